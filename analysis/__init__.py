@@ -1,0 +1,1 @@
+"""Reads runs, checkpoints and machines; never imports a backend (it is handed one)."""

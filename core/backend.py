@@ -1,0 +1,190 @@
+"""The Backend protocol: words and types, no behaviour.
+
+The seam is the training run, not the device: a backend drives its own steps and the core consumes results. A wafer traces the whole
+step once and hands values out only at steps named in advance (`Plan`); a weight-streaming engine interleaves backward with update.
+The one thing a reader would get wrong: steps are counted by what is *completed*. `StepResult.step` is the 0-based index of the step
+just made, so after it `step + 1` steps are complete, and that number is the one in `Plan`, `State.step` and checkpoint names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from weftrain.core.config import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When somebody will look, known before step one. All numbers count completed steps; an interval of 0 means never."""
+
+    start_step: int
+    last_step: int
+    checkpoint_every_steps: int = 0
+    evaluate_every_steps: int = 0
+    log_every_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start_step <= self.last_step:
+            raise ValueError(f"plan: start_step {self.start_step} must lie in 0..last_step ({self.last_step})")
+        for name in ("checkpoint_every_steps", "evaluate_every_steps", "log_every_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"plan: {name} must not be negative")
+
+    def wants_state(self, completed: int) -> bool:
+        """True where a checkpoint is due: at each multiple of the interval and always at the end."""
+        return completed == self.last_step or _due(completed, self.checkpoint_every_steps)
+
+    def wants_evaluation(self, completed: int) -> bool:
+        """True where held-out loss is due: at each multiple of the interval and, if there is one, at the end."""
+        return self.evaluate_every_steps > 0 and (completed == self.last_step or _due(completed, self.evaluate_every_steps))
+
+    def wants_log(self, completed: int) -> bool:
+        """True where the loss is read (on an accelerator: a synchronisation): the first step, each multiple, the end."""
+        return completed in (self.start_step + 1, self.last_step) or _due(completed, self.log_every_steps)
+
+
+def _due(completed: int, every: int) -> bool:
+    return every > 0 and completed % every == 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one batch. ids: int64 [rows, sequence_length + 1], inputs are ids[:, :-1] and labels ids[:, 1:].
+
+    loss_mask: bool [rows, sequence_length], False where a label bears no loss; None where all do.
+    document_start: int32 [rows, sequence_length], for each input the index within its row of its document's first token, so that
+    attention from query t reaches keys document_start[t]..t; None where attention crosses documents.
+    """
+
+    ids: np.ndarray
+    loss_mask: np.ndarray | None = None
+    document_start: np.ndarray | None = None
+
+
+class BatchSource(Protocol):
+    """Picklable and stateless: row r of step s is a pure function of (dataset, seed, s, r)."""
+
+    sequence_length: int
+    global_batch_size: int
+    dataset_id: str  # Merkle root over the shards' hashes
+
+    def rows(self, step: int, first: int, count: int) -> Batch:
+        """Rows first..first+count-1 of the batch of 0-based step `step`."""
+        ...
+
+    def sample_names(self, step: int, first: int, count: int) -> list[str]:
+        """For messages: where each of those rows lies, as 'set/shard.h5:row'."""
+        ...
+
+
+class EvaluationSource(Protocol):
+    """A held-out set, read in order, once."""
+
+    name: str
+    sequence_length: int
+    num_rows: int
+    dataset_id: str
+
+    def rows(self, first: int, count: int) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class State:
+    """The neutral training state: saved by any backend, loaded by any other.
+
+    tensors: '<plane>/<canonical parameter name>' -> whole tensor in host memory, fp32; planes are 'weights', and for AdamW 'exp_avg'
+    and 'exp_avg_sq'. The mapping may be lazy (a checkpoint's is). step: completed steps. optimizer_updates: updates made, which is
+    less than step where steps were skipped; it is AdamW's t.
+    """
+
+    step: int
+    optimizer_updates: int
+    tensors: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step was. loss and grad_norm may live on the device: float() of them may synchronise, so only log lines do it.
+
+    loss: mean over all tokens of the global batch, before the update. grad_norm: global norm before clipping.
+    skipped: the step did not happen (non-finite loss or norm under the `skip` policy); weights and optimizer state are untouched.
+    """
+
+    step: int
+    loss: SupportsFloat
+    grad_norm: SupportsFloat
+    learning_rates: Mapping[str, float]  # parameter group -> learning rate
+    tokens: int
+    step_ms: float
+    data_wait_ms: float
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Held-out loss: the mean over tokens (not over batches), and how many tokens that was."""
+
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a backend is told. `options` is the recipe's backend.options, checked by the backend's own `Options` model."""
+
+    recipe: Recipe
+    plan: Plan
+    options: BaseModel
+    weights: Mapping[str, torch.Tensor] | None = field(default=None)  # initial weights by canonical name; None: drawn from the seed
+
+
+class Run(Protocol):
+    """One training run on one backend."""
+
+    def train(self, source: BatchSource) -> Iterator[StepResult]:
+        """Forward, backward, reduce, clip, update: one StepResult a step, from the state's step to plan.last_step.
+
+        Between two results the caller may export, evaluate, or stop iterating.
+        Raises NonFiniteError, with weights and optimizer untouched, under the `halt` policy.
+        """
+        ...
+
+    def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+        """Mean loss and the fp32 gradient of every parameter for one global batch, unclipped, nothing updated (for conformance)."""
+        ...
+
+    def evaluate(self, source: EvaluationSource) -> EvalResult: ...
+
+    def export_state(self) -> State: ...
+
+    def import_state(self, state: State) -> None: ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that can change a bit: versions, instruction set, threads, kernels, reduction order."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Memory, bytes moved, stalls; the unit is in each name."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A way to run training. One file or folder in backends/ defines `BACKEND`, an instance."""
+
+    name: str
+    summary: str  # one line for `weftrain backends`
+    options: type[BaseModel]  # schema of the recipe's backend.options
+
+    def unavailable(self) -> str | None:
+        """None, or the reason a person can act on."""
+        ...
+
+    def prepare(self, job: Job) -> Run: ...

@@ -1,0 +1,263 @@
+"""The recipe: every key a typed, checked, frozen field. A recipe describes; code builds.
+
+What a reader would get wrong: nothing here coerces. `3` is not accepted where a string is meant nor `"3"` where a number is, an unknown
+key is an error, and a missing key is an error unless the field shows a default. Files are read by core/recipe_file.py, which knows lines.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Scalar = bool | int | float | str
+
+
+class Section(BaseModel):
+    """Base of every section: strict types, no unknown keys, immutable."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Initialization(Section):
+    """Standard deviations by role. `truncated_normal` cuts at two standard deviations, as CrystalCoder's initialisers do."""
+
+    distribution: Literal["normal", "truncated_normal"]
+    embedding_std: Positive
+    matrix_std: Positive  # q, k, v, gate, up and an untied head
+    output_matrix_std: Positive  # the two projections back into the residual stream: o and down
+
+
+class Mup(Section):
+    """Maximal-update parametrisation from a proxy of width `base_hidden_size` (arXiv 2203.03466); core/mup.py derives the rest."""
+
+    base_hidden_size: PositiveInt
+    distribution: Literal["normal", "truncated_normal"]
+    base_std: Positive  # the proxy's standard deviation of embedding and matrices
+    embedding_scale: Positive  # times the embedding's output; width-independent
+    base_logits_scale: Positive  # the proxy's logits multiplier
+
+
+class ModelConfig(Section):
+    """One decoder; Amber and CrystalCoder differ by these fields only. Give `mup`, or `initialization` with the two scales."""
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    intermediate_size: PositiveInt
+    max_position_embeddings: PositiveInt
+    norm: Literal["rms_norm", "layer_norm"]
+    norm_eps: Positive
+    linear_bias: bool  # on q, k, v, o, gate, up and down; never on the head
+    rotary_dim: PositiveInt  # leading dimensions of each head that rotate
+    rotary_interleaved: bool  # pairs (0,1),(2,3).. rather than rotate-half's (0, d/2)..
+    rope_theta: Positive
+    attention_scale: Literal["inverse_sqrt_head_dim", "inverse_head_dim"]
+    tie_embeddings: bool
+    embedding_scale: Positive | None = None  # default 1, or from mup
+    logits_scale: Positive | None = None  # default 1, or from mup
+    initialization: Initialization | None = None
+    mup: Mup | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ValueError(f"rotary_dim {self.rotary_dim} must be even and at most the head dimension {self.head_dim}")
+        if (self.mup is None) == (self.initialization is None):
+            raise ValueError("give exactly one of 'mup' and 'initialization'")
+        if self.mup is not None and (self.embedding_scale is not None or self.logits_scale is not None):
+            raise ValueError("'embedding_scale' and 'logits_scale' follow from 'mup': leave them out")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW. `eps_placement` names where epsilon stands: `after_bias_correction` is torch's, `before_bias_correction` Cerebras's."""
+
+    name: Literal["adamw"]
+    beta1: Annotated[float, Field(ge=0, lt=1)]
+    beta2: Annotated[float, Field(ge=0, lt=1)]
+    eps: Positive
+    eps_placement: Literal["after_bias_correction", "before_bias_correction"]
+    weight_decay: NonNegative
+    decay: Literal["all", "matrices_and_embeddings"]  # the second skips biases and norms
+    clip_norm: Positive | None  # global gradient norm; null: no clipping
+    non_finite: Literal["halt", "skip"] = "halt"
+
+
+class Segment(Section):
+    """One piece of the learning-rate schedule, from `start` (its first step) toward `end` (reached one step after its last)."""
+
+    shape: Literal["linear", "cosine", "constant"]
+    steps: PositiveInt
+    start: NonNegative
+    end: NonNegative | None = None  # left out for `constant`
+
+    @model_validator(mode="after")
+    def _check(self) -> Segment:
+        if (self.shape == "constant") != (self.end is None):
+            raise ValueError("'end' is needed for linear and cosine, and has no meaning for constant")
+        return self
+
+
+class ScheduleConfig(Section):
+    """How long, and the base learning rate at each step. The segments may outlast `steps` (a schedule cut short), not fall short."""
+
+    steps: PositiveInt
+    learning_rate: Annotated[tuple[Segment, ...], Field(min_length=1, strict=False)]
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleConfig:
+        covered = sum(segment.steps for segment in self.learning_rate)
+        if covered < self.steps:
+            raise ValueError(f"learning_rate covers {covered} steps of {self.steps}: add a segment or lengthen the last one")
+        return self
+
+
+class PrecisionConfig(Section):
+    """Weights and optimizer state are fp32 always; `compute` is what forward and backward run in, with fp32 reductions."""
+
+    compute: Literal["float32", "bfloat16"]
+
+
+class Fim(Section):
+    """Fill-in-the-middle that a source was prepared with; must equal what its dataset's manifest records."""
+
+    rate: Annotated[float, Field(gt=0, le=1)]
+    spm_share: Annotated[float, Field(ge=0, le=1)]
+
+
+class Source(Section):
+    """One component of the mixture: a prepared dataset folder, its share of the samples, and which part of it."""
+
+    name: Annotated[str, Field(min_length=1)]
+    path: Annotated[str, Field(min_length=1)]  # below data.root
+    weight: Positive
+    subset: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]] = Field(default=(0.0, 1.0), strict=False)
+    fim: Fim | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Source:
+        if self.subset[0] >= self.subset[1]:
+            raise ValueError(f"subset {list(self.subset)} is empty: its start must lie below its end")
+        return self
+
+
+class DataConfig(Section):
+    """What is read: prepared `sources`, or `synthetic_rows` random rows that repeat (to measure speed without any dataset).
+
+    Weights need not sum to 1: they are shares. The order is a pure function of (datasets, shuffle_seed, step, row).
+    """
+
+    root: Annotated[str, Field(min_length=1)] = "datasets"
+    sequence_length: PositiveInt
+    shuffle_seed: Count
+    sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
+    synthetic_rows: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if bool(self.sources) == (self.synthetic_rows is not None):
+            raise ValueError("give exactly one of 'sources' and 'synthetic_rows'")
+        names = [source.name for source in self.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two sources are named '{name}'")
+        return self
+
+
+class BatchConfig(Section):
+    """global_batch_size = micro_batch_size x replicas x accumulation steps, in sequences."""
+
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    replicas: PositiveInt = 1
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.replicas)
+
+    @model_validator(mode="after")
+    def _check(self) -> BatchConfig:
+        if self.global_batch_size % (self.micro_batch_size * self.replicas):
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size x replicas = "
+                f"{self.micro_batch_size} x {self.replicas} = {self.micro_batch_size * self.replicas}"
+            )
+        return self
+
+
+class KernelsConfig(Section):
+    """Who implements the ops. A preference may fall through to the next; a pin (`op`, or `op@module-name-glob`) never does."""
+
+    preferences: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("torch", "reference")
+    pins: dict[str, str] = Field(default_factory=dict)
+
+
+class BackendConfig(Section):
+    """Which backend, and its own options, whose schema stands in the backend's file."""
+
+    name: Annotated[str, Field(min_length=1)]
+    options: dict[str, Scalar] = Field(default_factory=dict)
+
+
+class CheckpointConfig(Section):
+    every_steps: Count  # 0: only at the end
+
+
+class LogConfig(Section):
+    """When loss is read and held-out loss measured, in completed steps. 0: never."""
+
+    every_steps: PositiveInt
+    evaluate_every_steps: Count
+    evaluate_rows: PositiveInt = 64  # rows of each held-out set
+    tensorboard: bool = True
+
+
+class StartFrom(Section):
+    """Another run whose newest checkpoint the first step starts from: all of its state, or the weights with a fresh optimizer."""
+
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    state: Literal["all", "weights"]
+
+
+class Recipe(Section):
+    """A whole training run, resolved: every default filled in."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    description: str
+    seed: Count
+    start_from: StartFrom | None = None
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    precision: PrecisionConfig
+    data: DataConfig
+    batch: BatchConfig
+    kernels: KernelsConfig = Field(default_factory=KernelsConfig)
+    backend: BackendConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.global_batch_size * self.data.sequence_length
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} exceeds "
+                f"model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        return self

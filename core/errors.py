@@ -1,0 +1,36 @@
+"""Errors a person can act on: what was wrong, where (file, key, tensor, sample), what to do. One line each.
+
+The command line prints the message alone and exits with `exit_code`; a traceback means a defect of ours.
+"""
+
+
+class WeftrainError(Exception):
+    """Base of every expected failure. The message is one line and names file, field and remedy."""
+
+    exit_code = 2
+
+
+class RecipeError(WeftrainError):
+    """A recipe, an override or a combination of keys that cannot be used."""
+
+
+class DataError(WeftrainError):
+    """A dataset, shard, manifest, tokenizer or input file that is missing, damaged or does not match."""
+
+
+class CheckpointError(WeftrainError):
+    """A checkpoint that is missing, torn, altered or does not fit the model."""
+
+
+class RunFolderError(WeftrainError):
+    """A run folder that is in use, read-only, full, or belongs to another recipe."""
+
+
+class BackendError(WeftrainError):
+    """A backend that is not there, or cannot do what the recipe asks of it."""
+
+
+class NonFiniteError(WeftrainError):
+    """A loss or gradient norm that is not finite: the step did not happen. Names the step and its samples."""
+
+    exit_code = 3

@@ -1,0 +1,251 @@
+"""Recipes from YAML files: strict, and every complaint with file, line, key and the nearest valid name.
+
+What a reader would get wrong: this is not `yaml.safe_load`. That keeps the last of two equal keys in silence, reads `1e-3` as a string
+and `no` as a boolean, and expands aliases without bound. Here scalars follow the YAML 1.2 core schema, duplicate keys, aliases and tags
+are refused, and `key.sub=value` overrides are laid over the tree before it is checked, so both meet the same rules.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from weftrain.core.config import Recipe
+from weftrain.core.errors import RecipeError
+
+MAX_RECIPE_BYTES = 1 << 20
+MAX_DEPTH = 12
+Location = tuple[str | int, ...]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _CoreSchemaLoader(yaml.SafeLoader):
+    """PyYAML's safe loader with the implicit types of YAML 1.2's core schema instead of 1.1's."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own class attribute
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+):
+    firsts = [*_first, ""] if _tag == "null" else list(_first)
+    _CoreSchemaLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), firsts)
+
+
+@dataclass
+class _Source:
+    """Where each value came from, so that an error about a key can name its line."""
+
+    name: str
+    marks: dict[Location, str] = field(default_factory=dict)
+
+    def at(self, location: Location) -> str:
+        """'file:line' of the nearest enclosing value that the file (or the command line) holds."""
+        for end in range(len(location), -1, -1):
+            if location[:end] in self.marks:
+                return self.marks[location[:end]]
+        return self.name
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A checked recipe, and where each of its keys was given: at(('model', 'num_layers')) -> 'recipes/x.yaml:12'."""
+
+    recipe: Recipe
+    at: Callable[[Location], str]
+
+
+def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> RecipeFile:
+    """A recipe by built-in name or by the path of a .yaml file, with `key.sub=value` overrides laid over it.
+
+    Raises RecipeError naming file, line, key and remedy.
+    """
+    name, text = _read(recipe)
+    source = _Source(name)
+    tree = _parse(text, source)
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{name}: a recipe is a mapping of sections, this file holds {_kind(tree)}")
+    for override in overrides:
+        _override(tree, override, source)
+    return RecipeFile(validate_section(Recipe, tree, source.at), source.at)
+
+
+def builtin_recipes() -> list[str]:
+    """Names of the recipes that ship with weftrain, sorted."""
+    folder = resources.files("weftrain.core") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def validate_section(model: type[Model], tree: Any, at: Callable[[Location], str]) -> Model:
+    """`tree` as `model`, or a RecipeError that names the first wrong key at `at(location)` and counts the others."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        # An unknown key often is the missing one misspelled: name it first.
+        problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise RecipeError(_explain(model, problems[0], at) + more) from None
+
+
+def _read(recipe: str) -> tuple[str, str]:
+    if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
+        path = Path(recipe)
+        try:
+            size = path.stat().st_size
+            if size > MAX_RECIPE_BYTES:
+                raise RecipeError(f"{path}: {size} bytes is more than a recipe has ({MAX_RECIPE_BYTES}); is this the right file?")
+            return str(path), path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path}: not UTF-8 text at byte {error.start}") from None
+    known = builtin_recipes()
+    if recipe not in known:
+        near = difflib.get_close_matches(recipe, known, 1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise RecipeError(f"unknown recipe '{recipe}'; {hint}Built in: {', '.join(known)}; or give the path of a .yaml file")
+    return f"recipes/{recipe}.yaml", (resources.files("weftrain.core") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+
+
+def _parse(text: str, source: _Source) -> Any:
+    try:
+        for event in yaml.parse(text, Loader=_CoreSchemaLoader):
+            if isinstance(event, yaml.AliasEvent):
+                line = f"{source.name}:{event.start_mark.line + 1}"
+                raise RecipeError(f"{line}: alias '*{event.anchor}': recipes take no aliases, write the value out")
+        loader = _CoreSchemaLoader(text)
+        try:
+            node = loader.get_single_node()
+            return None if node is None else _build(loader, node, (), source)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{source.name}:{line}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source.name}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise RecipeError(f"{source.name}: nested deeper than a recipe is") from None
+
+
+def _build(loader: yaml.SafeLoader, node: yaml.Node, location: Location, source: _Source) -> Any:
+    line = f"{source.name}:{node.start_mark.line + 1}"
+    source.marks.setdefault(location, line)
+    if len(location) > MAX_DEPTH:
+        raise RecipeError(f"{line}: nested deeper than {MAX_DEPTH} levels; a recipe is not")
+    if isinstance(node, yaml.MappingNode):
+        tree: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key_line = f"{source.name}:{key_node.start_mark.line + 1}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(f"{key_line}: a key is a plain word, this is {key_node.id}")
+            key = key_node.value
+            if key in tree:
+                first = source.at((*location, key))
+                raise RecipeError(f"{key_line}: duplicate key '{dotted((*location, key))}' (first at {first}); remove one of the two")
+            source.marks[*location, key] = key_line
+            tree[key] = _build(loader, value_node, (*location, key), source)
+        return tree
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(loader, item, (*location, index), source) for index, item in enumerate(node.value)]
+    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.rsplit(":", 1)[1] not in ("null", "bool", "int", "float", "str"):
+        raise RecipeError(f"{line}: tag '{node.tag}': recipes hold plain numbers, strings, booleans, lists and mappings only")
+    return loader.construct_object(node)
+
+
+def _override(tree: dict[str, Any], override: str, source: _Source) -> None:
+    """Lay `a.b.c=value` over the tree; the value is read as a recipe file would read it."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"'{override}': an override reads key.sub=value, e.g. schedule.steps=100")
+    origin = f"command line '{override}'"
+    value = _parse(text, _Source(origin))
+    target: Any = tree
+    parts: list[str | int] = []
+    *parents, last = key.split(".")
+    for part in parents:
+        step: str | int = int(part) if isinstance(target, list) and part.isdigit() else part
+        parts.append(step)
+        if isinstance(target, dict) and target.get(part) is None:
+            target[part] = {}
+        try:
+            target = target[step]
+        except (KeyError, IndexError, TypeError):
+            raise RecipeError(f"{origin}: no such key '{dotted(parts)}' in {source.name}") from None
+    if isinstance(target, list) and last.isdigit() and int(last) < len(target):
+        target[int(last)] = value
+        source.marks[*parts, int(last)] = origin
+    elif isinstance(target, dict):
+        target[last] = value
+        source.marks[*parts, last] = origin
+    else:
+        raise RecipeError(f"{origin}: '{dotted(parts)}' is {_kind(target)}, it has no key '{last}'")
+
+
+def dotted(location: Iterable[str | int]) -> str:
+    """('data', 'sources', 0, 'path') -> 'data.sources.0.path'."""
+    return ".".join(str(part) for part in location)
+
+
+def _explain(model: type[BaseModel], problem: Any, at: Callable[[Location], str]) -> str:
+    location: Location = tuple(problem["loc"])
+    key, where = dotted(location), at(location)
+    if problem["type"] == "extra_forbidden":
+        names = dict(_keys(model))
+        siblings = [name for name in names if name.rpartition(".")[0] == _generic(location[:-1])]
+        wrong = _generic(location)
+        near = difflib.get_close_matches(wrong, siblings, 1, 0.5) or difflib.get_close_matches(wrong, names, 1, 0.6)
+        hint = f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(name.rpartition('.')[2] for name in siblings)}"
+        return f"{where}: unknown key '{key}'; {hint}"
+    if problem["type"] == "missing":
+        wanted = dict(_keys(model)).get(_generic(location), "a value")
+        return f"{where}: missing key '{key}' ({wanted}); add it"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if problem["type"] == "value_error":
+        return f"{where}: {key + ': ' if key else ''}{message}"
+    return f"{where}: {key}: {message}, not {_kind(problem['input'])}"
+
+
+def _generic(location: Iterable[str | int]) -> str:
+    return dotted("*" if isinstance(part, int) else part for part in location)
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every dotted key of a model with a word on its type; list items stand as '*'."""
+    for name, info in model.model_fields.items():
+        yield prefix + name, str(getattr(info.annotation, "__name__", info.annotation)).replace("typing.", "")
+        for inner, step in _models(info.annotation):
+            yield from _keys(inner, f"{prefix}{name}.{step}")
+
+
+def _models(annotation: Any, step: str = "") -> Iterator[tuple[type[BaseModel], str]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, step
+    origin = typing.get_origin(annotation)
+    for argument in typing.get_args(annotation):
+        if origin in (typing.Union, types.UnionType, typing.Annotated):
+            yield from _models(argument, step)
+        elif origin is tuple and argument is not Ellipsis:
+            yield from _models(argument, step + "*.")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    names = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list", dict: "a mapping"}
+    shown = "" if isinstance(value, list | dict) else f" ({value!r})"
+    return names.get(type(value), type(value).__name__) + shown

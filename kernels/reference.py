@@ -1,0 +1,167 @@
+"""Every op as plain torch: the specification that all other sources are held to.
+
+What a reader would get wrong: these are written to be *right*, not fast, and in fp32 their forward equals Hugging Face's eager Llama bit
+for bit, so the order of multiplications below is part of the contract. Layouts: activations [..., hidden], heads [B, T, H, D].
+Everything is differentiated by autograd; what that saves is noted at each op. Tensors may be non-contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from weftrain.kernels.registry import Implementation
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """x [..., n], weight [n] -> x.dtype [..., n]: x / sqrt(mean(x^2) + eps) * weight.
+
+    Reduced in fp32 and multiplied by the fp32 weight *before* the cast back, as Amber does (arXiv 1910.07467). Saves x in fp32.
+    """
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight.float() * normed).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+    """x [..., n], weight and bias [n] -> x.dtype [..., n]. Statistics and affine map in fp32 (arXiv 1607.06450). Saves x in fp32."""
+    return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), bias.float(), eps).to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int, interleaved: bool) -> Tensor:
+    """x [B, T, H, D], cos and sin fp32 [T, rotary_dim / 2] -> x.dtype [B, T, H, D] (arXiv 2104.09864).
+
+    The first rotary_dim dimensions turn, the others pass. Pairs are (i, i + rotary_dim/2), or (2i, 2i+1) where interleaved.
+    cos and sin are cast to x.dtype after the trigonometry, and the products are taken in x.dtype. Saves cos and sin.
+    """
+    cos = cos.to(x.dtype)[:, None, :]  # [T, 1, rotary_dim / 2]
+    sin = sin.to(x.dtype)[:, None, :]
+    turning = x[..., :rotary_dim]
+    if interleaved:
+        first, second = turning[..., 0::2], turning[..., 1::2]
+    else:
+        first, second = turning.chunk(2, -1)
+    turned_first = first * cos + -second * sin
+    turned_second = second * cos + first * sin
+    if interleaved:
+        turned = torch.stack((turned_first, turned_second), -1).flatten(-2)
+    else:
+        turned = torch.cat((turned_first, turned_second), -1)
+    return torch.cat((turned, x[..., rotary_dim:]), -1)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gate, up [..., n] -> silu(gate) * up in their dtype (arXiv 2002.05202). Saves both and silu(gate)."""
+    return F.silu(gate) * up
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
+    """Causal self-attention: q, k, v [B, T, H, D] -> [B, T, H, D] in q.dtype.
+
+    Query t sees keys document_start[b, t]..t (int32 [B, T], values in 0..t; None: 0). Scores in q.dtype, softmax in fp32, probabilities
+    cast to q.dtype before they meet v. Saves q, k, v and the [B, H, T, T] probabilities.
+    """
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [B, H, T, D]
+    position = torch.arange(q.shape[2], device=q.device)
+    hidden = position[None, :] > position[:, None]  # [query, key]
+    if document_start is not None:
+        hidden = hidden | (position < document_start[:, None, :, None])  # [B, 1, query, key]
+    scores = torch.matmul(q, k.transpose(2, 3)) * scale
+    scores = scores.masked_fill(hidden, float("-inf"))
+    probabilities = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(probabilities, v).transpose(1, 2)
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
+    """logits [N, V], labels int64 [N] -> fp32 [N]: logsumexp(s x) - (s x)[label] + z_loss * logsumexp(s x)^2, and 0 where ignored.
+
+    Scaled and reduced in fp32; z_loss as in PaLM (arXiv 2204.02311, section 5). Saves the log-probabilities in fp32.
+    """
+    scaled = logits.float() * logits_scale
+    loss = F.cross_entropy(scaled, labels, ignore_index=ignore_index, reduction="none")
+    if z_loss:
+        penalty = z_loss * torch.logsumexp(scaled, -1).square()
+        loss = loss + penalty.masked_fill(labels == ignore_index, 0.0)
+    return loss
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    logits_scale: float = 1.0,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar: the SUM of cross_entropy(hidden @ weight^T, labels).
+
+    Logits are rounded to hidden.dtype by the product, then scaled in fp32. Saves all [N, V] logits.
+    """
+    logits = F.linear(hidden, weight)
+    return cross_entropy(logits, labels, logits_scale=logits_scale, ignore_index=ignore_index, z_loss=z_loss).sum()
+
+
+def adamw(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor] | None,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    update_index: int,
+    eps_placement: str,
+    gradient_scale: Tensor,
+) -> None:
+    """One AdamW update of one parameter group, in place (arXiv 1711.05101).
+
+    parameters, exp_avgs, exp_avg_sqs: fp32; gradients: fp32 or bf16, left as they were; copies: bf16 compute copies to refresh from the
+    new parameters, or None. update_index: t, from 1. gradient_scale: 0-dim fp32 (the clip coefficient), multiplied into each gradient.
+    eps_placement:
+      after_bias_correction (torch.optim.AdamW, bit for bit):
+        p *= 1 - lr wd;  p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+      before_bias_correction (cerebras_pytorch's AdamW):
+        p -= lr * (m / (sqrt(v) + eps) * sqrt(1 - b2^t) / (1 - b1^t) + wd p)
+    Raises ValueError for another eps_placement.
+    """
+    correction1 = 1 - beta1**update_index
+    correction2_sqrt = (1 - beta2**update_index) ** 0.5
+    for index, (parameter, exp_avg, exp_avg_sq) in enumerate(zip(parameters, exp_avgs, exp_avg_sqs, strict=True)):
+        gradient = gradients[index].float() * gradient_scale
+        exp_avg.lerp_(gradient, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        if eps_placement == "after_bias_correction":
+            parameter.mul_(1 - learning_rate * weight_decay)
+            denominator = (exp_avg_sq.sqrt() / correction2_sqrt).add_(eps)
+            parameter.addcdiv_(exp_avg, denominator, value=-learning_rate / correction1)
+        elif eps_placement == "before_bias_correction":
+            update = exp_avg / exp_avg_sq.sqrt().add_(eps) * (correction2_sqrt / correction1)
+            parameter.sub_(learning_rate * (update + weight_decay * parameter))
+        else:
+            raise ValueError(f"eps_placement '{eps_placement}' is neither 'after_bias_correction' nor 'before_bias_correction'")
+        if copies is not None:
+            copies[index].copy_(parameter)
+
+
+def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Global L2 norm, 0-dim fp32: the norm of the per-tensor fp32 norms, stacked in the order given.
+
+    For fp32 gradients bit for bit what torch.nn.utils.clip_grad_norm_ computes; the order of tensors is part of the result.
+    """
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+IMPLEMENTATIONS = [
+    Implementation(function.__name__, "reference", function)
+    for function in (rms_norm, layer_norm, rope, swiglu, attention, cross_entropy, linear_cross_entropy, adamw, grad_norm)
+]

@@ -1,0 +1,286 @@
+"""Who implements which op for which module: chosen once, when the model is built, and written down.
+
+What a reader would get wrong: there is no dispatch. `select` runs before the first step and hands out plain callables; a *preference*
+may fall through to the next source (the manifest says why), a *pin* never does. Nothing here reads the environment or patches a module.
+
+Implementations are found in three places: kernels/reference.py, every module of every `kernels/*_ops/` folder that defines
+`IMPLEMENTATION` (one, or a list of variants tried in order), and the entry points of group `weftrain.kernels`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ENTRY_POINT_GROUP = "weftrain.kernels"
+DEFAULT_PREFERENCES = ("torch", "reference")
+
+
+class KernelError(ValueError):
+    """A kernel choice that cannot be honoured. One line: what was asked, why not, and what there is instead."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One use of one op by one module of the model, known when the model is built."""
+
+    op: str
+    module: str  # canonical module name: "layers.0.attention", "final_norm", "head", "optimizer"
+    device: str  # torch device type: "cpu", "cuda"
+    dtype: torch.dtype  # of the activations; for adamw and grad_norm, of the gradients
+    attributes: Mapping[str, int | float | bool | str] = field(default_factory=dict)  # static: head_dim, scale, eps, vocab_size ...
+
+
+def available_everywhere(spec: Spec) -> str | None:
+    """The `unavailable` of an implementation without conditions."""
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute one op. `unavailable` gives None, or the reason, in words that a person can act on."""
+
+    op: str
+    source: str  # "reference", "torch", "triton", "flash_attn", or a third party's own name
+    function: Callable[..., Any]
+    unavailable: Callable[[Spec], str | None] = available_everywhere
+    version: str = f"torch {torch.__version__}"  # of the package that provides it
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The callables of one model, and the JSON-able record of how they were chosen."""
+
+    functions: Mapping[tuple[str, str], Callable[..., Any]]  # (op, module)
+    manifest: dict[str, Any]
+
+    def function(self, op: str, module: str) -> Callable[..., Any]:
+        """The plain callable for that use. Raises KernelError for a use that `select` was not asked for."""
+        try:
+            return self.functions[op, module]
+        except KeyError:
+            modules = [known for known_op, known in self.functions if known_op == op]
+            raise KernelError(f"no kernel was selected for {op} in module '{module}'; {_nearest(module, modules)}") from None
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One line of `op x source`: usable, or why not."""
+
+    op: str
+    source: str
+    version: str
+    reason: str | None  # None: available
+
+
+Catalog = dict[str, dict[str, list[Implementation]]]  # op -> source -> variants, in the order in which they are tried
+
+
+def load_catalog() -> Catalog:
+    """Every implementation that can be found. Raises KernelError for a broken entry point or two owners of one (op, source)."""
+    from weftrain.kernels import reference  # late: reference.py names its Implementations with the types above
+
+    catalog: Catalog = {}
+    _add(catalog, reference.IMPLEMENTATIONS, "kernels/reference.py")
+    package = importlib.import_module(__package__ or "weftrain.kernels")
+    for folder in pkgutil.iter_modules(package.__path__):
+        if not (folder.ispkg and folder.name.endswith("_ops")):
+            continue
+        subpackage = importlib.import_module(f"{package.__name__}.{folder.name}")
+        for module in pkgutil.iter_modules(subpackage.__path__):
+            loaded = importlib.import_module(f"{subpackage.__name__}.{module.name}")
+            _add(catalog, getattr(loaded, "IMPLEMENTATION", ()), f"kernels/{folder.name}/{module.name}.py")
+    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        origin = f"entry point '{entry_point.name}' ({entry_point.value})"
+        try:
+            loaded = entry_point.load()
+        except (ImportError, AttributeError) as error:
+            raise KernelError(f"kernel {origin} cannot be loaded: {error}; repair or uninstall the package that provides it") from error
+        _add(catalog, loaded, origin)
+    return catalog
+
+
+def _add(catalog: Catalog, implementations: Implementation | Sequence[Implementation], origin: str) -> None:
+    if isinstance(implementations, Implementation):
+        implementations = [implementations]
+    fresh: Catalog = {}
+    for implementation in implementations:
+        if not isinstance(implementation, Implementation):
+            raise KernelError(f"{origin} gives a {type(implementation).__name__}; it must give an Implementation or a list of them")
+        fresh.setdefault(implementation.op, {}).setdefault(implementation.source, []).append(implementation)
+    for op, sources in fresh.items():
+        if catalog and op not in catalog and origin != "kernels/reference.py":
+            raise KernelError(f"{origin} implements the unknown op '{op}'; {_nearest(op, catalog)}")
+        for source, variants in sources.items():
+            if source in catalog.get(op, {}):
+                raise KernelError(f"{origin} provides {op} under the source name '{source}', which is taken; give it a name of its own")
+            catalog.setdefault(op, {})[source] = variants
+
+
+def select(
+    specs: Sequence[Spec], preferences: Sequence[str] = DEFAULT_PREFERENCES, pins: Mapping[str, str] | None = None
+) -> Selection:
+    """Choose one implementation for every use.
+
+    preferences: sources in order; the first that is available for a use is taken.
+    pins: `op` or `op@module-glob` (fnmatch: `attention@layers.[0-3].*`) -> source. A glob overrides a plain `op`.
+    Raises KernelError: an unknown op or source, a pin that matches no use or whose source is unavailable, two globs that disagree
+    about one module, or a use for which no preference is available.
+    """
+    catalog = load_catalog()
+    pins = dict(pins or {})
+    _check_names(catalog, specs, preferences, pins)
+    functions: dict[tuple[str, str], Callable[..., Any]] = {}
+    ops: dict[str, list[dict[str, Any]]] = {}
+    for spec in specs:
+        pin = _pin_for(spec, pins)
+        chosen, passed_over = _choose(catalog[spec.op], spec, preferences, pin)
+        functions[spec.op, spec.module] = chosen.function
+        entry = _entry(chosen, spec, pin, passed_over)
+        groups = ops.setdefault(spec.op, [])
+        same = next((group for group in groups if {**group, "modules": None} == {**entry, "modules": None}), None)
+        if same is None:
+            groups.append(entry)
+        else:
+            same["modules"].append(spec.module)
+    return Selection(functions, {"preferences": list(preferences), "pins": pins, "ops": ops})
+
+
+def table(device: str, dtype: torch.dtype) -> list[TableRow]:
+    """Every op x source with its state on `device` for `dtype`, at each op's example attributes."""
+    from weftrain.kernels.ops import OPS
+
+    rows = []
+    for op, sources in load_catalog().items():
+        spec = Spec(op, "example", device, dtype, OPS[op].attributes)
+        for source, variants in sources.items():
+            usable, reason = _first_usable(variants, spec)
+            rows.append(TableRow(op, source, (usable or variants[0]).version, reason))
+    return rows
+
+
+def _check_names(catalog: Catalog, specs: Sequence[Spec], preferences: Sequence[str], pins: Mapping[str, str]) -> None:
+    sources = sorted({source for by_source in catalog.values() for source in by_source})
+    for spec in specs:
+        if spec.op not in catalog:
+            raise KernelError(f"module '{spec.module}' uses the unknown op '{spec.op}'; {_nearest(spec.op, catalog)}")
+    for source in preferences:
+        if source not in sources:
+            raise KernelError(f"kernels.preferences names the unknown source '{source}'; {_nearest(source, sources)}")
+    for key, source in pins.items():
+        op, _, glob = key.partition("@")
+        if op not in catalog:
+            raise KernelError(f"kernels.pins '{key}' names the unknown op '{op}'; {_nearest(op, catalog)}")
+        if source not in catalog[op]:
+            raise KernelError(f"kernels.pins '{key}' names the unknown source '{source}'; {_nearest(source, catalog[op])}")
+        modules = [spec.module for spec in specs if spec.op == op]
+        if not modules:
+            raise KernelError(f"kernels.pins '{key}': this model does not use {op}; it uses {', '.join(sorted({s.op for s in specs}))}")
+        if glob and not any(fnmatchcase(module, glob) for module in modules):
+            raise KernelError(f"kernels.pins '{key}' matches no module that uses {op}; {_nearest(glob, modules)}")
+
+
+def _pin_for(spec: Spec, pins: Mapping[str, str]) -> tuple[str, str] | None:
+    """The (key, source) that pins this use, or None."""
+    globs = [(key, source) for key, source in pins.items() if "@" in key and _matches(key, spec)]
+    for key, source in globs[1:]:
+        if source != globs[0][1]:
+            raise KernelError(
+                f"kernels.pins '{globs[0][0]}' and '{key}' both match '{spec.module}' with different sources "
+                f"('{globs[0][1]}', '{source}'); narrow one of them"
+            )
+    if globs:
+        return globs[0]
+    return (spec.op, pins[spec.op]) if spec.op in pins else None
+
+
+def _matches(key: str, spec: Spec) -> bool:
+    op, _, glob = key.partition("@")
+    return op == spec.op and fnmatchcase(spec.module, glob)
+
+
+def _choose(
+    by_source: Mapping[str, list[Implementation]], spec: Spec, preferences: Sequence[str], pin: tuple[str, str] | None
+) -> tuple[Implementation, dict[str, str]]:
+    """The implementation for one use, and for every other source the reason that it was passed over."""
+    if pin is not None:
+        key, source = pin
+        usable, reason = _first_usable(by_source[source], spec)
+        if usable is None:
+            others = [other for other, variants in by_source.items() if _first_usable(variants, spec)[0]]
+            raise KernelError(
+                f"kernels.pins '{key}' = '{source}' cannot be used for '{spec.module}' on {spec.device}: {reason}; "
+                f"available there: {', '.join(others) or 'none'}"
+            )
+        return usable, {other: f"pinned to '{source}' by '{key}'" for other in by_source if other != source}
+    passed_over: dict[str, str] = {}
+    for source in preferences:
+        if source not in by_source:
+            passed_over[source] = f"does not implement {spec.op}"
+            continue
+        usable, reason = _first_usable(by_source[source], spec)
+        if usable is None:
+            passed_over[source] = str(reason)
+            continue
+        for other in by_source:
+            if other != source and other not in passed_over:
+                passed_over[other] = f"'{source}' is preferred" if other in preferences else "not among kernels.preferences"
+        return usable, passed_over
+    reasons = "; ".join(f"{source}: {reason}" for source, reason in passed_over.items())
+    raise KernelError(
+        f"no preferred kernel for {spec.op} in '{spec.module}' on {spec.device} ({reasons}); add one of "
+        f"{', '.join(source for source in by_source if source not in preferences) or 'reference'} to kernels.preferences"
+    )
+
+
+def _first_usable(variants: Sequence[Implementation], spec: Spec) -> tuple[Implementation | None, str | None]:
+    reasons = []
+    for implementation in variants:
+        reason = implementation.unavailable(spec)
+        if reason is None:
+            return implementation, None
+        reasons.append(reason)
+    return None, " / ".join(dict.fromkeys(reasons))
+
+
+def _entry(chosen: Implementation, spec: Spec, pin: tuple[str, str] | None, passed_over: Mapping[str, str]) -> dict[str, Any]:
+    module_name, path = _module_file(chosen.function)
+    return {
+        "modules": [spec.module],
+        "source": chosen.source,
+        "function": f"{module_name}:{getattr(chosen.function, '__qualname__', type(chosen.function).__name__)}",
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path else None,
+        "version": chosen.version,
+        "device": spec.device,
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "pin": pin[0] if pin else None,
+        "passed_over": dict(passed_over),
+    }
+
+
+def _module_file(function: Callable[..., Any]) -> tuple[str, Path | None]:
+    """The module that defines a callable and its file; a compiled-in builtin has none."""
+    name = getattr(function, "__module__", None) or type(function).__module__
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return name, Path(file) if file else None
+
+
+def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """'did you mean ...?' where something is close, else the list of what there is."""
+    names = sorted(set(known))
+    close = get_close_matches(name, names, n=3, cutoff=0.6)
+    if close:
+        return f"did you mean {' or '.join(repr(match) for match in close)}?"
+    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return f"there is: {shown or 'nothing'}"
