@@ -14,8 +14,7 @@ from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 import numpy as np
 import torch
-from pydantic import BaseModel
-from weftrain.core.config import Recipe
+from weftrain.core.config import Recipe, Section
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class Job:
 
     recipe: Recipe
     plan: Plan
-    options: BaseModel
+    options: Section
     weights: Mapping[str, torch.Tensor] | None = field(default=None)  # initial weights by canonical name; None: drawn from the seed
 
 
@@ -181,7 +180,8 @@ class Backend(Protocol):
 
     name: str
     summary: str  # one line for `weftrain backends`
-    options: type[BaseModel]  # schema of the recipe's backend.options
+    options: type[Section]  # schema of the recipe's backend.options
+    trains: bool  # False for a backend that computes no gradients (null)
 
     def unavailable(self) -> str | None:
         """None, or the reason a person can act on."""

@@ -24,6 +24,7 @@ from weftrain.core.errors import RecipeError
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_DEPTH = 12
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
 Location = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -146,6 +147,8 @@ def _build(loader: yaml.SafeLoader, node: yaml.Node, location: Location, source:
     source.marks.setdefault(location, line)
     if len(location) > MAX_DEPTH:
         raise RecipeError(f"{line}: nested deeper than {MAX_DEPTH} levels; a recipe is not")
+    if node.tag not in _PLAIN_TAGS:
+        raise RecipeError(f"{line}: tag '{node.tag}': recipes hold plain numbers, strings, booleans, lists and mappings only")
     if isinstance(node, yaml.MappingNode):
         tree: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -161,8 +164,6 @@ def _build(loader: yaml.SafeLoader, node: yaml.Node, location: Location, source:
         return tree
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, (*location, index), source) for index, item in enumerate(node.value)]
-    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.rsplit(":", 1)[1] not in ("null", "bool", "int", "float", "str"):
-        raise RecipeError(f"{line}: tag '{node.tag}': recipes hold plain numbers, strings, booleans, lists and mappings only")
     return loader.construct_object(node)
 
 
@@ -181,6 +182,7 @@ def _override(tree: dict[str, Any], override: str, source: _Source) -> None:
         parts.append(step)
         if isinstance(target, dict) and target.get(part) is None:
             target[part] = {}
+            source.marks[tuple(parts)] = origin
         try:
             target = target[step]
         except (KeyError, IndexError, TypeError):

@@ -74,9 +74,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: 
     return torch.matmul(probabilities, v).transpose(1, 2)
 
 
-def cross_entropy(
-    logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0
-) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0) -> Tensor:
     """logits [N, V], labels int64 [N] -> fp32 [N]: logsumexp(s x) - (s x)[label] + z_loss * logsumexp(s x)^2, and 0 where ignored.
 
     Scaled and reduced in fp32; z_loss as in PaLM (arXiv 2204.02311, section 5). Saves the log-probabilities in fp32.

@@ -128,9 +128,7 @@ def _add(catalog: Catalog, implementations: Implementation | Sequence[Implementa
             catalog.setdefault(op, {})[source] = variants
 
 
-def select(
-    specs: Sequence[Spec], preferences: Sequence[str] = DEFAULT_PREFERENCES, pins: Mapping[str, str] | None = None
-) -> Selection:
+def select(specs: Sequence[Spec], preferences: Sequence[str] = DEFAULT_PREFERENCES, pins: Mapping[str, str] | None = None) -> Selection:
     """Choose one implementation for every use.
 
     preferences: sources in order; the first that is available for a use is taken.

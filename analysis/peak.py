@@ -1,0 +1,63 @@
+"""The peak that MFU is measured against: measured here, or from a table with sources, or unknown. Never guessed.
+
+What a reader would get wrong: an unknown device has no default. A guessed peak makes utilisation a lie, so the caller gets None.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+# Dense bf16 FLOP/s with fp32 accumulation, without sparsity, by torch.cuda.get_device_name().
+BF16_PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": (312e12, "NVIDIA A100 data sheet"),
+    "NVIDIA A100-SXM4-80GB": (312e12, "NVIDIA A100 data sheet"),
+    "NVIDIA A100-PCIE-40GB": (312e12, "NVIDIA A100 data sheet"),
+    "NVIDIA A100 80GB PCIe": (312e12, "NVIDIA A100 data sheet"),
+    "NVIDIA H100 80GB HBM3": (989.4e12, "NVIDIA H100 data sheet, SXM, half of the figure with sparsity"),
+    "NVIDIA H100 PCIe": (756e12, "NVIDIA H100 data sheet, PCIe, half of the figure with sparsity"),
+    "NVIDIA H200": (989.4e12, "NVIDIA H200 data sheet, SXM, half of the figure with sparsity"),
+    "AMD Instinct MI300X": (1307.4e12, "AMD Instinct MI300X data sheet"),
+}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s and where the figure comes from; flops None: unknown."""
+
+    flops: float | None
+    origin: str
+
+    def __str__(self) -> str:
+        return "unknown" if self.flops is None else f"{self.flops / 1e9:,.0f} GFLOP/s ({self.origin})"
+
+
+def measured_matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> Peak:
+    """The best of `repeats` products of two [size, size] matrices after a warm-up: 2 size^3 FLOPs each. About a second on two cores."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for _ in range(2):
+        seconds()
+    best = min(seconds() for _ in range(repeats))
+    return Peak(2 * size**3 / best, f"measured: {size} x {size} matrix multiply, {str(dtype).removeprefix('torch.')}, best of {repeats}")
+
+
+def table_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The data sheet's peak of a CUDA device in bf16; unknown for every other device and dtype."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        if name in BF16_PEAK_FLOPS:
+            flops, source = BF16_PEAK_FLOPS[name]
+            return Peak(flops, f"{name}: {source}")
+    return Peak(None, "no sourced peak for this device")

@@ -1,0 +1,359 @@
+"""One process, one device (cpu or cuda): the plainest correct backend, the specification of all others.
+
+The fp32 master weights and AdamW's moments live in canonical-name dictionaries. In bf16 the model runs on bf16 copies of the matrices,
+refreshed in the optimizer's own pass once a step; norms stay fp32 and are shared. What a reader would get wrong: the model's parameters
+are therefore not always the weights. `export_state` gives the master, and `_refresh` is the one place that writes the copies from it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch.utils.checkpoint import checkpoint
+from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
+from weftrain.core.config import Count, Section
+from weftrain.core.errors import BackendError, CheckpointError, NonFiniteError
+from weftrain.core.model import Decoder, draw, kernel_specs, rotary_tables
+from weftrain.core.optim import ParameterGroup, group_learning_rates, parameter_groups
+from weftrain.core.parameters import Role, parameter_specs
+from weftrain.kernels import Spec, select
+
+NORM_ROLES = (Role.NORM_WEIGHT, Role.NORM_BIAS)
+NAMES_IN_MESSAGE = 16
+
+
+class LocalOptions(Section):
+    """backend.options of the local backend."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one, else cpu; the choice is printed
+    compile: bool = False  # torch.compile, one graph for all blocks
+    activation_checkpointing: Literal["none", "full"] = "none"  # full: keep each block's input alone, recompute the rest
+    threads: Count = 0  # CPU threads; 0: torch's own choice
+
+
+class LocalRun:
+    """One training run in this process."""
+
+    def __init__(self, job: Job, options: LocalOptions, device: torch.device) -> None:
+        recipe = job.recipe
+        self._recipe, self._plan, self._options, self._device = recipe, job.plan, options, device
+        self._compute_dtype = getattr(torch, recipe.precision.compute)
+        self._step, self._optimizer_updates = job.plan.start_step, 0
+        self._specs = parameter_specs(recipe.model)
+        self._groups = parameter_groups(recipe.model, recipe.optimizer)
+
+        # The residual stream stays fp32 in bf16 compute, as it does under autocast: its sums are where bf16 loses most.
+        kernel_uses = kernel_specs(recipe.model, device.type, self._compute_dtype, residual_dtype=torch.float32)
+        attributes = {"eps_placement": recipe.optimizer.eps_placement}
+        kernel_uses += [Spec(op, "optimizer", device.type, self._compute_dtype, attributes) for op in ("adamw", "grad_norm")]
+        self._selection = select(kernel_uses, recipe.kernels.preferences, recipe.kernels.pins)
+        self._adamw = self._selection.function("adamw", "optimizer")
+        self._grad_norm = self._selection.function("grad_norm", "optimizer")
+
+        self._weights: dict[str, torch.Tensor] = {}
+        self._exp_avg: dict[str, torch.Tensor] = {}
+        self._exp_avg_sq: dict[str, torch.Tensor] = {}
+        for spec in self._specs:
+            given = job.weights[spec.name] if job.weights is not None else draw(spec, recipe.model, recipe.seed)
+            self._weights[spec.name] = given.detach().to(device, torch.float32, copy=True)
+            self._exp_avg[spec.name] = torch.zeros_like(self._weights[spec.name])
+            self._exp_avg_sq[spec.name] = torch.zeros_like(self._weights[spec.name])
+        with torch.device("meta"):  # nothing is allocated: every parameter is bound to a master weight or its copy
+            self._model = Decoder(recipe.model, self._selection, residual_dtype=torch.float32)
+        self._parameters = self._bind_parameters()
+        self._run_block = self._block_runner()
+        self._run_head = torch.compile(_call, dynamic=False) if options.compile else _call
+        self._accumulated: dict[str, torch.Tensor] = {}
+
+    # -- the step ------------------------------------------------------------------------------------------------------------------
+
+    def train(self, source: BatchSource) -> Iterator[StepResult]:
+        """See Run.train. One host synchronisation a step: the check that loss and norm are finite."""
+        recipe = self._recipe
+        while self._step < self._plan.last_step:
+            start, step = time.perf_counter(), self._step
+            losses, data_wait_s = self._forward_backward(lambda first, count, step=step: source.rows(step, first, count))
+            gradients = self._gradients()
+            loss, norm = torch.stack(losses).sum(), self._grad_norm(list(gradients.values()))
+            rates = group_learning_rates(self._groups, recipe.schedule, step)
+            finite = bool(torch.isfinite(loss + norm))
+            if finite:
+                self._update(gradients, norm, rates)
+                self._optimizer_updates += 1
+            self._clear_gradients()
+            if not finite and recipe.optimizer.non_finite == "halt":
+                raise NonFiniteError(self._non_finite_message(source, step, losses, float(norm)))
+            self._step += 1
+            step_ms = (time.perf_counter() - start) * 1e3
+            yield StepResult(step, loss, norm, rates, recipe.tokens_per_step, step_ms, data_wait_s * 1e3, skipped=not finite)
+
+    def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+        """See Run.gradients."""
+        losses, _ = self._forward_backward(lambda first, count: _slice(batch, first, count))
+        gradients = {name: gradient.detach().float().cpu().clone() for name, gradient in self._gradients().items()}
+        self._clear_gradients()
+        return float(torch.stack(losses).sum()), gradients
+
+    def evaluate(self, source: EvaluationSource) -> EvalResult:
+        """Mean held-out loss over tokens, in the compute dtype; eager, so that no second graph is compiled for it."""
+        total, tokens = 0.0, 0
+        micro = self._recipe.batch.micro_batch_size
+        with torch.no_grad():
+            for first in range(0, source.num_rows, micro):
+                ids, labels, document_start = self._to_device(source.rows(first, min(micro, source.num_rows - first)))
+                total += float(self._model(ids, labels, document_start))
+                tokens += int((labels >= 0).sum())
+        if tokens == 0:
+            raise BackendError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
+        return EvalResult(total / tokens, tokens)
+
+    def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[torch.Tensor], float]:
+        """Each micro-batch's share of the mean loss, with the gradients left in place; and seconds spent waiting for rows."""
+        batch, data_wait_s = self._recipe.batch, 0.0
+        losses = []
+        for first in range(0, batch.global_batch_size, batch.micro_batch_size):
+            start = time.perf_counter()
+            ids, labels, document_start = self._to_device(rows(first, batch.micro_batch_size))
+            data_wait_s += time.perf_counter() - start
+            # The sum over tokens divided by all tokens of the global batch: accumulation equals one large batch.
+            loss = self._loss(ids, labels, document_start) / self._recipe.tokens_per_step
+            loss.backward()
+            losses.append(loss.detach())
+            if batch.accumulation_steps > 1:
+                self._accumulate()
+        return losses, data_wait_s
+
+    def _loss(self, ids: torch.Tensor, labels: torch.Tensor, document_start: torch.Tensor | None) -> torch.Tensor:
+        embedding, *blocks, head = self._model.segments()
+        x = embedding(ids)
+        cos, sin = self._model.rotary(ids.shape[1])
+        for block in blocks:
+            x = self._run_block(block, x, cos, sin, document_start)
+        return self._run_head(head, x, labels, self._model.tied_weight())
+
+    def _update(self, gradients: dict[str, torch.Tensor], norm: torch.Tensor, rates: Any) -> None:
+        config = self._recipe.optimizer
+        scale = torch.ones_like(norm)
+        if config.clip_norm is not None:
+            scale = (config.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # torch.nn.utils.clip_grad_norm_'s formula
+        for group, names, copies in self._update_sets:
+            self._adamw(
+                [self._weights[name] for name in names],
+                [gradients[name] for name in names],
+                [self._exp_avg[name] for name in names],
+                [self._exp_avg_sq[name] for name in names],
+                copies,
+                learning_rate=rates[group.name],
+                beta1=config.beta1,
+                beta2=config.beta2,
+                eps=config.eps,
+                weight_decay=group.weight_decay,
+                update_index=self._optimizer_updates + 1,
+                eps_placement=config.eps_placement,
+                gradient_scale=scale,
+            )
+
+    def _non_finite_message(self, source: BatchSource, step: int, losses: list[torch.Tensor], norm: float) -> str:
+        micro = self._recipe.batch.micro_batch_size
+        bad = [index for index, loss in enumerate(losses) if not torch.isfinite(loss)] or range(len(losses))
+        names = [name for index in bad for name in source.sample_names(step, index * micro, micro)]
+        shown = ", ".join(names[:NAMES_IN_MESSAGE]) + (
+            f" and {len(names) - NAMES_IN_MESSAGE} more" if len(names) > NAMES_IN_MESSAGE else ""
+        )
+        loss = math.fsum(float(value) for value in losses) if all(torch.isfinite(value) for value in losses) else "not finite"
+        return (
+            f"step {step}: loss {loss}, gradient norm {norm}: the step did not happen, weights and optimizer are as after step "
+            f"{step - 1}; samples: {shown}; look at them, lower the learning rate, or set optimizer.non_finite=skip"
+        )
+
+    # -- parameters, copies and gradients ------------------------------------------------------------------------------------------
+
+    def _bind_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Give the model its parameters: the master tensors themselves in fp32 (and for norms), bf16 copies of them otherwise."""
+        parameters: dict[str, torch.nn.Parameter] = {}
+        copied: set[str] = set()
+        for spec in self._specs:
+            master = self._weights[spec.name]
+            shared = self._compute_dtype == torch.float32 or spec.role in NORM_ROLES
+            tensor = master if shared else master.to(self._compute_dtype)
+            parameters[spec.name] = torch.nn.Parameter(tensor)
+            if not shared:
+                copied.add(spec.name)
+            owner, _, attribute = spec.name.rpartition(".")
+            setattr(self._model.get_submodule(owner), attribute, parameters[spec.name])
+        for name, table in zip(("cos", "sin"), rotary_tables(self._recipe.model, torch.device("cpu")), strict=True):
+            self._model.register_buffer(name, table.to(self._device), persistent=False)
+        self._update_sets: list[tuple[ParameterGroup, list[str], list[torch.Tensor] | None]] = []
+        for group in self._groups:
+            with_copy = [name for name in group.parameters if name in copied]
+            without = [name for name in group.parameters if name not in copied]
+            if with_copy:
+                self._update_sets.append((group, with_copy, [parameters[name].detach() for name in with_copy]))
+            if without:
+                self._update_sets.append((group, without, None))
+        return parameters
+
+    def _refresh(self) -> None:
+        """Write every compute copy from its master weight."""
+        for _, names, copies in self._update_sets:
+            for name, copy in zip(names, copies or (), strict=False):
+                copy.copy_(self._weights[name])
+
+    def _accumulate(self) -> None:
+        """Add this micro-batch's gradients to the fp32 sums."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is None:
+                continue
+            if name in self._accumulated:
+                self._accumulated[name] += parameter.grad
+            else:
+                self._accumulated[name] = parameter.grad.float()
+            parameter.grad = None
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        """Parameter -> gradient of the step, in execution order. A parameter that the loss did not reach is a defect, not a zero."""
+        found = self._accumulated or {name: parameter.grad for name, parameter in self._parameters.items()}
+        missing = [name for name in self._parameters if found.get(name) is None]
+        if missing:
+            raise BackendError(f"no gradient reached {missing[0]} (of {len(missing)}): a kernel or the model dropped it")
+        return {name: found[name] for name in self._parameters}  # type: ignore[misc]
+
+    def _clear_gradients(self) -> None:
+        self._accumulated = {}
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """ids and labels int64 [B, T] (labels -100 where masked), document_start int32 [B, T] or None."""
+        ids = torch.from_numpy(batch.ids).to(self._device)
+        labels = ids[:, 1:].contiguous()
+        if batch.loss_mask is not None:
+            labels = labels.masked_fill(~torch.from_numpy(batch.loss_mask).to(self._device), -100)
+        document_start = None if batch.document_start is None else torch.from_numpy(batch.document_start).to(self._device)
+        return ids[:, :-1].contiguous(), labels, document_start
+
+    def _block_runner(self) -> Callable[..., torch.Tensor]:
+        # dynamic=False: shapes are static. All blocks share one compiled graph, since their parameters are its inputs.
+        run = torch.compile(_call, dynamic=False) if self._options.compile else _call
+        if self._options.activation_checkpointing == "none":
+            return run
+        return lambda *arguments: checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    # -- state ---------------------------------------------------------------------------------------------------------------------
+
+    def export_state(self) -> State:
+        """See Run.export_state. The tensors are copies: training on does not change them."""
+        planes = {"weights": self._weights, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
+        tensors = {f"{plane}/{name}": tensor.detach().cpu().clone() for plane, group in planes.items() for name, tensor in group.items()}
+        return State(self._step, self._optimizer_updates, tensors)
+
+    def import_state(self, state: State) -> None:
+        """See Run.import_state. Raises CheckpointError, before anything is changed, for a missing, unknown or misshapen tensor."""
+        planes = {"weights": self._weights, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
+        mine = {f"{plane}/{name}": tensor for plane, group in planes.items() for name, tensor in group.items()}
+        missing, unknown = sorted(mine.keys() - state.tensors.keys()), sorted(state.tensors.keys() - mine.keys())
+        if missing or unknown:
+            raise CheckpointError(f"state does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}; is it of another recipe?")
+        incoming = {name: state.tensors[name] for name in mine}
+        for name, tensor in incoming.items():
+            if tensor.shape != mine[name].shape or tensor.dtype != torch.float32:
+                shape, wanted = list(tensor.shape), list(mine[name].shape)
+                raise CheckpointError(
+                    f"tensor {name} is {tensor.dtype} {shape}, the model's is torch.float32 {wanted}; is it of another recipe?"
+                )
+        for name, tensor in incoming.items():
+            mine[name].copy_(tensor)
+        self._step, self._optimizer_updates = state.step, state.optimizer_updates
+        self._refresh()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See Run.fingerprint."""
+        cuda = self._device.type == "cuda"
+        return {
+            "backend": "local",
+            "device": torch.cuda.get_device_name(self._device) if cuda else platform.machine(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda if cuda else None,
+            "python": platform.python_version(),
+            "compute": self._recipe.precision.compute,
+            "compile": self._options.compile,
+            "activation_checkpointing": self._options.activation_checkpointing,
+            "micro_batch_size": self._recipe.batch.micro_batch_size,
+            "reduction": "micro-batches added in order, fp32",
+            "kernels": self._selection.manifest,
+        }
+
+    def stats(self) -> dict[str, float]:
+        """Resident memory now and, on cuda, the peak that torch allocated there."""
+        stats = {"memory_bytes": float(psutil.Process(os.getpid()).memory_info().rss)}
+        if self._device.type == "cuda":
+            stats["device_peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(self._device))
+        return stats
+
+    def close(self) -> None:
+        """Let go of every tensor."""
+        self._clear_gradients()
+        for held in (self._weights, self._exp_avg, self._exp_avg_sq, self._parameters):
+            held.clear()
+        self._update_sets = []
+
+
+def _call(segment: torch.nn.Module, *arguments: Any) -> torch.Tensor:
+    return segment(*arguments)
+
+
+def _slice(batch: Batch, first: int, count: int) -> Batch:
+    rows = slice(first, first + count)
+    mask, start = batch.loss_mask, batch.document_start
+    return Batch(batch.ids[rows], None if mask is None else mask[rows], None if start is None else start[rows])
+
+
+class LocalBackend:
+    name = "local"
+    summary = "one process, one device (cpu or cuda), fp32 or bf16 with fp32 weights"
+    options = LocalOptions
+    trains = True
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def prepare(self, job: Job) -> LocalRun:
+        """Raises BackendError for a device that is not there, more than one replica, or compile without a compiler."""
+        options = job.options
+        if not isinstance(options, LocalOptions):
+            raise BackendError(f"the local backend was given {type(options).__name__}; it takes LocalOptions")
+        batch = job.recipe.batch
+        if batch.replicas != 1:
+            accumulation = batch.global_batch_size // batch.micro_batch_size
+            raise BackendError(
+                f"batch.replicas is {batch.replicas} and the local backend is one process: set batch.replicas=1 "
+                f"(the same batch in {accumulation} accumulation steps)"
+            )
+        device = _device(options)
+        if options.compile and device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+            raise BackendError("backend.options.compile needs a C++ compiler (g++ or clang++) on PATH: install one or set compile=false")
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        return LocalRun(job, options, device)
+
+
+def _device(options: LocalOptions) -> torch.device:
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise BackendError("backend.options.device is cuda and torch sees no CUDA device: install a CUDA build of torch, or set device=cpu")
+    return torch.device(options.device)
+
+
+BACKEND = LocalBackend()

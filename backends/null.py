@@ -1,0 +1,90 @@
+"""The backend that does nothing: it satisfies the protocol, reads every row and computes nothing.
+
+It tests the core without arithmetic and measures the data path alone. What a reader would get wrong: its loss is 0 because it has none;
+`trains` is False, so the command line says so and the conformance suite asks it for no gradients.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
+from weftrain.core.config import Section
+from weftrain.core.model import draw
+from weftrain.core.optim import group_learning_rates, parameter_groups
+from weftrain.core.parameters import parameter_specs
+
+
+class NullOptions(Section):
+    """The null backend has no options."""
+
+
+class NullRun:
+    """Holds a state and counts steps."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        recipe = job.recipe
+        self._groups = parameter_groups(recipe.model, recipe.optimizer)
+        tensors: dict[str, torch.Tensor] = {}
+        for spec in parameter_specs(recipe.model):
+            given = job.weights[spec.name] if job.weights is not None else draw(spec, recipe.model, recipe.seed)
+            tensors[f"weights/{spec.name}"] = given.clone()
+            tensors[f"exp_avg/{spec.name}"] = torch.zeros_like(given)
+            tensors[f"exp_avg_sq/{spec.name}"] = torch.zeros_like(given)
+        self._state = State(job.plan.start_step, 0, tensors)
+
+    def train(self, source: BatchSource) -> Iterator[StepResult]:
+        recipe, micro = self._job.recipe, self._job.recipe.batch.micro_batch_size
+        for step in range(self._state.step, self._job.plan.last_step):
+            start = time.perf_counter()
+            for first in range(0, recipe.batch.global_batch_size, micro):
+                source.rows(step, first, micro)
+            elapsed_ms = (time.perf_counter() - start) * 1e3
+            self._state = State(step + 1, self._state.optimizer_updates, self._state.tensors)
+            rates = group_learning_rates(self._groups, recipe.schedule, step)
+            yield StepResult(step, 0.0, 0.0, rates, recipe.tokens_per_step, elapsed_ms, elapsed_ms)
+
+    def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+        names = (spec.name for spec in parameter_specs(self._job.recipe.model))
+        return 0.0, {name: torch.zeros_like(self._state.tensors[f"weights/{name}"]) for name in names}
+
+    def evaluate(self, source: EvaluationSource) -> EvalResult:
+        micro = self._job.recipe.batch.micro_batch_size
+        for first in range(0, source.num_rows, micro):
+            source.rows(first, min(micro, source.num_rows - first))
+        return EvalResult(0.0, source.num_rows * source.sequence_length)
+
+    def export_state(self) -> State:
+        return self._state
+
+    def import_state(self, state: State) -> None:
+        self._state = State(state.step, state.optimizer_updates, {name: tensor.clone() for name, tensor in state.tensors.items()})
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"backend": "null", "torch": torch.__version__}
+
+    def stats(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        self._state = State(self._state.step, self._state.optimizer_updates, {})
+
+
+class NullBackend:
+    name = "null"
+    summary = "computes nothing: tests the core, measures the data path alone"
+    options = NullOptions
+    trains = False
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def prepare(self, job: Job) -> NullRun:
+        return NullRun(job)
+
+
+BACKEND = NullBackend()

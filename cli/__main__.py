@@ -1,0 +1,5 @@
+"""`python -m weftrain.cli`."""
+
+from weftrain.cli.main import main
+
+main()

@@ -1,0 +1,74 @@
+"""`weftrain`: one small file a group of verbs, and here only how they are put together and how they fail.
+
+What a reader would get wrong: every expected failure is one line on stderr and its own exit code; a traceback means a defect of ours.
+Verbs import what they need when they run, so that `weftrain --help` and `weftrain show` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import Any
+
+import click
+from weftrain.core.errors import WeftrainError
+
+# verb -> (module, attribute): loaded when the verb is asked for.
+VERBS = {
+    "prep": ("weftrain.cli.prep", "prep"),
+    "train": ("weftrain.cli.train", "train"),
+    "eval": ("weftrain.cli.evaluate", "evaluate"),
+    "show": ("weftrain.cli.show", "show"),
+    "backends": ("weftrain.cli.backends", "backends"),
+    "bench": ("weftrain.cli.bench", "bench"),
+}
+
+
+class Failure(click.ClickException):
+    """An expected failure, printed as one line."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"weftrain: {self.message}", err=True)
+
+
+class Verbs(click.Group):
+    """Loads verbs on demand and turns expected errors into one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module, attribute = VERBS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except WeftrainError as error:
+            raise Failure(str(error), error.exit_code) from error
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise Failure(f"{where}{error.strerror or error}", 2) from error
+        except ValueError as error:
+            # kernels/ imports nothing of ours, so its errors are no WeftrainError.
+            from weftrain.kernels import KernelError
+
+            if isinstance(error, KernelError):
+                raise Failure(str(error), 2) from error
+            raise
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(importlib.metadata.version("weftrain"), prog_name="weftrain")
+def main() -> None:
+    """Train the LLM360 models (Amber, CrystalCoder) from one backend-agnostic core.
+
+    Start with `weftrain prep` and `weftrain train crystal_demo`; `weftrain show RECIPE` explains a recipe without any hardware.
+    """

@@ -1,0 +1,103 @@
+"""`weftrain show`: a recipe as a whole, with its arithmetic. No hardware, no allocation, no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import click
+import yaml
+from rich.console import Console
+from rich.table import Table
+from weftrain.core.config import Recipe
+from weftrain.core.mup import resolved
+from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_groups
+from weftrain.core.parameters import flops_per_token, parameter_specs
+from weftrain.core.recipe_file import builtin_recipes, load_recipe
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option(
+    "--step", "steps", type=click.IntRange(min=0), multiple=True, help="Print the learning rates of this 0-based step (repeatable)."
+)
+def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...]) -> None:
+    """Print a recipe, resolved, with its arithmetic: parameters, tokens, steps, learning rates, bytes.
+
+    RECIPE is a built-in name or the path of a .yaml file; without it, the built-in recipes are listed.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    if recipe is None:
+        table = Table("recipe", "what it is", box=None)
+        for name in builtin_recipes():
+            table.add_row(name, load_recipe(name).recipe.description)
+        console.print(table)
+        return
+    resolved_recipe = load_recipe(recipe, overrides).recipe
+    beyond = [step for step in steps if step >= sum(segment.steps for segment in resolved_recipe.schedule.learning_rate)]
+    if beyond:
+        raise click.BadParameter(f"step {beyond[0]} lies beyond the learning-rate schedule", param_hint="--step")
+    console.print(yaml.safe_dump(resolved_recipe.model_dump(mode="json"), sort_keys=False, width=120), markup=False)
+    for line in arithmetic(resolved_recipe):
+        console.print(line, markup=False)
+    console.print(_parameter_table(resolved_recipe))
+    console.print(_learning_rate_table(resolved_recipe, steps))
+
+
+def arithmetic(recipe: Recipe) -> list[str]:
+    """The derived quantities of a recipe, each as the sum that gives it. The start of a run prints them too."""
+    batch, data, schedule = recipe.batch, recipe.data, recipe.schedule
+    parameters = sum(spec.size for spec in parameter_specs(recipe.model))
+    tokens = recipe.tokens_per_step
+    flops = flops_per_token(recipe.model, data.sequence_length)
+    scales = resolved(recipe.model)
+    gib = 2**30
+    copies = f" + {2 * parameters / gib:.2f} GiB bf16 copies" if recipe.precision.compute == "bfloat16" else ""
+    lines = [
+        f"parameters   {parameters:,}",
+        f"batch        {batch.micro_batch_size} x {batch.replicas} x {batch.accumulation_steps} = {batch.global_batch_size} sequences "
+        f"x {data.sequence_length} = {tokens:,} tokens a step   (micro-batch x replicas x accumulation)",
+        f"tokens       {tokens:,} x {schedule.steps:,} steps = {tokens * schedule.steps:,} tokens ({tokens * schedule.steps / 1e9:,.2f} B)",
+        f"model FLOPs  {flops:,} a token = 6 x parameters in matrix products + 12 x layers x hidden x sequence; "
+        f"{flops * tokens * schedule.steps:.3e} in all",
+        f"memory       weights 4 B x {parameters:,} = {4 * parameters / gib:.2f} GiB; gradients 4 B = {4 * parameters / gib:.2f} GiB; "
+        f"AdamW moments 8 B = {8 * parameters / gib:.2f} GiB{copies}; activations not counted",
+    ]
+    if recipe.model.mup is not None:
+        base = recipe.model.mup.base_hidden_size
+        lines.append(
+            f"muP          width {recipe.model.hidden_size} / {base} = {recipe.model.hidden_size / base:g}: std embedding "
+            f"{scales.embedding_std:.6g}, matrices {scales.matrix_std:.6g}, output projections {scales.output_matrix_std:.6g}; "
+            f"logits x {scales.logits_scale:.6g}, embedding x {scales.embedding_scale:.6g}, matrix learning rate x "
+            f"{scales.matrix_learning_rate_multiplier:.6g}"
+        )
+    for source in data.sources if len(data.sources) > 1 else ():
+        share = source.weight / sum(other.weight for other in data.sources)
+        lines.append(f"source       {source.name:<14} {share:8.4%} = {share * tokens * schedule.steps / 1e9:,.2f} B tokens")
+    return lines
+
+
+def _parameter_table(recipe: Recipe) -> Table:
+    groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer)}
+    sizes: Counter[str] = Counter()
+    for spec in parameter_specs(recipe.model):
+        sizes[GROUP_OF_ROLE[spec.role]] += spec.size
+    table = Table("parameter group", "tensors", "parameters", "learning rate x", "weight decay", box=None)
+    for name, group in groups.items():
+        row = (f"{len(group.parameters):,}", f"{sizes[name]:,}", f"{group.learning_rate_multiplier:g}", f"{group.weight_decay:g}")
+        table.add_row(name, *row)
+    return table
+
+
+def _learning_rate_table(recipe: Recipe, asked: Sequence[int]) -> Table:
+    schedule, first, edges = recipe.schedule, 0, {0, recipe.schedule.steps - 1}
+    for segment in schedule.learning_rate:
+        edges.add(first)
+        first += segment.steps
+    groups = parameter_groups(recipe.model, recipe.optimizer)
+    table = Table("learning rate at step", *(group.name for group in groups), box=None)
+    for step in sorted({step for step in edges if step < schedule.steps} | set(asked)):
+        rates = group_learning_rates(groups, schedule, step)
+        table.add_row(f"{step:,}", *(f"{rates[group.name]:.8g}" for group in groups))
+    return table

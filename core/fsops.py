@@ -1,0 +1,222 @@
+"""Every file operation of the product that changes anything, so that a test can make any one of them fail.
+
+Each primitive (one system call that alters the disk) passes through `_perform`, which only calls it. A test replaces `_perform` to fail
+the k-th operation with ENOSPC, EIO or EROFS, or to die before or after it. What a reader would get wrong: clean-up stands in
+`except OSError` and never in `finally`, because a process that dies does not clean up, and the tests die by exception.
+
+Errors are plain OSError: the caller knows what the file was for and says so. The one exception to the rule that all changes come through
+here is TensorBoard, which writes its own files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+BytesLike = bytes | bytearray | memoryview
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def _perform(name: str, path: Path, action: Callable[[], T]) -> T:
+    """The one point that every change passes. `name` is the kind of operation and `path` its object, for tests and messages."""
+    return action()
+
+
+class FileWriter:
+    """A new file written from front to back. It must not exist. Not durable before `sync` has returned."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        self._descriptor = _perform("create", path, lambda: os.open(path, flags, 0o666))
+
+    def write(self, data: BytesLike) -> None:
+        """Write all of `data`; the kernel takes at most 2 GiB a call."""
+        rest = memoryview(data).cast("B")
+        while rest:
+            rest = rest[_perform("write", self.path, lambda part=rest: os.write(self._descriptor, part)) :]  # type: ignore[misc]
+
+    def sync(self) -> None:
+        _perform("sync_file", self.path, lambda: os.fsync(self._descriptor))
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> FileWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def temporary_beside(path: Path) -> Path:
+    """A unique name in the same folder, thus on the same file system; `remove_leftovers` knows such names."""
+    return path.parent / f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def write_bytes(path: Path, data: BytesLike) -> None:
+    """Replace `path` atomically and durably: after a crash it holds the old bytes or all of the new ones."""
+    temporary = temporary_beside(path)
+    try:
+        with FileWriter(temporary) as file:
+            file.write(data)
+            file.sync()
+        rename(temporary, path)
+    except OSError:
+        _unlink_if_possible(temporary)
+        raise
+
+
+def append_line(path: Path, text: str, *, sync: bool = False) -> None:
+    """Append one line in a single write. A line that does not fit is taken back whole, so the file never keeps part of one.
+
+    Raises ValueError where `text` holds a line break, OSError (ENOSPC) where the disk took only part of the line.
+    """
+    if "\n" in text:
+        raise ValueError("append_line: the text holds a line break")
+    line = text.encode() + b"\n"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    descriptor = _perform("open_append", path, lambda: os.open(path, flags, 0o666))
+    try:
+        size_before = os.fstat(descriptor).st_size
+        if _perform("write", path, lambda: os.write(descriptor, line)) != len(line):
+            _perform("truncate", path, lambda: os.ftruncate(descriptor, size_before))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if sync:
+            _perform("sync_file", path, lambda: os.fsync(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make the contents of a file that another library wrote durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _perform("sync_file", path, lambda: os.fsync(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def sync_dir(path: Path) -> None:
+    """Make a folder's entries durable: without it a crash can undo a rename."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _perform("sync_dir", path, lambda: os.fsync(descriptor))
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder; it is then durable when the server says so
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename durably: within one file system, replacing a file (never a folder that holds something), both parents synced."""
+    _perform("rename", target, lambda: os.replace(source, target))
+    sync_dir(target.parent)
+    if source.parent != target.parent:
+        sync_dir(source.parent)
+
+
+def make_dirs(path: Path) -> None:
+    """Make a folder and its missing parents, durably. An existing folder is fine; FileExistsError where a file stands in the way."""
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_dirs(path.parent)
+    try:
+        _perform("make_dir", path, lambda: os.mkdir(path))
+    except FileExistsError:
+        if not path.is_dir():  # otherwise another process was faster
+            raise
+    sync_dir(path.parent)
+
+
+def remove_file(path: Path) -> None:
+    """Remove one file or symbolic link."""
+    _perform("remove_file", path, lambda: os.unlink(path))
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with all in it; symbolic links are removed, not followed. A missing folder is fine."""
+    if not path.is_dir():
+        return
+    for folder, folder_names, file_names in os.walk(path, topdown=False):
+        for name in file_names:
+            remove_file(Path(folder, name))
+        for name in folder_names:
+            child = Path(folder, name)
+            if child.is_symlink():
+                remove_file(child)
+        _perform("remove_dir", Path(folder), lambda folder=folder: os.rmdir(folder))  # type: ignore[misc]
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what dead processes left under temporary names in `folder`, and say what. Only for the owner of the folder's lock."""
+    leftovers = sorted(folder.glob(f"{TEMPORARY_PREFIX}*"))
+    for path in leftovers:
+        if path.is_dir() and not path.is_symlink():
+            remove_tree(path)
+        else:
+            remove_file(path)
+    return leftovers
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes; the target appears whole, durable, under its name, or not at all."""
+    temporary = temporary_beside(target)
+    try:
+        with open(source, "rb") as read, FileWriter(temporary) as file:
+            while block := read.read(1 << 24):
+                file.write(block)
+            file.sync()
+        rename(temporary, target)
+    except OSError:
+        _unlink_if_possible(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def held_lock(path: Path, contents: bytes) -> Iterator[None]:
+    """Hold an exclusive advisory lock (flock) on `path`, with `contents` in the file for whoever is refused.
+
+    The lock ends with the process whatever kills it; the file stays and its stale contents mean nothing. It belongs to the open file,
+    so a forked child that outlives its parent holds it too. Raises BlockingIOError, at once, where another process holds it.
+    """
+    descriptor = _perform("open_lock", path, lambda: os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _perform("truncate", path, lambda: os.ftruncate(descriptor, 0))
+        written = _perform("write", path, lambda: os.pwrite(descriptor, contents, 0))
+        if written != len(contents):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes in hexadecimal: what `sha256sum` prints."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes an ordinary user may still write on the file system that holds `path`, which need not exist yet."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _unlink_if_possible(path: Path) -> None:
+    with contextlib.suppress(OSError):  # the error that led here is the one to report
+        remove_file(path)

@@ -1,0 +1,76 @@
+"""Optimizer and schedule as data: parameter groups by role, the learning rate as a pure function of the step, the clip coefficient.
+
+The update itself is the op `adamw` in kernels/. What a reader would get wrong: `learning_rate(schedule, step)` takes the 0-based index
+of the step about to be made, so a warm-up from 0 makes its first update with a learning rate of exactly 0, as both models did.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from weftrain.core.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from weftrain.core.mup import resolved
+from weftrain.core.parameters import Role, parameter_specs
+
+# The parameter group of each role. The muP learning-rate multiplier applies to decoder matrices alone: CrystalCoder trains its
+# embedding, norms and all biases at the full learning rate (released params file, adjust_learning_rate.decoder_kernel).
+GROUP_OF_ROLE = {
+    Role.EMBEDDING: "embeddings",
+    Role.HEAD: "embeddings",
+    Role.MATRIX: "decoder_matrices",
+    Role.OUTPUT_MATRIX: "decoder_matrices",
+    Role.NORM_WEIGHT: "norms_and_biases",
+    Role.NORM_BIAS: "norms_and_biases",
+    Role.BIAS: "norms_and_biases",
+}
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters (canonical names, in execution order) that share a learning-rate multiplier and a weight decay."""
+
+    name: str
+    parameters: tuple[str, ...]
+    learning_rate_multiplier: float
+    weight_decay: float
+
+
+def parameter_groups(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[ParameterGroup, ...]:
+    """Every parameter in exactly one group; groups without parameters are left out."""
+    members: dict[str, list[str]] = {name: [] for name in ("embeddings", "decoder_matrices", "norms_and_biases")}
+    for spec in parameter_specs(model):
+        members[GROUP_OF_ROLE[spec.role]].append(spec.name)
+    matrix_multiplier = resolved(model).matrix_learning_rate_multiplier
+    return tuple(
+        ParameterGroup(
+            name=name,
+            parameters=tuple(names),
+            learning_rate_multiplier=matrix_multiplier if name == "decoder_matrices" else 1.0,
+            weight_decay=optimizer.weight_decay if optimizer.decay == "all" or name != "norms_and_biases" else 0.0,
+        )
+        for name, names in members.items()
+        if names
+    )
+
+
+def learning_rate(schedule: ScheduleConfig, step: int) -> float:
+    """The base learning rate of 0-based step `step`. Raises IndexError beyond the segments."""
+    first = 0
+    for segment in schedule.learning_rate:
+        if step < first + segment.steps:
+            done = (step - first) / segment.steps
+            if segment.end is None:
+                return segment.start
+            if segment.shape == "cosine":
+                done = (1 - math.cos(math.pi * done)) / 2
+            return segment.start + (segment.end - segment.start) * done
+        first += segment.steps
+    raise IndexError(f"step {step} lies beyond the learning-rate schedule, which covers {first} steps")
+
+
+def group_learning_rates(groups: tuple[ParameterGroup, ...], schedule: ScheduleConfig, step: int) -> Mapping[str, float]:
+    """Parameter group -> its learning rate at 0-based step `step`."""
+    base = learning_rate(schedule, step)
+    return {group.name: base * group.learning_rate_multiplier for group in groups}

@@ -1,0 +1,90 @@
+"""The decoder's parameters as data: canonical name, shape and role, in execution order, with no tensor and no torch.
+
+What a reader would get wrong: what a parameter *is* (its role) is decided here once, where its name is made. Nothing downstream looks
+into names: parameter groups, initialisation and conversion all read `role`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from weftrain.core.config import ModelConfig
+
+
+class Role(Enum):
+    """What a parameter does; learning-rate group, decay and initialisation follow from it."""
+
+    EMBEDDING = "embedding"  # the token embedding, which is the head too where embeddings are tied
+    HEAD = "head"  # an untied head
+    NORM_WEIGHT = "norm_weight"
+    NORM_BIAS = "norm_bias"
+    BIAS = "bias"  # of a linear map
+    MATRIX = "matrix"  # q, k, v, gate, up
+    OUTPUT_MATRIX = "output_matrix"  # o and down: the two projections back into the residual stream
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One parameter. Matrices are [out, in], as torch.nn.Linear stores them."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def parameter_specs(config: ModelConfig) -> tuple[ParameterSpec, ...]:
+    """Every parameter of the model in execution order, which is also the order of Decoder.named_parameters()."""
+    specs = [ParameterSpec("embedding.weight", (config.vocab_size, config.hidden_size), Role.EMBEDDING)]
+    for layer in range(config.num_layers):
+        specs += _block(config, f"layers.{layer}")
+    specs += _norm(config, "final_norm")
+    if not config.tie_embeddings:
+        specs.append(ParameterSpec("head.weight", (config.vocab_size, config.hidden_size), Role.HEAD))
+    return tuple(specs)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Amber-7B: 6,738,415,616; CrystalCoder-7B: 6,575,278,720 (a tied matrix counts once)."""
+    return sum(spec.size for spec in parameter_specs(config))
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+    """Model FLOPs of one token's forward and backward: 6 x (parameters in matrix products) + 12 x layers x hidden x sequence_length.
+
+    PaLM, appendix B (arXiv 2204.02311). The head is a matrix product, tied or not; the embedding is a lookup. The second term is
+    attention without the saving of causality, as everyone counts it. Recomputation is not counted.
+    """
+    products = config.vocab_size * config.hidden_size  # the head
+    products += sum(spec.size for spec in parameter_specs(config) if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX))
+    return 6 * products + 12 * config.num_layers * config.hidden_size * sequence_length
+
+
+def _block(config: ModelConfig, name: str) -> Iterator[ParameterSpec]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    yield from _norm(config, f"{name}.attention_norm")
+    for projection in ("q_proj", "k_proj", "v_proj"):
+        yield from _linear(config, f"{name}.attention.{projection}", (hidden, hidden), Role.MATRIX)
+    yield from _linear(config, f"{name}.attention.o_proj", (hidden, hidden), Role.OUTPUT_MATRIX)
+    yield from _norm(config, f"{name}.ffn_norm")
+    for projection in ("gate_proj", "up_proj"):
+        yield from _linear(config, f"{name}.ffn.{projection}", (inner, hidden), Role.MATRIX)
+    yield from _linear(config, f"{name}.ffn.down_proj", (hidden, inner), Role.OUTPUT_MATRIX)
+
+
+def _norm(config: ModelConfig, name: str) -> Iterator[ParameterSpec]:
+    yield ParameterSpec(f"{name}.weight", (config.hidden_size,), Role.NORM_WEIGHT)
+    if config.norm == "layer_norm":
+        yield ParameterSpec(f"{name}.bias", (config.hidden_size,), Role.NORM_BIAS)
+
+
+def _linear(config: ModelConfig, name: str, shape: tuple[int, int], role: Role) -> Iterator[ParameterSpec]:
+    yield ParameterSpec(f"{name}.weight", shape, role)
+    if config.linear_bias:
+        yield ParameterSpec(f"{name}.bias", shape[:1], Role.BIAS)

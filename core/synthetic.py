@@ -1,0 +1,42 @@
+"""A batch source without a dataset: a few rows of uniform random ids that repeat, for measuring speed. The loss on them must fall.
+
+What a reader would get wrong: this is data of a recipe that says `synthetic_rows`; nothing ever falls back to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from weftrain.core.backend import Batch
+
+
+@dataclass(frozen=True)
+class SyntheticSource:
+    """Implements BatchSource over `ids`, int64 [rows, sequence_length + 1], read in order and again."""
+
+    ids: np.ndarray
+    global_batch_size: int
+
+    @property
+    def sequence_length(self) -> int:
+        return self.ids.shape[1] - 1
+
+    @property
+    def dataset_id(self) -> str:
+        return "synthetic-" + hashlib.sha256(self.ids.tobytes()).hexdigest()
+
+    def rows(self, step: int, first: int, count: int) -> Batch:
+        start = step * self.global_batch_size + first
+        return Batch(self.ids[np.arange(start, start + count) % len(self.ids)])
+
+    def sample_names(self, step: int, first: int, count: int) -> list[str]:
+        start = step * self.global_batch_size + first
+        return [f"synthetic:{index % len(self.ids)}" for index in range(start, start + count)]
+
+
+def synthetic_source(vocab_size: int, sequence_length: int, rows: int, global_batch_size: int, seed: int) -> SyntheticSource:
+    """Random rows, a function of the arguments alone."""
+    ids = np.random.default_rng(seed).integers(0, vocab_size, (rows, sequence_length + 1), dtype=np.int64)
+    return SyntheticSource(ids, global_batch_size)

@@ -1,0 +1,143 @@
+"""The training loop: fit() is the whole of it. It consumes results; the backend drives the steps.
+
+What a reader would get wrong: fit() is a generator. It trains as it is iterated, so whoever draws a progress bar, stops early or prints
+a table does so around the `for`, and no callback is needed. Everything that must survive is on disk before it is yielded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from weftrain.core import checkpoint
+from weftrain.core.backend import BatchSource, EvaluationSource, Plan, Run, State, StepResult
+from weftrain.core.config import Recipe
+from weftrain.core.errors import CheckpointError
+from weftrain.core.metrics import MetricsWriter
+
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What turns tokens per second into model FLOPs utilisation. peak_flops None: the utilisation is 'unknown', never guessed."""
+
+    flops_per_token: float
+    peak_flops: float | None
+
+    def utilization(self, tokens_per_second: float) -> float | str:
+        """Model FLOP/s over the peak; recomputation is not counted."""
+        return UNKNOWN if self.peak_flops is None else tokens_per_second * self.flops_per_token / self.peak_flops
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one step left behind. Each part is None where the plan did not ask for it."""
+
+    result: StepResult
+    log: dict[str, Any] | None  # the line that went into metrics.jsonl
+    evaluations: tuple[dict[str, Any], ...]
+    saved: Path | None
+
+
+def fit(
+    run: Run,
+    plan: Plan,
+    recipe: Recipe,
+    source: BatchSource,
+    heldout: Sequence[EvaluationSource],
+    checkpoints: Path,
+    metrics: MetricsWriter,
+    *,
+    speed: Speed,
+    parent: str | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Progress]:
+    """Train to plan.last_step, or to the end of the step in which should_stop() becomes true; then the state is saved first.
+
+    parent: root hash of the checkpoint that the run started from. Raises NonFiniteError, CheckpointError, DataError.
+    """
+    tokens, duration_ms = 0, 0.0  # since the last log line
+    for result in run.train(source):
+        completed = result.step + 1
+        tokens, duration_ms = tokens + result.tokens, duration_ms + result.step_ms
+        log, saved = None, None
+        if plan.wants_log(completed) or result.skipped:
+            log = _step_line(recipe, result, tokens / duration_ms * 1e3, speed, run.stats())
+            metrics.step(log)
+            tokens, duration_ms = 0, 0.0
+        evaluations = tuple(_evaluate(run, held, completed) for held in heldout) if plan.wants_evaluation(completed) else ()
+        for evaluation in evaluations:
+            metrics.evaluation(evaluation)
+        stop = should_stop()
+        if stop or plan.wants_state(completed):
+            info = _save(run, recipe, source, checkpoints, parent)
+            parent, saved = info.root, info.path
+            metrics.event("checkpoint", step=completed, root=info.root)
+        yield Progress(result, log, evaluations, saved)
+        if stop:
+            return
+
+
+def starting_state(recipe: Recipe, checkpoints: Path, runs: Path, report: Callable[[str], None]) -> tuple[State, dict[str, Any]] | None:
+    """The state that a run starts from, with its checkpoint's manifest; None: from scratch.
+
+    The newest whole checkpoint of the run's own folder; else, where the recipe says `start_from`, that of another run below `runs`,
+    at step 0. `report` gets one line for each damaged checkpoint passed over. Raises CheckpointError where start_from has none.
+    """
+    newest = checkpoint.newest(checkpoints, report)
+    if newest is not None:
+        return checkpoint.load(newest)
+    if recipe.start_from is None:
+        return None
+    other = runs / recipe.start_from.run / "checkpoints"
+    newest = checkpoint.newest(other, report)
+    if newest is None:
+        raise CheckpointError(
+            f"{other}: no whole checkpoint, and start_from needs one: train '{recipe.start_from.run}' first, or remove start_from"
+        )
+    state, manifest = checkpoint.load(newest)
+    if recipe.start_from.state == "all":
+        return replace(state, step=0), manifest
+    weights = {name: tensor for name, tensor in state.tensors.items() if name.startswith("weights/")}
+    return State(0, 0, weights), manifest
+
+
+def _step_line(recipe: Recipe, result: StepResult, tokens_per_second: float, speed: Speed, stats: dict[str, float]) -> dict[str, Any]:
+    return {
+        "step": result.step + 1,
+        "loss": float(result.loss),
+        "grad_norm": float(result.grad_norm),
+        "learning_rate": dict(result.learning_rates),
+        "tokens": (result.step + 1) * recipe.tokens_per_step,
+        "tokens_per_second": tokens_per_second,
+        "step_ms": result.step_ms,
+        "data_wait_ms": result.data_wait_ms,
+        "model_flops_utilization": speed.utilization(tokens_per_second),
+        "skipped": result.skipped,
+        **stats,
+    }
+
+
+def _evaluate(run: Run, held: EvaluationSource, completed: int) -> dict[str, Any]:
+    result = run.evaluate(held)
+    perplexity = math.exp(result.loss) if result.loss < 700 else math.inf  # exp overflows a double at 709.8
+    return {"step": completed, "set": held.name, "loss": result.loss, "perplexity": perplexity, "tokens": result.tokens}
+
+
+def _save(run: Run, recipe: Recipe, source: BatchSource, checkpoints: Path, parent: str | None) -> checkpoint.CheckpointInfo:
+    state, fingerprint = run.export_state(), run.fingerprint()
+    return checkpoint.save(
+        checkpoints,
+        state,
+        recipe=recipe.model_dump(mode="json"),
+        dataset_id=source.dataset_id,
+        fingerprint=fingerprint,
+        tokens=state.step * recipe.tokens_per_step,
+        position=state.step * recipe.batch.global_batch_size,
+        parent=parent,
+        kernels=fingerprint.get("kernels", {}),
+    )

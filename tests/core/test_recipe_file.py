@@ -1,0 +1,168 @@
+"""The recipe loader: what it accepts, and that each kind of bad input gives one line with file, line, key and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from weftrain.core.config import Recipe
+from weftrain.core.errors import RecipeError
+from weftrain.core.recipe_file import _read, builtin_recipes, load_recipe
+
+TEXT = _read("bench_70m")[1]
+
+
+def refused(tmp_path: Path, text: str, *overrides: str) -> str:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(path), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def line_of(text: str, part: str) -> int:
+    return next(number for number, line in enumerate(text.splitlines(), 1) if part in line)
+
+
+def test_numbers_follow_yaml_1_2(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(TEXT.replace("norm_eps: 1e-6", "norm_eps: 1e-3").replace("description: ", "description: no # "))
+    recipe = load_recipe(str(path)).recipe
+    assert recipe.model.norm_eps == 1e-3  # YAML 1.1 makes it a string
+    assert recipe.description == "no"  # YAML 1.1 makes it False
+
+
+@pytest.mark.parametrize("name", ["amber_7b", "bench_70m"])
+def test_resolved_recipe_survives_json(name: str) -> None:
+    recipe = load_recipe(name).recipe
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_unknown_key_names_line_and_nearest(tmp_path: Path) -> None:
+    text = TEXT.replace("num_layers: 12", "num_layer: 12")
+    line = line_of(text, "num_layer:")
+    assert f"r.yaml:{line}: unknown key 'model.num_layer'; did you mean 'model.num_layers'?" in refused(tmp_path, text)
+
+
+def test_missing_key(tmp_path: Path) -> None:
+    message = refused(tmp_path, TEXT.replace("  num_heads: 8\n", ""))
+    assert f"r.yaml:{line_of(TEXT, 'model:')}: missing key 'model.num_heads'" in message
+
+
+def test_duplicate_key_names_both_lines(tmp_path: Path) -> None:
+    text = TEXT.replace("  num_heads: 8\n", "  num_heads: 8\n  num_heads: 16\n")
+    first = line_of(text, "num_heads: 8")
+    message = refused(tmp_path, text)
+    assert f"r.yaml:{first + 1}: duplicate key 'model.num_heads'" in message
+    assert f"r.yaml:{first}" in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("num_layers: 12", "num_layers: twelve", "model.num_layers: input should be a valid integer, not a string ('twelve')"),
+        ("num_layers: 12", "num_layers: '12'", "not a string ('12')"),
+        ("num_layers: 12", "num_layers: 12.0", "not a number (12.0)"),
+        ("num_layers: 12", "num_layers: true", "not a boolean (True)"),
+        ("num_layers: 12", "num_layers: 0", "greater than 0"),
+        ("beta2: 0.95", "beta2: 1.5", "less than 1"),
+        ("norm: rms_norm", "norm: batch_norm", "'rms_norm' or 'layer_norm'"),
+        ("num_heads: 8", "num_heads: 7", "hidden_size 512 is not a multiple of num_heads 7"),
+        ("rotary_dim: 64", "rotary_dim: 66", "rotary_dim 66 must be even and at most the head dimension 64"),
+        ("steps: 1000\n  learning", "steps: 2000\n  learning", "learning_rate covers 1000 steps of 2000"),
+        ("micro_batch_size: 2", "micro_batch_size: 3", "global_batch_size 2 is not a multiple"),
+        ("sequence_length: 512", "sequence_length: 513", "exceeds"),
+        ("tie_embeddings: false", "tie_embeddings: no", "valid boolean, not a string ('no')"),
+        ("norm_eps: 1e-6", "norm_eps: .nan", "norm_eps"),
+    ],
+)
+def test_wrong_values(tmp_path: Path, old: str, new: str, expected: str) -> None:
+    assert old in TEXT
+    text = TEXT.replace(old, new)
+    message = refused(tmp_path, text)
+    assert expected in message
+    assert "r.yaml" in message
+
+
+def test_alias_bomb_is_refused_before_it_expands(tmp_path: Path) -> None:
+    bomb = "a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9))
+    assert "r.yaml:2: alias '*a'" in refused(tmp_path, bomb)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: !!python/object/apply:os.system [ls]\n", "tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
+        ("a: [1, 2\n", "not valid YAML"),
+        ("- 1\n", "a recipe is a mapping"),
+        ("", "a recipe is a mapping"),
+        ("a: 1\n---\nb: 2\n", "not valid YAML"),
+        ("? [1, 2]\n: 3\n", "a key is a plain word"),
+        ("a: " + "[" * 5000, "r.yaml"),
+        ("a: " + "[" * 100 + "]" * 100, "nested deeper"),
+        ("a: 2020-01-01\n", "unknown key 'a'"),
+        ("\x00", "not valid YAML"),
+    ],
+)
+def test_broken_files(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in refused(tmp_path, text)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="No such file"):
+        load_recipe(str(tmp_path / "absent.yaml"))
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
+    with pytest.raises(RecipeError, match="not UTF-8 text at byte 6"):
+        load_recipe(str(tmp_path / "latin.yaml"))
+    (tmp_path / "big.yaml").write_bytes(b"#" * (1 << 21))
+    with pytest.raises(RecipeError, match="more than a recipe has"):
+        load_recipe(str(tmp_path / "big.yaml"))
+    with pytest.raises(RecipeError, match="did you mean 'bench_70m'"):
+        load_recipe("bench_70")
+
+
+def test_overrides() -> None:
+    given = ["schedule.steps=7", "optimizer.clip_norm=null", "data.sources.0.path=x/y", "kernels.pins.rope=reference"]
+    recipe = load_recipe("crystal_demo", given)
+    assert recipe.recipe.schedule.steps == 7
+    assert recipe.recipe.optimizer.clip_norm is None
+    assert recipe.recipe.data.sources[0].path == "x/y"
+    assert recipe.recipe.kernels.pins == {"rope": "reference"}
+    assert recipe.at(("schedule", "steps")) == "command line 'schedule.steps=7'"
+    assert recipe.at(("schedule", "learning_rate")).startswith("recipes/crystal_demo.yaml:")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("schedule.steps", "an override reads key.sub=value"),
+        ("schedule.stepz=3", "command line 'schedule.stepz=3': unknown key 'schedule.stepz'; did you mean 'schedule.steps'"),
+        ("modle.hidden_size=3", "command line 'modle.hidden_size=3': unknown key 'modle'; did you mean 'model'"),
+        ("data.sources.5.path=x", "no such key 'data.sources.5'"),
+        ("name.x=1", "it has no key 'x'"),
+        ("schedule.steps=1e2", "not a number (100.0)"),
+        ("schedule.steps=[", "not valid YAML"),
+    ],
+)
+def test_wrong_overrides(override: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("crystal_demo", [override])
+    assert expected in str(caught.value)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(max_size=300))
+def test_any_text_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "fuzz.yaml"
+    path.write_text(text, encoding="utf-8", newline="")
+    with pytest.raises(RecipeError):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_every_builtin_recipe_loads(name: str) -> None:
+    assert load_recipe(name).recipe.name == name

@@ -1,0 +1,114 @@
+"""The recipes' numbers: the released configurations of Amber and CrystalCoder, key by key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from weftrain.core.mup import resolved
+from weftrain.core.optim import group_learning_rates, learning_rate, parameter_groups
+from weftrain.core.parameters import flops_per_token, parameter_count
+from weftrain.core.recipe_file import load_recipe
+
+RELEASED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "crystalcoder"
+PHASES = [f"crystalcoder_7b_phase{phase}" for phase in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "tokens_per_step", "steps", "total_tokens_billion"),
+    [
+        ("amber_7b", 6_738_415_616, 4_587_520, 274_320, 1258.4),
+        ("crystalcoder_7b_phase1", 6_575_278_720, 4_325_376, 79_721, 344.82),
+        ("crystalcoder_7b_phase2", 6_575_278_720, 4_325_376, 214_387, 927.30),  # 927.304...
+        ("crystalcoder_7b_phase3", 6_575_278_720, 4_325_376, 27_728, 119.93),
+    ],
+)
+def test_sizes(name: str, parameters: int, tokens_per_step: int, steps: int, total_tokens_billion: float) -> None:
+    recipe = load_recipe(name).recipe
+    assert parameter_count(recipe.model) == parameters
+    assert recipe.tokens_per_step == tokens_per_step
+    assert recipe.schedule.steps == steps
+    assert recipe.tokens_per_step * steps / 1e9 == pytest.approx(total_tokens_billion, abs=0.05)
+
+
+def test_bench_70m_counts_what_the_bare_loop_counts() -> None:
+    recipe = load_recipe("bench_70m").recipe
+    products = 12 * (4 * 512 * 512 + 3 * 512 * 1376) + 32000 * 512
+    assert flops_per_token(recipe.model, 512) == 6 * products + 12 * 12 * 512 * 512
+
+
+def test_crystalcoder_mup_numbers() -> None:
+    scales = resolved(load_recipe("crystalcoder_7b_phase1").recipe.model)
+    assert scales.embedding_std == 0.073
+    assert scales.matrix_std == pytest.approx(0.01825, rel=1e-12)
+    assert scales.output_matrix_std == pytest.approx(0.00228125, rel=1e-12)
+    assert scales.logits_scale == pytest.approx(0.13875, rel=1e-12)
+    assert scales.embedding_scale == 14.6
+    assert scales.matrix_learning_rate_multiplier == 0.0625
+
+
+def test_amber_learning_rate() -> None:
+    schedule = load_recipe("amber_7b").recipe.schedule
+    assert learning_rate(schedule, 0) == 0.0
+    assert learning_rate(schedule, 1000) == pytest.approx(1.5e-4)
+    assert learning_rate(schedule, 2000) == 3e-4
+    assert learning_rate(schedule, 2000 + 272_320 // 2) == pytest.approx((3e-4 + 3e-5) / 2)
+    assert learning_rate(schedule, 274_319) == pytest.approx(3e-5, rel=1e-6)
+
+
+def test_crystalcoder_learning_rates_by_group() -> None:
+    for name, warm_up, peak in zip(PHASES, (86, 86, 276), (0.012, 0.0087825, 0.002), strict=True):
+        recipe = load_recipe(name).recipe
+        groups = parameter_groups(recipe.model, recipe.optimizer)
+        rates = group_learning_rates(groups, recipe.schedule, warm_up)
+        assert rates == {"embeddings": peak, "decoder_matrices": peak * 0.0625, "norms_and_biases": peak}
+        assert {group.name: group.weight_decay for group in groups} == {"embeddings": 0.1, "decoder_matrices": 0.1, "norms_and_biases": 0}
+    amber = load_recipe("amber_7b").recipe
+    assert {group.weight_decay for group in parameter_groups(amber.model, amber.optimizer)} == {0.1}
+
+
+def released(phase: int) -> dict[str, Any]:
+    path = RELEASED / f"phase{phase}.yaml"
+    if not path.exists():
+        pytest.skip("the released params files are not beside this checkout")
+    return yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_crystalcoder_equals_the_released_params(phase: int) -> None:
+    params, recipe = released(phase), load_recipe(PHASES[phase - 1]).recipe
+    model, theirs, scales = recipe.model, params["model"], resolved(recipe.model)
+    ours = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size", "rotary_dim", "max_position_embeddings")
+    keys = ("hidden_size", "num_hidden_layers", "num_heads", "filter_size", "vocab_size", "rotary_dim", "max_position_embeddings")
+    assert [getattr(model, name) for name in ours] == [theirs[key] for key in keys]
+    assert model.norm_eps == float(theirs["layer_norm_epsilon"])
+    assert model.tie_embeddings == theirs["share_embedding_weights"]
+    assert model.linear_bias == theirs["use_ffn_bias"] == theirs["use_projection_bias_in_attention"]
+    assert scales.embedding_scale == theirs["embeddings_scale"]
+    assert scales.logits_scale == pytest.approx(theirs["output_logits_scale"])
+    assert scales.embedding_std == theirs["embedding_initializer"]["std"]
+    assert scales.matrix_std == pytest.approx(theirs["initializer"]["std"])
+    assert scales.output_matrix_std == pytest.approx(theirs["output_layer_initializer"]["std"])
+    assert theirs["initializer"]["b"] == pytest.approx(2 * theirs["initializer"]["std"])  # truncated at two standard deviations
+
+    optimizer, theirs = recipe.optimizer, params["optimizer"]
+    assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (theirs["beta1"], theirs["beta2"], float(theirs["eps"]))
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (theirs["weight_decay_rate"], theirs["max_gradient_norm"])
+    assert scales.matrix_learning_rate_multiplier == theirs["adjust_learning_rate"]["decoder_kernel"]
+    for segment, piece in zip(recipe.schedule.learning_rate, theirs["learning_rate"], strict=True):
+        assert segment.start == pytest.approx(piece["initial_learning_rate"])
+        assert segment.end == pytest.approx(piece["end_learning_rate"])
+        assert segment.steps == piece.get("decay_steps", piece.get("steps"))
+
+    mixture = params["train_input"]["mixture"]
+    assert [source.weight for source in recipe.data.sources] == [component["weight"] for component in mixture]
+    subsets = [component.get("data_subset", "0.0-1.0") for component in mixture]
+    assert [f"{source.subset[0]}-{source.subset[1]}" for source in recipe.data.sources] == subsets
+    assert recipe.batch.global_batch_size == params["train_input"]["batch_size"]
+    assert recipe.batch.accumulation_steps == 2
+    run = params["runconfig"]
+    assert (recipe.schedule.steps, recipe.checkpoint.every_steps) == (run["max_steps"], run["checkpoint_steps"])
+    assert recipe.log.evaluate_every_steps == run["eval_steps"]
+    assert (recipe.start_from is not None and recipe.start_from.state == "weights") == run["is_pretrained_checkpoint"]
