@@ -18,6 +18,7 @@ from typing import Any, Literal
 import psutil
 import torch
 from torch.utils.checkpoint import checkpoint
+
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
 from weftrain.core.config import Count, Section
 from weftrain.core.errors import BackendError, CheckpointError, NonFiniteError
@@ -279,6 +280,7 @@ class LocalRun:
         cuda = self._device.type == "cuda"
         return {
             "backend": "local",
+            "device_type": self._device.type,
             "device": torch.cuda.get_device_name(self._device) if cuda else platform.machine(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),

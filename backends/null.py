@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
 from weftrain.core.config import Section
 from weftrain.core.model import draw
@@ -65,7 +66,7 @@ class NullRun:
         self._state = State(state.step, state.optimizer_updates, {name: tensor.clone() for name, tensor in state.tensors.items()})
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"backend": "null", "torch": torch.__version__}
+        return {"backend": "null", "device_type": "cpu", "torch": torch.__version__}
 
     def stats(self) -> dict[str, float]:
         return {}

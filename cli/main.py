@@ -11,6 +11,7 @@ import importlib.metadata
 from typing import Any
 
 import click
+
 from weftrain.core.errors import WeftrainError
 
 # verb -> (module, attribute): loaded when the verb is asked for.

@@ -9,6 +9,7 @@ import click
 import yaml
 from rich.console import Console
 from rich.table import Table
+
 from weftrain.core.config import Recipe
 from weftrain.core.mup import resolved
 from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_groups

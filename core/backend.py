@@ -14,6 +14,7 @@ from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 import numpy as np
 import torch
+
 from weftrain.core.config import Recipe, Section
 
 

@@ -2,22 +2,23 @@
 
 Layouts: `llama` (Hugging Face LlamaForCausalLM: Amber), `crystalcoder` (Hugging Face CrystalCoder) and `cerebras` (Model Zoo 1.9).
 What a reader would get wrong: Hugging Face CrystalCoder's linear maps are Conv1D, stored [in, out], with q, k and v side by side in
-one c_attn; `c_fc` is *up* and `c_fc2` is *gate*. Tensors stream one at a time: neither side is ever held whole by this module.
+one c_attn, and `c_fc` is *up*, `c_fc2` *gate*; Cerebras rotates interleaved pairs only, so there the rows of a rotate-half model's q
+and k stand in another order. Tensors stream one at a time: this module never holds either side whole.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from weftrain.core.config import Initialization, ModelConfig, Mup
 from weftrain.core.errors import CheckpointError, RecipeError
-from weftrain.core.parameters import Role, parameter_specs
+from weftrain.core.mup import resolved
+from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
 
 Layout = Literal["llama", "crystalcoder", "cerebras"]
 
@@ -60,12 +61,307 @@ _LAYER: dict[str, dict[str, str]] = {
 _OUTSIDE: dict[str, dict[str, str]] = {
     "llama": {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"},
     "crystalcoder": {"embedding": "transformer.wte", "final_norm": "transformer.ln_f", "head": "lm_head"},
-    "cerebras": {
-        "embedding": "model.embedding_layer.word_embeddings",
-        "final_norm": "model.transformer_decoder.norm",
-        "head": "model.lm_head",
-    },
+    "cerebras": {"embedding": "model.embedding_layer.word_embeddings", "final_norm": "model.ln_f", "head": "model.lm_head"},
 }
+# The Model Zoo registers its last norm in the decoder as well, so its checkpoints hold it twice.
+_ALSO = {"cerebras": {"final_norm": "model.transformer_decoder.norm"}}
 _LAYER_PREFIX = {"llama": "model.layers", "crystalcoder": "transformer.h", "cerebras": "model.transformer_decoder.layers"}
 # Buffers, not weights: causal masks of CrystalCoder's attention, rotary frequencies of old Llama files.
 _IGNORED = {"llama": ("self_attn.rotary_emb.inv_freq",), "crystalcoder": ("attn.bias", "attn.masked_bias"), "cerebras": ()}
+CRYSTALCODER_BASE_STD = 0.073  # released params files; Hugging Face's config does not carry it
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One foreign tensor and the canonical parameters in it: several stand side by side along the output axis."""
+
+    name: str
+    parameters: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]  # canonical, [out, in] or [out]
+    transposed: bool  # stored [in, out]
+    rotated_heads: int  # number of heads whose rows go from rotate-half to interleaved order; 0: rows as they are
+    copies: tuple[str, ...]  # other names under which the same tensor may stand
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        outputs = (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
+        return outputs[::-1] if self.transposed else outputs
+
+
+def entries(config: ModelConfig, layout: Layout) -> tuple[Entry, ...]:
+    """Every tensor of a foreign file of this model, in execution order. Raises CheckpointError if the layout cannot hold the model."""
+    _check_fit(config, layout)
+    parts: dict[str, list[ParameterSpec]] = {}
+    for spec in parameter_specs(config):
+        module, _, part = spec.name.rpartition(".")
+        parts.setdefault(f"{_foreign_module(module, layout)}.{part}", []).append(spec)
+    also = dict(_ALSO.get(layout, {}))
+    if config.tie_embeddings:
+        also["embedding"] = _OUTSIDE[layout]["head"]
+    result = []
+    for name, specs in parts.items():
+        module, _, part = specs[0].name.rpartition(".")
+        rotates = module.endswith((".attention.q_proj", ".attention.k_proj"))
+        result.append(
+            Entry(
+                name=name,
+                parameters=tuple(spec.name for spec in specs),
+                shapes=tuple(spec.shape for spec in specs),
+                transposed=layout == "crystalcoder" and specs[0].role in (Role.MATRIX, Role.OUTPUT_MATRIX),
+                rotated_heads=config.num_heads if layout == "cerebras" and rotates and not config.rotary_interleaved else 0,
+                copies=(f"{also[module]}.{part}",) if module in also else (),
+            )
+        )
+    return tuple(result)
+
+
+def import_weights(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Foreign tensors -> (canonical name, tensor), each read once, in execution order.
+
+    weights may be lazy. Buffers (`attn.bias`, `attn.masked_bias`, `rotary_emb.inv_freq`) are passed over; copies of one tensor under a
+    second name (a tied head) must be equal. Raises CheckpointError at once for names that are unknown or missing, and on the way for a
+    shape that differs or a copy that does.
+    """
+    wanted = entries(config, layout)
+    optional = {copy for entry in wanted for copy in entry.copies}
+    _check_names(set(weights) - _ignored(config, layout) - optional, {entry.name for entry in wanted}, f"{layout} weights")
+    return (pair for entry in wanted for pair in _import(entry, weights))
+
+
+def export_weights(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Canonical tensors -> (foreign name, tensor), in execution order; only the Cerebras layout repeats a tensor under its second name.
+
+    weights may be lazy. Raises CheckpointError as `import_weights` does.
+    """
+    wanted = entries(config, layout)
+    _check_names(set(weights), {name for entry in wanted for name in entry.parameters}, "canonical weights")
+    return (pair for entry in wanted for pair in _export(entry, weights, repeat=layout == "cerebras"))
+
+
+def _import(entry: Entry, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    tensor = weights[entry.name]
+    _check_shape(entry.name, tensor, entry.shape)
+    for copy in entry.copies:
+        if copy in weights and not torch.equal(weights[copy], tensor):
+            raise CheckpointError(f"tensor '{copy}' differs from '{entry.name}', which it should repeat; is the file of an untied model?")
+    outputs = tensor.t() if entry.transposed else tensor
+    sizes = [shape[0] for shape in entry.shapes]
+    for name, part in zip(entry.parameters, outputs.split(sizes), strict=True):
+        yield name, _swap_pairs(part, entry.rotated_heads, to_interleaved=False).contiguous()
+
+
+def _export(entry: Entry, weights: Mapping[str, Tensor], repeat: bool) -> Iterator[tuple[str, Tensor]]:
+    parts = []
+    for name, shape in zip(entry.parameters, entry.shapes, strict=True):
+        part = weights[name]
+        _check_shape(name, part, shape)
+        parts.append(_swap_pairs(part, entry.rotated_heads, to_interleaved=True))
+    outputs = torch.cat(parts) if len(parts) > 1 else parts[0]
+    tensor = (outputs.t() if entry.transposed else outputs).contiguous()
+    yield entry.name, tensor
+    if repeat:
+        for copy in entry.copies:
+            yield copy, tensor
+
+
+def _swap_pairs(rows: Tensor, heads: int, to_interleaved: bool) -> Tensor:
+    """Rows [H D, ...] of q or k: rotate-half's order (first halves, then second halves) to interleaved pairs, or back."""
+    if not heads:
+        return rows
+    pair_first = (heads, 2, -1) if to_interleaved else (heads, -1, 2)
+    return rows.unflatten(0, pair_first).transpose(1, 2).flatten(0, 2)
+
+
+def _foreign_module(module: str, layout: Layout) -> str:
+    if module.startswith("layers."):
+        _, layer, inner = module.split(".", 2)
+        return f"{_LAYER_PREFIX[layout]}.{layer}.{_LAYER[layout][inner]}"
+    return _OUTSIDE[layout][module]
+
+
+def _ignored(config: ModelConfig, layout: Layout) -> set[str]:
+    return {f"{_LAYER_PREFIX[layout]}.{layer}.{name}" for layer in range(config.num_layers) for name in _IGNORED[layout]}
+
+
+def _check_fit(config: ModelConfig, layout: Layout) -> None:
+    """Refuse a model that the foreign code would compute differently."""
+    if layout not in _LAYER:
+        raise CheckpointError(f"unknown layout '{layout}'; there is {', '.join(_LAYER)}")
+    scales = (config.mup, config.embedding_scale, config.logits_scale)
+    needs: dict[str, dict[str, bool]] = {
+        "llama": {
+            "norm: rms_norm": config.norm == "rms_norm",
+            f"rotary_dim: {config.head_dim}": config.rotary_dim == config.head_dim,
+            "rotary_interleaved: false": not config.rotary_interleaved,
+            "attention_scale: inverse_sqrt_head_dim (see weftrain.core.mup.fold)": config.attention_scale == "inverse_sqrt_head_dim",
+            "no mup and no scales (see weftrain.core.mup.fold)": all(scale is None for scale in scales),
+        },
+        "crystalcoder": {
+            "norm: layer_norm": config.norm == "layer_norm",
+            "linear_bias: true": config.linear_bias,
+            "rotary_interleaved: true": config.rotary_interleaved,
+            "rope_theta: 10000": config.rope_theta == 10000,
+            "tie_embeddings: true": config.tie_embeddings,
+        },
+        "cerebras": {
+            f"rotary_interleaved: true or rotary_dim: {config.head_dim}": config.rotary_interleaved or config.rotary_dim == config.head_dim,
+            "rope_theta: 10000": config.rope_theta == 10000,
+        },
+    }
+    unmet = [need for need, met in needs[layout].items() if not met]
+    if unmet:
+        raise CheckpointError(f"layout {layout} cannot hold this model: it needs {'; '.join(unmet)}")
+
+
+def _check_names(given: set[str], wanted: set[str], what: str) -> None:
+    for problem, names in (("unknown", sorted(given - wanted)), ("missing", sorted(wanted - given))):
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            raise CheckpointError(f"{what}: {problem} tensors {', '.join(names[:4])}{more}; is this the right model and layout?")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(
+            f"tensor '{name}' has shape {list(tensor.shape)}, the config makes it {list(shape)}; is this the right model?"
+        )
+
+
+def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
+    """A parsed config.json of model_type `llama` or `crystalcoder` as a ModelConfig.
+
+    Raises RecipeError naming the key that is missing, or that asks for something this decoder does not do.
+    """
+    model_type = config.get("model_type")
+    if model_type == "llama":
+        return _from_llama(config)
+    if model_type == "crystalcoder":
+        return _from_crystalcoder(config)
+    raise RecipeError(f"config.json: model_type {model_type!r} is neither 'llama' nor 'crystalcoder'")
+
+
+def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
+    """The config.json keys that let Hugging Face code compute this model; `config_from_huggingface` reads them back.
+
+    The layout follows from the norm. Standard deviations are carried for Llama alone, as initializer_range. Raises CheckpointError.
+    """
+    if config.norm == "rms_norm":
+        _check_fit(config, "llama")
+        return _to_llama(config)
+    _check_fit(config, "crystalcoder")
+    return _to_crystalcoder(config)
+
+
+def _get(config: Mapping[str, Any], key: str) -> Any:
+    if key not in config:
+        raise RecipeError(f"config.json: key '{key}' is missing; is the file complete?")
+    return config[key]
+
+
+def _require(config: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for key, value in expected.items():
+        if config.get(key, value) != value:
+            raise RecipeError(f"config.json: {key} is {config[key]!r}; this decoder does {value!r} only")
+
+
+def _from_llama(config: Mapping[str, Any]) -> ModelConfig:
+    hidden, heads = _get(config, "hidden_size"), _get(config, "num_attention_heads")
+    bias = config.get("attention_bias", False)
+    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
+    _require(
+        config, {"hidden_act": "silu", "num_key_value_heads": heads, "head_dim": hidden // heads, "rope_scaling": None, "mlp_bias": bias}
+    )
+    _require(rope, {"rope_type": "default"})
+    std = config.get("initializer_range", 0.02)
+    return ModelConfig(
+        vocab_size=_get(config, "vocab_size"),
+        hidden_size=hidden,
+        num_layers=_get(config, "num_hidden_layers"),
+        num_heads=heads,
+        intermediate_size=_get(config, "intermediate_size"),
+        max_position_embeddings=_get(config, "max_position_embeddings"),
+        norm="rms_norm",
+        norm_eps=_get(config, "rms_norm_eps"),
+        linear_bias=bias,
+        rotary_dim=hidden // heads,
+        rotary_interleaved=False,
+        rope_theta=_get(rope, "rope_theta"),
+        attention_scale="inverse_sqrt_head_dim",
+        tie_embeddings=config.get("tie_word_embeddings", False),
+        initialization=Initialization(distribution="normal", embedding_std=std, matrix_std=std, output_matrix_std=std),
+    )
+
+
+def _to_llama(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "attention_bias": config.linear_bias,
+        "mlp_bias": config.linear_bias,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": cast(Initialization, config.initialization).matrix_std,
+    }
+
+
+def _from_crystalcoder(config: Mapping[str, Any]) -> ModelConfig:
+    """muP from a base_std that the file lacks: CRYSTALCODER_BASE_STD, which matters to a fresh start alone."""
+    _require(config, {"activation_function": "swiglu", "position_embedding_type": "rotary", "scale_attn_weights": True})
+    _require(config, {"tie_word_embeddings": True})
+    hidden = _get(config, "n_embd")
+    by_d = _get(config, "mup_scale_qk_dot_by_d")
+    return ModelConfig(
+        vocab_size=_get(config, "vocab_size"),
+        hidden_size=hidden,
+        num_layers=_get(config, "n_layer"),
+        num_heads=_get(config, "n_head"),
+        intermediate_size=_get(config, "n_inner"),
+        max_position_embeddings=_get(config, "n_positions"),
+        norm="layer_norm",
+        norm_eps=_get(config, "layer_norm_epsilon"),
+        linear_bias=True,
+        rotary_dim=_get(config, "rotary_dim"),
+        rotary_interleaved=True,
+        rope_theta=10000.0,
+        attention_scale="inverse_head_dim" if by_d else "inverse_sqrt_head_dim",
+        tie_embeddings=True,
+        mup=Mup(
+            base_hidden_size=round(hidden * _get(config, "mup_width_scale")),
+            distribution="truncated_normal",
+            base_std=CRYSTALCODER_BASE_STD,
+            embedding_scale=_get(config, "mup_embeddings_scale"),
+            base_logits_scale=_get(config, "mup_output_alpha"),
+        ),
+    )
+
+
+def _to_crystalcoder(config: ModelConfig) -> dict[str, Any]:
+    scales, mup = resolved(config), config.mup
+    return {
+        "model_type": "crystalcoder",
+        "architectures": ["CrystalCoderLMHeadModel"],
+        "vocab_size": config.vocab_size,
+        "n_embd": config.hidden_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_inner": config.intermediate_size,
+        "n_positions": config.max_position_embeddings,
+        "activation_function": "swiglu",
+        "layer_norm_epsilon": config.norm_eps,
+        "position_embedding_type": "rotary",
+        "rotary_dim": config.rotary_dim,
+        "mup_embeddings_scale": scales.embedding_scale,
+        "mup_output_alpha": mup.base_logits_scale if mup else scales.logits_scale,
+        "mup_width_scale": mup.base_hidden_size / config.hidden_size if mup else 1.0,
+        "mup_scale_qk_dot_by_d": config.attention_scale == "inverse_head_dim",
+        "tie_word_embeddings": True,
+    }

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from weftrain.core.config import ModelConfig
 from weftrain.core.mup import resolved
 from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
@@ -245,7 +246,12 @@ def kernel_specs(
     rope = {"head_dim": config.head_dim, "rotary_dim": config.rotary_dim, "interleaved": config.rotary_interleaved}
     attention = {"head_dim": config.head_dim, "scale": attention_scale(config), "document_start": documents}
     swiglu = {"intermediate_size": config.intermediate_size}
-    head = {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size, "logits_scale": resolved(config).logits_scale, "z_loss": 0.0}
+    head = {
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "logits_scale": resolved(config).logits_scale,
+        "z_loss": 0.0,
+    }
     norm_dtype = residual_dtype or dtype
     specs = []
     for layer in range(config.num_layers):

@@ -7,6 +7,7 @@ are refused, and `key.sub=value` overrides are laid over the tree before it is c
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import types
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RecipeError
 
@@ -78,9 +80,12 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> RecipeFile:
     tree = _parse(text, source)
     if not isinstance(tree, dict):
         raise RecipeError(f"{name}: a recipe is a mapping of sections, this file holds {_kind(tree)}")
-    for override in overrides:
-        _override(tree, override, source)
-    return RecipeFile(validate_section(Recipe, tree, source.at), source.at)
+    return _resolve(tree, overrides, source)
+
+
+def recorded_recipe(tree: dict[str, Any], origin: str, overrides: Iterable[str] = ()) -> RecipeFile:
+    """The recipe that a checkpoint or run folder records (`origin`, for messages), with overrides laid over it."""
+    return _resolve(copy.deepcopy(tree), overrides, _Source(origin))
 
 
 def builtin_recipes() -> list[str]:
@@ -99,6 +104,12 @@ def validate_section(model: type[Model], tree: Any, at: Callable[[Location], str
         problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise RecipeError(_explain(model, problems[0], at) + more) from None
+
+
+def _resolve(tree: dict[str, Any], overrides: Iterable[str], source: _Source) -> RecipeFile:
+    for override in overrides:
+        _override(tree, override, source)
+    return RecipeFile(validate_section(Recipe, tree, source.at), source.at)
 
 
 def _read(recipe: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+
 from weftrain.core.backend import Batch
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
+
 from weftrain.core.canonical import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -36,7 +37,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_NAME = re.compile(r"[A-Za-z0-9_]+(/[A-Za-z0-9_]+)*([./-][A-Za-z0-9_]+)*")
+_NAME = re.compile(r"[A-Za-z0-9_]+([./-][A-Za-z0-9_]+)*")
+_MAX_DIMENSIONS = 8
 _LIBRARY_MARK = {"format": "pt"}  # the metadata by which other programs know a PyTorch layout
 
 
@@ -114,14 +116,14 @@ def _layout(name: str, entry: Any, data_start: int) -> TensorLayout:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"tensor '{name}': unknown dtype {dtype!r}")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor '{name}': shape and data_offsets must be lists of numbers from 0")
+        raise ValueError(f"tensor '{name}': shape and data_offsets must be short lists of numbers from 0")
     if offsets[1] - offsets[0] != tensor_bytes(dtype, tuple(shape)):
         raise ValueError(f"tensor '{name}': {offsets[1] - offsets[0]} bytes do not hold {dtype} {shape}")
     return TensorLayout(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and len(value) <= _MAX_DIMENSIONS and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def tensor_memory(tensor: torch.Tensor) -> memoryview:

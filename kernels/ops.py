@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from weftrain.kernels import reference
 
 Arguments = dict[str, Any]  # the op's arguments by name

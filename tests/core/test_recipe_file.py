@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RecipeError
 from weftrain.core.recipe_file import _read, builtin_recipes, load_recipe

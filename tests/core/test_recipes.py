@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from weftrain.core.mup import resolved
 from weftrain.core.optim import group_learning_rates, learning_rate, parameter_groups
 from weftrain.core.parameters import flops_per_token, parameter_count

@@ -1,0 +1,145 @@
+"""Training throughput of a run on fixed random rows, as one RESULT line, and a comparison with any program that prints the same.
+
+What a reader would get wrong: two programs are compared in turns (A B A B ...), each round in processes of their own, and the figure is
+the ratio; one figure alone means nothing on a machine whose clock drifts. Both start from the same weights and rows, so that the losses
+say whether they trained the same model.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from weftrain.analysis.peak import Peak
+from weftrain.core.backend import Run
+from weftrain.core.config import ModelConfig, Recipe
+from weftrain.core.errors import WeftrainError
+from weftrain.core.parameters import flops_per_token
+from weftrain.core.synthetic import SyntheticSource
+
+RESULT_PREFIX = "RESULT "
+REQUIRED = ("name", "tokens_per_second", "step_ms", "loss_first", "loss_last")
+
+
+class BenchError(WeftrainError):
+    """A program under comparison that failed or printed no RESULT line."""
+
+
+def bench_source(recipe: Recipe, seed: int = 0) -> SyntheticSource:
+    """The rows of the comparison: torch.randint under torch.Generator().manual_seed(seed), four of them unless the recipe says."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = recipe.data.synthetic_rows or 2 * recipe.batch.global_batch_size
+    ids = torch.randint(0, recipe.model.vocab_size, (rows, recipe.data.sequence_length + 1), generator=generator)
+    return SyntheticSource(ids.numpy(), recipe.batch.global_batch_size)
+
+
+def plain_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor] | None:
+    """The weights that an ordinary LLaMA-like torch.nn program of this shape has after torch.manual_seed(seed).
+
+    Such a program builds nn.Embedding, then per layer nn.Linear q-k-v in one, o, gate, up and down, then the head, each drawing its
+    default initialisation, and then draws every matrix anew, in that order, from N(0, std). None for a model that is not LLaMA-like.
+    """
+    given = config.initialization
+    if given is None or given.distribution != "normal" or config.linear_bias or config.tie_embeddings or config.norm != "rms_norm":
+        return None
+    hidden, inner = config.hidden_size, config.intermediate_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        modules: dict[str, nn.Module] = {"embedding": nn.Embedding(config.vocab_size, hidden)}
+        for layer in range(config.num_layers):
+            shapes = {"attention.qkv": (hidden, 3 * hidden), "attention.o_proj": (hidden, hidden)}
+            shapes |= {"ffn.gate_proj": (hidden, inner), "ffn.up_proj": (hidden, inner), "ffn.down_proj": (inner, hidden)}
+            for name, (inputs, outputs) in shapes.items():
+                modules[f"layers.{layer}.{name}"] = nn.Linear(inputs, outputs, bias=False)
+        modules["head"] = nn.Linear(hidden, config.vocab_size, bias=False)
+        weights: dict[str, torch.Tensor] = {}
+        for name, module in modules.items():
+            weight = nn.init.normal_(module.weight, 0, given.matrix_std).detach()  # type: ignore[arg-type]
+            if name.endswith("attention.qkv"):
+                for projection, part in zip(("q_proj", "k_proj", "v_proj"), weight.chunk(3), strict=True):
+                    weights[name.replace("qkv", projection) + ".weight"] = part
+            else:
+                weights[f"{name}.weight"] = weight
+    norms = [f"layers.{layer}.{norm}.weight" for layer in range(config.num_layers) for norm in ("attention_norm", "ffn_norm")]
+    return weights | {name: torch.ones(hidden) for name in (*norms, "final_norm.weight")}
+
+
+def measure(run: Run, recipe: Recipe, source: SyntheticSource, warmup: int, peak: Peak, name: str) -> dict[str, Any]:
+    """Train to the plan's end and describe it: medians over the steps after `warmup`. The clock runs from result to result."""
+    seconds, losses = [], []
+    start = time.perf_counter()
+    for result in run.train(source):
+        losses.append(float(result.loss))  # as the bare loop does; on an accelerator this synchronises
+        now = time.perf_counter()
+        seconds.append(now - start)
+        start = now
+    step_s = statistics.median(seconds[warmup:])
+    tokens_per_second = recipe.tokens_per_step / step_s
+    flops = flops_per_token(recipe.model, recipe.data.sequence_length) * tokens_per_second
+    return {
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "tokens_per_second": round(tokens_per_second, 1),
+        "step_ms": round(step_s * 1e3, 1),
+        "steps": len(seconds) - warmup,
+        "gflop_per_second": round(flops / 1e9, 1),
+        "first_step_s": round(seconds[0], 2),
+        "loss_first": round(losses[0], 4),
+        "loss_last": round(losses[-1], 4),
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_gflop_per_second": "unknown" if peak.flops is None else round(peak.flops / 1e9, 1),
+        "peak_origin": peak.origin,
+        "model_flops_utilization": "unknown" if peak.flops is None else round(flops / peak.flops, 4),
+    }
+
+
+def run_program(command: Sequence[str], timeout_s: float) -> dict[str, Any]:
+    """Run a program to its end and return its RESULT line. Raises BenchError with the program's last words."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except FileNotFoundError:
+        raise BenchError(f"{command[0]}: no such program; give --against a command that prints a line '{RESULT_PREFIX}{{json}}'") from None
+    except subprocess.TimeoutExpired:
+        raise BenchError(f"{' '.join(command)}: did not finish within {timeout_s:.0f} s") from None
+    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT_PREFIX)]
+    if done.returncode != 0 or not lines:
+        last = (done.stderr.strip() or done.stdout.strip() or "it printed nothing").splitlines()[-1]
+        raise BenchError(f"{' '.join(command)}: exit code {done.returncode}, {len(lines)} RESULT lines; its last words: {last}")
+    try:
+        found = json.loads(lines[-1].removeprefix(RESULT_PREFIX))
+    except json.JSONDecodeError as error:
+        raise BenchError(f"{' '.join(command)}: its RESULT line is not JSON: {error}") from None
+    missing = [key for key in REQUIRED if key not in found] if isinstance(found, dict) else list(REQUIRED)
+    if missing:
+        raise BenchError(f"{' '.join(command)}: its RESULT line lacks {', '.join(missing)}")
+    return dict(found)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ours against theirs, round by round: the ratio of tokens per second, and the largest difference of the last losses."""
+
+    ratios: tuple[float, ...]
+    loss_difference: float
+
+    @property
+    def median_ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+
+def compare(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Comparison:
+    """Pair round with round."""
+    pairs = list(zip(ours, theirs, strict=True))
+    return Comparison(
+        ratios=tuple(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs),
+        loss_difference=max(abs(a[key] - b[key]) for a, b in pairs for key in ("loss_first", "loss_last")),
+    )

@@ -1,0 +1,42 @@
+"""What several verbs put together alike: the backend with its checked options, the data, the peak.
+
+What a reader would get wrong: everything here fails before step 0. A wrong option names its line in the recipe, a missing shard its file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from weftrain.analysis.peak import Peak, measured_matmul_peak
+from weftrain.backends.registry import get_backend
+from weftrain.core.backend import Backend, BatchSource, EvaluationSource, Run
+from weftrain.core.config import Recipe, Section
+from weftrain.core.data import open_heldout, open_training
+from weftrain.core.recipe_file import RecipeFile, validate_section
+from weftrain.core.synthetic import synthetic_source
+
+
+def backend_options(file: RecipeFile) -> tuple[Backend, Section]:
+    """The recipe's backend, and its backend.options checked by the backend's own schema. Raises BackendError, RecipeError."""
+    config = file.recipe.backend
+    backend = get_backend(config.name)
+    options = validate_section(backend.options, config.options, lambda location: file.at(("backend", "options", *location)))
+    return backend, options
+
+
+def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
+    """The training rows and the held-out sets of a recipe. Raises DataError."""
+    if recipe.data.synthetic_rows is not None:
+        rows, sequence_length = recipe.data.synthetic_rows, recipe.data.sequence_length
+        batch_size, seed = recipe.batch.global_batch_size, recipe.data.shuffle_seed
+        return synthetic_source(recipe.model.vocab_size, sequence_length, rows, batch_size, seed), ()
+    source = open_training(recipe.data, recipe.batch.global_batch_size, vocab_size=recipe.model.vocab_size)
+    return source, open_heldout(recipe.data, recipe.model.vocab_size, recipe.log.evaluate_rows)
+
+
+def measured_peak(recipe: Recipe, run: Run) -> Peak:
+    """The matrix-multiply peak of the device that the run is on, in its compute dtype."""
+    device = torch.device(run.fingerprint()["device_type"])
+    return measured_matmul_peak(device, getattr(torch, recipe.precision.compute))

@@ -1,0 +1,467 @@
+"""Checkpoints: atomic, hashed, backend-neutral. A folder `step_00000100` of safetensors files and a manifest, written last.
+
+The manifest is canonical JSON and says what the state is, where it came from (parent, recipe, dataset, position, fingerprint) and the
+SHA-256 of each file and of each tensor's bytes; `root` is the SHA-256 of all the rest of it, so one hash names the whole checkpoint.
+What a reader would get wrong: the number in the name counts *completed* steps; and the same state saved twice has the same root, so
+nothing that differs between two equal runs (no clock, no host, no path) goes into a manifest except through the fingerprint.
+
+Nothing here overwrites or deletes a checkpoint. Nothing is believed that was not hashed, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from weftrain.core import fsops
+from weftrain.core.backend import State
+from weftrain.core.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.errors import CheckpointError
+from weftrain.core.tensor_file import (
+    DTYPE_NAMES,
+    TensorLayout,
+    check_name,
+    file_order,
+    open_regular,
+    pack_header,
+    read_header,
+    read_tensor,
+    tensor_bytes,
+    tensor_memory,
+)
+
+FORMAT = "weftrain-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+MAX_FILE_BYTES = 4 << 30  # of tensors in one file; a single larger tensor has a file of its own
+MAX_MANIFEST_BYTES = 64 << 20
+MANIFEST_ALLOWANCE_BYTES = 1 << 20  # manifest, headers and folder entries, in the estimate of what a save needs
+HASH_BACKLOG_BYTES = 512 << 20  # written and not yet hashed: bounds what a lazy state keeps in memory
+STEP_FOLDER = re.compile(r"step_([0-9]{8,})")
+REMEDY = "move the folder away, or restore it from a copy"
+
+Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, shape
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern=r"^state-[0-9]{5}-of-[0-9]{5}\.safetensors$")]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class _FileEntry(_Entry):
+    size: Count
+    sha256: Sha256
+
+
+class _TensorEntry(_Entry):
+    dtype: str
+    shape: Annotated[tuple[Count, ...], Field(strict=False)]
+    file: FileName
+    sha256: Sha256  # of the row-major bytes, whichever file they lie in
+
+
+class _Manifest(_Entry):
+    """The schema that a manifest is checked against; it is handed out as the dict that was read."""
+
+    format: Literal["weftrain-checkpoint"]
+    version: Literal[1]
+    step: Count
+    optimizer_updates: Count
+    position: Count  # the next sample's number
+    tokens: Count
+    parent: Sha256 | None
+    recipe: dict[str, Any]
+    recipe_sha256: Sha256
+    dataset_id: str
+    fingerprint: dict[str, Any]
+    kernels: dict[str, Any]
+    files: dict[FileName, _FileEntry]
+    tensors: dict[str, _TensorEntry]
+    root: Sha256
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A saved checkpoint. set_aside: where another or a damaged checkpoint of the same step was moved, which is worth a line."""
+
+    path: Path
+    step: int
+    root: str
+    size_bytes: int
+    set_aside: Path | None = None
+
+
+def folder_name(step: int) -> str:
+    """The name of the checkpoint after `step` completed steps."""
+    return f"step_{step:08d}"
+
+
+def save(
+    folder: Path,
+    state: State,
+    *,
+    recipe: dict[str, Any],
+    dataset_id: str,
+    fingerprint: dict[str, Any],
+    tokens: int,
+    position: int,
+    parent: str | None,
+    kernels: dict[str, Any],
+) -> CheckpointInfo:
+    """Write `folder/step_NNNNNNNN`; it appears whole and durable, or not at all. All dicts hold JSON values only.
+
+    position: number of the next sample. parent: root of the checkpoint that this run continued from. A mapping `state.tensors` that
+    is lazy is read tensor by tensor; its method `meta(name)`, if it has one, gives a tensor's dtype and shape without reading it.
+    A whole checkpoint of this step with the same root is kept as it is; any other is moved to `*.superseded-N` or `*.damaged-N`.
+    Raises CheckpointError where the disk is full or fails (older checkpoints are untouched) or a name or dtype cannot be stored.
+    """
+    target = folder / folder_name(state.step)
+    specs = {name: _spec(target, name, state.tensors) for name in state.tensors}
+    needed = sum(tensor_bytes(*spec) for spec in specs.values()) + MANIFEST_ALLOWANCE_BYTES
+    claims = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": state.step,
+        "optimizer_updates": state.optimizer_updates,
+        "position": position,
+        "tokens": tokens,
+        "parent": parent,
+        "recipe": recipe,
+        "recipe_sha256": sha256_json(recipe),
+        "dataset_id": dataset_id,
+        "fingerprint": fingerprint,
+        "kernels": kernels,
+    }
+    temporary = fsops.temporary_beside(target)
+    try:
+        fsops.make_dirs(folder)
+        if (free := fsops.free_bytes(folder)) < needed:
+            raise CheckpointError(_no_space(target, needed, free))
+        fsops.make_dirs(temporary)
+        files, tensors = _write_files(temporary, state.tensors, specs)
+        manifest = claims | {"files": files, "tensors": tensors}
+        root = sha256_json(manifest)
+        fsops.write_bytes(temporary / MANIFEST, canonical_json(manifest | {"root": root}) + b"\n")
+        fsops.sync_dir(temporary)
+        set_aside = _clear_way(target, temporary, root)
+        if temporary.exists():
+            fsops.rename(temporary, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # what cannot be removed now is removed when the run is next opened
+            fsops.remove_tree(temporary)
+        raise CheckpointError(_why_not(target, needed, error)) from error
+    return CheckpointInfo(target, state.step, root, sum(file["size"] for file in files.values()), set_aside)
+
+
+def load(path: Path, *, verified: bool = False) -> tuple[State, dict[str, Any]]:
+    """A checkpoint's state and manifest. Every byte is verified first, unless the caller has just done so (`verified=True`).
+
+    The state's tensors are lazy: each is read when it is asked for, as new memory, and its hash is checked once more, so that nothing
+    altered in between reaches a model. Raises CheckpointError.
+    """
+    path = Path(path)
+    manifest = _read_structure(path)[0] if verified else verify(path)
+    return State(manifest["step"], manifest["optimizer_updates"], _Tensors(path, manifest)), manifest
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Read every byte of a checkpoint and return its manifest. Raises CheckpointError naming file, tensor and remedy."""
+    path = Path(path)
+    manifest, layouts = _read_structure(path)
+    with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL; the second reader of a file finds it in the page cache
+        jobs = [pool.submit(_verify_file, path, name, entry["sha256"]) for name, entry in manifest["files"].items()]
+        jobs += [pool.submit(_verify_tensors, path, name, layout, manifest["tensors"]) for name, layout in layouts.items()]
+    damage = [job.result() for job in jobs]
+    if any(damage):
+        raise CheckpointError(f"{path}: {'; '.join(line for line in damage if line)}: {REMEDY}")
+    return manifest
+
+
+def newest(folder: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint in a `checkpoints` folder, every byte of it verified; None where there is none.
+
+    `report` gets one line for each checkpoint passed over. Folders under temporary names, set aside, or named otherwise do not count.
+    """
+    steps = {int(match[1]): path for path in _entries(folder) if (match := STEP_FOLDER.fullmatch(path.name))}
+    for step in sorted(steps, reverse=True):
+        try:
+            verify(steps[step])
+        except CheckpointError as error:
+            report(f"passed over a damaged checkpoint: {error}")
+        else:
+            return steps[step]
+    return None
+
+
+# Writing
+
+
+def _spec(target: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> Spec:
+    meta = getattr(tensors, "meta", None)
+    tensor = tensors[name] if meta is None else meta(name)
+    try:
+        check_name(name)
+        return DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+    except (ValueError, KeyError) as error:
+        reason = f"dtype {tensor.dtype} cannot be stored" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{target}: tensor '{name[:80]}': {reason}: rename or convert it before saving") from error
+
+
+def _split(specs: Mapping[str, Spec]) -> list[dict[str, Spec]]:
+    """Deal tensors out to files of at most MAX_FILE_BYTES, in an order that depends on names, dtypes and shapes alone."""
+    files: list[dict[str, Spec]] = [{}]
+    filled = 0
+    for name in file_order(specs):
+        size = tensor_bytes(*specs[name])
+        if files[-1] and filled + size > MAX_FILE_BYTES:
+            files.append({})
+            filled = 0
+        files[-1][name] = specs[name]
+        filled += size
+    return files
+
+
+def _write_files(
+    folder: Path, tensors: Mapping[str, torch.Tensor], specs: Mapping[str, Spec]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Write and sync every tensor file; the manifest's `files` and `tensors`."""
+    split = _split(specs)
+    files: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for index, part in enumerate(split, 1):
+        name = f"state-{index:05d}-of-{len(split):05d}.safetensors"
+        with fsops.FileWriter(folder / name) as file, _Hashes() as hashes:
+            hashes.file_only(pack_header(part), file.write)
+            for tensor_name, (dtype, shape) in part.items():
+                memory = tensor_memory(_as_announced(folder, tensor_name, tensors[tensor_name], (dtype, shape)))
+                hashes.tensor(tensor_name, memory, file.write)
+            file.sync()  # the hashes are still being computed meanwhile
+            sha256, of_tensors = hashes.results()
+        files[name] = {"size": (folder / name).stat().st_size, "sha256": sha256}
+        for tensor_name, (dtype, shape) in part.items():
+            entries[tensor_name] = {"dtype": dtype, "shape": list(shape), "file": name, "sha256": of_tensors[tensor_name]}
+    return files, entries
+
+
+def _as_announced(folder: Path, name: str, tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
+    if (DTYPE_NAMES.get(tensor.dtype), tuple(tensor.shape)) != spec:
+        raise CheckpointError(f"{folder}: tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, announced as {spec[0]} {list(spec[1])}")
+    return tensor
+
+
+class _Hashes:
+    """SHA-256 of a file and of each tensor in it, on a thread each, while the caller writes: the bytes are touched once."""
+
+    def __init__(self) -> None:
+        self._file = hashlib.sha256()
+        self._file_thread = ThreadPoolExecutor(1)
+        self._tensor_thread = ThreadPoolExecutor(1)
+        self._tensors: dict[str, Future[str]] = {}
+        self._backlog: deque[tuple[int, Future[None], Future[str]]] = deque()
+        self._backlog_bytes = 0
+
+    def file_only(self, data: bytes, write: Callable[[bytes], None]) -> None:
+        self._file_thread.submit(self._file.update, data)
+        write(data)
+
+    def tensor(self, name: str, memory: memoryview, write: Callable[[memoryview], None]) -> None:
+        while self._backlog and self._backlog_bytes + len(memory) > HASH_BACKLOG_BYTES:
+            size, of_file, of_tensor = self._backlog.popleft()
+            of_file.result(), of_tensor.result()
+            self._backlog_bytes -= size
+        of_file = self._file_thread.submit(self._file.update, memory)
+        of_tensor = self._tensor_thread.submit(lambda: hashlib.sha256(memory).hexdigest())
+        self._tensors[name] = of_tensor
+        self._backlog.append((len(memory), of_file, of_tensor))
+        self._backlog_bytes += len(memory)
+        write(memory)
+
+    def results(self) -> tuple[str, dict[str, str]]:
+        self._file_thread.shutdown()
+        return self._file.hexdigest(), {name: job.result() for name, job in self._tensors.items()}
+
+    def __enter__(self) -> _Hashes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file_thread.shutdown(cancel_futures=True)
+        self._tensor_thread.shutdown(cancel_futures=True)
+
+
+def _clear_way(target: Path, temporary: Path, root: str) -> Path | None:
+    """Where `target` exists: drop the new copy if it is the same, else move the old one aside. Where the old one went."""
+    if not target.exists() and not target.is_symlink():
+        return None
+    try:
+        kind = "superseded"
+        if verify(target)["root"] == root:
+            fsops.remove_tree(temporary)
+            return None
+    except CheckpointError:
+        kind = "damaged"
+    number = 1
+    while (aside := target.with_name(f"{target.name}.{kind}-{number}")).exists():
+        number += 1
+    fsops.rename(target, aside)
+    return aside
+
+
+def _why_not(target: Path, needed: int, error: OSError) -> str:
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{target}: cannot be written: a file stands where a folder is needed ({error.filename}): move it away"
+    try:
+        free = fsops.free_bytes(target.parent)
+    except OSError:
+        free = 0
+    return _no_space(target, needed, free, error.strerror or str(error))
+
+
+def _no_space(target: Path, needed: int, free: int, reason: str = "no space") -> str:
+    return f"{target}: cannot be written: {reason}: needs {needed:,} bytes, {free:,} are free; older checkpoints are untouched: make room"
+
+
+# Reading
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(Path(folder).iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be listed: {error.strerror}: check the folder and its permissions") from error
+
+
+@contextlib.contextmanager
+def _blamed(path: Path, name: str) -> Iterator[None]:
+    """Turn whatever is wrong with one file into a CheckpointError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: {name}: {error.strerror or error}: {REMEDY}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {name}: {error}: {REMEDY}") from error
+
+
+def _read_structure(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, TensorLayout]]]:
+    """Manifest and file layouts, all their claims checked against each other and the folder; tensor bytes not yet hashed."""
+    with _blamed(path, MANIFEST):
+        manifest = _parse_manifest(path)
+    present = {entry.name for entry in _entries(path)} - {MANIFEST}
+    for name in sorted(present ^ set(manifest["files"])):
+        what = "is missing" if name in manifest["files"] else "does not belong there"
+        raise CheckpointError(f"{path}: {name}: {what}: {REMEDY}")
+    layouts: dict[str, dict[str, TensorLayout]] = {}
+    for name, entry in manifest["files"].items():
+        with _blamed(path, name), open_regular(path / name) as file:
+            if (size := (path / name).stat().st_size) != entry["size"]:
+                raise ValueError(f"holds {size} bytes, the manifest says {entry['size']}")
+            layouts[name] = read_header(file)
+            _compare_layout(layouts[name], {key: item for key, item in manifest["tensors"].items() if item["file"] == name})
+    for name, entry in manifest["tensors"].items():
+        if entry["file"] not in layouts:
+            raise CheckpointError(f"{path}: {MANIFEST}: tensor '{name[:80]}' lies in no file of the manifest: {REMEDY}")
+    return manifest, layouts
+
+
+def _parse_manifest(path: Path) -> dict[str, Any]:
+    if path.is_symlink():
+        raise ValueError("the checkpoint's folder is a symbolic link; name the folder itself")
+    with open_regular(path / MANIFEST) as file:
+        data = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ValueError(f"is larger than {MAX_MANIFEST_BYTES} bytes")
+    manifest = parse_json(data)
+    if isinstance(manifest, dict) and manifest.get("format") == FORMAT and manifest.get("version") != VERSION:
+        raise ValueError(f"format version {manifest.get('version')!r} is not the one this program reads ({VERSION}): use a newer weftrain")
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"key '{'.'.join(map(str, first['loc']))[:80]}': {first['msg']}") from error
+    if canonical_json(manifest) + b"\n" != data:
+        raise ValueError("is not in canonical form, so it was altered")
+    if sha256_json({key: value for key, value in manifest.items() if key != "root"}) != manifest["root"]:
+        raise ValueError("does not hash to its root, so it was altered")
+    if sha256_json(manifest["recipe"]) != manifest["recipe_sha256"]:
+        raise ValueError("key 'recipe_sha256' is not the recipe's hash")
+    if STEP_FOLDER.fullmatch(path.name) and path.name != folder_name(manifest["step"]):
+        raise ValueError(f"is of step {manifest['step']}, so the folder was renamed")
+    return manifest
+
+
+def _compare_layout(layout: Mapping[str, TensorLayout], claimed: Mapping[str, dict[str, Any]]) -> None:
+    for name in sorted(set(layout) ^ set(claimed)):
+        raise ValueError(f"tensor '{name[:80]}' is {'missing' if name in claimed else 'not in the manifest'}")
+    for name, place in layout.items():
+        found, said = (place.dtype, list(place.shape)), (claimed[name]["dtype"], claimed[name]["shape"])
+        if found != said:
+            raise ValueError(f"tensor '{name}' is {found[0]} {found[1]}, the manifest says {said[0]} {said[1]}")
+
+
+def _verify_file(path: Path, name: str, sha256: str) -> str:
+    with _blamed(path, name):
+        return "" if fsops.sha256_file(path / name) == sha256 else f"{name} has changed since it was written (SHA-256 differs)"
+
+
+def _verify_tensors(path: Path, name: str, layout: Mapping[str, TensorLayout], claimed: Mapping[str, dict[str, Any]]) -> str:
+    with _blamed(path, name), open_regular(path / name) as file:
+        damaged = [key for key, place in layout.items() if _sha256_part(file, place) != claimed[key]["sha256"]]
+    return f"{name}: damaged tensor {_listed(damaged)}" if damaged else ""
+
+
+def _sha256_part(file: Any, place: TensorLayout) -> str:
+    digest = hashlib.sha256()
+    file.seek(place.begin)
+    left = place.end - place.begin
+    while left and (block := file.read(min(left, 1 << 22))):
+        digest.update(block)
+        left -= len(block)
+    return digest.hexdigest()
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, *rest = [f"'{name}'" for name in names]
+    return first if not rest else f"{first} and {len(rest)} more"
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    """A checkpoint's tensors by name, in sorted order; each access reads and hashes one."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self._path = path
+        self._claimed = manifest["tensors"]
+        self._layouts: dict[str, dict[str, TensorLayout]] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        claimed = self._claimed[name]
+        with _blamed(self._path, claimed["file"]), open_regular(self._path / claimed["file"]) as file:
+            layout = self._layouts.get(claimed["file"]) or self._layouts.setdefault(claimed["file"], read_header(file))
+            tensor = read_tensor(file, layout[name])
+            if hashlib.sha256(tensor_memory(tensor)).hexdigest() != claimed["sha256"]:
+                raise ValueError(f"tensor '{name}' has changed since it was written (SHA-256 differs)")
+        return tensor
+
+    def meta(self, name: str) -> torch.Tensor:
+        """A tensor of the same dtype and shape without data."""
+        from weftrain.core.tensor_file import DTYPES
+
+        return torch.empty(self._claimed[name]["shape"], dtype=DTYPES[self._claimed[name]["dtype"]], device="meta")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._claimed)
+
+    def __len__(self) -> int:
+        return len(self._claimed)

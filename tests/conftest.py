@@ -1,0 +1,46 @@
+"""What every test shares: small recipes, made from the shipped ones so that they stay true to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from weftrain.core.config import Recipe
+from weftrain.core.recipe_file import load_recipe
+
+TINY = [
+    "model.vocab_size=97",
+    "model.num_layers=2",
+    "model.hidden_size=48",
+    "model.num_heads=3",
+    "model.intermediate_size=70",
+    "model.max_position_embeddings=16",
+    "data.sequence_length=13",
+    "data.sources=[]",
+    "data.synthetic_rows=12",
+    "batch.global_batch_size=4",
+    "batch.micro_batch_size=4",
+    "schedule.steps=6",
+    "precision.compute=float32",
+    "schedule.learning_rate=[{shape: linear, steps: 2, start: 0, end: 0.01}, {shape: constant, steps: 1000, start: 0.01}]",
+    "checkpoint.every_steps=2",
+    "log.evaluate_every_steps=0",
+]
+ROTARY = {"crystal": ["model.rotary_dim=4", "model.mup.base_hidden_size=16"], "amber": ["model.rotary_dim=16"]}
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def tiny_recipe() -> Callable[..., Recipe]:
+    """tiny_recipe('crystal' or 'amber', 'key=value', ...): the demo recipe cut to 2 layers of width 48, fp32."""
+
+    def make(family: str = "crystal", *overrides: str) -> Recipe:
+        return load_recipe(f"{family}_demo", [*TINY, *ROTARY[family], *overrides]).recipe
+
+    return make

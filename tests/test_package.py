@@ -1,0 +1,127 @@
+"""The house: who imports whom, what ships, and that both ways of installing give the same package."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("cli", "backends", "data_prep", "analysis", "core", "kernels")
+# Every arrow runs down. data_prep sees four modules of core, core sees of kernels what its package exports, analysis no backend.
+ALLOWED = {
+    "cli": {"cli", "backends", "data_prep", "analysis", "core", "kernels"},
+    "backends": {"backends", "core", "kernels"},
+    "data_prep": {"data_prep", "core"},
+    "analysis": {"analysis", "core", "kernels"},
+    "core": {"core", "kernels"},
+    "kernels": {"kernels"},
+}
+FORBIDDEN_CALLS = {"eval", "exec", "os.system", "torch.load", "torch.save", "yaml.load", "numpy.load", "np.load"}
+DATA_PREP_SEES = {"shards", "config", "errors", "fsops", "canonical", "dataset"}
+
+
+def sources() -> list[Path]:
+    return [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write weftrain.…"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_imports_run_downwards() -> None:
+    for path in sources():
+        floor = path.relative_to(ROOT).parts[0]
+        for name in imports(path):
+            parts = name.split(".")
+            assert parts[0] not in FOLDERS, f"{path}: import weftrain.{parts[0]}, not {parts[0]}"
+            if parts[0] != "weftrain":
+                continue
+            assert parts[1] in ALLOWED[floor], f"{path}: {floor} may not import {name}"
+            if floor == "data_prep" and parts[1] == "core":
+                assert parts[2] in DATA_PREP_SEES, f"{path}: data_prep may not import {name}"
+            if floor == "core" and parts[1] == "kernels":
+                assert len(parts) == 3, f"{path}: core takes from weftrain.kernels what the package exports, not {name}"
+
+
+def test_no_pickle_and_no_unsafe_loading() -> None:
+    for path in sources():
+        tree = ast.parse(path.read_text())
+        assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}, path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                call = ast.unparse(node.func)
+                assert call not in {"eval", "exec", "os.system", "torch.load", "torch.save", "yaml.load", "numpy.load", "np.load"}, (
+                    f"{path}: {call}"
+                )
+                assert not any(keyword.arg in ("shell", "allow_pickle") for keyword in node.keywords), f"{path}: {ast.unparse(node)}"
+
+
+def test_every_folder_with_code_is_a_declared_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    declared = set(project["tool"]["setuptools"]["packages"])
+    found = {"weftrain." + ".".join(path.parent.relative_to(ROOT).parts) for path in sources()}
+    assert declared == found
+    assert all((ROOT / Path(*name.split(".")[1:]) / "__init__.py").exists() for name in declared)
+
+
+def install_check(environment: dict[str, str], cwd: Path) -> dict[str, str]:
+    program = """
+import importlib, importlib.metadata, importlib.resources, json
+names = ["cli.main", "backends.local", "core.model", "kernels", "analysis.peak", "data_prep"]
+out = {name: importlib.import_module("weftrain." + name).__file__ for name in names}
+from weftrain.core.recipe_file import builtin_recipes
+out["recipes"] = ",".join(builtin_recipes())
+out["readme"] = str((importlib.resources.files("weftrain.kernels") / "README.md").is_file())
+print(json.dumps(out))
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=cwd, capture_output=True, text=True, check=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def test_editable_install(tmp_path: Path) -> None:
+    found = install_check(dict(os.environ), tmp_path)
+    assert found["core.model"] == str(ROOT / "core" / "model.py")
+    assert "amber_7b" in found["recipes"]
+
+
+def test_normal_install(tmp_path: Path) -> None:
+    """A wheel, installed into an empty folder: the same modules, recipes and READMEs; nothing but `weftrain` at the top."""
+    pytest.importorskip("setuptools", minversion="77")
+    tree = tmp_path / "tree"
+    ignore = shutil.ignore_patterns(".venv", ".git", "runs", "datasets", "__pycache__", "*.egg-info", ".*_cache", ".typecheck", "build")
+    shutil.copytree(ROOT, tree, ignore=ignore)
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(site), str(tree)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    assert {entry.name for entry in site.iterdir() if not entry.name.endswith(".dist-info")} <= {"weftrain", "bin"}
+    found = install_check({**os.environ, "PYTHONPATH": str(site)}, tmp_path)
+    assert found["core.model"] == str(site / "weftrain" / "core" / "model.py")
+    assert found["recipes"] == ",".join(sorted(path.stem for path in (ROOT / "core" / "recipes").glob("*.yaml")))
+    assert found["readme"] == "True"
+
+
+def test_console_script_and_module_agree() -> None:
+    script = Path(sys.executable).parent / "weftrain"
+    outputs = [
+        subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+        for command in ([str(script)], [sys.executable, "-m", "weftrain.cli"])
+    ]
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith("weftrain, version ")
