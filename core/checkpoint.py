@@ -11,24 +11,25 @@ Nothing here overwrites or deletes a checkpoint. Nothing is believed that was no
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from weftrain.core import fsops
 from weftrain.core.backend import State
-from weftrain.core.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.canonical import canonical_json, sha256_json
 from weftrain.core.errors import CheckpointError
+from weftrain.core.manifest import FORMAT, MANIFEST, STEP_FOLDER, VERSION, folder_name, read_manifest, root_of
 from weftrain.core.tensor_file import (
     DTYPE_NAMES,
+    DTYPES,
     TensorLayout,
     check_name,
     file_order,
@@ -40,56 +41,13 @@ from weftrain.core.tensor_file import (
     tensor_memory,
 )
 
-FORMAT = "weftrain-checkpoint"
-VERSION = 1
-MANIFEST = "manifest.json"
 MAX_FILE_BYTES = 4 << 30  # of tensors in one file; a single larger tensor has a file of its own
-MAX_MANIFEST_BYTES = 64 << 20
 MANIFEST_ALLOWANCE_BYTES = 1 << 20  # manifest, headers and folder entries, in the estimate of what a save needs
 HASH_BACKLOG_BYTES = 512 << 20  # written and not yet hashed: bounds what a lazy state keeps in memory
-STEP_FOLDER = re.compile(r"step_([0-9]{8,})")
 REMEDY = "move the folder away, or restore it from a copy"
 
 Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, shape
-Count = Annotated[int, Field(ge=0)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-FileName = Annotated[str, Field(pattern=r"^state-[0-9]{5}-of-[0-9]{5}\.safetensors$")]
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class _FileEntry(_Entry):
-    size: Count
-    sha256: Sha256
-
-
-class _TensorEntry(_Entry):
-    dtype: str
-    shape: Annotated[tuple[Count, ...], Field(strict=False)]
-    file: FileName
-    sha256: Sha256  # of the row-major bytes, whichever file they lie in
-
-
-class _Manifest(_Entry):
-    """The schema that a manifest is checked against; it is handed out as the dict that was read."""
-
-    format: Literal["weftrain-checkpoint"]
-    version: Literal[1]
-    step: Count
-    optimizer_updates: Count
-    position: Count  # the next sample's number
-    tokens: Count
-    parent: Sha256 | None
-    recipe: dict[str, Any]
-    recipe_sha256: Sha256
-    dataset_id: str
-    fingerprint: dict[str, Any]
-    kernels: dict[str, Any]
-    files: dict[FileName, _FileEntry]
-    tensors: dict[str, _TensorEntry]
-    root: Sha256
+Layouts = dict[str, dict[str, TensorLayout]]  # file -> tensor -> its place
 
 
 @dataclass(frozen=True)
@@ -101,11 +59,6 @@ class CheckpointInfo:
     root: str
     size_bytes: int
     set_aside: Path | None = None
-
-
-def folder_name(step: int) -> str:
-    """The name of the checkpoint after `step` completed steps."""
-    return f"step_{step:08d}"
 
 
 def save(
@@ -152,15 +105,17 @@ def save(
         fsops.make_dirs(temporary)
         files, tensors = _write_files(temporary, state.tensors, specs)
         manifest = claims | {"files": files, "tensors": tensors}
-        root = sha256_json(manifest)
+        root = root_of(manifest)
         fsops.write_bytes(temporary / MANIFEST, canonical_json(manifest | {"root": root}) + b"\n")
         fsops.sync_dir(temporary)
         set_aside = _clear_way(target, temporary, root)
         if temporary.exists():
             fsops.rename(temporary, target)
+    except CheckpointError:
+        _remove_if_possible(temporary)
+        raise
     except OSError as error:
-        with contextlib.suppress(OSError):  # what cannot be removed now is removed when the run is next opened
-            fsops.remove_tree(temporary)
+        _remove_if_possible(temporary)
         raise CheckpointError(_why_not(target, needed, error)) from error
     return CheckpointInfo(target, state.step, root, sum(file["size"] for file in files.values()), set_aside)
 
@@ -171,22 +126,13 @@ def load(path: Path, *, verified: bool = False) -> tuple[State, dict[str, Any]]:
     The state's tensors are lazy: each is read when it is asked for, as new memory, and its hash is checked once more, so that nothing
     altered in between reaches a model. Raises CheckpointError.
     """
-    path = Path(path)
-    manifest = _read_structure(path)[0] if verified else verify(path)
-    return State(manifest["step"], manifest["optimizer_updates"], _Tensors(path, manifest)), manifest
+    manifest, layouts = _read_structure(path) if verified else _read_all(path)
+    return State(manifest["step"], manifest["optimizer_updates"], _Tensors(path, manifest["tensors"], layouts)), manifest
 
 
 def verify(path: Path) -> dict[str, Any]:
     """Read every byte of a checkpoint and return its manifest. Raises CheckpointError naming file, tensor and remedy."""
-    path = Path(path)
-    manifest, layouts = _read_structure(path)
-    with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL; the second reader of a file finds it in the page cache
-        jobs = [pool.submit(_verify_file, path, name, entry["sha256"]) for name, entry in manifest["files"].items()]
-        jobs += [pool.submit(_verify_tensors, path, name, layout, manifest["tensors"]) for name, layout in layouts.items()]
-    damage = [job.result() for job in jobs]
-    if any(damage):
-        raise CheckpointError(f"{path}: {'; '.join(line for line in damage if line)}: {REMEDY}")
-    return manifest
+    return _read_all(path)[0]
 
 
 def newest(folder: Path, report: Callable[[str], None]) -> Path | None:
@@ -194,14 +140,14 @@ def newest(folder: Path, report: Callable[[str], None]) -> Path | None:
 
     `report` gets one line for each checkpoint passed over. Folders under temporary names, set aside, or named otherwise do not count.
     """
-    steps = {int(match[1]): path for path in _entries(folder) if (match := STEP_FOLDER.fullmatch(path.name))}
-    for step in sorted(steps, reverse=True):
+    candidates = [(int(match[1]), path) for path in _entries(folder) if (match := STEP_FOLDER.fullmatch(path.name))]
+    for _, path in sorted(candidates, reverse=True):
         try:
-            verify(steps[step])
+            verify(path)
         except CheckpointError as error:
             report(f"passed over a damaged checkpoint: {error}")
         else:
-            return steps[step]
+            return path
     return None
 
 
@@ -318,18 +264,20 @@ def _clear_way(target: Path, temporary: Path, root: str) -> Path | None:
     return aside
 
 
+def _remove_if_possible(temporary: Path) -> None:
+    with contextlib.suppress(OSError):  # what cannot be removed now is removed when the run is next opened
+        fsops.remove_tree(temporary)
+
+
 def _why_not(target: Path, needed: int, error: OSError) -> str:
-    if isinstance(error, FileExistsError | NotADirectoryError):
-        return f"{target}: cannot be written: a file stands where a folder is needed ({error.filename}): move it away"
-    try:
-        free = fsops.free_bytes(target.parent)
-    except OSError:
-        free = 0
-    return _no_space(target, needed, free, error.strerror or str(error))
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _no_space(target, needed, fsops.free_bytes(target.parent))
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{target}: cannot be written: {error.strerror}{where}; older checkpoints are untouched: check the disk and its permissions"
 
 
-def _no_space(target: Path, needed: int, free: int, reason: str = "no space") -> str:
-    return f"{target}: cannot be written: {reason}: needs {needed:,} bytes, {free:,} are free; older checkpoints are untouched: make room"
+def _no_space(target: Path, needed: int, free: int) -> str:
+    return f"{target}: the disk is full: {needed:,} bytes needed, {free:,} free; older checkpoints are untouched: make room, then resume"
 
 
 # Reading
@@ -355,15 +303,15 @@ def _blamed(path: Path, name: str) -> Iterator[None]:
         raise CheckpointError(f"{path}: {name}: {error}: {REMEDY}") from error
 
 
-def _read_structure(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, TensorLayout]]]:
+def _read_structure(path: Path) -> tuple[dict[str, Any], Layouts]:
     """Manifest and file layouts, all their claims checked against each other and the folder; tensor bytes not yet hashed."""
     with _blamed(path, MANIFEST):
-        manifest = _parse_manifest(path)
+        manifest = read_manifest(path)
     present = {entry.name for entry in _entries(path)} - {MANIFEST}
     for name in sorted(present ^ set(manifest["files"])):
         what = "is missing" if name in manifest["files"] else "does not belong there"
         raise CheckpointError(f"{path}: {name}: {what}: {REMEDY}")
-    layouts: dict[str, dict[str, TensorLayout]] = {}
+    layouts: Layouts = {}
     for name, entry in manifest["files"].items():
         with _blamed(path, name), open_regular(path / name) as file:
             if (size := (path / name).stat().st_size) != entry["size"]:
@@ -376,30 +324,16 @@ def _read_structure(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Ten
     return manifest, layouts
 
 
-def _parse_manifest(path: Path) -> dict[str, Any]:
-    if path.is_symlink():
-        raise ValueError("the checkpoint's folder is a symbolic link; name the folder itself")
-    with open_regular(path / MANIFEST) as file:
-        data = file.read(MAX_MANIFEST_BYTES + 1)
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise ValueError(f"is larger than {MAX_MANIFEST_BYTES} bytes")
-    manifest = parse_json(data)
-    if isinstance(manifest, dict) and manifest.get("format") == FORMAT and manifest.get("version") != VERSION:
-        raise ValueError(f"format version {manifest.get('version')!r} is not the one this program reads ({VERSION}): use a newer weftrain")
-    try:
-        _Manifest.model_validate(manifest)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"key '{'.'.join(map(str, first['loc']))[:80]}': {first['msg']}") from error
-    if canonical_json(manifest) + b"\n" != data:
-        raise ValueError("is not in canonical form, so it was altered")
-    if sha256_json({key: value for key, value in manifest.items() if key != "root"}) != manifest["root"]:
-        raise ValueError("does not hash to its root, so it was altered")
-    if sha256_json(manifest["recipe"]) != manifest["recipe_sha256"]:
-        raise ValueError("key 'recipe_sha256' is not the recipe's hash")
-    if STEP_FOLDER.fullmatch(path.name) and path.name != folder_name(manifest["step"]):
-        raise ValueError(f"is of step {manifest['step']}, so the folder was renamed")
-    return manifest
+def _read_all(path: Path) -> tuple[dict[str, Any], Layouts]:
+    """What _read_structure gives, after every file and every tensor was hashed."""
+    manifest, layouts = _read_structure(path)
+    with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL; the second reader of a file finds it in the page cache
+        jobs = [pool.submit(_verify_file, path, name, entry["sha256"]) for name, entry in manifest["files"].items()]
+        jobs += [pool.submit(_verify_tensors, path, name, layout, manifest["tensors"]) for name, layout in layouts.items()]
+    damage = [line for job in jobs if (line := job.result())]
+    if damage:
+        raise CheckpointError(f"{path}: {'; '.join(damage)}: {REMEDY}")
+    return manifest, layouts
 
 
 def _compare_layout(layout: Mapping[str, TensorLayout], claimed: Mapping[str, dict[str, Any]]) -> None:
@@ -440,24 +374,21 @@ def _listed(names: Iterable[str]) -> str:
 class _Tensors(Mapping[str, torch.Tensor]):
     """A checkpoint's tensors by name, in sorted order; each access reads and hashes one."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, claimed: dict[str, Any], layouts: Layouts) -> None:
         self._path = path
-        self._claimed = manifest["tensors"]
-        self._layouts: dict[str, dict[str, TensorLayout]] = {}
+        self._claimed = claimed
+        self._layouts = layouts
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        claimed = self._claimed[name]
-        with _blamed(self._path, claimed["file"]), open_regular(self._path / claimed["file"]) as file:
-            layout = self._layouts.get(claimed["file"]) or self._layouts.setdefault(claimed["file"], read_header(file))
-            tensor = read_tensor(file, layout[name])
-            if hashlib.sha256(tensor_memory(tensor)).hexdigest() != claimed["sha256"]:
+        file_name = self._claimed[name]["file"]
+        with _blamed(self._path, file_name), open_regular(self._path / file_name) as file:
+            tensor = read_tensor(file, self._layouts[file_name][name])
+            if hashlib.sha256(tensor_memory(tensor)).hexdigest() != self._claimed[name]["sha256"]:
                 raise ValueError(f"tensor '{name}' has changed since it was written (SHA-256 differs)")
         return tensor
 
     def meta(self, name: str) -> torch.Tensor:
         """A tensor of the same dtype and shape without data."""
-        from weftrain.core.tensor_file import DTYPES
-
         return torch.empty(self._claimed[name]["shape"], dtype=DTYPES[self._claimed[name]["dtype"]], device="meta")
 
     def __iter__(self) -> Iterator[str]:

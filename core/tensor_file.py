@@ -128,13 +128,13 @@ def _are_counts(value: Any) -> bool:
 
 def tensor_memory(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes, row-major, without a copy where it is contiguous. The tensor lies in host memory."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_tensor(file: BinaryIO, place: TensorLayout) -> torch.Tensor:
     """Read one tensor into memory of its own. Raises ValueError where the file has become shorter."""
     raw = torch.empty(place.end - place.begin, dtype=torch.uint8)
-    memory = memoryview(raw.numpy())
+    memory = raw.numpy().data
     file.seek(place.begin)
     while memory:
         count = cast(Any, file).readinto(memory)

@@ -1,0 +1,175 @@
+"""Coordinate check: does the size of activations, and of their change in training, depend on the width? With muP it must not.
+
+A few AdamW steps are made at several widths, with muP from the narrowest and with the standard parametrisation (same proxy, same learning
+rate, nothing derived), and the mean absolute value of every segment's output is recorded (arXiv 2203.03466, appendix D.1). What a reader
+would get wrong: block outputs at initialisation are as flat without muP; it is their *change* in training that grows with width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from weftrain.core.config import Initialization, ModelConfig, Mup
+from weftrain.core.model import Decoder, initialize, kernel_specs
+from weftrain.core.mup import resolved
+from weftrain.core.parameters import Role, parameter_specs
+from weftrain.kernels import select
+
+Parametrization = Literal["mup", "standard"]
+WIDTHS = (64, 128, 256, 512)
+HEAD_DIM = 16
+
+
+@dataclass(frozen=True)
+class Point:
+    """One segment's output at one width after so many steps: mean |x|, and mean |x - x at initialisation|, over one fixed batch."""
+
+    parametrization: Parametrization
+    width: int
+    step: int
+    activation: str  # "embedding", "layers.0", ..., "logits"
+    scale: float
+    change: float
+
+
+def coordinate_check(
+    parametrizations: Sequence[Parametrization] = ("mup", "standard"),
+    widths: Sequence[int] = WIDTHS,
+    steps: int = 4,
+    learning_rate: float = 0.005,
+    seeds: int = 2,
+) -> list[Point]:
+    """Train at every width on one repeated random batch, and measure before each step and after the last; CPU, fp32, some seconds.
+
+    learning_rate: of the narrowest width, which is muP's proxy. seeds: models averaged into each point.
+    """
+    points = []
+    for parametrization in parametrizations:
+        for width in widths:
+            config = proxy_config(parametrization, width, min(widths))
+            runs = [_train(config, steps, learning_rate, seed) for seed in range(seeds)]
+            for step in range(steps + 1):
+                for activation in runs[0][step]:
+                    scale = sum(run[step][activation].abs().mean().item() for run in runs) / seeds
+                    change = sum((run[step][activation] - run[0][activation]).abs().mean().item() for run in runs) / seeds
+                    points.append(Point(parametrization, width, step, activation, scale, change))
+    return points
+
+
+def proxy_config(parametrization: Parametrization, width: int, base_width: int) -> ModelConfig:
+    """A small CrystalCoder of that width; both parametrisations are the same model at `base_width` but for the attention scale.
+
+    Standard: matrices start at base_std / sqrt(width / base_width), as fan-in initialisation has it; scales and learning rate stay.
+    """
+    base_std = 0.073
+    mup = Mup(base_hidden_size=base_width, distribution="truncated_normal", base_std=base_std, embedding_scale=14.6, base_logits_scale=2.22)
+    width_multiplier, num_layers = width / base_width, 2
+    fan_in = Initialization(
+        distribution="truncated_normal",
+        embedding_std=base_std,
+        matrix_std=base_std / math.sqrt(width_multiplier),
+        output_matrix_std=base_std / math.sqrt(2 * width_multiplier * num_layers),
+    )
+    is_mup = parametrization == "mup"
+    return ModelConfig(
+        vocab_size=64,
+        hidden_size=width,
+        num_layers=num_layers,
+        num_heads=width // HEAD_DIM,
+        intermediate_size=width * 8 // 3,
+        max_position_embeddings=32,
+        norm="layer_norm",
+        norm_eps=1e-5,
+        linear_bias=True,
+        rotary_dim=HEAD_DIM // 4,
+        rotary_interleaved=True,
+        rope_theta=10000.0,
+        attention_scale="inverse_head_dim" if is_mup else "inverse_sqrt_head_dim",
+        tie_embeddings=True,
+        mup=mup if is_mup else None,
+        initialization=None if is_mup else fan_in,
+        embedding_scale=None if is_mup else mup.embedding_scale,
+        logits_scale=None if is_mup else mup.base_logits_scale,
+    )
+
+
+def growth(points: Sequence[Point], parametrization: Parametrization, activation: str, step: int) -> float:
+    """The exponent p of change ~ width^p over all widths, by least squares on logarithms: 0 is flat, 0.5 grows as the square root."""
+    chosen = [p for p in points if (p.parametrization, p.activation, p.step) == (parametrization, activation, step)]
+    x = torch.tensor([math.log(point.width) for point in chosen], dtype=torch.float64)
+    y = torch.tensor([math.log(point.change) for point in chosen], dtype=torch.float64)
+    x = x - x.mean()
+    return float((x * y).sum() / (x * x).sum())
+
+
+def plot(points: Sequence[Point], path: Path) -> None:
+    """PNG: change of each segment's output against width (both axes logarithmic), one panel a parametrisation, one line a segment and step.
+
+    Needs matplotlib (`pip install weftrain[plot]`).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys(point.parametrization for point in points))
+    activations = list(dict.fromkeys(point.activation for point in points))
+    last = max(point.step for point in points)
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, panel in zip(axes, panels, strict=True):
+        for index, activation in enumerate(activations):
+            for step in range(1, last + 1):
+                line = [p for p in points if (p.parametrization, p.activation, p.step) == (panel, activation, step)]
+                label = activation if step == last else None
+                opacity = 0.25 + 0.75 * step / last
+                axis.plot([p.width for p in line], [p.change for p in line], "o-", color=f"C{index}", alpha=opacity, label=label)
+        axis.set(title=panel, xlabel="width", xscale="log", yscale="log")
+    axes[0].set_ylabel("mean |x - x at initialisation|")
+    axes[0].legend(fontsize="small", title=f"darkest: step {last}", title_fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _train(config: ModelConfig, steps: int, learning_rate: float, seed: int) -> list[Mapping[str, Tensor]]:
+    """Activations before each step and after the last."""
+    model = Decoder(config, select(kernel_specs(config, "cpu", torch.float32), ("reference",)))
+    initialize(model, config, seed)
+    rows = torch.randint(config.vocab_size, (4, config.max_position_embeddings + 1), generator=torch.Generator().manual_seed(seed))
+    ids, labels = rows[:, :-1], rows[:, 1:]
+    optimizer = torch.optim.AdamW(_groups(model, config, learning_rate), betas=(0.9, 0.95), eps=1e-9, weight_decay=0.0)
+    measured = [_activations(model, ids)]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(ids, labels) / labels.numel()).backward()
+        optimizer.step()
+        measured.append(_activations(model, ids))
+    return measured
+
+
+def _groups(model: Decoder, config: ModelConfig, learning_rate: float) -> list[dict[str, object]]:
+    """Decoder matrices at the muP learning rate, all else at the full one."""
+    matrices = {spec.name for spec in parameter_specs(config) if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX)}
+    named = list(model.named_parameters())
+    return [
+        {"params": [p for name, p in named if name in matrices], "lr": learning_rate * resolved(config).matrix_learning_rate_multiplier},
+        {"params": [p for name, p in named if name not in matrices], "lr": learning_rate},
+    ]
+
+
+@torch.no_grad()
+def _activations(model: Decoder, ids: Tensor) -> Mapping[str, Tensor]:
+    embedding, *blocks, head = model.segments()
+    cos, sin = model.rotary(ids.shape[1])
+    x = embedding(ids)
+    outputs = {"embedding": x}
+    for layer, block in enumerate(blocks):
+        x = block(x, cos, sin)
+        outputs[f"layers.{layer}"] = x
+    outputs["logits"] = head.logits(x, model.tied_weight())
+    return outputs

@@ -1,0 +1,191 @@
+"""A run's folder: who may write in it, and which recipe it belongs to.
+
+    runs/<name>/lock              held for the run's life: process, host, start, command
+                recipe.json       the resolved recipe, canonical JSON: the truth
+                recipe.yaml       the same for people
+                recipe.<step>.json  an earlier recipe, replaced when the run was continued from <step> with changes allowed by name
+                environment.json  where the run was last started
+                metrics.jsonl  tensorboard/  checkpoints/
+
+What a reader would get wrong: the lock is the kernel's (flock), not the file. The file is never removed, and what it says counts only
+while some process holds the lock. This module imports no torch, so that a refusal is instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from weftrain.core import fsops
+from weftrain.core.canonical import canonical_json, parse_json
+from weftrain.core.errors import RunFolderError
+
+RECIPE = "recipe.json"
+READABLE_RECIPE = "recipe.yaml"
+ENVIRONMENT = "environment.json"
+LOCK = "lock"
+
+Difference = tuple[str, Any, Any]  # dotted key, old value, new value
+
+
+class _Absent:
+    """Stands for a value on the side of a difference that does not have the key."""
+
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+ABSENT = _Absent()
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An open run folder: its lock is held by this process. `recipe` is the resolved recipe that this start asks for."""
+
+    path: Path
+    recipe: dict[str, Any]
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def check_recipe(self, allow: set[str], step: int = 0) -> list[Difference]:
+        """Compare with the recipe that the folder was made for, and record this one. What changed, which is nothing as a rule.
+
+        allow: dotted keys that may differ; each changed key must be named. step: where the run continues; the old recipe stays as
+        recipe.<step>.json. Raises RunFolderError listing every change and the flags that would allow the rest.
+        """
+        stored = self._stored_recipe()
+        changes = [] if stored is None else differences(stored, self.recipe)
+        refused = [change for change in changes if change[0] not in allow]
+        if refused:
+            listed = ", ".join(f"{key}: {_shown(old)} -> {_shown(new)}" for key, old, new in changes)
+            flags = " ".join(f"--allow {key}" for key, _, _ in changes)
+            raise RunFolderError(
+                f"{self.path}: the recipe is not the one this run was made with ({listed}): "
+                f"give it back its values, use another run name, or continue with the changes by adding {flags}"
+            )
+        if stored is None or changes:
+            with _blamed(self.path):
+                if stored is not None:
+                    fsops.write_bytes(self._unused_name(step), canonical_json(stored) + b"\n")
+                # The truth last: a crash in between leaves a view that the next start writes again.
+                fsops.write_bytes(self.path / READABLE_RECIPE, yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True).encode())
+                fsops.write_bytes(self.path / RECIPE, canonical_json(self.recipe) + b"\n")
+        return changes
+
+    def write_environment(self, environment: dict[str, Any]) -> None:
+        """Record where the run is being started: JSON values only. The record of each start that made a checkpoint lies in its manifest."""
+        with _blamed(self.path):
+            fsops.write_bytes(self.path / ENVIRONMENT, canonical_json(environment) + b"\n")
+
+    def _stored_recipe(self) -> dict[str, Any] | None:
+        path = self.path / RECIPE
+        try:
+            stored = parse_json(path.read_bytes())
+            if not isinstance(stored, dict):
+                raise ValueError("is not a recipe")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be read: {error.strerror}: check the disk and its permissions") from error
+        except ValueError as error:
+            raise RunFolderError(f"{path}: damaged: {error}: restore it from the newest checkpoint's manifest, key 'recipe'") from error
+        return stored
+
+    def _unused_name(self, step: int) -> Path:
+        path, number = self.path / f"recipe.{step}.json", 1
+        while path.exists():
+            number += 1
+            path = self.path / f"recipe.{step}-{number}.json"
+        return path
+
+
+@contextlib.contextmanager
+def open_run(folder: Path, recipe: dict[str, Any]) -> Iterator[RunFolder]:
+    """Make or open a run's folder and hold its lock until the block ends. Temporary files of dead processes are removed.
+
+    recipe: the resolved recipe, JSON values. Raises RunFolderError, before anything else is done, where the folder is in use, read-only,
+    on a full disk or not a folder.
+    """
+    folder = Path(folder)
+    with contextlib.ExitStack() as stack:
+        with _blamed(folder):
+            fsops.make_dirs(folder)
+            try:
+                stack.enter_context(fsops.held_lock(folder / LOCK, canonical_json(_this_process()) + b"\n"))
+            except BlockingIOError as error:
+                raise RunFolderError(
+                    f"run folder {folder} is in use by {_holder(folder / LOCK)}: wait for it, stop it, or choose another run name"
+                ) from error
+            run = RunFolder(folder, parse_json(canonical_json(recipe)))  # as it will read back: tuples become lists
+            fsops.make_dirs(run.checkpoints)
+            fsops.remove_leftovers(folder)
+            fsops.remove_leftovers(run.checkpoints)
+        yield run
+
+
+def differences(old: Any, new: Any) -> list[Difference]:
+    """Every leaf in which two resolved recipes differ, as (dotted key, old, new) in key order; list items count as keys 0, 1, ..
+
+    A key on one side only has ABSENT on the other. 1 and 1.0 are the same number; true and 1 are not the same value.
+    """
+    return list(_differences("", old, new))
+
+
+def _differences(key: str, old: Any, new: Any) -> Iterator[Difference]:
+    pairs: list[tuple[str, Any, Any]]
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(name, old.get(name, ABSENT), new.get(name, ABSENT)) for name in sorted(old.keys() | new.keys())]
+    elif isinstance(old, list) and isinstance(new, list):
+        longest = range(max(len(old), len(new)))
+        pairs = [(str(i), old[i] if i < len(old) else ABSENT, new[i] if i < len(new) else ABSENT) for i in longest]
+    else:
+        if isinstance(old, bool) is not isinstance(new, bool) or old != new:
+            yield key, old, new
+        return
+    for name, old_item, new_item in pairs:
+        yield from _differences(f"{key}.{name}" if key else name, old_item, new_item)
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if value is ABSENT else canonical_json(value).decode()
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+    }
+
+
+def _holder(lock: Path) -> str:
+    try:
+        holder = parse_json(lock.read_bytes())
+        return f"process {holder['pid']} on {holder['host']} since {holder['started']} ({holder['command']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"  # it holds the lock and has not written its name yet
+
+
+@contextlib.contextmanager
+def _blamed(folder: Path) -> Iterator[None]:
+    """Turn a failing file operation into a RunFolderError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise RunFolderError(
+            f"run folder {folder} cannot be used: {error.strerror}{where}: make room, check its permissions, or choose another folder"
+        ) from error

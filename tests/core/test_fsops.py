@@ -1,0 +1,189 @@
+"""File operations: each can fail or be the last, and what is left is the old or the new, never a part of it."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fault_injection import DEATHS, KINDS, Death, Faults, injected
+
+from weftrain.core import fsops
+
+CORE = Path(__file__).resolve().parents[2] / "core"
+OLD, NEW = b"the old contents", b"the new contents, which are longer" * 100
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob(f"{fsops.TEMPORARY_PREFIX}*"))
+
+
+def replace(path: Path) -> None:
+    fsops.write_bytes(path, NEW)
+
+
+def copy(path: Path) -> None:
+    fsops.copy_file(path.with_name("source"), path)
+
+
+@pytest.mark.parametrize("operation", [replace, copy])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, operation: Callable[[Path], None], kind: str) -> None:
+    path = tmp_path / "file"
+    path.with_name("source").write_bytes(NEW)
+    path.write_bytes(OLD)
+    with injected(Faults()) as counted:
+        operation(path)
+    assert [name for name, _ in counted.trace] == ["create", "write", "sync_file", "rename", "sync_dir"]
+    for at in range(len(counted.trace)):
+        path.write_bytes(OLD)
+        with (
+            injected(Faults(kind, at)),
+            pytest.raises((OSError, Death)) if kind != "disk stays full" or at < 3 else pytest.MonkeyPatch.context(),
+        ):
+            operation(path)
+        assert path.read_bytes() in (OLD, NEW)
+        if kind not in DEATHS:
+            assert leftovers(tmp_path) == []
+        fsops.remove_leftovers(tmp_path)
+        assert leftovers(tmp_path) == []
+        operation(path)
+        assert path.read_bytes() == NEW
+
+
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    fsops.append_line(path, "first", sync=True)
+    real_write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, data: real_write(descriptor, data[: len(data) // 2]))
+        with pytest.raises(OSError) as caught:
+            fsops.append_line(path, "a line that does not fit")
+    assert caught.value.errno == errno.ENOSPC
+    fsops.append_line(path, "second")
+    assert path.read_text() == "first\nsecond\n"
+    with pytest.raises(ValueError, match="line break"):
+        fsops.append_line(path, "two\nlines")
+
+
+def test_large_writes_continue_where_the_kernel_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real_write(descriptor, data[:1000]))
+    fsops.write_bytes(tmp_path / "file", NEW)
+    assert (tmp_path / "file").read_bytes() == NEW
+
+
+def test_rename_and_new_folders_are_made_durable_in_their_parents(tmp_path: Path) -> None:
+    with injected(Faults()) as counted:
+        fsops.make_dirs(tmp_path / "a" / "b")
+        fsops.make_dirs(tmp_path / "a" / "b")
+    assert counted.trace == [
+        ("make_dir", tmp_path / "a"),
+        ("sync_dir", tmp_path),
+        ("make_dir", tmp_path / "a" / "b"),
+        ("sync_dir", tmp_path / "a"),
+    ]
+    with injected(Faults()) as counted:
+        fsops.rename(tmp_path / "a" / "b", tmp_path / "c")
+    assert counted.trace == [("rename", tmp_path / "c"), ("sync_dir", tmp_path), ("sync_dir", tmp_path / "a")]
+
+
+def test_a_file_in_the_way_of_a_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(OLD)
+    with pytest.raises(OSError):
+        fsops.make_dirs(tmp_path / "file")
+    with pytest.raises(OSError):
+        fsops.make_dirs(tmp_path / "file" / "below")
+
+
+def test_a_new_file_never_replaces_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(OLD)
+    with pytest.raises(FileExistsError):
+        fsops.FileWriter(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == OLD
+
+
+def test_removing_a_tree_does_not_follow_links(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_bytes(OLD)
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "sub" / "file").write_bytes(OLD)
+    (tree / "link").symlink_to(tmp_path / "kept")
+    (tree / "sub" / "file_link").symlink_to(tmp_path / "kept" / "file")
+    fsops.remove_tree(tree)
+    fsops.remove_tree(tree)  # a missing folder is fine
+    assert not tree.exists()
+    assert (tmp_path / "kept" / "file").read_bytes() == OLD
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(OLD)
+    temporary = [fsops.temporary_beside(tmp_path / "file") for _ in range(3)]
+    temporary[0].write_bytes(NEW)
+    temporary[1].mkdir()
+    (temporary[1] / "inner").write_bytes(NEW)
+    temporary[2].symlink_to(tmp_path / "file")
+    assert fsops.remove_leftovers(tmp_path) == sorted(temporary)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_lock_excludes_a_second_holder_and_ends_with_the_block(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_bytes(b"stale contents of a longer, earlier holder")
+    with fsops.held_lock(path, b"first"):
+        assert path.read_bytes() == b"first"
+        with pytest.raises(BlockingIOError), fsops.held_lock(path, b"second"):
+            pass
+        assert path.read_bytes() == b"first"
+    with fsops.held_lock(path, b"third"):
+        assert path.read_bytes() == b"third"
+
+
+def test_hash_and_free_space(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(NEW)
+    assert fsops.sha256_file(tmp_path / "file") == hashlib.sha256(NEW).hexdigest()
+    assert fsops.free_bytes(tmp_path / "not" / "there" / "yet") > 0
+
+
+def test_core_changes_files_through_fsops_alone() -> None:
+    """Calls that alter the disk stand in fsops.py only; methods are judged by name, `open` by its mode."""
+    changing = {
+        "write_text",
+        "unlink",
+        "mkdir",
+        "rmdir",
+        "touch",
+        "rmtree",
+        "makedirs",
+        "removedirs",
+        "symlink_to",
+        "chmod",
+        "save_file",
+        "tofile",
+    }
+    found = []
+    for path in sorted(CORE.glob("*.py")):
+        if path.name == "fsops.py":
+            continue
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+            modes = [
+                arg.value
+                for arg in [*call.args[1:2], *(key.value for key in call.keywords if key.arg == "mode")]
+                if isinstance(arg, ast.Constant)
+            ]
+            owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
+            opens = name == "open" and any(isinstance(mode, str) and set(mode) & set("wax+") for mode in modes)
+            if (
+                name in changing
+                or opens
+                or (name == "write_bytes" and owner != "fsops")
+                or (owner == "os" and name in ("replace", "rename", "remove"))
+            ):
+                found.append(f"{path.name}:{call.lineno}: {ast.unparse(call.func)}")
+    assert found == []
