@@ -119,6 +119,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
 
     panels = list(dict.fromkeys(point.parametrization for point in points))
     activations = list(dict.fromkeys(point.activation for point in points))
+    widths = list(dict.fromkeys(point.width for point in points))
     last = max(point.step for point in points)
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -131,6 +132,8 @@ def plot(points: Sequence[Point], path: Path) -> None:
                 opacity = 0.25 + 0.75 * step / last
                 axis.plot([p.width for p in line], [p.change for p in line], "o-", color=f"C{index}", alpha=opacity, label=label)
         axis.set(title=panel, xlabel="width", xscale="log", yscale="log")
+        axis.set_xticks(widths, [str(width) for width in widths])
+        axis.minorticks_off()
     axes[0].set_ylabel("mean |x - x at initialisation|")
     axes[0].legend(fontsize="small", title=f"darkest: step {last}", title_fontsize="small")
     figure.savefig(path, dpi=150)
@@ -164,12 +167,12 @@ def _groups(model: Decoder, config: ModelConfig, learning_rate: float) -> list[d
 
 @torch.no_grad()
 def _activations(model: Decoder, ids: Tensor) -> Mapping[str, Tensor]:
-    embedding, *blocks, head = model.segments()
+    embedding, *blocks, _ = model.segments()
     cos, sin = model.rotary(ids.shape[1])
     x = embedding(ids)
     outputs = {"embedding": x}
     for layer, block in enumerate(blocks):
         x = block(x, cos, sin)
         outputs[f"layers.{layer}"] = x
-    outputs["logits"] = head.logits(x, model.tied_weight())
+    outputs["logits"] = model.logits(ids)
     return outputs

@@ -13,7 +13,6 @@ from weftrain.analysis.peak import Peak, measured_matmul_peak
 from weftrain.backends.registry import get_backend
 from weftrain.core.backend import Backend, BatchSource, EvaluationSource, Run
 from weftrain.core.config import Recipe, Section
-from weftrain.core.data import open_heldout, open_training
 from weftrain.core.recipe_file import RecipeFile, validate_section
 from weftrain.core.synthetic import synthetic_source
 
@@ -32,6 +31,8 @@ def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
         rows, sequence_length = recipe.data.synthetic_rows, recipe.data.sequence_length
         batch_size, seed = recipe.batch.global_batch_size, recipe.data.shuffle_seed
         return synthetic_source(recipe.model.vocab_size, sequence_length, rows, batch_size, seed), ()
+    from weftrain.core.data import open_heldout, open_training
+
     source = open_training(recipe.data, recipe.batch.global_batch_size, vocab_size=recipe.model.vocab_size)
     return source, open_heldout(recipe.data, recipe.model.vocab_size, recipe.log.evaluate_rows)
 

@@ -1,198 +1,243 @@
-"""Mixture, order and position: the batch of step s is a pure function of (datasets, weights, seed, s).
+"""What is read when: the mixture of sources, the order within each, and position, which is one integer.
 
-Sample number n (step x global_batch_size + row; this one integer is the position) falls into a block of `MIXTURE_BLOCK`. Each block
-holds the same count of every source, by largest remainder, in a keyed order; so n gives a source and a running number k within it, and
-k gives an epoch and, through a keyed permutation of the source's rows, a row. Nothing is materialised and nothing is remembered: what a
-reader would get wrong is to look for a cursor. There is none to lose.
+Sample number n = step * global_batch_size + row. The mixture says of which source it is and the how-maniest of that source, k; the row is a
+keyed permutation, one an epoch, of the source's rows at k. All of it is a pure function of (datasets, weights, seed, n): nothing is
+materialised, nothing is lost or repeated on a restart, and any number of readers share the work.
+
+What a reader would get wrong: weights are honoured by count and not by chance. After each block of samples every source has its share of
+all samples so far, rounded up or down to a whole number by largest remainder; only the order inside a block is random.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from weftrain.core import feistel
 from weftrain.core.backend import Batch
-from weftrain.core.config import DataConfig, Fim, Source
-from weftrain.core.dataset import Dataset, FimEntry, TokenSet, merkle_root
+from weftrain.core.config import DataConfig, Source
+from weftrain.core.dataset import SetName, ShardSet, merkle_root, read_manifest
 from weftrain.core.errors import DataError
-from weftrain.core.feistel import BLOCK, Permutation
 
-MIXTURE_BLOCK = 1 << 16
-CACHED_BLOCKS = 8
-
-
-def largest_remainder(weights: Sequence[float], total: int) -> np.ndarray:
-    """Whole counts int64 that sum to `total`, each within 1 of its share (Hamilton's method; ties go to the earlier)."""
-    shares = np.asarray(weights, dtype=np.float64) / sum(weights) * total
-    counts = np.floor(shares).astype(np.int64)
-    order = np.argsort(-(shares - counts), kind="stable")
-    counts[order[: total - int(counts.sum())]] += 1
-    return counts
+MIXTURE_BLOCK = 4096
+MAX_MIXTURE_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
-class _Component:
-    """One source of the mixture: rows first..first+count-1 of a token set."""
+class Mixture:
+    """Which source each sample is of. shares: positive integers, in the proportions of the weights. block: samples that share a table."""
+
+    shares: tuple[int, ...]
+    block: int
+    key: bytes
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [n] sample numbers -> source index [n], and k [n]: it is that source's k-th sample, from 0, in the order of n."""
+        if len(self.shares) == 1:
+            return np.zeros(len(samples), dtype=np.int64), samples
+        source, k = np.empty(len(samples), dtype=np.int64), np.empty(len(samples), dtype=np.int64)
+        blocks = samples // self.block
+        for block in np.unique(blocks).tolist():
+            chosen = blocks == block
+            sources, ks = _mixture_table(self, block)
+            at = samples[chosen] - block * self.block
+            source[chosen], k[chosen] = sources[at], ks[at]
+        return source, k
+
+    def counts(self, samples: int) -> list[int]:
+        """How many of the first `samples` are of each source."""
+        if len(self.shares) == 1:
+            return [samples]
+        block, rest = divmod(samples, self.block)
+        within = np.bincount(_mixture_table(self, block)[0][:rest], minlength=len(self.shares))
+        return [quota + int(more) for quota, more in zip(largest_remainder(self.shares, block * self.block), within, strict=True)]
+
+
+def largest_remainder(shares: tuple[int, ...], total: int) -> list[int]:
+    """`total` split in the proportions of `shares`, each part its exact quota rounded down or up (Hamilton's method), exact at any size."""
+    whole = sum(shares)
+    quotas = [divmod(total * share, whole) for share in shares]
+    parts = [quotient for quotient, _ in quotas]
+    by_remainder = sorted(range(len(shares)), key=lambda index: (-quotas[index][1], index))
+    for index in by_remainder[: total - sum(parts)]:
+        parts[index] += 1
+    return parts
+
+
+@lru_cache(maxsize=8)
+def _mixture_table(mixture: Mixture, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Source int32 [block] and k int64 [block] of a block's samples: its counts laid out, then permuted."""
+    before = largest_remainder(mixture.shares, block * mixture.block)
+    after = largest_remainder(mixture.shares, (block + 1) * mixture.block)
+    counts = [high - low for low, high in zip(before, after, strict=True)]
+    laid_out = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    key = feistel.derive_key(mixture.key.hex(), block)
+    source = laid_out[feistel.permute(np.arange(mixture.block), mixture.block, key)]
+    k = np.empty(mixture.block, dtype=np.int64)
+    k[np.argsort(source, kind="stable")] = np.concatenate([np.arange(low, high) for low, high in zip(before, after, strict=True)])
+    return source, k
+
+
+def make_mixture(sources: tuple[Source, ...], seed: int) -> Mixture:
+    """The mixture of a recipe's sources, by their weights as written in decimal. Raises DataError for a share below 2^-20.
+
+    A block holds at least one sample of each source: then no source's count ever falls from one block's end to the next.
+    """
+    weights = [Fraction(repr(source.weight)) for source in sources]
+    denominator = math.lcm(*(weight.denominator for weight in weights))
+    shares = tuple(int(weight * denominator) for weight in weights)
+    smallest = min(shares)
+    block = max(MIXTURE_BLOCK, 1 << (-(-sum(shares) // smallest) - 1).bit_length())
+    if block > MAX_MIXTURE_BLOCK:
+        name = sources[shares.index(smallest)].name
+        raise DataError(f"data.sources: the weight of '{name}' is below 1/{MAX_MIXTURE_BLOCK:,} of all: raise it, or leave the source out")
+    return Mixture(shares, block, feistel.derive_key("mixture", seed, *(source.name for source in sources)))
+
+
+@dataclass(frozen=True)
+class Component:
+    """One source: rows first_row..first_row+num_rows-1 of a set, in an order of its own each epoch."""
 
     name: str
-    rows: TokenSet
-    first: int
-    count: int
+    shards: ShardSet
+    first_row: int
+    num_rows: int
+    seed: int
+
+    def row_numbers(self, k: np.ndarray) -> np.ndarray:
+        """int64 [n], the source's k-th samples -> row numbers of the set. Every row comes once in each num_rows samples."""
+        epochs = k // self.num_rows
+        rows = np.empty(k.shape, dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            key = feistel.derive_key("rows", self.seed, self.name, epoch)
+            rows[chosen] = feistel.lookup(k[chosen] - epoch * self.num_rows, self.num_rows, key)
+        return rows + self.first_row
 
 
+@dataclass(frozen=True)
 class TokenSource:
-    """Implements BatchSource over prepared datasets. Picklable and stateless; the caches hold only what can be computed again."""
+    """Implements BatchSource. Picklable and stateless; `dataset_id` is the one source's id, or the Merkle root of all sources' ids."""
 
-    def __init__(self, components: Sequence[_Component], weights: Sequence[float], global_batch_size: int, seed: int) -> None:
-        self._components, self._weights, self._seed = tuple(components), tuple(weights), seed
-        self.global_batch_size = global_batch_size
-        self.sequence_length = components[0].rows.manifest.sequence_length
-        self._counts = largest_remainder(weights, MIXTURE_BLOCK)
-        self._ends = np.cumsum(self._counts)
-        for component, count in zip(components, self._counts, strict=True):
-            if count == 0:
-                raise DataError(
-                    f"source '{component.name}': its share is below 1/{MIXTURE_BLOCK} and would never be read; raise its weight"
-                )
-        ids = [hashlib.sha256(f"{c.name}/{c.rows.entry.dataset_id}/{c.first}/{c.count}".encode()).hexdigest() for c in components]
-        self.dataset_id = components[0].rows.entry.dataset_id if len(components) == 1 else merkle_root(ids)
-        self._cache: OrderedDict[tuple[str, int, int], np.ndarray] = OrderedDict()
-
-    def __reduce__(self) -> tuple[type[TokenSource], tuple[object, ...]]:
-        return TokenSource, (self._components, self._weights, self.global_batch_size, self._seed)
+    sequence_length: int
+    global_batch_size: int
+    dataset_id: str
+    components: tuple[Component, ...]
+    mixture: Mixture
 
     def rows(self, step: int, first: int, count: int) -> Batch:
-        """See BatchSource.rows."""
-        which, row = self.locate(self._numbers(step, first, count))
-        ids = np.empty((count, self.sequence_length + 1), dtype=np.int64)
-        mask: np.ndarray | None = None
-        for index in np.unique(which):
-            where = np.nonzero(which == index)[0]
-            ids[where], part = self._components[index].rows.rows(row[where])
+        """Rows first..first+count-1 of the batch of `step`. Raises DataError for a damaged shard, ValueError outside the batch."""
+        source, k = self.mixture.locate(self._samples(step, first, count))
+        ids, mask = np.empty((count, self.sequence_length + 1), dtype=np.int64), None
+        for index in np.unique(source).tolist():
+            chosen, component = np.flatnonzero(source == index), self.components[index]
+            ids[chosen], part = component.shards.rows(component.row_numbers(k[chosen]))
             if part is not None:
-                mask = np.ones((count, self.sequence_length), dtype=bool) if mask is None else mask
-                mask[where] = part
+                mask = np.ones((count, self.sequence_length), dtype=np.bool_) if mask is None else mask
+                mask[chosen] = part
         return Batch(ids, mask)
 
     def sample_names(self, step: int, first: int, count: int) -> list[str]:
-        """See BatchSource.sample_names."""
-        which, row = self.locate(self._numbers(step, first, count))
-        return [self._components[index].rows.row_name(int(number)) for index, number in zip(which, row, strict=True)]
+        """'source/train/00003.h5:17' for each row."""
+        source, k = self.mixture.locate(self._samples(step, first, count))
+        names = []
+        for index, number in zip(source.tolist(), k.tolist(), strict=True):
+            component = self.components[index]
+            file, row = component.shards.locate(int(component.row_numbers(np.array([number]))[0]))
+            names.append(f"{component.name}/{file}:{row}")
+        return names
 
-    def counts(self, position: int) -> dict[str, int]:
-        """Samples of each source among sample numbers 0..position-1."""
-        blocks, rest = divmod(position, MIXTURE_BLOCK)
-        which, _ = self._assign(np.arange(position - rest, position))
-        partial = np.bincount(which, minlength=len(self._components))
-        totals = blocks * self._counts + partial
-        return {component.name: int(total) for component, total in zip(self._components, totals, strict=True)}
+    def counts(self, step: int) -> dict[str, int]:
+        """Samples of each source in the first `step` steps."""
+        counts = self.mixture.counts(step * self.global_batch_size)
+        return {component.name: count for component, count in zip(self.components, counts, strict=True)}
 
-    def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sample numbers int64 [n] -> source index int64 [n] and row in that source's token set int64 [n]."""
-        which, running = self._assign(numbers)
-        row = np.empty_like(running)
-        for index in np.unique(which):
-            where, component = which == index, self._components[index]
-            epoch, k = np.divmod(running[where], component.count)
-            row[where] = component.first + self._permuted(component, epoch, k)
-        return which, row
-
-    def _numbers(self, step: int, first: int, count: int) -> np.ndarray:
+    def _samples(self, step: int, first: int, count: int) -> np.ndarray:
+        if step < 0 or first < 0 or count < 0 or first + count > self.global_batch_size:
+            raise ValueError(f"step {step}: rows {first}..{first + count - 1} of a batch of {self.global_batch_size}")
         start = step * self.global_batch_size + first
         return np.arange(start, start + count, dtype=np.int64)
 
-    def _assign(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sample numbers -> source index, and the sample's running number within that source."""
-        if len(self._components) == 1:
-            return np.zeros_like(numbers), numbers
-        block, place = np.divmod(numbers, MIXTURE_BLOCK)
-        slot = np.empty_like(numbers)
-        for value in np.unique(block):
-            where = block == value
-            slot[where] = Permutation(MIXTURE_BLOCK, f"{self._seed}/mixture/{value}")(place[where])
-        which = np.searchsorted(self._ends, slot, side="right")
-        return which, block * self._counts[which] + slot - (self._ends - self._counts)[which]
 
-    def _permuted(self, component: _Component, epoch: np.ndarray, k: np.ndarray) -> np.ndarray:
-        """The k-th row of each epoch. Permutations are computed in blocks, since one index costs as much as some hundred."""
-        out = np.empty_like(k)
-        blocks = np.stack([epoch, k // BLOCK])
-        for value_epoch, value_block in np.unique(blocks, axis=1).T:
-            where = (blocks[0] == value_epoch) & (blocks[1] == value_block)
-            out[where] = self._block(component, int(value_epoch), int(value_block))[k[where] % BLOCK]
-        return out
-
-    def _block(self, component: _Component, epoch: int, block: int) -> np.ndarray:
-        key = (component.name, epoch, block)
-        if key not in self._cache:
-            places = np.arange(block * BLOCK, min((block + 1) * BLOCK, component.count))
-            self._cache[key] = Permutation(component.count, f"{self._seed}/{component.name}/{epoch}")(places)
-            while len(self._cache) > CACHED_BLOCKS * len(self._components):
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(key)
-        return self._cache[key]
-
-
+@dataclass(frozen=True)
 class HeldOut:
-    """Implements EvaluationSource: the first `num_rows` rows of a held-out set, in the order of the file (documents were shuffled)."""
+    """Implements EvaluationSource: the first num_rows rows of a source's held-out set, in the order they lie."""
 
-    def __init__(self, name: str, rows: TokenSet, num_rows: int) -> None:
-        self.name, self._rows = name, rows
-        self.num_rows = min(num_rows, len(rows))
-        self.sequence_length = rows.manifest.sequence_length
-        self.dataset_id = rows.entry.dataset_id
+    name: str
+    shards: ShardSet
+    num_rows: int
+
+    @property
+    def sequence_length(self) -> int:
+        return self.shards.manifest.sequence_length
+
+    @property
+    def dataset_id(self) -> str:
+        return self.shards.entry.id
 
     def rows(self, first: int, count: int) -> Batch:
-        """See EvaluationSource.rows."""
-        return Batch(*self._rows.rows(np.arange(first, min(first + count, self.num_rows), dtype=np.int64)))
+        """Rows first..first+count-1. Raises DataError for a damaged shard, ValueError outside the set."""
+        if first < 0 or count < 0 or first + count > self.num_rows:
+            raise ValueError(f"held-out set {self.name}: rows {first}..{first + count - 1} of {self.num_rows}")
+        return Batch(*self.shards.rows(np.arange(first, first + count, dtype=np.int64)))
 
 
-def open_training(data: DataConfig, global_batch_size: int, *, vocab_size: int) -> TokenSource:
-    """The training rows of a recipe's sources. Raises DataError, before step 0, for whatever does not fit together."""
+def open_training(data: DataConfig, global_batch_size: int, root: Path | None = None, *, vocab_size: int) -> TokenSource:
+    """The training rows of a recipe that names `sources`, everything checked that can be before step 0. Raises DataError.
+
+    root: instead of data.root. vocab_size: the model's, which may exceed the datasets'.
+    """
     components = []
     for source in data.sources:
-        rows = _open(data, source, vocab_size).token_set("train")
-        if rows is None:
-            raise DataError(f"{Path(data.root) / source.path}: the dataset has no training rows; prepare it with more documents")
-        first, last = (round(edge * len(rows)) for edge in source.subset)
-        if first == last:
-            raise DataError(f"source '{source.name}': subset {list(source.subset)} of {len(rows)} rows holds no row; widen it")
-        components.append(_Component(source.name, rows, first, last - first))
-    return TokenSource(components, [source.weight for source in data.sources], global_batch_size, data.shuffle_seed)
+        shards = _open_set(data, source, "train", root, vocab_size)
+        assert shards is not None
+        low, high = (math.floor(Fraction(repr(bound)) * shards.num_rows) for bound in source.subset)
+        if high == low:
+            raise DataError(
+                f"{shards.folder}: subset {list(source.subset)} of source '{source.name}' holds no row of {shards.num_rows}: widen it"
+            )
+        components.append(Component(source.name, shards, low, high - low, data.shuffle_seed))
+    ids = [component.shards.entry.id for component in components]
+    return TokenSource(
+        data.sequence_length,
+        global_batch_size,
+        ids[0] if len(ids) == 1 else merkle_root(ids),
+        tuple(components),
+        make_mixture(data.sources, data.shuffle_seed),
+    )
 
 
-def open_heldout(data: DataConfig, vocab_size: int, num_rows: int) -> list[HeldOut]:
-    """The held-out set of each source that has one, at most `num_rows` rows each."""
-    opened = [(source.name, _open(data, source, vocab_size).token_set("heldout")) for source in data.sources]
-    return [HeldOut(name, rows, num_rows) for name, rows in opened if rows is not None]
+def open_heldout(data: DataConfig, vocab_size: int, rows: int, root: Path | None = None) -> list[HeldOut]:
+    """The held-out set of each source that has one, cut to `rows` rows. Raises DataError."""
+    opened = [(source.name, _open_set(data, source, "heldout", root, vocab_size)) for source in data.sources]
+    return [HeldOut(name, shards, min(rows, shards.num_rows)) for name, shards in opened if shards is not None]
 
 
-def _open(data: DataConfig, source: Source, vocab_size: int) -> Dataset:
-    dataset = Dataset(Path(data.root) / source.path)
-    manifest, where = dataset.manifest, f"source '{source.name}': {dataset.folder}"
+def _open_set(data: DataConfig, source: Source, set_name: SetName, root: Path | None, vocab_size: int) -> ShardSet | None:
+    """A source's set, fit for the recipe; None where it has no such set."""
+    folder = (Path(data.root) if root is None else root) / source.path
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no dataset for source '{source.name}'; make it with `weftrain prep INPUT --name {source.path} "
+            f"--sequence-length {data.sequence_length}` (without INPUT: the embedded corpus)"
+        )
+    manifest = read_manifest(folder)
     if manifest.sequence_length != data.sequence_length:
         raise DataError(
-            f"{where} has rows of {manifest.sequence_length} tokens and data.sequence_length is {data.sequence_length}: "
-            "change the recipe, or prepare the dataset with --sequence-length"
+            f"{folder}: prepared with sequence_length {manifest.sequence_length}, the recipe says {data.sequence_length}: "
+            f"set data.sequence_length={manifest.sequence_length}, or prepare the dataset again"
         )
     if manifest.vocab_size > vocab_size:
         raise DataError(
-            f"{where} has ids up to {manifest.vocab_size - 1} and model.vocab_size is {vocab_size}: use the model's own tokenizer"
+            f"{folder}: prepared with a vocabulary of {manifest.vocab_size}, the model has {vocab_size}: "
+            f"set model.vocab_size to at least {manifest.vocab_size}, or use the model's tokenizer"
         )
-    if _fim_of(source.fim) != manifest.fim:
-        made, asked = _describe(manifest.fim), _describe(_fim_of(source.fim))
-        raise DataError(f"{where} was prepared {made}, and the recipe asks for rows {asked}: prepare it so, or change the recipe's fim")
-    return dataset
-
-
-def _fim_of(fim: Fim | None) -> FimEntry | None:
-    return None if fim is None else FimEntry(rate=fim.rate, spm_share=fim.spm_share)
-
-
-def _describe(fim: FimEntry | None) -> str:
-    return "without FIM" if fim is None else f"with FIM rate {fim.rate}, SPM share {fim.spm_share}"
+    if manifest.fim != source.fim:
+        recorded, wanted = (None if fim is None else fim.model_dump() for fim in (manifest.fim, source.fim))
+        raise DataError(f"{folder}: prepared with fim {recorded}, the recipe's source '{source.name}' says {wanted}: make them equal")
+    return None if getattr(manifest, set_name) is None else ShardSet(folder, manifest, set_name)

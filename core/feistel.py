@@ -1,8 +1,8 @@
 """A keyed permutation of 0..n-1 that needs no table: any n, constant memory, any index at once.
 
 A Feistel network of ten rounds over the smallest 2^b >= n (at least 64), with cycle walking back into 0..n-1 (Black & Rogaway, "Ciphers
-with Arbitrary Finite Domains", 2002). What a reader would get wrong: it costs about 50 ns an index only in blocks of thousands, since
-numpy's cost for a call is some hundred times that. So `lookup` computes blocks of 4096 and keeps the latest of them; callers read neighbours.
+with Arbitrary Finite Domains", 2002). What a reader would get wrong: it costs about 50 ns an index only in blocks of thousands, since one
+numpy call costs a microsecond at any size. So `lookup` computes blocks of 4096 and keeps the latest of them: callers read neighbours.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import hashlib
 from functools import lru_cache
 
 import numpy as np
+
+from weftrain.core.canonical import canonical_json
 
 BLOCK = 4096
 MAX_SIZE = 1 << 62
@@ -21,8 +23,7 @@ _MULTIPLIERS = np.array([0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53], dtype=np.uint6
 
 def derive_key(*parts: str | int) -> bytes:
     """ROUNDS 64-bit round keys from any description; different descriptions give unrelated permutations."""
-    description = "\x00".join(f"{type(part).__name__}:{part}" for part in parts)
-    return hashlib.shake_256(description.encode()).digest(8 * ROUNDS)
+    return hashlib.shake_256(canonical_json(parts)).digest(8 * ROUNDS)
 
 
 def permute(indices: np.ndarray, size: int, key: bytes) -> np.ndarray:

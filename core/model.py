@@ -151,9 +151,11 @@ class Head(nn.Module):
         return logits if self.logits_scale == 1.0 else logits * self.logits_scale
 
     def _weight(self, weight: Tensor | None) -> Tensor:
-        if (self.head is None) != (weight is not None):
-            raise ValueError("head: pass the embedding's weight where embeddings are tied, and only there")
-        return self.head.weight if self.head is not None else weight
+        if self.head is not None and weight is None:
+            return self.head.weight
+        if self.head is None and weight is not None:
+            return weight
+        raise ValueError("head: pass the embedding's weight where embeddings are tied, and only there")
 
 
 class Decoder(nn.Module):

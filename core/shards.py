@@ -1,63 +1,82 @@
-"""The token-shard file: the one writer and the one reader.
+"""The token-shard file: the one writer and the one reader. HDF5 that is mapped, and read without trust.
 
-HDF5, one rank-1 `data` (uint16 below 65,537 ids, else int32), contiguous and page-aligned, so that the reader asks HDF5 once where the
-tokens lie and maps them. Row i is data[i * row_stride : i * row_stride + sequence_length + 1]: windows overlap by one id where the stride
-is the sequence length (CrystalCoder), and not at all where it is one more (Amber), so the last row's last label is always there.
+Rank-1 `data` holds the token stream; row i is data[i*row_stride : i*row_stride + sequence_length + 1], inputs and the label of the last
+one. Rows of stride sequence_length share a token with the next row; rows of stride sequence_length + 1 are independent, as Amber's.
 
-What a reader would get wrong: nothing in the file is believed. Links, virtual and external storage, sizes and attributes are checked when
-it is opened, and each mebibyte of tokens against its SHA-256 and the vocabulary when it is first touched.
+| dataset        | type                              | meaning                                                                   |
+|----------------|-----------------------------------|---------------------------------------------------------------------------|
+| `data`         | uint16 (vocab <= 65,536) or int32 | token ids, contiguous and page-aligned, so that they can be mapped        |
+| `doc_end`      | int64 [documents]                 | one past each document's last token here; the last equals len(data)       |
+| `doc_id`       | uint8 [documents, 16]             | head of the SHA-256 of the document's text                                |
+| `doc_source`   | int32 [documents]                 | index into the attribute `sources`                                        |
+| `loss_mask`    | uint8 [len(data)], optional       | 1 where the token, as a label, bears loss                                 |
+| `block_digest` | uint8 [blocks, 32]                | SHA-256 of each 1 MiB of `data`, followed by its part of `loss_mask`      |
+
+What a reader would get wrong: HDF5 checks none of this. It follows links out of the file, invents zeros for what is missing and lets a
+flipped bit through. So everything but `data` is checked against the attribute `digest` when a shard is opened, and each block of `data`
+against its digest, and against the vocabulary, when first touched. A document cut by a shard's end goes on in the next, under the same id.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+from h5py import h5a, h5d, h5l, h5s, h5t, h5z
 
 from weftrain.core import fsops
+from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.errors import DataError
 
-FORMAT = "weftrain-shard"
-VERSION = 1
-DIGEST_BLOCK_BYTES = 1 << 20
-PAGE_BYTES = 4096
-DOCUMENT_ID_BYTES = 16
-MAX_UINT16_VOCAB = 1 << 16
-SIGNATURE = b"\x89HDF\r\n\x1a\n"
-REMEDY = "prepare the dataset again, or restore the file from a copy"
-_ARRAYS = {"data": 1, "doc_end": 1, "doc_id": 2, "doc_source": 1, "block_digest": 2}  # name -> rank; `loss_mask` is optional
-_INTEGERS = ("version", "n_examples", "sequence_length", "row_stride", "vocab_size")
-_STRINGS = ("format", "tokenizer_sha256", "source_names")
+FORMAT = b"weftrain-shard/1"
+BLOCK_BYTES = 1 << 20
+ALIGNMENT = 4096
+ID_BYTES = 16
+MAX_SOURCES_BYTES = 60_000  # an HDF5 attribute holds 64 KiB
+_MAX_CHUNK_BYTES = 64 << 20
+_GZIP_MAX_RATIO = 1040  # deflate cannot reach more than 1032
+_INTEGERS = ("n_examples", "sequence_length", "row_stride", "vocab_size")
+_STRINGS = {"format": 64, "tokenizer_sha256": 64, "digest": 64, "sources": MAX_SOURCES_BYTES}  # attribute -> most bytes
+_TABLES = {"doc_end": "<i8", "doc_id": "|u1", "doc_source": "<i4", "block_digest": "|u1"}
+_TYPES = {"<u2": h5t.STD_U16LE, "<i4": h5t.STD_I32LE, "<i8": h5t.STD_I64LE, "|u1": h5t.STD_U8LE}
+_REMAKE = "remove the dataset and prepare it again"
+# What h5py raises for a file that is not what it seems.
+_HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
 
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents that end in a shard. end: int64 [n], one past each one's last token (its eos); id: uint8 [n, 16], the first half of
-    the SHA-256 of its text; source: int32 [n], an index into source_names."""
+    """A shard's documents in order: end int64 [n], id uint8 [n, 16], source int32 [n], an index into `sources`."""
 
     end: np.ndarray
     id: np.ndarray
     source: np.ndarray
-    source_names: tuple[str, ...]
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What was written. sha256: of the file. digest: the attribute, which commits to every token, document, mask and attribute."""
+
+    num_bytes: int
+    sha256: str
+    digest: str
+    num_rows: int
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """uint16 where every id fits, else int32."""
-    return np.dtype("<u2" if vocab_size <= MAX_UINT16_VOCAB else "<i4")
+    """uint16 where every id fits, else int32; little-endian."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<i4")
 
 
-def block_digests(tokens: np.ndarray) -> np.ndarray:
-    """SHA-256 of each mebibyte of the array's bytes, uint8 [blocks, 32]."""
-    data = memoryview(np.ascontiguousarray(tokens)).cast("B")
-    digests = [hashlib.sha256(data[start : start + DIGEST_BLOCK_BYTES]).digest() for start in range(0, len(data), DIGEST_BLOCK_BYTES)]
-    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
+def num_tokens(num_rows: int, sequence_length: int, row_stride: int) -> int:
+    """Length of `data` for that many rows."""
+    return (num_rows - 1) * row_stride + sequence_length + 1
 
 
 def write_shard(
@@ -70,213 +89,336 @@ def write_shard(
     vocab_size: int,
     tokenizer_sha256: str,
     loss_mask: np.ndarray | None = None,
-) -> None:
-    """Write a shard aside, sync it and rename it to `path`; the same arguments give the same bytes.
+) -> ShardInfo:
+    """Write a shard atomically; equal arguments give equal bytes. The file is built in memory, so needs about twice its size there.
 
-    tokens: integers [n_examples * row_stride + sequence_length + 1 - row_stride]; loss_mask: bool of that length or None, True where
-    the id bears a loss as a label. Raises DataError for ids out of range, a length that is not whole rows, or a disk that is full.
+    tokens: integers [length], length = num_tokens(rows, ...) for some rows >= 1. loss_mask: bool or uint8 [length].
+    Raises ValueError for arguments that contradict each other, DataError where the file cannot be written.
     """
-    examples, rest = divmod(len(tokens) - (sequence_length + 1 - row_stride), row_stride)
-    if row_stride not in (sequence_length, sequence_length + 1) or rest or examples < 1:
-        raise DataError(
-            f"{path}: {len(tokens)} tokens are no whole rows of {sequence_length} + 1 with stride {row_stride}; pack them first"
-        )
+    num_rows = 1 + (len(tokens) - sequence_length - 1) // row_stride
+    header: dict[str, Any] = {
+        "format": FORMAT.decode(),
+        "n_examples": num_rows,
+        "sequence_length": sequence_length,
+        "row_stride": row_stride,
+        "vocab_size": vocab_size,
+        "tokenizer_sha256": tokenizer_sha256,
+        "sources": canonical_json(documents.sources).decode(),
+    }
+    if problem := _contradiction(header, len(tokens), documents):
+        raise ValueError(f"{path.name}: {problem[1]}")
     if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-        raise DataError(
-            f"{path}: token id {int(tokens.max())} or {int(tokens.min())} lies outside 0..{vocab_size - 1}; check the tokenizer"
-        )
-    stored = np.ascontiguousarray(tokens, dtype=token_dtype(vocab_size))
-    temporary = fsops.temporary_beside(path)
+        raise ValueError(f"{path.name}: token ids {tokens.min()}..{tokens.max()} do not fit a vocabulary of {vocab_size}")
+    data = np.ascontiguousarray(tokens, dtype=token_dtype(vocab_size))
+    mask = None if loss_mask is None else np.ascontiguousarray(loss_mask, dtype=np.uint8)
+    if mask is not None and (mask.shape != data.shape or mask.max() > 1):
+        raise ValueError(f"{path.name}: loss_mask must be [{len(data)}] of 0 and 1")
+    tables = {
+        "doc_end": np.ascontiguousarray(documents.end, dtype="<i8"),
+        "doc_id": np.ascontiguousarray(documents.id, dtype="|u1"),
+        "doc_source": np.ascontiguousarray(documents.source, dtype="<i4"),
+        "block_digest": _block_digests(data, mask),
+    }
+    header["digest"] = _digest(header, tables, mask is not None)
+    image = _hdf5_image(header, {"data": data, **tables} | ({} if mask is None else {"loss_mask": mask}))
     try:
-        with h5py.File(temporary, "w", libver="latest", alignment_threshold=PAGE_BYTES, alignment_interval=PAGE_BYTES) as file:
-            arrays = {
-                "data": stored,
-                "doc_end": documents.end.astype("<i8"),
-                "doc_id": documents.id.astype(np.uint8).reshape(-1, DOCUMENT_ID_BYTES),
-                "doc_source": documents.source.astype("<i4"),
-                "block_digest": block_digests(stored),
-            }
-            if loss_mask is not None:
-                arrays["loss_mask"] = np.asarray(loss_mask, dtype=np.uint8)
-            for name, array in arrays.items():
-                file.create_dataset(name, data=array, track_times=False)
-            integers = (VERSION, examples, sequence_length, row_stride, vocab_size)
-            for name, value in zip(_INTEGERS, integers, strict=True):
-                file.attrs[name] = np.int64(value)
-            for name, text in zip(_STRINGS, (FORMAT, tokenizer_sha256, "\n".join(documents.source_names)), strict=True):
-                file.attrs[name] = np.bytes_(text.encode())
-        fsops.sync_file(temporary)
-        fsops.rename(temporary, path)
+        fsops.write_bytes(path, image)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written: {error.strerror or error}; make room or choose another folder") from error
+        raise DataError(f"{path}: the shard cannot be written: {error.strerror}; free space or choose another folder") from error
+    return ShardInfo(len(image), hashlib.sha256(image).hexdigest(), header["digest"], num_rows)
 
 
-class Shard:
-    """An open shard. Raises DataError, naming file, field and remedy, for whatever is not exactly a shard.
+def _hdf5_image(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
+    """The file's bytes, made in memory: then writing is one atomic operation whose errors are the operating system's own."""
+    settings = {"libver": "latest", "alignment_threshold": ALIGNMENT, "alignment_interval": ALIGNMENT}
+    block_size = max(1 << 16, arrays["data"].nbytes)
+    with h5py.File("shard", "w", driver="core", backing_store=False, block_size=block_size, **settings) as file:
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array, track_times=False)
+        for name, value in header.items():
+            file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else np.int64(value)
+        file.flush()
+        return bytes(file.id.get_file_image())
 
-    Attributes: path, n_examples, sequence_length, row_stride, vocab_size, tokenizer_sha256, digests_sha256 (of the digest table: one
-    hash that pins every token), access ('mapped', or 'h5py' for a chunked file).
+
+def _block_digests(data: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    step = BLOCK_BYTES // data.itemsize
+    digests = [_block_digest(data[at : at + step], None if mask is None else mask[at : at + step]) for at in range(0, len(data), step)]
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
+
+
+def _block_digest(data: np.ndarray, mask: np.ndarray | None) -> bytes:
+    digest = hashlib.sha256(data.data)
+    if mask is not None:
+        digest.update(mask.data)
+    return digest.digest()
+
+
+def _digest(header: dict[str, Any], tables: dict[str, np.ndarray], has_mask: bool) -> str:
+    """SHA-256 over the attributes and each table, lengths first; through `block_digest` it commits to the tokens."""
+    fields = {name: value for name, value in header.items() if name != "digest"}
+    shapes = {name: list(tables[name].shape) for name in _TABLES}
+    digest = hashlib.sha256(canonical_json({"attributes": fields, "tables": shapes, "loss_mask": has_mask}))
+    for name in _TABLES:
+        digest.update(np.ascontiguousarray(tables[name]).data)
+    return digest.hexdigest()
+
+
+def _contradiction(header: dict[str, Any], length: int, documents: Documents) -> tuple[str, str] | None:
+    """The first (field, problem) between attributes, length and documents, or None."""
+    rows, sequence_length, stride = header["n_examples"], header["sequence_length"], header["row_stride"]
+    if sequence_length < 1 or stride not in (sequence_length, sequence_length + 1):
+        return "row_stride", f"{stride} is neither sequence_length ({sequence_length}) nor one more"
+    if not 1 <= header["vocab_size"] <= 1 << 31:
+        return "vocab_size", f"{header['vocab_size']} lies outside 1..2^31"
+    if rows < 1 or num_tokens(rows, sequence_length, stride) != length:
+        return "n_examples", f"{rows} rows of {sequence_length} + 1 tokens at stride {stride} are not the {length} tokens of 'data'"
+    end, source = documents.end, documents.source
+    if end.ndim != 1 or documents.id.shape != (len(end), ID_BYTES) or source.shape != (len(end),):
+        return (
+            "doc_end",
+            f"doc_end, doc_id, doc_source have shapes {end.shape}, {documents.id.shape}, {source.shape}, not [n], [n, 16], [n]",
+        )
+    if len(end) == 0 or end[0] < 1 or end[-1] != length or np.any(np.diff(end) < 1):
+        return "doc_end", f"document ends do not rise from 1 to {length}"
+    if source.min() < 0 or source.max() >= len(documents.sources):
+        return "doc_source", f"an index lies outside the {len(documents.sources)} sources"
+    if len(header["sources"].encode()) > MAX_SOURCES_BYTES:
+        return "sources", f"the sources' names exceed {MAX_SOURCES_BYTES} bytes"
+    return None
+
+
+class ShardReader:
+    """A shard, checked and open for reading. Holds no HDF5 file where `data` is contiguous: the tokens are mapped.
+
+    Raises DataError naming file, field and remedy: on opening for all but the tokens, on first touch for each block of these.
     """
+
+    path: Path
+    num_rows: int
+    sequence_length: int
+    row_stride: int
+    vocab_size: int
+    tokenizer_sha256: str
+    digest: str
+    access: str  # 'mapped', or 'h5py' with the reason why not
+    _data: Any  # [length] token ids, an array over the mapping or an h5py dataset
+    _mask: Any  # [length] likewise, or None
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        with _blamed(self.path):
-            self._size = self._plausible_file()
-            with h5py.File(self.path, "r", locking=False) as file:
-                self._read_attributes(file)
-                self._check_members(file)
-                data = file["data"]
-                self._dtype, self._length = data.dtype, data.shape[0]
-                self._check_lengths(file)
-                digests = file["block_digest"][()]
-                self.digests_sha256 = hashlib.sha256(digests.tobytes()).hexdigest()
-                self._digests = [row.tobytes() for row in digests]
-                offset = data.id.get_offset()
-                has_mask = "loss_mask" in file
-                mask_offset = file["loss_mask"].id.get_offset() if has_mask else None
-            self.access = "mapped" if offset is not None else "h5py"
-            self._data = self._map(offset, self._dtype) if offset is not None else _Chunked(self.path)
-            self._mask = self._map(mask_offset, np.dtype(np.uint8)) if has_mask else None
-        self._verified = np.zeros(len(self._digests), dtype=bool)
+        self.path = path
+        self._file: h5py.File | None = None
+        try:
+            self._open()
+        except DataError:
+            self.close()
+            raise
+        except _HDF5_ERRORS as error:
+            self.close()
+            raise self._refuse("file", f"cannot be read as HDF5: {_one_line(error)}") from error
 
-    def __len__(self) -> int:
-        return self.n_examples
+    def close(self) -> None:
+        """Let go of the file; rows cannot be read after."""
+        self._data = self._mask = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
-    def __reduce__(self) -> tuple[type[Shard], tuple[Path]]:
-        return Shard, (self.path,)
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [n] row numbers -> int64 [n, sequence_length + 1] token ids. Raises IndexError, DataError."""
+        self._touch(indices)
+        return self._gather(self._data, indices).astype(np.int64)
 
-    def rows(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Rows by number -> int64 [rows, sequence_length + 1]. Raises DataError for damaged tokens, IndexError for a row beyond."""
-        out = np.empty((len(indices), self.sequence_length + 1), dtype=np.int64)
-        for slot, index in enumerate(indices):
-            start = self._first(int(index))
-            self._verify(start, start + self.sequence_length + 1, int(index))
-            out[slot] = self._data[start : start + self.sequence_length + 1]
-        return out
-
-    def loss_mask(self, indices: Sequence[int] | np.ndarray) -> np.ndarray | None:
-        """bool [rows, sequence_length], False where a label bears no loss; None where the shard has no mask."""
+    def loss_mask(self, indices: np.ndarray) -> np.ndarray | None:
+        """int64 [n] row numbers -> bool [n, sequence_length], False where a label bears no loss; None where the shard has no mask."""
         if self._mask is None:
             return None
-        starts = [self._first(int(index)) + 1 for index in indices]
-        return np.stack([self._mask[start : start + self.sequence_length] != 0 for start in starts])
+        self._touch(indices)
+        return self._gather(self._mask, indices)[:, 1:].astype(np.bool_)
+
+    def verify(self) -> None:
+        """Check every block now. Raises DataError for the first damaged one."""
+        for block in np.flatnonzero(~self._verified).tolist():
+            self._verify(block)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """data[start:stop], checked: with `documents`, a document's tokens."""
+        for block in range(start // self._block_tokens, -(-stop // self._block_tokens)):
+            if not self._verified[block]:
+                self._verify(block)
+        return np.array(self._data[start:stop])
 
     def documents(self) -> Documents:
-        """All documents that end in this shard, read anew."""
-        with _blamed(self.path), h5py.File(self.path, "r", locking=False) as file:
-            return Documents(file["doc_end"][()], file["doc_id"][()], file["doc_source"][()], self.source_names)
+        """The document tables, read again (a reader does not keep them: a large dataset has billions)."""
+        again = ShardReader.__new__(ShardReader)
+        again.path, again._file = self.path, None
+        try:
+            documents = again._open()
+        except _HDF5_ERRORS as error:
+            raise self._refuse("file", f"cannot be read as HDF5: {_one_line(error)}") from error
+        finally:
+            again.close()
+        if again.digest != self.digest:
+            raise self._refuse("digest", "changed while the file was open")
+        return documents
 
-    def _first(self, index: int) -> int:
-        if not 0 <= index < self.n_examples:
-            raise IndexError(f"{self.path}: row {index} of {self.n_examples}")
-        return index * self.row_stride
+    def _open(self) -> Documents:
+        """Check everything but the tokens, then map these."""
+        if not self.path.is_file():
+            raise self._refuse("file", "is not a regular file" if self.path.exists() else "is missing")
+        file_bytes = self.path.stat().st_size
+        self._file = file = h5py.File(self.path, "r", locking=False)
+        if file.userblock_size:
+            raise self._refuse("file", "has an HDF5 user block")
+        links, required = set(file), {"data", *_TABLES}
+        if not required <= links <= required | {"loss_mask"}:
+            raise self._refuse("file", f"holds {sorted(links)[:8]}, not {sorted(required)}; is it a weftrain shard?")
+        header = self._attributes(file)
+        self.num_rows, self.sequence_length, self.row_stride, self.vocab_size = (header[name] for name in _INTEGERS)
+        self.tokenizer_sha256, self.digest = header["tokenizer_sha256"], header["digest"]
+        tables = {name: self._dataset(name, dtype, file_bytes)[...] for name, dtype in _TABLES.items()}
+        documents = Documents(tables["doc_end"], tables["doc_id"], tables["doc_source"], self._source_names(header["sources"]))
+        data = self._dataset("data", token_dtype(self.vocab_size).str, file_bytes)
+        mask = self._dataset("loss_mask", "|u1", file_bytes) if "loss_mask" in links else None
+        if problem := _contradiction(header, data.shape[0], documents):
+            raise self._refuse(*problem)
+        if mask is not None and mask.shape != data.shape:
+            raise self._refuse("loss_mask", f"has shape {mask.shape}, 'data' has {data.shape}")
+        self._block_tokens = BLOCK_BYTES // data.dtype.itemsize
+        num_blocks = -(-data.shape[0] // self._block_tokens)
+        if tables["block_digest"].shape != (num_blocks, 32):
+            raise self._refuse("block_digest", f"has shape {tables['block_digest'].shape}, not ({num_blocks}, 32)")
+        if _digest(header, tables, mask is not None) != self.digest:
+            raise self._refuse("digest", "attributes or tables do not hash to it, so the file was altered or damaged")
+        self._block_digest = tables["block_digest"]
+        self._verified = np.zeros(num_blocks, dtype=np.bool_)
+        self._map(data, mask)
+        return documents
 
-    def _verify(self, start: int, stop: int, row: int) -> None:
-        """Hash and range-check the mebibytes that hold ids start..stop-1, each once."""
-        item = self._dtype.itemsize
-        first, last = start * item // DIGEST_BLOCK_BYTES, (stop * item - 1) // DIGEST_BLOCK_BYTES
-        for block in range(first, last + 1):
-            if self._verified[block]:
-                continue
-            per_block = DIGEST_BLOCK_BYTES // item
-            ids = np.ascontiguousarray(self._data[block * per_block : (block + 1) * per_block])
-            if hashlib.sha256(memoryview(ids).cast("B")).digest() != self._digests[block]:
-                raise DataError(f"{self.path}: row {row}: token block {block} does not match its SHA-256; {REMEDY}")
-            worst = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
-            if not 0 <= worst < self.vocab_size:
-                raise DataError(
-                    f"{self.path}: row {row}: token id {worst} in block {block} lies outside 0..{self.vocab_size - 1}; {REMEDY}"
-                )
-            self._verified[block] = True
+    def _map(self, data: h5py.Dataset, mask: h5py.Dataset | None) -> None:
+        """Map what is contiguous and let the HDF5 file go; keep it open where anything is chunked."""
+        chunked = [dataset for dataset in (data, mask) if dataset is not None and dataset.chunks is not None]
+        if chunked:
+            self._data, self._mask = data, mask
+            self.access = f"h5py ('{chunked[0].name[1:]}' is chunked, compression {chunked[0].compression or 'none'})"
+            return
+        places = [None if dataset is None else (dataset.dtype, dataset.id.get_offset()) for dataset in (data, mask)]
+        shape = data.shape
+        self.close()
+        self._data, self._mask = (
+            None if place is None else np.asarray(np.memmap(self.path, place[0], "r", offset=place[1], shape=shape)) for place in places
+        )
+        self.access = "mapped"
 
-    def _plausible_file(self) -> int:
-        with self.path.open("rb") as file:
-            if file.read(len(SIGNATURE)) != SIGNATURE:
-                raise ValueError("is not an HDF5 file")
-            return os.fstat(file.fileno()).st_size
-
-    def _read_attributes(self, file: h5py.File) -> None:
-        values: dict[str, Any] = {}
-        for name in (*_INTEGERS, *_STRINGS):
-            if name not in file.attrs:
-                raise ValueError(f"attribute '{name}' is missing")
-            kind = file.attrs.get_id(name)
-            if kind.shape != () or kind.dtype.kind != ("i" if name in _INTEGERS else "S"):
-                raise ValueError(
-                    f"attribute '{name}' is {kind.dtype} {kind.shape}, not a plain {'integer' if name in _INTEGERS else 'string'}"
-                )
+    def _attributes(self, file: h5py.File) -> dict[str, Any]:
+        """The attributes, which must be exactly these: scalar int64 and fixed-length strings."""
+        found = {h5a.open(file.id, index=index).name.decode() for index in range(h5a.get_num_attrs(file.id))}
+        if found != {*_INTEGERS, *_STRINGS}:
+            raise self._refuse("attributes", f"are {sorted(found)[:12]}, not {sorted([*_INTEGERS, *_STRINGS])}")
+        header: dict[str, Any] = {}
+        for name in found:
+            attribute = h5a.open(file.id, name.encode())
+            kind = attribute.get_type()
+            if attribute.get_space().get_simple_extent_type() != h5s.SCALAR:
+                raise self._refuse(name, "is not a scalar attribute")
+            if name in _INTEGERS:
+                if kind != h5t.STD_I64LE:
+                    raise self._refuse(name, "is not a 64-bit integer attribute")
+            elif not isinstance(kind, h5t.TypeStringID) or kind.is_variable_str() or kind.get_size() > _STRINGS[name]:
+                raise self._refuse(name, f"is not a fixed-length string attribute of at most {_STRINGS[name]} bytes")
             value = file.attrs[name]
-            values[name] = int(value) if name in _INTEGERS else bytes(value).decode()
-        if values["format"] != FORMAT or values["version"] != VERSION:
-            raise ValueError(f"is '{values['format'][:40]}' version {values['version']}, this program reads '{FORMAT}' version {VERSION}")
-        self.n_examples, self.sequence_length = values["n_examples"], values["sequence_length"]
-        self.row_stride, self.vocab_size = values["row_stride"], values["vocab_size"]
-        self.tokenizer_sha256 = values["tokenizer_sha256"]
-        self.source_names = tuple(values["source_names"].split("\n"))
-        if self.sequence_length < 1 or self.row_stride not in (self.sequence_length, self.sequence_length + 1):
-            raise ValueError(f"row_stride {self.row_stride} fits no sequence_length {self.sequence_length}")
+            header[name] = int(value) if name in _INTEGERS else bytes(value).decode()
+        if header["format"].encode() != FORMAT:
+            raise self._refuse("format", f"is {header['format']!r}, this program reads {FORMAT.decode()!r}")
+        return header
 
-    def _check_members(self, file: h5py.File) -> None:
-        expected = dict(_ARRAYS) | ({"loss_mask": 1} if "loss_mask" in file else {})
-        if set(file) != set(expected):
-            raise ValueError(f"holds {sorted(file)[:8]}, not {sorted(expected)}")
-        for name, rank in expected.items():
-            if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-                raise ValueError(f"'{name}' is a link to somewhere else, which is not followed")
-            dataset = file[name]
-            if not isinstance(dataset, h5py.Dataset) or dataset.ndim != rank or dataset.dtype.kind not in "iu":
-                raise ValueError(f"'{name}' is not an integer array of rank {rank}")
-            plan = dataset.id.get_create_plist()
-            layout = plan.get_layout()
-            if layout == h5py.h5d.VIRTUAL or (layout != h5py.h5d.CHUNKED and plan.get_external_count()):
-                raise ValueError(f"'{name}' keeps its values in other files, which are not read")
-            if layout == h5py.h5d.CHUNKED and (name == "loss_mask" or dataset.compression not in (None, "gzip")):
-                raise ValueError(f"'{name}' uses the filter {dataset.compression}; only gzip is read")
-            if layout != h5py.h5d.CHUNKED and dataset.size:
-                offset = dataset.id.get_offset()
-                if layout == h5py.h5d.CONTIGUOUS and (offset is None or offset + dataset.nbytes > self._size):
-                    raise ValueError(f"'{name}' declares {dataset.nbytes:,} bytes, the file has {self._size:,}")
-            elif dataset.nbytes > self._size * 1100:  # gzip's best is 1032 : 1
-                raise ValueError(f"'{name}' declares {dataset.nbytes:,} bytes, the file has {self._size:,}")
+    def _dataset(self, name: str, dtype: str, file_bytes: int) -> h5py.Dataset:
+        """A dataset that lies in this file, in one of two layouts, of the right type, and no larger than the file can hold."""
+        assert self._file is not None
+        if self._file.id.links.get_info(name.encode()).type != h5l.TYPE_HARD:
+            raise self._refuse(name, "is a soft or external link; links are not followed")
+        dataset = self._file[name]
+        if not isinstance(dataset, h5py.Dataset):
+            raise self._refuse(name, "is not a dataset")
+        plist, rank = dataset.id.get_create_plist(), 2 if name in ("doc_id", "block_digest") else 1
+        layout = plist.get_layout()
+        if layout not in (h5d.CONTIGUOUS, h5d.CHUNKED) or plist.get_external_count():
+            raise self._refuse(name, "is a virtual, compact or externally stored dataset; only contiguous and chunked ones are read")
+        if dataset.id.get_type() != _TYPES[dtype]:
+            raise self._refuse(name, f"has type {dataset.dtype}, not {np.dtype(dtype)}")
+        if dataset.id.get_space().get_simple_extent_type() != h5s.SIMPLE or dataset.ndim != rank:
+            raise self._refuse(name, f"has rank {dataset.ndim}, not {rank}")
+        if problem := _impossible_size(dataset, file_bytes):
+            raise self._refuse(name, problem)
+        return dataset
 
-    def _check_lengths(self, file: h5py.File) -> None:
-        if self._dtype != token_dtype(self.vocab_size):
-            raise ValueError(f"'data' is {self._dtype}, a vocabulary of {self.vocab_size} needs {token_dtype(self.vocab_size)}")
-        wanted = self.n_examples * self.row_stride + self.sequence_length + 1 - self.row_stride
-        if self.n_examples < 1 or self._length != wanted:
-            raise ValueError(f"n_examples {self.n_examples} needs {wanted} tokens, 'data' holds {self._length}")
-        blocks = -(-self._length * self._dtype.itemsize // DIGEST_BLOCK_BYTES)
-        documents = file["doc_end"].shape[0]
-        shapes = {"block_digest": (blocks, 32), "doc_id": (documents, DOCUMENT_ID_BYTES), "doc_source": (documents,)}
-        if "loss_mask" in file:
-            shapes["loss_mask"] = (self._length,)
-        for name, shape in shapes.items():
-            if file[name].shape != shape:
-                raise ValueError(f"'{name}' has shape {file[name].shape}, not {shape}")
+    def _source_names(self, text: str) -> tuple[str, ...]:
+        names = parse_json(text.encode())
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise self._refuse("sources", "is not a JSON list of strings")
+        return tuple(names)
 
-    def _map(self, offset: int, dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
-        return np.memmap(self.path, dtype=dtype, mode="r", offset=offset, shape=(self._length,))
+    def _touch(self, indices: np.ndarray) -> None:
+        """Verify every block that the rows reach into and that was not yet."""
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_rows:
+            raise IndexError(f"{self.path}: rows {indices.min()}..{indices.max()} of {self.num_rows}")
+        first = indices * self.row_stride
+        spans = 1 + self.sequence_length // self._block_tokens
+        for step in range(spans + 1):
+            blocks = np.minimum(first + step * self._block_tokens, first + self.sequence_length) // self._block_tokens
+            fresh = ~self._verified[blocks]
+            if fresh.any():
+                for block in np.unique(blocks[fresh]).tolist():
+                    self._verify(block)
+
+    def _verify(self, block: int) -> None:
+        start, stop = block * self._block_tokens, (block + 1) * self._block_tokens
+        try:
+            data = np.ascontiguousarray(self._data[start:stop])
+            mask = None if self._mask is None else np.ascontiguousarray(self._mask[start:stop])
+        except _HDF5_ERRORS as error:
+            raise self._refuse("data", f"block {block} cannot be read: {_one_line(error)}") from error
+        first, last = max(0, start - self.sequence_length) // self.row_stride, min(self.num_rows - 1, stop // self.row_stride)
+        if _block_digest(data, mask) != self._block_digest[block].tobytes():
+            raise self._refuse("data", f"block {block} (rows {first}..{last}) does not hash to its digest, so it was altered or damaged")
+        if data.view(f"<u{data.itemsize}").max() >= self.vocab_size:  # as unsigned, a negative id is too large
+            position = start + int(np.argmax(data.view(f"<u{data.itemsize}") >= self.vocab_size))
+            row = min(position // self.row_stride, self.num_rows - 1)
+            raise self._refuse("data", f"row {row} holds token id {data[position - start]}, beyond the vocabulary of {self.vocab_size}")
+        self._verified[block] = True
+
+    def _gather(self, stream: Any, indices: np.ndarray) -> np.ndarray:
+        """stream [length] -> [n, sequence_length + 1]."""
+        width = self.sequence_length + 1
+        if isinstance(stream, np.ndarray):
+            windows = np.lib.stride_tricks.sliding_window_view(stream, width)[:: self.row_stride]
+            return windows[indices]
+        starts = (indices * self.row_stride).tolist()
+        return np.stack([stream[start : start + width] for start in starts]) if starts else np.empty((0, width), stream.dtype)
+
+    def _refuse(self, field: str, problem: str) -> DataError:
+        return DataError(f"{self.path}: {field}: {problem}; {_REMAKE}")
 
 
-class _Chunked:
-    """`data` of a chunked (compressed) file, read through h5py slice by slice; the file stays open."""
+def _impossible_size(dataset: h5py.Dataset, file_bytes: int) -> str | None:
+    """What is wrong with a contiguous or chunked dataset that the file cannot hold, or None."""
+    declared = dataset.dtype.itemsize * math.prod(map(int, dataset.shape))
+    if dataset.chunks is None:
+        offset = dataset.id.get_offset()
+        if declared and (offset is None or offset + declared > file_bytes):
+            return f"declares {declared:,} bytes at offset {offset}, the file has {file_bytes:,}: it is truncated or lies"
+        return None
+    plist = dataset.id.get_create_plist()
+    filters = {plist.get_filter(index)[0] for index in range(plist.get_nfilters())}
+    if not filters <= {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE}:
+        return "uses a filter other than gzip and shuffle"
+    ratio = _GZIP_MAX_RATIO if h5z.FILTER_DEFLATE in filters else 1
+    chunk_bytes = dataset.dtype.itemsize * math.prod(map(int, dataset.chunks))
+    stored = min(dataset.id.get_storage_size(), file_bytes)
+    if chunk_bytes > _MAX_CHUNK_BYTES or declared > stored * ratio:
+        return f"declares {declared:,} bytes in chunks of {chunk_bytes:,}, the file stores {stored:,}: it is truncated or lies"
+    return None
 
-    def __init__(self, path: Path) -> None:
-        self._file = h5py.File(path, "r", locking=False)
-        self._data = self._file["data"]
 
-    def __getitem__(self, part: slice) -> np.ndarray:
-        return np.asarray(self._data[part])
-
-
-@contextmanager
-def _blamed(path: Path) -> Iterator[None]:
-    """Whatever HDF5 or a check says about this file, as a DataError that names it."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such shard; {REMEDY}") from None
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        reason = " ".join(str(error.args[0] if error.args else error).split())[:300]
-        raise DataError(f"{path}: {reason}; {REMEDY}") from error
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from weftrain.kernels.reference import cross_entropy
 from weftrain.kernels.registry import Implementation
 
 # Logits held at once, in elements. 2^24 x bf16 = 32 MiB lets the CPU's matrix multiplies run at peak (one product of 1024 x 32000 is a
@@ -37,7 +38,9 @@ def linear_cross_entropy(
         return _LossAndGradients.apply(hidden, weight, labels, logits_scale, ignore_index, z_loss)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for rows in _chunks(hidden, weight):
-        total = total + _chunk_loss(hidden[rows], weight, labels[rows], logits_scale, ignore_index, z_loss)[0]
+        logits = F.linear(hidden[rows], weight)
+        loss = cross_entropy(logits, labels[rows], logits_scale=logits_scale, ignore_index=ignore_index, z_loss=z_loss)
+        total = total + loss.sum()
     return total
 
 
@@ -46,21 +49,16 @@ class _LossAndGradients(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float
     ) -> Tensor:
-        chunks = _chunks(hidden, weight)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = []
         grad_weight = None
-        for rows in chunks:
-            chunk = hidden[rows]
-            loss, scaled, logsumexp, label, weighting = _chunk_loss(chunk, weight, labels[rows], logits_scale, ignore_index, z_loss)
+        for rows in _chunks(hidden, weight):
+            chunk = hidden[rows]  # [n, D]
+            loss, slope, row_scale = _chunk(chunk, weight, labels[rows], logits_scale, ignore_index, z_loss)
             total = total + loss
-            grad_logits = _chunk_grad(scaled, logsumexp, label, weighting, logits_scale, z_loss, hidden.dtype)  # [n, V]
-            grad_hidden.append(grad_logits @ weight)
-            partial = grad_logits.t() @ chunk  # [V, D]
-            if len(chunks) == 1:
-                grad_weight = partial
-            else:
-                grad_weight = partial.float() if grad_weight is None else grad_weight + partial
+            grad_hidden.append(((slope @ weight) * row_scale).to(hidden.dtype))
+            partial = slope.t() @ (chunk * row_scale).to(chunk.dtype)  # [V, D]
+            grad_weight = partial if grad_weight is None else grad_weight.float() + partial
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -80,30 +78,30 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     return [slice(first, min(first + size, hidden.shape[0])) for first in range(0, hidden.shape[0], size)]
 
 
-def _chunk_loss(
+def _chunk(
     hidden: Tensor, weight: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss sum, scaled logits fp32 [n, V], logsumexp [n, 1], label [n, 1] (0 where ignored), 1.0 or 0.0 where ignored [n, 1])."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss sum, slope [n, V] in hidden.dtype, row_scale fp32 [n, 1]): d(loss sum)/d(logits) = slope * row_scale.
+
+    The gradient (softmax * (1 + 2 z logsumexp) - onehot) * logits_scale is kept as exp(scaled - max) with one entry a row replaced, times
+    a factor a row. The factor goes into the small [n, D] operands instead of the logits, which saves a pass and an exp over [n, V].
+    """
     scaled = F.linear(hidden, weight).float() * logits_scale
     kept = (labels != ignore_index)[:, None]
     label = torch.where(kept, labels[:, None], 0)
-    logsumexp = torch.logsumexp(scaled, -1, keepdim=True)
-    loss = logsumexp - scaled.gather(1, label)
+    at_label = scaled.gather(1, label)
+    maximum = scaled.amax(-1, keepdim=True)
+    exponential = (scaled - maximum).exp()
+    total = exponential.sum(-1, keepdim=True)
+    logsumexp = total.log() + maximum
+    loss = logsumexp - at_label
+    stretch = torch.ones_like(logsumexp)
     if z_loss:
         loss = loss + z_loss * logsumexp.square()
-    weighting = kept.float()
-    return (loss * weighting).sum(), scaled, logsumexp, label, weighting
-
-
-def _chunk_grad(
-    scaled: Tensor, logsumexp: Tensor, label: Tensor, weighting: Tensor, logits_scale: float, z_loss: float, dtype: torch.dtype
-) -> Tensor:
-    """d(loss sum)/d(logits) [n, V]: (softmax * (1 + 2 z logsumexp) - onehot) * logits_scale, in fp32, rounded once."""
-    slope = weighting * logits_scale
-    factor = slope * (1 + 2 * z_loss * logsumexp) if z_loss else slope
-    grad = ((scaled - logsumexp).exp() * factor).to(dtype)
-    at_label = (scaled.gather(1, label) - logsumexp).exp() * factor - slope
-    return grad.scatter(1, label, at_label.to(dtype))
+        stretch = 1 + 2 * z_loss * logsumexp
+    slope_at_label = (at_label - maximum).exp() - total / stretch
+    slope = exponential.to(hidden.dtype).scatter(1, label, slope_at_label.to(hidden.dtype))
+    return (loss * kept).sum(), slope, kept * (stretch * logits_scale / total)
 
 
 IMPLEMENTATION = Implementation("linear_cross_entropy", "torch", linear_cross_entropy)

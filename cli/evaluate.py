@@ -1,0 +1,54 @@
+"""`weftrain eval`: held-out loss and perplexity of a checkpoint, on the sets of its own recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+
+@click.command("eval")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--rows", type=click.IntRange(min=1), help="Rows of each held-out set.  [default: all]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a set instead of a table.")
+def evaluate(run: Path, overrides: tuple[str, ...], rows: int | None, as_json: bool) -> None:
+    """Measure held-out loss and perplexity per set. RUN is a run folder (its newest whole checkpoint) or one checkpoint's folder.
+
+    KEY.SUB=VALUE lays a value over the recorded recipe, e.g. data.root=/other/place.
+    """
+    from weftrain.cli.assembly import backend_options, open_data
+    from weftrain.core import checkpoint
+    from weftrain.core.backend import Job, Plan
+    from weftrain.core.errors import CheckpointError, DataError
+    from weftrain.core.recipe_file import recorded_recipe
+
+    console = Console(highlight=False, soft_wrap=True, stderr=as_json)
+    path: Path | None = run
+    if (run / "checkpoints").is_dir():
+        path = checkpoint.newest(run / "checkpoints", lambda line: console.print(f"warning: {line}", markup=False))
+    if path is None:
+        raise CheckpointError(f"{run}: no whole checkpoint; train the run further, or name a checkpoint's folder")
+    state, manifest = checkpoint.load(path)
+    rows_override = [f"log.evaluate_rows={rows or 2**40}"]
+    file = recorded_recipe(manifest["recipe"], f"{path}/manifest.json: recipe", [*overrides, *rows_override])
+    backend, options = backend_options(file)
+    _, heldout = open_data(file.recipe)
+    if not heldout:
+        raise DataError(f"{path}: its recipe has no held-out set; prepare the dataset with --heldout-fraction above 0")
+    weights = {name.removeprefix("weights/"): state.tensors[name] for name in state.tensors if name.startswith("weights/")}
+    prepared = backend.prepare(Job(file.recipe, Plan(state.step, state.step), options, weights))
+    table = Table("held-out set", "loss", "perplexity", "tokens", title=f"{path} (step {state.step})", title_justify="left", box=None)
+    for held in heldout:
+        result = prepared.evaluate(held)
+        perplexity = math.exp(result.loss) if result.loss < 700 else math.inf
+        if as_json:
+            record = {"checkpoint": manifest["root"], "step": state.step, "set": held.name, "loss": result.loss}
+            click.echo(json.dumps({**record, "perplexity": perplexity, "tokens": result.tokens, "dataset_id": held.dataset_id}))
+        table.add_row(held.name, f"{result.loss:.4f}", f"{perplexity:,.3f}", f"{result.tokens:,}")
+    if not as_json:
+        console.print(table)

@@ -1,0 +1,167 @@
+"""`weftrain train`: put a run together, train it, and end with a summary.
+
+What a reader would get wrong: there is no separate `resume`. The same command starts a run, continues an interrupted one, and says so
+where it is complete. A signal finishes the step, saves, and exits with 128 + its number.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+from rich.console import Console
+
+from weftrain.analysis.summary import summarize
+from weftrain.cli.display import Bar
+from weftrain.cli.show import arithmetic
+from weftrain.core.config import Recipe
+from weftrain.core.recipe_file import RecipeFile, load_recipe
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder that holds run folders.")
+@click.option("--run", "run_name", help="Name of the run folder.  [default: the recipe's name]")
+@click.option("--allow", multiple=True, metavar="KEY", help="Resume although this key of the recipe has changed (repeatable).")
+def train(recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str | None, allow: tuple[str, ...]) -> None:
+    """Train RECIPE, a built-in name or the path of a .yaml file; again: resume it, or say that it is complete.
+
+    KEY.SUB=VALUE lays a value over the recipe, e.g. schedule.steps=100. SIGTERM and Ctrl-C finish the step, save, and exit (143, 130).
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    file = load_recipe(recipe, overrides)
+    name = run_name or file.recipe.name
+    if Path(name).name != name or name in (".", ".."):
+        raise click.BadParameter(f"'{name}' is a path; a run name is one word, and --runs names the folder", param_hint="--run")
+    again = " ".join(["weftrain train", recipe, *(shlex.quote(item) for item in overrides if not item.startswith("schedule.steps="))])
+    again += ("" if runs == Path("runs") else f" --runs {runs}") + ("" if run_name is None else f" --run {name}")
+    with _StopRequest() as stop:
+        _train(console, file, runs, name, set(allow), stop, again)
+    if stop.number:
+        sys.exit(128 + stop.number)
+
+
+def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set[str], stop: _StopRequest, again: str) -> None:
+    """Everything that can be wrong with recipe, backend, data, folder and checkpoint is found here, before step 0."""
+    from weftrain.cli.assembly import backend_options, measured_peak, open_data
+    from weftrain.core.backend import Job, Plan
+    from weftrain.core.metrics import MetricsWriter
+    from weftrain.core.parameters import flops_per_token
+    from weftrain.core.run_folder import open_run
+    from weftrain.core.trainer import Speed, fit, starting_state
+
+    recipe = file.recipe
+    backend, options = backend_options(file)
+    source, heldout = open_data(recipe)
+    with open_run(runs / name, recipe.model_dump(mode="json")) as folder:
+        start = starting_state(recipe, folder.checkpoints, runs, lambda line: console.print(f"warning: {line}", markup=False))
+        first = 0 if start is None else start.state.step
+        for key, old, new in folder.check_recipe(allow, first):
+            console.print(f"recipe changed at step {first}: {key}: {old} -> {new}", markup=False)
+        if first >= recipe.schedule.steps:
+            console.print(f"run {folder.path} is complete: {first} of {recipe.schedule.steps} steps")
+            _summarize(console, recipe, runs / name, again)
+            return
+        if start is not None:
+            start.check_data(recipe, source.dataset_id, allow)
+        plan = Plan(
+            first,
+            recipe.schedule.steps,
+            checkpoint_every_steps=recipe.checkpoint.every_steps,
+            evaluate_every_steps=recipe.log.evaluate_every_steps,
+            log_every_steps=recipe.log.every_steps,
+        )
+        run = backend.prepare(Job(recipe, plan, options, None if start is None else start.weights()))
+        if start is not None and start.has_optimizer:
+            run.import_state(start.state)
+        fingerprint = run.fingerprint()
+        folder.write_environment(fingerprint)
+        peak = measured_peak(recipe, run)
+        _announce(console, recipe, fingerprint, peak, folder.path, first)
+        speed = Speed(flops_per_token(recipe.model, recipe.data.sequence_length), peak.flops)
+        parent = None if start is None else start.root
+        resumed = first if start is not None else None
+        with MetricsWriter(folder.path, recipe.log.tensorboard, resumed) as metrics, Bar(console, name, plan.last_step, first) as bar:
+            metrics.event("start", step=first, kernels=fingerprint.get("kernels"), peak_flops=peak.flops, peak_origin=peak.origin)
+            steps = fit(
+                run, plan, recipe, source, heldout, folder.checkpoints, metrics, speed=speed, parent=parent, should_stop=stop.requested
+            )
+            loss, done = "", first
+            for progress in steps:
+                done = progress.result.step + 1
+                if progress.result.skipped:
+                    bar.say(f"warning: step {progress.result.step} was skipped: its loss or gradient norm is not finite")
+                if progress.log is not None:
+                    loss = f"loss {progress.log['loss']:.4f}  {progress.log['tokens_per_second']:,.0f} tokens/s"
+                for held in progress.evaluations:
+                    bar.say(f"step {done:>6}  held-out {held['set']}: loss {held['loss']:.4f}, perplexity {held['perplexity']:,.2f}")
+                bar.update(done, loss)
+        run.close()
+    if stop.number:
+        console.print(f"stopped after step {done} and saved; the same command resumes")
+    else:
+        _summarize(console, recipe, runs / name, again)
+
+
+class _StopRequest:
+    """SIGTERM or SIGINT, remembered: the step is finished and saved first. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __enter__(self) -> _StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def requested(self) -> bool:
+        return self.number != 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+def _announce(console: Console, recipe: Recipe, fingerprint: dict[str, Any], peak: object, folder: Path, first: int) -> None:
+    console.print(f"{recipe.name}: {recipe.description}", markup=False)
+    for line in arithmetic(recipe):
+        console.print(line, markup=False)
+    where = f"{fingerprint['backend']} on {fingerprint.get('device', fingerprint['device_type'])}"
+    threads = f", {fingerprint['threads']} threads" if fingerprint["device_type"] == "cpu" and "threads" in fingerprint else ""
+    console.print(f"backend      {where}{threads}, {recipe.precision.compute}; matrix-multiply peak {peak}", markup=False)
+    chosen: dict[str, set[str]] = {}
+    for op, entries in fingerprint.get("kernels", {}).get("ops", {}).items():
+        for entry in entries:
+            chosen.setdefault(entry["source"], set()).add(op)
+    kernels = "; ".join(f"{source}: {', '.join(sorted(ops))}" for source, ops in sorted(chosen.items()))
+    console.print(f"kernels      {kernels or 'none'}", markup=False)
+    console.print(f"run          {folder}{f', resumed after step {first}' if first else ''}", markup=False)
+
+
+def _summarize(console: Console, recipe: Recipe, folder: Path, again: str) -> None:
+    summary = summarize(folder)
+    if summary is None:
+        console.print(f"no steps were logged; the run lies in {folder}", markup=False)
+        return
+    used = summary.model_flops_utilization
+    more = 2 * recipe.schedule.steps
+    lines = [
+        f"loss         {summary.loss_first:.4f} -> {summary.loss_last:.4f} in {summary.steps:,} steps, {summary.tokens:,} tokens",
+        *(f"held-out     {key}: {first:.4f} -> {last:.4f}" for key, (first, last) in summary.heldout.items()),
+        f"speed        {summary.tokens_per_second:,.0f} tokens/s, MFU {'unknown' if used is None else f'{used:.1%}'} of the measured peak",
+        f"run          {folder}  (metrics.jsonl, checkpoints/, tensorboard/, recipe.yaml)",
+        "next         tensorboard --logdir " + str(folder / "tensorboard"),
+        f"             weftrain eval {folder}",
+        f"             {again} schedule.steps={more} --allow schedule.steps    (continue to step {more:,})",
+    ]
+    console.print("\n".join(lines), markup=False)

@@ -1,0 +1,22 @@
+"""rope by slices: what turns is read once and written once, what does not turn is not touched where the whole head turns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from weftrain.kernels.registry import Implementation
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int, interleaved: bool) -> Tensor:
+    """x [B, T, H, D], cos and sin fp32 [T, rotary_dim / 2] -> x.dtype [B, T, H, D] (kernels/reference.py). Saves cos and sin."""
+    cos = cos.to(x.dtype)[:, None, :]  # [T, 1, rotary_dim / 2]
+    sin = sin.to(x.dtype)[:, None, :]
+    if interleaved:
+        first, second = x[..., :rotary_dim].unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
+        return turned if rotary_dim == x.shape[-1] else torch.cat((turned, x[..., rotary_dim:]), -1)
+    first, second, rest = x.split((rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim), -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
+
+
+IMPLEMENTATION = Implementation("rope", "torch", rope)

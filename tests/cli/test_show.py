@@ -1,0 +1,64 @@
+"""`weftrain show` and the other verbs' first words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from click.testing import Result
+
+from weftrain.cli.main import VERBS
+
+
+def test_verbs_are_frozen(weftrain: Callable[..., Result]) -> None:
+    """The list of verbs is part of what users rely on: a change shows here."""
+    assert list(VERBS) == ["prep", "train", "eval", "show", "backends", "bench"]
+    for verb in VERBS:
+        result = weftrain(verb, "--help")
+        assert result.exit_code == 0
+        assert "Usage:" in result.output
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wanted"),
+    [
+        ("amber_7b", ["parameters   6,738,415,616", "10 x 224 x 1 = 2240 sequences x 2048 = 4,587,520 tokens a step", "1,258,448,486,400"]),
+        (
+            "crystalcoder_7b_phase1",
+            ["parameters   6,575,278,720", "66 x 16 x 2 = 2112 sequences x 2048 = 4,325,376 tokens a step", "0.00228125", "0.13875"],
+        ),
+    ],
+)
+def test_show_7b(weftrain: Callable[..., Result], recipe: str, wanted: list[str]) -> None:
+    result = weftrain("show", recipe, "--step", "1000")
+    assert result.exit_code == 0
+    for text in wanted:
+        assert text in result.output
+
+
+def test_show_learning_rates_at_a_step(weftrain: Callable[..., Result]) -> None:
+    output = weftrain("show", "amber_7b", "--step", "1000").output
+    (line,) = (line for line in output.splitlines() if line.split()[:1] == ["1,000"])
+    assert line.split()[1:] == ["0.00015"] * 3
+    assert weftrain("show", "amber_7b", "--step", "999999999").exit_code == 2
+
+
+def test_show_needs_no_torch() -> None:
+    """No hardware, no allocation: a 7B recipe is shown without importing torch."""
+    program = "import sys; from weftrain.cli.main import main; main(['show', 'crystalcoder_7b_phase3'], standalone_mode=False)"
+    program += "; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)
+
+
+def test_show_lists_recipes(weftrain: Callable[..., Result]) -> None:
+    output = weftrain("show").output
+    for name in ("amber_7b", "crystalcoder_7b_phase1", "crystal_demo", "bench_70m"):
+        assert name in output
+
+
+def test_backends_lists_local_and_null(weftrain: Callable[..., Result]) -> None:
+    output = weftrain("backends").output
+    assert "local" in output
+    assert "null" in output

@@ -1,0 +1,218 @@
+"""`weftrain train` as a user meets it: start, complete, resume, refuse, stop by signal, survive kills."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+
+from weftrain.core import checkpoint
+from weftrain.core.backend import State
+from weftrain.core.metrics import read_metrics
+
+Train = Callable[..., Result]
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def final_state(folder: Path) -> tuple[State, str]:
+    newest = checkpoint.newest(folder / "checkpoints", print)
+    assert newest is not None
+    state, manifest = checkpoint.load(newest)
+    return state, manifest["root"]
+
+
+def same_bits(a: State, b: State) -> bool:
+    assert a.tensors.keys() == b.tensors.keys()
+    same = all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+    return same and (a.step, a.optimizer_updates) == (b.step, b.optimizer_updates)
+
+
+def test_a_run_from_start_to_complete_to_continued(train_tiny: Train, tmp_path: Path) -> None:
+    result = train_tiny("schedule.steps=4", "checkpoint.every_steps=2")
+    assert result.exit_code == 0, result.output
+    arithmetic = "4 x 1 x 1 = 4 sequences x 13 = 52 tokens a step"
+    for wanted in (arithmetic, "kernels", "loss  ", " -> ", "tokens/s, MFU", "tensorboard --logdir", "weftrain eval"):
+        assert wanted in result.output
+    folder = tmp_path / "runs" / "crystal_demo"
+    steps = [record for record in read_metrics(folder) if record["kind"] == "step"]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert [record["tokens"] for record in steps] == [52, 104, 156, 208]
+    assert set(steps[0]["learning_rate"]) == {"embeddings", "decoder_matrices", "norms_and_biases"}
+    for key in ("loss", "grad_norm", "tokens_per_second", "step_ms", "data_wait_ms", "memory_bytes", "model_flops_utilization"):
+        assert steps[-1][key] > 0, key
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+
+    again = train_tiny("schedule.steps=4", "checkpoint.every_steps=2")
+    assert again.exit_code == 0
+    assert "is complete: 4 of 4 steps" in again.output
+    assert "schedule.steps=8 --allow schedule.steps" in again.output
+    assert len([record for record in read_metrics(folder) if record["kind"] == "step"]) == 4
+
+    refused = train_tiny("schedule.steps=6", "checkpoint.every_steps=3")
+    assert refused.exit_code == 2
+    for wanted in ("schedule.steps: 4 -> 6", "checkpoint.every_steps: 2 -> 3", "--allow schedule.steps"):
+        assert wanted in refused.output
+    refused = train_tiny("schedule.steps=6", "checkpoint.every_steps=3", "--allow", "schedule.steps")
+    assert refused.exit_code == 2
+    continued = train_tiny("schedule.steps=6", "checkpoint.every_steps=2", "--allow", "schedule.steps")
+    assert continued.exit_code == 0, continued.output
+    straight = train_tiny("schedule.steps=6", "checkpoint.every_steps=2", "--run", "straight")
+    assert straight.exit_code == 0, straight.output
+    assert same_bits(final_state(folder)[0], final_state(tmp_path / "runs" / "straight")[0])
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly(train_tiny: Train, tmp_path: Path) -> None:
+    assert train_tiny("schedule.steps=4", "checkpoint.every_steps=2").exit_code == 0
+    folder = tmp_path / "runs" / "crystal_demo"
+    wanted = final_state(folder)
+    (victim,) = (folder / "checkpoints" / "step_00000004").glob("*.safetensors")
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    result = train_tiny("schedule.steps=4", "checkpoint.every_steps=2")
+    assert result.exit_code == 0
+    assert "warning: passed over a damaged checkpoint" in result.output
+    assert victim.name in result.output
+    assert "resumed after step 2" in result.output
+    found = final_state(folder)
+    assert same_bits(found[0], wanted[0])
+    assert list((folder / "checkpoints").glob("step_00000004.damaged-*"))  # nothing is lost
+
+
+def test_start_from_another_run(train_tiny: Train, tmp_path: Path) -> None:
+    missing = train_tiny("schedule.steps=2", "--run", "second", "start_from.run=first", "start_from.state=weights")
+    assert missing.exit_code == 2
+    assert "train 'first' first" in missing.output
+    assert train_tiny("schedule.steps=3", "--run", "first").exit_code == 0
+    first, root = final_state(tmp_path / "runs" / "first")
+    for state, updates in (("weights", 2), ("all", 5)):
+        result = train_tiny("schedule.steps=2", "--run", state, "start_from.run=first", f"start_from.state={state}")
+        assert result.exit_code == 0, result.output
+        found, _ = final_state(tmp_path / "runs" / state)
+        assert (found.step, found.optimizer_updates) == (2, updates)
+        newest = checkpoint.newest(tmp_path / "runs" / state / "checkpoints", print)
+        assert newest is not None
+        assert checkpoint.verify(newest)["parent"] == root
+        # step 0 has learning rate 0: a run of one step from these weights would keep them, so they moved by one update only
+        name = "weights/embedding.weight"
+        assert 0 < (found.tensors[name] - first.tensors[name]).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["backend.name=locale"], "did you mean 'local'"),
+        (["backend.options.devise=cpu"], "unknown key 'devise'; did you mean 'device'?"),
+        (["backend.options.threads=-1"], "greater than or equal to 0"),
+        (["batch.replicas=2", "batch.micro_batch_size=2"], "set batch.replicas=1"),
+        (["kernels.pins.rope=nobody"], "kernels.pins 'rope' names the unknown source 'nobody'"),
+        (["--run", "../elsewhere"], "is a path"),
+        (["data.synthetic_rows=null"], "give exactly one of 'sources' and 'synthetic_rows'"),
+    ],
+)
+def test_what_is_wrong_is_said_before_step_0(train_tiny: Train, tmp_path: Path, arguments: list[str], expected: str) -> None:
+    result = train_tiny("schedule.steps=1", *arguments)
+    assert result.exit_code == 2
+    assert expected in result.output
+    assert not list((tmp_path / "runs").glob("**/metrics.jsonl"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") == "", reason="hidden devices")
+def test_a_device_that_is_not_there(train_tiny: Train) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    result = train_tiny("schedule.steps=1", "backend.options.device=cuda")
+    assert result.exit_code == 2
+    assert "torch sees no CUDA device" in result.output
+
+
+def test_non_finite_loss_halts_with_its_samples(train_tiny: Train, tmp_path: Path) -> None:
+    """A learning rate that blows the weights up: the run stops, says where, and the last checkpoint is whole."""
+    blow_up = "schedule.learning_rate=[{shape: constant, steps: 100, start: 1e38}]"
+    result = train_tiny("schedule.steps=9", blow_up, "checkpoint.every_steps=1", "optimizer.clip_norm=null")
+    assert result.exit_code == 3
+    assert "the step did not happen" in result.output
+    assert "samples: synthetic:" in result.output
+    assert final_state(tmp_path / "runs" / "crystal_demo")[0].step >= 1
+
+
+def test_read_only_folder(train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").write_text("a file stands in the way")
+    result = train_tiny("schedule.steps=1")
+    assert result.exit_code == 2
+    assert "runs" in result.output
+    assert "Traceback" not in result.output
+
+
+def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    while process.poll() is None:
+        metrics = folder / "metrics.jsonl"
+        if metrics.exists() and metrics.read_text().count('"kind": "step"') >= steps:
+            return
+        time.sleep(0.02)
+
+
+def test_sigterm_saves_and_exits_143_and_a_second_run_is_refused(tiny_process: Start, train_tiny: Train, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "crystal_demo"
+    process = tiny_process("schedule.steps=5000", "checkpoint.every_steps=0")
+    wait_for_steps(folder, 3, process)
+    second = train_tiny("schedule.steps=5000", "checkpoint.every_steps=0")
+    assert second.exit_code == 2
+    assert f"is in use by process {process.pid} on " in second.output
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    state, _ = final_state(folder)
+    assert 3 <= state.step < 5000
+    assert f"stopped after step {state.step} and saved" in output
+    total = state.step + 2
+    resumed = train_tiny(f"schedule.steps={total}", "checkpoint.every_steps=0", "--allow", "schedule.steps")
+    assert resumed.exit_code == 0, resumed.output
+    assert train_tiny(f"schedule.steps={total}", "checkpoint.every_steps=0", "--run", "straight").exit_code == 0
+    assert same_bits(final_state(folder)[0], final_state(tmp_path / "runs" / "straight")[0])
+
+
+def kill_until_done(start: Start, folder: Path, arguments: list[str], kills: int, seed: int) -> int:
+    """Start, kill at a random moment once `kills` are not yet reached, start again, to the end. How many were killed."""
+    rng, killed = random.Random(seed), 0
+    for _ in range(10 * kills):
+        before = (folder / "metrics.jsonl").read_text().count('"kind": "step"') if (folder / "metrics.jsonl").exists() else 0
+        process = start(*arguments)
+        if killed < kills:
+            wait_for_steps(folder, before + 1, process)
+            time.sleep(rng.uniform(0, 0.15))
+            process.kill()
+            output, _ = process.communicate(timeout=60)
+            killed += process.returncode == -signal.SIGKILL
+            continue
+        output, _ = process.communicate(timeout=250)
+        assert process.returncode == 0, output
+        return killed
+    raise AssertionError("the run never ended")
+
+
+@pytest.mark.parametrize(
+    ("kills", "seed"),
+    [pytest.param(2, 0, id="2 kills"), pytest.param(12, 1, id="12 kills", marks=[pytest.mark.prove, pytest.mark.timeout(900)])],
+)
+def test_killed_at_random_moments_ends_with_the_same_bits(
+    tiny_process: Start, train_tiny: Train, tmp_path: Path, kills: int, seed: int
+) -> None:
+    """SIGKILL wherever it falls (a checkpoint is saved each step, so half of the time in a save): the bits of an uninterrupted run."""
+    arguments = [f"schedule.steps={30 * kills}", "checkpoint.every_steps=1", "precision.compute=bfloat16"]
+    folder = tmp_path / "runs" / "crystal_demo"
+    assert kill_until_done(tiny_process, folder, arguments, kills, seed) == kills
+    assert train_tiny(*arguments[:1], "checkpoint.every_steps=0", *arguments[2:], "--run", "straight").exit_code == 0
+    assert same_bits(final_state(folder)[0], final_state(tmp_path / "runs" / "straight")[0])
+    resumes = [record for record in read_metrics(folder) if record["kind"] == "resume"]
+    assert len(resumes) == kills
+    interrupted = [record["loss"] for record in read_metrics(folder) if record["kind"] == "step"]
+    assert interrupted == [record["loss"] for record in read_metrics(tmp_path / "runs" / "straight") if record["kind"] == "step"]
