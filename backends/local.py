@@ -12,7 +12,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import psutil
@@ -81,7 +82,7 @@ class LocalRun:
         recipe = self._recipe
         while self._step < self._plan.last_step:
             start, step = time.perf_counter(), self._step
-            losses, data_wait_s = self._forward_backward(lambda first, count, step=step: source.rows(step, first, count))
+            losses, data_wait_s = self._forward_backward(partial(source.rows, step))
             gradients = self._gradients()
             loss, norm = torch.stack(losses).sum(), self._grad_norm(list(gradients.values()))
             rates = group_learning_rates(self._groups, recipe.schedule, step)
@@ -221,7 +222,7 @@ class LocalRun:
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         """Parameter -> gradient of the step, in execution order. A parameter that the loss did not reach is a defect, not a zero."""
-        found = self._accumulated or {name: parameter.grad for name, parameter in self._parameters.items()}
+        found: Mapping[str, torch.Tensor | None] = self._accumulated or {name: p.grad for name, p in self._parameters.items()}
         missing = [name for name in self._parameters if found.get(name) is None]
         if missing:
             raise BackendError(f"no gradient reached {missing[0]} (of {len(missing)}): a kernel or the model dropped it")

@@ -6,6 +6,7 @@ import json
 import shlex
 import statistics
 import sys
+from typing import Any
 
 import click
 from rich.console import Console
@@ -45,7 +46,8 @@ def bench_train(
         theirs_command = [sys.executable, *theirs_command]
     numbers = ["--steps", str(steps), "--warmup", str(warmup), "--threads", str(threads)]
     ours_command = [sys.executable, "-m", "weftrain.cli", "bench", "train", recipe, *overrides, *numbers]
-    ours, theirs = [], []
+    ours: list[dict[str, Any]] = []
+    theirs: list[dict[str, Any]] = []
     for number in range(1, rounds + 1):
         for command, results in ((ours_command, ours), (theirs_command, theirs)):
             result = run_program(command, timeout_s)

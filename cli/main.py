@@ -30,7 +30,7 @@ class Failure(click.ClickException):
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        vars(self)["exit_code"] = exit_code  # click declares it as the class's
 
     def show(self, file: Any = None) -> None:
         click.echo(f"weftrain: {self.message}", err=True)

@@ -69,9 +69,14 @@ class Batch:
 class BatchSource(Protocol):
     """Picklable and stateless: row r of step s is a pure function of (dataset, seed, s, r)."""
 
-    sequence_length: int
-    global_batch_size: int
-    dataset_id: str  # Merkle root over the shards' hashes
+    @property
+    def sequence_length(self) -> int: ...
+    @property
+    def global_batch_size(self) -> int: ...
+    @property
+    def dataset_id(self) -> str:
+        """Merkle root over the shards' hashes."""
+        ...
 
     def rows(self, step: int, first: int, count: int) -> Batch:
         """Rows first..first+count-1 of the batch of 0-based step `step`."""
@@ -85,10 +90,14 @@ class BatchSource(Protocol):
 class EvaluationSource(Protocol):
     """A held-out set, read in order, once."""
 
-    name: str
-    sequence_length: int
-    num_rows: int
-    dataset_id: str
+    @property
+    def name(self) -> str: ...
+    @property
+    def sequence_length(self) -> int: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def dataset_id(self) -> str: ...
 
     def rows(self, first: int, count: int) -> Batch: ...
 

@@ -28,7 +28,7 @@ class Initialization(Section):
 
     distribution: Literal["normal", "truncated_normal"]
     embedding_std: Positive
-    matrix_std: Positive  # q, k, v, gate, up and an untied head
+    matrix_std: Positive  # q, k, v, gate, up and, without muP, an untied head
     output_matrix_std: Positive  # the two projections back into the residual stream: o and down
 
 
@@ -200,7 +200,7 @@ class BatchConfig(Section):
 class KernelsConfig(Section):
     """Who implements the ops. A preference may fall through to the next; a pin (`op`, or `op@module-name-glob`) never does."""
 
-    preferences: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("reference",)
+    preferences: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("torch", "reference")
     pins: dict[str, str] = Field(default_factory=dict)
 
 

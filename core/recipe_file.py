@@ -145,7 +145,8 @@ def _parse(text: str, source: _Source) -> Any:
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        mark: Any = error.problem_mark  # PyYAML's stubs disagree about the C and the Python kind
+        line = mark.line + 1 if mark is not None else 1
         raise RecipeError(f"{source.name}:{line}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{source.name}: not valid YAML: {' '.join(str(error).split())}") from None
@@ -187,9 +188,10 @@ def _override(tree: dict[str, Any], override: str, source: _Source) -> None:
     value = _parse(text, _Source(origin))
     target: Any = tree
     parts: list[str | int] = []
+    step: str | int
     *parents, last = key.split(".")
     for part in parents:
-        step: str | int = int(part) if isinstance(target, list) and part.isdigit() else part
+        step = int(part) if isinstance(target, list) and part.isdigit() else part
         parts.append(step)
         if isinstance(target, dict) and target.get(part) is None:
             target[part] = {}

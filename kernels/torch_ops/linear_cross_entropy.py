@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from weftrain.kernels.reference import cross_entropy
 from weftrain.kernels.registry import Implementation
 

@@ -182,18 +182,14 @@ def test_saving_the_same_step_again_keeps_the_equal_and_moves_the_other_aside(tm
 
 
 QUICK = {("ENOSPC", False), ("dies before", True), ("dies torn", False)}  # the other combinations are for `make prove`
+FAULTS = [
+    pytest.param(kind, over, id=f"{kind}{', over a damaged one' * over}", marks=[pytest.mark.prove] * ((kind, over) not in QUICK))
+    for kind in KINDS
+    for over in (False, True)
+]
 
 
-@pytest.mark.parametrize(
-    ("kind", "over_damaged"),
-    [
-        pytest.param(
-            kind, over, id=f"{kind}{', over a damaged one' if over else ''}", marks=() if (kind, over) in QUICK else pytest.mark.prove
-        )
-        for kind in KINDS
-        for over in (False, True)
-    ],
-)
+@pytest.mark.parametrize(("kind", "over_damaged"), FAULTS)
 def test_every_operation_of_a_save_may_fail_or_be_the_last(tmp_path: Path, kind: str, over_damaged: bool) -> None:
     base = tmp_path / "base"
     for step in (1, 2):
@@ -311,8 +307,8 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.prove
-def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    each_flip(tmp_path, stride=1, bits=tuple(range(8)))
+def test_a_flipped_bit_in_every_byte_is_found(tmp_path: Path) -> None:
+    each_flip(tmp_path, stride=1, bits=(0,))
 
 
 def test_a_damaged_tensor_is_named(tmp_path: Path) -> None:
