@@ -47,10 +47,11 @@ class Faults:
         if self.kind in ERRORS:
             raise OSError(ERRORS[self.kind], os.strerror(ERRORS[self.kind]), str(path))
         self.dead = True
+        size_before = path.stat().st_size if name == "write" else 0
         if self.kind != "dies before":
             action()
-        if self.kind == "dies torn" and name == "write":
-            os.truncate(path, path.stat().st_size // 2)
+        if self.kind == "dies torn" and name == "write":  # half of what this write added
+            os.truncate(path, (size_before + path.stat().st_size) // 2)
         raise Death
 
 

@@ -1,0 +1,71 @@
+"""Packing: documents, each followed by eos, as one stream cut into rows of sequence_length + 1 tokens at stride sequence_length.
+
+What a reader would get wrong: neighbouring rows share a token, the label of one and first input of the next; so a shard of R rows holds
+R * sequence_length + 1 tokens and the next shard begins with the last token of this one. Only the stream's very end is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from weftrain.core.shards import Documents
+
+
+@dataclass(frozen=True)
+class PackedShard:
+    """tokens [rows * sequence_length + 1] and the documents that they are of."""
+
+    tokens: np.ndarray
+    documents: Documents
+
+
+class Packer:
+    """Takes documents in order and gives shards of rows_per_shard rows as they fill. dropped_tokens: known after `finish`."""
+
+    def __init__(self, sequence_length: int, rows_per_shard: int, eos_id: int, sources: tuple[str, ...]) -> None:
+        self.sequence_length, self.rows_per_shard, self.eos_id, self.sources = sequence_length, rows_per_shard, eos_id, sources
+        self.dropped_tokens = 0
+        self._pieces: list[np.ndarray] = []  # the stream's tokens from the first that is in no shard's rows as an input
+        self._ids: list[bytes] = []
+        self._sources: list[int] = []
+        self._length = 0
+        self._shards = 0
+
+    def add(self, tokens: np.ndarray, document_id: bytes, source: int) -> Iterator[PackedShard]:
+        """Append a document's tokens, without eos. document_id: 16 bytes. source: index into `sources`."""
+        self._pieces.append(np.append(tokens, np.array(self.eos_id, dtype=tokens.dtype)))
+        self._ids.append(document_id)
+        self._sources.append(source)
+        self._length += len(tokens) + 1
+        while self._length > self.rows_per_shard * self.sequence_length:
+            yield self._cut(self.rows_per_shard)
+
+    def finish(self) -> Iterator[PackedShard]:
+        """The last, shorter shard, if a row is left; then the tail that fills none is counted."""
+        if rows := (self._length - 1) // self.sequence_length:
+            yield self._cut(rows)
+        shared = 1 if self._shards else 0  # the first token here is the last of the shard before
+        self.dropped_tokens = self._length - shared
+
+    def _cut(self, rows: int) -> PackedShard:
+        stream = np.concatenate(self._pieces)
+        ends = np.cumsum([len(piece) for piece in self._pieces])
+        keep_from = rows * self.sequence_length
+        length = keep_from + 1
+        inside = int(np.searchsorted(ends, length, side="left")) + 1  # documents with a token here; the last may go on
+        documents = Documents(
+            np.minimum(ends[:inside], length),
+            np.frombuffer(b"".join(self._ids[:inside]), dtype=np.uint8).reshape(inside, -1),
+            np.array(self._sources[:inside], dtype=np.int32),
+            self.sources,
+        )
+        first = int(np.searchsorted(ends, keep_from, side="right"))  # the document of the shared token
+        starts = np.maximum(np.append(0, ends[:-1]), keep_from)
+        self._pieces = [stream[start:end] for start, end in zip(starts[first:], ends[first:], strict=True)]
+        self._ids, self._sources = self._ids[first:], self._sources[first:]
+        self._length -= keep_from
+        self._shards += 1
+        return PackedShard(stream[:length], documents)

@@ -1,0 +1,124 @@
+"""The benchmark's figures with an invented clock and known counts, the RESULT line, and the same start as a bare torch program."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from weftrain.analysis import bench_train
+from weftrain.analysis.bench_train import BenchError, bench_source, compare, measure, plain_weights, run_program
+from weftrain.analysis.peak import Peak
+from weftrain.backends.registry import get_backend
+from weftrain.core.backend import Job, Plan, StepResult
+from weftrain.core.config import Recipe
+from weftrain.core.recipe_file import load_recipe
+
+BARE_LOOP = Path(__file__).resolve().parents[2].parent / "shared" / "bench" / "plain_loop.py"
+
+
+class FakeRun:
+    """Each step takes the given seconds of an invented clock."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds, self.now = seconds, 100.0
+
+    def train(self, source: Any) -> Iterator[StepResult]:
+        for step, duration in enumerate(self.seconds):
+            self.now += duration
+            yield StepResult(step, 5.0 - step, 1.0, {}, 52, 0.0, 0.0)
+
+
+def test_figures_by_hand(tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe()
+    run = FakeRun([9.0, 7.0, 2.0, 4.0, 3.0])
+    monkeypatch.setattr(bench_train.time, "perf_counter", lambda: run.now)
+    found = measure(run, recipe, bench_source(recipe), 2, Peak(1e9, "by hand"), "x")  # type: ignore[arg-type]
+    assert found["step_ms"] == 3000.0  # median of 2, 4, 3
+    assert found["tokens_per_second"] == round(52 / 3, 1)
+    assert found["steps"] == 3
+    assert found["first_step_s"] == 9.0
+    assert (found["loss_first"], found["loss_last"]) == (5.0, 1.0)
+    products = 97 * 48 + 2 * (4 * 48 * 48 + 3 * 48 * 70)
+    flops = (6 * products + 12 * 2 * 48 * 13) * 52 / 3
+    assert found["model_flops_utilization"] == pytest.approx(flops / 1e9, abs=1e-4)
+    run.now = 100.0
+    assert measure(run, recipe, bench_source(recipe), 2, Peak(None, "?"), "x")["model_flops_utilization"] == "unknown"  # type: ignore[arg-type]
+
+
+def result_line(**changes: Any) -> str:
+    return "RESULT " + json.dumps({"name": "n", "tokens_per_second": 10.0, "step_ms": 1.0, "loss_first": 2.0, "loss_last": 1.0} | changes)
+
+
+def test_programs_and_their_failures() -> None:
+    def program(text: str) -> list[str]:
+        return [sys.executable, "-c", text]
+
+    assert run_program(program(f"print('noise'); print({result_line()!r})"), 30)["tokens_per_second"] == 10.0
+    for text, expected in [
+        ("print('no result')", "0 RESULT lines; its last words: no result"),
+        ("raise SystemExit('it broke')", "exit code 1, 0 RESULT lines; its last words: it broke"),
+        ("print('RESULT {')", "is not JSON"),
+        ("print('RESULT [1]')", "lacks name"),
+        ("import time; time.sleep(9)", "did not finish within 1 s"),
+    ]:
+        with pytest.raises(BenchError, match=expected):
+            run_program(program(text), 1 if "sleep" in text else 30)
+    with pytest.raises(BenchError, match="no such program"):
+        run_program(["/no/such/program"], 1)
+
+
+def test_ratio_is_paired() -> None:
+    ours = [json.loads(result_line(tokens_per_second=speed)[7:]) for speed in (20.0, 30.0, 12.0)]
+    theirs = [json.loads(result_line(tokens_per_second=speed, loss_last=1.0005)[7:]) for speed in (10.0, 10.0, 10.0)]
+    found = compare(ours, theirs)
+    assert found.ratios == (2.0, 3.0, 1.2)
+    assert found.median_ratio == 2.0
+    assert found.loss_difference == pytest.approx(5e-4)
+
+
+def test_plain_weights_only_for_models_of_that_shape() -> None:
+    assert plain_weights(load_recipe("crystal_demo").recipe.model) is None
+    weights = plain_weights(load_recipe("amber_demo").recipe.model)
+    assert weights is not None
+    assert weights["layers.3.ffn.up_proj.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(900)
+def test_the_bare_loop_trains_the_same_model() -> None:
+    """bench_70m from the bare loop's weights on its rows: the same losses within 1e-3 over 14 steps in bf16."""
+    if not BARE_LOOP.exists():
+        pytest.skip("the bare loop is not beside this checkout")
+    spec = importlib.util.spec_from_file_location("bare_loop", BARE_LOOP)
+    assert spec is not None
+    assert spec.loader is not None
+    bare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bare)
+    recipe = load_recipe("bench_70m", ["backend.options.compile=false"]).recipe
+    torch.manual_seed(0)
+    theirs = bare.Decoder()
+    weights = plain_weights(recipe.model)
+    assert weights is not None
+    assert torch.equal(theirs.embed.weight, weights["embedding.weight"])
+    assert torch.equal(theirs.blocks[11].qkv.weight.chunk(3)[1], weights["layers.11.attention.k_proj.weight"])
+    assert torch.equal(theirs.head.weight, weights["head.weight"])
+    source = bench_source(recipe)
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    backend = get_backend("local")
+    run = backend.prepare(Job(recipe, Plan(0, 14), backend.options.model_validate(recipe.backend.options), weights))
+    for result in run.train(source):
+        ids = torch.from_numpy(source.rows(result.step, 0, 2).ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = theirs(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad()
+        assert float(result.loss) == pytest.approx(loss.item(), abs=1e-3)

@@ -1,0 +1,57 @@
+"""What the end of a run prints, from a metrics file written by hand; and a peak that is measured, sourced or unknown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from weftrain.analysis import peak
+from weftrain.analysis.summary import summarize
+
+
+def write(folder: Path, *records: dict[str, Any]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"time": 0.0, **record}) + "\n" for record in records))
+
+
+def step(number: int, loss: float, speed: float, utilization: float | str = 0.5) -> dict[str, Any]:
+    line = {"kind": "step", "step": number, "loss": loss, "tokens": number * 10, "tokens_per_second": speed}
+    return {**line, "model_flops_utilization": utilization}
+
+
+def test_summary_by_hand(tmp_path: Path) -> None:
+    steps = [step(1, 9.0, 1.0), *(step(number, 9.0 - number, 100.0 + number) for number in range(2, 11))]
+    held = [{"kind": "evaluation", "step": at, "set": "a", "loss": loss} for at, loss in ((5, 4.0), (10, 3.0))]
+    write(tmp_path, *steps, *held)
+    found = summarize(tmp_path)
+    assert found is not None
+    assert (found.loss_first, found.loss_last, found.steps, found.tokens) == (9.0, -1.0, 10, 100)
+    assert found.heldout == {"a": (4.0, 3.0)}
+    assert found.tokens_per_second == 106.0  # the first tenth, the slow first step, does not count
+    assert found.model_flops_utilization == 0.5
+
+
+def test_unknown_stays_unknown(tmp_path: Path) -> None:
+    assert summarize(tmp_path) is None
+    write(tmp_path, step(1, 9.0, 1.0, "unknown"))
+    found = summarize(tmp_path)
+    assert found is not None
+    assert found.model_flops_utilization is None
+
+
+def test_measured_peak_counts_2n3(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))  # each reading a second later: each product takes one second
+    monkeypatch.setattr(peak.time, "perf_counter", lambda: float(next(clock)))
+    found = peak.measured_matmul_peak(torch.device("cpu"), torch.float32, size=64, repeats=3)
+    assert found.flops == 2 * 64**3
+    assert "measured: 64 x 64" in str(found)
+
+
+def test_a_device_without_a_source_is_unknown() -> None:
+    found = peak.table_peak(torch.device("cpu"), torch.bfloat16)
+    assert found.flops is None
+    assert str(found) == "unknown"
+    assert all(flops > 1e13 and source for flops, source in peak.BF16_PEAK_FLOPS.values())
