@@ -53,17 +53,16 @@ def arithmetic(recipe: Recipe) -> list[str]:
     tokens = recipe.tokens_per_step
     flops = flops_per_token(recipe.model, data.sequence_length)
     scales = resolved(recipe.model)
-    gib = 2**30
-    copies = f" + {2 * parameters / gib:.2f} GiB bf16 copies" if recipe.precision.compute == "bfloat16" else ""
+    copies = f"; bf16 copies 2 B = {_bytes(2 * parameters)}" if recipe.precision.compute == "bfloat16" else ""
     lines = [
         f"parameters   {parameters:,}",
         f"batch        {batch.micro_batch_size} x {batch.replicas} x {batch.accumulation_steps} = {batch.global_batch_size} sequences "
         f"x {data.sequence_length} = {tokens:,} tokens a step   (micro-batch x replicas x accumulation)",
-        f"tokens       {tokens:,} x {schedule.steps:,} steps = {tokens * schedule.steps:,} tokens ({tokens * schedule.steps / 1e9:,.2f} B)",
+        f"tokens       {tokens:,} x {schedule.steps:,} steps = {tokens * schedule.steps:,} tokens",
         f"model FLOPs  {flops:,} a token = 6 x parameters in matrix products + 12 x layers x hidden x sequence; "
         f"{flops * tokens * schedule.steps:.3e} in all",
-        f"memory       weights 4 B x {parameters:,} = {4 * parameters / gib:.2f} GiB; gradients 4 B = {4 * parameters / gib:.2f} GiB; "
-        f"AdamW moments 8 B = {8 * parameters / gib:.2f} GiB{copies}; activations not counted",
+        f"memory       weights 4 B x {parameters:,} = {_bytes(4 * parameters)}; gradients 4 B = {_bytes(4 * parameters)}; "
+        f"AdamW moments 8 B = {_bytes(8 * parameters)}{copies}; activations not counted",
     ]
     if recipe.model.mup is not None:
         base = recipe.model.mup.base_hidden_size
@@ -77,6 +76,10 @@ def arithmetic(recipe: Recipe) -> list[str]:
         share = source.weight / sum(other.weight for other in data.sources)
         lines.append(f"source       {source.name:<14} {share:8.4%} = {share * tokens * schedule.steps / 1e9:,.2f} B tokens")
     return lines
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def _parameter_table(recipe: Recipe) -> Table:

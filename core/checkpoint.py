@@ -106,8 +106,8 @@ def save(
         files, tensors = _write_files(temporary, state.tensors, specs)
         manifest = claims | {"files": files, "tensors": tensors}
         root = root_of(manifest)
+        # Last, and its rename syncs the folder's entries.
         fsops.write_bytes(temporary / MANIFEST, canonical_json(manifest | {"root": root}) + b"\n")
-        fsops.sync_dir(temporary)
         set_aside = _clear_way(target, temporary, root)
         if temporary.exists():
             fsops.rename(temporary, target)

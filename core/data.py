@@ -220,11 +220,12 @@ def open_heldout(data: DataConfig, vocab_size: int, rows: int, root: Path | None
 
 def _open_set(data: DataConfig, source: Source, set_name: SetName, root: Path | None, vocab_size: int) -> ShardSet | None:
     """A source's set, fit for the recipe; None where it has no such set."""
-    folder = (Path(data.root) if root is None else root) / source.path
+    parent = Path(data.root) if root is None else root
+    folder = parent / source.path
     if not folder.is_dir():
+        options = f"--name {source.path} --sequence-length {data.sequence_length} --output {parent}"
         raise DataError(
-            f"{folder}: no dataset for source '{source.name}'; make it with `weftrain prep INPUT --name {source.path} "
-            f"--sequence-length {data.sequence_length}` (without INPUT: the embedded corpus)"
+            f"{folder}: no dataset for source '{source.name}'; make it with `weftrain prep INPUTS {options}` (no INPUTS: embedded corpus)"
         )
     manifest = read_manifest(folder)
     if manifest.sequence_length != data.sequence_length:
@@ -240,4 +241,4 @@ def _open_set(data: DataConfig, source: Source, set_name: SetName, root: Path | 
     if manifest.fim != source.fim:
         recorded, wanted = (None if fim is None else fim.model_dump() for fim in (manifest.fim, source.fim))
         raise DataError(f"{folder}: prepared with fim {recorded}, the recipe's source '{source.name}' says {wanted}: make them equal")
-    return None if getattr(manifest, set_name) is None else ShardSet(folder, manifest, set_name)
+    return ShardSet(folder, manifest, set_name) if set_name in manifest.sets else None

@@ -89,12 +89,18 @@ class Manifest(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
-        for set_name in ("train", "heldout"):
-            entry: SetEntry | None = getattr(self, set_name)
-            files = [shard.file for shard in entry.shards] if entry else []
-            if files != [shard_file(set_name, index) for index in range(len(files))]:
-                raise ValueError(f"{set_name}: the shards' file names do not count up from {shard_file(set_name, 0)}")
+        for set_name, entry in self.sets.items():
+            if [shard.file for shard in entry.shards] != [shard_file(set_name, index) for index in range(len(entry.shards))]:
+                raise ValueError(f"{set_name}: the shards' files do not count up from {shard_file(set_name, 0)}")
         return self
+
+    @property
+    def sets(self) -> dict[SetName, SetEntry]:
+        """'train', and 'heldout' where documents were held out."""
+        sets: dict[SetName, SetEntry] = {"train": self.train}
+        if self.heldout is not None:
+            sets["heldout"] = self.heldout
+        return sets
 
 
 def shard_file(set_name: str, index: int) -> str:
@@ -177,10 +183,8 @@ class ShardSet:
     """The rows of one set, numbered through its shards. Picklable: a copy opens the shards it needs, when it needs them."""
 
     def __init__(self, folder: Path, manifest: Manifest, set_name: SetName) -> None:
-        """Open and check every shard, so that what can be known before step 0 is. Raises DataError."""
-        entry = getattr(manifest, set_name)
-        if entry is None:
-            raise DataError(f"{folder}: has no {set_name} set; prepare it again with a held-out share above 0")
+        """Open and check every shard of a set that is there, so that what can be known before step 0 is. Raises DataError."""
+        entry = manifest.sets[set_name]
         self.folder, self.manifest, self.entry = folder, manifest, entry
         self.num_rows: int = entry.n_examples
         self._ends = np.cumsum([shard.n_examples for shard in entry.shards])

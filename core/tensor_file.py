@@ -109,6 +109,7 @@ def read_header(file: BinaryIO) -> dict[str, TensorLayout]:
 
 
 def _layout(name: str, entry: Any, data_start: int) -> TensorLayout:
+    check_name(name)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor '{name}': the header entry is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

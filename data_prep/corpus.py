@@ -14,6 +14,7 @@ import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from weftrain.core.errors import DataError
@@ -31,21 +32,23 @@ def embedded_corpus(folder: Path | None = None) -> Inputs:
     """The standard library's documents, in sorted order; `folder` instead of where it is installed. Reading raises DataError."""
     root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
     description = f"{platform.python_implementation()} {platform.python_version()} standard library: sources and documentation strings"
-    return Inputs(description, LICENCE, lambda: _read(root))
+    return Inputs(description, LICENCE, lambda: iter(_read(root)))
 
 
-def _read(root: Path) -> Iterator[Document]:
-    found = False
+@lru_cache(maxsize=1)
+def _read(root: Path) -> tuple[Document, ...]:
+    """All documents: some 14 MB, kept, since finding the documentation takes longer than anything done with it."""
+    documents = []
     for path in _source_files(root):
         name = path.relative_to(root).as_posix()
         text = _source_text(path)
-        found = True
-        yield Document(name, SOURCES, text)
+        documents.append(Document(name, SOURCES, text))
         documentation = documentation_text(text, name)
         if len(documentation) >= MIN_DOCUMENTATION_CHARACTERS:
-            yield Document(f"{name} (documentation)", DOCUMENTATION, documentation, belongs_to=text)
-    if not found:
+            documents.append(Document(f"{name} (documentation)", DOCUMENTATION, documentation, belongs_to=text))
+    if not documents:
         raise DataError(f"{root}: holds no standard library sources; install them, or name your own text")
+    return tuple(documents)
 
 
 def documentation_text(source: str, name: str) -> str:

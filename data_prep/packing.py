@@ -6,7 +6,7 @@ R * sequence_length + 1 tokens and the next shard begins with the last token of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ class PackedShard:
 
 
 class Packer:
-    """Takes documents in order and gives shards of rows_per_shard rows as they fill. dropped_tokens: known after `finish`."""
+    """Packs one stream into shards of rows_per_shard rows. dropped_tokens: the tail that fills no row, known when `pack` has ended."""
 
     def __init__(self, sequence_length: int, rows_per_shard: int, eos_id: int, sources: tuple[str, ...]) -> None:
         self.sequence_length, self.rows_per_shard, self.eos_id, self.sources = sequence_length, rows_per_shard, eos_id, sources
@@ -32,22 +32,20 @@ class Packer:
         self._ids: list[bytes] = []
         self._sources: list[int] = []
         self._length = 0
-        self._shards = 0
+        self._cuts = 0
 
-    def add(self, tokens: np.ndarray, document_id: bytes, source: int) -> Iterator[PackedShard]:
-        """Append a document's tokens, without eos. document_id: 16 bytes. source: index into `sources`."""
-        self._pieces.append(np.append(tokens, np.array(self.eos_id, dtype=tokens.dtype)))
-        self._ids.append(document_id)
-        self._sources.append(source)
-        self._length += len(tokens) + 1
-        while self._length > self.rows_per_shard * self.sequence_length:
-            yield self._cut(self.rows_per_shard)
-
-    def finish(self) -> Iterator[PackedShard]:
-        """The last, shorter shard, if a row is left; then the tail that fills none is counted."""
-        if rows := (self._length - 1) // self.sequence_length:
+    def pack(self, documents: Iterable[tuple[np.ndarray, bytes, int]]) -> Iterator[PackedShard]:
+        """Shards of (token ids without eos, 16-byte id, index into `sources`) in order, the last one shorter."""
+        for tokens, document_id, source in documents:
+            self._pieces.append(np.append(tokens, np.array(self.eos_id, dtype=tokens.dtype)))
+            self._ids.append(document_id)
+            self._sources.append(source)
+            self._length += len(tokens) + 1
+            while self._length > self.rows_per_shard * self.sequence_length:
+                yield self._cut(self.rows_per_shard)
+        if (rows := (self._length - 1) // self.sequence_length) > 0:
             yield self._cut(rows)
-        shared = 1 if self._shards else 0  # the first token here is the last of the shard before
+        shared = 1 if self._cuts else 0  # the first token left is the last of the shard before
         self.dropped_tokens = self._length - shared
 
     def _cut(self, rows: int) -> PackedShard:
@@ -67,5 +65,5 @@ class Packer:
         self._pieces = [stream[start:end] for start, end in zip(starts[first:], ends[first:], strict=True)]
         self._ids, self._sources = self._ids[first:], self._sources[first:]
         self._length -= keep_from
-        self._shards += 1
+        self._cuts += 1
         return PackedShard(stream[:length], documents)

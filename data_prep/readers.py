@@ -80,7 +80,7 @@ def _read_folder(folder: Path, text_key: str, suffixes: tuple[str, ...]) -> Iter
             yield document
     if not found:
         wanted = f"file ending in {', '.join(suffixes)}" if suffixes else "text file"
-        raise DataError(f"{folder}: holds no {wanted}; name another folder or other suffixes")
+        raise DataError(f"{folder}: holds no {wanted}; name another folder or another --suffix")
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -112,11 +112,13 @@ def _read_json_lines(path: Path, name: str, source: str, text_key: str) -> Itera
             try:
                 value = parse_json(line)
             except UnicodeDecodeError as error:
-                raise DataError(f"{where}: byte {error.start} of the line is not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+                raise DataError(
+                    f"{where}: byte {error.start} of the line is not UTF-8 ({error.reason}); convert the file to UTF-8"
+                ) from error
             except ValueError as error:
                 raise DataError(f"{where}: not JSON: {error}; each line must be one JSON object") from error
             if not isinstance(value, dict) or text_key not in value:
-                raise DataError(f"{where}: no field '{text_key}'; name the field that holds the text")
+                raise DataError(f"{where}: no field '{text_key}'; name the field that holds the text with --text-key")
             text = value[text_key]
             if not isinstance(text, str):
                 raise DataError(f"{where}: field '{text_key}' holds {type(text).__name__}, not text")

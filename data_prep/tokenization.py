@@ -97,7 +97,9 @@ def train_encoder(texts: Iterable[str], vocab_size: int) -> TextEncoder:
     The same texts give the same bytes. Raises DataError where the texts are too few for that many merges.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise DataError(f"vocab_size {vocab_size} has no room for 256 bytes and {len(CONTROL_TOKENS)} control tokens: give {MIN_VOCAB_SIZE} or more")
+        raise DataError(
+            f"vocab_size {vocab_size} has no room for 256 bytes and {len(CONTROL_TOKENS)} control tokens: give {MIN_VOCAB_SIZE} or more"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -113,7 +113,7 @@ def test_tensors_are_dealt_to_files_under_the_cap(tmp_path: Path, monkeypatch: p
     path = save(tmp_path, 3).path
     names = sorted(file.name for file in path.glob("*.safetensors"))
     assert names == [f"state-{i:05d}-of-{len(names):05d}.safetensors" for i in range(1, len(names) + 1)]
-    assert len(names) > 1
+    assert len(names) == 3  # 16 + 140 bytes, 140 + 0 + 16 + 4, and the rest
     assert_same(path, 3)
     (path / names[1]).unlink()
     with pytest.raises(CheckpointError, match=f"{names[1]}: is missing"):
@@ -318,6 +318,14 @@ def test_a_damaged_tensor_is_named(tmp_path: Path) -> None:
         place = tensor_file.read_header(opened)["weights/layers.0.q.weight"]
     flip(file, place.begin)
     assert "damaged tensor 'weights/layers.0.q.weight'" in assert_found(tmp_path, damaged, whole)
+
+
+def test_another_header_of_the_same_meaning_is_found(tmp_path: Path) -> None:
+    whole, damaged = save(tmp_path, 1).path, save(tmp_path, 2).path
+    file = damaged / "state-00001-of-00001.safetensors"
+    assert b"]}}  " in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(b"]}}  ", b"]}}\n "))
+    assert "SHA-256 differs" in assert_found(tmp_path, damaged, whole)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state-00001-of-00001.safetensors"])

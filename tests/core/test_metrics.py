@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from fault_injection import KINDS, Death, Faults, injected
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from weftrain.core.errors import RunFolderError
 from weftrain.core.metrics import MetricsWriter, read_metrics
@@ -170,12 +171,16 @@ def test_tensorboard_shows_the_same_numbers_also_after_a_resume(tmp_path: Path) 
     assert len(scalars(tmp_path)["train/loss"]) == 8
 
 
-def test_a_kill_after_a_flush_leaves_the_view_complete(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, tensorboard=True)
-    train(writer, 1, 3)
-    writer.event("checkpoint", step=3)
-    assert scalars(tmp_path) == expected_scalars(tmp_path)
-    writer.close()
+def test_an_event_flushes_the_view_and_syncs_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        train(writer, 1, 3)
+        monkeypatch.setattr(SummaryWriter, "flush", lambda board: flushed.append(board))
+        with injected(Faults()) as counted:
+            writer.event("checkpoint", step=3)
+        monkeypatch.undo()
+        assert counted.trace[-1] == ("sync_file", tmp_path / "metrics.jsonl")
+        assert len(flushed) == 1
 
 
 def session(folder: Path) -> None:

@@ -1,0 +1,87 @@
+"""Each command in the README and in docs/ is run, in the order of its page, as a reader would; only the length of a run is cut.
+
+A block marked `bash` is run; `text` blocks are output, or commands for machines and files that a test does not have.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from weftrain.cli.main import VERBS, main
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SEVEN_BILLION = re.compile(r"\b(amber_7b|crystalcoder_7b_phase\d)\b")
+
+
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    return [line.split("   #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_texts").mkdir()
+    for number in range(40):
+        lines = [
+            f"Document {number}, line {line}: the weft goes over warp {line * number % 17} and under warp {line}." for line in range(60)
+        ]
+        (tmp_path / "my_texts" / f"{number}.txt").write_text("\n".join(lines))
+    for command in commands(page):
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+            continue
+        assert words[0] == "weftrain", f"{page.name}: '{command}': mark the block `text`, or teach this test to run it"
+        result = run(words[1:], tmp_path)
+        if words[1] == "train" and SEVEN_BILLION.search(command):
+            assert result.exit_code == 2, command  # there is no such corpus here: that, and nothing else, must be wrong
+            assert "no dataset" in result.output or "missing" in result.output, result.output
+        else:
+            assert result.exit_code == 0, f"{command}\n{result.output}"
+
+
+def run(words: list[str], folder: Path):  # type: ignore[no-untyped-def]
+    if words[:2] == ["bench", "train"]:
+        words = [*words, "--steps", "2", "--warmup", "1", "model.num_layers=1", "model.vocab_size=300", "backend.options.compile=false"]
+    if words[0] == "train" and words[1].endswith("_demo") and "python_stdlib" not in words and "--run" not in words:
+        words = [*words, *small_corpus(folder)]
+    return CliRunner().invoke(main, words)
+
+
+def small_corpus(folder: Path) -> list[str]:
+    """Instead of the embedded corpus, a few texts: its own preparation has tests of its own."""
+    dataset = folder / "datasets" / "python_stdlib"
+    if not dataset.exists():
+        arguments = ["--name", "python_stdlib", "--vocab-size", "512", "--heldout-fraction", "0.2", "--sequence-length", "32"]
+        made = CliRunner().invoke(main, ["prep", str(folder / "my_texts"), *arguments])
+        assert made.exit_code == 0, made.output
+    return ["data.sequence_length=32", "model.num_layers=1", "batch.global_batch_size=2", "batch.micro_batch_size=2"]
+
+
+def test_readme_names_every_verb_recipe_backend_and_page() -> None:
+    from weftrain.backends.registry import find_backends
+    from weftrain.core.parameters import parameter_count
+    from weftrain.core.recipe_file import builtin_recipes, load_recipe
+
+    text = (ROOT / "README.md").read_text()
+    assert "@@" not in text
+    for name in VERBS:
+        assert f"`weftrain {name}" in text
+    for name in builtin_recipes():
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        recipe = load_recipe(name).recipe
+        for figure in (parameter_count(recipe.model), recipe.tokens_per_step, recipe.schedule.steps):
+            assert f" {figure:,} " in row, (name, figure)
+    for name in find_backends():
+        assert f"| `{name}` |" in text
+    for page in PAGES[1:]:
+        assert f"docs/{page.name}" in text
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), link
