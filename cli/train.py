@@ -101,6 +101,8 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
                     loss = f"loss {progress.log['loss']:.4f}  {progress.log['tokens_per_second']:,.0f} tokens/s"
                 for held in progress.evaluations:
                     bar.say(f"step {done:>6}  held-out {held['set']}: loss {held['loss']:.4f}, perplexity {held['perplexity']:,.2f}")
+                if progress.saved is not None and progress.saved.set_aside is not None:
+                    bar.say(f"warning: another checkpoint of step {done} was moved to {progress.saved.set_aside.name}")
                 bar.update(done, loss)
         run.close()
     if stop.number:

@@ -136,8 +136,8 @@ def _parse(text: str, source: _Source) -> Any:
     try:
         for event in yaml.parse(text, Loader=_CoreSchemaLoader):
             if isinstance(event, yaml.AliasEvent):
-                line = f"{source.name}:{event.start_mark.line + 1}"
-                raise RecipeError(f"{line}: alias '*{event.anchor}': recipes take no aliases, write the value out")
+                mark: Any = event.start_mark  # Any: PyYAML's stubs make it optional, and it is not
+                raise RecipeError(f"{source.name}:{mark.line + 1}: alias '*{event.anchor}': recipes take no aliases, write the value out")
         loader = _CoreSchemaLoader(text)
         try:
             node = loader.get_single_node()
@@ -145,7 +145,7 @@ def _parse(text: str, source: _Source) -> Any:
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        mark: Any = error.problem_mark  # PyYAML's stubs disagree about the C and the Python kind
+        mark = error.problem_mark
         line = mark.line + 1 if mark is not None else 1
         raise RecipeError(f"{source.name}:{line}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
@@ -188,10 +188,9 @@ def _override(tree: dict[str, Any], override: str, source: _Source) -> None:
     value = _parse(text, _Source(origin))
     target: Any = tree
     parts: list[str | int] = []
-    step: str | int
     *parents, last = key.split(".")
     for part in parents:
-        step = int(part) if isinstance(target, list) and part.isdigit() else part
+        step: Any = int(part) if isinstance(target, list) and part.isdigit() else part
         parts.append(step)
         if isinstance(target, dict) and target.get(part) is None:
             target[part] = {}

@@ -42,7 +42,7 @@ class Progress:
     result: StepResult
     log: dict[str, Any] | None  # the line that went into metrics.jsonl
     evaluations: tuple[dict[str, Any], ...]
-    saved: Path | None
+    saved: checkpoint.CheckpointInfo | None
 
 
 def fit(
@@ -76,9 +76,10 @@ def fit(
             metrics.evaluation(evaluation)
         stop = should_stop()
         if stop or plan.wants_state(completed):
-            info = _save(run, recipe, source, checkpoints, parent)
-            parent, saved = info.root, info.path
-            metrics.event("checkpoint", step=completed, root=info.root)
+            metrics.flush()  # before the checkpoint, so that a resume from it finds every line up to it
+            saved = _save(run, recipe, source, checkpoints, parent)
+            parent = saved.root
+            metrics.event("checkpoint", step=completed, root=saved.root)
         yield Progress(result, log, evaluations, saved)
         if stop:
             return
