@@ -20,33 +20,45 @@ against its digest, and against the vocabulary, when first touched. A document c
 from __future__ import annotations
 
 import hashlib
-import math
+import mmap
+import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5l, h5s, h5t, h5z
 
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.errors import DataError
+from weftrain.core.untrusted_hdf5 import HDF5_ERRORS, UntrustedFileError, open_dataset, read_attributes
 
 FORMAT = b"weftrain-shard/1"
 BLOCK_BYTES = 1 << 20
 ALIGNMENT = 4096
 ID_BYTES = 16
+MAX_MAPPED = 256
 MAX_SOURCES_BYTES = 60_000  # an HDF5 attribute holds 64 KiB
-_MAX_CHUNK_BYTES = 64 << 20
-_GZIP_MAX_RATIO = 1040  # deflate cannot reach more than 1032
 _INTEGERS = ("n_examples", "sequence_length", "row_stride", "vocab_size")
 _STRINGS = {"format": 64, "tokenizer_sha256": 64, "digest": 64, "sources": MAX_SOURCES_BYTES}  # attribute -> most bytes
-_TABLES = {"doc_end": "<i8", "doc_id": "|u1", "doc_source": "<i4", "block_digest": "|u1"}
-_TYPES = {"<u2": h5t.STD_U16LE, "<i4": h5t.STD_I32LE, "<i8": h5t.STD_I64LE, "|u1": h5t.STD_U8LE}
+_TABLES: dict[str, tuple[np.dtype[Any], int]] = {  # dataset -> (type, rank), in the digest's order
+    "doc_end": (np.dtype("<i8"), 1),
+    "doc_id": (np.dtype("|u1"), 2),
+    "doc_source": (np.dtype("<i4"), 1),
+    "block_digest": (np.dtype("|u1"), 2),
+}
 _REMAKE = "remove the dataset and prepare it again"
-# What h5py raises for a file that is not what it seems.
-_HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
+
+
+class _Identity(NamedTuple):
+    """What tells a file from another put in its place."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ def write_shard(
         "sources": canonical_json(documents.sources).decode(),
     }
     if problem := _contradiction(header, len(tokens), documents):
-        raise ValueError(f"{path.name}: {problem[1]}")
+        raise ValueError(f"{path.name}: {problem[0]}: {problem[1]}")
     if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         raise ValueError(f"{path.name}: token ids {tokens.min()}..{tokens.max()} do not fit a vocabulary of {vocab_size}")
     data = np.ascontiguousarray(tokens, dtype=token_dtype(vocab_size))
@@ -189,7 +201,7 @@ def _contradiction(header: dict[str, Any], length: int, documents: Documents) ->
 
 
 class ShardReader:
-    """A shard, checked and open for reading. Holds no HDF5 file where `data` is contiguous: the tokens are mapped.
+    """A shard, checked and open for reading. Holds no HDF5 file where `data` is contiguous: the file is mapped when it is read.
 
     Raises DataError naming file, field and remedy: on opening for all but the tokens, on first touch for each block of these.
     """
@@ -202,24 +214,14 @@ class ShardReader:
     tokenizer_sha256: str
     digest: str
     access: str  # 'mapped', or 'h5py' with the reason why not
-    _data: Any  # [length] token ids, an array over the mapping or an h5py dataset
-    _mask: Any  # [length] likewise, or None
+    _file: h5py.File | None
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: h5py.File | None = None
-        try:
-            self._open()
-        except DataError:
-            self.close()
-            raise
-        except _HDF5_ERRORS as error:
-            self.close()
-            raise self._refuse("file", f"cannot be read as HDF5: {_one_line(error)}") from error
+        self._open()
 
     def close(self) -> None:
-        """Let go of the file; rows cannot be read after."""
-        self._data = self._mask = None
+        """Close the HDF5 file of a chunked shard, whose rows cannot be read after; a mapped shard has nothing to close."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -227,14 +229,14 @@ class ShardReader:
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """int64 [n] row numbers -> int64 [n, sequence_length + 1] token ids. Raises IndexError, DataError."""
         self._touch(indices)
-        return self._gather(self._data, indices).astype(np.int64)
+        return self._gather(self._stream("data"), indices).astype(np.int64)
 
     def loss_mask(self, indices: np.ndarray) -> np.ndarray | None:
         """int64 [n] row numbers -> bool [n, sequence_length], False where a label bears no loss; None where the shard has no mask."""
-        if self._mask is None:
+        if "loss_mask" not in self._streams:
             return None
         self._touch(indices)
-        return self._gather(self._mask, indices)[:, 1:].astype(np.bool_)
+        return self._gather(self._stream("loss_mask"), indices)[:, 1:].astype(np.bool_)
 
     def verify(self) -> None:
         """Check every block now. Raises DataError for the first damaged one."""
@@ -246,40 +248,53 @@ class ShardReader:
         for block in range(start // self._block_tokens, -(-stop // self._block_tokens)):
             if not self._verified[block]:
                 self._verify(block)
-        return np.array(self._data[start:stop])
+        return np.array(self._stream("data")[start:stop])
 
     def documents(self) -> Documents:
-        """The document tables, read again (a reader does not keep them: a large dataset has billions)."""
+        """The document tables, read again: a reader does not keep them, since a large dataset has billions."""
         again = ShardReader.__new__(ShardReader)
-        again.path, again._file = self.path, None
-        try:
-            documents = again._open()
-        except _HDF5_ERRORS as error:
-            raise self._refuse("file", f"cannot be read as HDF5: {_one_line(error)}") from error
-        finally:
-            again.close()
+        again.path = self.path
+        documents = again._open()
+        again.close()
         if again.digest != self.digest:
-            raise self._refuse("digest", "changed while the file was open")
+            raise self._refuse("digest", "changed since the shard was opened")
         return documents
 
     def _open(self) -> Documents:
-        """Check everything but the tokens, then map these."""
+        """Check everything but the tokens, and note where these are."""
+        self._file = None
+        try:
+            return self._check()
+        except (DataError, UntrustedFileError, *HDF5_ERRORS) as error:
+            self.close()
+            if isinstance(error, DataError):
+                raise
+            if isinstance(error, UntrustedFileError):
+                raise self._refuse(error.field, error.problem) from error
+            raise self._refuse("file", f"cannot be read as HDF5: {_one_line(error)}") from error
+
+    def _check(self) -> Documents:
         if not self.path.is_file():
             raise self._refuse("file", "is not a regular file" if self.path.exists() else "is missing")
-        file_bytes = self.path.stat().st_size
+        self._identity = _identity(os.stat(self.path))
+        file_bytes = self._identity.size
         self._file = file = h5py.File(self.path, "r", locking=False)
         if file.userblock_size:
             raise self._refuse("file", "has an HDF5 user block")
         links, required = set(file), {"data", *_TABLES}
         if not required <= links <= required | {"loss_mask"}:
             raise self._refuse("file", f"holds {sorted(links)[:8]}, not {sorted(required)}; is it a weftrain shard?")
-        header = self._attributes(file)
+        header = read_attributes(file, _INTEGERS, _STRINGS)
+        if header["format"].encode() != FORMAT:
+            raise self._refuse("format", f"is {header['format']!r}, this program reads {FORMAT.decode()!r}")
         self.num_rows, self.sequence_length, self.row_stride, self.vocab_size = (header[name] for name in _INTEGERS)
         self.tokenizer_sha256, self.digest = header["tokenizer_sha256"], header["digest"]
-        tables = {name: self._dataset(name, dtype, file_bytes)[...] for name, dtype in _TABLES.items()}
+        tables = {name: open_dataset(file, name, dtype, rank, file_bytes)[...] for name, (dtype, rank) in _TABLES.items()}
         documents = Documents(tables["doc_end"], tables["doc_id"], tables["doc_source"], self._source_names(header["sources"]))
-        data = self._dataset("data", token_dtype(self.vocab_size).str, file_bytes)
-        mask = self._dataset("loss_mask", "|u1", file_bytes) if "loss_mask" in links else None
+        streams = {"data": open_dataset(file, "data", token_dtype(self.vocab_size), 1, file_bytes)}
+        if "loss_mask" in links:
+            streams["loss_mask"] = open_dataset(file, "loss_mask", np.dtype(np.uint8), 1, file_bytes)
+        data, mask = streams["data"], streams.get("loss_mask")
         if problem := _contradiction(header, data.shape[0], documents):
             raise self._refuse(*problem)
         if mask is not None and mask.shape != data.shape:
@@ -292,65 +307,32 @@ class ShardReader:
             raise self._refuse("digest", "attributes or tables do not hash to it, so the file was altered or damaged")
         self._block_digest = tables["block_digest"]
         self._verified = np.zeros(num_blocks, dtype=np.bool_)
-        self._map(data, mask)
+        self._place(streams)
         return documents
 
-    def _map(self, data: h5py.Dataset, mask: h5py.Dataset | None) -> None:
-        """Map what is contiguous and let the HDF5 file go; keep it open where anything is chunked."""
-        chunked = [dataset for dataset in (data, mask) if dataset is not None and dataset.chunks is not None]
-        if chunked:
-            self._data, self._mask = data, mask
-            self.access = f"h5py ('{chunked[0].name[1:]}' is chunked, compression {chunked[0].compression or 'none'})"
+    def _place(self, streams: dict[str, h5py.Dataset]) -> None:
+        """Note where the streams lie and let the HDF5 file go; keep it open where one is chunked."""
+        chunked = next((dataset for dataset in streams.values() if dataset.chunks is not None), None)
+        if chunked is not None:
+            self._streams = dict(streams)
+            self.access = f"h5py ('{chunked.name[1:]}' is chunked, compression {chunked.compression or 'none'})"
             return
-        places = [None if dataset is None else (dataset.dtype, dataset.id.get_offset()) for dataset in (data, mask)]
-        shape = data.shape
-        self.close()
-        self._data, self._mask = (
-            None if place is None else np.asarray(np.memmap(self.path, place[0], "r", offset=place[1], shape=shape)) for place in places
-        )
+        self._streams = {name: (dataset.dtype, dataset.shape[0], dataset.id.get_offset()) for name, dataset in streams.items()}
         self.access = "mapped"
-
-    def _attributes(self, file: h5py.File) -> dict[str, Any]:
-        """The attributes, which must be exactly these: scalar int64 and fixed-length strings."""
-        found = {h5a.open(file.id, index=index).name.decode() for index in range(h5a.get_num_attrs(file.id))}
-        if found != {*_INTEGERS, *_STRINGS}:
-            raise self._refuse("attributes", f"are {sorted(found)[:12]}, not {sorted([*_INTEGERS, *_STRINGS])}")
-        header: dict[str, Any] = {}
-        for name in found:
-            attribute = h5a.open(file.id, name.encode())
-            kind = attribute.get_type()
-            if attribute.get_space().get_simple_extent_type() != h5s.SCALAR:
-                raise self._refuse(name, "is not a scalar attribute")
-            if name in _INTEGERS:
-                if kind != h5t.STD_I64LE:
-                    raise self._refuse(name, "is not a 64-bit integer attribute")
-            elif not isinstance(kind, h5t.TypeStringID) or kind.is_variable_str() or kind.get_size() > _STRINGS[name]:
-                raise self._refuse(name, f"is not a fixed-length string attribute of at most {_STRINGS[name]} bytes")
-            value = file.attrs[name]
-            header[name] = int(value) if name in _INTEGERS else bytes(value).decode()
-        if header["format"].encode() != FORMAT:
-            raise self._refuse("format", f"is {header['format']!r}, this program reads {FORMAT.decode()!r}")
-        return header
-
-    def _dataset(self, name: str, dtype: str, file_bytes: int) -> h5py.Dataset:
-        """A dataset that lies in this file, in one of two layouts, of the right type, and no larger than the file can hold."""
         assert self._file is not None
-        if self._file.id.links.get_info(name.encode()).type != h5l.TYPE_HARD:
-            raise self._refuse(name, "is a soft or external link; links are not followed")
-        dataset = self._file[name]
-        if not isinstance(dataset, h5py.Dataset):
-            raise self._refuse(name, "is not a dataset")
-        plist, rank = dataset.id.get_create_plist(), 2 if name in ("doc_id", "block_digest") else 1
-        layout = plist.get_layout()
-        if layout not in (h5d.CONTIGUOUS, h5d.CHUNKED) or plist.get_external_count():
-            raise self._refuse(name, "is a virtual, compact or externally stored dataset; only contiguous and chunked ones are read")
-        if dataset.id.get_type() != _TYPES[dtype]:
-            raise self._refuse(name, f"has type {dataset.dtype}, not {np.dtype(dtype)}")
-        if dataset.id.get_space().get_simple_extent_type() != h5s.SIMPLE or dataset.ndim != rank:
-            raise self._refuse(name, f"has rank {dataset.ndim}, not {rank}")
-        if problem := _impossible_size(dataset, file_bytes):
-            raise self._refuse(name, problem)
-        return dataset
+        self._file.close()
+        self._file = None
+
+    def _stream(self, name: str) -> Any:
+        """`data` or `loss_mask`, [length]: an array over the mapped file, or the chunked dataset."""
+        place = self._streams[name]
+        if isinstance(place, h5py.Dataset):
+            return place
+        dtype, length, offset = place
+        try:
+            return np.frombuffer(_mapping(self.path, self._identity), dtype, length, offset)
+        except (OSError, ValueError) as error:
+            raise self._refuse("file", f"cannot be mapped: {_one_line(error)}") from error
 
     def _source_names(self, text: str) -> tuple[str, ...]:
         names = parse_json(text.encode())
@@ -374,11 +356,11 @@ class ShardReader:
     def _verify(self, block: int) -> None:
         start, stop = block * self._block_tokens, (block + 1) * self._block_tokens
         try:
-            data = np.ascontiguousarray(self._data[start:stop])
-            mask = None if self._mask is None else np.ascontiguousarray(self._mask[start:stop])
-        except _HDF5_ERRORS as error:
+            data = np.ascontiguousarray(self._stream("data")[start:stop])
+            mask = np.ascontiguousarray(self._stream("loss_mask")[start:stop]) if "loss_mask" in self._streams else None
+        except HDF5_ERRORS as error:
             raise self._refuse("data", f"block {block} cannot be read: {_one_line(error)}") from error
-        first, last = max(0, start - self.sequence_length) // self.row_stride, min(self.num_rows - 1, stop // self.row_stride)
+        first, last = max(0, start - self.sequence_length) // self.row_stride, min(self.num_rows - 1, (stop - 1) // self.row_stride)
         if _block_digest(data, mask) != self._block_digest[block].tobytes():
             raise self._refuse("data", f"block {block} (rows {first}..{last}) does not hash to its digest, so it was altered or damaged")
         if data.view(f"<u{data.itemsize}").max() >= self.vocab_size:  # as unsigned, a negative id is too large
@@ -400,24 +382,17 @@ class ShardReader:
         return DataError(f"{self.path}: {field}: {problem}; {_REMAKE}")
 
 
-def _impossible_size(dataset: h5py.Dataset, file_bytes: int) -> str | None:
-    """What is wrong with a contiguous or chunked dataset that the file cannot hold, or None."""
-    declared = dataset.dtype.itemsize * math.prod(map(int, dataset.shape))
-    if dataset.chunks is None:
-        offset = dataset.id.get_offset()
-        if declared and (offset is None or offset + declared > file_bytes):
-            return f"declares {declared:,} bytes at offset {offset}, the file has {file_bytes:,}: it is truncated or lies"
-        return None
-    plist = dataset.id.get_create_plist()
-    filters = {plist.get_filter(index)[0] for index in range(plist.get_nfilters())}
-    if not filters <= {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE}:
-        return "uses a filter other than gzip and shuffle"
-    ratio = _GZIP_MAX_RATIO if h5z.FILTER_DEFLATE in filters else 1
-    chunk_bytes = dataset.dtype.itemsize * math.prod(map(int, dataset.chunks))
-    stored = min(dataset.id.get_storage_size(), file_bytes)
-    if chunk_bytes > _MAX_CHUNK_BYTES or declared > stored * ratio:
-        return f"declares {declared:,} bytes in chunks of {chunk_bytes:,}, the file stores {stored:,}: it is truncated or lies"
-    return None
+def _identity(status: os.stat_result) -> _Identity:
+    return _Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=MAX_MAPPED)
+def _mapping(path: Path, identity: _Identity) -> mmap.mmap:
+    """The whole file, read-only. Cached, and so bounded in number, because each holds a file descriptor."""
+    with open(path, "rb") as file:
+        if _identity(os.fstat(file.fileno())) != identity:
+            raise ValueError("the file changed since it was opened")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _one_line(error: BaseException) -> str:

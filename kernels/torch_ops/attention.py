@@ -1,8 +1,8 @@
 """attention: blocks of queries on a CPU, scaled_dot_product_attention elsewhere.
 
-What a reader would get wrong: the CPU version is not a flash kernel. At training lengths there the fused kernel is slower than plain batched
+What a reader would get wrong: the CPU version is not a flash kernel. At training lengths the fused CPU kernel is slower than plain batched
 matrix products: a block of queries meets only the prefix of keys that it can see, so half of the square is never computed, and the
-products run at the peak of the machine. Its backward is written out below, so it is the same with torch.compile and without.
+products run at the machine's peak. Its backward is written out below, so it is the same with torch.compile and without.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def attention_blocked(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document
 class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None) -> Tensor:
-        B, T, H, _ = q.shape
+        T, H = q.shape[1:3]
         q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)  # [B H, T, D]
         start = None if document_start is None else document_start.repeat_interleave(H, 0)  # [B H, T]
         outputs, kept = [], []

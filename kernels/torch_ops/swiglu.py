@@ -1,4 +1,4 @@
-"""swiglu: silu and product in fp32, rounded once; a compiled graph makes one pass of it."""
+"""swiglu as written: a compiled graph makes one pass of it and keeps silu(gate) in fp32 until the product."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from weftrain.kernels.registry import Implementation
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gate, up [..., n] -> silu(gate) * up in their dtype (kernels/reference.py). Saves both."""
+    """gate, up [..., n] -> silu(gate) * up in their dtype (kernels/reference.py). Saves both; eagerly also silu(gate)."""
     return F.silu(gate) * up
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
-from fault_injection import Death, die_at, fail_at
+from fault_injection import DEATHS, Death, Faults, injected
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +30,14 @@ def documents_of(length: int, rng: np.random.Generator) -> Documents:
 
 
 def make(
-    path: Path, *, rows: int = 40, sequence_length: int = 16, independent: bool = False, vocab_size: int = 5000, mask: bool = True, seed: int = 0
+    path: Path,
+    *,
+    rows: int = 40,
+    sequence_length: int = 16,
+    independent: bool = False,
+    vocab_size: int = 5000,
+    mask: bool = True,
+    seed: int = 0,
 ) -> tuple[np.ndarray, Documents, np.ndarray | None]:
     """Write a random shard; its tokens, documents and loss mask."""
     rng = np.random.default_rng(seed)
@@ -191,30 +198,36 @@ def test_the_writer_refuses_contradictions(tmp_path: Path, change: dict[str, Any
 # -- whole or not at all
 
 
-def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for operation in range(4):  # create, write, sync, rename
-        with monkeypatch.context() as patch:
-            fail_at(patch, operation)
-            with pytest.raises(DataError, match=r"s\.h5: the shard cannot be written: No space left.*; free space"):
-                make(tmp_path / "s.h5")
+def operations_of_a_write(path: Path) -> int:
+    with injected(Faults()) as faults:
+        make(path)
+    path.unlink()
+    return len(faults.trace)
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "s.h5"
+    for operation in range(operations_of_a_write(path) - 1):  # all before the last, the sync of the folder
+        with (
+            injected(Faults("ENOSPC", operation)),
+            pytest.raises(DataError, match=r"s\.h5: the shard cannot be written: No space left on device; free space"),
+        ):
+            make(path)
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "s.h5"
-    outcomes = set()
-    for operation in range(5):
-        for after in (False, True):
-            shutil.rmtree(tmp_path)
-            tmp_path.mkdir()
-            with monkeypatch.context() as patch:
-                die_at(patch, operation, after=after)
-                with pytest.raises(Death):
-                    make(path)
+def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_shard(tmp_path: Path) -> None:
+    path, outcomes = tmp_path / "s.h5", set()
+    for operation in range(operations_of_a_write(path)):
+        for kind in DEATHS:
+            with injected(Faults(kind, operation)), pytest.raises(Death):
+                make(path)
             outcomes.add(path.exists())
             if path.exists():
                 ShardReader(path).verify()
-            assert all(left == path or left.name.startswith(fsops.TEMPORARY_PREFIX) for left in tmp_path.iterdir())
+            for left in tmp_path.iterdir():
+                assert left == path or left.name.startswith(fsops.TEMPORARY_PREFIX)
+                left.unlink()
     assert outcomes == {False, True}
 
 
@@ -358,9 +371,9 @@ def test_an_altered_token_is_found_on_first_touch_only_of_its_block(tmp_path: Pa
     data[offset + 2 * (1 << 20) - 100] ^= 1  # in the second block
     path.write_bytes(data)
     reader = ShardReader(path)
-    assert np.array_equal(reader.rows(np.array([0, 4000])), windows(tokens, 256, 256)[[0, 4000]])
+    assert np.array_equal(reader.rows(np.array([0, 4200])), windows(tokens, 256, 256)[[0, 4200]])
     for row in (3000, 4095):  # another row of the damaged block, and the altered one
-        with pytest.raises(DataError, match=r"s\.h5: data: block 1 \(rows 2047\.\.4096\) does not hash"):
+        with pytest.raises(DataError, match=r"s\.h5: data: block 1 \(rows 2047\.\.4095\) does not hash"):
             reader.rows(np.array([row]))
     with pytest.raises(DataError, match="block 1"):
         reader.verify()
@@ -415,17 +428,38 @@ def test_a_rechunked_shard_is_read_through_h5py_and_says_so(tmp_path: Path, comp
     assert_holds(reader, *written)
     assert np.array_equal(reader.tokens(5, 40), written[0][5:40])
     assert reader.rows(np.array([], dtype=np.int64)).shape == (0, 17)
+    reader.close()
     edit(path, lambda file: file["data"].__setitem__(3, file["data"][3] ^ 1))
     with pytest.raises(DataError, match="block 0"):
         ShardReader(path).rows(np.array([39]))
 
 
-def test_reading_holds_no_file_open(tmp_path: Path) -> None:
-    make(tmp_path / "s.h5")
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else pytest.skip("no /proc")
-    readers = [ShardReader(tmp_path / "s.h5") for _ in range(20)]
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
+def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_mapping", lru_cache(maxsize=4)(shards._mapping.__wrapped__))
+    tokens, _, _ = make(tmp_path / "0.h5")
+    for index in range(1, 20):
+        os.link(tmp_path / "0.h5", tmp_path / f"{index}.h5")
+    before = len(os.listdir("/proc/self/fd"))
+    readers = [ShardReader(tmp_path / f"{index}.h5") for index in range(20)]
     assert len(os.listdir("/proc/self/fd")) == before
-    assert readers[0].rows(np.array([0])).shape == (1, 17)
+    for reader in [*readers, *readers]:
+        assert np.array_equal(reader.rows(np.array([5])), windows(tokens, 16, 16)[[5]])
+        assert len(os.listdir("/proc/self/fd")) <= before + 4
+
+
+def test_a_file_that_is_replaced_while_in_use_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.h5"
+    make(path)
+    reader = ShardReader(path)
+    make(path, seed=1)
+    with pytest.raises(DataError, match="changed since it was opened"):
+        reader.rows(np.array([0]))
+    with pytest.raises(DataError, match="changed since the shard was opened"):
+        reader.documents()
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be mapped"):
+        reader.rows(np.array([0]))
 
 
 def assert_refused_or_whole(path: Path, written: tuple[np.ndarray, Documents, np.ndarray | None]) -> bool:

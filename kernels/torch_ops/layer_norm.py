@@ -1,0 +1,15 @@
+"""layer_norm by torch.nn.functional, given fp32: its bf16 kernel sums the gradients of weight and bias in bf16, over all tokens."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+from weftrain.kernels.registry import Implementation
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+    """x [..., n], weight and bias [n] -> x.dtype [..., n] (kernels/reference.py). fp32 throughout, rounded once. Saves x in fp32."""
+    return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), bias.float(), eps).to(x.dtype)
+
+
+IMPLEMENTATION = Implementation("layer_norm", "torch", layer_norm)
