@@ -89,8 +89,8 @@ def make_mixture(sources: tuple[Source, ...], seed: int) -> Mixture:
     A block holds at least one sample of each source: then no source's count ever falls from one block's end to the next.
     """
     weights = [Fraction(repr(source.weight)) for source in sources]
-    denominator = math.lcm(*(weight.denominator for weight in weights))
-    shares = tuple(int(weight * denominator) for weight in weights)
+    unit = Fraction(math.gcd(*(weight.numerator for weight in weights)), math.lcm(*(weight.denominator for weight in weights)))
+    shares = tuple(int(weight / unit) for weight in weights)
     smallest = min(shares)
     block = max(MIXTURE_BLOCK, 1 << (-(-sum(shares) // smallest) - 1).bit_length())
     if block > MAX_MIXTURE_BLOCK:

@@ -111,11 +111,10 @@ def load_catalog() -> Catalog:
     return catalog
 
 
-def _add(catalog: Catalog, implementations: Implementation | Sequence[Implementation], origin: str) -> None:
-    if isinstance(implementations, Implementation):
-        implementations = [implementations]
+def _add(catalog: Catalog, offered: Any, origin: str) -> None:
+    """Enter what a module or entry point gave: an Implementation, or a list or tuple of them."""
     fresh: Catalog = {}
-    for implementation in implementations:
+    for implementation in offered if isinstance(offered, (list, tuple)) else [offered]:
         if not isinstance(implementation, Implementation):
             raise KernelError(f"{origin} gives a {type(implementation).__name__}; it must give an Implementation or a list of them")
         fresh.setdefault(implementation.op, {}).setdefault(implementation.source, []).append(implementation)

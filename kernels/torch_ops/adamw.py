@@ -55,14 +55,19 @@ def adamw(
         # One element would be a compilation of its own: torch.compile treats sizes 0 and 1 as constants.
         update = compiled if parameter.numel() > 1 else _UPDATES[eps_placement]
         update(
-            parameter.detach().view(-1),
-            gradient.reshape(-1),
-            exp_avg.view(-1),
-            exp_avg_sq.view(-1),
-            None if copies is None else copies[index].detach().view(-1),
+            _flat(parameter),
+            _flat(gradient.contiguous()),
+            _flat(exp_avg),
+            _flat(exp_avg_sq),
+            None if copies is None else _flat(copies[index]),
             gradient_scale,
             scalars,
         )
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """[...] -> [n] on the same storage. Detached last: torch.compile would else guard on the shape of the tensor that it is a view of."""
+    return tensor.view(-1).detach()
 
 
 @functools.cache

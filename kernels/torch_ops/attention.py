@@ -26,7 +26,7 @@ def attention_blocked(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document
     """Causal self-attention: q, k, v [B, T, H, D] -> [B, T, H, D] (kernels/reference.py). For a CPU.
 
     Products in q.dtype, scale, mask and softmax in fp32; dk and dv are summed over query blocks in fp32. Deterministic.
-    Saves q, k, v and the result, each [B, H, T, D], and for T <= 1024 the visible probabilities in q.dtype.
+    Saves q, k, v and for T <= 1024 the visible probabilities in q.dtype.
     """
     return _Blocked.apply(q, k, v, scale, document_start)
 
@@ -43,16 +43,14 @@ class _Blocked(torch.autograd.Function):
             outputs.append(torch.bmm(probabilities, v[:, : block.stop]))
             if T <= _KEPT_TOKENS:
                 kept.append(probabilities)
-        output = torch.cat(outputs, 1)
-        ctx.save_for_backward(q, k, v, output, start, *kept)
+        ctx.save_for_backward(q, k, v, start, *kept)
         ctx.scale, ctx.heads = scale, H
-        return _tokens_first(output, H)
+        return _tokens_first(torch.cat(outputs, 1), H)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, output, start, *kept = ctx.saved_tensors
+        q, k, v, start, *kept = ctx.saved_tensors
         grad = _heads_first(grad)
-        delta = (grad.float() * output.float()).sum(-1, keepdim=True)  # [B H, T, 1]: the softmax's row sums of p * dp
         grad_q = []
         grad_k = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
         grad_v = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
@@ -60,7 +58,9 @@ class _Blocked(torch.autograd.Function):
             seen = slice(block.stop)
             probabilities = kept[index] if kept else _probabilities(q, k, block, ctx.scale, start)
             grad_probabilities = torch.bmm(grad[:, block], v[:, seen].transpose(1, 2))
-            grad_scores = (probabilities * (grad_probabilities.float() - delta[:, block]) * ctx.scale).to(q.dtype)
+            # Row sums of what was rounded, not of grad * output as flash kernels have it: where a query sees one key, the sum must cancel.
+            weighted = probabilities.float() * grad_probabilities
+            grad_scores = ((weighted - probabilities * weighted.sum(-1, keepdim=True)) * ctx.scale).to(q.dtype)
             grad_q.append(torch.bmm(grad_scores, k[:, seen]))
             grad_k[:, seen] += torch.bmm(grad_scores.transpose(1, 2), q[:, block])
             grad_v[:, seen] += torch.bmm(probabilities.transpose(1, 2), grad[:, block])

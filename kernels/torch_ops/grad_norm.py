@@ -24,12 +24,12 @@ def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
     sum_of_squares = _compiled_sum_of_squares()
     norms = []
     for gradient in gradients:
-        flat = gradient.detach().reshape(-1)
+        flat = gradient.reshape(-1)
         rows = flat.shape[0] // _ROW
         if rows < 2:  # torch.compile would treat the sizes 0 and 1 as constants
             rows = 0
         else:
-            norms.append(sum_of_squares(flat[: rows * _ROW].view(rows, _ROW)).sqrt())
+            norms.append(sum_of_squares(flat[: rows * _ROW].view(rows, _ROW).detach()).sqrt())
         if rows * _ROW < flat.shape[0]:
             norms.append(torch.linalg.vector_norm(flat[rows * _ROW :], dtype=torch.float32))
     return torch.linalg.vector_norm(torch.stack(norms))

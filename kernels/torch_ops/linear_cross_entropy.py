@@ -49,24 +49,26 @@ class _LossAndGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = []
-        grad_weight = None
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden, grad_weight = [], None
         for rows in _chunks(hidden, weight):
             chunk = hidden[rows]  # [n, D]
             loss, slope, row_scale = _chunk(chunk, weight, labels[rows], logits_scale, ignore_index, z_loss)
             total = total + loss
-            grad_hidden.append(((slope @ weight) * row_scale).to(hidden.dtype))
-            partial = slope.t() @ (chunk * row_scale).to(chunk.dtype)  # [V, D]
-            grad_weight = partial if grad_weight is None else grad_weight.float() + partial
-        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
+            if wants_hidden:
+                grad_hidden.append(((slope @ weight) * row_scale).to(hidden.dtype))
+            if wants_weight:
+                partial = slope.t() @ (chunk * row_scale).to(chunk.dtype)  # [V, D]
+                grad_weight = partial if grad_weight is None else grad_weight.float() + partial
+        ctx.save_for_backward(torch.cat(grad_hidden) if wants_hidden else None, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scaled_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype) if ctx.needs_input_grad[0] else None
-        scaled_weight = (grad_weight.float() * grad).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
+        scaled_hidden = None if grad_hidden is None else (grad_hidden.float() * grad).to(grad_hidden.dtype)
+        scaled_weight = None if grad_weight is None else (grad_weight.float() * grad).to(ctx.weight_dtype)
         return scaled_hidden, scaled_weight, None, None, None, None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from weftrain.kernels import OPS, Implementation, Spec, load_catalog
 
 CAP = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # fp32: 8 roundings of 2^-23; bf16: 2.5 roundings of 2^-8
@@ -64,9 +65,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Ten
     return torch.stack(rows, 1)
 
 
-def cross_entropy(
-    logits: Tensor, labels: Tensor, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0
-) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0) -> Tensor:
     losses = []
     for row, label in zip(logits * logits_scale, labels.tolist(), strict=True):
         log_sum = row.exp().sum().log()
@@ -79,8 +78,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, **stati
 
 
 EXACT: dict[str, Callable[..., Tensor]] = {
-    function.__name__: function
-    for function in (rms_norm, layer_norm, rope, swiglu, attention, cross_entropy, linear_cross_entropy)
+    function.__name__: function for function in (rms_norm, layer_norm, rope, swiglu, attention, cross_entropy, linear_cross_entropy)
 }
 
 # ---- the comparison -----------------------------------------------------------------------------------------------------------------

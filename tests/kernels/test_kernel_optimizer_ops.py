@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from weftrain.kernels import OPS, Implementation, Spec, load_catalog
 
 CATALOG = load_catalog()
@@ -30,9 +31,7 @@ def usable(op: str, dtype: torch.dtype) -> list[Implementation]:
 
 def formula(arguments: dict[str, Any], index: int) -> tuple[Tensor, Tensor, Tensor]:
     """(p, m, v) after the update, in float64, as the two papers' pseudo-code and cerebras_pytorch's source have it."""
-    lr, b1, b2, eps, wd, t = (
-        arguments[name] for name in ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "update_index")
-    )
+    lr, b1, b2, eps, wd, t = (arguments[name] for name in ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "update_index"))
     p, m, v = (arguments[name][index].double() for name in ("parameters", "exp_avgs", "exp_avg_sqs"))
     g = arguments["gradients"][index].double() * arguments["gradient_scale"].double()
     m = b1 * m + (1 - b1) * g
@@ -96,6 +95,7 @@ def test_unknown_eps_placement_is_refused() -> None:
 def test_a_new_rate_or_step_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve updates of four shapes with changing scalars: one graph (and one more tensor that is too small for one)."""
     from torch._dynamo.utils import counters
+
     from weftrain.kernels.torch_ops.adamw import adamw
     from weftrain.kernels.torch_ops.grad_norm import grad_norm
 

@@ -1,0 +1,196 @@
+"""select, pins, preferences, the manifest and third parties: what is chosen, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from weftrain.kernels import Implementation, KernelError, Spec, load_catalog, registry, select, table
+
+
+def uses(*modules: str, op: str = "attention", device: str = "cpu") -> list[Spec]:
+    return [Spec(op, module, device, torch.float32, {"head_dim": 16}) for module in modules]
+
+
+LAYERS = tuple(f"layers.{i}.attention" for i in range(4))
+
+
+def third_party(spec: Spec | None = None, **_: Any) -> str:
+    return "third party"
+
+
+def _needs_head_dim_64(spec: Spec) -> str | None:
+    return None if spec.attributes["head_dim"] == 64 else "needs head_dim 64"
+
+
+@pytest.fixture
+def offer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """offer(name=object or exception, ...): what the installed packages' entry points load to."""
+
+    def install(**offered: Any) -> None:
+        class Fake:
+            value = "their_package:kernels"
+
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def load(self) -> Any:
+                if isinstance(offered[self.name], Exception):
+                    raise offered[self.name]
+                return offered[self.name]
+
+        def entry_points(*, group: str) -> list[Fake]:
+            return [Fake(name) for name in offered] if group == "weftrain.kernels" else []
+
+        monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+
+    return install
+
+
+def test_every_op_has_a_reference_and_every_row_of_the_table_a_state() -> None:
+    rows = table("cpu", torch.bfloat16)
+    assert {row.op for row in rows} == set(load_catalog())
+    assert all(row.reason is None for row in rows if row.source == "reference")
+    assert {row.source for row in rows} >= {"reference", "torch"}
+
+
+def test_the_table_takes_the_variant_of_the_device() -> None:
+    cpu, cuda = (
+        select(uses("layers.0.attention", device=device)).function("attention", "layers.0.attention") for device in ("cpu", "cuda")
+    )
+    assert (cpu.__name__, cuda.__name__) == ("attention_blocked", "attention_fused")
+
+
+def test_preferences_in_order_and_the_manifest_says_why() -> None:
+    selection = select(uses(*LAYERS), ["reference", "torch"])
+    assert selection.function("attention", LAYERS[2]).__module__ == "weftrain.kernels.reference"
+    (entry,) = selection.manifest["ops"]["attention"]
+    assert entry["modules"] == list(LAYERS)
+    assert entry["source"] == "reference"
+    assert entry["passed_over"] == {"torch": "'reference' is preferred"}
+    assert select(uses(*LAYERS), ["torch"]).manifest["ops"]["attention"][0]["passed_over"] == {"reference": "not among kernels.preferences"}
+
+
+def test_a_preference_falls_through_with_its_reason(offer: Callable[..., None]) -> None:
+    offer(
+        fast=[
+            Implementation(
+                "attention", "fast", third_party, lambda spec: "needs head_dim 64" if spec.attributes["head_dim"] != 64 else None
+            )
+        ]
+    )
+    specs = [*uses("layers.0.attention"), Spec("attention", "layers.1.attention", "cpu", torch.float32, {"head_dim": 64})]
+    selection = select(specs, ["fast", "torch"])
+    assert selection.function("attention", "layers.1.attention") is third_party
+    assert selection.function("attention", "layers.0.attention").__name__ == "attention_blocked"
+    fell, taken = selection.manifest["ops"]["attention"]
+    assert fell["passed_over"]["fast"] == "needs head_dim 64"
+    assert taken["source"] == "fast"
+
+
+def test_no_preference_available_names_every_reason(offer: Callable[..., None]) -> None:
+    offer(fast=Implementation("attention", "fast", third_party, lambda spec: "needs a tape drive"))
+    with pytest.raises(KernelError, match=r"no preferred kernel for attention in 'a' on cpu \(fast: needs a tape .*; add one of .*torch"):
+        select(uses("a"), ["fast"])
+
+
+def test_a_pin_overrides_and_a_glob_overrides_a_plain_pin() -> None:
+    selection = select(uses(*LAYERS), ["torch"], {"attention": "reference", "attention@layers.[0-1].*": "torch"})
+    sources = [selection.function("attention", module).__module__.split(".")[2] for module in LAYERS]
+    assert sources == ["torch_ops", "torch_ops", "reference", "reference"]
+    assert {entry["pin"] for entry in selection.manifest["ops"]["attention"]} == {"attention", "attention@layers.[0-1].*"}
+
+
+def test_a_pin_never_falls_through(offer: Callable[..., None]) -> None:
+    offer(fast=Implementation("attention", "fast", third_party, lambda spec: "needs a tape drive"))
+    with pytest.raises(KernelError, match="'attention' = 'fast' cannot be used for 'a' on cpu: needs a tape drive; available there: "):
+        select(uses("a"), ["torch"], {"attention": "fast"})
+
+
+@pytest.mark.parametrize(
+    ("preferences", "pins", "message"),
+    [
+        (["torhc"], {}, "unknown source 'torhc'; did you mean 'torch'"),
+        (["torch"], {"atention": "torch"}, "unknown op 'atention'; did you mean 'attention'"),
+        (["torch"], {"attention": "referense"}, "unknown source 'referense'; did you mean 'reference'"),
+        (["torch"], {"attention@layers.9.attention": "torch"}, "matches no module that uses attention; did you mean 'layers"),
+        (["torch"], {"swiglu": "torch"}, "this model does not use swiglu; it uses attention"),
+        (
+            ["torch"],
+            {"attention@layers.*": "torch", "attention@*.0.*": "reference"},
+            r"'attention@layers.\*' and 'attention@\*.0.\*' both match 'layers.0.attention' with different sources",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(preferences: list[str], pins: dict[str, str], message: str) -> None:
+    with pytest.raises(KernelError, match=message) as caught:
+        select(uses(*LAYERS), preferences, pins)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_op_and_a_use_that_was_not_selected() -> None:
+    with pytest.raises(KernelError, match="module 'm' uses the unknown op 'ropee'; did you mean 'rope'"):
+        select(uses("m", op="ropee"))
+    with pytest.raises(KernelError, match=r"no kernel was selected for attention in module 'layers.9.attention'; did you mean 'layers"):
+        select(uses(*LAYERS)).function("attention", "layers.9.attention")
+
+
+def test_globs_that_agree_are_no_conflict() -> None:
+    selection = select(uses(*LAYERS), ["torch"], {"attention@layers.*": "reference", "attention@*.0.*": "reference"})
+    assert selection.function("attention", LAYERS[0]).__module__ == "weftrain.kernels.reference"
+
+
+def test_third_parties_are_found_and_held_to_the_rules(offer: Callable[..., None]) -> None:
+    offer(one=Implementation("swiglu", "theirs", third_party, version="theirs 2.1"), more=[Implementation("rope", "theirs", third_party)])
+    selection = select(uses("ffn", op="swiglu"), ["theirs", "torch"])
+    assert selection.function("swiglu", "ffn") is third_party
+    assert selection.manifest["ops"]["swiglu"][0]["version"] == "theirs 2.1"
+    for offered, message in (
+        (Implementation("swiglu", "torch", third_party), "under the source name 'torch', which is taken"),
+        (Implementation("swigloo", "theirs", third_party), "unknown op 'swigloo'; did you mean 'swiglu'"),
+        (third_party, "gives a function; it must give an Implementation"),
+        (ImportError("no module named tape"), r"entry point 'one' \(their_package:kernels\) cannot be loaded: no module named tape"),
+    ):
+        offer(one=offered)
+        with pytest.raises(KernelError, match=message):
+            load_catalog()
+
+
+def test_the_manifest_is_json_and_hashes_the_file(tmp_path: Path, offer: Callable[..., None]) -> None:
+    def manifest_of(text: str) -> dict[str, Any]:
+        path = tmp_path / "their_kernels.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location("their_kernels", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        registry.sys.modules["their_kernels"] = module
+        try:
+            spec.loader.exec_module(module)
+            offer(theirs=Implementation("swiglu", "theirs", module.swiglu))
+            return select(uses("ffn", op="swiglu"), ["theirs"]).manifest["ops"]["swiglu"][0]
+        finally:
+            del registry.sys.modules["their_kernels"]
+
+    first, second = "def swiglu(gate, up):\n    return up\n", "def swiglu(gate, up):\n    return up  # changed\n"
+    entry = manifest_of(first)
+    assert entry["sha256"] == hashlib.sha256(first.encode()).hexdigest()
+    assert entry["function"] == "their_kernels:swiglu"
+    assert manifest_of(second)["sha256"] != entry["sha256"]
+    manifest = select(uses(*LAYERS), pins={"attention@*.0.*": "reference"}).manifest
+    assert json.loads(json.dumps(manifest)) == manifest
+
+
+def test_without_a_compiler_the_optimizer_ops_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    entry = select(uses("optimizer", op="adamw")).manifest["ops"]["adamw"][0]
+    assert entry["source"] == "reference"
+    assert entry["passed_over"]["torch"] == "torch.compile needs the C++ compiler 'no-such-compiler', which is not on PATH"
