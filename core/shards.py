@@ -204,21 +204,28 @@ class ShardReader:
     """A shard, checked and open for reading. Holds no HDF5 file where `data` is contiguous: the file is mapped when it is read.
 
     Raises DataError naming file, field and remedy: on opening for all but the tokens, on first touch for each block of these.
+    access: 'mapped', or 'h5py' with the reason why not.
     """
 
-    path: Path
-    num_rows: int
-    sequence_length: int
-    row_stride: int
-    vocab_size: int
-    tokenizer_sha256: str
-    digest: str
-    access: str  # 'mapped', or 'h5py' with the reason why not
-    _file: h5py.File | None
-
     def __init__(self, path: Path) -> None:
+        shard = _open(path)
         self.path = path
-        self._open()
+        self.num_rows, self.sequence_length, self.row_stride, self.vocab_size = (int(shard.header[name]) for name in _INTEGERS)
+        self.tokenizer_sha256: str = shard.header["tokenizer_sha256"]
+        self.digest: str = shard.header["digest"]
+        self._identity = shard.identity
+        self._block_digest = shard.block_digest
+        self._block_tokens = BLOCK_BYTES // shard.streams["data"].dtype.itemsize
+        self._verified = np.zeros(len(shard.block_digest), dtype=np.bool_)
+        self._streams: dict[str, Any] = dict(shard.streams)
+        self._file: h5py.File | None = shard.file
+        chunked = next((stream for stream in shard.streams.values() if stream.chunks is not None), None)
+        if chunked is not None:
+            self.access = f"h5py ('{chunked.name[1:]}' is chunked, compression {chunked.compression or 'none'})"
+        else:
+            self.access = "mapped"
+            self._streams = {name: (stream.dtype, stream.shape[0], stream.id.get_offset()) for name, stream in shard.streams.items()}
+            self.close()
 
     def close(self) -> None:
         """Close the HDF5 file of a chunked shard, whose rows cannot be read after; a mapped shard has nothing to close."""
@@ -229,14 +236,14 @@ class ShardReader:
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """int64 [n] row numbers -> int64 [n, sequence_length + 1] token ids. Raises IndexError, DataError."""
         self._touch(indices)
-        return self._gather(self._stream("data"), indices).astype(np.int64)
+        return self._gather("data", indices).astype(np.int64)
 
     def loss_mask(self, indices: np.ndarray) -> np.ndarray | None:
         """int64 [n] row numbers -> bool [n, sequence_length], False where a label bears no loss; None where the shard has no mask."""
         if "loss_mask" not in self._streams:
             return None
         self._touch(indices)
-        return self._gather(self._stream("loss_mask"), indices)[:, 1:].astype(np.bool_)
+        return self._gather("loss_mask", indices)[:, 1:].astype(np.bool_)
 
     def verify(self) -> None:
         """Check every block now. Raises DataError for the first damaged one."""
@@ -248,80 +255,15 @@ class ShardReader:
         for block in range(start // self._block_tokens, -(-stop // self._block_tokens)):
             if not self._verified[block]:
                 self._verify(block)
-        return np.array(self._stream("data")[start:stop])
+        return self._slice("data", start, stop)
 
     def documents(self) -> Documents:
         """The document tables, read again: a reader does not keep them, since a large dataset has billions."""
-        again = ShardReader.__new__(ShardReader)
-        again.path = self.path
-        documents = again._open()
-        again.close()
-        if again.digest != self.digest:
-            raise self._refuse("digest", "changed since the shard was opened")
-        return documents
-
-    def _open(self) -> Documents:
-        """Check everything but the tokens, and note where these are."""
-        self._file = None
-        try:
-            return self._check()
-        except (DataError, UntrustedFileError, *HDF5_ERRORS) as error:
-            self.close()
-            if isinstance(error, DataError):
-                raise
-            if isinstance(error, UntrustedFileError):
-                raise self._refuse(error.field, error.problem) from error
-            raise self._refuse("file", f"cannot be read as HDF5: {_one_line(error)}") from error
-
-    def _check(self) -> Documents:
-        if not self.path.is_file():
-            raise self._refuse("file", "is not a regular file" if self.path.exists() else "is missing")
-        self._identity = _identity(os.stat(self.path))
-        file_bytes = self._identity.size
-        self._file = file = h5py.File(self.path, "r", locking=False)
-        if file.userblock_size:
-            raise self._refuse("file", "has an HDF5 user block")
-        links, required = set(file), {"data", *_TABLES}
-        if not required <= links <= required | {"loss_mask"}:
-            raise self._refuse("file", f"holds {sorted(links)[:8]}, not {sorted(required)}; is it a weftrain shard?")
-        header = read_attributes(file, _INTEGERS, _STRINGS)
-        if header["format"].encode() != FORMAT:
-            raise self._refuse("format", f"is {header['format']!r}, this program reads {FORMAT.decode()!r}")
-        self.num_rows, self.sequence_length, self.row_stride, self.vocab_size = (header[name] for name in _INTEGERS)
-        self.tokenizer_sha256, self.digest = header["tokenizer_sha256"], header["digest"]
-        tables = {name: open_dataset(file, name, dtype, rank, file_bytes)[...] for name, (dtype, rank) in _TABLES.items()}
-        documents = Documents(tables["doc_end"], tables["doc_id"], tables["doc_source"], self._source_names(header["sources"]))
-        streams = {"data": open_dataset(file, "data", token_dtype(self.vocab_size), 1, file_bytes)}
-        if "loss_mask" in links:
-            streams["loss_mask"] = open_dataset(file, "loss_mask", np.dtype(np.uint8), 1, file_bytes)
-        data, mask = streams["data"], streams.get("loss_mask")
-        if problem := _contradiction(header, data.shape[0], documents):
-            raise self._refuse(*problem)
-        if mask is not None and mask.shape != data.shape:
-            raise self._refuse("loss_mask", f"has shape {mask.shape}, 'data' has {data.shape}")
-        self._block_tokens = BLOCK_BYTES // data.dtype.itemsize
-        num_blocks = -(-data.shape[0] // self._block_tokens)
-        if tables["block_digest"].shape != (num_blocks, 32):
-            raise self._refuse("block_digest", f"has shape {tables['block_digest'].shape}, not ({num_blocks}, 32)")
-        if _digest(header, tables, mask is not None) != self.digest:
-            raise self._refuse("digest", "attributes or tables do not hash to it, so the file was altered or damaged")
-        self._block_digest = tables["block_digest"]
-        self._verified = np.zeros(num_blocks, dtype=np.bool_)
-        self._place(streams)
-        return documents
-
-    def _place(self, streams: dict[str, h5py.Dataset]) -> None:
-        """Note where the streams lie and let the HDF5 file go; keep it open where one is chunked."""
-        chunked = next((dataset for dataset in streams.values() if dataset.chunks is not None), None)
-        if chunked is not None:
-            self._streams = dict(streams)
-            self.access = f"h5py ('{chunked.name[1:]}' is chunked, compression {chunked.compression or 'none'})"
-            return
-        self._streams = {name: (dataset.dtype, dataset.shape[0], dataset.id.get_offset()) for name, dataset in streams.items()}
-        self.access = "mapped"
-        assert self._file is not None
-        self._file.close()
-        self._file = None
+        shard = _open(self.path)
+        shard.file.close()
+        if shard.header["digest"] != self.digest:
+            raise _refusal(self.path, "digest", "changed since the shard was opened")
+        return shard.documents
 
     def _stream(self, name: str) -> Any:
         """`data` or `loss_mask`, [length]: an array over the mapped file, or the chunked dataset."""
@@ -332,13 +274,13 @@ class ShardReader:
         try:
             return np.frombuffer(_mapping(self.path, self._identity), dtype, length, offset)
         except (OSError, ValueError) as error:
-            raise self._refuse("file", f"cannot be mapped: {_one_line(error)}") from error
+            raise _refusal(self.path, "file", f"cannot be mapped: {_one_line(error)}") from error
 
-    def _source_names(self, text: str) -> tuple[str, ...]:
-        names = parse_json(text.encode())
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise self._refuse("sources", "is not a JSON list of strings")
-        return tuple(names)
+    def _slice(self, name: str, start: int, stop: int) -> np.ndarray:
+        try:
+            return np.array(self._stream(name)[start:stop])
+        except HDF5_ERRORS as error:
+            raise _refusal(self.path, name, f"positions {start}..{stop} cannot be read: {_one_line(error)}") from error
 
     def _touch(self, indices: np.ndarray) -> None:
         """Verify every block that the rows reach into and that was not yet."""
@@ -355,31 +297,101 @@ class ShardReader:
 
     def _verify(self, block: int) -> None:
         start, stop = block * self._block_tokens, (block + 1) * self._block_tokens
-        try:
-            data = np.ascontiguousarray(self._stream("data")[start:stop])
-            mask = np.ascontiguousarray(self._stream("loss_mask")[start:stop]) if "loss_mask" in self._streams else None
-        except HDF5_ERRORS as error:
-            raise self._refuse("data", f"block {block} cannot be read: {_one_line(error)}") from error
+        data = self._slice("data", start, stop)
+        mask = self._slice("loss_mask", start, stop) if "loss_mask" in self._streams else None
         first, last = max(0, start - self.sequence_length) // self.row_stride, min(self.num_rows - 1, (stop - 1) // self.row_stride)
         if _block_digest(data, mask) != self._block_digest[block].tobytes():
-            raise self._refuse("data", f"block {block} (rows {first}..{last}) does not hash to its digest, so it was altered or damaged")
+            raise _refusal(
+                self.path, "data", f"block {block} (rows {first}..{last}) does not hash to its digest, so it was altered or damaged"
+            )
         if data.view(f"<u{data.itemsize}").max() >= self.vocab_size:  # as unsigned, a negative id is too large
             position = start + int(np.argmax(data.view(f"<u{data.itemsize}") >= self.vocab_size))
             row = min(position // self.row_stride, self.num_rows - 1)
-            raise self._refuse("data", f"row {row} holds token id {data[position - start]}, beyond the vocabulary of {self.vocab_size}")
+            raise _refusal(
+                self.path, "data", f"row {row} holds token id {data[position - start]}, beyond the vocabulary of {self.vocab_size}"
+            )
         self._verified[block] = True
 
-    def _gather(self, stream: Any, indices: np.ndarray) -> np.ndarray:
-        """stream [length] -> [n, sequence_length + 1]."""
-        width = self.sequence_length + 1
+    def _gather(self, name: str, indices: np.ndarray) -> np.ndarray:
+        """Rows of a stream, in its own dtype: [n, sequence_length + 1]."""
+        stream, width = self._stream(name), self.sequence_length + 1
         if isinstance(stream, np.ndarray):
             windows = np.lib.stride_tricks.sliding_window_view(stream, width)[:: self.row_stride]
             return windows[indices]
-        starts = (indices * self.row_stride).tolist()
-        return np.stack([stream[start : start + width] for start in starts]) if starts else np.empty((0, width), stream.dtype)
+        rows = [self._slice(name, start, start + width) for start in (indices * self.row_stride).tolist()]
+        return np.stack(rows) if rows else np.empty((0, width), stream.dtype)
 
-    def _refuse(self, field: str, problem: str) -> DataError:
-        return DataError(f"{self.path}: {field}: {problem}; {_REMAKE}")
+
+@dataclass(frozen=True)
+class _OpenShard:
+    """What `_open` has checked: all but the contents of `streams`, 'data' and perhaps 'loss_mask'."""
+
+    file: h5py.File
+    identity: _Identity
+    header: dict[str, Any]
+    documents: Documents
+    block_digest: np.ndarray
+    streams: dict[str, h5py.Dataset]
+
+
+def _open(path: Path) -> _OpenShard:
+    """Open a shard's HDF5 file and check everything but the tokens. Raises DataError."""
+    if not path.is_file():
+        raise _refusal(path, "file", "is not a regular file" if path.exists() else "is missing")
+    file: h5py.File | None = None
+    try:
+        identity = _identity(os.stat(path))
+        file = h5py.File(path, "r", locking=False)
+        return _checked(file, identity)
+    except UntrustedFileError as error:
+        refusal = _refusal(path, error.field, error.problem)
+    except HDF5_ERRORS as error:
+        refusal = _refusal(path, "file", f"cannot be read as HDF5: {_one_line(error)}")
+    if file is not None:
+        file.close()
+    raise refusal
+
+
+def _checked(file: h5py.File, identity: _Identity) -> _OpenShard:
+    """Raises UntrustedFileError, or one of HDF5_ERRORS."""
+    if file.userblock_size:
+        raise UntrustedFileError("file", "has an HDF5 user block")
+    links, required = set(file), {"data", *_TABLES}
+    if not required <= links <= required | {"loss_mask"}:
+        raise UntrustedFileError("file", f"holds {sorted(links)[:8]}, not {sorted(required)}; is it a weftrain shard?")
+    header = read_attributes(file, _INTEGERS, _STRINGS)
+    if header["format"].encode() != FORMAT:
+        raise UntrustedFileError("format", f"is {header['format']!r}, this program reads {FORMAT.decode()!r}")
+    tables = {name: open_dataset(file, name, dtype, rank, identity.size)[...] for name, (dtype, rank) in _TABLES.items()}
+    documents = Documents(tables["doc_end"], tables["doc_id"], tables["doc_source"], _source_names(header["sources"]))
+    data = open_dataset(file, "data", token_dtype(header["vocab_size"]), 1, identity.size)
+    streams = {"data": data}
+    if "loss_mask" in links:
+        streams["loss_mask"] = open_dataset(file, "loss_mask", np.dtype(np.uint8), 1, identity.size)
+    if problem := _contradiction(header, data.shape[0], documents):
+        raise UntrustedFileError(*problem)
+    if any(stream.shape != data.shape for stream in streams.values()):
+        raise UntrustedFileError("loss_mask", f"has shape {streams['loss_mask'].shape}, 'data' has {data.shape}")
+    digests = (-(-data.shape[0] * data.dtype.itemsize // BLOCK_BYTES), 32)
+    if tables["block_digest"].shape != digests:
+        raise UntrustedFileError("block_digest", f"has shape {tables['block_digest'].shape}, not {digests}")
+    if _digest(header, tables, "loss_mask" in links) != header["digest"]:
+        raise UntrustedFileError("digest", "attributes or tables do not hash to it, so the file was altered or damaged")
+    return _OpenShard(file, identity, header, documents, tables["block_digest"], streams)
+
+
+def _source_names(text: str) -> tuple[str, ...]:
+    try:
+        names = parse_json(text.encode())
+    except ValueError as error:
+        raise UntrustedFileError("sources", f"is not JSON: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UntrustedFileError("sources", "is not a JSON list of strings")
+    return tuple(names)
+
+
+def _refusal(path: Path, field: str, problem: str) -> DataError:
+    return DataError(f"{path}: {field}: {problem}; {_REMAKE}")
 
 
 def _identity(status: os.stat_result) -> _Identity:

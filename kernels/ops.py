@@ -200,7 +200,7 @@ OPS: Mapping[str, Op] = {
         Op(
             reference.rms_norm,
             ("x", "weight"),
-            {"odd": _norm((3, 5), 77, bias=False, eps=1e-6), "amber_7b": _norm((2048,), 4096, bias=False, eps=1e-6)},
+            {"odd": _norm((3, 5), 77, bias=False, eps=0.1), "amber_7b": _norm((2048,), 4096, bias=False, eps=1e-6)},
             _read_all_write_like("x"),
             _elements("x", 4),
             attributes={"hidden_size": 4096, "eps": 1e-6},
@@ -208,7 +208,7 @@ OPS: Mapping[str, Op] = {
         Op(
             reference.layer_norm,
             ("x", "weight", "bias"),
-            {"odd": _norm((3, 5), 77, bias=True, eps=1e-5), "crystalcoder_7b": _norm((2048,), 4096, bias=True, eps=1e-5)},
+            {"odd": _norm((3, 5), 77, bias=True, eps=0.1), "crystalcoder_7b": _norm((2048,), 4096, bias=True, eps=1e-5)},
             _read_all_write_like("x"),
             _elements("x", 7),
             attributes={"hidden_size": 4096, "eps": 1e-5},

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from weftrain.kernels.registry import Implementation, Spec
 
-# At [2, 512, 8, 64] in bf16 on two cores, compiled, forward + backward: blocks of 64 queries 15.1 ms, 128 10.6 ms, 256 11.5 ms, 512 (no
-# causal saving) 14.7 ms; the fused CPU kernel 25.6 ms.
+# At [2, 512, 8, 64] in bf16 on two idle cores, compiled, forward + backward: blocks of 64 queries 15.1 ms, 128 10.6 ms, 256 11.5 ms,
+# 512 (no causal saving) 14.7 ms; the fused CPU kernel 25.6 ms.
 _QUERIES_PER_BLOCK = 128
 # Up to this length the probabilities (half of [B, H, T, T], in q.dtype) are kept for the backward; beyond it they are computed again.
 _KEPT_TOKENS = 1024

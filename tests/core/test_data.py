@@ -239,6 +239,23 @@ def test_the_loss_mask_comes_with_the_rows_that_have_one(mixed: TokenSource) -> 
     assert mixed.rows(0, only_a, 1).loss_mask is None
 
 
+def test_rows_of_a_shard_without_mask_bear_loss_beside_masked_ones(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "a", [4, 4])
+    make_dataset(tmp_path / "masked", [4, 4], masked=True)
+    shutil.copy(tmp_path / "masked" / "train" / "00001.h5", tmp_path / "a" / "train" / "00001.h5")
+    masked = json.loads((tmp_path / "masked" / MANIFEST).read_bytes())["train"]["shards"]
+
+    def change(value: dict[str, Any]) -> None:
+        value["train"]["shards"][1] = masked[1]
+        value["train"]["id"] = merkle_root([shard["digest"] for shard in value["train"]["shards"]])
+
+    change_manifest(tmp_path / "a", change)
+    ids, mask = ShardSet(tmp_path / "a", read_manifest(tmp_path / "a"), "train").rows(np.array([7, 0, 4]))
+    assert mask is not None
+    assert mask[1].all()
+    assert np.array_equal(mask[[0, 2]], ids[[0, 2], 1:] % 3 > 0)
+
+
 def test_names_say_where_a_row_lies(mixed: TokenSource, tmp_path: Path) -> None:
     ids, names = mixed.rows(3, 0, 37).ids, mixed.sample_names(3, 0, 37)
     sets = {name: ShardSet(tmp_path / name, read_manifest(tmp_path / name), "train") for name in ("a", "b")}

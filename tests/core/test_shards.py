@@ -120,6 +120,7 @@ def test_two_writes_give_the_same_bytes_and_data_is_page_aligned(tmp_path: Path)
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
     with h5py.File(tmp_path / "a.h5") as file:
         assert file["data"].id.get_offset() % 4096 == 0
+        assert not any(file[name].id.get_create_plist().get_obj_track_times() for name in file)
 
 
 def test_what_the_writer_says_of_the_file(tmp_path: Path) -> None:
@@ -300,6 +301,12 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "2 TiB declared": (grow("data", (1 << 40,)), "data: declares 2,199,023,255,552 bytes"),
     "2 TiB declared in chunks": (grow("data", (1 << 40,), chunks=(4096,), compression="gzip"), "data: declares 2,199,023,255,552 bytes"),
     "a huge chunk": (grow("data", (1 << 30,), chunks=(1 << 30,), compression="gzip"), "data: declares"),
+    "a huge chunk that is stored": (
+        replace(
+            "data", shape=(LENGTH,), dtype="<u2", maxshape=(None,), chunks=(34_000_000,), compression="gzip", data=np.ones(LENGTH, "<u2")
+        ),
+        "data: declares 1,282 bytes in chunks of 68,000,000",
+    ),
     "a huge table": (grow("doc_end", (1 << 40,)), "doc_end: declares"),
     "another filter": (replace("data", data=np.zeros(LENGTH, "<u2"), chunks=(64,), fletcher32=True), "data: uses a filter"),
     "too few tokens": (replace("data", data=np.zeros(LENGTH - 16, "<u2")), "n_examples: 40 rows"),
@@ -318,7 +325,7 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "stride 0": (set_attribute("row_stride", np.int64(0)), "row_stride: 0"),
     "sequence length 0": (set_attribute("sequence_length", np.int64(0)), "row_stride"),
     "sources no list": (set_attribute("sources", np.bytes_(b'{"a":1}')), "sources: is not a JSON list"),
-    "sources no JSON": (set_attribute("sources", np.bytes_(b"[")), "cannot be read"),
+    "sources no JSON": (set_attribute("sources", np.bytes_(b"[")), "sources: is not JSON"),
     "falling ends": (replace("doc_end", data=np.array([9, 5, LENGTH])), "doc_end: "),
     "short mask": (replace("loss_mask", data=np.ones(LENGTH - 1, "|u1")), "loss_mask: has shape"),
     "altered table": (lambda file: file["doc_end"].__setitem__(0, file["doc_end"][0] + 1), "doc_end|digest"),
@@ -338,6 +345,31 @@ def test_hostile_files_are_refused_on_opening(tmp_path: Path, case: str) -> None
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
     assert "remove the dataset and prepare it again" in str(caught.value)
+
+
+def test_a_size_that_lies_past_the_end_of_the_file(tmp_path: Path) -> None:
+    """1 GiB allocated, cut off, and the end of file that an old superblock states without a checksum (bytes 40 to 47) made to fit.
+
+    HDF5 2.0 refuses it too; 1.14 opens it.
+    """
+    make(tmp_path / "s.h5")
+    path = tmp_path / "lies.h5"
+    with h5py.File(tmp_path / "s.h5") as source, h5py.File(path, "w", libver="earliest") as file:
+        for name, value in source.attrs.items():
+            file.attrs[name] = value
+        for name in set(source) - {"data"}:
+            file[name] = source[name][...]
+        plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        h5py.h5d.create(file.id, b"data", h5py.h5t.STD_U16LE, h5py.h5s.create_simple((1 << 29,)), plist)
+        offset = file["data"].id.get_offset()
+    os.truncate(path, offset + 1000)
+    data = bytearray(path.read_bytes())
+    data[40:48] = len(data).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"lies\.h5: (data: declares 1,073,741,824 bytes at offset|file: cannot be read as HDF5)"):
+        ShardReader(path)
 
 
 def test_files_that_are_no_hdf5(tmp_path: Path) -> None:

@@ -44,6 +44,14 @@ def test_a_folder_is_read_sorted_without_hidden_files_links_and_binaries(tmp_pat
     assert {document.source for document in read(folder)} == {"src"}
 
 
+def test_the_order_is_not_the_file_systems(tmp_path: Path) -> None:
+    names = [f"{folder}/{file}.txt" for folder in "hcafbegd" for file in "zyx"]
+    for name in names:
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / name).write_text(name)
+    assert [document.text for document in read(tmp_path / "src")] == sorted(names)
+
+
 def test_reading_twice_gives_the_same(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").write_text("b")
