@@ -8,6 +8,7 @@ would get wrong: block outputs at initialisation are as flat without muP; it is 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,3 +177,18 @@ def _activations(model: Decoder, ids: Tensor) -> Mapping[str, Tensor]:
         outputs[f"layers.{layer}"] = x
     outputs["logits"] = model.logits(ids)
     return outputs
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`python -m weftrain.analysis.coordinate_check PLOT.png`: run the check, print the exponents, draw the plot."""
+    points, last = coordinate_check(), 4
+    for activation in dict.fromkeys(point.activation for point in points):
+        exponents = (f"{name} {growth(points, name, activation, last):+.2f}" for name in ("mup", "standard"))  # type: ignore[arg-type]
+        print(f"{activation:<10} change after {last} steps ~ width^p: {', '.join(exponents)}")
+    if arguments:
+        plot(points, Path(arguments[0]))
+        print(f"plot: {arguments[0]}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

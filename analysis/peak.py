@@ -34,7 +34,7 @@ class Peak:
         return "unknown" if self.flops is None else f"{self.flops / 1e9:,.0f} GFLOP/s ({self.origin})"
 
 
-def measured_matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> Peak:
+def measured_matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 20) -> Peak:
     """The best of `repeats` products of two [size, size] matrices after a warm-up: 2 size^3 FLOPs each. About a second on two cores."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)

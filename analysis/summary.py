@@ -25,6 +25,7 @@ class RunSummary:
     heldout: dict[str, tuple[float, float]]
     tokens_per_second: float
     model_flops_utilization: float | None  # None: unknown
+    peak_flops: float | None  # that it was measured against
 
 
 def summarize(folder: Path) -> RunSummary | None:
@@ -39,14 +40,17 @@ def summarize(folder: Path) -> RunSummary | None:
         if record["kind"] == "evaluation":
             name, loss = record["set"], float(record["loss"])
             heldout[name] = (heldout[name][0] if name in heldout else loss, loss)
-    utilizations = [record["model_flops_utilization"] for record in warm]
-    known = [value for value in utilizations if isinstance(value, float)]
+    tokens_per_second = statistics.median(record["tokens_per_second"] for record in warm)
+    # A busy machine shows too low a peak, so it is measured at the start and at the end, and the higher one counts.
+    peaks = [record for record in records if record["kind"] in ("start", "end") and record.get("peak_flops")]
+    peak = max(peaks, key=lambda record: record["peak_flops"], default=None)
     return RunSummary(
         steps=steps[-1]["step"],
         tokens=steps[-1]["tokens"],
         loss_first=float(steps[0]["loss"]),
         loss_last=float(steps[-1]["loss"]),
         heldout=heldout,
-        tokens_per_second=statistics.median(record["tokens_per_second"] for record in warm),
-        model_flops_utilization=statistics.median(known) if known else None,
+        tokens_per_second=tokens_per_second,
+        model_flops_utilization=tokens_per_second * peak["flops_per_token"] / peak["peak_flops"] if peak else None,
+        peak_flops=peak["peak_flops"] if peak else None,
     )

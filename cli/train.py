@@ -88,7 +88,8 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
         parent = None if start is None else start.root
         resumed = first if start is not None else None
         with MetricsWriter(folder.path, recipe.log.tensorboard, resumed) as metrics, Bar(console, name, plan.last_step, first) as bar:
-            metrics.event("start", step=first, kernels=fingerprint.get("kernels"), peak_flops=peak.flops, peak_origin=peak.origin)
+            basis = {"flops_per_token": speed.flops_per_token, "peak_origin": peak.origin}
+            metrics.event("start", step=first, kernels=fingerprint.get("kernels"), peak_flops=peak.flops, **basis)
             steps = fit(
                 run, plan, recipe, source, heldout, folder.checkpoints, metrics, speed=speed, parent=parent, should_stop=stop.requested
             )
@@ -104,6 +105,8 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
                 if progress.saved is not None and progress.saved.set_aside is not None:
                     bar.say(f"warning: another checkpoint of step {done} was moved to {progress.saved.set_aside.name}")
                 bar.update(done, loss)
+            if not stop.number:
+                metrics.event("end", step=done, peak_flops=measured_peak(recipe, run).flops, **basis)
         run.close()
     if stop.number:
         console.print(f"stopped after step {done} and saved; the same command resumes")
@@ -155,12 +158,13 @@ def _summarize(console: Console, recipe: Recipe, folder: Path, again: str) -> No
     if summary is None:
         console.print(f"no steps were logged; the run lies in {folder}", markup=False)
         return
-    used = summary.model_flops_utilization
+    used, peak = summary.model_flops_utilization, summary.peak_flops
+    share = "MFU unknown" if used is None or peak is None else f"MFU {used:.1%} of the measured {peak / 1e9:,.0f} GFLOP/s"
     more = 2 * recipe.schedule.steps
     lines = [
         f"loss         {summary.loss_first:.4f} -> {summary.loss_last:.4f} in {summary.steps:,} steps, {summary.tokens:,} tokens",
         *(f"held-out     {key}: {first:.4f} -> {last:.4f}" for key, (first, last) in summary.heldout.items()),
-        f"speed        {summary.tokens_per_second:,.0f} tokens/s, MFU {'unknown' if used is None else f'{used:.1%}'} of the measured peak",
+        f"speed        {summary.tokens_per_second:,.0f} tokens/s, {share}",
         f"run          {folder}  (metrics.jsonl, checkpoints/, tensorboard/, recipe.yaml)",
         "next         tensorboard --logdir " + str(folder / "tensorboard"),
         f"             weftrain eval {folder}",

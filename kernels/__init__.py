@@ -1,19 +1,8 @@
 """Kernels: one op = one reference and N implementations. This folder imports nothing else of weftrain's."""
 
+from weftrain.kernels.contract import Implementation, KernelError, Spec, available_everywhere
 from weftrain.kernels.ops import OPS, Op
-from weftrain.kernels.registry import (
-    DEFAULT_PREFERENCES,
-    ENTRY_POINT_GROUP,
-    Implementation,
-    KernelError,
-    Selection,
-    Spec,
-    TableRow,
-    available_everywhere,
-    load_catalog,
-    select,
-    table,
-)
+from weftrain.kernels.registry import DEFAULT_PREFERENCES, ENTRY_POINT_GROUP, Selection, TableRow, load_catalog, select, table
 
 __all__ = [
     "DEFAULT_PREFERENCES",

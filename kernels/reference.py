@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weftrain.kernels.registry import Implementation
+from weftrain.kernels.contract import Implementation
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:

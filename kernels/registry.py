@@ -15,7 +15,7 @@ import importlib.metadata
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,39 +23,12 @@ from typing import Any
 
 import torch
 
+from weftrain.kernels import reference
+from weftrain.kernels.contract import Implementation, KernelError, Spec
+from weftrain.kernels.ops import OPS
+
 ENTRY_POINT_GROUP = "weftrain.kernels"
 DEFAULT_PREFERENCES = ("torch", "reference")
-
-
-class KernelError(ValueError):
-    """A kernel choice that cannot be honoured. One line: what was asked, why not, and what there is instead."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One use of one op by one module of the model, known when the model is built."""
-
-    op: str
-    module: str  # canonical module name: "layers.0.attention", "final_norm", "head", "optimizer"
-    device: str  # torch device type: "cpu", "cuda"
-    dtype: torch.dtype  # of the activations; for adamw and grad_norm, of the gradients
-    attributes: Mapping[str, int | float | bool | str] = field(default_factory=dict)  # static: head_dim, scale, eps, vocab_size ...
-
-
-def available_everywhere(spec: Spec) -> str | None:
-    """The `unavailable` of an implementation without conditions."""
-    return None
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute one op. `unavailable` gives None, or the reason, in words that a person can act on."""
-
-    op: str
-    source: str  # "reference", "torch", "triton", "flash_attn", or a third party's own name
-    function: Callable[..., Any]
-    unavailable: Callable[[Spec], str | None] = available_everywhere
-    version: str = f"torch {torch.__version__}"  # of the package that provides it
 
 
 @dataclass(frozen=True)
@@ -89,8 +62,6 @@ Catalog = dict[str, dict[str, list[Implementation]]]  # op -> source -> variants
 
 def load_catalog() -> Catalog:
     """Every implementation that can be found. Raises KernelError for a broken entry point or two owners of one (op, source)."""
-    from weftrain.kernels import reference  # late: reference.py names its Implementations with the types above
-
     catalog: Catalog = {}
     _add(catalog, reference.IMPLEMENTATIONS, "kernels/reference.py")
     package = importlib.import_module(__package__ or "weftrain.kernels")
@@ -156,8 +127,6 @@ def select(specs: Sequence[Spec], preferences: Sequence[str] = DEFAULT_PREFERENC
 
 def table(device: str, dtype: torch.dtype) -> list[TableRow]:
     """Every op x source with its state on `device` for `dtype`, at each op's example attributes."""
-    from weftrain.kernels.ops import OPS
-
     rows = []
     for op, sources in load_catalog().items():
         spec = Spec(op, "example", device, dtype, OPS[op].attributes)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weftrain.kernels.registry import Implementation, Spec
+from weftrain.kernels.contract import Implementation, Spec
 
 # At [2, 512, 8, 64] in bf16 on two idle cores, compiled, forward + backward: blocks of 64 queries 15.1 ms, 128 10.6 ms, 256 11.5 ms,
 # 512 (no causal saving) 14.7 ms; the fused CPU kernel 25.6 ms.

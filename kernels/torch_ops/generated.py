@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 
-from weftrain.kernels.registry import Spec
+from weftrain.kernels.contract import Spec
 
 
 def needs_compiler(spec: Spec) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from weftrain.kernels.registry import Implementation
+from weftrain.kernels.contract import Implementation
 from weftrain.kernels.torch_ops.generated import needs_compiler
 
 _ROW = 4096

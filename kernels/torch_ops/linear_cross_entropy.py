@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weftrain.kernels.contract import Implementation
 from weftrain.kernels.reference import cross_entropy
-from weftrain.kernels.registry import Implementation
 
 # Logits held at once, in elements. 2^24 x bf16 = 32 MiB lets the CPU's matrix multiplies run at peak (one product of 1024 x 32000 is a
 # quarter slower); an accelerator wants larger products.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from weftrain.kernels.registry import Implementation
+from weftrain.kernels.contract import Implementation
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:

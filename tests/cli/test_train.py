@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -216,3 +217,29 @@ def test_killed_at_random_moments_ends_with_the_same_bits(
     assert len(resumes) == kills
     interrupted = [record["loss"] for record in read_metrics(folder) if record["kind"] == "step"]
     assert interrupted == [record["loss"] for record in read_metrics(tmp_path / "runs" / "straight") if record["kind"] == "step"]
+
+
+def test_a_disk_that_fills_up_loses_nothing(train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSPC from some write on: one line, exit code 2, the checkpoints so far whole; with room again the run ends as if nothing was."""
+    from weftrain.core import fsops
+
+    perform, writes = fsops._perform, 0
+
+    def full_after(name: str, path: Path, action: Callable[[], object]) -> object:
+        nonlocal writes
+        writes += name == "write" and "step_00000004" in str(path)
+        if writes > 1 and name == "write":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return perform(name, path, action)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fsops, "_perform", full_after)
+        result = train_tiny("schedule.steps=6", "checkpoint.every_steps=2")
+    assert result.exit_code == 2
+    assert "disk is full" in result.output
+    assert "Traceback" not in result.output
+    folder = tmp_path / "runs" / "crystal_demo"
+    assert final_state(folder)[0].step == 2
+    assert train_tiny("schedule.steps=6", "checkpoint.every_steps=2").exit_code == 0
+    assert train_tiny("schedule.steps=6", "checkpoint.every_steps=2", "--run", "straight").exit_code == 0
+    assert same_bits(final_state(folder)[0], final_state(tmp_path / "runs" / "straight")[0])

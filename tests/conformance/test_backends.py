@@ -207,6 +207,21 @@ def test_resume_gives_the_same_bits(name: str, compute: str, tiny_recipe: Tiny) 
 
 
 @pytest.mark.parametrize("name", TRAINERS)
+def test_bits_do_not_depend_on_what_ran_before_in_the_process(name: str, tiny_recipe: Tiny) -> None:
+    """Code that is generated for a first size must not compute another model differently afterwards."""
+    states = []
+    for _ in range(2):
+        recipe = tiny_recipe("crystal", "schedule.steps=3", "precision.compute=bfloat16")
+        run = prepare(name, recipe)
+        list(run.train(source_of(recipe)))
+        states.append(run.export_state())
+        for width in (96, 144, 240):
+            other = tiny_recipe("amber", f"model.hidden_size={width}", f"model.vocab_size={width + 5}", "schedule.steps=2")
+            list(prepare(name, other).train(source_of(other)))
+    assert same_state(*states)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
 def test_exported_state_is_a_copy(name: str, tiny_recipe: Tiny) -> None:
     recipe = tiny_recipe()
     run = prepare(name, recipe)
