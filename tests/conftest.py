@@ -37,6 +37,13 @@ def _two_threads() -> None:
 
 
 @pytest.fixture
+def tiny_overrides() -> list[str]:
+    """For the command line: crystal_demo cut to 2 layers of width 48 on synthetic rows, at its own precision and learning rate."""
+    kept = [item for item in TINY if not item.startswith(("precision.", "schedule.", "checkpoint."))]
+    return [*kept, *ROTARY["crystal"], "log.tensorboard=false"]
+
+
+@pytest.fixture
 def tiny_recipe() -> Callable[..., Recipe]:
     """tiny_recipe('crystal' or 'amber', 'key=value', ...): the demo recipe cut to 2 layers of width 48, fp32."""
 

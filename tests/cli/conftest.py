@@ -12,24 +12,6 @@ from click.testing import CliRunner, Result
 
 from weftrain.cli.main import main
 
-TINY = [
-    "model.vocab_size=97",
-    "model.num_layers=2",
-    "model.hidden_size=48",
-    "model.num_heads=3",
-    "model.rotary_dim=4",
-    "model.intermediate_size=70",
-    "model.mup.base_hidden_size=16",
-    "model.max_position_embeddings=16",
-    "data.sequence_length=13",
-    "data.sources=[]",
-    "data.synthetic_rows=12",
-    "batch.global_batch_size=4",
-    "batch.micro_batch_size=4",
-    "log.tensorboard=false",
-    "log.evaluate_every_steps=0",
-]
-
 
 @pytest.fixture
 def weftrain() -> Callable[..., Result]:
@@ -42,21 +24,31 @@ def weftrain() -> Callable[..., Result]:
 
 
 @pytest.fixture
-def train_tiny(weftrain: Callable[..., Result], tmp_path: Path) -> Callable[..., Result]:
+def train_tiny(weftrain: Callable[..., Result], tiny_overrides: list[str], tmp_path: Path) -> Callable[..., Result]:
     """train_tiny('schedule.steps=6', '--allow', 'x'): crystal_demo cut to width 48 on synthetic rows, in tmp_path/runs."""
 
     def run(*arguments: str) -> Result:
-        return weftrain("train", "crystal_demo", *TINY, "--runs", tmp_path / "runs", *arguments)
+        return weftrain("train", "crystal_demo", *tiny_overrides, "--runs", tmp_path / "runs", *arguments)
 
     return run
 
 
 @pytest.fixture
-def tiny_process(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+def tiny_process(tiny_overrides: list[str], tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """The same as a process of its own."""
 
     def start(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "weftrain.cli", "train", "crystal_demo", *TINY, "--runs", str(tmp_path / "runs"), *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "weftrain.cli",
+            "train",
+            "crystal_demo",
+            *tiny_overrides,
+            "--runs",
+            str(tmp_path / "runs"),
+            *arguments,
+        ]
+        return subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     return start
