@@ -62,14 +62,15 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
     with open_run(runs / name, recipe.model_dump(mode="json")) as folder:
         start = starting_state(recipe, folder.checkpoints, runs, lambda line: console.print(f"warning: {line}", markup=False))
         first = 0 if start is None else start.state.step
-        for key, old, new in folder.check_recipe(allow, first):
+        if start is not None:
+            start.check_data(recipe, source.dataset_id, allow)
+        recorded = None if start is None or start.manifest is None else start.manifest["recipe"]
+        for key, old, new in folder.check_recipe(allow, first, recorded):
             console.print(f"recipe changed at step {first}: {key}: {old} -> {new}", markup=False)
         if first >= recipe.schedule.steps:
             console.print(f"run {folder.path} is complete: {first} of {recipe.schedule.steps} steps")
             _summarize(console, recipe, runs / name, again)
             return
-        if start is not None:
-            start.check_data(recipe, source.dataset_id, allow)
         plan = Plan(
             first,
             recipe.schedule.steps,

@@ -59,13 +59,15 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def check_recipe(self, allow: set[str], step: int = 0) -> list[Difference]:
+    def check_recipe(self, allow: set[str], step: int = 0, recorded: dict[str, Any] | None = None) -> list[Difference]:
         """Compare with the recipe that the folder was made for, and record this one. What changed, which is nothing as a rule.
 
         allow: dotted keys that may differ; each changed key must be named. step: where the run continues; the old recipe stays as
-        recipe.<step>.json. Raises RunFolderError listing every change and the flags that would allow the rest.
+        recipe.<step>.json. recorded: the recipe in the checkpoint that is resumed from, which stands in for a lost recipe.json.
+        Raises RunFolderError listing every change and the flags that would allow the rest.
         """
-        stored = self._stored_recipe()
+        found = self._stored_recipe()
+        stored = recorded if found is None else found
         changes = [] if stored is None else differences(stored, self.recipe)
         refused = [change for change in changes if change[0] not in allow]
         if refused:
@@ -75,9 +77,9 @@ class RunFolder:
                 f"{self.path}: the recipe is not the one this run was made with ({listed}): "
                 f"give it back its values, use another run name, or continue with the changes by adding {flags}"
             )
-        if stored is None or changes:
+        if found is None or changes:
             with _blamed(self.path):
-                if stored is not None:
+                if stored is not None and changes:
                     fsops.write_bytes(self._unused_name(step), canonical_json(stored) + b"\n")
                 # The truth last: a crash in between leaves a view that the next start writes again.
                 fsops.write_bytes(self.path / READABLE_RECIPE, yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True).encode())

@@ -63,6 +63,8 @@ def test_a_run_from_start_to_complete_to_continued(train_tiny: Train, tmp_path: 
         assert wanted in refused.output
     refused = train_tiny("schedule.steps=6", "checkpoint.every_steps=3", "--allow", "schedule.steps")
     assert refused.exit_code == 2
+    (folder / "recipe.json").unlink()  # the checkpoint knows the recipe too
+    assert "schedule.steps: 4 -> 6" in train_tiny("schedule.steps=6", "checkpoint.every_steps=2").output
     continued = train_tiny("schedule.steps=6", "checkpoint.every_steps=2", "--allow", "schedule.steps")
     assert continued.exit_code == 0, continued.output
     straight = train_tiny("schedule.steps=6", "checkpoint.every_steps=2", "--run", "straight")
