@@ -37,7 +37,9 @@ def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
     return source, open_heldout(recipe.data, recipe.model.vocab_size, recipe.log.evaluate_rows)
 
 
-def measured_peak(recipe: Recipe, run: Run) -> Peak:
-    """The matrix-multiply peak of the device that the run is on, in its compute dtype."""
+def measured_peak(recipe: Recipe, backend: Backend, run: Run) -> Peak:
+    """The matrix-multiply peak of the device that the run is on, in its compute dtype; unknown for a backend that computes nothing."""
+    if not backend.trains:
+        return Peak(None, f"the {backend.name} backend computes nothing")
     device = torch.device(run.fingerprint()["device_type"])
     return measured_matmul_peak(device, getattr(torch, recipe.precision.compute))

@@ -78,7 +78,7 @@ def _measure(recipe: str, overrides: tuple[str, ...], steps: int, warmup: int, t
     backend, options = backend_options(file)
     source = bench_source(file.recipe)
     run = backend.prepare(Job(file.recipe, Plan(0, steps), options, plain_weights(file.recipe.model)))
-    peak: Peak = measured_peak(file.recipe, run)
+    peak: Peak = measured_peak(file.recipe, backend, run)
     compiled = "-compile" if file.recipe.backend.options.get("compile") else ""
     name = f"weftrain-{backend.name}-{file.recipe.precision.compute}{compiled}"
     return measure(run, file.recipe, source, warmup, peak, name)

@@ -6,6 +6,7 @@ where it is complete. A signal finishes the step, saves, and exits with 128 + it
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import sys
@@ -28,13 +29,16 @@ from weftrain.core.recipe_file import RecipeFile, load_recipe
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder that holds run folders.")
 @click.option("--run", "run_name", help="Name of the run folder.  [default: the recipe's name]")
+@click.option("--backend", help="Another backend than the recipe's (`weftrain backends` lists them).")
 @click.option("--allow", multiple=True, metavar="KEY", help="Resume although this key of the recipe has changed (repeatable).")
-def train(recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str | None, allow: tuple[str, ...]) -> None:
+def train(recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str | None, backend: str | None, allow: tuple[str, ...]) -> None:
     """Train RECIPE, a built-in name or the path of a .yaml file; again: resume it, or say that it is complete.
 
     KEY.SUB=VALUE lays a value over the recipe, e.g. schedule.steps=100. SIGTERM and Ctrl-C finish the step, save, and exit (143, 130).
     """
     console = Console(highlight=False, soft_wrap=True)
+    if backend is not None:
+        overrides = (*overrides, f"backend.name={json.dumps(backend)}")  # quoted: the backend named null is no YAML null
     file = load_recipe(recipe, overrides)
     name = run_name or file.recipe.name
     if Path(name).name != name or name in (".", ".."):
@@ -83,7 +87,7 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
             run.import_state(start.state)
         fingerprint = run.fingerprint()
         folder.write_environment(fingerprint)
-        peak = measured_peak(recipe, run)
+        peak = measured_peak(recipe, backend, run)
         _announce(console, recipe, fingerprint, peak, folder.path, first)
         speed = Speed(flops_per_token(recipe.model, recipe.data.sequence_length), peak.flops)
         parent = None if start is None else start.root
@@ -107,7 +111,7 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
                     bar.say(f"warning: another checkpoint of step {done} was moved to {progress.saved.set_aside.name}")
                 bar.update(done, loss)
             if not stop.number:
-                metrics.event("end", step=done, peak_flops=measured_peak(recipe, run).flops, **basis)
+                metrics.event("end", step=done, peak_flops=measured_peak(recipe, backend, run).flops, **basis)
         run.close()
     if stop.number:
         console.print(f"stopped after step {done} and saved; the same command resumes")
