@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
 from weftrain.core.config import Count, Section
 from weftrain.core.errors import BackendError, CheckpointError, NonFiniteError
+from weftrain.core.host_memory import huge_page_bytes, use_huge_pages
 from weftrain.core.model import Decoder, draw, kernel_specs, rotary_tables
 from weftrain.core.optim import ParameterGroup, group_learning_rates, parameter_groups
 from weftrain.core.parameters import Role, parameter_specs
@@ -39,6 +40,7 @@ class LocalOptions(Section):
     compile: bool = False  # torch.compile, one graph for all blocks
     activation_checkpointing: Literal["none", "full"] = "none"  # full: keep each block's input alone, recompute the rest
     threads: Count = 0  # CPU threads; 0: torch's own choice
+    huge_pages: bool = True  # on a CPU: tensors in huge pages that the process keeps (core/host_memory.py); no bit changes
 
 
 class LocalRun:
@@ -298,8 +300,8 @@ class LocalRun:
         }
 
     def stats(self) -> dict[str, float]:
-        """Resident memory now and, on cuda, the peak that torch allocated there."""
-        stats = {"memory_bytes": float(psutil.Process(os.getpid()).memory_info().rss)}
+        """Resident memory now, in huge pages too, and, on cuda, the peak that torch allocated there."""
+        stats = {"memory_bytes": float(psutil.Process(os.getpid()).memory_info().rss), "huge_page_bytes": float(huge_page_bytes())}
         if self._device.type == "cuda":
             stats["device_peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(self._device))
         return stats
@@ -348,6 +350,8 @@ class LocalBackend:
             raise BackendError("backend.options.compile needs a C++ compiler (g++ or clang++) on PATH: install one or set compile=false")
         if options.threads:
             torch.set_num_threads(options.threads)
+        if options.huge_pages and device.type == "cpu":
+            use_huge_pages()  # where it cannot be, stats() shows it: huge_page_bytes stays 0
         return LocalRun(job, options, device)
 
 

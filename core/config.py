@@ -200,7 +200,7 @@ class BatchConfig(Section):
 class KernelsConfig(Section):
     """Who implements the ops. A preference may fall through to the next; a pin (`op`, or `op@module-name-glob`) never does."""
 
-    preferences: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("torch", "reference")
+    preferences: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("flash_attn", "cpp", "torch", "triton", "reference")
     pins: dict[str, str] = Field(default_factory=dict)
 
 

@@ -2,7 +2,8 @@
 
 What a reader would get wrong: these are written to be *right*, not fast, and in fp32 their forward equals Hugging Face's eager Llama bit
 for bit, so the order of multiplications below is part of the contract. Layouts: activations [..., hidden], heads [B, T, H, D].
-Everything is differentiated by autograd; what that saves is noted at each op. Tensors may be non-contiguous.
+Everything is differentiated by autograd; what that saves is noted at each op. Tensors may be non-contiguous. What cannot be meant is
+refused with a KernelError by the op's check in kernels/arguments.py.
 """
 
 from __future__ import annotations
@@ -13,6 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weftrain.kernels.arguments import (
+    check_adamw,
+    check_attention,
+    check_cross_entropy,
+    check_grad_norm,
+    check_layer_norm,
+    check_linear_cross_entropy,
+    check_rms_norm,
+    check_rope,
+    check_swiglu,
+)
 from weftrain.kernels.contract import Implementation
 
 
@@ -21,6 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
     Reduced in fp32 and multiplied by the fp32 weight *before* the cast back, as Amber does (arXiv 1910.07467). Saves x in fp32.
     """
+    check_rms_norm(x, weight)
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     return (weight.float() * normed).to(x.dtype)
@@ -28,6 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
     """x [..., n], weight and bias [n] -> x.dtype [..., n]. Statistics and affine map in fp32 (arXiv 1607.06450). Saves x in fp32."""
+    check_layer_norm(x, weight, bias)
     return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), bias.float(), eps).to(x.dtype)
 
 
@@ -37,6 +51,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int, interleaved: b
     The first rotary_dim dimensions turn, the others pass. Pairs are (i, i + rotary_dim/2), or (2i, 2i+1) where interleaved.
     cos and sin are cast to x.dtype after the trigonometry, and the products are taken in x.dtype. Saves cos and sin.
     """
+    check_rope(x, cos, sin, rotary_dim)
     cos = cos.to(x.dtype)[:, None, :]  # [T, 1, rotary_dim / 2]
     sin = sin.to(x.dtype)[:, None, :]
     turning = x[..., :rotary_dim]
@@ -55,6 +70,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int, interleaved: b
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """gate, up [..., n] -> silu(gate) * up in their dtype (arXiv 2002.05202). Saves both and silu(gate)."""
+    check_swiglu(gate, up)
     return F.silu(gate) * up
 
 
@@ -64,6 +80,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: 
     Query t sees keys document_start[b, t]..t (int32 [B, T], values in 0..t; None: 0). Scores in q.dtype, softmax in fp32, probabilities
     cast to q.dtype before they meet v. Saves q, k, v and the [B, H, T, T] probabilities.
     """
+    check_attention(q, k, v, document_start)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [B, H, T, D]
     position = torch.arange(q.shape[2], device=q.device)
     hidden = position[None, :] > position[:, None]  # [query, key]
@@ -79,13 +96,16 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, 
     """logits [N, V], labels int64 [N] -> fp32 [N]: logsumexp(s x) - (s x)[label] + z_loss * logsumexp(s x)^2, and 0 where ignored.
 
     Scaled and reduced in fp32; z_loss as in PaLM (arXiv 2204.02311, section 5). Saves the log-probabilities in fp32.
+    A label outside 0..V-1 gives NaN where values are not looked at (kernels/arguments.py).
     """
+    check_cross_entropy(logits, labels, ignore_index)
+    outside = ((labels < 0) | (labels >= logits.shape[1])) & (labels != ignore_index)
     scaled = logits.float() * logits_scale
-    loss = F.cross_entropy(scaled, labels, ignore_index=ignore_index, reduction="none")
+    loss = F.cross_entropy(scaled, labels.masked_fill(outside, 0), ignore_index=ignore_index, reduction="none")
     if z_loss:
         penalty = z_loss * torch.logsumexp(scaled, -1).square()
         loss = loss + penalty.masked_fill(labels == ignore_index, 0.0)
-    return loss
+    return loss.masked_fill(outside, float("nan"))
 
 
 def linear_cross_entropy(
@@ -101,6 +121,7 @@ def linear_cross_entropy(
 
     Logits are rounded to hidden.dtype by the product, then scaled in fp32. Saves all [N, V] logits.
     """
+    check_linear_cross_entropy(hidden, weight, labels, ignore_index)
     logits = F.linear(hidden, weight)
     return cross_entropy(logits, labels, logits_scale=logits_scale, ignore_index=ignore_index, z_loss=z_loss).sum()
 
@@ -123,15 +144,16 @@ def adamw(
 ) -> None:
     """One AdamW update of one parameter group, in place (arXiv 1711.05101).
 
-    parameters, exp_avgs, exp_avg_sqs: fp32; gradients: fp32 or bf16, left as they were; copies: bf16 compute copies to refresh from the
-    new parameters, or None. update_index: t, from 1. gradient_scale: 0-dim fp32 (the clip coefficient), multiplied into each gradient.
+    parameters, exp_avgs, exp_avg_sqs: fp32; gradients: fp32, bf16 or fp16, left as they were; copies: bf16 or fp16 compute copies to
+    refresh from the new parameters, or None. update_index: t, from 1. gradient_scale: 0-dim fp32 (the clip coefficient), multiplied into
+    each gradient.
     eps_placement:
       after_bias_correction (torch.optim.AdamW, bit for bit):
         p *= 1 - lr wd;  p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
       before_bias_correction (cerebras_pytorch's AdamW):
         p -= lr * (m / (sqrt(v) + eps) * sqrt(1 - b2^t) / (1 - b1^t) + wd p)
-    Raises ValueError for another eps_placement.
     """
+    check_adamw(parameters, gradients, exp_avgs, exp_avg_sqs, copies, update_index, eps_placement, gradient_scale)
     correction1 = 1 - beta1**update_index
     correction2_sqrt = (1 - beta2**update_index) ** 0.5
     for index, (parameter, exp_avg, exp_avg_sq) in enumerate(zip(parameters, exp_avgs, exp_avg_sqs, strict=True)):
@@ -142,11 +164,9 @@ def adamw(
             parameter.mul_(1 - learning_rate * weight_decay)
             denominator = (exp_avg_sq.sqrt() / correction2_sqrt).add_(eps)
             parameter.addcdiv_(exp_avg, denominator, value=-learning_rate / correction1)
-        elif eps_placement == "before_bias_correction":
+        else:
             update = exp_avg / exp_avg_sq.sqrt().add_(eps) * (correction2_sqrt / correction1)
             parameter.sub_(learning_rate * (update + weight_decay * parameter))
-        else:
-            raise ValueError(f"eps_placement '{eps_placement}' is neither 'after_bias_correction' nor 'before_bias_correction'")
         if copies is not None:
             copies[index].copy_(parameter)
 
@@ -156,6 +176,7 @@ def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
 
     For fp32 gradients bit for bit what torch.nn.utils.clip_grad_norm_ computes; the order of tensors is part of the result.
     """
+    check_grad_norm(gradients)
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms))
 

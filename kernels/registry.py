@@ -3,8 +3,9 @@
 What a reader would get wrong: there is no dispatch. `select` runs before the first step and hands out plain callables; a *preference*
 may fall through to the next source (the manifest says why), a *pin* never does. Nothing here reads the environment or patches a module.
 
-Implementations are found in three places: kernels/reference.py, every module of every `kernels/*_ops/` folder that defines
-`IMPLEMENTATION` (one, or a list of variants tried in order), and the entry points of group `weftrain.kernels`.
+Implementations are found in three places: kernels/reference.py, every module of every `kernels/*_ops/` folder (each defines
+`IMPLEMENTATION`, one or a list of variants tried in order; those that begin with an underscore are helpers), and the entry points of
+group `weftrain.kernels`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +30,8 @@ from weftrain.kernels.contract import Implementation, KernelError, Spec
 from weftrain.kernels.ops import OPS
 
 ENTRY_POINT_GROUP = "weftrain.kernels"
-DEFAULT_PREFERENCES = ("torch", "reference")
+# Sources that are deterministic by contract, in the order in which they are asked; core.config repeats it, and a test compares the two.
+DEFAULT_PREFERENCES = ("flash_attn", "cpp", "torch", "triton", "reference")
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,17 @@ def load_catalog() -> Catalog:
         if not (folder.ispkg and folder.name.endswith("_ops")):
             continue
         subpackage = importlib.import_module(f"{package.__name__}.{folder.name}")
+        requires = getattr(subpackage, "REQUIRES", None)
+        missing = requires is not None and importlib.util.find_spec(requires) is None
         for module in pkgutil.iter_modules(subpackage.__path__):
-            loaded = importlib.import_module(f"{subpackage.__name__}.{module.name}")
-            _add(catalog, getattr(loaded, "IMPLEMENTATION", ()), f"kernels/{folder.name}/{module.name}.py")
+            if module.name.startswith("_"):
+                continue  # a helper of its folder
+            if missing:
+                offered: Any = _not_installed(module.name, requires, subpackage.HOW_TO_INSTALL)
+            else:
+                loaded = importlib.import_module(f"{subpackage.__name__}.{module.name}")
+                offered = loaded.IMPLEMENTATION
+            _add(catalog, offered, f"kernels/{folder.name}/{module.name}.py")
     for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         origin = f"entry point '{entry_point.name}' ({entry_point.value})"
         try:
@@ -80,6 +91,15 @@ def load_catalog() -> Catalog:
             raise KernelError(f"kernel {origin} cannot be loaded: {error}; repair or uninstall the package that provides it") from error
         _add(catalog, loaded, origin)
     return catalog
+
+
+def _not_installed(op: str, package: str, remedy: str) -> Implementation:
+    """The row of an op file (named after its op) whose folder needs a package that is not there."""
+
+    def function(*_: Any, **__: Any) -> Any:
+        raise KernelError(f"{op} of source '{package}' was called, but {package} is not installed: {remedy}")
+
+    return Implementation(op, package, function, lambda spec: f"{package} is not installed: {remedy}", "not installed")
 
 
 def _add(catalog: Catalog, offered: Any, origin: str) -> None:

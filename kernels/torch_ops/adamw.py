@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from weftrain.kernels.arguments import check_adamw
 from weftrain.kernels.contract import Implementation
-from weftrain.kernels.torch_ops.generated import needs_compiler
+from weftrain.kernels.torch_ops._generated import needs_compiler
 
 
 @torch.no_grad()
@@ -35,10 +36,9 @@ def adamw(
 ) -> None:
     """One AdamW update in place, arguments as in kernels/reference.py; all but the gradients contiguous.
 
-    28 bytes a parameter are moved with bf16 gradients and copies. Raises ValueError for an unknown eps_placement.
+    28 bytes a parameter are moved with bf16 gradients and copies. Raises KernelError (kernels/arguments.py).
     """
-    if eps_placement not in _UPDATES:
-        raise ValueError(f"eps_placement '{eps_placement}' is neither {' nor '.join(repr(name) for name in _UPDATES)}")
+    check_adamw(parameters, gradients, exp_avgs, exp_avg_sqs, copies, update_index, eps_placement, gradient_scale)
     if not parameters:
         return
     correction1 = 1 - beta1**update_index

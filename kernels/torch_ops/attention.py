@@ -1,4 +1,4 @@
-"""attention: blocks of queries on a CPU, scaled_dot_product_attention elsewhere.
+"""attention: blocks of queries on a CPU (source `torch`), and scaled_dot_product_attention for who names it (source `sdpa`).
 
 What a reader would get wrong: the CPU version is not a flash kernel. At training lengths the fused CPU kernel is slower than plain batched
 matrix products: a block of queries meets only the prefix of keys that it can see, so half of the square is never computed, and the
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weftrain.kernels.arguments import check_attention
 from weftrain.kernels.contract import Implementation, Spec
 
 # At [2, 512, 8, 64] in bf16 on two idle cores, compiled, forward + backward: blocks of 64 queries 15.1 ms, 128 10.6 ms, 256 11.5 ms,
@@ -28,6 +29,7 @@ def attention_blocked(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document
     Products in q.dtype, scale, mask and softmax in fp32; dk and dv are summed over query blocks in fp32. Deterministic.
     Saves q, k, v and for T <= 1024 the visible probabilities in q.dtype.
     """
+    check_attention(q, k, v, document_start)
     return _Blocked.apply(q, k, v, scale, document_start)
 
 
@@ -99,8 +101,11 @@ def _tokens_first(x: Tensor, heads: int) -> Tensor:
 def attention_fused(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
     """Causal self-attention by scaled_dot_product_attention: q, k, v [B, T, H, D] -> [B, T, H, D] (kernels/reference.py).
 
-    With document_start a [B, 1, T, T] mask is built. Its backward is deterministic only under torch.use_deterministic_algorithms.
+    With document_start a [B, 1, T, T] mask is built. On CUDA its backward adds dq with float atomics, so bits differ from run to run
+    unless torch.use_deterministic_algorithms is set: therefore a source of its own, in no default preference. On a CPU torch 2.13's
+    kernel hides an Inf in k and lets a NaN of a later key into earlier queries; `kernels bench` times it there, nobody else gets it.
     """
+    check_attention(q, k, v, document_start)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [B, H, T, D]
     if document_start is None:
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -112,14 +117,21 @@ def attention_fused(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_s
 
 
 def _needs_cpu(spec: Spec) -> str | None:
-    return None if spec.device == "cpu" else f"written for a CPU, not for {spec.device}"
+    if spec.device == "cpu":
+        return None
+    return (
+        f"written for a CPU, not for {spec.device}; scaled_dot_product_attention, whose CUDA backward adds with float atomics, is the "
+        "source named sdpa"
+    )
 
 
 def _needs_accelerator(spec: Spec) -> str | None:
-    return "slower than blocks of queries on a CPU" if spec.device == "cpu" else None
+    if spec.device != "cpu":
+        return None
+    return "on a CPU its kernel hides an Inf in k and lets a NaN of a later key into earlier queries, and is slower than source torch"
 
 
 IMPLEMENTATION = [
     Implementation("attention", "torch", attention_blocked, _needs_cpu),
-    Implementation("attention", "torch", attention_fused, _needs_accelerator),
+    Implementation("attention", "sdpa", attention_fused, _needs_accelerator),
 ]

@@ -5,19 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from weftrain.kernels.arguments import check_cross_entropy
 from weftrain.kernels.contract import Implementation
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0) -> Tensor:
     """logits [N, V], labels int64 [N] -> token losses fp32 [N], 0 where ignored (kernels/reference.py). Saves logits in fp32."""
+    check_cross_entropy(logits, labels, ignore_index)
     scaled = logits.float() * logits_scale
     kept = labels != ignore_index
-    label = torch.where(kept, labels, 0)
+    outside = kept & ((labels < 0) | (labels >= logits.shape[1]))
+    label = torch.where(kept & ~outside, labels, 0)
     logsumexp = torch.logsumexp(scaled, -1)
     loss = logsumexp - scaled.gather(1, label[:, None]).squeeze(1)
     if z_loss:
         loss = loss + z_loss * logsumexp.square()
-    return torch.where(kept, loss, 0.0)
+    return torch.where(kept, loss, 0.0).masked_fill(outside, float("nan"))
 
 
 IMPLEMENTATION = Implementation("cross_entropy", "torch", cross_entropy)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from weftrain.kernels.arguments import check_grad_norm
 from weftrain.kernels.contract import Implementation
-from weftrain.kernels.torch_ops.generated import needs_compiler
+from weftrain.kernels.torch_ops._generated import needs_compiler
 
 _ROW = 4096
 
@@ -21,6 +22,7 @@ _ROW = 4096
 @torch.no_grad()
 def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Global L2 norm, 0-dim fp32 (kernels/reference.py). Deterministic for a given number of threads."""
+    check_grad_norm(gradients)
     sum_of_squares = _compiled_sum_of_squares()
     norms = []
     for gradient in gradients:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from weftrain.kernels.arguments import check_layer_norm
 from weftrain.kernels.contract import Implementation
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
     """x [..., n], weight and bias [n] -> x.dtype [..., n] (kernels/reference.py). fp32 throughout, rounded once. Saves x in fp32."""
+    check_layer_norm(x, weight, bias)
     return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), bias.float(), eps).to(x.dtype)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weftrain.kernels.arguments import check_linear_cross_entropy
 from weftrain.kernels.contract import Implementation
 from weftrain.kernels.reference import cross_entropy
 
@@ -35,6 +36,7 @@ def linear_cross_entropy(
     Products in hidden.dtype, softmax in fp32. dW is summed over chunks in fp32. Saves dhidden [N, D] in hidden.dtype and dW [V, D] in
     fp32 (one chunk: weight.dtype). Peak beyond that: one chunk of logits in fp32, about 64 MiB on a CPU.
     """
+    check_linear_cross_entropy(hidden, weight, labels, ignore_index)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LossAndGradients.apply(hidden, weight, labels, logits_scale, ignore_index, z_loss)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -89,7 +91,8 @@ def _chunk(
     """
     scaled = F.linear(hidden, weight).float() * logits_scale
     kept = (labels != ignore_index)[:, None]
-    label = torch.where(kept, labels[:, None], 0)
+    outside = kept & ((labels < 0) | (labels >= weight.shape[0]))[:, None]  # NaN: values are not looked at on every device
+    label = torch.where(kept & ~outside, labels[:, None], 0)
     at_label = scaled.gather(1, label)
     maximum = scaled.amax(-1, keepdim=True)
     exponential = (scaled - maximum).exp()
@@ -102,7 +105,8 @@ def _chunk(
         stretch = 1 + 2 * z_loss * logsumexp
     slope_at_label = (at_label - maximum).exp() - total / stretch
     slope = exponential.to(hidden.dtype).scatter(1, label, slope_at_label.to(hidden.dtype))
-    return (loss * kept).sum(), slope, kept * (stretch * logits_scale / total)
+    loss = loss.masked_fill(~kept, 0.0).masked_fill(outside, float("nan"))
+    return loss.sum(), slope, kept * (stretch * logits_scale / total)
 
 
 IMPLEMENTATION = Implementation("linear_cross_entropy", "torch", linear_cross_entropy)

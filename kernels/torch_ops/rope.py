@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from weftrain.kernels.arguments import check_rope
 from weftrain.kernels.contract import Implementation
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int, interleaved: bool) -> Tensor:
     """x [B, T, H, D], cos and sin fp32 [T, rotary_dim / 2] -> x.dtype [B, T, H, D] (kernels/reference.py). Saves cos and sin."""
+    check_rope(x, cos, sin, rotary_dim)
     cos = cos.to(x.dtype)[:, None, :]  # [T, 1, rotary_dim / 2]
     sin = sin.to(x.dtype)[:, None, :]
     if interleaved:

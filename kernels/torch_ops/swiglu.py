@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from weftrain.kernels.arguments import check_swiglu
 from weftrain.kernels.contract import Implementation
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """gate, up [..., n] -> silu(gate) * up in their dtype (kernels/reference.py). Saves both; eagerly also silu(gate)."""
+    check_swiglu(gate, up)
     return F.silu(gate) * up
 
 

@@ -1,0 +1,200 @@
+"""What the arguments of each op must be: one check an op, the first line of every implementation, so all refuse the same in the same words.
+
+What a reader would get wrong: *values* (labels, document starts) are looked at only where looking is free: on a CPU, outside compiled
+graphs. Elsewhere it would cost a synchronisation; there a label outside the vocabulary makes its token's loss NaN, and the step does
+not happen. No implementation reads out of bounds for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from weftrain.kernels.contract import KernelError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+EPS_PLACEMENTS = ("after_bias_correction", "before_bias_correction")
+
+
+def check_rms_norm(x: Tensor, weight: Tensor) -> None:
+    """x [..., n], weight [n]; any of fp32, bf16, fp16, each its own."""
+    _floating("rms_norm", x=x, weight=weight)
+    _norm_shapes("rms_norm", x, weight=weight)
+
+
+def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """x [..., n], weight and bias [n]; any of fp32, bf16, fp16, each its own."""
+    _floating("layer_norm", x=x, weight=weight, bias=bias)
+    _norm_shapes("layer_norm", x, weight=weight, bias=bias)
+
+
+def check_rope(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> None:
+    """x [B, T, H, D], cos and sin [T, rotary_dim / 2]; rotary_dim even, in 2..D."""
+    _floating("rope", x=x, cos=cos, sin=sin)
+    _rank("rope", 4, "[B, T, H, D]", x=x)
+    if rotary_dim % 2 or not 2 <= rotary_dim <= x.shape[-1]:
+        raise KernelError(f"rope: rotary_dim {rotary_dim} must be even and in 2..{x.shape[-1]}, the head dimension")
+    wanted = (x.shape[1], rotary_dim // 2)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if tuple(table.shape) != wanted:
+            raise KernelError(f"rope: {name} is {list(table.shape)}; it must be [T, rotary_dim / 2] = {list(wanted)}")
+
+
+def check_swiglu(gate: Tensor, up: Tensor) -> None:
+    """gate and up of one shape, dtype and device."""
+    _floating("swiglu", gate=gate, up=up)
+    _alike("swiglu", gate=gate, up=up)
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None) -> None:
+    """q, k, v [B, T, H, D] of one shape, dtype and device; document_start int32 [B, T] or None, values in 0..t."""
+    _floating("attention", q=q, k=k, v=v)
+    _rank("attention", 4, "[B, T, H, D]", q=q)
+    _alike("attention", q=q, k=k, v=v)
+    if document_start is None:
+        return
+    if document_start.dtype != torch.int32 or tuple(document_start.shape) != tuple(q.shape[:2]):
+        found = f"{_dtype(document_start)} {list(document_start.shape)}"
+        raise KernelError(f"attention: document_start is {found}; it must be int32 [B, T] = {list(q.shape[:2])}")
+    _same_device("attention", q=q, document_start=document_start)
+    if _looking_is_free(document_start):
+        wrong = (document_start < 0) | (document_start > torch.arange(q.shape[1], dtype=torch.int32))
+        if bool(wrong.any()):
+            row, query = wrong.nonzero()[0].tolist()
+            start = int(document_start[row, query])
+            raise KernelError(f"attention: document_start[{row}, {query}] is {start}; it must be in 0..{query}, at or before its query")
+
+
+def check_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+    """logits [N, V], labels int64 [N], each ignore_index or in 0..V-1."""
+    _floating("cross_entropy", logits=logits)
+    _rank("cross_entropy", 2, "[N, V]", logits=logits)
+    _labels("cross_entropy", labels, logits, rows=logits.shape[0], vocab=logits.shape[1], ignore_index=ignore_index)
+
+
+def check_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> None:
+    """hidden [N, D], weight [V, D] of hidden's dtype, labels int64 [N], each ignore_index or in 0..V-1."""
+    op = "linear_cross_entropy"
+    _floating(op, hidden=hidden, weight=weight)
+    _rank(op, 2, "[N, D]", hidden=hidden)
+    _rank(op, 2, "[V, D]", weight=weight)
+    if hidden.shape[1] != weight.shape[1]:
+        raise KernelError(f"{op}: hidden is {list(hidden.shape)} and weight {list(weight.shape)}; their last dimensions must agree")
+    if hidden.dtype != weight.dtype:
+        raise KernelError(f"{op}: hidden is {_dtype(hidden)} and weight {_dtype(weight)}; they must agree")
+    _labels(op, labels, hidden, rows=hidden.shape[0], vocab=weight.shape[0], ignore_index=ignore_index)
+
+
+def check_adamw(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor] | None,
+    update_index: int,
+    eps_placement: str,
+    gradient_scale: Tensor,
+) -> None:
+    """Lists of equal length, tensors of equal shape; fp32 state, contiguous but for the gradients."""
+    if eps_placement not in EPS_PLACEMENTS:
+        raise KernelError(f"adamw: eps_placement '{eps_placement}' is neither {' nor '.join(repr(name) for name in EPS_PLACEMENTS)}")
+    if update_index < 1:
+        raise KernelError(f"adamw: update_index is {update_index}; it counts from 1")
+    if gradient_scale.dim() != 0 or gradient_scale.dtype != torch.float32:
+        raise KernelError(f"adamw: gradient_scale is {_dtype(gradient_scale)} {list(gradient_scale.shape)}; it must be a 0-dim fp32 tensor")
+    lists = {"gradients": gradients, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, **({"copies": copies} if copies is not None else {})}
+    for name, tensors in lists.items():
+        if len(tensors) != len(parameters):
+            raise KernelError(f"adamw: {len(parameters)} parameters and {len(tensors)} {name}; the lists must have one length")
+    for index, parameter in enumerate(parameters):
+        for name, tensors in {"parameters": parameters, **lists}.items():
+            tensor = tensors[index]
+            if tensor.shape != parameter.shape or tensor.device != parameter.device:
+                found, wanted = f"{list(tensor.shape)} on {tensor.device}", f"{list(parameter.shape)} on {parameter.device}"
+                raise KernelError(f"adamw: {name}[{index}] is {found}; its parameter is {wanted}")
+            state = name in ("parameters", "exp_avgs", "exp_avg_sqs")
+            allowed = (torch.float32,) if state else FLOATS[1:] if name == "copies" else FLOATS
+            if tensor.dtype not in allowed:
+                raise KernelError(f"adamw: {name}[{index}] is {_dtype(tensor)}; it must be {_names(allowed)}")
+            if name != "gradients" and not tensor.is_contiguous():
+                raise KernelError(f"adamw: {name}[{index}] is not contiguous, and it is updated in place; pass a contiguous tensor")
+    if parameters:
+        _same_device("adamw", parameter=parameters[0], gradient_scale=gradient_scale)
+
+
+def check_grad_norm(gradients: Sequence[Tensor]) -> None:
+    """At least one gradient, each fp32, bf16 or fp16, on one device."""
+    if not gradients:
+        raise KernelError("grad_norm: there are no gradients; give at least one")
+    for index, gradient in enumerate(gradients):
+        if gradient.dtype not in FLOATS:
+            raise KernelError(f"grad_norm: gradients[{index}] is {_dtype(gradient)}; it must be {_names(FLOATS)}")
+        if gradient.device != gradients[0].device:
+            raise KernelError(f"grad_norm: gradients[{index}] is on {gradient.device}, gradients[0] on {gradients[0].device}")
+
+
+# ---- the parts ----------------------------------------------------------------------------------------------------------------------
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _floating(op: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS and tensor.dtype != torch.float64:  # float64: the reference itself, where truth is computed
+            raise KernelError(f"{op}: {name} is {_dtype(tensor)}; it must be {_names(FLOATS)}")
+    _same_device(op, **tensors)
+
+
+def _same_device(op: str, **tensors: Tensor) -> None:
+    (first, reference), *rest = tensors.items()
+    for name, tensor in rest:
+        if tensor.device != reference.device:
+            raise KernelError(f"{op}: {first} is on {reference.device} and {name} on {tensor.device}; move them to one device")
+
+
+def _rank(op: str, rank: int, layout: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dim() != rank:
+            raise KernelError(f"{op}: {name} is {list(tensor.shape)}; it must be {layout}")
+
+
+def _alike(op: str, **tensors: Tensor) -> None:
+    (first, reference), *rest = tensors.items()
+    for name, tensor in rest:
+        if tensor.shape != reference.shape or tensor.dtype != reference.dtype:
+            found, wanted = f"{_dtype(tensor)} {list(tensor.shape)}", f"{_dtype(reference)} {list(reference.shape)}"
+            raise KernelError(f"{op}: {first} is {wanted} and {name} {found}; they must be alike")
+
+
+def _norm_shapes(op: str, x: Tensor, **affine: Tensor) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise KernelError(f"{op}: x is {list(x.shape)}; its last dimension must hold at least one element")
+    for name, tensor in affine.items():
+        if tuple(tensor.shape) != (x.shape[-1],):
+            raise KernelError(f"{op}: {name} is {list(tensor.shape)}; it must be [{x.shape[-1]}], the last dimension of x")
+
+
+def _labels(op: str, labels: Tensor, beside: Tensor, *, rows: int, vocab: int, ignore_index: int) -> None:
+    if vocab == 0:
+        raise KernelError(f"{op}: the vocabulary is empty")
+    if labels.dtype != torch.int64 or tuple(labels.shape) != (rows,):
+        raise KernelError(f"{op}: labels are {_dtype(labels)} {list(labels.shape)}; they must be int64 [N] = [{rows}]")
+    _same_device(op, **{"labels": labels, "the logits' side": beside})
+    if _looking_is_free(labels):
+        wrong = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise KernelError(f"{op}: labels[{row}] is {int(labels[row])}; it must be in 0..{vocab - 1}, or {ignore_index} to be ignored")
+
+
+def _looking_is_free(tensor: Tensor) -> bool:
+    """On a CPU, with real data: not while a graph is traced, where there are no values to look at."""
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()

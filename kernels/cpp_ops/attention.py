@@ -1,0 +1,113 @@
+"""attention for a CPU: each thread takes a head, packs its keys and values once, and goes through blocks of queries.
+
+What a reader would get wrong: it is not a flash kernel. The scores of 64 queries against all their keys fit the second-level cache, so
+softmax is the plain one and the backward subtracts the row sums of the very probabilities that it multiplies with: where a query sees
+one key, its gradient is exactly zero.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weftrain.kernels.arguments import check_attention
+from weftrain.kernels.contract import Implementation, Spec
+from weftrain.kernels.cpp_ops._build import library, needs_bfloat16, pointer, strides, threads, unavailable, version
+
+_LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
+_HEAD_DIMS = 32  # the head dimension is a multiple of this
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
+    """Causal self-attention: q, k, v bf16 [B, T, H, D] -> [B, T, H, D] (kernels/reference.py). D a multiple of 32.
+
+    Products of bf16 summed in fp32, scale, mask and softmax in fp32, probabilities rounded to bf16. Saves q, k, v and the logsumexp,
+    fp32 [B, H, T]; the backward computes the probabilities again. Deterministic, for any number of threads.
+    """
+    check_attention(q, k, v, document_start)
+    return _Attention.apply(q, k, v, scale, document_start)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None) -> Tensor:
+        output, logsumexp = torch.ops.weftrain.cpp_attention_forward(q, k, v, scale, document_start)
+        ctx.save_for_backward(q, k, v, document_start, logsumexp)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, document_start, logsumexp = ctx.saved_tensors
+        return *torch.ops.weftrain.cpp_attention_backward(grad, q, k, v, logsumexp, ctx.scale, document_start), None, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Itself where a head's row is contiguous, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None) -> tuple[Tensor, Tensor]:
+    output, logsumexp = _fake_forward(q, k, v, scale, document_start)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    start = None if document_start is None else document_start.contiguous()
+    library().weftrain_attention_forward(
+        *map(pointer, (q, k, v)), strides(q, k, v), pointer(start), pointer(output), pointer(logsumexp),
+        *map(ctypes.c_int64, q.shape), ctypes.c_float(scale), threads(),
+    )  # fmt: skip
+    return output, logsumexp
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor, scale: float, document_start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _fake_backward(grad, q, k, v, logsumexp, scale, document_start)
+    grad, q, k, v = _rows(grad), _rows(q), _rows(k), _rows(v)
+    start = None if document_start is None else document_start.contiguous()
+    library().weftrain_attention_backward(
+        *map(pointer, (grad, q, k, v)), strides(grad, q, k, v), pointer(start), pointer(logsumexp), *map(pointer, gradients),
+        *map(ctypes.c_int64, q.shape), ctypes.c_float(scale), threads(),
+    )  # fmt: skip
+    return gradients
+
+
+def _fake_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor, scale: float, document_start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    return first, second, third
+
+
+def _define(schema: str, function: Any, fake: Any) -> None:
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, function, "CPU")
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # _Attention is what is differentiated
+    torch.library.register_fake(f"weftrain::{name}", fake, lib=_LIBRARY)
+
+
+_define("cpp_attention_forward(Tensor q, Tensor k, Tensor v, float scale, Tensor? document_start) -> (Tensor, Tensor)", _forward, _fake_forward)
+_define(
+    "cpp_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor logsumexp, float scale, Tensor? document_start)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+
+
+def _needs(spec: Spec) -> str | None:
+    head_dim = spec.attributes["head_dim"]
+    if head_dim % _HEAD_DIMS:
+        return f"needs a head_dim that is a multiple of {_HEAD_DIMS}, this is {head_dim}"
+    return needs_bfloat16(spec) or unavailable(spec)
+
+
+IMPLEMENTATION = Implementation("attention", "cpp", attention, _needs, version())
