@@ -61,3 +61,60 @@ def table_peak(device: torch.device, dtype: torch.dtype) -> Peak:
             flops, source = BF16_PEAK_FLOPS[name]
             return Peak(flops, f"{name}: {source}")
     return Peak(None, "no sourced peak for this device")
+
+
+# Memory bandwidth in bytes/s by torch.cuda.get_device_name(), from the makers' data sheets.
+SOURCED_BANDWIDTH = {
+    "NVIDIA A100-SXM4-40GB": (1555e9, "NVIDIA A100 data sheet"),
+    "NVIDIA A100-SXM4-80GB": (2039e9, "NVIDIA A100 data sheet"),
+    "NVIDIA A100-PCIE-40GB": (1555e9, "NVIDIA A100 data sheet"),
+    "NVIDIA A100 80GB PCIe": (1935e9, "NVIDIA A100 data sheet"),
+    "NVIDIA H100 80GB HBM3": (3.35e12, "NVIDIA H100 data sheet, SXM"),
+    "NVIDIA H100 PCIe": (2.0e12, "NVIDIA H100 data sheet, PCIe"),
+    "NVIDIA H200": (4.8e12, "NVIDIA H200 data sheet, SXM"),
+    "AMD Instinct MI300X": (5.3e12, "AMD Instinct MI300X data sheet"),
+}
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """Bytes/s of main memory and where the figure comes from; None: unknown."""
+
+    bytes_per_second: float | None
+    origin: str
+
+    def __str__(self) -> str:
+        return "unknown" if self.bytes_per_second is None else f"{self.bytes_per_second / 1e9:,.1f} GB/s ({self.origin})"
+
+
+def measured_bandwidth(device: torch.device, size_bytes: int = 2**28, repeats: int = 10) -> Bandwidth:
+    """The best of a copy (2 x size bytes) and a triad a = b + 2 c (3 x size bytes) over fp32 arrays of `size_bytes` each.
+
+    Bytes are those that the program names: the line that a CPU reads before it writes it is not counted, as it is not counted for a
+    kernel. `size_bytes` must be far beyond the last cache.
+    """
+    a, b, c = (torch.full((size_bytes // 4,), value, device=device) for value in (0.0, 1.0, 2.0))
+    best, name = 0.0, ""
+    for pattern, moved in (("copy", 2 * size_bytes), ("triad", 3 * size_bytes)):
+        for repeat in range(repeats + 2):
+            start = time.perf_counter()
+            if pattern == "copy":
+                a.copy_(b)
+            else:
+                torch.add(b, c, alpha=2.0, out=a)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            rate = moved / (time.perf_counter() - start)
+            if repeat >= 2 and rate > best:
+                best, name = rate, pattern
+    return Bandwidth(best, f"measured: {name} of {size_bytes // 2**20} MiB arrays, best of {repeats}")
+
+
+def table_bandwidth(device: torch.device) -> Bandwidth:
+    """The data sheet's bandwidth of a GPU; unknown for every other device."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if name in SOURCED_BANDWIDTH:
+            rate, source = SOURCED_BANDWIDTH[name]
+            return Bandwidth(rate, f"{name}: {source}")
+    return Bandwidth(None, "no sourced bandwidth for this device")

@@ -21,6 +21,7 @@ VERBS = {
     "eval": ("weftrain.cli.evaluate", "evaluate"),
     "show": ("weftrain.cli.show", "show"),
     "backends": ("weftrain.cli.backends", "backends"),
+    "kernels": ("weftrain.cli.kernels", "kernels"),
     "bench": ("weftrain.cli.bench", "bench"),
 }
 

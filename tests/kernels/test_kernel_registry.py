@@ -62,11 +62,16 @@ def test_every_op_has_a_reference_and_every_row_of_the_table_a_state() -> None:
     assert {row.source for row in rows} >= {"reference", "torch"}
 
 
-def test_the_table_takes_the_variant_of_the_device() -> None:
-    cpu, cuda = (
-        select(uses("layers.0.attention", device=device)).function("attention", "layers.0.attention") for device in ("cpu", "cuda")
-    )
-    assert (cpu.__name__, cuda.__name__) == ("attention_blocked", "attention_fused")
+def test_a_variant_is_for_its_device_and_atomics_have_a_name() -> None:
+    cpu = select(uses("layers.0.attention")).function("attention", "layers.0.attention")
+    assert cpu.__name__ == "attention_blocked"
+    entry = select(uses("layers.0.attention", device="cuda")).manifest["ops"]["attention"][0]
+    assert "is the source named sdpa" in entry["passed_over"]["torch"]
+    assert entry["source"] != "sdpa"
+    named = select(uses("layers.0.attention", device="cuda"), pins={"attention": "sdpa"}).function("attention", "layers.0.attention")
+    assert named.__name__ == "attention_fused"
+    with pytest.raises(KernelError, match=r"'attention' = 'sdpa' cannot be used .* on cpu: on a CPU its kernel hides an Inf in k"):
+        select(uses("layers.0.attention"), pins={"attention": "sdpa"})
 
 
 def test_preferences_in_order_and_the_manifest_says_why() -> None:
@@ -75,8 +80,10 @@ def test_preferences_in_order_and_the_manifest_says_why() -> None:
     (entry,) = selection.manifest["ops"]["attention"]
     assert entry["modules"] == list(LAYERS)
     assert entry["source"] == "reference"
-    assert entry["passed_over"] == {"torch": "'reference' is preferred"}
-    assert select(uses(*LAYERS), ["torch"]).manifest["ops"]["attention"][0]["passed_over"] == {"reference": "not among kernels.preferences"}
+    assert entry["passed_over"]["torch"] == "'reference' is preferred"
+    assert set(entry["passed_over"]) == set(load_catalog()["attention"]) - {"reference"}
+    passed_over = select(uses(*LAYERS), ["torch"]).manifest["ops"]["attention"][0]["passed_over"]
+    assert passed_over["reference"] == passed_over["sdpa"] == "not among kernels.preferences"
 
 
 def test_a_preference_falls_through_with_its_reason(offer: Callable[..., None]) -> None:
@@ -191,6 +198,6 @@ def test_the_manifest_is_json_and_hashes_the_file(tmp_path: Path, offer: Callabl
 
 def test_without_a_compiler_the_optimizer_ops_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    entry = select(uses("optimizer", op="adamw")).manifest["ops"]["adamw"][0]
+    entry = select(uses("optimizer", op="adamw"), ["torch", "reference"]).manifest["ops"]["adamw"][0]
     assert entry["source"] == "reference"
     assert entry["passed_over"]["torch"] == "torch.compile needs the C++ compiler 'no-such-compiler', which is not on PATH"

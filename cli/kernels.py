@@ -1,0 +1,366 @@
+"""`weftrain kernels`: who implements which op, whether it is right, whether it compiles, how fast it is.
+
+What a reader would get wrong: `check` and `bench` run in this process on what can run here; `--interpret` starts another one, because
+Triton decides when it is imported whether it interprets, and an interpreting process cannot compile.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from weftrain.cli.display import Bar
+
+if TYPE_CHECKING:
+    from weftrain.analysis.kernel_bench import Measurement, Report
+    from weftrain.kernels.checks import Finding
+    from weftrain.kernels.compile_gate import Row
+
+DTYPES = ("float32", "bfloat16", "float16")
+_OPS = click.option("--op", "ops", multiple=True, metavar="OP", help="Only this op (repeatable).")
+_SOURCES = click.option("--source", "sources", multiple=True, metavar="SOURCE", help="Only this source (repeatable).")
+_DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device type.")
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_JSON = click.option("--json", "json_path", type=_FILE, metavar="FILE", help="Write the result there.")
+
+
+@click.group(invoke_without_command=True)
+@click.option("--device", "devices", type=click.Choice(["cpu", "cuda"]), multiple=True, help="Only this device type; default: both.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Dtype of the activations.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.pass_context
+def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: bool) -> None:
+    """Every op x source x device: usable, or the reason why not. Subcommands check, compile and measure them."""
+    if ctx.invoked_subcommand is not None:
+        return
+    import torch
+
+    from weftrain.kernels import DEFAULT_PREFERENCES, table
+
+    found = {device: table(device, getattr(torch, dtype)) for device in devices or ("cpu", "cuda")}
+    if as_json:
+        rows = [
+            {"op": row.op, "source": row.source, "version": row.version, "device": device, "dtype": dtype, "reason": row.reason}
+            for device, by_op in found.items()
+            for row in by_op
+        ]
+        click.echo(json.dumps({"schema_version": 1, "preferences": list(DEFAULT_PREFERENCES), "rows": rows}, indent=1))
+        return
+    console = _console()
+    shown = Table("op", "source", "version", *found, box=None, pad_edge=False)
+    reasons: dict[str, int] = {}
+    previous = ""
+    for rows_of_one in zip(*found.values(), strict=True):
+        first = rows_of_one[0]
+        states = ["ok" if row.reason is None else f"no ({reasons.setdefault(row.reason, len(reasons) + 1)})" for row in rows_of_one]
+        shown.add_row("" if first.op == previous else first.op, first.source, first.version, *states)
+        previous = first.op
+    _print_table(shown)
+    for reason, number in reasons.items():
+        console.print(f"({number}) {reason}", markup=False)
+    console.print(f"asked in this order unless a recipe says otherwise: {', '.join(DEFAULT_PREFERENCES)}", markup=False)
+
+
+# ---- check --------------------------------------------------------------------------------------------------------------------------
+
+
+@kernels.command("check")
+@_OPS
+@_SOURCES
+@_DEVICE
+@click.option("--dtype", "dtypes", type=click.Choice(DTYPES), multiple=True, help="Only this dtype (repeatable); default: all three.")
+@click.option("--check", "checks", multiple=True, metavar="CHECK", help="Only this check (repeatable).")
+@click.option("--interpret", is_flag=True, help="Run Triton kernels on the CPU, under Triton's interpreter, in a process of its own.")
+@_JSON
+def check(
+    ops: tuple[str, ...],
+    sources: tuple[str, ...],
+    device: str,
+    dtypes: tuple[str, ...],
+    checks: tuple[str, ...],
+    interpret: bool,
+    json_path: Path | None,
+) -> None:
+    """Hold implementations to the contract: numerics, composition, bounds, bad input. Exit code 1 if one fails."""
+    if interpret:
+        if device != "cpu":
+            raise click.BadParameter("the interpreter runs on the CPU", param_hint="--interpret")
+        sys.exit(_interpreted("check", _repeated(ops=ops, sources=sources, dtypes=dtypes, checks=checks), json_path))
+    import torch
+
+    from weftrain.kernels.checks import DTYPES as ALL
+    from weftrain.kernels.checks import run_checks
+
+    _mend_the_interpreter()
+    console = _console()
+    chosen = tuple(getattr(torch, dtype) for dtype in dtypes) or ALL
+    with Bar(console, "checks", 1) as bar:
+        report = run_checks(ops or None, sources or None, device, chosen, checks or None, _progress(bar))
+    if json_path is not None:
+        json_path.write_text(_findings_json(report, report.skipped))
+    _print_table(_findings_table(report))
+    for reason in dict.fromkeys(f"{item.op} {item.source}: {item.reason}" for item in report.skipped if item.check == "*"):
+        console.print(f"skipped {reason}", markup=False)
+    for finding in report.failed:
+        where = f"{finding.op} {finding.source} {finding.check} {finding.example} {finding.dtype}"
+        console.print(f"FAILED {where}: {finding.detail}", markup=False)
+    console.print(f"{len(report) - len(report.failed)} passed, {len(report.failed)} failed, {len(report.skipped)} skipped", markup=False)
+    if not report:
+        console.print("nothing was checked: no implementation that was asked for is available here", markup=False)
+    sys.exit(1 if report.failed or not report else 0)
+
+
+def _findings_json(findings: Sequence[Finding], skipped: Sequence[Any]) -> str:
+    document = {
+        "schema_version": 1,
+        "findings": [{**vars(finding), "figures": dict(finding.figures)} for finding in findings],
+        "skipped": [vars(item) for item in skipped],
+    }
+    return json.dumps(document, indent=1) + "\n"
+
+
+def _findings_table(findings: Sequence[Finding]) -> Table:
+    """op x source, and for each check how many of its questions were answered well."""
+    names = list(dict.fromkeys(finding.check for finding in findings))
+    shown = Table("op", "source", *names, box=None, pad_edge=False)
+    for op, source in dict.fromkeys((finding.op, finding.source) for finding in findings):
+        cells = []
+        for name in names:
+            answers = [finding.ok for finding in findings if (finding.op, finding.source, finding.check) == (op, source, name)]
+            cells.append("-" if not answers else f"{sum(answers)}/{len(answers)}" + ("" if all(answers) else " FAILED"))
+        shown.add_row(op, source, *cells)
+    return shown
+
+
+# ---- compile ------------------------------------------------------------------------------------------------------------------------
+
+
+@kernels.command("compile")
+@_OPS
+@_SOURCES
+@click.option("--target", "targets", multiple=True, metavar="TARGET", help="Only this target (repeatable): sm_80, sm_90, sm_100, gfx942.")
+@click.option("--defaults-only", is_flag=True, help="Leave out the candidates that a launch does not take.")
+@_JSON
+@click.option(
+    "--diff", "old_path", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="OLD", help="Compare with this JSON."
+)
+def compile_(
+    ops: tuple[str, ...],
+    sources: tuple[str, ...],
+    targets: tuple[str, ...],
+    defaults_only: bool,
+    json_path: Path | None,
+    old_path: Path | None,
+) -> None:
+    """Compile every Triton kernel ahead of time, with no GPU: registers, spills, shared memory, matrix instructions.
+
+    Exit code 1 if a default configuration does not compile within its target's limits.
+    """
+    from weftrain.kernels.compile_gate import compile_all, diff, from_json, to_json
+    from weftrain.kernels.contract import TARGETS
+
+    console = _console()
+    old = None if old_path is None else from_json(old_path.read_text())  # before the minutes, not after
+    with Bar(console, "compiling", 1) as bar:
+        rows = compile_all(None, ops or None, sources or None, targets or TARGETS, not defaults_only, _progress(bar))
+    if json_path is not None:
+        json_path.write_text(to_json(rows))
+    _print_table(_rows_table(rows))
+    failed = [row for row in rows if row.default and not row.ok]
+    for row in rows:
+        if not row.ok:
+            kind = "FAILED" if row.default else "candidate fails"
+            console.print(f"{kind} {row.op} {row.source} {row.name} {row.target}: {row.reason}", markup=False)
+    if old is not None:
+        changes = diff(old, rows)
+        for line in changes or ["nothing changed"]:
+            console.print(line, markup=False)
+    excluded = sum(row.excluded is not None for row in rows)
+    candidates = sum(not row.ok and not row.default for row in rows)
+    console.print(
+        f"{len(rows)} configurations x targets: {len(failed)} failed, {candidates} candidates fail, {excluded} excluded", markup=False
+    )
+    sys.exit(1 if failed else 0)
+
+
+def _rows_table(rows: Sequence[Row]) -> Table:
+    headings = ("op", "source", "kernel", "target", "state", "registers", "spills", "shared / limit KiB", "matrix", "binary KiB")
+    shown = Table(*headings, box=None, pad_edge=False)
+    for row in rows:
+        state = "excluded" if row.excluded else "ok" if row.ok else "FAILED"
+        spills = "-" if row.spill_instructions is None else str(row.spill_instructions)
+        shared = "-"
+        if row.shared_bytes is not None and row.shared_limit_bytes is not None:
+            shared = f"{row.shared_bytes / 1024:.1f} / {row.shared_limit_bytes / 1024:.0f}"
+        matrix = f"{row.matrix_instruction_count} {row.matrix_instruction}" if row.matrix_instruction else "-"
+        binary = "-" if row.binary_bytes is None else f"{row.binary_bytes / 1024:.1f}"
+        registers = "-" if row.registers is None else str(row.registers)
+        name = row.name if row.default else f"{row.name} (candidate)"
+        shown.add_row(row.op, row.source, name, row.target, state, registers, spills, shared, matrix, binary)
+    return shown
+
+
+# ---- bench --------------------------------------------------------------------------------------------------------------------------
+
+
+@kernels.command("bench")
+@_OPS
+@click.option(
+    "--source",
+    "sources",
+    multiple=True,
+    metavar="SOURCE",
+    help="Only this source (repeatable); 'reference' is torch eager.",
+)
+@click.option("--suite", type=click.Choice(["small", "70m", "7b"]), default="small", show_default=True, help="Which shapes.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Dtype of the activations.")
+@_DEVICE
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's.")
+@click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Samples of each source.")
+@click.option("--interpret", is_flag=True, help="Run Triton kernels under its interpreter: plumbing only, in a process of its own.")
+@_JSON
+@click.option(
+    "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw the shares of the roofline."
+)
+def bench(
+    ops: tuple[str, ...],
+    sources: tuple[str, ...],
+    suite: str,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    repeats: int,
+    interpret: bool,
+    json_path: Path | None,
+    plot_path: Path | None,
+) -> None:
+    """Time every source of an op in turns: median, interval, GB/s, FLOP/s, share of this machine's roofline."""
+    if interpret:
+        if device != "cpu":
+            raise click.BadParameter("the interpreter runs on the CPU", param_hint="--interpret")
+        rest = [*_repeated(ops=ops, sources=sources), "--suite", suite, "--dtype", dtype, "--repeats", str(repeats)]
+        rest += ["--threads", str(threads)] if threads else []
+        rest += ["--plot", str(plot_path)] if plot_path else []
+        sys.exit(_interpreted("bench", rest, json_path))
+    import torch
+
+    from weftrain.analysis import kernel_bench
+
+    _mend_the_interpreter()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = _console()
+    with Bar(console, "benchmarks", 1) as bar:
+        report = kernel_bench.bench(ops or None, sources or None, suite, getattr(torch, dtype), device, repeats, progress=_progress(bar))
+    if json_path is not None:
+        json_path.write_text(report.to_json())
+    if plot_path is not None:
+        from weftrain.analysis.kernel_bench_plot import plot
+
+        plot(report, plot_path)
+    for line in machine_lines(report):
+        console.print(line, markup=False)
+    _print_table(bench_table(report))
+    for reason in dict.fromkeys(_why_skipped(item.op, item.example, item.source, item.reason) for item in report.skipped):
+        console.print(reason, markup=False)
+
+
+def machine_lines(report: Report) -> list[str]:
+    """What the table was measured on, and against."""
+    env = report.environment
+
+    def figure(name: str, unit: str) -> str:
+        value = env[f"{name}_{unit}_per_second"]
+        return "unknown" if value is None else f"{value:,.1f} {'GFLOP' if unit == 'gflop' else 'GB'}/s"
+
+    lines = [
+        f"{env['device']}, {env['threads']} threads, {env['cpu_capability']}, torch {env['torch']}, {env['dtype']}, suite {env['suite']}",
+        f"peak       {figure('measured_peak', 'gflop')} ({env['measured_peak_origin']}); "
+        f"data sheet: {figure('sourced_peak', 'gflop')} ({env['sourced_peak_origin']})",
+        f"bandwidth  {figure('measured_bandwidth', 'gb')} ({env['measured_bandwidth_origin']}); "
+        f"data sheet: {figure('sourced_bandwidth', 'gb')} ({env['sourced_bandwidth_origin']})",
+    ]
+    if env["device_type"] == "cuda":
+        return [*lines, f"cache      {env['cache_bytes'] / 2**20:,.0f} MiB ({env['cache_origin']}), overwritten before each sample"]
+    copies = sorted({one.copies for one in report.measurements})
+    spread = f"{copies[0]:,} to {copies[-1]:,}" if len(copies) > 1 else ", ".join(f"{count:,}" for count in copies) or "no"
+    within = sorted({f"{one.op} {one.example}" for one in report.measurements if not one.beyond_cache})
+    fits = f"; still within the cache: {', '.join(within)}" if within else ""
+    return [
+        *lines,
+        f"cache      {env['cache_bytes'] / 2**20:,.0f} MiB ({env['cache_origin']}); inputs in {spread} copies, used in turn{fits}",
+    ]
+
+
+def bench_table(report: Report) -> Table:
+    """One line a measurement; 'x eager' is the reference's median over this one."""
+    eager = {(one.op, one.example, one.direction): one.median_ms for one in report.measurements if one.source == "reference"}
+    headings = ("op", "example", "direction", "source", "ms (median)", "interval", "x eager", "GB/s", "GFLOP/s", "roofline", "bound", "")
+    shown = Table(*headings, box=None, pad_edge=False)
+    for one in report.measurements:
+        shown.add_row(*_cells(one, eager.get((one.op, one.example, one.direction))))
+    return shown
+
+
+def _cells(one: Measurement, eager_ms: float | None) -> list[str]:
+    interval = f"{one.low_ms:.4g} - {one.high_ms:.4g}" + ("" if one.confidence >= 0.95 else f" ({one.confidence:.0%})")
+    names = {"reference": "reference (torch eager)", "torch.compile": "torch.compile (reference)"}
+    times = "-" if eager_ms is None else f"{eager_ms / one.median_ms:.2f}"
+    share = "unknown" if one.roofline_share is None else f"{one.roofline_share:.1%}"
+    rates = [f"{one.gb_per_second:.3g}", f"{one.gflop_per_second:.4g}"]
+    source = names.get(one.source, one.source)
+    return [one.op, one.example, one.direction, source, f"{one.median_ms:.4g}", interval, times, *rates, share, one.bound or "-", one.note]
+
+
+def _why_skipped(op: str, example: str, source: str, reason: str) -> str:
+    return f"not measured: {' '.join(part for part in (op, example, source) if part)}: {reason}"
+
+
+# ---- the parts ----------------------------------------------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _print_table(table: Table) -> None:
+    """As wide as it is: a column cut to the terminal, or to 80 in a pipe, loses what was asked for."""
+    measuring = Console(width=10_000)
+    Console(highlight=False, width=measuring.measure(table).maximum).print(table, crop=False)
+
+
+def _progress(bar: Bar) -> Callable[[int, int, str], None]:
+    return lambda done, total, note: bar.update(done, note, total=max(total, 1))
+
+
+def _repeated(**values: Sequence[str]) -> list[str]:
+    """ops=("a", "b") -> --op a --op b."""
+    return [part for name, given in values.items() for value in given for part in (f"--{name.removesuffix('s')}", value)]
+
+
+def _interpreted(verb: str, options: Sequence[str], json_path: Path | None) -> int:
+    """Run this command once more in a process whose Triton interprets; its exit code."""
+    command = [sys.executable, "-m", "weftrain.cli", "kernels", verb, *options, *(["--json", str(json_path)] if json_path else [])]
+    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
+
+
+def _mend_the_interpreter() -> None:
+    """In a process that interprets Triton, make its bf16 right before anything is run. Elsewhere there is nothing to do."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        from weftrain.kernels.checks.interpreter import install
+
+        install()

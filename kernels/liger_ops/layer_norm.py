@@ -1,0 +1,20 @@
+"""layer_norm by Liger's Triton kernel: fp32 statistics and affine map, rounded once, as the contract wants it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from weftrain.kernels.arguments import check_layer_norm
+from weftrain.kernels.contract import Implementation
+from weftrain.kernels.liger_ops import _found
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+    """x [..., n], weight and bias [n] -> x.dtype [..., n] (kernels/reference.py). Saves x, mean and 1 / std in fp32. Deterministic."""
+    check_layer_norm(x, weight, bias)
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    return LigerLayerNormFunction.apply(x, weight, bias, eps)
+
+
+IMPLEMENTATION = Implementation("layer_norm", "liger", layer_norm, _found.unavailable, _found.version())

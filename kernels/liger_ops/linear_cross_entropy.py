@@ -1,0 +1,65 @@
+"""linear_cross_entropy by Liger's fused function, summed, its weight gradient accumulated in fp32.
+
+What a reader would get wrong: it reads the logit of a label without looking whether there is one, gives no weight gradient where the
+hidden state wants none, accumulates dweight in the weight's dtype unless told otherwise, and waits for the device once a call (it counts
+the labels). The first three are mended here; the last is the price, and why torch.compile cannot take it into one graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weftrain.kernels.arguments import check_linear_cross_entropy
+from weftrain.kernels.contract import Implementation, KernelError, Spec
+from weftrain.kernels.liger_ops import _found
+
+_NO_SCALE = "liger's fused linear cross-entropy has no logits_scale, and scaling the hidden state instead would round it anew"
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    logits_scale: float = 1.0,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar, the sum of the token losses (kernels/reference.py).
+
+    Logits and their gradients are rounded to hidden.dtype, chunk by chunk; dweight is summed in fp32. Saves both gradients, and scales
+    them in place in the backward, so there can be only one. Raises KernelError for a logits_scale other than 1.
+    """
+    check_linear_cross_entropy(hidden, weight, labels, ignore_index)
+    if logits_scale != 1.0:
+        raise KernelError(f"linear_cross_entropy: {_NO_SCALE}")
+    if hidden.shape[0] == 0:
+        return (hidden @ weight.T).float().sum()
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    impossible = ((labels < 0) | (labels >= weight.shape[0])) & (labels != ignore_index)
+    if weight.requires_grad and not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+    loss = LigerFusedLinearCrossEntropyFunction.apply(
+        hidden.contiguous(),
+        weight,
+        torch.where(impossible, ignore_index, labels),
+        None,  # bias
+        None,  # ce_weight
+        ignore_index,
+        z_loss,
+        0.0,  # label_smoothing
+        "sum",
+        None,  # softcap
+        False,  # return_z_loss
+        torch.float32,  # accum_dtype
+    )[0]
+    return torch.where(impossible.any(), float("nan"), loss)
+
+
+def unavailable(spec: Spec) -> str | None:
+    return _NO_SCALE if spec.attributes.get("logits_scale", 1.0) != 1.0 else _found.unavailable(spec)
+
+
+IMPLEMENTATION = Implementation("linear_cross_entropy", "liger", linear_cross_entropy, unavailable, _found.version())

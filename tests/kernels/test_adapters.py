@@ -1,0 +1,463 @@
+"""The adapters against recorded signatures: what they pass, that it binds, and that with what they pass the result is the reference's.
+
+Where a package is absent, a stand-in with exactly its recorded signature takes its place and computes, in plain torch, what its source
+computes: which dtype the product has, which placement epsilon. Where it is present, the record is compared with the real thing.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weftrain.kernels import DEFAULT_PREFERENCES, OPS, KernelError, Spec, load_catalog, reference, select
+from weftrain.kernels.apex_ops import adamw as apex_adamw
+from weftrain.kernels.apex_ops import layer_norm as apex_layer_norm
+from weftrain.kernels.apex_ops import rms_norm as apex_rms_norm
+from weftrain.kernels.flash_attn_ops import attention as flash
+from weftrain.kernels.liger_ops import layer_norm as liger_layer_norm
+from weftrain.kernels.liger_ops import linear_cross_entropy as liger_lce
+from weftrain.kernels.liger_ops import rms_norm as liger_rms_norm
+
+RECORD: dict[str, Any] = json.loads((Path(__file__).parent / "recorded_signatures.json").read_text())
+PACKAGES = {package: record for package, record in RECORD.items() if package != "what"}
+CALLABLES = {path: parameters for record in PACKAGES.values() for path, parameters in record["callables"].items()}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def signature(path: str) -> inspect.Signature:
+    """The recorded one."""
+    found = []
+    for name, *default in CALLABLES[path]:
+        if name.startswith("*"):
+            found.append(inspect.Parameter(name[1:], inspect.Parameter.VAR_POSITIONAL))
+            continue
+        value = ast.literal_eval(default[0]) if default else inspect.Parameter.empty
+        found.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=value))
+    return inspect.Signature(found)
+
+
+class StandIns:
+    """Modules that are not installed, made of recorded signatures; `calls[path]` is what each function was given, by name."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.monkeypatch, self.folder = monkeypatch, folder
+        self.calls: dict[str, dict[str, Any]] = {}
+
+    def module(self, name: str) -> ModuleType:
+        """`name` and its parents, importable, with folders that exist."""
+        for end in [i for i, letter in enumerate(name + ".") if letter == "."]:
+            part = name[:end]
+            if part in sys.modules:
+                continue
+            place = self.folder / part.replace(".", "/")
+            place.mkdir(parents=True)
+            (place / "__init__.py").touch()
+            made = ModuleType(part)
+            made.__spec__ = importlib.machinery.ModuleSpec(part, None, is_package=True)
+            made.__spec__.submodule_search_locations = [str(place)]
+            made.__path__ = [str(place)]
+            self.monkeypatch.setitem(sys.modules, part, made)
+            parent, _, leaf = part.rpartition(".")
+            if parent:
+                setattr(sys.modules[parent], leaf, made)
+        return sys.modules[name]
+
+    def add(self, path: str, computes: Callable[..., Any]) -> None:
+        """The function at the recorded path; `computes` gets the bound arguments by name."""
+        recorded = signature(path)
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            bound = recorded.bind(*args, **kwargs)  # a TypeError where the adapter calls what does not exist
+            bound.apply_defaults()
+            self.calls[path] = dict(bound.arguments)
+            return computes(**bound.arguments)
+
+        owner, _, name = path.rpartition(".")
+        if name == "forward":  # of an autograd.Function, which is called by apply(...) and without ctx
+            module, _, class_name = owner.rpartition(".")
+            made = type(class_name, (), {"apply": staticmethod(lambda *args: function(None, *args))})
+            setattr(self.module(module), class_name, made)
+        else:
+            setattr(self.module(owner), name, function)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandIns:
+    return StandIns(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """gpu(9, 0): torch then believes that it sees one."""
+
+    def pretend(major: int, minor: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, minor))
+        if importlib.util.find_spec("triton") is not None:  # its ops ask the device more
+            launch = importlib.import_module("weftrain.kernels.triton_ops._launch")
+            monkeypatch.setattr(launch, "target", lambda device: f"sm_{major}{minor}")
+
+    return pretend
+
+
+def attention_spec(dtype: torch.dtype = torch.bfloat16, device: str = "cuda", **attributes: Any) -> Spec:
+    return Spec("attention", "layers.0.attention", device, dtype, {"head_dim": 64, "scale": 0.125, "document_start": False} | attributes)
+
+
+def computes_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, **_: Any) -> Tensor:
+    assert causal
+    return reference.attention(q, k, v, scale=softmax_scale)
+
+
+def resolve(path: str) -> Any:
+    """The object at a dotted path: modules as far as they go, attributes from there."""
+    names = path.split(".")
+    end = len(names)
+    while importlib.util.find_spec(names[0]) is not None:
+        try:
+            found: Any = importlib.import_module(".".join(names[:end]))
+            break
+        except ModuleNotFoundError:
+            end -= 1
+    for name in names[end:]:
+        found = getattr(found, name)
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_record_is_what_is_installed(package: str) -> None:
+    record = PACKAGES[package]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed; its signatures were transcribed from {record['version']}")
+    if package == "amp_C":
+        pytest.skip("a C++ module: Python cannot see its parameters")
+    found = apex_rms_norm.unavailable(Spec("rms_norm", "m", "cuda", torch.float32))
+    if package == "apex" and found not in (None, "torch sees no CUDA device"):
+        pytest.skip(str(found))
+    for path, recorded in record["callables"].items():
+        parameters = inspect.signature(resolve(path)).parameters.values()
+        real = [
+            [f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name, *([] if p.default is p.empty else [repr(p.default)])]
+            for p in parameters
+        ]
+        assert real == recorded, path
+
+
+# ---- flash-attn ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "path", "deterministic"),
+    [
+        (flash.attention_2, "flash_attn.flash_attn_func", True),
+        (flash.attention_2_atomic, "flash_attn.flash_attn_func", False),
+        (flash.attention_3, "flash_attn_interface.flash_attn_func", True),
+        (flash.attention_3_atomic, "flash_attn_interface.flash_attn_func", False),
+    ],
+)
+def test_flash_attn_is_called_as_its_source_wants(function: Any, path: str, deterministic: bool, stand_ins: StandIns) -> None:
+    stand_ins.add(path, computes_attention)
+    q, k, v = (torch.randn(2, 5, 3, 16, dtype=torch.bfloat16) for _ in range(3))
+    strided = torch.randn(2, 5, 9, 16, dtype=torch.bfloat16)[:, :, :3]  # a slice of a fused projection: not copied
+    assert torch.equal(function(strided, k, v, scale=0.3), reference.attention(strided, k, v, scale=0.3))
+    given = stand_ins.calls[path]
+    assert given["q"] is strided  # layout [B, T, H, D] is theirs too
+    assert (given["k"] is k, given["v"] is v) == (True, True)
+    assert (given["softmax_scale"], given["causal"], given["deterministic"]) == (0.3, True, deterministic)
+    assert (given["window_size"], given["softcap"], given.get("dropout_p", 0.0)) == ((-1, -1), 0.0, 0.0)
+    assert given["return_attn_probs"] is False
+    with pytest.raises(KernelError, match=r"attention: flash-attn takes documents as cumulative lengths.*source triton or sdpa"):
+        function(q, k, v, scale=0.3, document_start=torch.zeros(2, 5, dtype=torch.int32))
+    with pytest.raises(KernelError, match="attention: q is"):
+        function(q, k[:, :4], v, scale=0.3)
+    stand_ins.calls.clear()
+    assert function(q[:, :0], k[:, :0], v[:, :0], scale=0.3).shape == (2, 0, 3, 16)
+    assert stand_ins.calls == {}  # nothing to launch
+
+
+def test_an_early_version_3_gives_a_pair(stand_ins: StandIns) -> None:
+    stand_ins.add("flash_attn_interface.flash_attn_func", lambda **given: (computes_attention(**given), None))
+    q = torch.randn(1, 4, 2, 8)
+    assert torch.equal(flash.attention_3(q, q, q, scale=1.0), reference.attention(q, q, q, scale=1.0))
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "chosen"),
+    [
+        (("flash_attn", "flash_attn_interface"), (9, 0), "attention_3"),
+        (("flash_attn",), (9, 0), "attention_2"),
+        (("flash_attn", "flash_attn_interface"), (8, 0), "attention_2"),
+        (("flash_attn", "flash_attn_interface"), (10, 0), "attention_2"),
+        (("flash_attn_interface",), (8, 0), None),
+        (("flash_attn",), (7, 5), None),
+        ((), (9, 0), None),
+    ],
+)
+def test_which_version_serves(
+    installed: tuple[str, ...], capability: tuple[int, int], chosen: str | None, stand_ins: StandIns, gpu: Callable[[int, int], None]
+) -> None:
+    for package in installed:
+        stand_ins.add(f"{package}.flash_attn_func", computes_attention)
+    gpu(*capability)
+    if chosen is None:
+        with pytest.raises(KernelError, match=r"needs Hopper|needs sm_80 or newer; this is sm_75|is not installed"):
+            select([attention_spec()], pins={"attention": "flash_attn"})
+        return
+    for source, suffix in (("flash_attn", ""), ("flash_attn_atomic", "_atomic")):
+        found = select([attention_spec()], pins={"attention": source}).function("attention", "layers.0.attention")
+        assert found.__name__ == chosen + suffix
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (attention_spec(torch.float32), "takes bfloat16 and float16, not float32"),
+        (attention_spec(head_dim=20), "needs head_dim a multiple of 8 up to 256, this is 20"),
+        (attention_spec(head_dim=264), "up to 256, this is 264"),
+        (attention_spec(document_start=True), "whose number depends on the data"),
+        (attention_spec(device="cpu"), "needs an NVIDIA GPU, not cpu"),
+    ],
+)
+def test_what_flash_attn_cannot_do_is_said(spec: Spec, reason: str, stand_ins: StandIns, gpu: Callable[[int, int], None]) -> None:
+    stand_ins.add("flash_attn.flash_attn_func", computes_attention)
+    gpu(8, 0)
+    assert all(implementation.unavailable(attention_spec()) is None for implementation in flash.IMPLEMENTATION[1::2])
+    for implementation in flash.IMPLEMENTATION:
+        assert reason in str(implementation.unavailable(spec))
+
+
+def test_amd_is_refused(stand_ins: StandIns, gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_ins.add("flash_attn.flash_attn_func", computes_attention)
+    gpu(9, 4)
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    assert "its old Triton kernel: not offered" in str(flash.IMPLEMENTATION[1].unavailable(attention_spec()))
+
+
+def test_sources_with_float_atomics_are_in_no_default() -> None:
+    assert not {"flash_attn_atomic", "sdpa"} & set(DEFAULT_PREFERENCES)
+    assert {"flash_attn_atomic", "sdpa"} <= set(load_catalog()["attention"])
+
+
+# ---- apex ---------------------------------------------------------------------------------------------------------------------------
+
+
+def computes_rms_norm(input: Tensor, weight: Tensor, eps: float, **_: Any) -> Tensor:
+    """csrc/layer_norm_cuda_kernel.cu: gamma[i] * static_cast<V>(c_invvar * curr), with V the weight's dtype, and so the output's."""
+    x = input.float()
+    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(weight.dtype)
+
+
+def computes_layer_norm(input: Tensor, weight: Tensor, bias: Tensor, eps: float, **_: Any) -> Tensor:
+    return weight * F.layer_norm(input.float(), input.shape[-1:], eps=eps).to(weight.dtype) + bias
+
+
+def computes_adam(
+    noop_flag: Tensor, tensor_lists: Any, lr: float, beta1: float, beta2: float, epsilon: float, step: int, mode: int, **rest: Any
+) -> None:
+    """csrc/multi_tensor_adam.cu, ADAM_MODE_1: every tensor read as the dtype of the first list's."""
+    assert noop_flag.dtype == torch.int32
+    assert (mode, rest["bias_correction"]) == (1, 1)
+    for g, p, m, v in zip(*tensor_lists, strict=True):
+        assert all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in (g, p, m, v))
+        m.mul_(beta1).add_((1 - beta1) * g)
+        v.mul_(beta2).add_((1 - beta2) * g * g)
+        update = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + epsilon) + rest["weight_decay"] * p
+        p.sub_(lr * update)
+
+
+NORMS = "apex.normalization.fused_layer_norm"
+
+
+@pytest.fixture
+def apex(stand_ins: StandIns) -> StandIns:
+    for name in ("fused_rms_norm_affine", "mixed_dtype_fused_rms_norm_affine"):
+        stand_ins.add(f"{NORMS}.{name}", computes_rms_norm)
+    for name in ("fused_layer_norm_affine", "mixed_dtype_fused_layer_norm_affine"):
+        stand_ins.add(f"{NORMS}.{name}", computes_layer_norm)
+    stand_ins.add("amp_C.multi_tensor_adam", computes_adam)
+    stand_ins.add(
+        "apex.multi_tensor_apply.multi_tensor_applier",
+        lambda op, noop_flag_buffer, tensor_lists, args: op(65536, noop_flag_buffer, tensor_lists, *args),
+    )
+    return stand_ins
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
+def test_apex_norms_round_once(op: str, dtype: torch.dtype, apex: StandIns) -> None:
+    arguments = OPS[op].examples["odd"]("cpu", dtype)
+    function = {"rms_norm": apex_rms_norm.rms_norm, "layer_norm": apex_layer_norm.layer_norm}[op]
+    found = function(**arguments)
+    expected = OPS[op].function(**arguments)
+    assert found.dtype == dtype
+    # A weight in x's own dtype would round twice: about a third of the elements would then differ by one unit in the last place.
+    different = (found != expected).float().mean().item()
+    assert different < 0.01 if dtype != torch.float32 else torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
+    (path,) = apex.calls
+    assert path.endswith(f".{'' if dtype == torch.float32 else 'mixed_dtype_'}fused_{op}_affine")
+    given = apex.calls[path]
+    assert given["weight"].dtype == torch.float32
+    assert given["normalized_shape"] == (77,)
+    assert (given["eps"], given["memory_efficient"]) == (0.1, False)  # memory_efficient rebuilds x from the rounded output
+    empty = {**arguments, "x": arguments["x"][:0]}
+    apex.calls.clear()
+    assert function(**empty).shape == (0, 5, 77)
+    assert apex.calls == {}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("example", ["odd", "odd_no_copies"])
+def test_apex_adamw_is_the_reference(example: str, dtype: torch.dtype, apex: StandIns) -> None:
+    ours, theirs = OPS["adamw"].examples[example]("cpu", dtype), OPS["adamw"].examples[example]("cpu", dtype)
+    for arguments in (ours, theirs):  # one that has no elements, and one that is not contiguous
+        for name in ("parameters", "gradients", "exp_avgs", "exp_avg_sqs", "copies"):
+            if arguments[name] is not None:
+                arguments[name].append(torch.empty(0, dtype=arguments[name][0].dtype))
+        arguments["gradients"][0] = arguments["gradients"][0].t().contiguous().t()
+    before = [gradient.clone() for gradient in theirs["gradients"]]
+    reference.adamw(**ours)
+    apex_adamw.adamw(**theirs)
+    for name in ("parameters", "exp_avgs", "exp_avg_sqs"):
+        for one, other in zip(ours[name], theirs[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-9)
+    for parameter, copy in zip(theirs["parameters"], theirs["copies"] or theirs["parameters"], strict=True):
+        assert torch.equal(parameter.to(copy.dtype), copy)
+    assert all(torch.equal(*pair) for pair in zip(before, theirs["gradients"], strict=True))
+    given = apex.calls["amp_C.multi_tensor_adam"]
+    assert (given["step"], given["epsilon"], given["weight_decay"]) == (3, 1e-8, 0.1)
+
+
+def test_apex_adamw_has_one_placement_of_epsilon(apex: StandIns) -> None:
+    with pytest.raises(KernelError, match="adamw: apex adds epsilon after the bias correction"):
+        apex_adamw.adamw(**OPS["adamw"].examples["odd_before"]("cpu", torch.float32))
+    spec = Spec("adamw", "optimizer", "cuda", torch.float32, {"eps_placement": "before_bias_correction"})
+    assert "it has no 'before_bias_correction'" in str(apex_adamw.unavailable(spec))
+
+
+def test_which_apex(stand_ins: StandIns, gpu: Callable[[int, int], None]) -> None:
+    """None, the web toolkit of that name, NVIDIA's without its extensions, NVIDIA's."""
+    gpu(9, 0)
+    if importlib.util.find_spec("apex") is not None:
+        pytest.skip("an apex is installed")
+    norm, adam = Spec("rms_norm", "n", "cuda", torch.bfloat16, {"hidden_size": 64}), Spec("adamw", "optimizer", "cuda", torch.bfloat16)
+
+    def reasons() -> list[str]:
+        return [str(apex_rms_norm.unavailable(norm)), str(apex_layer_norm.unavailable(norm)), str(apex_adamw.unavailable(adam))]
+
+    assert all("apex is not installed: build github.com/NVIDIA/apex" in reason for reason in reasons())
+    stand_ins.module("apex")
+    assert all("the installed apex is not NVIDIA's" in reason and "web toolkit" in reason for reason in reasons())
+    for folder in ("normalization", "multi_tensor_apply"):
+        stand_ins.module(f"apex.{folder}")
+    assert all("apex was built without its CUDA extension" in reason for reason in reasons())
+    stand_ins.module("amp_C")
+    stand_ins.module("fused_layer_norm_cuda")
+    assert reasons() == ["None"] * 3
+
+
+# ---- liger --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def liger(stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch) -> StandIns:
+    if importlib.util.find_spec("liger_kernel") is not None:
+        pytest.skip("liger_kernel is installed: stand-ins would hide it")
+    ops = "liger_kernel.ops"
+    stand_ins.add(f"{ops}.rms_norm.LigerRMSNormFunction.forward", lambda X, W, eps, **_: reference.rms_norm(X, W, eps=eps))
+    stand_ins.add(f"{ops}.layer_norm.LigerLayerNormFunction.forward", lambda X, W, B, eps, **_: reference.layer_norm(X, W, B, eps=eps))
+
+    def fused(_input: Tensor, weight: Tensor, target: Tensor, ignore_index: int, lse_square_scale: float, **_: Any) -> tuple[Any, ...]:
+        loss = reference.linear_cross_entropy(_input, weight, target, ignore_index=ignore_index, z_loss=lse_square_scale)
+        return loss, None, None, None
+
+    stand_ins.add(f"{ops}.fused_linear_cross_entropy.LigerFusedLinearCrossEntropyFunction.forward", fused)
+    installed = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.8.5" if name == "liger-kernel" else installed(name))
+    return stand_ins
+
+
+def test_liger_norms(liger: StandIns) -> None:
+    arguments = OPS["rms_norm"].examples["odd"]("cpu", torch.bfloat16)
+    assert torch.equal(liger_rms_norm.rms_norm(**arguments), reference.rms_norm(**arguments))
+    (given,) = liger.calls.values()
+    # "llama" rounds before the weight; in_place would overwrite the incoming gradient.
+    assert (given["casting_mode"], given["offset"], given["in_place"], given["eps"]) == ("gemma", 0.0, False, 0.1)
+    arguments = OPS["layer_norm"].examples["odd"]("cpu", torch.bfloat16)
+    assert torch.equal(liger_layer_norm.layer_norm(**arguments), reference.layer_norm(**arguments))
+
+
+def test_liger_linear_cross_entropy(liger: StandIns) -> None:
+    arguments = OPS["linear_cross_entropy"].examples["odd"]("cpu", torch.bfloat16) | {"z_loss": 0.01}
+    assert torch.equal(liger_lce.linear_cross_entropy(**arguments), reference.linear_cross_entropy(**arguments))
+    (given,) = liger.calls.values()
+    assert (given["reduction"], given["accum_dtype"], given["lse_square_scale"]) == ("sum", torch.float32, 0.01)
+    assert (given["label_smoothing"], given["bias"], given["ce_weight"], given["softcap"]) == (0.0, None, None, None)
+    arguments["weight"].requires_grad_()  # liger gives no gradient to a weight beside a hidden state that wants none
+    liger_lce.linear_cross_entropy(**arguments)
+    (given,) = liger.calls.values()
+    assert given["_input"].requires_grad
+    empty = arguments | {"hidden": arguments["hidden"][:0], "labels": arguments["labels"][:0]}
+    assert liger_lce.linear_cross_entropy(**empty).item() == 0.0
+    with pytest.raises(KernelError, match="linear_cross_entropy: liger's fused linear cross-entropy has no logits_scale"):
+        liger_lce.linear_cross_entropy(**arguments | {"logits_scale": 0.5})
+
+
+def test_liger_never_sees_an_impossible_label(liger: StandIns, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where values are not looked at (on a GPU), the loss is NaN and no label leads out of the row."""
+    monkeypatch.setattr(liger_lce, "check_linear_cross_entropy", lambda *_: None)
+    arguments = OPS["linear_cross_entropy"].examples["odd"]("cpu", torch.float32)
+    for impossible in (-1, 101, 10**9):
+        labels = arguments["labels"].clone()
+        labels[3] = impossible
+        assert liger_lce.linear_cross_entropy(**arguments | {"labels": labels}).isnan()
+        (given,) = liger.calls.values()
+        assert given["target"].max() < 101
+        assert given["target"][3] == -100
+
+
+def test_liger_is_offered_where_it_fits_and_named_where_not(liger: StandIns, gpu: Callable[[int, int], None]) -> None:
+    gpu(9, 0)
+    offered = {op: sources["liger"][0] for op, sources in load_catalog().items() if "liger" in sources}
+    reasons = {op: it.unavailable(Spec(op, "m", "cuda", torch.bfloat16, OPS[op].attributes)) for op, it in offered.items()}
+    assert {op for op, reason in reasons.items() if reason is None} == {"rms_norm", "layer_norm", "linear_cross_entropy"}
+    assert "turns q and k in place" in str(reasons["rope"])
+    assert "overwrites gate and up" in str(reasons["swiglu"])
+    assert "overwrites the caller's logits" in str(reasons["cross_entropy"])
+    scaled = Spec("linear_cross_entropy", "head", "cuda", torch.bfloat16, {"logits_scale": 0.5})
+    assert "has no logits_scale" in str(liger_lce.unavailable(scaled))
+    wide = Spec("rms_norm", "n", "cuda", torch.bfloat16, {"hidden_size": 65537})
+    assert "needs hidden_size <= 65536, this is 65537" in str(liger_rms_norm.IMPLEMENTATION.unavailable(wide))
+    with pytest.raises(KernelError, match="rope: liger's rope turns"):
+        offered["rope"].function()
+
+
+def test_an_old_liger_is_refused(liger: StandIns, gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(9, 0)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5.10")
+    spec = Spec("rms_norm", "n", "cuda", torch.bfloat16, {"hidden_size": 64})
+    assert "needs liger-kernel >= 0.8, this is 0.5.10" in str(liger_rms_norm.IMPLEMENTATION.unavailable(spec))
+
+
+def test_nothing_optional_is_imported_by_the_catalog() -> None:
+    """Finding out what there is must not run what there is: the wrong apex pulls in a web framework."""
+    program = (
+        "import sys, torch; from weftrain.kernels import table; table('cpu', torch.bfloat16); table('cuda', torch.bfloat16); "
+        "print(sorted({'flash_attn', 'flash_attn_interface', 'apex', 'amp_C', 'liger_kernel'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,97 @@
+"""kernels/README.md's five steps, followed by a real package: installed by pip, found, chosen, checked - and, when wrong, caught."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent / "external_package"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def install(source: Path, site: Path) -> None:
+    """What `pip install .` does, from a copy (a build leaves files behind), without the network."""
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--target", str(site)]
+    done = subprocess.run([sys.executable, "-m", "pip", "install", *options, str(source)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def runner(site: Path) -> Run:
+    """run("kernels", ...): the command line in a process that sees the package."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "weftrain.cli", *arguments]
+        return subprocess.run(command, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("setuptools", minversion="77")
+    root = tmp_path_factory.mktemp("external")
+    shutil.copytree(PACKAGE, root / "source")
+    install(root / "source", root / "site")
+    return root / "site"
+
+
+def test_the_table_shows_it(site: Path) -> None:
+    done = runner(site)("kernels", "--json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    rows = {row["op"]: row for row in json.loads(done.stdout)["rows"] if row["source"] == "example"}
+    assert set(rows) == {"swiglu", "rms_norm"}
+    assert all(row["reason"] is None and row["version"] == "weftrain-example-kernels 1.2" for row in rows.values())
+
+
+def test_a_pin_chooses_it_and_a_preference_falls_through(site: Path) -> None:
+    program = """
+import json, torch
+from weftrain.kernels import Spec, select
+specs = [Spec("swiglu", "layers.0.ffn", "cpu", torch.float32, {"intermediate_size": 8})]
+specs += [Spec("rms_norm", name, "cpu", torch.float32, {"hidden_size": n, "eps": 1e-6}) for name, n in (("narrow", 64), ("wide", 8192))]
+print(json.dumps([select(specs, ["example", "torch"]).manifest, select(specs, ["torch"], {"swiglu@layers.0.*": "example"}).manifest]))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    preferred, pinned = json.loads(done.stdout)
+    narrow, wide = preferred["ops"]["rms_norm"]
+    assert (narrow["source"], narrow["modules"]) == ("example", ["narrow"])
+    assert (wide["source"], wide["passed_over"]["example"]) == ("torch", "needs hidden_size <= 4096, this is 8192")
+    (swiglu,) = pinned["ops"]["swiglu"]
+    assert (swiglu["source"], swiglu["pin"]) == ("example", "swiglu@layers.0.*")
+    assert swiglu["function"] == "weftrain_example_kernels:swiglu"
+    assert len(swiglu["sha256"]) == 64
+    assert {entry["source"] for entry in pinned["ops"]["rms_norm"]} == {"torch"}
+
+
+def test_it_passes_the_checks(site: Path, tmp_path: Path) -> None:
+    done = runner(site)("kernels", "check", "--source", "example", "--json", str(tmp_path / "findings.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    findings = json.loads((tmp_path / "findings.json").read_text())["findings"]
+    assert {(finding["op"], finding["source"]) for finding in findings} == {("swiglu", "example"), ("rms_norm", "example")}
+    assert {finding["dtype"] for finding in findings} == {"float32", "bfloat16", "float16"}
+    assert all(finding["ok"] for finding in findings)
+
+
+def test_a_wrong_one_is_caught(tmp_path: Path) -> None:
+    """The same package with one term of one gradient wrong."""
+    pytest.importorskip("setuptools", minversion="77")
+    shutil.copytree(PACKAGE, tmp_path / "source")
+    module = tmp_path / "source" / "weftrain_example_kernels" / "__init__.py"
+    right = "sigmoid * (1 + gate32 * (1 - sigmoid))"
+    assert right in module.read_text()
+    module.write_text(module.read_text().replace(right, "sigmoid * (1 + gate32 * sigmoid)"))
+    install(tmp_path / "source", tmp_path / "site")
+    done = runner(tmp_path / "site")(
+        "kernels", "check", "--source", "example", "--op", "swiglu", "--dtype", "float32", "--check", "numerics"
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILED swiglu example numerics" in done.stdout
+    assert "gate" in done.stdout.split("FAILED swiglu example numerics")[1].splitlines()[0]
