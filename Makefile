@@ -6,17 +6,22 @@ INSTALLED := $(VENV)/.installed
 PREP_FLAGS ?=
 TRAIN_FLAGS ?=
 
-.PHONY: train test prove lint types clean help
+.PHONY: train test test-gpu prove lint types clean help
 
 train: $(INSTALLED)  ## prepare the embedded corpus, train crystal_demo, print a summary; again: says it is complete, or resumes
 	$(BIN)/weftrain prep $(PREP_FLAGS)
 	$(BIN)/weftrain train crystal_demo $(TRAIN_FLAGS)
 
-test: $(INSTALLED)  ## the test suite, at most 10 minutes on 2 cores
-	$(BIN)/pytest -m "not prove"
+test: $(INSTALLED)  ## the test suite, at most 10 minutes on 2 cores; Triton's kernels are interpreted in a process of their own
+	$(BIN)/pytest -m "not prove" --ignore tests/kernels/interpreted
+	TRITON_INTERPRET=1 $(BIN)/pytest -m "not prove" tests/kernels/interpreted
 
-prove: $(INSTALLED)  ## the longer proofs: kill storms, fuzzing
-	$(BIN)/pytest -m prove
+test-gpu: $(INSTALLED)  ## every kernel's questions, asked of the CUDA device
+	$(BIN)/pytest tests/kernels/test_checks.py --kernel-device cuda
+
+prove: $(INSTALLED)  ## the longer proofs: kill storms, fuzzing, the compile gate, every question asked of every Triton kernel
+	$(BIN)/pytest -m prove --ignore tests/kernels/interpreted
+	TRITON_INTERPRET=1 $(BIN)/pytest -m prove tests/kernels/interpreted
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

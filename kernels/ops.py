@@ -293,10 +293,11 @@ OPS: Mapping[str, Op] = {
             ("q", "k", "v"),
             {
                 "odd": _attention(2, 63, 3, 20),
-                "odd_blocks": _attention(1, 269, 2, 24),
+                "odd_blocks": _attention(1, 269, 1, 24),
                 "odd_documents": _attention(2, 63, 3, 20, documents=True),
                 "odd_one_token": _attention(2, 1, 2, 8),
                 "odd_small": _attention(1, 19, 2, 8, documents=True),
+                "edge_documents": _attention(1, 33, 2, 32, documents=True),
                 "edge": _attention(1, 64, 1, 64),
                 "edge_above": _attention(1, 129, 1, 32, documents=True),
                 "bench_70m": _attention(2, 512, 8, 64),
@@ -332,7 +333,7 @@ OPS: Mapping[str, Op] = {
             {
                 "odd": _linear_cross_entropy(29, 24, 101),
                 "odd_scaled": _linear_cross_entropy(29, 24, 101, logits_scale=0.13875, z_loss=1e-2),
-                "odd_chunks": _linear_cross_entropy(601, 24, 101),
+                "odd_chunks": _linear_cross_entropy(201, 24, 101),
                 "edge": _linear_cross_entropy(64, 32, 128, logits_scale=0.7, z_loss=1e-3),
                 "bench_70m": _linear_cross_entropy(1024, 512, 32000),
                 "crystalcoder_7b": _linear_cross_entropy(2048, 4096, 32032, logits_scale=0.13875),
@@ -355,9 +356,7 @@ OPS: Mapping[str, Op] = {
                 "odd_no_copies": _adamw(_ODD_SIZES, "after_bias_correction", copies=None),
                 # A large eps makes its placement visible; at that rate a wrong update is not lost when the parameter is rounded.
                 "odd_large_eps": _adamw(_ODD_SIZES, "after_bias_correction", eps=1e-3, learning_rate=0.1, update_index=1),
-                "odd_before_large_eps": _adamw(
-                    _ODD_SIZES, "before_bias_correction", copies=torch.float16, eps=1e-3, learning_rate=0.1
-                ),
+                "odd_before_large_eps": _adamw(_ODD_SIZES, "before_bias_correction", copies=torch.float16, eps=1e-3, learning_rate=0.1),
                 "edge": _adamw(_EDGE_SIZES, "after_bias_correction", learning_rate=0.1),
                 "amber_7b_layer": _adamw(_LAYER_7B, "after_bias_correction"),
             },

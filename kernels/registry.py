@@ -72,12 +72,11 @@ def load_catalog() -> Catalog:
         if not (folder.ispkg and folder.name.endswith("_ops")):
             continue
         subpackage = importlib.import_module(f"{package.__name__}.{folder.name}")
-        requires = getattr(subpackage, "REQUIRES", None)
-        missing = requires is not None and importlib.util.find_spec(requires) is None
+        requires: str | None = getattr(subpackage, "REQUIRES", None)
         for module in pkgutil.iter_modules(subpackage.__path__):
             if module.name.startswith("_"):
                 continue  # a helper of its folder
-            if missing:
+            if requires is not None and importlib.util.find_spec(requires) is None:
                 offered: Any = _not_installed(module.name, requires, subpackage.HOW_TO_INSTALL)
             else:
                 loaded = importlib.import_module(f"{subpackage.__name__}.{module.name}")

@@ -31,6 +31,11 @@ TINY = [
 ROTARY = {"crystal": ["model.rotary_dim=4", "model.mup.base_hidden_size=16"], "amber": ["model.rotary_dim=16"]}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # Here and not in tests/kernels: pytest reads options from the conftest of its root alone.
+    parser.addoption("--kernel-device", default="cpu", choices=("cpu", "cuda"), help="device that tests/kernels examines kernels on")
+
+
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)

@@ -24,7 +24,19 @@ from weftrain.kernels.contract import KernelError, Spec
 
 SOURCES = ("attention.cpp", "loss.cpp", "optimizer.cpp")
 HEADERS = ("vector.h",)
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-march=x86-64-v4", "-mavx512bf16", "-mtune=native", "-Wall", "-Wextra", "-Wno-psabi")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    "-march=x86-64-v4",
+    "-mavx512bf16",
+    "-mtune=native",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+)
 _FOLDER = Path(__file__).resolve().parent
 
 
@@ -103,6 +115,13 @@ def _compile(compiler: str, path: Path) -> None:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["it said nothing"]
             raise KernelError(f"{compiler} cannot compile kernels/cpp_ops: {errors[0]}")
         os.replace(built, path)  # two processes that compile at once write the same library
+
+
+def refuse_unless(op: str, condition: bool, wanted: str, tensor: torch.Tensor) -> None:
+    """The last guard before addresses are handed over: what `unavailable` said no to must not be computed anyway. Raises KernelError."""
+    if tensor.device.type != "cpu" or not condition:
+        found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+        raise KernelError(f"{op}: source 'cpp' takes {wanted} on a CPU, not {found}; `select` would have chosen another source")
 
 
 def version() -> str:

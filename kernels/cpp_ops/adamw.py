@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_adamw
 from weftrain.kernels.contract import Implementation
-from weftrain.kernels.cpp_ops._build import library, pointer, threads, unavailable, version
+from weftrain.kernels.cpp_ops._build import library, pointer, refuse_unless, threads, unavailable, version
 
 
 @torch.no_grad()
@@ -35,6 +35,8 @@ def adamw(
     Scalars are computed in double and rounded to fp32 once. Raises KernelError (kernels/arguments.py), and for copies that are not bf16.
     """
     check_adamw(parameters, gradients, exp_avgs, exp_avg_sqs, copies, update_index, eps_placement, gradient_scale)
+    for parameter in parameters:
+        refuse_unless("adamw", True, "float32", parameter)
     correction1 = 1 - beta1**update_index
     correction2_sqrt = (1 - beta2**update_index) ** 0.5
     after = eps_placement == "after_bias_correction"

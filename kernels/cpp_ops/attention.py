@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_attention
 from weftrain.kernels.contract import Implementation, Spec
-from weftrain.kernels.cpp_ops._build import library, needs_bfloat16, pointer, strides, threads, unavailable, version
+from weftrain.kernels.cpp_ops._build import library, needs_bfloat16, pointer, refuse_unless, strides, threads, unavailable, version
 
 _LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
 _HEAD_DIMS = 32  # the head dimension is a multiple of this
@@ -28,6 +28,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: 
     fp32 [B, H, T]; the backward computes the probabilities again. Deterministic, for any number of threads.
     """
     check_attention(q, k, v, document_start)
+    refuse_unless("attention", q.dtype == torch.bfloat16 and q.shape[-1] % _HEAD_DIMS == 0, f"bfloat16 [B, T, H, n x {_HEAD_DIMS}]", q)
     return _Attention.apply(q, k, v, scale, document_start)
 
 
@@ -94,7 +95,9 @@ def _define(schema: str, function: Any, fake: Any) -> None:
     torch.library.register_fake(f"weftrain::{name}", fake, lib=_LIBRARY)
 
 
-_define("cpp_attention_forward(Tensor q, Tensor k, Tensor v, float scale, Tensor? document_start) -> (Tensor, Tensor)", _forward, _fake_forward)
+_define(
+    "cpp_attention_forward(Tensor q, Tensor k, Tensor v, float scale, Tensor? document_start) -> (Tensor, Tensor)", _forward, _fake_forward
+)
 _define(
     "cpp_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor logsumexp, float scale, Tensor? document_start)"
     " -> (Tensor, Tensor, Tensor)",

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_grad_norm
 from weftrain.kernels.contract import Implementation
-from weftrain.kernels.cpp_ops._build import library, pointer, threads, unavailable, version
+from weftrain.kernels.cpp_ops._build import library, pointer, refuse_unless, threads, unavailable, version
 
 
 @torch.no_grad()
 def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Global L2 norm, 0-dim fp32 (kernels/reference.py). Deterministic, for any number of threads."""
     check_grad_norm(gradients)
+    refuse_unless("grad_norm", True, "gradients", gradients[0])
     loaded = library()
     block = loaded.weftrain_block()
     total = 0.0

@@ -1,4 +1,4 @@
-"""linear_cross_entropy for a CPU: matrix products by torch, chunk by chunk, and one pass that turns bf16 logits into their gradient in place.
+"""linear_cross_entropy for a CPU: products by torch, chunk by chunk; one pass turns bf16 logits into their gradient in place.
 
 What a reader would get wrong: as in torch_ops, the gradients are computed in the *forward* and the backward only scales them. The chunk of
 logits is the only large tensor, 2 bytes an element: it is overwritten by its gradient, never widened.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_linear_cross_entropy
 from weftrain.kernels.contract import Implementation, Spec
-from weftrain.kernels.cpp_ops._build import library, needs_bfloat16, pointer, threads, unavailable, version
+from weftrain.kernels.cpp_ops._build import library, needs_bfloat16, pointer, refuse_unless, threads, unavailable, version
 
 _LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
 # 2^24 logits of bf16 are 32 MiB: large enough for matrix products at peak (a quarter of that is slower), small beside everything else.
@@ -36,6 +36,7 @@ def linear_cross_entropy(
     Softmax in fp32; dW is summed over chunks in fp32. Saves dhidden [N, D] in bf16 and dW [V, D] in fp32 (one chunk: bf16).
     """
     check_linear_cross_entropy(hidden, weight, labels, ignore_index)
+    refuse_unless("linear_cross_entropy", hidden.dtype == torch.bfloat16, "bfloat16", hidden)
     return _LossAndGradients.apply(hidden, weight, labels, logits_scale, ignore_index, z_loss)
 
 
@@ -68,7 +69,14 @@ def _chunks(rows: int, vocab: int) -> list[slice]:
 
 
 def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float, wants_hidden: bool, wants_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    logits_scale: float,
+    ignore_index: int,
+    z_loss: float,
+    wants_hidden: bool,
+    wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (rows, width), vocab = hidden.shape, weight.shape[0]
     chunks = _chunks(rows, vocab)
@@ -103,7 +111,14 @@ def _empty_grad_weight(weight: Tensor, rows: int, wanted: bool) -> Tensor:
 
 
 def _fake(
-    hidden: Tensor, weight: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float, wants_hidden: bool, wants_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    logits_scale: float,
+    ignore_index: int,
+    z_loss: float,
+    wants_hidden: bool,
+    wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = torch.empty((), dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.empty(hidden.shape if wants_hidden else (0,), dtype=hidden.dtype, device=hidden.device)

@@ -73,7 +73,7 @@ class _Blocked(torch.autograd.Function):
 def _blocks(tokens: int) -> list[slice]:
     """Query blocks: at most eight of them, so that a long sequence does not become a long graph."""
     size = max(_QUERIES_PER_BLOCK, -(-tokens // 8))
-    return [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
+    return [slice(first, min(first + size, tokens)) for first in range(0, max(tokens, 1), size)]  # one of no tokens, too
 
 
 def _probabilities(q: Tensor, k: Tensor, block: slice, scale: float, start: Tensor | None) -> Tensor:

@@ -75,10 +75,10 @@ class _LossAndGradients(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Row slices such that a chunk's logits stay below the limit; at least 64 rows each."""
+    """Row slices such that a chunk's logits stay below the limit; at least 64 rows each, and one slice even of no rows."""
     limit = _CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else _ACCELERATOR_CHUNK_ELEMENTS
     size = max(64, limit // weight.shape[0] // 64 * 64)
-    return [slice(first, min(first + size, hidden.shape[0])) for first in range(0, hidden.shape[0], size)]
+    return [slice(first, min(first + size, hidden.shape[0])) for first in range(0, max(hidden.shape[0], 1), size)]
 
 
 def _chunk(

@@ -1,0 +1,157 @@
+"""Memory: inputs that end or begin exactly at a page that cannot be touched, and outputs too where the implementation allocates in Python.
+
+What a reader would get wrong: an access out of bounds is a *signal*, so each case runs in a process of its own, forked from a server that
+has imported everything and computed nothing. Only names cross over: the child finds the function by module and name. On an accelerator
+there are no guard pages; there, NaN lies around every tensor instead, in place of the pages, and must be neither seen nor changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weftrain.kernels.checks.evaluation import Results, evaluate, far, incoming, map_tensors, tensors_of
+from weftrain.kernels.checks.findings import Case, Check, NotHere, Subject, Verdict, name_of
+from weftrain.kernels.contract import Implementation, KernelError
+from weftrain.kernels.ops import OPS
+
+_SECONDS = 240  # for one case: a first use may compile
+_MARGIN = 4096  # elements of NaN on either side, on an accelerator
+
+
+def _judge(subject: Subject, case: Case) -> Verdict | NotHere:
+    if subject.device != "cpu":
+        return _judge_margins(subject, case)
+    address = _address(subject.implementation)
+    if address is None:
+        return NotHere("its function is neither at module level nor in the catalog: a process of its own cannot find it")
+    if not sys.platform.startswith("linux"):
+        return NotHere("guard pages are made by mmap and mprotect as Linux has them")
+    job = {**address, "op": subject.op.name, "example": case.example, "dtype": name_of(case.dtype), "seconds": _SECONDS}
+    answer = _server().ask(job)
+    if "ended_by" in answer:
+        return Verdict(False, f"an access outside a tensor: the process ended by {answer['ended_by']}")
+    return Verdict(not answer["faults"], "; ".join(answer["faults"][:3]) or "every access is inside a tensor")
+
+
+class _Server:
+    """kernels/checks/guarded_process.py in a process of its own: one line of JSON out, one back. It ends when this process does."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "weftrain.kernels.checks.guarded_process"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise KernelError(f"the process that guard pages are checked in ended with exit code {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+@functools.cache
+def _server() -> _Server:
+    """One a process; it has imported Triton and the catalog, so that a case costs a fork."""
+    return _Server()
+
+
+# ---- finding the function again -----------------------------------------------------------------------------------------------------
+
+
+def _address(implementation: Implementation) -> dict[str, Any] | None:
+    """Where a fresh process finds the function: its module (and file) and name, or its place in the catalog."""
+    function = implementation.function
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    loaded = sys.modules.get(module or "")
+    file = getattr(loaded, "__file__", None)
+    if module and file and name.isidentifier() and getattr(loaded, name, None) is function:
+        return {"module": module, "file": file, "name": name}
+    from weftrain.kernels.registry import load_catalog
+
+    variants = load_catalog().get(implementation.op, {}).get(implementation.source, [])
+    for index, variant in enumerate(variants):
+        if variant.function is function or getattr(variant.function, "__qualname__", "") == name:
+            return {"source": implementation.source, "variant": index}
+    return None
+
+
+def _function(job: dict[str, Any]) -> Callable[..., Any]:
+    """The other way round, in the child."""
+    if "module" not in job:
+        from weftrain.kernels.registry import load_catalog
+
+        return load_catalog()[job["op"]][job["source"]][job["variant"]].function
+    file = Path(job["file"])
+    depth = job["module"].count(".") + (file.name == "__init__.py")
+    sys.path.append(str(file.parents[depth]))  # of a module that was loaded from a file, or from a path that only the parent knows
+    function: Callable[..., Any] = getattr(importlib.import_module(job["module"]), job["name"])
+    return function
+
+
+def _guarded_gradient(memory: Any, output: Tensor) -> Tensor:
+    placed: Tensor = memory.place(incoming(output))
+    return placed
+
+
+def faults_at_guard_pages(job: dict[str, Any]) -> list[str]:
+    """In the child: once with every tensor before a guard page, once after one, and what differs between the two."""
+    from weftrain.kernels.checks.guard_pages import GuardedMemory
+
+    op, function = OPS[job["op"]], _function(job)
+    dtype = getattr(torch, job["dtype"])
+    faults, results = [], []
+    for memory in (GuardedMemory("end"), GuardedMemory("start")):
+        with memory.allocating():
+            arguments = memory.place_all(op.examples[job["example"]]("cpu", dtype))
+            results.append(evaluate(op, function, arguments, gradient=functools.partial(_guarded_gradient, memory), in_place=True))
+        faults += memory.written_outside()
+    return faults + [f"the result depends on what lies around a tensor: {name}" for name in far(*results, dtype)]
+
+
+# ---- accelerators: NaN around every tensor --------------------------------------------------------------------------------------------
+
+
+def _judge_margins(subject: Subject, case: Case) -> Verdict:
+    """Runs on any device. A read outside shows as NaN in the result, a write as a margin that is no longer NaN."""
+    op, function = subject.op, subject.implementation.function
+    surrounded: list[Tensor] = []
+
+    def surround(tensor: Tensor) -> Tensor:
+        wide = torch.full((tensor.numel() + 2 * _MARGIN,), float("nan") if tensor.is_floating_point() else -7, device=tensor.device)
+        wide = wide.to(tensor.dtype)
+        inner = wide[_MARGIN : _MARGIN + tensor.numel()].view(tensor.shape)
+        inner.copy_(tensor)
+        surrounded.append(wide)
+        return inner
+
+    plain = evaluate(op, function, case.build())
+    arguments = map_tensors(surround, case.build())
+    results: Results = evaluate(op, function, arguments, gradient=lambda output: surround(incoming(output)), in_place=True)
+    faults = [f"reads what lies around a tensor: {name}" for name in far(results, plain, case.dtype)]
+    for name, wide in zip([*tensors_of(arguments), "incoming gradient"], surrounded, strict=False):
+        margin = torch.cat((wide[:_MARGIN], wide[-_MARGIN:]))
+        if not bool((margin.isnan() if wide.is_floating_point() else margin == -7).all()):
+            faults.append(f"writes around {name}")
+    return Verdict(not faults, "; ".join(faults[:3]) or "NaN around every tensor is neither read nor written")
+
+
+def _cases(subject: Subject) -> list[Case]:
+    """Every small example in one dtype; one in the others, whose vector widths differ."""
+    return subject.cases(*subject.op.small, dtypes=subject.dtypes[:1]) + subject.quick()[1:]
+
+
+CHECKS = (Check("bounds", "no access outside a tensor: guard pages, or NaN margins on an accelerator", _cases, _judge),)

@@ -1,0 +1,124 @@
+"""Running one implementation: its results by name ("output", "grad_x", or for an in-place op "parameters", "exp_avgs", ...).
+
+What a reader would get wrong: `evaluate` keeps the strides and the storage of the arguments it is given (guard pages and strided views
+depend on it); only what an op updates in place is copied first, unless `in_place` says that the arguments themselves are to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weftrain.kernels.ops import Arguments, Op
+
+Results = dict[str, Tensor]
+
+
+def incoming(output: Tensor) -> Tensor:
+    """A fixed random gradient of the output's shape: rounded to bf16's eight bits and fp16's range, so it is one in every dtype."""
+    drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    return drawn.to(output.dtype).to(output.device)
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], arguments: Arguments) -> Arguments:
+    """The arguments with `change` applied to each tensor, in lists too."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        return [convert(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return {name: convert(value) for name, value in arguments.items()}
+
+
+def tensors_of(arguments: Arguments) -> dict[str, Tensor]:
+    """Every tensor of the arguments by name: "x", "parameters[2]"."""
+    found: dict[str, Tensor] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, (list, tuple)):
+            found |= {f"{name}[{index}]": item for index, item in enumerate(value)}
+    return found
+
+
+def exact_arguments(arguments: Arguments) -> Arguments:
+    """On a CPU, floats in float64."""
+    return map_tensors(lambda tensor: tensor.detach().cpu().double() if tensor.is_floating_point() else tensor.cpu(), arguments)
+
+
+def evaluate(
+    op: Op,
+    function: Callable[..., Any],
+    arguments: Arguments,
+    *,
+    gradient: Callable[[Tensor], Tensor] = incoming,
+    wanted: tuple[str, ...] | None = None,
+    in_place: bool = False,
+) -> Results:
+    """Forward and, for the `wanted` of the differentiable arguments (None: all), backward with `gradient(output)`.
+
+    -> "output" and "grad_<name>", or the planes of an in-place op, each flattened and joined.
+    """
+    if op.in_place:
+        return _update(op, function, arguments, in_place)
+    names = op.differentiable if wanted is None else wanted
+    leaves = {name: arguments[name].detach().requires_grad_() for name in names}
+    output = function(**{**arguments, **leaves})
+    results = {"output": output.detach()}
+    if leaves:
+        gradients = torch.autograd.grad(output, list(leaves.values()), gradient(output))
+        results |= {f"grad_{name}": tensor for name, tensor in zip(leaves, gradients, strict=True)}
+    return results
+
+
+def _update(op: Op, function: Callable[..., Any], arguments: Arguments, in_place: bool) -> Results:
+    changed = {name: arguments[name] for name in op.in_place if arguments[name] is not None}
+    if not in_place:
+        changed = map_tensors(torch.clone, changed)
+    function(**{**arguments, **changed})
+    return {name: torch.cat([tensor.flatten() for tensor in tensors]) for name, tensors in changed.items()}
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal dtypes, shapes and values, NaN equal to NaN."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def differing(got: Results, expected: Results) -> list[str]:
+    """The names of results whose bits differ."""
+    return [name for name in expected if not same_bits(got[name], expected[name])]
+
+
+def distance(got: Tensor, exact: Tensor) -> float:
+    """Relative Frobenius error against a float64 truth on the CPU; of a truth near 0 (q's gradient of one token), absolute times 1e6."""
+    got = got.detach().cpu().double()
+    if got.shape != exact.shape:
+        return float("inf")
+    if torch.equal(got, exact):
+        return 0.0
+    found = float((got - exact).norm() / exact.norm().clamp(min=1e-6))
+    return found if found == found else float("inf")
+
+
+# How far the same formula may come from itself where sums are taken in another order, element by element: (relative, absolute).
+_CLOSE = {torch.float32: (1e-5, 1e-6), torch.bfloat16: (2e-2, 1e-2), torch.float16: (2.5e-3, 1.25e-3)}
+
+
+def far(got: Results, expected: Results, dtype: torch.dtype) -> list[str]:
+    """The names of results of a use in `dtype` that have another dtype or shape, or are not close element by element."""
+    relative, absolute = _CLOSE[dtype]
+    wrong = []
+    for name, tensor in expected.items():
+        if got[name].shape != tensor.shape or got[name].dtype != tensor.dtype:
+            wrong.append(f"{name} ({got[name].dtype} {list(got[name].shape)})")
+            continue
+        difference = (got[name].double() - tensor.double()).abs()
+        if not bool((difference <= absolute + relative * tensor.double().abs()).all()):
+            wrong.append(f"{name} (by up to {float(difference.max()):.2e})")
+    return wrong

@@ -1,0 +1,169 @@
+"""Triton's interpreter made to compute bfloat16, for checks only: version 3.7.1 adds and multiplies its *bit patterns* as integers.
+
+What a reader would get wrong: this replaces private methods of one exact version of Triton, so any other version is refused, and what was
+installed is tested by running kernels. One operation is done in fp32 and rounded once to nearest even. A sum or a dot of bf16 is therefore
+rounded once, whereas a GPU that accumulates in bf16 rounds at every step: the interpreter cannot show that error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from weftrain.kernels.contract import KernelError
+
+TRITON_VERSION = "3.7.1"
+_COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
+
+
+def computes_bfloat16() -> bool:
+    """True where `install` has been called in this process. Imports nothing."""
+    module = sys.modules.get("triton.runtime.interpreter")
+    return module is not None and module.InterpreterBuilder.binary_op.__module__ == __name__
+
+
+def install() -> None:
+    """Replace the interpreter's arithmetic on bfloat16 and test the result; a second call does nothing.
+
+    Raises KernelError: another Triton than 3.7.1, a process whose Triton does not interpret, or a wrong result of the self-test.
+    """
+    if computes_bfloat16():
+        return
+    try:
+        import triton
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError as error:
+        raise KernelError(f"the bfloat16 fix of Triton's interpreter needs triton {TRITON_VERSION}: {error}") from error
+    if triton.__version__ != TRITON_VERSION:
+        raise KernelError(
+            f"the bfloat16 fix is for the interpreter of triton {TRITON_VERSION}, and this is {triton.__version__}: pip install "
+            f"triton=={TRITON_VERSION}"
+        )
+    if not triton.knobs.runtime.interpret:
+        raise KernelError("Triton does not interpret in this process: set TRITON_INTERPRET=1 before Triton is imported")
+    _patch_builder(interpreter.InterpreterBuilder, interpreter.TensorHandle, interpreter._get_np_dtype, tl)
+    _patch_reductions(interpreter.ReduceScanOpInterface, interpreter.TensorHandle, tl)
+    self_test()
+
+
+def self_test() -> None:
+    """Run small kernels in bf16 and compare them bit for bit with torch's fp32 arithmetic, rounded once. Raises KernelError."""
+    from weftrain.kernels.checks._interpreter_kernels import wrong_results
+
+    wrong = wrong_results()
+    if wrong:
+        raise KernelError(f"Triton's interpreter computes bfloat16 wrongly here: {', '.join(wrong)}; its results would mean nothing")
+
+
+# ---- bits ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    """uint16 bit patterns of bfloat16 -> fp32, exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _round(values: np.ndarray) -> np.ndarray:
+    """Any numbers -> uint16 bit patterns of bfloat16, to nearest even; NaN stays NaN."""
+    values = np.asarray(values).astype(np.float32)
+    bits = np.ascontiguousarray(values).view(np.uint32).reshape(values.shape)
+    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _truncate(values: np.ndarray) -> np.ndarray:
+    """fp32 -> uint16 bit patterns of bfloat16, towards zero."""
+    values = np.ascontiguousarray(np.asarray(values).astype(np.float32))
+    return np.where(np.isnan(values), np.uint16(0x7FC0), (values.view(np.uint32) >> 16).astype(np.uint16))
+
+
+# ---- the replacements ---------------------------------------------------------------------------------------------------------------
+
+
+def _patch_builder(builder: Any, handle: Any, numpy_dtype: Callable[[Any], Any], tl: Any) -> None:
+    """Every method of the interpreter's builder that computes: operands widened, the result rounded where it is bfloat16."""
+    originals = {name: getattr(builder, name) for name in ("binary_op", "cast_impl", "create_fp_to_fp", "create_atomic_rmw")}
+
+    def is_bf16(operand: Any) -> bool:
+        return operand.dtype.scalar == tl.bfloat16 and operand.data.dtype == np.uint16
+
+    def values(operand: Any) -> np.ndarray:
+        return _widen(operand.data) if is_bf16(operand) else operand.data
+
+    def result(data: np.ndarray, dtype: Any) -> Any:
+        return handle(_round(data) if dtype == tl.bfloat16 else data, dtype)
+
+    def widened(method: Callable[..., Any], arguments: int) -> Callable[..., Any]:
+        """`method` on operands in fp32; the result has the dtype of the last of them."""
+
+        def call(self: Any, *operands: Any, **rest: Any) -> Any:
+            tensors, others = operands[:arguments], operands[arguments:]
+            if not any(is_bf16(tensor) for tensor in tensors):
+                return method(self, *operands, **rest)
+            wide = [handle(values(tensor), tl.float32) if is_bf16(tensor) else tensor for tensor in tensors]
+            return result(method(self, *wide, *others, **rest).data, tensors[-1].dtype.scalar)
+
+        return call
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        if not (is_bf16(lhs) or is_bf16(rhs)):
+            return originals["binary_op"](self, lhs, rhs, op)
+        data = op(values(lhs), values(rhs))
+        return handle(data, tl.int1) if op in _COMPARISONS else result(data, lhs.dtype.scalar)
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        to_bf16 = dst_type.scalar == tl.bfloat16
+        if not (to_bf16 or is_bf16(src)):
+            return originals["cast_impl"](self, src, dst_type)
+        return result(values(src), tl.bfloat16) if to_bf16 else handle(values(src).astype(numpy_dtype(dst_type)), dst_type.scalar)
+
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        from triton._C.libtriton import ir
+
+        if dst_type.scalar == tl.bfloat16 and src.dtype.scalar == tl.float32:
+            rounding = _truncate if rounding_mode == ir.ROUNDING_MODE.RTZ else _round
+            return handle(rounding(src.data), tl.bfloat16)
+        return originals["create_fp_to_fp"](self, src, dst_type, rounding_mode)
+
+    def create_atomic_rmw(self: Any, operation: Any, pointer: Any, value: Any, *rest: Any) -> Any:
+        if is_bf16(value):
+            raise NotImplementedError("atomics on bfloat16 are not computed by the interpreter")
+        return originals["create_atomic_rmw"](self, operation, pointer, value, *rest)
+
+    def get_bf16(self: Any, value: float) -> Any:
+        return handle(_round(np.array([value])), tl.bfloat16)
+
+    for function in (binary_op, cast_impl, create_fp_to_fp, create_atomic_rmw, get_bf16):
+        setattr(builder, function.__name__, function)
+    for name, arguments in (("unary_op", 1), ("create_erf", 1), ("create_rsqrt", 1), ("create_fma", 3), ("create_clampf", 3)):
+        setattr(builder, name, widened(getattr(builder, name), arguments))
+    builder.create_dot = widened(builder.create_dot, 3)
+
+
+def _patch_reductions(interface: Any, handle: Any, tl: Any) -> None:
+    """tl.reduce and tl.associative_scan: inputs widened, each result rounded where its input was bfloat16."""
+    original = interface.apply
+
+    def apply(self: Any, operands: Any) -> Any:
+        if not isinstance(operands, tuple):
+            return self.apply((operands,))[0]
+        narrow = [isinstance(tensor, tl.core.tensor) and tensor.dtype == tl.bfloat16 for tensor in operands]
+        if not any(narrow):
+            return original(self, operands)
+        wide = tuple(
+            tl.core.tensor(handle(_widen(t.handle.data), tl.float32), t.type.with_element_ty(tl.float32)) if is_narrow else t
+            for t, is_narrow in zip(operands, narrow, strict=True)
+        )
+        results = []
+        for tensor, is_narrow in zip(original(self, wide), narrow, strict=True):
+            if is_narrow:
+                kind = tensor.type.with_element_ty(tl.bfloat16) if tensor.type.is_block() else tl.bfloat16
+                tensor = tl.core.tensor(handle(_round(tensor.handle.data), tl.bfloat16), kind)
+            results.append(tensor)
+        return tuple(results)
+
+    interface.apply = apply

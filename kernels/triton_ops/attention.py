@@ -1,0 +1,262 @@
+"""attention: causal flash attention for training, forward and a deterministic backward, with document boundaries.
+
+What a reader would get wrong: the configuration is looked up, not tuned: CONFIGURATIONS has one line per kernel, target, element size and
+head width, each proven by `weftrain kernels compile`. The kernels themselves are in _attention_kernels.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from weftrain.kernels.arguments import check_attention
+from weftrain.kernels.contract import TARGETS, Compilation, Spec
+from weftrain.kernels.triton_ops import _attention_kernels as kernels
+from weftrain.kernels.triton_ops._launch import implementation, next_power_of_2, operator, target
+
+_MAX_HEAD_DIM = 256
+_LOG2_E = 1 / math.log(2)
+_ROW_SUMS_BLOCK = 32
+_LARGEST_TOKEN_STRIDE = 2**23  # of a tile of 256 rows the offsets are 32-bit
+
+
+class Configuration(NamedTuple):
+    """What a launch is compiled with besides the shapes: queries and keys in a tile, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def _lines(**targets: tuple[int, int, int, int]) -> dict[str, Configuration]:
+    return {target: Configuration(*line) for target, line in targets.items()}
+
+
+# (kernel, bytes of an element, head width) -> target -> queries, keys, warps, stages. Heads narrower than 64 take the lines of 64.
+# fp32 products are multiply-adds of single elements on NVIDIA, whole tiles unrolled: small tiles, or they spill.
+CONFIGURATIONS: dict[tuple[str, int, int], dict[str, Configuration]] = {
+    ("forward", 2, 64): _lines(sm_80=(128, 64, 8, 3), sm_90=(128, 128, 8, 3), sm_100=(128, 64, 8, 3), gfx942=(128, 64, 4, 2)),
+    ("forward", 2, 128): _lines(sm_80=(128, 32, 8, 3), sm_90=(128, 64, 8, 3), sm_100=(128, 64, 8, 2), gfx942=(128, 64, 4, 2)),
+    ("forward", 2, 256): _lines(sm_80=(64, 32, 8, 2), sm_90=(64, 32, 8, 2), sm_100=(64, 64, 8, 2), gfx942=(64, 32, 4, 2)),
+    ("forward", 4, 64): _lines(sm_80=(32, 32, 8, 1), sm_90=(32, 32, 8, 1), sm_100=(32, 32, 8, 1), gfx942=(64, 32, 4, 1)),
+    ("forward", 4, 128): _lines(sm_80=(32, 16, 4, 1), sm_90=(16, 16, 4, 1), sm_100=(16, 16, 4, 1), gfx942=(64, 32, 4, 1)),
+    ("forward", 4, 256): _lines(sm_80=(16, 16, 4, 1), sm_90=(16, 16, 4, 1), sm_100=(16, 16, 4, 1), gfx942=(32, 16, 4, 1)),
+    ("backward_keys", 2, 64): _lines(sm_80=(32, 64, 4, 2), sm_90=(64, 128, 8, 2), sm_100=(64, 64, 8, 2), gfx942=(64, 64, 4, 1)),
+    ("backward_keys", 2, 128): _lines(sm_80=(64, 64, 8, 1), sm_90=(32, 64, 8, 2), sm_100=(64, 64, 8, 2), gfx942=(32, 64, 4, 1)),
+    ("backward_keys", 2, 256): _lines(sm_80=(32, 32, 8, 2), sm_90=(64, 32, 8, 1), sm_100=(32, 64, 8, 2), gfx942=(16, 32, 4, 1)),
+    ("backward_keys", 4, 64): _lines(sm_80=(32, 32, 8, 1), sm_90=(32, 32, 8, 1), sm_100=(32, 32, 8, 1), gfx942=(32, 32, 4, 1)),
+    ("backward_keys", 4, 128): _lines(sm_80=(16, 16, 4, 1), sm_90=(16, 16, 4, 1), sm_100=(16, 16, 4, 1), gfx942=(16, 32, 4, 1)),
+    ("backward_keys", 4, 256): _lines(sm_80=(16, 16, 4, 1), sm_90=(16, 16, 8, 1), sm_100=(16, 16, 8, 1), gfx942=(16, 16, 4, 1)),
+    ("backward_queries", 2, 64): _lines(sm_80=(64, 64, 8, 2), sm_90=(128, 64, 8, 3), sm_100=(128, 64, 8, 2), gfx942=(128, 64, 4, 2)),
+    ("backward_queries", 2, 128): _lines(sm_80=(64, 64, 8, 2), sm_90=(128, 64, 8, 2), sm_100=(128, 64, 8, 2), gfx942=(64, 32, 4, 2)),
+    ("backward_queries", 2, 256): _lines(sm_80=(32, 32, 8, 2), sm_90=(64, 16, 8, 2), sm_100=(64, 64, 8, 1), gfx942=(64, 32, 4, 1)),
+    ("backward_queries", 4, 64): _lines(sm_80=(32, 32, 8, 1), sm_90=(32, 32, 8, 1), sm_100=(32, 32, 8, 1), gfx942=(32, 32, 4, 1)),
+    ("backward_queries", 4, 128): _lines(sm_80=(32, 16, 4, 1), sm_90=(16, 16, 4, 1), sm_100=(16, 16, 4, 1), gfx942=(32, 16, 4, 1)),
+    ("backward_queries", 4, 256): _lines(sm_80=(16, 16, 8, 1), sm_90=(16, 16, 8, 1), sm_100=(16, 16, 8, 1), gfx942=(32, 16, 4, 1)),
+}
+
+# In bf16 with head width 128 and documents: what a launch could take on a target besides its line, and why some targets could not.
+CANDIDATES: dict[tuple[str, Configuration], dict[str, str]] = {
+    ("forward", Configuration(128, 32, 8, 3)): {},
+    ("forward", Configuration(128, 64, 8, 3)): {
+        "sm_80": "spills 8 bytes",
+        "sm_100": "spills 24 bytes",
+        "gfx942": "needs 80 KiB of 64 KiB shared memory",
+    },
+    ("backward_keys", Configuration(32, 64, 8, 2)): {"gfx942": "spills 1320 bytes"},
+    ("backward_queries", Configuration(64, 64, 8, 2)): {"sm_100": "spills 16 bytes", "gfx942": "spills 640 bytes"},
+    ("backward_queries", Configuration(64, 32, 4, 2)): {},
+}
+
+
+def configuration(kernel: str, on: str, element_size: int, block_d: int) -> Configuration:
+    """What a launch of `kernel` takes on target `on`, for elements of 2 or 4 bytes in heads padded to block_d."""
+    return CONFIGURATIONS[kernel, element_size, max(64, block_d)][on]
+
+
+# ---- launches -----------------------------------------------------------------------------------------------------------------------
+
+
+def _block_d(head_dim: int) -> int:
+    return max(16, next_power_of_2(head_dim))
+
+
+def _grid(tokens: int, block: int, batch_heads: int) -> tuple[int]:
+    return (-(-tokens // block) * batch_heads,)
+
+
+def _common(head_dim: int, found: Configuration, documents: bool) -> dict[str, Any]:
+    """The constants of a launch, as Compilations declare them too."""
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": _block_d(head_dim),
+        "BLOCK_M": found.block_m,
+        "BLOCK_N": found.block_n,
+        "DOCUMENTS": documents,
+        "PRECISION": "ieee",  # of fp32 products; bf16 and fp16 know no other
+    }
+
+
+def _launch_forward(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _fake_forward(q, k, v, document_start, scale)
+    B, T, H, D = q.shape
+    if out.numel():
+        found = configuration("forward", target(q.device), q.element_size(), _block_d(D))
+        kernels.forward[_grid(T, found.block_m, B * H)](
+            q, k, v, document_start, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], T, H, scale * _LOG2_E,
+            **_common(D, found, document_start is not None), num_warps=found.num_warps, num_stages=found.num_stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+
+
+def _launch_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, document_start: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = _fake_backward(dout, q, k, v, out, lse, document_start, scale)
+    B, T, H, D = q.shape
+    if dq.numel() == 0:
+        return dq, dk, dv
+    on, block_d, documents = target(q.device), _block_d(D), document_start is not None
+    delta = torch.empty_like(lse)
+    kernels.row_sums[_grid(T, _ROW_SUMS_BLOCK, B * H)](
+        out, dout, delta, *dout.stride()[:3], T, H, HEAD_DIM=D, BLOCK_D=block_d, BLOCK_M=_ROW_SUMS_BLOCK, num_warps=4
+    )
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    found = configuration("backward_keys", on, q.element_size(), block_d)
+    kernels.backward_keys[_grid(T, found.block_n, B * H)](
+        q, k, v, document_start, dout, lse, delta, dk, dv, *strides, T, H, scale, scale * _LOG2_E,
+        **_common(D, found, documents), SCAN=kernels.SCAN, num_warps=found.num_warps, num_stages=found.num_stages,
+    )  # fmt: skip
+    found = configuration("backward_queries", on, q.element_size(), block_d)
+    kernels.backward_queries[_grid(T, found.block_m, B * H)](
+        q, k, v, document_start, dout, lse, delta, dq, *strides, T, H, scale, scale * _LOG2_E,
+        **_common(D, found, documents), num_warps=found.num_warps, num_stages=found.num_stages,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _fake_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, document_start: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return dq, dk, dv
+
+
+_FORWARD = operator(
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? document_start, float scale) -> (Tensor, Tensor)",
+    _launch_forward,
+    _fake_forward,
+)
+_BACKWARD = operator(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? document_start, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    _launch_backward,
+    _fake_backward,
+)
+
+
+# ---- the op -------------------------------------------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, scale: float) -> Tensor:
+        out, lse = _FORWARD(q, k, v, document_start, scale)
+        ctx.save_for_backward(q, k, v, out, lse, document_start)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, document_start = ctx.saved_tensors
+        return *_BACKWARD(_readable(dout), q, k, v, out, lse, document_start, ctx.scale), None, None
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x as it is where its rows are contiguous and its strides fit, else a copy."""
+    return x if x.stride(3) == 1 and x.stride(1) < _LARGEST_TOKEN_STRIDE else x.contiguous()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
+    """Causal self-attention: q, k, v [B, T, H, D] -> contiguous [B, T, H, D] in q.dtype (kernels/reference.py). D <= 256.
+
+    Products in q.dtype (fp32: without tf32), accumulated in fp32; softmax in fp32; probabilities are cast to q.dtype before they meet v.
+    Saves q, k, v, the output, and the base-2 logarithm of each row's sum of exponentials, fp32 [B, H, T]. Deterministic: no atomics.
+    Strides are taken as they are where the last is 1. The probability of a query's only key is 1, so it moves neither q nor k.
+    Raises KernelError (kernels/arguments.py).
+    """
+    check_attention(q, k, v, document_start)
+    if scale <= 0:  # the kernels scale a row's maximum, and -inf where a key is hidden
+        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
+    start = None if document_start is None else document_start.contiguous()
+    return _Attention.apply(_readable(q), _readable(k), _readable(v), start, float(scale))
+
+
+def _needs(spec: Spec) -> str | None:
+    head_dim = int(spec.attributes["head_dim"])
+    return None if head_dim <= _MAX_HEAD_DIM else f"needs head_dim <= {_MAX_HEAD_DIM}, this is {head_dim}"
+
+
+# ---- for the compile gate -----------------------------------------------------------------------------------------------------------
+
+_ELEMENT_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_GATE_HEAD_DIMS = (64, 128, 256)
+
+
+def _signature(kernel: str, dtype: str, documents: bool) -> dict[str, str]:
+    """The types of a launch's runtime arguments at aligned strides; without documents, document_start is the constant None."""
+    x, fp32 = f"*{dtype}:16", "*fp32:16"
+    tensors = {
+        "forward": {"q": x, "k": x, "v": x, "document_start": "*i32:16", "out": x, "lse": fp32},
+        "row_sums": {"out": x, "dout": x, "delta": fp32},
+        "backward_keys": {"q": x, "k": x, "v": x, "document_start": "*i32:16", "dout": x, "lse": fp32, "delta": fp32, "dk": x, "dv": x},
+        "backward_queries": {"q": x, "k": x, "v": x, "document_start": "*i32:16", "dout": x, "lse": fp32, "delta": fp32, "dq": x},
+    }[kernel]
+    if not documents:
+        tensors.pop("document_start", None)
+    strided = [name for name in ("q", "k", "v", "dout") if name in tensors]
+    strides = {f"{name}_{axis}": "i32:16" for name in strided for axis in ("batch", "token", "head")}
+    scales = {"row_sums": {}, "forward": {"scale_log2": "fp32"}}.get(kernel, {"scale": "fp32", "scale_log2": "fp32"})
+    return {**tensors, **strides, "T": "i32", "H": "i32", **scales}
+
+
+def _compilation(kernel: str, dtype: str, head_dim: int, found: Configuration, documents: bool, **how: Any) -> Compilation:
+    name = f"{kernel} {dtype} d{head_dim} {found.block_m}x{found.block_n}w{found.num_warps}s{found.num_stages}"
+    constants = _common(head_dim, found, documents) | ({} if documents else {"document_start": None})
+    name += " documents" * documents + " candidate" * (not how.get("default", True))
+    return Compilation(
+        name, getattr(kernels, kernel), _signature(kernel, dtype, documents),
+        constants | ({"SCAN": kernels.SCAN} if kernel == "backward_keys" else {}), found.num_warps, found.num_stages,
+        matrix_instructions=dtype != "fp32", **how,
+    )  # fmt: skip
+
+
+def _compilations() -> list[Compilation]:
+    """Every line of CONFIGURATIONS, with documents and without, and the candidates."""
+    made = []
+    for dtype, element_size in _ELEMENT_SIZES.items():
+        for head_dim in _GATE_HEAD_DIMS:
+            constants = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_M": _ROW_SUMS_BLOCK}
+            signature = _signature("row_sums", dtype, False)
+            made.append(Compilation(f"row_sums {dtype} d{head_dim}", kernels.row_sums, signature, constants, num_warps=4, num_stages=3))
+            for kernel in ("forward", "backward_keys", "backward_queries"):
+                lines = CONFIGURATIONS[kernel, element_size, head_dim]
+                for found in dict.fromkeys(lines.values()):
+                    targets = tuple(on for on in TARGETS if lines[on] == found)
+                    made += [_compilation(kernel, dtype, head_dim, found, documents, targets=targets) for documents in (False, True)]
+    for (kernel, found), excluded in CANDIDATES.items():
+        targets = tuple(on for on in TARGETS if CONFIGURATIONS[kernel, 2, 128][on] != found)
+        made.append(_compilation(kernel, "bf16", 128, found, True, targets=targets, default=False, excluded=excluded))
+    return made
+
+
+IMPLEMENTATION = implementation("attention", attention, _compilations, _needs)

@@ -1,0 +1,150 @@
+"""cross_entropy: one program a row, one pass over its vocabulary forward and one backward; no [N, V] probabilities are saved.
+
+What a reader would get wrong: the maximum and the sum are saved apart, not as one logsumexp. Of logits near 1000 a logsumexp has lost four
+digits that the gradient needs. An ignored row gives loss 0 and gradient 0, and as in the reference a gradient of NaN where it holds a NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from weftrain.kernels.arguments import check_cross_entropy
+from weftrain.kernels.contract import Compilation
+from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, operator, rows_of
+from weftrain.kernels.triton_ops._softmax_rows import block_gradient, row_block, row_factors, row_loss, row_statistics
+
+
+@triton.jit
+def _forward(logits, labels, loss, maximum, total, row_stride, columns, scale, z_loss, ignore_index, BLOCK: tl.constexpr):
+    """One row: its loss, and the two numbers that the softmax is made of."""
+    row = tl.program_id(0).to(tl.int64)
+    x = logits + row * row_stride
+    row_maximum, row_total = row_statistics(x, columns, scale, BLOCK)
+    row_label = tl.load(labels + row)
+    tl.store(maximum + row, row_maximum)
+    tl.store(total + row, row_total)
+    tl.store(loss + row, row_loss(x, row_label, columns, scale, z_loss, ignore_index, row_maximum, row_total))
+
+
+@triton.jit
+def _backward(
+    dloss, logits, labels, maximum, total, dlogits, row_stride, columns, scale, z_loss, ignore_index, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One row: dlogits = dloss scale (softmax (1 + 2 z_loss logsumexp) - onehot), in fp32, rounded once."""
+    row = tl.program_id(0).to(tl.int64)
+    x = logits + row * row_stride
+    dx = dlogits + row * columns
+    label = tl.load(labels + row)
+    m = tl.load(maximum + row)
+    softmax_factor, label_factor, z_factor = row_factors(
+        label, columns, scale, z_loss, ignore_index, m, tl.load(total + row), tl.load(dloss + row)
+    )  # fmt: skip
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < columns
+        values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32) * scale
+        gradient = block_gradient(values, column, label, m, softmax_factor, label_factor, z_factor)
+        tl.store(dx + column, gradient.to(dlogits.dtype.element_ty), mask=inside)
+
+
+def _launch_forward(logits: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = logits.shape
+    loss, maximum, total = _fake_forward(logits, labels, logits_scale, ignore_index, z_loss)
+    if rows:
+        block, warps = row_block(columns)
+        _forward[(rows,)](
+            logits, labels, loss, maximum, total, logits.stride(0), columns, logits_scale, z_loss, ignore_index,
+            BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return loss, maximum, total
+
+
+def _fake_forward(logits: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    loss, maximum, total = (torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(3))
+    return loss, maximum, total
+
+
+def _launch_backward(
+    dloss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    logits_scale: float,
+    ignore_index: int,
+    z_loss: float,
+) -> Tensor:
+    rows, columns = logits.shape
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if rows:
+        block, warps = row_block(columns)
+        _backward[(rows,)](
+            dloss, logits, labels, maximum, total, dlogits, logits.stride(0), columns, logits_scale, z_loss, ignore_index,
+            BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return dlogits
+
+
+def _fake_backward(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+_FORWARD = operator(
+    "cross_entropy_forward(Tensor logits, Tensor labels, float logits_scale, int ignore_index, float z_loss) -> (Tensor, Tensor, Tensor)",
+    _launch_forward,
+    _fake_forward,
+)
+_BACKWARD = operator(
+    "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor labels, Tensor maximum, Tensor total, "
+    "float logits_scale, int ignore_index, float z_loss) -> Tensor",
+    _launch_backward,
+    _fake_backward,
+)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float) -> Tensor:
+        loss, maximum, total = _FORWARD(logits, labels, logits_scale, ignore_index, z_loss)
+        ctx.save_for_backward(logits, labels, maximum, total)
+        ctx.statics = (logits_scale, ignore_index, z_loss)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return _BACKWARD(dloss.contiguous(), *ctx.saved_tensors, *ctx.statics), None, None, None, None
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0) -> Tensor:
+    """logits [N, V], labels int64 [N] -> token losses fp32 [N], 0 where ignored (kernels/reference.py). fp32 inside.
+
+    A label outside 0..V-1 that is not ignored gives a loss of NaN, a gradient of 0, and no access out of bounds. Saves logits and labels
+    as they are, and each row's maximum and sum of exponentials in fp32. Raises KernelError (kernels/arguments.py).
+    """
+    check_cross_entropy(logits, labels, ignore_index)
+    return _CrossEntropy.apply(rows_of(logits), labels.contiguous(), float(logits_scale), ignore_index, float(z_loss))
+
+
+def _compilations() -> list[Compilation]:
+    found = []
+    block, warps = row_block(32000)
+    # 32000 and 32032 (Amber's, CrystalCoder's) are multiples of 16; an odd vocabulary is not.
+    shapes = [(dtype, "v32000", "i32:16") for dtype in TRITON_DTYPES.values()]
+    for dtype, width, size in (*shapes, ("fp32", "v50257", "i32")):
+        x, f32 = f"*{dtype}:16", "*fp32:16"
+        common = {"row_stride": size, "columns": size, "scale": "fp32", "z_loss": "fp32", "ignore_index": "i32"}
+        forward = {"logits": x, "labels": "*i64:16", "loss": f32, "maximum": f32, "total": f32, **common}
+        backward = {"dloss": f32, "logits": x, "labels": "*i64:16", "maximum": f32, "total": f32, "dlogits": x, **common}
+        for name, kernel, signature in (("forward", _forward, forward), ("backward", _backward, backward)):
+            found.append(Compilation(f"{name} {dtype} {width}", kernel, signature, {"BLOCK": block}, num_warps=warps, num_stages=3))
+    return found
+
+
+IMPLEMENTATION = implementation("cross_entropy", cross_entropy, _compilations)

@@ -1,0 +1,165 @@
+"""linear_cross_entropy, chunked over tokens: a chunk's logits are turned in place into their gradient, and never are there more.
+
+What a reader would get wrong: the gradients are computed in the *forward*, while the chunk's logits are at hand; the backward only
+multiplies them by the incoming scalar. The gradient of the logits is rounded to hidden.dtype as the reference rounds it, without factors
+to stretch its range: a factor that saves an fp16 probability of 1e-8 overflows an fp16 product of rows with one label.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from weftrain.kernels.arguments import check_linear_cross_entropy
+from weftrain.kernels.contract import Compilation
+from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, operator
+from weftrain.kernels.triton_ops._softmax_rows import block_gradient, row_block, row_factors, row_loss, row_statistics
+
+_CHUNK_ELEMENTS = 1 << 25  # logits held at once: 1024 rows of 32000, 64 MiB in bf16; enough rows for the products to run at their peak
+_ROW_MULTIPLE = 64
+
+
+@triton.jit
+def _loss_and_gradient(
+    logits, labels, loss, columns, scale, z_loss, ignore_index, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One row of contiguous logits: its loss, and where wanted d loss / d logits in the place of the logits."""
+    row = tl.program_id(0).to(tl.int64)
+    x = logits + row * columns
+    label = tl.load(labels + row)
+    maximum, total = row_statistics(x, columns, scale, BLOCK)
+    tl.store(loss + row, row_loss(x, label, columns, scale, z_loss, ignore_index, maximum, total))
+    if GRADIENT:
+        softmax_factor, label_factor, z_factor = row_factors(label, columns, scale, z_loss, ignore_index, maximum, total, 1.0)
+        tl.debug_barrier()  # every warp has read the logit at the label before any writes there
+        for start in range(0, columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < columns
+            values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32) * scale
+            gradient = block_gradient(values, column, label, maximum, softmax_factor, label_factor, z_factor)
+            tl.store(x + column, gradient.to(logits.dtype.element_ty), mask=inside)
+
+
+def _launch(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    logits_scale: float,
+    ignore_index: int,
+    z_loss: float,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss sum, d hidden, d weight); a gradient that is not wanted has no elements."""
+    (rows, _), columns = hidden.shape, weight.shape[0]
+    _, grad_hidden, grad_weight = _fake(hidden, weight, labels, logits_scale, ignore_index, z_loss, wants_hidden, wants_weight)
+    losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+    size = max(_ROW_MULTIPLE, _CHUNK_ELEMENTS // columns // _ROW_MULTIPLE * _ROW_MULTIPLE)
+    buffer = torch.empty((min(size, rows), columns), dtype=hidden.dtype, device=hidden.device)
+    sums = None if rows <= size or not wants_weight else torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    block, warps = row_block(columns)
+    if rows == 0:
+        grad_weight.zero_()
+    with torch.autocast(hidden.device.type, enabled=False):  # the products are in hidden.dtype, whatever surrounds them
+        for first in range(0, rows, size):
+            chunk, chunk_losses = hidden[first : first + size], losses[first : first + size]
+            logits = torch.mm(chunk, weight.t(), out=buffer[: chunk.shape[0]])  # [n, D] x [D, V] -> [n, V]
+            _loss_and_gradient[(chunk.shape[0],)](
+                logits, labels[first : first + size], chunk_losses, columns, logits_scale, z_loss, ignore_index,
+                GRADIENT=wants_hidden or wants_weight, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
+            if wants_hidden:
+                torch.mm(logits, weight, out=grad_hidden[first : first + size])
+            if wants_weight and sums is None:
+                torch.mm(logits.t(), chunk, out=grad_weight)
+            elif sums is not None:
+                sums += torch.mm(logits.t(), chunk)
+    if sums is not None:
+        grad_weight.copy_(sums)
+    return losses.sum(), grad_hidden, grad_weight
+
+
+def _fake(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    logits_scale: float,
+    ignore_index: int,
+    z_loss: float,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = torch.empty((), dtype=torch.float32, device=hidden.device)
+    grad_hidden = torch.empty(hidden.shape if wants_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
+    grad_weight = torch.empty(weight.shape if wants_weight else (0,), dtype=weight.dtype, device=weight.device)
+    return loss, grad_hidden, grad_weight
+
+
+_LOSS_AND_GRADIENTS = operator(
+    "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor labels, float logits_scale, int ignore_index, float z_loss, "
+    "bool wants_hidden, bool wants_weight) -> (Tensor, Tensor, Tensor)",
+    _launch,
+    _fake,
+)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float) -> Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        loss, grad_hidden, grad_weight = _LOSS_AND_GRADIENTS(
+            hidden, weight, labels, logits_scale, ignore_index, z_loss, wants_hidden, wants_weight
+        )
+        ctx.save_for_backward(grad_hidden if wants_hidden else None, grad_weight if wants_weight else None)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight = (None if saved is None else (saved.float() * incoming).to(saved.dtype) for saved in ctx.saved_tensors)
+        return hidden, weight, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    logits_scale: float = 1.0,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar sum of token losses (kernels/reference.py).
+
+    Products in hidden.dtype, softmax in fp32; dW is summed over chunks in fp32. Where a gradient is wanted it is computed here, and saved:
+    dhidden [N, D] and dW [V, D], in the inputs' dtype. Peak beyond that: one chunk of logits (64 MiB in bf16, at least 64 rows), with
+    several chunks also dW in fp32. A label outside 0..V-1 that is not ignored makes the loss NaN. Raises KernelError.
+    """
+    check_linear_cross_entropy(hidden, weight, labels, ignore_index)
+    statics = (float(logits_scale), ignore_index, float(z_loss))
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _LinearCrossEntropy.apply(hidden, weight, labels.contiguous(), *statics)
+    return _LOSS_AND_GRADIENTS(hidden, weight, labels.contiguous(), *statics, False, False)[0]
+
+
+def _compilations() -> list[Compilation]:
+    found = []
+    block, warps = row_block(32000)
+    # 32000 and 32032 (Amber's, CrystalCoder's) are multiples of 16; an odd vocabulary is not.
+    shapes = [(dtype, "v32000", "i32:16") for dtype in TRITON_DTYPES.values()]
+    for dtype, width, size in (*shapes, ("fp32", "v50257", "i32")):
+        signature = {"logits": f"*{dtype}:16", "labels": "*i64:16", "loss": "*fp32:16", "columns": size}
+        signature |= {"scale": "fp32", "z_loss": "fp32", "ignore_index": "i32"}
+        for gradient in (False, True):
+            constants = {"GRADIENT": gradient, "BLOCK": block}
+            name = f"{'loss and gradient' if gradient else 'loss'} {dtype} {width}"
+            found.append(Compilation(name, _loss_and_gradient, signature, constants, num_warps=warps, num_stages=3))
+    return found
+
+
+IMPLEMENTATION = implementation("linear_cross_entropy", linear_cross_entropy, _compilations)

@@ -1,0 +1,152 @@
+"""rms_norm: one program a row forward; backward in a fixed number of programs, each with its own partial sum of the weight's gradient.
+
+What a reader would get wrong: no atomics. Partial sums are [PROGRAMS, n], added by one more pass, so the bits do not depend on the order
+in which programs run, nor on how many processors the GPU has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from weftrain.kernels.arguments import check_rms_norm
+from weftrain.kernels.contract import Compilation, Spec
+from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, next_power_of_2, operator, rows_of
+
+_PROGRAMS = 256  # of the backward: two waves on a large GPU; constant, so that the same rows meet in the same partial sum everywhere
+_MAX_HIDDEN_SIZE = 8192  # one program holds a whole row in registers; 16384 spills
+_MAX_ANY_HIDDEN_SIZE = 4096  # of sizes that are no multiple of 16: their addresses take registers too
+
+
+@triton.jit
+def _forward(x, weight, y, rstd, row_stride, n, eps, BLOCK: tl.constexpr):
+    """One row: y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps); all in fp32, rounded once."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < n
+    x_row = tl.load(x + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x_row * x_row, 0) / n + eps))
+    tl.store(rstd + row, r)
+    tl.store(y + row * n + column, (x_row * r * w).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(dy, x, weight, rstd, dx, dweight_partial, dy_row_stride, x_row_stride, rows, n, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows program, program + PROGRAMS, ...: dx = rstd * (g - xhat * mean(g xhat)) with g = dy weight, xhat = x rstd."""
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < n
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    dw = tl.zeros([BLOCK], dtype=tl.float32)
+    for step in range(tl.cdiv(rows, PROGRAMS)):
+        row = program + step * PROGRAMS
+        here = inside & (row < rows)
+        x_row = tl.load(x + row * x_row_stride + column, mask=here, other=0.0).to(tl.float32)
+        dy_row = tl.load(dy + row * dy_row_stride + column, mask=here, other=0.0).to(tl.float32)
+        r = tl.load(rstd + row, mask=row < rows, other=0.0)
+        xhat = x_row * r
+        g = dy_row * w
+        dx_row = r * (g - xhat * (tl.sum(g * xhat, 0) / n))
+        tl.store(dx + row * n + column, dx_row.to(dx.dtype.element_ty), mask=here)
+        dw += dy_row * xhat
+    tl.store(dweight_partial + program * n + column, dw, mask=inside)
+
+
+def _num_warps(block: int) -> int:
+    return min(max(block // 512, 1), 16)
+
+
+def _launch_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rows, n = x.shape
+    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        block = next_power_of_2(n)
+        _forward[(rows,)](x, weight, y, rstd, x.stride(0), n, eps, BLOCK=block, num_warps=_num_warps(block))
+    return y, rstd
+
+
+def _fake_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+
+
+def _launch_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    rows, n = x.shape
+    dx = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    programs = min(rows, _PROGRAMS)  # of few rows, each has a program of its own
+    partial = torch.empty((programs, n), dtype=torch.float32, device=x.device)
+    if rows:
+        block = next_power_of_2(n)
+        _backward[(programs,)](
+            dy, x, weight, rstd, dx, partial, dy.stride(0), x.stride(0), rows, n,
+            PROGRAMS=_PROGRAMS, BLOCK=block, num_warps=_num_warps(block),
+        )  # fmt: skip
+    return dx, partial.sum(0).to(weight.dtype)
+
+
+def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight)
+
+
+_FORWARD = operator("rms_norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _launch_forward, _fake_forward)
+_BACKWARD = operator(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)", _launch_backward, _fake_backward
+)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, rstd = _FORWARD(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        dx, dweight = _BACKWARD(rows_of(dy), x, weight, rstd)
+        return dx, dweight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """x [..., n], weight [n] -> x.dtype [..., n] (kernels/reference.py). fp32 throughout, rounded once.
+
+    Saves x and weight as they are, and 1 / rms in fp32, [rows]. Deterministic. Raises KernelError (kernels/arguments.py).
+    """
+    check_rms_norm(x, weight)
+    return _RMSNorm.apply(rows_of(x), weight.contiguous(), eps).view(x.shape)
+
+
+def _needs(spec: Spec) -> str | None:
+    n = int(spec.attributes["hidden_size"])
+    if n <= _MAX_ANY_HIDDEN_SIZE or (n <= _MAX_HIDDEN_SIZE and n % 16 == 0):
+        return None
+    return f"needs hidden_size <= {_MAX_HIDDEN_SIZE}, and a multiple of 16 beyond {_MAX_ANY_HIDDEN_SIZE}; this is {n}"
+
+
+def _compilations() -> list[Compilation]:
+    found = []
+    # Amber's; in fp32, which takes most registers: the largest of any size, where nothing is aligned, and the largest that is offered
+    shapes = [(dtype, 4096, "i32:16") for dtype in TRITON_DTYPES.values()]
+    for dtype, n, size in (*shapes, ("fp32", _MAX_ANY_HIDDEN_SIZE - 1, "i32"), ("fp32", _MAX_HIDDEN_SIZE, "i32:16")):
+        block = next_power_of_2(n)
+        x, w, f32 = f"*{dtype}:16", "*fp32:16", "*fp32:16"
+        forward = {"x": x, "weight": w, "y": x, "rstd": f32, "row_stride": size, "n": size, "eps": "fp32"}
+        backward = {"dy": x, "x": x, "weight": w, "rstd": f32, "dx": x, "dweight_partial": f32}
+        backward |= {"dy_row_stride": size, "x_row_stride": size, "rows": size, "n": size}
+        for name, kernel, signature, constants in (
+            ("forward", _forward, forward, {"BLOCK": block}),
+            ("backward", _backward, backward, {"PROGRAMS": _PROGRAMS, "BLOCK": block}),
+        ):
+            found.append(Compilation(f"{name} {dtype} n{n}", kernel, signature, constants, num_warps=_num_warps(block), num_stages=3))
+    return found
+
+
+IMPLEMENTATION = implementation("rms_norm", rms_norm, _compilations, _needs)

@@ -1,0 +1,32 @@
+"""One option for the whole folder: `pytest tests/kernels --kernel-device cuda` asks the same questions of a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    """The device that implementations are examined on: --kernel-device."""
+    device = str(request.config.getoption("--kernel-device"))
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.fail("--kernel-device cuda: torch sees no CUDA device")
+    return device
+
+
+@pytest.fixture(scope="session")
+def examine() -> Callable[..., Any]:
+    """tests/kernels/mutants.py: examine(folder, op, file, old text, new text, check, example, dtype, empty folder) -> Report."""
+    spec = importlib.util.spec_from_file_location("kernel_mutants", Path(__file__).with_name("mutants.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: Callable[..., Any] = module.examine
+    return found

@@ -1,0 +1,137 @@
+"""Faults planted in every Triton kernel, interpreted: a check that does not find its fault is no check.
+
+What a reader would get wrong: `old` is text of the kernel's file. When the file changes and the text is gone, the test fails: write the
+fault anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BF16 = torch.bfloat16
+_STATISTIC = "r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum({0} * {0}, 0) / n + eps))"
+_ONE_LOAD = "tl.load(x + row * row_stride + column, mask=inside, other=0.0)"
+_LAST_PASS = "gradient.to(logits.dtype.element_ty), mask=inside)"
+_Q_TILE = "first.to(tl.int64) * q_token, row, q_token, T - first, HEAD_DIM, BLOCK_D, {})"
+_LSE = "row_max + tl.math.log2(row_sum)"
+
+# (op, file, what, check, example, old, new, dtype)
+FAULTS: list[tuple[str, str, str, str, str, str, str, torch.dtype]] = [
+    ("rms_norm", "rms_norm.py", "gradient term left out", "numerics", "odd",
+     "dx_row = r * (g - xhat * (tl.sum(g * xhat, 0) / n))", "dx_row = r * g", torch.float32),
+    ("rms_norm", "rms_norm.py", "statistic in fp16", "numerics", "odd",
+     _STATISTIC.format("x_row"), _STATISTIC.format("x_row") + ".to(tl.float16).to(tl.float32)", torch.float32),
+    ("rms_norm", "rms_norm.py", "statistic in the dtype of x", "rounded_once", "odd",
+     _STATISTIC.format("x_row"), _STATISTIC.format("x_row") + ".to(x.dtype.element_ty).to(tl.float32)", BF16),
+    ("rms_norm", "rms_norm.py", "weight after the rounding", "rounded_once", "odd",
+     "(x_row * r * w).to(y.dtype.element_ty)", "((x_row * r).to(y.dtype.element_ty).to(tl.float32) * w).to(y.dtype.element_ty)", BF16),
+    ("rms_norm", "rms_norm.py", "load without a mask", "bounds", "odd", _ONE_LOAD, "tl.load(x + row * row_stride + column)", torch.float32),
+    ("rms_norm", "rms_norm.py", "store without a mask", "bounds", "odd",
+     "(x_row * r * w).to(y.dtype.element_ty), mask=inside)", "(x_row * r * w).to(y.dtype.element_ty))", torch.float32),
+    ("rms_norm", "rms_norm.py", "last column left out", "numerics", "odd", "inside = column < n", "inside = column < n - 1", torch.float32),
+    ("rms_norm", "rms_norm.py", "rows of the last wave left out", "numerics", "odd_rows",
+     "range(tl.cdiv(rows, PROGRAMS))", "range(rows // PROGRAMS)", torch.float32),
+    ("layer_norm", "layer_norm.py", "gradient term left out", "numerics", "odd",
+     "(g - tl.sum(g, 0) / n - xhat", "(g - xhat", torch.float32),
+    ("layer_norm", "layer_norm.py", "padding in the variance", "numerics", "odd",
+     "centred = tl.where(inside, x_row - m, 0.0)", "centred = x_row - m", torch.float32),
+    ("layer_norm", "layer_norm.py", "statistic in the dtype of x", "rounded_once", "odd",
+     _STATISTIC.format("centred"), _STATISTIC.format("centred") + ".to(x.dtype.element_ty).to(tl.float32)", BF16),
+    ("layer_norm", "layer_norm.py", "only the last row of a program", "numerics", "odd_rows", "db += dy_row", "db = dy_row", torch.float32),
+    ("layer_norm", "layer_norm.py", "load without a mask", "bounds", "odd",
+     _ONE_LOAD, "tl.load(x + row * row_stride + column)", torch.float32),
+    ("rope", "rope.py", "backward turns forward", "numerics", "odd", "        s = -s\n", "        s = s\n", torch.float32),
+    ("rope", "rope.py", "last column of the rest left out", "numerics", "odd",
+     "& (rest < head_dim)", "& (rest < head_dim - 1)", torch.float32),
+    ("rope", "rope.py", "heads without a mask", "bounds", "odd_interleaved",
+     "both_here = (head < heads) & (column < 2 * half)", "both_here = column < 2 * half", torch.float32),
+    ("rope", "rope.py", "angles of the next token", "numerics", "odd",
+     "tl.load(cos + token * half", "tl.load(cos + (token ^ 1) * half", torch.float32),
+    ("swiglu", "swiglu.py", "gradient term left out", "numerics", "odd", "(1.0 + g * (1.0 - s))", "(1.0 + g)", torch.float32),
+    ("swiglu", "swiglu.py", "load without a mask", "bounds", "odd",
+     "tl.load(up + row * up_row_stride + column, mask=inside, other=0.0)", "tl.load(up + row * up_row_stride + column)", torch.float32),
+    ("swiglu", "swiglu.py", "last block left out", "bounds", "edge_above",
+     "inside = column < n", "inside = column < n // BLOCK * BLOCK", torch.float32),
+    ("cross_entropy", "_softmax_rows.py", "sum not rescaled between blocks", "numerics", "edge_above",
+     "total = total * tl.exp(before - shift) + ", "total = total + ", torch.float32),
+    ("cross_entropy", "_softmax_rows.py", "label off by one", "numerics", "odd",
+     "tl.where(column == label,", "tl.where(column == label + 1,", torch.float32),
+    ("cross_entropy", "_softmax_rows.py", "half of the z-loss gradient", "numerics", "odd_scaled",
+     "(2.0 * z_loss", "(1.0 * z_loss", torch.float32),
+    ("cross_entropy", "_softmax_rows.py", "load at the label without a mask", "bounds", "odd",
+     "tl.load(x + label, mask=valid, other=0.0)", "tl.load(x + label)", torch.float32),
+    ("cross_entropy", "_softmax_rows.py", "load without a mask", "bounds", "odd",
+     "tl.load(x + column, mask=inside, other=0.0)", "tl.load(x + column)", torch.float32),
+    ("cross_entropy", "cross_entropy.py", "statistic in fp16", "numerics", "odd",
+     "tl.store(total + row, row_total)", "tl.store(total + row, row_total.to(tl.float16).to(tl.float32))", torch.float32),
+    ("cross_entropy", "cross_entropy.py", "statistic in bf16", "rounded_once", "odd",
+     "tl.store(total + row, row_total)", "tl.store(total + row, row_total.to(tl.bfloat16).to(tl.float32))", BF16),
+    ("linear_cross_entropy", "linear_cross_entropy.py", "scale twice in the gradient", "numerics", "odd_scaled",
+     "maximum, total, 1.0)", "maximum, total, scale)", torch.float32),
+    ("linear_cross_entropy", "linear_cross_entropy.py", "store without a mask", "bounds", "odd",
+     _LAST_PASS, "gradient.to(logits.dtype.element_ty))", torch.float32),
+    ("linear_cross_entropy", "linear_cross_entropy.py", "last column left out", "numerics", "odd",
+     "inside = column < columns", "inside = column < columns - 1", torch.float32),
+    ("adamw", "adamw.py", "eps on the wrong side", "numerics", "odd_large_eps",
+     "tl.div_rn(tl.sqrt_rn(v), correction) + eps", "tl.div_rn(tl.sqrt_rn(v) + eps, correction)", torch.float32),
+    ("adamw", "adamw.py", "second moment without its square", "numerics", "odd",
+     "one_minus_beta2 * g * g", "one_minus_beta2 * g", torch.float32),
+    ("adamw", "adamw.py", "copy of the old parameter", "numerics", "odd_before",
+     "p.to(copy.dtype.element_ty)", "tl.load(parameter + offset, mask=inside, other=0.0).to(copy.dtype.element_ty) * 0.5", torch.float32),
+    ("adamw", "adamw.py", "store without a mask", "bounds", "odd",
+     "tl.store(parameter + offset, p, mask=inside)", "tl.store(parameter + offset, p)", torch.float32),
+    ("adamw", "adamw.py", "last element left out", "numerics", "edge",
+     "inside = offset < elements", "inside = offset < elements - 1", torch.float32),
+    ("grad_norm", "grad_norm.py", "only the last block", "numerics", "edge",
+     "sums += values * values", "sums = values * values", torch.float32),
+    ("grad_norm", "grad_norm.py", "last partial sum left out", "numerics", "odd",
+     "mask=lane < count", "mask=lane < count - 1", torch.float32),
+    ("grad_norm", "grad_norm.py", "one element too many", "bounds", "odd",
+     "mask=offset < elements", "mask=offset <= elements", torch.float32),
+    ("attention", "_attention_kernels.py", "diagonal hidden", "numerics", "odd_small",
+     "visible = visible & (key[None, :] <= query[:, None])\n            scores",
+     "visible = visible & (key[None, :] <= query[:, None] + 1)\n            scores", torch.float32),
+    ("attention", "_attention_kernels.py", "first key of a document hidden", "numerics", "odd_small",
+     "visible = key[:, None] >= start[None, :]", "visible = key[:, None] > start[None, :]", torch.float32),
+    ("attention", "_attention_kernels.py", "row sums not subtracted", "numerics", "odd_small",
+     "ds = p * (dp - row_delta[:, None])", "ds = p * dp", torch.float32),
+    ("attention", "_attention_kernels.py", "row sums not subtracted from keys", "numerics", "odd_small",
+     "ds = p * (dp - row_delta[None, :])", "ds = p * dp", torch.float32),
+    ("attention", "_attention_kernels.py", "sum not rescaled between blocks", "numerics", "odd",
+     "row_sum = row_sum * shrink + ", "row_sum = row_sum + ", torch.float32),
+    ("attention", "_attention_kernels.py", "statistic in fp16", "numerics", "odd_small",
+     f"{_LSE}, mask", f"({_LSE}).to(tl.float16).to(tl.float32), mask", torch.float32),
+    ("attention", "_attention_kernels.py", "last tile of queries left out", "numerics", "odd",
+     "cut = T + first * 0", "cut = T - BLOCK_M + first * 0", torch.float32),
+    ("attention", "_attention_kernels.py", "load without a mask", "bounds", "odd_small",
+     _Q_TILE.format("True"), _Q_TILE.format("False"), torch.float32),
+    ("attention", "_attention_kernels.py", "store without a mask", "bounds", "odd_small",
+     "inside = (rows[:, None] < T) & (column[None, :] < HEAD_DIM)",
+     "inside = (rows[:, None] <= T) & (column[None, :] < HEAD_DIM)", torch.float32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{fault[0]}-{fault[2].replace(' ', '_')}" for fault in FAULTS])
+def test_a_planted_fault_is_found(fault: Any, tmp_path: Path, examine: Callable[..., Any]) -> None:
+    op, file, _, check, example, old, new, dtype = fault
+    report = examine("triton_ops", op, file, old, new, check, example, dtype, tmp_path)
+    assert report.failed, [finding.detail for finding in report]
+    assert not any(finding.detail.startswith("raised") for finding in report), report
+
+
+@pytest.mark.parametrize(("op", "check"), [("rms_norm", "bounds"), ("swiglu", "numerics"), ("cross_entropy", "rounded_once")])
+def test_a_copy_without_a_fault_passes(op: str, check: str, tmp_path: Path, examine: Callable[..., Any]) -> None:
+    report = examine("triton_ops", op, f"{op}.py", "import triton\n", "import triton\n", check, "odd", BF16, tmp_path)
+    assert report
+    assert not report.failed, [finding.detail for finding in report]
+
+
+def test_every_triton_file_has_two_faults() -> None:
+    from weftrain.kernels import OPS
+
+    assert all(sum(fault[0] == op for fault in FAULTS) >= 2 for op in OPS)

@@ -1,0 +1,559 @@
+"""The Triton ops but attention, interpreted: what the generic checks do not ask of an implementation.
+
+Labels that name no column, rows that are ignored, views taken as they are, sums whose order is fixed, launches that must not happen.
+Long, for one file of helpers serves all of these ops.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from weftrain.kernels import OPS
+from weftrain.kernels.checks.exact import EXACT
+
+DIFFERENTIABLE = ("rms_norm", "layer_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy")
+NAN, INF = float("nan"), float("inf")
+
+
+def module(op: str) -> Any:
+    """The op's file; imported when a test runs, so that a process that does not interpret can collect this one."""
+    return importlib.import_module(f"weftrain.kernels.triton_ops.{op}")
+
+
+def triton_op(op: str) -> Callable[..., Any]:
+    return module(op).IMPLEMENTATION.function
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def results(
+    function: Callable[..., Tensor], arguments: dict[str, Any], names: tuple[str, ...], incoming: Tensor | None = None
+) -> list[Tensor]:
+    """The output, and the gradient of each named argument; arguments keep their strides."""
+    leaves = {name: arguments[name].detach().requires_grad_() for name in names}
+    output = function(**{**arguments, **leaves})
+    return [output.detach(), *torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output) if incoming is None else incoming)]
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+class Operators(TorchDispatchMode):
+    """Every call of one of our operators, with its arguments, and every matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[tuple[Any, ...]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "weftrain":
+            self.calls.setdefault(func.__name__.split(".")[0], []).append(args)
+        return func(*args, **(kwargs or {}))
+
+
+# ---- labels -------------------------------------------------------------------------------------------------------------------------
+
+BAD_LABELS = (-1, 101, 10**12, -(2**63))
+
+
+def test_a_label_outside_the_vocabulary_gives_nan_in_a_compiled_graph() -> None:
+    """There values are not looked at beforehand. A label of 10^12 would be an address far outside of anything that is mapped."""
+    arguments = OPS["cross_entropy"].examples["odd_scaled"]("cpu", torch.float32)
+    good_loss, good_grad = results(triton_op("cross_entropy"), arguments, ("logits",))
+    rows = torch.tensor([1, 5, 9, 13])
+    bad = {**arguments, "labels": arguments["labels"].index_copy(0, rows, torch.tensor(BAD_LABELS))}
+    with pytest.raises(ValueError, match=r"labels\[1\] is -1"):  # and eagerly, on a CPU, they are refused
+        triton_op("cross_entropy")(**bad)
+    torch._dynamo.reset()
+    loss, grad = results(torch.compile(triton_op("cross_entropy"), fullgraph=True, backend="aot_eager"), bad, ("logits",))
+    others = torch.ones(29, dtype=torch.bool).index_fill(0, rows, False)
+    assert loss[rows].isnan().all()
+    assert (grad[rows] == 0).all()
+    assert torch.equal(loss[others], good_loss[others])
+    assert torch.equal(grad[others], good_grad[others])
+
+
+def test_a_label_outside_the_vocabulary_makes_the_summed_loss_nan() -> None:
+    arguments = OPS["linear_cross_entropy"].examples["odd"]("cpu", torch.float32)
+    compiled = torch.compile(triton_op("linear_cross_entropy"), fullgraph=True, backend="aot_eager")
+    for label in BAD_LABELS:
+        torch._dynamo.reset()
+        labels = arguments["labels"].clone()
+        labels[3] = label
+        assert compiled(**{**arguments, "labels": labels}).isnan()
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 7, 2**40], ids=["negative", "a_column", "beyond_int32"])
+def test_ignored_rows_give_zero_and_move_nothing(ignore_index: int) -> None:
+    logits = normal(6, 33)
+    labels = torch.tensor([3, ignore_index, 0, ignore_index, 32, 8])
+    ignored = labels == ignore_index
+    arguments = {"logits": logits, "labels": labels, "ignore_index": ignore_index, "z_loss": 1e-2}
+    incoming = torch.where(ignored, NAN, 1.0)  # what arrives for an ignored row is not looked at
+    loss, grad = results(triton_op("cross_entropy"), arguments, ("logits",), incoming)
+    assert (loss[ignored] == 0).all()
+    assert (grad[ignored] == 0).all()
+    kept = {**arguments, "logits": logits[~ignored], "labels": labels[~ignored]}
+    assert all(
+        torch.equal(a[~ignored], b) for a, b in zip((loss, grad), results(triton_op("cross_entropy"), kept, ("logits",)), strict=True)
+    )
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_what_is_not_finite_in_an_ignored_row_shows_as_in_the_reference(bad: float) -> None:
+    logits = normal(4, 33)
+    logits[1, 5] = bad
+    arguments = {"logits": logits, "labels": torch.tensor([3, -100, 0, 32])}
+    got = results(triton_op("cross_entropy"), arguments, ("logits",))
+    expected = results(OPS["cross_entropy"].function, arguments, ("logits",))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite())
+    assert got[0].isfinite().all()
+    assert got[1][1].isnan().all()
+
+
+# ---- rows longer than a block -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
+@pytest.mark.parametrize("vocab", [1, 2, 4095, 4097, 3 * 4096 + 5])
+def test_vocabularies_around_the_block_size(op: str, vocab: int) -> None:
+    """The last column holds a label, and the largest logit is in the first, a middle and the last block."""
+    logits = normal(4, vocab)
+    for row, column in enumerate((0, vocab // 2, vocab - 1)):
+        logits[row, column] += 9
+    arguments: dict[str, Any] = {"labels": torch.tensor([vocab - 1, 0, vocab // 2, vocab - 1]), "logits_scale": 0.7, "z_loss": 1e-3}
+    if op == "cross_entropy":
+        arguments["logits"] = logits
+    else:  # hidden picks one row of the transposed weight, exactly
+        arguments.update(hidden=torch.eye(4), weight=logits.t().contiguous())
+    names = OPS[op].differentiable
+    wide = {name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for name, value in arguments.items()}
+    exact_logits = wide["logits"] if op == "cross_entropy" else wide["hidden"] @ wide["weight"].t()
+    scaled = exact_logits * 0.7
+    exact = scaled.logsumexp(-1) - scaled.gather(1, arguments["labels"][:, None]).squeeze(1) + 1e-3 * scaled.logsumexp(-1).square()
+    softmax = scaled.softmax(-1) * (1 + 2e-3 * scaled.logsumexp(-1, keepdim=True))
+    slope = (softmax - torch.nn.functional.one_hot(arguments["labels"], vocab)) * 0.7
+    got = results(triton_op(op), arguments, names)
+    expected = [exact, slope] if op == "cross_entropy" else [exact.sum(), slope @ wide["weight"], slope.t()]
+    for name, a, b in zip(("output", *names), got, expected, strict=True):
+        error = float((a.double() - b).norm() / b.norm().clamp(min=1e-6))  # of one column only the z-loss is left
+        assert error < (1e-6 if op == "cross_entropy" else 3e-6), (name, error)  # a product sums 12,293 terms in fp32
+
+
+def test_a_block_of_minus_infinity_is_not_nan() -> None:
+    """Masked logits: a first block without any finite one, and one in the middle."""
+    logits = normal(3, 4 * 4096)
+    logits[0, :4096] = -INF
+    logits[1, 4096:8192] = -INF
+    logits[2, 1:] = -INF
+    arguments = {"logits": logits, "labels": torch.tensor([5000, 7, 0])}
+    got = results(triton_op("cross_entropy"), arguments, ("logits",))
+    expected = results(OPS["cross_entropy"].function, arguments, ("logits",))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    for bad in (NAN, INF):  # and what makes a row NaN in the reference makes it NaN here
+        logits[1, 9000] = bad
+        loss, grad = results(triton_op("cross_entropy"), arguments, ("logits",))
+        assert loss.isnan().tolist() == [False, True, False]
+        assert grad.isnan().any(1).tolist() == [False, True, False]
+    logits[:] = -INF
+    assert triton_op("cross_entropy")(**arguments).isnan().all()
+
+
+def test_large_logits_keep_their_digits() -> None:
+    """At 4096, one fp32 logsumexp would round the softmax's exponent to 2.4e-4."""
+    logits = (4096 + normal(5, 501).bfloat16().float()).bfloat16().float() + normal(5, 501, seed=1).mul(512).round().div(512)
+    labels = torch.arange(5)
+    loss, grad = results(triton_op("cross_entropy"), {"logits": logits, "labels": labels}, ("logits",))
+    wide = logits.double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(wide, labels, reduction="none")
+    assert relative_error(loss, exact.detach()) < 2e-7
+    assert relative_error(grad, torch.autograd.grad(exact.sum(), wide)[0]) < 5e-7
+
+
+# ---- views --------------------------------------------------------------------------------------------------------------------------
+
+
+def _strided(op: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """(arguments of which some are views, argument -> its place among the forward operator's)."""
+    if op in ("rms_norm", "layer_norm"):
+        affine = {name: normal(24, seed=index + 1) for index, name in enumerate(OPS[op].differentiable[1:])}
+        return {"x": normal(5, 3, 40)[..., 8:32], **affine, "eps": 1e-5}, {"x": 0}
+    if op == "rope":  # k of a fused q, k, v, without its first and last token
+        tables = {"cos": normal(7, 5, seed=1), "sin": normal(7, 5, seed=2)}
+        return {"x": normal(2, 9, 3, 60)[:, 1:-1, :, 20:40], **tables, "rotary_dim": 10, "interleaved": True}, {"x": 0}
+    if op == "swiglu":  # the two halves of one product
+        gate, up = normal(4, 3, 74).chunk(2, -1)
+        return {"gate": gate, "up": up}, {"gate": 0, "up": 1}
+    return {"logits": normal(6, 48)[:, :33], "labels": torch.arange(6)}, {"logits": 0}  # a padded vocabulary
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm", "rope", "swiglu", "cross_entropy"])
+def test_views_are_read_where_they_are(op: str) -> None:
+    arguments, places = _strided(op)
+    names = OPS[op].differentiable
+    dense = {name: value.contiguous() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    expected = results(triton_op(op), dense, names)
+    with Operators() as operators:
+        got = results(triton_op(op), arguments, names)
+    forward = operators.calls["rope_turn" if op == "rope" else f"{op}_forward"][0]
+    for name, place in places.items():
+        assert not arguments[name].is_contiguous()
+        assert forward[place].data_ptr() == arguments[name].data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert got[0].is_contiguous()
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm", "rope", "swiglu"])
+def test_an_incoming_gradient_that_is_a_view_is_read_where_it_is(op: str) -> None:
+    arguments, _ = _strided(op)
+    names = OPS[op].differentiable
+    shape = arguments[names[0]].shape
+    wide = normal(*shape[:-1], shape[-1] + 16, seed=9)
+    incoming = wide[..., 8:-8]
+    expected = results(triton_op(op), arguments, names, incoming.contiguous())
+    with Operators() as operators:
+        got = results(triton_op(op), arguments, names, incoming)
+    backward = operators.calls["rope_turn"][1] if op == "rope" else operators.calls[f"{op}_backward"][0]
+    assert backward[0].data_ptr() == incoming.data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_a_last_stride_that_is_not_one_gives_the_same_bits(op: str) -> None:
+    """Every differentiable argument with stride 2, and a gradient of stride 0."""
+    arguments = OPS[op].examples["odd"]("cpu", torch.float32)
+    names = OPS[op].differentiable
+    apart = {name: torch.stack((arguments[name], arguments[name] + 1), -1)[..., 0] for name in names}
+    expected = results(triton_op(op), arguments, names)
+    output = expected[0]
+    got = results(triton_op(op), {**arguments, **apart}, names, torch.ones((), dtype=output.dtype).expand(output.shape))
+    for a, b in zip(got, expected, strict=True):
+        if op == "linear_cross_entropy":  # torch's product may take another way for another layout
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_a_second_derivative_is_refused(op: str) -> None:
+    """A launch is opaque to autograd: the derivative of a gradient, by the gradient that came in, would be missing without a word."""
+    arguments = OPS[op].examples["odd"]("cpu", torch.float32)
+    name = OPS[op].differentiable[0]
+    leaf = arguments[name].detach().requires_grad_()
+    output = triton_op(op)(**{**arguments, name: leaf})
+    incoming = torch.ones_like(output).requires_grad_()
+    (gradient,) = torch.autograd.grad(output, leaf, incoming, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+# ---- sums whose order is fixed ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
+def test_the_gradient_of_a_norms_weight_is_one_fixed_sum(op: str) -> None:
+    """300 rows in 256 programs: row r is added in program r % 256, in rising order; then the programs, by torch's sum."""
+    names = OPS[op].differentiable
+    arguments = {name: normal(*((300, 5) if name == "x" else (5,)), seed=index) for index, name in enumerate(names)}
+    incoming = normal(300, 5, seed=7)
+    got = results(triton_op(op), {**arguments, "eps": 1e-5}, names, incoming)
+    wide = {name: value.double().requires_grad_() for name, value in arguments.items()}
+    exact = EXACT[op](**wide, eps=1e-5)
+    exact_gradients = torch.autograd.grad(exact, list(wide.values()), incoming.double())
+    for name, a, b in zip(names, got[1:], exact_gradients, strict=True):
+        assert relative_error(a, b) < 1e-6, name
+    if op == "layer_norm":
+        partial = torch.zeros(256, 5)
+        for row in range(300):
+            partial[row % 256] += incoming[row]
+        assert torch.equal(got[3], partial.sum(0))
+    # Of 256 rows each program has one. 44 more, whose gradient is zero, change no bit: no row has moved to another program.
+    first = {**arguments, "x": arguments["x"][:256], "eps": 1e-5}
+    expected = results(triton_op(op), first, names, incoming[:256])
+    incoming[256:] = 0
+    again = results(triton_op(op), {**arguments, "eps": 1e-5}, names, incoming)
+    assert all(torch.equal(a, b) for a, b in zip(again[2:], expected[2:], strict=True))
+
+
+def test_grad_norm_is_one_fixed_sum() -> None:
+    """Two programs and a rest of three elements, several tensors, one of them empty and one not contiguous."""
+    gradients = [normal(2 * 65536 + 3), normal(0), normal(33, 17, seed=1).t(), normal(1, seed=2).half()]
+    norm = triton_op("grad_norm")(gradients)
+    exact = torch.cat([gradient.double().flatten() for gradient in gradients]).norm()
+    assert norm.dtype == torch.float32
+    assert norm.shape == ()
+    assert abs(float(norm) / float(exact) - 1) < 1e-7
+    assert torch.equal(norm, triton_op("grad_norm")(gradients))
+
+
+def test_grad_norm_shows_what_is_not_finite_at_every_edge() -> None:
+    size = 65536 + 4096 + 1
+    for bad in (NAN, INF, -INF):
+        for place in (0, 4095, 4096, 65535, 65536, size - 1):
+            gradient = torch.ones(size, dtype=torch.float16)
+            gradient[place] = bad
+            norm = triton_op("grad_norm")([torch.ones(3), gradient])
+            assert not norm.isfinite(), (bad, place)
+
+
+# ---- the chunks of linear_cross_entropy ---------------------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest float tensor that anything made (the interpreter copies bytes besides), and the matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.products = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                self.elements = max(self.elements, tensor.numel())
+        return output
+
+
+def _in_the_operator(monkeypatch: pytest.MonkeyPatch) -> LargestTensor:
+    """A dispatch mode does not look into an operator, so its launch is called in the operator's place."""
+    lce = module("linear_cross_entropy")
+    monkeypatch.setattr(lce, "_LOSS_AND_GRADIENTS", lce._launch)
+    return LargestTensor()
+
+
+def test_chunks_give_what_one_chunk_gives_and_never_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {"hidden": normal(150, 12), "weight": normal(101, 12, seed=1), "labels": torch.arange(150) % 101, "z_loss": 1e-3}
+    names = ("hidden", "weight")
+    whole = results(triton_op("linear_cross_entropy"), arguments, names)
+    monkeypatch.setattr(module("linear_cross_entropy"), "_CHUNK_ELEMENTS", 101 * 64)  # chunks of 64, 64 and 22 rows
+    for a, b in zip(results(triton_op("linear_cross_entropy"), arguments, names), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    with _in_the_operator(monkeypatch) as mode:
+        results(triton_op("linear_cross_entropy"), arguments, names)
+    assert mode.elements == 101 * 64
+    assert mode.products == 3 * 3
+
+
+@pytest.mark.parametrize(("wanted", "products"), [((), 1), (("hidden",), 2), (("weight",), 2), (("hidden", "weight"), 3)])
+def test_only_the_gradients_that_are_wanted_are_computed(wanted: tuple[str, ...], products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = OPS["linear_cross_entropy"].examples["odd"]("cpu", torch.float32)
+    leaves = {name: arguments[name].detach().requires_grad_(name in wanted) for name in ("hidden", "weight")}
+    with _in_the_operator(monkeypatch) as mode:
+        loss = triton_op("linear_cross_entropy")(**{**arguments, **leaves})
+    assert mode.products == products
+    if wanted:
+        loss.backward()
+        _, *both = results(triton_op("linear_cross_entropy"), arguments, ("hidden", "weight"))
+        assert all(torch.equal(leaves[name].grad, dict(zip(leaves, both, strict=True))[name]) for name in wanted)
+    assert [name for name, leaf in leaves.items() if leaf.grad is not None] == list(wanted)
+
+
+def test_sums_near_the_end_of_fp16_do_not_overflow() -> None:
+    """256 tokens of one label with hidden states of 200: a gradient of 51,200 for that row of the weight, of at most 65,504."""
+    hidden = torch.full((256, 4), 200.0, dtype=torch.float16)
+    weight = torch.zeros(64, 4, dtype=torch.float16)
+    labels = torch.full((256,), 3)
+    _, _, grad = results(triton_op("linear_cross_entropy"), {"hidden": hidden, "weight": weight, "labels": labels}, ("hidden", "weight"))
+    assert grad.isfinite().all()
+    assert float(grad[3, 0]) == pytest.approx(-51200 * 63 / 64, rel=2e-3)
+    assert float(grad[0, 0]) == pytest.approx(51200 / 64, rel=2e-3)
+
+
+# ---- rope, swiglu and the norms at their edges ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_turns_many_heads_and_back(interleaved: bool) -> None:
+    """33 heads of 128 are three blocks of heads; the gradient of what was turned is what it was, turned back."""
+    x = normal(1, 3, 33, 128)
+    angle = normal(3, 24, seed=1)
+    arguments = {"x": x, "cos": angle.cos(), "sin": angle.sin(), "rotary_dim": 48, "interleaved": interleaved}
+    output = triton_op("rope")(**arguments)
+    torch.testing.assert_close(output, OPS["rope"].function(**arguments), rtol=1e-6, atol=1e-6)
+    assert torch.equal(output[..., 48:], x[..., 48:])
+    _, back = results(triton_op("rope"), arguments, ("x",), output)
+    torch.testing.assert_close(back, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_keeps_what_is_not_finite_in_its_pair(interleaved: bool) -> None:
+    arguments = {**OPS["rope"].examples["odd"]("cpu", torch.float32), "interleaved": interleaved}
+    for column, pair in ((2, {2, 3} if interleaved else {2, 8}), (11, {10, 11} if interleaved else {5, 11}), (12, {12}), (19, {19})):
+        x = arguments["x"].clone()
+        x[1, 5, 2, column] = NAN
+        bad = triton_op("rope")(**{**arguments, "x": x}).isnan().nonzero().tolist()
+        assert {tuple(place) for place in bad} == {(1, 5, 2, dimension) for dimension in pair}
+
+
+def test_rope_gives_cos_and_sin_no_gradient() -> None:
+    arguments = OPS["rope"].examples["odd"]("cpu", torch.float32)
+    leaves = {name: arguments[name].clone().requires_grad_() for name in ("x", "cos", "sin")}
+    triton_op("rope")(**{**arguments, **leaves}).sum().backward()
+    assert leaves["x"].grad is not None
+    assert leaves["cos"].grad is None
+    assert leaves["sin"].grad is None
+
+
+@pytest.mark.filterwarnings("error:overflow")
+def test_swiglu_of_extreme_gates() -> None:
+    gate = torch.tensor([-3e38, -1e4, -100.0, -20.0, -0.0, 0.0, 20.0, 100.0, 1e4, 3e38])
+    up = normal(10)
+    got = results(triton_op("swiglu"), {"gate": gate, "up": up}, ("gate", "up"))
+    wide = [tensor.double().requires_grad_() for tensor in (gate, up)]
+    exact = wide[0] * torch.sigmoid(wide[0]) * wide[1]
+    for a, b in zip(got, (exact.detach(), *torch.autograd.grad(exact.sum(), wide)), strict=True):
+        torch.testing.assert_close(a.double(), b.clamp(-3.4028234e38, 3.4028234e38), rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1024,), (1025,), (3, 341), (2, 0)])
+def test_swiglu_of_any_shape(shape: tuple[int, ...]) -> None:
+    arguments = {"gate": normal(*shape), "up": normal(*shape, seed=1)}
+    got = results(triton_op("swiglu"), arguments, ("gate", "up"))
+    for a, b in zip(got, results(OPS["swiglu"].function, arguments, ("gate", "up")), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("n", [1, 2, 1023, 1024, 1025])
+def test_norms_around_the_block_size(op: str, n: int) -> None:
+    names = OPS[op].differentiable
+    arguments = {name: normal(*((3, n) if name == "x" else (n,)), seed=index) for index, name in enumerate(names)}
+    incoming = normal(3, n, seed=7)
+    got = results(triton_op(op), {**arguments, "eps": 0.1}, names, incoming)
+    wide = {name: value.double().requires_grad_() for name, value in arguments.items()}
+    exact = EXACT[op](**wide, eps=0.1)
+    exact_gradients = torch.autograd.grad(exact, list(wide.values()), incoming.double())
+    for name, a, b in zip(("output", *names), got, (exact.detach(), *exact_gradients), strict=True):
+        assert float((a.double() - b).norm() / b.norm().clamp(min=1e-3)) < 5e-7, name  # of one column, layer_norm's dx is 0
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
+def test_a_nan_stays_in_its_row(op: str) -> None:
+    arguments = OPS[op].examples["odd"]("cpu", torch.float32)
+    arguments["x"][1, 2, 76] = NAN
+    output, grad_x, *affine = results(triton_op(op), arguments, OPS[op].differentiable)
+    for tensor in (output, grad_x):
+        assert tensor.isnan().all(-1).nonzero().tolist() == [[1, 2]]
+        assert int(tensor.isnan().sum()) == 77
+    assert affine[0].isnan().all()  # the weight's gradient is a sum over rows
+
+
+# ---- adamw --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copy_dtype", [torch.bfloat16, torch.float16, None])
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("placement", ["after_bias_correction", "before_bias_correction"])
+def test_adamw_copies_are_the_rounded_weights(placement: str, gradient_dtype: torch.dtype, copy_dtype: torch.dtype | None) -> None:
+    """Sizes around the block of 1024 and none; a transposed gradient; gradients are left as they were."""
+    sizes = ((0,), (1,), (31, 33), (1024,), (1025,))
+    parameters = [normal(*size) for size in sizes]
+    gradients = [
+        normal(*size[::-1], seed=1, dtype=gradient_dtype).t() if len(size) == 2 else normal(*size, seed=1, dtype=gradient_dtype)
+        for size in sizes
+    ]
+    arguments: dict[str, Any] = {
+        "parameters": parameters,
+        "gradients": gradients,
+        "exp_avgs": [normal(*size, seed=2) for size in sizes],
+        "exp_avg_sqs": [normal(*size, seed=3).square() for size in sizes],
+        "copies": None if copy_dtype is None else [torch.full(size, NAN, dtype=copy_dtype) for size in sizes],
+        "learning_rate": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1, "update_index": 3,
+        "eps_placement": placement, "gradient_scale": torch.tensor(0.7),
+    }  # fmt: skip
+    expected = {name: [tensor.clone() for tensor in value] if isinstance(value, list) else value for name, value in arguments.items()}
+    before = [gradient.clone() for gradient in gradients]
+    triton_op("adamw")(**arguments)
+    OPS["adamw"].function(**expected)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, before, strict=True))
+    for name in ("parameters", "exp_avgs", "exp_avg_sqs"):
+        for a, b in zip(arguments[name], expected[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=3e-7)  # two roundings at 1
+    for parameter, copy in zip(parameters, arguments["copies"] or [], strict=copy_dtype is not None):
+        assert torch.equal(copy, parameter.to(copy_dtype))
+
+
+def test_adamw_shows_a_bad_gradient_in_its_own_weight_alone() -> None:
+    arguments = OPS["adamw"].examples["odd"]("cpu", torch.float32)
+    arguments["gradients"][2][77] = NAN
+    triton_op("adamw")(**arguments)
+    assert arguments["parameters"][2].isnan().nonzero().tolist() == [[77]]
+    assert not any(
+        tensor.isnan().any() for index in (0, 1, 3, 4) for tensor in (arguments["parameters"][index], arguments["exp_avgs"][index])
+    )
+
+
+def test_a_backward_through_weights_that_adamw_overwrote_is_refused() -> None:
+    arguments = OPS["adamw"].examples["odd"]("cpu", torch.float32)
+    weight = arguments["parameters"][0].requires_grad_()
+    loss = (weight * weight).sum()
+    triton_op("adamw")(**arguments)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_adamw_of_no_parameters_does_nothing() -> None:
+    arguments = OPS["adamw"].examples["odd"]("cpu", torch.float32)
+    empty: dict[str, Any] = {name: [] for name in ("parameters", "gradients", "exp_avgs", "exp_avg_sqs", "copies")}
+    triton_op("adamw")(**{**arguments, **empty})
+
+
+def test_what_changes_from_step_to_step_is_a_float() -> None:
+    """Triton compiles anew for another integer that is 1 or a multiple of 16, and never for another float."""
+    scalars = module("adamw")._scalars
+    for after in (True, False):
+        for update_index in (1, 16):
+            values = scalars(after, 1, 0, 0, 0, 0, update_index)
+            assert [type(value) for value in values] == [float] * 7
+
+
+# ---- nothing to do ------------------------------------------------------------------------------------------------------------------
+
+
+class _MustNotLaunch:
+    def __getitem__(self, grid: Any) -> Any:
+        raise AssertionError(f"launched with grid {grid}")
+
+
+@pytest.fixture
+def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", lambda self, grid: _MustNotLaunch()[grid])
+
+
+@pytest.mark.usefixtures("no_launches")
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_no_rows_launch_nothing(op: str) -> None:
+    arguments = OPS[op].examples["odd"]("cpu", torch.float32)
+    with pytest.raises(AssertionError, match="launched with grid"):  # the fixture itself is seen to work
+        triton_op(op)(**arguments)
+    rowless = {"x", "gate", "up", "logits", "labels", "hidden"}
+    empty = {name: value[:0] if name in rowless else value for name, value in arguments.items()}
+    got = results(triton_op(op), empty, OPS[op].differentiable)
+    expected = results(OPS[op].function, empty, OPS[op].differentiable)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("no_launches")
+def test_empty_tensors_launch_nothing() -> None:
+    assert float(triton_op("grad_norm")([torch.empty(0), torch.empty(3, 0)])) == 0.0
+    arguments = OPS["rope"].examples["odd"]("cpu", torch.float32)
+    empty = {"x": arguments["x"][:, :0], "cos": arguments["cos"][:0], "sin": arguments["sin"][:0]}
+    assert triton_op("rope")(**{**arguments, **empty}).shape == (2, 0, 3, 20)
+    assert triton_op("rope")(**{**arguments, "x": arguments["x"][:, :, :0]}).shape == (2, 13, 0, 20)

@@ -1,0 +1,50 @@
+"""A copy of a folder of implementations with one fault planted in the text, and the one check that must find it.
+
+What a reader would get wrong: the whole folder is copied, under a package name of its own, because kernels share helper files. Torch
+operators are renamed with it: a process can define one only once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+import weftrain.kernels
+from weftrain.kernels import Implementation
+from weftrain.kernels.checks import Report, run_checks
+
+_KERNELS = Path(weftrain.kernels.__path__[0])
+_NUMBERS = itertools.count()
+
+
+def mutant(folder: str, op: str, file: str, old: str, new: str, into: Path) -> ModuleType:
+    """The module of `op` in a copy of kernels/<folder> with `old` replaced in `file`. Raises AssertionError where it is not there."""
+    name = f"weftrain_mutant_{next(_NUMBERS)}"
+    package = into / name
+    package.mkdir()
+    for path in (_KERNELS / folder).glob("*.py"):
+        text = path.read_text()
+        if path.name == file:
+            assert old in text, f"kernels/{folder}/{file} no longer has this text; write the fault anew: {old}"
+            text = text.replace(old, new)
+        text = text.replace(f"weftrain.kernels.{folder}", name)
+        for operators in ('Library("weftrain"', 'f"weftrain::', "torch.ops.weftrain"):
+            text = text.replace(operators, operators.replace("weftrain", name))
+        (package / path.name).write_text(text)
+    sys.path.append(str(into))
+    try:
+        return importlib.import_module(f"{name}.{op}")
+    finally:
+        sys.path.remove(str(into))
+
+
+def examine(folder: str, op: str, file: str, old: str, new: str, check: str, example: str, dtype: torch.dtype, into: Path) -> Report:
+    """The findings of one check, asked about one example in one dtype, of the first variant of the faulty copy."""
+    offered = mutant(folder, op, file, old, new, into).IMPLEMENTATION
+    variants: list[Implementation] = offered if isinstance(offered, list) else [offered]
+    return run_checks(dtypes=[dtype], checks=[check], examples=[example], implementations=variants[:1])

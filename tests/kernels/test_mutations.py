@@ -1,0 +1,60 @@
+"""Faults planted in every torch implementation: a check that does not find its fault is no check.
+
+What a reader would get wrong: `old` is text of the file. When the file changes and the text is gone, the test fails: write the fault anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+# (op, what, check, example, old, new, dtype)
+FAULTS: list[tuple[str, str, str, str, str, str, torch.dtype]] = [
+    ("rms_norm", "weight after the rounding", "rounded_once", "odd",
+     "weight.float(), eps).to(x.dtype)", "None, eps).to(x.dtype) * weight", BF16),
+    ("rms_norm", "eps left out", "numerics", "odd", ", eps).to", ", 0.0).to", FP32),
+    ("layer_norm", "computed in bf16", "rounded_once", "odd",
+     "x.float(), (x.shape[-1],), weight.float(), bias.float(), eps", "x, (x.shape[-1],), weight, bias, eps", BF16),
+    ("layer_norm", "bias left out", "numerics", "odd", "bias.float(), eps", "bias.float() * 0.999, eps", FP32),
+    ("rope", "turns the other way", "numerics", "odd", "second * cos + first * sin, rest", "second * cos - first * sin, rest", FP32),
+    ("rope", "interleaved turns the other way", "numerics", "odd_interleaved",
+     "first * cos - second * sin, second", "first * cos + second * sin, second", FP32),
+    ("swiglu", "another activation", "numerics", "odd", "F.silu(gate)", "F.gelu(gate)", FP32),
+    ("swiglu", "halves exchanged", "numerics", "edge", "F.silu(gate) * up", "F.silu(up) * gate", FP32),
+    ("attention", "next token visible", "numerics", "odd", "key[None, :] > query[:, None]", "key[None, :] > query[:, None] + 1", FP32),
+    ("attention", "document before visible", "numerics", "odd_documents", "(key < start[", "(key + 1 < start[", FP32),
+    ("attention", "row sums not subtracted", "numerics", "odd", " - probabilities * weighted.sum(-1, keepdim=True)", "", FP32),
+    ("attention", "last block of keys left out", "numerics", "odd_blocks", "grad_k[:, seen] +=", "grad_k[:, seen] =", FP32),
+    ("attention", "refuses nothing", "refused", "k of fewer tokens", "    check_attention(q, k, v, document_start)\n", "", FP32),
+    ("cross_entropy", "z-loss not squared", "numerics", "odd_scaled", "logsumexp.square()", "logsumexp", FP32),
+    ("cross_entropy", "ignored rows counted", "numerics", "odd", "torch.where(kept, loss, 0.0)", "torch.where(kept, loss, loss)", FP32),
+    ("cross_entropy", "wrong label unseen", "unseen_labels", "label too large", '.masked_fill(outside, float("nan"))', "", FP32),
+    ("linear_cross_entropy", "half of the z-loss gradient", "numerics", "odd_scaled", "1 + 2 * z_loss", "1 + z_loss", FP32),
+    ("linear_cross_entropy", "statistic in bf16", "numerics", "odd",
+     "logsumexp = total.log() + maximum", "logsumexp = (total.log() + maximum).bfloat16().float()", FP32),
+    ("adamw", "eps on the wrong side", "numerics", "odd_large_eps",
+     "variance.sqrt() / correction2_sqrt + eps", "(variance.sqrt() + eps) / correction2_sqrt", FP32),
+    ("adamw", "gradient unscaled", "numerics", "odd", "gradient.float() * gradient_scale", "gradient.float()", FP32),
+    ("grad_norm", "sums absolute values", "numerics", "edge", ".square().sum(1)", ".abs().sum(1)", FP32),
+    ("grad_norm", "rest left out", "numerics", "odd", "if rows * _ROW < flat.shape[0]", "if rows * _ROW + 1 < flat.shape[0]", FP32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{fault[0]}-{fault[1].replace(' ', '_')}" for fault in FAULTS])
+def test_a_planted_fault_is_found(fault: Any, tmp_path: Path, examine: Callable[..., Any]) -> None:
+    op, _, check, example, old, new, dtype = fault
+    report = examine("torch_ops", op, f"{op}.py", old, new, check, example, dtype, tmp_path)
+    assert report.failed, [finding.detail for finding in report]
+    if check == "numerics":
+        assert not any(finding.detail.startswith("raised") for finding in report), "the fault must be found, and not be one of syntax"
+
+
+def test_text_that_is_gone_is_noticed(tmp_path: Path, examine: Callable[..., Any]) -> None:
+    with pytest.raises(AssertionError, match="write the fault anew: no such text"):
+        examine("torch_ops", "swiglu", "swiglu.py", "no such text", "", "numerics", "odd", FP32, tmp_path)
