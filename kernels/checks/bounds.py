@@ -119,7 +119,7 @@ def faults_at_guard_pages(job: dict[str, Any]) -> list[str]:
             arguments = memory.place_all(op.examples[job["example"]]("cpu", dtype))
             results.append(evaluate(op, function, arguments, gradient=functools.partial(_guarded_gradient, memory), in_place=True))
         faults += memory.written_outside()
-    return faults + [f"the result depends on what lies around a tensor: {name}" for name in far(*results, dtype)]
+    return faults + [f"the result depends on what lies around a tensor: {name}" for name in far(results[0], results[1], dtype)]
 
 
 # ---- accelerators: NaN around every tensor --------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""Every implementation of the catalog answers every question of `weftrain kernels check`, and each check finds the fault that is its own."""
+"""Every implementation of the catalog answers every question of `weftrain kernels check`, and each check finds its own fault."""
 
 from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,9 +23,8 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def _fresh_graphs() -> Iterator[None]:
+def _fresh_graphs() -> None:
     torch._dynamo.reset()
-    yield
 
 
 @pytest.mark.parametrize(("op", "source"), PAIRS, ids=lambda value: value)
@@ -104,7 +103,7 @@ def _differs_from_run_to_run(gate: Tensor, up: Tensor) -> Tensor:
 
 def _changes_its_input(gate: Tensor, up: Tensor) -> Tensor:
     result = reference.swiglu(gate, up)
-    up.detach().mul_(1.0001)
+    up.data.mul_(1.0001)
     return result
 
 
@@ -169,7 +168,7 @@ FAULTS: list[tuple[str, Callable[..., Any], str, torch.dtype, str]] = [
     ("attention", _sees_the_next_token, "numerics", FP32, "output: error"),
     ("rms_norm", _rounded_statistic, "rounded_once", BF16, "are not an fp32 result rounded once to bfloat16"),
     ("swiglu", _hides_nan, "non_finite", FP32, "output is finite in 1 of 1 elements that depend on it"),
-    ("swiglu", _breaks_the_graph, "compile", FP32, "raised Unsupported"),
+    ("swiglu", _breaks_the_graph, "compile", FP32, "Could not guard on data-dependent expression"),
     ("swiglu", _dense_only, "strides", FP32, "every second element: output"),
     ("swiglu", _needs_a_gradient, "unwanted", FP32, "raised AttributeError"),
     ("swiglu", _differs_from_run_to_run, "determinism", FP32, "bits of output differ within 20 runs"),
@@ -178,7 +177,7 @@ FAULTS: list[tuple[str, Callable[..., Any], str, torch.dtype, str]] = [
     ("swiglu", _reads_beyond, "bounds", FP32, "the process ended by SIGSEGV"),
     ("swiglu", _reads_before, "bounds", FP32, "the process ended by SIGSEGV"),
     ("swiglu", _writes_beyond_its_output, "bounds", FP32, "the process ended by SIGSEGV"),
-    ("swiglu", _leaves_its_output_unwritten, "bounds", FP32, "is not finite"),
+    ("swiglu", _leaves_its_output_unwritten, "bounds", FP32, "depends on what lies around a tensor: output"),
     ("swiglu", _accepts_anything, "refused", FP32, "was accepted; the reference refuses it"),
     ("swiglu", _fails_without_rows, "edges", FP32, "raised"),
 ]
