@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.prove  # minutes: make prove
 BF16 = torch.bfloat16
 _STATISTIC = "r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum({0} * {0}, 0) / n + eps))"
 _ONE_LOAD = "tl.load(x + row * row_stride + column, mask=inside, other=0.0)"

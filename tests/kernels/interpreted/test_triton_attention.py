@@ -69,10 +69,11 @@ def documents(kind: str, T: int, B: int = 2) -> Tensor:
 
 @pytest.mark.parametrize(("T", "D"), [(1, 1), (2, 16), (31, 3), (64, 64), (129, 40)])
 def test_ugly_lengths_and_heads(T: int, D: int) -> None:
+    """The cap of the checks, 1e-6, and not less: of two keys one with nearly all the weight, the gradient of q is what little is left."""
     arguments = example(T, D, B=1, H=2)
     exact = results(EXACT["attention"], wide(arguments))
     for name, got, truth in zip("oqkv", results(module().attention, arguments), exact, strict=True):
-        assert relative_error(got, truth) < 5e-7, name
+        assert relative_error(got, truth) < 1e-6, name
 
 
 @pytest.mark.parametrize("kind", ["none", "one_token_each", "window_of_7", "cut_at_37_and_96", "cut_at_tiles", "in_no_order"])

@@ -6,6 +6,8 @@ import pytest
 
 from weftrain.kernels import OPS
 
+pytestmark = pytest.mark.prove  # minutes: make prove
+
 
 @pytest.mark.parametrize("op", list(OPS))
 def test_every_triton_op_passes_every_check(op: str) -> None:
