@@ -20,6 +20,7 @@ from weftrain.kernels.cpp_ops._build import library, needs_bfloat16, pointer, re
 _LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
 # 2^24 logits of bf16 are 32 MiB: large enough for matrix products at peak (a quarter of that is slower), small beside everything else.
 _CHUNK_ELEMENTS = 1 << 24
+_SLAB_ROWS = 8192
 
 
 def linear_cross_entropy(
@@ -56,8 +57,17 @@ class _LossAndGradients(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.wants
         scaled_hidden = (grad_hidden.float() * grad).bfloat16() if wants_hidden else None
-        scaled_weight = (grad_weight.float() * grad).bfloat16() if wants_weight else None
+        scaled_weight = None
+        if wants_weight:
+            scaled_weight = torch.empty(grad_weight.shape, dtype=torch.bfloat16, device=grad_weight.device)
+            for part in _slabs(grad_weight.shape[0]):
+                scaled_weight[part] = grad_weight[part].float() * grad
         return scaled_hidden, scaled_weight, None, None, None, None
+
+
+def _slabs(vocab: int) -> list[slice]:
+    """Rows of the weight that are gone through together, so that a temporary of its gradient is small beside the gradient."""
+    return [slice(first, min(first + _SLAB_ROWS, vocab)) for first in range(0, vocab, _SLAB_ROWS)]
 
 
 def _chunks(rows: int, vocab: int) -> list[slice]:
@@ -97,11 +107,13 @@ def _loss_and_gradients(
         if wants_hidden:
             grad_hidden[chunk] = (logits @ weight) * row_scale[chunk]
         if wants_weight:
-            partial = logits.t() @ (hidden[chunk] * row_scale[chunk]).bfloat16()  # [V, D]
-            if index == 0:
-                grad_weight.copy_(partial)
-            else:
-                grad_weight += partial
+            scaled = (hidden[chunk] * row_scale[chunk]).bfloat16()
+            for part in _slabs(vocab):
+                partial = logits[:, part].t() @ scaled  # [rows of weight, D]
+                if index == 0:
+                    grad_weight[part] = partial
+                else:
+                    grad_weight[part] += partial
     return loss.sum(), grad_hidden, grad_weight
 
 
