@@ -214,6 +214,39 @@ def test_opcheck_finds_an_operator_with_a_wrong_fake() -> None:
     assert "planted_namespace.swiglu.default test_faketensor" in finding.detail
 
 
+def _reads_its_neighbour(gate: Tensor, up: Tensor) -> Tensor:
+    beyond = up.detach().as_strided((1,), (1,), up.storage_offset() + up.numel())
+    return reference.swiglu(gate, up) + beyond
+
+
+def _writes_its_neighbour(gate: Tensor, up: Tensor) -> Tensor:
+    gate.detach().as_strided((1,), (1,), gate.storage_offset() - 1).zero_()
+    return reference.swiglu(gate, up)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (OPS["swiglu"].function, ""),
+        (_reads_its_neighbour, "reads what lies around a tensor: output"),
+        (_writes_its_neighbour, "writes around gate"),
+    ],
+)
+def test_margins_of_nan_where_there_are_no_guard_pages(
+    function: Callable[..., Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an accelerator's bounds check does, run on a CPU: without margins the planted functions would leave their storage."""
+    monkeypatch.setattr(bounds, "_judge", bounds._judge_margins)
+    subject = _subject("swiglu", function)
+    for case in subject.cases("odd", "edge") if not words else ():
+        assert bounds._judge_margins(subject, case).ok
+    if words:
+        plain = OPS["swiglu"].function
+        verdict = _with_plain_result(subject, plain, monkeypatch)
+        assert not verdict.ok
+        assert words in verdict.detail
+
+
 # ---- the run ------------------------------------------------------------------------------------------------------------------------
 
 

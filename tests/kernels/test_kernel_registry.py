@@ -201,3 +201,10 @@ def test_without_a_compiler_the_optimizer_ops_say_so(monkeypatch: pytest.MonkeyP
     entry = select(uses("optimizer", op="adamw"), ["torch", "reference"]).manifest["ops"]["adamw"][0]
     assert entry["source"] == "reference"
     assert entry["passed_over"]["torch"] == "torch.compile needs the C++ compiler 'no-such-compiler', which is not on PATH"
+
+
+def test_the_recipe_default_is_the_registrys() -> None:
+    """core.config repeats the order, because reading a recipe must not import torch."""
+    from weftrain.core.config import KernelsConfig
+
+    assert KernelsConfig().preferences == registry.DEFAULT_PREFERENCES
