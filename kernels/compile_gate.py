@@ -27,6 +27,7 @@ from weftrain.kernels.contract import TARGETS, Compilation, Implementation, Kern
 from weftrain.kernels.registry import Catalog, load_catalog
 
 SCHEMA_VERSION = 1
+_CACHE_FOLDER = "weftrain_compile_gate"
 _POOL_FROM = 16  # fewer compilations than this are done before other processes have imported torch
 _FIGURES = {  # what `diff` compares -> its words
     "registers": "registers",
@@ -215,7 +216,10 @@ def _row(op: str, source: str, compilation: Compilation, target: str) -> Row:
 
 
 def _compile(compilation: Compilation, target: str) -> Any:
-    """What a launch on `target` would compile; from Triton's own cache where nothing changed."""
+    """What a launch on `target` would compile; from the gate's own folder of Triton's cache where nothing changed.
+
+    Its own, because the rest of the cache may hold what some process compiled in several threads, and that is not what is judged here.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -230,7 +234,9 @@ def _compile(compilation: Compilation, target: str) -> Any:
     source = ASTSource(compilation.kernel, signature, dict(compilation.constexprs), attributes)
     gpu = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
     options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages}
-    return triton.compile(source, target=gpu, options=options)
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir) / _CACHE_FOLDER)
+        return triton.compile(source, target=gpu, options=options)
 
 
 def _why_not(row: Row, matrix_instructions: bool) -> str | None:

@@ -6,7 +6,9 @@ No GPU is needed or touched. A process that interprets Triton kernels cannot com
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,6 +146,40 @@ def test_excluded_targets_other_targets_and_candidates() -> None:
         ("candidate", False, True, None, False),
     ]
     assert [row.name for row in compiled(excluded, candidate, include_candidates=False)] == ["listed"]
+
+
+def test_other_processes_give_the_same_rows() -> None:
+    """Sixteen are shared out; this file is no importable module there, so the kernels are found by its path."""
+    many = [dataclasses.replace(made, name=f"{made.name} {n}") for n in range(2) for made in (DOUBLE, PRODUCT)]
+    here = [row for made in many for row in compiled(made, targets=TARGETS)]
+    shared = compiled(*many, targets=TARGETS)
+    assert len(shared) == 16
+    assert [dataclasses.replace(row, compile_s=None) for row in shared] == [dataclasses.replace(row, compile_s=None) for row in here]
+
+
+def test_what_is_judged_comes_from_no_cache_but_the_gates_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled(DOUBLE)
+    assert [path.name for path in tmp_path.iterdir()] == ["weftrain_compile_gate"]
+    assert list(tmp_path.glob("weftrain_compile_gate/*/double.cubin"))
+    assert triton.knobs.cache.dir == str(tmp_path)
+
+
+def test_a_process_that_ends_is_an_error_that_names_the_kernel(tmp_path: Path) -> None:
+    path = tmp_path / "fatal_kernels.py"
+    path.write_text(
+        "import multiprocessing, os\nimport triton\nimport triton.language as tl\n\n"
+        "if multiprocessing.parent_process() is not None:\n    os._exit(3)\n\n"
+        "@triton.jit\ndef fatal(x):\n    tl.store(x, tl.load(x) + 1)\n"
+    )
+    spec = importlib.util.spec_from_file_location("fatal_kernels", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    many = [Compilation(f"fatal {n}", module.fatal, {"x": X}, {}, num_warps=1, num_stages=1) for n in range(16)]
+    with pytest.raises(KernelError, match="the compiler ended its process at one of: swiglu fatal 0 sm_90; swiglu fatal 1 sm_90;"):
+        compiled(*many)
 
 
 def test_what_cannot_be_meant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

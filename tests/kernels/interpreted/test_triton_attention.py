@@ -62,6 +62,7 @@ def documents(kind: str, T: int, B: int = 2) -> Tensor:
         "window_of_7": (t - 6).clamp(min=0),
         "cut_at_37_and_96": torch.where(t >= 96, 96, torch.where(t >= 37, 37, 0)),
         "cut_at_tiles": t // 64 * 64,
+        "cut_one_after_tiles": torch.where(t >= 129, 129, torch.where(t >= 65, 65, torch.where(t >= 33, 33, 0))),
         "in_no_order": (torch.rand(T, generator=torch.Generator().manual_seed(4)) * (t + 1)).long(),
     }[kind]
     return torch.stack([start if row == 0 else start.div(row + 1, rounding_mode="floor") for row in range(B)]).to(torch.int32)
@@ -76,13 +77,28 @@ def test_ugly_lengths_and_heads(T: int, D: int) -> None:
         assert relative_error(got, truth) < 1e-6, name
 
 
-@pytest.mark.parametrize("kind", ["none", "one_token_each", "window_of_7", "cut_at_37_and_96", "cut_at_tiles", "in_no_order"])
+KINDS = ("none", "one_token_each", "window_of_7", "cut_at_37_and_96", "cut_at_tiles", "cut_one_after_tiles", "in_no_order")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_documents(kind: str) -> None:
     """141 tokens: more than two tiles either way, and the last is cut."""
     arguments = example(141, 20, documents(kind, 141))
     exact = results(EXACT["attention"], wide(arguments))
     for name, got, truth in zip("oqkv", results(module().attention, arguments), exact, strict=True):
         assert relative_error(got, truth) < 5e-7, name
+
+
+@pytest.mark.parametrize("kind", ["cut_at_37_and_96", "cut_one_after_tiles"])
+def test_every_tile_that_a_launch_takes_anywhere(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys in a tile differ between targets, dtypes and heads; here all of them at one small head, in fp32."""
+    arguments = example(141, 8, documents(kind, 141, B=1), B=1)
+    exact = results(EXACT["attention"], wide(arguments))
+    made = (line for lines in module().CONFIGURATIONS.values() for line in lines.values())
+    for shape in sorted({(line.block_m, line.block_n) for line in made}):
+        monkeypatch.setattr(module(), "configuration", lambda *_, shape=shape: module().Configuration(*shape, 4, 1))
+        for name, got, truth in zip("oqkv", results(module().attention, arguments), exact, strict=True):
+            assert relative_error(got, truth) < 5e-7, (shape, name)
 
 
 def test_documents_longer_than_one_scan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,13 +254,13 @@ def test_the_same_bits_again() -> None:
 def test_a_document_start_that_nobody_looked_at_reads_nothing_outside() -> None:
     """On a GPU nobody looks: behind the check, a negative start is the first key, and a row that starts after itself is NaN, no other."""
     q, k, v = (normal(1, 70, 1, 8, seed=seed) for seed in range(3))
-    guarded = [torch.full((1, 70 + 2 * 64, 1, 8), NAN) for _ in range(3)]
+    guarded = [torch.full((1, 70 + 2 * 160, 1, 8), NAN) for _ in range(3)]
     for room, x in zip(guarded, (q, k, v), strict=True):
-        room[:, 64:134] = x
-    inside = [room[:, 64:134] for room in guarded]
+        room[:, 160:230] = x
+    inside = [room[:, 160:230] for room in guarded]
     start = torch.zeros(1, 70, dtype=torch.int32)
     expected, _ = module()._FORWARD(q, k, v, start, 0.5)
-    start[0, 5], start[0, 69] = -3, 70
+    start[0, 5], start[0, 69] = -100, 70
     out, _ = module()._FORWARD(*inside, start, 0.5)
     assert torch.equal(out[:, :69], expected[:, :69])
     assert out[:, 69].isnan().all()
