@@ -144,6 +144,31 @@ def _rounded_once_cases(subject: Subject) -> list[Case]:
     return subject.cases(*subject.op.small, dtypes=(torch.bfloat16, torch.float16))
 
 
+# ---- the loss of exact logits -----------------------------------------------------------------------------------------------------
+
+_EXACT_LOSS_BOUND = 2e-6  # relative: sixteen roundings of fp32; a logsumexp kept in bf16 errs by 1e-3
+
+
+def _exact_logits_cases(subject: Subject) -> list[Case]:
+    if "labels" not in subject.op.examples[subject.op.smallest]("cpu", torch.float32):
+        return []
+    return [case for name in ("odd", "odd_scaled") for case in subject.cases(name, dtypes=(torch.bfloat16, torch.float16))]
+
+
+def _judge_exact_logits(subject: Subject, case: Case) -> Verdict:
+    """Logits that no product rounds (each hidden row picks one column of the weight): then the loss is an fp32 result in every dtype."""
+    arguments = case.build()
+    if "hidden" in arguments:
+        rows, width = arguments["hidden"].shape
+        arguments["hidden"] = torch.eye(width, dtype=case.dtype, device=subject.device)[torch.arange(rows, device=subject.device) % width]
+    truth = EXACT[subject.op.name](**exact_arguments(arguments))
+    with torch.no_grad():
+        loss = subject.implementation.function(**arguments).cpu().double()
+    found = float((loss - truth).norm() / truth.norm())
+    detail = f"the loss of logits that nothing rounds errs by {found:.1e}; fp32 statistics allow {_EXACT_LOSS_BOUND:.0e}"
+    return Verdict(found <= _EXACT_LOSS_BOUND, detail, {"loss": found})
+
+
 # ---- not finite ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -231,5 +256,6 @@ def _incoming_nan(subject: Subject, case: Case) -> list[str]:
 CHECKS = (
     Check("numerics", "error against float64: forward and every gradient", lambda s: s.cases(*s.op.small), _judge_numerics),
     Check("rounded_once", "fp32 results rounded once, no rounded statistics", _rounded_once_cases, _judge_rounded_once),
+    Check("exact_logits", "the loss is an fp32 result where no product rounds a logit", _exact_logits_cases, _judge_exact_logits),
     Check("non_finite", "NaN and Inf show where they must", lambda s: s.quick(2), _judge_non_finite),
 )

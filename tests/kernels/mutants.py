@@ -27,7 +27,7 @@ def mutant(folder: str, op: str, file: str, old: str, new: str, into: Path) -> M
     name = f"weftrain_mutant_{next(_NUMBERS)}"
     package = into / name
     package.mkdir()
-    for path in (_KERNELS / folder).glob("*.py"):
+    for path in (path for path in (_KERNELS / folder).iterdir() if path.suffix in (".py", ".cpp", ".h")):
         text = path.read_text()
         if path.name == file:
             assert old in text, f"kernels/{folder}/{file} no longer has this text; write the fault anew: {old}"

@@ -1,0 +1,69 @@
+"""Faults planted in the C++ kernels: compiled, loaded and found by a check, each in a library of its own.
+
+What a reader would get wrong: `old` is text of the file. When the file changes and the text is gone, the test fails: write the fault anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from weftrain.kernels import OPS, Spec, load_catalog
+
+pytestmark = pytest.mark.prove  # a compilation each
+FP32, BF16 = torch.float32, torch.bfloat16
+
+# (op, file, what, check, example, old, new, dtype)
+FAULTS: list[tuple[str, str, str, str, str, str, str, torch.dtype]] = [
+    ("attention", "attention.cpp", "next token visible in the forward", "numerics", "edge_above",
+     "query + 1, n, scale);", "query + 2, n, scale);", BF16),
+    ("attention", "attention.cpp", "document before visible in the backward", "numerics", "edge_documents",
+     "const __m512 s = _mm512_fmsub_ps", "from = 0; const __m512 s = _mm512_fmsub_ps", BF16),
+    ("attention", "attention.cpp", "row sums not subtracted", "numerics", "edge_above",
+     "_mm512_sub_ps(_mm512_loadu_ps(grad + j), sum)", "_mm512_add_ps(_mm512_loadu_ps(grad + j), _mm512_mul_ps(sum, _mm512_setzero_ps()))", BF16),
+    ("attention", "attention.cpp", "gradient of k of the last block alone", "numerics", "edge_above",
+     "w.grad_k.data, padded_T, true)", "w.grad_k.data, padded_T, false)", BF16),
+    ("attention", "vector.h", "last key of a panel lost", "numerics", "edge_above", "if (n < N)", "if (n + 1 < N)", BF16),
+    ("attention", "attention.py", "refuses nothing", "refused", "k of fewer tokens", "    check_attention(q, k, v, document_start)\n", "", BF16),
+    ("linear_cross_entropy", "loss.cpp", "half of the z-loss gradient", "numerics", "odd_scaled", "1 + 2 * z_loss * lse", "1 + z_loss * lse", BF16),
+    ("linear_cross_entropy", "loss.cpp", "last column left out of the sum", "numerics", "odd",
+     "__m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};", "__m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}; V -= 1;", BF16),
+    ("linear_cross_entropy", "loss.cpp", "ignored rows counted", "numerics", "odd", "loss[i] = ignored ? 0 :", "loss[i] =", BF16),
+    ("linear_cross_entropy", "loss.cpp", "statistic in bf16", "exact_logits", "odd",
+     "lse = most + std::log(total);", "lse = value(_mm256_extract_epi16(to_bf16(_mm512_set1_ps(most + std::log(total))), 0));", BF16),
+    ("adamw", "optimizer.cpp", "eps on the wrong side", "numerics", "odd_large_eps",
+     "_mm512_fmadd_ps(root, correction, eps)", "_mm512_mul_ps(_mm512_add_ps(root, eps), correction)", FP32),
+    ("adamw", "optimizer.cpp", "gradient unscaled", "numerics", "odd", "_mm512_mul_ps(load(g, i, GRAD, k), factor)", "load(g, i, GRAD, k)", FP32),
+    ("adamw", "optimizer.cpp", "store without a mask", "bounds", "odd",
+     "_mm512_mask_storeu_ps(p + i, k, weight)", "_mm512_storeu_ps(p + i, weight)", FP32),
+    ("adamw", "optimizer.cpp", "load without a mask", "bounds", "odd", "_mm512_maskz_loadu_ps(k, m + i)", "_mm512_loadu_ps(m + i)", FP32),
+    ("grad_norm", "optimizer.cpp", "one chain forgotten", "numerics", "edge", "for (const auto& lanes : sum) total", "sum[7] = _mm512_setzero_ps(); for (const auto& lanes : sum) total", FP32),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (implementation,) = load_catalog()["adamw"]["cpp"]
+    reason = implementation.unavailable(Spec("adamw", "optimizer", "cpu", FP32, OPS["adamw"].attributes))
+    if reason:
+        pytest.skip(f"cpp: {reason}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{fault[0]}-{fault[2].replace(' ', '_')}" for fault in FAULTS])
+def test_a_planted_fault_is_found(fault: Any, tmp_path: Path, examine: Callable[..., Any]) -> None:
+    op, file, _, check, example, old, new, dtype = fault
+    report = examine("cpp_ops", op, file, old, new, check, example, dtype, tmp_path)
+    assert report.failed, [finding.detail for finding in report]
+    if check == "numerics":
+        assert not any(finding.detail.startswith("raised") for finding in report), [finding.detail for finding in report]
+
+
+def test_a_copy_without_a_fault_passes(tmp_path: Path, examine: Callable[..., Any]) -> None:
+    report = examine("cpp_ops", "adamw", "optimizer.cpp", "", "", "numerics", "odd", FP32, tmp_path)
+    assert report
+    assert not report.failed
