@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -350,8 +351,8 @@ class LocalBackend:
             raise BackendError("backend.options.compile needs a C++ compiler (g++ or clang++) on PATH: install one or set compile=false")
         if options.threads:
             torch.set_num_threads(options.threads)
-        if options.huge_pages and device.type == "cpu":
-            use_huge_pages()  # where it cannot be, stats() shows it: huge_page_bytes stays 0
+        if options.huge_pages and device.type == "cpu" and (reason := use_huge_pages()):
+            warnings.warn(f"no huge pages, so steps are slower: {reason}; backend.options.huge_pages=false asks for none", stacklevel=2)
         return LocalRun(job, options, device)
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -100,6 +100,7 @@ def check(
 
     from weftrain.kernels.checks import DTYPES as ALL
     from weftrain.kernels.checks import run_checks
+    from weftrain.kernels.checks.findings import to_json
 
     _mend_the_interpreter()
     console = _console()
@@ -107,7 +108,7 @@ def check(
     with Bar(console, "checks", 1) as bar:
         report = run_checks(ops or None, sources or None, device, chosen, checks or None, _progress(bar))
     if json_path is not None:
-        json_path.write_text(_findings_json(report, report.skipped))
+        json_path.write_text(to_json(report))
     _print_table(_findings_table(report))
     for reason in dict.fromkeys(f"{item.op} {item.source}: {item.reason}" for item in report.skipped if item.check == "*"):
         console.print(f"skipped {reason}", markup=False)
@@ -118,15 +119,6 @@ def check(
     if not report:
         console.print("nothing was checked: no implementation that was asked for is available here", markup=False)
     sys.exit(1 if report.failed or not report else 0)
-
-
-def _findings_json(findings: Sequence[Finding], skipped: Sequence[Any]) -> str:
-    document = {
-        "schema_version": 1,
-        "findings": [{**vars(finding), "figures": dict(finding.figures)} for finding in findings],
-        "skipped": [vars(item) for item in skipped],
-    }
-    return json.dumps(document, indent=1) + "\n"
 
 
 def _findings_table(findings: Sequence[Finding]) -> Table:

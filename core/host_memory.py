@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_DEFAULTS = {_M_TRIM_THRESHOLD: 128 << 10, _M_MMAP_MAX: 65536}  # mallopt(3)
 _MADV_HUGEPAGE = 14  # linux/mman.h
 _HUGE_PAGE_BYTES = 2 << 20
 _TRANSPARENT_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -40,9 +41,18 @@ def use_huge_pages() -> str | None:
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    # -1 turns trimming off: the threshold is an int, so no number of bytes would be large enough.
     if not libc.mallopt(_M_MMAP_MAX, 0) or not libc.mallopt(_M_TRIM_THRESHOLD, -1):
         return "mallopt refused: another allocator stands in for glibc's"
-    size = psutil.virtual_memory().available // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+    reason = _advise(libc, psutil.virtual_memory().available // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES)
+    if reason is not None:
+        for name, value in _DEFAULTS.items():
+            libc.mallopt(name, value)
+    return reason
+
+
+def _advise(libc: ctypes.CDLL, size: int) -> str | None:
+    """Grow the heap by `size` bytes of address space, ask for huge pages there, and leave it to the allocator. None, or why not."""
     block = libc.malloc(size)
     if not block:
         return f"the system does not lend {size:,} bytes of address space (vm.overcommit_memory, or a limit of the process)"

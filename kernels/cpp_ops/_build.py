@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from weftrain.kernels.arguments import FLOATS
 from weftrain.kernels.contract import KernelError, Spec
 
 SOURCES = ("attention.cpp", "loss.cpp", "optimizer.cpp")
@@ -51,8 +52,8 @@ def unavailable(spec: Spec) -> str | None:
         return f"written for x86-64 under Linux, not for {platform.machine()} under {platform.system()}"
     if not _has_bf16_instructions():
         return "needs AVX-512 with bfloat16 instructions, which this CPU lacks"
-    if spec.dtype not in (torch.bfloat16, torch.float32):
-        return f"takes bfloat16 and float32, not {str(spec.dtype).removeprefix('torch.')}"
+    if spec.dtype not in FLOATS:
+        return f"takes float32, bfloat16 and float16, not {str(spec.dtype).removeprefix('torch.')}"
     try:
         library()
     except KernelError as error:
@@ -72,16 +73,31 @@ def _has_bf16_instructions() -> bool:
     return {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"} <= set(flags)
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
     """The loaded library, compiled first where the cache has none. Raises KernelError: no compiler, or what it said."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))  # the variable that every build tool, torch.compile too, takes
+    loaded = _attempt(os.environ.get("CXX", "g++"))  # the variable that every build tool, torch.compile too, takes
+    if isinstance(loaded, KernelError):
+        raise loaded
+    return loaded
+
+
+@functools.cache
+def _attempt(name: str) -> ctypes.CDLL | KernelError:
+    """Once for a compiler, also where it fails: `select` asks for every use of every op."""
+    try:
+        return _load(name)
+    except KernelError as error:
+        return error
+
+
+def _load(name: str) -> ctypes.CDLL:
+    compiler = shutil.which(name)
     if compiler is None:
-        raise KernelError(f"the C++ compiler '{os.environ.get('CXX', 'g++')}' is not on PATH: install g++")
+        raise KernelError(f"the C++ compiler '{name}' is not on PATH: install g++")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     digest = hashlib.sha256("\0".join((version, _cpu_name(), *FLAGS)).encode())
-    for name in (*SOURCES, *HEADERS):
-        digest.update((_FOLDER / name).read_bytes())
+    for source in (*SOURCES, *HEADERS):
+        digest.update((_FOLDER / source).read_bytes())
     path = _cache_folder() / f"cpp_ops-{digest.hexdigest()[:20]}.so"
     if not path.exists():
         _compile(compiler, path)

@@ -509,6 +509,9 @@ def test_adamw_of_no_parameters_does_nothing() -> None:
     arguments = OPS["adamw"].examples["odd"]("cpu", torch.float32)
     empty: dict[str, Any] = {name: [] for name in ("parameters", "gradients", "exp_avgs", "exp_avg_sqs", "copies")}
     triton_op("adamw")(**{**arguments, **empty})
+    assert not any(empty.values())
+    before = OPS["adamw"].examples["odd"]("cpu", torch.float32)
+    assert all(torch.equal(*pair) for name in empty for pair in zip(arguments[name], before[name], strict=True))
 
 
 def test_what_changes_from_step_to_step_is_a_float() -> None:
