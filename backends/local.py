@@ -7,9 +7,7 @@ are therefore not always the weights. `export_state` gives the master, and `_ref
 
 from __future__ import annotations
 
-import math
 import os
-import platform
 import shutil
 import time
 import warnings
@@ -21,17 +19,27 @@ import psutil
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from weftrain.backends.shared import (
+    FP32_ROLES,
+    HEAD_USE,
+    call,
+    clip_coefficient,
+    device_fingerprint,
+    global_norm,
+    non_finite_message,
+    present,
+    slice_rows,
+    to_device,
+    torch_device,
+)
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
 from weftrain.core.config import Count, Section
 from weftrain.core.errors import BackendError, CheckpointError, NonFiniteError
 from weftrain.core.host_memory import huge_page_bytes, use_huge_pages
 from weftrain.core.model import Decoder, draw, kernel_specs, rotary_tables
 from weftrain.core.optim import ParameterGroup, group_learning_rates, parameter_groups
-from weftrain.core.parameters import Role, parameter_specs
+from weftrain.core.parameters import parameter_specs
 from weftrain.kernels import Spec, select
-
-NORM_ROLES = (Role.NORM_WEIGHT, Role.NORM_BIAS)
-NAMES_IN_MESSAGE = 16
 
 
 class LocalOptions(Section):
@@ -74,8 +82,13 @@ class LocalRun:
         with torch.device("meta"):  # nothing is allocated: every parameter is bound to a master weight or its copy
             self._model = Decoder(recipe.model, self._selection, residual_dtype=torch.float32)
         self._parameters = self._bind_parameters()
+        # A tied weight has two uses, and each has a gradient of its own until the end of the step: a backend that meets head and
+        # embedding at different times, or on different machines, can then add in the same order.
+        self._leaves = dict(self._parameters)
+        if (tied := self._model.tied_weight()) is not None:
+            self._leaves[HEAD_USE] = torch.nn.Parameter(tied.detach())
         self._run_block = self._block_runner()
-        self._run_head = torch.compile(_call, dynamic=False) if options.compile else _call
+        self._run_head = torch.compile(call, dynamic=False) if options.compile else call
         self._accumulated: dict[str, torch.Tensor] = {}
 
     # -- the step ------------------------------------------------------------------------------------------------------------------
@@ -87,7 +100,7 @@ class LocalRun:
             start, step = time.perf_counter(), self._step
             losses, data_wait_s = self._forward_backward(partial(source.rows, step))
             gradients = self._gradients()
-            loss, norm = torch.stack(losses).sum(), self._grad_norm(list(gradients.values()))
+            loss, norm = torch.stack(losses).sum(), global_norm([self._grad_norm([gradient]) for gradient in gradients.values()])
             rates = group_learning_rates(self._groups, recipe.schedule, step)
             finite = bool(torch.isfinite(loss + norm))
             if finite:
@@ -95,14 +108,14 @@ class LocalRun:
                 self._optimizer_updates += 1
             self._clear_gradients()
             if not finite and recipe.optimizer.non_finite == "halt":
-                raise NonFiniteError(self._non_finite_message(source, step, losses, float(norm)))
+                raise NonFiniteError(non_finite_message(source, step, losses, float(norm), recipe.batch.micro_batch_size))
             self._step += 1
             step_ms = (time.perf_counter() - start) * 1e3
             yield StepResult(step, loss, norm, rates, recipe.tokens_per_step, step_ms, data_wait_s * 1e3, skipped=not finite)
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
         """See Run.gradients."""
-        losses, _ = self._forward_backward(lambda first, count: _slice(batch, first, count))
+        losses, _ = self._forward_backward(lambda first, count: slice_rows(batch, first, count))
         gradients = {name: gradient.detach().float().cpu().clone() for name, gradient in self._gradients().items()}
         self._clear_gradients()
         return float(torch.stack(losses).sum()), gradients
@@ -113,7 +126,7 @@ class LocalRun:
         micro = self._recipe.batch.micro_batch_size
         with torch.no_grad():
             for first in range(0, source.num_rows, micro):
-                ids, labels, document_start = self._to_device(source.rows(first, min(micro, source.num_rows - first)))
+                ids, labels, document_start = to_device(source.rows(first, min(micro, source.num_rows - first)), self._device)
                 total += float(self._model(ids, labels, document_start))
                 tokens += int((labels >= 0).sum())
         if tokens == 0:
@@ -126,7 +139,7 @@ class LocalRun:
         losses = []
         for first in range(0, batch.global_batch_size, batch.micro_batch_size):
             start = time.perf_counter()
-            ids, labels, document_start = self._to_device(rows(first, batch.micro_batch_size))
+            ids, labels, document_start = to_device(rows(first, batch.micro_batch_size), self._device)
             data_wait_s += time.perf_counter() - start
             # The sum over tokens divided by all tokens of the global batch: accumulation equals one large batch.
             loss = self._loss(ids, labels, document_start) / self._recipe.tokens_per_step
@@ -142,13 +155,11 @@ class LocalRun:
         cos, sin = self._model.rotary(ids.shape[1])
         for block in blocks:
             x = self._run_block(block, x, cos, sin, document_start)
-        return self._run_head(head, x, labels, self._model.tied_weight())
+        return self._run_head(head, x, labels, self._leaves.get(HEAD_USE))
 
     def _update(self, gradients: dict[str, torch.Tensor], norm: torch.Tensor, rates: Any) -> None:
         config = self._recipe.optimizer
-        scale = torch.ones_like(norm)
-        if config.clip_norm is not None:
-            scale = (config.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # torch.nn.utils.clip_grad_norm_'s formula
+        scale = clip_coefficient(norm, config.clip_norm)
         for group, names, copies in self._update_sets:
             self._adamw(
                 [self._weights[name] for name in names],
@@ -166,19 +177,6 @@ class LocalRun:
                 gradient_scale=scale,
             )
 
-    def _non_finite_message(self, source: BatchSource, step: int, losses: list[torch.Tensor], norm: float) -> str:
-        micro = self._recipe.batch.micro_batch_size
-        bad = [index for index, loss in enumerate(losses) if not torch.isfinite(loss)] or range(len(losses))
-        names = [name for index in bad for name in source.sample_names(step, index * micro, micro)]
-        shown = ", ".join(names[:NAMES_IN_MESSAGE]) + (
-            f" and {len(names) - NAMES_IN_MESSAGE} more" if len(names) > NAMES_IN_MESSAGE else ""
-        )
-        loss = math.fsum(float(value) for value in losses) if all(torch.isfinite(value) for value in losses) else "not finite"
-        return (
-            f"step {step}: loss {loss}, gradient norm {norm}: the step did not happen, weights and optimizer are as after step "
-            f"{step - 1}; samples: {shown}; look at them, lower the learning rate, or set optimizer.non_finite=skip"
-        )
-
     # -- parameters, copies and gradients ------------------------------------------------------------------------------------------
 
     def _bind_parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -187,7 +185,7 @@ class LocalRun:
         copied: set[str] = set()
         for spec in self._specs:
             master = self._weights[spec.name]
-            shared = self._compute_dtype == torch.float32 or spec.role in NORM_ROLES
+            shared = self._compute_dtype == torch.float32 or spec.role in FP32_ROLES
             tensor = master if shared else master.to(self._compute_dtype)
             parameters[spec.name] = torch.nn.Parameter(tensor)
             if not shared:
@@ -214,40 +212,31 @@ class LocalRun:
 
     def _accumulate(self) -> None:
         """Add this micro-batch's gradients to the fp32 sums."""
-        for name, parameter in self._parameters.items():
-            if parameter.grad is None:
+        for name, leaf in self._leaves.items():
+            if leaf.grad is None:
                 continue
             if name in self._accumulated:
-                self._accumulated[name] += parameter.grad
+                self._accumulated[name] += leaf.grad
             else:
-                self._accumulated[name] = parameter.grad.float()
-            parameter.grad = None
+                self._accumulated[name] = leaf.grad.float()
+            leaf.grad = None
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         """Parameter -> gradient of the step, in execution order. A parameter that the loss did not reach is a defect, not a zero."""
-        found: Mapping[str, torch.Tensor | None] = self._accumulated or {name: p.grad for name, p in self._parameters.items()}
-        missing = [name for name in self._parameters if found.get(name) is None]
-        if missing:
-            raise BackendError(f"no gradient reached {missing[0]} (of {len(missing)}): a kernel or the model dropped it")
-        return {name: found[name] for name in self._parameters}  # type: ignore[misc]
+        found: Mapping[str, torch.Tensor | None] = self._accumulated or {name: leaf.grad for name, leaf in self._leaves.items()}
+        gradients = present(found, self._leaves)
+        if HEAD_USE in gradients:
+            gradients["embedding.weight"] += gradients.pop(HEAD_USE)
+        return gradients
 
     def _clear_gradients(self) -> None:
         self._accumulated = {}
-        for parameter in self._parameters.values():
-            parameter.grad = None
-
-    def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """ids and labels int64 [B, T] (labels -100 where masked), document_start int32 [B, T] or None."""
-        ids = torch.from_numpy(batch.ids).to(self._device)
-        labels = ids[:, 1:].contiguous()
-        if batch.loss_mask is not None:
-            labels = labels.masked_fill(~torch.from_numpy(batch.loss_mask).to(self._device), -100)
-        document_start = None if batch.document_start is None else torch.from_numpy(batch.document_start).to(self._device)
-        return ids[:, :-1].contiguous(), labels, document_start
+        for leaf in self._leaves.values():
+            leaf.grad = None
 
     def _block_runner(self) -> Callable[..., torch.Tensor]:
         # dynamic=False: shapes are static. All blocks share one compiled graph, since their parameters are its inputs.
-        run = torch.compile(_call, dynamic=False) if self._options.compile else _call
+        run = torch.compile(call, dynamic=False) if self._options.compile else call
         if self._options.activation_checkpointing == "none":
             return run
         return lambda *arguments: checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -281,17 +270,9 @@ class LocalRun:
 
     def fingerprint(self) -> dict[str, Any]:
         """See Run.fingerprint."""
-        cuda = self._device.type == "cuda"
         return {
             "backend": "local",
-            "device_type": self._device.type,
-            "device": torch.cuda.get_device_name(self._device) if cuda else platform.machine(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda if cuda else None,
-            "python": platform.python_version(),
+            **device_fingerprint(self._device),
             "compute": self._recipe.precision.compute,
             "compile": self._options.compile,
             "activation_checkpointing": self._options.activation_checkpointing,
@@ -310,19 +291,9 @@ class LocalRun:
     def close(self) -> None:
         """Let go of every tensor."""
         self._clear_gradients()
-        for held in (self._weights, self._exp_avg, self._exp_avg_sq, self._parameters):
+        for held in (self._weights, self._exp_avg, self._exp_avg_sq, self._parameters, self._leaves):
             held.clear()
         self._update_sets = []
-
-
-def _call(segment: torch.nn.Module, *arguments: Any) -> torch.Tensor:
-    return segment(*arguments)
-
-
-def _slice(batch: Batch, first: int, count: int) -> Batch:
-    rows = slice(first, first + count)
-    mask, start = batch.loss_mask, batch.document_start
-    return Batch(batch.ids[rows], None if mask is None else mask[rows], None if start is None else start[rows])
 
 
 class LocalBackend:
@@ -346,7 +317,7 @@ class LocalBackend:
                 f"batch.replicas is {batch.replicas} and the local backend is one process: set batch.replicas=1 "
                 f"(the same batch in {accumulation} accumulation steps)"
             )
-        device = _device(options)
+        device = torch_device(options.device)
         if options.compile and device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
             raise BackendError("backend.options.compile needs a C++ compiler (g++ or clang++) on PATH: install one or set compile=false")
         if options.threads:
@@ -354,14 +325,6 @@ class LocalBackend:
         if options.huge_pages and device.type == "cpu" and (reason := use_huge_pages()):
             warnings.warn(f"no huge pages, so steps are slower: {reason}; backend.options.huge_pages=false asks for none", stacklevel=2)
         return LocalRun(job, options, device)
-
-
-def _device(options: LocalOptions) -> torch.device:
-    if options.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise BackendError("backend.options.device is cuda and torch sees no CUDA device: install a CUDA build of torch, or set device=cpu")
-    return torch.device(options.device)
 
 
 BACKEND = LocalBackend()

@@ -1,0 +1,102 @@
+"""What backends on torch devices have in common: rows to a device, the global norm, the clip coefficient, who they are, and what they say.
+
+What a reader would get wrong: this is no backend and no base class. A function stands here because two backends must give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from weftrain.core.backend import Batch, BatchSource
+from weftrain.core.errors import BackendError
+from weftrain.core.parameters import Role
+
+FP32_ROLES = (Role.NORM_WEIGHT, Role.NORM_BIAS)  # never copied to bf16: norms compute in fp32
+HEAD_USE = "embedding.weight as the head"  # a tied weight's second use; no parameter has such a name
+_NAMES_IN_MESSAGE = 16
+
+
+def torch_device(wanted: str) -> torch.device:
+    """'auto', 'cpu' or 'cuda' -> a device. Raises BackendError for cuda where there is none."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise BackendError("backend.options.device is cuda and torch sees no CUDA device: install a CUDA build of torch, or set device=cpu")
+    return torch.device(wanted)
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """ids and labels int64 [B, T] (labels -100 where masked), document_start int32 [B, T] or None."""
+    ids = torch.from_numpy(batch.ids).to(device)
+    labels = ids[:, 1:].contiguous()
+    if batch.loss_mask is not None:
+        labels = labels.masked_fill(~torch.from_numpy(batch.loss_mask).to(device), -100)
+    document_start = None if batch.document_start is None else torch.from_numpy(batch.document_start).to(device)
+    return ids[:, :-1].contiguous(), labels, document_start
+
+
+def slice_rows(batch: Batch, first: int, count: int) -> Batch:
+    """Rows first..first+count-1 of a batch, as views."""
+    rows = slice(first, first + count)
+    mask, start = batch.loss_mask, batch.document_start
+    return Batch(batch.ids[rows], None if mask is None else mask[rows], None if start is None else start[rows])
+
+
+def present(found: Mapping[str, torch.Tensor | None], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """name -> gradient, in the order of `names`. Raises BackendError for a parameter that the loss did not reach."""
+    gradients = {name: found.get(name) for name in names}
+    missing = [name for name, gradient in gradients.items() if gradient is None]
+    if missing:
+        raise BackendError(f"no gradient reached {missing[0]} (of {len(missing)}): a kernel or the model dropped it")
+    return {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
+
+def global_norm(norms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The norm of the parameters' gradient norms (0-dim fp32 each), in parameter order: 0-dim fp32.
+
+    As torch.nn.utils.clip_grad_norm_ has it. So a backend that sees one layer at a time computes the bits of one that sees all.
+    """
+    return torch.linalg.vector_norm(torch.stack(list(norms)))
+
+
+def clip_coefficient(norm: torch.Tensor, clip_norm: float | None) -> torch.Tensor:
+    """What each gradient is multiplied by, 0-dim fp32: torch.nn.utils.clip_grad_norm_'s formula, or 1 without clipping."""
+    return torch.ones_like(norm) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def non_finite_message(source: BatchSource, step: int, losses: Sequence[torch.Tensor], norm: float, micro_batch_size: int) -> str:
+    """Why the step did not happen, and which samples were in it. losses: of each micro-batch of the global batch, in order."""
+    bad = [index for index, loss in enumerate(losses) if not torch.isfinite(loss)] or range(len(losses))
+    names = [name for index in bad for name in source.sample_names(step, index * micro_batch_size, micro_batch_size)]
+    more = f" and {len(names) - _NAMES_IN_MESSAGE} more" if len(names) > _NAMES_IN_MESSAGE else ""
+    loss = math.fsum(float(value) for value in losses) if all(torch.isfinite(value) for value in losses) else "not finite"
+    return (
+        f"step {step}: loss {loss}, gradient norm {norm}: the step did not happen, weights and optimizer are as after step "
+        f"{step - 1}; samples: {', '.join(names[:_NAMES_IN_MESSAGE])}{more}; look at them, lower the learning rate, or set "
+        "optimizer.non_finite=skip"
+    )
+
+
+def call(segment: torch.nn.Module, *arguments: Any) -> torch.Tensor:
+    """What torch.compile is given: a module's parameters are then inputs of the graph, and all blocks share one."""
+    return segment(*arguments)
+
+
+def device_fingerprint(device: torch.device) -> dict[str, Any]:
+    """What of device and libraries can change a bit."""
+    cuda = device.type == "cuda"
+    return {
+        "device_type": device.type,
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "python": platform.python_version(),
+    }
