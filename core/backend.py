@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 import numpy as np
@@ -151,6 +152,7 @@ class Job:
     plan: Plan
     options: Section
     weights: Mapping[str, torch.Tensor] | None = field(default=None)  # initial weights by canonical name; None: drawn from the seed
+    folder: Path | None = None  # the run's, where a backend may keep files of its own in a folder of its own name; None: there is none
 
 
 class Run(Protocol):

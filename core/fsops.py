@@ -59,6 +59,51 @@ class FileWriter:
         self.close()
 
 
+class PositionedFile:
+    """A file of fixed size that is read and written in place, at byte offsets, by one process.
+
+    direct: past the page cache (O_DIRECT); offsets, lengths and memory are then multiples of 4096 bytes. What was written is in the
+    system's hands when `write_at` returns, thus safe from the death of the process, and durable after `sync`.
+    """
+
+    def __init__(self, path: Path, *, direct: bool = False) -> None:
+        self.path = path
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | (os.O_DIRECT if direct else 0)
+        self.descriptor = _perform("open", path, lambda: os.open(path, flags, 0o666))
+
+    def allocate(self, size_bytes: int) -> None:
+        """Reserve all blocks now, so that no later write finds the disk full. What was never written reads as zeros."""
+        _perform("allocate", self.path, lambda: os.posix_fallocate(self.descriptor, 0, size_bytes))
+
+    def read_at(self, offset: int, *memory: memoryview) -> None:
+        """Fill the pieces of memory, one after the other, from `offset` on. Raises OSError where the file ends before."""
+        for part, at in _consecutive(memory, offset):
+            while part:
+                count = _perform("read", self.path, lambda part=part, at=at: os.preadv(self.descriptor, [part], at))  # type: ignore[misc]
+                if not count:
+                    raise OSError(errno.EIO, "the file ends too early", str(self.path))
+                part, at = part[count:], at + count
+
+    def write_at(self, offset: int, *memory: memoryview) -> None:
+        """Write the pieces of memory, one after the other, from `offset` on."""
+        for part, at in _consecutive(memory, offset):
+            while part:
+                count = _perform("write_at", self.path, lambda part=part, at=at: os.pwrite(self.descriptor, part, at))  # type: ignore[misc]
+                part, at = part[count:], at + count
+
+    def sync(self) -> None:
+        _perform("sync_file", self.path, lambda: os.fdatasync(self.descriptor))
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+def _consecutive(memory: tuple[memoryview, ...], offset: int) -> Iterator[tuple[memoryview, int]]:
+    for part in memory:
+        yield part, offset
+        offset += len(part)
+
+
 def temporary_beside(path: Path) -> Path:
     """A unique name in the same folder, thus on the same file system; `remove_leftovers` knows such names."""
     return path.parent / f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}"

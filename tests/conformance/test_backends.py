@@ -324,7 +324,7 @@ def test_protocol(name: str, tiny_recipe: Tiny) -> None:
     other.import_state(state)
     assert same_state(other.export_state(), state)
     assert json.loads(json.dumps(run.fingerprint()))["backend"] == name
-    assert all(key.rpartition("_")[2] in ("bytes", "ms") or key.endswith("_memory_bytes") for key in run.stats())
+    assert all(key.rpartition("_")[2] in ("bytes", "ms", "share") or key.endswith("_memory_bytes") for key in run.stats())
     run.close()
 
 

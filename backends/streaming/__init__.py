@@ -1,0 +1,97 @@
+"""Weight streaming: trains what fits neither the device's memory nor the machine's, with exactly the numbers of ordinary training.
+
+A schedule of our own for any torch device (docs/weight-streaming.md); its speed says nothing about any vendor's system. What a reader
+would get wrong: with a file tier the *store* is the run's state. It stands at the last completed step whatever killed the process, and a
+run continues from it; checkpoints are exports.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from weftrain.backends.streaming.layout import FormatName, Layout, make_layout
+from weftrain.core.backend import Job
+from weftrain.core.config import Count, PositiveInt, Recipe, Section
+from weftrain.core.errors import BackendError
+
+if TYPE_CHECKING:
+    from weftrain.backends.streaming.engine import StreamingRun
+
+
+class StreamingOptions(Section):
+    """backend.options of the streaming backend."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False  # torch.compile, one graph for all blocks
+    threads: Count = 0  # CPU threads; 0: torch's own choice
+    huge_pages: bool = True  # on a CPU: activations in huge pages that the process keeps; no bit changes
+    activations: Literal["keep", "recompute"] = "keep"  # recompute: a block's input alone stays, the block runs again in backward
+    tier: Literal["ram", "mapped", "direct"] = "ram"  # where state lives: see store.py
+    store: str | None = None  # folder of a file tier; null: `store` in the run's folder
+    state_format: FormatName = "fp32"
+    layer_slots: Annotated[int, Field(ge=2)] = 3  # tier direct: layers whose weights are in memory at once
+    buffer_mib: Count = 0  # tier direct: state on its way in and out, and as much of gradients; 0: what layer_slots layers have
+    tile_elements: PositiveInt = 1 << 23  # parameters that are read and written at once
+    trace_steps: Count = 0  # first steps whose timeline goes to trace.json in the run's folder
+    poison_freed_slots: bool = False  # NaN where weights were that nobody may read any more: for tests and for doubts
+
+
+def layout_of(recipe: Recipe, options: StreamingOptions, shard: tuple[int, int] = (0, 1)) -> Layout:
+    """The layout of the store that these options ask for."""
+    split_above = options.tile_elements if options.tier == "direct" else None
+    return make_layout(recipe, options.state_format, split_above=split_above, tile_elements=options.tile_elements, shard=shard)
+
+
+def store_folder(options: StreamingOptions, folder: Path | None) -> Path | None:
+    """Where a file tier keeps its state; None for tier ram, or where there is no folder to keep it in."""
+    if options.tier == "ram":
+        return None
+    if options.store is not None:
+        return Path(options.store)
+    return None if folder is None else folder / "store"
+
+
+class StreamingBackend:
+    name = "streaming"
+    summary = "weight streaming: state in RAM or on disk, one layer at a time on the device; fp32 or bf16, exact"
+    options = StreamingOptions
+    trains = True
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def prepare(self, job: Job) -> StreamingRun:
+        """Raises BackendError for a device that is not there, a store that is in use, torn or of another recipe, or too little room."""
+        import torch
+
+        from weftrain.backends.shared import torch_device
+        from weftrain.backends.streaming.engine import StreamingRun
+        from weftrain.backends.streaming.store import open_store
+
+        options = job.options
+        if not isinstance(options, StreamingOptions):
+            raise BackendError(f"the streaming backend was given {type(options).__name__}; it takes StreamingOptions")
+        device = torch_device(options.device)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        layout = layout_of(job.recipe, options)
+        buffer_bytes = options.buffer_mib << 20 or default_buffer_bytes(layout, options.layer_slots)
+        store = open_store(layout, options.tier, store_folder(options, job.folder), buffer_bytes)
+        try:
+            return StreamingRun(job, options, device, store)
+        except BaseException:
+            store.close()
+            raise
+
+
+def default_buffer_bytes(layout: Layout, layer_slots: int) -> int:
+    """Of state in flight: what `layer_slots` layers have, at least four tiles, at most 1 GiB."""
+    layers = [sum(tile.bytes + tile.gradient_bytes for tile in record.tiles) for record in layout.records[1:-1]]
+    tile = max(tile.bytes + tile.gradient_bytes for tile in layout.tiles)
+    return max(4 * tile, min(layer_slots * max(layers), 1 << 30))
+
+
+BACKEND: Any = StreamingBackend()

@@ -1,0 +1,448 @@
+"""The engine: carries out a schedule. Weights come and go, activations stay, gradients leave, updates happen where the state is.
+
+What a reader would get wrong: no saved tensor is packed or rebound. A layer always comes back to the same memory, so whatever autograd
+saved of its weights is true again when its backward runs; `free` says from when on it is not. The bits are those of the local backend
+because every operation is: the same kernels on the same shapes, micro-batches added in order, one norm a parameter, AdamW element by
+element.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from weftrain.backends.shared import (
+    HEAD_USE,
+    call,
+    clip_coefficient,
+    device_fingerprint,
+    global_norm,
+    non_finite_message,
+    present,
+    slice_rows,
+    to_device,
+)
+from weftrain.backends.streaming.layout import Layout, Record, Tile
+from weftrain.backends.streaming.planes import Work
+from weftrain.backends.streaming.schedule import BRINGING, Event, Schedule, Scheduler
+from weftrain.backends.streaming.state import PLANES, Exported, fill, initial, spooled
+from weftrain.backends.streaming.store import DTYPES, Commit, Pending, Store, aligned
+from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
+from weftrain.core.errors import BackendError, CheckpointError, NonFiniteError
+from weftrain.core.host_memory import huge_page_bytes
+from weftrain.core.model import Decoder, kernel_specs, rotary_tables
+from weftrain.core.optim import group_learning_rates, parameter_groups
+from weftrain.core.parameters import parameter_specs
+from weftrain.kernels import Spec, select
+
+Rows = tuple[Tensor, Tensor, Tensor | None]  # ids, labels, document_start of one micro-batch
+Gradients = dict[str, Tensor]
+
+
+class StreamingRun:
+    """One training run over a store."""
+
+    def __init__(self, job: Job, options: Any, device: torch.device, store: Store) -> None:
+        recipe = job.recipe
+        self._recipe, self._plan, self._options, self._device, self._store = recipe, job.plan, options, device, store
+        self._layout: Layout = store.layout
+        compute = getattr(torch, recipe.precision.compute)
+        self._groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer)}
+        uses = kernel_specs(recipe.model, device.type, compute, residual_dtype=torch.float32)
+        attributes = {"eps_placement": recipe.optimizer.eps_placement}
+        uses += [Spec("adamw", "optimizer", "cpu", compute, attributes), Spec("grad_norm", "optimizer", device.type, compute, attributes)]
+        self._selection = select(uses, recipe.kernels.preferences, recipe.kernels.pins)
+        self._adamw = self._selection.function("adamw", "optimizer")
+        self._grad_norm = self._selection.function("grad_norm", "optimizer")
+        with torch.device("meta"):  # weights are bound when a record is there
+            self._model = Decoder(recipe.model, self._selection, residual_dtype=torch.float32)
+        for name, table in zip(("cos", "sin"), rotary_tables(recipe.model, torch.device("cpu")), strict=True):
+            self._model.register_buffer(name, table.to(device), persistent=False)
+        self._segments = self._model.segments()
+        self._run_block = torch.compile(call, dynamic=False) if options.compile else call
+        self._run_head = torch.compile(call, dynamic=False) if options.compile else call
+
+        layers = len(self._layout.records) - 2
+        self._layer_slots = min(options.layer_slots, layers) if store.tier == "direct" else 0
+        self._scheduler = Scheduler(self._layout, store.tier, self._layer_slots)
+        self._slots: dict[int, Tensor] = {}
+        self._micro_batches = recipe.batch.global_batch_size // recipe.batch.micro_batch_size
+        self._leaves: dict[int, dict[str, nn.Parameter]] = {}  # of the records that are there
+        self._work = Work()
+        self._exported: weakref.ref[Exported] | None = None
+        self._measured: dict[str, float] = {}
+        self._dataset_id: str | None = None
+
+        kept = store.commit
+        if kept is None or kept.step < job.plan.start_step:
+            fill(store, initial(job), job.plan.start_step, 0)
+
+    # -- the step
+
+    def train(self, source: BatchSource) -> Iterator[StepResult]:
+        """See Run.train. Raises BackendError where the store fails, or was trained on another dataset."""
+        recipe, batch = self._recipe, self._recipe.batch
+        self._check_dataset(source.dataset_id)
+        while self._standing().step < self._plan.last_step:
+            self._let_go_of_export()
+            start, step = time.perf_counter(), self._standing().step
+            waited: list[float] = []
+
+            def rows(first: int, count: int, step: int = step, waited: list[float] = waited) -> Batch:
+                begin = time.perf_counter()
+                found = source.rows(step, first, count)
+                waited.append(time.perf_counter() - begin)
+                return found
+
+            losses, norms = self._forward_backward(rows, self._spool)
+            loss = torch.stack(losses).sum()
+            norm = global_norm([norms[spec.name] for spec in parameter_specs(recipe.model)])
+            rates = group_learning_rates(tuple(self._groups.values()), recipe.schedule, step)
+            finite = bool(torch.isfinite(loss + norm))
+            if not finite and recipe.optimizer.non_finite == "halt":
+                raise NonFiniteError(non_finite_message(source, step, losses, float(norm), batch.micro_batch_size))
+            updates = self._standing().optimizer_updates + finite
+            scale = float(clip_coefficient(norm, recipe.optimizer.clip_norm)) if finite else 0.0
+            pending = Pending(scale, dict(rates), updates) if finite else None
+            self._store.complete_step(step + 1, updates, pending, self._dataset_id)
+            if step + 1 == self._plan.last_step:
+                self._store.drain()
+            step_ms = (time.perf_counter() - start) * 1e3
+            yield StepResult(step, loss, norm, rates, recipe.tokens_per_step, step_ms, sum(waited) * 1e3, skipped=not finite)
+
+    def gradients(self, batch: Batch) -> tuple[float, dict[str, Tensor]]:
+        """See Run.gradients."""
+        found: dict[str, Tensor] = {}
+
+        def keep(record: Record, gradients: Gradients) -> None:
+            found.update({name: gradient.detach().float().cpu().clone() for name, gradient in gradients.items()})
+
+        losses, _ = self._forward_backward(lambda first, count: slice_rows(batch, first, count), keep)
+        return float(torch.stack(losses).sum()), {spec.name: found[spec.name] for spec in parameter_specs(self._recipe.model)}
+
+    def evaluate(self, source: EvaluationSource) -> EvalResult:
+        """Mean held-out loss over tokens; as many micro-batches share one pass over the weights as in training."""
+        total, tokens, micro = 0.0, 0, self._recipe.batch.micro_batch_size
+        span = micro * self._micro_batches
+        for start in range(0, source.num_rows, span):
+            end = min(start + span, source.num_rows)
+            rows = [to_device(source.rows(first, min(micro, end - first)), self._device) for first in range(start, end, micro)]
+            evaluation = _Pass(self, rows, None)
+            self._carry_out(self._scheduler.evaluation(self._updating()), evaluation)
+            total = sum((float(loss) for loss in evaluation.losses), total)
+            tokens += sum(int((labels >= 0).sum()) for _, labels, _ in rows)
+        if tokens == 0:
+            raise BackendError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
+        return EvalResult(total / tokens, tokens)
+
+    def _forward_backward(
+        self, rows: Callable[[int, int], Batch], sink: Callable[[Record, Gradients], None]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        micro = self._recipe.batch.micro_batch_size
+        batches = [to_device(rows(number * micro, micro), self._device) for number in range(self._micro_batches)]
+        step = _Pass(self, batches, sink)
+        self._carry_out(self._scheduler.step(self._updating(), spooling=sink == self._spool), step)
+        return step.losses, step.norms
+
+    def _updating(self) -> bool:
+        return self._standing().pending is not None
+
+    def _standing(self) -> Commit:
+        return self._store.standing()
+
+    def _check_dataset(self, dataset_id: str) -> None:
+        kept = self._standing().dataset_id
+        if kept not in (None, dataset_id):
+            raise BackendError(
+                f"the store was trained on dataset {kept[:12]}, this is {dataset_id[:12]}: restore the dataset, or remove the store's "
+                "folder and continue from a checkpoint"
+            )
+        self._dataset_id = dataset_id
+
+    # -- records: coming, updated, going
+
+    def _slot(self, record: Record) -> Tensor | None:
+        """Where the record's weights are brought to: page-aligned, and the same memory each time; None where they are used in place."""
+        if self._layer_slots == 0:
+            return None
+        number = self._scheduler.slot(record)
+        if number not in self._slots:
+            sharers = [other for other in self._layout.records if self._scheduler.slot(other) == number]
+            self._slots[number] = aligned(max(other.compute_bytes for other in sharers))
+        return self._slots[number]
+
+    def _carry_out(self, schedule: Schedule, work: _Pass | None) -> None:
+        """Do what a schedule says, in order, and hold the store to its bytes. Records are asked for as early as their slots are free."""
+        store, begin = self._store, time.perf_counter()
+        read, written, stalled, busy = store.bytes_read, store.bytes_written, store.stall_s, store.io_s
+        coming = deque(event for event in schedule.events if event.kind in ("update", "fetch"))
+        occupied: set[int] = set()
+        computing = 0.0
+        for event in schedule.events:
+            while coming and (slot := self._scheduler.slot(coming[0].record)) not in occupied:
+                occupied.add(slot)
+                asked = coming.popleft()
+                store.prefetch(asked.record, self._slot(asked.record), asked.kind == "update")
+            start = time.perf_counter()
+            if event.kind in BRINGING:
+                self._bring(event)
+            elif event.kind == "free":
+                occupied.discard(self._scheduler.slot(event.record))
+                self._freed(event.record)
+            elif work is not None:
+                getattr(work, event.kind)(event.record)
+            end = time.perf_counter()
+            computing += end - start if event.kind in ("forward", "loss", "backward") else 0.0
+            store.trace("compute", str(event), start, end)
+        moved = (store.bytes_read - read, store.bytes_written - written)
+        if moved != (schedule.bytes_read, schedule.bytes_written):
+            raise BackendError(f"the store moved {moved} bytes in and out, the schedule says {schedule.bytes_read, schedule.bytes_written}")
+        stalled, busy = store.stall_s - stalled, store.io_s - busy
+        self._measured = {
+            "store_in_bytes": float(moved[0]),
+            "store_out_bytes": float(moved[1]),
+            "store_io_ms": busy * 1e3,  # reads and writes, each counted by itself
+            "stall_ms": stalled * 1e3,  # of those, what computation waited for
+            "compute_ms": computing * 1e3,
+            "pass_ms": (time.perf_counter() - begin) * 1e3,
+            "overlap_share": max(0.0, 1 - stalled / busy) if busy else 1.0,
+        }
+
+    def _freed(self, record: Record) -> None:
+        """Nobody reads this slot any more. poison_freed_slots makes sure of it."""
+        slot = self._slot(record)
+        if self._options.poison_freed_slots and slot is not None:
+            self._store.drain()  # what is still being written from the slot
+            slot.fill_(0xFF)  # NaN in every float type
+
+    def _bring(self, event: Event) -> None:
+        """Make the record's weights current and there."""
+        if event.kind == "resident" and event.record.index in self._leaves and self._layer_slots:
+            return
+        for tile in event.record.tiles:
+            if self._store.needs_update(tile):
+                self._update(tile)
+        self._bind(event.record)
+
+    def _bind(self, record: Record) -> None:
+        """Point the record's parameters at its weights: the same Parameter objects each time, at whatever memory holds them now."""
+        slot, leaves = self._slot(record), self._leaves.setdefault(record.index, {})
+        specs = {spec.name: spec for spec in record.specs}
+        for tile, own in zip(record.tiles, self._store.compute_planes(record), strict=True):
+            plane = own if slot is None else slot[tile.compute_offset :].view(DTYPES[tile.compute])
+            for piece in tile.pieces:
+                if piece.start:
+                    continue  # the rest of a tensor that began in an earlier tile: they lie one after the other in the slot
+                spec = specs[piece.name]
+                # .data: a version counter of its own. Autograd's says that memory was written to since a weight was saved, and it was,
+                # with another layer and then with this one again; that it is this one is the schedule's promise.
+                weight = plane[piece.offset : piece.offset + spec.size].view(spec.shape).data
+                if spec.name in leaves:
+                    leaves[spec.name].data = weight
+                else:
+                    leaves[spec.name] = nn.Parameter(weight)
+                    owner, _, attribute = spec.name.rpartition(".")
+                    setattr(self._model.get_submodule(owner), attribute, leaves[spec.name])
+
+    @torch.no_grad()
+    def _update(self, tile: Tile) -> None:
+        """Make the pending update of one tile: AdamW on its planes, part by part, with the gradient that was spooled."""
+        config, pending = self._recipe.optimizer, self._standing().pending
+        assert pending is not None
+        scale = torch.tensor(pending.gradient_scale, dtype=torch.float32)
+        for start, stop, planes, gradient in self._store.updating(tile):
+            part = slice(start, stop)
+            weights, exp_avg, exp_avg_sq = self._work.load(planes, part)
+            copies = planes["copy"][part] if "copy" in planes else None
+            lists: dict[str, list[list[Tensor]]] = {}
+            for piece in tile.pieces:
+                first = max(piece.offset - tile.owned.start, start)
+                last = min(piece.offset + piece.stop - piece.start - tile.owned.start, stop)
+                if first >= last:
+                    continue
+                own = slice(first - start, last - start)
+                columns = lists.setdefault(piece.group, [[], [], [], [], []])
+                for column, plane in zip(columns, (weights, gradient, exp_avg, exp_avg_sq, copies), strict=True):
+                    if plane is not None:
+                        column.append(plane[own])
+            for name, columns in lists.items():
+                self._adamw(
+                    *columns[:4],
+                    columns[4] or None,
+                    learning_rate=pending.learning_rates[name],
+                    beta1=config.beta1,
+                    beta2=config.beta2,
+                    eps=config.eps,
+                    weight_decay=self._groups[name].weight_decay,
+                    update_index=pending.update_index,
+                    eps_placement=config.eps_placement,
+                    gradient_scale=scale,
+                )
+            self._work.save(planes, part, weights, exp_avg, exp_avg_sq)
+
+    def _spool(self, record: Record, gradients: Gradients) -> None:
+        for tile in record.tiles:
+            self._store.spool(tile, spooled(tile, gradients))
+
+    # -- state
+
+    def export_state(self) -> State:
+        """See Run.export_state. The tensors are read when they are asked for, until the run trains on: then what is still held is read."""
+        self._let_go_of_export()
+        if self._updating():
+            self._carry_out(self._scheduler.flush(), None)
+        self._store.drain()
+        tensors = Exported(self._store)
+        self._exported = weakref.ref(tensors)
+        return State(self._standing().step, self._standing().optimizer_updates, tensors)
+
+    def _let_go_of_export(self) -> None:
+        exported = None if self._exported is None else self._exported()
+        if exported is not None:
+            exported.read_all()
+        self._exported = None
+
+    def import_state(self, state: State) -> None:
+        """See Run.import_state; tensors are read one parameter at a time, so a lazy state never is in memory as a whole."""
+        wanted = {f"{plane}/{spec.name}": spec for spec in parameter_specs(self._recipe.model) for plane in PLANES}
+        missing, unknown = sorted(wanted.keys() - state.tensors.keys()), sorted(state.tensors.keys() - wanted.keys())
+        if missing or unknown:
+            raise CheckpointError(f"state does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}; is it of another recipe?")
+        described = getattr(state.tensors, "meta", state.tensors.__getitem__)
+        for name, spec in wanted.items():
+            tensor = described(name)
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != torch.float32:
+                shape, expected = list(tensor.shape), list(spec.shape)
+                raise CheckpointError(
+                    f"tensor {name} is {tensor.dtype} {shape}, the model's is torch.float32 {expected}; is it of another recipe?"
+                )
+        self._let_go_of_export()
+        fill(self._store, lambda plane, spec: state.tensors[f"{plane}/{spec.name}"], state.step, state.optimizer_updates)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See Run.fingerprint."""
+        return {
+            "backend": "streaming",
+            **device_fingerprint(self._device),
+            "compute": self._recipe.precision.compute,
+            "compile": self._options.compile,
+            "activations": self._options.activations,
+            "state_format": self._layout.format.name,
+            "tier": self._store.tier,
+            "micro_batch_size": self._recipe.batch.micro_batch_size,
+            "reduction": "micro-batches added in order, fp32",
+            "kernels": self._selection.manifest,
+        }
+
+    def stats(self) -> dict[str, float]:
+        """Resident memory; of the last pass, bytes in and out of the store, time stalled for it, the share of I/O behind compute."""
+        return {
+            "memory_bytes": float(psutil.Process().memory_info().rss),
+            "huge_page_bytes": float(huge_page_bytes()),
+            **self._measured,
+        }
+
+    def close(self) -> None:
+        """Close the store: durable, and free for the next process."""
+        self._let_go_of_export()
+        self._leaves.clear()
+        self._slots.clear()
+        self._store.close()
+
+
+class _Pass:
+    """One pass over the model: what is computed with a record while it is there. sink None: evaluation, without gradients."""
+
+    def __init__(self, run: StreamingRun, rows: list[Rows], sink: Callable[[Record, Gradients], None] | None) -> None:
+        self._run, self._rows, self._sink = run, rows, sink
+        self._training = sink is not None
+        self._keeps = run._options.activations == "keep"
+        self._x: list[Tensor] = []  # of each micro-batch: the residual stream, and on the way back its gradient
+        self._graphs: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {}  # record -> (input, output, or None to compute it again)
+        self._sums: Gradients = {}
+        self._head_use: Tensor | None = None
+        self.losses: list[Tensor] = []
+        self.norms: dict[str, Tensor] = {}
+
+    def forward(self, record: Record) -> None:
+        graphs = self._graphs[record.index] = []
+        with torch.set_grad_enabled(self._training):
+            if record.index == 0:
+                outputs = [self._run._segments[0](ids) for ids, _, _ in self._rows]
+                graphs += [(None, output) for output in outputs]
+            else:
+                outputs = []
+                for x, rows in zip(self._x, self._rows, strict=True):
+                    x_in = x.detach().requires_grad_(self._training)
+                    outputs.append(self._block(record, x_in, rows))
+                    graphs.append((x_in, outputs[-1] if self._keeps else None))
+        self._x = [output.detach() for output in outputs]
+        if not self._training:
+            graphs.clear()
+
+    def loss(self, record: Record) -> None:
+        run, tokens = self._run, self._run._recipe.tokens_per_step
+        head, leaves = run._segments[record.index], self._leaves(record)
+        tied = run._model.tied_weight()
+        if not self._training:
+            with torch.no_grad():
+                self.losses = [head(x, labels, tied) for x, (_, labels, _) in zip(self._x, self._rows, strict=True)]
+            return
+        if tied is not None:
+            tied = leaves[HEAD_USE] = nn.Parameter(tied.detach())
+        for number, (_, labels, _) in enumerate(self._rows):
+            x_in = self._x[number].detach().requires_grad_()
+            loss = run._run_head(head, x_in, labels, tied) / tokens
+            self._x[number] = self._differentiate(loss, x_in, leaves, None)
+            self.losses.append(loss.detach())
+        self._head_use = self._sums.pop(HEAD_USE, None)
+
+    def backward(self, record: Record) -> None:
+        leaves, graphs = self._leaves(record), self._graphs.pop(record.index)
+        for number, rows in enumerate(self._rows):
+            x_in, output = graphs[number]
+            graphs[number] = (None, None)
+            if output is None:
+                assert x_in is not None
+                output = self._block(record, x_in, rows)
+            self._x[number] = self._differentiate(output, x_in, leaves, self._x[number])
+
+    def spool(self, record: Record) -> None:
+        gradients = present(self._sums, self._leaves(record))
+        if record.index == 0 and self._head_use is not None:
+            gradients["embedding.weight"] += self._head_use
+        self.norms |= {name: self._run._grad_norm([gradient]) for name, gradient in gradients.items()}
+        assert self._sink is not None
+        self._sink(record, gradients)
+        self._sums = {}
+
+    def _leaves(self, record: Record) -> dict[str, nn.Parameter]:
+        return dict(self._run._leaves[record.index])
+
+    def _block(self, record: Record, x: Tensor, rows: Rows) -> Tensor:
+        run = self._run
+        block = run._run_block if self._training else call
+        return block(run._segments[record.index], x, *run._model.rotary(x.shape[1]), rows[2])
+
+    def _differentiate(self, output: Tensor, x: Tensor | None, leaves: Mapping[str, Tensor], gradient: Tensor | None) -> Tensor:
+        """Add the gradients of `leaves` to the sums, in the order of micro-batches; the gradient of x."""
+        inputs = [*([] if x is None else [x]), *leaves.values()]
+        found = list(torch.autograd.grad(output, inputs, gradient, allow_unused=True))
+        of_x = torch.empty(0) if x is None else found.pop(0)
+        for name, part in zip(leaves, found, strict=True):
+            if part is None:
+                continue
+            if self._run._micro_batches == 1:
+                self._sums[name] = part
+            elif name in self._sums:
+                self._sums[name] += part
+            else:
+                self._sums[name] = part.float()
+        return of_x

@@ -1,0 +1,132 @@
+"""State in and out of a store: fp32 tensors by canonical name on one side, tiles on the other, never the whole model at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from weftrain.backends.streaming.layout import Layout, Piece, Tile
+from weftrain.backends.streaming.planes import Work
+from weftrain.backends.streaming.store import DTYPES, Store
+from weftrain.core.backend import Job
+from weftrain.core.errors import BackendError
+from weftrain.core.model import draw
+from weftrain.core.parameters import ParameterSpec
+
+PLANES = ("weights", "exp_avg", "exp_avg_sq")
+Given = Callable[[str, ParameterSpec], Tensor | None]  # (plane, parameter) -> fp32, or None for zeros
+
+
+def initial(job: Job) -> Given:
+    """Weights that the job brings, or that are drawn from the recipe's seed; moments of zero."""
+
+    def given(plane: str, spec: ParameterSpec) -> Tensor | None:
+        if plane != "weights":
+            return None
+        return job.weights[spec.name] if job.weights is not None else draw(spec, job.recipe.model, job.recipe.seed)
+
+    return given
+
+
+@torch.no_grad()
+def fill(store: Store, given: Given, step: int, optimizer_updates: int) -> None:
+    """Write every tile, one after the other; each parameter is asked for once. A crash on the way leaves a store that holds no state."""
+    store.begin_filling()
+    for record in store.layout.records:
+        specs = {spec.name: spec for spec in record.specs}
+        name, tensors = "", dict.fromkeys(PLANES, torch.empty(0))
+        for tile in record.tiles:
+            numbers = {plane: torch.zeros(len(tile.owned), dtype=torch.float32) for plane in PLANES}
+            for piece in tile.pieces:
+                if piece.name != name:
+                    name = piece.name
+                    found = {plane: given(plane, specs[name]) for plane in PLANES}
+                    tensors = {plane: tensor.detach().reshape(-1) for plane, tensor in found.items() if tensor is not None}
+                target, source = _common(tile, piece)
+                for plane, tensor in tensors.items():
+                    numbers[plane][target].copy_(tensor[source])
+            planes = {plane.name: torch.empty(_items(tile, plane.elements_per_item), dtype=DTYPES[plane.dtype]) for plane in tile.planes}
+            for plane in PLANES:
+                if plane in planes and planes[plane].dtype == torch.float32:
+                    planes[plane].copy_(numbers[plane])
+            if "copy" in planes:
+                planes["copy"].copy_(numbers["weights"])
+            Work().save(planes, slice(0, len(tile.owned)), *(numbers[plane] for plane in PLANES))
+            store.write_state(tile, planes)
+    store.end_filling(step, optimizer_updates)
+
+
+class Exported(Mapping[str, Tensor]):
+    """A store's state as '<plane>/<parameter>' -> fp32, each read when it is asked for; `read_all` reads the rest, before it changes."""
+
+    def __init__(self, store: Store) -> None:
+        self._store: Store | None = store
+        if store.layout.shard[1] > 1:
+            raise BackendError("a sharded store holds a part of each tensor: export through the run that joins them")
+        self._specs = {spec.name: spec for record in store.layout.records for spec in record.specs}
+        self._tiles: dict[str, list[tuple[Tile, Piece]]] = {}
+        for tile in store.layout.tiles:
+            for piece in tile.pieces:
+                self._tiles.setdefault(piece.name, []).append((tile, piece))
+        self._read: dict[str, Tensor] = {}
+        self._work = Work()
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._read or self._store is None:
+            return self._read[name]
+        plane, _, parameter = name.partition("/")
+        if plane not in PLANES:
+            raise KeyError(name)
+        spec = self._specs[parameter]
+        found = torch.empty(spec.size, dtype=torch.float32)
+        for tile, piece in self._tiles[parameter]:
+            numbers = self._work.load(self._store.read_state(tile), slice(0, len(tile.owned)))[PLANES.index(plane)]
+            found[piece.start : piece.stop].copy_(numbers[piece.offset : piece.offset + piece.stop - piece.start])
+        return found.view(spec.shape)
+
+    def meta(self, name: str) -> Tensor:
+        """A tensor of the same dtype and shape without data."""
+        return torch.empty(self._specs[name.partition("/")[2]].shape, dtype=torch.float32, device="meta")
+
+    def read_all(self) -> None:
+        """Hold all of it in memory: whoever still has this state keeps what it was."""
+        self._read = {name: self[name] for name in self}
+        self._store = None
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{plane}/{name}" for plane in PLANES for name in self._specs)
+
+    def __len__(self) -> int:
+        return len(PLANES) * len(self._specs)
+
+
+def _common(tile: Tile, piece: Piece) -> tuple[slice, slice]:
+    """The elements that a piece has in this store's part of a tile: where they lie there, and in the flattened parameter."""
+    first = max(piece.offset, tile.owned.start)
+    last = max(first, min(piece.offset + piece.stop - piece.start, tile.owned.stop))
+    shift = piece.start - piece.offset
+    return slice(first - tile.owned.start, last - tile.owned.start), slice(first + shift, last + shift)
+
+
+def spooled(tile: Tile, gradients: Mapping[str, Tensor]) -> Callable[[Tensor], None]:
+    """Fills a flat tensor with the gradients of this store's part of a tile."""
+
+    def fill_target(target: Tensor) -> None:
+        for piece in tile.pieces:
+            to, source = _common(tile, piece)
+            target[to].copy_(gradients[piece.name].reshape(-1)[source])
+
+    return fill_target
+
+
+def _items(tile: Tile, elements_per_item: int) -> int:
+    return len(tile.owned) // elements_per_item
+
+
+def describe(layout: Layout, compute: str) -> str:
+    """Bytes a parameter and exactness, for people."""
+    form = layout.format
+    return f"{form.name}: {form.bytes_per_parameter(compute):.4g} B a parameter on top of its gradient; exact: {form.exact}"
