@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from weftrain.backends.shared import (
     FP32_ROLES,
     HEAD_USE,
+    ask_for_huge_pages,
     call,
     clip_coefficient,
     device_fingerprint,
@@ -32,10 +33,10 @@ from weftrain.backends.shared import (
     to_device,
     torch_device,
 )
-from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
-from weftrain.core.config import Count, Section
+from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, Prediction, Speeds, State, StepResult
+from weftrain.core.config import Count, Recipe, Section
 from weftrain.core.errors import BackendError, CheckpointError, NonFiniteError
-from weftrain.core.host_memory import huge_page_bytes, use_huge_pages
+from weftrain.core.host_memory import huge_page_bytes
 from weftrain.core.model import Decoder, draw, kernel_specs, rotary_tables
 from weftrain.core.optim import ParameterGroup, group_learning_rates, parameter_groups
 from weftrain.core.parameters import parameter_specs
@@ -322,9 +323,18 @@ class LocalBackend:
             raise BackendError("backend.options.compile needs a C++ compiler (g++ or clang++) on PATH: install one or set compile=false")
         if options.threads:
             torch.set_num_threads(options.threads)
-        if options.huge_pages and device.type == "cpu" and (reason := use_huge_pages()):
-            warnings.warn(f"no huge pages, so steps are slower: {reason}; backend.options.huge_pages=false asks for none", stacklevel=2)
+        if options.huge_pages and device.type == "cpu":
+            ask_for_huge_pages()
         return LocalRun(job, options, device)
+
+    def kept_step(self, recipe: Recipe, options: Section, folder: Path) -> int | None:
+        return None
+
+    def outline(self, recipe: Recipe, options: Section) -> list[str]:
+        return []
+
+    def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
+        return None
 
 
 BACKEND = LocalBackend()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
-from weftrain.core.config import Section
+from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, Prediction, Speeds, State, StepResult
+from weftrain.core.config import Recipe, Section
 from weftrain.core.model import draw
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.parameters import parameter_specs
@@ -86,6 +87,15 @@ class NullBackend:
 
     def prepare(self, job: Job) -> NullRun:
         return NullRun(job)
+
+    def kept_step(self, recipe: Recipe, options: Section, folder: Path) -> int | None:
+        return None
+
+    def outline(self, recipe: Recipe, options: Section) -> list[str]:
+        return []
+
+    def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
+        return None
 
 
 BACKEND = NullBackend()

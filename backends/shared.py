@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import platform
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from weftrain.core.backend import Batch, BatchSource
 from weftrain.core.errors import BackendError
+from weftrain.core.host_memory import use_huge_pages
 from weftrain.core.parameters import Role
 
 FP32_ROLES = (Role.NORM_WEIGHT, Role.NORM_BIAS)  # never copied to bf16: norms compute in fp32
@@ -28,6 +30,12 @@ def torch_device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise BackendError("backend.options.device is cuda and torch sees no CUDA device: install a CUDA build of torch, or set device=cpu")
     return torch.device(wanted)
+
+
+def ask_for_huge_pages() -> None:
+    """core/host_memory.py, and a warning where the system refuses."""
+    if reason := use_huge_pages():
+        warnings.warn(f"no huge pages, so steps are slower: {reason}; backend.options.huge_pages=false asks for none", stacklevel=3)
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

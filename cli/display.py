@@ -45,6 +45,11 @@ class Bar:
             self._last_line_s = time.monotonic()
             self._console.print(f"{self._description} {done:,}/{self._total:,} {note}", markup=False)
 
+    def note(self, words: str) -> None:
+        """What is being done now, beside the bar; nothing without a terminal."""
+        if self._progress is not None:
+            self._progress.update(self._task, note=words)
+
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""
         (self._progress.console if self._progress is not None else self._console).print(line, markup=False)

@@ -23,6 +23,8 @@ VERBS = {
     "backends": ("weftrain.cli.backends", "backends"),
     "kernels": ("weftrain.cli.kernels", "kernels"),
     "bench": ("weftrain.cli.bench", "bench"),
+    "plan": ("weftrain.cli.plan", "plan"),
+    "timeline": ("weftrain.cli.timeline", "timeline"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 
@@ -23,11 +24,14 @@ from weftrain.core.recipe_file import builtin_recipes, load_recipe
 @click.option(
     "--step", "steps", type=click.IntRange(min=0), multiple=True, help="Print the learning rates of this 0-based step (repeatable)."
 )
-def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...]) -> None:
+@click.option("--backend", help="Also what a step of this backend will do (streaming: its timeline, with every byte).")
+def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...], backend: str | None) -> None:
     """Print a recipe, resolved, with its arithmetic: parameters, tokens, steps, learning rates, bytes.
 
     RECIPE is a built-in name or the path of a .yaml file; without it, the built-in recipes are listed.
     """
+    if backend is not None:
+        overrides = (*overrides, f"backend.name={json.dumps(backend)}")  # quoted: the backend named null is no YAML null
     console = Console(highlight=False, soft_wrap=True)
     if recipe is None:
         table = Table("recipe", "what it is", box=None)
@@ -35,7 +39,8 @@ def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...])
             table.add_row(name, load_recipe(name).recipe.description)
         console.print(table)
         return
-    resolved_recipe = load_recipe(recipe, overrides).recipe
+    file = load_recipe(recipe, overrides)
+    resolved_recipe = file.recipe
     beyond = [step for step in steps if step >= sum(segment.steps for segment in resolved_recipe.schedule.learning_rate)]
     if beyond:
         raise click.BadParameter(f"step {beyond[0]} lies beyond the learning-rate schedule", param_hint="--step")
@@ -44,6 +49,12 @@ def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...])
         console.print(line, markup=False)
     console.print(_parameter_table(resolved_recipe))
     console.print(_learning_rate_table(resolved_recipe, steps))
+    if backend is not None:
+        from weftrain.cli.assembly import backend_options
+
+        chosen, options = backend_options(file)
+        for line in chosen.outline(resolved_recipe, options):
+            console.print(line, markup=False)
 
 
 def arithmetic(recipe: Recipe) -> list[str]:

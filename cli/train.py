@@ -10,6 +10,7 @@ import json
 import shlex
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -68,6 +69,13 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
         first = 0 if start is None else start.state.step
         if start is not None:
             start.check_data(recipe, source.dataset_id, allow)
+        kept = backend.kept_step(recipe, options, folder.path)
+        keeps = kept is not None and kept >= first
+        if keeps and kept:
+            first = kept
+            console.print(
+                f"the {backend.name} backend's own state stands at {kept} completed steps: the run goes on from there", markup=False
+            )
         recorded = None if start is None or start.manifest is None else start.manifest["recipe"]
         for key, old, new in folder.check_recipe(allow, first, recorded):
             console.print(f"recipe changed at step {first}: {key}: {old} -> {new}", markup=False)
@@ -81,20 +89,24 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
             checkpoint_every_steps=recipe.checkpoint.every_steps,
             evaluate_every_steps=recipe.log.evaluate_every_steps,
             log_every_steps=recipe.log.every_steps,
+            checkpoint_at_end=recipe.checkpoint.at_end,
         )
-        run = backend.prepare(Job(recipe, plan, options, None if start is None else start.weights()))
-        if start is not None and start.has_optimizer:
-            run.import_state(start.state)
+        told = _Progress(console)
+        with told:
+            run = backend.prepare(Job(recipe, plan, options, None if start is None else start.weights(), told, folder.path))
+            if start is not None and start.has_optimizer and not keeps:
+                run.import_state(start.state)
         fingerprint = run.fingerprint()
         folder.write_environment(fingerprint)
         peak = measured_peak(recipe, backend, run)
         _announce(console, recipe, fingerprint, peak, folder.path, first)
         speed = Speed(flops_per_token(recipe.model, recipe.data.sequence_length), peak.flops)
         parent = None if start is None else start.root
-        resumed = first if start is not None else None
+        resumed = first if start is not None or first else None
         with MetricsWriter(folder.path, recipe.log.tensorboard, resumed) as metrics, Bar(console, name, plan.last_step, first) as bar:
             basis = {"flops_per_token": speed.flops_per_token, "peak_origin": peak.origin}
             metrics.event("start", step=first, kernels=fingerprint.get("kernels"), peak_flops=peak.flops, **basis)
+            told.bar = bar
             steps = fit(
                 run, plan, recipe, source, heldout, folder.checkpoints, metrics, speed=speed, parent=parent, should_stop=stop.requested
             )
@@ -117,6 +129,33 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
         console.print(f"stopped after step {done} and saved; the same command resumes")
     else:
         _summarize(console, recipe, runs / name, again)
+
+
+class _Progress:
+    """What a backend says it is doing: on the bar of its own before step 0, and beside the step on the run's."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._own, self.bar = console, None, None
+        self._last_s = 0.0
+
+    def __call__(self, words: str, share: float) -> None:
+        if (now := time.monotonic()) - self._last_s < 0.5:
+            return
+        self._last_s = now
+        if self.bar is not None:
+            self.bar.note(words)
+            return
+        if self._own is None:
+            self._own = Bar(self._console, "preparing", 1000).__enter__()
+        self._own.update(int(share * 1000), words)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._own is not None:
+            self._own.__exit__(*error)
+        self._own = None
 
 
 class _StopRequest:

@@ -8,7 +8,7 @@ just made, so after it `step + 1` steps are complete, and that number is the one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat, runtime_checkable
@@ -28,6 +28,7 @@ class Plan:
     checkpoint_every_steps: int = 0
     evaluate_every_steps: int = 0
     log_every_steps: int = 1
+    checkpoint_at_end: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_step <= self.last_step:
@@ -37,8 +38,8 @@ class Plan:
                 raise ValueError(f"plan: {name} must not be negative")
 
     def wants_state(self, completed: int) -> bool:
-        """True where a checkpoint is due: at each multiple of the interval and always at the end."""
-        return completed == self.last_step or _due(completed, self.checkpoint_every_steps)
+        """True where a checkpoint is due: at each multiple of the interval and, unless it was declined, at the end."""
+        return (self.checkpoint_at_end and completed == self.last_step) or _due(completed, self.checkpoint_every_steps)
 
     def wants_evaluation(self, completed: int) -> bool:
         """True where held-out loss is due: at each multiple of the interval and, if there is one, at the end."""
@@ -145,6 +146,38 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
+class Speeds:
+    """What a machine was measured at, for predictions. None: not measured, or not there."""
+
+    matmul_flops: float  # FLOP/s of a matrix multiply in the compute dtype
+    memory_bytes: float  # bytes/s of main memory
+    disk_bytes: float | None = None  # bytes/s of the disk, reading and writing at once
+    link_bytes: float | None = None  # bytes/s between replicas
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of memory by part, and of disk, that a run takes on one machine."""
+
+    memory_bytes: Mapping[str, int]
+    disk_bytes: int
+
+    @property
+    def total_memory_bytes(self) -> int:
+        return sum(self.memory_bytes.values())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step's time, predicted: `limit` names the slowest of what runs at once, `parts` seconds of each by itself."""
+
+    step_s: float
+    limit: str
+    parts: Mapping[str, float]
+    needs: Needs
+
+
+@dataclass(frozen=True)
 class Job:
     """All that a backend is told. `options` is the recipe's backend.options, checked by the backend's own `Options` model."""
 
@@ -152,6 +185,7 @@ class Job:
     plan: Plan
     options: Section
     weights: Mapping[str, torch.Tensor] | None = field(default=None)  # initial weights by canonical name; None: drawn from the seed
+    progress: Callable[[str, float], None] = lambda words, share: None  # told what is being done and how much of it is (0..1); for a bar
     folder: Path | None = None  # the run's, where a backend may keep files of its own in a folder of its own name; None: there is none
 
 
@@ -201,3 +235,18 @@ class Backend(Protocol):
         ...
 
     def prepare(self, job: Job) -> Run: ...
+
+    def kept_step(self, recipe: Recipe, options: Section, folder: Path) -> int | None:
+        """Completed steps of the state that the backend itself keeps on disk for the run in `folder`; None where it keeps none.
+
+        A run goes on from there if that is not behind its newest checkpoint. Raises BackendError for state that is not this recipe's.
+        """
+        ...
+
+    def outline(self, recipe: Recipe, options: Section) -> list[str]:
+        """What a step will do, as lines for `weftrain show --backend`; empty where there is nothing to say beyond the recipe."""
+        ...
+
+    def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
+        """A step's time and needs before anything is started; None where the backend predicts nothing."""
+        ...

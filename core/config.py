@@ -213,6 +213,7 @@ class BackendConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: Count  # 0: only at the end
+    at_end: bool = True  # false: none after the last step, for a backend that keeps the state itself
 
 
 class LogConfig(Section):

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from weftrain.backends.streaming.layout import FormatName, Layout, make_layout
-from weftrain.core.backend import Job
+from weftrain.backends.streaming.planner import needs, predict, remedies
+from weftrain.backends.streaming.schedule import Scheduler, draw
+from weftrain.core.backend import Job, Needs, Prediction, Speeds
 from weftrain.core.config import Count, PositiveInt, Recipe, Section
 from weftrain.core.errors import BackendError
 
@@ -35,6 +37,7 @@ class StreamingOptions(Section):
     layer_slots: Annotated[int, Field(ge=2)] = 3  # tier direct: layers whose weights are in memory at once
     buffer_mib: Count = 0  # tier direct: state on its way in and out, and as much of gradients; 0: what layer_slots layers have
     tile_elements: PositiveInt = 1 << 23  # parameters that are read and written at once
+    memory_limit_mib: Count = 0  # refuse to start what would need more; 0: what the machine has available
     trace_steps: Count = 0  # first steps whose timeline goes to trace.json in the run's folder
     poison_freed_slots: bool = False  # NaN where weights were that nobody may read any more: for tests and for doubts
 
@@ -67,7 +70,7 @@ class StreamingBackend:
         """Raises BackendError for a device that is not there, a store that is in use, torn or of another recipe, or too little room."""
         import torch
 
-        from weftrain.backends.shared import torch_device
+        from weftrain.backends.shared import ask_for_huge_pages, torch_device
         from weftrain.backends.streaming.engine import StreamingRun
         from weftrain.backends.streaming.store import open_store
 
@@ -77,14 +80,65 @@ class StreamingBackend:
         device = torch_device(options.device)
         if options.threads:
             torch.set_num_threads(options.threads)
+        if options.huge_pages and device.type == "cpu":
+            ask_for_huge_pages()
         layout = layout_of(job.recipe, options)
         buffer_bytes = options.buffer_mib << 20 or default_buffer_bytes(layout, options.layer_slots)
+        check_memory(needs(job.recipe, layout, options, buffer_bytes), job.recipe, options)
         store = open_store(layout, options.tier, store_folder(options, job.folder), buffer_bytes)
         try:
             return StreamingRun(job, options, device, store)
         except BaseException:
             store.close()
             raise
+
+    def kept_step(self, recipe: Recipe, options: Section, folder: Path) -> int | None:
+        """See Backend.kept_step: where the store of a file tier stands."""
+        from weftrain.backends.streaming.store import stands_at
+
+        assert isinstance(options, StreamingOptions)
+        where = store_folder(options, folder)
+        return None if where is None else stands_at(layout_of(recipe, options), where)
+
+    def outline(self, recipe: Recipe, options: Section) -> list[str]:
+        """See Backend.outline: the timeline of a step, with every byte that the store moves."""
+        assert isinstance(options, StreamingOptions)
+        layout = layout_of(recipe, options)
+        ring = min(options.layer_slots, recipe.model.num_layers) if options.tier == "direct" else 0
+        buffer_bytes = options.buffer_mib << 20 or default_buffer_bytes(layout, options.layer_slots)
+        wanted, form = needs(recipe, layout, options, buffer_bytes), layout.format
+        return [
+            f"streaming    tier {options.tier}, activations {options.activations}; {form.name}: "
+            f"{form.bytes_per_parameter(recipe.precision.compute):.4g} B a parameter; exact: {form.exact}",
+            f"store        {layout.state_bytes / 1e9:,.2f} GB of state and {layout.gradient_bytes / 1e9:,.2f} GB of spooled gradients in "
+            f"{len(layout.tiles)} tiles of {len(layout.records)} records",
+            "memory       "
+            + " + ".join(f"{name} {size / 2**20:,.0f}" for name, size in wanted.memory_bytes.items())
+            + f" = {wanted.total_memory_bytes / 2**20:,.0f} MiB",
+            *draw(Scheduler(layout, options.tier, ring).step(updating=True)),
+        ]
+
+    def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction:
+        """See Backend.predict."""
+        assert isinstance(options, StreamingOptions)
+        layout = layout_of(recipe, options)
+        buffer_bytes = options.buffer_mib << 20 or default_buffer_bytes(layout, options.layer_slots)
+        return predict(recipe, layout, options, buffer_bytes, speeds)
+
+
+def check_memory(wanted: Needs, recipe: Recipe, options: StreamingOptions) -> None:
+    """Refuse before anything is started what does not fit. Raises BackendError, with what would make it fit."""
+    available, whose = options.memory_limit_mib << 20, "backend.options.memory_limit_mib allows"
+    if not available:
+        import psutil
+
+        available, whose = psutil.virtual_memory().available, "are available"
+    if wanted.total_memory_bytes > available:
+        parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in wanted.memory_bytes.items())
+        raise BackendError(
+            f"the run needs about {wanted.total_memory_bytes / 2**20:,.0f} MiB of memory ({parts}), {available / 2**20:,.0f} MiB {whose}: "
+            f"{remedies(recipe, options)}"
+        )
 
 
 def default_buffer_bytes(layout: Layout, layer_slots: int) -> int:

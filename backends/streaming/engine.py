@@ -33,7 +33,8 @@ from weftrain.backends.streaming.layout import Layout, Record, Tile
 from weftrain.backends.streaming.planes import Work
 from weftrain.backends.streaming.schedule import BRINGING, Event, Schedule, Scheduler
 from weftrain.backends.streaming.state import PLANES, Exported, fill, initial, spooled
-from weftrain.backends.streaming.store import DTYPES, Commit, Pending, Store, aligned
+from weftrain.backends.streaming.store import DTYPES, Commit, Pending, Store, aligned, no_trace
+from weftrain.backends.streaming.trace import Trace
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
 from weftrain.core.errors import BackendError, CheckpointError, NonFiniteError
 from weftrain.core.host_memory import huge_page_bytes
@@ -53,6 +54,7 @@ class StreamingRun:
         recipe = job.recipe
         self._recipe, self._plan, self._options, self._device, self._store = recipe, job.plan, options, device, store
         self._layout: Layout = store.layout
+        self._progress = job.progress
         compute = getattr(torch, recipe.precision.compute)
         self._groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer)}
         uses = kernel_specs(recipe.model, device.type, compute, residual_dtype=torch.float32)
@@ -79,10 +81,11 @@ class StreamingRun:
         self._exported: weakref.ref[Exported] | None = None
         self._measured: dict[str, float] = {}
         self._dataset_id: str | None = None
+        self._trace_path = None if job.folder is None or not options.trace_steps else job.folder / "trace.json"
 
         kept = store.commit
         if kept is None or kept.step < job.plan.start_step:
-            fill(store, initial(job), job.plan.start_step, 0)
+            fill(store, initial(job), job.plan.start_step, 0, job.progress)
 
     # -- the step
 
@@ -90,9 +93,12 @@ class StreamingRun:
         """See Run.train. Raises BackendError where the store fails, or was trained on another dataset."""
         recipe, batch = self._recipe, self._recipe.batch
         self._check_dataset(source.dataset_id)
+        trace = Trace()
+        traced = self._standing().step + self._options.trace_steps if self._trace_path is not None else 0
         while self._standing().step < self._plan.last_step:
             self._let_go_of_export()
             start, step = time.perf_counter(), self._standing().step
+            self._store.trace = trace if step < traced else no_trace
             waited: list[float] = []
 
             def rows(first: int, count: int, step: int = step, waited: list[float] = waited) -> Batch:
@@ -113,7 +119,9 @@ class StreamingRun:
             pending = Pending(scale, dict(rates), updates) if finite else None
             self._store.complete_step(step + 1, updates, pending, self._dataset_id)
             if step + 1 == self._plan.last_step:
-                self._store.drain()
+                self._flush()  # nothing comes that would bring the records
+            if self._trace_path is not None and step + 1 == min(traced, self._plan.last_step):
+                trace.save(self._trace_path)
             step_ms = (time.perf_counter() - start) * 1e3
             yield StepResult(step, loss, norm, rates, recipe.tokens_per_step, step_ms, sum(waited) * 1e3, skipped=not finite)
 
@@ -185,7 +193,8 @@ class StreamingRun:
         coming = deque(event for event in schedule.events if event.kind in ("update", "fetch"))
         occupied: set[int] = set()
         computing = 0.0
-        for event in schedule.events:
+        for number, event in enumerate(schedule.events):
+            self._progress(str(event), number / len(schedule.events))
             while coming and (slot := self._scheduler.slot(coming[0].record)) not in occupied:
                 occupied.add(slot)
                 asked = coming.popleft()
@@ -200,7 +209,8 @@ class StreamingRun:
                 getattr(work, event.kind)(event.record)
             end = time.perf_counter()
             computing += end - start if event.kind in ("forward", "loss", "backward") else 0.0
-            store.trace("compute", str(event), start, end)
+            if event.kind != "free":
+                store.trace("compute" if event.kind in ("forward", "loss", "backward") else "move", str(event), start, end)
         moved = (store.bytes_read - read, store.bytes_written - written)
         if moved != (schedule.bytes_read, schedule.bytes_written):
             raise BackendError(f"the store moved {moved} bytes in and out, the schedule says {schedule.bytes_read, schedule.bytes_written}")
@@ -296,12 +306,16 @@ class StreamingRun:
     def export_state(self) -> State:
         """See Run.export_state. The tensors are read when they are asked for, until the run trains on: then what is still held is read."""
         self._let_go_of_export()
-        if self._updating():
-            self._carry_out(self._scheduler.flush(), None)
-        self._store.drain()
+        self._flush()
         tensors = Exported(self._store)
         self._exported = weakref.ref(tensors)
         return State(self._standing().step, self._standing().optimizer_updates, tensors)
+
+    def _flush(self) -> None:
+        """Make the pending update everywhere, and wait until all is written."""
+        if self._updating():
+            self._carry_out(self._scheduler.flush(), None)
+        self._store.drain()
 
     def _let_go_of_export(self) -> None:
         exported = None if self._exported is None else self._exported()
@@ -324,7 +338,8 @@ class StreamingRun:
                     f"tensor {name} is {tensor.dtype} {shape}, the model's is torch.float32 {expected}; is it of another recipe?"
                 )
         self._let_go_of_export()
-        fill(self._store, lambda plane, spec: state.tensors[f"{plane}/{spec.name}"], state.step, state.optimizer_updates)
+        tensors = state.tensors
+        fill(self._store, lambda plane, spec: tensors[f"{plane}/{spec.name}"], state.step, state.optimizer_updates, self._progress)
 
     def fingerprint(self) -> dict[str, Any]:
         """See Run.fingerprint."""

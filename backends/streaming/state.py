@@ -31,10 +31,11 @@ def initial(job: Job) -> Given:
 
 
 @torch.no_grad()
-def fill(store: Store, given: Given, step: int, optimizer_updates: int) -> None:
+def fill(store: Store, given: Given, step: int, optimizer_updates: int, progress: Callable[[str, float], None]) -> None:
     """Write every tile, one after the other; each parameter is asked for once. A crash on the way leaves a store that holds no state."""
     store.begin_filling()
     for record in store.layout.records:
+        progress(f"filling the store: {record.name}", record.index / len(store.layout.records))
         specs = {spec.name: spec for spec in record.specs}
         name, tensors = "", dict.fromkeys(PLANES, torch.empty(0))
         for tile in record.tiles:

@@ -68,6 +68,10 @@ class Commit:
     closed: bool = False
 
 
+def no_trace(track: str, name: str, start_s: float, end_s: float) -> None:
+    """Nobody wants a timeline."""
+
+
 class Store:
     """What the three tiers share. Names in gradients and states are canonical parameter names; all memory is the host's."""
 
@@ -78,7 +82,7 @@ class Store:
         self.commit: Commit | None = None  # None: holds no state yet
         self.bytes_read = self.bytes_written = 0  # asked for, in all
         self.stall_s = self.io_s = 0.0  # waited for by the engine; spent by the disk (reads and writes, each by itself)
-        self.trace: Callable[[str, str, float, float], None] = lambda track, name, start, end: None
+        self.trace: Callable[[str, str, float, float], None] = no_trace  # track, name, start and end in seconds
 
     # -- what differs from tier to tier
 

@@ -1,6 +1,7 @@
 """A timeline of the first steps in the Chrome trace format: chrome://tracing and https://ui.perfetto.dev open it.
 
-One process, one track a kind of work (compute, read, write, spool, stall), one slice an event, named by what was done to which record.
+One process, one track a kind of work: what the engine computes, what it moves or updates (with the waiting for it), what the disk reads
+and writes meanwhile, and `stall`, where the engine waited. One slice an event, named by what was done to which record.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from weftrain.core import fsops
 
-TRACKS = ("compute", "update", "read", "write", "spool", "stall")
+TRACKS = ("compute", "move", "read", "write", "spool", "stall")
 
 
 class Trace:

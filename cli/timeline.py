@@ -1,0 +1,45 @@
+"""`weftrain timeline`: what a streaming run's first steps spent their time on, as a table, a picture and a TensorBoard image.
+
+What a reader would get wrong: nothing is measured here. The run must have recorded its trace.json, which it does only when asked to.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def timeline(run: Path) -> None:
+    """Show how busy compute, disk and stalls were in RUN, a run folder with a trace.json (backend.options.trace_steps=3 records one)."""
+    from weftrain.analysis.timeline import MOVING, OVERLAP, TRACE, TRACKS, add_to_tensorboard, busy, draw, read_trace
+    from weftrain.core.metrics import TENSORBOARD
+
+    trace, picture = run / TRACE, run / "timeline.png"
+    slices = read_trace(trace)
+    figures = busy(slices)
+    whole = max((one.end_ms for one in slices), default=0.0)
+    table = Table("track", "busy ms", "of the whole", "slices", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for track in TRACKS:
+        share = f"{figures[track] / whole:.1%}" if whole else "-"
+        table.add_row(track, f"{figures[track]:,.1f}", share, f"{sum(one.track == track for one in slices):,}")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    moved = any(figures[track] for track in MOVING)
+    overlap = f"{figures[OVERLAP]:.1%} of the time of reads, writes and spools lies under computation that was not stalled"
+    console.print(
+        f"whole        {whole:,.1f} ms\noverlap      {overlap if moved else 'nothing was read, written or spooled'}", markup=False
+    )
+    add_to_tensorboard(draw(slices, picture), run)
+    lines = [
+        f"picture      {picture}",
+        f"tensorboard  tensorboard --logdir {run / TENSORBOARD}   (Images)",
+        f"by hand      open {trace} at https://ui.perfetto.dev",
+    ]
+    console.print("\n".join(lines), markup=False)
