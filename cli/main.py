@@ -18,6 +18,7 @@ from weftrain.core.errors import WeftrainError
 VERBS = {
     "prep": ("weftrain.cli.prep", "prep"),
     "train": ("weftrain.cli.train", "train"),
+    "replica": ("weftrain.cli.replica", "replica"),
     "eval": ("weftrain.cli.evaluate", "evaluate"),
     "show": ("weftrain.cli.show", "show"),
     "backends": ("weftrain.cli.backends", "backends"),

@@ -46,13 +46,13 @@ def train(recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str | N
         raise click.BadParameter(f"'{name}' is a path; a run name is one word, and --runs names the folder", param_hint="--run")
     again = " ".join(["weftrain train", recipe, *(shlex.quote(item) for item in overrides if not item.startswith("schedule.steps="))])
     again += ("" if runs == Path("runs") else f" --runs {runs}") + ("" if run_name is None else f" --run {name}")
-    with _StopRequest() as stop:
+    with StopRequest() as stop:
         _train(console, file, runs, name, set(allow), stop, again)
     if stop.number:
         sys.exit(128 + stop.number)
 
 
-def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set[str], stop: _StopRequest, again: str) -> None:
+def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set[str], stop: StopRequest, again: str) -> None:
     """Everything that can be wrong with recipe, backend, data, folder and checkpoint is found here, before step 0."""
     from weftrain.cli.assembly import backend_options, measured_peak, open_data
     from weftrain.core.backend import Job, Plan
@@ -158,13 +158,13 @@ class _Progress:
         self._own = None
 
 
-class _StopRequest:
+class StopRequest:
     """SIGTERM or SIGINT, remembered: the step is finished and saved first. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.number = 0
 
-    def __enter__(self) -> _StopRequest:
+    def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 

@@ -7,6 +7,7 @@ run continues from it; checkpoints are exports.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +16,7 @@ from pydantic import Field
 from weftrain.backends.streaming.layout import FormatName, Layout, make_layout
 from weftrain.backends.streaming.planner import needs, predict, remedies
 from weftrain.backends.streaming.schedule import Scheduler, draw
-from weftrain.core.backend import Job, Needs, Prediction, Speeds
+from weftrain.core.backend import BatchSource, Job, Needs, Prediction, Speeds
 from weftrain.core.config import Count, PositiveInt, Recipe, Section
 from weftrain.core.errors import BackendError
 
@@ -39,6 +40,9 @@ class StreamingOptions(Section):
     tile_elements: PositiveInt = 1 << 23  # parameters that are read and written at once
     memory_limit_mib: Count = 0  # refuse to start what would need more; 0: what the machine has available
     trace_steps: Count = 0  # first steps whose timeline goes to trace.json in the run's folder
+    open_to_replicas: bool = False  # let replicas join while it trains, also where batch.replicas is 1
+    fabric: Literal["central", "sharded"] = "central"  # central: rank 0 owns the store; sharded: each rank owns a part of every tile
+    timeout_s: PositiveInt = 600  # waiting for another rank
     poison_freed_slots: bool = False  # NaN where weights were that nobody may read any more: for tests and for doubts
 
 
@@ -72,6 +76,7 @@ class StreamingBackend:
 
         from weftrain.backends.shared import ask_for_huge_pages, torch_device
         from weftrain.backends.streaming.engine import StreamingRun
+        from weftrain.backends.streaming.fabric import Alone, Leader, open_meeting
         from weftrain.backends.streaming.store import open_store
 
         options = job.options
@@ -82,15 +87,56 @@ class StreamingBackend:
             torch.set_num_threads(options.threads)
         if options.huge_pages and device.type == "cpu":
             ask_for_huge_pages()
-        layout = layout_of(job.recipe, options)
+        replicas = job.recipe.batch.replicas
+        if replicas * job.recipe.batch.micro_batch_size > job.recipe.batch.global_batch_size:
+            raise BackendError(f"batch.replicas is {replicas} and there are fewer micro-batches: each replica needs one of its own")
+        sharded = options.fabric == "sharded"
+        layout = layout_of(job.recipe, options, (0, replicas if sharded else 1))
         buffer_bytes = options.buffer_mib << 20 or default_buffer_bytes(layout, options.layer_slots)
         check_memory(needs(job.recipe, layout, options, buffer_bytes), job.recipe, options)
         store = open_store(layout, options.tier, store_folder(options, job.folder), buffer_bytes)
         try:
-            return StreamingRun(job, options, device, store)
+            fabric = Alone()
+            if replicas > 1 or options.open_to_replicas:
+                if job.folder is None:
+                    raise BackendError("replicas meet in the run's folder, and this run has none: set batch.replicas=1")
+                fabric = Leader(open_meeting(job.folder), replicas, sharded, options.timeout_s)
+            return StreamingRun(job, options, device, store, fabric)
         except BaseException:
             store.close()
             raise
+
+    def follow(self, job: Job, source: BatchSource, leaving: Callable[[], bool]) -> None:
+        """Be a replica of the run in job.folder until it ends, or until `leaving` says so and rank 0 lets go.
+
+        Raises BackendError where the run is not there, or is lost.
+        """
+        from weftrain.backends.shared import torch_device
+        from weftrain.backends.streaming.engine import StreamingRun
+        from weftrain.backends.streaming.fabric import Follower, find_meeting
+        from weftrain.backends.streaming.store import EmptyStore, open_store
+
+        options = job.options
+        assert isinstance(options, StreamingOptions)
+        assert job.folder is not None
+        if options.threads:
+            import torch
+
+            torch.set_num_threads(options.threads)
+        sharded = options.fabric == "sharded"
+        fabric = Follower(find_meeting(job.folder, options.timeout_s), sharded, options.timeout_s)
+        layout = layout_of(job.recipe, options, (fabric.rank, fabric.size) if sharded else (0, 1))
+        if sharded:
+            own = options if options.store is not None else options.model_copy(update={"store": str(job.folder / f"store-{fabric.rank}")})
+            buffer_bytes = options.buffer_mib << 20 or default_buffer_bytes(layout, options.layer_slots)
+            store = open_store(layout, options.tier, store_folder(own, job.folder), buffer_bytes)
+        else:
+            store = EmptyStore(layout)
+        run = StreamingRun(job, options, torch_device(options.device), store, fabric)
+        try:
+            run.follow(source, leaving)
+        finally:
+            run.close()
 
     def kept_step(self, recipe: Recipe, options: Section, folder: Path) -> int | None:
         """See Backend.kept_step: where the store of a file tier stands."""
@@ -115,7 +161,7 @@ class StreamingBackend:
             "memory       "
             + " + ".join(f"{name} {size / 2**20:,.0f}" for name, size in wanted.memory_bytes.items())
             + f" = {wanted.total_memory_bytes / 2**20:,.0f} MiB",
-            *draw(Scheduler(layout, options.tier, ring).step(updating=True)),
+            *draw(Scheduler(layout, options.tier, ring).step(first_update=0)),
         ]
 
     def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction:

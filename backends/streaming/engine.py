@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import psutil
@@ -29,10 +30,11 @@ from weftrain.backends.shared import (
     slice_rows,
     to_device,
 )
+from weftrain.backends.streaming.fabric import Alone, Follower, Group
 from weftrain.backends.streaming.layout import Layout, Record, Tile
 from weftrain.backends.streaming.planes import Work
 from weftrain.backends.streaming.schedule import BRINGING, Event, Schedule, Scheduler
-from weftrain.backends.streaming.state import PLANES, Exported, fill, initial, spooled
+from weftrain.backends.streaming.state import PLANES, Exported, Given, fill, initial, spooled
 from weftrain.backends.streaming.store import DTYPES, Commit, Pending, Store, aligned, no_trace
 from weftrain.backends.streaming.trace import Trace
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
@@ -40,7 +42,7 @@ from weftrain.core.errors import BackendError, CheckpointError, NonFiniteError
 from weftrain.core.host_memory import huge_page_bytes
 from weftrain.core.model import Decoder, kernel_specs, rotary_tables
 from weftrain.core.optim import group_learning_rates, parameter_groups
-from weftrain.core.parameters import parameter_specs
+from weftrain.core.parameters import ParameterSpec, parameter_specs
 from weftrain.kernels import Spec, select
 
 Rows = tuple[Tensor, Tensor, Tensor | None]  # ids, labels, document_start of one micro-batch
@@ -50,8 +52,9 @@ Gradients = dict[str, Tensor]
 class StreamingRun:
     """One training run over a store."""
 
-    def __init__(self, job: Job, options: Any, device: torch.device, store: Store) -> None:
+    def __init__(self, job: Job, options: Any, device: torch.device, store: Store, fabric: Alone) -> None:
         recipe = job.recipe
+        self._fabric = fabric
         self._recipe, self._plan, self._options, self._device, self._store = recipe, job.plan, options, device, store
         self._layout: Layout = store.layout
         self._progress = job.progress
@@ -72,7 +75,8 @@ class StreamingRun:
         self._run_head = torch.compile(call, dynamic=False) if options.compile else call
 
         layers = len(self._layout.records) - 2
-        self._layer_slots = min(options.layer_slots, layers) if store.tier == "direct" else 0
+        # Weights that others send, or a disk, need a place; those that lie in memory are used there.
+        self._layer_slots = min(options.layer_slots, layers) if store.tier == "direct" or isinstance(fabric, Group) else 0
         self._scheduler = Scheduler(self._layout, store.tier, self._layer_slots)
         self._slots: dict[int, Tensor] = {}
         self._micro_batches = recipe.batch.global_batch_size // recipe.batch.micro_batch_size
@@ -81,49 +85,145 @@ class StreamingRun:
         self._exported: weakref.ref[Exported] | None = None
         self._measured: dict[str, float] = {}
         self._dataset_id: str | None = None
+        self._ordered_update: int | None = None
         self._trace_path = None if job.folder is None or not options.trace_steps else job.folder / "trace.json"
 
-        kept = store.commit
-        if kept is None or kept.step < job.plan.start_step:
-            fill(store, initial(job), job.plan.start_step, 0, job.progress)
+        if fabric.rank == 0 and (not self._all_stand(store.commit) or self._standing().step < job.plan.start_step):
+            self._fill(initial(job), job.plan.start_step, 0)
 
     # -- the step
 
     def train(self, source: BatchSource) -> Iterator[StepResult]:
         """See Run.train. Raises BackendError where the store fails, or was trained on another dataset."""
-        recipe, batch = self._recipe, self._recipe.batch
+        recipe = self._recipe
         self._check_dataset(source.dataset_id)
         trace = Trace()
         traced = self._standing().step + self._options.trace_steps if self._trace_path is not None else 0
         while self._standing().step < self._plan.last_step:
             self._let_go_of_export()
             start, step = time.perf_counter(), self._standing().step
+            self._measured = {}
             self._store.trace = trace if step < traced else no_trace
-            waited: list[float] = []
-
-            def rows(first: int, count: int, step: int = step, waited: list[float] = waited) -> Batch:
-                begin = time.perf_counter()
-                found = source.rows(step, first, count)
-                waited.append(time.perf_counter() - begin)
-                return found
-
-            losses, norms = self._forward_backward(rows, self._spool)
+            self._fabric.regroup()
+            self._fabric.order(do="step", step=step, updating=self._first_update())
+            losses, norms, data_wait_s = self._own_share(source, step)
             loss = torch.stack(losses).sum()
             norm = global_norm([norms[spec.name] for spec in parameter_specs(recipe.model)])
             rates = group_learning_rates(tuple(self._groups.values()), recipe.schedule, step)
             finite = bool(torch.isfinite(loss + norm))
             if not finite and recipe.optimizer.non_finite == "halt":
-                raise NonFiniteError(non_finite_message(source, step, losses, float(norm), batch.micro_batch_size))
+                raise NonFiniteError(non_finite_message(source, step, losses, float(norm), recipe.batch.micro_batch_size))
             updates = self._standing().optimizer_updates + finite
             scale = float(clip_coefficient(norm, recipe.optimizer.clip_norm)) if finite else 0.0
             pending = Pending(scale, dict(rates), updates) if finite else None
-            self._store.complete_step(step + 1, updates, pending, self._dataset_id)
+            self._complete(step + 1, updates, pending)
             if step + 1 == self._plan.last_step:
                 self._flush()  # nothing comes that would bring the records
             if self._trace_path is not None and step + 1 == min(traced, self._plan.last_step):
                 trace.save(self._trace_path)
             step_ms = (time.perf_counter() - start) * 1e3
-            yield StepResult(step, loss, norm, rates, recipe.tokens_per_step, step_ms, sum(waited) * 1e3, skipped=not finite)
+            yield StepResult(step, loss, norm, rates, recipe.tokens_per_step, step_ms, data_wait_s * 1e3, skipped=not finite)
+
+    def _own_share(self, source: BatchSource, step: int) -> tuple[list[Tensor], dict[str, Tensor], float]:
+        """This rank's micro-batches of a step: losses of all ranks' micro-batches, norms where they are known, seconds waited for rows."""
+        micro, begin = self._recipe.batch.micro_batch_size, time.perf_counter()
+        mine = self._fabric.micro_batches(self._micro_batches)
+        rows = [source.rows(step, number * micro, micro) for number in mine]
+        waited = time.perf_counter() - begin
+        work = _Pass(self, [to_device(batch, self._device) for batch in rows], self._spool, self._fabric)
+        self._carry_out(self._scheduler.step(self._first_update()), work, shared=True)
+        return self._fabric.losses(work.losses), work.norms, waited
+
+    def _complete(self, step: int, updates: int, pending: Pending | None) -> None:
+        if self._fabric.sharded:  # no rank may be a step behind without the gradients of that step
+            self._store.drain()
+            self._fabric.barrier()
+        self._store.complete_step(step, updates, pending, self._dataset_id)
+        if self._fabric.sharded:
+            values = None if pending is None else asdict(pending)
+            self._fabric.order(do="complete", step=step, updates=updates, pending=values, dataset_id=self._dataset_id)
+
+    # -- the other ranks
+
+    def follow(self, source: BatchSource, leaving: Callable[[], bool]) -> None:
+        """Take orders from rank 0 until the run ends or this rank has left. Raises BackendError where rank 0 is lost."""
+        assert isinstance(self._fabric, Follower)
+        self._dataset_id = source.dataset_id
+        while (order := self._fabric.next_order()) is not None:
+            if leaving():
+                self._fabric.leave()
+            match order.pop("do"):
+                case "step":
+                    self._ordered_update = order["updating"]
+                    self._own_share(source, order["step"])
+                    if self._fabric.sharded:
+                        self._store.drain()
+                        self._fabric.barrier()
+                case "complete":
+                    pending = None if order["pending"] is None else Pending(**order["pending"])
+                    self._store.complete_step(order["step"], order["updates"], pending, order["dataset_id"])
+                case "pass":
+                    self._ordered_update = order["updating"]
+                    self._carry_out(self._schedule(order["schedule"]), None, shared=True)
+                    self._store.drain()
+                case "stand":
+                    self._stand(order["commit"])
+                case "fill":
+                    fill(self._store, self._sent_by_leader(None), order["step"], order["updates"], self._progress)
+                case "part":
+                    Exported(self._store, self._fabric).get_part(order["name"])
+
+    def _all_stand(self, commit: Commit | None) -> bool:
+        """Whether all stores hold the state that rank 0's holds. Raises BackendError for one that stands elsewhere."""
+        if not self._fabric.sharded or commit is None:
+            return commit is not None
+        self._fabric.order(do="stand", commit=asdict(commit))
+        return self._stand(asdict(commit))
+
+    def _stand(self, leading: dict[str, Any]) -> bool:
+        """A rank whose store missed the last `complete` has spooled the gradients of that step: it makes up for it."""
+        own = self._store.commit
+        pending = None if leading["pending"] is None else Pending(**leading["pending"])
+        if own is not None and own.step == leading["step"] - 1 and own.pending is None and self._fabric.rank > 0:
+            self._store.complete_step(leading["step"], leading["optimizer_updates"], pending, leading["dataset_id"])
+            own = self._store.commit
+        steps = [float(loss) for loss in self._fabric.losses([torch.tensor(-1.0 if own is None else float(own.step))])]
+        wrong = [rank for rank, step in enumerate(steps) if step != leading["step"]]
+        if wrong:
+            raise BackendError(
+                f"the store of rank {wrong[0]} stands at step {steps[wrong[0]]:.0f}, that of rank 0 at {leading['step']}: give each rank "
+                "its own store of this run, or remove all of them and continue from a checkpoint"
+            )
+        return True
+
+    def _fill(self, given: Given, step: int, updates: int) -> None:
+        if self._fabric.sharded:
+            self._fabric.order(do="fill", step=step, updates=updates)
+            given = self._sent_by_leader(given)
+        fill(self._store, given, step, updates, self._progress)
+
+    def _sent_by_leader(self, given: Given | None) -> Given:
+        def tensor(plane: str, spec: ParameterSpec) -> Tensor:
+            found = None if given is None else given(plane, spec)
+            whole = torch.zeros(spec.shape) if found is None else found.detach().to("cpu", torch.float32).contiguous()
+            return self._fabric.broadcast(whole)
+
+        return tensor
+
+    def _schedule(self, name: str) -> Schedule:
+        if name == "flush":
+            return self._scheduler.flush(self._first_update())
+        if name == "evaluation":
+            return self._scheduler.evaluation(self._first_update())
+        return self._scheduler.step(self._first_update(), spooling=False)
+
+    def _lead(self, name: str, work: _Pass | None) -> None:
+        """A pass in which rank 0 alone computes; of a sharded store all ranks bring their parts."""
+        if self._fabric.sharded:
+            self._fabric.order(do="pass", schedule=name, updating=self._first_update())
+        self._carry_out(self._schedule(name), work, shared=self._fabric.sharded)
+
+    # -- what rank 0 does alone
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, Tensor]]:
         """See Run.gradients."""
@@ -132,8 +232,11 @@ class StreamingRun:
         def keep(record: Record, gradients: Gradients) -> None:
             found.update({name: gradient.detach().float().cpu().clone() for name, gradient in gradients.items()})
 
-        losses, _ = self._forward_backward(lambda first, count: slice_rows(batch, first, count), keep)
-        return float(torch.stack(losses).sum()), {spec.name: found[spec.name] for spec in parameter_specs(self._recipe.model)}
+        micro = self._recipe.batch.micro_batch_size
+        rows = [slice_rows(batch, number * micro, micro) for number in range(self._micro_batches)]
+        work = _Pass(self, [to_device(part, self._device) for part in rows], keep, Alone())
+        self._lead("quiet step", work)
+        return float(torch.stack(work.losses).sum()), {spec.name: found[spec.name] for spec in parameter_specs(self._recipe.model)}
 
     def evaluate(self, source: EvaluationSource) -> EvalResult:
         """Mean held-out loss over tokens; as many micro-batches share one pass over the weights as in training."""
@@ -142,25 +245,20 @@ class StreamingRun:
         for start in range(0, source.num_rows, span):
             end = min(start + span, source.num_rows)
             rows = [to_device(source.rows(first, min(micro, end - first)), self._device) for first in range(start, end, micro)]
-            evaluation = _Pass(self, rows, None)
-            self._carry_out(self._scheduler.evaluation(self._updating()), evaluation)
+            evaluation = _Pass(self, rows, None, Alone())
+            self._lead("evaluation", evaluation)
             total = sum((float(loss) for loss in evaluation.losses), total)
             tokens += sum(int((labels >= 0).sum()) for _, labels, _ in rows)
         if tokens == 0:
             raise BackendError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
         return EvalResult(total / tokens, tokens)
 
-    def _forward_backward(
-        self, rows: Callable[[int, int], Batch], sink: Callable[[Record, Gradients], None]
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        micro = self._recipe.batch.micro_batch_size
-        batches = [to_device(rows(number * micro, micro), self._device) for number in range(self._micro_batches)]
-        step = _Pass(self, batches, sink)
-        self._carry_out(self._scheduler.step(self._updating(), spooling=sink == self._spool), step)
-        return step.losses, step.norms
-
-    def _updating(self) -> bool:
-        return self._standing().pending is not None
+    def _first_update(self) -> int | None:
+        """The first tile that still needs the last step's update; None where none does. Rank 0's word where there are others."""
+        if self._fabric.rank > 0:
+            return self._ordered_update
+        commit = self._standing()
+        return None if commit.pending is None else commit.cursor
 
     def _standing(self) -> Commit:
         return self._store.standing()
@@ -186,7 +284,7 @@ class StreamingRun:
             self._slots[number] = aligned(max(other.compute_bytes for other in sharers))
         return self._slots[number]
 
-    def _carry_out(self, schedule: Schedule, work: _Pass | None) -> None:
+    def _carry_out(self, schedule: Schedule, work: _Pass | None, shared: bool) -> None:
         """Do what a schedule says, in order, and hold the store to its bytes. Records are asked for as early as their slots are free."""
         store, begin = self._store, time.perf_counter()
         read, written, stalled, busy = store.bytes_read, store.bytes_written, store.stall_s, store.io_s
@@ -201,7 +299,7 @@ class StreamingRun:
                 store.prefetch(asked.record, self._slot(asked.record), asked.kind == "update")
             start = time.perf_counter()
             if event.kind in BRINGING:
-                self._bring(event)
+                self._bring(event, shared)
             elif event.kind == "free":
                 occupied.discard(self._scheduler.slot(event.record))
                 self._freed(event.record)
@@ -211,19 +309,21 @@ class StreamingRun:
             computing += end - start if event.kind in ("forward", "loss", "backward") else 0.0
             if event.kind != "free":
                 store.trace("compute" if event.kind in ("forward", "loss", "backward") else "move", str(event), start, end)
+        if work is not None:
+            work.fabric.settle()
         moved = (store.bytes_read - read, store.bytes_written - written)
         if moved != (schedule.bytes_read, schedule.bytes_written):
             raise BackendError(f"the store moved {moved} bytes in and out, the schedule says {schedule.bytes_read, schedule.bytes_written}")
-        stalled, busy = store.stall_s - stalled, store.io_s - busy
-        self._measured = {
+        busy, stalled = store.io_s - busy, store.stall_s - stalled
+        found = {
             "store_in_bytes": float(moved[0]),
             "store_out_bytes": float(moved[1]),
             "store_io_ms": busy * 1e3,  # reads and writes, each counted by itself
             "stall_ms": stalled * 1e3,  # of those, what computation waited for
             "compute_ms": computing * 1e3,
             "pass_ms": (time.perf_counter() - begin) * 1e3,
-            "overlap_share": max(0.0, 1 - stalled / busy) if busy else 1.0,
         }
+        self._measured = {name: value + self._measured.get(name, 0.0) for name, value in found.items()}
 
     def _freed(self, record: Record) -> None:
         """Nobody reads this slot any more. poison_freed_slots makes sure of it."""
@@ -232,21 +332,29 @@ class StreamingRun:
             self._store.drain()  # what is still being written from the slot
             slot.fill_(0xFF)  # NaN in every float type
 
-    def _bring(self, event: Event) -> None:
-        """Make the record's weights current and there."""
-        if event.kind == "resident" and event.record.index in self._leaves and self._layer_slots:
+    def _bring(self, event: Event, shared: bool) -> None:
+        """Make the record's weights current and there, on all ranks where the pass is shared."""
+        record, slot = event.record, self._slot(event.record)
+        if event.kind == "resident" and slot is not None:
             return
-        for tile in event.record.tiles:
+        for tile in record.tiles:
             if self._store.needs_update(tile):
                 self._update(tile)
-        self._bind(event.record)
+        planes = self._store.compute_planes(record)
+        if slot is not None and self._store.tier != "direct":
+            for tile, plane in zip(record.tiles, planes, strict=False):  # a rank without a store has none
+                first = tile.compute_offset + tile.owned.start // len(tile.owned) * tile.compute_bytes
+                slot[first : first + tile.compute_bytes].copy_(plane.view(torch.uint8))
+        if shared:
+            self._fabric.share(record, slot)
+        self._bind(record, planes)
 
-    def _bind(self, record: Record) -> None:
+    def _bind(self, record: Record, planes: list[Tensor]) -> None:
         """Point the record's parameters at its weights: the same Parameter objects each time, at whatever memory holds them now."""
         slot, leaves = self._slot(record), self._leaves.setdefault(record.index, {})
         specs = {spec.name: spec for spec in record.specs}
-        for tile, own in zip(record.tiles, self._store.compute_planes(record), strict=True):
-            plane = own if slot is None else slot[tile.compute_offset :].view(DTYPES[tile.compute])
+        for number, tile in enumerate(record.tiles):
+            plane = planes[number] if slot is None else slot[tile.compute_offset :].view(DTYPES[tile.compute])
             for piece in tile.pieces:
                 if piece.start:
                     continue  # the rest of a tensor that began in an earlier tile: they lie one after the other in the slot
@@ -307,14 +415,14 @@ class StreamingRun:
         """See Run.export_state. The tensors are read when they are asked for, until the run trains on: then what is still held is read."""
         self._let_go_of_export()
         self._flush()
-        tensors = Exported(self._store)
+        tensors = Exported(self._store, self._fabric)
         self._exported = weakref.ref(tensors)
         return State(self._standing().step, self._standing().optimizer_updates, tensors)
 
     def _flush(self) -> None:
         """Make the pending update everywhere, and wait until all is written."""
-        if self._updating():
-            self._carry_out(self._scheduler.flush(), None)
+        if self._first_update() is not None:
+            self._lead("flush", None)
         self._store.drain()
 
     def _let_go_of_export(self) -> None:
@@ -339,7 +447,7 @@ class StreamingRun:
                 )
         self._let_go_of_export()
         tensors = state.tensors
-        fill(self._store, lambda plane, spec: tensors[f"{plane}/{spec.name}"], state.step, state.optimizer_updates, self._progress)
+        self._fill(lambda plane, spec: tensors[f"{plane}/{spec.name}"], state.step, state.optimizer_updates)
 
     def fingerprint(self) -> dict[str, Any]:
         """See Run.fingerprint."""
@@ -357,31 +465,37 @@ class StreamingRun:
         }
 
     def stats(self) -> dict[str, float]:
-        """Resident memory; of the last pass, bytes in and out of the store, time stalled for it, the share of I/O behind compute."""
+        """Resident memory; of the last step and what followed it, what the store moved and how long that was waited for."""
         return {
             "memory_bytes": float(psutil.Process().memory_info().rss),
             "huge_page_bytes": float(huge_page_bytes()),
             **self._measured,
+            "overlap_share": max(0.0, 1 - self._measured["stall_ms"] / io_ms) if (io_ms := self._measured.get("store_io_ms", 0.0)) else 1.0,
         }
 
     def close(self) -> None:
         """Close the store: durable, and free for the next process."""
-        self._let_go_of_export()
-        self._leaves.clear()
-        self._slots.clear()
-        self._store.close()
+        try:
+            self._let_go_of_export()
+            self._fabric.close()
+        finally:
+            self._leaves.clear()
+            self._slots.clear()
+            self._store.close()
 
 
 class _Pass:
     """One pass over the model: what is computed with a record while it is there. sink None: evaluation, without gradients."""
 
-    def __init__(self, run: StreamingRun, rows: list[Rows], sink: Callable[[Record, Gradients], None] | None) -> None:
-        self._run, self._rows, self._sink = run, rows, sink
+    def __init__(self, run: StreamingRun, rows: list[Rows], sink: Callable[[Record, Gradients], None] | None, fabric: Alone) -> None:
+        self._run, self._rows, self._sink, self.fabric = run, rows, sink, fabric
         self._training = sink is not None
         self._keeps = run._options.activations == "keep"
         self._x: list[Tensor] = []  # of each micro-batch: the residual stream, and on the way back its gradient
         self._graphs: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {}  # record -> (input, output, or None to compute it again)
-        self._sums: Gradients = {}
+        self._parts: list[
+            Gradients
+        ] = []  # of the record at hand: the sum so far; on a rank that adds to another's sum, of each micro-batch
         self._head_use: Tensor | None = None
         self.losses: list[Tensor] = []
         self.norms: dict[str, Tensor] = {}
@@ -417,7 +531,6 @@ class _Pass:
             loss = run._run_head(head, x_in, labels, tied) / tokens
             self._x[number] = self._differentiate(loss, x_in, leaves, None)
             self.losses.append(loss.detach())
-        self._head_use = self._sums.pop(HEAD_USE, None)
 
     def backward(self, record: Record) -> None:
         leaves, graphs = self._leaves(record), self._graphs.pop(record.index)
@@ -430,13 +543,20 @@ class _Pass:
             self._x[number] = self._differentiate(output, x_in, leaves, self._x[number])
 
     def spool(self, record: Record) -> None:
-        gradients = present(self._sums, self._leaves(record))
+        tied = record.index == len(self._run._segments) - 1 and self._run._model.tied_weight() is not None
+        names = [*self._leaves(record), *([HEAD_USE] if tied else [])]
+        parts, self._parts = [present(part, names) for part in self._parts], []
+        self.fabric.reduce(record, parts, self._finish)
+
+    def _finish(self, record: Record, gradients: Gradients) -> None:
+        """With the sum over all micro-batches."""
+        if HEAD_USE in gradients:
+            self._head_use = gradients.pop(HEAD_USE)
         if record.index == 0 and self._head_use is not None:
             gradients["embedding.weight"] += self._head_use
         self.norms |= {name: self._run._grad_norm([gradient]) for name, gradient in gradients.items()}
         assert self._sink is not None
         self._sink(record, gradients)
-        self._sums = {}
 
     def _leaves(self, record: Record) -> dict[str, nn.Parameter]:
         return dict(self._run._leaves[record.index])
@@ -447,17 +567,15 @@ class _Pass:
         return block(run._segments[record.index], x, *run._model.rotary(x.shape[1]), rows[2])
 
     def _differentiate(self, output: Tensor, x: Tensor | None, leaves: Mapping[str, Tensor], gradient: Tensor | None) -> Tensor:
-        """Add the gradients of `leaves` to the sums, in the order of micro-batches; the gradient of x."""
+        """The gradient of x; those of `leaves` are added to the sum, in the order of micro-batches, or kept for when the sum comes."""
         inputs = [*([] if x is None else [x]), *leaves.values()]
         found = list(torch.autograd.grad(output, inputs, gradient, allow_unused=True))
         of_x = torch.empty(0) if x is None else found.pop(0)
-        for name, part in zip(leaves, found, strict=True):
-            if part is None:
-                continue
-            if self._run._micro_batches == 1:
-                self._sums[name] = part
-            elif name in self._sums:
-                self._sums[name] += part
-            else:
-                self._sums[name] = part.float()
+        parts = {name: part for name, part in zip(leaves, found, strict=True) if part is not None}
+        if self.fabric.rank > 0 or not self._parts:
+            first = self.fabric.rank == 0 and self._run._micro_batches > 1
+            self._parts.append({name: part.float() for name, part in parts.items()} if first else parts)
+        else:
+            for name, part in parts.items():
+                self._parts[0][name] += part
         return of_x

@@ -60,44 +60,45 @@ class Scheduler:
             return 0 if record.index == 0 else 1
         return 2 + (record.index - 1) % max(self._layer_slots, 1)
 
-    def step(self, updating: bool, spooling: bool = True) -> Schedule:
-        """One training step. updating: the last step's update is still to be made. spooling: gradients go to the store."""
+    def step(self, first_update: int | None, spooling: bool = True) -> Schedule:
+        """One training step. first_update: the first tile that still needs the last step's update. spooling: gradients are stored."""
         embedding, *layers, head = self._layout.records
         events: list[Event] = []
         for record in (embedding, *layers):
-            events += [self._bring(record, updating), Event("forward", record)]
+            events += [self._bring(record, first_update), Event("forward", record)]
             if record is not embedding and record.index <= len(layers) - self._layer_slots:
                 events.append(Event("free", record))
-        events += [self._bring(head, updating), Event("loss", head), self._spool(head, spooling), Event("free", head)]
+        events += [self._bring(head, first_update), Event("loss", head), self._spool(head, spooling), Event("free", head)]
         for record in reversed(layers):
             stayed = self._layer_slots == 0 or record.index > len(layers) - self._layer_slots
-            events += [Event("resident", record) if stayed else self._bring(record, False), Event("backward", record)]
+            events += [Event("resident", record) if stayed else self._bring(record, None), Event("backward", record)]
             events += [self._spool(record, spooling), Event("free", record)]
         events += [Event("backward", embedding), self._spool(embedding, spooling), Event("free", embedding)]
         return Schedule(tuple(events))
 
-    def evaluation(self, updating: bool) -> Schedule:
+    def evaluation(self, first_update: int | None) -> Schedule:
         """A forward pass with the loss and nothing after it."""
         embedding, *layers, head = self._layout.records
         events: list[Event] = []
         for record in (embedding, *layers):
-            events += [self._bring(record, updating), Event("forward", record)]
+            events += [self._bring(record, first_update), Event("forward", record)]
             events += [] if record is embedding else [Event("free", record)]
-        events += [self._bring(head, updating), Event("loss", head), Event("free", head), Event("free", embedding)]
+        events += [self._bring(head, first_update), Event("loss", head), Event("free", head), Event("free", embedding)]
         return Schedule(tuple(events))
 
-    def flush(self) -> Schedule:
-        """The pending update of every record, and no computation."""
-        return Schedule(tuple(event for record in self._layout.records for event in (self._bring(record, True), Event("free", record))))
+    def flush(self, first_update: int | None) -> Schedule:
+        """The pending update of every record that needs it, and no computation."""
+        pairs = [(self._bring(record, first_update), Event("free", record)) for record in self._layout.records]
+        return Schedule(tuple(event for bring, free in pairs if bring.kind == "update" for event in (bring, free)))
 
-    def _bring(self, record: Record, updating: bool) -> Event:
-        if updating:
-            moved = sum(tile.bytes for tile in record.tiles) if self._tier != "ram" else 0
-            gradients = sum(tile.gradient_bytes for tile in record.tiles) if self._tier != "ram" else 0
-            return Event("update", record, moved + gradients, moved)
-        if self._tier != "direct":
-            return Event("resident" if self._layer_slots == 0 else "fetch", record)
-        return Event("fetch", record, sum(tile.compute_bytes for tile in record.tiles))
+    def _bring(self, record: Record, first_update: int | None) -> Event:
+        due = [tile for tile in record.tiles if first_update is not None and tile.index >= first_update]
+        fetched = sum(tile.compute_bytes for tile in record.tiles if tile not in due) if self._tier == "direct" else 0
+        if due:
+            moved = sum(tile.bytes for tile in due) if self._tier != "ram" else 0
+            gradients = sum(tile.gradient_bytes for tile in due) if self._tier != "ram" else 0
+            return Event("update", record, fetched + moved + gradients, moved)
+        return Event("resident" if self._tier != "direct" and self._layer_slots == 0 else "fetch", record, fetched)
 
     def _spool(self, record: Record, spooling: bool) -> Event:
         moved = sum(tile.gradient_bytes for tile in record.tiles) if spooling and self._tier != "ram" else 0

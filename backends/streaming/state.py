@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from weftrain.backends.streaming.fabric import Alone
 from weftrain.backends.streaming.layout import Layout, Piece, Tile
 from weftrain.backends.streaming.planes import Work
 from weftrain.backends.streaming.store import DTYPES, Store
 from weftrain.core.backend import Job
-from weftrain.core.errors import BackendError
 from weftrain.core.model import draw
 from weftrain.core.parameters import ParameterSpec
 
@@ -62,10 +62,9 @@ def fill(store: Store, given: Given, step: int, optimizer_updates: int, progress
 class Exported(Mapping[str, Tensor]):
     """A store's state as '<plane>/<parameter>' -> fp32, each read when it is asked for; `read_all` reads the rest, before it changes."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, fabric: Alone) -> None:
         self._store: Store | None = store
-        if store.layout.shard[1] > 1:
-            raise BackendError("a sharded store holds a part of each tensor: export through the run that joins them")
+        self._fabric = fabric
         self._specs = {spec.name: spec for record in store.layout.records for spec in record.specs}
         self._tiles: dict[str, list[tuple[Tile, Piece]]] = {}
         for tile in store.layout.tiles:
@@ -74,18 +73,29 @@ class Exported(Mapping[str, Tensor]):
         self._read: dict[str, Tensor] = {}
         self._work = Work()
 
-    @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
         if name in self._read or self._store is None:
             return self._read[name]
         plane, _, parameter = name.partition("/")
-        if plane not in PLANES:
+        if plane not in PLANES or parameter not in self._specs:
             raise KeyError(name)
+        if self._fabric.sharded:
+            self._fabric.order(do="part", name=name)
+        return self.get_part(name)
+
+    @torch.no_grad()
+    def get_part(self, name: str) -> Tensor:
+        """This store's part of a tensor, joined with those of all ranks on rank 0."""
+        assert self._store is not None
+        plane, _, parameter = name.partition("/")
         spec = self._specs[parameter]
-        found = torch.empty(spec.size, dtype=torch.float32)
+        found = torch.zeros(spec.size, dtype=torch.float32)
         for tile, piece in self._tiles[parameter]:
             numbers = self._work.load(self._store.read_state(tile), slice(0, len(tile.owned)))[PLANES.index(plane)]
-            found[piece.start : piece.stop].copy_(numbers[piece.offset : piece.offset + piece.stop - piece.start])
+            source, target = _common(tile, piece)
+            found[target].copy_(numbers[source])
+        if self._fabric.sharded:
+            self._fabric.join_parts(found)
         return found.view(spec.shape)
 
     def meta(self, name: str) -> Tensor:

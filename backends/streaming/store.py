@@ -198,6 +198,13 @@ class RamStore(Store):
         self._planes, self._gradients = {}, {}
 
 
+class EmptyStore(RamStore):
+    """Of a rank that holds no state: others send it what it needs."""
+
+    def compute_planes(self, record: Record) -> list[Tensor]:
+        return []
+
+
 class FileStore(Store):
     """A folder: `lock`, `layout.json` (what it was made for, written last), `commit` (two pages, the newer whole one counts), `state`."""
 
@@ -430,10 +437,13 @@ class _Pool:
         self._limit, self._used = limit_bytes, 0
         self._free: dict[int, list[Tensor]] = {}
         self._changed = threading.Condition()
+        self._failed: BaseException | None = None
 
     def take(self, size_bytes: int) -> Tensor:
         with self._changed:
-            self._changed.wait_for(lambda: self._used == 0 or self._used + size_bytes <= self._limit)
+            self._changed.wait_for(lambda: self._failed is not None or self._used == 0 or self._used + size_bytes <= self._limit)
+            if self._failed is not None:
+                raise self._failed
             self._used += size_bytes
             kept = self._free.get(size_bytes)
             if kept:
@@ -444,6 +454,12 @@ class _Pool:
                     self._free[size].pop()
                     total -= size
         return aligned(size_bytes)
+
+    def fail(self, error: BaseException) -> None:
+        """Nothing will come back any more: raise this wherever somebody waits, or will."""
+        with self._changed:
+            self._failed = error
+            self._changed.notify_all()
 
     def give(self, buffer: Tensor) -> None:
         with self._changed:
@@ -545,7 +561,8 @@ class DirectStore(FileStore):
         self._updated(tile)
 
     def spool(self, tile: Tile, gradient: Callable[[Tensor], None]) -> None:
-        buffer = self._gradient_buffers.take(tile.gradient_bytes)
+        with self._blamed("written"):
+            buffer = self._gradient_buffers.take(tile.gradient_bytes)
         gradient(buffer.view(DTYPES[tile.gradient_dtype]))
 
         def write() -> None:
@@ -565,7 +582,8 @@ class DirectStore(FileStore):
         return _typed(memory, tile)
 
     def write_state(self, tile: Tile, planes: Planes) -> None:
-        buffer = self._buffers.take(tile.bytes)
+        with self._blamed("written"):
+            buffer = self._buffers.take(tile.bytes)
         buffer.zero_()
         for name, plane in _typed(buffer, tile).items():
             plane.copy_(planes[name])
@@ -585,12 +603,17 @@ class DirectStore(FileStore):
             try:
                 job()
             except BaseException as error:
-                self._failed = error
+                self._fail(error)
                 raise
 
         future = self._writer.submit(run)
         self._jobs = [job for job in self._jobs if not job.done() or job.exception() is not None] + [future]
         return future
+
+    def _fail(self, error: BaseException) -> None:
+        self._failed = self._failed or error
+        for pool in (self._buffers, self._gradient_buffers):
+            pool.fail(error)
 
     def _in_order(self, job: Callable[[], None]) -> None:
         if hasattr(self, "_writer"):
@@ -605,23 +628,20 @@ class DirectStore(FileStore):
 
     def _wait(self, future: Future[Any], record: Record | None, what: str) -> Any:
         """A result, with the time that it was waited for. A disk that takes long is reported while it does."""
-        start = time.perf_counter()
-        while True:
-            try:
-                with self._blamed(what):
-                    result = future.result(STALL_WARNING_S)
-                break
-            except concurrent.futures.TimeoutError:
-                name = "the end of the step" if record is None else record.name
-                waited = time.perf_counter() - start
-                warnings.warn(f"{self.folder}: {waited:.0f} s waited for {name} to be {what}: the disk is slow or hangs", stacklevel=2)
+        start, name = time.perf_counter(), "the end of the step" if record is None else record.name
+        while not concurrent.futures.wait((future,), STALL_WARNING_S).done:
+            waited = time.perf_counter() - start
+            warnings.warn(f"{self.folder}: {waited:.0f} s waited for {name} to be {what}: the disk is slow or hangs", stacklevel=2)
+        with self._blamed(what):
+            result = future.result()
         end = time.perf_counter()
         self.stall_s += end - start
         if end - start > 1e-4:
-            self.trace("stall", "end of step" if record is None else record.name, start, end)
+            self.trace("stall", name, start, end)
         return result
 
     def close(self) -> None:
+        self._buffers.fail(BackendError(f"{self.folder}: the store was closed"))  # a read that waits for room would wait for ever
         self._reader.shutdown(cancel_futures=True)
         try:
             super().close()

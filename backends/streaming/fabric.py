@@ -1,0 +1,349 @@
+"""Between replicas: weights go out, gradients come in, in an order that gives the bits of one process.
+
+    central   rank 0 owns the store; the others hold nothing and may join or leave between two steps
+    sharded   every rank's store owns one part of N of every tile; the group is fixed
+
+A gradient travels down the ranks: rank r adds its micro-batches, in order, to the sum that rank r - 1 passed on. So the sum is the one
+that a single process makes, whatever the number of ranks, and each link carries every gradient once. What a reader would get wrong:
+rank 0 leads. It alone counts steps, writes metrics and decides; before each pass it sends an order (JSON, never a pickle), and the
+others follow.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import re
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from weftrain.backends.streaming.layout import Record
+from weftrain.core import fsops
+from weftrain.core.canonical import canonical_json, parse_json
+from weftrain.core.errors import BackendError
+
+Gradients = dict[str, Tensor]
+Finish = Callable[[Record, Gradients], None]
+
+
+_NOTE = "replicas.json"
+
+
+def open_meeting(folder: Path) -> Path:
+    """For rank 0: a new file in the run's folder through which the ranks find each other, and the note that names it."""
+    meeting = f"meeting-{secrets.token_hex(8)}"
+    for old in folder.glob("meeting-*"):
+        fsops.remove_file(old)
+    fsops.write_bytes(folder / _NOTE, canonical_json({"meeting": meeting}) + b"\n")
+    return folder / meeting
+
+
+def find_meeting(folder: Path, timeout_s: float) -> Path:
+    """For the others: the file that the note names. Raises BackendError where no run opens one in time."""
+    deadline = time.monotonic() + timeout_s
+    while not (folder / _NOTE).exists():
+        if time.monotonic() > deadline:
+            raise BackendError(
+                f"{folder}: no run waits for replicas there: start it with `weftrain train RECIPE --backend streaming batch.replicas=N`"
+            )
+        time.sleep(0.1)
+    name = parse_json((folder / _NOTE).read_bytes()).get("meeting", "")
+    if not re.fullmatch(r"meeting-[0-9a-f]{16}", name):
+        raise BackendError(f"{folder / _NOTE}: names no meeting: remove it and start the run again")
+    return folder / name
+
+
+class Alone:
+    """One process: every micro-batch is its own, and nothing is sent."""
+
+    rank, size, sharded = 0, 1, False
+
+    def micro_batches(self, count: int) -> range:
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def order(self, **what: Any) -> None:
+        """Rank 0: tell the others what comes."""
+
+    def regroup(self) -> None:
+        """Rank 0, between two steps: let those in who wait, and those go who asked."""
+
+    def share(self, record: Record, slot: Tensor | None) -> None:
+        """Bring a record's weights into every rank's slot."""
+
+    def reduce(self, record: Record, parts: list[Gradients], finish: Finish) -> None:
+        """Add the gradients of this rank's micro-batches (`parts`, in order); `finish` gets the sum of all where it is wanted."""
+        sums = parts[0]
+        if len(parts) > 1:
+            raise BackendError("one process adds its micro-batches as they come")
+        finish(record, sums)
+
+    def settle(self) -> None:
+        """Finish every reduction that is under way."""
+
+    def losses(self, own: list[Tensor]) -> list[Tensor]:
+        """Of all micro-batches, in order."""
+        return own
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, everywhere."""
+        return tensor
+
+    def join_parts(self, tensor: Tensor) -> Tensor:
+        """Rank 0: a tensor of which each rank has a part, and zeros elsewhere. fp32, bit for bit."""
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all."""
+
+    def close(self) -> None:
+        """Leave the group."""
+
+
+class Group(Alone):
+    """What rank 0 and the others have in common. `meeting`: a file that all can open, through which they find each other."""
+
+    def __init__(self, meeting: Path, sharded: bool, timeout_s: float) -> None:
+        self.sharded, self._timeout_s, self._meeting = sharded, timeout_s, meeting
+        self._store = dist.FileStore(str(meeting), -1)
+        self._store.set_timeout(datetime.timedelta(seconds=timeout_s))
+        self._waiting: list[tuple[Record, Gradients, Tensor, Any, Finish]] = []
+        self._sent: list[tuple[Any, Tensor]] = []
+        self.rank, self.size = 0, 1
+
+    def _form(self, generation: int, rank: int, size: int) -> None:
+        self._dissolve()
+        self.rank, self.size = rank, size
+        if size > 1:
+            store = dist.PrefixStore(f"group/{generation}", self._store)
+            timeout = datetime.timedelta(seconds=self._timeout_s)
+            with _lost("form the group", rank):
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+
+    def _dissolve(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            # Its threads end when the last reference goes; one that is left to the interpreter's own end can abort the process.
+            self._sent, self._waiting = [], []
+            gc.collect()
+
+    def _send_order(self, what: dict[str, Any]) -> None:
+        data = torch.frombuffer(bytearray(json.dumps(what).encode()), dtype=torch.uint8)
+        self.broadcast(torch.tensor([data.numel()]))
+        self.broadcast(data)
+
+    def share(self, record: Record, slot: Tensor | None) -> None:
+        if self.size == 1 or slot is None:
+            return
+        with _lost(f"share the weights of {record.name}", self.rank):
+            if not self.sharded:
+                dist.broadcast(slot[: record.compute_bytes], 0)
+                return
+            for tile in record.tiles:
+                whole = slot[tile.compute_offset : tile.compute_offset + tile.compute_bytes * self.size]
+                own = whole[tile.compute_bytes * self.rank : tile.compute_bytes * (self.rank + 1)].clone()
+                dist.all_gather_into_tensor(whole, own)
+
+    def reduce(self, record: Record, parts: list[Gradients], finish: Finish) -> None:
+        if self.size == 1:
+            super().reduce(record, parts, finish)
+            return
+        names = list(parts[0])
+        shapes = [parts[0][name].shape for name in names]
+        with _lost(f"reduce the gradients of {record.name}", self.rank):
+            if self.rank == 0:
+                flat = torch.cat([parts[0][name].reshape(-1) for name in names])
+                remaining = parts[1:]
+            else:
+                flat = torch.empty(sum(shape.numel() for shape in shapes), dtype=torch.float32)
+                dist.recv(flat, self.rank - 1)
+                remaining = parts
+            pieces = flat.split([shape.numel() for shape in shapes])
+            sums = {name: piece.view(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)}
+            for part in remaining:
+                for name in names:
+                    sums[name] += part[name]
+            self._pass_on(record, sums, flat, finish)
+
+    def _pass_on(self, record: Record, sums: Gradients, flat: Tensor, finish: Finish) -> None:
+        last = self.size - 1
+        self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
+        if self.rank < last:
+            self._sent.append((dist.isend(flat, self.rank + 1), flat))
+        if self.sharded:  # the whole sum goes to all: each keeps its part
+            whole = flat if self.rank == last else torch.empty_like(flat)
+            arriving = None
+            if self.rank == last:
+                self._sent += [(dist.isend(flat, rank), flat) for rank in range(last)]
+            else:
+                arriving = dist.irecv(whole, last)
+        else:
+            if self.rank == last:
+                self._sent.append((dist.isend(flat, 0), flat))
+            whole = torch.empty_like(flat)
+            arriving = dist.irecv(whole, last) if self.rank == 0 else None
+        if self.rank == 0 or self.sharded:
+            views = whole.split([tensor.numel() for tensor in sums.values()])
+            arrived = {name: part.view(sums[name].shape) for name, part in zip(sums, views, strict=True)}
+            self._waiting.append((record, arrived, whole, arriving, finish))
+            while len(self._waiting) > 1:  # one record later: the others are still adding to the newest
+                self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        record, sums, _, arriving, finish = self._waiting.pop(0)
+        if arriving is not None:
+            arriving.wait()
+        finish(record, sums)
+
+    def settle(self) -> None:
+        with _lost("finish the step", self.rank):
+            while self._waiting:
+                self._finish_oldest()
+            for work, _ in self._sent:
+                work.wait()
+        self._sent = []
+
+    def losses(self, own: list[Tensor]) -> list[Tensor]:
+        if self.size == 1:
+            return own
+        with _lost("gather the losses", self.rank):
+            counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(counts, torch.tensor([len(own)]))
+            most = int(max(counts))
+            found = [torch.zeros(most) for _ in range(self.size)]
+            dist.all_gather(found, torch.cat([torch.stack(own).cpu(), torch.zeros(most - len(own))]))
+        return [loss for losses, count in zip(found, counts, strict=True) for loss in losses[: int(count)].unbind()]
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        if self.size > 1:
+            with _lost("send to all", self.rank):
+                dist.broadcast(tensor, 0)
+        return tensor
+
+    def join_parts(self, tensor: Tensor) -> Tensor:
+        with _lost("join a tensor", self.rank):
+            dist.reduce(tensor.view(torch.int32), 0)  # bit patterns: to add 0.0 to -0.0 would change its sign
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            with _lost("wait for all", self.rank):
+                dist.barrier()
+
+    def close(self) -> None:
+        self._dissolve()
+
+
+class Leader(Group):
+    """Rank 0. Waits for `replicas - 1` others; later ones are let in between two steps."""
+
+    def __init__(self, meeting: Path, replicas: int, sharded: bool, timeout_s: float) -> None:
+        super().__init__(meeting, sharded, timeout_s)
+        self._members: list[int] = []  # numbers that followers drew, in the order of their ranks
+        self._known = self._generation = 0
+        deadline = time.monotonic() + timeout_s
+        while int(self._store.add("drawn", 0)) < replicas - 1:
+            if time.monotonic() > deadline:
+                here = int(self._store.add("drawn", 0))
+                raise BackendError(
+                    f"{here + 1} of {replicas} replicas are there after {timeout_s:.0f} s: start the others with `weftrain replica RUN`, "
+                    "or set batch.replicas"
+                )
+            time.sleep(0.05)
+        self._admit()
+
+    def regroup(self) -> None:
+        gone = [number for number in self._members if self._store.check([f"leaving/{number}"])]
+        if gone or (not self.sharded and int(self._store.add("drawn", 0)) > self._known):
+            if self.sharded:
+                raise BackendError("a rank of a sharded store asked to leave: its part of the state would be missing; stop the run instead")
+            self.order(do="regroup")
+            self._members = [number for number in self._members if number not in gone]
+            for number in gone:
+                self._store.set(f"seat/{number}/{self._generation + 1}", "left")
+            self._admit()
+
+    def _admit(self) -> None:
+        drawn = int(self._store.add("drawn", 0))
+        self._members += range(self._known + 1, drawn + 1)
+        self._known = drawn
+        self._generation += 1
+        size = len(self._members) + 1
+        for rank, number in enumerate(self._members, 1):
+            self._store.set(f"first/{number}", str(self._generation)) if not self._store.check([f"first/{number}"]) else None
+            self._store.set(f"seat/{number}/{self._generation}", f"{rank} {size}")
+        self._form(self._generation, 0, size)
+
+    def order(self, **what: Any) -> None:
+        if self.size > 1:
+            self._send_order(what)
+
+    def close(self) -> None:
+        self.order(do="end")
+        super().close()
+        for path in (self._meeting.parent / _NOTE, self._meeting):
+            path.unlink(missing_ok=True)
+
+
+class Follower(Group):
+    """Any other rank: draws a number, waits for its seat, and takes orders."""
+
+    def __init__(self, meeting: Path, sharded: bool, timeout_s: float) -> None:
+        super().__init__(meeting, sharded, timeout_s)
+        self._number = int(self._store.add("drawn", 1))
+        with _lost("be let in (is the run there, and training?)", -1):
+            self._generation = int(self._store.get(f"first/{self._number}"))
+        self.left = not self._sit()
+
+    def _sit(self) -> bool:
+        with _lost("get a seat", self.rank):
+            seat = self._store.get(f"seat/{self._number}/{self._generation}").decode()
+        if seat == "left":
+            self._dissolve()
+            return False
+        rank, size = seat.split()
+        self._form(self._generation, int(rank), int(size))
+        return True
+
+    def leave(self) -> None:
+        """Ask to go: granted between two steps."""
+        self._store.set(f"leaving/{self._number}", "1")
+
+    def next_order(self) -> dict[str, Any] | None:
+        """What rank 0 says comes next; None where this rank has left or the run ended."""
+        while True:
+            length = self.broadcast(torch.zeros(1, dtype=torch.int64))
+            what: dict[str, Any] = json.loads(bytes(self.broadcast(torch.zeros(int(length), dtype=torch.uint8)).tolist()))
+            if what["do"] == "end":
+                return None
+            if what["do"] != "regroup":
+                return what
+            self._generation += 1
+            if not self._sit():
+                self.left = True
+                return None
+
+
+class _lost:  # noqa: N801  (a context manager that reads as a clause)
+    """Turns what torch.distributed raises when a peer is gone into one line."""
+
+    def __init__(self, what: str, rank: int) -> None:
+        self._what, self._rank = what, rank
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (RuntimeError, dist.DistError)) and not isinstance(error, BackendError):
+            who = "the leader" if self._rank > 0 else "a replica"
+            first = str(error).strip().splitlines()[0][:160]
+            raise BackendError(
+                f"rank {self._rank}: {who} was lost while this process tried to {self._what} ({first}): the last completed step is intact; "
+                "start the run again, with as many replicas as there are"
+            ) from error

@@ -1,0 +1,50 @@
+"""`weftrain replica`: join a run that another process leads, until it ends; Ctrl-C or SIGTERM leaves between two steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from weftrain.core.recipe_file import load_recipe
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[backend.options.KEY=VALUE]...")
+@click.option("--wait", "wait_s", type=click.IntRange(min=0), default=60, show_default=True, help="Seconds to wait for the run's folder.")
+def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
+    """Be one more replica of the run in folder RUN: its recipe, its data, its orders.
+
+    What may differ on this machine is given as backend.options, e.g. backend.options.threads=8.
+    """
+    import time
+
+    from weftrain.cli.assembly import backend_options, open_data
+    from weftrain.cli.train import StopRequest
+    from weftrain.core.backend import Job, Plan
+    from weftrain.core.errors import BackendError
+    from weftrain.core.run_folder import READABLE_RECIPE
+
+    wrong = [item for item in overrides if not item.startswith("backend.options.")]
+    if wrong:
+        raise click.BadParameter(f"'{wrong[0]}': a replica has the run's recipe; only backend.options may differ here")
+    deadline = time.monotonic() + wait_s
+    while not (run / READABLE_RECIPE).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if not (run / READABLE_RECIPE).exists():
+        raise BackendError(
+            f"{run}: no run there after {wait_s} s: start it first, with batch.replicas=N or backend.options.open_to_replicas=true"
+        )
+    file = load_recipe(str(run / READABLE_RECIPE), overrides)
+    backend, options = backend_options(file)
+    follow = getattr(backend, "follow", None)
+    if follow is None:
+        raise BackendError(f"the {backend.name} backend has no replicas that join: --backend streaming does")
+    source, _ = open_data(file.recipe)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"joining {run}", markup=False)
+    with StopRequest() as stop:
+        follow(Job(file.recipe, Plan(0, file.recipe.schedule.steps), options, folder=run), source, stop.requested)
+    console.print("left the run" if stop.requested() else "the run ended", markup=False)

@@ -1,0 +1,59 @@
+"""Small runs of the streaming backend, and of the local one to compare with."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weftrain.backends.registry import get_backend
+from weftrain.core.backend import Job, Plan, Run, State
+from weftrain.core.config import Recipe
+from weftrain.core.synthetic import SyntheticSource, synthetic_source
+
+TIERS = ("ram", "mapped", "direct")
+SIX_LAYERS = "model.num_layers=6"  # more than the ring holds
+
+
+def source_of(recipe: Recipe) -> SyntheticSource:
+    rows = recipe.data.synthetic_rows
+    assert rows is not None
+    return synthetic_source(recipe.model.vocab_size, recipe.data.sequence_length, rows, recipe.batch.global_batch_size, seed=5)
+
+
+def prepare(recipe: Recipe, name: str = "local", folder: Path | None = None, steps: int = 6, start: int = 0, **options: object) -> Run:
+    backend = get_backend(name)
+    chosen = backend.options.model_validate({**recipe.backend.options, **options})
+    return backend.prepare(Job(recipe, Plan(start, steps), chosen, folder=folder))
+
+
+def streaming(recipe: Recipe, folder: Path, tier: str, steps: int = 6, start: int = 0, **options: object) -> Any:
+    """Small tiles, two slots, and NaN in every slot that nobody may read: a stale weight shows at once."""
+    small = {"tile_elements": 4096, "poison_freed_slots": tier == "direct", "layer_slots": 2} | options
+    return prepare(recipe, "streaming", folder, steps, start, tier=tier, **small)
+
+
+def trained(run: Run, recipe: Recipe) -> tuple[list[float], list[float], State]:
+    results = list(run.train(source_of(recipe)))
+    return [float(result.loss) for result in results], [float(result.grad_norm) for result in results], run.export_state()
+
+
+def assert_same(found: State, wanted: State) -> None:
+    assert (found.step, found.optimizer_updates) == (wanted.step, wanted.optimizer_updates)
+    assert set(found.tensors) == set(wanted.tensors)
+    different = [name for name in wanted.tensors if not torch.equal(found.tensors[name], wanted.tensors[name])]
+    assert not different, different
+
+
+def abandon(run: Any) -> None:
+    """What remains of a process that died: its locks and files are closed, nothing is flushed."""
+    store = run._store
+    if hasattr(store, "_fail"):
+        store._fail(RuntimeError("abandoned"))
+    for name in ("_reader", "_writer"):
+        if hasattr(store, name):
+            with contextlib.suppress(BaseException):
+                getattr(store, name).shutdown(cancel_futures=True)
+    store._stack.close()
