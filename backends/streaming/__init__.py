@@ -32,6 +32,7 @@ class StreamingOptions(Section):
     threads: Count = 0  # CPU threads; 0: torch's own choice
     huge_pages: bool = True  # on a CPU: activations in huge pages that the process keeps; no bit changes
     activations: Literal["keep", "recompute"] = "keep"  # recompute: a block's input alone stays, the block runs again in backward
+    offload_activations: bool = False  # activations=keep: what autograd saves goes to the host's memory (with a CUDA device)
     tier: Literal["ram", "mapped", "direct"] = "ram"  # where state lives: see store.py
     store: str | None = None  # folder of a file tier; null: `store` in the run's folder
     state_format: FormatName = "fp32"
@@ -161,7 +162,7 @@ class StreamingBackend:
             "memory       "
             + " + ".join(f"{name} {size / 2**20:,.0f}" for name, size in wanted.memory_bytes.items())
             + f" = {wanted.total_memory_bytes / 2**20:,.0f} MiB",
-            *draw(Scheduler(layout, options.tier, ring).step(first_update=0)),
+            *draw(Scheduler(layout, options.tier, ring, buffer_bytes).step(first_update=0)),
         ]
 
     def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction:

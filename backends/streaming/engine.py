@@ -8,6 +8,7 @@ element.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from collections import deque
@@ -30,6 +31,7 @@ from weftrain.backends.shared import (
     slice_rows,
     to_device,
 )
+from weftrain.backends.streaming.device import Offload, Streams
 from weftrain.backends.streaming.fabric import Alone, Follower, Group
 from weftrain.backends.streaming.layout import Layout, Record, Tile
 from weftrain.backends.streaming.planes import Work
@@ -76,9 +78,13 @@ class StreamingRun:
 
         layers = len(self._layout.records) - 2
         # Weights that others send, or a disk, need a place; those that lie in memory are used there.
-        self._layer_slots = min(options.layer_slots, layers) if store.tier == "direct" or isinstance(fabric, Group) else 0
-        self._scheduler = Scheduler(self._layout, store.tier, self._layer_slots)
+        elsewhere = store.tier == "direct" or isinstance(fabric, Group) or device.type != "cpu"
+        self._layer_slots = min(options.layer_slots, layers) if elsewhere else 0
+        self._scheduler = Scheduler(self._layout, store.tier, self._layer_slots, getattr(store, "buffer_bytes", 0))
         self._slots: dict[int, Tensor] = {}
+        self._landings: dict[int, Tensor] = {}
+        self._streams = Streams(device) if device.type == "cuda" else None
+        self._leaving: list[tuple[Record, Gradients, Any]] = []  # gradients on their way from a CUDA device
         self._micro_batches = recipe.batch.global_batch_size // recipe.batch.micro_batch_size
         self._leaves: dict[int, dict[str, nn.Parameter]] = {}  # of the records that are there
         self._work = Work()
@@ -131,7 +137,8 @@ class StreamingRun:
         rows = [source.rows(step, number * micro, micro) for number in mine]
         waited = time.perf_counter() - begin
         work = _Pass(self, [to_device(batch, self._device) for batch in rows], self._spool, self._fabric)
-        self._carry_out(self._scheduler.step(self._first_update()), work, shared=True)
+        first, more = self._first_update(), step + 1 < self._plan.last_step
+        self._carry_out(self._scheduler.step(first, read_ahead=more), work, shared=True)
         return self._fabric.losses(work.losses), work.norms, waited
 
     def _complete(self, step: int, updates: int, pending: Pending | None) -> None:
@@ -253,11 +260,20 @@ class StreamingRun:
             raise BackendError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
         return EvalResult(total / tokens, tokens)
 
+    def _saved_where(self) -> contextlib.AbstractContextManager[Any]:
+        """Where autograd keeps what it saves of a block: where it is, or with offload_activations in the host's memory."""
+        if not self._options.offload_activations:
+            return contextlib.nullcontext()
+        return Offload({slot.untyped_storage().data_ptr() for slot in self._slots.values()})
+
     def _first_update(self) -> int | None:
         """The first tile that still needs the last step's update; None where none does. Rank 0's word where there are others."""
         if self._fabric.rank > 0:
             return self._ordered_update
         commit = self._standing()
+        if commit.pending is None:
+            self._store.drop_ahead()
+        self._scheduler.came_ahead = self._store.ahead
         return None if commit.pending is None else commit.cursor
 
     def _standing(self) -> Commit:
@@ -275,14 +291,25 @@ class StreamingRun:
     # -- records: coming, updated, going
 
     def _slot(self, record: Record) -> Tensor | None:
-        """Where the record's weights are brought to: page-aligned, and the same memory each time; None where they are used in place."""
+        """Where the record's weights are computed with, on the device: the same memory each time; None where they are used in place."""
         if self._layer_slots == 0:
             return None
+        return self._memory(record, self._slots, self._device)
+
+    def _landing(self, record: Record) -> Tensor | None:
+        """Where a disk reads the record's weights to: the slot itself, or host memory on the way to another device."""
+        if self._store.tier != "direct" or self._device.type == "cpu":
+            return self._slot(record)
+        return self._memory(record, self._landings, torch.device("cpu"))
+
+    def _memory(self, record: Record, slots: dict[int, Tensor], device: torch.device) -> Tensor:
         number = self._scheduler.slot(record)
-        if number not in self._slots:
-            sharers = [other for other in self._layout.records if self._scheduler.slot(other) == number]
-            self._slots[number] = aligned(max(other.compute_bytes for other in sharers))
-        return self._slots[number]
+        if number not in slots:
+            size = max(other.compute_bytes for other in self._layout.records if self._scheduler.slot(other) == number)
+            slots[number] = aligned(size) if device.type == "cpu" else torch.empty(size, dtype=torch.uint8, device=device)
+            if device.type == "cpu" and self._streams is not None:
+                self._streams.pin(slots[number])
+        return slots[number]
 
     def _carry_out(self, schedule: Schedule, work: _Pass | None, shared: bool) -> None:
         """Do what a schedule says, in order, and hold the store to its bytes. Records are asked for as early as their slots are free."""
@@ -290,13 +317,18 @@ class StreamingRun:
         read, written, stalled, busy = store.bytes_read, store.bytes_written, store.stall_s, store.io_s
         coming = deque(event for event in schedule.events if event.kind in ("update", "fetch"))
         occupied: set[int] = set()
-        computing = 0.0
+        computing, ahead = 0.0, schedule.ahead_bytes > 0
         for number, event in enumerate(schedule.events):
             self._progress(str(event), number / len(schedule.events))
             while coming and (slot := self._scheduler.slot(coming[0].record)) not in occupied:
                 occupied.add(slot)
                 asked = coming.popleft()
-                store.prefetch(asked.record, self._slot(asked.record), asked.kind == "update")
+                if self._streams is not None:
+                    self._streams.wait_until_copied(slot)
+                store.prefetch(asked.record, self._landing(asked.record), asked.kind == "update")
+            if ahead and not coming and event.kind == "backward":  # all that comes first has been asked for, and has been updated
+                ahead = False
+                store.read_ahead(self._layout.records[0])
             start = time.perf_counter()
             if event.kind in BRINGING:
                 self._bring(event, shared)
@@ -311,6 +343,8 @@ class StreamingRun:
                 store.trace("compute" if event.kind in ("forward", "loss", "backward") else "move", str(event), start, end)
         if work is not None:
             work.fabric.settle()
+        while self._leaving:
+            self._spool_oldest()
         moved = (store.bytes_read - read, store.bytes_written - written)
         if moved != (schedule.bytes_read, schedule.bytes_written):
             raise BackendError(f"the store moved {moved} bytes in and out, the schedule says {schedule.bytes_read, schedule.bytes_written}")
@@ -328,6 +362,8 @@ class StreamingRun:
     def _freed(self, record: Record) -> None:
         """Nobody reads this slot any more. poison_freed_slots makes sure of it."""
         slot = self._slot(record)
+        if self._streams is not None:
+            self._streams.used(self._scheduler.slot(record))
         if self._options.poison_freed_slots and slot is not None:
             self._store.drain()  # what is still being written from the slot
             slot.fill_(0xFF)  # NaN in every float type
@@ -341,13 +377,20 @@ class StreamingRun:
             if self._store.needs_update(tile):
                 self._update(tile)
         planes = self._store.compute_planes(record)
-        if slot is not None and self._store.tier != "direct":
-            for tile, plane in zip(record.tiles, planes, strict=False):  # a rank without a store has none
-                first = tile.compute_offset + tile.owned.start // len(tile.owned) * tile.compute_bytes
-                slot[first : first + tile.compute_bytes].copy_(plane.view(torch.uint8))
+        if slot is not self._landing(record) or self._store.tier != "direct":
+            self._copy_into(record, planes, slot)
         if shared:
             self._fabric.share(record, slot)
         self._bind(record, planes)
+
+    def _copy_into(self, record: Record, planes: list[Tensor], slot: Tensor | None) -> None:
+        """Host to slot, on a CUDA device beside the computation with the record before."""
+        if slot is None:
+            return
+        with contextlib.nullcontext() if self._streams is None else self._streams.copying(self._scheduler.slot(record)):
+            for tile, plane in zip(record.tiles, planes, strict=False):  # a rank without a store has none
+                first = tile.compute_offset + tile.owned.start // len(tile.owned) * tile.compute_bytes
+                slot[first : first + tile.compute_bytes].copy_(plane.view(torch.uint8), non_blocking=True)
 
     def _bind(self, record: Record, planes: list[Tensor]) -> None:
         """Point the record's parameters at its weights: the same Parameter objects each time, at whatever memory holds them now."""
@@ -406,6 +449,19 @@ class StreamingRun:
             self._work.save(planes, part, weights, exp_avg, exp_avg_sq)
 
     def _spool(self, record: Record, gradients: Gradients) -> None:
+        if self._streams is None:
+            self._spool_now(record, gradients)
+            return
+        self._leaving.append((record, *self._streams.to_host(gradients)))
+        while len(self._leaving) > 1:  # one record later: the copy runs beside the next one's backward
+            self._spool_oldest()
+
+    def _spool_oldest(self) -> None:
+        record, gradients, arrived = self._leaving.pop(0)
+        arrived.synchronize()
+        self._spool_now(record, gradients)
+
+    def _spool_now(self, record: Record, gradients: Gradients) -> None:
         for tile in record.tiles:
             self._store.spool(tile, spooled(tile, gradients))
 
@@ -510,7 +566,8 @@ class _Pass:
                 outputs = []
                 for x, rows in zip(self._x, self._rows, strict=True):
                     x_in = x.detach().requires_grad_(self._training)
-                    outputs.append(self._block(record, x_in, rows))
+                    with self._run._saved_where():
+                        outputs.append(self._block(record, x_in, rows))
                     graphs.append((x_in, outputs[-1] if self._keeps else None))
         self._x = [output.detach() for output in outputs]
         if not self._training:

@@ -206,6 +206,17 @@ class Layout:
         return hashlib.sha256(canonical_json(self.identity)).hexdigest()
 
 
+def ahead_tiles(record: Record, buffer_bytes: int) -> list[Tile]:
+    """The tiles whose state may be read before anybody waits for it: what half of the buffers hold, so that the rest gets through."""
+    found, held = [], 0
+    for tile in record.tiles:
+        held += tile.bytes - tile.compute_bytes + tile.gradient_bytes
+        if held > buffer_bytes // 2:
+            break
+        found.append(tile)
+    return found
+
+
 def make_layout(
     recipe: Recipe, state_format: FormatName, *, split_above: int | None, tile_elements: int, shard: tuple[int, int] = (0, 1)
 ) -> Layout:

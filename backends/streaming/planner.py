@@ -61,7 +61,7 @@ def _block_bytes_a_token(recipe: Recipe, item: int) -> int:
 def predict(recipe: Recipe, layout: Layout, options: StreamingOptions, buffer_bytes: int, speeds: Speeds) -> Prediction:
     """A step in the middle of a run: with the update of the one before."""
     ring = min(options.layer_slots, recipe.model.num_layers) if options.tier == "direct" else 0
-    schedule = Scheduler(layout, options.tier, ring).step(first_update=0)
+    schedule = Scheduler(layout, options.tier, ring, buffer_bytes).step(first_update=0)
     flops = flops_per_token(recipe.model, recipe.data.sequence_length) * recipe.tokens_per_step
     again = 4 / 3 if options.activations == "recompute" else 1.0
     size = sum(record.size for record in layout.records)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from weftrain.backends.streaming.layout import Layout, Record
+from weftrain.backends.streaming.layout import Layout, Record, ahead_tiles
 
 Kind = Literal["update", "fetch", "resident", "forward", "loss", "backward", "spool", "free"]
 BRINGING = ("update", "fetch", "resident")
@@ -36,10 +36,11 @@ class Schedule:
     """Events in order. Every `update`, `fetch` or `resident` stands before the computation that needs it, every `free` after it."""
 
     events: tuple[Event, ...]
+    ahead_bytes: int = 0  # of the first record's state, read for the next step when all else has been asked for
 
     @cached_property
     def bytes_read(self) -> int:
-        return sum(event.bytes_read for event in self.events)
+        return self.ahead_bytes + sum(event.bytes_read for event in self.events)
 
     @cached_property
     def bytes_written(self) -> int:
@@ -47,10 +48,16 @@ class Schedule:
 
 
 class Scheduler:
-    """Builds schedules of one layout. layer_slots: places for layers on their way through (0: weights are used where they lie)."""
+    """Builds schedules of one layout. layer_slots: places for layers on their way through (0: weights are used where they lie).
 
-    def __init__(self, layout: Layout, tier: str, layer_slots: int) -> None:
+    buffer_bytes: tier direct, of state on its way.
+    """
+
+    def __init__(self, layout: Layout, tier: str, layer_slots: int, buffer_bytes: int) -> None:
+        tiles = ahead_tiles(layout.records[0], buffer_bytes) if tier == "direct" else []
+        self._ahead = {tile.index: tile.bytes - tile.compute_bytes for tile in tiles}
         self._layout, self._tier, self._layer_slots = layout, tier, layer_slots
+        self.came_ahead = False  # the first record's state was read in the pass before
 
     def slot(self, record: Record) -> int:
         """Which slot a record takes: layers share a ring, embedding and head have one each; always the same one, so what autograd saved
@@ -60,7 +67,7 @@ class Scheduler:
             return 0 if record.index == 0 else 1
         return 2 + (record.index - 1) % max(self._layer_slots, 1)
 
-    def step(self, first_update: int | None, spooling: bool = True) -> Schedule:
+    def step(self, first_update: int | None, spooling: bool = True, read_ahead: bool = False) -> Schedule:
         """One training step. first_update: the first tile that still needs the last step's update. spooling: gradients are stored."""
         embedding, *layers, head = self._layout.records
         events: list[Event] = []
@@ -74,7 +81,7 @@ class Scheduler:
             events += [Event("resident", record) if stayed else self._bring(record, None), Event("backward", record)]
             events += [self._spool(record, spooling), Event("free", record)]
         events += [Event("backward", embedding), self._spool(embedding, spooling), Event("free", embedding)]
-        return Schedule(tuple(events))
+        return Schedule(tuple(events), sum(self._ahead.values()) if read_ahead else 0)
 
     def evaluation(self, first_update: int | None) -> Schedule:
         """A forward pass with the loss and nothing after it."""
@@ -97,7 +104,8 @@ class Scheduler:
         if due:
             moved = sum(tile.bytes for tile in due) if self._tier != "ram" else 0
             gradients = sum(tile.gradient_bytes for tile in due) if self._tier != "ram" else 0
-            return Event("update", record, fetched + moved + gradients, moved)
+            came = sum(self._ahead.get(tile.index, 0) for tile in due) if self.came_ahead else 0
+            return Event("update", record, fetched + moved + gradients - came, moved)
         return Event("resident" if self._tier != "direct" and self._layer_slots == 0 else "fetch", record, fetched)
 
     def _spool(self, record: Record, spooling: bool) -> Event:

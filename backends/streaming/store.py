@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftrain.backends.streaming.layout import PAGE_BYTES, Layout, Record, Tile
+from weftrain.backends.streaming.layout import PAGE_BYTES, Layout, Record, Tile, ahead_tiles
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.errors import BackendError
@@ -88,6 +88,14 @@ class Store:
 
     def prefetch(self, record: Record, slot: Tensor | None, with_state: bool) -> None:
         """Begin to bring a record: its weights, and where with_state all that an update needs."""
+
+    ahead = False  # whether what the first record's next update needs, beyond weights and gradient, is here or on its way
+
+    def read_ahead(self, record: Record) -> None:
+        """Begin to bring the first record's state for the step after this one, while this one still computes."""
+
+    def drop_ahead(self) -> None:
+        """No update comes: what was read ahead is not needed."""
 
     def compute_planes(self, record: Record) -> list[Tensor]:
         """Of each tile of a fetched record, the owned elements of the weights in the compute dtype, flat."""
@@ -190,7 +198,8 @@ class RamStore(Store):
 
     def write_state(self, tile: Tile, planes: Planes) -> None:
         if tile.index not in self._planes:
-            self._planes[tile.index] = {name: torch.empty_like(plane) for name, plane in planes.items()}
+            pinned = torch.cuda.is_available()  # copies to a device then run beside its computation
+            self._planes[tile.index] = {name: torch.empty(p.shape, dtype=p.dtype, pin_memory=pinned) for name, p in planes.items()}
         for name, plane in planes.items():
             self._planes[tile.index][name].copy_(plane)
 
@@ -431,11 +440,15 @@ def aligned(size_bytes: int) -> Tensor:
 
 
 class _Pool:
-    """Aligned buffers that are used again, up to a number of bytes in use at once. A first buffer is always given, whatever its size."""
+    """Aligned buffers that are used again, up to a number of bytes in use at once. A first buffer is always given, whatever its size.
+
+    A free buffer serves every smaller request: tiles of like sizes share, and no page is mapped anew from step to step.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit, self._used = limit_bytes, 0
-        self._free: dict[int, list[Tensor]] = {}
+        self._free: list[Tensor] = []
+        self._lent: dict[int, Tensor] = {}  # address -> the whole buffer
         self._changed = threading.Condition()
         self._failed: BaseException | None = None
 
@@ -445,26 +458,34 @@ class _Pool:
             if self._failed is not None:
                 raise self._failed
             self._used += size_bytes
-            kept = self._free.get(size_bytes)
-            if kept:
-                return kept.pop()
-            total = self._used + sum(size * len(buffers) for size, buffers in self._free.items())
-            for size in sorted(self._free, reverse=True):  # other sizes make way: together they stay below the limit
-                while self._free[size] and total > self._limit:
-                    self._free[size].pop()
-                    total -= size
-        return aligned(size_bytes)
+            fitting = [buffer for buffer in self._free if buffer.numel() >= size_bytes]
+            found = min(fitting, key=Tensor.numel, default=None)
+            if found is None:
+                held = sum(buffer.numel() for buffer in (*self._free, *self._lent.values()))
+                for buffer in sorted(self._free, key=Tensor.numel):  # small ones make way
+                    if held + size_bytes <= self._limit:
+                        break
+                    self._remove(buffer)
+                    held -= buffer.numel()
+                found = aligned(size_bytes)
+            else:
+                self._remove(found)
+            self._lent[found.data_ptr()] = found
+            return found[:size_bytes]
+
+    def _remove(self, buffer: Tensor) -> None:
+        self._free = [other for other in self._free if other is not buffer]
+
+    def give(self, buffer: Tensor) -> None:
+        with self._changed:
+            self._used -= buffer.numel()
+            self._free.append(self._lent.pop(buffer.data_ptr()))
+            self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
         """Nothing will come back any more: raise this wherever somebody waits, or will."""
         with self._changed:
             self._failed = error
-            self._changed.notify_all()
-
-    def give(self, buffer: Tensor) -> None:
-        with self._changed:
-            self._used -= buffer.numel()
-            self._free.setdefault(buffer.numel(), []).append(buffer)
             self._changed.notify_all()
 
 
@@ -478,6 +499,7 @@ class DirectStore(FileStore):
 
     def __init__(self, layout: Layout, folder: Path, buffer_bytes: int) -> None:
         super().__init__(layout, folder, direct=True)
+        self.buffer_bytes = buffer_bytes
         self._reader, self._writer = ThreadPoolExecutor(1, "store-reader"), ThreadPoolExecutor(1, "store-writer")
         self._buffers, self._gradient_buffers = _Pool(buffer_bytes), _Pool(buffer_bytes)
         self._reads: dict[int, Future[tuple[Tensor, Tensor | None]]] = {}  # tile -> its compute plane, and the rest of it with the gradient
@@ -485,6 +507,7 @@ class DirectStore(FileStore):
         self._spools: dict[int, Future[None]] = {}  # tile -> the last write of its gradient
         self._fetched: dict[int, Tensor] = {}
         self._occupants: dict[int, Record] = {}  # address of a slot -> the record last asked for into it
+        self._ahead: dict[int, Future[Tensor]] = {}  # tile -> the rest of its state
         self._lock = threading.Lock()
         self._jobs: list[Future[None]] = []
         self._failed: BaseException | None = None
@@ -495,8 +518,11 @@ class DirectStore(FileStore):
             first = tile.compute_offset + tile.owned.start // max(len(tile.owned), 1) * tile.compute_bytes
             plane = slot[first : first + tile.compute_bytes]
             update = with_state and self.needs_update(tile)
-            self._reads[tile.index] = self._reader.submit(self._read, tile, plane, self.rotation(tile), update, self._leaving(slot, record))
-            self.bytes_read += tile.bytes + tile.gradient_bytes if update else tile.compute_bytes
+            ahead = self._ahead.pop(tile.index, None) if update else None
+            leaving = self._leaving(slot, record)
+            self._reads[tile.index] = self._reader.submit(self._read, tile, plane, self.rotation(tile), update, leaving, ahead)
+            self.bytes_read += tile.compute_bytes if ahead is not None or not update else tile.bytes
+            self.bytes_read += tile.gradient_bytes if update else 0
         self._occupants[slot.data_ptr()] = record
 
     def _leaving(self, slot: Tensor, record: Record) -> list[Future[None]]:
@@ -507,24 +533,54 @@ class DirectStore(FileStore):
         )
 
     def _read(
-        self, tile: Tile, plane: Tensor, rotation: int, with_state: bool, leaving: list[Future[None]]
+        self,
+        tile: Tile,
+        plane: Tensor,
+        rotation: int,
+        with_state: bool,
+        leaving: list[Future[None]],
+        ahead: Future[Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
         # First what was written before, to the same place on disk or out of the same memory.
         for earlier in (*leaving, self._writes.get(tile.index), self._spools.get(tile.index) if with_state else None):
             if earlier is not None:
                 earlier.result()
-        offset, rest = self.layout.offset(tile, rotation), None
-        start = time.perf_counter()
+        offset, state_bytes, rest = self.layout.offset(tile, rotation), tile.bytes - tile.compute_bytes, None
         if with_state:
+            rest = self._buffers.take(state_bytes + tile.gradient_bytes) if ahead is None else ahead.result()
+        start = time.perf_counter()
+        if rest is None or ahead is not None:
+            self._state.read_at(offset, self._part(plane))
+        else:
+            self._state.read_at(offset, self._part(plane), self._part(rest[:state_bytes]))
+        if rest is not None:
+            self._state.read_at(self.layout.gradient_offset(tile), self._part(rest[state_bytes:]))
+        self._busy("read", tile, start)
+        return plane, rest
+
+    def read_ahead(self, record: Record) -> None:
+        def read(tile: Tile, offset: int) -> Tensor:
+            if tile.index in self._writes:
+                self._writes[tile.index].result()
             state_bytes = tile.bytes - tile.compute_bytes
             rest = self._buffers.take(state_bytes + tile.gradient_bytes)
             start = time.perf_counter()
-            self._state.read_at(offset, self._part(plane), self._part(rest[:state_bytes]))
-            self._state.read_at(self.layout.gradient_offset(tile), self._part(rest[state_bytes:]))
-        else:
-            self._state.read_at(offset, self._part(plane))
-        self._busy("read", tile, start)
-        return plane, rest
+            self._state.read_at(offset, self._part(rest[:state_bytes]))
+            self._busy("read", tile, start)
+            return rest
+
+        for tile in ahead_tiles(record, self.buffer_bytes):
+            offset = self.layout.offset(tile, self.rotation(tile)) + tile.compute_bytes
+            self._ahead[tile.index] = self._reader.submit(read, tile, offset)
+            self.bytes_read += tile.bytes - tile.compute_bytes
+
+    @property
+    def ahead(self) -> bool:  # type: ignore[override]
+        return bool(self._ahead)
+
+    def drop_ahead(self) -> None:
+        while self._ahead:
+            self._buffers.give(self._wait(self._ahead.popitem()[1], None, "read"))
 
     def _busy(self, what: str, tile: Tile, start: float) -> None:
         end = time.perf_counter()
