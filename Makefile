@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PREP_FLAGS ?=
 TRAIN_FLAGS ?=
 
-.PHONY: train test test-gpu prove lint types clean help
+.PHONY: train test test-gpu prove crystalcoder-step crystalcoder-1b-step lint types clean help
 
 train: $(INSTALLED)  ## prepare the embedded corpus, train crystal_demo, print a summary; again: says it is complete, or resumes
 	$(BIN)/weftrain prep $(PREP_FLAGS)
@@ -22,6 +22,28 @@ test-gpu: $(INSTALLED)  ## every kernel's questions, asked of the CUDA device
 prove: $(INSTALLED)  ## the longer proofs: kill storms, fuzzing, the compile gate, every question asked of every Triton kernel
 	$(BIN)/pytest -m prove --ignore tests/kernels/interpreted
 	TRITON_INTERPRET=1 $(BIN)/pytest -m prove tests/kernels/interpreted
+
+# The whole CrystalCoder-7B: one optimizer step of 2048 tokens with memory capped at 8 GB; 66 GB of disk. See docs/weight-streaming.md.
+CRYSTALCODER_RUNS ?= runs
+CRYSTALCODER_FLAGS ?=
+ONE_STEP := data.sources=[] data.synthetic_rows=1 batch.replicas=1 batch.global_batch_size=1 batch.micro_batch_size=1 \
+	'schedule.learning_rate=[{shape: constant, steps: 100, start: 1.4e-4}]' log.every_steps=1 log.evaluate_every_steps=0 \
+	backend.options.activations=recompute backend.options.tier=direct
+
+crystalcoder-step: $(INSTALLED)  ## one real step of CrystalCoder-7B by weight streaming, 8 GB of memory, 66 GB of disk, about 8 minutes
+	$(BIN)/weftrain plan crystalcoder_7b_phase1 --backend streaming --disk $(CRYSTALCODER_RUNS) $(ONE_STEP) backend.options.state_format=bf16_moments $(CRYSTALCODER_FLAGS)
+	$(BIN)/python -m weftrain.analysis.memory_cap 8192 -- $(BIN)/weftrain train crystalcoder_7b_phase1 --backend streaming --runs $(CRYSTALCODER_RUNS) \
+		--run crystalcoder_step $(ONE_STEP) schedule.steps=1 checkpoint.every_steps=0 checkpoint.at_end=false backend.options.state_format=bf16_moments \
+		backend.options.memory_limit_mib=8192 backend.options.trace_steps=1 $(CRYSTALCODER_FLAGS)
+
+# 1.2 billion parameters: as wide as CrystalCoder-1.3B would be, 23 layers, fp32, so that the store stays below 20 GB.
+ONE_BILLION := model.hidden_size=2048 model.num_layers=23 model.num_heads=16 model.intermediate_size=5461 precision.compute=float32 \
+	data.sequence_length=256 schedule.steps=2 checkpoint.every_steps=0
+crystalcoder-1b-step: $(INSTALLED)  ## two steps of a 1.2B model, streamed and in memory, and whether every tensor is the same; 20 GB of store, 30 GB of checkpoints
+	$(BIN)/weftrain train crystalcoder_7b_phase1 --backend streaming --runs $(CRYSTALCODER_RUNS) --run streamed_1b $(ONE_STEP) $(ONE_BILLION) backend.options.threads=2
+	$(BIN)/weftrain train crystalcoder_7b_phase1 --backend local --runs $(CRYSTALCODER_RUNS) --run local_1b $(filter-out backend.options.%,$(ONE_STEP)) $(ONE_BILLION) \
+		backend.options.activation_checkpointing=full backend.options.threads=2
+	$(BIN)/python -m weftrain.analysis.same_state $(CRYSTALCODER_RUNS)/streamed_1b $(CRYSTALCODER_RUNS)/local_1b
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -43,4 +65,4 @@ clean:  ## removes the environment and caches; never runs or datasets
 	rm -rf $(VENV) .typecheck .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
 help:
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/:/'
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*##/:/'

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from weftrain.backends.shared import (
     FP32_ROLES,
     HEAD_USE,
+    Lender,
     ask_for_huge_pages,
     call,
     clip_coefficient,
@@ -91,6 +92,7 @@ class LocalRun:
         self._run_block = self._block_runner()
         self._run_head = torch.compile(call, dynamic=False) if options.compile else call
         self._accumulated: dict[str, torch.Tensor] = {}
+        self._lender = Lender()
 
     # -- the step ------------------------------------------------------------------------------------------------------------------
 
@@ -98,6 +100,7 @@ class LocalRun:
         """See Run.train. One host synchronisation a step: the check that loss and norm are finite."""
         recipe = self._recipe
         while self._step < self._plan.last_step:
+            self._lender.let_go()
             start, step = time.perf_counter(), self._step
             losses, data_wait_s = self._forward_backward(partial(source.rows, step))
             gradients = self._gradients()
@@ -245,9 +248,11 @@ class LocalRun:
     # -- state ---------------------------------------------------------------------------------------------------------------------
 
     def export_state(self) -> State:
-        """See Run.export_state. The tensors are copies: training on does not change them."""
+        """See Run.export_state. Each tensor is copied when it is asked for, and what is still held before the run trains on."""
         planes = {"weights": self._weights, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
-        tensors = {f"{plane}/{name}": tensor.detach().cpu().clone() for plane, group in planes.items() for name, tensor in group.items()}
+        held = {f"{plane}/{name}": tensor for plane, group in planes.items() for name, tensor in group.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
+        tensors = self._lender.lend(shapes, lambda name: held[name].detach().to("cpu", copy=True))
         return State(self._step, self._optimizer_updates, tensors)
 
     def import_state(self, state: State) -> None:
@@ -257,15 +262,17 @@ class LocalRun:
         missing, unknown = sorted(mine.keys() - state.tensors.keys()), sorted(state.tensors.keys() - mine.keys())
         if missing or unknown:
             raise CheckpointError(f"state does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}; is it of another recipe?")
-        incoming = {name: state.tensors[name] for name in mine}
-        for name, tensor in incoming.items():
+        described = getattr(state.tensors, "meta", state.tensors.__getitem__)
+        for name in mine:
+            tensor = described(name)
             if tensor.shape != mine[name].shape or tensor.dtype != torch.float32:
                 shape, wanted = list(tensor.shape), list(mine[name].shape)
                 raise CheckpointError(
                     f"tensor {name} is {tensor.dtype} {shape}, the model's is torch.float32 {wanted}; is it of another recipe?"
                 )
-        for name, tensor in incoming.items():
-            mine[name].copy_(tensor)
+        self._lender.let_go()
+        for name in mine:  # one at a time: a lazy state never is in memory as a whole
+            mine[name].copy_(state.tensors[name])
         self._step, self._optimizer_updates = state.step, state.optimizer_updates
         self._refresh()
 
@@ -291,6 +298,7 @@ class LocalRun:
 
     def close(self) -> None:
         """Let go of every tensor."""
+        self._lender.let_go()
         self._clear_gradients()
         for held in (self._weights, self._exp_avg, self._exp_avg_sq, self._parameters, self._leaves):
             held.clear()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import platform
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,3 +109,52 @@ def device_fingerprint(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
     }
+
+
+class LentTensors(Mapping[str, torch.Tensor]):
+    """A run's state, each tensor copied when it is asked for, so that saving it needs no second copy of the model.
+
+    A run that trains on calls `let_go` first: whoever still holds the state then gets all of it as it was.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> None:
+        self._shapes, self._read = shapes, read
+        self._copies: dict[str, torch.Tensor] | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._shapes:
+            raise KeyError(name)
+        return self._read(name) if self._copies is None else self._copies[name]
+
+    def meta(self, name: str) -> torch.Tensor:
+        """A tensor of the same dtype and shape without data."""
+        return torch.empty(self._shapes[name], dtype=torch.float32, device="meta")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def take_copies(self) -> None:
+        self._copies = {name: self._read(name) for name in self._shapes}
+
+
+class Lender:
+    """Remembers the last state that was lent, as long as somebody holds it."""
+
+    def __init__(self) -> None:
+        self._lent: Callable[[], LentTensors | None] = lambda: None
+
+    def lend(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> LentTensors:
+        self.let_go()
+        tensors = LentTensors(shapes, read)
+        self._lent = weakref.ref(tensors)
+        return tensors
+
+    def let_go(self) -> None:
+        """The state is about to change."""
+        lent = self._lent()
+        if lent is not None:
+            lent.take_copies()
+        self._lent = lambda: None

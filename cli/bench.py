@@ -6,6 +6,8 @@ import json
 import shlex
 import statistics
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import click
@@ -77,8 +79,12 @@ def _measure(recipe: str, overrides: tuple[str, ...], steps: int, warmup: int, t
     file = load_recipe(recipe, [*overrides, f"backend.options.threads={threads}"])
     backend, options = backend_options(file)
     source = bench_source(file.recipe)
-    run = backend.prepare(Job(file.recipe, Plan(0, steps), options, plain_weights(file.recipe.model)))
-    peak: Peak = measured_peak(file.recipe, backend, run)
     compiled = "-compile" if file.recipe.backend.options.get("compile") else ""
     name = f"weftrain-{backend.name}-{file.recipe.precision.compute}{compiled}"
-    return measure(run, file.recipe, source, warmup, peak, name)
+    with tempfile.TemporaryDirectory(prefix="weftrain-bench-") as folder:  # for a backend that keeps state on disk
+        run = backend.prepare(Job(file.recipe, Plan(0, steps), options, plain_weights(file.recipe.model), folder=Path(folder)))
+        peak: Peak = measured_peak(file.recipe, backend, run)
+        try:
+            return measure(run, file.recipe, source, warmup, peak, name)
+        finally:
+            run.close()

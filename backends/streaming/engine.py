@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from weftrain.backends.shared import (
     HEAD_USE,
+    Lender,
     call,
     clip_coefficient,
     device_fingerprint,
@@ -36,7 +36,7 @@ from weftrain.backends.streaming.fabric import Alone, Follower, Group
 from weftrain.backends.streaming.layout import Layout, Record, Tile
 from weftrain.backends.streaming.planes import Work
 from weftrain.backends.streaming.schedule import BRINGING, Event, Schedule, Scheduler
-from weftrain.backends.streaming.state import PLANES, Exported, Given, fill, initial, spooled
+from weftrain.backends.streaming.state import PLANES, Given, Reader, fill, initial, spooled
 from weftrain.backends.streaming.store import DTYPES, Commit, Pending, Store, aligned, no_trace
 from weftrain.backends.streaming.trace import Trace
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
@@ -88,7 +88,7 @@ class StreamingRun:
         self._micro_batches = recipe.batch.global_batch_size // recipe.batch.micro_batch_size
         self._leaves: dict[int, dict[str, nn.Parameter]] = {}  # of the records that are there
         self._work = Work()
-        self._exported: weakref.ref[Exported] | None = None
+        self._lender = Lender()
         self._measured: dict[str, float] = {}
         self._dataset_id: str | None = None
         self._ordered_update: int | None = None
@@ -106,7 +106,7 @@ class StreamingRun:
         trace = Trace()
         traced = self._standing().step + self._options.trace_steps if self._trace_path is not None else 0
         while self._standing().step < self._plan.last_step:
-            self._let_go_of_export()
+            self._lender.let_go()
             start, step = time.perf_counter(), self._standing().step
             self._measured = {}
             self._store.trace = trace if step < traced else no_trace
@@ -178,7 +178,7 @@ class StreamingRun:
                 case "fill":
                     fill(self._store, self._sent_by_leader(None), order["step"], order["updates"], self._progress)
                 case "part":
-                    Exported(self._store, self._fabric).get_part(order["name"])
+                    Reader(self._store, self._fabric).part(order["name"])
 
     def _all_stand(self, commit: Commit | None) -> bool:
         """Whether all stores hold the state that rank 0's holds. Raises BackendError for one that stands elsewhere."""
@@ -468,24 +468,17 @@ class StreamingRun:
     # -- state
 
     def export_state(self) -> State:
-        """See Run.export_state. The tensors are read when they are asked for, until the run trains on: then what is still held is read."""
-        self._let_go_of_export()
+        """See Run.export_state. Each tensor is read when it is asked for, and what is still held before the run trains on."""
+        self._lender.let_go()
         self._flush()
-        tensors = Exported(self._store, self._fabric)
-        self._exported = weakref.ref(tensors)
-        return State(self._standing().step, self._standing().optimizer_updates, tensors)
+        reader = Reader(self._store, self._fabric)
+        return State(self._standing().step, self._standing().optimizer_updates, self._lender.lend(reader.shapes(), reader.read))
 
     def _flush(self) -> None:
         """Make the pending update everywhere, and wait until all is written."""
         if self._first_update() is not None:
             self._lead("flush", None)
         self._store.drain()
-
-    def _let_go_of_export(self) -> None:
-        exported = None if self._exported is None else self._exported()
-        if exported is not None:
-            exported.read_all()
-        self._exported = None
 
     def import_state(self, state: State) -> None:
         """See Run.import_state; tensors are read one parameter at a time, so a lazy state never is in memory as a whole."""
@@ -501,7 +494,7 @@ class StreamingRun:
                 raise CheckpointError(
                     f"tensor {name} is {tensor.dtype} {shape}, the model's is torch.float32 {expected}; is it of another recipe?"
                 )
-        self._let_go_of_export()
+        self._lender.let_go()
         tensors = state.tensors
         self._fill(lambda plane, spec: tensors[f"{plane}/{spec.name}"], state.step, state.optimizer_updates)
 
@@ -532,7 +525,7 @@ class StreamingRun:
     def close(self) -> None:
         """Close the store: durable, and free for the next process."""
         try:
-            self._let_go_of_export()
+            self._lender.let_go()
             self._fabric.close()
         finally:
             self._leaves.clear()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from weftrain.backends.streaming.fabric import Alone
-from weftrain.backends.streaming.layout import Layout, Piece, Tile
+from weftrain.backends.streaming.layout import Piece, Tile
 from weftrain.backends.streaming.planes import Work
 from weftrain.backends.streaming.store import DTYPES, Store
 from weftrain.core.backend import Job
@@ -59,34 +59,29 @@ def fill(store: Store, given: Given, step: int, optimizer_updates: int, progress
     store.end_filling(step, optimizer_updates)
 
 
-class Exported(Mapping[str, Tensor]):
-    """A store's state as '<plane>/<parameter>' -> fp32, each read when it is asked for; `read_all` reads the rest, before it changes."""
+class Reader:
+    """Reads a store's state as fp32 tensors by '<plane>/<parameter>'."""
 
     def __init__(self, store: Store, fabric: Alone) -> None:
-        self._store: Store | None = store
-        self._fabric = fabric
+        self._store, self._fabric, self._work = store, fabric, Work()
         self._specs = {spec.name: spec for record in store.layout.records for spec in record.specs}
         self._tiles: dict[str, list[tuple[Tile, Piece]]] = {}
         for tile in store.layout.tiles:
             for piece in tile.pieces:
                 self._tiles.setdefault(piece.name, []).append((tile, piece))
-        self._read: dict[str, Tensor] = {}
-        self._work = Work()
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._read or self._store is None:
-            return self._read[name]
-        plane, _, parameter = name.partition("/")
-        if plane not in PLANES or parameter not in self._specs:
-            raise KeyError(name)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {f"{plane}/{name}": spec.shape for plane in PLANES for name, spec in self._specs.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, whole: rank 0 of a sharded store asks the others for their parts."""
         if self._fabric.sharded:
             self._fabric.order(do="part", name=name)
-        return self.get_part(name)
+        return self.part(name)
 
     @torch.no_grad()
-    def get_part(self, name: str) -> Tensor:
+    def part(self, name: str) -> Tensor:
         """This store's part of a tensor, joined with those of all ranks on rank 0."""
-        assert self._store is not None
         plane, _, parameter = name.partition("/")
         spec = self._specs[parameter]
         found = torch.zeros(spec.size, dtype=torch.float32)
@@ -97,21 +92,6 @@ class Exported(Mapping[str, Tensor]):
         if self._fabric.sharded:
             self._fabric.join_parts(found)
         return found.view(spec.shape)
-
-    def meta(self, name: str) -> Tensor:
-        """A tensor of the same dtype and shape without data."""
-        return torch.empty(self._specs[name.partition("/")[2]].shape, dtype=torch.float32, device="meta")
-
-    def read_all(self) -> None:
-        """Hold all of it in memory: whoever still has this state keeps what it was."""
-        self._read = {name: self[name] for name in self}
-        self._store = None
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"{plane}/{name}" for plane in PLANES for name in self._specs)
-
-    def __len__(self) -> int:
-        return len(PLANES) * len(self._specs)
 
 
 def _common(tile: Tile, piece: Piece) -> tuple[slice, slice]:
@@ -135,9 +115,3 @@ def spooled(tile: Tile, gradients: Mapping[str, Tensor]) -> Callable[[Tensor], N
 
 def _items(tile: Tile, elements_per_item: int) -> int:
     return len(tile.owned) // elements_per_item
-
-
-def describe(layout: Layout, compute: str) -> str:
-    """Bytes a parameter and exactness, for people."""
-    form = layout.format
-    return f"{form.name}: {form.bytes_per_parameter(compute):.4g} B a parameter on top of its gradient; exact: {form.exact}"

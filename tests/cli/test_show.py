@@ -14,7 +14,7 @@ from weftrain.cli.main import VERBS
 
 def test_verbs_are_frozen(weftrain: Callable[..., Result]) -> None:
     """The list of verbs is part of what users rely on: a change shows here."""
-    assert list(VERBS) == ["prep", "train", "eval", "show", "backends", "kernels", "bench", "timeline"]
+    assert list(VERBS) == ["prep", "train", "replica", "eval", "show", "backends", "kernels", "bench", "plan", "timeline"]
     for verb in VERBS:
         result = weftrain(verb, "--help")
         assert result.exit_code == 0
