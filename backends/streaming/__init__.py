@@ -30,7 +30,7 @@ class StreamingOptions(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False  # torch.compile, one graph for all blocks
     threads: Count = 0  # CPU threads; 0: torch's own choice
-    huge_pages: bool = True  # on a CPU: activations in huge pages that the process keeps; no bit changes
+    huge_pages: bool = True  # on a CPU: activations in huge pages that the process keeps; false: smallest memory, slower; no bit changes
     activations: Literal["keep", "recompute"] = "keep"  # recompute: a block's input alone stays, the block runs again in backward
     offload_activations: bool = False  # activations=keep: what autograd saves goes to the host's memory (with a CUDA device)
     tier: Literal["ram", "mapped", "direct"] = "ram"  # where state lives: see store.py
@@ -79,6 +79,7 @@ class StreamingBackend:
         from weftrain.backends.streaming.engine import StreamingRun
         from weftrain.backends.streaming.fabric import Alone, Leader, open_meeting
         from weftrain.backends.streaming.store import open_store
+        from weftrain.core.host_memory import return_freed_memory
 
         options = job.options
         if not isinstance(options, StreamingOptions):
@@ -88,6 +89,8 @@ class StreamingBackend:
             torch.set_num_threads(options.threads)
         if options.huge_pages and device.type == "cpu":
             ask_for_huge_pages()
+        elif not options.huge_pages:
+            return_freed_memory()
         replicas = job.recipe.batch.replicas
         if replicas * job.recipe.batch.micro_batch_size > job.recipe.batch.global_batch_size:
             raise BackendError(f"batch.replicas is {replicas} and there are fewer micro-batches: each replica needs one of its own")
