@@ -58,7 +58,11 @@ def measured_disk(folder: Path, size_bytes: int = 1 << 30) -> DiskSpeed:
             file.write_at(index * _BLOCK_BYTES, first)
 
         def seconds(write: range, read: range) -> float:
-            thread = threading.Thread(target=lambda: [file.read_at(index * _BLOCK_BYTES, second) for index in read])
+            def reading() -> None:
+                for index in read:
+                    file.read_at(index * _BLOCK_BYTES, second)
+
+            thread = threading.Thread(target=reading)
             start = time.perf_counter()
             thread.start()
             for index in write:

@@ -111,6 +111,7 @@ class LocalRun:
                 self._update(gradients, norm, rates)
                 self._optimizer_updates += 1
             self._clear_gradients()
+            del gradients  # or the next step's would be made beside them
             if not finite and recipe.optimizer.non_finite == "halt":
                 raise NonFiniteError(non_finite_message(source, step, losses, float(norm), recipe.batch.micro_batch_size))
             self._step += 1

@@ -135,7 +135,9 @@ class _Progress:
     """What a backend says it is doing: on the bar of its own before step 0, and beside the step on the run's."""
 
     def __init__(self, console: Console) -> None:
-        self._console, self._own, self.bar = console, None, None
+        self._console = console
+        self._own: Bar | None = None
+        self.bar: Bar | None = None
         self._last_s = 0.0
 
     def __call__(self, words: str, share: float) -> None:
