@@ -268,13 +268,12 @@ class StreamingRun:
 
     def _first_update(self) -> int | None:
         """The first tile that still needs the last step's update; None where none does. Rank 0's word where there are others."""
-        if self._fabric.rank > 0:
-            return self._ordered_update
-        commit = self._standing()
-        if commit.pending is None:
+        commit = self._standing() if self._fabric.rank == 0 else None
+        first = self._ordered_update if commit is None else (None if commit.pending is None else commit.cursor)
+        if first is None:
             self._store.drop_ahead()
         self._scheduler.came_ahead = self._store.ahead
-        return None if commit.pending is None else commit.cursor
+        return first
 
     def _standing(self) -> Commit:
         return self._store.standing()

@@ -35,6 +35,7 @@ Finish = Callable[[Record, Gradients], None]
 
 
 _NOTE = "replicas.json"
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the new name, and the one before it
 
 
 def open_meeting(folder: Path) -> Path:
@@ -149,7 +150,7 @@ class Group(Alone):
             for tile in record.tiles:
                 whole = slot[tile.compute_offset : tile.compute_offset + tile.compute_bytes * self.size]
                 own = whole[tile.compute_bytes * self.rank : tile.compute_bytes * (self.rank + 1)].clone()
-                dist.all_gather_into_tensor(whole, own)
+                _all_gather(whole, own)
 
     def reduce(self, record: Record, parts: list[Gradients], finish: Finish) -> None:
         if self.size == 1:

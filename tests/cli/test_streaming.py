@@ -89,7 +89,7 @@ def test_plan(weftrain: Callable[..., Result], tmp_path: Path) -> None:
     for words in ("step, predicted", "limited by", "memory, computed", "disk, computed", "1.41 GB"):
         assert words in result.output
     assert not list(tmp_path.iterdir())
-    other = weftrain("plan", "bench_70m", "--backend", "null", "--disk", str(tmp_path))
+    other = weftrain("plan", "crystal_demo", "--backend", "null", "--disk", str(tmp_path))
     assert other.exit_code != 0
     assert "predicts nothing" in other.output
 

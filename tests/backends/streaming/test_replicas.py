@@ -109,7 +109,7 @@ def test_replicas_join_and_leave_between_steps(overrides: list[str], single: tup
 
 
 def test_a_killed_replica_is_reported_and_the_last_step_is_intact(overrides: list[str], tmp_path: Path) -> None:
-    long = [item for item in overrides if not item.startswith("schedule.steps=")] + ["schedule.steps=100000"]
+    long = [item for item in overrides if not item.startswith("schedule.steps=")] + ["schedule.steps=1000"]
     options = ["batch.replicas=2", "backend.options.tier=mapped"]
     metrics = tmp_path / "run" / "metrics.jsonl"
     with started(train(tmp_path, "run", [*long, *options]), command("replica", str(tmp_path / "run"))) as (leader, replica):
