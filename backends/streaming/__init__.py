@@ -22,6 +22,7 @@ from weftrain.core.errors import BackendError
 
 if TYPE_CHECKING:
     from weftrain.backends.streaming.engine import StreamingRun
+    from weftrain.backends.streaming.store import Store
 
 
 class StreamingOptions(Section):
@@ -62,6 +63,19 @@ def store_folder(options: StreamingOptions, folder: Path | None) -> Path | None:
     return None if folder is None else folder / "store"
 
 
+def open_store(layout: Layout, tier: str, folder: Path | None, buffer_bytes: int) -> Store:
+    """Raises BackendError: no folder for a file tier, no room, a store of something else, in use, or torn."""
+    from weftrain.backends.streaming.direct_store import DirectStore
+    from weftrain.backends.streaming.file_store import MappedStore
+    from weftrain.backends.streaming.store import RamStore
+
+    if tier == "ram":
+        return RamStore(layout)
+    if folder is None:
+        raise BackendError(f"backend.options.tier is {tier} and there is no folder for it: give backend.options.store a path")
+    return MappedStore(layout, folder) if tier == "mapped" else DirectStore(layout, folder, buffer_bytes)
+
+
 class StreamingBackend:
     name = "streaming"
     summary = "weight streaming: state in RAM or on disk, one layer at a time on the device; fp32 or bf16, exact"
@@ -78,7 +92,6 @@ class StreamingBackend:
         from weftrain.backends.shared import ask_for_huge_pages, torch_device
         from weftrain.backends.streaming.engine import StreamingRun
         from weftrain.backends.streaming.fabric import Alone, Leader, open_meeting
-        from weftrain.backends.streaming.store import open_store
         from weftrain.core.host_memory import return_freed_memory
 
         options = job.options
@@ -118,7 +131,7 @@ class StreamingBackend:
         from weftrain.backends.shared import torch_device
         from weftrain.backends.streaming.engine import StreamingRun
         from weftrain.backends.streaming.fabric import Follower, find_meeting
-        from weftrain.backends.streaming.store import EmptyStore, open_store
+        from weftrain.backends.streaming.store import EmptyStore
 
         options = job.options
         assert isinstance(options, StreamingOptions)
@@ -144,7 +157,7 @@ class StreamingBackend:
 
     def kept_step(self, recipe: Recipe, options: Section, folder: Path) -> int | None:
         """See Backend.kept_step: where the store of a file tier stands."""
-        from weftrain.backends.streaming.store import stands_at
+        from weftrain.backends.streaming.file_store import stands_at
 
         assert isinstance(options, StreamingOptions)
         where = store_folder(options, folder)

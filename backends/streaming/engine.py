@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -20,24 +20,24 @@ import torch
 from torch import Tensor, nn
 
 from weftrain.backends.shared import (
-    HEAD_USE,
     Lender,
     call,
     clip_coefficient,
     device_fingerprint,
     global_norm,
     non_finite_message,
-    present,
     slice_rows,
     to_device,
 )
 from weftrain.backends.streaming.device import Offload, Streams
+from weftrain.backends.streaming.direct_store import aligned
 from weftrain.backends.streaming.fabric import Alone, Follower, Group
 from weftrain.backends.streaming.layout import Layout, Record, Tile
+from weftrain.backends.streaming.passes import Gradients, Pass
 from weftrain.backends.streaming.planes import Work
 from weftrain.backends.streaming.schedule import BRINGING, Event, Schedule, Scheduler
 from weftrain.backends.streaming.state import PLANES, Given, Reader, fill, initial, spooled
-from weftrain.backends.streaming.store import DTYPES, Commit, Pending, Store, aligned, no_trace
+from weftrain.backends.streaming.store import DTYPES, Commit, Pending, Store, no_trace
 from weftrain.backends.streaming.trace import Trace
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
 from weftrain.core.errors import BackendError, CheckpointError, NonFiniteError
@@ -46,9 +46,6 @@ from weftrain.core.model import Decoder, kernel_specs, rotary_tables
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.parameters import ParameterSpec, parameter_specs
 from weftrain.kernels import Spec, select
-
-Rows = tuple[Tensor, Tensor, Tensor | None]  # ids, labels, document_start of one micro-batch
-Gradients = dict[str, Tensor]
 
 
 class StreamingRun:
@@ -136,7 +133,7 @@ class StreamingRun:
         mine = self._fabric.micro_batches(self._micro_batches)
         rows = [source.rows(step, number * micro, micro) for number in mine]
         waited = time.perf_counter() - begin
-        work = _Pass(self, [to_device(batch, self._device) for batch in rows], self._spool, self._fabric)
+        work = Pass(self, [to_device(batch, self._device) for batch in rows], self._spool, self._fabric)
         first, more = self._first_update(), step + 1 < self._plan.last_step
         self._carry_out(self._scheduler.step(first, read_ahead=more), work, shared=True)
         return self._fabric.losses(work.losses), work.norms, waited
@@ -224,7 +221,7 @@ class StreamingRun:
             return self._scheduler.evaluation(self._first_update())
         return self._scheduler.step(self._first_update(), spooling=False)
 
-    def _lead(self, name: str, work: _Pass | None) -> None:
+    def _lead(self, name: str, work: Pass | None) -> None:
         """A pass in which rank 0 alone computes; of a sharded store all ranks bring their parts."""
         if self._fabric.sharded:
             self._fabric.order(do="pass", schedule=name, updating=self._first_update())
@@ -241,7 +238,7 @@ class StreamingRun:
 
         micro = self._recipe.batch.micro_batch_size
         rows = [slice_rows(batch, number * micro, micro) for number in range(self._micro_batches)]
-        work = _Pass(self, [to_device(part, self._device) for part in rows], keep, Alone())
+        work = Pass(self, [to_device(part, self._device) for part in rows], keep, Alone())
         self._lead("quiet step", work)
         return float(torch.stack(work.losses).sum()), {spec.name: found[spec.name] for spec in parameter_specs(self._recipe.model)}
 
@@ -252,7 +249,7 @@ class StreamingRun:
         for start in range(0, source.num_rows, span):
             end = min(start + span, source.num_rows)
             rows = [to_device(source.rows(first, min(micro, end - first)), self._device) for first in range(start, end, micro)]
-            evaluation = _Pass(self, rows, None, Alone())
+            evaluation = Pass(self, rows, None, Alone())
             self._lead("evaluation", evaluation)
             total = sum((float(loss) for loss in evaluation.losses), total)
             tokens += sum(int((labels >= 0).sum()) for _, labels, _ in rows)
@@ -310,7 +307,7 @@ class StreamingRun:
                 self._streams.pin(slots[number])
         return slots[number]
 
-    def _carry_out(self, schedule: Schedule, work: _Pass | None, shared: bool) -> None:
+    def _carry_out(self, schedule: Schedule, work: Pass | None, shared: bool) -> None:
         """Do what a schedule says, in order, and hold the store to its bytes. Records are asked for as early as their slots are free."""
         store, begin = self._store, time.perf_counter()
         read, written, stalled, busy = store.bytes_read, store.bytes_written, store.stall_s, store.io_s
@@ -530,101 +527,3 @@ class StreamingRun:
             self._leaves.clear()
             self._slots.clear()
             self._store.close()
-
-
-class _Pass:
-    """One pass over the model: what is computed with a record while it is there. sink None: evaluation, without gradients."""
-
-    def __init__(self, run: StreamingRun, rows: list[Rows], sink: Callable[[Record, Gradients], None] | None, fabric: Alone) -> None:
-        self._run, self._rows, self._sink, self.fabric = run, rows, sink, fabric
-        self._training = sink is not None
-        self._keeps = run._options.activations == "keep"
-        self._x: list[Tensor] = []  # of each micro-batch: the residual stream, and on the way back its gradient
-        self._graphs: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {}  # record -> (input, output, or None to compute it again)
-        self._parts: list[
-            Gradients
-        ] = []  # of the record at hand: the sum so far; on a rank that adds to another's sum, of each micro-batch
-        self._head_use: Tensor | None = None
-        self.losses: list[Tensor] = []
-        self.norms: dict[str, Tensor] = {}
-
-    def forward(self, record: Record) -> None:
-        graphs = self._graphs[record.index] = []
-        with torch.set_grad_enabled(self._training):
-            if record.index == 0:
-                outputs = [self._run._segments[0](ids) for ids, _, _ in self._rows]
-                graphs += [(None, output) for output in outputs]
-            else:
-                outputs = []
-                for x, rows in zip(self._x, self._rows, strict=True):
-                    x_in = x.detach().requires_grad_(self._training)
-                    with self._run._saved_where():
-                        outputs.append(self._block(record, x_in, rows))
-                    graphs.append((x_in, outputs[-1] if self._keeps else None))
-        self._x = [output.detach() for output in outputs]
-        if not self._training:
-            graphs.clear()
-
-    def loss(self, record: Record) -> None:
-        run, tokens = self._run, self._run._recipe.tokens_per_step
-        head, leaves = run._segments[record.index], self._leaves(record)
-        tied = run._model.tied_weight()
-        if not self._training:
-            with torch.no_grad():
-                self.losses = [head(x, labels, tied) for x, (_, labels, _) in zip(self._x, self._rows, strict=True)]
-            return
-        if tied is not None:
-            tied = leaves[HEAD_USE] = nn.Parameter(tied.detach())
-        for number, (_, labels, _) in enumerate(self._rows):
-            x_in = self._x[number].detach().requires_grad_()
-            loss = run._run_head(head, x_in, labels, tied) / tokens
-            self._x[number] = self._differentiate(loss, x_in, leaves, None)
-            self.losses.append(loss.detach())
-
-    def backward(self, record: Record) -> None:
-        leaves, graphs = self._leaves(record), self._graphs.pop(record.index)
-        for number, rows in enumerate(self._rows):
-            x_in, output = graphs[number]
-            graphs[number] = (None, None)
-            if output is None:
-                assert x_in is not None
-                output = self._block(record, x_in, rows)
-            self._x[number] = self._differentiate(output, x_in, leaves, self._x[number])
-
-    def spool(self, record: Record) -> None:
-        tied = record.index == len(self._run._segments) - 1 and self._run._model.tied_weight() is not None
-        names = [*self._leaves(record), *([HEAD_USE] if tied else [])]
-        parts, self._parts = [present(part, names) for part in self._parts], []
-        self.fabric.reduce(record, parts, self._finish)
-
-    def _finish(self, record: Record, gradients: Gradients) -> None:
-        """With the sum over all micro-batches."""
-        if HEAD_USE in gradients:
-            self._head_use = gradients.pop(HEAD_USE)
-        if record.index == 0 and self._head_use is not None:
-            gradients["embedding.weight"] += self._head_use
-        self.norms |= {name: self._run._grad_norm([gradient]) for name, gradient in gradients.items()}
-        assert self._sink is not None
-        self._sink(record, gradients)
-
-    def _leaves(self, record: Record) -> dict[str, nn.Parameter]:
-        return dict(self._run._leaves[record.index])
-
-    def _block(self, record: Record, x: Tensor, rows: Rows) -> Tensor:
-        run = self._run
-        block = run._run_block if self._training else call
-        return block(run._segments[record.index], x, *run._model.rotary(x.shape[1]), rows[2])
-
-    def _differentiate(self, output: Tensor, x: Tensor | None, leaves: Mapping[str, Tensor], gradient: Tensor | None) -> Tensor:
-        """The gradient of x; those of `leaves` are added to the sum, in the order of micro-batches, or kept for when the sum comes."""
-        inputs = [*([] if x is None else [x]), *leaves.values()]
-        found = list(torch.autograd.grad(output, inputs, gradient, allow_unused=True))
-        of_x = torch.empty(0) if x is None else found.pop(0)
-        parts = {name: part for name, part in zip(leaves, found, strict=True) if part is not None}
-        if self.fabric.rank > 0 or not self._parts:
-            first = self.fabric.rank == 0 and self._run._micro_batches > 1
-            self._parts.append({name: part.float() for name, part in parts.items()} if first else parts)
-        else:
-            for name, part in parts.items():
-                self._parts[0][name] += part
-        return of_x

@@ -19,9 +19,9 @@ import torch
 from fault_injection import Death, Faults, injected
 from streaming_runs import abandon, assert_same, prepare, source_of, streaming, trained
 
-from weftrain.backends.streaming import store as store_module
+from weftrain.backends.streaming import direct_store, file_store
+from weftrain.backends.streaming.file_store import read_commit
 from weftrain.backends.streaming.layout import PAGE_BYTES
-from weftrain.backends.streaming.store import read_commit
 from weftrain.core import checkpoint, fsops
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe
@@ -219,10 +219,10 @@ def test_a_stop_of_the_machine_is_noticed(tiny_recipe: Tiny, tmp_path: Path, mon
     run = streaming(recipe, tmp_path, "mapped", 2)
     list(run.train(source_of(recipe)))
     run.close()
-    monkeypatch.setattr(store_module, "_boot_id", lambda: "another boot")
+    monkeypatch.setattr(file_store, "_boot_id", lambda: "another boot")
     run = streaming(recipe, tmp_path, "mapped", 3)  # closed: nothing was lost
     abandon(run)
-    monkeypatch.setattr(store_module, "_boot_id", lambda: "a third")
+    monkeypatch.setattr(file_store, "_boot_id", lambda: "a third")
     with pytest.raises(BackendError, match="the machine stopped while the store was open"):
         streaming(recipe, tmp_path, "mapped", 3)
 
@@ -279,7 +279,7 @@ def test_an_interrupted_filling_holds_no_state(tiny_recipe: Tiny, tmp_path: Path
 def test_a_slow_disk_is_reported_and_waited_for(tiny_recipe: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = small(tiny_recipe)
     wanted = trained(prepare(recipe, steps=1), recipe)[2]
-    monkeypatch.setattr(store_module, "STALL_WARNING_S", 0.05)
+    monkeypatch.setattr(direct_store, "STALL_WARNING_S", 0.05)
     run = streaming(recipe, tmp_path, "direct", 1)
     slept = []
 

@@ -1,0 +1,249 @@
+"""Stores that are files: a folder with its lock, what it was made for, where it stands, and the state; and the tier that maps it.
+
+What a reader would get wrong: `commit` has two pages, written in turn. Each carries its own hash, so a torn one is seen and the other
+counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weftrain.backends.streaming.layout import PAGE_BYTES, Layout, Record, Tile
+from weftrain.backends.streaming.store import DTYPES, Commit, Part, Pending, Planes, Store, typed
+from weftrain.core import fsops
+from weftrain.core.canonical import canonical_json, parse_json
+from weftrain.core.errors import BackendError
+
+_CHUNK_ELEMENTS = 1 << 19  # of a mapped tile: copied beside and updated while it is in the last cache
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class FileStore(Store):
+    """A folder: `lock`, `layout.json` (what it was made for, written last), `commit` (two pages, the newer whole one counts), `state`."""
+
+    def __init__(self, layout: Layout, folder: Path, *, direct: bool) -> None:
+        super().__init__(layout)
+        self.folder = folder
+        self._sequence = 0  # of the last commit
+        self._kept: Commit | None = None  # what a restart would find
+        self._stack = contextlib.ExitStack()
+        with self._blamed("opened"):
+            fsops.make_dirs(folder)
+            holder = canonical_json({"process": os.getpid()}) + b"\n"
+            try:
+                self._stack.enter_context(fsops.held_lock(folder / "lock", holder))
+            except BlockingIOError:
+                said = (folder / "lock").read_bytes()[:200].decode(errors="replace").strip()
+                raise BackendError(
+                    f"{folder}: the store is in use ({said}): wait for that process, or give another backend.options.store"
+                ) from None
+        try:
+            with self._blamed("opened"):
+                new = check_identity(layout, folder)
+                self._state = fsops.PositionedFile(folder / "state", direct=direct)
+                self._stack.callback(self._state.close)
+                self._commits = fsops.PositionedFile(folder / "commit")
+                self._stack.callback(self._commits.close)
+                if new:
+                    self._create()
+                elif (size := (folder / "state").stat().st_size) != layout.file_bytes:
+                    raise BackendError(f"{folder}/state: holds {size:,} bytes, the layout says {layout.file_bytes:,}: {_DAMAGED}")
+                found = None if new else read_commit(folder)
+                self._sequence = 0 if found is None else found.sequence
+                if found is not None:
+                    self._record(found)  # opened, and not closed
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _create(self) -> None:
+        needed, free = self.layout.file_bytes, fsops.free_bytes(self.folder)
+        have = (self.folder / "state").stat().st_blocks * 512  # what an interrupted creation has reserved
+        if needed > free + have:
+            raise BackendError(
+                f"{self.folder}: the store needs {needed:,} bytes on disk ({self.layout.format.name}: {self.layout.state_bytes:,} of state "
+                f"and {self.layout.gradient_bytes:,} of gradients), {free + have:,} are free: make room, put backend.options.store on "
+                "another disk, or take a smaller backend.options.state_format"
+            )
+        self._state.allocate(needed)
+        self._commits.allocate(2 * PAGE_BYTES)
+        self._record(None)
+        fsops.write_bytes(self.folder / "layout.json", canonical_json(self.layout.identity) + b"\n")
+
+    def _record(self, commit: Commit | None) -> None:
+        if commit is None:
+            self.commit, pages = None, [(page, bytes(PAGE_BYTES)) for page in (0, 1)]
+        else:
+            self._sequence += 1
+            self.commit = replace(commit, sequence=self._sequence, boot_id=_boot_id(), closed=False)
+            pages = [(self._sequence % 2, _page(self.commit))]
+        standing = self.commit
+
+        def write() -> None:
+            for page, contents in pages:
+                self._commits.write_at(page * PAGE_BYTES, memoryview(contents))
+            self._kept = standing
+
+        self._in_order(write)
+
+    def _in_order(self, job: Callable[[], None]) -> None:
+        """Run a job behind every write so far."""
+        with self._blamed("written"):
+            job()
+
+    def _part(self, memory: Tensor) -> memoryview:
+        return memory.view(torch.uint8).numpy().data
+
+    def close(self) -> None:
+        """Make all durable and mark the store closed: only then does it survive a stop of the machine."""
+        try:
+            with contextlib.suppress(BackendError):  # what failed was reported when it failed
+                self.drain()
+                with self._blamed("closed"):
+                    self._state.sync()
+                    if self.commit is not None:
+                        page = _page(replace(self.commit, sequence=self._sequence + 1, closed=True))
+                        self._commits.write_at((self._sequence + 1) % 2 * PAGE_BYTES, memoryview(page))
+                    self._commits.sync()
+        finally:
+            self._stack.close()
+
+    @contextlib.contextmanager
+    def _blamed(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            done = "" if self._kept is None else f"; the store stands at {self._kept.step} completed steps"
+            where = error.filename or self.folder
+            raise BackendError(f"{where}: cannot be {what}: {error.strerror or error}{done}: check the disk, then resume") from error
+
+
+_DAMAGED = "the store was damaged from outside: remove its folder, and the run continues from its newest checkpoint"
+
+
+def check_identity(layout: Layout, folder: Path) -> bool:
+    """True where the folder holds no whole store yet. Raises BackendError where it holds one of another recipe or format."""
+    try:
+        found = parse_json((folder / "layout.json").read_bytes())
+    except FileNotFoundError:
+        strange = sorted({entry.name for entry in folder.iterdir()} - {"lock", "state", "commit"}) if folder.is_dir() else []
+        if strange and not all(name.startswith(fsops.TEMPORARY_PREFIX) for name in strange):
+            raise BackendError(
+                f"{folder}: holds '{strange[0]}', so it is no store: give an empty or new folder as backend.options.store"
+            ) from None
+        return True
+    except ValueError as error:
+        raise BackendError(f"{folder}/layout.json: {error}: {_DAMAGED}") from None
+    wanted = parse_json(canonical_json(layout.identity))
+    if found == wanted:
+        return False
+    changed = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
+    if changed[:1] == ["model"] and isinstance(found["model"], dict):
+        changed = [f"model.{key}" for key in wanted["model"] if found["model"].get(key) != wanted["model"][key]] or changed
+    raise BackendError(
+        f"{folder}: the store was made for another recipe or format ({', '.join(changed) or 'it has keys of its own'} differ): "
+        "give backend.options.store another folder, or remove this one"
+    )
+
+
+def read_commit(folder: Path) -> Commit | None:
+    """Where a store stands; None where it was not filled. Raises BackendError for one that a crash of the machine or a hand has torn."""
+    pages = (folder / "commit").read_bytes()
+    found: list[Commit] = []
+    for start in range(0, len(pages), PAGE_BYTES):
+        page = pages[start : start + PAGE_BYTES]
+        text = page[64:].rstrip(b" ")
+        if hashlib.sha256(text).hexdigest().encode() == page[:64]:
+            values = json.loads(text)
+            values["pending"] = None if values["pending"] is None else Pending(**values["pending"])
+            found.append(Commit(**values))
+    if not found:
+        if any(pages):
+            raise BackendError(f"{folder}/commit: neither page is whole: {_DAMAGED}")
+        return None
+    newest = max(found, key=lambda commit: commit.sequence)
+    if not newest.closed and newest.boot_id != _boot_id():
+        raise BackendError(
+            f"{folder}: the machine stopped while the store was open, so its last writes may be lost: remove the folder, and the run "
+            "continues from its newest checkpoint"
+        )
+    return newest
+
+
+def _page(commit: Commit) -> bytes:
+    text = canonical_json(asdict(commit))
+    if len(text) > PAGE_BYTES - 64:
+        raise BackendError("the store's commit does not fit its page: fewer parameter groups are needed")
+    return (hashlib.sha256(text).hexdigest().encode() + text).ljust(PAGE_BYTES)
+
+
+def _boot_id() -> str:
+    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+
+
+class MappedStore(FileStore):
+    """Weights are views of the map. Nothing here asks for a page that is not there: all blocks were reserved when the file was made."""
+
+    tier = "mapped"
+
+    def __init__(self, layout: Layout, folder: Path) -> None:
+        super().__init__(layout, folder, direct=False)
+        self._map = mmap.mmap(self._state.descriptor, layout.file_bytes, mmap.MAP_SHARED)
+        self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def _planes(self, tile: Tile, rotation: int) -> Planes:
+        offset = self.layout.offset(tile, rotation)
+        return typed(self._memory[offset : offset + tile.bytes], tile)
+
+    def _gradient(self, tile: Tile) -> Tensor:
+        offset = self.layout.gradient_offset(tile)
+        return self._memory[offset : offset + tile.gradient_bytes].view(DTYPES[tile.gradient_dtype])
+
+    def compute_planes(self, record: Record) -> list[Tensor]:
+        return [self._planes(tile, self.rotation(tile))[tile.planes[0].name] for tile in record.tiles]
+
+    def updating(self, tile: Tile) -> Iterator[Part]:
+        old, new = (self._planes(tile, self.rotation(tile) + further) for further in (0, 1))
+        copied = [plane for plane in tile.planes if plane.name != "copy"]
+        gradient = self._gradient(tile)
+        for start in range(0, len(tile.owned), _CHUNK_ELEMENTS):
+            stop = min(start + _CHUNK_ELEMENTS, len(tile.owned))
+            for plane in copied:
+                part = slice(start // plane.elements_per_item, stop // plane.elements_per_item)
+                new[plane.name][part].copy_(old[plane.name][part])
+            yield start, stop, new, gradient[start:stop]
+        self.bytes_read += tile.bytes + tile.gradient_bytes
+        self.bytes_written += tile.bytes
+        self._updated(tile)
+
+    def spool(self, tile: Tile, gradient: Callable[[Tensor], None]) -> None:
+        gradient(self._gradient(tile))
+        self.bytes_written += tile.gradient_bytes
+
+    def read_state(self, tile: Tile) -> Planes:
+        return self._planes(tile, self.rotation(tile))
+
+    def write_state(self, tile: Tile, planes: Planes) -> None:
+        for name, plane in self._planes(tile, 0).items():
+            plane.copy_(planes[name])
+
+    def close(self) -> None:
+        with contextlib.suppress(ValueError):  # closed before
+            self._map.flush()
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        super().close()
+
+
+def stands_at(layout: Layout, folder: Path) -> int | None:
+    """Completed steps of the store in `folder`; None where there is none, or an unfinished one. Raises BackendError as opening it would."""
+    return None if check_identity(layout, folder) or (commit := read_commit(folder)) is None else commit.step
