@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import click
@@ -34,21 +35,25 @@ def evaluate(run: Path, overrides: tuple[str, ...], rows: int | None, as_json: b
     if path is None:
         raise CheckpointError(f"{run}: no whole checkpoint; train the run further, or name a checkpoint's folder")
     state, manifest = checkpoint.load(path)
-    rows_override = [f"log.evaluate_rows={rows or 2**40}"]
-    file = recorded_recipe(manifest["recipe"], f"{path}/manifest.json: recipe", [*overrides, *rows_override])
+    own = [f"log.evaluate_rows={rows or 2**40}", "batch.replicas=1"]
+    if manifest["recipe"]["backend"]["options"].get("store") is not None:
+        own.append("backend.options.store=null")  # the run's own store holds what the run last trained, and may be in use
+    file = recorded_recipe(manifest["recipe"], f"{path}/manifest.json: recipe", [*overrides, *own])
     backend, options = backend_options(file)
     _, heldout = open_data(file.recipe)
     if not heldout:
         raise DataError(f"{path}: its recipe has no held-out set; prepare the dataset with --heldout-fraction above 0")
-    weights = {name.removeprefix("weights/"): state.tensors[name] for name in state.tensors if name.startswith("weights/")}
-    prepared = backend.prepare(Job(file.recipe, Plan(state.step, state.step), options, weights))
+    weights = checkpoint.Weights(state.tensors)
     table = Table("held-out set", "loss", "perplexity", "tokens", title=f"{path} (step {state.step})", title_justify="left", box=None)
-    for held in heldout:
-        result = prepared.evaluate(held)
-        perplexity = math.exp(result.loss) if result.loss < 700 else math.inf
-        if as_json:
-            record = {"checkpoint": manifest["root"], "step": state.step, "set": held.name, "loss": result.loss}
-            click.echo(json.dumps({**record, "perplexity": perplexity, "tokens": result.tokens, "dataset_id": held.dataset_id}))
-        table.add_row(held.name, f"{result.loss:.4f}", f"{perplexity:,.3f}", f"{result.tokens:,}")
+    with tempfile.TemporaryDirectory(prefix="weftrain-eval-") as folder:  # for a backend that keeps state on disk
+        prepared = backend.prepare(Job(file.recipe, Plan(state.step, state.step), options, weights, folder=Path(folder)))
+        for held in heldout:
+            result = prepared.evaluate(held)
+            perplexity = math.exp(result.loss) if result.loss < 700 else math.inf
+            if as_json:
+                record = {"checkpoint": manifest["root"], "step": state.step, "set": held.name, "loss": result.loss}
+                click.echo(json.dumps({**record, "perplexity": perplexity, "tokens": result.tokens, "dataset_id": held.dataset_id}))
+            table.add_row(held.name, f"{result.loss:.4f}", f"{perplexity:,.3f}", f"{result.tokens:,}")
+        prepared.close()
     if not as_json:
         console.print(table)

@@ -130,6 +130,22 @@ def load(path: Path, *, verified: bool = False) -> tuple[State, dict[str, Any]]:
     return State(manifest["step"], manifest["optimizer_updates"], _Tensors(path, manifest["tensors"], layouts)), manifest
 
 
+class Weights(Mapping[str, torch.Tensor]):
+    """The weights of a state by canonical name, each read when it is asked for: the state's optimizer tensors are left out."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[f"weights/{name}"]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix("weights/") for name in self._tensors if name.startswith("weights/"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def verify(path: Path) -> dict[str, Any]:
     """Read every byte of a checkpoint and return its manifest. Raises CheckpointError naming file, tensor and remedy."""
     return _read_all(path)[0]

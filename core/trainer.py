@@ -7,7 +7,7 @@ a table does so around the `for`, and no callback is needed. Everything that mus
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,9 @@ class Start:
     def has_optimizer(self) -> bool:
         return any(not name.startswith("weights/") for name in self.state.tensors)
 
-    def weights(self) -> dict[str, Tensor] | None:
+    def weights(self) -> Mapping[str, Tensor] | None:
         """Canonical name -> weight where that is all there is to start from; None where the whole state is imported."""
-        if self.has_optimizer:
-            return None
-        return {name.removeprefix("weights/"): tensor for name, tensor in self.state.tensors.items()}
+        return None if self.has_optimizer else checkpoint.Weights(self.state.tensors)
 
     def check_data(self, recipe: Recipe, dataset_id: str, allow: set[str]) -> None:
         """Refuse to resume on other data or another batch size: the position counts samples of one order.
