@@ -92,6 +92,7 @@ def test_the_bits_of_one_process(
     assert_same_as(single, tmp_path / "run")
 
 
+@pytest.mark.prove
 def test_replicas_join_and_leave_between_steps(overrides: list[str], single: tuple[State, list[float]], tmp_path: Path) -> None:
     """One is there from the start and leaves, another joins while it trains; no bit changes."""
     long = [item for item in overrides if not item.startswith("schedule.steps=")] + ["schedule.steps=400"]
