@@ -40,7 +40,7 @@ def aligned(size_bytes: int) -> Tensor:
 class _Pool:
     """Aligned buffers that are used again, up to a number of bytes in use at once. A first buffer is always given, whatever its size.
 
-    A free buffer serves every smaller request: tiles of like sizes share, and no page is mapped anew from step to step.
+    A free buffer serves requests down to half its size: tiles of like sizes share, and no page is mapped anew from step to step.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -56,12 +56,12 @@ class _Pool:
             if self._failed is not None:
                 raise self._failed
             self._used += size_bytes
-            fitting = [buffer for buffer in self._free if buffer.numel() >= size_bytes]
+            fitting = [buffer for buffer in self._free if size_bytes <= buffer.numel() <= 2 * size_bytes]
             found = min(fitting, key=Tensor.numel, default=None)
             if found is None:
                 held = sum(buffer.numel() for buffer in (*self._free, *self._lent.values()))
-                for buffer in sorted(self._free, key=Tensor.numel):  # small ones make way
-                    if held + size_bytes <= self._limit:
+                for buffer in sorted(self._free, key=Tensor.numel, reverse=True):  # other sizes make way
+                    if held + size_bytes <= 2 * self._limit:
                         break
                     self._remove(buffer)
                     held -= buffer.numel()

@@ -179,7 +179,7 @@ class Group(Alone):
         if self.rank < last:
             self._sent.append((dist.isend(flat, self.rank + 1), flat))
         if self.sharded:  # the whole sum goes to all: each keeps its part
-            whole = flat if self.rank == last else torch.empty_like(flat)
+            whole = flat.clone() if self.rank == last else torch.empty_like(flat)  # flat is being sent while `finish` adds to its own
             arriving = None
             if self.rank == last:
                 self._sent += [(dist.isend(flat, rank), flat) for rank in range(last)]
