@@ -12,7 +12,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -23,8 +22,10 @@ from weftrain.backends.shared import (
     FP32_ROLES,
     HEAD_USE,
     Lender,
+    PlainBackend,
     ask_for_huge_pages,
     call,
+    check_state,
     clip_coefficient,
     device_fingerprint,
     global_norm,
@@ -34,9 +35,9 @@ from weftrain.backends.shared import (
     to_device,
     torch_device,
 )
-from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, Prediction, Speeds, State, StepResult
-from weftrain.core.config import Count, Recipe, Section
-from weftrain.core.errors import BackendError, CheckpointError, NonFiniteError
+from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
+from weftrain.core.config import Count, Section
+from weftrain.core.errors import BackendError, NonFiniteError
 from weftrain.core.host_memory import huge_page_bytes
 from weftrain.core.model import Decoder, draw, kernel_specs, rotary_tables
 from weftrain.core.optim import ParameterGroup, group_learning_rates, parameter_groups
@@ -260,17 +261,7 @@ class LocalRun:
         """See Run.import_state. Raises CheckpointError, before anything is changed, for a missing, unknown or misshapen tensor."""
         planes = {"weights": self._weights, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
         mine = {f"{plane}/{name}": tensor for plane, group in planes.items() for name, tensor in group.items()}
-        missing, unknown = sorted(mine.keys() - state.tensors.keys()), sorted(state.tensors.keys() - mine.keys())
-        if missing or unknown:
-            raise CheckpointError(f"state does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}; is it of another recipe?")
-        described = getattr(state.tensors, "meta", state.tensors.__getitem__)
-        for name in mine:
-            tensor = described(name)
-            if tensor.shape != mine[name].shape or tensor.dtype != torch.float32:
-                shape, wanted = list(tensor.shape), list(mine[name].shape)
-                raise CheckpointError(
-                    f"tensor {name} is {tensor.dtype} {shape}, the model's is torch.float32 {wanted}; is it of another recipe?"
-                )
+        check_state(state.tensors, {name: tuple(tensor.shape) for name, tensor in mine.items()})
         self._lender.let_go()
         for name in mine:  # one at a time: a lazy state never is in memory as a whole
             mine[name].copy_(state.tensors[name])
@@ -306,14 +297,11 @@ class LocalRun:
         self._update_sets = []
 
 
-class LocalBackend:
+class LocalBackend(PlainBackend):
     name = "local"
     summary = "one process, one device (cpu or cuda), fp32 or bf16 with fp32 weights"
     options = LocalOptions
     trains = True
-
-    def unavailable(self) -> str | None:
-        return None
 
     def prepare(self, job: Job) -> LocalRun:
         """Raises BackendError for a device that is not there, more than one replica, or compile without a compiler."""
@@ -335,15 +323,6 @@ class LocalBackend:
         if options.huge_pages and device.type == "cpu":
             ask_for_huge_pages()
         return LocalRun(job, options, device)
-
-    def kept_step(self, recipe: Recipe, options: Section, folder: Path) -> int | None:
-        return None
-
-    def outline(self, recipe: Recipe, options: Section) -> list[str]:
-        return []
-
-    def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
-        return None
 
 
 BACKEND = LocalBackend()

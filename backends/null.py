@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, Prediction, Speeds, State, StepResult
-from weftrain.core.config import Recipe, Section
+from weftrain.backends.shared import PlainBackend
+from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
+from weftrain.core.config import Section
 from weftrain.core.model import draw
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.parameters import parameter_specs
@@ -76,26 +76,14 @@ class NullRun:
         self._state = State(self._state.step, self._state.optimizer_updates, {})
 
 
-class NullBackend:
+class NullBackend(PlainBackend):
     name = "null"
     summary = "computes nothing: tests the core, measures the data path alone"
     options = NullOptions
     trains = False
 
-    def unavailable(self) -> str | None:
-        return None
-
     def prepare(self, job: Job) -> NullRun:
         return NullRun(job)
-
-    def kept_step(self, recipe: Recipe, options: Section, folder: Path) -> int | None:
-        return None
-
-    def outline(self, recipe: Recipe, options: Section) -> list[str]:
-        return []
-
-    def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
-        return None
 
 
 BACKEND = NullBackend()

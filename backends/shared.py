@@ -1,6 +1,6 @@
 """What backends on torch devices have in common: rows to a device, the global norm, the clip coefficient, who they are, and what they say.
 
-What a reader would get wrong: this is no backend and no base class. A function stands here because two backends must give the same bits.
+What a reader would get wrong: this is no backend. A function stands here because two backends must give the same bits, or the same words.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import platform
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from weftrain.core.backend import Batch, BatchSource
-from weftrain.core.errors import BackendError
+from weftrain.core.backend import Batch, BatchSource, Prediction, Speeds
+from weftrain.core.config import Recipe, Section
+from weftrain.core.errors import BackendError, CheckpointError
 from weftrain.core.host_memory import use_huge_pages
 from weftrain.core.parameters import Role
 
@@ -109,6 +111,35 @@ def device_fingerprint(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
     }
+
+
+class PlainBackend:
+    """The answers of a backend that runs anywhere, keeps no state of its own on disk, and has nothing to say before it starts."""
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def kept_step(self, recipe: Recipe, options: Section, folder: Path) -> int | None:
+        return None
+
+    def outline(self, recipe: Recipe, options: Section) -> list[str]:
+        return []
+
+    def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
+        return None
+
+
+def check_state(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError for a missing, unknown or misshapen tensor; a lazy state's `meta` is asked, and nothing is read."""
+    missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    if missing or unknown:
+        raise CheckpointError(f"state does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}; is it of another recipe?")
+    described = getattr(tensors, "meta", tensors.__getitem__)
+    for name, shape in shapes.items():
+        tensor = described(name)
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            found, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"torch.float32 {list(shape)}"
+            raise CheckpointError(f"tensor {name} is {found}, the model's is {wanted}; is it of another recipe?")
 
 
 class LentTensors(Mapping[str, torch.Tensor]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -29,9 +28,7 @@ def plan(recipe: str, overrides: tuple[str, ...], backend: str | None, disk: Pat
     from weftrain.core.errors import BackendError
 
     console = Console(highlight=False, soft_wrap=True)
-    if backend is not None:
-        overrides = (*overrides, f"backend.name={json.dumps(backend)}")
-    file = load_recipe(recipe, overrides)
+    file = load_recipe(recipe, overrides, backend)
     chosen, options = backend_options(file)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = measured_matmul_peak(device, getattr(torch, file.recipe.precision.compute))

@@ -13,9 +13,9 @@ from weftrain.core.recipe_file import load_recipe
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[backend.options.KEY=VALUE]...")
-@click.option("--wait", "wait_s", type=click.IntRange(min=0), default=60, show_default=True, help="Seconds to wait for the run's folder.")
+@click.option("--wait", "wait_s", type=click.IntRange(min=0), default=600, show_default=True, help="Seconds to wait to be let in.")
 def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
-    """Be one more replica of the run in folder RUN: its recipe, its data, its orders.
+    """Be one more replica of the run in folder RUN: its recipe, its data, its orders. It may be started before the run.
 
     What may differ on this machine is given as backend.options, e.g. backend.options.threads=8.
     """
@@ -38,13 +38,18 @@ def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
             f"{run}: no run there after {wait_s} s: start it first, with batch.replicas=N or backend.options.open_to_replicas=true"
         )
     file = load_recipe(str(run / READABLE_RECIPE), overrides)
-    backend, options = backend_options(file)
+    backend, _ = backend_options(file)
     follow = getattr(backend, "follow", None)
     if follow is None:
         raise BackendError(f"the {backend.name} backend has no replicas that join: --backend streaming does")
-    source, _ = open_data(file.recipe)
+
+    def read() -> Job:
+        file = load_recipe(str(run / READABLE_RECIPE), overrides)
+        plan = Plan(0, file.recipe.schedule.steps)
+        return Job(file.recipe, plan, backend_options(file)[1], folder=run)
+
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"joining {run}", markup=False)
     with StopRequest() as stop:
-        follow(Job(file.recipe, Plan(0, file.recipe.schedule.steps), options, folder=run), source, stop.requested)
+        follow(read, lambda job: open_data(job.recipe)[0], stop.requested, wait_s)
     console.print("left the run" if stop.requested() else "the run ended", markup=False)

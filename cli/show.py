@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 
@@ -30,8 +29,6 @@ def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...],
 
     RECIPE is a built-in name or the path of a .yaml file; without it, the built-in recipes are listed.
     """
-    if backend is not None:
-        overrides = (*overrides, f"backend.name={json.dumps(backend)}")  # quoted: the backend named null is no YAML null
     console = Console(highlight=False, soft_wrap=True)
     if recipe is None:
         table = Table("recipe", "what it is", box=None)
@@ -39,7 +36,7 @@ def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...],
             table.add_row(name, load_recipe(name).recipe.description)
         console.print(table)
         return
-    file = load_recipe(recipe, overrides)
+    file = load_recipe(recipe, overrides, backend)
     resolved_recipe = file.recipe
     beyond = [step for step in steps if step >= sum(segment.steps for segment in resolved_recipe.schedule.learning_rate)]
     if beyond:

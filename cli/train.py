@@ -6,7 +6,7 @@ where it is complete. A signal finishes the step, saves, and exits with 128 + it
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shlex
 import signal
 import sys
@@ -38,13 +38,12 @@ def train(recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str | N
     KEY.SUB=VALUE lays a value over the recipe, e.g. schedule.steps=100. SIGTERM and Ctrl-C finish the step, save, and exit (143, 130).
     """
     console = Console(highlight=False, soft_wrap=True)
-    if backend is not None:
-        overrides = (*overrides, f"backend.name={json.dumps(backend)}")  # quoted: the backend named null is no YAML null
-    file = load_recipe(recipe, overrides)
+    file = load_recipe(recipe, overrides, backend)
     name = run_name or file.recipe.name
     if Path(name).name != name or name in (".", ".."):
         raise click.BadParameter(f"'{name}' is a path; a run name is one word, and --runs names the folder", param_hint="--run")
     again = " ".join(["weftrain train", recipe, *(shlex.quote(item) for item in overrides if not item.startswith("schedule.steps="))])
+    again += "" if backend is None else f" --backend {backend}"
     again += ("" if runs == Path("runs") else f" --runs {runs}") + ("" if run_name is None else f" --run {name}")
     with StopRequest() as stop:
         _train(console, file, runs, name, set(allow), stop, again)
@@ -64,7 +63,7 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
     recipe = file.recipe
     backend, options = backend_options(file)
     source, heldout = open_data(recipe)
-    with open_run(runs / name, recipe.model_dump(mode="json")) as folder:
+    with open_run(runs / name, recipe.model_dump(mode="json")) as folder, contextlib.ExitStack() as ending:
         start = starting_state(recipe, folder.checkpoints, runs, lambda line: console.print(f"warning: {line}", markup=False))
         first = 0 if start is None else start.state.step
         if start is not None:
@@ -94,6 +93,7 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
         told = _Progress(console)
         with told:
             run = backend.prepare(Job(recipe, plan, options, None if start is None else start.weights(), told, folder.path))
+            ending.callback(run.close)  # also after an error: what a backend keeps on disk becomes durable, and others learn of the end
             if start is not None and start.has_optimizer and not keeps:
                 run.import_state(start.state)
         fingerprint = run.fingerprint()
@@ -124,7 +124,6 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
                 bar.update(done, loss)
             if not stop.number:
                 metrics.event("end", step=done, peak_flops=measured_peak(recipe, backend, run).flops, **basis)
-        run.close()
     if stop.number:
         console.print(f"stopped after step {done} and saved; the same command resumes")
     else:

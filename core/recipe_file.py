@@ -70,9 +70,10 @@ class RecipeFile:
     at: Callable[[Location], str]
 
 
-def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> RecipeFile:
+def load_recipe(recipe: str, overrides: Iterable[str] = (), backend: str | None = None) -> RecipeFile:
     """A recipe by built-in name or by the path of a .yaml file, with `key.sub=value` overrides laid over it.
 
+    backend: another than the recipe's own, whose options mean nothing to it and are left out; overrides give its options.
     Raises RecipeError naming file, line, key and remedy.
     """
     name, text = _read(recipe)
@@ -80,6 +81,9 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> RecipeFile:
     tree = _parse(text, source)
     if not isinstance(tree, dict):
         raise RecipeError(f"{name}: a recipe is a mapping of sections, this file holds {_kind(tree)}")
+    own = tree.get("backend")
+    if backend is not None and not (isinstance(own, dict) and own.get("name") == backend):
+        tree["backend"] = {"name": backend}
     return _resolve(tree, overrides, source)
 
 

@@ -11,16 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from weftrain.backends.shared import PlainBackend, ask_for_huge_pages, torch_device
 from weftrain.backends.streaming.layout import FormatName, Layout, make_layout
 from weftrain.backends.streaming.planner import needs, predict, remedies
 from weftrain.backends.streaming.schedule import Scheduler, draw
 from weftrain.core.backend import BatchSource, Job, Needs, Prediction, Speeds
+from weftrain.core.canonical import sha256_json
 from weftrain.core.config import Count, PositiveInt, Recipe, Section
 from weftrain.core.errors import BackendError
 
 if TYPE_CHECKING:
+    import torch
+
     from weftrain.backends.streaming.engine import StreamingRun
     from weftrain.backends.streaming.store import Store
 
@@ -47,6 +51,12 @@ class StreamingOptions(Section):
     timeout_s: PositiveInt = 600  # waiting for another rank
     poison_freed_slots: bool = False  # NaN where weights were that nobody may read any more: for tests and for doubts
 
+    @model_validator(mode="after")
+    def _check(self) -> StreamingOptions:
+        if self.offload_activations and self.activations == "recompute":
+            raise ValueError("offload_activations needs activations=keep: recompute keeps nothing that could be offloaded")
+        return self
+
 
 def layout_of(recipe: Recipe, options: StreamingOptions, shard: tuple[int, int] = (0, 1)) -> Layout:
     """The layout of the store that these options ask for."""
@@ -63,95 +73,113 @@ def store_folder(options: StreamingOptions, folder: Path | None) -> Path | None:
     return None if folder is None else folder / "store"
 
 
-def open_store(layout: Layout, tier: str, folder: Path | None, buffer_bytes: int) -> Store:
-    """Raises BackendError: no folder for a file tier, no room, a store of something else, in use, or torn."""
+def open_store(recipe: Recipe, options: StreamingOptions, shard: tuple[int, int], folder: Path | None) -> Store:
+    """Raises BackendError: too little memory, no folder for a file tier, no room, a store of something else, in use, or torn."""
     from weftrain.backends.streaming.direct_store import DirectStore
     from weftrain.backends.streaming.file_store import MappedStore
     from weftrain.backends.streaming.store import RamStore
 
-    if tier == "ram":
+    layout = layout_of(recipe, options, shard)
+    buffer_bytes = buffer_bytes_of(layout, options)
+    check_memory(needs(recipe, layout, options, layer_slots(recipe, options), buffer_bytes), recipe, options)
+    if options.tier == "ram":
         return RamStore(layout)
     if folder is None:
-        raise BackendError(f"backend.options.tier is {tier} and there is no folder for it: give backend.options.store a path")
-    return MappedStore(layout, folder) if tier == "mapped" else DirectStore(layout, folder, buffer_bytes)
+        raise BackendError(f"backend.options.tier is {options.tier} and there is no folder for it: give backend.options.store a path")
+    return MappedStore(layout, folder) if options.tier == "mapped" else DirectStore(layout, folder, buffer_bytes)
 
 
-class StreamingBackend:
+def _agreement(job: Job) -> str:
+    """Hash of what all ranks must have in common; what else is in backend.options each may choose for its machine."""
+    assert isinstance(job.options, StreamingOptions)
+    layout = layout_of(job.recipe, job.options).identity
+    return sha256_json({"recipe": job.recipe.model_dump(mode="json", exclude={"backend"}), "layout": layout, "fabric": job.options.fabric})
+
+
+def _set_up(job: Job) -> tuple[StreamingOptions, torch.device]:
+    """Threads, the allocator and the device of this process."""
+    import torch
+
+    from weftrain.core.host_memory import return_freed_memory
+
+    options = job.options
+    if not isinstance(options, StreamingOptions):
+        raise BackendError(f"the streaming backend was given {type(options).__name__}; it takes StreamingOptions")
+    device = torch_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if not options.huge_pages:
+        return_freed_memory()
+    elif device.type == "cpu":
+        ask_for_huge_pages()
+    return options, device
+
+
+def shares(recipe: Recipe, options: StreamingOptions) -> int:
+    """Into how many parts the state is divided."""
+    return recipe.batch.replicas if options.fabric == "sharded" else 1
+
+
+def layer_slots(recipe: Recipe, options: StreamingOptions) -> int:
+    """Places for layers on their way through, on a CPU; 0: weights are used where they lie."""
+    moves = options.tier == "direct" or recipe.batch.replicas > 1 or options.open_to_replicas
+    return min(options.layer_slots, recipe.model.num_layers) if moves else 0
+
+
+class StreamingBackend(PlainBackend):
     name = "streaming"
     summary = "weight streaming: state in RAM or on disk, one layer at a time on the device; fp32 or bf16, exact"
     options = StreamingOptions
     trains = True
 
-    def unavailable(self) -> str | None:
-        return None
-
     def prepare(self, job: Job) -> StreamingRun:
         """Raises BackendError for a device that is not there, a store that is in use, torn or of another recipe, or too little room."""
-        import torch
-
-        from weftrain.backends.shared import ask_for_huge_pages, torch_device
         from weftrain.backends.streaming.engine import StreamingRun
-        from weftrain.backends.streaming.fabric import Alone, Leader, open_meeting
-        from weftrain.core.host_memory import return_freed_memory
+        from weftrain.backends.streaming.fabric import Alone, Leader
 
-        options = job.options
-        if not isinstance(options, StreamingOptions):
-            raise BackendError(f"the streaming backend was given {type(options).__name__}; it takes StreamingOptions")
-        device = torch_device(options.device)
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        if options.huge_pages and device.type == "cpu":
-            ask_for_huge_pages()
-        elif not options.huge_pages:
-            return_freed_memory()
+        options, device = _set_up(job)
         replicas = job.recipe.batch.replicas
         if replicas * job.recipe.batch.micro_batch_size > job.recipe.batch.global_batch_size:
             raise BackendError(f"batch.replicas is {replicas} and there are fewer micro-batches: each replica needs one of its own")
-        sharded = options.fabric == "sharded"
-        layout = layout_of(job.recipe, options, (0, replicas if sharded else 1))
-        buffer_bytes = options.buffer_mib << 20 or default_buffer_bytes(layout, options.layer_slots)
-        check_memory(needs(job.recipe, layout, options, buffer_bytes), job.recipe, options)
-        store = open_store(layout, options.tier, store_folder(options, job.folder), buffer_bytes)
+        store = open_store(job.recipe, options, (0, shares(job.recipe, options)), store_folder(options, job.folder))
         try:
             fabric = Alone()
             if replicas > 1 or options.open_to_replicas:
                 if job.folder is None:
                     raise BackendError("replicas meet in the run's folder, and this run has none: set batch.replicas=1")
-                fabric = Leader(open_meeting(job.folder), replicas, sharded, options.timeout_s)
+                fabric = Leader(job.folder, _agreement(job), replicas, device, options.fabric == "sharded", options.timeout_s)
             return StreamingRun(job, options, device, store, fabric)
         except BaseException:
             store.close()
             raise
 
-    def follow(self, job: Job, source: BatchSource, leaving: Callable[[], bool]) -> None:
-        """Be a replica of the run in job.folder until it ends, or until `leaving` says so and rank 0 lets go.
+    def follow(
+        self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], leaving: Callable[[], bool], wait_s: float
+    ) -> None:
+        """Be a replica of a run until it ends, or until `leaving` says so and rank 0 lets go.
 
-        Raises BackendError where the run is not there, or is lost.
+        read: the run's job, as its folder tells it now. Raises BackendError where no run lets this process in within wait_s, or where it
+        is lost.
         """
-        from weftrain.backends.shared import torch_device
         from weftrain.backends.streaming.engine import StreamingRun
-        from weftrain.backends.streaming.fabric import Follower, find_meeting
+        from weftrain.backends.streaming.fabric import Follower, join_run
         from weftrain.backends.streaming.store import EmptyStore
 
-        options = job.options
-        assert isinstance(options, StreamingOptions)
-        assert job.folder is not None
-        if options.threads:
-            import torch
+        def seat(job: Job, meeting: Path) -> Follower:
+            options, device = _set_up(job)
+            return Follower(meeting, device, options.fabric == "sharded", options.timeout_s)
 
-            torch.set_num_threads(options.threads)
-        sharded = options.fabric == "sharded"
-        fabric = Follower(find_meeting(job.folder, options.timeout_s), sharded, options.timeout_s)
-        layout = layout_of(job.recipe, options, (fabric.rank, fabric.size) if sharded else (0, 1))
-        if sharded:
-            own = options if options.store is not None else options.model_copy(update={"store": str(job.folder / f"store-{fabric.rank}")})
-            buffer_bytes = options.buffer_mib << 20 or default_buffer_bytes(layout, options.layer_slots)
-            store = open_store(layout, options.tier, store_folder(own, job.folder), buffer_bytes)
+        job, fabric = join_run(read, _agreement, seat, wait_s)
+        options, device = _set_up(job)
+        assert job.folder is not None
+        if fabric.sharded:
+            own = Path(options.store) if options.store is not None else job.folder / f"store-{fabric.rank}"
+            store = open_store(job.recipe, options, (fabric.rank, fabric.size), own)
         else:
-            store = EmptyStore(layout)
-        run = StreamingRun(job, options, torch_device(options.device), store, fabric)
+            store = EmptyStore(layout_of(job.recipe, options))
+        run = StreamingRun(job, options, device, store, fabric)
         try:
-            run.follow(source, leaving)
+            run.follow(open_source(job), leaving)
         finally:
             run.close()
 
@@ -161,15 +189,14 @@ class StreamingBackend:
 
         assert isinstance(options, StreamingOptions)
         where = store_folder(options, folder)
-        return None if where is None else stands_at(layout_of(recipe, options), where)
+        return None if where is None else stands_at(layout_of(recipe, options, (0, shares(recipe, options))), where)
 
     def outline(self, recipe: Recipe, options: Section) -> list[str]:
         """See Backend.outline: the timeline of a step, with every byte that the store moves."""
         assert isinstance(options, StreamingOptions)
-        layout = layout_of(recipe, options)
-        ring = min(options.layer_slots, recipe.model.num_layers) if options.tier == "direct" else 0
-        buffer_bytes = options.buffer_mib << 20 or default_buffer_bytes(layout, options.layer_slots)
-        wanted, form = needs(recipe, layout, options, buffer_bytes), layout.format
+        layout = layout_of(recipe, options, (0, shares(recipe, options)))
+        ring, buffer_bytes = layer_slots(recipe, options), buffer_bytes_of(layout, options)
+        wanted, form = needs(recipe, layout, options, ring, buffer_bytes), layout.format
         return [
             f"streaming    tier {options.tier}, activations {options.activations}; {form.name}: "
             f"{form.bytes_per_parameter(recipe.precision.compute):.4g} B a parameter; exact: {form.exact}",
@@ -184,9 +211,8 @@ class StreamingBackend:
     def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction:
         """See Backend.predict."""
         assert isinstance(options, StreamingOptions)
-        layout = layout_of(recipe, options)
-        buffer_bytes = options.buffer_mib << 20 or default_buffer_bytes(layout, options.layer_slots)
-        return predict(recipe, layout, options, buffer_bytes, speeds)
+        layout = layout_of(recipe, options, (0, shares(recipe, options)))
+        return predict(recipe, layout, options, layer_slots(recipe, options), buffer_bytes_of(layout, options), speeds)
 
 
 def check_memory(wanted: Needs, recipe: Recipe, options: StreamingOptions) -> None:
@@ -204,11 +230,11 @@ def check_memory(wanted: Needs, recipe: Recipe, options: StreamingOptions) -> No
         )
 
 
-def default_buffer_bytes(layout: Layout, layer_slots: int) -> int:
-    """Of state in flight: what `layer_slots` layers have, at least four tiles, at most 1 GiB."""
+def buffer_bytes_of(layout: Layout, options: StreamingOptions) -> int:
+    """Of state in flight: what the options say, or what `layer_slots` layers have, at least four tiles, at most 1 GiB."""
     layers = [sum(tile.bytes + tile.gradient_bytes for tile in record.tiles) for record in layout.records[1:-1]]
     tile = max(tile.bytes + tile.gradient_bytes for tile in layout.tiles)
-    return max(4 * tile, min(layer_slots * max(layers), 1 << 30))
+    return options.buffer_mib << 20 or max(4 * tile, min(options.layer_slots * max(layers), 1 << 30))
 
 
 BACKEND: Any = StreamingBackend()

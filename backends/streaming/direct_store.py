@@ -94,6 +94,7 @@ class DirectStore(FileStore):
     """
 
     tier = "direct"
+    _writer: ThreadPoolExecutor | None = None  # None: still being opened, what is written then is written at once
 
     def __init__(self, layout: Layout, folder: Path, buffer_bytes: int) -> None:
         super().__init__(layout, folder, direct=True)
@@ -260,6 +261,7 @@ class DirectStore(FileStore):
                 self._fail(error)
                 raise
 
+        assert self._writer is not None
         future = self._writer.submit(run)
         self._jobs = [job for job in self._jobs if not job.done() or job.exception() is not None] + [future]
         return future
@@ -270,10 +272,10 @@ class DirectStore(FileStore):
             pool.fail(error)
 
     def _in_order(self, job: Callable[[], None]) -> None:
-        if hasattr(self, "_writer"):
-            self._submit(job)
-        else:  # still being opened
+        if self._writer is None:
             super()._in_order(job)
+        else:
+            self._submit(job)
 
     def drain(self) -> None:
         for job in self._jobs:
@@ -300,4 +302,5 @@ class DirectStore(FileStore):
         try:
             super().close()
         finally:
+            assert self._writer is not None
             self._writer.shutdown(cancel_futures=True)

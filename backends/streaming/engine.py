@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from weftrain.backends.shared import (
     Lender,
     call,
+    check_state,
     clip_coefficient,
     device_fingerprint,
     global_norm,
@@ -36,11 +37,11 @@ from weftrain.backends.streaming.layout import Layout, Record, Tile
 from weftrain.backends.streaming.passes import Gradients, Pass
 from weftrain.backends.streaming.planes import Work
 from weftrain.backends.streaming.schedule import BRINGING, Event, Schedule, Scheduler
-from weftrain.backends.streaming.state import PLANES, Given, Reader, fill, initial, spooled
+from weftrain.backends.streaming.state import Given, Reader, fill, initial, spooled
 from weftrain.backends.streaming.store import DTYPES, Commit, Pending, Store, no_trace
 from weftrain.backends.streaming.trace import Trace
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
-from weftrain.core.errors import BackendError, CheckpointError, NonFiniteError
+from weftrain.core.errors import BackendError, NonFiniteError
 from weftrain.core.host_memory import huge_page_bytes
 from weftrain.core.model import Decoder, kernel_specs, rotary_tables
 from weftrain.core.optim import group_learning_rates, parameter_groups
@@ -77,7 +78,7 @@ class StreamingRun:
         # Weights that others send, or a disk, need a place; those that lie in memory are used there.
         elsewhere = store.tier == "direct" or isinstance(fabric, Group) or device.type != "cpu"
         self._layer_slots = min(options.layer_slots, layers) if elsewhere else 0
-        self._scheduler = Scheduler(self._layout, store.tier, self._layer_slots, getattr(store, "buffer_bytes", 0))
+        self._scheduler = Scheduler(self._layout, store.tier, self._layer_slots, store.buffer_bytes)
         self._slots: dict[int, Tensor] = {}
         self._landings: dict[int, Tensor] = {}
         self._streams = Streams(device) if device.type == "cuda" else None
@@ -88,7 +89,6 @@ class StreamingRun:
         self._lender = Lender()
         self._measured: dict[str, float] = {}
         self._dataset_id: str | None = None
-        self._ordered_update: int | None = None
         self._trace_path = None if job.folder is None or not options.trace_steps else job.folder / "trace.json"
 
         if fabric.rank == 0 and (not self._all_stand(store.commit) or self._standing().step < job.plan.start_step):
@@ -108,7 +108,7 @@ class StreamingRun:
             self._measured = {}
             self._store.trace = trace if step < traced else no_trace
             self._fabric.regroup()
-            self._fabric.order(do="step", step=step, updating=self._first_update())
+            self._fabric.order(do="step", step=step)
             losses, norms, data_wait_s = self._own_share(source, step)
             loss = torch.stack(losses).sum()
             norm = global_norm([norms[spec.name] for spec in parameter_specs(recipe.model)])
@@ -144,6 +144,7 @@ class StreamingRun:
             self._fabric.barrier()
         self._store.complete_step(step, updates, pending, self._dataset_id)
         if self._fabric.sharded:
+            self._store.drain()  # a rank may be a step behind rank 0, never ahead of it
             values = None if pending is None else asdict(pending)
             self._fabric.order(do="complete", step=step, updates=updates, pending=values, dataset_id=self._dataset_id)
 
@@ -158,7 +159,6 @@ class StreamingRun:
                 self._fabric.leave()
             match order.pop("do"):
                 case "step":
-                    self._ordered_update = order["updating"]
                     self._own_share(source, order["step"])
                     if self._fabric.sharded:
                         self._store.drain()
@@ -167,8 +167,7 @@ class StreamingRun:
                     pending = None if order["pending"] is None else Pending(**order["pending"])
                     self._store.complete_step(order["step"], order["updates"], pending, order["dataset_id"])
                 case "pass":
-                    self._ordered_update = order["updating"]
-                    self._carry_out(self._schedule(order["schedule"]), None, shared=True)
+                    self._carry_out(self._schedule(order["schedule"]), None, shared=order["schedule"] != "flush")
                     self._store.drain()
                 case "stand":
                     self._stand(order["commit"])
@@ -222,10 +221,10 @@ class StreamingRun:
         return self._scheduler.step(self._first_update(), spooling=False)
 
     def _lead(self, name: str, work: Pass | None) -> None:
-        """A pass in which rank 0 alone computes; of a sharded store all ranks bring their parts."""
+        """A pass in which rank 0 alone computes; of a sharded store all ranks bring their parts, or flush what each has to."""
         if self._fabric.sharded:
-            self._fabric.order(do="pass", schedule=name, updating=self._first_update())
-        self._carry_out(self._schedule(name), work, shared=self._fabric.sharded)
+            self._fabric.order(do="pass", schedule=name)
+        self._carry_out(self._schedule(name), work, shared=self._fabric.sharded and name != "flush")
 
     # -- what rank 0 does alone
 
@@ -264,9 +263,9 @@ class StreamingRun:
         return Offload({slot.untyped_storage().data_ptr() for slot in self._slots.values()})
 
     def _first_update(self) -> int | None:
-        """The first tile that still needs the last step's update; None where none does. Rank 0's word where there are others."""
-        commit = self._standing() if self._fabric.rank == 0 else None
-        first = self._ordered_update if commit is None else (None if commit.pending is None else commit.cursor)
+        """The first tile of this rank's store that still needs the last step's update; None where none does."""
+        commit = self._store.commit
+        first = None if commit is None or commit.pending is None else commit.cursor
         if first is None:
             self._store.drop_ahead()
         self._scheduler.came_ahead = self._store.ahead
@@ -308,6 +307,14 @@ class StreamingRun:
         return slots[number]
 
     def _carry_out(self, schedule: Schedule, work: Pass | None, shared: bool) -> None:
+        """A pass; one that breaks off leaves nobody waiting for this rank."""
+        try:
+            self._do(schedule, work, shared)
+        except BaseException:
+            self._fabric.abandon()
+            raise
+
+    def _do(self, schedule: Schedule, work: Pass | None, shared: bool) -> None:
         """Do what a schedule says, in order, and hold the store to its bytes. Records are asked for as early as their slots are free."""
         store, begin = self._store, time.perf_counter()
         read, written, stalled, busy = store.bytes_read, store.bytes_written, store.stall_s, store.io_s
@@ -472,24 +479,13 @@ class StreamingRun:
 
     def _flush(self) -> None:
         """Make the pending update everywhere, and wait until all is written."""
-        if self._first_update() is not None:
+        if self._fabric.sharded or self._first_update() is not None:  # after a crash the ranks may stand at different tiles
             self._lead("flush", None)
         self._store.drain()
 
     def import_state(self, state: State) -> None:
         """See Run.import_state; tensors are read one parameter at a time, so a lazy state never is in memory as a whole."""
-        wanted = {f"{plane}/{spec.name}": spec for spec in parameter_specs(self._recipe.model) for plane in PLANES}
-        missing, unknown = sorted(wanted.keys() - state.tensors.keys()), sorted(state.tensors.keys() - wanted.keys())
-        if missing or unknown:
-            raise CheckpointError(f"state does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}; is it of another recipe?")
-        described = getattr(state.tensors, "meta", state.tensors.__getitem__)
-        for name, spec in wanted.items():
-            tensor = described(name)
-            if tuple(tensor.shape) != spec.shape or tensor.dtype != torch.float32:
-                shape, expected = list(tensor.shape), list(spec.shape)
-                raise CheckpointError(
-                    f"tensor {name} is {tensor.dtype} {shape}, the model's is torch.float32 {expected}; is it of another recipe?"
-                )
+        check_state(state.tensors, Reader(self._store, self._fabric).shapes())
         self._lender.let_go()
         tensors = state.tensors
         self._fill(lambda plane, spec: tensors[f"{plane}/{spec.name}"], state.step, state.optimizer_updates)

@@ -11,13 +11,14 @@ others follow.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import json
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +28,62 @@ from torch import Tensor
 
 from weftrain.backends.streaming.layout import Record
 from weftrain.core import fsops
+from weftrain.core.backend import Job
 from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.errors import BackendError
 
 Gradients = dict[str, Tensor]
 Finish = Callable[[Record, Gradients], None]
 
-
 _NOTE = "replicas.json"
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the new name, and the one before it
 
 
-def open_meeting(folder: Path) -> Path:
+def _open_meeting(folder: Path, agreement: str) -> Path:
     """For rank 0: a new file in the run's folder through which the ranks find each other, and the note that names it."""
     meeting = f"meeting-{secrets.token_hex(8)}"
-    for old in folder.glob("meeting-*"):
-        fsops.remove_file(old)
-    fsops.write_bytes(folder / _NOTE, canonical_json({"meeting": meeting}) + b"\n")
+    note = {"meeting": meeting, "agreement": agreement}
+    fsops.write_bytes(folder / _NOTE, canonical_json(note) + b"\n")
     return folder / meeting
 
 
-def find_meeting(folder: Path, timeout_s: float) -> Path:
-    """For the others: the file that the note names. Raises BackendError where no run opens one in time."""
-    deadline = time.monotonic() + timeout_s
-    while not (folder / _NOTE).exists():
+def _read_note(folder: Path) -> dict[str, str] | None:
+    """For the others: what rank 0 wrote; None where there is nothing. A name from a file is a name of ours, or is refused."""
+    try:
+        note = parse_json((folder / _NOTE).read_bytes())
+    except FileNotFoundError:
+        return None
+    if not isinstance(note, dict) or not re.fullmatch(r"meeting-[0-9a-f]{16}", str(note.get("meeting"))) or "agreement" not in note:
+        raise BackendError(f"{folder / _NOTE}: names no meeting: remove it and start the run again")
+    return note
+
+
+def join_run(
+    read: Callable[[], Job], agreement: Callable[[Job], str], seat: Callable[[Job, Path], Follower], timeout_s: float
+) -> tuple[Job, Follower]:
+    """Wait for a run to let this process in. `read` gives the job as its folder tells it now; `seat` draws a number at a meeting.
+
+    The note of a run that was killed stays behind until the next one is started, and the folder's recipe with it: so a number is drawn
+    only where both agree, and again where the note changes. Raises BackendError after timeout_s.
+    """
+    deadline, meeting, follower, job, why = time.monotonic() + timeout_s, "", None, read(), "no run waits for replicas there"
+    assert job.folder is not None
+    folder = job.folder
+    while follower is None or not follower.let_in():
+        note = _read_note(folder)
+        if note is not None and note["meeting"] != meeting:
+            job = read()
+            why = "its run has another recipe, or other backend.options (fabric, tier, tile_elements, state_format), than this replica"
+            if note["agreement"] == agreement(job):
+                why = "its run did not let this replica in: it may be computing a step, or be dead"
+                meeting, follower = note["meeting"], seat(job, folder / note["meeting"])
         if time.monotonic() > deadline:
             raise BackendError(
-                f"{folder}: no run waits for replicas there: start it with `weftrain train RECIPE --backend streaming batch.replicas=N`"
+                f"{folder}: after {timeout_s:.0f} s {why}; a run is started with `weftrain train RECIPE --backend streaming "
+                "batch.replicas=N`"
             )
-        time.sleep(0.1)
-    name = parse_json((folder / _NOTE).read_bytes()).get("meeting", "")
-    if not re.fullmatch(r"meeting-[0-9a-f]{16}", name):
-        raise BackendError(f"{folder / _NOTE}: names no meeting: remove it and start the run again")
-    return folder / name
+        time.sleep(0.05)
+    return job, follower
 
 
 class Alone:
@@ -104,6 +128,9 @@ class Alone:
     def barrier(self) -> None:
         """Wait for all."""
 
+    def abandon(self) -> None:
+        """Go at once, without a word: whoever waits for this rank learns that it is gone."""
+
     def close(self) -> None:
         """Leave the group."""
 
@@ -111,8 +138,8 @@ class Alone:
 class Group(Alone):
     """What rank 0 and the others have in common. `meeting`: a file that all can open, through which they find each other."""
 
-    def __init__(self, meeting: Path, sharded: bool, timeout_s: float) -> None:
-        self.sharded, self._timeout_s, self._meeting = sharded, timeout_s, meeting
+    def __init__(self, meeting: Path, device: torch.device, sharded: bool, timeout_s: float) -> None:
+        self.sharded, self._device, self._timeout_s, self._meeting = sharded, device, timeout_s, meeting
         self._store = dist.FileStore(str(meeting), -1)
         self._store.set_timeout(datetime.timedelta(seconds=timeout_s))
         self._waiting: list[tuple[Record, Gradients, Tensor, Any, Finish]] = []
@@ -125,8 +152,30 @@ class Group(Alone):
         if size > 1:
             store = dist.PrefixStore(f"group/{generation}", self._store)
             timeout = datetime.timedelta(seconds=self._timeout_s)
-            with _lost("form the group", rank):
-                dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+            with self._reaching("form the group"):
+                # Weights and gradients travel where they are, orders and losses between the hosts.
+                backend = "gloo" if self._device.type == "cpu" else "cpu:gloo,cuda:nccl"
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+    @contextlib.contextmanager
+    def _reaching(self, what: str) -> Iterator[None]:
+        """Turns what torch.distributed raises when a peer is gone into one line."""
+        try:
+            yield
+        except BackendError:
+            raise
+        except (RuntimeError, dist.DistError) as error:
+            who = "the leader" if self.rank > 0 else "a replica"
+            rank, first = self.rank, str(error).strip().splitlines()[0][:160]
+            self.abandon()
+            raise BackendError(
+                f"rank {rank}: {who} was lost while this process tried to {what} ({first}): the last completed step is intact; start the "
+                "run again, with as many replicas as there are"
+            ) from error
+
+    def abandon(self) -> None:
+        self._dissolve()
+        self.size = 1
 
     def _dissolve(self) -> None:
         if dist.is_initialized():
@@ -143,7 +192,7 @@ class Group(Alone):
     def share(self, record: Record, slot: Tensor | None) -> None:
         if self.size == 1 or slot is None:
             return
-        with _lost(f"share the weights of {record.name}", self.rank):
+        with self._reaching(f"share the weights of {record.name}"):
             if not self.sharded:
                 dist.broadcast(slot[: record.compute_bytes], 0)
                 return
@@ -158,12 +207,12 @@ class Group(Alone):
             return
         names = list(parts[0])
         shapes = [parts[0][name].shape for name in names]
-        with _lost(f"reduce the gradients of {record.name}", self.rank):
+        with self._reaching(f"reduce the gradients of {record.name}"):
             if self.rank == 0:
                 flat = torch.cat([parts[0][name].reshape(-1) for name in names])
                 remaining = parts[1:]
             else:
-                flat = torch.empty(sum(shape.numel() for shape in shapes), dtype=torch.float32)
+                flat = torch.empty(sum(shape.numel() for shape in shapes), dtype=torch.float32, device=self._device)
                 dist.recv(flat, self.rank - 1)
                 remaining = parts
             pieces = flat.split([shape.numel() for shape in shapes])
@@ -204,7 +253,7 @@ class Group(Alone):
         finish(record, sums)
 
     def settle(self) -> None:
-        with _lost("finish the step", self.rank):
+        with self._reaching("finish the step"):
             while self._waiting:
                 self._finish_oldest()
             for work, _ in self._sent:
@@ -214,7 +263,7 @@ class Group(Alone):
     def losses(self, own: list[Tensor]) -> list[Tensor]:
         if self.size == 1:
             return own
-        with _lost("gather the losses", self.rank):
+        with self._reaching("gather the losses"):
             counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
             dist.all_gather(counts, torch.tensor([len(own)]))
             most = int(max(counts))
@@ -224,18 +273,18 @@ class Group(Alone):
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         if self.size > 1:
-            with _lost("send to all", self.rank):
+            with self._reaching("send to all"):
                 dist.broadcast(tensor, 0)
         return tensor
 
     def join_parts(self, tensor: Tensor) -> Tensor:
-        with _lost("join a tensor", self.rank):
+        with self._reaching("join a tensor"):
             dist.reduce(tensor.view(torch.int32), 0)  # bit patterns: to add 0.0 to -0.0 would change its sign
         return tensor
 
     def barrier(self) -> None:
         if self.size > 1:
-            with _lost("wait for all", self.rank):
+            with self._reaching("wait for all"):
                 dist.barrier()
 
     def close(self) -> None:
@@ -245,8 +294,8 @@ class Group(Alone):
 class Leader(Group):
     """Rank 0. Waits for `replicas - 1` others; later ones are let in between two steps."""
 
-    def __init__(self, meeting: Path, replicas: int, sharded: bool, timeout_s: float) -> None:
-        super().__init__(meeting, sharded, timeout_s)
+    def __init__(self, folder: Path, agreement: str, replicas: int, device: torch.device, sharded: bool, timeout_s: float) -> None:
+        super().__init__(_open_meeting(folder, agreement), device, sharded, timeout_s)
         self._members: list[int] = []  # numbers that followers drew, in the order of their ranks
         self._known = self._generation = 0
         deadline = time.monotonic() + timeout_s
@@ -278,7 +327,8 @@ class Leader(Group):
         self._generation += 1
         size = len(self._members) + 1
         for rank, number in enumerate(self._members, 1):
-            self._store.set(f"first/{number}", str(self._generation)) if not self._store.check([f"first/{number}"]) else None
+            if not self._store.check([f"first/{number}"]):
+                self._store.set(f"first/{number}", str(self._generation))
             self._store.set(f"seat/{number}/{self._generation}", f"{rank} {size}")
         self._form(self._generation, 0, size)
 
@@ -289,22 +339,31 @@ class Leader(Group):
     def close(self) -> None:
         self.order(do="end")
         super().close()
-        for path in (self._meeting.parent / _NOTE, self._meeting):
-            path.unlink(missing_ok=True)
+        # Also those of runs that were killed, and only now: who waits at one would wait for a file that is gone, not for the next note.
+        for path in (self._meeting.parent / _NOTE, *self._meeting.parent.glob("meeting-*")):
+            if path.exists():
+                fsops.remove_file(path)
 
 
 class Follower(Group):
     """Any other rank: draws a number, waits for its seat, and takes orders."""
 
-    def __init__(self, meeting: Path, sharded: bool, timeout_s: float) -> None:
-        super().__init__(meeting, sharded, timeout_s)
-        self._number = int(self._store.add("drawn", 1))
-        with _lost("be let in (is the run there, and training?)", -1):
-            self._generation = int(self._store.get(f"first/{self._number}"))
+    def __init__(self, meeting: Path, device: torch.device, sharded: bool, timeout_s: float) -> None:
+        super().__init__(meeting, device, sharded, timeout_s)
+        self._number, self._generation = int(self._store.add("drawn", 1)), 0
+        self.left = False
+
+    def let_in(self) -> bool:
+        """Whether rank 0 has given this one a seat; it then sits."""
+        first = f"first/{self._number}"
+        if not self._store.check([first]):
+            return False
+        self._generation = int(self._store.get(first))
         self.left = not self._sit()
+        return True
 
     def _sit(self) -> bool:
-        with _lost("get a seat", self.rank):
+        with self._reaching("get a seat"):
             seat = self._store.get(f"seat/{self._number}/{self._generation}").decode()
         if seat == "left":
             self._dissolve()
@@ -330,21 +389,3 @@ class Follower(Group):
             if not self._sit():
                 self.left = True
                 return None
-
-
-class _lost:  # noqa: N801  (a context manager that reads as a clause)
-    """Turns what torch.distributed raises when a peer is gone into one line."""
-
-    def __init__(self, what: str, rank: int) -> None:
-        self._what, self._rank = what, rank
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (RuntimeError, dist.DistError)) and not isinstance(error, BackendError):
-            who = "the leader" if self._rank > 0 else "a replica"
-            first = str(error).strip().splitlines()[0][:160]
-            raise BackendError(
-                f"rank {self._rank}: {who} was lost while this process tried to {self._what} ({first}): the last completed step is intact; "
-                "start the run again, with as many replicas as there are"
-            ) from error

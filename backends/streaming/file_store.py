@@ -7,6 +7,7 @@ counts.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import mmap
@@ -111,8 +112,8 @@ class FileStore(Store):
                 self.drain()
                 with self._blamed("closed"):
                     self._state.sync()
-                    if self.commit is not None:
-                        page = _page(replace(self.commit, sequence=self._sequence + 1, closed=True))
+                    if self._kept is not None:
+                        page = _page(replace(self._kept, sequence=self._sequence + 1, closed=True))
                         self._commits.write_at((self._sequence + 1) % 2 * PAGE_BYTES, memoryview(page))
                     self._commits.sync()
         finally:
@@ -125,7 +126,10 @@ class FileStore(Store):
         except OSError as error:
             done = "" if self._kept is None else f"; the store stands at {self._kept.step} completed steps"
             where = error.filename or self.folder
-            raise BackendError(f"{where}: cannot be {what}: {error.strerror or error}{done}: check the disk, then resume") from error
+            remedy = "check the disk, then resume"
+            if self.tier == "direct" and what == "opened" and error.errno == errno.EINVAL:
+                remedy = "this file system has no direct I/O: take backend.options.tier=mapped, or another backend.options.store"
+            raise BackendError(f"{where}: cannot be {what}: {error.strerror or error}{done}: {remedy}") from error
 
 
 _DAMAGED = "the store was damaged from outside: remove its folder, and the run continues from its newest checkpoint"
@@ -158,7 +162,9 @@ def check_identity(layout: Layout, folder: Path) -> bool:
 
 def read_commit(folder: Path) -> Commit | None:
     """Where a store stands; None where it was not filled. Raises BackendError for one that a crash of the machine or a hand has torn."""
-    pages = (folder / "commit").read_bytes()
+    pages = (folder / "commit").read_bytes() if (folder / "commit").exists() else b""
+    if len(pages) != 2 * PAGE_BYTES:
+        raise BackendError(f"{folder}/commit: is missing or cut: {_DAMAGED}")
     found: list[Commit] = []
     for start in range(0, len(pages), PAGE_BYTES):
         page = pages[start : start + PAGE_BYTES]

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from weftrain.backends.shared import HEAD_USE, call, present
-from weftrain.backends.streaming.fabric import Alone
+from weftrain.backends.streaming.fabric import Alone, Gradients
 from weftrain.backends.streaming.layout import Record
 
 if TYPE_CHECKING:
     from weftrain.backends.streaming.engine import StreamingRun
 
 Rows = tuple[Tensor, Tensor, Tensor | None]  # ids, labels, document_start of one micro-batch
-Gradients = dict[str, Tensor]
 
 
 class Pass:
@@ -32,9 +31,8 @@ class Pass:
         self._keeps = run._options.activations == "keep"
         self._x: list[Tensor] = []  # of each micro-batch: the residual stream, and on the way back its gradient
         self._graphs: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {}  # record -> (input, output, or None to compute it again)
-        self._parts: list[
-            Gradients
-        ] = []  # of the record at hand: the sum so far; on a rank that adds to another's sum, of each micro-batch
+        # Of the record at hand: the sum so far; on a rank that adds to another's sum, each micro-batch by itself.
+        self._parts: list[Gradients] = []
         self._head_use: Tensor | None = None
         self.losses: list[Tensor] = []
         self.norms: dict[str, Tensor] = {}

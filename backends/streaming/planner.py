@@ -23,13 +23,13 @@ _LOGIT_CHUNK_BYTES = 6 << 24  # of a chunked head: 2^24 logits, in bf16 and in f
 _EFFICIENCY = 0.75
 
 
-def needs(recipe: Recipe, layout: Layout, options: StreamingOptions, buffer_bytes: int) -> Needs:
-    """Memory and disk of one process."""
+def needs(recipe: Recipe, layout: Layout, options: StreamingOptions, ring: int, buffer_bytes: int) -> Needs:
+    """Memory and disk of one process. ring: layers whose weights have places of their own."""
     model, compute, recompute = recipe.model, recipe.precision.compute, options.activations == "recompute"
     item, ram = ITEM_BYTES[compute], options.tier == "ram"
     micro = recipe.batch.micro_batch_size * recipe.data.sequence_length
     tokens = recipe.batch.global_batch_size * recipe.data.sequence_length
-    layers, ring = layout.records[1:-1], min(options.layer_slots, model.num_layers)
+    layers = layout.records[1:-1]
     largest = max(record.size for record in layers)
     stream = tokens * model.hidden_size * 4
     block = micro * _block_bytes_a_token(recipe, item)
@@ -43,11 +43,12 @@ def needs(recipe: Recipe, layout: Layout, options: StreamingOptions, buffer_byte
         "gradients of a layer": 2 * largest * accumulated,
         "head": vocabulary * (4 + 2 * accumulated) + _LOGIT_CHUNK_BYTES,
     }
-    if options.tier == "direct":
+    if ring:
         parts["weights"] = ring * max(record.compute_bytes for record in layers) + layout.records[0].compute_bytes
         parts["weights"] += 0 if head is layout.records[0] else head.compute_bytes
+    if options.tier == "direct":
         parts["buffers"] = 2 * buffer_bytes
-    elif ram:
+    if ram:
         parts["store"] = sum(tile.bytes + tile.gradient_bytes for tile in layout.tiles)
     return Needs(parts, 0 if ram else layout.file_bytes)
 
@@ -58,9 +59,8 @@ def _block_bytes_a_token(recipe: Recipe, item: int) -> int:
     return 2 * 4 * hidden + 2 * 4 * hidden + 7 * item * hidden + 3 * item * inner
 
 
-def predict(recipe: Recipe, layout: Layout, options: StreamingOptions, buffer_bytes: int, speeds: Speeds) -> Prediction:
+def predict(recipe: Recipe, layout: Layout, options: StreamingOptions, ring: int, buffer_bytes: int, speeds: Speeds) -> Prediction:
     """A step in the middle of a run: with the update of the one before."""
-    ring = min(options.layer_slots, recipe.model.num_layers) if options.tier == "direct" else 0
     schedule = Scheduler(layout, options.tier, ring, buffer_bytes).step(first_update=0)
     flops = flops_per_token(recipe.model, recipe.data.sequence_length) * recipe.tokens_per_step
     again = 4 / 3 if options.activations == "recompute" else 1.0
@@ -82,7 +82,9 @@ def predict(recipe: Recipe, layout: Layout, options: StreamingOptions, buffer_by
     limit = max(slowest, key=lambda name: slowest[name])
     if limit == "compute" and times["memory"] > times["compute"]:
         limit = "memory"
-    return Prediction(max(slowest.values()) + times.get("first record", 0.0), limit, times, needs(recipe, layout, options, buffer_bytes))
+    return Prediction(
+        max(slowest.values()) + times.get("first record", 0.0), limit, times, needs(recipe, layout, options, ring, buffer_bytes)
+    )
 
 
 def remedies(recipe: Recipe, options: StreamingOptions) -> str:

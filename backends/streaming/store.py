@@ -12,6 +12,7 @@ the last update. A process killed at any instant leaves old or new tiles, and th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -56,10 +57,11 @@ def no_trace(track: str, name: str, start_s: float, end_s: float) -> None:
     """Nobody wants a timeline."""
 
 
-class Store:
+class Store(ABC):
     """What the three tiers share. Names in gradients and states are canonical parameter names; all memory is the host's."""
 
     tier = ""
+    buffer_bytes = 0  # of state on its way in or out
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -81,25 +83,25 @@ class Store:
     def drop_ahead(self) -> None:
         """No update comes: what was read ahead is not needed."""
 
+    @abstractmethod
     def compute_planes(self, record: Record) -> list[Tensor]:
         """Of each tile of a fetched record, the owned elements of the weights in the compute dtype, flat."""
-        raise NotImplementedError
 
+    @abstractmethod
     def updating(self, tile: Tile) -> Iterator[Part]:
         """The parts of a tile, to be updated in place one by one; the tile counts as updated when the iterator is exhausted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spool(self, tile: Tile, gradient: Callable[[Tensor], None]) -> None:
         """Keep a tile's gradient: `gradient` fills a flat tensor of the owned elements."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_state(self, tile: Tile) -> Planes:
         """Every plane of a tile as it is now (no update may be pending)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write_state(self, tile: Tile, planes: Planes) -> None:
         """Set a tile as it is before any update (rotation 0). Between `begin_filling` and `end_filling`."""
-        raise NotImplementedError
 
     def drain(self) -> None:
         """Wait until all that was written is in the system's hands. Raises BackendError for what failed."""

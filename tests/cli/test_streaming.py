@@ -89,13 +89,16 @@ def test_plan(weftrain: Callable[..., Result], tmp_path: Path) -> None:
     for words in ("step, predicted", "limited by", "memory, computed", "disk, computed", "1.41 GB"):
         assert words in result.output
     assert not list(tmp_path.iterdir())
-    other = weftrain("plan", "crystal_demo", "--backend", "null", "--disk", str(tmp_path))
+    other = weftrain("plan", "bench_70m", "--backend", "null", "--disk", str(tmp_path))
     assert other.exit_code != 0
     assert "predicts nothing" in other.output
 
 
 def test_show_with_a_backend(weftrain: Callable[..., Result]) -> None:
-    result = weftrain("show", "amber_7b", "--backend", "streaming", "backend.options={tier: direct, state_format: bf16_moments}")
+    """The recipe's options are its own backend's (activation_checkpointing): another backend is asked without them."""
+    result = weftrain(
+        "show", "amber_7b", "--backend", "streaming", "backend.options.tier=direct", "backend.options.state_format=bf16_moments"
+    )
     assert result.exit_code == 0, result.output
     assert "GB of state" in result.output
     assert "################################" in result.output

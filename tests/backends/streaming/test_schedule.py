@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from streaming_runs import SIX_LAYERS, source_of, streaming
 
-from weftrain.backends.streaming import StreamingOptions, layout_of
+from weftrain.backends.streaming import StreamingOptions, layer_slots, layout_of
 from weftrain.backends.streaming.planner import needs, predict, remedies
 from weftrain.backends.streaming.schedule import BRINGING, Scheduler, draw
 from weftrain.core.backend import Speeds
@@ -84,12 +85,13 @@ def test_needs_follow_the_options() -> None:
 
     def total(**chosen: Any) -> int:
         chosen_options = StreamingOptions.model_validate(chosen)
-        return needs(recipe, layout_of(recipe, chosen_options), chosen_options, 64 << 20).total_memory_bytes
+        ring = layer_slots(recipe, chosen_options)
+        return needs(recipe, layout_of(recipe, chosen_options), chosen_options, ring, 64 << 20).total_memory_bytes
 
     assert total(tier="direct") < total(tier="ram") - 600e6
     assert total(tier="direct", activations="recompute") < total(tier="direct")
     assert total(tier="direct", layer_slots=2) < total(tier="direct", layer_slots=6)
-    assert needs(recipe, layout_of(recipe, options()), options(), 0).disk_bytes == 0
+    assert needs(recipe, layout_of(recipe, options()), options(), 0, 0).disk_bytes == 0
     assert "tier=direct" in remedies(recipe, options())
     assert remedies(
         load_recipe("bench_70m", ["batch.micro_batch_size=1"]).recipe,
@@ -104,12 +106,17 @@ def test_the_limit_of_a_prediction_is_the_slowest() -> None:
 
     def limit(**changes: float) -> str:
         speeds = Speeds(**{"matmul_flops": 4e11, "memory_bytes": 5e10, "disk_bytes": 5e9, **changes})
-        found = predict(recipe, layout, chosen, 1 << 28, speeds)
+        found = predict(recipe, layout, chosen, 3, 1 << 28, speeds)
         assert found.step_s >= max(value for name, value in found.parts.items() if name != "first record")
         return found.limit
 
     assert limit() == "compute"
     assert limit(disk_bytes=1e8) == "disk"
     assert limit(matmul_flops=1e15, memory_bytes=1e9, disk_bytes=1e12) == "memory"
-    compute = predict(recipe, layout, chosen, 1 << 28, Speeds(4e11, 5e10, 5e9)).parts["compute"]
+    compute = predict(recipe, layout, chosen, 3, 1 << 28, Speeds(4e11, 5e10, 5e9)).parts["compute"]
     assert compute == pytest.approx(363_724_800 * 1024 / (4e11 * 0.75))
+
+
+def test_options_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValidationError, match="offload_activations needs activations=keep"):
+        StreamingOptions(activations="recompute", offload_activations=True)

@@ -26,6 +26,7 @@ from weftrain.core import checkpoint, fsops
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError, NonFiniteError
+from weftrain.core.recipe_file import load_recipe
 
 Tiny = Callable[..., Recipe]
 FILE_TIERS = ("mapped", "direct")
@@ -242,6 +243,11 @@ def test_other_damage_is_refused(tiny_recipe: Tiny, tmp_path: Path) -> None:
     (folder / "layout.json").write_text("{")
     with pytest.raises(BackendError, match="damaged"):
         streaming(recipe, tmp_path, "mapped")
+    (folder / "layout.json").unlink()
+    streaming(recipe, tmp_path, "mapped").close()
+    (folder / "commit").unlink()
+    with pytest.raises(BackendError, match="commit: is missing or cut"):
+        streaming(recipe, tmp_path, "mapped")
     strange = tmp_path / "strange"
     strange.mkdir()
     (strange / "thesis.tex").write_text("mine")
@@ -267,6 +273,17 @@ def test_too_little_room_is_said_before_anything_is_written(tiny_recipe: Tiny, t
     with pytest.raises(BackendError, match=r"no folder for it: give backend\.options\.store"):
         prepare(recipe, "streaming", None, tier="mapped")
     assert resumed(recipe, tmp_path, "direct")[0] == 0
+
+
+def test_a_file_system_without_direct_io_is_named(tiny_recipe: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, path: Path, action: Callable[[], Any]) -> Any:
+        if name == "open" and path.name == "state":
+            raise OSError(22, "Invalid argument", str(path))
+        return action()
+
+    monkeypatch.setattr(fsops, "_perform", refuse)
+    with pytest.raises(BackendError, match=r"no direct I/O: take backend\.options\.tier=mapped"):
+        streaming(small(tiny_recipe), tmp_path, "direct")
 
 
 def test_an_interrupted_filling_holds_no_state(tiny_recipe: Tiny, tmp_path: Path) -> None:
@@ -366,8 +383,8 @@ run.close()
 """
 
 
-def kill_storm(tier: str, kills: int, recipe_overrides: list[str], tmp_path: Path) -> None:
-    recipe = __import__("weftrain.core.recipe_file", fromlist=["load_recipe"]).load_recipe("crystal_demo", recipe_overrides).recipe
+def assert_same_bits_after_kills(tier: str, kills: int, recipe_overrides: list[str], tmp_path: Path) -> None:
+    recipe = load_recipe("crystal_demo", recipe_overrides).recipe
     wanted = trained(prepare(recipe, steps=12), recipe)[2]
     randomness, done = random.Random(tier), 0
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), tier, json.dumps(recipe_overrides)]
@@ -391,10 +408,10 @@ def kill_storm(tier: str, kills: int, recipe_overrides: list[str], tmp_path: Pat
 
 
 def test_killed_at_random_moments(tiny_overrides: list[str], tmp_path: Path) -> None:
-    kill_storm("direct", 3, [*tiny_overrides, "model.num_layers=5"], tmp_path)
+    assert_same_bits_after_kills("direct", 3, [*tiny_overrides, "model.num_layers=5"], tmp_path)
 
 
 @pytest.mark.prove
 @pytest.mark.parametrize("tier", FILE_TIERS)
 def test_kill_storm(tier: str, tiny_overrides: list[str], tmp_path: Path) -> None:
-    kill_storm(tier, 12, [*tiny_overrides, "model.num_layers=8"], tmp_path)
+    assert_same_bits_after_kills(tier, 12, [*tiny_overrides, "model.num_layers=8"], tmp_path)
