@@ -8,7 +8,6 @@ say whether they trained the same model.
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import time
@@ -23,6 +22,7 @@ from weftrain.analysis.peak import Peak
 from weftrain.core.backend import Run
 from weftrain.core.config import ModelConfig, Recipe
 from weftrain.core.errors import WeftrainError
+from weftrain.core.host_memory import peak_resident_bytes
 from weftrain.core.parameters import flops_per_token
 from weftrain.core.synthetic import SyntheticSource
 
@@ -95,7 +95,7 @@ def measure(run: Run, recipe: Recipe, source: SyntheticSource, warmup: int, peak
         "first_step_s": round(seconds[0], 2),
         "loss_first": round(losses[0], 4),
         "loss_last": round(losses[-1], 4),
-        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_rss_gib": round(peak_resident_bytes() / 2**30, 2),
         "peak_gflop_per_second": "unknown" if peak.flops is None else round(peak.flops / 1e9, 1),
         "peak_origin": peak.origin,
         "model_flops_utilization": "unknown" if peak.flops is None else round(flops / peak.flops, 4),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+import resource
 from pathlib import Path
 
 import psutil
@@ -79,3 +80,16 @@ def huge_page_bytes() -> int:
     except OSError:
         return 0
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages:"))
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident set that this program had.
+
+    Linux's ru_maxrss is not that: it survives exec, so a small program started by a large one would report its parent's peak.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if platform.system() == "Darwin" else used << 10
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))

@@ -66,3 +66,18 @@ print(use_huge_pages())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert "bytes of address space" in done.stdout or "never gives" in done.stdout
+
+
+def test_the_peak_is_the_programs_own_and_not_its_parents() -> None:
+    child = "from weftrain.core.host_memory import peak_resident_bytes; print(peak_resident_bytes())"
+    parent = f"""
+import subprocess, sys
+held = bytearray(b'x') * (600 << 20)
+print(subprocess.run([sys.executable, "-c", {child!r}], capture_output=True, text=True, check=True).stdout)
+from weftrain.core.host_memory import peak_resident_bytes
+print(peak_resident_bytes())
+"""
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True, timeout=60)
+    small, large = map(int, done.stdout.split())
+    assert small < 400 << 20
+    assert 600 << 20 < large < 1000 << 20

@@ -17,12 +17,13 @@ from weftrain.core.recipe_file import load_recipe
 from weftrain.kernels import select
 
 MEASURED = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 import torch
 from weftrain.core.recipe_file import load_recipe
 from weftrain.backends.registry import get_backend
 from weftrain.core.backend import Job, Plan
+from weftrain.core.host_memory import peak_resident_bytes
 from weftrain.core.synthetic import synthetic_source
 torch.set_num_threads(2)
 recipe = load_recipe("amber_demo", json.loads(sys.argv[2])).recipe
@@ -33,7 +34,7 @@ source = synthetic_source(recipe.model.vocab_size, recipe.data.sequence_length, 
 losses = [float(result.loss) for result in run.train(source)]
 state = (Path(sys.argv[1]) / "store" / "state").stat().st_size
 run.close()
-print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, "state_bytes": state, "losses": losses}))
+print(json.dumps({"peak_bytes": peak_resident_bytes(), "state_bytes": state, "losses": losses}))
 """
 BASE = ["backend.name=streaming", "backend.options.tier=direct", "backend.options.layer_slots=2", "backend.options.huge_pages=false"]
 BASE += ["data.sources=[]", "data.synthetic_rows=8", "precision.compute=float32", "log.tensorboard=false", "batch.global_batch_size=8"]
