@@ -14,7 +14,6 @@ from weftrain.backends.registry import get_backend
 from weftrain.core.backend import Backend, BatchSource, EvaluationSource, Run
 from weftrain.core.config import Recipe, Section
 from weftrain.core.recipe_file import RecipeFile, validate_section
-from weftrain.core.synthetic import synthetic_source
 
 
 def backend_options(file: RecipeFile) -> tuple[Backend, Section]:
@@ -27,19 +26,15 @@ def backend_options(file: RecipeFile) -> tuple[Backend, Section]:
 
 def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
     """The training rows and the held-out sets of a recipe. Raises DataError."""
-    if recipe.data.synthetic_rows is not None:
-        rows, sequence_length = recipe.data.synthetic_rows, recipe.data.sequence_length
-        batch_size, seed = recipe.batch.global_batch_size, recipe.data.shuffle_seed
-        return synthetic_source(recipe.model.vocab_size, sequence_length, rows, batch_size, seed), ()
-    from weftrain.core.data import open_heldout, open_training
+    from weftrain.core.data import open_heldout, training_source
 
-    source = open_training(recipe.data, recipe.batch.global_batch_size, vocab_size=recipe.model.vocab_size)
+    source = training_source(recipe)
     return source, open_heldout(recipe.data, recipe.model.vocab_size, recipe.log.evaluate_rows)
 
 
 def measured_peak(recipe: Recipe, backend: Backend, run: Run) -> Peak:
     """The matrix-multiply peak of the device that the run is on, in its compute dtype; unknown for a backend that computes nothing."""
     if not backend.trains:
-        return Peak(None, f"the {backend.name} backend computes nothing")
+        return Peak(None, f"the {backend.name} backend does not compute here")
     device = torch.device(run.fingerprint()["device_type"])
     return measured_matmul_peak(device, getattr(torch, recipe.precision.compute))

@@ -1,15 +1,22 @@
-"""`weftrain backends`: which backends there are, and why one cannot run here."""
+"""`weftrain backends`: which backends there are, why one cannot run here, and how that is mended."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from weftrain.cli.display import Bar
 
-@click.command()
-def backends() -> None:
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def backends(context: click.Context) -> None:
     """List the backends found, with what each is and the reason where it cannot run here."""
+    if context.invoked_subcommand is not None:
+        return
     from weftrain.backends.registry import find_backends
 
     table = Table("backend", "what it is", "here", "options (backend.options)", box=None)
@@ -18,3 +25,15 @@ def backends() -> None:
         options = ", ".join(f"{key}={field.default}" for key, field in backend.options.model_fields.items())
         table.add_row(name, backend.summary, "available" if reason is None else reason, options)
     Console(highlight=False).print(table)
+
+
+@backends.command()
+@click.argument("name", type=click.Choice(["cerebras"]))
+@click.option("--python", type=click.Path(path_type=Path), help="The CPython 3.11 to make it with; one is looked for otherwise.")
+def setup(name: str, python: Path | None) -> None:
+    """Make the environment of its own that a backend needs, once, in the user's cache folder."""
+    from weftrain.backends.cerebras import environment
+
+    with Bar(Console(highlight=False, soft_wrap=True, stderr=True), f"setting up {name}", 100) as bar:
+        made = environment.make(lambda words, share: bar.update(round(100 * share), words), python)
+    click.echo(f"{name} is ready: cerebras-pytorch {environment.pinned('cerebras-pytorch')} for {made}; next: weftrain lower crystal_demo")

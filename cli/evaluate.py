@@ -16,8 +16,9 @@ from rich.table import Table
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--rows", type=click.IntRange(min=1), help="Rows of each held-out set.  [default: all]")
+@click.option("--backend", help="Another backend than the run's, with its own default options.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a set instead of a table.")
-def evaluate(run: Path, overrides: tuple[str, ...], rows: int | None, as_json: bool) -> None:
+def evaluate(run: Path, overrides: tuple[str, ...], rows: int | None, backend: str | None, as_json: bool) -> None:
     """Measure held-out loss and perplexity per set. RUN is a run folder (its newest whole checkpoint) or one checkpoint's folder.
 
     KEY.SUB=VALUE lays a value over the recorded recipe, e.g. data.root=/other/place.
@@ -36,17 +37,18 @@ def evaluate(run: Path, overrides: tuple[str, ...], rows: int | None, as_json: b
         raise CheckpointError(f"{run}: no whole checkpoint; train the run further, or name a checkpoint's folder")
     state, manifest = checkpoint.load(path)
     own = [f"log.evaluate_rows={rows or 2**40}", "batch.replicas=1"]
-    if manifest["recipe"]["backend"]["options"].get("store") is not None:
+    recorded = manifest["recipe"]["backend"]
+    if backend in (None, recorded["name"]) and recorded["options"].get("store") is not None:
         own.append("backend.options.store=null")  # the run's own store holds what the run last trained, and may be in use
-    file = recorded_recipe(manifest["recipe"], f"{path}/manifest.json: recipe", [*overrides, *own])
-    backend, options = backend_options(file)
+    file = recorded_recipe(manifest["recipe"], f"{path}/manifest.json: recipe", [*overrides, *own], backend)
+    chosen, options = backend_options(file)
     _, heldout = open_data(file.recipe)
     if not heldout:
         raise DataError(f"{path}: its recipe has no held-out set; prepare the dataset with --heldout-fraction above 0")
     weights = checkpoint.Weights(state.tensors)
     table = Table("held-out set", "loss", "perplexity", "tokens", title=f"{path} (step {state.step})", title_justify="left", box=None)
     with tempfile.TemporaryDirectory(prefix="weftrain-eval-") as folder:  # for a backend that keeps state on disk
-        prepared = backend.prepare(Job(file.recipe, Plan(state.step, state.step), options, weights, folder=Path(folder)))
+        prepared = chosen.prepare(Job(file.recipe, Plan(state.step, state.step), options, weights, folder=Path(folder)))
         for held in heldout:
             result = prepared.evaluate(held)
             perplexity = math.exp(result.loss) if result.loss < 700 else math.inf

@@ -26,6 +26,8 @@ VERBS = {
     "bench": ("weftrain.cli.bench", "bench"),
     "plan": ("weftrain.cli.plan", "plan"),
     "timeline": ("weftrain.cli.timeline", "timeline"),
+    "lower": ("weftrain.cli.lower", "lower"),
+    "convert": ("weftrain.cli.convert", "convert"),
 }
 
 

@@ -228,7 +228,7 @@ class Backend(Protocol):
     name: str
     summary: str  # one line for `weftrain backends`
     options: type[Section]  # schema of the recipe's backend.options
-    trains: bool  # False for a backend that computes no gradients (null)
+    trains: bool  # False for one that hands out no gradients (null, cerebras): the conformance suite has nothing to compare
 
     def unavailable(self) -> str | None:
         """None, or the reason a person can act on."""

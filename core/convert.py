@@ -227,6 +227,30 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
+class _InFloat32(Mapping[str, Tensor]):
+    def __init__(self, tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
+        self._tensors = tensors
+        self._shapes = {spec.name: spec.shape for spec in parameter_specs(config)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].to(torch.float32)
+
+    def meta(self, name: str) -> Tensor:
+        """A meta tensor, to tell dtype and shape without reading."""
+        return torch.empty(self._shapes[name.partition("/")[2]], device="meta")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def in_float32(tensors: Mapping[str, Tensor], config: ModelConfig) -> Mapping[str, Tensor]:
+    """'<plane>/<canonical name>' -> tensor, each read and made fp32 when it is asked for: exact for bf16 and fp32."""
+    return _InFloat32(tensors, config)
+
+
 def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
     """A parsed config.json of model_type `llama` or `crystalcoder` as a ModelConfig.
 

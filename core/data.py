@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from weftrain.core import feistel
-from weftrain.core.backend import Batch
-from weftrain.core.config import DataConfig, Source
+from weftrain.core.backend import Batch, BatchSource
+from weftrain.core.config import DataConfig, Recipe, Source
 from weftrain.core.dataset import SetName, ShardSet, merkle_root, read_manifest
 from weftrain.core.errors import DataError
+from weftrain.core.synthetic import synthetic_source
 
 MIXTURE_BLOCK = 4096
 MAX_MIXTURE_BLOCK = 1 << 20
@@ -210,6 +211,14 @@ def open_training(data: DataConfig, global_batch_size: int, root: Path | None = 
         tuple(components),
         make_mixture(data.sources, data.shuffle_seed),
     )
+
+
+def training_source(recipe: Recipe) -> BatchSource:
+    """The training rows of a recipe, prepared or synthetic, wherever it is read. Raises DataError."""
+    data, batch_size = recipe.data, recipe.batch.global_batch_size
+    if data.synthetic_rows is not None:
+        return synthetic_source(recipe.model.vocab_size, data.sequence_length, data.synthetic_rows, batch_size, data.shuffle_seed)
+    return open_training(data, batch_size, vocab_size=recipe.model.vocab_size)
 
 
 def open_heldout(data: DataConfig, vocab_size: int, rows: int, root: Path | None = None) -> list[HeldOut]:

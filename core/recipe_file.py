@@ -81,15 +81,19 @@ def load_recipe(recipe: str, overrides: Iterable[str] = (), backend: str | None 
     tree = _parse(text, source)
     if not isinstance(tree, dict):
         raise RecipeError(f"{name}: a recipe is a mapping of sections, this file holds {_kind(tree)}")
+    return _resolve(_for_backend(tree, backend), overrides, source)
+
+
+def recorded_recipe(tree: dict[str, Any], origin: str, overrides: Iterable[str] = (), backend: str | None = None) -> RecipeFile:
+    """The recipe that a checkpoint or run folder records (`origin`, in messages), with overrides laid over it. backend: see load_recipe."""
+    return _resolve(_for_backend(copy.deepcopy(tree), backend), overrides, _Source(origin))
+
+
+def _for_backend(tree: dict[str, Any], backend: str | None) -> dict[str, Any]:
     own = tree.get("backend")
     if backend is not None and not (isinstance(own, dict) and own.get("name") == backend):
         tree["backend"] = {"name": backend}
-    return _resolve(tree, overrides, source)
-
-
-def recorded_recipe(tree: dict[str, Any], origin: str, overrides: Iterable[str] = ()) -> RecipeFile:
-    """The recipe that a checkpoint or run folder records (`origin`, for messages), with overrides laid over it."""
-    return _resolve(copy.deepcopy(tree), overrides, _Source(origin))
+    return tree
 
 
 def builtin_recipes() -> list[str]:

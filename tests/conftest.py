@@ -34,6 +34,7 @@ ROTARY = {"crystal": ["model.rotary_dim=4", "model.mup.base_hidden_size=16"], "a
 def pytest_addoption(parser: pytest.Parser) -> None:
     # Here and not in tests/kernels: pytest reads options from the conftest of its root alone.
     parser.addoption("--kernel-device", default="cpu", choices=("cpu", "cuda"), help="device that tests/kernels examines kernels on")
+    parser.addoption("--update-golden", action="store_true", help="store what is lowered now as what must not change unseen")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,272 @@
+"""The Cerebras backend: the recipe's whole step for the vendor's compiler, in the vendor's own environment.
+
+Three levels, named honestly. *Lower*: the compiler's front end, with no cluster (`weftrain lower`, lowering.py); it runs here and in CI.
+*Compile* and *train* on a system: written to the vendor's API and run only as far as one gets without a cluster. `target: cpu` runs the
+same training script on the vendor's CPU backend, in fp32: it shows that the script trains, and nothing about speed.
+
+What a reader would get wrong: weights and optimizer live in another process, and on a system in another building. State is handed out only
+at the steps that the plan named before step one.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+
+from weftrain.backends.cerebras import environment
+from weftrain.backends.cerebras.job import Job as WorkerJob
+from weftrain.backends.cerebras.job import save_state
+from weftrain.backends.cerebras.process import ROOT, Worker
+from weftrain.backends.shared import PlainBackend, check_state
+from weftrain.core import checkpoint, fsops
+from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, Plan, Prediction, Speeds, State, StepResult
+from weftrain.core.config import PositiveInt, Recipe, Section
+from weftrain.core.data import training_source
+from weftrain.core.errors import BackendError, NonFiniteError
+from weftrain.core.model import kernel_specs
+from weftrain.core.optim import group_learning_rates, parameter_groups
+from weftrain.core.parameters import parameter_specs
+from weftrain.kernels import select
+
+NOT_RUN = "written to the vendor's API and never run on a system"
+
+
+class CerebrasOptions(Section):
+    """backend.options of `cerebras`."""
+
+    target: Literal["csx", "cpu"] = "csx"  # cpu: the vendor's CPU backend, fp32, a test of the training script
+    execution_strategy: Literal["weight_streaming"] = "weight_streaming"  # the only one that release 2.10 has
+    micro_batch: Literal["recipe", "auto"] = "recipe"  # auto: the cluster's compiler chooses
+    precision_level: Annotated[int, Field(ge=0, le=2)] = 1  # the vendor's precision_opt_level
+    silence_s: PositiveInt = 600  # the worker is given up when it says nothing for so long
+    management_address: str | None = None  # of the cluster; the vendor's own configuration file otherwise
+    management_namespace: str | None = None
+    credentials_path: str | None = None
+    activation_checkpointing: str = "none"
+
+    @field_validator("activation_checkpointing")
+    @classmethod
+    def _none(cls, value: str) -> str:
+        if value != "none":
+            raise ValueError(
+                "torch.utils.checkpoint cannot be traced, and what to recompute is the system's compiler's choice: leave it out"
+            )
+        return value
+
+
+def check_expressible(recipe: Recipe, options: CerebrasOptions) -> None:
+    """Raises BackendError for a recipe that the vendor's package cannot be asked to run, with the key and what to set instead."""
+    for key, source in recipe.kernels.pins.items():
+        if source != "reference":
+            raise BackendError(
+                f"kernels.pins '{key}' = '{source}': a system runs what its compiler makes of the traced ops, so only the source "
+                "'reference' is one there: remove the pin"
+            )
+    if "reference" not in recipe.kernels.preferences:
+        raise BackendError("kernels.preferences: the compiler traces the reference ops, which are not among them: add 'reference'")
+    if recipe.optimizer.non_finite == "skip":
+        raise BackendError("optimizer.non_finite: a step that is traced cannot be skipped by what came out of it: set it to halt")
+    if options.target == "cpu":
+        if recipe.precision.compute != "float32":
+            raise BackendError("the vendor's CPU backend casts nothing: set precision.compute=float32 with backend.options.target=cpu")
+        if recipe.batch.replicas != 1:
+            raise BackendError(
+                f"batch.replicas is {recipe.batch.replicas} and the vendor's CPU backend is one process: set batch.replicas=1"
+            )
+
+
+def worker_job(recipe: Recipe, options: CerebrasOptions, mode: Literal["validate", "compile", "train"]) -> Callable[[Path], WorkerJob]:
+    """The worker's job but for the folder it works in. Raises BackendError for a recipe that cannot be expressed."""
+    check_expressible(recipe, options)
+
+    def in_folder(folder: Path) -> WorkerJob:
+        return WorkerJob(
+            mode=mode,
+            target=options.target,
+            recipe=recipe,
+            artifacts=str(folder.resolve()),
+            vendor_version=environment.pinned("cerebras-pytorch"),
+            micro_batch=options.micro_batch,
+            precision_level=options.precision_level,
+            management_address=options.management_address,
+            management_namespace=options.management_namespace,
+            credentials_path=options.credentials_path,
+            python_paths=(str(ROOT.parent),),
+        )
+
+    return in_folder
+
+
+class CerebrasRun:
+    """A run whose state lives in the worker. See Run in core/backend.py."""
+
+    def __init__(self, job: Job, options: CerebrasOptions) -> None:
+        self._recipe, self._plan, self._options = job.recipe, job.plan, options
+        self._groups = parameter_groups(job.recipe.model, job.recipe.optimizer)
+        self._shapes = {
+            f"{plane}/{spec.name}": spec.shape
+            for spec in parameter_specs(job.recipe.model)
+            for plane in ("weights", "exp_avg", "exp_avg_sq")
+        }
+        specs = kernel_specs(job.recipe.model, "csx", torch.float32)
+        self._kernels = select(specs, ["reference"]).manifest
+        self._scratch = tempfile.TemporaryDirectory(prefix="weftrain-cerebras-")
+        folder = Path(self._scratch.name) if job.folder is None else job.folder / "cerebras"
+        if folder.exists():
+            fsops.remove_tree(folder)  # of an earlier process: its executors' artifacts; state is in checkpoints
+        self._folder, self._step, self._busy = folder, job.plan.start_step, False
+        job.progress("starting the worker", 0.0)
+        self._worker = Worker(worker_job(job.recipe, options, "train")(folder), options.silence_s)
+        ready = [event for event in self._worker.events() if event["event"] == "ready"][-1]
+        self._versions = {"vendor": ready["vendor"], "torch": ready["torch"]}
+        if job.weights is not None:
+            zeros = {name: torch.zeros(shape) for name, shape in self._shapes.items()}
+            weights = {f"weights/{name}": tensor for name, tensor in job.weights.items()}
+            self.import_state(State(job.plan.start_step, 0, {**zeros, **weights}))
+
+    def train(self, source: BatchSource) -> Iterator[StepResult]:
+        """See Run.train. On a system a result comes only for the steps that the plan wants to see, and counts the tokens since the last.
+
+        The rows are read by the worker, or on a system by the cluster's input workers, from the recipe's own data. Raises BackendError
+        for a source that is not the recipe's.
+        """
+        recipe, plan = self._recipe, self._plan
+        wanted = training_source(recipe).dataset_id
+        if source.dataset_id != wanted:
+            raise BackendError(f"the worker reads the recipe's data ({wanted[:16]}) and was handed other ({source.dataset_id[:16]})")
+        every = 1 if self._options.target == "cpu" else plan.log_every_steps
+        while self._step < plan.last_step:
+            first, seen = self._step, self._step
+            count = 1 if self._options.target == "cpu" else _next_look(plan, first) - first
+            self._busy = True
+            for event in self._worker_events("train", source, first, count=count, every=min(every, count), dataset_id=wanted):
+                if event["event"] != "step":
+                    break
+                completed = event["step"] + 1
+                rates = group_learning_rates(self._groups, recipe.schedule, event["step"])
+                if not np.isfinite([event["loss"], event["grad_norm"]]).all():
+                    raise NonFiniteError(
+                        f"step {event['step']}: loss {event['loss']}, gradient norm {event['grad_norm']}: a system makes the update before "
+                        "anybody can look; go back to the newest checkpoint"
+                    )
+                self._step = completed
+                self._busy = completed < first + count
+                tokens = (completed - seen) * recipe.tokens_per_step
+                seen = completed
+                if not self._busy:
+                    self._finish()
+                yield StepResult(event["step"], event["loss"], event["grad_norm"], rates, tokens, event["step_ms"], 0.0)
+                if not self._busy:
+                    break
+
+    def _worker_events(self, command: str, source: BatchSource, step: int, **fields: Any) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._worker.ask(command, **fields)
+        except NonFiniteError as error:
+            names = source.sample_names(step, 0, self._recipe.batch.global_batch_size)
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            raise NonFiniteError(f"step {step}: {error}; the step did not happen; its samples: {shown}") from None
+
+    def _finish(self) -> None:
+        """Take the event that ends a command whose last step has been handed out."""
+        for _ in self._worker.events():
+            pass
+
+    def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+        raise BackendError("a system hands out no gradients; the oracle (tests/backends/cerebras) compares them through the first moments")
+
+    def evaluate(self, source: EvaluationSource) -> EvalResult:
+        self._check_idle("evaluate")
+        batch = source.rows(0, source.num_rows)
+        mask = np.ones((source.num_rows, source.sequence_length), dtype=np.bool_) if batch.loss_mask is None else batch.loss_mask
+        folder = self._folder / "rows"
+        tensors = {"ids": torch.from_numpy(batch.ids), "mask": torch.from_numpy(mask)}
+        event = self._worker.one("evaluate", path=str(save_state(folder, State(0, 0, tensors))))
+        fsops.remove_tree(folder)
+        return EvalResult(event["loss"], event["tokens"])
+
+    def export_state(self) -> State:
+        """See Run.export_state: read lazily from files of the worker's, which last until the next export."""
+        self._check_idle("hand out state")
+        folder = self._folder / "state"
+        fsops.remove_tree(folder)
+        state, _ = checkpoint.load(Path(self._worker.one("export", path=str(folder))["path"]))
+        return state
+
+    def import_state(self, state: State) -> None:
+        check_state(state.tensors, self._shapes)
+        self._check_idle("take in state")
+        folder = self._folder / "import"
+        self._worker.one("import", path=str(save_state(folder, state)))
+        fsops.remove_tree(folder)
+        self._step = state.step
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "backend": "cerebras",
+            "device_type": "cpu" if self._options.target == "cpu" else "csx",
+            "target": self._options.target,
+            **self._versions,
+            "compute": self._recipe.precision.compute,
+            "precision_level": self._options.precision_level,
+            "replicas": self._recipe.batch.replicas,
+            "kernels": self._kernels,
+        }
+
+    def stats(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        self._worker.close()
+        self._scratch.cleanup()
+
+    def _check_idle(self, what: str) -> None:
+        if self._busy:
+            raise BackendError(
+                f"step {self._step}: a system can {what} only at the steps named beforehand (checkpoint.every_steps, "
+                "log.evaluate_every_steps, the last): ask there"
+            )
+
+
+def _next_look(plan: Plan, step: int) -> int:
+    """The next number of completed steps at which somebody wants more than a log line."""
+    looks = (done for done in range(step + 1, plan.last_step + 1) if plan.wants_state(done) or plan.wants_evaluation(done))
+    return next(looks, plan.last_step)
+
+
+class CerebrasBackend(PlainBackend):
+    name = "cerebras"
+    summary = "the vendor's compiler and systems, from an environment of its own; `weftrain lower` needs no cluster"
+    options = CerebrasOptions
+    trains = False  # not by gradients that anybody could ask for, which is what the conformance suite compares
+
+    def unavailable(self) -> str | None:
+        return environment.missing()
+
+    def prepare(self, job: Job) -> CerebrasRun:
+        """Raises BackendError for a recipe that cannot be expressed, or where no cluster is reached."""
+        options = job.options
+        if not isinstance(options, CerebrasOptions):
+            raise BackendError(f"the cerebras backend was given {type(options).__name__}; it takes CerebrasOptions")
+        check_expressible(job.recipe, options)
+        if options.target == "csx" and job.plan.evaluate_every_steps:
+            raise BackendError(
+                "log.evaluate_every_steps: on a system evaluation needs a trace of its own, which is not written: set it to 0 and run "
+                "`weftrain eval RUN --backend local` on the checkpoints"
+            )
+        return CerebrasRun(job, options)
+
+    def outline(self, recipe: Recipe, options: Section) -> list[str]:
+        return [f"cerebras     `weftrain lower {recipe.name}` lowers this step with the vendor's compiler and reports what came of it"]
+
+    def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
+        return None  # only the vendor's cluster compiler knows
+
+
+BACKEND = CerebrasBackend()

@@ -1,0 +1,323 @@
+"""The training script for the vendor's package: runs in its environment only, the same for its CPU backend, its compiler and its systems.
+
+What a reader would get wrong: on a system `step` is traced once and never runs in Python. So it has no condition on a value, its loss is
+the global batch's, which is traced at the global batch size however many systems share it, and what is to be seen comes out of a closure.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from weftrain.backends.cerebras.checkpoint import beta_power
+from weftrain.backends.cerebras.job import Job, save_state
+from weftrain.core import checkpoint
+from weftrain.core.backend import Batch, BatchSource, State
+from weftrain.core.config import Recipe, Segment
+from weftrain.core.data import training_source
+from weftrain.core.errors import BackendError, DataError, NonFiniteError
+from weftrain.core.host_memory import peak_resident_bytes
+from weftrain.core.model import Decoder, draw, kernel_specs
+from weftrain.core.optim import parameter_groups
+from weftrain.core.parameters import parameter_specs
+from weftrain.kernels import Selection, reference
+
+Send = Callable[..., None]
+IGNORED_LABEL = -100
+
+
+def run(job_line: str, commands: Iterator[Mapping[str, Any]], send: Send) -> None:
+    """Do one job: build, then answer commands until there are no more."""
+    job = Job.model_validate_json(job_line)
+    send("phase", name="loading the vendor's package")
+    import cerebras.pytorch as cstorch
+
+    if cstorch.__version__ != job.vendor_version:
+        raise BackendError(
+            f"this environment holds cerebras-pytorch {cstorch.__version__} and {job.vendor_version} is wanted: make it anew"
+        )
+    program = Program(job, cstorch, send)
+    send("ready", vendor=cstorch.__version__, torch=torch.__version__, parameters=program.parameter_names)
+    if job.mode != "train":
+        program.lower()
+        return
+    for command in commands:
+        name = command["command"]
+        if name == "train":
+            program.train(command)
+        elif name == "evaluate":
+            program.evaluate(command)
+        elif name == "export":
+            program.export(Path(command["path"]))
+        elif name == "import":
+            program.restore(Path(command["path"]))
+        else:
+            raise BackendError(f"unknown command '{name}'")
+
+
+class Program:
+    """Model, optimizer and schedule of a recipe on one of the vendor's backends."""
+
+    def __init__(self, job: Job, cstorch: Any, send: Send) -> None:
+        self.job, self.cs, self.send = job, cstorch, send
+        recipe = self.recipe = job.recipe
+        if recipe.precision.compute == "bfloat16":
+            cstorch.amp.set_half_dtype("bfloat16")
+        else:
+            # Once a process, before the backend does it: without the casts that a system's backend would install.
+            cstorch.amp._amp_state.handle = cstorch.amp.init(enabled=False)
+        self.backend = self._backend()
+        send("phase", name="building the model")
+        specs = kernel_specs(recipe.model, "csx", torch.float32)
+        selection = Selection({(spec.op, spec.module): getattr(reference, spec.op) for spec in specs}, {})
+        with self.backend.device:
+            self.model = Decoder(recipe.model, selection, residual_dtype=torch.float32)
+            if job.mode == "train":
+                self._initialize()
+        self.compiled = cstorch.compile(self.model, self.backend)
+        self.optimizer = self._optimizer()
+        self.scheduler = self._scheduler()
+        self.parameter_names = [name for group in parameter_groups(recipe.model, recipe.optimizer) for name in group.parameters]
+        self.step_count = self.skipped = 0
+        self._handed_out_at = 0.0
+        self._executor: Any = None
+
+    def _backend(self) -> Any:
+        job, cs = self.job, self.cs
+        if job.target == "cpu":
+            return cs.backend("CPU", artifact_dir=job.artifacts)
+        batch = self.recipe.batch
+        cs.backends.csx.precision.optimization_level = job.precision_level
+        cs.backends.csx.performance.micro_batch_size = batch.micro_batch_size if job.micro_batch == "recipe" else "auto"
+        cluster = cs.distributed.ClusterConfig(
+            num_csx=batch.replicas,
+            num_workers_per_csx=1,  # so that a streamer's rank says which rows of a batch are its
+            mgmt_address=job.management_address,
+            mgmt_namespace=job.management_namespace,
+            credentials_path=job.credentials_path,
+            python_paths=list(job.python_paths),
+        )
+        stop = {"validate": {"validate_only": True}, "compile": {"compile_only": True}, "train": {}}[job.mode]
+        return cs.backend("CSX", artifact_dir=job.artifacts, cluster_config=cluster, **stop)
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        named = dict(self.model.named_parameters())
+        for spec in parameter_specs(self.recipe.model):
+            named[spec.name].copy_(draw(spec, self.recipe.model, self.recipe.seed))
+
+    def _optimizer(self) -> Any:
+        config = self.recipe.optimizer
+        named = dict(self.model.named_parameters())
+        groups = [
+            {
+                "params": [named[name] for name in group.parameters],
+                "weight_decay": group.weight_decay,
+                "adjust_learning_rate": group.learning_rate_multiplier,
+            }
+            for group in parameter_groups(self.recipe.model, config)
+        ]
+        kind = self.cs.optim.AdamW if config.eps_placement == "before_bias_correction" else _adamw_after_correction(self.cs)
+        return kind(groups, lr=1.0, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=0.0)
+
+    def _scheduler(self) -> Any:
+        lr_scheduler, optimizer = self.cs.optim.lr_scheduler, self.optimizer
+        segments = self.recipe.schedule.learning_rate
+
+        def piece(segment: Segment) -> Any:
+            if segment.end is None:
+                return lr_scheduler.ConstantLR(optimizer, segment.start, segment.steps)
+            kind = lr_scheduler.CosineDecayLR if segment.shape == "cosine" else lr_scheduler.LinearLR
+            return kind(optimizer, segment.start, segment.end, segment.steps)
+
+        pieces = [piece(segment) for segment in segments]
+        whole = pieces[0]
+        if len(pieces) > 1:
+            milestones = [sum(segment.steps for segment in segments[:count]) for count in range(1, len(segments))]
+            whole = lr_scheduler.SequentialLR(optimizer, pieces, milestones)
+        return lr_scheduler.ScalePerParamLR(optimizer, whole)
+
+    # -- one step --------------------------------------------------------------------------------------------------------------------
+
+    def step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids, labels int32 [global batch, T] -> mean loss and gradient norm before clipping. Traced on a system."""
+        ids, labels = batch
+        loss = self.compiled(ids.long(), labels.long()) / self.recipe.tokens_per_step
+        if self.job.target == "cpu" and not math.isfinite(loss.item()):
+            raise NonFiniteError(f"the loss is {loss.item()}")
+        loss.backward()
+        clip = self.recipe.optimizer.clip_norm
+        with self.cs.name_scope("clip"):
+            norm = torch.nn.utils.clip_grad_norm_(list(self.model.parameters()), math.inf if clip is None else clip)
+        with self.cs.name_scope("update"):
+            self.optimizer.step()
+        with self.cs.name_scope("schedule"):
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def lower(self) -> None:
+        """Trace one step and have it lowered (`validate`), or compiled as well (`compile`)."""
+        recipe = self.recipe
+        shape = (recipe.batch.global_batch_size, recipe.data.sequence_length)
+        loader = self.cs.utils.data.DataLoader(_zeros, shape)
+        self.send("phase", name="tracing and lowering the step")
+        start = time.perf_counter()
+        traced = self.cs.trace(self.step)
+        for batch in self.cs.utils.data.DataExecutor(loader, num_steps=1):
+            self._hand_out(*traced(batch))
+        self.send("lowered" if self.job.mode == "validate" else "compiled", seconds=time.perf_counter() - start, peak_bytes=_peak_bytes())
+
+    def _hand_out(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Have loss and norm come out of the step under these names, at the steps that were asked for."""
+
+        @self.cs.step_closure  # type: ignore[untyped-decorator]
+        def report(loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+            if self.job.mode == "train":
+                now = time.perf_counter()
+                milliseconds, self._handed_out_at = (now - self._handed_out_at) * 1e3, now
+                step = self.step_count + self._executor.iteration
+                self.send("step", step=step, loss=float(loss), grad_norm=float(grad_norm), step_ms=milliseconds)
+
+        report(loss, norm)
+
+    # -- a run -----------------------------------------------------------------------------------------------------------------------
+
+    def train(self, command: Mapping[str, Any]) -> None:
+        """`count` steps from where the state stands; loss and norm of every `every`-th, and of the last, come back as events."""
+        data = self.cs.utils.data
+        loader = data.DataLoader(training_rows, self.recipe.model_dump_json(), command["dataset_id"], self.step_count)
+        self._executor = data.DataExecutor(loader, num_steps=command["count"], activation_steps=command["every"], checkpoint_steps=0)
+        traced = self.cs.trace(self.step)
+        self._handed_out_at = time.perf_counter()
+        for batch in self._executor:
+            self._hand_out(*traced(batch))
+        self.step_count += command["count"]
+        self.send("trained")
+
+    @torch.no_grad()
+    def evaluate(self, command: Mapping[str, Any]) -> None:
+        """Mean loss over the tokens of the rows in a folder: ids int64 [rows, T + 1] and mask bool [rows, T]."""
+        if self.job.target != "cpu":
+            raise BackendError(
+                "a system needs a trace of its own for evaluation, which is not written: run `weftrain eval RUN --backend local`"
+            )
+        rows, _ = checkpoint.load(Path(command["path"]))
+        ids, mask = (rows.tensors[name].numpy() for name in ("ids", "mask"))
+        size, total = self.recipe.batch.micro_batch_size, 0.0
+        for first in range(0, len(ids), size):
+            inputs, labels = to_inputs(Batch(ids[first : first + size], mask[first : first + size]))
+            total += float(self.model(inputs.long(), labels.long()))
+        self.send("evaluated", loss=total / int(mask.sum()), tokens=int(mask.sum()))
+
+    def export(self, path: Path) -> None:
+        """The neutral state as a checkpoint folder. On a system the vendor fetches each tensor as it is asked for."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            state = self.optimizer.state[parameter]
+            tensors |= {f"weights/{name}": parameter, f"exp_avg/{name}": state["exp_avg"], f"exp_avg_sq/{name}": state["exp_avg_sq"]}
+        held = {name: tensor.detach().to("cpu") for name, tensor in tensors.items()}
+        saved = save_state(path, State(self.step_count, self.step_count - self.skipped, held))
+        self.send("exported", path=str(saved))
+
+    @torch.no_grad()
+    def restore(self, path: Path) -> None:
+        """State from such a folder, and with it where the schedule and the bias correction stand."""
+        state, _ = checkpoint.load(path)
+        config = self.recipe.optimizer
+        for name, parameter in self.model.named_parameters():
+            held = self.optimizer.state[parameter]
+            parameter.copy_(state.tensors[f"weights/{name}"])
+            for plane in ("exp_avg", "exp_avg_sq"):
+                held[plane].copy_(state.tensors[f"{plane}/{name}"])
+            # The vendor keeps beta^t of the update to come.
+            for power, beta in (("beta1_power", config.beta1), ("beta2_power", config.beta2)):
+                held[power].fill_(float(beta_power(beta, state.optimizer_updates)))
+        self.step_count, self.skipped = state.step, state.step - state.optimizer_updates
+        self._set_schedule(state.step)
+        self.send("imported")
+
+    def _set_schedule(self, step: int) -> None:
+        """Have the schedule stand before 0-based step `step`."""
+        self.scheduler.last_epoch.fill_(step)
+        whole = self.scheduler._scheduler_nested
+        whole.last_epoch.fill_(step)
+        first = 0
+        for piece, segment in zip(getattr(whole, "_schedulers", ()), self.recipe.schedule.learning_rate, strict=False):
+            piece.last_epoch.fill_(step if first == 0 else max(0, step - first))
+            first += segment.steps
+        if self.job.target == "cpu":
+            self.scheduler.update_last_value()
+
+
+def _peak_bytes() -> int:
+    """Of this process, or of the compiler that it starts, whichever was larger."""
+    return max(peak_resident_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10)
+
+
+def _zeros(shape: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """One batch of the right shape, in memory of one row: a front end that only traces never reads it."""
+    return [(torch.zeros(1, shape[1], dtype=torch.int32).expand(shape), torch.zeros(1, shape[1], dtype=torch.int32).expand(shape))]
+
+
+def to_inputs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """int32 ids and labels [rows, T], as the vendor's loader takes them; a label without loss is -100."""
+    labels = batch.ids[:, 1:].copy()
+    if batch.loss_mask is not None:
+        labels[~batch.loss_mask] = IGNORED_LABEL
+    return torch.from_numpy(batch.ids[:, :-1].astype(np.int32)), torch.from_numpy(labels.astype(np.int32))
+
+
+class _Rows(torch.utils.data.IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Batch after batch from step `first` on: all rows on the user's node, this task's share where a task feeds a system."""
+
+    def __init__(self, source: BatchSource, first: int) -> None:
+        self.source, self.first = source, first
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        import cerebras.pytorch as cstorch
+
+        rows = cstorch.distributed.get_streaming_batch_size(self.source.global_batch_size)
+        offset = cstorch.distributed.get_streaming_rank() * rows if cstorch.distributed.is_streamer() else 0
+        for step in itertools.count(self.first):
+            yield to_inputs(self.source.rows(step, offset if rows < self.source.global_batch_size else 0, rows))
+
+
+def training_rows(recipe: str, dataset_id: str, first: int) -> Any:
+    """The vendor's `input_fn`: a torch DataLoader over the recipe's own order. Raises DataError where the data is not the job's."""
+    source = training_source(Recipe.model_validate_json(recipe))
+    if source.dataset_id != dataset_id:
+        raise DataError(f"the recipe's data here is {source.dataset_id}, the job's is {dataset_id}: point data.root at the same datasets")
+    return torch.utils.data.DataLoader(_Rows(source, first), batch_size=None)
+
+
+def _adamw_after_correction(cstorch: Any) -> Any:
+    """torch's placement of epsilon as an optimizer of the vendor's kind, which can be traced; its own has the other placement only."""
+
+    class AdamWAfterCorrection(cstorch.optim.AdamW):  # type: ignore[misc]
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
+            for group in self.param_groups:
+                beta1, beta2 = group["betas"]
+                for parameter in group["params"]:
+                    gradient, state = parameter.grad, self.state[parameter]
+                    state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
+                    state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                    one = torch.tensor(1.0, dtype=torch.float32, device=parameter.device)
+                    corrected = state["exp_avg_sq"].sqrt() / torch.sqrt(one - state["beta2_power"])
+                    update = state["exp_avg"] / corrected.add_(group["eps"]) / (one - state["beta1_power"])
+                    state["beta1_power"] *= beta1
+                    state["beta2_power"] *= beta2
+                    update.add_(parameter * group["weight_decay"])
+                    update *= group["lr"]
+                    parameter.sub_(update)
+
+    return AdamWAfterCorrection

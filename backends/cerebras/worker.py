@@ -1,0 +1,51 @@
+"""Runs in the vendor's environment: `python -I worker.py ROOT EVENTS`, job and commands on stdin, events to file descriptor EVENTS.
+
+What a reader would get wrong: weftrain is not installed in that environment. Its source, the very files that the main process runs, is
+made importable from ROOT, the folder that holds core/, kernels/ and backends/; so a graph can never come from another version.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import types
+from pathlib import Path
+from typing import Any
+
+
+def main(root: str, descriptor: int) -> int:
+    package = types.ModuleType("weftrain")
+    package.__path__ = [root]
+    sys.modules["weftrain"] = package
+    # The compiler front end starts `torch-cirh-opt`, which lies beside this Python.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    with os.fdopen(descriptor, "w", buffering=1, encoding="utf-8") as events:
+        from weftrain.backends.cerebras.job import decode, encode
+
+        def send(event: str, **fields: Any) -> None:
+            events.write(encode({"event": event, **fields}))
+
+        try:
+            from weftrain.backends.cerebras import program
+
+            commands = (decode(line, "the main process") for line in sys.stdin)
+            program.run(sys.stdin.readline(), commands, send)
+        except BaseException as error:
+            traceback.print_exc()
+            send("failed", kind=type(error).__name__, message=str(error).strip(), frames=our_frames(error, root))
+            return 1
+    return 0
+
+
+def our_frames(error: BaseException, root: str) -> list[str]:
+    """'core/model.py:219 in forward: the line', innermost first, of the frames that are weftrain's."""
+    found = []
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename.startswith(root + os.sep):
+            found.append(f"{Path(frame.filename).relative_to(root)}:{frame.lineno} in {frame.name}: {frame.line}")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

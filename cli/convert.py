@@ -1,0 +1,117 @@
+"""`weftrain convert`: recipes and checkpoints from and to the forms of the Cerebras Model Zoo, without the vendor's package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import yaml
+
+ExistingFile = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+@click.group()
+def convert() -> None:
+    """Convert recipes and checkpoints from and to the forms of the Cerebras Model Zoo."""
+
+
+@convert.command("recipe-from-params")
+@click.argument("params", type=ExistingFile)
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--name", required=True, help="The recipe's name.")
+@click.option("--micro-batch-size", type=click.IntRange(min=1), help="Sequences; the file seldom knows.  [default: no accumulation]")
+@click.option("--start-from", help="The run whose weights the first step starts from, where the file asks for one.")
+@click.option("--data-root", help="The folder above which every data_dir lies.  [default: only their last part is kept]")
+def recipe_from_params(
+    params: Path, overrides: tuple[str, ...], name: str, micro_batch_size: int | None, start_from: str | None, data_root: str | None
+) -> None:
+    """Print PARAMS, a Model Zoo 1.9 params file, as a recipe. What a recipe does not hold is named on stderr; an unknown key is refused."""
+    from weftrain.backends.cerebras.params import import_params
+
+    imported = import_params(
+        params, name=name, micro_batch_size=micro_batch_size, start_from=start_from, data_root=data_root, overrides=overrides
+    )
+    for note in imported.notes:
+        click.echo(note, err=True)
+    click.echo(yaml.safe_dump(imported.tree, sort_keys=False, width=140), nl=False)
+
+
+@convert.command("params-from-recipe")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+def params_from_recipe(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Print RECIPE as a Model Zoo 1.9 params file. What that form cannot say is refused by name."""
+    from weftrain.backends.cerebras.params import dump, export_params
+    from weftrain.core.recipe_file import load_recipe
+
+    click.echo(dump(export_params(load_recipe(recipe, overrides).recipe)), nl=False)
+
+
+@convert.command("checkpoint-to-cerebras")
+@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--weights-only", is_flag=True, help="Leave the optimizer's state out.")
+@click.option(
+    "--prefix", type=click.Choice(["model", "model.model"]), default="model", show_default=True, help="Before each weight's name."
+)
+def checkpoint_to_cerebras(checkpoint: Path, output: Path, weights_only: bool, prefix: str) -> None:
+    """Write CHECKPOINT, a run's folder (its newest) or one checkpoint's, as the file that cerebras.pytorch.load opens."""
+    from weftrain.backends.cerebras.checkpoint import OptimizerState, write_checkpoint
+    from weftrain.core import checkpoint as checkpoints
+    from weftrain.core.errors import CheckpointError
+    from weftrain.core.optim import learning_rate
+    from weftrain.core.recipe_file import recorded_recipe
+
+    path: Path | None = checkpoint
+    if (checkpoint / "checkpoints").is_dir():
+        path = checkpoints.newest(checkpoint / "checkpoints", lambda line: click.echo(f"warning: {line}", err=True))
+    if path is None:
+        raise CheckpointError(f"{checkpoint}: no whole checkpoint; train the run further, or name a checkpoint's folder")
+    state, manifest = checkpoints.load(path)
+    recipe = recorded_recipe(manifest["recipe"], f"{path}/manifest.json: recipe").recipe
+    optimizer = None
+    if not weights_only:
+        last = sum(segment.steps for segment in recipe.schedule.learning_rate) - 1
+        optimizer = OptimizerState(recipe.optimizer, state.optimizer_updates, learning_rate(recipe.schedule, min(state.step, last)))
+    tensors = checkpoints.Weights(state.tensors) if weights_only else state.tensors
+    size = write_checkpoint(output, recipe.model, tensors, step=state.step, optimizer=optimizer, prefix=prefix)  # type: ignore[arg-type]
+    click.echo(f"{output}: step {state.step}, {size:,} bytes")
+
+
+@convert.command("checkpoint-from-cerebras")
+@click.argument("file", type=ExistingFile)
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of runs.")
+@click.option("--run", "run_name", required=True, help="Name of the run that the checkpoint is to be of; start_from names it then.")
+@click.option("--weights-only", is_flag=True, help="Leave the optimizer's state out, as for a file without it.")
+def checkpoint_from_cerebras(file: Path, recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str, weights_only: bool) -> None:
+    """Read FILE, a checkpoint of a Cerebras system for RECIPE's model, into the folder of a run; each bit is kept."""
+    from weftrain.backends.cerebras.checkpoint import read_checkpoint
+    from weftrain.core import checkpoint as checkpoints
+    from weftrain.core.backend import State
+    from weftrain.core.convert import in_float32
+    from weftrain.core.errors import CheckpointError
+    from weftrain.core.fsops import sha256_file
+    from weftrain.core.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides).recipe
+    tensors = read_checkpoint(file, loaded.model, optimizer=not weights_only)
+    folder = runs / run_name / "checkpoints"
+    if folder.exists():
+        raise CheckpointError(f"{folder}: there are checkpoints already: name another --run")
+    step = tensors.step or 0
+    info = checkpoints.save(
+        folder,
+        State(step, tensors.optimizer_updates or 0, in_float32(tensors, loaded.model)),
+        recipe=loaded.model_dump(mode="json"),
+        dataset_id=f"unknown: imported from {sha256_file(file)}",
+        fingerprint={"backend": "cerebras", "imported_from": file.name},
+        tokens=step * loaded.tokens_per_step,
+        position=step * loaded.batch.global_batch_size,
+        parent=None,
+        kernels={},
+    )
+    for name in tensors.passed_over:
+        click.echo(f"passed over: {name}", err=True)
+    click.echo(f"{info.path}: step {step}, {info.size_bytes:,} bytes; start from it with start_from={{run: {run_name}, state: weights}}")

@@ -1,0 +1,68 @@
+"""`weftrain lower`: the recipe's whole step through the Cerebras compiler's front end, with a report of what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+from rich.console import Console
+from rich.table import Column, Table
+
+from weftrain.cli.display import Bar
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the artifacts and report.json; lowered/RECIPE otherwise.")
+@click.option(
+    "--mode",
+    type=click.Choice(["validate", "compile"]),
+    default="validate",
+    show_default=True,
+    help="validate: the front end alone, anywhere. compile: the cluster's compiler too (written to the vendor's API, never run on one).",
+)
+def lower(recipe: str, overrides: tuple[str, ...], output: Path | None, mode: Literal["validate", "compile"]) -> None:
+    """Lower RECIPE's training step, forward, backward, clip, update and schedule, and check the graph against the recipe.
+
+    No cluster is needed. The vendor's package has an environment of its own: weftrain backends setup cerebras.
+    """
+    from weftrain.backends.cerebras import CerebrasOptions, worker_job
+    from weftrain.backends.cerebras.lowering import GENERIC, REPORT, lower
+    from weftrain.cli.assembly import backend_options
+    from weftrain.core.errors import BackendError
+    from weftrain.core.recipe_file import load_recipe
+
+    file = load_recipe(recipe, overrides, "cerebras")
+    _, options = backend_options(file)
+    assert isinstance(options, CerebrasOptions)
+    if options.target != "csx":
+        raise BackendError(f"weftrain lower is for the system's compiler: leave backend.options.target={options.target} out")
+    output = Path("lowered") / file.recipe.name if output is None else output
+    console = Console(highlight=False, soft_wrap=True)
+    with Bar(console, f"lowering {file.recipe.name}", 100) as bar:
+        job = worker_job(file.recipe, options, mode)
+        lowered = lower(job, output, options.silence_s, lambda words, share: bar.update(round(100 * share), words))
+    report = lowered.report
+    cost = f"{report.seconds:.1f} s, {report.peak_bytes / 2**30:.2f} GiB"
+    console.print(f"{report.recipe}: lowered by cerebras-pytorch {report.vendor_version} in {cost}")
+    tensors = f"{report.parameter_count:,} in {len(report.parameters)} tensors"
+    console.print(f"parameters   {tensors}, each read in the forward pass and replaced by the update")
+    console.print(f"matrix FLOPs {report.flops:,} a step, the formula's to the last one (weftrain show)")
+    console.print(f"structure    {report.structure}")
+    work = Table("part", "pass", "ops", "FLOPs in products", "bytes read and written, unfused", box=None)
+    for part, passes in report.work.items():
+        for name, entry in passes.items():
+            work.add_row(part, name, f"{entry.ops:,}", f"{entry.flops:.4g}" if entry.flops else "", f"{entry.num_bytes:.4g}")
+    console.print(work)
+    uses = Table(Column("parameter", no_wrap=True), "tensors", "shape", "read by ops: forward", "backward", "update", box=None)
+    for role, count, use in report.uses_by_role():
+        uses.add_row(role, f"{count}", " x ".join(map(str, use.shape)), f"{use.forward}", f"{use.backward}", f"{use.update}")
+    console.print(uses)
+    ops = Table("op", "number", "by precision of the result", box=None)
+    for kind, number in report.histogram.items():
+        ops.add_row(kind, f"{number:,}", ", ".join(f"{element} {count:,}" for element, count in sorted(report.precision[kind].items())))
+    console.print(ops)
+    console.print(f"artifacts    {lowered.folder}  ({REPORT}, {GENERIC}, executors/000001/cirh.mlir)", markup=False)
+    console.print("What this does not show: whether a system's memory holds it, how fast it runs, and how the hardware rounds.")
