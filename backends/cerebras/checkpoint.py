@@ -598,13 +598,13 @@ def _weights(config: ModelConfig, keys: set[str], linked: Mapping[str, str], bef
             raise UntrustedFileError(", ".join(shown[:4]) + more, f"{problem}; is the file of this model?")
     places = {}
     for entry in wanted:
-        names = [before + name for name in (entry.name, *entry.copies)]
-        held = [name for name in names if name in keys]
-        for name in names:
+        same = [before + name for name in (entry.name, *entry.copies)]
+        held = [name for name in same if name in keys]
+        for name in same:
             if name in linked and linked[name] not in held:
                 raise UntrustedFileError(name, f"is a link to '{linked[name][:80]}', which is not another name of the same tensor")
         if not held:
-            raise UntrustedFileError(names[0], "is missing; is the file of this model?")
+            raise UntrustedFileError(same[0], "is missing; is the file of this model?")
         places[entry.parameters[0]] = _Place(held[0], tuple(held[1:]), entry)
     return places
 

@@ -426,9 +426,10 @@ def _model(params: ParamsFile, at: Any) -> ModelConfig:
     mup, problem = _mup(given, adjust.decoder_kernel, initialization)
     if mup is not None:
         config = validate_section(ModelConfig, fields | {"mup": mup}, nowhere)
-        problem = _difference(config, given, adjust.decoder_kernel)
-        if problem is None:
+        difference = _difference(config, given, adjust.decoder_kernel)
+        if difference is None:
             return config
+        problem = difference
     if adjust.decoder_kernel != 1:
         where = at(("optimizer", "adjust_learning_rate", "decoder_kernel"))
         raise RecipeError(
@@ -519,7 +520,8 @@ def _optimizer(given: OptimizerSection) -> dict[str, Any]:
 
 
 def _segments(params: ParamsFile, at: Any, notes: list[str]) -> list[dict[str, Any]]:
-    total, result = params.runconfig.max_steps, []
+    total = params.runconfig.max_steps
+    result: list[dict[str, Any]] = []
     schedules = params.optimizer.learning_rate
     for index, item in enumerate(schedules):
         where: Location = ("optimizer", "learning_rate", index)

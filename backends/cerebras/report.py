@@ -18,8 +18,8 @@ from weftrain.core.parameters import flops_per_token, parameter_count, parameter
 
 PRODUCTS = ("MatMul", "DotGeneral")
 MOVES = ("Const", "Reshape", "Transpose", "BroadcastInDim", "Slice", "StridedSlice", "Concat", "pad", "Cast")  # they compute nothing
-PARTS = ("embedding", "attention_norm", "attention", "attention products", "ffn_norm", "ffn", "residual", "final_norm", "head", "loss")
-PARTS += ("clip", "update", "schedule")
+_MODULES = ("embedding", "attention_norm", "attention", "ffn_norm", "ffn", "final_norm")
+PARTS = (*_MODULES[:3], "attention products", *_MODULES[3:5], "residual", "final_norm", "head", "loss", "clip", "update", "schedule")
 _LAYER = re.compile(r"layers\.(\d+)")
 
 
@@ -172,7 +172,7 @@ def part_of(op: Op) -> tuple[str, str]:
     for suffix, name in ((".fwd", "forward"), (".bwd", "backward")):
         if scope.endswith(suffix):
             path = _LAYER.sub("", scope.removesuffix(suffix)).strip(".")
-            for part in PARTS[:8]:
+            for part in _MODULES:
                 if path == part or path.startswith(f"{part}."):
                     return ("attention products" if part == "attention" and op.kind == "DotGeneral" else part), name
             return ("head" if path.startswith("Head") else path or "residual"), name
