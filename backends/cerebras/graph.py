@@ -162,6 +162,15 @@ def read_graph(path: Path) -> Graph:
 
 def parse_graph(text: str, origin: str = "graph") -> Graph:
     """See read_graph. origin: what messages call the text."""
+    try:
+        return _parse(text, origin)
+    except GraphError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise GraphError(f"{origin}: cannot be read: {error}") from None
+
+
+def _parse(text: str, origin: str) -> Graph:
     if not text.strip():
         raise GraphError(f"{origin}: empty: the compiler failed without saying so (its exit code is 0 then, too)")
     lines = text.splitlines()
@@ -225,6 +234,8 @@ def _op(line: str, number: int, locations: Mapping[str, Location], origin: str) 
         location = locations.get(reader.word(), Location())
     except _UnknownError as error:
         raise GraphError(f"{origin}:{number}: {kind}: cannot be read: {error}") from None
+    if count is not None and int(count) != len(result_types):
+        raise GraphError(f"{origin}:{number}: {kind} has {count} results, its types say otherwise")
     if name is None:
         results: tuple[str, ...] = ()
     elif count is None:

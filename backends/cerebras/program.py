@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,7 +39,13 @@ def run(job_line: str, commands: Iterator[Mapping[str, Any]], send: Send) -> Non
     """Do one job: build, then answer commands until there are no more."""
     job = Job.model_validate_json(job_line)
     send("phase", name="loading the vendor's package")
-    import cerebras.pytorch as cstorch
+    try:
+        import cerebras.pytorch as cstorch
+    except ImportError as error:
+        raise BackendError(
+            f"{sys.executable}: no cerebras-pytorch that can be imported ({error}): run `weftrain backends setup cerebras`, or correct "
+            "WEFTRAIN_CEREBRAS_PYTHON"
+        ) from error
 
     if cstorch.__version__ != job.vendor_version:
         raise BackendError(
