@@ -203,6 +203,7 @@ def test_names_in_the_file(tmp_path: Path) -> None:
         assert name["optimizer.param_groups.2.param_names.0.__metadata__"]["string_value"].endswith("layers.0.norm1.weight")
 
 
+@pytest.mark.prove
 def test_the_layout_of_a_7b_model_takes_no_memory_for_its_tensors() -> None:
     """Everything but the tensors of CrystalCoder-7B with optimizer state: 2,569 datasets and 4,152 leaves in a few MB."""
     config = load_recipe("crystalcoder_7b_phase1").recipe.model
@@ -640,6 +641,7 @@ def ask_vendor(python: Path, program: str, *arguments: Path, text: str = "") -> 
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+@pytest.mark.cerebras
 @FAMILIES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_vendor_loads_it(vendor: Path, tmp_path: Path, family: Build, dtype: torch.dtype) -> None:
@@ -712,6 +714,7 @@ assert abs(float(optimizer.state[first]["beta2_power"]) - 0.95**5) < 1e-6
 """
 
 
+@pytest.mark.cerebras
 def test_the_vendors_optimizer_takes_the_state(vendor: Path, tmp_path: Path) -> None:
     config = small()
     zeros = {name: torch.zeros_like(tensor) for name, tensor in random_state(config, planes=("weights", "exp_avg", "exp_avg_sq")).items()}
