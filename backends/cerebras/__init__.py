@@ -24,7 +24,8 @@ from weftrain.backends.cerebras.job import Job as WorkerJob
 from weftrain.backends.cerebras.job import save_state
 from weftrain.backends.cerebras.process import ROOT, Worker
 from weftrain.backends.shared import PlainBackend, check_state
-from weftrain.core import checkpoint, fsops
+from weftrain.core import checkpoint as checkpoints  # this package has a module of that name
+from weftrain.core import fsops
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, Plan, Prediction, Speeds, State, StepResult
 from weftrain.core.config import PositiveInt, Recipe, Section
 from weftrain.core.data import training_source
@@ -84,6 +85,8 @@ def check_expressible(recipe: Recipe, options: CerebrasOptions) -> None:
 def worker_job(recipe: Recipe, options: CerebrasOptions, mode: Literal["validate", "compile", "train"]) -> Callable[[Path], WorkerJob]:
     """The worker's job but for the folder it works in. Raises BackendError for a recipe that cannot be expressed."""
     check_expressible(recipe, options)
+    root = str(Path(recipe.data.root).resolve())  # the worker is started elsewhere
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
 
     def in_folder(folder: Path) -> WorkerJob:
         return WorkerJob(
@@ -196,7 +199,7 @@ class CerebrasRun:
         self._check_idle("hand out state")
         folder = self._folder / "state"
         fsops.remove_tree(folder)
-        state, _ = checkpoint.load(Path(self._worker.one("export", path=str(folder))["path"]))
+        state, _ = checkpoints.load(Path(self._worker.one("export", path=str(folder))["path"]))
         return state
 
     def import_state(self, state: State) -> None:
