@@ -120,7 +120,7 @@ class CerebrasRun:
         specs = kernel_specs(job.recipe.model, "csx", torch.float32)
         self._kernels = select(specs, ["reference"]).manifest
         self._scratch = tempfile.TemporaryDirectory(prefix="weftrain-cerebras-")
-        folder = Path(self._scratch.name) if job.folder is None else job.folder / "cerebras"
+        folder = Path(self._scratch.name) if job.folder is None else job.folder.resolve() / "cerebras"  # the worker is started in it
         if folder.exists():
             fsops.remove_tree(folder)  # of an earlier process: its executors' artifacts; state is in checkpoints
         self._folder, self._step, self._busy = folder, job.plan.start_step, False
