@@ -84,9 +84,10 @@ def weights_of(state: State) -> dict[str, torch.Tensor]:
     return {name.partition("/")[2]: tensor for name, tensor in state.tensors.items() if name.startswith("weights/")}
 
 
-def test_the_suite_covers_a_backend() -> None:
+def test_the_suite_covers_every_backend_but_the_one_in_another_process() -> None:
+    """cerebras answers to the same questions in tests/backends/cerebras/test_vendor.py, where its environment is made first."""
     assert "local" in TRAINERS
-    assert "null" in FOUND
+    assert {name for name, backend in FOUND.items() if not backend.trains} == {"null", "cerebras"}
 
 
 # fp32: measured 3e-7 to 3e-6 here. bf16: 8 bits of mantissa, measured 0.004 to 0.03.
@@ -307,13 +308,11 @@ def test_evaluation_is_the_mean_over_tokens(name: str, tiny_recipe: Tiny) -> Non
     assert found.loss == pytest.approx(sums * recipe.tokens_per_step / mask.sum(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(FOUND))
+@pytest.mark.parametrize("name", ["null", *TRAINERS])
 def test_protocol(name: str, tiny_recipe: Tiny) -> None:
-    """Every backend, the null one too: steps, plan, state in and out, statistics with units, a fingerprint that JSON can hold."""
+    """The null backend too: steps, plan, state in and out, statistics with units, a fingerprint that JSON can hold."""
     import json
 
-    if FOUND[name].unavailable() is not None:
-        pytest.skip(f"{name}: {FOUND[name].unavailable()}")
     recipe = tiny_recipe()
     run = prepare(name, recipe)
     results = list(run.train(source_of(recipe)))
