@@ -1,0 +1,82 @@
+"""What passes between readers and the pipeline: documents, what could not be read, and the shares of files that are read.
+
+What a reader would get wrong: a document's `record` counts within its share of the file, because a share in the middle of a large file
+does not know how many lines precede it. The pipeline adds what the shares before it hold, so that shards and messages name real lines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Format = Literal["jsonl", "parquet", "text", "python", "amber", "cerebras", "cerebras_corpus", "megatron"]
+TOKENISED: frozenset[Format] = frozenset({"amber", "cerebras", "cerebras_corpus", "megatron"})
+FIXED_ROWS: frozenset[Format] = frozenset({"amber", "cerebras"})  # rows that stand alone, each of sequence_length + 1 ids
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file. address: where fsspec opens it. name: its name in messages, the corpus hash and the record. num_bytes: its size when listed.
+
+    source: which kind of text it is, kept for every token. modified_ns: None where the file system knows no time.
+    """
+
+    address: str
+    name: str
+    source: str
+    format: Format
+    num_bytes: int
+    modified_ns: int | None
+
+
+class Share(NamedTuple):
+    """[begin, end) of one file: bytes of a plain `.jsonl`, row groups of Parquet, rows of HDF5, documents of Megatron; else 0, 1: all of it."""
+
+    file: int  # index into the list of inputs
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one task reads: shares in order. A function of the inputs alone, never of how many processes there are."""
+
+    shares: tuple[Share, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, or token ids where the input was tokenised already. record: see the module's docstring.
+
+    source: of this document, which a reader may know better than the file's name. tokens: int32 or int64 [n], without an added eos;
+    loss_mask: bool [n], True where the token, as a label, bears loss; None: everywhere. belongs_to: SHA-256 of the text on whose side,
+    training or held-out, this one must be, because it repeats parts of it.
+    """
+
+    file: int
+    record: int
+    source: str
+    text: str | None
+    tokens: np.ndarray | None = None
+    loss_mask: np.ndarray | None = None
+    belongs_to: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A document that could not be read. reason: what is wrong and the remedy, to stand after 'file:line: '."""
+
+    file: int
+    record: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class FileRead:
+    """The end of a share. records: how many lines or rows it holds, failed and empty ones too. sha256: of its raw bytes, in hexadecimal."""
+
+    share: Share
+    records: int
+    sha256: str
