@@ -18,7 +18,7 @@ FIXED_ROWS: frozenset[Format] = frozenset({"amber", "cerebras"})  # rows that st
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file. address: where fsspec opens it. name: its name in messages, the corpus hash and the record. num_bytes: its size when listed.
+    """One file. address: where fsspec opens it. name: in messages and the record. num_bytes: its size when listed.
 
     source: which kind of text it is, kept for every token. modified_ns: None where the file system knows no time.
     """
@@ -32,7 +32,7 @@ class InputFile:
 
 
 class Share(NamedTuple):
-    """[begin, end) of one file: bytes of a plain `.jsonl`, row groups of Parquet, rows of HDF5, documents of Megatron; else 0, 1: all of it."""
+    """[begin, end) of one file: bytes of a plain `.jsonl`, row groups of Parquet, rows of HDF5, documents of Megatron; else 0, 1: all."""
 
     file: int  # index into the list of inputs
     begin: int
