@@ -1,69 +1,51 @@
-"""Packing: documents, each followed by eos, as one stream cut into rows of sequence_length + 1 tokens at stride sequence_length.
+"""Best-fit packing: whole documents into rows of row_tokens tokens, so that few documents are cut and little is padded.
 
-What a reader would get wrong: neighbouring rows share a token, the label of one and first input of the next; so a shard of R rows holds
-R * sequence_length + 1 tokens and the next shard begins with the last token of this one. Only the stream's very end is dropped.
+What a reader would get wrong: concatenation needs no packing at all, a row is a window of the stream (see core/shards.py). Here rows stand
+alone. A document longer than a row is cut into full rows and a rest; rests and documents are then placed, longest first, each into the
+fullest row that still takes it (best-fit decreasing; Johnson, "Near-optimal bin packing algorithms", 1973). Nothing is dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from weftrain.core.shards import Documents
+
+class Piece(NamedTuple):
+    """Tokens start..stop-1 of a document."""
+
+    document: int
+    start: int
+    stop: int
 
 
-@dataclass(frozen=True)
-class PackedShard:
-    """tokens [rows * sequence_length + 1] and the documents that they are of."""
-
-    tokens: np.ndarray
-    documents: Documents
-
-
-class Packer:
-    """Packs one stream into shards of rows_per_shard rows. dropped_tokens: the tail that fills no row, known when `pack` has ended."""
-
-    def __init__(self, sequence_length: int, rows_per_shard: int, eos_id: int, sources: tuple[str, ...]) -> None:
-        self.sequence_length, self.rows_per_shard, self.eos_id, self.sources = sequence_length, rows_per_shard, eos_id, sources
-        self.dropped_tokens = 0
-        self._pieces: list[np.ndarray] = []  # the stream's tokens from the first that is in no shard's rows as an input
-        self._ids: list[bytes] = []
-        self._sources: list[int] = []
-        self._length = 0
-        self._cuts = 0
-
-    def pack(self, documents: Iterable[tuple[np.ndarray, bytes, int]]) -> Iterator[PackedShard]:
-        """Shards of (token ids without eos, 16-byte id, index into `sources`) in order, the last one shorter."""
-        for tokens, document_id, source in documents:
-            self._pieces.append(np.append(tokens, np.array(self.eos_id, dtype=tokens.dtype)))
-            self._ids.append(document_id)
-            self._sources.append(source)
-            self._length += len(tokens) + 1
-            while self._length > self.rows_per_shard * self.sequence_length:
-                yield self._cut(self.rows_per_shard)
-        if (rows := (self._length - 1) // self.sequence_length) > 0:
-            yield self._cut(rows)
-        shared = 1 if self._cuts else 0  # the first token left is the last of the shard before
-        self.dropped_tokens = self._length - shared
-
-    def _cut(self, rows: int) -> PackedShard:
-        stream = np.concatenate(self._pieces)
-        ends = np.cumsum([len(piece) for piece in self._pieces])
-        keep_from = rows * self.sequence_length
-        length = keep_from + 1
-        inside = int(np.searchsorted(ends, length, side="left")) + 1  # documents with a token here; the last may go on
-        documents = Documents(
-            np.minimum(ends[:inside], length),
-            np.frombuffer(b"".join(self._ids[:inside]), dtype=np.uint8).reshape(inside, -1),
-            np.array(self._sources[:inside], dtype=np.int32),
-            self.sources,
-        )
-        first = int(np.searchsorted(ends, keep_from, side="right"))  # the document of the shared token
-        starts = np.maximum(np.append(0, ends[:-1]), keep_from)
-        self._pieces = [stream[start:end] for start, end in zip(starts[first:], ends[first:], strict=True)]
-        self._ids, self._sources = self._ids[first:], self._sources[first:]
-        self._length -= keep_from
-        self._cuts += 1
-        return PackedShard(stream[:length], documents)
+def best_fit_rows(lengths: np.ndarray, row_tokens: int) -> list[list[Piece]]:
+    """int64 [documents] lengths -> the pieces of each row, in document order within a row; a function of the lengths alone."""
+    pieces = [
+        Piece(document, start, min(start + row_tokens, length))
+        for document, length in enumerate(lengths.tolist())
+        for start in range(0, length, row_tokens)
+    ]
+    pieces.sort(key=lambda piece: (piece.start - piece.stop, piece.document, piece.start))
+    rows: list[list[Piece]] = []
+    by_room: dict[int, list[int]] = {}  # tokens left -> rows with that room, the newest last
+    rooms = 0  # bit r is set where by_room[r] holds a row: the lowest set bit from `length` on is the fullest row that fits
+    for piece in pieces:
+        length = piece.stop - piece.start
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = row_tokens, len(rows)
+            rows.append([])
+        rows[row].append(piece)
+        if left := room - length:
+            by_room.setdefault(left, []).append(row)
+            rooms |= 1 << left
+    for pieces_of_row in rows:
+        pieces_of_row.sort()
+    return rows
