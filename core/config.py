@@ -131,10 +131,14 @@ class PrecisionConfig(Section):
 
 
 class Fim(Section):
-    """Fill-in-the-middle that a source was prepared with; must equal what its dataset's manifest records."""
+    """Fill-in-the-middle that a source was prepared with; must equal what its dataset's manifest records.
+
+    mode: `exact` cuts between tokens and loses nothing, `released` does what CrystalCoder's scripts did (docs/fill-in-the-middle.md).
+    """
 
     rate: Annotated[float, Field(gt=0, le=1)]
     spm_share: Annotated[float, Field(ge=0, le=1)]
+    mode: Literal["exact", "released"] = "exact"
 
 
 class Source(Section):

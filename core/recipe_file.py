@@ -78,10 +78,19 @@ def load_recipe(recipe: str, overrides: Iterable[str] = (), backend: str | None 
     """
     name, text = _read(recipe)
     source = _Source(name)
-    tree = _parse(text, source)
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{name}: a recipe is a mapping of sections, this file holds {_kind(tree)}")
-    return _resolve(_for_backend(tree, backend), overrides, source)
+    return _resolve(_for_backend(_parse_mapping(text, source), backend), overrides, source)
+
+
+def read_section(model: type[Model], name: str, text: str, overrides: Iterable[str] = ()) -> Model:
+    """A file of another kind than a training recipe, by the same rules: `text` as `model`. name: of the file, for messages.
+
+    Raises RecipeError naming file, line, key and remedy.
+    """
+    source = _Source(name)
+    tree = _parse_mapping(text, source)
+    for override in overrides:
+        _override(tree, override, source)
+    return validate_section(model, tree, source.at)
 
 
 def recorded_recipe(tree: dict[str, Any], origin: str, overrides: Iterable[str] = (), backend: str | None = None) -> RecipeFile:
@@ -120,24 +129,35 @@ def _resolve(tree: dict[str, Any], overrides: Iterable[str], source: _Source) ->
     return RecipeFile(validate_section(Recipe, tree, source.at), source.at)
 
 
+def read_recipe_text(path: Path) -> str:
+    """The text of a recipe's file. Raises RecipeError where it cannot be one."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_RECIPE_BYTES:
+            raise RecipeError(f"{path}: {size} bytes is more than a recipe has ({MAX_RECIPE_BYTES}); is this the right file?")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text at byte {error.start}") from None
+
+
 def _read(recipe: str) -> tuple[str, str]:
     if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
-        path = Path(recipe)
-        try:
-            size = path.stat().st_size
-            if size > MAX_RECIPE_BYTES:
-                raise RecipeError(f"{path}: {size} bytes is more than a recipe has ({MAX_RECIPE_BYTES}); is this the right file?")
-            return str(path), path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path}: not UTF-8 text at byte {error.start}") from None
+        return str(Path(recipe)), read_recipe_text(Path(recipe))
     known = builtin_recipes()
     if recipe not in known:
         near = difflib.get_close_matches(recipe, known, 1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise RecipeError(f"unknown recipe '{recipe}'; {hint}Built in: {', '.join(known)}; or give the path of a .yaml file")
     return f"recipes/{recipe}.yaml", (resources.files("weftrain.core") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+
+
+def _parse_mapping(text: str, source: _Source) -> dict[str, Any]:
+    tree = _parse(text, source)
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{source.name}: a recipe is a mapping of sections, this file holds {_kind(tree)}")
+    return tree
 
 
 def _parse(text: str, source: _Source) -> Any:

@@ -1,25 +1,11 @@
-"""The token-shard file: the one writer and the one reader. HDF5 that is mapped, and read without trust.
+"""Reading token shards: mapped, and without trust. core/shard_format.py says what lies in them and writes them.
 
-Rank-1 `data` holds the token stream; row i is data[i*row_stride : i*row_stride + sequence_length + 1], inputs and the label of the last
-one. Rows of stride sequence_length share a token with the next row; rows of stride sequence_length + 1 are independent, as Amber's.
-
-| dataset        | type                              | meaning                                                                   |
-|----------------|-----------------------------------|---------------------------------------------------------------------------|
-| `data`         | uint16 (vocab <= 65,536) or int32 | token ids, contiguous and page-aligned, so that they can be mapped        |
-| `doc_end`      | int64 [documents]                 | one past each document's last token here; the last equals len(data)       |
-| `doc_id`       | uint8 [documents, 16]             | head of the SHA-256 of the document's text                                |
-| `doc_source`   | int32 [documents]                 | index into the attribute `sources`                                        |
-| `loss_mask`    | uint8 [len(data)], optional       | 1 where the token, as a label, bears loss                                 |
-| `block_digest` | uint8 [blocks, 32]                | SHA-256 of each 1 MiB of `data`, followed by its part of `loss_mask`      |
-
-What a reader would get wrong: HDF5 checks none of this. It follows links out of the file, invents zeros for what is missing and lets a
-flipped bit through. So everything but `data` is checked against the attribute `digest` when a shard is opened, and each block of `data`
-against its digest, and against the vocabulary, when first touched. A document cut by a shard's end goes on in the next, under the same id.
+What a reader would get wrong: opening a shard checks all but the tokens; each block of these is checked against its digest, and against
+the vocabulary, when it is first touched. No token is handed out before.
 """
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 from dataclasses import dataclass
@@ -30,25 +16,44 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from weftrain.core import fsops
-from weftrain.core.canonical import canonical_json, parse_json
+from weftrain.core.canonical import parse_json
 from weftrain.core.errors import DataError
+from weftrain.core.shard_format import (
+    BLOCK_BYTES,
+    FIM,
+    FORMAT,
+    ID_BYTES,
+    INTEGERS,
+    OPTIONAL,
+    STRINGS,
+    TABLES,
+    Documents,
+    FimRecord,
+    ShardInfo,
+    block_digest,
+    contradiction,
+    num_tokens,
+    shard_digest,
+    token_dtype,
+    write_shard,
+)
 from weftrain.core.untrusted_hdf5 import HDF5_ERRORS, UntrustedFileError, open_dataset, read_attributes
 
-FORMAT = b"weftrain-shard/1"
-BLOCK_BYTES = 1 << 20
-ALIGNMENT = 4096
-ID_BYTES = 16
+__all__ = [
+    "BLOCK_BYTES",
+    "ID_BYTES",
+    "Documents",
+    "FimRecord",
+    "ShardInfo",
+    "ShardReader",
+    "Stretch",
+    "cumulative_lengths",
+    "num_tokens",
+    "token_dtype",
+    "write_shard",
+]
+
 MAX_MAPPED = 256
-MAX_SOURCES_BYTES = 60_000  # an HDF5 attribute holds 64 KiB
-_INTEGERS = ("n_examples", "sequence_length", "row_stride", "vocab_size")
-_STRINGS = {"format": 64, "tokenizer_sha256": 64, "digest": 64, "sources": MAX_SOURCES_BYTES}  # attribute -> most bytes
-_TABLES: dict[str, tuple[np.dtype[Any], int]] = {  # dataset -> (type, rank), in the digest's order
-    "doc_end": (np.dtype("<i8"), 1),
-    "doc_id": (np.dtype("|u1"), 2),
-    "doc_source": (np.dtype("<i4"), 1),
-    "block_digest": (np.dtype("|u1"), 2),
-}
 _REMAKE = "remove the dataset and prepare it again"
 
 
@@ -62,142 +67,16 @@ class _Identity(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Documents:
-    """A shard's documents in order: end int64 [n], id uint8 [n, 16], source int32 [n], an index into `sources`."""
+class Stretch:
+    """A document's part of one row: inputs first..last of the row (the label of the last input is in neither), and where it came from."""
 
-    end: np.ndarray
-    id: np.ndarray
-    source: np.ndarray
-    sources: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """What was written. sha256: of the file. digest: the attribute, which commits to every token, document, mask and attribute."""
-
-    num_bytes: int
-    sha256: str
-    digest: str
-    num_rows: int
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """uint16 where every id fits, else int32; little-endian."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<i4")
-
-
-def num_tokens(num_rows: int, sequence_length: int, row_stride: int) -> int:
-    """Length of `data` for that many rows."""
-    return (num_rows - 1) * row_stride + sequence_length + 1
-
-
-def write_shard(
-    path: Path,
-    tokens: np.ndarray,
-    documents: Documents,
-    *,
-    sequence_length: int,
-    row_stride: int,
-    vocab_size: int,
-    tokenizer_sha256: str,
-    loss_mask: np.ndarray | None = None,
-) -> ShardInfo:
-    """Write a shard atomically; equal arguments give equal bytes. The file is built in memory, so needs about twice its size there.
-
-    tokens: integers [length], length = num_tokens(rows, ...) for some rows >= 1. loss_mask: bool or uint8 [length].
-    Raises ValueError for arguments that contradict each other, DataError where the file cannot be written.
-    """
-    num_rows = 1 + (len(tokens) - sequence_length - 1) // row_stride
-    header: dict[str, Any] = {
-        "format": FORMAT.decode(),
-        "n_examples": num_rows,
-        "sequence_length": sequence_length,
-        "row_stride": row_stride,
-        "vocab_size": vocab_size,
-        "tokenizer_sha256": tokenizer_sha256,
-        "sources": canonical_json(documents.sources).decode(),
-    }
-    if problem := _contradiction(header, len(tokens), documents):
-        raise ValueError(f"{path.name}: {problem[0]}: {problem[1]}")
-    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-        raise ValueError(f"{path.name}: token ids {tokens.min()}..{tokens.max()} do not fit a vocabulary of {vocab_size}")
-    data = np.ascontiguousarray(tokens, dtype=token_dtype(vocab_size))
-    mask = None if loss_mask is None else np.ascontiguousarray(loss_mask, dtype=np.uint8)
-    if mask is not None and (mask.shape != data.shape or mask.max() > 1):
-        raise ValueError(f"{path.name}: loss_mask must be [{len(data)}] of 0 and 1")
-    tables = {
-        "doc_end": np.ascontiguousarray(documents.end, dtype="<i8"),
-        "doc_id": np.ascontiguousarray(documents.id, dtype="|u1"),
-        "doc_source": np.ascontiguousarray(documents.source, dtype="<i4"),
-        "block_digest": _block_digests(data, mask),
-    }
-    header["digest"] = _digest(header, tables, mask is not None)
-    image = _hdf5_image(header, {"data": data, **tables} | ({} if mask is None else {"loss_mask": mask}))
-    try:
-        fsops.write_bytes(path, image)
-    except OSError as error:
-        raise DataError(f"{path}: the shard cannot be written: {error.strerror}; free space or choose another folder") from error
-    return ShardInfo(len(image), hashlib.sha256(image).hexdigest(), header["digest"], num_rows)
-
-
-def _hdf5_image(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
-    """The file's bytes, made in memory: then writing is one atomic operation whose errors are the operating system's own."""
-    settings = {"libver": "latest", "alignment_threshold": ALIGNMENT, "alignment_interval": ALIGNMENT}
-    block_size = max(1 << 16, arrays["data"].nbytes)
-    with h5py.File("shard", "w", driver="core", backing_store=False, block_size=block_size, **settings) as file:
-        for name, array in arrays.items():
-            file.create_dataset(name, data=array, track_times=False)
-        for name, value in header.items():
-            file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else np.int64(value)
-        file.flush()
-        return bytes(file.id.get_file_image())
-
-
-def _block_digests(data: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    step = BLOCK_BYTES // data.itemsize
-    digests = [_block_digest(data[at : at + step], None if mask is None else mask[at : at + step]) for at in range(0, len(data), step)]
-    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
-
-
-def _block_digest(data: np.ndarray, mask: np.ndarray | None) -> bytes:
-    digest = hashlib.sha256(data.data)
-    if mask is not None:
-        digest.update(mask.data)
-    return digest.digest()
-
-
-def _digest(header: dict[str, Any], tables: dict[str, np.ndarray], has_mask: bool) -> str:
-    """SHA-256 over the attributes and each table, lengths first; through `block_digest` it commits to the tokens."""
-    fields = {name: value for name, value in header.items() if name != "digest"}
-    shapes = {name: list(tables[name].shape) for name in _TABLES}
-    digest = hashlib.sha256(canonical_json({"attributes": fields, "tables": shapes, "loss_mask": has_mask}))
-    for name in _TABLES:
-        digest.update(np.ascontiguousarray(tables[name]).data)
-    return digest.hexdigest()
-
-
-def _contradiction(header: dict[str, Any], length: int, documents: Documents) -> tuple[str, str] | None:
-    """The first (field, problem) between attributes, length and documents, or None."""
-    rows, sequence_length, stride = header["n_examples"], header["sequence_length"], header["row_stride"]
-    if sequence_length < 1 or stride not in (sequence_length, sequence_length + 1):
-        return "row_stride", f"{stride} is neither sequence_length ({sequence_length}) nor one more"
-    if not 1 <= header["vocab_size"] <= 1 << 31:
-        return "vocab_size", f"{header['vocab_size']} lies outside 1..2^31"
-    if rows < 1 or num_tokens(rows, sequence_length, stride) != length:
-        return "n_examples", f"{rows} rows of {sequence_length} + 1 tokens at stride {stride} are not the {length} tokens of 'data'"
-    end, source = documents.end, documents.source
-    if end.ndim != 1 or documents.id.shape != (len(end), ID_BYTES) or source.shape != (len(end),):
-        return (
-            "doc_end",
-            f"doc_end, doc_id, doc_source have shapes {end.shape}, {documents.id.shape}, {source.shape}, not [n], [n, 16], [n]",
-        )
-    if len(end) == 0 or end[0] < 1 or end[-1] != length or np.any(np.diff(end) < 1):
-        return "doc_end", f"document ends do not rise from 1 to {length}"
-    if source.min() < 0 or source.max() >= len(documents.sources):
-        return "doc_source", f"an index lies outside the {len(documents.sources)} sources"
-    if len(header["sources"].encode()) > MAX_SOURCES_BYTES:
-        return "sources", f"the sources' names exceed {MAX_SOURCES_BYTES} bytes"
-    return None
+    id: bytes
+    source: str
+    file: int
+    record: int
+    first: int
+    last: int
+    fim: tuple[int, ...] | None  # mode, a, b
 
 
 class ShardReader:
@@ -210,7 +89,7 @@ class ShardReader:
     def __init__(self, path: Path) -> None:
         shard = _open(path)
         self.path = path
-        self.num_rows, self.sequence_length, self.row_stride, self.vocab_size = (int(shard.header[name]) for name in _INTEGERS)
+        self.num_rows, self.sequence_length, self.row_stride, self.vocab_size = (int(shard.header[name]) for name in INTEGERS)
         self.tokenizer_sha256: str = shard.header["tokenizer_sha256"]
         self.digest: str = shard.header["digest"]
         self._identity = shard.identity
@@ -265,6 +144,37 @@ class ShardReader:
             raise _refusal(self.path, "digest", "changed since the shard was opened")
         return shard.documents
 
+    def document_starts(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [n] row numbers -> int32 [n, sequence_length]: for each input the index within its row of its document's first token.
+
+        0 where the document began before the row. Raises IndexError, DataError.
+        """
+        self._touch(indices)
+        ends = _document_ends(self.path, self.digest)
+        first = indices * self.row_stride  # [n]
+        begins = np.append(0, ends[:-1])
+        positions = first[:, None] + np.arange(self.sequence_length)  # [n, S]
+        document = np.searchsorted(ends, positions.reshape(-1), side="right")
+        starts = begins[document].reshape(positions.shape) - first[:, None]
+        return np.maximum(starts, 0).astype(np.int32)
+
+    def stretches(self, row: int) -> list[Stretch]:
+        """The documents of a row's inputs, in order. Raises IndexError, DataError."""
+        self._touch(np.array([row]))
+        table, first = self.documents(), row * self.row_stride
+        found = []
+        for index in range(int(np.searchsorted(table.end, first, side="right")), len(table.end)):
+            begin = int(table.end[index - 1]) if index else 0
+            if begin >= first + self.sequence_length:
+                break
+            fim = (
+                None if table.fim is None else (int(table.fim.mode[index]), int(table.fim.split[index, 0]), int(table.fim.split[index, 1]))
+            )
+            last = min(int(table.end[index]) - 1 - first, self.sequence_length - 1)
+            place = (int(table.file[index]), int(table.record[index]))
+            found.append(Stretch(table.id[index].tobytes(), table.sources[table.source[index]], *place, max(begin - first, 0), last, fim))
+        return found
+
     def _stream(self, name: str) -> Any:
         """`data` or `loss_mask`, [length]: an array over the mapped file, or the chunked dataset."""
         place = self._streams[name]
@@ -300,7 +210,7 @@ class ShardReader:
         data = self._slice("data", start, stop)
         mask = self._slice("loss_mask", start, stop) if "loss_mask" in self._streams else None
         first, last = max(0, start - self.sequence_length) // self.row_stride, min(self.num_rows - 1, (stop - 1) // self.row_stride)
-        if _block_digest(data, mask) != self._block_digest[block].tobytes():
+        if block_digest(data, mask) != self._block_digest[block].tobytes():
             raise _refusal(
                 self.path, "data", f"block {block} (rows {first}..{last}) does not hash to its digest, so it was altered or damaged"
             )
@@ -320,6 +230,27 @@ class ShardReader:
             return windows[indices]
         rows = [self._slice(name, start, start + width) for start in (indices * self.row_stride).tolist()]
         return np.stack(rows) if rows else np.empty((0, width), stream.dtype)
+
+
+@lru_cache(maxsize=64)  # 8 bytes a document: some 300 KB for a shard of 64 MiB of ordinary text
+def _document_ends(path: Path, digest: str) -> np.ndarray:
+    """A shard's `doc_end`, checked."""
+    shard = _open(path)
+    shard.file.close()
+    if shard.header["digest"] != digest:
+        raise _refusal(path, "digest", "changed since the shard was opened")
+    shard.documents.end.flags.writeable = False
+    return shard.documents.end
+
+
+def cumulative_lengths(document_start: np.ndarray) -> np.ndarray:
+    """int32 [rows, S] of `document_starts` -> int32 [documents + 1]: where each document's part begins in the flattened batch, and its end.
+
+    The form that varlen attention kernels take as cu_seqlens. A row always begins a part, for attention does not cross rows.
+    """
+    positions = np.arange(document_start.shape[1], dtype=np.int32)
+    begins = np.flatnonzero((document_start == positions).reshape(-1))
+    return np.append(begins, document_start.size).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -356,26 +287,35 @@ def _checked(file: h5py.File, identity: _Identity) -> _OpenShard:
     """Raises UntrustedFileError, or one of HDF5_ERRORS."""
     if file.userblock_size:
         raise UntrustedFileError("file", "has an HDF5 user block")
-    links, required = set(file), {"data", *_TABLES}
-    if not required <= links <= required | {"loss_mask"}:
-        raise UntrustedFileError("file", f"holds {sorted(links)[:8]}, not {sorted(required)}; is it a weftrain shard?")
-    header = read_attributes(file, _INTEGERS, _STRINGS)
+    if "data" not in file:
+        raise UntrustedFileError("file", f"holds {sorted(file)[:8]}, no 'data'; is it a weftrain shard?")
+    header = read_attributes(file, INTEGERS, STRINGS)
     if header["format"].encode() != FORMAT:
         raise UntrustedFileError("format", f"is {header['format']!r}, this program reads {FORMAT.decode()!r}")
-    tables = {name: open_dataset(file, name, dtype, rank, identity.size)[...] for name, (dtype, rank) in _TABLES.items()}
-    documents = Documents(tables["doc_end"], tables["doc_id"], tables["doc_source"], _source_names(header["sources"]))
+    links, required = set(file), {"data", *TABLES}
+    if not required <= links <= required | OPTIONAL:
+        raise UntrustedFileError("file", f"holds {sorted(links)[:12]}, not {sorted(required)}; is it a weftrain shard?")
+    tables = {name: open_dataset(file, name, dtype, rank, identity.size)[...] for name, (dtype, rank) in TABLES.items()}
+    fim = None
+    if FIM in links:
+        tables[FIM] = open_dataset(file, FIM, np.dtype("<i4"), 2, identity.size)[...]
+        if tables[FIM].shape[1] != 3:
+            raise UntrustedFileError(FIM, f"has shape {tables[FIM].shape}, not [n, 3]")
+        fim = FimRecord(tables[FIM][:, 0], tables[FIM][:, 1:])
+    columns = (tables[name] for name in ("doc_file", "doc_record"))
+    documents = Documents(tables["doc_end"], tables["doc_id"], tables["doc_source"], _source_names(header["sources"]), *columns, fim)
     data = open_dataset(file, "data", token_dtype(header["vocab_size"]), 1, identity.size)
     streams = {"data": data}
     if "loss_mask" in links:
         streams["loss_mask"] = open_dataset(file, "loss_mask", np.dtype(np.uint8), 1, identity.size)
-    if problem := _contradiction(header, data.shape[0], documents):
+    if problem := contradiction(header, data.shape[0], documents):
         raise UntrustedFileError(*problem)
     if any(stream.shape != data.shape for stream in streams.values()):
         raise UntrustedFileError("loss_mask", f"has shape {streams['loss_mask'].shape}, 'data' has {data.shape}")
     digests = (-(-data.shape[0] * data.dtype.itemsize // BLOCK_BYTES), 32)
     if tables["block_digest"].shape != digests:
         raise UntrustedFileError("block_digest", f"has shape {tables['block_digest'].shape}, not {digests}")
-    if _digest(header, tables, "loss_mask" in links) != header["digest"]:
+    if shard_digest(header, tables, "loss_mask" in links) != header["digest"]:
         raise UntrustedFileError("digest", "attributes or tables do not hash to it, so the file was altered or damaged")
     return _OpenShard(file, identity, header, documents, tables["block_digest"], streams)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
@@ -16,9 +17,9 @@ from fault_injection import DEATHS, Death, Faults, injected
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weftrain.core import fsops, shards
+from weftrain.core import fsops, shard_format, shards
 from weftrain.core.errors import DataError
-from weftrain.core.shards import Documents, ShardReader, num_tokens, write_shard
+from weftrain.core.shards import Documents, FimRecord, ShardReader, cumulative_lengths, num_tokens, write_shard
 
 TOKENIZER = "ab" * 32
 
@@ -26,7 +27,18 @@ TOKENIZER = "ab" * 32
 def documents_of(length: int, rng: np.random.Generator) -> Documents:
     end = np.unique(np.append(rng.integers(1, length + 1, 5), length))
     identity = rng.integers(0, 256, (len(end), 16)).astype(np.uint8)
-    return Documents(end, identity, rng.integers(0, 2, len(end)).astype(np.int32), ("prose", "code"))
+    source, file = (rng.integers(0, 2, len(end)).astype(np.int32) for _ in range(2))
+    split = np.sort(rng.integers(0, 100, (len(end), 2)), axis=1)
+    fim = FimRecord(rng.integers(0, 3, len(end)), split)
+    return Documents(end, identity, source, ("prose", "code"), file, rng.integers(0, 1 << 40, len(end)), fim)
+
+
+def few_documents(
+    end: list[int], source: list[int], sources: tuple[str, ...], id_bytes: int = 16, fim: FimRecord | None = None, **origin: list[int]
+) -> Documents:
+    number = len(end)
+    file, record = (np.array(origin.get(name, [0] * number)) for name in ("file", "record"))
+    return Documents(np.array(end), np.zeros((number, id_bytes), np.uint8), np.array(source), sources, file, record, fim)
 
 
 def make(
@@ -79,6 +91,40 @@ def assert_holds(reader: ShardReader, tokens: np.ndarray, documents: Documents, 
     assert np.array_equal(read.id, documents.id)
     assert np.array_equal(read.source, documents.source)
     assert read.sources == documents.sources
+    assert np.array_equal(read.file, documents.file)
+    assert np.array_equal(read.record, documents.record)
+    assert read.fim is not None
+    assert documents.fim is not None
+    assert np.array_equal(read.fim.mode, documents.fim.mode)
+    assert np.array_equal(read.fim.split, documents.fim.split)
+    if reader.sequence_length < 1000:
+        check_boundaries(reader, documents)
+
+
+def check_boundaries(reader: ShardReader, documents: Documents) -> None:
+    """document_starts, cumulative_lengths and stretches, each from the definition, token by token."""
+    of_position = np.searchsorted(documents.end, np.arange(documents.end[-1]), side="right")
+    rows = np.arange(reader.num_rows)
+    starts = reader.document_starts(rows)
+    assert starts.dtype == np.int32
+    lengths = np.diff(cumulative_lengths(starts)).tolist()
+    for row in rows.tolist():
+        first = row * reader.row_stride
+        inside = of_position[first : first + reader.sequence_length]
+        expected = [int(np.flatnonzero(inside == document)[0]) for document in inside]
+        assert starts[row].tolist() == expected
+        parts = [lengths.pop(0) for _ in np.unique(inside)]
+        assert parts == [int((inside == document).sum()) for document in np.unique(inside)]
+        stretches = reader.stretches(row)
+        assert [stretch.id for stretch in stretches] == [documents.id[document].tobytes() for document in np.unique(inside)]
+        assert [(stretch.first, stretch.last) for stretch in stretches] == [
+            (int(np.flatnonzero(inside == document)[0]), int(np.flatnonzero(inside == document)[-1])) for document in np.unique(inside)
+        ]
+        assert documents.fim is not None
+        for stretch, document in zip(stretches, np.unique(inside), strict=True):
+            assert (stretch.file, stretch.record) == (documents.file[document], documents.record[document])
+            assert stretch.fim == (documents.fim.mode[document], *documents.fim.split[document])
+    assert not lengths
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -126,7 +172,7 @@ def test_two_writes_give_the_same_bytes_and_data_is_page_aligned(tmp_path: Path)
 def test_what_the_writer_says_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "s.h5"
     tokens = np.arange(33)
-    table = Documents(np.array([33]), np.zeros((1, 16), np.uint8), np.array([0]), ("x",))
+    table = few_documents([33], [0], ("x",))
     info = write_shard(path, tokens, table, sequence_length=16, row_stride=16, vocab_size=33, tokenizer_sha256=TOKENIZER)
     assert info.num_bytes == path.stat().st_size
     assert info.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -139,7 +185,7 @@ def test_the_digest_commits_to_everything(tmp_path: Path) -> None:
     tokens, mask = np.arange(33), np.ones(33, dtype=np.uint8)
     base: dict[str, Any] = {
         "tokens": tokens,
-        "documents": Documents(np.array([9, 33]), np.zeros((2, 16), np.uint8), np.array([0, 0]), ("x", "y")),
+        "documents": few_documents([9, 33], [0, 0], ("x", "y")),
         "sequence_length": 16,
         "row_stride": 16,
         "vocab_size": 40,
@@ -156,10 +202,13 @@ def test_the_digest_commits_to_everything(tmp_path: Path) -> None:
         {"vocab_size": 41},
         {"tokenizer_sha256": "cd" * 32},
         {"sequence_length": 8, "row_stride": 8},
-        {"documents": Documents(np.array([8, 33]), documents.id, documents.source, documents.sources)},
-        {"documents": Documents(documents.end, documents.id + 1, documents.source, documents.sources)},
-        {"documents": Documents(documents.end, documents.id, np.array([0, 1]), documents.sources)},
-        {"documents": Documents(documents.end, documents.id, documents.source, ("x", "z"))},
+        {"documents": dataclasses.replace(documents, end=np.array([8, 33]))},
+        {"documents": dataclasses.replace(documents, id=documents.id + 1)},
+        {"documents": dataclasses.replace(documents, source=np.array([0, 1]))},
+        {"documents": dataclasses.replace(documents, sources=("x", "z"))},
+        {"documents": dataclasses.replace(documents, file=np.array([0, 1]))},
+        {"documents": dataclasses.replace(documents, record=np.array([0, 1]))},
+        {"documents": dataclasses.replace(documents, fim=FimRecord(np.zeros(2), np.zeros((2, 2))))},
     ]
     digests = {write_shard(tmp_path / f"{index}.h5", **base | change).digest for index, change in enumerate([{}, *changes])}
     assert len(digests) == len(changes) + 1
@@ -175,16 +224,21 @@ def test_the_digest_commits_to_everything(tmp_path: Path) -> None:
         ({"row_stride": 15}, "row_stride"),
         ({"loss_mask": np.ones(32)}, "loss_mask"),
         ({"loss_mask": np.full(33, 2)}, "loss_mask"),
-        ({"documents": Documents(np.array([32]), np.zeros((1, 16), np.uint8), np.array([0]), ("x",))}, "document ends"),
-        ({"documents": Documents(np.array([33]), np.zeros((1, 16), np.uint8), np.array([1]), ("x",))}, "sources"),
-        ({"documents": Documents(np.array([33]), np.zeros((1, 8), np.uint8), np.array([0]), ("x",))}, "shapes"),
-        ({"documents": Documents(np.array([33]), np.zeros((1, 16), np.uint8), np.array([0]), ("x" * 70_000,))}, "sources"),
+        ({"documents": few_documents([32], [0], ("x",))}, "document ends"),
+        ({"documents": few_documents([33], [1], ("x",))}, "sources"),
+        ({"documents": few_documents([33], [0], ("x",), id_bytes=8)}, "shapes"),
+        ({"documents": few_documents([33], [0], ("x" * 70_000,))}, "sources"),
+        ({"documents": few_documents([33], [0], ("x",), file=[-2])}, "doc_file"),
+        ({"documents": few_documents([33], [0], ("x",), record=[0, 0])}, "shapes"),
+        ({"documents": few_documents([33], [0], ("x",), fim=FimRecord(np.array([3]), np.array([[0, 1]])))}, "0..2"),
+        ({"documents": few_documents([33], [0], ("x",), fim=FimRecord(np.array([1]), np.array([[2, 1]])))}, "cuts do not rise"),
+        ({"documents": few_documents([33], [0], ("x",), fim=FimRecord(np.array([1]), np.array([[0, 1], [0, 1]])))}, "doc_fim"),
     ],
 )
 def test_the_writer_refuses_contradictions(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {
         "tokens": np.arange(33),
-        "documents": Documents(np.array([33]), np.zeros((1, 16), np.uint8), np.array([0]), ("x",)),
+        "documents": few_documents([33], [0], ("x",)),
         "sequence_length": 16,
         "row_stride": 16,
         "vocab_size": 40,
@@ -435,10 +489,10 @@ def test_a_token_beyond_the_vocabulary_is_refused_with_its_row(tmp_path: Path, v
 
     def change(file: h5py.File) -> None:
         file["data"][7 * 16 + 3] = bad
-        file["block_digest"][...] = shards._block_digests(file["data"][...], None)
+        file["block_digest"][...] = shard_format._block_digests(file["data"][...], None)
         header = {name: value.decode() if isinstance(value, bytes) else int(value) for name, value in file.attrs.items()}
-        tables = {name: file[name][...] for name in shards._TABLES}
-        file.attrs["digest"] = np.bytes_(shards._digest(header, tables, False))
+        tables = {name: file[name][...] for name in (*shard_format.TABLES, shard_format.FIM)}
+        file.attrs["digest"] = np.bytes_(shard_format.shard_digest(header, tables, False))
 
     edit(path, change)
     with pytest.raises(DataError, match=f"row 7 holds token id {bad}, beyond the vocabulary of {vocab_size}"):
