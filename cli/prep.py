@@ -2,75 +2,272 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
 from weftrain.cli.display import Bar
+from weftrain.core.errors import DataError
+
+if TYPE_CHECKING:
+    from weftrain.data_prep.executors import Executor
+    from weftrain.data_prep.pipeline import Prepared
+    from weftrain.data_prep.plan import Inputs
+    from weftrain.data_prep.prep_recipe import PrepRecipe
+
+STAGES = ("sample", "tokenize", "order", "write", "finish")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One dataset to make: its inputs and the arguments of prepare()."""
+
+    inputs: Inputs
+    arguments: dict[str, Any]
 
 
 @click.command()
-@click.argument("inputs", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), default=Path("datasets"), show_default=True, help="Folder of datasets.")
+@click.argument("inputs", nargs=-1)
+@click.option("--output", default="datasets", show_default=True, help="Folder of datasets, or an fsspec address to copy them to.")
 @click.option("--name", help="Name of the dataset's folder.  [default: python_stdlib without INPUTS, else needed]")
+@click.option("--inputs", "root", help="Of a recipe: the folder or address that holds its inputs and its tokenizer.")
+@click.option("--only", multiple=True, help="Of a recipe: only the dataset of this name (repeatable).")
+@click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Of a recipe: lay a value over it (repeatable).")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json.  [default: a byte-level BPE trained on the text]")
 @click.option("--vocab-size", type=click.IntRange(min=300), help="Ids of the trained tokenizer, 32 specials apart.  [default: 8192]")
 @click.option("--eos", help="The tokenizer's end-of-document token.  [default: </s> or <|endoftext|>]")
+@click.option("--engine", type=click.Choice(["auto", "tokenizers", "gigatoken"]), default="auto", show_default=True, help="Who encodes.")
 @click.option("--sequence-length", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of a row.")
+@click.option("--packing", type=click.Choice(["concatenate", "best_fit"]), default="concatenate", show_default=True, help="Rows of what.")
+@click.option(
+    "--order",
+    type=click.Choice(["shuffled", "as_read"]),
+    default="shuffled",
+    show_default=True,
+    help="Of documents; as read: duplicates stay.",
+)
+@click.option("--fim-rate", type=float, help="Share of documents that are turned into fill-in-the-middle.  [default: none]")
+@click.option("--fim-spm-share", type=float, default=0.5, show_default=True, help="Of those, how many suffix first.")
+@click.option(
+    "--fim-mode", type=click.Choice(["exact", "released"]), default="exact", show_default=True, help="released: as CrystalCoder's scripts."
+)
+@click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True, help="How often each document comes, FIM drawn anew.")
+@click.option("--chunks", type=click.IntRange(min=1), help="Equal chunks of the training rows.")
+@click.option("--global-batch-size", type=click.IntRange(min=1), help="Of the run to come: makes each chunk whole steps.")
 @click.option("--heldout-fraction", type=float, default=0.02, show_default=True, help="Share of documents that are held out.")
 @click.option("--rows-per-shard", type=click.IntRange(min=1), help="[default: 64 MiB of tokens]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the order of documents.")
-@click.option("--text-key", default="text", show_default=True, help="The field of a .jsonl line that holds the text.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the order of documents and of FIM.")
+@click.option("--text-key", default="text", show_default=True, help="The field of a .jsonl line or Parquet row that holds the text.")
+@click.option("--source-key", help="The field that names a document's source.  [default: the folder's or file's name]")
 @click.option("--suffix", "suffixes", multiple=True, help="Of a folder, only files that end so (repeatable).  [default: all text]")
+@click.option(
+    "--format",
+    "format_",
+    help="What the files are, where it cannot be told: jsonl, parquet, text, amber, cerebras, cerebras_corpus, megatron.",
+)
+@click.option("--normalise", multiple=True, help="NFC, NFKC, newlines, strip_bom, in this order (repeatable).  [default: nothing]")
+@click.option("--max-failures", type=click.IntRange(min=0), default=0, show_default=True, help="Documents that may be unreadable.")
 @click.option("--licence", default="not stated", show_default=True, help="The licence of INPUTS, for the manifest.")
-def prep(
-    inputs: tuple[Path, ...],
-    output: Path,
-    name: str | None,
-    tokenizer: Path | None,
-    vocab_size: int | None,
-    eos: str | None,
-    sequence_length: int,
-    heldout_fraction: float,
-    rows_per_shard: int | None,
-    seed: int,
-    text_key: str,
-    suffixes: tuple[str, ...],
-    licence: str,
-) -> None:
-    """Prepare a dataset: INPUTS are .jsonl and text files, and folders of source files.
+@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one a core]")
+@click.option("--executor", type=click.Choice(["local", "task", "ray"]), default="local", show_default=True, help="Who does the tasks.")
+@click.option("--index", type=click.IntRange(min=0), help="Of a task: which member of the array this is, from 0.")
+@click.option("--of", type=click.IntRange(min=1), help="Of a task: how many members the array has.")
+@click.option("--stage", type=click.Choice(STAGES), help="Of a task: do this stage only and stop.")
+@click.option("--ray-address", help="Of ray: the cluster's address.  [default: one is started here]")
+def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
+    """Prepare datasets. INPUTS: files and folders (.jsonl, .gz, .zst, Parquet, text, tokenised), or one preparation recipe.
 
     Without INPUTS: the embedded corpus, the Python standard library of the interpreter that runs this (licence PSF-2.0), no download.
-    Run again with the same inputs it says that the dataset is up to date.
+    Run again with the same inputs it says that the dataset is up to date; interrupted, it goes on where it was.
     """
-    from weftrain.data_prep.corpus import embedded_corpus
     from weftrain.data_prep.pipeline import prepare
-    from weftrain.data_prep.readers import file_inputs
+    from weftrain.data_prep.prep_recipe import is_prep_recipe, load_prep_recipe
+    from weftrain.data_prep.publish import is_remote, publish, staging_folder
 
-    if inputs and name is None:
-        raise click.UsageError("give the dataset a --name")
-    name = name or "python_stdlib"
-    documents = file_inputs(inputs, text_key=text_key, suffixes=suffixes, licence=licence) if inputs else embedded_corpus()
     console = Console(highlight=False, soft_wrap=True)
-    with Bar(console, f"prep {name}", 1) as bar:
-        prepared = prepare(
-            documents,
-            output,
-            name=name,
-            tokenizer=tokenizer,
-            eos=eos,
-            vocab_size=vocab_size,
-            sequence_length=sequence_length,
-            heldout_fraction=heldout_fraction,
-            rows_per_shard=rows_per_shard,
-            seed=seed,
-            progress=lambda stage, done, total, unit: bar.update(done, unit, stage, total),
+    if len(inputs) == 1 and is_prep_recipe(inputs[0]):
+        jobs = _recipe_jobs(load_prep_recipe(inputs[0], options["overrides"]), options)
+    else:
+        jobs = [_job(inputs, options)]
+    executor = _executor(options)
+    folder = staging_folder(output) if is_remote(output) else Path(output)
+    for job in jobs:
+        with Bar(console, f"prep {job.arguments['name']}", 1) as bar:
+            prepared = prepare(job.inputs, folder, **job.arguments, executor=executor, only_stage=options["stage"], progress=_shown(bar))
+        if prepared is None:
+            console.print(f"dataset {folder / job.arguments['name']}: this member's share is done", markup=False)
+            continue
+        _report(console, prepared)
+        if is_remote(output):
+            address = f"{output.rstrip('/')}/{job.arguments['name']}"
+            publish(prepared.folder, prepared.manifest, address)
+            console.print(f"  copied to {address}", markup=False)
+
+
+def _job(inputs: tuple[str, ...], options: dict[str, Any]) -> _Job:
+    from weftrain.data_prep.corpus import embedded_inputs
+    from weftrain.data_prep.plan import Inputs
+    from weftrain.data_prep.readers import list_inputs
+
+    for option in ("root", "only", "overrides"):
+        if options[option]:
+            raise click.UsageError(f"--{'inputs' if option == 'root' else 'set' if option == 'overrides' else option} belongs to a recipe")
+    if inputs and options["name"] is None:
+        raise click.UsageError("give the dataset a --name")
+    read = _read_options(options)
+    if inputs:
+        files = list_inputs(inputs, source=None, suffixes=options["suffixes"], format=options["format_"])
+        names = ", ".join(address.rstrip("/").rpartition("/")[2] for address in inputs)
+        chosen = Inputs(tuple(files), names, options["licence"], read)
+    else:
+        embedded, description, licence = embedded_inputs()
+        chosen = Inputs(tuple(embedded), description, licence, read)
+    same = ("tokenizer", "vocab_size", "eos", "engine", "sequence_length", "heldout_fraction", "rows_per_shard", "seed", "packing", "order")
+    arguments = {key: options[key] for key in (*same, "epochs", "chunks", "global_batch_size", "max_failures")}
+    arguments["fim"] = _fim(options["fim_rate"], options["fim_spm_share"], options["fim_mode"])
+    return _Job(chosen, arguments | {"name": options["name"] or "python_stdlib"})
+
+
+def _recipe_jobs(recipe: PrepRecipe, options: dict[str, Any]) -> list[_Job]:
+    """The recipe's datasets, or those named by --only. Options that the recipe decides are refused."""
+    from weftrain.data_prep.plan import Inputs
+    from weftrain.data_prep.readers import list_inputs
+
+    context = click.get_current_context()
+    decided = [
+        option
+        for option in context.params
+        if option not in ("inputs", "output", "root", "only", "overrides", "workers", "executor", "index", "of", "stage", "ray_address")
+        and str(context.get_parameter_source(option)).endswith("COMMANDLINE")
+    ]
+    if decided:
+        raise click.UsageError(f"the recipe decides {decided[0]}: lay a value over it with --set KEY.SUB=VALUE")
+    unknown = set(options["only"]) - {dataset.name for dataset in recipe.datasets}
+    if unknown:
+        known = ", ".join(dataset.name for dataset in recipe.datasets)
+        raise click.UsageError(f"--only {min(unknown)}: the recipe makes {known}")
+    root = options["root"]
+    jobs = []
+    for dataset in recipe.datasets:
+        if options["only"] and dataset.name not in options["only"]:
+            continue
+        files = [
+            file
+            for section in dataset.inputs
+            for file in list_inputs(
+                [_below(root, address) for address in section.addresses],
+                source=section.source,
+                suffixes=section.suffixes,
+                format=section.format,
+            )
+        ]
+        read = replace(
+            _read_options(options),
+            text_key=recipe.text_key,
+            source_key=recipe.source_key,
+            normalise=recipe.normalise,
+            sequence_length=recipe.sequence_length,
         )
+        same = (
+            "vocab_size",
+            "eos",
+            "engine",
+            "sequence_length",
+            "heldout_fraction",
+            "rows_per_shard",
+            "seed",
+            "packing",
+            "order",
+            "max_failures",
+        )
+        arguments = {key: getattr(recipe, key) for key in same}
+        arguments |= {
+            "name": dataset.name,
+            "tokenizer": None if recipe.tokenizer is None else Path(_below(root, recipe.tokenizer)),
+            "epochs": dataset.epochs,
+            "chunks": None if dataset.chunks is None else dataset.chunks.count,
+            "global_batch_size": None if dataset.chunks is None else dataset.chunks.global_batch_size,
+            "fim": None if dataset.fim is None else _fim(dataset.fim.rate, dataset.fim.spm_share, dataset.fim.mode),
+        }
+        description = f"{recipe.name}: {dataset.name}"
+        jobs.append(_Job(Inputs(tuple(files), description, dataset.licence or recipe.licence, read), arguments))
+    return jobs
+
+
+def _below(root: str | None, address: str) -> str:
+    if "://" in address or os.path.isabs(address):
+        return address
+    if root is None:
+        raise click.UsageError(f"the recipe names {address!r}: say with --inputs which folder or address holds it")
+    return f"{root.rstrip('/')}/{address}"
+
+
+def _read_options(options: dict[str, Any]) -> Any:
+    from weftrain.data_prep.readers import ReadOptions
+
+    return ReadOptions(
+        text_key=options["text_key"],
+        source_key=options["source_key"],
+        normalise=tuple(options["normalise"]),
+        sequence_length=options["sequence_length"],
+    )
+
+
+def _fim(rate: float | None, spm_share: float, mode: Any) -> Any:
+    from weftrain.data_prep.plan import FimSettings
+
+    if rate is None:
+        return None
+    if not 0 < rate <= 1 or not 0 <= spm_share <= 1:
+        raise DataError(f"fim: rate {rate} must lie in (0, 1] and the SPM share {spm_share} in [0, 1]")
+    return FimSettings(rate, spm_share, mode)
+
+
+def _executor(options: dict[str, Any]) -> Executor:
+    from weftrain.data_prep.executors import LocalExecutor, RayExecutor, TaskExecutor
+
+    kind = options["executor"]
+    if kind != "task" and (options["index"] is not None or options["of"] is not None or options["stage"] is not None):
+        raise click.UsageError("--index, --of and --stage belong to --executor task")
+    if kind != "ray" and options["ray_address"] is not None:
+        raise click.UsageError("--ray-address belongs to --executor ray")
+    if kind == "task":
+        if options["index"] is None or options["of"] is None:
+            raise click.UsageError("--executor task needs --index and --of")
+        return TaskExecutor(options["index"], options["of"])
+    if kind == "ray":
+        return RayExecutor(options["ray_address"], options["workers"])
+    return LocalExecutor(options["workers"] or os.cpu_count() or 1)
+
+
+def _shown(bar: Bar) -> Callable[[str, int, int | None, str], None]:
+    """Progress in megabytes with their rate, where a stage counts bytes."""
+    began: dict[str, tuple[float, int]] = {}
+
+    def show(stage: str, done: int, total: int | None, unit: str) -> None:
+        start, first = began.setdefault(stage, (time.monotonic(), done))
+        if unit.startswith("bytes"):
+            seconds = max(time.monotonic() - start, 1e-9)
+            note = f"MB{unit.removeprefix('bytes')}, {(done - first) / 1e6 / seconds:,.1f} MB/s"
+            bar.update(done // 1_000_000, note, stage, None if total is None else max(1, total // 1_000_000))
+        else:
+            bar.update(done, unit, stage, total)
+
+    return show
+
+
+def _report(console: Console, prepared: Prepared) -> None:
     manifest = prepared.manifest
     state = "is up to date" if prepared.up_to_date else "is ready"
     console.print(f"dataset {prepared.folder} {state}: {manifest.corpus.description}, licence {manifest.corpus.licence}", markup=False)
-    for set_name, entry in (("train", manifest.train), ("heldout", manifest.heldout)):
-        if entry is not None:
-            rows = f"{sum(shard.n_examples for shard in entry.shards):,} rows x {manifest.sequence_length} tokens"
-            console.print(f"  {set_name:<8} {entry.documents:,} documents, {rows}, dataset id {entry.id[:16]}", markup=False)
+    for set_name, entry in manifest.sets.items():
+        rows = f"{entry.n_examples:,} rows x {manifest.sequence_length} tokens"
+        console.print(f"  {set_name:<8} {entry.documents:,} documents, {rows}, dataset id {entry.id[:16]}", markup=False)
+    if manifest.documents.failed:
+        console.print(f"  {manifest.documents.failed:,} documents could not be read: {prepared.folder / 'failures.jsonl'}", markup=False)

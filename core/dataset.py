@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from weftrain.core import fsops
-from weftrain.core.canonical import canonical_json, parse_json
+from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.config import Count, PositiveInt, Scalar, Section
 from weftrain.core.errors import DataError
 from weftrain.core.shards import ShardReader, Stretch
@@ -198,8 +198,9 @@ def merkle_root(leaves: Sequence[str]) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json, as canonical JSON. Raises OSError."""
-    fsops.write_bytes(folder / MANIFEST, canonical_json(manifest.model_dump(mode="json")) + b"\n")
+    """Write manifest.json, as canonical JSON with its own hash, `root`. Raises OSError."""
+    value = manifest.model_dump(mode="json")
+    fsops.write_bytes(folder / MANIFEST, canonical_json(value | {"root": sha256_json(value)}) + b"\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -210,9 +211,11 @@ def read_manifest(folder: Path) -> Manifest:
         value = parse_json(data)
         if isinstance(value, dict) and value.get("format") == "weftrain-dataset" and value.get("version") != VERSION:
             raise ValueError(f"version {value.get('version')!r} is not the one this program reads ({VERSION})")
-        manifest = Manifest.model_validate(value)
         if canonical_json(value) + b"\n" != data:
             raise ValueError("is not in canonical form, so it was altered")
+        if not isinstance(value, dict) or value.pop("root", None) != sha256_json(value):
+            raise ValueError("does not hash to its root, so it was altered")
+        manifest = Manifest.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))[:80]

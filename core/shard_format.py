@@ -24,6 +24,7 @@ Padding is a document too: id of zeros, file and record -1, its tokens masked.
 from __future__ import annotations
 
 import hashlib
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ def _hdf5_image(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
     """The file's bytes, made in memory: then writing is one atomic operation whose errors are the operating system's own."""
     settings = {"libver": "latest", "alignment_threshold": ALIGNMENT, "alignment_interval": ALIGNMENT}
     block_size = max(1 << 16, arrays["data"].nbytes)
-    with h5py.File("shard", "w", driver="core", backing_store=False, block_size=block_size, **settings) as file:
+    name = f"shard-{threading.get_ident()}"  # two threads that write at once must not name the same file
+    with h5py.File(name, "w", driver="core", backing_store=False, block_size=block_size, **settings) as file:
         for name, array in arrays.items():
             file.create_dataset(name, data=array, track_times=False)
         for name, value in header.items():

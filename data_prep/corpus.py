@@ -14,11 +14,10 @@ import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.readers import Document, Inputs
+from weftrain.data_prep.documents import InputFile
 
 LICENCE = "PSF-2.0"
 SOURCES = "python-source"
@@ -28,27 +27,17 @@ SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages
 SKIPPED_PREFIX = "_sysconfigdata"  # generated on the machine that built the interpreter
 
 
-def embedded_corpus(folder: Path | None = None) -> Inputs:
-    """The standard library's documents, in sorted order; `folder` instead of where it is installed. Reading raises DataError."""
+def embedded_inputs(folder: Path | None = None) -> tuple[list[InputFile], str, str]:
+    """The standard library's modules, sorted, a description, the licence; `folder` instead of where it is installed. Raises DataError."""
     root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
-    description = f"{platform.python_implementation()} {platform.python_version()} standard library: sources and documentation strings"
-    return Inputs(description, LICENCE, lambda: iter(_read(root)))
-
-
-@lru_cache(maxsize=1)
-def _read(root: Path) -> tuple[Document, ...]:
-    """All documents: some 14 MB, kept, since finding the documentation takes longer than anything done with it."""
-    documents = []
-    for path in _source_files(root):
-        name = path.relative_to(root).as_posix()
-        text = _source_text(path)
-        documents.append(Document(name, SOURCES, text))
-        documentation = documentation_text(text, name)
-        if len(documentation) >= MIN_DOCUMENTATION_CHARACTERS:
-            documents.append(Document(f"{name} (documentation)", DOCUMENTATION, documentation, belongs_to=text))
-    if not documents:
+    files = []
+    for path in sorted(_source_files(root), key=lambda found: found.relative_to(root).as_posix()):
+        status = path.stat()
+        files.append(InputFile(str(path), path.relative_to(root).as_posix(), SOURCES, "python", status.st_size, status.st_mtime_ns))
+    if not files:
         raise DataError(f"{root}: holds no standard library sources; install them, or name your own text")
-    return tuple(documents)
+    description = f"{platform.python_implementation()} {platform.python_version()} standard library: sources and documentation strings"
+    return files, description, LICENCE
 
 
 def documentation_text(source: str, name: str) -> str:
@@ -66,17 +55,16 @@ def documentation_text(source: str, name: str) -> str:
 
 def _source_files(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
-        folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
-        for name in sorted(files):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        for name in files:
             if name.endswith(".py") and not name.startswith(SKIPPED_PREFIX):
                 yield Path(folder, name)
 
 
-def _source_text(path: Path) -> str:
-    """Text in the encoding that the file declares (PEP 263), line ends as they are."""
+def source_text(data: bytes, where: str) -> str:
+    """Text in the encoding that a source file declares (PEP 263), line ends as they are. Raises DataError."""
     try:
-        data = path.read_bytes()
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         return data.decode(encoding)
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as Python source: {error}; repair the Python installation") from error
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: cannot be read as Python source: {error}; repair the Python installation") from error

@@ -13,7 +13,8 @@ import numpy as np
 
 Format = Literal["jsonl", "parquet", "text", "python", "amber", "cerebras", "cerebras_corpus", "megatron"]
 TOKENISED: frozenset[Format] = frozenset({"amber", "cerebras", "cerebras_corpus", "megatron"})
-FIXED_ROWS: frozenset[Format] = frozenset({"amber", "cerebras"})  # rows that stand alone, each of sequence_length + 1 ids
+# Rows that stand alone, each of sequence_length + 1 ids.
+FIXED_ROWS: frozenset[Format] = frozenset({"amber", "cerebras", "cerebras_corpus"})
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class InputFile:
 
 
 class Share(NamedTuple):
-    """[begin, end) of one file: bytes of a plain `.jsonl`, row groups of Parquet, rows of HDF5, documents of Megatron; else 0, 1: all."""
+    """[begin, end) of one file, which counts bytes of plain JSON lines, row groups of Parquet, rows of HDF5, documents of Megatron.
+
+    0, -1: all of it.
+    """
 
     file: int  # index into the list of inputs
     begin: int

@@ -1,14 +1,19 @@
 """Tokenizers: train a byte-level BPE or load any tokenizer.json, and encode text so that no text ever becomes a control token.
 
-What a reader would get wrong: a document that holds the characters `</s>` must not end there. Special tokens are not matched in text, and
-should a tokenizer produce one of their ids all the same, that is an error. Document ends come from `doc_end`, never from an id.
+Two engines give the same ids: Hugging Face `tokenizers`, the reference, and `gigatoken`, some ten times faster, which is compared with the
+reference in every run. What a reader would get wrong: a document that holds the characters `</s>` must not end there. Control tokens are
+taken out of the tokenizer before it sees any text, and should one of their ids come out all the same, that is an error. Document ends come
+from `doc_end`, never from an id.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from weftrain.core.errors import DataError
 from weftrain.core.shards import token_dtype
+from weftrain.data_prep.engines import Gigatoken, Reference, gigatoken_problem
 
 CONTROL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as LLaMA's and so Amber's and CrystalCoder's
 EOS_CANDIDATES = ("</s>", "<|endoftext|>")
@@ -30,65 +36,154 @@ CRYSTALCODER_TOKENS = (
     *("<|reponame|>", "<|im_start|>", "<|im_end|>", "<|sys_start|>", "<|sys_end|>"),
     *(f"<|unused_{index}|>" for index in range(22, 32)),
 )
+# No text becomes one of these, whether the tokenizer calls them special or not; each in both of its spellings.
+CONTROL_NAMES = frozenset(
+    [*CONTROL_TOKENS, *EOS_CANDIDATES, "<pad>", "<|pad|>", *CRYSTALCODER_TOKENS, *(f"<{name[2:-2]}>" for name in CRYSTALCODER_TOKENS)]
+)
+_CHECKED = 4  # of 256: documents whose hash begins with a smaller byte are encoded by both engines
+_LARGE_CHARACTERS = 1 << 16
 MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 
 
 @dataclass(frozen=True)
+class Counts:
+    """Documents so far: encoded by the reference and by the fast engine, and how many of the latter by both, to compare."""
+
+    reference: int = 0
+    fast: int = 0
+    checked: int = 0
+
+
 class TextEncoder:
-    """A tokenizer as the pipeline uses it. data: the bytes of tokenizer.json. vocab_size: one more than the largest id."""
+    """A tokenizer as the pipeline uses it. data: the bytes of tokenizer.json. vocab_size: one more than the largest id.
 
-    data: bytes
-    eos_id: int
-    vocab_size: int
-    control_ids: np.ndarray  # sorted ids that no text may become
-    _tokenizer: Tokenizer = field(repr=False, compare=False)
+    engine, engine_version: who encodes. engine_reason: why not gigatoken, or None. control_ids: sorted ids that no text may become.
+    """
 
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
+    def __init__(self, data: bytes, tokenizer: Tokenizer, eos_id: int, engine: str, where: str) -> None:
+        self.data, self.eos_id = data, eos_id
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.dtype = token_dtype(self.vocab_size)
+        self.counts = Counts()
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        control = {index for index, token in added.items() if token.special or token.content in CONTROL_NAMES} | {eos_id}
+        control |= {index for name in CONTROL_NAMES if (index := tokenizer.token_to_id(name)) is not None}
+        self.control_ids = np.array(sorted(control))
+        self._is_control = np.zeros(self.vocab_size, np.bool_)
+        self._is_control[self.control_ids] = True
+        tree = json.loads(data)
+        tree["added_tokens"] = [token for token in tree.get("added_tokens") or [] if token["id"] not in control]
+        self._reference = Reference(tree)
+        self._fast: Gigatoken | None = None
+        self.engine_reason = None if engine == "tokenizers" else gigatoken_problem(tree)
+        if engine != "tokenizers" and self.engine_reason is None:
+            self._fast = Gigatoken(tree)
+        elif engine == "gigatoken":
+            raise DataError(f"{where}: gigatoken cannot encode with it: {self.engine_reason}; use --engine tokenizers")
+        self.engine = "tokenizers" if self._fast is None else "gigatoken"
+        self.engine_version = importlib.metadata.version(self.engine)
 
-    def encode(self, texts: Sequence[str], names: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, without eos, in the shards' dtype; on all cores. Raises DataError, by `names`, where a control id comes out."""
-        dtype = token_dtype(self.vocab_size)
-        encoded = [np.array(one.ids, dtype=dtype) for one in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-        for ids, name in zip(encoded, names, strict=True):
-            if (hits := np.flatnonzero(np.isin(ids, self.control_ids))).size:
+    def encode(self, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None = None) -> list[np.ndarray]:
+        """Ids of each text, without eos, in the shards' dtype. hashes: of the texts, by which those to be compared are chosen.
+
+        Raises DataError, by `names`, where a control id comes out or the engines differ.
+        """
+        if not texts:
+            return []
+        if self._fast is None:
+            encoded = self._reference.encode(texts)
+            self.counts = Counts(self.counts.reference + len(texts), self.counts.fast, self.counts.checked)
+        else:
+            encoded = self._encode_fast(self._fast, texts, names, hashes)
+        joined = np.concatenate(encoded)
+        if (hits := np.flatnonzero(self._is_control[joined])).size:
+            ends = np.cumsum([len(ids) for ids in encoded])
+            document = int(np.searchsorted(ends, hits[0], side="right"))
+            place = int(hits[0] - (ends[document] - len(encoded[document])))
+            raise DataError(
+                f"{names[document]}: the tokenizer turns ordinary text into control id {joined[hits[0]]} at token {place}; "
+                "use a tokenizer that can spell its special tokens out"
+            )
+        return np.split(joined.astype(self.dtype), np.cumsum([len(ids) for ids in encoded])[:-1])
+
+    def _encode_fast(self, fast: Gigatoken, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None) -> list[np.ndarray]:
+        """Those with the text of an added token by the reference, the rest by the fast engine; a sample by both."""
+        apart = [index for index, text in enumerate(texts) if fast.needs_reference(text)]
+        together = sorted(set(range(len(texts))) - set(apart)) if apart else range(len(texts))
+        encoded: list[np.ndarray] = [np.empty(0)] * len(texts)
+        for index, ids in zip(together, fast.encode([texts[index] for index in together]), strict=True):
+            encoded[index] = ids
+        for index, ids in zip(apart, self._reference.encode([texts[index] for index in apart]), strict=True):
+            encoded[index] = ids
+        checked = _sample(texts, together, hashes)
+        for index, ids in zip(checked, self._reference.encode([texts[index] for index in checked]), strict=True):
+            if not np.array_equal(ids, encoded[index]):
+                length = min(len(ids), len(encoded[index]))
+                place = int(np.argmax(np.append(ids[:length] != encoded[index][:length], True)))
                 raise DataError(
-                    f"{name}: the tokenizer turns ordinary text into control id {ids[hits[0]]} at token {hits[0]}; "
-                    "use a tokenizer that can spell its special tokens out"
+                    f"{names[index]}: gigatoken {self.engine_version} and the reference differ from token {place}; use --engine tokenizers"
                 )
+        before = self.counts
+        self.counts = Counts(before.reference + len(apart), before.fast + len(together), before.checked + len(checked))
         return encoded
+
+    def special_id(self, name: str) -> int:
+        """The id of a special token, as 'fim_prefix', in either spelling. Raises DataError where there is none."""
+        for spelling in (f"<|{name}|>", f"<{name}>"):
+            if (index := self._tokenizer.token_to_id(spelling)) is not None:
+                return int(index)
+        has = sorted(token.content for token in self._tokenizer.get_added_tokens_decoder().values())
+        raise DataError(f"the tokenizer has no token <|{name}|> or <{name}>, only {', '.join(has[:40]) or 'none'}; use one that has it")
 
     def decode(self, ids: np.ndarray) -> str:
         """Text of ids, control tokens spelled out."""
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
 
 
-def make_encoder(data: bytes, where: str, eos: str | None = None) -> TextEncoder:
-    """The tokenizer of a tokenizer.json's bytes. eos: the token that ends a document. Raises DataError."""
+def _sample(texts: Sequence[str], fast: Sequence[int], hashes: Sequence[bytes] | None) -> list[int]:
+    """Which of the documents that the fast engine encoded are compared: by their hashes, so the same whoever encodes; at least one."""
+    if not fast:
+        return []
+    if hashes is None:
+        hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
+    small = [index for index in fast if len(texts[index]) <= _LARGE_CHARACTERS]  # a large one takes the reference a second
+    chosen = {index for index in small if hashes[index][0] < _CHECKED}
+    return sorted(chosen) or [min(small or fast, key=lambda index: hashes[index])]
+
+
+def make_encoder(data: bytes, where: str, eos: str | None = None, *, engine: str = "auto") -> TextEncoder:
+    """The tokenizer of a tokenizer.json's bytes. eos: the token that ends a document. Raises DataError.
+
+    engine: 'tokenizers' (the reference), 'gigatoken', or 'auto': gigatoken where it is installed and can.
+    """
     try:
         tokenizer = Tokenizer.from_str(data.decode())
     except Exception as error:  # the library raises nothing narrower
         raise DataError(f"{where}: not a tokenizer.json: {' '.join(str(error).split())}; name a Hugging Face tokenizers file") from error
-    tokenizer.encode_special_tokens = True  # spell special tokens in text out
     tokenizer.no_padding()
     tokenizer.no_truncation()
     candidates = EOS_CANDIDATES if eos is None else (eos,)
     eos_id = next((found for token in candidates if (found := tokenizer.token_to_id(token)) is not None), None)
     if eos_id is None:
         raise DataError(f"{where}: has no token {' or '.join(candidates)} to end a document with; name its end token with --eos")
-    control = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special} | {eos_id}
-    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    return TextEncoder(data, eos_id, vocab_size, np.array(sorted(control)), tokenizer)
+    return TextEncoder(data, tokenizer, eos_id, engine, where)
 
 
-def load_encoder(path: Path, eos: str | None = None) -> TextEncoder:
+@functools.lru_cache(maxsize=2)
+def encoder_for(data: bytes, eos: str | None, engine: str) -> TextEncoder:
+    """make_encoder, kept: a worker process makes it once."""
+    return make_encoder(data, "the tokenizer", eos, engine=engine)
+
+
+def load_encoder(path: Path, eos: str | None = None, *, engine: str = "auto") -> TextEncoder:
     """The tokenizer of a file. Raises DataError."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}; name a tokenizer.json") from error
-    return make_encoder(data, str(path), eos)
+    return make_encoder(data, str(path), eos, engine=engine)
 
 
 def train_encoder(texts: Iterable[str], vocab_size: int) -> TextEncoder:

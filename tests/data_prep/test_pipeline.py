@@ -1,9 +1,12 @@
-"""prepare(): the whole way from text to a dataset that trains, again to the same bytes, whole or not at all."""
+"""prepare(): the whole way from text to a dataset that trains; the same bytes whoever does it and however it is interrupted."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+import threading
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +17,48 @@ from fault_injection import DEATHS, Death, Faults, injected
 from weftrain.core import fsops
 from weftrain.core.config import DataConfig
 from weftrain.core.data import open_heldout, open_training
-from weftrain.core.dataset import TOKENIZER, ShardSet, read_manifest
+from weftrain.core.dataset import TOKENIZER, ShardSet, read_inputs, read_manifest
 from weftrain.core.errors import DataError
-from weftrain.data_prep.corpus import embedded_corpus
+from weftrain.data_prep import fim, plan
+from weftrain.data_prep.corpus import embedded_inputs
+from weftrain.data_prep.executors import LocalExecutor, TaskExecutor
 from weftrain.data_prep.pipeline import Prepared, prepare
-from weftrain.data_prep.readers import Document, Inputs
+from weftrain.data_prep.plan import FimSettings, Inputs
+from weftrain.data_prep.readers import ReadOptions, list_inputs
 from weftrain.data_prep.tokenization import TextEncoder, load_encoder
 
+Run = Callable[..., Prepared]
 
-def inputs_of(texts: list[str], **belongs_to: str) -> Inputs:
-    documents = [
-        Document(f"{index}.txt", "even" if index % 2 == 0 else "odd", text, belongs_to.get(f"_{index}")) for index, text in enumerate(texts)
-    ]
-    return Inputs("test text", "none", lambda: iter(documents))
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"text": text, "kind": "even" if index % 2 == 0 else "odd"} for index, text in enumerate(texts)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if not path.exists() or path.read_text() != lines:  # its time is part of what is listed
+        path.write_text(lines)
+    return path
+
+
+def inputs_of(*paths: Path, options: ReadOptions | None = None, **listing: Any) -> Inputs:
+    files = list_inputs([str(path) for path in paths], source=None, **listing)
+    return Inputs(tuple(files), "test text", "none", options or ReadOptions(source_key="kind"))
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few kilobytes are several parts and buckets here."""
+    monkeypatch.setattr(plan, "_MEBI", 300)
 
 
 @pytest.fixture
-def run(tmp_path: Path, encoder: TextEncoder, texts: list[str]) -> Callable[..., Prepared]:
+def run(tmp_path: Path, encoder: TextEncoder, texts: list[str]) -> Run:
     """prepare() of the test texts with the test tokenizer in small shards."""
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_bytes(encoder.data)
 
-    def call(inputs: Inputs | None = None, output: str = "out", **changes: Any) -> Prepared:
+    def call(inputs: Inputs | list[str] | None = None, output: str = "out", **changes: Any) -> Prepared:
+        if not isinstance(inputs, Inputs):
+            inputs = inputs_of(write_lines(tmp_path / "texts.jsonl", texts if inputs is None else inputs))
         settings: dict[str, Any] = {
             "name": "d",
             "tokenizer": tokenizer,
@@ -43,7 +66,9 @@ def run(tmp_path: Path, encoder: TextEncoder, texts: list[str]) -> Callable[...,
             "heldout_fraction": 0.2,
             "rows_per_shard": 20,
         }
-        return prepare(inputs or inputs_of(texts), tmp_path / output, **settings | changes)
+        prepared = prepare(inputs, tmp_path / output, **settings | changes)
+        assert prepared is not None
+        return prepared
 
     return call
 
@@ -54,20 +79,52 @@ def tree(folder: Path) -> dict[str, str]:
     }
 
 
-def documents_of(folder: Path, set_name: str) -> dict[bytes, str]:
-    """Document id -> its text, put together from the shards, eos taken off."""
-    encoder, manifest = load_encoder(folder / TOKENIZER), read_manifest(folder)
-    pieces: dict[bytes, list[np.ndarray]] = {}
-    for number, reader in enumerate(ShardSet(folder, manifest, set_name).readers()):  # type: ignore[arg-type]
+def pieces_of(folder: Path, set_name: str) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """Each document of each shard: tokens (a token that the shard before holds too taken off), and what the tables say of it."""
+    manifest = read_manifest(folder)
+    shared = manifest.row_stride == manifest.sequence_length
+    first = 0
+    sections = {int(end) for end in np.cumsum(manifest.sets[set_name].epochs)[:-1]}  # type: ignore[index]
+    for reader in ShardSet(folder, manifest, set_name).readers():  # type: ignore[arg-type]
         table = reader.documents()
-        for start, end, identity in zip(np.append(0, table.end[:-1]), table.end, table.id, strict=True):
+        for index, (start, end) in enumerate(zip(np.append(0, table.end[:-1]), table.end, strict=True)):
             tokens = reader.tokens(int(start), int(end))
-            pieces.setdefault(identity.tobytes(), []).append(tokens[1:] if number and start == 0 else tokens)
-    joined = {identity: np.concatenate(parts) for identity, parts in pieces.items()}
-    return {identity: encoder.decode(ids[:-1] if ids[-1] == manifest.eos_id else ids) for identity, ids in joined.items()}
+            if shared and start == 0 and first > 0 and first not in sections:
+                tokens = tokens[1:]
+            about = {
+                "id": table.id[index].tobytes(),
+                "source": table.sources[table.source[index]],
+                "file": int(table.file[index]),
+                "record": int(table.record[index]),
+                "section": sum(first >= end for end in sections),
+                "fim": None if table.fim is None else (int(table.fim.mode[index]), *map(int, table.fim.split[index])),
+            }
+            yield tokens, about
+        first += reader.num_rows
 
 
-def test_every_text_is_in_one_set_and_comes_back_whole(run: Callable[..., Prepared], texts: list[str]) -> None:
+def joined(folder: Path, set_name: str) -> dict[tuple[int, bytes], tuple[np.ndarray, dict[str, Any]]]:
+    """(epoch, document id) -> its tokens, put together from the shards, and what the tables say."""
+    pieces: dict[tuple[int, bytes], list[np.ndarray]] = {}
+    about: dict[tuple[int, bytes], dict[str, Any]] = {}
+    for tokens, found in pieces_of(folder, set_name):
+        key = (found["section"], found["id"])
+        pieces.setdefault(key, []).append(tokens)
+        about[key] = found
+    return {key: (np.concatenate(parts), about[key]) for key, parts in pieces.items()}
+
+
+def documents_of(folder: Path, set_name: str) -> dict[bytes, str]:
+    """Document id -> its text, eos taken off."""
+    encoder, manifest = load_encoder(folder / TOKENIZER), read_manifest(folder)
+    return {
+        key[1]: encoder.decode(ids[:-1] if ids[-1] == manifest.eos_id else ids)
+        for key, (ids, _) in joined(folder, set_name).items()
+        if len(ids)
+    }
+
+
+def test_every_text_is_in_one_set_and_comes_back_whole(run: Run, texts: list[str]) -> None:
     prepared = run()
     assert not prepared.up_to_date
     train, heldout = (documents_of(prepared.folder, name) for name in ("train", "heldout"))
@@ -84,15 +141,35 @@ def test_every_text_is_in_one_set_and_comes_back_whole(run: Callable[..., Prepar
     assert len(train) >= manifest.documents.train - manifest.train.dropped_tokens
 
 
-def test_tokens_are_accounted_for(run: Callable[..., Prepared], texts: list[str], encoder: TextEncoder) -> None:
+def test_tokens_are_accounted_for(run: Run, texts: list[str], encoder: TextEncoder) -> None:
     manifest = run().manifest
     total = sum(len(ids) + 1 for ids in encoder.encode(texts, texts))
     counted = sum(entry.tokens + 1 + entry.dropped_tokens for entry in manifest.sets.values())
     assert counted == total
     assert [shard.n_examples for shard in manifest.train.shards[:-1]] == [20] * (len(manifest.train.shards) - 1)
+    assert sum(source.documents for source in manifest.sources) == manifest.documents.train
+    assert sum(source.tokens for source in manifest.sources) == manifest.train.tokens + 1 + manifest.train.dropped_tokens
 
 
-def test_again_gives_the_same_bytes_and_another_seed_another_order(run: Callable[..., Prepared]) -> None:
+def test_each_document_names_the_line_that_it_came_from(run: Run, texts: list[str], tmp_path: Path) -> None:
+    """Across parts: a share in the middle of a file does not know its line numbers."""
+    paths = [write_lines(tmp_path / "in" / name, part) for name, part in (("b.jsonl", texts[50:]), ("a.jsonl", texts[:50]))]
+    prepared = run(inputs_of(tmp_path / "in"))
+    assert len(list(plan.make_plan(tmp_path, inputs_of(*paths), plan.Settings("x", None, None, 16, 0.2, 20, 0), "auto").parts)) > 4
+    names = [entry.name for entry in read_inputs(prepared.folder, prepared.manifest)]
+    assert names == ["in/a.jsonl", "in/b.jsonl"]
+    lines = {name: (tmp_path / name).read_text().splitlines() for name in names}
+    seen = 0
+    for set_name in prepared.manifest.sets:
+        for _, about in pieces_of(prepared.folder, set_name):
+            row = json.loads(lines[names[about["file"]]][about["record"]])
+            assert hashlib.sha256(row["text"].encode()).digest()[:16] == about["id"]
+            assert row["kind"] == about["source"]
+            seen += 1
+    assert seen >= len(texts) - 5
+
+
+def test_again_gives_the_same_bytes_and_another_seed_another_order(run: Run) -> None:
     first, second, third = run(output="a"), run(output="b"), run(output="c", seed=1)
     assert tree(first.folder) == tree(second.folder)
     assert first.manifest.train.id != third.manifest.train.id
@@ -101,7 +178,63 @@ def test_again_gives_the_same_bytes_and_another_seed_another_order(run: Callable
         assert tree(first.folder)[shard.file] == shard.sha256
 
 
-def test_run_again_it_is_up_to_date_and_other_settings_are_refused(run: Callable[..., Prepared], texts: list[str]) -> None:
+def test_any_number_of_processes_gives_the_same_bytes(run: Run) -> None:
+    alone = run(output="a", packing="best_fit")
+    several = run(output="b", packing="best_fit", executor=LocalExecutor(3))
+    assert tree(alone.folder) == tree(several.folder)
+
+
+def test_members_of_an_array_give_the_same_bytes(run: Run, tmp_path: Path, encoder: TextEncoder, texts: list[str]) -> None:
+    """Three members at once, as threads here: each does its share, waits for the others, and one finishes."""
+    alone = run(output="a")
+    inputs, results, errors = inputs_of(tmp_path / "texts.jsonl"), [], []
+    settings: dict[str, Any] = {"name": "d", "tokenizer": tmp_path / "tokenizer.json", "sequence_length": 16}
+    settings |= {"heldout_fraction": 0.2, "rows_per_shard": 20}
+    (tmp_path / "b").mkdir()
+
+    def member(index: int) -> None:
+        try:
+            results.append(prepare(inputs, tmp_path / "b", **settings, executor=TaskExecutor(index, 3, patience_s=30)))
+        except BaseException:
+            errors.append(traceback.format_exc())
+
+    # The leader makes the plan; the others may come at any time after it, and a member that comes when all is done finds the dataset.
+    threads = [threading.Thread(target=member, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, chr(10).join(errors)
+    assert tree(tmp_path / "b" / "d") == tree(alone.folder)
+    assert sum(result is not None for result in results) >= 1
+
+
+def test_stage_by_stage_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
+    alone = run(output="a", tokenizer=None, vocab_size=300)
+    inputs = inputs_of(tmp_path / "texts.jsonl")
+    settings: dict[str, Any] = {"name": "d", "vocab_size": 300, "sequence_length": 16, "heldout_fraction": 0.2, "rows_per_shard": 20}
+    for stage in ("sample", "tokenize", "order", "write"):
+        for index in (0, 1):
+            executor = TaskExecutor(index, 2, patience_s=0)
+            made = None
+            try:
+                made = prepare(inputs, tmp_path / "b", **settings, executor=executor, only_stage=stage)
+            except DataError as error:
+                assert "start these again" in str(error)  # noqa: PT017 - member 0 has no patience for member 1
+            assert made is None
+    finished = prepare(inputs, tmp_path / "b", **settings, executor=TaskExecutor(0, 2), only_stage="finish")
+    assert finished is not None
+    assert tree(finished.folder) == tree(alone.folder)
+
+
+def test_a_member_says_who_is_missing(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"stage tokenize: waited 0 s for \d+ tasks of members \[1\]: start these again"):
+        run(executor=TaskExecutor(0, 2, patience_s=0))
+    with pytest.raises(DataError, match="--index 2 --of 2"):
+        TaskExecutor(2, 2)
+
+
+def test_run_again_it_is_up_to_date_and_other_settings_are_refused(run: Run, texts: list[str]) -> None:
     folder = run().folder
     before = tree(folder)
     assert run().up_to_date
@@ -110,21 +243,24 @@ def test_run_again_it_is_up_to_date_and_other_settings_are_refused(run: Callable
         ({"sequence_length": 8}, "prepared with sequence_length 16, not 8"),
         ({"heldout_fraction": 0.1}, "prepared with heldout_fraction"),
         ({"tokenizer": None, "vocab_size": 300}, "prepared with tokenizer"),
-        ({"inputs": inputs_of(texts[:-1])}, "was prepared from other text"),
+        ({"fim": FimSettings(0.5, 0.5)}, "prepared with fim_rate None, not 0.5"),
+        ({"packing": "best_fit"}, "prepared with packing 'concatenate'"),
+        ({"inputs": texts[:-1]}, "was prepared from other text"),
+        ({"inputs": [texts[0].upper(), *texts[1:]]}, "was prepared from other text"),
     ):
         with pytest.raises(DataError, match=f"{message}.*; give another --name, or remove it"):
             run(**change)
     assert tree(folder) == before
 
 
-def test_a_damaged_dataset_is_not_up_to_date(run: Callable[..., Prepared]) -> None:
+def test_a_damaged_dataset_is_not_up_to_date(run: Run) -> None:
     folder = run().folder
     (folder / "heldout" / "00000.h5").unlink()
     with pytest.raises(DataError, match=r"heldout/00000\.h5: the shard is missing"):
         run()
 
 
-def test_something_else_in_the_way(run: Callable[..., Prepared], tmp_path: Path) -> None:
+def test_something_else_in_the_way(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out" / "d").mkdir(parents=True)
     with pytest.raises(DataError, match="exists and is no dataset"):
         run()
@@ -133,49 +269,154 @@ def test_something_else_in_the_way(run: Callable[..., Prepared], tmp_path: Path)
         run(output="file")
 
 
-def test_duplicates_are_kept_once(run: Callable[..., Prepared], texts: list[str]) -> None:
-    prepared = run(inputs_of([*texts, *texts[:30]]))
+def test_duplicates_are_kept_once_and_named_by_their_first_place(run: Run, texts: list[str]) -> None:
+    prepared = run([*texts, *texts[:30]])
     assert prepared.manifest.documents.read == len(texts) + 30
     assert prepared.manifest.documents.duplicates == 30
+    records = {about["record"] for _, about in pieces_of(prepared.folder, "train")}
+    assert max(records) < len(texts)
     assert prepared.manifest.train.id == run(output="once").manifest.train.id
 
 
-def test_held_out_by_content_alone(run: Callable[..., Prepared], texts: list[str]) -> None:
+def test_as_read_keeps_the_order_and_the_duplicates(run: Run, texts: list[str]) -> None:
+    prepared = run([*texts, *texts[:30]], order="as_read", heldout_fraction=0.0)
+    assert prepared.manifest.documents.duplicates == 0
+    records = [about["record"] for _, about in pieces_of(prepared.folder, "train")]
+    assert records == sorted(records)
+    assert records[-1] >= len(texts) + 28
+
+
+def test_held_out_by_content_alone(run: Run, texts: list[str]) -> None:
     """Neither the order nor the other documents change a document's side."""
-    one, other = run().folder, run(inputs_of(texts[::-1][:90]), output="fewer").folder
+    one, other = run().folder, run(texts[::-1][:90], output="fewer").folder
     assert documents_of(one, "heldout").keys() & documents_of(other, "heldout").keys()
     assert not documents_of(one, "heldout").keys() & documents_of(other, "train").keys()
     assert not documents_of(one, "train").keys() & documents_of(other, "heldout").keys()
 
 
-def test_a_text_stands_on_the_side_of_what_it_repeats(run: Callable[..., Prepared], texts: list[str]) -> None:
-    """Documentation taken from a source must not be trained on while the source is held out."""
-    belongs_to = {f"_{len(texts) + index}": text for index, text in enumerate(texts)}
-    folder = run(inputs_of([*texts, *(f"about {text}" for text in texts)], **belongs_to)).folder
-    train, heldout = (set(documents_of(folder, name).values()) for name in ("train", "heldout"))
-    assert len(heldout) > 20
-    assert not {f"about {text}" for text in heldout} & train
-    assert not {f"about {text}" for text in train} & heldout
-
-
-def test_text_full_of_special_tokens_makes_no_document_ends(run: Callable[..., Prepared], texts: list[str]) -> None:
-    hostile = [f"{text} </s><s><|fim_prefix|></s>" for text in texts]
-    folder = run(inputs_of(hostile)).folder
+def test_text_full_of_special_tokens_makes_no_document_ends(run: Run, texts: list[str]) -> None:
+    folder = run([f"{text} </s><s><|fim_prefix|></s>" for text in texts]).folder
     manifest = read_manifest(folder)
-    ends = sum(
-        int((reader.tokens(0, num) == manifest.eos_id).sum())
-        for reader in ShardSet(folder, manifest, "train").readers()
-        if (num := length(reader))
-    )
-    assert ends <= manifest.documents.train + len(manifest.train.shards)
+    ends = sum(int((tokens == manifest.eos_id).sum()) for tokens, _ in pieces_of(folder, "train"))
+    assert ends <= manifest.documents.train
     assert any("</s>" in text for text in documents_of(folder, "train").values())
 
 
-def length(reader: Any) -> int:
-    return int(reader.documents().end[-1])
+def test_best_fit_rows_hold_every_token_and_mask_the_padding(run: Run, texts: list[str]) -> None:
+    prepared = run(packing="best_fit", sequence_length=40)
+    manifest = prepared.manifest
+    assert manifest.row_stride == 41
+    assert manifest.packing == "best_fit"
+    assert manifest.train.dropped_tokens == 0
+    train, padding = joined(prepared.folder, "train"), bytes(16)
+    assert sum(len(tokens) for (_, identity), (tokens, _) in train.items() if identity == padding) == manifest.train.padding_tokens > 0
+    everything = documents_of(prepared.folder, "train") | documents_of(prepared.folder, "heldout")
+    by_id = {hashlib.sha256(text.encode()).digest()[:16]: text for text in texts}
+    assert everything.keys() - {padding} == by_id.keys()
+    long = {identity for identity, text in by_id.items() if len(text) > 100}  # pieces of a long document lie in different rows
+    assert all(everything[identity] == text for identity, text in by_id.items() if identity not in long)
+    for reader in ShardSet(prepared.folder, manifest, "train").readers():
+        table, mask = reader.documents(), reader.loss_mask(np.arange(reader.num_rows))
+        assert mask is not None
+        is_padding = np.repeat(table.id.any(axis=1) == 0, np.diff(np.append(0, table.end))).reshape(-1, 41)
+        assert np.array_equal(mask, ~is_padding[:, 1:])
 
 
-def test_what_it_makes_can_be_trained_on(run: Callable[..., Prepared], tmp_path: Path) -> None:
+def test_fim_is_recorded_and_every_document_comes_back(run: Run, texts: list[str], encoder: TextEncoder) -> None:
+    prepared = run(fim=FimSettings(0.9, 0.5), epochs=2)
+    manifest = prepared.manifest
+    assert len(manifest.train.epochs) == 2
+    assert sum(manifest.train.epochs) == manifest.train.n_examples
+    ids, by_id = fim.fim_ids(encoder), {hashlib.sha256(text.encode()).digest()[:16]: text for text in texts}
+    modes: dict[int, dict[bytes, tuple[int, ...]]] = {0: {}, 1: {}}
+    whole = 0
+    for (epoch, identity), (tokens, about) in joined(prepared.folder, "train").items():
+        modes[epoch][identity] = about["fim"]
+        if tokens[-1] == manifest.eos_id:  # not the tail, which is cut
+            assert encoder.decode(fim.restore(tokens[:-1], *about["fim"], ids)) == by_id[identity]
+            whole += 1
+    assert whole >= 2 * manifest.documents.train - 2
+    transformed = [mode for mode, *_ in modes[0].values()]
+    assert 0.7 < np.mean([mode != fim.PLAIN for mode in transformed]) <= 1
+    assert {fim.PSM, fim.SPM} <= set(transformed)
+    assert modes[0] != modes[1]
+    assert tree(prepared.folder) == tree(run(output="again", fim=FimSettings(0.9, 0.5), epochs=2, executor=LocalExecutor(2)).folder)
+
+
+def test_released_fim_is_the_same_on_any_number_of_processes(run: Run) -> None:
+    settings: dict[str, Any] = {"fim": FimSettings(0.9, 0.5, "released"), "sequence_length": 48}
+    one, two = run(output="a", **settings), run(output="b", **settings, executor=LocalExecutor(2))
+    assert tree(one.folder) == tree(two.folder)
+    assert one.manifest.row_stride == 49
+    assert one.manifest.fim is not None
+    assert one.manifest.fim.mode == "released"
+
+
+def test_chunks_are_equal_whole_steps_and_shards_end_with_them(run: Run) -> None:
+    manifest = run(chunks=5, global_batch_size=4, rows_per_shard=7).manifest
+    assert manifest.chunks is not None
+    assert manifest.chunks.count == 5
+    assert manifest.chunks.rows % 4 == 0
+    assert manifest.train.n_examples == 5 * manifest.chunks.rows
+    ends = np.cumsum([shard.n_examples for shard in manifest.train.shards])
+    assert {manifest.chunks.rows * chunk for chunk in range(1, 6)} <= set(ends.tolist())
+    whole = run(output="whole").manifest
+    assert manifest.train.tokens + manifest.train.dropped_tokens == whole.train.tokens + whole.train.dropped_tokens
+    with pytest.raises(DataError, match=r"rows are too few for 5 chunks of 400"):
+        run(output="none", chunks=5, global_batch_size=400)
+
+
+def test_a_held_out_document_is_in_no_chunk(run: Run) -> None:
+    folder = run(chunks=5).folder
+    assert not documents_of(folder, "heldout").keys() & documents_of(folder, "train").keys()
+
+
+def test_rows_that_are_packed_already_stay_as_they_are(run: Run, tmp_path: Path) -> None:
+    """Amber's released form: 17 ids a line here, no end token added, none shared."""
+    rows = np.random.default_rng(0).integers(0, 320, (50, 17))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"token_ids": row.tolist(), "source": "c4"}) + "\n" for row in rows))
+    inputs = inputs_of(path, format="amber", options=ReadOptions(sequence_length=16))
+    prepared = run(inputs, heldout_fraction=0.0, order="as_read")
+    manifest = prepared.manifest
+    assert (manifest.row_stride, manifest.packing, manifest.train.dropped_tokens) == (17, "rows", 0)
+    ids, mask = ShardSet(prepared.folder, manifest, "train").rows(np.arange(50))
+    assert np.array_equal(ids, rows)
+    assert mask is None
+    with pytest.raises(DataError, match="is tokenised already: name its tokenizer"):
+        run(inputs, output="x", tokenizer=None)
+    with pytest.raises(DataError, match="packed already take no"):
+        run(inputs, output="x", packing="best_fit")
+    with pytest.raises(DataError, match="go with nothing else"):
+        run(Inputs((*inputs.files, *inputs_of(write_lines(tmp_path / "t.jsonl", ["a"])).files), "mixed"), output="x")
+
+
+def test_ids_beyond_the_vocabulary_are_named_by_line(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [[1] * 17, [999] * 17]
+    path.write_text("".join(json.dumps({"token_ids": row, "source": "c4"}) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: token ids 999\.\.999 do not fit"):
+        run(inputs_of(path, format="amber", options=ReadOptions(sequence_length=16)))
+
+
+def test_a_document_that_fails_stops_the_run_unless_the_budget_allows_it(run: Run, texts: list[str], tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "texts.jsonl", texts)
+    lines = path.read_text().splitlines()
+    lines[70], lines[90] = "{broken", '{"text": 3}'
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(
+        DataError, match=r"texts\.jsonl:71: .*; .*texts\.jsonl:91: .*; 2 documents failed, --max-failures allows 1"
+    ) as caught:
+        run(inputs_of(path), max_failures=1)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "d").exists()
+    prepared = run(inputs_of(path), max_failures=2)
+    assert prepared.manifest.documents.failed == 2
+    listed = [json.loads(line) for line in (prepared.folder / "failures.jsonl").read_text().splitlines()]
+    assert [entry["place"] for entry in listed] == ["texts.jsonl:71", "texts.jsonl:91"]
+
+
+def test_what_it_makes_can_be_trained_on(run: Run, tmp_path: Path) -> None:
     run()
     value = {
         "root": str(tmp_path / "out"),
@@ -188,98 +429,102 @@ def test_what_it_makes_can_be_trained_on(run: Callable[..., Prepared], tmp_path:
     assert open_heldout(data, 352, 8)[0].rows(0, 2).ids.shape == (2, 17)
 
 
-def test_too_little_text(run: Callable[..., Prepared], tmp_path: Path) -> None:
+def test_too_little_text(run: Run, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train documents hold \d+ tokens, fewer than one row of 4000 \+ 1"):
         run(sequence_length=4000)
     with pytest.raises(DataError, match=r"the 0 heldout documents hold 0 tokens.*--heldout-fraction"):
         run(heldout_fraction=1e-9)
     with pytest.raises(DataError, match="holds no document"):
-        run(inputs_of([]))
+        run([])
     assert not (tmp_path / "out" / "d").exists()
     assert "heldout" not in run(heldout_fraction=0.0).manifest.sets
+    assert not (tmp_path / "out" / "d" / "heldout").exists()
 
 
 @pytest.mark.parametrize("name", ["", "../up", "/abs", "a/../b", ".hidden", "a b", "a/"])
-def test_names_stay_in_the_folder(run: Callable[..., Prepared], name: str) -> None:
+def test_names_stay_in_the_folder(run: Run, name: str) -> None:
     with pytest.raises(DataError, match="--name"):
         run(name=name)
 
 
-def test_a_name_may_have_folders(run: Callable[..., Prepared], tmp_path: Path) -> None:
+def test_a_name_may_have_folders(run: Run, tmp_path: Path) -> None:
     assert run(name="slim/arxiv").folder == tmp_path / "out" / "slim" / "arxiv"
 
 
-def test_contradicting_settings(run: Callable[..., Prepared]) -> None:
+def test_contradicting_settings(run: Run) -> None:
     for change, message in (
         ({"vocab_size": 300}, "only one"),
         ({"sequence_length": 0}, "at least 1"),
         ({"heldout_fraction": 1.0}, "below 1"),
         ({"rows_per_shard": 0}, "at least 1"),
+        ({"chunks": 2, "epochs": 2}, "--chunks and --epochs"),
+        ({"global_batch_size": 2}, "--global-batch-size"),
     ):
         with pytest.raises(DataError, match=message):
             run(**change)
 
 
-def test_two_at_once(run: Callable[..., Prepared], tmp_path: Path) -> None:
+def test_two_at_once(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with fsops.held_lock(tmp_path / "out" / ".d.lock", b""), pytest.raises(DataError, match="is being prepared by another process"):
         run()
     assert not run().up_to_date
 
 
-def test_files_that_change_while_they_are_read(run: Callable[..., Prepared], texts: list[str]) -> None:
-    readings = [texts, [*texts[:-1], "another text altogether"]]
-
-    def read() -> Any:
-        return iter([Document(str(index), "s", text) for index, text in enumerate(readings.pop(0))])
-
-    with pytest.raises(DataError, match="changed while they were read"):
-        run(Inputs("test", "none", read))
+def test_files_that_change_after_they_were_listed(run: Run, texts: list[str], tmp_path: Path) -> None:
+    inputs = inputs_of(write_lines(tmp_path / "texts.jsonl", texts))
+    write_lines(tmp_path / "texts.jsonl", [*texts[:-1], "another text altogether"])
+    with pytest.raises(DataError, match=r"texts\.jsonl: .*changed"):
+        run(inputs)
 
 
-def test_progress_counts_up_to_its_totals(run: Callable[..., Prepared]) -> None:
+def test_progress_counts_up_to_its_totals(run: Run) -> None:
     seen: dict[str, list[tuple[int, int | None]]] = {}
     run(
-        progress=lambda stage, done, total, unit: seen.setdefault(f"{stage} {unit}", []).append((done, total)),
+        progress=lambda stage, done, total, unit: seen.setdefault(stage, []).append((done, total)),
         tokenizer=None,
         vocab_size=300,
     )
-    assert list(seen) == ["read documents", "train tokenizer bytes", "encode bytes", "write train tokens", "write heldout tokens"]
+    assert list(seen) == ["sample", "train tokenizer", "tokenize", "order", "write"]
     for values in seen.values():
         assert [done for done, _ in values] == sorted(done for done, _ in values)
-        assert all(total is None or done <= total for done, total in values)
+        assert all(total is not None and done <= total for done, total in values)
+        assert values[-1][0] == values[-1][1]
 
 
-def operations(run: Callable[..., Prepared], folder: Path) -> tuple[int, dict[str, str]]:
-    """How many file operations a run makes once the folder of datasets is there, and what it makes."""
+def operations(run: Run, folder: Path, kinds: tuple[str, ...]) -> tuple[int, dict[str, str]]:
+    """How many file operations a run makes up to the last of these kinds, once the folder of datasets is there, and what it makes."""
     run(name="other")
     with injected(Faults()) as faults:
         run()
     made = tree(folder)
     fsops.remove_tree(folder)
     fsops.remove_tree(folder.parent / "other")
-    return len(faults.trace), made
+    last = max(index for index, (name, _) in enumerate(faults.trace) if name in kinds)
+    return last + 1, made
 
 
-def test_a_full_disk_at_any_moment_leaves_no_dataset(run: Callable[..., Prepared], tmp_path: Path) -> None:
+def test_a_full_disk_at_any_moment_leaves_no_dataset_and_the_next_run_goes_on(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "out" / "d"
-    count, expected = operations(run, folder)
-    for operation in range(0, count - 4, 4):
+    count, expected = operations(run, folder, ("create", "write", "make_dir", "sync_file"))
+    for operation in range(0, count, 29):
+        fsops.remove_tree(folder.parent / ".d.partial")  # else there is less and less left to do
         with (
             injected(Faults("disk stays full", operation)),
             pytest.raises(DataError, match=r"No space left on device.*free space") as caught,
         ):
             run()
         assert "\n" not in str(caught.value)
-        assert [path.name for path in folder.parent.iterdir() if path.suffix != ".lock"] == []
+        assert not folder.exists()
+        assert {path.name for path in folder.parent.iterdir()} <= {".d.lock", ".d.partial", ".other.lock"}
     assert tree(run().folder) == expected
 
 
-def test_killed_at_any_moment_it_starts_again_to_the_same_bytes(run: Callable[..., Prepared], tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "out" / "d"
-    count, expected = operations(run, folder)
+    count, expected = operations(run, folder, ("rename",))
     outcomes = set()
-    for operation in [*range(0, count - 6, 6), *range(count - 3, count)]:
+    for operation in [*range(0, count - 6, 41), *range(count - 2, count + 2)]:
         with injected(Faults(DEATHS[operation % 3], operation)), pytest.raises(Death):
             run()
         outcomes.add(folder.exists())
@@ -291,24 +536,68 @@ def test_killed_at_any_moment_it_starts_again_to_the_same_bytes(run: Callable[..
     assert outcomes == {False, True}
 
 
+def test_what_is_done_is_not_done_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weftrain.data_prep import executors
+
+    done: list[str] = []
+    for name, stage in list(executors.STAGES.items()):
+
+        def counted(plan: Any, index: int, stage: Any = stage) -> None:
+            if len(done) == 9:
+                raise KeyboardInterrupt
+            stage.do(plan, index)
+            done.append(f"{stage.name} {index}")
+
+        monkeypatch.setitem(executors.STAGES, name, executors.Stage(name, stage.count, counted, stage.output))
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    first = list(done)
+    done[:] = []
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert not set(first) & set(done)
+
+
+def test_other_settings_do_not_go_on_from_anothers_work(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    expected = tree(run(output="clean", seed=7).folder)
+    with injected(Faults(DEATHS[0], 40)), pytest.raises(Death):
+        run()
+    assert (tmp_path / "out" / ".d.partial").exists()
+    assert tree(run(seed=7).folder) == expected
+
+
 def test_a_slice_of_the_embedded_corpus(tmp_path: Path) -> None:
     """The demo's way, from sources to a trained tokenizer and shards, on a few modules."""
-    import json
-
     library = tmp_path / "library"
     library.mkdir()
     for path in sorted(Path(json.__file__).parent.glob("*.py")):
         (library / path.name).write_bytes(path.read_bytes())
-    prepared = prepare(embedded_corpus(library), tmp_path / "out", name="python", vocab_size=600, sequence_length=64, heldout_fraction=0.3)
+    files, description, licence = embedded_inputs(library)
+    inputs = Inputs(tuple(files), description, licence)
+    prepared = prepare(inputs, tmp_path / "out", name="python", vocab_size=600, sequence_length=64, heldout_fraction=0.3)
+    assert prepared is not None
     assert prepared.manifest.vocab_size == 632
     assert prepared.manifest.corpus.licence == "PSF-2.0"
-    texts = documents_of(prepared.folder, "train") | documents_of(prepared.folder, "heldout")
-    assert any("JSON" in text for text in texts.values())
+    train, heldout = (documents_of(prepared.folder, name) for name in ("train", "heldout"))
+    assert any("JSON" in text for text in (train | heldout).values())
+    sides: dict[int, set[str]] = {}  # a module's documentation stands on the side of its source
+    for set_name in ("train", "heldout"):
+        for _, about in pieces_of(prepared.folder, set_name):
+            sides.setdefault(about["file"], set()).add(set_name)
+    assert all(len(side) == 1 for side in sides.values())
 
 
 @pytest.mark.prove
-def test_the_whole_embedded_corpus(tmp_path: Path) -> None:
-    first, second = (prepare(embedded_corpus(), tmp_path / output, name="python", sequence_length=256) for output in "ab")
+def test_the_whole_embedded_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_MEBI", 1 << 20)
+    made = []
+    for output, workers in (("a", 1), ("b", 2)):
+        files, description, licence = embedded_inputs()
+        inputs = Inputs(tuple(files), description, licence)
+        made.append(prepare(inputs, tmp_path / output, name="python", sequence_length=256, executor=LocalExecutor(workers)))
+    first, second = made
+    assert first is not None
+    assert second is not None
     assert tree(first.folder) == tree(second.folder)
     assert first.manifest.vocab_size == 8224
     assert first.manifest.train.tokens > 2_000_000

@@ -1,0 +1,201 @@
+"""Who does the tasks: processes of this machine, one member of a job array, or a Ray cluster. The result is the same bytes.
+
+What a reader would get wrong: an executor decides nothing. Which tasks there are is in the plan, each has one output file, and what is
+there already is not done again; so a task that two do, or that one does twice, is harmless.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from weftrain.core.errors import DataError
+from weftrain.data_prep.order_stage import load_json, order_bucket
+from weftrain.data_prep.plan import Plan, load_plan
+from weftrain.data_prep.tokenize_stage import sample_part, tokenize_part
+from weftrain.data_prep.write_stage import write_one_shard
+
+OnDone = Callable[[int], None]
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tasks 0..count(plan)-1 that do not wait for each other. output: the file that says that a task is done."""
+
+    name: str
+    count: Callable[[Plan], int]
+    do: Callable[[Plan, int], None]
+    output: Callable[[Plan, int], Path]
+
+    def pending(self, plan: Plan) -> list[int]:
+        return [index for index in range(self.count(plan)) if not self.output(plan, index).exists()]
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("sample", lambda plan: len(plan.parts), sample_part, Plan.sample_file),
+        Stage("tokenize", lambda plan: len(plan.parts), tokenize_part, Plan.part_file),
+        Stage("order", lambda plan: plan.buckets, order_bucket, Plan.bucket_file),
+        Stage("write", lambda plan: len(load_json(plan.layout_file)["shards"]), write_one_shard, Plan.shard_record),
+    )
+}
+
+
+def run_task(folder: Path, stage: str, index: int) -> int:
+    """One task of the plan in `folder`, in any process; returns its index. Raises DataError, OSError."""
+    plan, chosen = load_plan(folder), STAGES[stage]
+    if not chosen.output(plan, index).exists():
+        chosen.do(plan, index)
+    return index
+
+
+class Executor(Protocol):
+    """leads: does what is between stages too (one process in all). alone: no other process takes part, so a lock can say so."""
+
+    leads: bool
+    alone: bool
+
+    def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
+        """Return when every task of the stage is done, whoever did it. on_done(index) for each as it becomes known."""
+
+    def wait_until(self, there: Callable[[], bool], what: str) -> None:
+        """Return when what the leading process makes is there."""
+
+
+@dataclass(frozen=True)
+class LocalExecutor:
+    """`workers` processes of this machine; 1: this process itself, which then uses the tokenizers' own threads."""
+
+    workers: int = 1
+    leads = True
+    alone = True
+
+    def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
+        pending = stage.pending(plan)
+        _report_done(plan, stage, pending, on_done)
+        workers = min(self.workers, len(pending))
+        if workers <= 1:
+            for index in pending:
+                on_done(run_task(plan.folder, stage.name, index))
+            return
+        context = multiprocessing.get_context("spawn")  # a fork would share the tokenizers' threads and locks
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+            futures = [pool.submit(run_task, plan.folder, stage.name, index) for index in pending]
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    on_done(future.result())
+            except BrokenProcessPool:
+                raise DataError(
+                    f"stage {stage.name}: a worker process died, most likely for want of memory; run again with fewer --workers: "
+                    "what was done is kept"
+                ) from None
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def wait_until(self, there: Callable[[], bool], what: str) -> None:
+        pass
+
+
+def _one_thread() -> None:
+    """In a worker, before anything is loaded: the tokenizers' thread pool knows no other setting, and each core has its process."""
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@dataclass(frozen=True)
+class TaskExecutor:
+    """Member `index` of `of` that share the work folder, as the members of a SLURM array do: every `of`-th task is its own.
+
+    Between stages it waits for the others; patience_s without anything new, and it says what is missing. Raises DataError.
+    """
+
+    index: int
+    of: int
+    patience_s: float = 3600.0
+    alone = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.of:
+            raise DataError(f"--index {self.index} --of {self.of}: the index counts from 0 and stays below the number of members")
+
+    @property
+    def leads(self) -> bool:
+        return self.index == 0
+
+    def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
+        pending = stage.pending(plan)
+        _report_done(plan, stage, pending, on_done)
+        for index in [index for index in pending if index % self.of == self.index]:
+            on_done(run_task(plan.folder, stage.name, index))
+        left = [index for index in pending if index % self.of != self.index]
+        seen = time.monotonic()
+        while left:
+            done = [index for index in left if stage.output(plan, index).exists()]
+            if done:
+                seen, left = time.monotonic(), [index for index in left if index not in set(done)]
+                for index in done:
+                    on_done(index)
+            elif not plan.folder.exists():
+                return  # another member has finished it all
+            elif time.monotonic() - seen > self.patience_s:
+                members = sorted({index % self.of for index in left})
+                raise DataError(
+                    f"stage {stage.name}: waited {self.patience_s:g} s for {len(left)} tasks of members {members[:8]}: start these again "
+                    f"(--index), what was done is kept in {plan.folder}"
+                )
+            else:
+                time.sleep(_POLL_SECONDS)
+
+    def wait_until(self, there: Callable[[], bool], what: str) -> None:
+        seen = time.monotonic()
+        while not there():
+            if time.monotonic() - seen > self.patience_s:
+                raise DataError(f"waited {self.patience_s:g} s for {what}, which member 0 makes: start it with the same options")
+            time.sleep(_POLL_SECONDS)
+
+
+@dataclass(frozen=True)
+class RayExecutor:
+    """A Ray cluster whose nodes see the work folder under the same path. address: None starts one of `workers` here."""
+
+    address: str | None = None
+    workers: int | None = None
+    leads = True
+    alone = True
+
+    def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
+        from weftrain.data_prep.ray_executor import run_on_ray
+
+        pending = stage.pending(plan)
+        _report_done(plan, stage, pending, on_done)
+        run_on_ray(_RayTask(plan.folder, stage.name), pending, address=self.address, on_done=on_done)
+
+    def wait_until(self, there: Callable[[], bool], what: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _RayTask:
+    folder: Path
+    stage: str
+
+    def __call__(self, index: int) -> None:
+        run_task(self.folder, self.stage, index)
+
+
+def _report_done(plan: Plan, stage: Stage, pending: Sequence[int], on_done: OnDone) -> None:
+    """What an earlier run did counts as done."""
+    left = set(pending)
+    for index in range(stage.count(plan)):
+        if index not in left:
+            on_done(index)

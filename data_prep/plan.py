@@ -1,0 +1,252 @@
+"""What is to be made, cut into tasks: a function of inputs and settings alone, never of how many processes work on it.
+
+A plan is a JSON file in the work folder, `.NAME.partial` beside the dataset, so that any process on any machine that sees the folder can
+take a task by its number, and a run that was interrupted goes on. What a reader would get wrong: a task is done when its output file is
+there, whole; nothing else remembers it. Two processes that do the same task write the same bytes under the same name.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from weftrain.core import fsops
+from weftrain.core.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.errors import DataError
+from weftrain.data_prep.documents import FIXED_ROWS, TOKENISED, InputFile, Part, Share
+from weftrain.data_prep.readers import ReadOptions, split_parts
+
+PLAN, PLANNED_TOKENIZER = "plan.json", "tokenizer.json"
+VERSION = 2
+SHARD_TOKENS = 1 << 25  # 64 MiB of uint16
+_MEBI = 1 << 20
+Progress = Callable[[str, int, int | None, str], None]  # stage, done, total if known, unit
+Packing = Literal["concatenate", "best_fit"]
+Order = Literal["shuffled", "as_read"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Files, how to read them, and what the manifest says about them."""
+
+    files: tuple[InputFile, ...]
+    description: str
+    licence: str = "not stated"
+    options: ReadOptions = ReadOptions()  # noqa: RUF009 - frozen itself
+
+
+@dataclass(frozen=True)
+class FimSettings:
+    """Fill-in-the-middle of a dataset. mode: 'exact' cuts between tokens, 'released' does what CrystalCoder's scripts did."""
+
+    rate: float
+    spm_share: float
+    mode: Literal["exact", "released"] = "exact"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What, with the inputs, determines every byte; the manifest's `preparation`. tokenizer: 'trained', or the given file's SHA-256.
+
+    packing: 'concatenate' cuts one stream, 'best_fit' fills rows with whole documents. order: 'shuffled' by content, or 'as_read', which
+    keeps duplicates too. epochs: how often each document comes, with FIM drawn anew. global_batch_size: makes a chunk whole steps.
+    """
+
+    tokenizer: str
+    tokenizer_vocab_size: int | None
+    eos: str | None
+    sequence_length: int
+    heldout_fraction: float
+    rows_per_shard: int
+    seed: int
+    packing: Packing = "concatenate"
+    order: Order = "shuffled"
+    epochs: int = 1
+    chunks: int | None = None
+    global_batch_size: int | None = None
+    fim: FimSettings | None = None
+
+    @property
+    def row_tokens(self) -> int:
+        return self.sequence_length + 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """folder: the work folder. buckets: how many the `order` stage has, a power of two, or one a part where documents stay as read.
+
+    fixed_rows: the inputs are rows that stand alone already, and stay so.
+    """
+
+    folder: Path
+    inputs: Inputs
+    settings: Settings
+    engine: str
+    parts: tuple[Part, ...]
+    buckets: int
+
+    @property
+    def fixed_rows(self) -> bool:
+        return self.inputs.files[0].format in FIXED_ROWS
+
+    @property
+    def row_stride(self) -> int:
+        """Rows that stand alone share no token; rows cut from one stream share one."""
+        fim = self.settings.fim
+        alone = self.fixed_rows or self.settings.packing == "best_fit" or (fim is not None and fim.mode == "released")
+        return self.settings.sequence_length + 1 if alone else self.settings.sequence_length
+
+    def part_bytes(self, index: int) -> int:
+        """Bytes of input that a part reads; of a share of something else than bytes, its part of the file."""
+        return sum(share_bytes(self.inputs.files[share.file], share) for share in self.parts[index].shares)
+
+    def sample_file(self, index: int) -> Path:
+        return self.folder / "samples" / f"{index:05d}.safetensors"
+
+    def part_file(self, index: int) -> Path:
+        return self.folder / "parts" / f"{index:05d}.safetensors"
+
+    def bucket_file(self, index: int) -> Path:
+        return self.folder / "buckets" / f"{index:05d}.safetensors"
+
+    def shard_record(self, index: int) -> Path:
+        return self.folder / "shards" / f"{index:05d}.json"
+
+    @property
+    def survey_file(self) -> Path:
+        return self.folder / "survey.json"
+
+    @property
+    def layout_file(self) -> Path:
+        return self.folder / "layout.json"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.dataset / PLANNED_TOKENIZER
+
+    @property
+    def dataset(self) -> Path:
+        """The dataset as it grows, renamed when it is complete."""
+        return self.folder / "dataset"
+
+
+def share_bytes(file: InputFile, share: Share) -> int:
+    if file.format == "jsonl" and not (share.begin == 0 and share.end == 1):
+        return share.end - share.begin
+    return file.num_bytes
+
+
+def check_inputs(inputs: Inputs, settings: Settings) -> None:
+    """Raises DataError for inputs that cannot be in one dataset, or for settings that mean nothing for them."""
+    if not inputs.files:
+        raise DataError(f"{inputs.description}: holds no file to read; name other files")
+    formats = {file.format for file in inputs.files}
+    if formats & FIXED_ROWS and len(formats) > 1:
+        raise DataError(
+            f"{inputs.description}: {', '.join(sorted(formats))}: rows that are packed already go with nothing else: prepare them apart"
+        )
+    if formats & FIXED_ROWS and (settings.packing == "best_fit" or settings.fim is not None):
+        raise DataError(f"{inputs.description}: rows that are packed already take no --packing best_fit and no --fim-rate: leave them out")
+    if formats & TOKENISED and settings.tokenizer == "trained":
+        raise DataError(f"{inputs.description}: is tokenised already: name its tokenizer.json with --tokenizer")
+    if settings.chunks is not None and settings.epochs > 1:
+        raise DataError("--chunks and --epochs: a dataset has chunks, or its documents come several times; give one of them")
+    if settings.global_batch_size is not None and settings.chunks is None:
+        raise DataError("--global-batch-size makes chunks of whole steps: give --chunks too, or leave it out")
+
+
+def make_plan(folder: Path, inputs: Inputs, settings: Settings, engine: str) -> Plan:
+    """Parts of 4 to 64 MiB of input, buckets of 4 to 128: a thousand parts before they grow, so that memory stays bounded."""
+    total = sum(file.num_bytes for file in inputs.files)
+    parts = tuple(split_parts(list(inputs.files), _clamp(total // 1024, 4 * _MEBI, 64 * _MEBI)))
+    bucket_bytes = _clamp(total // 64, 4 * _MEBI, 128 * _MEBI)
+    buckets = len(parts) if settings.order == "as_read" else _power_of_two(-(-total // bucket_bytes))
+    return Plan(folder, inputs, settings, engine, parts, buckets)
+
+
+def _clamp(value: int, low: int, high: int) -> int:
+    return min(max(_power_of_two(value), low), high)
+
+
+def _power_of_two(value: int) -> int:
+    """The smallest power of two that is at least `value`."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def save_plan(plan: Plan) -> bool:
+    """Write the plan, unless the work folder holds the same one: then True, and its tasks' outputs are good. Another's are removed.
+
+    Raises OSError.
+    """
+    if is_saved(plan):
+        return True
+    fsops.remove_tree(plan.folder)
+    for folder in ("samples", "parts", "buckets", "shards", "dataset/train", "dataset/heldout"):
+        fsops.make_dirs(plan.folder / folder)
+    fsops.write_bytes(plan.folder / PLAN, canonical_json(_tree(plan)) + b"\n")
+    load_plan.cache_clear()
+    return False
+
+
+def is_saved(plan: Plan) -> bool:
+    """Whether the work folder holds this very plan."""
+    path = plan.folder / PLAN
+    return path.is_file() and path.read_bytes() == canonical_json(_tree(plan)) + b"\n"
+
+
+@functools.lru_cache(maxsize=4)
+def load_plan(folder: Path) -> Plan:
+    """The plan in a work folder; kept, since every task of a process asks for it. Raises DataError."""
+    try:
+        tree = parse_json((folder / PLAN).read_bytes())
+        inputs, settings = tree["inputs"], dict(tree["settings"])
+        if settings["fim"] is not None:
+            settings["fim"] = FimSettings(**settings["fim"])
+        options = ReadOptions(**{key: tuple(value) if isinstance(value, list) else value for key, value in inputs["options"].items()})
+        files = tuple(InputFile(*entry) for entry in inputs["files"])
+        parts = tuple(Part(tuple(Share(*share) for share in part)) for part in tree["parts"])
+        read = Inputs(files, inputs["description"], inputs["licence"], options)
+        return Plan(folder, read, Settings(**settings), tree["engine"], parts, tree["buckets"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / PLAN}: cannot be read: {error}; remove {folder} and prepare again") from error
+
+
+def _tree(plan: Plan) -> dict[str, Any]:
+    files = [[getattr(file, name) for name in InputFile.__dataclass_fields__] for file in plan.inputs.files]
+    return {
+        "version": VERSION,
+        "inputs": {
+            "files": files,
+            "description": plan.inputs.description,
+            "licence": plan.inputs.licence,
+            "options": asdict(plan.inputs.options),
+        },
+        "settings": asdict(plan.settings),
+        "engine": plan.engine,
+        "parts": [[list(share) for share in part.shares] for part in plan.parts],
+        "buckets": plan.buckets,
+    }
+
+
+def order_key(settings: Settings, content: bytes) -> bytes:
+    """Where a document stands in the shuffle: 32 bytes, by its text and the seed alone."""
+    return hashlib.sha256(b"order %d " % settings.seed + content).digest()
+
+
+def is_held_out(owner: bytes, fraction: float) -> bool:
+    """Whether the text of this SHA-256 is held out: by its content alone, whatever the seed, the order or the other documents."""
+    return int.from_bytes(hashlib.sha256(b"heldout " + owner).digest()[:8]) < fraction * 2.0**64
+
+
+def preparation(settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    """The settings as the manifest records them: flat."""
+    tree = asdict(settings)
+    fim = tree.pop("fim") or {"rate": None, "spm_share": None, "mode": None}
+    tree |= {f"fim_{key}": value for key, value in fim.items()}
+    tree["reading_sha256"] = sha256_json(asdict(inputs.options))
+    tree["normalise"] = ",".join(inputs.options.normalise) or None
+    return tree

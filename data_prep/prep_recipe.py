@@ -1,0 +1,109 @@
+"""Preparation recipes: which datasets are made, of what, how; YAML by the same strict rules as training recipes.
+
+What a reader would get wrong: a preparation recipe names files that you have, under the folder or address given with `--inputs`. It holds
+no data; the LLM360 corpora are not redistributed here, and each recipe says where their parts come from.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from weftrain.core.config import Count, Fim, PositiveInt, Section
+from weftrain.core.errors import RecipeError
+from weftrain.core.recipe_file import read_recipe_text, read_section
+from weftrain.data_prep.documents import Format
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class InputSection(Section):
+    """Files of one kind. addresses: below `--inputs`, or absolute, or of another file system (`s3://…`); `*` matches.
+
+    source: what their documents are counted as; none: the folder's or file's name. suffixes: of a folder, only files that end so.
+    """
+
+    addresses: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
+    source: str | None = None
+    format: Format | None = None
+    suffixes: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+
+class ChunksSection(Section):
+    """N equal chunks of rows. global_batch_size: of the run that reads them, so that a chunk is whole steps."""
+
+    count: PositiveInt
+    global_batch_size: PositiveInt | None = None
+
+
+class DatasetSection(Section):
+    """One dataset: its folder's name, what goes in, and what differs from the recipe's other datasets."""
+
+    name: Annotated[str, Field(min_length=1)]
+    inputs: Annotated[tuple[InputSection, ...], Field(min_length=1, strict=False)]
+    fim: Fim | None = None
+    epochs: PositiveInt = 1
+    chunks: ChunksSection | None = None
+    licence: str | None = None
+
+
+class PrepRecipe(Section):
+    """A whole preparation. tokenizer: a tokenizer.json below `--inputs`; null: one of vocab_size ids is trained on the text."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    description: str
+    licence: str = "not stated"
+    tokenizer: str | None = None
+    vocab_size: PositiveInt | None = None
+    eos: str | None = None
+    engine: Literal["auto", "tokenizers", "gigatoken"] = "auto"
+    text_key: str = "text"
+    source_key: str | None = None
+    normalise: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    sequence_length: PositiveInt
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    order: Literal["shuffled", "as_read"] = "shuffled"
+    heldout_fraction: Fraction = 0.0
+    rows_per_shard: PositiveInt | None = None
+    seed: Count = 0
+    max_failures: Count = 0
+    datasets: Annotated[tuple[DatasetSection, ...], Field(min_length=1, strict=False)]
+
+    @model_validator(mode="after")
+    def _check(self) -> PrepRecipe:
+        names = [dataset.name for dataset in self.datasets]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two datasets are named '{name}'")
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise ValueError("'vocab_size' is for training a tokenizer, and 'tokenizer' names one: give only one of them")
+        return self
+
+
+def builtin_prep_recipes() -> list[str]:
+    """Names of the preparation recipes that ship with weftrain, sorted."""
+    folder = resources.files("weftrain.data_prep") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def is_prep_recipe(name: str) -> bool:
+    """Whether an argument of `weftrain prep` names a recipe rather than an input: a built-in one, or a .yaml file."""
+    return name.endswith((".yaml", ".yml")) or (name in builtin_prep_recipes() and not Path(name).exists())
+
+
+def load_prep_recipe(name: str, overrides: Iterable[str] = ()) -> PrepRecipe:
+    """A preparation recipe by built-in name or by the path of a .yaml file. Raises RecipeError naming file, line, key and remedy."""
+    if name.endswith((".yaml", ".yml")):
+        return read_section(PrepRecipe, name, read_recipe_text(Path(name)), overrides)
+    known = builtin_prep_recipes()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise RecipeError(f"unknown preparation recipe '{name}'; {hint}Built in: {', '.join(known)}; or give the path of a .yaml file")
+    text = (resources.files("weftrain.data_prep") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    return read_section(PrepRecipe, f"data_prep/recipes/{name}.yaml", text, overrides)

@@ -1,0 +1,109 @@
+"""Datasets to and from any fsspec address (`s3://…`, `gs://…`, `memory://…`): whole, or not to be seen.
+
+What a reader would get wrong: training maps files, so a dataset is fetched to a local folder before it is trained on. The manifest is
+copied last and read first: an address without one holds no dataset yet, whatever lies there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from weftrain.core import fsops
+from weftrain.core.dataset import INPUTS, MANIFEST, TOKENIZER, Manifest, ShardSet, read_manifest
+from weftrain.core.errors import DataError
+from weftrain.data_prep.plan import Progress
+
+_BLOCK_BYTES = 1 << 24
+_FAILURES = "failures.jsonl"
+
+
+def is_remote(address: str) -> bool:
+    """Whether an address is of another file system than this machine's."""
+    return "://" in address and not address.startswith("file://")
+
+
+def staging_folder(address: str) -> Path:
+    """Where a dataset for that address is made before it is copied: in the user's cache, the same place for the same address."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "weftrain" / "datasets" / hashlib.sha256(address.encode()).hexdigest()[:16]
+
+
+def _no_progress(stage: str, done: int, total: int | None, unit: str) -> None:
+    pass
+
+
+def publish(folder: Path, manifest: Manifest, address: str, progress: Progress = _no_progress) -> None:
+    """Copy a complete dataset to an address; what is there already with the right size is left. Raises DataError."""
+    system, root = _open_system(address)
+    optional = [name for name in (_FAILURES,) if (folder / name).exists()]
+    names = [*_files(manifest), *optional, MANIFEST]
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    total, done = sum(sizes.values()), 0
+    try:
+        for name in names:
+            target = f"{root}/{name}"
+            if name == MANIFEST or not (system.exists(target) and system.size(target) == sizes[name]):
+                system.makedirs(target.rpartition("/")[0], exist_ok=True)
+                system.put_file(str(folder / name), target)
+                if system.size(target) != sizes[name]:
+                    raise DataError(f"{address}/{name}: {system.size(target)} bytes arrived of {sizes[name]}; run again")
+            done += sizes[name]
+            progress("copy", done, total, "bytes")
+    except OSError as error:
+        raise DataError(f"{address}: cannot be written: {error}; see that the address and the permissions are right") from error
+
+
+def fetch(address: str, folder: Path, progress: Progress = _no_progress) -> Manifest:
+    """Copy a dataset from an address into a local folder that does not exist yet; checked before it is there. Raises DataError.
+
+    Names come from the manifest after it was checked, so nothing is written outside the folder.
+    """
+    if folder.exists():
+        raise DataError(f"{folder}: exists already; name another folder, or remove it")
+    system, root = _open_system(address)
+    partial = folder.parent / f".{folder.name}.partial"
+    fsops.remove_tree(partial)
+    for set_folder in ("train", "heldout"):
+        fsops.make_dirs(partial / set_folder)
+    try:
+        for name in (MANIFEST, TOKENIZER):
+            _fetch_file(system, f"{root}/{name}", partial / name)
+        manifest = read_manifest(partial)
+        sizes = {shard.file: shard.num_bytes for entry in manifest.sets.values() for shard in entry.shards}
+        total, done = sum(sizes.values()), 0
+        for name in (INPUTS, *sizes):
+            _fetch_file(system, f"{root}/{name}", partial / name)
+            done += sizes.get(name, 0)
+            progress("fetch", done, total, "bytes")
+    except OSError as error:
+        raise DataError(f"{address}: cannot be fetched: {error}; is it a dataset's address?") from error
+    for set_name in manifest.sets:
+        ShardSet(partial, manifest, set_name)
+    if manifest.heldout is None:
+        fsops.remove_tree(partial / "heldout")
+    fsops.rename(partial, folder)
+    return manifest
+
+
+def _files(manifest: Manifest) -> list[str]:
+    return [TOKENIZER, INPUTS, *(shard.file for entry in manifest.sets.values() for shard in entry.shards)]
+
+
+def _open_system(address: str) -> tuple[Any, str]:
+    try:
+        system, root = fsspec.core.url_to_fs(address.rstrip("/"))
+    except (ValueError, ImportError, OSError) as error:
+        raise DataError(f"{address}: no such file system: {error}; install what it needs, or name a folder") from error
+    return system, root
+
+
+def _fetch_file(system: Any, source: str, target: Path) -> None:
+    with system.open(source, "rb") as read, fsops.FileWriter(target) as file:
+        while block := read.read(_BLOCK_BYTES):
+            file.write(block)
+        file.sync()

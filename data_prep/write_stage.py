@@ -1,0 +1,300 @@
+"""Between stages 2 and 3 the layout of all rows; then stage 3, a task a shard; then the manifest.
+
+What a reader would get wrong: where a shard's tokens lie follows from how many tokens each bucket holds, so a shard can be written, and
+written again, by itself. A shard never crosses the end of an epoch or of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from weftrain.core import fsops
+from weftrain.core.canonical import canonical_json
+from weftrain.core.dataset import (
+    Chunks,
+    Corpus,
+    DocumentCounts,
+    FimPrepared,
+    InputEntry,
+    Manifest,
+    SetEntry,
+    ShardEntry,
+    ShardSet,
+    SourceEntry,
+    Tokenization,
+    merkle_root,
+    shard_file,
+    write_inputs,
+    write_manifest,
+)
+from weftrain.core.errors import DataError
+from weftrain.core.shards import Documents, FimRecord, num_tokens, write_shard
+from weftrain.data_prep import fim
+from weftrain.data_prep.order_stage import COLUMNS, HELDOUT, PADDING, load_json, stream_names
+from weftrain.data_prep.plan import Plan, preparation
+from weftrain.data_prep.table_file import Table
+from weftrain.data_prep.tokenization import TextEncoder, encoder_for
+
+
+def lay_out(plan: Plan) -> dict[str, Any]:
+    """Which rows each shard holds, written as layout.json. Raises DataError where a set has no row.
+
+    `shards`: (set, number within it, stream, first row of the stream, rows). `ends`: of each stream the tokens up to each bucket's end.
+    """
+    notes = [Table(plan.bucket_file(index)).note for index in range(plan.buckets)]
+    ends = {name: np.cumsum([note["tokens"][name] for note in notes]).tolist() for name in stream_names(plan)}
+    rows = {name: _rows(plan, ends[name][-1]) for name in ends}
+    shards: list[list[Any]] = []
+    sets: dict[str, dict[str, Any]] = {}
+    for set_name in ("train", HELDOUT):
+        streams = [name for name in ends if name.startswith(set_name)]
+        if not streams:
+            continue
+        documents = sum(note["documents"][streams[0]] for note in notes)
+        total = ends[streams[0]][-1]
+        if not all(rows[name] for name in streams):
+            raise DataError(
+                f"{plan.inputs.description}: the {documents} {set_name} documents hold {total} tokens, fewer than one row of "
+                f"{plan.settings.sequence_length} + 1; give more text, a shorter --sequence-length, or another --heldout-fraction (0: none)"
+            )
+        sections = [(name, 0, rows[name]) for name in streams]
+        if set_name == "train" and plan.settings.chunks is not None:
+            each = _chunk_rows(plan, rows["train.0"])
+            sections = [("train.0", chunk * each, each) for chunk in range(plan.settings.chunks)]
+        number = 0
+        for name, first, count in sections:
+            for start in range(first, first + count, plan.settings.rows_per_shard):
+                shards.append([set_name, number, name, start, min(plan.settings.rows_per_shard, first + count - start)])
+                number += 1
+        used = sum(count for _, _, count in sections)
+        sets[set_name] = {
+            "documents": documents,
+            "epochs": [rows[name] for name in streams] if len(streams) > 1 else [used],
+            "dropped_tokens": sum(ends[name][-1] for name in streams) - _tokens_used(plan, used, len(streams)),
+            "padding_tokens": sum(note["padding"][name] for note in notes for name in streams),
+        }
+    layout = {
+        "ends": ends,
+        "shards": shards,
+        "sets": sets,
+        "duplicates": sum(note["duplicates"] for note in notes),
+        "read": sum(note["read"] for note in notes),
+        **{
+            key: np.sum([note[key] for note in notes], axis=0).astype(int).tolist()
+            for key in ("source_documents", "source_bytes", "source_tokens")
+        },
+    }
+    fsops.write_bytes(plan.layout_file, canonical_json(layout) + b"\n")
+    return layout
+
+
+def _cut_stride(plan: Plan) -> int:
+    """Between the first tokens of neighbouring rows of a stream. (Released FIM cuts rows that overlap, and makes rows that do not.)"""
+    released = plan.settings.fim is not None and plan.settings.fim.mode == "released"
+    return plan.settings.sequence_length if released else plan.row_stride
+
+
+def _rows(plan: Plan, tokens: int) -> int:
+    stride = _cut_stride(plan)
+    return max(0, 1 + (tokens - plan.settings.row_tokens) // stride) if tokens else 0
+
+
+def _tokens_used(plan: Plan, rows: int, streams: int) -> int:
+    """Of all streams together, the token that neighbouring rows share counted once."""
+    return rows * _cut_stride(plan) + (streams if _cut_stride(plan) == plan.settings.sequence_length else 0)
+
+
+def _chunk_rows(plan: Plan, rows: int) -> int:
+    """Rows of each chunk: equal, and whole steps where the batch size is known."""
+    chunks, step_rows = plan.settings.chunks or 1, plan.settings.global_batch_size or 1
+    each = rows // chunks // step_rows * step_rows
+    if not each:
+        raise DataError(
+            f"{plan.inputs.description}: {rows:,} rows are too few for {chunks} chunks of {step_rows} or more: give fewer --chunks"
+        )
+    return each
+
+
+@dataclass
+class _Cut:
+    """A range of a stream: tokens [length], mask or None, and its documents: end, id, and the columns of order_stage.COLUMNS."""
+
+    tokens: np.ndarray
+    mask: np.ndarray | None
+    end: np.ndarray
+    id: np.ndarray
+    table: np.ndarray
+
+
+def write_one_shard(plan: Plan, index: int) -> None:
+    """Write shard `index` of the layout and then its record. Raises DataError, OSError."""
+    layout, found = load_json(plan.layout_file), load_json(plan.survey_file)
+    set_name, number, stream, first, rows = layout["shards"][index]
+    encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.eos, plan.engine)
+    settings, stride = plan.settings, _cut_stride(plan)
+    start = first * stride
+    cut = _cut(plan, stream, layout["ends"][stream], start, start + num_tokens(rows, settings.sequence_length, stride))
+    if settings.fim is not None and settings.fim.mode == "released":
+        cut = _released(plan, cut, first, rows, len(found["sources"]), encoder)
+    record = None
+    if settings.fim is not None and settings.fim.mode == "exact":
+        mode, split = cut.table[:, COLUMNS.index("fim_mode")], cut.table[:, COLUMNS.index("fim_a") : COLUMNS.index("fim_b") + 1]
+        record = FimRecord(mode.astype(np.uint8), split.astype(np.int32))
+    source, file, line = (cut.table[:, COLUMNS.index(name)] for name in ("source", "file", "record"))
+    padded = bool((file < 0).any())
+    sources = (*found["sources"], PADDING) if padded else tuple(found["sources"])
+    documents = Documents(cut.end, cut.id, source.astype(np.int32), sources, file.astype(np.int32), line, record)
+    info = write_shard(
+        plan.dataset / shard_file(set_name, number),
+        cut.tokens,
+        documents,
+        sequence_length=settings.sequence_length,
+        row_stride=plan.row_stride,
+        vocab_size=encoder.vocab_size,
+        tokenizer_sha256=encoder.sha256,
+        loss_mask=cut.mask,
+    )
+    entry = ShardEntry(
+        file=shard_file(set_name, number), num_bytes=info.num_bytes, sha256=info.sha256, digest=info.digest, n_examples=info.num_rows
+    )
+    fsops.write_bytes(plan.shard_record(index), canonical_json(entry.model_dump(mode="json")) + b"\n")
+
+
+def _cut(plan: Plan, stream: str, ends: list[int], start: int, stop: int) -> _Cut:
+    """Tokens start..stop-1 of a stream, from the buckets that hold them."""
+    tokens, masks, document_ends, ids, tables = [], [], [], [], []
+    for bucket in range(int(np.searchsorted(ends, start, side="right")), len(ends)):
+        bucket_start = ends[bucket - 1] if bucket else 0
+        if bucket_start >= stop:
+            break
+        table = Table(plan.bucket_file(bucket))
+        low, high = max(start, bucket_start) - bucket_start, min(stop, ends[bucket]) - bucket_start
+        if low >= high:
+            continue  # an empty bucket
+        tokens.append(table.slice(f"{stream}.tokens", low, high))
+        has_mask = f"{stream}.mask" in table
+        masks.append(table.slice(f"{stream}.mask", low, high) if has_mask else None)
+        documents = table[f"{stream}.table"]
+        inside = np.cumsum(documents[:, 0])
+        from_, to = int(np.searchsorted(inside, low, side="right")), int(np.searchsorted(inside, high, side="left")) + 1
+        document_ends.append(np.minimum(inside[from_:to], high) + bucket_start - start)
+        ids.append(table.slice(f"{stream}.id", from_, to))
+        tables.append(documents[from_:to])
+    mask = None
+    if any(part is not None for part in masks):
+        mask = np.concatenate([np.ones(len(ids_), np.uint8) if part is None else part for part, ids_ in zip(masks, tokens, strict=True)])
+    return _Cut(np.concatenate(tokens), mask, np.concatenate(document_ends), np.concatenate(ids), np.concatenate(tables))
+
+
+def _released(plan: Plan, cut: _Cut, first: int, rows: int, padding_source: int, encoder: TextEncoder) -> _Cut:
+    """Rows as the released scripts transformed them, each by itself. A row's pieces are its documents', in their order."""
+    from weftrain.data_prep.fim_released import released_row
+
+    settings, ids = plan.settings, fim.fim_ids(encoder)
+    assert settings.fim is not None
+    tokens, masks, ends, identities, table, length = [], [], [], [], [], 0
+    for row in range(rows):
+        start = row * settings.sequence_length
+        window = cut.tokens[start : start + settings.row_tokens]
+        random = np.random.default_rng([settings.seed, first + row])
+        made = released_row(window, encoder, ids, settings.fim.rate, settings.fim.spm_share, random)
+        tokens.append(made.tokens)
+        masks.append(np.arange(settings.row_tokens) < settings.row_tokens - made.padding)
+        document = int(np.searchsorted(cut.end, start, side="right"))
+        for count in made.document_lengths:
+            if count:
+                length += count
+                ends.append(length)
+                identities.append(cut.id[document])
+                table.append(cut.table[document])
+            document += 1
+        if made.padding:
+            length += made.padding
+            ends.append(length)
+            identities.append(np.zeros_like(cut.id[0]))
+            table.append(np.array([made.padding, padding_source, -1, -1, 0, 0, 0]))
+    mask = np.concatenate(masks)
+    joined = np.concatenate(tokens).astype(encoder.dtype)
+    return _Cut(joined, None if mask.all() else mask, np.array(ends), np.array(identities), np.array(table))
+
+
+def finish(plan: Plan, name: str) -> Manifest:
+    """inputs.jsonl and the manifest, once every shard is there; the whole set is opened before anybody else sees it. Raises DataError."""
+    layout, found = load_json(plan.layout_file), load_json(plan.survey_file)
+    encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.eos, plan.engine)
+    settings = plan.settings
+    records = [ShardEntry.model_validate(load_json(plan.shard_record(index))) for index in range(len(layout["shards"]))]
+    sets = {set_name: _set_entry(settings.sequence_length, entry, layout, records, set_name) for set_name, entry in layout["sets"].items()}
+    inputs_sha256 = write_inputs(plan.dataset, [InputEntry.model_validate(entry, strict=False) for entry in found["inputs"]])
+    chunk_rows = None if settings.chunks is None else sets["train"].n_examples // settings.chunks
+    manifest = Manifest(
+        format="weftrain-dataset",
+        version=2,
+        name=name,
+        tokenizer_sha256=encoder.sha256,
+        vocab_size=encoder.vocab_size,
+        eos_id=encoder.eos_id,
+        sequence_length=settings.sequence_length,
+        row_stride=plan.row_stride,
+        packing="rows" if plan.fixed_rows else settings.packing,
+        fim=None
+        if settings.fim is None
+        else FimPrepared(rate=settings.fim.rate, spm_share=settings.fim.spm_share, mode=settings.fim.mode, seed=settings.seed),
+        corpus=Corpus(
+            sha256=found["corpus_sha256"],
+            description=plan.inputs.description,
+            licence=plan.inputs.licence,
+            files=len(found["inputs"]),
+            num_bytes=sum(entry["num_bytes"] for entry in found["inputs"]),
+        ),
+        inputs_sha256=inputs_sha256,
+        tokenization=Tokenization(
+            engine=encoder.engine,
+            engine_version=encoder.engine_version,
+            reference_documents=found["reference_documents"],
+            checked_documents=found["checked_documents"],
+        ),
+        preparation=preparation(settings, plan.inputs),
+        documents=DocumentCounts(
+            read=layout["read"],
+            failed=found["failed"],
+            duplicates=layout["duplicates"],
+            train=sets["train"].documents,
+            heldout=sets[HELDOUT].documents if HELDOUT in sets else 0,
+        ),
+        sources=tuple(
+            SourceEntry(name=source, documents=documents, num_bytes=num_bytes, tokens=tokens)
+            for source, documents, num_bytes, tokens in zip(
+                found["sources"], layout["source_documents"], layout["source_bytes"], layout["source_tokens"], strict=True
+            )
+        ),
+        chunks=None
+        if settings.chunks is None or chunk_rows is None
+        else Chunks(count=settings.chunks, rows=chunk_rows, global_batch_size=settings.global_batch_size),
+        train=sets["train"],
+        heldout=sets.get(HELDOUT),
+    )
+    if HELDOUT not in sets:
+        fsops.remove_tree(plan.dataset / HELDOUT)
+    write_manifest(plan.dataset, manifest)
+    for set_name in manifest.sets:
+        ShardSet(plan.dataset, manifest, set_name)
+    return manifest
+
+
+def _set_entry(sequence_length: int, entry: dict[str, Any], layout: dict[str, Any], records: list[ShardEntry], name: str) -> SetEntry:
+    shards = tuple(record for record, (set_name, *_) in zip(records, layout["shards"], strict=True) if set_name == name)
+    rows = sum(shard.n_examples for shard in shards)
+    return SetEntry(
+        id=merkle_root([shard.digest for shard in shards]),
+        n_examples=rows,
+        tokens=rows * sequence_length,
+        documents=entry["documents"],
+        dropped_tokens=entry["dropped_tokens"],
+        padding_tokens=entry["padding_tokens"],
+        epochs=tuple(entry["epochs"]),
+        shards=shards,
+    )
