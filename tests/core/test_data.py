@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weftrain.core import dataset as datasets
-from weftrain.core.canonical import canonical_json
+from weftrain.core.canonical import canonical_json, sha256_json
 from weftrain.core.config import DataConfig
 from weftrain.core.data import (
     MAX_MIXTURE_BLOCK,
@@ -340,8 +340,9 @@ def truncate(path: Path) -> None:
 
 def change_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     value = json.loads((folder / MANIFEST).read_bytes())
+    del value["root"]
     change(value)
-    (folder / MANIFEST).write_bytes(canonical_json(value) + b"\n")
+    (folder / MANIFEST).write_bytes(canonical_json(value | {"root": sha256_json(value)}) + b"\n")
 
 
 def swap_for_another_valid_shard(folder: Path) -> None:
