@@ -67,7 +67,8 @@ class LocalRun:
         self._groups = parameter_groups(recipe.model, recipe.optimizer)
 
         # The residual stream stays fp32 in bf16 compute, as it does under autocast: its sums are where bf16 loses most.
-        kernel_uses = kernel_specs(recipe.model, device.type, self._compute_dtype, residual_dtype=torch.float32)
+        documents = recipe.data.document_attention
+        kernel_uses = kernel_specs(recipe.model, device.type, self._compute_dtype, torch.float32, documents)
         attributes = {"eps_placement": recipe.optimizer.eps_placement}
         kernel_uses += [Spec(op, "optimizer", device.type, self._compute_dtype, attributes) for op in ("adamw", "grad_norm")]
         self._selection = select(kernel_uses, recipe.kernels.preferences, recipe.kernels.pins)

@@ -10,9 +10,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from weftrain.core.config import Recipe
+from weftrain.core.config import Recipe, Skip
+from weftrain.core.mixture import make_mixture, source_shares
 from weftrain.core.mup import resolved
 from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_groups
+from weftrain.core.order import chunk_order, sample_counts
 from weftrain.core.parameters import flops_per_token, parameter_specs
 from weftrain.core.recipe_file import builtin_recipes, load_recipe
 
@@ -21,7 +23,7 @@ from weftrain.core.recipe_file import builtin_recipes, load_recipe
 @click.argument("recipe", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option(
-    "--step", "steps", type=click.IntRange(min=0), multiple=True, help="Print the learning rates of this 0-based step (repeatable)."
+    "--step", "steps", type=click.IntRange(min=0), multiple=True, help="Learning rates and samples read at this 0-based step (repeatable)."
 )
 @click.option("--backend", help="Also what a step of this backend will do (streaming: its timeline, with every byte).")
 def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...], backend: str | None) -> None:
@@ -46,6 +48,8 @@ def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...],
         console.print(line, markup=False)
     console.print(_parameter_table(resolved_recipe))
     console.print(_learning_rate_table(resolved_recipe, steps))
+    if (counts := _samples_table(resolved_recipe, steps)) is not None:
+        console.print(counts)
     if backend is not None:
         from weftrain.cli.assembly import backend_options
 
@@ -80,10 +84,23 @@ def arithmetic(recipe: Recipe) -> list[str]:
             f"logits x {scales.logits_scale:.6g}, embedding x {scales.embedding_scale:.6g}, matrix learning rate x "
             f"{scales.matrix_learning_rate_multiplier:.6g}"
         )
-    for source in data.sources if len(data.sources) > 1 else ():
-        share = source.weight / sum(other.weight for other in data.sources)
-        lines.append(f"source       {source.name:<14} {share:8.4%} = {share * tokens * schedule.steps / 1e9:,.2f} B tokens")
+    if data.chunks is not None:
+        lines.append(f"chunks       {data.chunks:,} x {schedule.steps // data.chunks:,} steps = {schedule.steps:,} steps")
+    lines += [f"skip         {_skipped(entry)}: {entry.reason}" for entry in data.skip]
+    if data.sources and data.sources[0].epochs is not None:
+        lines += [f"source       {source.name:<14} {source.epochs:g} epochs of its prepared rows" for source in data.sources]
+    elif len(data.sources) > 1:
+        shares = source_shares(data.sources)
+        for source, share in zip(data.sources, shares, strict=True):
+            part = float(share / sum(shares))
+            lines.append(f"source       {source.name:<14} {part:8.4%} = {part * tokens * schedule.steps / 1e9:,.2f} B tokens")
     return lines
+
+
+def _skipped(entry: Skip) -> str:
+    if entry.chunk is not None:
+        return f"chunk {entry.chunk} is {'deferred' if entry.action == 'defer' else 'dropped'}"
+    return f"rows {list(entry.rows or ())} of {entry.source}"
 
 
 def _bytes(count: int) -> str:
@@ -99,6 +116,21 @@ def _parameter_table(recipe: Recipe) -> Table:
     for name, group in groups.items():
         row = (f"{len(group.parameters):,}", f"{sizes[name]:,}", f"{group.learning_rate_multiplier:g}", f"{group.weight_decay:g}")
         table.add_row(name, *row)
+    return table
+
+
+def _samples_table(recipe: Recipe, asked: Sequence[int]) -> Table | None:
+    """How many samples of each source have been read before a step: exact, without any dataset, unless shares are in epochs."""
+    data, steps, batch = recipe.data, recipe.schedule.steps, recipe.batch.global_batch_size
+    if len(data.sources) < 2 or data.sources[0].epochs is not None or data.order != "feistel":
+        return None
+    mixture = make_mixture(data.sources, data.shuffle_seed)
+    chunks = None if data.chunks is None else chunk_order(data, steps, batch)
+    edges = {steps, *([] if data.chunks is None else [steps // data.chunks]), *asked}
+    table = Table("samples read before step", *(f"{step:,}" for step in sorted(edges)), box=None)
+    columns = [sample_counts(mixture, chunks, step * batch) for step in sorted(edges)]
+    for index, source in enumerate(data.sources):
+        table.add_row(source.name, *(f"{column[index]:,}" for column in columns))
     return table
 
 

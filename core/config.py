@@ -6,6 +6,7 @@ key is an error, and a missing key is an error unless the field shows a default.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -142,30 +143,72 @@ class Fim(Section):
 
 
 class Source(Section):
-    """One component of the mixture: a prepared dataset folder, its share of the samples, and which part of it."""
+    """One component of the mixture: a prepared dataset folder, its share of the samples, and which part of it.
+
+    The share is one of three, the same for all sources: `weight`, a fraction of all samples; `tokens`, of which the run reads so many,
+    or so much of it as its steps allow; `epochs` of the prepared rows.
+    """
 
     name: Annotated[str, Field(min_length=1)]
     path: Annotated[str, Field(min_length=1)]  # below data.root
-    weight: Positive
+    weight: Positive | None = None
+    tokens: PositiveInt | None = None
+    epochs: Positive | None = None
     subset: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]] = Field(default=(0.0, 1.0), strict=False)
     fim: Fim | None = None
 
+    @property
+    def share_kind(self) -> str:
+        return next(kind for kind in _SHARES if getattr(self, kind) is not None)
+
     @model_validator(mode="after")
     def _check(self) -> Source:
+        if sum(getattr(self, kind) is not None for kind in _SHARES) != 1:
+            raise ValueError("give exactly one of 'weight', 'tokens' and 'epochs'")
         if self.subset[0] >= self.subset[1]:
             raise ValueError(f"subset {list(self.subset)} is empty: its start must lie below its end")
+        return self
+
+
+_SHARES = ("weight", "tokens", "epochs")
+_WEIGHTS_TOLERANCE = 1e-9  # of their sum from 1: sums of released decimals differ in the last digits
+
+
+class Skip(Section):
+    """What is not read, or read later: a chunk of the run (`chunk`, `action`), or rows [first, stop) of a source (`source`, `rows`)."""
+
+    reason: Annotated[str, Field(min_length=1)]
+    chunk: Count | None = None
+    action: Literal["defer", "drop"] | None = None  # defer: after all others; drop: what follows takes its place
+    source: str | None = None
+    rows: tuple[Count, Count] | None = Field(default=None, strict=False)
+
+    @model_validator(mode="after")
+    def _check(self) -> Skip:
+        of_chunk, of_rows = (self.chunk, self.action), (self.source, self.rows)
+        if None not in of_chunk and of_rows == (None, None):
+            return self
+        if None in of_rows or of_chunk != (None, None):
+            raise ValueError("give 'chunk' and 'action', or 'source' and 'rows'")
+        if self.rows is not None and self.rows[0] >= self.rows[1]:
+            raise ValueError(f"rows {list(self.rows)} are none: the first must lie below the one after the last")
         return self
 
 
 class DataConfig(Section):
     """What is read: prepared `sources`, or `synthetic_rows` random rows that repeat (to measure speed without any dataset).
 
-    Weights need not sum to 1: they are shares. The order is a pure function of (datasets, shuffle_seed, step, row).
+    The order is a pure function of (datasets, this section, step, row). `order`: `feistel`, or `cerebras`, the Model Zoo's for a mixture
+    that is not shuffled. `document_attention`: no query sees keys of another document. `chunks`: of the run, equal numbers of steps.
     """
 
     root: Annotated[str, Field(min_length=1)] = "datasets"
     sequence_length: PositiveInt
     shuffle_seed: Count
+    order: Literal["feistel", "cerebras"] = "feistel"
+    document_attention: bool = False
+    chunks: PositiveInt | None = None
+    skip: Annotated[tuple[Skip, ...], Field(strict=False)] = ()
     sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
     synthetic_rows: PositiveInt | None = None
 
@@ -173,11 +216,37 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         if bool(self.sources) == (self.synthetic_rows is not None):
             raise ValueError("give exactly one of 'sources' and 'synthetic_rows'")
+        if self.synthetic_rows is not None and (self.chunks, self.skip, self.document_attention) != (None, (), False):
+            raise ValueError("synthetic rows have no documents, chunks or rows to skip: leave document_attention, chunks and skip out")
         names = [source.name for source in self.sources]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two sources are named '{name}'")
+        kinds = {source.share_kind: source.name for source in self.sources}
+        if len(kinds) > 1:
+            shown = ", ".join(f"'{name}' gives {kind}" for kind, name in kinds.items())
+            raise ValueError(f"the sources' shares are of different kinds: {shown}; give weight, tokens or epochs for all of them")
+        if "weight" in kinds and abs((total := sum(source.weight or 0 for source in self.sources)) - 1) > _WEIGHTS_TOLERANCE:
+            raise ValueError(f"the sources' weights add up to {total:.12g}, not to 1; correct them, or give tokens instead of weight")
+        self._check_skip(names)
         return self
+
+    def _check_skip(self, names: list[str]) -> None:
+        chunks = [entry.chunk for entry in self.skip if entry.chunk is not None]
+        for chunk in chunks:
+            if self.chunks is None or chunk >= self.chunks:
+                raise ValueError(f"skip: there is no chunk {chunk} of {self.chunks or 'none'}: set chunks, or correct the entry")
+            if chunks.count(chunk) > 1:
+                raise ValueError(f"skip: two entries name chunk {chunk}")
+        if self.chunks is not None and len(chunks) == self.chunks and all(entry.action == "drop" for entry in self.skip if entry.action):
+            raise ValueError("skip: every chunk is dropped")
+        ranges = sorted((entry.source or "", *entry.rows) for entry in self.skip if entry.rows is not None)
+        for source, _, _ in ranges:
+            if source not in names:
+                raise ValueError(f"skip: there is no source '{source}'; the sources are {', '.join(names)}")
+        for (source, _, stop), (other, first, _) in pairwise(ranges):
+            if source == other and first < stop:
+                raise ValueError(f"skip: two entries name row {first} of source '{source}'")
 
 
 class BatchConfig(Section):
@@ -265,4 +334,6 @@ class Recipe(Section):
                 f"data.sequence_length {self.data.sequence_length} exceeds "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
             )
+        if self.data.chunks is not None and self.schedule.steps % self.data.chunks:
+            raise ValueError(f"schedule.steps {self.schedule.steps} is not a multiple of data.chunks {self.data.chunks}")
         return self

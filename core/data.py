@@ -1,11 +1,9 @@
 """What is read when: the mixture of sources, the order within each, and position, which is one integer.
 
-Sample number n = step * global_batch_size + row. The mixture says of which source it is and the how-maniest of that source, k; the row is a
-keyed permutation, one an epoch, of the source's rows at k. All of it is a pure function of (datasets, weights, seed, n): nothing is
-materialised, nothing is lost or repeated on a restart, and any number of readers share the work.
-
-What a reader would get wrong: weights are honoured by count and not by chance. After each block of samples every source has its share of
-all samples so far, rounded up or down to a whole number by largest remainder; only the order inside a block is random.
+Sample number n = step * global_batch_size + row. The run's chunks say where n stands when chunks are deferred, the mixture
+(core/mixture.py) of which source it is and the how-maniest of that source, k, and the source's order (core/order.py) which row that is.
+All of it is a pure function of (datasets, recipe, n): nothing is materialised, nothing is lost or repeated on a restart, and any number
+of readers share the work. What a reader would get wrong: there is no cursor. Whoever knows the step knows the rows.
 """
 
 from __future__ import annotations
@@ -13,112 +11,54 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from weftrain.core import feistel
 from weftrain.core.backend import Batch, BatchSource
 from weftrain.core.config import DataConfig, Recipe, Source
 from weftrain.core.dataset import SetName, ShardSet, merkle_root, read_manifest
 from weftrain.core.errors import DataError
+from weftrain.core.mixture import CerebrasOrder, Mixture, SampleOrder, make_mixture, source_shares
+from weftrain.core.order import ChunkOrder, RowOrder, chunk_order, sample_counts, stretches, without_empty
 from weftrain.core.synthetic import synthetic_source
 
-MIXTURE_BLOCK = 4096
-MAX_MIXTURE_BLOCK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Which source each sample is of. shares: positive integers, in the proportions of the weights. block: samples that share a table."""
-
-    shares: tuple[int, ...]
-    block: int
-    key: bytes
-
-    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [n] sample numbers -> source index [n], and k [n]: it is that source's k-th sample, from 0, in the order of n."""
-        if len(self.shares) == 1:
-            return np.zeros(len(samples), dtype=np.int64), samples
-        source, k = np.empty(len(samples), dtype=np.int64), np.empty(len(samples), dtype=np.int64)
-        blocks = samples // self.block
-        for block in np.unique(blocks).tolist():
-            chosen = blocks == block
-            sources, ks = _mixture_table(self, block)
-            at = samples[chosen] - block * self.block
-            source[chosen], k[chosen] = sources[at], ks[at]
-        return source, k
-
-    def counts(self, samples: int) -> list[int]:
-        """How many of the first `samples` are of each source."""
-        if len(self.shares) == 1:
-            return [samples]
-        block, rest = divmod(samples, self.block)
-        within = np.bincount(_mixture_table(self, block)[0][:rest], minlength=len(self.shares))
-        return [quota + int(more) for quota, more in zip(largest_remainder(self.shares, block * self.block), within, strict=True)]
-
-
-def largest_remainder(shares: tuple[int, ...], total: int) -> list[int]:
-    """`total` split in the proportions of `shares`, each part its exact quota rounded down or up (Hamilton's method), exact at any size."""
-    whole = sum(shares)
-    quotas = [divmod(total * share, whole) for share in shares]
-    parts = [quotient for quotient, _ in quotas]
-    by_remainder = sorted(range(len(shares)), key=lambda index: (-quotas[index][1], index))
-    for index in by_remainder[: total - sum(parts)]:
-        parts[index] += 1
-    return parts
-
-
-@lru_cache(maxsize=8)
-def _mixture_table(mixture: Mixture, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source int32 [block] and k int64 [block] of a block's samples: its counts laid out, then permuted."""
-    before = largest_remainder(mixture.shares, block * mixture.block)
-    after = largest_remainder(mixture.shares, (block + 1) * mixture.block)
-    counts = [high - low for low, high in zip(before, after, strict=True)]
-    laid_out = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    key = feistel.derive_key(mixture.key.hex(), block)
-    source = laid_out[feistel.permute(np.arange(mixture.block), mixture.block, key)]
-    k = np.empty(mixture.block, dtype=np.int64)
-    k[np.argsort(source, kind="stable")] = np.concatenate([np.arange(low, high) for low, high in zip(before, after, strict=True)])
-    return source, k
-
-
-def make_mixture(sources: tuple[Source, ...], seed: int) -> Mixture:
-    """The mixture of a recipe's sources, by their weights as written in decimal. Raises DataError for a share below 2^-20.
-
-    A block holds at least one sample of each source: then no source's count ever falls from one block's end to the next.
-    """
-    weights = [Fraction(repr(source.weight)) for source in sources]
-    unit = Fraction(math.gcd(*(weight.numerator for weight in weights)), math.lcm(*(weight.denominator for weight in weights)))
-    shares = tuple(int(weight / unit) for weight in weights)
-    smallest = min(shares)
-    block = max(MIXTURE_BLOCK, 1 << (-(-sum(shares) // smallest) - 1).bit_length())
-    if block > MAX_MIXTURE_BLOCK:
-        name = sources[shares.index(smallest)].name
-        raise DataError(f"data.sources: the weight of '{name}' is below 1/{MAX_MIXTURE_BLOCK:,} of all: raise it, or leave the source out")
-    return Mixture(shares, block, feistel.derive_key("mixture", seed, *(source.name for source in sources)))
+__all__ = ["Component", "HeldOut", "Located", "Mixture", "TokenSource", "make_mixture", "open_heldout", "open_training", "training_source"]
 
 
 @dataclass(frozen=True)
 class Component:
-    """One source: rows first_row..first_row+num_rows-1 of a set, in an order of its own each epoch."""
+    """One source: a set, and the order of its rows."""
 
     name: str
     shards: ShardSet
-    first_row: int
-    num_rows: int
-    seed: int
+    order: RowOrder
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that come before the first comes again."""
+        return self.order.num_rows
 
     def row_numbers(self, k: np.ndarray) -> np.ndarray:
-        """int64 [n], the source's k-th samples -> row numbers of the set. Every row comes once in each num_rows samples."""
-        epochs = k // self.num_rows
-        rows = np.empty(k.shape, dtype=np.int64)
-        for epoch in np.unique(epochs).tolist():
-            chosen = epochs == epoch
-            key = feistel.derive_key("rows", self.seed, self.name, epoch)
-            rows[chosen] = feistel.lookup(k[chosen] - epoch * self.num_rows, self.num_rows, key)
-        return rows + self.first_row
+        """int64 [n], the source's k-th samples -> row numbers of the set. Every row comes once in each epoch."""
+        return self.order.rows(k)
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a training sample comes from. file: the shard, in `folder`. row_in_shard, row_in_set: from 0. epoch: the how-maniest time.
+
+    chunk: of the dataset, run_chunk: of the run; None where there are none.
+    """
+
+    source: str
+    folder: Path
+    file: str
+    row_in_shard: int
+    row_in_set: int
+    epoch: int
+    chunk: int | None
+    run_chunk: int | None
 
 
 @dataclass(frozen=True)
@@ -129,23 +69,34 @@ class TokenSource:
     global_batch_size: int
     dataset_id: str
     components: tuple[Component, ...]
-    mixture: Mixture
+    mixture: SampleOrder
+    chunks: ChunkOrder | None = None
+    document_attention: bool = False
 
     def rows(self, step: int, first: int, count: int) -> Batch:
         """Rows first..first+count-1 of the batch of `step`. Raises DataError for a damaged shard, ValueError outside the batch."""
-        source, k = self.mixture.locate(self._samples(step, first, count))
-        ids, mask = np.empty((count, self.sequence_length + 1), dtype=np.int64), None
-        for index in np.unique(source).tolist():
-            chosen, component = np.flatnonzero(source == index), self.components[index]
-            ids[chosen], part = component.shards.rows(component.row_numbers(k[chosen]))
-            if part is not None:
+        source, k = self._locate(step, first, count)
+        if len(self.components) == 1:
+            return self._batch(self.components[0], k)
+        ids, mask, starts = np.empty((count, self.sequence_length + 1), dtype=np.int64), None, None
+        for index in np.flatnonzero(np.bincount(source, minlength=len(self.components))).tolist():
+            chosen = np.flatnonzero(source == index)
+            part = self._batch(self.components[index], k[chosen])
+            ids[chosen] = part.ids
+            if part.loss_mask is not None:
                 mask = np.ones((count, self.sequence_length), dtype=np.bool_) if mask is None else mask
-                mask[chosen] = part
-        return Batch(ids, mask)
+                mask[chosen] = part.loss_mask
+            if part.document_start is not None:
+                starts = np.zeros((count, self.sequence_length), dtype=np.int32) if starts is None else starts
+                starts[chosen] = part.document_start
+        return Batch(ids, mask, starts)
+
+    def _batch(self, component: Component, k: np.ndarray) -> Batch:
+        return _rows(component.shards, component.row_numbers(k), self.document_attention)
 
     def sample_names(self, step: int, first: int, count: int) -> list[str]:
         """'source/train/00003.h5:17' for each row."""
-        source, k = self.mixture.locate(self._samples(step, first, count))
+        source, k = self._locate(step, first, count)
         names = []
         for index, number in zip(source.tolist(), k.tolist(), strict=True):
             component = self.components[index]
@@ -153,16 +104,41 @@ class TokenSource:
             names.append(f"{component.name}/{file}:{row}")
         return names
 
+    def locate(self, step: int, row: int) -> Located:
+        """Where row `row` of the batch of `step` comes from. Raises ValueError outside the batch."""
+        source, k = (int(array[0]) for array in self._locate(step, row, 1))
+        component = self.components[source]
+        number = int(component.row_numbers(np.array([k]))[0])
+        file, row_in_shard = component.shards.locate(number)
+        order = component.order
+        run_chunk = self.chunk_of(step)
+        return Located(component.name, component.shards.folder, file, row_in_shard, number, order.epoch(k), order.chunk(k), run_chunk)
+
+    def chunk_of(self, step: int) -> int | None:
+        """Which of the run's chunks the batch of `step` is of; None where the run has none."""
+        if self.chunks is None:
+            return None
+        return self.chunks.chunk_at(step * self.global_batch_size // self.chunks.samples)
+
     def counts(self, step: int) -> dict[str, int]:
         """Samples of each source in the first `step` steps."""
-        counts = self.mixture.counts(step * self.global_batch_size)
+        counts = sample_counts(self.mixture, self.chunks, step * self.global_batch_size)
         return {component.name: count for component, count in zip(self.components, counts, strict=True)}
+
+    def _locate(self, step: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        samples = self._samples(step, first, count)
+        return self.mixture.locate(samples if self.chunks is None else self.chunks.renumber(samples))
 
     def _samples(self, step: int, first: int, count: int) -> np.ndarray:
         if step < 0 or first < 0 or count < 0 or first + count > self.global_batch_size:
             raise ValueError(f"step {step}: rows {first}..{first + count - 1} of a batch of {self.global_batch_size}")
         start = step * self.global_batch_size + first
         return np.arange(start, start + count, dtype=np.int64)
+
+
+def _rows(shards: ShardSet, numbers: np.ndarray, document_attention: bool) -> Batch:
+    ids, mask = shards.rows(numbers)
+    return Batch(ids, mask, shards.document_starts(numbers) if document_attention else None)
 
 
 @dataclass(frozen=True)
@@ -172,6 +148,7 @@ class HeldOut:
     name: str
     shards: ShardSet
     num_rows: int
+    document_attention: bool = False
 
     @property
     def sequence_length(self) -> int:
@@ -185,32 +162,55 @@ class HeldOut:
         """Rows first..first+count-1. Raises DataError for a damaged shard, ValueError outside the set."""
         if first < 0 or count < 0 or first + count > self.num_rows:
             raise ValueError(f"held-out set {self.name}: rows {first}..{first + count - 1} of {self.num_rows}")
-        return Batch(*self.shards.rows(np.arange(first, first + count, dtype=np.int64)))
+        return _rows(self.shards, np.arange(first, first + count, dtype=np.int64), self.document_attention)
 
 
-def open_training(data: DataConfig, global_batch_size: int, root: Path | None = None, *, vocab_size: int) -> TokenSource:
+def open_training(
+    data: DataConfig, global_batch_size: int, root: Path | None = None, *, vocab_size: int, steps: int | None = None
+) -> TokenSource:
     """The training rows of a recipe that names `sources`, everything checked that can be before step 0. Raises DataError.
 
-    root: instead of data.root. vocab_size: the model's, which may exceed the datasets'.
+    root: instead of data.root. vocab_size: the model's, which may exceed the datasets'. steps: of the run, where it has chunks.
     """
-    components = []
-    for source in data.sources:
-        shards = _open_set(data, source, "train", root, vocab_size)
-        assert shards is not None
-        low, high = (math.floor(Fraction(repr(bound)) * shards.num_rows) for bound in source.subset)
-        if high == low:
-            raise DataError(
-                f"{shards.folder}: subset {list(source.subset)} of source '{source.name}' holds no row of {shards.num_rows}: widen it"
-            )
-        components.append(Component(source.name, shards, low, high - low, data.shuffle_seed))
+    opened = [_open_set(data, source, "train", root, vocab_size) for source in data.sources]
+    components = [_component(data, source, shards) for source, shards in zip(data.sources, opened, strict=True) if shards is not None]
     ids = [component.shards.entry.id for component in components]
+    rows = [component.order.num_rows // component.order.num_epochs for component in components]
+    mixture: SampleOrder = make_mixture(data.sources, data.shuffle_seed, rows)
+    if data.order == "cerebras":
+        weights = tuple(float(share) for share in source_shares(data.sources, rows))
+        mixture = CerebrasOrder(weights, tuple(component.order.num_rows for component in components), data.shuffle_seed)
     return TokenSource(
         data.sequence_length,
         global_batch_size,
         ids[0] if len(ids) == 1 else merkle_root(ids),
         tuple(components),
-        make_mixture(data.sources, data.shuffle_seed),
+        mixture,
+        None if data.chunks is None or steps is None else chunk_order(data, steps, global_batch_size),
+        data.document_attention,
     )
+
+
+def _component(data: DataConfig, source: Source, shards: ShardSet) -> Component:
+    """A source's rows in order: the subset of each prepared epoch, in the dataset's chunks, without skipped rows."""
+    epochs, first = [], 0
+    for count in shards.entry.epochs:
+        low, high = (math.floor(Fraction(repr(bound)) * count) for bound in source.subset)
+        if high == low:
+            raise DataError(f"{shards.folder}: subset {list(source.subset)} of source '{source.name}' holds no row of {count}: widen it")
+        epochs.append((first + low, high - low))
+        first += count
+    skipped = []
+    for entry in data.skip:
+        if entry.source == source.name and entry.rows is not None:
+            if entry.rows[1] > shards.num_rows:
+                raise DataError(
+                    f"data.skip: rows {list(entry.rows)} of source '{source.name}' lie beyond its {shards.num_rows:,} rows: correct them"
+                )
+            skipped.append(entry.rows)
+    chunk_rows = None if shards.manifest.chunks is None else shards.manifest.chunks.rows
+    order = RowOrder(data.shuffle_seed, source.name, stretches(epochs, chunk_rows), tuple(sorted(skipped)), data.order == "cerebras")
+    return Component(source.name, shards, without_empty(order))
 
 
 def training_source(recipe: Recipe) -> BatchSource:
@@ -218,13 +218,13 @@ def training_source(recipe: Recipe) -> BatchSource:
     data, batch_size = recipe.data, recipe.batch.global_batch_size
     if data.synthetic_rows is not None:
         return synthetic_source(recipe.model.vocab_size, data.sequence_length, data.synthetic_rows, batch_size, data.shuffle_seed)
-    return open_training(data, batch_size, vocab_size=recipe.model.vocab_size)
+    return open_training(data, batch_size, vocab_size=recipe.model.vocab_size, steps=recipe.schedule.steps)
 
 
 def open_heldout(data: DataConfig, vocab_size: int, rows: int, root: Path | None = None) -> list[HeldOut]:
     """The held-out set of each source that has one, cut to `rows` rows. Raises DataError."""
     opened = [(source.name, _open_set(data, source, "heldout", root, vocab_size)) for source in data.sources]
-    return [HeldOut(name, shards, min(rows, shards.num_rows)) for name, shards in opened if shards is not None]
+    return [HeldOut(name, shards, min(rows, shards.num_rows), data.document_attention) for name, shards in opened if shards is not None]
 
 
 def _open_set(data: DataConfig, source: Source, set_name: SetName, root: Path | None, vocab_size: int) -> ShardSet | None:

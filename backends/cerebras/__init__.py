@@ -71,6 +71,10 @@ def check_expressible(recipe: Recipe, options: CerebrasOptions) -> None:
             )
     if "reference" not in recipe.kernels.preferences:
         raise BackendError("kernels.preferences: the compiler traces the reference ops, which are not among them: add 'reference'")
+    if recipe.data.document_attention:
+        raise BackendError(
+            "data.document_attention: the training script hands the system ids and labels, and no document boundaries: set it to false"
+        )
     if recipe.optimizer.non_finite == "skip":
         raise BackendError("optimizer.non_finite: a step that is traced cannot be skipped by what came out of it: set it to halt")
     if options.target == "cpu":

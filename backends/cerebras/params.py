@@ -35,6 +35,7 @@ from weftrain.core.config import (
     Section,
 )
 from weftrain.core.errors import RecipeError
+from weftrain.core.mixture import source_shares
 from weftrain.core.mup import resolved
 from weftrain.core.recipe_file import Location, dotted, recorded_recipe, validate_section
 
@@ -593,17 +594,21 @@ def _data(params: ParamsFile, at: Any, data_root: str | None, notes: list[str]) 
         components = given.mixture
     else:
         folders = [given.data_dir] if isinstance(given.data_dir, str) else given.data_dir or []
-        components = [Component(data_dir=folder, weight=1.0) for folder in folders]
+        components = [Component(data_dir=folder, weight=1 / len(folders)) for folder in folders]
         if len(folders) > 1:
-            notes.append("train_input.data_dir has several folders: weights 1 each; give data.sources.N.weight their shares")
+            notes.append("train_input.data_dir has several folders: equal weights; give data.sources.N.weight their shares")
     if not components:
         raise RecipeError(f"{at(('train_input',))}: missing key 'train_input.mixture' (list); add it, or train_input.data_dir")
     if given.shuffle_seed is None:
         notes.append("train_input.shuffle_seed is not there: data.shuffle_seed is 0")
     sources: list[dict[str, Any]] = []
+    total = sum(component.weight for component in components)
+    scale = 1.0 if math.isclose(total, 1, abs_tol=1e-9) else total  # theirs are normalised when they are read
+    if scale != 1:
+        notes.append(f"train_input.mixture: the weights add up to {total:g}; each is divided by it")
     for index, component in enumerate(components):
         path = _relative(component.data_dir, data_root, at(("train_input", "mixture", index, "data_dir")))
-        source: dict[str, Any] = {"name": _source_name(path, sources), "path": path, "weight": component.weight}
+        source: dict[str, Any] = {"name": _source_name(path, sources), "path": path, "weight": component.weight / scale}
         if component.data_subset is not None:
             source["subset"] = _subset(component.data_subset, at(("train_input", "mixture", index, "data_subset")))
         if "fim" in component.data_dir.lower():
@@ -752,8 +757,10 @@ def _optimizer_params(recipe: Recipe) -> dict[str, Any]:
 
 def _input_params(recipe: Recipe) -> dict[str, Any]:
     mixture: list[dict[str, Any]] = []
-    for source in recipe.data.sources:
-        component: dict[str, Any] = {"data_dir": str(PurePosixPath(recipe.data.root) / source.path), "weight": source.weight}
+    shares = source_shares(recipe.data.sources)
+    weights = [float(share / sum(shares)) if recipe.data.sources[0].weight is None else float(share) for share in shares]
+    for source, weight in zip(recipe.data.sources, weights, strict=True):
+        component: dict[str, Any] = {"data_dir": str(PurePosixPath(recipe.data.root) / source.path), "weight": weight}
         if source.subset != (0.0, 1.0):
             component["data_subset"] = "-".join(_plain(bound) for bound in source.subset)
         mixture.append(component)

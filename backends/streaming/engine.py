@@ -60,7 +60,7 @@ class StreamingRun:
         self._progress = job.progress
         compute = getattr(torch, recipe.precision.compute)
         self._groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer)}
-        uses = kernel_specs(recipe.model, device.type, compute, residual_dtype=torch.float32)
+        uses = kernel_specs(recipe.model, device.type, compute, torch.float32, recipe.data.document_attention)
         attributes = {"eps_placement": recipe.optimizer.eps_placement}
         uses += [Spec("adamw", "optimizer", "cpu", compute, attributes), Spec("grad_norm", "optimizer", device.type, compute, attributes)]
         self._selection = select(uses, recipe.kernels.preferences, recipe.kernels.pins)

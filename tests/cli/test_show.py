@@ -43,6 +43,13 @@ def test_show_learning_rates_at_a_step(weftrain: Callable[..., Result]) -> None:
     output = weftrain("show", "amber_7b", "--step", "1000").output
     (line,) = (line for line in output.splitlines() if line.split()[:1] == ["1,000"])
     assert line.split()[1:] == ["0.00015"] * 3
+    rows = output.partition("samples read before step")[2].splitlines()
+    assert rows[0].split() == ["762", "1,000", "274,320"]
+    counts = [int(row.split()[2].replace(",", "")) for row in rows[1:8]]
+    assert sum(counts) == 1000 * 2240
+    wanted = [30.00, 28.86, 197.67, 665.01, 291.92, 21.75, 23.90]  # FACTS: billions of tokens, 1259.13... of 1259.11 in all
+    assert all(abs(count - 2240_000 * share / sum(wanted)) < 4096 for count, share in zip(counts, wanted, strict=True))
+    assert "chunks       360 x 762 steps = 274,320 steps" in output
     assert weftrain("show", "amber_7b", "--step", "999999999").exit_code == 2
 
 

@@ -20,16 +20,7 @@ from hypothesis import strategies as st
 from weftrain.core import dataset as datasets
 from weftrain.core.canonical import canonical_json, sha256_json
 from weftrain.core.config import DataConfig
-from weftrain.core.data import (
-    MAX_MIXTURE_BLOCK,
-    MIXTURE_BLOCK,
-    Mixture,
-    TokenSource,
-    largest_remainder,
-    make_mixture,
-    open_heldout,
-    open_training,
-)
+from weftrain.core.data import TokenSource, open_heldout, open_training
 from weftrain.core.dataset import (
     MANIFEST,
     TOKENIZER,
@@ -43,6 +34,7 @@ from weftrain.core.dataset import (
     write_manifest,
 )
 from weftrain.core.errors import DataError
+from weftrain.core.mixture import MAX_MIXTURE_BLOCK, MIXTURE_BLOCK, Mixture, largest_remainder, make_mixture
 from weftrain.core.shards import Documents, num_tokens, write_shard
 
 S = 8
@@ -114,7 +106,11 @@ def make_dataset(
 
 
 def config(root: Path, *sources: dict[str, Any], seed: int = 1, sequence_length: int = S) -> DataConfig:
-    full = [{"path": source["name"], "weight": 1.0} | source for source in sources]
+    total = sum(source.get("weight", 1.0) for source in sources)
+    full = [{"path": source["name"]} | source for source in sources]
+    for source in full:
+        if not {"tokens", "epochs"} & source.keys():
+            source["weight"] = source.get("weight", 1.0) / total
     return DataConfig.model_validate({"root": str(root), "sequence_length": sequence_length, "shuffle_seed": seed, "sources": full})
 
 
@@ -174,12 +170,16 @@ def test_a_rare_source_gets_a_larger_block_and_too_rare_a_one_is_refused() -> No
     assert mixture_of(1, 1).block == MIXTURE_BLOCK
     assert mixture_of(1, 4095).block == MIXTURE_BLOCK
     assert mixture_of(1, 4096).block == 2 * MIXTURE_BLOCK
-    with pytest.raises(DataError, match=f"weight of '1' is below 1/{MAX_MIXTURE_BLOCK:,}"):
+    with pytest.raises(DataError, match=f"share of '1' is below 1/{MAX_MIXTURE_BLOCK:,}"):
         mixture_of(1, 1e-7)
 
 
 def test_weights_are_shares() -> None:
-    assert mixture_of(0.1, 0.3) == mixture_of(1, 3) == mixture_of(2.5, 7.5)
+    assert mixture_of(0.25, 0.75) == mixture_of(1, 3)
+    of_tokens = config(Path(), {"name": "0", "tokens": 10**12}, {"name": "1", "tokens": 3 * 10**12}).sources
+    assert make_mixture(of_tokens, 0) == mixture_of(1, 3)
+    of_epochs = config(Path(), {"name": "0", "epochs": 2.0}, {"name": "1", "epochs": 0.5}).sources
+    assert make_mixture(of_epochs, 0, [100, 1200]) == mixture_of(1, 3)
 
 
 def test_the_order_within_a_block_is_mixed() -> None:

@@ -73,7 +73,7 @@ def written(folder: Path, params: dict[str, Any] | str) -> Path:
 def test_a_released_file_is_the_shipped_recipe_but_for_what_it_cannot_know(phase: int) -> None:
     """Exactly these fields differ; names and folders are weftrain's, FIM rates stand nowhere in the file, phase 3 has no num_csx."""
     imported = import_phase(phase)
-    fim = {"data.sources.*.fim.rate", "data.sources.*.fim.spm_share", "data.sources.*.fim"}
+    fim = {"data.sources.*.fim.rate", "data.sources.*.fim.spm_share", "data.sources.*.fim.mode", "data.sources.*.fim"}
     unknown = {"data.sources.*.name", "data.sources.*.path"} | (fim if phase > 1 else set())
     unknown |= {"batch.replicas"} if phase == 3 else set()
     assert differing(imported.recipe.model_dump(), shipped(phase).model_dump()) == unknown
@@ -180,6 +180,9 @@ def recipes(draw: st.DrawFn) -> Recipe:
         source: dict[str, Any] = {"name": f"source{index}", "path": f"folder/source{index}", "weight": draw(POSITIVE)}
         bounds = sorted(draw(st.lists(st.floats(0, 1), min_size=2, max_size=2, unique=True)))
         sources.append(source | {"subset": bounds} if draw(st.booleans()) else source)
+    total = sum(source["weight"] for source in sources)
+    for source in sources:
+        source["weight"] = max(source["weight"] / total, 1e-12)
     length = draw(st.integers(1, model["max_position_embeddings"]))
     micro, replicas = draw(st.integers(1, 50)), draw(st.integers(1, 20))
     return Recipe.model_validate(
@@ -244,6 +247,7 @@ def test_what_export_leaves_out(tmp_path: Path) -> None:
         "data.sources.*.fim",
         "data.sources.*.fim.rate",
         "data.sources.*.fim.spm_share",
+        "data.sources.*.fim.mode",
     }
 
 
@@ -502,9 +506,9 @@ def test_sources(tmp_path: Path) -> None:
     folders = ["/here/a/train", "/here/b/train", "/here/c_fim_0.3/other"]
     result = imported(tmp_path, ("train_input.mixture", ...), ("train_input.data_dir", folders))
     names = [(source.name, source.path, source.weight) for source in result.recipe.data.sources]
-    assert names == [("train", "train", 1.0), ("train#1", "train", 1.0), ("other", "other", 1.0)]
+    assert names == [("train", "train", 1 / 3), ("train#1", "train", 1 / 3), ("other", "other", 1 / 3)]
     assert any("data.sources.2 (/here/c_fim_0.3/other) seems to hold fill-in-the-middle" in note for note in result.notes)
-    assert any("weights 1 each" in note for note in result.notes)
+    assert any("equal weights" in note for note in result.notes)
     result = imported(tmp_path, ("train_input.mixture", ...), ("train_input.data_dir", folders), data_root="/here")
     assert [(source.name, source.path) for source in result.recipe.data.sources] == [
         ("train", "a/train"),
