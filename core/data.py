@@ -76,23 +76,20 @@ class TokenSource:
     def rows(self, step: int, first: int, count: int) -> Batch:
         """Rows first..first+count-1 of the batch of `step`. Raises DataError for a damaged shard, ValueError outside the batch."""
         source, k = self._locate(step, first, count)
-        if len(self.components) == 1:
-            return self._batch(self.components[0], k)
-        ids, mask, starts = np.empty((count, self.sequence_length + 1), dtype=np.int64), None, None
-        for index in np.flatnonzero(np.bincount(source, minlength=len(self.components))).tolist():
+        ids, mask = np.empty((count, self.sequence_length + 1), dtype=np.int64), None
+        starts = np.empty((count, self.sequence_length), dtype=np.int32) if self.document_attention else None
+        for index, component in enumerate(self.components):
             chosen = np.flatnonzero(source == index)
-            part = self._batch(self.components[index], k[chosen])
-            ids[chosen] = part.ids
-            if part.loss_mask is not None:
+            if not len(chosen):
+                continue
+            numbers = component.row_numbers(k[chosen])
+            part = component.shards.read_into(ids, chosen, numbers)
+            if part is not None:
                 mask = np.ones((count, self.sequence_length), dtype=np.bool_) if mask is None else mask
-                mask[chosen] = part.loss_mask
-            if part.document_start is not None:
-                starts = np.zeros((count, self.sequence_length), dtype=np.int32) if starts is None else starts
-                starts[chosen] = part.document_start
+                mask[chosen] = part
+            if starts is not None:
+                starts[chosen] = component.shards.document_starts(numbers)
         return Batch(ids, mask, starts)
-
-    def _batch(self, component: Component, k: np.ndarray) -> Batch:
-        return _rows(component.shards, component.row_numbers(k), self.document_attention)
 
     def sample_names(self, step: int, first: int, count: int) -> list[str]:
         """'source/train/00003.h5:17' for each row."""
@@ -136,11 +133,6 @@ class TokenSource:
         return np.arange(start, start + count, dtype=np.int64)
 
 
-def _rows(shards: ShardSet, numbers: np.ndarray, document_attention: bool) -> Batch:
-    ids, mask = shards.rows(numbers)
-    return Batch(ids, mask, shards.document_starts(numbers) if document_attention else None)
-
-
 @dataclass(frozen=True)
 class HeldOut:
     """Implements EvaluationSource: the first num_rows rows of a source's held-out set, in the order they lie."""
@@ -162,7 +154,8 @@ class HeldOut:
         """Rows first..first+count-1. Raises DataError for a damaged shard, ValueError outside the set."""
         if first < 0 or count < 0 or first + count > self.num_rows:
             raise ValueError(f"held-out set {self.name}: rows {first}..{first + count - 1} of {self.num_rows}")
-        return _rows(self.shards, np.arange(first, first + count, dtype=np.int64), self.document_attention)
+        numbers = np.arange(first, first + count, dtype=np.int64)
+        return Batch(*self.shards.rows(numbers), self.shards.document_starts(numbers) if self.document_attention else None)
 
 
 def open_training(

@@ -305,14 +305,18 @@ class ShardSet:
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """int64 [n] -> ids int64 [n, S + 1], and loss mask bool [n, S], or None where none of these rows has one. Raises DataError."""
-        length = self.manifest.sequence_length
-        ids, mask = np.empty((len(indices), length + 1), dtype=np.int64), None
+        ids = np.empty((len(indices), self.manifest.sequence_length + 1), dtype=np.int64)
+        return ids, self.read_into(ids, np.arange(len(indices)), indices)
+
+    def read_into(self, ids: np.ndarray, places: np.ndarray, indices: np.ndarray) -> np.ndarray | None:
+        """ids[places] = the rows: int64 [m, S + 1], int64 [n], int64 [n]. Returns their loss mask, bool [n, S], or None; raises DataError."""
+        mask = None
         for chosen, reader, local in self._by_shard(indices):
-            ids[chosen] = reader.rows(local)
+            reader.read_into(ids, places[chosen], local)
             if (part := reader.loss_mask(local)) is not None:
-                mask = np.ones((len(indices), length), dtype=np.bool_) if mask is None else mask
+                mask = np.ones((len(indices), self.manifest.sequence_length), dtype=np.bool_) if mask is None else mask
                 mask[chosen] = part
-        return ids, mask
+        return mask
 
     def locate(self, index: int) -> tuple[str, int]:
         """The shard's file, relative to the folder, and the row within it."""
@@ -357,18 +361,17 @@ class ShardSet:
             raise DataError(f"{reader.path}: SHA-256 is not the manifest's, though every token is; {_RESTORE}")
         return entry.num_bytes
 
-    def _by_shard(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray | slice, ShardReader, np.ndarray]]:
+    def _by_shard(self, indices: np.ndarray) -> Iterator[tuple[list[int] | slice, ShardReader, np.ndarray]]:
         """(which of the indices, their shard, their rows in it) for each shard that is touched."""
-        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_rows:
-            raise IndexError(f"{self.folder}: rows {indices.min()}..{indices.max()} of {self.num_rows}")
         if len(self._ends) == 1:
             yield slice(None), self._reader(0), indices
             return
-        shards = np.searchsorted(self._ends, indices, side="right")
-        order = np.argsort(shards, kind="stable")
-        in_order = shards[order]
-        for chosen in np.split(order, np.flatnonzero(np.diff(in_order)) + 1) if len(order) else ():
-            shard = int(shards[chosen[0]])
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_rows:
+            raise IndexError(f"{self.folder}: rows {indices.min()}..{indices.max()} of {self.num_rows}")
+        of_shard: dict[int, list[int]] = {}
+        for place, shard in enumerate(np.searchsorted(self._ends, indices, side="right").tolist()):
+            of_shard.setdefault(shard, []).append(place)
+        for shard, chosen in of_shard.items():
             first = int(self._ends[shard]) - self.entry.shards[shard].n_examples
             yield chosen, self._reader(shard), indices[chosen] - first
 

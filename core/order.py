@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -71,6 +71,10 @@ class RowOrder:
         """int64 [n], the source's k-th samples -> row numbers of the set, [n]."""
         begins, ends = self._kept
         rounds, within = np.divmod(k, self.num_rows)
+        plain = len(self.stretches) == 1 and not self.skipped and not self.sequential and len(k) > 0
+        if plain and int(rounds.min()) == int(rounds.max()):  # nearly always
+            first = self.stretches[0]
+            return first.first + feistel.lookup(within, self.num_rows, self._key(int(rounds[0]), first))
         places = np.searchsorted(ends, within, side="right")
         ranks = np.empty(k.shape, dtype=np.int64)
         for turn, place in sorted(set(zip(rounds.tolist(), places.tolist(), strict=True))):
@@ -96,8 +100,12 @@ class RowOrder:
         return self.stretches[int(np.searchsorted(self._kept[1], k % self.num_rows, side="right"))].chunk
 
     def _key(self, turn: int, stretch: Stretch) -> bytes:
-        epoch = turn * self.num_epochs + stretch.epoch
-        return feistel.derive_key("rows", self.seed, self.name, epoch, *(() if stretch.chunk is None else (stretch.chunk,)))
+        return _row_key(self.seed, self.name, turn * self.num_epochs + stretch.epoch, stretch.chunk)
+
+
+@lru_cache(maxsize=1024)
+def _row_key(seed: int, name: str, epoch: int, chunk: int | None) -> bytes:
+    return feistel.derive_key("rows", seed, name, epoch, *(() if chunk is None else (chunk,)))
 
 
 def stretches(epochs: Sequence[tuple[int, int]], chunk_rows: int | None) -> tuple[Stretch, ...]:

@@ -96,6 +96,7 @@ class ShardReader:
         self._block_digest = shard.block_digest
         self._block_tokens = BLOCK_BYTES // shard.streams["data"].dtype.itemsize
         self._verified = np.zeros(len(shard.block_digest), dtype=np.bool_)
+        self._unverified = len(shard.block_digest)  # how many blocks
         self._streams: dict[str, Any] = dict(shard.streams)
         self._file: h5py.File | None = shard.file
         chunked = next((stream for stream in shard.streams.values() if stream.chunks is not None), None)
@@ -114,12 +115,22 @@ class ShardReader:
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """int64 [n] row numbers -> int64 [n, sequence_length + 1] token ids. Raises IndexError, DataError."""
+        ids = np.empty((len(indices), self.sequence_length + 1), dtype=np.int64)
+        self.read_into(ids, slice(None), indices)
+        return ids
+
+    def read_into(self, ids: np.ndarray, places: Any, indices: np.ndarray) -> None:
+        """ids[places] = rows(indices), with no copy between: int64 [m, sequence_length + 1], an index of n of its rows, int64 [n]."""
         self._touch(indices)
-        return self._gather("data", indices).astype(np.int64)
+        ids[places] = self._gather("data", indices)
+
+    @property
+    def has_loss_mask(self) -> bool:
+        return "loss_mask" in self._streams
 
     def loss_mask(self, indices: np.ndarray) -> np.ndarray | None:
         """int64 [n] row numbers -> bool [n, sequence_length], False where a label bears no loss; None where the shard has no mask."""
-        if "loss_mask" not in self._streams:
+        if not self.has_loss_mask:
             return None
         self._touch(indices)
         return self._gather("loss_mask", indices)[:, 1:].astype(np.bool_)
@@ -152,11 +163,15 @@ class ShardReader:
         self._touch(indices)
         ends = _document_ends(self.path, self.digest)
         first = indices * self.row_stride  # [n]
-        begins = np.append(0, ends[:-1])
-        positions = first[:, None] + np.arange(self.sequence_length)  # [n, S]
-        document = np.searchsorted(ends, positions.reshape(-1), side="right")
-        starts = begins[document].reshape(positions.shape) - first[:, None]
-        return np.maximum(starts, 0).astype(np.int32)
+        stop = first + self.sequence_length
+        low, high = np.searchsorted(ends, first, side="right"), np.searchsorted(ends, stop - 1, side="right")
+        counts = high - low + 1  # documents of each row
+        row = np.repeat(np.arange(len(indices)), counts)
+        document = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts - low, counts)
+        begins = np.where(document > 0, ends[document - 1], 0)
+        begins = np.maximum(begins, first[row])
+        lengths = np.minimum(ends[document], stop[row]) - begins
+        return np.repeat((begins - first[row]).astype(np.int32), lengths).reshape(len(indices), self.sequence_length)
 
     def stretches(self, row: int) -> list[Stretch]:
         """The documents of a row's inputs, in order. Raises IndexError, DataError."""
@@ -194,8 +209,12 @@ class ShardReader:
 
     def _touch(self, indices: np.ndarray) -> None:
         """Verify every block that the rows reach into and that was not yet."""
-        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_rows:
+        if not len(indices):
+            return
+        if not 0 <= int(indices.min()) <= int(indices.max()) < self.num_rows:
             raise IndexError(f"{self.path}: rows {indices.min()}..{indices.max()} of {self.num_rows}")
+        if not self._unverified:
+            return
         first = indices * self.row_stride
         spans = 1 + self.sequence_length // self._block_tokens
         for step in range(spans + 1):
@@ -221,12 +240,14 @@ class ShardReader:
                 self.path, "data", f"row {row} holds token id {data[position - start]}, beyond the vocabulary of {self.vocab_size}"
             )
         self._verified[block] = True
+        self._unverified = int(np.count_nonzero(~self._verified))
 
     def _gather(self, name: str, indices: np.ndarray) -> np.ndarray:
         """Rows of a stream, in its own dtype: [n, sequence_length + 1]."""
         stream, width = self._stream(name), self.sequence_length + 1
-        if isinstance(stream, np.ndarray):
-            windows = np.lib.stride_tricks.sliding_window_view(stream, width)[:: self.row_stride]
+        if isinstance(stream, np.ndarray):  # overlapping windows of it: num_tokens(rows) is its length, so the last one ends there
+            strides = (self.row_stride * stream.itemsize, stream.itemsize)
+            windows = np.ndarray((self.num_rows, width), stream.dtype, stream, 0, strides)  # type: ignore[arg-type]
             return windows[indices]
         rows = [self._slice(name, start, start + width) for start in (indices * self.row_stride).tolist()]
         return np.stack(rows) if rows else np.empty((0, width), stream.dtype)
