@@ -309,7 +309,7 @@ class ShardSet:
         return ids, self.read_into(ids, np.arange(len(indices)), indices)
 
     def read_into(self, ids: np.ndarray, places: np.ndarray, indices: np.ndarray) -> np.ndarray | None:
-        """ids[places] = the rows: int64 [m, S + 1], int64 [n], int64 [n]. Returns their loss mask, bool [n, S], or None; raises DataError."""
+        """ids[places] = the rows: int64 [m, S + 1], int64 [n], int64 [n]. Returns their loss mask, [n, S], or None; raises DataError."""
         mask = None
         for chosen, reader, local in self._by_shard(indices):
             reader.read_into(ids, places[chosen], local)
