@@ -28,6 +28,7 @@ VERBS = {
     "timeline": ("weftrain.cli.timeline", "timeline"),
     "lower": ("weftrain.cli.lower", "lower"),
     "convert": ("weftrain.cli.convert", "convert"),
+    "data": ("weftrain.cli.data", "data"),
 }
 
 

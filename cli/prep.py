@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
 from weftrain.cli.display import Bar
@@ -144,7 +145,7 @@ def _recipe_jobs(recipe: PrepRecipe, options: dict[str, Any]) -> list[_Job]:
         option
         for option in context.params
         if option not in ("inputs", "output", "root", "only", "overrides", "workers", "executor", "index", "of", "stage", "ray_address")
-        and str(context.get_parameter_source(option)).endswith("COMMANDLINE")
+        and context.get_parameter_source(option) is ParameterSource.COMMANDLINE
     ]
     if decided:
         raise click.UsageError(f"the recipe decides {decided[0]}: lay a value over it with --set KEY.SUB=VALUE")

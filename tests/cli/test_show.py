@@ -14,7 +14,7 @@ from weftrain.cli.main import VERBS
 
 def test_verbs_are_frozen(weftrain: Callable[..., Result]) -> None:
     """The list of verbs is part of what users rely on: a change shows here."""
-    expected = "prep train replica eval show backends kernels bench plan timeline lower convert"
+    expected = "prep train replica eval show backends kernels bench plan timeline lower convert data"
     assert list(VERBS) == expected.split()
     for verb in VERBS:
         result = weftrain(verb, "--help")

@@ -1,0 +1,210 @@
+"""`weftrain data`: look into prepared datasets, check them, find where a sample came from, and hand them to other programs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+from rich.console import Console
+
+from weftrain.cli.display import Bar
+from weftrain.core.errors import DataError
+
+if TYPE_CHECKING:
+    from weftrain.core.dataset import Manifest, ShardSet
+    from weftrain.core.shards import Stretch
+    from weftrain.data_prep.tokenization import TextEncoder
+
+_FOLDER = click.argument("folder", type=click.Path(path_type=Path))
+_SET = click.option("--set", "set_name", type=click.Choice(["train", "heldout"]), default="train", show_default=True, help="Which set.")
+
+
+@click.group()
+def data() -> None:
+    """Look into prepared datasets, check them, trace samples, export them."""
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+@data.command()
+@_FOLDER
+@_SET
+def stats(folder: Path, set_name: str) -> None:
+    """Print what the dataset in FOLDER holds: tokens by source, lengths, padding, FIM, duplicates."""
+    from weftrain.analysis.dataset_stats import dataset_stats, stats_lines
+
+    console = _console()
+    with Bar(console, "count", 1) as bar:
+        found = dataset_stats(folder, set_name, lambda done, total: bar.update(done, "shards", None, total))
+    for line in stats_lines(found):
+        console.print(line, markup=False)
+
+
+@data.command()
+@_FOLDER
+def verify(folder: Path) -> None:
+    """Check every hash of the dataset in FOLDER: manifest, inputs, tokenizer, every block and file of every shard, the dataset ids."""
+    from weftrain.core.dataset import ShardSet, read_inputs, read_manifest
+
+    console = _console()
+    manifest = read_manifest(folder)
+    files = len(read_inputs(folder, manifest))
+    for name, entry in manifest.sets.items():
+        shards = ShardSet(folder, manifest, name)
+        with Bar(console, f"verify {name}", max(1, sum(shard.num_bytes for shard in entry.shards) // 1_000_000)) as bar:
+            shards.verify(functools.partial(_megabytes, bar))
+        console.print(f"{name:<8} {len(entry.shards):,} shards, {entry.n_examples:,} rows: whole, id {entry.id}", markup=False)
+    console.print(f"manifest, tokenizer and the list of {files:,} inputs agree", markup=False)
+
+
+def _megabytes(bar: Bar, done: int, total: int) -> None:
+    bar.update(done // 1_000_000, "MB", None, max(1, total // 1_000_000))
+
+
+@data.command()
+@_FOLDER
+@_SET
+@click.option("--rows", type=click.IntRange(min=1), default=2, show_default=True, help="How many.")
+@click.option("--from", "first", type=click.IntRange(min=0), default=0, show_default=True, help="The first row's number.")
+def head(folder: Path, set_name: str, rows: int, first: int) -> None:
+    """Print rows of the dataset in FOLDER as text, document by document."""
+    from weftrain.analysis.dataset_stats import open_set
+
+    console = _console()
+    manifest, shards = open_set(folder, set_name)
+    if first >= shards.num_rows:
+        raise DataError(f"{folder}: --from {first}: the set has rows 0..{shards.num_rows - 1}")
+    encoder = _encoder(folder)
+    for row in range(first, min(first + rows, shards.num_rows)):
+        file, within = shards.locate(row)
+        console.print(f"row {row}  {file}:{within}", markup=False)
+        _print_row(console, folder, manifest, shards, encoder, row)
+
+
+def _encoder(folder: Path) -> TextEncoder:
+    from weftrain.core.dataset import TOKENIZER, read_manifest
+    from weftrain.data_prep.tokenization import load_encoder
+
+    eos = read_manifest(folder).preparation.get("eos")
+    return load_encoder(folder / TOKENIZER, eos if isinstance(eos, str) else None, engine="tokenizers")
+
+
+def _print_row(console: Console, folder: Path, manifest: Manifest, shards: ShardSet, encoder: TextEncoder, row: int) -> None:
+    """The row's documents, each with its origin, and what of it is in the row."""
+    from weftrain.core.dataset import read_inputs
+
+    ids, mask = shards.rows(np.array([row]))
+    names = [entry.name for entry in read_inputs(folder, manifest)]
+    for stretch in shards.stretches(row):
+        console.print(f"  {_origin(stretch, names)}", markup=False)
+        text = encoder.decode(ids[0, stretch.first : stretch.last + 1])
+        console.print("".join(f"    | {_visible(line)}\n" for line in text.split("\n")), markup=False, end="")
+    if mask is not None and not mask.all():
+        console.print(f"  {int((~mask).sum())} of {mask.size} labels bear no loss", markup=False)
+
+
+def _origin(stretch: Stretch, names: list[str]) -> str:
+    place = "padding" if stretch.file < 0 else f"{names[stretch.file]}:{stretch.record + 1}"
+    form = "" if stretch.fim is None or not stretch.fim[0] else f", {('', 'PSM', 'SPM')[stretch.fim[0]]} cut at {list(stretch.fim[1:])}"
+    return f"inputs {stretch.first}..{stretch.last}  {place}  source {stretch.source}, document {stretch.id.hex()}{form}"
+
+
+def _visible(text: str) -> str:
+    """Text that a terminal only shows: control characters as their escapes."""
+    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
+
+
+@data.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--step", type=click.IntRange(min=0), required=True, help="The 0-based step.")
+@click.option("--row", type=click.IntRange(min=0), required=True, help="The row of its batch, from 0.")
+def where(recipe: str, overrides: tuple[str, ...], step: int, row: int) -> None:
+    """Say where a training sample came from: shard, row, documents, input files and lines, and its text.
+
+    RECIPE: a built-in name, the path of a .yaml file, or a run's folder.
+    """
+    from weftrain.core.data import TokenSource, training_source
+    from weftrain.core.dataset import read_manifest
+    from weftrain.core.recipe_file import load_recipe
+
+    run = Path(recipe) / "recipe.yaml"
+    chosen = load_recipe(str(run) if run.is_file() else recipe, overrides).recipe
+    source = training_source(chosen)
+    if not isinstance(source, TokenSource):
+        raise DataError(f"{recipe}: reads synthetic rows, which come from nowhere")
+    if row >= chosen.batch.global_batch_size:
+        raise click.BadParameter(f"a batch has rows 0..{chosen.batch.global_batch_size - 1}", param_hint="--row")
+    found = source.locate(step, row)
+    component = next(component for component in source.components if component.name == found.source)
+    console = _console()
+    chunk = "" if found.chunk is None else f", chunk {found.chunk} of the dataset"
+    run_chunk = "" if found.run_chunk is None else f", chunk {found.run_chunk} of the run"
+    console.print(f"step {step}, row {row}{run_chunk}: source {found.source}, epoch {found.epoch}{chunk}", markup=False)
+    console.print(f"  {found.folder / found.file}  row {found.row_in_shard}  (row {found.row_in_set} of the set)", markup=False)
+    manifest = read_manifest(found.folder)
+    _print_row(console, found.folder, manifest, component.shards, _encoder(found.folder), found.row_in_set)
+
+
+@data.command()
+@click.argument("form", type=click.Choice(["cerebras", "megatron"]))
+@_FOLDER
+@click.argument("to", type=click.Path(path_type=Path))
+@_SET
+@click.option("--rows-per-file", type=click.IntRange(min=1), default=65_536, show_default=True, help="Of cerebras.")
+def export(form: str, folder: Path, to: Path, set_name: str, rows_per_file: int) -> None:
+    """Write the dataset in FOLDER for another program: (N, 3, S) HDF5 files into the folder TO, or TO.bin and TO.idx."""
+    from weftrain.data_prep.interchange import export_cerebras, export_megatron
+
+    console = _console()
+    with Bar(console, f"export {form}", 1) as bar:
+
+        def progress(stage: str, done: int, total: int | None, unit: str) -> None:
+            bar.update(done, unit, None, total)
+
+        if form == "cerebras":
+            paths = export_cerebras(folder, set_name, to, rows_per_file, progress)
+        else:
+            paths = list(export_megatron(folder, set_name, to, progress))
+    for path in paths:
+        console.print(f"{path}  {path.stat().st_size:,} bytes", markup=False)
+
+
+@data.command()
+@_FOLDER
+@_SET
+@click.option("--to", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="The page.")
+def report(folder: Path, set_name: str, to: Path) -> None:
+    """Write a page about the dataset in FOLDER: one HTML file that needs no network."""
+    from weftrain.analysis.dataset_report import write_report
+    from weftrain.analysis.dataset_stats import dataset_stats
+
+    console = _console()
+    with Bar(console, "count", 1) as bar:
+        found = dataset_stats(folder, set_name, lambda done, total: bar.update(done, "shards", None, total))
+    encoder = _encoder(folder)
+    write_report(found, _decoder(encoder), to)
+    console.print(f"{to}", markup=False)
+
+
+def _decoder(encoder: TextEncoder) -> Callable[[int], str]:
+    return lambda index: encoder.decode(np.array([index]))
+
+
+@data.command()
+@click.argument("address")
+@click.argument("folder", type=click.Path(path_type=Path))
+def fetch(address: str, folder: Path) -> None:
+    """Copy a dataset from an fsspec ADDRESS (`s3://…`) to a local FOLDER, checked before it is there: training maps local files."""
+    from weftrain.data_prep.publish import fetch as copy
+
+    console = _console()
+    with Bar(console, "fetch", 1) as bar:
+        manifest = copy(address, folder, lambda stage, done, total, unit: _megabytes(bar, done, total or 0))
+    console.print(f"{folder}: {manifest.name}, dataset id {manifest.train.id}", markup=False)

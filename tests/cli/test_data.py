@@ -1,0 +1,156 @@
+"""`weftrain data`: what it prints of a dataset, and that it says one line where something is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import pytest
+from click.testing import Result
+
+Weftrain = Callable[..., Result]
+WORDS = [
+    "the",
+    "weft",
+    "is",
+    "carried",
+    "across",
+    "a",
+    "warp",
+    "by",
+    "hand",
+    "and",
+    "the",
+    "loom",
+    "keeps",
+    "every",
+    "thread",
+    "in",
+    "its",
+    "place",
+]
+
+
+def texts() -> list[str]:
+    plain = [f"{n}: " + " ".join(WORDS[(n * 7 + k * k) % len(WORDS)] for k in range(5 + n % 40)) for n in range(120)]
+    return [*plain, "evil \x1b[31m red\n<script>alert(1)</script> </s> end"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from click.testing import CliRunner
+
+    from weftrain.cli.main import main
+
+    root = tmp_path_factory.mktemp("data")
+    (root / "t.jsonl").write_text("".join(json.dumps({"text": text, "kind": "<b>s</b>"}) + "\n" for text in texts()))
+    arguments = ["--output", root / "datasets", "--name", "d", "--vocab-size", "300", "--sequence-length", "32", "--source-key", "kind"]
+    arguments += ["--fim-rate", "0.5", "--heldout-fraction", "0.2", "--workers", "1"]
+    result = CliRunner().invoke(main, ["prep", str(root / "t.jsonl"), *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return root
+
+
+def test_stats(weftrain: Weftrain, root: Path) -> None:
+    output = weftrain("data", "stats", root / "datasets" / "d").output
+    assert "121 read, 0 failed, 0 duplicates" in output
+    assert re.search(r"fim +exact, rate 0.5, SPM share 0.5: plain \d\d\.\d\d%, PSM", output)
+    assert re.search(r"source +<b>s</b> +[\d,]+ tokens 100.000%", output)
+    held = weftrain("data", "stats", root / "datasets" / "d", "--set", "heldout")
+    assert held.exit_code == 0
+
+
+def test_head_names_documents_and_shows_control_characters_as_escapes(weftrain: Weftrain, root: Path) -> None:
+    rows = (
+        weftrain("data", "head", root / "datasets" / "d", "--rows", "400").output
+        + weftrain("data", "head", root / "datasets" / "d", "--rows", "400", "--set", "heldout").output
+    )
+    assert "t.jsonl:121  source <b>s</b>" in rows
+    assert "\\x1b[31m" in rows
+    assert "\x1b" not in rows
+    assert "<|fim_prefix|>" in rows
+    beyond = weftrain("data", "head", root / "datasets" / "d", "--from", "100000")
+    assert beyond.exit_code == 2
+    assert "--from 100000: the set has rows 0.." in beyond.output
+
+
+def test_where_a_sample_came_from(weftrain: Weftrain, root: Path) -> None:
+    recipe = [
+        "amber_demo",
+        f"data.root={root / 'datasets'}",
+        "data.sources=[{name: d, path: d, weight: 1, fim: {rate: 0.5, spm_share: 0.5}}]",
+    ]
+    recipe += ["data.sequence_length=32", "batch.global_batch_size=4", "batch.micro_batch_size=4"]
+    output = weftrain("data", "where", *recipe, "--step", "2", "--row", "3").output
+    assert "step 2, row 3: source d, epoch 0" in output
+    places = re.findall(r"t\.jsonl:(\d+)  source", output)
+    assert places
+    shown = "\n".join(line.removeprefix("    | ") for line in output.splitlines() if line.startswith("    | "))
+    number = int(places[0]) - 1
+    assert any(word in shown for word in texts()[number].split())
+    assert weftrain("data", "where", *recipe, "--step", "2", "--row", "4").exit_code == 2
+    synthetic = weftrain("data", "where", "bench_70m", "--step", "0", "--row", "0")
+    assert "reads synthetic rows" in synthetic.output
+
+
+def test_verify_and_a_flipped_bit(weftrain: Weftrain, root: Path, tmp_path: Path) -> None:
+    import shutil
+
+    assert "whole, id" in weftrain("data", "verify", root / "datasets" / "d").output
+    copy = tmp_path / "d"
+    shutil.copytree(root / "datasets" / "d", copy)
+    for name, message in (("train/00000.h5", "train/00000.h5"), ("inputs.jsonl", "inputs.jsonl"), ("manifest.json", "manifest.json")):
+        before = (copy / name).read_bytes()
+        damaged = bytearray(before)
+        damaged[len(damaged) * 2 // 3] ^= 1
+        (copy / name).write_bytes(damaged)
+        result = weftrain("data", "verify", copy)
+        assert result.exit_code == 2
+        assert message in result.output
+        assert len(result.output.strip().splitlines()[-1:]) == 1
+        (copy / name).write_bytes(before)
+    assert weftrain("data", "verify", copy).exit_code == 0
+
+
+def test_export(weftrain: Weftrain, root: Path, tmp_path: Path) -> None:
+    done = weftrain("data", "export", "cerebras", root / "datasets" / "d", tmp_path / "c", "--rows-per-file", "40")
+    assert done.exit_code == 0, done.output
+    with h5py.File(tmp_path / "c" / "00000.h5") as file:
+        assert file["data"].shape == (40, 3, 32)
+    assert weftrain("data", "export", "megatron", root / "datasets" / "d", tmp_path / "m" / "x").exit_code == 0
+    assert (tmp_path / "m" / "x.idx").exists()
+    again = weftrain("data", "export", "megatron", root / "datasets" / "d", tmp_path / "m" / "x")
+    assert again.exit_code == 2
+    assert "exists already" in again.output
+
+
+def test_report(weftrain: Weftrain, root: Path, tmp_path: Path) -> None:
+    assert weftrain("data", "report", root / "datasets" / "d", "--to", tmp_path / "r.html").exit_code == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "<script" not in page
+    assert "&lt;b&gt;s&lt;/b&gt;" in page
+    assert "http" not in page
+    assert page.count("<section>") == 8
+    assert re.search(r"PSM</td>.*SPM</td>", page)
+
+
+def test_publish_and_fetch(weftrain: Weftrain, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = ["--name", "e", "--vocab-size", "300", "--sequence-length", "32", "--workers", "1", "--heldout-fraction", "0"]
+    made = weftrain("prep", root / "t.jsonl", "--output", "memory://published/datasets", *arguments)
+    assert made.exit_code == 0, made.output
+    assert "copied to memory://published/datasets/e" in made.output
+    fetched = weftrain("data", "fetch", "memory://published/datasets/e", tmp_path / "e")
+    assert fetched.exit_code == 0, fetched.output
+    assert weftrain("data", "verify", tmp_path / "e").exit_code == 0
+
+
+def test_no_dataset(weftrain: Weftrain, tmp_path: Path) -> None:
+    for verb in ("stats", "verify", "head", "report"):
+        result = weftrain("data", verb, tmp_path / "absent")
+        assert result.exit_code == 2
+        assert "manifest.json" in result.output
+        assert "Traceback" not in result.output
