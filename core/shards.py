@@ -323,8 +323,9 @@ def _checked(file: h5py.File, identity: _Identity) -> _OpenShard:
         if tables[FIM].shape[1] != 3:
             raise UntrustedFileError(FIM, f"has shape {tables[FIM].shape}, not [n, 3]")
         fim = FimRecord(tables[FIM][:, 0], tables[FIM][:, 1:])
-    columns = (tables[name] for name in ("doc_file", "doc_record"))
-    documents = Documents(tables["doc_end"], tables["doc_id"], tables["doc_source"], _source_names(header["sources"]), *columns, fim)
+    names = _source_names(header["sources"])
+    origin = (tables["doc_file"], tables["doc_record"])
+    documents = Documents(tables["doc_end"], tables["doc_id"], tables["doc_source"], names, origin[0], origin[1], fim)
     data = open_dataset(file, "data", token_dtype(header["vocab_size"]), 1, identity.size)
     streams = {"data": data}
     if "loss_mask" in links:

@@ -7,6 +7,7 @@ there already is not done again; so a task that two do, or that one does twice, 
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import multiprocessing
 import os
 import time
@@ -61,8 +62,11 @@ def run_task(folder: Path, stage: str, index: int) -> int:
 class Executor(Protocol):
     """leads: does what is between stages too (one process in all). alone: no other process takes part, so a lock can say so."""
 
-    leads: bool
-    alone: bool
+    @property
+    def leads(self) -> bool: ...
+
+    @property
+    def alone(self) -> bool: ...
 
     def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
         """Return when every task of the stage is done, whoever did it. on_done(index) for each as it becomes known."""
@@ -178,19 +182,11 @@ class RayExecutor:
 
         pending = stage.pending(plan)
         _report_done(plan, stage, pending, on_done)
-        run_on_ray(_RayTask(plan.folder, stage.name), pending, address=self.address, on_done=on_done)
+        task = functools.partial(run_task, plan.folder, stage.name)
+        run_on_ray(task, pending, address=self.address, workers=self.workers, on_done=on_done)
 
     def wait_until(self, there: Callable[[], bool], what: str) -> None:
         pass
-
-
-@dataclass(frozen=True)
-class _RayTask:
-    folder: Path
-    stage: str
-
-    def __call__(self, index: int) -> None:
-        run_task(self.folder, self.stage, index)
 
 
 def _report_done(plan: Plan, stage: Stage, pending: Sequence[int], on_done: OnDone) -> None:

@@ -43,7 +43,8 @@ def export_cerebras(folder: Path, set_name: str, to: Path, rows_per_file: int = 
     """
     manifest, shards = open_set(folder, set_name)
     _check_empty(to)
-    length, files = manifest.sequence_length, []
+    length = manifest.sequence_length
+    files: list[Path] = []
     for first in range(0, shards.num_rows, rows_per_file):
         count = min(rows_per_file, shards.num_rows - first)
         path = to / f"{len(files):05d}.h5"

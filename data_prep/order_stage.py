@@ -57,7 +57,7 @@ def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
         raise DataError(f"{plan.inputs.description}: holds no document; name other files")
     if PADDING in names:
         raise DataError(f"{plan.inputs.description}: a source is named {PADDING}, which is the name of what fills rows: give it another")
-    inputs = [
+    inputs: list[dict[str, Any]] = [
         {"name": file.name, "num_bytes": file.num_bytes, "sha256": hashes.get(index, [])} for index, file in enumerate(plan.inputs.files)
     ]
     found = {

@@ -206,7 +206,8 @@ def load_plan(folder: Path) -> Plan:
         inputs, settings = tree["inputs"], dict(tree["settings"])
         if settings["fim"] is not None:
             settings["fim"] = FimSettings(**settings["fim"])
-        options = ReadOptions(**{key: tuple(value) if isinstance(value, list) else value for key, value in inputs["options"].items()})
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in inputs["options"].items()}
+        options = ReadOptions(**fields)
         files = tuple(InputFile(*entry) for entry in inputs["files"])
         parts = tuple(Part(tuple(Share(*share) for share in part)) for part in tree["parts"])
         read = Inputs(files, inputs["description"], inputs["licence"], options)

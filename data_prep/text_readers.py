@@ -93,7 +93,7 @@ def _json_document(index: int, number: int, line: bytes | None, file: InputFile,
         return Failure(index, number, f"field '{options.text_key}' holds {type(text).__name__}, not text")
     if line is not None and b"\\u" in line and has_lone_surrogate(text):  # without an escape, strict UTF-8 has excluded it
         return Failure(index, number, f"field '{options.text_key}' holds a lone surrogate, which is no character; repair the line")
-    source = file.source
+    source: Any = file.source
     if options.source_key is not None:
         source = value.get(options.source_key)
         if not isinstance(source, str) or not source or has_lone_surrogate(source):

@@ -109,7 +109,7 @@ def _write(plan: Plan, index: int, rows: _Rows, encoder: TextEncoder, counts: di
     keys = [order_key(plan.settings, content) for content in rows.content]
     places = range(len(keys))
     order = list(places) if plan.settings.order == "as_read" else sorted(places, key=lambda place: (keys[place], place))
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "tokens": _joined([rows.tokens[place] for place in order], encoder.dtype),
         "length": np.array([len(rows.tokens[place]) for place in order], np.int64),
         "key": np.frombuffer(b"".join(keys[place] for place in order), np.uint8).reshape(-1, 32),
@@ -145,7 +145,7 @@ def sample_part(plan: Plan, index: int) -> None:
         while kept_bytes - len(kept[0][2]) >= TRAINING_BYTES:
             kept_bytes -= len(heapq.heappop(kept)[2])
     kept.sort(key=lambda entry: -entry[1])
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "text": np.frombuffer(b"".join(data for _, _, data in kept), np.uint8),
         "length": np.array([len(data) for _, _, data in kept], np.int64),
         "key": np.frombuffer(b"".join(_turned(key) for key, _, _ in kept), np.uint8).reshape(-1, 32),
@@ -175,11 +175,11 @@ def training_texts(plan: Plan) -> Iterator[str]:
     """The texts to train a tokenizer on: of all samples those of the lowest keys up to TRAINING_BYTES, each once, in reading order."""
     entries: list[tuple[bytes, int, int, int, int]] = []  # key, part, place, begin, end
     for part in range(len(plan.parts)):
-        table = Table(plan.sample_file(part))
-        keys, ends = table["key"], np.cumsum(table["length"])
+        sample = Table(plan.sample_file(part))
+        keys, ends = sample["key"], np.cumsum(sample["length"])
         entries += [
             (keys[place].tobytes(), part, place, int(end - length), int(end))
-            for place, (end, length) in enumerate(zip(ends, table["length"], strict=True))
+            for place, (end, length) in enumerate(zip(ends, sample["length"], strict=True))
         ]
     chosen, chosen_bytes, last = [], 0, b""
     for entry in sorted(entries):
@@ -189,7 +189,8 @@ def training_texts(plan: Plan) -> Iterator[str]:
             chosen.append(entry)
             chosen_bytes += entry[4] - entry[3]
         last = entry[0]
-    table, opened = None, -1
+    table: Table | None = None
+    opened = -1
     for _, part, _, begin, end in sorted(chosen, key=lambda entry: entry[1:]):
         if part != opened:
             table, opened = Table(plan.sample_file(part)), part

@@ -252,7 +252,7 @@ def finish(plan: Plan, name: str) -> Manifest:
         ),
         inputs_sha256=inputs_sha256,
         tokenization=Tokenization(
-            engine=encoder.engine,
+            engine="gigatoken" if encoder.engine == "gigatoken" else "tokenizers",
             engine_version=encoder.engine_version,
             reference_documents=found["reference_documents"],
             checked_documents=found["checked_documents"],
