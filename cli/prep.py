@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from weftrain.data_prep.pipeline import Prepared
     from weftrain.data_prep.plan import Inputs
     from weftrain.data_prep.prep_recipe import PrepRecipe
+    from weftrain.data_prep.quality import Quality
 
 STAGES = ("sample", "tokenize", "order", "write", "finish")
 
@@ -93,11 +94,14 @@ def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     if len(inputs) == 1 and is_prep_recipe(inputs[0]):
-        jobs = _recipe_jobs(load_prep_recipe(inputs[0], options["overrides"]), options)
+        recipe = load_prep_recipe(inputs[0], options["overrides"])
+        jobs, quality = _recipe_jobs(recipe, options), recipe.quality
     else:
-        jobs = [_job(inputs, options)]
+        jobs, quality = [_job(inputs, options)], None
     executor = _executor(options)
     folder = staging_folder(output) if is_remote(output) else Path(output)
+    if quality is not None:
+        jobs = [_filtered(job, quality, folder, options["workers"] or os.cpu_count() or 1, console) for job in jobs]
     for job in jobs:
         with Bar(console, f"prep {job.arguments['name']}", 1) as bar:
             prepared = prepare(job.inputs, folder, **job.arguments, executor=executor, only_stage=options["stage"], progress=_shown(bar))
@@ -199,6 +203,17 @@ def _recipe_jobs(recipe: PrepRecipe, options: dict[str, Any]) -> list[_Job]:
         description = f"{recipe.name}: {dataset.name}"
         jobs.append(_Job(Inputs(tuple(files), description, dataset.licence or recipe.licence, read), arguments))
     return jobs
+
+
+def _filtered(job: _Job, quality: Quality, folder: Path, workers: int, console: Console) -> _Job:
+    """The job over what the recipe's filters leave, which stays beside the dataset: its lines say where each document came from."""
+    from weftrain.data_prep.datatrove_bridge import filter_inputs
+
+    target = folder / f"{job.arguments['name']}.filtered"
+    filtered = filter_inputs(job.inputs, quality, target, workers)
+    counts = ", ".join(f"{step} {count:,}" for step, count in filtered.dropped.items())
+    console.print(f"filtered {job.arguments['name']}: dropped by {counts}; what is left lies in {target}", markup=False)
+    return replace(job, inputs=filtered.inputs)
 
 
 def _below(root: str | None, address: str) -> str:

@@ -222,6 +222,17 @@ def num_units(file: InputFile) -> int:
     return 1
 
 
+def lines_before(file: InputFile, share: Share) -> int:
+    """How many lines of a file begin before its share does; 0 for one that is not cut by bytes. Raises DataError."""
+    if not is_cut_by_bytes(file) or not share.begin:
+        return 0
+    lines, left, last = 0, share.begin, b""
+    with open_file(file) as opened:
+        while left and (block := opened.read(min(left, _BLOCK_BYTES))):
+            lines, left, last = lines + block.count(b"\n"), left - len(block), block[-1:]
+    return lines + (last != b"\n")  # the line in which the share begins belongs to the one before
+
+
 def open_file(file: InputFile) -> IO[bytes]:
     """The file's raw bytes. Raises DataError."""
     try:

@@ -37,6 +37,7 @@ class Inputs:
     description: str
     licence: str = "not stated"
     options: ReadOptions = ReadOptions()  # noqa: RUF009 - frozen itself
+    quality: str | None = None  # what filtered them before, canonical JSON
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def load_plan(folder: Path) -> Plan:
         options = ReadOptions(**fields)
         files = tuple(InputFile(*entry) for entry in inputs["files"])
         parts = tuple(Part(tuple(Share(*share) for share in part)) for part in tree["parts"])
-        read = Inputs(files, inputs["description"], inputs["licence"], options)
+        read = Inputs(files, inputs["description"], inputs["licence"], options, inputs["quality"])
         return Plan(folder, read, Settings(**settings), tree["engine"], parts, tree["buckets"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / PLAN}: cannot be read: {error}; remove {folder} and prepare again") from error
@@ -225,6 +226,7 @@ def _tree(plan: Plan) -> dict[str, Any]:
             "description": plan.inputs.description,
             "licence": plan.inputs.licence,
             "options": asdict(plan.inputs.options),
+            "quality": plan.inputs.quality,
         },
         "settings": asdict(plan.settings),
         "engine": plan.engine,
@@ -250,4 +252,5 @@ def preparation(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     tree |= {f"fim_{key}": value for key, value in fim.items()}
     tree["reading_sha256"] = sha256_json(asdict(inputs.options))
     tree["normalise"] = ",".join(inputs.options.normalise) or None
+    tree["quality"] = inputs.quality
     return tree

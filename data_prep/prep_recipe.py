@@ -18,6 +18,7 @@ from weftrain.core.config import Count, Fim, PositiveInt, Section
 from weftrain.core.errors import RecipeError
 from weftrain.core.recipe_file import read_recipe_text, read_section
 from weftrain.data_prep.documents import Format
+from weftrain.data_prep.quality import Quality
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -72,6 +73,7 @@ class PrepRecipe(Section):
     rows_per_shard: PositiveInt | None = None
     seed: Count = 0
     max_failures: Count = 0
+    quality: Quality | None = None  # filters and near-duplicate removal before tokenisation
     datasets: Annotated[tuple[DatasetSection, ...], Field(min_length=1, strict=False)]
 
     @model_validator(mode="after")

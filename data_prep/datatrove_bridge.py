@@ -1,0 +1,255 @@
+"""datatrove's filters and deduplication between our readers and our writer: steps that anybody's datatrove pipeline can use.
+
+`WeftrainReader` yields the documents of parts, in every format that `weftrain prep` reads; `WeftrainWriter` writes what is left as JSON
+lines that `weftrain prep` reads, with the file and line each came from. What a reader would get wrong: rank r of a pipeline does part r,
+so the result does not depend on how many workers there are; `filter_inputs` gives a pipeline as many tasks as there are parts.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weftrain.core import fsops
+from weftrain.core.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.errors import DataError
+from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile, Part
+from weftrain.data_prep.input_files import lines_before
+from weftrain.data_prep.plan import Inputs
+from weftrain.data_prep.quality import Quality
+from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers import list_inputs, read_part, split_parts
+
+try:
+    from datatrove.data import Document as TroveDocument
+    from datatrove.pipeline.base import PipelineStep
+except ImportError as error:
+    raise DataError(f"filters and deduplication need datatrove ({error}): pip install 'weftrain[quality]'") from None
+
+QUALITY = "quality.json"
+_PART_BYTES = 64 << 20
+_READ = ReadOptions(text_key="text", source_key="source")
+
+
+class WeftrainReader(PipelineStep):  # type: ignore[misc]
+    """Yields the documents of part `rank`, with source, file and record as metadata. A document that cannot be read is an error."""
+
+    type = "weft - READER"
+    name = "weftrain"
+
+    def __init__(self, files: tuple[InputFile, ...], parts: tuple[Part, ...], options: ReadOptions) -> None:
+        super().__init__()
+        self.files, self.parts, self.options = files, parts, options
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        if data is not None:
+            yield from data
+        for index in range(rank, len(self.parts), world_size):
+            part = self.parts[index]
+            before = {share.file: lines_before(self.files[share.file], share) for share in part.shares}
+            for item in read_part(self.files, part, self.options):
+                if isinstance(item, FileRead):
+                    continue
+                place = (self.files[item.file].name, item.record + before[item.file])
+                if isinstance(item, Failure):
+                    raise DataError(f"{place[0]}:{place[1] + 1}: {item.reason}")
+                self.stat_update("documents")
+                metadata = {"source": item.source, "from_file": place[0], "from_record": place[1]}
+                yield TroveDocument(text=item.text or "", id=f"{place[0]}:{place[1]}", metadata=metadata)
+
+
+class WeftrainWriter(PipelineStep):  # type: ignore[misc]
+    """Writes what reaches it as `folder/NNNNN.jsonl`, a file a rank, whole or not at all: text, source, from_file, from_record."""
+
+    type = "weft - WRITER"
+    name = "weftrain"
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        folder = Path(self.folder)
+        fsops.make_dirs(folder)
+        path = folder / f"{rank:05d}.jsonl"
+        temporary = fsops.temporary_beside(path)
+        with fsops.FileWriter(temporary) as file:
+            for document in data:
+                kept = {key: document.metadata.get(key) for key in ("source", "from_file", "from_record")}
+                line = {"text": document.text, **kept, "source": kept["source"] or "unknown"}
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                self.stat_update("written")
+                yield document
+            file.sync()
+        fsops.rename(temporary, path)
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """The inputs that are left, and how many documents each step dropped."""
+
+    inputs: Inputs
+    dropped: dict[str, int]
+
+
+def filter_inputs(inputs: Inputs, quality: Quality, folder: Path, workers: int = 1) -> Filtered:
+    """Run the steps over text inputs; what is left lies in `folder` as JSON lines. Done already for the same inputs, it is not done again.
+
+    Raises DataError.
+    """
+    parts = tuple(split_parts(list(inputs.files), _PART_BYTES))
+    wanted = sha256_json({"quality": quality.model_dump(mode="json"), "files": [list(file.__dict__.values()) for file in inputs.files]})
+    record = folder / QUALITY
+    if not (record.is_file() and parse_json(record.read_bytes())["key"] == wanted):
+        fsops.remove_tree(folder)
+        fsops.make_dirs(folder)
+        with tempfile.TemporaryDirectory(prefix="weftrain-quality-") as scratch:
+            reader = WeftrainReader(inputs.files, parts, inputs.options)
+            dropped = _run_steps(reader, len(parts), quality, folder, Path(scratch), workers)
+        fsops.write_bytes(record, canonical_json({"key": wanted, "dropped": dropped}) + b"\n")
+    files = tuple(list_inputs([str(folder / f"{index:05d}.jsonl") for index in range(len(parts))], source=None))
+    left = Inputs(files, inputs.description, inputs.licence, _READ, canonical_json(quality.model_dump(mode="json")).decode())
+    return Filtered(left, parse_json(record.read_bytes())["dropped"])
+
+
+def _run_steps(reader: WeftrainReader, tasks: int, quality: Quality, folder: Path, scratch: Path, workers: int) -> dict[str, int]:
+    """Filters, then MinHash in its four passes where it is asked for; the last pass writes into `folder`."""
+    from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
+    from datatrove.utils.hashing import HashConfig
+
+    filters = _filters(quality, scratch)
+    dropped: dict[str, int] = {}
+    kept = scratch / "kept" if quality.minhash is not None else folder
+    dropped |= _run([reader, *filters, WeftrainWriter(str(kept))], tasks, scratch / "log-filter", workers)
+    if quality.minhash is None:
+        return dropped
+    wanted = quality.minhash
+    config = MinhashConfig(
+        n_grams=wanted.ngrams,
+        num_buckets=wanted.buckets,
+        hashes_per_bucket=wanted.hashes,
+        seed=wanted.seed,
+        hash_config=HashConfig(precision=64, hash_fc="sha1"),
+    )
+    files = tuple(list_inputs([str(kept / f"{index:05d}.jsonl") for index in range(tasks)], source=None))
+    parts = tuple(split_parts(list(files), 1 << 62)) if tasks == 1 else tuple(split_parts([file], 1 << 62)[0] for file in files)
+    parts = tuple(Part(tuple(share._replace(file=index) for share in part.shares)) for index, part in enumerate(parts))
+    again = WeftrainReader(files, parts, ReadOptions(text_key="text", source_key="source"))
+    signatures, buckets, removed = (str(scratch / name) for name in ("signatures", "buckets", "removed"))
+    language = quality.language
+    _run([again, MinhashDedupSignature(signatures, config=config, language=language)], tasks, scratch / "log-signatures", workers)
+    _run([MinhashDedupBuckets(signatures, buckets, config=config)], wanted.buckets, scratch / "log-buckets", workers)
+    _run([MinhashDedupCluster(buckets, removed, config=config)], 1, scratch / "log-cluster", 1)
+    origins = _Origins(str(kept))
+    return dropped | _run([again, MinhashDedupFilter(removed), origins, WeftrainWriter(str(folder))], tasks, scratch / "log-dedup", workers)
+
+
+class _Origins(PipelineStep):  # type: ignore[misc]
+    """Puts back where each document first came from: the file in between, `folder/NNNNN.jsonl` of the rank, says so on its line."""
+
+    type = "weft - ORIGINS"
+    name = "weftrain"
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        with open(Path(self.folder) / f"{rank:05d}.jsonl", "rb") as file:
+            lines = enumerate(file)
+            for document in data:  # in the order of the file, some left out
+                line = next(text for number, text in lines if number == document.metadata["from_record"])
+                kept = json.loads(line)
+                document.metadata |= {key: kept[key] for key in ("from_file", "from_record")}
+                yield document
+
+
+def _filters(quality: Quality, scratch: Path) -> list[Any]:
+    from datatrove.pipeline import filters
+
+    steps: list[Any] = []
+    language = {"language": quality.language}
+    if quality.length is not None:
+        off = dict.fromkeys(("min_avg_word_length", "max_avg_word_length", "max_symbol_word_ratio", "max_bullet_lines_ratio"))
+        off |= dict.fromkeys(("max_ellipsis_lines_ratio", "max_non_alpha_words_ratio", "min_stop_words"))
+        words = {"min_doc_words": quality.length.min_words, "max_doc_words": quality.length.max_words}
+        steps.append(_named("length", filters.GopherQualityFilter(**words, **off, **language)))
+    if quality.languages is not None:
+        try:
+            step = filters.LanguageFilter(list(quality.languages.languages), quality.languages.threshold)
+        except ImportError as error:
+            raise DataError(f"quality.languages: {' '.join(str(error).split())}") from None
+        steps.append(_named("languages", step))
+    if quality.gopher_quality:
+        steps.append(_named("gopher_quality", filters.GopherQualityFilter(**language)))
+    if quality.gopher_repetition:
+        steps.append(_named("gopher_repetition", filters.GopherRepetitionFilter(**language)))
+    if quality.decontaminate is not None:
+        steps.append(_named("decontaminate", _decontamination(quality, scratch / "index")))
+    return steps
+
+
+def _named(name: str, step: Any) -> Any:
+    step.name = name
+    return step
+
+
+def _decontamination(quality: Quality, folder: Path) -> Any:
+    """datatrove's filter over an index of the evaluation sets' n-grams, hashed as it hashes a document's.
+
+    Its own indexer is for evaluation sets of another library's registry; ours are files.
+    """
+    from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
+    from datatrove.utils.hashing import HashConfig, create_hash_func
+    from datatrove.utils.text import ngrams, simplify_text
+    from datatrove.utils.word_tokenizers import load_word_tokenizer
+
+    wanted = quality.decontaminate
+    assert wanted is not None
+    config = NGramsDecontConfig(n_grams=wanted.ngrams, hash_config=HashConfig(precision=64, hash_fc="sha1"))
+    hash_of, words = create_hash_func(config.hash_config), load_word_tokenizer(quality.language)
+    fsops.make_dirs(folder)
+    files = list_inputs(list(wanted.against), source=None)
+    for index, file in enumerate(files):
+        hashes: set[int] = set()
+        for part in split_parts([file], 1 << 62):
+            for item in read_part([file], part, ReadOptions()):
+                if isinstance(item, Failure):
+                    raise DataError(f"{file.name}:{item.record + 1}: {item.reason}")
+                if isinstance(item, Document):
+                    tokens = words.word_tokenize(simplify_text(item.text or "", config.norm_config))
+                    hashes |= {hash_of(" ".join(gram)) for gram in ngrams(tokens, wanted.ngrams)}
+        if not hashes:
+            raise DataError(f"{file.address}: no text of {wanted.ngrams} words to decontaminate against; give a smaller ngrams")
+        (folder / f"{index:03d}.index.hashes").write_bytes(np.array(sorted(hashes), np.uint64).tobytes())
+    return NGramsDecontFilter(str(folder), config=config, language=quality.language)
+
+
+def _run(pipeline: list[Any], tasks: int, log: Path, workers: int) -> dict[str, int]:
+    """One pass; documents that each of its named filters dropped."""
+    from datatrove.executor import LocalPipelineExecutor
+    from loguru import logger
+
+    logger.disable("datatrove")
+    try:
+        stats = LocalPipelineExecutor(pipeline, tasks=tasks, workers=workers, logging_dir=str(log), start_method="spawn").run()
+    except DataError:
+        raise
+    except Exception as error:  # whatever a step of theirs raises
+        raise DataError(f"datatrove: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    dropped: dict[str, int] = {}
+    for step, counted in zip(pipeline, stats.stats, strict=True):
+        total = counted.stats.get("dropped")
+        if total is not None:
+            name = "minhash" if type(step).__name__ == "MinhashDedupFilter" else step.name
+            dropped[name] = dropped.get(name, 0) + int(total.total)
+        elif type(step).__module__.startswith("datatrove.pipeline.filters") or type(step).__name__.endswith("Filter"):
+            dropped.setdefault("minhash" if "Minhash" in type(step).__name__ else step.name, 0)
+    return dropped
