@@ -1,4 +1,4 @@
-"""The two engines that turn text into ids: Hugging Face `tokenizers` and `gigatoken`; each gets a tokenizer without its control tokens.
+"""The two engines that turn text into ids: Hugging Face `tokenizers` and `gigatoken`. Neither makes a control token of text.
 
 What a reader would get wrong: a tokenizer without a pre-tokenizer, as LLaMA's, takes a whole document for one word, and its cost a byte
 grows with the document's length. Long documents are cut where no vocabulary entry can span the cut: merges only ever make vocabulary
@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 _SPACE = "\u2581"  # what LLaMA-like normalizers write for a space
+MISSING = "it is not installed: pip install 'weftrain[data]'"
 _PIECE_CHARACTERS = 4096
 _LONG_CHARACTERS = 4 * _PIECE_CHARACTERS
 _FRESH_BYTES = 256 << 20  # gigatoken keeps what it has seen: after so much text it starts anew, which takes a tenth of a second
@@ -48,6 +49,7 @@ class Reference:
 
 def _tokenizer(tree: dict[str, Any]) -> Tokenizer:
     tokenizer = Tokenizer.from_str(json.dumps(tree))
+    tokenizer.encode_special_tokens = True  # spells them out
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -70,7 +72,8 @@ def can_be_cut(tree: dict[str, Any]) -> bool:
     if tree.get("pre_tokenizer") is not None or tree["model"]["type"] != "BPE" or kinds not in (["Prepend", replace], [replace]):
         return False
     spans = re.compile(f"[^{_SPACE}]{_SPACE}")
-    return not tree.get("added_tokens") and not any(spans.search(token) for token in tree["model"]["vocab"])
+    only_control = all(token["special"] for token in tree.get("added_tokens") or [])
+    return only_control and not any(spans.search(token) for token in tree["model"]["vocab"])
 
 
 def _without_prepend(tree: dict[str, Any]) -> dict[str, Any]:
@@ -97,20 +100,22 @@ def gigatoken_problem(tree: dict[str, Any]) -> str | None:
     try:
         from gigatoken.gigatoken_rs import load_hf_json
     except ImportError:
-        return "it is not installed: pip install 'weftrain[data]'"
+        return MISSING
     try:
-        load_hf_json(json.dumps(tree))
+        load_hf_json(json.dumps(tree | {"added_tokens": []}))
     except Exception as error:  # the library raises several kinds
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None
 
 
 class Gigatoken:
-    """gigatoken on the calling thread, since processes share the work. tree: the contents of a tokenizer.json."""
+    """gigatoken on the calling thread, since processes share the work. tree: the contents of a tokenizer.json.
 
-    def __init__(self, tree: dict[str, Any]) -> None:
-        self._data = json.dumps(tree)
-        added = [token["content"] for token in tree["added_tokens"]]
+    It is given no added token at all, for it would match them in text. added: those that text may become, see needs_reference.
+    """
+
+    def __init__(self, tree: dict[str, Any], added: Sequence[str]) -> None:
+        self._data = json.dumps(tree | {"added_tokens": []})
         self._added = re.compile("|".join(map(re.escape, added))) if added else None
         self._encoded_bytes = 0
         self._backend = self._load()

@@ -1,9 +1,9 @@
 """Tokenizers: train a byte-level BPE or load any tokenizer.json, and encode text so that no text ever becomes a control token.
 
 Two engines give the same ids: Hugging Face `tokenizers`, the reference, and `gigatoken`, some ten times faster, which is compared with the
-reference in every run. What a reader would get wrong: a document that holds the characters `</s>` must not end there. Control tokens are
-taken out of the tokenizer before it sees any text, and should one of their ids come out all the same, that is an error. Document ends come
-from `doc_end`, never from an id.
+reference in every run. What a reader would get wrong: a document that holds the characters `</s>` must not end there. Control tokens in
+text are spelled out, and should one of their ids come out all the same, that is an error. Document ends come from `doc_end`, never from
+an id.
 """
 
 from __future__ import annotations
@@ -74,12 +74,14 @@ class TextEncoder:
         self._is_control = np.zeros(self.vocab_size, np.bool_)
         self._is_control[self.control_ids] = True
         tree = json.loads(data)
-        tree["added_tokens"] = [token for token in tree.get("added_tokens") or [] if token["id"] not in control]
+        for token in tree.get("added_tokens") or []:
+            token["special"] = token["id"] in control  # so that it is spelled out, whatever the file calls it
+        plain = [token["content"] for token in tree.get("added_tokens") or [] if not token["special"]]
         self._reference = Reference(tree)
         self._fast: Gigatoken | None = None
         self.engine_reason = None if engine == "tokenizers" else gigatoken_problem(tree)
         if engine != "tokenizers" and self.engine_reason is None:
-            self._fast = Gigatoken(tree)
+            self._fast = Gigatoken(tree, plain)
         elif engine == "gigatoken":
             raise DataError(f"{where}: gigatoken cannot encode with it: {self.engine_reason}; use --engine tokenizers")
         self.engine = "tokenizers" if self._fast is None else "gigatoken"

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.corpus import DOCUMENTATION, LICENCE, SOURCES, documentation_text, embedded_corpus
+from weftrain.data_prep.corpus import DOCUMENTATION, LICENCE, SOURCES, documentation_text, embedded_inputs
+from weftrain.data_prep.documents import Document
+from weftrain.data_prep.readers import ReadOptions, read_part, split_parts
+
+
+def documents_of(folder: Path | None = None) -> list[tuple[str, Document]]:
+    """(file's name, document) of everything."""
+    files, _, _ = embedded_inputs(folder)
+    items = [item for part in split_parts(files, 1 << 22) for item in read_part(files, part, ReadOptions())]
+    return [(files[item.file].name, item) for item in items if isinstance(item, Document)]
 
 
 def write(folder: Path, name: str, text: str | bytes) -> None:
@@ -32,17 +42,18 @@ def test_a_small_library(tmp_path: Path) -> None:
     ):
         write(tmp_path, left_out, "left = out\n")
     write(tmp_path, "z.py", "this is a template, $not python\n")
-    documents = list(embedded_corpus(tmp_path).read())
-    assert [(document.name, document.source) for document in documents] == [
-        ("a.py", SOURCES),
-        ("b.py", SOURCES),
-        ("b.py (documentation)", DOCUMENTATION),
-        ("z.py", SOURCES),
-        ("p/c.py", SOURCES),
+    documents = documents_of(tmp_path)
+    assert [(name, document.source, document.record) for name, document in documents] == [
+        ("a.py", SOURCES, 0),
+        ("b.py", SOURCES, 0),
+        ("b.py", DOCUMENTATION, 1),
+        ("p/c.py", SOURCES, 0),
+        ("z.py", SOURCES, 0),
     ]
-    assert documents[4].text == "# -*- coding: latin-1 -*-\nname = 'é'\n"
-    assert documents[2].belongs_to == documents[1].text
-    assert documents[2].text == long
+    texts = [document.text for _, document in documents]
+    assert texts[3] == "# -*- coding: latin-1 -*-\nname = 'é'\n"
+    assert documents[2][1].belongs_to == hashlib.sha256(str(texts[1]).encode()).digest()
+    assert texts[2] == long
 
 
 def test_documentation_in_order_of_the_source() -> None:
@@ -61,18 +72,17 @@ def g():
 
 def test_a_library_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no standard library sources"):
-        embedded_corpus(tmp_path).read()
+        documents_of(tmp_path)
     write(tmp_path, "bad.py", b"x = '\xff'\n")
     with pytest.raises(DataError, match=r"bad\.py: cannot be read as Python source"):
-        embedded_corpus(tmp_path).read()
+        documents_of(tmp_path)
 
 
 @pytest.mark.prove
 def test_the_whole_library() -> None:
-    inputs = embedded_corpus()
-    documents = list(inputs.read())
-    size = sum(len(document.text.encode()) for document in documents if document.source == SOURCES)
+    documents = documents_of()
+    size = sum(len(str(document.text).encode()) for _, document in documents if document.source == SOURCES)
     assert 8e6 < size < 40e6
-    assert sum(document.source == DOCUMENTATION for document in documents) > 200
-    assert not any("/test/" in document.name or document.name.startswith("test/") for document in documents)
-    assert inputs.licence == LICENCE
+    assert sum(document.source == DOCUMENTATION for _, document in documents) > 200
+    assert not any("/test/" in name or name.startswith("test/") for name, _ in documents)
+    assert embedded_inputs()[2] == LICENCE

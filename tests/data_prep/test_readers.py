@@ -1,107 +1,347 @@
-"""Readers: documents in a fixed order, and for everything that cannot be read the file and the line."""
+"""Every format: its documents, in order, whatever the file system lists first; and what is wrong, by file and line."""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
+import os
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import fsspec
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.readers import Document, file_inputs
+from weftrain.data_prep import read_options
+from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile
+from weftrain.data_prep.input_files import lines_before
+from weftrain.data_prep.readers import ReadOptions, list_inputs, read_part, split_parts
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
-def read(*paths: Path, **options: object) -> list[Document]:
-    return list(file_inputs(paths, **options).read())  # type: ignore[arg-type]
+def read(files: Sequence[InputFile], options: ReadOptions = ReadOptions(), part_bytes: int = 1 << 40) -> list[Document | Failure]:  # noqa: B008
+    """Everything, with records of the whole file."""
+    items: list[Document | Failure] = []
+    lines: dict[int, int] = {}
+    for part in split_parts(files, part_bytes):
+        for item in read_part(files, part, options):
+            if isinstance(item, FileRead):
+                assert len(item.sha256) == 64
+                lines[item.share.file] = lines.get(item.share.file, 0) + item.records
+            else:
+                items.append(type(item)(**{**item.__dict__, "record": item.record + lines.get(item.file, 0)}))
+    return items
 
 
-def test_json_lines(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\n\n{"text": "zw\\u00f6lf\\n", "more": [1]}\n')
-    assert read(path) == [Document("a.jsonl:1", "a.jsonl", "one"), Document("a.jsonl:3", "a.jsonl", "zwölf\n")]
-    path.write_text('{"body": "one"}')
-    assert [document.text for document in read(path, text_key="body")] == ["one"]
+def texts(items: list[Document | Failure]) -> list[str | None]:
+    assert all(isinstance(item, Document) for item in items), items
+    return [item.text for item in items if isinstance(item, Document)]
 
 
-def test_a_text_file_is_one_document_with_its_line_ends(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes("one\r\n\ntwö".encode())
-    assert read(path) == [Document("a.txt", "a.txt", "one\r\n\ntwö")]
+def lines(path: Path, rows: Sequence[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
-def test_a_folder_is_read_sorted_without_hidden_files_links_and_binaries(tmp_path: Path) -> None:
-    folder = tmp_path / "src"
-    for name in ("b/y.py", "b/x.py", "a.c", ".git/config", "b/.hidden", "c.md"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
-    (folder / "image.bin").write_bytes(b"\xff\xfe")
-    (folder / "zeros.bin").write_bytes(b"\0\0")
-    (folder / "d.jsonl").write_text('{"text": "line"}\n')
-    (tmp_path / "secret").write_text("secret")
-    (folder / "link").symlink_to(tmp_path / "secret")
-    assert [document.name for document in read(folder)] == ["src/a.c", "src/c.md", "src/d.jsonl:1", "src/b/x.py", "src/b/y.py"]
-    assert [document.name for document in read(folder, suffixes=[".py"])] == ["src/b/x.py", "src/b/y.py"]
-    assert {document.source for document in read(folder)} == {"src"}
+# -- which files
 
 
-def test_the_order_is_not_the_file_systems(tmp_path: Path) -> None:
-    names = [f"{folder}/{file}.txt" for folder in "hcafbegd" for file in "zyx"]
-    for name in names:
-        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "src" / name).write_text(name)
-    assert [document.text for document in read(tmp_path / "src")] == sorted(names)
+def test_a_folder_is_read_by_sorted_names_whatever_the_file_system_lists_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b/2.txt", "b/10.txt", "a.txt", "c/d/e.txt", ".hidden.txt", ".git/x.txt"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(name)
+    (tmp_path / "in" / "link.txt").symlink_to(tmp_path / "in" / "a.txt")
+    (tmp_path / "in" / "binary.txt").write_bytes(b"\x00\xff")
+    walk = os.walk
+    for turned in (False, True):
+
+        def other(folder: Any, turned: bool = turned) -> Any:
+            for root, folders, files in walk(folder):
+                folders.sort(reverse=turned)
+                yield root, folders, sorted(files, reverse=turned)
+
+        monkeypatch.setattr(os, "walk", other)
+        files = list_inputs([str(tmp_path / "in")], source=None)
+        assert [file.name for file in files] == ["in/a.txt", "in/b/10.txt", "in/b/2.txt", "in/c/d/e.txt"]
+        assert {file.source for file in files} == {"in"}
+    assert texts(read(files)) == ["a.txt", "b/10.txt", "b/2.txt", "c/d/e.txt"]
 
 
-def test_reading_twice_gives_the_same(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "b.txt").write_text("b")
-    inputs = file_inputs([tmp_path / "b.txt", tmp_path / "a.txt"])
-    assert list(inputs.read()) == list(inputs.read())
-    assert [document.text for document in inputs.read()] == ["b", "a"]
+def test_suffixes_sources_and_patterns(tmp_path: Path) -> None:
+    for name in ("a.py", "b.rs", "c.py"):
+        (tmp_path / name).write_text(name)
+    folder = str(tmp_path)
+    assert [file.name for file in list_inputs([folder], source="code", suffixes=[".py"])] == [
+        f"{tmp_path.name}/a.py",
+        f"{tmp_path.name}/c.py",
+    ]
+    assert {file.source for file in list_inputs([folder], source="code")} == {"code"}
+    assert [file.name for file in list_inputs([f"{folder}/*.py"], source=None)] == ["a.py", "c.py"]
+    for addresses, message in (
+        ([f"{folder}/absent"], "no such file or folder"),
+        ([f"{folder}/*.go"], "matches no file"),
+        ([], "no input"),
+        ([f"{folder}/a.py", f"{folder}/a.py"], "two inputs are called 'a.py'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            list_inputs(addresses, source=None)
+    with pytest.raises(DataError, match=r"holds no file ending in \.go"):
+        list_inputs([folder], source=None, suffixes=[".go"])
+    with pytest.raises(DataError, match="--format jsnl: there is jsonl"):
+        list_inputs([folder], source=None, format="jsnl")
+
+
+def test_an_address_of_another_file_system() -> None:
+    root = f"memory://{uuid.uuid4().hex}/in"
+    system, base = fsspec.core.url_to_fs(root)
+    system.pipe_file(f"{base}/b.jsonl", b'{"text": "two"}\n{"text": "three"}\n')
+    system.pipe_file(f"{base}/a.txt", b"one")
+    system.pipe_file(f"{base}/c.jsonl.gz", gzip.compress(b'{"text": "four"}\n'))
+    files = list_inputs([root], source=None)
+    assert [file.name for file in files] == ["in/a.txt", "in/b.jsonl", "in/c.jsonl.gz"]
+    assert texts(read(files)) == ["one", "two", "three", "four"]
+    assert texts(read(files, part_bytes=10)) == ["one", "two", "three", "four"]
+    system.pipe_file(f"{base}/a.txt", b"longer")
+    with pytest.raises(DataError, match="changed while it was read"):
+        read(files)
+    with pytest.raises(DataError, match="no such file or folder there"):
+        list_inputs([f"{root}/absent"], source=None)
+    with pytest.raises(DataError, match="no such file system"):
+        list_inputs(["nosuch://x"], source=None)
+
+
+# -- JSON lines
+
+LINES = st.one_of(st.just(""), st.text(max_size=30).map(lambda text: json.dumps({"text": text})), st.just("{broken"))
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(LINES, max_size=12), st.integers(1, 60), st.booleans())
+def test_any_cut_gives_the_lines_of_the_whole(tmp_path: Path, rows: list[str], part_bytes: int, ends: bool) -> None:
+    path = tmp_path / f"{uuid.uuid4().hex}.jsonl"
+    path.write_text("\n".join(rows) + ("\n" if ends and rows else ""))
+    files = list_inputs([str(path)], source=None, format="jsonl")
+    whole = read(files)
+    assert read(files, part_bytes=part_bytes) == whole
+    for item in whole:
+        assert ("broken" in rows[item.record]) == isinstance(item, Failure)
+    for part in split_parts(files, part_bytes):
+        for share in part.shares:
+            before = path.read_bytes()[: share.begin]
+            assert lines_before(files[0], share) == before.count(b"\n") + (bool(before) and not before.endswith(b"\n"))
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "reason"),
     [
-        (b"{", r"a\.jsonl:2: not JSON"),
-        (b'{"text": "a", "text": "b"}', r"a\.jsonl:2: not JSON: .*twice"),
-        (b'{"text": NaN}', r"a\.jsonl:2: not JSON"),
-        (b"[" * 5000, r"a\.jsonl:2: not JSON"),
-        (b'{"other": 1}', r"a\.jsonl:2: no field 'text'"),
-        (b'["text"]', r"a\.jsonl:2: no field 'text'"),
-        (b'{"text": 5}', r"a\.jsonl:2: field 'text' holds int, not text"),
-        (b'{"text": "\\ud800"}', r"a\.jsonl:2: field 'text' holds a lone surrogate"),
-        (b'{"text": "\xff"}', r"a\.jsonl:2: byte 10 of the line is not UTF-8"),
+        (b'{"txt": "a"}', "no field 'text'; name the field that holds the text with --text-key"),
+        (b'{"text": 3}', "field 'text' holds int, not text"),
+        (b'{"text": null}', "field 'text' holds NoneType, not text"),
+        (b'{"text": "a"', "not JSON"),
+        (b'{"text": "a", "text": "b"}', "key 'text' appears twice"),
+        (b'{"text": NaN}', "NaN is not a JSON number"),
+        (b"[1]", "not a JSON object"),
+        (b'{"text": "\xff"}', "byte 10 of the line is not UTF-8"),
+        (b'{"text": "\\ud800"}', "a lone surrogate"),
+        (b"[" * 100_000, "nested too deeply"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
-    with pytest.raises(DataError, match=message):
-        read(path)
+def test_a_line_that_is_no_document_is_named_and_reading_goes_on(tmp_path: Path, line: bytes, reason: str) -> None:
+    (tmp_path / "t.jsonl").write_bytes(b'{"text": "first"}\n\n' + line + b'\n{"text": "last"}\n')
+    first, failed, last = read(list_inputs([str(tmp_path / "t.jsonl")], source=None, format="jsonl"))
+    assert (first.record, failed.record, last.record) == (0, 2, 3)
+    assert isinstance(failed, Failure)
+    assert reason in failed.reason
 
 
-def test_bad_utf8_is_named_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"one\ntwo\nthr\xe9e\n")
-    with pytest.raises(DataError, match=r"a\.txt:3: byte 11 is not UTF-8 .*; convert"):
-        read(tmp_path / "a.txt")
-    with pytest.raises(DataError, match=r"a\.txt:3"):
-        read(tmp_path, suffixes=[".txt"])
+def test_keys_and_sources(tmp_path: Path) -> None:
+    path = lines(tmp_path / "t.jsonl", [{"body": "a", "from": "x"}, {"body": "b"}, {"body": "c", "from": 3}])
+    items = read(list_inputs([str(path)], source="s"), ReadOptions(text_key="body", source_key="from"))
+    assert isinstance(items[0], Document)
+    assert items[0].source == "x"
+    assert all(isinstance(item, Failure) and "holds no source's name" in item.reason for item in items[1:])
+    plain = read(list_inputs([str(path)], source="s"), ReadOptions(text_key="body"))
+    assert [item.source for item in plain if isinstance(item, Document)] == ["s"] * 3
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
-        file_inputs([tmp_path / "none.txt"])
-    with pytest.raises(DataError, match="no input"):
-        file_inputs([])
-    with pytest.raises(DataError, match="holds no text file"):
-        read(tmp_path)
-    (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(DataError, match=r"holds no file ending in \.py, \.c"):
-        read(tmp_path, suffixes=[".py", ".c"])
+def test_a_line_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_options.ReadOptions, "max_line_bytes", 100)
+    path = lines(tmp_path / "t.jsonl", [{"text": "a"}, {"text": "b" * 5000}, {"text": "c"}])
+    first, long, last = read(list_inputs([str(path)], source=None))
+    assert isinstance(long, Failure)
+    assert "longer than 100 bytes" in long.reason
+    assert (first.record, long.record, last.record) == (0, 1, 2)
+    (tmp_path / "big.txt").write_text("x" * 200)
+    (failed,) = read(list_inputs([str(tmp_path / "big.txt")], source=None))
+    assert isinstance(failed, Failure)
 
 
-def test_a_long_line_is_one_document(tmp_path: Path) -> None:
-    text = "x" * 300_000
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
-    assert read(tmp_path / "a.jsonl")[0].text == text
+# -- compressed
+
+
+def compressed(data: bytes, suffix: str) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(data[: len(data) // 2]) + gzip.compress(data[len(data) // 2 :])  # two members
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed: pip install 'weftrain[data]'")
+    compressor = zstandard.ZstdCompressor()
+    return compressor.compress(data[:1000]) + compressor.compress(data[1000:])
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_lines_and_what_is_left_of_a_damaged_archive(tmp_path: Path, suffix: str) -> None:
+    rows = [{"text": f"text {number} " * 40} for number in range(300)]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path = tmp_path / f"t.jsonl{suffix}"
+    path.write_bytes(compressed(data, suffix))
+    assert texts(read(list_inputs([str(path)], source=None))) == [row["text"] for row in rows]
+    for damaged in (path.read_bytes()[:-9], path.read_bytes()[:400] + b"\x00" * 40 + path.read_bytes()[440:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"t\.jsonl\{suffix}: damaged or truncated"):
+            read(list_inputs([str(path)], source=None))
+
+
+def test_a_bomb_is_a_line_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_options.ReadOptions, "max_line_bytes", 1 << 16)
+    for suffix in (".gz", ".zst"):
+        path = tmp_path / f"t.jsonl{suffix}"
+        path.write_bytes(compressed(b'{"text": "' + b"a" * (32 << 20) + b'"}\n{"text": "after"}\n', suffix))
+        bomb, after = read(list_inputs([str(path)], source=None))
+        assert isinstance(bomb, Failure)
+        assert isinstance(after, Document)
+
+
+# -- Parquet
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'weftrain[data]'")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "t.parquet"
+    values = [f"row {number}" for number in range(1500)]
+    values[700] = None  # type: ignore[call-overload]
+    parquet.write_table(pa.table({"text": values, "kind": ["k"] * 1500, "n": range(1500)}), path, row_group_size=400)
+    files = list_inputs([str(path)], source=None)
+    whole = read(files, ReadOptions(source_key="kind"))
+    assert len(split_parts(files, path.stat().st_size // 3)) == 4  # its row groups
+    assert read(files, ReadOptions(source_key="kind"), path.stat().st_size // 3) == whole
+    assert [item.record for item in whole] == list(range(1500))
+    assert isinstance(whole[700], Failure)
+    assert "column 'text' is null" in whole[700].reason
+    assert isinstance(whole[701], Document)
+    assert (whole[701].text, whole[701].source) == ("row 701", "k")
+    for key, message in (("absent", "has no column 'absent' but text, kind, n"), ("n", "column 'n' holds int64, not text")):
+        with pytest.raises(DataError, match=message):
+            read(files, ReadOptions(text_key=key))
+    data = bytearray(path.read_bytes())
+    data[-20:-10] = b"\xff" * 10
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"t\.parquet: cannot be read as Parquet"):
+        read(list_inputs([str(path)], source=None))
+
+
+# -- tokenised
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"token_ids": [1, 2, 3, 4], "source": "c4"}, "holds 4 token ids, not 4 + 1; give --sequence-length 3"),
+        ({"token_ids": [1, 2, 3, 4, -1]}, "not a list of token ids"),
+        ({"token_ids": [1, 2, 3, 4, 5.0]}, "not a list of token ids"),
+        ({"token_ids": [1, 2, 3, 4, True]}, "not a list of token ids"),
+        ({"token_ids": [1, 2, 3, 4, 2**31]}, "not a list of token ids"),
+        ({"token_ids": "12345"}, "not a list of token ids"),
+        ({"ids": [1]}, "not a list of token ids"),
+        ({"token_ids": [1, 2, 3, 4, 5], "source": 7}, "not a source's name"),
+    ],
+)
+def test_ambers_rows(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    path = lines(tmp_path / "rows.jsonl", [{"token_ids": [1, 2, 3, 4, 5], "source": "arxiv"}, row])
+    files = list_inputs([str(path)], source=None)
+    assert files[0].format == "amber"
+    good, bad = read(files, ReadOptions(sequence_length=4))
+    assert isinstance(good, Document)
+    assert good.tokens is not None
+    assert (good.tokens.tolist(), good.source) == ([1, 2, 3, 4, 5], "arxiv")
+    assert isinstance(bad, Failure)
+    assert reason in bad.reason
+
+
+def test_the_released_sample_of_amber() -> None:
+    path = SHARED / "amber" / "memorization_sample.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not here: the released files lie beside the repository")
+    first = json.loads(path.open().readline())
+    items = read(list_inputs([str(path)], source="amber", format="amber"))
+    assert len(items) > 10
+    if "token_ids" in first:
+        assert all(isinstance(item, Document) for item in items)
+        assert all(item.tokens is not None and item.tokens.max() < 32_000 for item in items if isinstance(item, Document))
+    else:
+        assert all(isinstance(item, Failure) for item in items)
+
+
+# -- all formats
+
+
+@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.binary(max_size=400),
+    st.sampled_from(["t.jsonl", "t.txt", "t.jsonl.gz", "t.jsonl.zst", "t.parquet", "t.h5", "t.bin"]),
+    st.sampled_from([b"", b'{"token_ids": [', b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"PAR1", b"\x89HDF\r\n\x1a\n", b"MMIDIDX\x00\x00"]),
+)
+def test_bytes_of_any_kind_are_documents_failures_or_one_error(tmp_path: Path, data: bytes, name: str, magic: bytes) -> None:
+    folder = tmp_path / uuid.uuid4().hex
+    folder.mkdir()
+    (folder / name).write_bytes(magic + data)
+    if name == "t.bin":
+        (folder / "t.idx").write_bytes(magic + data)
+    try:
+        items = read(list_inputs([str(folder / name)], source=None), ReadOptions(sequence_length=4))
+    except DataError as error:
+        message = str(error)
+    else:
+        message = "t."
+        assert all(isinstance(item, Document | Failure) for item in items)
+    assert "t." in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("change", ["longer", "same size"])
+def test_a_file_that_changes(tmp_path: Path, change: str) -> None:
+    (tmp_path / "a.txt").write_text("before")
+    files = list_inputs([str(tmp_path / "a.txt")], source=None)
+    (tmp_path / "a.txt").write_text("afterwards" if change == "longer" else "beFore")
+    os.utime(tmp_path / "a.txt", ns=(1, 1))
+    with pytest.raises(DataError, match=r"a\.txt: changed while it was read"):
+        read(files)
+
+
+def test_normalisation_is_by_name_and_in_order(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffe\u0301 \ufb01\r\nx\ry".encode())
+    files = list_inputs([str(tmp_path / "a.txt")], source=None)
+    assert texts(read(files)) == ["\ufeffe\u0301 \ufb01\r\nx\ry"]
+    assert texts(read(files, ReadOptions(normalise=("newlines", "strip_bom")))) == ["e\u0301 \ufb01\nx\ny"]
+    assert texts(read(files, ReadOptions(normalise=("strip_bom", "NFC")))) == ["\u00e9 \ufb01\r\nx\ry"]
+    assert texts(read(files, ReadOptions(normalise=("NFKC", "newlines", "strip_bom")))) == ["\u00e9 fi\nx\ny"]
+    with pytest.raises(DataError, match="--normalise nfc: there is NFC"):
+        read(files, ReadOptions(normalise=("nfc",)))
+
+
+def test_shares_hash_to_the_file_where_they_are_all_of_it(tmp_path: Path) -> None:
+    path = lines(tmp_path / "t.jsonl", [{"text": "x" * number} for number in range(50)])
+    files = list_inputs([str(path)], source=None)
+    (share,) = [
+        item for part in split_parts(files, 1 << 40) for item in read_part(files, part, ReadOptions()) if isinstance(item, FileRead)
+    ]
+    assert share.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert share.records == 50
+    assert np.array_equal([0], [share.share.begin])
