@@ -197,6 +197,27 @@ def _decoder(encoder: TextEncoder) -> Callable[[int], str]:
     return lambda index: encoder.decode(np.array([index]))
 
 
+@data.command("fim-report")
+@_FOLDER
+@click.option("--rate", type=float, default=0.9, show_default=True, help="Share of documents that are transformed.")
+@click.option("--spm-share", type=float, default=0.5, show_default=True, help="Of those, how many suffix first.")
+@click.option("--documents", type=click.IntRange(min=1), default=500, show_default=True, help="How many of the training set.")
+def fim_report(folder: Path, rate: float, spm_share: float, documents: int) -> None:
+    """What fill-in-the-middle would damage in the dataset in FOLDER, prepared without it: the released scripts' way and the exact one."""
+    from itertools import islice
+
+    from weftrain.data_prep.fim_damage import damage_lines, fim_damage
+    from weftrain.data_prep.interchange import open_set, whole_documents
+
+    manifest, shards = open_set(folder, "train")
+    if manifest.fim is not None:
+        raise DataError(f"{folder}: was prepared with FIM; name one that was not")
+    encoder = _encoder(folder)
+    chosen = [ids[:-1] if ids[-1] == encoder.eos_id else ids for ids in islice(whole_documents(manifest, shards), documents)]
+    for line in damage_lines(*fim_damage(chosen, encoder, manifest.sequence_length, rate, spm_share)):
+        _console().print(line, markup=False)
+
+
 @data.command()
 @click.argument("address")
 @click.argument("folder", type=click.Path(path_type=Path))
