@@ -29,7 +29,7 @@ def sha256_json(value: Any) -> str:
 def parse_json(data: bytes) -> Any:
     """Read JSON. Raises ValueError for anything malformed: duplicate keys, NaN, bad UTF-8, nesting too deep."""
     try:
-        return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        return _DECODER.decode(data.decode())
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -55,3 +55,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)  # made once: json.loads would make one a call

@@ -75,36 +75,45 @@ class Executor(Protocol):
         """Return when what the leading process makes is there."""
 
 
-@dataclass(frozen=True)
 class LocalExecutor:
-    """`workers` processes of this machine; 1: this process itself, which then uses the tokenizers' own threads."""
+    """`workers` processes of this machine, kept from stage to stage; 1: this process itself."""
 
-    workers: int = 1
     leads = True
     alone = True
+
+    def __init__(self, workers: int = 1) -> None:
+        self.workers = workers
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def close(self) -> None:
+        """Let the processes go."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
 
     def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
         pending = stage.pending(plan)
         _report_done(plan, stage, pending, on_done)
-        workers = min(self.workers, len(pending))
-        if workers <= 1:
+        if min(self.workers, len(pending)) <= 1:
             for index in pending:
                 on_done(run_task(plan.folder, stage.name, index))
             return
-        context = multiprocessing.get_context("spawn")  # a fork would share the tokenizers' threads and locks
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-            futures = [pool.submit(run_task, plan.folder, stage.name, index) for index in pending]
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    on_done(future.result())
-            except BrokenProcessPool:
-                raise DataError(
-                    f"stage {stage.name}: a worker process died, most likely for want of memory; run again with fewer --workers: "
-                    "what was done is kept"
-                ) from None
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")  # a fork would share the tokenizers' threads and locks
+            self._pool = concurrent.futures.ProcessPoolExecutor(self.workers, mp_context=context, initializer=_one_thread)
+        futures = [self._pool.submit(run_task, plan.folder, stage.name, index) for index in pending]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                on_done(future.result())
+        except BrokenProcessPool:
+            self.close()
+            raise DataError(
+                f"stage {stage.name}: a worker process died, most likely for want of memory; run again with fewer --workers: "
+                "what was done is kept"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
 
     def wait_until(self, there: Callable[[], bool], what: str) -> None:
         pass

@@ -40,7 +40,7 @@ CRYSTALCODER_TOKENS = (
 CONTROL_NAMES = frozenset(
     [*CONTROL_TOKENS, *EOS_CANDIDATES, "<pad>", "<|pad|>", *CRYSTALCODER_TOKENS, *(f"<{name[2:-2]}>" for name in CRYSTALCODER_TOKENS)]
 )
-_CHECKED = 4  # of 256: documents whose hash begins with a smaller byte are encoded by both engines
+_CHECKED = 2  # of 256: documents whose hash begins with a smaller byte are encoded by both engines
 _LARGE_CHARACTERS = 1 << 16
 MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 
@@ -185,7 +185,10 @@ def load_encoder(path: Path, eos: str | None = None, *, engine: str = "auto") ->
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}; name a tokenizer.json") from error
-    return make_encoder(data, str(path), eos, engine=engine)
+    try:
+        return encoder_for(data, eos, engine)  # the one that the tasks of this process use
+    except DataError as error:
+        raise DataError(str(error).replace("the tokenizer", str(path), 1)) from error
 
 
 def train_encoder(texts: Iterable[str], vocab_size: int) -> TextEncoder:
