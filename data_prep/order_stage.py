@@ -193,8 +193,8 @@ def _gather(plan: Plan, index: int, found: dict[str, Any], encoder: TextEncoder)
             ones = np.ones(last - first, np.uint8)
             masks += np.split(table.slice("mask", first, last) if "mask" in table else ones, cuts)
     joined = {name: np.concatenate(pieces) for name, pieces in columns.items()}
-    all_keys = np.concatenate(keys)
-    by_key = [all_keys[:, column] for column in range(all_keys.shape[1])] if plan.settings.order == "shuffled" else []
+    words = np.ascontiguousarray(np.concatenate(keys)).view(">u8").astype(np.uint64)  # [n, 4]: compared as the bytes are
+    by_key = [words[:, column] for column in range(words.shape[1])] if plan.settings.order == "shuffled" else []
     order = np.lexsort((joined["place"], joined["part"], *reversed(by_key)))
     return _Gathered(
         {name: column[order] for name, column in joined.items()},

@@ -161,9 +161,9 @@ def check_inputs(inputs: Inputs, settings: Settings) -> None:
 
 
 def make_plan(folder: Path, inputs: Inputs, settings: Settings, engine: str) -> Plan:
-    """Parts of 4 to 64 MiB of input, buckets of 4 to 128: a thousand parts before they grow, so that memory stays bounded."""
+    """Parts of 4 to 64 MiB of input, buckets of 4 to 128: some sixty of each until they are as large as memory allows."""
     total = sum(file.num_bytes for file in inputs.files)
-    parts = tuple(split_parts(list(inputs.files), _clamp(total // 1024, 4 * _MEBI, 64 * _MEBI)))
+    parts = tuple(split_parts(list(inputs.files), _clamp(total // 64, 4 * _MEBI, 64 * _MEBI)))
     bucket_bytes = _clamp(total // 64, 4 * _MEBI, 128 * _MEBI)
     buckets = len(parts) if settings.order == "as_read" else _power_of_two(-(-total // bucket_bytes))
     return Plan(folder, inputs, settings, engine, parts, buckets)

@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("cli", "backends", "data_prep", "analysis", "core", "kernels")
-# Every arrow runs down. data_prep sees a few modules of core, none of them torch's, core sees of kernels what its package exports, analysis no backend.
+# Every arrow runs down. data_prep sees a few modules of core, none of them torch's; core sees of kernels what its package exports;
+# analysis sees no backend.
 ALLOWED = {
     "cli": {"cli", "backends", "data_prep", "analysis", "core", "kernels"},
     "backends": {"backends", "core", "kernels"},

@@ -39,6 +39,7 @@ def test_same_state_as_the_local_backend(weftrain: Callable[..., Result], tiny: 
     assert "first to differ: exp_avg/" in line
 
 
+@pytest.mark.prove
 def test_a_killed_run_goes_on_from_its_store(weftrain: Callable[..., Result], tiny: list[str], tmp_path: Path) -> None:
     """No checkpoint was made when it was killed: the store alone knows."""
     long = [*tiny, "schedule.steps=100000"]

@@ -97,6 +97,7 @@ def test_the_bits_of_one_process(
 SHARDED = ["batch.replicas=2", "backend.options.fabric=sharded", "backend.options.tile_elements=4096"]
 
 
+@pytest.mark.prove
 def test_a_sharded_store_is_continued(overrides: list[str], single: tuple[State, list[float]], tmp_path: Path) -> None:
     """Both ranks end after three steps, and both go on from their stores."""
     first = [item for item in overrides if not item.startswith("schedule.steps=")] + ["schedule.steps=3"]
@@ -151,6 +152,7 @@ def test_replicas_join_and_leave_between_steps(overrides: list[str], single: tup
     assert losses[:6] == single[1]
 
 
+@pytest.mark.prove
 def test_a_killed_replica_is_reported_and_the_last_step_is_intact(overrides: list[str], tmp_path: Path) -> None:
     long = [item for item in overrides if not item.startswith("schedule.steps=")] + ["schedule.steps=1000"]
     options = ["batch.replicas=2", "backend.options.tier=mapped"]

@@ -407,6 +407,7 @@ def assert_same_bits_after_kills(tier: str, kills: int, recipe_overrides: list[s
     run.close()
 
 
+@pytest.mark.prove
 def test_killed_at_random_moments(tiny_overrides: list[str], tmp_path: Path) -> None:
     assert_same_bits_after_kills("direct", 3, [*tiny_overrides, "model.num_layers=5"], tmp_path)
 
