@@ -24,14 +24,15 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.5rem; margin: .2rem 0 1rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.05rem; margin: 2rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-td, th { text-align: left; padding: .15rem .6rem .15rem 0; vertical-align: middle; overflow-wrap: anywhere; }
+td, th { text-align: left; padding: .15rem .6rem .15rem 0; vertical-align: middle; overflow-wrap: break-word; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 td.b { width: 45%; min-width: 5rem; }
 .bar { height: .8rem; background: var(--bar); border-radius: 2px; min-width: 1px; }
-code { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
+code { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; white-space: pre-wrap; }
+pre { white-space: pre-wrap; margin: 0; }
 .soft { color: var(--soft); }
 svg { width: 100%; height: auto; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 0 2.5rem; }
+@media (max-width: 36rem) { td.b { width: 30%; min-width: 2.5rem; } td, th { padding-right: .35rem; } }
 """
 
 
@@ -110,8 +111,8 @@ def _zipf(token_counts: np.ndarray) -> str:
         '<svg viewBox="0 0 600 215" role="img" aria-label="frequency of each token against its rank">'
         '<polyline fill="none" stroke="var(--line)" points="40,10 40,190 590,190"/>'
         f'<polyline fill="none" stroke="var(--bar)" stroke-width="2" points="{points}"/>'
-        f'<g fill="var(--soft)" font-size="11"><text x="44" y="18">{counts[0]:,} times</text><text x="40" y="205">rank 1</text>'
-        f'<text x="590" y="205" text-anchor="end">rank {len(counts):,}</text></g></svg>'
+        f'<g fill="var(--soft)" font-size="11"><text x="590" y="24" text-anchor="end">the commonest: {counts[0]:,} times</text>'
+        f'<text x="40" y="205">rank 1</text><text x="590" y="205" text-anchor="end">rank {len(counts):,}</text></g></svg>'
         f'<p class="soft">{unused:,} of {len(token_counts):,} ids do not occur.</p>'
     )
 

@@ -7,6 +7,7 @@ and, for best-fit rows, padding; once for every epoch, and once for the held-out
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -102,11 +103,16 @@ def check_failures(plan: Plan, failures: Sequence[dict[str, str]], max_failures:
 
 
 def load_json(path: Path) -> Any:
-    """A file that a stage left. Raises DataError."""
+    """A file that a stage left; kept, since every task of a process asks for it. Raises DataError."""
     try:
-        return parse_json(path.read_bytes())
+        return _parsed(path, path.stat().st_mtime_ns)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}; remove {path.parent} and prepare again") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(path: Path, modified_ns: int) -> Any:
+    return parse_json(path.read_bytes())
 
 
 @dataclass
