@@ -150,7 +150,7 @@ def test_counts_are_what_is_read(samples: int, order: list[int], dropped: int) -
 
 def test_the_model_zoos_order() -> None:
     """From the definition: counts by int(epoch x weight), rows in order and again, which comes next by numpy's shuffle."""
-    order = CerebrasOrder((0.7, 0.26, 0.04), (700, 400, 9), seed=5)
+    order = CerebrasOrder((0.7, 0.26, 0.04), (700, 400, 90), seed=5)
     epoch = 400 / 0.26  # b would last longest; c has less than 5 %
     counts = [int(epoch * weight) for weight in (0.7, 0.26, 0.04)]
     component, k = order.locate(np.arange(sum(counts)))

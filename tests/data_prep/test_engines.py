@@ -61,9 +61,13 @@ def llama_like() -> bytes:
     tree["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, replace]}
     undo = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
     tree["decoder"] = {"type": "Sequence", "decoders": [*undo, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    for run in ("\u2581\u2581", "\u2581\u2581\u2581\u2581"):  # runs of spaces are entries, as in LLaMA's
+        tree["model"]["vocab"][run] = len(tree["model"]["vocab"])
+        tree["model"]["merges"].append([run[: len(run) // 2]] * 2)
+    first = len(tree["model"]["vocab"])
     added = [token for token in tree["added_tokens"] if token["content"] in ("<unk>", "<s>", "</s>")]
     fim = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    tree["added_tokens"] = added + [{"id": 3000 + index, "content": name} | fim for index, name in enumerate(CRYSTALCODER_TOKENS)]
+    tree["added_tokens"] = added + [{"id": first + index, "content": name} | fim for index, name in enumerate(CRYSTALCODER_TOKENS)]
     return json.dumps(tree).encode()
 
 

@@ -580,11 +580,25 @@ def test_a_slice_of_the_embedded_corpus(tmp_path: Path) -> None:
     assert prepared.manifest.corpus.licence == "PSF-2.0"
     train, heldout = (documents_of(prepared.folder, name) for name in ("train", "heldout"))
     assert any("JSON" in text for text in (train | heldout).values())
-    sides: dict[int, set[str]] = {}  # a module's documentation stands on the side of its source
+
+
+def test_documentation_stands_on_the_side_of_its_source(tmp_path: Path, texts: list[str]) -> None:
+    """What is taken from a source must not be trained on while the source is held out."""
+    library = tmp_path / "library"
+    library.mkdir()
+    for number, text in enumerate(texts[:80]):
+        (library / f"m{number}.py").write_text(f'"""{(text + " ") * 12}"""\n')
+    files, description, licence = embedded_inputs(library)
+    inputs = Inputs(tuple(files), description, licence)
+    prepared = prepare(inputs, tmp_path / "out", name="python", vocab_size=300, sequence_length=16, heldout_fraction=0.3)
+    assert prepared is not None
+    assert prepared.manifest.documents.heldout > 20
+    sides: dict[int, dict[int, str]] = {}
     for set_name in ("train", "heldout"):
         for _, about in pieces_of(prepared.folder, set_name):
-            sides.setdefault(about["file"], set()).add(set_name)
-    assert all(len(side) == 1 for side in sides.values())
+            sides.setdefault(about["file"], {})[about["record"]] = set_name
+    assert sum(len(records) == 2 for records in sides.values()) > 40
+    assert all(len(set(records.values())) == 1 for records in sides.values())
 
 
 @pytest.mark.prove
