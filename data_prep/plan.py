@@ -189,7 +189,6 @@ def save_plan(plan: Plan) -> bool:
     for folder in ("samples", "parts", "buckets", "shards", "dataset/train", "dataset/heldout"):
         fsops.make_dirs(plan.folder / folder)
     fsops.write_bytes(plan.folder / PLAN, canonical_json(_tree(plan)) + b"\n")
-    load_plan.cache_clear()
     return False
 
 
@@ -199,9 +198,16 @@ def is_saved(plan: Plan) -> bool:
     return path.is_file() and path.read_bytes() == canonical_json(_tree(plan)) + b"\n"
 
 
-@functools.lru_cache(maxsize=4)
 def load_plan(folder: Path) -> Plan:
-    """The plan in a work folder; kept, since every task of a process asks for it. Raises DataError."""
+    """The plan in a work folder; kept until it is another, since every task of a process asks for it. Raises DataError."""
+    try:
+        return _loaded(folder, (folder / PLAN).stat().st_mtime_ns)
+    except OSError as error:
+        raise DataError(f"{folder / PLAN}: cannot be read: {error}; remove {folder} and prepare again") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(folder: Path, modified_ns: int) -> Plan:
     try:
         tree = parse_json((folder / PLAN).read_bytes())
         inputs, settings = tree["inputs"], dict(tree["settings"])

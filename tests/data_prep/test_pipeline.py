@@ -558,6 +558,15 @@ def test_what_is_done_is_not_done_again(run: Run, monkeypatch: pytest.MonkeyPatc
     assert not set(first) & set(done)
 
 
+def test_processes_that_are_kept_do_not_keep_a_plan_that_was_replaced(run: Run, tmp_path: Path) -> None:
+    expected = tree(run(output="clean", seed=7).folder)
+    executor = LocalExecutor(2)
+    run(executor=executor)
+    fsops.remove_tree(tmp_path / "out" / "d")
+    assert tree(run(executor=executor, seed=7).folder) == expected
+    executor.close()
+
+
 def test_other_settings_do_not_go_on_from_anothers_work(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     expected = tree(run(output="clean", seed=7).folder)
     with injected(Faults(DEATHS[0], 40)), pytest.raises(Death):
