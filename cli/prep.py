@@ -98,7 +98,7 @@ def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
         jobs, quality = _recipe_jobs(recipe, options), recipe.quality
     else:
         jobs, quality = [_job(inputs, options)], None
-    executor = _executor(options)
+    executor = _executor(options, output)
     folder = staging_folder(output) if is_remote(output) else Path(output)
     if quality is not None:
         jobs = [_filtered(job, quality, folder, options["workers"] or os.cpu_count() or 1, console) for job in jobs]
@@ -245,10 +245,13 @@ def _fim(rate: float | None, spm_share: float, mode: Any) -> Any:
     return FimSettings(rate, spm_share, mode)
 
 
-def _executor(options: dict[str, Any]) -> Executor:
+def _executor(options: dict[str, Any], output: str) -> Executor:
     from weftrain.data_prep.executors import LocalExecutor, RayExecutor, TaskExecutor
+    from weftrain.data_prep.publish import is_remote
 
     kind = options["executor"]
+    if kind != "local" and is_remote(output):
+        raise click.UsageError(f"--executor {kind}: --output must be a folder that all of them see; copy the dataset from there")
     if kind != "task" and (options["index"] is not None or options["of"] is not None or options["stage"] is not None):
         raise click.UsageError("--index, --of and --stage belong to --executor task")
     if kind != "ray" and options["ray_address"] is not None:

@@ -85,6 +85,7 @@ def test_a_recipe_makes_its_datasets(weftrain: Weftrain, inputs: Path, tmp_path:
         (["--sequence-length", "8"], "the recipe decides sequence_length"),
         (["--index", "0"], "belong to --executor task"),
         (["--executor", "task"], "needs --index and --of"),
+        (["--executor", "ray", "--output", "memory://x"], "--output must be a folder that all of them see"),
         (["--set", "sequence_lenth=8"], "did you mean 'sequence_length'"),
     ],
 )
