@@ -115,13 +115,16 @@ class ShardReader:
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """int64 [n] row numbers -> int64 [n, sequence_length + 1] token ids. Raises IndexError, DataError."""
-        ids = np.empty((len(indices), self.sequence_length + 1), dtype=np.int64)
-        self.read_into(ids, slice(None), indices)
-        return ids
+        self._touch(indices)
+        return self._gather("data", indices).astype(np.int64)
 
     def read_into(self, ids: np.ndarray, places: Any, indices: np.ndarray) -> None:
-        """ids[places] = rows(indices), with no copy between: int64 [m, sequence_length + 1], an index of n of its rows, int64 [n]."""
-        self._touch(indices)
+        """ids[places] = rows(indices), with no copy between: int64 [m, sequence_length + 1], an index of n of its rows, int64 [n].
+
+        For callers that know the indices to lie in the shard: they are not checked again. Raises DataError.
+        """
+        if self._unverified:
+            self._touch(indices)
         ids[places] = self._gather("data", indices)
 
     @property

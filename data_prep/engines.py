@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from weftrain.data_prep.packing import split
+
 _SPACE = "\u2581"  # what LLaMA-like normalizers write for a space
 MISSING = "it is not installed: pip install 'weftrain[data]'"
 _PIECE_CHARACTERS = 4096
@@ -138,4 +140,4 @@ class Gigatoken:
         self._encoded_bytes += sum(map(len, texts))
         if self._encoded_bytes > _FRESH_BYTES:
             self._backend, self._encoded_bytes = self._load(), 0
-        return np.split(ids[offsets[0] : offsets[-1]], offsets[1:-1] - offsets[0])
+        return split(ids[offsets[0] :], offsets[1:] - offsets[0])

@@ -22,7 +22,7 @@ from weftrain.core.dataset import merkle_root
 from weftrain.core.errors import DataError
 from weftrain.core.shards import ID_BYTES
 from weftrain.data_prep import fim
-from weftrain.data_prep.packing import best_fit_rows
+from weftrain.data_prep.packing import best_fit_rows, split
 from weftrain.data_prep.plan import Plan
 from weftrain.data_prep.table_file import Table, write_table
 from weftrain.data_prep.tokenization import TextEncoder, encoder_for
@@ -175,7 +175,8 @@ def _gather(plan: Plan, index: int, found: dict[str, Any], encoder: TextEncoder)
     """The bucket's documents of every part, in the order of keys and, among equals, of reading."""
     numbers = {name: number for number, name in enumerate(found["sources"])}
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("heldout", "source", "file", "record", "num_bytes", "part", "place")}
-    keys, content, tokens, masks = [], [], [], []
+    keys, content, tokens = [], [], []
+    masks: list[np.ndarray | None] = []
     has_mask = False
     for part in [index] if plan.settings.order == "as_read" else range(len(plan.parts)):
         table = Table(plan.part_file(part))
@@ -193,11 +194,10 @@ def _gather(plan: Plan, index: int, found: dict[str, Any], encoder: TextEncoder)
         content.append(table.slice("content", low, high))
         if high > low:
             first, last = int(starts[low]), int(ends[high - 1])
-            cuts = ends[low : high - 1] - first
-            tokens += np.split(table.slice("tokens", first, last), cuts)
+            cuts = ends[low:high] - first
+            tokens += split(table.slice("tokens", first, last), cuts)
             has_mask |= "mask" in table
-            ones = np.ones(last - first, np.uint8)
-            masks += np.split(table.slice("mask", first, last) if "mask" in table else ones, cuts)
+            masks += split(table.slice("mask", first, last), cuts) if "mask" in table else [None] * (high - low)
     joined = {name: np.concatenate(pieces) for name, pieces in columns.items()}
     words = np.ascontiguousarray(np.concatenate(keys)).view(">u8").astype(np.uint64)  # [n, 4]: compared as the bytes are
     by_key = [words[:, column] for column in range(words.shape[1])] if plan.settings.order == "shuffled" else []
@@ -206,9 +206,13 @@ def _gather(plan: Plan, index: int, found: dict[str, Any], encoder: TextEncoder)
         {name: column[order] for name, column in joined.items()},
         np.concatenate(content)[order],
         [tokens[place] for place in order],
-        [masks[place] for place in order] if has_mask else None,
+        [_mask(masks[place], len(tokens[place])) for place in order] if has_mask else None,
         len(order),
     )
+
+
+def _mask(mask: np.ndarray | None, length: int) -> np.ndarray:
+    return np.ones(length, np.uint8) if mask is None else mask
 
 
 def _range(keys: np.ndarray, index: int, buckets: int) -> tuple[int, int]:

@@ -20,6 +20,12 @@ class Piece(NamedTuple):
     stop: int
 
 
+def split(array: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
+    """Views of an array up to each of the rising ends; np.split takes ten times as long a piece."""
+    stops: list[int] = ends.tolist()
+    return [array[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
+
+
 def best_fit_rows(lengths: np.ndarray, row_tokens: int) -> list[list[Piece]]:
     """int64 [documents] lengths -> the pieces of each row, in document order within a row; a function of the lengths alone."""
     pieces = [

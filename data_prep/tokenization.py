@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from weftrain.core.errors import DataError
 from weftrain.core.shards import token_dtype
 from weftrain.data_prep.engines import Gigatoken, Reference, gigatoken_problem
+from weftrain.data_prep.packing import split
 
 CONTROL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as LLaMA's and so Amber's and CrystalCoder's
 EOS_CANDIDATES = ("</s>", "<|endoftext|>")
@@ -108,7 +109,7 @@ class TextEncoder:
                 f"{names[document]}: the tokenizer turns ordinary text into control id {joined[hits[0]]} at token {place}; "
                 "use a tokenizer that can spell its special tokens out"
             )
-        return np.split(joined.astype(self.dtype), np.cumsum([len(ids) for ids in encoded])[:-1])
+        return split(joined.astype(self.dtype), np.cumsum([len(ids) for ids in encoded]))
 
     def _encode_fast(self, fast: Gigatoken, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None) -> list[np.ndarray]:
         """Those with the text of an added token by the reference, the rest by the fast engine; a sample by both."""
