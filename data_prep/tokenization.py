@@ -46,9 +46,9 @@ _LARGE_CHARACTERS = 1 << 16
 MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Counts:
-    """Documents so far: encoded by the reference and by the fast engine, and how many of the latter by both, to compare."""
+    """Documents: encoded by the reference and by the fast engine, and how many of the latter by both, to compare. `encode` adds to it."""
 
     reference: int = 0
     fast: int = 0
@@ -66,7 +66,6 @@ class TextEncoder:
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.dtype = token_dtype(self.vocab_size)
-        self.counts = Counts()
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         control = {index for index, token in added.items() if token.special or token.content in CONTROL_NAMES} | {eos_id}
@@ -88,7 +87,9 @@ class TextEncoder:
         self.engine = "tokenizers" if self._fast is None else "gigatoken"
         self.engine_version = importlib.metadata.version(self.engine)
 
-    def encode(self, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None = None) -> list[np.ndarray]:
+    def encode(
+        self, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None = None, counts: Counts | None = None
+    ) -> list[np.ndarray]:
         """Ids of each text, without eos, in the shards' dtype. hashes: of the texts, by which those to be compared are chosen.
 
         Raises DataError, by `names`, where a control id comes out or the engines differ.
@@ -97,9 +98,10 @@ class TextEncoder:
             return []
         if self._fast is None:
             encoded = self._reference.encode(texts)
-            self.counts = Counts(self.counts.reference + len(texts), self.counts.fast, self.counts.checked)
+            if counts is not None:
+                counts.reference += len(texts)
         else:
-            encoded = self._encode_fast(self._fast, texts, names, hashes)
+            encoded = self._encode_fast(self._fast, texts, names, hashes, counts or Counts())
         joined = np.concatenate(encoded)
         if (hits := np.flatnonzero(self._is_control[joined])).size:
             ends = np.cumsum([len(ids) for ids in encoded])
@@ -111,7 +113,9 @@ class TextEncoder:
             )
         return split(joined.astype(self.dtype), np.cumsum([len(ids) for ids in encoded]))
 
-    def _encode_fast(self, fast: Gigatoken, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None) -> list[np.ndarray]:
+    def _encode_fast(
+        self, fast: Gigatoken, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None, counts: Counts
+    ) -> list[np.ndarray]:
         """Those with the text of an added token by the reference, the rest by the fast engine; a sample by both."""
         apart = [index for index, text in enumerate(texts) if fast.needs_reference(text)]
         together = sorted(set(range(len(texts))) - set(apart)) if apart else range(len(texts))
@@ -128,8 +132,9 @@ class TextEncoder:
                 raise DataError(
                     f"{names[index]}: gigatoken {self.engine_version} and the reference differ from token {place}; use --engine tokenizers"
                 )
-        before = self.counts
-        self.counts = Counts(before.reference + len(apart), before.fast + len(together), before.checked + len(checked))
+        counts.reference += len(apart)
+        counts.fast += len(together)
+        counts.checked += len(checked)
         return encoded
 
     def special_id(self, name: str) -> int:

@@ -18,7 +18,7 @@ from weftrain.data_prep.documents import Document, Failure, FileRead
 from weftrain.data_prep.plan import Plan, is_held_out, order_key
 from weftrain.data_prep.readers import read_part
 from weftrain.data_prep.table_file import Table, write_table
-from weftrain.data_prep.tokenization import TextEncoder, encoder_for
+from weftrain.data_prep.tokenization import Counts, TextEncoder, encoder_for
 
 _ENCODE_BYTES = 4 << 20  # text encoded at once
 TRAINING_BYTES = 32 << 20  # text that a tokenizer is trained on: the training documents of the lowest keys
@@ -44,8 +44,7 @@ class _Rows:
 def tokenize_part(plan: Plan, index: int) -> None:
     """Read and encode part `index` into its file. Raises DataError for inputs that changed or ids outside the vocabulary, OSError."""
     encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.eos, plan.engine)
-    before = encoder.counts
-    rows = _Rows()
+    rows, counts = _Rows(), Counts()
     waiting: list[Document] = []
     waiting_bytes = 0
 
@@ -53,7 +52,7 @@ def tokenize_part(plan: Plan, index: int) -> None:
         texts = [document.text or "" for document in waiting]
         names = [_place(plan, document) for document in waiting]
         hashes = rows.content[len(rows.content) - len(waiting) :]
-        rows.tokens.extend(encoder.encode(texts, names, hashes))
+        rows.tokens.extend(encoder.encode(texts, names, hashes, counts))
         waiting.clear()
 
     for item in read_part(plan.inputs.files, plan.parts[index], plan.inputs.options):
@@ -73,9 +72,7 @@ def tokenize_part(plan: Plan, index: int) -> None:
                 flush()
                 waiting_bytes = 0
     flush()
-    after = encoder.counts
-    counts = {"reference": after.reference - before.reference, "checked": after.checked - before.checked}
-    _write(plan, index, rows, encoder, counts)
+    _write(plan, index, rows, encoder, {"reference": counts.reference, "checked": counts.checked})
 
 
 def _take(rows: _Rows, document: Document, content: bytes, num_bytes: int, plan: Plan) -> None:
