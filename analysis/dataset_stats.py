@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from weftrain.core.dataset import Manifest, SetName, ShardSet, read_manifest
-from weftrain.core.errors import DataError
+from weftrain.core.dataset import Manifest, open_set
 
 LENGTH_EDGES = np.concatenate([[0], 2 ** np.arange(0, 27)])  # tokens
 
@@ -35,15 +34,6 @@ class DatasetStats:
     fim: dict[str, int]
     padding_tokens: int
     bytes_per_token: float
-
-
-def open_set(folder: Path, set_name: str) -> tuple[Manifest, ShardSet]:
-    """A dataset's manifest and one of its sets. Raises DataError."""
-    manifest = read_manifest(folder)
-    if set_name not in manifest.sets:
-        raise DataError(f"{folder}: has no set '{set_name}'; it has {', '.join(manifest.sets)}")
-    name: SetName = "train" if set_name == "train" else "heldout"
-    return manifest, ShardSet(folder, manifest, name)
 
 
 def dataset_stats(folder: Path, set_name: str = "train", progress: Callable[[int, int], None] | None = None) -> DatasetStats:

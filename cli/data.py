@@ -74,7 +74,7 @@ def _megabytes(bar: Bar, done: int, total: int) -> None:
 @click.option("--from", "first", type=click.IntRange(min=0), default=0, show_default=True, help="The first row's number.")
 def head(folder: Path, set_name: str, rows: int, first: int) -> None:
     """Print rows of the dataset in FOLDER as text, document by document."""
-    from weftrain.analysis.dataset_stats import open_set
+    from weftrain.core.dataset import open_set
 
     console = _console()
     manifest, shards = open_set(folder, set_name)
@@ -206,8 +206,9 @@ def fim_report(folder: Path, rate: float, spm_share: float, documents: int) -> N
     """What fill-in-the-middle would damage in the dataset in FOLDER, prepared without it: the released scripts' way and the exact one."""
     from itertools import islice
 
+    from weftrain.core.dataset import open_set
     from weftrain.data_prep.fim_damage import damage_lines, fim_damage
-    from weftrain.data_prep.interchange import open_set, whole_documents
+    from weftrain.data_prep.interchange import whole_documents
 
     manifest, shards = open_set(folder, "train")
     if manifest.fim is not None:

@@ -28,6 +28,7 @@ from weftrain.core.shards import ShardReader, Stretch
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 INPUTS = "inputs.jsonl"
+FAILURES = "failures.jsonl"  # what could not be read, where anything could not
 VERSION = 2
 EAGER_SHARDS = 64
 _MAX_MANIFEST_BYTES = 256 << 20
@@ -363,11 +364,11 @@ class ShardSet:
 
     def _by_shard(self, indices: np.ndarray) -> Iterator[tuple[list[int] | slice, ShardReader, np.ndarray]]:
         """(which of the indices, their shard, their rows in it) for each shard that is touched."""
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_rows:
+            raise IndexError(f"{self.folder}: rows {indices.min()}..{indices.max()} of {self.num_rows}")
         if len(self._ends) == 1:
             yield slice(None), self._reader(0), indices
             return
-        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_rows:
-            raise IndexError(f"{self.folder}: rows {indices.min()}..{indices.max()} of {self.num_rows}")
         of_shard: dict[int, list[int]] = {}
         for place, shard in enumerate(np.searchsorted(self._ends, indices, side="right").tolist()):
             of_shard.setdefault(shard, []).append(place)
@@ -423,3 +424,12 @@ class ShardSet:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_readers": {}}
+
+
+def open_set(folder: Path, set_name: str) -> tuple[Manifest, ShardSet]:
+    """A dataset's manifest and one of its sets. Raises DataError."""
+    manifest = read_manifest(folder)
+    if set_name not in manifest.sets:
+        raise DataError(f"{folder}: has no set '{set_name}'; it has {', '.join(manifest.sets)}")
+    name: SetName = "train" if set_name == "train" else "heldout"
+    return manifest, ShardSet(folder, manifest, name)

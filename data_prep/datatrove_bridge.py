@@ -7,6 +7,7 @@ so the result does not depend on how many workers there are; `filter_inputs` giv
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import numpy as np
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile, Part
+from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile, Part, Share
 from weftrain.data_prep.input_files import lines_before
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.quality import Quality
@@ -104,7 +105,10 @@ def filter_inputs(inputs: Inputs, quality: Quality, folder: Path, workers: int =
     Raises DataError.
     """
     parts = tuple(split_parts(list(inputs.files), _PART_BYTES))
-    wanted = sha256_json({"quality": quality.model_dump(mode="json"), "files": [list(file.__dict__.values()) for file in inputs.files]})
+    against = list_inputs(list(quality.decontaminate.against), source=None) if quality.decontaminate is not None else []
+    listed = [list(dataclasses.asdict(file).values()) for file in (*inputs.files, *against)]
+    options = dataclasses.asdict(inputs.options)
+    wanted = sha256_json({"quality": quality.model_dump(mode="json"), "options": options, "files": listed})
     record = folder / QUALITY
     if not (record.is_file() and parse_json(record.read_bytes())["key"] == wanted):
         fsops.remove_tree(folder)
@@ -139,8 +143,7 @@ def _run_steps(reader: WeftrainReader, tasks: int, quality: Quality, folder: Pat
         hash_config=HashConfig(precision=64, hash_fc="sha1"),
     )
     files = tuple(list_inputs([str(kept / f"{index:05d}.jsonl") for index in range(tasks)], source=None))
-    parts = tuple(split_parts(list(files), 1 << 62)) if tasks == 1 else tuple(split_parts([file], 1 << 62)[0] for file in files)
-    parts = tuple(Part(tuple(share._replace(file=index) for share in part.shares)) for index, part in enumerate(parts))
+    parts = tuple(Part((Share(index, 0, file.num_bytes),)) for index, file in enumerate(files))
     again = WeftrainReader(files, parts, ReadOptions(text_key="text", source_key="source"))
     signatures, buckets, removed = (str(scratch / name) for name in ("signatures", "buckets", "removed"))
     language = quality.language
@@ -228,7 +231,7 @@ def _decontamination(quality: Quality, folder: Path) -> Any:
                     hashes |= {hash_of(" ".join(gram)) for gram in ngrams(tokens, wanted.ngrams)}
         if not hashes:
             raise DataError(f"{file.address}: no text of {wanted.ngrams} words to decontaminate against; give a smaller ngrams")
-        (folder / f"{index:03d}.index.hashes").write_bytes(np.array(sorted(hashes), np.uint64).tobytes())
+        fsops.write_bytes(folder / f"{index:03d}.index.hashes", np.array(sorted(hashes), np.uint64).tobytes())
     return NGramsDecontFilter(str(folder), config=config, language=quality.language)
 
 

@@ -77,7 +77,7 @@ def _local(address: str, source: str | None, suffixes: tuple[str, ...], format: 
 
 
 def _remote(address: str, source: str | None, suffixes: tuple[str, ...], format: str | None) -> list[InputFile]:
-    system, root = _file_system(address)
+    system, root = file_system(address)
     try:
         if "*" in root:
             found = dict.fromkeys(system.glob(root))
@@ -108,7 +108,8 @@ def _remote(address: str, source: str | None, suffixes: tuple[str, ...], format:
     return files
 
 
-def _file_system(address: str) -> tuple[Any, str]:
+def file_system(address: str) -> tuple[Any, str]:
+    """fsspec's file system of an address, and the path there. Raises DataError."""
     import fsspec
 
     try:
@@ -308,7 +309,7 @@ def check_unchanged(file: InputFile) -> None:
             status = os.stat(file.address)
             same = (status.st_size, status.st_mtime_ns) == (file.num_bytes, file.modified_ns)
         else:
-            system, path = _file_system(file.address)
+            system, path = file_system(file.address)
             same = int(system.size(path)) == file.num_bytes
     except OSError as error:
         raise DataError(f"{file.address}: cannot be read: {error}") from error

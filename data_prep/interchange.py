@@ -14,29 +14,16 @@ import h5py
 import numpy as np
 
 from weftrain.core import fsops
-from weftrain.core.dataset import Manifest, SetName, ShardSet, read_manifest
+from weftrain.core.dataset import Manifest, ShardSet, open_set
 from weftrain.core.errors import DataError
 from weftrain.core.shards import token_dtype
-from weftrain.data_prep.plan import Progress
+from weftrain.data_prep.plan import Progress, no_progress
 
 _ROWS_AT_ONCE = 512
 _MEGATRON_CODES = {"<u2": 8, "<i4": 4}
 
 
-def _no_progress(stage: str, done: int, total: int | None, unit: str) -> None:
-    pass
-
-
-def open_set(folder: Path, set_name: str) -> tuple[Manifest, ShardSet]:
-    """A dataset's manifest and one of its sets. Raises DataError."""
-    manifest = read_manifest(folder)
-    if set_name not in manifest.sets:
-        raise DataError(f"{folder}: has no set '{set_name}'; it has {', '.join(manifest.sets)}")
-    name: SetName = "train" if set_name == "train" else "heldout"
-    return manifest, ShardSet(folder, manifest, name)
-
-
-def export_cerebras(folder: Path, set_name: str, to: Path, rows_per_file: int = 65_536, progress: Progress = _no_progress) -> list[Path]:
+def export_cerebras(folder: Path, set_name: str, to: Path, rows_per_file: int = 65_536, progress: Progress = no_progress) -> list[Path]:
     """Write a set as `data` (N, 3, S) int32, gzip, in chunks of a row, with `n_examples`: input ids, loss mask, labels shifted by one.
 
     Returns the files, NNNNN.h5 in `to`, which must not hold any yet. Raises DataError, OSError.
@@ -67,7 +54,7 @@ def export_cerebras(folder: Path, set_name: str, to: Path, rows_per_file: int = 
     return files
 
 
-def export_megatron(folder: Path, set_name: str, to: Path, progress: Progress = _no_progress) -> tuple[Path, Path]:
+def export_megatron(folder: Path, set_name: str, to: Path, progress: Progress = no_progress) -> tuple[Path, Path]:
     """Write a set as to.bin and to.idx (version 1), a sequence a document, each with its end token as it lies in the shards.
 
     The last document is as long as the rows are: what the dataset dropped is not in it. Padding is left out. Raises DataError, OSError.
@@ -95,7 +82,7 @@ def export_megatron(folder: Path, set_name: str, to: Path, progress: Progress = 
     return paths
 
 
-def whole_documents(manifest: Manifest, shards: ShardSet, progress: Progress = _no_progress) -> Iterator[np.ndarray]:
+def whole_documents(manifest: Manifest, shards: ShardSet, progress: Progress = no_progress) -> Iterator[np.ndarray]:
     """The tokens of each document of a set, in order, put together where shards cut them, and in best-fit rows where rows did not.
 
     A piece of a long document in a best-fit row is a document here, for rows stand alone.
@@ -109,8 +96,8 @@ def whole_documents(manifest: Manifest, shards: ShardSet, progress: Progress = _
         starts = np.append(0, table.end[:-1])
         for index, (start, end) in enumerate(zip(starts.tolist(), table.end.tolist(), strict=True)):
             identity = table.id[index].tobytes()
-            continues = start == 0 and bool(held) and identity == held_id
-            if continues and shared:
+            continues = shared and start == 0 and bool(held) and identity == held_id
+            if continues:
                 start = 1
             tokens = reader.tokens(start, end)
             if not continues and held:

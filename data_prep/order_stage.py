@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json
-from weftrain.core.dataset import merkle_root
+from weftrain.core.dataset import FAILURES, merkle_root
 from weftrain.core.errors import DataError
 from weftrain.core.shards import ID_BYTES
 from weftrain.data_prep import fim
@@ -28,7 +28,6 @@ from weftrain.data_prep.table_file import Table, write_table
 from weftrain.data_prep.tokenization import TextEncoder, encoder_for
 
 PADDING = "<padding>"  # the source of tokens that fill a row
-FAILURES = "failures.jsonl"
 _SHOWN_FAILURES = 8
 HELDOUT = "heldout"
 COLUMNS = ("length", "source", "file", "record", "fim_mode", "fim_a", "fim_b")  # of a document in a stream, int64
@@ -147,7 +146,7 @@ def order_bucket(plan: Plan, index: int) -> None:
     """Gather, deduplicate, transform and lay out bucket `index`. Raises DataError, OSError."""
     found = load_json(plan.survey_file)
     encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.eos, plan.engine)
-    gathered = _gather(plan, index, found, encoder)
+    gathered = _gather(plan, index, found)
     kept = _without_duplicates(plan, gathered)
     heldout = gathered.columns["heldout"].astype(bool)
     arrays: dict[str, np.ndarray] = {}
@@ -171,7 +170,7 @@ def order_bucket(plan: Plan, index: int) -> None:
     write_table(plan.bucket_file(index), arrays, note)
 
 
-def _gather(plan: Plan, index: int, found: dict[str, Any], encoder: TextEncoder) -> _Gathered:
+def _gather(plan: Plan, index: int, found: dict[str, Any]) -> _Gathered:
     """The bucket's documents of every part, in the order of keys and, among equals, of reading."""
     numbers = {name: number for number, name in enumerate(found["sources"])}
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("heldout", "source", "file", "record", "num_bytes", "part", "place")}
@@ -252,7 +251,7 @@ def _transformed(plan: Plan, gathered: _Gathered, chosen: np.ndarray, epoch: int
         tokens, mask = gathered.tokens[place], None if gathered.masks is None else gathered.masks[place]
         content = gathered.content[place].tobytes()
         record_of_fim = (0, 0, 0)
-        if exact is not None and ids is not None and mask is None:
+        if exact is not None and ids is not None:
             record_of_fim = fim.draw(settings.seed, content, epoch, exact.rate, exact.spm_share, len(tokens))
             tokens = fim.transform(tokens, *record_of_fim, ids)
         if not plan.fixed_rows:
@@ -289,9 +288,3 @@ def _arrays(name: str, stream: _Stream, encoder: TextEncoder) -> dict[str, np.nd
     if stream.masks:
         arrays[f"{name}.mask"] = np.concatenate(stream.masks)
     return arrays
-
-
-def bucket_tables(plan: Plan) -> Iterator[Table]:
-    """Every bucket's file, in order."""
-    for index in range(plan.buckets):
-        yield Table(plan.bucket_file(index))

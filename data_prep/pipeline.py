@@ -30,6 +30,7 @@ from weftrain.data_prep.plan import (
     check_inputs,
     is_saved,
     make_plan,
+    no_progress,
     preparation,
     save_plan,
 )
@@ -51,10 +52,6 @@ class Prepared:
     folder: Path
     manifest: Manifest
     up_to_date: bool
-
-
-def _no_progress(stage: str, done: int, total: int | None, unit: str) -> None:
-    pass
 
 
 def prepare(
@@ -79,7 +76,7 @@ def prepare(
     max_failures: int = 0,
     executor: Executor | None = None,
     only_stage: str | None = None,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> Prepared | None:
     """Make output/name. Without `tokenizer` one of `vocab_size` ids (8192) and 32 special ids more is trained on the text.
 

@@ -29,6 +29,10 @@ Packing = Literal["concatenate", "best_fit"]
 Order = Literal["shuffled", "as_read"]
 
 
+def no_progress(stage: str, done: int, total: int | None, unit: str) -> None:
+    """Says nothing."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Files, how to read them, and what the manifest says about them."""

@@ -11,20 +11,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from weftrain.core import fsops
-from weftrain.core.dataset import INPUTS, MANIFEST, TOKENIZER, Manifest, ShardSet, read_manifest
+from weftrain.core.dataset import FAILURES, INPUTS, MANIFEST, TOKENIZER, Manifest, ShardSet, read_manifest
 from weftrain.core.errors import DataError
-from weftrain.data_prep.plan import Progress
+from weftrain.data_prep.input_files import file_system
+from weftrain.data_prep.plan import Progress, no_progress
 
 _BLOCK_BYTES = 1 << 24
-_FAILURES = "failures.jsonl"
 
 
 def is_remote(address: str) -> bool:
-    """Whether an address is of another file system than this machine's."""
-    return "://" in address and not address.startswith("file://")
+    """Whether it is an address (`s3://…`, and `file://…` too) and not a path."""
+    return "://" in address
 
 
 def staging_folder(address: str) -> Path:
@@ -33,21 +31,22 @@ def staging_folder(address: str) -> Path:
     return cache / "weftrain" / "datasets" / hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
-def _no_progress(stage: str, done: int, total: int | None, unit: str) -> None:
-    pass
+def publish(folder: Path, manifest: Manifest, address: str, progress: Progress = no_progress) -> None:
+    """Copy a complete dataset to an address.
 
-
-def publish(folder: Path, manifest: Manifest, address: str, progress: Progress = _no_progress) -> None:
-    """Copy a complete dataset to an address; what is there already with the right size is left. Raises DataError."""
-    system, root = _open_system(address)
-    optional = [name for name in (_FAILURES,) if (folder / name).exists()]
+    Where the same dataset lies there already, only files that are missing or of another size are copied; where no manifest does, all
+    are, for a file of an interrupted copy cannot be told from another dataset's. Another dataset's address is refused. Raises DataError.
+    """
+    system, root = file_system(address.rstrip("/"))
+    optional = [name for name in (FAILURES,) if (folder / name).exists()]
     names = [*_files(manifest), *optional, MANIFEST]
     sizes = {name: (folder / name).stat().st_size for name in names}
     total, done = sum(sizes.values()), 0
     try:
+        same = _is_there(system, root, address, (folder / MANIFEST).read_bytes())
         for name in names:
             target = f"{root}/{name}"
-            if name == MANIFEST or not (system.exists(target) and system.size(target) == sizes[name]):
+            if not (same and system.exists(target) and system.size(target) == sizes[name]):
                 system.makedirs(target.rpartition("/")[0], exist_ok=True)
                 system.put_file(str(folder / name), target)
                 if system.size(target) != sizes[name]:
@@ -58,14 +57,14 @@ def publish(folder: Path, manifest: Manifest, address: str, progress: Progress =
         raise DataError(f"{address}: cannot be written: {error}; see that the address and the permissions are right") from error
 
 
-def fetch(address: str, folder: Path, progress: Progress = _no_progress) -> Manifest:
+def fetch(address: str, folder: Path, progress: Progress = no_progress) -> Manifest:
     """Copy a dataset from an address into a local folder that does not exist yet; checked before it is there. Raises DataError.
 
     Names come from the manifest after it was checked, so nothing is written outside the folder.
     """
     if folder.exists():
         raise DataError(f"{folder}: exists already; name another folder, or remove it")
-    system, root = _open_system(address)
+    system, root = file_system(address.rstrip("/"))
     partial = folder.parent / f".{folder.name}.partial"
     fsops.remove_tree(partial)
     for set_folder in ("train", "heldout"):
@@ -76,14 +75,15 @@ def fetch(address: str, folder: Path, progress: Progress = _no_progress) -> Mani
         manifest = read_manifest(partial)
         sizes = {shard.file: shard.num_bytes for entry in manifest.sets.values() for shard in entry.shards}
         total, done = sum(sizes.values()), 0
-        for name in (INPUTS, *sizes):
+        optional = [FAILURES] if system.exists(f"{root}/{FAILURES}") else []
+        for name in (INPUTS, *optional, *sizes):
             _fetch_file(system, f"{root}/{name}", partial / name)
             done += sizes.get(name, 0)
             progress("fetch", done, total, "bytes")
     except OSError as error:
         raise DataError(f"{address}: cannot be fetched: {error}; is it a dataset's address?") from error
     for set_name in manifest.sets:
-        ShardSet(partial, manifest, set_name)
+        ShardSet(partial, manifest, set_name).verify()
     if manifest.heldout is None:
         fsops.remove_tree(partial / "heldout")
     fsops.rename(partial, folder)
@@ -94,12 +94,13 @@ def _files(manifest: Manifest) -> list[str]:
     return [TOKENIZER, INPUTS, *(shard.file for entry in manifest.sets.values() for shard in entry.shards)]
 
 
-def _open_system(address: str) -> tuple[Any, str]:
-    try:
-        system, root = fsspec.core.url_to_fs(address.rstrip("/"))
-    except (ValueError, ImportError, OSError) as error:
-        raise DataError(f"{address}: no such file system: {error}; install what it needs, or name a folder") from error
-    return system, root
+def _is_there(system: Any, root: str, address: str, manifest: bytes) -> bool:
+    """Whether this dataset lies at the address; False where none does. Raises DataError for another."""
+    if not system.exists(f"{root}/{MANIFEST}"):
+        return False
+    if system.cat_file(f"{root}/{MANIFEST}") != manifest:
+        raise DataError(f"{address}: holds another dataset; name another address, or remove that one")
+    return True
 
 
 def _fetch_file(system: Any, source: str, target: Path) -> None:

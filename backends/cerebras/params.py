@@ -677,6 +677,9 @@ def _check_exportable(recipe: Recipe) -> None:
         "optimizer.decay: matrices_and_embeddings": optimizer.decay == "matrices_and_embeddings",
         "optimizer.non_finite: halt": optimizer.non_finite == "halt",
         "data.sources": bool(recipe.data.sources),
+        "no data.document_attention": not recipe.data.document_attention,
+        "no data.chunks": recipe.data.chunks is None,
+        "no data.skip": not recipe.data.skip,
     }
     unmet = [need for need, met in needs.items() if not met]
     if unmet:

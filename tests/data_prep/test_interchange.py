@@ -10,10 +10,10 @@ import h5py
 import numpy as np
 import pytest
 
-from weftrain.core.dataset import ShardSet, read_manifest
+from weftrain.core.dataset import ShardSet, open_set, read_manifest
 from weftrain.core.errors import DataError
 from weftrain.data_prep import plan
-from weftrain.data_prep.interchange import export_cerebras, export_megatron, open_set, whole_documents
+from weftrain.data_prep.interchange import export_cerebras, export_megatron, whole_documents
 from weftrain.data_prep.pipeline import Prepared, prepare
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.readers import ReadOptions, list_inputs
@@ -88,6 +88,22 @@ def test_megatron_documents_there_and_back(dataset: Prepared, tmp_path: Path, en
         export_megatron(dataset.folder, "train", tmp_path / "mega" / "m")
     with pytest.raises(DataError, match="has no set 'heldout'"):
         export_megatron(dataset.folder, "heldout", tmp_path / "x")
+
+
+def test_the_same_row_on_both_sides_of_a_shards_end_is_two_documents(tmp_path: Path, encoder: TextEncoder) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(encoder.data)
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"token_ids": list(range(5, S + 6)), "source": "s"}) + "\n") * 2)
+    prepared = make(tmp_path, tmp_path / "rows.jsonl", "rows", rows_per_shard=1, order="as_read")
+    manifest, shards = open_set(prepared.folder, "train")
+    assert len(list(whole_documents(manifest, shards))) == shards.num_rows == 2
+
+
+@pytest.mark.parametrize("rows_per_shard", [20, 10_000])
+def test_rows_that_are_not_there(dataset: Prepared, tmp_path: Path, rows_per_shard: int) -> None:
+    _, shards = open_set(make(tmp_path, tmp_path / "t.jsonl", "other", rows_per_shard=rows_per_shard).folder, "train")
+    for row in (-1, shards.num_rows):
+        with pytest.raises(IndexError, match=f"rows {row}..{row} of {shards.num_rows}"):
+            shards.rows(np.array([row]))
 
 
 class CorpusReader:

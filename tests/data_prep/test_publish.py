@@ -80,10 +80,37 @@ def test_damaged_on_the_way_is_refused(dataset: Path, address: str, tmp_path: Pa
     assert not (tmp_path / "back").exists()
 
 
+def test_another_of_the_same_size_is_refused(dataset: Path, address: str, tmp_path: Path) -> None:
+    publish(dataset, read_manifest(dataset), address)
+    system, root = fsspec.core.url_to_fs(address)
+    data = bytearray(system.cat_file(f"{root}/train/00000.h5"))
+    data[4096] ^= 1  # the first token, where the tokens of a shard lie
+    system.pipe_file(f"{root}/train/00000.h5", bytes(data))
+    with pytest.raises(DataError, match=r"train/00000\.h5"):
+        fetch(address, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_another_dataset_is_not_written_over(dataset: Path, address: str) -> None:
+    system, root = fsspec.core.url_to_fs(address)
+    system.pipe_file(f"{root}/manifest.json", (dataset / "manifest.json").read_bytes().replace(b'"seed"', b'"Seed"'))
+    system.pipe_file(f"{root}/train/00000.h5", b"theirs")
+    with pytest.raises(DataError, match="holds another dataset; name another address"):
+        publish(dataset, read_manifest(dataset), address)
+    assert system.cat_file(f"{root}/train/00000.h5") == b"theirs"
+
+
+def test_what_could_not_be_read_travels_too(dataset: Path, address: str, tmp_path: Path) -> None:
+    (dataset / "failures.jsonl").write_text('{"file": "x"}\n')
+    publish(dataset, read_manifest(dataset), address)
+    fetch(address, tmp_path / "back")
+    assert (tmp_path / "back" / "failures.jsonl").read_text() == '{"file": "x"}\n'
+
+
 def test_addresses() -> None:
     assert is_remote("s3://bucket/x")
     assert not is_remote("datasets")
-    assert not is_remote("file:///tmp/x")
+    assert is_remote("file:///tmp/x")
     assert staging_folder("s3://a") != staging_folder("s3://b")
     with pytest.raises(DataError, match="no such file system"):
         fetch("nosuchscheme://x", Path("never"))

@@ -74,6 +74,24 @@ def test_done_already_it_is_not_done_again_and_other_steps_are(tmp_path: Path) -
     assert filtered(tmp_path, Quality(length=LengthFilter(min_words=500))).dropped == {"length": 23}
 
 
+def test_another_text_key_or_evaluation_set_is_done_again(tmp_path: Path) -> None:
+    write(tmp_path)
+    quality = Quality(decontaminate=Decontaminate(against=(str(tmp_path / "eval.jsonl"),)))
+    assert sum(filtered(tmp_path, quality).dropped.values()) == 1
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"text": QUIZ.replace("quiz", "test")}) + "\n")
+    assert sum(filtered(tmp_path, quality).dropped.values()) == 0
+    written = lines(tmp_path / "in")[:12]
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps({"body": SENTENCE, **line}) + "\n" for line in written))
+    from weftrain.data_prep.datatrove_bridge import filter_inputs
+
+    by_text = filtered(tmp_path, Quality(length=LengthFilter(min_words=50)))
+    inputs = Inputs(tuple(list_inputs([str(tmp_path / "in" / "a.jsonl")], source="prose")), "text", "none", ReadOptions(text_key="body"))
+    by_body = filter_inputs(inputs, Quality(length=LengthFilter(min_words=50)), tmp_path / "out", 1)
+    inputs = Inputs(inputs.files, "text", "none", ReadOptions())
+    again = filter_inputs(inputs, Quality(length=LengthFilter(min_words=50)), tmp_path / "out", 1)
+    assert (by_text.dropped, by_body.dropped, again.dropped) == ({"length": 1}, {"length": 12}, {"length": 0})
+
+
 def test_the_dataset_is_made_of_what_is_left(tmp_path: Path, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_MEBI", 300)
     write(tmp_path)

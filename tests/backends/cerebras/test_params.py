@@ -282,6 +282,8 @@ def load_values(path: Path) -> list[float]:
         ("optimizer.eps_placement=after_bias_correction", "optimizer.eps_placement: before_bias_correction"),
         ("optimizer.decay=all", "optimizer.decay: matrices_and_embeddings"),
         ("optimizer.non_finite=skip", "optimizer.non_finite: halt"),
+        ("data.document_attention=true", r"no data\.document_attention"),
+        ("data.chunks=1", r"no data\.chunks"),
     ],
 )
 def test_recipes_that_the_form_cannot_hold_are_refused(override: str, reason: str) -> None:
