@@ -19,11 +19,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from weftrain.backends.shared import (
-    FP32_ROLES,
     HEAD_USE,
     Lender,
     PlainBackend,
     ask_for_huge_pages,
+    bind_parameters,
     call,
     check_state,
     clip_coefficient,
@@ -34,13 +34,15 @@ from weftrain.backends.shared import (
     slice_rows,
     to_device,
     torch_device,
+    update,
+    update_sets,
 )
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
 from weftrain.core.config import Count, Section
 from weftrain.core.errors import BackendError, NonFiniteError
 from weftrain.core.host_memory import huge_page_bytes
-from weftrain.core.model import Decoder, draw, kernel_specs, rotary_tables
-from weftrain.core.optim import ParameterGroup, group_learning_rates, parameter_groups
+from weftrain.core.model import Decoder, draw, kernel_specs
+from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.parameters import parameter_specs
 from weftrain.kernels import Spec, select
 
@@ -85,7 +87,9 @@ class LocalRun:
             self._exp_avg_sq[spec.name] = torch.zeros_like(self._weights[spec.name])
         with torch.device("meta"):  # nothing is allocated: every parameter is bound to a master weight or its copy
             self._model = Decoder(recipe.model, self._selection, residual_dtype=torch.float32)
-        self._parameters = self._bind_parameters()
+        self._planes = {"weights": self._weights, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
+        self._parameters, self._copies = bind_parameters(self._model, self._weights, self._compute_dtype, device)
+        self._update_sets = update_sets(self._groups, self._copies)
         # A tied weight has two uses, and each has a gradient of its own until the end of the step: a backend that meets head and
         # embedding at different times, or on different machines, can then add in the same order.
         self._leaves = dict(self._parameters)
@@ -110,8 +114,10 @@ class LocalRun:
             rates = group_learning_rates(self._groups, recipe.schedule, step)
             finite = bool(torch.isfinite(loss + norm))
             if finite:
-                self._update(gradients, norm, rates)
-                self._optimizer_updates += 1
+                scale = clip_coefficient(norm, recipe.optimizer.clip_norm)
+                index = self._optimizer_updates + 1
+                update(self._adamw, self._update_sets, self._planes, gradients, recipe.optimizer, rates, index, scale)
+                self._optimizer_updates = index
             self._clear_gradients()
             del gradients  # or the next step's would be made beside them
             if not finite and recipe.optimizer.non_finite == "halt":
@@ -164,58 +170,12 @@ class LocalRun:
             x = self._run_block(block, x, cos, sin, document_start)
         return self._run_head(head, x, labels, self._leaves.get(HEAD_USE))
 
-    def _update(self, gradients: dict[str, torch.Tensor], norm: torch.Tensor, rates: Any) -> None:
-        config = self._recipe.optimizer
-        scale = clip_coefficient(norm, config.clip_norm)
-        for group, names, copies in self._update_sets:
-            self._adamw(
-                [self._weights[name] for name in names],
-                [gradients[name] for name in names],
-                [self._exp_avg[name] for name in names],
-                [self._exp_avg_sq[name] for name in names],
-                copies,
-                learning_rate=rates[group.name],
-                beta1=config.beta1,
-                beta2=config.beta2,
-                eps=config.eps,
-                weight_decay=group.weight_decay,
-                update_index=self._optimizer_updates + 1,
-                eps_placement=config.eps_placement,
-                gradient_scale=scale,
-            )
-
     # -- parameters, copies and gradients ------------------------------------------------------------------------------------------
-
-    def _bind_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Give the model its parameters: the master tensors themselves in fp32 (and for norms), bf16 copies of them otherwise."""
-        parameters: dict[str, torch.nn.Parameter] = {}
-        copied: set[str] = set()
-        for spec in self._specs:
-            master = self._weights[spec.name]
-            shared = self._compute_dtype == torch.float32 or spec.role in FP32_ROLES
-            tensor = master if shared else master.to(self._compute_dtype)
-            parameters[spec.name] = torch.nn.Parameter(tensor)
-            if not shared:
-                copied.add(spec.name)
-            owner, _, attribute = spec.name.rpartition(".")
-            setattr(self._model.get_submodule(owner), attribute, parameters[spec.name])
-        for name, table in zip(("cos", "sin"), rotary_tables(self._recipe.model, torch.device("cpu")), strict=True):
-            self._model.register_buffer(name, table.to(self._device), persistent=False)
-        self._update_sets: list[tuple[ParameterGroup, list[str], list[torch.Tensor] | None]] = []
-        for group in self._groups:
-            with_copy = [name for name in group.parameters if name in copied]
-            without = [name for name in group.parameters if name not in copied]
-            if with_copy:
-                self._update_sets.append((group, with_copy, [parameters[name].detach() for name in with_copy]))
-            if without:
-                self._update_sets.append((group, without, None))
-        return parameters
 
     def _refresh(self) -> None:
         """Write every compute copy from its master weight."""
-        for _, names, copies in self._update_sets:
-            for name, copy in zip(names, copies or (), strict=False):
-                copy.copy_(self._weights[name])
+        for name, copy in self._copies.items():
+            copy.copy_(self._weights[name])
 
     def _accumulate(self) -> None:
         """Add this micro-batch's gradients to the fp32 sums."""
@@ -252,16 +212,14 @@ class LocalRun:
 
     def export_state(self) -> State:
         """See Run.export_state. Each tensor is copied when it is asked for, and what is still held before the run trains on."""
-        planes = {"weights": self._weights, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
-        held = {f"{plane}/{name}": tensor for plane, group in planes.items() for name, tensor in group.items()}
+        held = {f"{plane}/{name}": tensor for plane, group in self._planes.items() for name, tensor in group.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
         tensors = self._lender.lend(shapes, lambda name: held[name].detach().to("cpu", copy=True))
         return State(self._step, self._optimizer_updates, tensors)
 
     def import_state(self, state: State) -> None:
         """See Run.import_state. Raises CheckpointError, before anything is changed, for a missing, unknown or misshapen tensor."""
-        planes = {"weights": self._weights, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
-        mine = {f"{plane}/{name}": tensor for plane, group in planes.items() for name, tensor in group.items()}
+        mine = {f"{plane}/{name}": tensor for plane, group in self._planes.items() for name, tensor in group.items()}
         check_state(state.tensors, {name: tuple(tensor.shape) for name, tensor in mine.items()})
         self._lender.let_go()
         for name in mine:  # one at a time: a lazy state never is in memory as a whole
@@ -293,7 +251,7 @@ class LocalRun:
         """Let go of every tensor."""
         self._lender.let_go()
         self._clear_gradients()
-        for held in (self._weights, self._exp_avg, self._exp_avg_sq, self._parameters, self._leaves):
+        for held in (self._weights, self._exp_avg, self._exp_avg_sq, self._parameters, self._copies, self._leaves):
             held.clear()
         self._update_sets = []
 

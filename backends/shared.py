@@ -9,17 +9,19 @@ import math
 import platform
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from weftrain.core.backend import Batch, BatchSource, Prediction, Speeds
-from weftrain.core.config import Recipe, Section
+from weftrain.core.backend import Batch, BatchSource, Job, Prediction, Speeds
+from weftrain.core.config import OptimizerConfig, Recipe, Section
 from weftrain.core.errors import BackendError, CheckpointError
 from weftrain.core.host_memory import use_huge_pages
-from weftrain.core.parameters import Role
+from weftrain.core.model import Decoder, rotary_tables
+from weftrain.core.optim import ParameterGroup
+from weftrain.core.parameters import Role, parameter_specs
 
 FP32_ROLES = (Role.NORM_WEIGHT, Role.NORM_BIAS)  # never copied to bf16: norms compute in fp32
 HEAD_USE = "embedding.weight as the head"  # a tied weight's second use; no parameter has such a name
@@ -93,6 +95,73 @@ def non_finite_message(source: BatchSource, step: int, losses: Sequence[torch.Te
     )
 
 
+UpdateSets = list[tuple[ParameterGroup, list[str], list[torch.Tensor] | None]]  # a group's names, and their compute copies or None
+
+
+def bind_parameters(
+    model: Decoder, weights: Mapping[str, torch.Tensor], compute_dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.Tensor]]:
+    """Give a model built on `meta` its parameters and rotary tables: the master tensors themselves in fp32 (and for norms), compute
+    copies of them otherwise. The parameters in execution order, and which of them are copies.
+    """
+    parameters: dict[str, torch.nn.Parameter] = {}
+    copies: dict[str, torch.Tensor] = {}
+    for spec in parameter_specs(model.config):
+        master = weights[spec.name]
+        shared = compute_dtype == torch.float32 or spec.role in FP32_ROLES
+        parameter = parameters[spec.name] = torch.nn.Parameter(master if shared else master.to(compute_dtype))
+        if not shared:
+            copies[spec.name] = parameter.detach()
+        owner, _, attribute = spec.name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, parameter)
+    for name, table in zip(("cos", "sin"), rotary_tables(model.config, torch.device("cpu")), strict=True):
+        model.register_buffer(name, table.to(device), persistent=False)
+    return parameters, copies
+
+
+def update_sets(groups: Sequence[ParameterGroup], copies: Mapping[str, torch.Tensor], held: Container[str] | None = None) -> UpdateSets:
+    """What each call of the op adamw updates: a group's parameters with compute copies, and those without. held: only these names."""
+    sets: UpdateSets = []
+    for group in groups:
+        names = [name for name in group.parameters if held is None or name in held]
+        with_copy = [name for name in names if name in copies]
+        without = [name for name in names if name not in copies]
+        if with_copy:
+            sets.append((group, with_copy, [copies[name] for name in with_copy]))
+        if without:
+            sets.append((group, without, None))
+    return sets
+
+
+def update(
+    adamw: Callable[..., Any],
+    sets: UpdateSets,
+    planes: Mapping[str, Mapping[str, torch.Tensor]],
+    gradients: Mapping[str, torch.Tensor],
+    config: OptimizerConfig,
+    rates: Mapping[str, float],
+    update_index: int,
+    gradient_scale: torch.Tensor,
+) -> None:
+    """One AdamW update of the planes `weights`, `exp_avg` and `exp_avg_sq`, in place. update_index: AdamW's t, from 1."""
+    for group, names, copies in sets:
+        adamw(
+            [planes["weights"][name] for name in names],
+            [gradients[name] for name in names],
+            [planes["exp_avg"][name] for name in names],
+            [planes["exp_avg_sq"][name] for name in names],
+            copies,
+            learning_rate=rates[group.name],
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            weight_decay=group.weight_decay,
+            update_index=update_index,
+            eps_placement=config.eps_placement,
+            gradient_scale=gradient_scale,
+        )
+
+
 def call(segment: torch.nn.Module, *arguments: Any) -> torch.Tensor:
     """What torch.compile is given: a module's parameters are then inputs of the graph, and all blocks share one."""
     return segment(*arguments)
@@ -127,6 +196,14 @@ class PlainBackend:
 
     def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
         return None
+
+    def follows(self) -> bool:
+        return False
+
+    def follow(
+        self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], leaving: Callable[[], bool], wait_s: float
+    ) -> None:
+        raise BackendError("this backend has no replicas that join: --backend streaming does")
 
 
 def check_state(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -243,6 +243,20 @@ class Backend(Protocol):
         """
         ...
 
+    def follows(self) -> bool:
+        """Whether this process was started to follow another one that leads the run: then `follow` is called, and `prepare` never."""
+        ...
+
+    def follow(
+        self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], leaving: Callable[[], bool], wait_s: float
+    ) -> None:
+        """Take part in a run that another process leads, until it ends.
+
+        read: the job as this process knows it now. leaving: whether this one wants to go. wait_s: how long to wait for a run.
+        Raises BackendError, also for a backend whose runs nobody can join.
+        """
+        ...
+
     def outline(self, recipe: Recipe, options: Section) -> list[str]:
         """What a step will do, as lines for `weftrain show --backend`; empty where there is nothing to say beyond the recipe."""
         ...

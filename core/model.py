@@ -183,9 +183,14 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, ids: Tensor, labels: Tensor, document_start: Tensor | None = None) -> Tensor:
-        """ids, labels int64 [B, T], document_start int32 [B, T] or None -> fp32 scalar, the sum of the token losses (-100: none)."""
-        return self._last_segment[0](self._residual_stream(ids, document_start), labels, self.tied_weight())
+    def forward(
+        self, ids: Tensor, labels: Tensor, document_start: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """ids, labels int64 [B, T], document_start int32 [B, T] or None -> fp32 scalar, the sum of the token losses (-100: none).
+
+        rotary: cos and sin of the positions, where ids are not a row's first T tokens but a part of it.
+        """
+        return self._last_segment[0](self._residual_stream(ids, document_start, rotary), labels, self.tied_weight())
 
     def logits(self, ids: Tensor, document_start: Tensor | None = None) -> Tensor:
         """ids int64 [B, T], document_start int32 [B, T] or None -> [B, T, V] in the weights' dtype."""
@@ -212,8 +217,8 @@ class Decoder(nn.Module):
         for buffer, table in zip((self.cos, self.sin), rotary_tables(self.config, torch.device("cpu")), strict=True):
             buffer.copy_(table)
 
-    def _residual_stream(self, ids: Tensor, document_start: Tensor | None) -> Tensor:
-        cos, sin = self.rotary(ids.shape[1])
+    def _residual_stream(self, ids: Tensor, document_start: Tensor | None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        cos, sin = self.rotary(ids.shape[1]) if rotary is None else rotary
         x = self.embedding(ids)
         for block in self.layers:
             x = block(x, cos, sin, document_start)
