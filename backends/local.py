@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from weftrain.backends.shared import (
     HEAD_USE,
     Lender,
+    LentTensors,
     PlainBackend,
     ask_for_huge_pages,
     bind_parameters,
@@ -214,7 +215,7 @@ class LocalRun:
         """See Run.export_state. Each tensor is copied when it is asked for, and what is still held before the run trains on."""
         held = {f"{plane}/{name}": tensor for plane, group in self._planes.items() for name, tensor in group.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
-        tensors = self._lender.lend(shapes, lambda name: held[name].detach().to("cpu", copy=True))
+        tensors = self._lender.lend(LentTensors(shapes, lambda name: held[name].detach().to("cpu", copy=True)))
         return State(self._step, self._optimizer_updates, tensors)
 
     def import_state(self, state: State) -> None:

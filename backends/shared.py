@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -248,15 +248,17 @@ class LentTensors(Mapping[str, torch.Tensor]):
         self._copies = {name: self._read(name) for name in self._shapes}
 
 
+_Lent = TypeVar("_Lent", bound=LentTensors)
+
+
 class Lender:
     """Remembers the last state that was lent, as long as somebody holds it."""
 
     def __init__(self) -> None:
         self._lent: Callable[[], LentTensors | None] = lambda: None
 
-    def lend(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> LentTensors:
+    def lend(self, tensors: _Lent) -> _Lent:
         self.let_go()
-        tensors = LentTensors(shapes, read)
         self._lent = weakref.ref(tensors)
         return tensors
 

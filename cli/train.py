@@ -120,7 +120,7 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
                 for held in progress.evaluations:
                     bar.say(f"step {done:>6}  held-out {held['set']}: loss {held['loss']:.4f}, perplexity {held['perplexity']:,.2f}")
                 if progress.saved is not None and progress.saved.set_aside is not None:
-                    bar.say(f"warning: another checkpoint of step {done} was moved to {progress.saved.set_aside.name}")
+                    bar.say(f"warning: another checkpoint of step {progress.saved.step} was moved to {progress.saved.set_aside.name}")
                 bar.update(done, loss)
             if not stop.number:
                 metrics.event("end", step=done, peak_flops=measured_peak(recipe, backend, run).flops, **basis)

@@ -152,7 +152,10 @@ class Speeds:
     matmul_flops: float  # FLOP/s of a matrix multiply in the compute dtype
     memory_bytes: float  # bytes/s of main memory
     disk_bytes: float | None = None  # bytes/s of the disk, reading and writing at once
-    link_bytes: float | None = None  # bytes/s between replicas
+    link_bytes: float | None = None  # bytes/s that a device sends to one of another node, or a replica to another
+    node_link_bytes: float | None = None  # bytes/s that a device sends to others of its node
+    devices: int = 1
+    devices_per_node: int = 1
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,7 @@ class Prediction:
     limit: str
     parts: Mapping[str, float]
     needs: Needs
+    sent_bytes: Mapping[str, int] = field(default_factory=dict)  # by one device in a step, by what for
 
 
 @dataclass(frozen=True)

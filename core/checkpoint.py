@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ REMEDY = "move the folder away, or restore it from a copy"
 
 Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, shape
 Layouts = dict[str, dict[str, TensorLayout]]  # file -> tensor -> its place
+Part = Mapping[str, Spec]  # the tensors of one file
+Written = Mapping[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]]  # file -> its entry and its tensors' in the manifest
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,35 @@ class CheckpointInfo:
     set_aside: Path | None = None
 
 
-def save(
+@dataclass(frozen=True)
+class Saving:
+    """A checkpoint on its way. in_background: `finish` may run in a thread while the run that gave the state trains on."""
+
+    target: Path
+    temporary: Path
+    claims: dict[str, Any]
+    needed_bytes: int
+    written: Callable[[], Written]
+    in_background: bool
+
+    def finish(self) -> CheckpointInfo:
+        """Wait until everything is written, then let the checkpoint appear. Raises CheckpointError."""
+        with _or_nothing(self.target, self.temporary, self.needed_bytes):
+            files = self.written()
+            manifest = self.claims | {
+                "files": {name: entry for name, (entry, _) in files.items()},
+                "tensors": {tensor: entry for _, tensors in files.values() for tensor, entry in tensors.items()},
+            }
+            root = root_of(manifest)
+            # Last, and its rename syncs the folder's entries.
+            fsops.write_bytes(self.temporary / MANIFEST, canonical_json(manifest | {"root": root}) + b"\n")
+            set_aside = _clear_way(self.target, self.temporary, root)
+            if self.temporary.exists():
+                fsops.rename(self.temporary, self.target)
+            return CheckpointInfo(self.target, self.claims["step"], root, sum(entry["size"] for entry, _ in files.values()), set_aside)
+
+
+def begin(
     folder: Path,
     state: State,
     *,
@@ -72,13 +103,15 @@ def save(
     position: int,
     parent: str | None,
     kernels: dict[str, Any],
-) -> CheckpointInfo:
-    """Write `folder/step_NNNNNNNN`; it appears whole and durable, or not at all. All dicts hold JSON values only.
+) -> Saving:
+    """Start to write `folder/step_NNNNNNNN`; it appears whole and durable, or not at all. All dicts hold JSON values only.
 
     position: number of the next sample. parent: root of the checkpoint that this run continued from. A mapping `state.tensors` that
-    is lazy is read tensor by tensor; its method `meta(name)`, if it has one, gives a tensor's dtype and shape without reading it.
-    A whole checkpoint of this step with the same root is kept as it is; any other is moved to `*.superseded-N` or `*.damaged-N`.
-    Raises CheckpointError where the disk is full or fails (older checkpoints are untouched) or a name or dtype cannot be stored.
+    is lazy is read tensor by tensor; its method `meta(name)`, if it has one, gives a tensor's dtype and shape without reading it. One that
+    lies in several processes writes itself: `writers` of them, and `begin_files(folder, parts)` copies what is to be written and
+    returns what waits for it. A whole checkpoint of this step with the same root is kept as it is; any other is moved to
+    `*.superseded-N` or `*.damaged-N`. Raises CheckpointError where the disk is full or fails (older checkpoints are untouched) or a name
+    or dtype cannot be stored.
     """
     target = folder / folder_name(state.step)
     specs = {name: _spec(target, name, state.tensors) for name in state.tensors}
@@ -98,26 +131,20 @@ def save(
         "kernels": kernels,
     }
     temporary = fsops.temporary_beside(target)
-    try:
+    with _or_nothing(target, temporary, needed):
         fsops.make_dirs(folder)
         if (free := fsops.free_bytes(folder)) < needed:
             raise CheckpointError(_no_space(target, needed, free))
         fsops.make_dirs(temporary)
-        files, tensors = _write_files(temporary, state.tensors, specs)
-        manifest = claims | {"files": files, "tensors": tensors}
-        root = root_of(manifest)
-        # Last, and its rename syncs the folder's entries.
-        fsops.write_bytes(temporary / MANIFEST, canonical_json(manifest | {"root": root}) + b"\n")
-        set_aside = _clear_way(target, temporary, root)
-        if temporary.exists():
-            fsops.rename(temporary, target)
-    except CheckpointError:
-        _remove_if_possible(temporary)
-        raise
-    except OSError as error:
-        _remove_if_possible(temporary)
-        raise CheckpointError(_why_not(target, needed, error)) from error
-    return CheckpointInfo(target, state.step, root, sum(file["size"] for file in files.values()), set_aside)
+        parts = _split(specs, getattr(state.tensors, "writers", 1))
+        begin_files = getattr(state.tensors, "begin_files", None)
+        written = partial(_write_files, temporary, parts, state.tensors) if begin_files is None else begin_files(temporary, parts)
+    return Saving(target, temporary, claims, needed, written, begin_files is not None)
+
+
+def save(folder: Path, state: State, **claims: Any) -> CheckpointInfo:
+    """Write a checkpoint, and wait for it: see `begin`, whose arguments these are. Raises CheckpointError."""
+    return begin(folder, state, **claims).finish()
 
 
 def load(path: Path, *, verified: bool = False) -> tuple[State, dict[str, Any]]:
@@ -181,40 +208,54 @@ def _spec(target: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> Spec:
         raise CheckpointError(f"{target}: tensor '{name[:80]}': {reason}: rename or convert it before saving") from error
 
 
-def _split(specs: Mapping[str, Spec]) -> list[dict[str, Spec]]:
-    """Deal tensors out to files of at most MAX_FILE_BYTES, in an order that depends on names, dtypes and shapes alone."""
+def _split(specs: Mapping[str, Spec], writers: int) -> dict[str, Part]:
+    """Deal tensors out to files of at most MAX_FILE_BYTES, about as many as there are writers, or a multiple.
+
+    In an order that depends on names, dtypes and shapes alone.
+    """
+    limit = min(MAX_FILE_BYTES, -(-sum(tensor_bytes(*spec) for spec in specs.values()) // writers))
     files: list[dict[str, Spec]] = [{}]
     filled = 0
     for name in file_order(specs):
         size = tensor_bytes(*specs[name])
-        if files[-1] and filled + size > MAX_FILE_BYTES:
+        if files[-1] and filled + size > limit:
             files.append({})
             filled = 0
         files[-1][name] = specs[name]
         filled += size
-    return files
+    return {f"state-{index:05d}-of-{len(files):05d}.safetensors": part for index, part in enumerate(files, 1)}
 
 
-def _write_files(
-    folder: Path, tensors: Mapping[str, torch.Tensor], specs: Mapping[str, Spec]
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Write and sync every tensor file; the manifest's `files` and `tensors`."""
-    split = _split(specs)
-    files: dict[str, dict[str, Any]] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    for index, part in enumerate(split, 1):
-        name = f"state-{index:05d}-of-{len(split):05d}.safetensors"
-        with fsops.FileWriter(folder / name) as file, _Hashes() as hashes:
-            hashes.file_only(pack_header(part), file.write)
-            for tensor_name, (dtype, shape) in part.items():
-                memory = tensor_memory(_as_announced(folder, tensor_name, tensors[tensor_name], (dtype, shape)))
-                hashes.tensor(tensor_name, memory, file.write)
-            file.sync()  # the hashes are still being computed meanwhile
-            sha256, of_tensors = hashes.results()
-        files[name] = {"size": (folder / name).stat().st_size, "sha256": sha256}
+def _write_files(folder: Path, parts: Mapping[str, Part], tensors: Mapping[str, torch.Tensor]) -> Written:
+    return {name: write_file(folder / name, part, tensors) for name, part in parts.items()}
+
+
+def write_file(path: Path, part: Part, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Write and sync one tensor file; its entry and its tensors' in the manifest. Raises CheckpointError, OSError."""
+    with fsops.FileWriter(path) as file, _Hashes() as hashes:
+        hashes.file_only(pack_header(part), file.write)
         for tensor_name, (dtype, shape) in part.items():
-            entries[tensor_name] = {"dtype": dtype, "shape": list(shape), "file": name, "sha256": of_tensors[tensor_name]}
-    return files, entries
+            memory = tensor_memory(_as_announced(path.parent, tensor_name, tensors[tensor_name], (dtype, shape)))
+            hashes.tensor(tensor_name, memory, file.write)
+        file.sync()  # the hashes are still being computed meanwhile
+        sha256, of_tensors = hashes.results()
+    entries = {
+        name: {"dtype": dtype, "shape": list(shape), "file": path.name, "sha256": of_tensors[name]} for name, (dtype, shape) in part.items()
+    }
+    return {"size": path.stat().st_size, "sha256": sha256}, entries
+
+
+@contextlib.contextmanager
+def _or_nothing(target: Path, temporary: Path, needed_bytes: int) -> Iterator[None]:
+    """Around the writing of a checkpoint: what fails leaves nothing behind, and says why as a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        _remove_if_possible(temporary)
+        raise
+    except OSError as error:
+        _remove_if_possible(temporary)
+        raise CheckpointError(_why_not(target, needed_bytes, error)) from error
 
 
 def _as_announced(folder: Path, name: str, tensor: torch.Tensor, spec: Spec) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Progress:
     result: StepResult
     log: dict[str, Any] | None  # the line that went into metrics.jsonl
     evaluations: tuple[dict[str, Any], ...]
-    saved: checkpoint.CheckpointInfo | None
+    saved: checkpoint.CheckpointInfo | None  # of this step or, where a backend saves while it trains on, of an earlier one
 
 
 def fit(
@@ -63,10 +64,11 @@ def fit(
     parent: root hash of the checkpoint that the run started from. Raises NonFiniteError, CheckpointError, DataError.
     """
     tokens, duration_ms = 0, 0.0  # since the last log line
-    for result in run.train(source):
+    saves = _Saves(run, recipe, source, checkpoints, metrics, parent)
+    for result in saves.watched(run.train(source)):
         completed = result.step + 1
         tokens, duration_ms = tokens + result.tokens, duration_ms + result.step_ms
-        log, saved = None, None
+        log = None
         if plan.wants_log(completed) or result.skipped:
             log = _step_line(recipe, result, tokens / duration_ms * 1e3, speed, run.stats())
             metrics.step(log)
@@ -77,10 +79,8 @@ def fit(
         stop = should_stop()
         if stop or plan.wants_state(completed):
             metrics.flush()  # before the checkpoint, so that a resume from it finds every line up to it
-            saved = _save(run, recipe, source, checkpoints, parent)
-            parent = saved.root
-            metrics.event("checkpoint", step=completed, root=saved.root)
-        yield Progress(result, log, evaluations, saved)
+            saves.begin()
+        yield Progress(result, log, evaluations, saves.finished(wait=stop or completed == plan.last_step))
         if stop:
             return
 
@@ -167,16 +167,54 @@ def _evaluate(run: Run, held: EvaluationSource, completed: int) -> dict[str, Any
     return {"step": completed, "set": held.name, "loss": result.loss, "perplexity": perplexity, "tokens": result.tokens}
 
 
-def _save(run: Run, recipe: Recipe, source: BatchSource, checkpoints: Path, parent: str | None) -> checkpoint.CheckpointInfo:
-    state, fingerprint = run.export_state(), run.fingerprint()
-    return checkpoint.save(
-        checkpoints,
-        state,
-        recipe=recipe.model_dump(mode="json"),
-        dataset_id=source.dataset_id,
-        fingerprint=fingerprint,
-        tokens=state.step * recipe.tokens_per_step,
-        position=state.step * recipe.batch.global_batch_size,
-        parent=parent,
-        kernels=fingerprint.get("kernels", {}),
-    )
+class _Saves:
+    """One checkpoint after the other: at once, or in a thread where the state no longer depends on the run (`Saving.in_background`)."""
+
+    def __init__(self, run: Run, recipe: Recipe, source: BatchSource, folder: Path, metrics: MetricsWriter, parent: str | None) -> None:
+        self._run, self._recipe, self._source, self._folder, self._metrics, self._parent = run, recipe, source, folder, metrics, parent
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._under_way: Future[checkpoint.CheckpointInfo] | None = None
+        self._done: checkpoint.CheckpointInfo | None = None
+
+    def begin(self) -> None:
+        """Start to save the run's state. The checkpoint before is finished first: it is this one's parent. Raises CheckpointError."""
+        self._take(wait=True)
+        state, fingerprint = self._run.export_state(), self._run.fingerprint()
+        saving = checkpoint.begin(
+            self._folder,
+            state,
+            recipe=self._recipe.model_dump(mode="json"),
+            dataset_id=self._source.dataset_id,
+            fingerprint=fingerprint,
+            tokens=state.step * self._recipe.tokens_per_step,
+            position=state.step * self._recipe.batch.global_batch_size,
+            parent=self._parent,
+            kernels=fingerprint.get("kernels", {}),
+        )
+        if saving.in_background:
+            self._under_way = self._threads.submit(saving.finish)
+        else:
+            self._note(saving.finish())
+
+    def finished(self, wait: bool) -> checkpoint.CheckpointInfo | None:
+        """The checkpoint that became durable since the last question. wait: for the one under way. Raises CheckpointError."""
+        self._take(wait)
+        done, self._done = self._done, None
+        return done
+
+    def watched(self, results: Iterator[StepResult]) -> Iterator[StepResult]:
+        """The run's results; however they end, a checkpoint that was begun is finished."""
+        try:
+            yield from results
+        finally:
+            self._threads.shutdown(wait=True)
+            self._take(wait=True)
+
+    def _take(self, wait: bool) -> None:
+        if self._under_way is not None and (wait or self._under_way.done()):
+            saved, self._under_way = self._under_way.result(), None
+            self._note(saved)
+
+    def _note(self, saved: checkpoint.CheckpointInfo) -> None:
+        self._done, self._parent = saved, saved.root
+        self._metrics.event("checkpoint", step=saved.step, root=saved.root)

@@ -15,7 +15,7 @@ import os
 import platform
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ import torch.distributed as dist
 from weftrain.backends.shared import torch_device
 from weftrain.core.canonical import canonical_json
 from weftrain.core.errors import BackendError, WeftrainError
+
+if TYPE_CHECKING:
+    from weftrain.backends.cuda.watch import Watch
 
 _ORDER_BYTES = 2048  # an order of this length is one broadcast, a longer one two
 _LONGEST_WORDS = 600
@@ -41,8 +44,20 @@ class World:
     def __init__(self, device: torch.device, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
         self.device, self.store, self.rank, self.size, self.timeout_s = device, store, rank, size, timeout_s
         self.host = socket.gethostname()
-        self.doing = "starting"  # what this rank's main thread is at, for whoever asks (watch.py)
+        self.doing = RESTS  # what this rank's main thread is at, for whoever asks (watch.py)
+        self.step = 0
         self.waiting = False  # whether that is waiting for the others
+        self._runs = 0
+        self.watch: Watch | None = None
+
+    def own_store(self) -> Any:
+        """A connection of its own to the store, for a thread: who waits on one connection keeps others from it."""
+        return self.store.clone()  # type: ignore[attr-defined]
+
+    def next_run(self) -> int:
+        """A number for a run, the same on every rank, since all prepare the same runs in the same order."""
+        self._runs += 1
+        return self._runs
 
     @property
     def leads(self) -> bool:
@@ -169,6 +184,7 @@ class World:
         return data.numpy()
 
 
+RESTS = "rest"  # what a rank is at that nobody waits for
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _worlds: dict[str, World] = {}  # of this process, at most one: torch.distributed has one default group a process
 
@@ -217,6 +233,10 @@ def meet(wanted_device: str, timeout_s: float) -> World:
         world = World(device, dist.PrefixStore("weftrain", store), rank, size, timeout_s)
     _worlds["world"] = world
     try:
+        if world.size > 1:
+            from weftrain.backends.cuda.watch import Watch
+
+            world.watch = Watch(world)
         world.same_everywhere(identity(device))
     except BaseException:
         leave()
@@ -239,7 +259,9 @@ def identity(device: torch.device) -> dict[str, Any]:
 
 def leave() -> None:
     """End this process's world, so that another can be made."""
-    _worlds.clear()
+    world = _worlds.pop("world", None)
+    if world is not None and world.watch is not None:
+        world.watch.close()
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError, dist.DistError):
             dist.destroy_process_group()

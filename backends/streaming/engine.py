@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from weftrain.backends.shared import (
     Lender,
+    LentTensors,
     call,
     check_state,
     clip_coefficient,
@@ -475,7 +476,9 @@ class StreamingRun:
         self._lender.let_go()
         self._flush()
         reader = Reader(self._store, self._fabric)
-        return State(self._standing().step, self._standing().optimizer_updates, self._lender.lend(reader.shapes(), reader.read))
+        return State(
+            self._standing().step, self._standing().optimizer_updates, self._lender.lend(LentTensors(reader.shapes(), reader.read))
+        )
 
     def _flush(self) -> None:
         """Make the pending update everywhere, and wait until all is written."""

@@ -1,0 +1,437 @@
+"""One training run over many ranks: the step, and what rank 0 asks of the others.
+
+Every public method of a run is called on rank 0, by the core. It sends an order, and then all ranks do the same thing: `_step`,
+`_gradients_of`, `_evaluate`, `_whole`, `_place`. What a reader would get wrong: loss and gradient norm are sums over all ranks before
+anyone looks at them, so every rank decides alike whether a step happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from weftrain.backends.cuda import BACKEND, CudaOptions
+from weftrain.backends.cuda.models import RankModel, Replicated, Sharded
+from weftrain.backends.cuda.parallel import Meshes, compile_blocks, degrees, split_sequences, split_tensors, use_float8
+from weftrain.backends.cuda.planner import check_memory
+from weftrain.backends.cuda.save import Parts, RankedTensors, Writer
+from weftrain.backends.cuda.world import RESTS, World, leave
+from weftrain.backends.shared import (
+    check_state,
+    clip_coefficient,
+    device_fingerprint,
+    non_finite_message,
+    slice_rows,
+    to_device,
+    update,
+    update_sets,
+)
+from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, Plan, State, StepResult
+from weftrain.core.canonical import sha256_json
+from weftrain.core.checkpoint import Written
+from weftrain.core.config import Recipe
+from weftrain.core.errors import BackendError, NonFiniteError, WeftrainError
+from weftrain.core.host_memory import huge_page_bytes
+from weftrain.core.model import Decoder, draw, kernel_specs
+from weftrain.core.optim import group_learning_rates, parameter_groups
+from weftrain.core.parameters import parameter_specs
+from weftrain.kernels import Spec, select
+
+PLANES = ("weights", "exp_avg", "exp_avg_sq")
+
+
+class CudaRun:
+    """This rank's part of a run. given: whether rank 0 has initial weights (job.weights); else they are drawn from the seed."""
+
+    def __init__(self, job: Job, options: CudaOptions, world: World, given: bool) -> None:
+        self._world, self._options, self._recipe, self._plan = world, options, job.recipe, job.plan
+        self._job = job
+        self._number = world.next_run()
+        self._step_number, self._optimizer_updates = job.plan.start_step, 0
+        self._source_id: str | None = None
+        error = None
+        try:
+            self._build(job.recipe, options)
+        except (WeftrainError, ValueError) as problem:
+            error = str(problem)
+        world.agree(error)
+        world.same_everywhere({"recipe": sha256_json(job.recipe.model_dump(mode="json")), "kernels": sha256_json(self._selection.manifest)})
+        self._fill(job.weights if given else None, given)
+        self._writer = Writer(world, self._number)
+        self._closed = False
+        if world.watch is not None:
+            world.watch.stall_s, world.watch.folder = options.stall_s, job.folder or Path()
+
+    def _build(self, recipe: Recipe, options: CudaOptions) -> None:
+        world, device = self._world, self._world.device
+        self._degrees = degrees(options, recipe, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+        compute_dtype = getattr(torch, recipe.precision.compute)
+        documents = recipe.data.document_attention
+        uses = kernel_specs(recipe.model, device.type, compute_dtype, torch.float32, documents)
+        attributes = {"eps_placement": recipe.optimizer.eps_placement}
+        at = "cpu" if options.cpu_offload else device.type  # where the optimizer runs
+        uses += [Spec(op, "optimizer", at, compute_dtype, attributes) for op in ("adamw", "grad_norm")]
+        self._selection = select(uses, recipe.kernels.preferences, recipe.kernels.pins)
+        self._adamw = self._selection.function("adamw", "optimizer")
+        self._grad_norm = self._selection.function("grad_norm", "optimizer")
+        check_memory(recipe, options, self._degrees, device)
+        meshes = Meshes.of(self._degrees, device.type)
+        with torch.device("meta"):
+            model = Decoder(recipe.model, self._selection, residual_dtype=torch.float32)
+        if meshes.context is not None:
+            split_sequences(model, meshes.context)
+        if options.float8:
+            use_float8(model)
+        if meshes.tensor is not None:
+            split_tensors(model, meshes.tensor, compute_dtype)
+        compile_blocks(model, options)
+        self._decoder = model
+        if options.parallel == "ddp":
+            self._model: RankModel = Replicated(model, options, compute_dtype, device)
+        else:
+            self._model = Sharded(model, meshes, options, compute_dtype, device)
+        weights = self._model.weights
+        zeros = {plane: {name: torch.zeros_like(tensor) for name, tensor in weights.items()} for plane in PLANES[1:]}
+        self._planes: dict[str, dict[str, Tensor]] = {"weights": weights, **zeros}
+        self._groups = parameter_groups(recipe.model, recipe.optimizer)
+        self._held = {name for name, tensor in weights.items() if tensor.numel()}
+        self._sets = update_sets(self._groups, self._model.copies, self._held)
+
+    def _fill(self, weights: Mapping[str, Tensor] | None, given: bool) -> None:
+        """Initial weights, one at a time: rank 0's where they are given, else each tensor drawn by one of the ranks."""
+        for index, spec in enumerate(parameter_specs(self._recipe.model)):
+            source = 0 if given else index % self._world.size
+            whole = None
+            if self._world.rank == source:
+                whole = weights[spec.name] if weights is not None else draw(spec, self._recipe.model, self._recipe.seed)
+            self._place("weights", spec.name, spec.shape, whole, source)
+        self._model.refresh()
+
+    def _place(self, plane: str, name: str, shape: tuple[int, ...], whole: Tensor | None, source: int) -> None:
+        """Give every rank its part of a whole tensor that rank `source` has."""
+        tensor = torch.empty(shape) if whole is None else whole.detach().to(torch.float32).contiguous()
+        if self._world.size > 1:
+            with self._world.together(f"share {plane}/{name}"):
+                dist.broadcast(tensor, source)
+        self._planes[plane][name].copy_(self._model.part(name, tensor))
+
+    # -- the step ------------------------------------------------------------------------------------------------------------------
+
+    def train(self, source: BatchSource) -> Iterator[StepResult]:
+        """See Run.train. One host synchronisation a step: the check that loss and norm are finite."""
+        self._order(do="train", dataset_id=source.dataset_id)
+        try:
+            while self._step_number < self._plan.last_step:
+                self._writer.let_go()
+                self._order(do="step", step=self._step_number)
+                result = self._step(source)
+                self._world.doing = "log, evaluate and save between two steps"
+                yield result
+        finally:
+            self._world.doing = RESTS
+
+    def _step(self, source: BatchSource) -> StepResult:
+        recipe, start, step = self._recipe, time.perf_counter(), self._step_number
+        self._world.step = step
+        losses, data_wait_s = self._forward_backward(partial(source.rows, step))
+        with self._world.together(f"add the gradients of step {step}"):
+            gradients = self._model.gradients()
+            loss, norm = self._over_all_ranks(losses, gradients)
+            rates = group_learning_rates(self._groups, recipe.schedule, step)
+            finite = bool(torch.isfinite(loss + norm))
+        if finite:
+            scale = clip_coefficient(norm, recipe.optimizer.clip_norm)
+            index = self._optimizer_updates + 1
+            at = next(iter(self._planes["weights"].values())).device
+            update(self._adamw, self._sets, self._planes, gradients, recipe.optimizer, rates, index, scale.to(at))
+            self._optimizer_updates = index
+        self._model.clear_gradients()
+        del gradients
+        if not finite and recipe.optimizer.non_finite == "halt":
+            every = self._losses_of_all(losses)
+            raise NonFiniteError(non_finite_message(source, step, every, float(norm), recipe.batch.micro_batch_size))
+        self._step_number += 1
+        step_ms = (time.perf_counter() - start) * 1e3
+        return StepResult(step, loss, norm, rates, recipe.tokens_per_step, step_ms, data_wait_s * 1e3, skipped=not finite)
+
+    def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[Tensor], float]:
+        """This rank's share of the loss of each of its micro-batches, with the gradients left in place; and seconds spent on rows."""
+        batch, data_wait_s, losses = self._recipe.batch, 0.0, []
+        group = self._world.rank // self._degrees.sequence  # which of the data-parallel ones
+        count = batch.accumulation_steps
+        for number in range(count):
+            start = time.perf_counter()
+            first = (group * count + number) * batch.micro_batch_size
+            self._world.doing = f"read rows {first}.. of step {self._step_number}"
+            data = rows(first, batch.micro_batch_size)
+            self._world.doing = f"compute step {self._step_number}"
+            ids, labels, document_start, rotary = self._tokens(data)
+            data_wait_s += time.perf_counter() - start
+            with self._world.together(f"compute step {self._step_number}"), self._model.micro_batch(last=number == count - 1):
+                # The sum over tokens divided by all tokens of the global batch: many ranks equal one large batch.
+                loss = self._model.loss(ids, labels, document_start, rotary) / self._recipe.tokens_per_step
+                loss.backward()
+            losses.append(loss.detach())
+        return losses, data_wait_s
+
+    def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor]]:
+        """This rank's tokens of some rows; positions are those of what its context group computes together."""
+        ids, labels, document_start = to_device(batch, self._world.device)
+        cos, sin = self._decoder.rotary(ids.shape[1])
+        within = self._world.rank % self._degrees.sequence
+        if self._degrees.sequence > 1:
+            ids, labels = (part.tensor_split(self._degrees.sequence, 1)[within].contiguous() for part in (ids, labels))
+            context = within // self._degrees.tensor  # tensor ranks rotate q and k of all their context's tokens
+            cos, sin = (table.tensor_split(self._degrees.context)[context] for table in (cos, sin))
+        return ids, labels, document_start, (cos, sin)
+
+    def _over_all_ranks(self, losses: list[Tensor], gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss of the global batch and the norm of its gradient, 0-dim fp32: squares are added in float64, a piece once."""
+        squares = [self._grad_norm([gradients[name]]).double() ** 2 / self._model.owners(name) for name in gradients if name in self._held]
+        device = self._world.device
+        square = torch.stack(squares).sum().to(device) if squares else torch.zeros((), dtype=torch.float64, device=device)
+        both = torch.stack([torch.stack(losses).sum().double(), square])
+        if self._world.size > 1:
+            dist.all_reduce(both)
+        return both[0].float(), both[1].sqrt().float()
+
+    def _losses_of_all(self, own: list[Tensor]) -> list[Tensor]:
+        """Of every micro-batch of the global batch, in order: a row that lies on several ranks has the sum of its parts."""
+        mine = torch.stack(own).cpu()
+        found = [torch.empty_like(mine) for _ in range(self._world.size)]
+        if self._world.size == 1:
+            return own
+        with self._world.together("gather the losses"):
+            dist.all_gather(found, mine)
+        parts = self._degrees.sequence
+        groups = [torch.stack(found[first : first + parts]).sum(0) for first in range(0, self._world.size, parts)]
+        return [loss for group in groups for loss in group.unbind()]
+
+    # -- what the core asks for ------------------------------------------------------------------------------------------------------
+
+    def gradients(self, batch: Batch) -> tuple[float, dict[str, Tensor]]:
+        """See Run.gradients."""
+        self._order(do="gradients")
+        return self._gradients_of(batch)
+
+    def _gradients_of(self, batch: Batch | None) -> tuple[float, dict[str, Tensor]]:
+        whole = self._share_rows(batch)
+        losses, _ = self._forward_backward(lambda first, count: slice_rows(whole, first, count))
+        self._world.doing = RESTS
+        with self._world.together("add gradients"):
+            gradients = self._model.gradients()
+            loss, _ = self._over_all_ranks(losses, gradients)
+            found = {name: self._model.whole(name, gradient.float()).detach().cpu().clone() for name, gradient in gradients.items()}
+        self._model.clear_gradients()
+        return float(loss), found
+
+    def _share_rows(self, batch: Batch | None) -> Batch:
+        """Rank 0's rows, everywhere."""
+        ids = self._world.broadcast_array(None if batch is None else batch.ids)
+        mask = self._world.broadcast_array(None if batch is None else batch.loss_mask)
+        start = self._world.broadcast_array(None if batch is None else batch.document_start)
+        assert ids is not None
+        return Batch(ids, mask, start)
+
+    def evaluate(self, source: EvaluationSource) -> EvalResult:
+        """Mean held-out loss over tokens. Rank 0 reads, and every data-parallel rank gets a micro-batch, padded where rows run out."""
+        rows = self._degrees.data * self._recipe.batch.micro_batch_size
+        rounds = -(-source.num_rows // rows)
+        self._order(do="evaluate", rounds=rounds)
+        loss, tokens = self._evaluate(rounds, lambda number: _padded(source, number * rows, rows))
+        if tokens == 0:
+            raise BackendError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
+        return EvalResult(loss / tokens, tokens)
+
+    def _evaluate(self, rounds: int, read: Callable[[int], Batch | None]) -> tuple[float, int]:
+        total = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+        micro = self._recipe.batch.micro_batch_size
+        group = self._world.rank // self._degrees.sequence
+        for number in range(rounds):
+            batch = slice_rows(self._share_rows(read(number)), group * micro, micro)
+            ids, labels, document_start, rotary = self._tokens(batch)
+            with torch.no_grad(), self._world.together("evaluate"):
+                total[0] += self._model.loss(ids, labels, document_start, rotary)
+                total[1] += (labels >= 0).sum()
+        if self._world.size > 1:
+            with self._world.together("add the held-out losses"):
+                dist.all_reduce(total)
+        self._model.refresh()
+        return float(total[0]), int(total[1])
+
+    def export_state(self) -> State:
+        """See Run.export_state. A tensor is put together when it is asked for; `checkpoint.begin` has every rank write its share."""
+        shapes = {f"{plane}/{spec.name}": spec.shape for plane in PLANES for spec in parameter_specs(self._recipe.model)}
+        tensors = RankedTensors(shapes, self._ask_for, self._begin_save, self._world.size)
+        return State(self._step_number, self._optimizer_updates, self._writer.lend(tensors))
+
+    def _ask_for(self, name: str) -> Tensor:
+        self._order(do="whole", name=name)
+        found = self._whole(name, keep=True)
+        assert found is not None
+        return found
+
+    def _whole(self, name: str, keep: bool) -> Tensor | None:
+        """A tensor of the state put together, in this rank's host memory where it is kept. A collective."""
+        plane, _, parameter = name.partition("/")
+        with self._world.together(f"put {name} together"):
+            whole = self._model.whole(parameter, self._planes[plane][parameter]).detach()
+            return whole.to("cpu", copy=True) if keep else None
+
+    def _begin_save(self, folder: Path, files: Parts) -> Callable[[], Written]:
+        self._order(do="save", folder=str(folder), files=files)
+        return self._writer.begin(folder, files, self._whole)
+
+    def import_state(self, state: State) -> None:
+        """See Run.import_state. Rank 0 reads tensor by tensor and every rank keeps its part. Raises CheckpointError, nothing changed."""
+        check_state(state.tensors, {f"{plane}/{spec.name}": spec.shape for plane in PLANES for spec in parameter_specs(self._recipe.model)})
+        self._writer.let_go()
+        for plane in PLANES:
+            for spec in parameter_specs(self._recipe.model):
+                whole = state.tensors[f"{plane}/{spec.name}"]  # before the order: to read it may take orders of its own
+                self._order(do="place", plane=plane, name=spec.name, shape=spec.shape)
+                self._place(plane, spec.name, spec.shape, whole, 0)
+        self._order(do="stand", step=state.step, optimizer_updates=state.optimizer_updates)
+        self._stand(state.step, state.optimizer_updates)
+
+    def _stand(self, step: int, optimizer_updates: int) -> None:
+        self._step_number, self._optimizer_updates = step, optimizer_updates
+        self._model.refresh()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See Run.fingerprint."""
+        shape = self._degrees
+        return {
+            "backend": "cuda",
+            **device_fingerprint(self._world.device),
+            "ranks": self._world.size,
+            "parallel": self._options.parallel,
+            "degrees": {"replicate": shape.replicate, "shard": shape.shard, "context": shape.context, "tensor": shape.tensor},
+            "collectives": "gloo" if self._world.device.type == "cpu" else "nccl " + ".".join(map(str, torch.cuda.nccl.version())),
+            "compute": self._recipe.precision.compute,
+            "compile": self._options.compile,
+            "cuda_graphs": self._options.cuda_graphs,
+            "float8": self._options.float8,
+            "activation_checkpointing": self._options.activation_checkpointing,
+            "micro_batch_size": self._recipe.batch.micro_batch_size,
+            "reduction": f"micro-batches added in order, ranks by the collective library, {self._options.reduce}",
+            "kernels": self._selection.manifest,
+        }
+
+    def stats(self) -> dict[str, float]:
+        """Of rank 0: resident memory now, the peak on its device, and how long the last save kept the run from training."""
+        stats = {"memory_bytes": float(psutil.Process(os.getpid()).memory_info().rss), "huge_page_bytes": float(huge_page_bytes())}
+        if self._world.device.type == "cuda":
+            stats["device_peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(self._world.device))
+        if self._writer.stall_ms is not None:
+            stats["checkpoint_stall_ms"] = self._writer.stall_ms
+        return stats
+
+    def close(self) -> None:
+        """End the run on every rank."""
+        if self._closed:
+            return
+        with contextlib.suppress(BackendError):  # an end is an end: the error that led here is being raised already
+            self._order(do="close")
+        self._let_go()
+        if self._world.size > 1 and self._ends:
+            with contextlib.suppress(BackendError):
+                self._order(do="end")
+            leave()
+
+    _ends = True  # whether the end of this run is the end of the world; not where a test prepares one run after another
+
+    def _order(self, **what: Any) -> None:
+        self._world.order(run=self._number, **what)
+
+    def _let_go(self) -> None:
+        self._closed = True
+        self._writer.close()
+        for plane in self._planes.values():
+            plane.clear()
+
+
+def _padded(source: EvaluationSource, first: int, count: int) -> Batch:
+    """Rows first..first+count-1, or fewer and then copies of the first of them that bear no loss."""
+    there = min(count, source.num_rows - first)
+    batch = source.rows(first, there)
+    mask = np.ones(batch.ids[:, 1:].shape, bool) if batch.loss_mask is None else batch.loss_mask
+    more = np.zeros(count - there, np.int64)
+    keep = np.concatenate([np.arange(there), more])
+    mask = np.concatenate([mask, np.zeros((len(more), mask.shape[1]), bool)])
+    start = batch.document_start
+    return Batch(batch.ids[keep], mask, None if start is None else start[keep])
+
+
+class Follower:
+    """What ranks above 0 do: carry out rank 0's orders, each of which names its run."""
+
+    def __init__(self, world: World, own: Job, open_source: Callable[[Job], BatchSource]) -> None:
+        self._world, self._own, self._open_source = world, own, open_source
+        self._runs: dict[int, CudaRun] = {}
+        self._sources: dict[int, BatchSource] = {}
+
+    def follow(self) -> None:
+        """Until rank 0 ends the world. Raises BackendError, also where this rank fails: the others learn why."""
+        while (order := self._world.next_order())["do"] != "end":
+            try:
+                self._carry_out(order)
+            except NonFiniteError:
+                continue  # rank 0 raised the same, and decides what becomes of the run
+            except (WeftrainError, OSError) as error:
+                if order["do"] == "prepare" and isinstance(error, BackendError):
+                    continue  # every rank was told; rank 0 decides
+                self._world.say_last_words(str(error))
+                raise
+        leave()
+
+    def _carry_out(self, order: dict[str, Any]) -> None:
+        if order["do"] == "prepare":
+            recipe = Recipe.model_validate(order["recipe"])
+            options = BACKEND.options.model_validate(recipe.backend.options)
+            job = Job(recipe, Plan(**order["plan"]), options, folder=self._own.folder)
+            run = CudaRun(job, options, self._world, order["weights"])
+            self._runs[run._number] = run
+            return
+        number = order["run"]
+        run = self._runs[number]
+        match order["do"]:
+            case "train":
+                source = self._sources[number] = self._open_source(run._job)
+                if source.dataset_id != order["dataset_id"]:
+                    mine, other = source.dataset_id[:12], order["dataset_id"][:12]
+                    raise BackendError(f"reads dataset {mine}, rank 0 reads {other}: give all nodes the same data")
+            case "step":
+                run._step_number = order["step"]
+                run._step(self._sources[number])
+            case "gradients":
+                run._gradients_of(None)
+            case "evaluate":
+                run._evaluate(order["rounds"], lambda round_number: None)
+            case "whole":
+                run._whole(order["name"], keep=False)
+            case "save":
+                files = {
+                    name: {key: (dtype, tuple(shape)) for key, (dtype, shape) in part.items()} for name, part in order["files"].items()
+                }
+                run._writer.begin(Path(order["folder"]), files, run._whole)
+            case "place":
+                run._place(order["plane"], order["name"], tuple(order["shape"]), None, 0)
+            case "stand":
+                run._stand(order["step"], order["optimizer_updates"])
+            case "close":
+                self._runs.pop(number)._let_go()
+                self._sources.pop(number, None)
+            case other:
+                raise BackendError(f"rank 0 asked for '{other}', which this version does not know: install the same everywhere")

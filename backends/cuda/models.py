@@ -1,0 +1,246 @@
+"""The model over the ranks, two ways with the same face: Sharded (FSDP2, HSDP, tensor and context parallel) and Replicated (DDP).
+
+Both hold fp32 master weights by canonical name, as much of each as this rank owns, and hand out gradients of the same shapes, summed over
+all ranks. What a reader would get wrong: the engine never sees a DTensor. What a rank owns is a plain tensor, and `whole` and `part`
+are the only ways between it and the neutral form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from weftrain.backends.cuda.parallel import Meshes, shard
+from weftrain.backends.shared import FP32_ROLES, bind_parameters, present
+from weftrain.core.model import Decoder
+from weftrain.core.parameters import parameter_specs
+
+_BUCKET_MIB = 25  # of gradients that DDP reduces at once, torch's own default
+
+
+class RankModel(Protocol):
+    """What the engine asks of a model over ranks."""
+
+    weights: dict[str, Tensor]  # fp32 masters, what this rank owns; some may be empty
+    copies: dict[str, Tensor]  # compute copies of them that the update writes; empty where torch makes them itself
+
+    def loss(self, ids: Tensor, labels: Tensor, document_start: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """The sum of the token losses of this rank's tokens: fp32, 0-dim."""
+        ...
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch: after the last one gradients are reduced, before it they are not."""
+        ...
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Parameter -> gradient of the step, summed over all ranks, of the shape of what this rank owns."""
+        ...
+
+    def clear_gradients(self) -> None: ...
+
+    def owners(self, name: str) -> int:
+        """Ranks that own the same piece of a parameter."""
+        ...
+
+    def whole(self, name: str, owned: Tensor) -> Tensor:
+        """What all ranks own of a parameter (or of something of its shape), put together. A collective."""
+        ...
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """What this rank owns of a whole tensor that every rank was given."""
+        ...
+
+    def refresh(self) -> None:
+        """The weights were written from outside."""
+        ...
+
+
+class Sharded:
+    """FSDP2. Built on `meta`, so that no rank ever holds the whole model."""
+
+    def __init__(self, model: Decoder, meshes: Meshes, options: Any, compute_dtype: torch.dtype, device: torch.device) -> None:
+        shard(model, meshes, options, compute_dtype)
+        model.to_empty(device="cpu" if options.cpu_offload else device)
+        model.cos, model.sin = model.cos.to(device), model.sin.to(device)
+        model.reset_rotary_tables()
+        if options.cpu_offload:
+            for module in model.modules():  # norms are not FSDP's: they are where they are computed with
+                for name, parameter in module.named_parameters(recurse=False):
+                    if not isinstance(parameter, DTensor):
+                        setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
+        self._model, self._device = model, device
+        self._root = cast(FSDPModule, model)
+        self._every_micro_batch = options.reduce_every_micro_batch
+        self._settle()
+        self._parameters = dict(model.named_parameters())
+        self._norms = [spec.name for spec in parameter_specs(model.config) if spec.role in FP32_ROLES]
+        self.weights = {name: _local(parameter).detach() for name, parameter in self._parameters.items()}
+        self.copies: dict[str, Tensor] = {}
+        self._size = dist.get_world_size()
+
+    def _settle(self) -> None:
+        """Let FSDP take its own storage now: it otherwise does so in the first forward, and a piece that it pads would move then."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                module.reshard()
+
+    def loss(self, ids: Tensor, labels: Tensor, document_start: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        loss: Tensor = self._model(ids, labels, document_start, rotary)
+        return loss
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        self._root.set_requires_gradient_sync(last or self._every_micro_batch)
+        yield
+
+    def gradients(self) -> dict[str, Tensor]:
+        found = {name: None if parameter.grad is None else _local(parameter.grad) for name, parameter in self._parameters.items()}
+        gradients = present(found, self._parameters)
+        if self._size > 1:  # the norms', in one piece
+            flat = torch.cat([gradients[name].reshape(-1) for name in self._norms])
+            dist.all_reduce(flat)
+            pieces = flat.split([gradients[name].numel() for name in self._norms])
+            gradients |= {name: piece.view_as(gradients[name]) for name, piece in zip(self._norms, pieces, strict=True)}
+        return gradients
+
+    def clear_gradients(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def owners(self, name: str) -> int:
+        parameter = self._parameters[name]
+        if not isinstance(parameter, DTensor):
+            return self._size
+        mesh = parameter.device_mesh
+        copies = math.prod(mesh.size(dim) for dim, placement in enumerate(parameter.placements) if isinstance(placement, Replicate))
+        return copies * self._size // mesh.size()
+
+    def whole(self, name: str, owned: Tensor) -> Tensor:
+        parameter = self._parameters[name]
+        if not isinstance(parameter, DTensor):
+            return owned
+        owned = owned.to(self._device)
+        spread = DTensor.from_local(
+            owned, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
+        return spread.full_tensor()
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        parameter = self._parameters[name]
+        if not isinstance(parameter, DTensor):
+            return whole
+        return distribute_tensor(whole.to(self._device), parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+
+    def refresh(self) -> None:
+        """A root that was only evaluated still has its whole weights, of before."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+class Replicated:
+    """DDP: every rank holds the whole model, in masters and, in bf16, copies, as the local backend does."""
+
+    def __init__(self, model: Decoder, options: Any, compute_dtype: torch.dtype, device: torch.device) -> None:
+        self.weights = {spec.name: torch.empty(spec.shape, device=device) for spec in parameter_specs(model.config)}
+        self._parameters, self.copies = bind_parameters(model, self.weights, compute_dtype, device)
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
+        self._reduce_dtype = getattr(torch, options.reduce)
+        self._size = dist.get_world_size()
+        self._sums: dict[str, Tensor] = {}  # of the micro-batches before the last, fp32
+        self._reduced: dict[str, Tensor] = {}
+        self._last = True
+        self._ddp = DistributedDataParallel(
+            model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MIB
+        )
+        self._ddp.register_comm_hook(None, self._reduce)
+
+    def loss(self, ids: Tensor, labels: Tensor, document_start: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        loss: Tensor = self._ddp(ids, labels, document_start, rotary)
+        return loss
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        with contextlib.nullcontext() if last else self._ddp.no_sync():
+            yield
+        if last:
+            return
+        for name, parameter in self._parameters.items():  # into fp32 sums, as the local backend does
+            if parameter.grad is not None:
+                if name in self._sums:
+                    self._sums[name] += parameter.grad
+                else:
+                    self._sums[name] = parameter.grad.float()
+                parameter.grad = None
+
+    def _reduce(self, state: None, bucket: dist.GradBucket) -> Future[Tensor]:
+        """Sum a bucket over the ranks, in `reduce` or what its gradients are in, with what earlier micro-batches left."""
+        buffer, parameters = bucket.buffer(), bucket.parameters()
+        names = [self._names[parameter] for parameter in parameters]
+        summed = bool(self._sums)
+        if not summed and buffer.dtype in (self._reduce_dtype, torch.float32):
+            if self._size == 1:
+                return _done(buffer)
+            return cast("Future[Tensor]", dist.all_reduce(buffer, async_op=True).get_future().then(lambda done: done.value()[0]))
+        flat = torch.cat(
+            [
+                (self._sums[name] + gradient if summed else gradient.float()).reshape(-1)
+                for name, gradient in zip(names, bucket.gradients(), strict=True)
+            ]
+        )
+        flat = flat.to(self._reduce_dtype) if self._size > 1 else flat
+
+        def keep(_: Any) -> Tensor:
+            for name, piece, gradient in zip(
+                names, flat.split([gradient.numel() for gradient in bucket.gradients()]), bucket.gradients(), strict=True
+            ):
+                self._reduced[name] = piece.view_as(gradient)
+            return buffer
+
+        if self._size == 1:
+            keep(None)
+            return _done(buffer)
+        return cast("Future[Tensor]", dist.all_reduce(flat, async_op=True).get_future().then(keep))
+
+    def gradients(self) -> dict[str, Tensor]:
+        found: Mapping[str, Tensor | None] = {name: self._reduced.get(name, parameter.grad) for name, parameter in self._parameters.items()}
+        return present(found, self._parameters)
+
+    def clear_gradients(self) -> None:
+        self._sums, self._reduced = {}, {}
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def owners(self, name: str) -> int:
+        return self._size
+
+    def whole(self, name: str, owned: Tensor) -> Tensor:
+        return owned
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        return whole
+
+    def refresh(self) -> None:
+        for name, copy in self.copies.items():
+            copy.copy_(self.weights[name])
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _done(tensor: Tensor) -> Future[Tensor]:
+    future: Future[Tensor] = Future()
+    future.set_result(tensor)
+    return future

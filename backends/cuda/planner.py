@@ -1,0 +1,254 @@
+"""What a rank needs, what it sends, and how long a step takes, before anything is allocated or started.
+
+What a reader would get wrong: memory and traffic are computed from what the backend does and hold; a step's time is a *prediction* from
+speeds that were measured or stand in a data sheet, by a model with few constants, each with its reason (docs/train-on-a-cluster.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import psutil
+
+from weftrain.backends.cuda.parallel import Degrees
+from weftrain.core.backend import Needs, Prediction, Speeds
+from weftrain.core.config import Recipe
+from weftrain.core.errors import BackendError
+from weftrain.core.parameters import Role, flops_per_token, parameter_specs
+
+if TYPE_CHECKING:
+    import torch
+
+    from weftrain.backends.cuda import CudaOptions
+
+_ITEM = {"float32": 4, "bfloat16": 2}
+_PROGRAM_BYTES = {"cpu": 500 << 20, "cuda": 1 << 30}  # interpreter and torch; a CUDA context with NCCL's buffers
+_LOGIT_CHUNK_BYTES = 6 << 24  # of a chunked head: 2^24 logits, in bf16 and in fp32
+_FRAGMENTS = 1.06  # of what is allocated and freed again: the allocator's blocks are rounded up and do not always fit
+
+# The time model. Share of the peak that a large bf16 matrix multiply reaches in a long run, which a power limit lowers on the newer
+# devices, and of the bandwidth that an elementwise pass reaches. Attention's products run at a lower share than plain ones.
+MATMUL_SHARE = 0.72
+ATTENTION_SHARE = 0.45
+BANDWIDTH_SHARE = 0.80
+LINK_SHARE = 0.70
+# Passes over [tokens, hidden] and [tokens, intermediate] tensors in a block's forward and backward, in 4-byte and compute elements: norms,
+# rotation, residual sums, SwiGLU and their gradients; a compiled block fuses about half of them.
+_STREAM_PASSES, _HIDDEN_PASSES, _INNER_PASSES = 22, 24, 16
+_COMPILED = 0.55
+_LAUNCH_S = 6e-6  # a kernel launch that nothing hides, in an eager block of about 120 of them
+_LAUNCHES_A_BLOCK = 120
+
+
+def _sizes(recipe: Recipe) -> tuple[int, int, int]:
+    """Parameters in blocks without norms, in embedding and head, in norms."""
+    blocks = outer = norms = 0
+    for spec in parameter_specs(recipe.model):
+        if spec.role in (Role.NORM_WEIGHT, Role.NORM_BIAS):
+            norms += spec.size
+        elif spec.role in (Role.EMBEDDING, Role.HEAD):
+            outer += spec.size
+        else:
+            blocks += spec.size
+    return blocks, outer, norms
+
+
+def needs(recipe: Recipe, options: CudaOptions, degrees: Degrees, device_type: str) -> Needs:
+    """Bytes on one rank's device at the worst moment, by part."""
+    model, batch = recipe.model, recipe.batch
+    item = _ITEM[recipe.precision.compute]
+    blocks, outer, norms = _sizes(recipe)
+    hidden, inner, layers = model.hidden_size, model.intermediate_size, model.num_layers
+    tokens = batch.micro_batch_size * recipe.data.sequence_length // degrees.sequence
+    a_block = blocks // layers // degrees.tensor
+    ddp = options.parallel == "ddp"
+    owned = blocks // degrees.tensor + outer + norms
+    if not ddp:
+        owned = blocks // (degrees.shard * degrees.sequence) + outer // (degrees.shard * degrees.sequence) + norms
+    accumulates = batch.accumulation_steps > 1
+    parts = {"program": _PROGRAM_BYTES.get(device_type, _PROGRAM_BYTES["cpu"])}
+    on_device = 0 if options.cpu_offload else 1
+    parts["weights, fp32"] = 4 * owned * on_device
+    parts["optimizer"] = 8 * owned * on_device
+    reduced = _ITEM[options.reduce]
+    if ddp:
+        parts["compute copies"] = item * (blocks + outer) if item < 4 else 0
+        fp32 = accumulates or (item < 4 and reduced == 4)
+        parts["gradients"] = item * (blocks + outer) + (4 * (blocks + outer) if fp32 else 0)
+    else:
+        parts["gradients"] = 4 * owned * on_device
+        gathered = blocks // degrees.tensor if not options.reshard_after_forward else 2 * a_block
+        parts["gathered weights"] = item * (gathered + outer) if degrees.size > 1 or item < 4 else 0
+        whole = a_block * 2 + outer
+        if accumulates and not options.reduce_every_micro_batch:
+            whole = blocks // degrees.tensor + outer
+        parts["whole gradients"] = max(item, reduced) * whole
+    full = 4 * 4 * hidden + 7 * item * hidden + 3 * item * inner  # what autograd keeps of a block, a token
+    kept = {"none": full, "selective": 4 * hidden + 6 * item * hidden + 2 * item * inner, "full": 4 * hidden}[
+        options.activation_checkpointing
+    ]
+    if options.compile and options.activation_checkpointing == "none":
+        kept = 4 * 2 * hidden + 6 * item * hidden + 2 * item * inner  # the compiler keeps what is cheaper to keep than to compute again
+    again = 2 * full if options.activation_checkpointing != "none" else full
+    parts["activations"] = tokens * kept * layers
+    parts["one block at work"] = tokens * again
+    parts["head"] = _LOGIT_CHUNK_BYTES + tokens * hidden * (4 + 2 * item) + model.vocab_size * hidden * (4 + item)
+    moving = sum(size for name, size in parts.items() if name not in ("program", "weights, fp32", "optimizer"))
+    parts["fragments"] = int((_FRAGMENTS - 1) * moving)
+    return Needs(parts, 0)
+
+
+def traffic(recipe: Recipe, options: CudaOptions, degrees: Degrees) -> dict[str, int]:
+    """Bytes that a rank sends in a step, by what for: ring algorithms, (N - 1) / N of a tensor a gather or scatter, twice that a sum."""
+    item, reduced = _ITEM[recipe.precision.compute], _ITEM[options.reduce]
+    blocks, outer, norms = _sizes(recipe)
+    micro = recipe.batch.accumulation_steps
+    found: dict[str, int] = {}
+
+    def ring(size: float, ranks: int) -> float:
+        return size * (ranks - 1) / ranks
+
+    if options.parallel == "ddp":
+        found["sum gradients"] = int(2 * ring(reduced * (blocks + outer) + 4 * norms, degrees.data))
+        return found
+    in_blocks, everywhere = degrees.shard * degrees.context, degrees.shard * degrees.sequence
+    times = micro * (2 if options.reshard_after_forward else 1)
+    reductions = micro if options.reduce_every_micro_batch else 1
+    found["gather weights"] = int(times * ring(item * blocks / degrees.tensor, in_blocks) + micro * ring(item * outer, everywhere))
+    found["scatter gradients"] = int(
+        reductions * (ring(reduced * blocks / degrees.tensor, in_blocks) + ring(reduced * outer, everywhere))
+        + 2 * ring(4 * norms, degrees.size)
+    )
+    if degrees.replicate > 1:
+        own = blocks / degrees.tensor / in_blocks + outer / everywhere
+        found["sum over replicas"] = int(reductions * 2 * ring(reduced * own, degrees.replicate))
+    rows = micro * recipe.batch.micro_batch_size * recipe.data.sequence_length * recipe.model.hidden_size * recipe.model.num_layers
+    again = 1 if options.activation_checkpointing == "none" else 2
+    if degrees.tensor > 1:  # two gathers and two scatters of [tokens, hidden] in a block's forward, and in its backward
+        found["tokens between tensor ranks"] = int(4 * (1 + again) * ring(item * rows / degrees.context, degrees.tensor))
+    if degrees.context > 1:  # q, k, v out and the result back
+        found["heads between context ranks"] = int(4 * (1 + again) * ring(item * rows / degrees.sequence, degrees.context))
+    return found
+
+
+def predict(recipe: Recipe, options: CudaOptions, degrees: Degrees, speeds: Speeds, device_type: str = "cuda") -> Prediction:
+    """A step on `degrees.size` devices: arithmetic, memory passes, optimizer, and the communication that does not fit beside them."""
+    model = recipe.model
+    tokens = recipe.tokens_per_step / degrees.size  # of a rank
+    item = _ITEM[recipe.precision.compute]
+    blocks, outer, _ = _sizes(recipe)
+    products = 6.0 * (blocks + model.vocab_size * model.hidden_size) * tokens
+    attention = (flops_per_token(model, recipe.data.sequence_length) - flops_per_token(model, 0)) * tokens / 2  # causal: half is computed
+    recomputed = {"none": 0.0, "selective": 0.0, "full": 1.0}[options.activation_checkpointing]
+    block_share = blocks / (blocks + model.vocab_size * model.hidden_size)
+    products *= 1 + recomputed / 3 * block_share
+    attention *= 1 + recomputed / 3.5
+    passes = (
+        tokens
+        * model.num_layers
+        * (4 * _STREAM_PASSES * model.hidden_size + item * (_HIDDEN_PASSES * model.hidden_size + _INNER_PASSES * model.intermediate_size))
+    )
+    passes *= (_COMPILED if options.compile else 1.0) * (1 + 0.4 * (options.activation_checkpointing != "none"))
+    owned = (blocks + outer) / (1 if options.parallel == "ddp" else degrees.shard * degrees.sequence)
+    bandwidth = speeds.memory_bytes * BANDWIDTH_SHARE
+    sent = traffic(recipe, options, degrees)
+    parts = {
+        "matrix products": products / (speeds.matmul_flops * MATMUL_SHARE),
+        "attention": attention / (speeds.matmul_flops * ATTENTION_SHARE),
+        "memory passes": passes / bandwidth,
+        "optimizer": owned * (30 + item) / bandwidth,
+    }
+    if not options.compile:
+        launches = _LAUNCH_S * _LAUNCHES_A_BLOCK * model.num_layers * 3 * recipe.batch.accumulation_steps
+        parts["launches"] = max(0.0, launches - sum(parts.values()))
+    working = sum(parts.values())
+    hidden_s, exposed_s = 0.0, 0.0
+    for name, size in sent.items():
+        inside = name in ("tokens between tensor ranks", "heads between context ranks")
+        across = degrees.size > speeds.devices_per_node and not inside
+        link = speeds.link_bytes if across else speeds.node_link_bytes or speeds.link_bytes
+        if link is None:
+            raise BackendError("a prediction for several devices needs the speed of the links between them")
+        seconds = size / (link * LINK_SHARE)
+        if inside:
+            exposed_s += seconds  # a block waits for its tokens
+        else:
+            hidden_s += seconds  # beside the arithmetic, but for the first gather and the last scatter
+    parts["communication"] = hidden_s + exposed_s
+    edge = hidden_s / max(1, model.num_layers * recipe.batch.accumulation_steps)
+    step_s = max(working, hidden_s) + exposed_s + edge
+    if hidden_s > working:
+        limit = "communication"
+    else:
+        limit = max(("matrix products", "attention", "memory passes", "optimizer"), key=lambda name: parts[name])
+    return Prediction(step_s, limit, parts, needs(recipe, options, degrees, device_type), sent)
+
+
+def largest_micro_batch(recipe: Recipe, options: CudaOptions, degrees: Degrees, capacity_bytes: float) -> int:
+    """Sequences of the largest micro-batch that fits; 0: none does. Of any size: whether it divides the global batch is not asked."""
+    fits = 0
+    while fits < 4096:
+        batch = recipe.batch.model_copy(update={"micro_batch_size": fits + 1})
+        if needs(recipe.model_copy(update={"batch": batch}), options, degrees, "cuda").total_memory_bytes > capacity_bytes:
+            break
+        fits += 1
+    return fits
+
+
+def check_memory(recipe: Recipe, options: CudaOptions, degrees: Degrees, device: torch.device) -> None:
+    """Refuse, before anything is allocated, what does not fit. Raises BackendError, with what would."""
+    import os
+
+    import torch
+
+    wanted = needs(recipe, options, degrees, device.type)
+    if device.type == "cuda":
+        available, where = float(torch.cuda.mem_get_info(device)[1]), torch.cuda.get_device_name(device)
+    else:
+        available = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        where = "this machine's memory, divided by its ranks"
+    if wanted.total_memory_bytes <= available:
+        return
+    told = ", ".join(
+        f"{name} {size / 2**30:,.1f}" for name, size in sorted(wanted.memory_bytes.items(), key=lambda part: -part[1]) if size > 1 << 27
+    )
+    fitting = [words for words, total in alternatives(recipe, options, degrees, device.type) if total <= available]
+    remedy = "; ".join(fitting[:4]) or "more devices, or the streaming backend"
+    raise BackendError(
+        f"a rank needs about {wanted.total_memory_bytes / 2**30:,.1f} GiB ({told}), and {where} has {available / 2**30:,.1f}: "
+        f"what would fit: {remedy}"
+    )
+
+
+def alternatives(recipe: Recipe, options: CudaOptions, degrees: Degrees, device_type: str) -> Iterator[tuple[str, int]]:
+    """Settings that need less, in the order of what they cost, and the bytes that a rank needs with each."""
+
+    def total(changed_recipe: Recipe, **changes: object) -> int:
+        changed = options.model_copy(update=changes)
+        new = degrees
+        if changes.get("parallel") == "fsdp":
+            new = dataclasses.replace(degrees, replicate=1, shard=degrees.data)
+        return needs(changed_recipe, changed, new, device_type).total_memory_bytes
+
+    if options.parallel == "ddp":
+        yield "backend.options.parallel=fsdp", total(recipe, parallel="fsdp")
+    for kind in ("selective", "full"):
+        if options.activation_checkpointing == "none" or (options.activation_checkpointing, kind) == ("selective", "full"):
+            fsdp = {"parallel": "fsdp"} if options.parallel == "ddp" else {}
+            yield (
+                f"{'backend.options.parallel=fsdp ' if fsdp else ''}backend.options.activation_checkpointing={kind}",
+                total(recipe, activation_checkpointing=kind, **fsdp),
+            )
+    for micro in range(recipe.batch.micro_batch_size - 1, 0, -1):
+        if recipe.batch.global_batch_size % (micro * recipe.batch.replicas) == 0:
+            smaller = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_batch_size": micro})})
+            yield (
+                f"batch.micro_batch_size={micro} backend.options.activation_checkpointing=full",
+                total(smaller, activation_checkpointing="full"),
+            )
+    if options.parallel != "ddp" and not options.reduce_every_micro_batch and recipe.batch.accumulation_steps > 1:
+        yield "backend.options.reduce_every_micro_batch=true", total(recipe, reduce_every_micro_batch=True, activation_checkpointing="full")
+    if options.parallel != "ddp":
+        yield "backend.options.cpu_offload=true", total(recipe, cpu_offload=True, activation_checkpointing="full")

@@ -1,0 +1,86 @@
+"""Ranks for tests: this process leads, and others, started once for many runs, follow.
+
+Run as a program it is one of the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from weftrain.backends.cuda import BACKEND
+from weftrain.backends.cuda.engine import CudaRun
+from weftrain.backends.cuda.world import leave, meet
+from weftrain.core.backend import BatchSource, Job, Plan
+from weftrain.core.config import Recipe
+from weftrain.core.recipe_file import load_recipe
+from weftrain.core.synthetic import synthetic_source
+
+
+def source_of(recipe: Recipe) -> BatchSource:
+    """The rows that every test of the conformance suite trains on."""
+    rows = recipe.data.synthetic_rows
+    assert rows is not None
+    return synthetic_source(recipe.model.vocab_size, recipe.data.sequence_length, rows, recipe.batch.global_batch_size, seed=5)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    wanted = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    return {name: str(value) for name, value in wanted.items()}
+
+
+@contextlib.contextmanager
+def world_of(size: int) -> Iterator[None]:
+    """While it lasts, runs of the cuda backend that are prepared here are runs of `size` ranks; several may be, one after another."""
+    port = free_port()
+    others = [
+        subprocess.Popen([sys.executable, __file__], env={**os.environ, **environment(rank, size, port), "OMP_NUM_THREADS": "1"})
+        for rank in range(1, size)
+    ]
+    before = dict(os.environ)
+    os.environ.update(environment(0, size, port))
+    leave()
+    CudaRun._ends = False
+    try:
+        meet("cpu", 60)
+        yield
+        meet("cpu", 60).order(do="end")
+        for process in others:
+            process.wait(timeout=30)
+    finally:
+        CudaRun._ends = True
+        leave()
+        os.environ.clear()
+        os.environ.update(before)
+        for process in others:
+            process.kill()
+            process.wait()
+
+
+def main() -> None:
+    recipe = load_recipe("crystal_demo", ["data.sources=[]", "data.synthetic_rows=4"]).recipe
+    job = Job(recipe, Plan(0, 1), BACKEND.options(device="cpu", timeout_s=60, threads=2), folder=None)
+    BACKEND.follow(lambda: job, lambda job: source_of(job.recipe), lambda: False, 60)
+
+
+if __name__ == "__main__":
+    sys.path.remove(str(Path(__file__).parent))
+    main()
