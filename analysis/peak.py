@@ -33,6 +33,10 @@ class Peak:
     def __str__(self) -> str:
         return "unknown" if self.flops is None else f"{self.flops / 1e9:,.0f} GFLOP/s ({self.origin})"
 
+    def of(self, devices: int) -> Peak:
+        """Of so many devices like the one it was measured on."""
+        return self if self.flops is None or devices == 1 else Peak(self.flops * devices, f"{devices} x {self.origin}")
+
 
 def measured_matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 20) -> Peak:
     """The best of `repeats` products of two [size, size] matrices after a warm-up: 2 size^3 FLOPs each. About a second on two cores."""

@@ -185,6 +185,8 @@ def device_fingerprint(device: torch.device) -> dict[str, Any]:
 class PlainBackend:
     """The answers of a backend that runs anywhere, keeps no state of its own on disk, and has nothing to say before it starts."""
 
+    name: str
+
     def unavailable(self) -> str | None:
         return None
 
@@ -203,7 +205,7 @@ class PlainBackend:
     def follow(
         self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], leaving: Callable[[], bool], wait_s: float
     ) -> None:
-        raise BackendError("this backend has no replicas that join: --backend streaming does")
+        raise BackendError(f"the {self.name} backend has no replicas that join: --backend streaming does")
 
 
 def check_state(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

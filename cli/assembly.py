@@ -33,8 +33,9 @@ def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
 
 
 def measured_peak(recipe: Recipe, backend: Backend, run: Run) -> Peak:
-    """The matrix-multiply peak of the device that the run is on, in its compute dtype; unknown for a backend that computes nothing."""
+    """The matrix-multiply peak of the devices that the run is on, in its compute dtype; unknown for a backend that computes nothing."""
     if not backend.trains:
         return Peak(None, f"the {backend.name} backend does not compute here")
-    device = torch.device(run.fingerprint()["device_type"])
-    return measured_matmul_peak(device, getattr(torch, recipe.precision.compute))
+    fingerprint = run.fingerprint()
+    peak = measured_matmul_peak(torch.device(fingerprint["device_type"]), getattr(torch, recipe.precision.compute))
+    return peak.of(fingerprint.get("ranks", 1))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 from typing import Any
 
 import click
 
-from weftrain.core.errors import WeftrainError
+from weftrain.core.errors import EverywhereError, RecipeError, WeftrainError
 
 # verb -> (module, attribute): loaded when the verb is asked for.
 VERBS = {
@@ -30,6 +31,11 @@ VERBS = {
     "convert": ("weftrain.cli.convert", "convert"),
     "data": ("weftrain.cli.data", "data"),
 }
+
+
+def _follows() -> bool:
+    """Whether a launcher started this process beside others, as one that does not lead."""
+    return os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
 
 
 class Failure(click.ClickException):
@@ -60,6 +66,8 @@ class Verbs(click.Group):
         try:
             return super().invoke(ctx)
         except WeftrainError as error:
+            if isinstance(error, (EverywhereError, RecipeError)) and _follows():
+                raise SystemExit(error.exit_code) from error  # the process that leads was given the same command, and says it
             raise Failure(str(error), error.exit_code) from error
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""

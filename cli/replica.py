@@ -39,9 +39,6 @@ def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
         )
     file = load_recipe(str(run / READABLE_RECIPE), overrides)
     backend, _ = backend_options(file)
-    follow = getattr(backend, "follow", None)
-    if follow is None:
-        raise BackendError(f"the {backend.name} backend has no replicas that join: --backend streaming does")
 
     def read() -> Job:
         file = load_recipe(str(run / READABLE_RECIPE), overrides)
@@ -51,5 +48,5 @@ def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"joining {run}", markup=False)
     with StopRequest() as stop:
-        follow(read, lambda job: open_data(job.recipe)[0], stop.requested, wait_s)
+        backend.follow(read, lambda job: open_data(job.recipe)[0], stop.requested, wait_s)
     console.print("left the run" if stop.requested() else "the run ended", markup=False)

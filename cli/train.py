@@ -37,6 +37,8 @@ def train(recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str | N
 
     KEY.SUB=VALUE lays a value over the recipe, e.g. schedule.steps=100. SIGTERM and Ctrl-C finish the step, save, and exit (143, 130).
     """
+    from weftrain.cli.assembly import backend_options
+
     console = Console(highlight=False, soft_wrap=True)
     file = load_recipe(recipe, overrides, backend)
     name = run_name or file.recipe.name
@@ -46,9 +48,22 @@ def train(recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str | N
     again += "" if backend is None else f" --backend {backend}"
     again += ("" if runs == Path("runs") else f" --runs {runs}") + ("" if run_name is None else f" --run {name}")
     with StopRequest() as stop:
-        _train(console, file, runs, name, set(allow), stop, again)
+        if backend_options(file)[0].follows():
+            _follow(file, runs / name, stop)
+        else:
+            _train(console, file, runs, name, set(allow), stop, again)
     if stop.number:
         sys.exit(128 + stop.number)
+
+
+def _follow(file: RecipeFile, folder: Path, stop: StopRequest) -> None:
+    """This process is one of several that were started with the same command, and another one leads: take part, and say nothing."""
+    from weftrain.cli.assembly import backend_options, open_data
+    from weftrain.core.backend import Job, Plan
+
+    backend, options = backend_options(file)
+    job = Job(file.recipe, Plan(0, file.recipe.schedule.steps), options, folder=folder)
+    backend.follow(lambda: job, lambda job: open_data(job.recipe)[0], stop.requested, 0)
 
 
 def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set[str], stop: StopRequest, again: str) -> None:

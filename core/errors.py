@@ -30,6 +30,10 @@ class BackendError(WeftrainError):
     """A backend that is not there, or cannot do what the recipe asks of it."""
 
 
+class EverywhereError(BackendError):
+    """What every process of a run found at once, or was told: the one that leads says it, and the others are silent."""
+
+
 class NonFiniteError(WeftrainError):
     """A loss or gradient norm that is not finite: the step did not happen. Names the step and its samples."""
 

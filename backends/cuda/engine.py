@@ -130,12 +130,13 @@ class CudaRun:
 
     def train(self, source: BatchSource) -> Iterator[StepResult]:
         """See Run.train. One host synchronisation a step: the check that loss and norm are finite."""
-        self._order(do="train", dataset_id=source.dataset_id)
+        with self._together(do="train", dataset_id=source.dataset_id):
+            pass
         try:
             while self._step_number < self._plan.last_step:
                 self._writer.let_go()
-                self._order(do="step", step=self._step_number)
-                result = self._step(source)
+                with self._together(do="step", step=self._step_number):
+                    result = self._step(source)
                 self._world.doing = "log, evaluate and save between two steps"
                 yield result
         finally:
@@ -222,8 +223,8 @@ class CudaRun:
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, Tensor]]:
         """See Run.gradients."""
-        self._order(do="gradients")
-        return self._gradients_of(batch)
+        with self._together(do="gradients"):
+            return self._gradients_of(batch)
 
     def _gradients_of(self, batch: Batch | None) -> tuple[float, dict[str, Tensor]]:
         whole = self._share_rows(batch)
@@ -248,8 +249,8 @@ class CudaRun:
         """Mean held-out loss over tokens. Rank 0 reads, and every data-parallel rank gets a micro-batch, padded where rows run out."""
         rows = self._degrees.data * self._recipe.batch.micro_batch_size
         rounds = -(-source.num_rows // rows)
-        self._order(do="evaluate", rounds=rounds)
-        loss, tokens = self._evaluate(rounds, lambda number: _padded(source, number * rows, rows))
+        with self._together(do="evaluate", rounds=rounds):
+            loss, tokens = self._evaluate(rounds, lambda number: _padded(source, number * rows, rows))
         if tokens == 0:
             raise BackendError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
         return EvalResult(loss / tokens, tokens)
@@ -277,8 +278,8 @@ class CudaRun:
         return State(self._step_number, self._optimizer_updates, self._writer.lend(tensors))
 
     def _ask_for(self, name: str) -> Tensor:
-        self._order(do="whole", name=name)
-        found = self._whole(name, keep=True)
+        with self._together(do="whole", name=name):
+            found = self._whole(name, keep=True)
         assert found is not None
         return found
 
@@ -290,8 +291,8 @@ class CudaRun:
             return whole.to("cpu", copy=True) if keep else None
 
     def _begin_save(self, folder: Path, files: Parts) -> Callable[[], Written]:
-        self._order(do="save", folder=str(folder), files=files)
-        return self._writer.begin(folder, files, self._whole)
+        with self._together(do="save", folder=str(folder), files=files):
+            return self._writer.begin(folder, files, self._whole)
 
     def import_state(self, state: State) -> None:
         """See Run.import_state. Rank 0 reads tensor by tensor and every rank keeps its part. Raises CheckpointError, nothing changed."""
@@ -300,10 +301,10 @@ class CudaRun:
         for plane in PLANES:
             for spec in parameter_specs(self._recipe.model):
                 whole = state.tensors[f"{plane}/{spec.name}"]  # before the order: to read it may take orders of its own
-                self._order(do="place", plane=plane, name=spec.name, shape=spec.shape)
-                self._place(plane, spec.name, spec.shape, whole, 0)
-        self._order(do="stand", step=state.step, optimizer_updates=state.optimizer_updates)
-        self._stand(state.step, state.optimizer_updates)
+                with self._together(do="place", plane=plane, name=spec.name, shape=spec.shape):
+                    self._place(plane, spec.name, spec.shape, whole, 0)
+        with self._together(do="stand", step=state.step, optimizer_updates=state.optimizer_updates):
+            self._stand(state.step, state.optimizer_updates)
 
     def _stand(self, step: int, optimizer_updates: int) -> None:
         self._step_number, self._optimizer_updates = step, optimizer_updates
@@ -343,17 +344,26 @@ class CudaRun:
         if self._closed:
             return
         with contextlib.suppress(BackendError):  # an end is an end: the error that led here is being raised already
-            self._order(do="close")
+            self._world.order(do="close", run=self._number)
         self._let_go()
-        if self._world.size > 1 and self._ends:
+        if self._ends and self._world.size > 1:
             with contextlib.suppress(BackendError):
-                self._order(do="end")
+                self._world.order(do="end")
             leave()
 
     _ends = True  # whether the end of this run is the end of the world; not where a test prepares one run after another
 
-    def _order(self, **what: Any) -> None:
+    @contextlib.contextmanager
+    def _together(self, **what: Any) -> Iterator[None]:
+        """Rank 0: order something, and do it too. Where that fails the others wait in a collective, and no order reaches them any more."""
         self._world.order(run=self._number, **what)
+        try:
+            yield
+        except NonFiniteError:
+            raise  # on every rank
+        except BaseException as error:
+            self._world.break_off(str(error) or type(error).__name__)
+            raise
 
     def _let_go(self) -> None:
         self._closed = True

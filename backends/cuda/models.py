@@ -8,6 +8,7 @@ are the only ways between it and the neutral form.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, cast
@@ -161,10 +162,15 @@ class Replicated:
         self._sums: dict[str, Tensor] = {}  # of the micro-batches before the last, fp32
         self._reduced: dict[str, Tensor] = {}
         self._last = True
-        self._ddp = DistributedDataParallel(
-            model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MIB
+        buffers = (
+            "forward_sync_buffers"
+            if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+            else "broadcast_buffers"
         )
-        self._ddp.register_comm_hook(None, self._reduce)
+        self._ddp = DistributedDataParallel(
+            model, init_sync=False, gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MIB, **cast(Any, {buffers: False})
+        )
+        self._ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))  # torch refuses annotations that are strings
 
     def loss(self, ids: Tensor, labels: Tensor, document_start: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
         loss: Tensor = self._ddp(ids, labels, document_start, rotary)
@@ -184,7 +190,7 @@ class Replicated:
                     self._sums[name] = parameter.grad.float()
                 parameter.grad = None
 
-    def _reduce(self, state: None, bucket: dist.GradBucket) -> Future[Tensor]:
+    def _reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Sum a bucket over the ranks, in `reduce` or what its gradients are in, with what earlier micro-batches left."""
         buffer, parameters = bucket.buffer(), bucket.parameters()
         names = [self._names[parameter] for parameter in parameters]

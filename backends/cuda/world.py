@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from weftrain.backends.shared import torch_device
 from weftrain.core.canonical import canonical_json
-from weftrain.core.errors import BackendError, WeftrainError
+from weftrain.core.errors import BackendError, EverywhereError, WeftrainError
 
 if TYPE_CHECKING:
     from weftrain.backends.cuda.watch import Watch
@@ -48,6 +48,7 @@ class World:
         self.step = 0
         self.waiting = False  # whether that is waiting for the others
         self._runs = 0
+        self._broken = False
         self.watch: Watch | None = None
 
     def own_store(self) -> Any:
@@ -76,15 +77,21 @@ class World:
             raise self.lost(what, error) from error
         self.doing, self.waiting = before
 
-    def lost(self, what: str, error: BaseException) -> BackendError:
+    def lost(self, what: str, error: BaseException) -> EverywhereError:
         """What to raise where a collective failed: the last words of the rank that is gone, where it left any."""
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        self._broken = True
         words = self.last_words()
         why = f"{words}; " if words else ""
-        return BackendError(
+        return EverywhereError(
             f"rank {self.rank} of {self.size}: another rank was lost while this one was to {what} ({why}{first}): the last checkpoint is "
             "whole; start the run again, or let torchrun do it with --max-restarts"
         )
+
+    def break_off(self, words: str) -> None:
+        """This rank failed in the midst of something: there are no orders any more, and the others learn why when they miss it."""
+        self._broken = True
+        self.say_last_words(words)
 
     def say_last_words(self, words: str) -> None:
         """Leave the reason of one's own end for the others."""
@@ -101,7 +108,7 @@ class World:
 
     def order(self, **what: Any) -> None:
         """Rank 0: tell the others what comes."""
-        if self.size == 1:
+        if self.size == 1 or self._broken:
             return
         data = json.dumps(what).encode()
         head = torch.zeros(_ORDER_BYTES, dtype=torch.uint8)
@@ -140,7 +147,7 @@ class World:
                 dist.all_gather(found, own)
         for rank, said in enumerate(found):
             if text := said.numpy().tobytes().rstrip(b"\0").decode(errors="replace"):
-                raise BackendError(text if self.size == 1 else f"rank {rank}: {text}")
+                raise EverywhereError(text if self.size == 1 else f"rank {rank}: {text}")
 
     def same_everywhere(self, what: dict[str, Any]) -> None:
         """Raises BackendError, on every rank, that names the first thing of `what` (JSON) in which a rank differs from rank 0."""
@@ -158,7 +165,7 @@ class World:
         for rank, other in enumerate(told):
             for key in sorted(what):
                 if other.get(key) != told[0].get(key):
-                    raise BackendError(
+                    raise EverywhereError(
                         f"the ranks are not alike: {key} is {told[0].get(key)} on rank 0 ({told[0].get('host')}) and {other.get(key)} on "
                         f"rank {rank} ({other.get('host')}): install and start the same everywhere"
                     )
@@ -219,6 +226,8 @@ def meet(wanted_device: str, timeout_s: float) -> World:
         try:
             store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
             store.set_timeout(timeout)
+            # What ranks of an earlier attempt wrote there, such as their addresses, is no longer true.
+            store = dist.PrefixStore(f"weftrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout)
         except (RuntimeError, ValueError, dist.DistError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -230,7 +239,7 @@ def meet(wanted_device: str, timeout_s: float) -> World:
                 "network interface is meant (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
             )
             raise BackendError(f"rank {rank}: the ranks could not meet at {where} ({first}): {remedy}") from error
-        world = World(device, dist.PrefixStore("weftrain", store), rank, size, timeout_s)
+        world = World(device, dist.PrefixStore("run", store), rank, size, timeout_s)
     _worlds["world"] = world
     try:
         if world.size > 1:

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from weftrain.backends.cuda import BACKEND
 from weftrain.backends.cuda.engine import CudaRun
 from weftrain.backends.cuda.world import leave, meet
@@ -58,6 +60,7 @@ def world_of(size: int) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.update(environment(0, size, port))
     leave()
+    torch.set_num_threads(1)
     CudaRun._ends = False
     try:
         meet("cpu", 60)
@@ -77,7 +80,7 @@ def world_of(size: int) -> Iterator[None]:
 
 def main() -> None:
     recipe = load_recipe("crystal_demo", ["data.sources=[]", "data.synthetic_rows=4"]).recipe
-    job = Job(recipe, Plan(0, 1), BACKEND.options(device="cpu", timeout_s=60, threads=2), folder=None)
+    job = Job(recipe, Plan(0, 1), BACKEND.options(device="cpu", timeout_s=60, threads=1), folder=None)
     BACKEND.follow(lambda: job, lambda job: source_of(job.recipe), lambda: False, 60)
 
 

@@ -1,0 +1,236 @@
+"""Ranks as torchrun starts them: a rank that is killed, one that stalls, a launcher that is killed, and ranks that cannot meet."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from ranks import environment, free_port
+
+from weftrain.core import checkpoint
+from weftrain.core.metrics import read_metrics
+
+TRAIN = ["-m", "weftrain.cli", "train", "crystal_demo", "--backend", "cuda", "backend.options.device=cpu", "backend.options.timeout_s=60"]
+SMALL = ["batch.micro_batch_size=1", "precision.compute=float32", "schedule.steps=40", "checkpoint.every_steps=5", "log.every_steps=1"]
+
+
+def torchrun(ranks: int, folder: Path, overrides: list[str], *more: str) -> list[str]:
+    # name= and not --run, which torchrun takes for an abbreviation of an option of its own.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *more]
+    return [*launcher, *TRAIN, "--runs", str(folder), "name=r", f"batch.replicas={ranks}", *overrides, *SMALL]
+
+
+@contextmanager
+def started(command: list[str], environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+    )
+    try:
+        yield process
+    finally:
+        with_children = [process, *(psutil.Process(process.pid).children(recursive=True) if process.poll() is None else [])]
+        for one in with_children:
+            one.kill()
+        process.wait()
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def logged_steps(folder: Path) -> int:
+    metrics = folder / "r" / "metrics.jsonl"
+    return metrics.read_text().count('"kind": "step"') if metrics.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """In the order of their ranks."""
+    found = [child for child in psutil.Process(process.pid).children() if "RANK" in child.environ()]
+    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    found, _ = checkpoint.load(folder / "r" / "checkpoints" / "step_00000040")
+    return dict(found.tensors)
+
+
+@pytest.fixture
+def overrides(tiny_overrides: list[str]) -> list[str]:
+    return tiny_overrides
+
+
+@pytest.mark.prove
+def test_a_killed_rank_ends_all_and_torchrun_starts_them_again(overrides: list[str], tmp_path: Path) -> None:
+    """The same bits at the end as without the kill, and nothing hangs: the others are gone within 10 s."""
+    with started(torchrun(2, tmp_path / "killed", overrides, "--max-restarts", "1")) as process:
+        wait_for(lambda: logged_steps(tmp_path / "killed") > 8, process)
+        first = workers(process)
+        start = time.monotonic()
+        first[1].kill()
+        psutil.wait_procs(first, timeout=10)
+        assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in first), time.monotonic() - start
+        output = finished(process)
+    assert "another rank was lost" in output
+    with started(torchrun(2, tmp_path / "straight", overrides)) as process:
+        finished(process)
+    killed, straight = state(tmp_path / "killed"), state(tmp_path / "straight")
+    assert all(torch.equal(killed[name], tensor) for name, tensor in straight.items())
+    losses = {record["step"]: record["loss"] for record in read_metrics(tmp_path / "killed" / "r") if record["kind"] == "step"}
+    assert sorted(losses) == list(range(1, 41))
+
+
+@pytest.mark.prove
+def test_the_world_may_shrink_and_grow(overrides: list[str], tmp_path: Path) -> None:
+    """1, 2, 4 and 1 ranks, ten steps each, against the local backend; what changes is named."""
+    small = [item for item in SMALL if not item.startswith("schedule.steps")]
+    for number, ranks in enumerate((1, 2, 4, 1)):
+        allowed = ["--allow", "schedule.steps", "--allow", "batch.replicas", "--allow", "backend.options.parallel"]
+        command = [*torchrun(ranks, tmp_path, overrides)[: -len(SMALL)], *small, f"schedule.steps={10 * (number + 1)}", *allowed]
+        with started([*command, f"backend.options.parallel={'ddp' if ranks == 2 else 'fsdp'}"]) as process:
+            finished(process)
+    alone = [sys.executable, *TRAIN[:4], "--backend", "local", "--runs", str(tmp_path / "local"), "name=r", *overrides, *SMALL]
+    with started(alone) as process:
+        finished(process)
+    found, wanted = state(tmp_path), state(tmp_path / "local")
+    for name, tensor in wanted.items():
+        if name.startswith("weights/") and "k_proj.bias" not in name:
+            assert (found[name] - tensor).norm() < 1e-4 * tensor.norm(), name
+
+
+@pytest.mark.prove
+def test_no_orphan_of_a_killed_launcher(overrides: list[str], tmp_path: Path) -> None:
+    long = [*overrides, "schedule.learning_rate=[{shape: constant, steps: 100000, start: 0.01}]"]
+    with started([*torchrun(2, tmp_path, long), "schedule.steps=100000", "log.every_steps=50"]) as process:
+        wait_for(lambda: logged_steps(tmp_path) > 2, process)
+        left = workers(process)
+        process.kill()
+        psutil.wait_procs(left, timeout=15)
+        assert not any(worker.is_running() for worker in left)
+
+
+STALL = """
+import sys, time
+sys.path[:0] = []
+from weftrain.core.synthetic import SyntheticSource
+rows = SyntheticSource.rows
+def slow_rows(self, step, first, count):
+    if step == 3:
+        time.sleep(600)
+    return rows(self, step, first, count)
+SyntheticSource.rows = slow_rows
+from weftrain.cli.main import main
+main()
+"""
+
+
+def test_a_stalled_rank_is_named_with_its_stack(overrides: list[str], tmp_path: Path) -> None:
+    port = free_port()
+    arguments = [*TRAIN[2:], "--runs", str(tmp_path), "name=r", "batch.replicas=2", "backend.options.stall_s=2", *overrides, *SMALL]
+    slow = started([sys.executable, "-c", STALL, *arguments], environment(1, 2, port))
+    with slow, started([sys.executable, *TRAIN[:2], *arguments], environment(0, 2, port)) as leader:
+        assert leader.stdout is not None
+        told = ""
+        while "the last collectives of rank 0 are in" not in told:
+            line = leader.stdout.readline()
+            assert line, told
+            told += line
+    assert "rank 1 is to read rows" in told
+    assert "slow_rows" in told
+    assert "rank 0 is to" not in told
+    assert (tmp_path / "r" / "flight-recorder-rank0.json").stat().st_size > 100
+
+
+def one_line(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.startswith("weftrain: ")]
+    assert len(lines) == 1, output
+    assert "Traceback" not in output
+    return lines[0]
+
+
+def fails(command: list[str], variables: dict[str, str]) -> str:
+    with started(command, variables) as process:
+        output, _ = process.communicate(timeout=90)
+        assert process.returncode == 2, output
+    return one_line(output)
+
+
+def alone_of_two(folder: Path, overrides: list[str]) -> list[str]:
+    return [sys.executable, *TRAIN, "--runs", str(folder), "batch.replicas=2", *overrides, *SMALL, "backend.options.timeout_s=2"]
+
+
+def test_a_port_that_is_taken(overrides: list[str], tmp_path: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        line = fails(alone_of_two(tmp_path, overrides), environment(0, 2, port))
+    assert f"port {port} is taken" in line
+
+
+def test_ranks_that_do_not_come(overrides: list[str], tmp_path: Path) -> None:
+    line = fails(alone_of_two(tmp_path, overrides), environment(0, 2, free_port()))
+    assert "the ranks could not meet at 127.0.0.1" in line
+    assert "all 2 ranks were started" in line
+
+
+def test_ranks_that_are_not_alike(overrides: list[str], tmp_path: Path) -> None:
+    port = free_port()
+    command = alone_of_two(tmp_path, overrides)[:-1]
+    with started([*command, "backend.options.threads=2"], environment(1, 2, port)) as other:
+        line = fails(command, environment(0, 2, port))
+        assert other.wait(timeout=30) == 2
+        assert other.stdout is not None
+        assert "weftrain" not in other.stdout.read()
+    assert "the ranks are not alike: threads is 1 on rank 0" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            ["batch.replicas=1"],
+            r"2 ranks make 2 data-parallel replicas, and batch.replicas is 1: set batch.replicas=2, or start 1 processes",
+        ),
+        (["backend.options.tensor_parallel=4"], "2 ranks are no multiple of tensor_parallel x context_parallel = 4 x 1"),
+        (["data.sources=[]", "backend.options.shard_group=3", "backend.options.parallel=hsdp"], "no multiple of shard_group 3"),
+    ],
+)
+def test_numbers_that_do_not_divide(changes: list[str], words: str, overrides: list[str], tmp_path: Path) -> None:
+    port = free_port()
+    command = [*alone_of_two(tmp_path, overrides)[:-1], *changes]
+    with started(command, environment(1, 2, port)):
+        assert words in fails(command, environment(0, 2, port))
+
+
+def test_a_signal_stops_all_after_the_step(overrides: list[str], tmp_path: Path) -> None:
+    long = [*overrides, "schedule.learning_rate=[{shape: constant, steps: 100000, start: 0.01}]"]
+    with started([*torchrun(2, tmp_path, long), "schedule.steps=100000"]) as process:
+        wait_for(lambda: logged_steps(tmp_path) > 2, process)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+    done = logged_steps(tmp_path)
+    assert (tmp_path / "r" / "checkpoints" / f"step_{done:08d}" / "manifest.json").exists()
