@@ -22,6 +22,7 @@ from weftrain.backends.shared import (
     HEAD_USE,
     Lender,
     LentTensors,
+    PhaseClock,
     PlainBackend,
     ask_for_huge_pages,
     bind_parameters,
@@ -100,6 +101,7 @@ class LocalRun:
         self._run_head = torch.compile(call, dynamic=False) if options.compile else call
         self._accumulated: dict[str, torch.Tensor] = {}
         self._lender = Lender()
+        self._clock = PhaseClock(device, job.time_phases)
 
     # -- the step ------------------------------------------------------------------------------------------------------------------
 
@@ -111,9 +113,11 @@ class LocalRun:
             start, step = time.perf_counter(), self._step
             losses, data_wait_s = self._forward_backward(partial(source.rows, step))
             gradients = self._gradients()
+            self._clock.to("clip")
             loss, norm = torch.stack(losses).sum(), global_norm([self._grad_norm([gradient]) for gradient in gradients.values()])
             rates = group_learning_rates(self._groups, recipe.schedule, step)
             finite = bool(torch.isfinite(loss + norm))
+            self._clock.to("update")
             if finite:
                 scale = clip_coefficient(norm, recipe.optimizer.clip_norm)
                 index = self._optimizer_updates + 1
@@ -124,12 +128,15 @@ class LocalRun:
             if not finite and recipe.optimizer.non_finite == "halt":
                 raise NonFiniteError(non_finite_message(source, step, losses, float(norm), recipe.batch.micro_batch_size))
             self._step += 1
+            phases = self._clock.stop()
             step_ms = (time.perf_counter() - start) * 1e3
-            yield StepResult(step, loss, norm, rates, recipe.tokens_per_step, step_ms, data_wait_s * 1e3, skipped=not finite)
+            skipped = not finite
+            yield StepResult(step, loss, norm, rates, recipe.tokens_per_step, step_ms, data_wait_s * 1e3, skipped, phases)
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
         """See Run.gradients."""
         losses, _ = self._forward_backward(lambda first, count: slice_rows(batch, first, count))
+        self._clock.stop()
         gradients = {name: gradient.detach().float().cpu().clone() for name, gradient in self._gradients().items()}
         self._clear_gradients()
         return float(torch.stack(losses).sum()), gradients
@@ -153,10 +160,15 @@ class LocalRun:
         losses = []
         for first in range(0, batch.global_batch_size, batch.micro_batch_size):
             start = time.perf_counter()
-            ids, labels, document_start = to_device(rows(first, batch.micro_batch_size), self._device)
+            self._clock.to("data wait")
+            found = rows(first, batch.micro_batch_size)
+            self._clock.to("copy")
+            ids, labels, document_start = to_device(found, self._device)
             data_wait_s += time.perf_counter() - start
+            self._clock.to("forward")
             # The sum over tokens divided by all tokens of the global batch: accumulation equals one large batch.
             loss = self._loss(ids, labels, document_start) / self._recipe.tokens_per_step
+            self._clock.to("backward")
             loss.backward()
             losses.append(loss.detach())
             if batch.accumulation_steps > 1:

@@ -135,6 +135,7 @@ class StepResult:
     step_ms: float
     data_wait_ms: float
     skipped: bool = False
+    phases_ms: Mapping[str, float] | None = None  # where Job.time_phases asks: part of the step -> its time; a part of none is absent
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,8 @@ class Speeds:
     node_link_bytes: float | None = None  # bytes/s that a device sends to others of its node
     devices: int = 1
     devices_per_node: int = 1
+    matmul_share: float | None = None  # of matmul_flops that a long run's matrix multiplies reach; None: the backend's own assumption
+    attention_share: float | None = None  # of matmul_flops that attention reaches
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,7 @@ class Job:
     options: Section
     weights: Mapping[str, torch.Tensor] | None = field(default=None)  # initial weights by canonical name; None: drawn from the seed
     progress: Callable[[str, float], None] = lambda words, share: None  # told what is being done and how much of it is (0..1); for a bar
+    time_phases: bool = False  # time the parts of each step; on an accelerator this waits for the device at the end of every step
     folder: Path | None = None  # the run's, where a backend may keep files of its own in a folder of its own name; None: there is none
 
 
@@ -245,6 +249,10 @@ class Backend(Protocol):
 
         A run goes on from there if that is not behind its newest checkpoint. Raises BackendError for state that is not this recipe's.
         """
+        ...
+
+    def largest_micro_batch(self, recipe: Recipe, options: Section, capacity_bytes: float) -> int | None:
+        """Sequences of the largest micro-batch that fits a device of so much memory; None where the backend predicts nothing."""
         ...
 
     def follows(self) -> bool:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import model_validator
 
 from weftrain.backends.shared import PlainBackend, ask_for_huge_pages, torch_device
-from weftrain.core.backend import BatchSource, Job
-from weftrain.core.config import Count, PositiveInt, Section
+from weftrain.core.backend import BatchSource, Job, Prediction, Speeds
+from weftrain.core.config import Count, PositiveInt, Recipe, Section
 from weftrain.core.errors import BackendError
 
 if TYPE_CHECKING:
@@ -70,6 +70,38 @@ class CudaBackend(PlainBackend):
         import torch.distributed as dist
 
         return None if dist.is_available() else "this torch was built without torch.distributed: install another build"
+
+    def outline(self, recipe: Recipe, options: Section) -> list[str]:
+        """See Backend.outline: how the model lies over the ranks that the recipe asks for, what each holds and what it sends."""
+        from weftrain.backends.cuda.planner import degrees_of, needs, traffic
+
+        assert isinstance(options, CudaOptions)
+        shape = degrees_of(recipe, options)
+        held, sent = needs(recipe, options, shape, "cuda"), traffic(recipe, options, shape)
+        return [
+            f"ranks        {shape.replicate} replicate x {shape.shard} shard x {shape.context} context x {shape.tensor} tensor "
+            f"= {shape.size}",
+            "memory       "
+            + " + ".join(f"{name} {size / 2**30:,.2f}" for name, size in held.memory_bytes.items())
+            + f" = {held.total_memory_bytes / 2**30:,.2f} GiB a device",
+            "sent         "
+            + (" + ".join(f"{name} {size / 1e9:,.2f}" for name, size in sent.items()) or "0")
+            + f" = {sum(sent.values()) / 1e9:,.2f} GB a device and step",
+        ]
+
+    def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction:
+        """See Backend.predict. Raises BackendError for numbers that do not divide."""
+        from weftrain.backends.cuda.planner import degrees_of, predict
+
+        assert isinstance(options, CudaOptions)
+        return predict(recipe, options, degrees_of(recipe, options, speeds), speeds)
+
+    def largest_micro_batch(self, recipe: Recipe, options: Section, capacity_bytes: float) -> int:
+        """See Backend.largest_micro_batch."""
+        from weftrain.backends.cuda.planner import degrees_of, largest_micro_batch
+
+        assert isinstance(options, CudaOptions)
+        return largest_micro_batch(recipe, options, degrees_of(recipe, options), capacity_bytes)
 
     def follows(self) -> bool:
         from weftrain.backends.cuda.world import launched

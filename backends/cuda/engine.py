@@ -28,6 +28,7 @@ from weftrain.backends.cuda.planner import check_memory
 from weftrain.backends.cuda.save import Parts, RankedTensors, Writer
 from weftrain.backends.cuda.world import RESTS, World, leave
 from weftrain.backends.shared import (
+    PhaseClock,
     check_state,
     clip_coefficient,
     device_fingerprint,
@@ -70,6 +71,7 @@ class CudaRun:
         self._fill(job.weights if given else None, given)
         self._writer = Writer(world, self._number)
         self._closed = False
+        self._clock = PhaseClock(world.device, job.time_phases)
         if world.watch is not None:
             world.watch.stall_s, world.watch.folder = options.stall_s, job.folder or Path()
 
@@ -147,10 +149,12 @@ class CudaRun:
         self._world.step = step
         losses, data_wait_s = self._forward_backward(partial(source.rows, step))
         with self._world.together(f"add the gradients of step {step}"):
+            self._clock.to("communication")
             gradients = self._model.gradients()
             loss, norm = self._over_all_ranks(losses, gradients)
             rates = group_learning_rates(self._groups, recipe.schedule, step)
             finite = bool(torch.isfinite(loss + norm))
+        self._clock.to("update")
         if finite:
             scale = clip_coefficient(norm, recipe.optimizer.clip_norm)
             index = self._optimizer_updates + 1
@@ -163,8 +167,9 @@ class CudaRun:
             every = self._losses_of_all(losses)
             raise NonFiniteError(non_finite_message(source, step, every, float(norm), recipe.batch.micro_batch_size))
         self._step_number += 1
+        phases = self._clock.stop()
         step_ms = (time.perf_counter() - start) * 1e3
-        return StepResult(step, loss, norm, rates, recipe.tokens_per_step, step_ms, data_wait_s * 1e3, skipped=not finite)
+        return StepResult(step, loss, norm, rates, recipe.tokens_per_step, step_ms, data_wait_s * 1e3, not finite, phases)
 
     def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[Tensor], float]:
         """This rank's share of the loss of each of its micro-batches, with the gradients left in place; and seconds spent on rows."""
@@ -175,13 +180,17 @@ class CudaRun:
             start = time.perf_counter()
             first = (group * count + number) * batch.micro_batch_size
             self._world.doing = f"read rows {first}.. of step {self._step_number}"
+            self._clock.to("data wait")
             data = rows(first, batch.micro_batch_size)
+            self._clock.to("copy")
             self._world.doing = f"compute step {self._step_number}"
             ids, labels, document_start, rotary = self._tokens(data)
             data_wait_s += time.perf_counter() - start
+            self._clock.to("forward")
             with self._world.together(f"compute step {self._step_number}"), self._model.micro_batch(last=number == count - 1):
                 # The sum over tokens divided by all tokens of the global batch: many ranks equal one large batch.
                 loss = self._model.loss(ids, labels, document_start, rotary) / self._recipe.tokens_per_step
+                self._clock.to("backward")
                 loss.backward()
             losses.append(loss.detach())
         return losses, data_wait_s
@@ -199,12 +208,15 @@ class CudaRun:
 
     def _over_all_ranks(self, losses: list[Tensor], gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The loss of the global batch and the norm of its gradient, 0-dim fp32: squares are added in float64, a piece once."""
+        self._clock.to("clip")
         squares = [self._grad_norm([gradients[name]]).double() ** 2 / self._model.owners(name) for name in gradients if name in self._held]
         device = self._world.device
         square = torch.stack(squares).sum().to(device) if squares else torch.zeros((), dtype=torch.float64, device=device)
         both = torch.stack([torch.stack(losses).sum().double(), square])
         if self._world.size > 1:
+            self._clock.to("communication")
             dist.all_reduce(both)
+            self._clock.to("clip")
         return both[0].float(), both[1].sqrt().float()
 
     def _losses_of_all(self, own: list[Tensor]) -> list[Tensor]:
@@ -229,6 +241,7 @@ class CudaRun:
     def _gradients_of(self, batch: Batch | None) -> tuple[float, dict[str, Tensor]]:
         whole = self._share_rows(batch)
         losses, _ = self._forward_backward(lambda first, count: slice_rows(whole, first, count))
+        self._clock.stop()
         self._world.doing = RESTS
         with self._world.together("add gradients"):
             gradients = self._model.gradients()

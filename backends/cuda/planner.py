@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from weftrain.backends.cuda.parallel import Degrees
+from weftrain.backends.cuda.parallel import Degrees, degrees
 from weftrain.core.backend import Needs, Prediction, Speeds
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
@@ -30,8 +30,8 @@ _FRAGMENTS = 1.06  # of what is allocated and freed again: the allocator's block
 
 # The time model. Share of the peak that a large bf16 matrix multiply reaches in a long run, which a power limit lowers on the newer
 # devices, and of the bandwidth that an elementwise pass reaches. Attention's products run at a lower share than plain ones.
-MATMUL_SHARE = 0.72
-ATTENTION_SHARE = 0.45
+MATMUL_SHARE = 0.75
+ATTENTION_SHARE = 0.40
 BANDWIDTH_SHARE = 0.80
 LINK_SHARE = 0.70
 # Passes over [tokens, hidden] and [tokens, intermediate] tensors in a block's forward and backward, in 4-byte and compute elements: norms,
@@ -55,18 +55,25 @@ def _sizes(recipe: Recipe) -> tuple[int, int, int]:
     return blocks, outer, norms
 
 
-def needs(recipe: Recipe, options: CudaOptions, degrees: Degrees, device_type: str) -> Needs:
+def degrees_of(recipe: Recipe, options: CudaOptions, speeds: Speeds | None = None) -> Degrees:
+    """The degrees of a run on as many devices as the recipe's batch.replicas asks for, or as there are. Raises BackendError."""
+    group = options.tensor_parallel * options.context_parallel
+    size = recipe.batch.replicas * group if speeds is None or speeds.devices == 1 else speeds.devices
+    return degrees(options, recipe, size, 8 if speeds is None else speeds.devices_per_node)
+
+
+def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str) -> Needs:
     """Bytes on one rank's device at the worst moment, by part."""
     model, batch = recipe.model, recipe.batch
     item = _ITEM[recipe.precision.compute]
     blocks, outer, norms = _sizes(recipe)
     hidden, inner, layers = model.hidden_size, model.intermediate_size, model.num_layers
-    tokens = batch.micro_batch_size * recipe.data.sequence_length // degrees.sequence
-    a_block = blocks // layers // degrees.tensor
+    tokens = batch.micro_batch_size * recipe.data.sequence_length // shape.sequence
+    a_block = blocks // layers // shape.tensor
     ddp = options.parallel == "ddp"
-    owned = blocks // degrees.tensor + outer + norms
+    owned = blocks // shape.tensor + outer + norms
     if not ddp:
-        owned = blocks // (degrees.shard * degrees.sequence) + outer // (degrees.shard * degrees.sequence) + norms
+        owned = blocks // (shape.shard * shape.sequence) + outer // (shape.shard * shape.sequence) + norms
     accumulates = batch.accumulation_steps > 1
     parts = {"program": _PROGRAM_BYTES.get(device_type, _PROGRAM_BYTES["cpu"])}
     on_device = 0 if options.cpu_offload else 1
@@ -79,11 +86,11 @@ def needs(recipe: Recipe, options: CudaOptions, degrees: Degrees, device_type: s
         parts["gradients"] = item * (blocks + outer) + (4 * (blocks + outer) if fp32 else 0)
     else:
         parts["gradients"] = 4 * owned * on_device
-        gathered = blocks // degrees.tensor if not options.reshard_after_forward else 2 * a_block
-        parts["gathered weights"] = item * (gathered + outer) if degrees.size > 1 or item < 4 else 0
+        gathered = blocks // shape.tensor if not options.reshard_after_forward else 2 * a_block
+        parts["gathered weights"] = item * (gathered + outer) if shape.size > 1 or item < 4 else 0
         whole = a_block * 2 + outer
         if accumulates and not options.reduce_every_micro_batch:
-            whole = blocks // degrees.tensor + outer
+            whole = blocks // shape.tensor + outer
         parts["whole gradients"] = max(item, reduced) * whole
     full = 4 * 4 * hidden + 7 * item * hidden + 3 * item * inner  # what autograd keeps of a block, a token
     kept = {"none": full, "selective": 4 * hidden + 6 * item * hidden + 2 * item * inner, "full": 4 * hidden}[
@@ -100,7 +107,7 @@ def needs(recipe: Recipe, options: CudaOptions, degrees: Degrees, device_type: s
     return Needs(parts, 0)
 
 
-def traffic(recipe: Recipe, options: CudaOptions, degrees: Degrees) -> dict[str, int]:
+def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, int]:
     """Bytes that a rank sends in a step, by what for: ring algorithms, (N - 1) / N of a tensor a gather or scatter, twice that a sum."""
     item, reduced = _ITEM[recipe.precision.compute], _ITEM[options.reduce]
     blocks, outer, norms = _sizes(recipe)
@@ -111,32 +118,32 @@ def traffic(recipe: Recipe, options: CudaOptions, degrees: Degrees) -> dict[str,
         return size * (ranks - 1) / ranks
 
     if options.parallel == "ddp":
-        found["sum gradients"] = int(2 * ring(reduced * (blocks + outer) + 4 * norms, degrees.data))
+        found["sum gradients"] = int(2 * ring(reduced * (blocks + outer) + 4 * norms, shape.data))
         return found
-    in_blocks, everywhere = degrees.shard * degrees.context, degrees.shard * degrees.sequence
+    in_blocks, everywhere = shape.shard * shape.context, shape.shard * shape.sequence
     times = micro * (2 if options.reshard_after_forward else 1)
     reductions = micro if options.reduce_every_micro_batch else 1
-    found["gather weights"] = int(times * ring(item * blocks / degrees.tensor, in_blocks) + micro * ring(item * outer, everywhere))
+    found["gather weights"] = int(times * ring(item * blocks / shape.tensor, in_blocks) + micro * ring(item * outer, everywhere))
     found["scatter gradients"] = int(
-        reductions * (ring(reduced * blocks / degrees.tensor, in_blocks) + ring(reduced * outer, everywhere))
-        + 2 * ring(4 * norms, degrees.size)
+        reductions * (ring(reduced * blocks / shape.tensor, in_blocks) + ring(reduced * outer, everywhere))
+        + 2 * ring(4 * norms, shape.size)
     )
-    if degrees.replicate > 1:
-        own = blocks / degrees.tensor / in_blocks + outer / everywhere
-        found["sum over replicas"] = int(reductions * 2 * ring(reduced * own, degrees.replicate))
+    if shape.replicate > 1:
+        own = blocks / shape.tensor / in_blocks + outer / everywhere
+        found["sum over replicas"] = int(reductions * 2 * ring(reduced * own, shape.replicate))
     rows = micro * recipe.batch.micro_batch_size * recipe.data.sequence_length * recipe.model.hidden_size * recipe.model.num_layers
     again = 1 if options.activation_checkpointing == "none" else 2
-    if degrees.tensor > 1:  # two gathers and two scatters of [tokens, hidden] in a block's forward, and in its backward
-        found["tokens between tensor ranks"] = int(4 * (1 + again) * ring(item * rows / degrees.context, degrees.tensor))
-    if degrees.context > 1:  # q, k, v out and the result back
-        found["heads between context ranks"] = int(4 * (1 + again) * ring(item * rows / degrees.sequence, degrees.context))
+    if shape.tensor > 1:  # two gathers and two scatters of [tokens, hidden] in a block's forward, and in its backward
+        found["tokens between tensor ranks"] = int(4 * (1 + again) * ring(item * rows / shape.context, shape.tensor))
+    if shape.context > 1:  # q, k, v out and the result back
+        found["heads between context ranks"] = int(4 * (1 + again) * ring(item * rows / shape.sequence, shape.context))
     return found
 
 
-def predict(recipe: Recipe, options: CudaOptions, degrees: Degrees, speeds: Speeds, device_type: str = "cuda") -> Prediction:
-    """A step on `degrees.size` devices: arithmetic, memory passes, optimizer, and the communication that does not fit beside them."""
+def predict(recipe: Recipe, options: CudaOptions, shape: Degrees, speeds: Speeds, device_type: str = "cuda") -> Prediction:
+    """A step on `shape.size` devices: arithmetic, memory passes, optimizer, and the communication that does not fit beside them."""
     model = recipe.model
-    tokens = recipe.tokens_per_step / degrees.size  # of a rank
+    tokens = recipe.tokens_per_step / shape.size  # of a rank
     item = _ITEM[recipe.precision.compute]
     blocks, outer, _ = _sizes(recipe)
     products = 6.0 * (blocks + model.vocab_size * model.hidden_size) * tokens
@@ -151,12 +158,12 @@ def predict(recipe: Recipe, options: CudaOptions, degrees: Degrees, speeds: Spee
         * (4 * _STREAM_PASSES * model.hidden_size + item * (_HIDDEN_PASSES * model.hidden_size + _INNER_PASSES * model.intermediate_size))
     )
     passes *= (_COMPILED if options.compile else 1.0) * (1 + 0.4 * (options.activation_checkpointing != "none"))
-    owned = (blocks + outer) / (1 if options.parallel == "ddp" else degrees.shard * degrees.sequence)
+    owned = (blocks + outer) / (1 if options.parallel == "ddp" else shape.shard * shape.sequence)
     bandwidth = speeds.memory_bytes * BANDWIDTH_SHARE
-    sent = traffic(recipe, options, degrees)
+    sent = traffic(recipe, options, shape)
     parts = {
-        "matrix products": products / (speeds.matmul_flops * MATMUL_SHARE),
-        "attention": attention / (speeds.matmul_flops * ATTENTION_SHARE),
+        "matrix products": products / (speeds.matmul_flops * (speeds.matmul_share or MATMUL_SHARE)),
+        "attention": attention / (speeds.matmul_flops * (speeds.attention_share or ATTENTION_SHARE)),
         "memory passes": passes / bandwidth,
         "optimizer": owned * (30 + item) / bandwidth,
     }
@@ -166,14 +173,13 @@ def predict(recipe: Recipe, options: CudaOptions, degrees: Degrees, speeds: Spee
     working = sum(parts.values())
     hidden_s, exposed_s = 0.0, 0.0
     for name, size in sent.items():
-        inside = name in ("tokens between tensor ranks", "heads between context ranks")
-        across = degrees.size > speeds.devices_per_node and not inside
-        link = speeds.link_bytes if across else speeds.node_link_bytes or speeds.link_bytes
+        waits = name in ("tokens between tensor ranks", "heads between context ranks")  # a block cannot go on before they are there
+        link = _link(name, shape, speeds)
         if link is None:
             raise BackendError("a prediction for several devices needs the speed of the links between them")
         seconds = size / (link * LINK_SHARE)
-        if inside:
-            exposed_s += seconds  # a block waits for its tokens
+        if waits:
+            exposed_s += seconds
         else:
             hidden_s += seconds  # beside the arithmetic, but for the first gather and the last scatter
     parts["communication"] = hidden_s + exposed_s
@@ -183,27 +189,42 @@ def predict(recipe: Recipe, options: CudaOptions, degrees: Degrees, speeds: Spee
         limit = "communication"
     else:
         limit = max(("matrix products", "attention", "memory passes", "optimizer"), key=lambda name: parts[name])
-    return Prediction(step_s, limit, parts, needs(recipe, options, degrees, device_type), sent)
+    return Prediction(step_s, limit, parts, needs(recipe, options, shape, device_type), sent)
 
 
-def largest_micro_batch(recipe: Recipe, options: CudaOptions, degrees: Degrees, capacity_bytes: float) -> int:
+def _link(name: str, shape: Degrees, speeds: Speeds) -> float | None:
+    """Bytes a second of one device's sends for `name`. A ring over whole nodes enters each by all of its network cards at once, so that
+    a card carries a share of it; replicas of a shard meet by one card each.
+    """
+    ranks = {"tokens between tensor ranks": shape.tensor, "heads between context ranks": shape.sequence, "sum over replicas": shape.size}
+    reaches = ranks.get(name, shape.size if name == "sum gradients" else shape.shard * shape.sequence)
+    node = speeds.node_link_bytes or speeds.link_bytes
+    if reaches <= speeds.devices_per_node or speeds.link_bytes is None:
+        return node
+    if name == "sum over replicas":
+        return speeds.link_bytes
+    through = speeds.link_bytes * speeds.devices_per_node
+    return through if node is None else min(node, through)
+
+
+def largest_micro_batch(recipe: Recipe, options: CudaOptions, shape: Degrees, capacity_bytes: float) -> int:
     """Sequences of the largest micro-batch that fits; 0: none does. Of any size: whether it divides the global batch is not asked."""
     fits = 0
     while fits < 4096:
         batch = recipe.batch.model_copy(update={"micro_batch_size": fits + 1})
-        if needs(recipe.model_copy(update={"batch": batch}), options, degrees, "cuda").total_memory_bytes > capacity_bytes:
+        if needs(recipe.model_copy(update={"batch": batch}), options, shape, "cuda").total_memory_bytes > capacity_bytes:
             break
         fits += 1
     return fits
 
 
-def check_memory(recipe: Recipe, options: CudaOptions, degrees: Degrees, device: torch.device) -> None:
+def check_memory(recipe: Recipe, options: CudaOptions, shape: Degrees, device: torch.device) -> None:
     """Refuse, before anything is allocated, what does not fit. Raises BackendError, with what would."""
     import os
 
     import torch
 
-    wanted = needs(recipe, options, degrees, device.type)
+    wanted = needs(recipe, options, shape, device.type)
     if device.type == "cuda":
         available, where = float(torch.cuda.mem_get_info(device)[1]), torch.cuda.get_device_name(device)
     else:
@@ -214,7 +235,7 @@ def check_memory(recipe: Recipe, options: CudaOptions, degrees: Degrees, device:
     told = ", ".join(
         f"{name} {size / 2**30:,.1f}" for name, size in sorted(wanted.memory_bytes.items(), key=lambda part: -part[1]) if size > 1 << 27
     )
-    fitting = [words for words, total in alternatives(recipe, options, degrees, device.type) if total <= available]
+    fitting = [words for words, total in alternatives(recipe, options, shape, device.type) if total <= available]
     remedy = "; ".join(fitting[:4]) or "more devices, or the streaming backend"
     raise BackendError(
         f"a rank needs about {wanted.total_memory_bytes / 2**30:,.1f} GiB ({told}), and {where} has {available / 2**30:,.1f}: "
@@ -222,14 +243,14 @@ def check_memory(recipe: Recipe, options: CudaOptions, degrees: Degrees, device:
     )
 
 
-def alternatives(recipe: Recipe, options: CudaOptions, degrees: Degrees, device_type: str) -> Iterator[tuple[str, int]]:
+def alternatives(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str) -> Iterator[tuple[str, int]]:
     """Settings that need less, in the order of what they cost, and the bytes that a rank needs with each."""
 
     def total(changed_recipe: Recipe, **changes: object) -> int:
         changed = options.model_copy(update=changes)
-        new = degrees
+        new = shape
         if changes.get("parallel") == "fsdp":
-            new = dataclasses.replace(degrees, replicate=1, shard=degrees.data)
+            new = dataclasses.replace(shape, replicate=1, shard=shape.data)
         return needs(changed_recipe, changed, new, device_type).total_memory_bytes
 
     if options.parallel == "ddp":
