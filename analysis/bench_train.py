@@ -11,19 +11,18 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from weftrain.analysis.peak import Peak
-from weftrain.core.backend import Run
+from weftrain.analysis.bench_report import Measured, Report
+from weftrain.core.backend import BatchSource, Run
 from weftrain.core.config import ModelConfig, Recipe
 from weftrain.core.errors import WeftrainError
 from weftrain.core.host_memory import peak_resident_bytes
-from weftrain.core.parameters import flops_per_token
 from weftrain.core.synthetic import SyntheticSource
 
 RESULT_PREFIX = "RESULT "
@@ -73,32 +72,58 @@ def plain_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]
     return weights | {name: torch.ones(hidden) for name in (*norms, "final_norm.weight")}
 
 
-def measure(run: Run, recipe: Recipe, source: SyntheticSource, warmup: int, peak: Peak, name: str) -> dict[str, Any]:
-    """Train to the plan's end and describe it: medians over the steps after `warmup`. The clock runs from result to result."""
-    seconds, losses = [], []
+def take_steps(run: Run, source: BatchSource, tell: Callable[[int, float], None] = lambda step, ms: None) -> Measured:
+    """Train to the plan's end. The clock runs from result to result, and reading the loss is in it, as in any loop that logs."""
+    found = Measured(step_ms=[], losses=[], phases_ms=[], inside_ms=[], data_wait_ms=[], stats={})
     start = time.perf_counter()
     for result in run.train(source):
-        losses.append(float(result.loss))  # as the bare loop does; on an accelerator this synchronises
+        found.losses.append(float(result.loss))  # on an accelerator this synchronises
         now = time.perf_counter()
-        seconds.append(now - start)
+        found.step_ms.append((now - start) * 1e3)
+        found.phases_ms.append(dict(result.phases_ms or {}))
+        found.inside_ms.append(result.step_ms)
+        found.data_wait_ms.append(result.data_wait_ms)
+        tell(result.step + 1, found.step_ms[-1])
         start = now
-    step_s = statistics.median(seconds[warmup:])
-    tokens_per_second = recipe.tokens_per_step / step_s
-    flops = flops_per_token(recipe.model, recipe.data.sequence_length) * tokens_per_second
+        if result.skipped or result.step != len(found.losses) - 1:
+            raise BenchError(f"step {result.step} was skipped or is out of order: what did not happen has no speed; look at its loss")
+    return found.model_copy(update={"stats": dict(run.stats())})
+
+
+def plain_result(measured: Measured, tokens_per_step: int, warmup: int, name: str) -> dict[str, Any]:
+    """A RESULT line without a report, for a program that is compared with: the median step after `warmup` of them."""
+    step_ms = statistics.median(measured.step_ms[warmup:])
     return {
         "name": name,
         "threads": torch.get_num_threads(),
-        "tokens_per_second": round(tokens_per_second, 1),
-        "step_ms": round(step_s * 1e3, 1),
-        "steps": len(seconds) - warmup,
-        "gflop_per_second": round(flops / 1e9, 1),
-        "first_step_s": round(seconds[0], 2),
-        "loss_first": round(losses[0], 4),
-        "loss_last": round(losses[-1], 4),
+        "tokens_per_second": round(tokens_per_step / step_ms * 1e3, 1),
+        "step_ms": round(step_ms, 2),
+        "steps": len(measured.step_ms) - warmup,
+        "loss_first": measured.losses[0],
+        "loss_last": measured.losses[-1],
         "peak_rss_gib": round(peak_resident_bytes() / 2**30, 2),
-        "peak_gflop_per_second": "unknown" if peak.flops is None else round(peak.flops / 1e9, 1),
-        "peak_origin": peak.origin,
-        "model_flops_utilization": "unknown" if peak.flops is None else round(flops / peak.flops, 4),
+    }
+
+
+def result_line(report: Report) -> dict[str, Any]:
+    """What a program under comparison prints after RESULT: medians, and the losses by which two programs are told to train alike."""
+    speed, efficiency = report.speed, report.efficiency
+    return {
+        "name": report.name,
+        "threads": torch.get_num_threads(),
+        "tokens_per_second": round(speed.tokens_per_second, 1),
+        "step_ms": round(speed.step_ms_p50, 2),
+        "steps": speed.counted_steps,
+        "warm_up_steps": speed.warm_up_steps,
+        "gflop_per_second": round(efficiency.flops_per_second / 1e9, 1),
+        "first_step_s": round(report.rounds[0][0] / 1e3, 2),
+        "loss_first": round(report.losses[0], 4),
+        "loss_last": round(report.losses[-1], 4),
+        "peak_rss_gib": round(peak_resident_bytes() / 2**30, 2),
+        "model_flops_utilization": efficiency.mfu_measured,
+        "peak_origin": efficiency.measured_peak_origin,
+        "remainder_share": round(report.breakdown_ms["remainder"] / speed.step_ms_mean, 4),
+        "correct": report.correctness.passed,
     }
 
 

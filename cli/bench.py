@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import statistics
 import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +15,137 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from weftrain.analysis.bench_run import Wishes
+from weftrain.cli.display import Bar
+from weftrain.cli.kernels import bench as kernels_bench
+from weftrain.core.recipe_file import RecipeFile, load_recipe
+
 
 @click.group()
 def bench() -> None:
     """Measure speed."""
 
 
+bench.add_command(kernels_bench, "kernels")
+
+
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that decide what one measurement is."""
+    for option in reversed(
+        (
+            click.option(
+                "--steps", type=click.IntRange(min=4), default=20, show_default=True, help="Steps of each round, warm-up included."
+            ),
+            click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs, each prepared anew."),
+            click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a process.  [default: 2, and 1 with --ranks]"),
+            click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, started by torchrun."),
+            click.option(
+                "--check-steps", type=click.IntRange(min=0), default=2, show_default=True, help="First losses held to the reference."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @bench.command("train")
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@click.option("--steps", type=click.IntRange(min=2), default=14, show_default=True, help="Steps of each round, warm-up included.")
-@click.option("--warmup", type=click.IntRange(min=1), default=4, show_default=True, help="First steps that are not counted.")
-@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="CPU threads (backend.options.threads).")
+@click.option("--backend", help="Another backend than the recipe's.")
+@_run_options
+@click.option("--report", "report_folder", type=click.Path(path_type=Path), help="Folder for report.json, .md, .csv, .png and .html.")
+@click.option("--profile", "profile_folder", type=click.Path(path_type=Path), help="Folder for trace.json (Perfetto) and operators.md.")
+@click.option("--mllog", type=click.Path(path_type=Path), help="File for MLPerf result lines.")
 @click.option("--against", metavar="COMMAND", help="Run this program in turns with ours; a .py file is run with this Python.")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds of each program, with --against.")
 @click.option("--timeout", "timeout_s", type=float, default=900.0, show_default=True, help="Seconds for one round of one program.")
 def bench_train(
-    recipe: str, overrides: tuple[str, ...], steps: int, warmup: int, threads: int, against: str | None, rounds: int, timeout_s: float
+    recipe: str,
+    overrides: tuple[str, ...],
+    backend: str | None,
+    steps: int,
+    rounds: int,
+    threads: int | None,
+    ranks: int,
+    check_steps: int,
+    report_folder: Path | None,
+    profile_folder: Path | None,
+    mllog: Path | None,
+    against: str | None,
+    timeout_s: float,
 ) -> None:
-    """Training throughput of RECIPE on fixed random rows, as a line `RESULT {json}`.
+    """Training throughput of RECIPE on fixed random rows, as a line `RESULT {json}` and, with --report, as pages.
 
-    With --against, the two programs alternate, each round in a process of its own, and the ratio is printed.
+    Fails (exit code 4) where the first losses leave the tolerance of the reference. With --against, the two programs alternate, each round
+    in a process of its own, and the ratio is printed.
     """
-    from weftrain.analysis.bench_train import RESULT_PREFIX, compare, run_program
-
-    if warmup >= steps:
-        raise click.BadParameter("--warmup must be less than --steps")
-    if against is None:
-        click.echo(RESULT_PREFIX + json.dumps(_measure(recipe, overrides, steps, warmup, threads)))
+    numbers = ["--steps", str(steps), "--ranks", str(ranks)]
+    numbers += [] if threads is None else ["--threads", str(threads)]
+    numbers += [] if backend is None else ["--backend", backend]
+    if against is not None:
+        ours = [sys.executable, "-m", "weftrain.cli", "bench", "train", recipe, *overrides, *numbers, "--check-steps", "0"]
+        _alternate(ours, against, rounds, timeout_s)
         return
+    if ranks > 1 and "RANK" not in os.environ:
+        _launch(ranks, threads or 1)
+    threads = threads or (2 if ranks == 1 else 1)
+    file = load_recipe(recipe, [*overrides, f"backend.options.threads={threads}"], backend)
+    _bench(file, Wishes(steps, rounds, check_steps, profile_folder), report_folder, mllog)
+
+
+def _launch(ranks: int, threads: int) -> None:
+    """Become torchrun, with this very command in every rank."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "weftrain.cli"]
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.execv(launcher[0], [*launcher, *sys.argv[1:]])
+
+
+def _bench(file: RecipeFile, wishes: Wishes, report_folder: Path | None, mllog: Path | None) -> None:
+    from weftrain.analysis.bench_pages import mllog_lines, write_report
+    from weftrain.analysis.bench_run import bench, milliseconds
+    from weftrain.analysis.bench_train import RESULT_PREFIX, bench_source, result_line
+    from weftrain.backends.registry import get_backend
+    from weftrain.cli.assembly import backend_options
+    from weftrain.core import fsops
+    from weftrain.core.backend import Job, Plan
+
+    recipe = file.recipe
+    backend, options = backend_options(file)
+    if backend.follows():
+        job = Job(recipe, Plan(0, wishes.steps), options)
+        backend.follow(lambda: job, lambda job: bench_source(job.recipe), lambda: False, 0)
+        return
+    console = Console(highlight=False, soft_wrap=True, stderr=True)
+    started = milliseconds()
+    with Bar(console, "measuring", wishes.steps * wishes.rounds) as bar:
+        report = bench(
+            recipe,
+            backend,
+            options,
+            get_backend("local"),
+            wishes,
+            lambda number, step, ms: bar.update((number - 1) * wishes.steps + step, f"round {number}: {ms:,.1f} ms"),
+        )
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(RESULT_PREFIX + json.dumps(result_line(report)))
+    if report_folder is not None:
+        for path in write_report(report, report_folder):
+            click.echo(f"wrote {path}", err=True)
+    if mllog is not None:
+        fsops.write_bytes(mllog, "".join(f"{line}\n" for line in mllog_lines(report, started, milliseconds())).encode())
+    if wishes.profile is not None:
+        click.echo(f"profile in {wishes.profile}: trace.json opens in ui.perfetto.dev", err=True)
+    if report.correctness.passed is False:
+        click.echo(f"weftrain: the benchmark failed: {report.correctness.words}, tolerance {report.correctness.tolerance:.2g}", err=True)
+        sys.exit(4)
+
+
+def _alternate(ours_command: list[str], against: str, rounds: int, timeout_s: float) -> None:
+    from weftrain.analysis.bench_train import compare, run_program
+
     theirs_command = shlex.split(against)
     if theirs_command and theirs_command[0].endswith(".py"):
         theirs_command = [sys.executable, *theirs_command]
-    numbers = ["--steps", str(steps), "--warmup", str(warmup), "--threads", str(threads)]
-    ours_command = [sys.executable, "-m", "weftrain.cli", "bench", "train", recipe, *overrides, *numbers]
     ours: list[dict[str, Any]] = []
     theirs: list[dict[str, Any]] = []
     for number in range(1, rounds + 1):
@@ -69,22 +167,152 @@ def bench_train(
     click.echo(f"losses differ by at most {found.loss_difference:.2g}: {verdict}")
 
 
-def _measure(recipe: str, overrides: tuple[str, ...], steps: int, warmup: int, threads: int) -> dict[str, object]:
-    from weftrain.analysis.bench_train import bench_source, measure, plain_weights
-    from weftrain.analysis.peak import Peak
-    from weftrain.cli.assembly import backend_options, measured_peak
-    from weftrain.core.backend import Job, Plan
-    from weftrain.core.recipe_file import load_recipe
+@bench.command("stream")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@_run_options
+@click.option("--report", "report_folder", type=click.Path(path_type=Path), help="Folder for report.json, .md, .csv, .png and .html.")
+def bench_stream(
+    recipe: str,
+    overrides: tuple[str, ...],
+    steps: int,
+    rounds: int,
+    threads: int | None,
+    ranks: int,
+    check_steps: int,
+    report_folder: Path | None,
+) -> None:
+    """The same by weight streaming: beside the speed, the bytes that the store moved and what it waited for.
 
-    file = load_recipe(recipe, [*overrides, f"backend.options.threads={threads}"])
-    backend, options = backend_options(file)
-    source = bench_source(file.recipe)
-    compiled = "-compile" if file.recipe.backend.options.get("compile") else ""
-    name = f"weftrain-{backend.name}-{file.recipe.precision.compute}{compiled}"
-    with tempfile.TemporaryDirectory(prefix="weftrain-bench-") as folder:  # for a backend that keeps state on disk
-        run = backend.prepare(Job(file.recipe, Plan(0, steps), options, plain_weights(file.recipe.model), folder=Path(folder)))
-        peak: Peak = measured_peak(file.recipe, backend, run)
-        try:
-            return measure(run, file.recipe, source, warmup, peak, name)
-        finally:
-            run.close()
+    Its replicas join by `weftrain replica`, so --ranks other than 1 is refused.
+    """
+    if ranks != 1:
+        raise click.BadParameter("replicas of weight streaming join a training run: `weftrain replica`", param_hint="--ranks")
+    file = load_recipe(recipe, [*overrides, f"backend.options.threads={threads or 2}"], "streaming")
+    _bench(file, Wishes(steps, rounds, check_steps), report_folder, None)
+
+
+@bench.command("data")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--steps", type=click.IntRange(min=2), default=50, show_default=True, help="Batches that are read.")
+def bench_data(recipe: str, overrides: tuple[str, ...], steps: int) -> None:
+    """How fast the data path of RECIPE gives batches, without a model: from the shards' files to int64 rows."""
+    import time
+
+    from weftrain.analysis.timings import median_interval, percentile, warm_up_steps
+    from weftrain.cli.assembly import open_data
+
+    file = load_recipe(recipe, overrides)
+    source, _ = open_data(file.recipe)
+    rows, step_ms = file.recipe.batch.global_batch_size, []
+    for step in range(steps):
+        start = time.perf_counter()
+        source.rows(step, 0, rows)
+        step_ms.append((time.perf_counter() - start) * 1e3)
+    warm = warm_up_steps(step_ms)
+    counted = step_ms[warm:]
+    middle, interval = statistics.median(counted), median_interval([counted])
+    per_second = file.recipe.tokens_per_step / middle * 1e3
+    spread = f"95 %: {interval.low:,.3f} to {interval.high:,.3f}; p99 {percentile(counted, 0.99):,.3f}"
+    click.echo(f"{per_second / 1e6:,.2f} M tokens/s: {middle:,.3f} ms a batch of {rows} rows ({spread})")
+    click.echo(f"first batch {step_ms[0]:,.2f} ms; {warm} of {steps} batches were warm-up; dataset {source.dataset_id[:12]}")
+
+
+@bench.command("compare")
+@click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--fail-above", type=float, metavar="PERCENT", help="Exit code 5 where B is slower by more than this, at 95 %.")
+def bench_compare(reports: tuple[Path, ...], fail_above: float | None) -> None:
+    """Compare reports A B: ratio of step times, its interval, a verdict at 95 %, and every difference of configuration.
+
+    Several of each, made in turns, are compared round by round: A1 B1 A2 B2 ...
+    """
+    from weftrain.analysis.bench_report import configuration_differences, read_report
+    from weftrain.analysis.timings import difference
+
+    if len(reports) % 2:
+        raise click.BadParameter("give reports in pairs: A B, or A1 B1 A2 B2 ...")
+    found = [read_report(path) for path in reports]
+    a, b = found[0::2], found[1::2]
+    for line in configuration_differences(a[0], b[0]):
+        click.echo(f"differs: {line}")
+    result = difference([values for one in a for values in one.counted], [values for one in b for values in one.counted])
+    for title, ones in (("A", a), ("B", b)):
+        speeds = statistics.median(one.speed.tokens_per_second for one in ones)
+        click.echo(f"{title}: {ones[0].name}: {speeds:,.1f} tokens/s")
+    click.echo(f"step time B / A = {result.ratio:.4f} (95 %: {result.low:.4f} to {result.high:.4f})")
+    click.echo(result.verdict)
+    if fail_above is not None and result.low - 1 > fail_above / 100:
+        sys.exit(5)
+
+
+@bench.command("sweep")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option(
+    "--vary", multiple=True, required=True, metavar="KEY=A,B,...", help="A key and its values (repeatable): all combinations run."
+)
+@click.option("--to", "folder", type=click.Path(path_type=Path), required=True, help="Folder for sweep.csv and a report of each.")
+@click.option("--steps", type=click.IntRange(min=4), default=12, show_default=True)
+@click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1))
+@click.option("--timeout", "timeout_s", type=float, default=900.0, show_default=True, help="Seconds for one combination.")
+def bench_sweep(
+    recipe: str,
+    overrides: tuple[str, ...],
+    vary: tuple[str, ...],
+    folder: Path,
+    steps: int,
+    ranks: int,
+    threads: int | None,
+    timeout_s: float,
+) -> None:
+    """Measure RECIPE under all combinations of --vary values, each in a process of its own; again: go on where it stopped.
+
+    e.g. --vary batch.micro_batch_size=1,2,4 --vary backend.options.compile=true,false --vary kernels.preferences=[torch],[cpp,torch]
+    """
+    from weftrain.analysis.bench_sweep import combinations, run_sweep
+
+    command = [sys.executable, "-m", "weftrain.cli", "bench", "train", recipe, *overrides, "--steps", str(steps), "--ranks", str(ranks)]
+    command += [] if threads is None else ["--threads", str(threads)]
+    console = Console(highlight=False, soft_wrap=True)
+    chosen = combinations(vary)
+    with Bar(console, "sweep", len(chosen)) as bar:
+        rows = run_sweep(command, chosen, folder, timeout_s, lambda done, words: bar.update(done, words))
+    best = max((row for row in rows if row["tokens_per_second"]), key=lambda row: float(row["tokens_per_second"]), default=None)
+    keys = [key for key, _ in chosen[0]]
+    table = Table(*keys, "tokens/s", "step ms", "MFU", "memory MiB", "", box=None)
+    for row in rows:
+        if row["tokens_per_second"]:
+            share = row["mfu_measured"]
+            figures = [f"{float(row['tokens_per_second']):,.1f}", f"{float(row['step_ms_p50']):,.1f}"]
+            figures += [share if share == "unknown" else f"{float(share):.1%}", f"{float(row['peak_memory_bytes']) / 2**20:,.0f}"]
+            words = "best" if row is best else ""
+        else:
+            figures, words = ["-"] * 4, row["error"]
+        table.add_row(*(row[key] for key in keys), *figures, words, style="bold" if row is best else None)
+    console.print(table)
+    console.print(f"all figures: {folder / 'sweep.csv'}", markup=False)
+
+
+@bench.command("machine")
+@click.option(
+    "--ranks", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, started by torchrun; with collectives from 2."
+)
+@click.option("--disk", type=click.Path(path_type=Path), help="Folder whose disk is measured too.")
+@click.option("--largest-mib", type=click.IntRange(min=1), default=64, show_default=True, help="Of what the collectives send.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for all figures.")
+def bench_machine(ranks: int, disk: Path | None, largest_mib: int, json_file: Path | None) -> None:
+    """What this machine can do: matrix multiply by dtype, memory, disk, and collectives by size on every rank; outliers are named."""
+    from weftrain.analysis.bench_machine import machine_lines, measure_ranks
+    from weftrain.core import fsops
+
+    if ranks > 1 and "RANK" not in os.environ:
+        _launch(ranks, 1)
+    found = measure_ranks(ranks, largest_mib, disk)
+    if found is None:
+        return  # rank 0 tells
+    for line in machine_lines(found):
+        click.echo(line)
+    if json_file is not None:
+        fsops.write_bytes(json_file, json.dumps(found, indent=1).encode() + b"\n")

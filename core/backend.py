@@ -193,8 +193,8 @@ class Job:
     options: Section
     weights: Mapping[str, torch.Tensor] | None = field(default=None)  # initial weights by canonical name; None: drawn from the seed
     progress: Callable[[str, float], None] = lambda words, share: None  # told what is being done and how much of it is (0..1); for a bar
-    time_phases: bool = False  # time the parts of each step; on an accelerator this waits for the device at the end of every step
     folder: Path | None = None  # the run's, where a backend may keep files of its own in a folder of its own name; None: there is none
+    time_phases: bool = False  # time the parts of each step; on an accelerator this waits for the device at the end of every step
 
 
 class Run(Protocol):

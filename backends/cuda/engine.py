@@ -359,12 +359,6 @@ class CudaRun:
         with contextlib.suppress(BackendError):  # an end is an end: the error that led here is being raised already
             self._world.order(do="close", run=self._number)
         self._let_go()
-        if self._ends and self._world.size > 1:
-            with contextlib.suppress(BackendError):
-                self._world.order(do="end")
-            leave()
-
-    _ends = True  # whether the end of this run is the end of the world; not where a test prepares one run after another
 
     @contextlib.contextmanager
     def _together(self, **what: Any) -> Iterator[None]:

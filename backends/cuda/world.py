@@ -7,6 +7,7 @@ before each collective pass it sends an order (JSON, never a pickle) that the ot
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import gc
@@ -246,6 +247,8 @@ def meet(wanted_device: str, timeout_s: float) -> World:
             from weftrain.backends.cuda.watch import Watch
 
             world.watch = Watch(world)
+        if world.size > 1 and world.leads:
+            atexit.register(_end)  # runs may be prepared one after another, so the end of a run is not that of the world
         world.same_everywhere(identity(device))
     except BaseException:
         leave()
@@ -264,6 +267,14 @@ def identity(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads() if not cuda else None,
     }
+
+
+def _end() -> None:
+    """Rank 0, at the end of its process: the others need not wait for orders any more."""
+    if "world" in _worlds:
+        with contextlib.suppress(BackendError):
+            _worlds["world"].order(do="end")
+        leave()
 
 
 def leave() -> None:

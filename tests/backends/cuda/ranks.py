@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from weftrain.backends.cuda import BACKEND
-from weftrain.backends.cuda.engine import CudaRun
 from weftrain.backends.cuda.world import leave, meet
 from weftrain.core.backend import BatchSource, Job, Plan
 from weftrain.core.config import Recipe
@@ -61,7 +60,6 @@ def world_of(size: int) -> Iterator[None]:
     os.environ.update(environment(0, size, port))
     leave()
     torch.set_num_threads(1)
-    CudaRun._ends = False
     try:
         meet("cpu", 60)
         yield
@@ -69,7 +67,6 @@ def world_of(size: int) -> Iterator[None]:
         for process in others:
             process.wait(timeout=30)
     finally:
-        CudaRun._ends = True
         leave()
         os.environ.clear()
         os.environ.update(before)

@@ -14,7 +14,7 @@ from weftrain.backends.registry import get_backend
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 
-SCRIPT = Path(__file__).resolve().parents[2] / "analysis" / "fsdp2_offload.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "analysis" / "fsdp2_loop.py"
 STEPS = 6
 TORCH_EPSILON = "optimizer.eps_placement=after_bias_correction"
 
