@@ -123,7 +123,8 @@ def outliers(values: dict[int, float]) -> list[int]:
 def machine_lines(found: dict[str, Any]) -> Iterator[str]:
     """As a person reads it."""
     about, ranks = found["environment"], found["ranks"]
-    yield f"{about['device']}; {about['cpu_count']} CPU cores, {about['memory_bytes'] / 2**30:,.0f} GiB; torch {about['libraries']['torch']}"
+    torch_version = about["libraries"]["torch"]
+    yield f"{about['device']}; {about['cpu_count']} CPU cores, {about['memory_bytes'] / 2**30:,.0f} GiB; torch {torch_version}"
     for name in ranks[0]["matmul_flops"]:
         yield from _rate_lines(f"matrix multiply {name}", {one["rank"]: one["matmul_flops"][name] for one in ranks}, "GFLOP/s")
     yield from _rate_lines("memory", {one["rank"]: one["memory_bytes_per_s"] for one in ranks}, "GB/s")

@@ -15,26 +15,26 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 2000
-_KEEP = 0.8  # of the cost of one level: a second level must explain at least a fifth of it
+_LEAST_NOISE = 0.005  # of a step's time: below it a difference is not worth a step
 
 
 def warm_up_steps(step_ms: Sequence[float]) -> int:
-    """How many first steps are another regime than the rest: at least one (the first compiles and allocates), at most half.
+    """How many first steps are not yet at the level of the rest: at least one (the first compiles and allocates), at most half.
 
-    The split of the log times into two levels that leaves the least absolute deviation from each level's median.
+    The change point k that leaves the least deviation of the log times after it from their median, where each step given up costs three
+    standard deviations of the second half: so a slow step is left out, and noise is not.
     """
     logs = np.log(np.asarray(step_ms, dtype=np.float64))
     if len(logs) < 4:
         return min(1, max(0, len(logs) - 1))
+    settled = logs[len(logs) // 2 :]
+    noise = max(1.4826 * float(np.median(np.abs(settled - np.median(settled)))), _LEAST_NOISE)
 
-    def deviation(part: np.ndarray) -> float:
-        return float(np.abs(part - np.median(part)).sum())
+    def cost(first: int) -> float:
+        rest = logs[first:]
+        return float(np.abs(rest - np.median(rest)).sum()) + 3 * noise * first
 
-    single = deviation(logs[1:])
-    costs = {split: deviation(logs[1:split]) + deviation(logs[split:]) if split > 1 else single for split in range(1, len(logs) // 2 + 1)}
-    best = min(costs, key=lambda split: costs[split])
-    shift = abs(np.median(logs[best:]) - np.median(logs[1:best])) if best > 1 else 0.0
-    return best if costs[best] < _KEEP * single and shift > 0.01 else 1
+    return min(range(1, len(logs) // 2 + 1), key=cost)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -52,19 +52,23 @@ class Interval:
 
 
 def _medians(rounds: Sequence[Sequence[float]], generator: np.random.Generator) -> np.ndarray:
-    """Medians of RESAMPLES resamples: rounds with replacement, and blocks of neighbouring steps within each, since neighbours resemble."""
-    arrays = [np.asarray(values, dtype=np.float64) for values in rounds]
-    found = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        chosen = generator.integers(0, len(arrays), len(arrays))
-        parts = []
-        for values in (arrays[number] for number in chosen):
-            block = max(1, round(len(values) ** (1 / 3)))
-            starts = generator.integers(0, len(values), -(-len(values) // block))
-            parts.append(values[(starts[:, None] + np.arange(block)).ravel()[: len(values)] % len(values)])
-        # of the rounds' medians, so that a round counts once however many steps it has
-        found[index] = np.median([np.median(part) for part in parts])
-    return found
+    """Medians of RESAMPLES resamples: rounds with replacement, and blocks of neighbouring steps within each, since neighbours resemble.
+
+    Of the rounds' medians, so that a round counts once however many steps it has.
+    """
+    number = len(rounds)
+    of_round = np.stack([_resampled_medians(np.asarray(values, dtype=np.float64), (RESAMPLES, number), generator) for values in rounds])
+    chosen = generator.integers(0, number, (RESAMPLES, number))
+    return np.asarray(np.median(np.take_along_axis(of_round, chosen[None], axis=0)[0], axis=1))
+
+
+def _resampled_medians(values: np.ndarray, shape: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
+    """[*shape] medians of block resamples of one round."""
+    count = len(values)
+    block = max(1, round(count ** (1 / 3)))
+    starts = generator.integers(0, count, (*shape, -(-count // block)))
+    places = (starts[..., None] + np.arange(block)).reshape(*shape, -1)[..., :count] % count
+    return np.asarray(np.median(values[places], axis=-1))
 
 
 def median_interval(rounds: Sequence[Sequence[float]], seed: int = 0) -> Interval:

@@ -1,55 +1,22 @@
-"""The benchmark's figures with an invented clock and known counts, the RESULT line, and the same start as a bare torch program."""
+"""The RESULT line, programs under comparison, and the same start as a bare torch program."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from weftrain.analysis import bench_train
-from weftrain.analysis.bench_train import BenchError, bench_source, compare, measure, plain_weights, run_program
-from weftrain.analysis.peak import Peak
+from weftrain.analysis.bench_train import BenchError, bench_source, compare, plain_weights, run_program
 from weftrain.backends.registry import get_backend
-from weftrain.core.backend import Job, Plan, StepResult
-from weftrain.core.config import Recipe
+from weftrain.core.backend import Job, Plan
 from weftrain.core.recipe_file import load_recipe
 
 BARE_LOOP = Path(__file__).resolve().parents[2].parent / "shared" / "bench" / "plain_loop.py"
-
-
-class FakeRun:
-    """Each step takes the given seconds of an invented clock."""
-
-    def __init__(self, seconds: list[float]) -> None:
-        self.seconds, self.now = seconds, 100.0
-
-    def train(self, source: Any) -> Iterator[StepResult]:
-        for step, duration in enumerate(self.seconds):
-            self.now += duration
-            yield StepResult(step, 5.0 - step, 1.0, {}, 52, 0.0, 0.0)
-
-
-def test_figures_by_hand(tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny_recipe()
-    run = FakeRun([9.0, 7.0, 2.0, 4.0, 3.0])
-    monkeypatch.setattr(bench_train.time, "perf_counter", lambda: run.now)
-    found = measure(run, recipe, bench_source(recipe), 2, Peak(1e9, "by hand"), "x")  # type: ignore[arg-type]
-    assert found["step_ms"] == 3000.0  # median of 2, 4, 3
-    assert found["tokens_per_second"] == round(52 / 3, 1)
-    assert found["steps"] == 3
-    assert found["first_step_s"] == 9.0
-    assert (found["loss_first"], found["loss_last"]) == (5.0, 1.0)
-    products = 97 * 48 + 2 * (4 * 48 * 48 + 3 * 48 * 70)
-    flops = (6 * products + 12 * 2 * 48 * 13) * 52 / 3
-    assert found["model_flops_utilization"] == pytest.approx(flops / 1e9, abs=1e-4)
-    run.now = 100.0
-    assert measure(run, recipe, bench_source(recipe), 2, Peak(None, "?"), "x")["model_flops_utilization"] == "unknown"  # type: ignore[arg-type]
 
 
 def result_line(**changes: Any) -> str:

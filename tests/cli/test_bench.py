@@ -11,7 +11,7 @@ import torch
 from click.testing import Result
 
 TINY = ["model.num_layers=1", "model.vocab_size=300", "data.sequence_length=32", "backend.options.compile=false"]
-SHORT = ["--steps", "3", "--warmup", "1"]
+SHORT = ["--steps", "5", "--check-steps", "1"]
 
 
 def test_result_line(weftrain: Callable[..., Result]) -> None:
@@ -19,8 +19,9 @@ def test_result_line(weftrain: Callable[..., Result]) -> None:
     assert result.exit_code == 0, result.output
     (line,) = (line for line in result.output.splitlines() if line.startswith("RESULT "))
     found = json.loads(line.removeprefix("RESULT "))
-    assert found["name"] == "weftrain-local-bfloat16"
-    assert (found["steps"], found["threads"]) == (2, 1)
+    assert found["name"] == "bench_70m-local-bfloat16"
+    assert (found["steps"] + found["warm_up_steps"], found["threads"]) == (5, 1)
+    assert found["correct"] is True
     assert found["tokens_per_second"] == pytest.approx(64 / found["step_ms"] * 1e3, rel=0.01)
     assert 0 < found["model_flops_utilization"] < 1.5
     torch.set_num_threads(2)
@@ -42,4 +43,52 @@ def test_a_program_that_fails_is_named(weftrain: Callable[..., Result], tmp_path
     result = weftrain("bench", "train", "bench_70m", *TINY, *SHORT, "--rounds", "1", "--against", str(program))
     assert result.exit_code == 2
     assert "its last words: no such model" in result.output
-    assert weftrain("bench", "train", "bench_70m", "--steps", "3", "--warmup", "3").exit_code == 2
+
+
+def test_a_report_with_profile_and_mllog_and_its_comparison(weftrain: Callable[..., Result], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        more = ["--profile", str(tmp_path / "profile"), "--mllog", str(tmp_path / "mllog.txt")] if name == "a" else []
+        result = weftrain("bench", "train", "bench_70m", *TINY, *SHORT, "--threads", "2", "--report", str(tmp_path / name), *more)
+        assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "profile" / "trace.json").read_bytes())["traceEvents"]
+    assert "| operator | calls |" in (tmp_path / "profile" / "operators.md").read_text()
+    assert ":::MLLOG" in (tmp_path / "mllog.txt").read_text()
+    result = weftrain("bench", "compare", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert result.exit_code == 0, result.output
+    assert "step time B / A = " in result.output
+    assert "of one round each" in result.output
+    assert weftrain("bench", "compare", str(tmp_path / "a")).exit_code == 2
+    missing = weftrain("bench", "compare", str(tmp_path / "a"), str(tmp_path / "none"))
+    assert (missing.exit_code, "is not there" in missing.output) == (2, True)
+
+
+def test_sweep_goes_on_and_records_what_fails(weftrain: Callable[..., Result], tmp_path: Path) -> None:
+    vary = ["--vary", "kernels.preferences=[torch],[nobody]"]
+    command = ["bench", "sweep", "bench_70m", *TINY, *vary, "--steps", "4", "--threads", "1", "--to", str(tmp_path)]
+    result = weftrain(*command)
+    assert result.exit_code == 0, result.output
+    assert "best" in result.output
+    rows = (tmp_path / "sweep.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert sum("nobody" in row and ",," in row for row in rows[1:]) == 1  # failed, with empty figures
+    kept = "\n".join(rows[:-1]) + "\n"
+    (tmp_path / "sweep.csv").write_text(kept)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/report.json")}
+    assert weftrain(*command).exit_code == 0
+    assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 3
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/report.json")} == before  # only the row that was missing ran
+    other = weftrain("bench", "sweep", "bench_70m", "--vary", "seed=1", "--to", str(tmp_path))
+    assert (other.exit_code, "is of another sweep" in other.output) == (2, True)
+    assert weftrain("bench", "sweep", "bench_70m", "--vary", "seed", "--to", str(tmp_path / "x")).exit_code == 2
+
+
+def test_stream_and_data(weftrain: Callable[..., Result], tmp_path: Path) -> None:
+    result = weftrain("bench", "stream", "bench_70m", *TINY, *SHORT, "--report", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report.json").read_bytes())
+    assert report["shape"]["backend"] == "streaming"
+    assert report["memory"]["predicted"]["total"] > 0
+    assert report["backend_stats"]
+    result = weftrain("bench", "data", "bench_70m", "--steps", "10")
+    assert result.exit_code == 0, result.output
+    assert "M tokens/s" in result.output
