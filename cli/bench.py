@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -93,10 +94,10 @@ def bench_train(
 
 
 def _launch(ranks: int, threads: int) -> None:
-    """Become torchrun, with this very command in every rank."""
+    """Have torchrun run this very command in every rank, and end as it ends."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "weftrain.cli"]
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.execv(launcher[0], [*launcher, *sys.argv[1:]])
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    sys.exit(subprocess.run([*launcher, *sys.argv[1:]], env=environment, check=False).returncode)
 
 
 def _bench(file: RecipeFile, wishes: Wishes, report_folder: Path | None, mllog: Path | None) -> None:
