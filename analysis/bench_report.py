@@ -95,7 +95,19 @@ class Report(_Model):
     energy: dict[str, Any]
     correctness: Correctness
     rounds: list[list[float]] = Field(description="step times in ms, all of them, a list a round")
+    probes: list[list[float]] = Field(description="ms of one fixed matrix product, before the first step and after each; [] where not made")
     losses: list[float]
+
+    @property
+    def in_probes(self) -> list[list[float]] | None:
+        """The rounds without their warm-up, each step in units of the yardstick around it, so that a machine's drift is not in them."""
+        if not all(self.probes):
+            return None
+        warm = self.speed.warm_up_steps
+        return [
+            [step / ((before + after) / 2) for step, before, after in zip(steps, probes, probes[1:], strict=False)][warm:]
+            for steps, probes in zip(self.rounds, self.probes, strict=True)
+        ]
 
     @property
     def counted(self) -> list[list[float]]:
@@ -112,6 +124,7 @@ class Measured(_Model):
     inside_ms: list[float]  # StepResult.step_ms
     data_wait_ms: list[float]
     stats: dict[str, float]
+    probe_ms: list[float] = []  # of the machine's yardstick, before the first step and after each
 
 
 def speed_of(rounds: Sequence[Measured], tokens_per_step: int, devices: int) -> Speed:

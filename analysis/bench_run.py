@@ -27,7 +27,7 @@ from weftrain.analysis.bench_report import (
     speed_of,
 )
 from weftrain.analysis.bench_train import BenchError, bench_source, plain_weights, take_steps
-from weftrain.analysis.peak import Peak, measured_matmul_peak, table_peak
+from weftrain.analysis.peak import Peak, measured_matmul_peak, speed_probe, table_peak
 from weftrain.analysis.surroundings import Energy, environment, identity, load, now, warnings
 from weftrain.core.backend import Backend, Job, Plan, Run
 from weftrain.core.canonical import sha256_json
@@ -95,7 +95,8 @@ def bench(
                     energy = Energy(device)
                     energy.start()
                 with snapshot_when_out_of_memory(device, wishes.profile):
-                    found.append(take_steps(run, source, lambda step, ms, number=number: tell(number, step, ms)))  # type: ignore[misc]
+                    probe = speed_probe(device, getattr(torch, recipe.precision.compute))
+                    found.append(take_steps(run, source, lambda step, ms, number=number: tell(number, step, ms), probe))  # type: ignore[misc]
                 if number == wishes.rounds:
                     used = energy.stop()
                     peaks.append(_peak(recipe, device, backend))
@@ -143,6 +144,7 @@ def bench(
         energy=used,
         correctness=correctness_of(found[0].losses, reference, recipe.precision.compute, why_not),
         rounds=[measured.step_ms for measured in found],
+        probes=[measured.probe_ms for measured in found],
         losses=found[0].losses,
     )
 

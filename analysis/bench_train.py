@@ -72,9 +72,16 @@ def plain_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]
     return weights | {name: torch.ones(hidden) for name in (*norms, "final_norm.weight")}
 
 
-def take_steps(run: Run, source: BatchSource, tell: Callable[[int, float], None] = lambda step, ms: None) -> Measured:
-    """Train to the plan's end. The clock runs from result to result, and reading the loss is in it, as in any loop that logs."""
-    found = Measured(step_ms=[], losses=[], phases_ms=[], inside_ms=[], data_wait_ms=[], stats={})
+def take_steps(
+    run: Run, source: BatchSource, tell: Callable[[int, float], None] = lambda step, ms: None, probe: Callable[[], float] | None = None
+) -> Measured:
+    """Train to the plan's end. The clock runs from result to result, and reading the loss is in it, as in any loop that logs.
+
+    probe: called between two steps, while the clock stands; it tells how fast the machine is just then.
+    """
+    found = Measured(step_ms=[], losses=[], phases_ms=[], inside_ms=[], data_wait_ms=[], stats={}, probe_ms=[])
+    if probe is not None:
+        found.probe_ms.append(probe())
     start = time.perf_counter()
     for result in run.train(source):
         found.losses.append(float(result.loss))  # on an accelerator this synchronises
@@ -85,6 +92,9 @@ def take_steps(run: Run, source: BatchSource, tell: Callable[[int, float], None]
         found.data_wait_ms.append(result.data_wait_ms)
         tell(result.step + 1, found.step_ms[-1])
         start = now
+        if probe is not None:
+            found.probe_ms.append(probe())
+            start = time.perf_counter()
         if result.skipped or result.step != len(found.losses) - 1:
             raise BenchError(f"step {result.step} was skipped or is out of order: what did not happen has no speed; look at its loss")
     return found.model_copy(update={"stats": dict(run.stats())})

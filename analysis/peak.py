@@ -5,7 +5,9 @@ What a reader would get wrong: an unknown device has no default. A guessed peak 
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +57,25 @@ def measured_matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2
         seconds()
     best = min(seconds() for _ in range(repeats))
     return Peak(2 * size**3 / best, f"measured: {size} x {size} matrix multiply, {str(dtype).removeprefix('torch.')}, best of {repeats}")
+
+
+def speed_probe(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> Callable[[], float]:
+    """A yardstick for a machine whose speed drifts: called, it gives the ms of one fixed matrix product now, the median of `repeats`."""
+    a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+
+    def ms() -> float:
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append((time.perf_counter() - start) * 1e3)
+        return statistics.median(times)
+
+    ms()
+    return ms
 
 
 def table_peak(device: torch.device, dtype: torch.dtype) -> Peak:
