@@ -1,7 +1,7 @@
 """One training run over many ranks: the step, and what rank 0 asks of the others.
 
-Every public method of a run is called on rank 0, by the core. It sends an order, and then all ranks do the same thing: `_step`,
-`_gradients_of`, `_evaluate`, `_whole`, `_place`. What a reader would get wrong: loss and gradient norm are sums over all ranks before
+Every public method of a run is called on rank 0, by the core. It sends an order, and then all ranks do the same thing: `step`,
+`gradients_of`, `evaluate_rounds`, `whole`, `place`. What a reader would get wrong: loss and gradient norm are sums over all ranks before
 anyone looks at them, so every rank decides alike whether a step happens.
 """
 
@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from weftrain.backends.cuda import BACKEND, CudaOptions
 from weftrain.backends.cuda.models import RankModel, Replicated, Sharded
+from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Meshes, compile_blocks, degrees, split_sequences, split_tensors, use_float8
 from weftrain.backends.cuda.planner import check_memory
 from weftrain.backends.cuda.save import Parts, RankedTensors, Writer
-from weftrain.backends.cuda.world import RESTS, World, leave
+from weftrain.backends.cuda.world import RESTS, World
 from weftrain.backends.shared import (
     PhaseClock,
     check_state,
@@ -38,7 +38,7 @@ from weftrain.backends.shared import (
     update,
     update_sets,
 )
-from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, Plan, State, StepResult
+from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
 from weftrain.core.canonical import sha256_json
 from weftrain.core.checkpoint import Written
 from weftrain.core.config import Recipe
@@ -57,9 +57,9 @@ class CudaRun:
 
     def __init__(self, job: Job, options: CudaOptions, world: World, given: bool) -> None:
         self._world, self._options, self._recipe, self._plan = world, options, job.recipe, job.plan
-        self._job = job
-        self._number = world.next_run()
-        self._step_number, self._optimizer_updates = job.plan.start_step, 0
+        self.job = job
+        self.number = world.next_run()
+        self.step_number, self._optimizer_updates = job.plan.start_step, 0
         self._source_id: str | None = None
         error = None
         try:
@@ -69,7 +69,7 @@ class CudaRun:
         world.agree(error)
         world.same_everywhere({"recipe": sha256_json(job.recipe.model_dump(mode="json")), "kernels": sha256_json(self._selection.manifest)})
         self._fill(job.weights if given else None, given)
-        self._writer = Writer(world, self._number)
+        self.writer = Writer(world, self.number)
         self._closed = False
         self._clock = PhaseClock(world.device, job.time_phases)
         if world.watch is not None:
@@ -117,10 +117,10 @@ class CudaRun:
             whole = None
             if self._world.rank == source:
                 whole = weights[spec.name] if weights is not None else draw(spec, self._recipe.model, self._recipe.seed)
-            self._place("weights", spec.name, spec.shape, whole, source)
+            self.place("weights", spec.name, spec.shape, whole, source)
         self._model.refresh()
 
-    def _place(self, plane: str, name: str, shape: tuple[int, ...], whole: Tensor | None, source: int) -> None:
+    def place(self, plane: str, name: str, shape: tuple[int, ...], whole: Tensor | None, source: int) -> None:
         """Give every rank its part of a whole tensor that rank `source` has."""
         tensor = torch.empty(shape) if whole is None else whole.detach().to(torch.float32).contiguous()
         if self._world.size > 1:
@@ -135,17 +135,17 @@ class CudaRun:
         with self._together(do="train", dataset_id=source.dataset_id):
             pass
         try:
-            while self._step_number < self._plan.last_step:
-                self._writer.let_go()
-                with self._together(do="step", step=self._step_number):
-                    result = self._step(source)
+            while self.step_number < self._plan.last_step:
+                self.writer.let_go()
+                with self._together(do="step", step=self.step_number):
+                    result = self.step(source)
                 self._world.doing = "log, evaluate and save between two steps"
                 yield result
         finally:
             self._world.doing = RESTS
 
-    def _step(self, source: BatchSource) -> StepResult:
-        recipe, start, step = self._recipe, time.perf_counter(), self._step_number
+    def step(self, source: BatchSource) -> StepResult:
+        recipe, start, step = self._recipe, time.perf_counter(), self.step_number
         self._world.step = step
         losses, data_wait_s = self._forward_backward(partial(source.rows, step))
         with self._world.together(f"add the gradients of step {step}"):
@@ -166,7 +166,7 @@ class CudaRun:
         if not finite and recipe.optimizer.non_finite == "halt":
             every = self._losses_of_all(losses)
             raise NonFiniteError(non_finite_message(source, step, every, float(norm), recipe.batch.micro_batch_size))
-        self._step_number += 1
+        self.step_number += 1
         phases = self._clock.stop()
         step_ms = (time.perf_counter() - start) * 1e3
         return StepResult(step, loss, norm, rates, recipe.tokens_per_step, step_ms, data_wait_s * 1e3, not finite, phases)
@@ -179,15 +179,15 @@ class CudaRun:
         for number in range(count):
             start = time.perf_counter()
             first = (group * count + number) * batch.micro_batch_size
-            self._world.doing = f"read rows {first}.. of step {self._step_number}"
+            self._world.doing = f"read rows {first}.. of step {self.step_number}"
             self._clock.to("data wait")
             data = rows(first, batch.micro_batch_size)
             self._clock.to("copy")
-            self._world.doing = f"compute step {self._step_number}"
+            self._world.doing = f"compute step {self.step_number}"
             ids, labels, document_start, rotary = self._tokens(data)
             data_wait_s += time.perf_counter() - start
             self._clock.to("forward")
-            with self._world.together(f"compute step {self._step_number}"), self._model.micro_batch(last=number == count - 1):
+            with self._world.together(f"compute step {self.step_number}"), self._model.micro_batch(last=number == count - 1):
                 # The sum over tokens divided by all tokens of the global batch: many ranks equal one large batch.
                 loss = self._model.loss(ids, labels, document_start, rotary) / self._recipe.tokens_per_step
                 self._clock.to("backward")
@@ -236,9 +236,9 @@ class CudaRun:
     def gradients(self, batch: Batch) -> tuple[float, dict[str, Tensor]]:
         """See Run.gradients."""
         with self._together(do="gradients"):
-            return self._gradients_of(batch)
+            return self.gradients_of(batch)
 
-    def _gradients_of(self, batch: Batch | None) -> tuple[float, dict[str, Tensor]]:
+    def gradients_of(self, batch: Batch | None) -> tuple[float, dict[str, Tensor]]:
         whole = self._share_rows(batch)
         losses, _ = self._forward_backward(lambda first, count: slice_rows(whole, first, count))
         self._clock.stop()
@@ -263,12 +263,12 @@ class CudaRun:
         rows = self._degrees.data * self._recipe.batch.micro_batch_size
         rounds = -(-source.num_rows // rows)
         with self._together(do="evaluate", rounds=rounds):
-            loss, tokens = self._evaluate(rounds, lambda number: _padded(source, number * rows, rows))
+            loss, tokens = self.evaluate_rounds(rounds, lambda number: _padded(source, number * rows, rows))
         if tokens == 0:
             raise BackendError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
         return EvalResult(loss / tokens, tokens)
 
-    def _evaluate(self, rounds: int, read: Callable[[int], Batch | None]) -> tuple[float, int]:
+    def evaluate_rounds(self, rounds: int, read: Callable[[int], Batch | None]) -> tuple[float, int]:
         total = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         micro = self._recipe.batch.micro_batch_size
         group = self._world.rank // self._degrees.sequence
@@ -288,15 +288,15 @@ class CudaRun:
         """See Run.export_state. A tensor is put together when it is asked for; `checkpoint.begin` has every rank write its share."""
         shapes = {f"{plane}/{spec.name}": spec.shape for plane in PLANES for spec in parameter_specs(self._recipe.model)}
         tensors = RankedTensors(shapes, self._ask_for, self._begin_save, self._world.size)
-        return State(self._step_number, self._optimizer_updates, self._writer.lend(tensors))
+        return State(self.step_number, self._optimizer_updates, self.writer.lend(tensors))
 
     def _ask_for(self, name: str) -> Tensor:
         with self._together(do="whole", name=name):
-            found = self._whole(name, keep=True)
+            found = self.whole(name, keep=True)
         assert found is not None
         return found
 
-    def _whole(self, name: str, keep: bool) -> Tensor | None:
+    def whole(self, name: str, keep: bool) -> Tensor | None:
         """A tensor of the state put together, in this rank's host memory where it is kept. A collective."""
         plane, _, parameter = name.partition("/")
         with self._world.together(f"put {name} together"):
@@ -305,22 +305,22 @@ class CudaRun:
 
     def _begin_save(self, folder: Path, files: Parts) -> Callable[[], Written]:
         with self._together(do="save", folder=str(folder), files=files):
-            return self._writer.begin(folder, files, self._whole)
+            return self.writer.begin(folder, files, self.whole)
 
     def import_state(self, state: State) -> None:
         """See Run.import_state. Rank 0 reads tensor by tensor and every rank keeps its part. Raises CheckpointError, nothing changed."""
         check_state(state.tensors, {f"{plane}/{spec.name}": spec.shape for plane in PLANES for spec in parameter_specs(self._recipe.model)})
-        self._writer.let_go()
+        self.writer.let_go()
         for plane in PLANES:
             for spec in parameter_specs(self._recipe.model):
                 whole = state.tensors[f"{plane}/{spec.name}"]  # before the order: to read it may take orders of its own
                 with self._together(do="place", plane=plane, name=spec.name, shape=spec.shape):
-                    self._place(plane, spec.name, spec.shape, whole, 0)
+                    self.place(plane, spec.name, spec.shape, whole, 0)
         with self._together(do="stand", step=state.step, optimizer_updates=state.optimizer_updates):
-            self._stand(state.step, state.optimizer_updates)
+            self.stand(state.step, state.optimizer_updates)
 
-    def _stand(self, step: int, optimizer_updates: int) -> None:
-        self._step_number, self._optimizer_updates = step, optimizer_updates
+    def stand(self, step: int, optimizer_updates: int) -> None:
+        self.step_number, self._optimizer_updates = step, optimizer_updates
         self._model.refresh()
 
     def fingerprint(self) -> dict[str, Any]:
@@ -348,8 +348,8 @@ class CudaRun:
         stats = {"memory_bytes": float(psutil.Process(os.getpid()).memory_info().rss), "huge_page_bytes": float(huge_page_bytes())}
         if self._world.device.type == "cuda":
             stats["device_peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(self._world.device))
-        if self._writer.stall_ms is not None:
-            stats["checkpoint_stall_ms"] = self._writer.stall_ms
+        if self.writer.stall_ms is not None:
+            stats["checkpoint_stall_ms"] = self.writer.stall_ms
         return stats
 
     def close(self) -> None:
@@ -357,13 +357,13 @@ class CudaRun:
         if self._closed:
             return
         with contextlib.suppress(BackendError):  # an end is an end: the error that led here is being raised already
-            self._world.order(do="close", run=self._number)
-        self._let_go()
+            self._world.order(do="close", run=self.number)
+        self.let_go()
 
     @contextlib.contextmanager
     def _together(self, **what: Any) -> Iterator[None]:
         """Rank 0: order something, and do it too. Where that fails the others wait in a collective, and no order reaches them any more."""
-        self._world.order(run=self._number, **what)
+        self._world.order(run=self.number, **what)
         try:
             yield
         except NonFiniteError:
@@ -372,9 +372,9 @@ class CudaRun:
             self._world.break_off(str(error) or type(error).__name__)
             raise
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
         self._closed = True
-        self._writer.close()
+        self.writer.close()
         for plane in self._planes.values():
             plane.clear()
 
@@ -389,66 +389,3 @@ def _padded(source: EvaluationSource, first: int, count: int) -> Batch:
     mask = np.concatenate([mask, np.zeros((len(more), mask.shape[1]), bool)])
     start = batch.document_start
     return Batch(batch.ids[keep], mask, None if start is None else start[keep])
-
-
-class Follower:
-    """What ranks above 0 do: carry out rank 0's orders, each of which names its run."""
-
-    def __init__(self, world: World, own: Job, open_source: Callable[[Job], BatchSource]) -> None:
-        self._world, self._own, self._open_source = world, own, open_source
-        self._runs: dict[int, CudaRun] = {}
-        self._sources: dict[int, BatchSource] = {}
-
-    def follow(self) -> None:
-        """Until rank 0 ends the world. Raises BackendError, also where this rank fails: the others learn why."""
-        while (order := self._world.next_order())["do"] != "end":
-            try:
-                self._carry_out(order)
-            except NonFiniteError:
-                continue  # rank 0 raised the same, and decides what becomes of the run
-            except (WeftrainError, OSError) as error:
-                if order["do"] == "prepare" and isinstance(error, BackendError):
-                    continue  # every rank was told; rank 0 decides
-                self._world.say_last_words(str(error))
-                raise
-        leave()
-
-    def _carry_out(self, order: dict[str, Any]) -> None:
-        if order["do"] == "prepare":
-            recipe = Recipe.model_validate(order["recipe"])
-            options = BACKEND.options.model_validate(recipe.backend.options)
-            job = Job(recipe, Plan(**order["plan"]), options, folder=self._own.folder)
-            run = CudaRun(job, options, self._world, order["weights"])
-            self._runs[run._number] = run
-            return
-        number = order["run"]
-        run = self._runs[number]
-        match order["do"]:
-            case "train":
-                source = self._sources[number] = self._open_source(run._job)
-                if source.dataset_id != order["dataset_id"]:
-                    mine, other = source.dataset_id[:12], order["dataset_id"][:12]
-                    raise BackendError(f"reads dataset {mine}, rank 0 reads {other}: give all nodes the same data")
-            case "step":
-                run._step_number = order["step"]
-                run._step(self._sources[number])
-            case "gradients":
-                run._gradients_of(None)
-            case "evaluate":
-                run._evaluate(order["rounds"], lambda round_number: None)
-            case "whole":
-                run._whole(order["name"], keep=False)
-            case "save":
-                files = {
-                    name: {key: (dtype, tuple(shape)) for key, (dtype, shape) in part.items()} for name, part in order["files"].items()
-                }
-                run._writer.begin(Path(order["folder"]), files, run._whole)
-            case "place":
-                run._place(order["plane"], order["name"], tuple(order["shape"]), None, 0)
-            case "stand":
-                run._stand(order["step"], order["optimizer_updates"])
-            case "close":
-                self._runs.pop(number)._let_go()
-                self._sources.pop(number, None)
-            case other:
-                raise BackendError(f"rank 0 asked for '{other}', which this version does not know: install the same everywhere")

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Meshes, shard
 from weftrain.backends.shared import FP32_ROLES, bind_parameters, present
 from weftrain.core.model import Decoder
@@ -69,7 +70,7 @@ class RankModel(Protocol):
 class Sharded:
     """FSDP2. Built on `meta`, so that no rank ever holds the whole model."""
 
-    def __init__(self, model: Decoder, meshes: Meshes, options: Any, compute_dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: Decoder, meshes: Meshes, options: CudaOptions, compute_dtype: torch.dtype, device: torch.device) -> None:
         shard(model, meshes, options, compute_dtype)
         model.to_empty(device="cpu" if options.cpu_offload else device)
         model.cos, model.sin = model.cos.to(device), model.sin.to(device)
@@ -153,7 +154,7 @@ class Sharded:
 class Replicated:
     """DDP: every rank holds the whole model, in masters and, in bf16, copies, as the local backend does."""
 
-    def __init__(self, model: Decoder, options: Any, compute_dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: Decoder, options: CudaOptions, compute_dtype: torch.dtype, device: torch.device) -> None:
         self.weights = {spec.name: torch.empty(spec.shape, device=device) for spec in parameter_specs(model.config)}
         self._parameters, self.copies = bind_parameters(model, self.weights, compute_dtype, device)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.shared import FP32_ROLES
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.model import Block, Decoder
 from weftrain.core.parameters import parameter_specs
-
-if TYPE_CHECKING:
-    from weftrain.backends.cuda import CudaOptions
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees, degrees
 from weftrain.core.backend import Needs, Prediction, Speeds
 from weftrain.core.config import Recipe
@@ -21,7 +22,6 @@ from weftrain.core.parameters import Role, flops_per_token, parameter_specs
 if TYPE_CHECKING:
     import torch
 
-    from weftrain.backends.cuda import CudaOptions
 
 _ITEM = {"float32": 4, "bfloat16": 2}
 _PROGRAM_BYTES = {"cpu": 500 << 20, "cuda": 1 << 30}  # interpreter and torch; a CUDA context with NCCL's buffers

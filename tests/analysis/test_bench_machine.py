@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from weftrain.analysis.bench_machine import machine_lines, outliers
 
 
@@ -34,6 +36,7 @@ def test_the_slow_rank_is_named() -> None:
     assert "unknown" in text
 
 
+@pytest.mark.prove
 def test_two_ranks(tmp_path: Path) -> None:
     command = [
         sys.executable,

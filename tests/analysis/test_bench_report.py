@@ -87,6 +87,21 @@ def test_speed_by_hand(clock: Clock, tiny_recipe: Tiny) -> None:
     assert speed.step_ms_p50_low <= 12.0 <= speed.step_ms_p50_high
 
 
+def test_the_yardstick_stands_beside_the_step_and_not_in_it(clock: Clock, tiny_recipe: Tiny) -> None:
+    """The machine slows down to half: a step takes twice as long, and as many yardsticks as before."""
+    pace = iter([1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+
+    def probe() -> float:
+        ms = 4.0 * next(pace)
+        clock.now += ms / 1e3
+        return ms
+
+    run = InventedRun(clock, [10.0, 10.0, 15.0, 20.0, 20.0, 20.0], gap_ms=0.0)
+    found = take_steps(run, bench_source(tiny_recipe()), probe=probe)  # type: ignore[arg-type]
+    assert found.step_ms == pytest.approx([10.0, 10.0, 15.0, 20.0, 20.0, 20.0])
+    assert found.probe_ms == pytest.approx([4.0, 4.0, 4.0, 8.0, 8.0, 8.0, 8.0])
+
+
 def test_the_parts_add_up_to_the_step(clock: Clock, tiny_recipe: Tiny) -> None:
     found = measured(clock, tiny_recipe(), [900.0, 10.0, 12.0, 11.0, 20.0])
     parts, _ = breakdown_of([found], 1)
@@ -167,6 +182,13 @@ def test_a_real_report(report: Report, tmp_path: Path) -> None:
     assert 'src="http' not in page
     row = next(csv.DictReader(io.StringIO(csv_text([flat(report)]))))
     assert float(row["tokens_per_second"]) == report.speed.tokens_per_second
+
+
+def test_steps_in_units_of_the_yardstick(report: Report) -> None:
+    speed = report.speed.model_copy(update={"warm_up_steps": 1})
+    changes = {"speed": speed, "rounds": [[99.0, 10.0, 15.0, 20.0]], "probes": [[4.0, 4.0, 4.0, 8.0, 8.0]]}
+    assert report.model_copy(update=changes).in_probes == [[2.5, 2.5, 2.5]]
+    assert report.model_copy(update=changes | {"probes": [[]]}).in_probes is None
 
 
 def test_mllog(report: Report) -> None:

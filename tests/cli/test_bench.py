@@ -62,6 +62,7 @@ def test_a_report_with_profile_and_mllog_and_its_comparison(weftrain: Callable[.
     assert (missing.exit_code, "is not there" in missing.output) == (2, True)
 
 
+@pytest.mark.prove
 def test_sweep_goes_on_and_records_what_fails(weftrain: Callable[..., Result], tmp_path: Path) -> None:
     vary = ["--vary", "kernels.preferences=[torch],[nobody]"]
     command = ["bench", "sweep", "bench_70m", *TINY, *vary, "--steps", "4", "--threads", "1", "--to", str(tmp_path)]

@@ -21,7 +21,7 @@ if "ranks" not in sys.modules:
 TRAINERS = sorted(name for name, backend in find_backends().items() if backend.trains and backend.unavailable() is None)
 
 
-@pytest.fixture(scope="module", params=[*TRAINERS, "cuda-2", "cuda-4"])
+@pytest.fixture(scope="module", params=[*TRAINERS, "cuda-2", pytest.param("cuda-4", marks=pytest.mark.prove)])
 def name(request: pytest.FixtureRequest) -> Iterator[str]:
     """Of a backend, with `-ranks` where there are several; their processes are started once for all tests of the module."""
     from ranks import world_of
