@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from weftrain.analysis.bench_report import PARTS, Report
+from weftrain.analysis.bench_report import PARTS, Report, ReportError
 from weftrain.core import fsops
 
 _COLOURS = ("#4269d0", "#97bbf5", "#3ca951", "#ff725c", "#6cc5b0", "#efb118", "#a463f2", "#9c6b4e", "#9498a0", "#d0d3d8")
@@ -210,8 +210,11 @@ def mllog_lines(report: Report, started_ms: int, ended_ms: int) -> Iterator[str]
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """report.json, report.md, report.csv, report.png and report.html in a folder. What was written."""
-    picture = plots(report)
+    """report.json, report.md, report.csv, report.png and report.html in a folder. What was written. Raises ReportError, OSError."""
+    try:
+        picture = plots(report)
+    except ImportError as error:
+        raise ReportError(f"a report's pictures need matplotlib ({error}): pip install 'weftrain[plot]'") from error
     files = {
         "report.json": report.model_dump_json(indent=1).encode() + b"\n",
         "report.md": markdown(report).encode(),

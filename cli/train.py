@@ -7,6 +7,7 @@ where it is complete. A signal finishes the step, saves, and exits with 128 + it
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
 import sys
@@ -44,7 +45,7 @@ def train(recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str | N
     name = run_name or file.recipe.name
     if Path(name).name != name or name in (".", ".."):
         raise click.BadParameter(f"'{name}' is a path; a run name is one word, and --runs names the folder", param_hint="--run")
-    again = " ".join(["weftrain train", recipe, *(shlex.quote(item) for item in overrides if not item.startswith("schedule.steps="))])
+    again = " ".join([_this_program(), recipe, *(shlex.quote(item) for item in overrides if not item.startswith("schedule.steps="))])
     again += "" if backend is None else f" --backend {backend}"
     again += ("" if runs == Path("runs") else f" --runs {runs}") + ("" if run_name is None else f" --run {name}")
     with StopRequest() as stop:
@@ -54,6 +55,13 @@ def train(recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str | N
             _train(console, file, runs, name, set(allow), stop, again)
     if stop.number:
         sys.exit(128 + stop.number)
+
+
+def _this_program() -> str:
+    """How `train` was called: by itself, or in every process that torchrun started."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    each = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return "weftrain train" if ranks == "1" else f"torchrun --nproc-per-node {each} ... -m weftrain.cli train"
 
 
 def _follow(file: RecipeFile, folder: Path, stop: StopRequest) -> None:
