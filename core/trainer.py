@@ -212,8 +212,8 @@ class _Saves:
 
     def _take(self, wait: bool) -> None:
         if self._under_way is not None and (wait or self._under_way.done()):
-            saved, self._under_way = self._under_way.result(), None
-            self._note(saved)
+            under_way, self._under_way = self._under_way, None  # a failure is told once
+            self._note(under_way.result())
 
     def _note(self, saved: checkpoint.CheckpointInfo) -> None:
         self._done, self._parent = saved, saved.root

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -23,7 +22,7 @@ from weftrain.backends.cuda.world import RESTS, World
 from weftrain.core import fsops
 
 _BEAT_S = 1.0
-_GRACE_S = 5.0  # from a signal to leave, or from the loss of the launcher, to the end of a process that hangs in a collective
+_GRACE_S = 5.0  # from the loss of the launcher or of rank 0 to the end of a process that may hang in a collective
 _LONGEST_STACK = 4000
 
 
@@ -35,7 +34,8 @@ class Watch:
         self.stall_s, self.folder = 60.0, Path()
         self._main = threading.main_thread().ident
         self._end = threading.Event()
-        self._parent = os.getppid()
+        # torchrun's agent, whose death its workers must not outlive; who starts ranks by hand may close his shell.
+        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._store = world.own_store()
         self._thread = threading.Thread(target=self._run, name="weftrain-watch", daemon=True)
         self._thread.start()
@@ -60,7 +60,7 @@ class Watch:
                     self._name_who_stalls(held_s)
             except (RuntimeError, dist.DistError):
                 self._leave_if_alone()
-            if os.getppid() != self._parent:
+            if self._parent is not None and os.getppid() != self._parent:
                 self._leave_if_alone()
 
     def _leave_if_alone(self) -> None:
@@ -124,12 +124,3 @@ class Watch:
             data = c10d._dump_fr_trace_json()  # type: ignore[attr-defined]
             fsops.write_bytes(path, data if isinstance(data, bytes) else data.encode())
             sys.stderr.write(f"weftrain: the last collectives of rank {self._world.rank} are in {path}\n")
-
-
-def leave_on_signal(world: World) -> None:
-    """A rank above 0 that is told to go waits for rank 0 to end the run, but not for ever."""
-
-    def go(number: int, frame: Any) -> None:
-        threading.Timer(_GRACE_S, lambda: os._exit(128 + number)).start()
-
-    signal.signal(signal.SIGTERM, go)
