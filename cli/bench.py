@@ -10,16 +10,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from weftrain.analysis.bench_run import Wishes
 from weftrain.cli.display import Bar
 from weftrain.cli.kernels import bench as kernels_bench
 from weftrain.core.recipe_file import RecipeFile, load_recipe
+
+if TYPE_CHECKING:
+    from weftrain.analysis.bench_run import Wishes
 
 
 @click.group()
@@ -88,6 +90,8 @@ def bench_train(
         return
     if ranks > 1 and "RANK" not in os.environ:
         _launch(ranks, threads or 1)
+    from weftrain.analysis.bench_run import Wishes
+
     threads = threads or (2 if ranks == 1 else 1)
     file = load_recipe(recipe, [*overrides, f"backend.options.threads={threads}"], backend)
     _bench(file, Wishes(steps, rounds, check_steps, profile_folder), report_folder, mllog)
@@ -187,6 +191,8 @@ def bench_stream(
 
     Its replicas join by `weftrain replica`, so --ranks other than 1 is refused.
     """
+    from weftrain.analysis.bench_run import Wishes
+
     if ranks != 1:
         raise click.BadParameter("replicas of weight streaming join a training run: `weftrain replica`", param_hint="--ranks")
     file = load_recipe(recipe, [*overrides, f"backend.options.threads={threads or 2}"], "streaming")

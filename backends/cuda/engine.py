@@ -63,11 +63,14 @@ class CudaRun:
         self._source_id: str | None = None
         error = None
         try:
-            self._build(job.recipe, options)
-        except (WeftrainError, ValueError) as problem:
+            self._choose(job.recipe, options)
+        except (WeftrainError, ValueError) as problem:  # a kernel's refusal is a ValueError
             error = str(problem)
-        world.agree(error)
-        world.same_everywhere({"recipe": sha256_json(job.recipe.model_dump(mode="json")), "kernels": sha256_json(self._selection.manifest)})
+        world.agree(error)  # before the first collective of the set-up: a rank that failed would not come to it
+        chosen = {"recipe": sha256_json(job.recipe.model_dump(mode="json")), "kernels": sha256_json(self._selection.manifest)}
+        world.same_everywhere(chosen)
+        with world.together("lay the model over the ranks"):
+            self._build(job.recipe, options)
         self._fill(job.weights if given else None, given)
         self.writer = Writer(world, self.number)
         self._closed = False
@@ -75,7 +78,8 @@ class CudaRun:
         if world.watch is not None:
             world.watch.stall_s, world.watch.folder = options.stall_s, job.folder or Path()
 
-    def _build(self, recipe: Recipe, options: CudaOptions) -> None:
+    def _choose(self, recipe: Recipe, options: CudaOptions) -> None:
+        """Everything that one rank can find wrong by itself."""
         world, device = self._world, self._world.device
         self._degrees = degrees(options, recipe, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
         compute_dtype = getattr(torch, recipe.precision.compute)
@@ -88,6 +92,9 @@ class CudaRun:
         self._adamw = self._selection.function("adamw", "optimizer")
         self._grad_norm = self._selection.function("grad_norm", "optimizer")
         check_memory(recipe, options, self._degrees, device)
+
+    def _build(self, recipe: Recipe, options: CudaOptions) -> None:
+        device, compute_dtype = self._world.device, getattr(torch, recipe.precision.compute)
         meshes = Meshes.of(self._degrees, device.type)
         with torch.device("meta"):
             model = Decoder(recipe.model, self._selection, residual_dtype=torch.float32)
