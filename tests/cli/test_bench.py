@@ -1,4 +1,4 @@
-"""`weftrain bench train`: one RESULT line alone, and against another program in turns."""
+"""`weftrain bench`: the RESULT line and the report, another program in turns, comparison, sweep, streaming and the data path."""
 
 from __future__ import annotations
 
@@ -12,19 +12,6 @@ from click.testing import Result
 
 TINY = ["model.num_layers=1", "model.vocab_size=300", "data.sequence_length=32", "backend.options.compile=false"]
 SHORT = ["--steps", "5", "--check-steps", "1"]
-
-
-def test_result_line(weftrain: Callable[..., Result]) -> None:
-    result = weftrain("bench", "train", "bench_70m", *TINY, *SHORT, "--threads", "1")
-    assert result.exit_code == 0, result.output
-    (line,) = (line for line in result.output.splitlines() if line.startswith("RESULT "))
-    found = json.loads(line.removeprefix("RESULT "))
-    assert found["name"] == "bench_70m-local-bfloat16"
-    assert (found["steps"] + found["warm_up_steps"], found["threads"]) == (5, 1)
-    assert found["correct"] is True
-    assert found["tokens_per_second"] == pytest.approx(64 / found["step_ms"] * 1e3, rel=0.01)
-    assert 0 < found["model_flops_utilization"] < 1.5
-    torch.set_num_threads(2)
 
 
 def test_against_another_program(weftrain: Callable[..., Result], tmp_path: Path) -> None:
@@ -48,11 +35,18 @@ def test_a_program_that_fails_is_named(weftrain: Callable[..., Result], tmp_path
 def test_a_report_with_profile_and_mllog_and_its_comparison(weftrain: Callable[..., Result], tmp_path: Path) -> None:
     for name in ("a", "b"):
         more = ["--profile", str(tmp_path / "profile"), "--mllog", str(tmp_path / "mllog.txt")] if name == "a" else []
-        result = weftrain("bench", "train", "bench_70m", *TINY, *SHORT, "--threads", "2", "--report", str(tmp_path / name), *more)
+        result = weftrain("bench", "train", "bench_70m", *TINY, *SHORT, "--threads", "1", "--report", str(tmp_path / name), *more)
         assert result.exit_code == 0, result.output
+        (line,) = (line for line in result.output.splitlines() if line.startswith("RESULT "))
+        found = json.loads(line.removeprefix("RESULT "))
+        assert found["name"] == "bench_70m-local-bfloat16"
+        assert (found["steps"] + found["warm_up_steps"], found["threads"], found["correct"]) == (5, 1, True)
+        assert found["tokens_per_second"] == pytest.approx(64 / found["step_ms"] * 1e3, rel=0.01)
+        assert 0 < found["model_flops_utilization"] < 1.5
     assert json.loads((tmp_path / "profile" / "trace.json").read_bytes())["traceEvents"]
     assert "| operator | calls |" in (tmp_path / "profile" / "operators.md").read_text()
     assert ":::MLLOG" in (tmp_path / "mllog.txt").read_text()
+    torch.set_num_threads(2)
     result = weftrain("bench", "compare", str(tmp_path / "a"), str(tmp_path / "b"))
     assert result.exit_code == 0, result.output
     assert "step time B / A = " in result.output
