@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from weftrain.analysis.bench_report import (
     speed_of,
 )
 from weftrain.analysis.bench_run import Wishes, bench
+from weftrain.analysis.bench_sweep import combinations, run_sweep
 from weftrain.analysis.bench_train import BenchError, bench_source, take_steps
 from weftrain.analysis.peak import Peak
 from weftrain.backends.registry import get_backend
@@ -219,6 +221,51 @@ def test_files_that_are_no_reports(text: bytes, words: str, tmp_path: Path) -> N
         read_report(tmp_path)
     with pytest.raises(ReportError, match="is not there"):
         read_report(tmp_path / "nothing")
+
+
+# Sweeps
+
+
+def test_sweep_goes_on_and_records_what_fails(report: Report, tmp_path: Path) -> None:
+    """By a program that fails as a benchmark does: refused, out of memory, killed, too slow; what was measured is not measured again."""
+    (tmp_path / "canned.json").write_text(report.model_dump_json())
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, pathlib, shutil, signal, sys, time\n"
+        "*_, option, folder = sys.argv\n"
+        "case = sys.argv[1].partition('=')[2]\n"
+        "if case == 'refused': sys.exit('weftrain: no such kernel')\n"
+        "if case == 'memory': sys.exit('weftrain: out of memory: tried to allocate')\n"
+        "if case == 'killed': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if case == 'slow': time.sleep(60)\n"
+        "os.makedirs(folder)\n"
+        f"shutil.copy({str(tmp_path / 'canned.json')!r}, pathlib.Path(folder) / 'report.json')\n"
+    )
+    chosen = combinations(["case=good,refused,memory,killed,slow"])
+    command, told = [sys.executable, str(program)], []
+    rows = run_sweep(command, chosen, tmp_path / "sweep", 2, lambda done, words: told.append(words))
+    assert told == [f"case={case}" for case in ("good", "refused", "memory", "killed", "slow")]
+    assert float(rows[0]["tokens_per_second"]) == report.speed.tokens_per_second
+    errors = ["", "no such kernel", "out of memory: weftrain: out of memory: tried to allocate", "out of memory: killed by the system"]
+    assert [row["error"] for row in rows] == [*errors, "did not finish within 2 s"]
+    before = (tmp_path / "sweep" / "case=good" / "report.json").stat().st_mtime_ns
+    again = run_sweep(command, combinations(["case=good,refused,new"]), tmp_path / "sweep", 2, lambda done, words: None)
+    assert [row["error"] for row in again] == ["", "no such kernel", ""]
+    assert (tmp_path / "sweep" / "case=good" / "report.json").stat().st_mtime_ns == before
+    with pytest.raises(BenchError, match="is of another sweep"):
+        run_sweep(command, combinations(["other=1"]), tmp_path / "sweep", 2, lambda done, words: None)
+
+
+def test_combinations() -> None:
+    assert combinations(["a=1,2", "b=[x,y],[z]"]) == [
+        (("a", "1"), ("b", "[x,y]")),
+        (("a", "1"), ("b", "[z]")),
+        (("a", "2"), ("b", "[x,y]")),
+        (("a", "2"), ("b", "[z]")),
+    ]
+    for wrong in (["a"], ["a="], ["a=1", "a=2"]):
+        with pytest.raises(BenchError):
+            combinations(wrong)
 
 
 # Mutations: a benchmark that is wrong in one of these ways must not give the same report.
