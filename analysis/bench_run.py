@@ -176,6 +176,8 @@ def _predicted_memory(recipe: Recipe, backend: Backend, options: Section) -> Any
 def profile(run: Run, source: Any, folder: Path, skip: int = 2, steps: int = 3) -> None:
     """Into a folder: trace.json for Perfetto, operators.md with each operator's share, memory.pickle where the device is a GPU.
 
+    That file's form is torch's own and the only one it has; it is written for pytorch.org/memory_viz, and nothing here reads it.
+
     The plan has at least skip + steps steps. The run is closed.
     """
     from torch.profiler import ProfilerActivity

@@ -237,7 +237,7 @@ class PlainBackend:
     def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
         return None
 
-    def largest_micro_batch(self, recipe: Recipe, options: Section, capacity_bytes: float) -> int | None:
+    def largest_micro_batch(self, recipe: Recipe, options: Section, speeds: Speeds, capacity_bytes: float) -> int | None:
         return None
 
     def follows(self) -> bool:

@@ -96,7 +96,7 @@ def _plan_on(
     capacity = device.memory_bytes
     used = prediction.needs.total_memory_bytes
     table.add_row("fits", f"{'yes' if used <= capacity else 'NO'}: {used / capacity:.0%} of {capacity / 2**30:,.1f} GiB")
-    most = backend.largest_micro_batch(recipe, options, capacity)
+    most = backend.largest_micro_batch(recipe, options, found, capacity)
     table.add_row("largest micro-batch", f"{most} sequences of {recipe.data.sequence_length}" if most else "none fits")
     tokens_per_second = recipe.tokens_per_step / prediction.step_s
     days = recipe.schedule.steps * prediction.step_s / 86400

@@ -251,7 +251,7 @@ class Backend(Protocol):
         """
         ...
 
-    def largest_micro_batch(self, recipe: Recipe, options: Section, capacity_bytes: float) -> int | None:
+    def largest_micro_batch(self, recipe: Recipe, options: Section, speeds: Speeds, capacity_bytes: float) -> int | None:
         """Sequences of the largest micro-batch that fits a device of so much memory; None where the backend predicts nothing."""
         ...
 

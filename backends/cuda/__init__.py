@@ -58,12 +58,12 @@ class CudaBackend(PlainBackend):
         assert isinstance(options, CudaOptions)
         return predict(recipe, options, degrees_of(recipe, options, speeds), speeds)
 
-    def largest_micro_batch(self, recipe: Recipe, options: Section, capacity_bytes: float) -> int:
+    def largest_micro_batch(self, recipe: Recipe, options: Section, speeds: Speeds, capacity_bytes: float) -> int:
         """See Backend.largest_micro_batch."""
         from weftrain.backends.cuda.planner import degrees_of, largest_micro_batch
 
         assert isinstance(options, CudaOptions)
-        return largest_micro_batch(recipe, options, degrees_of(recipe, options), capacity_bytes)
+        return largest_micro_batch(recipe, options, degrees_of(recipe, options, speeds), capacity_bytes)
 
     def follows(self) -> bool:
         from weftrain.backends.cuda.world import launched

@@ -60,7 +60,6 @@ class CudaRun:
         self.job = job
         self.number = world.next_run()
         self.step_number, self._optimizer_updates = job.plan.start_step, 0
-        self._source_id: str | None = None
         error = None
         try:
             self._choose(job.recipe, options)
@@ -346,6 +345,7 @@ class CudaRun:
             "float8": self._options.float8,
             "activation_checkpointing": self._options.activation_checkpointing,
             "micro_batch_size": self._recipe.batch.micro_batch_size,
+            "reduce_every_micro_batch": self._options.reduce_every_micro_batch,
             "reduction": f"micro-batches added in order, ranks by the collective library, {self._options.reduce}",
             "kernels": self._selection.manifest,
         }

@@ -158,7 +158,7 @@ class Replicated:
         self.weights = {spec.name: torch.empty(spec.shape, device=device) for spec in parameter_specs(model.config)}
         self._parameters, self.copies = bind_parameters(model, self.weights, compute_dtype, device)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
-        self._reduce_dtype = getattr(torch, options.reduce)
+        self._compute_dtype, self._reduce_dtype = compute_dtype, getattr(torch, options.reduce)
         self._size = dist.get_world_size()
         self._sums: dict[str, Tensor] = {}  # of the micro-batches before the last, fp32
         self._reduced: dict[str, Tensor] = {}
@@ -192,11 +192,12 @@ class Replicated:
                 parameter.grad = None
 
     def _reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
-        """Sum a bucket over the ranks, in `reduce` or what its gradients are in, with what earlier micro-batches left."""
+        """Sum a bucket over the ranks, with what earlier micro-batches left: in `reduce`, and norms beside bf16 matrices in fp32."""
         buffer, parameters = bucket.buffer(), bucket.parameters()
         names = [self._names[parameter] for parameter in parameters]
         summed = bool(self._sums)
-        if not summed and buffer.dtype in (self._reduce_dtype, torch.float32):
+        wanted = self._reduce_dtype if buffer.dtype == self._compute_dtype else torch.float32
+        if not summed and buffer.dtype == wanted:
             if self._size == 1:
                 return _done(buffer)
             return cast("Future[Tensor]", dist.all_reduce(buffer, async_op=True).get_future().then(lambda done: done.value()[0]))
@@ -206,7 +207,7 @@ class Replicated:
                 for name, gradient in zip(names, bucket.gradients(), strict=True)
             ]
         )
-        flat = flat.to(self._reduce_dtype) if self._size > 1 else flat
+        flat = flat.to(wanted) if self._size > 1 else flat
 
         def keep(_: Any) -> Tensor:
             for name, piece, gradient in zip(

@@ -132,3 +132,43 @@ def test_compiled(options: dict[str, Any], tiny_recipe: Tiny) -> None:
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert max(apart(gradients[name], gradient) for name, gradient in wanted.items()) < 2e-5
     many.close()
+
+
+@pytest.mark.prove
+@pytest.mark.usefixtures("four_ranks")
+@pytest.mark.parametrize(
+    ("options", "operation", "times"),
+    [
+        ({}, "_reduce_scatter", 1),
+        ({"reduce_every_micro_batch": True}, "_reduce_scatter", 4),
+        ({"parallel": "ddp"}, "allreduce", 1),
+    ],
+)
+def test_accumulation_adds_over_the_ranks_once(options: dict[str, Any], operation: str, times: int, tiny_recipe: Tiny) -> None:
+    """Four micro-batches a rank take as many reductions as one, unless they are asked for; that no number of a result tells."""
+    counts = []
+    for rows in (4, 16):
+        recipe = tiny_recipe("amber", *SHAPE, "batch.micro_batch_size=1", f"batch.global_batch_size={rows}")
+        run = on_ranks(recipe, **options)
+        run.gradients(source_of(recipe).rows(0, 0, rows))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            run.gradients(source_of(recipe).rows(0, 0, rows))
+        counts.append(sum(event.count for event in seen.key_averages() if event.key.startswith(f"c10d::{operation}")))
+        run.close()
+    assert counts[0] > 0, [event.key for event in seen.key_averages()]
+    reductions = [count - (1 if options.get("parallel") == "ddp" else 0) for count in counts]  # ddp: beside the sum of loss and norm
+    assert reductions[1] == times * reductions[0], counts
+
+
+@pytest.mark.prove
+@pytest.mark.usefixtures("four_ranks")
+def test_the_dtype_in_which_ddp_adds_is_the_one_asked_for(tiny_recipe: Tiny) -> None:
+    """fp32 compute, added in bf16: off by what eight bits are, so it was not added in fp32 instead."""
+    recipe = tiny_recipe("amber", *SHAPE, "batch.global_batch_size=4", "batch.micro_batch_size=1")
+    run = on_ranks(recipe, parallel="ddp", reduce="bfloat16")
+    batch = source_of(recipe).rows(0, 0, 4)
+    (_, gradients), (_, wanted) = run.gradients(batch), alone(recipe).gradients(batch)
+    differences = [apart(gradients[name], gradient) for name, gradient in wanted.items()]
+    assert min(differences) > 1e-4
+    assert max(differences) < 2e-2
+    run.close()
