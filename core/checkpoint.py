@@ -1,7 +1,8 @@
 """Checkpoints: atomic, hashed, backend-neutral. A folder `step_00000100` of safetensors files and a manifest, written last.
 
 The manifest is canonical JSON and says what the state is, where it came from (parent, recipe, dataset, position, fingerprint) and the
-SHA-256 of each file and of each tensor's bytes; `root` is the SHA-256 of all the rest of it, so one hash names the whole checkpoint.
+SHA-256 of each tensor's bytes and of each file's header, which together are all of a file: each byte is hashed once. `root` is the SHA-256
+of all the rest of the manifest, so one hash names the whole checkpoint.
 What a reader would get wrong: the number in the name counts *completed* steps; and the same state saved twice has the same root, so
 nothing that differs between two equal runs (no clock, no host, no path) goes into a manifest except through the fingerprint.
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +36,7 @@ from weftrain.core.tensor_file import (
     TensorLayout,
     check_name,
     file_order,
+    header_bytes,
     open_regular,
     pack_header,
     read_header,
@@ -45,6 +48,7 @@ from weftrain.core.tensor_file import (
 MAX_FILE_BYTES = 4 << 30  # of tensors in one file; a single larger tensor has a file of its own
 MANIFEST_ALLOWANCE_BYTES = 1 << 20  # manifest, headers and folder entries, in the estimate of what a save needs
 HASH_BACKLOG_BYTES = 512 << 20  # written and not yet hashed: bounds what a lazy state keeps in memory
+_HASH_THREADS = max(2, min(8, os.cpu_count() or 1))
 REMEDY = "move the folder away, or restore it from a copy"
 
 Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, shape
@@ -233,16 +237,17 @@ def _write_files(folder: Path, parts: Mapping[str, Part], tensors: Mapping[str, 
 def write_file(path: Path, part: Part, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Write and sync one tensor file; its entry and its tensors' in the manifest. Raises CheckpointError, OSError."""
     with fsops.FileWriter(path) as file, _Hashes() as hashes:
-        hashes.file_only(pack_header(part), file.write)
+        header = pack_header(part)
+        file.write(header)
         for tensor_name, (dtype, shape) in part.items():
             memory = tensor_memory(_as_announced(path.parent, tensor_name, tensors[tensor_name], (dtype, shape)))
             hashes.tensor(tensor_name, memory, file.write)
         file.sync()  # the hashes are still being computed meanwhile
-        sha256, of_tensors = hashes.results()
+        of_tensors = hashes.results()
     entries = {
         name: {"dtype": dtype, "shape": list(shape), "file": path.name, "sha256": of_tensors[name]} for name, (dtype, shape) in part.items()
     }
-    return {"size": path.stat().st_size, "sha256": sha256}, entries
+    return {"size": path.stat().st_size, "header_sha256": hashlib.sha256(header).hexdigest()}, entries
 
 
 @contextlib.contextmanager
@@ -265,42 +270,32 @@ def _as_announced(folder: Path, name: str, tensor: torch.Tensor, spec: Spec) -> 
 
 
 class _Hashes:
-    """SHA-256 of a file and of each tensor in it, on a thread each, while the caller writes: the bytes are touched once."""
+    """SHA-256 of each tensor of a file, on threads, while the caller writes: each byte is hashed once, and touched while it is warm."""
 
     def __init__(self) -> None:
-        self._file = hashlib.sha256()
-        self._file_thread = ThreadPoolExecutor(1)
-        self._tensor_thread = ThreadPoolExecutor(1)
+        self._threads = ThreadPoolExecutor(_HASH_THREADS)
         self._tensors: dict[str, Future[str]] = {}
-        self._backlog: deque[tuple[int, Future[None], Future[str]]] = deque()
+        self._backlog: deque[tuple[int, Future[str]]] = deque()
         self._backlog_bytes = 0
-
-    def file_only(self, data: bytes, write: Callable[[bytes], None]) -> None:
-        self._file_thread.submit(self._file.update, data)
-        write(data)
 
     def tensor(self, name: str, memory: memoryview, write: Callable[[memoryview], None]) -> None:
         while self._backlog and self._backlog_bytes + len(memory) > HASH_BACKLOG_BYTES:
-            size, of_file, of_tensor = self._backlog.popleft()
-            of_file.result(), of_tensor.result()
+            size, under_way = self._backlog.popleft()
+            under_way.result()
             self._backlog_bytes -= size
-        of_file = self._file_thread.submit(self._file.update, memory)
-        of_tensor = self._tensor_thread.submit(lambda: hashlib.sha256(memory).hexdigest())
-        self._tensors[name] = of_tensor
-        self._backlog.append((len(memory), of_file, of_tensor))
+        self._tensors[name] = self._threads.submit(lambda: hashlib.sha256(memory).hexdigest())
+        self._backlog.append((len(memory), self._tensors[name]))
         self._backlog_bytes += len(memory)
         write(memory)
 
-    def results(self) -> tuple[str, dict[str, str]]:
-        self._file_thread.shutdown()
-        return self._file.hexdigest(), {name: job.result() for name, job in self._tensors.items()}
+    def results(self) -> dict[str, str]:
+        return {name: job.result() for name, job in self._tensors.items()}
 
     def __enter__(self) -> _Hashes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file_thread.shutdown(cancel_futures=True)
-        self._tensor_thread.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
 
 
 def _clear_way(target: Path, temporary: Path, root: str) -> Path | None:
@@ -384,9 +379,13 @@ def _read_structure(path: Path) -> tuple[dict[str, Any], Layouts]:
 def _read_all(path: Path) -> tuple[dict[str, Any], Layouts]:
     """What _read_structure gives, after every file and every tensor was hashed."""
     manifest, layouts = _read_structure(path)
-    with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL; the second reader of a file finds it in the page cache
-        jobs = [pool.submit(_verify_file, path, name, entry["sha256"]) for name, entry in manifest["files"].items()]
-        jobs += [pool.submit(_verify_tensors, path, name, layout, manifest["tensors"]) for name, layout in layouts.items()]
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashlib releases the GIL
+        jobs = [pool.submit(_verify_head, path, name, entry) for name, entry in manifest["files"].items()]
+        jobs += [
+            pool.submit(_verify_tensors, path, name, share, manifest["tensors"])
+            for name, layout in layouts.items()
+            for share in _shares(layout, _HASH_THREADS)
+        ]
     damage = [line for job in jobs if (line := job.result())]
     if damage:
         raise CheckpointError(f"{path}: {'; '.join(damage)}: {REMEDY}")
@@ -402,9 +401,26 @@ def _compare_layout(layout: Mapping[str, TensorLayout], claimed: Mapping[str, di
             raise ValueError(f"tensor '{name}' is {found[0]} {found[1]}, the manifest says {said[0]} {said[1]}")
 
 
-def _verify_file(path: Path, name: str, sha256: str) -> str:
+def _verify_head(path: Path, name: str, entry: Mapping[str, Any]) -> str:
+    """What of a file no tensor's hash covers: its header. A manifest of version 1 has the hash of the whole file instead."""
     with _blamed(path, name):
-        return "" if fsops.sha256_file(path / name) == sha256 else f"{name} has changed since it was written (SHA-256 differs)"
+        if "sha256" in entry:
+            found, wanted = fsops.sha256_file(path / name), entry["sha256"]
+        else:
+            with open_regular(path / name) as file:
+                found, wanted = hashlib.sha256(header_bytes(file)).hexdigest(), entry["header_sha256"]
+        return "" if found == wanted else f"{name} has changed since it was written (SHA-256 differs)"
+
+
+def _shares(layout: Mapping[str, TensorLayout], count: int) -> list[dict[str, TensorLayout]]:
+    """A file's tensors in `count` shares of about equal size, largest dealt first."""
+    shares: list[dict[str, TensorLayout]] = [{} for _ in range(count)]
+    sizes = [0] * count
+    for name in sorted(layout, key=lambda name: layout[name].begin - layout[name].end):
+        least = sizes.index(min(sizes))
+        shares[least][name] = layout[name]
+        sizes[least] += layout[name].end - layout[name].begin
+    return shares
 
 
 def _verify_tensors(path: Path, name: str, layout: Mapping[str, TensorLayout], claimed: Mapping[str, dict[str, Any]]) -> str:

@@ -11,13 +11,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.tensor_file import open_regular
 
 FORMAT = "weftrain-checkpoint"
-VERSION = 1
+VERSION = 2  # 1 had the hash of each whole file beside its tensors'; it is read
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 STEP_FOLDER = re.compile(r"step_([0-9]{8,})")
@@ -33,7 +33,8 @@ class _Entry(BaseModel):
 
 class _FileEntry(_Entry):
     size: Count
-    sha256: Sha256
+    header_sha256: Sha256 | None = None  # of the header and its length; the tensors have hashes of their own
+    sha256: Sha256 | None = None  # version 1: of the whole file
 
 
 class _TensorEntry(_Entry):
@@ -47,7 +48,7 @@ class _Manifest(_Entry):
     """The schema that a manifest is checked against; it is handed out as the dict that was read."""
 
     format: Literal["weftrain-checkpoint"]
-    version: Literal[1]
+    version: Literal[1, 2]
     step: Count
     optimizer_updates: Count
     position: Count  # the next sample's number
@@ -61,6 +62,13 @@ class _Manifest(_Entry):
     files: dict[FileName, _FileEntry]
     tensors: dict[str, _TensorEntry]
     root: Sha256
+
+    @model_validator(mode="after")
+    def _check(self) -> _Manifest:
+        for name, entry in self.files.items():
+            if (entry.sha256 is None, entry.header_sha256 is None) != (self.version != 1, self.version == 1):
+                raise ValueError(f"file {name}: its hash is not the kind that version {self.version} has")
+        return self
 
 
 def folder_name(step: int) -> str:
@@ -82,7 +90,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError(f"holds {size:,} bytes, more than the {MAX_MANIFEST_BYTES:,} that a manifest may")
         data = file.read(size)
     manifest = parse_json(data)
-    if isinstance(manifest, dict) and manifest.get("format") == FORMAT and manifest.get("version") != VERSION:
+    if isinstance(manifest, dict) and manifest.get("format") == FORMAT and manifest.get("version") not in (1, VERSION):
         raise ValueError(f"format version {manifest.get('version')!r} is not the one this program reads ({VERSION}): use a newer weftrain")
     try:
         _Manifest.model_validate(manifest)

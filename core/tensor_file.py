@@ -23,6 +23,7 @@ import torch
 from weftrain.core.canonical import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_FOREIGN_HEADER_BYTES = 16 << 20  # that of a 7B takes 30 kB; parsed JSON takes many times its bytes
 MAX_NAME_CHARACTERS = 512
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -88,14 +89,23 @@ def open_regular(path: Path) -> BinaryIO:
     return cast(BinaryIO, os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0))
 
 
-def read_header(file: BinaryIO) -> dict[str, TensorLayout]:
-    """The layout of an open file, every claim in it checked against the file's size. Raises ValueError saying what is wrong."""
+def read_header(file: BinaryIO, *, foreign: bool = False) -> dict[str, TensorLayout]:
+    """The layout of an open file, every claim in it checked against the file's size. Raises ValueError saying what is wrong.
+
+    foreign: another program's file, whose metadata may be any text under any names; its header is held to MAX_FOREIGN_HEADER_BYTES.
+    """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
-    if length > min(MAX_HEADER_BYTES, size - 8):
+    if length > min(MAX_FOREIGN_HEADER_BYTES if foreign else MAX_HEADER_BYTES, size - 8):
         raise ValueError(f"claims a header of {length} bytes in a file of {size}")
     header = parse_json(_read_exactly(file, length))
-    if not isinstance(header, dict) or header.pop("__metadata__", _LIBRARY_MARK) != _LIBRARY_MARK:
+    if not isinstance(header, dict):
+        raise ValueError("the header is not a JSON object")
+    metadata = header.pop("__metadata__", _LIBRARY_MARK)
+    if foreign:
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("the header's __metadata__ is not text under names")
+    elif metadata != _LIBRARY_MARK:
         raise ValueError("the header is not one this program writes")
     layout = {name: _layout(name, entry, 8 + length) for name, entry in header.items()}
     expected = 8 + length
@@ -106,6 +116,13 @@ def read_header(file: BinaryIO) -> dict[str, TensorLayout]:
     if expected != size:
         raise ValueError(f"the tensors end at byte {expected} of {size}")
     return layout
+
+
+def header_bytes(file: BinaryIO) -> bytes:
+    """Length and header of an open file that `read_header` accepted, as they stand in it. Raises ValueError where it became shorter."""
+    file.seek(0)
+    length = _read_exactly(file, 8)
+    return length + _read_exactly(file, min(int.from_bytes(length, "little"), MAX_HEADER_BYTES))
 
 
 def _layout(name: str, entry: Any, data_start: int) -> TensorLayout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -80,6 +81,10 @@ def contents(path: Path) -> dict[str, bytes]:
 # What a checkpoint is
 
 
+def header_sha256(data: bytes) -> str:
+    return hashlib.sha256(data[: 8 + int.from_bytes(data[:8], "little")]).hexdigest()
+
+
 def test_round_trip_and_manifest(tmp_path: Path) -> None:
     info = save(tmp_path / "checkpoints", 3, parent="a" * 64)
     assert info.path == tmp_path / "checkpoints" / "step_00000003"
@@ -88,8 +93,8 @@ def test_round_trip_and_manifest(tmp_path: Path) -> None:
     assert manifest["root"] == info.root == root_of(manifest)
     assert manifest["recipe"] == RECIPE
     assert manifest["parent"] == "a" * 64
-    assert {name: (path.stat().st_size, fsops.sha256_file(path)) for name in manifest["files"] for path in [info.path / name]} == {
-        name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()
+    assert {name: (path.stat().st_size, header_sha256(path.read_bytes())) for name in manifest["files"] for path in [info.path / name]} == {
+        name: (entry["size"], entry["header_sha256"]) for name, entry in manifest["files"].items()
     }
     assert info.size_bytes == sum(entry["size"] for entry in manifest["files"].values())
 
@@ -366,6 +371,31 @@ def test_what_is_no_checkpoint_does_not_count(tmp_path: Path) -> None:
     assert "renamed" in lines[0]
 
 
+def as_version_1(path: Path) -> None:
+    """Make the manifest what an earlier version wrote: the hash of each whole file."""
+    manifest = json.loads((path / "manifest.json").read_text()) | {"version": 1}
+    manifest["files"] = {
+        name: {"size": entry["size"], "sha256": fsops.sha256_file(path / name)} for name, entry in manifest["files"].items()
+    }
+    (path / "manifest.json").write_bytes(canonical_json(manifest | {"root": root_of(manifest)}) + b"\n")
+
+
+def test_a_checkpoint_of_version_1_is_read_and_checked(tmp_path: Path) -> None:
+    path = save(tmp_path, 3).path
+    as_version_1(path)
+    assert_same(path, 3)
+    file = path / "state-00001-of-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[10] ^= 32  # in the header, which no tensor's hash covers
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError):
+        checkpoint.verify(path)
+    manifest = json.loads((path / "manifest.json").read_text()) | {"version": 2}
+    (path / "manifest.json").write_bytes(canonical_json(manifest | {"root": root_of(manifest)}) + b"\n")
+    with pytest.raises(CheckpointError, match="its hash is not the kind that version 2 has"):
+        checkpoint.verify(path)
+
+
 # Malice: the manifest is made to agree with whatever was altered, so that no hash gives it away
 
 
@@ -374,7 +404,7 @@ def forge(path: Path, alter: Callable[[dict[str, Any]], None], data: bytes | Non
     if data is not None:
         file.write_bytes(data)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"][file.name] = {"size": file.stat().st_size, "sha256": fsops.sha256_file(file)}
+    manifest["files"][file.name] = {"size": file.stat().st_size, "header_sha256": header_sha256(file.read_bytes())}
     alter(manifest)
     (path / "manifest.json").write_bytes(canonical_json(manifest | {"root": root_of(manifest)}) + b"\n")
 
@@ -393,9 +423,9 @@ HOSTILE_FILES = {
     "header larger than the file": (header("{}", length=2**62), "claims a header"),
     "header larger than allowed": (header("{}", length=10**8 + 1), "claims a header"),
     "not JSON": (header("{"), "Expecting|delimiter|property name"),
-    "not an object": (header("[]"), "not one this program writes"),
+    "not an object": (header("[]"), "not (one this program writes|a JSON object)"),
     "nested": (header("[" * 100_000), "nested too deeply|Expecting"),
-    "foreign metadata": (header('{"__metadata__":{"x":"y"}}'), "not one this program writes"),
+    "foreign metadata": (header('{"__metadata__":{"x":"y"}}'), "not (one this program writes|a JSON object)"),
     "unknown dtype": (header(f'{{"a":{entry(dtype="F1024")}}}', bytes(4)), "unknown dtype"),
     "size that does not fit the shape": (header(f'{{"a":{entry(shape="[2]")}}}', bytes(4)), "do not hold"),
     "shape bomb": (header(f'{{"a":{entry(shape="[9999999999999999999999]")}}}', bytes(4)), "short lists of numbers"),
@@ -426,7 +456,7 @@ def set_tensor(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 HOSTILE_MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer version": (lambda m: m.update(version=2), "version 2 is not the one"),
+    "newer version": (lambda m: m.update(version=3), "version 3 is not the one"),
     "another format": (lambda m: m.update(format="x"), "key 'format'"),
     "missing key": (lambda m: m.pop("position"), "key 'position'"),
     "extra key": (lambda m: m.update(extra=1), "key 'extra'"),
