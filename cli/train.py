@@ -7,6 +7,7 @@ where it is complete. A signal finishes the step, saves, and exits with 128 + it
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import shlex
 import signal
@@ -23,7 +24,8 @@ from weftrain.analysis.summary import summarize
 from weftrain.cli.display import Bar
 from weftrain.cli.show import arithmetic
 from weftrain.core.config import Recipe
-from weftrain.core.recipe_file import RecipeFile, load_recipe
+from weftrain.core.parameters import parameter_specs
+from weftrain.core.recipe_file import RecipeFile, load_recipe, recorded_recipe
 
 
 @click.command()
@@ -78,15 +80,21 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
     """Everything that can be wrong with recipe, backend, data, folder and checkpoint is found here, before step 0."""
     from weftrain.cli.assembly import backend_options, measured_peak, open_data
     from weftrain.core.backend import Job, Plan
-    from weftrain.core.metrics import MetricsWriter
+    from weftrain.core.canonical import sha256_json
+    from weftrain.core.ledger import Ledger
+    from weftrain.core.metrics import MetricsWriter, read_metrics
     from weftrain.core.parameters import flops_per_token
-    from weftrain.core.run_folder import open_run
+    from weftrain.core.rollback import finish_rollback
+    from weftrain.core.run_folder import ABSENT, open_run
     from weftrain.core.trainer import Speed, fit, starting_state
 
+    file, decided = _with_decisions(console, file, runs / name)
     recipe = file.recipe
     backend, options = backend_options(file)
     source, heldout = open_data(recipe)
     with open_run(runs / name, recipe.model_dump(mode="json")) as folder, contextlib.ExitStack() as ending:
+        ledger = Ledger(folder.path)
+        finish_rollback(folder.path, ledger)
         start = starting_state(recipe, folder.checkpoints, runs, lambda line: console.print(f"warning: {line}", markup=False))
         first = 0 if start is None else start.state.step
         if start is not None:
@@ -99,7 +107,8 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
                 f"the {backend.name} backend's own state stands at {kept} completed steps: the run goes on from there", markup=False
             )
         recorded = None if start is None or start.manifest is None else start.manifest["recipe"]
-        for key, old, new in folder.check_recipe(allow, first, recorded):
+        changes = folder.check_recipe(allow | decided, first, recorded)
+        for key, old, new in changes:
             console.print(f"recipe changed at step {first}: {key}: {old} -> {new}", markup=False)
         if first >= recipe.schedule.steps:
             console.print(f"run {folder.path} is complete: {first} of {recipe.schedule.steps} steps")
@@ -112,6 +121,7 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
             evaluate_every_steps=recipe.log.evaluate_every_steps,
             log_every_steps=recipe.log.every_steps,
             checkpoint_at_end=recipe.checkpoint.at_end,
+            chunk_steps=0 if recipe.data.chunks is None else recipe.schedule.steps // recipe.data.chunks,
         )
         told = _Progress(console)
         with told:
@@ -126,12 +136,30 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
         speed = Speed(flops_per_token(recipe.model, recipe.data.sequence_length), peak.flops)
         parent = None if start is None else start.root
         resumed = first if start is not None or first else None
+        resolved = recipe.model_dump(mode="json")
+        if start is not None and start.manifest is not None and ledger.entries:
+            ledger.adopt(start.manifest, read_metrics(folder.path))
+        if changes and ledger.entries:
+            listed = [[key, *(None if value is ABSENT else value for value in values)] for key, *values in changes]
+            ledger.add("recipe", step=first, changes=listed, recipe=resolved, recipe_sha256=sha256_json(resolved))
+        environment = {**fingerprint, "weftrain": importlib.metadata.version("weftrain")}
+        ledger.open_run(first, resolved, source.dataset_id, environment, parent)
         with MetricsWriter(folder.path, recipe.log.tensorboard, resumed) as metrics, Bar(console, name, plan.last_step, first) as bar:
             basis = {"flops_per_token": speed.flops_per_token, "peak_origin": peak.origin}
             metrics.event("start", step=first, kernels=fingerprint.get("kernels"), peak_flops=peak.flops, **basis)
             told.bar = bar
             steps = fit(
-                run, plan, recipe, source, heldout, folder.checkpoints, metrics, speed=speed, parent=parent, should_stop=stop.requested
+                run,
+                plan,
+                recipe,
+                source,
+                heldout,
+                folder.checkpoints,
+                metrics,
+                ledger,
+                speed=speed,
+                parent=parent,
+                should_stop=stop.requested,
             )
             loss, done = "", first
             for progress in steps:
@@ -147,10 +175,29 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
                 bar.update(done, loss)
             if not stop.number:
                 metrics.event("end", step=done, peak_flops=measured_peak(recipe, backend, run).flops, **basis)
+                ledger.add("end", step=done)
     if stop.number:
         console.print(f"stopped after step {done} and saved; the same command resumes")
     else:
         _summarize(console, recipe, runs / name, again)
+
+
+def _with_decisions(console: Console, file: RecipeFile, folder: Path) -> tuple[RecipeFile, set[str]]:
+    """The recipe with the chunks that the run's ledger defers or drops, and the keys of data.skip that they add."""
+    from weftrain.core.ledger import LEDGER, lineage, read_ledger, with_decisions
+
+    decisions = lineage(read_ledger(folder / LEDGER)).decisions
+    own = len(file.recipe.data.skip)
+    skip = with_decisions(file.recipe.data, decisions)
+    if len(skip) == own:
+        return file, set()
+    for entry in skip[own:]:
+        done = "deferred" if entry["action"] == "defer" else "dropped"
+        console.print(f"chunk {entry['chunk']} is {done}, as the ledger says: {entry['reason']}", markup=False)
+    tree = file.recipe.model_dump(mode="json")
+    tree["data"]["skip"] = skip
+    keys = {f"data.skip.{number}" for number in range(own, len(skip))}
+    return recorded_recipe(tree, f"{folder / LEDGER}: with the chunks it defers"), keys
 
 
 class _Progress:
@@ -218,6 +265,15 @@ def _announce(console: Console, recipe: Recipe, fingerprint: dict[str, Any], pea
             chosen.setdefault(entry["source"], set()).add(op)
     kernels = "; ".join(f"{source}: {', '.join(sorted(ops))}" for source, ops in sorted(chosen.items()))
     console.print(f"kernels      {kernels or 'none'}", markup=False)
+    if recipe.precision.numerics == "replayable":
+        micro_batches = recipe.batch.accumulation_steps
+        sums = (micro_batches & -micro_batches).bit_length()
+        size = 4 * sums * sum(spec.size for spec in parameter_specs(recipe.model))
+        console.print(
+            f"numerics     replayable: {micro_batches} micro-batches a process in a fixed tree, at most {sums} fp32 sums of the "
+            f"gradients = {size / 1e6:,.0f} MB",
+            markup=False,
+        )
     console.print(f"run          {folder}{f', resumed after step {first}' if first else ''}", markup=False)
 
 

@@ -29,17 +29,19 @@ class Plan:
     evaluate_every_steps: int = 0
     log_every_steps: int = 1
     checkpoint_at_end: bool = True
+    chunk_steps: int = 0  # of each chunk of the data: a checkpoint ties every chunk to a state; 0: there are no chunks
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_step <= self.last_step:
             raise ValueError(f"plan: start_step {self.start_step} must lie in 0..last_step ({self.last_step})")
-        for name in ("checkpoint_every_steps", "evaluate_every_steps", "log_every_steps"):
+        for name in ("checkpoint_every_steps", "evaluate_every_steps", "log_every_steps", "chunk_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"plan: {name} must not be negative")
 
     def wants_state(self, completed: int) -> bool:
-        """True where a checkpoint is due: at each multiple of the interval and, unless it was declined, at the end."""
-        return (self.checkpoint_at_end and completed == self.last_step) or _due(completed, self.checkpoint_every_steps)
+        """True where a checkpoint is due: at each multiple of the interval, after each chunk and, unless it was declined, at the end."""
+        at_end = self.checkpoint_at_end and completed == self.last_step
+        return at_end or _due(completed, self.checkpoint_every_steps) or _due(completed, self.chunk_steps)
 
     def wants_evaluation(self, completed: int) -> bool:
         """True where held-out loss is due: at each multiple of the interval and, if there is one, at the end."""

@@ -9,15 +9,16 @@ before it and lies beyond k. What a reader would get wrong: JSON has no NaN, so 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weftrain.core import fsops
-from weftrain.core.canonical import parse_json
+from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.errors import RunFolderError
 
 if TYPE_CHECKING:
@@ -104,6 +105,38 @@ class MetricsWriter:
         except OSError as error:
             where = error.filename or self._path
             raise RunFolderError(f"{where}: cannot be written: {error.strerror or error}: make room or check it, then resume") from error
+
+
+_MEASURED = {
+    "step": ("step", "loss", "grad_norm", "learning_rate", "tokens", "skipped"),
+    "evaluation": ("step", "set", "loss", "tokens"),
+}
+
+
+class Digest:
+    """SHA-256 of what step and evaluation records measured, a canonical JSON line each: equal for equal training, whatever its speed was.
+
+    Clock, throughput and memory are left out, and so is a record of any other kind. The order of the records counts.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """`record` has `kind`, as a line of metrics.jsonl does."""
+        if keys := _MEASURED.get(record["kind"]):
+            self._hash.update(canonical_json(_finite([record["kind"], {key: record.get(key) for key in keys}])) + b"\n")
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def digest(records: Iterable[Mapping[str, Any]]) -> str:
+    """The `Digest` of all of them, in hexadecimal."""
+    found = Digest()
+    for record in records:
+        found.add(record)
+    return found.hexdigest()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,8 @@
                 recipe.yaml       the same for people
                 recipe.<step>.json  an earlier recipe, replaced when the run was continued from <step> with changes allowed by name
                 environment.json  where the run was last started
-                metrics.jsonl  tensorboard/  checkpoints/
+                ledger.jsonl      what happened, in a chain of hashes (core/ledger.py)
+                metrics.jsonl  tensorboard/  checkpoints/  branches/  analyses/
 
 What a reader would get wrong: the lock is the kernel's (flock), not the file. The file is never removed, and what it says counts only
 while some process holds the lock. This module imports no torch, so that a refusal is instant.
@@ -25,9 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json
+from weftrain.core.config import Recipe
 from weftrain.core.errors import RunFolderError
 
 RECIPE = "recipe.json"
@@ -66,8 +69,8 @@ class RunFolder:
         recipe.<step>.json. recorded: the recipe in the checkpoint that is resumed from, which stands in for a lost recipe.json.
         Raises RunFolderError listing every change and the flags that would allow the rest.
         """
-        found = self._stored_recipe()
-        stored = recorded if found is None else found
+        found = _with_defaults(stored_recipe(self.path, missing_ok=True))
+        stored = _with_defaults(recorded) if found is None else found
         changes = [] if stored is None else differences(stored, self.recipe)
         refused = [change for change in changes if change[0] not in allow]
         if refused:
@@ -91,26 +94,50 @@ class RunFolder:
         with _blamed(self.path):
             fsops.write_bytes(self.path / ENVIRONMENT, canonical_json(environment) + b"\n")
 
-    def _stored_recipe(self) -> dict[str, Any] | None:
-        path = self.path / RECIPE
-        try:
-            stored = parse_json(path.read_bytes())
-            if not isinstance(stored, dict):
-                raise ValueError("is not a recipe")
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise RunFolderError(f"{path}: cannot be read: {error.strerror}: check the disk and its permissions") from error
-        except ValueError as error:
-            raise RunFolderError(f"{path}: damaged: {error}: restore it from the newest checkpoint's manifest, key 'recipe'") from error
-        return stored
-
     def _unused_name(self, step: int) -> Path:
         path, number = self.path / f"recipe.{step}.json", 1
         while path.exists():
             number += 1
             path = self.path / f"recipe.{step}-{number}.json"
         return path
+
+
+def stored_recipe(folder: Path, *, missing_ok: bool = False) -> dict[str, Any] | None:
+    """The resolved recipe that a run's folder was made for, as it was written. None where there is none and `missing_ok`.
+
+    Raises RunFolderError.
+    """
+    path = folder / RECIPE
+    try:
+        stored = parse_json(path.read_bytes())
+        if not isinstance(stored, dict):
+            raise ValueError("is not a recipe")
+    except FileNotFoundError as error:
+        if missing_ok:
+            return None
+        raise RunFolderError(f"{path}: is missing: name the folder of a run that was started") from error
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read: {error.strerror}: check the disk and its permissions") from error
+    except ValueError as error:
+        raise RunFolderError(f"{path}: damaged: {error}: restore it from the newest checkpoint's manifest, key 'recipe'") from error
+    return stored
+
+
+def _with_defaults(recipe: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A recipe that an earlier version recorded, with the keys that came since: their defaults are what it did."""
+    try:
+        return recipe if recipe is None else Recipe.model_validate(recipe).model_dump(mode="json")
+    except ValidationError:
+        return recipe  # the comparison then names what differs
+
+
+@contextlib.contextmanager
+def held_run(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder that is there, for a command that changes it. Raises RunFolderError where the run is in use."""
+    with contextlib.ExitStack() as stack:
+        with _blamed(folder):
+            _take_lock(stack, folder)
+        yield
 
 
 @contextlib.contextmanager
@@ -124,17 +151,21 @@ def open_run(folder: Path, recipe: dict[str, Any]) -> Iterator[RunFolder]:
     with contextlib.ExitStack() as stack:
         with _blamed(folder):
             fsops.make_dirs(folder)
-            try:
-                stack.enter_context(fsops.held_lock(folder / LOCK, canonical_json(_this_process()) + b"\n"))
-            except BlockingIOError as error:
-                raise RunFolderError(
-                    f"run folder {folder} is in use by {_holder(folder / LOCK)}: wait for it, stop it, or choose another run name"
-                ) from error
+            _take_lock(stack, folder)
             run = RunFolder(folder, parse_json(canonical_json(recipe)))  # as it will read back: tuples become lists
             fsops.make_dirs(run.checkpoints)
             fsops.remove_leftovers(folder)
             fsops.remove_leftovers(run.checkpoints)
         yield run
+
+
+def _take_lock(stack: contextlib.ExitStack, folder: Path) -> None:
+    try:
+        stack.enter_context(fsops.held_lock(folder / LOCK, canonical_json(_this_process()) + b"\n"))
+    except BlockingIOError as error:
+        raise RunFolderError(
+            f"run folder {folder} is in use by {_holder(folder / LOCK)}: wait for it, stop it, or choose another run name"
+        ) from error
 
 
 def differences(old: Any, new: Any) -> list[Difference]:

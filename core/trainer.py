@@ -19,7 +19,9 @@ from weftrain.core import checkpoint
 from weftrain.core.backend import BatchSource, EvaluationSource, Plan, Run, State, StepResult
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
-from weftrain.core.metrics import MetricsWriter
+from weftrain.core.ledger import Ledger
+from weftrain.core.manifest import folder_name
+from weftrain.core.metrics import Digest, MetricsWriter
 
 UNKNOWN = "unknown"
 
@@ -54,6 +56,7 @@ def fit(
     heldout: Sequence[EvaluationSource],
     checkpoints: Path,
     metrics: MetricsWriter,
+    ledger: Ledger,
     *,
     speed: Speed,
     parent: str | None = None,
@@ -64,7 +67,8 @@ def fit(
     parent: root hash of the checkpoint that the run started from. Raises NonFiniteError, CheckpointError, DataError.
     """
     tokens, duration_ms = 0, 0.0  # since the last log line
-    saves = _Saves(run, recipe, source, checkpoints, metrics, parent)
+    saves = _Saves(run, plan, recipe, source, checkpoints, metrics, ledger, parent)
+    saves.begin_run()
     for result in saves.watched(run.train(source)):
         completed = result.step + 1
         tokens, duration_ms = tokens + result.tokens, duration_ms + result.step_ms
@@ -72,10 +76,15 @@ def fit(
         if plan.wants_log(completed) or result.skipped:
             log = _step_line(recipe, result, tokens / duration_ms * 1e3, speed, run.stats())
             metrics.step(log)
+            saves.measured.add({"kind": "step", **log})
             tokens, duration_ms = 0, 0.0
+        if result.skipped:
+            first = result.step * recipe.batch.global_batch_size
+            ledger.add("skip", step=completed, samples=[first, first + recipe.batch.global_batch_size])
         evaluations = tuple(_evaluate(run, held, completed) for held in heldout) if plan.wants_evaluation(completed) else ()
         for evaluation in evaluations:
             metrics.evaluation(evaluation)
+            saves.measured.add({"kind": "evaluation", **evaluation})
         stop = should_stop()
         if stop or plan.wants_state(completed):
             metrics.flush()  # before the checkpoint, so that a resume from it finds every line up to it
@@ -170,11 +179,33 @@ def _evaluate(run: Run, held: EvaluationSource, completed: int) -> dict[str, Any
 class _Saves:
     """One checkpoint after the other: at once, or in a thread where the state no longer depends on the run (`Saving.in_background`)."""
 
-    def __init__(self, run: Run, recipe: Recipe, source: BatchSource, folder: Path, metrics: MetricsWriter, parent: str | None) -> None:
-        self._run, self._recipe, self._source, self._folder, self._metrics, self._parent = run, recipe, source, folder, metrics, parent
+    def __init__(
+        self,
+        run: Run,
+        plan: Plan,
+        recipe: Recipe,
+        source: BatchSource,
+        folder: Path,
+        metrics: MetricsWriter,
+        ledger: Ledger,
+        parent: str | None,
+    ) -> None:
+        self._run, self._plan, self._recipe, self._source, self._folder = run, plan, recipe, source, folder
+        self._metrics, self._ledger, self._parent = metrics, ledger, parent
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._under_way: Future[checkpoint.CheckpointInfo] | None = None
+        self._under_way: tuple[Future[checkpoint.CheckpointInfo], dict[str, Any]] | None = None
         self._done: checkpoint.CheckpointInfo | None = None
+        self._measured_after = plan.start_step
+        self.measured = Digest()  # since the last checkpoint was begun
+
+    def begin_run(self) -> None:
+        """Enter the first chunk. A run of chunks that starts from another run's state keeps that state: the first link begins there."""
+        foreign = self._recipe.start_from is not None and self._recipe.data.chunks is not None and self._plan.start_step == 0
+        if foreign and not (self._folder / folder_name(0)).exists():
+            self.begin()
+            self._take(wait=True)
+        else:
+            self._ledger.chunk_begin(self._plan.start_step, self._recipe, self._source.dataset_id, self._parent)
 
     def begin(self) -> None:
         """Start to save the run's state. The checkpoint before is finished first: it is this one's parent. Raises CheckpointError."""
@@ -191,10 +222,12 @@ class _Saves:
             parent=self._parent,
             kernels=fingerprint.get("kernels", {}),
         )
+        entry = {"parent": self._parent, "metrics_after": self._measured_after, "metrics_sha256": self.measured.hexdigest()}
+        self._measured_after, self.measured = state.step, Digest()
         if saving.in_background:
-            self._under_way = self._threads.submit(saving.finish)
+            self._under_way = self._threads.submit(saving.finish), entry
         else:
-            self._note(saving.finish())
+            self._note(saving.finish(), entry)
 
     def finished(self, wait: bool) -> checkpoint.CheckpointInfo | None:
         """The checkpoint that became durable since the last question. wait: for the one under way. Raises CheckpointError."""
@@ -211,10 +244,13 @@ class _Saves:
             self._take(wait=True)
 
     def _take(self, wait: bool) -> None:
-        if self._under_way is not None and (wait or self._under_way.done()):
-            under_way, self._under_way = self._under_way, None  # a failure is told once
-            self._note(under_way.result())
+        if self._under_way is not None and (wait or self._under_way[0].done()):
+            (under_way, entry), self._under_way = self._under_way, None  # a failure is told once
+            self._note(under_way.result(), entry)
 
-    def _note(self, saved: checkpoint.CheckpointInfo) -> None:
+    def _note(self, saved: checkpoint.CheckpointInfo, entry: dict[str, Any]) -> None:
         self._done, self._parent = saved, saved.root
         self._metrics.event("checkpoint", step=saved.step, root=saved.root)
+        self._ledger.checkpoint(self._recipe, self._source.dataset_id, step=saved.step, root=saved.root, **entry)
+        if saved.step < self._plan.last_step:
+            self._ledger.chunk_begin(saved.step, self._recipe, self._source.dataset_id, saved.root)

@@ -210,3 +210,16 @@ def test_every_operation_may_fail_or_be_the_last(tmp_path: Path, kind: str) -> N
                 assert str(folder) in str(error)  # noqa: PT017
         session(folder)
         assert series(folder) == [(step, 10 / step) for step in range(1, 6)]
+
+
+def test_the_digest_is_of_what_was_measured_and_not_of_how_fast() -> None:
+    from weftrain.core.metrics import digest
+
+    step = {"kind": "step", "step": 1, "loss": 2.5, "grad_norm": 1.0, "learning_rate": {"a": 0.1}, "tokens": 52, "skipped": False}
+    evaluation = {"kind": "evaluation", "step": 1, "set": "x", "loss": float("inf"), "tokens": 9, "perplexity": float("inf")}
+    base = digest([step, evaluation])
+    assert digest([step | {"time": 1.0, "step_ms": 3.0, "tokens_per_second": 9.0}, {"kind": "resume", "step": 0}, evaluation]) == base
+    for changed in ({"loss": 2.5000001}, {"grad_norm": float("nan")}, {"learning_rate": {"a": 0.2}}, {"skipped": True}, {"step": 2}):
+        assert digest([step | changed, evaluation]) != base
+    assert digest([evaluation, step]) != base
+    assert digest([step]) != base

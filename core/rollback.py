@@ -1,0 +1,100 @@
+"""Going back to an earlier checkpoint, and putting a chunk off: what one does after a loss spike, as commands and lines of the ledger.
+
+What a reader would get wrong: nothing is deleted. What lies beyond the step becomes a branch: its checkpoints move to
+`branches/<number>/`, its measurements stay in metrics.jsonl, and the ledger keeps every root. The line in the ledger comes first and the
+checkpoints move after it, so a crash in between is finished by whoever opens the run next (`finish_rollback`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from weftrain.core import checkpoint, fsops
+from weftrain.core.config import Recipe
+from weftrain.core.errors import CheckpointError, RunFolderError
+from weftrain.core.ledger import BRANCHES, Branch, Ledger, lineage
+from weftrain.core.manifest import STEP_FOLDER, folder_name, read_manifest
+from weftrain.core.order import chunk_order
+
+
+def rollback(run: Path, ledger: Ledger, step: int, reason: str) -> Branch:
+    """Make the checkpoint of `step` the one that the run in `run` goes on from. The run's lock must be held.
+
+    Every byte of that checkpoint is verified first. Raises CheckpointError or RunFolderError, nothing changed.
+    """
+    folder = run / "checkpoints"
+    found = _steps(folder)
+    if step not in found:
+        have = ", ".join(str(number) for number in sorted(found)) or "none"
+        raise CheckpointError(f"{folder}: there is no checkpoint of step {step}; there are: {have}")
+    later = sorted(number for number in found if number > step)
+    if not later:
+        raise RunFolderError(f"{run}: step {step} is the newest checkpoint already: there is nothing to go back from")
+    manifest = checkpoint.verify(found[step])
+    points = {point.root: point for point in lineage(ledger.entries).checkpoints}
+    if ledger.entries and manifest["root"] not in points:
+        raise CheckpointError(
+            f"{found[step]}: its root {manifest['root'][:12]} is not on the line of {run}/ledger.jsonl: is it another run's?"
+        )
+    roots = [[number, _root(found[number])] for number in later]
+    number = 1 + max((branch.number for branch in lineage(ledger.entries).branches), default=0)
+    ledger.add("rollback", step=step, root=manifest["root"], branch=number, abandoned=roots, reason=reason)
+    finish_rollback(run, ledger)
+    return lineage(ledger.entries).branches[-1]
+
+
+def finish_rollback(run: Path, ledger: Ledger) -> list[Path]:
+    """Move to its branch whatever checkpoint the last rollback left and a crash did not let it move. What was moved."""
+    entries = [entry for entry in ledger.entries if entry["kind"] in ("rollback", "resume", "start")]
+    if not entries or entries[-1]["kind"] != "rollback":
+        return []  # the run went on since: what lies beyond the step is its own
+    entry, moved = entries[-1], []
+    target = run / BRANCHES / str(entry["branch"])
+    for step, root in entry["abandoned"]:
+        path = run / "checkpoints" / folder_name(step)
+        if path.exists() and _root(path) == root:
+            fsops.make_dirs(target)
+            fsops.rename(path, target / path.name)
+            moved.append(target / path.name)
+    return moved
+
+
+def put_off(
+    recipe: Recipe, newest_step: int, chunk: int, action: Literal["defer", "drop"], reason: str, decisions: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """data.skip of `recipe` with `chunk` deferred behind all others, or dropped. Raises RunFolderError where that cannot be any more."""
+    if recipe.data.chunks is None:
+        raise RunFolderError("the run's data is not cut in chunks: set data.chunks when a run begins, or skip rows with data.skip")
+    if not 0 <= chunk < recipe.data.chunks:
+        raise RunFolderError(f"there is no chunk {chunk}: the run has {recipe.data.chunks}, counted from 0")
+    order = chunk_order(recipe.data, recipe.schedule.steps, recipe.batch.global_batch_size)
+    if any(entry.chunk == chunk for entry in recipe.data.skip) or any(entry["chunk"] == chunk for entry in decisions):
+        raise RunFolderError(f"chunk {chunk} is deferred or dropped already: see data.skip, or `weftrain log`")
+    first = order.order.index(chunk) * (recipe.schedule.steps // recipe.data.chunks)
+    if first < newest_step:
+        raise RunFolderError(
+            f"chunk {chunk} begins at step {first} and the newest checkpoint is of step {newest_step}: go back first, "
+            f"with `weftrain rollback RUN --to {first}`"
+        )
+    skip = [entry.model_dump(mode="json") for entry in recipe.data.skip]
+    return [*skip, {"reason": reason, "chunk": chunk, "action": action, "source": None, "rows": None}]
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint folder of a run, whole or not; 0 where there is none."""
+    return max(_steps(run / "checkpoints"), default=0)
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    if not folder.is_dir():
+        return {}
+    return {int(match[1]): path for path in folder.iterdir() if (match := STEP_FOLDER.fullmatch(path.name))}
+
+
+def _root(path: Path) -> str:
+    try:
+        return str(read_manifest(path)["root"])
+    except (OSError, ValueError):
+        return "damaged"  # it is moved all the same: a damaged checkpoint is evidence too
