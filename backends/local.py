@@ -24,6 +24,7 @@ from weftrain.backends.shared import (
     LentTensors,
     PhaseClock,
     PlainBackend,
+    TreeSum,
     ask_for_huge_pages,
     bind_parameters,
     call,
@@ -36,11 +37,13 @@ from weftrain.backends.shared import (
     slice_rows,
     to_device,
     torch_device,
+    tree_sum,
     update,
     update_sets,
 )
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
 from weftrain.core.config import Count, Section
+from weftrain.core.dropout import row_keys
 from weftrain.core.errors import BackendError, NonFiniteError
 from weftrain.core.host_memory import huge_page_bytes
 from weftrain.core.model import Decoder, draw, kernel_specs
@@ -100,6 +103,7 @@ class LocalRun:
         self._run_block = self._block_runner()
         self._run_head = torch.compile(call, dynamic=False) if options.compile else call
         self._accumulated: dict[str, torch.Tensor] = {}
+        self._tree = TreeSum(recipe.batch.accumulation_steps) if recipe.precision.numerics == "replayable" else None
         self._lender = Lender()
         self._clock = PhaseClock(device, job.time_phases)
 
@@ -114,7 +118,8 @@ class LocalRun:
             losses, data_wait_s = self._forward_backward(partial(source.rows, step))
             gradients = self._gradients()
             self._clock.to("clip")
-            loss, norm = torch.stack(losses).sum(), global_norm([self._grad_norm([gradient]) for gradient in gradients.values()])
+            loss = torch.stack(losses).sum() if self._tree is None else tree_sum(losses)
+            norm = global_norm([self._grad_norm([gradient]) for gradient in gradients.values()])
             rates = group_learning_rates(self._groups, recipe.schedule, step)
             finite = bool(torch.isfinite(loss + norm))
             self._clock.to("update")
@@ -166,8 +171,11 @@ class LocalRun:
             ids, labels, document_start = to_device(found, self._device)
             data_wait_s += time.perf_counter() - start
             self._clock.to("forward")
+            keys = None
+            if self._recipe.model.dropout:
+                keys = row_keys(self._recipe.seed, self._step, first, len(ids), batch.global_batch_size, self._device)
             # The sum over tokens divided by all tokens of the global batch: accumulation equals one large batch.
-            loss = self._loss(ids, labels, document_start) / self._recipe.tokens_per_step
+            loss = self._loss(ids, labels, document_start, keys) / self._recipe.tokens_per_step
             self._clock.to("backward")
             loss.backward()
             losses.append(loss.detach())
@@ -175,12 +183,14 @@ class LocalRun:
                 self._accumulate()
         return losses, data_wait_s
 
-    def _loss(self, ids: torch.Tensor, labels: torch.Tensor, document_start: torch.Tensor | None) -> torch.Tensor:
+    def _loss(
+        self, ids: torch.Tensor, labels: torch.Tensor, document_start: torch.Tensor | None, dropout_keys: torch.Tensor | None
+    ) -> torch.Tensor:
         embedding, *blocks, head = self._model.segments()
-        x = embedding(ids)
+        x = embedding(ids, dropout_keys)
         cos, sin = self._model.rotary(ids.shape[1])
         for block in blocks:
-            x = self._run_block(block, x, cos, sin, document_start)
+            x = self._run_block(block, x, cos, sin, document_start, dropout_keys)
         return self._run_head(head, x, labels, self._leaves.get(HEAD_USE))
 
     # -- parameters, copies and gradients ------------------------------------------------------------------------------------------
@@ -195,7 +205,9 @@ class LocalRun:
         for name, leaf in self._leaves.items():
             if leaf.grad is None:
                 continue
-            if name in self._accumulated:
+            if self._tree is not None:
+                self._tree.add(name, leaf.grad)
+            elif name in self._accumulated:
                 self._accumulated[name] += leaf.grad
             else:
                 self._accumulated[name] = leaf.grad.float()
@@ -203,7 +215,8 @@ class LocalRun:
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         """Parameter -> gradient of the step, in execution order. A parameter that the loss did not reach is a defect, not a zero."""
-        found: Mapping[str, torch.Tensor | None] = self._accumulated or {name: leaf.grad for name, leaf in self._leaves.items()}
+        summed = self._accumulated if self._tree is None else self._tree.totals()
+        found: Mapping[str, torch.Tensor | None] = summed or {name: leaf.grad for name, leaf in self._leaves.items()}
         gradients = present(found, self._leaves)
         if HEAD_USE in gradients:
             gradients["embedding.weight"] += gradients.pop(HEAD_USE)
@@ -211,6 +224,8 @@ class LocalRun:
 
     def _clear_gradients(self) -> None:
         self._accumulated = {}
+        if self._tree is not None:
+            self._tree.clear()
         for leaf in self._leaves.values():
             leaf.grad = None
 
@@ -249,7 +264,7 @@ class LocalRun:
             "compile": self._options.compile,
             "activation_checkpointing": self._options.activation_checkpointing,
             "micro_batch_size": self._recipe.batch.micro_batch_size,
-            "reduction": "micro-batches added in order, fp32",
+            "reduction": "micro-batches added in order, fp32" if self._tree is None else "micro-batches added in a fixed tree, fp32",
             "kernels": self._selection.manifest,
         }
 

@@ -62,6 +62,7 @@ class ModelConfig(Section):
     tie_embeddings: bool
     embedding_scale: Positive | None = None  # default 1, or from mup
     logits_scale: Positive | None = None  # default 1, or from mup
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the embedding and of what each attention and feed-forward adds
     initialization: Initialization | None = None
     mup: Mup | None = None
 
@@ -126,9 +127,13 @@ class ScheduleConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Weights and optimizer state are fp32 always; `compute` is what forward and backward run in, with fp32 reductions."""
+    """Weights and optimizer state are fp32 always; `compute` is what forward and backward run in, with fp32 reductions.
+
+    numerics: `replayable` adds the micro-batches' gradients in a fixed tree, so that the bits do not depend on the number of processes.
+    """
 
     compute: Literal["float32", "bfloat16"]
+    numerics: Literal["fast", "replayable"] = "fast"
 
 
 class Fim(Section):

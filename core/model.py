@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weftrain.core.config import ModelConfig
+from weftrain.core.dropout import dropout
 from weftrain.core.mup import resolved
 from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
 from weftrain.kernels import Selection, Spec
@@ -99,18 +100,21 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.scale = resolved(config).embedding_scale
         self.residual_dtype = residual_dtype
+        self.dropout = config.dropout
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         x = F.embedding(ids, self.weight)
         if self.residual_dtype is not None:
             x = x.to(self.residual_dtype)
-        return x if self.scale == 1.0 else x * self.scale
+        x = x if self.scale == 1.0 else x * self.scale
+        return dropout(x, dropout_keys, 0, self.dropout)
 
 
 class Block(nn.Module):
     """Middle segment, one decoder layer: the residual stream [B, T, C] -> [B, T, C] in the same dtype.
 
     cos, sin: fp32 [T, rotary_dim / 2] of `Decoder.rotary`. document_start: int32 [B, T] or None, the first key that each query sees.
+    dropout_keys: int64 [B] of `dropout.row_keys`, or None where nothing is dropped, as in evaluation.
     """
 
     def __init__(self, config: ModelConfig, selection: Selection, layer: int) -> None:
@@ -120,10 +124,15 @@ class Block(nn.Module):
         self.attention = Attention(config, selection, f"{self.prefix}attention")
         self.ffn_norm = Norm(config, selection, f"{self.prefix}ffn_norm")
         self.ffn = FeedForward(config, selection, f"{self.prefix}ffn")
+        self.layer, self.dropout = layer, config.dropout
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, document_start: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, document_start)
-        return x + self.ffn(self.ffn_norm(x))
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, document_start: Tensor | None = None, dropout_keys: Tensor | None = None
+    ) -> Tensor:
+        mixed = self.attention(self.attention_norm(x), cos, sin, document_start)
+        x = x + dropout(mixed, dropout_keys, 2 * self.layer + 1, self.dropout)
+        fed = self.ffn(self.ffn_norm(x))
+        return x + dropout(fed, dropout_keys, 2 * self.layer + 2, self.dropout)
 
 
 class Head(nn.Module):
@@ -184,13 +193,18 @@ class Decoder(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(
-        self, ids: Tensor, labels: Tensor, document_start: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        document_start: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """ids, labels int64 [B, T], document_start int32 [B, T] or None -> fp32 scalar, the sum of the token losses (-100: none).
 
-        rotary: cos and sin of the positions, where ids are not a row's first T tokens but a part of it.
+        rotary: cos and sin of the positions, where ids are not a row's first T tokens but a part of it. dropout_keys: as for Block.
         """
-        return self._last_segment[0](self._residual_stream(ids, document_start, rotary), labels, self.tied_weight())
+        return self._last_segment[0](self._residual_stream(ids, document_start, rotary, dropout_keys), labels, self.tied_weight())
 
     def logits(self, ids: Tensor, document_start: Tensor | None = None) -> Tensor:
         """ids int64 [B, T], document_start int32 [B, T] or None -> [B, T, V] in the weights' dtype."""
@@ -217,11 +231,17 @@ class Decoder(nn.Module):
         for buffer, table in zip((self.cos, self.sin), rotary_tables(self.config, torch.device("cpu")), strict=True):
             buffer.copy_(table)
 
-    def _residual_stream(self, ids: Tensor, document_start: Tensor | None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def _residual_stream(
+        self,
+        ids: Tensor,
+        document_start: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        dropout_keys: Tensor | None = None,
+    ) -> Tensor:
         cos, sin = self.rotary(ids.shape[1]) if rotary is None else rotary
-        x = self.embedding(ids)
+        x = self.embedding(ids, dropout_keys)
         for block in self.layers:
-            x = block(x, cos, sin, document_start)
+            x = block(x, cos, sin, document_start, dropout_keys)
         return x
 
 

@@ -23,7 +23,7 @@ from weftrain.backends.cerebras import environment
 from weftrain.backends.cerebras.job import Job as WorkerJob
 from weftrain.backends.cerebras.job import save_state
 from weftrain.backends.cerebras.process import ROOT, Worker
-from weftrain.backends.shared import PlainBackend, check_state
+from weftrain.backends.shared import PlainBackend, check_state, refuse_numerics
 from weftrain.core import checkpoint as checkpoints  # this package has a module of that name
 from weftrain.core import fsops
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, Plan, Prediction, Speeds, State, StepResult
@@ -69,6 +69,7 @@ def check_expressible(recipe: Recipe, options: CerebrasOptions) -> None:
                 f"kernels.pins '{key}' = '{source}': a system runs what its compiler makes of the traced ops, so only the source "
                 "'reference' is one there: remove the pin"
             )
+    refuse_numerics(recipe, "cerebras", "reduces as the system does")
     if "reference" not in recipe.kernels.preferences:
         raise BackendError("kernels.preferences: the compiler traces the reference ops, which are not among them: add 'reference'")
     if recipe.data.document_attention:

@@ -29,12 +29,14 @@ from weftrain.backends.cuda.save import Parts, RankedTensors, Writer
 from weftrain.backends.cuda.world import RESTS, World
 from weftrain.backends.shared import (
     PhaseClock,
+    TreeSum,
     check_state,
     clip_coefficient,
     device_fingerprint,
     non_finite_message,
     slice_rows,
     to_device,
+    tree_sum,
     update,
     update_sets,
 )
@@ -42,6 +44,7 @@ from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSour
 from weftrain.core.canonical import sha256_json
 from weftrain.core.checkpoint import Written
 from weftrain.core.config import Recipe
+from weftrain.core.dropout import row_keys
 from weftrain.core.errors import BackendError, NonFiniteError, WeftrainError
 from weftrain.core.host_memory import huge_page_bytes
 from weftrain.core.model import Decoder, draw, kernel_specs
@@ -106,7 +109,8 @@ class CudaRun:
         compile_blocks(model, options)
         self._decoder = model
         if options.parallel == "ddp":
-            self._model: RankModel = Replicated(model, options, compute_dtype, device)
+            tree = TreeSum(recipe.batch.accumulation_steps) if recipe.precision.numerics == "replayable" else None
+            self._model: RankModel = Replicated(model, options, compute_dtype, device, tree)
         else:
             self._model = Sharded(model, meshes, options, compute_dtype, device)
         weights = self._model.weights
@@ -193,9 +197,12 @@ class CudaRun:
             ids, labels, document_start, rotary = self._tokens(data)
             data_wait_s += time.perf_counter() - start
             self._clock.to("forward")
+            keys = None
+            if self._recipe.model.dropout:
+                keys = row_keys(self._recipe.seed, self.step_number, first, len(ids), batch.global_batch_size, self._world.device)
             with self._world.together(f"compute step {self.step_number}"), self._model.micro_batch(last=number == count - 1):
                 # The sum over tokens divided by all tokens of the global batch: many ranks equal one large batch.
-                loss = self._model.loss(ids, labels, document_start, rotary) / self._recipe.tokens_per_step
+                loss = self._model.loss(ids, labels, document_start, rotary, keys) / self._recipe.tokens_per_step
                 self._clock.to("backward")
                 loss.backward()
             losses.append(loss.detach())
@@ -218,12 +225,14 @@ class CudaRun:
         squares = [self._grad_norm([gradients[name]]).double() ** 2 / self._model.owners(name) for name in gradients if name in self._held]
         device = self._world.device
         square = torch.stack(squares).sum().to(device) if squares else torch.zeros((), dtype=torch.float64, device=device)
-        both = torch.stack([torch.stack(losses).sum().double(), square])
+        replayable = self._recipe.precision.numerics == "replayable"
+        both = torch.stack([torch.zeros_like(square) if replayable else torch.stack(losses).sum().double(), square])
         if self._world.size > 1:
             self._clock.to("communication")
             dist.all_reduce(both)
             self._clock.to("clip")
-        return both[0].float(), both[1].sqrt().float()
+        loss = tree_sum(self._losses_of_all(losses)).to(device) if replayable else both[0].float()
+        return loss, both[1].sqrt().float()
 
     def _losses_of_all(self, own: list[Tensor]) -> list[Tensor]:
         """Of every micro-batch of the global batch, in order: a row that lies on several ranks has the sum of its parts."""
@@ -282,7 +291,7 @@ class CudaRun:
             batch = slice_rows(self._share_rows(read(number)), group * micro, micro)
             ids, labels, document_start, rotary = self._tokens(batch)
             with torch.no_grad(), self._world.together("evaluate"):
-                total[0] += self._model.loss(ids, labels, document_start, rotary)
+                total[0] += self._model.loss(ids, labels, document_start, rotary, None)
                 total[1] += (labels >= 0).sum()
         if self._world.size > 1:
             with self._world.together("add the held-out losses"):
@@ -346,7 +355,9 @@ class CudaRun:
             "activation_checkpointing": self._options.activation_checkpointing,
             "micro_batch_size": self._recipe.batch.micro_batch_size,
             "reduce_every_micro_batch": self._options.reduce_every_micro_batch,
-            "reduction": f"micro-batches added in order, ranks by the collective library, {self._options.reduce}",
+            "reduction": "micro-batches of all ranks added in a fixed tree, fp32"
+            if self._recipe.precision.numerics == "replayable"
+            else f"micro-batches added in order, ranks by the collective library, {self._options.reduce}",
             "kernels": self._selection.manifest,
         }
 

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Meshes, shard
-from weftrain.backends.shared import FP32_ROLES, bind_parameters, present
+from weftrain.backends.shared import FP32_ROLES, TreeSum, bind_parameters, present
 from weftrain.core.model import Decoder
 from weftrain.core.parameters import parameter_specs
 
@@ -36,7 +36,9 @@ class RankModel(Protocol):
     weights: dict[str, Tensor]  # fp32 masters, what this rank owns; some may be empty
     copies: dict[str, Tensor]  # compute copies of them that the update writes; empty where torch makes them itself
 
-    def loss(self, ids: Tensor, labels: Tensor, document_start: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(
+        self, ids: Tensor, labels: Tensor, document_start: Tensor | None, rotary: tuple[Tensor, Tensor], dropout_keys: Tensor | None
+    ) -> Tensor:
         """The sum of the token losses of this rank's tokens: fp32, 0-dim."""
         ...
 
@@ -97,8 +99,10 @@ class Sharded:
                 module.unshard()
                 module.reshard()
 
-    def loss(self, ids: Tensor, labels: Tensor, document_start: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        loss: Tensor = self._model(ids, labels, document_start, rotary)
+    def loss(
+        self, ids: Tensor, labels: Tensor, document_start: Tensor | None, rotary: tuple[Tensor, Tensor], dropout_keys: Tensor | None
+    ) -> Tensor:
+        loss: Tensor = self._model(ids, labels, document_start, rotary, dropout_keys)
         return loss
 
     @contextlib.contextmanager
@@ -154,7 +158,11 @@ class Sharded:
 class Replicated:
     """DDP: every rank holds the whole model, in masters and, in bf16, copies, as the local backend does."""
 
-    def __init__(self, model: Decoder, options: CudaOptions, compute_dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model: Decoder, options: CudaOptions, compute_dtype: torch.dtype, device: torch.device, tree: TreeSum | None
+    ) -> None:
+        """tree: where gradients are added in a fixed tree over all micro-batches of all ranks."""
+        self._tree = tree
         self.weights = {spec.name: torch.empty(spec.shape, device=device) for spec in parameter_specs(model.config)}
         self._parameters, self.copies = bind_parameters(model, self.weights, compute_dtype, device)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
@@ -173,14 +181,22 @@ class Replicated:
         )
         self._ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))  # torch refuses annotations that are strings
 
-    def loss(self, ids: Tensor, labels: Tensor, document_start: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        loss: Tensor = self._ddp(ids, labels, document_start, rotary)
+    def loss(
+        self, ids: Tensor, labels: Tensor, document_start: Tensor | None, rotary: tuple[Tensor, Tensor], dropout_keys: Tensor | None
+    ) -> Tensor:
+        loss: Tensor = self._ddp(ids, labels, document_start, rotary, dropout_keys)
         return loss
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        with contextlib.nullcontext() if last else self._ddp.no_sync():
+        with contextlib.nullcontext() if last and self._tree is None else self._ddp.no_sync():
             yield
+        if self._tree is not None:
+            for name, parameter in self._parameters.items():
+                if parameter.grad is not None:
+                    self._tree.add(name, parameter.grad)
+                parameter.grad = None
+            return
         if last:
             return
         for name, parameter in self._parameters.items():  # into fp32 sums, as the local backend does
@@ -222,11 +238,15 @@ class Replicated:
         return cast("Future[Tensor]", dist.all_reduce(flat, async_op=True).get_future().then(keep))
 
     def gradients(self) -> dict[str, Tensor]:
+        if self._tree is not None:
+            return _pairwise_sum(present(self._tree.totals(), self._parameters), self._size)
         found: Mapping[str, Tensor | None] = {name: self._reduced.get(name, parameter.grad) for name, parameter in self._parameters.items()}
         return present(found, self._parameters)
 
     def clear_gradients(self) -> None:
         self._sums, self._reduced = {}, {}
+        if self._tree is not None:
+            self._tree.clear()
         for parameter in self._parameters.values():
             parameter.grad = None
 
@@ -242,6 +262,25 @@ class Replicated:
     def refresh(self) -> None:
         for name, copy in self.copies.items():
             copy.copy_(self.weights[name])
+
+
+def _pairwise_sum(own: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    """The sum over ranks by recursive doubling: at each round a rank and its partner add the same two numbers, so all have equal bits.
+
+    Above the ranks' own trees this is the tree over all micro-batches (`TreeSum`). size: a power of two.
+    """
+    rank = dist.get_rank()
+    flat = torch.cat([gradient.reshape(-1) for gradient in own.values()])
+    other = torch.empty_like(flat)
+    distance = 1
+    while distance < size:
+        partner = rank ^ distance
+        for request in dist.batch_isend_irecv([dist.P2POp(dist.isend, flat, partner), dist.P2POp(dist.irecv, other, partner)]):
+            request.wait()
+        flat = flat + other  # a + b and b + a are the same number
+        distance *= 2
+    pieces = flat.split([gradient.numel() for gradient in own.values()])
+    return {name: piece.view_as(gradient) for (name, gradient), piece in zip(own.items(), pieces, strict=True)}
 
 
 def _local(tensor: Tensor) -> Tensor:

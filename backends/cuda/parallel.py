@@ -65,6 +65,15 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
             f"{tensor * context} processes, or set backend.options.tensor_parallel and context_parallel"
         )
     data = size // (tensor * context)
+    if recipe.precision.numerics == "replayable" and (options.parallel != "ddp" or size & (size - 1)):
+        raise BackendError(
+            f"precision.numerics is replayable with backend.options.parallel={options.parallel} and {size} ranks: the fixed tree needs "
+            "parallel=ddp and 1, 2, 4, 8 .. ranks: set them, or numerics=fast"
+        )
+    if model.dropout and tensor * context > 1:
+        raise BackendError(
+            f"model.dropout is {model.dropout} and tensor or context parallel ranks have no dropout: set degrees of 1, or dropout=0"
+        )
     if batch.replicas != data:
         of = f" of {tensor * context} ranks each" if tensor * context > 1 else ""
         raise BackendError(

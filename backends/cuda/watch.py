@@ -7,6 +7,7 @@ a rank that waits is not stalled. The one at fault is the one that is *not* in a
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import sys
@@ -30,6 +31,8 @@ class Watch:
     """Of a world, from its start to its end. stall_s and folder: of the run that was prepared last."""
 
     def __init__(self, world: World) -> None:
+        if not faulthandler.is_enabled():
+            faulthandler.enable()  # a rank that crashes in native code says where its threads stood
         self._world = world
         self.stall_s, self.folder = 60.0, Path()
         self._main = threading.main_thread().ident

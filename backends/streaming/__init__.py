@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from weftrain.backends.shared import PlainBackend, ask_for_huge_pages, torch_device
+from weftrain.backends.shared import PlainBackend, ask_for_huge_pages, refuse_numerics, torch_device
 from weftrain.backends.streaming.layout import FormatName, Layout, make_layout
 from weftrain.backends.streaming.planner import needs, predict, remedies
 from weftrain.backends.streaming.schedule import Scheduler, draw
@@ -137,6 +137,7 @@ class StreamingBackend(PlainBackend):
         from weftrain.backends.streaming.engine import StreamingRun
         from weftrain.backends.streaming.fabric import Alone, Leader
 
+        refuse_numerics(job.recipe, self.name, "adds what its replicas send, in their order")
         options, device = _set_up(job)
         replicas = job.recipe.batch.replicas
         if replicas * job.recipe.batch.micro_batch_size > job.recipe.batch.global_batch_size:

@@ -16,6 +16,7 @@ from ranks import source_of
 from weftrain.backends.registry import find_backends, get_backend
 from weftrain.core.backend import Backend, Batch, Job, Plan, Run, State
 from weftrain.core.config import Recipe
+from weftrain.core.dropout import row_keys
 from weftrain.core.errors import BackendError, CheckpointError, NonFiniteError
 from weftrain.core.model import Decoder, draw, kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
@@ -39,7 +40,9 @@ def prepare(name: str, recipe: Recipe, steps: int | None = None, start: int = 0)
     return backend.prepare(Job(recipe, plan, backend.options.model_validate(recipe.backend.options)))
 
 
-def reference(recipe: Recipe, weights: dict[str, torch.Tensor], batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+def reference(
+    recipe: Recipe, weights: dict[str, torch.Tensor], batch: Batch, dropout_keys: torch.Tensor | None = None
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the mean loss in float64."""
     specs = kernel_specs(recipe.model, "cpu", torch.float64)
     model = Decoder(recipe.model, select(specs, ["reference"])).double()
@@ -51,7 +54,7 @@ def reference(recipe: Recipe, weights: dict[str, torch.Tensor], batch: Batch) ->
     if batch.loss_mask is not None:
         labels[~torch.from_numpy(batch.loss_mask)] = -100
     start = None if batch.document_start is None else torch.from_numpy(batch.document_start)
-    loss = model(ids[:, :-1], labels, start) / recipe.tokens_per_step
+    loss = model(ids[:, :-1], labels, start, None, dropout_keys) / recipe.tokens_per_step
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
@@ -111,6 +114,24 @@ def test_gradients(name: str, family: str, compute: str, tolerance: float, tiny_
         for key in wanted.keys() - errors.keys():
             scale = wanted[key.replace("k_proj.bias", "q_proj.bias")].norm()
             assert (gradients[key] - wanted[key]).norm() < tolerance * max(scale, wanted[key].norm())
+
+
+@pytest.mark.parametrize("family", ["crystal", "amber"])
+def test_dropout_drops_what_the_core_says_or_is_refused(name: str, family: str, tiny_recipe: Tiny) -> None:
+    recipe = tiny_recipe(family, "model.dropout=0.2", "batch.micro_batch_size=2")
+    if name == "streaming":
+        with pytest.raises(BackendError, match=r"model\.dropout"):
+            prepare(name, recipe)
+        return
+    run, weights = prepare(name, recipe, start=3), initial(recipe, 2.0)
+    run.import_state(state_with(weights, step=3))
+    batch = Batch(np.random.default_rng(0).integers(0, 97, (4, 14)))
+    loss, gradients = run.gradients(batch)
+    wanted_loss, wanted = reference(recipe, weights, batch, row_keys(recipe.seed, 3, 0, 4, 4, torch.device("cpu")))
+    assert loss == pytest.approx(wanted_loss, rel=2e-5)
+    errors = {key: relative(gradients[key], wanted[key]) for key in wanted if not key.endswith("k_proj.bias")}
+    assert max(errors.values()) < 2e-5, max(errors.items(), key=lambda item: item[1])
+    assert reference(recipe, weights, batch)[0] != pytest.approx(wanted_loss, rel=1e-3)
 
 
 def test_a_gradient_off_by_one_percent_is_seen(name: str, tiny_recipe: Tiny) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 if "ranks" not in sys.modules:
-    _spec = importlib.util.spec_from_file_location("ranks", Path(__file__).parent / "ranks.py")
+    _spec = importlib.util.spec_from_file_location("ranks", Path(__file__).parent / "cuda" / "ranks.py")
     assert _spec is not None
     assert _spec.loader is not None
     sys.modules["ranks"] = importlib.util.module_from_spec(_spec)

@@ -1,0 +1,204 @@
+"""`numerics: replayable`: the same bits for any number of processes, dropout on; and dropout itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from weftrain.backends.registry import find_backends
+from weftrain.backends.shared import TreeSum, refuse_numerics, tree_sum
+from weftrain.core.backend import BatchSource, Job, Plan, Run, State
+from weftrain.core.config import Recipe
+from weftrain.core.dropout import dropout, row_keys, squares
+from weftrain.core.errors import BackendError
+from weftrain.core.synthetic import synthetic_source
+
+Tiny = Callable[..., Recipe]
+CPU = torch.device("cpu")
+
+
+def prepare(name: str, recipe: Recipe, start: int = 0, steps: int = 4, **options: Any) -> Run:
+    backend = find_backends()[name]
+    if name == "cuda":  # its other ranks take the options from the recipe
+        return backend.prepare(Job(recipe, Plan(start, steps), backend.options.model_validate(recipe.backend.options)))
+    return backend.prepare(Job(recipe, Plan(start, steps), backend.options(device="cpu", threads=1, huge_pages=False, **options)))
+
+
+def rows_of(recipe: Recipe) -> BatchSource:
+    return synthetic_source(recipe.model.vocab_size, recipe.data.sequence_length, 32, recipe.batch.global_batch_size, seed=5)
+
+
+def replayable(tiny_recipe: Tiny, compute: str, replicas: int) -> Recipe:
+    return tiny_recipe(
+        "crystal",
+        f"precision.compute={compute}",
+        "precision.numerics=replayable",
+        "model.dropout=0.1",
+        "batch.global_batch_size=8",
+        "batch.micro_batch_size=1",
+        f"batch.replicas={replicas}",
+        "schedule.steps=4",
+        "backend.name=cuda",
+        "backend.options={device: cpu, threads: 1, huge_pages: false, parallel: ddp}",
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 12, 24])
+def test_the_tree_over_all_is_the_tree_over_the_trees_of_equal_parts(count: int) -> None:
+    values = torch.randn(count, 1000, generator=torch.Generator().manual_seed(1))
+    whole = tree_sum(list(values))
+    torch.testing.assert_close(whole, values.sum(0), rtol=1e-5, atol=1e-5)
+    parts = 2
+    while count % parts == 0:
+        sums = [tree_sum(list(part)) for part in values.chunk(parts)]
+        while len(sums) > 1:
+            sums = [left + right for left, right in zip(sums[::2], sums[1::2], strict=True)]
+        assert torch.equal(sums[0], whole)
+        parts *= 2
+
+
+def test_the_tree_keeps_few_sums_and_is_not_the_plain_sum() -> None:
+    tree = TreeSum(64)
+    values = torch.randn(64, 4096, generator=torch.Generator().manual_seed(2))
+    plain = torch.zeros(4096)
+    for value in values:
+        tree.add("a", value)
+        plain = plain + value
+        assert len(tree._sums["a"]) <= 7
+    assert not torch.equal(tree.totals()["a"], plain)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_accumulating_in_the_tree_is_accumulating(compute: str, tiny_recipe: Tiny) -> None:
+    tolerance = 1e-6 if compute == "float32" else 2e-2
+    tree = replayable(tiny_recipe, compute, 1)
+    plain = Recipe.model_validate(tree.model_dump() | {"precision": {"compute": compute}})
+    batch = rows_of(tree).rows(0, 0, 8)
+    one, other = prepare("local", tree).gradients(batch), prepare("local", plain).gradients(batch)
+    assert one[0] == pytest.approx(other[0], rel=1e-6)
+    for name, gradient in one[1].items():
+        assert float((gradient - other[1][name]).norm() / other[1][name].norm()) < tolerance, name
+
+
+def test_a_backend_without_it_refuses_it(tiny_recipe: Tiny) -> None:
+    streaming = find_backends()["streaming"]
+    for override, words in (("precision.numerics=replayable", "numerics=fast"), ("model.dropout=0.1", "dropout=0")):
+        recipe = tiny_recipe("crystal", override)
+        with pytest.raises(BackendError, match=words):
+            streaming.prepare(Job(recipe, Plan(0, 1), streaming.options()))
+        with pytest.raises(BackendError, match=words):
+            refuse_numerics(recipe, "cerebras", "reduces as the system does")
+
+
+def test_fsdp_refuses_it(tiny_recipe: Tiny) -> None:
+    backend = find_backends()["cuda"]
+    job = Job(replayable(tiny_recipe, "float32", 1), Plan(0, 1), backend.options(device="cpu", threads=1, huge_pages=False))
+    with pytest.raises(BackendError, match="parallel=ddp"):
+        backend.prepare(job)
+
+
+# Dropout
+
+
+def test_squares_is_the_published_generator() -> None:
+    """Against a version in Python's own integers, at random keys and counters, wrapping included."""
+
+    def reference(counter: int, key: int) -> int:
+        mask = 2**64 - 1
+        y = x = counter * key & mask
+        z = (y + key) & mask
+        for added in (y, z, y):
+            x = (x * x + added) & mask
+            x = (x >> 32 | x << 32) & mask
+        return (x * x + z & mask) >> 32
+
+    generator = np.random.default_rng(3)
+    keys = generator.integers(0, 2**64, 50, dtype=np.uint64) | np.uint64(1)
+    counters = generator.integers(0, 2**48, 50)
+    found = squares(torch.from_numpy(counters), torch.from_numpy(keys.view(np.int64)))
+    assert found.tolist() == [reference(int(counter), int(key)) for counter, key in zip(counters, keys, strict=True)]
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+    keys = row_keys(7, 3, 0, 16, 16, CPU)
+    x = torch.ones(16, 64, 128)
+    dropped = dropout(x, keys, 2, 0.1)
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.1, abs=0.003)  # 131,072 draws: more than three standard deviations
+    assert float(dropped.mean()) == pytest.approx(1, abs=0.004)
+    assert not torch.equal(dropped == 0, dropout(x, keys, 3, 0.1) == 0)
+    assert not torch.equal(dropped[0], dropped[1])
+    assert dropout(x, None, 2, 0.1) is x
+
+
+def test_a_row_loses_the_same_elements_in_any_micro_batch() -> None:
+    x = torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(4))
+    whole = dropout(x, row_keys(1, 9, 0, 8, 8, CPU), 1, 0.5)
+    part = dropout(x[3:5], row_keys(1, 9, 3, 2, 8, CPU), 1, 0.5)
+    assert torch.equal(whole[3:5], part)
+    assert not torch.equal(whole, dropout(x, row_keys(1, 10, 0, 8, 8, CPU), 1, 0.5))
+
+
+def test_evaluation_drops_nothing_and_training_does(tiny_recipe: Tiny) -> None:
+    recipe, without = tiny_recipe("amber", "model.dropout=0.3"), tiny_recipe("amber")
+    batch = rows_of(recipe).rows(0, 0, 4)
+    dropping, plain = prepare("local", recipe), prepare("local", without)
+    assert dropping.gradients(batch)[0] != plain.gradients(batch)[0]
+    assert dropping.gradients(batch)[0] == dropping.gradients(batch)[0]
+    logits = [run._model.logits(torch.from_numpy(batch.ids[:, :-1])) for run in (dropping, plain)]  # type: ignore[attr-defined]
+    assert torch.equal(*logits)
+
+
+def test_recomputation_drops_the_same(tiny_recipe: Tiny) -> None:
+    recipe = tiny_recipe("amber", "model.dropout=0.3")
+    batch = rows_of(recipe).rows(0, 0, 4)
+    plain, again = prepare("local", recipe), prepare("local", recipe, activation_checkpointing="full")
+    for name, gradient in plain.gradients(batch)[1].items():
+        assert torch.equal(gradient, again.gradients(batch)[1][name]), name
+
+
+# Processes
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.prove)])
+def ranks(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_the_same_bits_on_one_rank_and_on_several_and_across_a_resume(compute: str, ranks: int, tiny_recipe: Tiny) -> None:
+    """Dropout on; the number changes in the middle, both ways; loss and norm too."""
+    from ranks import source_of, world_of
+
+    from weftrain.backends.cuda.world import leave
+
+    def train(recipe: Recipe, start: int, stop: int, state: State | None = None) -> tuple[State, list[tuple[float, float]]]:
+        run = prepare("cuda", recipe, start, stop)
+        if state is not None:
+            run.import_state(state)
+        seen = [(float(result.loss), float(result.grad_norm)) for result in run.train(source_of(recipe))]
+        found = run.export_state()
+        copied = State(found.step, found.optimizer_updates, {name: found.tensors[name] for name in found.tensors})
+        run.close()
+        return copied, seen
+
+    alone, several = replayable(tiny_recipe, compute, 1), replayable(tiny_recipe, compute, ranks)
+    leave()  # a world that an earlier test may have left
+    torch.set_num_threads(1)
+    half, first = train(alone, 0, 2)
+    straight, rest = train(alone, 2, 4, half)
+    leave()
+    with world_of(ranks):
+        whole, seen = train(several, 0, 4)
+        grown, grown_seen = train(several, 2, 4, half)
+        half_several, _ = train(several, 0, 2)
+    shrunk, _ = train(alone, 2, 4, half_several)
+    leave()
+    assert seen == first + rest
+    assert grown_seen == rest
+    for other in (whole, grown, shrunk):
+        for name, tensor in straight.tensors.items():
+            assert torch.equal(tensor, other.tensors[name]), name
