@@ -1,18 +1,41 @@
-"""`weftrain convert`: recipes and checkpoints from and to the forms of the Cerebras Model Zoo, without the vendor's package."""
+"""`weftrain convert`: recipes and checkpoints from and to the forms of the Cerebras Model Zoo, without the vendor's package, and weights
+from and to Hugging Face folders.
+
+What a reader would get wrong: what comes from elsewhere becomes a checkpoint at step 0 of a run that never trained; another run starts
+from it with start_from, and nothing resumes it.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
 
+if TYPE_CHECKING:
+    from weftrain.core.backend import State
+
 ExistingFile = click.Path(path_type=Path, exists=True, dir_okay=False)
+ExistingFolder = click.Path(path_type=Path, exists=True, file_okay=False)
+
+
+def _load(checkpoint: Path) -> tuple[Path, State, dict[str, Any]]:
+    """The folder, state and manifest of a run's newest whole checkpoint or of the one named. Raises CheckpointError."""
+    from weftrain.core import checkpoint as checkpoints
+    from weftrain.core.errors import CheckpointError
+
+    if not (checkpoint / "checkpoints").is_dir():
+        return checkpoint, *checkpoints.load(checkpoint)
+    path = checkpoints.newest(checkpoint / "checkpoints", lambda line: click.echo(f"warning: {line}", err=True))
+    if path is None:
+        raise CheckpointError(f"{checkpoint}: no whole checkpoint; train the run further, or name a checkpoint's folder")
+    return path, *checkpoints.load(path, verified=True)
 
 
 @click.group()
 def convert() -> None:
-    """Convert recipes and checkpoints from and to the forms of the Cerebras Model Zoo."""
+    """Convert recipes and checkpoints from and to the forms of Hugging Face and of the Cerebras Model Zoo."""
 
 
 @convert.command("recipe-from-params")
@@ -48,7 +71,7 @@ def params_from_recipe(recipe: str, overrides: tuple[str, ...]) -> None:
 
 
 @convert.command("checkpoint-to-cerebras")
-@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("checkpoint", type=ExistingFolder)
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--weights-only", is_flag=True, help="Leave the optimizer's state out.")
 @click.option(
@@ -58,16 +81,10 @@ def checkpoint_to_cerebras(checkpoint: Path, output: Path, weights_only: bool, p
     """Write CHECKPOINT, a run's folder (its newest) or one checkpoint's, as the file that cerebras.pytorch.load opens."""
     from weftrain.backends.cerebras.checkpoint import OptimizerState, write_checkpoint
     from weftrain.core import checkpoint as checkpoints
-    from weftrain.core.errors import CheckpointError
     from weftrain.core.optim import learning_rate
     from weftrain.core.recipe_file import recorded_recipe
 
-    path: Path | None = checkpoint
-    if (checkpoint / "checkpoints").is_dir():
-        path = checkpoints.newest(checkpoint / "checkpoints", lambda line: click.echo(f"warning: {line}", err=True))
-    if path is None:
-        raise CheckpointError(f"{checkpoint}: no whole checkpoint; train the run further, or name a checkpoint's folder")
-    state, manifest = checkpoints.load(path)
+    path, state, manifest = _load(checkpoint)
     recipe = recorded_recipe(manifest["recipe"], f"{path}/manifest.json: recipe").recipe
     optimizer = None
     if not weights_only:
@@ -115,3 +132,96 @@ def checkpoint_from_cerebras(file: Path, recipe: str, overrides: tuple[str, ...]
     for name in tensors.passed_over:
         click.echo(f"passed over: {name}", err=True)
     click.echo(f"{info.path}: step {step}, {info.size_bytes:,} bytes; start from it with start_from={{run: {run_name}, state: weights}}")
+
+
+@convert.command("from-huggingface")
+@click.argument("folder", type=ExistingFolder)
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of runs.")
+@click.option("--run", "run_name", required=True, help="Name of the run that the checkpoint is to be of; start_from names it then.")
+@click.option(
+    "--allow-pickle", "unpickle", is_flag=True, help="Read pytorch_model.bin where there are no safetensors, in a process of its own."
+)
+def from_huggingface(folder: Path, recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str, unpickle: bool) -> None:
+    """Read FOLDER, a Hugging Face model (Llama or CrystalCoder) of RECIPE's architecture, into the folder of a run, as fp32.
+
+    The folder's config.json must describe the model that the recipe trains. Buffers that are no weights are named on stderr.
+    """
+    from weftrain.core import checkpoint as checkpoints
+    from weftrain.core import fsops
+    from weftrain.core.backend import State
+    from weftrain.core.errors import CheckpointError, RecipeError
+    from weftrain.core.huggingface import config_differences, files_sha256, read_config, state_tensors
+    from weftrain.core.pickled import open_weights
+    from weftrain.core.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides).recipe
+    if different := config_differences(loaded.model, read_config(folder)):
+        raise RecipeError(f"{folder / 'config.json'}: not the recipe's model (recipe -> folder): {', '.join(different)}: change the recipe")
+    target = runs / run_name / "checkpoints"
+    if target.exists():
+        raise CheckpointError(f"{target}: there are checkpoints already: name another --run")
+    fsops.make_dirs(runs)
+    with open_weights(folder, unpickle=unpickle, scratch=runs) as weights:
+        files = sorted(["config.json", *weights.files])
+        info = checkpoints.save(
+            target,
+            State(0, 0, state_tensors(weights, loaded.model)),
+            recipe=loaded.model_dump(mode="json"),
+            dataset_id=f"unknown: imported from {files_sha256(folder, files)}",
+            fingerprint={"backend": "huggingface", "imported_from": folder.resolve().name, "files": files},
+            tokens=0,
+            position=0,
+            parent=None,
+            kernels={},
+        )
+        for name in weights.buffers:
+            click.echo(f"passed over: {name}", err=True)
+    click.echo(f"{info.path}: {info.size_bytes:,} bytes; start from it with start_from={{run: {run_name}, state: weights}}")
+
+
+@convert.command("to-huggingface")
+@click.argument("checkpoint", type=ExistingFolder)
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), required=True, help="What weights are stored as; float32 is exact.")
+@click.option("--tokenizer", type=ExistingFile, help="The dataset's tokenizer.json, to stand beside the weights.")
+@click.option("--eos", help="The token that ends a document.  [default: the first that --tokenizer knows of the usual ones]")
+def to_huggingface(checkpoint: Path, output: Path, dtype: str, tokenizer: Path | None, eos: str | None) -> None:
+    """Write CHECKPOINT, a run's folder (its newest) or one checkpoint's, as the folder OUTPUT that Hugging Face's transformers opens.
+
+    A CrystalCoder's folder holds no code: transformers opens it where configuration_crystalcoder.py and modeling_crystalcoder.py are known.
+    """
+    import torch
+
+    from weftrain.core.checkpoint import Weights
+    from weftrain.core.huggingface import write_huggingface
+    from weftrain.core.recipe_file import recorded_recipe
+
+    path, state, manifest = _load(checkpoint)
+    recipe = recorded_recipe(manifest["recipe"], f"{path}/manifest.json: recipe").recipe
+    extra: dict[str, Any] = {"weftrain_checkpoint": manifest["root"], "weftrain_step": state.step}
+    beside: dict[str, bytes] = {}
+    if tokenizer is not None:
+        beside, eos_id = _tokenizer_files(tokenizer, eos, recipe.model.vocab_size, recipe.model.max_position_embeddings)
+        extra["eos_token_id"] = eos_id
+    written = write_huggingface(output, Weights(state.tensors), recipe.model, getattr(torch, dtype), extra_config=extra, beside=beside)
+    click.echo(
+        f"{output}: step {state.step}, {written.num_tensors} tensors of {dtype} in {len(written.files)} files, {written.size_bytes:,} bytes"
+    )
+
+
+def _tokenizer_files(path: Path, eos: str | None, vocab_size: int, max_length: int) -> tuple[dict[str, bytes], int]:
+    """tokenizer.json, what lets AutoTokenizer open it, and the id that ends a document. Raises DataError."""
+    from tokenizers import Tokenizer
+
+    from weftrain.core.canonical import canonical_json
+    from weftrain.core.errors import DataError
+    from weftrain.data_prep.tokenization import load_encoder
+
+    encoder = load_encoder(path, eos, engine="tokenizers")
+    if encoder.vocab_size > vocab_size:
+        raise DataError(f"{path}: has ids up to {encoder.vocab_size - 1}, the model's vocab_size is {vocab_size}: name its own tokenizer")
+    end = Tokenizer.from_str(encoder.data.decode()).id_to_token(encoder.eos_id)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "model_max_length": max_length}
+    return {"tokenizer.json": encoder.data, "tokenizer_config.json": canonical_json(settings) + b"\n"}, encoder.eos_id

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from weftrain.core.config import Initialization, ModelConfig, Mup
@@ -122,10 +123,20 @@ def import_weights(weights: Mapping[str, Tensor], config: ModelConfig, layout: L
     second name (a tied head) must be equal. Raises CheckpointError at once for names that are unknown or missing, and on the way for a
     shape that differs or a copy that does.
     """
-    wanted = entries(config, layout)
-    optional = {copy for entry in wanted for copy in entry.copies}
-    _check_names(set(weights) - _ignored(config, layout) - optional, {entry.name for entry in wanted}, f"{layout} weights")
-    return (pair for entry in wanted for pair in _import(entry, weights))
+    return (pair for entry in _wanted(weights, config, layout) for pair in _import(entry, weights))
+
+
+def imported(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> Mapping[str, Tensor]:
+    """The same as a mapping canonical name -> tensor, which reads a foreign tensor when one in it is asked for.
+
+    weights may offer meta(name): then every shape is checked now, before anything is read. Raises CheckpointError as `import_weights` does.
+    """
+    return _Imported(weights, _wanted(weights, config, layout))
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a foreign tensor is one that no layout counts as a weight, whatever its dtype."""
+    return any(name.endswith(f".{buffer}") for buffers in _IGNORED.values() for buffer in buffers)
 
 
 def export_weights(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> Iterator[tuple[str, Tensor]]:
@@ -138,16 +149,54 @@ def export_weights(weights: Mapping[str, Tensor], config: ModelConfig, layout: L
     return (pair for entry in wanted for pair in _export(entry, weights, repeat=layout == "cerebras"))
 
 
+class _Imported(Mapping[str, Tensor]):
+    def __init__(self, weights: Mapping[str, Tensor], wanted: tuple[Entry, ...]) -> None:
+        self._weights = weights
+        self._places = {name: (entry, index) for entry in wanted for index, name in enumerate(entry.parameters)}
+        meta = getattr(weights, "meta", None)
+        if meta is not None:
+            for entry in wanted:
+                for name in (entry.name, *(copy for copy in entry.copies if copy in weights)):
+                    _check_shape(name, meta(name), entry.shape)
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry, index = self._places[name]
+        return _part(entry, index, _outputs(entry, self._weights))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _wanted(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> tuple[Entry, ...]:
+    """The entries of this model, after every name was found in its place."""
+    wanted = entries(config, layout)
+    optional = {copy for entry in wanted for copy in entry.copies}
+    _check_names(set(weights) - _ignored(config, layout) - optional, {entry.name for entry in wanted}, f"{layout} weights")
+    return wanted
+
+
 def _import(entry: Entry, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    outputs = _outputs(entry, weights)
+    for index, name in enumerate(entry.parameters):
+        yield name, _part(entry, index, outputs)
+
+
+def _outputs(entry: Entry, weights: Mapping[str, Tensor]) -> Tensor:
+    """A foreign tensor as [out, in], equal to its copies."""
     tensor = weights[entry.name]
     _check_shape(entry.name, tensor, entry.shape)
     for copy in entry.copies:
         if copy in weights and not torch.equal(weights[copy], tensor):
             raise CheckpointError(f"tensor '{copy}' differs from '{entry.name}', which it should repeat; is the file of an untied model?")
-    outputs = tensor.t() if entry.transposed else tensor
-    sizes = [shape[0] for shape in entry.shapes]
-    for name, part in zip(entry.parameters, outputs.split(sizes), strict=True):
-        yield name, _swap_pairs(part, entry.rotated_heads, to_interleaved=False).contiguous()
+    return tensor.t() if entry.transposed else tensor
+
+
+def _part(entry: Entry, index: int, outputs: Tensor) -> Tensor:
+    part = outputs.split([shape[0] for shape in entry.shapes])[index]
+    return _swap_pairs(part, entry.rotated_heads, to_interleaved=False).contiguous()
 
 
 def _export(entry: Entry, weights: Mapping[str, Tensor], repeat: bool) -> Iterator[tuple[str, Tensor]]:
@@ -256,12 +305,17 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
 
     Raises RecipeError naming the key that is missing, or that asks for something this decoder does not do.
     """
+    readers = {"llama": _from_llama, "crystalcoder": _from_crystalcoder}
     model_type = config.get("model_type")
-    if model_type == "llama":
-        return _from_llama(config)
-    if model_type == "crystalcoder":
-        return _from_crystalcoder(config)
-    raise RecipeError(f"config.json: model_type {model_type!r} is neither 'llama' nor 'crystalcoder'")
+    if not isinstance(model_type, str) or model_type not in readers:
+        raise RecipeError(f"config.json: model_type {model_type!r} is neither 'llama' nor 'crystalcoder'")
+    _require(config, {"quantization_config": None})
+    try:
+        return readers[model_type](config)
+    except ValidationError as error:  # of our own field, whose name says which of theirs it is
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise RecipeError(f"config.json: {where}: {first['msg']}; is the file damaged?") from error
 
 
 def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
@@ -282,20 +336,37 @@ def _get(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
+def _positive(config: Mapping[str, Any], key: str) -> int:
+    value = _get(config, key)
+    if type(value) is not int or value <= 0:
+        raise RecipeError(f"config.json: {key} is {repr(value)[:80]}, not a number of 1 or more; is the file damaged?")
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str) -> float:
+    value = _get(config, key)
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise RecipeError(f"config.json: {key} is {repr(value)[:80]}, not a number above 0; is the file damaged?")
+    return float(value)
+
+
 def _require(config: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     for key, value in expected.items():
         if config.get(key, value) != value:
-            raise RecipeError(f"config.json: {key} is {config[key]!r}; this decoder does {value!r} only")
+            raise RecipeError(f"config.json: {key} is {repr(config[key])[:80]}; this decoder does {value!r} only")
 
 
 def _from_llama(config: Mapping[str, Any]) -> ModelConfig:
-    hidden, heads = _get(config, "hidden_size"), _get(config, "num_attention_heads")
+    hidden, heads = _positive(config, "hidden_size"), _positive(config, "num_attention_heads")
     bias = config.get("attention_bias", False)
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
-    _require(
-        config, {"hidden_act": "silu", "num_key_value_heads": heads, "head_dim": hidden // heads, "rope_scaling": None, "mlp_bias": bias}
-    )
-    _require(rope, {"rope_type": "default"})
+    if not isinstance(rope, Mapping):
+        raise RecipeError("config.json: rope_parameters is not an object; is the file damaged?")
+    _require(config, {"hidden_act": "silu", "rope_scaling": None})
+    _require({"mlp_bias": config.get("mlp_bias", False)}, {"mlp_bias": bias})
+    given = {key: config[key] for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None}  # null: what follows
+    _require(given, {"num_key_value_heads": heads, "head_dim": hidden // heads})
+    _require(rope, {"rope_type": "default", "partial_rotary_factor": 1.0})
     std = config.get("initializer_range", 0.02)
     return ModelConfig(
         vocab_size=_get(config, "vocab_size"),
@@ -340,8 +411,8 @@ def _to_llama(config: ModelConfig) -> dict[str, Any]:
 def _from_crystalcoder(config: Mapping[str, Any]) -> ModelConfig:
     """muP from a base_std that the file lacks: CRYSTALCODER_BASE_STD, which matters to a fresh start alone."""
     _require(config, {"activation_function": "swiglu", "position_embedding_type": "rotary", "scale_attn_weights": True})
-    _require(config, {"tie_word_embeddings": True})
-    hidden = _get(config, "n_embd")
+    _require(config, {"tie_word_embeddings": True, "scale_attn_by_inverse_layer_idx": False})
+    hidden = _positive(config, "n_embd")
     by_d = _get(config, "mup_scale_qk_dot_by_d")
     return ModelConfig(
         vocab_size=_get(config, "vocab_size"),
@@ -359,7 +430,7 @@ def _from_crystalcoder(config: Mapping[str, Any]) -> ModelConfig:
         attention_scale="inverse_head_dim" if by_d else "inverse_sqrt_head_dim",
         tie_embeddings=True,
         mup=Mup(
-            base_hidden_size=round(hidden * _get(config, "mup_width_scale")),
+            base_hidden_size=round(hidden * _number(config, "mup_width_scale")),
             distribution="truncated_normal",
             base_std=CRYSTALCODER_BASE_STD,
             embedding_scale=_get(config, "mup_embeddings_scale"),
