@@ -1,0 +1,127 @@
+"""`weftrain generate`: continue a prompt with a run's newest checkpoint, or with one that is named.
+
+What a reader would get wrong: the prompt is encoded as it stands, without a start token in front: rows of training have none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from weftrain.core.config import Recipe
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--prompt", help="Text to continue.")
+@click.option("--ids", help="Token ids to continue, such as 1,2,3; the ids that follow are printed, and no tokenizer is needed.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="How many at most.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: always the most likely token.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Draw from so many of the most likely tokens.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Draw from the most likely tokens of this probability.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of drawing.")
+@click.option("--stop-id", "stop_ids", type=click.IntRange(min=0), multiple=True, help="End before this id; may be given again.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json.  [default: of the recipe's first dataset]")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+def generate(
+    run: Path,
+    overrides: tuple[str, ...],
+    prompt: str | None,
+    ids: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    stop_ids: tuple[int, ...],
+    tokenizer: Path | None,
+    device: str,
+) -> None:
+    """Continue a prompt. RUN is a run folder (its newest whole checkpoint) or one checkpoint's folder.
+
+    KEY.SUB=VALUE lays a value over the recorded recipe, e.g. data.root=/other/place.
+    """
+    if (prompt is None) == (ids is None):
+        raise click.UsageError("give one of --prompt and --ids")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise click.UsageError("--top-k and --top-p need a --temperature above 0")
+    given = None if ids is None else parse_ids(ids)
+
+    from weftrain.analysis.generation import Generator, load_model
+    from weftrain.cli.assembly import recipe_of_checkpoint
+    from weftrain.core import checkpoint
+    from weftrain.core.errors import CheckpointError
+
+    path: Path | None = run
+    if (run / "checkpoints").is_dir():
+        path = checkpoint.newest(run / "checkpoints", lambda line: click.echo(f"warning: {line}", err=True))
+    if path is None:
+        raise CheckpointError(f"{run}: no whole checkpoint; train the run further, or name a checkpoint's folder")
+    state, manifest = checkpoint.load(path)
+    recipe = recipe_of_checkpoint(path, manifest, overrides).recipe
+    encoder = None if given is not None else open_tokenizer(tokenizer or default_tokenizer(recipe), recipe.model.vocab_size)
+    if encoder is not None:
+        given = encoder.encode(prompt, add_special_tokens=False).ids
+    generator = Generator(load_model(checkpoint.Weights(state.tensors), recipe.model, device))
+    (found,) = generator.generate(
+        [given or []], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop_ids=stop_ids
+    )
+    if encoder is None:
+        click.echo(",".join(map(str, found)))
+    else:
+        # Together, and not the new tokens alone: a character may lie across the end of the prompt.
+        click.echo(_visible(encoder.decode([*(given or []), *found], skip_special_tokens=False)))
+
+
+def parse_ids(text: str) -> list[int]:
+    """'1, 2,3' -> [1, 2, 3]. Raises BadParameter."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"'{text[:80]}' is not a list of ids such as 1,2,3", param_hint="--ids") from None
+
+
+def default_tokenizer(recipe: Recipe) -> Path:
+    """tokenizer.json of the dataset of the recipe's first source. Raises DataError."""
+    from weftrain.core.dataset import TOKENIZER
+    from weftrain.core.errors import DataError
+
+    if not recipe.data.sources:
+        raise DataError("data.synthetic_rows: random rows have no tokenizer; name one with --tokenizer, or give --ids instead of --prompt")
+    return Path(recipe.data.root) / recipe.data.sources[0].path / TOKENIZER
+
+
+def open_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """A tokenizer.json whose every id the model has. Raises DataError."""
+    from weftrain.core.errors import DataError
+
+    try:
+        data = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}; name one with --tokenizer") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a tokenizer.json: {error}; name one with --tokenizer") from error
+
+    from tokenizers import Tokenizer
+
+    try:
+        found = Tokenizer.from_str(data)
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(f"{path}: not a tokenizer.json: {' '.join(str(error).split())}; name one with --tokenizer") from error
+    found.no_padding()
+    found.no_truncation()
+    size = max(found.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if size > vocab_size:
+        raise DataError(f"{path}: a vocabulary of {size}, the model has {vocab_size}: name the model's own tokenizer with --tokenizer")
+    return found
+
+
+def _visible(text: str) -> str:
+    """Text that a terminal only shows: control characters as their escapes, lines and tabs as they are."""
+    return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text)

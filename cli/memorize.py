@@ -1,0 +1,177 @@
+"""`weftrain memorize`: how much of each chunk of its training data a run can recite, at each of its checkpoints.
+
+What a reader would get wrong: nothing is measured twice. What lies in the folder and is of the same checkpoint, rows and parameters is
+read again, so a stopped command is simply given once more.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from weftrain.analysis.generation import Generator
+    from weftrain.analysis.memorization import Chunk, Parameters, Result
+    from weftrain.core.config import ModelConfig, Recipe
+
+Manifests = dict[int, tuple[Path, dict[str, Any]]]  # step -> checkpoint's folder, manifest
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--samples", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows of each chunk.")
+@click.option("--k", "prompt_tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens of a row as prompt.")
+@click.option("--l", "continuation_tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens decoded after them.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the choice of rows.")
+@click.option("--checkpoints", "chosen", default="all", show_default=True, help="Steps, such as 40,80.")
+@click.option("--to", type=click.Path(path_type=Path), help="Folder of results.  [default: RUN/analyses/memorization]")
+@click.option("--sample", type=click.Path(path_type=Path), help="Measure this released sample (JSON Lines) instead of the run's chunks.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--plots/--no-plots", default=True, show_default=True, help="Draw the pictures; needs weftrain[plot].")
+def memorize(
+    run: Path,
+    overrides: tuple[str, ...],
+    samples: int,
+    prompt_tokens: int,
+    continuation_tokens: int,
+    seed: int,
+    chosen: str,
+    to: Path | None,
+    sample: Path | None,
+    device: str,
+    plots: bool,
+) -> None:
+    """Score each chunk of RUN's data, and its held-out sets, at each checkpoint. RUN is a run folder or one checkpoint's folder.
+
+    KEY.SUB=VALUE lays a value over the recorded recipe, e.g. data.root=/other/place.
+    """
+    from weftrain.analysis.memorization import Parameters, Snapshot, measure, sample_chunk
+    from weftrain.analysis.memorization_report import draw, summary
+    from weftrain.cli.assembly import recipe_of_checkpoint
+    from weftrain.cli.display import Bar
+    from weftrain.core import fsops
+    from weftrain.core.canonical import canonical_json
+
+    console = Console(highlight=False, soft_wrap=True)
+    parameters = Parameters(prompt_tokens=prompt_tokens, continuation_tokens=continuation_tokens, samples=samples, seed=seed)
+    all_of_run, own = _checkpoints(run, console)
+    wanted = _wanted(run, chosen, all_of_run if own is None else [own])
+    newest, manifest = all_of_run[max(all_of_run)]
+    recipe = recipe_of_checkpoint(newest, manifest, overrides).recipe
+    _check_lengths(recipe, parameters, from_rows=sample is None)
+    chunks = _chunks(recipe, list(all_of_run)) if sample is None else [sample_chunk(sample, parameters)]
+    snapshots = [
+        Snapshot(step, all_of_run[step][1]["root"], partial(_load, all_of_run[step][0], recipe.model, device)) for step in sorted(wanted)
+    ]
+    folder = to or (run if own is None else run.absolute().parent.parent) / "analyses" / "memorization"
+    with Bar(console, "memorize", len(snapshots) * len(chunks)) as bar:
+        results = measure(folder, snapshots, chunks, parameters, bar.say, lambda done, total, note: bar.update(done, note, None, total))
+    console.print("\n".join(_table(results, parameters)), markup=False)
+    _warn_of_repeats(results, console)
+    place = folder / parameters.folder_name
+    fsops.write_bytes(place / "summary.json", canonical_json(summary(results, parameters)) + b"\n")
+    console.print(f"summary   {place / 'summary.json'}", markup=False)
+    if plots:
+        for path in draw(results, place):
+            console.print(f"picture   {path}", markup=False)
+
+
+def _checkpoints(run: Path, console: Console) -> tuple[Manifests, int | None]:
+    """The checkpoints of a run by step, and the one step that was named, where a checkpoint's folder was. Raises CheckpointError.
+
+    Only manifests are read here; every byte of a checkpoint is verified when it is loaded.
+    """
+    from weftrain.core.errors import CheckpointError
+    from weftrain.core.manifest import STEP_FOLDER, read_manifest
+
+    inside = run / "checkpoints"
+    folder = inside if inside.is_dir() else run.absolute().parent
+    found: Manifests = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if STEP_FOLDER.fullmatch(path.name):
+            try:
+                manifest = read_manifest(path)
+                found[manifest["step"]] = (path, manifest)
+            except (OSError, ValueError) as error:
+                console.print(f"warning: passed over {path}: manifest.json: {error}", markup=False)
+    if folder is inside:
+        if not found:
+            raise CheckpointError(f"{run}: no checkpoint to measure; train the run further, or name a checkpoint's folder")
+        return found, None
+    own = [step for step, (path, _) in found.items() if path.name == run.absolute().name]
+    if not own:
+        raise CheckpointError(f"{run}: neither a run folder nor a whole checkpoint's; name one of them")
+    return found, own[0]
+
+
+def _wanted(run: Path, chosen: str, steps: Any) -> list[int]:
+    from weftrain.core.errors import CheckpointError
+
+    if chosen == "all":
+        return list(steps)
+    try:
+        wanted = sorted({int(part) for part in chosen.split(",")})
+    except ValueError:
+        raise click.BadParameter(f"'{chosen[:80]}' is neither 'all' nor steps such as 40,80", param_hint="--checkpoints") from None
+    if missing := [step for step in wanted if step not in steps]:
+        raise CheckpointError(f"{run}: no checkpoint of step {missing[0]}; there are {', '.join(map(str, sorted(steps)))}")
+    return wanted
+
+
+def _check_lengths(recipe: Recipe, parameters: Parameters, from_rows: bool) -> None:
+    """Before any checkpoint is read. Raises DataError."""
+    from weftrain.core.errors import DataError
+
+    need = parameters.row_tokens
+    if need > recipe.model.max_position_embeddings:
+        raise DataError(f"--k and --l: {need} tokens, the model has {recipe.model.max_position_embeddings} positions: take fewer")
+    if from_rows and need > recipe.data.sequence_length + 1:
+        raise DataError(f"--k and --l: {need} tokens, a row of training has {recipe.data.sequence_length + 1}: take fewer")
+
+
+def _chunks(recipe: Recipe, checkpoint_steps: list[int]) -> list[Chunk]:
+    from weftrain.analysis.memorization import heldout_chunk, training_chunks
+    from weftrain.core.data import open_heldout, training_source
+
+    chunks = training_chunks(training_source(recipe), recipe.schedule.steps, checkpoint_steps)
+    return chunks + [heldout_chunk(held) for held in open_heldout(recipe.data, recipe.model.vocab_size, 2**40)]
+
+
+def _load(path: Path, config: ModelConfig, device: str) -> Generator:
+    from weftrain.analysis.generation import Generator, load_model
+    from weftrain.core import checkpoint
+
+    state, _ = checkpoint.load(path)
+    return Generator(load_model(checkpoint.Weights(state.tensors), config, device))
+
+
+def _table(results: list[Result], parameters: Parameters) -> list[str]:
+    """Chunks down, checkpoints across. Plain lines: a table of many checkpoints must not be folded to a terminal's width."""
+    marks = {"just seen": "*", "earlier": "+", "partly seen": "~", "unseen": " ", "unknown": "?"}
+    cells = {(one.chunk, one.step): f"{one.extractible_percent:.2f} / {one.mean_score:.4f} {marks[one.relation]}" for one in results}
+    steps, chunks = sorted({result.step for result in results}), list(dict.fromkeys(result.chunk for result in results))
+    rows = [["chunk", *(f"step {step}  " for step in steps)], *([chunk, *(cells[chunk, step] for step in steps)] for chunk in chunks)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(steps) + 1)]
+    return [
+        f"% extractible / mean score, k = {parameters.prompt_tokens}, l = {parameters.continuation_tokens}; "
+        "* just seen, + seen earlier, ~ seen in part, ? unknown, no mark: unseen",
+        *(
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+            for row in rows
+        ),
+    ]
+
+
+def _warn_of_repeats(results: list[Result], console: Console) -> None:
+    repeats = {
+        result.chunk: (result.repeated, len(result.matches)) for result in results if result.repeated and result.relation == "unseen"
+    }
+    for chunk, (repeated, rows) in repeats.items():
+        console.print(
+            f"warning: {chunk}: {repeated:,} of {rows:,} rows come in a second epoch or later: seen before, though not there", markup=False
+        )
