@@ -1,11 +1,14 @@
-"""`weftrain eval`: held-out loss and perplexity of a checkpoint, on the sets of its own recipe."""
+"""`weftrain eval`: held-out loss and perplexity of a checkpoint on its own recipe's sets; tasks of lm-eval; code that passes its tests.
+
+What a reader would get wrong: held-out loss alone runs on the run's backend and leaves no record; all else is in cli/evaluate_tasks.py.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -16,18 +19,82 @@ from rich.table import Table
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--rows", type=click.IntRange(min=1), help="Rows of each held-out set.  [default: all]")
-@click.option("--backend", help="Another backend than the run's, with its own default options.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a set instead of a table.")
-def evaluate(run: Path, overrides: tuple[str, ...], rows: int | None, backend: str | None, as_json: bool) -> None:
+@click.option("--backend", help="Another backend than the run's, with its own default options: held-out loss alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a score instead of a table.")
+@click.option("--tasks", help="Tasks or groups of lm-eval by name, with commas between them.")
+@click.option("--preset", type=click.Choice(["llm360"]), help="The tasks, shots and metrics of the LLM360 paper, beside its scores.")
+@click.option("--shots", type=click.IntRange(min=0), help="Examples before each question of --tasks.  [default: the task's own number]")
+@click.option("--include", type=click.Path(path_type=Path), help="A folder of task YAML files. Python that they name is run.")
+@click.option("--limit", type=click.IntRange(min=1), help="Documents of each task, or problems of --code: a record then is partial.")
+@click.option("--code", type=click.Path(path_type=Path), help="Problems to write programs for, JSON lines; pass@k by running their tests.")
+@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Programs for each problem of --code.")
+@click.option("--k", "ks", default="1", show_default=True, help="For pass@k, with commas between them: none above --samples.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Of the programs; 0: greedy.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Of the programs: nucleus sampling.  [default: all]")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of each program.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json.  [default: of the recipe's first source]")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences at once.")
+@click.option("--seed", type=click.IntRange(min=0), default=1234, show_default=True, help="Of few-shot examples and of sampling.")
+@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--watch", is_flag=True, help="Evaluate each checkpoint of the run as it appears, until the run has ended.")
+@click.option("--every-seconds", type=click.FloatRange(min=0.1), default=30.0, show_default=True, help="Between two looks of --watch.")
+@click.option("--until-step", type=click.IntRange(min=1), help="End --watch when a checkpoint of this step or a later one is there.")
+@click.pass_context
+def evaluate(context: click.Context, run: Path, overrides: tuple[str, ...], **options: Any) -> None:
     """Measure held-out loss and perplexity per set. RUN is a run folder (its newest whole checkpoint) or one checkpoint's folder.
+
+    With --tasks, --preset or --code: scores of tasks instead. Each is a record in RUN/analyses/evaluations; one that is there is not
+    computed again. With --watch: records of every checkpoint, of held-out loss where no tasks are named.
 
     KEY.SUB=VALUE lays a value over the recorded recipe, e.g. data.root=/other/place.
     """
-    from weftrain.cli.assembly import backend_options, open_data
+    _check(context, options)
+    if any(options[name] for name in ("tasks", "preset", "code", "watch")):
+        from weftrain.cli.evaluate_tasks import evaluate_records
+
+        evaluate_records(run, overrides, options)
+    else:
+        _heldout(run, overrides, options["rows"], options["backend"], options["as_json"])
+
+
+# Option -> the options that give it a meaning, one of which must be there.
+_GO_WITH = {
+    **dict.fromkeys(("shots", "include"), ("tasks", "preset")),
+    **dict.fromkeys(("samples", "ks", "temperature", "top_p", "max_new_tokens"), ("code",)),
+    **dict.fromkeys(("limit", "tokenizer"), ("tasks", "preset", "code")),
+    **dict.fromkeys(("batch_size", "seed", "precision", "device"), ("tasks", "preset", "code", "watch")),
+    **dict.fromkeys(("every_seconds", "until_step"), ("watch",)),
+}
+
+
+def _check(context: click.Context, options: dict[str, Any]) -> None:
+    """Refuse an option that would have no effect."""
+
+    def given(name: str) -> bool:
+        return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+    def spelled(name: str) -> str:
+        return "--k" if name == "ks" else "--" + name.replace("_", "-")
+
+    for name, others in _GO_WITH.items():
+        if given(name) and not any(options[other] for other in others):
+            raise click.UsageError(f"{spelled(name)} has no effect without {' or '.join(map(spelled, others))}")
+    if options["preset"] and options["shots"] is not None:
+        raise click.UsageError("--shots: a preset says how many; name its tasks with --tasks instead")
+    records = [name for name in ("tasks", "preset", "code", "watch") if options[name]]
+    if options["backend"] and records:
+        raise click.UsageError(f"--backend has no effect with {spelled(records[0])}: choose --device and --precision")
+    if options["rows"] and any(name != "watch" for name in records):
+        raise click.UsageError("--rows is for held-out sets alone; --limit is for tasks and code")
+
+
+def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: str | None, as_json: bool) -> None:
+    from weftrain.analysis.evaluation import perplexity_of
+    from weftrain.cli.assembly import backend_options, open_data, recipe_of_checkpoint
     from weftrain.core import checkpoint
     from weftrain.core.backend import Job, Plan
     from weftrain.core.errors import CheckpointError, DataError
-    from weftrain.core.recipe_file import recorded_recipe
 
     console = Console(highlight=False, soft_wrap=True, stderr=as_json)
     path: Path | None = run
@@ -40,7 +107,7 @@ def evaluate(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
     recorded = manifest["recipe"]["backend"]
     if backend in (None, recorded["name"]) and recorded["options"].get("store") is not None:
         own.append("backend.options.store=null")  # the run's own store holds what the run last trained, and may be in use
-    file = recorded_recipe(manifest["recipe"], f"{path}/manifest.json: recipe", [*overrides, *own], backend)
+    file = recipe_of_checkpoint(path, manifest, [*overrides, *own], backend)
     chosen, options = backend_options(file)
     _, heldout = open_data(file.recipe)
     if not heldout:
@@ -51,7 +118,7 @@ def evaluate(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
         prepared = chosen.prepare(Job(file.recipe, Plan(state.step, state.step), options, weights, folder=Path(folder)))
         for held in heldout:
             result = prepared.evaluate(held)
-            perplexity = math.exp(result.loss) if result.loss < 700 else math.inf
+            perplexity = perplexity_of(result.loss)
             if as_json:
                 record = {"checkpoint": manifest["root"], "step": state.step, "set": held.name, "loss": result.loss}
                 click.echo(json.dumps({**record, "perplexity": perplexity, "tokens": result.tokens, "dataset_id": held.dataset_id}))

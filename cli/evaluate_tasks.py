@@ -1,0 +1,218 @@
+"""What `weftrain eval` does beside held-out loss on the run's backend: scores that are kept as records, once or as checkpoints appear.
+
+What a reader would get wrong: a checkpoint is opened only when a record is missing. Its manifest, which names it, is read always.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from weftrain.analysis.evaluation import PRESETS, TaskRequest
+from weftrain.analysis.evaluation_records import Record, Settings, Subject
+from weftrain.cli.display import Bar
+from weftrain.core.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from weftrain.analysis.generation import Generator
+    from weftrain.analysis.lm_eval_model import CheckpointLM
+    from weftrain.core.model import Decoder
+
+
+def evaluate_records(run: Path, overrides: Sequence[str], options: dict[str, Any]) -> None:
+    """The verb's work: `options` are its own, checked. Raises WeftrainError."""
+    from weftrain.analysis.watcher import watch
+    from weftrain.core import checkpoint
+
+    console = Console(highlight=False, soft_wrap=True, stderr=options["as_json"])
+    settings = _settings(options)
+    console.print(f"on {settings.device} in {settings.precision}, {settings.batch_size} sequences at once")
+
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    def evaluate(path: Path, verified: bool = False) -> None:
+        opened = _Checkpoint(path, overrides, settings, options["tokenizer"], verified)
+        records = _records(opened, settings, options, console)
+        _show(records, opened, options["as_json"], console)
+
+    if options["watch"]:
+        if not (run / "checkpoints").is_dir():
+            raise CheckpointError(f"{run}: no run folder, it has no 'checkpoints'; start the run first, or leave --watch out")
+        steps = watch(run, evaluate, every_seconds=options["every_seconds"], until_step=options["until_step"], say=say)
+        say(f"watched to the end: {len(steps)} checkpoints")
+        return
+    path: Path | None = run
+    whole = (run / "checkpoints").is_dir()
+    if whole:
+        path = checkpoint.newest(run / "checkpoints", lambda line: say(f"warning: {line}"))
+    if path is None:
+        raise CheckpointError(f"{run}: no whole checkpoint; train the run further, or name a checkpoint's folder")
+    evaluate(path, verified=whole)
+
+
+def _settings(options: dict[str, Any]) -> Settings:
+    import torch
+
+    device = options["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Settings(options["batch_size"], options["seed"], options["limit"], options["precision"], device, options["include"])
+
+
+class _Checkpoint:
+    """A checkpoint, whose weights are read and verified when they are asked for. Raises CheckpointError, DataError, RecipeError."""
+
+    def __init__(self, path: Path, overrides: Sequence[str], settings: Settings, tokenizer: Path | None, verified: bool) -> None:
+        from weftrain.cli.assembly import recipe_of_checkpoint
+        from weftrain.core.manifest import read_manifest
+
+        try:
+            manifest = read_manifest(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: manifest.json: {error}: name a run folder or a checkpoint's folder") from error
+        self.path, self._settings, self._verified, self._given_tokenizer = path, settings, verified, tokenizer
+        self.root, self.step = manifest["root"], manifest["step"]
+        self.recipe = recipe_of_checkpoint(path, manifest, overrides).recipe
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        import torch
+
+        from weftrain.analysis.generation import load_model
+        from weftrain.core import checkpoint
+
+        state, manifest = checkpoint.load(self.path, verified=self._verified)
+        if manifest["root"] != self.root:
+            raise CheckpointError(f"{self.path}: another checkpoint has taken its place: start again")
+        dtype = getattr(torch, self._settings.precision)
+        return load_model(checkpoint.Weights(state.tensors), self.recipe.model, self._settings.device, dtype)
+
+    @functools.cached_property
+    def generator(self) -> Generator:
+        from weftrain.analysis.generation import Generator
+
+        return Generator(self.decoder)
+
+    @functools.cached_property
+    def tokenizer(self) -> tuple[Tokenizer, str, int]:
+        """The tokenizer, its SHA-256, and the id that ends a text."""
+        from weftrain.analysis.evaluation import end_of_text_id, open_tokenizer
+        from weftrain.core.dataset import TOKENIZER, read_manifest
+
+        data = self.recipe.data
+        folder = Path(data.root) / data.sources[0].path if data.sources else None
+        dataset = None if folder is None or not folder.is_dir() else (folder, read_manifest(folder))
+        path = self._given_tokenizer or (None if dataset is None else dataset[0] / TOKENIZER)
+        if path is None:
+            where = "the recipe names no dataset" if folder is None else f"{folder} is not there"
+            raise DataError(f"{self.path}: no tokenizer: {where}; name the model's tokenizer.json with --tokenizer, or set data.root=")
+        tokenizer, sha256 = open_tokenizer(path, self.recipe.model.vocab_size, dataset)
+        return tokenizer, sha256, end_of_text_id(tokenizer, path, None if dataset is None else dataset[1])
+
+
+def _requests(options: dict[str, Any]) -> list[TaskRequest]:
+    named = [name.strip() for name in (options["tasks"] or "").split(",") if name.strip()]
+    return [*(PRESETS[options["preset"]] if options["preset"] else ()), *(TaskRequest(name, options["shots"]) for name in named)]
+
+
+def _records(opened: _Checkpoint, settings: Settings, options: dict[str, Any], console: Console) -> list[Record]:
+    """Every score that was asked for, of one checkpoint: read where its record is there, else computed and kept."""
+    from weftrain.analysis.evaluation import attend_within_documents, run_heldout, run_tasks
+    from weftrain.analysis.evaluation_records import records_folder
+    from weftrain.core.data import open_heldout
+
+    folder, requests = records_folder(opened.path), _requests(options)
+    records: list[Record] = []
+    with Bar(console, f"step {opened.step}", 1) as bar:
+        if requests:
+            tokenizer, sha256, eos_id = opened.tokenizer
+
+            def model() -> CheckpointLM:
+                from weftrain.analysis.lm_eval_model import CheckpointLM
+
+                return CheckpointLM(
+                    opened.generator,
+                    tokenizer,
+                    eos_id,
+                    opened.recipe.model.max_position_embeddings,
+                    batch_size=settings.batch_size,
+                    seed=settings.seed,
+                    report=lambda done, total, what: bar.update(done, what, total=total),
+                )
+
+            subject = Subject(opened.root, opened.step, sha256)
+            records += run_tasks(requests, subject, settings, model, folder, bar.say)
+        if options["code"]:
+            records.append(_code(opened, settings, options, folder, bar))
+        if not requests and not options["code"]:
+            recipe = opened.recipe
+            sets = open_heldout(recipe.data, recipe.model.vocab_size, options["rows"] or 2**40) if recipe.data.sources else []
+            if not sets:
+                raise DataError(f"{opened.path}: its recipe has no held-out set; name --tasks or --code, or prepare one")
+
+            def decoder() -> Decoder:
+                if recipe.data.document_attention:
+                    attend_within_documents(opened.decoder)
+                return opened.decoder
+
+            records += run_heldout(sets, Subject(opened.root, opened.step), settings, decoder, folder, bar.say)
+    return records
+
+
+def _code(opened: _Checkpoint, settings: Settings, options: dict[str, Any], folder: Path, bar: Bar) -> Record:
+    from weftrain.analysis.evaluation_code import CodeSettings, run_code
+
+    try:
+        ks = tuple(int(k) for k in options["ks"].split(","))
+    except ValueError:
+        raise DataError(f"--k {options['ks']}: whole numbers with commas between them, e.g. --k 1,10") from None
+    code = CodeSettings(options["samples"], ks, options["temperature"], options["top_p"], options["max_new_tokens"])
+    tokenizer, sha256, eos_id = opened.tokenizer
+    return run_code(
+        options["code"],
+        code,
+        Subject(opened.root, opened.step, sha256),
+        settings,
+        tokenizer,
+        eos_id,
+        opened.recipe.model.max_position_embeddings,
+        lambda: opened.generator,
+        folder,
+        bar.say,
+        lambda done, total: bar.update(done, "programs tested", total=total),
+    )
+
+
+def _show(records: Sequence[Record], opened: _Checkpoint, as_json: bool, console: Console) -> None:
+    from weftrain.core.canonical import canonical_json
+
+    if as_json:
+        for record in records:
+            click.echo(canonical_json(record).decode())
+        return
+    title = f"{opened.path} (step {opened.step})"
+    table = Table("task", "shots", "metric", "score", "± error", "of", title=title, title_justify="left", box=None)
+    published = sorted({name for record in records for name in record.get("published_percent", {})})
+    for name in published:
+        table.add_column(f"{name}, published")
+    for record in records:
+        percent, error = record["value_percent"], record["stderr_percent"]
+        score = f"{percent:.2f} %" if percent is not None else _shown(record["value"])
+        deviation = f"{error:.2f}" if error is not None else ("" if record["stderr"] is None else f"{record['stderr']:.4g}")
+        count = f"{record['samples']:,}{' (partial)' if record.get('partial') else ''}"
+        others = [_shown(record.get("published_percent", {}).get(name, "")) for name in published]
+        table.add_row(record["task"], str(record["shots"]), record["metric"], score, deviation, count, *others)
+    console.print(table)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
