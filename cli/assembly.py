@@ -5,7 +5,10 @@ What a reader would get wrong: everything here fails before step 0. A wrong opti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +16,8 @@ from weftrain.analysis.peak import Peak, measured_matmul_peak
 from weftrain.backends.registry import get_backend
 from weftrain.core.backend import Backend, BatchSource, EvaluationSource, Run
 from weftrain.core.config import Recipe, Section
-from weftrain.core.recipe_file import RecipeFile, validate_section
+from weftrain.core.recipe_file import RecipeFile, recorded_recipe, validate_section
+from weftrain.core.release import RELEASE, read_release
 
 
 def backend_options(file: RecipeFile) -> tuple[Backend, Section]:
@@ -30,6 +34,17 @@ def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
 
     source = training_source(recipe)
     return source, open_heldout(recipe.data, recipe.model.vocab_size, recipe.log.evaluate_rows)
+
+
+def recipe_of_checkpoint(path: Path, manifest: dict[str, Any], overrides: Iterable[str] = (), backend: str | None = None) -> RecipeFile:
+    """The recipe that the checkpoint in `path` was made by, with overrides; in a release that has its shards, it reads those.
+
+    Raises RecipeError, ReleaseError.
+    """
+    tree, release = copy.deepcopy(manifest["recipe"]), path.resolve().parent.parent
+    if path.resolve().parent.name == "checkpoints" and (release / RELEASE).exists() and read_release(release).data == "shards":
+        tree["data"]["root"] = str(release / "data")
+    return recorded_recipe(tree, f"{path}/manifest.json: recipe", overrides, backend)
 
 
 def measured_peak(recipe: Recipe, backend: Backend, run: Run) -> Peak:

@@ -38,3 +38,7 @@ class NonFiniteError(WeftrainError):
     """A loss or gradient norm that is not finite: the step did not happen. Names the step and its samples."""
 
     exit_code = 3
+
+
+class ReleaseError(WeftrainError):
+    """A release that is incomplete, altered, or not one; names the file."""

@@ -1,0 +1,114 @@
+"""A release's model card, README.md with the Hugging Face hub's front matter: every line from the record, nothing typed by hand.
+
+What a reader would get wrong: a score stands here only as the record of an evaluation that names its checkpoint's root; a number without
+one is not on a card.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from weftrain.analysis.evaluation_records import read_records, records_folder
+from weftrain.core.config import Recipe
+from weftrain.core.ledger import Lineage
+from weftrain.core.metrics import read_metrics
+from weftrain.core.parameters import parameter_specs
+from weftrain.core.release import Release
+
+
+def model_card(run: Path, release: Release, line: Lineage, recipe: Recipe) -> str:
+    """The card of the release of the run in `run`, as Markdown."""
+    parts = [
+        _front_matter(release),
+        f"# {release.name}\n",
+        f"{recipe.description}\n",
+        *_facts(release, recipe),
+        *_training(run, line, recipe),
+    ]
+    parts += [*_links(release), *_scores(run), *_use(release)]
+    return "\n".join(parts) + "\n"
+
+
+def _front_matter(release: Release) -> str:
+    fields = {"license": release.licences.weights.lower(), "library_name": "transformers", "pipeline_tag": "text-generation"}
+    return f"---\n{yaml.safe_dump(fields, sort_keys=True)}---\n"
+
+
+def _facts(release: Release, recipe: Recipe) -> list[str]:
+    model, tokens = recipe.model, recipe.tokens_per_step
+    parameters = sum(spec.size for spec in parameter_specs(model))
+    return [
+        "| | |\n|---|---|",
+        f"| parameters | {parameters:,} |",
+        f"| architecture | {model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads, {model.norm}, SwiGLU "
+        f"{model.intermediate_size}, rotary {model.rotary_dim} of {model.head_dim}, vocabulary {model.vocab_size} |",
+        f"| sequence length | {recipe.data.sequence_length} |",
+        f"| batch | {recipe.batch.global_batch_size} sequences, {tokens:,} tokens |",
+        f"| training | {recipe.schedule.steps:,} steps, {tokens * recipe.schedule.steps:,} tokens |",
+        f"| optimizer | {recipe.optimizer.name}, betas {recipe.optimizer.beta1} and {recipe.optimizer.beta2}, "
+        f"eps {recipe.optimizer.eps:g}, "
+        f"weight decay {recipe.optimizer.weight_decay:g}, clip {recipe.optimizer.clip_norm} |",
+        f"| precision | {recipe.precision.compute} compute, float32 weights and optimizer state; revisions in {release.weights_dtype} |",
+        f"| dataset | {release.dataset_id} ({release.data}) |",
+        *(f"| licence of {name} | {licence} |" for name, licence in sorted(release.licences.data.items())),
+        f"| recipe | {release.recipe_sha256} |",
+        f"| made with | weftrain {release.weftrain} |\n",
+    ]
+
+
+def _training(run: Path, line: Lineage, recipe: Recipe) -> list[str]:
+    records = read_metrics(run)
+    steps = [record for record in records if record["kind"] == "step"]
+    found = ["## Training\n"]
+    if steps:
+        found.append(
+            f"Loss {float(steps[0]['loss']):.4f} at step {steps[0]['step']}, {float(steps[-1]['loss']):.4f} at step {steps[-1]['step']}."
+        )
+    skipped = sum(bool(record.get("skipped")) for record in steps)
+    found.append(f"Trained in {len(line.stretches)} stretches, with {len(line.branches)} rollbacks and {skipped} skipped steps.")
+    found += [f"Rolled back to step {branch.step}: {branch.reason}" for branch in line.branches]
+    found += [
+        f"Chunk {entry['chunk']} {'deferred' if entry['action'] == 'defer' else 'dropped'}: {entry['reason']}" for entry in line.decisions
+    ]
+    heldout = {}
+    for record in records:
+        if record["kind"] == "evaluation":
+            heldout[record["set"]] = record
+    for name, record in sorted(heldout.items()):
+        found.append(f"Held-out {name} at step {record['step']}: loss {record['loss']:.4f}, perplexity {record['perplexity']:.3f}.")
+    return [*found, ""]
+
+
+def _links(release: Release) -> list[str]:
+    rows = ["## Checkpoints\n", "| link | chunk | steps | samples | checkpoint root |", "|---|---|---|---|---|"]
+    for link in release.links:
+        chunk = "" if link.chunk is None else str(link.chunk)
+        rows.append(
+            f"| {link.link} | {chunk} | {link.first_step}..{link.stop_step} | {link.samples[0]}..{link.samples[1]} | `{link.end}` |"
+        )
+    return [*rows, ""]
+
+
+def _scores(run: Path) -> list[str]:
+    records = sorted(read_records(records_folder(run)), key=lambda record: (record["step"], record["task"], str(record["shots"])))
+    if not records:
+        return ["## Evaluation\n", "None was recorded.\n"]
+    rows = ["## Evaluation\n", "| step | task | version | shots | metric | value | checkpoint root |", "|---|---|---|---|---|---|---|"]
+    for record in records:
+        partial = " (partial)" if record.get("partial") else ""
+        value = f"{record['value']}" if record["value_percent"] is None else f"{record['value_percent']:.2f} %"
+        rows.append(
+            f"| {record['step']} | {record['task']}{partial} | {record['task_version']} | {record['shots']} | {record['metric']} "
+            f"| {value} | `{record['checkpoint'][:16]}` |"
+        )
+    return [*rows, ""]
+
+
+def _use(release: Release) -> list[str]:
+    return [
+        "## Check it\n",
+        "```bash\nweftrain verify .\nweftrain replay . --sample 0.1\n```\n",
+        "`verify` reads every byte; `replay` trains a link again and compares every bit. For the hub: `revisions/`, a folder a checkpoint.",
+    ]

@@ -1,0 +1,31 @@
+"""`weftrain openness`: what a release gives, as the table by which LLM360 compared releases."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+_COLOURS = {"present": "green", "partial": "yellow", "absent": "red"}
+
+
+@click.command("openness")
+@click.argument("release", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def openness(release: Path, as_json: bool) -> None:
+    """Say what RELEASE, one of ours or a model's folder from the Hugging Face hub, has, and what each absence prevents."""
+    from weftrain.analysis.openness import openness as judge
+
+    kind, items = judge(release)
+    if as_json:
+        click.echo(json.dumps({"folder": str(release), "kind": kind, "items": [dataclasses.asdict(item) for item in items]}, indent=2))
+        return
+    table = Table("", "", "seen by", "an absence prevents", title=f"{release}: {kind}", title_justify="left", box=None)
+    for item in items:
+        prevents = "" if item.status == "present" else item.prevents
+        table.add_row(item.name, f"[{_COLOURS[item.status]}]{item.status}[/]", item.evidence, prevents)
+    Console(highlight=False).print(table)

@@ -1,0 +1,211 @@
+"""`weftrain release`, `verify`, `replay`, `sign`: a run for others, and others' proof that it is what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+ReleasePath = click.Path(path_type=Path, exists=True, file_okay=False)
+
+
+@click.command("release")
+@click.argument("run", type=ReleasePath)
+@click.option("--to", "target", type=click.Path(path_type=Path), required=True, help="The new folder.")
+@click.option("--licence", required=True, help="Licence of the weights, by its SPDX identifier, e.g. Apache-2.0.")
+@click.option("--weights-dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="Of revisions/.")
+@click.option(
+    "--data", type=click.Choice(["shards", "manifest"]), default="shards", show_default=True, help="Whole datasets, or their hashes."
+)
+@click.option("--data-root", type=click.Path(path_type=Path), help="The folder of datasets.  [default: the recipe's data.root]")
+@click.option("--sign", "key", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Ed25519 private key in PEM.")
+def release(
+    run: Path,
+    target: Path,
+    licence: str,
+    weights_dtype: Literal["float32", "bfloat16"],
+    data: Literal["shards", "manifest"],
+    data_root: Path | None,
+    key: Path | None,
+) -> None:
+    """Write the release of RUN: checkpoints, weights, data, metrics, recipe, ledger and a model card, all of it from the record."""
+    import torch
+
+    from weftrain.analysis.model_card import model_card
+    from weftrain.core.config import Recipe
+    from weftrain.core.dataset import read_tokenizer
+    from weftrain.core.huggingface import write_huggingface
+    from weftrain.core.release import SIGNATURE, build
+    from weftrain.core.run_folder import held_run
+    from weftrain.core.signature import sign
+
+    console = Console(highlight=False, soft_wrap=True, stderr=True)
+    dtype = getattr(torch, weights_dtype)
+
+    def write_weights(folder: Path, weights: Mapping[str, Any], recipe: Recipe) -> None:
+        beside = {}
+        if recipe.data.sources:
+            root = Path(recipe.data.root) if data_root is None else data_root
+            beside["tokenizer.json"] = read_tokenizer(root / recipe.data.sources[0].path)
+        write_huggingface(folder, weights, recipe.model, dtype, beside=beside)
+
+    with held_run(run):
+        made = build(
+            run,
+            target,
+            version=importlib.metadata.version("weftrain"),
+            weights_dtype=weights_dtype,
+            licence=licence,
+            data=data,
+            card=lambda draft, line, recipe: model_card(run, draft, line, recipe),
+            write_weights=write_weights,
+            root=data_root,
+            progress=lambda words: console.print(words, markup=False),
+        )
+    if key is not None:
+        public = sign(target / SIGNATURE, made.root, key)
+        click.echo(f"signed by {public}")
+    click.echo(f"{target}: {len(made.links)} links, {len(made.files)} files, root {made.root}")
+    click.echo(f"verify it with: weftrain verify {target}; replay it with: weftrain replay {target}")
+
+
+@click.command("sign")
+@click.argument("release", type=ReleasePath, required=False)
+@click.option("--key", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Ed25519 private key in PEM.")
+@click.option("--new-key", is_flag=True, help="Make the key first.")
+def sign(release: Path | None, key: Path, new_key: bool) -> None:
+    """Sign RELEASE's root, after every byte of it was verified; or, without RELEASE, only make a key."""
+    from weftrain.core.release import SIGNATURE
+    from weftrain.core.signature import new_key as make_key
+    from weftrain.core.signature import sign as sign_root
+    from weftrain.core.verification import verify
+
+    if new_key:
+        click.echo(f"{key}: keep it secret; its public key, to publish: {make_key(key)}")
+    if release is not None:
+        verified = verify(release, signature=False)
+        public = sign_root(release / SIGNATURE, verified.release.root, key)
+        click.echo(f"{release}: root {verified.release.root} signed by {public}")
+
+
+@click.command("verify")
+@click.argument("path", type=ReleasePath)
+@click.option("--key", metavar="HEX", help="The public key that must have signed it.")
+def verify(path: Path, key: str | None) -> None:
+    """Read every byte of PATH, a release or one checkpoint's folder, and check every hash and every claim in it."""
+    from weftrain.core import checkpoint
+    from weftrain.core.errors import ReleaseError
+    from weftrain.core.release import RELEASE
+    from weftrain.core.verification import verify as verify_release
+
+    if not (path / RELEASE).exists() and (path / "manifest.json").exists():
+        manifest = checkpoint.verify(path)
+        click.echo(f"{path}: step {manifest['step']}, {len(manifest['tensors'])} tensors, root {manifest['root']}: whole")
+        return
+    verified = verify_release(path)
+    if key is not None and verified.signer != key.lower():
+        signer = "nobody" if verified.signer is None else verified.signer
+        raise ReleaseError(f"{path}: is signed by {signer}, not by {key}: fetch it from whoever holds that key")
+    release = verified.release
+    click.echo(f"{path}: {len(release.files):,} files, {verified.num_bytes:,} bytes, {len(release.links)} links: whole, and of one story")
+    click.echo(f"root {release.root}, " + ("not signed" if verified.signer is None else f"signed by {verified.signer}"))
+    click.echo("that the states were trained as it says is shown by: weftrain replay")
+
+
+@click.command("replay")
+@click.argument("release", type=ReleasePath)
+@click.option("--link", "links", type=int, multiple=True, help="Number of a link, from 1 (repeatable).  [default: all]")
+@click.option("--sample", "share", type=float, metavar="P", help="A random share of the links instead, e.g. 0.1.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of --sample.")
+@click.option("--backend", help="Another backend than the run's; then bits may differ, and the fingerprint says where.")
+@click.option("--tolerance", type=click.FloatRange(min=0), help="Largest distance as a share of the movement, under another fingerprint.")
+@click.option("--data-root", type=click.Path(path_type=Path, exists=True), help="Datasets of a release that has only their hashes.")
+def replay(
+    release: Path,
+    links: tuple[int, ...],
+    share: float | None,
+    seed: int,
+    backend: str | None,
+    tolerance: float | None,
+    data_root: Path | None,
+) -> None:
+    """Train links of RELEASE again, each from checkpoint k-1 over chunk k, and compare every tensor with checkpoint k, bit for bit."""
+    from weftrain.core.errors import ReleaseError
+    from weftrain.core.replay import DEFAULT_TOLERANCE, chosen_links, replay_link
+    from weftrain.core.verification import verify as verify_release
+
+    console = Console(highlight=False, soft_wrap=True)
+    verified = verify_release(release)
+    if verified.release.data == "manifest" and data_root is None:
+        raise ReleaseError(f"{release}: holds only hashes of its data: name the folder of its datasets with --data-root")
+    chosen = chosen_links(verified.release.links, links, share, seed)
+    if share is not None:
+        console.print(f"links {', '.join(str(link.link) for link in chosen)} of {len(verified.release.links)}, drawn with seed {seed}")
+    table = Table("link", "chunk", "steps", "tensors equal", "losses equal", "verdict", box=None)
+    failed = False
+    notes: list[str] = []
+    with _prepare(release, data_root, backend) as (open_source, prepare):
+        for link in chosen:
+            report = replay_link(release, verified, link, open_source, prepare, DEFAULT_TOLERANCE if tolerance is None else tolerance)
+            failed |= report.verdict == "different"
+            chunk = "-" if link.chunk is None else str(link.chunk)
+            steps = f"{link.first_step}..{link.stop_step}"
+            equal = (f"{report.equal} of {report.tensors}", f"{report.equal_losses} of {report.losses}")
+            table.add_row(str(link.link), chunk, steps, *equal, report.verdict)
+            notes += _notes(report)
+    console.print(table)
+    for note in notes:
+        console.print(note, markup=False)
+    if failed:
+        raise SystemExit(3)
+
+
+def _notes(report: Any) -> Iterator[str]:
+    for difference in report.differences[:3]:
+        yield (
+            f"link {report.link.link}: {difference.name}: {difference.differing:,} of {difference.elements:,} elements differ, by up to "
+            f"{difference.ulps:,} ulp ({difference.largest:.3g})"
+        )
+    if len(report.differences) > 3:
+        yield f"link {report.link.link}: and {len(report.differences) - 3} more tensors"
+    if report.differences or report.equal_losses < report.losses:
+        yield f"link {report.link.link}: the weights are {report.relative:.2e} of the link's movement apart"
+        if not report.fingerprint:
+            yield f"link {report.link.link}: the fingerprint is the same, so every bit must be: the release was altered"
+    for key, old, new in report.fingerprint:
+        yield f"link {report.link.link}: fingerprint: {key}: released {old}, here {new}"
+
+
+@contextlib.contextmanager
+def _prepare(release: Path, data_root: Path | None, backend: str | None) -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
+    """How a link's source is opened and its run prepared: on the release's own data, with the threads of its fingerprint."""
+    from weftrain.cli.assembly import backend_options
+    from weftrain.core.backend import Job
+    from weftrain.core.data import training_source
+    from weftrain.core.recipe_file import RecipeFile, recorded_recipe
+
+    root = release / "data" if data_root is None else data_root
+    with tempfile.TemporaryDirectory(prefix="weftrain-replay-") as folder:
+
+        def placed(recipe: Any, *more: str) -> RecipeFile:
+            tree = recipe.model_dump(mode="json")
+            tree["data"]["root"] = str(root)
+            return recorded_recipe(tree, f"{release}: its recipe", more, backend)
+
+        def prepare(recipe: Any, plan: Any, fingerprint: Mapping[str, Any]) -> Any:
+            file = placed(recipe)
+            chosen, options = backend_options(file)
+            threads = fingerprint.get("threads")
+            if "threads" in type(options).model_fields and not vars(options)["threads"] and isinstance(threads, int):
+                file = placed(recipe, f"backend.options.threads={threads}")
+                chosen, options = backend_options(file)
+            return chosen.prepare(Job(file.recipe, plan, options, None, folder=Path(folder) / str(plan.start_step)))
+
+        yield (lambda recipe: training_source(placed(recipe).recipe)), prepare

@@ -1,0 +1,322 @@
+"""A release: one folder with which a third party can verify, replay, resume and evaluate a run, and nothing else.
+
+    release.json       every file with size and SHA-256, the links, the licences; `root` is the SHA-256 of all the rest of it
+    signature.json     an Ed25519 signature of the root, where somebody signed (core/signature.py); the one file that release.json omits
+    README.md          the model card, written from the record
+    recipe.json  recipe.yaml  environment.json  ledger.jsonl  metrics.jsonl
+    checkpoints/step_NNNNNNNN/      full state, as the run saved it
+    revisions/ckpt_NNN/             weights alone, in a stated dtype, laid out for the Hugging Face hub: one revision a checkpoint
+    data/<source>/                  the datasets, or (data: manifest) what names every shard of them by hash
+    analyses/                       evaluations, memorization
+
+A *link* k runs from checkpoint k-1 to checkpoint k over the samples between them: over chunk k where the run has chunks, else from one
+checkpoint to the next. Link 1 of a run from scratch begins at the seed. What a reader would get wrong: every hash here can be made again by
+whoever edits the files: see core/verification.py and core/replay.py for what shows what.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from weftrain.core import checkpoint, fsops
+from weftrain.core.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.config import Count, Recipe, Section
+from weftrain.core.dataset import INPUTS, TOKENIZER
+from weftrain.core.dataset import MANIFEST as DATA_MANIFEST
+from weftrain.core.dataset import read_manifest as read_data_manifest
+from weftrain.core.errors import ReleaseError, RunFolderError
+from weftrain.core.ledger import LEDGER, Lineage, Point, lineage, read_ledger, span_of
+from weftrain.core.manifest import folder_name
+from weftrain.core.metrics import METRICS
+from weftrain.core.run_folder import ENVIRONMENT, READABLE_RECIPE, RECIPE
+
+FORMAT = "weftrain-release"
+VERSION = 1
+RELEASE = "release.json"
+SIGNATURE = "signature.json"
+CARD = "README.md"
+ANALYSES = "analyses"
+_MAX_RELEASE_BYTES = 256 << 20
+_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class FileEntry(Section):
+    size: Count
+    sha256: Sha256
+
+
+class Link(Section):
+    """From the state `start` (None: drawn from the seed) by the steps [first_step, stop_step) to the state `end`; both are roots."""
+
+    link: Annotated[int, Field(gt=0)]
+    chunk: Count | None
+    first_step: Count
+    stop_step: Count
+    samples: Annotated[tuple[Count, ...], Field(min_length=2, max_length=2, strict=False)]
+    start: Sha256 | None
+    end: Sha256
+
+
+class Licences(Section):
+    """Of the weights and of each source's text, as the run's owner and the datasets' manifests state them."""
+
+    weights: Annotated[str, Field(min_length=1)]
+    data: dict[str, str]
+
+
+class Release(Section):
+    """release.json, as it was checked."""
+
+    format: Literal["weftrain-release"]
+    version: Literal[1]
+    name: Annotated[str, Field(min_length=1)]
+    weftrain: str
+    weights_dtype: Literal["float32", "bfloat16"]
+    licences: Licences
+    data: Literal["shards", "manifest", "none"]  # none: synthetic rows, which follow from the seed
+    dataset_id: str
+    recipe_sha256: Sha256
+    ledger: Sha256  # the hash of its last line
+    links: Annotated[tuple[Link, ...], Field(strict=False)]
+    files: dict[str, FileEntry]
+    root: Sha256
+
+
+WriteWeights = Callable[[Path, Mapping[str, Any], Recipe], None]  # folder, canonical weights, the recipe: the Hugging Face layout
+
+
+def links_of(line: Lineage, recipe: Recipe) -> list[tuple[Link, Point]]:
+    """The links of a run's line with the checkpoint each ends in: per chunk where the run has chunks, else per checkpoint.
+
+    Raises ReleaseError where a chunk's checkpoint is not there.
+    """
+    batch = recipe.batch.global_batch_size
+    points: list[Point | None] = [None] if _starts_itself(line) else []
+    chunk_steps = None if recipe.data.chunks is None else recipe.schedule.steps // recipe.data.chunks
+    for point in line.checkpoints:
+        if point.step and (chunk_steps is None or point.step % chunk_steps == 0):
+            points.append(point)
+        elif point.step == 0:
+            points = [point]
+    links = []
+    for number, (before, after) in enumerate(pairwise(points), 1):
+        assert after is not None
+        first = 0 if before is None else before.step
+        span = span_of(recipe, first)
+        if chunk_steps is not None and after.step - first != chunk_steps:
+            raise ReleaseError(
+                f"the ledger has no checkpoint at the end of chunk {span.chunk if span else '?'} (step {first + chunk_steps})"
+            )
+        link = Link(
+            link=number,
+            chunk=None if span is None else span.chunk,
+            first_step=first,
+            stop_step=after.step,
+            samples=(first * batch, after.step * batch),
+            start=None if before is None else before.root,
+            end=after.root,
+        )
+        links.append((link, after))
+    return links
+
+
+def _starts_itself(line: Lineage) -> bool:
+    """Whether the run began from its seed, so that its first link needs no checkpoint to begin from."""
+    return bool(line.stretches) and line.stretches[0].first_step == 0 and line.stretches[0].parent is None
+
+
+def build(
+    run: Path,
+    target: Path,
+    *,
+    version: str,
+    weights_dtype: Literal["float32", "bfloat16"],
+    licence: str,
+    data: Literal["shards", "manifest"],
+    card: Callable[[Release, Lineage, Recipe], str],
+    write_weights: WriteWeights,
+    root: Path | None = None,
+    progress: Callable[[str], None] = lambda words: None,
+) -> Release:
+    """Write the release of the run in `run`; it appears under `target` whole, or not at all. root: instead of the recipe's data.root.
+
+    Raises ReleaseError, CheckpointError, DataError, RunFolderError: for a run without ledger or links, a damaged checkpoint, a target that
+    exists.
+    """
+    if target.exists():
+        raise ReleaseError(f"{target}: is there already: name a new folder; a release is never written over")
+    entries = read_ledger(run / LEDGER)
+    if not entries:
+        raise ReleaseError(f"{run / LEDGER}: there is no ledger, so nothing ties the checkpoints to their data: train with this version")
+    line = lineage(entries)
+    recipe_json = read_json(run / RECIPE)
+    recipe = Recipe.model_validate(recipe_json)
+    links = links_of(line, recipe)
+    if not links:
+        raise ReleaseError(f"{run}: no link: the run needs a checkpoint that training led to: train it further")
+    temporary = fsops.temporary_beside(target)
+    try:
+        fsops.make_dirs(temporary)
+        for name in (RECIPE, READABLE_RECIPE, ENVIRONMENT, LEDGER, METRICS):
+            if (run / name).exists():
+                fsops.copy_file(run / name, temporary / name)
+        progress("data")
+        licences, kind = _copy_data(recipe, temporary, data, root)
+        _copy_analyses(run, temporary)
+        draft = Release(
+            format="weftrain-release",
+            version=1,
+            name=recipe.name,
+            weftrain=version,
+            weights_dtype=weights_dtype,
+            licences=Licences(weights=licence, data=licences),
+            data=kind,
+            dataset_id=line.stretches[-1].dataset_id,
+            recipe_sha256=sha256_json(recipe_json),
+            ledger=entries[-1]["hash"],
+            links=tuple(link for link, _ in links),
+            files={},
+            root="0" * 64,
+        )
+        steps = {point.root: point.step for point in line.checkpoints}
+        fsops.make_dirs(temporary / "revisions")
+        for name, checkpoint_root in revisions(draft):
+            progress(f"{name} (step {steps[checkpoint_root]})")
+            _copy_checkpoint(run, temporary, steps[checkpoint_root], checkpoint_root)
+            state, manifest = checkpoint.load(temporary / "checkpoints" / folder_name(steps[checkpoint_root]), verified=True)
+            write_weights(temporary / "revisions" / name, checkpoint.Weights(state.tensors), Recipe.model_validate(manifest["recipe"]))
+        fsops.write_bytes(temporary / CARD, card(draft, line, recipe).encode())
+        progress("hashes")
+        files = hash_files({name: temporary / name for name in sorted(files_below(temporary))})
+        value = draft.model_dump(mode="json") | {"files": files}
+        del value["root"]
+        value["root"] = sha256_json(value)
+        fsops.write_bytes(temporary / RELEASE, canonical_json(value) + b"\n")
+        fsops.rename(temporary, target)
+    except OSError as error:
+        raise ReleaseError(f"{target}: cannot be written: {error.strerror or error}: make room or check it, then again") from error
+    finally:
+        if temporary.exists():
+            fsops.remove_tree(temporary)
+    return read_release(target)
+
+
+def _copy_checkpoint(run: Path, target: Path, step: int, root: str) -> None:
+    source = run / "checkpoints" / folder_name(step)
+    manifest = checkpoint.verify(source)
+    if manifest["root"] != root:
+        raise ReleaseError(f"{source}: its root {manifest['root'][:12]} is not the ledger's {root[:12]}: restore the run's own checkpoint")
+    folder = target / "checkpoints" / source.name
+    fsops.make_dirs(folder)
+    for name in sorted([*manifest["files"], "manifest.json"]):
+        fsops.copy_file(source / name, folder / name)
+
+
+def _copy_data(recipe: Recipe, target: Path, data: Literal["shards", "manifest"], root: Path | None) -> tuple[dict[str, str], Any]:
+    """Copy each source's dataset, or what describes it; source -> licence, and what was copied."""
+    if recipe.data.synthetic_rows is not None:
+        return {}, "none"
+    licences = {}
+    for source in recipe.data.sources:
+        folder = (Path(recipe.data.root) if root is None else root) / source.path
+        manifest = read_data_manifest(folder)
+        licences[source.name] = manifest.corpus.licence
+        names = [DATA_MANIFEST, TOKENIZER, *([INPUTS] if (folder / INPUTS).exists() else [])]
+        if data == "shards":
+            names += [shard.file for entry in manifest.sets.values() for shard in entry.shards]
+        for name in names:
+            place = target / "data" / checked_name(source.path) / checked_name(name)
+            if not place.exists():  # two sources may read one dataset
+                fsops.make_dirs(place.parent)
+                fsops.copy_file(folder / name, place)
+    return licences, data
+
+
+def _copy_analyses(run: Path, target: Path) -> None:
+    for path in sorted((run / ANALYSES).rglob("*")) if (run / ANALYSES).is_dir() else []:
+        if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
+            place = target / checked_name(path.relative_to(run).as_posix())
+            fsops.make_dirs(place.parent)
+            fsops.copy_file(path, place)
+
+
+def checked_name(name: str) -> str:
+    """A relative path of plain segments. Raises ReleaseError for one that could lead out of its folder."""
+    if len(name) > 1024 or not all(_SEGMENT.fullmatch(part) for part in name.split("/")):
+        raise ReleaseError(f"'{name[:80]}' is not a path of plain names within the folder: rename it, or do not trust the release")
+    return name
+
+
+def read_release(folder: Path) -> Release:
+    """release.json of a folder, consistent in itself. No other file is looked at. Raises ReleaseError."""
+    path = folder / RELEASE
+    try:
+        data = _read_regular(path)
+        value = parse_json(data)
+        if isinstance(value, dict) and value.get("format") == FORMAT and value.get("version") != VERSION:
+            raise ValueError(f"version {value.get('version')!r} is not the one this program reads ({VERSION}): use a newer weftrain")
+        release = Release.model_validate(value)
+        if canonical_json(value) + b"\n" != data:
+            raise ValueError("is not in canonical form, so it was altered")
+        if sha256_json({key: item for key, item in value.items() if key != "root"}) != release.root:
+            raise ValueError("does not hash to its root, so it was altered")
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ReleaseError(f"{path}: key '{'.'.join(map(str, first['loc']))[:80]}': {first['msg']}: is it a release's?") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ReleaseError(f"{path}: {reason}: name a release's folder, or fetch it again") from error
+    for name in release.files:
+        checked_name(name)
+    return release
+
+
+def revisions(release: Release) -> list[tuple[str, str]]:
+    """(name of the revision, root of the checkpoint whose weights it holds), in the order of training: ckpt_000 is where link 1 begins."""
+    roots = dict.fromkeys(root for link in release.links for root in (link.start, link.end) if root is not None)
+    return [(f"ckpt_{number:03d}", root) for number, root in enumerate(roots, 0 if release.links[0].start is not None else 1)]
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Every file below a folder, as relative names. Raises ReleaseError for a link, or what is neither file nor folder."""
+    for entry in os.scandir(folder):
+        name = entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from (f"{name}/{inner}" for inner in files_below(Path(entry.path)))
+        elif stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
+            yield name
+        else:
+            raise ReleaseError(f"{entry.path}: is a symbolic link or no plain file: a release holds neither")
+
+
+def hash_files(paths: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """name -> size and SHA-256, as many files at a time as there are CPUs: hashlib lets go of the interpreter's lock."""
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
+        hashes = dict(zip(paths, pool.map(fsops.sha256_file, paths.values()), strict=True))
+    return {name: {"size": paths[name].stat().st_size, "sha256": sha256} for name, sha256 in hashes.items()}
+
+
+def _read_regular(path: Path) -> bytes:
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise ValueError("is a symbolic link or no plain file")
+    if path.stat().st_size > _MAX_RELEASE_BYTES:
+        raise ValueError(f"is larger than {_MAX_RELEASE_BYTES:,} bytes")
+    return path.read_bytes()
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return parse_json(_read_regular(path))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path}: cannot be read: {error}: restore it from a copy") from error
