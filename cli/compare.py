@@ -1,0 +1,153 @@
+"""`weftrain compare`: runs, releases and Hugging Face series side by side, by tokens seen.
+
+What a reader would get wrong: without --loss-on and --sample nothing is computed; the table holds what was recorded, and `-` for the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from weftrain.analysis.compare import Comparison
+    from weftrain.analysis.compare_series import Series
+
+
+@click.command()
+@click.argument("series", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="A [B]...")
+@click.option("--to", type=click.Path(path_type=Path), help="Folder for compare.json, compare.md, compare.png and what is measured.")
+@click.option("--window", type=click.IntRange(min=1), default=100, show_default=True, help="Steps that a train loss is the mean of.")
+@click.option("--tokens-per-step", multiple=True, metavar="[NAME=]N", help="Of a Hugging Face series (Pythia: 2097152); once, or for each.")
+@click.option(
+    "--loss-on", multiple=True, type=click.Path(path_type=Path), help="Measure the loss on a dataset's held-out set, or ids.jsonl."
+)
+@click.option("--rows", type=click.IntRange(min=1), help="Rows of each --loss-on.  [default: all]")
+@click.option(
+    "--sample", "samples", multiple=True, type=click.Path(path_type=Path), help="Measure memorization of released rows, JSON Lines."
+)
+@click.option("--max-rows", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows of each --sample.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences at once, for --loss-on.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N: where --loss-on and --sample are computed.")
+@click.option("--all-positions", is_flag=True, help="Rows for every number of tokens, not for those alone that all series have.")
+@click.option("--plot/--no-plot", default=True, show_default=True, help="Draw compare.png under --to; needs weftrain[plot].")
+@click.option("--json", "as_json_", is_flag=True, help="Print compare.json instead of the table.")
+def compare(
+    series: tuple[Path, ...],
+    to: Path | None,
+    window: int,
+    tokens_per_step: tuple[str, ...],
+    loss_on: tuple[Path, ...],
+    rows: int | None,
+    samples: tuple[Path, ...],
+    max_rows: int,
+    batch_size: int,
+    device: str,
+    all_positions: bool,
+    plot: bool,
+    as_json_: bool,
+) -> None:
+    """Compare A, B, ... by tokens seen: losses, scores, memorization.
+
+    Each is a run's folder, a release's, or a folder with a sub-folder a revision (step1000, step2000, ...; ckpt_001, ...) of a Hugging
+    Face model in safetensors. --loss-on and --sample measure every series, and keep the results under --to.
+    """
+    if (loss_on or samples) and to is None:
+        raise click.UsageError("--loss-on and --sample need --to FOLDER, where what is measured is kept")
+    from weftrain.analysis import compare as comparing
+    from weftrain.analysis.compare_plot import check_plotting
+    from weftrain.analysis.compare_plot import plot as draw
+    from weftrain.core import fsops
+    from weftrain.core.canonical import canonical_json
+
+    if to is not None and plot:
+        check_plotting()
+    console = Console(highlight=False, soft_wrap=True, stderr=as_json_)
+    names = comparing.names_of(series)
+    rates = _rates(tokens_per_step, names)
+    opened = [comparing.read_series(path, name, window, rates.get(name)) for path, name in zip(series, names, strict=True)]
+    notes: list[str] = []
+    if to is not None and (loss_on or samples):
+        opened, notes = _measured(opened, to, loss_on, rows, samples, max_rows, batch_size, device, console)
+    found = comparing.compare(opened, window_steps=window, every_position=all_positions, notes=notes)
+    data = canonical_json(comparing.as_json(found))
+    if as_json_:
+        click.echo(data.decode())
+    else:
+        _show(found, console)
+    if to is None:
+        return
+    fsops.make_dirs(to)
+    fsops.write_bytes(to / "compare.json", data + b"\n")
+    fsops.write_bytes(to / "compare.md", comparing.as_markdown(found, "compare.png" if plot else None).encode())
+    if plot:
+        draw(found, to / "compare.png")
+    written = ("compare.json", "compare.md", *(("compare.png",) if plot else ()))
+    console.print("\n".join(f"written   {to / name}" for name in written), markup=False)
+
+
+def _rates(given: tuple[str, ...], names: list[str]) -> dict[str, int]:
+    """Series -> tokens a step: the number without a name is for all that are not named."""
+    rates: dict[str, int] = {}
+    for one in sorted(given, key=lambda text: "=" in text):  # those with a name last
+        name, equals, digits = one.rpartition("=")
+        if not digits.replace("_", "").isdecimal() or int(digits) < 1:
+            raise click.BadParameter(f"'{one[:80]}' is not a number of tokens, or NAME=N", param_hint="--tokens-per-step")
+        if equals and name not in names:
+            raise click.BadParameter(f"there is no series '{name[:80]}'; there are {', '.join(names)}", param_hint="--tokens-per-step")
+        rates.update(dict.fromkeys([name] if equals else names, int(digits)))
+    return rates
+
+
+def _measured(
+    opened: list[Series],
+    to: Path,
+    loss_on: tuple[Path, ...],
+    rows: int | None,
+    samples: tuple[Path, ...],
+    max_rows: int,
+    batch_size: int,
+    device: str,
+    console: Console,
+) -> tuple[list[Series], list[str]]:
+    """The series with what was measured, and notes."""
+    from weftrain.analysis.compare_measure import Wanted, measure_series, open_held, open_sample
+    from weftrain.analysis.evaluation_records import Settings
+    from weftrain.cli.display import Bar
+
+    wanted = Wanted(tuple(open_held(path, rows) for path in loss_on), tuple(open_sample(path, max_rows) for path in samples))
+    settings = Settings(batch_size=batch_size, device=device)
+    measured, notes, done = [], [], 0
+    with Bar(console, "compare", sum(len(one.places) for one in opened)) as bar:
+
+        def progress(note: str) -> None:
+            nonlocal done
+            done += 1
+            bar.update(done, note)
+
+        for one in opened:
+            found, said = measure_series(one, wanted, to / "measured", settings, bar.say, progress)
+            measured.append(found)
+            notes += said
+    return measured, notes
+
+
+def _show(found: Comparison, console: Console) -> None:
+    from weftrain.analysis.compare import cells
+
+    head, *body = cells(found)
+    table = Table(box=None)
+    for index, text in enumerate(head):
+        # A heading's parts one below the other, so that many columns fit side by side.
+        table.add_column(Text(text if index == 0 else text.replace(", ", "\n")), justify="left" if index == 0 else "right", no_wrap=True)
+    for row in body:
+        table.add_row(*map(Text, row))
+    # A table of many columns must not be cut to a terminal's width: another console, as wide as it takes.
+    wide = Console(file=console.file, width=1 << 16, highlight=False, no_color=True)
+    wide.print(table)
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False)
