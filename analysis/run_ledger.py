@@ -1,0 +1,285 @@
+"""A ledger's lines as a page shows them: marks on the step axis, chunks, checkpoints, starts, and what each line says in words.
+
+What a reader would get wrong: a line counts only until a later rollback or resume goes back behind its step; what lies beyond was *left*,
+and it is shown all the same. The chain is checked by whoever read the entries; their fields may still be of any type, so each is looked at.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weftrain.core.canonical import canonical_json
+from weftrain.core.errors import RunFolderError
+from weftrain.core.ledger import BRANCHES, Lineage, lineage
+from weftrain.core.manifest import folder_name
+
+Entry = Mapping[str, Any]
+MAX_STEP = 1 << 53  # beyond it a float does not count by ones
+MARKED = {"resume": "restart", "rollback": "rollback", "skip": "skip", "recipe": "recipe", "defer": "defer"}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at a completed step. kind: a value of MARKED. left: on a branch that does not count."""
+
+    step: int
+    kind: str
+    words: str
+    left: bool = False
+
+
+@dataclass(frozen=True)
+class Band:
+    """A chunk on the step axis, of the line that counts: completed steps first_step to stop_step."""
+
+    chunk: int
+    first_step: int
+    stop_step: int
+    words: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was entered. samples: [first, stop) since its parent, None where the batch size is not known.
+
+    place: its folder below the run's, as relative path, None where it is not there any more. left: the words for why it does not count.
+    """
+
+    step: int
+    first_step: int
+    samples: tuple[int, int] | None
+    chunk: str
+    root: str
+    parent: str | None
+    metrics_sha256: str
+    place: str | None
+    left: str | None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A start or resume: it reached `reached`, and [first_step, kept] counts. facts: environment, recipe and dataset, one level deep."""
+
+    number: int
+    first_step: int
+    kept: int
+    reached: int
+    when: str
+    parent: str | None
+    facts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Entered:
+    """One line of the ledger in words. root: a checkpoint's, where the line names one that lies in the folder."""
+
+    number: int
+    step: int
+    kind: str
+    when: str
+    words: str
+    left: bool
+
+
+def followed(entries: Sequence[Entry], path: Path) -> Lineage:
+    """`lineage`, with one line where a ledger contradicts itself or has fields of other types. Raises RunFolderError."""
+    try:
+        if any(entry["step"] > MAX_STEP for entry in entries):
+            raise ValueError(f"a step beyond {MAX_STEP:,}")
+        return lineage(entries)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunFolderError(f"{path}: {error}: the ledger contradicts itself: restore it from a copy") from error
+
+
+def left_flags(entries: Sequence[Entry]) -> list[bool]:
+    """For each entry, whether a later rollback or resume went back behind its step. Rollback and defer lines themselves always stand."""
+    flags, lowest = [False] * len(entries), None
+    for index in range(len(entries) - 1, -1, -1):
+        entry = entries[index]
+        stands = entry["kind"] in ("rollback", "defer", "recipe")
+        flags[index] = not stands and lowest is not None and _behind(entry) > lowest
+        if entry["kind"] in ("rollback", "resume"):
+            lowest = entry["step"] if lowest is None else min(lowest, entry["step"])
+    return flags
+
+
+def _behind(entry: Entry) -> float:
+    """A line about the steps that follow it (a chunk that begins, a start) is left as soon as those are."""
+    return entry["step"] + (0.5 if entry["kind"] in ("chunk_begin", "start", "resume") else 0)
+
+
+def marks(entries: Sequence[Entry]) -> list[Mark]:
+    return [
+        Mark(entry["step"], MARKED[entry["kind"]], words(entry), left)
+        for entry, left in zip(entries, left_flags(entries), strict=True)
+        if entry["kind"] in MARKED
+    ]
+
+
+def bands(entries: Sequence[Entry]) -> list[Band]:
+    """The chunks of the line that counts, those that were trained to their ends."""
+    begins: dict[Any, int] = {}
+    found: dict[int, Band] = {}
+    for entry, left in zip(entries, left_flags(entries), strict=True):
+        if left:
+            continue
+        if entry["kind"] == "chunk_begin":
+            begins[whole(entry["place"])] = entry["step"]
+        elif entry["kind"] == "chunk_end" and (chunk := whole(entry["chunk"])) is not None and whole(entry["place"]) in begins:
+            first = begins[whole(entry["place"])]
+            found[first] = Band(chunk, first, entry["step"], f"chunk {chunk}, {_samples(entry['samples'])}")
+    return [found[first] for first in sorted(found) if found[first].stop_step > first]
+
+
+def saved(entries: Sequence[Entry], run: Path) -> list[Saved]:
+    """Every checkpoint in the order of the ledger, those that were left too."""
+    abandoned = {
+        root: (entry["branch"], entry["reason"])
+        for entry in entries
+        if entry["kind"] == "rollback" and isinstance(entry["abandoned"], list)
+        for root in (pair[1] for pair in entry["abandoned"] if isinstance(pair, list) and len(pair) == 2)
+        if isinstance(root, str)
+    }
+    steps = {entry["root"]: entry["step"] for entry in entries if entry["kind"] == "checkpoint" and isinstance(entry["root"], str)}
+    ends = {entry["root"]: entry for entry in entries if entry["kind"] == "chunk_end" and isinstance(entry["root"], str)}
+    batch, begins, found = None, list[Entry](), []
+    for entry, left in zip(entries, left_flags(entries), strict=True):
+        if entry["kind"] in ("start", "recipe"):
+            batch = _batch(entry["recipe"])
+        elif entry["kind"] == "chunk_begin":
+            begins.append(entry)
+        elif entry["kind"] in ("resume", "rollback"):
+            begins = [begin for begin in begins if begin["step"] < entry["step"]]  # one that begins there is entered again
+        elif entry["kind"] == "checkpoint" and isinstance(entry["root"], str):
+            step, root, parent = entry["step"], entry["root"], text(entry["parent"])
+            first = min(steps.get(parent or "", 0), step)
+            end = ends.get(root)
+            source = end or (begins[-1] if begins else None)
+            chunk = "" if source is None else f"{whole(source['chunk'])}" + ("" if end else ", in part")
+            branch, reason = abandoned.get(root, (None, None))
+            why = None if not left else "made again after a restart" if branch is None else f"left on branch {branch}: {reason}"
+            samples = None if batch is None else (first * batch, step * batch)
+            place = _place(run, step, whole(branch) if left else None)
+            found.append(Saved(step, first, samples, chunk, root, parent, str(entry["metrics_sha256"]), place, why))
+    return found
+
+
+def _place(run: Path, step: int, branch: int | None) -> str | None:
+    """Where the checkpoint lies, relative to the run. Whether it is the one of that root is for `weftrain verify` to say."""
+    name = f"checkpoints/{folder_name(step)}" if branch is None else f"{BRANCHES}/{branch}/{folder_name(step)}"
+    return name if (run / name).is_dir() else None
+
+
+def _batch(recipe: Any) -> int | None:
+    batch = recipe.get("batch") if isinstance(recipe, Mapping) else None
+    return whole(batch.get("global_batch_size")) if isinstance(batch, Mapping) else None
+
+
+def begun(entries: Sequence[Entry], measured: Sequence[tuple[float, int]]) -> list[Begun]:
+    """Every start and resume. measured: (time, completed steps) of the step records, in any order: how far each got."""
+    starts = [index for index, entry in enumerate(entries) if entry["kind"] in ("start", "resume")]
+    found = []
+    for number, index in enumerate(starts, 1):
+        entry, stop = entries[index], starts[number] if number < len(starts) else len(entries)
+        first, began, ended = entry["step"], clock(entry), clock(entries[stop]) if stop < len(entries) else float("inf")
+        reached = max((other["step"] for other in entries[index:stop] if other["kind"] in ("checkpoint", "skip", "end")), default=first)
+        reached = max([reached, first, *(step for time, step in measured if began <= time < ended)])
+        later = [other["step"] for other in entries[index + 1 :] if other["kind"] in ("rollback", "resume")]
+        kept = max(first, min([reached, *later]))
+        found.append(Begun(number, first, kept, reached, when(entry), text(entry["parent"]), _facts(entry)))
+    return found
+
+
+def _facts(entry: Entry) -> dict[str, str]:
+    """Environment as dotted keys; of the kernels only which source each op came from, for their reasons fill pages."""
+    environment = dict(entry["environment"]) if isinstance(entry["environment"], Mapping) else {}
+    kernels = environment.pop("kernels", None)
+    found = dict(_flat("", environment))
+    ops = kernels.get("ops") if isinstance(kernels, Mapping) else None
+    for op, choices in sorted(ops.items()) if isinstance(ops, Mapping) else ():
+        sources = {str(choice.get("source")) for choice in choices if isinstance(choice, Mapping)} if isinstance(choices, list) else set()
+        found[f"kernel {op}"] = ", ".join(sorted(sources)) or "-"
+    return {**found, "recipe": str(entry["recipe_sha256"])[:12], "dataset": str(entry["dataset_id"])[:12]}
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for name, item in sorted(value.items()):
+            yield from _flat(f"{key}.{name}" if key else name, item)
+    else:
+        yield key, value if isinstance(value, str) else canonical_json(value).decode()
+
+
+def entered(entries: Sequence[Entry]) -> list[Entered]:
+    flags = left_flags(entries)
+    return [
+        Entered(n, one["step"], one["kind"], when(one), words(one), left) for n, (one, left) in enumerate(zip(entries, flags, strict=True))
+    ]
+
+
+def words(entry: Entry) -> str:
+    """What a line says, without its step and time."""
+    kind = entry["kind"]
+    if kind in ("start", "resume"):
+        where = entry["environment"] if isinstance(entry["environment"], Mapping) else {}
+        origin = "from scratch" if entry["parent"] is None else f"from checkpoint {str(entry['parent'])[:12]}"
+        return f"{'started' if kind == 'start' else 'restarted'} {origin}, {where.get('backend', '?')} on {where.get('device', '?')}"
+    if kind in ("chunk_begin", "chunk_end"):
+        return f"chunk {entry['chunk']} {kind.removeprefix('chunk_')}s, place {entry['place']}, {_samples(entry['samples'])}"
+    if kind == "checkpoint":
+        return f"checkpoint {str(entry['root'])[:12]}, metrics {str(entry['metrics_sha256'])[:12]}"
+    if kind == "recipe":
+        changes = [change for change in entry["changes"] if isinstance(change, list)] if isinstance(entry["changes"], list) else []
+        return "recipe changed: " + ", ".join(
+            f"{key}: {_shown(old)} → {_shown(new)}" for key, old, new in (c for c in changes if len(c) == 3)
+        )
+    if kind == "rollback":
+        count = len(entry["abandoned"]) if isinstance(entry["abandoned"], list) else "?"
+        later = f"{count} later checkpoint{'' if count == 1 else 's'} on branch {entry['branch']}"
+        return f"rolled back to checkpoint {str(entry['root'])[:12]}, {later}: {entry['reason']}"
+    if kind == "defer":
+        return f"chunk {entry['chunk']} {'deferred' if entry['action'] == 'defer' else 'dropped'}: {entry['reason']}"
+    if kind == "skip":
+        return f"step skipped, {_samples(entry['samples'])}"
+    return "ended"
+
+
+def _shown(value: Any) -> str:
+    return "(absent)" if value is None else canonical_json(value).decode()
+
+
+def _samples(samples: Any) -> str:
+    pair = [whole(item) for item in samples] if isinstance(samples, list) else []
+    if len(pair) != 2 or pair[0] is None or pair[1] is None:
+        return "samples ?"
+    return f"samples {pair[0]:,} to {pair[1] - 1:,}"
+
+
+def clock(entry: Entry) -> float:
+    """Seconds since 1970, -inf where the line does not say."""
+    value = entry.get("time")
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15:
+        return float(value)
+    return float("-inf")
+
+
+def when(entry: Entry) -> str:
+    """UTC, to the second; a question mark where the line does not say."""
+    try:
+        moment = datetime.datetime.fromtimestamp(clock(entry), datetime.UTC)
+    except (OverflowError, ValueError, OSError):
+        return "?"
+    return moment.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def whole(value: Any) -> int | None:
+    """A count as it is, None for anything else."""
+    return value if type(value) is int and 0 <= value < 1 << 80 else None
+
+
+def text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None

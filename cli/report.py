@@ -1,0 +1,42 @@
+"""`weftrain report`: one HTML page about a run or a release.
+
+What a reader would get wrong: the page is written from the record and verifies nothing. A release's folder is never written into, for
+then it would hold a file that release.json does not name: its page lies beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("report")
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The page, *.html.  [default: RUN/report.html; beside a release: RUN.report.html]",
+)
+def report(run: Path, to: Path | None) -> None:
+    """Write one self-contained HTML page about RUN, a run's or a release's folder: curves, checkpoints, evaluations, ledger."""
+    from weftrain.analysis.run_page import write_page
+    from weftrain.analysis.run_report import collect
+    from weftrain.cli.show import arithmetic
+    from weftrain.core import fsops
+    from weftrain.core.release import RELEASE
+
+    released = (run / RELEASE).exists()
+    page = to or (run.resolve().with_name(f"{run.resolve().name}.report.html") if released else run / "report.html")
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise click.BadParameter(f"'{page}' does not end in .html, and a page is all that is written", param_hint="--to")
+    if released and page.resolve().is_relative_to(run.resolve()):
+        raise click.BadParameter(
+            f"'{page}' lies in the release, which holds only what release.json names: name a file outside", param_hint="--to"
+        )
+    found = collect(run, arithmetic)
+    fsops.make_dirs(page.resolve().parent)
+    write_page(found, page)
+    for words in found.warnings:
+        click.echo(f"warning: {words}", err=True)
+    click.echo(f"{page}: open it in a browser; it needs no network")
