@@ -13,14 +13,14 @@ train: $(INSTALLED)  ## prepare the embedded corpus, train crystal_demo, print a
 	$(BIN)/weftrain train crystal_demo $(TRAIN_FLAGS)
 
 test: $(INSTALLED)  ## the test suite, at most 10 minutes on 2 cores; Triton's kernels are interpreted in a process of their own
-	$(BIN)/pytest -m "not prove and not cerebras" --ignore tests/kernels/interpreted
+	$(BIN)/pytest -m "not prove and not cerebras" --ignore tests/kernels/interpreted --durations 20
 	TRITON_INTERPRET=1 $(BIN)/pytest -m "not prove" tests/kernels/interpreted
 
 test-gpu: $(INSTALLED)  ## every kernel's questions, asked of the CUDA device
 	$(BIN)/pytest tests/kernels/test_checks.py --kernel-device cuda
 
 prove: $(INSTALLED)  ## the longer proofs: kill storms, fuzzing, the compile gate, every question asked of every Triton kernel
-	$(BIN)/pytest -m "prove and not cerebras" --ignore tests/kernels/interpreted
+	$(BIN)/pytest -m "prove and not cerebras" --ignore tests/kernels/interpreted --durations 20
 	TRITON_INTERPRET=1 $(BIN)/pytest -m prove tests/kernels/interpreted
 
 # The vendor's environment (5.3 GB) is made once, in the user's cache folder. Without it the tests are skipped, counted and say so.

@@ -30,6 +30,18 @@ VERBS = {
     "lower": ("weftrain.cli.lower", "lower"),
     "convert": ("weftrain.cli.convert", "convert"),
     "data": ("weftrain.cli.data", "data"),
+    "generate": ("weftrain.cli.generate", "generate"),
+    "memorize": ("weftrain.cli.memorize", "memorize"),
+    "log": ("weftrain.cli.record", "log"),
+    "rollback": ("weftrain.cli.record", "rollback"),
+    "defer": ("weftrain.cli.record", "defer"),
+    "release": ("weftrain.cli.release", "release"),
+    "sign": ("weftrain.cli.release", "sign"),
+    "verify": ("weftrain.cli.release", "verify"),
+    "replay": ("weftrain.cli.release", "replay"),
+    "openness": ("weftrain.cli.openness", "openness"),
+    "compare": ("weftrain.cli.compare", "compare"),
+    "report": ("weftrain.cli.report", "report"),
 }
 
 
