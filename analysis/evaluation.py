@@ -192,6 +192,8 @@ def open_tokenizer(path: Path, vocab_size: int, dataset: tuple[Path, Manifest] |
     try:
         data = path.read_bytes()
         tokenizer = Tokenizer.from_buffer(data)
+        tokenizer.no_padding()  # what a file may ask for and no use here wants
+        tokenizer.no_truncation()
     except OSError as error:
         raise DataError(f"{path}: cannot read the tokenizer: {error.strerror}: name the model's tokenizer.json with --tokenizer") from error
     except Exception as error:  # the library raises plain Exception for what it cannot read

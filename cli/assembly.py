@@ -6,7 +6,7 @@ What a reader would get wrong: everything here fails before step 0. A wrong opti
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 
 from weftrain.analysis.peak import Peak, measured_matmul_peak
 from weftrain.backends.registry import get_backend
+from weftrain.core import checkpoint
 from weftrain.core.backend import Backend, BatchSource, EvaluationSource, Run
 from weftrain.core.config import Recipe, Section
+from weftrain.core.errors import CheckpointError
 from weftrain.core.recipe_file import RecipeFile, recorded_recipe, validate_section
 from weftrain.core.release import RELEASE, read_release
 
@@ -34,6 +36,19 @@ def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
 
     source = training_source(recipe)
     return source, open_heldout(recipe.data, recipe.model.vocab_size, recipe.log.evaluate_rows)
+
+
+def newest_or_named(path: Path, say: Callable[[str], None]) -> Path:
+    """The newest whole checkpoint of a run's or a release's folder, every byte of it verified; or `path` itself, a checkpoint's.
+
+    say: gets a line for each damaged one passed over. Raises CheckpointError where there is none.
+    """
+    if not (path / "checkpoints").is_dir():
+        return path
+    newest = checkpoint.newest(path / "checkpoints", lambda line: say(f"warning: {line}"))
+    if newest is None:
+        raise CheckpointError(f"{path}: no whole checkpoint; train the run further, or name a checkpoint's folder")
+    return newest
 
 
 def recipe_of_checkpoint(path: Path, manifest: dict[str, Any], overrides: Iterable[str] = (), backend: str | None = None) -> RecipeFile:

@@ -22,15 +22,11 @@ ExistingFolder = click.Path(path_type=Path, exists=True, file_okay=False)
 
 def _load(checkpoint: Path) -> tuple[Path, State, dict[str, Any]]:
     """The folder, state and manifest of a run's newest whole checkpoint or of the one named. Raises CheckpointError."""
+    from weftrain.cli.assembly import newest_or_named
     from weftrain.core import checkpoint as checkpoints
-    from weftrain.core.errors import CheckpointError
 
-    if not (checkpoint / "checkpoints").is_dir():
-        return checkpoint, *checkpoints.load(checkpoint)
-    path = checkpoints.newest(checkpoint / "checkpoints", lambda line: click.echo(f"warning: {line}", err=True))
-    if path is None:
-        raise CheckpointError(f"{checkpoint}: no whole checkpoint; train the run further, or name a checkpoint's folder")
-    return path, *checkpoints.load(path, verified=True)
+    path = newest_or_named(checkpoint, lambda line: click.echo(line, err=True))
+    return path, *checkpoints.load(path, verified=path != checkpoint)
 
 
 @click.group()

@@ -91,18 +91,14 @@ def _check(context: click.Context, options: dict[str, Any]) -> None:
 
 def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: str | None, as_json: bool) -> None:
     from weftrain.analysis.evaluation import perplexity_of
-    from weftrain.cli.assembly import backend_options, open_data, recipe_of_checkpoint
+    from weftrain.cli.assembly import backend_options, newest_or_named, open_data, recipe_of_checkpoint
     from weftrain.core import checkpoint
     from weftrain.core.backend import Job, Plan
-    from weftrain.core.errors import CheckpointError, DataError
+    from weftrain.core.errors import DataError
 
     console = Console(highlight=False, soft_wrap=True, stderr=as_json)
-    path: Path | None = run
-    if (run / "checkpoints").is_dir():
-        path = checkpoint.newest(run / "checkpoints", lambda line: console.print(f"warning: {line}", markup=False))
-    if path is None:
-        raise CheckpointError(f"{run}: no whole checkpoint; train the run further, or name a checkpoint's folder")
-    state, manifest = checkpoint.load(path)
+    path = newest_or_named(run, lambda line: console.print(line, markup=False))
+    state, manifest = checkpoint.load(path, verified=path != run)
     own = [f"log.evaluate_rows={rows or 2**40}", "batch.replicas=1"]
     recorded = manifest["recipe"]["backend"]
     if backend in (None, recorded["name"]) and recorded["options"].get("store") is not None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def evaluate_records(run: Path, overrides: Sequence[str], options: dict[str, Any]) -> None:
     """The verb's work: `options` are its own, checked. Raises WeftrainError."""
     from weftrain.analysis.watcher import watch
-    from weftrain.core import checkpoint
+    from weftrain.cli.assembly import newest_or_named
 
     console = Console(highlight=False, soft_wrap=True, stderr=options["as_json"])
     settings = _settings(options)
@@ -50,13 +50,8 @@ def evaluate_records(run: Path, overrides: Sequence[str], options: dict[str, Any
         steps = watch(run, evaluate, every_seconds=options["every_seconds"], until_step=options["until_step"], say=say)
         say(f"watched to the end: {len(steps)} checkpoints")
         return
-    path: Path | None = run
-    whole = (run / "checkpoints").is_dir()
-    if whole:
-        path = checkpoint.newest(run / "checkpoints", lambda line: say(f"warning: {line}"))
-    if path is None:
-        raise CheckpointError(f"{run}: no whole checkpoint; train the run further, or name a checkpoint's folder")
-    evaluate(path, verified=whole)
+    path = newest_or_named(run, say)
+    evaluate(path, verified=path != run)
 
 
 def _settings(options: dict[str, Any]) -> Settings:

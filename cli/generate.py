@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from weftrain.core.config import Recipe
 
 
@@ -53,20 +51,17 @@ def generate(
         raise click.UsageError("--top-k and --top-p need a --temperature above 0")
     given = None if ids is None else parse_ids(ids)
 
+    from weftrain.analysis.evaluation import open_tokenizer
     from weftrain.analysis.generation import Generator, load_model
-    from weftrain.cli.assembly import recipe_of_checkpoint
+    from weftrain.cli.assembly import newest_or_named, recipe_of_checkpoint
     from weftrain.core import checkpoint
-    from weftrain.core.errors import CheckpointError
 
-    path: Path | None = run
-    if (run / "checkpoints").is_dir():
-        path = checkpoint.newest(run / "checkpoints", lambda line: click.echo(f"warning: {line}", err=True))
-    if path is None:
-        raise CheckpointError(f"{run}: no whole checkpoint; train the run further, or name a checkpoint's folder")
-    state, manifest = checkpoint.load(path)
+    path = newest_or_named(run, lambda line: click.echo(line, err=True))
+    state, manifest = checkpoint.load(path, verified=path != run)
     recipe = recipe_of_checkpoint(path, manifest, overrides).recipe
-    encoder = None if given is not None else open_tokenizer(tokenizer or default_tokenizer(recipe), recipe.model.vocab_size)
-    if encoder is not None:
+    encoder = None
+    if given is None:
+        encoder, _ = open_tokenizer(tokenizer or default_tokenizer(recipe), recipe.model.vocab_size)
         given = encoder.encode(prompt, add_special_tokens=False).ids
     generator = Generator(load_model(checkpoint.Weights(state.tensors), recipe.model, device))
     (found,) = generator.generate(
@@ -95,31 +90,6 @@ def default_tokenizer(recipe: Recipe) -> Path:
     if not recipe.data.sources:
         raise DataError("data.synthetic_rows: random rows have no tokenizer; name one with --tokenizer, or give --ids instead of --prompt")
     return Path(recipe.data.root) / recipe.data.sources[0].path / TOKENIZER
-
-
-def open_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """A tokenizer.json whose every id the model has. Raises DataError."""
-    from weftrain.core.errors import DataError
-
-    try:
-        data = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}; name one with --tokenizer") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a tokenizer.json: {error}; name one with --tokenizer") from error
-
-    from tokenizers import Tokenizer
-
-    try:
-        found = Tokenizer.from_str(data)
-    except Exception as error:  # the library raises nothing narrower
-        raise DataError(f"{path}: not a tokenizer.json: {' '.join(str(error).split())}; name one with --tokenizer") from error
-    found.no_padding()
-    found.no_truncation()
-    size = max(found.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    if size > vocab_size:
-        raise DataError(f"{path}: a vocabulary of {size}, the model has {vocab_size}: name the model's own tokenizer with --tokenizer")
-    return found
 
 
 def _visible(text: str) -> str:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from weftrain.analysis.evaluation import open_tokenizer
 from weftrain.analysis.generation import Generator, load_model
-from weftrain.cli.generate import default_tokenizer, generate, open_tokenizer
+from weftrain.cli.generate import default_tokenizer, generate
 from weftrain.cli.memorize import memorize
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
@@ -159,11 +160,11 @@ def test_generate_ids_and_text(run: Path, recipe: Recipe, tokenizer: Callable[[i
 def test_a_tokenizer_must_fit_the_model(run: Path, tokenizer: Callable[[int], Path], tmp_path: Path) -> None:
     done = invoke(generate, run, "--prompt", "w5", "--tokenizer", tokenizer(98))
     assert isinstance(done.exception, DataError)
-    assert "a vocabulary of 98, the model has 97" in str(done.exception)
+    assert "its largest id 97 is outside the model's vocabulary of 97" in str(done.exception)
     done = invoke(generate, run, "--prompt", "w5")
     assert "random rows have no tokenizer" in str(done.exception)
     (tmp_path / "bad.json").write_text("{}")
-    for name, message in (("bad.json", "not a tokenizer.json"), ("none.json", "cannot be read")):
+    for name, message in (("bad.json", "not a tokenizer.json"), ("none.json", "cannot read the tokenizer")):
         with pytest.raises(DataError, match=message):
             open_tokenizer(tmp_path / name, 97)
     chosen = load_recipe("crystal_demo", ["data.root=/somewhere"]).recipe
