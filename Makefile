@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PREP_FLAGS ?=
 TRAIN_FLAGS ?=
 
-.PHONY: train test test-gpu prove prove-cerebras crystalcoder-step crystalcoder-1b-step lint types clean help
+.PHONY: train test test-gpu prove soak prove-cerebras crystalcoder-step crystalcoder-1b-step lint types clean help
 
 train: $(INSTALLED)  ## prepare the embedded corpus, train crystal_demo, print a summary; again: says it is complete, or resumes
 	$(BIN)/weftrain prep $(PREP_FLAGS)
@@ -20,8 +20,11 @@ test-gpu: $(INSTALLED)  ## every kernel's questions, asked of the CUDA device
 	$(BIN)/pytest tests/kernels/test_checks.py --kernel-device cuda
 
 prove: $(INSTALLED)  ## the longer proofs: kill storms, fuzzing, the compile gate, every question asked of every Triton kernel
-	$(BIN)/pytest -m "prove and not cerebras" --ignore tests/kernels/interpreted --durations 20
+	$(BIN)/pytest -m "prove and not cerebras and not soak" --ignore tests/kernels/interpreted --durations 20
 	TRITON_INTERPRET=1 $(BIN)/pytest -m prove tests/kernels/interpreted
+
+soak: $(INSTALLED)  ## second variants of the longest proofs (the other tier, dtype or layout); not in CI, which has 40 minutes
+	$(BIN)/pytest -m soak
 
 # The vendor's environment (5.3 GB) is made once, in the user's cache folder. Without it the tests are skipped, counted and say so.
 prove-cerebras: $(INSTALLED)  ## what needs the Cerebras compiler's front end: lowering of every recipe, golden graphs, its CPU backend, its checkpoints

@@ -123,7 +123,9 @@ def test_bf16(layout: str, reduce: str, tiny_recipe: Tiny) -> None:
 
 @pytest.mark.prove
 @pytest.mark.usefixtures("four_ranks")
-@pytest.mark.parametrize("options", [{"activation_checkpointing": "selective"}, {"tensor_parallel": 2}])
+@pytest.mark.parametrize(
+    "options", [{"activation_checkpointing": "selective"}, pytest.param({"tensor_parallel": 2}, marks=pytest.mark.soak)]
+)
 def test_compiled(options: dict[str, Any], tiny_recipe: Tiny) -> None:
     recipe = tiny_recipe("amber", *SHAPE, "batch.global_batch_size=8")
     many, one = on_ranks(recipe, compile=True, **options), alone(recipe)

@@ -70,7 +70,7 @@ def saved_by_a_block(*overrides: str) -> int:
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("activations", ["recompute", "keep"])
+@pytest.mark.parametrize("activations", ["recompute", pytest.param("keep", marks=pytest.mark.soak)])
 def test_memory_is_flat_in_depth(activations: str, tmp_path: Path) -> None:
     width = ["model.hidden_size=256", "model.intermediate_size=688", "model.num_heads=4", f"backend.options.activations={activations}"]
     peaks = {}

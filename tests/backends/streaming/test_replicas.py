@@ -117,7 +117,7 @@ def test_a_sharded_store_is_continued(overrides: list[str], single: tuple[State,
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("tier", ["mapped", "direct"])
+@pytest.mark.parametrize("tier", [pytest.param("mapped", marks=pytest.mark.soak), "direct"])
 def test_a_sharded_run_is_killed_and_goes_on(tier: str, overrides: list[str], tmp_path: Path) -> None:
     """All ranks die at random moments, also with some of the tiles updated on one and others on the other."""
     steps, randomness = 60, random.Random(tier)

@@ -413,6 +413,6 @@ def test_killed_at_random_moments(tiny_overrides: list[str], tmp_path: Path) -> 
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("tier", FILE_TIERS)
+@pytest.mark.parametrize("tier", [pytest.param("mapped", marks=pytest.mark.soak), "direct"])
 def test_kill_storm(tier: str, tiny_overrides: list[str], tmp_path: Path) -> None:
     assert_same_bits_after_kills(tier, 12, [*tiny_overrides, "model.num_layers=8"], tmp_path)
