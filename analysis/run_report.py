@@ -172,10 +172,7 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
 
 def _effective(folder: Path, entries: Sequence[Entry]) -> list[Record]:
     """read_metrics, and beyond a rollback after which the run did not go on yet nothing counts either."""
-    try:
-        records = read_metrics(folder)
-    except TypeError as error:
-        raise RunFolderError(f"{folder / METRICS}: {error}: holds what no run writes; fetch it again") from error
+    records = read_metrics(folder)
     pending = _pending(entries)
     limit = MAX_STEP if pending is None else pending[0]
     return [one for one in records if one["kind"] not in (*MEASURED, "resume") or 0 <= one["step"] <= limit]

@@ -172,6 +172,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
     whole = isinstance(record, dict) and isinstance(record.get("kind"), str)
     measured = whole and record["kind"] in ("step", "evaluation", "resume")
+    if whole and record["kind"] == "evaluation" and not isinstance(record.get("set"), str):
+        return None
     return record if whole and (not measured or type(record.get("step")) is int) else None
 
 

@@ -544,7 +544,7 @@ def test_metrics_of_odd_types_give_a_page(eventful: Made) -> None:
         path.write_bytes(before + "\n".join(lines).encode() + b"\n")
         check_markup(page_of(eventful.run))
     path.write_bytes(before + b'{"kind": "evaluation", "step": 20, "set": []}\n')
-    with pytest.raises(RunFolderError, match="holds what no run writes"):
+    with pytest.raises(RunFolderError, match="not a metrics line"):
         report_of(eventful.run)
 
 

@@ -223,3 +223,10 @@ def test_the_digest_is_of_what_was_measured_and_not_of_how_fast() -> None:
         assert digest([step | changed, evaluation]) != base
     assert digest([evaluation, step]) != base
     assert digest([step]) != base
+
+
+@pytest.mark.parametrize("given", ["[1]", "null", "{}"])
+def test_an_evaluation_of_no_set_is_a_damaged_line(given: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "evaluation", "step": 1, "set": ' + given + "}\n")
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:1: not a metrics line"):
+        read_metrics(tmp_path)
