@@ -244,8 +244,10 @@ def test_diff_says_what_changed() -> None:
 
 @pytest.mark.prove
 @pytest.mark.timeout(1200)
-def test_every_kernel_compiles_within_the_limits_of_every_target() -> None:
-    rows = compile_all()
+@pytest.mark.parametrize("candidates", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_every_kernel_compiles_within_the_limits_of_every_target(candidates: bool) -> None:
+    """candidates: with the configurations that tuning may choose, too; else those that run without it."""
+    rows = compile_all(include_candidates=candidates)
     assert [f"{' '.join(row.key)}: {row.reason}" for row in rows if not row.ok] == []
     products = [row for row in rows if row.op == "attention" and not row.excluded and "row_sums" not in row.name and "fp32" not in row.name]
     assert {row.target for row in products} == set(TARGETS)

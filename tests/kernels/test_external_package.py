@@ -71,6 +71,7 @@ print(json.dumps([select(specs, ["example", "torch"]).manifest, select(specs, ["
     assert {entry["source"] for entry in pinned["ops"]["rms_norm"]} == {"torch"}
 
 
+@pytest.mark.prove
 def test_it_passes_the_checks(site: Path, tmp_path: Path) -> None:
     done = runner(site)("kernels", "check", "--source", "example", "--json", str(tmp_path / "findings.json"))
     assert done.returncode == 0, done.stdout + done.stderr

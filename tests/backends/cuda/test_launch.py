@@ -192,6 +192,7 @@ def test_a_port_that_is_taken(overrides: list[str], tmp_path: Path) -> None:
     assert f"port {port} is taken" in line
 
 
+@pytest.mark.prove
 def test_ranks_that_do_not_come(overrides: list[str], tmp_path: Path) -> None:
     line = fails(alone_of_two(tmp_path, overrides), environment(0, 2, free_port()))
     assert "the ranks could not meet at 127.0.0.1" in line
