@@ -261,6 +261,10 @@ class _Line:
     def on_defer(self, entry: Mapping[str, Any]) -> None:
         self.decisions.append(entry)
 
+    def on_end(self, entry: Mapping[str, Any]) -> None:
+        if self.stretches:
+            self.stretches[-1] = _until(self.stretches[-1], entry["step"])
+
     def on_other(self, entry: Mapping[str, Any]) -> None:
         pass
 

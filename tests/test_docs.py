@@ -80,7 +80,7 @@ def run(words: list[str], folder: Path) -> Result:
     if words[0] == "train" and words[1].endswith("_demo") and "python_stdlib" not in words and "--run" not in words:
         words = [*words, *small_corpus(folder)]
         if not any(word.startswith("schedule.steps=") for word in words):
-            words.append("schedule.steps=48")
+            words.append("schedule.steps=24")
     return CliRunner().invoke(main, words)
 
 

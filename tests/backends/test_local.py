@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from weftrain.backends.registry import get_backend
@@ -26,6 +27,7 @@ def test_activation_checkpointing_recomputes_the_same_bits(tiny_recipe: Callable
     assert all(torch.equal(recomputed[name], plain[name]) for name in plain)
 
 
+@pytest.mark.prove
 def test_compiled_gradients_agree_with_eager_ones(tiny_recipe: Callable[..., Recipe]) -> None:
     loss, plain = gradients(tiny_recipe("crystal"))
     options = ["backend.options.compile=true", "backend.options.activation_checkpointing=full"]
