@@ -84,6 +84,14 @@ def test_accumulating_in_the_tree_is_accumulating(compute: str, tiny_recipe: Tin
         assert float((gradient - other[1][name]).norm() / other[1][name].norm()) < tolerance, name
 
 
+def test_a_step_leaves_nothing_in_the_tree_of_the_next(tiny_recipe: Tiny) -> None:
+    recipe = replayable(tiny_recipe, "float32", 1)
+    run, batch = prepare("local", recipe), rows_of(recipe).rows(0, 0, 8)
+    first, second = run.gradients(batch), run.gradients(batch)
+    assert first[0] == second[0]
+    assert all(torch.equal(gradient, second[1][name]) for name, gradient in first[1].items())
+
+
 def test_a_backend_without_it_refuses_it(tiny_recipe: Tiny) -> None:
     streaming = find_backends()["streaming"]
     for override, words in (("precision.numerics=replayable", "numerics=fast"), ("model.dropout=0.1", "dropout=0")):

@@ -29,9 +29,13 @@ def forge(
     recipe: Callable[[dict[str, Any]], None] = lambda recipe: None,
     dataset_id: str | None = None,
     drop_step: int | None = None,
+    keep_parents: bool = False,
     chunks: dict[int, int] | None = None,
 ) -> None:
-    """Edit the release in place. tensors: edits a checkpoint's state. recipe: every recorded recipe. drop_step: leaves a link out."""
+    """Edit the release in place. tensors: edits a checkpoint's state. recipe: every recorded recipe. drop_step: leaves a link out.
+
+    keep_parents: what followed the dropped checkpoint still names it.
+    """
     release = json.loads((folder / "release.json").read_bytes())
     roots: dict[str | None, str | None] = {None: None}
     before = None
@@ -51,11 +55,11 @@ def forge(
             fingerprint=manifest["fingerprint"],
             tokens=manifest["tokens"],
             position=manifest["position"],
-            parent=before,
+            parent=roots.get(manifest["parent"], manifest["parent"]) if keep_parents else before,
             kernels=manifest["kernels"],
         )
         roots[manifest["root"]] = before = saved.root
-    entries = _ledger(folder, roots, recipe, dataset_id, drop_step, chunks or {})
+    entries = _ledger(folder, roots, recipe, dataset_id, drop_step, keep_parents, chunks or {})
     stored = json.loads((folder / "recipe.json").read_bytes())
     recipe(stored)
     (folder / "recipe.json").write_bytes(canonical_json(stored) + b"\n")
@@ -90,6 +94,7 @@ def _ledger(
     recipe: Callable[[dict[str, Any]], None],
     dataset_id: str | None,
     drop_step: int | None,
+    keep_parents: bool,
     chunks: dict[int, int],
 ) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
@@ -99,7 +104,8 @@ def _ledger(
             continue
         for key in ("root", "parent"):
             if key in entry:
-                entry[key] = roots.get(entry[key], entries[-1].get("root") if entries else None)
+                lost = entry[key] if keep_parents else entries[-1].get("root") if entries else None
+                entry[key] = roots.get(entry[key], lost)
         if "recipe" in entry:
             recipe(entry["recipe"])
             entry["recipe_sha256"] = sha256_json(entry["recipe"])

@@ -171,6 +171,17 @@ def test_a_removed_link_is_seen_though_all_else_was_made_to_fit(release: Path) -
     assert "no checkpoint at the end of chunk 1 (step 4)" in result.output
 
 
+def test_a_removed_link_of_a_run_without_chunks_is_seen_by_the_parent_that_is_not_there(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "datasets").symlink_to(made / "datasets")
+    done(trainer(tmp_path)("data.chunks=null", "checkpoint.every_steps=2"))
+    target = tmp_path / "release"
+    done(weftrain("release", tmp_path / "runs" / "crystal_demo", "--to", target, "--licence", "MIT"))
+    forge(target, drop_step=4, keep_parents=True)
+    result = weftrain("verify", target)
+    assert result.exit_code == 2
+    assert "the checkpoint of step 6 does not follow that of step 2: a link was removed" in result.output
+
+
 # What contradicts itself, or the folder.
 
 
