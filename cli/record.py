@@ -112,16 +112,10 @@ def rollback(run: Path, step: int, reason: str) -> None:
 def defer(run: Path, chunk: int, drop: bool, reason: str) -> None:
     """Put off a chunk of RUN that is not trained yet: it comes after all others. `weftrain train` then goes on as the ledger says."""
     from weftrain.core.config import Recipe
-    from weftrain.core.ledger import Ledger, lineage
-    from weftrain.core.rollback import newest_step, put_off
+    from weftrain.core.ledger import Ledger
+    from weftrain.core.rollback import put_off
     from weftrain.core.run_folder import held_run, stored_recipe
 
     with held_run(run):
-        ledger = Ledger(run)
-        decisions = lineage(ledger.entries).decisions
-        recipe = Recipe.model_validate(stored_recipe(run))
-        action: Any = "drop" if drop else "defer"
-        step = newest_step(run)
-        put_off(recipe, step, chunk, action, reason, decisions)
-        ledger.add("defer", step=step, chunk=chunk, action=action, reason=reason)
-    click.echo(f"{run}: chunk {chunk} is {'dropped' if drop else 'deferred'} from step {step} on; train goes on with it")
+        entry = put_off(run, Ledger(run), Recipe.model_validate(stored_recipe(run)), chunk, "drop" if drop else "defer", reason)
+    click.echo(f"{run}: chunk {chunk} is {'dropped' if drop else 'deferred'} from step {entry['step']} on; train goes on with it")

@@ -7,7 +7,7 @@ checkpoints move after it, so a crash in between is finished by whoever opens th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ def rollback(run: Path, ledger: Ledger, step: int, reason: str) -> Branch:
 
     Every byte of that checkpoint is verified first. Raises CheckpointError or RunFolderError, nothing changed.
     """
+    finish_rollback(run, ledger)  # or what an earlier one left half done would be counted to this one
     folder = run / "checkpoints"
     found = _steps(folder)
     if step not in found:
@@ -61,30 +62,29 @@ def finish_rollback(run: Path, ledger: Ledger) -> list[Path]:
     return moved
 
 
-def put_off(
-    recipe: Recipe, newest_step: int, chunk: int, action: Literal["defer", "drop"], reason: str, decisions: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """data.skip of `recipe` with `chunk` deferred behind all others, or dropped. Raises RunFolderError where that cannot be any more."""
+def put_off(run: Path, ledger: Ledger, recipe: Recipe, chunk: int, action: Literal["defer", "drop"], reason: str) -> Mapping[str, Any]:
+    """Enter that `chunk` comes after all others, or never; `ledger.with_decisions` lays it over the recipe. The new line.
+
+    The run's lock must be held. Raises RunFolderError where it cannot be any more.
+    """
+    finish_rollback(run, ledger)
     if recipe.data.chunks is None:
         raise RunFolderError("the run's data is not cut in chunks: set data.chunks when a run begins, or skip rows with data.skip")
     if not 0 <= chunk < recipe.data.chunks:
         raise RunFolderError(f"there is no chunk {chunk}: the run has {recipe.data.chunks}, counted from 0")
     order = chunk_order(recipe.data, recipe.schedule.steps, recipe.batch.global_batch_size)
-    if any(entry.chunk == chunk for entry in recipe.data.skip) or any(entry["chunk"] == chunk for entry in decisions):
+    if any(entry.chunk == chunk for entry in recipe.data.skip) or any(
+        entry["chunk"] == chunk for entry in lineage(ledger.entries).decisions
+    ):
         raise RunFolderError(f"chunk {chunk} is deferred or dropped already: see data.skip, or `weftrain log`")
     first = order.order.index(chunk) * (recipe.schedule.steps // recipe.data.chunks)
-    if first < newest_step:
+    newest = max(_steps(run / "checkpoints"), default=0)
+    if first < newest:
         raise RunFolderError(
-            f"chunk {chunk} begins at step {first} and the newest checkpoint is of step {newest_step}: go back first, "
+            f"chunk {chunk} begins at step {first} and the newest checkpoint is of step {newest}: go back first, "
             f"with `weftrain rollback RUN --to {first}`"
         )
-    skip = [entry.model_dump(mode="json") for entry in recipe.data.skip]
-    return [*skip, {"reason": reason, "chunk": chunk, "action": action, "source": None, "rows": None}]
-
-
-def newest_step(run: Path) -> int:
-    """The step of the newest checkpoint folder of a run, whole or not; 0 where there is none."""
-    return max(_steps(run / "checkpoints"), default=0)
+    return ledger.add("defer", step=newest, chunk=chunk, action=action, reason=reason)
 
 
 def _steps(folder: Path) -> dict[int, Path]:

@@ -120,6 +120,20 @@ def test_a_crash_between_the_line_and_the_move_is_finished_by_the_next_start(
     assert len(list((run / "checkpoints").iterdir())) == 3
 
 
+def test_a_second_rollback_first_finishes_the_first(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weftrain.core import rollback
+
+    done(train())
+    run = tmp_path / "runs" / "crystal_demo"
+    with monkeypatch.context() as patch:  # a crash after the line
+        patch.setattr(rollback, "finish_rollback", lambda run, ledger: [])
+        done(weftrain("rollback", run, "--to", "4", "--reason", "a spike"))
+    done(weftrain("rollback", run, "--to", "2", "--reason", "another"))
+    assert [path.name for path in (run / "branches" / "1").iterdir()] == ["step_00000006"]
+    assert [path.name for path in (run / "branches" / "2").iterdir()] == ["step_00000004"]
+    assert [[step for step, _ in branch.abandoned] for branch in lineage(read_ledger(run / LEDGER)).branches] == [[6], [4]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
