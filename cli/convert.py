@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import yaml
 
 if TYPE_CHECKING:
     from weftrain.core.backend import State
@@ -46,13 +45,14 @@ def recipe_from_params(
 ) -> None:
     """Print PARAMS, a Model Zoo 1.9 params file, as a recipe. What a recipe does not hold is named on stderr; an unknown key is refused."""
     from weftrain.backends.cerebras.params import import_params
+    from weftrain.core.recipe_file import dump_yaml
 
     imported = import_params(
         params, name=name, micro_batch_size=micro_batch_size, start_from=start_from, data_root=data_root, overrides=overrides
     )
     for note in imported.notes:
         click.echo(note, err=True)
-    click.echo(yaml.safe_dump(imported.tree, sort_keys=False, width=140), nl=False)
+    click.echo(dump_yaml(imported.tree), nl=False)
 
 
 @convert.command("params-from-recipe")

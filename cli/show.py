@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import click
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +15,7 @@ from weftrain.core.mup import resolved
 from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_groups
 from weftrain.core.order import chunk_order, sample_counts
 from weftrain.core.parameters import flops_per_token, parameter_specs
-from weftrain.core.recipe_file import builtin_recipes, load_recipe
+from weftrain.core.recipe_file import builtin_recipes, dump_yaml, load_recipe
 
 
 @click.command()
@@ -43,7 +42,7 @@ def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...],
     beyond = [step for step in steps if step >= sum(segment.steps for segment in resolved_recipe.schedule.learning_rate)]
     if beyond:
         raise click.BadParameter(f"step {beyond[0]} lies beyond the learning-rate schedule", param_hint="--step")
-    console.print(yaml.safe_dump(resolved_recipe.model_dump(mode="json"), sort_keys=False, width=120), markup=False)
+    console.print(dump_yaml(resolved_recipe.model_dump(mode="json")), markup=False)
     for line in arithmetic(resolved_recipe):
         console.print(line, markup=False)
     console.print(_parameter_table(resolved_recipe))

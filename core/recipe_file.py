@@ -26,6 +26,7 @@ from weftrain.core.errors import RecipeError
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_DEPTH = 12
+MAX_NUMBER_CHARACTERS = 100
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
 Location = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
@@ -37,14 +38,48 @@ class _CoreSchemaLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own class attribute
 
 
+class _CoreSchemaDumper(yaml.SafeDumper):
+    """PyYAML's safe dumper for that loader: it quotes a string exactly where the loader would read something else."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own class attribute
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True  # the loader takes none
+
+
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
 ):
     firsts = [*_first, ""] if _tag == "null" else list(_first)
-    _CoreSchemaLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), firsts)
+    for _class in (_CoreSchemaLoader, _CoreSchemaDumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})\Z"), firsts)
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    """Decimal, 0o octal or 0x hexadecimal. PyYAML's own constructor reads 010 as octal, as YAML 1.1 did, and fails on 09."""
+    text = node.value
+    if len(text) > MAX_NUMBER_CHARACTERS:
+        raise yaml.constructor.ConstructorError(None, None, f"an integer of {len(text)} characters", node.start_mark)
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+_CoreSchemaLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def _represent_str(dumper: _CoreSchemaDumper, text: str) -> yaml.ScalarNode:
+    """Escaped in double quotes where the text has Unicode line breaks, which PyYAML otherwise writes as they are and reads as spaces."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, '"' if set(text) & set("\x85\u2028\u2029\ufeff") else None)
+
+
+_CoreSchemaDumper.add_representer(str, _represent_str)
+
+
+def dump_yaml(tree: Any) -> str:
+    """`tree` (JSON values) as YAML that this module reads back as the same values: a string that looks like a number is quoted."""
+    return yaml.dump(tree, Dumper=_CoreSchemaDumper, sort_keys=False, allow_unicode=True, width=140)
 
 
 @dataclass
@@ -53,6 +88,7 @@ class _Source:
 
     name: str
     marks: dict[Location, str] = field(default_factory=dict)
+    empty_is_null: bool = False  # for files of other programs; in a recipe an empty value is refused
 
     def at(self, location: Location) -> str:
         """'file:line' of the nearest enclosing value that the file (or the command line) holds."""
@@ -204,6 +240,10 @@ def _build(loader: yaml.SafeLoader, node: yaml.Node, location: Location, source:
         return tree
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, (*location, index), source) for index, item in enumerate(node.value)]
+    if isinstance(node, yaml.ScalarNode) and node.value == "" and node.style is None and not source.empty_is_null:
+        # The core schema reads an empty scalar as null. In a recipe it mostly is a variable that was never set, and null turns things off.
+        key = f"'{dotted(location)}' " if location else ""
+        raise RecipeError(f"{line}: {key}has an empty value: write null, or give the value")
     return loader.construct_object(node)
 
 
@@ -214,6 +254,8 @@ def _override(tree: dict[str, Any], override: str, source: _Source) -> None:
         raise RecipeError(f"'{override}': an override reads key.sub=value, e.g. schedule.steps=100")
     origin = f"command line '{override}'"
     value = _parse(text, _Source(origin))
+    if value is None and text.strip().lower() not in ("null", "~"):
+        raise RecipeError(f"{origin}: '{key}' has an empty value: write null, or give the value")
     target: Any = tree
     parts: list[str | int] = []
     *parents, last = key.split(".")

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RunFolderError
+from weftrain.core.recipe_file import dump_yaml
 
 RECIPE = "recipe.json"
 READABLE_RECIPE = "recipe.yaml"
@@ -85,7 +85,7 @@ class RunFolder:
                 if stored is not None and changes:
                     fsops.write_bytes(self._unused_name(step), canonical_json(stored) + b"\n")
                 # The truth last: a crash in between leaves a view that the next start writes again.
-                fsops.write_bytes(self.path / READABLE_RECIPE, yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True).encode())
+                fsops.write_bytes(self.path / READABLE_RECIPE, dump_yaml(self.recipe).encode())
                 fsops.write_bytes(self.path / RECIPE, canonical_json(self.recipe) + b"\n")
         return changes
 

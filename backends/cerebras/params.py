@@ -328,7 +328,7 @@ def dump(params: dict[str, Any]) -> str:
 def _load(path: Path) -> tuple[Any, Any]:
     text = str(path)
     name, content = recipe_file._read(text if "/" in text or text.endswith((".yaml", ".yml")) else f"./{text}")
-    source = recipe_file._Source(name)
+    source = recipe_file._Source(name, empty_is_null=True)
     tree = recipe_file._parse(content, source)
     if not isinstance(tree, dict):
         raise RecipeError(f"{name}: a params file is a mapping of sections; is this the right file?")

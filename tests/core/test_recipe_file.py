@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RecipeError
-from weftrain.core.recipe_file import _read, builtin_recipes, load_recipe
+from weftrain.core.recipe_file import _parse, _read, _Source, builtin_recipes, dump_yaml, load_recipe
 
 TEXT = _read("bench_70m")[1]
 
@@ -35,6 +35,51 @@ def test_numbers_follow_yaml_1_2(tmp_path: Path) -> None:
     recipe = load_recipe(str(path)).recipe
     assert recipe.model.norm_eps == 1e-3  # YAML 1.1 makes it a string
     assert recipe.description == "no"  # YAML 1.1 makes it False
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("010", 10), ("09", 9), ("-007", -7), ("+3", 3), ("0o17", 15), ("0x1F", 31), ("1_000", "1_000"), ("0b11", "0b11"), ("1:30", "1:30")],
+)
+def test_integers_follow_the_core_schema_in_files_and_overrides(tmp_path: Path, text: str, value: object) -> None:
+    assert _parse(f"key: {text}", _Source("x")) == {"key": value}  # YAML 1.1 reads 010 as 8, 1_000 as 1000 and 1:30 as 90
+    if isinstance(value, int) and value > 0:
+        assert load_recipe("bench_70m", [f"seed={text}"]).recipe.seed == value
+        path = tmp_path / "r.yaml"
+        path.write_text(TEXT.replace(f"seed: {load_recipe('bench_70m').recipe.seed}\n", f"seed: {text}\n", 1))
+        assert load_recipe(str(path)).recipe.seed == value
+
+
+def test_an_integer_without_end_is_refused(tmp_path: Path) -> None:
+    assert "r.yaml:" in refused(tmp_path, TEXT.replace("num_layers: 12", f"num_layers: {'9' * 5000}"))
+
+
+def test_an_empty_value_is_not_null(tmp_path: Path) -> None:
+    """A variable that was never set (`optimizer.clip_norm=$UNSET`, a filled-in template) must not turn clipping off."""
+    (line,) = (line for line in TEXT.splitlines() if "clip_norm:" in line)
+    message = refused(tmp_path, TEXT.replace(line, "  clip_norm:"))
+    assert f"r.yaml:{line_of(TEXT, 'clip_norm:')}: 'optimizer.clip_norm' has an empty value: write null" in message
+    for override in ("optimizer.clip_norm=", "optimizer.clip_norm=  ", "optimizer.clip_norm=# nothing"):
+        assert "'optimizer.clip_norm' has an empty value: write null" in refused(tmp_path, TEXT, override)
+    for text in ("null", "~", "Null"):
+        assert load_recipe("bench_70m", [f"optimizer.clip_norm={text}"]).recipe.optimizer.clip_norm is None
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False)
+        | st.text(max_size=8)
+        | st.from_regex(r"[-+0-9.eox_:~]{1,6}"),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=8,
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_what_is_dumped_reads_back_as_the_same_values(value: object) -> None:
+    assert _parse(dump_yaml({"key": value}), _Source("x")) == {"key": value}
 
 
 @pytest.mark.parametrize("name", ["amber_7b", "bench_70m"])
