@@ -13,9 +13,11 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -26,6 +28,10 @@ from weftrain.cli.show import arithmetic
 from weftrain.core.config import Recipe
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import RecipeFile, load_recipe, recorded_recipe
+
+if TYPE_CHECKING:
+    from weftrain.core.backend import Plan
+    from weftrain.core.trainer import Progress
 
 
 @click.command()
@@ -77,76 +83,44 @@ def _follow(file: RecipeFile, folder: Path, stop: StopRequest) -> None:
 
 
 def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set[str], stop: StopRequest, again: str) -> None:
-    """Everything that can be wrong with recipe, backend, data, folder and checkpoint is found here, before step 0."""
+    """Decide how the run starts, prepare the backend, record the start, and train. Until it is recorded, nothing is written."""
     from weftrain.cli.assembly import backend_options, measured_peak, open_data
-    from weftrain.core.backend import Job, Plan
-    from weftrain.core.canonical import sha256_json
-    from weftrain.core.ledger import Ledger
-    from weftrain.core.metrics import MetricsWriter, read_metrics
+    from weftrain.core.backend import Job
+    from weftrain.core.metrics import MetricsWriter
     from weftrain.core.parameters import flops_per_token
-    from weftrain.core.rollback import finish_rollback
-    from weftrain.core.run_folder import ABSENT, open_run
-    from weftrain.core.trainer import Speed, fit, starting_state
+    from weftrain.core.resume import commit, decide
+    from weftrain.core.run_folder import open_run
+    from weftrain.core.trainer import Speed, fit
 
     file, decided = _with_decisions(console, file, runs / name)
     recipe = file.recipe
     backend, options = backend_options(file)
     source, heldout = open_data(recipe)
     with open_run(runs / name, recipe.model_dump(mode="json")) as folder, contextlib.ExitStack() as ending:
-        ledger = Ledger(folder.path)
-        finish_rollback(folder.path, ledger)
-        start = starting_state(recipe, folder.checkpoints, runs, lambda line: console.print(f"warning: {line}", markup=False))
-        first = 0 if start is None else start.state.step
-        if start is not None:
-            start.check_data(recipe, source.dataset_id, allow)
-        kept = backend.kept_step(recipe, options, folder.path)
-        keeps = kept is not None and kept >= first
-        if keeps and kept:
-            first = kept
-            console.print(
-                f"the {backend.name} backend's own state stands at {kept} completed steps: the run goes on from there", markup=False
-            )
-        recorded = None if start is None or start.manifest is None else start.manifest["recipe"]
-        changes = folder.check_recipe(allow | decided, first, recorded)
-        for key, old, new in changes:
-            console.print(f"recipe changed at step {first}: {key}: {old} -> {new}", markup=False)
-        if first >= recipe.schedule.steps:
-            console.print(f"run {folder.path} is complete: {first} of {recipe.schedule.steps} steps")
+        say = partial(console.print, markup=False)
+        start = decide(folder, recipe, source.dataset_id, backend, options, runs, allow=allow | decided, say=say)
+        if start.complete:
+            console.print(f"run {folder.path} is complete: {start.first_step} of {start.last_step} steps")
             _summarize(console, recipe, runs / name, again)
             return
-        plan = Plan(
-            first,
-            recipe.schedule.steps,
-            checkpoint_every_steps=recipe.checkpoint.every_steps,
-            evaluate_every_steps=recipe.log.evaluate_every_steps,
-            log_every_steps=recipe.log.every_steps,
-            checkpoint_at_end=recipe.checkpoint.at_end,
-            chunk_steps=0 if recipe.data.chunks is None else recipe.schedule.steps // recipe.data.chunks,
-        )
-        told = _Progress(console)
-        with told:
-            run = backend.prepare(Job(recipe, plan, options, None if start is None else start.weights(), told, folder.path))
+        plan = _plan(recipe, start.first_step)
+        with _Progress(console) as told:
+            run = backend.prepare(Job(recipe, plan, options, start.weights, told, folder.path))
             ending.callback(run.close)  # also after an error: what a backend keeps on disk becomes durable, and others learn of the end
-            if start is not None and start.has_optimizer and not keeps:
+            if start.state is not None:
                 run.import_state(start.state)
         fingerprint = run.fingerprint()
-        folder.write_environment(fingerprint)
         peak = measured_peak(recipe, backend, run)
-        _announce(console, recipe, fingerprint, peak, folder.path, first)
-        speed = Speed(flops_per_token(recipe.model, recipe.data.sequence_length), peak.flops)
-        parent = None if start is None else start.root
-        resumed = first if start is not None or first else None
-        resolved = recipe.model_dump(mode="json")
-        if start is not None and start.manifest is not None and ledger.entries:
-            ledger.adopt(start.manifest, read_metrics(folder.path))
-        if changes and ledger.entries:
-            listed = [[key, *(None if value is ABSENT else value for value in values)] for key, *values in changes]
-            ledger.add("recipe", step=first, changes=listed, recipe=resolved, recipe_sha256=sha256_json(resolved))
+        _announce(console, recipe, fingerprint, peak, folder.path, start.first_step)
         environment = {**fingerprint, "weftrain": importlib.metadata.version("weftrain")}
-        ledger.open_run(first, resolved, source.dataset_id, environment, parent)
-        with MetricsWriter(folder.path, recipe.log.tensorboard, resumed) as metrics, Bar(console, name, plan.last_step, first) as bar:
+        ledger = commit(start, folder, recipe, source.dataset_id, environment)
+        speed = Speed(flops_per_token(recipe.model, recipe.data.sequence_length), peak.flops)
+        with (
+            MetricsWriter(folder.path, recipe.log.tensorboard, start.resumed_step) as metrics,
+            Bar(console, name, plan.last_step, start.first_step) as bar,
+        ):
             basis = {"flops_per_token": speed.flops_per_token, "peak_origin": peak.origin}
-            metrics.event("start", step=first, kernels=fingerprint.get("kernels"), peak_flops=peak.flops, **basis)
+            metrics.event("start", step=start.first_step, kernels=fingerprint.get("kernels"), peak_flops=peak.flops, **basis)
             told.bar = bar
             steps = fit(
                 run,
@@ -158,21 +132,10 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
                 metrics,
                 ledger,
                 speed=speed,
-                parent=parent,
+                parent=start.parent,
                 should_stop=stop.requested,
             )
-            loss, done = "", first
-            for progress in steps:
-                done = progress.result.step + 1
-                if progress.result.skipped:
-                    bar.say(f"warning: step {progress.result.step} was skipped: its loss or gradient norm is not finite")
-                if progress.log is not None:
-                    loss = f"loss {progress.log['loss']:.4f}  {progress.log['tokens_per_second']:,.0f} tokens/s"
-                for held in progress.evaluations:
-                    bar.say(f"step {done:>6}  held-out {held['set']}: loss {held['loss']:.4f}, perplexity {held['perplexity']:,.2f}")
-                if progress.saved is not None and progress.saved.set_aside is not None:
-                    bar.say(f"warning: another checkpoint of step {progress.saved.step} was moved to {progress.saved.set_aside.name}")
-                bar.update(done, loss)
+            done = _shown(steps, bar, start.first_step)
             if not stop.number:
                 metrics.event("end", step=done, peak_flops=measured_peak(recipe, backend, run).flops, **basis)
                 ledger.add("end", step=done)
@@ -180,6 +143,37 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
         console.print(f"stopped after step {done} and saved; the same command resumes")
     else:
         _summarize(console, recipe, runs / name, again)
+
+
+def _plan(recipe: Recipe, first_step: int) -> Plan:
+    from weftrain.core.backend import Plan
+
+    return Plan(
+        first_step,
+        recipe.schedule.steps,
+        checkpoint_every_steps=recipe.checkpoint.every_steps,
+        evaluate_every_steps=recipe.log.evaluate_every_steps,
+        log_every_steps=recipe.log.every_steps,
+        checkpoint_at_end=recipe.checkpoint.at_end,
+        chunk_steps=0 if recipe.data.chunks is None else recipe.schedule.steps // recipe.data.chunks,
+    )
+
+
+def _shown(steps: Iterator[Progress], bar: Bar, first: int) -> int:
+    """Train, which is what iterating does, and show each step on the bar. How many steps are complete."""
+    loss, done = "", first
+    for progress in steps:
+        done = progress.result.step + 1
+        if progress.result.skipped:
+            bar.say(f"warning: step {progress.result.step} was skipped: its loss or gradient norm is not finite")
+        if progress.log is not None:
+            loss = f"loss {progress.log['loss']:.4f}  {progress.log['tokens_per_second']:,.0f} tokens/s"
+        for held in progress.evaluations:
+            bar.say(f"step {done:>6}  held-out {held['set']}: loss {held['loss']:.4f}, perplexity {held['perplexity']:,.2f}")
+        if progress.saved is not None and progress.saved.set_aside is not None:
+            bar.say(f"warning: another checkpoint of step {progress.saved.step} was moved to {progress.saved.set_aside.name}")
+        bar.update(done, loss)
+    return done
 
 
 def _with_decisions(console: Console, file: RecipeFile, folder: Path) -> tuple[RecipeFile, set[str]]:

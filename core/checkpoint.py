@@ -16,7 +16,7 @@ import errno
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -182,12 +182,13 @@ def verify(path: Path) -> dict[str, Any]:
     return _read_all(path)[0]
 
 
-def newest(folder: Path, report: Callable[[str], None]) -> Path | None:
+def newest(folder: Path, report: Callable[[str], None], without: Set[Path] = frozenset()) -> Path | None:
     """The newest whole checkpoint in a `checkpoints` folder, every byte of it verified; None where there is none.
 
-    `report` gets one line for each checkpoint passed over. Folders under temporary names, set aside, or named otherwise do not count.
+    `report` gets one line for each checkpoint passed over. Folders under temporary names, set aside, named otherwise, or in `without`
+    do not count.
     """
-    candidates = [(int(match[1]), path) for path in _entries(folder) if (match := STEP_FOLDER.fullmatch(path.name))]
+    candidates = [(int(match[1]), path) for path in _entries(folder) if (match := STEP_FOLDER.fullmatch(path.name)) and path not in without]
     for _, path in sorted(candidates, reverse=True):
         try:
             verify(path)

@@ -7,7 +7,7 @@ checkpoints move after it, so a crash in between is finished by whoever opens th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,20 +46,31 @@ def rollback(run: Path, ledger: Ledger, step: int, reason: str) -> Branch:
     return lineage(ledger.entries).branches[-1]
 
 
+def abandoned(run: Path, entries: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """The checkpoints that the last rollback left and a crash did not let it move to their branch. Nothing is written."""
+    last = _last_rollback(entries)
+    if last is None:
+        return []
+    paths = [(run / "checkpoints" / folder_name(step), root) for step, root in last["abandoned"]]
+    return [path for path, root in paths if path.exists() and _root(path) == root]
+
+
 def finish_rollback(run: Path, ledger: Ledger) -> list[Path]:
     """Move to its branch whatever checkpoint the last rollback left and a crash did not let it move. What was moved."""
-    entries = [entry for entry in ledger.entries if entry["kind"] in ("rollback", "resume", "start")]
-    if not entries or entries[-1]["kind"] != "rollback":
-        return []  # the run went on since: what lies beyond the step is its own
-    entry, moved = entries[-1], []
-    target = run / BRANCHES / str(entry["branch"])
-    for step, root in entry["abandoned"]:
-        path = run / "checkpoints" / folder_name(step)
-        if path.exists() and _root(path) == root:
-            fsops.make_dirs(target)
-            fsops.rename(path, target / path.name)
-            moved.append(target / path.name)
+    moved, last = [], _last_rollback(ledger.entries)
+    for path in abandoned(run, ledger.entries):
+        assert last is not None
+        target = run / BRANCHES / str(last["branch"])
+        fsops.make_dirs(target)
+        fsops.rename(path, target / path.name)
+        moved.append(target / path.name)
     return moved
+
+
+def _last_rollback(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The rollback that ends the ledger's line; None where the run went on since, so that what lies beyond the step is its own."""
+    relevant = [entry for entry in entries if entry["kind"] in ("rollback", "resume", "start")]
+    return relevant[-1] if relevant and relevant[-1]["kind"] == "rollback" else None
 
 
 def put_off(run: Path, ledger: Ledger, recipe: Recipe, chunk: int, action: Literal["defer", "drop"], reason: str) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,15 @@ ABSENT = _Absent()
 
 
 @dataclass(frozen=True)
+class RecipeCheck:
+    """What came of comparing the recipe asked for with the one that the run was made with: every change is an allowed one."""
+
+    stored: Mapping[str, Any] | None  # None: the run is new
+    changes: tuple[Difference, ...]
+    missing: bool  # recipe.json is not there, so it must be written
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """An open run folder: its lock is held by this process. `recipe` is the resolved recipe that this start asks for."""
 
@@ -62,12 +71,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def check_recipe(self, allow: set[str], step: int = 0, recorded: dict[str, Any] | None = None) -> list[Difference]:
-        """Compare with the recipe that the folder was made for, and record this one. What changed, which is nothing as a rule.
+    def check_recipe(self, allow: Set[str], recorded: Mapping[str, Any] | None = None) -> RecipeCheck:
+        """Compare with the recipe that the folder was made for. Nothing is written: `record_recipe` does that.
 
-        allow: dotted keys that may differ; each changed key must be named. step: where the run continues; the old recipe stays as
-        recipe.<step>.json. recorded: the recipe in the checkpoint that is resumed from, which stands in for a lost recipe.json.
-        Raises RunFolderError listing every change and the flags that would allow the rest.
+        allow: dotted keys that may differ; each changed key must be named. recorded: the recipe in the checkpoint that is resumed from,
+        which stands in for a lost recipe.json. Raises RunFolderError listing every change and the flags that would allow the rest.
         """
         found = _with_defaults(stored_recipe(self.path, missing_ok=True))
         stored = _with_defaults(recorded) if found is None else found
@@ -80,14 +88,18 @@ class RunFolder:
                 f"{self.path}: the recipe is not the one this run was made with ({listed}): "
                 f"give it back its values, use another run name, or continue with the changes by adding {flags}"
             )
-        if found is None or changes:
-            with _blamed(self.path):
-                if stored is not None and changes:
-                    fsops.write_bytes(self._unused_name(step), canonical_json(stored) + b"\n")
-                # The truth last: a crash in between leaves a view that the next start writes again.
-                fsops.write_bytes(self.path / READABLE_RECIPE, dump_yaml(self.recipe).encode())
-                fsops.write_bytes(self.path / RECIPE, canonical_json(self.recipe) + b"\n")
-        return changes
+        return RecipeCheck(stored, tuple(changes), found is None)
+
+    def record_recipe(self, check: RecipeCheck, step: int = 0) -> None:
+        """Record this recipe, and an earlier one that it replaces as recipe.<step>.json. step: where the run continues."""
+        if not check.missing and not check.changes:
+            return
+        with _blamed(self.path):
+            if check.stored is not None and check.changes:
+                fsops.write_bytes(self._unused_name(step), canonical_json(check.stored) + b"\n")
+            # The truth last: a crash in between leaves a view that the next start writes again.
+            fsops.write_bytes(self.path / READABLE_RECIPE, dump_yaml(self.recipe).encode())
+            fsops.write_bytes(self.path / RECIPE, canonical_json(self.recipe) + b"\n")
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         """Record where the run is being started: JSON values only. The record of each start that made a checkpoint lies in its manifest."""
@@ -123,7 +135,7 @@ def stored_recipe(folder: Path, *, missing_ok: bool = False) -> dict[str, Any] |
     return stored
 
 
-def _with_defaults(recipe: dict[str, Any] | None) -> dict[str, Any] | None:
+def _with_defaults(recipe: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """A recipe that an earlier version recorded, with the keys that came since: their defaults are what it did."""
     try:
         return recipe if recipe is None else Recipe.model_validate(recipe).model_dump(mode="json")

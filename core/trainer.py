@@ -7,18 +7,15 @@ a table does so around the `for`, and no callback is needed. Everything that mus
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from weftrain.core import checkpoint
-from weftrain.core.backend import BatchSource, EvaluationSource, Plan, Run, State, StepResult
+from weftrain.core.backend import BatchSource, EvaluationSource, Plan, Run, StepResult
 from weftrain.core.config import Recipe
-from weftrain.core.errors import CheckpointError
 from weftrain.core.ledger import Ledger
 from weftrain.core.manifest import folder_name
 from weftrain.core.metrics import Digest, MetricsWriter
@@ -92,66 +89,6 @@ def fit(
         yield Progress(result, log, evaluations, saves.finished(wait=stop or completed == plan.last_step))
         if stop:
             return
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run starts from: a checkpoint's state, its root hash, and its manifest where it is the run's own (a resume)."""
-
-    state: State
-    root: str
-    manifest: dict[str, Any] | None  # None: another run's checkpoint, by start_from
-
-    @property
-    def has_optimizer(self) -> bool:
-        return any(not name.startswith("weights/") for name in self.state.tensors)
-
-    def weights(self) -> Mapping[str, Tensor] | None:
-        """Canonical name -> weight where that is all there is to start from; None where the whole state is imported."""
-        return None if self.has_optimizer else checkpoint.Weights(self.state.tensors)
-
-    def check_data(self, recipe: Recipe, dataset_id: str, allow: set[str]) -> None:
-        """Refuse to resume on other data or another batch size: the position counts samples of one order.
-
-        Raises CheckpointError. Other data passes where `data` is among the allowed keys.
-        """
-        if self.manifest is None:
-            return
-        if self.manifest["dataset_id"] != dataset_id and "data" not in allow:
-            raise CheckpointError(
-                f"step {self.state.step}: was trained on dataset {self.manifest['dataset_id'][:12]}, the recipe's is {dataset_id[:12]}: "
-                "restore the dataset, or continue on the other one with --allow data"
-            )
-        position = self.state.step * recipe.batch.global_batch_size
-        if self.manifest["position"] != position:
-            raise CheckpointError(
-                f"step {self.state.step}: sample {self.manifest['position']} comes next, and batch.global_batch_size="
-                f"{recipe.batch.global_batch_size} would go on at sample {position}: resume with the batch size of the run"
-            )
-
-
-def starting_state(recipe: Recipe, checkpoints: Path, runs: Path, report: Callable[[str], None]) -> Start | None:
-    """The newest whole checkpoint of the run's own folder; else, where the recipe says `start_from`, that of another run below `runs`,
-    at step 0; else None: from scratch.
-
-    `report` gets one line for each damaged checkpoint passed over. Raises CheckpointError where start_from finds none.
-    """
-    newest = checkpoint.newest(checkpoints, report)
-    if newest is not None:
-        state, manifest = checkpoint.load(newest, verified=True)
-        return Start(state, manifest["root"], manifest)
-    if recipe.start_from is None:
-        return None
-    other = runs / recipe.start_from.run / "checkpoints"
-    newest = checkpoint.newest(other, report)
-    if newest is None:
-        name = recipe.start_from.run
-        raise CheckpointError(f"{other}: no whole checkpoint, and start_from needs one: train '{name}' first, or remove start_from")
-    state, manifest = checkpoint.load(newest, verified=True)
-    if recipe.start_from.state == "weights":
-        weights = {name: tensor for name, tensor in state.tensors.items() if name.startswith("weights/")}
-        return Start(State(0, 0, weights), manifest["root"], None)
-    return Start(replace(state, step=0), manifest["root"], None)
 
 
 def _step_line(recipe: Recipe, result: StepResult, tokens_per_second: float, speed: Speed, stats: dict[str, float]) -> dict[str, Any]:

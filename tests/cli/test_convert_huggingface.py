@@ -24,7 +24,7 @@ from weftrain.core.huggingface import HuggingFaceWeights, write_huggingface
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.pickled import open_weights
 from weftrain.core.recipe_file import load_recipe
-from weftrain.core.trainer import starting_state
+from weftrain.core.resume import starting_state
 
 Weftrain = Callable[..., Result]
 AMBER = [

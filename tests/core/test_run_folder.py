@@ -15,7 +15,7 @@ import yaml
 from fault_injection import KINDS, Death, Faults, injected
 
 from weftrain.core.errors import RunFolderError
-from weftrain.core.run_folder import ABSENT, differences, open_run
+from weftrain.core.run_folder import ABSENT, Difference, RunFolder, differences, open_run
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -58,6 +58,13 @@ def test_a_second_process_is_refused_at_once_and_told_who_holds_the_folder(tmp_p
         assert json.loads((folder / "lock").read_text())["pid"] == os.getpid()
 
 
+def recorded(run: RunFolder, *allow: str, step: int = 0) -> list[Difference]:
+    """What changed in the recipe, which is then recorded."""
+    check = run.check_recipe(set(allow))
+    run.record_recipe(check, step)
+    return list(check.changes)
+
+
 def test_the_lock_ends_with_the_block_also_after_an_error(tmp_path: Path) -> None:
     with suppress(ZeroDivisionError), open_run(tmp_path, RECIPE):
         1 / 0  # noqa: B018
@@ -82,20 +89,20 @@ def test_leftovers_of_dead_processes_are_removed_by_the_holder_alone(tmp_path: P
 
 def test_the_resolved_recipe_is_recorded_and_an_equal_one_passes_silently(tmp_path: Path) -> None:
     with open_run(tmp_path, RECIPE) as run:
-        assert run.check_recipe(set()) == []
+        assert recorded(run) == []
         run.write_environment({"host": "a"})
     stored = json.loads((tmp_path / "recipe.json").read_text())
     assert stored == yaml.safe_load((tmp_path / "recipe.yaml").read_text()) == json.loads(json.dumps(RECIPE))
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name.startswith("recipe")}
     with open_run(tmp_path, RECIPE) as run:
-        assert run.check_recipe(set()) == []
+        assert recorded(run) == []
     assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name.startswith("recipe")}
     assert json.loads((tmp_path / "environment.json").read_text()) == {"host": "a"}
 
 
 def test_a_changed_recipe_is_refused_with_every_change_and_the_flags(tmp_path: Path) -> None:
     with open_run(tmp_path, RECIPE) as run:
-        run.check_recipe(set())
+        recorded(run)
     new = changed(seed=2, model=RECIPE["model"] | {"norm_eps": 1e-05})
     changes = [("model.norm_eps", 1e-06, 1e-05), ("seed", 1, 2)]
     for allow in (set(), {"seed"}, {"model"}, {"seed", "model.norm"}):
@@ -109,12 +116,12 @@ def test_a_changed_recipe_is_refused_with_every_change_and_the_flags(tmp_path: P
     assert json.loads((tmp_path / "recipe.json").read_text())["seed"] == 1
 
     with open_run(tmp_path, new) as run:
-        assert run.check_recipe({"seed", "model.norm_eps", "unused"}, step=100) == changes
+        assert recorded(run, "seed", "model.norm_eps", "unused", step=100) == changes
     assert json.loads((tmp_path / "recipe.json").read_text())["seed"] == 2
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["seed"] == 2
     assert json.loads((tmp_path / "recipe.100.json").read_text())["seed"] == 1
     with open_run(tmp_path, changed(seed=3, model=new["model"])) as run:
-        run.check_recipe({"seed"}, step=100)
+        recorded(run, "seed", step=100)
     assert json.loads((tmp_path / "recipe.100-2.json").read_text())["seed"] == 2
 
 
@@ -134,7 +141,7 @@ def test_differences_are_leaves_with_dotted_keys() -> None:
 
 def test_a_key_on_one_side_only_is_shown_as_absent(tmp_path: Path) -> None:
     with open_run(tmp_path, RECIPE) as run:
-        run.check_recipe(set())
+        recorded(run)
     with open_run(tmp_path, changed(extra="x")) as run, pytest.raises(RunFolderError, match=r'extra: \(absent\) -> "x"'):
         run.check_recipe(set())
 
@@ -163,7 +170,7 @@ def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
 
 def start(folder: Path, recipe: dict[str, Any], *allow: str) -> None:
     with open_run(folder, recipe) as run:
-        run.check_recipe(set(allow), step=7)
+        recorded(run, *allow, step=7)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,187 @@
+"""How a run starts: `decide` asks everything that can be refused and writes nothing; `commit` records the decision.
+
+Between the two stand `Backend.prepare` and `Run.import_state`, which can refuse as well. Only `commit` changes the run's folder, just
+before training begins, so a start that is refused leaves the folder as it was.
+
+    start = decide(folder, recipe, source.dataset_id, backend, options, runs, allow=.., say=..)   # raises; writes nothing
+    run = backend.prepare(Job(.., weights=start.weights))
+    if start.state is not None: run.import_state(start.state)
+    ledger = commit(start, folder, recipe, source.dataset_id, environment)                        # then train from start.first_step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from weftrain.core import checkpoint
+from weftrain.core.backend import Backend, State
+from weftrain.core.canonical import sha256_json
+from weftrain.core.config import Recipe, Section
+from weftrain.core.errors import CheckpointError
+from weftrain.core.ledger import LEDGER, Ledger, read_ledger
+from weftrain.core.metrics import read_metrics
+from weftrain.core.rollback import abandoned, finish_rollback
+from weftrain.core.run_folder import ABSENT, RecipeCheck, RunFolder
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run starts. Nothing of it is written yet.
+
+    At most one of `state` and `weights` is given; with neither, the weights are drawn from the seed or the backend's own state holds.
+    """
+
+    first_step: int  # completed steps
+    last_step: int
+    state: State | None  # for Run.import_state
+    weights: Mapping[str, Tensor] | None  # for Job.weights
+    parent: str | None  # root of the checkpoint that the next one continues
+    manifest: Mapping[str, Any] | None  # of the run's own checkpoint that it resumes from
+    tokens: int  # read so far, on this run's own line
+    position: int  # number of the next sample
+    recipe: RecipeCheck
+
+    @property
+    def complete(self) -> bool:
+        return self.first_step >= self.last_step
+
+    @property
+    def resumed_step(self) -> int | None:
+        """For MetricsWriter: what lies beyond this step no longer counts. None for a run that starts afresh."""
+        return self.first_step if self.parent is not None or self.first_step else None
+
+
+def decide(
+    folder: RunFolder,
+    recipe: Recipe,
+    dataset_id: str,
+    backend: Backend,
+    options: Section,
+    runs: Path,
+    *,
+    allow: Set[str],
+    say: Callable[[str], None],
+) -> Start:
+    """Find what the run starts from, and ask everything about it that can be refused. Nothing is written.
+
+    runs: the folder that holds other runs, for start_from. allow: keys of the recipe that may have changed. say: gets one line for each
+    thing the user should know. Raises CheckpointError, RunFolderError, BackendError.
+    """
+    entries = read_ledger(folder.path / LEDGER)
+    found = starting_state(
+        recipe, folder.checkpoints, runs, lambda line: say(f"warning: {line}"), without=set(abandoned(folder.path, entries))
+    )
+    first = 0 if found is None else found.state.step
+    if found is not None:
+        found.check_data(recipe, dataset_id, allow)
+    kept = backend.kept_step(recipe, options, folder.path)
+    keeps = kept is not None and kept >= first
+    if kept and keeps:
+        say(f"the {backend.name} backend's own state stands at {kept} completed steps: the run goes on from there")
+    manifest = None if found is None else found.manifest
+    checked = folder.check_recipe(allow, None if manifest is None else manifest["recipe"])
+    tokens, position = (0, 0) if manifest is None else (manifest["tokens"], manifest["position"])
+    if kept and keeps:
+        tokens += (kept - first) * recipe.tokens_per_step
+        position += (kept - first) * recipe.batch.global_batch_size
+        first = kept
+    for key, old, new in checked.changes:
+        say(f"recipe changed at step {first}: {key}: {old} -> {new}")
+    return Start(
+        first_step=first,
+        last_step=recipe.schedule.steps,
+        state=found.state if found is not None and found.has_optimizer and not keeps else None,
+        weights=None if found is None else found.weights(),
+        parent=None if found is None else found.root,
+        manifest=manifest,
+        tokens=tokens,
+        position=position,
+        recipe=checked,
+    )
+
+
+def commit(start: Start, folder: RunFolder, recipe: Recipe, dataset_id: str, environment: dict[str, Any]) -> Ledger:
+    """Record the start in the run's folder and ledger, which is returned, open. To be called once training is about to begin.
+
+    environment: the run's fingerprint, JSON values. Raises RunFolderError.
+    """
+    ledger = Ledger(folder.path)
+    finish_rollback(folder.path, ledger)
+    if start.manifest is not None and ledger.entries:
+        ledger.adopt(start.manifest, read_metrics(folder.path))
+    resolved = recipe.model_dump(mode="json")
+    if start.recipe.changes and ledger.entries:
+        listed = [[key, *(None if value is ABSENT else value for value in values)] for key, *values in start.recipe.changes]
+        ledger.add("recipe", step=start.first_step, changes=listed, recipe=resolved, recipe_sha256=sha256_json(resolved))
+    folder.record_recipe(start.recipe, start.first_step)  # after the ledger's line: a crash in between asks for the change again
+    folder.write_environment(environment)
+    ledger.open_run(start.first_step, resolved, dataset_id, environment, start.parent)
+    return ledger
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to start from: its state, its root hash, and its manifest where it is the run's own (a resume)."""
+
+    state: State
+    root: str
+    manifest: Mapping[str, Any] | None  # None: another run's checkpoint, by start_from
+
+    @property
+    def has_optimizer(self) -> bool:
+        return any(not name.startswith("weights/") for name in self.state.tensors)
+
+    def weights(self) -> Mapping[str, Tensor] | None:
+        """Canonical name -> weight where that is all there is to start from; None where the whole state is imported."""
+        return None if self.has_optimizer else checkpoint.Weights(self.state.tensors)
+
+    def check_data(self, recipe: Recipe, dataset_id: str, allow: Set[str]) -> None:
+        """Refuse to resume on other data or another batch size: the position counts samples of one order.
+
+        Raises CheckpointError. Other data passes where `data` is among the allowed keys.
+        """
+        if self.manifest is None:
+            return
+        if self.manifest["dataset_id"] != dataset_id and "data" not in allow:
+            raise CheckpointError(
+                f"step {self.state.step}: was trained on dataset {self.manifest['dataset_id'][:12]}, the recipe's is {dataset_id[:12]}: "
+                "restore the dataset, or continue on the other one with --allow data"
+            )
+        position = self.state.step * recipe.batch.global_batch_size
+        if self.manifest["position"] != position:
+            raise CheckpointError(
+                f"step {self.state.step}: sample {self.manifest['position']} comes next, and batch.global_batch_size="
+                f"{recipe.batch.global_batch_size} would go on at sample {position}: resume with the batch size of the run"
+            )
+
+
+def starting_state(
+    recipe: Recipe, checkpoints: Path, runs: Path, report: Callable[[str], None], *, without: Set[Path] = frozenset()
+) -> Found | None:
+    """The newest whole checkpoint of the run's own folder; else, where the recipe says `start_from`, that of another run below `runs`,
+    at step 0; else None: from scratch.
+
+    `report` gets one line for each damaged checkpoint passed over. without: checkpoints that do not count. Raises CheckpointError where
+    start_from finds none.
+    """
+    newest = checkpoint.newest(checkpoints, report, without)
+    if newest is not None:
+        state, manifest = checkpoint.load(newest, verified=True)
+        return Found(state, manifest["root"], manifest)
+    if recipe.start_from is None:
+        return None
+    other = runs / recipe.start_from.run / "checkpoints"
+    newest = checkpoint.newest(other, report)
+    if newest is None:
+        name = recipe.start_from.run
+        raise CheckpointError(f"{other}: no whole checkpoint, and start_from needs one: train '{name}' first, or remove start_from")
+    state, manifest = checkpoint.load(newest, verified=True)
+    if recipe.start_from.state == "weights":
+        weights = {name: tensor for name, tensor in state.tensors.items() if name.startswith("weights/")}
+        return Found(State(0, 0, weights), manifest["root"], None)
+    return Found(replace(state, step=0), manifest["root"], None)
