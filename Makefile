@@ -32,21 +32,24 @@ prove-cerebras: $(INSTALLED)  ## what needs the Cerebras compiler's front end: l
 	$(BIN)/pytest -m cerebras --ignore tests/kernels/interpreted
 
 # The whole CrystalCoder-7B: one optimizer step of 2048 tokens with memory capped at 8 GB; 66 GB of disk. See docs/weight-streaming.md.
+# CRYSTALCODER_FLAGS lays further overrides over both targets, such as a smaller model.
 CRYSTALCODER_RUNS ?= runs
 CRYSTALCODER_FLAGS ?=
 ONE_STEP := data.sources=[] data.synthetic_rows=1 batch.replicas=1 batch.global_batch_size=1 batch.micro_batch_size=1 \
 	'schedule.learning_rate=[{shape: constant, steps: 100, start: 1.4e-4}]' log.every_steps=1 log.evaluate_every_steps=0 \
-	backend.options.activations=recompute backend.options.tier=direct
+	checkpoint.every_steps=0 backend.options.activations=recompute backend.options.tier=direct
+# `plan` and `train` are given the same words, so that what is predicted is what runs.
+SEVEN_BILLION := $(ONE_STEP) schedule.steps=1 checkpoint.at_end=false backend.options.state_format=bf16_moments \
+	backend.options.memory_limit_mib=8192 backend.options.trace_steps=1 $(CRYSTALCODER_FLAGS)
 
 crystalcoder-step: $(INSTALLED)  ## one real step of CrystalCoder-7B by weight streaming, 8 GB of memory, 66 GB of disk, about 8 minutes
-	$(BIN)/weftrain plan crystalcoder_7b_phase1 --backend streaming --disk $(CRYSTALCODER_RUNS) $(ONE_STEP) backend.options.state_format=bf16_moments $(CRYSTALCODER_FLAGS)
+	$(BIN)/weftrain plan crystalcoder_7b_phase1 --backend streaming --disk $(CRYSTALCODER_RUNS) $(SEVEN_BILLION)
 	$(BIN)/python -m weftrain.analysis.memory_cap 8192 -- $(BIN)/weftrain train crystalcoder_7b_phase1 --backend streaming --runs $(CRYSTALCODER_RUNS) \
-		--run crystalcoder_step $(ONE_STEP) schedule.steps=1 checkpoint.every_steps=0 checkpoint.at_end=false backend.options.state_format=bf16_moments \
-		backend.options.memory_limit_mib=8192 backend.options.trace_steps=1 $(CRYSTALCODER_FLAGS)
+		--run crystalcoder_step $(SEVEN_BILLION)
 
 # 1.2 billion parameters: as wide as CrystalCoder-1.3B would be, 23 layers, fp32, so that the store stays below 20 GB.
 ONE_BILLION := model.hidden_size=2048 model.num_layers=23 model.num_heads=16 model.intermediate_size=5461 precision.compute=float32 \
-	data.sequence_length=256 schedule.steps=2 checkpoint.every_steps=0
+	data.sequence_length=256 schedule.steps=2 $(CRYSTALCODER_FLAGS)
 crystalcoder-1b-step: $(INSTALLED)  ## two steps of a 1.2B model, streamed and in memory, and whether every tensor is the same; 20 GB of store, 30 GB of checkpoints
 	$(BIN)/weftrain train crystalcoder_7b_phase1 --backend streaming --runs $(CRYSTALCODER_RUNS) --run streamed_1b $(ONE_STEP) $(ONE_BILLION) backend.options.threads=2
 	$(BIN)/weftrain train crystalcoder_7b_phase1 --backend local --runs $(CRYSTALCODER_RUNS) --run local_1b $(filter-out backend.options.%,$(ONE_STEP)) $(ONE_BILLION) \
