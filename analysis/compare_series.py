@@ -189,18 +189,11 @@ def _token_count(recipe: Recipe, line: Lineage | None) -> tuple[Callable[[int], 
     batch, length = recipe.batch.global_batch_size, recipe.data.sequence_length
     words = f"step x {batch:,} x {length:,} = step x {batch * length:,}"
     stretches = line.stretches if line is not None else ()
-    rates = [int(one.recipe["batch"]["global_batch_size"]) * int(one.recipe["data"]["sequence_length"]) for one in stretches]
-    if set(rates) <= {batch * length}:
+    rates = [one.tokens_per_step for one in stretches]
+    if line is None or set(rates) <= {batch * length}:
         return lambda step: step * batch * length, words
-    # Each step by the recipe of its own stretch; what lies before the first or after the last by that one.
-    starts = [one.first_step for one in stretches]
-
-    def tokens_of(step: int) -> int:
-        edges = [0, *starts[1:], max(step, starts[-1])]
-        return sum(rate * max(0, min(step, stop) - first) for rate, first, stop in zip(rates, edges, edges[1:], strict=False))
-
-    pieces = ", ".join(f"{rate:,} a step from step {start:,}" for rate, start in zip(rates, starts, strict=True))
-    return tokens_of, f"by the ledger, whose recipe changed: {pieces}"
+    pieces = ", ".join(f"{rate:,} a step from step {one.first_step:,}" for rate, one in zip(rates, stretches, strict=True))
+    return line.tokens_read, f"by the ledger, whose recipe changed: {pieces}"
 
 
 def _checkpoints(reading: _Reading) -> tuple[dict[str, int], dict[int, Path], str | None]:

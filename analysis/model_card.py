@@ -24,7 +24,7 @@ def model_card(run: Path, release: Release, line: Lineage, recipe: Recipe) -> st
         _front_matter(release),
         f"# {release.name}\n",
         f"{recipe.description}\n",
-        *_facts(release, recipe),
+        *_facts(release, line, recipe),
         *_training(run, line, recipe),
     ]
     parts += [*_links(release), *_scores(run), *_use(release)]
@@ -36,8 +36,8 @@ def _front_matter(release: Release) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=True)}---\n"
 
 
-def _facts(release: Release, recipe: Recipe) -> list[str]:
-    model, tokens = recipe.model, recipe.tokens_per_step
+def _facts(release: Release, line: Lineage, recipe: Recipe) -> list[str]:
+    model, tokens, done = recipe.model, recipe.tokens_per_step, line.checkpoints[-1].step
     parameters = sum(spec.size for spec in parameter_specs(model))
     return [
         "| | |\n|---|---|",
@@ -46,7 +46,7 @@ def _facts(release: Release, recipe: Recipe) -> list[str]:
         f"{model.intermediate_size}, rotary {model.rotary_dim} of {model.head_dim}, vocabulary {model.vocab_size} |",
         f"| sequence length | {recipe.data.sequence_length} |",
         f"| batch | {recipe.batch.global_batch_size} sequences, {tokens:,} tokens |",
-        f"| training | {recipe.schedule.steps:,} steps, {tokens * recipe.schedule.steps:,} tokens |",
+        f"| training | {done:,} of {recipe.schedule.steps:,} steps, {line.tokens_read(done):,} tokens |",
         f"| optimizer | {recipe.optimizer.name}, betas {recipe.optimizer.beta1} and {recipe.optimizer.beta2}, "
         f"eps {recipe.optimizer.eps:g}, "
         f"weight decay {recipe.optimizer.weight_decay:g}, clip {recipe.optimizer.clip_norm} |",

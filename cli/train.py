@@ -133,6 +133,7 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
                 ledger,
                 speed=speed,
                 parent=start.parent,
+                tokens_read=start.tokens,
                 should_stop=stop.requested,
             )
             done = _shown(steps, bar, start.first_step)

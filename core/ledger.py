@@ -182,6 +182,11 @@ class Stretch:
     parent: str | None
     entry: int
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions read by each step of this stretch."""
+        return int(self.recipe["batch"]["global_batch_size"]) * int(self.recipe["data"]["sequence_length"])
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -213,6 +218,28 @@ class Lineage:
                 batch = recipe.batch.global_batch_size
                 return stretch, [step * batch, (step + 1) * batch], span_of(recipe, step)
         raise ValueError(f"step {step} is not in the ledger")
+
+    def tokens_read(self, step: int) -> int:
+        """Positions read in the first `step` steps: each step by its own stretch's recipe, what lies before the first stretch by that one.
+
+        0 where the ledger has no stretch.
+        """
+        if not self.stretches:
+            return 0
+        starts = [stretch.first_step for stretch in self.stretches]
+        edges = [0, *starts[1:], max(step, starts[-1])]
+        parts = zip(self.stretches, edges, edges[1:], strict=False)
+        return sum(stretch.tokens_per_step * max(0, min(step, stop) - first) for stretch, first, stop in parts)
+
+
+def tokens_before(step: int, manifest: Mapping[str, Any] | None, line: Lineage) -> int:
+    """Positions read before `step`, where a run starts: its checkpoint's count, and by the ledger those of the steps since.
+
+    manifest: of the checkpoint of this run that it resumes from, or None. A backend that keeps its own state may stand beyond it.
+    """
+    if manifest is None:
+        return line.tokens_read(step)
+    return int(manifest["tokens"]) + line.tokens_read(step) - line.tokens_read(manifest["step"])
 
 
 def lineage(entries: Sequence[Mapping[str, Any]]) -> Lineage:

@@ -23,7 +23,7 @@ from weftrain.core.backend import Backend, State
 from weftrain.core.canonical import sha256_json
 from weftrain.core.config import Recipe, Section
 from weftrain.core.errors import CheckpointError
-from weftrain.core.ledger import LEDGER, Ledger, read_ledger
+from weftrain.core.ledger import LEDGER, Ledger, lineage, read_ledger, tokens_before
 from weftrain.core.metrics import read_metrics
 from weftrain.core.rollback import abandoned, finish_rollback
 from weftrain.core.run_folder import ABSENT, RecipeCheck, RunFolder
@@ -85,9 +85,8 @@ def decide(
         say(f"the {backend.name} backend's own state stands at {kept} completed steps: the run goes on from there")
     manifest = None if found is None else found.manifest
     checked = folder.check_recipe(allow, None if manifest is None else manifest["recipe"])
-    tokens, position = (0, 0) if manifest is None else (manifest["tokens"], manifest["position"])
+    position = 0 if manifest is None else manifest["position"]
     if kept and keeps:
-        tokens += (kept - first) * recipe.tokens_per_step
         position += (kept - first) * recipe.batch.global_batch_size
         first = kept
     for key, old, new in checked.changes:
@@ -99,7 +98,7 @@ def decide(
         weights=None if found is None else found.weights(),
         parent=None if found is None else found.root,
         manifest=manifest,
-        tokens=tokens,
+        tokens=tokens_before(first, manifest, lineage(entries)),
         position=position,
         recipe=checked,
     )

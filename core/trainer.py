@@ -57,21 +57,24 @@ def fit(
     *,
     speed: Speed,
     parent: str | None = None,
+    tokens_read: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress]:
     """Train to plan.last_step, or to the end of the step in which should_stop() becomes true; then the state is saved first.
 
-    parent: root hash of the checkpoint that the run started from. Raises NonFiniteError, CheckpointError, DataError.
+    parent: root hash of the checkpoint that the run started from. tokens_read: positions that the run read before plan.start_step.
+    Raises NonFiniteError, CheckpointError, DataError.
     """
     tokens, duration_ms = 0, 0.0  # since the last log line
-    saves = _Saves(run, plan, recipe, source, checkpoints, metrics, ledger, parent)
+    saves = _Saves(run, plan, recipe, source, checkpoints, metrics, ledger, parent, tokens_read)
     saves.begin_run()
     for result in saves.watched(run.train(source)):
         completed = result.step + 1
         tokens, duration_ms = tokens + result.tokens, duration_ms + result.step_ms
+        saves.tokens_read += result.tokens
         log = None
         if plan.wants_log(completed) or result.skipped:
-            log = _step_line(recipe, result, tokens / duration_ms * 1e3, speed, run.stats())
+            log = _step_line(result, saves.tokens_read, tokens / duration_ms * 1e3, speed, run.stats())
             metrics.step(log)
             saves.measured.add({"kind": "step", **log})
             tokens, duration_ms = 0, 0.0
@@ -91,13 +94,13 @@ def fit(
             return
 
 
-def _step_line(recipe: Recipe, result: StepResult, tokens_per_second: float, speed: Speed, stats: dict[str, float]) -> dict[str, Any]:
+def _step_line(result: StepResult, tokens_read: int, tokens_per_second: float, speed: Speed, stats: dict[str, float]) -> dict[str, Any]:
     return {
         "step": result.step + 1,
         "loss": float(result.loss),
         "grad_norm": float(result.grad_norm),
         "learning_rate": dict(result.learning_rates),
-        "tokens": (result.step + 1) * recipe.tokens_per_step,
+        "tokens": tokens_read,
         "tokens_per_second": tokens_per_second,
         "step_ms": result.step_ms,
         "data_wait_ms": result.data_wait_ms,
@@ -126,7 +129,9 @@ class _Saves:
         metrics: MetricsWriter,
         ledger: Ledger,
         parent: str | None,
+        tokens_read: int,
     ) -> None:
+        self.tokens_read = tokens_read  # since the run began; the sequence length or the batch may have changed at a resume
         self._run, self._plan, self._recipe, self._source, self._folder = run, plan, recipe, source, folder
         self._metrics, self._ledger, self._parent = metrics, ledger, parent
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="save")
@@ -154,7 +159,7 @@ class _Saves:
             recipe=self._recipe.model_dump(mode="json"),
             dataset_id=self._source.dataset_id,
             fingerprint=fingerprint,
-            tokens=state.step * self._recipe.tokens_per_step,
+            tokens=self.tokens_read,
             position=state.step * self._recipe.batch.global_batch_size,
             parent=self._parent,
             kernels=fingerprint.get("kernels", {}),

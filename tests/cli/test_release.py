@@ -84,7 +84,7 @@ def test_what_stands_in_a_release(release: Path, made: Path) -> None:
         value["links"][2]["end"],
         value["dataset_id"],
         "Held-out words at step 6",
-        "| training | 6 steps, 312 tokens |",
+        "| training | 6 of 6 steps, 312 tokens |",
     ):
         assert words in card
     again = weftrain("release", made / "runs" / "crystal_demo", "--to", release, "--licence", "MIT")

@@ -15,8 +15,10 @@ import pytest
 import torch
 from click.testing import Result
 
+from weftrain.analysis.compare_series import read_run
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
+from weftrain.core.manifest import read_manifest
 from weftrain.core.metrics import read_metrics
 
 Train = Callable[..., Result]
@@ -70,6 +72,23 @@ def test_a_run_from_start_to_complete_to_continued(train_tiny: Train, tmp_path: 
     straight = train_tiny("schedule.steps=6", "checkpoint.every_steps=2", "--run", "straight")
     assert straight.exit_code == 0, straight.output
     assert same_bits(final_state(folder)[0], final_state(tmp_path / "runs" / "straight")[0])
+
+
+def test_tokens_are_counted_as_they_were_read(train_tiny: Train, tmp_path: Path) -> None:
+    """4 steps of 4 x 13 tokens and 4 of 4 x 6: metrics, manifest and comparison agree, though the recipe knows the second number alone."""
+    assert train_tiny("--backend", "null", "schedule.steps=4").exit_code == 0
+    shorter = ("data.sequence_length=6", "schedule.steps=8")
+    keys = ("data", "data.sequence_length", "schedule.steps")
+    result = train_tiny("--backend", "null", *shorter, *(part for key in keys for part in ("--allow", key)))
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "runs" / "crystal_demo"
+    wanted = [52, 104, 156, 208, 232, 256, 280, 304]
+    assert [record["tokens"] for record in read_metrics(folder) if record["kind"] == "step"] == wanted
+    assert "in 8 steps, 304 tokens" in result.output
+    series = read_run(folder, "run")
+    assert series.points[-1].tokens == 304
+    for step in (4, 8):
+        assert read_manifest(folder / "checkpoints" / f"step_{step:08d}")["tokens"] == wanted[step - 1]
 
 
 def test_a_damaged_checkpoint_is_passed_over_loudly(train_tiny: Train, tmp_path: Path) -> None:

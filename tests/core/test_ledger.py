@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from weftrain.core.canonical import canonical_json, sha256_json
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RunFolderError
-from weftrain.core.ledger import LEDGER, TORN, Ledger, lineage, read_ledger, span_of, with_decisions
+from weftrain.core.ledger import LEDGER, TORN, Ledger, lineage, read_ledger, span_of, tokens_before, with_decisions
 from weftrain.core.metrics import digest
 
 Tiny = Callable[..., Recipe]
@@ -199,3 +199,17 @@ def test_a_line_hashed_with_another_number_is_seen(tmp_path: Path, tiny_recipe: 
     path.write_bytes(path.read_bytes().splitlines(keepends=True)[0] + canonical_json(entry) + b"\n")
     with pytest.raises(RunFolderError, match=f"{LEDGER}:2: does not follow"):
         read_ledger(path)
+
+
+def test_tokens_before_a_step_are_the_checkpoints_and_then_the_ledgers(tmp_path: Path, tiny_recipe: Tiny) -> None:
+    """A backend that keeps its own state stands beyond the newest checkpoint, in steps whose recipe the ledger alone has."""
+    recipe, longer = tiny_recipe(), tiny_recipe("crystal", "batch.global_batch_size=8")
+    ledger = started(tmp_path, recipe)
+    resolved = longer.model_dump(mode="json")
+    ledger.add("recipe", step=2, changes=[], recipe=resolved, recipe_sha256=sha256_json(resolved))
+    ledger.open_run(2, resolved, "d" * 64, {}, None)
+    line = lineage(ledger.entries)
+    assert [line.tokens_read(step) for step in range(5)] == [0, 52, 104, 208, 312]
+    assert tokens_before(4, None, line) == 312
+    assert tokens_before(4, {"step": 1, "tokens": 1000}, line) == 1000 + 52 + 2 * 104
+    assert tokens_before(0, None, lineage([])) == 0
