@@ -16,6 +16,8 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Scalar = bool | int | float | str
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Step = Annotated[int, Field(ge=0, le=1 << 53)]  # beyond it a float, as which it is drawn and divided, does not count by ones
 
 
 class Section(BaseModel):

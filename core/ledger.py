@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,28 +21,15 @@ from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.config import DataConfig, Recipe
 from weftrain.core.errors import RunFolderError
+from weftrain.core.ledger_lines import check_line
 from weftrain.core.metrics import digest
 from weftrain.core.order import chunk_order
+from weftrain.core.plain_file import plain_lines, read_plain
+from weftrain.core.recipe_file import recorded_recipe
 
 LEDGER = "ledger.jsonl"
 TORN = "ledger.torn"
 BRANCHES = "branches"
-MAX_LEDGER_BYTES = 1 << 30
-
-# kind -> what each line of it must have, beside `step` (completed steps).
-KINDS: dict[str, tuple[str, ...]] = {
-    "start": ("recipe", "recipe_sha256", "dataset_id", "environment", "parent"),
-    "resume": ("recipe_sha256", "dataset_id", "environment", "parent"),
-    "recipe": ("changes", "recipe", "recipe_sha256"),
-    "chunk_begin": ("chunk", "place", "samples", "dataset_id", "parent"),
-    "chunk_end": ("chunk", "place", "samples", "dataset_id", "root"),
-    "checkpoint": ("root", "parent", "metrics_after", "metrics_sha256"),
-    "skip": ("samples",),
-    "rollback": ("root", "branch", "abandoned", "reason"),
-    "defer": ("chunk", "action", "reason"),
-    "end": (),
-}
-_CHAIN = ("n", "previous", "hash", "time", "kind", "step")
 
 
 @dataclass(frozen=True)
@@ -137,18 +125,18 @@ class Ledger:
             where = {"chunk": span.chunk, "place": span.place, "samples": span.samples(recipe.batch.global_batch_size)}
             self.add("chunk_end", step=step, dataset_id=dataset_id, root=root, **where)
 
-    def adopt(self, manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+    def adopt(self, manifest: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> None:
         """Enter the run's own checkpoint that a crash left out, between its rename and its line here.
 
-        records: the run's measurements, as `metrics.read_metrics` gives them before the resume.
+        records: the run's measurements, as `metrics.effective_records` gives them before the resume.
         """
         points = lineage(self._entries).checkpoints
         if any(point.root == manifest["root"] for point in points):
             return
         step, after = manifest["step"], max((point.step for point in points if point.step < manifest["step"]), default=0)
-        measured = [record for record in records if record["kind"] in ("step", "evaluation") and after < record["step"] <= step]
+        measured = (record for record in records if record["kind"] in ("step", "evaluation") and after < record["step"] <= step)
         self.checkpoint(
-            Recipe.model_validate(manifest["recipe"]),
+            recorded_recipe(manifest["recipe"], f"checkpoint of step {step}").recipe,
             manifest["dataset_id"],
             step=step,
             root=manifest["root"],
@@ -212,12 +200,13 @@ class Lineage:
 
         The samples' rows follow from recipe and dataset alone (core/data.py). Raises ValueError for a step that the ledger does not have.
         """
-        for stretch in self.stretches:
-            if stretch.first_step <= step and (stretch.stop_step is None or step < stretch.stop_step):
-                recipe = Recipe.model_validate(stretch.recipe)
-                batch = recipe.batch.global_batch_size
-                return stretch, [step * batch, (step + 1) * batch], span_of(recipe, step)
-        raise ValueError(f"step {step} is not in the ledger")
+        place = bisect_right(self.stretches, step, key=lambda stretch: stretch.first_step) - 1
+        stretch = self.stretches[place] if place >= 0 else None
+        if stretch is None or (stretch.stop_step is not None and step >= stretch.stop_step):
+            raise ValueError(f"step {step} is not in the ledger")
+        recipe = recorded_recipe(dict(stretch.recipe), f"{LEDGER}:{stretch.entry + 1}").recipe
+        batch = recipe.batch.global_batch_size
+        return stretch, [step * batch, (step + 1) * batch], span_of(recipe, step)
 
     def tokens_read(self, step: int) -> int:
         """Positions read in the first `step` steps: each step by its own stretch's recipe, what lies before the first stretch by that one.
@@ -259,6 +248,8 @@ class _Line:
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def on_start(self, entry: Mapping[str, Any]) -> None:
+        if self.stretches:
+            raise RunFolderError(f"{LEDGER}:{entry['n'] + 1}: starts a run that was started before: two ledgers were put together")
         self.recipe = entry["recipe"]
         self._go_on(entry)
 
@@ -276,7 +267,8 @@ class _Line:
         self._go_on(entry)
 
     def on_checkpoint(self, entry: Mapping[str, Any]) -> None:
-        self.checkpoints = [point for point in self.checkpoints if point.step < entry["step"]]
+        while self.checkpoints and self.checkpoints[-1].step >= entry["step"]:
+            self.checkpoints.pop()
         after, digest = entry["metrics_after"], entry["metrics_sha256"]
         self.checkpoints.append(Point(entry["step"], entry["root"], entry["parent"], after, digest, entry["n"]))
 
@@ -296,9 +288,13 @@ class _Line:
         pass
 
     def _cut(self, step: int) -> None:
-        self.checkpoints = [point for point in self.checkpoints if point.step <= step]
-        kept = [stretch for stretch in self.stretches if stretch.first_step < step]
-        self.stretches = [_until(stretch, step) for stretch in kept]
+        """Take what lies beyond `step` off the ends of both lists, whose steps ascend: each entry is added and removed once."""
+        while self.checkpoints and self.checkpoints[-1].step > step:
+            self.checkpoints.pop()
+        while self.stretches and self.stretches[-1].first_step >= step:
+            self.stretches.pop()
+        if self.stretches:
+            self.stretches[-1] = _until(self.stretches[-1], step)
 
     def _go_on(self, entry: Mapping[str, Any]) -> None:
         if self.stretches:
@@ -324,42 +320,30 @@ def with_decisions(data: DataConfig, decisions: Sequence[Mapping[str, Any]]) -> 
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Every entry of a ledger, the chain checked. Empty where there is no file. Raises RunFolderError naming the line."""
+    """Every entry of a ledger, its types and the chain checked. Empty where there is no file. Raises RunFolderError naming the line."""
+    entries: list[dict[str, Any]] = []
     try:
-        if path.stat().st_size > MAX_LEDGER_BYTES:
-            raise RunFolderError(f"{path}: holds more than {MAX_LEDGER_BYTES:,} bytes, which no ledger does: is it another file?")
-        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(plain_lines(path, "ledger"), 1):
+            try:
+                entry = parse_json(line)
+                if canonical_json(entry) != line:
+                    raise ValueError("is not in canonical form, so it was altered")
+                _check_entry(entry, entries)
+            except ValueError as error:
+                raise RunFolderError(
+                    f"{path}:{number}: {error}: restore the ledger from a copy; what follows a broken line proves nothing"
+                ) from error
+            entries.append(entry)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be read: {error.strerror}: check the file and its permissions") from error
-    entries: list[dict[str, Any]] = []
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            entry = parse_json(line)
-            if canonical_json(entry) != line:
-                raise ValueError("is not in canonical form, so it was altered")
-            _check_entry(entry, entries)
-        except ValueError as error:
-            raise RunFolderError(
-                f"{path}:{number}: {error}: restore the ledger from a copy; what follows a broken line proves nothing"
-            ) from error
-        entries.append(entry)
     return entries
 
 
 def _check_entry(entry: Any, before: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError for an entry that may not follow `before`."""
-    if not isinstance(entry, dict):
-        raise ValueError("is not a ledger line")
-    kind = entry.get("kind")
-    if kind not in KINDS:
-        raise ValueError(f"kind {str(kind)[:40]!r} is not one that this program writes: use a newer weftrain")
-    missing = [key for key in (*_CHAIN, *KINDS[kind]) if key not in entry]
-    if missing:
-        raise ValueError(f"a line of kind {kind} without '{missing[0]}'")
-    if type(entry["step"]) is not int or entry["step"] < 0:
-        raise ValueError("step is not a count")
+    check_line(entry)
     if entry["n"] != len(before) or entry["previous"] != (before[-1]["hash"] if before else None):
         raise ValueError("does not follow the line before it, so a line was removed, added or moved")
     if sha256_json({key: value for key, value in entry.items() if key != "hash"}) != entry["hash"]:
@@ -370,11 +354,11 @@ def _repair(path: Path) -> int:
     """Move what follows the last line break to ledger.torn. How many bytes that was. Raises OSError."""
     if not path.exists():
         return 0
-    data = path.read_bytes()
+    data = read_plain(path, "ledger")
     whole, torn = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
     if torn:
         beside = path.with_name(TORN)
-        kept = beside.read_bytes() if beside.exists() else b""
+        kept = read_plain(beside, "ledger") if beside.exists() else b""
         fsops.write_bytes(beside, kept + torn + b"\n")  # first: a crash in between keeps it twice, never not at all
         fsops.write_bytes(path, whole)
     return len(torn)

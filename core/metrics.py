@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weftrain.core import fsops
-from weftrain.core.canonical import canonical_json, parse_json
+from weftrain.core.canonical import canonical_json
 from weftrain.core.errors import RunFolderError
+from weftrain.core.metrics_lines import counted_lines, metrics_lines
+from weftrain.core.plain_file import read_plain
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 TORN = "metrics.torn"
 TENSORBOARD = "tensorboard"
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class MetricsWriter:
@@ -139,57 +140,33 @@ def digest(records: Iterable[Mapping[str, Any]]) -> str:
     return found.hexdigest()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def effective_records(folder: Path) -> Iterator[dict[str, Any]]:
     """The effective records of a run, in the order they were made: what an uninterrupted run would have left, and the events.
 
     Of step and evaluation records with the same step (and set) the last counts, and none counts that lies beyond the step of a later
-    resume. A torn last line is left out. An empty list where there are no metrics. Raises RunFolderError for a damaged line elsewhere.
+    resume. A torn last line is left out. Nothing where there are no metrics. The file is read as the records are asked for, and none is
+    kept. Raises RunFolderError for a damaged line elsewhere.
     """
-    path = Path(folder) / METRICS
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be read: {error.strerror}: check the file and its permissions") from error
-    records: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last line break is torn, or nothing
-        record = _record(line)
-        if record is None:
-            raise RunFolderError(f"{path}:{number}: not a metrics line: resume the run, which moves it to {TORN}, or remove it")
-        if record["kind"] == "resume":
-            records = {key: kept for key, kept in records.items() if key[0] == "event" or kept["step"] <= record["step"]}
-        key = (record["kind"], record["step"], record.get("set")) if record["kind"] in ("step", "evaluation") else ("event", number)
-        records.pop(key, None)  # so that one made again takes its new place
-        records[key] = _restored(record)
-    return list(records.values())
+    return (record for _, record, left_by in counted_lines(Path(folder) / METRICS) if not left_by)
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = parse_json(line)
-    except ValueError:
-        return None
-    whole = isinstance(record, dict) and isinstance(record.get("kind"), str)
-    measured = whole and record["kind"] in ("step", "evaluation", "resume")
-    if whole and record["kind"] == "evaluation" and not isinstance(record.get("set"), str):
-        return None
-    return record if whole and (not measured or type(record.get("step")) is int) else None
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All `effective_records` at once, for a run that is known to be small."""
+    return list(effective_records(folder))
 
 
 def _repair(path: Path) -> int:
     """Move torn and damaged lines to metrics.torn, so that every line left is whole. How many were moved."""
     if not path.exists():
         return 0
-    data = path.read_bytes()
-    *lines, tail = data.split(b"\n")
-    good = [line for line in lines if _record(line) is not None]
-    torn = [line for line in lines if _record(line) is None] + ([tail] if tail else [])
+    data = read_plain(path, "metrics")
+    tail = data[data.rfind(b"\n") + 1 :]
+    torn = [line.data for line in metrics_lines(path) if line.record is None] + ([tail] if tail else [])
     if torn:
         beside = path.with_name(TORN)
-        kept = beside.read_bytes() if beside.exists() else b""
+        kept = read_plain(beside, "metrics") if beside.exists() else b""
         fsops.write_bytes(beside, kept + b"\n".join(torn) + b"\n")  # first: a crash in between keeps a line twice, never not at all
-        fsops.write_bytes(path, b"".join(line + b"\n" for line in good))
+        fsops.write_bytes(path, b"".join(line.data + b"\n" for line in metrics_lines(path) if line.record is not None))
     return len(torn)
 
 
@@ -201,14 +178,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
-
-
-def _restored(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: item if key in ("kind", "set") else _restored(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_restored(item) for item in value]
-    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def _scalars(tag: str, record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

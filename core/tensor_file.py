@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from weftrain.core.canonical import parse_json
+from weftrain.core.plain_file import open_plain
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_FOREIGN_HEADER_BYTES = 16 << 20  # that of a 7B takes 30 kB; parsed JSON takes many times its bytes
@@ -84,9 +84,7 @@ def pack_header(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a plain file for reading. Raises ValueError for a symbolic link or anything else that is no plain file."""
-    if not stat.S_ISREG(os.lstat(path).st_mode):
-        raise ValueError("is a symbolic link or not a plain file")
-    return cast(BinaryIO, os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0))
+    return open_plain(path, follow=False, buffering=0)
 
 
 def read_header(file: BinaryIO, *, foreign: bool = False) -> dict[str, TensorLayout]:

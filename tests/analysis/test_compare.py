@@ -130,10 +130,10 @@ def test_tokens_follow_the_ledger_where_the_batch_was_changed(tmp_path: Path, re
     ledger = Ledger(tmp_path / "run")
     ledger.open_run(0, small.model_dump(mode="json"), "d", {}, None)
     roots = [checkpoint.verify(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")["root"] for step in (2, 4)]
-    ledger.add("checkpoint", step=2, root=roots[0], parent=None, metrics_after=0, metrics_sha256="x")
-    ledger.add("recipe", step=2, changes=[], recipe=recipe.model_dump(mode="json"), recipe_sha256="x")
+    ledger.add("checkpoint", step=2, root=roots[0], parent=None, metrics_after=0, metrics_sha256="0" * 64)
+    ledger.add("recipe", step=2, changes=[], recipe=recipe.model_dump(mode="json"), recipe_sha256="0" * 64)
     ledger.open_run(2, recipe.model_dump(mode="json"), "d", {}, roots[0])
-    ledger.add("checkpoint", step=4, root=roots[1], parent=roots[0], metrics_after=2, metrics_sha256="x")
+    ledger.add("checkpoint", step=4, root=roots[1], parent=roots[0], metrics_after=2, metrics_sha256="0" * 64)
     found = read_run(tmp_path / "run", "run")
     assert [point.tokens for point in found.points] == [2 * 26, 2 * 26 + 2 * 52]
     assert [tokens for tokens, _ in found.curve] == [26, 52, 104, 156]
@@ -144,7 +144,7 @@ def test_a_checkpoint_that_is_not_on_the_ledgers_line_is_named(tmp_path: Path, r
     roots = make_run(tmp_path / "run", recipe)
     ledger = Ledger(tmp_path / "run")
     ledger.open_run(0, recipe.model_dump(mode="json"), "d", {}, None)
-    ledger.add("checkpoint", step=2, root=roots[0], parent=None, metrics_after=0, metrics_sha256="x")
+    ledger.add("checkpoint", step=2, root=roots[0], parent=None, metrics_after=0, metrics_sha256="0" * 64)
     found = read_run(tmp_path / "run", "run")
     assert [point.checkpoint for point in found.points] == [roots[0]]
     assert roots[1][:12] in found.left_out[0]

@@ -487,7 +487,7 @@ def hostile_run(folder: Path) -> Made:
     made.go(0, 12, save=[6, 12])
     made.roll_back(6, 1, HOSTILE)
     made.ledger.add("defer", step=6, chunk=2, action="defer", reason=HOSTILE)
-    made.ledger.add("recipe", step=6, changes=[[HOSTILE, None, HOSTILE]], recipe=made.json, recipe_sha256=HOSTILE)
+    made.ledger.add("recipe", step=6, changes=[[HOSTILE, None, HOSTILE]], recipe=made.json, recipe_sha256="0" * 64)
     made.environment = {**made.environment, HOSTILE: 1}
     made.go(6, 9)
     made.metric("evaluation", step=9, set=HOSTILE, loss=2.0)
@@ -513,11 +513,11 @@ def test_a_stranger_s_words_stay_words(tmp_path: Path) -> None:
 ODD_JSON: list[Any] = [None, "x", [[1]], {"a": {"b": [1]}}, -1, 10**60]
 
 
-def test_a_ledger_of_odd_types_gives_a_page_or_one_line(eventful: Made) -> None:
+def test_a_ledger_of_odd_types_is_refused_by_line_and_key(eventful: Made) -> None:
     """Its chain is right: whoever wrote it wrote it so."""
     entries = [parse_json(line) for line in (eventful.run / LEDGER).read_bytes().splitlines()]
     keys = sorted({key for entry in entries for key in entry} - {"n", "previous", "hash", "kind", "step"})
-    pages = 0
+    pages = []
     for key, odd in itertools.product(keys, ODD_JSON):
         lines, previous = [], None
         for entry in entries:
@@ -526,23 +526,32 @@ def test_a_ledger_of_odd_types_gives_a_page_or_one_line(eventful: Made) -> None:
             changed["hash"] = previous = sha256_json(changed)
             lines.append(canonical_json(changed))
         (eventful.run / LEDGER).write_bytes(b"\n".join(lines) + b"\n")
-        with contextlib.suppress(RunFolderError):
+        try:
             check_markup(page_of(eventful.run))
-            pages += 1
-    assert pages > len(keys) * len(ODD_JSON) * 0.6
+        except RunFolderError as error:
+            assert re.search(rf"{LEDGER}:\d+: (key '{key}|resumes from checkpoint)", str(error)), (key, odd, str(error))
+        else:
+            pages.append((key, odd))
+    assert ("environment", {"a": {"b": [1]}}) in pages
+    assert ("reason", "x") in pages
+    assert not {key for key, _ in pages} & {"root", "parent", "branch", "samples", "time", "abandoned", "recipe_sha256", "metrics_sha256"}
 
 
-def test_metrics_of_odd_types_give_a_page(eventful: Made) -> None:
+def test_metrics_of_odd_types_are_refused_by_line_and_key(eventful: Made) -> None:
     path = eventful.run / METRICS
     before = path.read_bytes()
     keys = ("loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "skipped", "peak_flops", "flops_per_token", "time")
-    for odd in ("null", '"x"', "[]", '{"a": 1}', "true", "-1", "1e308", "1" + "0" * 400):
-        values = ", ".join(f'"{key}": {odd}' for key in keys)
+    refused = 0
+    for key, odd in itertools.product(keys, ("null", '"x"', "[]", '{"a": 1}', "true", "-1", "1e308", "1" + "0" * 400)):
+        values = f'"{key}": {odd}' + ("" if key == "loss" else ', "loss": 2.0')
         lines = [f'{{"kind": "{kind}", "step": 20, "set": "x", {values}}}' for kind in ("step", "evaluation", "end")]
-        if re.fullmatch("-?[0-9]+", odd):
-            lines += [f'{{"kind": "{kind}", "step": {odd}, "loss": 1.0}}' for kind in ("step", "resume")]
         path.write_bytes(before + "\n".join(lines).encode() + b"\n")
-        check_markup(page_of(eventful.run))
+        try:
+            check_markup(page_of(eventful.run))
+        except RunFolderError as error:
+            assert re.search(rf"{METRICS}:\d+: not a metrics line: .*{key}", str(error)), (key, odd, str(error))
+            refused += 1
+    assert refused == 6 + 6 + 7 + 8 + 6 + 7 + 5 + 6 + 8  # -1 and 1e308 are numbers, {"a": 1} rates, true a skip, null no peak
     path.write_bytes(before + b'{"kind": "evaluation", "step": 20, "set": []}\n')
     with pytest.raises(RunFolderError, match="not a metrics line"):
         report_of(eventful.run)

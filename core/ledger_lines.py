@@ -1,0 +1,128 @@
+"""What a line of the ledger may hold: a schema for each kind. A line that is written and a line that is read meet the same one.
+
+Types are strict and unknown keys are refused: a key means something to whoever wrote it, and one that this program does not know would be
+passed over in silence. A new key of an existing kind has a default, so that older ledgers stay readable.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from weftrain.core.config import Count, PositiveInt, Section, Sha256, Step
+
+Reason = Annotated[str, Field(min_length=1, max_length=10_000)]  # words of a person, who may paste a log
+DatasetId = Annotated[str, Field(min_length=1, max_length=200)]
+Seconds = Annotated[float, Field(ge=0, le=253_402_300_799, allow_inf_nan=False)]  # since 1970, to the end of the year 9999
+Samples = Annotated[tuple[Count, Count], Field(strict=False)]  # [first, stop) sample numbers of the run
+Change = Annotated[tuple[str, Any, Any], Field(strict=False)]  # key, old value, new value; null where it is absent
+Left = Annotated[tuple[Step, Sha256 | Literal["damaged"]], Field(strict=False)]  # step and root of a checkpoint on a branch
+
+
+class Line(Section):
+    """What every line has. step: completed steps."""
+
+    n: Count
+    previous: Sha256 | None
+    hash: Sha256
+    time: Seconds
+    kind: str
+    step: Step
+    torn_bytes: PositiveInt | None = None  # how much of a torn line before this one was moved to ledger.torn
+
+
+class Start(Line):
+    kind: Literal["start"]
+    recipe: dict[str, Any]
+    recipe_sha256: Sha256
+    dataset_id: DatasetId
+    environment: dict[str, Any]
+    parent: Sha256 | None
+
+
+class Resume(Line):
+    kind: Literal["resume"]
+    recipe_sha256: Sha256
+    dataset_id: DatasetId
+    environment: dict[str, Any]
+    parent: Sha256 | None
+
+
+class RecipeChange(Line):
+    kind: Literal["recipe"]
+    changes: Annotated[tuple[Change, ...], Field(strict=False)]
+    recipe: dict[str, Any]
+    recipe_sha256: Sha256
+
+
+class ChunkBegin(Line):
+    kind: Literal["chunk_begin"]
+    chunk: Count
+    place: Count
+    samples: Samples
+    dataset_id: DatasetId
+    parent: Sha256 | None
+
+
+class ChunkEnd(Line):
+    kind: Literal["chunk_end"]
+    chunk: Count
+    place: Count
+    samples: Samples
+    dataset_id: DatasetId
+    root: Sha256
+
+
+class Checkpoint(Line):
+    kind: Literal["checkpoint"]
+    root: Sha256
+    parent: Sha256 | None
+    metrics_after: Step
+    metrics_sha256: Sha256
+
+
+class Skip(Line):
+    kind: Literal["skip"]
+    samples: Samples
+
+
+class Rollback(Line):
+    kind: Literal["rollback"]
+    root: Sha256
+    branch: Annotated[int, Field(ge=1, le=1_000_000_000)]  # it names a folder
+    abandoned: Annotated[tuple[Left, ...], Field(strict=False)]
+    reason: Reason
+
+
+class Defer(Line):
+    kind: Literal["defer"]
+    chunk: Count
+    action: Literal["defer", "drop"]
+    reason: Reason
+
+
+class End(Line):
+    kind: Literal["end"]
+
+
+_LINES = (Start, Resume, RecipeChange, ChunkBegin, ChunkEnd, Checkpoint, Skip, Rollback, Defer, End)
+_SCHEMAS: dict[str, TypeAdapter[Any]] = {line.model_fields["kind"].annotation.__args__[0]: TypeAdapter(line) for line in _LINES}  # type: ignore[union-attr]
+
+
+def check_line(entry: Any) -> None:
+    """Raises ValueError, naming the key, for what is no ledger line of this version."""
+    if not isinstance(entry, dict):
+        raise ValueError("is not a ledger line")
+    kind = entry.get("kind")
+    schema = _SCHEMAS.get(kind) if isinstance(kind, str) else None
+    if schema is None:
+        raise ValueError(f"kind {str(kind)[:40]!r} is not one that this program writes: use a newer weftrain")
+    try:
+        schema.validate_python(entry)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))[:80]
+        if first["type"] == "extra_forbidden":
+            raise ValueError(f"key '{key}' is not one that this program writes in a line of kind {kind}: use a newer weftrain") from None
+        raise ValueError(f"key '{key}' of a line of kind {kind}: {first['msg'].lower()}") from None
