@@ -12,6 +12,7 @@ from torch import Tensor
 from weftrain.kernels.apex_ops import _found
 from weftrain.kernels.arguments import check_layer_norm
 from weftrain.kernels.contract import Implementation, Spec
+from weftrain.kernels.derivatives import without_second_derivatives
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
@@ -27,7 +28,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor
         return (x.float() * weight.float() + bias.float()).to(x.dtype)  # apex launches a grid of 0 blocks, which CUDA refuses
     function = fused_layer_norm_affine if x.dtype == torch.float32 else mixed_dtype_fused_layer_norm_affine
     with torch.autocast("cuda", enabled=False):  # apex casts its arguments where autocast is on
-        return function(x, weight.float(), bias.float(), (x.shape[-1],), eps, memory_efficient=False).to(x.dtype)
+        y = function(x, weight.float(), bias.float(), (x.shape[-1],), eps, memory_efficient=False).to(x.dtype)
+    return without_second_derivatives(y, "layer_norm", "apex")
 
 
 def unavailable(spec: Spec) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from weftrain.kernels.apex_ops import _found
 from weftrain.kernels.arguments import check_rms_norm
 from weftrain.kernels.contract import Implementation, Spec
+from weftrain.kernels.derivatives import without_second_derivatives
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -29,7 +30,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         return (x.float() * weight.float()).to(x.dtype)  # apex launches a grid of 0 blocks, which CUDA refuses
     function = fused_rms_norm_affine if x.dtype == torch.float32 else mixed_dtype_fused_rms_norm_affine
     with torch.autocast("cuda", enabled=False):  # apex casts its arguments where autocast is on
-        return function(x, weight.float(), (x.shape[-1],), eps, memory_efficient=False).to(x.dtype)
+        y = function(x, weight.float(), (x.shape[-1],), eps, memory_efficient=False).to(x.dtype)
+    return without_second_derivatives(y, "rms_norm", "apex")
 
 
 def unavailable(spec: Spec) -> str | None:

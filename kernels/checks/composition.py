@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from weftrain.kernels.checks.evaluation import Results, differing, evaluate, far, incoming, map_tensors, same_bits, tensors_of
 from weftrain.kernels.checks.findings import Case, Check, NotHere, Subject, Verdict
+from weftrain.kernels.contract import KernelError
 from weftrain.kernels.ops import Arguments, Op
 
 _OWN_NAMESPACES = ("aten", "prims", "prim", "inductor", "quantized", "mkldnn", "mkl", "profiler", "_c10d_functional", "higher_order")
@@ -214,12 +215,69 @@ def _fresh(op: Op, function: Callable[..., Any], arguments: Arguments) -> Result
     return evaluate(op, function, map_tensors(_copied, arguments))
 
 
+# ---- second derivatives and autocast ------------------------------------------------------------------------------------------------
+
+# Relative Frobenius error of a gradient penalty's gradient against the reference in fp32: of second derivatives as such, and rounded.
+_SECOND_DERIVATIVE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def _penalty_gradients(op: Op, function: Callable[..., Any], arguments: Arguments, constant: bool) -> Results:
+    """By argument: what the penalty |d loss / d argument|^2, summed over the arguments, adds to the gradient of each.
+
+    constant: the loss is the sum of the outputs, whose gradient is 1 and needs none itself; else the sum of their squares.
+    """
+    leaves = {name: arguments[name].detach().requires_grad_() for name in op.differentiable}
+    output = function(**{**arguments, **leaves}).float()
+    loss = output.sum() if constant else output.square().sum()
+    first = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+    (loss + sum(gradient.float().square().sum() for gradient in first)).backward()
+    return {name: leaf.grad.float() - gradient.detach().float() for (name, leaf), gradient in zip(leaves.items(), first, strict=True)}  # type: ignore[union-attr]
+
+
+def _judge_second_derivatives(subject: Subject, case: Case) -> Verdict:
+    """Right, or refused with a KernelError; a penalty that is silently taken for a constant is neither."""
+    op, refusals, faults = subject.op, 0, []
+    for constant in (True, False):
+        exact = _penalty_gradients(op, op.function, map_tensors(_as_float32, case.build()), constant)
+        try:
+            got = _penalty_gradients(op, subject.implementation.function, case.build(), constant)
+        except KernelError:
+            refusals += 1
+            continue
+        for name, wanted in exact.items():
+            off = float((got[name] - wanted).norm() / wanted.norm().clamp(min=1e-3))
+            if not off <= _SECOND_DERIVATIVE_ERROR[case.dtype]:
+                faults.append(f"the gradient of a penalty on the gradients is off by {off:.0%} in {name}")
+    return Verdict(not faults, "; ".join(faults[:3]) or ("refused" if refusals else "right"))
+
+
+def _as_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _judge_autocast(subject: Subject, case: Case) -> Verdict:
+    """Under autocast the arguments still decide the dtypes, and forward and backward agree about them."""
+    op, function = subject.op, subject.implementation.function
+    plain = evaluate(op, function, case.build())
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.build().items() if name in op.differentiable}
+    with torch.autocast(subject.device, torch.bfloat16):
+        output = function(**{**case.build(), **leaves})
+    gradients = torch.autograd.grad(output, list(leaves.values()), incoming(output))
+    got = {"output": output.detach(), **{f"grad_{name}": tensor for name, tensor in zip(leaves, gradients, strict=True)}}
+    wrong = far(got, plain, case.dtype)
+    return Verdict(not wrong, "; ".join(f"{name} differs from the result without autocast" for name in wrong) or "the same result")
+
+
 def _graph_cases(subject: Subject) -> list[Case]:
     return subject.quick(1) if subject.op.differentiable else []
 
 
 def _inductor_cases(subject: Subject) -> list[Case]:
-    return [] if subject.implementation.source == "reference" else _graph_cases(subject)  # the reference is there to be eager
+    return _not_reference(subject)  # the reference is there to be eager
+
+
+def _not_reference(subject: Subject) -> list[Case]:
+    return [] if subject.implementation.source == "reference" else _graph_cases(subject)  # plain torch: autocast governs it
 
 
 CHECKS = (
@@ -229,5 +287,7 @@ CHECKS = (
     Check("checkpoint", "activation checkpointing gives the same bits", _graph_cases, _judge_checkpoint),
     Check("strides", "strided inputs and incoming gradients", lambda s: s.quick(1), _judge_strides),
     Check("unwanted", "gradients that nobody wants, or that never come", _graph_cases, _judge_unwanted),
+    Check("second_derivatives", "second derivatives are right, or refused", _graph_cases, _judge_second_derivatives),
+    Check("autocast", "autocast changes nothing", _not_reference, _judge_autocast),
     Check("determinism", "the same bits again and again", lambda s: s.quick(2), _judge_determinism),
 )

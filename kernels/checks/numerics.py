@@ -169,6 +169,37 @@ def _judge_exact_logits(subject: Subject, case: Case) -> Verdict:
     return Verdict(found <= _EXACT_LOSS_BOUND, detail, {"loss": found})
 
 
+# ---- logits with a common offset --------------------------------------------------------------------------------------------------
+
+_OFFSET = 29952.0  # 117 x 256: exact in fp32, bf16 and fp16; one fp32 rounding of it is 1e-3
+_OFFSET_BOUND = 1e-5  # relative; loss and gradient of a logsumexp that holds the offset err by 5e-5 to 3e-4
+
+
+def _offset_cases(subject: Subject) -> list[Case]:
+    has_labels = "labels" in subject.op.examples[subject.op.smallest]("cpu", torch.float32)
+    return subject.cases("odd") if has_labels else []
+
+
+def _judge_offset(subject: Subject, case: Case) -> Verdict:
+    """Softmax does not see what is added to all logits, so neither loss nor gradient may lose digits to it.
+
+    fp32: logits in steps of 1/64; bf16 and fp16, too coarse for both: all logits equal, and the loss alone.
+    """
+    op, arguments = subject.op, case.build()
+    name = "weight" if "hidden" in arguments else "logits"
+    if name == "weight":  # each hidden row picks one column, so that the product rounds nothing
+        rows, width = arguments["hidden"].shape
+        arguments["hidden"] = torch.eye(width, dtype=case.dtype, device=subject.device)[torch.arange(rows, device=subject.device) % width]
+    steps = (arguments[name].float() * 64).round() / 64 if case.dtype == torch.float32 else torch.zeros_like(arguments[name].float())
+    truth = evaluate(op, EXACT[op.name], exact_arguments({**arguments, name: steps}))
+    got = evaluate(op, subject.implementation.function, {**arguments, name: (steps + _OFFSET).to(case.dtype)})
+    # Not grad_hidden: it is a product with the weight, in which the offset stands itself.
+    keys = [key for key in truth if key != "grad_hidden"] if case.dtype == torch.float32 else ["output"]
+    figures = {key: distance(got[key], truth[key]) for key in keys}
+    faults = [f"{key}: error {found:.1e} under an offset of all logits" for key, found in figures.items() if not found <= _OFFSET_BOUND]
+    return Verdict(not faults, "; ".join(faults) or "an offset of all logits costs no digits", figures)
+
+
 # ---- not finite ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -257,5 +288,6 @@ CHECKS = (
     Check("numerics", "error against float64: forward and every gradient", lambda s: s.cases(*s.op.small), _judge_numerics),
     Check("rounded_once", "fp32 results rounded once, no rounded statistics", _rounded_once_cases, _judge_rounded_once),
     Check("exact_logits", "the loss is an fp32 result where no product rounds a logit", _exact_logits_cases, _judge_exact_logits),
+    Check("offset_logits", "a common offset of all logits costs no digits", _offset_cases, _judge_offset),
     Check("non_finite", "NaN and Inf show where they must", lambda s: s.quick(2), _judge_non_finite),
 )

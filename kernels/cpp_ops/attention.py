@@ -16,11 +16,13 @@ from torch import Tensor
 from weftrain.kernels.arguments import check_attention
 from weftrain.kernels.contract import Implementation, Spec
 from weftrain.kernels.cpp_ops._build import library, needs_bfloat16, pointer, refuse_unless, strides, threads, unavailable, version
+from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 
 _LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
 _HEAD_DIMS = 32  # the head dimension is a multiple of this
 
 
+@outside_autocast
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
     """Causal self-attention: q, k, v bf16 [B, T, H, D] -> [B, T, H, D] (kernels/reference.py). D a multiple of 32.
 
@@ -41,6 +43,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @first_derivatives_only("attention", "cpp")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, document_start, logsumexp = ctx.saved_tensors
         return *torch.ops.weftrain.cpp_attention_backward(grad, q, k, v, logsumexp, ctx.scale, document_start), None, None

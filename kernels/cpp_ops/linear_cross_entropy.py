@@ -16,6 +16,7 @@ from torch import Tensor
 from weftrain.kernels.arguments import check_linear_cross_entropy
 from weftrain.kernels.contract import Implementation, Spec
 from weftrain.kernels.cpp_ops._build import library, needs_bfloat16, pointer, refuse_unless, threads, unavailable, version
+from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 
 _LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
 # 2^24 logits of bf16 are 32 MiB: large enough for matrix products at peak (a quarter of that is slower), small beside everything else.
@@ -23,6 +24,7 @@ _CHUNK_ELEMENTS = 1 << 24
 _SLAB_ROWS = 8192
 
 
+@outside_autocast
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -53,6 +55,7 @@ class _LossAndGradients(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @first_derivatives_only("linear_cross_entropy", "cpp")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.wants

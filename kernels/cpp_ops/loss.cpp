@@ -54,9 +54,10 @@ void weftrain_softmax_loss(bf16* logits, const int64_t* labels, int64_t rows, in
         const bool ignored = label == ignore_index, outside = !ignored && (label < 0 || label >= V);
         const int64_t place = ignored || outside ? 0 : label;
         const float most = maximum(row, V, scale), at_label = value(row[place]) * scale;
-        const float total = exponentiate(row, V, scale, most, gradients), lse = most + std::log(total);
+        const float total = exponentiate(row, V, scale, most, gradients), log_total = std::log(total), lse = most + log_total;
         const float stretch = 1 + 2 * z_loss * lse;
-        loss[i] = ignored ? 0 : outside ? __builtin_nanf("") : lse - at_label + z_loss * lse * lse;
+        // Not lse - at_label, which would lose the digits that a common offset of all logits takes.
+        loss[i] = ignored ? 0 : outside ? __builtin_nanf("") : log_total + (most - at_label) + z_loss * lse * lse;
         if (!gradients) continue;
         row_scale[i] = ignored ? 0 : outside ? __builtin_nanf("") : stretch * scale / total;
         const __m512 replaced = _mm512_set1_ps(std::exp(at_label - most) - total / stretch);

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_attention
 from weftrain.kernels.contract import Implementation, KernelError, Spec
+from weftrain.kernels.derivatives import without_second_derivatives
 
 _MAX_HEAD_DIM = 256
 _INSTALL = "pip install flash-attn --no-build-isolation"
@@ -56,7 +57,8 @@ def _version_2(q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Te
         return q + k + v  # as empty, and nothing is launched
     from flash_attn import flash_attn_func
 
-    return flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=scale, causal=True, deterministic=deterministic)
+    output = flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=scale, causal=True, deterministic=deterministic)
+    return without_second_derivatives(output, "attention", "flash_attn" if deterministic else "flash_attn_atomic")
 
 
 def _version_3(q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None, *, deterministic: bool) -> Tensor:
@@ -66,7 +68,8 @@ def _version_3(q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Te
     from flash_attn_interface import flash_attn_func
 
     output = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, deterministic=deterministic)
-    return output[0] if isinstance(output, tuple) else output  # early builds gave (output, logsumexp), whatever was asked
+    output = output[0] if isinstance(output, tuple) else output  # early builds gave (output, logsumexp), whatever was asked
+    return without_second_derivatives(output, "attention", "flash_attn" if deterministic else "flash_attn_atomic")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None) -> None:

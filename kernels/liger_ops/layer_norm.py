@@ -6,6 +6,7 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_layer_norm
 from weftrain.kernels.contract import Implementation
+from weftrain.kernels.derivatives import without_second_derivatives
 from weftrain.kernels.liger_ops import _found
 
 
@@ -14,7 +15,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor
     check_layer_norm(x, weight, bias)
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
-    return LigerLayerNormFunction.apply(x, weight, bias, eps)
+    return without_second_derivatives(LigerLayerNormFunction.apply(x, weight, bias, eps), "layer_norm", "liger")
 
 
 IMPLEMENTATION = Implementation("layer_norm", "liger", layer_norm, _found.unavailable, _found.version())

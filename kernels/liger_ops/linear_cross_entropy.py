@@ -12,6 +12,7 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_linear_cross_entropy
 from weftrain.kernels.contract import Implementation, KernelError, Spec
+from weftrain.kernels.derivatives import without_second_derivatives
 from weftrain.kernels.liger_ops import _found
 
 _NO_SCALE = "liger's fused linear cross-entropy has no logits_scale, and scaling the hidden state instead would round it anew"
@@ -55,6 +56,7 @@ def linear_cross_entropy(
         False,  # return_z_loss
         torch.float32,  # accum_dtype
     )[0]
+    loss = without_second_derivatives(loss, "linear_cross_entropy", "liger")
     return torch.where(impossible.any(), float("nan"), loss)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_rms_norm
 from weftrain.kernels.contract import Implementation
+from weftrain.kernels.derivatives import without_second_derivatives
 from weftrain.kernels.liger_ops import _found
 
 
@@ -22,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     check_rms_norm(x, weight)
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    return LigerRMSNormFunction.apply(x, weight, eps, 0.0, "gemma", False)
+    return without_second_derivatives(LigerRMSNormFunction.apply(x, weight, eps, 0.0, "gemma", False), "rms_norm", "liger")
 
 
 IMPLEMENTATION = Implementation("rms_norm", "liger", rms_norm, _found.unavailable, _found.version())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_attention
 from weftrain.kernels.contract import Implementation, Spec
+from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 
 # At [2, 512, 8, 64] in bf16 on two idle cores, compiled, forward + backward: blocks of 64 queries 15.1 ms, 128 10.6 ms, 256 11.5 ms,
 # 512 (no causal saving) 14.7 ms; the fused CPU kernel 25.6 ms.
@@ -23,6 +24,7 @@ _QUERIES_PER_BLOCK = 128
 _KEPT_TOKENS = 1024
 
 
+@outside_autocast
 def attention_blocked(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
     """Causal self-attention: q, k, v [B, T, H, D] -> [B, T, H, D] (kernels/reference.py). For a CPU.
 
@@ -50,6 +52,7 @@ class _Blocked(torch.autograd.Function):
         return _tokens_first(torch.cat(outputs, 1), H)
 
     @staticmethod
+    @first_derivatives_only("attention", "torch")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, start, *kept = ctx.saved_tensors
         grad = _heads_first(grad)
@@ -98,6 +101,7 @@ def _tokens_first(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(0, (-1, heads)).transpose(1, 2)
 
 
+@outside_autocast
 def attention_fused(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
     """Causal self-attention by scaled_dot_product_attention: q, k, v [B, T, H, D] -> [B, T, H, D] (kernels/reference.py).
 

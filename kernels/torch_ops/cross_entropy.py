@@ -16,10 +16,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, 
     kept = labels != ignore_index
     outside = kept & ((labels < 0) | (labels >= logits.shape[1]))
     label = torch.where(kept & ~outside, labels, 0)
-    logsumexp = torch.logsumexp(scaled, -1)
-    loss = logsumexp - scaled.gather(1, label[:, None]).squeeze(1)
+    # The row's maximum is subtracted first: of logits near 3e4 a logsumexp has lost four digits that loss and gradient need.
+    maximum = scaled.detach().amax(-1, keepdim=True)
+    shifted = scaled - maximum
+    log_total = torch.logsumexp(shifted, -1)
+    loss = log_total - shifted.gather(1, label[:, None]).squeeze(1)
     if z_loss:
-        loss = loss + z_loss * logsumexp.square()
+        loss = loss + z_loss * (log_total + maximum.squeeze(1)).square()
     return torch.where(kept, loss, 0.0).masked_fill(outside, float("nan"))
 
 

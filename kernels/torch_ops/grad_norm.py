@@ -34,6 +34,8 @@ def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
             norms.append(sum_of_squares(flat[: rows * _ROW].view(rows, _ROW).detach()).sqrt())
         if rows * _ROW < flat.shape[0]:
             norms.append(torch.linalg.vector_norm(flat[rows * _ROW :], dtype=torch.float32))
+    if not norms:  # every tensor is empty
+        return torch.zeros((), dtype=torch.float32, device=gradients[0].device)
     return torch.linalg.vector_norm(torch.stack(norms))
 
 

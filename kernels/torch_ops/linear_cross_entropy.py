@@ -14,6 +14,7 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_linear_cross_entropy
 from weftrain.kernels.contract import Implementation
+from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 from weftrain.kernels.reference import cross_entropy
 
 # Logits held at once, in elements. 2^24 x bf16 = 32 MiB lets the CPU's matrix multiplies run at peak (one product of 1024 x 32000 is a
@@ -22,6 +23,7 @@ _CPU_CHUNK_ELEMENTS = 1 << 24
 _ACCELERATOR_CHUNK_ELEMENTS = 1 << 27
 
 
+@outside_autocast
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -67,6 +69,7 @@ class _LossAndGradients(torch.autograd.Function):
         return total
 
     @staticmethod
+    @first_derivatives_only("linear_cross_entropy", "torch")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled_hidden = None if grad_hidden is None else (grad_hidden.float() * grad).to(grad_hidden.dtype)
@@ -97,8 +100,9 @@ def _chunk(
     maximum = scaled.amax(-1, keepdim=True)
     exponential = (scaled - maximum).exp()
     total = exponential.sum(-1, keepdim=True)
-    logsumexp = total.log() + maximum
-    loss = logsumexp - at_label
+    log_total = total.log()
+    logsumexp = log_total + maximum
+    loss = log_total + (maximum - at_label)  # not logsumexp - at_label, which loses digits where all logits have a common offset
     stretch = torch.ones_like(logsumexp)
     if z_loss:
         loss = loss + z_loss * logsumexp.square()

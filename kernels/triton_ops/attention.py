@@ -14,6 +14,7 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_attention
 from weftrain.kernels.contract import TARGETS, Compilation, Spec
+from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 from weftrain.kernels.triton_ops import _attention_kernels as kernels
 from weftrain.kernels.triton_ops._launch import implementation, next_power_of_2, operator, target
 
@@ -175,6 +176,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_derivatives_only("attention", "triton")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, document_start = ctx.saved_tensors
         return *_BACKWARD(_readable(dout), q, k, v, out, lse, document_start, ctx.scale), None, None
@@ -185,6 +187,7 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and x.stride(1) < _LARGEST_TOKEN_STRIDE else x.contiguous()
 
 
+@outside_autocast
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
     """Causal self-attention: q, k, v [B, T, H, D] -> contiguous [B, T, H, D] in q.dtype (kernels/reference.py). D <= 256.
 

@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from weftrain.kernels.arguments import check_cross_entropy
 from weftrain.kernels.contract import Compilation
+from weftrain.kernels.derivatives import first_derivatives_only
 from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, operator, rows_of
 from weftrain.kernels.triton_ops._softmax_rows import block_gradient, row_block, row_factors, row_loss, row_statistics
 
@@ -117,7 +117,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only("cross_entropy", "triton")
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         return _BACKWARD(dloss.contiguous(), *ctx.saved_tensors, *ctx.statics), None, None, None, None
 

@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from weftrain.kernels.arguments import check_layer_norm
 from weftrain.kernels.contract import Compilation, Spec
+from weftrain.kernels.derivatives import first_derivatives_only
 from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, next_power_of_2, operator, rows_of
 
 _PROGRAMS = 256  # of the backward: two waves on a large GPU; constant, so that the same rows meet in the same partial sum everywhere
@@ -124,7 +124,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only("layer_norm", "triton")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight, dbias = _BACKWARD(rows_of(dy), *ctx.saved_tensors)
         return dx, dweight, dbias, None

@@ -13,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from weftrain.kernels.arguments import check_linear_cross_entropy
 from weftrain.kernels.contract import Compilation
+from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, operator
 from weftrain.kernels.triton_ops._softmax_rows import block_gradient, row_block, row_factors, row_loss, row_statistics
 
@@ -119,12 +119,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only("linear_cross_entropy", "triton")
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = (None if saved is None else (saved.float() * incoming).to(saved.dtype) for saved in ctx.saved_tensors)
         return hidden, weight, None, None, None, None
 
 
+@outside_autocast
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from weftrain.kernels.arguments import check_rope
 from weftrain.kernels.contract import Compilation, Spec
+from weftrain.kernels.derivatives import first_derivatives_only
 from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, next_power_of_2, operator
 
 _BLOCK_ELEMENTS = 2048  # elements that one program turns, where the heads suffice: 16 a thread
@@ -93,7 +93,7 @@ class _Rope(torch.autograd.Function):
         return _TURN(x, cos, sin, rotary_dim, interleaved, False)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only("rope", "triton")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _TURN(_heads(dy), cos, sin, ctx.rotary_dim, ctx.interleaved, True), None, None, None, None

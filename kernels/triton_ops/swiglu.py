@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from weftrain.kernels.arguments import check_swiglu
 from weftrain.kernels.contract import Compilation
+from weftrain.kernels.derivatives import first_derivatives_only
 from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, operator, rows_of
 
 _BLOCK = 1024
@@ -103,7 +103,7 @@ class _SwiGLU(torch.autograd.Function):
         return _FORWARD(gate, up)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only("swiglu", "triton")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return _BACKWARD(rows_of(dy), *ctx.saved_tensors)
 
