@@ -18,6 +18,7 @@ from weftrain.analysis.continuation import TokenModel, continue_in_pieces, deriv
 from weftrain.analysis.evaluation_records import Record, Say, Settings, Subject, inputs_of, once
 from weftrain.analysis.pass_at_k import pass_at_k, read_problems, score
 from weftrain.analysis.sandbox import Limits
+from weftrain.analysis.sandbox_judge import JUDGE
 from weftrain.core import fsops
 from weftrain.core.errors import DataError
 
@@ -65,7 +66,7 @@ def run_code(
     problems = read_problems(path)
     limits = Limits()
     settled = asdict(code) | {"ks": sorted(set(code.ks))}
-    own = {"problems": path.stem, "problems_sha256": fsops.sha256_file(path), "code": settled, "sandbox": asdict(limits)}
+    own = {"problems": path.stem, "problems_sha256": fsops.sha256_file(path), "code": settled, "sandbox": asdict(limits), "judge": JUDGE}
 
     def measure() -> Record:
         chosen = problems[: settings.limit]

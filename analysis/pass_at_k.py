@@ -1,7 +1,7 @@
 """pass@k: of k programs that a model writes for a problem, how likely is it that one passes the problem's tests.
 
 The estimator is that of Chen et al. 2021, "Evaluating Large Language Models Trained on Code" (arXiv 2107.03374), section 2.1. The programs
-run in analysis/sandbox.py; how they are generated is the caller's affair.
+are judged by analysis/sandbox_judge.py; how they are generated is the caller's affair.
 
 What a reader would get wrong: pass@k from k samples alone (did one of them pass?) varies far more than the estimate from n > k samples,
 and 1 - (1 - c/n)^k, which looks the same, is biased low. And a share is not a percentage: `pass_at_k` is in 0..1, `Report` in 0..100.
@@ -9,7 +9,6 @@ and 1 - (1 - c/n)^k, which looks the same, is biased low. And a share is not a p
 
 from __future__ import annotations
 
-import functools
 import gzip
 import math
 import os
@@ -21,7 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from weftrain.analysis.sandbox import STATUSES, Limits, Outcome, SandboxError, reason_unavailable, run_untrusted
+from weftrain.analysis.sandbox import STATUSES, Limits, Outcome, SandboxError, reason_unavailable
+from weftrain.analysis.sandbox_judge import ProblemTests, given_by, imports_of, judge, names_under_test
 from weftrain.core.canonical import parse_json
 from weftrain.core.errors import DataError, WeftrainError
 
@@ -43,6 +43,7 @@ class Problem:
     """prompt: what the model continues. tests: Python source that raises where the solution is wrong. entry_point: "" where there is none.
 
     continues: the program under test is prompt + completion, else the completion alone. solution: the published one, "" where none.
+    setup: Python source that runs before the tests.
     """
 
     task_id: str
@@ -52,6 +53,14 @@ class Problem:
     stops: tuple[str, ...] = ()
     continues: bool = True
     solution: str = ""
+    setup: str = ""
+
+    def held_to(self) -> ProblemTests:
+        """The tests, and what a judge must know to run them apart from the program."""
+        tests = f"{self.setup}\n{self.tests}" if self.setup else self.tests
+        names = (self.entry_point,) if self.entry_point else names_under_test(tests, self.solution)
+        given = given_by(self.prompt) if self.continues else imports_of(self.solution)
+        return ProblemTests(tests, names, given, imports_of(self.setup))
 
     def program(self, completion: str) -> str:
         """The source to be tested, of a completion that is already truncated."""
@@ -183,10 +192,8 @@ def _mbpp(row: dict[str, Any], where: str) -> Problem:
     setup = _text(row, "test_setup_code", where, empty=True) if "test_setup_code" in row else ""
     # Without examples, after InCoder (Fried et al. 2022, arXiv 2204.05999): a docstring of the task and one test, which names the function.
     prompt = '"""\n' + _text(row, "text", where) + "\n" + tests[0] + '\n"""\n'
-    source = "\n".join([setup, *tests]) + "\n"
-    return Problem(
-        f"MBPP/{number}" if isinstance(number, int) else number, prompt, source, "", MBPP_STOPS, False, _text(row, "code", where)
-    )
+    task = f"MBPP/{number}" if isinstance(number, int) else number
+    return Problem(task, prompt, "\n".join(tests) + "\n", "", MBPP_STOPS, False, _text(row, "code", where), setup)
 
 
 def score(
@@ -200,8 +207,7 @@ def score(
     """Have `samples` completions written for each problem, run each against the tests, and report pass@k for each k of `ks`.
 
     complete(prompt, samples) returns that many texts that follow the prompt; it runs in the calling thread, while up to os.cpu_count()
-    programs are being tested. A program that passed is run again with a last test that must fail: one that passes even so did not
-    pass by its tests, and counts as failed. progress is told (samples tested, samples in all).
+    programs are being tested, each in a sandbox and its tests in another. progress is told (samples tested, samples in all).
 
     Raises ValueError (no problem, a k outside 1..samples) and SandboxError (nothing can be confined here) before anything is generated,
     CompletionError for a generator that gives another number of texts.
@@ -231,7 +237,8 @@ def score(
         try:
             for problem in problems:
                 sources = [problem.program(truncate(text, problem.stops)) for text in _completions(problem, complete, samples)]
-                futures.append([pool.submit(judge, source, problem.tests, limits) for source in sources])
+                tests = problem.held_to()
+                futures.append([pool.submit(judged, source, tests, limits) for source in sources])
                 pending.update(futures[-1])
                 collect(until_all=False)
             collect(until_all=True)
@@ -244,12 +251,9 @@ def score(
     return Report(samples, percent, tuple(solved), outcomes, limits)
 
 
-def judge(program: str, tests: str, limits: Limits) -> Outcome:
-    """Run one program against its tests, and again, where it passed, against tests that cannot be passed. Keeps the error's last line."""
-    run = functools.partial(run_untrusted, program, **asdict(limits))
-    outcome = run(tests=tests)
-    if outcome.status == "passed" and run(tests=f"{tests}\nraise AssertionError\n").status == "passed":
-        outcome = Outcome("failed", "passes even a test that must fail, so it does not pass by its tests", outcome.stderr_tail)
+def judged(program: str, tests: ProblemTests, limits: Limits) -> Outcome:
+    """One program's verdict, with the last line alone of what was said on standard error."""
+    outcome = judge(program, tests, limits)
     return replace(outcome, stderr_tail=outcome.stderr_tail.strip().rsplit("\n", 1)[-1][:_LONGEST_LINE])
 
 

@@ -4,10 +4,10 @@ The work is done by analysis/sandbox_stage.py in processes of its own: new user,
 interpreter alone (read-only), one small tmpfs to write to, a system-call filter, and limits on time, memory, files and processes. Linux
 only. Where the kernel refuses any part of it, nothing is run at all.
 
-What a reader would get wrong: an exit status of 0 is not a pass. A program may leave before its tests; so a pass is witnessed by a random
-token, which is not in the program's file, arguments or environment, and which is written when the last line of the tests has run. A
-program shares its process with its tests, and one that rewrites the interpreter around it can still lie: analysis/pass_at_k.py runs what
-passed a second time, with a last test that must fail.
+An exit status of 0 is not a pass. A program may leave before its tests; so a pass is witnessed by a random token, which is not in the
+program's file, arguments or environment, and which is written when the last line of the tests has run. But a program that shares its
+process with its tests can read the token and the tests there: `passed` of run_untrusted is no verdict about a program that wants to pass.
+analysis/sandbox_judge.py gives one, with the tests in a second sandbox.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,12 +61,14 @@ class Limits:
 class Outcome:
     """passed: it ran to the end of its tests. failed: it ended otherwise. timed_out: it was stopped. killed: by a signal.
 
-    stderr_tail: the last 4096 bytes or fewer of its standard error; bytes that are no UTF-8 are escaped.
+    stderr_tail: the last 4096 bytes or fewer of its standard error; bytes that are no UTF-8 are escaped. exit_status: None where a signal
+    or we ended it.
     """
 
     status: Status
     reason: str
     stderr_tail: str
+    exit_status: int | None = field(default=None, compare=False)
 
 
 def run_untrusted(program: str, *, timeout_s: float, memory_bytes: int, disk_bytes: int, processes: int, tests: str = "") -> Outcome:
@@ -77,19 +79,73 @@ def run_untrusted(program: str, *, timeout_s: float, memory_bytes: int, disk_byt
     processes are dead on return. Raises SandboxError where the machine cannot confine it, ValueError for limits out of range.
     """
     limits = Limits(timeout_s, memory_bytes, disk_bytes, processes)
-    if not (math.isfinite(timeout_s) and timeout_s > 0):
-        raise ValueError(f"run_untrusted: timeout_s={timeout_s} must be above 0 and finite")
+    return outcome_of(start_stage(program, tests, limits), limits)
+
+
+def start_stage(
+    program: str, tests: str, limits: Limits, *, driver: str | None = None, channel: tuple[int, int] | None = None
+) -> subprocess.Popen[bytes]:
+    """Begin to run a program as run_untrusted does; `outcome_of` waits for its end, `end_stage` ends it at once. One of them must follow.
+
+    driver: Python source that becomes the program's process, instead of sandbox_stage.DRIVER. channel: two descriptors (to read, to write)
+    that it has as 3 and 4, and this process still has. Raises SandboxError, ValueError.
+    """
+    if not (math.isfinite(limits.timeout_s) and limits.timeout_s > 0):
+        raise ValueError(f"run_untrusted: timeout_s={limits.timeout_s} must be above 0 and finite")
     for name, least in _SMALLEST.items():
         if getattr(limits, name) < least:
             raise ValueError(f"run_untrusted: {name}={getattr(limits, name)} must be at least {least}")
     missing = _unsupported()
-    if missing is None:
-        token = secrets.token_hex(24)
-        answer = _ask({**asdict(limits), "program": program, "tests": tests, "token": token, "parent": os.getpid()}, timeout_s + _GRACE_S)
-        missing = answer.get("unavailable")
     if missing is not None:
         raise SandboxError(f"sandbox: {missing}; {_REMEDY}")
-    return _outcome(answer, timeout_s)
+    request: dict[str, Any] = {**asdict(limits), "program": program, "tests": tests, "parent": os.getpid(), "channel": list(channel or ())}
+    request |= {"token": secrets.token_hex(24)} | ({} if driver is None else {"driver": driver})
+    body = json.dumps(request).encode()  # not canonical: a completion may hold lone surrogates, which only an escape can carry
+    command = [sys.executable, "-I", "-S", "-B", str(Path(__file__).with_name("sandbox_stage.py"))]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, env={}, cwd="/", start_new_session=True, pass_fds=channel or ()
+    )
+    assert process.stdin is not None
+    try:
+        with contextlib.suppress(BrokenPipeError):  # what it says on its other end tells more
+            process.stdin.write(struct.pack("<Q", len(body)) + body)
+            process.stdin.flush()
+    except BaseException:
+        end_stage(process)
+        raise
+    return process
+
+
+def outcome_of(process: subprocess.Popen[bytes], limits: Limits) -> Outcome:
+    """How the program of a stage ended, once it has. Raises SandboxError where the stage could not confine it."""
+    assert process.stdout is not None
+    said = b""
+    try:
+        said = _read_all(process.stdout.fileno(), limits.timeout_s + _GRACE_S)
+    finally:
+        end_stage(process)
+    try:
+        answer: dict[str, Any] = parse_json(said)
+    except ValueError:
+        answer = {"unavailable": f"the stage ended with status {process.returncode} and said {said[-300:].decode(errors='replace')!r}"}
+    if "unavailable" in answer:
+        raise SandboxError(f"sandbox: {answer['unavailable']}; {_REMEDY}")
+    return _outcome(answer, limits.timeout_s)
+
+
+def end_stage(process: subprocess.Popen[bytes]) -> None:
+    """Kill what a stage runs, if it still does, and bury the stage. Its standard input is open until here: its end is the order to stop."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    try:
+        process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()  # and its death signals take the rest
+        process.wait()
+    process.stdout.close()
 
 
 def reason_unavailable() -> str | None:
@@ -125,10 +181,10 @@ def _outcome(answer: dict[str, Any], timeout_s: float) -> Outcome:
             return Outcome("timed_out", f"used more than {math.ceil(timeout_s) + 1} s of processor time", tail)
         return Outcome("killed", f"killed by {_signal_name(-code)}", tail)
     if code == 0 and answer["witnessed"]:
-        return Outcome("passed", "ran to the end of its tests", tail)
+        return Outcome("passed", "ran to the end of its tests", tail, 0)
     if code == 0:
-        return Outcome("failed", "left with exit status 0 before the end of its tests", tail)
-    return Outcome("failed", f"ended with exit status {code}", tail)
+        return Outcome("failed", "left with exit status 0 before the end of its tests", tail, 0)
+    return Outcome("failed", f"ended with exit status {code}", tail, code)
 
 
 def _signal_name(number: int) -> str:
@@ -136,36 +192,6 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # real-time signals have no names
         return f"signal {number}"
-
-
-def _ask(request: dict[str, Any], patience_s: float) -> dict[str, Any]:
-    """Start the stage, hand it the request, and wait for its one answer. Its standard input stays open: our death is its end."""
-    body = json.dumps(request).encode()  # not canonical: a completion may hold lone surrogates, which only an escape can carry
-    command = [sys.executable, "-I", "-S", "-B", str(Path(__file__).with_name("sandbox_stage.py"))]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, env={}, cwd="/", start_new_session=True)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    said = b""
-    try:
-        with contextlib.suppress(BrokenPipeError):  # what it says on its other end tells more
-            process.stdin.write(struct.pack("<Q", len(body)) + body)
-            process.stdin.flush()
-        said = _read_all(process.stdout.fileno(), patience_s)
-    finally:
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()  # where we leave early it now kills what it runs, and ends
-        try:
-            process.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()  # and its death signals take the rest
-            process.wait()
-        process.stdout.close()
-    try:
-        answer: dict[str, Any] = parse_json(said)
-    except ValueError:
-        return {"unavailable": f"the stage ended with status {process.returncode} and said {said[-300:].decode(errors='replace')!r}"}
-    return answer
 
 
 def _read_all(descriptor: int, patience_s: float) -> bytes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import math
 import os
@@ -116,6 +117,10 @@ def run():
     _exit(0)
 run()
 """
+
+# Descriptors of two pipes to another sandbox, where the request names some ("channel": [read, write]): the program has them as 3 and 4.
+_CHANNEL = (3, 4)
+_ABOVE_ALL = 512  # a number that none of our own descriptors has
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -270,7 +275,10 @@ def _become_program(request: dict[str, Any], executable: str, token: int, errors
     nothing = os.open("/dev/null", os.O_RDWR)
     for source, target in ((token, 0), (nothing, 1), (errors, 2)):
         os.dup2(source, target)
-    os.closerange(3, 4096)
+    channel = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _ABOVE_ALL) for descriptor in request["channel"]]
+    for source, target in zip(channel, _CHANNEL, strict=False):
+        os.dup2(source, target)
+    os.closerange(3 + len(channel), 4096)
     cpu = math.ceil(request["timeout_s"]) + 1
     limits = {
         resource.RLIMIT_CORE: 0,
@@ -285,7 +293,7 @@ def _become_program(request: dict[str, Any], executable: str, token: int, errors
     for which, value in limits.items():
         resource.setrlimit(which, (value, value))
     _refuse_system_calls()
-    os.execve(executable, [executable, "-I", "-S", "-B", "-c", DRIVER], {})
+    os.execve(executable, [executable, "-I", "-S", "-B", "-c", request["driver"]], {})
 
 
 def _init(request: dict[str, Any], executable: str, alive: int, status: int, errors: int) -> None:
@@ -306,8 +314,8 @@ def _init(request: dict[str, Any], executable: str, alive: int, status: int, err
             os.write(status, json.dumps({"unavailable": f"start of the program: {error}"}).encode() + b"\n")
         finally:
             os._exit(127)
-    os.close(read)
-    os.close(errors)
+    for descriptor in (read, errors, *request["channel"]):  # or the other side would not see that the program has closed them
+        os.close(descriptor)
     while True:
         pid, result = os.waitpid(-1, 0)
         if pid == program:
@@ -401,7 +409,7 @@ def confine_and_run(request: dict[str, Any]) -> dict[str, Any]:
             _init(request, executable, alive, status_write, errors_write)
         finally:
             os._exit(0)
-    for descriptor in (alive, status_write, errors_write):
+    for descriptor in (alive, status_write, errors_write, *request["channel"]):
         os.close(descriptor)
     errors = _Errors(errors_read, request["token"].encode())
     timed_out = _watch(init, errors, request["timeout_s"])
@@ -426,7 +434,7 @@ def _read_request() -> dict[str, Any]:
     (length,) = struct.unpack("<Q", exactly(8))
     if length > _LARGEST_REQUEST:
         raise SetupError("the request is too long")
-    request: dict[str, Any] = json.loads(exactly(length))
+    request: dict[str, Any] = {"driver": DRIVER, "channel": [], **json.loads(exactly(length))}
     return request
 
 

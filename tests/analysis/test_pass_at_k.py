@@ -8,7 +8,6 @@ import json
 import math
 import os
 import threading
-from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weftrain.analysis import pass_at_k as module
-from weftrain.analysis.pass_at_k import CompletionError, Problem, judge, pass_at_k, read_problems, score, truncate
-from weftrain.analysis.sandbox import Limits, Outcome, SandboxError, reason_unavailable, run_untrusted
+from weftrain.analysis.pass_at_k import CompletionError, Problem, pass_at_k, read_problems, score, truncate
+from weftrain.analysis.sandbox import Limits, Outcome, SandboxError, reason_unavailable
+from weftrain.analysis.sandbox_judge import ProblemTests
 from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.errors import DataError
 
 UNAVAILABLE = reason_unavailable()
 confined = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
-LIMITS = Limits(timeout_s=20.0, memory_bytes=256 << 20, disk_bytes=1 << 20, processes=2)
 
 HUMANEVAL: dict[str, Any] = {
     "task_id": "T/0",
@@ -104,7 +103,9 @@ def test_both_published_shapes(tmp_path: Path, name: str) -> None:
     assert first.program("    return 1") == HUMANEVAL["prompt"] + "    return 1\n"
     assert second.task_id == "MBPP/11"
     assert second.prompt == '"""\nWrite a function to double a number.\nassert double(2) == four\n"""\n'
-    assert second.tests == "four = 4\nassert double(2) == four\nassert double(0) == 0\n"
+    assert second.held_to().tests == "four = 4\nassert double(2) == four\nassert double(0) == 0\n"
+    assert (first.held_to().names, second.held_to().names) == (("add",), ("double",))
+    assert first.held_to().given == HUMANEVAL["prompt"]
     assert second.program("x = 1") == "x = 1\n"
 
 
@@ -193,25 +194,9 @@ def test_published_solutions_pass_and_a_score_counts(tmp_path: Path) -> None:
     assert told["limits"]["disk_bytes"] == 1 << 20
 
 
-@confined
-@pytest.mark.parametrize(
-    "cheat",
-    [
-        "import sys\nframe = sys._getframe(1)\nwhile 'token' not in frame.f_locals: frame = frame.f_back\n"
-        "import os\nos.write(2, frame.f_locals['token']); os._exit(0)\n",
-        "from importlib.machinery import SourceFileLoader\nSourceFileLoader.exec_module = lambda *_: None\n",
-    ],
-)
-def test_what_passes_any_test_passes_none(cheat: str) -> None:
-    """Programs that dig the token out of their own interpreter, or have the tests skipped: they pass once, and not the second run."""
-    assert run_untrusted(cheat, tests="1 / 0", **asdict(LIMITS)).status == "passed"
-    found = judge(cheat, "assert add(2, 3) == 5\n", LIMITS)
-    assert (found.status, found.reason) == ("failed", "passes even a test that must fail, so it does not pass by its tests")
-
-
 def sandboxes(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     monkeypatch.setattr(module, "reason_unavailable", lambda: None)
-    monkeypatch.setattr(module, "judge", run)
+    monkeypatch.setattr(module, "judged", run)
 
 
 PROBLEMS = [Problem(f"T/{number}", f"p{number}", "assert x", "") for number in range(5)]
@@ -221,7 +206,7 @@ def test_as_many_sandboxes_as_processors_at_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     together, lock, now, most = threading.Barrier(3), threading.Lock(), 0, 0
 
-    def run(program: str, tests: str, limits: Limits) -> Outcome:
+    def run(program: str, tests: ProblemTests, limits: Limits) -> Outcome:
         nonlocal now, most
         with lock:
             now += 1
