@@ -7,30 +7,40 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.metadata
 import pkgutil
 
 from weftrain.core.backend import Backend
 from weftrain.core.errors import BackendError
+from weftrain.kernels.plugins import guarded, load_plugins
 
 ENTRY_POINT_GROUP = "weftrain.backends"
 
 
-def find_backends() -> dict[str, Backend]:
-    """Every backend by name. Raises BackendError for two of one name, or an entry point that does not load."""
-    found: dict[str, Backend] = {}
+class Backends(dict[str, Backend]):
+    """Name -> backend. broken_plugins: entry point -> why it was passed over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken_plugins: dict[str, str] = {}
+
+
+def find_backends() -> Backends:
+    """Every backend by name. A plugin that does not load, or breaks the rules, is passed over and named."""
+    found = Backends()
     package = importlib.import_module("weftrain.backends")
     for module in pkgutil.iter_modules(package.__path__):
         loaded = importlib.import_module(f"weftrain.backends.{module.name}")
         if hasattr(loaded, "BACKEND"):
             _add(found, loaded.BACKEND, f"backends/{module.name}")
-    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        origin = f"entry point '{entry_point.name}' ({entry_point.value})"
-        try:
-            loaded = entry_point.load()
-        except (ImportError, AttributeError) as error:
-            raise BackendError(f"backend {origin} cannot be loaded: {error}; repair or uninstall the package that provides it") from error
-        _add(found, loaded, origin)
+    for plugin in load_plugins(ENTRY_POINT_GROUP):
+        reason = plugin.broken
+        if reason is None:
+            try:
+                _add(found, plugin.loaded, plugin.origin)
+            except BackendError as error:
+                reason = str(error)
+        if reason is not None:
+            found.broken_plugins[plugin.origin] = reason
     return found
 
 
@@ -40,11 +50,17 @@ def get_backend(name: str) -> Backend:
     if name not in found:
         near = difflib.get_close_matches(name, found, 1)
         hint = f"did you mean '{near[0]}'? " if near else ""
-        raise BackendError(f"backend.name: there is no backend '{name}'; {hint}found: {', '.join(sorted(found))}")
-    reason = found[name].unavailable()
+        broken = "".join(f"; {origin} was passed over: {reason}" for origin, reason in found.broken_plugins.items())
+        raise BackendError(f"backend.name: there is no backend '{name}'; {hint}found: {', '.join(sorted(found))}{broken}")
+    reason = unavailable_reason(found[name])
     if reason is not None:
         raise BackendError(f"backend '{name}' cannot run here: {reason}")
     return found[name]
+
+
+def unavailable_reason(backend: Backend) -> str | None:
+    """Why it cannot run here; a backend whose own question fails cannot."""
+    return guarded(backend.unavailable)()
 
 
 def _add(found: dict[str, Backend], backend: object, origin: str) -> None:

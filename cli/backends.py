@@ -17,14 +17,17 @@ def backends(context: click.Context) -> None:
     """List the backends found, with what each is and the reason where it cannot run here."""
     if context.invoked_subcommand is not None:
         return
-    from weftrain.backends.registry import find_backends
+    from weftrain.backends.registry import find_backends, unavailable_reason
 
     table = Table("backend", "what it is", "here", "options (backend.options)", box=None)
-    for name, backend in sorted(find_backends().items()):
-        reason = backend.unavailable()
+    found = find_backends()
+    for name, backend in sorted(found.items()):
+        reason = unavailable_reason(backend)
         options = ", ".join(f"{key}={field.default}" for key, field in backend.options.model_fields.items())
         table.add_row(name, backend.summary, "available" if reason is None else reason, options)
     Console(highlight=False).print(table)
+    for origin, reason in found.broken_plugins.items():
+        click.echo(f"warning: {origin} was passed over: {reason}", err=True)
 
 
 @backends.command()

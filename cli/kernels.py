@@ -45,8 +45,10 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
         return
     import torch
 
-    from weftrain.kernels import DEFAULT_PREFERENCES, table
+    from weftrain.kernels import DEFAULT_PREFERENCES, load_catalog, table
 
+    for origin, reason in load_catalog().broken_plugins.items():
+        click.echo(f"warning: {origin} was passed over: {reason}", err=True)
     found = {device: table(device, getattr(torch, dtype)) for device in devices or ("cpu", "cuda")}
     if as_json:
         rows = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,3 +69,4 @@ class Implementation:
     unavailable: Callable[[Spec], str | None] = available_everywhere
     version: str = f"torch {torch.__version__}"  # of the package that provides it
     compilations: Callable[[], Sequence[Compilation]] | None = None  # Triton kernels: what the compile gate compiles
+    files: Sequence[Path] = ()  # that it is made of beside Python, such as C++ sources: they are part of its hash in the manifest

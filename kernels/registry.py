@@ -10,17 +10,13 @@ group `weftrain.kernels`.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import pkgutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +24,8 @@ import torch
 from weftrain.kernels import reference
 from weftrain.kernels.contract import Implementation, KernelError, Spec
 from weftrain.kernels.ops import OPS
+from weftrain.kernels.plugins import guarded, load_plugins
+from weftrain.kernels.source_files import hash_files, module_of
 
 ENTRY_POINT_GROUP = "weftrain.kernels"
 # Sources that are deterministic by contract, in the order in which they are asked; core.config repeats it, and a test compares the two.
@@ -60,12 +58,17 @@ class TableRow:
     reason: str | None  # None: available
 
 
-Catalog = dict[str, dict[str, list[Implementation]]]  # op -> source -> variants, in the order in which they are tried
+class Catalog(dict[str, dict[str, list[Implementation]]]):
+    """op -> source -> variants, in the order in which they are tried. broken_plugins: entry point -> why it was passed over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken_plugins: dict[str, str] = {}
 
 
 def load_catalog() -> Catalog:
-    """Every implementation that can be found. Raises KernelError for a broken entry point or two owners of one (op, source)."""
-    catalog: Catalog = {}
+    """Every implementation that can be found. A plugin that does not load, or breaks the rules, is passed over and named in the catalog."""
+    catalog = Catalog()
     _add(catalog, reference.IMPLEMENTATIONS, "kernels/reference.py")
     package = importlib.import_module(__package__ or "weftrain.kernels")
     for folder in pkgutil.iter_modules(package.__path__):
@@ -82,13 +85,15 @@ def load_catalog() -> Catalog:
                 loaded = importlib.import_module(f"{subpackage.__name__}.{module.name}")
                 offered = loaded.IMPLEMENTATION
             _add(catalog, offered, f"kernels/{folder.name}/{module.name}.py")
-    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        origin = f"entry point '{entry_point.name}' ({entry_point.value})"
-        try:
-            loaded = entry_point.load()
-        except (ImportError, AttributeError) as error:
-            raise KernelError(f"kernel {origin} cannot be loaded: {error}; repair or uninstall the package that provides it") from error
-        _add(catalog, loaded, origin)
+    for plugin in load_plugins(ENTRY_POINT_GROUP):
+        reason = plugin.broken
+        if reason is None:
+            try:
+                _add(catalog, _guarded(plugin.loaded), plugin.origin)
+            except KernelError as error:
+                reason = str(error)
+        if reason is not None:
+            catalog.broken_plugins[plugin.origin] = reason
     return catalog
 
 
@@ -101,9 +106,15 @@ def _not_installed(op: str, package: str, remedy: str) -> Implementation:
     return Implementation(op, package, function, lambda spec: f"{package} is not installed: {remedy}", "not installed")
 
 
+def _guarded(offered: Any) -> list[Any]:
+    """What a plugin gave, with questions that cannot fail."""
+    several = offered if isinstance(offered, (list, tuple)) else [offered]
+    return [replace(item, unavailable=guarded(item.unavailable)) if isinstance(item, Implementation) else item for item in several]
+
+
 def _add(catalog: Catalog, offered: Any, origin: str) -> None:
-    """Enter what a module or entry point gave: an Implementation, or a list or tuple of them."""
-    fresh: Catalog = {}
+    """Enter what a module or entry point gave, all of it or nothing: an Implementation, or a list or tuple of them. Raises KernelError."""
+    fresh: dict[str, dict[str, list[Implementation]]] = {}
     for implementation in offered if isinstance(offered, (list, tuple)) else [offered]:
         if not isinstance(implementation, Implementation):
             raise KernelError(f"{origin} gives a {type(implementation).__name__}; it must give an Implementation or a list of them")
@@ -111,10 +122,11 @@ def _add(catalog: Catalog, offered: Any, origin: str) -> None:
     for op, sources in fresh.items():
         if catalog and op not in catalog and origin != "kernels/reference.py":
             raise KernelError(f"{origin} implements the unknown op '{op}'; {_nearest(op, catalog)}")
-        for source, variants in sources.items():
+        for source in sources:
             if source in catalog.get(op, {}):
                 raise KernelError(f"{origin} provides {op} under the source name '{source}', which is taken; give it a name of its own")
-            catalog.setdefault(op, {})[source] = variants
+    for op, sources in fresh.items():
+        catalog.setdefault(op, {}).update(sources)
 
 
 def select(specs: Sequence[Spec], preferences: Sequence[str] = DEFAULT_PREFERENCES, pins: Mapping[str, str] | None = None) -> Selection:
@@ -130,18 +142,21 @@ def select(specs: Sequence[Spec], preferences: Sequence[str] = DEFAULT_PREFERENC
     _check_names(catalog, specs, preferences, pins)
     functions: dict[tuple[str, str], Callable[..., Any]] = {}
     ops: dict[str, list[dict[str, Any]]] = {}
+    hashes: dict[Callable[..., Any], tuple[str | None, dict[str, str]]] = {}
     for spec in specs:
         pin = _pin_for(spec, pins)
         chosen, passed_over = _choose(catalog[spec.op], spec, preferences, pin)
         functions[spec.op, spec.module] = chosen.function
-        entry = _entry(chosen, spec, pin, passed_over)
+        if chosen.function not in hashes:
+            hashes[chosen.function] = hash_files(chosen.function, chosen.files)
+        entry = _entry(chosen, spec, pin, passed_over, hashes[chosen.function])
         groups = ops.setdefault(spec.op, [])
         same = next((group for group in groups if {**group, "modules": None} == {**entry, "modules": None}), None)
         if same is None:
             groups.append(entry)
         else:
             same["modules"].append(spec.module)
-    return Selection(functions, {"preferences": list(preferences), "pins": pins, "ops": ops})
+    return Selection(functions, {"preferences": list(preferences), "pins": pins, "ops": ops, "broken_plugins": catalog.broken_plugins})
 
 
 def table(device: str, dtype: torch.dtype) -> list[TableRow]:
@@ -162,18 +177,24 @@ def _check_names(catalog: Catalog, specs: Sequence[Spec], preferences: Sequence[
             raise KernelError(f"module '{spec.module}' uses the unknown op '{spec.op}'; {_nearest(spec.op, catalog)}")
     for source in preferences:
         if source not in sources:
-            raise KernelError(f"kernels.preferences names the unknown source '{source}'; {_nearest(source, sources)}")
+            raise KernelError(f"kernels.preferences names the unknown source '{source}'; {_nearest(source, sources)}{_broken(catalog)}")
     for key, source in pins.items():
         op, _, glob = key.partition("@")
         if op not in catalog:
             raise KernelError(f"kernels.pins '{key}' names the unknown op '{op}'; {_nearest(op, catalog)}")
         if source not in catalog[op]:
-            raise KernelError(f"kernels.pins '{key}' names the unknown source '{source}'; {_nearest(source, catalog[op])}")
+            nearest = _nearest(source, catalog[op])
+            raise KernelError(f"kernels.pins '{key}' names the unknown source '{source}'; {nearest}{_broken(catalog)}")
         modules = [spec.module for spec in specs if spec.op == op]
         if not modules:
             raise KernelError(f"kernels.pins '{key}': this model does not use {op}; it uses {', '.join(sorted({s.op for s in specs}))}")
         if glob and not any(fnmatchcase(module, glob) for module in modules):
             raise KernelError(f"kernels.pins '{key}' matches no module that uses {op}; {_nearest(glob, modules)}")
+
+
+def _broken(catalog: Catalog) -> str:
+    """For a source that nobody has: it may be one of a plugin that was passed over."""
+    return "".join(f"; {origin} was passed over: {reason}" for origin, reason in catalog.broken_plugins.items())
 
 
 def _pin_for(spec: Spec, pins: Mapping[str, str]) -> tuple[str, str] | None:
@@ -239,26 +260,26 @@ def _first_usable(variants: Sequence[Implementation], spec: Spec) -> tuple[Imple
     return None, " / ".join(dict.fromkeys(reasons))
 
 
-def _entry(chosen: Implementation, spec: Spec, pin: tuple[str, str] | None, passed_over: Mapping[str, str]) -> dict[str, Any]:
-    module_name, path = _module_file(chosen.function)
+def _entry(
+    chosen: Implementation,
+    spec: Spec,
+    pin: tuple[str, str] | None,
+    passed_over: Mapping[str, str],
+    hashes: tuple[str | None, dict[str, str]],
+) -> dict[str, Any]:
+    sha256, files = hashes
     return {
         "modules": [spec.module],
         "source": chosen.source,
-        "function": f"{module_name}:{getattr(chosen.function, '__qualname__', type(chosen.function).__name__)}",
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path else None,
+        "function": f"{module_of(chosen.function)}:{getattr(chosen.function, '__qualname__', type(chosen.function).__name__)}",
+        "sha256": sha256,
+        "files": files,
         "version": chosen.version,
         "device": spec.device,
         "dtype": str(spec.dtype).removeprefix("torch."),
         "pin": pin[0] if pin else None,
         "passed_over": dict(passed_over),
     }
-
-
-def _module_file(function: Callable[..., Any]) -> tuple[str, Path | None]:
-    """The module that defines a callable and its file; a compiled-in builtin has none."""
-    name = getattr(function, "__module__", None) or type(function).__module__
-    file = getattr(sys.modules.get(name), "__file__", None)
-    return name, Path(file) if file else None
 
 
 def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -39,6 +39,7 @@ FLAGS = (
     "-Wno-psabi",
 )
 _FOLDER = Path(__file__).resolve().parent
+FILES = tuple(_FOLDER / name for name in (*SOURCES, *HEADERS))  # one library of all of them serves every op
 
 
 def unavailable(spec: Spec) -> str | None:
@@ -96,8 +97,8 @@ def _load(name: str) -> ctypes.CDLL:
         raise KernelError(f"the C++ compiler '{name}' is not on PATH: install g++")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     digest = hashlib.sha256("\0".join((version, _cpu_name(), *FLAGS)).encode())
-    for source in (*SOURCES, *HEADERS):
-        digest.update((_FOLDER / source).read_bytes())
+    for path in FILES:
+        digest.update(path.read_bytes())
     path = _cache_folder() / f"cpp_ops-{digest.hexdigest()[:20]}.so"
     if not path.exists():
         _compile(compiler, path)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_adamw
 from weftrain.kernels.contract import Implementation
-from weftrain.kernels.cpp_ops._build import library, pointer, refuse_unless, threads, unavailable, version
+from weftrain.kernels.cpp_ops._build import FILES, library, pointer, refuse_unless, threads, unavailable, version
 
 
 @torch.no_grad()
@@ -67,4 +67,4 @@ def adamw(
             copy.copy_(parameter)
 
 
-IMPLEMENTATION = Implementation("adamw", "cpp", adamw, unavailable, version())
+IMPLEMENTATION = Implementation("adamw", "cpp", adamw, unavailable, version(), files=FILES)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_grad_norm
 from weftrain.kernels.contract import Implementation
-from weftrain.kernels.cpp_ops._build import library, pointer, refuse_unless, threads, unavailable, version
+from weftrain.kernels.cpp_ops._build import FILES, library, pointer, refuse_unless, threads, unavailable, version
 
 
 @torch.no_grad()
@@ -32,4 +32,4 @@ def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.tensor(total, dtype=torch.float64).sqrt().float()
 
 
-IMPLEMENTATION = Implementation("grad_norm", "cpp", grad_norm, unavailable, version())
+IMPLEMENTATION = Implementation("grad_norm", "cpp", grad_norm, unavailable, version(), files=FILES)

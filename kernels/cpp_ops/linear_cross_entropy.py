@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_linear_cross_entropy
 from weftrain.kernels.contract import Implementation, Spec
-from weftrain.kernels.cpp_ops._build import library, needs_bfloat16, pointer, refuse_unless, threads, unavailable, version
+from weftrain.kernels.cpp_ops._build import FILES, library, needs_bfloat16, pointer, refuse_unless, threads, unavailable, version
 from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 
 _LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
@@ -154,4 +154,4 @@ def _needs(spec: Spec) -> str | None:
     return needs_bfloat16(spec) or unavailable(spec)
 
 
-IMPLEMENTATION = Implementation("linear_cross_entropy", "cpp", linear_cross_entropy, _needs, version())
+IMPLEMENTATION = Implementation("linear_cross_entropy", "cpp", linear_cross_entropy, _needs, version(), files=FILES)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,40 +158,47 @@ def test_third_parties_are_found_and_held_to_the_rules(offer: Callable[..., None
     selection = select(uses("ffn", op="swiglu"), ["theirs", "torch"])
     assert selection.function("swiglu", "ffn") is third_party
     assert selection.manifest["ops"]["swiglu"][0]["version"] == "theirs 2.1"
-    for offered, message in (
+
+
+def test_a_broken_plugin_is_named_and_passed_over(offer: Callable[..., None]) -> None:
+    good = Implementation("swiglu", "good", third_party)
+    for broken, message in (
         (Implementation("swiglu", "torch", third_party), "under the source name 'torch', which is taken"),
+        ([Implementation("rope", "theirs", third_party), Implementation("rope", "torch", third_party)], "which is taken"),
         (Implementation("swigloo", "theirs", third_party), "unknown op 'swigloo'; did you mean 'swiglu'"),
         (third_party, "gives a function; it must give an Implementation"),
-        (ImportError("no module named tape"), r"entry point 'one' \(their_package:kernels\) cannot be loaded: no module named tape"),
+        (ImportError("no module named tape"), "cannot be loaded: ImportError: no module named tape; repair or uninstall"),
+        (RuntimeError("driver too old"), "cannot be loaded: RuntimeError: driver too old"),  # a package may raise anything
     ):
-        offer(one=offered)
-        with pytest.raises(KernelError, match=message):
-            load_catalog()
+        offer(one=broken, two=good)
+        catalog = load_catalog()
+        assert catalog["swiglu"]["good"][0].function is third_party
+        assert "theirs" not in catalog["rope"]  # all of a plugin or nothing
+        ((origin, reason),) = catalog.broken_plugins.items()
+        assert origin == "entry point 'one' (their_package:kernels)"
+        assert message in reason
+        manifest = select(uses("ffn", op="swiglu"), ["good"]).manifest
+        assert manifest["broken_plugins"] == catalog.broken_plugins
+        with pytest.raises(KernelError, match=r"unknown source 'theirs'.* entry point 'one' .* was passed over"):
+            select(uses("ffn", op="swiglu"), ["theirs", "torch"])
 
 
-def test_the_manifest_is_json_and_hashes_the_file(tmp_path: Path, offer: Callable[..., None]) -> None:
-    def manifest_of(text: str) -> dict[str, Any]:
-        path = tmp_path / "their_kernels.py"
-        path.write_text(text)
-        spec = importlib.util.spec_from_file_location("their_kernels", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        registry.sys.modules["their_kernels"] = module
-        try:
-            spec.loader.exec_module(module)
-            offer(theirs=Implementation("swiglu", "theirs", module.swiglu))
-            return select(uses("ffn", op="swiglu"), ["theirs"]).manifest["ops"]["swiglu"][0]
-        finally:
-            del registry.sys.modules["their_kernels"]
+def test_a_plugin_that_cannot_say_whether_it_is_available_is_not(offer: Callable[..., None]) -> None:
+    def fails(spec: Spec) -> str | None:
+        raise OSError("no such device")
 
-    first, second = "def swiglu(gate, up):\n    return up\n", "def swiglu(gate, up):\n    return up  # changed\n"
-    entry = manifest_of(first)
-    assert entry["sha256"] == hashlib.sha256(first.encode()).hexdigest()
-    assert entry["function"] == "their_kernels:swiglu"
-    assert manifest_of(second)["sha256"] != entry["sha256"]
+    offer(one=Implementation("swiglu", "theirs", third_party, fails))
+    (entry,) = select(uses("ffn", op="swiglu"), ["theirs", "torch"]).manifest["ops"]["swiglu"]
+    assert entry["source"] == "torch"
+    assert entry["passed_over"]["theirs"] == "its own `unavailable` failed: OSError: no such device"
+    with pytest.raises(KernelError, match="no such device"):
+        select(uses("ffn", op="swiglu"), ["torch"], {"swiglu": "theirs"})
+
+
+def test_the_manifest_is_json() -> None:
     manifest = select(uses(*LAYERS), pins={"attention@*.0.*": "reference"}).manifest
     assert json.loads(json.dumps(manifest)) == manifest
+    assert manifest["ops"]["attention"][0]["function"].startswith("weftrain.kernels.")
 
 
 def test_without_a_compiler_the_optimizer_ops_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

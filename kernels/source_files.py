@@ -1,0 +1,95 @@
+"""The files that a kernel is made of, and one hash over all of them, so that a record says which code computed.
+
+A function's module is rarely all: helpers beside it, the check of its arguments, C++ sources. The closure of its imports within its own
+package is found by reading the files; what is not Python is named by `Implementation.files`.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+_OURS = "weftrain."  # a namespace, whose folders are packages of their own
+
+
+def module_of(function: Callable[..., Any]) -> str:
+    """The name of the module that defines a callable, or the class of a callable object."""
+    return getattr(function, "__module__", None) or type(function).__module__
+
+
+def hash_files(function: Callable[..., Any], files: Iterable[Path] = ()) -> tuple[str | None, dict[str, str]]:
+    """(SHA-256 over the names and contents of all, name -> SHA-256) of the files that `function` is made of; (None, {}) for a builtin.
+
+    Names are paths below the top folder of the function's package: "torch_ops/attention.py", "cpp_ops/attention.cpp".
+    """
+    name = module_of(function)
+    root = _root(name)
+    top = _folder(root)
+    if top is None:  # a module that is no package, or a builtin
+        file = getattr(sys.modules.get(name), "__file__", None)
+        paths = {Path(file).resolve()} if file else set()
+    else:
+        paths = _closure(name, root, top)
+    if not paths:
+        return None, {}
+    hashes = {}
+    for path in sorted(paths | {Path(file).resolve() for file in files}):
+        shown = path.relative_to(top).as_posix() if top is not None and path.is_relative_to(top) else path.name
+        hashes[shown] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256("\n".join(f"{hashes[shown]} {shown}" for shown in sorted(hashes)).encode()).hexdigest(), hashes
+
+
+def _root(module: str) -> str:
+    """The package within which imports are followed: weftrain.kernels, or a third party's top package."""
+    parts = module.split(".")
+    return ".".join(parts[: 2 if module.startswith(_OURS) else 1])
+
+
+def _folder(package: str) -> Path | None:
+    """The folder of a package that is imported; None for what is no package."""
+    paths = getattr(sys.modules.get(package), "__path__", None)
+    return Path(next(iter(paths))).resolve() if paths else None
+
+
+def _closure(module: str, root: str, top: Path) -> set[Path]:
+    """The files of a module and of every module of `root` that it imports, directly or not.
+
+    By files alone, never by what happens to be imported already: the hash must not depend on who asks first.
+    """
+    found: dict[str, Path] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = _file(name, root, top)
+        if name in found or path is None:
+            continue
+        found[name] = path
+        if path.suffix == ".py":
+            waiting += _imports(path, name)
+    return set(found.values())
+
+
+def _imports(path: Path, name: str) -> Iterator[str]:
+    """What a file may name as modules in its import statements, those within functions too: `from a.b import c` names a.b and a.b.c."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module or ""
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _file(module: str, root: str, top: Path) -> Path | None:
+    """The file of a module within `root`, whose folder is `top`; None for a module elsewhere, and for a name that is no module."""
+    if module != root and not module.startswith(f"{root}."):
+        return None
+    place = top.joinpath(*module.removeprefix(root).strip(".").split(".")) if module != root else top
+    candidates = (place / "__init__.py", place.with_suffix(".py"), *place.parent.glob(f"{place.name}.*.so"))
+    return next((candidate.resolve() for candidate in candidates if candidate.is_file()), None)
