@@ -260,6 +260,8 @@ def _announce(console: Console, recipe: Recipe, fingerprint: dict[str, Any], pea
             chosen.setdefault(entry["source"], set()).add(op)
     kernels = "; ".join(f"{source}: {', '.join(sorted(ops))}" for source, ops in sorted(chosen.items()))
     console.print(f"kernels      {kernels or 'none'}", markup=False)
+    for origin, reason in fingerprint.get("kernels", {}).get("broken_plugins", {}).items():
+        console.print(f"warning: kernels: {origin} was passed over: {reason}", markup=False)
     if recipe.precision.numerics == "replayable":
         micro_batches = recipe.batch.accumulation_steps
         sums = (micro_batches & -micro_batches).bit_length()
