@@ -51,7 +51,7 @@ class Speed(_Model):
 
 
 class Efficiency(_Model):
-    """FLOP/s = flops_per_token x tokens/s. MFU: over a peak. HFU: with what is computed again; null where nothing is."""
+    """FLOP/s = flops_per_token x tokens/s. MFU: over a peak. HFU: with what is computed again; null where no whole block is."""
 
     flops_per_token: int
     flops_formula: str
@@ -179,9 +179,9 @@ def breakdown_of(rounds: Sequence[Measured], warm: int) -> tuple[dict[str, float
 
 
 def efficiency_of(
-    recipe: Recipe, tokens_per_second: float, measured: tuple[float | None, str], sourced: tuple[float | None, str], recompute: str
+    recipe: Recipe, tokens_per_second: float, measured: tuple[float | None, str], sourced: tuple[float | None, str], recomputes: str | None
 ) -> Efficiency:
-    """measured, sourced: a peak of all devices in FLOP/s and its origin. recompute: activation_checkpointing of the run."""
+    """measured, sourced: a peak of all devices in FLOP/s and its origin. recomputes: Fingerprint.recomputes of the run."""
     per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
     rate = per_token * tokens_per_second
 
@@ -190,8 +190,8 @@ def efficiency_of(
             return UNKNOWN
         return flops / peak
 
-    hfu = None
-    if recompute == "full":  # every block's forward once more: a third of what its forward and backward are
+    hfu: float | Literal["unknown"] | None = UNKNOWN if recomputes is None else None
+    if recomputes == "full":  # every block's forward once more: a third of what its forward and backward are
         products = sum(spec.size for spec in parameter_specs(recipe.model) if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX))
         attention = 12 * recipe.model.num_layers * recipe.model.hidden_size * recipe.data.sequence_length
         hfu = share(rate + (6 * products + attention) / 3 * tokens_per_second, measured[0])

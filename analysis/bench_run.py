@@ -29,7 +29,7 @@ from weftrain.analysis.bench_report import (
 from weftrain.analysis.bench_train import BenchError, bench_source, plain_weights, take_steps
 from weftrain.analysis.peak import Peak, measured_matmul_peak, speed_probe, table_peak
 from weftrain.analysis.surroundings import Energy, environment, identity, load, now, warnings
-from weftrain.core.backend import Backend, Job, Plan, Run
+from weftrain.core.backend import Backend, Job, Plan, Run, prepare_run
 from weftrain.core.canonical import sha256_json
 from weftrain.core.config import Recipe, Section
 from weftrain.core.errors import WeftrainError
@@ -48,18 +48,21 @@ class Wishes:
     check_steps: int = 2
     profile: Path | None = None  # folder for a trace, an operator table and a memory snapshot
     time_phases: bool = True
+    threads: int | None = None  # CPU threads of a process; None: what the backend's options or torch chose
 
 
-def reference_losses(recipe: Recipe, local: Backend, steps: int) -> tuple[list[float], str]:
+def reference_losses(recipe: Recipe, backend: Backend, local: Backend, steps: int) -> tuple[list[float], str]:
     """The first losses that reference kernels give in one process, and if none, why not."""
     if steps == 0:
         return [], "not asked for (--check-steps 0)"
+    if not backend.trains:
+        return [], f"the {backend.name} backend does not compute the model here, so its losses are held to nothing"
     if parameter_count(recipe.model) > LARGEST_CHECKED:
         return [], f"the model has more than {LARGEST_CHECKED:,} parameters: a reference run in one process is not made"
     kernels = recipe.kernels.model_copy(update={"preferences": ("reference",), "pins": {}})
     each = recipe.batch.model_copy(update={"replicas": 1})
     reference = recipe.model_copy(update={"kernels": kernels, "batch": each})
-    run = local.prepare(Job(reference, Plan(0, steps), local.options(), plain_weights(recipe.model)))
+    run = prepare_run(local, Job(reference, Plan(0, steps), local.options(), plain_weights(recipe.model)))
     try:
         return take_steps(run, bench_source(reference)).losses, ""
     finally:
@@ -76,21 +79,23 @@ def bench(
 ) -> Report:
     """Measure; tell(round, step, ms) as it goes. Raises BenchError, and whatever the backend raises."""
     load_before = load()
-    reference, why_not = reference_losses(recipe, local, min(wishes.check_steps, wishes.steps))
+    reference, why_not = reference_losses(recipe, backend, local, min(wishes.check_steps, wishes.steps))
     source, plan = bench_source(recipe), Plan(0, wishes.steps)
     found: list[Measured] = []
-    fingerprint: dict[str, Any] = {}
     peaks: list[Peak] = []
     device = torch.device("cpu")
     with tempfile.TemporaryDirectory(prefix="weftrain-bench-") as folder:  # for a backend that keeps state on disk
-        job = Job(recipe, plan, options, plain_weights(recipe.model), time_phases=wishes.time_phases, folder=Path(folder))
+        job = Job(
+            recipe, plan, options, plain_weights(recipe.model), time_phases=wishes.time_phases, folder=Path(folder), threads=wishes.threads
+        )
         for number in range(1, wishes.rounds + 1):
-            run = backend.prepare(dataclasses.replace(job, folder=_empty(Path(folder) / str(number))))
+            run = prepare_run(backend, dataclasses.replace(job, folder=_empty(Path(folder) / str(number))))
             with contextlib.ExitStack() as ending:
                 ending.callback(run.close)
                 if not found:
                     fingerprint = run.fingerprint()
-                    device = torch.device(fingerprint["device_type"])
+                    _check_threads(backend, wishes.threads, fingerprint.threads)
+                    device = torch.device(fingerprint.device_type)
                     peaks.append(_peak(recipe, device, backend))
                     energy = Energy(device)
                     energy.start()
@@ -103,19 +108,17 @@ def bench(
                     device_peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         if wishes.profile is not None:
             profile(
-                backend.prepare(dataclasses.replace(job, time_phases=False, folder=_empty(Path(folder) / "profile"))),
+                prepare_run(backend, dataclasses.replace(job, time_phases=False, folder=_empty(Path(folder) / "profile"))),
                 source,
                 wishes.profile,
             )
-    devices = fingerprint.get("ranks", recipe.batch.replicas)
+    devices = fingerprint.ranks or recipe.batch.replicas
     speed = speed_of(found, recipe.tokens_per_step, devices)
     breakdown, note = breakdown_of(found, speed.warm_up_steps)
     best = max(peaks, key=lambda peak: peak.flops or 0.0).of(devices)
     sourced = table_peak(device, getattr(torch, recipe.precision.compute)).of(devices)
-    recompute = str(recipe.backend.options.get("activation_checkpointing", recipe.backend.options.get("activations", "none")))
-    recompute = "full" if recompute == "recompute" else recompute
     surroundings = environment(device)
-    threads = int(fingerprint.get("threads", 1))
+    threads = fingerprint.threads or 1
     resolved = recipe.model_dump(mode="json")
     memory: dict[str, Any] = {"measured_peak_bytes": device_peak if device_peak is not None else peak_resident_bytes()}
     memory["measured_as"] = (
@@ -135,18 +138,26 @@ def bench(
         warnings=warnings(surroundings, load_before, threads * (devices if device.type == "cpu" else 1)),
         shape=shape_of(recipe, devices),
         speed=speed,
-        efficiency=efficiency_of(recipe, speed.tokens_per_second, (best.flops, best.origin), (sourced.flops, sourced.origin), recompute),
+        efficiency=efficiency_of(
+            recipe, speed.tokens_per_second, (best.flops, best.origin), (sourced.flops, sourced.origin), fingerprint.recomputes
+        ),
         breakdown_ms=breakdown,
         breakdown_note=note,
         memory=memory | {"predicted": _predicted_memory(recipe, backend, options)},
         backend_stats=found[-1].stats,
-        kernels=fingerprint.get("kernels", {}),
+        kernels=dict(fingerprint.kernels),
         energy=used,
         correctness=correctness_of(found[0].losses, reference, recipe.precision.compute, why_not),
         rounds=[measured.step_ms for measured in found],
         probes=[measured.probe_ms for measured in found],
         losses=found[0].losses,
     )
+
+
+def _check_threads(backend: Backend, asked: int | None, found: int | None) -> None:
+    if asked is not None and found != asked:
+        told = "does not compute with CPU threads of this process" if found is None else f"uses {found} CPU threads"
+        raise BenchError(f"the {backend.name} backend {told}, and --threads asks for {asked}: leave --threads out")
 
 
 def _empty(folder: Path) -> Path:
@@ -184,7 +195,7 @@ def profile(run: Run, source: Any, folder: Path, skip: int = 2, steps: int = 3) 
 
     from weftrain.core import fsops
 
-    cuda = run.fingerprint()["device_type"] == "cuda"
+    cuda = run.fingerprint().device_type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     results = run.train(source)
     fsops.make_dirs(folder)

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 import torch
@@ -40,8 +40,9 @@ from weftrain.backends.shared import (
     tree_sum,
     update,
     update_sets,
+    use_threads,
 )
-from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
+from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
 from weftrain.core.config import Count, Section
 from weftrain.core.dropout import row_keys
 from weftrain.core.errors import BackendError, NonFiniteError
@@ -255,18 +256,17 @@ class LocalRun:
         self._step, self._optimizer_updates = state.step, state.optimizer_updates
         self._refresh()
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> Fingerprint:
         """See Run.fingerprint."""
-        return {
-            "backend": "local",
-            **device_fingerprint(self._device),
+        more = {
             "compute": self._recipe.precision.compute,
             "compile": self._options.compile,
             "activation_checkpointing": self._options.activation_checkpointing,
             "micro_batch_size": self._recipe.batch.micro_batch_size,
             "reduction": "micro-batches added in order, fp32" if self._tree is None else "micro-batches added in a fixed tree, fp32",
-            "kernels": self._selection.manifest,
         }
+        recomputes = self._options.activation_checkpointing
+        return device_fingerprint("local", self._device, self._selection.manifest, more, recomputes=recomputes)
 
     def stats(self) -> dict[str, float]:
         """Resident memory now, in huge pages too, and, on cuda, the peak that torch allocated there."""
@@ -305,8 +305,7 @@ class LocalBackend(PlainBackend):
         device = torch_device(options.device)
         if options.compile and device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
             raise BackendError("backend.options.compile needs a C++ compiler (g++ or clang++) on PATH: install one or set compile=false")
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        use_threads(job, options.threads)
         if options.huge_pages and device.type == "cpu":
             ask_for_huge_pages()
         return LocalRun(job, options, device)

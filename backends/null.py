@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from weftrain.backends.shared import PlainBackend
-from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
+from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
 from weftrain.core.config import Section
 from weftrain.core.model import draw
 from weftrain.core.optim import group_learning_rates, parameter_groups
@@ -66,8 +65,8 @@ class NullRun:
     def import_state(self, state: State) -> None:
         self._state = State(state.step, state.optimizer_updates, {name: tensor.clone() for name, tensor in state.tensors.items()})
 
-    def fingerprint(self) -> dict[str, Any]:
-        return {"backend": "null", "device_type": "cpu", "torch": torch.__version__}
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint("null", "cpu", "cpu", more={"torch": torch.__version__})
 
     def stats(self) -> dict[str, float]:
         return {}

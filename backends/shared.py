@@ -13,11 +13,11 @@ import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
-from weftrain.core.backend import Batch, BatchSource, Job, Prediction, Speeds
+from weftrain.core.backend import Batch, BatchSource, Fingerprint, Job, Prediction, Speeds
 from weftrain.core.config import OptimizerConfig, Recipe, Section
 from weftrain.core.errors import BackendError, CheckpointError
 from weftrain.core.host_memory import use_huge_pages
@@ -257,19 +257,33 @@ def call(segment: torch.nn.Module, *arguments: Any) -> torch.Tensor:
     return segment(*arguments)
 
 
-def device_fingerprint(device: torch.device) -> dict[str, Any]:
-    """What of device and libraries can change a bit."""
+def use_threads(job: Job, option: int) -> None:
+    """Give torch the CPU threads that the job asks for, or else the backend's option; 0 and None leave torch's own choice."""
+    if threads := job.threads or option:
+        torch.set_num_threads(threads)
+
+
+def device_fingerprint(
+    backend: str,
+    device: torch.device,
+    kernels: Mapping[str, Any],
+    more: Mapping[str, Any],
+    *,
+    ranks: int | None = None,
+    recomputes: Literal["none", "selective", "full"],
+) -> Fingerprint:
+    """The fingerprint of a run on a torch device: what of device and libraries can change a bit, and `more` of the backend's own."""
     cuda = device.type == "cuda"
-    return {
-        "device_type": device.type,
-        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+    libraries = {
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
     }
+    name = torch.cuda.get_device_name(device) if cuda else platform.machine()
+    threads = torch.get_num_threads()
+    return Fingerprint(backend, device.type, name, threads, ranks, kernels, {**libraries, **more}, recomputes)
 
 
 class PlainBackend:

@@ -67,5 +67,5 @@ def measured_peak(recipe: Recipe, backend: Backend, run: Run) -> Peak:
     if not backend.trains:
         return Peak(None, f"the {backend.name} backend does not compute here")
     fingerprint = run.fingerprint()
-    peak = measured_matmul_peak(torch.device(fingerprint["device_type"]), getattr(torch, recipe.precision.compute))
-    return peak.of(fingerprint.get("ranks", 1))
+    peak = measured_matmul_peak(torch.device(fingerprint.device_type), getattr(torch, recipe.precision.compute))
+    return peak.of(fingerprint.ranks or 1)

@@ -92,9 +92,8 @@ def bench_train(
         _launch(ranks, threads or 1)
     from weftrain.analysis.bench_run import Wishes
 
-    threads = threads or (2 if ranks == 1 else 1)
-    file = load_recipe(recipe, [*overrides, f"backend.options.threads={threads}"], backend)
-    _bench(file, Wishes(steps, rounds, check_steps, profile_folder), report_folder, mllog)
+    wishes = Wishes(steps, rounds, check_steps, profile_folder, threads=threads)
+    _bench(load_recipe(recipe, overrides, backend), wishes, report_folder, mllog, default_threads=2 if ranks == 1 else 1)
 
 
 def _launch(ranks: int, threads: int) -> None:
@@ -104,7 +103,10 @@ def _launch(ranks: int, threads: int) -> None:
     sys.exit(subprocess.run([*launcher, *sys.argv[1:]], env=environment, check=False).returncode)
 
 
-def _bench(file: RecipeFile, wishes: Wishes, report_folder: Path | None, mllog: Path | None) -> None:
+def _bench(file: RecipeFile, wishes: Wishes, report_folder: Path | None, mllog: Path | None, default_threads: int = 2) -> None:
+    """Measure, and print the RESULT line. default_threads: of a process where neither --threads nor the backend's options say."""
+    import torch
+
     from weftrain.analysis.bench_pages import mllog_lines, write_report
     from weftrain.analysis.bench_run import bench, milliseconds
     from weftrain.analysis.bench_train import RESULT_PREFIX, bench_source, result_line
@@ -115,8 +117,9 @@ def _bench(file: RecipeFile, wishes: Wishes, report_folder: Path | None, mllog: 
 
     recipe = file.recipe
     backend, options = backend_options(file)
+    torch.set_num_threads(wishes.threads or default_threads)
     if backend.follows():
-        job = Job(recipe, Plan(0, wishes.steps), options)
+        job = Job(recipe, Plan(0, wishes.steps), options, threads=wishes.threads)
         backend.follow(lambda: job, lambda job: bench_source(job.recipe), lambda: False, 0)
         return
     console = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -195,8 +198,7 @@ def bench_stream(
 
     if ranks != 1:
         raise click.BadParameter("replicas of weight streaming join a training run: `weftrain replica`", param_hint="--ranks")
-    file = load_recipe(recipe, [*overrides, f"backend.options.threads={threads or 2}"], "streaming")
-    _bench(file, Wishes(steps, rounds, check_steps), report_folder, None)
+    _bench(load_recipe(recipe, overrides, "streaming"), Wishes(steps, rounds, check_steps, threads=threads), report_folder, None)
 
 
 @bench.command("data")

@@ -93,7 +93,7 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
     from weftrain.analysis.evaluation import perplexity_of
     from weftrain.cli.assembly import backend_options, newest_or_named, open_data, recipe_of_checkpoint
     from weftrain.core import checkpoint
-    from weftrain.core.backend import Job, Plan
+    from weftrain.core.backend import Job, Plan, prepare_run
     from weftrain.core.errors import DataError
 
     console = Console(highlight=False, soft_wrap=True, stderr=as_json)
@@ -111,7 +111,7 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
     weights = checkpoint.Weights(state.tensors)
     table = Table("held-out set", "loss", "perplexity", "tokens", title=f"{path} (step {state.step})", title_justify="left", box=None)
     with tempfile.TemporaryDirectory(prefix="weftrain-eval-") as folder:  # for a backend that keeps state on disk
-        prepared = chosen.prepare(Job(file.recipe, Plan(state.step, state.step), options, weights, folder=Path(folder)))
+        prepared = prepare_run(chosen, Job(file.recipe, Plan(state.step, state.step), options, weights, folder=Path(folder)))
         for held in heldout:
             result = prepared.evaluate(held)
             perplexity = perplexity_of(result.loss)

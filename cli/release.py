@@ -187,25 +187,23 @@ def _notes(report: Any) -> Iterator[str]:
 def _prepare(release: Path, data_root: Path | None, backend: str | None) -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
     """How a link's source is opened and its run prepared: on the release's own data, with the threads of its fingerprint."""
     from weftrain.cli.assembly import backend_options
-    from weftrain.core.backend import Job
+    from weftrain.core.backend import Job, prepare_run
     from weftrain.core.data import training_source
     from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 
     root = release / "data" if data_root is None else data_root
     with tempfile.TemporaryDirectory(prefix="weftrain-replay-") as folder:
 
-        def placed(recipe: Any, *more: str) -> RecipeFile:
+        def placed(recipe: Any) -> RecipeFile:
             tree = recipe.model_dump(mode="json")
             tree["data"]["root"] = str(root)
-            return recorded_recipe(tree, f"{release}: its recipe", more, backend)
+            return recorded_recipe(tree, f"{release}: its recipe", (), backend)
 
         def prepare(recipe: Any, plan: Any, fingerprint: Mapping[str, Any]) -> Any:
             file = placed(recipe)
             chosen, options = backend_options(file)
-            threads = fingerprint.get("threads")
-            if "threads" in type(options).model_fields and not vars(options)["threads"] and isinstance(threads, int):
-                file = placed(recipe, f"backend.options.threads={threads}")
-                chosen, options = backend_options(file)
-            return chosen.prepare(Job(file.recipe, plan, options, None, folder=Path(folder) / str(plan.start_step)))
+            wanted = fingerprint.get("threads")
+            threads = wanted if type(wanted) is int and wanted > 0 else None
+            return prepare_run(chosen, Job(file.recipe, plan, options, folder=Path(folder) / str(plan.start_step), threads=threads))
 
         yield (lambda recipe: training_source(placed(recipe).recipe)), prepare

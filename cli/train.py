@@ -30,7 +30,7 @@ from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import RecipeFile, load_recipe, recorded_recipe
 
 if TYPE_CHECKING:
-    from weftrain.core.backend import Plan
+    from weftrain.core.backend import Fingerprint, Plan
     from weftrain.core.trainer import Progress
 
 
@@ -85,7 +85,7 @@ def _follow(file: RecipeFile, folder: Path, stop: StopRequest) -> None:
 def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set[str], stop: StopRequest, again: str) -> None:
     """Decide how the run starts, prepare the backend, record the start, and train. Until it is recorded, nothing is written."""
     from weftrain.cli.assembly import backend_options, measured_peak, open_data
-    from weftrain.core.backend import Job
+    from weftrain.core.backend import Job, prepare_run
     from weftrain.core.metrics import MetricsWriter
     from weftrain.core.parameters import flops_per_token
     from weftrain.core.resume import commit, decide
@@ -105,14 +105,14 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
             return
         plan = _plan(recipe, start.first_step)
         with _Progress(console) as told:
-            run = backend.prepare(Job(recipe, plan, options, start.weights, told, folder.path))
+            run = prepare_run(backend, Job(recipe, plan, options, start.weights, told, folder.path))
             ending.callback(run.close)  # also after an error: what a backend keeps on disk becomes durable, and others learn of the end
             if start.state is not None:
                 run.import_state(start.state)
         fingerprint = run.fingerprint()
         peak = measured_peak(recipe, backend, run)
         _announce(console, recipe, fingerprint, peak, folder.path, start.first_step)
-        environment = {**fingerprint, "weftrain": importlib.metadata.version("weftrain")}
+        environment = {**fingerprint.as_json(), "weftrain": importlib.metadata.version("weftrain")}
         ledger = commit(start, folder, recipe, source.dataset_id, environment)
         speed = Speed(flops_per_token(recipe.model, recipe.data.sequence_length), peak.flops)
         with (
@@ -120,7 +120,7 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
             Bar(console, name, plan.last_step, start.first_step) as bar,
         ):
             basis = {"flops_per_token": speed.flops_per_token, "peak_origin": peak.origin}
-            metrics.event("start", step=start.first_step, kernels=fingerprint.get("kernels"), peak_flops=peak.flops, **basis)
+            metrics.event("start", step=start.first_step, kernels=dict(fingerprint.kernels), peak_flops=peak.flops, **basis)
             told.bar = bar
             steps = fit(
                 run,
@@ -247,15 +247,15 @@ class StopRequest:
         self.number = number
 
 
-def _announce(console: Console, recipe: Recipe, fingerprint: dict[str, Any], peak: object, folder: Path, first: int) -> None:
+def _announce(console: Console, recipe: Recipe, fingerprint: Fingerprint, peak: object, folder: Path, first: int) -> None:
     console.print(f"{recipe.name}: {recipe.description}", markup=False)
     for line in arithmetic(recipe):
         console.print(line, markup=False)
-    where = f"{fingerprint['backend']} on {fingerprint.get('device', fingerprint['device_type'])}"
-    threads = f", {fingerprint['threads']} threads" if fingerprint["device_type"] == "cpu" and "threads" in fingerprint else ""
+    where = f"{fingerprint.backend} on {fingerprint.device}"
+    threads = f", {fingerprint.threads} threads" if fingerprint.device_type == "cpu" and fingerprint.threads else ""
     console.print(f"backend      {where}{threads}, {recipe.precision.compute}; matrix-multiply peak {peak}", markup=False)
     chosen: dict[str, set[str]] = {}
-    for op, entries in fingerprint.get("kernels", {}).get("ops", {}).items():
+    for op, entries in fingerprint.kernels.get("ops", {}).items():
         for entry in entries:
             chosen.setdefault(entry["source"], set()).add(op)
     kernels = "; ".join(f"{source}: {', '.join(sorted(ops))}" for source, ops in sorted(chosen.items()))

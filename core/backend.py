@@ -1,4 +1,4 @@
-"""The Backend protocol: words and types, no behaviour.
+"""The Backend protocol: words and types, and the one check that every prepared run passes (`prepare_run`).
 
 The seam is the training run, not the device: a backend drives its own steps and the core consumes results. A wafer traces the whole
 step once and hands values out only at steps named in advance (`Plan`); a weight-streaming engine interleaves backward with update.
@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, SupportsFloat, runtime_checkable
+from typing import Any, Literal, Protocol, SupportsFloat, runtime_checkable
 
 import numpy as np
 import torch
 
+from weftrain.core.canonical import canonical_json
 from weftrain.core.config import Recipe, Section
+from weftrain.core.errors import BackendError
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,43 @@ class Job:
     progress: Callable[[str, float], None] = lambda words, share: None  # told what is being done and how much of it is (0..1); for a bar
     folder: Path | None = None  # the run's, where a backend may keep files of its own in a folder of its own name; None: there is none
     time_phases: bool = False  # time the parts of each step; on an accelerator this waits for the device at the end of every step
+    threads: int | None = None  # CPU threads of this process, before what the options say; Fingerprint.threads tells what came of it
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """All that can change a bit of a run's results. Named are the fields that the core and the command line read.
+
+    more: whatever else the backend knows (versions, instruction set, its options, order of reduction), JSON values under other names.
+    """
+
+    backend: str
+    device_type: str  # 'cpu' or 'cuda' as torch has them, or a vendor's own word
+    device: str  # the device's name
+    threads: int | None = None  # CPU threads of a process; None: the run does not compute with threads of this process
+    ranks: int | None = None  # processes that compute side by side, each on a device like this one; None: this process alone
+    kernels: Mapping[str, Any] = field(default_factory=dict)  # the manifest of kernels.select; empty: none was selected
+    more: Mapping[str, Any] = field(default_factory=dict)
+    # How much of the forward pass backward computes again, which HFU counts; None: not declared. Not recorded: the options in `more` are.
+    recomputes: Literal["none", "selective", "full"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("backend", "device_type", "device"):
+            if not (isinstance(value := getattr(self, name), str) and value):
+                raise ValueError(f"fingerprint: {name} is {value!r}: give a text")
+        for name in ("threads", "ranks"):
+            if (value := getattr(self, name)) is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"fingerprint: {name} is {value!r}: give a number from 1, or None")
+        if twice := sorted(_NAMED & self.more.keys()):
+            raise ValueError(f"fingerprint: {twice[0]} is in `more`, and is a field of its own")
+
+    def as_json(self) -> dict[str, Any]:
+        """One flat mapping, as it is recorded in manifests, ledger and environment.json. What is None or empty is left out."""
+        named = {name: getattr(self, name) for name in sorted(_NAMED)}
+        return {**self.more, **{name: value for name, value in named.items() if value not in (None, {})}}
+
+
+_NAMED = {"backend", "device_type", "device", "threads", "ranks", "kernels"}
 
 
 class Run(Protocol):
@@ -220,7 +259,7 @@ class Run(Protocol):
 
     def import_state(self, state: State) -> None: ...
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> Fingerprint:
         """All that can change a bit: versions, instruction set, threads, kernels, reduction order."""
         ...
 
@@ -278,3 +317,38 @@ class Backend(Protocol):
     def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
         """A step's time and needs before anything is started; None where the backend predicts nothing."""
         ...
+
+
+def prepare_run(backend: Backend, job: Job) -> Run:
+    """backend.prepare(job), held to what its callers rely on: a whole fingerprint, so that a backend without one is refused before step 0.
+
+    Raises BackendError naming the backend and what is missing, and whatever the backend raises; the run is closed then.
+    """
+    run = backend.prepare(job)
+    try:
+        _check_fingerprint(backend.name, run.fingerprint)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _check_fingerprint(name: str, ask: Callable[[], object]) -> None:
+    whose = f"the {name} backend: Run.fingerprint()"
+    try:
+        found = ask()
+    except (TypeError, ValueError) as error:  # Fingerprint itself refuses what it is given
+        raise BackendError(f"{whose} failed: {error}") from error
+    if not isinstance(found, Fingerprint):
+        keys = found.keys() if isinstance(found, Mapping) else ()
+        missing = [key for key in ("backend", "device_type", "device") if key not in keys]
+        lacks = f" without {', '.join(missing)}" if missing else ""
+        raise BackendError(
+            f"{whose} gave a {type(found).__name__}{lacks}: it must return weftrain.core.backend.Fingerprint with these fields"
+        )
+    if found.backend != name:
+        raise BackendError(f"{whose} names the backend '{found.backend}': it must be the name that the recipe gives, '{name}'")
+    try:
+        canonical_json(found.as_json())
+    except (TypeError, ValueError) as error:
+        raise BackendError(f"{whose} holds what JSON cannot: {error}: give texts, numbers, lists and mappings in `more`") from None

@@ -136,7 +136,7 @@ def _train(
                 losses[result.step + 1] = (float(result.loss), float(result.grad_norm))
             lent = run.export_state()
             state = replace(lent, tensors={name: lent.tensors[name] for name in lent.tensors})  # the run is about to end
-            fingerprint = run.fingerprint()
+            fingerprint = run.fingerprint().as_json()
         finally:
             run.close()
         step = stop

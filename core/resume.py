@@ -4,7 +4,7 @@ Between the two stand `Backend.prepare` and `Run.import_state`, which can refuse
 before training begins, so a start that is refused leaves the folder as it was.
 
     start = decide(folder, recipe, source.dataset_id, backend, options, runs, allow=.., say=..)   # raises; writes nothing
-    run = backend.prepare(Job(.., weights=start.weights))
+    run = prepare_run(backend, Job(.., weights=start.weights))
     if start.state is not None: run.import_state(start.state)
     ledger = commit(start, folder, recipe, source.dataset_id, environment)                        # then train from start.first_step
 """

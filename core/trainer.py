@@ -158,11 +158,11 @@ class _Saves:
             state,
             recipe=self._recipe.model_dump(mode="json"),
             dataset_id=self._source.dataset_id,
-            fingerprint=fingerprint,
+            fingerprint=fingerprint.as_json(),
             tokens=self.tokens_read,
             position=state.step * self._recipe.batch.global_batch_size,
             parent=self._parent,
-            kernels=fingerprint.get("kernels", {}),
+            kernels=dict(fingerprint.kernels),
         )
         entry = {"parent": self._parent, "metrics_after": self._measured_after, "metrics_sha256": self.measured.hexdigest()}
         self._measured_after, self.measured = state.step, Digest()

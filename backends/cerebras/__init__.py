@@ -10,6 +10,7 @@ at the steps that the plan named before step one.
 
 from __future__ import annotations
 
+import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,19 @@ from weftrain.backends.cerebras.process import ROOT, Worker
 from weftrain.backends.shared import PlainBackend, check_state, refuse_numerics
 from weftrain.core import checkpoint as checkpoints  # this package has a module of that name
 from weftrain.core import fsops
-from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, Plan, Prediction, Speeds, State, StepResult
+from weftrain.core.backend import (
+    Batch,
+    BatchSource,
+    EvalResult,
+    EvaluationSource,
+    Fingerprint,
+    Job,
+    Plan,
+    Prediction,
+    Speeds,
+    State,
+    StepResult,
+)
 from weftrain.core.config import PositiveInt, Recipe, Section
 from weftrain.core.data import training_source
 from weftrain.core.errors import BackendError, NonFiniteError
@@ -215,17 +228,17 @@ class CerebrasRun:
         fsops.remove_tree(folder)
         self._step = state.step
 
-    def fingerprint(self) -> dict[str, Any]:
-        return {
-            "backend": "cerebras",
-            "device_type": "cpu" if self._options.target == "cpu" else "csx",
+    def fingerprint(self) -> Fingerprint:
+        more = {
             "target": self._options.target,
             **self._versions,
             "compute": self._recipe.precision.compute,
             "precision_level": self._options.precision_level,
             "replicas": self._recipe.batch.replicas,
-            "kernels": self._kernels,
         }
+        if self._options.target == "cpu":  # in the worker's process, whose threads are not ours to set
+            return Fingerprint("cerebras", "cpu", platform.machine(), kernels=self._kernels, more=more)
+        return Fingerprint("cerebras", "csx", "Cerebras system", kernels=self._kernels, more=more)
 
     def stats(self) -> dict[str, float]:
         return {}

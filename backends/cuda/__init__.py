@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.shared import PlainBackend, ask_for_huge_pages, torch_device
+from weftrain.backends.shared import PlainBackend, ask_for_huge_pages, torch_device, use_threads
 from weftrain.core.backend import BatchSource, Job, Prediction, Speeds
 from weftrain.core.config import Recipe, Section
 from weftrain.core.errors import BackendError
@@ -94,14 +94,11 @@ class CudaBackend(PlainBackend):
 
 
 def _set_up(job: Job) -> CudaOptions:
-    import torch
-
     options = job.options
     if not isinstance(options, CudaOptions):
         raise BackendError(f"the cuda backend was given {type(options).__name__}; it takes CudaOptions")
     device = torch_device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(job, options.threads)
     if options.huge_pages and device.type == "cpu":
         ask_for_huge_pages()
     return options

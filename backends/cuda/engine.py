@@ -40,7 +40,7 @@ from weftrain.backends.shared import (
     update,
     update_sets,
 )
-from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
+from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
 from weftrain.core.canonical import sha256_json
 from weftrain.core.checkpoint import Written
 from weftrain.core.config import Recipe
@@ -338,13 +338,10 @@ class CudaRun:
         self.step_number, self._optimizer_updates = step, optimizer_updates
         self._model.refresh()
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> Fingerprint:
         """See Run.fingerprint."""
         shape = self._degrees
-        return {
-            "backend": "cuda",
-            **device_fingerprint(self._world.device),
-            "ranks": self._world.size,
+        more = {
             "parallel": self._options.parallel,
             "degrees": {"replicate": shape.replicate, "shard": shape.shard, "context": shape.context, "tensor": shape.tensor},
             "collectives": "gloo" if self._world.device.type == "cpu" else "nccl " + ".".join(map(str, torch.cuda.nccl.version())),
@@ -358,8 +355,9 @@ class CudaRun:
             "reduction": "micro-batches of all ranks added in a fixed tree, fp32"
             if self._recipe.precision.numerics == "replayable"
             else f"micro-batches added in order, ranks by the collective library, {self._options.reduce}",
-            "kernels": self._selection.manifest,
         }
+        recomputes, kernels = self._options.activation_checkpointing, self._selection.manifest
+        return device_fingerprint("cuda", self._world.device, kernels, more, ranks=self._world.size, recomputes=recomputes)
 
     def stats(self) -> dict[str, float]:
         """Of rank 0: resident memory now, the peak on its device, and how long the last save kept the run from training."""

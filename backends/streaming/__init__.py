@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from weftrain.backends.shared import PlainBackend, ask_for_huge_pages, refuse_numerics, torch_device
+from weftrain.backends.shared import PlainBackend, ask_for_huge_pages, refuse_numerics, torch_device, use_threads
 from weftrain.backends.streaming.layout import FormatName, Layout, make_layout
 from weftrain.backends.streaming.planner import needs, predict, remedies
 from weftrain.backends.streaming.schedule import Scheduler, draw
@@ -98,16 +98,13 @@ def _agreement(job: Job) -> str:
 
 def _set_up(job: Job) -> tuple[StreamingOptions, torch.device]:
     """Threads, the allocator and the device of this process."""
-    import torch
-
     from weftrain.core.host_memory import return_freed_memory
 
     options = job.options
     if not isinstance(options, StreamingOptions):
         raise BackendError(f"the streaming backend was given {type(options).__name__}; it takes StreamingOptions")
     device = torch_device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(job, options.threads)
     if not options.huge_pages:
         return_freed_memory()
     elif device.type == "cpu":

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -41,7 +41,7 @@ from weftrain.backends.streaming.schedule import BRINGING, Event, Schedule, Sche
 from weftrain.backends.streaming.state import Given, Reader, fill, initial, spooled
 from weftrain.backends.streaming.store import DTYPES, Commit, Pending, Store, no_trace
 from weftrain.backends.streaming.trace import Trace
-from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Job, State, StepResult
+from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
 from weftrain.core.errors import BackendError, NonFiniteError
 from weftrain.core.host_memory import huge_page_bytes
 from weftrain.core.model import Decoder, kernel_specs, rotary_tables
@@ -493,11 +493,9 @@ class StreamingRun:
         tensors = state.tensors
         self._fill(lambda plane, spec: tensors[f"{plane}/{spec.name}"], state.step, state.optimizer_updates)
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> Fingerprint:
         """See Run.fingerprint."""
-        return {
-            "backend": "streaming",
-            **device_fingerprint(self._device),
+        more = {
             "compute": self._recipe.precision.compute,
             "compile": self._options.compile,
             "activations": self._options.activations,
@@ -505,8 +503,9 @@ class StreamingRun:
             "tier": self._store.tier,
             "micro_batch_size": self._recipe.batch.micro_batch_size,
             "reduction": "micro-batches added in order, fp32",
-            "kernels": self._selection.manifest,
         }
+        recomputes: Literal["none", "full"] = "full" if self._options.activations == "recompute" else "none"
+        return device_fingerprint("streaming", self._device, self._selection.manifest, more, recomputes=recomputes)
 
     def stats(self) -> dict[str, float]:
         """Resident memory; of the last step and what followed it, what the store moved and how long that was waited for."""

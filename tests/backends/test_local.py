@@ -36,3 +36,11 @@ def test_compiled_gradients_agree_with_eager_ones(tiny_recipe: Callable[..., Rec
         assert abs(loss_compiled - loss) < 1e-5 * loss
         for name, gradient in plain.items():  # fp32, other orders of summation
             assert (compiled[name] - gradient).norm() <= 2e-5 * gradient.norm() + 1e-6, name
+
+
+def test_threads_of_the_job_come_before_those_of_the_options(tiny_recipe: Callable[..., Recipe]) -> None:
+    backend = get_backend("local")
+    recipe = tiny_recipe("amber", "backend.options.threads=1")
+    for asked, threads in ((None, 1), (2, 2)):
+        job = Job(recipe, Plan(0, 1), backend.options.model_validate(recipe.backend.options), threads=asked)
+        assert backend.prepare(job).fingerprint().threads == threads

@@ -71,3 +71,13 @@ def test_stream_and_data(weftrain: Callable[..., Result], tmp_path: Path) -> Non
     result = weftrain("bench", "data", "bench_70m", "--steps", "10")
     assert result.exit_code == 0, result.output
     assert "M tokens/s" in result.output
+
+
+def test_a_backend_without_threads_and_options(weftrain: Callable[..., Result]) -> None:
+    """Nothing is written into backend.options: what a backend has no key for is measured all the same, and said where it is asked for."""
+    result = weftrain("bench", "train", "bench_70m", *TINY[:3], "--backend", "null", "--steps", "4")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output.partition("RESULT ")[2].splitlines()[0])
+    assert (found["name"], found["correct"], found["model_flops_utilization"]) == ("bench_70m-null-bfloat16", None, "unknown")
+    result = weftrain("bench", "train", "bench_70m", *TINY[:3], "--backend", "null", "--steps", "4", "--threads", "2")
+    assert (result.exit_code, "the null backend does not compute with CPU threads" in result.output) == (2, True), result.output

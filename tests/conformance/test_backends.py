@@ -333,7 +333,7 @@ def test_protocol(name: str, tiny_recipe: Tiny) -> None:
     other = prepare(name, recipe)
     other.import_state(state)
     assert same_state(other.export_state(), state)
-    assert json.loads(json.dumps(run.fingerprint()))["backend"] == name.partition("-")[0]
+    assert json.loads(json.dumps(run.fingerprint().as_json()))["backend"] == name.partition("-")[0]
     assert all(key.rpartition("_")[2] in ("bytes", "ms", "share") or key.endswith("_memory_bytes") for key in run.stats())
     run.close()
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from weftrain.core import checkpoint
-from weftrain.core.backend import Plan, State, StepResult
+from weftrain.core.backend import Fingerprint, Plan, State, StepResult
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
 from weftrain.core.ledger import Ledger
@@ -59,8 +59,8 @@ class Counting:
     def export_state(self) -> State:
         return State(self.done, self.done, Lent(float(self.done), self.gate, "no room" if self.done == self.error_at else None))
 
-    def fingerprint(self) -> dict[str, Any]:
-        return {"backend": "counting"}
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint("counting", "cpu", "none")
 
     def stats(self) -> dict[str, float]:
         return {}

@@ -25,7 +25,7 @@ def step(recipe: Recipe) -> tuple[dict[str, torch.Tensor], Mapping[str, torch.Te
     _, gradients = run.gradients(batch)
     for result in run.train(source):
         assert not result.skipped
-    manifest = run.fingerprint()["kernels"]
+    manifest = run.fingerprint().kernels
     return gradients, run.export_state().tensors, {entry["source"] for entries in manifest["ops"].values() for entry in entries}
 
 
