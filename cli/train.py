@@ -260,7 +260,7 @@ def _announce(console: Console, recipe: Recipe, fingerprint: Fingerprint, peak: 
             chosen.setdefault(entry["source"], set()).add(op)
     kernels = "; ".join(f"{source}: {', '.join(sorted(ops))}" for source, ops in sorted(chosen.items()))
     console.print(f"kernels      {kernels or 'none'}", markup=False)
-    for origin, reason in fingerprint.get("kernels", {}).get("broken_plugins", {}).items():
+    for origin, reason in fingerprint.kernels.get("broken_plugins", {}).items():
         console.print(f"warning: kernels: {origin} was passed over: {reason}", markup=False)
     if recipe.precision.numerics == "replayable":
         micro_batches = recipe.batch.accumulation_steps
