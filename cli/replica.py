@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from weftrain.core.recipe_file import load_recipe
+from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 
 
 @click.command()
@@ -25,26 +25,27 @@ def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
     from weftrain.cli.train import StopRequest
     from weftrain.core.backend import Job, Plan
     from weftrain.core.errors import BackendError
-    from weftrain.core.run_folder import READABLE_RECIPE
+    from weftrain.core.run_folder import LOCK, asked_recipe
 
     wrong = [item for item in overrides if not item.startswith("backend.options.")]
     if wrong:
         raise click.BadParameter(f"'{wrong[0]}': a replica has the run's recipe; only backend.options may differ here")
     deadline = time.monotonic() + wait_s
-    while not (run / READABLE_RECIPE).exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if not (run / READABLE_RECIPE).exists():
-        raise BackendError(
-            f"{run}: no run there after {wait_s} s: start it first, with batch.replicas=N or backend.options.open_to_replicas=true"
-        )
-    file = load_recipe(str(run / READABLE_RECIPE), overrides)
-    backend, _ = backend_options(file)
+
+    def file() -> RecipeFile:
+        while (asked := asked_recipe(run)) is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if asked is None:
+            raise BackendError(
+                f"{run}: no run there after {wait_s} s: start it first, with batch.replicas=N or backend.options.open_to_replicas=true"
+            )
+        return recorded_recipe(asked, f"{run / LOCK}: recipe", overrides)
 
     def read() -> Job:
-        file = load_recipe(str(run / READABLE_RECIPE), overrides)
-        plan = Plan(0, file.recipe.schedule.steps)
-        return Job(file.recipe, plan, backend_options(file)[1], folder=run)
+        found = file()
+        return Job(found.recipe, Plan(0, found.recipe.schedule.steps), backend_options(found)[1], folder=run)
 
+    backend, _ = backend_options(file())
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"joining {run}", markup=False)
     with StopRequest() as stop:

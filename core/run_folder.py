@@ -1,6 +1,6 @@
 """A run's folder: who may write in it, and which recipe it belongs to.
 
-    runs/<name>/lock              held for the run's life: process, host, start, command
+    runs/<name>/lock              held for the run's life: process, host, start, command, and the recipe that this start asks for
                 recipe.json       the resolved recipe, canonical JSON: the truth
                 recipe.yaml       the same for people
                 recipe.<step>.json  an earlier recipe, replaced when the run was continued from <step> with changes allowed by name
@@ -163,7 +163,7 @@ def open_run(folder: Path, recipe: dict[str, Any]) -> Iterator[RunFolder]:
     with contextlib.ExitStack() as stack:
         with _blamed(folder):
             fsops.make_dirs(folder)
-            _take_lock(stack, folder)
+            _take_lock(stack, folder, recipe=recipe)
             run = RunFolder(folder, parse_json(canonical_json(recipe)))  # as it will read back: tuples become lists
             fsops.make_dirs(run.checkpoints)
             fsops.remove_leftovers(folder)
@@ -171,9 +171,21 @@ def open_run(folder: Path, recipe: dict[str, Any]) -> Iterator[RunFolder]:
         yield run
 
 
-def _take_lock(stack: contextlib.ExitStack, folder: Path) -> None:
+def asked_recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe that the newest start of the run in `folder` asked for, which recipe.json has only once training began.
+
+    For processes that join the run while it starts. None where no run was started there.
+    """
     try:
-        stack.enter_context(fsops.held_lock(folder / LOCK, canonical_json(_this_process()) + b"\n"))
+        recipe = parse_json((folder / LOCK).read_bytes())["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # there is no lock yet, it is being written, or a command that trains nothing holds it
+    return recipe if isinstance(recipe, dict) else None
+
+
+def _take_lock(stack: contextlib.ExitStack, folder: Path, **more: Any) -> None:
+    try:
+        stack.enter_context(fsops.held_lock(folder / LOCK, canonical_json(_this_process() | more) + b"\n"))
     except BlockingIOError as error:
         raise RunFolderError(
             f"run folder {folder} is in use by {_holder(folder / LOCK)}: wait for it, stop it, or choose another run name"
