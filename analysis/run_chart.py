@@ -11,9 +11,12 @@ import bisect
 import html
 import math
 import re
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
 
 from weftrain.analysis.run_ledger import Band, Mark
 
@@ -24,7 +27,17 @@ _SMOOTH_FROM = 300  # points, from which on the medians are drawn too
 _LETTERS = {"restart": "R", "rollback": "B", "skip": "S", "recipe": "C", "defer": "D"}
 MARK_NAMES = {"restart": "restart", "rollback": "rollback", "skip": "step skipped", "recipe": "recipe changed", "defer": "chunk put off"}
 
-Points = Sequence[tuple[int, float]]
+
+class Columns(Protocol):
+    """Points that are kept as columns, for there may be millions."""
+
+    @property
+    def steps(self) -> np.ndarray: ...
+    @property
+    def values(self) -> np.ndarray: ...
+
+
+Points = Sequence[tuple[int, float]] | Columns  # (completed steps, value), ascending
 
 
 @dataclass(frozen=True)
@@ -63,33 +76,36 @@ def safe(value: object) -> str:
     return html.escape(_HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", str(value)))
 
 
-def drawable(value: float) -> bool:
-    """Whether a value has a place on an axis: finite, and small enough that differences are finite too."""
-    return math.isfinite(value) and abs(value) < 1e100
+def drawable(values: np.ndarray) -> np.ndarray:
+    """Which values have a place on an axis: finite, and small enough that differences are finite too. float64 [n] -> bool [n]"""
+    return np.abs(values) < 1e100  # false for nan
+
+
+def columns(points: Points) -> tuple[np.ndarray, np.ndarray]:
+    """Steps int64 [n] and values float64 [n] of the points."""
+    if not isinstance(points, Sequence):
+        return points.steps, points.values
+    return np.array([step for step, _ in points], dtype=np.int64), np.array([value for _, value in points], dtype=np.float64)
 
 
 def thinned(points: Points, limit: int = MAX_POINTS) -> list[tuple[int, float]]:
     """At most `limit` of finite points, in their order: the first, the last, and of each of equal buckets the least and the greatest."""
-    if len(points) <= limit:
-        return list(points)
-    inner, buckets = len(points) - 2, (limit - 2) // 2
-    kept = [0]
-    for bucket in range(buckets):
-        chosen = range(1 + inner * bucket // buckets, 1 + inner * (bucket + 1) // buckets)
-        least = min(chosen, key=lambda index: points[index][1])
-        greatest = max(chosen, key=lambda index: points[index][1])
-        kept += sorted({least, greatest})
-    return [points[index] for index in [*kept, len(points) - 1]]
+    steps, values = columns(points)
+    kept: Any = np.arange(len(values))
+    if len(values) > limit:
+        edges = 1 + (len(values) - 2) * np.arange((limit - 2) // 2 + 1) // ((limit - 2) // 2)
+        kept = [0]
+        for low, high in pairwise(edges.tolist()):
+            kept += sorted({low + int(values[low:high].argmin()), low + int(values[low:high].argmax())})
+        kept.append(len(values) - 1)
+    return list(zip(steps[kept].tolist(), values[kept].tolist(), strict=True))
 
 
 def medians(points: Points, buckets: int = 150) -> list[tuple[int, float]]:
     """Of each of equal buckets of finite points: its middle step, its median value."""
-    found = []
-    for bucket in range(buckets):
-        part = points[len(points) * bucket // buckets : len(points) * (bucket + 1) // buckets]
-        if part:
-            found.append((part[len(part) // 2][0], statistics.median(value for _, value in part)))
-    return found
+    steps, values = columns(points)
+    edges = (len(values) * np.arange(buckets + 1) // buckets).tolist()
+    return [(int(steps[(low + high) // 2]), float(np.median(values[low:high]))) for low, high in pairwise(edges) if high > low]
 
 
 # The axes
@@ -123,10 +139,10 @@ class _Scale:
         return even_ticks(self.low, self.high, 5)
 
 
-def _scale(values: Sequence[float], from_zero: bool) -> _Scale:
+def _scale(values: np.ndarray, from_zero: bool) -> _Scale:
     """Logarithmic where a few values are far above the others, so that a spike does not press the rest flat."""
-    low, high = min(values), max(values)
-    if not from_zero and low > 1e-100 and high > 6 * statistics.median(values):
+    low, high = float(values.min()), float(values.max())
+    if not from_zero and low > 1e-100 and high > 6 * float(np.median(values)):
         return _Scale(low / 1.1, high * 1.1, True)
     if from_zero:
         low = min(low, 0.0)
@@ -150,12 +166,13 @@ def even_ticks(low: float, high: float, count: int) -> list[float]:
 
 def chart_html(chart: Chart) -> str:
     """The chart as a <figure>; a sentence instead where there is nothing to draw."""
-    finite = [value for curve in chart.curves for _, value in curve.points if drawable(value)]
-    if not finite:
+    every = np.concatenate([columns(curve.points)[1] for curve in chart.curves] or [np.empty(0)])
+    finite = every[drawable(every)]
+    if not len(finite):
         return (
             f'<figure class="chart"><figcaption>{safe(chart.title)}</figcaption><p class="absent">No finite value was logged.</p></figure>'
         )
-    scale = _scale(finite if chart.level is None else [*finite, chart.level[0]], chart.from_zero)
+    scale = _scale(finite if chart.level is None else np.append(finite, chart.level[0]), chart.from_zero)
     parts = [_bands(chart), _grid(scale)]
     parts += [_curve(curve, scale, chart) for curve in sorted(chart.curves, key=lambda curve: curve.left is None)]
     parts += [_level(chart, scale), _marks(chart), *(_not_finite(curve, chart) for curve in chart.curves)]
@@ -175,13 +192,15 @@ def _x(step: float, chart: Chart) -> float:
 
 
 def _curve(curve: Curve, scale: _Scale, chart: Chart) -> str:
-    finite = [point for point in curve.points if drawable(point[1])]
-    if not finite:
+    steps, values = columns(curve.points)
+    shown = drawable(values)
+    finite = _Finite(steps[shown], values[shown])
+    if not shown.any():
         return ""
-    gaps = [step for step, value in curve.points if not drawable(value)]
+    gaps = steps[~shown].tolist()
     kind = "left" if curve.left is not None else ""
     title = f"<title>{safe(curve.name if curve.left is None else f'{curve.name}: {curve.left}')}</title>"
-    smooth = curve.smooth and len(finite) >= _SMOOTH_FROM
+    smooth = curve.smooth and len(finite.steps) >= _SMOOTH_FROM
     drawn = f'<path class="line c{curve.colour} {kind}{" raw" if smooth else ""}" d="{_path(thinned(finite), gaps, scale, chart)}"/>'
     if smooth:
         drawn += f'<path class="line c{curve.colour} {kind}" d="{_path(medians(finite), gaps, scale, chart)}"/>'
@@ -195,7 +214,13 @@ def _y(value: float, scale: _Scale) -> float:
     return HEIGHT * (1 - scale.place(value))
 
 
-def _path(points: Points, gaps: Sequence[int], scale: _Scale, chart: Chart) -> str:
+@dataclass(frozen=True)
+class _Finite:
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def _path(points: Sequence[tuple[int, float]], gaps: Sequence[int], scale: _Scale, chart: Chart) -> str:
     """A line through the points, broken where a value that is not finite lies between two."""
     drawn, before = [], None
     for step, value in points:
@@ -208,9 +233,10 @@ def _path(points: Points, gaps: Sequence[int], scale: _Scale, chart: Chart) -> s
 def _not_finite(curve: Curve, chart: Chart) -> str:
     """A dot at the top edge for each value that is nan or infinite; those that fall together are one."""
     places: dict[int, list[tuple[int, float]]] = {}
-    for step, value in curve.points:
-        if not drawable(value):
-            places.setdefault(round(_x(step, chart) / 3), []).append((step, value))
+    steps, values = columns(curve.points)
+    hidden = ~drawable(values)
+    for step, value in zip(steps[hidden].tolist(), values[hidden].tolist(), strict=True):
+        places.setdefault(round(_x(step, chart) / 3), []).append((step, value))
     return "".join(
         f'<path class="dots bad{"" if curve.left is None else " left"}" d="M{_x(found[0][0], chart):.1f} 5h0">'
         f"<title>{safe(f'step {found[0][0]:,}: {curve.name} is {found[0][1]}')}{safe(_more(len(found) - 1))}</title></path>"
@@ -321,10 +347,13 @@ def _described(chart: Chart) -> str:
     """For who does not see it."""
     told = []
     for curve in chart.curves:
-        finite = [point for point in curve.points if drawable(point[1])]
-        if curve.left is None and finite:
-            (first, start), (last, end) = finite[0], finite[-1]
-            (low_step, low), (high_step, high) = min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])
+        steps, values = columns(curve.points)
+        shown = drawable(values)
+        if curve.left is None and shown.any():
+            steps, values = steps[shown], values[shown]
+            (first, start), (last, end), (low_step, low), (high_step, high) = (
+                (int(steps[place]), float(values[place])) for place in (0, -1, values.argmin(), values.argmax())
+            )
             told.append(
                 f"{curve.name}: {chart.show(start)} at step {first:,}, {chart.show(end)} at step {last:,}, "
                 f"least {chart.show(low)} at step {low_step:,}, greatest {chart.show(high)} at step {high_step:,}"

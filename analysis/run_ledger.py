@@ -1,24 +1,23 @@
 """A ledger's lines as a page shows them: marks on the step axis, chunks, checkpoints, starts, and what each line says in words.
 
-What a reader would get wrong: a line counts only until a later rollback or resume goes back behind its step; what lies beyond was *left*,
-and it is shown all the same. The chain is checked by whoever read the entries; their fields may still be of any type, so each is looked at.
+A line counts only until a later rollback or resume goes back behind its step; what lies beyond was *left*, and it is shown all the same.
+`read_ledger` checked the chain and every field's type; what a recorded recipe or environment holds may still be anything.
 """
 
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from weftrain.core.canonical import canonical_json
-from weftrain.core.errors import RunFolderError
-from weftrain.core.ledger import BRANCHES, Lineage, lineage
+from weftrain.core.ledger import BRANCHES
 from weftrain.core.manifest import folder_name
 
 Entry = Mapping[str, Any]
-MAX_STEP = 1 << 53  # beyond it a float does not count by ones
 MARKED = {"resume": "restart", "rollback": "rollback", "skip": "skip", "recipe": "recipe", "defer": "defer"}
 
 
@@ -85,16 +84,6 @@ class Entered:
     left: bool
 
 
-def followed(entries: Sequence[Entry], path: Path) -> Lineage:
-    """`lineage`, with one line where a ledger contradicts itself or has fields of other types. Raises RunFolderError."""
-    try:
-        if any(entry["step"] > MAX_STEP for entry in entries):
-            raise ValueError(f"a step beyond {MAX_STEP:,}")
-        return lineage(entries)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RunFolderError(f"{path}: {error}: the ledger contradicts itself: restore it from a copy") from error
-
-
 def left_flags(entries: Sequence[Entry]) -> list[bool]:
     """For each entry, whether a later rollback or resume went back behind its step. Rollback and defer lines themselves always stand."""
     flags, lowest = [False] * len(entries), None
@@ -122,30 +111,26 @@ def marks(entries: Sequence[Entry]) -> list[Mark]:
 
 def bands(entries: Sequence[Entry]) -> list[Band]:
     """The chunks of the line that counts, those that were trained to their ends."""
-    begins: dict[Any, int] = {}
+    begins: dict[int, int] = {}
     found: dict[int, Band] = {}
     for entry, left in zip(entries, left_flags(entries), strict=True):
         if left:
             continue
         if entry["kind"] == "chunk_begin":
-            begins[whole(entry["place"])] = entry["step"]
-        elif entry["kind"] == "chunk_end" and (chunk := whole(entry["chunk"])) is not None and whole(entry["place"]) in begins:
-            first = begins[whole(entry["place"])]
-            found[first] = Band(chunk, first, entry["step"], f"chunk {chunk}, {_samples(entry['samples'])}")
+            begins[entry["place"]] = entry["step"]
+        elif entry["kind"] == "chunk_end" and entry["place"] in begins:
+            first = begins[entry["place"]]
+            found[first] = Band(entry["chunk"], first, entry["step"], f"chunk {entry['chunk']}, {_samples(entry['samples'])}")
     return [found[first] for first in sorted(found) if found[first].stop_step > first]
 
 
 def saved(entries: Sequence[Entry], run: Path) -> list[Saved]:
     """Every checkpoint in the order of the ledger, those that were left too."""
     abandoned = {
-        root: (entry["branch"], entry["reason"])
-        for entry in entries
-        if entry["kind"] == "rollback" and isinstance(entry["abandoned"], list)
-        for root in (pair[1] for pair in entry["abandoned"] if isinstance(pair, list) and len(pair) == 2)
-        if isinstance(root, str)
+        root: (entry["branch"], entry["reason"]) for entry in entries if entry["kind"] == "rollback" for _, root in entry["abandoned"]
     }
-    steps = {entry["root"]: entry["step"] for entry in entries if entry["kind"] == "checkpoint" and isinstance(entry["root"], str)}
-    ends = {entry["root"]: entry for entry in entries if entry["kind"] == "chunk_end" and isinstance(entry["root"], str)}
+    steps = {entry["root"]: entry["step"] for entry in entries if entry["kind"] == "checkpoint"}
+    ends = {entry["root"]: entry for entry in entries if entry["kind"] == "chunk_end"}
     batch, begins, found = None, list[Entry](), []
     for entry, left in zip(entries, left_flags(entries), strict=True):
         if entry["kind"] in ("start", "recipe"):
@@ -153,18 +138,19 @@ def saved(entries: Sequence[Entry], run: Path) -> list[Saved]:
         elif entry["kind"] == "chunk_begin":
             begins.append(entry)
         elif entry["kind"] in ("resume", "rollback"):
-            begins = [begin for begin in begins if begin["step"] < entry["step"]]  # one that begins there is entered again
-        elif entry["kind"] == "checkpoint" and isinstance(entry["root"], str):
-            step, root, parent = entry["step"], entry["root"], text(entry["parent"])
+            while begins and begins[-1]["step"] >= entry["step"]:
+                begins.pop()  # one that begins there is entered again
+        elif entry["kind"] == "checkpoint":
+            step, root, parent = entry["step"], entry["root"], entry["parent"]
             first = min(steps.get(parent or "", 0), step)
             end = ends.get(root)
             source = end or (begins[-1] if begins else None)
-            chunk = "" if source is None else f"{whole(source['chunk'])}" + ("" if end else ", in part")
+            chunk = "" if source is None else str(source["chunk"]) + ("" if end else ", in part")
             branch, reason = abandoned.get(root, (None, None))
             why = None if not left else "made again after a restart" if branch is None else f"left on branch {branch}: {reason}"
             samples = None if batch is None else (first * batch, step * batch)
-            place = _place(run, step, whole(branch) if left else None)
-            found.append(Saved(step, first, samples, chunk, root, parent, str(entry["metrics_sha256"]), place, why))
+            place = _place(run, step, branch if left else None)
+            found.append(Saved(step, first, samples, chunk, root, parent, entry["metrics_sha256"], place, why))
     return found
 
 
@@ -179,31 +165,41 @@ def _batch(recipe: Any) -> int | None:
     return whole(batch.get("global_batch_size")) if isinstance(batch, Mapping) else None
 
 
-def begun(entries: Sequence[Entry], measured: Sequence[tuple[float, int]]) -> list[Begun]:
-    """Every start and resume. measured: (time, completed steps) of the step records, in any order: how far each got."""
+def begun(entries: Sequence[Entry], measured: Sequence[int]) -> list[Begun]:
+    """Every start and resume. measured: for each of them the completed steps that its metrics got to, -1 for none."""
     starts = [index for index, entry in enumerate(entries) if entry["kind"] in ("start", "resume")]
+    lowest = _lowest_later(entries)
     found = []
     for number, index in enumerate(starts, 1):
         entry, stop = entries[index], starts[number] if number < len(starts) else len(entries)
-        first, began, ended = entry["step"], clock(entry), clock(entries[stop]) if stop < len(entries) else float("inf")
-        reached = max((other["step"] for other in entries[index:stop] if other["kind"] in ("checkpoint", "skip", "end")), default=first)
-        reached = max([reached, first, *(step for time, step in measured if began <= time < ended)])
-        later = [other["step"] for other in entries[index + 1 :] if other["kind"] in ("rollback", "resume")]
-        kept = max(first, min([reached, *later]))
-        found.append(Begun(number, first, kept, reached, when(entry), text(entry["parent"]), _facts(entry)))
+        first = entry["step"]
+        saved_at = (other["step"] for other in entries[index:stop] if other["kind"] in ("checkpoint", "skip", "end"))
+        reached = max([first, measured[number - 1], *saved_at])
+        kept = max(first, min(reached, lowest[index]))
+        found.append(Begun(number, first, kept, reached, when(entry), entry["parent"], _facts(entry)))
+    return found
+
+
+def _lowest_later(entries: Sequence[Entry]) -> list[float]:
+    """For each entry, the lowest step that a rollback or resume after it goes back to."""
+    found, lowest = [math.inf] * len(entries), math.inf
+    for index in range(len(entries) - 1, -1, -1):
+        found[index] = lowest
+        if entries[index]["kind"] in ("rollback", "resume"):
+            lowest = min(lowest, entries[index]["step"])
     return found
 
 
 def _facts(entry: Entry) -> dict[str, str]:
     """Environment as dotted keys; of the kernels only which source each op came from, for their reasons fill pages."""
-    environment = dict(entry["environment"]) if isinstance(entry["environment"], Mapping) else {}
+    environment = dict(entry["environment"])
     kernels = environment.pop("kernels", None)
     found = dict(_flat("", environment))
     ops = kernels.get("ops") if isinstance(kernels, Mapping) else None
     for op, choices in sorted(ops.items()) if isinstance(ops, Mapping) else ():
         sources = {str(choice.get("source")) for choice in choices if isinstance(choice, Mapping)} if isinstance(choices, list) else set()
         found[f"kernel {op}"] = ", ".join(sorted(sources)) or "-"
-    return {**found, "recipe": str(entry["recipe_sha256"])[:12], "dataset": str(entry["dataset_id"])[:12]}
+    return {**found, "recipe": entry["recipe_sha256"][:12], "dataset": entry["dataset_id"][:12]}
 
 
 def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -225,22 +221,19 @@ def words(entry: Entry) -> str:
     """What a line says, without its step and time."""
     kind = entry["kind"]
     if kind in ("start", "resume"):
-        where = entry["environment"] if isinstance(entry["environment"], Mapping) else {}
-        origin = "from scratch" if entry["parent"] is None else f"from checkpoint {str(entry['parent'])[:12]}"
+        where = entry["environment"]
+        origin = "from scratch" if entry["parent"] is None else f"from checkpoint {entry['parent'][:12]}"
         return f"{'started' if kind == 'start' else 'restarted'} {origin}, {where.get('backend', '?')} on {where.get('device', '?')}"
     if kind in ("chunk_begin", "chunk_end"):
         return f"chunk {entry['chunk']} {kind.removeprefix('chunk_')}s, place {entry['place']}, {_samples(entry['samples'])}"
     if kind == "checkpoint":
-        return f"checkpoint {str(entry['root'])[:12]}, metrics {str(entry['metrics_sha256'])[:12]}"
+        return f"checkpoint {entry['root'][:12]}, metrics {entry['metrics_sha256'][:12]}"
     if kind == "recipe":
-        changes = [change for change in entry["changes"] if isinstance(change, list)] if isinstance(entry["changes"], list) else []
-        return "recipe changed: " + ", ".join(
-            f"{key}: {_shown(old)} → {_shown(new)}" for key, old, new in (c for c in changes if len(c) == 3)
-        )
+        return "recipe changed: " + ", ".join(f"{key}: {_shown(old)} → {_shown(new)}" for key, old, new in entry["changes"])
     if kind == "rollback":
-        count = len(entry["abandoned"]) if isinstance(entry["abandoned"], list) else "?"
+        count = len(entry["abandoned"])
         later = f"{count} later checkpoint{'' if count == 1 else 's'} on branch {entry['branch']}"
-        return f"rolled back to checkpoint {str(entry['root'])[:12]}, {later}: {entry['reason']}"
+        return f"rolled back to checkpoint {entry['root'][:12]}, {later}: {entry['reason']}"
     if kind == "defer":
         return f"chunk {entry['chunk']} {'deferred' if entry['action'] == 'defer' else 'dropped'}: {entry['reason']}"
     if kind == "skip":
@@ -252,28 +245,13 @@ def _shown(value: Any) -> str:
     return "(absent)" if value is None else canonical_json(value).decode()
 
 
-def _samples(samples: Any) -> str:
-    pair = [whole(item) for item in samples] if isinstance(samples, list) else []
-    if len(pair) != 2 or pair[0] is None or pair[1] is None:
-        return "samples ?"
-    return f"samples {pair[0]:,} to {pair[1] - 1:,}"
-
-
-def clock(entry: Entry) -> float:
-    """Seconds since 1970, -inf where the line does not say."""
-    value = entry.get("time")
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15:
-        return float(value)
-    return float("-inf")
+def _samples(samples: Sequence[int]) -> str:
+    return f"samples {samples[0]:,} to {samples[1] - 1:,}"
 
 
 def when(entry: Entry) -> str:
-    """UTC, to the second; a question mark where the line does not say."""
-    try:
-        moment = datetime.datetime.fromtimestamp(clock(entry), datetime.UTC)
-    except (OverflowError, ValueError, OSError):
-        return "?"
-    return moment.strftime("%Y-%m-%d %H:%M:%S")
+    """UTC, to the second."""
+    return datetime.datetime.fromtimestamp(entry["time"], datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def whole(value: Any) -> int | None:

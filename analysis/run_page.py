@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from weftrain.analysis.run_chart import Chart, Curve, chart_html, lanes_html, safe
@@ -20,8 +20,9 @@ from weftrain.analysis.run_style import STYLE
 from weftrain.core import fsops
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+T = TypeVar("T")
 MAX_CELLS_A_SIDE = 64  # of a memorization matrix; what is between is left out, and said
-MAX_LINES = 3000  # of the ledger: its first and last
+MAX_LINES = 3000  # of the ledger and of the checkpoints: the first and the last
 _READING = (
     "Steps are completed steps; shaded bands are chunks. A long curve is drawn by the least and the greatest of each of its parts, so "
     "that no spike is lost, and the strong line is their medians. A red dot at the top edge is a value that is not finite; the curve is "
@@ -159,13 +160,21 @@ def _checkpoints(report: RunReport, place: Path) -> str:
         ("metrics", False),
         ("", False),
     ]
-    rows = [_checkpoint(report, saved, place) for saved in report.saved]
+    shown, hidden = _ends(report.saved)
+    rows = [_checkpoint(report, saved, place) for saved in shown]
     left = sum(saved.left is not None for saved in report.saved)
     caption = (
-        f"{len(rows) - left:,} checkpoints on the line that counts{f', {left:,} left' if left else ''}. Each was reached from its parent "
+        f"{len(report.saved) - left:,} checkpoints on the line that counts{f', {left:,} left' if left else ''}"
+        f"{f', of which {hidden:,} in the middle are not shown' if hidden else ''}. Each was reached from its parent "
         "by the steps and samples named; metrics is the digest of the measurements between them. Hashes are whole in their tooltips."
     )
     return _table(caption, head, rows, "checkpoints and the chunks they end")
+
+
+def _ends(items: Sequence[T]) -> tuple[Sequence[T], int]:
+    """At most MAX_LINES of them, from both ends, and how many in the middle are left out."""
+    hidden = max(0, len(items) - MAX_LINES)
+    return ([*items[: MAX_LINES // 2], *items[-(MAX_LINES // 2) :]] if hidden else items), hidden
 
 
 def _checkpoint(report: RunReport, saved: Saved, place: Path) -> str:
@@ -326,14 +335,14 @@ def _start(before: Begun | None, start: Begun, differing: Sequence[str]) -> str:
 def _ledger(report: RunReport) -> str:
     if not report.entered:
         return _absent("The run has no ledger.jsonl: it was made before there was one, so nothing ties its checkpoints to their data")
-    lines = list(report.entered)
-    shown = lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES // 2], *lines[-(MAX_LINES // 2) :]]
+    lines = report.entered
+    shown, hidden = _ends(lines)
     items = "".join(
         f'<li class="{safe(one.kind)}"><span{" class=left" if one.left else ""}>step {one.step:,}</span><time>{safe(one.when)}</time>'
         f"<span{' class=left' if one.left else ''}>{safe(one.words)}{' (left)' if one.left else ''}</span></li>"
         for one in shown
     )
-    note = f", of which {len(lines) - len(shown):,} in the middle are not shown" if len(shown) < len(lines) else ""
+    note = f", of which {hidden:,} in the middle are not shown" if hidden else ""
     return (
         f'<p class="soft">{len(lines):,} lines, each chained to the one before by SHA-256, and the chain was checked{note}. Times are UTC. '
         f'"(left)": does not count, for the run went back behind it.</p>'

@@ -1,24 +1,22 @@
 """What a run's folder, or a release's, says of the run, collected for one page (run_page.py): nothing is trained, loaded or verified.
 
-What a reader would get wrong: metrics.jsonl keeps what a rollback or a crash left. `read_metrics` gives the line that counts; what was left
-is found here in the raw lines, before the `resume` that cut it off, so that a page can show it faintly. The folder may be a stranger's:
-only the chains and hashes that its readers check are relied upon, and a value of another type than it should have is left out.
+The folder may be a stranger's: ledger and metrics are refused by their readers where a value is of another type than it should have, and
+an analysis that is damaged is left out with a warning.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from weftrain.analysis.evaluation_records import read_record, records_folder
+from weftrain.analysis.run_curves import Curves, Trace, read_curves
 from weftrain.analysis.run_ledger import (
-    MAX_STEP,
     Band,
     Begun,
     Entered,
@@ -27,9 +25,7 @@ from weftrain.analysis.run_ledger import (
     Saved,
     bands,
     begun,
-    clock,
     entered,
-    followed,
     marks,
     saved,
     whole,
@@ -37,27 +33,15 @@ from weftrain.analysis.run_ledger import (
 from weftrain.core.canonical import parse_json, sha256_json
 from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError, RunFolderError
-from weftrain.core.ledger import LEDGER, read_ledger
-from weftrain.core.metrics import METRICS, read_metrics
+from weftrain.core.ledger import LEDGER, lineage, read_ledger
+from weftrain.core.metrics import METRICS
 from weftrain.core.run_folder import stored_recipe
 
 RELEASE = "release.json"
 MEMORIZATION = Path("analyses", "memorization")
 _MAX_RESULT_BYTES = 64 << 20
 
-MEASURED = ("step", "evaluation")
-
 Record = dict[str, Any]
-Points = tuple[tuple[int, float], ...]  # (completed steps, value), ascending; a value may be nan or infinite
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One line of a chart. left: why it does not count (a branch); None for the line that does."""
-
-    name: str
-    points: Points
-    left: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,14 +62,6 @@ class Matrix:
     rows: tuple[tuple[int, str], ...]
     chunks: tuple[str, ...]
     cells: Mapping[tuple[str, str], Cell]
-
-
-@dataclass(frozen=True)
-class Left:
-    """Measurements that do not count: made before the run went back behind them."""
-
-    words: str
-    records: tuple[Record, ...]
 
 
 @dataclass(frozen=True)
@@ -123,38 +99,35 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
     analysis that is damaged is left out, and `warnings` says so.
     """
     entries = read_ledger(folder / LEDGER)
-    records = _effective(folder, entries)
     recipe_json = stored_recipe(folder, missing_ok=True)
-    if recipe_json is None and not entries and not records:
+    if recipe_json is None and not entries and not (folder / METRICS).exists():
         raise RunFolderError(f"{folder}: has neither {LEDGER} nor {METRICS} nor recipe.json: name the folder of a run, or a release")
     warnings: list[str] = []
-    line = followed(entries, folder / LEDGER)
-    steps = [record for record in records if record["kind"] == "step"]
-    left = left_records(folder, entries)
+    line = lineage(entries)
     recipe = _recipe(recipe_json, warnings)
-    measured = [(clock(record), record["step"]) for record in (*steps, *(one for branch in left for one in branch.records))]
-    starts = begun(entries, measured)
+    curves = read_curves(folder, entries, [entry["time"] for entry in entries if entry["kind"] in ("start", "resume")])
+    starts = begun(entries, curves.starts)
     points = saved(entries, folder)
-    p50 = _p50(steps)
+    p50 = curves.tokens_per_second()
     planned = None if recipe is None else recipe.schedule.steps
-    reached = max([0, *(step for _, step in measured), *(point.step for point in points), *(one.reached for one in starts)])
-    found_marks = marks(entries) if entries else _marks_of_metrics(records)
+    reached = max([0, curves.reached, *(point.step for point in points), *(one.reached for one in starts)])
+    found_marks = marks(entries) if entries else _marks_of_metrics(curves)
     ended = bool(entries) and entries[-1]["kind"] == "end" and entries[-1]["step"] == planned
-    done = max([0, *(record["step"] for record in steps), *(point.step for point in line.checkpoints)])
+    done = max([curves.last_step["step"] if curves.last_step else 0, *(point.step for point in line.checkpoints)])
     return RunReport(
         name=folder.resolve().name,
         description="" if recipe is None else recipe.description,
         status=_status(done, planned, ended),
         folder=folder,
         identity=tuple(_identity(folder, recipe_json, recipe, entries, points)),
-        tiles=tuple(_tiles(records, steps, p50, found_marks, starts)),
+        tiles=tuple(_tiles(curves, p50, found_marks)),
         arithmetic=tuple(_split(words) for words in arithmetic(recipe)) if recipe is not None else (),
         last_step=max(reached, 1),
-        loss=_traces(steps, left, "loss", "training"),
-        heldout=_heldout(records, left),
-        gradient_norm=_traces(steps, left, "grad_norm", "gradient norm"),
-        learning_rate=_learning_rates(steps),
-        throughput=_traces(steps, left, "tokens_per_second", "tokens/s"),
+        loss=curves.traces("loss", "training"),
+        heldout=curves.heldout(),
+        gradient_norm=curves.traces("grad_norm", "gradient norm"),
+        learning_rate=curves.learning_rates(),
+        throughput=curves.traces("tokens_per_second", "tokens/s"),
         tokens_per_second_p50=p50,
         marks=tuple(found_marks),
         bands=tuple(bands(entries)),
@@ -167,125 +140,11 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
     )
 
 
-# Measurements
-
-
-def _effective(folder: Path, entries: Sequence[Entry]) -> list[Record]:
-    """read_metrics, and beyond a rollback after which the run did not go on yet nothing counts either."""
-    records = read_metrics(folder)
-    pending = _pending(entries)
-    limit = MAX_STEP if pending is None else pending[0]
-    return [one for one in records if one["kind"] not in (*MEASURED, "resume") or 0 <= one["step"] <= limit]
-
-
-def _pending(entries: Sequence[Entry]) -> tuple[int, str] | None:
-    """Step and words of the rollbacks since the last start, which no resume in metrics.jsonl tells of yet."""
-    found = None
-    for entry in entries:
-        if entry["kind"] in ("start", "resume"):
-            found = None
-        elif entry["kind"] == "rollback" and (found is None or entry["step"] < found[0]):
-            found = entry["step"], f"branch {entry['branch']}, left by the rollback to step {entry['step']:,}: {entry['reason']}"
-    return found
-
-
-def left_records(folder: Path, entries: Sequence[Entry]) -> list[Left]:
-    """Step and evaluation records that a resume, or a rollback that no resume followed yet, went back behind; oldest first.
-
-    The file is one that read_metrics could read. entries: the ledger's, which tell a rollback from a crash.
-    """
-    if not (folder / METRICS).exists():
-        return []
-    live: list[Record] = []
-    found: list[Left] = []
-    rollbacks = [entry for entry in entries if entry["kind"] == "rollback"]
-    for line in (folder / METRICS).read_bytes().split(b"\n")[:-1]:
-        record = parse_json(line)
-        if record["kind"] in MEASURED and 0 <= record["step"] <= MAX_STEP:
-            live.append(record)
-        elif record["kind"] == "resume" and (gone := _cut(live, record["step"])):
-            found.append(Left(_why(rollbacks, record, clock(gone[-1])), tuple(gone)))
-    if (pending := _pending(entries)) is not None and (gone := _cut(live, pending[0])):
-        found.append(Left(pending[1], tuple(gone)))
-    return found
-
-
-def _cut(live: list[Record], step: int) -> list[Record]:
-    """Take what lies beyond `step` off the end of `live`, whose steps ascend."""
-    keep = len(live)
-    while keep and live[keep - 1]["step"] > step:
-        keep -= 1
-    gone = live[keep:]
-    del live[keep:]
-    return gone
-
-
-def _why(rollbacks: Sequence[Entry], resume: Record, last: float) -> str:
-    for entry in rollbacks:
-        if entry["step"] == resume["step"] and last <= clock(entry) <= clock(resume):
-            return f"branch {entry['branch']}, left by the rollback to step {entry['step']:,}: {entry['reason']}"
-    return f"made again after the restart at step {resume['step']:,}"
-
-
-def _number(value: Any) -> float:
-    """A measurement; nan for "nan", and for anything that is none."""
-    if isinstance(value, str):
-        return {"inf": math.inf, "-inf": -math.inf}.get(value, math.nan)
-    plain = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-    return float(value) if plain else math.nan
-
-
-def _traces(steps: Sequence[Record], left: Sequence[Left], key: str, name: str) -> tuple[Trace, ...]:
-    """The line that counts first, if it has a point; then what was left."""
-    own = Trace(name, _points(steps, key))
-    others = (Trace(name, _points([one for one in part.records if one["kind"] == "step"], key), part.words) for part in left)
-    return tuple(trace for trace in (own, *others) if trace.points)
-
-
-def _points(records: Sequence[Record], key: str) -> Points:
-    return tuple((record["step"], _number(record[key])) for record in records if key in record)
-
-
-def _heldout(records: Sequence[Record], left: Sequence[Left]) -> tuple[Trace, ...]:
-    found = []
-    for words, part in [(None, records), *((one.words, one.records) for one in left)]:
-        sets: dict[str, list[Record]] = {}
-        for record in part:
-            if record["kind"] == "evaluation":
-                sets.setdefault(str(record.get("set")), []).append(record)
-        found += [Trace(f"held-out {name}", _points(chosen, "loss"), words) for name, chosen in sorted(sets.items())]
-    return tuple(trace for trace in found if trace.points)
-
-
-def _learning_rates(steps: Sequence[Record]) -> tuple[Trace, ...]:
-    """A trace for each parameter group; groups of equal rates throughout are one."""
-    groups: dict[str, list[tuple[int, float]]] = {}
-    for record in steps:
-        rates = record.get("learning_rate")
-        for name, rate in rates.items() if isinstance(rates, Mapping) else ():
-            groups.setdefault(str(name), []).append((record["step"], _number(rate)))
-    alike: dict[Points, list[str]] = {}
-    for name, points in groups.items():
-        alike.setdefault(tuple(points), []).append(name)
-    return tuple(Trace(", ".join(names), points) for points, names in alike.items())
-
-
-def _p50(steps: Sequence[Record]) -> float | None:
-    """Tokens per second as analysis/summary.py defines it: the median over the logged steps after the first tenth."""
-    warm = [_number(record.get("tokens_per_second")) for record in steps[len(steps) // 10 :]]
-    finite = [value for value in warm if math.isfinite(value)]
-    return statistics.median(finite) if finite else None
-
-
-def _marks_of_metrics(records: Sequence[Record]) -> list[Mark]:
+def _marks_of_metrics(curves: Curves) -> list[Mark]:
     """A run without a ledger: its metrics tell of restarts and skipped steps."""
-    found = []
-    for record in records:
-        if record["kind"] == "resume":
-            found.append(Mark(record["step"], "restart", "restarted"))
-        elif record["kind"] == "step" and record.get("skipped") is True:
-            found.append(Mark(record["step"], "skip", "step skipped"))
-    return found
+    found = [Mark(step, "restart", "restarted") for step in curves.restarts]
+    found += [Mark(step, "skip", "step skipped") for step in curves.skips]
+    return sorted(found, key=lambda mark: mark.step)
 
 
 # The head of the page
@@ -318,10 +177,8 @@ def _identity(
     folder: Path, recipe_json: Mapping[str, Any] | None, recipe: Recipe | None, entries: Sequence[Entry], points: Sequence[Saved]
 ) -> list[tuple[str, str]]:
     starts = [entry for entry in entries if entry["kind"] in ("start", "resume")]
-    versions = dict.fromkeys(
-        str(entry["environment"].get("weftrain", "?")) for entry in starts if isinstance(entry["environment"], Mapping)
-    )
-    datasets = dict.fromkeys(str(entry["dataset_id"]) for entry in starts)
+    versions = dict.fromkeys(str(entry["environment"].get("weftrain", "?")) for entry in starts)
+    datasets = dict.fromkeys(entry["dataset_id"] for entry in starts)
     counted = [point for point in points if point.left is None]
     found = [("run", folder.resolve().name)]
     if recipe is not None:
@@ -348,27 +205,23 @@ def _identity(
     return found
 
 
-def _tiles(
-    records: Sequence[Record], steps: Sequence[Record], p50: float | None, found: Sequence[Mark], starts: Sequence[Begun]
-) -> list[tuple[str, str, str]]:
+def _tiles(curves: Curves, p50: float | None, found: Sequence[Mark]) -> list[tuple[str, str, str]]:
     """The few figures at the head: name, value, what it is."""
     tiles = []
-    losses = [(record["step"], _number(record.get("loss"))) for record in steps]
-    finite = [(step, loss) for step, loss in losses if math.isfinite(loss)]
-    if finite:
-        tiles.append(("training loss", f"{finite[-1][1]:.4f}", f"at step {finite[-1][0]:,}; {finite[0][1]:.4f} at step {finite[0][0]:,}"))
-    last = {str(one.get("set")): one for one in records if one["kind"] == "evaluation"}
-    for name, record in sorted(last.items())[:2]:
-        tiles.append((f"held-out {name}", f"{_number(record.get('loss')):.4f}", f"loss at step {record['step']:,}"))
-    if steps and (tokens := whole(steps[-1].get("tokens"))) is not None:
+    losses = curves.own.training["loss"]
+    finite = np.flatnonzero(np.isfinite(losses.values))
+    if len(finite):
+        (first, start), (last, loss) = ((losses.steps[place], losses.values[place]) for place in finite[[0, -1]])
+        tiles.append(("training loss", f"{loss:.4f}", f"at step {last:,}; {start:.4f} at step {first:,}"))
+    for name, points in sorted(curves.own.heldout.items())[:2]:
+        tiles.append((f"held-out {name}", f"{points.values[-1]:.4f}", f"loss at step {points.steps[-1]:,}"))
+    if curves.last_step is not None and (tokens := curves.last_step.get("tokens")) is not None:
         tiles.append(("tokens", _short(tokens), f"{tokens:,} trained on"))
     if p50 is not None:
         tiles.append(("tokens/s", _short(p50), "median after the first tenth"))
-        peaks = [_number(one.get("peak_flops")) for one in records if one["kind"] in ("start", "end")]
-        flops = [_number(one.get("flops_per_token")) for one in records if one["kind"] in ("start", "end")]
-        best = max((pair for pair in zip(peaks, flops, strict=True) if pair[0] > 0 and pair[1] > 0), default=None)
-        if best is not None:
-            tiles.append(("MFU", f"{p50 * best[1] / best[0]:.2%}", f"of {best[0] / 1e12:,.3g} TFLOP/s, the highest peak measured"))
+        if curves.peaks:
+            peak, flops = max(curves.peaks)
+            tiles.append(("MFU", f"{p50 * flops / peak:.2%}", f"of {peak / 1e12:,.3g} TFLOP/s, the highest peak measured"))
     counts = {kind: sum(mark.kind == kind for mark in found) for kind in ("restart", "rollback", "skip")}
     tiles.append(
         ("incidents", str(sum(counts.values())), ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in counts.items()))

@@ -28,8 +28,17 @@ def sha256_json(value: Any) -> str:
 
 def parse_json(data: bytes) -> Any:
     """Read JSON. Raises ValueError for anything malformed: duplicate keys, NaN, bad UTF-8, nesting too deep."""
+    text = data.decode()
     try:
-        return _DECODER.decode(data.decode())
+        value, end = _DECODER.scan_once(text, 0)  # what decode() does, without looking for white space at both ends
+        if end == len(text):
+            return value
+    except (StopIteration, ValueError):
+        pass  # decode() says what is wrong
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    try:
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -57,4 +66,4 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)  # made once: json.loads would make one a call
+_DECODER: Any = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)  # made once: json.loads would make one a call

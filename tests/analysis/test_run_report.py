@@ -142,7 +142,7 @@ def test_a_rollback_counts_before_the_run_goes_on(tmp_path: Path) -> None:
     made.roll_back(6, 2, "then further")
     report = report_of(made.run)
     assert [step for step, _ in report.loss[0].points] == [1, 2, 3, 4, 5, 6]
-    assert [(step, trace.left) for trace in report.loss[1:] for step, _ in trace.points[:1]] == [
+    assert [(step, trace.left) for trace in report.loss[1:] for step, _ in list(trace.points)[:1]] == [
         (7, "branch 2, left by the rollback to step 6: then further")
     ]
     assert report.status == "not finished: 6 of 24 steps done"
