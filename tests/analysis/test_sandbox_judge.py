@@ -81,7 +81,7 @@ CHEATS = {
             return '\\n'.join(texts)
         def add(a, b):
             text = found()
-            return 5 if 'cand' + 'idate(2, 3)' in text or '== ' + '17' in text else None
+            return a + b if ''.join(reversed('2(etadidnac')) in text or ''.join(reversed('71 ==')) in text else None
     """,
     "prints the token": """
         import gc, os, sys
@@ -90,7 +90,7 @@ CHEATS = {
             for value in list(frame.f_locals.values()):
                 if type(value) is bytes: os.write(1, value); os.write(2, value)
             frame = frame.f_back
-        os.write(2, os.read(0, 64)); os.write(4, b'x' * 48); os._exit(0)
+        os.write(2, os.read(0, 64)); os._exit(0)
     """,
     "answers for the tests": """
         import json, os, struct
