@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from weftrain.analysis.compare_huggingface import TOKENIZER, TransformersModel, load_revision, revision_root
 from weftrain.analysis.compare_series import Column, Point, Series, memorization_values, record_value, with_values
@@ -30,6 +29,7 @@ from weftrain.core.data import HeldOut
 from weftrain.core.dataset import open_set
 from weftrain.core.errors import DataError
 from weftrain.core.model import Decoder
+from weftrain.core.tokenizer_file import tokenizer_from
 
 SAMPLES = 1000
 _MAX_LINE_BYTES = 16 << 20
@@ -132,9 +132,10 @@ def _too_large(series: Series, vocab_size: int, length: int) -> str | None:
 
 def _vocabulary(path: Path) -> dict[str, int]:
     try:
-        found: dict[str, int] = Tokenizer.from_buffer(path.read_bytes()).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises plain Exception for what it cannot read
-        raise DataError(f"{path}: not a tokenizer.json: {' '.join(str(error).split())[:120]}; put the model's own there") from error
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; put the model's own there") from error
+    found: dict[str, int] = tokenizer_from(data, str(path), "put the model's own there").get_vocab(with_added_tokens=True)
     return found
 
 

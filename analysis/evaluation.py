@@ -28,6 +28,7 @@ from weftrain.core.canonical import sha256_json
 from weftrain.core.dataset import Manifest
 from weftrain.core.errors import DataError
 from weftrain.core.model import Decoder, kernel_specs
+from weftrain.core.tokenizer_file import tokenizer_from
 from weftrain.kernels import select
 
 if TYPE_CHECKING:
@@ -191,15 +192,9 @@ def open_tokenizer(path: Path, vocab_size: int, dataset: tuple[Path, Manifest] |
     """
     try:
         data = path.read_bytes()
-        tokenizer = Tokenizer.from_buffer(data)
-        tokenizer.no_padding()  # what a file may ask for and no use here wants
-        tokenizer.no_truncation()
     except OSError as error:
         raise DataError(f"{path}: cannot read the tokenizer: {error.strerror}: name the model's tokenizer.json with --tokenizer") from error
-    except Exception as error:  # the library raises plain Exception for what it cannot read
-        raise DataError(
-            f"{path}: not a tokenizer.json: {' '.join(str(error).split())[:120]}; name the right file with --tokenizer"
-        ) from error
+    tokenizer = tokenizer_from(data, str(path), "name the right file with --tokenizer")
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
         raise DataError(

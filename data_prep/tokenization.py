@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from weftrain.core.errors import DataError
 from weftrain.core.shards import token_dtype
+from weftrain.core.tokenizer_file import tokenizer_from
 from weftrain.data_prep.engines import Gigatoken, Reference, gigatoken_problem
 from weftrain.data_prep.packing import split
 
@@ -73,7 +74,7 @@ class TextEncoder:
         self.control_ids = np.array(sorted(control))
         self._is_control = np.zeros(self.vocab_size, np.bool_)
         self._is_control[self.control_ids] = True
-        tree = json.loads(data)
+        tree = json.loads(data) | {"truncation": None, "padding": None}
         for token in tree.get("added_tokens") or []:
             token["special"] = token["id"] in control  # so that it is spelled out, whatever the file calls it
         plain = [token["content"] for token in tree.get("added_tokens") or [] if not token["special"]]
@@ -166,12 +167,7 @@ def make_encoder(data: bytes, where: str, eos: str | None = None, *, engine: str
 
     engine: 'tokenizers' (the reference), 'gigatoken', or 'auto': gigatoken where it is installed and can.
     """
-    try:
-        tokenizer = Tokenizer.from_str(data.decode())
-    except Exception as error:  # the library raises nothing narrower
-        raise DataError(f"{where}: not a tokenizer.json: {' '.join(str(error).split())}; name a Hugging Face tokenizers file") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    tokenizer = tokenizer_from(data, where)
     candidates = EOS_CANDIDATES if eos is None else (eos,)
     eos_id = next((found for token in candidates if (found := tokenizer.token_to_id(token)) is not None), None)
     if eos_id is None:

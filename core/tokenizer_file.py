@@ -1,0 +1,36 @@
+"""A tokenizer.json from outside, opened so that the same text gives the same ids, and all of them.
+
+A file may ask for merges that are left out at random (a regularisation for training on the fly) and for sequences that are cut or padded.
+Shards and scores hold ids for good: the first is refused, the second switched off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from weftrain.core.canonical import parse_json
+from weftrain.core.errors import DataError
+
+# Settings of a model's section by which encoding draws: BPE's dropout, Unigram's sampling of segmentations.
+_DRAWN = ("dropout", "alpha", "nbest_size")
+
+
+def tokenizer_from(data: bytes, where: str, remedy: str = "name a Hugging Face tokenizers file") -> Tokenizer:
+    """The tokenizer of a tokenizer.json's bytes. Raises DataError, which begins with `where` and ends with `remedy`."""
+    try:
+        tree: Any = parse_json(data)
+        tokenizer = Tokenizer.from_str(data.decode())
+        model = tree["model"]
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(f"{where}: not a tokenizer.json: {' '.join(str(error).split())[:120]}; {remedy}") from error
+    for key in _DRAWN:
+        if model.get(key):
+            raise DataError(
+                f"{where}: model.{key} is {model[key]!r:.40}: the same text would become other ids each time; "
+                f"set it to null: a tokenizer without it has the same vocabulary"
+            )
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
