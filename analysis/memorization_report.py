@@ -5,6 +5,7 @@ What a reader would get wrong: a correlation is between two *checkpoints*, over 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from weftrain.analysis.memorization import FORMAT, Parameters, Relation, Result, figures
+from weftrain.core import fsops
 from weftrain.core.config import Section
 from weftrain.core.errors import DataError
 
@@ -114,7 +116,9 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     )
     paths = [folder / name for name in PICTURES]
     for figure, path in zip(figures_, paths, strict=True):
-        figure.savefig(path, dpi=150)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=150)
+        fsops.write_bytes(path, picture.getvalue())  # not by matplotlib: it would write through a link of that name
     return paths
 
 

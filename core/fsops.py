@@ -17,6 +17,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +31,24 @@ TEMPORARY_PREFIX = ".tmp-"
 def _perform(name: str, path: Path, action: Callable[[], T]) -> T:
     """The one point that every change passes. `name` is the kind of operation and `path` its object, for tests and messages."""
     return action()
+
+
+def open_own(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a file of ours under its fixed name, to change it in place. Returns the descriptor.
+
+    A run's folder may come from elsewhere, and what stands under that name there may be a link to any file of the user, or a FIFO. Raises
+    OSError for what is no plain file, at once; what `os.open` raises.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise OSError(error.errno, "is a symbolic link or no plain file, and nothing is written through it", str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no plain file, and nothing is written to it", str(path))
+    return descriptor
 
 
 class FileWriter:
@@ -68,8 +87,8 @@ class PositionedFile:
 
     def __init__(self, path: Path, *, direct: bool = False) -> None:
         self.path = path
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | (os.O_DIRECT if direct else 0)
-        self.descriptor = _perform("open", path, lambda: os.open(path, flags, 0o666))
+        flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if direct else 0)
+        self.descriptor = _perform("open", path, lambda: open_own(path, flags))
 
     def allocate(self, size_bytes: int) -> None:
         """Reserve all blocks now, so that no later write finds the disk full. What was never written reads as zeros."""
@@ -131,7 +150,7 @@ def append_line(path: Path, text: str, *, sync: bool = False) -> None:
         raise ValueError("append_line: the text holds a line break")
     line = text.encode() + b"\n"
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    descriptor = _perform("open_append", path, lambda: os.open(path, flags, 0o666))
+    descriptor = _perform("open_append", path, lambda: open_own(path, flags))
     try:
         size_before = os.fstat(descriptor).st_size
         if _perform("write", path, lambda: os.write(descriptor, line)) != len(line):
@@ -237,7 +256,7 @@ def held_lock(path: Path, contents: bytes) -> Iterator[None]:
     The lock ends with the process whatever kills it; the file stays and its stale contents mean nothing. It belongs to the open file,
     so a forked child that outlives its parent holds it too. Raises BlockingIOError, at once, where another process holds it.
     """
-    descriptor = _perform("open_lock", path, lambda: os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+    descriptor = _perform("open_lock", path, lambda: open_own(path, os.O_RDWR | os.O_CREAT))
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _perform("truncate", path, lambda: os.ftruncate(descriptor, 0))

@@ -154,7 +154,7 @@ def _run(command: list[str], log: Path, mode: str, watch: Callable[[str], None])
 
 @contextmanager
 def _locked(path: Path, folder: Path) -> Iterator[None]:
-    with path.open("w") as lock:
+    with open(path, "w", opener=fsops.open_own) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -19,6 +19,7 @@ from typing import Any
 
 from weftrain.backends.cerebras import environment
 from weftrain.backends.cerebras.job import ENDS, Job, decode, encode
+from weftrain.core import fsops
 from weftrain.core.errors import BackendError, NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[2]  # holds core/, kernels/ and backends/, in a checkout and installed
@@ -53,7 +54,7 @@ class Worker:
         program = environment.python() if python is None else python
         self.folder.mkdir(parents=True, exist_ok=True)
         read, write = os.pipe()
-        with self.log.open("wb") as log:
+        with open(self.log, "wb", opener=fsops.open_own) as log:
             self._process = subprocess.Popen(
                 [str(program), "-I", str(WORKER), str(root), str(write)],
                 stdin=subprocess.PIPE,

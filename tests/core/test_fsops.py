@@ -142,6 +142,32 @@ def test_lock_excludes_a_second_holder_and_ends_with_the_block(tmp_path: Path) -
         assert path.read_bytes() == b"third"
 
 
+def _locked(path: Path) -> None:
+    with fsops.held_lock(path, NEW):
+        pass
+
+
+def _reopened(path: Path) -> None:
+    with open(path, "wb", opener=fsops.open_own):
+        pass
+
+
+@pytest.mark.parametrize("change", [_locked, lambda path: fsops.append_line(path, "line"), fsops.PositionedFile, _reopened])
+def test_what_has_a_fixed_name_is_not_written_through_a_link(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    """Or into a FIFO, where the open would wait for ever, or a folder. A file that is no link is as ever."""
+    (tmp_path / "victim").write_bytes(OLD)
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    (tmp_path / "dangling").symlink_to(tmp_path / "not-there")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    for name in ("link", "dangling", "fifo", "folder"):
+        with pytest.raises(OSError, match=r"no plain file|Is a directory") as caught:
+            change(tmp_path / name)
+        assert caught.value.filename == str(tmp_path / name)
+    assert (tmp_path / "victim").read_bytes() == OLD
+    assert not (tmp_path / "not-there").exists()
+
+
 def test_hash_and_free_space(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(NEW)
     assert fsops.sha256_file(tmp_path / "file") == hashlib.sha256(NEW).hexdigest()
