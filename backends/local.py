@@ -44,7 +44,7 @@ from weftrain.backends.shared import (
 )
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
 from weftrain.core.config import Count, Section
-from weftrain.core.dropout import row_keys
+from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, row_keys
 from weftrain.core.errors import BackendError, NonFiniteError
 from weftrain.core.host_memory import huge_page_bytes
 from weftrain.core.model import Decoder, draw, kernel_specs
@@ -188,10 +188,10 @@ class LocalRun:
         self, ids: torch.Tensor, labels: torch.Tensor, document_start: torch.Tensor | None, dropout_keys: torch.Tensor | None
     ) -> torch.Tensor:
         embedding, *blocks, head = self._model.segments()
-        x = embedding(ids, dropout_keys)
+        x = embedding(ids, at_place(dropout_keys, EMBEDDING_PLACE))
         cos, sin = self._model.rotary(ids.shape[1])
-        for block in blocks:
-            x = self._run_block(block, x, cos, sin, document_start, dropout_keys)
+        for layer, block in enumerate(blocks):
+            x = self._run_block(block, x, cos, sin, document_start, at_place(dropout_keys, block_place(layer)))
         return self._run_head(head, x, labels, self._leaves.get(HEAD_USE))
 
     # -- parameters, copies and gradients ------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
+EMBEDDING_PLACE = 0  # the first use of dropout in a model
 
 
 def row_keys(seed: int, step: int, first_row: int, rows: int, global_batch_size: int, device: torch.device) -> Tensor:
@@ -22,17 +23,30 @@ def row_keys(seed: int, step: int, first_row: int, rows: int, global_batch_size:
     return torch.tensor([int.from_bytes(key, "little", signed=True) | 1 for key in keys], dtype=torch.int64, device=device)
 
 
-def dropout(x: Tensor, keys: Tensor | None, place: int, probability: float) -> Tensor:
+def block_place(layer: int) -> int:
+    """The place of a block: its two uses of dropout follow the embedding's and those of the blocks before it."""
+    return 1 + 2 * layer
+
+
+def at_place(keys: Tensor | None, place: int) -> Tensor | None:
+    """int64 [B] of `row_keys` -> int64 [B, 2]: each row's key, and the number of the first use of dropout that they are for.
+
+    The number travels as data: read from a module, it would be a constant of a compiled graph, and every layer would get its own.
+    """
+    return None if keys is None else torch.stack((keys, torch.full_like(keys, place)), 1)
+
+
+def dropout(x: Tensor, keys: Tensor | None, use: int, probability: float) -> Tensor:
     """x [B, T, C] with each element zero with `probability`, the others divided by 1 - probability; x itself where keys is None.
 
-    keys: int64 [B] of `row_keys`, odd. place: number of this use of dropout within the model: no two share their numbers.
+    keys: int64 [B, 2] of `at_place`. use: which use of dropout, counted from that place: no two of a model share their numbers.
     """
     if keys is None or not probability:
         return x
     size = x[0].numel()
-    counters = torch.arange(place * size, (place + 1) * size, dtype=torch.int64, device=x.device).view(1, *x.shape[1:])
-    numbers = squares(counters, keys.view(-1, *[1] * (x.dim() - 1)))
-    kept = numbers >= round(probability * 2**32)
+    key, place = keys[:, :1], keys[:, 1:] + use  # [B, 1]
+    counters = place * size + torch.arange(size, dtype=torch.int64, device=x.device)  # [B, T C]
+    kept = squares(counters, key).view(x.shape) >= round(probability * 2**32)
     return x * (kept.to(x.dtype) * (1 / (1 - probability)))
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weftrain.core.config import ModelConfig
-from weftrain.core.dropout import dropout
+from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, dropout
 from weftrain.core.mup import resolved
 from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
 from weftrain.kernels import Selection, Spec
@@ -114,7 +114,8 @@ class Block(nn.Module):
     """Middle segment, one decoder layer: the residual stream [B, T, C] -> [B, T, C] in the same dtype.
 
     cos, sin: fp32 [T, rotary_dim / 2] of `Decoder.rotary`. document_start: int32 [B, T] or None, the first key that each query sees.
-    dropout_keys: int64 [B] of `dropout.row_keys`, or None where nothing is dropped, as in evaluation.
+    dropout_keys: int64 [B, 2] of `dropout.at_place(keys, block_place(layer))`, or None where nothing is dropped, as in evaluation.
+    Nothing that differs from layer to layer is read in `forward`, so that one compiled graph serves all of them.
     """
 
     def __init__(self, config: ModelConfig, selection: Selection, layer: int) -> None:
@@ -124,15 +125,15 @@ class Block(nn.Module):
         self.attention = Attention(config, selection, f"{self.prefix}attention")
         self.ffn_norm = Norm(config, selection, f"{self.prefix}ffn_norm")
         self.ffn = FeedForward(config, selection, f"{self.prefix}ffn")
-        self.layer, self.dropout = layer, config.dropout
+        self.dropout = config.dropout
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, document_start: Tensor | None = None, dropout_keys: Tensor | None = None
     ) -> Tensor:
         mixed = self.attention(self.attention_norm(x), cos, sin, document_start)
-        x = x + dropout(mixed, dropout_keys, 2 * self.layer + 1, self.dropout)
+        x = x + dropout(mixed, dropout_keys, 0, self.dropout)
         fed = self.ffn(self.ffn_norm(x))
-        return x + dropout(fed, dropout_keys, 2 * self.layer + 2, self.dropout)
+        return x + dropout(fed, dropout_keys, 1, self.dropout)
 
 
 class Head(nn.Module):
@@ -202,7 +203,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """ids, labels int64 [B, T], document_start int32 [B, T] or None -> fp32 scalar, the sum of the token losses (-100: none).
 
-        rotary: cos and sin of the positions, where ids are not a row's first T tokens but a part of it. dropout_keys: as for Block.
+        rotary: cos and sin of the positions, where ids are not a row's first T tokens but a part of it. dropout_keys: int64 [B] of
+        `dropout.row_keys`, or None.
         """
         return self._last_segment[0](self._residual_stream(ids, document_start, rotary, dropout_keys), labels, self.tied_weight())
 
@@ -239,9 +241,9 @@ class Decoder(nn.Module):
         dropout_keys: Tensor | None = None,
     ) -> Tensor:
         cos, sin = self.rotary(ids.shape[1]) if rotary is None else rotary
-        x = self.embedding(ids, dropout_keys)
-        for block in self.layers:
-            x = block(x, cos, sin, document_start, dropout_keys)
+        x = self.embedding(ids, at_place(dropout_keys, EMBEDDING_PLACE))
+        for layer, block in enumerate(self.layers):
+            x = block(x, cos, sin, document_start, at_place(dropout_keys, block_place(layer)))
         return x
 
 

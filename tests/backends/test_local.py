@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from weftrain.backends.registry import get_backend
 from weftrain.core.backend import Job, Plan
@@ -25,6 +27,17 @@ def test_activation_checkpointing_recomputes_the_same_bits(tiny_recipe: Callable
     loss_again, recomputed = gradients(tiny_recipe("crystal", "backend.options.activation_checkpointing=full"))
     assert loss_again == loss
     assert all(torch.equal(recomputed[name], plain[name]) for name in plain)
+
+
+def test_all_blocks_share_one_graph(tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What differs from layer to layer must not be read in a block: beyond 8 graphs torch.compile runs eagerly, without a word."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # graphs are captured, no code is generated
+    for layers, dropout in ((12, 0.0), (32, 0.1)):
+        torch._dynamo.reset()
+        counters.clear()
+        overrides = (f"model.num_layers={layers}", f"model.dropout={dropout}", "backend.options.compile=true")
+        gradients(tiny_recipe("crystal", *overrides, "batch.global_batch_size=2", "batch.micro_batch_size=2"))
+        assert counters["stats"]["unique_graphs"] == 2, (layers, dropout)  # a block's and the head's
 
 
 @pytest.mark.prove

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from weftrain.backends.registry import find_backends
 from weftrain.backends.shared import TreeSum, refuse_numerics, tree_sum
 from weftrain.core.backend import BatchSource, Job, Plan, Run, State
 from weftrain.core.config import Recipe
-from weftrain.core.dropout import dropout, row_keys, squares
+from weftrain.core.dropout import at_place, dropout, row_keys, squares
 from weftrain.core.errors import BackendError
 from weftrain.core.synthetic import synthetic_source
 
@@ -132,22 +133,25 @@ def test_squares_is_the_published_generator() -> None:
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
-    keys = row_keys(7, 3, 0, 16, 16, CPU)
+    keys = at_place(row_keys(7, 3, 0, 16, 16, CPU), 1)
     x = torch.ones(16, 64, 128)
-    dropped = dropout(x, keys, 2, 0.1)
+    dropped = dropout(x, keys, 1, 0.1)
     assert float((dropped == 0).float().mean()) == pytest.approx(0.1, abs=0.003)  # 131,072 draws: more than three standard deviations
     assert float(dropped.mean()) == pytest.approx(1, abs=0.004)
-    assert not torch.equal(dropped == 0, dropout(x, keys, 3, 0.1) == 0)
+    assert not torch.equal(dropped == 0, dropout(x, keys, 2, 0.1) == 0)
+    assert torch.equal(dropped, dropout(x, at_place(row_keys(7, 3, 0, 16, 16, CPU), 2), 0, 0.1))  # place 1, use 1 is number 2
     assert not torch.equal(dropped[0], dropped[1])
     assert dropout(x, None, 2, 0.1) is x
+    kept = np.packbits((dropped != 0).numpy())
+    assert hashlib.sha256(kept.tobytes()).hexdigest()[:16] == "78367a24e8f1a4fa"  # as recorded runs drew it
 
 
 def test_a_row_loses_the_same_elements_in_any_micro_batch() -> None:
     x = torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(4))
-    whole = dropout(x, row_keys(1, 9, 0, 8, 8, CPU), 1, 0.5)
-    part = dropout(x[3:5], row_keys(1, 9, 3, 2, 8, CPU), 1, 0.5)
+    whole = dropout(x, at_place(row_keys(1, 9, 0, 8, 8, CPU), 1), 0, 0.5)
+    part = dropout(x[3:5], at_place(row_keys(1, 9, 3, 2, 8, CPU), 1), 0, 0.5)
     assert torch.equal(whole[3:5], part)
-    assert not torch.equal(whole, dropout(x, row_keys(1, 10, 0, 8, 8, CPU), 1, 0.5))
+    assert not torch.equal(whole, dropout(x, at_place(row_keys(1, 10, 0, 8, 8, CPU), 1), 0, 0.5))
 
 
 def test_evaluation_drops_nothing_and_training_does(tiny_recipe: Tiny) -> None:
