@@ -178,6 +178,16 @@ def breakdown_of(rounds: Sequence[Measured], warm: int) -> tuple[dict[str, float
     return found, note
 
 
+def hardware_flops_per_token(recipe: Recipe, recomputes: str | None) -> float:
+    """Of matrix products and attention, with what is computed again: every block's forward once more is a third of what it takes."""
+    model, length = recipe.model, recipe.data.sequence_length
+    again = 0.0
+    if recomputes == "full":
+        products = sum(spec.size for spec in parameter_specs(model) if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX))
+        again = (6 * products + 12 * model.num_layers * model.hidden_size * length) / 3
+    return flops_per_token(model, length) + again
+
+
 def efficiency_of(
     recipe: Recipe, tokens_per_second: float, measured: tuple[float | None, str], sourced: tuple[float | None, str], recomputes: str | None
 ) -> Efficiency:
@@ -191,10 +201,8 @@ def efficiency_of(
         return flops / peak
 
     hfu: float | Literal["unknown"] | None = UNKNOWN if recomputes is None else None
-    if recomputes == "full":  # every block's forward once more: a third of what its forward and backward are
-        products = sum(spec.size for spec in parameter_specs(recipe.model) if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX))
-        attention = 12 * recipe.model.num_layers * recipe.model.hidden_size * recipe.data.sequence_length
-        hfu = share(rate + (6 * products + attention) / 3 * tokens_per_second, measured[0])
+    if recomputes == "full":
+        hfu = share(hardware_flops_per_token(recipe, recomputes) * tokens_per_second, measured[0])
     return Efficiency(
         flops_per_token=per_token,
         flops_formula="6 x parameters in matrix products + 12 x layers x hidden x sequence (PaLM, appendix B; arXiv 2204.02311)",

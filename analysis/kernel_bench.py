@@ -19,7 +19,8 @@ from torch import Tensor
 
 from weftrain.analysis.kernel_costs import backward_costs
 from weftrain.analysis.machine import Machine, environment, larger, measure_machine
-from weftrain.analysis.peak import Bandwidth, Peak
+from weftrain.analysis.peak import Bandwidth
+from weftrain.core.speed import Peak
 from weftrain.kernels import OPS, Implementation, KernelError, Op, Spec, load_catalog
 
 SCHEMA_VERSION = 1

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from weftrain.analysis.peak import Bandwidth, Peak, measured_bandwidth, measured_matmul_peak, table_bandwidth, table_peak
+from weftrain.analysis.peak import Bandwidth, measured_bandwidth, measured_matmul_peak, table_bandwidth, table_peak
+from weftrain.core.speed import Peak
 
 _UNKNOWN_CACHE_BYTES = 256 * 2**20  # assumed where the operating system does not say: larger than any last-level cache in use
 

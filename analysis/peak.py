@@ -5,12 +5,17 @@ What a reader would get wrong: an unknown device has no default. A guessed peak 
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from weftrain.core.backend import Fingerprint
+from weftrain.core.canonical import sha256_json
+from weftrain.core.speed import Peak
 
 # Dense bf16 FLOP/s with fp32 accumulation, without sparsity, by torch.cuda.get_device_name().
 BF16_PEAK_FLOPS = {
@@ -23,21 +28,6 @@ BF16_PEAK_FLOPS = {
     "NVIDIA H200": (989.4e12, "NVIDIA H200 data sheet, SXM, half of the figure with sparsity"),
     "AMD Instinct MI300X": (1307.4e12, "AMD Instinct MI300X data sheet"),
 }
-
-
-@dataclass(frozen=True)
-class Peak:
-    """FLOP/s and where the figure comes from; flops None: unknown."""
-
-    flops: float | None
-    origin: str
-
-    def __str__(self) -> str:
-        return "unknown" if self.flops is None else f"{self.flops / 1e9:,.0f} GFLOP/s ({self.origin})"
-
-    def of(self, devices: int) -> Peak:
-        """Of so many devices like the one it was measured on."""
-        return self if self.flops is None or devices == 1 else Peak(self.flops * devices, f"{devices} x {self.origin}")
 
 
 def measured_matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 20) -> Peak:
@@ -57,6 +47,12 @@ def measured_matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2
         seconds()
     best = min(seconds() for _ in range(repeats))
     return Peak(2 * size**3 / best, f"measured: {size} x {size} matrix multiply, {str(dtype).removeprefix('torch.')}, best of {repeats}")
+
+
+def machine_name(fingerprint: Fingerprint, compute: str) -> str:
+    """A name for what a measured peak depends on: host, device, threads, ranks and dtype. A hash, so that records name no host."""
+    device = [fingerprint.device_type, fingerprint.device, fingerprint.threads, fingerprint.ranks]
+    return sha256_json([platform.node(), platform.processor(), *device, compute])[:16]
 
 
 def speed_probe(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> Callable[[], float]:

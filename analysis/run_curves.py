@@ -19,6 +19,7 @@ import numpy as np
 
 from weftrain.core.metrics import METRICS
 from weftrain.core.metrics_lines import Record, counted_lines
+from weftrain.core.speed import RunUtilization
 
 Entry = Mapping[str, Any]
 _DRAWN = ("loss", "grad_norm", "tokens_per_second")
@@ -97,7 +98,7 @@ class Curves:
     last_step: Record | None = None
     restarts: list[int] = field(default_factory=list)
     skips: list[int] = field(default_factory=list)
-    peaks: list[tuple[float, float]] = field(default_factory=list)  # peak FLOP/s and FLOPs a token, of starts and ends
+    utilization: RunUtilization = field(default_factory=RunUtilization)
     reached: int = 0
     starts: list[int] = field(default_factory=list)
 
@@ -153,6 +154,7 @@ def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float]
             words[_PENDING] = pending[1]
         elif left_by == 0:
             found.own.add(record)
+            found.utilization.add(record)
             if kind == "step":
                 found.last_step = record
                 if record.get("skipped"):
@@ -172,10 +174,7 @@ def _note_start(found: Curves, begins: Sequence[float], record: Record) -> None:
 def _event(found: Curves, record: Record) -> None:
     if record["kind"] == "resume":
         found.restarts.append(record["step"])
-    elif record["kind"] in ("start", "end"):
-        peak, flops = record.get("peak_flops") or 0.0, record.get("flops_per_token", 0.0)
-        if math.isfinite(peak) and math.isfinite(flops) and peak > 0 and flops > 0:
-            found.peaks.append((float(peak), float(flops)))
+    found.utilization.add(record)
 
 
 def _pending(entries: Sequence[Entry]) -> tuple[int, str] | None:

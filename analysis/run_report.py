@@ -219,9 +219,9 @@ def _tiles(curves: Curves, p50: float | None, found: Sequence[Mark]) -> list[tup
         tiles.append(("tokens", _short(tokens), f"{tokens:,} trained on"))
     if p50 is not None:
         tiles.append(("tokens/s", _short(p50), "median after the first tenth"))
-        if curves.peaks:
-            peak, flops = max(curves.peaks)
-            tiles.append(("MFU", f"{p50 * flops / peak:.2%}", f"of {peak / 1e12:,.3g} TFLOP/s, the highest peak measured"))
+        if (used := curves.utilization.result()) is not None:
+            share, peak = used
+            tiles.append(("MFU", f"{share:.2%}", f"of {(peak.flops or 0) / 1e12:,.3g} TFLOP/s, the highest peak measured"))
     counts = {kind: sum(mark.kind == kind for mark in found) for kind in ("restart", "rollback", "skip")}
     tiles.append(
         ("incidents", str(sum(counts.values())), ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in counts.items()))

@@ -6,12 +6,14 @@ cold caches) does not stand in it, and nothing is averaged over wall time that i
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from weftrain.core.metrics import read_metrics
+from weftrain.core.speed import run_utilization
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,9 @@ def summarize(folder: Path) -> RunSummary | None:
         if record["kind"] == "evaluation":
             name, loss = record["set"], float(record["loss"])
             heldout[name] = (heldout[name][0] if name in heldout else loss, loss)
-    tokens_per_second = statistics.median(record["tokens_per_second"] for record in warm)
-    # A busy machine shows too low a peak, so it is measured at the start and at the end, and the higher one counts.
-    peaks = [record for record in records if record["kind"] in ("start", "end") and record.get("peak_flops")]
-    peak = max(peaks, key=lambda record: record["peak_flops"], default=None)
+    rates = [rate for record in warm if math.isfinite(rate := float(record["tokens_per_second"]))]
+    tokens_per_second = statistics.median(rates) if rates else math.nan
+    used = run_utilization(records)
     return RunSummary(
         steps=steps[-1]["step"],
         tokens=steps[-1]["tokens"],
@@ -51,6 +52,6 @@ def summarize(folder: Path) -> RunSummary | None:
         loss_last=float(steps[-1]["loss"]),
         heldout=heldout,
         tokens_per_second=tokens_per_second,
-        model_flops_utilization=tokens_per_second * peak["flops_per_token"] / peak["peak_flops"] if peak else None,
-        peak_flops=peak["peak_flops"] if peak else None,
+        model_flops_utilization=used[0] if used else None,
+        peak_flops=used[1].flops if used else None,
     )

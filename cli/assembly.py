@@ -6,20 +6,23 @@ What a reader would get wrong: everything here fails before step 0. A wrong opti
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from weftrain.analysis.peak import Peak, measured_matmul_peak
+from weftrain.analysis.peak import machine_name, measured_matmul_peak
 from weftrain.backends.registry import get_backend
 from weftrain.core import checkpoint
 from weftrain.core.backend import Backend, BatchSource, EvaluationSource, Run
 from weftrain.core.config import Recipe, Section
 from weftrain.core.errors import CheckpointError
+from weftrain.core.parameters import flops_per_token
 from weftrain.core.recipe_file import RecipeFile, recorded_recipe, validate_section
 from weftrain.core.release import RELEASE, read_release
+from weftrain.core.speed import Peak, Speed, recorded_peak
 
 
 def backend_options(file: RecipeFile) -> tuple[Backend, Section]:
@@ -62,10 +65,20 @@ def recipe_of_checkpoint(path: Path, manifest: dict[str, Any], overrides: Iterab
     return recorded_recipe(tree, f"{path}/manifest.json: recipe", overrides, backend)
 
 
-def measured_peak(recipe: Recipe, backend: Backend, run: Run) -> Peak:
-    """The matrix-multiply peak of the devices that the run is on, in its compute dtype; unknown for a backend that computes nothing."""
+def run_speed(recipe: Recipe, backend: Backend, run: Run, metrics: Path) -> Speed:
+    """What the run's MFU is computed from: FLOPs of a token, and the matrix-multiply peak of its devices in its compute dtype.
+
+    The peak is the one that `metrics`, the run's metrics.jsonl, has for this machine, or is measured now; it is unknown for a backend
+    that computes nothing here.
+    """
+    per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
     if not backend.trains:
-        return Peak(None, f"the {backend.name} backend does not compute here")
+        return Speed(per_token, Peak(None, f"the {backend.name} backend does not compute here"))
     fingerprint = run.fingerprint()
-    peak = measured_matmul_peak(torch.device(fingerprint.device_type), getattr(torch, recipe.precision.compute))
-    return peak.of(fingerprint.ranks or 1)
+    machine = machine_name(fingerprint, recipe.precision.compute)
+    device, dtype = torch.device(fingerprint.device_type), getattr(torch, recipe.precision.compute)
+
+    def measure() -> Peak:
+        return dataclasses.replace(measured_matmul_peak(device, dtype).of(fingerprint.ranks or 1), machine=machine)
+
+    return Speed(per_token, recorded_peak(metrics, machine) or measure(), measure)

@@ -84,13 +84,12 @@ def _follow(file: RecipeFile, folder: Path, stop: StopRequest) -> None:
 
 def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set[str], stop: StopRequest, again: str) -> None:
     """Decide how the run starts, prepare the backend, record the start, and train. Until it is recorded, nothing is written."""
-    from weftrain.cli.assembly import backend_options, measured_peak, open_data
+    from weftrain.cli.assembly import backend_options, open_data, run_speed
     from weftrain.core.backend import Job, prepare_run
-    from weftrain.core.metrics import MetricsWriter
-    from weftrain.core.parameters import flops_per_token
+    from weftrain.core.metrics import METRICS, MetricsWriter
     from weftrain.core.resume import commit, decide
     from weftrain.core.run_folder import open_run
-    from weftrain.core.trainer import Speed, fit
+    from weftrain.core.trainer import fit
 
     file, decided = _with_decisions(console, file, runs / name)
     recipe = file.recipe
@@ -110,17 +109,15 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
             if start.state is not None:
                 run.import_state(start.state)
         fingerprint = run.fingerprint()
-        peak = measured_peak(recipe, backend, run)
-        _announce(console, recipe, fingerprint, peak, folder.path, start.first_step)
+        speed = run_speed(recipe, backend, run, folder.path / METRICS)
+        _announce(console, recipe, fingerprint, speed.peak, folder.path, start.first_step)
         environment = {**fingerprint.as_json(), "weftrain": importlib.metadata.version("weftrain")}
         ledger = commit(start, folder, recipe, source.dataset_id, environment)
-        speed = Speed(flops_per_token(recipe.model, recipe.data.sequence_length), peak.flops)
         with (
             MetricsWriter(folder.path, recipe.log.tensorboard, start.resumed_step) as metrics,
             Bar(console, name, plan.last_step, start.first_step) as bar,
         ):
-            basis = {"flops_per_token": speed.flops_per_token, "peak_origin": peak.origin}
-            metrics.event("start", step=start.first_step, kernels=dict(fingerprint.kernels), peak_flops=peak.flops, **basis)
+            metrics.event("start", step=start.first_step, kernels=dict(fingerprint.kernels), **speed.as_record())
             told.bar = bar
             steps = fit(
                 run,
@@ -138,7 +135,7 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
             )
             done = _shown(steps, bar, start.first_step)
             if not stop.number:
-                metrics.event("end", step=done, peak_flops=measured_peak(recipe, backend, run).flops, **basis)
+                metrics.event("end", step=done)
                 ledger.add("end", step=done)
     if stop.number:
         console.print(f"stopped after step {done} and saved; the same command resumes")

@@ -210,6 +210,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "root": (_is_text, "a hash"),
     "kernels": (lambda value: value is None or type(value) is dict, "a mapping"),
     "peak_flops": (lambda value: value is None or _is_number(value), "a number"),
+    "peak_origin": (_is_text, "text"),
+    "peak_machine": (_is_text, "text"),
     "flops_per_token": (_is_number, "a number"),
     "torn_lines": (_is_count, "a count"),
 }

@@ -19,20 +19,7 @@ from weftrain.core.config import Recipe
 from weftrain.core.ledger import Ledger
 from weftrain.core.manifest import folder_name
 from weftrain.core.metrics import Digest, MetricsWriter
-
-UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What turns tokens per second into model FLOPs utilisation. peak_flops None: the utilisation is 'unknown', never guessed."""
-
-    flops_per_token: float
-    peak_flops: float | None
-
-    def utilization(self, tokens_per_second: float) -> float | str:
-        """Model FLOP/s over the peak; recomputation is not counted."""
-        return UNKNOWN if self.peak_flops is None else tokens_per_second * self.flops_per_token / self.peak_flops
+from weftrain.core.speed import Speed
 
 
 @dataclass(frozen=True)
@@ -74,7 +61,9 @@ def fit(
         saves.tokens_read += result.tokens
         log = None
         if plan.wants_log(completed) or result.skipped:
-            log = _step_line(result, saves.tokens_read, tokens / duration_ms * 1e3, speed, run.stats())
+            tokens_per_second = tokens / duration_ms * 1e3 if duration_ms else math.nan
+            speed = _allowing(speed, tokens_per_second, completed, metrics)
+            log = _step_line(result, saves.tokens_read, tokens_per_second, speed, run.stats())
             metrics.step(log)
             saves.measured.add({"kind": "step", **log})
             tokens, duration_ms = 0, 0.0
@@ -92,6 +81,14 @@ def fit(
         yield Progress(result, log, evaluations, saves.finished(wait=stop or completed == plan.last_step))
         if stop:
             return
+
+
+def _allowing(speed: Speed, tokens_per_second: float, completed: int, metrics: MetricsWriter) -> Speed:
+    """The speed with a peak that such a step does not exceed; a new peak is recorded before the step's line."""
+    found = speed.allowing(tokens_per_second)
+    if found is not speed:
+        metrics.event("peak", step=completed, **found.as_record())
+    return found
 
 
 def _step_line(result: StepResult, tokens_read: int, tokens_per_second: float, speed: Speed, stats: dict[str, float]) -> dict[str, Any]:

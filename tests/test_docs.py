@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from weftrain.analysis.peak import Peak
 from weftrain.backends.cerebras import environment
 from weftrain.cli.main import VERBS, main
+from weftrain.core.speed import Peak
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -28,11 +28,11 @@ from weftrain.analysis.bench_report import (
 from weftrain.analysis.bench_run import Wishes, bench
 from weftrain.analysis.bench_sweep import combinations, run_sweep
 from weftrain.analysis.bench_train import BenchError, bench_source, take_steps
-from weftrain.analysis.peak import Peak
 from weftrain.backends.registry import get_backend
 from weftrain.core.backend import StepResult
 from weftrain.core.config import Recipe
 from weftrain.core.parameters import flops_per_token
+from weftrain.core.speed import Peak
 
 Tiny = Callable[..., Recipe]
 

@@ -17,7 +17,8 @@ from weftrain.analysis.kernel_bench import COMPILED, Report, bench, examples_of,
 from weftrain.analysis.kernel_bench_plot import bars, plot
 from weftrain.analysis.kernel_costs import backward_costs
 from weftrain.analysis.machine import Machine, larger, last_level_cache
-from weftrain.analysis.peak import Bandwidth, Peak, measured_bandwidth, measured_matmul_peak, table_bandwidth
+from weftrain.analysis.peak import Bandwidth, measured_bandwidth, measured_matmul_peak, table_bandwidth
+from weftrain.core.speed import Peak
 from weftrain.kernels import OPS, Implementation, KernelError, Spec
 
 KNOWN = Machine(Peak(1e12, "by hand"), Bandwidth(1e10, "by hand"), Peak(4e12, "sheet"), Bandwidth(2e10, "sheet"), 4096, "by hand", "cpu")

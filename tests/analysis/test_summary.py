@@ -24,14 +24,14 @@ def step(number: int, loss: float, speed: float) -> dict[str, Any]:
 def test_summary_by_hand(tmp_path: Path) -> None:
     steps = [step(1, 9.0, 1.0), *(step(number, 9.0 - number, 100.0 + number) for number in range(2, 11))]
     held = [{"kind": "evaluation", "step": at, "set": "a", "loss": loss} for at, loss in ((5, 4.0), (10, 3.0))]
-    peaks = [{"kind": kind, "step": 0, "peak_flops": peak, "flops_per_token": 5.0} for kind, peak in (("start", 530.0), ("end", 1060.0))]
-    write(tmp_path, peaks[0], *steps, *held, peaks[1])
+    peaks = [{"kind": kind, "step": 0, "peak_flops": peak, "flops_per_token": 5.0} for kind, peak in (("start", 510.0), ("peak", 1060.0))]
+    write(tmp_path, peaks[0], *steps[:3], peaks[1], *steps[3:], *held)
     found = summarize(tmp_path)
     assert found is not None
     assert (found.loss_first, found.loss_last, found.steps, found.tokens) == (9.0, -1.0, 10, 100)
     assert found.heldout == {"a": (4.0, 3.0)}
     assert found.tokens_per_second == 106.0  # the first tenth, the slow first step, does not count
-    assert found.model_flops_utilization == 106.0 * 5.0 / 1060.0  # of the higher of the two peaks
+    assert found.model_flops_utilization == 106.0 * 5.0 / 1060.0  # of the highest peak of the machine
 
 
 def test_unknown_stays_unknown(tmp_path: Path) -> None:

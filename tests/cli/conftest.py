@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from weftrain.analysis.peak import Peak
 from weftrain.cli.main import main
+from weftrain.core.speed import Peak
 
 for _name in ("record_runs", "forgery"):  # importlib mode puts no test folder on sys.path
     if _name in sys.modules:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from weftrain.analysis.peak import Peak
 from weftrain.cli.main import main
+from weftrain.core.speed import Peak
 
 CUT = [
     "model.vocab_size=512",

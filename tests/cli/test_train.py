@@ -274,3 +274,18 @@ def test_a_disk_that_fills_up_loses_nothing(train_tiny: Train, tmp_path: Path, m
     assert train_tiny("schedule.steps=6", "checkpoint.every_steps=2").exit_code == 0
     assert train_tiny("schedule.steps=6", "checkpoint.every_steps=2", "--run", "straight").exit_code == 0
     assert same_bits(final_state(folder)[0], final_state(tmp_path / "runs" / "straight")[0])
+
+
+def test_a_later_start_keeps_the_peak_of_the_first(train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train_tiny("schedule.steps=2").exit_code == 0
+
+    def measured_again(device: object, dtype: object) -> None:
+        raise AssertionError("the machine has not changed")
+
+    monkeypatch.setattr("weftrain.cli.assembly.measured_matmul_peak", measured_again)
+    result = train_tiny("schedule.steps=3", "--allow", "schedule.steps")
+    assert result.exit_code == 0, result.output
+    records = read_metrics(tmp_path / "runs" / "crystal_demo")
+    peaks = [(record["peak_flops"], record["peak_origin"]) for record in records if record["kind"] == "start"]
+    assert peaks == [(1e11, "known in tests")] * 2
+    assert "of the measured 100 GFLOP/s" in result.output

@@ -17,8 +17,9 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
 from weftrain.core.ledger import Ledger
 from weftrain.core.metrics import MetricsWriter, read_metrics
+from weftrain.core.speed import Peak, Speed
 from weftrain.core.synthetic import synthetic_source
-from weftrain.core.trainer import Progress, Speed, fit
+from weftrain.core.trainer import Progress, fit
 
 Tiny = Callable[..., Recipe]
 
@@ -69,7 +70,7 @@ class Counting:
 def steps_of(run: Counting, recipe: Recipe, folder: Path, metrics: MetricsWriter) -> Iterator[Progress]:
     plan = Plan(0, run.steps, checkpoint_every_steps=2)
     source = synthetic_source(97, 13, 12, 4, seed=5)
-    return fit(run, plan, recipe, source, [], folder / "checkpoints", metrics, Ledger(folder), speed=Speed(1.0, None))  # type: ignore[arg-type]
+    return fit(run, plan, recipe, source, [], folder / "checkpoints", metrics, Ledger(folder), speed=Speed(1.0, Peak(None, "")))  # type: ignore[arg-type]
 
 
 def test_the_run_goes_on_while_a_checkpoint_is_written(tiny_recipe: Tiny, tmp_path: Path) -> None:
