@@ -8,6 +8,7 @@ and k stand in another order. Tensors stream one at a time: this module never ho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -430,13 +431,24 @@ def _from_crystalcoder(config: Mapping[str, Any]) -> ModelConfig:
         attention_scale="inverse_head_dim" if by_d else "inverse_sqrt_head_dim",
         tie_embeddings=True,
         mup=Mup(
-            base_hidden_size=round(hidden * _number(config, "mup_width_scale")),
+            base_hidden_size=_proxy_width(hidden, _number(config, "mup_width_scale")),
             distribution="truncated_normal",
             base_std=CRYSTALCODER_BASE_STD,
             embedding_scale=_get(config, "mup_embeddings_scale"),
             base_logits_scale=_get(config, "mup_output_alpha"),
         ),
     )
+
+
+def _proxy_width(hidden: int, scale: float) -> int:
+    """The muP proxy's width, hidden x scale: whole up to the rounding of `scale`, or the scales derived from it would be others."""
+    width = hidden * scale
+    if round(width) < 1 or not math.isclose(round(width), width, rel_tol=1e-6):
+        raise RecipeError(
+            f"config.json: n_embd {hidden} x mup_width_scale {scale} = {width:.6g} is not a whole number, as a muP proxy's width is: "
+            "correct mup_width_scale, or fold the scales into the weights first"
+        )
+    return round(width)
 
 
 def _to_crystalcoder(config: ModelConfig) -> dict[str, Any]:

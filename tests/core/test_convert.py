@@ -204,6 +204,21 @@ def test_released_crystalcoder_config_is_the_recipe() -> None:
     assert config_from_huggingface(json.loads(path.read_text())) == load_recipe("crystalcoder_7b_phase1").recipe.model
 
 
+@pytest.mark.parametrize("scale", [0.03, 0.0333, 0.001, 1.01])
+def test_a_width_scale_without_a_proxy_is_refused(scale: float) -> None:
+    """Rounded to a whole width, the logits scale of n_embd 96 and 0.03 was 0.069375 and not 0.0666."""
+    written = config_to_huggingface(crystal())
+    with pytest.raises(RecipeError, match=r"mup_width_scale .* is not a whole number"):
+        config_from_huggingface({**written, "mup_width_scale": scale})
+
+
+@pytest.mark.parametrize("scale", [1 / 3, 0.125, 1.0, 3.0, 1 / 96])
+def test_the_logits_scale_is_what_the_config_says(scale: float) -> None:
+    written = {**config_to_huggingface(crystal()), "n_embd": 96, "n_head": 3, "rotary_dim": 8, "mup_width_scale": scale}
+    found = resolved(config_from_huggingface(written)).logits_scale
+    assert found == pytest.approx(written["mup_output_alpha"] * scale, rel=1e-12)
+
+
 def test_amber_config_is_the_recipe() -> None:
     """The keys of LLM360/Amber's config.json that decide the function."""
     released = {
