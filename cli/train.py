@@ -41,7 +41,11 @@ if TYPE_CHECKING:
 @click.option("--run", "run_name", help="Name of the run folder.  [default: the recipe's name]")
 @click.option("--backend", help="Another backend than the recipe's (`weftrain backends` lists them).")
 @click.option("--allow", multiple=True, metavar="KEY", help="Resume although this key of the recipe has changed (repeatable).")
-def train(recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str | None, backend: str | None, allow: tuple[str, ...]) -> None:
+@click.option("--from-scratch", is_flag=True, help="Begin at step 0 although the run had checkpoints, none of which is whole any more.")
+@click.option("--repair-ledger", is_flag=True, help="Go on with checkpoints that the ledger has lost its lines of.")
+def train(
+    recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str | None, backend: str | None, allow: tuple[str, ...], **asked: bool
+) -> None:
     """Train RECIPE, a built-in name or the path of a .yaml file; again: resume it, or say that it is complete.
 
     KEY.SUB=VALUE lays a value over the recipe, e.g. schedule.steps=100. SIGTERM and Ctrl-C finish the step, save, and exit (143, 130).
@@ -60,7 +64,7 @@ def train(recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str | N
         if backend_options(file)[0].follows():
             _follow(file, runs / name, stop)
         else:
-            _train(console, file, runs, name, set(allow), stop, again)
+            _train(console, file, runs, name, set(allow), stop, again, **asked)
     if stop.number:
         sys.exit(128 + stop.number)
 
@@ -82,12 +86,14 @@ def _follow(file: RecipeFile, folder: Path, stop: StopRequest) -> None:
     backend.follow(lambda: job, lambda job: open_data(job.recipe)[0], stop.requested, 0)
 
 
-def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set[str], stop: StopRequest, again: str) -> None:
+def _train(
+    console: Console, file: RecipeFile, runs: Path, name: str, allow: set[str], stop: StopRequest, again: str, **asked: bool
+) -> None:
     """Decide how the run starts, prepare the backend, record the start, and train. Until it is recorded, nothing is written."""
     from weftrain.cli.assembly import backend_options, open_data, run_speed
     from weftrain.core.backend import Job, prepare_run
     from weftrain.core.metrics import METRICS, MetricsWriter
-    from weftrain.core.resume import commit, decide
+    from weftrain.core.resume import commit, decide, settle
     from weftrain.core.run_folder import open_run
     from weftrain.core.trainer import fit
 
@@ -97,8 +103,9 @@ def _train(console: Console, file: RecipeFile, runs: Path, name: str, allow: set
     source, heldout = open_data(recipe)
     with open_run(runs / name, recipe.model_dump(mode="json")) as folder, contextlib.ExitStack() as ending:
         say = partial(console.print, markup=False)
-        start = decide(folder, recipe, source.dataset_id, backend, options, runs, allow=allow | decided, say=say)
+        start = decide(folder, recipe, source.dataset_id, backend, options, runs, allow=allow | decided, say=say, **asked)
         if start.complete:
+            settle(start, folder)
             console.print(f"run {folder.path} is complete: {start.first_step} of {start.last_step} steps")
             _summarize(console, recipe, runs / name, again)
             return

@@ -28,7 +28,7 @@ import torch
 from weftrain.core import fsops
 from weftrain.core.backend import State
 from weftrain.core.canonical import canonical_json, sha256_json
-from weftrain.core.errors import CheckpointError
+from weftrain.core.errors import CheckpointError, UnreadableError
 from weftrain.core.manifest import FORMAT, MANIFEST, STEP_FOLDER, VERSION, folder_name, read_manifest, root_of
 from weftrain.core.tensor_file import (
     DTYPE_NAMES,
@@ -50,6 +50,8 @@ MANIFEST_ALLOWANCE_BYTES = 1 << 20  # manifest, headers and folder entries, in t
 HASH_BACKLOG_BYTES = 512 << 20  # written and not yet hashed: bounds what a lazy state keeps in memory
 _HASH_THREADS = max(2, min(8, os.cpu_count() or 1))
 REMEDY = "move the folder away, or restore it from a copy"
+
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # the file is not there, or is no file
 
 Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, shape
 Layouts = dict[str, dict[str, TensorLayout]]  # file -> tensor -> its place
@@ -182,16 +184,24 @@ def verify(path: Path) -> dict[str, Any]:
     return _read_all(path)[0]
 
 
+def step_folders(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a `checkpoints` folder by step, whole or not. Raises UnreadableError."""
+    return {int(match[1]): path for path in _entries(folder) if (match := STEP_FOLDER.fullmatch(path.name))}
+
+
 def newest(folder: Path, report: Callable[[str], None], without: Set[Path] = frozenset()) -> Path | None:
     """The newest whole checkpoint in a `checkpoints` folder, every byte of it verified; None where there is none.
 
     `report` gets one line for each checkpoint passed over. Folders under temporary names, set aside, named otherwise, or in `without`
-    do not count.
+    do not count. Raises UnreadableError where the newest one cannot be read at all: then nobody knows whether it is damaged.
     """
-    candidates = [(int(match[1]), path) for path in _entries(folder) if (match := STEP_FOLDER.fullmatch(path.name)) and path not in without]
-    for _, path in sorted(candidates, reverse=True):
+    for _, path in sorted(step_folders(folder).items(), reverse=True):
+        if path in without:
+            continue
         try:
             verify(path)
+        except UnreadableError:
+            raise  # it may be whole: an older one in its place would silently lose what was trained since
         except CheckpointError as error:
             report(f"passed over a damaged checkpoint: {error}")
         else:
@@ -342,7 +352,7 @@ def _entries(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be listed: {error.strerror}: check the folder and its permissions") from error
+        raise UnreadableError(f"{folder}: cannot be listed: {error.strerror}: check the folder and its permissions") from error
 
 
 @contextlib.contextmanager
@@ -351,7 +361,12 @@ def _blamed(path: Path, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{path}: {name}: {error.strerror or error}: {REMEDY}") from error
+        if error.errno in _DAMAGE:
+            raise CheckpointError(f"{path}: {name}: {error.strerror or error}: {REMEDY}") from error
+        raise UnreadableError(
+            f"{path}: {name}: cannot be read: {error.strerror or error}: check the disk and its permissions, or {REMEDY} to go on from an "
+            "older one"
+        ) from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {name}: {error}: {REMEDY}") from error
 

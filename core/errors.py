@@ -22,6 +22,10 @@ class CheckpointError(WeftrainError):
     """A checkpoint that is missing, torn, altered or does not fit the model."""
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint that cannot be read (permissions, a failing disk), so that nobody knows whether it is whole."""
+
+
 class RunFolderError(WeftrainError):
     """A run folder that is in use, read-only, full, or belongs to another recipe."""
 

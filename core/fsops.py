@@ -210,6 +210,11 @@ def remove_file(path: Path) -> None:
     _perform("remove_file", path, lambda: os.unlink(path))
 
 
+def remove_dir(path: Path) -> None:
+    """Remove an empty folder."""
+    _perform("remove_dir", path, lambda: os.rmdir(path))
+
+
 def remove_tree(path: Path) -> None:
     """Remove a folder with all in it; symbolic links are removed, not followed. A missing folder is fine."""
     if not path.is_dir():
@@ -259,6 +264,8 @@ def held_lock(path: Path, contents: bytes) -> Iterator[None]:
     descriptor = _perform("open_lock", path, lambda: open_own(path, os.O_RDWR | os.O_CREAT))
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not (path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())):
+            raise BlockingIOError(errno.EAGAIN, "its last holder has just removed the file", str(path))
         _perform("truncate", path, lambda: os.ftruncate(descriptor, 0))
         written = _perform("write", path, lambda: os.pwrite(descriptor, contents, 0))
         if written != len(contents):

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
@@ -100,9 +100,15 @@ class Ledger:
         self._entries.append(entry)
         return entry
 
-    def open_run(self, step: int, recipe: dict[str, Any], dataset_id: str, environment: dict[str, Any], parent: str | None) -> None:
-        """Say where training begins: `start` in a new ledger, `resume` in another. parent: root of the checkpoint it begins from."""
+    def open_run(
+        self, step: int, recipe: dict[str, Any], dataset_id: str, environment: dict[str, Any], parent: str | None, **decided: Any
+    ) -> None:
+        """Say where training begins: `start` in a new ledger, `resume` in another. parent: root of the checkpoint it begins from.
+
+        decided: optional keys of such a line (ledger_lines.Begin) that say what else was decided; a false value is left out.
+        """
         where = {"recipe_sha256": sha256_json(recipe), "dataset_id": dataset_id, "environment": environment, "parent": parent}
+        where |= {key: value for key, value in decided.items() if value}
         if any(entry["kind"] == "start" for entry in self._entries):
             self.add("resume", step=step, **where)
         else:
@@ -116,17 +122,26 @@ class Ledger:
             self.add("chunk_begin", step=step, dataset_id=dataset_id, parent=parent, **where)
 
     def checkpoint(
-        self, recipe: Recipe, dataset_id: str, *, step: int, root: str, parent: str | None, metrics_after: int, metrics_sha256: str
+        self,
+        recipe: Recipe,
+        dataset_id: str,
+        *,
+        step: int,
+        root: str,
+        parent: str | None,
+        metrics_after: int,
+        metrics_sha256: str,
+        **entered: Any,
     ) -> None:
         """A checkpoint is durable; and where a chunk ends with it, that this chunk was trained up to it."""
-        self.add("checkpoint", step=step, root=root, parent=parent, metrics_after=metrics_after, metrics_sha256=metrics_sha256)
+        self.add("checkpoint", step=step, root=root, parent=parent, metrics_after=metrics_after, metrics_sha256=metrics_sha256, **entered)
         span = span_of(recipe, step - 1) if step else None
         if span is not None and span.stop_step == step:
             where = {"chunk": span.chunk, "place": span.place, "samples": span.samples(recipe.batch.global_batch_size)}
             self.add("chunk_end", step=step, dataset_id=dataset_id, root=root, **where)
 
-    def adopt(self, manifest: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> None:
-        """Enter the run's own checkpoint that a crash left out, between its rename and its line here.
+    def adopt(self, manifest: Mapping[str, Any], records: Iterable[Mapping[str, Any]], how: Literal["resume", "repair"] = "resume") -> None:
+        """Enter the run's own checkpoint that a crash left out, between its rename and its line here; core/adoption.py says which is.
 
         records: the run's measurements, as `metrics.effective_records` gives them before the resume.
         """
@@ -143,6 +158,7 @@ class Ledger:
             parent=manifest["parent"],
             metrics_after=after,
             metrics_sha256=digest(measured),
+            entered=how,
         )
 
 
@@ -258,7 +274,7 @@ class _Line:
 
     def on_resume(self, entry: Mapping[str, Any]) -> None:
         step, root = entry["step"], entry["parent"]
-        self._cut(step)
+        self._cut(-1 if entry.get("from_scratch") else step)
         if self.checkpoints and self.checkpoints[-1].root != root and (root is not None or step > 0):
             raise RunFolderError(
                 f"{LEDGER}:{entry['n'] + 1}: resumes from checkpoint {str(root)[:12]}, and the last before it is another: was the ledger "
@@ -348,6 +364,11 @@ def _check_entry(entry: Any, before: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError("does not follow the line before it, so a line was removed, added or moved")
     if sha256_json({key: value for key, value in entry.items() if key != "hash"}) != entry["hash"]:
         raise ValueError("does not hash to its hash, so it was altered")
+
+
+def torn_bytes(path: Path) -> int:
+    """How many bytes follow the last line break: a line that a crash tore, or nothing. Raises OSError."""
+    return len(read_plain(path, "ledger").rpartition(b"\n")[2]) if path.exists() else 0
 
 
 def _repair(path: Path) -> int:

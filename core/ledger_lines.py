@@ -18,6 +18,7 @@ Seconds = Annotated[float, Field(ge=0, le=253_402_300_799, allow_inf_nan=False)]
 Samples = Annotated[tuple[Count, Count], Field(strict=False)]  # [first, stop) sample numbers of the run
 Change = Annotated[tuple[str, Any, Any], Field(strict=False)]  # key, old value, new value; null where it is absent
 Left = Annotated[tuple[Step, Sha256 | Literal["damaged"]], Field(strict=False)]  # step and root of a checkpoint on a branch
+PassedOver = Annotated[tuple[Step, Literal["damaged", "missing"]], Field(strict=False)]
 
 
 class Line(Section):
@@ -32,21 +33,25 @@ class Line(Section):
     torn_bytes: PositiveInt | None = None  # how much of a torn line before this one was moved to ledger.torn
 
 
-class Start(Line):
+class Begin(Line):
+    """What both lines have that say where training begins, and what was decided there beyond the ordinary."""
+
+    recipe_sha256: Sha256
+    dataset_id: DatasetId
+    environment: dict[str, Any]
+    parent: Sha256 | None
+    passed_over: Annotated[tuple[PassedOver, ...], Field(strict=False)] = ()  # newer checkpoints that it does not go on from
+    from_scratch: bool = False  # no whole checkpoint was left, and to begin at step 0 again was asked for
+    repaired: bool = False  # the ledger had lost lines, and to go on all the same was asked for
+
+
+class Start(Begin):
     kind: Literal["start"]
     recipe: dict[str, Any]
-    recipe_sha256: Sha256
-    dataset_id: DatasetId
-    environment: dict[str, Any]
-    parent: Sha256 | None
 
 
-class Resume(Line):
+class Resume(Begin):
     kind: Literal["resume"]
-    recipe_sha256: Sha256
-    dataset_id: DatasetId
-    environment: dict[str, Any]
-    parent: Sha256 | None
 
 
 class RecipeChange(Line):
@@ -80,6 +85,7 @@ class Checkpoint(Line):
     parent: Sha256 | None
     metrics_after: Step
     metrics_sha256: Sha256
+    entered: Literal["resume", "repair"] | None = None  # by a later start, because a crash or lost lines left it out
 
 
 class Skip(Line):

@@ -35,7 +35,7 @@ class MetricsWriter:
     """Appends to `folder`/metrics.jsonl and, where asked, mirrors numbers into `folder`/tensorboard.
 
     resume_step: the completed steps of the checkpoint that this start continues from; None for a fresh run, which is taken as 0 where
-    the file already has lines (a run killed before its first checkpoint). Lines that a crash left torn are moved to metrics.torn.
+    the file already has lines (a run killed before its first checkpoint). The file is repaired first (see `repair`).
     Raises RunFolderError where the files cannot be written.
     """
 
@@ -44,13 +44,13 @@ class MetricsWriter:
         self._clock = clock
         self._board: SummaryWriter | None = None
         with self._blamed():
-            torn = _repair(self._path)
+            repair(self._path.parent, clock=clock)
             if resume_step is None and self._path.exists() and self._path.stat().st_size:
                 resume_step = 0
             if tensorboard:
                 self._board = _open_board(self._path.parent / TENSORBOARD, resume_step)
         if resume_step is not None:
-            self.event("resume", step=resume_step, **({"torn_lines": torn} if torn else {}))
+            self.event("resume", step=resume_step)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """One log line of training; `record` has `step`. Numbers go to TensorBoard as train/<name>, groups as train/<name>/<group>."""
@@ -155,19 +155,33 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return list(effective_records(folder))
 
 
-def _repair(path: Path) -> int:
-    """Move torn and damaged lines to metrics.torn, so that every line left is whole. How many were moved."""
+def damaged_lines(folder: Path) -> list[int]:
+    """Numbers of the lines, from 1, that are whole and no metrics lines. What follows the last line break is not counted."""
+    path = folder / METRICS
+    return [line.number for line in metrics_lines(path) if line.record is None] if path.exists() else []
+
+
+def repair(folder: Path, *, clock: Callable[[], float] = time.time) -> None:
+    """Move torn and damaged lines to metrics.torn, so that every line left is whole; the event `repair` names them by number.
+
+    The run's lock must be held. Raises OSError.
+    """
+    path = folder / METRICS
     if not path.exists():
-        return 0
+        return
     data = read_plain(path, "metrics")
     tail = data[data.rfind(b"\n") + 1 :]
-    torn = [line.data for line in metrics_lines(path) if line.record is None] + ([tail] if tail else [])
-    if torn:
-        beside = path.with_name(TORN)
-        kept = read_plain(beside, "metrics") if beside.exists() else b""
-        fsops.write_bytes(beside, kept + b"\n".join(torn) + b"\n")  # first: a crash in between keeps a line twice, never not at all
-        fsops.write_bytes(path, b"".join(line.data + b"\n" for line in metrics_lines(path) if line.record is not None))
-    return len(torn)
+    bad = [line for line in metrics_lines(path) if line.record is None]
+    torn = [line.data for line in bad] + ([tail] if tail else [])
+    if not torn:
+        return
+    whole = [line for line in metrics_lines(path) if line.record is not None]
+    step = next((line.record["step"] for line in reversed(whole) if line.record is not None and "step" in line.record), 0)
+    event = {"kind": "repair", "time": clock(), "step": step, "lines": [line.number for line in bad], "torn_bytes": len(tail)}
+    beside = path.with_name(TORN)
+    kept = read_plain(beside, "metrics") if beside.exists() else b""
+    fsops.write_bytes(beside, kept + b"\n".join(torn) + b"\n")  # first: a crash in between keeps a line twice, never not at all
+    fsops.write_bytes(path, b"".join(data + b"\n" for data in (*(line.data for line in whole), json.dumps(event).encode())))
 
 
 def _finite(value: Any) -> Any:

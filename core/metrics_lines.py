@@ -67,7 +67,8 @@ def counted_lines(path: Path) -> Iterator[CountedLine]:
                 record = _checked(data)
             except ValueError as error:
                 raise RunFolderError(
-                    f"{path}:{number}: not a metrics line: {error}: resume the run, which moves it aside, or remove it"
+                    f"{path}:{number}: not a metrics line: {error}: start the run again (`weftrain train`, also where it is "
+                    "complete), which moves the line to metrics.torn"
                 ) from error
             left_by = 0
             if (cuts.lines or again) and record["kind"] in MEASURED:

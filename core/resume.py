@@ -19,14 +19,16 @@ from typing import Any
 from torch import Tensor
 
 from weftrain.core import checkpoint
+from weftrain.core.adoption import Standing, check_from_scratch, standing
 from weftrain.core.backend import Backend, State
 from weftrain.core.canonical import sha256_json
 from weftrain.core.config import Recipe, Section
 from weftrain.core.errors import CheckpointError
-from weftrain.core.ledger import LEDGER, Ledger, lineage, read_ledger, tokens_before
-from weftrain.core.metrics import read_metrics
-from weftrain.core.rollback import abandoned, finish_rollback
-from weftrain.core.run_folder import ABSENT, RecipeCheck, RunFolder
+from weftrain.core.ledger import LEDGER, TORN, Ledger, lineage, read_ledger, tokens_before, torn_bytes
+from weftrain.core.metrics import METRICS, damaged_lines, effective_records, repair
+from weftrain.core.metrics import TORN as METRICS_TORN
+from weftrain.core.rollback import finish_rollback
+from weftrain.core.run_folder import ABSENT, RecipeCheck, RunFolder, blamed
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Start:
     tokens: int  # read so far, on this run's own line
     position: int  # number of the next sample
     recipe: RecipeCheck
+    own: Standing  # what its checkpoints and its ledger say together
+    decided: Mapping[str, Any]  # what the ledger's line says beside: see ledger_lines.Begin
 
     @property
     def complete(self) -> bool:
@@ -66,16 +70,20 @@ def decide(
     *,
     allow: Set[str],
     say: Callable[[str], None],
+    from_scratch: bool = False,
+    repair_ledger: bool = False,
 ) -> Start:
     """Find what the run starts from, and ask everything about it that can be refused. Nothing is written.
 
     runs: the folder that holds other runs, for start_from. allow: keys of the recipe that may have changed. say: gets one line for each
-    thing the user should know. Raises CheckpointError, RunFolderError, BackendError.
+    thing the user should know. from_scratch: begin at step 0 where all checkpoints are lost. repair_ledger: enter checkpoints that the
+    ledger lost. Raises CheckpointError, RunFolderError, BackendError.
     """
+    folder.check_writable()
     entries = read_ledger(folder.path / LEDGER)
-    found = starting_state(
-        recipe, folder.checkpoints, runs, lambda line: say(f"warning: {line}"), without=set(abandoned(folder.path, entries))
-    )
+    _tell_repairs(folder.path, say)
+    own = standing(folder.path, entries, repair_ledger, say)
+    found = starting_state(recipe, own.newest, runs, lambda line: say(f"warning: {line}"))
     first = 0 if found is None else found.state.step
     if found is not None:
         found.check_data(recipe, dataset_id, allow)
@@ -89,6 +97,7 @@ def decide(
     if kept and keeps:
         position += (kept - first) * recipe.batch.global_batch_size
         first = kept
+    check_from_scratch(folder.path, own, first, from_scratch)
     for key, old, new in checked.changes:
         say(f"recipe changed at step {first}: {key}: {old} -> {new}")
     return Start(
@@ -101,7 +110,34 @@ def decide(
         tokens=tokens_before(first, manifest, lineage(entries)),
         position=position,
         recipe=checked,
+        own=own,
+        decided={
+            "passed_over": own.passed_over,
+            "from_scratch": from_scratch and bool(own.passed_over),
+            "repaired": repair_ledger and own.newest is not None and (not entries or len(own.to_enter) > 1),
+        },
     )
+
+
+def _tell_repairs(run: Path, say: Callable[[str], None]) -> None:
+    """Say which damaged lines of ledger and metrics `settle` will move aside."""
+    if torn := torn_bytes(run / LEDGER):
+        say(f"warning: {run / LEDGER}: a crash tore the last line: its {torn} bytes are moved to {TORN}")
+    for number in damaged_lines(run):
+        say(f"warning: {run / METRICS}:{number}: not a metrics line: it is moved to {METRICS_TORN}")
+
+
+def settle(start: Start, folder: RunFolder) -> Ledger:
+    """Finish what a crash left half done: torn lines, a rollback's moves, checkpoints not yet entered. All there is to do for a
+    complete run; `commit` begins with it. Nothing is written where nothing is left. Raises RunFolderError.
+    """
+    ledger = Ledger(folder.path)
+    finish_rollback(folder.path, ledger)
+    with blamed(folder.path):
+        repair(folder.path)
+    for manifest in start.own.to_enter:
+        ledger.adopt(manifest, effective_records(folder.path), "repair" if start.decided["repaired"] else "resume")
+    return ledger
 
 
 def commit(start: Start, folder: RunFolder, recipe: Recipe, dataset_id: str, environment: dict[str, Any]) -> Ledger:
@@ -109,17 +145,14 @@ def commit(start: Start, folder: RunFolder, recipe: Recipe, dataset_id: str, env
 
     environment: the run's fingerprint, JSON values. Raises RunFolderError.
     """
-    ledger = Ledger(folder.path)
-    finish_rollback(folder.path, ledger)
-    if start.manifest is not None and ledger.entries:
-        ledger.adopt(start.manifest, read_metrics(folder.path))
+    ledger = settle(start, folder)
     resolved = recipe.model_dump(mode="json")
     if start.recipe.changes and ledger.entries:
         listed = [[key, *(None if value is ABSENT else value for value in values)] for key, *values in start.recipe.changes]
         ledger.add("recipe", step=start.first_step, changes=listed, recipe=resolved, recipe_sha256=sha256_json(resolved))
     folder.record_recipe(start.recipe, start.first_step)  # after the ledger's line: a crash in between asks for the change again
     folder.write_environment(environment)
-    ledger.open_run(start.first_step, resolved, dataset_id, environment, start.parent)
+    ledger.open_run(start.first_step, resolved, dataset_id, environment, start.parent, **start.decided)
     return ledger
 
 
@@ -159,16 +192,12 @@ class Found:
             )
 
 
-def starting_state(
-    recipe: Recipe, checkpoints: Path, runs: Path, report: Callable[[str], None], *, without: Set[Path] = frozenset()
-) -> Found | None:
-    """The newest whole checkpoint of the run's own folder; else, where the recipe says `start_from`, that of another run below `runs`,
-    at step 0; else None: from scratch.
+def starting_state(recipe: Recipe, newest: Path | None, runs: Path, report: Callable[[str], None]) -> Found | None:
+    """What `newest` holds, the run's own newest checkpoint, already verified; else, where the recipe says `start_from`, the newest
+    whole one of another run below `runs`, at step 0; else None: from scratch.
 
-    `report` gets one line for each damaged checkpoint passed over. without: checkpoints that do not count. Raises CheckpointError where
-    start_from finds none.
+    `report` gets one line for each damaged checkpoint passed over. Raises CheckpointError where start_from finds none.
     """
-    newest = checkpoint.newest(checkpoints, report, without)
     if newest is not None:
         state, manifest = checkpoint.load(newest, verified=True)
         return Found(state, manifest["root"], manifest)

@@ -71,18 +71,25 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def check_writable(self) -> None:
+        """Raises RunFolderError where a file or folder that training writes to may not be written."""
+        appended = (self.path / name for name in ("ledger.jsonl", "metrics.jsonl", RECIPE, READABLE_RECIPE, ENVIRONMENT))
+        for path in (self.path, self.checkpoints, *appended):
+            if path.exists() and not os.access(path, os.W_OK):
+                raise RunFolderError(f"{path}: may not be written by this user: check its permissions, or choose another folder")
+
     def check_recipe(self, allow: Set[str], recorded: Mapping[str, Any] | None = None) -> RecipeCheck:
         """Compare with the recipe that the folder was made for. Nothing is written: `record_recipe` does that.
 
         allow: dotted keys that may differ; each changed key must be named. recorded: the recipe in the checkpoint that is resumed from,
         which stands in for a lost recipe.json. Raises RunFolderError listing every change and the flags that would allow the rest.
         """
-        found = _with_defaults(stored_recipe(self.path, missing_ok=True))
-        stored = _with_defaults(recorded) if found is None else found
+        found = with_defaults(stored_recipe(self.path, missing_ok=True))
+        stored = with_defaults(recorded) if found is None else found
         changes = [] if stored is None else differences(stored, self.recipe)
         refused = [change for change in changes if change[0] not in allow]
         if refused:
-            listed = ", ".join(f"{key}: {_shown(old)} -> {_shown(new)}" for key, old, new in changes)
+            listed = ", ".join(f"{key}: {shown(old)} -> {shown(new)}" for key, old, new in changes)
             flags = " ".join(f"--allow {key}" for key, _, _ in changes)
             raise RunFolderError(
                 f"{self.path}: the recipe is not the one this run was made with ({listed}): "
@@ -92,9 +99,10 @@ class RunFolder:
 
     def record_recipe(self, check: RecipeCheck, step: int = 0) -> None:
         """Record this recipe, and an earlier one that it replaces as recipe.<step>.json. step: where the run continues."""
-        if not check.missing and not check.changes:
-            return
-        with _blamed(self.path):
+        with blamed(self.path):
+            fsops.make_dirs(self.checkpoints)
+            if not check.missing and not check.changes:
+                return
             if check.stored is not None and check.changes:
                 fsops.write_bytes(self._unused_name(step), canonical_json(check.stored) + b"\n")
             # The truth last: a crash in between leaves a view that the next start writes again.
@@ -103,7 +111,7 @@ class RunFolder:
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         """Record where the run is being started: JSON values only. The record of each start that made a checkpoint lies in its manifest."""
-        with _blamed(self.path):
+        with blamed(self.path):
             fsops.write_bytes(self.path / ENVIRONMENT, canonical_json(environment) + b"\n")
 
     def _unused_name(self, step: int) -> Path:
@@ -135,7 +143,7 @@ def stored_recipe(folder: Path, *, missing_ok: bool = False) -> dict[str, Any] |
     return stored
 
 
-def _with_defaults(recipe: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def with_defaults(recipe: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """A recipe that an earlier version recorded, with the keys that came since: their defaults are what it did."""
     try:
         return recipe if recipe is None else Recipe.model_validate(recipe).model_dump(mode="json")
@@ -147,7 +155,7 @@ def _with_defaults(recipe: Mapping[str, Any] | None) -> Mapping[str, Any] | None
 def held_run(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder that is there, for a command that changes it. Raises RunFolderError where the run is in use."""
     with contextlib.ExitStack() as stack:
-        with _blamed(folder):
+        with blamed(folder):
             _take_lock(stack, folder)
         yield
 
@@ -156,19 +164,33 @@ def held_run(folder: Path) -> Iterator[None]:
 def open_run(folder: Path, recipe: dict[str, Any]) -> Iterator[RunFolder]:
     """Make or open a run's folder and hold its lock until the block ends. Temporary files of dead processes are removed.
 
+    A folder that was made for this start is removed again where the start is refused: the block fails before `record_recipe`.
     recipe: the resolved recipe, JSON values. Raises RunFolderError, before anything else is done, where the folder is in use, read-only,
     on a full disk or not a folder.
     """
     folder = Path(folder)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
     with contextlib.ExitStack() as stack:
-        with _blamed(folder):
+        with blamed(folder):
             fsops.make_dirs(folder)
             _take_lock(stack, folder, recipe=recipe)
             run = RunFolder(folder, parse_json(canonical_json(recipe)))  # as it will read back: tuples become lists
-            fsops.make_dirs(run.checkpoints)
             fsops.remove_leftovers(folder)
             fsops.remove_leftovers(run.checkpoints)
-        yield run
+        try:
+            yield run
+        except (Exception, KeyboardInterrupt):
+            if made and not (folder / RECIPE).exists():
+                _remove_made(made)
+            raise
+
+
+def _remove_made(made: list[Path]) -> None:
+    """Remove a refused start's folder with all in it, and what was made above it where nothing else lies there."""
+    with contextlib.suppress(OSError):  # the error that led here is the one to report
+        fsops.remove_tree(made[0])
+        for place in made[1:]:
+            fsops.remove_dir(place)
 
 
 def asked_recipe(folder: Path) -> dict[str, Any] | None:
@@ -215,7 +237,7 @@ def _differences(key: str, old: Any, new: Any) -> Iterator[Difference]:
         yield from _differences(f"{key}.{name}" if key else name, old_item, new_item)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     return repr(value) if value is ABSENT else canonical_json(value).decode()
 
 
@@ -237,7 +259,7 @@ def _holder(lock: Path) -> str:
 
 
 @contextlib.contextmanager
-def _blamed(folder: Path) -> Iterator[None]:
+def blamed(folder: Path) -> Iterator[None]:
     """Turn a failing file operation into a RunFolderError that names the folder."""
     try:
         yield

@@ -113,7 +113,7 @@ def test_a_run_starts_from_a_folder(weftrain: Weftrain, tmp_path: Path, tiny_ove
     starts = []
     for source in ("ours", "read_in"):
         follower = load_recipe("crystal_demo", [*tiny_overrides, f"start_from={{run: {source}, state: weights}}"]).recipe
-        start = starting_state(follower, tmp_path / "none", tmp_path / "runs", print)
+        start = starting_state(follower, None, tmp_path / "runs", print)
         assert start is not None
         assert start.state.step == 0
         starts.append(start.weights() or {})

@@ -68,16 +68,14 @@ def recorded(run: RunFolder, *allow: str, step: int = 0) -> list[Difference]:
 def test_the_lock_ends_with_the_block_also_after_an_error(tmp_path: Path) -> None:
     with suppress(ZeroDivisionError), open_run(tmp_path, RECIPE):
         1 / 0  # noqa: B018
-    with open_run(tmp_path, RECIPE) as run:
-        assert run.checkpoints.is_dir()
-        with pytest.raises(RunFolderError, match="in use"), open_run(tmp_path, RECIPE):
-            pass
+    with open_run(tmp_path, RECIPE), pytest.raises(RunFolderError, match="in use"), open_run(tmp_path, RECIPE):
+        pass
 
 
 def test_leftovers_of_dead_processes_are_removed_by_the_holder_alone(tmp_path: Path) -> None:
     with open_run(tmp_path, RECIPE) as run:
         leftover = run.checkpoints / ".tmp-step_00000005-1-ab"
-        leftover.mkdir()
+        leftover.mkdir(parents=True)
         (leftover / "state-00001-of-00001.safetensors").write_bytes(b"half")
         (tmp_path / ".tmp-recipe.json-1-ab").write_bytes(b"half")
         with suppress(RunFolderError), open_run(tmp_path, RECIPE):

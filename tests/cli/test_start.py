@@ -1,0 +1,227 @@
+"""How `weftrain train` starts: a refused start leaves no trace, and a run goes on from its own checkpoints alone."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from weftrain.core import checkpoint
+from weftrain.core.canonical import canonical_json
+from weftrain.core.ledger import LEDGER, TORN, lineage, read_ledger
+from weftrain.core.manifest import read_manifest
+from weftrain.core.metrics import read_metrics
+
+Train = Callable[..., Result]
+BASE = ["--backend", "null", "schedule.steps=6", "checkpoint.every_steps=2"]
+MORE = ["--backend", "null", "schedule.steps=8", "checkpoint.every_steps=2", "--allow", "schedule.steps"]
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder; of a lock, only that it is there: it says who held it last."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() and path.name != "lock" else None for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def run(train_tiny: Train, tmp_path: Path) -> Path:
+    """A run of 6 steps with checkpoints of steps 2, 4 and 6."""
+    done = train_tiny(*BASE)
+    assert done.exit_code == 0, done.output
+    return tmp_path / "runs" / "crystal_demo"
+
+
+def went_on(result: Result, run: Path) -> list[int]:
+    """Steps of the checkpoints on the ledger's line, after a start that went well."""
+    assert result.exit_code == 0, result.output
+    return [point.step for point in lineage(read_ledger(run / LEDGER)).checkpoints]
+
+
+def refused(result: Result, *wanted: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit), result.output  # no traceback
+    for words in wanted:
+        assert words in result.output
+
+
+REFUSED = {
+    "kernels pin": ["kernels.pins.rope=nobody"],
+    "unknown option": ["backend.options.devise=cpu"],
+    "backend": ["backend.name=nobody"],
+    "replicas": ["batch.replicas=2", "batch.micro_batch_size=2"],
+    "data": ["data.synthetic_rows=null", "data.sources=[{name: a, path: not_there, weight: 1}]"],
+    "start_from": ["start_from={run: not_there, state: all}"],
+    "model": ["model.num_layers=3"],
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED.values(), ids=REFUSED)
+def test_a_refused_start_leaves_no_trace(train_tiny: Train, tmp_path: Path, arguments: list[str]) -> None:
+    keys = [item.split("=")[0] for item in arguments]
+    allowed = [word for key in [*keys, "schedule.steps", "data"] for word in ("--allow", key)]
+    allowed += [word for leaf in ("name", "path", "weight", "epochs", "tokens", "fim") for word in ("--allow", f"data.sources.0.{leaf}")]
+    if arguments != REFUSED["model"]:  # a new run may have any
+        refused(train_tiny("schedule.steps=2", *arguments))
+        assert not (tmp_path / "runs").exists()
+    first = train_tiny("schedule.steps=2", "--backend", "local")
+    assert first.exit_code == 0, first.output
+    if arguments != REFUSED["start_from"]:  # looked at where a run begins
+        before = tree(tmp_path)
+        refused(train_tiny("schedule.steps=4", *arguments, *allowed))
+        assert tree(tmp_path) == before
+        refused(train_tiny("schedule.steps=4", "seed=2"), "--allow")
+        assert tree(tmp_path) == before
+    assert "is complete" in train_tiny("schedule.steps=2", "--backend", "local").output
+    assert train_tiny("schedule.steps=3", "--allow", "schedule.steps").exit_code == 0
+
+
+def test_a_name_that_a_killed_start_left_behind_is_free(train_tiny: Train, tmp_path: Path) -> None:
+    """An empty folder with a lock is no run: whatever recipe comes next may have the name."""
+    folder = tmp_path / "runs" / "crystal_demo"
+    folder.mkdir(parents=True)
+    (folder / "lock").write_text("{}")
+    refused(train_tiny(*BASE, "kernels.pins.rope=nobody", "--backend", "local"))
+    assert (folder / "lock").exists()
+    assert train_tiny(*BASE, "seed=5").exit_code == 0
+
+
+def foreign(train_tiny: Train, run: Path, *more: str) -> Path:
+    """The newest checkpoint of another run put beside this one's."""
+    assert train_tiny(*MORE[:4], "--run", "other", *more).exit_code == 0
+    other = run.parent / "other" / "checkpoints" / "step_00000008"
+    return Path(shutil.copytree(other, run / "checkpoints" / other.name))
+
+
+def forged(place: Path, **claims: object) -> Path:
+    """A checkpoint with other claims in its manifest, consistent in itself."""
+    from weftrain.core.canonical import sha256_json
+    from weftrain.core.manifest import root_of
+
+    manifest = json.loads((place / "manifest.json").read_bytes()) | claims
+    manifest["recipe_sha256"] = sha256_json(manifest["recipe"])
+    manifest["root"] = root_of(manifest)
+    (place / "manifest.json").write_bytes(canonical_json(manifest) + b"\n")
+    return place
+
+
+def test_a_foreign_checkpoint_is_refused_and_named(train_tiny: Train, run: Path) -> None:
+    before = tree(run)
+    place = foreign(train_tiny, run)
+    refused(train_tiny(*MORE), str(place), "its parent is", "move the folder away")
+    last = read_manifest(run / "checkpoints" / "step_00000006")
+    forged(place, parent=last["root"], recipe=last["recipe"] | {"seed": 77})
+    refused(train_tiny(*MORE), "made with another recipe (seed: ")
+    forged(place, recipe=last["recipe"], dataset_id="e" * 64)
+    refused(train_tiny(*MORE, "--allow", "data"), "was trained on dataset eeeeeeeeeeee")
+    shutil.rmtree(place)
+    assert tree(run) == before
+    assert went_on(train_tiny(*MORE), run) == [2, 4, 6, 8]
+
+
+def cut_ledger(run: Path, after: str, count: int) -> None:
+    """Keep the ledger's lines up to the `count`-th of kind `after`."""
+    lines, kept = (run / LEDGER).read_bytes().splitlines(keepends=True), []
+    for line in lines:
+        kept.append(line)
+        count -= json.loads(line)["kind"] == after
+        if not count:
+            break
+    (run / LEDGER).write_bytes(b"".join(kept))
+
+
+def test_a_shortened_ledger_is_refused_or_repaired_on_the_record(train_tiny: Train, run: Path) -> None:
+    cut_ledger(run, "checkpoint", 1)
+    before = tree(run)
+    refused(train_tiny(*MORE), "does not list the checkpoints of steps 4, 6", "--repair-ledger")
+    assert tree(run) == before
+    assert went_on(train_tiny(*MORE, "--repair-ledger"), run) == [2, 4, 6, 8]
+    entries = read_ledger(run / LEDGER)
+    assert [entry["step"] for entry in entries if entry.get("entered") == "repair"] == [4, 6]
+    assert entries[-3]["kind"] == "resume"
+    assert entries[-3]["repaired"]
+
+
+def test_a_lost_ledger_is_refused_or_begun_anew_on_the_record(train_tiny: Train, run: Path) -> None:
+    (run / LEDGER).unlink()
+    refused(train_tiny(*MORE), "no ledger.jsonl", "--repair-ledger")
+    assert train_tiny(*MORE, "--repair-ledger").exit_code == 0
+    assert read_ledger(run / LEDGER)[0]["repaired"]
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_what_one_crash_leaves_out_is_entered(train_tiny: Train, run: Path, complete: bool) -> None:
+    """The newest checkpoint alone, with its line torn; also where nothing is left to train."""
+    cut_ledger(run, "checkpoint", 2)
+    with (run / LEDGER).open("ab") as file:
+        file.write(b'{"dataset')
+    result = train_tiny(*(BASE if complete else MORE))
+    assert "a crash tore the last line: its 9 bytes are moved to ledger.torn" in result.output
+    assert went_on(result, run) == ([2, 4, 6] if complete else [2, 4, 6, 8])
+    entered = [entry for entry in read_ledger(run / LEDGER) if entry.get("entered")]
+    assert [(entry["step"], entry["entered"], entry["torn_bytes"]) for entry in entered] == [(6, "resume", 9)]
+    assert (run / TORN).read_bytes() == b'{"dataset\n'
+
+
+def damage(place: Path) -> None:
+    path = next(place.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_what_was_passed_over_is_in_the_ledger(train_tiny: Train, run: Path) -> None:
+    damage(run / "checkpoints" / "step_00000004")
+    shutil.rmtree(run / "checkpoints" / "step_00000006")
+    result = train_tiny(*BASE)
+    assert "the ledger lists a checkpoint of step 6" in result.output
+    assert "passed over a damaged checkpoint" in result.output
+    assert went_on(result, run) == [2, 4, 6]
+    resume = next(entry for entry in read_ledger(run / LEDGER) if entry["kind"] == "resume")
+    assert resume["passed_over"] == [[4, "damaged"], [6, "missing"]]
+
+
+def test_no_whole_checkpoint_left_is_no_reason_to_begin_again(train_tiny: Train, run: Path) -> None:
+    refused(train_tiny(*MORE, "--from-scratch"), "stands at step 6")
+    for step in (2, 4):
+        damage(run / "checkpoints" / f"step_{step:08d}")
+    shutil.rmtree(run / "checkpoints" / "step_00000006")
+    before = tree(run)
+    refused(train_tiny(*BASE), "(step 2: damaged, step 4: damaged, step 6: missing)", "--from-scratch")
+    assert tree(run) == before
+    assert went_on(train_tiny(*BASE, "--from-scratch"), run) == [2, 4, 6]
+    resume = next(entry for entry in read_ledger(run / LEDGER) if entry["kind"] == "resume")
+    assert (resume["step"], resume["from_scratch"], resume["parent"]) == (0, True, None)
+
+
+def test_an_unreadable_checkpoint_is_not_a_damaged_one(train_tiny: Train, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails, or permissions: nobody knows whether it is whole, so nothing older takes its place."""
+    opened = checkpoint.open_regular
+
+    def fails(path: Path) -> object:
+        if path.parent.name == "step_00000006":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return opened(path)
+
+    before = tree(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "open_regular", fails)
+        refused(train_tiny(*MORE), "step_00000006", "cannot be read: Input/output error")
+    assert tree(run) == before
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_damaged_metrics_line_is_moved_by_the_next_start(train_tiny: Train, run: Path, weftrain: Train, complete: bool) -> None:
+    lines = (run / "metrics.jsonl").read_bytes().split(b"\n")
+    lines[2] = b"\0" * len(lines[2])
+    (run / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    refused(weftrain("report", run, "--to", run.parent / "report.html"), "metrics.jsonl:3", "weftrain train")
+    result = train_tiny(*(BASE if complete else MORE))
+    assert result.exit_code == 0, result.output
+    assert "metrics.jsonl:3: not a metrics line: it is moved to metrics.torn" in result.output
+    assert lines[2] in (run / "metrics.torn").read_bytes()
+    assert [record["lines"] for record in read_metrics(run) if record["kind"] == "repair"] == [[3]]
+    assert weftrain("report", run, "--to", run.parent / "report.html").exit_code == 0
