@@ -116,10 +116,10 @@ def _train(
             if start.state is not None:
                 run.import_state(start.state)
         fingerprint = run.fingerprint()
-        speed = run_speed(recipe, backend, run, folder.path / METRICS)
-        _announce(console, recipe, fingerprint, speed.peak, folder.path, start.first_step)
         environment = {**fingerprint.as_json(), "weftrain": importlib.metadata.version("weftrain")}
         ledger = commit(start, folder, recipe, source.dataset_id, environment)
+        speed = run_speed(recipe, backend, run, folder.path / METRICS)
+        _announce(console, recipe, fingerprint, speed.peak, folder.path, start.first_step)
         with (
             MetricsWriter(folder.path, recipe.log.tensorboard, start.resumed_step) as metrics,
             Bar(console, name, plan.last_step, start.first_step) as bar,
