@@ -309,10 +309,11 @@ class PlainBackend:
     def follows(self) -> bool:
         return False
 
-    def follow(
-        self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], leaving: Callable[[], bool], wait_s: float
-    ) -> None:
+    def follow(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
         raise BackendError(f"the {self.name} backend has no replicas that join: --backend streaming does")
+
+    def nothing_to_lead(self, job: Job) -> None:
+        pass
 
 
 def check_state(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -120,7 +120,7 @@ def _bench(file: RecipeFile, wishes: Wishes, report_folder: Path | None, mllog: 
     torch.set_num_threads(wishes.threads or default_threads)
     if backend.follows():
         job = Job(recipe, Plan(0, wishes.steps), options, threads=wishes.threads)
-        backend.follow(lambda: job, lambda job: bench_source(job.recipe), lambda: False, 0)
+        backend.follow(lambda: job, lambda job: bench_source(job.recipe), 0)
         return
     console = Console(highlight=False, soft_wrap=True, stderr=True)
     started = milliseconds()

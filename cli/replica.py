@@ -22,10 +22,10 @@ def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
     import time
 
     from weftrain.cli.assembly import backend_options, open_data
-    from weftrain.cli.train import StopRequest
     from weftrain.core.backend import Job, Plan
     from weftrain.core.errors import BackendError
     from weftrain.core.run_folder import LOCK, asked_recipe
+    from weftrain.core.stop import StopRequest
 
     wrong = [item for item in overrides if not item.startswith("backend.options.")]
     if wrong:
@@ -41,13 +41,15 @@ def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
             )
         return recorded_recipe(asked, f"{run / LOCK}: recipe", overrides)
 
+    stop = StopRequest()
+
     def read() -> Job:
         found = file()
-        return Job(found.recipe, Plan(0, found.recipe.schedule.steps), backend_options(found)[1], folder=run)
+        return Job(found.recipe, Plan(0, found.recipe.schedule.steps), backend_options(found)[1], folder=run, stop=stop)
 
     backend, _ = backend_options(file())
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"joining {run}", markup=False)
-    with StopRequest() as stop:
-        backend.follow(read, lambda job: open_data(job.recipe)[0], stop.requested, wait_s)
+    with stop:
+        backend.follow(read, lambda job: open_data(job.recipe)[0], wait_s)
     console.print("left the run" if stop.requested() else "the run ended", markup=False)

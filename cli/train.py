@@ -10,13 +10,11 @@ import contextlib
 import importlib.metadata
 import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,6 +26,7 @@ from weftrain.cli.show import arithmetic
 from weftrain.core.config import Recipe
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import RecipeFile, load_recipe, recorded_recipe
+from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
     from weftrain.core.backend import Fingerprint, Plan
@@ -82,8 +81,8 @@ def _follow(file: RecipeFile, folder: Path, stop: StopRequest) -> None:
     from weftrain.core.backend import Job, Plan
 
     backend, options = backend_options(file)
-    job = Job(file.recipe, Plan(0, file.recipe.schedule.steps), options, folder=folder)
-    backend.follow(lambda: job, lambda job: open_data(job.recipe)[0], stop.requested, 0)
+    job = Job(file.recipe, Plan(0, file.recipe.schedule.steps), options, folder=folder, stop=stop)
+    backend.follow(lambda: job, lambda job: open_data(job.recipe)[0], 0)
 
 
 def _train(
@@ -108,13 +107,17 @@ def _train(
             settle(start, folder)
             console.print(f"run {folder.path} is complete: {start.first_step} of {start.last_step} steps")
             _summarize(console, recipe, runs / name, again)
+            backend.nothing_to_lead(Job(recipe, _plan(recipe, start.first_step), options, folder=folder.path, stop=stop))
             return
         plan = _plan(recipe, start.first_step)
         with _Progress(console) as told:
-            run = prepare_run(backend, Job(recipe, plan, options, start.weights, told, folder.path))
+            run = prepare_run(backend, Job(recipe, plan, options, start.weights, told, folder.path, stop))
             ending.callback(run.close)  # also after an error: what a backend keeps on disk becomes durable, and others learn of the end
             if start.state is not None:
                 run.import_state(start.state)
+        if stop.number:  # there is nothing to save yet, and a first step may take longer than whoever asks will wait
+            console.print("stopped before the first step; the same command starts again")
+            return
         fingerprint = run.fingerprint()
         environment = {**fingerprint.as_json(), "weftrain": importlib.metadata.version("weftrain")}
         ledger = commit(start, folder, recipe, source.dataset_id, environment)
@@ -226,29 +229,6 @@ class _Progress:
         if self._own is not None:
             self._own.__exit__(*error)
         self._own = None
-
-
-class StopRequest:
-    """SIGTERM or SIGINT, remembered: the step is finished and saved first. A second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def requested(self) -> bool:
-        return self.number != 0
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = number
 
 
 def _announce(console: Console, recipe: Recipe, fingerprint: Fingerprint, peak: object, folder: Path, first: int) -> None:

@@ -19,6 +19,7 @@ import torch
 from weftrain.core.canonical import canonical_json
 from weftrain.core.config import Recipe, Section
 from weftrain.core.errors import BackendError
+from weftrain.core.stop import StopRequest
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ class Job:
     weights: Mapping[str, torch.Tensor] | None = field(default=None)  # initial weights by canonical name; None: drawn from the seed
     progress: Callable[[str, float], None] = lambda words, share: None  # told what is being done and how much of it is (0..1); for a bar
     folder: Path | None = None  # the run's, where a backend may keep files of its own in a folder of its own name; None: there is none
+    stop: StopRequest = field(default_factory=StopRequest)  # whether this process was asked to stop
     time_phases: bool = False  # time the parts of each step; on an accelerator this waits for the device at the end of every step
     threads: int | None = None  # CPU threads of this process, before what the options say; Fingerprint.threads tells what came of it
 
@@ -300,14 +302,16 @@ class Backend(Protocol):
         """Whether this process was started to follow another one that leads the run: then `follow` is called, and `prepare` never."""
         ...
 
-    def follow(
-        self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], leaving: Callable[[], bool], wait_s: float
-    ) -> None:
+    def follow(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
         """Take part in a run that another process leads, until it ends.
 
-        read: the job as this process knows it now. leaving: whether this one wants to go. wait_s: how long to wait for a run.
+        read: the job as this process knows it now; its `stop` is this process's wish to go. wait_s: how long to wait for a run.
         Raises BackendError, also for a backend whose runs nobody can join.
         """
+        ...
+
+    def nothing_to_lead(self, job: Job) -> None:
+        """This process was to lead a run and found it complete: processes that were started to follow it end, too."""
         ...
 
     def outline(self, recipe: Recipe, options: Section) -> list[str]:

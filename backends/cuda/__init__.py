@@ -76,21 +76,27 @@ class CudaBackend(PlainBackend):
         from weftrain.backends.cuda.world import meet
 
         options = _set_up(job)
-        world = meet(options.device, options.timeout_s)
+        world = meet(options.device, options.timeout_s, job.stop)
         plan = {name: getattr(job.plan, name) for name in ("start_step", "last_step")}
         world.order(do="prepare", recipe=job.recipe.model_dump(mode="json"), plan=plan, weights=job.weights is not None)
         return CudaRun(job, options, world, job.weights is not None)
 
-    def follow(
-        self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], leaving: Callable[[], bool], wait_s: float
-    ) -> None:
+    def nothing_to_lead(self, job: Job) -> None:
+        """See Backend.nothing_to_lead: the others wait to meet rank 0, and are sent home at the end of this process."""
+        from weftrain.backends.cuda.world import launched, meet
+
+        if launched():
+            options = _set_up(job)
+            meet(options.device, options.timeout_s, job.stop)
+
+    def follow(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
         """Ranks above 0. See Backend.follow; a rank leaves when rank 0 ends the run."""
         from weftrain.backends.cuda.follower import Follower
         from weftrain.backends.cuda.world import meet
 
         job = read()
         options = _set_up(job)
-        Follower(meet(options.device, options.timeout_s), job, open_source).follow()
+        Follower(meet(options.device, options.timeout_s, job.stop), job, open_source).follow()
 
 
 def _set_up(job: Job) -> CudaOptions:

@@ -38,6 +38,7 @@ class Follower:
                     continue  # every rank was told; rank 0 decides
                 self._world.say_last_words(str(error))
                 raise
+        self._world.stop.ask(order.get("signal", 0))  # so that every rank ends with the same exit code
         leave()
 
     def _carry_out(self, order: dict[str, Any]) -> None:

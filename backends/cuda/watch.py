@@ -23,7 +23,7 @@ from weftrain.backends.cuda.world import RESTS, World
 from weftrain.core import fsops
 
 _BEAT_S = 1.0
-_GRACE_S = 5.0  # from the loss of the launcher or of rank 0 to the end of a process that may hang in a collective
+_GRACE_S = 5.0  # from the loss of the store to the end of a process that may hang in a collective
 _LONGEST_STACK = 4000
 
 
@@ -37,8 +37,7 @@ class Watch:
         self.stall_s, self.folder = 60.0, Path()
         self._main = threading.main_thread().ident
         self._end = threading.Event()
-        # torchrun's agent, whose death its workers must not outlive; who starts ranks by hand may close his shell.
-        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._told = False  # that this process was asked to stop
         self._store = world.own_store()
         self._thread = threading.Thread(target=self._run, name="weftrain-watch", daemon=True)
         self._thread.start()
@@ -56,6 +55,7 @@ class Watch:
             held_s = time.monotonic() - since
             beat = {"step": now[0], "doing": now[1], "waiting": self._world.waiting}
             try:
+                self.pass_on_stop()
                 self._store.set(f"beat/{self._world.rank}", json.dumps(beat))
                 self._answer()
                 if self._world.leads and held_s > self.stall_s and not named:
@@ -63,16 +63,24 @@ class Watch:
                     self._name_who_stalls(held_s)
             except (RuntimeError, dist.DistError):
                 self._leave_if_alone()
-            if self._parent is not None and os.getppid() != self._parent:
-                self._leave_if_alone()
 
     def _leave_if_alone(self) -> None:
-        """The launcher, or rank 0, is gone: what hangs in a collective would stay behind for ever."""
+        """The store, and so rank 0 or the launcher's agent, is gone: what hangs in a collective would stay behind for ever."""
         if self._end.wait(_GRACE_S):
             return
-        sys.stderr.write(f"weftrain: rank {self._world.rank}: the launcher or rank 0 is gone, and so is this process\n")
+        sys.stderr.write(f"weftrain: rank {self._world.rank}: rank 0 or its launcher is gone, and so is this process\n")
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(128 + self._world.stop.number if self._world.stop.number else 1)
+
+    def pass_on_stop(self) -> None:
+        """A signal may reach any one rank. Rank 0 alone decides after which step the run stops, so it has to know."""
+        stop = self._world.stop
+        if self._world.leads:
+            if self._store.check(["stop"]):
+                stop.ask(int(self._store.get("stop")))
+        elif stop.number and not self._told:
+            self._told = True
+            self._store.set("stop", str(stop.number))
 
     def _stack(self) -> str:
         frame = sys._current_frames().get(self._main or 0)

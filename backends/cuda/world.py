@@ -25,6 +25,7 @@ import torch.distributed as dist
 from weftrain.backends.shared import torch_device
 from weftrain.core.canonical import canonical_json
 from weftrain.core.errors import BackendError, EverywhereError, WeftrainError
+from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
     from weftrain.backends.cuda.watch import Watch
@@ -42,7 +43,8 @@ def launched() -> bool:
 class World:
     """This process among the ranks of a run. Made by `meet`, and ended by `leave`."""
 
-    def __init__(self, device: torch.device, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
+    def __init__(self, device: torch.device, store: dist.Store, rank: int, size: int, timeout_s: float, stop: StopRequest) -> None:
+        self.stop = stop  # this process's; watch.py carries it from rank to rank
         self.device, self.store, self.rank, self.size, self.timeout_s = device, store, rank, size, timeout_s
         self.host = socket.gethostname()
         self.doing = RESTS  # what this rank's main thread is at, for whoever asks (watch.py)
@@ -197,9 +199,14 @@ _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _worlds: dict[str, World] = {}  # of this process, at most one: torch.distributed has one default group a process
 
 
-def meet(wanted_device: str, timeout_s: float) -> World:
-    """This process's world, made where there is none yet. Raises BackendError, in one line, where the ranks cannot meet."""
+def meet(wanted_device: str, timeout_s: float, stop: StopRequest | None = None) -> World:
+    """This process's world, made where there is none yet. Raises BackendError, in one line, where the ranks cannot meet.
+
+    stop: this process's; a signal while it waits for the others ends it at once.
+    """
+    stop = StopRequest() if stop is None else stop
     if "world" in _worlds and dist.is_initialized():
+        _worlds["world"].stop = stop
         return _worlds["world"]
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch_device(wanted_device)
@@ -217,7 +224,7 @@ def meet(wanted_device: str, timeout_s: float) -> World:
     if not launched():
         store: dist.Store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        world = World(device, store, 0, 1, timeout_s)
+        world = World(device, store, 0, 1, timeout_s, stop)
     else:
         missing = [name for name in _RANK_VARIABLES if name not in os.environ]
         if missing:
@@ -225,11 +232,12 @@ def meet(wanted_device: str, timeout_s: float) -> World:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         rank = int(os.environ["RANK"])
         try:
-            store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-            store.set_timeout(timeout)
-            # What ranks of an earlier attempt wrote there, such as their addresses, is no longer true.
-            store = dist.PrefixStore(f"weftrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout)
+            with stop.ends_at_once():
+                store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+                store.set_timeout(timeout)
+                # What ranks of an earlier attempt wrote there, such as their addresses, is no longer true.
+                store = dist.PrefixStore(f"weftrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+                dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout)
         except (RuntimeError, ValueError, dist.DistError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             taken = "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
@@ -240,7 +248,7 @@ def meet(wanted_device: str, timeout_s: float) -> World:
                 "network interface is meant (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
             )
             raise BackendError(f"rank {rank}: the ranks could not meet at {where} ({first}): {remedy}") from error
-        world = World(device, dist.PrefixStore("run", store), rank, size, timeout_s)
+        world = World(device, dist.PrefixStore("run", store), rank, size, timeout_s, stop)
     _worlds["world"] = world
     try:
         if world.size > 1:
@@ -273,7 +281,7 @@ def _end() -> None:
     """Rank 0, at the end of its process: the others need not wait for orders any more."""
     if "world" in _worlds:
         with contextlib.suppress(BackendError):
-            _worlds["world"].order(do="end")
+            _worlds["world"].order(do="end", signal=_worlds["world"].stop.number)
         leave()
 
 

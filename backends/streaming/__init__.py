@@ -145,16 +145,14 @@ class StreamingBackend(PlainBackend):
             if replicas > 1 or options.open_to_replicas:
                 if job.folder is None:
                     raise BackendError("replicas meet in the run's folder, and this run has none: set batch.replicas=1")
-                fabric = Leader(job.folder, _agreement(job), replicas, device, options.fabric == "sharded", options.timeout_s)
+                fabric = Leader(job.folder, _agreement(job), replicas, device, options.fabric == "sharded", options.timeout_s, job.stop)
             return StreamingRun(job, options, device, store, fabric)
         except BaseException:
             store.close()
             raise
 
-    def follow(
-        self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], leaving: Callable[[], bool], wait_s: float
-    ) -> None:
-        """Be a replica of a run until it ends, or until `leaving` says so and rank 0 lets go.
+    def follow(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
+        """Be a replica of a run until it ends, or until this process is asked to stop and rank 0 lets go.
 
         read: the run's job, as its folder tells it now. Raises BackendError where no run lets this process in within wait_s, or where it
         is lost.
@@ -177,7 +175,7 @@ class StreamingBackend(PlainBackend):
             store = EmptyStore(layout_of(job.recipe, options))
         run = StreamingRun(job, options, device, store, fabric)
         try:
-            run.follow(open_source(job), leaving)
+            run.follow(open_source(job))
         finally:
             run.close()
 

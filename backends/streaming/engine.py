@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -90,6 +90,7 @@ class StreamingRun:
         self._lender = Lender()
         self._measured: dict[str, float] = {}
         self._dataset_id: str | None = None
+        self._stop = job.stop
         self._trace_path = None if job.folder is None or not options.trace_steps else job.folder / "trace.json"
 
         if fabric.rank == 0 and (not self._all_stand(store.commit) or self._standing().step < job.plan.start_step):
@@ -151,13 +152,13 @@ class StreamingRun:
 
     # -- the other ranks
 
-    def follow(self, source: BatchSource, leaving: Callable[[], bool]) -> None:
+    def follow(self, source: BatchSource) -> None:
         """Take orders from rank 0 until the run ends or this rank has left. Raises BackendError where rank 0 is lost."""
         assert isinstance(self._fabric, Follower)
         self._dataset_id = source.dataset_id
         while (order := self._fabric.next_order()) is not None:
-            if leaving():
-                self._fabric.leave()
+            if self._stop.requested():
+                self._fabric.leave(self._stop.number)
             match order.pop("do"):
                 case "step":
                     self._own_share(source, order["step"])

@@ -31,6 +31,7 @@ from weftrain.core import fsops
 from weftrain.core.backend import Job
 from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.errors import BackendError
+from weftrain.core.stop import StopRequest
 
 Gradients = dict[str, Tensor]
 Finish = Callable[[Record, Gradients], None]
@@ -69,7 +70,8 @@ def join_run(
     deadline, meeting, follower, job, why = time.monotonic() + timeout_s, "", None, read(), "no run waits for replicas there"
     assert job.folder is not None
     folder = job.folder
-    while follower is None or not follower.let_in():
+    while follower is None or not follower.let_in(job.stop):
+        job.stop.leave_if_requested()
         note = _read_note(folder)
         if note is not None and note["meeting"] != meeting:
             job = read()
@@ -294,12 +296,16 @@ class Group(Alone):
 class Leader(Group):
     """Rank 0. Waits for `replicas - 1` others; later ones are let in between two steps."""
 
-    def __init__(self, folder: Path, agreement: str, replicas: int, device: torch.device, sharded: bool, timeout_s: float) -> None:
+    def __init__(
+        self, folder: Path, agreement: str, replicas: int, device: torch.device, sharded: bool, timeout_s: float, stop: StopRequest
+    ) -> None:
         super().__init__(_open_meeting(folder, agreement), device, sharded, timeout_s)
+        self._stop = stop
         self._members: list[int] = []  # numbers that followers drew, in the order of their ranks
         self._known = self._generation = 0
         deadline = time.monotonic() + timeout_s
         while int(self._store.add("drawn", 0)) < replicas - 1:
+            stop.leave_if_requested()
             if time.monotonic() > deadline:
                 here = int(self._store.add("drawn", 0))
                 raise BackendError(
@@ -307,13 +313,16 @@ class Leader(Group):
                     "or set batch.replicas"
                 )
             time.sleep(0.05)
-        self._admit()
+        with stop.ends_at_once():
+            self._admit()
 
     def regroup(self) -> None:
         gone = [number for number in self._members if self._store.check([f"leaving/{number}"])]
-        if gone or (not self.sharded and int(self._store.add("drawn", 0)) > self._known):
-            if self.sharded:
-                raise BackendError("a rank of a sharded store asked to leave: its part of the state would be missing; stop the run instead")
+        if self.sharded:  # without a rank its part of the state would be missing: the run stops, and is saved while all are there
+            for number in gone:
+                self._stop.ask(int(self._store.get(f"leaving/{number}")))
+            return
+        if gone or int(self._store.add("drawn", 0)) > self._known:
             self.order(do="regroup")
             self._members = [number for number in self._members if number not in gone]
             for number in gone:
@@ -353,13 +362,14 @@ class Follower(Group):
         self._number, self._generation = int(self._store.add("drawn", 1)), 0
         self.left = False
 
-    def let_in(self) -> bool:
+    def let_in(self, stop: StopRequest) -> bool:
         """Whether rank 0 has given this one a seat; it then sits."""
         first = f"first/{self._number}"
         if not self._store.check([first]):
             return False
         self._generation = int(self._store.get(first))
-        self.left = not self._sit()
+        with stop.ends_at_once():
+            self.left = not self._sit()
         return True
 
     def _sit(self) -> bool:
@@ -372,9 +382,9 @@ class Follower(Group):
         self._form(self._generation, int(rank), int(size))
         return True
 
-    def leave(self) -> None:
-        """Ask to go: granted between two steps."""
-        self._store.set(f"leaving/{self._number}", "1")
+    def leave(self, signal_number: int) -> None:
+        """Ask to go, by signal: granted between two steps. Of a sharded store nobody can leave, and the whole run stops."""
+        self._store.set(f"leaving/{self._number}", str(signal_number))
 
     def next_order(self) -> dict[str, Any] | None:
         """What rank 0 says comes next; None where this rank has left or the run ended."""

@@ -122,16 +122,25 @@ def test_the_world_may_shrink_and_grow(overrides: list[str], tmp_path: Path) -> 
 
 
 @pytest.mark.prove
-def test_no_orphan_of_a_killed_launcher(overrides: list[str], tmp_path: Path) -> None:
-    long = [*overrides, "schedule.learning_rate=[{shape: constant, steps: 100000, start: 0.01}]"]
+@pytest.mark.parametrize("trains", [True, False], ids=["while they train", "before they meet"])
+def test_no_orphan_of_a_killed_launcher(trains: bool, overrides: list[str], tmp_path: Path) -> None:
+    long = [*overrides, "schedule.learning_rate=[{shape: constant, steps: 100000, start: 0.01}]", "backend.options.timeout_s=600"]
     with started([*torchrun(2, tmp_path, long), "schedule.steps=100000", "log.every_steps=50"]) as process:
-        wait_for(lambda: logged_steps(tmp_path) > 2, process)
+        wait_for(lambda: logged_steps(tmp_path) > 2 if trains else len(workers(process)) == 2, process)
         left = workers(process)
         process.kill()
         psutil.wait_procs(left, timeout=15)
         assert not any(worker.is_running() for worker in left)
 
 
+# A run measures the machine's matrix-multiply peak, a second each time.
+KNOWN_PEAK = """
+import weftrain.cli.assembly
+from weftrain.analysis.peak import Peak
+weftrain.cli.assembly.measured_matmul_peak = lambda *_, **__: Peak(1e11, "known in tests")
+from weftrain.cli.main import main
+main()
+"""
 STALL = """
 import sys, time
 sys.path[:0] = []
@@ -218,12 +227,65 @@ def test_a_number_of_ranks_that_the_recipe_does_not_ask_for(overrides: list[str]
     assert "2 ranks make 2 data-parallel replicas, and batch.replicas is 1: set batch.replicas=2, or start 1 processes" in line
 
 
-@pytest.mark.prove
-def test_a_signal_stops_all_after_the_step(overrides: list[str], tmp_path: Path) -> None:
-    long = [*overrides, "schedule.learning_rate=[{shape: constant, steps: 100000, start: 0.01}]"]
-    with started([*torchrun(2, tmp_path, long), "schedule.steps=100000"]) as process:
-        wait_for(lambda: logged_steps(tmp_path) > 2, process)
+def one_checkpoint(folder: Path) -> str:
+    """That of the last step that was logged, and whole."""
+    (found,) = (folder / "r" / "checkpoints").iterdir()
+    assert found.name == f"step_{logged_steps(folder):08d}"
+    assert (found / "manifest.json").exists()
+    return found.name
+
+
+LONG = ["schedule.learning_rate=[{shape: constant, steps: 100000, start: 0.01}]", "checkpoint.every_steps=0"]
+
+
+def test_a_signal_at_one_rank_stops_all_after_the_same_step(overrides: list[str], tmp_path: Path) -> None:
+    """All ranks end with the code of the signal, also those that it did not reach."""
+    port = free_port()
+    command = [
+        sys.executable,
+        *TRAIN,
+        "--runs",
+        str(tmp_path),
+        "name=r",
+        "batch.replicas=2",
+        *overrides,
+        *SMALL,
+        *LONG,
+        "schedule.steps=100000",
+    ]
+    with started(command, environment(1, 2, port)) as other, started(command, environment(0, 2, port)) as leader:
+        wait_for(lambda: logged_steps(tmp_path) > 2, leader)
+        other.send_signal(signal.SIGTERM)
+        output, _ = leader.communicate(timeout=60)
+        assert (leader.returncode, other.wait(timeout=60)) == (143, 143), output
+    assert "and saved; the same command resumes" in output
+    one_checkpoint(tmp_path)
+
+
+def test_a_signal_ends_a_rank_that_waits_for_the_others_at_once(overrides: list[str], tmp_path: Path) -> None:
+    port = free_port()
+    command = [*alone_of_two(tmp_path, overrides), "backend.options.timeout_s=600"]
+    with started(command, environment(0, 2, port)) as process:
+        wait_for(lambda: any(item.laddr.port == port for item in psutil.Process(process.pid).net_connections()), process)
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
+        assert process.wait(timeout=30) in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("whom", ["launcher", "everybody"])
+def test_a_stopped_run_is_not_started_again_and_a_complete_one_ends(whom: str, overrides: list[str], tmp_path: Path) -> None:
+    """torchrun alone, or with it all ranks, as a scheduler signals a step; --max-restarts does not undo it."""
+    command = [*torchrun(2, tmp_path, overrides, "--max-restarts", "3"), *LONG]
+    with started([*command, "schedule.steps=100000"]) as process:
+        wait_for(lambda: logged_steps(tmp_path) > 2, process)
+        for one in (psutil.Process(process.pid), *(workers(process) if whom == "everybody" else [])):
+            one.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert output.count("and saved; the same command resumes") == 1
     done = logged_steps(tmp_path)
-    assert (tmp_path / "r" / "checkpoints" / f"step_{done:08d}" / "manifest.json").exists()
+    one_checkpoint(tmp_path)
+    if whom == "launcher":  # rank 0 finds nothing to do, and rank 1 does not wait for it
+        with started([*command, f"schedule.steps={done}", "--allow", "schedule.steps"]) as process:
+            assert f"is complete: {done} of {done} steps" in finished(process)

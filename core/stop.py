@@ -1,0 +1,67 @@
+"""A signal that asks a process to stop. It is remembered, so that the step is finished and saved before the process ends.
+
+A backend gets its process's request as `Job.stop`. While nothing exists that could be saved, a process must not ignore the signal either:
+a wait in Python calls `leave_if_requested`, and one in native code, where no Python handler runs, stands in `ends_at_once`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """SIGTERM or SIGINT, remembered while this is entered (main thread only). A second Ctrl-C stops at once.
+
+    number: the signal by which this process, or another one of its run, was asked to stop; 0: it was not. One that was never entered
+    handles no signal.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._interrupted = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def requested(self) -> bool:
+        return self.number != 0
+
+    def ask(self, number: int) -> None:
+        """Another process of the run was asked to stop by signal `number`; 0: it was not."""
+        self.number = self.number or number
+
+    def leave_if_requested(self) -> None:
+        """Before there is anything to save. Raises SystemExit with 128 + the signal's number."""
+        if self.number:
+            raise SystemExit(128 + self.number)
+
+    @contextlib.contextmanager
+    def ends_at_once(self) -> Iterator[None]:
+        """In this block a signal has its default effect and ends the process: before there is anything to save, around native code."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_DFL)
+        try:
+            self.leave_if_requested()  # one that came before the line above
+            yield
+        finally:
+            for number in self._before:
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = self._interrupted or number == signal.SIGINT
+        self.number = self.number or number

@@ -1,0 +1,52 @@
+"""A signal to stop: remembered while there is something to save, and never ignored while there is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from weftrain.core.stop import StopRequest
+
+
+def test_a_signal_is_remembered_and_a_second_interrupt_stops_at_once() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.requested()
+        stop.leave_if_requested()
+        for _ in range(2):  # a scheduler and torchrun may both send it
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.requested(), stop.number) == (True, signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(SystemExit) as ended:
+        stop.leave_if_requested()
+    assert ended.value.code == 143
+
+
+def test_what_another_process_was_asked_is_no_interrupt_of_this_one() -> None:
+    with StopRequest() as stop:
+        stop.ask(0)
+        assert not stop.requested()
+        stop.ask(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the first that reaches this process
+        stop.ask(signal.SIGTERM)
+        assert stop.number == signal.SIGINT
+
+
+def test_a_signal_has_its_default_effect_where_nothing_can_be_saved_yet() -> None:
+    with StopRequest() as stop:
+        own = signal.getsignal(signal.SIGTERM)
+        with stop.ends_at_once():
+            assert {signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} == {signal.SIG_DFL}
+        assert signal.getsignal(signal.SIGTERM) == own
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(SystemExit), stop.ends_at_once():
+            pytest.fail("it had been asked to stop before")
+        assert signal.getsignal(signal.SIGTERM) == own
+    with StopRequest().ends_at_once():  # never entered: no handler of anybody's is touched
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
