@@ -93,16 +93,21 @@ _ALL = (
         "Cerebras CS-2 data sheet: 40 GB on the wafer, 20 PB/s, 1.2 Tb/s of network; it gives no dense 16-bit rate",
     ),
 )
+MOST_DEVICES = 1_000_000
 DEVICES = {device.name: device for device in _ALL}
 
 
 def parse_devices(text: str) -> tuple[int, Device]:
-    """'224xA100-80GB' -> (224, that device). Raises DeviceError with the names that there are."""
-    match = re.fullmatch(r"(?:(\d+)x)?(.+)", text)
+    """'224xA100-80GB' -> (224, that device); 'H100' is one of them. Raises DeviceError with the names that there are."""
+    match = re.fullmatch(r"(?:([0-9]{1,7})[xX])?([A-Za-z][A-Za-z0-9-]*)", text)
     names = {name.lower(): device for name, device in DEVICES.items()}
-    if match is None or match[2].lower() not in names or match[1] == "0":
-        raise DeviceError(f"--devices {text}: give COUNTxNAME, such as 224xA100-80GB; the names are {', '.join(DEVICES)}")
-    return int(match[1] or 1), names[match[2].lower()]
+    count = 0 if match is None else int(match[1] or 1)
+    if match is None or match[2].lower() not in names or not 1 <= count <= MOST_DEVICES:
+        raise DeviceError(
+            f"--devices {text[:80]}: give COUNTxNAME, such as 224xA100-80GB, with 1 to {MOST_DEVICES:,} devices; "
+            f"the names are {', '.join(DEVICES)}"
+        )
+    return count, names[match[2].lower()]
 
 
 def speeds(count: int, device: Device, per_node: int | None = None) -> Speeds:
@@ -117,6 +122,7 @@ def speeds(count: int, device: Device, per_node: int | None = None) -> Speeds:
         node_link_bytes=device.node_link_bytes,
         devices=count,
         devices_per_node=node,
+        capacity_bytes=device.memory_bytes,
         matmul_share=device.matmul_share,
         attention_share=device.attention_share,
     )

@@ -14,23 +14,14 @@ from typing import Any
 import torch
 
 from weftrain.analysis.peak import machine_name, measured_matmul_peak
-from weftrain.backends.registry import get_backend
 from weftrain.core import checkpoint
 from weftrain.core.backend import Backend, BatchSource, EvaluationSource, Run
-from weftrain.core.config import Recipe, Section
+from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
 from weftrain.core.parameters import flops_per_token
-from weftrain.core.recipe_file import RecipeFile, recorded_recipe, validate_section
+from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 from weftrain.core.release import RELEASE, read_release
 from weftrain.core.speed import Peak, Speed, recorded_peak
-
-
-def backend_options(file: RecipeFile) -> tuple[Backend, Section]:
-    """The recipe's backend, and its backend.options checked by the backend's own schema. Raises BackendError, RecipeError."""
-    config = file.recipe.backend
-    backend = get_backend(config.name)
-    options = validate_section(backend.options, config.options, lambda location: file.at(("backend", "options", *location)))
-    return backend, options
 
 
 def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from weftrain.cli.display import Bar
 from weftrain.cli.kernels import bench as kernels_bench
-from weftrain.core.recipe_file import RecipeFile, load_recipe
+from weftrain.cli.resolve import Resolved, resolve, resolve_recipe
 
 if TYPE_CHECKING:
     from weftrain.analysis.bench_run import Wishes
@@ -93,7 +93,7 @@ def bench_train(
     from weftrain.analysis.bench_run import Wishes
 
     wishes = Wishes(steps, rounds, check_steps, profile_folder, threads=threads)
-    _bench(load_recipe(recipe, overrides, backend), wishes, report_folder, mllog, default_threads=2 if ranks == 1 else 1)
+    _bench(resolve(recipe, overrides, backend), wishes, report_folder, mllog, default_threads=2 if ranks == 1 else 1)
 
 
 def _launch(ranks: int, threads: int) -> None:
@@ -103,7 +103,7 @@ def _launch(ranks: int, threads: int) -> None:
     sys.exit(subprocess.run([*launcher, *sys.argv[1:]], env=environment, check=False).returncode)
 
 
-def _bench(file: RecipeFile, wishes: Wishes, report_folder: Path | None, mllog: Path | None, default_threads: int = 2) -> None:
+def _bench(resolved: Resolved, wishes: Wishes, report_folder: Path | None, mllog: Path | None, default_threads: int = 2) -> None:
     """Measure, and print the RESULT line. default_threads: of a process where neither --threads nor the backend's options say."""
     import torch
 
@@ -111,12 +111,10 @@ def _bench(file: RecipeFile, wishes: Wishes, report_folder: Path | None, mllog: 
     from weftrain.analysis.bench_run import bench, milliseconds
     from weftrain.analysis.bench_train import RESULT_PREFIX, bench_source, result_line
     from weftrain.backends.registry import get_backend
-    from weftrain.cli.assembly import backend_options
     from weftrain.core import fsops
     from weftrain.core.backend import Job, Plan
 
-    recipe = file.recipe
-    backend, options = backend_options(file)
+    recipe, backend, options = resolved
     torch.set_num_threads(wishes.threads or default_threads)
     if backend.follows():
         job = Job(recipe, Plan(0, wishes.steps), options, threads=wishes.threads)
@@ -198,7 +196,7 @@ def bench_stream(
 
     if ranks != 1:
         raise click.BadParameter("replicas of weight streaming join a training run: `weftrain replica`", param_hint="--ranks")
-    _bench(load_recipe(recipe, overrides, "streaming"), Wishes(steps, rounds, check_steps, threads=threads), report_folder, None)
+    _bench(resolve(recipe, overrides, "streaming"), Wishes(steps, rounds, check_steps, threads=threads), report_folder, None)
 
 
 @bench.command("data")
@@ -212,7 +210,7 @@ def bench_data(recipe: str, overrides: tuple[str, ...], steps: int) -> None:
     from weftrain.analysis.timings import median_interval, percentile, warm_up_steps
     from weftrain.cli.assembly import open_data
 
-    file = load_recipe(recipe, overrides)
+    file = resolve_recipe(recipe, overrides)
     source, _ = open_data(file.recipe)
     rows, step_ms = file.recipe.batch.global_batch_size, []
     for step in range(steps):

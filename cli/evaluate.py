@@ -91,7 +91,8 @@ def _check(context: click.Context, options: dict[str, Any]) -> None:
 
 def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: str | None, as_json: bool) -> None:
     from weftrain.analysis.evaluation import perplexity_of
-    from weftrain.cli.assembly import backend_options, newest_or_named, open_data, recipe_of_checkpoint
+    from weftrain.cli.assembly import newest_or_named, open_data, recipe_of_checkpoint
+    from weftrain.cli.resolve import backend_options
     from weftrain.core import checkpoint
     from weftrain.core.backend import Job, Plan, prepare_run
     from weftrain.core.errors import DataError

@@ -30,19 +30,17 @@ def lower(recipe: str, overrides: tuple[str, ...], output: Path | None, mode: Li
     """
     from weftrain.backends.cerebras import CerebrasOptions, worker_job
     from weftrain.backends.cerebras.lowering import GENERIC, REPORT, lower
-    from weftrain.cli.assembly import backend_options
+    from weftrain.cli.resolve import resolve
     from weftrain.core.errors import BackendError
-    from weftrain.core.recipe_file import load_recipe
 
-    file = load_recipe(recipe, overrides, "cerebras")
-    _, options = backend_options(file)
+    resolved, _, options = resolve(recipe, overrides, "cerebras")
     assert isinstance(options, CerebrasOptions)
     if options.target != "csx":
         raise BackendError(f"weftrain lower is for the system's compiler: leave backend.options.target={options.target} out")
-    output = Path("lowered") / file.recipe.name if output is None else output
+    output = Path("lowered") / resolved.name if output is None else output
     console = Console(highlight=False, soft_wrap=True)
-    with Bar(console, f"lowering {file.recipe.name}", 100) as bar:
-        job = worker_job(file.recipe, options, mode)
+    with Bar(console, f"lowering {resolved.name}", 100) as bar:
+        job = worker_job(resolved, options, mode)
         lowered = lower(job, output, options.silence_s, lambda words, share: bar.update(round(100 * share), words))
     report = lowered.report
     cost = f"{report.seconds:.1f} s, {report.peak_bytes / 2**30:.2f} GiB"

@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from weftrain.core.backend import Backend, Prediction
-from weftrain.core.config import Recipe, Section
-from weftrain.core.recipe_file import load_recipe
+from weftrain.cli.resolve import Resolved, resolve
+from weftrain.core.config import Recipe
+
+if TYPE_CHECKING:
+    from weftrain.core.backend import Prediction
+
+_HERE, _BY_NAME = ("disk", "link_gb"), ("per_node", "network_gb")  # options without and with --devices
+
+
+class _Rate(click.ParamType):
+    """A speed in GB/s: a finite number above 0."""
+
+    name = "GB/s"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            rate = float(str(value))
+        except ValueError:
+            rate = math.nan
+        if not 0 < rate < math.inf:
+            self.fail(f"'{value}' is not a speed: give GB/s, more than 0", param, ctx)
+        return rate
 
 
 @click.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@click.option("--backend", help="Another backend than the recipe's.  [default with --devices: cuda]")
+@click.option("--backend", help="Another backend than the recipe's, as for `train`.  [default with --devices: cuda]")
 @click.option("--devices", metavar="COUNTxNAME", help="Predict from data sheets, e.g. 224xA100-80GB; nothing is measured.")
 @click.option("--per-node", type=click.IntRange(min=1), help="Devices of a node, where it is not the maker's (with --devices).")
-@click.option("--network", "network_gb", type=float, help="GB/s that a device sends to other nodes, where it is not the maker's.")
+@click.option("--network", "network_gb", type=_Rate(), help="GB/s that a device sends to other nodes, where it is not the maker's.")
 @click.option("--disk", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder whose disk is measured.")
-@click.option("--link", "link_gb", type=float, help="GB/s between replicas, where there are any (without --devices).")
+@click.option("--link", "link_gb", type=_Rate(), help="GB/s between replicas, where there are any (without --devices).")
+@click.pass_context
 def plan(
+    context: click.Context,
     recipe: str,
     overrides: tuple[str, ...],
     backend: str | None,
@@ -34,36 +58,35 @@ def plan(
 ) -> None:
     """Predict a step of RECIPE: measures this machine's matrix multiply, memory and disk for some seconds, and computes the rest.
 
-    With --devices the speeds are those of a table of data sheets, and nothing runs.
+    With --devices the speeds are those of a table of data sheets, and nothing runs. Options mean what they mean to `train` with the
+    same --backend. Exit code 2 where the run does not fit, with what would.
     """
-    from weftrain.cli.assembly import backend_options
-
-    console = Console(highlight=False, soft_wrap=True)
+    for name in _HERE if devices is not None else _BY_NAME:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            spelled = "--" + name.removesuffix("_gb").replace("_", "-")
+            raise click.UsageError(f"{spelled} has no effect {'with' if devices is not None else 'without'} --devices: leave it out")
     if devices is not None and backend is None:
-        overrides = (*_shared_options(recipe, overrides), *overrides)
         backend = "cuda"
-    file = load_recipe(recipe, overrides, backend)
-    chosen, options = backend_options(file)
-    if devices is None:
-        _plan_here(console, file.recipe, chosen, options, disk, link_gb)
-    else:
-        _plan_on(console, file.recipe, chosen, options, devices, per_node, network_gb)
+    found = resolve(recipe, overrides, backend)
+    console = Console(highlight=False, soft_wrap=True)
+    given = found.recipe.backend.options.items()
+    options = " ".join(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given)
+    console.print(f"backend          {found.backend.name}{': ' if options else ''}{options}", markup=False)
+    prediction = _here(console, found, disk, link_gb) if devices is None else _by_name(console, found, devices, per_node, network_gb)
+    if prediction.fits is False:
+        _refuse(prediction)
 
 
-def _shared_options(recipe: str, overrides: tuple[str, ...]) -> list[str]:
-    """What a recipe written for another backend says of compilation and recomputation, which the cuda backend calls the same."""
-    options = load_recipe(recipe, [item for item in overrides if not item.startswith("backend.")]).recipe.backend.options
-    same = ("compile", "activation_checkpointing")
-    return [f"backend.options.{name}={str(options[name]).lower()}" for name in same if name in options]
-
-
-def _plan_here(console: Console, recipe: Recipe, backend: Backend, options: Section, disk: Path, link_gb: float | None) -> None:
+def _here(console: Console, found: Resolved, disk: Path, link_gb: float | None) -> Prediction:
     import torch
 
     from weftrain.analysis.disk import measured_disk
     from weftrain.analysis.peak import measured_bandwidth, measured_matmul_peak
     from weftrain.core.backend import Speeds
 
+    recipe, backend, options = found
+    link = None if link_gb is None else link_gb * 1e9
+    _predicted(backend.name, backend.predict(recipe, options, Speeds(1.0, 1.0, 1.0, link, link)))  # refuse, then measure
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = measured_matmul_peak(device, getattr(torch, recipe.precision.compute))
     memory = measured_bandwidth(torch.device("cpu"))
@@ -73,54 +96,60 @@ def _plan_here(console: Console, recipe: Recipe, backend: Backend, options: Sect
     console.print(f"disk of {disk}     {speed}", markup=False)
     assert peak.flops is not None
     assert memory.bytes_per_second is not None
-    link = None if link_gb is None else link_gb * 1e9
     speeds = Speeds(peak.flops, memory.bytes_per_second, speed.mixed, link, link)
-    table = _table(recipe, _predicted(backend, backend.predict(recipe, options, speeds)))
-    console.print(table)
+    prediction = _predicted(backend.name, backend.predict(recipe, options, speeds))
+    console.print(_table(recipe, prediction))
+    return prediction
 
 
-def _plan_on(
-    console: Console, recipe: Recipe, backend: Backend, options: Section, devices: str, per_node: int | None, network_gb: float | None
-) -> None:
-    import dataclasses
-
+def _by_name(console: Console, found: Resolved, devices: str, per_node: int | None, network_gb: float | None) -> Prediction:
     from weftrain.analysis.devices import parse_devices, speeds
+    from weftrain.core.errors import BackendError
 
+    recipe, backend, options = found
     count, device = parse_devices(devices)
-    found = speeds(count, device, per_node)
+    machine = speeds(count, device, per_node)
     if network_gb is not None:
-        found = dataclasses.replace(found, link_bytes=network_gb * 1e9)
-    prediction = _predicted(backend, backend.predict(recipe, options, found))
-    console.print(f"{count} x {device.name}, {found.devices_per_node} a node: {device.source}", markup=False)
+        machine = dataclasses.replace(machine, link_bytes=network_gb * 1e9)
+    prediction = _predicted(backend.name, backend.predict(recipe, options, machine))
+    most = backend.largest_micro_batch(recipe, options, machine, device.memory_bytes)
+    if most is None or prediction.capacity_bytes is None:
+        raise BackendError(f"the {backend.name} backend does not compute what fits a {device.name}: --backend cuda does")
+    console.print(f"{count} x {device.name}, {machine.devices_per_node} a node: {device.source}", markup=False)
     table = _table(recipe, prediction)
-    capacity = device.memory_bytes
-    used = prediction.needs.total_memory_bytes
-    table.add_row("fits", f"{'yes' if used <= capacity else 'NO'}: {used / capacity:.0%} of {capacity / 2**30:,.1f} GiB")
-    most = backend.largest_micro_batch(recipe, options, found, capacity)
     table.add_row("largest micro-batch", f"{most} sequences of {recipe.data.sequence_length}" if most else "none fits")
     tokens_per_second = recipe.tokens_per_step / prediction.step_s
     days = recipe.schedule.steps * prediction.step_s / 86400
     table.add_row("whole run, predicted", f"{days:,.1f} days for {recipe.schedule.steps * recipe.tokens_per_step / 1e9:,.1f} B tokens")
-    table.add_row(
-        "a device, predicted",
-        f"{tokens_per_second / count:,.0f} tokens/s, {_utilization(recipe, tokens_per_second / count, found.matmul_flops)}",
-    )
+    share = _utilization(recipe, tokens_per_second / count, machine.matmul_flops)
+    table.add_row("a device, predicted", f"{tokens_per_second / count:,.0f} tokens/s, {share}")
     console.print(table)
+    return prediction
 
 
 def _utilization(recipe: Recipe, tokens_per_second: float, peak: float) -> str:
     from weftrain.core.parameters import flops_per_token
 
     share = tokens_per_second * flops_per_token(recipe.model, recipe.data.sequence_length) / peak
+    if share > 1:
+        return "MFU unknown: the prediction is faster than the data sheet allows"
     return f"{share:.1%} MFU of the data sheet's {peak / 1e12:,.1f} TFLOP/s"
 
 
-def _predicted(backend: Backend, found: Prediction | None) -> Prediction:
+def _predicted(name: str, found: Prediction | None) -> Prediction:
     from weftrain.core.errors import BackendError
 
     if found is None:
-        raise BackendError(f"the {backend.name} backend predicts nothing: --backend streaming and --backend cuda do")
+        raise BackendError(f"the {name} backend predicts nothing: --backend streaming and --backend cuda do")
     return found
+
+
+def _refuse(prediction: Prediction) -> None:
+    from weftrain.core.errors import BackendError
+
+    needed, there = prediction.needs.total_memory_bytes / 2**30, (prediction.capacity_bytes or 0.0) / 2**30
+    remedy = "; ".join(prediction.remedies) or "a smaller model, or more memory"
+    raise BackendError(f"the run does not fit: it needs {needed:,.1f} GiB and there are {there:,.1f}: what would fit: {remedy}")
 
 
 def _table(recipe: Recipe, found: Prediction) -> Table:
@@ -136,6 +165,10 @@ def _table(recipe: Recipe, found: Prediction) -> Table:
     table.add_row("memory, computed", f"{found.needs.total_memory_bytes / 2**30:,.2f} GiB")
     for name, size in found.needs.memory_bytes.items():
         table.add_row(f"  {name}", f"{size / 2**20:,.0f} MiB")
+    if found.capacity_bytes is not None:
+        needed, there = found.needs.total_memory_bytes / 2**30, found.capacity_bytes / 2**30
+        words = f"yes: {needed / there:.0%} of {there:,.1f} GiB" if found.fits else f"NO: {needed:,.1f} GiB of {there:,.1f} GiB"
+        table.add_row("fits", words)
     if found.needs.disk_bytes or not found.sent_bytes:
         table.add_row("disk, computed", f"{found.needs.disk_bytes / 1e9:,.2f} GB")
     return table

@@ -186,10 +186,10 @@ def _notes(report: Any) -> Iterator[str]:
 @contextlib.contextmanager
 def _prepare(release: Path, data_root: Path | None, backend: str | None) -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
     """How a link's source is opened and its run prepared: on the release's own data, with the threads of its fingerprint."""
-    from weftrain.cli.assembly import backend_options
+    from weftrain.cli.resolve import backend_options, resolve_recorded
     from weftrain.core.backend import Job, prepare_run
     from weftrain.core.data import training_source
-    from weftrain.core.recipe_file import RecipeFile, recorded_recipe
+    from weftrain.core.recipe_file import RecipeFile
 
     root = release / "data" if data_root is None else data_root
     with tempfile.TemporaryDirectory(prefix="weftrain-replay-") as folder:
@@ -197,7 +197,7 @@ def _prepare(release: Path, data_root: Path | None, backend: str | None) -> Iter
         def placed(recipe: Any) -> RecipeFile:
             tree = recipe.model_dump(mode="json")
             tree["data"]["root"] = str(root)
-            return recorded_recipe(tree, f"{release}: its recipe", (), backend)
+            return resolve_recorded(tree, f"{release}: its recipe", (), backend)
 
         def prepare(recipe: Any, plan: Any, fingerprint: Mapping[str, Any]) -> Any:
             file = placed(recipe)

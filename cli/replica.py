@@ -21,7 +21,8 @@ def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
     """
     import time
 
-    from weftrain.cli.assembly import backend_options, open_data
+    from weftrain.cli.assembly import open_data
+    from weftrain.cli.resolve import backend_options
     from weftrain.core.backend import Job, Plan
     from weftrain.core.errors import BackendError
     from weftrain.core.run_folder import LOCK, asked_recipe

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from weftrain.cli.resolve import backend_options, resolve_recipe
 from weftrain.core.config import Recipe, Skip
 from weftrain.core.mixture import make_mixture, source_shares
 from weftrain.core.mup import resolved
@@ -37,7 +38,7 @@ def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...],
             table.add_row(name, load_recipe(name).recipe.description)
         console.print(table)
         return
-    file = load_recipe(recipe, overrides, backend)
+    file = resolve_recipe(recipe, overrides, backend)
     resolved_recipe = file.recipe
     beyond = [step for step in steps if step >= sum(segment.steps for segment in resolved_recipe.schedule.learning_rate)]
     if beyond:
@@ -50,8 +51,6 @@ def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...],
     if (counts := _samples_table(resolved_recipe, steps)) is not None:
         console.print(counts)
     if backend is not None:
-        from weftrain.cli.assembly import backend_options
-
         chosen, options = backend_options(file)
         for line in chosen.outline(resolved_recipe, options):
             console.print(line, markup=False)

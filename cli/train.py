@@ -25,7 +25,7 @@ from weftrain.cli.display import Bar
 from weftrain.cli.show import arithmetic
 from weftrain.core.config import Recipe
 from weftrain.core.parameters import parameter_specs
-from weftrain.core.recipe_file import RecipeFile, load_recipe, recorded_recipe
+from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ def train(
 
     KEY.SUB=VALUE lays a value over the recipe, e.g. schedule.steps=100. SIGTERM and Ctrl-C finish the step, save, and exit (143, 130).
     """
-    from weftrain.cli.assembly import backend_options
+    from weftrain.cli.resolve import backend_options, resolve_recipe
 
     console = Console(highlight=False, soft_wrap=True)
-    file = load_recipe(recipe, overrides, backend)
+    file = resolve_recipe(recipe, overrides, backend)
     name = run_name or file.recipe.name
     if Path(name).name != name or name in (".", ".."):
         raise click.BadParameter(f"'{name}' is a path; a run name is one word, and --runs names the folder", param_hint="--run")
@@ -77,7 +77,8 @@ def _this_program() -> str:
 
 def _follow(file: RecipeFile, folder: Path, stop: StopRequest) -> None:
     """This process is one of several that were started with the same command, and another one leads: take part, and say nothing."""
-    from weftrain.cli.assembly import backend_options, open_data
+    from weftrain.cli.assembly import open_data
+    from weftrain.cli.resolve import backend_options
     from weftrain.core.backend import Job, Plan
 
     backend, options = backend_options(file)
@@ -89,7 +90,8 @@ def _train(
     console: Console, file: RecipeFile, runs: Path, name: str, allow: set[str], stop: StopRequest, again: str, **asked: bool
 ) -> None:
     """Decide how the run starts, prepare the backend, record the start, and train. Until it is recorded, nothing is written."""
-    from weftrain.cli.assembly import backend_options, open_data, run_speed
+    from weftrain.cli.assembly import open_data, run_speed
+    from weftrain.cli.resolve import backend_options
     from weftrain.core.backend import Job, prepare_run
     from weftrain.core.metrics import METRICS, MetricsWriter
     from weftrain.core.resume import commit, decide, settle

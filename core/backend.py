@@ -153,15 +153,16 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What a machine was measured at, for predictions. None: not measured, or not there."""
+    """What a machine was measured at, or its data sheet says, for predictions. None: not measured, or not there."""
 
     matmul_flops: float  # FLOP/s of a matrix multiply in the compute dtype
     memory_bytes: float  # bytes/s of main memory
     disk_bytes: float | None = None  # bytes/s of the disk, reading and writing at once
     link_bytes: float | None = None  # bytes/s that a device sends to one of another node, or a replica to another
     node_link_bytes: float | None = None  # bytes/s that a device sends to others of its node
-    devices: int = 1
+    devices: int | None = None  # that the run is for; None: as many as the recipe asks for
     devices_per_node: int = 1
+    capacity_bytes: float | None = None  # memory of a device; None: that of this machine, which the backend finds out
     matmul_share: float | None = None  # of matmul_flops that a long run's matrix multiplies reach; None: the backend's own assumption
     attention_share: float | None = None  # of matmul_flops that attention reaches
 
@@ -187,6 +188,13 @@ class Prediction:
     parts: Mapping[str, float]
     needs: Needs
     sent_bytes: Mapping[str, int] = field(default_factory=dict)  # by one device in a step, by what for
+    capacity_bytes: float | None = None  # of the memory that `needs` is held against; None: unknown
+    remedies: tuple[str, ...] = ()  # where it does not fit: settings with which it would, and what else helps
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the memory holds what the run needs; None where the memory is unknown."""
+        return None if self.capacity_bytes is None else self.needs.total_memory_bytes <= self.capacity_bytes
 
 
 @dataclass(frozen=True)
@@ -295,7 +303,7 @@ class Backend(Protocol):
         ...
 
     def largest_micro_batch(self, recipe: Recipe, options: Section, speeds: Speeds, capacity_bytes: float) -> int | None:
-        """Sequences of the largest micro-batch that fits a device of so much memory; None where the backend predicts nothing."""
+        """Sequences of the largest micro-batch that fits a device of so much memory; 0: none; None where it is not computed."""
         ...
 
     def follows(self) -> bool:
@@ -319,7 +327,10 @@ class Backend(Protocol):
         ...
 
     def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
-        """A step's time and needs before anything is started; None where the backend predicts nothing."""
+        """A step's time and needs before anything is started, and what would fit if this does not; None: nothing is predicted.
+
+        Raises BackendError for devices that the backend predicts nothing for.
+        """
         ...
 
 

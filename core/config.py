@@ -26,6 +26,23 @@ class Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
+class CompileOption(Section):
+    """A backend option: see SHARED_OPTIONS."""
+
+    compile: bool = False  # torch.compile, one graph for all blocks
+
+
+class RecomputeOption(Section):
+    """A backend option: see SHARED_OPTIONS."""
+
+    # Of the activations in backward. selective: keep matrix products and attention; full: keep each block's input alone.
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+
+
+# Options that mean the same in every backend whose options derive from their class: choosing another backend keeps them.
+SHARED_OPTIONS: tuple[type[Section], ...] = (CompileOption, RecomputeOption)
+
+
 class Initialization(Section):
     """Standard deviations by role. `truncated_normal` cuts at two standard deviations, as CrystalCoder's initialisers do."""
 

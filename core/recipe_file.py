@@ -12,7 +12,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -106,15 +106,16 @@ class RecipeFile:
     at: Callable[[Location], str]
 
 
-def load_recipe(recipe: str, overrides: Iterable[str] = (), backend: str | None = None) -> RecipeFile:
+def load_recipe(recipe: str, overrides: Iterable[str] = (), backend: str | None = None, kept_options: Collection[str] = ()) -> RecipeFile:
     """A recipe by built-in name or by the path of a .yaml file, with `key.sub=value` overrides laid over it.
 
-    backend: another than the recipe's own, whose options mean nothing to it and are left out; overrides give its options.
+    backend: another than the recipe's own, whose options mean nothing to it and are left out, but for those named in kept_options;
+    overrides give its options.
     Raises RecipeError naming file, line, key and remedy.
     """
     name, text = _read(recipe)
     source = _Source(name)
-    return _resolve(_for_backend(_parse_mapping(text, source), backend), overrides, source)
+    return _resolve(_for_backend(_parse_mapping(text, source), backend, kept_options), overrides, source)
 
 
 def read_section(model: type[Model], name: str, text: str, overrides: Iterable[str] = ()) -> Model:
@@ -129,15 +130,23 @@ def read_section(model: type[Model], name: str, text: str, overrides: Iterable[s
     return validate_section(model, tree, source.at)
 
 
-def recorded_recipe(tree: dict[str, Any], origin: str, overrides: Iterable[str] = (), backend: str | None = None) -> RecipeFile:
-    """The recipe that a checkpoint or run folder records (`origin`, in messages), with overrides laid over it. backend: see load_recipe."""
-    return _resolve(_for_backend(copy.deepcopy(tree), backend), overrides, _Source(origin))
+def recorded_recipe(
+    tree: dict[str, Any], origin: str, overrides: Iterable[str] = (), backend: str | None = None, kept_options: Collection[str] = ()
+) -> RecipeFile:
+    """The recipe that a checkpoint or run folder records (`origin`, in messages), with overrides laid over it.
+
+    backend, kept_options: see load_recipe.
+    """
+    return _resolve(_for_backend(copy.deepcopy(tree), backend, kept_options), overrides, _Source(origin))
 
 
-def _for_backend(tree: dict[str, Any], backend: str | None) -> dict[str, Any]:
+def _for_backend(tree: dict[str, Any], backend: str | None, kept_options: Collection[str]) -> dict[str, Any]:
     own = tree.get("backend")
-    if backend is not None and not (isinstance(own, dict) and own.get("name") == backend):
-        tree["backend"] = {"name": backend}
+    if backend is None or (isinstance(own, dict) and own.get("name") == backend):
+        return tree
+    options = own.get("options") if isinstance(own, dict) else None
+    kept = {name: value for name, value in options.items() if name in kept_options} if isinstance(options, dict) else {}
+    tree["backend"] = {"name": backend, **({"options": kept} if kept else {})}
     return tree
 
 

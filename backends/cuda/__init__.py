@@ -53,10 +53,19 @@ class CudaBackend(PlainBackend):
 
     def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction:
         """See Backend.predict. Raises BackendError for numbers that do not divide."""
-        from weftrain.backends.cuda.planner import degrees_of, predict
+        import dataclasses
+
+        from weftrain.backends.cuda.planner import available, degrees_of, predict, remedies
 
         assert isinstance(options, CudaOptions)
-        return predict(recipe, options, degrees_of(recipe, options, speeds), speeds)
+        shape, capacity, device_type = degrees_of(recipe, options, speeds), speeds.capacity_bytes, "cuda"
+        if capacity is None and speeds.devices is None:
+            device = torch_device(options.device)
+            (capacity, _), device_type = available(device, shape.size), device.type
+        found = dataclasses.replace(predict(recipe, options, shape, speeds, device_type), capacity_bytes=capacity)
+        if capacity is not None and found.fits is False:
+            found = dataclasses.replace(found, remedies=remedies(recipe, options, shape, device_type, capacity))
+        return found
 
     def largest_micro_batch(self, recipe: Recipe, options: Section, speeds: Speeds, capacity_bytes: float) -> int:
         """See Backend.largest_micro_batch."""

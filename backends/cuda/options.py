@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from weftrain.core.config import Count, PositiveInt, Section
+from weftrain.core.config import CompileOption, Count, PositiveInt, RecomputeOption
 
 
-class CudaOptions(Section):
+class CudaOptions(CompileOption, RecomputeOption):
     """backend.options of the cuda backend."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -20,9 +20,7 @@ class CudaOptions(Section):
     reshard_after_forward: bool = True  # fsdp: let go of a block's gathered weights after forward, and gather them again for backward
     reduce: Literal["float32", "bfloat16"] = "float32"  # dtype in which gradients are added over the ranks
     reduce_every_micro_batch: bool = False  # fsdp: smallest memory with accumulation, at more communication
-    compile: bool = False  # torch.compile, one graph for all blocks
     cuda_graphs: bool = False  # compile's mode reduce-overhead; parallel=ddp alone, where weights stay where they are
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # selective: keep matrix products and attention
     cpu_offload: bool = False  # fsdp: sharded weights and state in the host's memory
     float8: bool = False  # the blocks' linear maps through torchao
     threads: Count = 0  # CPU threads of a process; 0: torch's own choice

@@ -7,6 +7,7 @@ speeds that were measured or stand in a data sheet, by a model with few constant
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -56,9 +57,9 @@ def _sizes(recipe: Recipe) -> tuple[int, int, int]:
 
 
 def degrees_of(recipe: Recipe, options: CudaOptions, speeds: Speeds | None = None) -> Degrees:
-    """The degrees of a run on as many devices as the recipe's batch.replicas asks for, or as there are. Raises BackendError."""
+    """The degrees of a run on speeds.devices, or on as many as the recipe's batch.replicas asks for. Raises BackendError."""
     group = options.tensor_parallel * options.context_parallel
-    size = recipe.batch.replicas * group if speeds is None or speeds.devices == 1 else speeds.devices
+    size = recipe.batch.replicas * group if speeds is None or speeds.devices is None else speeds.devices
     return degrees(options, recipe, size, 8 if speeds is None else speeds.devices_per_node)
 
 
@@ -218,29 +219,55 @@ def largest_micro_batch(recipe: Recipe, options: CudaOptions, shape: Degrees, ca
     return fits
 
 
+def available(device: torch.device, ranks: int) -> tuple[float, str]:
+    """Bytes of memory that one of `ranks` processes on this machine can have, and whose they are."""
+    import torch
+
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[1]), torch.cuda.get_device_name(device)
+    return psutil.virtual_memory().available / ranks, "this machine's memory, divided by its ranks"
+
+
 def check_memory(recipe: Recipe, options: CudaOptions, shape: Degrees, device: torch.device) -> None:
     """Refuse, before anything is allocated, what does not fit. Raises BackendError, with what would."""
     import os
 
-    import torch
-
     wanted = needs(recipe, options, shape, device.type)
-    if device.type == "cuda":
-        available, where = float(torch.cuda.mem_get_info(device)[1]), torch.cuda.get_device_name(device)
-    else:
-        available = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        where = "this machine's memory, divided by its ranks"
-    if wanted.total_memory_bytes <= available:
+    capacity, where = available(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if wanted.total_memory_bytes <= capacity:
         return
     told = ", ".join(
         f"{name} {size / 2**30:,.1f}" for name, size in sorted(wanted.memory_bytes.items(), key=lambda part: -part[1]) if size > 1 << 27
     )
-    fitting = [words for words, total in alternatives(recipe, options, shape, device.type) if total <= available]
-    remedy = "; ".join(fitting[:4]) or "more devices, or the streaming backend"
+    remedy = "; ".join(remedies(recipe, options, shape, device.type, capacity))
     raise BackendError(
-        f"a rank needs about {wanted.total_memory_bytes / 2**30:,.1f} GiB ({told}), and {where} has {available / 2**30:,.1f}: "
+        f"a rank needs about {wanted.total_memory_bytes / 2**30:,.1f} GiB ({told}), and {where} has {capacity / 2**30:,.1f}: "
         f"what would fit: {remedy}"
     )
+
+
+def remedies(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str, capacity_bytes: float) -> tuple[str, ...]:
+    """What fits into so much memory on each of the same devices, one of each kind, cheapest first; then what else there is."""
+    found: dict[str, str] = {}  # kind -> the first of it that fits: the largest micro-batch
+    for words, total in alternatives(recipe, options, shape, device_type):
+        if total <= capacity_bytes:
+            found.setdefault(re.sub(r"micro_batch_size=\d+", "", words), words)
+    if (replicas := _replicas_that_fit(recipe, options, shape, device_type, capacity_bytes)) is not None:
+        found["more"] = f"batch.replicas={replicas} on {replicas * shape.sequence} devices"
+    return (*list(found.values())[:5], *(() if found else ("more or larger devices",)), "the streaming backend")
+
+
+def _replicas_that_fit(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str, capacity_bytes: float) -> int | None:
+    """The smallest larger number of data-parallel replicas that fits; None where more of them do not help."""
+    batch = recipe.batch
+    for replicas in range(batch.replicas + 1, min(batch.global_batch_size, 4096) + 1):
+        if batch.global_batch_size % (replicas * batch.micro_batch_size) or options.parallel != "fsdp":
+            continue
+        more = recipe.model_copy(update={"batch": batch.model_copy(update={"replicas": replicas})})
+        wider = dataclasses.replace(shape, shard=replicas)
+        if needs(more, options, wider, device_type).total_memory_bytes <= capacity_bytes:
+            return replicas
+    return None
 
 
 def alternatives(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str) -> Iterator[tuple[str, int]]:
@@ -253,6 +280,13 @@ def alternatives(recipe: Recipe, options: CudaOptions, shape: Degrees, device_ty
             new = dataclasses.replace(shape, replicate=1, shard=shape.data)
         return needs(changed_recipe, changed, new, device_type).total_memory_bytes
 
+    smaller_ones = [
+        recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_batch_size": micro})})
+        for micro in range(recipe.batch.micro_batch_size - 1, 0, -1)
+        if recipe.batch.global_batch_size % (micro * recipe.batch.replicas) == 0
+    ]
+    for smaller in smaller_ones:
+        yield f"batch.micro_batch_size={smaller.batch.micro_batch_size}", total(smaller)
     if options.parallel == "ddp":
         yield "backend.options.parallel=fsdp", total(recipe, parallel="fsdp")
     for kind in ("selective", "full"):
@@ -262,14 +296,17 @@ def alternatives(recipe: Recipe, options: CudaOptions, shape: Degrees, device_ty
                 f"{'backend.options.parallel=fsdp ' if fsdp else ''}backend.options.activation_checkpointing={kind}",
                 total(recipe, activation_checkpointing=kind, **fsdp),
             )
-    for micro in range(recipe.batch.micro_batch_size - 1, 0, -1):
-        if recipe.batch.global_batch_size % (micro * recipe.batch.replicas) == 0:
-            smaller = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_batch_size": micro})})
+    if options.activation_checkpointing != "full":
+        for smaller in smaller_ones:
             yield (
-                f"batch.micro_batch_size={micro} backend.options.activation_checkpointing=full",
+                f"batch.micro_batch_size={smaller.batch.micro_batch_size} backend.options.activation_checkpointing=full",
                 total(smaller, activation_checkpointing="full"),
             )
+    others = ["cpu_offload"] if options.parallel != "ddp" else []
     if options.parallel != "ddp" and not options.reduce_every_micro_batch and recipe.batch.accumulation_steps > 1:
-        yield "backend.options.reduce_every_micro_batch=true", total(recipe, reduce_every_micro_batch=True, activation_checkpointing="full")
-    if options.parallel != "ddp":
-        yield "backend.options.cpu_offload=true", total(recipe, cpu_offload=True, activation_checkpointing="full")
+        others.insert(0, "reduce_every_micro_batch")
+    for name in others:
+        yield f"backend.options.{name}=true", total(recipe, **{name: True})
+        if options.activation_checkpointing != "full":
+            words = f"backend.options.{name}=true backend.options.activation_checkpointing=full"
+            yield words, total(recipe, **{name: True}, activation_checkpointing="full")

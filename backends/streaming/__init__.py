@@ -19,7 +19,7 @@ from weftrain.backends.streaming.planner import needs, predict, remedies
 from weftrain.backends.streaming.schedule import Scheduler, draw
 from weftrain.core.backend import BatchSource, Job, Needs, Prediction, Speeds
 from weftrain.core.canonical import sha256_json
-from weftrain.core.config import Count, PositiveInt, Recipe, Section
+from weftrain.core.config import CompileOption, Count, PositiveInt, Recipe, Section
 from weftrain.core.errors import BackendError
 
 if TYPE_CHECKING:
@@ -29,11 +29,10 @@ if TYPE_CHECKING:
     from weftrain.backends.streaming.store import Store
 
 
-class StreamingOptions(Section):
+class StreamingOptions(CompileOption):
     """backend.options of the streaming backend."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    compile: bool = False  # torch.compile, one graph for all blocks
     threads: Count = 0  # CPU threads; 0: torch's own choice
     huge_pages: bool = True  # on a CPU: activations in huge pages that the process keeps; false: smallest memory, slower; no bit changes
     activations: Literal["keep", "recompute"] = "keep"  # recompute: a block's input alone stays, the block runs again in backward
@@ -205,19 +204,31 @@ class StreamingBackend(PlainBackend):
         ]
 
     def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction:
-        """See Backend.predict."""
+        """See Backend.predict: of a machine's memory and disk, so not for devices by name."""
+        import dataclasses
+
         assert isinstance(options, StreamingOptions)
+        if speeds.devices is not None:
+            raise BackendError("the streaming backend predicts for this machine, with its memory and disk: leave the devices out")
         layout = layout_of(recipe, options, (0, shares(recipe, options)))
-        return predict(recipe, layout, options, layer_slots(recipe, options), buffer_bytes_of(layout, options), speeds)
+        found = predict(recipe, layout, options, layer_slots(recipe, options), buffer_bytes_of(layout, options), speeds)
+        capacity = _available(options)[0] if speeds.capacity_bytes is None else speeds.capacity_bytes
+        found = dataclasses.replace(found, capacity_bytes=capacity)
+        return found if found.fits else dataclasses.replace(found, remedies=(remedies(recipe, options),))
+
+
+def _available(options: StreamingOptions) -> tuple[int, str]:
+    """Bytes of memory that a run may take, and who says so."""
+    if options.memory_limit_mib:
+        return options.memory_limit_mib << 20, "backend.options.memory_limit_mib allows"
+    import psutil
+
+    return psutil.virtual_memory().available, "are available"
 
 
 def check_memory(wanted: Needs, recipe: Recipe, options: StreamingOptions) -> None:
     """Refuse before anything is started what does not fit. Raises BackendError, with what would make it fit."""
-    available, whose = options.memory_limit_mib << 20, "backend.options.memory_limit_mib allows"
-    if not available:
-        import psutil
-
-        available, whose = psutil.virtual_memory().available, "are available"
+    available, whose = _available(options)
     if wanted.total_memory_bytes > available:
         parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in wanted.memory_bytes.items())
         raise BackendError(

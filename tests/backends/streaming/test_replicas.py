@@ -17,7 +17,8 @@ import torch
 
 from weftrain.analysis.same_state import compare
 from weftrain.backends.streaming.fabric import Alone
-from weftrain.cli.assembly import backend_options, open_data
+from weftrain.cli.assembly import open_data
+from weftrain.cli.resolve import backend_options
 from weftrain.core import checkpoint
 from weftrain.core.backend import Job, Plan, State
 from weftrain.core.metrics import read_metrics
