@@ -18,6 +18,7 @@ from weftrain.core import checkpoint
 from weftrain.core.backend import Backend, BatchSource, EvaluationSource, Run
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
+from weftrain.core.fit_of_weights import check_fit
 from weftrain.core.parameters import flops_per_token
 from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 from weftrain.core.release import RELEASE, read_release
@@ -48,12 +49,14 @@ def newest_or_named(path: Path, say: Callable[[str], None]) -> Path:
 def recipe_of_checkpoint(path: Path, manifest: dict[str, Any], overrides: Iterable[str] = (), backend: str | None = None) -> RecipeFile:
     """The recipe that the checkpoint in `path` was made by, with overrides; in a release that has its shards, it reads those.
 
-    Raises RecipeError, ReleaseError.
+    Raises RecipeError, ReleaseError; CheckpointError where an override asks for a model of other shapes.
     """
     tree, release = copy.deepcopy(manifest["recipe"]), path.resolve().parent.parent
     if path.resolve().parent.name == "checkpoints" and (release / RELEASE).exists() and read_release(release).data == "shards":
         tree["data"]["root"] = str(release / "data")
-    return recorded_recipe(tree, f"{path}/manifest.json: recipe", overrides, backend)
+    file = recorded_recipe(tree, f"{path}/manifest.json: recipe", overrides, backend)
+    check_fit(manifest, file.recipe.model, str(path))
+    return file
 
 
 def run_speed(recipe: Recipe, backend: Backend, run: Run, metrics: Path) -> Speed:

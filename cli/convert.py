@@ -14,18 +14,20 @@ import click
 
 if TYPE_CHECKING:
     from weftrain.core.backend import State
+    from weftrain.core.config import Recipe
 
 ExistingFile = click.Path(path_type=Path, exists=True, dir_okay=False)
 ExistingFolder = click.Path(path_type=Path, exists=True, file_okay=False)
 
 
-def _load(checkpoint: Path) -> tuple[Path, State, dict[str, Any]]:
-    """The folder, state and manifest of a run's newest whole checkpoint or of the one named. Raises CheckpointError."""
-    from weftrain.cli.assembly import newest_or_named
+def _load(checkpoint: Path) -> tuple[Recipe, State, dict[str, Any]]:
+    """The recipe, state and manifest of a run's newest whole checkpoint or of the one named. Raises CheckpointError, RecipeError."""
+    from weftrain.cli.assembly import newest_or_named, recipe_of_checkpoint
     from weftrain.core import checkpoint as checkpoints
 
     path = newest_or_named(checkpoint, lambda line: click.echo(line, err=True))
-    return path, *checkpoints.load(path, verified=path != checkpoint)
+    state, manifest = checkpoints.load(path, verified=path != checkpoint)
+    return recipe_of_checkpoint(path, manifest).recipe, state, manifest
 
 
 @click.group()
@@ -78,10 +80,8 @@ def checkpoint_to_cerebras(checkpoint: Path, output: Path, weights_only: bool, p
     from weftrain.backends.cerebras.checkpoint import OptimizerState, write_checkpoint
     from weftrain.core import checkpoint as checkpoints
     from weftrain.core.optim import learning_rate
-    from weftrain.core.recipe_file import recorded_recipe
 
-    path, state, manifest = _load(checkpoint)
-    recipe = recorded_recipe(manifest["recipe"], f"{path}/manifest.json: recipe").recipe
+    recipe, state, _ = _load(checkpoint)
     optimizer = None
     if not weights_only:
         last = sum(segment.steps for segment in recipe.schedule.learning_rate) - 1
@@ -192,10 +192,8 @@ def to_huggingface(checkpoint: Path, output: Path, dtype: str, tokenizer: Path |
 
     from weftrain.core.checkpoint import Weights
     from weftrain.core.huggingface import write_huggingface
-    from weftrain.core.recipe_file import recorded_recipe
 
-    path, state, manifest = _load(checkpoint)
-    recipe = recorded_recipe(manifest["recipe"], f"{path}/manifest.json: recipe").recipe
+    recipe, state, manifest = _load(checkpoint)
     extra: dict[str, Any] = {"weftrain_checkpoint": manifest["root"], "weftrain_step": state.step}
     beside: dict[str, bytes] = {}
     if tokenizer is not None:

@@ -163,6 +163,24 @@ def load(path: Path, *, verified: bool = False) -> tuple[State, dict[str, Any]]:
     return State(manifest["step"], manifest["optimizer_updates"], _Tensors(path, manifest["tensors"], layouts)), manifest
 
 
+class Plane(Mapping[str, torch.Tensor]):
+    """The tensors of one plane of a state, by their full names, each read when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], plane: str) -> None:
+        self._tensors, self._names = tensors, [name for name in tensors if name.startswith(f"{plane}/")]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class Weights(Mapping[str, torch.Tensor]):
     """The weights of a state by canonical name, each read when it is asked for: the state's optimizer tensors are left out."""
 

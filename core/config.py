@@ -327,6 +327,31 @@ class StartFrom(Section):
 
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     state: Literal["all", "weights"]
+    # Keys of the model in which this run may be larger than that one; the rows that are added are drawn from the seed.
+    grow: Annotated[tuple[Literal["vocab_size"], ...], Field(strict=False)] = ()
+    # Keys of the model that may differ although they change what the same weights compute, and have no shape.
+    change: Annotated[
+        tuple[
+            Literal[
+                "num_heads",
+                "norm_eps",
+                "rotary_dim",
+                "rotary_interleaved",
+                "rope_theta",
+                "attention_scale",
+                "embedding_scale",
+                "logits_scale",
+            ],
+            ...,
+        ],
+        Field(strict=False),
+    ] = ()
+
+    @model_validator(mode="after")
+    def _check_grow(self) -> StartFrom:
+        if self.grow and self.state == "all":
+            raise ValueError("grow needs state: weights: rows that are drawn have no optimizer state")
+        return self
 
 
 class Recipe(Section):

@@ -42,6 +42,7 @@ class Begin(Line):
     parent: Sha256 | None
     passed_over: Annotated[tuple[PassedOver, ...], Field(strict=False)] = ()  # newer checkpoints that it does not go on from
     from_scratch: bool = False  # no whole checkpoint was left, and to begin at step 0 again was asked for
+    drawn: dict[str, Samples] = Field(default_factory=dict)  # parameter -> rows [first, stop) drawn, the others are start_from's
     repaired: bool = False  # the ledger had lost lines, and to go on all the same was asked for
 
 

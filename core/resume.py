@@ -24,6 +24,7 @@ from weftrain.core.backend import Backend, State
 from weftrain.core.canonical import sha256_json
 from weftrain.core.config import Recipe, Section
 from weftrain.core.errors import CheckpointError
+from weftrain.core.fit_of_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
 from weftrain.core.ledger import LEDGER, TORN, Ledger, lineage, read_ledger, tokens_before, torn_bytes
 from weftrain.core.metrics import METRICS, damaged_lines, effective_records, repair
 from weftrain.core.metrics import TORN as METRICS_TORN
@@ -98,13 +99,15 @@ def decide(
         position += (kept - first) * recipe.batch.global_batch_size
         first = kept
     check_from_scratch(folder.path, own, first, from_scratch)
+    drawn = {} if found is None else found.check_model(recipe, say)
+    weights = None if found is None else found.weights()
     for key, old, new in checked.changes:
         say(f"recipe changed at step {first}: {key}: {old} -> {new}")
     return Start(
         first_step=first,
         last_step=recipe.schedule.steps,
         state=found.state if found is not None and found.has_optimizer and not keeps else None,
-        weights=None if found is None else found.weights(),
+        weights=GrownWeights(weights, drawn, recipe.model, recipe.seed) if weights is not None and drawn else weights,
         parent=None if found is None else found.root,
         manifest=manifest,
         tokens=tokens_before(first, manifest, lineage(entries)),
@@ -113,6 +116,7 @@ def decide(
         own=own,
         decided={
             "passed_over": own.passed_over,
+            "drawn": {} if first else drawn,
             "from_scratch": from_scratch and bool(own.passed_over),
             "repaired": repair_ledger and own.newest is not None and (not entries or len(own.to_enter) > 1),
         },
@@ -158,15 +162,36 @@ def commit(start: Start, folder: RunFolder, recipe: Recipe, dataset_id: str, env
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint to start from: its state, its root hash, and its manifest where it is the run's own (a resume)."""
+    """A checkpoint to start from: its state, its root hash, and its manifest: of the run's own (a resume) or of another's (start_from)."""
 
     state: State
     root: str
     manifest: Mapping[str, Any] | None  # None: another run's checkpoint, by start_from
+    foreign: Mapping[str, Any] | None = None  # the manifest of that one
 
     @property
     def has_optimizer(self) -> bool:
         return any(not name.startswith("weights/") for name in self.state.tensors)
+
+    def check_model(self, recipe: Recipe, say: Callable[[str], None]) -> dict[str, tuple[int, int]]:
+        """Refuse tensors that are not those of the recipe's model. Rows [first, stop) of parameters that start_from.grow lets be drawn.
+
+        Raises CheckpointError. Keys without a shape are compared for another run's checkpoint alone: a resume compares all keys.
+        """
+        planes = WHOLE_STATE if self.has_optimizer else ("weights",)
+        if self.manifest is not None:
+            check_fit(self.manifest, recipe.model, f"the run's checkpoint of step {self.state.step}", planes)
+            return {}
+        assert self.foreign is not None
+        assert recipe.start_from is not None
+        where = f"start_from: step {self.foreign['step']} of run '{recipe.start_from.run}'"
+        check_fit(self.foreign, recipe.model, where, planes, recipe.start_from.grow)
+        for line in check_function(self.foreign, recipe.model, where, recipe.start_from.change):
+            say(f"{where}: {line}")
+        drawn = grown_rows(self.foreign, recipe.model)
+        for name, (first, stop) in drawn.items():
+            say(f"{where}: rows {first}..{stop - 1} of {name} are drawn from seed {recipe.seed}")
+        return drawn
 
     def weights(self) -> Mapping[str, Tensor] | None:
         """Canonical name -> weight where that is all there is to start from; None where the whole state is imported."""
@@ -210,6 +235,5 @@ def starting_state(recipe: Recipe, newest: Path | None, runs: Path, report: Call
         raise CheckpointError(f"{other}: no whole checkpoint, and start_from needs one: train '{name}' first, or remove start_from")
     state, manifest = checkpoint.load(newest, verified=True)
     if recipe.start_from.state == "weights":
-        weights = {name: tensor for name, tensor in state.tensors.items() if name.startswith("weights/")}
-        return Found(State(0, 0, weights), manifest["root"], None)
-    return Found(replace(state, step=0), manifest["root"], None)
+        return Found(State(0, 0, checkpoint.Plane(state.tensors, "weights")), manifest["root"], None, manifest)
+    return Found(replace(state, step=0), manifest["root"], None, manifest)

@@ -225,3 +225,48 @@ def test_a_damaged_metrics_line_is_moved_by_the_next_start(train_tiny: Train, ru
     assert lines[2] in (run / "metrics.torn").read_bytes()
     assert [record["lines"] for record in read_metrics(run) if record["kind"] == "repair"] == [[3]]
     assert weftrain("report", run, "--to", run.parent / "report.html").exit_code == 0
+
+
+START_FROM = "start_from={{run: crystal_demo, state: {}}}"
+
+
+def test_start_from_another_model_is_refused_before_anything_is_made(train_tiny: Train, run: Path) -> None:
+    for change in (
+        "model.intermediate_size=72",
+        "model.num_layers=1",
+        "model.num_layers=3",
+        "model.rope_theta=500",
+        "model.vocab_size=128",
+    ):
+        for state in ("weights", "all"):
+            refused(train_tiny(*BASE, "--run", "second", START_FROM.format(state), change), "start_from: step 6 of run 'crystal_demo'")
+    refused(train_tiny(*MORE, "model.intermediate_size=72", "--allow", "model.intermediate_size"), "[70, 48], the model's is F32 [72, 48]")
+    assert sorted(path.name for path in run.parent.iterdir()) == ["crystal_demo"]
+    result = train_tiny(
+        *BASE, "--run", "second", "start_from={run: crystal_demo, state: weights, change: [rope_theta]}", "model.rope_theta=500"
+    )
+    assert result.exit_code == 0, result.output
+    assert "model.rope_theta: 10000.0 -> 500.0" in result.output
+
+
+def test_a_grown_vocabulary_is_said_and_recorded(train_tiny: Train, run: Path) -> None:
+    grown = ["--run", "second", "start_from={run: crystal_demo, state: weights, grow: [vocab_size]}", "model.vocab_size=100"]
+    result = train_tiny(*BASE, *grown)
+    assert result.exit_code == 0, result.output
+    assert "rows 97..99 of embedding.weight are drawn from seed" in result.output
+    assert read_ledger(run.parent / "second" / LEDGER)[0]["drawn"] == {"embedding.weight": [97, 100]}
+    assert went_on(train_tiny(*MORE, *grown), run.parent / "second") == [2, 4, 6, 8]
+    refused(
+        train_tiny(*BASE, "--run", "third", "start_from={run: crystal_demo, state: all, grow: [vocab_size]}"), "grow needs state: weights"
+    )
+
+
+def test_an_override_that_asks_for_another_model_is_refused(run: Path, weftrain: Train, tmp_path: Path) -> None:
+    """eval, generate and the others that read a checkpoint's recipe with overrides."""
+    refused(weftrain("eval", run, "model.num_layers=1"), "does not fit the recipe's model", "model.num_layers: 2 -> 1")
+    refused(weftrain("generate", run, "model.intermediate_size=72", "--prompt", "a"), "model.intermediate_size: 70 -> 72")
+    place = run / "checkpoints" / "step_00000006"
+    recipe = read_manifest(place)["recipe"]
+    forged(place, recipe=recipe | {"model": recipe["model"] | {"num_layers": 1}})
+    refused(weftrain("convert", "to-huggingface", run, tmp_path / "hf", "--dtype", "float32"), "does not fit the recipe's model")
+    assert not (tmp_path / "hf").exists()
