@@ -215,5 +215,5 @@ def _load(series: Series, path: Path, device: str) -> _Opened:
         # It does what both are asked for here: TransformersModel's own words say what that is.
         return _Opened(cast(Decoder, model), cast(Generator, cast(TransformersModel, model)))
     state, manifest = checkpoint.load(path)
-    decoder = load_model(checkpoint.Weights(state.tensors), Recipe.model_validate(manifest["recipe"]).model, device)
+    decoder = load_model(checkpoint.Weights(state.tensors), Recipe.from_record(manifest["recipe"]).model, device)
     return _Opened(decoder, Generator(decoder))

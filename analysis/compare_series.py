@@ -122,7 +122,7 @@ def read_run(folder: Path, name: str, window_steps: int = WINDOW_STEPS) -> Serie
     release = read_release(folder) if (folder / RELEASE).exists() else None
     _hold_to_hashes(folder, release, [folder / file for file in (RECIPE, LEDGER, METRICS)])
     try:
-        recipe = Recipe.model_validate(stored_recipe(folder))
+        recipe = Recipe.from_record(stored_recipe(folder))
     except ValidationError as error:
         first = error.errors()[0]
         raise RunFolderError(f"{folder / RECIPE}: key '{'.'.join(map(str, first['loc']))[:80]}': {first['msg']}: restore it") from error

@@ -134,7 +134,7 @@ class Fsdp2Run:
                 mine["lr"] = rates[group.name]
             self._adamw.step()
             self._adamw.zero_grad()
-            yield StepResult(step, loss, norm, rates, recipe.tokens_per_step, 0.0, 0.0)
+            yield StepResult(step, loss, norm, rates, recipe.tokens_per_step, recipe.tokens_per_step, 0.0, 0.0)
 
     def stats(self) -> dict[str, float]:
         return {}

@@ -154,7 +154,7 @@ def _recipe(value: Mapping[str, Any] | None, warnings: list[str]) -> Recipe | No
     if value is None:
         return None
     try:
-        return Recipe.model_validate(value)
+        return Recipe.from_record(value)
     except ValidationError as error:
         first = error.errors()[0]
         warnings.append(f"recipe.json is not one that this version understands: key '{'.'.join(map(str, first['loc']))}': {first['msg']}")

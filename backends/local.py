@@ -22,6 +22,7 @@ from weftrain.backends.shared import (
     HEAD_USE,
     Lender,
     LentTensors,
+    LossScale,
     PhaseClock,
     PlainBackend,
     TreeSum,
@@ -115,10 +116,10 @@ class LocalRun:
         while self._step < self._plan.last_step:
             self._lender.let_go()
             start, step = time.perf_counter(), self._step
-            losses, data_wait_s = self._forward_backward(partial(source.rows, step))
+            losses, loss_scale, data_wait_s = self._forward_backward(partial(source.rows, step))
             gradients = self._gradients()
             self._clock.to("clip")
-            loss = torch.stack(losses).sum() if self._tree is None else tree_sum(losses)
+            loss = loss_scale.mean(torch.stack(losses).sum() if self._tree is None else tree_sum(losses))
             norm = global_norm([self._grad_norm([gradient]) for gradient in gradients.values()])
             rates = group_learning_rates(self._groups, recipe.schedule, step)
             finite = bool(torch.isfinite(loss + norm))
@@ -131,20 +132,22 @@ class LocalRun:
             self._clear_gradients()
             del gradients  # or the next step's would be made beside them
             if not finite and recipe.optimizer.non_finite == "halt":
-                raise NonFiniteError(non_finite_message(source, step, losses, float(norm), recipe.batch.micro_batch_size))
+                micro, bearing = recipe.batch.micro_batch_size, loss_scale.bearing_tokens
+                raise NonFiniteError(non_finite_message(source, step, losses, float(norm), micro, bearing))
             self._step += 1
             phases = self._clock.stop()
             step_ms = (time.perf_counter() - start) * 1e3
             skipped = not finite
-            yield StepResult(step, loss, norm, rates, recipe.tokens_per_step, step_ms, data_wait_s * 1e3, skipped, phases)
+            tokens, bearing = recipe.tokens_per_step, loss_scale.bearing_tokens
+            yield StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, skipped, phases)
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
         """See Run.gradients."""
-        losses, _ = self._forward_backward(lambda first, count: slice_rows(batch, first, count))
+        losses, scale, _ = self._forward_backward(lambda first, count: slice_rows(batch, first, count))
         self._clock.stop()
         gradients = {name: gradient.detach().float().cpu().clone() for name, gradient in self._gradients().items()}
         self._clear_gradients()
-        return float(torch.stack(losses).sum()), gradients
+        return float(scale.mean(torch.stack(losses).sum())), gradients
 
     def evaluate(self, source: EvaluationSource) -> EvalResult:
         """Mean held-out loss over tokens, in the compute dtype; eager, so that no second graph is compiled for it."""
@@ -159,14 +162,16 @@ class LocalRun:
             raise BackendError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
         return EvalResult(total / tokens, tokens)
 
-    def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[torch.Tensor], float]:
-        """Each micro-batch's share of the mean loss, with the gradients left in place; and seconds spent waiting for rows."""
-        batch, data_wait_s = self._recipe.batch, 0.0
-        losses = []
-        for first in range(0, batch.global_batch_size, batch.micro_batch_size):
+    def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[torch.Tensor], LossScale, float]:
+        """Each micro-batch's share of the loss, with the gradients left in place; its divisor; seconds spent waiting for rows."""
+        batch, losses, start = self._recipe.batch, [], time.perf_counter()
+        self._clock.to("data wait")
+        firsts = range(0, batch.global_batch_size, batch.micro_batch_size)
+        read = [rows(first, batch.micro_batch_size) for first in firsts]  # all of them first: the divisor is the whole batch's
+        scale = LossScale.of(self._recipe, sum(found.bearing_tokens for found in read))
+        data_wait_s = time.perf_counter() - start
+        for first, found in zip(firsts, read, strict=True):
             start = time.perf_counter()
-            self._clock.to("data wait")
-            found = rows(first, batch.micro_batch_size)
             self._clock.to("copy")
             ids, labels, document_start = to_device(found, self._device)
             data_wait_s += time.perf_counter() - start
@@ -174,14 +179,14 @@ class LocalRun:
             keys = None
             if self._recipe.model.dropout:
                 keys = row_keys(self._recipe.seed, self._step, first, len(ids), batch.global_batch_size, self._device)
-            # The sum over tokens divided by all tokens of the global batch: accumulation equals one large batch.
-            loss = self._loss(ids, labels, document_start, keys) / self._recipe.tokens_per_step
+            # The sum over tokens divided by the global batch's number: accumulation equals one large batch.
+            loss = self._loss(ids, labels, document_start, keys) / scale.divisor
             self._clock.to("backward")
             loss.backward()
             losses.append(loss.detach())
             if batch.accumulation_steps > 1:
                 self._accumulate()
-        return losses, data_wait_s
+        return losses, scale, data_wait_s
 
     def _loss(
         self, ids: torch.Tensor, labels: torch.Tensor, document_start: torch.Tensor | None, dropout_keys: torch.Tensor | None

@@ -42,12 +42,12 @@ class NullRun:
         recipe, micro = self._job.recipe, self._job.recipe.batch.micro_batch_size
         for step in range(self._state.step, self._job.plan.last_step):
             start = time.perf_counter()
-            for first in range(0, recipe.batch.global_batch_size, micro):
-                source.rows(step, first, micro)
+            firsts = range(0, recipe.batch.global_batch_size, micro)
+            bearing = sum(source.rows(step, first, micro).bearing_tokens for first in firsts)
             elapsed_ms = (time.perf_counter() - start) * 1e3
             self._state = State(step + 1, self._state.optimizer_updates, self._state.tensors)
             rates = group_learning_rates(self._groups, recipe.schedule, step)
-            yield StepResult(step, 0.0, 0.0, rates, recipe.tokens_per_step, elapsed_ms, elapsed_ms)
+            yield StepResult(step, 0.0, 0.0, rates, recipe.tokens_per_step, bearing, elapsed_ms, elapsed_ms)
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
         names = (spec.name for spec in parameter_specs(self._job.recipe.model))

@@ -11,6 +11,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -55,6 +56,30 @@ def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.T
     return ids[:, :-1].contiguous(), labels, document_start
 
 
+_Loss = TypeVar("_Loss", torch.Tensor, float)
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """By what the sum of a global batch's token losses is divided. Both numbers are the whole batch's, on every rank, before any backward.
+
+    So micro-batches and replicas with different numbers of bearing tokens add up to the large batch's gradient.
+    """
+
+    divisor: int  # for the gradient: objective.normalizer
+    bearing_tokens: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, bearing_tokens: int) -> LossScale:
+        return cls(bearing_tokens if recipe.objective.normalizer == "bearing_tokens" else recipe.tokens_per_step, bearing_tokens)
+
+    def mean(self, loss: _Loss) -> _Loss:
+        """The sum of token losses over `divisor` -> over bearing tokens. NaN where there is none: such a step never counts as made."""
+        if self.divisor == self.bearing_tokens:
+            return loss  # without a bearing token 0 / 0 made it NaN already
+        return loss * (self.divisor / self.bearing_tokens if self.bearing_tokens else math.nan)
+
+
 def slice_rows(batch: Batch, first: int, count: int) -> Batch:
     """Rows first..first+count-1 of a batch, as views."""
     rows = slice(first, first + count)
@@ -84,17 +109,29 @@ def clip_coefficient(norm: torch.Tensor, clip_norm: float | None) -> torch.Tenso
     return torch.ones_like(norm) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def non_finite_message(source: BatchSource, step: int, losses: Sequence[torch.Tensor], norm: float, micro_batch_size: int) -> str:
+def non_finite_message(
+    source: BatchSource, step: int, losses: Sequence[torch.Tensor], norm: float, micro_batch_size: int, bearing_tokens: int
+) -> str:
     """Why the step did not happen, and which samples were in it. losses: of each micro-batch of the global batch, in order."""
+    happened = f"the step did not happen, weights and optimizer are as after step {step - 1}"
+    if not bearing_tokens:
+        names = source.sample_names(step, 0, source.global_batch_size)
+        return (
+            f"step {step}: no token of the global batch bears a loss, so it has neither a loss nor a gradient: {happened}; samples: "
+            f"{_some(names)}; correct their loss mask, leave them out with data.skip, or set optimizer.non_finite=skip"
+        )
     bad = [index for index, loss in enumerate(losses) if not torch.isfinite(loss)] or range(len(losses))
     names = [name for index in bad for name in source.sample_names(step, index * micro_batch_size, micro_batch_size)]
-    more = f" and {len(names) - _NAMES_IN_MESSAGE} more" if len(names) > _NAMES_IN_MESSAGE else ""
     loss = math.fsum(float(value) for value in losses) if all(torch.isfinite(value) for value in losses) else "not finite"
     return (
-        f"step {step}: loss {loss}, gradient norm {norm}: the step did not happen, weights and optimizer are as after step "
-        f"{step - 1}; samples: {', '.join(names[:_NAMES_IN_MESSAGE])}{more}; look at them, lower the learning rate, or set "
-        "optimizer.non_finite=skip"
+        f"step {step}: loss {loss}, gradient norm {norm}: {happened}; samples: {_some(names)}; look at them, lower the learning rate, "
+        "or set optimizer.non_finite=skip"
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES_IN_MESSAGE} more" if len(names) > _NAMES_IN_MESSAGE else ""
+    return ", ".join(names[:_NAMES_IN_MESSAGE]) + more
 
 
 class TreeSum:

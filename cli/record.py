@@ -117,5 +117,5 @@ def defer(run: Path, chunk: int, drop: bool, reason: str) -> None:
     from weftrain.core.run_folder import held_run, stored_recipe
 
     with held_run(run):
-        entry = put_off(run, Ledger(run), Recipe.model_validate(stored_recipe(run)), chunk, "drop" if drop else "defer", reason)
+        entry = put_off(run, Ledger(run), Recipe.from_record(stored_recipe(run)), chunk, "drop" if drop else "defer", reason)
     click.echo(f"{run}: chunk {chunk} is {'dropped' if drop else 'deferred'} from step {entry['step']} on; train goes on with it")

@@ -72,6 +72,12 @@ class Batch:
     loss_mask: np.ndarray | None = None
     document_start: np.ndarray | None = None
 
+    @property
+    def bearing_tokens(self) -> int:
+        """How many labels bear a loss."""
+        rows, length = self.ids.shape
+        return rows * (length - 1) if self.loss_mask is None else int(np.count_nonzero(self.loss_mask))
+
 
 class BatchSource(Protocol):
     """Picklable and stateless: row r of step s is a pure function of (dataset, seed, s, r)."""
@@ -128,7 +134,8 @@ class State:
 class StepResult:
     """What one step was. loss and grad_norm may live on the device: float() of them may synchronise, so only log lines do it.
 
-    loss: mean over all tokens of the global batch, before the update. grad_norm: global norm before clipping.
+    loss: mean over the tokens of the global batch that bear a loss, before the update; NaN where none does. grad_norm: global norm before
+    clipping, of the gradient as the recipe's objective.normalizer has it. tokens: positions read. bearing_tokens: those that bear a loss.
     skipped: the step did not happen (non-finite loss or norm under the `skip` policy); weights and optimizer state are untouched.
     """
 
@@ -137,6 +144,7 @@ class StepResult:
     grad_norm: SupportsFloat
     learning_rates: Mapping[str, float]  # parameter group -> learning rate
     tokens: int
+    bearing_tokens: int
     step_ms: float
     data_wait_ms: float
     skipped: bool = False
@@ -260,7 +268,10 @@ class Run(Protocol):
         ...
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
-        """Mean loss and the fp32 gradient of every parameter for one global batch, unclipped, nothing updated (for conformance)."""
+        """Loss and the fp32 gradient of every parameter for one global batch, unclipped, nothing updated (for conformance).
+
+        The loss is the mean over bearing tokens; the gradient is divided as objective.normalizer says.
+        """
         ...
 
     def evaluate(self, source: EvaluationSource) -> EvalResult: ...

@@ -6,8 +6,9 @@ key is an error, and a missing key is an error unless the field shows a default.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -100,6 +101,18 @@ class ModelConfig(Section):
         if self.mup is not None and (self.embedding_scale is not None or self.logits_scale is not None):
             raise ValueError("'embedding_scale' and 'logits_scale' follow from 'mup': leave them out")
         return self
+
+
+class ObjectiveConfig(Section):
+    """What training minimises: `next_token`, the sum of the tokens' cross entropies over the global batch, divided by `normalizer`.
+
+    bearing_tokens: the number of tokens that bear a loss. all_positions: all positions of the batch (sequences x length), so that a batch
+    with many masked tokens makes a smaller step. Where no row has a loss mask the two are equal. Gradient, its norm and the clipping
+    follow this; the loss that is logged is the mean over bearing tokens in either case, as that of an evaluation is.
+    """
+
+    name: Literal["next_token"] = "next_token"
+    normalizer: Literal["bearing_tokens", "all_positions"] = "bearing_tokens"
 
 
 class OptimizerConfig(Section):
@@ -362,6 +375,7 @@ class Recipe(Section):
     seed: Count
     start_from: StartFrom | None = None
     model: ModelConfig
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     precision: PrecisionConfig
@@ -371,6 +385,11 @@ class Recipe(Section):
     backend: BackendConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+
+    @classmethod
+    def from_record(cls, tree: Any) -> Recipe:
+        """A recipe as a run or checkpoint recorded it. Raises pydantic's ValidationError."""
+        return cls.model_validate(with_earlier_keys(tree) if isinstance(tree, Mapping) else tree)
 
     @property
     def tokens_per_step(self) -> int:
@@ -386,3 +405,8 @@ class Recipe(Section):
         if self.data.chunks is not None and self.schedule.steps % self.data.chunks:
             raise ValueError(f"schedule.steps {self.schedule.steps} is not a multiple of data.chunks {self.data.chunks}")
         return self
+
+
+def with_earlier_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded recipe, with what runs did before a key existed whose default in a recipe's file is something else."""
+    return {"objective": {"normalizer": "all_positions"}} | dict(tree)

@@ -112,6 +112,7 @@ _MEASURED = {
     "step": ("step", "loss", "grad_norm", "learning_rate", "tokens", "skipped"),
     "evaluation": ("step", "set", "loss", "tokens"),
 }
+_MEASURED_LATER = ("bearing_tokens",)  # not in the records of earlier versions, whose digests must stay what they were
 
 
 class Digest:
@@ -126,7 +127,8 @@ class Digest:
     def add(self, record: Mapping[str, Any]) -> None:
         """`record` has `kind`, as a line of metrics.jsonl does."""
         if keys := _MEASURED.get(record["kind"]):
-            self._hash.update(canonical_json(_finite([record["kind"], {key: record.get(key) for key in keys}])) + b"\n")
+            measured = {key: record.get(key) for key in keys} | {key: record[key] for key in _MEASURED_LATER if key in record}
+            self._hash.update(canonical_json(_finite([record["kind"], measured])) + b"\n")
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

@@ -203,6 +203,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "grad_norm": (_is_number, "a number"),
     "learning_rate": (_is_rates, "numbers by parameter group"),
     "tokens": (_is_count, "a count"),
+    "bearing_tokens": (_is_count, "a count"),
     "tokens_per_second": (_is_number, "a number"),
     "step_ms": (_is_number, "a number"),
     "data_wait_ms": (_is_number, "a number"),

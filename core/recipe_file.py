@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from weftrain.core.config import Recipe
+from weftrain.core.config import Recipe, with_earlier_keys
 from weftrain.core.errors import RecipeError
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -137,7 +137,7 @@ def recorded_recipe(
 
     backend, kept_options: see load_recipe.
     """
-    return _resolve(_for_backend(copy.deepcopy(tree), backend, kept_options), overrides, _Source(origin))
+    return _resolve(_for_backend(copy.deepcopy(with_earlier_keys(tree)), backend, kept_options), overrides, _Source(origin))
 
 
 def _for_backend(tree: dict[str, Any], backend: str | None, kept_options: Collection[str]) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def build(
         raise ReleaseError(f"{run / LEDGER}: there is no ledger, so nothing ties the checkpoints to their data: train with this version")
     line = lineage(entries)
     recipe_json = read_json(run / RECIPE)
-    recipe = Recipe.model_validate(recipe_json)
+    recipe = Recipe.from_record(recipe_json)
     links = links_of(line, recipe)
     if not links:
         raise ReleaseError(f"{run}: no link: the run needs a checkpoint that training led to: train it further")
@@ -195,7 +195,7 @@ def build(
             progress(f"{name} (step {steps[checkpoint_root]})")
             _copy_checkpoint(run, temporary, steps[checkpoint_root], checkpoint_root)
             state, manifest = checkpoint.load(temporary / "checkpoints" / folder_name(steps[checkpoint_root]), verified=True)
-            write_weights(temporary / "revisions" / name, checkpoint.Weights(state.tensors), Recipe.model_validate(manifest["recipe"]))
+            write_weights(temporary / "revisions" / name, checkpoint.Weights(state.tensors), Recipe.from_record(manifest["recipe"]))
         fsops.write_bytes(temporary / CARD, card(draft, line, recipe).encode())
         progress("hashes")
         files = hash_files({name: temporary / name for name in sorted(files_below(temporary))})

@@ -93,7 +93,7 @@ def replay_link(
     start: State | None = None
     if link.start is not None:
         start, _ = checkpoint.load(folder / "checkpoints" / folder_name(link.first_step), verified=True)
-    recipe = Recipe.model_validate(manifest["recipe"])
+    recipe = Recipe.from_record(manifest["recipe"])
     if start is None:
         weights = {f"weights/{spec.name}": draw(spec, recipe.model, recipe.seed) for spec in parameter_specs(recipe.model)}
         origin: Mapping[str, Tensor] = weights
@@ -127,7 +127,7 @@ def _train(
     while step < link.stop_step:
         stretch, _, _ = line.origin(step)
         stop = link.stop_step if stretch.stop_step is None else min(stretch.stop_step, link.stop_step)
-        recipe = Recipe.model_validate(stretch.recipe)
+        recipe = Recipe.from_record(stretch.recipe)
         run = prepare(recipe, Plan(step, stop, log_every_steps=recipe.log.every_steps), wanted)
         try:
             if state is not None:

@@ -146,7 +146,7 @@ def stored_recipe(folder: Path, *, missing_ok: bool = False) -> dict[str, Any] |
 def with_defaults(recipe: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """A recipe that an earlier version recorded, with the keys that came since: their defaults are what it did."""
     try:
-        return recipe if recipe is None else Recipe.model_validate(recipe).model_dump(mode="json")
+        return recipe if recipe is None else Recipe.from_record(recipe).model_dump(mode="json")
     except ValidationError:
         return recipe  # the comparison then names what differs
 

@@ -98,6 +98,7 @@ def _step_line(result: StepResult, tokens_read: int, tokens_per_second: float, s
         "grad_norm": float(result.grad_norm),
         "learning_rate": dict(result.learning_rates),
         "tokens": tokens_read,
+        "bearing_tokens": result.bearing_tokens,  # of this step: what its loss is the mean over
         "tokens_per_second": tokens_per_second,
         "step_ms": result.step_ms,
         "data_wait_ms": result.data_wait_ms,

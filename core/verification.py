@@ -92,7 +92,7 @@ def _check_record(folder: Path, release: Release, manifests: Mapping[str, dict[s
     recipe = read_json(folder / RECIPE)
     if sha256_json(recipe) != release.recipe_sha256 or sha256_json(recipe) != sha256_json(line.stretches[-1].recipe):
         raise ReleaseError(f"{folder / RECIPE}: is not the recipe of the ledger's last stretch: one was altered")
-    expected = tuple(link for link, _ in links_of(line, Recipe.model_validate(recipe)))
+    expected = tuple(link for link, _ in links_of(line, Recipe.from_record(recipe)))
     if release.links != expected:
         raise ReleaseError(f"{folder / RELEASE}: its {len(release.links)} links are not the {len(expected)} that follow from the ledger")
     points = {point.root: point for point in line.checkpoints}
@@ -125,7 +125,7 @@ def _check_data(folder: Path, release: Release, manifests: Mapping[str, dict[str
     if release.data == "none":
         return
     for manifest in manifests.values():
-        recipe = Recipe.model_validate(manifest["recipe"])
+        recipe = Recipe.from_record(manifest["recipe"])
         ids = [_train_id(folder / "data" / checked_name(source.path), release.data == "shards") for source in recipe.data.sources]
         found = ids[0] if len(ids) == 1 else merkle_root(ids)
         if found != manifest["dataset_id"]:
@@ -140,7 +140,7 @@ def _check_revisions(folder: Path, release: Release) -> None:
     for name, root in revisions(release):
         place = folder / "revisions" / name
         state, manifest = checkpoint.load(folder / "checkpoints" / folder_name(steps[root]), verified=True)
-        config = Recipe.model_validate(manifest["recipe"]).model
+        config = Recipe.from_record(manifest["recipe"]).model
         for key, tensor in import_weights(HuggingFaceWeights(place), config, layout_of(config)):
             if not torch.equal(tensor, state.tensors[f"weights/{key}"].to(getattr(torch, release.weights_dtype))):
                 raise ReleaseError(

@@ -24,7 +24,8 @@ from weftrain.backends.cerebras import environment
 from weftrain.backends.cerebras.job import Job as WorkerJob
 from weftrain.backends.cerebras.job import save_state
 from weftrain.backends.cerebras.process import ROOT, Worker
-from weftrain.backends.shared import PlainBackend, check_state, refuse_numerics
+from weftrain.backends.cerebras.program import check_mask
+from weftrain.backends.shared import LossScale, PlainBackend, check_state, refuse_numerics
 from weftrain.core import checkpoint as checkpoints  # this package has a module of that name
 from weftrain.core import fsops
 from weftrain.core.backend import (
@@ -161,6 +162,8 @@ class CerebrasRun:
         wanted = training_source(recipe).dataset_id
         if source.dataset_id != wanted:
             raise BackendError(f"the worker reads the recipe's data ({wanted[:16]}) and was handed other ({source.dataset_id[:16]})")
+        if self._step < plan.last_step:  # later rows are checked where they are read
+            check_mask(source.rows(self._step, 0, recipe.batch.global_batch_size), self._step, recipe.objective.normalizer)
         every = 1 if self._options.target == "cpu" else plan.log_every_steps
         while self._step < plan.last_step:
             first, seen = self._step, self._step
@@ -171,9 +174,12 @@ class CerebrasRun:
                     break
                 completed = event["step"] + 1
                 rates = group_learning_rates(self._groups, recipe.schedule, event["step"])
-                if not np.isfinite([event["loss"], event["grad_norm"]]).all():
+                read = source.rows(event["step"], 0, recipe.batch.global_batch_size)
+                loss, bearing = LossScale.of(recipe, read.bearing_tokens).mean(event["loss"]), read.bearing_tokens
+                if not np.isfinite([loss, event["grad_norm"]]).all():
+                    why = "" if bearing else " (no token of the global batch bears a loss)"
                     raise NonFiniteError(
-                        f"step {event['step']}: loss {event['loss']}, gradient norm {event['grad_norm']}: a system makes the update before "
+                        f"step {event['step']}: loss {loss}{why}, gradient norm {event['grad_norm']}: a system makes the update before "
                         "anybody can look; go back to the newest checkpoint"
                     )
                 self._step = completed
@@ -182,7 +188,7 @@ class CerebrasRun:
                 seen = completed
                 if not self._busy:
                     self._finish()
-                yield StepResult(event["step"], event["loss"], event["grad_norm"], rates, tokens, event["step_ms"], 0.0)
+                yield StepResult(event["step"], loss, event["grad_norm"], rates, tokens, bearing, event["step_ms"], 0.0)
                 if not self._busy:
                     break
 

@@ -220,7 +220,6 @@ _ONLY: dict[str, tuple[Any, str]] = {
     "model.use_bias_in_output": (False, "has no bias on the head"),
     "model.boundary_casting": (False, "casts nothing between layers"),
     "model.scale_glu_initialization": (True, "was only ever compared with files that set it"),
-    "model.loss_scaling": ("batch_size", "divides the summed loss by sequences and loss_weight's 1 / length"),
     "optimizer.optimizer_type": ("AdamW", "trains with AdamW"),
     "optimizer.correct_bias": (True, "corrects the bias of both moments"),
     "optimizer.amsgrad": (False, "keeps no maximum of the second moment"),
@@ -280,6 +279,7 @@ def import_params(
         "description": description if description is not None else f"from {path.name}, a params file of Model Zoo 1.9",
         "seed": _seed(params, at),
         "model": _model(params, at).model_dump(exclude_none=True),
+        "objective": {"normalizer": _normalizer(params.model, at)},
         "optimizer": _optimizer(params.optimizer),
         "schedule": {"steps": run.max_steps, "learning_rate": _segments(params, at, notes)},
         "precision": {"compute": _precision(params.model, at)},
@@ -580,14 +580,38 @@ def _precision(given: ModelSection, at: Any) -> str:
     )
 
 
-def _data(params: ParamsFile, at: Any, data_root: str | None, notes: list[str]) -> dict[str, Any]:
-    given, model = params.train_input, params.model
+def _normalizer(given: ModelSection, at: Any) -> str:
+    scaling = given.loss_scaling.lower()
+    if scaling == "batch_size":
+        return "all_positions"  # with loss_weight's 1 / length
+    if scaling != "num_tokens":
+        raise RecipeError(f"{at(('model', 'loss_scaling'))}: model.loss_scaling is {given.loss_scaling!r}; it is batch_size or num_tokens")
+    if given.loss_weight != 1:
+        raise RecipeError(
+            f"{at(('model', 'loss_weight'))}: model.loss_weight is {given.loss_weight}, and loss_scaling num_tokens takes none: set it "
+            "to 1.0, or loss_scaling to batch_size"
+        )
+    return "bearing_tokens"
+
+
+def _length(model: ModelSection, at: Any) -> int:
+    """The sequences' length, which the form says by the weight of the loss."""
     length = round(min(1 / model.loss_weight, model.max_position_embeddings + 1))
     if not math.isclose(length * model.loss_weight, 1, rel_tol=_RELATIVE_ERROR) or length > model.max_position_embeddings:
         raise RecipeError(
             f"{at(('model', 'loss_weight'))}: model.loss_weight is {model.loss_weight}; it is 1 / sequence length, at most "
             f"max_position_embeddings {model.max_position_embeddings}"
         )
+    return length
+
+
+def _data(params: ParamsFile, at: Any, data_root: str | None, notes: list[str]) -> dict[str, Any]:
+    given, model = params.train_input, params.model
+    if _normalizer(model, at) == "bearing_tokens":
+        length = model.max_position_embeddings
+        notes.append(f"model.loss_scaling is num_tokens, so nothing says the sequences' length: data.sequence_length is {length}")
+    else:
+        length = _length(model, at)
     if given.mixture is not None and given.data_dir is not None:
         raise RecipeError(f"{at(('train_input', 'mixture'))}: train_input has both mixture and data_dir: keep one")
     if given.mixture is not None:
@@ -669,7 +693,9 @@ def _batch(params: ParamsFile, at: Any, micro_batch_size: int | None, notes: lis
 
 def _check_exportable(recipe: Recipe) -> None:
     model, optimizer = recipe.model, recipe.optimizer
+    says_length = recipe.objective.normalizer == "all_positions" or recipe.data.sequence_length == model.max_position_embeddings
     needs = {
+        "objective.normalizer: all_positions, or data.sequence_length = model.max_position_embeddings": says_length,
         "model.norm: layer_norm": model.norm == "layer_norm",
         "model.rotary_interleaved: true": model.rotary_interleaved,
         "model.rope_theta: 10000": model.rope_theta == 10000,
@@ -688,6 +714,7 @@ def _check_exportable(recipe: Recipe) -> None:
 
 def _model_params(recipe: Recipe) -> dict[str, Any]:
     model, scales, on = recipe.model, resolved(recipe.model), DTYPE_OF_PRECISION[recipe.precision.compute]
+    positions = recipe.objective.normalizer == "all_positions"
 
     def initializer(std: float) -> dict[str, Any]:
         cut = {"a": -TRUNCATED_AT * std, "b": TRUNCATED_AT * std} if scales.distribution == "truncated_normal" else {}
@@ -725,8 +752,8 @@ def _model_params(recipe: Recipe) -> dict[str, Any]:
         "mixed_precision": on,
         "use_bfloat16": on,
         "boundary_casting": False,
-        "loss_scaling": "batch_size",
-        "loss_weight": 1 / recipe.data.sequence_length,
+        "loss_scaling": "batch_size" if positions else "num_tokens",
+        "loss_weight": 1 / recipe.data.sequence_length if positions else 1.0,
     }
 
 

@@ -283,11 +283,23 @@ def to_inputs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(batch.ids[:, :-1].astype(np.int32)), torch.from_numpy(labels.astype(np.int32))
 
 
-class _Rows(torch.utils.data.IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Batch after batch from step `first` on: all rows on the user's node, this task's share where a task feeds a system."""
+def check_mask(batch: Batch, step: int, normalizer: str) -> None:
+    """Raises BackendError for rows with a loss mask where the recipe wants the loss divided by bearing tokens."""
+    if normalizer == "bearing_tokens" and batch.bearing_tokens != batch.ids[:, 1:].size:
+        raise BackendError(
+            f"step {step}: objective.normalizer is bearing_tokens and rows of this step have a loss mask: the traced step divides by a "
+            "constant, all positions: set objective.normalizer=all_positions, or use another backend"
+        )
 
-    def __init__(self, source: BatchSource, first: int) -> None:
-        self.source, self.first = source, first
+
+class _Rows(torch.utils.data.IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Batch after batch from step `first` on: all rows on the user's node, this task's share where a task feeds a system.
+
+    Raises BackendError for a loss mask that the traced step's divisor would not follow, NonFiniteError for a batch that bears no loss.
+    """
+
+    def __init__(self, source: BatchSource, first: int, normalizer: str) -> None:
+        self.source, self.first, self.normalizer = source, first, normalizer
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         import cerebras.pytorch as cstorch
@@ -295,15 +307,20 @@ class _Rows(torch.utils.data.IterableDataset[tuple[torch.Tensor, torch.Tensor]])
         rows = cstorch.distributed.get_streaming_batch_size(self.source.global_batch_size)
         offset = cstorch.distributed.get_streaming_rank() * rows if cstorch.distributed.is_streamer() else 0
         for step in itertools.count(self.first):
-            yield to_inputs(self.source.rows(step, offset if rows < self.source.global_batch_size else 0, rows))
+            batch = self.source.rows(step, offset if rows < self.source.global_batch_size else 0, rows)
+            check_mask(batch, step, self.normalizer)
+            if rows == self.source.global_batch_size and not batch.bearing_tokens:
+                raise NonFiniteError("no token of the global batch bears a loss")
+            yield to_inputs(batch)
 
 
 def training_rows(recipe: str, dataset_id: str, first: int) -> Any:
     """The vendor's `input_fn`: a torch DataLoader over the recipe's own order. Raises DataError where the data is not the job's."""
-    source = training_source(Recipe.model_validate_json(recipe))
+    checked = Recipe.model_validate_json(recipe)
+    source = training_source(checked)
     if source.dataset_id != dataset_id:
         raise DataError(f"the recipe's data here is {source.dataset_id}, the job's is {dataset_id}: point data.root at the same datasets")
-    return torch.utils.data.DataLoader(_Rows(source, first), batch_size=None)
+    return torch.utils.data.DataLoader(_Rows(source, first, checked.objective.normalizer), batch_size=None)
 
 
 def _adamw_after_correction(cstorch: Any) -> Any:

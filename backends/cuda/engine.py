@@ -28,6 +28,7 @@ from weftrain.backends.cuda.planner import check_memory
 from weftrain.backends.cuda.save import Parts, RankedTensors, Writer
 from weftrain.backends.cuda.world import RESTS, World
 from weftrain.backends.shared import (
+    LossScale,
     PhaseClock,
     TreeSum,
     check_state,
@@ -157,11 +158,11 @@ class CudaRun:
     def step(self, source: BatchSource) -> StepResult:
         recipe, start, step = self._recipe, time.perf_counter(), self.step_number
         self._world.step = step
-        losses, data_wait_s = self._forward_backward(partial(source.rows, step))
+        losses, loss_scale, data_wait_s = self._forward_backward(partial(source.rows, step))
         with self._world.together(f"add the gradients of step {step}"):
             self._clock.to("communication")
             gradients = self._model.gradients()
-            loss, norm = self._over_all_ranks(losses, gradients)
+            loss, norm = self._over_all_ranks(losses, loss_scale, gradients)
             rates = group_learning_rates(self._groups, recipe.schedule, step)
             finite = bool(torch.isfinite(loss + norm))
         self._clock.to("update")
@@ -175,23 +176,31 @@ class CudaRun:
         del gradients
         if not finite and recipe.optimizer.non_finite == "halt":
             every = self._losses_of_all(losses)
-            raise NonFiniteError(non_finite_message(source, step, every, float(norm), recipe.batch.micro_batch_size))
+            micro, bearing = recipe.batch.micro_batch_size, loss_scale.bearing_tokens
+            raise NonFiniteError(non_finite_message(source, step, every, float(norm), micro, bearing))
         self.step_number += 1
         phases = self._clock.stop()
         step_ms = (time.perf_counter() - start) * 1e3
-        return StepResult(step, loss, norm, rates, recipe.tokens_per_step, step_ms, data_wait_s * 1e3, not finite, phases)
+        tokens, bearing = recipe.tokens_per_step, loss_scale.bearing_tokens
+        return StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, not finite, phases)
 
-    def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[Tensor], float]:
-        """This rank's share of the loss of each of its micro-batches, with the gradients left in place; and seconds spent on rows."""
-        batch, data_wait_s, losses = self._recipe.batch, 0.0, []
+    def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[Tensor], LossScale, float]:
+        """This rank's share of the loss of each of its micro-batches, with the gradients left in place; what it was divided by, which is
+        alike on all ranks; and seconds spent on rows."""
+        batch, losses, start = self._recipe.batch, [], time.perf_counter()
         group = self._world.rank // self._degrees.sequence  # which of the data-parallel ones
         count = batch.accumulation_steps
-        for number in range(count):
+        firsts = range(group * count * batch.micro_batch_size, (group + 1) * count * batch.micro_batch_size, batch.micro_batch_size)
+        self._world.doing = f"read rows {firsts[0]}.. of step {self.step_number}"
+        self._clock.to("data wait")
+        read = [rows(first, batch.micro_batch_size) for first in firsts]  # all of them first: the divisor is the whole batch's
+        data_wait_s = time.perf_counter() - start
+        self._clock.to("communication")
+        # The ranks of one sequence read the same rows, and each counted them.
+        everywhere = self._world.total(sum(data.bearing_tokens for data in read))
+        scale = LossScale.of(self._recipe, everywhere // self._degrees.sequence)
+        for number, (first, data) in enumerate(zip(firsts, read, strict=True)):
             start = time.perf_counter()
-            first = (group * count + number) * batch.micro_batch_size
-            self._world.doing = f"read rows {first}.. of step {self.step_number}"
-            self._clock.to("data wait")
-            data = rows(first, batch.micro_batch_size)
             self._clock.to("copy")
             self._world.doing = f"compute step {self.step_number}"
             ids, labels, document_start, rotary = self._tokens(data)
@@ -201,12 +210,12 @@ class CudaRun:
             if self._recipe.model.dropout:
                 keys = row_keys(self._recipe.seed, self.step_number, first, len(ids), batch.global_batch_size, self._world.device)
             with self._world.together(f"compute step {self.step_number}"), self._model.micro_batch(last=number == count - 1):
-                # The sum over tokens divided by all tokens of the global batch: many ranks equal one large batch.
-                loss = self._model.loss(ids, labels, document_start, rotary, keys) / self._recipe.tokens_per_step
+                # The sum over tokens divided by the global batch's number: many ranks equal one large batch.
+                loss = self._model.loss(ids, labels, document_start, rotary, keys) / scale.divisor
                 self._clock.to("backward")
                 loss.backward()
             losses.append(loss.detach())
-        return losses, data_wait_s
+        return losses, scale, data_wait_s
 
     def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor]]:
         """This rank's tokens of some rows; positions are those of what its context group computes together."""
@@ -219,7 +228,7 @@ class CudaRun:
             cos, sin = (table.tensor_split(self._degrees.context)[context] for table in (cos, sin))
         return ids, labels, document_start, (cos, sin)
 
-    def _over_all_ranks(self, losses: list[Tensor], gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _over_all_ranks(self, losses: list[Tensor], scale: LossScale, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The loss of the global batch and the norm of its gradient, 0-dim fp32: squares are added in float64, a piece once."""
         self._clock.to("clip")
         squares = [self._grad_norm([gradients[name]]).double() ** 2 / self._model.owners(name) for name in gradients if name in self._held]
@@ -232,7 +241,7 @@ class CudaRun:
             dist.all_reduce(both)
             self._clock.to("clip")
         loss = tree_sum(self._losses_of_all(losses)).to(device) if replayable else both[0].float()
-        return loss, both[1].sqrt().float()
+        return scale.mean(loss), both[1].sqrt().float()
 
     def _losses_of_all(self, own: list[Tensor]) -> list[Tensor]:
         """Of every micro-batch of the global batch, in order: a row that lies on several ranks has the sum of its parts."""
@@ -255,12 +264,12 @@ class CudaRun:
 
     def gradients_of(self, batch: Batch | None) -> tuple[float, dict[str, Tensor]]:
         whole = self._share_rows(batch)
-        losses, _ = self._forward_backward(lambda first, count: slice_rows(whole, first, count))
+        losses, scale, _ = self._forward_backward(lambda first, count: slice_rows(whole, first, count))
         self._clock.stop()
         self._world.doing = RESTS
         with self._world.together("add gradients"):
             gradients = self._model.gradients()
-            loss, _ = self._over_all_ranks(losses, gradients)
+            loss, _ = self._over_all_ranks(losses, scale, gradients)
             found = {name: self._model.whole(name, gradient.float()).detach().cpu().clone() for name, gradient in gradients.items()}
         self._model.clear_gradients()
         return float(loss), found

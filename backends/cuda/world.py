@@ -173,6 +173,15 @@ class World:
                         f"rank {rank} ({other.get('host')}): install and start the same everywhere"
                     )
 
+    def total(self, number: int) -> int:
+        """The sum of a number over all ranks, on every rank."""
+        if self.size == 1:
+            return number
+        found = torch.tensor(number, dtype=torch.int64)
+        with self.together("count the tokens that bear a loss"):
+            dist.all_reduce(found)
+        return int(found)
+
     def broadcast_array(self, array: np.ndarray | None, source: int = 0) -> np.ndarray | None:
         """An array of rank `source`, everywhere: int64, int32, bool, or None."""
         if self.size == 1:

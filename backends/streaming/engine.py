@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from weftrain.backends.shared import (
     Lender,
     LentTensors,
+    LossScale,
     call,
     check_state,
     clip_coefficient,
@@ -111,13 +112,14 @@ class StreamingRun:
             self._store.trace = trace if step < traced else no_trace
             self._fabric.regroup()
             self._fabric.order(do="step", step=step)
-            losses, norms, data_wait_s = self._own_share(source, step)
-            loss = torch.stack(losses).sum()
+            losses, norms, loss_scale, data_wait_s = self._own_share(source, step)
+            loss, bearing = loss_scale.mean(torch.stack(losses).sum()), loss_scale.bearing_tokens
             norm = global_norm([norms[spec.name] for spec in parameter_specs(recipe.model)])
             rates = group_learning_rates(tuple(self._groups.values()), recipe.schedule, step)
             finite = bool(torch.isfinite(loss + norm))
             if not finite and recipe.optimizer.non_finite == "halt":
-                raise NonFiniteError(non_finite_message(source, step, losses, float(norm), recipe.batch.micro_batch_size))
+                micro = recipe.batch.micro_batch_size
+                raise NonFiniteError(non_finite_message(source, step, losses, float(norm), micro, bearing))
             updates = self._standing().optimizer_updates + finite
             scale = float(clip_coefficient(norm, recipe.optimizer.clip_norm)) if finite else 0.0
             pending = Pending(scale, dict(rates), updates) if finite else None
@@ -127,18 +129,21 @@ class StreamingRun:
             if self._trace_path is not None and step + 1 == min(traced, self._plan.last_step):
                 trace.save(self._trace_path)
             step_ms = (time.perf_counter() - start) * 1e3
-            yield StepResult(step, loss, norm, rates, recipe.tokens_per_step, step_ms, data_wait_s * 1e3, skipped=not finite)
+            tokens = recipe.tokens_per_step
+            yield StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, skipped=not finite)
 
-    def _own_share(self, source: BatchSource, step: int) -> tuple[list[Tensor], dict[str, Tensor], float]:
-        """This rank's micro-batches of a step: losses of all ranks' micro-batches, norms where they are known, seconds waited for rows."""
+    def _own_share(self, source: BatchSource, step: int) -> tuple[list[Tensor], dict[str, Tensor], LossScale, float]:
+        """This rank's micro-batches of a step: losses of all ranks' micro-batches, norms where they are known, what the losses were divided
+        by, and seconds waited for rows."""
         micro, begin = self._recipe.batch.micro_batch_size, time.perf_counter()
         mine = self._fabric.micro_batches(self._micro_batches)
         rows = [source.rows(step, number * micro, micro) for number in mine]
         waited = time.perf_counter() - begin
-        work = Pass(self, [to_device(batch, self._device) for batch in rows], self._spool, self._fabric)
+        scale = LossScale.of(self._recipe, self._fabric.total(sum(batch.bearing_tokens for batch in rows)))
+        work = Pass(self, [to_device(batch, self._device) for batch in rows], self._spool, self._fabric, scale.divisor)
         first, more = self._first_update(), step + 1 < self._plan.last_step
         self._carry_out(self._scheduler.step(first, read_ahead=more), work, shared=True)
-        return self._fabric.losses(work.losses), work.norms, waited
+        return self._fabric.losses(work.losses), work.norms, scale, waited
 
     def _complete(self, step: int, updates: int, pending: Pending | None) -> None:
         if self._fabric.sharded:  # no rank may be a step behind without the gradients of that step
@@ -239,9 +244,12 @@ class StreamingRun:
 
         micro = self._recipe.batch.micro_batch_size
         rows = [slice_rows(batch, number * micro, micro) for number in range(self._micro_batches)]
-        work = Pass(self, [to_device(part, self._device) for part in rows], keep, Alone())
+        scale = LossScale.of(self._recipe, batch.bearing_tokens)
+        work = Pass(self, [to_device(part, self._device) for part in rows], keep, Alone(), scale.divisor)
         self._lead("quiet step", work)
-        return float(torch.stack(work.losses).sum()), {spec.name: found[spec.name] for spec in parameter_specs(self._recipe.model)}
+        return float(scale.mean(torch.stack(work.losses).sum())), {
+            spec.name: found[spec.name] for spec in parameter_specs(self._recipe.model)
+        }
 
     def evaluate(self, source: EvaluationSource) -> EvalResult:
         """Mean held-out loss over tokens; as many micro-batches share one pass over the weights as in training."""

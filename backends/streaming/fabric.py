@@ -119,6 +119,10 @@ class Alone:
         """Of all micro-batches, in order."""
         return own
 
+    def total(self, number: int) -> int:
+        """The sum of a number over all ranks, on every rank."""
+        return number
+
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, everywhere."""
         return tensor
@@ -272,6 +276,14 @@ class Group(Alone):
             found = [torch.zeros(most) for _ in range(self.size)]
             dist.all_gather(found, torch.cat([torch.stack(own).cpu(), torch.zeros(most - len(own))]))
         return [loss for losses, count in zip(found, counts, strict=True) for loss in losses[: int(count)].unbind()]
+
+    def total(self, number: int) -> int:
+        if self.size == 1:
+            return number
+        found = torch.tensor(number, dtype=torch.int64)
+        with self._reaching("count the tokens that bear a loss"):
+            dist.all_reduce(found)
+        return int(found)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         if self.size > 1:

@@ -23,10 +23,15 @@ Rows = tuple[Tensor, Tensor, Tensor | None]  # ids, labels, document_start of on
 
 
 class Pass:
-    """One pass over the model: what is computed with a record while it is there. sink None: evaluation, without gradients."""
+    """One pass over the model: what is computed with a record while it is there. sink None: evaluation, without gradients.
 
-    def __init__(self, run: StreamingRun, rows: list[Rows], sink: Callable[[Record, Gradients], None] | None, fabric: Alone) -> None:
-        self._run, self._rows, self._sink, self.fabric = run, rows, sink, fabric
+    divisor: of the sum of token losses, in training. The losses of an evaluation are sums.
+    """
+
+    def __init__(
+        self, run: StreamingRun, rows: list[Rows], sink: Callable[[Record, Gradients], None] | None, fabric: Alone, divisor: int = 1
+    ) -> None:
+        self._run, self._rows, self._sink, self.fabric, self._divisor = run, rows, sink, fabric, divisor
         self._training = sink is not None
         self._keeps = run._options.activations == "keep"
         self._x: list[Tensor] = []  # of each micro-batch: the residual stream, and on the way back its gradient
@@ -55,7 +60,7 @@ class Pass:
             graphs.clear()
 
     def loss(self, record: Record) -> None:
-        run, tokens = self._run, self._run._recipe.tokens_per_step
+        run = self._run
         head, leaves = run._segments[record.index], self._leaves(record)
         tied = run._model.tied_weight()
         if not self._training:
@@ -66,7 +71,7 @@ class Pass:
             tied = leaves[HEAD_USE] = nn.Parameter(tied.detach())
         for number, (_, labels, _) in enumerate(self._rows):
             x_in = self._x[number].detach().requires_grad_()
-            loss = run._run_head(head, x_in, labels, tied) / tokens
+            loss = run._run_head(head, x_in, labels, tied) / self._divisor
             self._x[number] = self._differentiate(loss, x_in, leaves, None)
             self.losses.append(loss.detach())
 

@@ -57,7 +57,7 @@ class InventedRun:
         for step, ms in enumerate(self.ms):
             self.clock.now += ms / 1e3
             phases = {"data wait": 0.25, "forward": 5.0, "backward": 3.0, "update": ms - 9.25}
-            yield StepResult(step, 5.0 - step / 10, 1.0, {}, 52, ms, 0.25, phases_ms=phases)
+            yield StepResult(step, 5.0 - step / 10, 1.0, {}, 52, 52, ms, 0.25, phases_ms=phases)
             self.clock.now += self.gap_ms / 1e3
 
     def stats(self) -> dict[str, float]:
@@ -143,7 +143,7 @@ def test_a_skipped_step_has_no_speed(clock: Clock, tiny_recipe: Tiny) -> None:
     class Skips(InventedRun):
         def train(self, source: Any) -> Iterator[StepResult]:
             for result in super().train(source):
-                yield StepResult(result.step + (result.step > 1), 1.0, 1.0, {}, 52, 1.0, 0.0)
+                yield StepResult(result.step + (result.step > 1), 1.0, 1.0, {}, 52, 52, 1.0, 0.0)
 
     with pytest.raises(BenchError, match="step 3 was skipped or is out of order"):
         take_steps(Skips(clock, [1.0] * 4), bench_source(tiny_recipe()))  # type: ignore[arg-type]
@@ -299,7 +299,7 @@ def test_mutation_a_missing_synchronisation_is_seen(clock: Clock, tiny_recipe: T
         def train(self, source: Any) -> Iterator[StepResult]:
             for step in range(4):
                 clock.now += 0.001
-                yield StepResult(step, Late(), 1.0, {}, 52, 1.0, 0.0)
+                yield StepResult(step, Late(), 1.0, {}, 52, 52, 1.0, 0.0)
 
     found = take_steps(Asynchronous(clock, []), bench_source(tiny_recipe()))  # type: ignore[arg-type]
     assert found.step_ms == pytest.approx([41.0] * 4)

@@ -43,7 +43,7 @@ def prepare(name: str, recipe: Recipe, steps: int | None = None, start: int = 0)
 def reference(
     recipe: Recipe, weights: dict[str, torch.Tensor], batch: Batch, dropout_keys: torch.Tensor | None = None
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of the mean loss in float64."""
+    """The mean loss over bearing tokens, and the gradients as the recipe's normalizer has them, in float64."""
     specs = kernel_specs(recipe.model, "cpu", torch.float64)
     model = Decoder(recipe.model, select(specs, ["reference"])).double()
     with torch.no_grad():
@@ -54,9 +54,9 @@ def reference(
     if batch.loss_mask is not None:
         labels[~torch.from_numpy(batch.loss_mask)] = -100
     start = None if batch.document_start is None else torch.from_numpy(batch.document_start)
-    loss = model(ids[:, :-1], labels, start, None, dropout_keys) / recipe.tokens_per_step
-    loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    total, bearing = model(ids[:, :-1], labels, start, None, dropout_keys), int((labels >= 0).sum())
+    (total / (bearing if recipe.objective.normalizer == "bearing_tokens" else labels.numel())).backward()
+    return total.item() / bearing, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def initial(recipe: Recipe, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -163,6 +163,51 @@ def test_accumulation_equals_the_large_batch(name: str, micro: int, tiny_recipe:
     assert loss_parts == pytest.approx(loss, rel=1e-6)
     for key, gradient in gradients.items():
         assert (gradients_parts[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, key
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("normalizer", ["bearing_tokens", "all_positions"])
+def test_masked_rows_weigh_by_the_global_batch(name: str, normalizer: str, micro: int, tiny_recipe: Tiny) -> None:
+    """Rows with 13, 3, 0 and 5 bearing tokens, one a micro-batch or rank: the large batch's gradient, and the mean over bearing tokens."""
+    recipe = tiny_recipe("amber", "name=masked", f"objective.normalizer={normalizer}", f"batch.micro_batch_size={micro}")
+    source, run, weights = source_of(recipe), prepare(name, recipe, steps=1), initial(recipe, 2.0)
+    run.import_state(state_with(weights))
+    batch = source.rows(0, 0, 4)
+    wanted_loss, wanted = reference(recipe, weights, batch)
+    loss, gradients = run.gradients(batch)
+    assert loss == pytest.approx(wanted_loss, rel=2e-5)
+    assert max(relative(gradients[key], wanted[key]) for key in wanted) < 2e-5
+    (result,) = run.train(source)
+    assert (result.tokens, result.bearing_tokens) == (52, 21)
+    assert float(result.loss) == pytest.approx(wanted_loss, rel=2e-5)
+    norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm().item()
+    assert float(result.grad_norm) == pytest.approx(norm, rel=2e-5)
+
+
+def test_where_no_row_is_masked_the_normalizers_give_the_same_bits(name: str, tiny_recipe: Tiny) -> None:
+    states = []
+    for normalizer in ("bearing_tokens", "all_positions"):
+        recipe = tiny_recipe("crystal", f"objective.normalizer={normalizer}", "batch.micro_batch_size=2", "schedule.steps=2")
+        run = prepare(name, recipe)
+        losses = [float(result.loss) for result in run.train(source_of(recipe))]
+        states.append((losses, run.export_state()))
+    assert states[0][0] == states[1][0]
+    assert same_state(states[0][1], states[1][1])
+
+
+@pytest.mark.parametrize("normalizer", ["bearing_tokens", "all_positions"])
+def test_a_batch_in_which_nothing_bears_a_loss_is_never_a_step(name: str, normalizer: str, tiny_recipe: Tiny) -> None:
+    """Halt: an error that names step and samples. Skip: a skipped step. In neither case a loss of 0."""
+    recipe = tiny_recipe("crystal", "name=empty", f"objective.normalizer={normalizer}", "schedule.steps=3", "optimizer.non_finite=skip")
+    skipping = prepare(name, recipe)
+    results = list(skipping.train(source_of(recipe)))
+    assert [result.skipped for result in results] == [False, True, False]
+    assert [result.bearing_tokens for result in results] == [21, 0, 22]
+    assert np.isnan(float(results[1].loss))
+    assert skipping.export_state().optimizer_updates == 2
+    recipe = tiny_recipe("crystal", "name=empty", f"objective.normalizer={normalizer}", "schedule.steps=3")
+    with pytest.raises(NonFiniteError, match=r"step 1: no token of the global batch bears a loss.*samples: synthetic:4, .*synthetic:7;"):
+        list(prepare(name, recipe).train(source_of(recipe)))
 
 
 def test_losses_and_weights_follow_torch_adamw(name: str, tiny_recipe: Tiny) -> None:
@@ -311,9 +356,9 @@ def test_evaluation_is_the_mean_over_tokens(name: str, tiny_recipe: Tiny) -> Non
             return Batch(ids[first : first + count], mask[first : first + count])
 
     found = run.evaluate(HeldOut())
-    sums, _ = reference(recipe, weights_of(run.export_state()), Batch(ids, mask))
+    loss, _ = reference(recipe, weights_of(run.export_state()), Batch(ids, mask))
     assert found.tokens == mask.sum()
-    assert found.loss == pytest.approx(sums * recipe.tokens_per_step / mask.sum(), rel=1e-5)
+    assert found.loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_protocol_of_null(tiny_recipe: Tiny) -> None:

@@ -94,6 +94,9 @@ def test_crystalcoder_equals_the_released_params(phase: int) -> None:
     assert scales.output_matrix_std == pytest.approx(theirs["output_layer_initializer"]["std"])
     assert theirs["initializer"]["b"] == pytest.approx(2 * theirs["initializer"]["std"])  # truncated at two standard deviations
 
+    assert (theirs["loss_scaling"], theirs["loss_weight"]) == ("batch_size", pytest.approx(1 / 2048, rel=1e-3))
+    assert recipe.objective.normalizer == "all_positions"
+
     optimizer, theirs = recipe.optimizer, params["optimizer"]
     assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (theirs["beta1"], theirs["beta2"], float(theirs["eps"]))
     assert (optimizer.weight_decay, optimizer.clip_norm) == (theirs["weight_decay_rate"], theirs["max_gradient_norm"])

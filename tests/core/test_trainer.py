@@ -55,7 +55,7 @@ class Counting:
     def train(self, source: Any) -> Iterator[StepResult]:
         for step in range(self.steps):
             self.done += 1
-            yield StepResult(step, 1.0, 1.0, {}, 52, 1.0, 0.0)
+            yield StepResult(step, 1.0, 1.0, {}, 52, 52, 1.0, 0.0)
 
     def export_state(self) -> State:
         return State(self.done, self.done, Lent(float(self.done), self.gate, "no room" if self.done == self.error_at else None))

@@ -183,7 +183,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
     total = sum(source["weight"] for source in sources)
     for source in sources:
         source["weight"] = max(source["weight"] / total, 1e-12)
-    length = draw(st.integers(1, model["max_position_embeddings"]))
+    normalizer = draw(st.sampled_from(["all_positions", "bearing_tokens"]))
+    length = model["max_position_embeddings"] if normalizer == "bearing_tokens" else draw(st.integers(1, model["max_position_embeddings"]))
     micro, replicas = draw(st.integers(1, 50)), draw(st.integers(1, 20))
     return Recipe.model_validate(
         {
@@ -192,6 +193,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
             "seed": draw(st.integers(0, 2**31)),
             "start_from": draw(st.sampled_from([None, {"run": "before", "state": "weights"}, {"run": "before", "state": "all"}])),
             "model": model,
+            "objective": {"normalizer": normalizer},
             "optimizer": optimizer,
             "schedule": draw(schedules()),
             "precision": {"compute": draw(st.sampled_from(["float32", "bfloat16"]))},
@@ -338,7 +340,8 @@ def test_a_file_of_ours_is_imported_and_its_numbers_are_muP(tmp_path: Path) -> N
         ("model.use_bias_in_output", True, "use_bias_in_output is True"),
         ("model.boundary_casting", True, "boundary_casting is True"),
         ("model.scale_glu_initialization", False, "scale_glu_initialization is False"),
-        ("model.loss_scaling", "num_tokens", "loss_scaling is 'num_tokens'"),
+        ("model.loss_scaling", "num_tokens", "loss_weight is 0.000488.*, and loss_scaling num_tokens takes none"),
+        ("model.loss_scaling", "sum", "loss_scaling is 'sum'; it is batch_size or num_tokens"),
         ("model.loss_weight", 0.3, "loss_weight is 0.3; it is 1 / sequence length"),
         ("model.loss_weight", 1 / 4096, "loss_weight is 0.000244"),
         ("model.loss_weight", 1 / 2049, "loss_weight is 0.000488"),

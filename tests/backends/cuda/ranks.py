@@ -11,23 +11,47 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from weftrain.backends.cuda import BACKEND
 from weftrain.backends.cuda.world import leave, meet
-from weftrain.core.backend import BatchSource, Job, Plan
+from weftrain.core.backend import Batch, BatchSource, Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.recipe_file import load_recipe
 from weftrain.core.synthetic import synthetic_source
+
+
+@dataclass(frozen=True)
+class MaskedSource:
+    """Synthetic rows of which each has its own number of tokens that bear a loss, its last ones. bearing: of each row, in order."""
+
+    source: BatchSource
+    bearing: tuple[int, ...]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def rows(self, step: int, first: int, count: int) -> Batch:
+        start, length = step * self.source.global_batch_size + first, self.source.sequence_length
+        counts = np.array([self.bearing[row % len(self.bearing)] for row in range(start, start + count)])
+        return Batch(self.source.rows(step, first, count).ids, np.arange(length) >= length - counts[:, None])
+
+
+# By the recipe's name, which other processes are told. Batches of 4 rows, then micro-batches without any bearing token.
+BEARING = {"masked": (13, 3, 0, 5, 0, 0, 1, 0, 7, 0, 13, 2), "empty": (13, 3, 0, 5, 0, 0, 0, 0, 7, 0, 13, 2)}
 
 
 def source_of(recipe: Recipe) -> BatchSource:
     """The rows that every test of the conformance suite trains on."""
     rows = recipe.data.synthetic_rows
     assert rows is not None
-    return synthetic_source(recipe.model.vocab_size, recipe.data.sequence_length, rows, recipe.batch.global_batch_size, seed=5)
+    source = synthetic_source(recipe.model.vocab_size, recipe.data.sequence_length, rows, recipe.batch.global_batch_size, seed=5)
+    return MaskedSource(source, BEARING[recipe.name]) if recipe.name in BEARING else source
 
 
 def free_port() -> int:
