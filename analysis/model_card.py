@@ -1,20 +1,29 @@
-"""A release's model card, README.md with the Hugging Face hub's front matter: every line from the record, nothing typed by hand.
+"""The model cards of a release, README.md files with the Hugging Face hub's front matter: every line from the record, none typed by hand.
 
-What a reader would get wrong: a score stands here only as the record of an evaluation that names its checkpoint's root; a number without
-one is not on a card.
+A score stands here only as the record of an evaluation that names its checkpoint's root. Recipe, ledger, datasets and evaluations may hold
+any text, and a card is shown as a page: every value passes `plain`, by which it can be neither markup nor HTML.
+
+The card of the whole release names no library, since no library opens that folder. Each revision's card does: it lies beside weights that
+transformers loads.
 """
 
 from __future__ import annotations
 
+import html
+import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from weftrain.analysis.evaluation_records import read_records, records_folder
 from weftrain.core.config import Recipe
+from weftrain.core.huggingface import layout_of
+from weftrain.core.huggingface_files import MODELING
 from weftrain.core.ledger import Lineage
 from weftrain.core.metrics import read_metrics
 from weftrain.core.parameters import parameter_specs
+from weftrain.core.printable import printable
 from weftrain.core.release import Release
 
 
@@ -22,8 +31,8 @@ def model_card(run: Path, release: Release, line: Lineage, recipe: Recipe) -> st
     """The card of the release of the run in `run`, as Markdown."""
     parts = [
         _front_matter(release),
-        f"# {release.name}\n",
-        f"{recipe.description}\n",
+        f"# {plain(release.name)}\n",
+        f"{plain(recipe.description)}\n",
         *_facts(release, line, recipe),
         *_training(run, line, recipe),
     ]
@@ -31,9 +40,39 @@ def model_card(run: Path, release: Release, line: Lineage, recipe: Recipe) -> st
     return "\n".join(parts) + "\n"
 
 
-def _front_matter(release: Release) -> str:
-    fields = {"license": release.licences.weights.lower(), "library_name": "transformers", "pipeline_tag": "text-generation"}
+def revision_card(release: Release, name: str, step: int, recipe: Recipe) -> str:
+    """The card of one revision's folder, which transformers opens."""
+    code = layout_of(recipe.model) == "crystalcoder"
+    trust = ", trust_remote_code=True" if code else ""
+    lines = [
+        _front_matter(release, library_name="transformers"),
+        f"# {plain(release.name)}, {plain(name)}\n",
+        f"The weights after step {step:,}, in {release.weights_dtype}.\n",
+        "```python\nfrom transformers import AutoModelForCausalLM\n",
+        f'model = AutoModelForCausalLM.from_pretrained("."{trust})\n```\n',
+    ]
+    if code:
+        lines.append(f"`trust_remote_code` runs `{MODELING}` of this folder, which weftrain wrote and `weftrain verify` compares.\n")
+    return "\n".join(lines)
+
+
+def plain(value: Any) -> str:
+    """A value as one line of Markdown that shows its text, and nothing else."""
+    text = html.escape(printable(" ".join(str(value).split())), quote=False)
+    text = re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", text)
+    return re.sub(r"^(?=[-+=])", r"\\", text)  # at the beginning of a line: a list, a rule, a heading
+
+
+def _front_matter(release: Release, **more: str) -> str:
+    fields = {**hub_licence(release.licences.weights), **more, "pipeline_tag": "text-generation"}
     return f"---\n{yaml.safe_dump(fields, sort_keys=True)}---\n"
+
+
+def hub_licence(expression: str) -> dict[str, str]:
+    """The hub's keys of an SPDX expression: it lists single licences in lower case, and calls all else 'other' with a name."""
+    if re.fullmatch(r"[A-Za-z0-9.+-]+", expression) and not expression.startswith("LicenseRef-"):
+        return {"license": expression.lower()}
+    return {"license": "other", "license_name": expression}
 
 
 def _facts(release: Release, line: Lineage, recipe: Recipe) -> list[str]:
@@ -47,14 +86,14 @@ def _facts(release: Release, line: Lineage, recipe: Recipe) -> list[str]:
         f"| sequence length | {recipe.data.sequence_length} |",
         f"| batch | {recipe.batch.global_batch_size} sequences, {tokens:,} tokens |",
         f"| training | {done:,} of {recipe.schedule.steps:,} steps, {line.tokens_read(done):,} tokens |",
-        f"| optimizer | {recipe.optimizer.name}, betas {recipe.optimizer.beta1} and {recipe.optimizer.beta2}, "
+        f"| optimizer | {plain(recipe.optimizer.name)}, betas {recipe.optimizer.beta1} and {recipe.optimizer.beta2}, "
         f"eps {recipe.optimizer.eps:g}, "
         f"weight decay {recipe.optimizer.weight_decay:g}, clip {recipe.optimizer.clip_norm} |",
         f"| precision | {recipe.precision.compute} compute, float32 weights and optimizer state; revisions in {release.weights_dtype} |",
-        f"| dataset | {release.dataset_id} ({release.data}) |",
-        *(f"| licence of {name} | {licence} |" for name, licence in sorted(release.licences.data.items())),
+        f"| dataset | {plain(release.dataset_id)} ({release.data}) |",
+        *(f"| licence of {plain(name)} | {plain(licence)} |" for name, licence in sorted(release.licences.data.items())),
         f"| recipe | {release.recipe_sha256} |",
-        f"| made with | weftrain {release.weftrain} |\n",
+        f"| made with | weftrain {plain(release.weftrain)} |\n",
     ]
 
 
@@ -68,16 +107,16 @@ def _training(run: Path, line: Lineage, recipe: Recipe) -> list[str]:
         )
     skipped = sum(bool(record.get("skipped")) for record in steps)
     found.append(f"Trained in {len(line.stretches)} stretches, with {len(line.branches)} rollbacks and {skipped} skipped steps.")
-    found += [f"Rolled back to step {branch.step}: {branch.reason}" for branch in line.branches]
-    found += [
-        f"Chunk {entry['chunk']} {'deferred' if entry['action'] == 'defer' else 'dropped'}: {entry['reason']}" for entry in line.decisions
-    ]
+    found += [f"Rolled back to step {branch.step}: {plain(branch.reason)}" for branch in line.branches]
+    for entry in line.decisions:
+        done = "deferred" if entry["action"] == "defer" else "dropped"
+        found.append(f"Chunk {entry['chunk']} {done}: {plain(entry['reason'])}")
     heldout = {}
     for record in records:
         if record["kind"] == "evaluation":
             heldout[record["set"]] = record
     for name, record in sorted(heldout.items()):
-        found.append(f"Held-out {name} at step {record['step']}: loss {record['loss']:.4f}, perplexity {record['perplexity']:.3f}.")
+        found.append(f"Held-out {plain(name)} at step {record['step']}: loss {record['loss']:.4f}, perplexity {record['perplexity']:.3f}.")
     return [*found, ""]
 
 
@@ -100,8 +139,8 @@ def _scores(run: Path) -> list[str]:
         partial = " (partial)" if record.get("partial") else ""
         value = f"{record['value']}" if record["value_percent"] is None else f"{record['value_percent']:.2f} %"
         rows.append(
-            f"| {record['step']} | {record['task']}{partial} | {record['task_version']} | {record['shots']} | {record['metric']} "
-            f"| {value} | `{record['checkpoint'][:16]}` |"
+            f"| {plain(record['step'])} | {plain(record['task'])}{partial} | {plain(record['task_version'])} | {plain(record['shots'])} "
+            f"| {plain(record['metric'])} | {plain(value)} | `{re.sub('[^0-9a-f]', '', str(record['checkpoint']))[:16]}` |"
         )
     return [*rows, ""]
 

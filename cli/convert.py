@@ -186,36 +186,23 @@ def from_huggingface(folder: Path, recipe: str, overrides: tuple[str, ...], runs
 def to_huggingface(checkpoint: Path, output: Path, dtype: str, tokenizer: Path | None, eos: str | None) -> None:
     """Write CHECKPOINT, a run's folder (its newest) or one checkpoint's, as the folder OUTPUT that Hugging Face's transformers opens.
 
-    A CrystalCoder's folder holds no code: transformers opens it where configuration_crystalcoder.py and modeling_crystalcoder.py are known.
+    A CrystalCoder's folder also holds its modelling code: load it with trust_remote_code=True.
     """
     import torch
 
     from weftrain.core.checkpoint import Weights
     from weftrain.core.huggingface import write_huggingface
+    from weftrain.core.huggingface_files import tokenizer_files
+    from weftrain.data_prep.tokenization import load_encoder
 
     recipe, state, manifest = _load(checkpoint)
     extra: dict[str, Any] = {"weftrain_checkpoint": manifest["root"], "weftrain_step": state.step}
     beside: dict[str, bytes] = {}
     if tokenizer is not None:
-        beside, eos_id = _tokenizer_files(tokenizer, eos, recipe.model.vocab_size, recipe.model.max_position_embeddings)
-        extra["eos_token_id"] = eos_id
+        encoder = load_encoder(tokenizer, eos, engine="tokenizers")
+        beside, ids = tokenizer_files(encoder.data, encoder.eos_id, recipe.model, str(tokenizer))
+        extra |= ids
     written = write_huggingface(output, Weights(state.tensors), recipe.model, getattr(torch, dtype), extra_config=extra, beside=beside)
     click.echo(
         f"{output}: step {state.step}, {written.num_tensors} tensors of {dtype} in {len(written.files)} files, {written.size_bytes:,} bytes"
     )
-
-
-def _tokenizer_files(path: Path, eos: str | None, vocab_size: int, max_length: int) -> tuple[dict[str, bytes], int]:
-    """tokenizer.json, what lets AutoTokenizer open it, and the id that ends a document. Raises DataError."""
-    from tokenizers import Tokenizer
-
-    from weftrain.core.canonical import canonical_json
-    from weftrain.core.errors import DataError
-    from weftrain.data_prep.tokenization import load_encoder
-
-    encoder = load_encoder(path, eos, engine="tokenizers")
-    if encoder.vocab_size > vocab_size:
-        raise DataError(f"{path}: has ids up to {encoder.vocab_size - 1}, the model's vocab_size is {vocab_size}: name its own tokenizer")
-    end = Tokenizer.from_str(encoder.data.decode()).id_to_token(encoder.eos_id)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "model_max_length": max_length}
-    return {"tokenizer.json": encoder.data, "tokenizer_config.json": canonical_json(settings) + b"\n"}, encoder.eos_id

@@ -38,10 +38,11 @@ def release(
     """Write the release of RUN: checkpoints, weights, data, metrics, recipe, ledger and a model card, all of it from the record."""
     import torch
 
-    from weftrain.analysis.model_card import model_card
+    from weftrain.analysis.model_card import model_card, revision_card
     from weftrain.core.config import Recipe
-    from weftrain.core.dataset import read_tokenizer
+    from weftrain.core.dataset import read_manifest, read_tokenizer
     from weftrain.core.huggingface import write_huggingface
+    from weftrain.core.huggingface_files import tokenizer_files
     from weftrain.core.release import SIGNATURE, build
     from weftrain.core.run_folder import held_run
     from weftrain.core.signature import sign
@@ -50,11 +51,12 @@ def release(
     dtype = getattr(torch, weights_dtype)
 
     def write_weights(folder: Path, weights: Mapping[str, Any], recipe: Recipe) -> None:
-        beside = {}
+        beside: dict[str, bytes] = {}
+        ids: dict[str, Any] = {}
         if recipe.data.sources:
-            root = Path(recipe.data.root) if data_root is None else data_root
-            beside["tokenizer.json"] = read_tokenizer(root / recipe.data.sources[0].path)
-        write_huggingface(folder, weights, recipe.model, dtype, beside=beside)
+            source = (Path(recipe.data.root) if data_root is None else data_root) / recipe.data.sources[0].path
+            beside, ids = tokenizer_files(read_tokenizer(source), read_manifest(source).eos_id, recipe.model, f"{source}: tokenizer.json")
+        write_huggingface(folder, weights, recipe.model, dtype, extra_config=ids, beside=beside)
 
     with held_run(run):
         made = build(
@@ -65,6 +67,7 @@ def release(
             licence=licence,
             data=data,
             card=lambda draft, line, recipe: model_card(run, draft, line, recipe),
+            revision_card=revision_card,
             write_weights=write_weights,
             root=data_root,
             progress=lambda words: console.print(words, markup=False),

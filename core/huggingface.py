@@ -37,6 +37,7 @@ from weftrain.core.convert import (
     is_buffer,
 )
 from weftrain.core.errors import CheckpointError, RecipeError
+from weftrain.core.huggingface_files import modeling_files
 from weftrain.core.mup import resolved
 from weftrain.core.tensor_file import (
     DTYPE_NAMES,
@@ -227,12 +228,11 @@ def _blamed(folder: Path, name: str) -> Iterator[None]:
     """Turn whatever is wrong with one file into a CheckpointError that names it."""
     try:
         yield
-    except OSError as error:
-        raise CheckpointError(f"{folder}: {name}: {error.strerror or error}: {_REMEDY}") from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         linked = (folder / name).is_symlink()
         remedy = "copy the files themselves (cp -rL), or download them with --local-dir" if linked else _REMEDY
-        raise CheckpointError(f"{folder}: {name}: {error}: {remedy}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(f"{folder}: {name}: {reason}: {remedy}") from error
 
 
 def files_sha256(folder: Path, names: Sequence[str]) -> str:
@@ -270,23 +270,25 @@ def write_huggingface(
 
     weights: canonical name -> tensor, each read once, when its turn comes, rounded to `dtype` (float32 or bfloat16) to nearest even.
     max_shard_bytes: of tensors in one file; a larger tensor has one of its own. extra_config: further keys of config.json.
-    beside: file name -> bytes of further files, such as tokenizer.json. Raises CheckpointError: the folder exists, the disk is full or
+    beside: file name -> bytes of further files, such as tokenizer.json (core/huggingface_files.py). A CrystalCoder's folder also has the
+    code that transformers needs for it. Raises CheckpointError: the folder exists, the disk is full or
     fails, tensors do not fit the config, or the layout cannot hold the model (muP in Llama: see core.mup.fold).
     """
     if dtype not in WRITTEN_DTYPES:
         raise CheckpointError(f"{folder}: dtype {dtype} is not written; there is {', '.join(map(str, WRITTEN_DTYPES))}")
-    config_json = _config_json(folder, config, dtype, extra_config or {})
+    code, keys = modeling_files(config)
+    config_json = _config_json(folder, config, dtype, keys, extra_config or {})
     layout = layout_of(config)
     stream = export_weights(weights, config, layout)  # raises for unknown and missing names
     specs = {entry.name: (DTYPE_NAMES[dtype], entry.shape) for entry in entries(config, layout)}
     shards = _split(specs, max_shard_bytes)
     total = sum(tensor_bytes(*spec) for spec in specs.values())
-    small = {CONFIG: config_json, **(beside or {})}
+    small = {CONFIG: config_json, **code, **(beside or {})}
     if len(shards) > 1:
         weight_map = {name: file for file, part in shards.items() for name in part}
         small[INDEX] = _readable({"metadata": {"total_size": total}, "weight_map": weight_map})
     for name in beside or {}:
-        if not _FILE_NAME.fullmatch(name) or name in (CONFIG, INDEX, *shards):
+        if not _FILE_NAME.fullmatch(name) or name in (CONFIG, INDEX, *code, *shards):
             raise CheckpointError(f"{folder}: '{name[:80]}' cannot stand beside the model: give a plain file name of its own")
     temporary = fsops.temporary_beside(folder)
     with _or_nothing(folder, temporary, total):
@@ -304,11 +306,11 @@ def write_huggingface(
     return Written(tuple(shards), total, len(specs))
 
 
-def _config_json(folder: Path, config: ModelConfig, dtype: torch.dtype, extra: Mapping[str, Any]) -> bytes:
-    keys = {**config_to_huggingface(config), "torch_dtype": str(dtype).removeprefix("torch.")}
-    if taken := sorted(set(extra) & {*keys, "auto_map"}):  # auto_map names Python files, and there are none
+def _config_json(folder: Path, config: ModelConfig, dtype: torch.dtype, code: Mapping[str, Any], extra: Mapping[str, Any]) -> bytes:
+    keys = {**config_to_huggingface(config), **code, "torch_dtype": str(dtype).removeprefix("torch.")}
+    if taken := sorted(set(extra) & {*keys, "auto_map"}):  # auto_map names Python files, and there are only ours
         raise CheckpointError(f"{folder}: {CONFIG}: '{taken[0]}' follows from the model: leave it out of the further keys")
-    return _readable({**keys, **extra})
+    return _readable({**keys, "bos_token_id": None, "eos_token_id": None, **extra})
 
 
 def _readable(value: Any) -> bytes:

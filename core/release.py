@@ -25,6 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 from pydantic import Field, ValidationError
 
 from weftrain.core import checkpoint, fsops
@@ -145,6 +146,7 @@ def build(
     licence: str,
     data: Literal["shards", "manifest"],
     card: Callable[[Release, Lineage, Recipe], str],
+    revision_card: Callable[[Release, str, int, Recipe], str],
     write_weights: WriteWeights,
     root: Path | None = None,
     progress: Callable[[str], None] = lambda words: None,
@@ -154,6 +156,7 @@ def build(
     Raises ReleaseError, CheckpointError, DataError, RunFolderError: for a run without ledger or links, a damaged checkpoint, a target that
     exists.
     """
+    licence = checked_licence(licence)
     if target.exists():
         raise ReleaseError(f"{target}: is there already: name a new folder; a release is never written over")
     entries = read_ledger(run / LEDGER)
@@ -195,7 +198,9 @@ def build(
             progress(f"{name} (step {steps[checkpoint_root]})")
             _copy_checkpoint(run, temporary, steps[checkpoint_root], checkpoint_root)
             state, manifest = checkpoint.load(temporary / "checkpoints" / folder_name(steps[checkpoint_root]), verified=True)
-            write_weights(temporary / "revisions" / name, checkpoint.Weights(state.tensors), Recipe.from_record(manifest["recipe"]))
+            then = Recipe.from_record(manifest["recipe"])
+            write_weights(temporary / "revisions" / name, checkpoint.Weights(state.tensors), then)
+            fsops.write_bytes(temporary / "revisions" / name / CARD, revision_card(draft, name, state.step, then).encode())
         fsops.write_bytes(temporary / CARD, card(draft, line, recipe).encode())
         progress("hashes")
         files = hash_files({name: temporary / name for name in sorted(files_below(temporary))})
@@ -210,6 +215,17 @@ def build(
         if temporary.exists():
             fsops.remove_tree(temporary)
     return read_release(target)
+
+
+def checked_licence(expression: str) -> str:
+    """An SPDX licence expression in its canonical spelling. Raises ReleaseError for what is none."""
+    try:
+        return str(canonicalize_license_expression(expression))
+    except InvalidLicenseExpression as error:
+        raise ReleaseError(
+            f"--licence {expression[:80]!r}: is not an SPDX licence expression ({error.args[0][:120]}): give an identifier of "
+            "https://spdx.org/licenses, such as Apache-2.0, or LicenseRef-NAME for a licence that has none"
+        ) from None
 
 
 def _copy_checkpoint(run: Path, target: Path, step: int, root: str) -> None:

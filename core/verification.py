@@ -22,6 +22,7 @@ from weftrain.core.dataset import merkle_root, open_set
 from weftrain.core.dataset import read_manifest as read_data_manifest
 from weftrain.core.errors import ReleaseError
 from weftrain.core.huggingface import HuggingFaceWeights, layout_of
+from weftrain.core.huggingface_files import check_no_other_code
 from weftrain.core.ledger import LEDGER, Lineage, lineage, read_ledger
 from weftrain.core.manifest import folder_name
 from weftrain.core.metrics import METRICS, digest, read_metrics
@@ -135,12 +136,13 @@ def _check_data(folder: Path, release: Release, manifests: Mapping[str, dict[str
 
 
 def _check_revisions(folder: Path, release: Release) -> None:
-    """The weights for the hub are the checkpoints' own, bit for bit after the cast to the stated dtype."""
+    """The weights for the hub are the checkpoints' own, bit for bit after the cast to the stated dtype; and no code but ours."""
     steps = {link.end: link.stop_step for link in release.links} | {link.start: link.first_step for link in release.links if link.start}
     for name, root in revisions(release):
         place = folder / "revisions" / name
         state, manifest = checkpoint.load(folder / "checkpoints" / folder_name(steps[root]), verified=True)
         config = Recipe.from_record(manifest["recipe"]).model
+        check_no_other_code(place, {path.name for path in place.iterdir()}, config)
         for key, tensor in import_weights(HuggingFaceWeights(place), config, layout_of(config)):
             if not torch.equal(tensor, state.tensors[f"weights/{key}"].to(getattr(torch, release.weights_dtype))):
                 raise ReleaseError(

@@ -413,3 +413,46 @@ def test_analyses_go_into_the_release_and_onto_its_card(made: Path, tmp_path: Pa
         assert any(line.startswith(f"| {step} | heldout/words") and line.endswith(f"`{root[:16]}` |") for line in card.splitlines()), card
     found = {item["name"]: item["status"] for item in json.loads(done(weftrain("openness", target, "--json")))["items"]}
     assert set(found.values()) == {"present"}
+
+
+def test_every_revision_is_a_folder_that_transformers_opens_with_its_tokenizer_and_end(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    import transformers
+
+    end = read_manifest(release / "data" / "words").eos_id
+    card = (release / "README.md").read_text()
+    assert "library_name" not in card.split("---")[1]  # no library opens the folder of the whole release
+    for number, folder in enumerate(sorted((release / "revisions").iterdir()), 1):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert (tokenizer.eos_token_id, tokenizer.eos_token) == (end, "</s>")
+        card = (folder / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: transformers\nlicense: apache-2.0\npipeline_tag: text-generation\n---\n")
+        assert f"after step {2 * number}," in card
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["eos_token_id"], config["bos_token_id"]) == (end, tokenizer.bos_token_id)
+        assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == end
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert model.generation_config.eos_token_id == end
+    told = model.generate(**tokenizer("abc", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert told.shape[1] <= 4 + len(tokenizer("abc").input_ids)
+
+
+def test_code_of_a_strangers_in_a_revision_fails_verify(release: Path) -> None:
+    path = release / "revisions" / "ckpt_002" / "modeling_crystalcoder.py"
+    path.write_text(path.read_text() + "\nimport os\n")
+    write_release(release)
+    result = weftrain("verify", release)
+    assert result.exit_code == 2
+    assert "ckpt_002/modeling_crystalcoder.py: is code, and no modelling code that weftrain wrote" in result.output
+
+
+def test_a_licence_is_an_spdx_expression(made: Path, tmp_path: Path) -> None:
+    run = made / "runs" / "crystal_demo"
+    for licence in ("Apache 2", "free", "<img src=x>", ""):
+        result = weftrain("release", run, "--to", tmp_path / "release", "--licence", licence)
+        assert result.exit_code == 2
+        assert "is not an SPDX licence expression" in result.output
+        assert "https://spdx.org/licenses, such as Apache-2.0" in result.output
+    assert not list(tmp_path.iterdir())
