@@ -8,11 +8,11 @@ say whether they trained the same model.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,38 @@ from weftrain.core.synthetic import SyntheticSource
 
 RESULT_PREFIX = "RESULT "
 REQUIRED = ("name", "tokens_per_second", "step_ms", "loss_first", "loss_last")
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and 0 < value < math.inf
+
+
+# What a RESULT line may hold beside other keys. losses: of each step from the first; last_step: the number, from 1, of the step that
+# loss_last is of; step_times_ms: of the steps that were counted.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "name": lambda value: isinstance(value, str) and bool(value),
+    "tokens_per_second": _positive,
+    "step_ms": _positive,
+    "loss_first": _number,
+    "loss_last": _number,
+    "losses": lambda value: isinstance(value, list) and bool(value) and all(map(_number, value)),
+    "last_step": lambda value: type(value) is int and value >= 1,
+    "step_times_ms": lambda value: isinstance(value, list) and bool(value) and all(map(_positive, value)),
+}
+_EXPECTED = {
+    "name": "a text",
+    "tokens_per_second": "a number above 0",
+    "step_ms": "a number above 0",
+    "loss_first": "a number",
+    "loss_last": "a number",
+    "losses": "the loss of each step, from the first",
+    "last_step": "the number of the step, from 1, that loss_last is of",
+    "step_times_ms": "numbers above 0",
+}
 
 
 class BenchError(WeftrainError):
@@ -111,6 +143,8 @@ def plain_result(measured: Measured, tokens_per_step: int, warmup: int, name: st
         "steps": len(measured.step_ms) - warmup,
         "loss_first": measured.losses[0],
         "loss_last": measured.losses[-1],
+        "losses": measured.losses,
+        "step_times_ms": [round(value, 3) for value in measured.step_ms[warmup:]],
         "peak_rss_gib": round(peak_resident_bytes() / 2**30, 2),
     }
 
@@ -129,6 +163,8 @@ def result_line(report: Report) -> dict[str, Any]:
         "first_step_s": round(report.rounds[0][0] / 1e3, 2),
         "loss_first": round(report.losses[0], 4),
         "loss_last": round(report.losses[-1], 4),
+        "losses": report.losses,
+        "step_times_ms": [round(value, 3) for values in report.counted for value in values],
         "peak_rss_gib": round(peak_resident_bytes() / 2**30, 2),
         "model_flops_utilization": efficiency.mfu_measured,
         "peak_origin": efficiency.measured_peak_origin,
@@ -156,25 +192,7 @@ def run_program(command: Sequence[str], timeout_s: float) -> dict[str, Any]:
     missing = [key for key in REQUIRED if key not in found] if isinstance(found, dict) else list(REQUIRED)
     if missing:
         raise BenchError(f"{' '.join(command)}: its RESULT line lacks {', '.join(missing)}")
+    if wrong := [key for key, fits in _FIELDS.items() if key in found and not fits(found[key])]:
+        shown = json.dumps(found[wrong[0]])[:80]
+        raise BenchError(f"{' '.join(command)}: its RESULT line has {wrong[0]} = {shown}: {_EXPECTED[wrong[0]]}")
     return dict(found)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Ours against theirs, round by round: the ratio of tokens per second, and the largest difference of the last losses."""
-
-    ratios: tuple[float, ...]
-    loss_difference: float
-
-    @property
-    def median_ratio(self) -> float:
-        return statistics.median(self.ratios)
-
-
-def compare(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Comparison:
-    """Pair round with round."""
-    pairs = list(zip(ours, theirs, strict=True))
-    return Comparison(
-        ratios=tuple(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs),
-        loss_difference=max(abs(a[key] - b[key]) for a, b in pairs for key in ("loss_first", "loss_last")),
-    )

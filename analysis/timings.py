@@ -87,8 +87,13 @@ class Difference:
     verdict: str
 
 
-def difference(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], seed: int = 0) -> Difference:
-    """Compare rounds of step times. Of equally many rounds the k-th of each are taken as neighbours in time, and as a pair."""
+def difference(
+    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], seed: int = 0, names: tuple[str, str] = ("A", "B")
+) -> Difference:
+    """Compare rounds of step times. Of equally many rounds the k-th of each are taken as neighbours in time, and as a pair.
+
+    names: of A and B in the verdict.
+    """
     generator = np.random.default_rng(seed)
     paired = len(a) == len(b) and len(a) > 1
     if paired:
@@ -106,9 +111,9 @@ def difference(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], seed:
         low, high = (float(value) for value in np.quantile(ratios, (0.025, 0.975)))
         ratio = statistics.median(map(statistics.median, b)) / statistics.median(map(statistics.median, a))
     if low > 1:
-        verdict = f"B is slower by {ratio - 1:.1%} (95 %: {low - 1:+.1%} to {high - 1:+.1%})"
+        verdict = f"{names[1]} is slower by {ratio - 1:.1%} (95 %: {low - 1:+.1%} to {high - 1:+.1%})"
     elif high < 1:
-        verdict = f"B is faster by {1 - ratio:.1%} of A's step time (95 %: {low - 1:+.1%} to {high - 1:+.1%})"
+        verdict = f"{names[1]} is faster by {1 - ratio:.1%} of {names[0]}'s step time (95 %: {low - 1:+.1%} to {high - 1:+.1%})"
     else:
         verdict = f"no difference at 95 % ({low - 1:+.1%} to {high - 1:+.1%})"
     if len(a) == 1 or len(b) == 1:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from weftrain.cli.display import Bar
 from weftrain.cli.kernels import bench as kernels_bench
@@ -79,7 +79,7 @@ def bench_train(
     """Training throughput of RECIPE on fixed random rows, as a line `RESULT {json}` and, with --report, as pages.
 
     Fails (exit code 4) where the first losses leave the tolerance of the reference. With --against, the two programs alternate, each round
-    in a process of its own, and the ratio is printed.
+    in a process of its own; printed are the ratio of tokens/s with its 95 % interval, a verdict, and the losses at the last step of both.
     """
     numbers = ["--steps", str(steps), "--ranks", str(ranks)]
     numbers += [] if threads is None else ["--threads", str(threads)]
@@ -146,10 +146,11 @@ def _bench(resolved: Resolved, wishes: Wishes, report_folder: Path | None, mllog
         sys.exit(4)
 
 
-def _alternate(ours_command: list[str], against: str, rounds: int, timeout_s: float) -> None:
-    from weftrain.analysis.bench_train import compare, run_program
+def _alternate(ours_command: list[str], program: str, rounds: int, timeout_s: float) -> None:
+    from weftrain.analysis.bench_against import against
+    from weftrain.analysis.bench_train import run_program
 
-    theirs_command = shlex.split(against)
+    theirs_command = shlex.split(program)
     if theirs_command and theirs_command[0].endswith(".py"):
         theirs_command = [sys.executable, *theirs_command]
     ours: list[dict[str, Any]] = []
@@ -159,18 +160,18 @@ def _alternate(ours_command: list[str], against: str, rounds: int, timeout_s: fl
             result = run_program(command, timeout_s)
             results.append(result)
             click.echo(f"round {number}: {result['name']:<28} {result['tokens_per_second']:>8} tokens/s  {result['step_ms']:>8} ms a step")
-    found = compare(ours, theirs)
-    table = Table("", "tokens/s (median)", "step ms", "loss first", "loss last", box=None)
-    for results in (ours, theirs):
+    found = against(ours, theirs)
+    losses = found.losses
+    table = Table(Column("", overflow="fold"), "tokens/s", "step ms", "loss, step 1", f"loss, step {losses.step}", box=None)
+    for results, loss in ((ours, losses.ours), (theirs, losses.theirs)):
         middle = [f"{statistics.median(result[key] for result in results):,.1f}" for key in ("tokens_per_second", "step_ms")]
-        table.add_row(results[0]["name"], *middle, f"{results[0]['loss_first']:.4f}", f"{results[-1]['loss_last']:.4f}")
-    Console(highlight=False).print(table)
+        table.add_row(results[0]["name"], *middle, f"{results[0]['loss_first']:.4f}", f"{loss:.4f}")
+    Console(highlight=False, soft_wrap=True).print(table)
     ratios = ", ".join(f"{ratio:.3f}" for ratio in found.ratios)
-    click.echo(f"ratio of tokens/s: {found.median_ratio:.3f} (median of {ratios})")
-    verdict = (
-        "the same training" if found.loss_difference <= 1e-3 else "NOT the same training, or not the same start: read the ratio with care"
-    )
-    click.echo(f"losses differ by at most {found.loss_difference:.2g}: {verdict}")
+    interval = "" if found.speed is None else f" (95 %: {found.speed.low:.3f} to {found.speed.high:.3f})"
+    click.echo(f"ratio of tokens/s: {found.ratio:.3f}{interval}, median of {ratios}")
+    click.echo(found.verdict)
+    click.echo(losses.verdict)
 
 
 @bench.command("stream")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from weftrain.analysis.bench_train import BenchError, bench_source, compare, plain_weights, run_program
+from weftrain.analysis.bench_train import BenchError, bench_source, plain_weights, run_program
 from weftrain.backends.registry import get_backend
 from weftrain.core.backend import Job, Plan
 from weftrain.core.recipe_file import load_recipe
@@ -41,13 +41,21 @@ def test_programs_and_their_failures() -> None:
         run_program(["/no/such/program"], 1)
 
 
-def test_ratio_is_paired() -> None:
-    ours = [json.loads(result_line(tokens_per_second=speed)[7:]) for speed in (20.0, 30.0, 12.0)]
-    theirs = [json.loads(result_line(tokens_per_second=speed, loss_last=1.0005)[7:]) for speed in (10.0, 10.0, 10.0)]
-    found = compare(ours, theirs)
-    assert found.ratios == (2.0, 3.0, 1.2)
-    assert found.median_ratio == 2.0
-    assert found.loss_difference == pytest.approx(5e-4)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokens_per_second": 0}, "tokens_per_second = 0: a number above 0"),
+        ({"tokens_per_second": "fast"}, "a number above 0"),
+        ({"loss_last": None}, "loss_last = null: a number"),
+        ({"losses": []}, "losses = "),
+        ({"last_step": 0}, "last_step = 0: the number of the step"),
+        ({"step_times_ms": [1.0, 0.0]}, "step_times_ms = "),
+        ({"name": ""}, "name = "),
+    ],
+)
+def test_a_result_line_that_cannot_be(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(BenchError, match=words):
+        run_program(["printf", "%s\n", result_line(**changes)], 30)
 
 
 def test_plain_weights_only_for_models_of_that_shape() -> None:

@@ -11,23 +11,26 @@ import torch
 from click.testing import Result
 
 TINY = ["model.num_layers=1", "model.vocab_size=300", "data.sequence_length=32", "backend.options.compile=false"]
+NULL = ["bench_70m", *TINY[:3], "--backend", "null", "--steps", "5"]
 SHORT = ["--steps", "5", "--check-steps", "1"]
 
 
 def test_against_another_program(weftrain: Callable[..., Result], tmp_path: Path) -> None:
-    theirs = {"name": "theirs", "tokens_per_second": 1.0, "step_ms": 1.0, "loss_first": 0.0, "loss_last": 0.0}
+    theirs = {"name": "theirs", "tokens_per_second": 1.0, "step_ms": 1.0, "loss_first": 1.0, "loss_last": 0.0}
     program = tmp_path / "other program.py"
     program.write_text(f"import sys\nassert sys.argv[1:] == ['--flag'], sys.argv\nprint('RESULT ' + {json.dumps(theirs)!r})\n")
-    result = weftrain("bench", "train", "bench_70m", *TINY, *SHORT, "--rounds", "1", "--against", f"'{program}' --flag")
+    result = weftrain("bench", "train", *NULL, "--rounds", "1", "--against", f"'{program}' --flag")
     assert result.exit_code == 0, result.output
     assert "ratio of tokens/s:" in result.output
-    assert "NOT the same training" in result.output  # its losses are invented
+    assert "no interval, so no verdict" in result.output
+    assert "NOT the same start" in result.output  # its losses are invented
+    assert "theirs does not tell which step its loss_last is of" in result.output
 
 
 def test_a_program_that_fails_is_named(weftrain: Callable[..., Result], tmp_path: Path) -> None:
     program = tmp_path / "broken.py"
     program.write_text("raise SystemExit('no such model')\n")
-    result = weftrain("bench", "train", "bench_70m", *TINY, *SHORT, "--rounds", "1", "--against", str(program))
+    result = weftrain("bench", "train", *NULL, "--rounds", "1", "--against", str(program))
     assert result.exit_code == 2
     assert "its last words: no such model" in result.output
 
