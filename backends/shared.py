@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from weftrain.core.backend import Batch, BatchSource, Fingerprint, Job, Prediction, Speeds
+from weftrain.core.backend import Batch, BatchSource, Fingerprint, Job, Kept, Prediction, Speeds
 from weftrain.core.config import OptimizerConfig, Recipe, Section
 from weftrain.core.errors import BackendError, CheckpointError
 from weftrain.core.host_memory import use_huge_pages
@@ -331,7 +331,7 @@ class PlainBackend:
     def unavailable(self) -> str | None:
         return None
 
-    def kept_step(self, recipe: Recipe, options: Section, folder: Path) -> int | None:
+    def kept_state(self, recipe: Recipe, options: Section, folder: Path) -> Kept | None:
         return None
 
     def outline(self, recipe: Recipe, options: Section) -> list[str]:

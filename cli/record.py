@@ -5,12 +5,15 @@ from __future__ import annotations
 import datetime
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
+
+if TYPE_CHECKING:
+    from weftrain.core.backend import Kept
 
 _FILE_WIDTH = 1000  # of a line that goes into a file or a pipe, which nobody wraps
 RunPath = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -95,13 +98,32 @@ def _words(entry: dict[str, Any]) -> str:
 @click.option("--reason", required=True, help="Why: it stands in the ledger for good.")
 def rollback(run: Path, step: int, reason: str) -> None:
     """Go back to an earlier checkpoint of RUN. Nothing is deleted: later checkpoints become a branch of the ledger."""
+    from weftrain.core.errors import WeftrainError
     from weftrain.core.ledger import Ledger
     from weftrain.core.rollback import rollback as go_back
     from weftrain.core.run_folder import held_run
 
     with held_run(run):
-        branch = go_back(run, Ledger(run), step, reason)
+        try:
+            kept = _kept_state(run)
+        except WeftrainError as error:  # where later checkpoints say that there is something to go back from, it does not matter
+            click.echo(f"warning: {error}", err=True)
+            kept = None
+        branch = go_back(run, Ledger(run), step, reason, kept)
     click.echo(f"{run}: goes on from step {step}; {len(branch.abandoned)} later checkpoints are in {run / 'branches' / str(branch.number)}")
+
+
+def _kept_state(run: Path) -> Kept | None:
+    """State that the backend of the run in `run` keeps by itself. Raises RunFolderError, RecipeError, BackendError."""
+    from weftrain.cli.resolve import backend_options, resolve_recorded
+    from weftrain.core.run_folder import RECIPE, stored_recipe
+
+    tree = stored_recipe(run, missing_ok=True)
+    if tree is None:
+        return None
+    file = resolve_recorded(tree, str(run / RECIPE))
+    backend, options = backend_options(file)
+    return backend.kept_state(file.recipe, options, run)
 
 
 @click.command("defer")
@@ -117,5 +139,7 @@ def defer(run: Path, chunk: int, drop: bool, reason: str) -> None:
     from weftrain.core.run_folder import held_run, stored_recipe
 
     with held_run(run):
-        entry = put_off(run, Ledger(run), Recipe.from_record(stored_recipe(run)), chunk, "drop" if drop else "defer", reason)
+        recipe = Recipe.from_record(stored_recipe(run))
+        action: Literal["defer", "drop"] = "drop" if drop else "defer"
+        entry = put_off(run, Ledger(run), recipe, chunk, action, reason, _kept_state(run))
     click.echo(f"{run}: chunk {chunk} is {'dropped' if drop else 'deferred'} from step {entry['step']} on; train goes on with it")

@@ -29,7 +29,7 @@ from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
-    from weftrain.core.backend import Fingerprint, Plan
+    from weftrain.core.backend import Fingerprint
     from weftrain.core.trainer import Progress
 
 
@@ -104,16 +104,18 @@ def _train(
     source, heldout = open_data(recipe)
     with open_run(runs / name, recipe.model_dump(mode="json")) as folder, contextlib.ExitStack() as ending:
         say = partial(console.print, markup=False)
-        start = decide(folder, recipe, source.dataset_id, backend, options, runs, allow=allow | decided, say=say, **asked)
+        names = [held.name for held in heldout]
+        start = decide(folder, recipe, source.dataset_id, backend, options, runs, allow=allow | decided, say=say, heldout=names, **asked)
         if start.complete:
             settle(start, folder)
             console.print(f"run {folder.path} is complete: {start.first_step} of {start.last_step} steps")
             _summarize(console, recipe, runs / name, again)
-            backend.nothing_to_lead(Job(recipe, _plan(recipe, start.first_step), options, folder=folder.path, stop=stop))
+            backend.nothing_to_lead(Job(recipe, start.plan, options, folder=folder.path, stop=stop))
             return
-        plan = _plan(recipe, start.first_step)
+        plan = start.plan
         with _Progress(console) as told:
-            run = prepare_run(backend, Job(recipe, plan, options, start.weights, told, folder.path, stop))
+            job = Job(recipe, plan, options, start.weights, told, folder.path, stop, stretch=start.stretch, kept=start.kept)
+            run = prepare_run(backend, job)
             ending.callback(run.close)  # also after an error: what a backend keeps on disk becomes durable, and others learn of the end
             if start.state is not None:
                 run.import_state(start.state)
@@ -143,6 +145,8 @@ def _train(
                 speed=speed,
                 parent=start.parent,
                 tokens_read=start.tokens,
+                unfinished=start.unfinished,
+                measured=start.measured,
                 should_stop=stop.requested,
             )
             done = _shown(steps, bar, start.first_step)
@@ -153,20 +157,6 @@ def _train(
         console.print(f"stopped after step {done} and saved; the same command resumes")
     else:
         _summarize(console, recipe, runs / name, again)
-
-
-def _plan(recipe: Recipe, first_step: int) -> Plan:
-    from weftrain.core.backend import Plan
-
-    return Plan(
-        first_step,
-        recipe.schedule.steps,
-        checkpoint_every_steps=recipe.checkpoint.every_steps,
-        evaluate_every_steps=recipe.log.evaluate_every_steps,
-        log_every_steps=recipe.log.every_steps,
-        checkpoint_at_end=recipe.checkpoint.at_end,
-        chunk_steps=0 if recipe.data.chunks is None else recipe.schedule.steps // recipe.data.chunks,
-    )
 
 
 def _shown(steps: Iterator[Progress], bar: Bar, first: int) -> int:

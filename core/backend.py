@@ -152,6 +152,24 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """State that a backend keeps on disk by itself: where it stands, who trained it, and what the last step was.
+
+    stretch: Job.stretch of the process that completed that step. result: of the 0-based step `step - 1`, for whoever must still enter it.
+    """
+
+    step: int
+    stretch: str
+    where: Path
+    dataset_id: str | None
+    result: StepResult | None
+
+
+# What becomes of such state: the run goes on from it; it is overwritten; or it is kept under another name, beside.
+KeptUse = Literal["continue", "replace", "set_aside"]
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """Held-out loss: the mean over tokens (not over batches), and how many tokens that was."""
 
@@ -218,6 +236,8 @@ class Job:
     stop: StopRequest = field(default_factory=StopRequest)  # whether this process was asked to stop
     time_phases: bool = False  # time the parts of each step; on an accelerator this waits for the device at the end of every step
     threads: int | None = None  # CPU threads of this process, before what the options say; Fingerprint.threads tells what came of it
+    stretch: str = ""  # names this start in the run's ledger; a backend that keeps state notes it with each step that it completes
+    kept: KeptUse = "continue"  # what becomes of the state that the backend itself keeps; one that is behind plan.start_step is replaced
 
 
 @dataclass(frozen=True)
@@ -306,10 +326,11 @@ class Backend(Protocol):
 
     def prepare(self, job: Job) -> Run: ...
 
-    def kept_step(self, recipe: Recipe, options: Section, folder: Path) -> int | None:
-        """Completed steps of the state that the backend itself keeps on disk for the run in `folder`; None where it keeps none.
+    def kept_state(self, recipe: Recipe, options: Section, folder: Path) -> Kept | None:
+        """The state that the backend itself keeps on disk for the run in `folder`; None where it keeps none, or none that was trained.
 
-        A run goes on from there if that is not behind its newest checkpoint. Raises BackendError for state that is not this recipe's.
+        Nothing is written. Whether it belongs to the run is for core/kept.py to decide. Raises BackendError for state that cannot be used:
+        damaged, or of another shape than this recipe's.
         """
         ...
 

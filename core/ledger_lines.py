@@ -19,6 +19,7 @@ Samples = Annotated[tuple[Count, Count], Field(strict=False)]  # [first, stop) s
 Change = Annotated[tuple[str, Any, Any], Field(strict=False)]  # key, old value, new value; null where it is absent
 Left = Annotated[tuple[Step, Sha256 | Literal["damaged"]], Field(strict=False)]  # step and root of a checkpoint on a branch
 PassedOver = Annotated[tuple[Step, Literal["damaged", "missing"]], Field(strict=False)]
+StretchName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class Line(Section):
@@ -43,6 +44,8 @@ class Begin(Line):
     passed_over: Annotated[tuple[PassedOver, ...], Field(strict=False)] = ()  # newer checkpoints that it does not go on from
     from_scratch: bool = False  # no whole checkpoint was left, and to begin at step 0 again was asked for
     drawn: dict[str, Samples] = Field(default_factory=dict)  # parameter -> rows [first, stop) drawn, the others are start_from's
+    stretch: StretchName | None = None  # names what is trained from here on; a backend that keeps state notes it there
+    continues: StretchName | None = None  # whose state, kept by the backend, it goes on from
     repaired: bool = False  # the ledger had lost lines, and to go on all the same was asked for
 
 

@@ -4,14 +4,15 @@ Between the two stand `Backend.prepare` and `Run.import_state`, which can refuse
 before training begins, so a start that is refused leaves the folder as it was.
 
     start = decide(folder, recipe, source.dataset_id, backend, options, runs, allow=.., say=..)   # raises; writes nothing
-    run = prepare_run(backend, Job(.., weights=start.weights))
+    run = prepare_run(backend, Job(.., start.plan, weights=start.weights, stretch=start.stretch, kept=start.kept))
     if start.state is not None: run.import_state(start.state)
     ledger = commit(start, folder, recipe, source.dataset_id, environment)                        # then train from start.first_step
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+import secrets
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from weftrain.core import checkpoint
 from weftrain.core.adoption import Standing, check_from_scratch, standing
-from weftrain.core.backend import Backend, State
+from weftrain.core.backend import Backend, Kept, KeptUse, Plan, State
 from weftrain.core.canonical import sha256_json
 from weftrain.core.config import Recipe, Section
 from weftrain.core.errors import CheckpointError
 from weftrain.core.fit_of_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
+from weftrain.core.kept import Measured, Unfinished, is_unfinished, judge
 from weftrain.core.ledger import LEDGER, TORN, Ledger, lineage, read_ledger, tokens_before, torn_bytes
 from weftrain.core.metrics import METRICS, damaged_lines, effective_records, repair
 from weftrain.core.metrics import TORN as METRICS_TORN
@@ -39,8 +41,7 @@ class Start:
     At most one of `state` and `weights` is given; with neither, the weights are drawn from the seed or the backend's own state holds.
     """
 
-    first_step: int  # completed steps
-    last_step: int
+    plan: Plan  # from the completed steps that it starts at
     state: State | None  # for Run.import_state
     weights: Mapping[str, Tensor] | None  # for Job.weights
     parent: str | None  # root of the checkpoint that the next one continues
@@ -50,10 +51,22 @@ class Start:
     recipe: RecipeCheck
     own: Standing  # what its checkpoints and its ledger say together
     decided: Mapping[str, Any]  # what the ledger's line says beside: see ledger_lines.Begin
+    stretch: str  # a new name for what is trained from here on, for the ledger and for state that the backend keeps
+    kept: KeptUse  # what becomes of the state that the backend itself keeps
+    unfinished: Unfinished | None  # the last step of such a state, where the record lacks what the plan wants of it
+    measured: Measured | None  # what was recorded since the checkpoint before it, where the run goes on from such a state
+
+    @property
+    def first_step(self) -> int:
+        return self.plan.start_step
+
+    @property
+    def last_step(self) -> int:
+        return self.plan.last_step
 
     @property
     def complete(self) -> bool:
-        return self.first_step >= self.last_step
+        return self.first_step >= self.last_step and self.unfinished is None
 
     @property
     def resumed_step(self) -> int | None:
@@ -73,12 +86,13 @@ def decide(
     say: Callable[[str], None],
     from_scratch: bool = False,
     repair_ledger: bool = False,
+    heldout: Collection[str] = (),
 ) -> Start:
     """Find what the run starts from, and ask everything about it that can be refused. Nothing is written.
 
     runs: the folder that holds other runs, for start_from. allow: keys of the recipe that may have changed. say: gets one line for each
     thing the user should know. from_scratch: begin at step 0 where all checkpoints are lost. repair_ledger: enter checkpoints that the
-    ledger lost. Raises CheckpointError, RunFolderError, BackendError.
+    ledger lost. heldout: names of the held-out sets. Raises CheckpointError, RunFolderError, BackendError.
     """
     folder.check_writable()
     entries = read_ledger(folder.path / LEDGER)
@@ -88,27 +102,34 @@ def decide(
     first = 0 if found is None else found.state.step
     if found is not None:
         found.check_data(recipe, dataset_id, allow)
-    kept = backend.kept_step(recipe, options, folder.path)
-    keeps = kept is not None and kept >= first
-    if kept and keeps:
-        say(f"the {backend.name} backend's own state stands at {kept} completed steps: the run goes on from there")
+    kept = backend.kept_state(recipe, options, folder.path)
+    verdict = judge(kept, entries, first, backend.name)
+    if verdict.said:
+        say(verdict.said)
     manifest = None if found is None else found.manifest
     checked = folder.check_recipe(allow, None if manifest is None else manifest["recipe"])
     position = 0 if manifest is None else manifest["position"]
-    if kept and keeps:
-        position += (kept - first) * recipe.batch.global_batch_size
-        first = kept
+    unfinished = measured = None
+    if goes_on := kept if verdict.use == "continue" else None:
+        _check_kept_data(goes_on, dataset_id, allow)
+        since = 0 if manifest is None else first  # step of the run's own newest checkpoint
+        position += (goes_on.step - since) * recipe.batch.global_batch_size
+        first = goes_on.step
+        made_by = Recipe.from_record(checked.stored) if checked.changes else recipe
+        unfinished, measured = _recorded(folder, goes_on, made_by, since, entries, heldout)
     check_from_scratch(folder.path, own, first, from_scratch)
     drawn = {} if found is None else found.check_model(recipe, say)
     weights = None if found is None else found.weights()
+    if unfinished is not None:
+        say(f"the process before ended while step {first} was being recorded: what the plan wants of it is made up for")
     for key, old, new in checked.changes:
         say(f"recipe changed at step {first}: {key}: {old} -> {new}")
+    stretch = secrets.token_hex(16)
     return Start(
-        first_step=first,
-        last_step=recipe.schedule.steps,
-        state=found.state if found is not None and found.has_optimizer and not keeps else None,
+        plan=plan_of(recipe, first),
+        state=found.state if found is not None and found.has_optimizer and goes_on is None else None,
         weights=GrownWeights(weights, drawn, recipe.model, recipe.seed) if weights is not None and drawn else weights,
-        parent=None if found is None else found.root,
+        parent=_parent(found, entries, goes_on is not None),
         manifest=manifest,
         tokens=tokens_before(first, manifest, lineage(entries)),
         position=position,
@@ -119,8 +140,61 @@ def decide(
             "drawn": {} if first else drawn,
             "from_scratch": from_scratch and bool(own.passed_over),
             "repaired": repair_ledger and own.newest is not None and (not entries or len(own.to_enter) > 1),
+            "stretch": stretch,
+            "continues": verdict.continues,
         },
+        stretch=stretch,
+        kept=verdict.use,
+        unfinished=unfinished,
+        measured=measured,
     )
+
+
+def plan_of(recipe: Recipe, first_step: int) -> Plan:
+    """The recipe's plan from `first_step` completed steps on, which may lie beyond its end."""
+    return Plan(
+        first_step,
+        max(first_step, recipe.schedule.steps),
+        checkpoint_every_steps=recipe.checkpoint.every_steps,
+        evaluate_every_steps=recipe.log.evaluate_every_steps,
+        log_every_steps=recipe.log.every_steps,
+        checkpoint_at_end=recipe.checkpoint.at_end,
+        chunk_steps=0 if recipe.data.chunks is None else recipe.schedule.steps // recipe.data.chunks,
+    )
+
+
+def _check_kept_data(kept: Kept, dataset_id: str, allow: Set[str]) -> None:
+    if kept.dataset_id not in (None, dataset_id) and "data" not in allow:
+        raise CheckpointError(
+            f"{kept.where}: was trained on dataset {str(kept.dataset_id)[:12]}, the recipe's is {dataset_id[:12]}: restore the dataset, or "
+            "continue on the other one with --allow data"
+        )
+
+
+def _recorded(
+    folder: RunFolder, kept: Kept, made_by: Recipe, since: int, entries: Sequence[Mapping[str, Any]], heldout: Collection[str]
+) -> tuple[Unfinished | None, Measured]:
+    """What the record lacks of the last step of the state that the run goes on from, and what it has after checkpoint `since`."""
+    records = list(effective_records(folder.path))
+    plan = plan_of(made_by, kept.step)
+    unfinished = None
+    if is_unfinished(kept, plan, since, entries, records, heldout):
+        assert kept.result is not None
+        unfinished = Unfinished(kept.result, made_by, plan, kept.dataset_id or "")
+    last = kept.step - (unfinished is not None)
+    found = [record for record in records if record["kind"] in ("step", "evaluation") and since < record["step"] <= last]
+    return unfinished, Measured(since, found)
+
+
+def _parent(found: Found | None, entries: Sequence[Mapping[str, Any]], goes_on: bool) -> str | None:
+    """Root of the checkpoint before what is trained next.
+
+    Where the backend's own state holds, that is the last one of the ledger's line, also if its folder is damaged or gone.
+    """
+    points = lineage(entries).checkpoints if goes_on else ()
+    if points and (found is None or any(point.root == found.root for point in points)):
+        return points[-1].root
+    return None if found is None else found.root
 
 
 def _tell_repairs(run: Path, say: Callable[[str], None]) -> None:

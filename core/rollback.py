@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from weftrain.core import checkpoint, fsops
+from weftrain.core.backend import Kept
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError, RunFolderError
+from weftrain.core.kept import completed
 from weftrain.core.ledger import BRANCHES, Branch, Ledger, lineage
 from weftrain.core.manifest import STEP_FOLDER, folder_name, read_manifest
 from weftrain.core.order import chunk_order
 
 
-def rollback(run: Path, ledger: Ledger, step: int, reason: str) -> Branch:
+def rollback(run: Path, ledger: Ledger, step: int, reason: str, kept: Kept | None = None) -> Branch:
     """Make the checkpoint of `step` the one that the run in `run` goes on from. The run's lock must be held.
 
-    Every byte of that checkpoint is verified first. Raises CheckpointError or RunFolderError, nothing changed.
+    kept: state that the run's backend keeps by itself, which may be beyond the newest checkpoint. It stays where it is: by the ledger's new
+    line the run does not go on from it (core/kept.py). Every byte of that checkpoint is verified first. Raises CheckpointError or
+    RunFolderError, nothing changed.
     """
     finish_rollback(run, ledger)  # or what an earlier one left half done would be counted to this one
     folder = run / "checkpoints"
@@ -31,7 +35,7 @@ def rollback(run: Path, ledger: Ledger, step: int, reason: str) -> Branch:
         have = ", ".join(str(number) for number in sorted(found)) or "none"
         raise CheckpointError(f"{folder}: there is no checkpoint of step {step}; there are: {have}")
     later = sorted(number for number in found if number > step)
-    if not later:
+    if not later and completed(kept, ledger.entries) <= step:
         raise RunFolderError(f"{run}: step {step} is the newest checkpoint already: there is nothing to go back from")
     manifest = checkpoint.verify(found[step])
     points = {point.root: point for point in lineage(ledger.entries).checkpoints}
@@ -73,9 +77,18 @@ def _last_rollback(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | 
     return relevant[-1] if relevant and relevant[-1]["kind"] == "rollback" else None
 
 
-def put_off(run: Path, ledger: Ledger, recipe: Recipe, chunk: int, action: Literal["defer", "drop"], reason: str) -> Mapping[str, Any]:
+def put_off(
+    run: Path,
+    ledger: Ledger,
+    recipe: Recipe,
+    chunk: int,
+    action: Literal["defer", "drop"],
+    reason: str,
+    kept: Kept | None = None,
+) -> Mapping[str, Any]:
     """Enter that `chunk` comes after all others, or never; `ledger.with_decisions` lays it over the recipe. The new line.
 
+    kept: state that the run's backend keeps by itself.
     The run's lock must be held. Raises RunFolderError where it cannot be any more.
     """
     finish_rollback(run, ledger)
@@ -90,12 +103,14 @@ def put_off(run: Path, ledger: Ledger, recipe: Recipe, chunk: int, action: Liter
         raise RunFolderError(f"chunk {chunk} is deferred or dropped already: see data.skip, or `weftrain log`")
     first = order.order.index(chunk) * (recipe.schedule.steps // recipe.data.chunks)
     newest = max(_steps(run / "checkpoints"), default=0)
-    if first < newest:
+    reached = max(newest, completed(kept, ledger.entries))
+    if first < reached:
+        what = "newest checkpoint" if reached == newest else "backend's own state"
         raise RunFolderError(
-            f"chunk {chunk} begins at step {first} and the newest checkpoint is of step {newest}: go back first, "
+            f"chunk {chunk} begins at step {first} and the {what} is of step {reached}: go back first, "
             f"with `weftrain rollback RUN --to {first}`"
         )
-    return ledger.add("defer", step=newest, chunk=chunk, action=action, reason=reason)
+    return ledger.add("defer", step=reached, chunk=chunk, action=action, reason=reason)
 
 
 def _steps(folder: Path) -> dict[int, Path]:

@@ -10,12 +10,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from weftrain.core import checkpoint
 from weftrain.core.backend import BatchSource, EvaluationSource, Plan, Run, StepResult
 from weftrain.core.config import Recipe
+from weftrain.core.kept import Measured, Unfinished, skip_is_entered
 from weftrain.core.ledger import Ledger
 from weftrain.core.manifest import folder_name
 from weftrain.core.metrics import Digest, MetricsWriter
@@ -45,39 +47,47 @@ def fit(
     speed: Speed,
     parent: str | None = None,
     tokens_read: int = 0,
+    unfinished: Unfinished | None = None,
+    measured: Measured | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress]:
     """Train to plan.last_step, or to the end of the step in which should_stop() becomes true; then the state is saved first.
 
     parent: root hash of the checkpoint that the run started from. tokens_read: positions that the run read before plan.start_step.
+    unfinished: the last step that the backend's own state had completed, where its process ended before all of it was recorded: it is
+    recorded first, as if the step had just been made. measured: what was recorded since the checkpoint before such a state.
     Raises NonFiniteError, CheckpointError, DataError.
     """
     tokens, duration_ms = 0, 0.0  # since the last log line
-    saves = _Saves(run, plan, recipe, source, checkpoints, metrics, ledger, parent, tokens_read)
-    saves.begin_run()
-    for result in saves.watched(run.train(source)):
+    tokens_read -= 0 if unfinished is None else unfinished.result.tokens
+    saves = _Saves(run, plan, recipe, source, checkpoints, metrics, ledger, parent, tokens_read, measured)
+    if unfinished is None or not unfinished.plan.wants_state(plan.start_step):  # otherwise its checkpoint begins the chunk
+        saves.begin_run()
+    for result in saves.watched(chain([] if unfinished is None else [unfinished.result], run.train(source))):
+        again = unfinished is not None and result is unfinished.result
+        made_by, due = (unfinished.recipe, unfinished.plan) if unfinished is not None and again else (recipe, plan)
         completed = result.step + 1
         tokens, duration_ms = tokens + result.tokens, duration_ms + result.step_ms
         saves.tokens_read += result.tokens
         log = None
-        if plan.wants_log(completed) or result.skipped:
+        if due.wants_log(completed) or result.skipped:
             tokens_per_second = tokens / duration_ms * 1e3 if duration_ms else math.nan
             speed = _allowing(speed, tokens_per_second, completed, metrics)
             log = _step_line(result, saves.tokens_read, tokens_per_second, speed, run.stats())
             metrics.step(log)
             saves.measured.add({"kind": "step", **log})
             tokens, duration_ms = 0, 0.0
-        if result.skipped:
-            first = result.step * recipe.batch.global_batch_size
-            ledger.add("skip", step=completed, samples=[first, first + recipe.batch.global_batch_size])
-        evaluations = tuple(_evaluate(run, held, completed) for held in heldout) if plan.wants_evaluation(completed) else ()
+        if result.skipped and not (again and skip_is_entered(ledger.entries, completed)):
+            first = result.step * made_by.batch.global_batch_size
+            ledger.add("skip", step=completed, samples=[first, first + made_by.batch.global_batch_size])
+        evaluations = tuple(_evaluate(run, held, completed) for held in heldout) if due.wants_evaluation(completed) else ()
         for evaluation in evaluations:
             metrics.evaluation(evaluation)
             saves.measured.add({"kind": "evaluation", **evaluation})
         stop = should_stop()
-        if stop or plan.wants_state(completed):
+        if stop or due.wants_state(completed):
             metrics.flush()  # before the checkpoint, so that a resume from it finds every line up to it
-            saves.begin()
+            saves.begin(unfinished if again else None)
         yield Progress(result, log, evaluations, saves.finished(wait=stop or completed == plan.last_step))
         if stop:
             return
@@ -128,6 +138,7 @@ class _Saves:
         ledger: Ledger,
         parent: str | None,
         tokens_read: int,
+        measured: Measured | None,
     ) -> None:
         self.tokens_read = tokens_read  # since the run began; the sequence length or the batch may have changed at a resume
         self._run, self._plan, self._recipe, self._source, self._folder = run, plan, recipe, source, folder
@@ -135,8 +146,10 @@ class _Saves:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._under_way: tuple[Future[checkpoint.CheckpointInfo], dict[str, Any]] | None = None
         self._done: checkpoint.CheckpointInfo | None = None
-        self._measured_after = plan.start_step
+        self._measured_after = plan.start_step if measured is None else measured.after
         self.measured = Digest()  # since the last checkpoint was begun
+        for record in () if measured is None else measured.records:
+            self.measured.add(record)
 
     def begin_run(self) -> None:
         """Enter the first chunk. A run of chunks that starts from another run's state keeps that state: the first link begins there."""
@@ -147,22 +160,25 @@ class _Saves:
         else:
             self._ledger.chunk_begin(self._plan.start_step, self._recipe, self._source.dataset_id, self._parent)
 
-    def begin(self) -> None:
+    def begin(self, unfinished: Unfinished | None = None) -> None:
         """Start to save the run's state. The checkpoint before is finished first: it is this one's parent. Raises CheckpointError."""
         self._take(wait=True)
+        recipe = self._recipe if unfinished is None else unfinished.recipe
+        dataset_id = self._source.dataset_id if unfinished is None else unfinished.dataset_id
         state, fingerprint = self._run.export_state(), self._run.fingerprint()
         saving = checkpoint.begin(
             self._folder,
             state,
-            recipe=self._recipe.model_dump(mode="json"),
-            dataset_id=self._source.dataset_id,
+            recipe=recipe.model_dump(mode="json"),
+            dataset_id=dataset_id,
             fingerprint=fingerprint.as_json(),
             tokens=self.tokens_read,
-            position=state.step * self._recipe.batch.global_batch_size,
+            position=state.step * recipe.batch.global_batch_size,
             parent=self._parent,
             kernels=dict(fingerprint.kernels),
         )
-        entry = {"parent": self._parent, "metrics_after": self._measured_after, "metrics_sha256": self.measured.hexdigest()}
+        made_by = {"recipe": recipe, "dataset_id": dataset_id}
+        entry = {**made_by, "parent": self._parent, "metrics_after": self._measured_after, "metrics_sha256": self.measured.hexdigest()}
         self._measured_after, self.measured = state.step, Digest()
         if saving.in_background:
             self._under_way = self._threads.submit(saving.finish), entry
@@ -191,6 +207,6 @@ class _Saves:
     def _note(self, saved: checkpoint.CheckpointInfo, entry: dict[str, Any]) -> None:
         self._done, self._parent = saved, saved.root
         self._metrics.event("checkpoint", step=saved.step, root=saved.root)
-        self._ledger.checkpoint(self._recipe, self._source.dataset_id, step=saved.step, root=saved.root, **entry)
+        self._ledger.checkpoint(step=saved.step, root=saved.root, **entry)
         if saved.step < self._plan.last_step:
             self._ledger.chunk_begin(saved.step, self._recipe, self._source.dataset_id, saved.root)

@@ -17,7 +17,7 @@ from weftrain.backends.shared import PlainBackend, ask_for_huge_pages, refuse_nu
 from weftrain.backends.streaming.layout import FormatName, Layout, make_layout
 from weftrain.backends.streaming.planner import needs, predict, remedies
 from weftrain.backends.streaming.schedule import Scheduler, draw
-from weftrain.core.backend import BatchSource, Job, Needs, Prediction, Speeds
+from weftrain.core.backend import BatchSource, Job, Kept, Needs, Prediction, Speeds
 from weftrain.core.canonical import sha256_json
 from weftrain.core.config import CompileOption, Count, PositiveInt, Recipe, Section
 from weftrain.core.errors import BackendError
@@ -178,13 +178,13 @@ class StreamingBackend(PlainBackend):
         finally:
             run.close()
 
-    def kept_step(self, recipe: Recipe, options: Section, folder: Path) -> int | None:
-        """See Backend.kept_step: where the store of a file tier stands."""
-        from weftrain.backends.streaming.file_store import stands_at
+    def kept_state(self, recipe: Recipe, options: Section, folder: Path) -> Kept | None:
+        """See Backend.kept_state: the store of a file tier."""
+        from weftrain.backends.streaming.file_store import kept_in
 
         assert isinstance(options, StreamingOptions)
         where = store_folder(options, folder)
-        return None if where is None else stands_at(layout_of(recipe, options, (0, shares(recipe, options))), where)
+        return None if where is None else kept_in(layout_of(recipe, options, (0, shares(recipe, options))), where)
 
     def outline(self, recipe: Recipe, options: Section) -> list[str]:
         """See Backend.outline: the timeline of a step, with every byte that the store moves."""

@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
 import psutil
@@ -39,8 +39,8 @@ from weftrain.backends.streaming.layout import Layout, Record, Tile
 from weftrain.backends.streaming.passes import Gradients, Pass
 from weftrain.backends.streaming.planes import Work
 from weftrain.backends.streaming.schedule import BRINGING, Event, Schedule, Scheduler
-from weftrain.backends.streaming.state import Given, Reader, fill, initial, spooled
-from weftrain.backends.streaming.store import DTYPES, Commit, Pending, Store, no_trace
+from weftrain.backends.streaming.state import Given, Reader, fill, initial, result_json, spooled
+from weftrain.backends.streaming.store import DTYPES, Commit, Completed, Pending, Store, no_trace
 from weftrain.backends.streaming.trace import Trace
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
 from weftrain.core.errors import BackendError, NonFiniteError
@@ -92,17 +92,20 @@ class StreamingRun:
         self._measured: dict[str, float] = {}
         self._dataset_id: str | None = None
         self._stop = job.stop
+        self._stretch, self._sets_aside = job.stretch, job.kept == "set_aside"
         self._trace_path = None if job.folder is None or not options.trace_steps else job.folder / "trace.json"
 
-        if fabric.rank == 0 and (not self._all_stand(store.commit) or self._standing().step < job.plan.start_step):
+        if fabric.rank == 0 and (
+            job.kept != "continue" or not self._all_stand(store.commit) or self._standing().step < job.plan.start_step
+        ):
             self._fill(initial(job), job.plan.start_step, 0)
 
     # -- the step
 
     def train(self, source: BatchSource) -> Iterator[StepResult]:
-        """See Run.train. Raises BackendError where the store fails, or was trained on another dataset."""
+        """See Run.train. Raises BackendError where the store fails."""
         recipe = self._recipe
-        self._check_dataset(source.dataset_id)
+        self._dataset_id = source.dataset_id
         trace = Trace()
         traced = self._standing().step + self._options.trace_steps if self._trace_path is not None else 0
         while self._standing().step < self._plan.last_step:
@@ -123,14 +126,15 @@ class StreamingRun:
             updates = self._standing().optimizer_updates + finite
             scale = float(clip_coefficient(norm, recipe.optimizer.clip_norm)) if finite else 0.0
             pending = Pending(scale, dict(rates), updates) if finite else None
-            self._complete(step + 1, updates, pending)
+            waited_ms, until_now_ms = data_wait_s * 1e3, (time.perf_counter() - start) * 1e3
+            tokens = recipe.tokens_per_step
+            result = StepResult(step, loss, norm, rates, tokens, bearing, until_now_ms, waited_ms, skipped=not finite)
+            self._complete(Completed(step + 1, updates, pending, self._dataset_id, self._stretch, result_json(result)))
             if step + 1 == self._plan.last_step:
                 self._flush()  # nothing comes that would bring the records
             if self._trace_path is not None and step + 1 == min(traced, self._plan.last_step):
                 trace.save(self._trace_path)
-            step_ms = (time.perf_counter() - start) * 1e3
-            tokens = recipe.tokens_per_step
-            yield StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, skipped=not finite)
+            yield replace(result, step_ms=(time.perf_counter() - start) * 1e3)
 
     def _own_share(self, source: BatchSource, step: int) -> tuple[list[Tensor], dict[str, Tensor], LossScale, float]:
         """This rank's micro-batches of a step: losses of all ranks' micro-batches, norms where they are known, what the losses were divided
@@ -145,15 +149,14 @@ class StreamingRun:
         self._carry_out(self._scheduler.step(first, read_ahead=more), work, shared=True)
         return self._fabric.losses(work.losses), work.norms, scale, waited
 
-    def _complete(self, step: int, updates: int, pending: Pending | None) -> None:
+    def _complete(self, completed: Completed) -> None:
         if self._fabric.sharded:  # no rank may be a step behind without the gradients of that step
             self._store.drain()
             self._fabric.barrier()
-        self._store.complete_step(step, updates, pending, self._dataset_id)
+        self._store.complete_step(completed)
         if self._fabric.sharded:
             self._store.drain()  # a rank may be a step behind rank 0, never ahead of it
-            values = None if pending is None else asdict(pending)
-            self._fabric.order(do="complete", step=step, updates=updates, pending=values, dataset_id=self._dataset_id)
+            self._fabric.order(do="complete", completed=asdict(completed))
 
     # -- the other ranks
 
@@ -171,15 +174,15 @@ class StreamingRun:
                         self._store.drain()
                         self._fabric.barrier()
                 case "complete":
-                    pending = None if order["pending"] is None else Pending(**order["pending"])
-                    self._store.complete_step(order["step"], order["updates"], pending, order["dataset_id"])
+                    self._store.complete_step(Completed.from_json(order["completed"]))
                 case "pass":
                     self._carry_out(self._schedule(order["schedule"]), None, shared=order["schedule"] != "flush")
                     self._store.drain()
                 case "stand":
                     self._stand(order["commit"])
                 case "fill":
-                    fill(self._store, self._sent_by_leader(None), order["step"], order["updates"], self._progress)
+                    given, aside = self._sent_by_leader(None), order["set_aside"]
+                    fill(self._store, given, order["step"], order["updates"], self._progress, set_aside=aside)
                 case "part":
                     Reader(self._store, self._fabric).part(order["name"])
 
@@ -193,24 +196,27 @@ class StreamingRun:
     def _stand(self, leading: dict[str, Any]) -> bool:
         """A rank whose store missed the last `complete` has spooled the gradients of that step: it makes up for it."""
         own = self._store.commit
-        pending = None if leading["pending"] is None else Pending(**leading["pending"])
         if own is not None and own.step == leading["step"] - 1 and own.pending is None and self._fabric.rank > 0:
-            self._store.complete_step(leading["step"], leading["optimizer_updates"], pending, leading["dataset_id"])
+            missed = Completed.from_json({field.name: leading[field.name] for field in fields(Completed)})
+            if own.stretch in (leading["stretch"], leading["before"]) or own.step == own.filled_step:
+                self._store.complete_step(missed)
             own = self._store.commit
-        steps = [float(loss) for loss in self._fabric.losses([torch.tensor(-1.0 if own is None else float(own.step))])]
+        stands = -1.0 if own is None else float(own.step) if own.stretch == leading["stretch"] else -2.0
+        steps = [float(loss) for loss in self._fabric.losses([torch.tensor(stands)])]
         wrong = [rank for rank, step in enumerate(steps) if step != leading["step"]]
         if wrong:
+            where = {-1: "holds no state", -2: "is of another branch or run"}.get(int(steps[wrong[0]]), f"stands at {steps[wrong[0]]:.0f}")
             raise BackendError(
-                f"the store of rank {wrong[0]} stands at step {steps[wrong[0]]:.0f}, that of rank 0 at {leading['step']}: give each rank "
-                "its own store of this run, or remove all of them and continue from a checkpoint"
+                f"the store of rank {wrong[0]} {where}, that of rank 0 stands at step {leading['step']}: give each rank its own store of "
+                "this run, or remove all of them and continue from a checkpoint"
             )
         return True
 
     def _fill(self, given: Given, step: int, updates: int) -> None:
         if self._fabric.sharded:
-            self._fabric.order(do="fill", step=step, updates=updates)
+            self._fabric.order(do="fill", step=step, updates=updates, set_aside=self._sets_aside)
             given = self._sent_by_leader(given)
-        fill(self._store, given, step, updates, self._progress)
+        fill(self._store, given, step, updates, self._progress, set_aside=self._sets_aside)
 
     def _sent_by_leader(self, given: Given | None) -> Given:
         def tensor(plane: str, spec: ParameterSpec) -> Tensor:
@@ -283,15 +289,6 @@ class StreamingRun:
 
     def _standing(self) -> Commit:
         return self._store.standing()
-
-    def _check_dataset(self, dataset_id: str) -> None:
-        kept = self._standing().dataset_id
-        if kept not in (None, dataset_id):
-            raise BackendError(
-                f"the store was trained on dataset {kept[:12]}, this is {dataset_id[:12]}: restore the dataset, or remove the store's "
-                "folder and continue from a checkpoint"
-            )
-        self._dataset_id = dataset_id
 
     # -- records: coming, updated, going
 

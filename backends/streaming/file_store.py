@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor
 
 from weftrain.backends.streaming.layout import PAGE_BYTES, Layout, Record, Tile
+from weftrain.backends.streaming.state import result_from_json
 from weftrain.backends.streaming.store import DTYPES, Commit, Part, Pending, Planes, Store, typed
 from weftrain.core import fsops
+from weftrain.core.backend import Kept
 from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.errors import BackendError
 
@@ -34,7 +37,11 @@ class FileStore(Store):
 
     def __init__(self, layout: Layout, folder: Path, *, direct: bool) -> None:
         super().__init__(layout)
-        self.folder = folder
+        self.folder, self._direct = folder, direct
+        self._open()
+
+    def _open(self) -> None:
+        layout, folder = self.layout, self.folder
         self._sequence = 0  # of the last commit
         self._kept: Commit | None = None  # what a restart would find
         self._stack = contextlib.ExitStack()
@@ -51,7 +58,7 @@ class FileStore(Store):
         try:
             with self._blamed("opened"):
                 new = check_identity(layout, folder)
-                self._state = fsops.PositionedFile(folder / "state", direct=direct)
+                self._state = fsops.PositionedFile(folder / "state", direct=self._direct)
                 self._stack.callback(self._state.close)
                 self._commits = fsops.PositionedFile(folder / "commit")
                 self._stack.callback(self._commits.close)
@@ -67,14 +74,23 @@ class FileStore(Store):
             self._stack.close()
             raise
 
+    def set_aside(self) -> None:
+        """Rename the folder, whole, to the first free `<name>.superseded-N` beside it, and begin with a new one."""
+        with self._blamed("set aside"):
+            self._mark_closed()
+            fsops.rename(self.folder, _superseded(self.folder))  # the lock is held until it has its new name
+        self._stack.close()
+        self.commit = None
+        self._open()
+
     def _create(self) -> None:
         needed, free = self.layout.file_bytes, fsops.free_bytes(self.folder)
         have = (self.folder / "state").stat().st_blocks * 512  # what an interrupted creation has reserved
         if needed > free + have:
             raise BackendError(
                 f"{self.folder}: the store needs {needed:,} bytes on disk ({self.layout.format.name}: {self.layout.state_bytes:,} of state "
-                f"and {self.layout.gradient_bytes:,} of gradients), {free + have:,} are free: make room, put backend.options.store on "
-                "another disk, or take a smaller backend.options.state_format"
+                f"and {self.layout.gradient_bytes:,} of gradients), {free + have:,} are free: make room{_beside(self.folder)}, "
+                "put backend.options.store on another disk, or take a smaller backend.options.state_format"
             )
         self._state.allocate(needed)
         self._commits.allocate(2 * PAGE_BYTES)
@@ -111,13 +127,16 @@ class FileStore(Store):
             with contextlib.suppress(BackendError):  # what failed was reported when it failed
                 self.drain()
                 with self._blamed("closed"):
-                    self._state.sync()
-                    if self._kept is not None:
-                        page = _page(replace(self._kept, sequence=self._sequence + 1, closed=True))
-                        self._commits.write_at((self._sequence + 1) % 2 * PAGE_BYTES, memoryview(page))
-                    self._commits.sync()
+                    self._mark_closed()
         finally:
             self._stack.close()
+
+    def _mark_closed(self) -> None:
+        self._state.sync()
+        if self._kept is not None:
+            page = _page(replace(self._kept, sequence=self._sequence + 1, closed=True))
+            self._commits.write_at((self._sequence + 1) % 2 * PAGE_BYTES, memoryview(page))
+        self._commits.sync()
 
     @contextlib.contextmanager
     def _blamed(self, what: str) -> Iterator[None]:
@@ -127,9 +146,21 @@ class FileStore(Store):
             done = "" if self._kept is None else f"; the store stands at {self._kept.step} completed steps"
             where = error.filename or self.folder
             remedy = "check the disk, then resume"
+            if what == "set aside":
+                remedy = "move its files away by hand, or choose another backend.options.store"
             if self.tier == "direct" and what == "opened" and error.errno == errno.EINVAL:
                 remedy = "this file system has no direct I/O: take backend.options.tier=mapped, or another backend.options.store"
             raise BackendError(f"{where}: cannot be {what}: {error.strerror or error}{done}: {remedy}") from error
+
+
+def _superseded(folder: Path) -> Path:
+    return next(path for number in itertools.count(1) if not (path := folder.with_name(f"{folder.name}.superseded-{number}")).exists())
+
+
+def _beside(folder: Path) -> str:
+    """Words about stores that were set aside, where there are any."""
+    found = sorted(path.name for path in folder.parent.glob(f"{folder.name}.superseded-*"))
+    return f" (nothing reads {', '.join(found)} in {folder.parent} any more)" if found else ""
 
 
 _DAMAGED = "the store was damaged from outside: remove its folder, and the run continues from its newest checkpoint"
@@ -204,7 +235,10 @@ class MappedStore(FileStore):
 
     def __init__(self, layout: Layout, folder: Path) -> None:
         super().__init__(layout, folder, direct=False)
-        self._map = mmap.mmap(self._state.descriptor, layout.file_bytes, mmap.MAP_SHARED)
+
+    def _open(self) -> None:
+        super()._open()
+        self._map = mmap.mmap(self._state.descriptor, self.layout.file_bytes, mmap.MAP_SHARED)
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def _planes(self, tile: Tile, rotation: int) -> Planes:
@@ -250,6 +284,12 @@ class MappedStore(FileStore):
         super().close()
 
 
-def stands_at(layout: Layout, folder: Path) -> int | None:
-    """Completed steps of the store in `folder`; None where there is none, or an unfinished one. Raises BackendError as opening it would."""
-    return None if check_identity(layout, folder) or (commit := read_commit(folder)) is None else commit.step
+def kept_in(layout: Layout, folder: Path) -> Kept | None:
+    """The state of the store in `folder`; None where there is none, an unfinished one, or one that was filled and not trained.
+
+    Raises BackendError as opening it would.
+    """
+    commit = None if check_identity(layout, folder) else read_commit(folder)
+    if commit is None or commit.step == commit.filled_step:
+        return None
+    return Kept(commit.step, commit.stretch, folder, commit.dataset_id, result_from_json(commit.result))

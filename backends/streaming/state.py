@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from weftrain.backends.streaming.fabric import Alone
 from weftrain.backends.streaming.layout import Piece, Tile
 from weftrain.backends.streaming.planes import Work
 from weftrain.backends.streaming.store import DTYPES, Store
-from weftrain.core.backend import Job
+from weftrain.core.backend import Job, StepResult
 from weftrain.core.model import draw
 from weftrain.core.parameters import ParameterSpec
 
@@ -31,9 +33,14 @@ def initial(job: Job) -> Given:
 
 
 @torch.no_grad()
-def fill(store: Store, given: Given, step: int, optimizer_updates: int, progress: Callable[[str, float], None]) -> None:
-    """Write every tile, one after the other; each parameter is asked for once. A crash on the way leaves a store that holds no state."""
-    store.begin_filling()
+def fill(
+    store: Store, given: Given, step: int, optimizer_updates: int, progress: Callable[[str, float], None], *, set_aside: bool = False
+) -> None:
+    """Write every tile, one after the other; each parameter is asked for once. A crash on the way leaves a store that holds no state.
+
+    set_aside: a trained state that the store holds is kept under another name.
+    """
+    store.begin_filling(set_aside=set_aside)
     for record in store.layout.records:
         progress(f"filling the store: {record.name}", record.index / len(store.layout.records))
         specs = {spec.name: spec for spec in record.specs}
@@ -57,6 +64,26 @@ def fill(store: Store, given: Given, step: int, optimizer_updates: int, progress
             Work().save(planes, slice(0, len(tile.owned)), *(numbers[plane] for plane in PLANES))
             store.write_state(tile, planes)
     store.end_filling(step, optimizer_updates)
+
+
+def result_json(result: StepResult) -> dict[str, Any]:
+    """A step's result as JSON values; a number that is not finite as its name."""
+
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | str):
+            return value
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        number = float(value)
+        return number if math.isfinite(number) else str(number)
+
+    return {name: plain(value) for name, value in vars(result).items()}
+
+
+def result_from_json(values: Mapping[str, Any] | None) -> StepResult | None:
+    if values is None:
+        return None
+    return StepResult(**{**values, **{name: float(values[name]) for name in ("loss", "grad_norm")}})
 
 
 class Reader:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,24 @@ class Pending:
 
 
 @dataclass(frozen=True)
+class Completed:
+    """A step that is complete. `step` counts it. stretch: Job.stretch. result: of the step, as JSON: see state.py."""
+
+    step: int
+    optimizer_updates: int
+    pending: Pending | None
+    dataset_id: str | None
+    stretch: str
+    result: dict[str, Any] | None
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Completed:
+        """From what `dataclasses.asdict` made."""
+        pending = values["pending"]
+        return cls(**{**values, "pending": None if pending is None else Pending(**pending)})
+
+
+@dataclass(frozen=True)
 class Commit:
     """Where the store stands. `cursor` tiles have had the pending update; `rotation` counts those that all tiles have had."""
 
@@ -47,7 +66,11 @@ class Commit:
     rotation: int
     cursor: int
     pending: Pending | None
+    filled_step: int  # where it stood when it was filled: what is beyond is training that no checkpoint need have
     dataset_id: str | None = None
+    stretch: str = ""  # Job.stretch of the process that completed the last step,
+    before: str = ""  # and of the one before that
+    result: dict[str, Any] | None = None  # of the last step, as JSON: see state.py
     sequence: int = 0
     boot_id: str = ""
     closed: bool = False
@@ -111,18 +134,37 @@ class Store(ABC):
 
     # -- the transaction
 
-    def begin_filling(self) -> None:
-        """The store is about to be overwritten: until `end_filling` it holds no state."""
+    def begin_filling(self, *, set_aside: bool) -> None:
+        """The store is about to be filled: until `end_filling` it holds no state.
+
+        set_aside: what it holds now, if it was trained, is kept under another name.
+        """
         self.drain()
+        if set_aside and self.commit is not None and self.commit.step != self.commit.filled_step:
+            self.set_aside()
         self._record(None)
 
+    def set_aside(self) -> None:
+        """Keep what the store holds under another name, and begin anew."""
+
     def end_filling(self, step: int, optimizer_updates: int) -> None:
-        self._record(Commit(step, optimizer_updates, 0, 0, None))
+        self._record(Commit(step, optimizer_updates, 0, 0, None, filled_step=step))
         self.drain()
 
-    def complete_step(self, step: int, optimizer_updates: int, pending: Pending | None, dataset_id: str | None) -> None:
-        """`step` steps are complete, the gradients of the last one are spooled; all earlier updates have been made."""
-        self._record(replace(self.standing(), step=step, optimizer_updates=optimizer_updates, pending=pending, dataset_id=dataset_id))
+    def complete_step(self, completed: Completed) -> None:
+        """The gradients of a step are spooled; all earlier updates have been made."""
+        before = self.standing()
+        commit = replace(
+            before,
+            step=completed.step,
+            optimizer_updates=completed.optimizer_updates,
+            pending=completed.pending,
+            dataset_id=completed.dataset_id,
+            result=completed.result,
+        )
+        if completed.stretch != before.stretch:
+            commit = replace(commit, stretch=completed.stretch, before=before.stretch)
+        self._record(commit)
 
     def needs_update(self, tile: Tile) -> bool:
         return self.commit is not None and self.commit.pending is not None and tile.index >= self.commit.cursor

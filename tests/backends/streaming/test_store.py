@@ -320,18 +320,6 @@ def test_a_slow_disk_is_reported_and_waited_for(tiny_recipe: Tiny, tmp_path: Pat
     run.close()
 
 
-def test_another_dataset_is_refused(tiny_recipe: Tiny, tmp_path: Path) -> None:
-    recipe = small(tiny_recipe)
-    run = streaming(recipe, tmp_path, "mapped", 1)
-    list(run.train(source_of(recipe)))
-    run.close()
-    run = streaming(recipe, tmp_path, "mapped", 2)
-    other = source_of(tiny_recipe("crystal", "model.num_layers=3", "data.synthetic_rows=8"))
-    with pytest.raises(BackendError, match="the store was trained on dataset"):
-        list(run.train(other))
-    run.close()
-
-
 @pytest.mark.parametrize("tier", FILE_TIERS)
 def test_a_halted_step_leaves_the_last_one(tier: str, tiny_recipe: Tiny, tmp_path: Path) -> None:
     recipe = small(tiny_recipe)

@@ -1,0 +1,216 @@
+"""A run whose backend keeps its own state: killed between that state and the record, rolled back, continued by others, or another run's."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from record_runs import done, prepare, trainer, weftrain
+
+from weftrain.backends.streaming.file_store import read_commit
+from weftrain.core import checkpoint
+from weftrain.core import trainer as training
+from weftrain.core.ledger import LEDGER, Ledger, lineage, read_ledger
+from weftrain.core.metrics import MetricsWriter, read_metrics
+from weftrain.core.verification import verify
+
+Train = Callable[..., Result]
+MAPPED = ("--backend", "streaming", "backend.options.tier=mapped", "backend.options.threads=1")
+DIRECT = ("--backend", "streaming", "backend.options.tier=direct", "backend.options.threads=1", "backend.options.tile_elements=4096")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing after it runs, but for what lets the next process in."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("kept")
+    prepare(made)
+    done(trainer(made)("--run", "straight", *MAPPED))
+    return made
+
+
+@pytest.fixture
+def train(folder: Path, tmp_path: Path) -> Train:
+    (tmp_path / "datasets").symlink_to(folder / "datasets")
+    return trainer(tmp_path)
+
+
+def killed_at(patch: pytest.MonkeyPatch, owner: Any, name: str, when: Callable[..., bool]) -> None:
+    """Die in place of the call of owner.name for which `when` holds."""
+    original = getattr(owner, name)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        if when(*arguments, **named):
+            raise Killed
+        return original(*arguments, **named)
+
+    patch.setattr(owner, name, call)
+
+
+def story(run: Path) -> Any:
+    """What the record says was trained and measured, without what differs between two equal runs."""
+    measured = [
+        {key: record.get(key) for key in ("kind", "step", "set", "loss", "grad_norm", "tokens", "skipped")}
+        for record in read_metrics(run)
+        if record["kind"] in ("step", "evaluation")
+    ]
+    entries = read_ledger(run / LEDGER)
+    points = [(point.step, point.root, point.parent, point.metrics_after, point.metrics_sha256) for point in lineage(entries).checkpoints]
+    return measured, points, [(entry["step"], entry["samples"]) for entry in entries if entry["kind"] == "skip"]
+
+
+PLACES = {
+    "before the log line": (MetricsWriter, "step", lambda writer, record: record["step"]),
+    "before the evaluation": (training, "_evaluate", lambda run, held, completed: completed),
+    "before the checkpoint": (training.checkpoint, "begin", lambda folder, state, **named: state.step),
+    "before the ledger's line": (Ledger, "checkpoint", lambda *fields, step, **named: step),
+}
+
+
+@pytest.mark.parametrize(
+    ("tier", "place", "step"),
+    [
+        (MAPPED, "before the log line", 6),
+        (MAPPED, "before the checkpoint", 6),
+        (DIRECT, "before the evaluation", 4),
+        (DIRECT, "before the checkpoint", 2),
+        *[pytest.param(tier, place, step, marks=pytest.mark.prove) for tier in (MAPPED, DIRECT) for place in PLACES for step in (1, 2, 6)],
+    ],
+)
+def test_a_step_that_the_state_has_and_the_record_lacks_is_made_up_for(
+    tier: tuple[str, ...], place: str, step: int, train: Train, folder: Path, tmp_path: Path
+) -> None:
+    """Every step that the plan wants something of: an ordinary one, a chunk's last, the run's last."""
+    data = f"data.root={folder / 'datasets'}"  # a path in the recipe, and so in a root
+    owner, name, step_of = PLACES[place]
+    if step == 1 and place != "before the log line":
+        pytest.skip("the plan wants nothing else of it")
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, owner, name, lambda *fields, **named: step_of(*fields, **named) == step)
+        with pytest.raises(Killed):
+            train(*tier, data)
+    run = tmp_path / "runs" / "crystal_demo"
+    standing = read_commit(run / "store")
+    assert standing is not None
+    assert standing.step == step
+    again = done(train(*tier, data))
+    assert ("is made up for" in again) == (place != "before the ledger's line")
+    if tier == MAPPED:
+        assert story(run) == story(folder / "runs" / "straight")
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [f"step_0000000{at}" for at in (2, 4, 6)]
+    assert "is complete" in done(train(*tier, data))
+    done(weftrain("release", run, "--to", tmp_path / "release", "--licence", "MIT"))
+    verify(tmp_path / "release")
+
+
+@pytest.mark.parametrize("tier", [MAPPED, pytest.param(DIRECT, marks=pytest.mark.prove)])
+def test_a_rollback_holds_for_the_backends_own_state(tier: tuple[str, ...], train: Train, folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "crystal_demo"
+    done(train(*tier))
+    roots = story(run)[1]
+    assert "the backend's own state" not in weftrain("rollback", run, "--to", "6", "--reason", "a spike").output
+    done(weftrain("rollback", run, "--to", "2", "--reason", "a spike"))
+    output = done(train(*tier))
+    assert "stands at 6 completed steps of a line that the run has left" in output
+    assert "a rollback went back to step 2" in output
+    assert "resumed after step 2" in output
+    left = read_commit(run / "store.superseded-1")
+    assert left is not None
+    assert (left.step, left.closed) == (6, True)
+    assert [entry["step"] for entry in read_ledger(run / LEDGER) if entry["kind"] in ("start", "resume")] == [0, 2]
+    assert story(run)[1] == roots  # the same training again: nothing was deferred
+    done(weftrain("rollback", run, "--to", "4", "--reason", "once more"))
+    done(weftrain("defer", run, "--chunk", "2", "--drop", "--reason", "chunk 2 is bad"))
+    assert "is complete" not in done(train(*tier))
+    assert (run / "store.superseded-2").is_dir()
+
+
+def test_a_state_beyond_the_newest_checkpoint_is_rolled_back_and_nothing_is_deferred_below_it(train: Train, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "crystal_demo"
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, training.checkpoint, "begin", lambda folder, state, **named: state.step == 4)
+        with pytest.raises(Killed):
+            train(*MAPPED)
+    early = weftrain("defer", run, "--chunk", "1", "--reason", "a spike")
+    assert "chunk 1 begins at step 2 and the backend's own state is of step 4: go back first" in early.output
+    done(weftrain("rollback", run, "--to", "2", "--reason", "a spike"))
+    done(weftrain("defer", run, "--chunk", "1", "--reason", "a spike"))
+    assert "a rollback went back to step 2" in done(train(*MAPPED))
+    spans = [lineage(read_ledger(run / LEDGER)).origin(step)[2] for step in range(6)]
+    assert [span.chunk for span in spans if span is not None] == [0, 0, 2, 2, 1, 1]
+
+
+def test_what_another_backend_trained_since_is_not_lost_to_an_older_state(train: Train, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "crystal_demo"
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, MetricsWriter, "step", lambda writer, record: record["step"] == 6)
+        with pytest.raises(Killed):  # the newest checkpoint is of step 4
+            train(*MAPPED)
+    keys = ("backend.name", "backend.options.tier")
+    other = ("--backend", "local", "backend.options.threads=1", *(item for key in keys for item in ("--allow", key)))
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, MetricsWriter, "step", lambda writer, record: record["step"] == 6)
+        with pytest.raises(Killed):  # trained step 5 again, and left no checkpoint
+            train(*other)
+    output = done(train(*MAPPED, *(item for key in keys for item in ("--allow", key))))
+    assert "training went on without it from step 4" in output
+    assert (run / "store.superseded-1").is_dir()
+
+
+def test_another_runs_state_is_refused_and_left_alone(train: Train, folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    store = (*MAPPED, f"backend.options.store={place}")
+    done(train("--run", "one", *store))
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    refused = train("--run", "two", *store)
+    assert refused.exit_code == 2
+    assert f"own state in {place} stands at 6 completed steps and is of a run with another ledger: move it away" in refused.output
+    done(train("--run", "one", *store))
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    assert not (tmp_path / "runs" / "two" / "checkpoints").exists()
+
+
+def test_of_two_copies_of_a_run_only_the_one_that_trained_on_has_its_state(train: Train, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    store = (*MAPPED, f"backend.options.store={place}", "checkpoint.at_end=false")
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, MetricsWriter, "step", lambda writer, record: record["step"] == 3)
+        with pytest.raises(Killed):
+            train("--run", "one", *store)
+    shutil.copytree(tmp_path / "runs" / "one", tmp_path / "runs" / "copy")
+    done(train("--run", "one", *store))
+    refused = train("--run", "copy", *store)
+    assert "is of a run with another ledger" in refused.output
+
+
+def test_other_data_is_refused_unless_it_is_allowed(train: Train, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, training.checkpoint, "begin", lambda folder, state, **named: state.step == 2)
+        with pytest.raises(Killed):
+            train(*MAPPED)
+    shutil.copytree(tmp_path / "datasets", tmp_path / "real")
+    (tmp_path / "datasets").unlink()
+    prepare_other(tmp_path)
+    refused = train(*MAPPED)
+    assert refused.exit_code == 2
+    assert "store: was trained on dataset" in refused.output
+    output = done(train(*MAPPED, "--allow", "data"))
+    assert "stands at 2 completed steps: the run goes on from there" in output
+    manifests = [checkpoint.verify(path) for path in sorted((tmp_path / "runs" / "crystal_demo" / "checkpoints").iterdir())]
+    assert manifests[0]["dataset_id"] != manifests[1]["dataset_id"]  # that of the step that was made up for is the old one
+
+
+def prepare_other(folder: Path) -> None:
+    """Another dataset of the same name, with the first one's tokenizer."""
+    texts = folder / "more"
+    texts.mkdir()
+    for number in range(60):
+        (texts / f"{number}.txt").write_text("abc def " * 40 + str(number))
+    options = ["--name", "words", "--sequence-length", "13", "--tokenizer", folder / "real" / "words" / "tokenizer.json"]
+    done(weftrain("prep", texts, "--output", folder / "datasets", *options, "--heldout-fraction", "0.1"))
