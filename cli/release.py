@@ -46,6 +46,7 @@ def release(
     from weftrain.core.release import SIGNATURE, build
     from weftrain.core.run_folder import held_run
     from weftrain.core.signature import sign
+    from weftrain.core.verification import verify as verify_release
 
     console = Console(highlight=False, soft_wrap=True, stderr=True)
     dtype = getattr(torch, weights_dtype)
@@ -69,6 +70,7 @@ def release(
             card=lambda draft, line, recipe: model_card(run, draft, line, recipe),
             revision_card=revision_card,
             write_weights=write_weights,
+            check=lambda folder: verify_release(folder, signature=False),
             root=data_root,
             progress=lambda words: console.print(words, markup=False),
         )

@@ -34,7 +34,7 @@ from weftrain.core.config import Count, Recipe, Section
 from weftrain.core.dataset import INPUTS, TOKENIZER
 from weftrain.core.dataset import MANIFEST as DATA_MANIFEST
 from weftrain.core.dataset import read_manifest as read_data_manifest
-from weftrain.core.errors import ReleaseError, RunFolderError
+from weftrain.core.errors import ReleaseError, RunFolderError, WeftrainError
 from weftrain.core.ledger import LEDGER, Lineage, Point, lineage, read_ledger, span_of
 from weftrain.core.manifest import folder_name
 from weftrain.core.metrics import METRICS
@@ -148,11 +148,14 @@ def build(
     card: Callable[[Release, Lineage, Recipe], str],
     revision_card: Callable[[Release, str, int, Recipe], str],
     write_weights: WriteWeights,
+    check: Callable[[Path], object],
     root: Path | None = None,
     progress: Callable[[str], None] = lambda words: None,
 ) -> Release:
-    """Write the release of the run in `run`; it appears under `target` whole, or not at all. root: instead of the recipe's data.root.
+    """Write the release of the run in `run`; it appears under `target` whole and checked, or not at all.
 
+    check: verifies the release that was built, before it gets its name; what it raises is told of the run. root: instead of the recipe's
+    data.root.
     Raises ReleaseError, CheckpointError, DataError, RunFolderError: for a run without ledger or links, a damaged checkpoint, a target that
     exists.
     """
@@ -168,6 +171,7 @@ def build(
     links = links_of(line, recipe)
     if not links:
         raise ReleaseError(f"{run}: no link: the run needs a checkpoint that training led to: train it further")
+    _check_listed(run, line)
     temporary = fsops.temporary_beside(target)
     try:
         fsops.make_dirs(temporary)
@@ -208,6 +212,11 @@ def build(
         del value["root"]
         value["root"] = sha256_json(value)
         fsops.write_bytes(temporary / RELEASE, canonical_json(value) + b"\n")
+        progress("verifying")
+        try:
+            check(temporary)
+        except WeftrainError as error:
+            raise ReleaseError(f"{str(error).replace(str(temporary), str(run))}: nothing was released") from error
         fsops.rename(temporary, target)
     except OSError as error:
         raise ReleaseError(f"{target}: cannot be written: {error.strerror or error}: make room or check it, then again") from error
@@ -226,6 +235,17 @@ def checked_licence(expression: str) -> str:
             f"--licence {expression[:80]!r}: is not an SPDX licence expression ({error.args[0][:120]}): give an identifier of "
             "https://spdx.org/licenses, such as Apache-2.0, or LicenseRef-NAME for a licence that has none"
         ) from None
+
+
+def _check_listed(run: Path, line: Lineage) -> None:
+    """Raises ReleaseError where the run holds a newer checkpoint than its ledger: the release would end before the run does."""
+    last = line.checkpoints[-1].step
+    newer = sorted(step for step in checkpoint.step_folders(run / "checkpoints") if step > last)
+    if newer:
+        raise ReleaseError(
+            f"{run}: holds a checkpoint of step {newer[0]}, and its ledger ends with that of step {last}: start the run again "
+            "(`weftrain train`), which enters it or says what is wrong"
+        )
 
 
 def _copy_checkpoint(run: Path, target: Path, step: int, root: str) -> None:

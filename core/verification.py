@@ -117,7 +117,10 @@ def _check_record(folder: Path, release: Release, manifests: Mapping[str, dict[s
     records = [record for record in read_metrics(folder) if record["kind"] in ("step", "evaluation")]
     for point in line.checkpoints:
         if digest([record for record in records if point.metrics_after < record["step"] <= point.step]) != point.metrics_sha256:
-            raise ReleaseError(f"{folder / METRICS}: the measurements up to step {point.step} are not those of the ledger: one was altered")
+            raise ReleaseError(
+                f"{folder / METRICS}: the measurements up to step {point.step} are not those of the ledger: one was altered or "
+                "lost: restore the file from a copy; a run can also go back with `weftrain rollback` and train those steps again"
+            )
     return line
 
 

@@ -270,3 +270,19 @@ def test_an_override_that_asks_for_another_model_is_refused(run: Path, weftrain:
     forged(place, recipe=recipe | {"model": recipe["model"] | {"num_layers": 1}})
     refused(weftrain("convert", "to-huggingface", run, tmp_path / "hf", "--dtype", "float32"), "does not fit the recipe's model")
     assert not (tmp_path / "hf").exists()
+
+
+def test_release_builds_nothing_that_does_not_verify(train_tiny: Train, run: Path, weftrain: Train, tmp_path: Path) -> None:
+    """A shortened ledger, or measurements that are not the ledger's: said of the run, and nothing is left."""
+    command = ["release", run, "--to", tmp_path / "release", "--licence", "MIT"]
+    whole = (run / LEDGER).read_bytes()
+    cut_ledger(run, "checkpoint", 1)
+    refused(weftrain(*command), "holds a checkpoint of step 4, and its ledger ends with that of step 2")
+    (run / LEDGER).write_bytes(whole)
+    metrics = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(metrics.replace(b'"loss": 0.0', b'"loss": 1.0', 1))
+    refused(weftrain(*command), f"{run}/metrics.jsonl: the measurements up to step 2 are not those of the ledger", "nothing was released")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+    (run / "metrics.jsonl").write_bytes(metrics)
+    done = weftrain(*command)
+    assert done.exit_code == 0, done.output
