@@ -56,7 +56,7 @@ crystalcoder-1b-step: $(INSTALLED)  ## two steps of a 1.2B model, streamed and i
 		backend.options.activation_checkpointing=full backend.options.threads=2
 	$(BIN)/python -m weftrain.analysis.same_state $(CRYSTALCODER_RUNS)/streamed_1b $(CRYSTALCODER_RUNS)/local_1b
 
-lint: $(INSTALLED)
+lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -75,5 +75,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 clean:  ## removes the environment and caches; never runs or datasets
 	rm -rf $(VENV) .typecheck .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
-help:
+help:  ## these lines
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*##/:/'
