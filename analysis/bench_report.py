@@ -18,6 +18,7 @@ from weftrain.analysis.timings import median_interval, percentile, warm_up_steps
 from weftrain.core.config import Recipe
 from weftrain.core.errors import WeftrainError
 from weftrain.core.parameters import Role, flops_per_token, parameter_count, parameter_specs
+from weftrain.core.plain_file import read_plain
 
 VERSION = 1
 UNKNOWN: Literal["unknown"] = "unknown"
@@ -275,7 +276,7 @@ def read_report(path: Path) -> Report:
     """report.json, or the folder that holds it. Raises ReportError."""
     path = path / "report.json" if path.is_dir() else path
     try:
-        return Report.model_validate_json(path.read_bytes())
+        return Report.model_validate_json(read_plain(path, "record"))
     except FileNotFoundError:
         raise ReportError(f"{path}: is not there: `weftrain bench train RECIPE --report FOLDER` makes one") from None
     except ValidationError as error:

@@ -24,11 +24,12 @@ from weftrain.analysis.memorization import Chunk, Parameters, Snapshot, measure,
 from weftrain.core import checkpoint, fsops
 from weftrain.core.backend import EvaluationSource
 from weftrain.core.canonical import parse_json
-from weftrain.core.config import Recipe
 from weftrain.core.data import HeldOut
 from weftrain.core.dataset import open_set
 from weftrain.core.errors import DataError
 from weftrain.core.model import Decoder
+from weftrain.core.plain_file import open_plain, read_plain
+from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.tokenizer_file import tokenizer_from
 
 SAMPLES = 1000
@@ -80,7 +81,7 @@ def open_held(path: Path, rows: int | None = None) -> HeldTokens:
 def _read_ids(path: Path, rows: int) -> list[list[int]]:
     found: list[list[int]] = []
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             while len(found) < rows and (line := file.readline(_MAX_LINE_BYTES + 1)):
                 value = parse_json(line) if len(line) <= _MAX_LINE_BYTES else None
                 ids = value.get("ids") if isinstance(value, dict) else value
@@ -132,7 +133,7 @@ def _too_large(series: Series, vocab_size: int, length: int) -> str | None:
 
 def _vocabulary(path: Path) -> dict[str, int]:
     try:
-        data = path.read_bytes()
+        data = read_plain(path, "tokenizer")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; put the model's own there") from error
     found: dict[str, int] = tokenizer_from(data, str(path), "put the model's own there").get_vocab(with_added_tokens=True)
@@ -215,5 +216,6 @@ def _load(series: Series, path: Path, device: str) -> _Opened:
         # It does what both are asked for here: TransformersModel's own words say what that is.
         return _Opened(cast(Decoder, model), cast(Generator, cast(TransformersModel, model)))
     state, manifest = checkpoint.load(path)
-    decoder = load_model(checkpoint.Weights(state.tensors), Recipe.from_record(manifest["recipe"]).model, device)
+    recipe = recorded_recipe(manifest["recipe"], f"checkpoint of step {manifest['step']}").recipe
+    decoder = load_model(checkpoint.Weights(state.tensors), recipe.model, device)
     return _Opened(decoder, Generator(decoder))

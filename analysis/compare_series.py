@@ -15,11 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from weftrain.analysis.evaluation_records import FOLDER as EVALUATIONS
 from weftrain.analysis.evaluation_records import Record, read_record
-from weftrain.analysis.memorization import MAX_RESULT_BYTES, Result, figures
+from weftrain.analysis.memorization import Result, figures
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.config import Recipe
@@ -28,7 +26,9 @@ from weftrain.core.dataset import read_manifest as read_data_manifest
 from weftrain.core.errors import DataError, ReleaseError, RunFolderError
 from weftrain.core.ledger import LEDGER, Lineage, lineage, read_ledger
 from weftrain.core.manifest import STEP_FOLDER, read_manifest
-from weftrain.core.metrics import METRICS, read_metrics
+from weftrain.core.metrics import METRICS, effective_records
+from weftrain.core.plain_file import read_plain
+from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.release import RELEASE, Release, checked_name, read_release
 from weftrain.core.run_folder import RECIPE, stored_recipe
 
@@ -121,11 +121,7 @@ def read_run(folder: Path, name: str, window_steps: int = WINDOW_STEPS) -> Serie
     """
     release = read_release(folder) if (folder / RELEASE).exists() else None
     _hold_to_hashes(folder, release, [folder / file for file in (RECIPE, LEDGER, METRICS)])
-    try:
-        recipe = Recipe.from_record(stored_recipe(folder))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RunFolderError(f"{folder / RECIPE}: key '{'.'.join(map(str, first['loc']))[:80]}': {first['msg']}: restore it") from error
+    recipe = recorded_recipe(stored_recipe(folder), str(folder / RECIPE)).recipe
     reading = _Reading(folder, name, release, recipe, _line(folder))
     tokens_of, tokens_words = _token_count(recipe, reading.line)
     roots, places, dataset_id = _checkpoints(reading)
@@ -263,12 +259,12 @@ def heldout_column(name: str, dataset_id: str, tokens: int, within_documents: bo
 def _losses(reading: _Reading, ids: Mapping[str, str]) -> list[tuple[int, float]]:
     """Put the held-out losses; (step, loss) of training, in the order of steps, without steps that were skipped or are not finite."""
     losses = []
-    for record in read_metrics(reading.folder):
+    for record in effective_records(reading.folder):
         if record["kind"] == "step" and not record.get("skipped") and math.isfinite(record["loss"]):
             losses.append((record["step"], float(record["loss"])))
         elif record["kind"] == "evaluation":
             dataset_id = ids.get(record["set"], f"unknown, of {reading.name}")
-            column = heldout_column(record["set"], dataset_id, record["tokens"], reading.recipe.data.document_attention)
+            column = heldout_column(record["set"], dataset_id, record.get("tokens", 0), reading.recipe.data.document_attention)
             reading.put(record["step"], {column: float(record["loss"])})
     return sorted(losses)
 
@@ -357,9 +353,7 @@ def _memorization(reading: _Reading, roots: Mapping[str, int]) -> None:
     results: dict[int, list[Result]] = {}
     for path in _record_files(reading, MEMORIZATION, "k*_l*_samples*_seed*/step_*/*.json"):
         try:
-            if path.stat().st_size > MAX_RESULT_BYTES:
-                raise ValueError(f"is larger than {MAX_RESULT_BYTES:,} bytes")
-            result = Result.model_validate(parse_json(path.read_bytes()))
+            result = Result.model_validate(parse_json(read_plain(path, "record")))
         except (OSError, ValueError) as error:
             reading.left_out.append(f"{reading.name}: {path.relative_to(reading.folder)}: damaged: {' '.join(str(error).split())[:120]}")
             continue

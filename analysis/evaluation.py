@@ -28,6 +28,7 @@ from weftrain.core.canonical import sha256_json
 from weftrain.core.dataset import Manifest
 from weftrain.core.errors import DataError
 from weftrain.core.model import Decoder, kernel_specs
+from weftrain.core.plain_file import read_plain
 from weftrain.core.tokenizer_file import tokenizer_from
 from weftrain.kernels import select
 
@@ -191,7 +192,7 @@ def open_tokenizer(path: Path, vocab_size: int, dataset: tuple[Path, Manifest] |
     Raises DataError naming the file and the remedy.
     """
     try:
-        data = path.read_bytes()
+        data = read_plain(path, "tokenizer")
     except OSError as error:
         raise DataError(f"{path}: cannot read the tokenizer: {error.strerror}: name the model's tokenizer.json with --tokenizer") from error
     tokenizer = tokenizer_from(data, str(path), "name the right file with --tokenizer")

@@ -17,12 +17,12 @@ from typing import Any
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.errors import DataError
+from weftrain.core.plain_file import read_plain
 
 FORMAT = "weftrain-evaluation"
 VERSION = 1
 FOLDER = Path("analyses", "evaluations")
 SEED = 1234  # lm-eval's own for drawing few-shot examples, so that its published scores see the same ones
-_MAX_RECORD_BYTES = 16 << 20
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
@@ -104,9 +104,7 @@ def stored(folder: Path, inputs: dict[str, Any], name: str, say: Say) -> Record 
 def read_record(path: Path, inputs: Mapping[str, Any] | None = None) -> Record:
     """A record, checked in itself and, where given, against its inputs. Raises DataError."""
     try:
-        if path.is_symlink() or path.stat().st_size > _MAX_RECORD_BYTES:
-            raise ValueError("is a link, or larger than a record")
-        data = path.read_bytes()
+        data = read_plain(path, "record", follow=False)
         record = parse_json(data)
         if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"is no {FORMAT} record of version {VERSION}")

@@ -33,10 +33,10 @@ from weftrain.core.config import Count, PositiveInt, Section
 from weftrain.core.data import TokenSource
 from weftrain.core.errors import DataError
 from weftrain.core.manifest import folder_name
+from weftrain.core.plain_file import open_plain, read_plain
 
 FORMAT = "weftrain-memorization"
 BATCH_SIZE = 128  # rows decoded together; it touches a logit's last bits, so it is not the user's to change
-MAX_RESULT_BYTES = 64 << 20
 MAX_LINE_BYTES = 1 << 20
 
 Kind = Literal["training", "heldout", "sample"]
@@ -237,7 +237,7 @@ class ReleasedRow(Section):
 def read_released(path: Path) -> list[ReleasedRow]:
     """A released sample, JSON Lines, all rows of one k and one l. Raises DataError naming the line, OSError."""
     rows: list[ReleasedRow] = []
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         for number in itertools.count(1):
             line = file.readline(MAX_LINE_BYTES + 1)
             if not line:
@@ -349,9 +349,7 @@ def _write(path: Path, inputs: dict[str, Any], matches: list[int], repeated: int
 def _stored(path: Path, inputs: dict[str, Any], report: Callable[[str], None]) -> Result | None:
     """The result that lies there, if it is of these inputs; None where it must be measured."""
     try:
-        if path.stat().st_size > MAX_RESULT_BYTES:
-            raise ValueError(f"is larger than {MAX_RESULT_BYTES:,} bytes")
-        tree = parse_json(path.read_bytes())
+        tree = parse_json(read_plain(path, "record"))
         result = Result.model_validate(tree)
     except FileNotFoundError:
         return None

@@ -10,6 +10,7 @@ transformers loads.
 from __future__ import annotations
 
 import html
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from weftrain.core.config import Recipe
 from weftrain.core.huggingface import layout_of
 from weftrain.core.huggingface_files import MODELING
 from weftrain.core.ledger import Lineage
-from weftrain.core.metrics import read_metrics
+from weftrain.core.metrics import effective_records
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.printable import printable
 from weftrain.core.release import Release
@@ -98,25 +99,26 @@ def _facts(release: Release, line: Lineage, recipe: Recipe) -> list[str]:
 
 
 def _training(run: Path, line: Lineage, recipe: Recipe) -> list[str]:
-    records = read_metrics(run)
-    steps = [record for record in records if record["kind"] == "step"]
+    first: dict[str, Any] | None = None
+    last: dict[str, Any] = {}
+    skipped, heldout = 0, dict[str, dict[str, Any]]()
+    for record in effective_records(run):
+        if record["kind"] == "step":
+            first, last = first or record, record
+            skipped += bool(record.get("skipped"))
+        elif record["kind"] == "evaluation":
+            heldout[record["set"]] = record
     found = ["## Training\n"]
-    if steps:
-        found.append(
-            f"Loss {float(steps[0]['loss']):.4f} at step {steps[0]['step']}, {float(steps[-1]['loss']):.4f} at step {steps[-1]['step']}."
-        )
-    skipped = sum(bool(record.get("skipped")) for record in steps)
+    if first is not None:
+        found.append(f"Loss {float(first['loss']):.4f} at step {first['step']}, {float(last['loss']):.4f} at step {last['step']}.")
     found.append(f"Trained in {len(line.stretches)} stretches, with {len(line.branches)} rollbacks and {skipped} skipped steps.")
     found += [f"Rolled back to step {branch.step}: {plain(branch.reason)}" for branch in line.branches]
     for entry in line.decisions:
         done = "deferred" if entry["action"] == "defer" else "dropped"
         found.append(f"Chunk {entry['chunk']} {done}: {plain(entry['reason'])}")
-    heldout = {}
-    for record in records:
-        if record["kind"] == "evaluation":
-            heldout[record["set"]] = record
     for name, record in sorted(heldout.items()):
-        found.append(f"Held-out {plain(name)} at step {record['step']}: loss {record['loss']:.4f}, perplexity {record['perplexity']:.3f}.")
+        loss, perplexity = record["loss"], record.get("perplexity", math.nan)
+        found.append(f"Held-out {plain(name)} at step {record['step']}: loss {loss:.4f}, perplexity {perplexity:.3f}.")
     return [*found, ""]
 
 

@@ -35,11 +35,11 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError, RunFolderError
 from weftrain.core.ledger import LEDGER, lineage, read_ledger
 from weftrain.core.metrics import METRICS
+from weftrain.core.plain_file import read_plain
 from weftrain.core.run_folder import stored_recipe
 
 RELEASE = "release.json"
 MEMORIZATION = Path("analyses", "memorization")
-_MAX_RESULT_BYTES = 64 << 20
 
 Record = dict[str, Any]
 
@@ -260,9 +260,7 @@ def read_matrices(folder: Path, warnings: list[str]) -> list[Matrix]:
     sets: dict[str, list[Result]] = {}
     for path in paths:
         try:
-            if path.is_symlink() or path.stat().st_size > _MAX_RESULT_BYTES:
-                raise ValueError("is a link, or larger than a result")
-            result = Result.model_validate(parse_json(path.read_bytes()))
+            result = Result.model_validate(parse_json(read_plain(path, "record", follow=False)))
             if path != result_path(folder, result.parameters, result.step, result.chunk):
                 raise ValueError("is of other inputs than its name says")
             sets.setdefault(result.parameters.folder_name, []).append(result)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from weftrain.core import checkpoint
 from weftrain.core.errors import WeftrainError
-from weftrain.core.metrics import read_metrics
+from weftrain.core.metrics import effective_records
 
 
 def compare(first: Path, second: Path) -> tuple[str, bool]:
@@ -22,7 +22,7 @@ def compare(first: Path, second: Path) -> tuple[str, bool]:
         if newest is None:
             raise WeftrainError(f"{run}: no whole checkpoint")
         manifests.append(checkpoint.load(newest, verified=True)[1])
-        losses.append({record["step"]: record["loss"] for record in read_metrics(run) if record["kind"] == "step"})
+        losses.append({record["step"]: record["loss"] for record in effective_records(run) if record["kind"] == "step"})
     a, b = manifests
     names = sorted(a["tensors"].keys() | b["tensors"].keys())
     hashes = [{name: entry["sha256"] for name, entry in manifest["tensors"].items()} for manifest in manifests]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weftrain.core.metrics import read_metrics
-from weftrain.core.speed import run_utilization
+from weftrain.core.metrics import effective_records
+from weftrain.core.speed import RunUtilization
 
 
 @dataclass(frozen=True)
@@ -32,24 +33,28 @@ class RunSummary:
 
 def summarize(folder: Path) -> RunSummary | None:
     """The summary of the run in `folder`, or None if it logged no step."""
-    records = read_metrics(folder)
-    steps: list[dict[str, Any]] = [record for record in records if record["kind"] == "step"]
-    if not steps:
-        return None
-    warm = steps[len(steps) // 10 :]
+    first: dict[str, Any] | None = None
+    last: dict[str, Any] = {}
+    speeds, utilization = array("d"), RunUtilization()
     heldout: dict[str, tuple[float, float]] = {}
-    for record in records:
-        if record["kind"] == "evaluation":
+    for record in effective_records(folder):
+        utilization.add(record)
+        if record["kind"] == "step":
+            first, last = first or record, record
+            speeds.append(record.get("tokens_per_second", math.nan))
+        elif record["kind"] == "evaluation":
             name, loss = record["set"], float(record["loss"])
             heldout[name] = (heldout[name][0] if name in heldout else loss, loss)
-    rates = [rate for record in warm if math.isfinite(rate := float(record["tokens_per_second"]))]
+    if first is None:
+        return None
+    rates = [rate for rate in speeds[len(speeds) // 10 :] if math.isfinite(rate)]
     tokens_per_second = statistics.median(rates) if rates else math.nan
-    used = run_utilization(records)
+    used = utilization.result()
     return RunSummary(
-        steps=steps[-1]["step"],
-        tokens=steps[-1]["tokens"],
-        loss_first=float(steps[0]["loss"]),
-        loss_last=float(steps[-1]["loss"]),
+        steps=last["step"],
+        tokens=last.get("tokens", 0),
+        loss_first=float(first["loss"]),
+        loss_last=float(last["loss"]),
         heldout=heldout,
         tokens_per_second=tokens_per_second,
         model_flops_utilization=used[0] if used else None,

@@ -18,6 +18,7 @@ from weftrain.core import fsops
 from weftrain.core.canonical import parse_json
 from weftrain.core.errors import WeftrainError
 from weftrain.core.metrics import TENSORBOARD
+from weftrain.core.plain_file import read_plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,7 +86,7 @@ class Slice:
 def read_trace(path: Path) -> list[Slice]:
     """The slices of a trace, in the order of the file. Raises TimelineError for a file that is missing or not such a trace."""
     try:
-        data = path.read_bytes()
+        data = read_plain(path, "trace")
     except (FileNotFoundError, NotADirectoryError):
         raise TimelineError(f"{path}: no trace here; {_RECORD}") from None
     except OSError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.manifest import STEP_FOLDER
-from weftrain.core.metrics import read_metrics
+from weftrain.core.metrics import effective_records
 
 Say = Callable[[str], None]
 _Identity = tuple[str, int, int]  # name, inode, time of last change: a folder that took another's place is another one
@@ -83,13 +83,15 @@ def _identity(path: Path) -> _Identity | None:
 
 def _has_ended(run: Path, say: Say) -> bool:
     """Whether the last that the run's metrics tell of its beginnings and ends is an end."""
+    last = None
     try:
-        records = read_metrics(run)
+        for record in effective_records(run):
+            if record["kind"] in ("start", "resume", "end"):
+                last = record["kind"]
     except RunFolderError as error:
         say(f"WARNING: whether the run has ended cannot be told: {error}")
         return False
-    kinds = [record["kind"] for record in records if record["kind"] in ("start", "resume", "end")]
-    return kinds[-1:] == ["end"]
+    return last == "end"
 
 
 def _once(line: str, told: set[str], say: Say) -> None:

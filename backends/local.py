@@ -44,7 +44,7 @@ from weftrain.backends.shared import (
     use_threads,
 )
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
-from weftrain.core.config import CompileOption, Count, RecomputeOption
+from weftrain.core.config import CompileOption, RecomputeOption, Threads
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, row_keys
 from weftrain.core.errors import BackendError, NonFiniteError
 from weftrain.core.host_memory import huge_page_bytes
@@ -59,7 +59,7 @@ class LocalOptions(CompileOption, RecomputeOption):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one, else cpu; the choice is printed
     activation_checkpointing: Literal["none", "full"] = "none"  # `selective` is the cuda backend's
-    threads: Count = 0  # CPU threads; 0: torch's own choice
+    threads: Threads = 0  # CPU threads; 0: torch's own choice
     huge_pages: bool = True  # on a CPU: tensors in huge pages that the process keeps (core/host_memory.py); no bit changes
 
 

@@ -160,11 +160,12 @@ def compile_(
 
     Exit code 1 if a default configuration does not compile within its target's limits.
     """
+    from weftrain.core.plain_file import read_plain
     from weftrain.kernels.compile_gate import compile_all, diff, from_json, to_json
     from weftrain.kernels.contract import TARGETS
 
     console = _console()
-    old = None if old_path is None else from_json(old_path.read_text())  # before the minutes, not after
+    old = None if old_path is None else from_json(read_plain(old_path, "record").decode())  # before the minutes, not after
     with Bar(console, "compiling", 1) as bar:
         rows = compile_all(None, ops or None, sources or None, targets or TARGETS, not defaults_only, _progress(bar))
     if json_path is not None:

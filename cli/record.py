@@ -133,13 +133,13 @@ def _kept_state(run: Path) -> Kept | None:
 @click.option("--reason", required=True, help="Why: it stands in the ledger for good.")
 def defer(run: Path, chunk: int, drop: bool, reason: str) -> None:
     """Put off a chunk of RUN that is not trained yet: it comes after all others. `weftrain train` then goes on as the ledger says."""
-    from weftrain.core.config import Recipe
     from weftrain.core.ledger import Ledger
+    from weftrain.core.recipe_file import recorded_recipe
     from weftrain.core.rollback import put_off
-    from weftrain.core.run_folder import held_run, stored_recipe
+    from weftrain.core.run_folder import RECIPE, held_run, stored_recipe
 
     with held_run(run):
-        recipe = Recipe.from_record(stored_recipe(run))
+        recipe = recorded_recipe(stored_recipe(run), str(run / RECIPE)).recipe
         action: Literal["defer", "drop"] = "drop" if drop else "defer"
         entry = put_off(run, Ledger(run), recipe, chunk, action, reason, _kept_state(run))
     click.echo(f"{run}: chunk {chunk} is {'dropped' if drop else 'deferred'} from step {entry['step']} on; train goes on with it")

@@ -24,6 +24,7 @@ from weftrain.analysis.summary import summarize
 from weftrain.cli.display import Bar
 from weftrain.cli.show import arithmetic
 from weftrain.core.config import Recipe
+from weftrain.core.names import checked_segment
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 from weftrain.core.stop import StopRequest
@@ -54,8 +55,10 @@ def train(
     console = Console(highlight=False, soft_wrap=True)
     file = resolve_recipe(recipe, overrides, backend)
     name = run_name or file.recipe.name
-    if Path(name).name != name or name in (".", ".."):
-        raise click.BadParameter(f"'{name}' is a path; a run name is one word, and --runs names the folder", param_hint="--run")
+    try:
+        checked_segment(name)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; a run name is one word, and --runs names the folder", param_hint="--run") from error
     again = " ".join([_this_program(), recipe, *(shlex.quote(item) for item in overrides if not item.startswith("schedule.steps="))])
     again += "" if backend is None else f" --backend {backend}"
     again += ("" if runs == Path("runs") else f" --runs {runs}") + ("" if run_name is None else f" --run {name}")

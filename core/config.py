@@ -6,19 +6,32 @@ key is an error, and a missing key is an error unless the field shows a default.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+from weftrain.core.names import PlainName, RelativePath
+
+MAX_COUNT = 1 << 53  # beyond it a float, as which counts are drawn, divided and predicted with, does not count by ones
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+RunName = Annotated[PlainName, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it is a folder's
 Scalar = bool | int | float | str
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Step = Annotated[int, Field(ge=0, le=1 << 53)]  # beyond it a float, as which it is drawn and divided, does not count by ones
+Step = Count
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]  # what every generator of random numbers here takes
+Threads = Annotated[int, Field(ge=0, le=1024)]  # of a process: torch makes them all at once, and the largest machines have some hundreds
+TimeoutS = Annotated[int, Field(gt=0, le=30 * 86_400)]  # a month: the clocks of torch.distributed do not take what Python does
+# Sizes of a model. They bound what is made before a single number is computed: the list of parameters, a name and a shape for each, and
+# tables by position. Each is ten times and more what the largest published model has.
+Layers = Annotated[int, Field(gt=0, le=10_000)]
+Width = Annotated[int, Field(gt=0, le=1 << 22)]
+Positions = Annotated[int, Field(gt=0, le=1 << 26)]
 
 
 class Section(BaseModel):
@@ -56,7 +69,7 @@ class Initialization(Section):
 class Mup(Section):
     """Maximal-update parametrisation from a proxy of width `base_hidden_size` (arXiv 2203.03466); core/mup.py derives the rest."""
 
-    base_hidden_size: PositiveInt
+    base_hidden_size: Width
     distribution: Literal["normal", "truncated_normal"]
     base_std: Positive  # the proxy's standard deviation of embedding and matrices
     embedding_scale: Positive  # times the embedding's output; width-independent
@@ -66,16 +79,16 @@ class Mup(Section):
 class ModelConfig(Section):
     """One decoder; Amber and CrystalCoder differ by these fields only. Give `mup`, or `initialization` with the two scales."""
 
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    num_layers: PositiveInt
-    num_heads: PositiveInt
-    intermediate_size: PositiveInt
-    max_position_embeddings: PositiveInt
+    vocab_size: Width
+    hidden_size: Width
+    num_layers: Layers
+    num_heads: Width
+    intermediate_size: Width
+    max_position_embeddings: Positions
     norm: Literal["rms_norm", "layer_norm"]
     norm_eps: Positive
     linear_bias: bool  # on q, k, v, o, gate, up and down; never on the head
-    rotary_dim: PositiveInt  # leading dimensions of each head that rotate
+    rotary_dim: Width  # leading dimensions of each head that rotate
     rotary_interleaved: bool  # pairs (0,1),(2,3).. rather than rotate-half's (0, d/2)..
     rope_theta: Positive
     attention_scale: Literal["inverse_sqrt_head_dim", "inverse_head_dim"]
@@ -187,7 +200,7 @@ class Source(Section):
     """
 
     name: Annotated[str, Field(min_length=1)]
-    path: Annotated[str, Field(min_length=1)]  # below data.root
+    path: RelativePath  # below data.root
     weight: Positive | None = None
     tokens: PositiveInt | None = None
     epochs: Positive | None = None
@@ -240,11 +253,11 @@ class DataConfig(Section):
     """
 
     root: Annotated[str, Field(min_length=1)] = "datasets"
-    sequence_length: PositiveInt
-    shuffle_seed: Count
+    sequence_length: Positions
+    shuffle_seed: Seed
     order: Literal["feistel", "cerebras"] = "feistel"
     document_attention: bool = False
-    chunks: PositiveInt | None = None
+    chunks: Annotated[int, Field(gt=0, le=1_000_000)] | None = None  # their order is a list, made whenever a run is opened
     skip: Annotated[tuple[Skip, ...], Field(strict=False)] = ()
     sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
     synthetic_rows: PositiveInt | None = None
@@ -256,8 +269,8 @@ class DataConfig(Section):
         if self.synthetic_rows is not None and (self.chunks, self.skip, self.document_attention) != (None, (), False):
             raise ValueError("synthetic rows have no documents, chunks or rows to skip: leave document_attention, chunks and skip out")
         names = [source.name for source in self.sources]
-        for name in names:
-            if names.count(name) > 1:
+        for name, count in Counter(names).items():
+            if count > 1:
                 raise ValueError(f"two sources are named '{name}'")
         kinds = {source.share_kind: source.name for source in self.sources}
         if len(kinds) > 1:
@@ -270,10 +283,10 @@ class DataConfig(Section):
 
     def _check_skip(self, names: list[str]) -> None:
         chunks = [entry.chunk for entry in self.skip if entry.chunk is not None]
-        for chunk in chunks:
+        for chunk, count in Counter(chunks).items():
             if self.chunks is None or chunk >= self.chunks:
                 raise ValueError(f"skip: there is no chunk {chunk} of {self.chunks or 'none'}: set chunks, or correct the entry")
-            if chunks.count(chunk) > 1:
+            if count > 1:
                 raise ValueError(f"skip: two entries name chunk {chunk}")
         if self.chunks is not None and len(chunks) == self.chunks and all(entry.action == "drop" for entry in self.skip if entry.action):
             raise ValueError("skip: every chunk is dropped")
@@ -338,7 +351,7 @@ class LogConfig(Section):
 class StartFrom(Section):
     """Another run whose newest checkpoint the first step starts from: all of its state, or the weights with a fresh optimizer."""
 
-    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    run: RunName
     state: Literal["all", "weights"]
     # Keys of the model in which this run may be larger than that one; the rows that are added are drawn from the seed.
     grow: Annotated[tuple[Literal["vocab_size"], ...], Field(strict=False)] = ()
@@ -370,9 +383,9 @@ class StartFrom(Section):
 class Recipe(Section):
     """A whole training run, resolved: every default filled in."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    name: RunName
     description: str
-    seed: Count
+    seed: Seed
     start_from: StartFrom | None = None
     model: ModelConfig
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
@@ -402,6 +415,8 @@ class Recipe(Section):
                 f"data.sequence_length {self.data.sequence_length} exceeds "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
             )
+        if (tokens := self.schedule.steps * self.tokens_per_step) > MAX_COUNT:
+            raise ValueError(f"schedule.steps, batch.global_batch_size and data.sequence_length make {tokens:,} tokens: set one lower")
         if self.data.chunks is not None and self.schedule.steps % self.data.chunks:
             raise ValueError(f"schedule.steps {self.schedule.steps} is not a multiple of data.chunks {self.data.chunks}")
         return self

@@ -21,8 +21,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
-from weftrain.core.config import Count, PositiveInt, Scalar, Section
+from weftrain.core.config import Count, PositiveInt, Scalar, Section, Sha256
 from weftrain.core.errors import DataError
+from weftrain.core.plain_file import read_plain
 from weftrain.core.shards import ShardReader, Stretch
 
 MANIFEST = "manifest.json"
@@ -31,10 +32,8 @@ INPUTS = "inputs.jsonl"
 FAILURES = "failures.jsonl"  # what could not be read, where anything could not
 VERSION = 2
 EAGER_SHARDS = 64
-_MAX_MANIFEST_BYTES = 256 << 20
 _RESTORE = "put it back, or remove the dataset and prepare it again"
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SetName = Literal["train", "heldout"]
 
 
@@ -261,11 +260,10 @@ def read_tokenizer(folder: Path) -> bytes:
 
 def _read_regular(folder: Path, name: str) -> bytes:
     path = _within(folder, name)
-    if not path.is_file():
-        raise ValueError("is missing" if not path.exists() else "is not a regular file")
-    if path.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise ValueError(f"is larger than {_MAX_MANIFEST_BYTES:,} bytes")
-    return path.read_bytes()
+    try:
+        return read_plain(path, "tokenizer" if name == TOKENIZER else "dataset manifest")
+    except FileNotFoundError:
+        raise ValueError("is missing") from None
 
 
 def _shard_size(entry: os.DirEntry[str], folder: Path) -> int:

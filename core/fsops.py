@@ -20,7 +20,9 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
+
+from weftrain.core.plain_file import open_plain
 
 T = TypeVar("T")
 BytesLike = bytes | bytearray | memoryview
@@ -244,7 +246,7 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy a file's bytes; the target appears whole, durable, under its name, or not at all."""
     temporary = temporary_beside(target)
     try:
-        with open(source, "rb") as read, FileWriter(temporary) as file:
+        with open_plain(source) as read, FileWriter(temporary) as file:
             while block := read.read(1 << 24):
                 file.write(block)
             file.sync()
@@ -277,8 +279,8 @@ def held_lock(path: Path, contents: bytes) -> Iterator[None]:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes in hexadecimal: what `sha256sum` prints."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_plain(path) as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 def free_bytes(path: Path) -> int:

@@ -14,7 +14,6 @@ import errno
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from weftrain.core.convert import (
 from weftrain.core.errors import CheckpointError, RecipeError
 from weftrain.core.huggingface_files import modeling_files
 from weftrain.core.mup import resolved
+from weftrain.core.names import checked_segment
 from weftrain.core.tensor_file import (
     DTYPE_NAMES,
     DTYPES,
@@ -60,8 +60,6 @@ WEIGHT_DTYPES = ("F32", "BF16", "F16")  # each becomes fp32 without loss
 WRITTEN_DTYPES = (torch.float32, torch.bfloat16)
 MAX_CONFIG_BYTES = 1 << 20
 MAX_INDEX_BYTES = 16 << 20
-MAX_LAYERS = 10_000  # of a config from outside: the list of parameters is made before a single tensor is looked for
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _REMEDY = "take another copy of the folder"
 
 
@@ -80,8 +78,6 @@ def read_config(folder: Path) -> ModelConfig:
         model = config_from_huggingface(config)
     except RecipeError as error:
         raise RecipeError(str(error).replace(CONFIG, str(folder / CONFIG), 1)) from error
-    if model.num_layers > MAX_LAYERS:
-        raise RecipeError(f"{folder / CONFIG}: {model.num_layers:,} layers are more than the {MAX_LAYERS:,} that are read; {_REMEDY}")
     return model
 
 
@@ -200,10 +196,18 @@ def read_index(folder: Path, name: str, suffix: str) -> dict[str, set[str]]:
             raise ValueError("has no weight_map")
         files: dict[str, set[str]] = {}
         for tensor, file_name in weight_map.items():
-            if not isinstance(file_name, str) or not _FILE_NAME.fullmatch(file_name) or not file_name.endswith(suffix):
+            if not _is_plain(file_name) or not file_name.endswith(suffix):
                 raise ValueError(f"tensor '{tensor[:80]}' lies in {str(file_name)[:80]!r}, which is not the plain name of a {suffix} file")
             files.setdefault(file_name, set()).add(tensor)
     return files
+
+
+def _is_plain(name: object) -> bool:
+    try:
+        checked_segment(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_layout(layout: Mapping[str, TensorLayout], wanted: set[str] | None) -> None:
@@ -288,7 +292,7 @@ def write_huggingface(
         weight_map = {name: file for file, part in shards.items() for name in part}
         small[INDEX] = _readable({"metadata": {"total_size": total}, "weight_map": weight_map})
     for name in beside or {}:
-        if not _FILE_NAME.fullmatch(name) or name in (CONFIG, INDEX, *code, *shards):
+        if not _is_plain(name) or name in (CONFIG, INDEX, *code, *shards):
             raise CheckpointError(f"{folder}: '{name[:80]}' cannot stand beside the model: give a plain file name of its own")
     temporary = fsops.temporary_beside(folder)
     with _or_nothing(folder, temporary, total):

@@ -211,15 +211,20 @@ class Lineage:
     branches: tuple[Branch, ...]
     decisions: tuple[Mapping[str, Any], ...]  # the `defer` entries that hold
 
+    def stretch_at(self, step: int) -> Stretch:
+        """The stretch in which the 0-based step `step` was made. Raises ValueError for a step that the ledger does not have."""
+        place = bisect_right(self.stretches, step, key=lambda stretch: stretch.first_step) - 1
+        stretch = self.stretches[place] if place >= 0 else None
+        if stretch is None or (stretch.stop_step is not None and step >= stretch.stop_step):
+            raise ValueError(f"step {step} is not in the ledger")
+        return stretch
+
     def origin(self, step: int) -> tuple[Stretch, list[int], Span | None]:
         """How the 0-based step `step` was made, on the line that counts: its stretch, its samples [first, stop), its chunk.
 
         The samples' rows follow from recipe and dataset alone (core/data.py). Raises ValueError for a step that the ledger does not have.
         """
-        place = bisect_right(self.stretches, step, key=lambda stretch: stretch.first_step) - 1
-        stretch = self.stretches[place] if place >= 0 else None
-        if stretch is None or (stretch.stop_step is not None and step >= stretch.stop_step):
-            raise ValueError(f"step {step} is not in the ledger")
+        stretch = self.stretch_at(step)
         recipe = recorded_recipe(dict(stretch.recipe), f"{LEDGER}:{stretch.entry + 1}").recipe
         batch = recipe.batch.global_batch_size
         return stretch, [step * batch, (step + 1) * batch], span_of(recipe, step)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.config import Count, Sha256
 from weftrain.core.tensor_file import open_regular
 
 FORMAT = "weftrain-checkpoint"
@@ -22,8 +23,6 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 STEP_FOLDER = re.compile(r"step_([0-9]{8,})")
 
-Count = Annotated[int, Field(ge=0)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^state-[0-9]{5}-of-[0-9]{5}\.safetensors$")]
 
 

@@ -50,4 +50,4 @@ def path_below(folder: Path, name: object) -> Path:
 
 
 RelativePath = Annotated[str, AfterValidator(checked_path)]  # a recipe's or manifest's key that is joined to a folder
-Segment = Annotated[str, AfterValidator(checked_segment)]
+PlainName = Annotated[str, AfterValidator(checked_segment)]

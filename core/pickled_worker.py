@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from weftrain.core import fsops
+from weftrain.core.plain_file import open_plain
 from weftrain.core.tensor_file import DTYPE_NAMES, check_name, pack_header, tensor_memory
 
 FAILED = 3
@@ -36,7 +37,7 @@ def _refuse(event: str, _: Any) -> None:
 def convert(source: Path, target: Path) -> None:
     """One state dict to one safetensors file, tensor by tensor. Raises ValueError saying what is wrong with it."""
     size = source.stat().st_size
-    with source.open("rb") as file:
+    with open_plain(source) as file:
         if file.read(4) != _ZIP:
             raise ValueError("is not a file of torch.save's form since release 1.6, which alone is read")
     state = torch.load(source, map_location="cpu", weights_only=True, mmap=True)

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
-Kind = Literal["recipe", "record", "ledger", "metrics", "manifest", "dataset manifest", "tokenizer", "release", "key", "config", "index"]
+Kind = Literal["recipe", "record", "ledger", "metrics", "manifest", "dataset manifest", "tokenizer", "release", "key", "trace"]
 
 # Bytes. Each is ten times and more what the largest run or model known here has, and small enough to be parsed in memory.
 LIMIT_BYTES: dict[Kind, int] = {
-    "recipe": 1 << 20,  # YAML; PyYAML takes a microsecond and half a kilobyte of memory for each byte
+    "recipe": 256 << 10,  # YAML, which PyYAML parses at some hundred kilobytes a second
     "record": 16 << 20,  # a recipe, environment or evaluation as it was recorded: canonical JSON
     "ledger": 512 << 20,  # a million lines, each of them kept in memory
     "metrics": 16 << 30,  # read line by line
@@ -27,8 +27,7 @@ LIMIT_BYTES: dict[Kind, int] = {
     "tokenizer": 256 << 20,  # the largest vocabularies published take 35 MB
     "release": 256 << 20,  # an entry a file
     "key": 1 << 16,  # keys and signatures
-    "config": 1 << 20,  # of a model from the Hugging Face hub
-    "index": 16 << 20,  # which tensor of such a model lies in which file
+    "trace": 1 << 30,  # a streamed run's first steps
 }
 MAX_LINE_BYTES = 4 << 20  # of the ledger, whose lines hold recipes and environments, and of the metrics
 _BLOCK_BYTES = 1 << 20
@@ -55,13 +54,13 @@ def open_plain(path: Path, *, follow: bool = True, buffering: int = -1) -> Binar
         descriptor = os.open(path, flags)
     except OSError as error:
         if error.errno == errno.ELOOP and not follow:
-            raise UnreadableFileError("is a symbolic link or not a plain file", path) from None
+            raise UnreadableFileError("is a symbolic link or not a regular file", path) from None
         if error.errno in (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP):  # a socket, or a device without a driver
-            raise UnreadableFileError("is not a plain file", path) from None
+            raise UnreadableFileError("is not a regular file", path) from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UnreadableFileError("is not a plain file" if follow else "is a symbolic link or not a plain file", path)
+        raise UnreadableFileError("is not a regular file" if follow else "is a symbolic link or not a regular file", path)
     return cast(BinaryIO, os.fdopen(descriptor, "rb", buffering=buffering))
 
 

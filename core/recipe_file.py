@@ -23,8 +23,8 @@ from pydantic import BaseModel, ValidationError
 
 from weftrain.core.config import Recipe, with_earlier_keys
 from weftrain.core.errors import RecipeError
+from weftrain.core.plain_file import read_plain
 
-MAX_RECIPE_BYTES = 1 << 20
 MAX_DEPTH = 12
 MAX_NUMBER_CHARACTERS = 100
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
@@ -131,12 +131,15 @@ def read_section(model: type[Model], name: str, text: str, overrides: Iterable[s
 
 
 def recorded_recipe(
-    tree: dict[str, Any], origin: str, overrides: Iterable[str] = (), backend: str | None = None, kept_options: Collection[str] = ()
+    tree: Any, origin: str, overrides: Iterable[str] = (), backend: str | None = None, kept_options: Collection[str] = ()
 ) -> RecipeFile:
     """The recipe that a checkpoint or run folder records (`origin`, in messages), with overrides laid over it.
 
-    backend, kept_options: see load_recipe.
+    backend, kept_options: see load_recipe. Raises RecipeError naming the key: what is recorded may be a stranger's, or of a version with
+    other keys.
     """
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{origin}: a recipe is a mapping of sections, this is {_kind(tree)}")
     return _resolve(_for_backend(copy.deepcopy(with_earlier_keys(tree)), backend, kept_options), overrides, _Source(origin))
 
 
@@ -177,10 +180,7 @@ def _resolve(tree: dict[str, Any], overrides: Iterable[str], source: _Source) ->
 def read_recipe_text(path: Path) -> str:
     """The text of a recipe's file. Raises RecipeError where it cannot be one."""
     try:
-        size = path.stat().st_size
-        if size > MAX_RECIPE_BYTES:
-            raise RecipeError(f"{path}: {size} bytes is more than a recipe has ({MAX_RECIPE_BYTES}); is this the right file?")
-        return path.read_text(encoding="utf-8")
+        return read_plain(path, "recipe").decode()
     except OSError as error:
         raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -207,7 +207,12 @@ def _parse_mapping(text: str, source: _Source) -> dict[str, Any]:
 
 def _parse(text: str, source: _Source) -> Any:
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=_CoreSchemaLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH + 1:  # at once: the time of PyYAML's scanner grows with the square of the depth
+                start: Any = event.start_mark
+                raise RecipeError(f"{source.name}:{start.line + 1}: nested deeper than {MAX_DEPTH} levels; a recipe is not")
             if isinstance(event, yaml.AliasEvent):
                 mark: Any = event.start_mark  # Any: PyYAML's stubs make it optional, and it is not
                 raise RecipeError(f"{source.name}:{mark.line + 1}: alias '*{event.anchor}': recipes take no aliases, write the value out")

@@ -30,14 +30,18 @@ from pydantic import Field, ValidationError
 
 from weftrain.core import checkpoint, fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
-from weftrain.core.config import Count, Recipe, Section
+from weftrain.core.config import Count, Recipe, Section, Sha256
 from weftrain.core.dataset import INPUTS, TOKENIZER
 from weftrain.core.dataset import MANIFEST as DATA_MANIFEST
 from weftrain.core.dataset import read_manifest as read_data_manifest
 from weftrain.core.errors import ReleaseError, RunFolderError, WeftrainError
-from weftrain.core.ledger import LEDGER, Lineage, Point, lineage, read_ledger, span_of
+from weftrain.core.ledger import LEDGER, Lineage, Point, lineage, read_ledger
 from weftrain.core.manifest import folder_name
 from weftrain.core.metrics import METRICS
+from weftrain.core.names import checked_path
+from weftrain.core.order import chunk_order
+from weftrain.core.plain_file import read_plain
+from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run_folder import ENVIRONMENT, READABLE_RECIPE, RECIPE
 
 FORMAT = "weftrain-release"
@@ -46,10 +50,8 @@ RELEASE = "release.json"
 SIGNATURE = "signature.json"
 CARD = "README.md"
 ANALYSES = "analyses"
-_MAX_RELEASE_BYTES = 256 << 20
+_MAX_DEPTH = 16  # folders in folders
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class FileEntry(Section):
@@ -104,7 +106,10 @@ def links_of(line: Lineage, recipe: Recipe) -> list[tuple[Link, Point]]:
     """
     batch = recipe.batch.global_batch_size
     points: list[Point | None] = [None] if _starts_itself(line) else []
-    chunk_steps = None if recipe.data.chunks is None else recipe.schedule.steps // recipe.data.chunks
+    chunk_steps, order = None, None
+    if recipe.data.chunks is not None:
+        chunk_steps = recipe.schedule.steps // recipe.data.chunks
+        order = chunk_order(recipe.data, recipe.schedule.steps, batch)
     for point in line.checkpoints:
         if point.step and (chunk_steps is None or point.step % chunk_steps == 0):
             points.append(point)
@@ -114,14 +119,12 @@ def links_of(line: Lineage, recipe: Recipe) -> list[tuple[Link, Point]]:
     for number, (before, after) in enumerate(pairwise(points), 1):
         assert after is not None
         first = 0 if before is None else before.step
-        span = span_of(recipe, first)
+        chunk = None if order is None or chunk_steps is None else order.chunk_at(first // chunk_steps)
         if chunk_steps is not None and after.step - first != chunk_steps:
-            raise ReleaseError(
-                f"the ledger has no checkpoint at the end of chunk {span.chunk if span else '?'} (step {first + chunk_steps})"
-            )
+            raise ReleaseError(f"the ledger has no checkpoint at the end of chunk {chunk} (step {first + chunk_steps})")
         link = Link(
             link=number,
-            chunk=None if span is None else span.chunk,
+            chunk=chunk,
             first_step=first,
             stop_step=after.step,
             samples=(first * batch, after.step * batch),
@@ -167,7 +170,7 @@ def build(
         raise ReleaseError(f"{run / LEDGER}: there is no ledger, so nothing ties the checkpoints to their data: train with this version")
     line = lineage(entries)
     recipe_json = read_json(run / RECIPE)
-    recipe = Recipe.from_record(recipe_json)
+    recipe = recorded_recipe(recipe_json, str(run / RECIPE)).recipe
     links = links_of(line, recipe)
     if not links:
         raise ReleaseError(f"{run}: no link: the run needs a checkpoint that training led to: train it further")
@@ -202,7 +205,7 @@ def build(
             progress(f"{name} (step {steps[checkpoint_root]})")
             _copy_checkpoint(run, temporary, steps[checkpoint_root], checkpoint_root)
             state, manifest = checkpoint.load(temporary / "checkpoints" / folder_name(steps[checkpoint_root]), verified=True)
-            then = Recipe.from_record(manifest["recipe"])
+            then = recorded_recipe(manifest["recipe"], folder_name(state.step)).recipe
             write_weights(temporary / "revisions" / name, checkpoint.Weights(state.tensors), then)
             fsops.write_bytes(temporary / "revisions" / name / CARD, revision_card(draft, name, state.step, then).encode())
         fsops.write_bytes(temporary / CARD, card(draft, line, recipe).encode())
@@ -288,9 +291,12 @@ def _copy_analyses(run: Path, target: Path) -> None:
 
 
 def checked_name(name: str) -> str:
-    """A relative path of plain segments. Raises ReleaseError for one that could lead out of its folder."""
-    if len(name) > 1024 or not all(_SEGMENT.fullmatch(part) for part in name.split("/")):
-        raise ReleaseError(f"'{name[:80]}' is not a path of plain names within the folder: rename it, or do not trust the release")
+    """A relative path of plain ASCII segments, as the hub takes them. Raises ReleaseError for one that could lead out of its folder."""
+    try:
+        if not all(_SEGMENT.fullmatch(part) for part in checked_path(name).split("/")):
+            raise ValueError(f"{name[:80]!a} has other characters than letters, digits and _ . -")
+    except ValueError as error:
+        raise ReleaseError(f"{error}: rename it, or do not trust the release") from error
     return name
 
 
@@ -298,7 +304,7 @@ def read_release(folder: Path) -> Release:
     """release.json of a folder, consistent in itself. No other file is looked at. Raises ReleaseError."""
     path = folder / RELEASE
     try:
-        data = _read_regular(path)
+        data = read_plain(path, "release", follow=False)
         value = parse_json(data)
         if isinstance(value, dict) and value.get("format") == FORMAT and value.get("version") != VERSION:
             raise ValueError(f"version {value.get('version')!r} is not the one this program reads ({VERSION}): use a newer weftrain")
@@ -325,15 +331,20 @@ def revisions(release: Release) -> list[tuple[str, str]]:
 
 
 def files_below(folder: Path) -> Iterator[str]:
-    """Every file below a folder, as relative names. Raises ReleaseError for a link, or what is neither file nor folder."""
-    for entry in os.scandir(folder):
-        name = entry.name
-        if entry.is_dir(follow_symlinks=False):
-            yield from (f"{name}/{inner}" for inner in files_below(Path(entry.path)))
-        elif stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
-            yield name
-        else:
-            raise ReleaseError(f"{entry.path}: is a symbolic link or no plain file: a release holds neither")
+    """Every file below a folder, as relative names. Raises ReleaseError for a link, a device or pipe, and folders too deep."""
+    places = [""]
+    while places:
+        place = places.pop()
+        if place.count("/") > _MAX_DEPTH:
+            raise ReleaseError(f"{folder / place[:200]}..: lies more than {_MAX_DEPTH} folders deep, and nothing in a release does")
+        for entry in os.scandir(folder / place):
+            name = f"{place}{entry.name}"
+            if entry.is_dir(follow_symlinks=False):
+                places.append(f"{name}/")
+            elif stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
+                yield name
+            else:
+                raise ReleaseError(f"{entry.path}: is a symbolic link or no plain file: a release holds neither")
 
 
 def hash_files(paths: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
@@ -343,16 +354,8 @@ def hash_files(paths: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     return {name: {"size": paths[name].stat().st_size, "sha256": sha256} for name, sha256 in hashes.items()}
 
 
-def _read_regular(path: Path) -> bytes:
-    if not stat.S_ISREG(os.lstat(path).st_mode):
-        raise ValueError("is a symbolic link or no plain file")
-    if path.stat().st_size > _MAX_RELEASE_BYTES:
-        raise ValueError(f"is larger than {_MAX_RELEASE_BYTES:,} bytes")
-    return path.read_bytes()
-
-
 def read_json(path: Path) -> Any:
     try:
-        return parse_json(_read_regular(path))
+        return parse_json(read_plain(path, "record", follow=False))
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path}: cannot be read: {error}: restore it from a copy") from error

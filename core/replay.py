@@ -21,11 +21,12 @@ from weftrain.core import checkpoint
 from weftrain.core.backend import BatchSource, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.errors import ReleaseError
-from weftrain.core.ledger import Lineage
+from weftrain.core.ledger import LEDGER, Lineage
 from weftrain.core.manifest import folder_name
-from weftrain.core.metrics import read_metrics
+from weftrain.core.metrics import effective_records
 from weftrain.core.model import draw
 from weftrain.core.parameters import parameter_specs
+from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.release import Link
 from weftrain.core.run_folder import differences
 from weftrain.core.verification import Verified
@@ -93,7 +94,7 @@ def replay_link(
     start: State | None = None
     if link.start is not None:
         start, _ = checkpoint.load(folder / "checkpoints" / folder_name(link.first_step), verified=True)
-    recipe = Recipe.from_record(manifest["recipe"])
+    recipe = recorded_recipe(manifest["recipe"], str(folder / folder_name(link.stop_step))).recipe
     if start is None:
         weights = {f"weights/{spec.name}": draw(spec, recipe.model, recipe.seed) for spec in parameter_specs(recipe.model)}
         origin: Mapping[str, Tensor] = weights
@@ -125,9 +126,12 @@ def _train(
     state, losses, step = start, {}, link.first_step
     fingerprint: dict[str, Any] = {}
     while step < link.stop_step:
-        stretch, _, _ = line.origin(step)
+        try:
+            stretch = line.stretch_at(step)
+        except ValueError as error:
+            raise ReleaseError(f"link {link.link}: {error}: nothing says how it was trained") from error
         stop = link.stop_step if stretch.stop_step is None else min(stretch.stop_step, link.stop_step)
-        recipe = Recipe.from_record(stretch.recipe)
+        recipe = recorded_recipe(dict(stretch.recipe), LEDGER).recipe
         run = prepare(recipe, Plan(step, stop, log_every_steps=recipe.log.every_steps), wanted)
         try:
             if state is not None:
@@ -176,9 +180,10 @@ def _relative(origin: Mapping[str, Tensor], released: Mapping[str, Tensor], repl
 def _compare_losses(folder: Path, link: Link, losses: Mapping[int, tuple[float, float]]) -> tuple[int, int]:
     """How many logged steps of the link have the recorded loss and norm, bit for bit; and how many there are."""
     logged = equal = 0
-    for record in read_metrics(folder):
+    for record in effective_records(folder):
         if record["kind"] == "step" and link.first_step < record["step"] <= link.stop_step:
             logged += 1
-            pairs = zip((record["loss"], record["grad_norm"]), losses[record["step"]], strict=True)
+            here = losses.get(record["step"], (None, None))  # not logged here: the record is of no step that the recipe logs
+            pairs = zip((record["loss"], record.get("grad_norm")), here, strict=True)
             equal += all(left == right or (left != left and right != right) for left, right in pairs)
     return equal, logged

@@ -18,6 +18,7 @@ from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.kept import completed
 from weftrain.core.ledger import BRANCHES, Branch, Ledger, lineage
 from weftrain.core.manifest import STEP_FOLDER, folder_name, read_manifest
+from weftrain.core.names import path_below
 from weftrain.core.order import chunk_order
 
 
@@ -64,7 +65,7 @@ def finish_rollback(run: Path, ledger: Ledger) -> list[Path]:
     moved, last = [], _last_rollback(ledger.entries)
     for path in abandoned(run, ledger.entries):
         assert last is not None
-        target = run / BRANCHES / str(last["branch"])
+        target = path_below(run / BRANCHES, str(last["branch"]))
         fsops.make_dirs(target)
         fsops.rename(path, target / path.name)
         moved.append(target / path.name)

@@ -31,6 +31,7 @@ from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RunFolderError
+from weftrain.core.plain_file import read_plain
 from weftrain.core.recipe_file import dump_yaml
 
 RECIPE = "recipe.json"
@@ -129,7 +130,7 @@ def stored_recipe(folder: Path, *, missing_ok: bool = False) -> dict[str, Any] |
     """
     path = folder / RECIPE
     try:
-        stored = parse_json(path.read_bytes())
+        stored = parse_json(read_plain(path, "record"))
         if not isinstance(stored, dict):
             raise ValueError("is not a recipe")
     except FileNotFoundError as error:

@@ -14,6 +14,7 @@ from typing import Any
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.errors import ReleaseError
+from weftrain.core.plain_file import read_plain
 
 DOMAIN = b"weftrain release root\x00"  # so that a signature of something else never is one of a root
 _EXTRA = "signatures need the package `cryptography`: pip install 'weftrain[sign]'"
@@ -38,7 +39,7 @@ def sign(path: Path, root: str, key_file: Path) -> str:
     """Write the signature of `root` to `path`; returns the public key in hexadecimal. Raises ReleaseError for what is no such key."""
     ed25519, serialization = _cryptography()
     try:
-        key = serialization.load_pem_private_key(key_file.read_bytes(), password=None)
+        key = serialization.load_pem_private_key(read_plain(key_file, "key"), password=None)
     except (ValueError, TypeError) as error:
         raise ReleaseError(f"{key_file}: is no unencrypted private key in PEM: make one with `weftrain sign --new-key`") from error
     if not isinstance(key, ed25519.Ed25519PrivateKey):
@@ -56,7 +57,7 @@ def check_signature(path: Path, root: str) -> str:
     from cryptography.exceptions import InvalidSignature
 
     try:
-        value = parse_json(path.read_bytes()[: 1 << 16])
+        value = parse_json(read_plain(path, "key"))
         if not isinstance(value, dict) or set(value) != {"algorithm", "public_key", "root", "signature"} or value["algorithm"] != "ed25519":
             raise ValueError("is not an Ed25519 signature of this program")
         if value["root"] != root:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from weftrain.core.canonical import parse_json
 from weftrain.core.errors import DataError
+from weftrain.core.tokenizer_patterns import check_patterns
 
 # Settings of a model's section by which encoding draws: BPE's dropout, Unigram's sampling of segmentations.
 _DRAWN = ("dropout", "alpha", "nbest_size")
@@ -21,6 +22,7 @@ def tokenizer_from(data: bytes, where: str, remedy: str = "name a Hugging Face t
     """The tokenizer of a tokenizer.json's bytes. Raises DataError, which begins with `where` and ends with `remedy`."""
     try:
         tree: Any = parse_json(data)
+        check_patterns(tree)
         tokenizer = Tokenizer.from_str(data.decode())
         model = tree["model"]
     except Exception as error:  # the library raises nothing narrower

@@ -6,6 +6,7 @@ agrees with itself and, with a signature, whose it is; that its states were trai
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,6 @@ import torch
 
 from weftrain.core import checkpoint
 from weftrain.core.canonical import sha256_json
-from weftrain.core.config import Recipe
 from weftrain.core.convert import import_weights
 from weftrain.core.dataset import merkle_root, open_set
 from weftrain.core.dataset import read_manifest as read_data_manifest
@@ -25,7 +25,9 @@ from weftrain.core.huggingface import HuggingFaceWeights, layout_of
 from weftrain.core.huggingface_files import check_no_other_code
 from weftrain.core.ledger import LEDGER, Lineage, lineage, read_ledger
 from weftrain.core.manifest import folder_name
-from weftrain.core.metrics import METRICS, digest, read_metrics
+from weftrain.core.metrics import METRICS, Digest, effective_records
+from weftrain.core.metrics_lines import MEASURED
+from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.release import (
     RELEASE,
     SIGNATURE,
@@ -90,10 +92,12 @@ def _check_record(folder: Path, release: Release, manifests: Mapping[str, dict[s
     if not entries or entries[-1]["hash"] != release.ledger:
         raise ReleaseError(f"{folder / LEDGER}: does not end in the line that release.json names: lines were removed or added")
     line = lineage(entries)
+    if not line.stretches:
+        raise ReleaseError(f"{folder / LEDGER}: tells of no start: lines were removed")
     recipe = read_json(folder / RECIPE)
     if sha256_json(recipe) != release.recipe_sha256 or sha256_json(recipe) != sha256_json(line.stretches[-1].recipe):
         raise ReleaseError(f"{folder / RECIPE}: is not the recipe of the ledger's last stretch: one was altered")
-    expected = tuple(link for link, _ in links_of(line, Recipe.from_record(recipe)))
+    expected = tuple(link for link, _ in links_of(line, recorded_recipe(recipe, str(folder / RECIPE)).recipe))
     if release.links != expected:
         raise ReleaseError(f"{folder / RELEASE}: its {len(release.links)} links are not the {len(expected)} that follow from the ledger")
     points = {point.root: point for point in line.checkpoints}
@@ -103,7 +107,10 @@ def _check_record(folder: Path, release: Release, manifests: Mapping[str, dict[s
         raise ReleaseError(f"{folder / 'checkpoints'}: the checkpoint {root[:12]} {what}: the chain of links is broken")
     for root, manifest in manifests.items():
         point, step = points[root], manifest["step"]
-        stretch, _, _ = line.origin(step - 1) if step else (line.stretches[0], [], None)
+        try:
+            stretch = line.stretch_at(step - 1) if step else line.stretches[0]
+        except ValueError as error:
+            raise ReleaseError(f"{folder / LEDGER}: {error}, and a checkpoint of step {step} is there: lines were removed") from error
         told = (manifest["parent"], step, manifest["recipe_sha256"], manifest["dataset_id"])
         if told != (point.parent, point.step, sha256_json(stretch.recipe), stretch.dataset_id):
             raise ReleaseError(
@@ -114,14 +121,29 @@ def _check_record(folder: Path, release: Release, manifests: Mapping[str, dict[s
             raise ReleaseError(
                 f"{folder / LEDGER}: the checkpoint of step {after.step} does not follow that of step {before.step}: a link was removed"
             )
-    records = [record for record in read_metrics(folder) if record["kind"] in ("step", "evaluation")]
+    _check_metrics(folder, line)
+    return line
+
+
+def _check_metrics(folder: Path, line: Lineage) -> None:
+    """The measurements that each checkpoint covers, (metrics_after, step], hash to what the ledger says. One pass over the file."""
+    ends, before = [point.step for point in line.checkpoints], 0
     for point in line.checkpoints:
-        if digest([record for record in records if point.metrics_after < record["step"] <= point.step]) != point.metrics_sha256:
+        if point.metrics_after < before:
+            raise ReleaseError(f"{folder / LEDGER}: the measurements of step {point.step} begin before step {before}: one line was altered")
+        before = point.step
+    found = [Digest() for _ in ends]
+    for record in effective_records(folder):
+        if record["kind"] in MEASURED:
+            place = bisect_left(ends, record["step"])
+            if place < len(ends) and line.checkpoints[place].metrics_after < record["step"]:
+                found[place].add(record)
+    for point, digest in zip(line.checkpoints, found, strict=True):
+        if digest.hexdigest() != point.metrics_sha256:
             raise ReleaseError(
                 f"{folder / METRICS}: the measurements up to step {point.step} are not those of the ledger: one was altered or "
                 "lost: restore the file from a copy; a run can also go back with `weftrain rollback` and train those steps again"
             )
-    return line
 
 
 def _check_data(folder: Path, release: Release, manifests: Mapping[str, dict[str, Any]]) -> None:
@@ -129,7 +151,7 @@ def _check_data(folder: Path, release: Release, manifests: Mapping[str, dict[str
     if release.data == "none":
         return
     for manifest in manifests.values():
-        recipe = Recipe.from_record(manifest["recipe"])
+        recipe = recorded_recipe(manifest["recipe"], f"checkpoint of step {manifest['step']}").recipe
         ids = [_train_id(folder / "data" / checked_name(source.path), release.data == "shards") for source in recipe.data.sources]
         found = ids[0] if len(ids) == 1 else merkle_root(ids)
         if found != manifest["dataset_id"]:
@@ -144,7 +166,7 @@ def _check_revisions(folder: Path, release: Release) -> None:
     for name, root in revisions(release):
         place = folder / "revisions" / name
         state, manifest = checkpoint.load(folder / "checkpoints" / folder_name(steps[root]), verified=True)
-        config = Recipe.from_record(manifest["recipe"]).model
+        config = recorded_recipe(manifest["recipe"], f"checkpoint of step {manifest['step']}").recipe.model
         check_no_other_code(place, {path.name for path in place.iterdir()}, config)
         for key, tensor in import_weights(HuggingFaceWeights(place), config, layout_of(config)):
             if not torch.equal(tensor, state.tensors[f"weights/{key}"].to(getattr(torch, release.weights_dtype))):

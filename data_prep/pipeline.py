@@ -16,6 +16,7 @@ from typing import Any
 from weftrain.core import fsops
 from weftrain.core.dataset import MANIFEST, Manifest, ShardSet, read_inputs, read_manifest
 from weftrain.core.errors import DataError
+from weftrain.core.names import path_below
 from weftrain.data_prep.executors import STAGES, Executor, LocalExecutor, Stage
 from weftrain.data_prep.order_stage import check_failures, place_failures, survey
 from weftrain.data_prep.plan import (
@@ -85,9 +86,12 @@ def prepare(
     Raises DataError; nothing is then left under the dataset's name.
     """
     executor = executor or LocalExecutor()
-    folder = output / name
     if not _NAME.fullmatch(name):
         raise DataError(f"--name {name!r}: use letters, digits, '_', '.', '-', and '/' for folders within the datasets' folder")
+    try:
+        folder = path_below(output, name)
+    except ValueError as error:
+        raise DataError(f"--name: {error}") from error
     if tokenizer is not None and vocab_size is not None:
         raise DataError("--vocab-size is for training a tokenizer, and --tokenizer names one: give only one of them")
     if sequence_length < 1 or not 0 <= heldout_fraction < 1 or (rows_per_shard is not None and rows_per_shard < 1):

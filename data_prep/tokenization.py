@@ -20,6 +20,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from weftrain.core.errors import DataError
+from weftrain.core.plain_file import read_plain
 from weftrain.core.shards import token_dtype
 from weftrain.core.tokenizer_file import tokenizer_from
 from weftrain.data_prep.engines import Gigatoken, Reference, gigatoken_problem
@@ -184,7 +185,7 @@ def encoder_for(data: bytes, eos: str | None, engine: str) -> TextEncoder:
 def load_encoder(path: Path, eos: str | None = None, *, engine: str = "auto") -> TextEncoder:
     """The tokenizer of a file. Raises DataError."""
     try:
-        data = path.read_bytes()
+        data = read_plain(path, "tokenizer")
     except OSError as error:
         raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}; name a tokenizer.json") from error
     try:

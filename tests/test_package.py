@@ -28,7 +28,19 @@ ALLOWED = {
 FORBIDDEN_CALLS = {"eval", "exec", "os.system", "torch.load", "torch.save", "yaml.load", "numpy.load", "np.load"}
 # The one program that unpickles, in a process of its own, and that nobody imports: see core/pickled.py.
 UNPICKLES = ROOT / "core" / "pickled_worker.py"
-DATA_PREP_SEES = {"shards", "config", "errors", "fsops", "canonical", "dataset", "recipe_file", "tokenizer_file", "untrusted_hdf5"}
+DATA_PREP_SEES = {
+    "shards",
+    "config",
+    "errors",
+    "fsops",
+    "names",
+    "plain_file",
+    "canonical",
+    "dataset",
+    "recipe_file",
+    "tokenizer_file",
+    "untrusted_hdf5",
+}
 
 
 def sources() -> list[Path]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from weftrain.core.config import CompileOption, Count, PositiveInt, RecomputeOption
+from weftrain.core.config import CompileOption, Count, PositiveInt, RecomputeOption, Threads, TimeoutS
 
 
 class CudaOptions(CompileOption, RecomputeOption):
@@ -23,10 +23,10 @@ class CudaOptions(CompileOption, RecomputeOption):
     cuda_graphs: bool = False  # compile's mode reduce-overhead; parallel=ddp alone, where weights stay where they are
     cpu_offload: bool = False  # fsdp: sharded weights and state in the host's memory
     float8: bool = False  # the blocks' linear maps through torchao
-    threads: Count = 0  # CPU threads of a process; 0: torch's own choice
+    threads: Threads = 0  # CPU threads of a process; 0: torch's own choice
     huge_pages: bool = True  # on a CPU: core/host_memory.py; no bit changes
-    timeout_s: PositiveInt = 600  # waiting for another rank
-    stall_s: PositiveInt = 60  # after so long without progress the rank that holds all up is named, with its stack
+    timeout_s: TimeoutS = 600  # waiting for another rank
+    stall_s: TimeoutS = 60  # after so long without progress the rank that holds all up is named, with its stack
 
     @model_validator(mode="after")
     def _check(self) -> CudaOptions:

@@ -19,7 +19,7 @@ from weftrain.backends.streaming.planner import needs, predict, remedies
 from weftrain.backends.streaming.schedule import Scheduler, draw
 from weftrain.core.backend import BatchSource, Job, Kept, Needs, Prediction, Speeds
 from weftrain.core.canonical import sha256_json
-from weftrain.core.config import CompileOption, Count, PositiveInt, Recipe, Section
+from weftrain.core.config import CompileOption, Count, PositiveInt, Recipe, Section, Threads, TimeoutS
 from weftrain.core.errors import BackendError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class StreamingOptions(CompileOption):
     """backend.options of the streaming backend."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count = 0  # CPU threads; 0: torch's own choice
+    threads: Threads = 0  # CPU threads; 0: torch's own choice
     huge_pages: bool = True  # on a CPU: activations in huge pages that the process keeps; false: smallest memory, slower; no bit changes
     activations: Literal["keep", "recompute"] = "keep"  # recompute: a block's input alone stays, the block runs again in backward
     offload_activations: bool = False  # activations=keep: what autograd saves goes to the host's memory (with a CUDA device)
@@ -47,7 +47,7 @@ class StreamingOptions(CompileOption):
     trace_steps: Count = 0  # first steps whose timeline goes to trace.json in the run's folder
     open_to_replicas: bool = False  # let replicas join while it trains, also where batch.replicas is 1
     fabric: Literal["central", "sharded"] = "central"  # central: rank 0 owns the store; sharded: each rank owns a part of every tile
-    timeout_s: PositiveInt = 600  # waiting for another rank
+    timeout_s: TimeoutS = 600  # waiting for another rank
     poison_freed_slots: bool = False  # NaN where weights were that nobody may read any more: for tests and for doubts
 
     @model_validator(mode="after")
