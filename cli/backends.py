@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from weftrain.cli.display import Bar
+from weftrain.cli.display import Bar, Console
 
 
 @click.group(invoke_without_command=True)

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 from rich.table import Column, Table
 
-from weftrain.cli.display import Bar
+from weftrain.cli.display import Bar, Console
 from weftrain.cli.kernels import bench as kernels_bench
 from weftrain.cli.resolve import Resolved, resolve, resolve_recipe
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from weftrain.cli.display import Console
 
 if TYPE_CHECKING:
     from weftrain.analysis.compare import Comparison

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 import numpy as np
-from rich.console import Console
 
-from weftrain.cli.display import Bar
+from weftrain.cli.display import Bar, Console
 from weftrain.core.errors import DataError
 
 if TYPE_CHECKING:

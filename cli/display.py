@@ -1,31 +1,97 @@
-"""How the command line shows work in progress: one rich progress bar for every verb that takes more than a few seconds.
+"""What the command line prints: text from files as text alone, and one progress bar for every verb that takes more than a few seconds.
 
-What a reader would get wrong: without a terminal (a log file, CI) there is no bar, and a plain line is printed now and then instead.
+A ledger's reason, a tensor's name or a file's may hold anything, escape sequences of a terminal too. Every verb runs within
+`plain_output`, where what is printed passes core.printable; tables, colours and bars come from the `Console` here, which lets the same
+through as text, never as rich's markup. Without a terminal there is no bar, and a plain line is printed now and then instead.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
+from typing import Any, TextIO, cast
 
-from rich.console import Console
+import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
+from weftrain.core.printable import printable
+
+LINES = "\n\t"  # control characters that shape text and stay
 QUIET_SECONDS = 15.0  # between two plain lines where there is no terminal
+
+
+class Console(rich.console.Console):
+    """rich's, where a string is only a string: no markup, no emoji codes, and nothing that acts on the terminal. A style is an argument."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, **options})
+
+    @property
+    def file(self) -> Any:
+        """The stream behind all that stand before it: rich's own while a bar is shown, and PlainStream."""
+        stream = super().file
+        while (behind := getattr(stream, "rich_proxied_file", None)) is not None:
+            stream = behind
+        return stream
+
+    @file.setter
+    def file(self, stream: Any) -> None:
+        self._file = stream
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        return super().render_str(printable(text, keep=LINES), **options)
+
+
+class PlainStream:
+    """A text stream that writes what it is given through `printable`. The Console here writes past it: its own sequences are wanted."""
+
+    def __init__(self, stream: TextIO, keep: str) -> None:
+        self.rich_proxied_file = stream  # where a rich Console looks for the stream behind another
+        self._keep = keep
+
+    def write(self, text: str) -> int:
+        self.rich_proxied_file.write(printable(text, self._keep))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("buffer", "detach"):  # they would lead past this
+            raise AttributeError(name)
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextlib.contextmanager
+def plain_output() -> Iterator[None]:
+    """Standard output and error are PlainStreams within. Bars of libraries need a carriage return on standard error."""
+    before = sys.stdout, sys.stderr
+    sys.stdout = cast(TextIO, PlainStream(sys.stdout, LINES))
+    sys.stderr = cast(TextIO, PlainStream(sys.stderr, LINES + "\r"))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 class Bar:
     """`with Bar(console, total) as bar: bar.update(done, "loss 4.2")`; time left comes from the bar's own rate."""
 
     def __init__(self, console: Console, description: str, total: int, done: int = 0) -> None:
-        self._console, self._description, self._total = console, description, total
+        self._console, self._description, self._total = console, printable(description), total
         self._last_line_s = time.monotonic()
         self._progress: Progress | None = None
         self._task = TaskID(0)
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            words = (TextColumn(f"{{{field}}}", markup=False) for field in ("task.description", "task.fields[note]"))
+            columns = (next(words), BarColumn(), MofNCompleteColumn(), next(words))
             self._progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-            self._task = self._progress.add_task(description, total=total, completed=done, note="")
+            self._task = self._progress.add_task(self._description, total=total, completed=done, note="")
 
     def __enter__(self) -> Bar:
         if self._progress is not None:
@@ -38,9 +104,9 @@ class Bar:
 
     def update(self, done: int, note: str, description: str | None = None, total: int | None = None) -> None:
         """Show `done` of `total`."""
-        self._description, self._total = description or self._description, total or self._total
+        self._description, self._total = printable(description or self._description), total or self._total
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, note=note, description=self._description, total=self._total)
+            self._progress.update(self._task, completed=done, note=printable(note), description=self._description, total=self._total)
         elif time.monotonic() - self._last_line_s > QUIET_SECONDS:
             self._last_line_s = time.monotonic()
             self._console.print(f"{self._description} {done:,}/{self._total:,} {note}", markup=False)
@@ -48,7 +114,7 @@ class Bar:
     def note(self, words: str) -> None:
         """What is being done now, beside the bar; nothing without a terminal."""
         if self._progress is not None:
-            self._progress.update(self._task, note=words)
+            self._progress.update(self._task, note=printable(words))
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
+
+from weftrain.cli.display import Console
 
 
 @click.command("eval")

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from weftrain.analysis.evaluation import PRESETS, TaskRequest
 from weftrain.analysis.evaluation_records import Record, Settings, Subject
-from weftrain.cli.display import Bar
+from weftrain.cli.display import Bar, Console
 from weftrain.core.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:

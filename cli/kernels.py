@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from weftrain.cli.display import Bar
+from weftrain.cli.display import Bar, Console
 
 if TYPE_CHECKING:
     from weftrain.analysis.kernel_bench import Measurement, Report

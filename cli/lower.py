@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 import click
-from rich.console import Console
 from rich.table import Column, Table
 
-from weftrain.cli.display import Bar
+from weftrain.cli.display import Bar, Console
 
 
 @click.command()

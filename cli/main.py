@@ -13,7 +13,9 @@ from typing import Any
 
 import click
 
+from weftrain.cli.display import LINES, plain_output
 from weftrain.core.errors import EverywhereError, RecipeError, WeftrainError
+from weftrain.core.printable import printable
 
 # verb -> (module, attribute): loaded when the verb is asked for.
 VERBS = {
@@ -58,7 +60,7 @@ class Failure(click.ClickException):
         vars(self)["exit_code"] = exit_code  # click declares it as the class's
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"weftrain: {self.message}", err=True)
+        click.echo(f"weftrain: {printable(self.message, keep=LINES)}", err=True)
 
 
 class Verbs(click.Group):
@@ -76,7 +78,8 @@ class Verbs(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with plain_output():
+                return super().invoke(ctx)
         except WeftrainError as error:
             if isinstance(error, (EverywhereError, RecipeError)) and _follows():
                 raise SystemExit(error.exit_code) from error  # the process that leads was given the same command, and says it

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
+
+from weftrain.cli.display import Console
 
 if TYPE_CHECKING:
     from weftrain.analysis.generation import Generator

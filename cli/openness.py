@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from weftrain.cli.display import Console
 
 _COLOURS = {"present": "green", "partial": "yellow", "absent": "red"}
 
@@ -27,5 +29,5 @@ def openness(release: Path, as_json: bool) -> None:
     table = Table("", "", "seen by", "an absence prevents", title=f"{release}: {kind}", title_justify="left", box=None)
     for item in items:
         prevents = "" if item.status == "present" else item.prevents
-        table.add_row(item.name, f"[{_COLOURS[item.status]}]{item.status}[/]", item.evidence, prevents)
+        table.add_row(item.name, Text(item.status, _COLOURS[item.status]), item.evidence, prevents)
     Console(highlight=False).print(table)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from weftrain.cli.display import Console
 from weftrain.cli.resolve import Resolved, resolve
 from weftrain.core.config import Recipe
 

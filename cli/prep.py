@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 
-from weftrain.cli.display import Bar
+from weftrain.cli.display import Bar, Console
 from weftrain.core.errors import DataError
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from rich.console import Console
-from rich.markup import escape
 from rich.tree import Tree
+
+from weftrain.cli.display import Console
 
 if TYPE_CHECKING:
     from weftrain.core.backend import Kept
@@ -51,11 +51,11 @@ def log(run: Path, samples: int | None, as_json: bool) -> None:
 
 
 def _print_tree(console: Console, run: Path, entries: list[dict[str, Any]], on_line: set[int]) -> None:
-    tree = Tree(escape(str(run)))
+    tree = Tree(str(run))
     stretch = tree
     for entry in entries:
         kind, step = entry["kind"], entry["step"]
-        words = escape(_words(entry))
+        words = _words(entry)
         if kind in ("start", "resume"):
             stretch = tree.add(f"step {step:>6}  {words}")
         elif kind in ("rollback", "defer", "recipe"):

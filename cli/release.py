@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
-from rich.console import Console
 from rich.table import Table
+
+from weftrain.cli.display import Console
 
 ReleasePath = click.Path(path_type=Path, exists=True, file_okay=False)
 

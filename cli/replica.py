@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
+from weftrain.cli.display import Console
 from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 
 

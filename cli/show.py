@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from weftrain.cli.display import Console
 from weftrain.cli.resolve import backend_options, resolve_recipe
 from weftrain.core.config import Recipe, Skip
 from weftrain.core.mixture import make_mixture, source_shares

@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
+
+from weftrain.cli.display import Console
 
 
 @click.command()

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from weftrain.analysis.summary import summarize
-from weftrain.cli.display import Bar
+from weftrain.cli.display import Bar, Console
 from weftrain.cli.show import arithmetic
 from weftrain.core.config import Recipe
 from weftrain.core.names import checked_segment

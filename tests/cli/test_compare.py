@@ -176,7 +176,7 @@ def test_what_is_asked_wrongly(made: Path) -> None:
         ((neox, "--tokens-per-step", "pythia=3"), "there is no series 'pythia'"),
         ((run, "--loss-on", made / "datasets" / "words"), "need --to FOLDER"),
         ((made / "texts",), "none of them: name one"),
-        ((made / "release" / "revisions", "--tokens-per-step", "1"), "model_type 'crystalcoder' is no causal language model"),
+        ((made / "release" / "revisions", "--tokens-per-step", "1"), "'auto_map' asks for code of the model's own"),
     ):
         refused = weftrain("compare", *arguments)
         assert refused.exit_code == 2
