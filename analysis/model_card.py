@@ -101,17 +101,16 @@ def _facts(release: Release, line: Lineage, recipe: Recipe) -> list[str]:
 def _training(run: Path, line: Lineage, recipe: Recipe) -> list[str]:
     first: dict[str, Any] | None = None
     last: dict[str, Any] = {}
-    skipped, heldout = 0, dict[str, dict[str, Any]]()
+    heldout = dict[str, dict[str, Any]]()
     for record in effective_records(run):
-        if record["kind"] == "step":
+        if record["kind"] == "step" and not record.get("skipped"):
             first, last = first or record, record
-            skipped += bool(record.get("skipped"))
         elif record["kind"] == "evaluation":
             heldout[record["set"]] = record
     found = ["## Training\n"]
     if first is not None:
         found.append(f"Loss {float(first['loss']):.4f} at step {first['step']}, {float(last['loss']):.4f} at step {last['step']}.")
-    found.append(f"Trained in {len(line.stretches)} stretches, with {len(line.branches)} rollbacks and {skipped} skipped steps.")
+    found.append(f"Trained in {len(line.stretches)} stretches, with {len(line.branches)} rollbacks and {len(line.skips)} skipped steps.")
     found += [f"Rolled back to step {branch.step}: {plain(branch.reason)}" for branch in line.branches]
     for entry in line.decisions:
         done = "deferred" if entry["action"] == "defer" else "dropped"

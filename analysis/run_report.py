@@ -222,7 +222,9 @@ def _tiles(curves: Curves, p50: float | None, found: Sequence[Mark]) -> list[tup
         if (used := curves.utilization.result()) is not None:
             share, peak = used
             tiles.append(("MFU", f"{share:.2%}", f"of {(peak.flops or 0) / 1e12:,.3g} TFLOP/s, the highest peak measured"))
-    counts = {kind: sum(mark.kind == kind for mark in found) for kind in ("restart", "rollback", "skip")}
+    # A skipped step that a rollback or restart went back behind is none of the run's steps.
+    counted = [mark.kind for mark in found if not (mark.kind == "skip" and mark.left)]
+    counts = {kind: counted.count(kind) for kind in ("restart", "rollback", "skip")}
     tiles.append(
         ("incidents", str(sum(counts.values())), ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in counts.items()))
     )

@@ -19,11 +19,12 @@ from weftrain.core.speed import RunUtilization
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run came to. Losses are means over a step's tokens; heldout maps a set to its (first, last) held-out loss."""
+    """What a run came to. Losses are means over the tokens that bear one; heldout maps a set to its (first, last) held-out loss."""
 
-    steps: int
+    steps: int  # completed
+    skipped: int  # of them, left out because loss or gradient norm was not finite: the others are updates
     tokens: int
-    loss_first: float
+    loss_first: float  # of steps that were not skipped; NaN where there is none
     loss_last: float
     heldout: dict[str, tuple[float, float]]
     tokens_per_second: float
@@ -33,28 +34,34 @@ class RunSummary:
 
 def summarize(folder: Path) -> RunSummary | None:
     """The summary of the run in `folder`, or None if it logged no step."""
-    first: dict[str, Any] | None = None
     last: dict[str, Any] = {}
+    skipped, made = 0, list[float]()  # the losses of the first and the newest step that was not skipped
     speeds, utilization = array("d"), RunUtilization()
     heldout: dict[str, tuple[float, float]] = {}
     for record in effective_records(folder):
         utilization.add(record)
         if record["kind"] == "step":
-            first, last = first or record, record
+            last = record
+            if record.get("skipped"):
+                skipped += 1
+            else:
+                made = [*made[:1], float(record["loss"])]
             speeds.append(record.get("tokens_per_second", math.nan))
         elif record["kind"] == "evaluation":
             name, loss = record["set"], float(record["loss"])
             heldout[name] = (heldout[name][0] if name in heldout else loss, loss)
-    if first is None:
+    if not last:
         return None
+    made = made or [math.nan]
     rates = [rate for rate in speeds[len(speeds) // 10 :] if math.isfinite(rate)]
     tokens_per_second = statistics.median(rates) if rates else math.nan
     used = utilization.result()
     return RunSummary(
         steps=last["step"],
+        skipped=skipped,
         tokens=last.get("tokens", 0),
-        loss_first=float(first["loss"]),
-        loss_last=float(last["loss"]),
+        loss_first=made[0],
+        loss_last=made[-1],
         heldout=heldout,
         tokens_per_second=tokens_per_second,
         model_flops_utilization=used[0] if used else None,

@@ -167,7 +167,8 @@ def _shown(steps: Iterator[Progress], bar: Bar, first: int) -> int:
     for progress in steps:
         done = progress.result.step + 1
         if progress.result.skipped:
-            bar.say(f"warning: step {progress.result.step} was skipped: its loss or gradient norm is not finite")
+            why = "its loss or gradient norm is not finite" if progress.result.bearing_tokens else "no token of its batch bears a loss"
+            bar.say(f"warning: step {progress.result.step} was skipped: {why}")
         if progress.log is not None:
             loss = f"loss {progress.log['loss']:.4f}  {progress.log['tokens_per_second']:,.0f} tokens/s"
         for held in progress.evaluations:
@@ -262,6 +263,7 @@ def _summarize(console: Console, recipe: Recipe, folder: Path, again: str) -> No
     more = 2 * recipe.schedule.steps
     lines = [
         f"loss         {summary.loss_first:.4f} -> {summary.loss_last:.4f} in {summary.steps:,} steps, {summary.tokens:,} tokens",
+        *([f"skipped      {summary.skipped:,} of these steps: {summary.steps - summary.skipped:,} updates"] if summary.skipped else []),
         *(f"held-out     {key}: {first:.4f} -> {last:.4f}" for key, (first, last) in summary.heldout.items()),
         f"speed        {summary.tokens_per_second:,.0f} tokens/s, {share}",
         f"run          {folder}  (metrics.jsonl, checkpoints/, tensorboard/, recipe.yaml)",

@@ -139,7 +139,9 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative
     decay: Literal["all", "matrices_and_embeddings"]  # the second skips biases and norms
     clip_norm: Positive | None  # global gradient norm; null: no clipping
-    non_finite: Literal["halt", "skip"] = "halt"
+    non_finite: Literal["halt", "skip"] = "halt"  # what a loss or gradient norm that is not finite does: stop, or leave the step out
+    max_consecutive_skips: PositiveInt = 10  # `skip` stops the run where more steps in a row,
+    max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.1  # or more of the last 100 steps (of a shorter run: of all) are left out
 
 
 class Segment(Section):

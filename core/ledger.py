@@ -210,6 +210,7 @@ class Lineage:
     stretches: tuple[Stretch, ...]
     branches: tuple[Branch, ...]
     decisions: tuple[Mapping[str, Any], ...]  # the `defer` entries that hold
+    skips: tuple[int, ...] = ()  # ascending: completed steps after each that was left out, for its loss or gradient was not finite
 
     def stretch_at(self, step: int) -> Stretch:
         """The stretch in which the 0-based step `step` was made. Raises ValueError for a step that the ledger does not have."""
@@ -257,7 +258,7 @@ def lineage(entries: Sequence[Mapping[str, Any]]) -> Lineage:
     line = _Line()
     for entry in entries:
         getattr(line, f"on_{entry['kind']}", line.on_other)(entry)
-    return Lineage(tuple(line.checkpoints), tuple(line.stretches), tuple(line.branches), tuple(line.decisions))
+    return Lineage(tuple(line.checkpoints), tuple(line.stretches), tuple(line.branches), tuple(line.decisions), tuple(line.skips))
 
 
 @dataclass
@@ -266,6 +267,7 @@ class _Line:
     stretches: list[Stretch] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
     decisions: list[Mapping[str, Any]] = field(default_factory=list)
+    skips: list[int] = field(default_factory=list)
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def on_start(self, entry: Mapping[str, Any]) -> None:
@@ -301,6 +303,11 @@ class _Line:
     def on_defer(self, entry: Mapping[str, Any]) -> None:
         self.decisions.append(entry)
 
+    def on_skip(self, entry: Mapping[str, Any]) -> None:
+        while self.skips and self.skips[-1] >= entry["step"]:
+            self.skips.pop()
+        self.skips.append(entry["step"])
+
     def on_end(self, entry: Mapping[str, Any]) -> None:
         if self.stretches:
             self.stretches[-1] = _until(self.stretches[-1], entry["step"])
@@ -309,7 +316,9 @@ class _Line:
         pass
 
     def _cut(self, step: int) -> None:
-        """Take what lies beyond `step` off the ends of both lists, whose steps ascend: each entry is added and removed once."""
+        """Take what lies beyond `step` off the ends of the lists, whose steps ascend: each entry is added and removed once."""
+        while self.skips and self.skips[-1] > step:
+            self.skips.pop()
         while self.checkpoints and self.checkpoints[-1].step > step:
             self.checkpoints.pop()
         while self.stretches and self.stretches[-1].first_step >= step:

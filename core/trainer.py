@@ -17,10 +17,12 @@ from typing import Any
 from weftrain.core import checkpoint
 from weftrain.core.backend import BatchSource, EvaluationSource, Plan, Run, StepResult
 from weftrain.core.config import Recipe
+from weftrain.core.errors import NonFiniteError
 from weftrain.core.kept import Measured, Unfinished, skip_is_entered
-from weftrain.core.ledger import Ledger
+from weftrain.core.ledger import Ledger, lineage
 from weftrain.core.manifest import folder_name
 from weftrain.core.metrics import Digest, MetricsWriter
+from weftrain.core.skips import SkipLimits
 from weftrain.core.speed import Speed
 
 
@@ -51,7 +53,8 @@ def fit(
     measured: Measured | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress]:
-    """Train to plan.last_step, or to the end of the step in which should_stop() becomes true; then the state is saved first.
+    """Train to plan.last_step, or to the end of the step in which should_stop() becomes true or too many were skipped (core/skips.py);
+    then the state is saved first.
 
     parent: root hash of the checkpoint that the run started from. tokens_read: positions that the run read before plan.start_step.
     unfinished: the last step that the backend's own state had completed, where its process ended before all of it was recorded: it is
@@ -61,6 +64,7 @@ def fit(
     tokens, duration_ms = 0, 0.0  # since the last log line
     tokens_read -= 0 if unfinished is None else unfinished.result.tokens
     saves = _Saves(run, plan, recipe, source, checkpoints, metrics, ledger, parent, tokens_read, measured)
+    limits = SkipLimits(recipe, plan.start_step - (unfinished is not None), lineage(ledger.entries).skips)
     if unfinished is None or not unfinished.plan.wants_state(plan.start_step):  # otherwise its checkpoint begins the chunk
         saves.begin_run()
     for result in saves.watched(chain([] if unfinished is None else [unfinished.result], run.train(source))):
@@ -84,11 +88,17 @@ def fit(
         for evaluation in evaluations:
             metrics.evaluation(evaluation)
             saves.measured.add({"kind": "evaluation", **evaluation})
-        stop = should_stop()
+        too_many = limits.exceeded(completed, result.skipped)
+        stop = should_stop() or too_many is not None
         if stop or due.wants_state(completed):
             metrics.flush()  # before the checkpoint, so that a resume from it finds every line up to it
             saves.begin(unfinished if again else None)
         yield Progress(result, log, evaluations, saves.finished(wait=stop or completed == plan.last_step))
+        if too_many is not None:
+            raise NonFiniteError(
+                f"step {result.step}: {too_many}: the state after {completed} completed steps is saved; look at the skipped samples "
+                "(`weftrain log` lists them), lower the learning rate, or raise that limit with --allow and go on"
+            )
         if stop:
             return
 

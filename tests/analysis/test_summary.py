@@ -34,6 +34,14 @@ def test_summary_by_hand(tmp_path: Path) -> None:
     assert found.model_flops_utilization == 106.0 * 5.0 / 1060.0  # of the highest peak of the machine
 
 
+def test_a_skipped_step_is_counted_and_has_no_loss(tmp_path: Path) -> None:
+    skipped = [step(number, float("nan"), 1.0) | {"loss": "nan", "skipped": True} for number in (1, 4)]
+    write(tmp_path, skipped[0], step(2, 8.0, 1.0), step(3, 7.0, 1.0), skipped[1])
+    found = summarize(tmp_path)
+    assert found is not None
+    assert (found.steps, found.skipped, found.tokens, found.loss_first, found.loss_last) == (4, 2, 40, 8.0, 7.0)
+
+
 def test_unknown_stays_unknown(tmp_path: Path) -> None:
     assert summarize(tmp_path) is None
     write(tmp_path, {"kind": "start", "step": 0, "peak_flops": None, "flops_per_token": 5.0}, step(1, 9.0, 1.0))

@@ -91,6 +91,28 @@ def test_tokens_are_counted_as_they_were_read(train_tiny: Train, tmp_path: Path)
         assert read_manifest(folder / "checkpoints" / f"step_{step:08d}")["tokens"] == wanted[step - 1]
 
 
+def test_too_many_skipped_steps_stop_the_run(train_tiny: Train, tmp_path: Path) -> None:
+    """From the second step on nothing is finite: 4 of 40 steps may be skipped, and the fifth saves and stops the run."""
+    diverging = [
+        "optimizer.non_finite=skip",
+        "precision.compute=float32",
+        "backend.options.threads=1",
+        "schedule.steps=40",
+        "schedule.learning_rate=[{shape: constant, steps: 90, start: 1e30}]",
+    ]
+    stopped = train_tiny(*diverging, "checkpoint.every_steps=0")
+    assert stopped.exit_code == 3, stopped.output
+    assert "step 5: 5 of 40 steps were skipped, and optimizer.max_skip_share is 0.1: the state after 6 completed steps" in stopped.output
+    folder = tmp_path / "runs" / "crystal_demo"
+    state, _ = final_state(folder)
+    assert (state.step, state.optimizer_updates) == (6, 1)
+    allowed = ["optimizer.max_skip_share=1.0", "optimizer.max_consecutive_skips=99", "schedule.steps=10"]
+    flags = [part for key in ("optimizer.max_skip_share", "optimizer.max_consecutive_skips", "schedule.steps") for part in ("--allow", key)]
+    ended = train_tiny(*diverging, "checkpoint.every_steps=0", *allowed, *flags)
+    assert ended.exit_code == 0, ended.output
+    assert "skipped      9 of these steps: 1 updates" in ended.output
+
+
 def test_a_damaged_checkpoint_is_passed_over_loudly(train_tiny: Train, tmp_path: Path) -> None:
     assert train_tiny("schedule.steps=4", "checkpoint.every_steps=2").exit_code == 0
     folder = tmp_path / "runs" / "crystal_demo"

@@ -201,6 +201,25 @@ def test_a_line_hashed_with_another_number_is_seen(tmp_path: Path, tiny_recipe: 
         read_ledger(path)
 
 
+def test_skipped_steps_of_the_line_that_counts(tmp_path: Path, tiny_recipe: Tiny) -> None:
+    recipe = tiny_recipe()
+    ledger = started(tmp_path, recipe)
+    root = None
+    for step in (2, 3, 5):
+        ledger.add("skip", step=step, samples=[4 * step - 4, 4 * step])
+        root = saved(ledger, recipe, step, root)
+    assert lineage(ledger.entries).skips == (2, 3, 5)
+    ledger.open_run(5, recipe.model_dump(mode="json"), "d" * 64, {}, root)
+    ledger.add("skip", step=6, samples=[20, 24])
+    assert lineage(ledger.entries).skips == (2, 3, 5, 6)
+    ledger.add("rollback", step=3, root=saved_root(ledger, 3), branch=1, abandoned=[[5, root]], reason="a spike")
+    assert lineage(ledger.entries).skips == (2, 3)
+
+
+def saved_root(ledger: Ledger, step: int) -> str:
+    return next(point.root for point in lineage(ledger.entries).checkpoints if point.step == step)
+
+
 def test_tokens_before_a_step_are_the_checkpoints_and_then_the_ledgers(tmp_path: Path, tiny_recipe: Tiny) -> None:
     """A backend that keeps its own state stands beyond the newest checkpoint, in steps whose recipe the ledger alone has."""
     recipe, longer = tiny_recipe(), tiny_recipe("crystal", "batch.global_batch_size=8")
