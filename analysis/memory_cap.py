@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> int:
             print(f"{arguments[2]}: {error.strerror}", file=sys.stderr)
             os._exit(127)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command has it too, and decides
+    signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number))  # it comes to this process alone
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     resident = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
     if isinstance(group, Path):

@@ -6,6 +6,7 @@ Verbs import what they need when they run, so that `weftrain --help` and `weftra
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -16,6 +17,7 @@ import click
 from weftrain.cli.display import LINES, plain_output
 from weftrain.core.errors import EverywhereError, RecipeError, WeftrainError
 from weftrain.core.printable import printable
+from weftrain.core.stop import sigterm_unwinds
 
 # verb -> (module, attribute): loaded when the verb is asked for.
 VERBS = {
@@ -77,8 +79,10 @@ class Verbs(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
+        # A rank may wait for others in native code, where no handler runs: a signal keeps its default effect there.
+        tidy = contextlib.nullcontext() if "RANK" in os.environ else sigterm_unwinds()
         try:
-            with plain_output():
+            with tidy, plain_output():
                 return super().invoke(ctx)
         except WeftrainError as error:
             if isinstance(error, (EverywhereError, RecipeError)) and _follows():

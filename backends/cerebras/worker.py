@@ -7,7 +7,10 @@ made importable from ROOT, the folder that holds core/, kernels/ and backends/; 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 import types
 from pathlib import Path
@@ -15,6 +18,8 @@ from typing import Any
 
 
 def main(root: str, descriptor: int) -> int:
+    if os.getpgrp() == os.getpid():  # as process.py starts it: a group of its own, in which the vendor's processes are, too
+        threading.Thread(target=_end_with, args=(os.getppid(),), name="weftrain-parent", daemon=True).start()
     package = types.ModuleType("weftrain")
     package.__path__ = [root]
     sys.modules["weftrain"] = package
@@ -36,6 +41,13 @@ def main(root: str, descriptor: int) -> int:
             send("failed", kind=type(error).__name__, message=str(error).strip(), frames=our_frames(error, root))
             return 1
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """The main process may be killed while the compiler works for an hour: nothing goes on without it."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def our_frames(error: BaseException, root: str) -> list[str]:

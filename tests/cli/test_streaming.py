@@ -136,3 +136,13 @@ def test_memory_cap_says_what_it_did() -> None:
     greedy = run("64", "x = bytearray(200 << 20)")
     assert greedy.returncode == 128 + signal.SIGKILL
     assert "needed more than the cap" in greedy.stderr
+
+
+def test_memory_cap_passes_a_signal_on() -> None:
+    command = [sys.executable, "-m", "weftrain.analysis.memory_cap", "2000", "--", sys.executable, "-c"]
+    command += ["import time; print('up', flush=True); time.sleep(120)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from weftrain.core.stop import StopRequest
+from weftrain.core.stop import StopRequest, sigterm_unwinds
 
 
 def test_a_signal_is_remembered_and_a_second_interrupt_stops_at_once() -> None:
@@ -50,3 +50,17 @@ def test_a_signal_has_its_default_effect_where_nothing_can_be_saved_yet() -> Non
         assert signal.getsignal(signal.SIGTERM) == own
     with StopRequest().ends_at_once():  # never entered: no handler of anybody's is touched
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_sigterm_unwinds_what_is_under_way() -> None:
+    tidied = []
+    with pytest.raises(SystemExit) as ended, sigterm_unwinds():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            tidied.append(True)
+    assert (ended.value.code, tidied) == (143, [True])
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with StopRequest() as stop, sigterm_unwinds():  # somebody handles it already
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.number == signal.SIGTERM
