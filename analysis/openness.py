@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
-from weftrain.core.errors import ReleaseError
+from weftrain.core.errors import RecipeError, ReleaseError
+from weftrain.core.plain_file import LIMIT_BYTES, read_plain
+from weftrain.core.recipe_file import parse_mapping
 from weftrain.core.release import RELEASE, read_release
 
 Status = Literal["present", "partial", "absent"]
 _MAX_FILES = 200_000
-_MAX_CARD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -195,11 +194,8 @@ def _branches(folder: Path) -> list[str]:
 def _card(folder: Path) -> dict[str, object]:
     """The front matter of README.md; empty where there is none that can be read."""
     path = folder / "README.md"
-    if not path.is_file() or path.stat().st_size > _MAX_CARD_BYTES:
-        return {}
-    match = re.match(r"---\n(.*?)\n---\n", path.read_text(errors="replace"), re.DOTALL)
     try:
-        fields = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        match = re.match(r"---\n(.*?)\n---\n", read_plain(path, "card").decode(errors="replace"), re.DOTALL)
+        return dict(parse_mapping(match[1], str(path))) if match and len(match[1]) <= LIMIT_BYTES["recipe"] else {}
+    except (OSError, RecipeError):
         return {}
-    return fields if isinstance(fields, dict) else {}

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from weftrain.core.backend import Batch, BatchSource, Fingerprint, Job, Kept, Prediction, Speeds
-from weftrain.core.config import OptimizerConfig, Recipe, Section
+from weftrain.core.config import MAX_THREADS, OptimizerConfig, Recipe, Section
 from weftrain.core.errors import BackendError, CheckpointError
 from weftrain.core.host_memory import use_huge_pages
 from weftrain.core.model import Decoder, rotary_tables
@@ -295,8 +295,15 @@ def call(segment: torch.nn.Module, *arguments: Any) -> torch.Tensor:
 
 
 def use_threads(job: Job, option: int) -> None:
-    """Give torch the CPU threads that the job asks for, or else the backend's option; 0 and None leave torch's own choice."""
+    """Give torch the CPU threads that the job asks for, or else the backend's option; 0 and None leave torch's own choice.
+
+    Raises BackendError for more than any machine has: a replay's come from a fingerprint, which may be a stranger's.
+    """
     if threads := job.threads or option:
+        if threads > MAX_THREADS:
+            raise BackendError(
+                f"{threads:,} CPU threads are more than the {MAX_THREADS:,} that a process may have: set backend.options.threads"
+            )
         torch.set_num_threads(threads)
 
 

@@ -25,7 +25,8 @@ Scalar = bool | int | float | str
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Step = Count
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]  # what every generator of random numbers here takes
-Threads = Annotated[int, Field(ge=0, le=1024)]  # of a process: torch makes them all at once, and the largest machines have some hundreds
+MAX_THREADS = 1024  # of a process: torch makes them all at once, and the largest machines have some hundreds of CPUs
+Threads = Annotated[int, Field(ge=0, le=MAX_THREADS)]
 TimeoutS = Annotated[int, Field(gt=0, le=30 * 86_400)]  # a month: the clocks of torch.distributed do not take what Python does
 # Sizes of a model. They bound what is made before a single number is computed: the list of parameters, a name and a shape for each, and
 # tables by position. Each is ten times and more what the largest published model has.

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
-Kind = Literal["recipe", "record", "ledger", "metrics", "manifest", "dataset manifest", "tokenizer", "release", "key", "trace"]
+Kind = Literal["recipe", "record", "ledger", "metrics", "manifest", "dataset manifest", "tokenizer", "release", "key", "trace", "card"]
 
 # Bytes. Each is ten times and more what the largest run or model known here has, and small enough to be parsed in memory.
 LIMIT_BYTES: dict[Kind, int] = {
@@ -27,6 +27,7 @@ LIMIT_BYTES: dict[Kind, int] = {
     "tokenizer": 256 << 20,  # the largest vocabularies published take 35 MB
     "release": 256 << 20,  # an entry a file
     "key": 1 << 16,  # keys and signatures
+    "card": 1 << 20,  # README.md
     "trace": 1 << 30,  # a streamed run's first steps
 }
 MAX_LINE_BYTES = 4 << 20  # of the ledger, whose lines hold recipes and environments, and of the metrics

@@ -198,6 +198,14 @@ def _read(recipe: str) -> tuple[str, str]:
     return f"recipes/{recipe}.yaml", (resources.files("weftrain.core") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
 
 
+def parse_mapping(text: str, name: str) -> dict[str, Any]:
+    """YAML of any origin as a mapping, within the bounds of a recipe: no aliases, no tags, MAX_DEPTH levels. Raises RecipeError.
+
+    name: of the file, for messages.
+    """
+    return _parse_mapping(text, _Source(name))
+
+
 def _parse_mapping(text: str, source: _Source) -> dict[str, Any]:
     tree = _parse(text, source)
     if not isinstance(tree, dict):

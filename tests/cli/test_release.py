@@ -282,7 +282,7 @@ def truncate_ledger(release: Path) -> None:
         (lambda release: (release / "checkpoints" / "step_00000004" / "x").mkdir(), "step_00000004: x: does not belong there"),
         (link_out, "metrics.jsonl: is a symbolic link"),
         (another_chunk, "step_00000004.*so the folder was renamed"),
-        (outside, "'../../etc/passwd' is not a path of plain names within the folder"),
+        (outside, "'../../etc/passwd' is not a path within the folder"),
         (swap_chunks_in_release, "links are not the 3 that follow from the ledger"),
         (change_metrics, "measurements up to step 2 are not those of the ledger"),
         (change_recipe, "recipe.json: is not the recipe of the ledger's last stretch"),
