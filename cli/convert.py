@@ -7,6 +7,8 @@ from it with start_from, and nothing resumes it.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,24 @@ def _load(checkpoint: Path) -> tuple[Recipe, State, dict[str, Any]]:
     path = newest_or_named(checkpoint, lambda line: click.echo(line, err=True))
     state, manifest = checkpoints.load(path, verified=path != checkpoint)
     return recipe_of_checkpoint(path, manifest).recipe, state, manifest
+
+
+@contextlib.contextmanager
+def _new_checkpoints(runs: Path, run_name: str) -> Iterator[Path]:
+    """The `checkpoints` folder of a run that is not there yet; where the block raises, no empty folder is left. Raises CheckpointError."""
+    from weftrain.core import fsops
+    from weftrain.core.errors import CheckpointError
+
+    folder = runs / run_name / "checkpoints"
+    if folder.exists():
+        raise CheckpointError(f"{folder}: there are checkpoints already: name another --run")
+    missing = fsops.missing_folders(folder)
+    fsops.make_dirs(runs)
+    try:
+        yield folder
+    except BaseException:
+        fsops.remove_empty(missing)
+        raise
 
 
 @click.group()
@@ -104,27 +124,24 @@ def checkpoint_from_cerebras(file: Path, recipe: str, overrides: tuple[str, ...]
     from weftrain.core import checkpoint as checkpoints
     from weftrain.core.backend import State
     from weftrain.core.convert import in_float32
-    from weftrain.core.errors import CheckpointError
     from weftrain.core.fsops import sha256_file
     from weftrain.core.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides).recipe
     tensors = read_checkpoint(file, loaded.model, optimizer=not weights_only)
-    folder = runs / run_name / "checkpoints"
-    if folder.exists():
-        raise CheckpointError(f"{folder}: there are checkpoints already: name another --run")
     step = tensors.step or 0
-    info = checkpoints.save(
-        folder,
-        State(step, tensors.optimizer_updates or 0, in_float32(tensors, loaded.model)),
-        recipe=loaded.model_dump(mode="json"),
-        dataset_id=f"unknown: imported from {sha256_file(file)}",
-        fingerprint={"backend": "cerebras", "imported_from": file.name},
-        tokens=step * loaded.tokens_per_step,
-        position=step * loaded.batch.global_batch_size,
-        parent=None,
-        kernels={},
-    )
+    with _new_checkpoints(runs, run_name) as folder:
+        info = checkpoints.save(
+            folder,
+            State(step, tensors.optimizer_updates or 0, in_float32(tensors, loaded.model)),
+            recipe=loaded.model_dump(mode="json"),
+            dataset_id=f"unknown: imported from {sha256_file(file)}",
+            fingerprint={"backend": "cerebras", "imported_from": file.name},
+            tokens=step * loaded.tokens_per_step,
+            position=step * loaded.batch.global_batch_size,
+            parent=None,
+            kernels={},
+        )
     for name in tensors.passed_over:
         click.echo(f"passed over: {name}", err=True)
     click.echo(f"{info.path}: step {step}, {info.size_bytes:,} bytes; start from it with start_from={{run: {run_name}, state: weights}}")
@@ -145,9 +162,8 @@ def from_huggingface(folder: Path, recipe: str, overrides: tuple[str, ...], runs
     The folder's config.json must describe the model that the recipe trains. Buffers that are no weights are named on stderr.
     """
     from weftrain.core import checkpoint as checkpoints
-    from weftrain.core import fsops
     from weftrain.core.backend import State
-    from weftrain.core.errors import CheckpointError, RecipeError
+    from weftrain.core.errors import RecipeError
     from weftrain.core.huggingface import config_differences, files_sha256, read_config, state_tensors
     from weftrain.core.pickled import open_weights
     from weftrain.core.recipe_file import load_recipe
@@ -155,11 +171,7 @@ def from_huggingface(folder: Path, recipe: str, overrides: tuple[str, ...], runs
     loaded = load_recipe(recipe, overrides).recipe
     if different := config_differences(loaded.model, read_config(folder)):
         raise RecipeError(f"{folder / 'config.json'}: not the recipe's model (recipe -> folder): {', '.join(different)}: change the recipe")
-    target = runs / run_name / "checkpoints"
-    if target.exists():
-        raise CheckpointError(f"{target}: there are checkpoints already: name another --run")
-    fsops.make_dirs(runs)
-    with open_weights(folder, unpickle=unpickle, scratch=runs) as weights:
+    with _new_checkpoints(runs, run_name) as target, open_weights(folder, unpickle=unpickle, scratch=runs) as weights:
         files = sorted(["config.json", *weights.files])
         info = checkpoints.save(
             target,

@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -229,6 +229,19 @@ def remove_tree(path: Path) -> None:
             if child.is_symlink():
                 remove_file(child)
         _perform("remove_dir", Path(folder), lambda folder=folder: os.rmdir(folder))  # type: ignore[misc]
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """`path` and those of its parents that are not there, the innermost first: what `make_dirs` would make."""
+    return [place for place in (path, *path.parents) if not place.exists()]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, the innermost first, as far as they are empty. For clean-up: an error is passed over."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            if folder.is_dir():
+                remove_dir(folder)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:

@@ -154,7 +154,12 @@ def with_defaults(recipe: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 
 @contextlib.contextmanager
 def held_run(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder that is there, for a command that changes it. Raises RunFolderError where the run is in use."""
+    """Hold the lock of a run's folder that is there, for a command that changes it.
+
+    Raises RunFolderError where the run is in use, or the folder is no run's: then nothing is made in it.
+    """
+    if not (folder / RECIPE).exists():
+        raise RunFolderError(f"{folder / RECIPE}: is missing: name the folder of a run that was started")
     with contextlib.ExitStack() as stack:
         with blamed(folder):
             _take_lock(stack, folder)
@@ -170,7 +175,7 @@ def open_run(folder: Path, recipe: dict[str, Any]) -> Iterator[RunFolder]:
     on a full disk or not a folder.
     """
     folder = Path(folder)
-    made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
+    made = fsops.missing_folders(folder)
     with contextlib.ExitStack() as stack:
         with blamed(folder):
             fsops.make_dirs(folder)
@@ -182,16 +187,10 @@ def open_run(folder: Path, recipe: dict[str, Any]) -> Iterator[RunFolder]:
             yield run
         except (Exception, KeyboardInterrupt):
             if made and not (folder / RECIPE).exists():
-                _remove_made(made)
+                with contextlib.suppress(OSError):  # the error that led here is the one to report
+                    fsops.remove_tree(folder)
+                fsops.remove_empty(made[1:])
             raise
-
-
-def _remove_made(made: list[Path]) -> None:
-    """Remove a refused start's folder with all in it, and what was made above it where nothing else lies there."""
-    with contextlib.suppress(OSError):  # the error that led here is the one to report
-        fsops.remove_tree(made[0])
-        for place in made[1:]:
-            fsops.remove_dir(place)
 
 
 def asked_recipe(folder: Path) -> dict[str, Any] | None:

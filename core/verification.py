@@ -141,8 +141,8 @@ def _check_metrics(folder: Path, line: Lineage) -> None:
     for point, digest in zip(line.checkpoints, found, strict=True):
         if digest.hexdigest() != point.metrics_sha256:
             raise ReleaseError(
-                f"{folder / METRICS}: the measurements up to step {point.step} are not those of the ledger: one was altered or "
-                "lost: restore the file from a copy; a run can also go back with `weftrain rollback` and train those steps again"
+                f"{folder / METRICS}: the measurements up to step {point.step} are not those of the ledger: one was altered or lost: "
+                f"restore the file from a copy; a run can also go back with `weftrain rollback RUN --to {point.metrics_after}` and train on"
             )
 
 

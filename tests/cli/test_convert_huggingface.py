@@ -227,7 +227,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(weftrain: Weftrain, pick
     assert "unsupported GLOBAL posix.system" in done.output
     assert len(done.output.splitlines()) == 1
     assert not marker.exists()
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert not (tmp_path / "runs").exists()
     torch.load(file, weights_only=False)  # the payload is a live one
     assert marker.exists()
 

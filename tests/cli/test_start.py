@@ -286,3 +286,32 @@ def test_release_builds_nothing_that_does_not_verify(train_tiny: Train, run: Pat
     (run / "metrics.jsonl").write_bytes(metrics)
     done = weftrain(*command)
     assert done.exit_code == 0, done.output
+
+
+def test_a_refused_command_leaves_no_trace(run: Path, weftrain: Train, tmp_path: Path) -> None:
+    """Every verb that writes: what it makes before its last check it takes back, and no folder is taken for a run's."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("of somebody else")
+    hf = tmp_path / "hf"
+    assert weftrain("convert", "to-huggingface", run, hf, "--dtype", "float32").exit_code == 0
+    damage(hf)
+    (tmp_path / "file.mdl").write_bytes(b"no HDF5")
+    recipe = run / "recipe.yaml"
+    before = tree(tmp_path)
+    for command in (
+        ["rollback", tmp_path / "other", "--to", "3", "--reason", "x"],
+        ["rollback", run, "--to", "3", "--reason", "x"],
+        ["defer", tmp_path / "other", "--chunk", "0", "--reason", "x"],
+        ["defer", run, "--chunk", "0", "--reason", "x"],
+        ["release", tmp_path / "other", "--to", tmp_path / "a" / "release", "--licence", "MIT"],
+        ["convert", "from-huggingface", hf, recipe, "--runs", tmp_path / "b", "--run", "new"],
+        ["convert", "checkpoint-from-cerebras", tmp_path / "file.mdl", recipe, "--runs", tmp_path / "c", "--run", "new"],
+        ["prep", tmp_path / "not_there", "--name", "x", "--output", tmp_path / "d"],
+        ["eval", tmp_path / "other", "--watch"],
+        ["generate", tmp_path / "other", "--prompt", "a"],
+        ["memorize", tmp_path / "other"],
+        ["report", tmp_path / "other", "--to", tmp_path / "e" / "report.html"],
+        ["compare", tmp_path / "other", run, "--to", tmp_path / "f"],
+    ):
+        refused(weftrain(*command))
+        assert tree(tmp_path) == before, command
