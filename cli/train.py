@@ -107,9 +107,10 @@ def _train(
     with open_run(runs / name, recipe.model_dump(mode="json")) as folder, contextlib.ExitStack() as ending:
         say = partial(console.print, markup=False)
         names = [held.name for held in heldout]
-        start = decide(folder, recipe, source.dataset_id, backend, options, runs, allow=allow | decided, say=say, heldout=names, **asked)
+        start = decide(folder, recipe, source, backend, options, runs, allow=allow | decided, say=say, heldout=names, **asked)
+        recipe, source = start.resolved, start.source
         if start.complete:
-            settle(start, folder)
+            settle(start)
             console.print(f"run {folder.path} is complete: {start.first_step} of {start.last_step} steps")
             _summarize(console, recipe, runs / name, again)
             backend.nothing_to_lead(Job(recipe, start.plan, options, folder=folder.path, stop=stop))
@@ -126,7 +127,7 @@ def _train(
             return
         fingerprint = run.fingerprint()
         environment = {**fingerprint.as_json(), "weftrain": importlib.metadata.version("weftrain")}
-        ledger = commit(start, folder, recipe, source.dataset_id, environment)
+        ledger = commit(start, environment)
         speed = run_speed(recipe, backend, run, folder.path / METRICS)
         _announce(console, recipe, fingerprint, speed.peak, folder.path, start.first_step)
         with (

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from weftrain.core.canonical import canonical_json
-from weftrain.core.config import Recipe, Section
+from weftrain.core.config import Recipe, Section, SourceCursor
 from weftrain.core.errors import BackendError
 from weftrain.core.stop import StopRequest
 
@@ -97,6 +97,10 @@ class BatchSource(Protocol):
 
     def sample_names(self, step: int, first: int, count: int) -> list[str]:
         """For messages: where each of those rows lies, as 'set/shard.h5:row'."""
+        ...
+
+    def cursors(self, step: int) -> Mapping[str, SourceCursor]:
+        """For the record: how far each source has been read after `step` steps."""
         ...
 
 

@@ -109,13 +109,15 @@ def begin(
     position: int,
     parent: str | None,
     kernels: dict[str, Any],
+    sources: dict[str, Any] | None = None,
 ) -> Saving:
     """Start to write `folder/step_NNNNNNNN`; it appears whole and durable, or not at all. All dicts hold JSON values only.
 
-    position: number of the next sample. parent: root of the checkpoint that this run continued from. A mapping `state.tensors` that
-    is lazy is read tensor by tensor; its method `meta(name)`, if it has one, gives a tensor's dtype and shape without reading it. One that
-    lies in several processes writes itself: `writers` of them, and `begin_files(folder, parts)` copies what is to be written and
-    returns what waits for it. A whole checkpoint of this step with the same root is kept as it is; any other is moved to
+    position: number of the next sample. sources: how far each source has been read, where that is known. parent: root of the checkpoint
+    that this run continued from. A mapping `state.tensors` that is lazy is read tensor by tensor; its method `meta(name)`, if it has one,
+    gives a tensor's dtype and shape without reading it. One that lies in several processes writes itself: `writers` of them, and
+    `begin_files(folder, parts)` copies what is to be written and returns what waits for it. A whole checkpoint of this step with the same
+    root is kept as it is; any other is moved to
     `*.superseded-N` or `*.damaged-N`. Raises CheckpointError where the disk is full or fails (older checkpoints are untouched) or a name
     or dtype cannot be stored.
     """
@@ -135,6 +137,7 @@ def begin(
         "dataset_id": dataset_id,
         "fingerprint": fingerprint,
         "kernels": kernels,
+        **({} if sources is None else {"sources": sources}),
     }
     temporary = fsops.temporary_beside(target)
     with _or_nothing(target, temporary, needed):

@@ -33,6 +33,7 @@ TimeoutS = Annotated[int, Field(gt=0, le=30 * 86_400)]  # a month: the clocks of
 Layers = Annotated[int, Field(gt=0, le=10_000)]
 Width = Annotated[int, Field(gt=0, le=1 << 22)]
 Positions = Annotated[int, Field(gt=0, le=1 << 26)]
+Subset = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]], Field(strict=False)]
 
 
 class Section(BaseModel):
@@ -207,7 +208,7 @@ class Source(Section):
     weight: Positive | None = None
     tokens: PositiveInt | None = None
     epochs: Positive | None = None
-    subset: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]] = Field(default=(0.0, 1.0), strict=False)
+    subset: Subset = (0.0, 1.0)
     fim: Fim | None = None
 
     @property
@@ -248,6 +249,38 @@ class Skip(Section):
         return self
 
 
+class SourceCursor(Section):
+    """How far a source had been read: `place` rows of its pass number `turn` were read or stepped over."""
+
+    dataset_id: Annotated[str, Field(min_length=1)]
+    read: Count  # samples of it since the run began
+    turn: Count
+    place: Count
+    subsets: Annotated[tuple[Subset, ...], Field(min_length=1, strict=False)]  # that the pass began with, and each that came since
+
+
+class Continuation(Section):
+    """Where a run's data stood when this data section took over in mid-run. `train` writes it (docs/data-order.md).
+
+    The section's stream of samples, in which the mixture counts, begins at the run's sample `base_sample`; in a run with chunks that is
+    sample `base_within` of chunk `base_chunk`.
+    """
+
+    step: Count  # the first step that reads by this section
+    sample: Count  # the number of its first sample
+    chunks: Annotated[tuple[Count, ...], Field(strict=False)] = ()  # begun before `step`, in the order in which they were read
+    base_sample: Count = 0
+    base_chunk: Count = 0
+    base_within: Count = 0
+    sources: dict[str, SourceCursor] = Field(default_factory=dict)  # at base_sample; of a source that is not there: its beginning
+
+    @model_validator(mode="after")
+    def _check(self) -> Continuation:
+        if self.base_sample > self.sample or len(set(self.chunks)) < len(self.chunks):
+            raise ValueError("this is not what `train` writes: take the recipe from the run's folder again, or set data.continues to null")
+        return self
+
+
 class DataConfig(Section):
     """What is read: prepared `sources`, or `synthetic_rows` random rows that repeat (to measure speed without any dataset).
 
@@ -261,6 +294,7 @@ class DataConfig(Section):
     order: Literal["feistel", "cerebras"] = "feistel"
     document_attention: bool = False
     chunks: Annotated[int, Field(gt=0, le=1_000_000)] | None = None  # their order is a list, made whenever a run is opened
+    continues: Continuation | None = None  # written by `train` when a run goes on with other data or another batch size
     skip: Annotated[tuple[Skip, ...], Field(strict=False)] = ()
     sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
     synthetic_rows: PositiveInt | None = None
@@ -356,6 +390,7 @@ class StartFrom(Section):
 
     run: RunName
     state: Literal["all", "weights"]
+    data: Literal["from_start", "continue"] = "from_start"  # continue: read on behind the rows that the other run has read
     # Keys of the model in which this run may be larger than that one; the rows that are added are drawn from the seed.
     grow: Annotated[tuple[Literal["vocab_size"], ...], Field(strict=False)] = ()
     # Keys of the model that may differ although they change what the same weights compute, and have no shape.

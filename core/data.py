@@ -1,14 +1,15 @@
 """What is read when: the mixture of sources, the order within each, and position, which is one integer.
 
-Sample number n = step * global_batch_size + row. The run's chunks say where n stands when chunks are deferred, the mixture
-(core/mixture.py) of which source it is and the how-maniest of that source, k, and the source's order (core/order.py) which row that is.
-All of it is a pure function of (datasets, recipe, n): nothing is materialised, nothing is lost or repeated on a restart, and any number
-of readers share the work. What a reader would get wrong: there is no cursor. Whoever knows the step knows the rows.
+The timeline (core/order.py) says which sample of the run a row of a step is, and where that stands in the stream when chunks are deferred;
+the mixture (core/mixture.py) of which source it is, and its index k within that source; the source's order which row that is. All of it is
+a pure function of (datasets, recipe, step, row): nothing is stored, and any number of readers share the work. Where a run went on with
+other data, `data.continues` says how far each source had been read (core/continuation.py).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from weftrain.core.backend import Batch, BatchSource
-from weftrain.core.config import DataConfig, Recipe, Source
+from weftrain.core.config import DataConfig, Recipe, Source, SourceCursor, Subset
 from weftrain.core.dataset import SetName, ShardSet, merkle_root, read_manifest
 from weftrain.core.errors import DataError
+from weftrain.core.kept_rows import Range, merged, without
 from weftrain.core.mixture import CerebrasOrder, Mixture, SampleOrder, make_mixture, source_shares
-from weftrain.core.order import ChunkOrder, RowOrder, chunk_order, sample_counts, stretches, without_empty
+from weftrain.core.order import ChunkOrder, ResumedOrder, RowOrder, Stretch, Timeline, stretches, timeline
 from weftrain.core.synthetic import synthetic_source
 
 __all__ = ["Component", "HeldOut", "Located", "Mixture", "TokenSource", "make_mixture", "open_heldout", "open_training", "training_source"]
@@ -28,11 +30,13 @@ __all__ = ["Component", "HeldOut", "Located", "Mixture", "TokenSource", "make_mi
 
 @dataclass(frozen=True)
 class Component:
-    """One source: a set, and the order of its rows."""
+    """One source: a set, and the order of its rows. cursor: how far it had been read when the order begins."""
 
     name: str
     shards: ShardSet
-    order: RowOrder
+    order: RowOrder | ResumedOrder
+    subset: Subset
+    cursor: SourceCursor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -42,6 +46,17 @@ class Component:
     def row_numbers(self, k: np.ndarray) -> np.ndarray:
         """int64 [n], the source's k-th samples -> row numbers of the set. Every row comes once in each epoch."""
         return self.order.rows(k)
+
+    def cursor_at(self, k: int) -> SourceCursor:
+        """How far the source has been read when its k-th sample comes next."""
+        before = self.cursor
+        if k == 0 and before is not None:
+            return before
+        turn, place = self.order.place(k - 1) if k else (0, -1)
+        same_pass = isinstance(self.order, ResumedOrder) and k > 0 and self.order.in_current(k - 1)
+        subsets = before.subsets if same_pass and before is not None else (self.subset,)
+        read = k + (0 if before is None else before.read)
+        return SourceCursor(dataset_id=self.shards.entry.id, read=read, turn=turn, place=place + 1, subsets=subsets)
 
 
 @dataclass(frozen=True)
@@ -66,12 +81,19 @@ class TokenSource:
     """Implements BatchSource. Picklable and stateless; `dataset_id` is the one source's id, or the Merkle root of all sources' ids."""
 
     sequence_length: int
-    global_batch_size: int
     dataset_id: str
     components: tuple[Component, ...]
     mixture: SampleOrder
-    chunks: ChunkOrder | None = None
+    timeline: Timeline
     document_attention: bool = False
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.timeline.global_batch_size
+
+    @property
+    def chunks(self) -> ChunkOrder | None:
+        return self.timeline.chunks
 
     def rows(self, step: int, first: int, count: int) -> Batch:
         """Rows first..first+count-1 of the batch of `step`. Raises DataError for a damaged shard, ValueError outside the batch."""
@@ -113,23 +135,30 @@ class TokenSource:
 
     def chunk_of(self, step: int) -> int | None:
         """Which of the run's chunks the batch of `step` is of; None where the run has none."""
-        if self.chunks is None:
-            return None
-        return self.chunks.chunk_at(step * self.global_batch_size // self.chunks.samples)
+        return self.timeline.chunk_at(step)
 
     def counts(self, step: int) -> dict[str, int]:
         """Samples of each source in the first `step` steps."""
-        counts = sample_counts(self.mixture, self.chunks, step * self.global_batch_size)
-        return {component.name: count for component, count in zip(self.components, counts, strict=True)}
+        counts = self.timeline.counts(self.mixture, step)
+        before = (0 if component.cursor is None else component.cursor.read for component in self.components)
+        return {component.name: read + count for component, read, count in zip(self.components, before, counts, strict=True)}
+
+    def cursors(self, step: int) -> dict[str, SourceCursor]:
+        """How far each source has been read after `step` steps; chunks that were put off and are still to come count as read."""
+        next_k = self.mixture.next_k(self.timeline.next_number(step))
+        reads = self.counts(step)
+        return {
+            component.name: component.cursor_at(k).model_copy(update={"read": reads[component.name]})
+            for component, k in zip(self.components, next_k, strict=True)
+        }
 
     def _locate(self, step: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        samples = self._samples(step, first, count)
-        return self.mixture.locate(samples if self.chunks is None else self.chunks.renumber(samples))
+        return self.mixture.locate(self.timeline.numbers(self._samples(step, first, count)))
 
     def _samples(self, step: int, first: int, count: int) -> np.ndarray:
         if step < 0 or first < 0 or count < 0 or first + count > self.global_batch_size:
             raise ValueError(f"step {step}: rows {first}..{first + count - 1} of a batch of {self.global_batch_size}")
-        start = step * self.global_batch_size + first
+        start = self.timeline.sample(step) + first
         return np.arange(start, start + count, dtype=np.int64)
 
 
@@ -175,42 +204,78 @@ def open_training(
         mixture = CerebrasOrder(weights, tuple(component.order.num_rows for component in components), data.shuffle_seed)
     return TokenSource(
         data.sequence_length,
-        global_batch_size,
         ids[0] if len(ids) == 1 else merkle_root(ids),
         tuple(components),
         mixture,
-        None if data.chunks is None or steps is None else chunk_order(data, steps, global_batch_size),
+        timeline(data, steps, global_batch_size),
         data.document_attention,
     )
 
 
 def _component(data: DataConfig, source: Source, shards: ShardSet) -> Component:
     """A source's rows in order: the subset of each prepared epoch, in the dataset's chunks, without skipped rows."""
-    epochs, first = [], 0
-    for count in shards.entry.epochs:
-        low, high = (math.floor(Fraction(repr(bound)) * count) for bound in source.subset)
-        if high == low:
-            raise DataError(f"{shards.folder}: subset {list(source.subset)} of source '{source.name}' holds no row of {count}: widen it")
-        epochs.append((first + low, high - low))
-        first += count
-    skipped = []
-    for entry in data.skip:
-        if entry.source == source.name and entry.rows is not None:
-            if entry.rows[1] > shards.num_rows:
-                raise DataError(
-                    f"data.skip: rows {list(entry.rows)} of source '{source.name}' lie beyond its {shards.num_rows:,} rows: correct them"
-                )
-            skipped.append(entry.rows)
+    skipped = skipped_rows(data, source.name)
+    if skipped and skipped[-1][1] > shards.num_rows:
+        raise DataError(
+            f"data.skip: rows {list(skipped[-1])} of source '{source.name}' lie beyond its {shards.num_rows:,} rows: correct them"
+        )
+    order = pass_order(data, source, shards, (source.subset,))
+    if not order.num_rows:
+        raise DataError(f"data.skip: every row of source '{source.name}' is skipped; leave the source out instead")
+    cursor = None if data.continues is None else data.continues.sources.get(source.name)
+    if cursor is None:
+        return Component(source.name, shards, order, source.subset)
+    if cursor.dataset_id != shards.entry.id:
+        raise DataError(
+            f"{shards.folder}: dataset {shards.entry.id[:12]}, and data.continues of source '{source.name}' is of "
+            f"{cursor.dataset_id[:12]}: restore that dataset, or resume the run, which finds out what goes on"
+        )
+    current = order if cursor.subsets == (source.subset,) else pass_order(data, source, shards, cursor.subsets)
+    if cursor.place > current.num_places:
+        raise DataError(f"data.continues: source '{source.name}' has {current.num_places:,} rows a pass, and stood at {cursor.place:,}")
+    return Component(source.name, shards, ResumedOrder(current, order, cursor.turn, cursor.place), source.subset, cursor)
+
+
+def skipped_rows(data: DataConfig, source: str) -> tuple[Range, ...]:
+    """The rows of a source that data.skip names, as sorted ranges [first, stop)."""
+    return merged([entry.rows for entry in data.skip if entry.source == source and entry.rows is not None])
+
+
+def pass_order(data: DataConfig, source: Source, shards: ShardSet, subsets: Sequence[Subset]) -> RowOrder:
+    """A pass over the first of `subsets`, then over what each later one adds; what the source's subset does not hold is stepped over."""
     chunk_rows = None if shards.manifest.chunks is None else shards.manifest.chunks.rows
-    order = RowOrder(data.shuffle_seed, source.name, stretches(epochs, chunk_rows), tuple(sorted(skipped)), data.order == "cerebras")
-    return Component(source.name, shards, without_empty(order))
+    parts: list[Stretch] = []
+    covered: tuple[Range, ...] = ()
+    for subset in subsets:
+        ranges = subset_rows(source.name, shards, subset)
+        for epoch, whole in enumerate(ranges):
+            for first, stop in without([whole], covered):
+                parts += stretches([(first, stop - first)], chunk_rows, epoch)
+        covered = merged([*covered, *ranges])
+    outside = without(covered, subset_rows(source.name, shards, source.subset))
+    return RowOrder(
+        data.shuffle_seed, source.name, tuple(parts), merged([*skipped_rows(data, source.name), *outside]), data.order == "cerebras"
+    )
+
+
+def subset_rows(name: str, shards: ShardSet, subset: Subset) -> list[Range]:
+    """The rows [first, stop) that a subset has of each prepared epoch. Raises DataError where that is none."""
+    ranges, first = [], 0
+    for count in shards.entry.epochs:
+        low, high = (math.floor(Fraction(repr(bound)) * count) for bound in subset)
+        if high == low:
+            raise DataError(f"{shards.folder}: subset {list(subset)} of source '{name}' holds no row of {count}: widen it")
+        ranges.append((first + low, first + high))
+        first += count
+    return ranges
 
 
 def training_source(recipe: Recipe) -> BatchSource:
     """The training rows of a recipe, prepared or synthetic, wherever it is read. Raises DataError."""
     data, batch_size = recipe.data, recipe.batch.global_batch_size
     if data.synthetic_rows is not None:
-        return synthetic_source(recipe.model.vocab_size, data.sequence_length, data.synthetic_rows, batch_size, data.shuffle_seed)
+        start = (0, 0) if data.continues is None else (data.continues.step, data.continues.sample)
+        return synthetic_source(recipe.model.vocab_size, data.sequence_length, data.synthetic_rows, batch_size, data.shuffle_seed, *start)
     return open_training(data, batch_size, vocab_size=recipe.model.vocab_size, steps=recipe.schedule.steps)
 
 

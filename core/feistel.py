@@ -41,6 +41,19 @@ def permute(indices: np.ndarray, size: int, key: bytes) -> np.ndarray:
     return values.astype(np.int64).reshape(indices.shape)
 
 
+def invert(images: np.ndarray, size: int, key: bytes) -> np.ndarray:
+    """The indices, int64, whose images under `permute` are int64 `images` within 0..size-1, in their shape."""
+    bits = max((size - 1).bit_length(), _MIN_BITS)
+    keys = np.frombuffer(key, dtype="<u8")
+    values = _inverse_network(images.astype(np.uint64).reshape(-1), bits, keys)
+    outside = np.flatnonzero(values >= size)
+    while outside.size:
+        walked = _inverse_network(values[outside], bits, keys)
+        values[outside] = walked
+        outside = outside[walked >= size]
+    return values.astype(np.int64).reshape(images.shape)
+
+
 def lookup(indices: np.ndarray, size: int, key: bytes) -> np.ndarray:
     """As `permute`, through the cache of whole blocks: for indices that lie close together."""
     blocks = indices // BLOCK
@@ -64,10 +77,25 @@ def _network(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
     left_bits, right_bits = bits // 2, bits - bits // 2
     left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
     for key in keys:
-        mixed = (right ^ key) * _MULTIPLIERS[0]
-        mixed ^= mixed >> np.uint64(32)
-        mixed *= _MULTIPLIERS[1]
-        mixed >>= np.uint64(64 - left_bits)  # the product's high bits are its best
-        left, right = right, left ^ mixed
+        left, right = right, left ^ _mixed(right, key, left_bits)
         left_bits, right_bits = right_bits, left_bits
     return (left << np.uint64(right_bits)) | right
+
+
+def _inverse_network(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
+    """The rounds of `_network` undone, the last one first."""
+    left_bits, right_bits = bits // 2, bits - bits // 2  # an even number of rounds: as at the start
+    left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
+    for key in keys[::-1]:
+        left_bits, right_bits = right_bits, left_bits
+        left, right = right ^ _mixed(left, key, left_bits), left
+    return (left << np.uint64(right_bits)) | right
+
+
+def _mixed(half: np.ndarray, key: np.uint64, bits: int) -> np.ndarray:
+    """The round function: `bits` bits of uint64 `half` hashed with the round's key."""
+    mixed = (half ^ key) * _MULTIPLIERS[0]
+    mixed ^= mixed >> np.uint64(32)
+    mixed *= _MULTIPLIERS[1]
+    mixed >>= np.uint64(64 - bits)  # the product's high bits are its best
+    return mixed

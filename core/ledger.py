@@ -23,7 +23,7 @@ from weftrain.core.config import DataConfig, Recipe
 from weftrain.core.errors import RunFolderError
 from weftrain.core.ledger_lines import check_line
 from weftrain.core.metrics import digest
-from weftrain.core.order import chunk_order
+from weftrain.core.order import chunk_order, recipe_timeline
 from weftrain.core.plain_file import plain_lines, read_plain
 from weftrain.core.recipe_file import recorded_recipe
 
@@ -41,9 +41,10 @@ class Span:
     first_step: int
     stop_step: int
 
-    def samples(self, global_batch_size: int) -> list[int]:
-        """[first, stop) sample numbers of the run."""
-        return [self.first_step * global_batch_size, self.stop_step * global_batch_size]
+    def samples(self, recipe: Recipe) -> list[int]:
+        """[first, stop) sample numbers of the run; the first that `recipe` reads where it took over within the chunk."""
+        times = recipe_timeline(recipe)
+        return [times.sample(max(self.first_step, times.first_step)), times.sample(self.stop_step)]
 
 
 def span_of(recipe: Recipe, step: int) -> Span | None:
@@ -118,7 +119,7 @@ class Ledger:
         """Say that the chunk which begins at `step` begins from the checkpoint `parent`; nothing where none begins there."""
         span = span_of(recipe, step)
         if span is not None and span.first_step == step:
-            where = {"chunk": span.chunk, "place": span.place, "samples": span.samples(recipe.batch.global_batch_size)}
+            where = {"chunk": span.chunk, "place": span.place, "samples": span.samples(recipe)}
             self.add("chunk_begin", step=step, dataset_id=dataset_id, parent=parent, **where)
 
     def checkpoint(
@@ -137,7 +138,9 @@ class Ledger:
         self.add("checkpoint", step=step, root=root, parent=parent, metrics_after=metrics_after, metrics_sha256=metrics_sha256, **entered)
         span = span_of(recipe, step - 1) if step else None
         if span is not None and span.stop_step == step:
-            where = {"chunk": span.chunk, "place": span.place, "samples": span.samples(recipe.batch.global_batch_size)}
+            first, stop = span.samples(recipe)
+            begun = [entry for entry in self._entries if entry["kind"] == "chunk_begin" and entry["step"] == span.first_step]
+            where = {"chunk": span.chunk, "place": span.place, "samples": [begun[-1]["samples"][0] if begun else first, stop]}
             self.add("chunk_end", step=step, dataset_id=dataset_id, root=root, **where)
 
     def adopt(self, manifest: Mapping[str, Any], records: Iterable[Mapping[str, Any]], how: Literal["resume", "repair"] = "resume") -> None:
@@ -227,8 +230,8 @@ class Lineage:
         """
         stretch = self.stretch_at(step)
         recipe = recorded_recipe(dict(stretch.recipe), f"{LEDGER}:{stretch.entry + 1}").recipe
-        batch = recipe.batch.global_batch_size
-        return stretch, [step * batch, (step + 1) * batch], span_of(recipe, step)
+        times = recipe_timeline(recipe)
+        return stretch, [times.sample(step), times.sample(step + 1)], span_of(recipe, step)
 
     def tokens_read(self, step: int) -> int:
         """Positions read in the first `step` steps: each step by its own stretch's recipe, what lies before the first stretch by that one.

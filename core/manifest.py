@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
-from weftrain.core.config import Count, Sha256
+from weftrain.core.config import Count, Sha256, SourceCursor
 from weftrain.core.tensor_file import open_regular
 
 FORMAT = "weftrain-checkpoint"
@@ -58,6 +58,7 @@ class _Manifest(_Entry):
     dataset_id: str
     fingerprint: dict[str, Any]
     kernels: dict[str, Any]
+    sources: dict[str, SourceCursor] | None = None  # how far each had been read; versions that read skipped rows in another order had none
     files: dict[FileName, _FileEntry]
     tensors: dict[str, _TensorEntry]
     root: Sha256

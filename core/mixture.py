@@ -32,6 +32,9 @@ class SampleOrder(Protocol):
     def counts(self, samples: int) -> list[int]:
         """How many of the first `samples` are of each source."""
 
+    def next_k(self, samples: int) -> list[int]:
+        """The k of each source's next sample after the first `samples`."""
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -61,6 +64,10 @@ class Mixture:
         block, rest = divmod(samples, self.block)
         within = np.bincount(_mixture_table(self, block)[0][:rest], minlength=len(self.shares))
         return [quota + int(more) for quota, more in zip(largest_remainder(self.shares, block * self.block), within, strict=True)]
+
+    def next_k(self, samples: int) -> list[int]:
+        """See SampleOrder."""
+        return self.counts(samples)
 
 
 def largest_remainder(shares: tuple[int, ...], total: int) -> list[int]:
@@ -143,6 +150,11 @@ class CerebrasOrder:
         epochs, rest = divmod(samples, len(component))
         whole = np.bincount(component, minlength=len(self.rows))
         return [int(count) for count in epochs * whole + np.bincount(component[:rest], minlength=len(self.rows))]
+
+    def next_k(self, samples: int) -> list[int]:
+        """See SampleOrder. k begins at 0 again in each epoch."""
+        component, _ = _cerebras_table(self)
+        return [int(count) for count in np.bincount(component[: samples % len(component)], minlength=len(self.rows))]
 
 
 @lru_cache(maxsize=2)

@@ -104,7 +104,6 @@ def links_of(line: Lineage, recipe: Recipe) -> list[tuple[Link, Point]]:
 
     Raises ReleaseError where a chunk's checkpoint is not there.
     """
-    batch = recipe.batch.global_batch_size
     points: list[Point | None] = [None] if _starts_itself(line) else []
     chunk_steps, order = None, None
     if recipe.data.chunks is not None:
@@ -127,7 +126,7 @@ def links_of(line: Lineage, recipe: Recipe) -> list[tuple[Link, Point]]:
             chunk=chunk,
             first_step=first,
             stop_step=after.step,
-            samples=(first * batch, after.step * batch),
+            samples=(line.origin(first)[1][0], line.origin(after.step - 1)[1][1]),
             start=None if before is None else before.root,
             end=after.root,
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 from weftrain.core import checkpoint
 from weftrain.core.backend import BatchSource, Plan, Run, State
 from weftrain.core.config import Recipe
+from weftrain.core.continuation import check_recorded_order
 from weftrain.core.errors import ReleaseError
 from weftrain.core.ledger import LEDGER, Lineage
 from weftrain.core.manifest import folder_name
@@ -94,6 +95,7 @@ def replay_link(
     start: State | None = None
     if link.start is not None:
         start, _ = checkpoint.load(folder / "checkpoints" / folder_name(link.first_step), verified=True)
+    check_recorded_order(manifest)
     recipe = recorded_recipe(manifest["recipe"], str(folder / folder_name(link.stop_step))).recipe
     if start is None:
         weights = {f"weights/{spec.name}": draw(spec, recipe.model, recipe.seed) for spec in parameter_specs(recipe.model)}

@@ -3,10 +3,10 @@
 Between the two stand `Backend.prepare` and `Run.import_state`, which can refuse as well. Only `commit` changes the run's folder, just
 before training begins, so a start that is refused leaves the folder as it was.
 
-    start = decide(folder, recipe, source.dataset_id, backend, options, runs, allow=.., say=..)   # raises; writes nothing
-    run = prepare_run(backend, Job(.., start.plan, weights=start.weights, stretch=start.stretch, kept=start.kept))
+    start = decide(folder, recipe, source, backend, options, runs, allow=.., say=..)   # raises; writes nothing
+    run = prepare_run(backend, Job(start.resolved, start.plan, weights=start.weights, stretch=start.stretch, kept=start.kept))
     if start.state is not None: run.import_state(start.state)
-    ledger = commit(start, folder, recipe, source.dataset_id, environment)                        # then train from start.first_step
+    ledger = commit(start, environment)                                                # then train from start.first_step
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from torch import Tensor
 
 from weftrain.core import checkpoint
 from weftrain.core.adoption import Standing, check_from_scratch, standing
-from weftrain.core.backend import Backend, Kept, KeptUse, Plan, State
-from weftrain.core.canonical import sha256_json
+from weftrain.core.backend import Backend, BatchSource, Kept, KeptUse, Plan, State
+from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.config import Recipe, Section
-from weftrain.core.errors import CheckpointError
+from weftrain.core.continuation import check_amounts, data_of_start
+from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.fit_of_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
 from weftrain.core.kept import Measured, Unfinished, is_unfinished, judge
 from weftrain.core.ledger import LEDGER, TORN, Ledger, lineage, read_ledger, tokens_before, torn_bytes
 from weftrain.core.metrics import METRICS, damaged_lines, effective_records, repair
 from weftrain.core.metrics import TORN as METRICS_TORN
 from weftrain.core.rollback import finish_rollback
-from weftrain.core.run_folder import ABSENT, RecipeCheck, RunFolder, blamed
+from weftrain.core.run_folder import ABSENT, RecipeCheck, RunFolder, blamed, follows
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Start:
     kept: KeptUse  # what becomes of the state that the backend itself keeps
     unfinished: Unfinished | None  # the last step of such a state, where the record lacks what the plan wants of it
     measured: Measured | None  # what was recorded since the checkpoint before it, where the run goes on from such a state
+    folder: RunFolder  # with the recipe that this start resolves to
+    resolved: Recipe  # the recipe asked for, with `data.continues` where its data goes on from other data
+    source: BatchSource  # the rows of that recipe
 
     @property
     def first_step(self) -> int:
@@ -77,7 +81,7 @@ class Start:
 def decide(
     folder: RunFolder,
     recipe: Recipe,
-    dataset_id: str,
+    source: BatchSource,
     backend: Backend,
     options: Section,
     runs: Path,
@@ -100,20 +104,16 @@ def decide(
     own = standing(folder.path, entries, repair_ledger, say)
     found = starting_state(recipe, own.newest, runs, lambda line: say(f"warning: {line}"))
     first = 0 if found is None else found.state.step
-    if found is not None:
-        found.check_data(recipe, dataset_id, allow)
     kept = backend.kept_state(recipe, options, folder.path)
     verdict = judge(kept, entries, first, backend.name)
     if verdict.said:
         say(verdict.said)
     manifest = None if found is None else found.manifest
-    checked = folder.check_recipe(allow, None if manifest is None else manifest["recipe"])
-    position = 0 if manifest is None else manifest["position"]
+    checked = _check_changes(folder, found, source.dataset_id, allow)
     unfinished = measured = None
     if goes_on := kept if verdict.use == "continue" else None:
-        _check_kept_data(goes_on, dataset_id, allow)
+        _check_kept_data(goes_on, source.dataset_id, allow)
         since = 0 if manifest is None else first  # step of the run's own newest checkpoint
-        position += (goes_on.step - since) * recipe.batch.global_batch_size
         first = goes_on.step
         made_by = Recipe.from_record(checked.stored) if checked.changes else recipe
         unfinished, measured = _recorded(folder, goes_on, made_by, since, entries, heldout)
@@ -122,8 +122,15 @@ def decide(
     weights = None if found is None else found.weights()
     if unfinished is not None:
         say(f"the process before ended while step {first} was being recorded: what the plan wants of it is made up for")
+    foreign = None if found is None else found.foreign
+    continued = data_of_start(folder.path, recipe, source, first, manifest, foreign, None if goes_on is None else goes_on.dataset_id)
+    folder = replace(folder, recipe=parse_json(canonical_json(continued.recipe.model_dump(mode="json"))))
+    checked = folder.check_recipe(allow, None if manifest is None else manifest["recipe"])
     for key, old, new in checked.changes:
-        say(f"recipe changed at step {first}: {key}: {old} -> {new}")
+        if not follows(key):
+            say(f"recipe changed at step {first}: {key}: {old} -> {new}")
+    for line in (*continued.notes, *check_amounts(continued.recipe, continued.source)):
+        say(line)
     stretch = secrets.token_hex(16)
     return Start(
         plan=plan_of(recipe, first),
@@ -132,7 +139,7 @@ def decide(
         parent=_parent(found, entries, goes_on is not None),
         manifest=manifest,
         tokens=tokens_before(first, manifest, lineage(entries)),
-        position=position,
+        position=continued.position(first),
         recipe=checked,
         own=own,
         decided={
@@ -147,7 +154,26 @@ def decide(
         kept=verdict.use,
         unfinished=unfinished,
         measured=measured,
+        folder=folder,
+        resolved=continued.recipe,
+        source=continued.source,
     )
+
+
+def _check_changes(folder: RunFolder, found: Found | None, dataset_id: str, allow: Set[str]) -> RecipeCheck:
+    """Refuse a recipe or a dataset that has changed without being allowed to, both at once. Raises RunFolderError, CheckpointError."""
+    manifest = None if found is None else found.manifest
+    other = manifest is not None and manifest["dataset_id"] != dataset_id and "data" not in allow
+    try:
+        checked = folder.check_recipe(allow, None if manifest is None else manifest["recipe"])
+    except RunFolderError as error:
+        raise RunFolderError(f"{error}{' --allow data' if other else ''}") from None
+    if manifest is not None and other:
+        raise CheckpointError(
+            f"step {manifest['step']}: was trained on dataset {manifest['dataset_id'][:12]}, the recipe's is {dataset_id[:12]}: "
+            "restore the dataset, or continue on the other one with --allow data"
+        )
+    return checked
 
 
 def plan_of(recipe: Recipe, first_step: int) -> Plan:
@@ -205,10 +231,11 @@ def _tell_repairs(run: Path, say: Callable[[str], None]) -> None:
         say(f"warning: {run / METRICS}:{number}: not a metrics line: it is moved to {METRICS_TORN}")
 
 
-def settle(start: Start, folder: RunFolder) -> Ledger:
+def settle(start: Start) -> Ledger:
     """Finish what a crash left half done: torn lines, a rollback's moves, checkpoints not yet entered. All there is to do for a
     complete run; `commit` begins with it. Nothing is written where nothing is left. Raises RunFolderError.
     """
+    folder = start.folder
     ledger = Ledger(folder.path)
     finish_rollback(folder.path, ledger)
     with blamed(folder.path):
@@ -218,19 +245,19 @@ def settle(start: Start, folder: RunFolder) -> Ledger:
     return ledger
 
 
-def commit(start: Start, folder: RunFolder, recipe: Recipe, dataset_id: str, environment: dict[str, Any]) -> Ledger:
+def commit(start: Start, environment: dict[str, Any]) -> Ledger:
     """Record the start in the run's folder and ledger, which is returned, open. To be called once training is about to begin.
 
     environment: the run's fingerprint, JSON values. Raises RunFolderError.
     """
-    ledger = settle(start, folder)
-    resolved = recipe.model_dump(mode="json")
+    ledger, folder = settle(start), start.folder
+    resolved = folder.recipe
     if start.recipe.changes and ledger.entries:
         listed = [[key, *(None if value is ABSENT else value for value in values)] for key, *values in start.recipe.changes]
         ledger.add("recipe", step=start.first_step, changes=listed, recipe=resolved, recipe_sha256=sha256_json(resolved))
     folder.record_recipe(start.recipe, start.first_step)  # after the ledger's line: a crash in between asks for the change again
     folder.write_environment(environment)
-    ledger.open_run(start.first_step, resolved, dataset_id, environment, start.parent, **start.decided)
+    ledger.open_run(start.first_step, resolved, start.source.dataset_id, environment, start.parent, **start.decided)
     return ledger
 
 
@@ -270,25 +297,6 @@ class Found:
     def weights(self) -> Mapping[str, Tensor] | None:
         """Canonical name -> weight where that is all there is to start from; None where the whole state is imported."""
         return None if self.has_optimizer else checkpoint.Weights(self.state.tensors)
-
-    def check_data(self, recipe: Recipe, dataset_id: str, allow: Set[str]) -> None:
-        """Refuse to resume on other data or another batch size: the position counts samples of one order.
-
-        Raises CheckpointError. Other data passes where `data` is among the allowed keys.
-        """
-        if self.manifest is None:
-            return
-        if self.manifest["dataset_id"] != dataset_id and "data" not in allow:
-            raise CheckpointError(
-                f"step {self.state.step}: was trained on dataset {self.manifest['dataset_id'][:12]}, the recipe's is {dataset_id[:12]}: "
-                "restore the dataset, or continue on the other one with --allow data"
-            )
-        position = self.state.step * recipe.batch.global_batch_size
-        if self.manifest["position"] != position:
-            raise CheckpointError(
-                f"step {self.state.step}: sample {self.manifest['position']} comes next, and batch.global_batch_size="
-                f"{recipe.batch.global_batch_size} would go on at sample {position}: resume with the batch size of the run"
-            )
 
 
 def starting_state(recipe: Recipe, newest: Path | None, runs: Path, report: Callable[[str], None]) -> Found | None:

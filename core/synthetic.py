@@ -11,14 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from weftrain.core.backend import Batch
+from weftrain.core.config import SourceCursor
 
 
 @dataclass(frozen=True)
 class SyntheticSource:
-    """Implements BatchSource over `ids`, int64 [rows, sequence_length + 1], read in order and again."""
+    """Implements BatchSource over `ids`, int64 [rows, sequence_length + 1], read in order and again.
+
+    first_sample: of step `first_step`, where a run went on with another batch size.
+    """
 
     ids: np.ndarray
     global_batch_size: int
+    first_step: int = 0
+    first_sample: int = 0
 
     @property
     def sequence_length(self) -> int:
@@ -29,15 +35,24 @@ class SyntheticSource:
         return "synthetic-" + hashlib.sha256(self.ids.tobytes()).hexdigest()
 
     def rows(self, step: int, first: int, count: int) -> Batch:
-        start = step * self.global_batch_size + first
+        start = self._sample(step) + first
         return Batch(self.ids[np.arange(start, start + count) % len(self.ids)])
 
     def sample_names(self, step: int, first: int, count: int) -> list[str]:
-        start = step * self.global_batch_size + first
+        start = self._sample(step) + first
         return [f"synthetic:{index % len(self.ids)}" for index in range(start, start + count)]
 
+    def cursors(self, step: int) -> dict[str, SourceCursor]:
+        """None: rows that follow from the seed need no record of how far they were read beside the position."""
+        return {}
 
-def synthetic_source(vocab_size: int, sequence_length: int, rows: int, global_batch_size: int, seed: int) -> SyntheticSource:
-    """Random rows, a function of the arguments alone."""
+    def _sample(self, step: int) -> int:
+        return self.first_sample + (step - self.first_step) * self.global_batch_size
+
+
+def synthetic_source(
+    vocab_size: int, sequence_length: int, rows: int, global_batch_size: int, seed: int, first_step: int = 0, first_sample: int = 0
+) -> SyntheticSource:
+    """Random rows, a function of the arguments alone. first_step, first_sample: see SyntheticSource."""
     ids = np.random.default_rng(seed).integers(0, vocab_size, (rows, sequence_length + 1), dtype=np.int64)
-    return SyntheticSource(ids, global_batch_size)
+    return SyntheticSource(ids, global_batch_size, first_step, first_sample)

@@ -22,6 +22,7 @@ from weftrain.core.kept import Measured, Unfinished, skip_is_entered
 from weftrain.core.ledger import Ledger, lineage
 from weftrain.core.manifest import folder_name
 from weftrain.core.metrics import Digest, MetricsWriter
+from weftrain.core.order import recipe_timeline
 from weftrain.core.skips import SkipLimits
 from weftrain.core.speed import Speed
 
@@ -82,7 +83,7 @@ def fit(
             saves.measured.add({"kind": "step", **log})
             tokens, duration_ms = 0, 0.0
         if result.skipped and not (again and skip_is_entered(ledger.entries, completed)):
-            first = result.step * made_by.batch.global_batch_size
+            first = recipe_timeline(made_by).sample(result.step)
             ledger.add("skip", step=completed, samples=[first, first + made_by.batch.global_batch_size])
         evaluations = tuple(_evaluate(run, held, completed) for held in heldout) if due.wants_evaluation(completed) else ()
         for evaluation in evaluations:
@@ -183,7 +184,8 @@ class _Saves:
             dataset_id=dataset_id,
             fingerprint=fingerprint.as_json(),
             tokens=self.tokens_read,
-            position=state.step * recipe.batch.global_batch_size,
+            position=recipe_timeline(recipe).sample(state.step),
+            sources={name: cursor.model_dump(mode="json") for name, cursor in self._source.cursors(state.step).items()},
             parent=self._parent,
             kernels=dict(fingerprint.kernels),
         )
