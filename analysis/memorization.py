@@ -27,13 +27,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from weftrain.analysis.generation import Generator
 from weftrain.core import feistel, fsops
-from weftrain.core.backend import BatchSource, EvaluationSource
+from weftrain.core.backend import EvaluationSource
 from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.config import Count, PositiveInt, Section
 from weftrain.core.data import TokenSource
 from weftrain.core.errors import DataError
 from weftrain.core.manifest import folder_name
 from weftrain.core.plain_file import open_plain, read_plain
+from weftrain.core.run_source import RunSource
 
 FORMAT = "weftrain-memorization"
 BATCH_SIZE = 128  # rows decoded together; it touches a logit's last bits, so it is not the user's to change
@@ -64,7 +65,7 @@ class Parameters(Section):
 class Result(Section):
     """The file of one (checkpoint, chunk). matches[i], in 0..l: how many tokens of row `sample_numbers[i]`'s continuation are right.
 
-    sample_numbers: of the run's order for a training chunk (step x global_batch_size + row), else the row's number in its set or file.
+    sample_numbers: of the run's order for a training chunk (core/run_source.py), else the row's number in its set or file.
     rows_sha256: of the rows' first k + l ids, little-endian int64. repeated: rows that the run had read in an earlier epoch.
     """
 
@@ -168,32 +169,31 @@ def relation(step: int, kind: Kind, first_step: int | None, stop_step: int | Non
 # Chunks
 
 
-def training_chunks(source: BatchSource, steps: int, checkpoint_steps: Sequence[int]) -> list[Chunk]:
+def training_chunks(run: RunSource, steps: int, checkpoint_steps: Sequence[int]) -> list[Chunk]:
     """The run's chunks in the order it reads them: the recipe's, where it has some, else the spans between consecutive checkpoints.
 
     steps: of the whole run; what lies beyond the last checkpoint is a chunk that no checkpoint saw. checkpoint_steps: all of the run's.
     """
-    chunks = source.chunks if isinstance(source, TokenSource) else None
+    chunks = run.chunks
     if chunks is None:
         ends = sorted({0, *(step for step in checkpoint_steps if step <= steps), steps})
-        return [_training_chunk(source, f"steps_{first:08d}_{stop:08d}", first, stop) for first, stop in itertools.pairwise(ends)]
+        return [_training_chunk(run, f"steps_{first:08d}_{stop:08d}", first, stop) for first, stop in itertools.pairwise(ends)]
     each = steps // chunks.count
-    return [_training_chunk(source, f"chunk_{chunks.chunk_at(p):05d}", p * each, (p + 1) * each) for p in range(chunks.count)]
+    return [_training_chunk(run, f"chunk_{chunks.chunk_at(p):05d}", p * each, (p + 1) * each) for p in range(chunks.count)]
 
 
-def _training_chunk(source: BatchSource, name: str, first_step: int, stop_step: int) -> Chunk:
-    size = source.global_batch_size
+def _training_chunk(run: RunSource, name: str, first_step: int, stop_step: int) -> Chunk:
+    first = run.sample(first_step)
 
     def read(rows: np.ndarray) -> np.ndarray:
-        return np.concatenate([source.rows(first_step + row // size, row % size, 1).ids for row in rows.tolist()])
+        return np.concatenate([run.at(step).rows(step, row, 1).ids for step, row in map(run.step_of, (first + rows).tolist())])
 
     def repeated(rows: np.ndarray) -> int:
-        if not isinstance(source, TokenSource):
-            return 0
-        return sum(source.locate(first_step + row // size, row % size).epoch > 0 for row in rows.tolist())
+        places = ((run.at(step), step, row) for step, row in map(run.step_of, (first + rows).tolist()))
+        return sum(source.locate(step, row).epoch > 0 for source, step, row in places if isinstance(source, TokenSource))
 
-    count = (stop_step - first_step) * size
-    return Chunk(name, "training", source.dataset_id, count, read, first_step * size, first_step, stop_step, repeated)
+    count = run.sample(stop_step) - first
+    return Chunk(name, "training", run.at(first_step).dataset_id, count, read, first, first_step, stop_step, repeated)
 
 
 def heldout_chunk(held: EvaluationSource) -> Chunk:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,10 +131,12 @@ def saved(entries: Sequence[Entry], run: Path) -> list[Saved]:
     }
     steps = {entry["root"]: entry["step"] for entry in entries if entry["kind"] == "checkpoint"}
     ends = {entry["root"]: entry for entry in entries if entry["kind"] == "chunk_end"}
-    batch, begins, found = None, list[Entry](), []
+    begins, found = list[Entry](), []
+    numbered: Callable[[int], int] | None = None
+    stops: dict[str, int] = {}  # root -> number of the sample that comes next
     for entry, left in zip(entries, left_flags(entries), strict=True):
         if entry["kind"] in ("start", "recipe"):
-            batch = _batch(entry["recipe"])
+            numbered = _numbered(entry["recipe"])
         elif entry["kind"] == "chunk_begin":
             begins.append(entry)
         elif entry["kind"] in ("resume", "rollback"):
@@ -148,7 +150,10 @@ def saved(entries: Sequence[Entry], run: Path) -> list[Saved]:
             chunk = "" if source is None else str(source["chunk"]) + ("" if end else ", in part")
             branch, reason = abandoned.get(root, (None, None))
             why = None if not left else "made again after a restart" if branch is None else f"left on branch {branch}: {reason}"
-            samples = None if batch is None else (first * batch, step * batch)
+            samples = None
+            if numbered is not None:
+                stops[root] = numbered(step)
+                samples = (stops.get(parent or "", min(numbered(first), stops[root])), stops[root])
             place = _place(run, step, branch if left else None)
             found.append(Saved(step, first, samples, chunk, root, parent, entry["metrics_sha256"], place, why))
     return found
@@ -160,9 +165,14 @@ def _place(run: Path, step: int, branch: int | None) -> str | None:
     return name if (run / name).is_dir() else None
 
 
-def _batch(recipe: Any) -> int | None:
-    batch = recipe.get("batch") if isinstance(recipe, Mapping) else None
-    return whole(batch.get("global_batch_size")) if isinstance(batch, Mapping) else None
+def _numbered(recipe: Any) -> Callable[[int], int] | None:
+    """Step -> the number in the run of its first sample, from the step on at which the recipe took over; None where it does not tell."""
+    try:
+        batch, begun = recipe["batch"]["global_batch_size"], recipe["data"].get("continues") or {"step": 0, "sample": 0}
+        step, sample = begun["step"], begun["sample"]
+        return lambda asked: max(0, int(sample) + (asked - int(step)) * int(batch))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
 
 
 def begun(entries: Sequence[Entry], measured: Sequence[int]) -> list[Begun]:

@@ -129,17 +129,19 @@ def where(recipe: str, overrides: tuple[str, ...], step: int, row: int) -> None:
 
     RECIPE: a built-in name, the path of a .yaml file, or a run's folder.
     """
-    from weftrain.core.data import TokenSource, training_source
+    from weftrain.core.data import TokenSource
     from weftrain.core.dataset import read_manifest
+    from weftrain.core.ledger import LEDGER, lineage, read_ledger
     from weftrain.core.recipe_file import load_recipe
+    from weftrain.core.run_source import run_source
 
     run = Path(recipe) / "recipe.yaml"
     chosen = load_recipe(str(run) if run.is_file() else recipe, overrides).recipe
-    source = training_source(chosen)
+    source = run_source(chosen, lineage(read_ledger(run.with_name(LEDGER))) if run.is_file() else None).at(step)
     if not isinstance(source, TokenSource):
         raise DataError(f"{recipe}: reads synthetic rows, which come from nowhere")
-    if row >= chosen.batch.global_batch_size:
-        raise click.BadParameter(f"a batch has rows 0..{chosen.batch.global_batch_size - 1}", param_hint="--row")
+    if row >= source.global_batch_size:
+        raise click.BadParameter(f"a batch has rows 0..{source.global_batch_size - 1}", param_hint="--row")
     found = source.locate(step, row)
     component = next(component for component in source.components if component.name == found.source)
     console = _console()

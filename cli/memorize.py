@@ -65,11 +65,12 @@ def memorize(
     newest, manifest = all_of_run[max(all_of_run)]
     recipe = recipe_of_checkpoint(newest, manifest, overrides).recipe
     _check_lengths(recipe, parameters, from_rows=sample is None)
-    chunks = _chunks(recipe, list(all_of_run)) if sample is None else [sample_chunk(sample, parameters)]
+    whole = run if own is None else run.absolute().parent.parent
+    chunks = _chunks(whole, recipe, list(all_of_run)) if sample is None else [sample_chunk(sample, parameters)]
     snapshots = [
         Snapshot(step, all_of_run[step][1]["root"], partial(_load, all_of_run[step][0], recipe.model, device)) for step in sorted(wanted)
     ]
-    folder = to or (run if own is None else run.absolute().parent.parent) / "analyses" / "memorization"
+    folder = to or whole / "analyses" / "memorization"
     with Bar(console, "memorize", len(snapshots) * len(chunks)) as bar:
         results = measure(folder, snapshots, chunks, parameters, bar.say, lambda done, total, note: bar.update(done, note, None, total))
     console.print("\n".join(_table(results, parameters)), markup=False)
@@ -135,11 +136,13 @@ def _check_lengths(recipe: Recipe, parameters: Parameters, from_rows: bool) -> N
         raise DataError(f"--k and --l: {need} tokens, a row of training has {recipe.data.sequence_length + 1}: take fewer")
 
 
-def _chunks(recipe: Recipe, checkpoint_steps: list[int]) -> list[Chunk]:
+def _chunks(run: Path, recipe: Recipe, checkpoint_steps: list[int]) -> list[Chunk]:
     from weftrain.analysis.memorization import heldout_chunk, training_chunks
-    from weftrain.core.data import open_heldout, training_source
+    from weftrain.core.data import open_heldout
+    from weftrain.core.ledger import LEDGER, lineage, read_ledger
+    from weftrain.core.run_source import run_source
 
-    chunks = training_chunks(training_source(recipe), recipe.schedule.steps, checkpoint_steps)
+    chunks = training_chunks(run_source(recipe, lineage(read_ledger(run / LEDGER))), recipe.schedule.steps, checkpoint_steps)
     return chunks + [heldout_chunk(held) for held in open_heldout(recipe.data, recipe.model.vocab_size, 2**40)]
 
 

@@ -277,8 +277,9 @@ def chunk_order(data: DataConfig, steps: int, global_batch_size: int) -> ChunkOr
     assert data.chunks is not None
     begun = Continuation(step=0, sample=0) if data.continues is None else data.continues
     actions = {entry.chunk: entry.action for entry in data.skip if entry.chunk is not None}
-    kept = [chunk for chunk in range(data.chunks) if chunk not in actions and chunk not in begun.chunks]
-    deferred = [chunk for chunk in range(data.chunks) if actions.get(chunk) == "defer" and chunk not in begun.chunks]
+    left = sorted(set(range(data.chunks)) - set(begun.chunks))
+    kept = [chunk for chunk in left if chunk not in actions]
+    deferred = [chunk for chunk in left if actions.get(chunk) == "defer"]
     samples = steps // data.chunks * global_batch_size
     return ChunkOrder(
         data.chunks,

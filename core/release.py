@@ -39,7 +39,7 @@ from weftrain.core.ledger import LEDGER, Lineage, Point, lineage, read_ledger
 from weftrain.core.manifest import folder_name
 from weftrain.core.metrics import METRICS
 from weftrain.core.names import checked_path
-from weftrain.core.order import chunk_order
+from weftrain.core.order import Timeline, chunk_order, recipe_timeline
 from weftrain.core.plain_file import read_plain
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run_folder import ENVIRONMENT, READABLE_RECIPE, RECIPE
@@ -108,12 +108,20 @@ def links_of(line: Lineage, recipe: Recipe) -> list[tuple[Link, Point]]:
     chunk_steps, order = None, None
     if recipe.data.chunks is not None:
         chunk_steps = recipe.schedule.steps // recipe.data.chunks
-        order = chunk_order(recipe.data, recipe.schedule.steps, batch)
+        order = chunk_order(recipe.data, recipe.schedule.steps, recipe.batch.global_batch_size)
     for point in line.checkpoints:
         if point.step and (chunk_steps is None or point.step % chunk_steps == 0):
             points.append(point)
         elif point.step == 0:
             points = [point]
+    timelines: dict[int, Timeline] = {}
+
+    def timeline_at(step: int) -> Timeline:
+        stretch = line.stretch_at(step)
+        if stretch.entry not in timelines:
+            timelines[stretch.entry] = recipe_timeline(Recipe.from_record(stretch.recipe))
+        return timelines[stretch.entry]
+
     links = []
     for number, (before, after) in enumerate(pairwise(points), 1):
         assert after is not None
@@ -126,7 +134,7 @@ def links_of(line: Lineage, recipe: Recipe) -> list[tuple[Link, Point]]:
             chunk=chunk,
             first_step=first,
             stop_step=after.step,
-            samples=(line.origin(first)[1][0], line.origin(after.step - 1)[1][1]),
+            samples=(timeline_at(first).sample(first), timeline_at(after.step - 1).sample(after.step)),
             start=None if before is None else before.root,
             end=after.root,
         )

@@ -23,8 +23,9 @@ from weftrain.core.config import ModelConfig, Recipe
 from weftrain.core.data import TokenSource
 from weftrain.core.errors import DataError
 from weftrain.core.model import draw as initial_value
-from weftrain.core.order import ChunkOrder
+from weftrain.core.order import ChunkOrder, Timeline
 from weftrain.core.parameters import parameter_specs
+from weftrain.core.run_source import whole_run
 from weftrain.core.synthetic import synthetic_source
 
 K, L = 6, 8
@@ -138,7 +139,7 @@ def test_the_sample_is_a_function_of_seed_chunk_and_dataset() -> None:
 
 def test_chunks_are_the_spans_between_checkpoints_where_the_recipe_has_none() -> None:
     source = synthetic_source(97, 16, 40, 4, 0)
-    chunks = memorization.training_chunks(source, 10, [4, 6, 0])
+    chunks = memorization.training_chunks(whole_run(source, Timeline(4)), 10, [4, 6, 0])
     assert [(c.name, c.first_step, c.stop_step, c.num_rows, c.number) for c in chunks] == [
         ("steps_00000000_00000004", 0, 4, 16, 0),
         ("steps_00000004_00000006", 4, 6, 8, 16),
@@ -151,8 +152,8 @@ def test_chunks_are_the_spans_between_checkpoints_where_the_recipe_has_none() ->
 
 def test_chunks_of_the_recipe_stand_where_its_order_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three chunks of two steps, chunk 0 deferred to the end."""
-    source = TokenSource(16, 4, "d" * 64, (), None, ChunkOrder(3, 8, (1, 2, 0)))  # type: ignore[arg-type]
-    chunks = memorization.training_chunks(source, 6, [3])
+    source = TokenSource(16, "d" * 64, (), None, Timeline(4, chunks=ChunkOrder(3, 8, (1, 2, 0))))  # type: ignore[arg-type]
+    chunks = memorization.training_chunks(whole_run(source, source.timeline), 6, [3])
     found = [(c.name, c.first_step, c.stop_step) for c in chunks]
     assert found == [("chunk_00001", 0, 2), ("chunk_00002", 2, 4), ("chunk_00000", 4, 6)]
     assert [source.chunk_of(c.first_step or 0) for c in chunks] == [1, 2, 0]
