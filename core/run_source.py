@@ -79,7 +79,7 @@ def run_source(recipe: Recipe, line: Lineage | None) -> RunSource:
     for stretch in () if line is None else line.stretches:
         if stretch.first_step >= first:
             break
-        read = Recipe.model_validate(stretch.recipe)
+        read = Recipe.from_record(stretch.recipe)
         read = read.model_copy(update={"data": read.data.model_copy(update={"root": recipe.data.root})})
         if not found or _reads(found[-1][1]) != _reads(read):
             found.append((stretch.first_step, read))
