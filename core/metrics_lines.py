@@ -119,6 +119,8 @@ def _survey(path: Path) -> tuple[_Cuts, dict[tuple[Any, ...], int], int]:
             again[key] = number
         else:
             reached[series] = key[1]
+            if key in again:
+                again[key] = number
         if len(again) > _MAX_REMEMBERED or len(reached) > _MAX_SERIES:
             raise UnreadableFileError(f"measures more than {_MAX_REMEMBERED:,} steps twice, or {_MAX_SERIES:,} sets: it is no run's", path)
     if len(resumes) > _MAX_REMEMBERED:
