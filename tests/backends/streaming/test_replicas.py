@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from weftrain.analysis.same_state import compare
 from weftrain.backends.streaming.fabric import Alone
 from weftrain.cli.assembly import open_data
+from weftrain.cli.main import main
 from weftrain.cli.resolve import backend_options
 from weftrain.core import checkpoint
 from weftrain.core.backend import Job, Plan, State
@@ -55,9 +57,25 @@ def finished(process: subprocess.Popen[str]) -> str:
     return output
 
 
+@pytest.fixture(scope="module")
+def masked_rows(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Rows of one document each, which fills half of it or more: each replica has another number of tokens that bear a loss."""
+    folder, drawn = tmp_path_factory.mktemp("masked"), random.Random(1)
+    (folder / "texts").mkdir()
+    for number in range(100):
+        (folder / "texts" / f"{number}.txt").write_text("".join(drawn.choices("abcdefgh ", k=drawn.randint(11, 17))))
+    options = ["--name", "short", "--sequence-length", "13", "--vocab-size", "300", "--packing", "best_fit", "--output", str(folder)]
+    done = CliRunner().invoke(main, ["prep", str(folder / "texts"), *options])
+    assert done.exit_code == 0, done.output
+    sources = "data.sources=[{name: short, path: short, weight: 1}]"
+    return ["data.synthetic_rows=null", f"data.root={folder}", sources, "model.vocab_size=332", "objective.normalizer=bearing_tokens"]
+
+
 @pytest.fixture
-def overrides(tiny_overrides: list[str]) -> list[str]:
-    return [*tiny_overrides, "model.num_layers=5", *BASE, "backend.options.threads=1"]
+def overrides(tiny_overrides: list[str], masked_rows: list[str]) -> list[str]:
+    replaced = ("data.synthetic_rows", "data.sources", "model.vocab_size")
+    kept = [item for item in tiny_overrides if not item.startswith(replaced)]
+    return [*kept, *masked_rows, "model.num_layers=5", *BASE, "backend.options.threads=1"]
 
 
 @pytest.fixture
@@ -67,8 +85,9 @@ def single(overrides: list[str]) -> tuple[State, list[float]]:
     backend, options = backend_options(file)
     run = backend.prepare(Job(file.recipe, Plan(0, 6), options))
     source, _ = open_data(file.recipe)
-    losses = [float(result.loss) for result in run.train(source)]
-    return run.export_state(), losses
+    results = list(run.train(source))
+    assert all(0 < result.bearing_tokens < result.tokens for result in results)
+    return run.export_state(), [float(result.loss) for result in results]
 
 
 def assert_same_as(single: tuple[State, list[float]], folder: Path) -> None:
