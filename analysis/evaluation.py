@@ -99,6 +99,10 @@ class RaggedRows:
     def num_rows(self) -> int:
         return len(self.token_rows)
 
+    @property
+    def rows_available(self) -> int:
+        return len(self.token_rows)
+
     def rows(self, first: int, count: int) -> Batch:
         part = self.token_rows[first : first + count]
         longest = max(map(len, part))
@@ -173,7 +177,7 @@ def run_heldout(
                 **_score(found.loss, None, "loss"),
                 "metrics": metrics,
                 "samples": source.num_rows,
-                "samples_available": getattr(getattr(source, "shards", source), "num_rows", source.num_rows),
+                "samples_available": source.rows_available,
                 "tokens": found.tokens,
                 "shots": 0,
                 "decoding": {"kind": "none"},

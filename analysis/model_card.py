@@ -22,7 +22,7 @@ from weftrain.core.config import Recipe
 from weftrain.core.huggingface import layout_of
 from weftrain.core.huggingface_files import MODELING
 from weftrain.core.ledger import Lineage
-from weftrain.core.metrics import effective_records
+from weftrain.core.metrics import effective_records, heldout_label
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.printable import printable
 from weftrain.core.release import Release
@@ -106,7 +106,7 @@ def _training(run: Path, line: Lineage, recipe: Recipe) -> list[str]:
         if record["kind"] == "step" and not record.get("skipped"):
             first, last = first or record, record
         elif record["kind"] == "evaluation":
-            heldout[record["set"]] = record
+            heldout[heldout_label(record)] = record
     found = ["## Training\n"]
     if first is not None:
         found.append(f"Loss {float(first['loss']):.4f} at step {first['step']}, {float(last['loss']):.4f} at step {last['step']}.")

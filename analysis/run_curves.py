@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from weftrain.core.metrics import METRICS
+from weftrain.core.metrics import METRICS, heldout_label
 from weftrain.core.metrics_lines import Record, counted_lines
 from weftrain.core.speed import RunUtilization
 
@@ -77,7 +77,7 @@ class _Part:
         step = record["step"]
         self.last_time = record.get("time", self.last_time)
         if record["kind"] == "evaluation":
-            self.heldout.setdefault(record["set"], Points()).add(step, record["loss"])
+            self.heldout.setdefault(heldout_label(record), Points()).add(step, record["loss"])
             return
         for key, points in self.training.items():
             if key in record:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weftrain.core.metrics import effective_records
+from weftrain.core.metrics import effective_records, heldout_label
 from weftrain.core.speed import RunUtilization
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run came to. Losses are means over the tokens that bear one; heldout maps a set to its (first, last) held-out loss."""
+    """What a run came to. Losses are means over the tokens that bear one; heldout maps a set and its rows to (first, last)."""
 
     steps: int  # completed
     skipped: int  # of them, left out because loss or gradient norm was not finite: the others are updates
@@ -48,7 +48,7 @@ def summarize(folder: Path) -> RunSummary | None:
                 made = [*made[:1], float(record["loss"])]
             speeds.append(record.get("tokens_per_second", math.nan))
         elif record["kind"] == "evaluation":
-            name, loss = record["set"], float(record["loss"])
+            name, loss = heldout_label(record), float(record["loss"])
             heldout[name] = (heldout[name][0] if name in heldout else loss, loss)
     if not last:
         return None

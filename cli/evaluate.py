@@ -111,16 +111,19 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
     if not heldout:
         raise DataError(f"{path}: its recipe has no held-out set; prepare the dataset with --heldout-fraction above 0")
     weights = checkpoint.Weights(state.tensors)
-    table = Table("held-out set", "loss", "perplexity", "tokens", title=f"{path} (step {state.step})", title_justify="left", box=None)
+    title = f"{path} (step {state.step})"
+    table = Table("held-out set", "rows", "loss", "perplexity", "tokens", title=title, title_justify="left", box=None)
     with tempfile.TemporaryDirectory(prefix="weftrain-eval-") as folder:  # for a backend that keeps state on disk
         prepared = prepare_run(chosen, Job(file.recipe, Plan(state.step, state.step), options, weights, folder=Path(folder)))
         for held in heldout:
             result = prepared.evaluate(held)
             perplexity = perplexity_of(result.loss)
+            read = f"all {held.num_rows:,}" if held.num_rows == held.rows_available else f"{held.num_rows:,} of {held.rows_available:,}"
             if as_json:
                 record = {"checkpoint": manifest["root"], "step": state.step, "set": held.name, "loss": result.loss}
+                record |= {"rows": held.num_rows, "rows_available": held.rows_available}
                 click.echo(json.dumps({**record, "perplexity": perplexity, "tokens": result.tokens, "dataset_id": held.dataset_id}))
-            table.add_row(held.name, f"{result.loss:.4f}", f"{perplexity:,.3f}", f"{result.tokens:,}")
+            table.add_row(held.name, read, f"{result.loss:.4f}", f"{perplexity:,.3f}", f"{result.tokens:,}")
         prepared.close()
     if not as_json:
         console.print(table)

@@ -202,7 +202,7 @@ def _show(records: Sequence[Record], opened: _Checkpoint, as_json: bool, console
         percent, error = record["value_percent"], record["stderr_percent"]
         score = f"{percent:.2f} %" if percent is not None else _shown(record["value"])
         deviation = f"{error:.2f}" if error is not None else ("" if record["stderr"] is None else f"{record['stderr']:.4g}")
-        count = f"{record['samples']:,}{' (partial)' if record.get('partial') else ''}"
+        count = f"{record['samples']:,}" + (f" of {record.get('samples_available', 'more'):,}" if record.get("partial") else "")
         others = [_shown(record.get("published_percent", {}).get(name, "")) for name in published]
         table.add_row(record["task"], str(record["shots"]), record["metric"], score, deviation, count, *others)
     console.print(table)

@@ -23,6 +23,7 @@ from weftrain.analysis.summary import summarize
 from weftrain.cli.display import Bar, Console
 from weftrain.cli.show import arithmetic
 from weftrain.core.config import Recipe
+from weftrain.core.metrics import heldout_label
 from weftrain.core.names import checked_segment
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import RecipeFile, recorded_recipe
@@ -173,7 +174,7 @@ def _shown(steps: Iterator[Progress], bar: Bar, first: int) -> int:
         if progress.log is not None:
             loss = f"loss {progress.log['loss']:.4f}  {progress.log['tokens_per_second']:,.0f} tokens/s"
         for held in progress.evaluations:
-            bar.say(f"step {done:>6}  held-out {held['set']}: loss {held['loss']:.4f}, perplexity {held['perplexity']:,.2f}")
+            bar.say(f"step {done:>6}  held-out {heldout_label(held)}: loss {held['loss']:.4f}, perplexity {held['perplexity']:,.2f}")
         if progress.saved is not None and progress.saved.set_aside is not None:
             bar.say(f"warning: another checkpoint of step {progress.saved.step} was moved to {progress.saved.set_aside.name}")
         bar.update(done, loss)

@@ -112,7 +112,15 @@ class EvaluationSource(Protocol):
     @property
     def sequence_length(self) -> int: ...
     @property
-    def num_rows(self) -> int: ...
+    def num_rows(self) -> int:
+        """That are read."""
+        ...
+
+    @property
+    def rows_available(self) -> int:
+        """That the set has: a loss over fewer of them is another figure."""
+        ...
+
     @property
     def dataset_id(self) -> str: ...
 

@@ -176,6 +176,10 @@ class HeldOut:
         return self.shards.manifest.sequence_length
 
     @property
+    def rows_available(self) -> int:
+        return self.shards.num_rows
+
+    @property
     def dataset_id(self) -> str:
         return self.shards.entry.id
 

@@ -115,6 +115,16 @@ _MEASURED = {
 _MEASURED_LATER = ("bearing_tokens",)  # not in the records of earlier versions, whose digests must stay what they were
 
 
+def heldout_label(record: Mapping[str, Any]) -> str:
+    """'words (64 of 1,024 rows)': the set of an evaluation's record and how much of it was read, since losses over other rows differ."""
+    rows, available = record.get("rows"), record.get("rows_available")
+    if not isinstance(rows, int):
+        return f"{record['set']} (rows not recorded)"
+    if not isinstance(available, int):
+        return f"{record['set']} ({rows:,} rows)"
+    return f"{record['set']} (all {rows:,} rows)" if rows == available else f"{record['set']} ({rows:,} of {available:,} rows)"
+
+
 class Digest:
     """SHA-256 of what step and evaluation records measured, a canonical JSON line each: equal for equal training, whatever its speed was.
 

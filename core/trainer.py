@@ -132,7 +132,8 @@ def _step_line(result: StepResult, tokens_read: int, tokens_per_second: float, s
 def _evaluate(run: Run, held: EvaluationSource, completed: int) -> dict[str, Any]:
     result = run.evaluate(held)
     perplexity = math.exp(result.loss) if result.loss < 700 else math.inf  # exp overflows a double at 709.8
-    return {"step": completed, "set": held.name, "loss": result.loss, "perplexity": perplexity, "tokens": result.tokens}
+    read = {"rows": held.num_rows, "rows_available": held.rows_available, "dataset_id": held.dataset_id}
+    return {"step": completed, "set": held.name, "loss": result.loss, "perplexity": perplexity, "tokens": result.tokens, **read}
 
 
 class _Saves:

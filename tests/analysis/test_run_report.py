@@ -80,7 +80,7 @@ class Made:
         measured = {"metrics_after": 0, "metrics_sha256": sha256_json(["metrics", step, loss])}
         self.ledger.checkpoint(self.recipe, DATASET, step=step, root=root, parent=self.parent, **measured)
         self.parent = self.roots[step] = root
-        self.metric("evaluation", step=step, set="words", loss=loss + 0.5, perplexity=1.0, tokens=1)
+        self.metric("evaluation", step=step, set="words", loss=loss + 0.5, perplexity=1.0, tokens=1, rows=4, rows_available=9)
         if step < self.recipe.schedule.steps:
             self.ledger.chunk_begin(step, self.recipe, DATASET, root)
 
@@ -132,7 +132,7 @@ def test_what_was_left_is_apart_from_what_counts(eventful: Made) -> None:
     assert [step for step, _ in branch.points] == [13, 14, 15, 16, 17, 18]
     assert branch.left == "branch 1, left by the rollback to step 12: the loss rose"
     held = [(trace.name, trace.left is None, [step for step, _ in trace.points]) for trace in report.heldout]
-    assert held == [("held-out words", True, [6, 12, 18, 24]), ("held-out words", False, [18])]
+    assert held == [("held-out words (4 of 9 rows)", True, [6, 12, 18, 24]), ("held-out words (4 of 9 rows)", False, [18])]
 
 
 def test_a_rollback_counts_before_the_run_goes_on(tmp_path: Path) -> None:

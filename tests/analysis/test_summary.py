@@ -21,15 +21,20 @@ def step(number: int, loss: float, speed: float) -> dict[str, Any]:
     return {"kind": "step", "step": number, "loss": loss, "tokens": number * 10, "tokens_per_second": speed}
 
 
+FEW, ALL = {"rows": 2, "rows_available": 8}, {"rows": 8, "rows_available": 8}
+HELD: list[tuple[int, float, dict[str, int]]] = [(2, 2.0, {}), (5, 4.0, FEW), (7, 3.5, ALL), (10, 3.0, FEW)]
+
+
 def test_summary_by_hand(tmp_path: Path) -> None:
     steps = [step(1, 9.0, 1.0), *(step(number, 9.0 - number, 100.0 + number) for number in range(2, 11))]
-    held = [{"kind": "evaluation", "step": at, "set": "a", "loss": loss} for at, loss in ((5, 4.0), (10, 3.0))]
+    held = [{"kind": "evaluation", "step": at, "set": "a", "loss": loss, **rows} for at, loss, rows in HELD]
     peaks = [{"kind": kind, "step": 0, "peak_flops": peak, "flops_per_token": 5.0} for kind, peak in (("start", 510.0), ("peak", 1060.0))]
     write(tmp_path, peaks[0], *steps[:3], peaks[1], *steps[3:], *held)
     found = summarize(tmp_path)
     assert found is not None
     assert (found.loss_first, found.loss_last, found.steps, found.tokens) == (9.0, -1.0, 10, 100)
-    assert found.heldout == {"a": (4.0, 3.0)}
+    # Losses over other rows are never first and last of one figure.
+    assert found.heldout == {"a (2 of 8 rows)": (4.0, 3.0), "a (all 8 rows)": (3.5, 3.5), "a (rows not recorded)": (2.0, 2.0)}
     assert found.tokens_per_second == 106.0  # the first tenth, the slow first step, does not count
     assert found.model_flops_utilization == 106.0 * 5.0 / 1060.0  # of the highest peak of the machine
 

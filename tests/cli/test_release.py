@@ -83,7 +83,7 @@ def test_what_stands_in_a_release(release: Path, made: Path) -> None:
         "license: apache-2.0",
         value["links"][2]["end"],
         value["dataset_id"],
-        "Held-out words at step 6",
+        "Held-out words (4 of ",
         "| training | 6 of 6 steps, 312 tokens |",
     ):
         assert words in card
