@@ -232,3 +232,97 @@ def test_tokens_before_a_step_are_the_checkpoints_and_then_the_ledgers(tmp_path:
     assert tokens_before(4, None, line) == 312
     assert tokens_before(4, {"step": 1, "tokens": 1000}, line) == 1000 + 52 + 2 * 104
     assert tokens_before(0, None, lineage([])) == 0
+
+
+HEX = "a" * 64
+GOOD: dict[str, dict[str, Any]] = {
+    "start": {"recipe": {}, "recipe_sha256": HEX, "dataset_id": "d", "environment": {}, "parent": None},
+    "resume": {"recipe_sha256": HEX, "dataset_id": "d", "environment": {}, "parent": HEX},
+    "recipe": {"changes": [["a.b", 1, None]], "recipe": {}, "recipe_sha256": HEX},
+    "chunk_begin": {"chunk": 0, "place": 0, "samples": [0, 8], "dataset_id": "d", "parent": None},
+    "chunk_end": {"chunk": 0, "place": 0, "samples": [0, 8], "dataset_id": "d", "root": HEX},
+    "checkpoint": {"root": HEX, "parent": None, "metrics_after": 0, "metrics_sha256": HEX},
+    "skip": {"samples": [0, 8]},
+    "rollback": {"root": HEX, "branch": 1, "abandoned": [[4, HEX], [6, "damaged"]], "reason": "a spike"},
+    "defer": {"chunk": 1, "action": "defer", "reason": "a spike"},
+    "end": {},
+}
+ODD: list[Any] = [None, True, 1.5, -1, 10**300, "", "x", [], [1], [[1]], {"a": 1}]
+# What of ODD a key may be.
+TAKEN: dict[str, list[Any]] = {
+    "parent": [None],
+    "dataset_id": ["x"],
+    "reason": ["x"],
+    "environment": [{"a": 1}],
+    "recipe": [{"a": 1}],
+    "changes": [[]],
+    "abandoned": [[]],
+    "time": [1.5],
+}
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_every_kind_has_a_schema_that_names_what_is_wrong(kind: str, tmp_path: Path) -> None:
+    """What is written and what is read meet the same one; a chain that is right does not help."""
+    line = {"n": 0, "previous": None, "time": 1.0, "kind": kind, "step": 4, **GOOD[kind]}
+
+    def refusal(entry: dict[str, Any]) -> str | None:
+        (tmp_path / LEDGER).write_bytes(canonical_json(entry | {"hash": sha256_json(entry)}) + b"\n")
+        try:
+            read_ledger(tmp_path / LEDGER)
+        except RunFolderError as error:
+            return str(error)
+        return None
+
+    assert refusal(line) is None
+    for key in ("time", "step", *GOOD[kind]):
+        without = {name: value for name, value in line.items() if name != key}
+        assert f"{LEDGER}:1: key '{key}" in (refusal(without) or "")
+        for odd in ODD:
+            if not any(odd is one or (type(odd) is not bool and odd == one) for one in TAKEN.get(key, [])):
+                assert f"{LEDGER}:1: key '{key}" in (refusal(line | {key: odd}) or ""), (key, odd)
+    assert "use a newer weftrain" in (refusal(line | {"another": 1}) or "")
+    with pytest.raises(ValueError, match="key 'step'"):
+        Ledger(tmp_path / "new").add(kind, step=-1, **GOOD[kind])
+
+
+def test_a_run_starts_once(tmp_path: Path, tiny_recipe: Tiny) -> None:
+    ledger = started(tmp_path, chunked(tiny_recipe))
+    ledger.add("start", step=2, **GOOD["start"])
+    with pytest.raises(RunFolderError, match=rf"{LEDGER}:2: starts a run that was started before"):
+        lineage(read_ledger(tmp_path / LEDGER))
+
+
+class CountedStep(int):
+    """A step that counts how often one is compared with another."""
+
+    comparisons = 0
+
+    def __lt__(self, other: int) -> bool:
+        CountedStep.comparisons += 1
+        return int(self) < int(other)
+
+    def __gt__(self, other: int) -> bool:
+        CountedStep.comparisons += 1
+        return int(self) > int(other)
+
+    def __le__(self, other: int) -> bool:
+        return not self > other
+
+    def __ge__(self, other: int) -> bool:
+        return not self < other
+
+
+def test_following_a_ledger_takes_time_in_proportion_to_its_lines() -> None:
+    """Each checkpoint and stretch is entered once and taken off at most once, however many restarts there are."""
+    entries: list[dict[str, Any]] = [{"kind": "start", "n": 0, "step": CountedStep(0), **GOOD["start"]}]
+    for step in range(1, 2001):
+        root, at = f"{step:064x}", CountedStep(step)
+        entries.append({"kind": "checkpoint", "n": len(entries), "step": at, **GOOD["checkpoint"], "root": root})
+        entries.append({"kind": "resume", "n": len(entries), "step": at, **GOOD["resume"], "parent": root})
+    CountedStep.comparisons = 0
+    line = lineage(entries)
+    assert CountedStep.comparisons < 10 * len(entries)
+    assert len(line.checkpoints) == 2000
+    assert line.stretch_at(1500).entry == 3000
+    assert CountedStep.comparisons < 11 * len(entries)

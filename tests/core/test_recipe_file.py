@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RecipeError
-from weftrain.core.recipe_file import _parse, _read, _Source, builtin_recipes, dump_yaml, load_recipe
+from weftrain.core.recipe_file import _parse, _read, _Source, builtin_recipes, dump_yaml, load_recipe, recorded_recipe
 
 TEXT = _read("bench_70m")[1]
 
@@ -212,3 +213,36 @@ def test_any_text_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("name", builtin_recipes())
 def test_every_builtin_recipe_loads(name: str) -> None:
     assert load_recipe(name).recipe.name == name
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.num_layers=1000000000", "model.num_layers: input should be less than or equal to 10000"),
+        ("model.hidden_size=1073741824", "model.hidden_size: input should be less than or equal to"),
+        ("model.vocab_size=1000000000000", "model.vocab_size: input should be less than or equal to"),
+        ("data.sequence_length=1000000000000", "data.sequence_length: input should be less than or equal to"),
+        ("data.chunks=1000000000", "data.chunks: input should be less than or equal to 1000000"),
+        ("batch.global_batch_size=16000000000000", "make 983,040,000,000,000,000 tokens: set one lower"),
+        ("seed=9223372036854775808", "seed: input should be less than 9223372036854775808"),
+        ("log.every_steps=100000000000000000", "log.every_steps: input should be less than or equal to"),
+    ],
+)
+def test_sizes_have_bounds(override: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        load_recipe("crystal_demo", [override])
+
+
+def test_deep_yaml_is_given_up_at_once(tmp_path: Path) -> None:
+    for text in ("a: " + "[" * 100_000, "a: " + "{b: " * 50_000, "- " * 100_000):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(RecipeError, match=r"x\.yaml:1: nested deeper than 12 levels"):
+            load_recipe(str(tmp_path / "x.yaml"))
+    with pytest.raises(RecipeError, match="nested deeper than 12 levels"):
+        load_recipe("crystal_demo", ["name=" + "[" * 100_000])
+
+
+@pytest.mark.parametrize("recorded", [None, [], "x", 3, {}, {"name": "x"}, {"name": 7}, {"data": []}])
+def test_what_was_recorded_is_a_recipe_or_refused_in_words(recorded: object) -> None:
+    with pytest.raises(RecipeError, match="somewhere: "):
+        recorded_recipe(recorded, "somewhere")
