@@ -132,7 +132,7 @@ def _train(
         speed = run_speed(recipe, backend, run, folder.path / METRICS)
         _announce(console, recipe, fingerprint, speed.peak, folder.path, start.first_step)
         with (
-            MetricsWriter(folder.path, recipe.log.tensorboard, start.resumed_step) as metrics,
+            MetricsWriter(folder.path, recipe.log.tensorboard, start.resumed_step, repaired=True) as metrics,
             Bar(console, name, plan.last_step, start.first_step) as bar,
         ):
             metrics.event("start", step=start.first_step, kernels=dict(fingerprint.kernels), **speed.as_record())

@@ -30,6 +30,7 @@ from weftrain.core.backend import State
 from weftrain.core.canonical import canonical_json, sha256_json
 from weftrain.core.errors import CheckpointError, UnreadableError
 from weftrain.core.manifest import FORMAT, MANIFEST, STEP_FOLDER, VERSION, folder_name, read_manifest, root_of
+from weftrain.core.plain_file import UnreadableFileError
 from weftrain.core.tensor_file import (
     DTYPE_NAMES,
     DTYPES,
@@ -382,7 +383,7 @@ def _blamed(path: Path, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _DAMAGE:
+        if error.errno in _DAMAGE or isinstance(error, UnreadableFileError):
             raise CheckpointError(f"{path}: {name}: {error.strerror or error}: {REMEDY}") from error
         raise UnreadableError(
             f"{path}: {name}: cannot be read: {error.strerror or error}: check the disk and its permissions, or {REMEDY} to go on from an "

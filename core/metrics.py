@@ -12,8 +12,9 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json
 from weftrain.core.errors import RunFolderError
 from weftrain.core.metrics_lines import counted_lines, metrics_lines
-from weftrain.core.plain_file import read_plain
+from weftrain.core.plain_file import open_plain, read_plain
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -35,16 +36,26 @@ class MetricsWriter:
     """Appends to `folder`/metrics.jsonl and, where asked, mirrors numbers into `folder`/tensorboard.
 
     resume_step: the completed steps of the checkpoint that this start continues from; None for a fresh run, which is taken as 0 where
-    the file already has lines (a run killed before its first checkpoint). The file is repaired first (see `repair`).
+    the file already has lines (a run killed before its first checkpoint). The file is repaired first (see `repair`), unless
+    it was just now.
     Raises RunFolderError where the files cannot be written.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, resume_step: int | None = None, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensorboard: bool,
+        resume_step: int | None = None,
+        *,
+        repaired: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._path = Path(folder) / METRICS
         self._clock = clock
         self._board: SummaryWriter | None = None
         with self._blamed():
-            repair(self._path.parent, clock=clock)
+            if not repaired:
+                repair(self._path.parent, clock=clock)
             if resume_step is None and self._path.exists() and self._path.stat().st_size:
                 resume_step = 0
             if tensorboard:
@@ -173,27 +184,33 @@ def damaged_lines(folder: Path) -> list[int]:
     return [line.number for line in metrics_lines(path) if line.record is None] if path.exists() else []
 
 
-def repair(folder: Path, *, clock: Callable[[], float] = time.time) -> None:
+def repair(folder: Path, damaged: Sequence[int] | None = None, *, clock: Callable[[], float] = time.time) -> None:
     """Move torn and damaged lines to metrics.torn, so that every line left is whole; the event `repair` names them by number.
 
-    The run's lock must be held. Raises OSError.
+    damaged: what `damaged_lines` gave, if it was asked already. The run's lock must be held. Raises OSError.
     """
     path = folder / METRICS
     if not path.exists():
         return
-    data = read_plain(path, "metrics")
-    tail = data[data.rfind(b"\n") + 1 :]
-    bad = [line for line in metrics_lines(path) if line.record is None]
-    torn = [line.data for line in bad] + ([tail] if tail else [])
-    if not torn:
+    bad = set(damaged_lines(folder) if damaged is None else damaged)
+    if not bad and _ends_whole(path):
         return
-    whole = [line for line in metrics_lines(path) if line.record is not None]
-    step = next((line.record["step"] for line in reversed(whole) if line.record is not None and "step" in line.record), 0)
-    event = {"kind": "repair", "time": clock(), "step": step, "lines": [line.number for line in bad], "torn_bytes": len(tail)}
+    *lines, tail = read_plain(path, "metrics").split(b"\n")
+    torn = [line for number, line in enumerate(lines, 1) if number in bad] + ([tail] if tail else [])
+    whole = [line for number, line in enumerate(lines, 1) if number not in bad]
+    step = next((found["step"] for line in reversed(whole) if "step" in (found := json.loads(line))), 0)
+    event = {"kind": "repair", "time": clock(), "step": step, "lines": sorted(bad), "torn_bytes": len(tail)}
     beside = path.with_name(TORN)
     kept = read_plain(beside, "metrics") if beside.exists() else b""
     fsops.write_bytes(beside, kept + b"\n".join(torn) + b"\n")  # first: a crash in between keeps a line twice, never not at all
-    fsops.write_bytes(path, b"".join(data + b"\n" for data in (*(line.data for line in whole), json.dumps(event).encode())))
+    fsops.write_bytes(path, b"".join(line + b"\n" for line in (*whole, json.dumps(event).encode())))
+
+
+def _ends_whole(path: Path) -> bool:
+    with open_plain(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return size == 0 or file.read(1) == b"\n"
 
 
 def _finite(value: Any) -> Any:

@@ -51,6 +51,7 @@ class Start:
     position: int  # number of the next sample
     recipe: RecipeCheck
     own: Standing  # what its checkpoints and its ledger say together
+    damaged_metrics: tuple[int, ...]  # lines of metrics.jsonl by number, which are moved aside
     decided: Mapping[str, Any]  # what the ledger's line says beside: see ledger_lines.Begin
     stretch: str  # a new name for what is trained from here on, for the ledger and for state that the backend keeps
     kept: KeptUse  # what becomes of the state that the backend itself keeps
@@ -100,7 +101,7 @@ def decide(
     """
     folder.check_writable()
     entries = read_ledger(folder.path / LEDGER)
-    _tell_repairs(folder.path, say)
+    damaged = _tell_repairs(folder.path, say)
     own = standing(folder.path, entries, repair_ledger, say)
     found = starting_state(recipe, own.newest, runs, lambda line: say(f"warning: {line}"))
     first = 0 if found is None else found.state.step
@@ -142,6 +143,7 @@ def decide(
         position=continued.position(first),
         recipe=checked,
         own=own,
+        damaged_metrics=damaged,
         decided={
             "passed_over": own.passed_over,
             "drawn": {} if first else drawn,
@@ -223,12 +225,14 @@ def _parent(found: Found | None, entries: Sequence[Mapping[str, Any]], goes_on: 
     return None if found is None else found.root
 
 
-def _tell_repairs(run: Path, say: Callable[[str], None]) -> None:
-    """Say which damaged lines of ledger and metrics `settle` will move aside."""
+def _tell_repairs(run: Path, say: Callable[[str], None]) -> tuple[int, ...]:
+    """Say which damaged lines of ledger and metrics `settle` will move aside. The numbers of those of the metrics."""
     if torn := torn_bytes(run / LEDGER):
         say(f"warning: {run / LEDGER}: a crash tore the last line: its {torn} bytes are moved to {TORN}")
-    for number in damaged_lines(run):
+    damaged = tuple(damaged_lines(run))
+    for number in damaged:
         say(f"warning: {run / METRICS}:{number}: not a metrics line: it is moved to {METRICS_TORN}")
+    return damaged
 
 
 def settle(start: Start) -> Ledger:
@@ -239,7 +243,7 @@ def settle(start: Start) -> Ledger:
     ledger = Ledger(folder.path)
     finish_rollback(folder.path, ledger)
     with blamed(folder.path):
-        repair(folder.path)
+        repair(folder.path, start.damaged_metrics)
     for manifest in start.own.to_enter:
         ledger.adopt(manifest, effective_records(folder.path), "repair" if start.decided["repaired"] else "resume")
     return ledger
