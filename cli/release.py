@@ -47,6 +47,7 @@ def release(
     from weftrain.core.release import SIGNATURE, build
     from weftrain.core.run_folder import held_run
     from weftrain.core.signature import sign
+    from weftrain.core.termination import cleaned_up
     from weftrain.core.verification import verify as verify_release
 
     console = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -60,7 +61,7 @@ def release(
             beside, ids = tokenizer_files(read_tokenizer(source), read_manifest(source).eos_id, recipe.model, f"{source}: tokenizer.json")
         write_huggingface(folder, weights, recipe.model, dtype, extra_config=ids, beside=beside)
 
-    with held_run(run):
+    with cleaned_up(), held_run(run):
         made = build(
             run,
             target,
@@ -145,6 +146,7 @@ def replay(
     """Train links of RELEASE again, each from checkpoint k-1 over chunk k, and compare every tensor with checkpoint k, bit for bit."""
     from weftrain.core.errors import ReleaseError
     from weftrain.core.replay import DEFAULT_TOLERANCE, chosen_links, replay_link
+    from weftrain.core.termination import cleaned_up
     from weftrain.core.verification import verify as verify_release
 
     console = Console(highlight=False, soft_wrap=True)
@@ -157,7 +159,7 @@ def replay(
     table = Table("link", "chunk", "steps", "tensors equal", "losses equal", "verdict", box=None)
     failed = False
     notes: list[str] = []
-    with _prepare(release, data_root, backend) as (open_source, prepare):
+    with cleaned_up(), _prepare(release, data_root, backend) as (open_source, prepare):
         for link in chosen:
             report = replay_link(release, verified, link, open_source, prepare, DEFAULT_TOLERANCE if tolerance is None else tolerance)
             failed |= report.verdict == "different"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import secrets
@@ -253,6 +254,43 @@ def remove_leftovers(folder: Path) -> list[Path]:
         else:
             remove_file(path)
     return leftovers
+
+
+@contextlib.contextmanager
+def temporary_tree(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, to be filled and renamed to it; what is left of it is removed when the block ends, by an error too.
+
+    What a process left that was killed while it made the same target is removed first: the folder's maker holds a lock on it (flock), which
+    ends with the process.
+    """
+    make_dirs(target.parent)
+    for path in sorted(target.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(target.name)}-*-*")):
+        if path.is_dir() and not path.is_symlink() and _nobody_makes(path):
+            remove_tree(path)
+    path = temporary_beside(target)
+    with contextlib.ExitStack() as stack:
+        try:
+            make_dirs(path)
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, descriptor)
+            with contextlib.suppress(OSError):  # a file system without locks: then nobody removes it
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield path
+        except (Exception, KeyboardInterrupt):  # not every BaseException: a test's simulated death cleans up as little as a real one
+            with contextlib.suppress(OSError):
+                remove_tree(path)
+            raise
+
+
+def _nobody_makes(folder: Path) -> bool:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -294,14 +294,11 @@ def write_huggingface(
     for name in beside or {}:
         if not _is_plain(name) or name in (CONFIG, INDEX, *code, *shards):
             raise CheckpointError(f"{folder}: '{name[:80]}' cannot stand beside the model: give a plain file name of its own")
-    temporary = fsops.temporary_beside(folder)
-    with _or_nothing(folder, temporary, total):
-        if folder.exists() or folder.is_symlink():
-            raise CheckpointError(f"{folder}: exists: choose another name, or move it away")
-        fsops.make_dirs(folder.parent)
-        if (free := fsops.free_bytes(folder.parent)) < total:
-            raise CheckpointError(f"{folder}: the disk is full: {total:,} bytes needed, {free:,} free: make room, then write again")
-        fsops.make_dirs(temporary)
+    if folder.exists() or folder.is_symlink():
+        raise CheckpointError(f"{folder}: exists: choose another name, or move it away")
+    if (free := fsops.free_bytes(folder.parent)) < total:
+        raise CheckpointError(f"{folder}: the disk is full: {total:,} bytes needed, {free:,} free: make room, then write again")
+    with _full_disk_told(folder, total), fsops.temporary_tree(folder) as temporary:
         for file_name, part in shards.items():
             _write_shard(temporary / file_name, part, stream, dtype)
         for name, data in small.items():
@@ -353,20 +350,11 @@ def _write_shard(
 
 
 @contextlib.contextmanager
-def _or_nothing(folder: Path, temporary: Path, needed: int) -> Iterator[None]:
-    """What fails leaves nothing behind, and says why as a CheckpointError."""
+def _full_disk_told(folder: Path, needed: int) -> Iterator[None]:
+    """Says as a CheckpointError why a file could not be written."""
     try:
         yield
-    except (CheckpointError, KeyboardInterrupt):
-        _remove_if_possible(temporary)
-        raise
     except OSError as error:
-        _remove_if_possible(temporary)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(f"{folder}: the disk is full: {needed:,} bytes needed: make room, then write again") from error
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}: check the disk and its permissions") from error
-
-
-def _remove_if_possible(temporary: Path) -> None:
-    with contextlib.suppress(OSError):
-        fsops.remove_tree(temporary)

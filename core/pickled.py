@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,7 +83,7 @@ def _convert(folder: Path, sources: dict[str, set[str] | None], temporary: Path)
     jobs = [[str((folder / name).resolve()), str((temporary / target).resolve())] for name, target in targets.items()]
     # -P: what lies in the current folder is not imported.
     command = [sys.executable, "-P", "-m", _WORKER]
-    done = subprocess.run(command, input=json.dumps({"jobs": jobs}), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=json.dumps({"jobs": jobs, "parent": os.getpid()}), capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"])[-1][:400]
         raise CheckpointError(f"{folder}: refused, nothing of it was run: {reason}: get the weights as safetensors")

@@ -3,7 +3,7 @@
 It is started by core/pickled.py and imported by nobody. What a reader would get wrong: `weights_only=True` alone is what keeps a pickle
 from running code, and before torch 2.6 it did not (CVE-2025-32434), so an older torch is refused. Being a process of its own, with no
 way to start another or to reach the network and with bounded memory, is the second line; nobody believes what it wrote unread.
-Standard input: JSON {"jobs": [[source, target], ...]}. A failure is one line on standard error and exit status 3.
+Standard input: JSON {"jobs": [[source, target], ...], "parent": process}. A failure is one line on standard error and exit status 3.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from weftrain.core import fsops
+from weftrain.core.child_process import end_with
 from weftrain.core.plain_file import open_plain
 from weftrain.core.tensor_file import DTYPE_NAMES, check_name, pack_header, tensor_memory
 
@@ -70,11 +71,13 @@ def _reason(error: Exception) -> str:
 
 def main() -> int:
     """Convert what standard input names."""
-    jobs = [(Path(source), Path(target)) for source, target in json.load(sys.stdin)["jobs"]]
+    asked = json.load(sys.stdin)
+    jobs = [(Path(source), Path(target)) for source, target in asked["jobs"]]
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 6):
         print(f"torch {torch.__version__} can be made to run code by a pickle (CVE-2025-32434); 2.6 is needed", file=sys.stderr)
         return FAILED
+    end_with(asked["parent"])
     torch.set_num_threads(1)
     limit = max(source.stat().st_size for source, _ in jobs) + HEAP_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from weftrain.core.child_process import end_with
 from weftrain.core.errors import DataError
 from weftrain.data_prep.order_stage import load_json, order_bucket
 from weftrain.data_prep.plan import Plan, load_plan
@@ -100,7 +101,9 @@ class LocalExecutor:
             return
         if self._pool is None:
             context = multiprocessing.get_context("spawn")  # a fork would share the tokenizers' threads and locks
-            self._pool = concurrent.futures.ProcessPoolExecutor(self.workers, mp_context=context, initializer=_one_thread)
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                self.workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),)
+            )
         futures = [self._pool.submit(run_task, plan.folder, stage.name, index) for index in pending]
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -111,16 +114,19 @@ class LocalExecutor:
                 f"stage {stage.name}: a worker process died, most likely for want of memory; run again with fewer --workers: "
                 "what was done is kept"
             ) from None
-        except BaseException:
+        except BaseException:  # an error, or the order to stop: nobody waits for what the others are doing
             self.close()
+            for child in multiprocessing.active_children():
+                child.kill()
             raise
 
     def wait_until(self, there: Callable[[], bool], what: str) -> None:
         pass
 
 
-def _one_thread() -> None:
+def _begin_worker(parent: int) -> None:
     """In a worker, before anything is loaded: the tokenizers' thread pool knows no other setting, and each core has its process."""
+    end_with(parent)
     os.environ["RAYON_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

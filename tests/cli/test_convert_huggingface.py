@@ -244,7 +244,7 @@ real = torch.load
 torch.load = lambda source, **_: real(source, weights_only=False)
 sys.exit(pickled_worker.main())
 """
-    job = json.dumps({"jobs": [[str(evil), str(tmp_path / "out")]]})
+    job = json.dumps({"jobs": [[str(evil), str(tmp_path / "out")]], "parent": os.getpid()})
     done = subprocess.run([sys.executable, "-c", program], input=job, capture_output=True, text=True, check=False)
     assert done.returncode == pickled_worker.FAILED, done.stderr
     assert "the file asked for os.system" in done.stderr
