@@ -29,6 +29,7 @@ FORBIDDEN_CALLS = {"eval", "exec", "os.system", "torch.load", "torch.save", "yam
 # The one program that unpickles, in a process of its own, and that nobody imports: see core/pickled.py.
 UNPICKLES = ROOT / "core" / "pickled_worker.py"
 DATA_PREP_SEES = {
+    "child_process",
     "shards",
     "config",
     "errors",
