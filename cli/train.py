@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
-    from weftrain.core.backend import Fingerprint
+    from weftrain.core.backend import BatchSource, Fingerprint
     from weftrain.core.trainer import Progress
 
 
@@ -59,9 +60,7 @@ def train(
         checked_segment(name)
     except ValueError as error:
         raise click.BadParameter(f"{error}; a run name is one word, and --runs names the folder", param_hint="--run") from error
-    again = " ".join([_this_program(), recipe, *(shlex.quote(item) for item in overrides if not item.startswith("schedule.steps="))])
-    again += "" if backend is None else f" --backend {backend}"
-    again += ("" if runs == Path("runs") else f" --runs {runs}") + ("" if run_name is None else f" --run {name}")
+    again = _Command(recipe, overrides, backend, runs, run_name)
     with StopRequest() as stop:
         if backend_options(file)[0].follows():
             _follow(file, runs / name, stop)
@@ -71,11 +70,43 @@ def train(
         sys.exit(128 + stop.number)
 
 
+@dataclass(frozen=True)
+class _Command:
+    """How `train` was called."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    backend: str | None
+    runs: Path
+    run_name: str | None
+
+    def to_continue(self, recipe: Recipe, source: BatchSource, folder: Path, done: int) -> str:
+        """The command that trains a complete run twice as long, checked; or what must be decided before there can be one."""
+        from weftrain.cli.resolve import resolve_recipe
+        from weftrain.core.extension import extension
+
+        found = extension(
+            folder, recipe, source, done, self.overrides, lambda given: resolve_recipe(self.recipe, given, self.backend).recipe
+        )
+        if isinstance(found, str):
+            return f"to continue: {found}"
+        options = [
+            *(() if self.backend is None else ("--backend", self.backend)),
+            *(() if self.runs == Path("runs") else ("--runs", self.runs)),
+        ]
+        options += () if self.run_name is None else ("--run", self.run_name)
+        words = [self.recipe, *found.overrides, *options, *(word for key in found.allow for word in ("--allow", key))]
+        return f"{_this_program()} {shlex.join(map(str, words))}    (continue to step {found.steps:,})"
+
+
 def _this_program() -> str:
-    """How `train` was called: by itself, or in every process that torchrun started."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    each = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return "weftrain train" if ranks == "1" else f"torchrun --nproc-per-node {each} ... -m weftrain.cli train"
+    """How `train` was called: by itself, or in every process that torchrun started, on one node or on each of several."""
+    ranks, each = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if ranks == "1":
+        return "weftrain train"
+    if ranks == each:
+        return f"torchrun --standalone --nproc-per-node {each} -m weftrain.cli train"
+    return "with the torchrun and its options that started this run, on every node: -m weftrain.cli train"
 
 
 def _follow(file: RecipeFile, folder: Path, stop: StopRequest) -> None:
@@ -90,7 +121,7 @@ def _follow(file: RecipeFile, folder: Path, stop: StopRequest) -> None:
 
 
 def _train(
-    console: Console, file: RecipeFile, runs: Path, name: str, allow: set[str], stop: StopRequest, again: str, **asked: bool
+    console: Console, file: RecipeFile, runs: Path, name: str, allow: set[str], stop: StopRequest, again: _Command, **asked: bool
 ) -> None:
     """Decide how the run starts, prepare the backend, record the start, and train. Until it is recorded, nothing is written."""
     from weftrain.cli.assembly import open_data, run_speed
@@ -113,7 +144,7 @@ def _train(
         if start.complete:
             settle(start)
             console.print(f"run {folder.path} is complete: {start.first_step} of {start.last_step} steps")
-            _summarize(console, recipe, runs / name, again)
+            _summarize(console, runs / name, again.to_continue(recipe, source, runs / name, start.first_step))
             backend.nothing_to_lead(Job(recipe, start.plan, options, folder=folder.path, stop=stop))
             return
         plan = start.plan
@@ -160,7 +191,7 @@ def _train(
     if stop.number:
         console.print(f"stopped after step {done} and saved; the same command resumes")
     else:
-        _summarize(console, recipe, runs / name, again)
+        _summarize(console, runs / name, again.to_continue(recipe, source, runs / name, done))
 
 
 def _shown(steps: Iterator[Progress], bar: Bar, first: int) -> int:
@@ -255,14 +286,13 @@ def _announce(console: Console, recipe: Recipe, fingerprint: Fingerprint, peak: 
     console.print(f"run          {folder}{f', resumed after step {first}' if first else ''}", markup=False)
 
 
-def _summarize(console: Console, recipe: Recipe, folder: Path, again: str) -> None:
+def _summarize(console: Console, folder: Path, more: str) -> None:
     summary = summarize(folder)
     if summary is None:
         console.print(f"no steps were logged; the run lies in {folder}", markup=False)
         return
     used, peak = summary.model_flops_utilization, summary.peak_flops
     share = "MFU unknown" if used is None or peak is None else f"MFU {used:.1%} of the measured {peak / 1e9:,.0f} GFLOP/s"
-    more = 2 * recipe.schedule.steps
     lines = [
         f"loss         {summary.loss_first:.4f} -> {summary.loss_last:.4f} in {summary.steps:,} steps, {summary.tokens:,} tokens",
         *([f"skipped      {summary.skipped:,} of these steps: {summary.steps - summary.skipped:,} updates"] if summary.skipped else []),
@@ -271,6 +301,6 @@ def _summarize(console: Console, recipe: Recipe, folder: Path, again: str) -> No
         f"run          {folder}  (metrics.jsonl, checkpoints/, tensorboard/, recipe.yaml)",
         "next         tensorboard --logdir " + str(folder / "tensorboard"),
         f"             weftrain eval {folder}",
-        f"             {again} schedule.steps={more} --allow schedule.steps    (continue to step {more:,})",
+        f"             {more}",
     ]
     console.print("\n".join(lines), markup=False)

@@ -171,7 +171,12 @@ class ScheduleConfig(Section):
     def _check(self) -> ScheduleConfig:
         covered = sum(segment.steps for segment in self.learning_rate)
         if covered < self.steps:
-            raise ValueError(f"learning_rate covers {covered} steps of {self.steps}: add a segment or lengthen the last one")
+            last, rest = self.learning_rate[-1], self.steps - covered
+            rate = last.start if last.end is None else last.end
+            raise ValueError(
+                f"learning_rate covers {covered} steps of {self.steps}: add a segment, e.g. with "
+                f"'schedule.learning_rate.{len(self.learning_rate)}={{shape: constant, steps: {rest}, start: {rate!r}}}'"
+            )
         return self
 
 

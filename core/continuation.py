@@ -168,7 +168,7 @@ def check_amounts(recipe: Recipe, source: BatchSource) -> Iterator[str]:
     if None not in stated and data.continues is None and samples - total >= size:
         kind = data.sources[0].share_kind
         most = max(source.components, key=lambda component: counts[component.name] / component.num_rows)
-        passes = f"'{most.name}': {counts[most.name] / most.num_rows:.1f} passes over its {most.num_rows:,} rows"
+        passes = f"'{most.name}': {counts[most.name]:,} of its {most.num_rows:,} rows, {counts[most.name] / most.num_rows:.3g} passes"
         raise DataError(
             f"data.sources: {kind} of all sources come to {total:,} samples, and {steps:,} steps of {size} read {samples:,} ({passes}): "
             f"set schedule.steps to at most {-(-total // size)}, state more {kind}, or give weight instead"

@@ -291,8 +291,8 @@ def _override(tree: dict[str, Any], override: str, source: _Source) -> None:
             target = target[step]
         except (KeyError, IndexError, TypeError):
             raise RecipeError(f"{origin}: no such key '{dotted(parts)}' in {source.name}") from None
-    if isinstance(target, list) and last.isdigit() and int(last) < len(target):
-        target[int(last)] = value
+    if isinstance(target, list) and last.isdigit() and int(last) <= len(target):
+        target[int(last) : int(last) + 1] = [value]  # the number after the last adds an item
         source.marks[*parts, int(last)] = origin
     elif isinstance(target, dict):
         target[last] = value

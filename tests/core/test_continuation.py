@@ -390,7 +390,8 @@ def test_more_than_the_recipe_states_is_refused_and_passes_are_said(root: Path) 
     list(check_amounts(fits, opened(fits)))
     much = recipe(root, {}, steps=230, data={"sources": source})
     with pytest.raises(
-        DataError, match=r"epochs of all sources come to 194 samples, and 230 steps of 8 read 1,840 \('a': 19\.0 passes.*most 25"
+        DataError,
+        match=r"epochs of all sources come to 194 samples, and 230 steps of 8 read 1,840 \('a': 1,840 of its 97 rows, 19 passes\).*most 25",
     ):
         list(check_amounts(much, opened(much)))
     weighted = recipe(root, {"a": 1.0}, steps=230)
