@@ -201,9 +201,12 @@ def read_commit(folder: Path) -> Commit | None:
         page = pages[start : start + PAGE_BYTES]
         text = page[64:].rstrip(b" ")
         if hashlib.sha256(text).hexdigest().encode() == page[:64]:
-            values = json.loads(text)
-            values["pending"] = None if values["pending"] is None else Pending(**values["pending"])
-            found.append(Commit(**values))
+            try:
+                values = json.loads(text)
+                values["pending"] = None if values["pending"] is None else Pending(**values["pending"])
+                found.append(Commit(**values))
+            except (ValueError, TypeError, KeyError) as error:
+                raise BackendError(f"{folder}/commit: is of another version ({error}), or no store's: {_DAMAGED}") from error
     if not found:
         if any(pages):
             raise BackendError(f"{folder}/commit: neither page is whole: {_DAMAGED}")
