@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weftrain.analysis.compare_series import Point, Series
+from weftrain.analysis.distinct_revisions import repeated, told
 from weftrain.core import fsops
 from weftrain.core.canonical import parse_json, sha256_json
 from weftrain.core.errors import CheckpointError, DataError, NonFiniteError
@@ -75,6 +76,12 @@ def read_huggingface(folder: Path, name: str, tokens_per_step: int | None) -> Se
                 raise CheckpointError(
                     f"{revisions[step] / CONFIG}: '{key}' is {config.get(key)!r}, the first revision's {first.get(key)!r}: not one series"
                 )
+    try:
+        groups = repeated({path.name: [path / file for file in weight_files(path)] for path in revisions.values()})
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}: take another copy of the folder") from error
+    if groups:
+        raise CheckpointError(f"{folder}: the same weights stand at several steps: {told(groups)}: fetch them again, or move one away")
     tokenizer = revisions[min(revisions)] / TOKENIZER
     return Series(
         name=name,

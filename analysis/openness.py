@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from weftrain.analysis.distinct_revisions import repeated, told
 from weftrain.core.errors import RecipeError, ReleaseError
 from weftrain.core.plain_file import LIMIT_BYTES, read_plain
 from weftrain.core.recipe_file import parse_mapping
@@ -33,10 +34,13 @@ class Item:
     prevents: str  # what nobody can do where it is absent
 
 
+DISTINCT = "distinct revisions"
+_SAME = "the same weights: "
 # name -> what its absence prevents
 PREVENTS = {
     "final weights": "using the model at all",
     "intermediate checkpoints": "studying how anything was learned; finding where it went wrong",
+    DISTINCT: "saying at which step a revision was taken; any curve over steps",
     "optimizer state": "continuing the training, and replaying any step",
     "training data": "attributing an output to what was read; measuring memorization and contamination",
     "data order": "saying which samples a checkpoint had seen, and replaying",
@@ -64,6 +68,11 @@ def openness(folder: Path) -> tuple[str, list[Item]]:
     return "folder in the style of the Hugging Face hub", _of_hub(folder, files)
 
 
+def repeats(items: list[Item]) -> bool:
+    """Whether the items say that two revisions hold the same weights."""
+    return any(item.name == DISTINCT and item.evidence.startswith(_SAME) for item in items)
+
+
 def _of_release(folder: Path) -> list[Item]:
     release = read_release(folder)
     names = list(release.files)
@@ -79,6 +88,7 @@ def _of_release(folder: Path) -> list[Item]:
     found: dict[str, tuple[Status, str]] = {
         "final weights": ("present", f"revisions/ in {release.weights_dtype}"),
         "intermediate checkpoints": ("present" if checkpoints > 2 else "partial", f"checkpoints/, {checkpoints} links"),
+        DISTINCT: ("present", "a checkpoint root each, in the links of release.json"),
         "optimizer state": ("present", "checkpoints/*/, exp_avg and exp_avg_sq of every parameter"),
         "training data": data,
         "data order": ("present", "a function of recipe and datasets; weftrain log --samples"),
@@ -130,6 +140,7 @@ def _of_hub(folder: Path, files: list[str]) -> list[Item]:
             if revisions
             else ("absent", "no folder and no branch named step or ckpt with a number")
         ),
+        DISTINCT: _distinct(folder, weights),
         "optimizer state": _judged(optimizer, "no optimizer file"),
         "training data": _judged(data, "no token file") if data or not datasets else ("partial", f"README.md names {datasets}"),
         "data order": ("absent", "nothing from which a sample's step follows: no index of the order, no function of a seed"),
@@ -148,6 +159,22 @@ def _of_hub(folder: Path, files: list[str]) -> list[Item]:
 
 def _items(found: dict[str, tuple[Status, str]]) -> list[Item]:
     return [Item(name, *found[name], prevents) for name, prevents in PREVENTS.items()]
+
+
+def _distinct(folder: Path, weights: list[str]) -> tuple[Status, str]:
+    """Whether the revisions that lie here as folders differ in their weights."""
+    revisions: dict[str, list[Path]] = {}
+    for name in weights:
+        place = name.rpartition("/")[0]
+        if _REVISION.match(place):
+            revisions.setdefault(place, []).append(folder / name)
+    if len(revisions) < 2:
+        return "absent", "no two revisions lie here as folders: fetch them to compare their weights"
+    try:
+        groups = repeated(revisions)
+    except OSError as error:
+        raise ReleaseError(f"{error.filename}: {error.strerror}: fetch it again") from error
+    return ("absent", f"{_SAME}{told(groups)}") if groups else ("present", f"{len(revisions)} revisions, no two alike")
 
 
 def _judged(names: list[str], missing: str) -> tuple[Status, str]:

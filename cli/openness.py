@@ -19,15 +19,20 @@ _COLOURS = {"present": "green", "partial": "yellow", "absent": "red"}
 @click.argument("release", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def openness(release: Path, as_json: bool) -> None:
-    """Say what RELEASE, one of ours or a model's folder from the Hugging Face hub, has, and what each absence prevents."""
+    """Say what RELEASE, one of ours or a model's folder from the Hugging Face hub, has, and what each absence prevents.
+
+    Two revisions with the same weights are an error of the series: exit status 1.
+    """
     from weftrain.analysis.openness import openness as judge
+    from weftrain.analysis.openness import repeats
 
     kind, items = judge(release)
     if as_json:
         click.echo(json.dumps({"folder": str(release), "kind": kind, "items": [dataclasses.asdict(item) for item in items]}, indent=2))
-        return
+        raise SystemExit(int(repeats(items)))
     table = Table("", "", "seen by", "an absence prevents", title=f"{release}: {kind}", title_justify="left", box=None)
     for item in items:
         prevents = "" if item.status == "present" else item.prevents
         table.add_row(item.name, Text(item.status, _COLOURS[item.status]), item.evidence, prevents)
     Console(highlight=False).print(table)
+    raise SystemExit(int(repeats(items)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -393,6 +394,10 @@ def test_tokens_of_a_hugging_face_series(neox: Path) -> None:
         read_series(neox, "pythia")
     save_neox(neox / "ckpt_002000", 0)
     with pytest.raises(CheckpointError, match="are both step 2000"):
+        read_huggingface(neox, "pythia", 1)
+    shutil.rmtree(neox / "ckpt_002000")
+    shutil.copytree(neox / "step2000", neox / "step3000")
+    with pytest.raises(CheckpointError, match=r"the same weights stand at several steps: step2000 = step3000 \(sha256 "):
         read_huggingface(neox, "pythia", 1)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from weftrain.analysis.openness import PREVENTS, openness
+from weftrain.cli.main import main
 from weftrain.core.errors import ReleaseError
 
 
@@ -47,7 +50,7 @@ def test_what_a_folder_adds_is_seen(tmp_path: Path) -> None:
     assert statuses(folder)["intermediate checkpoints"] == "absent"
     for name in ("ckpt_001", "ckpt_002", "ckpt_003"):
         (folder / name).mkdir()
-        (folder / name / "model.safetensors").write_bytes(b"x")
+        (folder / name / "model.safetensors").write_bytes(name.encode())
     (folder / "ckpt_003" / "optimizer.pt").write_bytes(b"x")
     (folder / "trainer_state.json").write_text("{}")
     (folder / "train.parquet").write_bytes(b"x")
@@ -56,7 +59,7 @@ def test_what_a_folder_adds_is_seen(tmp_path: Path) -> None:
     (folder / "eval_results").mkdir()
     (folder / "eval_results" / "arc.json").write_text("{}")
     found = statuses(folder)
-    for name in ("intermediate checkpoints", "optimizer state", "metrics", "training data"):
+    for name in ("intermediate checkpoints", "distinct revisions", "optimizer state", "metrics", "training data"):
         assert found[name] == "present", name
     for name in ("recipe", "training code", "analyses"):
         assert found[name] == "partial", name
@@ -71,6 +74,27 @@ def test_a_pickle_alone_is_partial_and_no_card_is_no_licence(tmp_path: Path) -> 
     assert found["licence"] == "absent"
     (tmp_path / "README.md").write_text("---\n: [broken\n---\n")
     assert statuses(tmp_path)["licence"] == "absent"
+
+
+def test_revisions_with_the_same_weights_are_named(tmp_path: Path) -> None:
+    """Also where they differ in one byte only, between the places that are read first, or in one of several files."""
+    size = 1 << 20
+    for step, at in ((1000, 7), (2000, 7), (3000, 5000), (4000, None)):
+        for shard in (1, 2):
+            data = bytearray(size)
+            if at is not None and shard == 2:
+                data[at] = 1
+            place = tmp_path / f"step{step}" / f"model-{shard:05d}-of-00002.safetensors"
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(data)
+    item = next(item for item in openness(tmp_path)[1] if item.name == "distinct revisions")
+    assert item.status == "absent"
+    assert re.fullmatch(r"the same weights: step1000 = step2000 \(sha256 [0-9a-f]{12}\)", item.evidence)
+    assert CliRunner().invoke(main, ["openness", str(tmp_path)]).exit_code == 1
+    assert CliRunner().invoke(main, ["openness", str(tmp_path), "--json"]).exit_code == 1
+    (tmp_path / "step2000" / "model-00001-of-00002.safetensors").write_bytes(b"other")
+    assert statuses(tmp_path)["distinct revisions"] == "present"
+    assert CliRunner().invoke(main, ["openness", str(tmp_path)]).exit_code == 0
 
 
 def test_what_is_neither_is_refused(tmp_path: Path) -> None:
