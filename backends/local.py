@@ -293,6 +293,7 @@ class LocalBackend(PlainBackend):
     summary = "one process, one device (cpu or cuda), fp32 or bf16 with fp32 weights"
     options = LocalOptions
     trains = True
+    portable_options = frozenset({"compile", "activation_checkpointing"})
 
     def prepare(self, job: Job) -> LocalRun:
         """Raises BackendError for a device that is not there, more than one replica, or compile without a compiler."""

@@ -10,7 +10,7 @@ import platform
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -334,6 +334,7 @@ class PlainBackend:
     """The answers of a backend that runs anywhere, keeps no state of its own on disk, and has nothing to say before it starts."""
 
     name: str
+    portable_options: Set[str] = frozenset()
 
     def unavailable(self) -> str | None:
         return None

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from weftrain.analysis.peak import machine_name, measured_matmul_peak
+from weftrain.cli.resolve import resolve_foreign
 from weftrain.core import checkpoint
 from weftrain.core.backend import Backend, BatchSource, EvaluationSource, Run
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
 from weftrain.core.fit_of_weights import check_fit
 from weftrain.core.parameters import flops_per_token
-from weftrain.core.recipe_file import RecipeFile, recorded_recipe
-from weftrain.core.release import RELEASE, read_release
+from weftrain.core.recipe_file import RecipeFile
+from weftrain.core.release import RELEASE
 from weftrain.core.speed import Peak, Speed, recorded_peak
 
 
@@ -46,15 +47,22 @@ def newest_or_named(path: Path, say: Callable[[str], None]) -> Path:
     return newest
 
 
-def recipe_of_checkpoint(path: Path, manifest: dict[str, Any], overrides: Iterable[str] = (), backend: str | None = None) -> RecipeFile:
-    """The recipe that the checkpoint in `path` was made by, with overrides; in a release that has its shards, it reads those.
+def recipe_of_checkpoint(
+    path: Path,
+    manifest: dict[str, Any],
+    overrides: Iterable[str] = (),
+    backend: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> RecipeFile:
+    """The recipe that the checkpoint in `path` was made by, with overrides, to compute with it here: see resolve.resolve_foreign.
 
-    Raises RecipeError, ReleaseError; CheckpointError where an override asks for a model of other shapes.
+    A release's data are looked for in the release, and elsewhere only where an override says so. Raises RecipeError, ReleaseError;
+    CheckpointError where an override asks for a model of other shapes.
     """
     tree, release = copy.deepcopy(manifest["recipe"]), path.resolve().parent.parent
-    if path.resolve().parent.name == "checkpoints" and (release / RELEASE).exists() and read_release(release).data == "shards":
+    if path.resolve().parent.name == "checkpoints" and (release / RELEASE).exists():
         tree["data"]["root"] = str(release / "data")
-    file = recorded_recipe(tree, f"{path}/manifest.json: recipe", overrides, backend)
+    file = resolve_foreign(tree, f"{path}/manifest.json: recipe", overrides, backend, say)
     check_fit(manifest, file.recipe.model, str(path))
     return file
 

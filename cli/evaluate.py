@@ -102,10 +102,7 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
     path = newest_or_named(run, lambda line: console.print(line, markup=False))
     state, manifest = checkpoint.load(path, verified=path != run)
     own = [f"log.evaluate_rows={rows or 2**40}", "batch.replicas=1"]
-    recorded = manifest["recipe"]["backend"]
-    if backend in (None, recorded["name"]) and recorded["options"].get("store") is not None:
-        own.append("backend.options.store=null")  # the run's own store holds what the run last trained, and may be in use
-    file = recipe_of_checkpoint(path, manifest, [*overrides, *own], backend)
+    file = recipe_of_checkpoint(path, manifest, [*overrides, *own], backend, lambda line: console.print(line, markup=False))
     chosen, options = backend_options(file)
     _, heldout = open_data(file.recipe)
     if not heldout:
@@ -114,7 +111,9 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
     title = f"{path} (step {state.step})"
     table = Table("held-out set", "rows", "loss", "perplexity", "tokens", title=title, title_justify="left", box=None)
     with tempfile.TemporaryDirectory(prefix="weftrain-eval-") as folder:  # for a backend that keeps state on disk
-        prepared = prepare_run(chosen, Job(file.recipe, Plan(state.step, state.step), options, weights, folder=Path(folder)))
+        prepared = prepare_run(
+            chosen, Job(file.recipe, Plan(state.step, state.step), options, weights, folder=Path(folder), kept="replace")
+        )
         for held in heldout:
             result = prepared.evaluate(held)
             perplexity = perplexity_of(result.loss)

@@ -134,6 +134,7 @@ def verify(path: Path, key: str | None) -> None:
 @click.option("--backend", help="Another backend than the run's; then bits may differ, and the fingerprint says where.")
 @click.option("--tolerance", type=click.FloatRange(min=0), help="Largest distance as a share of the movement, under another fingerprint.")
 @click.option("--data-root", type=click.Path(path_type=Path, exists=True), help="Datasets of a release that has only their hashes.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to train them.")
 def replay(
     release: Path,
     links: tuple[int, ...],
@@ -142,6 +143,7 @@ def replay(
     backend: str | None,
     tolerance: float | None,
     data_root: Path | None,
+    device: str,
 ) -> None:
     """Train links of RELEASE again, each from checkpoint k-1 over chunk k, and compare every tensor with checkpoint k, bit for bit."""
     from weftrain.core.errors import ReleaseError
@@ -159,7 +161,7 @@ def replay(
     table = Table("link", "chunk", "steps", "tensors equal", "losses equal", "verdict", box=None)
     failed = False
     notes: list[str] = []
-    with cleaned_up(), _prepare(release, data_root, backend) as (open_source, prepare):
+    with cleaned_up(), _prepare(release, data_root, backend, device, notes.append) as (open_source, prepare):
         for link in chosen:
             report = replay_link(release, verified, link, open_source, prepare, DEFAULT_TOLERANCE if tolerance is None else tolerance)
             failed |= report.verdict == "different"
@@ -169,7 +171,7 @@ def replay(
             table.add_row(str(link.link), chunk, steps, *equal, report.verdict)
             notes += _notes(report)
     console.print(table)
-    for note in notes:
+    for note in dict.fromkeys(notes):
         console.print(note, markup=False)
     if failed:
         raise SystemExit(3)
@@ -192,9 +194,15 @@ def _notes(report: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _prepare(release: Path, data_root: Path | None, backend: str | None) -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
-    """How a link's source is opened and its run prepared: on the release's own data, with the threads of its fingerprint."""
-    from weftrain.cli.resolve import backend_options, resolve_recorded
+def _prepare(
+    release: Path, data_root: Path | None, backend: str | None, device: str, say: Callable[[str], None]
+) -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
+    """How a link's source is opened and its run prepared: on the release's own data, with the threads of its fingerprint.
+
+    Of the release's backend.options only portable ones are taken, and whatever a backend keeps on disk lies in a temporary folder.
+    """
+    from weftrain.backends.registry import find_backends
+    from weftrain.cli.resolve import backend_options, resolve_foreign
     from weftrain.core.backend import Job, prepare_run
     from weftrain.core.data import training_source
     from weftrain.core.recipe_file import RecipeFile
@@ -205,13 +213,17 @@ def _prepare(release: Path, data_root: Path | None, backend: str | None) -> Iter
         def placed(recipe: Any) -> RecipeFile:
             tree = recipe.model_dump(mode="json")
             tree["data"]["root"] = str(root)
-            return resolve_recorded(tree, f"{release}: its recipe", (), backend)
+            file = resolve_foreign(tree, f"{release}: its recipe", (), backend, say)
+            if device == "auto" or "device" not in find_backends()[file.recipe.backend.name].options.model_fields:
+                return file
+            return resolve_foreign(tree, f"{release}: its recipe", (f"backend.options.device={device}",), backend)
 
         def prepare(recipe: Any, plan: Any, fingerprint: Mapping[str, Any]) -> Any:
             file = placed(recipe)
             chosen, options = backend_options(file)
             wanted = fingerprint.get("threads")
             threads = wanted if type(wanted) is int and wanted > 0 else None
-            return prepare_run(chosen, Job(file.recipe, plan, options, folder=Path(folder) / str(plan.start_step), threads=threads))
+            own = Path(folder) / str(plan.start_step)  # for a backend that keeps state on disk
+            return prepare_run(chosen, Job(file.recipe, plan, options, folder=own, threads=threads, kept="replace"))
 
         yield (lambda recipe: training_source(placed(recipe).recipe)), prepare

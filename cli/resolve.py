@@ -5,7 +5,7 @@ show, plan, train, bench and lower all come through here, so that what one of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weftrain.core.config import SHARED_OPTIONS, Recipe, Section
@@ -42,6 +42,31 @@ def resolve_recorded(tree: Mapping[str, Any], origin: str, overrides: Iterable[s
     own = section.get("name") if isinstance(section, Mapping) else None
     kept = kept_options(own, backend) if backend is not None and isinstance(own, str) else ()
     return recorded_recipe(dict(tree), origin, overrides, backend, kept)
+
+
+def resolve_foreign(
+    tree: Mapping[str, Any],
+    origin: str,
+    overrides: Iterable[str] = (),
+    backend: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> RecipeFile:
+    """`resolve_recorded` for who only computes with what a record holds: replay, eval, generate, memorize. Anybody may have written it.
+
+    Of backend.options it takes those that the backend declares portable (`Backend.portable_options`), so a record chooses no path, device
+    or address here; overrides may give the others. say: told what was not taken. Raises RecipeError, BackendError.
+    """
+    from weftrain.backends.registry import find_backends
+
+    section = tree.get("backend")
+    if isinstance(section, Mapping) and isinstance(options := section.get("options"), Mapping):
+        found = find_backends().get(str(section.get("name")))
+        portable = frozenset() if found is None else found.portable_options
+        left = sorted(set(options) - portable)
+        if left and backend in (None, section.get("name")):
+            say(f"not taken from the record, but as this machine has it: {', '.join(f'backend.options.{name}' for name in left)}")
+        tree = {**tree, "backend": {**section, "options": {name: value for name, value in options.items() if name in portable}}}
+    return resolve_recorded(tree, origin, overrides, backend)
 
 
 def resolve(recipe: str, overrides: Iterable[str] = (), backend: str | None = None) -> Resolved:

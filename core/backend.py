@@ -8,7 +8,7 @@ just made, so after it `step + 1` steps are complete, and that number is the one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, SupportsFloat, runtime_checkable
@@ -331,6 +331,9 @@ class Backend(Protocol):
     summary: str  # one line for `weftrain backends`
     options: type[Section]  # schema of the recipe's backend.options
     trains: bool  # False for one that hands out no gradients (null, cerebras): the conformance suite has nothing to compare
+    # Options that replay, eval and the like take from a recipe that somebody else may have written: what decides numbers or memory.
+    # Never a path, a device, an address or a time to wait.
+    portable_options: Set[str]
 
     def unavailable(self) -> str | None:
         """None, or the reason a person can act on."""

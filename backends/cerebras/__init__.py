@@ -271,6 +271,7 @@ class CerebrasBackend(PlainBackend):
     name = "cerebras"
     summary = "the vendor's compiler and systems, from an environment of its own; `weftrain lower` needs no cluster"
     options = CerebrasOptions
+    portable_options = frozenset({"target", "execution_strategy", "micro_batch", "precision_level", "activation_checkpointing"})
     trains = False  # not by gradients that anybody could ask for, which is what the conformance suite compares
 
     def unavailable(self) -> str | None:

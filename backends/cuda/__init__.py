@@ -27,6 +27,7 @@ class CudaBackend(PlainBackend):
     summary = "many processes by torchrun: FSDP2, HSDP, DDP, tensor and context parallel; NCCL on GPUs, gloo on CPUs; fp32 or bf16"
     options = CudaOptions
     trains = True
+    portable_options = frozenset(CudaOptions.model_fields) - {"device", "threads", "huge_pages", "timeout_s", "stall_s"}
 
     def unavailable(self) -> str | None:
         import torch.distributed as dist

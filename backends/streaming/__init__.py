@@ -127,6 +127,18 @@ class StreamingBackend(PlainBackend):
     summary = "weight streaming: state in RAM or on disk, one layer at a time on the device; fp32 or bf16, exact"
     options = StreamingOptions
     trains = True
+    portable_options = frozenset(
+        {
+            "compile",
+            "activations",
+            "offload_activations",
+            "tier",  # not where: the store then lies in the folder that the job names
+            "state_format",
+            "layer_slots",
+            "buffer_mib",
+            "tile_elements",
+        }
+    )
 
     def prepare(self, job: Job) -> StreamingRun:
         """Raises BackendError for a device that is not there, a store that is in use, torn or of another recipe, or too little room."""

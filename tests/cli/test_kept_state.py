@@ -214,3 +214,22 @@ def prepare_other(folder: Path) -> None:
         (texts / f"{number}.txt").write_text("abc def " * 40 + str(number))
     options = ["--name", "words", "--sequence-length", "13", "--tokenizer", folder / "real" / "words" / "tokenizer.json"]
     done(weftrain("prep", texts, "--output", folder / "datasets", *options, "--heldout-fraction", "0.1"))
+
+
+@pytest.mark.parametrize("tier", [MAPPED, pytest.param(DIRECT, marks=pytest.mark.prove)])
+def test_replay_and_evaluation_take_no_path_from_a_record(tier: tuple[str, ...], train: Train, tmp_path: Path) -> None:
+    """The release names the store of a run that goes on: neither it nor its own folder is touched, and nothing new is made."""
+    place = tmp_path / "place"
+    run = tmp_path / "runs" / "crystal_demo"
+    done(train(*tier, f"backend.options.store={place}", "schedule.steps=4", "data.chunks=2"))
+    done(weftrain("release", run, "--to", tmp_path / "release", "--licence", "MIT"))
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    names = sorted(path.name for path in tmp_path.iterdir())
+    output = done(weftrain("replay", tmp_path / "release", "--link", "1", "--link", "2", "--device", "cpu"))
+    assert output.count("equal") >= 2
+    assert "not taken from the record, but as this machine has it: backend.options.store" in output
+    for folder in (run, tmp_path / "release"):
+        done(weftrain("eval", folder, "--rows", "2"))
+    done(weftrain("generate", tmp_path / "release", "--ids", "1,2", "--max-new-tokens", "2"))
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
