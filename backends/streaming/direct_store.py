@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftrain.backends.streaming.file_store import FileStore
+from weftrain.backends.streaming.checksums import checksum
+from weftrain.backends.streaming.file_store import FileStore, state_sums
 from weftrain.backends.streaming.layout import PAGE_BYTES, Layout, Record, Tile, ahead_tiles
 from weftrain.backends.streaming.store import DTYPES, Part, Planes, typed
 from weftrain.core.errors import BackendError
@@ -119,7 +120,8 @@ class DirectStore(FileStore):
             update = with_state and self.needs_update(tile)
             ahead = self._ahead.pop(tile.index, None) if update else None
             leaving = self._leaving(slot, record)
-            self._reads[tile.index] = self._reader.submit(self._read, tile, plane, self.rotation(tile), update, leaving, ahead)
+            step = self.standing().step
+            self._reads[tile.index] = self._reader.submit(self._read, tile, plane, self.rotation(tile), step, update, leaving, ahead)
             self.bytes_read += tile.compute_bytes if ahead is not None or not update else tile.bytes
             self.bytes_read += tile.gradient_bytes if update else 0
         self._occupants[slot.data_ptr()] = record
@@ -136,6 +138,7 @@ class DirectStore(FileStore):
         tile: Tile,
         plane: Tensor,
         rotation: int,
+        step: int,
         with_state: bool,
         leaving: list[Future[None]],
         ahead: Future[Tensor] | None,
@@ -155,10 +158,23 @@ class DirectStore(FileStore):
         if rest is not None:
             self._state.read_at(self.layout.gradient_offset(tile), self._part(rest[state_bytes:]))
         self._busy("read", tile, start)
+        self._check_planes(tile, rotation, self._typed(tile, plane, rest if ahead is None else None))
+        if rest is not None:
+            gradient = rest[state_bytes:].numpy()
+            self._check_gradient(tile, step, checksum(gradient, tile.index, -1, step))
         return plane, rest
 
+    def _typed(self, tile: Tile, plane: Tensor | None, rest: Tensor | None) -> Planes:
+        """Views of what is there of a tile: its compute plane, and the rest of its state."""
+        found = {} if plane is None else {tile.planes[0].name: plane.view(DTYPES[tile.planes[0].dtype])}
+        for name, (offset, item) in list(tile.plane_offsets().items())[1:] if rest is not None else []:
+            assert rest is not None
+            at = offset - tile.compute_bytes
+            found[name] = rest[at : at + item.bytes(len(tile.owned))].view(DTYPES[item.dtype])
+        return found
+
     def read_ahead(self, record: Record) -> None:
-        def read(tile: Tile, offset: int) -> Tensor:
+        def read(tile: Tile, offset: int, rotation: int) -> Tensor:
             if tile.index in self._writes:
                 self._writes[tile.index].result()
             state_bytes = tile.bytes - tile.compute_bytes
@@ -166,11 +182,12 @@ class DirectStore(FileStore):
             start = time.perf_counter()
             self._state.read_at(offset, self._part(rest[:state_bytes]))
             self._busy("read", tile, start)
+            self._check_planes(tile, rotation, self._typed(tile, None, rest))
             return rest
 
         for tile in ahead_tiles(record, self.buffer_bytes):
             offset = self.layout.offset(tile, self.rotation(tile)) + tile.compute_bytes
-            self._ahead[tile.index] = self._reader.submit(read, tile, offset)
+            self._ahead[tile.index] = self._reader.submit(read, tile, offset, self.rotation(tile))
             self.bytes_read += tile.bytes - tile.compute_bytes
 
     @property
@@ -198,18 +215,15 @@ class DirectStore(FileStore):
         assert rest is not None
         self._fetched[tile.index] = plane
         state_bytes = tile.bytes - tile.compute_bytes
-        planes = {tile.planes[0].name: plane.view(DTYPES[tile.planes[0].dtype])}
-        for name, (offset, item) in list(tile.plane_offsets().items())[1:]:
-            at = offset - tile.compute_bytes
-            planes[name] = rest[at : at + item.bytes(len(tile.owned))].view(DTYPES[item.dtype])
+        planes, rotation = self._typed(tile, plane, rest), self.rotation(tile) + 1
         yield 0, len(tile.owned), planes, rest[state_bytes:].view(DTYPES[tile.gradient_dtype])
-        offset = self.layout.offset(tile, self.rotation(tile) + 1)
 
         def write() -> None:
             start = time.perf_counter()
-            self._state.write_at(offset, self._part(plane), self._part(rest[:state_bytes]))
-            self._buffers.give(rest)
+            self._state.write_at(self.layout.offset(tile, rotation), self._part(plane), self._part(rest[:state_bytes]))
             self._busy("write", tile, start)
+            self._note_state(tile, rotation, state_sums(tile, planes, rotation))
+            self._buffers.give(rest)
 
         self.bytes_written += tile.bytes
         self._writes[tile.index] = self._submit(write)
@@ -219,12 +233,14 @@ class DirectStore(FileStore):
         with self._blamed("written"):
             buffer = self._gradient_buffers.take(tile.gradient_bytes)
         gradient(buffer.view(DTYPES[tile.gradient_dtype]))
+        step = self.standing().step + 1
 
         def write() -> None:
             start = time.perf_counter()
             self._state.write_at(self.layout.gradient_offset(tile), self._part(buffer))
-            self._gradient_buffers.give(buffer)
             self._busy("spool", tile, start)
+            self._note_gradient(tile, step, buffer)
+            self._gradient_buffers.give(buffer)
 
         self.bytes_written += tile.gradient_bytes
         self._spools[tile.index] = self._submit(write)
@@ -232,19 +248,24 @@ class DirectStore(FileStore):
     def read_state(self, tile: Tile) -> Planes:
         self.drain()
         memory = aligned(tile.bytes)
+        rotation = self.rotation(tile)
         with self._blamed("read"):
-            self._state.read_at(self.layout.offset(tile, self.rotation(tile)), self._part(memory))
-        return typed(memory, tile)
+            self._state.read_at(self.layout.offset(tile, rotation), self._part(memory))
+        planes = typed(memory, tile)
+        self._check_planes(tile, rotation, planes)
+        return planes
 
     def write_state(self, tile: Tile, planes: Planes) -> None:
         with self._blamed("written"):
             buffer = self._buffers.take(tile.bytes)
         buffer.zero_()
-        for name, plane in typed(buffer, tile).items():
+        target = typed(buffer, tile)
+        for name, plane in target.items():
             plane.copy_(planes[name])
 
         def write() -> None:
             self._state.write_at(self.layout.offset(tile, 0), self._part(buffer))
+            self._note_state(tile, 0, state_sums(tile, target, 0))
             self._buffers.give(buffer)
 
         self._submit(write)

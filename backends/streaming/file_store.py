@@ -13,13 +13,16 @@ import itertools
 import json
 import mmap
 import os
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from weftrain.backends.streaming.checksums import ENTRY_BYTES, MAX_PLANES, Running, Sums, checksum, packed
 from weftrain.backends.streaming.layout import PAGE_BYTES, Layout, Record, Tile
 from weftrain.backends.streaming.state import result_from_json
 from weftrain.backends.streaming.store import DTYPES, Commit, Part, Pending, Planes, Store, typed
@@ -33,7 +36,12 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class FileStore(Store):
-    """A folder: `lock`, `layout.json` (what it was made for, written last), `commit` (two pages, the newer whole one counts), `state`."""
+    """A folder: `lock`, `layout.json` (what it was made for, written last), `commit` (two pages, the newer whole one counts), `state`,
+    and `checksums` of it: an entry for each place of a tile, then one for each spooled gradient.
+
+    A checksum is written after what it is of and before the commit that counts it, so it is torn where and only where that is; and it lies
+    apart from those of the version before, as the tile itself does.
+    """
 
     def __init__(self, layout: Layout, folder: Path, *, direct: bool) -> None:
         super().__init__(layout)
@@ -62,10 +70,13 @@ class FileStore(Store):
                 self._stack.callback(self._state.close)
                 self._commits = fsops.PositionedFile(folder / "commit")
                 self._stack.callback(self._commits.close)
+                self._checksums = fsops.PositionedFile(folder / "checksums")
+                self._stack.callback(self._checksums.close)
                 if new:
                     self._create()
                 elif (size := (folder / "state").stat().st_size) != layout.file_bytes:
                     raise BackendError(f"{folder}/state: holds {size:,} bytes, the layout says {layout.file_bytes:,}: {_DAMAGED}")
+                self._sums, self._gradient_sums = self._read_checksums(new)
                 found = None if new else read_commit(folder)
                 self._sequence = 0 if found is None else found.sequence
                 if found is not None:
@@ -73,6 +84,49 @@ class FileStore(Store):
         except BaseException:
             self._stack.close()
             raise
+
+    def _read_checksums(self, new: bool) -> tuple[list[list[int]], list[int]]:
+        """For each place the checksums of a tile's planes; for each tile that of its gradient."""
+        places, tiles = self.layout.num_places, len(self.layout.tiles)
+        size = places * ENTRY_BYTES + tiles * 8
+        if new:
+            return [[0] * MAX_PLANES for _ in range(places)], [0] * tiles
+        path = self.folder / "checksums"
+        if (found := path.stat().st_size) != size:
+            raise BackendError(f"{path}: holds {found:,} bytes, the layout says {size:,}: {_DAMAGED}")
+        values = struct.unpack(f"<{size // 8}Q", path.read_bytes())
+        entries = [list(values[start : start + MAX_PLANES]) for start in range(0, places * MAX_PLANES, MAX_PLANES)]
+        return entries, list(values[places * MAX_PLANES :])
+
+    def _note_state(self, tile: Tile, rotation: int, sums: Sums) -> None:
+        """Keep the checksums of a tile's planes, in the order of `tile.planes`: after the state was written, in the order of writes."""
+        place = self.layout.place(tile, rotation)
+        self._sums[place][: len(sums)] = sums
+        self._checksums.write_at(place * ENTRY_BYTES, memoryview(packed(sums)))
+
+    def _note_gradient(self, tile: Tile, step: int, gradient: Tensor) -> None:
+        """The same for the gradient of a tile that makes `step` steps complete."""
+        value = self._gradient_sums[tile.index] = checksum(_bytes(gradient), tile.index, -1, step)
+        self._checksums.write_at(self.layout.num_places * ENTRY_BYTES + tile.index * 8, memoryview(packed([value])))
+
+    def _check_planes(self, tile: Tile, rotation: int, planes: Planes) -> None:
+        """Raises BackendError where planes that were read are not those that were written."""
+        for number, plane in enumerate(tile.planes):
+            if plane.name in planes:
+                self._check(tile, rotation, number, checksum(_bytes(planes[plane.name]), tile.index, number, rotation))
+
+    def _check(self, tile: Tile, rotation: int, number: int, found: int) -> None:
+        if found != self._sums[self.layout.place(tile, rotation)][number]:
+            raise self._damaged(tile, tile.planes[number].name)
+
+    def _check_gradient(self, tile: Tile, step: int, found: int) -> None:
+        if found != self._gradient_sums[tile.index]:
+            raise self._damaged(tile, f"the gradient of step {step - 1}")
+
+    def _damaged(self, tile: Tile, what: str) -> BackendError:
+        step = "" if self.commit is None else f" as of {self.commit.step} completed steps"
+        names = ", ".join(piece.name for piece in tile.pieces[:3]) + (f" and {len(tile.pieces) - 3} more" if len(tile.pieces) > 3 else "")
+        return BackendError(f"{self.folder}/state: {what} of {names} (tile {tile.index}){step} is not what was written: {_DAMAGED}")
 
     def set_aside(self) -> None:
         """Rename the folder, whole, to the first free `<name>.superseded-N` beside it, and begin with a new one."""
@@ -94,6 +148,7 @@ class FileStore(Store):
             )
         self._state.allocate(needed)
         self._commits.allocate(2 * PAGE_BYTES)
+        self._checksums.allocate(self.layout.num_places * ENTRY_BYTES + len(self.layout.tiles) * 8)
         self._record(None)
         fsops.write_bytes(self.folder / "layout.json", canonical_json(self.layout.identity) + b"\n")
 
@@ -133,6 +188,7 @@ class FileStore(Store):
 
     def _mark_closed(self) -> None:
         self._state.sync()
+        self._checksums.sync()
         if self._kept is not None:
             page = _page(replace(self._kept, sequence=self._sequence + 1, closed=True))
             self._commits.write_at((self._sequence + 1) % 2 * PAGE_BYTES, memoryview(page))
@@ -171,7 +227,7 @@ def check_identity(layout: Layout, folder: Path) -> bool:
     try:
         found = parse_json((folder / "layout.json").read_bytes())
     except FileNotFoundError:
-        strange = sorted({entry.name for entry in folder.iterdir()} - {"lock", "state", "commit"}) if folder.is_dir() else []
+        strange = sorted({entry.name for entry in folder.iterdir()} - {"lock", "state", "commit", "checksums"}) if folder.is_dir() else []
         if strange and not all(name.startswith(fsops.TEMPORARY_PREFIX) for name in strange):
             raise BackendError(
                 f"{folder}: holds '{strange[0]}', so it is no store: give an empty or new folder as backend.options.store"
@@ -231,6 +287,15 @@ def _boot_id() -> str:
     return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
 
 
+def state_sums(tile: Tile, planes: Planes, rotation: int) -> list[int]:
+    """Checksums of a tile's planes in their order."""
+    return [checksum(_bytes(planes[plane.name]), tile.index, number, rotation) for number, plane in enumerate(tile.planes)]
+
+
+def _bytes(plane: Tensor) -> np.ndarray:
+    return plane.view(torch.uint8).numpy()
+
+
 class MappedStore(FileStore):
     """Weights are views of the map. Nothing here asks for a page that is not there: all blocks were reserved when the file was made."""
 
@@ -243,6 +308,9 @@ class MappedStore(FileStore):
         super()._open()
         self._map = mmap.mmap(self._state.descriptor, self.layout.file_bytes, mmap.MAP_SHARED)
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
+        # tile -> the version of it that this process wrote, or checked: its compute plane, and all of it.
+        self._known: dict[int, int] = {}
+        self._read: dict[int, int] = {}
 
     def _planes(self, tile: Tile, rotation: int) -> Planes:
         offset = self.layout.offset(tile, rotation)
@@ -253,32 +321,63 @@ class MappedStore(FileStore):
         return self._memory[offset : offset + tile.gradient_bytes].view(DTYPES[tile.gradient_dtype])
 
     def compute_planes(self, record: Record) -> list[Tensor]:
-        return [self._planes(tile, self.rotation(tile))[tile.planes[0].name] for tile in record.tiles]
+        found = []
+        for tile in record.tiles:
+            rotation, name = self.rotation(tile), tile.planes[0].name
+            found.append(self._planes(tile, rotation)[name])
+            if self._known.get(tile.index) != rotation:
+                self._check_planes(tile, rotation, {name: found[-1]})
+                self._known[tile.index] = rotation
+        return found
 
     def updating(self, tile: Tile) -> Iterator[Part]:
-        old, new = (self._planes(tile, self.rotation(tile) + further) for further in (0, 1))
-        copied = [plane for plane in tile.planes if plane.name != "copy"]
+        before, step = self.rotation(tile), self.standing().step
+        old, new = (self._planes(tile, before + further) for further in (0, 1))
+        sums = [[Running(tile.index, number, before + further) for number in range(len(tile.planes))] for further in (0, 1)]
+        gradient_sum = Running(tile.index, -1, step)
         gradient = self._gradient(tile)
         for start in range(0, len(tile.owned), _CHUNK_ELEMENTS):
             stop = min(start + _CHUNK_ELEMENTS, len(tile.owned))
-            for plane in copied:
-                part = slice(start // plane.elements_per_item, stop // plane.elements_per_item)
-                new[plane.name][part].copy_(old[plane.name][part])
+            parts = [slice(start // plane.elements_per_item, stop // plane.elements_per_item) for plane in tile.planes]
+            for plane, part, running in zip(tile.planes, parts, sums[0], strict=True):
+                running.add(_bytes(old[plane.name][part]))
+                if plane.name != "copy":
+                    new[plane.name][part].copy_(old[plane.name][part])
+            gradient_sum.add(_bytes(gradient[start:stop]))
             yield start, stop, new, gradient[start:stop]
+            for plane, part, running in zip(tile.planes, parts, sums[1], strict=True):
+                running.add(_bytes(new[plane.name][part]))
+        for number, running in enumerate(sums[0]):
+            self._check(tile, before, number, running.value)
+        self._check_gradient(tile, step, gradient_sum.value)
+        with self._blamed("written"):
+            self._note_state(tile, before + 1, [running.value for running in sums[1]])
+        self._known[tile.index] = before + 1
         self.bytes_read += tile.bytes + tile.gradient_bytes
         self.bytes_written += tile.bytes
         self._updated(tile)
 
     def spool(self, tile: Tile, gradient: Callable[[Tensor], None]) -> None:
         gradient(self._gradient(tile))
+        with self._blamed("written"):
+            self._note_gradient(tile, self.standing().step + 1, self._gradient(tile))
         self.bytes_written += tile.gradient_bytes
 
     def read_state(self, tile: Tile) -> Planes:
-        return self._planes(tile, self.rotation(tile))
+        rotation = self.rotation(tile)
+        planes = self._planes(tile, rotation)
+        if self._read.get(tile.index) != rotation:  # an export asks for each parameter by itself
+            self._check_planes(tile, rotation, planes)
+            self._read[tile.index] = rotation
+        return planes
 
     def write_state(self, tile: Tile, planes: Planes) -> None:
-        for name, plane in self._planes(tile, 0).items():
+        target = self._planes(tile, 0)
+        for name, plane in target.items():
             plane.copy_(planes[name])
+        with self._blamed("written"):
+            self._note_state(tile, 0, state_sums(tile, target, 0))
+        self._known[tile.index] = 0
 
     def close(self) -> None:
         with contextlib.suppress(ValueError):  # closed before

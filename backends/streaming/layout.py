@@ -202,6 +202,26 @@ class Layout:
         return self._places[1][tile.index]
 
     @cached_property
+    def _first_places(self) -> tuple[list[int], int]:
+        """For each tile the number of its class's first place, over the whole store; and how many places there are."""
+        starts = sorted({(start, places) for start, _, places in self._places[0]})
+        numbers, count = {}, 0
+        for start, places in starts:
+            numbers[start] = count
+            count += places
+        return [numbers[start] for start, _, _ in self._places[0]], count
+
+    @property
+    def num_places(self) -> int:
+        """Places for a tile's state: one more than there are tiles for each size of tiles."""
+        return self._first_places[1]
+
+    def place(self, tile: Tile, rotation: int) -> int:
+        """Number of the place, from 0, that `offset` is the start of."""
+        _, number, places = self._places[0][tile.index]
+        return self._first_places[0][tile.index] + (number - rotation) % places
+
+    @cached_property
     def hash(self) -> str:
         return hashlib.sha256(canonical_json(self.identity)).hexdigest()
 
@@ -252,7 +272,7 @@ def make_layout(
             count += 1
         records.append(Record(number, name, tuple(specs), tuple(tiles)))
     identity = {
-        "version": 1,
+        "version": 2,
         "model": recipe.model.model_dump(mode="json"),
         "compute": recipe.precision.compute,
         "format": state_format,

@@ -14,12 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fault_injection import Death, Faults, injected
 from streaming_runs import abandon, assert_same, prepare, source_of, streaming, trained
 
 from weftrain.backends.streaming import direct_store, file_store
+from weftrain.backends.streaming.checksums import Running, checksum
 from weftrain.backends.streaming.file_store import read_commit
 from weftrain.backends.streaming.layout import PAGE_BYTES
 from weftrain.core import checkpoint, fsops
@@ -404,3 +406,102 @@ def test_killed_at_random_moments(tiny_overrides: list[str], tmp_path: Path) -> 
 @pytest.mark.parametrize("tier", [pytest.param("mapped", marks=pytest.mark.soak), "direct"])
 def test_kill_storm(tier: str, tiny_overrides: list[str], tmp_path: Path) -> None:
     assert_same_bits_after_kills(tier, 12, [*tiny_overrides, "model.num_layers=8"], tmp_path)
+
+
+# Checksums
+
+
+@pytest.mark.parametrize("tier", FILE_TIERS)
+@pytest.mark.parametrize(
+    ("state_format", "samples"),
+    [("fp32", 12), *[pytest.param(form, 60, marks=pytest.mark.prove) for form in ("fp32", "split", "bf16_moments", "int8_moments")]],
+)
+def test_a_changed_bit_is_seen_or_changes_nothing(tier: str, state_format: str, samples: int, tiny_recipe: Tiny, tmp_path: Path) -> None:
+    """In each file of a store between two starts: then the run ends in the same bits, or with an error that names what was damaged."""
+    compute = "float32" if state_format == "fp32" else "bfloat16"
+    recipe = tiny_recipe("crystal", "model.num_layers=2", "schedule.steps=3", f"precision.compute={compute}")
+    options = {"state_format": state_format}
+    run = streaming(recipe, tmp_path / "a", tier, 3, **options)
+    steps = run.train(source_of(recipe))
+    next(steps), next(steps)
+    abandon_after_drain(run)  # an update is pending: gradients count too
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "a" / "store").iterdir()}
+    run = streaming(recipe, tmp_path / "a", tier, 3, **options)
+    list(run.train(source_of(recipe)))
+    state = run.export_state()
+    wanted = State(3, state.optimizer_updates, {name: state.tensors[name].clone() for name in state.tensors})
+    run.close()
+    generator, seen = random.Random(f"{tier}{state_format}"), 0
+    names = [name for name in kept if name != "lock"]
+    for number in range(samples):
+        name = names[number % len(names)] if number % 2 else "state"
+        damaged = bytearray(kept[name])
+        damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+        for other, contents in kept.items():
+            (tmp_path / "a" / "store" / other).write_bytes(contents if other != name else damaged)
+        try:
+            run = streaming(recipe, tmp_path / "a", tier, 3, **options)
+        except BackendError as error:
+            assert "remove" in str(error)  # noqa: PT017
+            seen += 1
+            continue
+        try:
+            list(run.train(source_of(recipe)))
+            assert_same(run.export_state(), wanted)
+        except BackendError as error:
+            assert "was damaged from outside: remove its folder" in str(error)  # noqa: PT017
+            assert "(tile " in str(error)  # noqa: PT017
+            seen += 1
+        finally:
+            run.close()
+    assert seen >= samples // 4
+
+
+def abandon_after_drain(run: Any) -> None:
+    run._store.drain()
+    abandon(run)
+
+
+@pytest.mark.parametrize("tier", FILE_TIERS)
+@pytest.mark.parametrize("what", ["weights", "exp_avg", "gradient"])
+def test_damage_is_named(tier: str, what: str, tiny_recipe: Tiny, tmp_path: Path) -> None:
+    """Zeros in place of a page: store file, plane, tensor, step and remedy, before anything wrong is committed."""
+    recipe = small(tiny_recipe)
+    run = streaming(recipe, tmp_path, tier, 3)
+    steps = run.train(source_of(recipe))
+    next(steps), next(steps)
+    run._store.drain()
+    tile = next(tile for tile in run._layout.tiles if any(piece.name == "layers.1.attention.q_proj.weight" for piece in tile.pieces))
+    offset = run._layout.offset(tile, run._store.rotation(tile)) + tile.plane_offsets().get(what, (0, None))[0]
+    offset = run._layout.gradient_offset(tile) if what == "gradient" else offset
+    abandon(run)
+    with open(tmp_path / "store" / "state", "r+b") as file:
+        file.seek(offset)
+        file.write(bytes(4096))
+    standing = read_commit(tmp_path / "store")
+    run = streaming(recipe, tmp_path, tier, 3)
+    named = "the gradient of step 1" if what == "gradient" else what
+    words = rf"store/state: {named} of .*layers\.1\.attention\.q_proj\.weight.* as of 2 completed steps.*remove"
+    with pytest.raises(BackendError, match=words):
+        list(run.train(source_of(recipe)))
+    run.close()
+    after = read_commit(tmp_path / "store")
+    assert standing is not None
+    assert after is not None
+    assert after.step == standing.step
+
+
+def test_checksums_find_what_damages_a_file() -> None:
+    """A bit, a zeroed page, two pages in each other's place, another tile's, an older version: each changes the sum. Parts add up."""
+    data = np.random.default_rng(1).integers(0, 256, 5 * 4096 + 64, dtype=np.uint8)
+    whole = checksum(data, 3, 0, 7)
+    running = Running(3, 0, 7)
+    running.add(data[:8192])
+    running.add(data[8192:])
+    assert running.value == whole
+    changed = [data.copy() for _ in range(4)]
+    changed[0][17] ^= 4
+    changed[1][4096:8192] = 0
+    changed[2][:8192] = np.concatenate([data[4096:8192], data[:4096]])
+    changed[3][-1] ^= 128
+    assert len({checksum(other, 3, 0, 7) for other in changed} | {whole, checksum(data, 4, 0, 7), checksum(data, 3, 0, 8)}) == 7
