@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from weftrain.analysis.compare_huggingface import is_series, read_huggingface
-from weftrain.analysis.compare_series import TRAIN_LOSS, WINDOW_STEPS, Column, Point, Series, read_run
+from weftrain.analysis.compare_series import TRAIN_LOSS, Column, Point, Series, read_run
+from weftrain.analysis.compare_window import default_window, logged_steps, windowed
 from weftrain.analysis.evaluation_records import number
 from weftrain.core.errors import RunFolderError
 from weftrain.core.huggingface import CONFIG
@@ -47,10 +48,10 @@ class Comparison:
         return sorted(found, key=lambda row: row[1].tokens)
 
 
-def read_series(path: Path, name: str, window_steps: int = WINDOW_STEPS, tokens_per_step: int | None = None) -> Series:
+def read_series(path: Path, name: str, tokens_per_step: int | None = None) -> Series:
     """A run's folder, a release's, or one of Hugging Face revisions. Raises RunFolderError where it is none of them, WeftrainError."""
     if any((path / file).exists() for file in (RELEASE, RECIPE, METRICS)):
-        return read_run(path, name, window_steps)
+        return read_run(path, name)
     if is_series(path):
         return read_huggingface(path, name, tokens_per_step)
     what = "is one model: name the folder that holds its revisions" if (path / CONFIG).exists() else "is none of them: name one"
@@ -69,12 +70,14 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def compare(
-    series: Sequence[Series], *, window_steps: int = WINDOW_STEPS, every_position: bool = False, notes: Iterable[str] = ()
+    series: Sequence[Series], *, window_steps: int | None = None, every_position: bool = False, notes: Iterable[str] = ()
 ) -> Comparison:
     """Put series side by side. every_position: rows for all token positions, not for those alone that all series have.
 
-    notes: more of them, from measuring.
+    window_steps: that train losses are means over; None: compare_window.default_window. notes: more of them, from measuring.
     """
+    window_steps = window_steps or default_window(series)
+    series = [windowed(one, window_steps) if one.losses else one for one in series]
     columns = sorted({column for one in series for point in one.points for column in point.values}, key=_place)
     positions, said = _positions(series, every_position)
     found = [*said, *_arithmetic(series, window_steps), *_comparability(series, columns), *notes]
@@ -104,7 +107,10 @@ def _positions(series: Sequence[Series], every_position: bool) -> tuple[list[int
 def _arithmetic(series: Sequence[Series], window_steps: int) -> list[str]:
     lines = [f"tokens of {one.name}: {one.tokens_words}" for one in series]
     if any(TRAIN_LOSS in point.values for one in series for point in one.points):
-        lines.append(f"train loss: mean of the losses logged in the last {window_steps:,} steps")
+        lines.append(f"{train_loss_words(window_steps)}, as logged; none where fewer steps were trained; --window sets how many")
+    for one in series:
+        if one.losses and (steps := logged_steps(one)) < window_steps:
+            lines.append(f"{one.name}: no train loss: {steps:,} steps were logged, the window is {window_steps:,}: give a smaller --window")
     return lines
 
 
@@ -186,24 +192,30 @@ def _short(text: str | None) -> str:
 # Showing
 
 
-def headings(columns: Sequence[Column]) -> list[str]:
+def headings(columns: Sequence[Column], window_steps: int) -> list[str]:
     """A text for each column, all different: what most readers need, and the details by which alike ones differ."""
-    texts = [_heading(column) for column in columns]
+    texts = [_heading(column, window_steps) for column in columns]
     clashes = {text for text, count in Counter(texts).items() if count > 1}
     for index, column in enumerate(columns):
         if texts[index] in clashes:
-            others = [other for other, text in zip(columns, map(_heading, columns), strict=True) if text == texts[index]]
+            others = [other for other in columns if _heading(other, window_steps) == texts[index]]
             keys = [key for key, _ in column.details if len({other.detail(key) for other in others}) > 1]
             texts[index] += ", " + ", ".join(f"{key} {_short(column.detail(key))}" for key in keys)
     return [plain(text) for text in texts]
 
 
-def _heading(column: Column) -> str:
+def train_loss_words(window_steps: int) -> str:
+    """What a train loss is the mean of."""
+    return f"train loss, mean of {window_steps:,} steps" if window_steps > 1 else "train loss of the step"
+
+
+def _heading(column: Column, window_steps: int) -> str:
     if column.kind == "train loss":
-        return "train loss"
+        return train_loss_words(window_steps)
     if column.kind == "held-out loss":
         dataset_id = column.detail("dataset_id")
-        return f"held-out {column.name} {_short(dataset_id)[:8] if len(dataset_id) == 64 else f'({dataset_id})'}"
+        of = _short(dataset_id)[:8] if len(dataset_id) == 64 else f"({dataset_id})"
+        return f"held-out loss {column.name} {of}, {column.detail('rows')}"
     if column.kind == "score":
         return f"{column.name}, {column.measure}, {column.detail('shots')} shots"
     return f"memorized {column.name}, k {column.detail('k')} l {column.detail('l')}, {column.measure}"
@@ -218,7 +230,7 @@ def shown(column: Column, value: float | None) -> str:
 
 def cells(comparison: Comparison) -> list[list[str]]:
     """The table as text, its first row the headings."""
-    table = [["series", "step", "tokens seen", *headings(comparison.columns)]]
+    table = [["series", "step", "tokens seen", *headings(comparison.columns, comparison.window_steps)]]
     for series, point in comparison.rows():
         values = [shown(column, point.values.get(column)) for column in comparison.columns]
         table.append([plain(series.name), f"{point.step:,}", f"{point.tokens:,}", *values])
@@ -260,7 +272,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 "measure": column.measure,
                 "details": dict(column.details),
             }
-            for column, heading in zip(comparison.columns, headings(comparison.columns), strict=True)
+            for column, heading in zip(comparison.columns, headings(comparison.columns, comparison.window_steps), strict=True)
         ],
         "series": [
             {

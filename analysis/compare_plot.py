@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weftrain.analysis.compare import Comparison, headings, plain
+from weftrain.analysis.compare import Comparison, headings, plain, train_loss_words
 from weftrain.analysis.compare_series import Column, Series
 from weftrain.core.errors import DataError
 
@@ -36,39 +36,49 @@ def check_plotting() -> None:
         raise DataError("matplotlib is not installed, which draws the picture; pip install 'weftrain[plot]', or give --no-plot") from None
 
 
-def plot(comparison: Comparison, path: Path) -> None:
-    """Write the picture; its format is the suffix's (.png, .svg). Raises DataError without matplotlib."""
+def plot(comparison: Comparison, path: Path) -> bool:
+    """Write the picture: a panel for each kind of measure that there is. False, and no picture, where there is none.
+
+    Its format is the suffix's (.png, .svg). Raises DataError without matplotlib.
+    """
     check_plotting()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 12), layout="constrained")
+    named = dict(zip(comparison.columns, headings(comparison.columns, comparison.window_steps), strict=True))
+    kinds = (("held-out loss", "loss, nats per token"), ("score", "score"), ("memorization", "memorization"))
+    panels = []
+    for kind, label in kinds:
+        chosen = {column: heading for column, heading in named.items() if column.kind == kind}
+        with_curves = kind == "held-out loss" and any(len(one.curve) > 1 for one in comparison.series)
+        if with_curves or any(_finite(one, column) for one in comparison.series for column in chosen):
+            panels.append((chosen, label, with_curves))
+    if not panels:
+        return False
+    figure = Figure(figsize=(12, 4 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
-    named = dict(zip(comparison.columns, headings(comparison.columns), strict=True))
-    panels = ((("held-out loss",), "loss, nats per token"), (("score",), "score"), (("memorization",), "memorization"))
-    axes = figure.subplots(3, 1)
-    for place, (kinds, label) in zip(axes, panels, strict=True):
-        chosen = {column: heading for column, heading in named.items() if column.kind in kinds}
-        if kinds == ("held-out loss",):
+    for place, (chosen, label, with_curves) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+        if with_curves:
             _curves(place, comparison)
         _measured(place, comparison.series, chosen, label)
         place.set_xlabel("tokens seen")
-        if not place.lines:
-            place.text(0.5, 0.5, "none recorded", ha="center", va="center", transform=place.transAxes)
-            place.set_xticks([])
-            place.set_yticks([])
-            continue
         if _spread(place) > _LOGARITHMIC_FROM:
             place.set_xscale("log")
         place.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1.0))  # beside the panel: it may be long
     figure.savefig(path, dpi=150)
+    return True
+
+
+def _finite(series: Series, column: Column) -> list[tuple[int, float]]:
+    """(tokens, value) of a column that can be drawn."""
+    return [(one.tokens, one.values[column]) for one in series.points if column in one.values and math.isfinite(one.values[column])]
 
 
 def _curves(axes: Axes, comparison: Comparison) -> None:
     for index, one in enumerate(comparison.series):
         if one.curve:
             thinned = one.curve[:: max(1, len(one.curve) // _MAX_CURVE_POINTS)]
-            label = f"{plain(one.name)}: train loss, mean of {comparison.window_steps:,} steps"
+            label = f"{plain(one.name)}: {train_loss_words(comparison.window_steps)}"
             axes.plot(*zip(*thinned, strict=True), color=_colour(index), linewidth=1, alpha=0.7, label=label)
 
 
@@ -78,11 +88,7 @@ def _measured(axes: Axes, series: Sequence[Series], columns: Mapping[Column, str
     for index, one in enumerate(series):
         for number, (column, heading) in enumerate(columns.items()):
             factor = 100.0 if column.measure == "mean score" else 1.0
-            points = [
-                (point.tokens, factor * point.values[column])
-                for point in one.points
-                if column in point.values and math.isfinite(point.values[column])
-            ]
+            points = [(tokens, factor * value) for tokens, value in _finite(one, column)]
             if points:
                 style: dict[str, Any] = {"color": _colour(index), "linestyle": _LINES[number % len(_LINES)], "linewidth": 1}
                 style |= {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}

@@ -9,7 +9,6 @@ And tokens seen are counted by the ledger where there is one, because a run may 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,14 +25,13 @@ from weftrain.core.dataset import read_manifest as read_data_manifest
 from weftrain.core.errors import DataError, ReleaseError, RunFolderError
 from weftrain.core.ledger import LEDGER, Lineage, lineage, read_ledger
 from weftrain.core.manifest import STEP_FOLDER, read_manifest
-from weftrain.core.metrics import METRICS, effective_records
+from weftrain.core.metrics import METRICS, effective_records, rows_label
 from weftrain.core.plain_file import read_plain
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.release import RELEASE, Release, checked_name, read_release
 from weftrain.core.run_folder import RECIPE, stored_recipe
 
 MEMORIZATION = Path("analyses", "memorization")
-WINDOW_STEPS = 100
 
 Kind = Literal["run", "release", "huggingface"]
 ColumnKind = Literal["train loss", "held-out loss", "score", "memorization"]
@@ -76,9 +74,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """One training. places: step -> folder with that checkpoint's weights, below `folder`. curve: (tokens, smoothed train loss).
+    """One training. places: step -> folder with that checkpoint's weights, below `folder`. losses: (step, tokens, loss) of training.
 
-    tokens_words: how tokens follow from steps. positions: the most that the model takes; None: not stated. left_out, remarks: for people.
+    curve: (tokens, smoothed train loss). tokens_words: how tokens follow from steps. positions: the most that the model takes; None: not
+    stated. left_out, remarks: for people.
     """
 
     name: str
@@ -91,6 +90,8 @@ class Series:
     positions: int | None = None
     tokenizer_sha256: str | None = None
     dataset_id: str | None = None
+    losses: tuple[tuple[int, int, float], ...] = ()
+    log_every_steps: int = 1
     curve: tuple[tuple[int, float], ...] = ()
     left_out: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
@@ -108,16 +109,17 @@ class _Reading:
     values: dict[int, dict[Column, float]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    no_ids: str = ""  # why the ids of held-out sets cannot be had from the datasets
 
     def put(self, step: int, values: Mapping[Column, float]) -> None:
         self.values.setdefault(step, {}).update(values)
 
 
-def read_run(folder: Path, name: str, window_steps: int = WINDOW_STEPS) -> Series:
+def read_run(folder: Path, name: str) -> Series:
     """The series of a run's folder, or of a release's, whose files that are read here are held to the hashes in release.json.
 
-    window_steps: the train loss at a step is the plain mean of the losses logged in the last so many steps. Raises RunFolderError,
-    ReleaseError, DataError for what is damaged; a record that belongs to no checkpoint of the series is left out and named.
+    Its points have no train loss yet (compare_window.py). Raises RunFolderError, ReleaseError, DataError for what is damaged; a record
+    that belongs to no checkpoint of the series is left out and named.
     """
     release = read_release(folder) if (folder / RELEASE).exists() else None
     _hold_to_hashes(folder, release, [folder / file for file in (RECIPE, LEDGER, METRICS)])
@@ -129,9 +131,6 @@ def read_run(folder: Path, name: str, window_steps: int = WINDOW_STEPS) -> Serie
     losses = _losses(reading, ids)
     _scores(reading, roots)
     _memorization(reading, roots)
-    for step in sorted({*roots.values(), *reading.values}):
-        if (smoothed := smoothed_at(losses, step, window_steps, recipe.log.every_steps)) is not None:
-            reading.put(step, {TRAIN_LOSS: smoothed})
     if recipe.start_from is not None:
         reading.remarks.append(
             f"{name} starts from the run '{recipe.start_from.run}': its tokens are counted from there, without those that run had seen"
@@ -149,7 +148,8 @@ def read_run(folder: Path, name: str, window_steps: int = WINDOW_STEPS) -> Serie
         positions=recipe.model.max_position_embeddings,
         tokenizer_sha256=tokenizer,
         dataset_id=dataset_id,
-        curve=tuple((tokens_of(step), value) for step, value in smoothed_curve(losses, window_steps)),
+        losses=tuple((step, tokens_of(step), loss) for step, loss in losses),
+        log_every_steps=recipe.log.every_steps,
         left_out=tuple(reading.left_out),
         remarks=tuple(reading.remarks),
     )
@@ -236,7 +236,7 @@ def _heldout_ids(reading: _Reading, dataset_id: str | None) -> tuple[dict[str, s
         if dataset_id not in (None, ids[0] if len(ids) == 1 else merkle_root(ids)):
             raise DataError(f"{root} holds other data by now than the run was trained on")
     except (DataError, ReleaseError) as error:
-        reading.remarks.append(f"{reading.name}: the ids of its held-out sets are unknown, so they share no column with others': {error}")
+        reading.no_ids = str(error)
         return {}, None
     tokenizers = {manifest.tokenizer_sha256 for manifest in manifests}
     found = {source.name: one.heldout.id for source, one in zip(data.sources, manifests, strict=True) if one.heldout is not None}
@@ -246,10 +246,13 @@ def _heldout_ids(reading: _Reading, dataset_id: str | None) -> tuple[dict[str, s
 # Losses
 
 
-def heldout_column(name: str, dataset_id: str, tokens: int, within_documents: bool) -> Column:
+def heldout_column(
+    name: str, dataset_id: str, tokens: int, within_documents: bool, rows: object = None, available: object = None
+) -> Column:
     """The loss over `tokens` tokens of a held-out set: over other rows of it, or with another attention mask, it is another column."""
     details = {
         "dataset_id": dataset_id,
+        "rows": rows_label(rows, available),
         "tokens": f"{tokens:,}",
         "attention": "within documents" if within_documents else "across documents",
     }
@@ -258,36 +261,21 @@ def heldout_column(name: str, dataset_id: str, tokens: int, within_documents: bo
 
 def _losses(reading: _Reading, ids: Mapping[str, str]) -> list[tuple[int, float]]:
     """Put the held-out losses; (step, loss) of training, in the order of steps, without steps that were skipped or are not finite."""
-    losses = []
+    losses, unknown = [], False
     for record in effective_records(reading.folder):
         if record["kind"] == "step" and not record.get("skipped") and math.isfinite(record["loss"]):
             losses.append((record["step"], float(record["loss"])))
         elif record["kind"] == "evaluation":
-            dataset_id = ids.get(record["set"], f"unknown, of {reading.name}")
-            column = heldout_column(record["set"], dataset_id, record.get("tokens", 0), reading.recipe.data.document_attention)
+            dataset_id = record.get("dataset_id") or ids.get(record["set"])
+            if dataset_id is None:
+                dataset_id, unknown = f"unknown, of {reading.name}", True
+            rows, within = (record.get("rows"), record.get("rows_available")), reading.recipe.data.document_attention
+            column = heldout_column(record["set"], dataset_id, record.get("tokens", 0), within, *rows)
             reading.put(record["step"], {column: float(record["loss"])})
+    if unknown:
+        why = reading.no_ids or "the recipe's datasets have no such set"
+        reading.remarks.append(f"{reading.name}: the ids of its held-out sets are unknown, so they share no column with others': {why}")
     return sorted(losses)
-
-
-def smoothed_at(losses: Sequence[tuple[int, float]], step: int, window_steps: int, every_steps: int) -> float | None:
-    """Mean of the losses of steps (step - window_steps, step]; None where the newest of them is older than the log's own rhythm."""
-    last = bisect_right(losses, (step, math.inf))
-    first = bisect_right(losses, (step - window_steps, math.inf))
-    if first == last or losses[last - 1][0] <= step - every_steps:
-        return None
-    return math.fsum(loss for _, loss in losses[first:last]) / (last - first)
-
-
-def smoothed_curve(losses: Sequence[tuple[int, float]], window_steps: int) -> list[tuple[int, float]]:
-    """(step, mean over the window that ends with it) of every logged step; in the time of one pass."""
-    curve, first, total = [], 0, 0.0
-    for last, (step, loss) in enumerate(losses):
-        total += loss
-        while losses[first][0] <= step - window_steps:
-            total -= losses[first][1]
-            first += 1
-        curve.append((step, total / (last + 1 - first)))
-    return curve
 
 
 # Records
@@ -335,7 +323,8 @@ def _foreign(reading: _Reading, path: Path, root: str, step: int, roots: Mapping
 def record_value(record: Record, within_documents: bool) -> tuple[Column, float]:
     """The column that an evaluation's record belongs to, and its value: in percent where the metric is a share of one."""
     if record["kind"] == "heldout":
-        column = heldout_column(record["set"], record["dataset_id"], record["tokens"], within_documents)
+        rows = (record["samples"], record.get("samples_available"))
+        column = heldout_column(record["set"], record["dataset_id"], record["tokens"], within_documents, *rows)
         return column, float(record["value"])
     percent = record["value_percent"]
     details = {

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.table import Table
-from rich.text import Text
 
 from weftrain.cli.display import Console
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("series", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="A [B]...")
 @click.option("--to", type=click.Path(path_type=Path), help="Folder for compare.json, compare.md, compare.png and what is measured.")
-@click.option("--window", type=click.IntRange(min=1), default=100, show_default=True, help="Steps that a train loss is the mean of.")
+@click.option("--window", type=click.IntRange(min=1), help="Steps of a train loss's mean.  [default: a tenth of the shortest, at most 100]")
 @click.option("--tokens-per-step", multiple=True, metavar="[NAME=]N", help="Of a Hugging Face series (Pythia: 2097152); once, or for each.")
 @click.option(
     "--loss-on", multiple=True, type=click.Path(path_type=Path), help="Measure the loss on a dataset's held-out set, or ids.jsonl."
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
 def compare(
     series: tuple[Path, ...],
     to: Path | None,
-    window: int,
+    window: int | None,
     tokens_per_step: tuple[str, ...],
     loss_on: tuple[Path, ...],
     rows: int | None,
@@ -70,7 +68,7 @@ def compare(
     console = Console(highlight=False, soft_wrap=True, stderr=as_json_)
     names = comparing.names_of(series)
     rates = _rates(tokens_per_step, names)
-    opened = [comparing.read_series(path, name, window, rates.get(name)) for path, name in zip(series, names, strict=True)]
+    opened = [comparing.read_series(path, name, rates.get(name)) for path, name in zip(series, names, strict=True)]
     notes: list[str] = []
     if to is not None and (loss_on or samples):
         opened, notes = _measured(opened, to, loss_on, rows, samples, max_rows, batch_size, device, console)
@@ -84,11 +82,12 @@ def compare(
         return
     fsops.make_dirs(to)
     fsops.write_bytes(to / "compare.json", data + b"\n")
-    fsops.write_bytes(to / "compare.md", comparing.as_markdown(found, "compare.png" if plot else None).encode())
-    if plot:
-        draw(found, to / "compare.png")
-    written = ("compare.json", "compare.md", *(("compare.png",) if plot else ()))
+    drawn = plot and draw(found, to / "compare.png")
+    fsops.write_bytes(to / "compare.md", comparing.as_markdown(found, "compare.png" if drawn else None).encode())
+    written = ("compare.json", "compare.md", *(("compare.png",) if drawn else ()))
     console.print("\n".join(f"written   {to / name}" for name in written), markup=False)
+    if plot and not drawn:
+        console.print("compare.png was not drawn: none of the series has a loss, a score or a memorization", markup=False)
 
 
 def _rates(given: tuple[str, ...], names: list[str]) -> dict[str, int]:
@@ -138,17 +137,8 @@ def _measured(
 
 
 def _show(found: Comparison, console: Console) -> None:
-    from weftrain.analysis.compare import cells
+    from weftrain.analysis.compare_text import as_text
 
-    head, *body = cells(found)
-    table = Table(box=None)
-    for index, text in enumerate(head):
-        # A heading's parts one below the other, so that many columns fit side by side.
-        table.add_column(Text(text if index == 0 else text.replace(", ", "\n")), justify="left" if index == 0 else "right", no_wrap=True)
-    for row in body:
-        table.add_row(*map(Text, row))
-    # A table of many columns must not be cut to a terminal's width: another console, as wide as it takes.
-    wide = Console(file=console.file, width=1 << 16, highlight=False, no_color=True)
-    wide.print(table)
+    console.print(as_text(found, console.width), markup=False)
     for note in found.notes:
         console.print(f"note: {note}", markup=False)

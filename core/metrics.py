@@ -126,14 +126,18 @@ _MEASURED = {
 _MEASURED_LATER = ("bearing_tokens",)  # not in the records of earlier versions, whose digests must stay what they were
 
 
+def rows_label(rows: object, available: object) -> str:
+    """'64 of 1,024 rows', 'all 1,024 rows', '64 rows' where nobody says of how many, or 'rows not recorded'."""
+    if not isinstance(rows, int):
+        return "rows not recorded"
+    if not isinstance(available, int):
+        return f"{rows:,} rows"
+    return f"all {rows:,} rows" if rows == available else f"{rows:,} of {available:,} rows"
+
+
 def heldout_label(record: Mapping[str, Any]) -> str:
     """'words (64 of 1,024 rows)': the set of an evaluation's record and how much of it was read, since losses over other rows differ."""
-    rows, available = record.get("rows"), record.get("rows_available")
-    if not isinstance(rows, int):
-        return f"{record['set']} (rows not recorded)"
-    if not isinstance(available, int):
-        return f"{record['set']} ({rows:,} rows)"
-    return f"{record['set']} (all {rows:,} rows)" if rows == available else f"{record['set']} ({rows:,} of {available:,} rows)"
+    return f"{record['set']} ({rows_label(record.get('rows'), record.get('rows_available'))})"
 
 
 class Digest:

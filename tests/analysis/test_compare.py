@@ -27,9 +27,9 @@ from weftrain.analysis.compare_series import (
     heldout_column,
     memorization_values,
     read_run,
-    smoothed_at,
-    smoothed_curve,
 )
+from weftrain.analysis.compare_text import as_text
+from weftrain.analysis.compare_window import default_window, smoothed_at, smoothed_curve, windowed
 from weftrain.analysis.evaluation import Perplexity
 from weftrain.analysis.evaluation_records import Settings, Subject, inputs_of, once
 from weftrain.analysis.memorization import Result
@@ -97,22 +97,80 @@ def series(name: str, values: Mapping[int, Mapping[Column, float]], **other: Any
 # Reading runs
 
 
-def test_train_loss_is_the_mean_over_the_stated_window() -> None:
-    losses = [(step, float(step)) for step in (1, 2, 3, 4, 10)]
+def test_train_loss_is_the_mean_over_a_window_that_was_trained() -> None:
+    losses = [(step, 10 * step, float(step)) for step in (1, 2, 3, 4, 10)]
     assert smoothed_at(losses, 4, 2, 1) == 3.5
-    assert smoothed_at(losses, 4, 100, 1) == 2.5
     assert smoothed_at(losses, 4, 1, 1) == 4.0
-    assert smoothed_at(losses, 9, 100, 1) is None, "the newest logged loss is older than the log's rhythm"
-    assert smoothed_at(losses, 9, 100, 6) == 2.5
-    assert smoothed_at(losses, 0, 100, 1) is None
-    assert smoothed_curve(losses, 2) == [(1, 1.0), (2, 1.5), (3, 2.5), (4, 3.5), (10, 10.0)]
-    for step, mean in smoothed_curve(losses, 3):
-        assert mean == smoothed_at(losses, step, 3, 1)
+    assert smoothed_at(losses, 4, 4, 1) == 2.5
+    assert smoothed_at(losses, 4, 5, 1) is None, "only four steps were trained"
+    assert smoothed_at(losses, 9, 9, 1) is None, "the newest logged loss is older than the log's rhythm"
+    assert smoothed_at(losses, 9, 9, 6) == 2.5
+    assert smoothed_at(losses, 0, 1, 1) is None
+    assert smoothed_curve(losses, 2) == [(20, 1.5), (30, 2.5), (40, 3.5), (100, 10.0)]
+    assert smoothed_curve(losses, 11) == []
+    for tokens, mean in smoothed_curve(losses, 3):
+        assert mean == smoothed_at(losses, tokens // 10, 3, 1)
+
+
+def test_the_window_lies_within_every_series() -> None:
+    """A run of 24 steps has no mean of 100: that was 8.90 for 6.12."""
+
+    def run(name: str, steps: int, every: int = 1) -> Series:
+        losses = tuple((step, 10 * step, 20.0 - step / 10) for step in range(1, steps + 1) if step == 1 or step % every == 0)
+        return series(name, {step: {} for step in (2, steps)}, losses=losses, log_every_steps=every)
+
+    assert [default_window([run("a", steps)]) for steps in (3, 24, 240, 5000)] == [1, 2, 24, 100]
+    assert default_window([run("a", 240), run("b", 36)]) == 3
+    assert default_window([run("a", 24, every=10)]) == 10
+    assert default_window([series("a", {1: {}})]) == 1
+    found = compare([run("a", 24), run("b", 240)])
+    assert found.window_steps == 2
+    assert [point.values.get(TRAIN_LOSS) for point in found.series[0].points] == [pytest.approx(19.85), pytest.approx(17.65)]
+    assert headings(found.columns, found.window_steps) == ["train loss, mean of 2 steps"]
+    asked = compare([run("a", 24), run("b", 240)], window_steps=100)
+    assert [point.values for point in asked.series[0].points] == [{}, {}]
+    assert asked.series[1].points[1].values[TRAIN_LOSS] == pytest.approx(20 - 190.5 / 10)
+    assert "a: no train loss: 24 steps were logged, the window is 100: give a smaller --window" in asked.notes
+
+
+def test_the_table_fits_a_terminal(tmp_path: Path) -> None:
+    one, two = heldout_column("words", "1" * 64, 52, False, 4, 9), heldout_column("words", "1" * 64, 117, False, 9, 9)
+    task = Column("score", "arc_challenge_with_a_long_name", "acc_norm, %", (("version", "1"), ("shots", "25")))
+    names = [f"a_run_with_a_rather_long_name_{number}" for number in range(12)]
+    some = [series(name, {1: {one: 2.0, task: 40.0}, 2_000_000_000: {one: 1.5}}) for name in names[:11]]
+    found = compare([*some, series(names[11], {1: {two: 3.0}})], every_position=True)
+    lines = as_text(found, 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[:2] == [f"A  {names[0]}", f"B  {names[1]}"]
+    assert "held-out loss words 11111111, 4 of 9 rows" in lines
+    assert "held-out loss words 11111111, all 9 rows" in lines
+    narrow = compare([series("a", {1: {one: 2.0}, 3: {one: 1.0}}), series("b", {1: {one: 2.5}})], every_position=True)
+    assert as_text(narrow, 80).splitlines() == [
+        "held-out loss words 11111111, 4 of 9 rows",
+        " tokens seen       a       b",
+        "          10  2.0000  2.5000",
+        "          30  1.0000       -",
+    ]
+
+
+def test_the_picture_has_no_empty_panel(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    import struct
+
+    def size(path: Path) -> tuple[int, ...]:
+        return struct.unpack(">II", path.read_bytes()[16:24])
+
+    held, task = heldout_column("words", "1" * 64, 52, False), Column("score", "arc", "acc, %", (("shots", "5"),))
+    assert plot(compare([series("a", {1: {held: 2.0}, 2: {held: 1.0}})]), tmp_path / "one.png")
+    assert plot(compare([series("a", {1: {held: 2.0, task: 40.0}})]), tmp_path / "two.png")
+    assert (size(tmp_path / "one.png"), size(tmp_path / "two.png")) == ((1800, 600), (1800, 1200))
+    assert not plot(compare([series("a", {1: {held: math.inf}, 2: {}})]), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_a_run_by_tokens(tmp_path: Path, recipe: Recipe) -> None:
     roots = make_run(tmp_path / "run", recipe, losses={1: 4.0, 2: 3.0, 3: math.nan, 4: 2.0})
-    found = read_series(tmp_path / "run", "run", window_steps=2)
+    found = windowed(read_series(tmp_path / "run", "run"), 2)
     assert (found.kind, found.vocab_size, found.positions) == ("run", 97, 16)
     assert [(point.step, point.tokens, point.checkpoint) for point in found.points] == [
         (2, 2 * 4 * 13, roots[0]),
@@ -121,7 +179,7 @@ def test_a_run_by_tokens(tmp_path: Path, recipe: Recipe) -> None:
     assert found.tokens_words == "step x 4 x 13 = step x 52"
     # What is not finite is in no mean, and is no gap.
     assert [point.values[TRAIN_LOSS] for point in found.points] == [3.5, 2.0]
-    assert [tokens for tokens, _ in found.curve] == [52, 104, 208]
+    assert [tokens for tokens, _ in found.curve] == [104, 208]
     assert found.left_out == ()
 
 
@@ -137,7 +195,7 @@ def test_tokens_follow_the_ledger_where_the_batch_was_changed(tmp_path: Path, re
     ledger.add("checkpoint", step=4, root=roots[1], parent=roots[0], metrics_after=2, metrics_sha256="0" * 64)
     found = read_run(tmp_path / "run", "run")
     assert [point.tokens for point in found.points] == [2 * 26, 2 * 26 + 2 * 52]
-    assert [tokens for tokens, _ in found.curve] == [26, 52, 104, 156]
+    assert [tokens for _, tokens, _ in found.losses] == [26, 52, 104, 156]
     assert "26 a step from step 0, 52 a step from step 2" in found.tokens_words
 
 
@@ -277,8 +335,8 @@ def test_other_sets_versions_and_shots_are_other_columns() -> None:
     assert len(table[0]) == 3 + 4
     assert [row[3:] for row in table[1:]] == [["2.0000", "-", "40.00", "-"], ["-", "3.0000", "-", "50.00"]]
     assert table[0][3:] == [
-        "held-out words 11111111",
-        "held-out words 22222222",
+        "held-out loss words 11111111, rows not recorded",
+        "held-out loss words 22222222, rows not recorded",
         "arc, acc, %, 5 shots, version 1",
         "arc, acc, %, 5 shots, version 2",
     ]
@@ -289,7 +347,7 @@ def test_other_sets_versions_and_shots_are_other_columns() -> None:
 
 def test_one_set_over_other_rows_or_another_mask_is_another_column() -> None:
     columns = [heldout_column("w", "1" * 64, 52, False), heldout_column("w", "1" * 64, 104, False), heldout_column("w", "1" * 64, 52, True)]
-    texts = headings(columns)
+    texts = headings(columns, 1)
     assert len(set(texts)) == 3
     assert "tokens 104" in texts[1]
     assert "within documents" in texts[2]

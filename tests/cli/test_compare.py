@@ -70,28 +70,36 @@ def test_runs_and_a_release_in_one_table(made: Path) -> None:
     assert value["positions"] == [2 * TOKENS_PER_STEP, 4 * TOKENS_PER_STEP, 6 * TOKENS_PER_STEP]
     heldout_id = read_manifest(made / "datasets" / "words").sets["heldout"].id
     measured = {(record["step"], record["kind"]): record["loss"] for record in read_metrics(paths[0]) if "loss" in record}
-    held = f"held-out words {heldout_id[:8]}, tokens 52"
+    rows = [(record["rows"], record["rows_available"]) for record in read_metrics(paths[0]) if record["kind"] == "evaluation"]
+    assert rows[0][0] == 4 < rows[0][1]
+    held = f"held-out loss words {heldout_id[:8]}, 4 of {rows[0][1]} rows"
     for step in (2, 4, 6):
         row = value["rows"]["crystal_demo", step * TOKENS_PER_STEP]
         assert row[held] == measured[step, "evaluation"]
-        assert row["train loss"] == pytest.approx(sum(measured[one, "step"] for one in range(1, step + 1)) / step)
+        assert row["train loss of the step"] == measured[step, "step"], "six steps have no mean of more"
         assert row["memorized trained on, k 5 l 6, extractible, %"] == 0.0
         assert value["rows"]["release", step * TOKENS_PER_STEP] == row, "a release says what its run says"
         assert held in value["rows"]["longer", step * TOKENS_PER_STEP], "one dataset, one column"
     row = value["rows"]["longer", 3 * TOKENS_PER_STEP]  # its first checkpoint
-    whole = [heading for heading in row if heading.startswith("held-out words") and heading != held]
+    whole = [heading for heading in row if heading.startswith("held-out loss words") and heading != held]
     assert len(whole) == 1, "the whole set is another column than its first rows"
     assert "held-out losses are over other rows of one set" in value["note"]
     assert "differ" not in value["note"]
     assert "tokens of longer: step x 4 x 13 = step x 52" in value["note"]
     assert len(value["series"][1]["points"]) > 3
-    # The table that people read: a line a row, and - where there is nothing.
+    assert whole[0].endswith(f", all {rows[0][1]} rows")
+    # The table that people read: a block a measure, within 80 columns, and - where there is nothing.
     output = done(weftrain("compare", *paths))
-    line = next(line for line in output.splitlines() if line.split()[:3] == ["longer", "2", "104"])
+    lines = output.splitlines()
+    table = lines[: next(number for number, line in enumerate(lines) if line.startswith("note: "))]
+    assert max(map(len, table)) <= 80
     row = value["rows"]["longer", 104]
-    assert line.split()[3:5] == [f"{row['train loss']:.4f}", f"{row[held]:.4f}"]
-    assert line.split()[5:] == ["-"] * (len(value["columns"]) - 2)
-    assert "note: train loss: mean of the losses logged in the last 100 steps" in output
+    for heading in ("train loss of the step", held):
+        block = table[table.index(heading) + 1 :]
+        assert block[0].split() == ["tokens", "seen", "crystal_demo", "longer", "release"]
+        first = next(line.split() for line in block[1:] if line.split()[0] == "104")
+        assert first[2] == f"{row[heading]:.4f}"
+    assert "note: train loss of the step, as logged; none where fewer steps were trained" in output
 
 
 def test_other_datasets_of_one_name_are_other_columns(made: Path) -> None:
@@ -100,7 +108,10 @@ def test_other_datasets_of_one_name_are_other_columns(made: Path) -> None:
     assert ids["datasets"] != ids["elsewhere"]
     rows = [value["rows"][name, 104] for name in ("longer", "other")]
     headings = [[heading for heading in row if heading.startswith("held-out")] for row in rows]
-    assert headings == [[f"held-out words {ids['datasets'][:8]}, tokens 52"], [f"held-out words {ids['elsewhere'][:8]}"]]
+    assert [[heading.rpartition(", ")[0] for heading in some] for some in headings] == [
+        [f"held-out loss words {ids['datasets'][:8]}"],
+        [f"held-out loss words {ids['elsewhere'][:8]}"],
+    ]
     assert "held-out losses are over different sets: words: " in value["note"]
     assert "train losses are over different data: longer " in value["note"]
 
@@ -108,6 +119,9 @@ def test_other_datasets_of_one_name_are_other_columns(made: Path) -> None:
 def test_a_dataset_that_is_gone_or_another_leaves_its_id_unknown(made: Path, tmp_path: Path) -> None:
     run = tmp_path / "moved"
     shutil.copytree(made / "runs" / "longer", run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    without = [{key: value for key, value in line.items() if key != "dataset_id"} for line in lines]  # as earlier versions wrote them
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in without))
     recipe = json.loads((run / "recipe.json").read_bytes())
     for root, words in ((made / "nowhere", "is not there"), (made / "elsewhere", "holds other data by now")):
         recipe["data"]["root"] = str(root)
@@ -137,7 +151,7 @@ def test_a_hugging_face_series_beside_a_run(made: Path, tmp_path: Path, monkeypa
     assert value["positions"] == [156, 312]
     shared = set(value["rows"]["longer", 156]) & set(value["rows"]["neox", 156])
     assert len(shared) == 3, "the loss, and memorization's two"
-    assert "train loss" not in value["rows"]["neox", 156]
+    assert "train loss of the step" not in value["rows"]["neox", 156]
     assert "neox: loss on words: no tokenizer is known" in value["note"]
     written = {path.relative_to(tmp_path / "to").as_posix(): path.read_bytes() for path in (tmp_path / "to").rglob("*") if path.is_file()}
     assert {"compare.json", "compare.md", "compare.png"} <= written.keys()
