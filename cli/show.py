@@ -14,7 +14,7 @@ from weftrain.core.config import Recipe, Skip
 from weftrain.core.mixture import make_mixture, source_shares
 from weftrain.core.mup import resolved
 from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_groups
-from weftrain.core.order import chunk_order, sample_counts
+from weftrain.core.order import timeline
 from weftrain.core.parameters import flops_per_token, parameter_specs
 from weftrain.core.recipe_file import builtin_recipes, dump_yaml, load_recipe
 
@@ -123,12 +123,15 @@ def _samples_table(recipe: Recipe, asked: Sequence[int]) -> Table | None:
     if len(data.sources) < 2 or data.sources[0].epochs is not None or data.order != "feistel":
         return None
     mixture = make_mixture(data.sources, data.shuffle_seed)
-    chunks = None if data.chunks is None else chunk_order(data, steps, batch)
-    edges = {steps, *([] if data.chunks is None else [steps // data.chunks]), *asked}
-    table = Table("samples read before step", *(f"{step:,}" for step in sorted(edges)), box=None)
-    columns = [sample_counts(mixture, chunks, step * batch) for step in sorted(edges)]
+    times = timeline(data, steps, batch)
+    wanted = {steps, *([] if data.chunks is None else [steps // data.chunks]), *asked}
+    edges = sorted(step for step in wanted if step >= times.first_step)  # what lies before, the run's ledger tells
+    table = Table("samples read before step", *(f"{step:,}" for step in edges), box=None)
+    columns = [times.counts(mixture, step) for step in edges]
+    cursors = {} if data.continues is None else data.continues.sources
     for index, source in enumerate(data.sources):
-        table.add_row(source.name, *(f"{column[index]:,}" for column in columns))
+        read = cursors[source.name].read if source.name in cursors else 0
+        table.add_row(source.name, *(f"{read + column[index]:,}" for column in columns))
     return table
 
 

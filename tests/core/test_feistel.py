@@ -36,6 +36,13 @@ def test_any_index_of_any_size_alone_or_together(size: int, seed: int, indices: 
     assert together.tolist() == alone
 
 
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(1, 5000), seed=st.integers(0, 2**32))
+def test_the_inverse_undoes_it(size: int, seed: int) -> None:
+    key, indices = feistel.derive_key("rows", seed), np.arange(size)
+    assert np.array_equal(feistel.invert(feistel.permute(indices, size, key), size, key), indices)
+
+
 def test_lookup_equals_permute_across_blocks() -> None:
     size, key = 3 * feistel.BLOCK + 17, feistel.derive_key("lookup")
     indices = np.random.default_rng(0).integers(0, size, 500)

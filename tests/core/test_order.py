@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import pickle  # what a reader process is handed
 import tracemalloc
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weftrain.core import feistel
+from weftrain.core import feistel, kept_rows
 from weftrain.core.config import DataConfig
 from weftrain.core.mixture import CerebrasOrder, make_mixture
 from weftrain.core.order import ChunkOrder, RowOrder, chunk_order, sample_counts, stretches
@@ -53,6 +54,44 @@ def test_each_epoch_has_each_kept_row_once_and_no_skipped_one(drawn: tuple[RowOr
         start += len(expected)
     alone = [int(order.rows(np.array([number]))[0]) for number in k]
     assert alone == rows.tolist()
+
+
+def digest(numbers: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(numbers, dtype="<i8").tobytes()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("order", "samples", "expected"),
+    [
+        (RowOrder(1, "a", stretches([(0, 1000)], None)), 3500, "eb7a28c90ab03835"),
+        (RowOrder(1, "a", stretches([(0, 500), (500, 700)], None)), 3000, "be5b04e4dd6335d8"),
+        (RowOrder(2, "b", stretches([(0, 60), (60, 60)], 20)), 300, "0aa08abc9ee8f296"),
+        (RowOrder(2, "b", stretches([(10, 40)], None)), 300, "92f4fab87fff3b1c"),
+    ],
+)
+def test_the_order_without_skipped_rows_is_pinned(order: RowOrder, samples: int, expected: str) -> None:
+    """Recorded runs read by it: one epoch, two, chunks, a subset."""
+    assert digest(order.rows(np.arange(samples))) == expected
+
+
+def test_a_skipped_row_moves_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the places left out are counted by blocks instead of listed."""
+    plain = RowOrder(1, "source", stretches([(3, 9000), (9003, 5000)], None))
+    skipped = RowOrder(1, "source", plain.stretches, ((0, 17), (40, 6000), (10_000, 13_001)))
+    kept = [row for row in plain.rows(np.arange(28_000)).tolist() if not any(low <= row < high for low, high in skipped.skipped)]
+    k = np.arange(2 * skipped.num_rows)
+    assert skipped.rows(k).tolist() == kept
+    places = [skipped.place(number) for number in range(0, 6000, 499)]
+    counts = [skipped.samples_before(turn, place) for turn, place in places]
+    passed = skipped.num_passed(skipped.skipped, 0, 12_000)
+    assert counts == list(range(0, 6000, 499))
+    monkeypatch.setattr(kept_rows, "MAX_LISTED", 10)
+    kept_rows.kept_places.cache_clear()
+    assert skipped.rows(k).tolist() == kept
+    assert [skipped.place(number) for number in range(0, 6000, 499)] == places
+    assert [skipped.samples_before(turn, place) for turn, place in places] == counts
+    assert skipped.num_passed(skipped.skipped, 0, 12_000) == passed == 12_000 - skipped.samples_before(0, 12_000)
+    kept_rows.kept_places.cache_clear()
 
 
 def test_chunks_are_ranges_of_samples() -> None:
