@@ -136,6 +136,17 @@ class Ledger:
     ) -> None:
         """A checkpoint is durable; and where a chunk ends with it, that this chunk was trained up to it."""
         self.add("checkpoint", step=step, root=root, parent=parent, metrics_after=metrics_after, metrics_sha256=metrics_sha256, **entered)
+        self._chunk_end(recipe, dataset_id, step, root)
+
+    def finish_chunk(self) -> None:
+        """Say that a chunk ends with the checkpoint in the ledger's last line, where a crash came between the two lines."""
+        last = self._entries[-1] if self._entries else None
+        if last is not None and last["kind"] == "checkpoint":
+            stretch = lineage(self._entries).stretches[-1]
+            recipe = recorded_recipe(dict(stretch.recipe), f"{LEDGER}:{stretch.entry + 1}").recipe
+            self._chunk_end(recipe, stretch.dataset_id, last["step"], last["root"])
+
+    def _chunk_end(self, recipe: Recipe, dataset_id: str, step: int, root: str) -> None:
         span = span_of(recipe, step - 1) if step else None
         if span is not None and span.stop_step == step:
             first, stop = span.samples(recipe)

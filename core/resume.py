@@ -244,6 +244,7 @@ def settle(start: Start) -> Ledger:
     finish_rollback(folder.path, ledger)
     with blamed(folder.path):
         repair(folder.path, start.damaged_metrics)
+    ledger.finish_chunk()
     for manifest in start.own.to_enter:
         ledger.adopt(manifest, effective_records(folder.path), "repair" if start.decided["repaired"] else "resume")
     return ledger

@@ -127,6 +127,21 @@ def test_a_checkpoint_that_a_crash_left_out_is_entered_at_the_resume(tmp_path: P
     assert [entry["kind"] for entry in ledger.entries][-2:] == ["checkpoint", "chunk_end"]
 
 
+def test_a_chunk_whose_end_a_crash_left_out_is_ended_once(tmp_path: Path, tiny_recipe: Tiny) -> None:
+    recipe = chunked(tiny_recipe)
+    ledger = started(tmp_path, recipe)
+    saved(ledger, recipe, 4, None)
+    lines = (tmp_path / LEDGER).read_bytes().splitlines(keepends=True)
+    last = ledger.entries[-1]
+    assert last["kind"] == "chunk_end"
+    (tmp_path / LEDGER).write_bytes(b"".join(lines[:-1]))
+    for _ in range(2):
+        ledger = Ledger(tmp_path, clock=lambda: last["time"])
+        ledger.finish_chunk()
+    assert dict(ledger.entries[-1]) == dict(last)
+    assert len(ledger.entries) == len(lines)
+
+
 def test_a_resume_from_a_checkpoint_that_is_not_there_contradicts_the_ledger(tmp_path: Path, tiny_recipe: Tiny) -> None:
     recipe = chunked(tiny_recipe)
     ledger = started(tmp_path, recipe)
