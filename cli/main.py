@@ -68,6 +68,12 @@ class Failure(click.ClickException):
 class Verbs(click.Group):
     """Loads verbs on demand and turns expected errors into one line."""
 
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """As a program; who calls a verb from another one, as tests do, keeps their own handlers."""
+        # A rank may wait for others in native code, where no handler runs: a signal keeps its default effect there.
+        with contextlib.nullcontext() if "RANK" in os.environ else sigterm_unwinds():
+            return super().__call__(*arguments, **named)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
 
@@ -79,10 +85,8 @@ class Verbs(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        # A rank may wait for others in native code, where no handler runs: a signal keeps its default effect there.
-        tidy = contextlib.nullcontext() if "RANK" in os.environ else sigterm_unwinds()
         try:
-            with tidy, plain_output():
+            with plain_output():
                 return super().invoke(ctx)
         except WeftrainError as error:
             if isinstance(error, (EverywhereError, RecipeError)) and _follows():

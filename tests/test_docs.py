@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from weftrain.backends.cerebras import environment
@@ -30,26 +32,39 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands(page: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(environment.PYTHON_VARIABLE, str(tmp_path / "not there"))  # whoever reads may not have it
-    run_page(page, tmp_path, monkeypatch, vendor=False)
+    run_page(page, tmp_path, corpus, monkeypatch, vendor=False)
 
 
 @pytest.mark.cerebras
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "from-laptop-to-wafer.md"], ids=lambda page: page.name)
-def test_commands_with_the_vendors_environment(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_with_the_vendors_environment(page: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := environment.missing():
         pytest.skip(f"the cerebras backend cannot run here: {reason}")
-    run_page(page, tmp_path, monkeypatch, vendor=True)
+    run_page(page, tmp_path, corpus, monkeypatch, vendor=True)
 
 
-def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, vendor: bool) -> None:
-    monkeypatch.chdir(folder)
-    # A run measures the machine's matrix-multiply peak twice, a second each: no command of these pages is about that.
-    monkeypatch.setattr("weftrain.cli.assembly.measured_matmul_peak", lambda device, dtype: Peak(1e11, "known in tests"))
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """my_texts/, and datasets/ with those texts in place of the embedded corpus, whose own preparation has tests of its own."""
+    folder = tmp_path_factory.mktemp("corpus")
     (folder / "my_texts").mkdir()
     for source in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]:
         (folder / "my_texts" / f"{source.stem}.txt").write_bytes(source.read_bytes()[:20_000])
+    arguments = ["--name", "python_stdlib", "--vocab-size", "512", "--heldout-fraction", "0.2", "--sequence-length", "32", "--workers", "1"]
+    arguments += ["--output", str(folder / "datasets")]
+    made = CliRunner().invoke(main, ["prep", str(folder / "my_texts"), *arguments])
+    assert made.exit_code == 0, made.output
+    return folder
+
+
+def run_page(page: Path, folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, vendor: bool) -> None:
+    monkeypatch.chdir(folder)
+    # A run measures the machine's matrix-multiply peak twice, a second each: no command of these pages is about that.
+    monkeypatch.setattr("weftrain.cli.assembly.measured_matmul_peak", lambda device, dtype: Peak(1e11, "known in tests"))
+    shutil.copytree(corpus, folder, dirs_exist_ok=True)
+    torch.set_num_threads(1)  # models are too small for more, and two threads wait for each other where the machine is busy
     for command in commands(page):
         words = shlex.split(command)
         if words[0] == "make":
@@ -61,7 +76,7 @@ def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, vendor: 
         assert words[0] == "weftrain", f"{page.name}: '{command}': mark the block `text`, or teach this test to run it"
         if words[1:3] == ["backends", "setup"]:
             continue  # gigabytes: `make prove-cerebras` runs it
-        result = run(words[1:], folder)
+        result = run(words[1:])
         if not vendor and needs_vendor(words):
             assert result.exit_code == 2, command
             assert environment.PYTHON_VARIABLE in result.output, result.output
@@ -76,22 +91,15 @@ def needs_vendor(words: list[str]) -> bool:
     return words[1] == "lower" or ("--backend" in words and words[words.index("--backend") + 1] == "cerebras")
 
 
-def run(words: list[str], folder: Path) -> Result:
+def run(words: list[str]) -> Result:
+    """A run of a demo is cut to one layer, short rows and, where the page does not say how many, 12 steps."""
     if words[0] == "train" and words[1].endswith("_demo") and "python_stdlib" not in words and "--run" not in words:
-        words = [*words, *small_corpus(folder)]
+        words = [*words, "data.sequence_length=32", "model.num_layers=1", "batch.global_batch_size=2", "batch.micro_batch_size=2"]
         if not any(word.startswith("schedule.steps=") for word in words):
-            words.append("schedule.steps=24")
+            words.append("schedule.steps=12")
+    if words[0] == "prep" and "--workers" not in words:
+        words = [*words, "--workers", "1"]  # the processes have tests of their own
     return CliRunner().invoke(main, words)
-
-
-def small_corpus(folder: Path) -> list[str]:
-    """Instead of the embedded corpus, a few texts: its own preparation has tests of its own."""
-    dataset = folder / "datasets" / "python_stdlib"
-    if not dataset.exists():
-        arguments = ["--name", "python_stdlib", "--vocab-size", "512", "--heldout-fraction", "0.2", "--sequence-length", "32"]
-        made = CliRunner().invoke(main, ["prep", str(folder / "my_texts"), *arguments])
-        assert made.exit_code == 0, made.output
-    return ["data.sequence_length=32", "model.num_layers=1", "batch.global_batch_size=2", "batch.micro_batch_size=2"]
 
 
 def test_readme_names_every_verb_recipe_backend_and_page() -> None:
