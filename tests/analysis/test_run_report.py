@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 import re
+import tracemalloc
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 from weftrain.analysis.evaluation_records import FOLDER, Settings, Subject, inputs_of, once
 from weftrain.analysis.memorization import FORMAT, Parameters, figures, result_path
 from weftrain.analysis.run_chart import MAX_POINTS, Chart, Curve, chart_html, even_ticks, medians, safe, thinned
+from weftrain.analysis.run_curves import read_curves
 from weftrain.analysis.run_ledger import Mark
 from weftrain.analysis.run_page import page_html, relative_link, write_page
 from weftrain.analysis.run_report import RunReport, collect
@@ -621,3 +624,26 @@ def test_contrast_is_sufficient_in_light_and_dark() -> None:
         heated = [0.55 * heat + 0.45 * card for heat, card in zip(colours["heat"], colours["card"], strict=True)]
         assert contrast(colours["ink"], heated) >= 4.5
         assert contrast(colours["ink"], colours["changed"]) >= 4.5
+
+
+def test_a_long_run_is_kept_as_numbers_alone(tmp_path: Path) -> None:
+    """Sixteen bytes a point, and some room for growing: a record as a dict takes a kilobyte."""
+    made = Made(tmp_path / "long", steps=20_000, chunks=None)
+    step = '{"kind": "step", "time": 1.0, "step": %d, "loss": 2.5, "grad_norm": 1, "tokens_per_second": 9, "learning_rate": {"a": 1}}\n'
+    (made.run / METRICS).write_text("".join(step % number for number in range(1, 6001)))
+    tracemalloc.start()
+    try:
+        curves = read_curves(made.run, [])
+        size, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [len(one.points) for key in ("loss", "grad_norm", "tokens_per_second") for one in curves.traces(key, key)] == [6000] * 3
+    assert size < 6000 * 120
+    assert peak < 6000 * 180
+
+
+def test_very_many_checkpoints_are_shown_from_both_ends(eventful: Made) -> None:
+    report = report_of(eventful.run)
+    page = page_html(replace(report, saved=report.saved * 1000), eventful.run)
+    assert f"of which {len(report.saved) * 1000 - 3000:,} in the middle are not shown" in page
+    assert page.count('<th scope="row" class="n">') < 3200
