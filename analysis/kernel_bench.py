@@ -331,6 +331,8 @@ def _judge(timed: _Timed, machine: Machine) -> Measurement:
     sourced, _ = roofline_ms(timed.bytes, timed.flops, machine.sourced_peak, machine.sourced_bandwidth)
     interpreted = "interpreted" in timed.implementation.version
     compared = (timed.op.name, timed.implementation.source, machine.device_type) in COMPARED
+    beaten = ideal is not None and ideal > median and not interpreted
+    notes = ("plumbing only" if interpreted else "comparison only" if compared else "", "faster than the measured limit" if beaten else "")
     return Measurement(
         op=timed.op.name,
         example=timed.example,
@@ -349,13 +351,18 @@ def _judge(timed: _Timed, machine: Machine) -> Measurement:
         gflop_per_second=timed.flops / median / 1e6,
         ideal_ms=ideal,
         bound=bound,
-        roofline_share=None if ideal is None or interpreted else ideal / median,
-        sourced_roofline_share=None if sourced is None or interpreted else sourced / median,
+        roofline_share=None if interpreted else _share(ideal, median),
+        sourced_roofline_share=None if interpreted else _share(sourced, median),
         copies=timed.copies,
         working_set_bytes=timed.working_set_bytes,
         beyond_cache=timed.copies == 1 or timed.working_set_bytes > timed.cache_bytes,
-        note="plumbing only" if interpreted else "comparison only" if compared else "",
+        note="; ".join(note for note in notes if note),
     )
+
+
+def _share(ideal_ms: float | None, median_ms: float) -> float | None:
+    """Of the roofline that was reached; None where the limit is unknown, or was beaten, so that it is none."""
+    return None if ideal_ms is None or ideal_ms > median_ms else ideal_ms / median_ms
 
 
 def roofline_ms(bytes_moved: int, flops: int, peak: Peak, bandwidth: Bandwidth) -> tuple[float | None, str | None]:

@@ -515,11 +515,12 @@ class StreamingRun:
 
     def stats(self) -> dict[str, float]:
         """Resident memory; of the last step and what followed it, what the store moved and how long that was waited for."""
+        io_ms = self._measured.get("store_io_ms", 0.0)  # where nothing was moved, no share of it lay under computation
         return {
             "memory_bytes": float(psutil.Process().memory_info().rss),
             "huge_page_bytes": float(huge_page_bytes()),
             **self._measured,
-            "overlap_share": max(0.0, 1 - self._measured["stall_ms"] / io_ms) if (io_ms := self._measured.get("store_io_ms", 0.0)) else 1.0,
+            **({"overlap_share": max(0.0, 1 - self._measured["stall_ms"] / io_ms)} if io_ms else {}),
         }
 
     def close(self) -> None:

@@ -269,3 +269,10 @@ def test_both_ends_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_bench, "measure_machine", lambda *_: next(ends))
     report = bench(["swiglu"], ["reference"], "small", torch.float32, repeats=1)
     assert report.environment["measured_peak_origin"] == "later"
+
+
+def test_a_limit_that_was_beaten_is_no_limit() -> None:
+    """A peak that was measured on a busy machine, or data that lay in the cache: no share above 100 % of it."""
+    from weftrain.analysis.kernel_bench import _share
+
+    assert (_share(1.0, 2.0), _share(2.0, 2.0), _share(2.001, 2.0), _share(None, 2.0)) == (0.5, 1.0, None, None)
