@@ -7,9 +7,11 @@ skipped rows (core/kept_rows.py). A set of 10^12 rows costs as much memory as on
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -53,16 +55,15 @@ class RowOrder:
         return tuple(within(self.skipped, stretch.first, stretch.first + stretch.count) for stretch in self.stretches)
 
     @cached_property
-    def _ends(self) -> np.ndarray:
+    def _ends(self) -> list[int]:
         """Kept rows of the pass up to the end of each stretch."""
-        counts = [stretch.count for stretch in self.stretches]
         left_out = [sum(stop - first for first, stop in ranges) for ranges in self._left_out]
-        return np.cumsum(np.array(counts, dtype=np.int64) - np.array(left_out, dtype=np.int64))
+        return list(accumulate(stretch.count - count for stretch, count in zip(self.stretches, left_out, strict=True)))
 
     @property
     def num_rows(self) -> int:
         """Rows that come before the first comes again."""
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     @cached_property
     def num_places(self) -> int:
@@ -75,28 +76,33 @@ class RowOrder:
 
     def rows(self, k: np.ndarray) -> np.ndarray:
         """int64 [n], the source's k-th samples -> row numbers of the set, [n]."""
-        turns, within_pass = np.divmod(k, self.num_rows)
-        plain = len(self.stretches) == 1 and not self.skipped and not self.sequential and len(k) > 0
-        if plain and int(turns.min()) == int(turns.max()):  # nearly always
-            first = self.stretches[0]
-            return first.first + feistel.lookup(within_pass, self.num_rows, self._row_key(int(turns[0]), first))
-        stretches = np.searchsorted(self._ends, within_pass, side="right")
+        if not len(k):
+            return np.empty(0, dtype=np.int64)
+        low, high = int(k.min()), int(k.max())
+        turn, within_pass = divmod(low, self.num_rows)
+        number = bisect_right(self._ends, within_pass)
+        if high - low < self._ends[number] - within_pass:  # nearly always: all of one stretch of one pass
+            return self._rows_of(turn, number, k - (low - within_pass + self._start(number)))
         rows = np.empty(k.shape, dtype=np.int64)
+        turns, within_passes = np.divmod(k, self.num_rows)
+        numbers = np.searchsorted(np.array(self._ends), within_passes, side="right")
         for turn in np.unique(turns).tolist():
-            for number in np.unique(stretches[turns == turn]).tolist():
-                chosen = (turns == turn) & (stretches == number)
-                stretch, local = self.stretches[number], within_pass[chosen] - self._start(number)
-                if self._left_out[number]:
-                    local = self._kept(turn, number).places(local)
-                if not self.sequential:
-                    local = feistel.lookup(local, stretch.count, self._row_key(turn, stretch))
-                rows[chosen] = stretch.first + local
+            for number in np.unique(numbers[turns == turn]).tolist():
+                chosen = (turns == turn) & (numbers == number)
+                rows[chosen] = self._rows_of(turn, number, within_passes[chosen] - self._start(number))
         return rows
+
+    def _rows_of(self, turn: int, number: int, kept: np.ndarray) -> np.ndarray:
+        """int64 [n], numbers of kept rows of a stretch in the order of pass `turn` -> row numbers of the set, [n]."""
+        stretch = self.stretches[number]
+        if self._left_out[number]:
+            kept = self._kept(turn, number).places(kept)
+        return stretch.first + (kept if self.sequential else feistel.lookup(kept, stretch.count, self._row_key(turn, stretch)))
 
     def place(self, k: int) -> tuple[int, int]:
         """The pass in which the k-th sample comes, from 0, and its place there."""
         turn, within_pass = divmod(k, self.num_rows)
-        number = int(np.searchsorted(self._ends, within_pass, side="right"))
+        number = bisect_right(self._ends, within_pass)
         local = within_pass - self._start(number)
         if self._left_out[number]:
             local = int(self._kept(turn, number).places(np.array([local]))[0])
@@ -109,7 +115,7 @@ class RowOrder:
             local = min(place, stretch.count)
             count += self._kept(turn, number).before(local) if self._left_out[number] and local < stretch.count else 0
             if local == stretch.count:
-                count += int(self._ends[number]) - self._start(number)
+                count += self._ends[number] - self._start(number)
             elif not self._left_out[number]:
                 count += local
             place -= local
@@ -132,14 +138,14 @@ class RowOrder:
     def epoch(self, k: int) -> int:
         """Which time, from 0, the k-th sample's document comes."""
         turn, within_pass = divmod(k, self.num_rows)
-        return turn * self.num_epochs + self.stretches[int(np.searchsorted(self._ends, within_pass, side="right"))].epoch
+        return turn * self.num_epochs + self.stretches[bisect_right(self._ends, within_pass)].epoch
 
     def chunk(self, k: int) -> int | None:
         """Which of the dataset's chunks the k-th sample is of, where it has chunks."""
-        return self.stretches[int(np.searchsorted(self._ends, k % self.num_rows, side="right"))].chunk
+        return self.stretches[bisect_right(self._ends, k % self.num_rows)].chunk
 
     def _start(self, number: int) -> int:
-        return int(self._ends[number - 1]) if number else 0
+        return self._ends[number - 1] if number else 0
 
     def _kept(self, turn: int, number: int) -> KeptPlaces:
         stretch = self.stretches[number]
