@@ -154,20 +154,8 @@ def test_gradients_leave_no_trace(name: str, tiny_recipe: Tiny) -> None:
     assert same_state(run.export_state(), untouched.export_state())
 
 
-@pytest.mark.parametrize("micro", [1, 2])
-def test_accumulation_equals_the_large_batch(name: str, micro: int, tiny_recipe: Tiny) -> None:
-    whole, parts = tiny_recipe(), tiny_recipe("crystal", f"batch.micro_batch_size={micro}")
-    batch = source_of(whole).rows(0, 0, 4)
-    loss, gradients = prepare(name, whole).gradients(batch)
-    loss_parts, gradients_parts = prepare(name, parts).gradients(batch)
-    assert loss_parts == pytest.approx(loss, rel=1e-6)
-    for key, gradient in gradients.items():
-        assert (gradients_parts[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, key
-
-
-@pytest.mark.parametrize("micro", [1, 2])
-@pytest.mark.parametrize("normalizer", ["bearing_tokens", "all_positions"])
-def test_masked_rows_weigh_by_the_global_batch(name: str, normalizer: str, micro: int, tiny_recipe: Tiny) -> None:
+@pytest.mark.parametrize(("normalizer", "micro"), [("bearing_tokens", 1), ("bearing_tokens", 2), ("all_positions", 2)])
+def test_accumulation_of_masked_rows_equals_the_large_batch(name: str, normalizer: str, micro: int, tiny_recipe: Tiny) -> None:
     """Rows with 13, 3, 0 and 5 bearing tokens, one a micro-batch or rank: the large batch's gradient, and the mean over bearing tokens."""
     recipe = tiny_recipe("amber", "name=masked", f"objective.normalizer={normalizer}", f"batch.micro_batch_size={micro}")
     source, run, weights = source_of(recipe), prepare(name, recipe, steps=1), initial(recipe, 2.0)
@@ -184,11 +172,11 @@ def test_masked_rows_weigh_by_the_global_batch(name: str, normalizer: str, micro
     assert float(result.grad_norm) == pytest.approx(norm, rel=2e-5)
 
 
-def test_where_no_row_is_masked_the_normalizers_give_the_same_bits(name: str, tiny_recipe: Tiny) -> None:
+def test_where_no_row_is_masked_the_normalizers_give_the_same_bits(tiny_recipe: Tiny) -> None:
     states = []
     for normalizer in ("bearing_tokens", "all_positions"):
         recipe = tiny_recipe("crystal", f"objective.normalizer={normalizer}", "batch.micro_batch_size=2", "schedule.steps=2")
-        run = prepare(name, recipe)
+        run = prepare("local", recipe)
         losses = [float(result.loss) for result in run.train(source_of(recipe))]
         states.append((losses, run.export_state()))
     assert states[0][0] == states[1][0]
@@ -205,6 +193,8 @@ def test_a_batch_in_which_nothing_bears_a_loss_is_never_a_step(name: str, normal
     assert [result.bearing_tokens for result in results] == [21, 0, 22]
     assert np.isnan(float(results[1].loss))
     assert skipping.export_state().optimizer_updates == 2
+    if normalizer == "all_positions":
+        return  # how an error comes of it is alike
     recipe = tiny_recipe("crystal", "name=empty", f"objective.normalizer={normalizer}", "schedule.steps=3")
     with pytest.raises(NonFiniteError, match=r"step 1: no token of the global batch bears a loss.*samples: synthetic:4, .*synthetic:7;"):
         list(prepare(name, recipe).train(source_of(recipe)))
