@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,14 +167,14 @@ def digest(records: Iterable[Mapping[str, Any]]) -> str:
     return found.hexdigest()
 
 
-def effective_records(folder: Path) -> Iterator[dict[str, Any]]:
+def effective_records(folder: Path, without: Collection[int] = ()) -> Iterator[dict[str, Any]]:
     """The effective records of a run, in the order they were made: what an uninterrupted run would have left, and the events.
 
     Of step and evaluation records with the same step (and set) the last counts, and none counts that lies beyond the step of a later
     resume. A torn last line is left out. Nothing where there are no metrics. The file is read as the records are asked for, and none is
-    kept. Raises RunFolderError for a damaged line elsewhere.
+    kept. without: numbers of damaged lines that are passed over (`damaged_lines`). Raises RunFolderError for any other damaged line.
     """
-    return (record for _, record, left_by in counted_lines(Path(folder) / METRICS) if not left_by)
+    return (record for _, record, left_by in counted_lines(Path(folder) / METRICS, without) if not left_by)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,15 +54,18 @@ def metrics_lines(path: Path) -> Iterator[MetricsLine]:
             yield MetricsLine(number, data, None, str(error))
 
 
-def counted_lines(path: Path) -> Iterator[CountedLine]:
+def counted_lines(path: Path, without: Collection[int] = ()) -> Iterator[CountedLine]:
     """Every line of the file, checked. Nothing where there is no file. Raises RunFolderError for a damaged line, naming it.
 
+    without: numbers of damaged lines that are passed over, because whoever asks is about to move them aside.
     A measurement does not count where a later resume begins before its step, or where the same step (and set) is measured again later.
     """
     try:
         cuts, again, count = _survey(path)
         # What was appended since the survey, by a run that goes on, is not read.
         for number, data in enumerate(islice(plain_lines(path, "metrics"), count), 1):
+            if number in without:
+                continue
             try:
                 record = _checked(data)
             except ValueError as error:

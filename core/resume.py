@@ -12,7 +12,7 @@ before training begins, so a start that is refused leaves the folder as it was.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def decide(
         since = 0 if manifest is None else first  # step of the run's own newest checkpoint
         first = goes_on.step
         made_by = Recipe.from_record(checked.stored) if checked.changes else recipe
-        unfinished, measured = _recorded(folder, goes_on, made_by, since, entries, heldout)
+        unfinished, measured = _recorded(effective_records(folder.path, damaged), goes_on, made_by, since, entries, heldout)
     check_from_scratch(folder.path, own, first, from_scratch)
     drawn = {} if found is None else found.check_model(recipe, say)
     weights = None if found is None else found.weights()
@@ -200,10 +200,15 @@ def _check_kept_data(kept: Kept, dataset_id: str, allow: Set[str]) -> None:
 
 
 def _recorded(
-    folder: RunFolder, kept: Kept, made_by: Recipe, since: int, entries: Sequence[Mapping[str, Any]], heldout: Collection[str]
+    measured: Iterable[Mapping[str, Any]],
+    kept: Kept,
+    made_by: Recipe,
+    since: int,
+    entries: Sequence[Mapping[str, Any]],
+    heldout: Collection[str],
 ) -> tuple[Unfinished | None, Measured]:
     """What the record lacks of the last step of the state that the run goes on from, and what it has after checkpoint `since`."""
-    records = list(effective_records(folder.path))
+    records = list(measured)
     plan = plan_of(made_by, kept.step)
     unfinished = None
     if is_unfinished(kept, plan, since, entries, records, heldout):

@@ -230,6 +230,18 @@ def test_a_damaged_metrics_line_is_moved_by_the_next_start(train_tiny: Train, ru
     assert weftrain("report", run, "--to", run.parent / "report.html").exit_code == 0
 
 
+def test_a_damaged_metrics_line_stops_no_run_that_goes_on_from_its_store(train_tiny: Train, tmp_path: Path) -> None:
+    streamed = ["--backend", "streaming", "backend.options.tier=mapped", "backend.options.threads=1", "checkpoint.every_steps=0"]
+    assert train_tiny("schedule.steps=2", *streamed, "checkpoint.at_end=false").exit_code == 0
+    path = tmp_path / "runs" / "crystal_demo" / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0][:-1], *lines[1:]]))
+    result = train_tiny("schedule.steps=3", *streamed, "checkpoint.at_end=false", "--allow", "schedule.steps")
+    assert result.exit_code == 0, result.output
+    assert "metrics.jsonl:1: not a metrics line: it is moved to metrics.torn" in result.output
+    assert "the run goes on from there" in result.output
+
+
 START_FROM = "start_from={{run: crystal_demo, state: {}}}"
 
 

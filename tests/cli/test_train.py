@@ -56,7 +56,8 @@ def test_a_run_from_start_to_complete_to_continued(train_tiny: Train, tmp_path: 
     again = train_tiny("schedule.steps=4", "checkpoint.every_steps=2")
     assert again.exit_code == 0
     assert "is complete: 4 of 4 steps" in again.output
-    assert "schedule.steps=8 --allow schedule.steps" in again.output
+    assert "schedule.steps=8" in again.output
+    assert "--allow schedule.steps    (continue to step 8)" in again.output
     assert len([record for record in read_metrics(folder) if record["kind"] == "step"]) == 4
 
     refused = train_tiny("schedule.steps=6", "checkpoint.every_steps=3")
