@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from weftrain.analysis import coordinate_check
 from weftrain.backends.cerebras import environment
 from weftrain.cli.main import VERBS, main
 from weftrain.core.speed import Peak
@@ -69,6 +71,10 @@ def run_page(page: Path, folder: Path, corpus: Path, monkeypatch: pytest.MonkeyP
         words = shlex.split(command)
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+            continue
+        if words[:3] == ["python", "-m", "weftrain.analysis.coordinate_check"]:
+            monkeypatch.setattr(coordinate_check, "coordinate_check", partial(coordinate_check.coordinate_check, widths=(32, 64)))
+            coordinate_check.main(words[3:])
             continue
         if words[:2] == ["python", "-m"]:
             subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True, timeout=200)
