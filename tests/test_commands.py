@@ -22,11 +22,12 @@ from click.testing import CliRunner
 
 from weftrain.analysis import fsdp2_loop, same_state
 from weftrain.analysis.disk import DiskSpeed
-from weftrain.analysis.peak import Bandwidth, Peak
+from weftrain.analysis.peak import Bandwidth
 from weftrain.cli.main import main
 from weftrain.cli.resolve import resolve
 from weftrain.core.errors import WeftrainError
 from weftrain.core.recipe_file import builtin_recipes
+from weftrain.core.speed import Peak
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "backends" / "README.md", ROOT / "kernels" / "README.md"]

@@ -136,7 +136,7 @@ def test_no_orphan_of_a_killed_launcher(trains: bool, overrides: list[str], tmp_
 # A run measures the machine's matrix-multiply peak, a second each time.
 KNOWN_PEAK = """
 import weftrain.cli.assembly
-from weftrain.analysis.peak import Peak
+from weftrain.core.speed import Peak
 weftrain.cli.assembly.measured_matmul_peak = lambda *_, **__: Peak(1e11, "known in tests")
 from weftrain.cli.main import main
 main()
