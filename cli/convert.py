@@ -167,12 +167,11 @@ def from_huggingface(folder: Path, recipe: str, overrides: tuple[str, ...], runs
     from weftrain.core.huggingface import config_differences, files_sha256, read_config, state_tensors
     from weftrain.core.pickled import open_weights
     from weftrain.core.recipe_file import load_recipe
-    from weftrain.core.termination import cleaned_up
 
     loaded = load_recipe(recipe, overrides).recipe
     if different := config_differences(loaded.model, read_config(folder)):
         raise RecipeError(f"{folder / 'config.json'}: not the recipe's model (recipe -> folder): {', '.join(different)}: change the recipe")
-    with cleaned_up(), _new_checkpoints(runs, run_name) as target, open_weights(folder, unpickle=unpickle, scratch=runs) as weights:
+    with _new_checkpoints(runs, run_name) as target, open_weights(folder, unpickle=unpickle, scratch=runs) as weights:
         files = sorted(["config.json", *weights.files])
         info = checkpoints.save(
             target,
@@ -206,7 +205,6 @@ def to_huggingface(checkpoint: Path, output: Path, dtype: str, tokenizer: Path |
     from weftrain.core.checkpoint import Weights
     from weftrain.core.huggingface import write_huggingface
     from weftrain.core.huggingface_files import tokenizer_files
-    from weftrain.core.termination import cleaned_up
     from weftrain.data_prep.tokenization import load_encoder
 
     recipe, state, manifest = _load(checkpoint)
@@ -216,8 +214,7 @@ def to_huggingface(checkpoint: Path, output: Path, dtype: str, tokenizer: Path |
         encoder = load_encoder(tokenizer, eos, engine="tokenizers")
         beside, ids = tokenizer_files(encoder.data, encoder.eos_id, recipe.model, str(tokenizer))
         extra |= ids
-    with cleaned_up():
-        written = write_huggingface(output, Weights(state.tensors), recipe.model, getattr(torch, dtype), extra_config=extra, beside=beside)
+    written = write_huggingface(output, Weights(state.tensors), recipe.model, getattr(torch, dtype), extra_config=extra, beside=beside)
     click.echo(
         f"{output}: step {state.step}, {written.num_tensors} tensors of {dtype} in {len(written.files)} files, {written.size_bytes:,} bytes"
     )

@@ -87,9 +87,9 @@ def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
     Without INPUTS: the embedded corpus, the Python standard library of the interpreter that runs this (licence PSF-2.0), no download.
     Run again with the same inputs it says that the dataset is up to date; interrupted, it goes on where it was.
     """
-    from weftrain.core.termination import cleaned_up
+    from weftrain.data_prep.pipeline import prepare
     from weftrain.data_prep.prep_recipe import is_prep_recipe, load_prep_recipe
-    from weftrain.data_prep.publish import is_remote, staging_folder
+    from weftrain.data_prep.publish import is_remote, publish, staging_folder
 
     console = Console(highlight=False, soft_wrap=True)
     if len(inputs) == 1 and is_prep_recipe(inputs[0]):
@@ -99,14 +99,6 @@ def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
         jobs, quality = [_job(inputs, options)], None
     executor = _executor(options, output)
     folder = staging_folder(output) if is_remote(output) else Path(output)
-    with cleaned_up():
-        _run(console, jobs, quality, executor, folder, output, options)
-
-
-def _run(console: Console, jobs: list[_Job], quality: Any, executor: Any, folder: Path, output: str, options: dict[str, Any]) -> None:
-    from weftrain.data_prep.pipeline import prepare
-    from weftrain.data_prep.publish import is_remote, publish
-
     if quality is not None:
         jobs = [_filtered(job, quality, folder, options["workers"] or os.cpu_count() or 1, console) for job in jobs]
     for job in jobs:

@@ -47,7 +47,6 @@ def release(
     from weftrain.core.release import SIGNATURE, build
     from weftrain.core.run_folder import held_run
     from weftrain.core.signature import sign
-    from weftrain.core.termination import cleaned_up
     from weftrain.core.verification import verify as verify_release
 
     console = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -61,7 +60,7 @@ def release(
             beside, ids = tokenizer_files(read_tokenizer(source), read_manifest(source).eos_id, recipe.model, f"{source}: tokenizer.json")
         write_huggingface(folder, weights, recipe.model, dtype, extra_config=ids, beside=beside)
 
-    with cleaned_up(), held_run(run):
+    with held_run(run):
         made = build(
             run,
             target,
@@ -148,7 +147,6 @@ def replay(
     """Train links of RELEASE again, each from checkpoint k-1 over chunk k, and compare every tensor with checkpoint k, bit for bit."""
     from weftrain.core.errors import ReleaseError
     from weftrain.core.replay import DEFAULT_TOLERANCE, chosen_links, replay_link
-    from weftrain.core.termination import cleaned_up
     from weftrain.core.verification import verify as verify_release
 
     console = Console(highlight=False, soft_wrap=True)
@@ -161,7 +159,7 @@ def replay(
     table = Table("link", "chunk", "steps", "tensors equal", "losses equal", "verdict", box=None)
     failed = False
     notes: list[str] = []
-    with cleaned_up(), _prepare(release, data_root, backend, device, notes.append) as (open_source, prepare):
+    with _prepare(release, data_root, backend, device, notes.append) as (open_source, prepare):
         for link in chosen:
             report = replay_link(release, verified, link, open_source, prepare, DEFAULT_TOLERANCE if tolerance is None else tolerance)
             failed |= report.verdict == "different"

@@ -276,7 +276,11 @@ def temporary_tree(target: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # a file system without locks: then nobody removes it
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield path
-        except (Exception, KeyboardInterrupt):  # not every BaseException: a test's simulated death cleans up as little as a real one
+        except (
+            Exception,
+            KeyboardInterrupt,
+            SystemExit,
+        ):  # not every BaseException: a test's simulated death cleans up as little as a real one
             with contextlib.suppress(OSError):
                 remove_tree(path)
             raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from weftrain.core import fsops
-from weftrain.core.termination import EndedError, cleaned_up
 
 
 def started(program: str, *arguments: str | Path) -> subprocess.Popen[str]:
@@ -28,20 +26,19 @@ MAKER = """
     import sys, time
     from pathlib import Path
     from weftrain.core import fsops
-    from weftrain.core.termination import cleaned_up
-    with cleaned_up(), fsops.temporary_tree(Path(sys.argv[1])) as folder:
+    from weftrain.core.stop import sigterm_unwinds
+    with sigterm_unwinds(), fsops.temporary_tree(Path(sys.argv[1])) as folder:
         fsops.write_bytes(folder / "file", b"x")
         print("made", flush=True)
         time.sleep(1000)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_an_order_to_end_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+def test_an_order_to_end_leaves_nothing(tmp_path: Path) -> None:
     process = started(MAKER, tmp_path / "target")
     assert len(list(tmp_path.iterdir())) == 1
-    process.send_signal(number)
-    assert process.wait() == -number
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
 
 
@@ -80,23 +77,6 @@ def test_an_error_leaves_nothing_and_a_file_system_without_locks_keeps_everythin
     with fsops.temporary_tree(tmp_path / "a") as folder:
         assert len(list(tmp_path.iterdir())) == 2
         folder.rmdir()
-
-
-def test_handlers_are_given_back_and_not_taken_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    killed: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "kill", lambda *told: killed.append(told))
-    with pytest.raises(EndedError), cleaned_up():
-        signal.raise_signal(signal.SIGTERM)
-    assert killed == [(os.getpid(), signal.SIGTERM)]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    heard: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
-    try:
-        with cleaned_up():
-            signal.raise_signal(signal.SIGTERM)
-        assert heard == [signal.SIGTERM]
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 HELPED = """
