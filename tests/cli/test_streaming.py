@@ -57,7 +57,7 @@ def test_a_killed_run_goes_on_from_its_store(weftrain: Callable[..., Result], ti
     last = f"schedule.steps={done + 5}"
     again = weftrain("train", "crystal_demo", "--runs", str(tmp_path), "--run", "killed", *tiny, last, *DIRECT, "--allow", "schedule.steps")
     assert again.exit_code == 0, again.output
-    assert "own state stands at" in again.output
+    assert "completed steps: the run goes on from there" in again.output
     whole = weftrain("train", "crystal_demo", "--runs", str(tmp_path), "--run", "whole", *tiny, last, "--backend", "local")
     assert whole.exit_code == 0, whole.output
     line, same = compare(tmp_path / "killed", tmp_path / "whole")

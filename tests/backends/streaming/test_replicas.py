@@ -132,7 +132,7 @@ def test_a_sharded_store_is_continued(overrides: list[str], single: tuple[State,
     for steps, allow in ((first, []), (overrides, ["--allow", "schedule.steps"])):
         with started(train(tmp_path, "run", [*steps, *options, *allow]), command("replica", str(tmp_path / "run"))) as processes:
             outputs = [finished(process) for process in processes]
-    assert "own state stands at 3 completed steps" in outputs[0]
+    assert "stands at 3 completed steps: the run goes on from there" in outputs[0]
     assert_same_as(single, tmp_path / "run")
 
 
