@@ -256,21 +256,25 @@ def _ask(operation: str, *values: Any, **named: Any) -> Any:
     """One question to the program, and its answer: a value, or the exception that it raised."""
     given: list[Any] = [list(values), named]
     try:
-        send([operation, values[0] if operation == "name" else encode(given, _argument)])
-        kind, *reply = receive()
+        question = [operation, values[0] if operation == "name" else encode(given, _argument)]
     except UnsendableError as error:
         _unjudged(f"cannot be judged: {error}")
     except RecursionError:
         _unjudged("cannot be judged: the tests give the program a value that is nested too deeply, or within itself")
+    try:
+        send(question)
+        kind, *reply = receive()
     except (EOFError, BrokenPipeError):
         _unjudged("the program left before the end of its tests", GONE)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         _unjudged(f"the program answered with what is no message: {error}")
     if kind == "unsendable":
         _unjudged(f"cannot be judged: the program gave {str(reply[0])[:200]}")
     try:
         if kind == "raised":
             result: Any = _exception(*reply)
+            if isinstance(result, StopIteration) and operation != "next":  # else it would end a loop of the tests over map(function, ...)
+                result = RuntimeError("the program raised StopIteration")
         else:
             value, found, printed, after = reply
             result = decode(value, Remote) if found else None

@@ -35,6 +35,8 @@ TESTS = """
             assert candidate(10, 7) == 17
         except ValueError:
             pass
+        for got, expected in zip(map(lambda a: candidate(a, 1), [4, 5]), [5, 6]):
+            assert got == expected
     check(add)
 """
 
@@ -54,6 +56,12 @@ CHEATS = {
     "leaves": "import sys\ndef add(a, b): sys.exit(0)",
     "leaves at once": "import os\nos._exit(0)",
     "leaves by an exception that tests expect": "def add(a, b): raise ValueError",
+    "ends the loop of its tests": """
+        answers = [5, 0, 17]
+        def add(a, b):
+            if not answers: raise StopIteration
+            return answers.pop(0)
+    """,
     "replaces exit and assertions": """
         import builtins, sys, os
         builtins.AssertionError = type('Quiet', (SystemExit,), {})
@@ -98,6 +106,11 @@ CHEATS = {
         os.write(4, (struct.pack('<Q', len(body)) + body) * 50)
     """,
     "answers with more than there is": "import os, struct\nos.write(4, struct.pack('<Q', 1 << 60))",
+    "answers with brackets": """
+        import os, struct
+        os.write(4, struct.pack('<Q', 1 << 20))
+        for _ in range(1 << 8): os.write(4, b'[' * (1 << 12))
+    """,
     "answers without end": "import os\nwhile True: os.write(4, bytes(8))",
     "answers with an exception that is none": """
         import json, os, struct
@@ -131,7 +144,9 @@ def test_no_cheat_passes() -> None:
     assert found["leaves at once"].reason == "left with exit status 0 before the end of its tests"
     assert found["leaves by an exception that tests expect"].reason == "ended with exit status 1"
     assert "NameError: name 'add' is not defined" in found["is nothing"].stderr_tail
-    assert found["answers without end"].reason.startswith("the program answered with what is no message")
+    for name in ("answers without end", "answers with brackets"):
+        assert found[name].reason.startswith("the program answered with what is no message")
+    assert "RuntimeError: the program raised StopIteration" in found["ends the loop of its tests"].stderr_tail
 
 
 @confined
