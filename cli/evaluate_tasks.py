@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from weftrain.analysis.generation import Generator
     from weftrain.analysis.lm_eval_model import CheckpointLM
+    from weftrain.core.dataset import Manifest
     from weftrain.core.model import Decoder
 
 
@@ -97,9 +98,8 @@ class _Checkpoint:
         return Generator(self.decoder)
 
     @functools.cached_property
-    def tokenizer(self) -> tuple[Tokenizer, str, int]:
-        """The tokenizer, its SHA-256, and the id that ends a text."""
-        from weftrain.analysis.evaluation import end_of_text_id, open_tokenizer
+    def tokenizer_file(self) -> tuple[Path, tuple[Path, Manifest] | None]:
+        """Which file the tokenizer is read from, and the dataset that must agree with it: its folder and manifest."""
         from weftrain.core.dataset import TOKENIZER, read_manifest
 
         data = self.recipe.data
@@ -109,6 +109,14 @@ class _Checkpoint:
         if path is None:
             where = "the recipe names no dataset" if folder is None else f"{folder} is not there"
             raise DataError(f"{self.path}: no tokenizer: {where}; name the model's tokenizer.json with --tokenizer, or set data.root=")
+        return path, dataset
+
+    @functools.cached_property
+    def tokenizer(self) -> tuple[Tokenizer, str, int]:
+        """The tokenizer, its SHA-256, and the id that ends a text."""
+        from weftrain.analysis.evaluation import end_of_text_id, open_tokenizer
+
+        path, dataset = self.tokenizer_file
         tokenizer, sha256 = open_tokenizer(path, self.recipe.model.vocab_size, dataset)
         return tokenizer, sha256, end_of_text_id(tokenizer, path, None if dataset is None else dataset[1])
 
@@ -123,6 +131,7 @@ def _records(opened: _Checkpoint, settings: Settings, options: dict[str, Any], c
     from weftrain.analysis.evaluation import attend_within_documents, run_heldout, run_tasks
     from weftrain.analysis.evaluation_records import records_folder
     from weftrain.core.data import open_heldout
+    from weftrain.core.tokenizer_file import panics_refused
 
     folder, requests = records_folder(opened.path), _requests(options)
     records: list[Record] = []
@@ -144,9 +153,11 @@ def _records(opened: _Checkpoint, settings: Settings, options: dict[str, Any], c
                 )
 
             subject = Subject(opened.root, opened.step, sha256)
-            records += run_tasks(requests, subject, settings, model, folder, bar.say)
+            with panics_refused(str(opened.tokenizer_file[0])):
+                records += run_tasks(requests, subject, settings, model, folder, bar.say)
         if options["code"]:
-            records.append(_code(opened, settings, options, folder, bar))
+            with panics_refused(str(opened.tokenizer_file[0])):
+                records.append(_code(opened, settings, options, folder, bar))
         if not requests and not options["code"]:
             recipe = opened.recipe
             sets = open_heldout(recipe.data, recipe.model.vocab_size, options["rows"] or 2**40) if recipe.data.sources else []

@@ -55,14 +55,17 @@ def generate(
     from weftrain.analysis.generation import Generator, load_model
     from weftrain.cli.assembly import newest_or_named, recipe_of_checkpoint
     from weftrain.core import checkpoint
+    from weftrain.core.tokenizer_file import panics_refused
 
     path = newest_or_named(run, lambda line: click.echo(line, err=True))
     state, manifest = checkpoint.load(path, verified=path != run)
     recipe = recipe_of_checkpoint(path, manifest, overrides).recipe
     encoder = None
     if given is None:
-        encoder, _ = open_tokenizer(tokenizer or default_tokenizer(recipe), recipe.model.vocab_size)
-        given = encoder.encode(prompt, add_special_tokens=False).ids
+        file = tokenizer or default_tokenizer(recipe)
+        encoder, _ = open_tokenizer(file, recipe.model.vocab_size)
+        with panics_refused(str(file)):
+            given = encoder.encode(prompt, add_special_tokens=False).ids
     generator = Generator(load_model(checkpoint.Weights(state.tensors), recipe.model, device))
     (found,) = generator.generate(
         [given or []], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop_ids=stop_ids

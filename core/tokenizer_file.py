@@ -6,6 +6,8 @@ Shards and scores hold ids for good: the first is refused, the second switched o
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -18,6 +20,25 @@ from weftrain.core.tokenizer_patterns import check_patterns
 _DRAWN = ("dropout", "alpha", "nbest_size")
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether an error is the panic of a library written in Rust, which is no Exception: `except Exception` lets it pass."""
+    return type(error).__module__ == "pyo3_runtime"
+
+
+@contextlib.contextmanager
+def panics_refused(where: str) -> Iterator[None]:
+    """While a tokenizer encodes: a pattern that takes more steps than its library allows is a DataError, which begins with `where`."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        why = " ".join(str(error).split())[:120]
+        raise DataError(
+            f"{where}: the tokenizer's library stopped ({why}): a pattern in it takes too long; use another tokenizer"
+        ) from error
+
+
 def tokenizer_from(data: bytes, where: str, remedy: str = "name a Hugging Face tokenizers file") -> Tokenizer:
     """The tokenizer of a tokenizer.json's bytes. Raises DataError, which begins with `where` and ends with `remedy`."""
     try:
@@ -25,7 +46,9 @@ def tokenizer_from(data: bytes, where: str, remedy: str = "name a Hugging Face t
         check_patterns(tree)
         tokenizer = Tokenizer.from_str(data.decode())
         model = tree["model"]
-    except Exception as error:  # the library raises nothing narrower
+    except BaseException as error:  # the library raises nothing narrower than Exception, and panics
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise DataError(f"{where}: not a tokenizer.json: {' '.join(str(error).split())[:120]}; {remedy}") from error
     for key in _DRAWN:
         if model.get(key):

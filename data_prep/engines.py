@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from weftrain.core.tokenizer_file import is_panic
 from weftrain.data_prep.packing import split
 
 _SPACE = "\u2581"  # what LLaMA-like normalizers write for a space
@@ -105,7 +106,9 @@ def gigatoken_problem(tree: dict[str, Any]) -> str | None:
         return MISSING
     try:
         load_hf_json(json.dumps(tree | {"added_tokens": []}))
-    except Exception as error:  # the library raises several kinds
+    except BaseException as error:  # the library raises several kinds, and panics
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None
 

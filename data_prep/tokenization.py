@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from weftrain.core.errors import DataError
 from weftrain.core.plain_file import read_plain
 from weftrain.core.shards import token_dtype
-from weftrain.core.tokenizer_file import tokenizer_from
+from weftrain.core.tokenizer_file import panics_refused, tokenizer_from
 from weftrain.data_prep.engines import Gigatoken, Reference, gigatoken_problem
 from weftrain.data_prep.packing import split
 
@@ -68,7 +68,7 @@ class TextEncoder:
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.dtype = token_dtype(self.vocab_size)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._where = tokenizer, where
         added = tokenizer.get_added_tokens_decoder()
         control = {index for index, token in added.items() if token.special or token.content in CONTROL_NAMES} | {eos_id}
         control |= {index for name in CONTROL_NAMES if (index := tokenizer.token_to_id(name)) is not None}
@@ -94,16 +94,17 @@ class TextEncoder:
     ) -> list[np.ndarray]:
         """Ids of each text, without eos, in the shards' dtype. hashes: of the texts, by which those to be compared are chosen.
 
-        Raises DataError, by `names`, where a control id comes out or the engines differ.
+        Raises DataError, by `names`, where a control id comes out, the engines differ or one of them panics.
         """
         if not texts:
             return []
-        if self._fast is None:
-            encoded = self._reference.encode(texts)
-            if counts is not None:
-                counts.reference += len(texts)
-        else:
-            encoded = self._encode_fast(self._fast, texts, names, hashes, counts or Counts())
+        with panics_refused(f"{self._where}: in the texts from {names[0]} on"):
+            if self._fast is None:
+                encoded = self._reference.encode(texts)
+                if counts is not None:
+                    counts.reference += len(texts)
+            else:
+                encoded = self._encode_fast(self._fast, texts, names, hashes, counts or Counts())
         joined = np.concatenate(encoded)
         if (hits := np.flatnonzero(self._is_control[joined])).size:
             ends = np.cumsum([len(ids) for ids in encoded])

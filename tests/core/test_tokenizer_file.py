@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from weftrain.analysis.evaluation import open_tokenizer
 from weftrain.core.errors import DataError
-from weftrain.core.tokenizer_file import tokenizer_from
+from weftrain.core.tokenizer_file import panics_refused, tokenizer_from
 from weftrain.data_prep.tokenization import load_encoder, make_encoder
 
 VOCAB = {"</s>": 0, "a": 1, "b": 2, "ab": 3, "aba": 4}
@@ -48,3 +48,19 @@ def test_neither_cut_nor_padded(tmp_path: Path, engine: str) -> None:
 def test_what_is_no_tokenizer(data: bytes) -> None:
     with pytest.raises(DataError, match=r"^t: not a tokenizer\.json: .*; look$"):
         tokenizer_from(data, "t", "look")
+
+
+@pytest.mark.parametrize("engine", ["tokenizers", "auto"])
+def test_a_pattern_that_takes_too_long_is_a_refusal(engine: str) -> None:
+    """The library panics, which is no Exception."""
+    slow = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
+    data = file_with(pre_tokenizer=slow)
+    text = "a" * 200 + "b"
+    with pytest.raises(
+        DataError, match=r"^t: in the texts from x on: the tokenizer's library stopped \(.*\): a pattern in it takes too long"
+    ):
+        make_encoder(data, "t", engine=engine).encode([text], ["x"])
+    with pytest.raises(DataError, match=r"^t: the tokenizer's library stopped"), panics_refused("t"):
+        tokenizer_from(data, "t").encode(text)
+    with pytest.raises(KeyboardInterrupt), panics_refused("t"):
+        raise KeyboardInterrupt
