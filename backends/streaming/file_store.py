@@ -238,6 +238,11 @@ def check_identity(layout: Layout, folder: Path) -> bool:
     wanted = parse_json(canonical_json(layout.identity))
     if found == wanted:
         return False
+    if isinstance(found, dict) and found.get("version") != wanted["version"]:
+        raise BackendError(
+            f"{folder}: the store is of format {found.get('version')}, and this version of weftrain reads {wanted['version']}: finish the "
+            "run with the version that made it, or rename the folder: the run then continues from its newest checkpoint"
+        )
     changed = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
     if changed[:1] == ["model"] and isinstance(found["model"], dict):
         changed = [f"model.{key}" for key in wanted["model"] if found["model"].get(key) != wanted["model"][key]] or changed
