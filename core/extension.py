@@ -32,7 +32,8 @@ def extension(folder: Path, recipe: Recipe, source: BatchSource, done: int, over
     overrides: of the command that made it. Nothing is written.
     """
     steps = 2 * max(done, recipe.schedule.steps)
-    given = [item for item in overrides if item.partition("=")[0] not in ("schedule.steps", "data.chunks")]
+    replaced = ("schedule.steps",) if recipe.data.chunks is None else ("schedule.steps", "data.chunks")
+    given = [item for item in overrides if item.partition("=")[0] not in replaced]
     given.append(f"schedule.steps={steps}")
     if recipe.data.chunks is not None:
         given.append(f"data.chunks={steps // (recipe.schedule.steps // recipe.data.chunks)}")

@@ -64,6 +64,10 @@ def test_the_printed_command_continues_chunks_and_schedule_twice_over(train: Tra
     assert manifest["sources"]["a"] == {"dataset_id": manifest["dataset_id"], "place": 48, "read": 48, "subsets": [[0.0, 1.0]], "turn": 0}
 
 
+def test_the_printed_command_keeps_an_override_that_takes_the_chunks_away(train: Train) -> None:
+    assert "data.chunks=null" in printed(train("schedule.steps=4", "data.chunks=null"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
