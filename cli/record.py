@@ -81,7 +81,8 @@ def _words(entry: dict[str, Any]) -> str:
     if kind == "checkpoint":
         return f"checkpoint {entry['root'][:12]}  metrics {entry['metrics_sha256'][:12]}"
     if kind == "recipe":
-        return "recipe changed  " + ", ".join(f"{key}: {old} -> {new}" for key, old, new in entry["changes"])
+        told = ", ".join(f"{key}: {old} -> {new}" for key, old, new in entry["changes"])
+        return f"recipe changed  {told}" if told else "recipe          the same, recorded with the keys that this version has beside"
     if kind == "rollback":
         return f"rolled back to {entry['root'][:12]}  {len(entry['abandoned'])} checkpoints on branch {entry['branch']}: {entry['reason']}"
     if kind == "defer":

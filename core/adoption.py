@@ -124,9 +124,9 @@ def _why_foreign(chain: Sequence[Manifest], expected: str | None, line: Lineage)
     if first["parent"] != expected or (last is not None and first["step"] <= last.step):
         where = "that the run began from" if last is None else f"of step {last.step}"
         return f"its parent is {_short(first['parent'])}, and the ledger's last checkpoint, {where}, is {_short(expected)}"
-    stretch = line.stretches[-1] if line.stretches else None
-    for manifest in chain if stretch is not None else ():
-        assert stretch is not None
+    for manifest in chain if line.stretches else ():
+        made = [stretch for stretch in line.stretches if stretch.first_step < manifest["step"]]  # a later start may have begun right there
+        stretch = made[-1] if made else line.stretches[0]
         changes = differences(with_defaults(stretch.recipe), with_defaults(manifest["recipe"]))
         if changes:
             listed = ", ".join(f"{key}: {shown(old)} -> {shown(new)}" for key, old, new in changes[:4])

@@ -23,8 +23,8 @@ from weftrain.core.config import Continuation, DataConfig, Recipe, Source, Sourc
 from weftrain.core.data import Component, TokenSource, pass_order, skipped_rows, training_source
 from weftrain.core.errors import CheckpointError, DataError
 from weftrain.core.kept_rows import without
+from weftrain.core.ledger import Stretch
 from weftrain.core.order import RowOrder, Timeline, recipe_timeline
-from weftrain.core.run_folder import stored_recipe
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def continue_data(asked: Recipe, before: Recipe, step: int, dataset_id: str | No
     if _stream(asked) == _stream(before) and dataset_id in (None, fresh.dataset_id):
         return _same_stream(asked, before, times, step, fresh)
     _check_deferred(asked, before, times, step)
-    found = _cursors(asked, before, step, dataset_id, cursors)
+    found = cursors_of(asked, before, step, dataset_id, cursors)
     if found is not None and before.data.continues is not None:
         found = {**before.data.continues.sources, **found}  # also of a source that was left out and may come back
     sources, notes = _go_on(asked, before, fresh, found)
@@ -82,7 +82,7 @@ def continue_from(asked: Recipe, run: str, other: Mapping[str, Any]) -> Continue
     asked = _with(asked, None)
     fresh = training_source(asked)
     before = Recipe.from_record(other["recipe"])
-    found = _cursors(asked, before, other["step"], other["dataset_id"], other.get("sources")) or {}
+    found = cursors_of(asked, before, other["step"], other["dataset_id"], other.get("sources") or None) or {}
     known = {cursor.dataset_id: cursor for cursor in found.values()}
     components = fresh.components if isinstance(fresh, TokenSource) else ()
     shared = {component.name: known[component.shards.entry.id] for component in components if component.shards.entry.id in known}
@@ -109,27 +109,27 @@ def data_of_start(
     step: int,
     manifest: Mapping[str, Any] | None,
     foreign: Mapping[str, Any] | None,
-    kept_dataset_id: str | None,
+    made: Stretch | None,
 ) -> Continued:
     """The recipe and the rows with which the run in `folder` goes on after `step` completed steps, or begins.
 
     source: of the recipe asked for. manifest: of the checkpoint that it resumes from; foreign: of another run's, by start_from.
-    kept_dataset_id: of the state that the backend itself keeps, where that stands beyond the checkpoint. Raises DataError for data that
+    made: the stretch that made the state which the backend itself keeps, where the run goes on from that. Raises DataError for data that
     cannot go on, CheckpointError for a record that cannot be read.
     """
     if manifest is not None and manifest["step"] == step:
         check_recorded_order(manifest)
-        return continue_data(asked, _recorded(manifest["recipe"], folder), step, manifest["dataset_id"], manifest.get("sources"))
-    stored = stored_recipe(folder, missing_ok=True) if step else None
-    if stored is not None:  # the backend's own state stands beyond the newest checkpoint
-        return continue_data(asked, _recorded(stored, folder), step, kept_dataset_id, None)
+        return continue_data(asked, recipe_of(manifest["recipe"], folder), step, manifest["dataset_id"], manifest.get("sources") or None)
+    if made is not None:  # the backend's own state stands beyond the newest checkpoint
+        return continue_data(asked, recipe_of(made.recipe, folder), step, made.dataset_id, None)
     if foreign is not None and asked.start_from is not None:
         return continue_from(asked, asked.start_from.run, foreign)
     check_beginning(asked)
     return Continued(asked, source)
 
 
-def _recorded(recipe: Mapping[str, Any], folder: Path) -> Recipe:
+def recipe_of(recipe: Mapping[str, Any], folder: Path) -> Recipe:
+    """A recipe that the record of the run in `folder` holds. Raises CheckpointError for one that this version does not read."""
     try:
         return Recipe.from_record(recipe)
     except ValidationError as error:
@@ -268,8 +268,8 @@ def _actions(recipe: Recipe) -> dict[int, str]:
     return {entry.chunk: str(entry.action) for entry in recipe.data.skip if entry.chunk is not None}
 
 
-def _cursors(
-    asked: Recipe, before: Recipe, step: int, dataset_id: str | None, recorded: Mapping[str, Any] | None
+def cursors_of(
+    asked: Recipe, before: Recipe, step: int, dataset_id: str | None, recorded: Mapping[str, Any] | None = None
 ) -> dict[str, SourceCursor] | None:
     """How far each source had been read; None where neither the record nor the datasets tell."""
     if recorded is not None:

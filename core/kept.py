@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from weftrain.core.backend import Kept, KeptUse, Plan, StepResult
-from weftrain.core.config import Recipe
+from weftrain.core.config import Recipe, SourceCursor
 from weftrain.core.errors import BackendError
-from weftrain.core.ledger import lineage
+from weftrain.core.ledger import Stretch, lineage
 
 Whose = Literal["current", "behind", "left", "foreign"]
 
@@ -33,13 +33,15 @@ class Verdict:
 class Unfinished:
     """The last step that a backend's own state had completed, where its process ended before all that the plan wants of it was recorded.
 
-    recipe, plan and dataset_id are those that it was made with, also if the run goes on with others.
+    All is that of the stretch which made it, also if the run goes on with another recipe or dataset. sources: how far each source had been
+    read; empty where nothing tells.
     """
 
     result: StepResult
     recipe: Recipe
     plan: Plan
     dataset_id: str
+    sources: Mapping[str, SourceCursor]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ def whose(kept: Kept, entries: Sequence[Mapping[str, Any]]) -> Whose:
         if entry.get("stretch") == kept.stretch and stretch.stop_step is not None and kept.step <= stretch.stop_step:
             return "behind"
     return "left"
+
+
+def made_by(kept: Kept, entries: Sequence[Mapping[str, Any]]) -> Stretch:
+    """The stretch that completed the last step of a `current` state; a later one may have begun, and ended before its first step."""
+    stretches = lineage(entries).stretches
+    return next(stretch for stretch in reversed(stretches) if entries[stretch.entry].get("stretch") == kept.stretch)
 
 
 def completed(kept: Kept | None, entries: Sequence[Mapping[str, Any]]) -> int:

@@ -142,7 +142,10 @@ class Ledger:
         """Say that a chunk ends with the checkpoint in the ledger's last line, where a crash came between the two lines."""
         last = self._entries[-1] if self._entries else None
         if last is not None and last["kind"] == "checkpoint":
-            stretch = lineage(self._entries).stretches[-1]
+            line = lineage(self._entries)
+            if not line.stretches:  # a new ledger, of which a crash left only the checkpoint that it was to begin with
+                return
+            stretch = line.stretch_of(last["step"])
             recipe = recorded_recipe(dict(stretch.recipe), f"{LEDGER}:{stretch.entry + 1}").recipe
             self._chunk_end(recipe, stretch.dataset_id, last["step"], last["root"])
 
@@ -225,6 +228,7 @@ class Lineage:
     branches: tuple[Branch, ...]
     decisions: tuple[Mapping[str, Any], ...]  # the `defer` entries that hold
     skips: tuple[int, ...] = ()  # ascending: completed steps after each that was left out, for its loss or gradient was not finite
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # that it told last, as it was written
 
     def stretch_at(self, step: int) -> Stretch:
         """The stretch in which the 0-based step `step` was made. Raises ValueError for a step that the ledger does not have."""
@@ -233,6 +237,13 @@ class Lineage:
         if stretch is None or (stretch.stop_step is not None and step >= stretch.stop_step):
             raise ValueError(f"step {step} is not in the ledger")
         return stretch
+
+    def stretch_of(self, completed: int) -> Stretch:
+        """The stretch that made a checkpoint of so many completed steps, also where a later one has begun right there.
+
+        Raises ValueError for one that the ledger does not have.
+        """
+        return self.stretch_at(completed - 1) if completed else self.stretches[0]
 
     def origin(self, step: int) -> tuple[Stretch, list[int], Span | None]:
         """How the 0-based step `step` was made, on the line that counts: its stretch, its samples [first, stop), its chunk.
@@ -272,7 +283,9 @@ def lineage(entries: Sequence[Mapping[str, Any]]) -> Lineage:
     line = _Line()
     for entry in entries:
         getattr(line, f"on_{entry['kind']}", line.on_other)(entry)
-    return Lineage(tuple(line.checkpoints), tuple(line.stretches), tuple(line.branches), tuple(line.decisions), tuple(line.skips))
+    return Lineage(
+        tuple(line.checkpoints), tuple(line.stretches), tuple(line.branches), tuple(line.decisions), tuple(line.skips), line.recipe
+    )
 
 
 @dataclass

@@ -24,15 +24,15 @@ from weftrain.core.adoption import Standing, check_from_scratch, standing
 from weftrain.core.backend import Backend, BatchSource, Kept, KeptUse, Plan, State
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.config import Recipe, Section
-from weftrain.core.continuation import check_amounts, data_of_start
+from weftrain.core.continuation import check_amounts, cursors_of, data_of_start, recipe_of
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.fit_of_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
-from weftrain.core.kept import Measured, Unfinished, is_unfinished, judge
+from weftrain.core.kept import Measured, Unfinished, is_unfinished, judge, made_by
 from weftrain.core.ledger import LEDGER, TORN, Ledger, lineage, read_ledger, tokens_before, torn_bytes
 from weftrain.core.metrics import METRICS, damaged_lines, effective_records, repair
 from weftrain.core.metrics import TORN as METRICS_TORN
 from weftrain.core.rollback import finish_rollback
-from weftrain.core.run_folder import ABSENT, RecipeCheck, RunFolder, blamed, follows
+from weftrain.core.run_folder import ABSENT, RecipeCheck, RunFolder, blamed, differences, follows, with_defaults
 
 
 @dataclass(frozen=True)
@@ -111,20 +111,24 @@ def decide(
         say(verdict.said)
     manifest = None if found is None else found.manifest
     checked = _check_changes(folder, found, source.dataset_id, allow)
-    unfinished = measured = None
+    unfinished = measured = made = None
     if goes_on := kept if verdict.use == "continue" else None:
         _check_kept_data(goes_on, source.dataset_id, allow)
         since = 0 if manifest is None else first  # step of the run's own newest checkpoint
         first = goes_on.step
-        made_by = Recipe.from_record(checked.stored) if checked.changes else recipe
-        unfinished, measured = _recorded(effective_records(folder.path, damaged), goes_on, made_by, since, entries, heldout)
+        made = made_by(goes_on, entries)
+        before = recipe_of(made.recipe, folder.path)
+        unfinished, measured = _recorded(effective_records(folder.path, damaged), goes_on, before, since, entries, heldout)
+        if unfinished is not None:
+            told = cursors_of(recipe, before, first, made.dataset_id) or {}
+            unfinished = replace(unfinished, dataset_id=made.dataset_id, sources=told)
     check_from_scratch(folder.path, own, first, from_scratch)
     drawn = {} if found is None else found.check_model(recipe, say)
     weights = None if found is None else found.weights()
     if unfinished is not None:
         say(f"the process before ended while step {first} was being recorded: what the plan wants of it is made up for")
     foreign = None if found is None else found.foreign
-    continued = data_of_start(folder.path, recipe, source, first, manifest, foreign, None if goes_on is None else goes_on.dataset_id)
+    continued = data_of_start(folder.path, recipe, source, first, manifest, foreign, made)
     folder = replace(folder, recipe=parse_json(canonical_json(continued.recipe.model_dump(mode="json"))))
     checked = folder.check_recipe(allow, None if manifest is None else manifest["recipe"])
     for key, old, new in checked.changes:
@@ -202,18 +206,18 @@ def _check_kept_data(kept: Kept, dataset_id: str, allow: Set[str]) -> None:
 def _recorded(
     measured: Iterable[Mapping[str, Any]],
     kept: Kept,
-    made_by: Recipe,
+    before: Recipe,
     since: int,
     entries: Sequence[Mapping[str, Any]],
     heldout: Collection[str],
 ) -> tuple[Unfinished | None, Measured]:
     """What the record lacks of the last step of the state that the run goes on from, and what it has after checkpoint `since`."""
     records = list(measured)
-    plan = plan_of(made_by, kept.step)
+    plan = plan_of(before, kept.step)
     unfinished = None
     if is_unfinished(kept, plan, since, entries, records, heldout):
         assert kept.result is not None
-        unfinished = Unfinished(kept.result, made_by, plan, kept.dataset_id or "")
+        unfinished = Unfinished(kept.result, before, plan, kept.dataset_id or "", {})
     last = kept.step - (unfinished is not None)
     found = [record for record in records if record["kind"] in ("step", "evaluation") and since < record["step"] <= last]
     return unfinished, Measured(since, found)
@@ -262,8 +266,10 @@ def commit(start: Start, environment: dict[str, Any]) -> Ledger:
     """
     ledger, folder = settle(start), start.folder
     resolved = folder.recipe
-    if start.recipe.changes and ledger.entries:
-        listed = [[key, *(None if value is ABSENT else value for value in values)] for key, *values in start.recipe.changes]
+    told = lineage(ledger.entries).recipe  # by the ledger itself: an earlier version's keys, or of a start that a crash ended, differ too
+    if told and sha256_json(told) != sha256_json(resolved):
+        changes = differences(with_defaults(told), resolved)
+        listed = [[key, *(None if value is ABSENT else value for value in values)] for key, *values in changes]
         ledger.add("recipe", step=start.first_step, changes=listed, recipe=resolved, recipe_sha256=sha256_json(resolved))
     folder.record_recipe(start.recipe, start.first_step)  # after the ledger's line: a crash in between asks for the change again
     folder.write_environment(environment)

@@ -3,7 +3,8 @@
     runs/<name>/lock              held for the run's life: process, host, start, command, and the recipe that this start asks for
                 recipe.json       the resolved recipe, canonical JSON: the truth
                 recipe.yaml       the same for people
-                recipe.<step>.json  an earlier recipe, replaced when the run was continued from <step> with changes allowed by name
+                recipe.<step>.json  an earlier recipe, replaced when the run was continued from <step>: with changes allowed by
+                                    name, or by a version with more keys
                 environment.json  where the run was last started
                 ledger.jsonl      what happened, in a chain of hashes (core/ledger.py)
                 metrics.jsonl  tensorboard/  checkpoints/  branches/  analyses/
@@ -58,7 +59,6 @@ class RecipeCheck:
 
     stored: Mapping[str, Any] | None  # None: the run is new
     changes: tuple[Difference, ...]
-    missing: bool  # recipe.json is not there, so it must be written
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,18 @@ class RunFolder:
                 f"{self.path}: the recipe is not the one this run was made with ({listed}): "
                 f"give it back its values, use another run name, or continue with the changes by adding {flags}"
             )
-        return RecipeCheck(stored, tuple(changes), found is None)
+        return RecipeCheck(stored, tuple(changes))
 
     def record_recipe(self, check: RecipeCheck, step: int = 0) -> None:
         """Record this recipe, and an earlier one that it replaces as recipe.<step>.json. step: where the run continues."""
         with blamed(self.path):
             fsops.make_dirs(self.checkpoints)
-            if not check.missing and not check.changes:
+            written = stored_recipe(self.path, missing_ok=True)
+            if written is not None and canonical_json(written) == canonical_json(self.recipe):
                 return
-            if check.stored is not None and check.changes:
-                fsops.write_bytes(self._unused_name(step), canonical_json(check.stored) + b"\n")
+            earlier = written or (check.stored if check.changes else None)
+            if earlier is not None:  # as it was written: an earlier version has fewer keys
+                fsops.write_bytes(self._unused_name(step), canonical_json(earlier) + b"\n")
             # The truth last: a crash in between leaves a view that the next start writes again.
             fsops.write_bytes(self.path / READABLE_RECIPE, dump_yaml(self.recipe).encode())
             fsops.write_bytes(self.path / RECIPE, canonical_json(self.recipe) + b"\n")

@@ -178,6 +178,7 @@ class _Saves:
         recipe = self._recipe if unfinished is None else unfinished.recipe
         dataset_id = self._source.dataset_id if unfinished is None else unfinished.dataset_id
         state, fingerprint = self._run.export_state(), self._run.fingerprint()
+        cursors = self._source.cursors(state.step) if unfinished is None else unfinished.sources
         saving = checkpoint.begin(
             self._folder,
             state,
@@ -186,7 +187,7 @@ class _Saves:
             fingerprint=fingerprint.as_json(),
             tokens=self.tokens_read,
             position=recipe_timeline(recipe).sample(state.step),
-            sources={name: cursor.model_dump(mode="json") for name, cursor in self._source.cursors(state.step).items()},
+            sources={name: cursor.model_dump(mode="json") for name, cursor in cursors.items()},
             parent=self._parent,
             kernels=dict(fingerprint.kernels),
         )

@@ -108,7 +108,7 @@ def _check_record(folder: Path, release: Release, manifests: Mapping[str, dict[s
     for root, manifest in manifests.items():
         point, step = points[root], manifest["step"]
         try:
-            stretch = line.stretch_at(step - 1) if step else line.stretches[0]
+            stretch = line.stretch_of(step)
         except ValueError as error:
             raise ReleaseError(f"{folder / LEDGER}: {error}, and a checkpoint of step {step} is there: lines were removed") from error
         told = (manifest["parent"], step, manifest["recipe_sha256"], manifest["dataset_id"])

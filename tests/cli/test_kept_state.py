@@ -206,6 +206,32 @@ def test_other_data_is_refused_unless_it_is_allowed(train: Train, tmp_path: Path
     assert manifests[0]["dataset_id"] != manifests[1]["dataset_id"]  # that of the step that was made up for is the old one
 
 
+@pytest.mark.parametrize("place", [(training.checkpoint, "begin"), (Ledger, "checkpoint")])
+def test_what_is_made_up_for_is_recorded_as_it_was_made(place: tuple[Any, str], train: Train, tmp_path: Path) -> None:
+    """The process that goes on with another recipe dies too, before it records the step or before the ledger has its checkpoint."""
+    plain = (*MAPPED, "data.chunks=null", "checkpoint.every_steps=3", "log.evaluate_every_steps=0")
+    skip = "data.skip=[{source: words, rows: [0, 20], reason: bad}]"
+    for dies_at, more in (((training.checkpoint, "begin"), ()), (place, (skip, "--allow", "data.skip.0"))):
+        with pytest.MonkeyPatch.context() as patch:
+            killed_at(patch, *dies_at, lambda *fields, **named: True)
+            with pytest.raises(Killed):
+                train(*plain, *more)
+    done(train(*plain, skip))
+    run = tmp_path / "runs" / "crystal_demo"
+    first, last = (checkpoint.verify(path) for path in sorted((run / "checkpoints").iterdir()))
+    assert (first["recipe"]["data"]["skip"], first["recipe"]["data"]["continues"]) == ([], None)
+    assert first["sources"]["words"]["read"] == last["recipe"]["data"]["continues"]["sources"]["words"]["read"] == 12
+    done(weftrain("release", run, "--to", tmp_path / "release", "--licence", "MIT"))
+
+
+def test_a_store_of_another_format_says_what_to_do(train: Train, tmp_path: Path) -> None:
+    store = tmp_path / "place"
+    store.mkdir()
+    (store / "layout.json").write_text('{"version":1}')
+    refused = train(*MAPPED, f"backend.options.store={store}")
+    assert "the store is of format 1, and this version of weftrain reads 2: finish the run with the version that made it" in refused.output
+
+
 def prepare_other(folder: Path) -> None:
     """Another dataset of the same name, with the first one's tokenizer."""
     texts = folder / "more"

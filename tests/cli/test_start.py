@@ -12,10 +12,11 @@ import pytest
 from click.testing import Result
 
 from weftrain.core import checkpoint
-from weftrain.core.canonical import canonical_json
-from weftrain.core.ledger import LEDGER, TORN, lineage, read_ledger
+from weftrain.core.canonical import canonical_json, sha256_json
+from weftrain.core.ledger import LEDGER, TORN, Ledger, lineage, read_ledger
 from weftrain.core.manifest import read_manifest
 from weftrain.core.metrics import read_metrics
+from weftrain.core.run_folder import RunFolder
 
 Train = Callable[..., Result]
 BASE = ["--backend", "null", "schedule.steps=6", "checkpoint.every_steps=2"]
@@ -169,6 +170,36 @@ def test_what_one_crash_leaves_out_is_entered(train_tiny: Train, run: Path, comp
     entered = [entry for entry in read_ledger(run / LEDGER) if entry.get("entered")]
     assert [(entry["step"], entry["entered"], entry["torn_bytes"]) for entry in entered] == [(6, "resume", 9)]
     assert (run / TORN).read_bytes() == b'{"dataset\n'
+
+
+def written_by_an_earlier_version(run: Path) -> None:
+    """Killed before its first checkpoint; the recipe has a key less."""
+    start, recipe = read_ledger(run / LEDGER)[0], json.loads((run / "recipe.json").read_bytes())
+    shutil.rmtree(run / "checkpoints")
+    (run / LEDGER).unlink()
+    (run / "metrics.jsonl").unlink()
+    del recipe["objective"]
+    (run / "recipe.json").write_bytes(canonical_json(recipe) + b"\n")
+    kept = {key: start[key] for key in ("dataset_id", "environment", "parent", "stretch")}
+    Ledger(run).add("start", step=0, recipe=recipe, recipe_sha256=sha256_json(recipe), **kept)
+
+
+def test_the_ledger_tells_the_recipe_that_trains(train_tiny: Train, run: Path, weftrain: Train, tmp_path: Path) -> None:
+    """After an earlier version's start, and after a start with a change that a crash ended and nobody asks for again."""
+    written_by_an_earlier_version(run)
+    assert went_on(train_tiny(*BASE), run) == [2, 4, 6]
+    assert [entry["changes"] for entry in read_ledger(run / LEDGER) if entry["kind"] == "recipe"] == [[]]
+    assert "objective" not in json.loads((run / "recipe.0.json").read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "record_recipe", lambda folder, check, step: 1 / 0)
+        assert isinstance(train_tiny(*MORE, "seed=7", "--allow", "seed").exception, ZeroDivisionError)
+    assert went_on(train_tiny(*MORE), run) == [2, 4, 6, 8]
+    changes = [entry["changes"] for entry in read_ledger(run / LEDGER) if entry["kind"] == "recipe"]
+    assert changes[2:] == [[["seed", 7, 1]]]
+    told = weftrain("log", run)
+    assert "the same, recorded with the keys that this version has beside" in told.output
+    released = weftrain("release", run, "--to", tmp_path / "release", "--licence", "MIT")
+    assert released.exit_code == 0, released.output
 
 
 def damage(place: Path) -> None:
