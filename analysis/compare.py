@@ -22,6 +22,7 @@ from weftrain.analysis.evaluation_records import number
 from weftrain.core.errors import RunFolderError
 from weftrain.core.huggingface import CONFIG
 from weftrain.core.metrics import METRICS
+from weftrain.core.plain_file import real_path
 from weftrain.core.release import RELEASE
 from weftrain.core.run_folder import RECIPE
 
@@ -60,7 +61,7 @@ def read_series(path: Path, name: str, tokens_per_step: int | None = None) -> Se
 
 def names_of(paths: Sequence[Path]) -> list[str]:
     """A name for each path, all different: the folder's own, with as many of those above it as tell it from the others."""
-    parts = [path.resolve().parts for path in paths]
+    parts = [real_path(path).parts for path in paths]
     for length in range(1, 1 + max(map(len, parts), default=0)):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):

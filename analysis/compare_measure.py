@@ -28,7 +28,7 @@ from weftrain.core.data import HeldOut
 from weftrain.core.dataset import open_set
 from weftrain.core.errors import DataError
 from weftrain.core.model import Decoder
-from weftrain.core.plain_file import open_plain, read_plain
+from weftrain.core.plain_file import open_plain, read_plain, real_path
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.tokenizer_file import tokenizer_from
 
@@ -72,7 +72,7 @@ def open_held(path: Path, rows: int | None = None) -> HeldTokens:
     if path.is_dir():
         manifest, shards = open_set(path, "heldout")
         count = shards.num_rows if rows is None else min(rows, shards.num_rows)
-        source = HeldOut(path.resolve().name, shards, count)  # attention across documents, as any model can
+        source = HeldOut(real_path(path).name, shards, count)  # attention across documents, as any model can
         return HeldTokens(source, manifest.vocab_size, (path / TOKENIZER, manifest.tokenizer_sha256))
     found = _read_ids(path, _MAX_ROWS if rows is None else rows)
     return HeldTokens(RaggedRows(path.stem, found, fsops.sha256_file(path)), 1 + max(map(max, found)), None)
@@ -213,6 +213,8 @@ def _measure_point(
 def _load(series: Series, path: Path, device: str) -> _Opened:
     if series.kind == "huggingface":
         model: Any = load_revision(path, device)
+        if isinstance(model, Decoder):
+            return _Opened(model, Generator(model))
         # It does what both are asked for here: TransformersModel's own words say what that is.
         return _Opened(cast(Decoder, model), cast(Generator, cast(TransformersModel, model)))
     state, manifest = checkpoint.load(path)

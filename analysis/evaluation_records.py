@@ -17,7 +17,7 @@ from typing import Any
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.errors import DataError
-from weftrain.core.plain_file import read_plain
+from weftrain.core.plain_file import read_plain, real_path
 
 FORMAT = "weftrain-evaluation"
 VERSION = 1
@@ -127,7 +127,7 @@ def read_records(folder: Path) -> Iterator[Record]:
 def records_folder(run: Path) -> Path:
     """Where the records of a run folder, or of one checkpoint's, belong: never inside a checkpoint, which holds nothing else."""
     if (run / "manifest.json").exists():
-        run = run.resolve().parent.parent if run.resolve().parent.name == "checkpoints" else run.resolve().parent
+        run = real_path(run).parent.parent if real_path(run).parent.name == "checkpoints" else real_path(run).parent
     return run / FOLDER
 
 

@@ -211,7 +211,7 @@ def _files(folder: Path) -> list[str]:
 
 def _branches(folder: Path) -> list[str]:
     """Names of the branches that a clone of a hub repository knows, read from git's files."""
-    read: Callable[[Path], str] = lambda path: path.read_text(errors="replace") if path.is_file() else ""  # noqa: E731
+    read: Callable[[Path], str] = lambda path: read_plain(path, "record").decode(errors="replace") if path.is_file() else ""  # noqa: E731
     names = [line.split()[-1] for line in read(folder / ".git" / "packed-refs").splitlines() if line[:1] not in ("#", "^", "")]
     refs = folder / ".git" / "refs"
     names += [path.relative_to(refs).as_posix() for path in refs.rglob("*") if path.is_file()] if refs.is_dir() else []

@@ -24,6 +24,7 @@ from weftrain.analysis.sandbox import STATUSES, Limits, Outcome, SandboxError, r
 from weftrain.analysis.sandbox_judge import ProblemTests, given_by, imports_of, judge, names_under_test
 from weftrain.core.canonical import parse_json
 from weftrain.core.errors import DataError, WeftrainError
+from weftrain.core.plain_file import open_plain
 
 # A completion goes on after the function it was asked for; these begin what no longer belongs to it. HumanEval's are those of the paper's
 # section 2.2; MBPP's asks for a whole program, where a function or a comment may follow another.
@@ -143,7 +144,7 @@ def read_problems(path: Path) -> list[Problem]:
 
 def _lines(path: Path) -> list[bytes]:
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with open_plain(path) as raw, gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw as file:
             data: bytes = file.read(_LARGEST_FILE + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot read the problems ({error}); give a readable .jsonl or .jsonl.gz file") from None

@@ -18,6 +18,7 @@ from weftrain.analysis.run_ledger import Begun, Saved, text, whole
 from weftrain.analysis.run_report import Cell, Matrix, RunReport, Trace
 from weftrain.analysis.run_style import STYLE
 from weftrain.core import fsops
+from weftrain.core.plain_file import real_path
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 T = TypeVar("T")
@@ -34,7 +35,7 @@ _RELATIONS = {"just seen": "*", "earlier": "+", "partly seen": "~", "unseen": ""
 
 def write_page(report: RunReport, path: Path) -> None:
     """Write the page; its links to checkpoints are relative to where it lies. Raises OSError."""
-    fsops.write_bytes(path, page_html(report, path.resolve().parent).encode())
+    fsops.write_bytes(path, page_html(report, real_path(path).parent).encode())
 
 
 def page_html(report: RunReport, place: Path) -> str:
@@ -203,7 +204,7 @@ def _span(first: int, stop: int) -> str:
 
 def relative_link(target: Path, place: Path) -> str:
     """A folder as a relative URL from the folder `place`; never one that a browser takes for a scheme."""
-    relative = quote(os.path.relpath(target.resolve(), place.resolve()))
+    relative = quote(os.path.relpath(real_path(target), real_path(place)))
     return (relative if relative.startswith(".") else f"./{relative}") + "/"
 
 

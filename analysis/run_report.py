@@ -35,7 +35,7 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError, RunFolderError
 from weftrain.core.ledger import LEDGER, lineage, read_ledger
 from weftrain.core.metrics import METRICS
-from weftrain.core.plain_file import read_plain
+from weftrain.core.plain_file import read_plain, real_path
 from weftrain.core.run_folder import stored_recipe
 
 RELEASE = "release.json"
@@ -115,7 +115,7 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
     ended = bool(entries) and entries[-1]["kind"] == "end" and entries[-1]["step"] == planned
     done = max([curves.last_step["step"] if curves.last_step else 0, *(point.step for point in line.checkpoints)])
     return RunReport(
-        name=folder.resolve().name,
+        name=real_path(folder).name,
         description="" if recipe is None else recipe.description,
         status=_status(done, planned, ended),
         folder=folder,
@@ -180,7 +180,7 @@ def _identity(
     versions = dict.fromkeys(str(entry["environment"].get("weftrain", "?")) for entry in starts)
     datasets = dict.fromkeys(entry["dataset_id"] for entry in starts)
     counted = [point for point in points if point.left is None]
-    found = [("run", folder.resolve().name)]
+    found = [("run", real_path(folder).name)]
     if recipe is not None:
         found.append(("recipe", recipe.name))
     if recipe_json is not None:

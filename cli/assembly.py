@@ -21,6 +21,7 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
 from weftrain.core.fit_of_weights import check_fit
 from weftrain.core.parameters import flops_per_token
+from weftrain.core.plain_file import real_path
 from weftrain.core.recipe_file import RecipeFile
 from weftrain.core.release import RELEASE
 from weftrain.core.speed import Peak, Speed, recorded_peak
@@ -59,8 +60,8 @@ def recipe_of_checkpoint(
     A release's data are looked for in the release, and elsewhere only where an override says so. Raises RecipeError, ReleaseError;
     CheckpointError where an override asks for a model of other shapes.
     """
-    tree, release = copy.deepcopy(manifest["recipe"]), path.resolve().parent.parent
-    if path.resolve().parent.name == "checkpoints" and (release / RELEASE).exists():
+    tree, release = copy.deepcopy(manifest["recipe"]), real_path(path).parent.parent
+    if real_path(path).parent.name == "checkpoints" and (release / RELEASE).exists():
         tree["data"]["root"] = str(release / "data")
     file = resolve_foreign(tree, f"{path}/manifest.json: recipe", overrides, backend, say)
     check_fit(manifest, file.recipe.model, str(path))

@@ -166,6 +166,7 @@ def from_huggingface(folder: Path, recipe: str, overrides: tuple[str, ...], runs
     from weftrain.core.errors import RecipeError
     from weftrain.core.huggingface import config_differences, files_sha256, read_config, state_tensors
     from weftrain.core.pickled import open_weights
+    from weftrain.core.plain_file import real_path
     from weftrain.core.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides).recipe
@@ -178,7 +179,7 @@ def from_huggingface(folder: Path, recipe: str, overrides: tuple[str, ...], runs
             State(0, 0, state_tensors(weights, loaded.model)),
             recipe=loaded.model_dump(mode="json"),
             dataset_id=f"unknown: imported from {files_sha256(folder, files)}",
-            fingerprint={"backend": "huggingface", "imported_from": folder.resolve().name, "files": files},
+            fingerprint={"backend": "huggingface", "imported_from": real_path(folder).name, "files": files},
             tokens=0,
             position=0,
             parent=None,

@@ -24,18 +24,19 @@ def report(run: Path, to: Path | None) -> None:
     from weftrain.analysis.run_report import collect
     from weftrain.cli.show import arithmetic
     from weftrain.core import fsops
+    from weftrain.core.plain_file import real_path
     from weftrain.core.release import RELEASE
 
     released = (run / RELEASE).exists()
-    page = to or (run.resolve().with_name(f"{run.resolve().name}.report.html") if released else run / "report.html")
+    page = to or (real_path(run).with_name(f"{real_path(run).name}.report.html") if released else run / "report.html")
     if page.suffix.lower() not in (".html", ".htm"):
         raise click.BadParameter(f"'{page}' does not end in .html, and a page is all that is written", param_hint="--to")
-    if released and page.resolve().is_relative_to(run.resolve()):
+    if released and real_path(page).is_relative_to(real_path(run)):
         raise click.BadParameter(
             f"'{page}' lies in the release, which holds only what release.json names: name a file outside", param_hint="--to"
         )
     found = collect(run, arithmetic)
-    fsops.make_dirs(page.resolve().parent)
+    fsops.make_dirs(real_path(page).parent)
     write_page(found, page)
     for words in found.warnings:
         click.echo(f"warning: {words}", err=True)

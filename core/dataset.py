@@ -23,7 +23,7 @@ from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.config import Count, PositiveInt, Scalar, Section, Sha256
 from weftrain.core.errors import DataError
-from weftrain.core.plain_file import read_plain
+from weftrain.core.plain_file import read_plain, real_path
 from weftrain.core.shards import ShardReader, Stretch
 
 MANIFEST = "manifest.json"
@@ -268,7 +268,7 @@ def _read_regular(folder: Path, name: str) -> bytes:
 
 def _shard_size(entry: os.DirEntry[str], folder: Path) -> int:
     """Bytes of a shard's file. Raises ValueError for a link that leads out of the dataset, or what is no file."""
-    if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(folder.resolve()):
+    if entry.is_symlink() and not real_path(entry.path).is_relative_to(real_path(folder)):
         raise ValueError(f"{entry.name} leads out of the dataset's folder through a symbolic link")
     status = entry.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -279,7 +279,7 @@ def _shard_size(entry: os.DirEntry[str], folder: Path) -> int:
 def _within(folder: Path, name: str) -> Path:
     """folder/name, which no symbolic link may lead out of the folder."""
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not real_path(path).is_relative_to(real_path(folder)):
         raise ValueError("leads out of the dataset's folder through a symbolic link")
     return path
 

@@ -15,6 +15,7 @@ from typing import Any
 from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError, DataError
+from weftrain.core.plain_file import read_plain
 from weftrain.core.tokenizer_file import tokenizer_from
 
 MODELING = "modeling_crystalcoder.py"
@@ -58,6 +59,11 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def is_known_modeling(path: Path) -> bool:
+    """Whether a file is a version of the modelling code that weftrain puts into folders. Raises OSError."""
+    return path.name == MODELING and hashlib.sha256(read_plain(path, "card")).hexdigest() in KNOWN_MODELING
+
+
 def check_no_other_code(folder: Path, names: set[str], config: ModelConfig) -> None:
     """Of a model's folder from outside: it brings no code but ours, and names none elsewhere. names: its files.
 
@@ -65,10 +71,10 @@ def check_no_other_code(folder: Path, names: set[str], config: ModelConfig) -> N
     """
     wanted = modeling_files(config)[1].get("auto_map")
     for name in sorted(names):
-        if name.endswith(".py") and (name != MODELING or hashlib.sha256((folder / name).read_bytes()).hexdigest() not in KNOWN_MODELING):
+        if name.endswith(".py") and not is_known_modeling(folder / name):
             raise CheckpointError(f"{folder / name}: is code, and no modelling code that weftrain wrote: do not load this folder")
         if name.endswith(".json") and name != "tokenizer.json" and not name.endswith(".index.json"):
-            found = parse_json((folder / name).read_bytes())
+            found = parse_json(read_plain(folder / name, "record"))
             allowed = (None, wanted if name == "config.json" else None)
             if not isinstance(found, dict) or found.get("auto_map") not in allowed:
                 raise CheckpointError(f"{folder / name}: auto_map names other code than weftrain's: do not load this folder")

@@ -18,6 +18,7 @@ from pathlib import Path
 from weftrain.core import fsops
 from weftrain.core.errors import CheckpointError
 from weftrain.core.huggingface import INDEX, PICKLED, PICKLED_INDEX, SINGLE, HuggingFaceWeights, read_index
+from weftrain.core.plain_file import real_path
 from weftrain.core.tensor_file import open_regular
 
 _WORKER = "weftrain.core.pickled_worker"
@@ -80,7 +81,7 @@ def _convert(folder: Path, sources: dict[str, set[str] | None], temporary: Path)
     targets = {name: f"{name.removesuffix('.bin')}.safetensors" for name in sources}
     if sources.keys() == {PICKLED}:
         targets = {PICKLED: SINGLE}
-    jobs = [[str((folder / name).resolve()), str((temporary / target).resolve())] for name, target in targets.items()]
+    jobs = [[str(real_path(folder / name)), str(real_path(temporary / target))] for name, target in targets.items()]
     # -P: what lies in the current folder is not imported.
     command = [sys.executable, "-P", "-m", _WORKER]
     done = subprocess.run(command, input=json.dumps({"jobs": jobs, "parent": os.getpid()}), capture_output=True, text=True, check=False)

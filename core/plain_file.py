@@ -44,6 +44,14 @@ class UnreadableFileError(io.UnsupportedOperation):
         return str(self.strerror)
 
 
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """The path without symbolic links, as far as they lead somewhere. A link that leads to itself stays, and whoever opens it is told.
+
+    Path.resolve raises RuntimeError for one, which no handler of file errors takes.
+    """
+    return Path(os.path.realpath(path))
+
+
 def open_plain(path: Path, *, follow: bool = True, buffering: int = -1) -> BinaryIO:
     """Open a plain file for reading. follow: whether the path may be a symbolic link, to a plain file.
 

@@ -206,7 +206,7 @@ def asked_recipe(folder: Path) -> dict[str, Any] | None:
     For processes that join the run while it starts. None where no run was started there.
     """
     try:
-        recipe = parse_json((folder / LOCK).read_bytes())["recipe"]
+        recipe = parse_json(read_plain(folder / LOCK, "record"))["recipe"]
     except (OSError, ValueError, KeyError, TypeError):
         return None  # there is no lock yet, it is being written, or a command that trains nothing holds it
     return recipe if isinstance(recipe, dict) else None
@@ -259,7 +259,7 @@ def _this_process() -> dict[str, Any]:
 
 def _holder(lock: Path) -> str:
     try:
-        holder = parse_json(lock.read_bytes())
+        holder = parse_json(read_plain(lock, "record"))
         return f"process {holder['pid']} on {holder['host']} since {holder['started']} ({holder['command']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"  # it holds the lock and has not written its name yet

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from weftrain.core.errors import DataError
+from weftrain.core.plain_file import real_path
 from weftrain.data_prep.documents import Format, InputFile, Part, Share
 
 COMPRESSED = (".gz", ".zst")
@@ -60,7 +61,7 @@ def _local(address: str, source: str | None, suffixes: tuple[str, ...], format: 
         raise DataError(f"{path}: no such file or folder; name a .jsonl, a text file or a folder")
     if not path.is_dir():
         return [_file(str(path), path.name, source or path.name, path.stat(), format)]
-    folder_name = path.resolve().name
+    folder_name = real_path(path).name
     files = []
     for found_path in sorted(_below(path), key=lambda found: found.relative_to(path).as_posix()):
         if suffixes and found_path.suffix not in suffixes:

@@ -47,6 +47,7 @@ from weftrain.core.errors import BackendError, NonFiniteError
 from weftrain.core.model import kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.parameters import parameter_specs
+from weftrain.core.plain_file import real_path
 from weftrain.kernels import select
 
 NOT_RUN = "written to the vendor's API and never run on a system"
@@ -104,7 +105,7 @@ def check_expressible(recipe: Recipe, options: CerebrasOptions) -> None:
 def worker_job(recipe: Recipe, options: CerebrasOptions, mode: Literal["validate", "compile", "train"]) -> Callable[[Path], WorkerJob]:
     """The worker's job but for the folder it works in. Raises BackendError for a recipe that cannot be expressed."""
     check_expressible(recipe, options)
-    root = str(Path(recipe.data.root).resolve())  # the worker is started elsewhere
+    root = str(real_path(recipe.data.root))  # the worker is started elsewhere
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
 
     def in_folder(folder: Path) -> WorkerJob:
@@ -112,7 +113,7 @@ def worker_job(recipe: Recipe, options: CerebrasOptions, mode: Literal["validate
             mode=mode,
             target=options.target,
             recipe=recipe,
-            artifacts=str(folder.resolve()),
+            artifacts=str(real_path(folder)),
             vendor_version=environment.pinned("cerebras-pytorch"),
             micro_batch=options.micro_batch,
             precision_level=options.precision_level,
@@ -139,7 +140,7 @@ class CerebrasRun:
         specs = kernel_specs(job.recipe.model, "csx", torch.float32)
         self._kernels = select(specs, ["reference"]).manifest
         self._scratch = tempfile.TemporaryDirectory(prefix="weftrain-cerebras-")
-        folder = Path(self._scratch.name) if job.folder is None else job.folder.resolve() / "cerebras"  # the worker is started in it
+        folder = Path(self._scratch.name) if job.folder is None else real_path(job.folder) / "cerebras"  # the worker is started in it
         if folder.exists():
             fsops.remove_tree(folder)  # of an earlier process: its executors' artifacts; state is in checkpoints
         self._folder, self._step, self._busy = folder, job.plan.start_step, False

@@ -31,6 +31,7 @@ from weftrain.core import fsops
 from weftrain.core.backend import Job
 from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.errors import BackendError
+from weftrain.core.plain_file import read_plain
 from weftrain.core.stop import StopRequest
 
 Gradients = dict[str, Tensor]
@@ -51,7 +52,7 @@ def _open_meeting(folder: Path, agreement: str) -> Path:
 def _read_note(folder: Path) -> dict[str, str] | None:
     """For the others: what rank 0 wrote; None where there is nothing. A name from a file is a name of ours, or is refused."""
     try:
-        note = parse_json((folder / _NOTE).read_bytes())
+        note = parse_json(read_plain(folder / _NOTE, "record"))
     except FileNotFoundError:
         return None
     if not isinstance(note, dict) or not re.fullmatch(r"meeting-[0-9a-f]{16}", str(note.get("meeting"))) or "agreement" not in note:

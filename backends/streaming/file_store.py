@@ -30,6 +30,7 @@ from weftrain.core import fsops
 from weftrain.core.backend import Kept
 from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.errors import BackendError
+from weftrain.core.plain_file import read_plain
 
 _CHUNK_ELEMENTS = 1 << 19  # of a mapped tile: copied beside and updated while it is in the last cache
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -59,7 +60,7 @@ class FileStore(Store):
             try:
                 self._stack.enter_context(fsops.held_lock(folder / "lock", holder))
             except BlockingIOError:
-                said = (folder / "lock").read_bytes()[:200].decode(errors="replace").strip()
+                said = read_plain(folder / "lock", "record")[:200].decode(errors="replace").strip()
                 raise BackendError(
                     f"{folder}: the store is in use ({said}): wait for that process, or give another backend.options.store"
                 ) from None
@@ -225,7 +226,7 @@ _DAMAGED = "the store was damaged from outside: remove its folder, and the run c
 def check_identity(layout: Layout, folder: Path) -> bool:
     """True where the folder holds no whole store yet. Raises BackendError where it holds one of another recipe or format."""
     try:
-        found = parse_json((folder / "layout.json").read_bytes())
+        found = parse_json(read_plain(folder / "layout.json", "record"))
     except FileNotFoundError:
         strange = sorted({entry.name for entry in folder.iterdir()} - {"lock", "state", "commit", "checksums"}) if folder.is_dir() else []
         if strange and not all(name.startswith(fsops.TEMPORARY_PREFIX) for name in strange):
@@ -254,7 +255,7 @@ def check_identity(layout: Layout, folder: Path) -> bool:
 
 def read_commit(folder: Path) -> Commit | None:
     """Where a store stands; None where it was not filled. Raises BackendError for one that a crash of the machine or a hand has torn."""
-    pages = (folder / "commit").read_bytes() if (folder / "commit").exists() else b""
+    pages = read_plain(folder / "commit", "record") if (folder / "commit").exists() else b""
     if len(pages) != 2 * PAGE_BYTES:
         raise BackendError(f"{folder}/commit: is missing or cut: {_DAMAGED}")
     found: list[Commit] = []

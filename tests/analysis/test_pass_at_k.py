@@ -245,3 +245,10 @@ def test_a_generator_that_gives_too_few_and_a_sandbox_that_fails(monkeypatch: py
     sandboxes(monkeypatch, broken)
     with pytest.raises(SandboxError, match="gone"):
         score(PROBLEMS, lambda prompt, samples: ["x"] * samples, 2, [1])
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+def test_a_fifo_in_the_place_of_the_problems_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=r"cannot read the problems \(is not a regular file\)"):
+        read_problems(tmp_path / name)

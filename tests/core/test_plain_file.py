@@ -17,10 +17,11 @@ from weftrain.core import fsops
 from weftrain.core.dataset import read_tokenizer
 from weftrain.core.errors import WeftrainError
 from weftrain.core.huggingface import read_config
+from weftrain.core.huggingface_files import MODELING, is_known_modeling
 from weftrain.core.ledger import LEDGER, Ledger, read_ledger
 from weftrain.core.manifest import MANIFEST, read_manifest
 from weftrain.core.metrics import METRICS, read_metrics
-from weftrain.core.plain_file import LIMIT_BYTES, MAX_LINE_BYTES, Kind, UnreadableFileError, open_plain, plain_lines, read_plain
+from weftrain.core.plain_file import LIMIT_BYTES, MAX_LINE_BYTES, Kind, UnreadableFileError, open_plain, plain_lines, read_plain, real_path
 from weftrain.core.recipe_file import load_recipe
 from weftrain.core.release import RELEASE, read_json, read_release
 from weftrain.core.run_folder import RECIPE, stored_recipe
@@ -84,6 +85,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "release's recipe": (RECIPE, read_json),
     "tokenizer": ("tokenizer.json", lambda path: read_tokenizer(path.parent)),
     "hub": ("config.json", lambda path: read_config(path.parent)),
+    "code beside a model": (MODELING, is_known_modeling),
     "signature": ("signature.json", lambda path: check_signature(path, "0" * 64)),
 }
 
@@ -96,6 +98,23 @@ def test_no_reader_waits_or_reads_without_end(reader: str, make: Callable[[Path]
     with pytest.raises((WeftrainError, ValueError)) as refusal:
         read(tmp_path / name)
     assert re.search("regular file|more than the|a symbolic link", str(refusal.value))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_link_to_itself_is_an_error_of_its_file(reader: str, tmp_path: Path) -> None:
+    name, read = READERS[reader]
+    (tmp_path / name).symlink_to(name)
+    with pytest.raises((WeftrainError, ValueError, OSError), match=r"(?i)too many levels of symbolic links|symbolic link"):
+        read(tmp_path / name)
+
+
+def test_no_path_is_resolved_in_a_way_that_fails_for_a_link_to_itself() -> None:
+    """Path.resolve raises RuntimeError for one."""
+    root = Path(__file__).parents[2]
+    files = [path for folder in ("cli", "analysis", "backends", "data_prep", "core") for path in (root / folder).rglob("*.py")]
+    lines = [(path.name, line) for path in files for line in path.read_text().splitlines() if ".resolve()" in line]
+    assert [found for found in lines if "__file__" not in found[1]] == []
+    assert real_path(root / "core" / ".." / "core") == Path(os.path.realpath(root / "core"))
 
 
 @pytest.mark.parametrize("make", [a_fifo, a_device, a_folder, a_socket])
