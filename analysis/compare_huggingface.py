@@ -3,7 +3,8 @@
 The step is the number in a sub-folder's name (`step1000`, `ckpt_001`), and tokens are that number times what the caller says: 2,097,152
 (1024 x 2048) a step for Pythia, arXiv 2304.01373. What a reader would get wrong: transformers *warns* of a weight that a file lacks and
 draws it at random; here that is an error. Nothing pickled is opened, no code of a model is run, and nothing is fetched: a folder that
-would need any of it is refused before a model is built.
+would need any of it is refused before a model is built. A CrystalCoder that carries weftrain's own modelling code needs none of it: it is
+computed by weftrain's decoder.
 """
 
 from __future__ import annotations
@@ -20,10 +21,23 @@ from torch import Tensor
 
 from weftrain.analysis.compare_series import Point, Series
 from weftrain.analysis.distinct_revisions import repeated, told
+from weftrain.analysis.generation import load_model
 from weftrain.core import fsops
 from weftrain.core.canonical import parse_json, sha256_json
+from weftrain.core.checkpoint import Weights
 from weftrain.core.errors import CheckpointError, DataError, NonFiniteError
-from weftrain.core.huggingface import CONFIG, INDEX, MAX_CONFIG_BYTES, SINGLE, read_index
+from weftrain.core.huggingface import (
+    CONFIG,
+    INDEX,
+    MAX_CONFIG_BYTES,
+    SINGLE,
+    HuggingFaceWeights,
+    read_config,
+    read_index,
+    state_tensors,
+)
+from weftrain.core.huggingface_files import AUTO_MAP, MODELING, is_known_modeling
+from weftrain.core.model import Decoder
 from weftrain.core.tensor_file import open_regular, read_header
 
 if TYPE_CHECKING:
@@ -110,14 +124,15 @@ def check_revision(path: Path) -> dict[str, Any]:
             raise ValueError("is not a JSON object")
     except (OSError, ValueError) as error:
         raise _refused(path, CONFIG, error, "name a folder whose sub-folders are models, downloaded with --local-dir") from error
-    if "auto_map" in config:
+    own = is_own(path, config)
+    if "auto_map" in config and not own:
         raise _refused(path, CONFIG, "'auto_map' asks for code of the model's own, which is never run here", "take a revision without it")
     if "quantization_config" in config:
         raise _refused(path, CONFIG, "'quantization_config': quantized weights are another model", "take the unquantized revision")
     if (path / "adapter_config.json").exists():
         raise _refused(path, "adapter_config.json", "is an adapter for weights that lie elsewhere", "merge it into them first")
     model_type, known = config.get("model_type"), _architectures()
-    if not isinstance(model_type, str) or model_type not in known:
+    if not own and (not isinstance(model_type, str) or model_type not in known):
         import transformers
 
         raise _refused(
@@ -130,6 +145,14 @@ def check_revision(path: Path) -> dict[str, Any]:
         raise _refused(path, CONFIG, "has no vocab_size", "take another copy of the folder")
     _check_weights(path)
     return config
+
+
+def is_own(path: Path, config: dict[str, Any]) -> bool:
+    """Whether a revision is a CrystalCoder whose `auto_map` names weftrain's own modelling code: it is computed here without that code."""
+    try:
+        return config.get("auto_map") == AUTO_MAP and is_known_modeling(path / MODELING)
+    except OSError as error:
+        raise _refused(path, MODELING, error.strerror, "take another copy of the folder") from error
 
 
 def _architectures() -> Any:
@@ -218,9 +241,14 @@ class TransformersModel:
         return rows
 
 
-def load_revision(path: Path, device: str = "cpu") -> TransformersModel:
-    """A revision's model in fp32 on `device`. Raises CheckpointError for what check_revision refuses, or weights that do not fit."""
-    check_revision(path)
+def load_revision(path: Path, device: str = "cpu") -> TransformersModel | Decoder:
+    """A revision's model in fp32 on `device`, weftrain's own where the revision is (is_own).
+
+    Raises CheckpointError for what check_revision refuses, or weights that do not fit, RecipeError for a config that is not computed here.
+    """
+    if is_own(path, check_revision(path)):
+        model = read_config(path)
+        return load_model(Weights(state_tensors(HuggingFaceWeights(path), model)), model, device)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

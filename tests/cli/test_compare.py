@@ -181,6 +181,24 @@ def test_a_release_that_was_altered_is_refused(made: Path, tmp_path: Path) -> No
     assert "metrics.jsonl: has changed since the release was made" in refused.output
 
 
+def test_a_releases_own_revisions_are_computed_without_their_code(made: Path, tmp_path: Path) -> None:
+    """They carry auto_map and weftrain's modelling code, which is never run; with another code they are refused."""
+    chunk = {step: made / "release" / "checkpoints" / f"step_{step:08d}" for step in (2, 4, 6)}
+    assert all(path.is_dir() for path in chunk.values())
+    options = ("--loss-on", made / "datasets" / "words", "--rows", "3", "--to", tmp_path / "to", "--no-plot")
+    value = compared(made / "release", made / "release" / "revisions", "--tokens-per-step", str(2 * TOKENS_PER_STEP), *options)
+    for step in (2, 4, 6):
+        ours, theirs = (value["rows"][name, step * TOKENS_PER_STEP] for name in ("release", "revisions"))
+        (heading,) = theirs
+        assert ours[heading] == theirs[heading]
+    folder = shutil.copytree(made / "release" / "revisions", tmp_path / "revisions")
+    with open(folder / "ckpt_002" / "modeling_crystalcoder.py", "a") as file:
+        file.write("# other\n")
+    refused = weftrain("compare", folder, "--tokens-per-step", "1")
+    assert refused.exit_code == 2
+    assert "ckpt_002/config.json: 'auto_map' asks for code of the model's own" in refused.output
+
+
 def test_what_is_asked_wrongly(made: Path) -> None:
     run, neox = made / "runs" / "longer", made / "neox"
     for arguments, words in (
@@ -190,7 +208,6 @@ def test_what_is_asked_wrongly(made: Path) -> None:
         ((neox, "--tokens-per-step", "pythia=3"), "there is no series 'pythia'"),
         ((run, "--loss-on", made / "datasets" / "words"), "need --to FOLDER"),
         ((made / "texts",), "none of them: name one"),
-        ((made / "release" / "revisions", "--tokens-per-step", "1"), "'auto_map' asks for code of the model's own"),
     ):
         refused = weftrain("compare", *arguments)
         assert refused.exit_code == 2
