@@ -56,7 +56,7 @@ class Worker:
         read, write = os.pipe()
         with open(self.log, "wb", opener=fsops.open_own) as log:
             self._process = subprocess.Popen(
-                [str(program), "-I", str(WORKER), str(root), str(write)],
+                [str(program), "-I", str(WORKER), str(root), str(write), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

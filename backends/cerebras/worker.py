@@ -1,4 +1,5 @@
-"""Runs in the vendor's environment: `python -I worker.py ROOT EVENTS`, job and commands on stdin, events to file descriptor EVENTS.
+"""Runs in the vendor's environment: `python -I worker.py ROOT EVENTS PARENT`, job and commands on stdin, events to file descriptor
+EVENTS. It ends when process PARENT does.
 
 What a reader would get wrong: weftrain is not installed in that environment. Its source, the very files that the main process runs, is
 made importable from ROOT, the folder that holds core/, kernels/ and backends/; so a graph can never come from another version.
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 
-def main(root: str, descriptor: int) -> int:
+def main(root: str, descriptor: int, parent: int) -> int:
     if os.getpgrp() == os.getpid():  # as process.py starts it: a group of its own, in which the vendor's processes are, too
-        threading.Thread(target=_end_with, args=(os.getppid(),), name="weftrain-parent", daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), name="weftrain-parent", daemon=True).start()
     package = types.ModuleType("weftrain")
     package.__path__ = [root]
     sys.modules["weftrain"] = package
@@ -44,7 +45,10 @@ def main(root: str, descriptor: int) -> int:
 
 
 def _end_with(parent: int) -> None:
-    """The main process may be killed while the compiler works for an hour: nothing goes on without it."""
+    """The main process may be killed while the compiler works for an hour: nothing goes on without it.
+
+    parent: as the main process gave it, not as it is found here, for by then another may have taken over.
+    """
     while os.getppid() == parent:
         time.sleep(1.0)
     os.killpg(os.getpgrp(), signal.SIGKILL)
@@ -60,4 +64,4 @@ def our_frames(error: BaseException, root: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

@@ -28,7 +28,7 @@ class Timed:
 
     def train(self, source: Any) -> Iterator[StepResult]:
         for step, ms in enumerate(self.step_ms):
-            yield StepResult(step, 1.0, 1.0, {}, TOKENS, ms, 0.0)
+            yield StepResult(step, 1.0, 1.0, {}, TOKENS, TOKENS, ms, 0.0)
 
     def export_state(self) -> State:
         return State(len(self.step_ms), 0, {})

@@ -40,7 +40,7 @@ def test_every_check_asks_something_of_the_reference() -> None:
     """A check without cases would pass everything."""
     for check in CHECKS.values():
         asked = [name for name in OPS if check.cases(_subject(name))]
-        assert asked or check.name == "inductor", check.name  # generated code is not asked of the reference
+        assert asked or check.name in ("inductor", "autocast"), check.name  # not asked of the reference: it is plain torch
     assert all(len(CHECKS["refused"].cases(_subject(name))) >= 3 for name in OPS)
     assert all(CHECKS["numerics"].cases(_subject(name)) for name in OPS)
 

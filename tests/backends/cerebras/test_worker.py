@@ -14,9 +14,13 @@ WATCHES = f"""
 import os, runpy, subprocess, sys
 vendor = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
 print(vendor.pid, flush=True)
-runpy.run_path({str(WORKER)!r}, run_name="worker")["_end_with"](os.getppid())
+runpy.run_path({str(WORKER)!r}, run_name="worker")["_end_with"](int(sys.argv[1]))
 """
-MAIN = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {WATCHES!r}], start_new_session=True); time.sleep(120)"
+MAIN = f"""
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", {WATCHES!r}, str(os.getpid())], start_new_session=True)
+time.sleep(120)
+"""
 
 
 def test_worker_and_vendor_end_with_the_main_process(tmp_path: Path) -> None:
