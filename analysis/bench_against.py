@@ -1,7 +1,7 @@
 """Two programs that were run one after the other, round by round: which is faster, how sure that is, and whether they trained alike.
 
 Speeds are compared as `bench compare` does: a ratio, its 95 % interval over the rounds, and a verdict. Losses are compared at the same
-number of steps only, the largest that both programs tell of.
+number of steps only, the largest that both programs report.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Losses:
         else:
             words = "the same training" if same else "NOT the same training, or not the same start: read the ratio with care"
         more = f" ({self.missing})" if self.missing else ""
-        return f"losses at step {self.step}, the last that both tell{more}, differ by at most {self.difference:.2g}: {words}"
+        return f"losses at step {self.step}, the last that both report{more}, differ by at most {self.difference:.2g}: {words}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _losses(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Los
 
 
 def _by_step(result: Mapping[str, Any]) -> dict[int, float]:
-    """Number of a step, from 1 -> its loss, of the steps that the program tells of."""
+    """Number of a step, from 1 -> its loss, of the steps that the program reports."""
     if "losses" in result:
         return dict(enumerate(map(float, result["losses"]), 1))
     found = {1: float(result["loss_first"])}
@@ -97,7 +97,7 @@ def _by_step(result: Mapping[str, Any]) -> dict[int, float]:
 def _missing(pair: tuple[Mapping[str, Any], Mapping[str, Any]], last: tuple[int, int], step: int) -> str:
     silent = [str(one["name"]) for one in pair if "losses" not in one and "last_step" not in one]
     if silent:
-        return f"{silent[0]} does not tell which step its loss_last is of: have it print `losses` or `last_step`"
+        return f"{silent[0]} does not report which step its loss_last is of: have it print `losses` or `last_step`"
     if last[0] != last[1]:
-        return f"{pair[0]['name']} tells of {last[0]} steps, {pair[1]['name']} of {last[1]}"
-    return "" if step == last[0] else "one of them tells of single steps alone"
+        return f"{pair[0]['name']} reports {last[0]} steps, {pair[1]['name']} {last[1]}"
+    return "" if step == last[0] else "one of them reports the losses of single steps only"

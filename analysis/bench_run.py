@@ -58,7 +58,7 @@ def reference_losses(recipe: Recipe, backend: Backend, local: Backend, steps: in
     if steps == 0:
         return [], "not asked for (--check-steps 0)"
     if not backend.trains:
-        return [], f"the {backend.name} backend does not compute the model here, so its losses are held to nothing"
+        return [], f"the {backend.name} backend does not compute the model here, so its losses are not checked"
     if parameter_count(recipe.model) > LARGEST_CHECKED:
         return [], f"the model has more than {LARGEST_CHECKED:,} parameters: a reference run in one process is not made"
     kernels = recipe.kernels.model_copy(update={"preferences": ("reference",), "pins": {}})

@@ -95,7 +95,7 @@ def read_huggingface(folder: Path, name: str, tokens_per_step: int | None) -> Se
     except OSError as error:
         raise CheckpointError(f"{error.filename}: {error.strerror}: take another copy of the folder") from error
     if groups:
-        raise CheckpointError(f"{folder}: the same weights stand at several steps: {told(groups)}: fetch them again, or move one away")
+        raise CheckpointError(f"{folder}: several steps have the same weights: {told(groups)}: fetch them again, or move one away")
     tokenizer = revisions[min(revisions)] / TOKENIZER
     return Series(
         name=name,

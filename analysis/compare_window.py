@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from weftrain.analysis.compare_series import TRAIN_LOSS, Series
 
-MOST_STEPS = 100  # of a window that nobody named
+MOST_STEPS = 100  # of the default window
 _SHARE = 10  # of the shortest series, whose part the window then is
 
 Loss = tuple[int, int, float]  # step, tokens seen, loss

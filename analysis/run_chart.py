@@ -25,7 +25,7 @@ MAX_POINTS = 1500  # a curve
 MAX_BANDS = 80  # more would be thinner than a line
 _SMOOTH_FROM = 300  # points, from which on the medians are drawn too
 _LETTERS = {"restart": "R", "rollback": "B", "skip": "S", "recipe": "C", "defer": "D"}
-MARK_NAMES = {"restart": "restart", "rollback": "rollback", "skip": "step skipped", "recipe": "recipe changed", "defer": "chunk put off"}
+MARK_NAMES = {"restart": "restart", "rollback": "rollback", "skip": "step skipped", "recipe": "recipe changed", "defer": "chunk deferred"}
 
 
 class Columns(Protocol):

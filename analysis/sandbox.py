@@ -135,7 +135,7 @@ def outcome_of(process: subprocess.Popen[bytes], limits: Limits) -> Outcome:
 
 
 def end_stage(process: subprocess.Popen[bytes]) -> None:
-    """Kill what a stage runs, if it still does, and bury the stage. Its standard input is open until here: its end is the order to stop."""
+    """Kill what a stage still runs, and reap the stage. Its standard input is open until here; closing it tells the stage to stop."""
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(BrokenPipeError):

@@ -1,12 +1,12 @@
-"""Is a program right that nobody has read? Its tests run in another process than it, and that process gives the verdict.
+"""Judge an untrusted program: its tests run in another process than the program, and that process gives the verdict.
 
 Two sandboxes with two pipes between them: one runs the program and has nothing of the tests, not as file, memory or descriptor; the other
 has the tests and what the problem itself defines, and nothing of the program. Where a test calls a function of the program, the call
 crosses the pipes as data (analysis/sandbox_wire.py), and what comes back is compared where the program cannot reach. So a program knows of
 a test what the test hands it: the arguments of calls, never the value that is expected.
 
-What cannot be judged fails, with its reason: an object that is no data and is compared; a test that gives the program a function of its own
-or an instance of its own class; a class of the program in `isinstance` or `except`; a test that reads the program's source.
+What cannot be judged fails, with its reason: a comparison of an object that is not data; a test that gives the program a function of its
+own or an instance of its own class; a class of the program in `isinstance` or `except`; a test that reads the program's source.
 """
 
 from __future__ import annotations

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("series", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="A [B]...")
 @click.option("--to", type=click.Path(path_type=Path), help="Folder for compare.json, compare.md, compare.png and what is measured.")
-@click.option("--window", type=click.IntRange(min=1), help="Steps of a train loss's mean.  [default: a tenth of the shortest, at most 100]")
+@click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    help="Steps that a train loss is the mean of.  [default: a tenth of the shortest series' steps, at most 100]",
+)
 @click.option("--tokens-per-step", multiple=True, metavar="[NAME=]N", help="Of a Hugging Face series (Pythia: 2097152); once, or for each.")
 @click.option(
     "--loss-on", multiple=True, type=click.Path(path_type=Path), help="Measure the loss on a dataset's held-out set, or ids.jsonl."

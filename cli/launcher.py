@@ -15,7 +15,7 @@ _INTERVAL_S = 1.0
 
 
 def end_with_launcher() -> None:
-    """Start to watch the parent where torchrun is the parent. Who starts ranks by hand may close their shell."""
+    """Start to watch the parent where torchrun is the parent. Ranks that were started by hand may outlive their shell."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_watch, args=(os.getppid(),), name="weftrain-launcher", daemon=True).start()
 
@@ -23,6 +23,8 @@ def end_with_launcher() -> None:
 def _watch(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(_INTERVAL_S)
-    sys.stderr.write(f"weftrain: rank {os.environ.get('RANK', '?')}: the launcher, process {launcher}, is gone, and so is this process\n")
+    sys.stderr.write(
+        f"weftrain: rank {os.environ.get('RANK', '?')}: the launcher, process {launcher}, has ended, so this process ends too\n"
+    )
     sys.stderr.flush()
     os._exit(1)

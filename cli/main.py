@@ -69,7 +69,7 @@ class Verbs(click.Group):
     """Loads verbs on demand and turns expected errors into one line."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """As a program; who calls a verb from another one, as tests do, keeps their own handlers."""
+        """Run as a program. A verb that is called in-process, as tests do, keeps the caller's signal handlers."""
         # A rank may wait for others in native code, where no handler runs: a signal keeps its default effect there.
         with contextlib.nullcontext() if "RANK" in os.environ else sigterm_unwinds():
             return super().__call__(*arguments, **named)

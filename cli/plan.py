@@ -40,10 +40,17 @@ class _Rate(click.ParamType):
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--backend", help="Another backend than the recipe's, as for `train`.  [default with --devices: cuda]")
 @click.option("--devices", metavar="COUNTxNAME", help="Predict from data sheets, e.g. 224xA100-80GB; nothing is measured.")
-@click.option("--per-node", type=click.IntRange(min=1), help="Devices of a node, where it is not the maker's (with --devices).")
-@click.option("--network", "network_gb", type=_Rate(), help="GB/s that a device sends to other nodes, where it is not the maker's.")
+@click.option(
+    "--per-node", type=click.IntRange(min=1), help="Devices of a node, if not as many as in the vendor's own system (with --devices)."
+)
+@click.option(
+    "--network",
+    "network_gb",
+    type=_Rate(),
+    help="GB/s that a device sends to other nodes, if not those of the vendor's own system (with --devices).",
+)
 @click.option("--disk", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder whose disk is measured.")
-@click.option("--link", "link_gb", type=_Rate(), help="GB/s between replicas, where there are any (without --devices).")
+@click.option("--link", "link_gb", type=_Rate(), help="GB/s between replicas, if the run has any (without --devices).")
 @click.pass_context
 def plan(
     context: click.Context,
@@ -58,8 +65,8 @@ def plan(
 ) -> None:
     """Predict a step of RECIPE: measures this machine's matrix multiply, memory and disk for some seconds, and computes the rest.
 
-    With --devices the speeds are those of a table of data sheets, and nothing runs. Options mean what they mean to `train` with the
-    same --backend. Exit code 2 where the run does not fit, with what would.
+    With --devices the speeds come from a table of data sheets, and nothing is run. The same overrides and --backend give the same options
+    as `train` has. Where the run does not fit, it names settings that would, and the exit code is 2.
     """
     for name in _HERE if devices is not None else _BY_NAME:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:

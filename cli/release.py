@@ -133,7 +133,9 @@ def verify(path: Path, key: str | None) -> None:
 @click.option("--backend", help="Another backend than the run's; then bits may differ, and the fingerprint says where.")
 @click.option("--tolerance", type=click.FloatRange(min=0), help="Largest distance as a share of the movement, under another fingerprint.")
 @click.option("--data-root", type=click.Path(path_type=Path, exists=True), help="Datasets of a release that has only their hashes.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to train them.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Device that trains the links."
+)
 def replay(
     release: Path,
     links: tuple[int, ...],

@@ -51,7 +51,7 @@ def resolve_foreign(
     backend: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> RecipeFile:
-    """`resolve_recorded` for who only computes with what a record holds: replay, eval, generate, memorize. Anybody may have written it.
+    """`resolve_recorded` for verbs that compute with a record which anybody may have written: replay, eval, generate, memorize.
 
     Of backend.options it takes those that the backend declares portable (`Backend.portable_options`), so a record chooses no path, device
     or address here; overrides may give the others. say: told what was not taken. Raises RecipeError, BackendError.
@@ -64,7 +64,7 @@ def resolve_foreign(
         portable = frozenset() if found is None else found.portable_options
         left = sorted(set(options) - portable)
         if left and backend in (None, section.get("name")):
-            say(f"not taken from the record, but as this machine has it: {', '.join(f'backend.options.{name}' for name in left)}")
+            say(f"not taken from the record, this machine's defaults apply: {', '.join(f'backend.options.{name}' for name in left)}")
         tree = {**tree, "backend": {**section, "options": {name: value for name, value in options.items() if name in portable}}}
     return resolve_recorded(tree, origin, overrides, backend)
 

@@ -42,8 +42,14 @@ if TYPE_CHECKING:
 @click.option("--run", "run_name", help="Name of the run folder.  [default: the recipe's name]")
 @click.option("--backend", help="Another backend than the recipe's (`weftrain backends` lists them).")
 @click.option("--allow", multiple=True, metavar="KEY", help="Resume although this key of the recipe has changed (repeatable).")
-@click.option("--from-scratch", is_flag=True, help="Begin at step 0 although the run had checkpoints, none of which is whole any more.")
-@click.option("--repair-ledger", is_flag=True, help="Go on with checkpoints that the ledger has lost its lines of.")
+@click.option(
+    "--from-scratch",
+    is_flag=True,
+    help="Begin at step 0 again if all of the run's checkpoints are damaged or missing; the ledger records it.",
+)
+@click.option(
+    "--repair-ledger", is_flag=True, help="Go on although the ledger has lost the lines of some checkpoints, or is missing; it is recorded."
+)
 def train(
     recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str | None, backend: str | None, allow: tuple[str, ...], **asked: bool
 ) -> None:
@@ -154,7 +160,7 @@ def _train(
             ending.callback(run.close)  # also after an error: what a backend keeps on disk becomes durable, and others learn of the end
             if start.state is not None:
                 run.import_state(start.state)
-        if stop.number:  # there is nothing to save yet, and a first step may take longer than whoever asks will wait
+        if stop.number:  # there is nothing to save yet, and the first step may take longer than the grace period
             console.print("stopped before the first step; the same command starts again")
             return
         fingerprint = run.fingerprint()

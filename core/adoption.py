@@ -68,7 +68,7 @@ def standing(run: Path, entries: Sequence[Mapping[str, Any]], repair_ledger: boo
 def check_from_scratch(run: Path, own: Standing, first_step: int, from_scratch: bool) -> None:
     """Refuse to begin at step 0 where the run had checkpoints, unless it was asked for; and to give up a whole checkpoint."""
     if from_scratch and (own.newest is not None or first_step):
-        raise RunFolderError(f"{run}: stands at step {first_step} and is not begun again: leave out --from-scratch, or name another --run")
+        raise RunFolderError(f"{run}: stands at step {first_step}, and --from-scratch is for runs without a whole checkpoint: leave it out")
     if own.newest is None and first_step == 0 and own.passed_over and not from_scratch and not own.began_again:
         listed = ", ".join(f"step {step}: {what}" for step, what in own.passed_over)
         raise CheckpointError(
@@ -107,8 +107,8 @@ def _to_enter(run: Path, newest: Manifest, present: Mapping[int, Path], line: Li
     if len(chain) > 1 and not repair:
         steps = ", ".join(str(manifest["step"]) for manifest in chain)
         raise RunFolderError(
-            f"{run / LEDGER}: does not list the checkpoints of steps {steps}, which follow its last one: it lost lines, for a crash leaves "
-            "out one checkpoint at most: restore it from a copy, or enter them with --repair-ledger, which the ledger records"
+            f"{run / LEDGER}: does not list the checkpoints of steps {steps}, which follow its last one: it lost lines, since a crash "
+            "leaves out one checkpoint at most: restore it from a copy, or enter them with --repair-ledger, which the ledger records"
         )
     for manifest in chain[:-1]:
         checkpoint.verify(present[manifest["step"]])

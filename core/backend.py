@@ -167,7 +167,7 @@ class StepResult:
 class Kept:
     """State that a backend keeps on disk by itself: where it stands, who trained it, and what the last step was.
 
-    stretch: Job.stretch of the process that completed that step. result: of the 0-based step `step - 1`, for whoever must still enter it.
+    stretch: Job.stretch of the process that completed that step. result: of the 0-based step `step - 1`, for a record that lacks it.
     """
 
     step: int
@@ -331,7 +331,7 @@ class Backend(Protocol):
     summary: str  # one line for `weftrain backends`
     options: type[Section]  # schema of the recipe's backend.options
     trains: bool  # False for one that hands out no gradients (null, cerebras): the conformance suite has nothing to compare
-    # Options that replay, eval and the like take from a recipe that somebody else may have written: what decides numbers or memory.
+    # Options that replay, eval and the like take from a recipe that may be a stranger's: those that decide numbers or memory.
     # Never a path, a device, an address or a time to wait.
     portable_options: Set[str]
 
@@ -366,7 +366,7 @@ class Backend(Protocol):
         ...
 
     def nothing_to_lead(self, job: Job) -> None:
-        """This process was to lead a run and found it complete: processes that were started to follow it end, too."""
+        """Called where this process was to lead a run that is complete: it ends the processes that were started to follow."""
         ...
 
     def outline(self, recipe: Recipe, options: Section) -> list[str]:

@@ -215,7 +215,7 @@ def newest(folder: Path, report: Callable[[str], None], without: Set[Path] = fro
     """The newest whole checkpoint in a `checkpoints` folder, every byte of it verified; None where there is none.
 
     `report` gets one line for each checkpoint passed over. Folders under temporary names, set aside, named otherwise, or in `without`
-    do not count. Raises UnreadableError where the newest one cannot be read at all: then nobody knows whether it is damaged.
+    do not count. Raises UnreadableError where the newest one cannot be read at all: then it is unknown whether it is damaged.
     """
     for _, path in sorted(step_folders(folder).items(), reverse=True):
         if path in without:

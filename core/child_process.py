@@ -1,4 +1,4 @@
-"""What a process that was started to help another does first: it ends with the other, however that ends."""
+"""For a child process that must not outlive its parent, however the parent ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PR_SET_PDEATHSIG = 1
 def end_with(parent: int) -> None:
     """Have the kernel kill this process when process `parent`, which started it, dies, by SIGKILL too. Linux; elsewhere nothing happens.
 
-    The kernel watches the thread that started the process: that thread must live as long as the help is wanted.
+    The kernel watches the thread that started the process: that thread must live as long as the child is needed.
     """
     if sys.platform != "linux":
         return

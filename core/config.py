@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from weftrain.core.names import PlainName, RelativePath
 
-MAX_COUNT = 1 << 53  # beyond it a float, as which counts are drawn, divided and predicted with, does not count by ones
+MAX_COUNT = 1 << 53  # counts are used as floats in places (division, plots), and a float64 holds integers exactly up to here
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -261,7 +261,9 @@ class SourceCursor(Section):
     read: Count  # samples of it since the run began
     turn: Count
     place: Count
-    subsets: Annotated[tuple[Subset, ...], Field(min_length=1, strict=False)]  # that the pass began with, and each that came since
+    subsets: Annotated[
+        tuple[Subset, ...], Field(min_length=1, strict=False)
+    ]  # the one that the pass began with, then each that the recipe changed to since
 
 
 class Continuation(Section):
@@ -277,7 +279,7 @@ class Continuation(Section):
     base_sample: Count = 0
     base_chunk: Count = 0
     base_within: Count = 0
-    sources: dict[str, SourceCursor] = Field(default_factory=dict)  # at base_sample; of a source that is not there: its beginning
+    sources: dict[str, SourceCursor] = Field(default_factory=dict)  # at base_sample; a source that is not listed begins at its first row
 
     @model_validator(mode="after")
     def _check(self) -> Continuation:

@@ -1,9 +1,9 @@
-"""How a run's data goes on when a resumed run reads otherwise than before, so that no row is read twice or left out in silence.
+"""How a run's data goes on when a resumed run reads otherwise than before, so that no row is read twice or left out unnoticed.
 
-`continue_data` is asked at every resume, before anything is written. Where the mixture, the sources, their subsets, the skipped rows or the
-batch size have changed, the recipe gets a `data.continues`: the step and the sample at which the new data section begins, and how far each
+`continue_data` is called at every resume, before anything is written. Where the mixture, the sources, their subsets, the skipped rows or
+the batch size have changed, the recipe gets a `data.continues`: the step and sample at which the new data section begins, and how far each
 source had been read. From then on the rows are a pure function of that recipe again (core/data.py). What cannot go on exactly, such as a
-source whose dataset was prepared anew, is counted and said.
+source whose dataset was prepared anew, is counted and reported.
 
 A source goes on where its dataset, its name, the seed and the kind of order are the same. A pass over its rows that is under way is
 finished first: over the subset that it began with, as far as the new one holds it, then over what the new subset adds.
@@ -72,7 +72,9 @@ def continue_data(asked: Recipe, before: Recipe, step: int, dataset_id: str | No
         sources={**(found or {}), **sources},
     )
     recipe = _with(asked, begun)
-    return Continued(recipe, training_source(recipe), (f"the data goes on by another section at step {step}, sample {sample:,}", *notes))
+    return Continued(
+        recipe, training_source(recipe), (f"from step {step}, sample {sample:,}, the data is read as the changed recipe says", *notes)
+    )
 
 
 def continue_from(asked: Recipe, run: str, other: Mapping[str, Any]) -> Continued:
@@ -89,7 +91,7 @@ def continue_from(asked: Recipe, run: str, other: Mapping[str, Any]) -> Continue
     if not goes_on:
         notes = (
             f"start_from: source '{name}' begins at its first row, and run '{run}' read {cursor.read:,} samples of the same dataset: "
-            "start_from.data=continue reads on behind them"
+            "start_from.data=continue begins after those"
             for name, cursor in shared.items()
         )
         return Continued(asked, fresh, tuple(notes))
@@ -98,7 +100,7 @@ def continue_from(asked: Recipe, run: str, other: Mapping[str, Any]) -> Continue
     sources, notes_on = _go_on(asked, before, fresh, found)
     recipe = _with(asked, Continuation(step=0, sample=0, sources=sources))
     return Continued(
-        recipe, training_source(recipe), (f"start_from: the data goes on behind step {other['step']} of run '{run}'", *notes_on)
+        recipe, training_source(recipe), (f"start_from: the data goes on after step {other['step']} of run '{run}'", *notes_on)
     )
 
 
@@ -246,7 +248,7 @@ def _check_chunks(asked: Recipe, before: Recipe, times: Timeline, step: int) -> 
 
 
 def _check_deferred(asked: Recipe, before: Recipe, times: Timeline, step: int) -> None:
-    """A chunk that was put off is a range of the stream as it was: it must be read before the stream changes."""
+    """A deferred chunk is a range of the stream as it was: it must be read before the stream changes."""
     if times.chunks is None:
         return
     read, actions = times.read_chunks(step), _actions(asked)
@@ -259,8 +261,8 @@ def _check_deferred(asked: Recipe, before: Recipe, times: Timeline, step: int) -
     if waiting:
         names = ", ".join(map(str, waiting))
         raise DataError(
-            f"data.chunks: chunk {names} was put off and is not read yet, and its samples are those of the data as it was: change mixture, "
-            f"rows or batch size when it has been read, or leave it out with data.skip and `action: drop`"
+            f"data.chunks: chunk {names} was deferred and is not read yet, and its samples are those of the data before this change: "
+            f"change mixture, rows or batch size after it has been read, or drop it with data.skip and `action: drop`"
         )
 
 
@@ -292,7 +294,8 @@ def _go_on(
         return {}, []
     if found is None:
         return {}, [
-            "warning: the datasets read before are not there and the record does not say how far: every source begins at its first row"
+            "warning: the datasets read before are missing and the record does not say how far they were read: every source "
+            "begins at its first row"
         ]
     sources: dict[str, SourceCursor] = {}
     notes: list[str] = []
@@ -318,7 +321,7 @@ def _go_on(
         elif old is not None:
             notes.append(
                 f"warning: source '{name}' is another dataset than before: it begins at its first row; of the former one {old.read:,} "
-                "samples were read, and what both hold comes again"
+                "samples were read, and rows that are in both come again"
             )
         else:
             notes.append(f"source '{name}' is new: it begins at its first row")

@@ -144,7 +144,7 @@ class TokenSource:
         return {component.name: read + count for component, read, count in zip(self.components, before, counts, strict=True)}
 
     def cursors(self, step: int) -> dict[str, SourceCursor]:
-        """How far each source has been read after `step` steps; chunks that were put off and are still to come count as read."""
+        """How far each source has been read after `step` steps; deferred chunks that are still to come count as read."""
         next_k = self.mixture.next_k(self.timeline.next_number(step))
         reads = self.counts(step)
         return {

@@ -23,7 +23,7 @@ class CheckpointError(WeftrainError):
 
 
 class UnreadableError(CheckpointError):
-    """A checkpoint that cannot be read (permissions, a failing disk), so that nobody knows whether it is whole."""
+    """A checkpoint that cannot be read (permissions, a failing disk), so that it is unknown whether it is whole."""
 
 
 class RunFolderError(WeftrainError):

@@ -258,14 +258,14 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def temporary_tree(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, to be filled and renamed to it; what is left of it is removed when the block ends, by an error too.
+    """A new folder beside `target`, to be filled and renamed to it; what is left of it is removed when the block ends, also by an error.
 
-    What a process left that was killed while it made the same target is removed first: the folder's maker holds a lock on it (flock), which
-    ends with the process.
+    A folder that an earlier, killed process left for the same target is removed first: the process that fills a folder holds a lock on it
+    (flock), which ends with the process.
     """
     make_dirs(target.parent)
     for path in sorted(target.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(target.name)}-*-*")):
-        if path.is_dir() and not path.is_symlink() and _nobody_makes(path):
+        if path.is_dir() and not path.is_symlink() and _is_abandoned(path):
             remove_tree(path)
     path = temporary_beside(target)
     with contextlib.ExitStack() as stack:
@@ -273,7 +273,7 @@ def temporary_tree(target: Path) -> Iterator[Path]:
             make_dirs(path)
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, descriptor)
-            with contextlib.suppress(OSError):  # a file system without locks: then nobody removes it
+            with contextlib.suppress(OSError):  # a file system without locks: a later process then leaves the folder alone
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield path
         except (
@@ -286,7 +286,7 @@ def temporary_tree(target: Path) -> Iterator[Path]:
             raise
 
 
-def _nobody_makes(folder: Path) -> bool:
+def _is_abandoned(folder: Path) -> bool:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -53,7 +53,7 @@ class Measured:
 
 
 def whose(kept: Kept, entries: Sequence[Mapping[str, Any]]) -> Whose:
-    """current: of the ledger's last stretch. behind: of an earlier one, which the run's line passed through. left: of no line any more."""
+    """current: of the ledger's last stretch. behind: of an earlier one of the run's line. left: of training that the run has left."""
     opened = [entry for entry in entries if entry["kind"] in ("start", "resume")]
     if not kept.stretch or all(kept.stretch not in (entry.get("stretch"), entry.get("continues")) for entry in opened):
         return "foreign"
@@ -92,16 +92,16 @@ def judge(kept: Kept | None, entries: Sequence[Mapping[str, Any]], first: int, b
     owner = whose(kept, entries)
     if owner == "foreign":
         raise BackendError(
-            f"{standing} and is of a run with another ledger: move it away, or choose another folder for this run's in backend.options"
+            f"{standing} and belongs to a run with another ledger: move it away, or choose another folder for this run's in backend.options"
         )
     if owner == "current" and kept.step >= first:
         return Verdict("continue", f"{standing}: the run goes on from there", kept.stretch)
     if owner in ("current", "behind") and kept.step <= first:
-        return Verdict("replace", f"{standing}, and the newest checkpoint at {first}: it is filled from the checkpoint")
+        return Verdict("replace", f"{standing}, and the newest checkpoint at {first}: it is made again from the checkpoint")
     return Verdict(
         "set_aside",
-        f"{standing} of a line that the run has left ({_left(entries)}): it is renamed to {kept.where.name}.superseded-N and not used any "
-        f"more; the run goes on from step {first}",
+        f"{standing} and belongs to training that the run has left ({_left(entries)}): it is renamed to {kept.where.name}.superseded-N and "
+        f"not used any more; the run goes on from step {first}",
     )
 
 

@@ -421,7 +421,7 @@ def _repair(path: Path) -> int:
     if torn:
         beside = path.with_name(TORN)
         kept = read_plain(beside, "ledger") if beside.exists() else b""
-        fsops.write_bytes(beside, kept + torn + b"\n")  # first: a crash in between keeps it twice, never not at all
+        fsops.write_bytes(beside, kept + torn + b"\n")  # first: a crash in between leaves it in both files, never in neither
         fsops.write_bytes(path, whole)
     return len(torn)
 

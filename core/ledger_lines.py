@@ -1,7 +1,7 @@
 """What a line of the ledger may hold: a schema for each kind. A line that is written and a line that is read meet the same one.
 
-Types are strict and unknown keys are refused: a key means something to whoever wrote it, and one that this program does not know would be
-passed over in silence. A new key of an existing kind has a default, so that older ledgers stay readable.
+Types are strict and unknown keys are refused: a key of a newer version may change what a line means, and must not be ignored.
+A new key of an existing kind has a default, so that older ledgers stay readable.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ _MEASURED_LATER = ("bearing_tokens",)  # not in the records of earlier versions,
 
 
 def rows_label(rows: object, available: object) -> str:
-    """'64 of 1,024 rows', 'all 1,024 rows', '64 rows' where nobody says of how many, or 'rows not recorded'."""
+    """'64 of 1,024 rows', 'all 1,024 rows', '64 rows' where the total is not recorded, or 'rows not recorded'."""
     if not isinstance(rows, int):
         return "rows not recorded"
     if not isinstance(available, int):
@@ -206,7 +206,7 @@ def repair(folder: Path, damaged: Sequence[int] | None = None, *, clock: Callabl
     event = {"kind": "repair", "time": clock(), "step": step, "lines": sorted(bad), "torn_bytes": len(tail)}
     beside = path.with_name(TORN)
     kept = read_plain(beside, "metrics") if beside.exists() else b""
-    fsops.write_bytes(beside, kept + b"\n".join(torn) + b"\n")  # first: a crash in between keeps a line twice, never not at all
+    fsops.write_bytes(beside, kept + b"\n".join(torn) + b"\n")  # first: a crash in between leaves a line in both files, never in neither
     fsops.write_bytes(path, b"".join(line + b"\n" for line in (*whole, json.dumps(event).encode())))
 
 

@@ -57,7 +57,7 @@ def metrics_lines(path: Path) -> Iterator[MetricsLine]:
 def counted_lines(path: Path, without: Collection[int] = ()) -> Iterator[CountedLine]:
     """Every line of the file, checked. Nothing where there is no file. Raises RunFolderError for a damaged line, naming it.
 
-    without: numbers of damaged lines that are passed over, because whoever asks is about to move them aside.
+    without: numbers of damaged lines that are passed over, because the caller is about to move them aside.
     A measurement does not count where a later resume begins before its step, or where the same step (and set) is measured again later.
     """
     try:
@@ -125,9 +125,11 @@ def _survey(path: Path) -> tuple[_Cuts, dict[tuple[Any, ...], int], int]:
             if key in again:
                 again[key] = number
         if len(again) > _MAX_REMEMBERED or len(reached) > _MAX_SERIES:
-            raise UnreadableFileError(f"measures more than {_MAX_REMEMBERED:,} steps twice, or {_MAX_SERIES:,} sets: it is no run's", path)
+            raise UnreadableFileError(
+                f"has more than {_MAX_REMEMBERED:,} steps measured twice, or {_MAX_SERIES:,} sets: no run writes this", path
+            )
     if len(resumes) > _MAX_REMEMBERED:
-        raise UnreadableFileError(f"tells of more than {_MAX_REMEMBERED:,} restarts: it is no run's", path)
+        raise UnreadableFileError(f"has more than {_MAX_REMEMBERED:,} restarts: no run writes this", path)
     return _Cuts(resumes), again, number
 
 
@@ -196,8 +198,8 @@ def _is_utilization(value: Any) -> bool:
     return _is_number(value) or _is_text(value)  # "unknown"
 
 
-# key -> what it must be, wherever it stands. Any other key is carried along unchecked, for backends add their own (Run.stats): whoever
-# starts to read one enters it here.
+# key -> what it must be, wherever it stands. Any other key is kept unchecked, since backends add their own (Run.stats): a key
+# that this program reads is listed here.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kind": (_is_text, "text"),
     "time": (_is_time, "seconds since 1970"),

@@ -1,7 +1,7 @@
 """Names that become paths. Every name that was read from a file and is joined to a folder passes `checked_path` or `path_below`.
 
 Segments are plain: `/` parts them, and none is empty, `.` or `..`, so that no name leads out of the folder it is joined to. Symbolic
-links are another matter: whoever opens the file says whether one may be followed.
+links are another matter: the code that opens the file decides whether one may be followed.
 """
 
 from __future__ import annotations

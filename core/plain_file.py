@@ -1,6 +1,6 @@
-"""Reading files that may be a stranger's: opened without waiting, only where they are plain, and no further than a limit.
+"""Reading files that may be a stranger's: opened without blocking, only if they are regular files, and read up to a limit.
 
-A FIFO in a file's place blocks `open` for ever, a device never ends, and a sparse file of terabytes takes a second to make. So every
+Opening a FIFO blocks until a writer comes, a device has no end, and a sparse file can claim terabytes. So every
 reader of a file that may come from outside opens it here. LIMIT_BYTES is the one table of how large each kind may be.
 """
 

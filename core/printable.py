@@ -1,4 +1,4 @@
-"""Text from a file, as a terminal or a page may show it: what would act instead of being seen becomes an escape.
+"""Text from a file, made safe to show in a terminal or on a page: characters that control the display become visible escapes.
 
 A reason in a ledger, a file's name or a tensor's can hold escape sequences that erase lines, rename the window or reverse the direction of
 writing. Whatever a command prints passes through here (cli/display.py).

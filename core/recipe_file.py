@@ -220,7 +220,7 @@ def _parse(text: str, source: _Source) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH + 1:  # at once: the time of PyYAML's scanner grows with the square of the depth
                 start: Any = event.start_mark
-                raise RecipeError(f"{source.name}:{start.line + 1}: nested deeper than {MAX_DEPTH} levels; a recipe is not")
+                raise RecipeError(f"{source.name}:{start.line + 1}: nested deeper than the {MAX_DEPTH} levels that a recipe may have")
             if isinstance(event, yaml.AliasEvent):
                 mark: Any = event.start_mark  # Any: PyYAML's stubs make it optional, and it is not
                 raise RecipeError(f"{source.name}:{mark.line + 1}: alias '*{event.anchor}': recipes take no aliases, write the value out")
@@ -244,7 +244,7 @@ def _build(loader: yaml.SafeLoader, node: yaml.Node, location: Location, source:
     line = f"{source.name}:{node.start_mark.line + 1}"
     source.marks.setdefault(location, line)
     if len(location) > MAX_DEPTH:
-        raise RecipeError(f"{line}: nested deeper than {MAX_DEPTH} levels; a recipe is not")
+        raise RecipeError(f"{line}: nested deeper than the {MAX_DEPTH} levels that a recipe may have")
     if node.tag not in _PLAIN_TAGS:
         raise RecipeError(f"{line}: tag '{node.tag}': recipes hold plain numbers, strings, booleans, lists and mappings only")
     if isinstance(node, yaml.MappingNode):

@@ -1,4 +1,4 @@
-"""How a run starts: `decide` asks everything that can be refused and writes nothing; `commit` records the decision.
+"""How a run starts: `decide` checks everything that can be refused and writes nothing; `commit` records the decision.
 
 Between the two stand `Backend.prepare` and `Run.import_state`, which can refuse as well. Only `commit` changes the run's folder, just
 before training begins, so a start that is refused leaves the folder as it was.
@@ -126,7 +126,7 @@ def decide(
     drawn = {} if found is None else found.check_model(recipe, say)
     weights = None if found is None else found.weights()
     if unfinished is not None:
-        say(f"the process before ended while step {first} was being recorded: what the plan wants of it is made up for")
+        say(f"the process before ended while step {first} was being recorded: what is missing in its record is recorded now")
     foreign = None if found is None else found.foreign
     continued = data_of_start(folder.path, recipe, source, first, manifest, foreign, made)
     folder = replace(folder, recipe=parse_json(canonical_json(continued.recipe.model_dump(mode="json"))))

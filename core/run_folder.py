@@ -126,7 +126,7 @@ class RunFolder:
 
 
 def follows(key: str) -> bool:
-    """Whether a recipe's key follows from its other keys and the checkpoint (core/continuation.py), so that nobody need allow a change."""
+    """Whether a recipe's key follows from its other keys and the checkpoint (core/continuation.py): a change of it needs no --allow."""
     return key.split(".")[:2] == ["data", "continues"]
 
 

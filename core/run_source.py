@@ -1,7 +1,7 @@
 """The training rows of a whole run, whatever changed in it: each step reads by the recipe of its own stretch in the ledger.
 
-A recipe with `data.continues` gives the rows from there on; what a run read before is by the recipes that its ledger names. Training and
-replay need one stretch at a time; whoever asks about any step of a run asks here.
+A recipe with `data.continues` gives the rows from there on; the rows before follow from the recipes that the ledger names. Training and
+replay need one stretch at a time; verbs that ask about any step of a run use this module.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class RunSource:
         """The step that reads sample number `sample` of the run, and the row of its batch."""
         place = bisect_right(self.pieces, sample, key=lambda piece: piece.timeline.sample(piece.first_step)) - 1
         if place < 0:
-            raise DataError(f"sample {sample} was read by a recipe that only the run's ledger tells: keep it beside")
+            raise DataError(
+                f"sample {sample} was read by an earlier recipe, which only the run's ledger holds: put the run's ledger.jsonl "
+                "beside its recipe"
+            )
         piece = self.pieces[place]
         steps, row = divmod(sample - piece.timeline.sample(piece.first_step), piece.timeline.global_batch_size)
         return piece.first_step + steps, row
@@ -65,7 +68,10 @@ class RunSource:
         place = bisect_right(self.pieces, step, key=lambda piece: piece.first_step) - 1
         if place < 0:
             first = self.pieces[0].first_step
-            raise DataError(f"step {step} was read by a recipe of before step {first}, which only the run's ledger tells: keep it beside")
+            raise DataError(
+                f"step {step} was read by a recipe from before step {first}, which only the run's ledger holds: put the run's ledger.jsonl "
+                "beside its recipe"
+            )
         return self.pieces[place]
 
 

@@ -86,7 +86,7 @@ def recorded_peak(metrics: Path, machine: str) -> Peak | None:
                 record = parse_json(line)
                 check_record(record)
             except ValueError:
-                continue  # whoever reads the measurements names it
+                continue  # the readers of the measurements report a damaged line
             if record["kind"] in EVENTS and record.get("peak_machine") == machine and (peak := _peak(record)) is not None:
                 found = peak
     except FileNotFoundError:

@@ -93,7 +93,7 @@ def _check_record(folder: Path, release: Release, manifests: Mapping[str, dict[s
         raise ReleaseError(f"{folder / LEDGER}: does not end in the line that release.json names: lines were removed or added")
     line = lineage(entries)
     if not line.stretches:
-        raise ReleaseError(f"{folder / LEDGER}: tells of no start: lines were removed")
+        raise ReleaseError(f"{folder / LEDGER}: has no line of kind start: lines were removed")
     recipe = read_json(folder / RECIPE)
     if sha256_json(recipe) != release.recipe_sha256 or sha256_json(recipe) != sha256_json(line.stretches[-1].recipe):
         raise ReleaseError(f"{folder / RECIPE}: is not the recipe of the ledger's last stretch: one was altered")

@@ -114,7 +114,7 @@ class LocalExecutor:
                 f"stage {stage.name}: a worker process died, most likely for want of memory; run again with fewer --workers: "
                 "what was done is kept"
             ) from None
-        except BaseException:  # an error, or the order to stop: nobody waits for what the others are doing
+        except BaseException:  # an error or a signal: the other workers' results are not needed any more
             self.close()
             for child in multiprocessing.active_children():
                 child.kill()

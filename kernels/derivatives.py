@@ -26,7 +26,7 @@ def first_derivatives_only(op: str, source: str) -> Callable[[Callable[..., Any]
     """For a backward whose result autograd could not differentiate correctly: raises KernelError under create_graph=True.
 
     Autograd enables gradients inside a backward exactly when create_graph is set. Without this check it would treat tensors that the
-    forward computed and saved as constants, and a gradient penalty would be wrong without a word; torch's once_differentiable does not
+    forward computed and saved as constants, and a gradient penalty would be wrong without an error; torch's once_differentiable does not
     notice where the incoming gradient needs none itself, as for `loss.backward(create_graph=True)`.
     """
 

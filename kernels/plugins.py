@@ -1,4 +1,4 @@
-"""Entry points of other packages: each that loads, and for each that does not the reason, so that one broken package stops nobody.
+"""Entry points of other packages: those that load, and for the others the reason, so that one broken package does not stop the program.
 
 A package that is installed beside weftrain may fail in any way when it is imported: whatever it raises is its reason here.
 """
@@ -43,7 +43,7 @@ def one_line(error: BaseException) -> str:
 
 
 def guarded(unavailable: Callable[..., str | None]) -> Callable[..., str | None]:
-    """A plugin's `unavailable`, which gives a reason where it fails itself: to ask everybody must not fail because of one."""
+    """A plugin's `unavailable`, which returns the error as the reason where it raises: one broken plugin must not stop a listing of all."""
 
     def ask(*arguments: Any) -> str | None:
         try:

@@ -193,7 +193,7 @@ def _check_names(catalog: Catalog, specs: Sequence[Spec], preferences: Sequence[
 
 
 def _broken(catalog: Catalog) -> str:
-    """For a source that nobody has: it may be one of a plugin that was passed over."""
+    """For messages about an unknown source: the plugins that were passed over, of which one may provide it."""
     return "".join(f"; {origin} was passed over: {reason}" for origin, reason in catalog.broken_plugins.items())
 
 

@@ -1,7 +1,7 @@
 """The files that a kernel is made of, and one hash over all of them, so that a record says which code computed.
 
-A function's module is rarely all: helpers beside it, the check of its arguments, C++ sources. The closure of its imports within its own
-package is found by reading the files; what is not Python is named by `Implementation.files`.
+A kernel usually has more than its function's module: helpers, the check of its arguments, C++ sources. The closure of its imports within
+its own package is found by reading the files; what is not Python is named by `Implementation.files`.
 """
 
 from __future__ import annotations

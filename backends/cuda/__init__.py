@@ -92,7 +92,7 @@ class CudaBackend(PlainBackend):
         return CudaRun(job, options, world, job.weights is not None)
 
     def nothing_to_lead(self, job: Job) -> None:
-        """See Backend.nothing_to_lead: the others wait to meet rank 0, and are sent home at the end of this process."""
+        """See Backend.nothing_to_lead: the others wait to meet rank 0, and end with this process."""
         from weftrain.backends.cuda.world import launched, meet
 
         if launched():

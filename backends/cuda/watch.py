@@ -65,10 +65,10 @@ class Watch:
                 self._leave_if_alone()
 
     def _leave_if_alone(self) -> None:
-        """The store, and so rank 0 or the launcher's agent, is gone: what hangs in a collective would stay behind for ever."""
+        """End this process where the store, and so rank 0 or the launcher's agent, is gone: it may hang in a collective for ever."""
         if self._end.wait(_GRACE_S):
             return
-        sys.stderr.write(f"weftrain: rank {self._world.rank}: rank 0 or its launcher is gone, and so is this process\n")
+        sys.stderr.write(f"weftrain: rank {self._world.rank}: rank 0 or its launcher has ended, so this process ends too\n")
         sys.stderr.flush()
         os._exit(128 + self._world.stop.number if self._world.stop.number else 1)
 

@@ -3,7 +3,7 @@
 The words of each page are added modulo 2^64, and the sums of the pages, in order, are hashed (BLAKE2b, 8 bytes) together with which tile,
 plane and version they are of. That runs at the speed of memory (a CRC of everything takes several times as long) and finds what damages a
 file: a changed bit, a zeroed or stale or misplaced page, a tile of another version. It is no signature, and two changes within one page
-whose sum is zero are not seen: who wants a proof that nothing was altered has the hashes of a checkpoint.
+whose sum is zero are not seen: a checkpoint's hashes prove that nothing was altered.
 """
 
 from __future__ import annotations

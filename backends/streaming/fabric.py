@@ -396,7 +396,7 @@ class Follower(Group):
         return True
 
     def leave(self, signal_number: int) -> None:
-        """Ask to go, by signal: granted between two steps. Of a sharded store nobody can leave, and the whole run stops."""
+        """Ask rank 0 to leave after a signal, which it grants between two steps. With a sharded store the whole run stops instead."""
         self._store.set(f"leaving/{self._number}", str(signal_number))
 
     def next_order(self) -> dict[str, Any] | None:

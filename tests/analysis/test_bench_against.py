@@ -24,7 +24,7 @@ def test_losses_are_compared_at_the_last_step_of_both() -> None:
     losses = against([result(10, twenty, losses=twenty)], [result(10, TEN, "theirs", losses=TEN)]).losses
     assert (losses.step, losses.difference) == (10, 0.0)
     assert (losses.ours, losses.theirs) == (TEN[9], TEN[9])
-    assert "losses at step 10, the last that both tell (ours tells of 20 steps, theirs of 10), differ by at most 0: " in losses.verdict
+    assert "losses at step 10, the last that both report (ours reports 20 steps, theirs 10), differ by at most 0: " in losses.verdict
     assert losses.verdict.endswith("the same training")
     other = [*TEN[:9], TEN[9] + 0.01]
     assert "NOT the same training" in against([result(10, twenty, losses=twenty)], [result(10, other, losses=other)]).losses.verdict
@@ -34,7 +34,7 @@ def test_a_program_that_tells_two_losses() -> None:
     ours = result(10, TEN, losses=TEN)
     losses = against([ours], [result(10, TEN, "theirs")]).losses
     assert losses.step == 1
-    assert "theirs does not tell which step its loss_last is of: have it print `losses` or `last_step`" in losses.verdict
+    assert "theirs does not report which step its loss_last is of: have it print `losses` or `last_step`" in losses.verdict
     assert losses.verdict.endswith("the same start")
     assert against([ours], [result(10, TEN, "theirs", last_step=10)]).losses.step == 10
     assert against([ours], [result(10, [TEN[0], TEN[7]], "theirs", last_step=8)]).losses.difference == 0

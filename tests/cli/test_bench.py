@@ -24,7 +24,7 @@ def test_against_another_program(weftrain: Callable[..., Result], tmp_path: Path
     assert "ratio of tokens/s:" in result.output
     assert "no interval, so no verdict" in result.output
     assert "NOT the same start" in result.output  # its losses are invented
-    assert "theirs does not tell which step its loss_last is of" in result.output
+    assert "theirs does not report which step its loss_last is of" in result.output
 
 
 def test_a_program_that_fails_is_named(weftrain: Callable[..., Result], tmp_path: Path) -> None:

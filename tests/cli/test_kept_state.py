@@ -100,7 +100,7 @@ def test_a_step_that_the_state_has_and_the_record_lacks_is_made_up_for(
     assert standing is not None
     assert standing.step == step
     again = done(train(*tier, data))
-    assert ("is made up for" in again) == (place != "before the ledger's line")
+    assert ("is recorded now" in again) == (place != "before the ledger's line")
     if tier == MAPPED:
         assert story(run) == story(folder / "runs" / "straight")
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [f"step_0000000{at}" for at in (2, 4, 6)]
@@ -117,7 +117,7 @@ def test_a_rollback_holds_for_the_backends_own_state(tier: tuple[str, ...], trai
     assert "the backend's own state" not in weftrain("rollback", run, "--to", "6", "--reason", "a spike").output
     done(weftrain("rollback", run, "--to", "2", "--reason", "a spike"))
     output = done(train(*tier))
-    assert "stands at 6 completed steps of a line that the run has left" in output
+    assert "stands at 6 completed steps and belongs to training that the run has left" in output
     assert "a rollback went back to step 2" in output
     assert "resumed after step 2" in output
     left = read_commit(run / "store.superseded-1")
@@ -170,7 +170,7 @@ def test_another_runs_state_is_refused_and_left_alone(train: Train, folder: Path
     before = {path.name: path.read_bytes() for path in place.iterdir()}
     refused = train("--run", "two", *store)
     assert refused.exit_code == 2
-    assert f"own state in {place} stands at 6 completed steps and is of a run with another ledger: move it away" in refused.output
+    assert f"own state in {place} stands at 6 completed steps and belongs to a run with another ledger: move it away" in refused.output
     done(train("--run", "one", *store))
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     assert not (tmp_path / "runs" / "two" / "checkpoints").exists()
@@ -186,7 +186,7 @@ def test_of_two_copies_of_a_run_only_the_one_that_trained_on_has_its_state(train
     shutil.copytree(tmp_path / "runs" / "one", tmp_path / "runs" / "copy")
     done(train("--run", "one", *store))
     refused = train("--run", "copy", *store)
-    assert "is of a run with another ledger" in refused.output
+    assert "belongs to a run with another ledger" in refused.output
 
 
 def test_other_data_is_refused_unless_it_is_allowed(train: Train, tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_replay_and_evaluation_take_no_path_from_a_record(tier: tuple[str, ...],
     names = sorted(path.name for path in tmp_path.iterdir())
     output = done(weftrain("replay", tmp_path / "release", "--link", "1", "--link", "2", "--device", "cpu"))
     assert output.count("equal") >= 2
-    assert "not taken from the record, but as this machine has it: backend.options.store" in output
+    assert "not taken from the record, this machine's defaults apply: backend.options.store" in output
     for folder in (run, tmp_path / "release"):
         done(weftrain("eval", folder, "--rows", "2"))
     done(weftrain("generate", tmp_path / "release", "--ids", "1,2", "--max-new-tokens", "2"))

@@ -253,7 +253,7 @@ def test_chunks_are_put_off_dropped_and_added_and_no_sample_comes_twice(root: Pa
 def test_what_waits_to_be_read_forbids_another_stream(root: Path) -> None:
     defer = [{"chunk": 1, "action": "defer", "reason": "spike"}]
     asked = recipe(root, {"long": 1.0}, steps=12, data={"chunks": 4, "skip": defer})
-    with pytest.raises(DataError, match=r"chunk 1 was put off and is not read yet.*action: drop"):
+    with pytest.raises(DataError, match=r"chunk 1 was deferred and is not read yet.*action: drop"):
         go_on(recipe(root, {"long": 1.0}, steps=12, batch=4, data={"chunks": 4, "skip": defer}), asked, 6)
     drop = [{"chunk": 1, "action": "drop", "reason": "spike"}]
     go_on(recipe(root, {"long": 1.0}, steps=12, batch=4, data={"chunks": 4, "skip": drop}), asked, 6)
@@ -296,7 +296,7 @@ def test_any_step_of_a_run_is_found_by_the_recipe_of_its_stretch(root: Path) -> 
     assert len(run.pieces) == 2
     assert run.at(4) == run.at(0) != run.at(5)
     assert [run.at(5).sample_names(5, row, 1) for row in range(4)] == [source.sample_names(5, row, 1) for row in range(4)]
-    with pytest.raises(DataError, match=r"step 4 was read by a recipe of before step 5, which only the run's ledger tells"):
+    with pytest.raises(DataError, match=r"step 4 was read by a recipe from before step 5, which only the run's ledger holds"):
         run_source(found.recipe, None).at(4)
 
 
@@ -358,7 +358,7 @@ def test_a_run_that_starts_from_another_reads_on_behind_it(root: Path) -> None:
 
     again = continue_from(start("from_start"), "other", manifest)
     assert again.recipe.data.continues is None
-    assert "run 'other' read 40 samples of the same dataset: start_from.data=continue reads on behind them" in again.notes[0]
+    assert "run 'other' read 40 samples of the same dataset: start_from.data=continue begins after those" in again.notes[0]
     onward = continue_from(start("continue"), "other", manifest)
     assert not set(read(opened(onward.recipe), 0, 7)["a"]) & set(read(opened(other), 0, 5)["a"])
     assert onward.position(0) == 0

@@ -236,9 +236,9 @@ def test_sizes_have_bounds(override: str, words: str) -> None:
 def test_deep_yaml_is_given_up_at_once(tmp_path: Path) -> None:
     for text in ("a: " + "[" * 100_000, "a: " + "{b: " * 50_000, "- " * 100_000):
         (tmp_path / "x.yaml").write_text(text)
-        with pytest.raises(RecipeError, match=r"x\.yaml:1: nested deeper than 12 levels"):
+        with pytest.raises(RecipeError, match=r"x\.yaml:1: nested deeper than the 12 levels"):
             load_recipe(str(tmp_path / "x.yaml"))
-    with pytest.raises(RecipeError, match="nested deeper than 12 levels"):
+    with pytest.raises(RecipeError, match="nested deeper than the 12 levels"):
         load_recipe("crystal_demo", ["name=" + "[" * 100_000])
 
 
