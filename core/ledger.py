@@ -111,6 +111,7 @@ class Ledger:
         where = {"recipe_sha256": sha256_json(recipe), "dataset_id": dataset_id, "environment": environment, "parent": parent}
         where |= {key: value for key, value in decided.items() if value}
         if any(entry["kind"] == "start" for entry in self._entries):
+            lineage([*self._entries, {"kind": "resume", "n": len(self._entries), "step": step, **where}])  # or no verb could read it again
             self.add("resume", step=step, **where)
         else:
             self.add("start", step=step, recipe=recipe, **where)

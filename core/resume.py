@@ -27,8 +27,8 @@ from weftrain.core.config import Recipe, Section
 from weftrain.core.continuation import check_amounts, cursors_of, data_of_start, recipe_of
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.fit_of_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
-from weftrain.core.kept import Measured, Unfinished, is_unfinished, judge, made_by
-from weftrain.core.ledger import LEDGER, TORN, Ledger, lineage, read_ledger, tokens_before, torn_bytes
+from weftrain.core.kept import Measured, Unfinished, completed, is_unfinished, judge, made_by
+from weftrain.core.ledger import LEDGER, TORN, Ledger, Stretch, lineage, read_ledger, tokens_before, torn_bytes
 from weftrain.core.metrics import METRICS, damaged_lines, effective_records, repair
 from weftrain.core.metrics import TORN as METRICS_TORN
 from weftrain.core.rollback import finish_rollback
@@ -103,9 +103,10 @@ def decide(
     entries = read_ledger(folder.path / LEDGER)
     damaged = _tell_repairs(folder.path, say)
     own = standing(folder.path, entries, repair_ledger, say)
-    found = starting_state(recipe, own.newest, runs, lambda line: say(f"warning: {line}"))
-    first = 0 if found is None else found.state.step
     kept = backend.kept_state(recipe, options, folder.path)
+    begun = own.newest is None and completed(kept, entries) > 0  # so what it started from may have gone, or gone on
+    found = None if begun else starting_state(recipe, own.newest, runs, lambda line: say(f"warning: {line}"))
+    first = 0 if found is None else found.state.step
     verdict = judge(kept, entries, first, backend.name)
     if verdict.said:
         say(verdict.said)
@@ -141,7 +142,7 @@ def decide(
         plan=plan_of(recipe, first),
         state=found.state if found is not None and found.has_optimizer and goes_on is None else None,
         weights=GrownWeights(weights, drawn, recipe.model, recipe.seed) if weights is not None and drawn else weights,
-        parent=_parent(found, entries, goes_on is not None),
+        parent=_parent(found, entries, made),
         manifest=manifest,
         tokens=tokens_before(first, manifest, lineage(entries)),
         position=continued.position(first),
@@ -223,15 +224,16 @@ def _recorded(
     return unfinished, Measured(since, found)
 
 
-def _parent(found: Found | None, entries: Sequence[Mapping[str, Any]], goes_on: bool) -> str | None:
+def _parent(found: Found | None, entries: Sequence[Mapping[str, Any]], made: Stretch | None) -> str | None:
     """Root of the checkpoint before what is trained next.
 
-    Where the backend's own state holds, that is the last one of the ledger's line, also if its folder is damaged or gone.
+    Where the backend's own state holds, which the stretch `made` trained, that is the last one of the ledger's line, also if its folder is
+    damaged or gone, or else what that stretch began from; unless `found` is one that the ledger does not list yet.
     """
-    points = lineage(entries).checkpoints if goes_on else ()
-    if points and (found is None or any(point.root == found.root for point in points)):
-        return points[-1].root
-    return None if found is None else found.root
+    points = lineage(entries).checkpoints
+    if made is None or (found is not None and all(point.root != found.root for point in points)):
+        return None if found is None else found.root
+    return points[-1].root if points else made.parent
 
 
 def _tell_repairs(run: Path, say: Callable[[str], None]) -> tuple[int, ...]:

@@ -224,6 +224,37 @@ def test_what_is_made_up_for_is_recorded_as_it_was_made(place: tuple[Any, str], 
     done(weftrain("release", run, "--to", tmp_path / "release", "--licence", "MIT"))
 
 
+def test_what_a_run_began_from_is_not_asked_for_again(train: Train, folder: Path, tmp_path: Path) -> None:
+    """The run stands in its own store, and its checkpoints are damaged or not made yet; the other run has gone."""
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(folder / "runs" / "straight", tmp_path / "runs" / "straight")
+    begin = (
+        *MAPPED,
+        "data.chunks=null",
+        "start_from={run: straight, state: all}",
+        "log.evaluate_every_steps=0",
+        "checkpoint.every_steps=2",
+    )
+    run = tmp_path / "runs" / "crystal_demo"
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, MetricsWriter, "step", lambda writer, record: record["step"] == 1)
+        with pytest.raises(Killed):
+            train(*begin)
+    (tmp_path / "runs" / "straight").rename(tmp_path / "gone")
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, MetricsWriter, "step", lambda writer, record: record["step"] == 3)
+        with pytest.raises(Killed):
+            train(*begin)
+    for place in (run / "checkpoints").iterdir():
+        (place / "manifest.json").write_text("{}")
+    (tmp_path / "gone").rename(tmp_path / "runs" / "straight")
+    done(train(*begin))
+    line = lineage(read_ledger(run / LEDGER))
+    other = read_ledger(tmp_path / "runs" / "straight" / LEDGER)
+    assert line.checkpoints[0].parent == lineage(other).checkpoints[-1].root
+    assert [point.parent for point in line.checkpoints[1:]] == [point.root for point in line.checkpoints[:-1]]
+
+
 def test_a_store_of_another_format_says_what_to_do(train: Train, tmp_path: Path) -> None:
     store = tmp_path / "place"
     store.mkdir()

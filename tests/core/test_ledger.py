@@ -146,7 +146,11 @@ def test_a_resume_from_a_checkpoint_that_is_not_there_contradicts_the_ledger(tmp
     recipe = chunked(tiny_recipe)
     ledger = started(tmp_path, recipe)
     saved(ledger, recipe, 2, None)
-    ledger.open_run(2, recipe.model_dump(mode="json"), "d" * 64, {}, "e" * 64)
+    count, where = len(ledger.entries), {"dataset_id": "d" * 64, "environment": {}, "parent": "e" * 64}
+    with pytest.raises(RunFolderError, match="resumes from checkpoint eeeeeeeeeeee"):
+        ledger.open_run(2, recipe.model_dump(mode="json"), **where)
+    assert len(read_ledger(tmp_path / LEDGER)) == count  # it was not written
+    ledger.add("resume", step=2, recipe_sha256="f" * 64, **where)
     with pytest.raises(RunFolderError, match="resumes from checkpoint eeeeeeeeeeee"):
         lineage(ledger.entries)
 
