@@ -133,6 +133,7 @@ def _train(
     from weftrain.cli.assembly import open_data, run_speed
     from weftrain.cli.resolve import backend_options
     from weftrain.core.backend import Job, prepare_run
+    from weftrain.core.ledger import LEDGER
     from weftrain.core.metrics import METRICS, MetricsWriter
     from weftrain.core.resume import commit, decide, settle
     from weftrain.core.run_folder import open_run
@@ -148,8 +149,10 @@ def _train(
         start = decide(folder, recipe, source, backend, options, runs, allow=allow | decided, say=say, heldout=names, **asked)
         recipe, source = start.resolved, start.source
         if start.complete:
-            settle(start)
+            ledger = settle(start)
             console.print(f"run {folder.path} is complete: {start.first_step} of {start.last_step} steps")
+            if not ledger.entries:
+                say(f"warning: {runs / name / LEDGER} is still missing: a new one begins when the run is continued with --repair-ledger")
             _summarize(console, runs / name, again.to_continue(recipe, source, runs / name, start.first_step))
             backend.nothing_to_lead(Job(recipe, start.plan, options, folder=folder.path, stop=stop))
             return

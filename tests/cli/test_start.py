@@ -154,6 +154,9 @@ def test_a_shortened_ledger_is_refused_or_repaired_on_the_record(train_tiny: Tra
 def test_a_lost_ledger_is_refused_or_begun_anew_on_the_record(train_tiny: Train, run: Path) -> None:
     (run / LEDGER).unlink()
     refused(train_tiny(*MORE), "no ledger.jsonl", "--repair-ledger")
+    complete = train_tiny(*BASE, "--repair-ledger")  # no training begins, so no line is written, which is said
+    assert complete.exit_code == 0
+    assert f"{run / LEDGER} is still missing: a new one begins when the run is continued with --repair-ledger" in complete.output
     assert train_tiny(*MORE, "--repair-ledger").exit_code == 0
     assert read_ledger(run / LEDGER)[0]["repaired"]
 
