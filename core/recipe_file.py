@@ -323,7 +323,12 @@ def _explain(model: type[BaseModel], problem: Any, at: Callable[[Location], str]
     message = message[0].lower() + message[1:]
     if problem["type"] == "value_error":
         return f"{where}: {key + ': ' if key else ''}{message}"
-    return f"{where}: {key}: {message}, not {_kind(problem['input'])}"
+    given = repr(problem["input"]) if problem["type"] in _BOUNDS else _kind(problem["input"])
+    return f"{where}: {key}: {message}, not {given}"
+
+
+# pydantic's names of errors whose value has the right kind and is too small or too large
+_BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 
 
 def _generic(location: Iterable[str | int]) -> str:

@@ -115,7 +115,7 @@ def test_duplicate_key_names_both_lines(tmp_path: Path) -> None:
         ("num_layers: 12", "num_layers: '12'", "not a string ('12')"),
         ("num_layers: 12", "num_layers: 12.0", "not a number (12.0)"),
         ("num_layers: 12", "num_layers: true", "not a boolean (True)"),
-        ("num_layers: 12", "num_layers: 0", "greater than 0"),
+        ("num_layers: 12", "num_layers: 0", "greater than 0, not 0"),
         ("beta2: 0.95", "beta2: 1.5", "less than 1"),
         ("norm: rms_norm", "norm: batch_norm", "'rms_norm' or 'layer_norm'"),
         ("num_heads: 8", "num_heads: 7", "hidden_size 512 is not a multiple of num_heads 7"),
@@ -218,7 +218,7 @@ def test_every_builtin_recipe_loads(name: str) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("model.num_layers=1000000000", "model.num_layers: input should be less than or equal to 10000"),
+        ("model.num_layers=1000000000", "model.num_layers: input should be less than or equal to 10000, not 1000000000"),
         ("model.hidden_size=1073741824", "model.hidden_size: input should be less than or equal to"),
         ("model.vocab_size=1000000000000", "model.vocab_size: input should be less than or equal to"),
         ("data.sequence_length=1000000000000", "data.sequence_length: input should be less than or equal to"),
