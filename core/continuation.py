@@ -23,7 +23,7 @@ from weftrain.core.config import Continuation, DataConfig, Recipe, Source, Sourc
 from weftrain.core.data import Component, TokenSource, pass_order, skipped_rows, training_source
 from weftrain.core.errors import CheckpointError, DataError
 from weftrain.core.kept_rows import without
-from weftrain.core.ledger import Stretch
+from weftrain.core.ledger import Stretch, going_back
 from weftrain.core.order import RowOrder, Timeline, recipe_timeline
 
 
@@ -236,8 +236,8 @@ def _check_chunks(asked: Recipe, before: Recipe, times: Timeline, step: int) -> 
         if chunk in read and chunk not in earlier:
             first = read.index(chunk) * was
             raise DataError(
-                f"data.skip: chunk {chunk} cannot be {'deferred' if action == 'defer' else 'dropped'}: it was begun at step {first}; go "
-                f"back first, with `weftrain rollback RUN --to {first}`"
+                f"data.skip: chunk {chunk} cannot be {'deferred' if action == 'defer' else 'dropped'}: it was begun at step {first}; "
+                f"{going_back(first)}"
             )
     base = 0 if before.data.continues is None else before.data.continues.base_chunk
     for chunk in earlier:

@@ -10,6 +10,7 @@ its step a *branch*: `lineage` tells the line that counts from those that were l
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -364,6 +365,13 @@ class _Line:
 def _until(stretch: Stretch, step: int) -> Stretch:
     stop = step if stretch.stop_step is None else min(step, stretch.stop_step)
     return Stretch(stretch.first_step, stop, stretch.recipe, stretch.dataset_id, stretch.environment, stretch.parent, stretch.entry)
+
+
+def going_back(step: int, run: str = "RUN") -> str:
+    """How one goes back to `step`, in words. No run has a checkpoint of its beginning to go back to."""
+    if step == 0:
+        return "begin another run, with another --run"
+    return f"go back first, with `weftrain rollback {shlex.quote(run)} --to {step} --reason WHY`"
 
 
 def with_decisions(data: DataConfig, decisions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

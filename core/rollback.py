@@ -16,7 +16,7 @@ from weftrain.core.backend import Kept
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.kept import completed
-from weftrain.core.ledger import BRANCHES, Branch, Ledger, lineage
+from weftrain.core.ledger import BRANCHES, Branch, Ledger, going_back, lineage
 from weftrain.core.manifest import STEP_FOLDER, folder_name, read_manifest
 from weftrain.core.names import path_below
 from weftrain.core.order import chunk_order
@@ -107,10 +107,7 @@ def put_off(
     reached = max(newest, completed(kept, ledger.entries))
     if first < reached:
         what = "newest checkpoint" if reached == newest else "backend's own state"
-        raise RunFolderError(
-            f"chunk {chunk} begins at step {first} and the {what} is of step {reached}: go back first, "
-            f"with `weftrain rollback RUN --to {first}`"
-        )
+        raise RunFolderError(f"chunk {chunk} begins at step {first} and the {what} is of step {reached}: {going_back(first, str(run))}")
     return ledger.add("defer", step=reached, chunk=chunk, action=action, reason=reason)
 
 

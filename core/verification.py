@@ -23,7 +23,7 @@ from weftrain.core.dataset import read_manifest as read_data_manifest
 from weftrain.core.errors import ReleaseError
 from weftrain.core.huggingface import HuggingFaceWeights, layout_of
 from weftrain.core.huggingface_files import check_no_other_code
-from weftrain.core.ledger import LEDGER, Lineage, lineage, read_ledger
+from weftrain.core.ledger import LEDGER, Lineage, going_back, lineage, read_ledger
 from weftrain.core.manifest import folder_name
 from weftrain.core.metrics import METRICS, Digest, effective_records
 from weftrain.core.metrics_lines import MEASURED
@@ -142,7 +142,7 @@ def _check_metrics(folder: Path, line: Lineage) -> None:
         if digest.hexdigest() != point.metrics_sha256:
             raise ReleaseError(
                 f"{folder / METRICS}: the measurements up to step {point.step} are not those of the ledger: one was altered or lost: "
-                f"restore the file from a copy; a run can also go back with `weftrain rollback RUN --to {point.metrics_after}` and train on"
+                f"restore the file from a copy; for a run also: {going_back(point.metrics_after)} and train on"
             )
 
 

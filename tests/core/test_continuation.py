@@ -258,9 +258,7 @@ def test_what_waits_to_be_read_forbids_another_stream(root: Path) -> None:
     drop = [{"chunk": 1, "action": "drop", "reason": "spike"}]
     go_on(recipe(root, {"long": 1.0}, steps=12, batch=4, data={"chunks": 4, "skip": drop}), asked, 6)
     go_on(recipe(root, {"long": 1.0}, steps=12, batch=4, data={"chunks": 4, "skip": defer}), asked, 12)
-    with pytest.raises(
-        DataError, match=r"chunk 0 cannot be dropped: it was begun at step 0; go back first, with `weftrain rollback RUN --to 0`"
-    ):
+    with pytest.raises(DataError, match=r"chunk 0 cannot be dropped: it was begun at step 0; begin another run, with another --run"):
         more = [*defer, {"chunk": 0, "action": "drop", "reason": "spike"}]
         go_on(recipe(root, {"long": 1.0}, steps=12, data={"chunks": 4, "skip": more}), asked, 6)
 
