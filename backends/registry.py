@@ -65,7 +65,9 @@ def unavailable_reason(backend: Backend) -> str | None:
 
 def _add(found: dict[str, Backend], backend: object, origin: str) -> None:
     if not isinstance(backend, Backend):
-        raise BackendError(f"{origin}: BACKEND lacks a part of the protocol in core/backend.py; see backends/README.md")
+        members = (*Backend.__annotations__, *(name for name in vars(Backend) if not name.startswith("_")))
+        missing = ", ".join(name for name in members if not hasattr(backend, name))
+        raise BackendError(f"{origin}: BACKEND lacks {missing} of the protocol in core/backend.py; see backends/README.md")
     if backend.name in found:
         raise BackendError(f"{origin} provides a second backend named '{backend.name}'; rename it")
     found[backend.name] = backend

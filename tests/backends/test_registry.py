@@ -54,7 +54,7 @@ def test_a_backend_of_another_package_is_found(offer: Callable[[Any], None]) -> 
         (ImportError("no module named tape"), "cannot be loaded: ImportError: no module named tape"),
         (RuntimeError("driver too old"), "cannot be loaded: RuntimeError: driver too old"),
         (SystemExit(3), "cannot be loaded: SystemExit: 3"),
-        (object(), "BACKEND lacks a part of the protocol"),
+        (object(), "BACKEND lacks name, summary, options, trains, portable_options, unavailable, prepare, kept_state, "),
         (NULL, "a second backend named 'null'"),
     ],
 )
