@@ -72,7 +72,8 @@ def _words(entry: dict[str, Any]) -> str:
     kind = entry["kind"]
     if kind in ("start", "resume"):
         environment = entry["environment"]
-        who = f"{environment.get('backend')} on {environment.get('device')}, {environment.get('threads', '?')} threads"
+        threads = f", {environment['threads']} threads" if "threads" in environment else ""
+        who = f"{environment.get('backend')} on {environment.get('device')}{threads}"
         origin = "from scratch" if entry["parent"] is None else f"from {entry['parent'][:12]}"
         return f"{kind} {origin}  {when} UTC  {who}, dataset {entry['dataset_id'][:12]}, recipe {entry['recipe_sha256'][:12]}"
     if kind in ("chunk_begin", "chunk_end"):

@@ -201,6 +201,7 @@ def test_the_ledger_tells_the_recipe_that_trains(train_tiny: Train, run: Path, w
     assert changes[2:] == [[["seed", 7, 1]]]
     told = weftrain("log", run)
     assert "the same, recorded with the keys that this version has beside" in told.output
+    assert "null on cpu, dataset" in told.output  # a backend that computes without threads has none to tell
     released = weftrain("release", run, "--to", tmp_path / "release", "--licence", "MIT")
     assert released.exit_code == 0, released.output
 
