@@ -87,9 +87,13 @@ class LocalExecutor:
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
     def close(self) -> None:
-        """Let the processes go."""
+        """Let the processes go.
+
+        Waits for the pool's own thread: at the interpreter's end it would close its pipe while Python's exit handler writes to it, which
+        prints "Exception ignored in ... Bad file descriptor".
+        """
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
     def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
@@ -115,9 +119,9 @@ class LocalExecutor:
                 "what was done is kept"
             ) from None
         except BaseException:  # an error or a signal: the other workers' results are not needed any more
-            self.close()
             for child in multiprocessing.active_children():
                 child.kill()
+            self.close()
             raise
 
     def wait_until(self, there: Callable[[], bool], what: str) -> None:

@@ -60,6 +60,8 @@ def _local(address: str, source: str | None, suffixes: tuple[str, ...], format: 
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; name a .jsonl, a text file or a folder")
     if not path.is_dir():
+        if not path.is_file():
+            raise DataError(f"{path}: is not a regular file, and inputs are read several times; write it to a file first")
         return [_file(str(path), path.name, source or path.name, path.stat(), format)]
     folder_name = real_path(path).name
     files = []

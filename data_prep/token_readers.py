@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from weftrain.core.errors import DataError
+from weftrain.core.plain_file import open_plain
 from weftrain.core.untrusted_hdf5 import HDF5_ERRORS, UntrustedFileError, open_dataset
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.input_files import is_local
@@ -178,7 +179,8 @@ def _megatron_index(file: InputFile) -> _MegatronIndex:
     try:
         if not is_local(file.address):
             raise ValueError("Megatron files are read from local folders only; copy them here first")
-        data = path.read_bytes()
+        with open_plain(path) as opened:
+            data = opened.read()
         if data[:9] != _MEGATRON_MAGIC:
             raise ValueError("does not begin as a Megatron index does (MMIDIDX)")
         version, code, sequences, documents = struct.unpack_from("<QBQQ", data, 9)

@@ -565,6 +565,8 @@ def test_processes_that_are_kept_do_not_keep_a_plan_that_was_replaced(run: Run, 
     fsops.remove_tree(tmp_path / "out" / "d")
     assert tree(run(executor=executor, seed=7).folder) == expected
     executor.close()
+    # What is left would close its pipe under Python's exit handler, which then prints "Exception ignored in ... Bad file descriptor".
+    assert [thread for thread in threading.enumerate() if type(thread).__name__ == "_ExecutorManagerThread"] == []
 
 
 def test_other_settings_do_not_go_on_from_anothers_work(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -85,7 +85,9 @@ def test_suffixes_sources_and_patterns(tmp_path: Path) -> None:
     ]
     assert {file.source for file in list_inputs([folder], source="code")} == {"code"}
     assert [file.name for file in list_inputs([f"{folder}/*.py"], source=None)] == ["a.py", "c.py"]
+    os.mkfifo(tmp_path / "fifo")
     for addresses, message in (
+        ([f"{folder}/fifo"], "is not a regular file, and inputs are read several times"),
         ([f"{folder}/absent"], "no such file or folder"),
         ([f"{folder}/*.go"], "matches no file"),
         ([], "no input"),
