@@ -205,6 +205,11 @@ class Stretch:
     parent: str | None
     entry: int
 
+    def trained_within(self, first_step: int, stop_step: int) -> bool:
+        """Whether it trained any of the steps [first_step, stop_step)."""
+        stop = stop_step if self.stop_step is None else min(self.stop_step, stop_step)
+        return max(self.first_step, first_step) < stop
+
     @property
     def tokens_per_step(self) -> int:
         """Positions read by each step of this stretch."""

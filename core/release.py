@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -188,7 +188,7 @@ def build(
                 if (run / name).exists():
                     fsops.copy_file(run / name, temporary / name)
             progress("data")
-            licences, kind = _copy_data(recipe, temporary, data, root)
+            licences, kind = _copy_data(_recipes_of(line, [link for link, _ in links], recipe), temporary, data, root)
             _copy_analyses(run, temporary)
             draft = Release(
                 format="weftrain-release",
@@ -265,15 +265,29 @@ def _copy_checkpoint(run: Path, target: Path, step: int, root: str) -> None:
         fsops.copy_file(source / name, folder / name)
 
 
-def _copy_data(recipe: Recipe, target: Path, data: Literal["shards", "manifest"], root: Path | None) -> tuple[dict[str, str], Any]:
-    """Copy each source's dataset, or what describes it; source -> licence, and what was copied."""
-    if recipe.data.synthetic_rows is not None:
+def _recipes_of(line: Lineage, links: Sequence[Link], recipe: Recipe) -> list[Recipe]:
+    """The recipes by which the links were trained, `recipe` first, which is the run's last: the others may read other sources."""
+    first, stop = min(link.first_step for link in links), max(link.stop_step for link in links)
+    found = {sha256_json(stretch.recipe): stretch.recipe for stretch in line.stretches if stretch.trained_within(first, stop)}
+    return [recipe, *(Recipe.from_record(one) for one in found.values())]
+
+
+def _copy_data(
+    recipes: Sequence[Recipe], target: Path, data: Literal["shards", "manifest"], root: Path | None
+) -> tuple[dict[str, str], Any]:
+    """Copy the dataset of each source of any recipe, or what describes it; source -> licence, and what was copied.
+
+    All are looked for where the first recipe's are: an earlier one may name a folder that they were moved from.
+    """
+    if recipes[0].data.synthetic_rows is not None:
         return {}, "none"
-    licences = {}
-    for source in recipe.data.sources:
-        folder = (Path(recipe.data.root) if root is None else root) / source.path
+    licences: dict[str, str] = {}
+    for source in (source for recipe in recipes for source in recipe.data.sources):
+        folder = (Path(recipes[0].data.root) if root is None else root) / source.path
         manifest = read_data_manifest(folder)
-        licences[source.name] = manifest.corpus.licence
+        known = licences.setdefault(source.name, manifest.corpus.licence)
+        if known != manifest.corpus.licence:  # of another dataset, which the source of that name read before
+            licences[source.path] = manifest.corpus.licence
         names = [DATA_MANIFEST, TOKENIZER, *([INPUTS] if (folder / INPUTS).exists() else [])]
         if data == "shards":
             names += [shard.file for entry in manifest.sets.values() for shard in entry.shards]

@@ -156,7 +156,8 @@ def _check_data(folder: Path, release: Release, manifests: Mapping[str, dict[str
         found = ids[0] if len(ids) == 1 else merkle_root(ids)
         if found != manifest["dataset_id"]:
             raise ReleaseError(
-                f"{folder / 'data'}: holds dataset {found[:12]}, step {manifest['step']} was trained on {manifest['dataset_id'][:12]}"
+                f"{folder / 'data'}: holds dataset {found[:12]}, step {manifest['step']} was trained on {manifest['dataset_id'][:12]}: "
+                "restore that dataset; one that takes its place in a run needs a path of its own in data.sources"
             )
 
 

@@ -224,6 +224,19 @@ def test_what_is_made_up_for_is_recorded_as_it_was_made(place: tuple[Any, str], 
     done(weftrain("release", run, "--to", tmp_path / "release", "--licence", "MIT"))
 
 
+def test_a_release_holds_the_datasets_that_its_links_were_trained_on(train: Train, folder: Path, tmp_path: Path) -> None:
+    plain = ("--backend", "local", "data.chunks=null", "log.evaluate_every_steps=0")
+    (tmp_path / "datasets").unlink()
+    (tmp_path / "datasets").mkdir()
+    for name in ("words", "other"):
+        (tmp_path / "datasets" / name).symlink_to(folder / "datasets" / "words")
+    done(train(*plain, "schedule.steps=2"))
+    other = ("data.sources=[{name: other, path: other, weight: 1}]", "--allow", "data.sources.0.name", "--allow", "data.sources.0.path")
+    done(train(*plain, "schedule.steps=4", "--allow", "schedule.steps", *other))
+    done(weftrain("release", tmp_path / "runs" / "crystal_demo", "--to", tmp_path / "release", "--licence", "MIT"))
+    assert {path.name for path in (tmp_path / "release" / "data").iterdir()} == {"words", "other"}
+
+
 def test_what_a_run_began_from_is_not_asked_for_again(train: Train, folder: Path, tmp_path: Path) -> None:
     """The run stands in its own store, and its checkpoints are damaged or not made yet; the other run has gone."""
     (tmp_path / "runs").mkdir()
