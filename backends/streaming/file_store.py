@@ -239,9 +239,10 @@ def check_identity(layout: Layout, folder: Path) -> bool:
     wanted = parse_json(canonical_json(layout.identity))
     if found == wanted:
         return False
-    if isinstance(found, dict) and found.get("version") != wanted["version"]:
+    version = found.get("version") if isinstance(found, dict) else None
+    if type(version) is int and version != wanted["version"]:
         raise BackendError(
-            f"{folder}: the store is of format {found.get('version')}, and this version of weftrain reads {wanted['version']}: finish the "
+            f"{folder}: the store is of format {version}, and this version of weftrain reads {wanted['version']}: finish the "
             "run with the version that made it, or rename the folder: the run then continues from its newest checkpoint"
         )
     changed = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
