@@ -19,7 +19,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -133,13 +133,19 @@ def temporary_beside(path: Path) -> Path:
 
 def write_bytes(path: Path, data: BytesLike) -> None:
     """Replace `path` atomically and durably: after a crash it holds the old bytes or all of the new ones."""
+    write_blocks(path, [data])
+
+
+def write_blocks(path: Path, blocks: Iterable[BytesLike]) -> None:
+    """Like write_bytes, with the blocks one after the other; whatever error their iterator raises leaves the old file as it was."""
     temporary = temporary_beside(path)
     try:
         with FileWriter(temporary) as file:
-            file.write(data)
+            for block in blocks:
+                file.write(block)
             file.sync()
         rename(temporary, path)
-    except OSError:
+    except Exception:
         _unlink_if_possible(temporary)
         raise
 

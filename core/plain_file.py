@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
-Kind = Literal["recipe", "record", "ledger", "metrics", "manifest", "dataset manifest", "tokenizer", "release", "key", "trace", "card"]
+Kind = Literal[
+    "recipe", "record", "ledger", "metrics", "manifest", "dataset manifest", "line table", "tokenizer", "release", "key", "trace", "card"
+]
 
 # Bytes. Each is ten times and more what the largest run or model known here has, and small enough to be parsed in memory.
 LIMIT_BYTES: dict[Kind, int] = {
@@ -23,7 +25,8 @@ LIMIT_BYTES: dict[Kind, int] = {
     "ledger": 512 << 20,  # a million lines, each of them kept in memory
     "metrics": 16 << 30,  # read line by line
     "manifest": 64 << 20,  # of a checkpoint: an entry a tensor
-    "dataset manifest": 256 << 20,  # an entry a shard; and inputs.jsonl, a line a file
+    "dataset manifest": 256 << 20,  # an entry a shard
+    "line table": 64 << 30,  # a dataset's inputs.jsonl and sources.jsonl: hashed in blocks, read line by line
     "tokenizer": 256 << 20,  # the largest vocabularies published take 35 MB
     "release": 256 << 20,  # an entry a file
     "key": 1 << 16,  # keys and signatures
