@@ -116,8 +116,8 @@ def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
 
 def _job(inputs: tuple[str, ...], options: dict[str, Any]) -> _Job:
     from weftrain.data_prep.corpus import embedded_inputs
+    from weftrain.data_prep.listing import list_inputs
     from weftrain.data_prep.plan import Inputs
-    from weftrain.data_prep.readers import list_inputs
 
     for option in ("root", "only", "overrides"):
         if options[option]:
@@ -140,8 +140,8 @@ def _job(inputs: tuple[str, ...], options: dict[str, Any]) -> _Job:
 
 def _recipe_jobs(recipe: PrepRecipe, options: dict[str, Any]) -> list[_Job]:
     """The recipe's datasets, or those named by --only. Options that the recipe decides are refused."""
+    from weftrain.data_prep.listing import list_inputs
     from weftrain.data_prep.plan import Inputs
-    from weftrain.data_prep.readers import list_inputs
 
     context = click.get_current_context()
     decided = [
@@ -224,7 +224,7 @@ def _below(root: str | None, address: str) -> str:
 
 
 def _read_options(options: dict[str, Any]) -> Any:
-    from weftrain.data_prep.readers import ReadOptions
+    from weftrain.data_prep.read_options import ReadOptions
 
     return ReadOptions(
         text_key=options["text_key"],

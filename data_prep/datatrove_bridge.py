@@ -21,11 +21,11 @@ from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.errors import DataError
 from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile, Part, Share
-from weftrain.data_prep.input_files import lines_before
+from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.quality import Quality
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.readers import list_inputs, read_part, split_parts
+from weftrain.data_prep.shares import lines_before, read_part, split_parts
 
 try:
     from datatrove.data import Document as TroveDocument

@@ -1,20 +1,15 @@
 """What passes between readers and the pipeline: documents, what could not be read, and the shares of files that are read.
 
-What a reader would get wrong: a document's `record` counts within its share of the file, because a share in the middle of a large file
-does not know how many lines precede it. The pipeline adds what the shares before it hold, so that shards and messages name real lines.
+A document's `record` counts within its share of the file, because a share in the middle of a large file does not know how many lines
+precede it. The pipeline adds what the shares before it hold, so that shards and messages name real lines.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-
-Format = Literal["jsonl", "parquet", "text", "python", "amber", "cerebras", "cerebras_corpus", "megatron"]
-TOKENISED: frozenset[Format] = frozenset({"amber", "cerebras", "cerebras_corpus", "megatron"})
-# Rows that stand alone, each of sequence_length + 1 ids.
-FIXED_ROWS: frozenset[Format] = frozenset({"amber", "cerebras", "cerebras_corpus"})
 
 
 @dataclass(frozen=True)
@@ -27,9 +22,18 @@ class InputFile:
     address: str
     name: str
     source: str
-    format: Format
+    format: str  # a key of readers/registry.py's READERS
     num_bytes: int
     modified_ns: int | None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that was found and is not read. reason: why, in a few words that count together in a summary, as 'hidden file'."""
+
+    name: str
+    num_bytes: int
+    reason: str
 
 
 class Share(NamedTuple):

@@ -35,7 +35,7 @@ from weftrain.data_prep.plan import (
     preparation,
     save_plan,
 )
-from weftrain.data_prep.readers import share_sha256
+from weftrain.data_prep.shares import share_sha256
 from weftrain.data_prep.table_file import Table
 from weftrain.data_prep.tokenization import TextEncoder, load_encoder, train_encoder
 from weftrain.data_prep.tokenize_stage import training_texts

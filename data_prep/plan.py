@@ -17,8 +17,10 @@ from typing import Any, Literal
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import FIXED_ROWS, TOKENISED, InputFile, Part, Share
-from weftrain.data_prep.readers import ReadOptions, split_parts
+from weftrain.data_prep.documents import InputFile, Part, Share, Skipped
+from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.registry import READERS
+from weftrain.data_prep.shares import share_bytes, split_parts
 
 PLAN, PLANNED_TOKENIZER = "plan.json", "tokenizer.json"
 VERSION = 2
@@ -35,13 +37,14 @@ def no_progress(stage: str, done: int, total: int | None, unit: str) -> None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Files, how to read them, and what the manifest says about them."""
+    """Files, how to read them, and what the manifest says about them. skipped: files beside them that are not read, and why."""
 
     files: tuple[InputFile, ...]
     description: str
     licence: str = "not stated"
     options: ReadOptions = ReadOptions()  # noqa: RUF009 - frozen itself
     quality: str | None = None  # what filtered them before, canonical JSON
+    skipped: tuple[Skipped, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Plan:
 
     @property
     def fixed_rows(self) -> bool:
-        return self.inputs.files[0].format in FIXED_ROWS
+        return READERS[self.inputs.files[0].format].holds == "rows"
 
     @property
     def row_stride(self) -> int:
@@ -139,24 +142,19 @@ class Plan:
         return self.folder / "dataset"
 
 
-def share_bytes(file: InputFile, share: Share) -> int:
-    if file.format == "jsonl" and not (share.begin == 0 and share.end == 1):
-        return share.end - share.begin
-    return file.num_bytes
-
-
 def check_inputs(inputs: Inputs, settings: Settings) -> None:
     """Raises DataError for inputs that cannot be in one dataset, or for settings that mean nothing for them."""
     if not inputs.files:
         raise DataError(f"{inputs.description}: holds no file to read; name other files")
     formats = {file.format for file in inputs.files}
-    if formats & FIXED_ROWS and len(formats) > 1:
+    holds = {READERS[name].holds for name in formats}
+    if "rows" in holds and len(formats) > 1:
         raise DataError(
             f"{inputs.description}: {', '.join(sorted(formats))}: rows that are packed already go with nothing else: prepare them apart"
         )
-    if formats & FIXED_ROWS and (settings.packing == "best_fit" or settings.fim is not None):
+    if "rows" in holds and (settings.packing == "best_fit" or settings.fim is not None):
         raise DataError(f"{inputs.description}: rows that are packed already take no --packing best_fit and no --fim-rate: leave them out")
-    if formats & TOKENISED and settings.tokenizer == "trained":
+    if holds != {"text"} and settings.tokenizer == "trained":
         raise DataError(f"{inputs.description}: is tokenised already: name its tokenizer.json with --tokenizer")
     if settings.chunks is not None and settings.epochs > 1:
         raise DataError("--chunks and --epochs: a dataset has chunks, or its documents come several times; give one of them")

@@ -12,15 +12,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from weftrain.core.config import Count, Fim, PositiveInt, Section
 from weftrain.core.errors import RecipeError
 from weftrain.core.recipe_file import read_recipe_text, read_section
-from weftrain.data_prep.documents import Format
 from weftrain.data_prep.quality import Quality
+from weftrain.data_prep.readers.registry import READERS
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _known_format(name: str) -> str:
+    if name not in READERS:
+        raise ValueError(f"there is {', '.join(READERS)}")
+    return name
 
 
 class InputSection(Section):
@@ -31,7 +37,7 @@ class InputSection(Section):
 
     addresses: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
     source: str | None = None
-    format: Format | None = None
+    format: Annotated[str, AfterValidator(_known_format)] | None = None
     suffixes: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from weftrain.core import fsops
 from weftrain.core.dataset import FAILURES, INPUTS, MANIFEST, TOKENIZER, Manifest, ShardSet, read_manifest
 from weftrain.core.errors import DataError
-from weftrain.data_prep.input_files import file_system
+from weftrain.data_prep.files import file_system
 from weftrain.data_prep.plan import Progress, no_progress
 
 _BLOCK_BYTES = 1 << 24

@@ -16,7 +16,7 @@ import numpy as np
 
 from weftrain.data_prep.documents import Document, Failure, FileRead
 from weftrain.data_prep.plan import Plan, is_held_out, order_key
-from weftrain.data_prep.readers import read_part
+from weftrain.data_prep.shares import read_part
 from weftrain.data_prep.table_file import Table, write_table
 from weftrain.data_prep.tokenization import Counts, TextEncoder, encoder_for
 

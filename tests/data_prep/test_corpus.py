@@ -10,7 +10,8 @@ import pytest
 from weftrain.core.errors import DataError
 from weftrain.data_prep.corpus import DOCUMENTATION, LICENCE, SOURCES, documentation_text, embedded_inputs
 from weftrain.data_prep.documents import Document
-from weftrain.data_prep.readers import ReadOptions, read_part, split_parts
+from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.shares import read_part, split_parts
 
 
 def documents_of(folder: Path | None = None) -> list[tuple[str, Document]]:

@@ -14,9 +14,10 @@ from weftrain.core.dataset import ShardSet, open_set, read_manifest
 from weftrain.core.errors import DataError
 from weftrain.data_prep import plan
 from weftrain.data_prep.interchange import export_cerebras, export_megatron, whole_documents
+from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import Prepared, prepare
 from weftrain.data_prep.plan import Inputs
-from weftrain.data_prep.readers import ReadOptions, list_inputs
+from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.tokenization import TextEncoder
 
 S = 16

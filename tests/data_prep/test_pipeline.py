@@ -22,9 +22,10 @@ from weftrain.core.errors import DataError
 from weftrain.data_prep import fim, plan
 from weftrain.data_prep.corpus import embedded_inputs
 from weftrain.data_prep.executors import LocalExecutor, TaskExecutor
+from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import Prepared, prepare
 from weftrain.data_prep.plan import FimSettings, Inputs
-from weftrain.data_prep.readers import ReadOptions, list_inputs
+from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.tokenization import TextEncoder, load_encoder
 
 Run = Callable[..., Prepared]

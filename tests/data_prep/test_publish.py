@@ -11,10 +11,10 @@ import pytest
 
 from weftrain.core.dataset import ShardSet, read_manifest
 from weftrain.core.errors import DataError
+from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.publish import fetch, is_remote, publish, staging_folder
-from weftrain.data_prep.readers import list_inputs
 from weftrain.data_prep.tokenization import TextEncoder
 
 

@@ -11,10 +11,11 @@ import pytest
 
 from weftrain.core.errors import DataError
 from weftrain.data_prep import plan
+from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.quality import Decontaminate, LengthFilter, MinHash, Quality
-from weftrain.data_prep.readers import ReadOptions, list_inputs
+from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.tokenization import TextEncoder
 
 pytest.importorskip("datatrove", reason="datatrove is not installed: pip install 'weftrain[quality]'")

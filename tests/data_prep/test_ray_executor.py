@@ -13,10 +13,10 @@ import pytest
 from weftrain.core.errors import DataError
 from weftrain.data_prep import plan
 from weftrain.data_prep.executors import LocalExecutor, RayExecutor
+from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.plan import FimSettings, Inputs
 from weftrain.data_prep.ray_executor import run_on_ray
-from weftrain.data_prep.readers import list_inputs
 from weftrain.data_prep.tokenization import TextEncoder
 
 

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from weftrain.core.errors import DataError
 from weftrain.data_prep import read_options
 from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile
-from weftrain.data_prep.input_files import lines_before
-from weftrain.data_prep.readers import ReadOptions, list_inputs, read_part, split_parts
+from weftrain.data_prep.listing import list_inputs
+from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.shares import lines_before, read_part, split_parts
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -97,7 +98,7 @@ def test_suffixes_sources_and_patterns(tmp_path: Path) -> None:
             list_inputs(addresses, source=None)
     with pytest.raises(DataError, match=r"holds no file ending in \.go"):
         list_inputs([folder], source=None, suffixes=[".go"])
-    with pytest.raises(DataError, match="--format jsnl: there is jsonl"):
+    with pytest.raises(DataError, match="--format jsnl: there is amber"):
         list_inputs([folder], source=None, format="jsnl")
 
 

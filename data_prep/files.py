@@ -1,0 +1,76 @@
+"""Opening input files: local paths and any fsspec address, and telling whether one is still what was listed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import IO, Any
+
+from weftrain.core.errors import DataError
+from weftrain.data_prep.documents import InputFile
+
+BLOCK_BYTES = 1 << 20
+
+
+def is_local(address: str) -> bool:
+    return "://" not in address
+
+
+def file_system(address: str) -> tuple[Any, str]:
+    """fsspec's file system of an address, and the path there. Raises DataError."""
+    import fsspec
+
+    try:
+        system, root = fsspec.core.url_to_fs(address)
+    except (ValueError, ImportError, OSError) as error:
+        raise DataError(f"{address}: no such file system: {error}; install what it needs") from error
+    return system, root
+
+
+def open_address(address: str) -> IO[bytes]:
+    """The raw bytes of a local path or an address. Raises DataError."""
+    try:
+        if is_local(address):
+            return open(address, "rb")
+        import fsspec
+
+        opened: IO[bytes] = fsspec.open(address, "rb").open()
+        return opened
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"{address}: cannot be read: {error}") from error
+
+
+def check_unchanged(file: InputFile) -> None:
+    """Raises DataError where a file is no longer what was listed."""
+    try:
+        if is_local(file.address):
+            status = os.stat(file.address)
+            same = (status.st_size, status.st_mtime_ns) == (file.num_bytes, file.modified_ns)
+        else:
+            system, path = file_system(file.address)
+            same = int(system.size(path)) == file.num_bytes
+    except OSError as error:
+        raise DataError(f"{file.address}: cannot be read: {error}") from error
+    if not same:
+        raise changed(file)
+
+
+def changed(file: InputFile) -> DataError:
+    return DataError(f"{file.address}: changed while it was read; run again when nobody writes to it")
+
+
+def range_sha256(file: InputFile, begin: int, end: int, beside: bytes = b"") -> str:
+    """SHA-256 of `beside` followed by bytes [begin, end) of a file, in hexadecimal. Raises DataError where the file ends before."""
+    digest = hashlib.sha256(beside)
+    try:
+        with open_address(file.address) as opened:
+            opened.seek(begin)
+            left = end - begin
+            while left and (block := opened.read(min(left, BLOCK_BYTES))):
+                digest.update(block)
+                left -= len(block)
+    except OSError as error:
+        raise DataError(f"{file.address}: cannot be read: {error.strerror or error}") from error
+    if left:
+        raise changed(file)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Reading input files: one module a format, and the registry of them."""

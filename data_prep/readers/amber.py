@@ -1,0 +1,50 @@
+"""Amber's released rows: JSON lines of `token_ids`, each of sequence_length + 1 ids."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from weftrain.data_prep.documents import Document, Failure, InputFile, Share
+from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.contract import Probe, Reader, Records, wrong_length
+from weftrain.data_prep.readers.json_lines import names_lines
+from weftrain.data_prep.readers.lines import parse_object, read_lines
+
+_MAX_ID = (1 << 31) - 1
+
+
+def amber_rows(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
+    """`{"token_ids": [sequence_length + 1 ints], "source": "c4"}` a line."""
+    lines = read_lines(file, share)
+    while True:
+        try:
+            number, line = next(lines)
+        except StopIteration as stop:
+            records: int = stop.value
+            return records
+        if line is not None and not line.strip():
+            continue
+        value = parse_object(line)
+        if isinstance(value, str):
+            yield Failure(index, number, value)
+            continue
+        ids, source = value.get("token_ids"), value.get("source", file.source)
+        if not isinstance(ids, list) or not all(type(number_) is int and 0 <= number_ <= _MAX_ID for number_ in ids):
+            yield Failure(index, number, "field 'token_ids' is not a list of token ids; each must be an integer from 0 on")
+        elif (wrong := wrong_length(len(ids), options)) is not None:
+            yield Failure(index, number, wrong)
+        elif not isinstance(source, str) or not source:
+            yield Failure(index, number, "field 'source' is not a source's name")
+        else:
+            yield Document(index, number, source, None, np.array(ids, np.int32))
+
+
+def _holds_token_ids(probe: Probe) -> bool:
+    """Whether the first line is a tokenised row. Of a compressed file only --format says so."""
+    if not names_lines(probe) or probe.compressed:
+        return False
+    line = probe.head.partition(b"\n")[0]
+    return b'"token_ids"' in line and b'"text"' not in line
+
+
+READER = Reader(name="amber", holds="rows", read=amber_rows, detect=_holds_token_ids, by_bytes=True)

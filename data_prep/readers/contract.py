@@ -1,0 +1,99 @@
+"""What a format is: how a file of it is told from others, how it is cut into shares, and how the documents of a share are read.
+
+A new format is one module that makes a `Reader`, and one line in registry.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from weftrain.core.errors import DataError
+from weftrain.data_prep.compression import BROKEN_ARCHIVE, compression_of, open_decompressed, plain_name
+from weftrain.data_prep.documents import Document, Failure, InputFile, Share
+from weftrain.data_prep.files import is_local
+from weftrain.data_prep.read_options import ReadOptions
+
+Records = Generator[Document | Failure, None, int]  # returns how many records the share holds, failed and empty ones too
+HEAD_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A file whose format is asked for. name: as messages have it, below the folder it was found in. address: where it is opened."""
+
+    name: str
+    address: str
+
+    @property
+    def plain_name(self) -> str:
+        """The name in lower case, without the suffix of its compression."""
+        return plain_name(self.name.lower())
+
+    @property
+    def compressed(self) -> bool:
+        return compression_of(self.name) is not None
+
+    @cached_property
+    def head(self) -> bytes:
+        """The first HEAD_BYTES, decompressed; what can be read of a damaged archive. Raises DataError for a file that cannot be opened."""
+        with open_decompressed(self.address) as opened:
+            try:
+                return opened.read(HEAD_BYTES)
+            except BROKEN_ARCHIVE:
+                return b""
+
+    def has_beside(self, suffix: str) -> bool:
+        """Whether a local file of the same name with another suffix lies beside."""
+        return is_local(self.address) and Path(self.address).with_suffix(suffix).exists()
+
+
+def one_unit(file: InputFile) -> int:
+    """num_units of a format whose files are read whole."""
+    return 1
+
+
+def nothing_beside(file: InputFile) -> bytes:
+    """beside of a format whose files stand alone."""
+    return b""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A format. name: as in `--format NAME`. holds: text to encode; token ids of documents; or rows of sequence_length + 1 ids.
+
+    detect(probe): whether a file is of this format. goes_with(probe): whether it belongs to another file of this format, and is read
+    with it. by_bytes: a share counts bytes, and a record belongs to the share that it begins in; else shares count num_units(file), which
+    is 1 where a file cannot be cut. read: the documents of a share, in order; it may raise OSError, and DataError for a file damaged as a
+    whole. beside(file): bytes that are read besides the file's own and hashed with its first share.
+    """
+
+    name: str
+    holds: Literal["text", "tokens", "rows"]
+    read: Callable[[int, InputFile, Share, ReadOptions], Records]
+    detect: Callable[[Probe], bool]
+    goes_with: Callable[[Probe], bool] = lambda probe: False
+    by_bytes: bool = False
+    num_units: Callable[[InputFile], int] = one_unit
+    beside: Callable[[InputFile], bytes] = nothing_beside
+
+
+def wrong_length(length: int, options: ReadOptions) -> str | None:
+    """What is wrong with a row of `length` ids, or None."""
+    if options.sequence_length is None or length == options.sequence_length + 1:
+        return None
+    return f"holds {length} token ids, not {options.sequence_length} + 1; give --sequence-length {length - 1} if all rows are so long"
+
+
+def local_only(file_or_address: str, what: str) -> None:
+    """Raises DataError for an address of another file system."""
+    if not is_local(file_or_address):
+        raise DataError(f"{file_or_address}: {what} are read from local folders only; copy them here first")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,36 @@
+"""The formats that are read: telling which one a file is of, and finding its reader."""
+
+from __future__ import annotations
+
+from weftrain.core.errors import DataError
+from weftrain.data_prep.readers import amber, cerebras, json_lines, megatron, parquet, text
+from weftrain.data_prep.readers.contract import Probe, Reader
+
+# In the order in which they are asked whether a file is theirs.
+READERS: dict[str, Reader] = {
+    reader.name: reader
+    for reader in (
+        amber.READER,
+        json_lines.READER,
+        parquet.READER,
+        cerebras.ROWS,
+        cerebras.CORPUS,
+        megatron.READER,
+        text.PYTHON,
+        text.TEXT,
+    )
+}
+
+
+def reader_named(name: str) -> Reader:
+    """Raises DataError for a format that there is none of."""
+    if name not in READERS:
+        raise DataError(f"--format {name}: there is {', '.join(READERS)}")
+    return READERS[name]
+
+
+def detect(probe: Probe) -> Reader | None:
+    """The format of a file; None for one that is read with another, as Megatron's index is. Raises DataError."""
+    if any(reader.goes_with(probe) for reader in READERS.values()):
+        return None
+    return next(reader for reader in READERS.values() if reader.detect(probe))

@@ -1,0 +1,51 @@
+"""Plain text, a file a document; and the modules of the embedded corpus."""
+
+from __future__ import annotations
+
+import hashlib
+
+from weftrain.core.errors import DataError
+from weftrain.data_prep import corpus
+from weftrain.data_prep.compression import BROKEN_ARCHIVE, open_decompressed
+from weftrain.data_prep.documents import Document, Failure, InputFile, Share
+from weftrain.data_prep.files import open_address
+from weftrain.data_prep.normalisation import normalise
+from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.contract import Reader, Records
+
+
+def plain_text(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
+    """A file, a document."""
+    try:
+        with open_decompressed(file.address) as opened:
+            data = opened.read(options.max_line_bytes + 1)
+    except BROKEN_ARCHIVE as error:
+        raise DataError(f"{file.address}: damaged or truncated: {error}; copy it again") from error
+    if len(data) > options.max_line_bytes:
+        yield Failure(index, 0, f"holds more than {options.max_line_bytes:,} bytes in one document; split it")
+        return 1
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start)
+        yield Failure(index, line, f"byte {error.start} is not UTF-8 ({error.reason}); convert the file to UTF-8")
+        return 1
+    yield Document(index, 0, file.source, normalise(text, options.normalise))
+    return 1
+
+
+def python_source(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
+    """A module of the embedded corpus: its source, and its documentation strings where they are long enough."""
+    with open_address(file.address) as opened:
+        text = corpus.source_text(opened.read(), file.address)
+    yield Document(index, 0, corpus.SOURCES, text)
+    documentation = corpus.documentation_text(text, file.name)
+    if len(documentation) >= corpus.MIN_DOCUMENTATION_CHARACTERS:
+        owner = hashlib.sha256(text.encode()).digest()
+        yield Document(index, 1, corpus.DOCUMENTATION, documentation, belongs_to=owner)
+    return 2
+
+
+# What no other format claims is text; nothing is told to be a module of the embedded corpus, whose list names them.
+TEXT = Reader(name="text", holds="text", read=plain_text, detect=lambda probe: True)
+PYTHON = Reader(name="python", holds="text", read=python_source, detect=lambda probe: False)

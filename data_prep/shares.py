@@ -1,0 +1,93 @@
+"""How inputs are cut into shares and parts, and reading a part: documents in order, what could not be read, what each share held.
+
+A part is a function of the files' names and sizes, and of the number of units in those that are not cut by bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from weftrain.core.errors import DataError
+from weftrain.data_prep.compression import compression_of
+from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile, Part, Share
+from weftrain.data_prep.files import BLOCK_BYTES, check_unchanged, open_address, range_sha256
+from weftrain.data_prep.normalisation import check_normalisations
+from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.registry import READERS
+
+
+def is_cut_by_bytes(file: InputFile) -> bool:
+    return READERS[file.format].by_bytes and compression_of(file.address) is None
+
+
+def split_parts(files: Sequence[InputFile], part_bytes: int) -> list[Part]:
+    """Files in order, as parts of about `part_bytes`: small ones together, large ones that can be cut as several. Raises DataError."""
+    parts: list[Part] = []
+    shares: list[Share] = []
+    held = 0
+    for index, file in enumerate(files):
+        for share, size in _shares(index, file, part_bytes):
+            if shares and held + size > part_bytes:
+                parts.append(Part(tuple(shares)))
+                shares, held = [], 0
+            shares.append(share)
+            held += size
+    if shares:
+        parts.append(Part(tuple(shares)))
+    return parts
+
+
+def _shares(index: int, file: InputFile, part_bytes: int) -> Iterator[tuple[Share, int]]:
+    """A file's shares and about how many bytes each reads."""
+    pieces = max(1, -(-file.num_bytes // part_bytes))
+    units = file.num_bytes if is_cut_by_bytes(file) else READERS[file.format].num_units(file) if pieces > 1 else 1
+    pieces = min(pieces, max(1, units))
+    if not is_cut_by_bytes(file) and pieces == 1:
+        yield Share(index, 0, -1), file.num_bytes
+        return
+    for piece in range(pieces):
+        yield Share(index, units * piece // pieces, units * (piece + 1) // pieces), file.num_bytes // pieces
+
+
+def share_bytes(file: InputFile, share: Share) -> int:
+    """Bytes of the file that a share reads; of one that counts something else, the whole file's."""
+    return share.end - share.begin if is_cut_by_bytes(file) else file.num_bytes
+
+
+def lines_before(file: InputFile, share: Share) -> int:
+    """How many lines of a file begin before its share does; 0 for one that is not cut by bytes. Raises DataError."""
+    if not is_cut_by_bytes(file) or not share.begin:
+        return 0
+    lines, left, last = 0, share.begin, b""
+    with open_address(file.address) as opened:
+        while left and (block := opened.read(min(left, BLOCK_BYTES))):
+            lines, left, last = lines + block.count(b"\n"), left - len(block), block[-1:]
+    return lines + (last != b"\n")  # the line in which the share begins belongs to the one before
+
+
+def share_sha256(file: InputFile, share: Share) -> str:
+    """SHA-256 of a share's raw bytes: the range itself, or the same proportion of the file's bytes where a share counts something else.
+
+    What is read beside the file, as Megatron's index, goes with the first share. Raises DataError.
+    """
+    begin, end, reader = share.begin, share.end, READERS[file.format]
+    beside = reader.beside(file) if begin == 0 else b""
+    if not is_cut_by_bytes(file):
+        units = max(1, reader.num_units(file)) if end != -1 else 1
+        begin, end = file.num_bytes * begin // units, file.num_bytes * (end if end != -1 else 1) // units
+    return range_sha256(file, begin, end, beside)
+
+
+def read_part(files: Sequence[InputFile], part: Part, options: ReadOptions) -> Iterator[Document | Failure | FileRead]:
+    """Everything of a part, in order; a FileRead ends each share. Raises DataError for a file that cannot be read, or that changed."""
+    check_normalisations(options.normalise)
+    for share in part.shares:
+        file = files[share.file]
+        check_unchanged(file)
+        try:
+            records = yield from READERS[file.format].read(share.file, file, share, options)
+        except OSError as error:
+            raise DataError(f"{file.address}: cannot be read: {error.strerror or error}") from error
+        sha256 = share_sha256(file, share)
+        check_unchanged(file)
+        yield FileRead(share, records, sha256)
