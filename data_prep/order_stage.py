@@ -8,6 +8,7 @@ and, for best-fit rows, padding; once for every epoch, and once for the held-out
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.dataset import FAILURES, merkle_root
 from weftrain.core.errors import DataError
 from weftrain.core.shards import ID_BYTES
-from weftrain.data_prep import fim
+from weftrain.data_prep import fim, marks
 from weftrain.data_prep.packing import best_fit_rows, split
 from weftrain.data_prep.plan import Plan
 from weftrain.data_prep.table_file import Table, write_table
@@ -157,6 +158,8 @@ def order_bucket(plan: Plan, index: int) -> None:
         stream = _transformed(plan, gathered, chosen, epoch, encoder)
         if plan.settings.packing == "best_fit" and not plan.fixed_rows:
             stream = _best_fit(plan, stream, len(found["sources"]), encoder)
+        if plan.fixed_rows and stream.masks:
+            stream = _split_rows(stream, len(found["sources"]))
         arrays |= _arrays(name, stream, encoder)
         note["documents"][name] = len(chosen)
         note["tokens"][name] = sum(len(tokens) for tokens in stream.tokens)
@@ -276,6 +279,27 @@ def _best_fit(plan: Plan, stream: _Stream, padding_source: int, encoder: TextEnc
             padding = np.full(left, encoder.eos_id, encoder.dtype)
             packed.add(padding, np.zeros(left, np.uint8), bytes(ID_BYTES), (padding_source, -1, -1, 0, 0, 0))
     return packed
+
+
+def _split_rows(stream: _Stream, padding_source: int) -> _Stream:
+    """Rows as they are, with the documents and the padding that their marks tell apart as entries of their own.
+
+    A document that shares its row with others has the SHA-256 of its own ids, as int32, for its identity.
+    """
+    split_up = _Stream()
+    for tokens, mark, identity, row in zip(stream.tokens, stream.masks, stream.ids, stream.rows, strict=True):
+        found = list(marks.pieces(mark))
+        shared = sum(not piece.padding for piece in found) > 1
+        for start, stop, padding in found:
+            mask = mark[start:stop] & marks.LOSS
+            if padding:
+                split_up.add(tokens[start:stop], mask, bytes(ID_BYTES), (padding_source, -1, -1, 0, 0, 0))
+            else:
+                own = hashlib.sha256(tokens[start:stop].astype("<i4").tobytes()).digest()[:ID_BYTES] if shared else identity
+                split_up.add(tokens[start:stop], mask, own, row[1:])
+    if all(mask.all() for mask in split_up.masks):
+        split_up.masks.clear()
+    return split_up
 
 
 def _arrays(name: str, stream: _Stream, encoder: TextEncoder) -> dict[str, np.ndarray]:

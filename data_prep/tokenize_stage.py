@@ -92,7 +92,7 @@ def _take_tokens(rows: _Rows, document: Document, encoder: TextEncoder, plan: Pl
         reason = f"token ids {tokens.min()}..{tokens.max()} do not fit the tokenizer's {encoder.vocab_size}: name the tokenizer they are of"
         rows.failures.append([document.file, document.record, reason])
         return
-    mask = document.loss_mask
+    mask = document.marks
     if not plan.fixed_rows and tokens.size and tokens[-1] == encoder.eos_id:
         tokens, mask = tokens[:-1], None if mask is None else mask[:-1]
     _take(rows, document, hashlib.sha256(tokens.astype("<i4").tobytes()).digest(), tokens.size * encoder.dtype.itemsize, plan)

@@ -1,4 +1,17 @@
-"""Cerebras HDF5 in both forms: rows of (N, 3, S), and a "corpus" of rank 1. Read without trust, through core/untrusted_hdf5.py."""
+"""Cerebras HDF5: rows of (N, 3, S), packed rows of variable lengths (N, 5, S), and a "corpus" of rank 1.
+
+The planes are input ids, loss mask, labels, and of (N, 5, S) attention_span and position_ids, as the Model Zoo's data_preprocessing writes
+them. A row becomes the S + 1 ids whose inputs and labels are the planes':
+
+- Padding is the end of a row where no label bears loss and ids and labels are all one id.
+- Before it, every label that bears loss must be the next id; where a label bears none, ids and labels are not compared, and the ids stand.
+- The last label before the padding is kept: it is the text's last token, in whose place the input ids have padding already. No loss
+  depends on the padding id that it replaces.
+- A document of (N, 5, S) begins where position_ids is 0, and attention_span falls to 0 where it ends. Files whose two planes hold zeros
+  alone tell no documents apart.
+
+The files are read without trust, through core/untrusted_hdf5.py.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +24,18 @@ from weftrain.core.errors import DataError
 from weftrain.core.untrusted_hdf5 import HDF5_ERRORS, UntrustedFileError, open_dataset
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.files import is_local
+from weftrain.data_prep.marks import BEGINS, LOSS, PADDING
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, one_line, wrong_length
 
 _MAX_ID = (1 << 31) - 1
-_HDF5_ROWS = 256  # read at once
+_READ_BYTES = 8 << 20  # of rows, read at once
+_FORMS = tuple((dtype, rank) for rank in (3, 1) for dtype in ("<i4", "<u2", "<u4", "<i8"))
+_PLANES = (3, 5)
 
 
 class _Hdf5:
-    """`data` of an HDF5 file, checked: (N, 3, S) int32, or rank 1 of uint16, int32 or int64."""
+    """`data` of an HDF5 file, checked: (N, 3, S), (N, 5, S) or rank 1, of uint16, int32, uint32 or int64."""
 
     def __init__(self, address: str) -> None:
         if not is_local(address):
@@ -36,14 +52,14 @@ class _Hdf5:
             size = os.stat(self._address).st_size
             if "data" not in self._file:
                 raise UntrustedFileError("data", "is missing")
-            for dtype, rank in (("<i4", 3), ("<u2", 1), ("<i4", 1), ("<i8", 1)):
+            for dtype, rank in _FORMS:
                 try:
                     data = open_dataset(self._file, "data", np.dtype(dtype), rank, size)
                 except UntrustedFileError as error:
                     problem = str(error) if not problem or ("has type" not in str(error) and "has rank" not in str(error)) else problem
                     continue
-                if rank == 3 and data.shape[1] != 3:
-                    raise UntrustedFileError("data", f"has shape {data.shape}, not (N, 3, S)")
+                if rank == 3 and data.shape[1] not in _PLANES:
+                    raise UntrustedFileError("data", f"has shape {data.shape}, not (N, 3, S) or (N, 5, S)")
                 count = self._file.attrs.get("n_examples")
                 if rank == 3 and count is not None and int(count) != data.shape[0]:
                     raise UntrustedFileError("n_examples", f"is {int(count)}, 'data' has {data.shape[0]} rows")
@@ -60,31 +76,81 @@ class _Hdf5:
         self._file.close()
 
     def _refusal(self, problem: str) -> DataError:
-        return DataError(f"{self._address}: {problem}; copy it again, or name files with (N, 3, S) int32 or rank-1 'data'")
+        return DataError(
+            f"{self._address}: {problem}; copy it again, or name files with integer 'data' of (N, 3, S), (N, 5, S) or of one dimension"
+        )
 
 
 def cerebras_rows(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """Rows of (N, 3, S): input ids, loss mask, labels that are the ids shifted by one."""
+    """Rows of (N, 3, S) or (N, 5, S)."""
     with _Hdf5(file.address) as data:
         begin, end = share.begin, share.end if share.end != -1 else data.shape[0]
         if (wrong := wrong_length(data.shape[2] + 1, options)) is not None:
             raise DataError(f"{file.address}: {wrong}")
-        for first in range(begin, end, _HDF5_ROWS):
-            rows = _read(file, data, first, min(first + _HDF5_ROWS, end))
-            for offset, (ids, mask, labels) in enumerate(rows):
+        step = max(1, _READ_BYTES // max(1, data.dtype.itemsize * data.shape[1] * data.shape[2]))
+        for first in range(begin, end, step):
+            for offset, planes in enumerate(_read(file, data, first, min(first + step, end))):
                 number = first + offset - begin
-                tokens = np.append(ids, labels[-1])
-                if not np.array_equal(ids[1:], labels[:-1]):
-                    place = int(np.argmax(ids[1:] != labels[:-1]))
-                    yield Failure(
-                        index, number, f"the label at {place} is {labels[place]}, the next id {ids[place + 1]}: not shifted by one"
-                    )
-                elif tokens.min() < 0 or mask.min() < 0 or mask.max() > 1:
-                    yield Failure(index, number, "holds a negative id, or a loss mask other than 0 and 1")
+                row = _row(planes.astype(np.int64))
+                if isinstance(row, str):
+                    yield Failure(index, number, row)
                 else:
-                    whole = bool(mask.all())
-                    yield Document(index, number, file.source, None, tokens, None if whole else np.append(True, mask.astype(np.bool_)))
+                    tokens, marks = row
+                    yield Document(index, number, file.source, None, tokens, marks)
     return end - begin
+
+
+def _row(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray | None] | str:
+    """Planes int64 [3 or 5, S] -> int32 [S + 1] ids and their marks, None where every token bears loss; or what is wrong."""
+    ids, mask, labels = planes[:3]
+    if mask.min() < 0 or mask.max() > 1:
+        return "holds a loss mask other than 0 and 1"
+    bears = mask == 1
+    if not bears.any() and (ids[1:] != ids[-1]).any():
+        return "bears no loss anywhere, and is no padding either; a mask that is inverted (inverted_mask) is not read"
+    text = _text_length(planes)
+    wrong = bears[:-1] & (ids[1:] != labels[:-1])
+    if wrong[: max(0, text - 1)].any():
+        place = int(np.argmax(wrong))
+        return f"the label at {place} is {labels[place]}, the next id {ids[place + 1]}: not shifted by one"
+    tokens = np.append(ids, ids[-1])
+    if text and (bears[text - 1] or labels[text - 1] >= 0):
+        tokens[text] = labels[text - 1]
+    if tokens.min() < 0 or tokens.max() > _MAX_ID:
+        return f"holds the id {tokens.min()} or {tokens.max()}, which is none"
+    begins = _begins(planes, text) if len(planes) > 3 else None
+    if isinstance(begins, str):
+        return begins
+    if bears.all() and begins is None:
+        return tokens.astype(np.int32), None
+    marks = np.append(True, bears) * np.uint8(LOSS)
+    marks[text + 1 :] |= PADDING
+    if begins is not None:
+        marks[begins] |= BEGINS
+    return tokens.astype(np.int32), marks.astype(np.uint8)
+
+
+def _text_length(planes: np.ndarray) -> int:
+    """How many of a row's inputs stand before its padding."""
+    ids, mask, labels = planes[:3]
+    padding = (mask == 0) & (ids == ids[-1]) & (labels == ids[-1]) & (planes[3:] == 0).all(axis=0)
+    return len(ids) - int(np.argmin(padding[::-1])) if not padding.all() else 0
+
+
+def _begins(planes: np.ndarray, text: int) -> np.ndarray | str | None:
+    """Where documents begin, rising from 0; None where the planes tell none apart; or what is wrong with them."""
+    span, position = planes[3, :text], planes[4, :text]
+    if not text or not (span.any() or position.any()):
+        return None
+    begins = np.flatnonzero(position == 0)
+    if not len(begins) or begins[0]:
+        return f"position_ids begin with {position[0]}, not 0"
+    lengths = np.diff(np.append(begins, text))
+    inside = np.arange(text) - np.repeat(begins, lengths)
+    if (position != inside).any() or (span != np.repeat(lengths, lengths) - 1 - inside).any():
+        place = int(np.argmax((position != inside) | (span != np.repeat(lengths, lengths) - 1 - inside)))
+        return f"position_ids and attention_span contradict each other at {place} ({position[place]} and {span[place]})"
+    return begins
 
 
 def corpus_rows(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
@@ -94,8 +160,9 @@ def corpus_rows(index: int, file: InputFile, share: Share, options: ReadOptions)
     with _Hdf5(file.address) as data:
         total = max(0, (data.shape[0] - 1) // length)
         begin, end = share.begin, share.end if share.end != -1 else total
-        for first in range(begin, end, _HDF5_ROWS):
-            last = min(first + _HDF5_ROWS, end)
+        step = max(1, _READ_BYTES // (data.dtype.itemsize * length))
+        for first in range(begin, end, step):
+            last = min(first + step, end)
             stream = _read(file, data, first * length, last * length + 1)
             for row in range(first, last):
                 start = (row - first) * length

@@ -1,0 +1,35 @@
+"""What is known of each token of a fixed row besides its id, one byte a token, so that it passes through every stage with the tokens.
+
+A row that arrives packed may hold several documents and end in padding. The stages carry the marks as one uint8 array; where rows are
+laid out, `pieces` tells the row's documents apart, and a shard keeps them in `doc_end`, which document attention reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+LOSS = 1  # the token, as a label, bears loss
+BEGINS = 2  # a document begins here; a row's first token begins one without it
+PADDING = 4  # the token is no text
+
+
+class Piece(NamedTuple):
+    """Tokens start..stop-1 of a row: a document of it, or its padding."""
+
+    start: int
+    stop: int
+    padding: bool
+
+
+def pieces(marks: np.ndarray) -> Iterator[Piece]:
+    """uint8 [n] marks of a row -> its documents and its padding, in order."""
+    is_padding = (marks & PADDING) != 0
+    begins = ((marks & BEGINS) != 0) & ~is_padding
+    begins[1:] |= is_padding[1:] != is_padding[:-1]
+    begins[:1] = True
+    starts = np.flatnonzero(begins).tolist()
+    for start, stop in zip(starts, [*starts[1:], len(marks)], strict=True):
+        yield Piece(start, stop, bool(is_padding[start]))
