@@ -1,6 +1,6 @@
 """A dataset's report: one HTML file that asks the network for nothing, drawn from dataset_stats.
 
-What a reader would get wrong: names and tokens come from the text and are escaped here, once, where they enter the page. There is no
+Names and tokens come from the text and are escaped here, once, where they enter the page. There is no
 script in it, so the page looks the same wherever it is opened.
 """
 
@@ -45,8 +45,8 @@ def report_html(stats: DatasetStats, decode: Callable[[int], str]) -> str:
     """The page as text."""
     manifest = stats.manifest
     sections = [
-        _section("In short", f"<pre><code>{escape(chr(10).join(stats_lines(stats)[: -len(stats.tokens_by_source) or None]))}</code></pre>"),
-        _section("Tokens by source", _bars([(name, count) for name, count in stats.tokens_by_source.items()], "source", "tokens")),
+        _section("In short", f"<pre><code>{escape(chr(10).join(stats_lines(stats)))}</code></pre>"),
+        _section("Tokens by source", _bars(_sources(stats), "source", "tokens")),
         _section("Document lengths", _bars(_lengths(stats), "tokens", "documents")),
         _section("Documents", _bars(_documents(stats), "", "documents")),
     ]
@@ -76,6 +76,11 @@ def _bars(rows: Sequence[tuple[str, int]], left: str, right: str) -> str:
         for name, count in rows
     )
     return f'<table><tr><th>{escape(left)}</th><th></th><th class="n">{escape(right)}</th><th class="n">share</th></tr>{lines}</table>'
+
+
+def _sources(stats: DatasetStats) -> list[tuple[str, int]]:
+    others = [(f"{stats.other_sources:,} more", stats.other_tokens)] if stats.other_sources else []
+    return [*stats.tokens_by_source.items(), *others]
 
 
 def _lengths(stats: DatasetStats) -> list[tuple[str, int]]:
@@ -135,6 +140,7 @@ def _chain(stats: DatasetStats) -> str:
     entry = manifest.sets["train" if stats.set_name == "train" else "heldout"]
     rows = [
         (f"{manifest.corpus.files:,} input files (inputs.jsonl)", manifest.inputs_sha256),
+        (f"{manifest.num_sources:,} sources (sources.jsonl)", manifest.sources_sha256),
         ("corpus, the root over their bytes", manifest.corpus.sha256),
         ("tokenizer.json", manifest.tokenizer_sha256),
         *((f"{shard.file}, {shard.n_examples:,} rows", shard.digest) for shard in entry.shards[:12]),

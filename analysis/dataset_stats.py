@@ -1,6 +1,6 @@
 """What a prepared dataset holds, in numbers: counted from its shards, one after the other, and from its manifest.
 
-What a reader would get wrong: document lengths are those of the pieces in the shards, so a document that a shard's end cuts counts as
+Document lengths are those of the pieces in the shards, so a document that a shard's end cuts counts as
 two; the manifest's own counts, which are printed beside them, are of whole documents.
 """
 
@@ -12,22 +12,26 @@ from pathlib import Path
 
 import numpy as np
 
-from weftrain.core.dataset import Manifest, open_set
+from weftrain.core.dataset import Manifest, open_set, open_sources
 
 LENGTH_EDGES = np.concatenate([[0], 2 ** np.arange(0, 27)])  # tokens
+SHOWN_SOURCES = 20  # a dataset may have a million
 
 
 @dataclass(frozen=True)
 class DatasetStats:
     """Of one set. length_counts: documents by length, int64, in LENGTH_EDGES. token_counts: int64 [vocab_size]. fim: documents by mode.
 
-    tokens_by_source: of what lies in the shards, padding apart. bytes_per_token: of the files, all in all.
+    tokens_by_source: of what lies in the shards, padding apart: the SHOWN_SOURCES largest. other_sources, other_tokens: how many sources
+    more there are, and what they hold together. bytes_per_token: of the files, end to end.
     """
 
     manifest: Manifest
     set_name: str
     documents: int
     tokens_by_source: dict[str, int]
+    other_sources: int
+    other_tokens: int
     length_counts: np.ndarray
     length_quantiles: dict[str, int]
     token_counts: np.ndarray
@@ -40,7 +44,7 @@ def dataset_stats(folder: Path, set_name: str = "train", progress: Callable[[int
     """Count a set, a shard in memory at a time; every block is verified on the way. progress(shards so far, shards). Raises DataError."""
     manifest, shards = open_set(folder, set_name)
     lengths: list[np.ndarray] = []
-    by_source: dict[str, int] = {}
+    by_source = np.zeros(manifest.num_sources, np.int64)
     token_counts = np.zeros(manifest.vocab_size, np.int64)
     modes = np.zeros(3, np.int64)
     padding = total = 0
@@ -50,10 +54,7 @@ def dataset_stats(folder: Path, set_name: str = "train", progress: Callable[[int
         real = table.file >= 0
         padding += int(length[~real].sum())
         lengths.append(length[real].astype(np.int32))
-        for index, name in enumerate(table.sources):
-            count = int(length[real & (table.source == index)].sum())
-            if count:
-                by_source[name] = by_source.get(name, 0) + count
+        by_source += np.bincount(table.source[real], length[real], manifest.num_sources).astype(np.int64)
         if table.fim is not None:
             modes += np.bincount(table.fim.mode[real], minlength=3)
         stop = int(table.end[-1])
@@ -62,13 +63,18 @@ def dataset_stats(folder: Path, set_name: str = "train", progress: Callable[[int
             token_counts += np.bincount(reader.tokens(start, min(start + (1 << 22), stop)), minlength=manifest.vocab_size)
         if progress is not None:
             progress(number, len(shards.entry.shards))
+    sources = open_sources(folder, manifest)
+    largest = np.argsort(-by_source, kind="stable")[:SHOWN_SOURCES]
+    largest = largest[by_source[largest] > 0]
     joined = np.concatenate(lengths)
     quantiles = {name: int(np.quantile(joined, share)) for name, share in (("p10", 0.1), ("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
     return DatasetStats(
         manifest=manifest,
         set_name=set_name,
         documents=len(joined),
-        tokens_by_source=dict(sorted(by_source.items(), key=lambda entry: -entry[1])),
+        tokens_by_source={sources[index].name: int(by_source[index]) for index in largest.tolist()},
+        other_sources=max(0, int(np.count_nonzero(by_source)) - SHOWN_SOURCES),
+        other_tokens=int(by_source.sum() - by_source[largest].sum()),
         length_counts=np.histogram(joined, LENGTH_EDGES)[0],
         length_quantiles=quantiles | {"mean": round(float(joined.mean())), "max": int(joined.max())},
         token_counts=token_counts,
@@ -79,7 +85,7 @@ def dataset_stats(folder: Path, set_name: str = "train", progress: Callable[[int
 
 
 def stats_lines(stats: DatasetStats) -> list[str]:
-    """The numbers as lines of text."""
+    """The numbers as lines of text, those of the sources apart."""
     manifest, entry = stats.manifest, stats.manifest.sets["train" if stats.set_name == "train" else "heldout"]
     counts, corpus = manifest.documents, manifest.corpus
     lines = [
@@ -94,6 +100,9 @@ def stats_lines(stats: DatasetStats) -> list[str]:
         f"of padding, {entry.dropped_tokens:,} dropped at the end; {stats.bytes_per_token:.4f} bytes a token",
         "lengths      " + ", ".join(f"{name} {value:,}" for name, value in stats.length_quantiles.items()) + " tokens",
     ]
+    if manifest.inputs_skipped:
+        skipped = ", ".join(f"{count:,} {reason}" for reason, count in manifest.inputs_skipped.items())
+        lines.insert(3, f"left out     {sum(manifest.inputs_skipped.values()):,} files: {skipped}; inputs.jsonl names them")
     if len(entry.epochs) > 1:
         lines.append("epochs       " + ", ".join(f"{rows:,}" for rows in entry.epochs) + " rows")
     if manifest.chunks is not None:
@@ -102,6 +111,13 @@ def stats_lines(stats: DatasetStats) -> list[str]:
     if manifest.fim is not None:
         shares = ", ".join(f"{name} {count / max(1, sum(stats.fim.values())):.2%}" for name, count in stats.fim.items())
         lines.append(f"fim          {manifest.fim.mode}, rate {manifest.fim.rate}, SPM share {manifest.fim.spm_share}: {shares}")
-    total = sum(stats.tokens_by_source.values())
-    lines += [f"source       {name:<24} {count:>16,} tokens {count / total:8.3%}" for name, count in stats.tokens_by_source.items()]
     return lines
+
+
+def source_lines(stats: DatasetStats) -> list[str]:
+    """The largest sources as lines of text, and what the others hold."""
+    total = sum(stats.tokens_by_source.values()) + stats.other_tokens
+    rows = [(name, count) for name, count in stats.tokens_by_source.items()]
+    if stats.other_sources:
+        rows.append((f"{stats.other_sources:,} more", stats.other_tokens))
+    return [f"source       {name:<24} {count:>16,} tokens {count / total:8.3%}" for name, count in rows]

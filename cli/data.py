@@ -36,30 +36,32 @@ def _console() -> Console:
 @_SET
 def stats(folder: Path, set_name: str) -> None:
     """Print what the dataset in FOLDER holds: tokens by source, lengths, padding, FIM, duplicates."""
-    from weftrain.analysis.dataset_stats import dataset_stats, stats_lines
+    from weftrain.analysis.dataset_stats import dataset_stats, source_lines, stats_lines
 
     console = _console()
     with Bar(console, "count", 1) as bar:
         found = dataset_stats(folder, set_name, lambda done, total: bar.update(done, "shards", None, total))
-    for line in stats_lines(found):
+    for line in [*stats_lines(found), *source_lines(found)]:
         console.print(line, markup=False)
 
 
 @data.command()
 @_FOLDER
 def verify(folder: Path) -> None:
-    """Check every hash of the dataset in FOLDER: manifest, inputs, tokenizer, every block and file of every shard, the dataset ids."""
-    from weftrain.core.dataset import ShardSet, read_inputs, read_manifest
+    """Check every hash of the dataset in FOLDER: manifest, lists, tokenizer, every block and file of every shard, the dataset ids."""
+    from weftrain.core.dataset import ShardSet, read_manifest, verify_tables
 
     console = _console()
     manifest = read_manifest(folder)
-    files = len(read_inputs(folder, manifest))
+    verify_tables(folder, manifest)
     for name, entry in manifest.sets.items():
         shards = ShardSet(folder, manifest, name)
         with Bar(console, f"verify {name}", max(1, sum(shard.num_bytes for shard in entry.shards) // 1_000_000)) as bar:
             shards.verify(functools.partial(_megabytes, bar))
         console.print(f"{name:<8} {len(entry.shards):,} shards, {entry.n_examples:,} rows: whole, id {entry.id}", markup=False)
-    console.print(f"manifest, tokenizer and the list of {files:,} inputs agree", markup=False)
+    skipped = sum(manifest.inputs_skipped.values())
+    inputs = f"{manifest.corpus.files:,} inputs" + (f" ({skipped:,} more were left out)" if skipped else "")
+    console.print(f"manifest, tokenizer and the lists of {inputs} and of {manifest.num_sources:,} sources agree", markup=False)
 
 
 def _megabytes(bar: Bar, done: int, total: int) -> None:
@@ -79,11 +81,11 @@ def head(folder: Path, set_name: str, rows: int, first: int) -> None:
     manifest, shards = open_set(folder, set_name)
     if first >= shards.num_rows:
         raise DataError(f"{folder}: --from {first}: the set has rows 0..{shards.num_rows - 1}")
-    encoder = _encoder(folder)
+    origins, encoder = _Origins(folder, manifest), _encoder(folder)
     for row in range(first, min(first + rows, shards.num_rows)):
         file, within = shards.locate(row)
         console.print(f"row {row}  {file}:{within}", markup=False)
-        _print_row(console, folder, manifest, shards, encoder, row)
+        _print_row(console, origins, shards, encoder, row)
 
 
 def _encoder(folder: Path) -> TextEncoder:
@@ -94,24 +96,32 @@ def _encoder(folder: Path) -> TextEncoder:
     return load_encoder(folder / TOKENIZER, eos if isinstance(eos, str) else None, engine="tokenizers")
 
 
-def _print_row(console: Console, folder: Path, manifest: Manifest, shards: ShardSet, encoder: TextEncoder, row: int) -> None:
-    """The row's documents, each with its origin, and what of it is in the row."""
-    from weftrain.core.dataset import read_inputs
+class _Origins:
+    """Where documents came from, in words; the tables of inputs and sources are opened once."""
 
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        from weftrain.core.dataset import open_inputs, open_sources
+
+        self._inputs, self._sources = open_inputs(folder, manifest), open_sources(folder, manifest)
+
+    def line(self, stretch: Stretch) -> str:
+        from weftrain.core.dataset import source_name
+
+        place = "padding" if stretch.file < 0 else f"{self._inputs[stretch.file].name}:{stretch.record + 1}"
+        form = "" if stretch.fim is None or not stretch.fim[0] else f", {('', 'PSM', 'SPM')[stretch.fim[0]]} cut at {list(stretch.fim[1:])}"
+        source = source_name(self._sources, stretch.source)
+        return f"inputs {stretch.first}..{stretch.last}  {place}  source {source}, document {stretch.id.hex()}{form}"
+
+
+def _print_row(console: Console, origins: _Origins, shards: ShardSet, encoder: TextEncoder, row: int) -> None:
+    """The row's documents, each with its origin, and what of it is in the row."""
     ids, mask = shards.rows(np.array([row]))
-    names = [entry.name for entry in read_inputs(folder, manifest)]
     for stretch in shards.stretches(row):
-        console.print(f"  {_origin(stretch, names)}", markup=False)
+        console.print(f"  {origins.line(stretch)}", markup=False)
         text = encoder.decode(ids[0, stretch.first : stretch.last + 1])
         console.print("".join(f"    | {_visible(line)}\n" for line in text.split("\n")), markup=False, end="")
     if mask is not None and not mask.all():
         console.print(f"  {int((~mask).sum())} of {mask.size} labels bear no loss", markup=False)
-
-
-def _origin(stretch: Stretch, names: list[str]) -> str:
-    place = "padding" if stretch.file < 0 else f"{names[stretch.file]}:{stretch.record + 1}"
-    form = "" if stretch.fim is None or not stretch.fim[0] else f", {('', 'PSM', 'SPM')[stretch.fim[0]]} cut at {list(stretch.fim[1:])}"
-    return f"inputs {stretch.first}..{stretch.last}  {place}  source {stretch.source}, document {stretch.id.hex()}{form}"
 
 
 def _visible(text: str) -> str:
@@ -150,7 +160,7 @@ def where(recipe: str, overrides: tuple[str, ...], step: int, row: int) -> None:
     console.print(f"step {step}, row {row}{run_chunk}: source {found.source}, epoch {found.epoch}{chunk}", markup=False)
     console.print(f"  {found.folder / found.file}  row {found.row_in_shard}  (row {found.row_in_set} of the set)", markup=False)
     manifest = read_manifest(found.folder)
-    _print_row(console, found.folder, manifest, component.shards, _encoder(found.folder), found.row_in_set)
+    _print_row(console, _Origins(found.folder, manifest), component.shards, _encoder(found.folder), found.row_in_set)
 
 
 @data.command()

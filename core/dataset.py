@@ -1,7 +1,7 @@
-"""A prepared dataset: a folder with `manifest.json`, `tokenizer.json`, `inputs.jsonl` (the files it was made of, a line each) and the
-shards of its sets, `train/` and perhaps `heldout/`.
+"""A prepared dataset: a folder with `manifest.json`, `tokenizer.json`, `inputs.jsonl` (the files it was made of, a line each),
+`sources.jsonl` (what its documents are counted as, a line each) and the shards of its sets, `train/` and perhaps `heldout/`.
 
-What a reader would get wrong: the dataset id is a Merkle root over the shards' `digest`s, not over their files' SHA-256. A digest commits
+The dataset id is a Merkle root over the shards' `digest`s, not over their files' SHA-256. A digest commits
 to every token, document and mask, and is checked whenever a shard is opened, in milliseconds; so a shard swapped for another valid one is
 refused before step 0, which file hashes would need a day for at full scale. The SHA-256 are in the manifest too, for `sha256sum`.
 """
@@ -11,194 +11,68 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
-from weftrain.core.config import Count, PositiveInt, Scalar, Section, Sha256
+from weftrain.core.dataset_manifest import (
+    Chunks,
+    Corpus,
+    DocumentCounts,
+    FimPrepared,
+    InputEntry,
+    Manifest,
+    SetEntry,
+    SetName,
+    ShardEntry,
+    SourceEntry,
+    Tokenization,
+    merkle_root,
+    shard_file,
+)
 from weftrain.core.errors import DataError
+from weftrain.core.line_table import Lines, LineTable, WrittenLines, write_lines
 from weftrain.core.plain_file import read_plain, real_path
+from weftrain.core.shard_format import PADDING
 from weftrain.core.shards import ShardReader, Stretch
+
+__all__ = [
+    "Chunks",
+    "Corpus",
+    "DocumentCounts",
+    "FimPrepared",
+    "InputEntry",
+    "Manifest",
+    "SetEntry",
+    "SetName",
+    "ShardEntry",
+    "ShardSet",
+    "SourceEntry",
+    "Tokenization",
+    "merkle_root",
+    "shard_file",
+]
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 INPUTS = "inputs.jsonl"
+SOURCES = "sources.jsonl"
 FAILURES = "failures.jsonl"  # what could not be read, where anything could not
-VERSION = 2
+VERSION: Literal[3] = 3
 EAGER_SHARDS = 64
 _RESTORE = "put it back, or remove the dataset and prepare it again"
-
-SetName = Literal["train", "heldout"]
-
-
-class InputEntry(Section):
-    """A line of inputs.jsonl. sha256: of each share that was read, in order; one for most files."""
-
-    name: Annotated[str, Field(min_length=1)]
-    num_bytes: Count
-    sha256: Annotated[tuple[Sha256, ...], Field(strict=False)]
-
-
-class ShardEntry(Section):
-    file: Annotated[str, Field(pattern=r"^(train|heldout)/[0-9]{5,9}\.h5$")]
-    num_bytes: PositiveInt
-    sha256: Sha256  # of the file, as `sha256sum` prints it
-    digest: Sha256  # the shard's own, which the dataset id is made of
-    n_examples: PositiveInt
-
-
-class SetEntry(Section):
-    id: Sha256
-    n_examples: PositiveInt
-    tokens: PositiveInt  # n_examples x sequence_length: labels, each once
-    documents: PositiveInt
-    dropped_tokens: Count  # the tail that fills no row, or no chunk
-    padding_tokens: Count  # tokens that only fill a row
-    epochs: Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)]  # rows of each prepared epoch, one after the other
-    shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1, strict=False)]
-
-    @model_validator(mode="after")
-    def _check(self) -> SetEntry:
-        if self.n_examples != sum(shard.n_examples for shard in self.shards):
-            raise ValueError(f"n_examples {self.n_examples} is not the sum over the shards")
-        if self.n_examples != sum(self.epochs):
-            raise ValueError(f"n_examples {self.n_examples} is not the sum over the epochs")
-        if self.id != merkle_root([shard.digest for shard in self.shards]):
-            raise ValueError("the id is not the Merkle root of the shards' digests")
-        return self
-
-
-class Corpus(Section):
-    sha256: Sha256  # Merkle root over the hashes of all shares of all files
-    description: str
-    licence: str
-    files: PositiveInt
-    num_bytes: Count
-
-
-class DocumentCounts(Section):
-    read: PositiveInt
-    failed: Count  # could not be read; failures.jsonl lists them
-    duplicates: Count  # equal in every byte to an earlier one, left out
-    train: PositiveInt
-    heldout: Count
-
-
-class SourceEntry(Section):
-    """What of the training set one source is, in one epoch. tokens: with end tokens."""
-
-    name: str
-    documents: Count
-    num_bytes: Count
-    tokens: Count
-
-
-class FimPrepared(Section):
-    """Fill-in-the-middle as it was applied. mode: 'exact' cuts between tokens, 'released' as CrystalCoder's scripts did."""
-
-    rate: Annotated[float, Field(gt=0, le=1)]
-    spm_share: Annotated[float, Field(ge=0, le=1)]
-    mode: Literal["exact", "released"]
-    seed: Count
-
-
-class Tokenization(Section):
-    """Who encoded. The ids are the same whoever does. checked_documents: encoded twice and compared with the reference's."""
-
-    engine: Literal["tokenizers", "gigatoken"]
-    engine_version: str
-    reference_documents: Count
-    checked_documents: Count
-
-
-class Chunks(Section):
-    """Chunk c is rows [c * rows, (c + 1) * rows) of the training set and, where the batch size is known, whole steps."""
-
-    count: PositiveInt
-    rows: PositiveInt
-    global_batch_size: PositiveInt | None
-
-    def steps(self, chunk: int) -> tuple[int, int] | None:
-        """First step of a chunk and first step after it, for a run that reads this set alone."""
-        if self.global_batch_size is None:
-            return None
-        each = self.rows // self.global_batch_size
-        return chunk * each, (chunk + 1) * each
-
-
-class Manifest(Section):
-    """manifest.json, consistent in itself. `preparation` holds the settings that, with the corpus, determine every byte."""
-
-    format: Literal["weftrain-dataset"]
-    version: Literal[2]
-    name: Annotated[str, Field(min_length=1)]
-    tokenizer_sha256: Sha256  # of tokenizer.json
-    vocab_size: PositiveInt
-    eos_id: Count
-    sequence_length: PositiveInt
-    row_stride: PositiveInt
-    packing: Literal["concatenate", "best_fit", "rows"]
-    fim: FimPrepared | None
-    corpus: Corpus
-    inputs_sha256: Sha256  # of inputs.jsonl
-    tokenization: Tokenization
-    preparation: dict[str, Scalar | None]
-    documents: DocumentCounts
-    sources: Annotated[tuple[SourceEntry, ...], Field(min_length=1, strict=False)]
-    chunks: Chunks | None
-    train: SetEntry
-    heldout: SetEntry | None
-
-    @model_validator(mode="after")
-    def _check(self) -> Manifest:
-        for set_name, entry in self.sets.items():
-            if [shard.file for shard in entry.shards] != [shard_file(set_name, index) for index in range(len(entry.shards))]:
-                raise ValueError(f"{set_name}: the shards' files do not count up from {shard_file(set_name, 0)}")
-        if self.chunks is not None:
-            chunks = self.chunks
-            if chunks.count * chunks.rows != self.train.n_examples or len(self.train.epochs) > 1:
-                raise ValueError(f"chunks: {chunks.count} x {chunks.rows} rows are not the {self.train.n_examples} of one epoch")
-            if chunks.global_batch_size is not None and chunks.rows % chunks.global_batch_size:
-                raise ValueError(f"chunks: {chunks.rows} rows are no whole steps of {chunks.global_batch_size}")
-        return self
-
-    @property
-    def sets(self) -> dict[SetName, SetEntry]:
-        """'train', and 'heldout' where documents were held out."""
-        sets: dict[SetName, SetEntry] = {"train": self.train}
-        if self.heldout is not None:
-            sets["heldout"] = self.heldout
-        return sets
-
-
-def shard_file(set_name: str, index: int) -> str:
-    """A shard's place in the folder."""
-    return f"{set_name}/{index:05d}.h5"
-
-
-def merkle_root(leaves: Sequence[str]) -> str:
-    """Root, in hexadecimal, over hexadecimal leaves, by RFC 6962 section 2.1: leaf = H(0 || x), node = H(1 || left || right).
-
-    The left half of a split is the largest power of two below the number of leaves.
-    """
-
-    def root(low: int, high: int) -> bytes:
-        if high - low == 1:
-            return hashlib.sha256(b"\x00" + bytes.fromhex(leaves[low])).digest()
-        split = low + (1 << ((high - low - 1).bit_length() - 1))
-        return hashlib.sha256(b"\x01" + root(low, split) + root(split, high)).digest()
-
-    return root(0, len(leaves)).hex() if leaves else hashlib.sha256(b"").hexdigest()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json, as canonical JSON with its own hash, `root`. Raises OSError."""
+    assert manifest.version == VERSION, "a manifest of an older version stays as it is"
     value = manifest.model_dump(mode="json")
     fsops.write_bytes(folder / MANIFEST, canonical_json(value | {"root": sha256_json(value)}) + b"\n")
 
@@ -207,15 +81,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The folder's manifest, checked in itself and against tokenizer.json. Raises DataError."""
     path = folder / MANIFEST
     try:
-        data = _read_regular(folder, MANIFEST)
-        value = parse_json(data)
-        if isinstance(value, dict) and value.get("format") == "weftrain-dataset" and value.get("version") != VERSION:
-            raise ValueError(f"version {value.get('version')!r} is not the one this program reads ({VERSION})")
-        if canonical_json(value) + b"\n" != data:
-            raise ValueError("is not in canonical form, so it was altered")
-        if not isinstance(value, dict) or value.pop("root", None) != sha256_json(value):
-            raise ValueError("does not hash to its root, so it was altered")
-        manifest = Manifest.model_validate(value)
+        value = _manifest_value(folder)
+        manifest = Manifest.model_validate(_with_counted_sources(value) if value.get("version") == 2 else value)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))[:80]
@@ -231,23 +98,90 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def write_inputs(folder: Path, entries: Sequence[InputEntry]) -> str:
-    """Write inputs.jsonl; returns its SHA-256, which the manifest holds. Raises OSError."""
-    data = b"".join(canonical_json(entry.model_dump(mode="json")) + b"\n" for entry in entries)
-    fsops.write_bytes(folder / INPUTS, data)
-    return hashlib.sha256(data).hexdigest()
+def _manifest_value(folder: Path) -> dict[str, Any]:
+    """What manifest.json holds, without its root, which it must hash to. Raises ValueError, OSError."""
+    data = _read_regular(folder, MANIFEST)
+    value = parse_json(data)
+    if isinstance(value, dict) and value.get("format") == "weftrain-dataset" and value.get("version") not in (2, VERSION):
+        raise ValueError(f"version {value.get('version')!r} is not one that this program reads (2, {VERSION})")
+    if canonical_json(value) + b"\n" != data:
+        raise ValueError("is not in canonical form, so it was altered")
+    if not isinstance(value, dict) or value.pop("root", None) != sha256_json(value):
+        raise ValueError("does not hash to its root, so it was altered")
+    return value
 
 
-def read_inputs(folder: Path, manifest: Manifest) -> list[InputEntry]:
-    """The files that a dataset was made of; `doc_file` counts them from 0. Raises DataError."""
-    path = folder / INPUTS
+def _with_counted_sources(value: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of version 2, which lists the sources, as one that counts them. Raises ValueError."""
+    if {"num_sources", "sources_sha256"} & value.keys() or not isinstance(value.get("sources"), list):
+        raise ValueError("key 'sources': is missing or no list")
+    entries = [SourceEntry.model_validate(entry).model_dump(mode="json") for entry in value["sources"]]
+    digest = hashlib.sha256(b"".join(canonical_json(entry) + b"\n" for entry in entries)).hexdigest()
+    rest = {key: item for key, item in value.items() if key != "sources"}
+    return rest | {"num_sources": len(entries), "sources_sha256": digest}
+
+
+def _sources_of_version_2(folder: Path) -> list[SourceEntry]:
     try:
-        data = _read_regular(folder, INPUTS)
-        if hashlib.sha256(data).hexdigest() != manifest.inputs_sha256:
-            raise ValueError("does not hash to the manifest's inputs_sha256, so it was altered")
-        return [InputEntry.model_validate(parse_json(line)) for line in data.splitlines()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {' '.join(str(error).split())}; put the file back, or remove the dataset and prepare it again") from error
+        return [SourceEntry.model_validate(entry) for entry in _manifest_value(folder)["sources"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder / MANIFEST}: changed since it was read: {error}; {_RESTORE}") from error
+
+
+def write_inputs(folder: Path, entries: Iterable[InputEntry]) -> WrittenLines:
+    """Write inputs.jsonl, whose SHA-256 the manifest holds. Raises OSError."""
+    return write_lines(folder / INPUTS, (entry.model_dump(mode="json", exclude_defaults=True) for entry in entries))
+
+
+def open_inputs(folder: Path, manifest: Manifest) -> LineTable[InputEntry]:
+    """The files that a dataset was made of, then those that were left out; `doc_file` counts them from 0. Raises DataError."""
+    table = LineTable(_table_path(folder, INPUTS), InputEntry.model_validate, sha256=manifest.inputs_sha256, remedy=_RESTORE)
+    expected = manifest.corpus.files + sum(manifest.inputs_skipped.values())
+    if len(table) != expected:
+        raise DataError(f"{table.path}: has {len(table):,} lines, the manifest counts {expected:,} files; {_RESTORE}")
+    return table
+
+
+def write_sources(folder: Path, entries: Iterable[SourceEntry]) -> WrittenLines:
+    """Write sources.jsonl, whose SHA-256 and number of lines the manifest holds. Raises OSError, ValueError."""
+    return write_lines(folder / SOURCES, (entry.model_dump(mode="json") for entry in entries))
+
+
+def open_sources(folder: Path, manifest: Manifest) -> Lines[SourceEntry]:
+    """The sources of a dataset's documents; `doc_source` counts them from 0. Raises DataError."""
+    if manifest.version == 2:
+        return _sources_of_version_2(folder)
+    table = LineTable(_table_path(folder, SOURCES), SourceEntry.model_validate, sha256=manifest.sources_sha256, remedy=_RESTORE)
+    if len(table) != manifest.num_sources:
+        raise DataError(f"{table.path}: has {len(table):,} lines, the manifest counts {manifest.num_sources:,} sources; {_RESTORE}")
+    return table
+
+
+def source_name(sources: Lines[SourceEntry], index: int) -> str:
+    """The name that a `doc_source` stands for, that of padding too. Raises DataError."""
+    return PADDING if index < 0 else sources[index].name
+
+
+def described_by(manifest: Manifest) -> list[str]:
+    """The files of a dataset that say what its shards are, beside the manifest."""
+    return [TOKENIZER, INPUTS] if manifest.version == 2 else [TOKENIZER, INPUTS, SOURCES]
+
+
+def verify_tables(folder: Path, manifest: Manifest) -> None:
+    """Check the hashes and every line of inputs.jsonl and sources.jsonl, and the corpus' root over the inputs. Raises DataError."""
+    with open_inputs(folder, manifest) as inputs:
+        files = islice(inputs, manifest.corpus.files)
+        if merkle_root(sha256 for entry in files for sha256 in entry.sha256) != manifest.corpus.sha256:
+            raise DataError(f"{inputs.path}: the files' hashes do not lead to the corpus' {manifest.corpus.sha256[:12]}…; {_RESTORE}")
+    for _ in open_sources(folder, manifest):
+        pass
+
+
+def _table_path(folder: Path, name: str) -> Path:
+    try:
+        return _within(folder, name)
+    except ValueError as error:
+        raise DataError(f"{folder / name}: {error}; {_RESTORE}") from error
 
 
 def read_tokenizer(folder: Path) -> bytes:
@@ -418,6 +352,8 @@ class ShardSet:
                     f"{reader.path}: {field} is {getattr(reader, field)!r}, the manifest says {value!r}: the shard is of another "
                     "dataset; put its own back, or remove the dataset and prepare it again"
                 )
+        if reader.num_sources > manifest.num_sources:  # of a dataset that grew, the older shards know fewer
+            raise DataError(f"{reader.path}: num_sources is {reader.num_sources:,}, the dataset has {manifest.num_sources:,}; {_RESTORE}")
         return reader
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from weftrain.core.errors import DataError
 from weftrain.core.plain_file import MAX_LINE_BYTES, check_size, open_plain
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 MAX_LINES = 1 << 26  # 512 MiB of line offsets
 _BLOCK_BYTES = 1 << 22
@@ -72,6 +73,14 @@ def _line(value: Any) -> bytes:
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"{line[:60].decode(errors='replace')}…: a line of {len(line):,} bytes, {MAX_LINE_BYTES:,} are allowed")
     return line
+
+
+class Lines(Protocol[T_co]):
+    """Entries by number: a LineTable, or a list of them."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> T_co: ...
+    def __iter__(self) -> Iterator[T_co]: ...
 
 
 class LineTable(Generic[T]):

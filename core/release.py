@@ -31,8 +31,8 @@ from pydantic import Field, ValidationError
 from weftrain.core import checkpoint, fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.config import Count, Recipe, Section, Sha256
-from weftrain.core.dataset import INPUTS, TOKENIZER
 from weftrain.core.dataset import MANIFEST as DATA_MANIFEST
+from weftrain.core.dataset import TOKENIZER, described_by
 from weftrain.core.dataset import read_manifest as read_data_manifest
 from weftrain.core.errors import ReleaseError, RunFolderError, WeftrainError
 from weftrain.core.ledger import LEDGER, Lineage, Point, lineage, read_ledger
@@ -288,7 +288,7 @@ def _copy_data(
         known = licences.setdefault(source.name, manifest.corpus.licence)
         if known != manifest.corpus.licence:  # of another dataset, which the source of that name read before
             licences[source.path] = manifest.corpus.licence
-        names = [DATA_MANIFEST, TOKENIZER, *([INPUTS] if (folder / INPUTS).exists() else [])]
+        names = [DATA_MANIFEST, *(name for name in described_by(manifest) if name == TOKENIZER or (folder / name).exists())]
         if data == "shards":
             names += [shard.file for entry in manifest.sets.values() for shard in entry.shards]
         for name in names:

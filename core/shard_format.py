@@ -8,17 +8,20 @@ one. Rows of stride sequence_length share a token with the next row; rows of str
 | `data`         | uint16 (vocab <= 65,536) or int32 | token ids, contiguous and page-aligned, so that they can be mapped        |
 | `doc_end`      | int64 [documents]                 | one past each document's last token here; the last equals len(data)       |
 | `doc_id`       | uint8 [documents, 16]             | head of the SHA-256 of the document's text                                |
-| `doc_source`   | int32 [documents]                 | index into the attribute `sources`                                        |
+| `doc_source`   | int32 [documents]                 | line of the dataset's `sources.jsonl`, from 0; -1: padding                |
 | `doc_file`     | int32 [documents]                 | line of the dataset's `inputs.jsonl`, from 0: the file it came from       |
 | `doc_record`   | int64 [documents]                 | which line or row of that file, from 0                                    |
 | `doc_fim`      | int32 [documents, 3], optional    | FIM mode and the two cuts, see FimRecord                                  |
 | `loss_mask`    | uint8 [len(data)], optional       | 1 where the token, as a label, bears loss                                 |
 | `block_digest` | uint8 [blocks, 32]                | SHA-256 of each 1 MiB of `data`, followed by its part of `loss_mask`      |
 
-What a reader would get wrong: HDF5 checks none of this. It follows links out of the file, invents zeros for what is missing and lets a
-flipped bit through. So everything but `data` is checked against the attribute `digest` when a shard is opened, and each block of `data`
-against its digest, and against the vocabulary, when first touched. A document cut by a shard's end goes on in the next, under the same id.
-Padding is a document too: id of zeros, file and record -1, its tokens masked.
+The attribute `num_sources` says how many sources the dataset had when the shard was written, so that the index is checked; their names
+and counts stand once in the dataset. HDF5 checks none of this: it follows links out of the file, invents zeros for what is missing and
+lets a flipped bit through. So everything but `data` is checked against the attribute `digest` when a shard is opened, and each block of
+`data` against its digest, and against the vocabulary, when first touched. A document cut by a shard's end goes on in the next, under the
+same id. Padding is a document too: id of zeros, source, file and record -1, its tokens masked.
+
+Shards of format 2 stay readable: they hold the sources' names, in the attribute `sources`, and count padding as the last of them.
 """
 
 from __future__ import annotations
@@ -36,13 +39,16 @@ from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json
 from weftrain.core.errors import DataError
 
-FORMAT = b"weftrain-shard/2"
+FORMAT = b"weftrain-shard/3"
+FORMAT_2 = b"weftrain-shard/2"
 BLOCK_BYTES = 1 << 20
 ALIGNMENT = 4096
 ID_BYTES = 16
-MAX_SOURCES_BYTES = 60_000  # an HDF5 attribute holds 64 KiB
-INTEGERS = ("n_examples", "sequence_length", "row_stride", "vocab_size")
-STRINGS = {"format": 64, "tokenizer_sha256": 64, "digest": 64, "sources": MAX_SOURCES_BYTES}  # attribute -> most bytes
+PADDING = "<padding>"  # in place of a source's name, where tokens only fill a row
+INTEGERS = ("n_examples", "sequence_length", "row_stride", "vocab_size", "num_sources")
+STRINGS = {"format": 64, "tokenizer_sha256": 64, "digest": 64}  # attribute -> most bytes
+INTEGERS_2 = INTEGERS[:4]
+STRINGS_2 = STRINGS | {"sources": 60_000}
 TABLES: dict[str, tuple[np.dtype[Any], int]] = {  # dataset -> (type, rank), in the digest's order
     "doc_end": (np.dtype("<i8"), 1),
     "doc_id": (np.dtype("|u1"), 2),
@@ -69,15 +75,16 @@ class FimRecord:
 
 @dataclass(frozen=True)
 class Documents:
-    """A shard's documents in order: end int64 [n], id uint8 [n, 16], source int32 [n], an index into `sources`; and their origin.
+    """A shard's documents in order: end int64 [n], id uint8 [n, 16], and their origin.
 
-    file int32 [n]: line of `inputs.jsonl`, from 0. record int64 [n]: line or row of that file, from 0. Both -1 for padding.
+    source int32 [n]: line of the dataset's `sources.jsonl`, from 0, of which there are num_sources. file int32 [n]: line of `inputs.jsonl`,
+    from 0. record int64 [n]: line or row of that file, from 0. All three are -1 for padding.
     """
 
     end: np.ndarray
     id: np.ndarray
     source: np.ndarray
-    sources: tuple[str, ...]
+    num_sources: int
     file: np.ndarray
     record: np.ndarray
     fim: FimRecord | None = None
@@ -127,7 +134,7 @@ def write_shard(
         "row_stride": row_stride,
         "vocab_size": vocab_size,
         "tokenizer_sha256": tokenizer_sha256,
-        "sources": canonical_json(documents.sources).decode(),
+        "num_sources": documents.num_sources,
     }
     if problem := contradiction(header, len(tokens), documents):
         raise ValueError(f"{path.name}: {problem[0]}: {problem[1]}")
@@ -210,14 +217,14 @@ def contradiction(header: dict[str, Any], length: int, documents: Documents) -> 
         return "doc_end", f"doc_end, doc_id, doc_source, doc_file, doc_record have shapes {shapes}, not [n], [n, 16], [n], [n], [n]"
     if len(end) == 0 or end[0] < 1 or end[-1] != length or np.any(np.diff(end) < 1):
         return "doc_end", f"document ends do not rise from 1 to {length}"
-    if source.min() < 0 or source.max() >= len(documents.sources):
-        return "doc_source", f"an index lies outside the {len(documents.sources)} sources"
+    if source.min() < -1 or source.max() >= documents.num_sources:
+        return "doc_source", f"an index lies outside the {documents.num_sources} sources"
     if documents.file.min() < -1 or documents.record.min() < -1:
         return "doc_file", "a file's or record's number lies below -1"
+    if np.any((source < 0) != (documents.file < 0)):
+        return "doc_source", "a document has a file and no source, or a source and no file"
     if documents.fim is not None and (problem := _fim_problem(documents.fim, len(end))):
         return FIM, problem
-    if len(header["sources"].encode()) > MAX_SOURCES_BYTES:
-        return "sources", f"the sources' names exceed {MAX_SOURCES_BYTES} bytes"
     return None
 
 

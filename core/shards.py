@@ -22,10 +22,14 @@ from weftrain.core.shard_format import (
     BLOCK_BYTES,
     FIM,
     FORMAT,
+    FORMAT_2,
     ID_BYTES,
     INTEGERS,
+    INTEGERS_2,
     OPTIONAL,
+    PADDING,
     STRINGS,
+    STRINGS_2,
     TABLES,
     Documents,
     FimRecord,
@@ -42,6 +46,7 @@ from weftrain.core.untrusted_hdf5 import HDF5_ERRORS, UntrustedFileError, open_d
 __all__ = [
     "BLOCK_BYTES",
     "ID_BYTES",
+    "PADDING",
     "Documents",
     "FimRecord",
     "ShardInfo",
@@ -68,10 +73,13 @@ class _Identity(NamedTuple):
 
 @dataclass(frozen=True)
 class Stretch:
-    """A document's part of one row: inputs first..last of the row (the label of the last input is in neither), and where it came from."""
+    """A document's part of one row: inputs first..last of the row (the label of the last input is in neither), and where it came from.
+
+    source, file: lines of the dataset's `sources.jsonl` and `inputs.jsonl`, from 0; -1 for padding.
+    """
 
     id: bytes
-    source: str
+    source: int
     file: int
     record: int
     first: int
@@ -83,13 +91,15 @@ class ShardReader:
     """A shard, checked and open for reading. Holds no HDF5 file where `data` is contiguous: the file is mapped when it is read.
 
     Raises DataError naming file, field and remedy: on opening for all but the tokens, on first touch for each block of these.
-    access: 'mapped', or 'h5py' with the reason why not.
+    access: 'mapped', or 'h5py' with the reason why not. source_names: of a shard of format 2, which holds them, else None.
     """
 
     def __init__(self, path: Path) -> None:
         shard = _open(path)
         self.path = path
-        self.num_rows, self.sequence_length, self.row_stride, self.vocab_size = (int(shard.header[name]) for name in INTEGERS)
+        self.num_rows, self.sequence_length, self.row_stride, self.vocab_size = (int(shard.header[name]) for name in INTEGERS_2)
+        self.num_sources = shard.documents.num_sources
+        self.source_names = shard.source_names
         self.tokenizer_sha256: str = shard.header["tokenizer_sha256"]
         self.digest: str = shard.header["digest"]
         self._identity = shard.identity
@@ -190,7 +200,7 @@ class ShardReader:
             )
             last = min(int(table.end[index]) - 1 - first, self.sequence_length - 1)
             place = (int(table.file[index]), int(table.record[index]))
-            found.append(Stretch(table.id[index].tobytes(), table.sources[table.source[index]], *place, max(begin - first, 0), last, fim))
+            found.append(Stretch(table.id[index].tobytes(), int(table.source[index]), *place, max(begin - first, 0), last, fim))
         return found
 
     def _stream(self, name: str) -> Any:
@@ -285,6 +295,7 @@ class _OpenShard:
     identity: _Identity
     header: dict[str, Any]
     documents: Documents
+    source_names: tuple[str, ...] | None
     block_digest: np.ndarray
     streams: dict[str, h5py.Dataset]
 
@@ -313,9 +324,7 @@ def _checked(file: h5py.File, identity: _Identity) -> _OpenShard:
         raise UntrustedFileError("file", "has an HDF5 user block")
     if "data" not in file:
         raise UntrustedFileError("file", f"holds {sorted(file)[:8]}, no 'data'; is it a weftrain shard?")
-    header = read_attributes(file, INTEGERS, STRINGS)
-    if header["format"].encode() != FORMAT:
-        raise UntrustedFileError("format", f"is {header['format']!r}, this program reads {FORMAT.decode()!r}")
+    header = _header(file)
     links, required = set(file), {"data", *TABLES}
     if not required <= links <= required | OPTIONAL:
         raise UntrustedFileError("file", f"holds {sorted(links)[:12]}, not {sorted(required)}; is it a weftrain shard?")
@@ -326,9 +335,8 @@ def _checked(file: h5py.File, identity: _Identity) -> _OpenShard:
         if tables[FIM].shape[1] != 3:
             raise UntrustedFileError(FIM, f"has shape {tables[FIM].shape}, not [n, 3]")
         fim = FimRecord(tables[FIM][:, 0], tables[FIM][:, 1:])
-    names = _source_names(header["sources"])
-    origin = (tables["doc_file"], tables["doc_record"])
-    documents = Documents(tables["doc_end"], tables["doc_id"], tables["doc_source"], names, origin[0], origin[1], fim)
+    names, num_sources, source = _sources(header, tables["doc_source"])
+    documents = Documents(tables["doc_end"], tables["doc_id"], source, num_sources, tables["doc_file"], tables["doc_record"], fim)
     data = open_dataset(file, "data", token_dtype(header["vocab_size"]), 1, identity.size)
     streams = {"data": data}
     if "loss_mask" in links:
@@ -342,17 +350,34 @@ def _checked(file: h5py.File, identity: _Identity) -> _OpenShard:
         raise UntrustedFileError("block_digest", f"has shape {tables['block_digest'].shape}, not {digests}")
     if shard_digest(header, tables, "loss_mask" in links) != header["digest"]:
         raise UntrustedFileError("digest", "attributes or tables do not hash to it, so the file was altered or damaged")
-    return _OpenShard(file, identity, header, documents, tables["block_digest"], streams)
+    return _OpenShard(file, identity, header, documents, names, tables["block_digest"], streams)
 
 
-def _source_names(text: str) -> tuple[str, ...]:
+def _header(file: h5py.File) -> dict[str, Any]:
+    """The attributes, of format 3 or 2. Raises UntrustedFileError."""
+    former = "sources" in file.attrs
+    header = read_attributes(file, INTEGERS_2, STRINGS_2) if former else read_attributes(file, INTEGERS, STRINGS)
+    if header["format"].encode() != (FORMAT_2 if former else FORMAT):
+        known = f"{FORMAT.decode()!r} and {FORMAT_2.decode()!r}"
+        raise UntrustedFileError("format", f"is {header['format']!r}, which these attributes do not belong to; this program reads {known}")
+    return header
+
+
+def _sources(header: dict[str, Any], source: np.ndarray) -> tuple[tuple[str, ...] | None, int, np.ndarray]:
+    """The names of a shard of format 2, how many sources there are, and `doc_source` as format 3 has it: -1 for padding."""
+    if "sources" not in header:
+        return None, header["num_sources"], source
     try:
-        names = parse_json(text.encode())
+        names = parse_json(header["sources"].encode())
     except ValueError as error:
         raise UntrustedFileError("sources", f"is not JSON: {error}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UntrustedFileError("sources", "is not a JSON list of strings")
-    return tuple(names)
+    if source.size and (source.min() < 0 or source.max() >= len(names)):
+        raise UntrustedFileError("doc_source", f"an index lies outside the {len(names)} sources")
+    if names[-1:] == [PADDING]:
+        names.pop()
+    return tuple(names), len(names), np.where(source == len(names), np.int32(-1), source)
 
 
 def _refusal(path: Path, field: str, problem: str) -> DataError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,16 @@ import numpy as np
 
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json
-from weftrain.core.dataset import FAILURES, merkle_root
+from weftrain.core.dataset import FAILURES, InputEntry, merkle_root, write_inputs
 from weftrain.core.errors import DataError
-from weftrain.core.shards import ID_BYTES
+from weftrain.core.line_table import write_lines
+from weftrain.core.shards import ID_BYTES, PADDING
 from weftrain.data_prep import fim, marks
 from weftrain.data_prep.packing import best_fit_rows, split
 from weftrain.data_prep.plan import Plan
 from weftrain.data_prep.table_file import Table, write_table
 from weftrain.data_prep.tokenization import TextEncoder, encoder_for
 
-PADDING = "<padding>"  # the source of tokens that fill a row
 _SHOWN_FAILURES = 8
 HELDOUT = "heldout"
 COLUMNS = ("length", "source", "file", "record", "fim_mode", "fim_a", "fim_b")  # of a document in a stream, int64
@@ -43,35 +43,57 @@ def stream_names(plan: Plan) -> list[str]:
 def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
     """What all parts hold together, written as survey.json. Raises DataError where more documents failed than the budget allows.
 
-    `sources`: all names in order of appearance. `bases`: for each part, where its share of a file does not begin at line 0, the lines
-    before it. `inputs`: name, size and hashes of each file.
+    `bases`: for each part, where its share of a file does not begin at line 0, the lines before it. `inputs`: of inputs.jsonl, which is
+    written here, as the sources' names and each part's numbers for them are.
     """
     notes = [Table(plan.part_file(index)).note for index in range(len(plan.parts))]
     bases, failures = place_failures(plan, notes)
     check_failures(plan, failures, max_failures)
-    hashes: dict[int, list[str]] = {}
-    for note in notes:
-        for file, _, _, sha256 in note["shares"]:
-            hashes.setdefault(file, []).append(sha256)
-    names = list(dict.fromkeys(name for note in notes for name in note["sources"]))
-    if not names:
-        raise DataError(f"{plan.inputs.description}: holds no document; name other files")
-    if PADDING in names:
-        raise DataError(f"{plan.inputs.description}: a source is named {PADDING}, which is the name of what fills rows: give it another")
-    inputs: list[dict[str, Any]] = [
-        {"name": file.name, "num_bytes": file.num_bytes, "sha256": hashes.get(index, [])} for index, file in enumerate(plan.inputs.files)
-    ]
     found = {
-        "sources": names,
+        "num_sources": _number_sources(plan, [note["sources"] for note in notes]),
         "bases": bases,
-        "inputs": inputs,
-        "corpus_sha256": merkle_root([sha256 for entry in inputs for sha256 in entry["sha256"]]),
+        "inputs": _write_inputs(plan, notes),
         "failed": len(failures),
         "reference_documents": sum(note["encoded"]["reference"] for note in notes),
         "checked_documents": sum(note["encoded"]["checked"] for note in notes),
     }
     fsops.write_bytes(plan.survey_file, canonical_json(found) + b"\n")
     return found
+
+
+def _number_sources(plan: Plan, sources: Sequence[Sequence[str]]) -> int:
+    """Number all sources in order of appearance, and write the names and each part's numbers. sources: of each part."""
+    numbers: dict[str, int] = {}
+    of_parts = {f"{part:05d}": [numbers.setdefault(name, len(numbers)) for name in names] for part, names in enumerate(sources)}
+    if not numbers:
+        raise DataError(f"{plan.inputs.description}: holds no document; name other files")
+    if PADDING in numbers:
+        raise DataError(f"{plan.inputs.description}: a source is named {PADDING}, which stands for what fills rows: give it another name")
+    write_lines(plan.names_file, numbers)
+    write_table(plan.numbers_file, {part: np.array(found, np.int32) for part, found in of_parts.items()}, {})
+    return len(numbers)
+
+
+def _write_inputs(plan: Plan, notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write inputs.jsonl: the files that were read, then those that were left out. Returns what the manifest says of it."""
+    hashes: dict[int, list[str]] = {}
+    for note in notes:
+        for file, _, _, sha256 in note["shares"]:
+            hashes.setdefault(file, []).append(sha256)
+
+    def entries() -> Iterator[InputEntry]:
+        for index, file in enumerate(plan.inputs.files):
+            yield InputEntry(name=file.name, num_bytes=file.num_bytes, sha256=tuple(hashes.get(index, ())))
+        for one in plan.inputs.skipped:
+            yield InputEntry(name=one.name, num_bytes=one.num_bytes, skipped=one.reason)
+
+    return {
+        "sha256": write_inputs(plan.dataset, entries()).sha256,
+        "corpus_sha256": merkle_root(sha256 for index in range(len(plan.inputs.files)) for sha256 in hashes.get(index, ())),
+        "files": len(plan.inputs.files),
+        "num_bytes": sum(file.num_bytes for file in plan.inputs.files),
+        "skipped": dict(sorted(Counter(entry.reason for entry in plan.inputs.skipped).items())),
+    }
 
 
 def place_failures(plan: Plan, notes: Sequence[dict[str, Any]]) -> tuple[list[dict[str, int]], list[dict[str, str]]]:
@@ -157,25 +179,30 @@ def order_bucket(plan: Plan, index: int) -> None:
         epoch = 0 if name == HELDOUT else int(name.removeprefix("train."))
         stream = _transformed(plan, gathered, chosen, epoch, encoder)
         if plan.settings.packing == "best_fit" and not plan.fixed_rows:
-            stream = _best_fit(plan, stream, len(found["sources"]), encoder)
+            stream = _best_fit(plan, stream, encoder)
         if plan.fixed_rows and stream.masks:
-            stream = _split_rows(stream, len(found["sources"]))
+            stream = _split_rows(stream)
         arrays |= _arrays(name, stream, encoder)
         note["documents"][name] = len(chosen)
         note["tokens"][name] = sum(len(tokens) for tokens in stream.tokens)
         note["padding"][name] = sum(row[0] for row in stream.rows if row[2] < 0)
     train = kept[~heldout[kept]]
-    sources, sizes, count = gathered.columns["source"][train], gathered.columns["num_bytes"][train], len(found["sources"])
-    note["source_documents"] = np.bincount(sources, minlength=count).tolist()
-    note["source_bytes"] = np.bincount(sources, sizes, count).astype(np.int64).tolist()
-    table = arrays["train.0.table"]
-    note["source_tokens"] = np.bincount(table[:, 1], table[:, 0], count + 1).astype(np.int64).tolist()[:count]
+    arrays["sources"] = _source_counts(gathered.columns["source"][train], gathered.columns["num_bytes"][train], arrays["train.0.table"])
     write_table(plan.bucket_file(index), arrays, note)
+
+
+def _source_counts(source: np.ndarray, num_bytes: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Of each source that the bucket's training documents have, int64 [n, 4]: its number, documents, bytes, and tokens in `table`."""
+    names, places = np.unique(source, return_inverse=True)
+    real = table[table[:, 1] >= 0]
+    tokens = np.bincount(np.searchsorted(names, real[:, 1]), real[:, 0], len(names))
+    counts = [np.bincount(places, minlength=len(names)), np.bincount(places, num_bytes, len(names)), tokens]
+    return np.column_stack([names, *counts]).astype(np.int64)
 
 
 def _gather(plan: Plan, index: int, found: dict[str, Any]) -> _Gathered:
     """The bucket's documents of every part, in the order of keys and, among equals, of reading."""
-    numbers = {name: number for number, name in enumerate(found["sources"])}
+    numbers = Table(plan.numbers_file)
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("heldout", "source", "file", "record", "num_bytes", "part", "place")}
     keys, content, tokens = [], [], []
     masks: list[np.ndarray | None] = []
@@ -188,8 +215,7 @@ def _gather(plan: Plan, index: int, found: dict[str, Any]) -> _Gathered:
         starts = ends - table["length"]
         for name in ("heldout", "file", "num_bytes", "place"):
             columns[name].append(table.slice(name, low, high))
-        names = np.array([numbers[name] for name in table.note["sources"]], np.int64)
-        columns["source"].append(names[table.slice("source", low, high)])
+        columns["source"].append(numbers[f"{part:05d}"].astype(np.int64)[table.slice("source", low, high)])
         columns["record"].append(table.slice("record", low, high) + _bases(found["bases"][part], columns["file"][-1]))
         columns["part"].append(np.full(high - low, part, np.int64))
         keys.append(key[low:high])
@@ -264,7 +290,7 @@ def _transformed(plan: Plan, gathered: _Gathered, chosen: np.ndarray, epoch: int
     return stream
 
 
-def _best_fit(plan: Plan, stream: _Stream, padding_source: int, encoder: TextEncoder) -> _Stream:
+def _best_fit(plan: Plan, stream: _Stream, encoder: TextEncoder) -> _Stream:
     """The stream as rows that stand alone, each padded to its end."""
     packed, width = _Stream(), plan.settings.row_tokens
     lengths = np.array([len(tokens) for tokens in stream.tokens], np.int64)
@@ -277,11 +303,11 @@ def _best_fit(plan: Plan, stream: _Stream, padding_source: int, encoder: TextEnc
             left -= len(tokens)
         if left:
             padding = np.full(left, encoder.eos_id, encoder.dtype)
-            packed.add(padding, np.zeros(left, np.uint8), bytes(ID_BYTES), (padding_source, -1, -1, 0, 0, 0))
+            packed.add(padding, np.zeros(left, np.uint8), bytes(ID_BYTES), (-1, -1, -1, 0, 0, 0))
     return packed
 
 
-def _split_rows(stream: _Stream, padding_source: int) -> _Stream:
+def _split_rows(stream: _Stream) -> _Stream:
     """Rows as they are, with the documents and the padding that their marks tell apart as entries of their own.
 
     A document that shares its row with others has the SHA-256 of its own ids, as int32, for its identity.
@@ -293,7 +319,7 @@ def _split_rows(stream: _Stream, padding_source: int) -> _Stream:
         for start, stop, padding in found:
             mask = mark[start:stop] & marks.LOSS
             if padding:
-                split_up.add(tokens[start:stop], mask, bytes(ID_BYTES), (padding_source, -1, -1, 0, 0, 0))
+                split_up.add(tokens[start:stop], mask, bytes(ID_BYTES), (-1, -1, -1, 0, 0, 0))
             else:
                 own = hashlib.sha256(tokens[start:stop].astype("<i4").tobytes()).digest()[:ID_BYTES] if shared else identity
                 split_up.add(tokens[start:stop], mask, own, row[1:])

@@ -8,13 +8,14 @@ work in `.NAME.partial`, on purpose; the same command goes on from there, anothe
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from weftrain.core import fsops
-from weftrain.core.dataset import MANIFEST, Manifest, ShardSet, read_inputs, read_manifest
+from weftrain.core.dataset import MANIFEST, Manifest, ShardSet, open_inputs, read_manifest
 from weftrain.core.errors import DataError
 from weftrain.core.names import path_below
 from weftrain.data_prep.executors import STAGES, Executor, LocalExecutor, Stage
@@ -234,20 +235,27 @@ def _existing(folder: Path, plan: Plan, progress: Progress) -> Manifest:
             raise DataError(
                 f"{folder}: was prepared with {key} {manifest.preparation.get(key)!r}, not {value!r}; give another --name, or remove it"
             )
-    recorded = {entry.name: entry for entry in read_inputs(folder, manifest)}
-    other = f"{folder}: was prepared from other text ({manifest.corpus.description}); give another --name, or remove it"
-    if recorded.keys() != {file.name for file in plan.inputs.files}:
-        raise DataError(other)
-    found: dict[str, list[str]] = {file.name: [] for file in plan.inputs.files}
-    for done, part in enumerate(plan.parts, start=1):
-        for share in part.shares:
-            file = plan.inputs.files[share.file]
-            if recorded[file.name].num_bytes != file.num_bytes:
-                raise DataError(other)
-            found[file.name].append(share_sha256(file, share))
-        progress("compare inputs", done, len(plan.parts), "parts")
-    if any(list(recorded[file].sha256) != hashes for file, hashes in found.items()):
-        raise DataError(other)
+    _compare_inputs(folder, manifest, plan, progress)
     for set_name in manifest.sets:
         ShardSet(folder, manifest, set_name)
     return manifest
+
+
+def _compare_inputs(folder: Path, manifest: Manifest, plan: Plan, progress: Progress) -> None:
+    """Raises DataError where the plan's files are not those that the dataset was made of."""
+    files, remedy = plan.inputs.files, "give another --name, or remove it"
+    if manifest.corpus.files != len(files):
+        raise DataError(f"{folder}: was prepared from {manifest.corpus.files:,} files, and these are {len(files):,}; {remedy}")
+    with open_inputs(folder, manifest) as recorded:
+        for number, (file, entry) in enumerate(zip(files, recorded, strict=False)):  # what was left out comes after
+            if (entry.name, entry.num_bytes) != (file.name, file.num_bytes):
+                was, given = (f"'{one.name}' of {one.num_bytes:,} bytes" for one in (entry, file))
+                raise DataError(f"{folder}: was prepared from other text: file {number + 1} was {was}, and here is {given}; {remedy}")
+        shares = Counter[int]()  # of each file so far
+        for done, part in enumerate(plan.parts, start=1):
+            for share in part.shares:
+                hashes, place = recorded[share.file].sha256, shares[share.file]
+                if place >= len(hashes) or hashes[place] != share_sha256(files[share.file], share):
+                    raise DataError(f"{folder}: was prepared from other text: '{files[share.file].name}' held something else; {remedy}")
+                shares[share.file] += 1
+            progress("compare inputs", done, len(plan.parts), "parts")

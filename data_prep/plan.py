@@ -129,6 +129,16 @@ class Plan:
         return self.folder / "survey.json"
 
     @property
+    def names_file(self) -> Path:
+        """The sources' names, a JSON string a line, in the order of their numbers."""
+        return self.folder / "names.jsonl"
+
+    @property
+    def numbers_file(self) -> Path:
+        """A table: for part k, under f"{k:05d}", the number of each of its sources, int32."""
+        return self.folder / "numbers.safetensors"
+
+    @property
     def layout_file(self) -> Path:
         return self.folder / "layout.json"
 
@@ -219,7 +229,8 @@ def _loaded(folder: Path, modified_ns: int) -> Plan:
         options = ReadOptions(**fields)
         files = tuple(InputFile(*entry) for entry in inputs["files"])
         parts = tuple(Part(tuple(Share(*share) for share in part)) for part in tree["parts"])
-        read = Inputs(files, inputs["description"], inputs["licence"], options, inputs["quality"])
+        skipped = tuple(Skipped(*entry) for entry in inputs["skipped"])
+        read = Inputs(files, inputs["description"], inputs["licence"], options, inputs["quality"], skipped)
         return Plan(folder, read, Settings(**settings), tree["engine"], parts, tree["buckets"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / PLAN}: cannot be read: {error}; remove {folder} and prepare again") from error
@@ -235,6 +246,7 @@ def _tree(plan: Plan) -> dict[str, Any]:
             "licence": plan.inputs.licence,
             "options": asdict(plan.inputs.options),
             "quality": plan.inputs.quality,
+            "skipped": [list(asdict(file).values()) for file in plan.inputs.skipped],
         },
         "settings": asdict(plan.settings),
         "engine": plan.engine,

@@ -1,6 +1,6 @@
 """Datasets to and from any fsspec address (`s3://…`, `gs://…`, `memory://…`): whole, or not to be seen.
 
-What a reader would get wrong: training maps files, so a dataset is fetched to a local folder before it is trained on. The manifest is
+Training maps files, so a dataset is fetched to a local folder before it is trained on. The manifest is
 copied last and read first: an address without one holds no dataset yet, whatever lies there.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from weftrain.core import fsops
-from weftrain.core.dataset import FAILURES, INPUTS, MANIFEST, TOKENIZER, Manifest, ShardSet, read_manifest
+from weftrain.core.dataset import FAILURES, MANIFEST, TOKENIZER, Manifest, ShardSet, described_by, read_manifest, verify_tables
 from weftrain.core.errors import DataError
 from weftrain.data_prep.files import file_system
 from weftrain.data_prep.plan import Progress, no_progress
@@ -76,12 +76,13 @@ def fetch(address: str, folder: Path, progress: Progress = no_progress) -> Manif
         sizes = {shard.file: shard.num_bytes for entry in manifest.sets.values() for shard in entry.shards}
         total, done = sum(sizes.values()), 0
         optional = [FAILURES] if system.exists(f"{root}/{FAILURES}") else []
-        for name in (INPUTS, *optional, *sizes):
+        for name in (*described_by(manifest)[1:], *optional, *sizes):
             _fetch_file(system, f"{root}/{name}", partial / name)
             done += sizes.get(name, 0)
             progress("fetch", done, total, "bytes")
     except OSError as error:
         raise DataError(f"{address}: cannot be fetched: {error}; is it a dataset's address?") from error
+    verify_tables(partial, manifest)
     for set_name in manifest.sets:
         ShardSet(partial, manifest, set_name).verify()
     if manifest.heldout is None:
@@ -91,7 +92,7 @@ def fetch(address: str, folder: Path, progress: Progress = no_progress) -> Manif
 
 
 def _files(manifest: Manifest) -> list[str]:
-    return [TOKENIZER, INPUTS, *(shard.file for entry in manifest.sets.values() for shard in entry.shards)]
+    return [*described_by(manifest), *(shard.file for entry in manifest.sets.values() for shard in entry.shards)]
 
 
 def _is_there(system: Any, root: str, address: str, manifest: bytes) -> bool:

@@ -14,11 +14,11 @@ import numpy as np
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json
 from weftrain.core.dataset import (
+    VERSION,
     Chunks,
     Corpus,
     DocumentCounts,
     FimPrepared,
-    InputEntry,
     Manifest,
     SetEntry,
     ShardEntry,
@@ -27,13 +27,14 @@ from weftrain.core.dataset import (
     Tokenization,
     merkle_root,
     shard_file,
-    write_inputs,
     write_manifest,
+    write_sources,
 )
 from weftrain.core.errors import DataError
+from weftrain.core.line_table import LineTable
 from weftrain.core.shards import Documents, FimRecord, num_tokens, write_shard
 from weftrain.data_prep import fim
-from weftrain.data_prep.order_stage import COLUMNS, HELDOUT, PADDING, load_json, stream_names
+from weftrain.data_prep.order_stage import COLUMNS, HELDOUT, load_json, stream_names
 from weftrain.data_prep.plan import Plan, preparation
 from weftrain.data_prep.table_file import Table
 from weftrain.data_prep.tokenization import TextEncoder, encoder_for
@@ -82,13 +83,24 @@ def lay_out(plan: Plan) -> dict[str, Any]:
         "sets": sets,
         "duplicates": sum(note["duplicates"] for note in notes),
         "read": sum(note["read"] for note in notes),
-        **{
-            key: np.sum([note[key] for note in notes], axis=0).astype(int).tolist()
-            for key in ("source_documents", "source_bytes", "source_tokens")
-        },
+        "sources_sha256": _write_sources(plan),
     }
     fsops.write_bytes(plan.layout_file, canonical_json(layout) + b"\n")
     return layout
+
+
+def _write_sources(plan: Plan) -> str:
+    """Write sources.jsonl: the names with the counts of all buckets. Returns its SHA-256."""
+    totals = np.zeros((load_json(plan.survey_file)["num_sources"], 3), np.int64)
+    for bucket in range(plan.buckets):
+        counts = Table(plan.bucket_file(bucket))["sources"]
+        totals[counts[:, 0]] += counts[:, 1:]
+    with LineTable(plan.names_file, str) as names:
+        entries = (
+            SourceEntry(name=name, documents=documents, num_bytes=num_bytes, tokens=tokens)
+            for name, (documents, num_bytes, tokens) in zip(names, map(np.ndarray.tolist, totals), strict=True)
+        )
+        return write_sources(plan.dataset, entries).sha256
 
 
 def _cut_stride(plan: Plan) -> int:
@@ -138,15 +150,13 @@ def write_one_shard(plan: Plan, index: int) -> None:
     start = first * stride
     cut = _cut(plan, stream, layout["ends"][stream], start, start + num_tokens(rows, settings.sequence_length, stride))
     if settings.fim is not None and settings.fim.mode == "released":
-        cut = _released(plan, cut, first, rows, len(found["sources"]), encoder)
+        cut = _released(plan, cut, first, rows, encoder)
     record = None
     if settings.fim is not None and settings.fim.mode == "exact":
         mode, split = cut.table[:, COLUMNS.index("fim_mode")], cut.table[:, COLUMNS.index("fim_a") : COLUMNS.index("fim_b") + 1]
         record = FimRecord(mode.astype(np.uint8), split.astype(np.int32))
     source, file, line = (cut.table[:, COLUMNS.index(name)] for name in ("source", "file", "record"))
-    padded = bool((file < 0).any())
-    sources = (*found["sources"], PADDING) if padded else tuple(found["sources"])
-    documents = Documents(cut.end, cut.id, source.astype(np.int32), sources, file.astype(np.int32), line, record)
+    documents = Documents(cut.end, cut.id, source.astype(np.int32), found["num_sources"], file.astype(np.int32), line, record)
     info = write_shard(
         plan.dataset / shard_file(set_name, number),
         cut.tokens,
@@ -189,7 +199,7 @@ def _cut(plan: Plan, stream: str, ends: list[int], start: int, stop: int) -> _Cu
     return _Cut(np.concatenate(tokens), mask, np.concatenate(document_ends), np.concatenate(ids), np.concatenate(tables))
 
 
-def _released(plan: Plan, cut: _Cut, first: int, rows: int, padding_source: int, encoder: TextEncoder) -> _Cut:
+def _released(plan: Plan, cut: _Cut, first: int, rows: int, encoder: TextEncoder) -> _Cut:
     """Rows as the released scripts transformed them, each by itself. A row's pieces are its documents', in their order."""
     from weftrain.data_prep.fim_released import released_row
 
@@ -215,24 +225,24 @@ def _released(plan: Plan, cut: _Cut, first: int, rows: int, padding_source: int,
             length += made.padding
             ends.append(length)
             identities.append(np.zeros_like(cut.id[0]))
-            table.append(np.array([made.padding, padding_source, -1, -1, 0, 0, 0]))
+            table.append(np.array([made.padding, -1, -1, -1, 0, 0, 0]))
     mask = np.concatenate(masks)
     joined = np.concatenate(tokens).astype(encoder.dtype)
     return _Cut(joined, None if mask.all() else mask, np.array(ends), np.array(identities), np.array(table))
 
 
 def finish(plan: Plan, name: str) -> Manifest:
-    """inputs.jsonl and the manifest, once every shard is there; the whole set is opened before anybody else sees it. Raises DataError."""
+    """The manifest, once every shard is there; the whole set is opened before anybody else sees it. Raises DataError."""
     layout, found = load_json(plan.layout_file), load_json(plan.survey_file)
     encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.eos, plan.engine)
     settings = plan.settings
     records = [ShardEntry.model_validate(load_json(plan.shard_record(index))) for index in range(len(layout["shards"]))]
     sets = {set_name: _set_entry(settings.sequence_length, entry, layout, records, set_name) for set_name, entry in layout["sets"].items()}
-    inputs_sha256 = write_inputs(plan.dataset, [InputEntry.model_validate(entry, strict=False) for entry in found["inputs"]])
+    inputs = found["inputs"]
     chunk_rows = None if settings.chunks is None else sets["train"].n_examples // settings.chunks
     manifest = Manifest(
         format="weftrain-dataset",
-        version=2,
+        version=VERSION,
         name=name,
         tokenizer_sha256=encoder.sha256,
         vocab_size=encoder.vocab_size,
@@ -244,13 +254,14 @@ def finish(plan: Plan, name: str) -> Manifest:
         if settings.fim is None
         else FimPrepared(rate=settings.fim.rate, spm_share=settings.fim.spm_share, mode=settings.fim.mode, seed=settings.seed),
         corpus=Corpus(
-            sha256=found["corpus_sha256"],
+            sha256=inputs["corpus_sha256"],
             description=plan.inputs.description,
             licence=plan.inputs.licence,
-            files=len(found["inputs"]),
-            num_bytes=sum(entry["num_bytes"] for entry in found["inputs"]),
+            files=inputs["files"],
+            num_bytes=inputs["num_bytes"],
         ),
-        inputs_sha256=inputs_sha256,
+        inputs_sha256=inputs["sha256"],
+        inputs_skipped=inputs["skipped"],
         tokenization=Tokenization(
             engine="gigatoken" if encoder.engine == "gigatoken" else "tokenizers",
             engine_version=encoder.engine_version,
@@ -265,12 +276,8 @@ def finish(plan: Plan, name: str) -> Manifest:
             train=sets["train"].documents,
             heldout=sets[HELDOUT].documents if HELDOUT in sets else 0,
         ),
-        sources=tuple(
-            SourceEntry(name=source, documents=documents, num_bytes=num_bytes, tokens=tokens)
-            for source, documents, num_bytes, tokens in zip(
-                found["sources"], layout["source_documents"], layout["source_bytes"], layout["source_tokens"], strict=True
-            )
-        ),
+        num_sources=found["num_sources"],
+        sources_sha256=layout["sources_sha256"],
         chunks=None
         if settings.chunks is None or chunk_rows is None
         else Chunks(count=settings.chunks, rows=chunk_rows, global_batch_size=settings.global_batch_size),

@@ -30,6 +30,7 @@ FORBIDDEN_CALLS = {"eval", "exec", "os.system", "torch.load", "torch.save", "yam
 UNPICKLES = ROOT / "core" / "pickled_worker.py"
 DATA_PREP_SEES = {
     "child_process",
+    "line_table",
     "shards",
     "config",
     "errors",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,13 +97,37 @@ def test_where_a_sample_came_from(weftrain: Weftrain, root: Path) -> None:
     assert "reads synthetic rows" in synthetic.output
 
 
+def test_a_dataset_of_format_2_stays_readable(weftrain: Weftrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept as it was prepared then: names in shards and manifest, padding counted as a source. The same command finds it up to date."""
+    with tarfile.open(Path(__file__).parents[1] / "data_prep" / "format_2.tar.gz") as kept:
+        kept.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    assert "lists of 2 inputs and of 2 sources agree" in weftrain("data", "verify", "old").output
+    stats = weftrain("data", "stats", "old").output
+    assert re.findall(r"source +(\S+) +(\S+) tokens", stats) == [("verse", "512"), ("prose", "493")]
+    rows = weftrain("data", "head", "old", "--rows", "32").output
+    assert rows.count("  padding  source <padding>, document 0000") == 7
+    assert rows.splitlines()[1] == "  inputs 0..31  b.jsonl:16  source prose, document 7346ff3b47e7786c7d56c34f61e211c4"
+    recipe = ["amber_demo", "data.root=.", "data.sources=[{name: old, path: old, weight: 1}]", "data.sequence_length=32"]
+    where = weftrain("data", "where", *recipe, "model.vocab_size=352", "--step", "0", "--row", "0").output
+    assert "a.jsonl:2  source verse, document" in where
+    again = ["a.jsonl", "b.jsonl", "--name", "old", "--vocab-size", "300", "--sequence-length", "32", "--packing", "best_fit"]
+    again += ["--heldout-fraction", "0.2", "--rows-per-shard", "16", "--source-key", "kind", "--licence", "CC0-1.0", "--output", "."]
+    assert "is up to date" in weftrain("prep", *again).output
+
+
 def test_verify_and_a_flipped_bit(weftrain: Weftrain, root: Path, tmp_path: Path) -> None:
     import shutil
 
     assert "whole, id" in weftrain("data", "verify", root / "datasets" / "d").output
     copy = tmp_path / "d"
     shutil.copytree(root / "datasets" / "d", copy)
-    for name, message in (("train/00000.h5", "train/00000.h5"), ("inputs.jsonl", "inputs.jsonl"), ("manifest.json", "manifest.json")):
+    for name, message in (
+        ("train/00000.h5", "train/00000.h5"),
+        ("inputs.jsonl", "inputs.jsonl"),
+        ("sources.jsonl", "sources.jsonl"),
+        ("manifest.json", "manifest.json"),
+    ):
         before = (copy / name).read_bytes()
         damaged = bytearray(before)
         damaged[len(damaged) * 2 // 3] ^= 1

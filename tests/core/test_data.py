@@ -24,14 +24,17 @@ from weftrain.core.data import TokenSource, open_heldout, open_training
 from weftrain.core.dataset import (
     MANIFEST,
     TOKENIZER,
+    VERSION,
     InputEntry,
     Manifest,
     ShardSet,
+    SourceEntry,
     merkle_root,
     read_manifest,
     shard_file,
     write_inputs,
     write_manifest,
+    write_sources,
 )
 from weftrain.core.errors import DataError
 from weftrain.core.mixture import MAX_MIXTURE_BLOCK, MIXTURE_BLOCK, Mixture, largest_remainder, make_mixture
@@ -49,7 +52,7 @@ def write_set(folder: Path, set_name: str, rows: list[int], first_id: int, token
         tokens = np.arange(position, position + num_tokens(count, S, S))
         position += count * S
         zero = np.array([0])
-        table = Documents(np.array([len(tokens)]), np.full((1, 16), index, np.uint8), zero, ("text",), zero, zero)
+        table = Documents(np.array([len(tokens)]), np.full((1, 16), index, np.uint8), zero, 1, zero, zero)
         file = shard_file(set_name, index)
         mask = tokens % 3 > 0 if masked else None
         info = write_shard(
@@ -83,7 +86,7 @@ def make_dataset(
     tokenizer_sha256 = hashlib.sha256(b"{}").hexdigest()
     value: dict[str, Any] = {
         "format": "weftrain-dataset",
-        "version": 2,
+        "version": VERSION,
         "name": folder.name,
         "tokenizer_sha256": tokenizer_sha256,
         "vocab_size": VOCAB,
@@ -93,11 +96,12 @@ def make_dataset(
         "packing": "concatenate",
         "fim": None,
         "corpus": {"sha256": "0" * 64, "description": "counting", "licence": "none", "files": 1, "num_bytes": 9},
-        "inputs_sha256": write_inputs(folder, [InputEntry(name="counting", num_bytes=9, sha256=("0" * 64,))]),
+        "inputs_sha256": write_inputs(folder, [InputEntry(name="counting", num_bytes=9, sha256=("0" * 64,))]).sha256,
         "tokenization": {"engine": "tokenizers", "engine_version": "0", "reference_documents": 9, "checked_documents": 0},
         "preparation": {"seed": 0, "eos": None},
         "documents": {"read": 9, "failed": 0, "duplicates": 0, "train": 9, "heldout": 0},
-        "sources": [{"name": "counting", "documents": 9, "num_bytes": 9, "tokens": 9}],
+        "num_sources": 1,
+        "sources_sha256": write_sources(folder, [SourceEntry(name="counting", documents=9, num_bytes=9, tokens=9)]).sha256,
         "chunks": None,
         "train": write_set(folder, "train", rows, first_id, tokenizer_sha256, masked),
         "heldout": write_set(folder, "heldout", heldout, 50_000, tokenizer_sha256, masked) if heldout else None,
@@ -384,7 +388,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "appears twice",
     ),
     "white space": (lambda folder: (folder / MANIFEST).write_bytes(b" " + (folder / MANIFEST).read_bytes()), "canonical"),
-    "a newer version": (lambda folder: change_manifest(folder, lambda value: value.update(version=3)), "version 3 is not the one"),
+    "a newer version": (lambda folder: change_manifest(folder, lambda value: value.update(version=4)), "version 4 is not one"),
     "an unknown key": (lambda folder: change_manifest(folder, lambda value: value.update(more=2)), "key 'more'"),
     "a string for a number": (lambda folder: change_manifest(folder, lambda value: value.update(eos_id="2")), "key 'eos_id'"),
     "a path out": (

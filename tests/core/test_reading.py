@@ -1,4 +1,4 @@
-"""Reading with what format 2 holds: document boundaries, prepared epochs, chunks, skipped rows, and where each sample comes from."""
+"""Reading with what a dataset holds: document boundaries, prepared epochs, chunks, skipped rows, and where each sample comes from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ import torch
 
 from weftrain.core.config import DataConfig
 from weftrain.core.data import TokenSource, open_heldout, open_training
-from weftrain.core.dataset import InputEntry, Manifest, merkle_root, shard_file, write_inputs, write_manifest
+from weftrain.core.dataset import (
+    VERSION,
+    InputEntry,
+    Manifest,
+    SourceEntry,
+    merkle_root,
+    shard_file,
+    write_inputs,
+    write_manifest,
+    write_sources,
+)
 from weftrain.core.errors import DataError
 from weftrain.core.shards import Documents, num_tokens, write_shard
 
@@ -36,7 +46,7 @@ def write(folder: Path, rows: list[int], *, epochs: list[int] | None = None, chu
             info = write_shard(
                 folder / shard_file(name, index),
                 tokens,
-                Documents(ends, ids, zero, ("text",), zero, first * S + np.append(0, ends[:-1])),
+                Documents(ends, ids, zero, 1, zero, first * S + np.append(0, ends[:-1])),
                 sequence_length=S,
                 row_stride=S,
                 vocab_size=VOCAB,
@@ -53,7 +63,7 @@ def write(folder: Path, rows: list[int], *, epochs: list[int] | None = None, chu
     (folder / "tokenizer.json").write_bytes(b"{}")
     value = {
         "format": "weftrain-dataset",
-        "version": 2,
+        "version": VERSION,
         "name": folder.name,
         "tokenizer_sha256": tokenizer,
         "vocab_size": VOCAB,
@@ -63,11 +73,12 @@ def write(folder: Path, rows: list[int], *, epochs: list[int] | None = None, chu
         "packing": "concatenate",
         "fim": None,
         "corpus": {"sha256": "0" * 64, "description": "", "licence": "", "files": 1, "num_bytes": 1},
-        "inputs_sha256": write_inputs(folder, [InputEntry(name="in", num_bytes=1, sha256=("0" * 64,))]),
+        "inputs_sha256": write_inputs(folder, [InputEntry(name="in", num_bytes=1, sha256=("0" * 64,))]).sha256,
         "tokenization": {"engine": "tokenizers", "engine_version": "0", "reference_documents": 1, "checked_documents": 0},
         "preparation": {},
         "documents": {"read": 2, "failed": 0, "duplicates": 0, "train": 1, "heldout": 1},
-        "sources": [{"name": "text", "documents": 1, "num_bytes": 1, "tokens": 1}],
+        "num_sources": 1,
+        "sources_sha256": write_sources(folder, [SourceEntry(name="text", documents=1, num_bytes=1, tokens=1)]).sha256,
         "chunks": chunks,
         **sets,
     }

@@ -30,15 +30,15 @@ def documents_of(length: int, rng: np.random.Generator) -> Documents:
     source, file = (rng.integers(0, 2, len(end)).astype(np.int32) for _ in range(2))
     split = np.sort(rng.integers(0, 100, (len(end), 2)), axis=1)
     fim = FimRecord(rng.integers(0, 3, len(end)), split)
-    return Documents(end, identity, source, ("prose", "code"), file, rng.integers(0, 1 << 40, len(end)), fim)
+    return Documents(end, identity, source, 2, file, rng.integers(0, 1 << 40, len(end)), fim)
 
 
 def few_documents(
-    end: list[int], source: list[int], sources: tuple[str, ...], id_bytes: int = 16, fim: FimRecord | None = None, **origin: list[int]
+    end: list[int], source: list[int], num_sources: int, id_bytes: int = 16, fim: FimRecord | None = None, **origin: list[int]
 ) -> Documents:
     number = len(end)
     file, record = (np.array(origin.get(name, [0] * number)) for name in ("file", "record"))
-    return Documents(np.array(end), np.zeros((number, id_bytes), np.uint8), np.array(source), sources, file, record, fim)
+    return Documents(np.array(end), np.zeros((number, id_bytes), np.uint8), np.array(source), num_sources, file, record, fim)
 
 
 def make(
@@ -90,7 +90,7 @@ def assert_holds(reader: ShardReader, tokens: np.ndarray, documents: Documents, 
     assert np.array_equal(read.end, documents.end)
     assert np.array_equal(read.id, documents.id)
     assert np.array_equal(read.source, documents.source)
-    assert read.sources == documents.sources
+    assert read.num_sources == documents.num_sources
     assert np.array_equal(read.file, documents.file)
     assert np.array_equal(read.record, documents.record)
     assert read.fim is not None
@@ -171,7 +171,7 @@ def test_two_writes_give_the_same_bytes_and_data_is_page_aligned(tmp_path: Path)
 def test_what_the_writer_says_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "s.h5"
     tokens = np.arange(33)
-    table = few_documents([33], [0], ("x",))
+    table = few_documents([33], [0], 1)
     info = write_shard(path, tokens, table, sequence_length=16, row_stride=16, vocab_size=33, tokenizer_sha256=TOKENIZER)
     assert info.num_bytes == path.stat().st_size
     assert info.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -184,7 +184,7 @@ def test_the_digest_commits_to_everything(tmp_path: Path) -> None:
     tokens, mask = np.arange(33), np.ones(33, dtype=np.uint8)
     base: dict[str, Any] = {
         "tokens": tokens,
-        "documents": few_documents([9, 33], [0, 0], ("x", "y")),
+        "documents": few_documents([9, 33], [0, 0], 2),
         "sequence_length": 16,
         "row_stride": 16,
         "vocab_size": 40,
@@ -204,7 +204,7 @@ def test_the_digest_commits_to_everything(tmp_path: Path) -> None:
         {"documents": dataclasses.replace(documents, end=np.array([8, 33]))},
         {"documents": dataclasses.replace(documents, id=documents.id + 1)},
         {"documents": dataclasses.replace(documents, source=np.array([0, 1]))},
-        {"documents": dataclasses.replace(documents, sources=("x", "z"))},
+        {"documents": dataclasses.replace(documents, num_sources=3)},
         {"documents": dataclasses.replace(documents, file=np.array([0, 1]))},
         {"documents": dataclasses.replace(documents, record=np.array([0, 1]))},
         {"documents": dataclasses.replace(documents, fim=FimRecord(np.zeros(2), np.zeros((2, 2))))},
@@ -223,21 +223,22 @@ def test_the_digest_commits_to_everything(tmp_path: Path) -> None:
         ({"row_stride": 15}, "row_stride"),
         ({"loss_mask": np.ones(32)}, "loss_mask"),
         ({"loss_mask": np.full(33, 2)}, "loss_mask"),
-        ({"documents": few_documents([32], [0], ("x",))}, "document ends"),
-        ({"documents": few_documents([33], [1], ("x",))}, "sources"),
-        ({"documents": few_documents([33], [0], ("x",), id_bytes=8)}, "shapes"),
-        ({"documents": few_documents([33], [0], ("x" * 70_000,))}, "sources"),
-        ({"documents": few_documents([33], [0], ("x",), file=[-2])}, "doc_file"),
-        ({"documents": few_documents([33], [0], ("x",), record=[0, 0])}, "shapes"),
-        ({"documents": few_documents([33], [0], ("x",), fim=FimRecord(np.array([3]), np.array([[0, 1]])))}, "0..2"),
-        ({"documents": few_documents([33], [0], ("x",), fim=FimRecord(np.array([1]), np.array([[2, 1]])))}, "cuts do not rise"),
-        ({"documents": few_documents([33], [0], ("x",), fim=FimRecord(np.array([1]), np.array([[0, 1], [0, 1]])))}, "doc_fim"),
+        ({"documents": few_documents([32], [0], 1)}, "document ends"),
+        ({"documents": few_documents([33], [1], 1)}, "sources"),
+        ({"documents": few_documents([33], [0], 1, id_bytes=8)}, "shapes"),
+        ({"documents": few_documents([33], [-1], 1)}, "a file and no source"),
+        ({"documents": few_documents([33], [0], 1, file=[-1])}, "no source, or a source and no file"),
+        ({"documents": few_documents([33], [0], 1, file=[-2])}, "doc_file"),
+        ({"documents": few_documents([33], [0], 1, record=[0, 0])}, "shapes"),
+        ({"documents": few_documents([33], [0], 1, fim=FimRecord(np.array([3]), np.array([[0, 1]])))}, "0..2"),
+        ({"documents": few_documents([33], [0], 1, fim=FimRecord(np.array([1]), np.array([[2, 1]])))}, "cuts do not rise"),
+        ({"documents": few_documents([33], [0], 1, fim=FimRecord(np.array([1]), np.array([[0, 1], [0, 1]])))}, "doc_fim"),
     ],
 )
 def test_the_writer_refuses_contradictions(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {
         "tokens": np.arange(33),
-        "documents": few_documents([33], [0], ("x",)),
+        "documents": few_documents([33], [0], 1),
         "sequence_length": 16,
         "row_stride": 16,
         "vocab_size": 40,
@@ -318,9 +319,19 @@ def virtual(file: h5py.File) -> None:
     file.create_virtual_dataset("data", layout)
 
 
+def former_names(names: bytes, format: bytes = b"weftrain-shard/2") -> Callable[[h5py.File], None]:
+    """The attributes that shards of format 2 had."""
+
+    def change(file: h5py.File) -> None:
+        del file.attrs["num_sources"]
+        file.attrs["sources"], file.attrs["format"] = np.bytes_(names), np.bytes_(format)
+
+    return change
+
+
 def set_attribute(name: str, value: Any) -> Callable[[h5py.File], None]:
     def change(file: h5py.File) -> None:
-        del file.attrs[name]
+        file.attrs.pop(name, None)
         if value is not None:
             file.attrs[name] = value
 
@@ -377,8 +388,16 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "zero vocabulary": (set_attribute("vocab_size", np.int64(0)), "vocab_size: 0"),
     "stride 0": (set_attribute("row_stride", np.int64(0)), "row_stride: 0"),
     "sequence length 0": (set_attribute("sequence_length", np.int64(0)), "row_stride"),
-    "sources no list": (set_attribute("sources", np.bytes_(b'{"a":1}')), "sources: is not a JSON list"),
-    "sources no JSON": (set_attribute("sources", np.bytes_(b"[")), "sources: is not JSON"),
+    "fewer sources": (set_attribute("num_sources", np.int64(1)), "doc_source: an index lies outside the 1 sources"),
+    "more sources": (set_attribute("num_sources", np.int64(3)), "digest: "),
+    "a former attribute": (set_attribute("sources", np.bytes_(b'["a"]')), "attributes: are"),
+    "sources no list": (former_names(b'{"a":1}'), "sources: is not a JSON list"),
+    "sources no JSON": (former_names(b"["), "sources: is not JSON"),
+    "too few former sources": (former_names(b'["a"]'), "doc_source: an index lies outside the 1 sources"),
+    "former sources in format 3": (
+        former_names(b'["a","b"]', b"weftrain-shard/3"),
+        "format: is 'weftrain-shard/3', which these attributes",
+    ),
     "falling ends": (replace("doc_end", data=np.array([9, 5, LENGTH])), "doc_end: "),
     "short mask": (replace("loss_mask", data=np.ones(LENGTH - 1, "|u1")), "loss_mask: has shape"),
     "altered table": (lambda file: file["doc_end"].__setitem__(0, file["doc_end"][0] + 1), "doc_end|digest"),

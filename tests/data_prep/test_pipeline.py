@@ -17,7 +17,7 @@ from fault_injection import DEATHS, Death, Faults, injected
 from weftrain.core import fsops
 from weftrain.core.config import DataConfig
 from weftrain.core.data import open_heldout, open_training
-from weftrain.core.dataset import TOKENIZER, ShardSet, read_inputs, read_manifest
+from weftrain.core.dataset import TOKENIZER, ShardSet, open_inputs, open_sources, read_manifest, source_name
 from weftrain.core.errors import DataError
 from weftrain.data_prep import fim, plan
 from weftrain.data_prep.corpus import embedded_inputs
@@ -83,6 +83,7 @@ def tree(folder: Path) -> dict[str, str]:
 def pieces_of(folder: Path, set_name: str) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
     """Each document of each shard: tokens (a token that the shard before holds too taken off), and what the tables say of it."""
     manifest = read_manifest(folder)
+    sources = open_sources(folder, manifest)
     shared = manifest.row_stride == manifest.sequence_length
     first = 0
     sections = {int(end) for end in np.cumsum(manifest.sets[set_name].epochs)[:-1]}  # type: ignore[index]
@@ -94,7 +95,7 @@ def pieces_of(folder: Path, set_name: str) -> Iterator[tuple[np.ndarray, dict[st
                 tokens = tokens[1:]
             about = {
                 "id": table.id[index].tobytes(),
-                "source": table.sources[table.source[index]],
+                "source": source_name(sources, int(table.source[index])),
                 "file": int(table.file[index]),
                 "record": int(table.record[index]),
                 "section": sum(first >= end for end in sections),
@@ -143,13 +144,15 @@ def test_every_text_is_in_one_set_and_comes_back_whole(run: Run, texts: list[str
 
 
 def test_tokens_are_accounted_for(run: Run, texts: list[str], encoder: TextEncoder) -> None:
-    manifest = run().manifest
+    prepared = run()
+    manifest = prepared.manifest
     total = sum(len(ids) + 1 for ids in encoder.encode(texts, texts))
     counted = sum(entry.tokens + 1 + entry.dropped_tokens for entry in manifest.sets.values())
     assert counted == total
     assert [shard.n_examples for shard in manifest.train.shards[:-1]] == [20] * (len(manifest.train.shards) - 1)
-    assert sum(source.documents for source in manifest.sources) == manifest.documents.train
-    assert sum(source.tokens for source in manifest.sources) == manifest.train.tokens + 1 + manifest.train.dropped_tokens
+    sources = list(open_sources(prepared.folder, manifest))
+    assert sum(source.documents for source in sources) == manifest.documents.train
+    assert sum(source.tokens for source in sources) == manifest.train.tokens + 1 + manifest.train.dropped_tokens
 
 
 def test_each_document_names_the_line_that_it_came_from(run: Run, texts: list[str], tmp_path: Path) -> None:
@@ -157,7 +160,7 @@ def test_each_document_names_the_line_that_it_came_from(run: Run, texts: list[st
     paths = [write_lines(tmp_path / "in" / name, part) for name, part in (("b.jsonl", texts[50:]), ("a.jsonl", texts[:50]))]
     prepared = run(inputs_of(tmp_path / "in"))
     assert len(list(plan.make_plan(tmp_path, inputs_of(*paths), plan.Settings("x", None, None, 16, 0.2, 20, 0), "auto").parts)) > 4
-    names = [entry.name for entry in read_inputs(prepared.folder, prepared.manifest)]
+    names = [entry.name for entry in open_inputs(prepared.folder, prepared.manifest)]
     assert names == ["in/a.jsonl", "in/b.jsonl"]
     lines = {name: (tmp_path / name).read_text().splitlines() for name in names}
     seen = 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from weftrain.core.dataset import open_sources
 from weftrain.core.errors import DataError
 from weftrain.data_prep import plan
 from weftrain.data_prep.listing import list_inputs
@@ -104,7 +105,7 @@ def test_the_dataset_is_made_of_what_is_left(tmp_path: Path, encoder: TextEncode
     )
     assert prepared is not None
     assert prepared.manifest.documents.read == 22
-    assert [source.name for source in prepared.manifest.sources] == ["prose"]
+    assert [source.name for source in open_sources(prepared.folder, prepared.manifest)] == ["prose"]
     assert '"min_words":5' in str(prepared.manifest.preparation["quality"])
 
 
