@@ -287,5 +287,11 @@ def _report(console: Console, prepared: Prepared) -> None:
     for set_name, entry in manifest.sets.items():
         rows = f"{entry.n_examples:,} rows x {manifest.sequence_length} tokens"
         console.print(f"  {set_name:<8} {entry.documents:,} documents, {rows}, dataset id {entry.id[:16]}", markup=False)
+    if prepared.up_to_date and manifest.heldout is not None and manifest.heldout_rule == 1:
+        console.print(
+            "  held out by rule 1, each text's exact bytes: a copy with other white space, or a tokenised one, may be in another dataset's "
+            "training set; to hold out by rule 2, give another --name",
+            markup=False,
+        )
     if manifest.documents.failed:
         console.print(f"  {manifest.documents.failed:,} documents could not be read: {prepared.folder / 'failures.jsonl'}", markup=False)

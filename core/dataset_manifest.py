@@ -155,6 +155,11 @@ class Manifest(Section):
         return self
 
     @property
+    def heldout_rule(self) -> int:
+        """The rule that decided each document's side, see data_prep/heldout.py. Datasets of before there were two record none."""
+        return int(self.preparation.get("heldout_rule") or 1)
+
+    @property
     def sets(self) -> dict[SetName, SetEntry]:
         """'train', and 'heldout' where documents were held out."""
         sets: dict[SetName, SetEntry] = {"train": self.train}

@@ -59,7 +59,7 @@ class Document:
     """A text, or token ids where the input was tokenised already. record: see the module's docstring.
 
     source: of this document, which a reader may know better than the file's name. tokens: int32 or int64 [n], without an added eos;
-    marks: uint8 [n], what marks.py says of each token; None: every token bears loss. belongs_to: SHA-256 of the text on whose side,
+    marks: uint8 [n], what marks.py says of each token; None: every token bears loss. belongs_to: the text on whose side,
     training or held-out, this one must be, because it repeats parts of it.
     """
 
@@ -69,7 +69,7 @@ class Document:
     text: str | None
     tokens: np.ndarray | None = None
     marks: np.ndarray | None = None
-    belongs_to: bytes | None = None
+    belongs_to: str | None = None
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,9 @@ def _existing(folder: Path, plan: Plan, progress: Progress) -> Manifest:
     if not (folder / MANIFEST).exists():
         raise DataError(f"{folder}: exists and is no dataset; give another --name, or remove it")
     manifest = read_manifest(folder)
-    for key, value in preparation(plan.settings, plan.inputs).items():
+    wanted = preparation(plan.settings, plan.inputs)
+    del wanted["heldout_rule"]  # a dataset keeps the one that it was made by, and stays what it is
+    for key, value in wanted.items():
         if manifest.preparation.get(key) != value:
             raise DataError(
                 f"{folder}: was prepared with {key} {manifest.preparation.get(key)!r}, not {value!r}; give another --name, or remove it"

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.errors import DataError
+from weftrain.data_prep import heldout
 from weftrain.data_prep.documents import InputFile, Part, Share, Skipped
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.registry import READERS
@@ -62,6 +63,7 @@ class Settings:
 
     packing: 'concatenate' cuts one stream, 'best_fit' fills rows with whole documents. order: 'shuffled' by content, or 'as_read', which
     keeps duplicates too. epochs: how often each document comes, with FIM drawn anew. global_batch_size: makes a chunk whole steps.
+    heldout_rule: see heldout.py.
     """
 
     tokenizer: str
@@ -77,6 +79,7 @@ class Settings:
     chunks: int | None = None
     global_batch_size: int | None = None
     fim: FimSettings | None = None
+    heldout_rule: int = heldout.RULE
 
     @property
     def row_tokens(self) -> int:
@@ -258,11 +261,6 @@ def _tree(plan: Plan) -> dict[str, Any]:
 def order_key(settings: Settings, content: bytes) -> bytes:
     """Where a document stands in the shuffle: 32 bytes, by its text and the seed alone."""
     return hashlib.sha256(b"order %d " % settings.seed + content).digest()
-
-
-def is_held_out(owner: bytes, fraction: float) -> bool:
-    """Whether the text of this SHA-256 is held out: by its content alone, whatever the seed, the order or the other documents."""
-    return int.from_bytes(hashlib.sha256(b"heldout " + owner).digest()[:8]) < fraction * 2.0**64
 
 
 def preparation(settings: Settings, inputs: Inputs) -> dict[str, Any]:

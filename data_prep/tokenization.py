@@ -152,6 +152,10 @@ class TextEncoder:
         """Text of ids, control tokens spelled out."""
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
 
+    def text_of(self, ids: np.ndarray) -> str:
+        """Text of ids without control ids; ids outside the vocabulary are an IndexError."""
+        return self.decode(ids[~self._is_control[ids]])
+
 
 def _sample(texts: Sequence[str], fast: Sequence[int], hashes: Sequence[bytes] | None) -> list[int]:
     """Which of the documents that the fast engine encoded are compared: by their hashes, so the same whoever encodes; at least one."""

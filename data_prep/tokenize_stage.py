@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from weftrain.data_prep.documents import Document, Failure, FileRead
-from weftrain.data_prep.plan import Plan, is_held_out, order_key
+from weftrain.data_prep.heldout import is_held_out
+from weftrain.data_prep.plan import Plan, order_key
 from weftrain.data_prep.shares import read_part
 from weftrain.data_prep.table_file import Table, write_table
 from weftrain.data_prep.tokenization import Counts, TextEncoder, encoder_for
@@ -65,7 +66,7 @@ def tokenize_part(plan: Plan, index: int) -> None:
             _take_tokens(rows, item, encoder, plan)
         else:
             data = (item.text or "").encode()
-            _take(rows, item, hashlib.sha256(data).digest(), len(data), plan)
+            _take(rows, item, hashlib.sha256(data).digest(), len(data), plan, encoder)
             waiting.append(item)
             waiting_bytes += len(data)
             if waiting_bytes >= _ENCODE_BYTES:
@@ -75,9 +76,10 @@ def tokenize_part(plan: Plan, index: int) -> None:
     _write(plan, index, rows, encoder, {"reference": counts.reference, "checked": counts.checked})
 
 
-def _take(rows: _Rows, document: Document, content: bytes, num_bytes: int, plan: Plan) -> None:
+def _take(rows: _Rows, document: Document, content: bytes, num_bytes: int, plan: Plan, encoder: TextEncoder) -> None:
     rows.content.append(content)
-    rows.heldout.append(is_held_out(document.belongs_to or content, plan.settings.heldout_fraction))
+    settings = plan.settings
+    rows.heldout.append(is_held_out(document, content, settings.heldout_rule, settings.heldout_fraction, encoder))
     rows.source.append(rows.sources.setdefault(document.source, len(rows.sources)))
     rows.file.append(document.file)
     rows.record.append(document.record)
@@ -95,7 +97,7 @@ def _take_tokens(rows: _Rows, document: Document, encoder: TextEncoder, plan: Pl
     mask = document.marks
     if not plan.fixed_rows and tokens.size and tokens[-1] == encoder.eos_id:
         tokens, mask = tokens[:-1], None if mask is None else mask[:-1]
-    _take(rows, document, hashlib.sha256(tokens.astype("<i4").tobytes()).digest(), tokens.size * encoder.dtype.itemsize, plan)
+    _take(rows, document, hashlib.sha256(tokens.astype("<i4").tobytes()).digest(), tokens.size * encoder.dtype.itemsize, plan, encoder)
     rows.tokens.append(tokens.astype(encoder.dtype))
     if mask is not None or rows.masks:
         rows.masks += [np.ones(len(ids), np.uint8) for ids in rows.tokens[len(rows.masks) : -1]]
@@ -134,10 +136,11 @@ def sample_part(plan: Plan, index: int) -> None:
     kept: list[tuple[bytes, int, bytes]] = []  # a heap of (key with its order turned round, -place, text): the highest key on top
     kept_bytes = 0
     note: dict[str, Any] = {"failures": [], "shares": []}
-    for place, (content, owner, data) in enumerate(_texts(plan, index, note)):
-        if is_held_out(owner, plan.settings.heldout_fraction):
+    settings = plan.settings
+    for place, (document, content, data) in enumerate(_texts(plan, index, note)):
+        if is_held_out(document, content, settings.heldout_rule, settings.heldout_fraction):
             continue
-        heapq.heappush(kept, (_turned(order_key(plan.settings, content)), -place, data))
+        heapq.heappush(kept, (_turned(order_key(settings, content)), -place, data))
         kept_bytes += len(data)
         while kept_bytes - len(kept[0][2]) >= TRAINING_BYTES:
             kept_bytes -= len(heapq.heappop(kept)[2])
@@ -150,8 +153,8 @@ def sample_part(plan: Plan, index: int) -> None:
     write_table(plan.sample_file(index), arrays, note)
 
 
-def _texts(plan: Plan, index: int, note: dict[str, Any]) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """(content hash, hash of the text that decides its side, UTF-8) of each text; failures and shares go into the note."""
+def _texts(plan: Plan, index: int, note: dict[str, Any]) -> Iterator[tuple[Document, bytes, bytes]]:
+    """(the document, its content hash, its UTF-8) of each text; failures and shares go into the note."""
     for item in read_part(plan.inputs.files, plan.parts[index], plan.inputs.options):
         if isinstance(item, Failure):
             note["failures"].append([item.file, item.record, item.reason])
@@ -159,8 +162,7 @@ def _texts(plan: Plan, index: int, note: dict[str, Any]) -> Iterator[tuple[bytes
             note["shares"].append([item.share.file, item.share.begin, item.records, item.sha256])
         else:
             data = (item.text or "").encode()
-            content = hashlib.sha256(data).digest()
-            yield content, item.belongs_to or content, data
+            yield item, hashlib.sha256(data).digest(), data
 
 
 def _turned(key: bytes) -> bytes:

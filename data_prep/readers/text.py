@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from weftrain.core.errors import DataError
 from weftrain.data_prep import corpus
 from weftrain.data_prep.compression import BROKEN_ARCHIVE, open_decompressed
@@ -41,8 +39,7 @@ def python_source(index: int, file: InputFile, share: Share, options: ReadOption
     yield Document(index, 0, corpus.SOURCES, text)
     documentation = corpus.documentation_text(text, file.name)
     if len(documentation) >= corpus.MIN_DOCUMENTATION_CHARACTERS:
-        owner = hashlib.sha256(text.encode()).digest()
-        yield Document(index, 1, corpus.DOCUMENTATION, documentation, belongs_to=owner)
+        yield Document(index, 1, corpus.DOCUMENTATION, documentation, belongs_to=text)
     return 2
 
 

@@ -589,7 +589,7 @@ def test_a_slice_of_the_embedded_corpus(tmp_path: Path) -> None:
         (library / path.name).write_bytes(path.read_bytes())
     files, description, licence = embedded_inputs(library)
     inputs = Inputs(tuple(files), description, licence)
-    prepared = prepare(inputs, tmp_path / "out", name="python", vocab_size=600, sequence_length=64, heldout_fraction=0.3)
+    prepared = prepare(inputs, tmp_path / "out", name="python", vocab_size=600, sequence_length=64, heldout_fraction=0.75)
     assert prepared is not None
     assert prepared.manifest.vocab_size == 632
     assert prepared.manifest.corpus.licence == "PSF-2.0"
