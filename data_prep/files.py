@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from typing import IO, Any
 
 from weftrain.core.errors import DataError
@@ -40,6 +41,17 @@ def open_address(address: str) -> IO[bytes]:
         raise DataError(f"{address}: cannot be read: {error}") from error
 
 
+def exists(address: str) -> bool:
+    """Whether a file lies at a local path or an address. Raises DataError for a file system that cannot be asked."""
+    if is_local(address):
+        return os.path.isfile(address)
+    system, path = file_system(address)
+    try:
+        return bool(system.isfile(path))
+    except OSError as error:
+        raise DataError(f"{address}: cannot be read: {error}") from error
+
+
 def check_unchanged(file: InputFile) -> None:
     """Raises DataError where a file is no longer what was listed."""
     try:
@@ -59,10 +71,14 @@ def changed(file: InputFile) -> DataError:
     return DataError(f"{file.address}: changed while it was read; run again when nobody writes to it")
 
 
-def range_sha256(file: InputFile, begin: int, end: int, beside: bytes = b"") -> str:
-    """SHA-256 of `beside` followed by bytes [begin, end) of a file, in hexadecimal. Raises DataError where the file ends before."""
-    digest = hashlib.sha256(beside)
+def range_sha256(file: InputFile, begin: int, end: int, beside: Sequence[str] = ()) -> str:
+    """SHA-256 of the files `beside` followed by bytes [begin, end) of a file, in hexadecimal. Raises DataError where it ends before."""
+    digest = hashlib.sha256()
     try:
+        for address in beside:
+            with open_address(address) as opened:
+                while block := opened.read(BLOCK_BYTES):
+                    digest.update(block)
         with open_address(file.address) as opened:
             opened.seek(begin)
             left = end - begin

@@ -71,7 +71,7 @@ def share_sha256(file: InputFile, share: Share) -> str:
     What is read beside the file, as Megatron's index, goes with the first share. Raises DataError.
     """
     begin, end, reader = share.begin, share.end, READERS[file.format]
-    beside = reader.beside(file) if begin == 0 else b""
+    beside = reader.beside(file) if begin == 0 else ()
     if not is_cut_by_bytes(file):
         units = max(1, reader.num_units(file)) if end != -1 else 1
         begin, end = file.num_bytes * begin // units, file.num_bytes * (end if end != -1 else 1) // units

@@ -27,8 +27,8 @@ from weftrain.data_prep.files import is_local
 from weftrain.data_prep.marks import BEGINS, LOSS, PADDING
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, one_line, wrong_length
+from weftrain.data_prep.readers.ids import MAX_ID, ids_document
 
-_MAX_ID = (1 << 31) - 1
 _READ_BYTES = 8 << 20  # of rows, read at once
 _FORMS = tuple((dtype, rank) for rank in (3, 1) for dtype in ("<i4", "<u2", "<u4", "<i8"))
 _PLANES = (3, 5)
@@ -116,7 +116,7 @@ def _row(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray | None] | str:
     tokens = np.append(ids, ids[-1])
     if text and (bears[text - 1] or labels[text - 1] >= 0):
         tokens[text] = labels[text - 1]
-    if tokens.min() < 0 or tokens.max() > _MAX_ID:
+    if tokens.min() < 0 or tokens.max() > MAX_ID:
         return f"holds the id {tokens.min()} or {tokens.max()}, which is none"
     begins = _begins(planes, text) if len(planes) > 3 else None
     if isinstance(begins, str):
@@ -166,11 +166,7 @@ def corpus_rows(index: int, file: InputFile, share: Share, options: ReadOptions)
             stream = _read(file, data, first * length, last * length + 1)
             for row in range(first, last):
                 start = (row - first) * length
-                tokens = stream[start : start + length + 1].astype(np.int64)
-                if tokens.min() < 0 or tokens.max() > _MAX_ID:
-                    yield Failure(index, row - begin, f"holds the id {tokens.min()} or {tokens.max()}, which is none")
-                else:
-                    yield Document(index, row - begin, file.source, None, tokens.astype(np.int32))
+                yield ids_document(index, row - begin, file.source, stream[start : start + length + 1])
     return end - begin
 
 

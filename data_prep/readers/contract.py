@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Literal
 
 from weftrain.core.errors import DataError
 from weftrain.data_prep.compression import BROKEN_ARCHIVE, compression_of, open_decompressed, plain_name
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.files import is_local
+from weftrain.data_prep.files import exists, is_local
 from weftrain.data_prep.read_options import ReadOptions
 
 Records = Generator[Document | Failure, None, int]  # returns how many records the share holds, failed and empty ones too
@@ -47,8 +47,8 @@ class Probe:
                 return b""
 
     def has_beside(self, suffix: str) -> bool:
-        """Whether a local file of the same name with another suffix lies beside."""
-        return is_local(self.address) and Path(self.address).with_suffix(suffix).exists()
+        """Whether a file of the same name with another suffix, or none, lies beside."""
+        return exists(with_suffix(self.address, suffix))
 
 
 def one_unit(file: InputFile) -> int:
@@ -56,9 +56,14 @@ def one_unit(file: InputFile) -> int:
     return 1
 
 
-def nothing_beside(file: InputFile) -> bytes:
+def nothing_beside(file: InputFile) -> tuple[str, ...]:
     """beside of a format whose files stand alone."""
-    return b""
+    return ()
+
+
+def with_suffix(address: str, suffix: str) -> str:
+    """An address with its last suffix replaced."""
+    return address.removesuffix(PurePosixPath(address).suffix) + suffix
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Reader:
     detect(probe): whether a file is of this format. goes_with(probe): whether it belongs to another file of this format, and is read
     with it. by_bytes: a share counts bytes, and a record belongs to the share that it begins in; else shares count num_units(file), which
     is 1 where a file cannot be cut. read: the documents of a share, in order; it may raise OSError, and DataError for a file damaged as a
-    whole. beside(file): bytes that are read besides the file's own and hashed with its first share.
+    whole. beside(file): addresses of the files that are read with it; they are hashed before its first share.
     """
 
     name: str
@@ -78,7 +83,7 @@ class Reader:
     goes_with: Callable[[Probe], bool] = lambda probe: False
     by_bytes: bool = False
     num_units: Callable[[InputFile], int] = one_unit
-    beside: Callable[[InputFile], bytes] = nothing_beside
+    beside: Callable[[InputFile], tuple[str, ...]] = nothing_beside
 
 
 def wrong_length(length: int, options: ReadOptions) -> str | None:

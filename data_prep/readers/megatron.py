@@ -1,95 +1,150 @@
-"""Megatron's .bin of tokens and .idx that tells sequences and documents apart."""
+"""Megatron's .bin of ids and .idx that tells sequences and documents apart (version 1, `indexed_dataset.py` of Megatron-LM).
+
+The index is never in memory as a whole: a share reads, and holds against the .bin's size, the part that its documents need.
+"""
 
 from __future__ import annotations
 
+import itertools
+import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from weftrain.core.errors import DataError
 from weftrain.core.plain_file import open_plain
-from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.files import is_local
+from weftrain.data_prep.documents import InputFile, Share
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.readers.contract import Reader, Records
+from weftrain.data_prep.readers.contract import Probe, Reader, Records, local_only, with_suffix
+from weftrain.data_prep.readers.ids import MAX_DOCUMENT_IDS, TABLE_ROWS, ids_document, read_array, too_long
 
-_MAX_ID = (1 << 31) - 1
-_MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
-_MEGATRON_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # DType codes of Megatron's indexed_dataset.py
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type, sequences, documents + 1
+_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_FLOATS = {6: "float64", 7: "float32"}
+_SIZE, _POINTER, _MODE = np.dtype("<i4"), np.dtype("<i8"), np.dtype("<i1")
 
 
 @dataclass(frozen=True)
-class _MegatronIndex:
-    """dtype of the ids; sizes int32 [sequences] in ids, pointers int64 [sequences] in bytes; documents int64 [n + 1], first sequences."""
+class _Index:
+    """An opened .idx: sizes int32 [sequences] in ids, pointers int64 [sequences] in bytes, first int64 [documents + 1] sequences."""
 
+    opened: IO[bytes]
+    path: str
     dtype: np.dtype[Any]
-    sizes: np.ndarray
-    pointers: np.ndarray
-    documents: np.ndarray
+    sequences: int
+    documents: int
+    bin_bytes: int
+
+    def sizes(self, begin: int, end: int) -> np.ndarray:
+        return read_array(self.opened, self.path, _HEADER.size + 4 * begin, end - begin, _SIZE)
+
+    def pointers(self, begin: int, end: int) -> np.ndarray:
+        return read_array(self.opened, self.path, _HEADER.size + 4 * self.sequences + 8 * begin, end - begin, _POINTER)
+
+    def first(self, begin: int, end: int) -> np.ndarray:
+        return read_array(self.opened, self.path, _HEADER.size + 12 * self.sequences + 8 * begin, end - begin, _POINTER)
+
+    def refusal(self, problem: str) -> DataError:
+        return DataError(f"{self.path}: {problem}; copy it again")
 
 
-def _megatron_index(file: InputFile) -> _MegatronIndex:
-    """The index beside a .bin, held against both files' sizes. Raises DataError."""
-    path = Path(file.address).with_suffix(".idx")
+def _open_index(file: InputFile) -> _Index:
+    """The index beside a .bin, its header held against both files' sizes. Raises DataError."""
+    path = with_suffix(file.address, ".idx")
+    local_only(file.address, "Megatron files")
     try:
-        if not is_local(file.address):
-            raise ValueError("Megatron files are read from local folders only; copy them here first")
-        with open_plain(path) as opened:
-            data = opened.read()
-        if data[:9] != _MEGATRON_MAGIC:
-            raise ValueError("does not begin as a Megatron index does (MMIDIDX)")
-        version, code, sequences, documents = struct.unpack_from("<QBQQ", data, 9)
-        header = 9 + struct.calcsize("<QBQQ")
-        if version != 1 or code not in _MEGATRON_TYPES:
-            raise ValueError(f"has version {version} and type {code}; version 1 with integers is read")
-        if len(data) != header + 12 * sequences + 8 * documents:
-            raise ValueError(f"has {len(data):,} bytes, which {sequences:,} sequences and {documents:,} documents do not make")
-        sizes = np.frombuffer(data, "<i4", sequences, header)
-        pointers = np.frombuffer(data, "<i8", sequences, header + 4 * sequences)
-        first = np.frombuffer(data, "<i8", documents, header + 12 * sequences)
-        dtype = np.dtype(_MEGATRON_TYPES[code])
-        if sequences and (
-            sizes.min() < 0 or pointers.min() < 0 or int((pointers + sizes.astype(np.int64) * dtype.itemsize).max()) > file.num_bytes
-        ):
-            raise ValueError(f"points outside the {file.num_bytes:,} bytes of {Path(file.address).name}")
-        if documents < 1 or first[0] != 0 or first[-1] != sequences or np.any(np.diff(first) < 0):
-            raise ValueError(f"its documents do not rise from 0 to {sequences:,} sequences")
-        return _MegatronIndex(dtype, sizes, pointers, first)
-    except (OSError, ValueError, struct.error) as error:
+        opened = open_plain(Path(path))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; a Megatron .bin needs its index beside it") from error
+    try:
+        return _checked(opened, path, file)
+    except (OSError, ValueError) as error:
+        opened.close()
         raise DataError(f"{path}: {error}; copy it again") from error
+
+
+def _checked(opened: IO[bytes], path: str, file: InputFile) -> _Index:
+    header = opened.read(_HEADER.size)
+    if header[:9] != _MAGIC:
+        raise ValueError("does not begin as a Megatron index does (MMIDIDX)")
+    if len(header) < _HEADER.size:
+        raise ValueError("ends within its header")
+    _, version, code, sequences, boundaries = _HEADER.unpack(header)
+    if version != 1 or code in _FLOATS or code not in _TYPES:
+        kind = _FLOATS.get(code, f"type {code}")
+        raise ValueError(f"has version {version} and {kind}; version 1 with integers is read")
+    num_bytes = os.fstat(opened.fileno()).st_size
+    tables = _HEADER.size + 12 * sequences + 8 * boundaries
+    if num_bytes not in (tables, tables + sequences) or not boundaries:
+        raise ValueError(f"has {num_bytes:,} bytes, which {sequences:,} sequences and {boundaries:,} documents do not make")
+    index = _Index(opened, path, np.dtype(_TYPES[code]), sequences, boundaries - 1, file.num_bytes)
+    if num_bytes != tables:  # multimodal: a mode a sequence
+        for begin in range(0, sequences, TABLE_ROWS):
+            if read_array(opened, path, tables + begin, min(TABLE_ROWS, sequences - begin), _MODE).any():
+                raise ValueError("is multimodal: it has sequences of a mode other than 0, which are no text")
+    if index.first(0, 1)[0] != 0 or index.first(boundaries - 1, boundaries)[0] != sequences:
+        raise ValueError(f"its documents do not rise from 0 to {sequences:,} sequences")
+    return index
 
 
 def megatron_documents(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
     """The documents that the index tells apart, each the sequences it is made of, joined."""
-    table = _megatron_index(file)
-    begin, end = share.begin, share.end if share.end != -1 else len(table.documents) - 1
-    with open(file.address, "rb") as opened:
-        for document in range(begin, end):
-            pieces = []
-            for sequence in range(int(table.documents[document]), int(table.documents[document + 1])):
-                opened.seek(int(table.pointers[sequence]))
-                pieces.append(np.frombuffer(opened.read(int(table.sizes[sequence]) * table.dtype.itemsize), table.dtype))
-            tokens = np.concatenate(pieces).astype(np.int64) if pieces else np.empty(0, np.int64)
-            if tokens.size and (tokens.min() < 0 or tokens.max() > _MAX_ID):
-                yield Failure(index, document - begin, f"holds the id {tokens.min()} or {tokens.max()}, which is none")
-            else:
-                yield Document(index, document - begin, file.source, None, tokens.astype(np.int32))
+    table = _open_index(file)
+    with table.opened, open(file.address, "rb") as opened:
+        begin, end = share.begin, share.end if share.end != -1 else table.documents
+        for first in range(begin, end, TABLE_ROWS):
+            bounds = table.first(first, min(first + TABLE_ROWS, end) + 1).tolist()
+            if bounds[0] < 0 or bounds[-1] > table.sequences or any(low > high for low, high in itertools.pairwise(bounds)):
+                raise table.refusal(f"its documents do not rise from 0 to {table.sequences:,} sequences")
+            for number, (low, high) in enumerate(itertools.pairwise(bounds), start=first - begin):
+                pieces, length = [], 0
+                for size, pointer in _sequences(table, low, high):
+                    length += size
+                    if length <= MAX_DOCUMENT_IDS:
+                        pieces.append(read_array(opened, file.address, pointer, size, table.dtype))
+                if length > MAX_DOCUMENT_IDS:
+                    yield too_long(index, number, length)
+                else:
+                    yield ids_document(index, number, file.source, np.concatenate(pieces) if pieces else np.empty(0, table.dtype))
     return end - begin
 
 
+def _sequences(table: _Index, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """(size in ids, position in bytes) of sequences begin..end-1, within the .bin. Raises DataError."""
+    for first in range(begin, end, TABLE_ROWS):
+        last = min(first + TABLE_ROWS, end)
+        sizes, pointers = table.sizes(first, last), table.pointers(first, last)
+        room = (table.bin_bytes - pointers) // table.dtype.itemsize  # below 0 for a pointer behind the end
+        if sizes.min() < 0 or pointers.min() < 0 or (sizes > room).any():
+            raise table.refusal(f"points outside the {table.bin_bytes:,} bytes of the .bin beside it")
+        yield from zip(sizes.tolist(), pointers.tolist(), strict=True)
+
+
 def _num_documents(file: InputFile) -> int:
-    return len(_megatron_index(file).documents) - 1
+    table = _open_index(file)
+    table.opened.close()
+    return table.documents
+
+
+def _is_bin(probe: Probe) -> bool:
+    """Whether a .bin has its index beside. Raises DataError for one of another file system, which would be read by single seeks."""
+    if not probe.name.endswith(".bin") or not probe.has_beside(".idx"):
+        return False
+    local_only(probe.address, "Megatron files")
+    return True
 
 
 READER = Reader(
     name="megatron",
     holds="tokens",
     read=megatron_documents,
-    detect=lambda probe: probe.name.endswith(".bin") and probe.has_beside(".idx"),
+    detect=_is_bin,
     goes_with=lambda probe: probe.name.endswith(".idx") and probe.has_beside(".bin"),
     num_units=_num_documents,
-    beside=lambda file: Path(file.address).with_suffix(".idx").read_bytes(),
+    beside=lambda file: (with_suffix(file.address, ".idx"),),
 )

@@ -139,7 +139,7 @@ def test_a_shard_is_a_cerebras_corpus_as_it_is(dataset: Prepared, tmp_path: Path
     [
         (lambda data: b"X" + data[1:], "does not begin as a Megatron index"),
         (lambda data: data[:9] + b"\x02" + data[10:], "version 2"),
-        (lambda data: data[:17] + b"\x07" + data[18:], "type 7"),
+        (lambda data: data[:17] + b"\x07" + data[18:], "float32"),
         (lambda data: data[:-8], "which .* do not make"),
         (lambda data: data[:34] + b"\xff\xff\xff\x7f" + data[38:], "points outside"),
         (lambda data: data[:-8] + b"\x00" * 8, "documents do not rise"),
