@@ -22,7 +22,7 @@ from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.dataset import FAILURES, InputEntry, merkle_root, write_inputs
 from weftrain.core.errors import DataError
 from weftrain.core.line_table import write_lines
-from weftrain.core.shards import ID_BYTES, PADDING
+from weftrain.core.shards import ID_BYTES
 from weftrain.data_prep import fim, marks
 from weftrain.data_prep.packing import best_fit_rows, split
 from weftrain.data_prep.plan import Plan
@@ -46,11 +46,14 @@ def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
     `bases`: for each part, where its share of a file does not begin at line 0, the lines before it. `inputs`: of inputs.jsonl, which is
     written here, as the sources' names and each part's numbers for them are.
     """
-    notes = [Table(plan.part_file(index)).note for index in range(len(plan.parts))]
+    notes, identities = [], []
+    for index in range(len(plan.parts)):
+        notes.append(Table(plan.part_file(index)).note)
+        identities.append(_identities(notes[-1].pop("sources")))  # there may be millions of names
     bases, failures = place_failures(plan, notes)
     check_failures(plan, failures, max_failures)
     found = {
-        "num_sources": _number_sources(plan, [note["sources"] for note in notes]),
+        "num_sources": _number_sources(plan, identities),
         "bases": bases,
         "inputs": _write_inputs(plan, notes),
         "failed": len(failures),
@@ -61,17 +64,38 @@ def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
     return found
 
 
-def _number_sources(plan: Plan, sources: Sequence[Sequence[str]]) -> int:
-    """Number all sources in order of appearance, and write the names and each part's numbers. sources: of each part."""
-    numbers: dict[str, int] = {}
-    of_parts = {f"{part:05d}": [numbers.setdefault(name, len(numbers)) for name in names] for part, names in enumerate(sources)}
-    if not numbers:
+def _identities(names: Sequence[str]) -> np.ndarray:
+    """uint64 [n, 2]: what tells the names apart, 16 bytes each, from their SHA-256."""
+    return np.frombuffer(b"".join(hashlib.sha256(name.encode()).digest()[:16] for name in names), "<u8").reshape(-1, 2)
+
+
+def _number_sources(plan: Plan, identities: Sequence[np.ndarray]) -> int:
+    """Number all sources in order of appearance, and write the names and each part's numbers. identities: of each part's names.
+
+    Some 50 bytes a name are in memory, which are fewer than the names themselves have.
+    """
+    joined = np.concatenate(identities)
+    if not len(joined):
         raise DataError(f"{plan.inputs.description}: holds no document; name other files")
-    if PADDING in numbers:
-        raise DataError(f"{plan.inputs.description}: a source is named {PADDING}, which stands for what fills rows: give it another name")
-    write_lines(plan.names_file, numbers)
-    write_table(plan.numbers_file, {part: np.array(found, np.int32) for part, found in of_parts.items()}, {})
-    return len(numbers)
+    order = np.lexsort((joined[:, 1], joined[:, 0]))  # stable: of equal names the first one leads
+    fresh = np.append(True, (joined[order[1:]] != joined[order[:-1]]).any(axis=1))
+    leaders = order[fresh]
+    ranks = np.empty(len(leaders), np.int32)
+    ranks[np.argsort(leaders)] = np.arange(len(leaders), dtype=np.int32)
+    numbers = np.empty(len(joined), np.int32)
+    numbers[order] = ranks[np.cumsum(fresh) - 1]
+    of_parts = split(numbers, np.cumsum([len(part) for part in identities]))
+    write_table(plan.numbers_file, {f"{part:05d}": found for part, found in enumerate(of_parts)}, {})
+
+    def names() -> Iterator[str]:
+        count = 0
+        for part, found in enumerate(of_parts):
+            for name, number in zip(Table(plan.part_file(part)).note["sources"], found.tolist(), strict=True):
+                if number == count:
+                    yield name
+                    count += 1
+
+    return write_lines(plan.names_file, names()).count
 
 
 def _write_inputs(plan: Plan, notes: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from weftrain.core.errors import DataError
+from weftrain.core.shards import PADDING
 from weftrain.data_prep.compression import compression_of
 from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile, Part, Share
 from weftrain.data_prep.files import BLOCK_BYTES, check_unchanged, open_address, range_sha256
 from weftrain.data_prep.normalisation import check_normalisations
 from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.contract import Records
 from weftrain.data_prep.readers.registry import READERS
+
+MAX_SOURCE_CHARACTERS = 2048  # as long as addresses of pages are
 
 
 def is_cut_by_bytes(file: InputFile) -> bool:
@@ -78,6 +82,20 @@ def share_sha256(file: InputFile, share: Share) -> str:
     return range_sha256(file, begin, end, beside)
 
 
+def _well_named(items: Records) -> Records:
+    """The items, a document whose source's name cannot be one as a Failure: a field of text taken for a name would fill the memory."""
+    while True:
+        try:
+            item = next(items)
+        except StopIteration as end:
+            return int(end.value)
+        if isinstance(item, Document) and not (0 < len(item.source) <= MAX_SOURCE_CHARACTERS and item.source != PADDING):
+            length = f"{len(item.source):,} characters long, {MAX_SOURCE_CHARACTERS:,} are allowed"
+            problem = f"is {PADDING}, which stands for what fills rows" if item.source == PADDING else f"is {length}"
+            item = Failure(item.file, item.record, f"the source's name {problem}; repair it, or name another field with --source-key")
+        yield item
+
+
 def read_part(files: Sequence[InputFile], part: Part, options: ReadOptions) -> Iterator[Document | Failure | FileRead]:
     """Everything of a part, in order; a FileRead ends each share. Raises DataError for a file that cannot be read, or that changed."""
     check_normalisations(options.normalise)
@@ -85,7 +103,7 @@ def read_part(files: Sequence[InputFile], part: Part, options: ReadOptions) -> I
         file = files[share.file]
         check_unchanged(file)
         try:
-            records = yield from READERS[file.format].read(share.file, file, share, options)
+            records = yield from _well_named(READERS[file.format].read(share.file, file, share, options))
         except OSError as error:
             raise DataError(f"{file.address}: cannot be read: {error.strerror or error}") from error
         sha256 = share_sha256(file, share)
