@@ -25,7 +25,7 @@ from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.quality import Quality
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.shares import lines_before, read_part, split_parts
+from weftrain.data_prep.shares import read_part, records_before, split_parts
 
 try:
     from datatrove.data import Document as TroveDocument
@@ -53,7 +53,7 @@ class WeftrainReader(PipelineStep):  # type: ignore[misc]
             yield from data
         for index in range(rank, len(self.parts), world_size):
             part = self.parts[index]
-            before = {share.file: lines_before(self.files[share.file], share) for share in part.shares}
+            before = {share.file: records_before(self.files[share.file], share) for share in part.shares}
             for item in read_part(self.files, part, self.options):
                 if isinstance(item, FileRead):
                     continue

@@ -37,7 +37,7 @@ class Skipped:
 
 
 class Share(NamedTuple):
-    """[begin, end) of one file, which counts bytes of plain JSON lines, row groups of Parquet, rows of HDF5, documents of Megatron.
+    """[begin, end) of one file, which counts bytes of JSON lines as the file lies, compressed or not; else the units of its reader.
 
     0, -1: all of it.
     """

@@ -9,19 +9,22 @@ from collections.abc import Iterator, Sequence
 
 from weftrain.core.errors import DataError
 from weftrain.core.shards import PADDING
-from weftrain.data_prep.compression import compression_of
+from weftrain.data_prep.compression import CUT, compression_of
 from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile, Part, Share
-from weftrain.data_prep.files import BLOCK_BYTES, check_unchanged, open_address, range_sha256
+from weftrain.data_prep.files import check_unchanged, range_sha256
 from weftrain.data_prep.normalisation import check_normalisations
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Records
 from weftrain.data_prep.readers.registry import READERS
 
 MAX_SOURCE_CHARACTERS = 2048  # as long as addresses of pages are
+MAX_ARCHIVE_SHARES = 8  # each decompresses from the beginning
+MIN_ARCHIVE_SHARE_BYTES = 32 << 20
 
 
 def is_cut_by_bytes(file: InputFile) -> bool:
-    return READERS[file.format].by_bytes and compression_of(file.address) is None
+    """Whether shares of the file count its bytes, of an archive the compressed ones. bz2 and xz are decompressed too slowly for that."""
+    return READERS[file.format].by_bytes and compression_of(file.address) in (None, *CUT)
 
 
 def split_parts(files: Sequence[InputFile], part_bytes: int) -> list[Part]:
@@ -45,7 +48,9 @@ def _shares(index: int, file: InputFile, part_bytes: int) -> Iterator[tuple[Shar
     """A file's shares and about how many bytes each reads."""
     pieces = max(1, -(-file.num_bytes // part_bytes))
     units = file.num_bytes if is_cut_by_bytes(file) else READERS[file.format].num_units(file) if pieces > 1 else 1
-    pieces = min(pieces, max(1, units))
+    if compression_of(file.address) is not None:
+        pieces = min(pieces, MAX_ARCHIVE_SHARES, file.num_bytes // MIN_ARCHIVE_SHARE_BYTES)
+    pieces = max(1, min(pieces, units))
     if not is_cut_by_bytes(file) and pieces == 1:
         yield Share(index, 0, -1), file.num_bytes
         return
@@ -54,19 +59,17 @@ def _shares(index: int, file: InputFile, part_bytes: int) -> Iterator[tuple[Shar
 
 
 def share_bytes(file: InputFile, share: Share) -> int:
-    """Bytes of the file that a share reads; of one that counts something else, the whole file's."""
-    return share.end - share.begin if is_cut_by_bytes(file) else file.num_bytes
+    """About how many bytes of the file a share reads: its range, or its proportion of the file where it counts something else."""
+    if share.end == -1:
+        return file.num_bytes
+    if is_cut_by_bytes(file):
+        return share.end - share.begin
+    return file.num_bytes * (share.end - share.begin) // max(1, READERS[file.format].num_units(file))
 
 
-def lines_before(file: InputFile, share: Share) -> int:
-    """How many lines of a file begin before its share does; 0 for one that is not cut by bytes. Raises DataError."""
-    if not is_cut_by_bytes(file) or not share.begin:
-        return 0
-    lines, left, last = 0, share.begin, b""
-    with open_address(file.address) as opened:
-        while left and (block := opened.read(min(left, BLOCK_BYTES))):
-            lines, left, last = lines + block.count(b"\n"), left - len(block), block[-1:]
-    return lines + (last != b"\n")  # the line in which the share begins belongs to the one before
+def records_before(file: InputFile, share: Share) -> int:
+    """How many records of a file precede a share. Raises DataError."""
+    return READERS[file.format].records_before(file, share.begin) if share.begin else 0
 
 
 def share_sha256(file: InputFile, share: Share) -> str:

@@ -8,7 +8,7 @@ from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, wrong_length
 from weftrain.data_prep.readers.json_lines import names_lines
-from weftrain.data_prep.readers.lines import parse_object, read_lines
+from weftrain.data_prep.readers.lines import lines_before, parse_object, read_lines
 
 _MAX_ID = (1 << 31) - 1
 
@@ -47,4 +47,4 @@ def _holds_token_ids(probe: Probe) -> bool:
     return b'"token_ids"' in line and b'"text"' not in line
 
 
-READER = Reader(name="amber", holds="rows", read=amber_rows, detect=_holds_token_ids, by_bytes=True)
+READER = Reader(name="amber", holds="rows", read=amber_rows, detect=_holds_token_ids, by_bytes=True, records_before=lines_before)

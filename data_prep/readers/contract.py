@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.compression import BROKEN_ARCHIVE, compression_of, open_decompressed, plain_name
+from weftrain.data_prep.compression import BrokenArchive, compression_of, open_decompressed, plain_name
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.files import exists, is_local
 from weftrain.data_prep.read_options import ReadOptions
@@ -43,7 +43,7 @@ class Probe:
         with open_decompressed(self.address) as opened:
             try:
                 return opened.read(HEAD_BYTES)
-            except BROKEN_ARCHIVE:
+            except BrokenArchive:
                 return b""
 
     def has_beside(self, suffix: str) -> bool:
@@ -54,6 +54,11 @@ class Probe:
 def one_unit(file: InputFile) -> int:
     """num_units of a format whose files are read whole."""
     return 1
+
+
+def unit_is_a_record(file: InputFile, begin: int) -> int:
+    """records_before of a format whose shares count records."""
+    return begin
 
 
 def nothing_beside(file: InputFile) -> tuple[str, ...]:
@@ -73,7 +78,8 @@ class Reader:
     detect(probe): whether a file is of this format. goes_with(probe): whether it belongs to another file of this format, and is read
     with it. by_bytes: a share counts bytes, and a record belongs to the share that it begins in; else shares count num_units(file), which
     is 1 where a file cannot be cut. read: the documents of a share, in order; it may raise OSError, and DataError for a file damaged as a
-    whole. beside(file): addresses of the files that are read with it; they are hashed before its first share.
+    whole. records_before(file, begin): how many records precede a share that begins there. beside(file): addresses of the files that are
+    read with it; they are hashed before its first share.
     """
 
     name: str
@@ -83,6 +89,7 @@ class Reader:
     goes_with: Callable[[Probe], bool] = lambda probe: False
     by_bytes: bool = False
     num_units: Callable[[InputFile], int] = one_unit
+    records_before: Callable[[InputFile, int], int] = unit_is_a_record
     beside: Callable[[InputFile], tuple[str, ...]] = nothing_beside
 
 

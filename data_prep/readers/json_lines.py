@@ -8,7 +8,7 @@ from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.normalisation import normalise
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records
-from weftrain.data_prep.readers.lines import has_lone_surrogate, parse_object, read_lines
+from weftrain.data_prep.readers.lines import has_lone_surrogate, lines_before, parse_object, read_lines
 
 SUFFIXES = (".jsonl", ".ndjson")
 
@@ -51,4 +51,4 @@ def _json_document(index: int, number: int, line: bytes | None, file: InputFile,
     return Document(index, number, source, normalise(text, options.normalise))
 
 
-READER = Reader(name="jsonl", holds="text", read=json_lines, detect=names_lines, by_bytes=True)
+READER = Reader(name="jsonl", holds="text", read=json_lines, detect=names_lines, by_bytes=True, records_before=lines_before)

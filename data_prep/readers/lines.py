@@ -2,48 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Any
+import io
+from collections.abc import Generator, Iterator
+from typing import IO, Any
 
 from weftrain.core.canonical import parse_json
 from weftrain.core.errors import DataError
-from weftrain.data_prep.compression import BROKEN_ARCHIVE, compression_of, open_decompressed
+from weftrain.data_prep.compression import Decompressed, compression_of, open_decompressed
 from weftrain.data_prep.documents import InputFile, Share
+from weftrain.data_prep.files import BLOCK_BYTES, open_address
 from weftrain.data_prep.read_options import ReadOptions
 
 _SKIP_BYTES = 1 << 20
 
 
+class LineSource:
+    """The lines of a file that begin at position `begin` or after it, and before `end` where it is not None.
+
+    Positions are bytes of the file as it lies: see compression.py. Used in a `with`. Raises DataError, OSError.
+    """
+
+    def __init__(self, address: str, begin: int, end: int | None) -> None:
+        last, self._end = b"", end
+        self._archive: Decompressed | None = None
+        self._opened: IO[bytes]
+        if compression_of(address) is None:
+            self._opened, self._offset = open_decompressed(address), begin
+            if begin:
+                self._opened.seek(begin - 1)
+                last = self._opened.read(1)
+        else:
+            self._archive, self._offset = Decompressed(address, keep_positions=end is not None), 0
+            for chunk in self._archive.chunks_before(begin):
+                self._offset += len(chunk)
+                last = chunk[-1:]
+            self._opened = io.BufferedReader(self._archive, BLOCK_BYTES)
+        if last not in (b"", b"\n"):
+            self.skip_line()  # the rest of one that began before
+
+    def __enter__(self) -> LineSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def read_line(self, limit: int) -> bytes:
+        """The next line, or its first `limit` bytes; empty where there is none."""
+        if self._end is not None and self._position(self._end) >= self._end:
+            return b""
+        return self._read(limit)
+
+    def skip_line(self) -> None:
+        """Passes over the rest of a line."""
+        while (rest := self._read(_SKIP_BYTES)) and not rest.endswith(b"\n"):
+            pass
+
+    def _position(self, end: int) -> int:
+        """Where the next line begins; `end` at the end of an archive."""
+        if self._archive is None:
+            return self._offset
+        return self._archive.position(self._offset) if self._opened.peek(1) else end  # type: ignore[attr-defined]
+
+    def _read(self, limit: int) -> bytes:
+        line = self._opened.readline(limit)
+        self._offset += len(line)
+        return line
+
+
 def read_lines(file: InputFile, share: Share) -> Generator[tuple[int, bytes | None], None, int]:
     """(line number within the share, the line) of each line that begins within the share; None for one that is too long.
 
-    Returns how many there are. Raises DataError where the file cannot be read to its end.
+    A byte order mark at the start of the file is left out. Returns how many lines there are. Raises DataError where the file cannot be
+    read to its end, or is UTF-16.
     """
-    number = 0
-    try:
-        with open_decompressed(file.address) as opened:
-            position, end = 0, None
-            if compression_of(file.address) is None:
-                position, end = share.begin, share.end
-                if position:
-                    opened.seek(position - 1)
-                    position += len(opened.readline()) - 1  # the rest of a line that began before
-            while end is None or position < end:
-                line = opened.readline(ReadOptions.max_line_bytes + 1)
-                if not line:
-                    break
-                position += len(line)
-                if len(line) > ReadOptions.max_line_bytes and not line.endswith(b"\n"):
-                    while (rest := opened.readline(_SKIP_BYTES)) and not rest.endswith(b"\n"):
-                        position += len(rest)
-                    position += len(rest)
-                    yield number, None
-                else:
-                    yield number, line
-                number += 1
-    except BROKEN_ARCHIVE as error:
-        raise DataError(f"{file.address}: damaged or truncated: {error}; copy it again") from error
+    number, limit = 0, ReadOptions.max_line_bytes
+    end = None if share.end in (-1, file.num_bytes) else share.end
+    with LineSource(file.address, share.begin, end) as lines:
+        while line := lines.read_line(limit + 1):
+            whole = len(line) <= limit or line.endswith(b"\n")
+            if not whole:
+                lines.skip_line()
+            if number == 0 and share.begin == 0:
+                line = _without_mark(file, line)
+            yield number, line if whole else None
+            number += 1
     return number
+
+
+def lines_before(file: InputFile, position: int) -> int:
+    """How many lines of a file begin before a position. Raises DataError."""
+    lines, last = 0, b""
+    for chunk in _bytes_before(file, position):
+        lines, last = lines + chunk.count(b"\n"), chunk[-1:]
+    return lines + (last not in (b"", b"\n"))  # the line that the position lies in
+
+
+def _bytes_before(file: InputFile, position: int) -> Iterator[bytes]:
+    if compression_of(file.address) is not None:
+        with Decompressed(file.address) as archive:
+            yield from archive.chunks_before(position)
+        return
+    with open_address(file.address) as opened:
+        while position and (block := opened.read(min(position, BLOCK_BYTES))):
+            position -= len(block)
+            yield block
+
+
+def _without_mark(file: InputFile, line: bytes) -> bytes:
+    """The first line of a file without a byte order mark. Raises DataError for UTF-16 and UTF-32."""
+    if line.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
+        raise DataError(f"{file.address}: begins with the byte order mark of UTF-16 or UTF-32; convert the file to UTF-8")
+    return line.removeprefix(b"\xef\xbb\xbf")
 
 
 def parse_object(line: bytes | None) -> dict[str, Any] | str:

@@ -67,10 +67,16 @@ def _row_groups(file: InputFile) -> int:
     return int(open_parquet(file).num_row_groups)
 
 
+def _rows_before(file: InputFile, group: int) -> int:
+    metadata = open_parquet(file).metadata
+    return sum(metadata.row_group(number).num_rows for number in range(group))
+
+
 READER = Reader(
     name="parquet",
     holds="text",
     read=parquet_rows,
     detect=lambda probe: probe.plain_name.endswith(".parquet"),
     num_units=_row_groups,
+    records_before=_rows_before,
 )

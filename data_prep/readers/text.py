@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from weftrain.core.errors import DataError
 from weftrain.data_prep import corpus
-from weftrain.data_prep.compression import BROKEN_ARCHIVE, open_decompressed
+from weftrain.data_prep.compression import open_decompressed
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.files import open_address
 from weftrain.data_prep.normalisation import normalise
@@ -14,11 +13,8 @@ from weftrain.data_prep.readers.contract import Reader, Records
 
 def plain_text(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
     """A file, a document."""
-    try:
-        with open_decompressed(file.address) as opened:
-            data = opened.read(options.max_line_bytes + 1)
-    except BROKEN_ARCHIVE as error:
-        raise DataError(f"{file.address}: damaged or truncated: {error}; copy it again") from error
+    with open_decompressed(file.address) as opened:
+        data = opened.read(options.max_line_bytes + 1)
     if len(data) > options.max_line_bytes:
         yield Failure(index, 0, f"holds more than {options.max_line_bytes:,} bytes in one document; split it")
         return 1

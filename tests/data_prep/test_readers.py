@@ -22,7 +22,7 @@ from weftrain.data_prep import read_options
 from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile
 from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.shares import lines_before, read_part, split_parts
+from weftrain.data_prep.shares import read_part, records_before, split_parts
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -139,7 +139,7 @@ def test_any_cut_gives_the_lines_of_the_whole(tmp_path: Path, rows: list[str], p
     for part in split_parts(files, part_bytes):
         for share in part.shares:
             before = path.read_bytes()[: share.begin]
-            assert lines_before(files[0], share) == before.count(b"\n") + (bool(before) and not before.endswith(b"\n"))
+            assert records_before(files[0], share) == before.count(b"\n") + (bool(before) and not before.endswith(b"\n"))
 
 
 @pytest.mark.parametrize(
