@@ -293,5 +293,9 @@ def _report(console: Console, prepared: Prepared) -> None:
             "training set; to hold out by rule 2, give another --name",
             markup=False,
         )
+    if (reason := prepared.fallback or manifest.tokenization.reason) is not None:
+        console.print(f"  encoded by the reference, tokenizers {manifest.tokenization.engine_version}, since {reason}", markup=False)
+    if manifest.tokenization.unknown_tokens:
+        console.print(f"  {manifest.tokenization.unknown_tokens:,} unknown tokens: text that the vocabulary cannot spell", markup=False)
     if manifest.documents.failed:
         console.print(f"  {manifest.documents.failed:,} documents could not be read: {prepared.folder / 'failures.jsonl'}", markup=False)

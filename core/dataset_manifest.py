@@ -89,12 +89,18 @@ class FimPrepared(Section):
 
 
 class Tokenization(Section):
-    """Who encoded. The ids are the same whoever does. checked_documents: encoded twice and compared with the reference's."""
+    """Who encoded. The ids are the same whoever does. checked_documents: encoded twice and compared with the reference's.
+
+    unknown_tokens: of the documents read, those that the tokenizer gives for text that its vocabulary cannot spell.
+    reason: why the reference encoded everything, where the fast engine was allowed.
+    """
 
     engine: Literal["tokenizers", "gigatoken"]
     engine_version: str
     reference_documents: Count
     checked_documents: Count
+    unknown_tokens: Count = 0
+    reason: str | None = None
 
 
 class Chunks(Section):

@@ -25,6 +25,14 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__module__ == "pyo3_runtime"
 
 
+def library_stopped(error: BaseException) -> str:
+    """What an error or a panic of the library means, and the remedy, in one line."""
+    why = " ".join(str(error).split())[:120]
+    if is_panic(error):
+        return f"the tokenizer's library stopped ({why}): a pattern in it takes too long; use another tokenizer"
+    return f"the tokenizer's library refuses the text ({why}); use a tokenizer that can encode it"
+
+
 @contextlib.contextmanager
 def panics_refused(where: str) -> Iterator[None]:
     """While a tokenizer encodes: a pattern that takes more steps than its library allows is a DataError, which begins with `where`."""
@@ -33,10 +41,7 @@ def panics_refused(where: str) -> Iterator[None]:
     except BaseException as error:
         if not is_panic(error):
             raise
-        why = " ".join(str(error).split())[:120]
-        raise DataError(
-            f"{where}: the tokenizer's library stopped ({why}): a pattern in it takes too long; use another tokenizer"
-        ) from error
+        raise DataError(f"{where}: {library_stopped(error)}") from error
 
 
 def tokenizer_from(data: bytes, where: str, remedy: str = "name a Hugging Face tokenizers file") -> Tokenizer:

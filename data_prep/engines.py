@@ -7,20 +7,25 @@ entries, so the ids are those of the whole.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from weftrain.core.tokenizer_file import is_panic
+from weftrain.data_prep.added_tokens import may_hold_added_token, normalizers_of
+from weftrain.data_prep.new_characters import has_new_character
 from weftrain.data_prep.packing import split
 
 _SPACE = "\u2581"  # what LLaMA-like normalizers write for a space
 MISSING = "it is not installed: pip install 'weftrain[data]'"
 _PIECE_CHARACTERS = 4096
+_PLAIN_NORMALIZERS = ("Prepend", "Replace")  # no table of Unicode is asked
 _LONG_CHARACTERS = 4 * _PIECE_CHARACTERS
 _FRESH_BYTES = 256 << 20  # gigatoken keeps what it has seen: after so much text it starts anew, which takes a tenth of a second
 
@@ -58,20 +63,13 @@ def _tokenizer(tree: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _normalizers(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    normalizer = tree.get("normalizer")
-    if normalizer is None:
-        return []
-    return list(normalizer["normalizers"]) if normalizer["type"] == "Sequence" else [normalizer]
-
-
 def can_be_cut(tree: dict[str, Any]) -> bool:
     """Whether a document may be cut before a space that follows something else.
 
     So it is for BPE that writes a space as one character, has no pre-tokenizer, and no entry with that character after another one.
     """
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    kinds = [normalizer if normalizer["type"] != "Prepend" else "Prepend" for normalizer in _normalizers(tree)]
+    kinds = [normalizer if normalizer["type"] != "Prepend" else "Prepend" for normalizer in normalizers_of(tree)]
     if tree.get("pre_tokenizer") is not None or tree["model"]["type"] != "BPE" or kinds not in (["Prepend", replace], [replace]):
         return False
     spans = re.compile(f"[^{_SPACE}]{_SPACE}")
@@ -80,7 +78,7 @@ def can_be_cut(tree: dict[str, Any]) -> bool:
 
 
 def _without_prepend(tree: dict[str, Any]) -> dict[str, Any]:
-    kept = [normalizer for normalizer in _normalizers(tree) if normalizer["type"] != "Prepend"]
+    kept = [normalizer for normalizer in normalizers_of(tree) if normalizer["type"] != "Prepend"]
     return tree | {"normalizer": {"type": "Sequence", "normalizers": kept}}
 
 
@@ -116,12 +114,12 @@ def gigatoken_problem(tree: dict[str, Any]) -> str | None:
 class Gigatoken:
     """gigatoken on the calling thread, since processes share the work. tree: the contents of a tokenizer.json.
 
-    It is given no added token at all, for it would match them in text. added: those that text may become, see needs_reference.
+    It is given no added token at all, for it would match them in text; texts that may hold one that text may become need the reference.
     """
 
-    def __init__(self, tree: dict[str, Any], added: Sequence[str]) -> None:
+    def __init__(self, tree: dict[str, Any]) -> None:
         self._data = json.dumps(tree | {"added_tokens": []})
-        self._added = re.compile("|".join(map(re.escape, added))) if added else None
+        self._tests = _reference_tests(tree)
         self._encoded_bytes = 0
         self._backend = self._load()
 
@@ -131,8 +129,8 @@ class Gigatoken:
         return load_hf_json(self._data)
 
     def needs_reference(self, text: str) -> bool:
-        """Whether a text holds an added token, about which the engines need not agree."""
-        return self._added is not None and self._added.search(text) is not None
+        """Whether the engines need not agree about a text."""
+        return any(test(text) for test in self._tests)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, uint32."""
@@ -144,3 +142,27 @@ class Gigatoken:
         if self._encoded_bytes > _FRESH_BYTES:
             self._backend, self._encoded_bytes = self._load(), 0
         return split(ids[offsets[0] :], offsets[1:] - offsets[0])
+
+
+def _reference_tests(tree: dict[str, Any]) -> list[Callable[[str], bool]]:
+    """Each finds texts about which the engines need not agree.
+
+    These may hold an added token; or a character that one library's version of Unicode does not know, where a class of characters or a
+    normalizer decides; or they are not normalised yet. The reference's tables for the latter are so old (combining marks of Unicode 11
+    and later have no class there) that only text that stays as it is has the same form in both.
+    """
+    tests = [test] if (test := may_hold_added_token(tree)) is not None else []
+    for normalizer in normalizers_of(tree):
+        kind = normalizer["type"]
+        if kind in ("NFC", "NFD", "NFKC", "NFKD"):
+            tests.append(functools.partial(_is_changed, kind))
+        elif kind not in _PLAIN_NORMALIZERS:
+            tests.append(lambda text: not text.isascii())
+    splits = tree.get("pre_tokenizer") is not None and tree["pre_tokenizer"]["type"] != "Metaspace"
+    if splits or any(normalizer["type"] not in _PLAIN_NORMALIZERS for normalizer in normalizers_of(tree)):
+        tests.append(has_new_character)
+    return tests
+
+
+def _is_changed(form: Any, text: str) -> bool:
+    return not text.isascii() and not unicodedata.is_normalized(form, text)

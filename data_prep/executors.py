@@ -20,7 +20,8 @@ from typing import Protocol
 from weftrain.core.child_process import end_with
 from weftrain.core.errors import DataError
 from weftrain.data_prep.order_stage import load_json, order_bucket
-from weftrain.data_prep.plan import Plan, load_plan
+from weftrain.data_prep.plan import Plan, fall_back, fell_back, load_plan
+from weftrain.data_prep.tokenization import EnginesDifferError
 from weftrain.data_prep.tokenize_stage import sample_part, tokenize_part
 from weftrain.data_prep.write_stage import write_one_shard
 
@@ -52,11 +53,19 @@ STAGES = {
 }
 
 
-def run_task(folder: Path, stage: str, index: int) -> int:
-    """One task of the plan in `folder`, in any process; returns its index. Raises DataError, OSError."""
+def run_task(folder: Path, stage: str, by_reference: bool, index: int) -> int:
+    """One task of the plan in `folder`, in any process; returns its index. Raises DataError, OSError.
+
+    by_reference: of the plan that the task was taken from. Where the engines have differed since, nothing is done: see plan.fall_back.
+    """
     plan, chosen = load_plan(folder), STAGES[stage]
-    if not chosen.output(plan, index).exists():
-        chosen.do(plan, index)
+    if plan.by_reference == by_reference and not chosen.output(plan, index).exists():
+        try:
+            chosen.do(plan, index)
+        except EnginesDifferError as error:
+            if plan.engine != "auto":
+                raise
+            fall_back(plan, str(error))
     return index
 
 
@@ -70,7 +79,8 @@ class Executor(Protocol):
     def alone(self) -> bool: ...
 
     def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
-        """Return when every task of the stage is done, whoever did it. on_done(index) for each as it becomes known."""
+        """Return when every task of the stage is done, whoever did it, or when one fell back (plan.fell_back). on_done(index) for each
+        as it becomes known."""
 
     def wait_until(self, there: Callable[[], bool], what: str) -> None:
         """Return when what the leading process makes is there."""
@@ -98,17 +108,18 @@ class LocalExecutor:
 
     def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
         pending = stage.pending(plan)
+        on_done = _unless_fell_back(plan, on_done)
         _report_done(plan, stage, pending, on_done)
         if min(self.workers, len(pending)) <= 1:
             for index in pending:
-                on_done(run_task(plan.folder, stage.name, index))
+                on_done(run_task(plan.folder, stage.name, plan.by_reference, index))
             return
         if self._pool is None:
             context = multiprocessing.get_context("spawn")  # a fork would share the tokenizers' threads and locks
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 self.workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),)
             )
-        futures = [self._pool.submit(run_task, plan.folder, stage.name, index) for index in pending]
+        futures = [self._pool.submit(run_task, plan.folder, stage.name, plan.by_reference, index) for index in pending]
         try:
             for future in concurrent.futures.as_completed(futures):
                 on_done(future.result())
@@ -157,9 +168,10 @@ class TaskExecutor:
 
     def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
         pending = stage.pending(plan)
+        on_done = _unless_fell_back(plan, on_done)
         _report_done(plan, stage, pending, on_done)
         for index in [index for index in pending if index % self.of == self.index]:
-            on_done(run_task(plan.folder, stage.name, index))
+            on_done(run_task(plan.folder, stage.name, plan.by_reference, index))
         left = [index for index in pending if index % self.of != self.index]
         seen = time.monotonic()
         while left:
@@ -168,8 +180,8 @@ class TaskExecutor:
                 seen, left = time.monotonic(), [index for index in left if index not in set(done)]
                 for index in done:
                     on_done(index)
-            elif not plan.folder.exists():
-                return  # another member has finished it all
+            elif fell_back(plan) or not plan.folder.exists():
+                return  # another member has found that the engines differ, or has finished it all
             elif time.monotonic() - seen > self.patience_s:
                 members = sorted({index % self.of for index in left})
                 raise DataError(
@@ -200,12 +212,23 @@ class RayExecutor:
         from weftrain.data_prep.ray_executor import run_on_ray
 
         pending = stage.pending(plan)
+        on_done = _unless_fell_back(plan, on_done)
         _report_done(plan, stage, pending, on_done)
-        task = functools.partial(run_task, plan.folder, stage.name)
+        task = functools.partial(run_task, plan.folder, stage.name, plan.by_reference)
         run_on_ray(task, pending, address=self.address, workers=self.workers, on_done=on_done)
 
     def wait_until(self, there: Callable[[], bool], what: str) -> None:
         pass
+
+
+def _unless_fell_back(plan: Plan, on_done: OnDone) -> OnDone:
+    """on_done for tasks that have an output: once a task fell back, those left of the stage return without one."""
+
+    def report(index: int) -> None:
+        if not fell_back(plan):
+            on_done(index)
+
+    return report
 
 
 def _report_done(plan: Plan, stage: Stage, pending: Sequence[int], on_done: OnDone) -> None:

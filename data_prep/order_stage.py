@@ -59,6 +59,7 @@ def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
         "failed": len(failures),
         "reference_documents": sum(note["encoded"]["reference"] for note in notes),
         "checked_documents": sum(note["encoded"]["checked"] for note in notes),
+        "unknown_tokens": sum(note["encoded"]["unknown"] for note in notes),
     }
     fsops.write_bytes(plan.survey_file, canonical_json(found) + b"\n")
     return found

@@ -30,11 +30,14 @@ from weftrain.data_prep.plan import (
     Progress,
     Settings,
     check_inputs,
+    fallback_reason,
+    fell_back,
     is_saved,
     make_plan,
     no_progress,
     preparation,
     save_plan,
+    settled,
 )
 from weftrain.data_prep.shares import share_sha256
 from weftrain.data_prep.table_file import Table
@@ -49,11 +52,15 @@ _MEGA = 1_000_000
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dataset folder that is complete. up_to_date: it was before, and nothing was done."""
+    """A dataset folder that is complete. up_to_date: it was before, and nothing was done.
+
+    fallback: what made the reference encode everything under --engine auto, if anything did.
+    """
 
     folder: Path
     manifest: Manifest
     up_to_date: bool
+    fallback: str | None = None
 
 
 def prepare(
@@ -97,7 +104,7 @@ def prepare(
         raise DataError("--vocab-size is for training a tokenizer, and --tokenizer names one: give only one of them")
     if sequence_length < 1 or not 0 <= heldout_fraction < 1 or (rows_per_shard is not None and rows_per_shard < 1):
         raise DataError("--sequence-length and --rows-per-shard must be at least 1, --heldout-fraction at least 0 and below 1")
-    given = None if tokenizer is None else load_encoder(tokenizer, eos)
+    given = None if tokenizer is None else load_encoder(tokenizer, eos, engine=engine)
     settings = Settings(
         tokenizer="trained" if given is None else given.sha256,
         tokenizer_vocab_size=vocab_size or DEFAULT_VOCAB_SIZE if given is None else None,
@@ -147,7 +154,7 @@ def _prepare(
     else:
         executor.wait_until(lambda: is_saved(plan) or folder.exists(), f"{plan.folder}")
     try:
-        _do_stages(plan, given, executor, only_stage, max_failures, progress)
+        plan = _do_stages(plan, given, executor, only_stage, max_failures, progress)
     except DataError:
         if not executor.leads and folder.exists():  # member 0 was faster and has tidied up
             return None
@@ -157,16 +164,31 @@ def _prepare(
     missing = STAGES["write"].pending(plan)
     if missing:
         raise DataError(f"{plan.folder}: {len(missing)} shards are not written yet, the first is task {missing[0]} of stage write")
-    manifest = finish(plan, name)
+    manifest, fallback = finish(plan, name), fallback_reason(plan)
     fsops.rename(plan.dataset, folder)
     fsops.remove_tree(plan.folder)
-    return Prepared(folder, manifest, up_to_date=False)
+    return Prepared(folder, manifest, up_to_date=False, fallback=fallback)
 
 
 def _do_stages(
     plan: Plan, given: TextEncoder | None, executor: Executor, only_stage: str | None, max_failures: int, progress: Progress
+) -> Plan:
+    """Every stage, or the one asked for; from the first one anew where a task found that the engines differ. Returns the plan done."""
+    while True:
+        plan = settled(plan)
+        _do_steps(plan, given, executor, only_stage, max_failures, progress)
+        if not fell_back(plan):
+            return plan
+        if only_stage not in (None, "tokenize"):
+            raise DataError(
+                f"{fallback_reason(settled(plan))}, which encodes everything from here on: run stages tokenize, order and write again"
+            )
+
+
+def _do_steps(
+    plan: Plan, given: TextEncoder | None, executor: Executor, only_stage: str | None, max_failures: int, progress: Progress
 ) -> None:
-    """Every stage, or the one asked for, and what stands between it and the one before."""
+    """Every stage, or the one asked for, and what stands between it and the one before; up to a task that falls back."""
     steps: list[tuple[Stage | None, Path | None, Callable[[], Any]]] = [
         (STAGES["sample"] if given is None else None, plan.tokenizer_file, lambda: _make_tokenizer(plan, given, max_failures, progress)),
         (STAGES["tokenize"], plan.survey_file, lambda: survey(plan, max_failures)),
@@ -181,6 +203,8 @@ def _do_stages(
             _between(executor, made, between)
         if stage is not None and wanted:
             executor.run(plan, stage, _counting(plan, stage, progress))
+            if fell_back(plan):
+                return
         made, between = file, after
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ from weftrain.data_prep.shares import share_bytes, split_parts
 
 PLAN, PLANNED_TOKENIZER = "plan.json", "tokenizer.json"
 VERSION = 2
+_REFERENCE, _FELL_BACK = "reference", "reference.json"
+_TASK_FOLDERS = ("parts", "buckets", "shards")
 SHARD_TOKENS = 1 << 25  # 64 MiB of uint16
 _MEBI = 1 << 20
 Progress = Callable[[str, int, int | None, str], None]  # stage, done, total if known, unit
@@ -90,7 +92,7 @@ class Settings:
 class Plan:
     """folder: the work folder. buckets: how many the `order` stage has, a power of two, or one a part where documents stay as read.
 
-    fixed_rows: the inputs are rows that stand alone already, and stay so.
+    fixed_rows: the inputs are rows that stand alone already, and stay so. by_reference: the engines differed, see fall_back.
     """
 
     folder: Path
@@ -99,6 +101,12 @@ class Plan:
     engine: str
     parts: tuple[Part, ...]
     buckets: int
+    by_reference: bool = False
+
+    @property
+    def work(self) -> Path:
+        """Where the outputs of tasks lie: elsewhere, and so done anew, once the reference engine encodes for both."""
+        return self.folder / _REFERENCE if self.by_reference else self.folder
 
     @property
     def fixed_rows(self) -> bool:
@@ -119,31 +127,31 @@ class Plan:
         return self.folder / "samples" / f"{index:05d}.safetensors"
 
     def part_file(self, index: int) -> Path:
-        return self.folder / "parts" / f"{index:05d}.safetensors"
+        return self.work / "parts" / f"{index:05d}.safetensors"
 
     def bucket_file(self, index: int) -> Path:
-        return self.folder / "buckets" / f"{index:05d}.safetensors"
+        return self.work / "buckets" / f"{index:05d}.safetensors"
 
     def shard_record(self, index: int) -> Path:
-        return self.folder / "shards" / f"{index:05d}.json"
+        return self.work / "shards" / f"{index:05d}.json"
 
     @property
     def survey_file(self) -> Path:
-        return self.folder / "survey.json"
+        return self.work / "survey.json"
 
     @property
     def names_file(self) -> Path:
         """The sources' names, a JSON string a line, in the order of their numbers."""
-        return self.folder / "names.jsonl"
+        return self.work / "names.jsonl"
 
     @property
     def numbers_file(self) -> Path:
         """A table: for part k, under f"{k:05d}", the number of each of its sources, int32."""
-        return self.folder / "numbers.safetensors"
+        return self.work / "numbers.safetensors"
 
     @property
     def layout_file(self) -> Path:
-        return self.folder / "layout.json"
+        return self.work / "layout.json"
 
     @property
     def tokenizer_file(self) -> Path:
@@ -201,10 +209,35 @@ def save_plan(plan: Plan) -> bool:
     if is_saved(plan):
         return True
     fsops.remove_tree(plan.folder)
-    for folder in ("samples", "parts", "buckets", "shards", "dataset/train", "dataset/heldout"):
+    for folder in ("samples", *_TASK_FOLDERS, "dataset/train", "dataset/heldout"):
         fsops.make_dirs(plan.folder / folder)
     fsops.write_bytes(plan.folder / PLAN, canonical_json(_tree(plan)) + b"\n")
     return False
+
+
+def fall_back(plan: Plan, reason: str) -> None:
+    """Say in the work folder that from now on, and for every part, the reference engine encodes: what tasks did before does not count.
+
+    Any process may find that the engines differ, on any document of the sample; the ids must not depend on which. Raises OSError.
+    """
+    for folder in _TASK_FOLDERS:
+        fsops.make_dirs(plan.folder / _REFERENCE / folder)
+    fsops.write_bytes(plan.folder / _FELL_BACK, canonical_json(reason) + b"\n")
+
+
+def fell_back(plan: Plan) -> bool:
+    """Whether a process has called fall_back since this plan was read."""
+    return not plan.by_reference and (plan.folder / _FELL_BACK).exists()
+
+
+def settled(plan: Plan) -> Plan:
+    """The plan as it is after fall_back, if a process has called it."""
+    return replace(plan, engine="tokenizers", by_reference=True) if fell_back(plan) else plan
+
+
+def fallback_reason(plan: Plan) -> str | None:
+    """What the process that fell back last found."""
+    return str(parse_json((plan.folder / _FELL_BACK).read_bytes())) if plan.by_reference else None
 
 
 def is_saved(plan: Plan) -> bool:
@@ -216,7 +249,7 @@ def is_saved(plan: Plan) -> bool:
 def load_plan(folder: Path) -> Plan:
     """The plan in a work folder; kept until it is another, since every task of a process asks for it. Raises DataError."""
     try:
-        return _loaded(folder, (folder / PLAN).stat().st_mtime_ns)
+        return settled(_loaded(folder, (folder / PLAN).stat().st_mtime_ns))
     except OSError as error:
         raise DataError(f"{folder / PLAN}: cannot be read: {error}; remove {folder} and prepare again") from error
 

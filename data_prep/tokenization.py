@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from weftrain.core.errors import DataError
 from weftrain.core.plain_file import read_plain
 from weftrain.core.shards import token_dtype
-from weftrain.core.tokenizer_file import panics_refused, tokenizer_from
+from weftrain.core.tokenizer_file import is_panic, library_stopped, tokenizer_from
 from weftrain.data_prep.engines import Gigatoken, Reference, gigatoken_problem
 from weftrain.data_prep.packing import split
 
@@ -43,6 +44,7 @@ CRYSTALCODER_TOKENS = (
 CONTROL_NAMES = frozenset(
     [*CONTROL_TOKENS, *EOS_CANDIDATES, "<pad>", "<|pad|>", *CRYSTALCODER_TOKENS, *(f"<{name[2:-2]}>" for name in CRYSTALCODER_TOKENS)]
 )
+DIFFERED = "gigatoken and the reference differed on a document of the sample"
 _CHECKED = 2  # of 256: documents whose hash begins with a smaller byte are encoded by both engines
 _LARGE_CHARACTERS = 1 << 16
 MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
@@ -50,17 +52,26 @@ MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 
 @dataclass
 class Counts:
-    """Documents: encoded by the reference and by the fast engine, and how many of the latter by both, to compare. `encode` adds to it."""
+    """Documents: encoded by the reference and by the fast engine, and how many of the latter by both, to compare; unknown: tokens.
+
+    `encode` adds to it. An unknown token is what the tokenizer's model gives for text that its vocabulary cannot spell.
+    """
 
     reference: int = 0
     fast: int = 0
     checked: int = 0
+    unknown: int = 0
+
+
+class EnginesDifferError(DataError):
+    """The fast engine gave other ids than the reference, or none. Under --engine auto the reference then encodes everything anew."""
 
 
 class TextEncoder:
     """A tokenizer as the pipeline uses it. data: the bytes of tokenizer.json. vocab_size: one more than the largest id.
 
     engine, engine_version: who encodes. engine_reason: why not gigatoken, or None. control_ids: sorted ids that no text may become.
+    unknown_id: what text becomes that the vocabulary cannot spell; None where it can spell all text, or where the id means something else.
     """
 
     def __init__(self, data: bytes, tokenizer: Tokenizer, eos_id: int, engine: str, where: str) -> None:
@@ -72,18 +83,20 @@ class TextEncoder:
         added = tokenizer.get_added_tokens_decoder()
         control = {index for index, token in added.items() if token.special or token.content in CONTROL_NAMES} | {eos_id}
         control |= {index for name in CONTROL_NAMES if (index := tokenizer.token_to_id(name)) is not None}
-        self.control_ids = np.array(sorted(control))
+        tree = json.loads(data) | {"truncation": None, "padding": None}
+        self.unknown_id = unknown_id(tree, tokenizer)
+        if self.unknown_id == eos_id:
+            self.unknown_id = None
+        self.control_ids = np.array(sorted(control - {self.unknown_id}))
         self._is_control = np.zeros(self.vocab_size, np.bool_)
         self._is_control[self.control_ids] = True
-        tree = json.loads(data) | {"truncation": None, "padding": None}
         for token in tree.get("added_tokens") or []:
             token["special"] = token["id"] in control  # so that it is spelled out, whatever the file calls it
-        plain = [token["content"] for token in tree.get("added_tokens") or [] if not token["special"]]
         self._reference = Reference(tree)
         self._fast: Gigatoken | None = None
         self.engine_reason = None if engine == "tokenizers" else gigatoken_problem(tree)
         if engine != "tokenizers" and self.engine_reason is None:
-            self._fast = Gigatoken(tree, plain)
+            self._fast = Gigatoken(tree)
         elif engine == "gigatoken":
             raise DataError(f"{where}: gigatoken cannot encode with it: {self.engine_reason}; use --engine tokenizers")
         self.engine = "tokenizers" if self._fast is None else "gigatoken"
@@ -92,47 +105,81 @@ class TextEncoder:
     def encode(
         self, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None = None, counts: Counts | None = None
     ) -> list[np.ndarray]:
-        """Ids of each text, without eos, in the shards' dtype. hashes: of the texts, by which those to be compared are chosen.
+        """encode_each, where every text must have ids. Raises DataError, by `names`, for the first that has none."""
+        encoded = self.encode_each(texts, names, hashes, counts)
+        for ids, name in zip(encoded, names, strict=True):
+            if isinstance(ids, str):
+                raise DataError(f"{name}: {ids}")
+        return [ids for ids in encoded if not isinstance(ids, str)]
 
-        Raises DataError, by `names`, where a control id comes out, the engines differ or one of them panics.
+    def encode_each(
+        self, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None = None, counts: Counts | None = None
+    ) -> list[np.ndarray | str]:
+        """Ids of each text, without eos, in the shards' dtype; or why it has none, and the remedy: a control id, a failing library.
+
+        hashes: of the texts, by which those to be compared are chosen. Raises EnginesDifferError, by `names`.
         """
-        if not texts:
-            return []
-        with panics_refused(f"{self._where}: in the texts from {names[0]} on"):
-            if self._fast is None:
-                encoded = self._reference.encode(texts)
-                if counts is not None:
-                    counts.reference += len(texts)
-            else:
-                encoded = self._encode_fast(self._fast, texts, names, hashes, counts or Counts())
-        joined = np.concatenate(encoded)
-        if (hits := np.flatnonzero(self._is_control[joined])).size:
-            ends = np.cumsum([len(ids) for ids in encoded])
-            document = int(np.searchsorted(ends, hits[0], side="right"))
-            place = int(hits[0] - (ends[document] - len(encoded[document])))
-            raise DataError(
-                f"{names[document]}: the tokenizer turns ordinary text into control id {joined[hits[0]]} at token {place}; "
+        counts = Counts() if counts is None else counts
+        if self._fast is None:
+            encoded = self._by_reference(texts)
+            counts.reference += len(texts)
+        else:
+            encoded = self._encode_fast(self._fast, texts, names, hashes, counts)
+        places = [place for place, ids in enumerate(encoded) if not isinstance(ids, str)]
+        arrays = [ids for ids in encoded if not isinstance(ids, str)]
+        if not arrays:
+            return encoded
+        ends = np.cumsum([len(ids) for ids in arrays])
+        joined = np.concatenate(arrays)
+        counts.unknown += 0 if self.unknown_id is None else int(np.count_nonzero(joined == self.unknown_id))
+        result: list[np.ndarray | str] = list(encoded)
+        for place, ids in zip(places, split(joined.astype(self.dtype), ends), strict=True):
+            result[place] = ids
+        hits = np.flatnonzero(self._is_control[joined])
+        for document, first in zip(*np.unique(np.searchsorted(ends, hits, side="right"), return_index=True), strict=True):
+            hit = int(hits[first])
+            place = hit - int(ends[document]) + len(arrays[document])
+            result[places[document]] = (
+                f"the tokenizer turns ordinary text into control id {joined[hit]} at token {place}; "
                 "use a tokenizer that can spell its special tokens out"
             )
-        return split(joined.astype(self.dtype), np.cumsum([len(ids) for ids in encoded]))
+        return result
+
+    def _by_reference(self, texts: Sequence[str]) -> list[np.ndarray | str]:
+        """Of each text its ids, or why the library gives none."""
+        try:
+            return [*self._reference.encode(texts)]
+        except BaseException as error:
+            if isinstance(error, MemoryError) or not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            if len(texts) > 1:
+                return [ids for text in texts for ids in self._by_reference([text])]
+            return [library_stopped(error)]
 
     def _encode_fast(
         self, fast: Gigatoken, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None, counts: Counts
-    ) -> list[np.ndarray]:
-        """Those with the text of an added token by the reference, the rest by the fast engine; a sample by both."""
+    ) -> list[np.ndarray | str]:
+        """Those about which the engines need not agree by the reference, the rest by the fast engine; a sample by both."""
         apart = [index for index, text in enumerate(texts) if fast.needs_reference(text)]
         together = sorted(set(range(len(texts))) - set(apart)) if apart else range(len(texts))
-        encoded: list[np.ndarray] = [np.empty(0)] * len(texts)
-        for index, ids in zip(together, fast.encode([texts[index] for index in together]), strict=True):
+        encoded: list[np.ndarray | str] = [""] * len(texts)
+        try:
+            by_fast = fast.encode([texts[index] for index in together])
+        except BaseException as error:  # the library raises several kinds, and panics
+            if isinstance(error, MemoryError) or not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            raise EnginesDifferError(
+                f"in the texts from {names[together[0]]} on: gigatoken {self.engine_version} stopped "
+                f"({' '.join(str(error).split())[:120]}); use --engine tokenizers"
+            ) from error
+        for index, ids in zip(together, by_fast, strict=True):
             encoded[index] = ids
-        for index, ids in zip(apart, self._reference.encode([texts[index] for index in apart]), strict=True):
-            encoded[index] = ids
+        for index, result in zip(apart, self._by_reference([texts[index] for index in apart]), strict=True):
+            encoded[index] = result
         checked = _sample(texts, together, hashes)
-        for index, ids in zip(checked, self._reference.encode([texts[index] for index in checked]), strict=True):
-            if not np.array_equal(ids, encoded[index]):
-                length = min(len(ids), len(encoded[index]))
-                place = int(np.argmax(np.append(ids[:length] != encoded[index][:length], True)))
-                raise DataError(
+        for index, result in zip(checked, self._by_reference([texts[index] for index in checked]), strict=True):
+            if (place := _first_difference(result, encoded[index])) is not None:
+                raise EnginesDifferError(
                     f"{names[index]}: gigatoken {self.engine_version} and the reference differ from token {place}; use --engine tokenizers"
                 )
         counts.reference += len(apart)
@@ -155,6 +202,32 @@ class TextEncoder:
     def text_of(self, ids: np.ndarray) -> str:
         """Text of ids without control ids; ids outside the vocabulary are an IndexError."""
         return self.decode(ids[~self._is_control[ids]])
+
+
+def _first_difference(ids: np.ndarray | str, others: np.ndarray | str) -> int | None:
+    """The first token in which two encodings of a text differ; 0 where one of them failed."""
+    if isinstance(ids, str) or isinstance(others, str):
+        return 0
+    if np.array_equal(ids, others):
+        return None
+    length = min(len(ids), len(others))
+    return int(np.argmax(np.append(ids[:length] != others[:length], True)))
+
+
+def unknown_id(tree: dict[str, Any], tokenizer: Tokenizer) -> int | None:
+    """The id that a tokenizer's model gives for text that its vocabulary cannot spell.
+
+    None where there is none, where every byte is in the vocabulary, or where the id has another meaning, as the end of a text in GPT-2's.
+    """
+    model = tree["model"]
+    vocab = model.get("vocab") or {}
+    if model.get("byte_fallback") and isinstance(vocab, dict) and all(f"<0x{byte:02X}>" in vocab for byte in range(256)):
+        return None
+    token = model.get("unk_token")
+    index = model.get("unk_id") if token is None else tokenizer.token_to_id(token)
+    if index is None or tokenizer.id_to_token(index) in CONTROL_NAMES - {"<unk>"}:
+        return None
+    return int(index)
 
 
 def _sample(texts: Sequence[str], fast: Sequence[int], hashes: Sequence[bytes] | None) -> list[int]:

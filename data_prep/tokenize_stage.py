@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,14 +46,19 @@ def tokenize_part(plan: Plan, index: int) -> None:
     """Read and encode part `index` into its file. Raises DataError for inputs that changed or ids outside the vocabulary, OSError."""
     encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.eos, plan.engine)
     rows, counts = _Rows(), Counts()
-    waiting: list[Document] = []
+    waiting: list[tuple[Document, bytes, int]] = []  # with the hash and the bytes of the text
     waiting_bytes = 0
 
     def flush() -> None:
-        texts = [document.text or "" for document in waiting]
-        names = [_place(plan, document) for document in waiting]
-        hashes = rows.content[len(rows.content) - len(waiting) :]
-        rows.tokens.extend(encoder.encode(texts, names, hashes, counts))
+        texts = [document.text or "" for document, _, _ in waiting]
+        names = [_place(plan, document) for document, _, _ in waiting]
+        encoded = encoder.encode_each(texts, names, [content for _, content, _ in waiting], counts)
+        for (document, content, num_bytes), ids in zip(waiting, encoded, strict=True):
+            if isinstance(ids, str):
+                rows.failures.append([document.file, document.record, ids])
+            else:
+                _take(rows, document, content, num_bytes, plan, encoder)
+                rows.tokens.append(ids)
         waiting.clear()
 
     for item in read_part(plan.inputs.files, plan.parts[index], plan.inputs.options):
@@ -66,14 +71,13 @@ def tokenize_part(plan: Plan, index: int) -> None:
             _take_tokens(rows, item, encoder, plan)
         else:
             data = (item.text or "").encode()
-            _take(rows, item, hashlib.sha256(data).digest(), len(data), plan, encoder)
-            waiting.append(item)
+            waiting.append((item, hashlib.sha256(data).digest(), len(data)))
             waiting_bytes += len(data)
             if waiting_bytes >= _ENCODE_BYTES:
                 flush()
                 waiting_bytes = 0
     flush()
-    _write(plan, index, rows, encoder, {"reference": counts.reference, "checked": counts.checked})
+    _write(plan, index, rows, encoder, asdict(counts))
 
 
 def _take(rows: _Rows, document: Document, content: bytes, num_bytes: int, plan: Plan, encoder: TextEncoder) -> None:

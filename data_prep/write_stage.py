@@ -37,7 +37,7 @@ from weftrain.data_prep import fim
 from weftrain.data_prep.order_stage import COLUMNS, HELDOUT, load_json, stream_names
 from weftrain.data_prep.plan import Plan, preparation
 from weftrain.data_prep.table_file import Table
-from weftrain.data_prep.tokenization import TextEncoder, encoder_for
+from weftrain.data_prep.tokenization import DIFFERED, TextEncoder, encoder_for
 
 
 def lay_out(plan: Plan) -> dict[str, Any]:
@@ -267,6 +267,8 @@ def finish(plan: Plan, name: str) -> Manifest:
             engine_version=encoder.engine_version,
             reference_documents=found["reference_documents"],
             checked_documents=found["checked_documents"],
+            unknown_tokens=found["unknown_tokens"],
+            reason=DIFFERED if plan.by_reference else encoder.engine_reason,
         ),
         preparation=preparation(settings, plan.inputs),
         documents=DocumentCounts(

@@ -56,9 +56,7 @@ def test_a_pattern_that_takes_too_long_is_a_refusal(engine: str) -> None:
     slow = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
     data = file_with(pre_tokenizer=slow)
     text = "a" * 200 + "b"
-    with pytest.raises(
-        DataError, match=r"^t: in the texts from x on: the tokenizer's library stopped \(.*\): a pattern in it takes too long"
-    ):
+    with pytest.raises(DataError, match=r"^x: the tokenizer's library stopped \(.*\): a pattern in it takes too long"):
         make_encoder(data, "t", engine=engine).encode([text], ["x"])
     with pytest.raises(DataError, match=r"^t: the tokenizer's library stopped"), panics_refused("t"):
         tokenizer_from(data, "t").encode(text)

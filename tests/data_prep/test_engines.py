@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from weftrain.core.errors import DataError
 from weftrain.data_prep import engines, tokenization
 from weftrain.data_prep.engines import can_be_cut, cut_pieces
-from weftrain.data_prep.tokenization import CRYSTALCODER_TOKENS, Counts, TextEncoder, make_encoder, train_encoder
+from weftrain.data_prep.tokenization import CRYSTALCODER_TOKENS, Counts, EnginesDifferError, TextEncoder, make_encoder, train_encoder
 
 HAS_GIGATOKEN = engines.gigatoken_problem({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}) != engines.MISSING
 ENGINES = ["tokenizers", pytest.param("gigatoken", marks=pytest.mark.skipif(not HAS_GIGATOKEN, reason="gigatoken is not installed"))]
@@ -149,6 +149,42 @@ def test_an_engine_that_errs_is_found(byte_level: bytes, monkeypatch: pytest.Mon
     monkeypatch.setattr(engines.Gigatoken, "encode", wrong)
     with pytest.raises(DataError, match=r"file:1: gigatoken .* and the reference differ from token 3"):
         encoder.encode(["one document that is long enough"], ["file:1"])
+
+
+NEW_LETTERS = "\u088f\u0c5c\ua7ce\ua7f1\U00010940\U00011db0\U00016ea0\U0001e6c0\U0002b73a\U000323b0"  # of Unicode 17
+LATE_MARKS = "\u07fd\u0898\u08ca\u09fe\u0c3c\u1abf\u1acd\u1df6"  # combining, of Unicode 10 to 14
+
+
+@pytest.mark.skipif(not HAS_GIGATOKEN, reason="gigatoken is not installed")
+def test_what_unicode_added_lately_goes_through_the_reference(byte_level: bytes) -> None:
+    """Each library brings the tables of another version: for letters of a pre-tokenizer's classes, for the order of combining marks."""
+    tree = json.loads(byte_level) | {"normalizer": {"type": "NFC"}}
+    vocab, merges = tree["model"]["vocab"], tree["model"]["merges"]
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for lead in {bytes_of.pre_tokenize_str(letter)[0][0][0] for letter in NEW_LETTERS}:  # a letter before another one becomes one token
+        merges.append(["a", lead])
+        vocab["a" + lead] = max(max(vocab.values()), *(token["id"] for token in tree["added_tokens"])) + 1
+    data = json.dumps(tree).encode()
+    fast, reference = make_encoder(data, "t", engine="gigatoken"), make_encoder(data, "t", engine="tokenizers")
+    texts = [f"a{letter}" for letter in NEW_LETTERS] + [f"e\u0301{mark}\u0323" for mark in LATE_MARKS] + ["e\u0301", "\u00e9", "plain"]
+    counts = Counts()
+    assert ids_of(fast, texts, counts) == ids_of(reference, texts)
+    assert counts.fast == 2
+    alone = engines.Gigatoken(json.loads(data))  # and it is not for nothing
+    differing = [text for text, ids in zip(texts, alone.encode(texts), strict=True) if ids.tolist() != ids_of(reference, [text])[0]]
+    assert len(differing) >= 10
+
+
+@pytest.mark.skipif(not HAS_GIGATOKEN, reason="gigatoken is not installed")
+def test_an_engine_that_stops_is_found(byte_level: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make_encoder(byte_level, "t")
+
+    def stops(self: Any, texts: Any) -> Any:
+        raise RuntimeError("out of\nmerges")
+
+    monkeypatch.setattr(engines.Gigatoken, "encode", stops)
+    with pytest.raises(EnginesDifferError, match=r"in the texts from file:1 on: gigatoken .* stopped \(out of merges\); use --engine"):
+        encoder.encode(["one document"], ["file:1"])
 
 
 def test_the_sample_is_chosen_by_content() -> None:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from fault_injection import DEATHS, Death, Faults, injected
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from weftrain.core import fsops
 from weftrain.core.config import DataConfig
 from weftrain.core.data import open_heldout, open_training
 from weftrain.core.dataset import TOKENIZER, ShardSet, open_inputs, open_sources, read_manifest, source_name
 from weftrain.core.errors import DataError
-from weftrain.data_prep import fim, plan
+from weftrain.data_prep import engines, fim, plan, tokenization
 from weftrain.data_prep.corpus import embedded_inputs
 from weftrain.data_prep.executors import LocalExecutor, TaskExecutor
 from weftrain.data_prep.listing import list_inputs
@@ -418,6 +419,67 @@ def test_a_document_that_fails_stops_the_run_unless_the_budget_allows_it(run: Ru
     assert prepared.manifest.documents.failed == 2
     listed = [json.loads(line) for line in (prepared.folder / "failures.jsonl").read_text().splitlines()]
     assert [entry["place"] for entry in listed] == ["texts.jsonl:71", "texts.jsonl:91"]
+
+
+def test_a_document_that_cannot_be_encoded_counts_as_a_failure_and_unknown_text_is_counted(run: Run, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2, "<unk>": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True), AddedToken("<unk>", special=True)])
+    path = tmp_path / "words.json"
+    path.write_text(tokenizer.to_str())
+    texts = ["a b " * (number + 9) for number in range(9)]
+    texts[4], texts[6] = "b \u65e5 a", "a </s> b"
+    with pytest.raises(DataError, match=r"texts\.jsonl:7: the tokenizer turns ordinary text into control id 2 at token 1"):
+        run(texts, tokenizer=path, heldout_fraction=0)
+    prepared = run(texts, tokenizer=path, heldout_fraction=0, max_failures=1)
+    assert (prepared.manifest.documents.failed, prepared.manifest.documents.train) == (1, 8)
+    assert prepared.manifest.tokenization.unknown_tokens == 1
+
+
+@pytest.fixture
+def engines_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = engines.Gigatoken.encode
+
+    def wrong(self: Any, texts: Any) -> Any:
+        return [ids + 1 if text.startswith(("50", "90")) else ids for ids, text in zip(encode(self, texts), texts, strict=True)]
+
+    monkeypatch.setattr(engines.Gigatoken, "encode", wrong)
+    monkeypatch.setattr(tokenization, "_CHECKED", 256)
+    tokenization.encoder_for.cache_clear()
+
+
+@pytest.mark.usefixtures("engines_that_differ")
+@pytest.mark.parametrize("members", [1, 3])
+def test_where_the_engines_differ_the_reference_encodes_everything(run: Run, tmp_path: Path, members: int) -> None:
+    pytest.importorskip("gigatoken")
+    by_reference = run(output="a", engine="tokenizers")
+    with pytest.raises(DataError, match=r"texts\.jsonl:\d+: gigatoken .* and the reference differ from token 0; use --engine tokenizers"):
+        run(output="b", engine="gigatoken")
+    results: list[Prepared | None] = []
+
+    def member(index: int) -> None:
+        results.append(run_member(run, index, members))
+
+    threads = [threading.Thread(target=member, args=(index,)) for index in range(members)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (prepared,) = [result for result in results if result is not None and not result.up_to_date]
+    assert "and the reference differ from token 0" in (prepared.fallback or "")
+    told = prepared.manifest.tokenization
+    assert (told.engine, told.reason, told.checked_documents) == ("tokenizers", tokenization.DIFFERED, 0)
+    ours, theirs = tree(prepared.folder), tree(by_reference.folder)
+    assert [name for name in theirs if ours.get(name) != theirs[name]] == ["manifest.json"]  # which says why
+    assert run(output="auto").up_to_date
+
+
+def run_member(run: Run, index: int, members: int) -> Prepared | None:
+    """prepare() as one member of an array; None where another one finished it."""
+    try:
+        return run(output="auto", executor=TaskExecutor(index, members, patience_s=60) if members > 1 else None)
+    except AssertionError:
+        return None
 
 
 def test_what_it_makes_can_be_trained_on(run: Run, tmp_path: Path) -> None:

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.tokenization import CONTROL_TOKENS, CRYSTALCODER_TOKENS, TextEncoder, load_encoder, make_encoder, train_encoder
+from weftrain.data_prep.tokenization import (
+    CONTROL_TOKENS,
+    CRYSTALCODER_TOKENS,
+    Counts,
+    TextEncoder,
+    load_encoder,
+    make_encoder,
+    train_encoder,
+)
 
 # Ids above the base vocabulary, from the published order of CrystalCoder's special tokens (32000 + these).
 PUBLISHED = {
@@ -100,6 +108,48 @@ def test_a_tokenizer_that_cannot_spell_its_special_tokens_is_refused_with_the_do
     assert encode(encoder, "a b a").tolist() == [0, 1, 0]
     with pytest.raises(DataError, match=r"good/bad\.txt: the tokenizer turns ordinary text into control id 2 at token 1"):
         encoder.encode(["a", "b </s>"], ["fine", "good/bad.txt"])
+
+
+def test_each_text_that_cannot_be_encoded_has_its_reason() -> None:
+    encoder = make_encoder(word_tokenizer("</s>"), "t.json")
+    counts = Counts()
+    ids, refused, empty = encoder.encode_each(["a b", "a a </s> </s>", ""], ["x", "y", "z"], None, counts)
+    assert isinstance(refused, str)
+    assert refused.startswith("the tokenizer turns ordinary text into control id 2 at token 2; use a tokenizer")
+    assert (np.asarray(ids).tolist(), np.asarray(empty).tolist(), counts.unknown) == ([0, 1], [], 0)
+
+
+def unknown_tokenizers() -> dict[str, Any]:
+    vocab = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3}
+    unigram = models.Unigram([(token, -1.0) for token in vocab], unk_id=0, byte_fallback=False)
+    return {
+        "WordPiece": models.WordPiece(vocab, unk_token="<unk>", continuing_subword_prefix=""),
+        "Unigram": unigram,
+        "BPE": models.BPE(vocab=vocab, merges=[], unk_token="<unk>", fuse_unk=False),
+        "WordLevel": models.WordLevel(vocab, unk_token="<unk>"),
+    }
+
+
+@pytest.mark.parametrize("kind", unknown_tokenizers())
+@pytest.mark.parametrize("engine", ["auto", "tokenizers"])
+def test_unknown_text_becomes_the_unknown_token_and_is_counted(kind: str, engine: str) -> None:
+    tokenizer = Tokenizer(unknown_tokenizers()[kind])
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken("<unk>", special=True), AddedToken("</s>", special=True)])
+    encoder = make_encoder(tokenizer.to_str().encode(), "t", engine=engine)
+    assert encoder.unknown_id == 0
+    assert encoder.control_ids.tolist() == [1]
+    counts = Counts()
+    assert encoder.encode(["a \u65e5 b", "a", "\u672c"], ["x", "y", "z"], None, counts)[0].tolist() == [2, 0, 3]
+    assert counts.unknown == 2
+
+
+def test_an_end_token_that_also_stands_for_unknown_text_is_not_written_into_documents() -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"<|endoftext|>": 0, "a": 1}, merges=[], unk_token="<|endoftext|>"))
+    encoder = make_encoder(tokenizer.to_str().encode(), "t")
+    assert encoder.unknown_id is None
+    with pytest.raises(DataError, match="x: the tokenizer turns ordinary text into control id 0 at token 1"):
+        encoder.encode(["ab"], ["x"])
 
 
 def test_the_end_token_is_found_or_asked_for(tmp_path: Path) -> None:
