@@ -116,7 +116,7 @@ def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
 
 def _job(inputs: tuple[str, ...], options: dict[str, Any]) -> _Job:
     from weftrain.data_prep.corpus import embedded_inputs
-    from weftrain.data_prep.listing import list_inputs
+    from weftrain.data_prep.listing import Wanted, find_inputs
     from weftrain.data_prep.plan import Inputs
 
     for option in ("root", "only", "overrides"):
@@ -126,9 +126,9 @@ def _job(inputs: tuple[str, ...], options: dict[str, Any]) -> _Job:
         raise click.UsageError("give the dataset a --name")
     read = _read_options(options)
     if inputs:
-        files = list_inputs(inputs, source=None, suffixes=options["suffixes"], format=options["format_"])
+        listed = find_inputs([Wanted(inputs, None, options["suffixes"], options["format_"], read.text_key)])
         names = ", ".join(address.rstrip("/").rpartition("/")[2] for address in inputs)
-        chosen = Inputs(tuple(files), names, options["licence"], read)
+        chosen = Inputs(listed.files, names, options["licence"], read, skipped=listed.skipped)
     else:
         embedded, description, licence = embedded_inputs()
         chosen = Inputs(tuple(embedded), description, licence, read)
@@ -140,7 +140,7 @@ def _job(inputs: tuple[str, ...], options: dict[str, Any]) -> _Job:
 
 def _recipe_jobs(recipe: PrepRecipe, options: dict[str, Any]) -> list[_Job]:
     """The recipe's datasets, or those named by --only. Options that the recipe decides are refused."""
-    from weftrain.data_prep.listing import list_inputs
+    from weftrain.data_prep.listing import Wanted, find_inputs
     from weftrain.data_prep.plan import Inputs
 
     context = click.get_current_context()
@@ -161,16 +161,17 @@ def _recipe_jobs(recipe: PrepRecipe, options: dict[str, Any]) -> list[_Job]:
     for dataset in recipe.datasets:
         if options["only"] and dataset.name not in options["only"]:
             continue
-        files = [
-            file
-            for section in dataset.inputs
-            for file in list_inputs(
-                [_below(root, address) for address in section.addresses],
-                source=section.source,
-                suffixes=section.suffixes,
-                format=section.format,
+        sections = [
+            Wanted(
+                tuple(_below(root, address) for address in section.addresses),
+                section.source,
+                section.suffixes,
+                section.format,
+                recipe.text_key,
             )
+            for section in dataset.inputs
         ]
+        listed = find_inputs(sections)
         read = replace(
             _read_options(options),
             text_key=recipe.text_key,
@@ -200,7 +201,8 @@ def _recipe_jobs(recipe: PrepRecipe, options: dict[str, Any]) -> list[_Job]:
             "fim": None if dataset.fim is None else _fim(dataset.fim.rate, dataset.fim.spm_share, dataset.fim.mode),
         }
         description = f"{recipe.name}: {dataset.name}"
-        jobs.append(_Job(Inputs(tuple(files), description, dataset.licence or recipe.licence, read), arguments))
+        licence = dataset.licence or recipe.licence
+        jobs.append(_Job(Inputs(listed.files, description, licence, read, skipped=listed.skipped), arguments))
     return jobs
 
 

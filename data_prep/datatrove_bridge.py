@@ -21,6 +21,7 @@ from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.errors import DataError
 from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile, Part, Share
+from weftrain.data_prep.files import local_file
 from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.quality import Quality
@@ -117,9 +118,15 @@ def filter_inputs(inputs: Inputs, quality: Quality, folder: Path, workers: int =
             reader = WeftrainReader(inputs.files, parts, inputs.options)
             dropped = _run_steps(reader, len(parts), quality, folder, Path(scratch), workers)
         fsops.write_bytes(record, canonical_json({"key": wanted, "dropped": dropped}) + b"\n")
-    files = tuple(list_inputs([str(folder / f"{index:05d}.jsonl") for index in range(len(parts))], source=None))
+    files = _written(folder, len(parts))
     left = Inputs(files, inputs.description, inputs.licence, _READ, canonical_json(quality.model_dump(mode="json")).decode())
     return Filtered(left, parse_json(record.read_bytes())["dropped"])
+
+
+def _written(folder: Path, tasks: int) -> tuple[InputFile, ...]:
+    """What a pass wrote: a file a task, some of them empty."""
+    names = [f"{index:05d}.jsonl" for index in range(tasks)]
+    return tuple(local_file(str(folder / name), name, name, "jsonl") for name in names)
 
 
 def _run_steps(reader: WeftrainReader, tasks: int, quality: Quality, folder: Path, scratch: Path, workers: int) -> dict[str, int]:
@@ -142,7 +149,7 @@ def _run_steps(reader: WeftrainReader, tasks: int, quality: Quality, folder: Pat
         seed=wanted.seed,
         hash_config=HashConfig(precision=64, hash_fc="sha1"),
     )
-    files = tuple(list_inputs([str(kept / f"{index:05d}.jsonl") for index in range(tasks)], source=None))
+    files = _written(kept, tasks)
     parts = tuple(Part((Share(index, 0, file.num_bytes),)) for index, file in enumerate(files))
     again = WeftrainReader(files, parts, ReadOptions(text_key="text", source_key="source"))
     signatures, buckets, removed = (str(scratch / name) for name in ("signatures", "buckets", "removed"))

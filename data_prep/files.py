@@ -28,6 +28,12 @@ def file_system(address: str) -> tuple[Any, str]:
     return system, root
 
 
+def local_file(path: str, name: str, source: str, format: str) -> InputFile:
+    """A file of this machine as an input. Raises OSError."""
+    status = os.stat(path)
+    return InputFile(path, name, source, format, status.st_size, status.st_mtime_ns)
+
+
 def open_address(address: str) -> IO[bytes]:
     """The raw bytes of a local path or an address. Raises DataError."""
     try:

@@ -1,133 +1,280 @@
-"""Which input files there are, at local paths and any fsspec address, and the format of each.
+"""Which input files there are, at local paths and any fsspec address, the format of each, and which files beside them are not read.
 
 The list is sorted by name, and names do not depend on where a folder lies: the same files in another place, listed in another order, are
-the same dataset.
+the same dataset. Nothing is left out without an entry that says why.
 """
 
 from __future__ import annotations
 
-import glob
-import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from weftrain.core.errors import DataError
 from weftrain.core.plain_file import real_path
-from weftrain.data_prep.documents import InputFile
-from weftrain.data_prep.files import file_system, is_local
+from weftrain.data_prep import listing_rules as rules
+from weftrain.data_prep.documents import InputFile, Skipped
+from weftrain.data_prep.file_systems import Entry, FileSystem, LocalFiles, open_file_system
+from weftrain.data_prep.patterns import fixed_folder, is_pattern, matching
 from weftrain.data_prep.readers.contract import Probe
-from weftrain.data_prep.readers.registry import detect, reader_named
+from weftrain.data_prep.readers.json_content import JsonContent
+from weftrain.data_prep.readers.registry import detect, goes_with_another, reader_named
+
+STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0")
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Addresses and how they are read. source: what their documents are counted as; None: the folder's name, or the file's.
+
+    suffixes: of a folder, only files whose names end so, in upper or lower case. format: of all of them; None: told by name and content.
+    text_key: the field that holds a record's text, by which JSON records are told from other JSON.
+    """
+
+    addresses: tuple[str, ...]
+    source: str | None = None
+    suffixes: tuple[str, ...] = ()
+    format: str | None = None
+    text_key: str = "text"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """files: in order. skipped: what was found beside them. json_texts: names of JSON files in folders that are read as text."""
+
+    files: tuple[InputFile, ...]
+    skipped: tuple[Skipped, ...]
+    json_texts: tuple[str, ...] = ()
+
+
+def find_inputs(sections: Sequence[Wanted], standard_input: Path | None = None) -> Listed:
+    """The files of all sections, and what is skipped. standard_input: the file that holds it, where `-` is one of the addresses.
+
+    An address is a path, folder or pattern (patterns.py) of this machine or of any fsspec file system (`s3://…`, `memory://…`). A file
+    that is reached twice is read once, by the name that needs no link, else by the first. Raises DataError.
+    """
+    found = _Found()
+    for section in sections:
+        if section.format is not None:
+            reader_named(section.format)
+        if not section.addresses:
+            raise DataError("no input: name a .jsonl, a text file or a folder")
+        for address in section.addresses:
+            _list_address(address, section, found, standard_input)
+    kept = _without_repetitions(found)
+    if not kept:
+        addresses = ", ".join(address for section in sections for address in section.addresses)
+        raise DataError(f"{addresses}: nothing to read{_not_read(found.skipped)}; name other files")
+    named = Counter(file.name for _, file in kept)
+    if len(named) < len(kept):
+        twice = min(name for name, count in named.items() if count > 1)
+        raise DataError(f"two inputs are called {twice!r}, and messages could not tell them apart: name the folder that holds both")
+    names = {file.name for _, file in kept}
+    return Listed(tuple(file for _, file in kept), tuple(found.skipped), tuple(name for name in found.json_texts if name in names))
 
 
 def list_inputs(
     addresses: Sequence[str], *, source: str | None, suffixes: Sequence[str] = (), format: str | None = None
 ) -> list[InputFile]:
-    """The files of addresses: paths, folders, patterns with `*`, of this machine or of any fsspec file system (`s3://…`, `memory://…`).
-
-    source: what their documents are counted as; None: the folder's name, or the file's. suffixes: of a folder, only files that end so;
-    none: every file of a format that is known by its suffix, and every other one that is UTF-8 text. Hidden files and links in a folder
-    are left out. Raises DataError.
-    """
-    if format is not None:
-        reader_named(format)
-    if not addresses:
-        raise DataError("no input: name a .jsonl, a text file or a folder")
-    files = [file for address in addresses for file in (_local if is_local(address) else _remote)(address, source, tuple(suffixes), format)]
-    names = {file.name for file in files}
-    if len(names) < len(files):
-        twice = next(name for name in sorted(names) if sum(file.name == name for file in files) > 1)
-        raise DataError(f"two inputs are called {twice!r}, and messages could not tell them apart: name the folder that holds both")
-    return files
+    """The files of find_inputs alone, for callers that name each file themselves. Raises DataError."""
+    return list(find_inputs([Wanted(tuple(addresses), source, tuple(suffixes), format)]).files)
 
 
-def _local(address: str, source: str | None, suffixes: tuple[str, ...], format: str | None) -> list[InputFile]:
-    path = Path(address)
-    if "*" in address and not path.exists():
-        found = sorted(glob.glob(address, recursive=True))
-        if not found:
-            raise DataError(f"{address}: matches no file")
-        return [file for match in found for file in _local(match, source, suffixes, format)]
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder; name a .jsonl, a text file or a folder")
-    if not path.is_dir():
-        if not path.is_file():
-            raise DataError(f"{path}: is not a regular file, and inputs are read several times; write it to a file first")
-        return [_file(str(path), path.name, source or path.name, path.stat(), format)]
-    folder_name = real_path(path).name
-    files = []
-    for found_path in sorted(_below(path), key=lambda found: found.relative_to(path).as_posix()):
-        if suffixes and found_path.suffix not in suffixes:
-            continue
-        kind = format or _format_of(found_path.name, str(found_path))
-        if kind is None or (kind == "text" and not suffixes and format is None and not _is_text(found_path)):
-            continue
-        name = f"{folder_name}/{found_path.relative_to(path).as_posix()}"
-        files.append(_file(str(found_path), name, source or folder_name, found_path.stat(), kind))
-    if not files:
-        wanted = f"file ending in {', '.join(suffixes)}" if suffixes else "text file"
-        raise DataError(f"{path}: holds no {wanted}; name another folder or another --suffix")
-    return files
+def counted(skipped: Iterable[Skipped]) -> dict[str, int]:
+    """How many files were skipped for each reason, sorted by reason."""
+    return dict(sorted(Counter(entry.reason for entry in skipped).items()))
 
 
-def _remote(address: str, source: str | None, suffixes: tuple[str, ...], format: str | None) -> list[InputFile]:
-    system, root = file_system(address)
+def summary(skipped: Sequence[Skipped]) -> str:
+    """Skipped files by reason with the first names, on one line."""
+    parts = []
+    for reason, count in counted(skipped).items():
+        names = [entry.name for entry in skipped if entry.reason == reason][:_SHOWN]
+        parts.append(f"{count:,} {reason} ({', '.join(names)}{', …' if count > len(names) else ''})")
+    return "; ".join(parts)
+
+
+@dataclass
+class _Found:
+    """What is found so far. entries: what each file was found as, with the file."""
+
+    entries: list[tuple[Entry, InputFile]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    json_texts: list[str] = field(default_factory=list)
+    addresses: int = 0
+
+
+def _list_address(address: str, wanted: Wanted, found: _Found, standard_input: Path | None) -> None:
+    found.addresses += 1
+    if address in STANDARD_INPUT:
+        if standard_input is None:
+            raise DataError(f"{address}: standard input can be read once, by one command; write it to a file first")
+        entry = LocalFiles().look(str(standard_input))
+        assert entry is not None
+        _take(LocalFiles(), entry, "stdin", wanted.source or "stdin", wanted, found, below=False)
+        return
+    system, path = open_file_system(address)
     try:
-        if "*" in root:
-            found = dict.fromkeys(system.glob(root))
-        elif system.isdir(root):
-            found = dict.fromkeys(system.find(root), root)
-        elif system.exists(root):
-            found = {root: None}
+        _list_path(system, path, address, wanted, found)
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:
+        where = getattr(error, "filename", None) or address
+        raise DataError(f"{rules.printable_name(str(where))}: cannot be listed: {getattr(error, 'strerror', None) or error}") from error
+    except Exception as error:  # each library behind fsspec has exceptions of its own
+        if isinstance(system, LocalFiles):
+            raise
+        raise DataError(f"{address}: cannot be listed: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _list_path(system: FileSystem, path: str, address: str, wanted: Wanted, found: _Found) -> None:
+    entry = system.look(path)
+    if entry is not None and entry.kind == "folder":
+        _list_folder(system, path, _folder_name(system, path), address, wanted, found)
+    elif entry is not None and entry.kind == "file":
+        _take(system, entry, entry.name, wanted.source or entry.name, wanted, found, below=False)
+    elif entry is not None:
+        raise DataError(
+            f"{rules.printable_name(address)}: is not a regular file, and inputs are read several times; write it to a file first, or pipe "
+            "it into `weftrain prep -`"
+        )
+    elif is_pattern(path):
+        fixed = fixed_folder(path)
+        for match in matching(system, path, address):
+            name = match.path[len(fixed) :].rstrip("/")
+            if match.kind == "folder":
+                _list_folder(system, match.path, name, address, wanted, found)
+            else:
+                _take(system, match, name, wanted.source or name, wanted, found, below=True)
+    else:
+        raise DataError(f"{rules.printable_name(address)}: no such file or folder; name a .jsonl, a text file or a folder")
+
+
+def _folder_name(system: FileSystem, path: str) -> str:
+    return real_path(path).name if isinstance(system, LocalFiles) else path.rstrip("/").rpartition("/")[2]
+
+
+def _list_folder(system: FileSystem, path: str, name: str, address: str, wanted: Wanted, found: _Found) -> None:
+    suffixes = tuple(rules.spelled_suffix(suffix) for suffix in wanted.suffixes)
+    source = wanted.source or name.rpartition("/")[2]
+    files_before, skipped_before = len(found.entries), len(found.skipped)
+    for entry in sorted(system.below(path, rules.skips_folder), key=lambda entry: entry.name):
+        full = f"{name}/{entry.name}" if name else entry.name
+        reason = _reason_by_name(entry, full, suffixes)
+        if reason is None:
+            _take(system, entry, full, source, wanted, found, below=True)
         else:
-            found = {}
-        folder_name = root.rstrip("/").rpartition("/")[2]
-        files = []
-        for path in sorted(found):
-            inside = found[path] is not None
-            relative = path.removeprefix(root).lstrip("/") if inside else path.rpartition("/")[2]
-            hidden = any(part.startswith(".") for part in relative.split("/"))
-            if inside and (hidden or (suffixes and not path.endswith(suffixes))):
-                continue
-            full = system.unstrip_protocol(path)
-            kind = format or _format_of(path, full)
-            if kind is None:
-                continue
-            name = f"{folder_name}/{relative}" if inside else relative
-            files.append(InputFile(full, name, source or (folder_name if inside else relative), kind, int(system.size(path)), None))
-    except OSError as error:
-        raise DataError(f"{address}: cannot be listed: {error}") from error
-    if not files:
-        raise DataError(f"{address}: no such file or folder there; name a .jsonl, a text file or a folder")
-    return files
+            size = 0 if entry.kind == "folder" else entry.num_bytes
+            shown = f"{full}/" if entry.kind in ("folder", "same folder", "link loop") else full
+            found.skipped.append(Skipped(rules.printable_name(shown), size, reason))
+    ending = f"file ending in {', '.join(suffixes)}" if suffixes else "text file"
+    if len(found.entries) == files_before:
+        raise DataError(f"{address}: holds no {ending}{_not_read(found.skipped[skipped_before:])}; name another folder or another --suffix")
 
 
-def _file(address: str, name: str, source: str, status: os.stat_result, format: str | None) -> InputFile:
-    kind = format or _format_of(name, address) or "text"
-    return InputFile(address, name, source, kind, status.st_size, status.st_mtime_ns)
+def _not_read(skipped: Sequence[Skipped]) -> str:
+    return f"; not read: {summary(skipped)}" if skipped else ""
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Files below a folder, in any order, without hidden ones and links."""
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(root, name)
-            if not name.startswith(".") and not path.is_symlink() and path.is_file():
-                yield path
+def _reason_by_name(entry: Entry, name: str, suffixes: tuple[str, ...]) -> str | None:
+    """Why an entry of a folder is skipped, told by what it is called; None where its content decides. Raises DataError."""
+    last = entry.name.rpartition("/")[2]
+    if entry.kind == "folder":
+        return rules.folder_reason(last)
+    if last.startswith("."):
+        return "hidden file"
+    if entry.kind in ("broken link", "link loop"):
+        return entry.kind
+    if entry.kind == "same folder":
+        return "read under another name"
+    if suffixes:
+        return None if entry.name.lower().endswith(suffixes) else "other suffix"
+    if entry.kind == "special":
+        return "not a regular file"
+    if rules.is_marker(last):
+        return "marker file"
+    inner = rules.without_last_suffix(last)
+    if rules.is_unfinished(last):
+        if rules.looks_like_data(inner):
+            raise DataError(
+                f"{rules.printable_name(name)}: looks like an unfinished download or copy; finish it, remove it, or say with --suffix "
+                "which files are read"
+            )
+        return "unfinished file"
+    if rules.is_archive(last) and rules.looks_like_data(inner) and rules.suffix_of(last) in rules.ARCHIVES:
+        raise DataError(
+            f"{rules.printable_name(name)}: holds data in a compression that is not read; decompress it (or use .gz or .zst), or say with "
+            "--suffix which files are read"
+        )
+    return None
 
 
-def _format_of(name: str, address: str) -> str | None:
-    """What a file is; None for one that goes with another."""
-    reader = detect(Probe(name, address))
-    return None if reader is None else reader.name
+def _take(system: FileSystem, entry: Entry, name: str, source: str, wanted: Wanted, found: _Found, *, below: bool) -> None:
+    """Add a file in its format, or why it is skipped. below: whether it was found in a folder or by a pattern, and not named itself."""
+    if entry.kind != "file":
+        found.skipped.append(Skipped(rules.printable_name(name), 0, "broken link" if entry.kind == "broken link" else "not a regular file"))
+        return
+    address = system.address(entry.path)
+    if not rules.is_utf8_name(address + name):
+        raise DataError(f"{rules.printable_name(name)}: its name is not UTF-8; rename it")
+    kind, reason = _format(Probe(name, address, wanted.text_key), entry, wanted, found, below)
+    if kind is not None:
+        found.entries.append((entry, InputFile(address, name, source, kind, entry.num_bytes, entry.modified_ns)))
+    elif reason is not None:
+        found.skipped.append(Skipped(name, entry.num_bytes, reason))
 
 
-def _is_text(path: Path) -> bool:
-    try:
-        data = path.read_bytes()
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    return b"\0" not in data
+def _format(probe: Probe, entry: Entry, wanted: Wanted, found: _Found, below: bool) -> tuple[str | None, str | None]:
+    """A file's format, or why it is skipped; neither for one that is read with another. Raises DataError."""
+    if goes_with_another(probe):
+        return None, None
+    if not entry.num_bytes:
+        return None, "empty file"
+    if wanted.format not in (None, "text"):
+        return wanted.format, None
+    kind = detect(probe).name if wanted.format is None else "text"
+    if kind == "text" and below and not wanted.suffixes and not rules.looks_like_data(probe.plain_name) and rules.is_binary(probe.head):
+        return None, "archive" if rules.is_archive(probe.name) else "binary file"
+    content = probe.json if wanted.format is None and not probe.plain_name.endswith((".jsonl", ".ndjson")) else None
+    if content is not None and kind in ("text", "jsonl", "json"):
+        _check_json(probe, content, kind, below)
+        if kind == "text":
+            found.json_texts.append(probe.name)
+    return kind, None
+
+
+def _check_json(probe: Probe, content: JsonContent, kind: str, below: bool) -> None:
+    """Raises DataError for JSON, told by its content, that is no records with a text, and no document either."""
+    fields = "" if not content.first else f" but {', '.join(map(repr, list(content.first)[:8]))}"
+    remedy = "name it with --text-key, or read each file as one text with --format text"
+    if kind != "text" or content.is_records:
+        if not content.has_field(probe.text_key):
+            raise DataError(f"{probe.name}: its JSON objects have no field {probe.text_key!r}{fields}; {remedy}")
+    elif not below:
+        raise DataError(
+            f"{probe.name}: is JSON without a field {probe.text_key!r}{fields}; say what it is: --format jsonl (an object a line), json "
+            "(an array of objects) or text (one text as it is), or name the field with --text-key"
+        )
+    if kind == "text" and (content.is_records or content.has_field(probe.text_key)):
+        raise DataError(f"{probe.name}: holds JSON objects over several lines; write an object a line (.jsonl)")
+
+
+def _without_repetitions(found: _Found) -> list[tuple[Entry, InputFile]]:
+    """The files, each once: a second path to one is skipped. Without links, and of one address, there is none."""
+    entries = found.entries
+    if found.addresses == 1 and not any(entry.linked or entry.has_other_names for entry, _ in entries):
+        return entries
+    first: dict[tuple[int, int] | str, int] = {}
+    for place, (entry, _) in enumerate(entries):
+        other = first.setdefault(entry.identity, place)
+        if entries[other][0].linked and not entry.linked:
+            first[entry.identity] = place
+    kept = []
+    for place, (entry, file) in enumerate(entries):
+        if first[entry.identity] == place:
+            kept.append((entry, file))
+        else:
+            found.skipped.append(Skipped(file.name, file.num_bytes, "read under another name"))
+    return kept

@@ -7,7 +7,6 @@ import numpy as np
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, wrong_length
-from weftrain.data_prep.readers.json_lines import names_lines
 from weftrain.data_prep.readers.lines import lines_before, parse_object, read_lines
 
 _MAX_ID = (1 << 31) - 1
@@ -40,11 +39,9 @@ def amber_rows(index: int, file: InputFile, share: Share, options: ReadOptions) 
 
 
 def _holds_token_ids(probe: Probe) -> bool:
-    """Whether the first line is a tokenised row. Of a compressed file only --format says so."""
-    if not names_lines(probe) or probe.compressed:
-        return False
-    line = probe.head.partition(b"\n")[0]
-    return b'"token_ids"' in line and b'"text"' not in line
+    """Whether the first line is a tokenised row."""
+    content = probe.json
+    return content is not None and content.layout in ("lines", "line") and content.has_field("token_ids") and not content.has_field("text")
 
 
 READER = Reader(name="amber", holds="rows", read=amber_rows, detect=_holds_token_ids, by_bytes=True, records_before=lines_before)

@@ -15,7 +15,9 @@ from weftrain.core.errors import DataError
 from weftrain.data_prep.compression import BrokenArchive, compression_of, open_decompressed, plain_name
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.files import exists, is_local
+from weftrain.data_prep.listing_rules import is_source_text
 from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.json_content import JsonContent, json_content
 
 Records = Generator[Document | Failure, None, int]  # returns how many records the share holds, failed and empty ones too
 HEAD_BYTES = 1 << 16
@@ -23,12 +25,16 @@ HEAD_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Probe:
-    """A file whose format is asked for. name: as messages have it, below the folder it was found in. address: where it is opened."""
+    """A file whose format is asked for. name: as messages have it, below the folder it was found in. address: where it is opened.
+
+    text_key: the field that holds the text of JSON records, by which they are told from other JSON.
+    """
 
     name: str
     address: str
+    text_key: str = "text"
 
-    @property
+    @cached_property
     def plain_name(self) -> str:
         """The name in lower case, without the suffix of its compression."""
         return plain_name(self.name.lower())
@@ -45,6 +51,13 @@ class Probe:
                 return opened.read(HEAD_BYTES)
             except BrokenArchive:
                 return b""
+
+    @cached_property
+    def json(self) -> JsonContent | None:
+        """What JSON the content is, whatever the name's suffix; None for other content, and for a suffix of source text, as `.py`."""
+        if is_source_text(self.plain_name):
+            return None
+        return json_content(self.head, whole=len(self.head) < HEAD_BYTES)
 
     def has_beside(self, suffix: str) -> bool:
         """Whether a file of the same name with another suffix, or none, lies beside."""

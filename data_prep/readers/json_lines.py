@@ -13,9 +13,12 @@ from weftrain.data_prep.readers.lines import has_lone_surrogate, lines_before, p
 SUFFIXES = (".jsonl", ".ndjson")
 
 
-def names_lines(probe: Probe) -> bool:
-    """Whether a file's name says that it holds JSON lines."""
-    return probe.plain_name.endswith(SUFFIXES) or (probe.compressed and probe.plain_name.endswith(".json"))
+def holds_lines(probe: Probe) -> bool:
+    """Whether a file holds JSON lines: by its name, or by its content whatever its name; one object alone only with the field of texts."""
+    if probe.plain_name.endswith(SUFFIXES):
+        return True
+    content = probe.json
+    return content is not None and (content.layout == "lines" or (content.layout == "line" and content.has_field(probe.text_key)))
 
 
 def json_lines(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
@@ -51,4 +54,4 @@ def _json_document(index: int, number: int, line: bytes | None, file: InputFile,
     return Document(index, number, source, normalise(text, options.normalise))
 
 
-READER = Reader(name="jsonl", holds="text", read=json_lines, detect=names_lines, by_bytes=True, records_before=lines_before)
+READER = Reader(name="jsonl", holds="text", read=json_lines, detect=holds_lines, by_bytes=True, records_before=lines_before)

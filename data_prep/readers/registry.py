@@ -30,8 +30,11 @@ def reader_named(name: str) -> Reader:
     return READERS[name]
 
 
-def detect(probe: Probe) -> Reader | None:
-    """The format of a file; None for one that is read with another, as Megatron's index is. Raises DataError."""
-    if any(reader.goes_with(probe) for reader in READERS.values()):
-        return None
+def goes_with_another(probe: Probe) -> bool:
+    """Whether a file is read with another, as Megatron's index is."""
+    return any(reader.goes_with(probe) for reader in READERS.values())
+
+
+def detect(probe: Probe) -> Reader:
+    """The format of a file that is read by itself. Raises DataError."""
     return next(reader for reader in READERS.values() if reader.detect(probe))

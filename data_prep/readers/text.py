@@ -24,6 +24,11 @@ def plain_text(index: int, file: InputFile, share: Share, options: ReadOptions) 
         line = data.count(b"\n", 0, error.start)
         yield Failure(index, line, f"byte {error.start} is not UTF-8 ({error.reason}); convert the file to UTF-8")
         return 1
+    if "\0" in text:
+        yield Failure(
+            index, data.count(b"\n", 0, data.index(0)), f"byte {data.index(0)} is NUL, which no text holds; repair or remove the file"
+        )
+        return 1
     yield Document(index, 0, file.source, normalise(text, options.normalise))
     return 1
 

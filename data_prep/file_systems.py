@@ -1,0 +1,200 @@
+"""Looking into folders: one small interface over this machine's folders and any fsspec address, so that both have the same rules.
+
+A `file://` address is a path of this machine. Links are followed: a folder is entered once, however many links lead to it, and a link to
+a folder that holds the link is reported as a loop.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from weftrain.core.errors import DataError
+from weftrain.data_prep.files import file_system, is_local
+
+Kind = Literal["file", "folder", "special", "broken link", "link loop", "same folder"]
+_LOCAL_PROTOCOLS = ("file://", "local://")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Something that a folder holds. path: what the file system calls it. name: below the folder that is listed, with `/`.
+
+    modified_ns: None where the file system knows no time. identity: equal for two paths of one file. linked: reached through a symbolic
+    link. has_other_names: whether it has several hard links.
+    """
+
+    path: str
+    name: str
+    kind: Kind
+    num_bytes: int
+    modified_ns: int | None
+    identity: tuple[int, int] | str
+    linked: bool
+    has_other_names: bool = False
+
+
+class FileSystem(Protocol):
+    """Where addresses lead. All methods raise OSError."""
+
+    def look(self, path: str) -> Entry | None:
+        """What is at a path, named by its last component; None: nothing."""
+
+    def scan(self, folder: str) -> Iterator[Entry]:
+        """What a folder holds, in any order; links are followed."""
+
+    def below(self, folder: str, leave_out: Callable[[str], bool]) -> Iterator[Entry]:
+        """All files below a folder, in any order, and those folders that are not entered: `leave_out` says so of a folder's name."""
+
+    def address(self, path: str) -> str:
+        """The address at which the file is opened."""
+
+
+def open_file_system(address: str) -> tuple[FileSystem, str]:
+    """The file system of an address, and the path there. Raises DataError."""
+    path = next((address.removeprefix(protocol) for protocol in _LOCAL_PROTOCOLS if address.startswith(protocol)), address)
+    if is_local(path):
+        return LocalFiles(), path
+    system, root = file_system(address)
+    return RemoteFiles(system, address), root
+
+
+class LocalFiles:
+    """This machine's folders."""
+
+    def look(self, path: str) -> Entry | None:
+        try:
+            link = stat.S_ISLNK(os.lstat(path).st_mode)
+            return _entry(path, os.path.basename(path.rstrip("/")), os.stat(path), link)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def scan(self, folder: str) -> Iterator[Entry]:
+        with os.scandir(folder) as found:
+            for item in found:
+                yield _scanned(item, item.name)
+
+    def below(self, folder: str, leave_out: Callable[[str], bool]) -> Iterator[Entry]:
+        walk = _Walk(leave_out)
+        status = os.stat(folder)
+        walk.entered.add((status.st_dev, status.st_ino))
+        waiting = [(folder, "")]
+        while waiting:  # what is below the links of one round comes after all that is reached without them
+            for path, name in waiting:
+                yield from walk.real(path, name)
+            waiting = []
+            links, walk.links = sorted(walk.links, key=lambda link: link.name), []
+            for link in links:
+                assert isinstance(link.identity, tuple)
+                if _leads_back(link.path):
+                    yield _as(link, "link loop")
+                elif link.identity in walk.entered:
+                    yield _as(link, "same folder")
+                else:
+                    walk.entered.add(link.identity)
+                    waiting.append((link.path, f"{link.name}/"))
+
+    def address(self, path: str) -> str:
+        return path
+
+
+@dataclass
+class _Walk:
+    """Which folders were entered, and the links to folders that are still to be followed."""
+
+    leave_out: Callable[[str], bool]
+    entered: set[tuple[int, int]] = field(default_factory=set)
+    links: list[Entry] = field(default_factory=list)
+    linked: bool = False
+
+    def real(self, folder: str, prefix: str) -> Iterator[Entry]:
+        """Everything below a folder that is reached without another link. prefix: before names, empty or ending in `/`."""
+        linked = self.linked
+        stack = [(folder, prefix)]
+        while stack:
+            path, before = stack.pop()
+            with os.scandir(path) as found:
+                for item in found:
+                    entry = _scanned(item, before + item.name, linked)
+                    if entry.kind != "folder" or self.leave_out(item.name):
+                        yield entry
+                    elif item.is_symlink():
+                        self.links.append(entry)
+                    elif entry.identity in self.entered:
+                        yield _as(entry, "same folder")
+                    else:
+                        assert isinstance(entry.identity, tuple)
+                        self.entered.add(entry.identity)
+                        stack.append((entry.path, f"{entry.name}/"))
+        self.linked = True  # all that comes later is reached through a link
+
+
+def _leads_back(link: str) -> bool:
+    """Whether a link leads to a folder that holds it."""
+    target, place = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
+    return os.path.commonpath((target, place)) == target
+
+
+def _scanned(item: os.DirEntry[str], name: str, linked: bool = False) -> Entry:
+    link = item.is_symlink()
+    try:
+        return _entry(item.path, name, item.stat(), linked or link)
+    except OSError:
+        if not link:
+            raise
+        return Entry(item.path, name, "broken link", 0, None, item.path, linked=True)
+
+
+def _entry(path: str, name: str, status: os.stat_result, linked: bool) -> Entry:
+    kind: Kind = "folder" if stat.S_ISDIR(status.st_mode) else "file" if stat.S_ISREG(status.st_mode) else "special"
+    several = kind == "file" and status.st_nlink > 1
+    return Entry(path, name, kind, status.st_size, status.st_mtime_ns, (status.st_dev, status.st_ino), linked, several)
+
+
+def _as(entry: Entry, kind: Kind) -> Entry:
+    return Entry(entry.path, entry.name, kind, 0, None, entry.identity, entry.linked)
+
+
+class RemoteFiles:
+    """An fsspec file system. Object stores have no links, and one flat listing is far cheaper there than a request a folder."""
+
+    def __init__(self, system: Any, address: str) -> None:
+        self._system, self._address = system, address
+
+    def look(self, path: str) -> Entry | None:
+        try:
+            return self._entry(path, path.rstrip("/").rpartition("/")[2], self._system.info(path))
+        except FileNotFoundError:
+            return None
+
+    def scan(self, folder: str) -> Iterator[Entry]:
+        for info in self._system.ls(folder, detail=True):
+            path = info["name"].rstrip("/")
+            if path != folder.rstrip("/"):
+                yield self._entry(path, path.rpartition("/")[2], info)
+
+    def below(self, folder: str, leave_out: Callable[[str], bool]) -> Iterator[Entry]:
+        root, left_out = f"{folder.rstrip('/')}/", set()
+        for path, info in self._system.find(folder, detail=True).items():
+            name = path.removeprefix(root).lstrip("/")
+            if not name or name.endswith("/"):
+                continue  # the marker by which some object stores remember an empty folder
+            *folders, _ = name.split("/")
+            hidden = next((index for index, part in enumerate(folders) if leave_out(part)), None)
+            if hidden is None:
+                yield self._entry(path, name, info)
+            elif (above := "/".join(folders[: hidden + 1])) not in left_out:
+                left_out.add(above)
+                yield Entry(f"{root}{above}", above, "folder", 0, None, f"{root}{above}", linked=False)
+
+    def address(self, path: str) -> str:
+        return str(self._system.unstrip_protocol(path))
+
+    def _entry(self, path: str, name: str, info: dict[str, Any]) -> Entry:
+        kind: Kind = "folder" if info["type"] == "directory" else "file" if info["type"] == "file" else "special"
+        if kind == "file" and info.get("size") is None:
+            raise DataError(f"{self._address}: {name}: the server does not say how large it is; copy it to a local folder first")
+        return Entry(path, name, kind, int(info.get("size") or 0), None, f"{self._address.partition('://')[0]}://{path}", linked=False)

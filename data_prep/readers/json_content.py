@@ -1,0 +1,93 @@
+"""Telling JSON by the first bytes of a file: lines of objects, an array of objects, one object, or another value.
+
+Only the head is parsed, and leniently: whether a line is sound is for the reader to say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+_BOM = b"\xef\xbb\xbf"
+_DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True)
+class JsonContent:
+    """layout: 'lines': an object a line, two or more; 'line': one object on one line; 'array': of objects; 'object': one, over several
+    lines, or several so; 'value': an array of other values. first: the first object where the head holds all of it. head: the text.
+    """
+
+    layout: Literal["lines", "line", "array", "object", "value"]
+    first: dict[str, Any] | None
+    head: str
+
+    def has_field(self, key: str) -> bool:
+        """Whether the first object has a field, `outer.inner` where they are nested; a guess where the head does not hold all of it."""
+        if self.first is None:
+            last = key.rpartition(".")[2]
+            return any(re.search(rf'"{re.escape(name)}"\s*:', self.head) is not None for name in (key, last))
+        value: Any = self.first
+        if key in self.first:
+            return True
+        for name in key.split("."):
+            if not isinstance(value, dict) or name not in value:
+                return False
+            value = value[name]
+        return True
+
+    @property
+    def is_records(self) -> bool:
+        """Whether it holds several objects, so that it cannot be a document or a configuration file."""
+        return self.layout in ("lines", "array")
+
+
+def json_content(head: bytes, whole: bool) -> JsonContent | None:
+    """What JSON a file begins as; None for another text. whole: whether `head` is all of the file."""
+    data = head.removeprefix(_BOM).lstrip()
+    if data[:1] not in (b"{", b"["):
+        return None
+    text = data.decode(errors="replace")
+    return _array(text, whole) if text[0] == "[" else _objects(text, whole)
+
+
+def _objects(text: str, whole: bool) -> JsonContent | None:
+    line, line_break, rest = text.partition("\n")
+    value, end = _parse(line)
+    if isinstance(value, dict) and not line[end:].strip():
+        rest = rest.lstrip()
+        if rest.startswith("{") or (not rest and not whole):
+            return JsonContent("lines", value, text)
+        return JsonContent("line", value, text) if not rest else None
+    if not line_break and not whole:
+        return JsonContent("line", None, text) if end == len(line) else None  # longer than the head
+    value, end = _parse(text)
+    if isinstance(value, dict):
+        rest = text[end:].strip()
+        return JsonContent("object", value, text) if not rest or rest.startswith("{") else None
+    return JsonContent("object", None, text) if end == len(text) and not whole else None
+
+
+def _array(text: str, whole: bool) -> JsonContent | None:
+    inside = text[1:].lstrip()
+    if inside.startswith("{"):
+        value, end = _parse(inside)
+        if isinstance(value, dict):
+            return JsonContent("array", value, text) if inside[end:].lstrip()[:1] in (",", "]", "") else None
+        return JsonContent("array", None, text) if end == len(inside) and not whole else None
+    value, end = _parse(text)
+    complete = isinstance(value, list) and not text[end:].strip()
+    return JsonContent("value", None, text) if complete or (value is None and end == len(text) and not whole) else None
+
+
+def _parse(text: str) -> tuple[Any, int]:
+    """A value at the beginning of a text and where it ends; (None, len(text)) for one that goes on beyond it, (None, 0) for no JSON."""
+    try:
+        return _DECODER.raw_decode(text)
+    except json.JSONDecodeError as error:
+        cut = error.pos >= len(text) - 12 or error.msg.startswith("Unterminated string")  # a cut \\u escape, number or literal
+        return None, len(text) if cut else 0
+    except (ValueError, RecursionError):
+        return None, 0
