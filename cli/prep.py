@@ -124,6 +124,7 @@ def _job(inputs: tuple[str, ...], options: dict[str, Any]) -> _Job:
             raise click.UsageError(f"--{'inputs' if option == 'root' else 'set' if option == 'overrides' else option} belongs to a recipe")
     if inputs and options["name"] is None:
         raise click.UsageError("give the dataset a --name")
+    _refuse_without_inputs(inputs)
     read = _read_options(options)
     if inputs:
         listed = find_inputs([Wanted(inputs, None, options["suffixes"], options["format_"], read.text_key)])
@@ -136,6 +137,21 @@ def _job(inputs: tuple[str, ...], options: dict[str, Any]) -> _Job:
     arguments = {key: options[key] for key in (*same, "epochs", "chunks", "global_batch_size", "max_failures")}
     arguments["fim"] = _fim(options["fim_rate"], options["fim_spm_share"], options["fim_mode"])
     return _Job(chosen, arguments | {"name": options["name"] or "python_stdlib"})
+
+
+def _refuse_without_inputs(inputs: tuple[str, ...]) -> None:
+    """Options that say what INPUTS are mean nothing for the embedded corpus."""
+    context = click.get_current_context()
+    of_inputs = {
+        "licence": "--licence",
+        "text_key": "--text-key",
+        "source_key": "--source-key",
+        "suffixes": "--suffix",
+        "format_": "--format",
+    }
+    for option, shown in of_inputs.items():
+        if not inputs and context.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{shown} says what INPUTS are: name them, or leave it out for the embedded corpus")
 
 
 def _recipe_jobs(recipe: PrepRecipe, options: dict[str, Any]) -> list[_Job]:
@@ -289,6 +305,8 @@ def _report(console: Console, prepared: Prepared) -> None:
     for set_name, entry in manifest.sets.items():
         rows = f"{entry.n_examples:,} rows x {manifest.sequence_length} tokens"
         console.print(f"  {set_name:<8} {entry.documents:,} documents, {rows}, dataset id {entry.id[:16]}", markup=False)
+    for note in prepared.notes:
+        console.print(f"  {note}", markup=False)
     if prepared.up_to_date and manifest.heldout is not None and manifest.heldout_rule == 1:
         console.print(
             "  held out by rule 1, each text's exact bytes: a copy with other white space, or a tokenised one, may be in another dataset's "

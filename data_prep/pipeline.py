@@ -8,17 +8,17 @@ work in `.NAME.partial`, on purpose; the same command goes on from there, anothe
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from weftrain.core import fsops
-from weftrain.core.dataset import MANIFEST, Manifest, ShardSet, open_inputs, read_manifest
+from weftrain.core.dataset import Manifest
 from weftrain.core.errors import DataError
 from weftrain.core.names import path_below
 from weftrain.data_prep.executors import STAGES, Executor, LocalExecutor, Stage
+from weftrain.data_prep.existing import compare_existing
 from weftrain.data_prep.order_stage import check_failures, place_failures, survey
 from weftrain.data_prep.plan import (
     SHARD_TOKENS,
@@ -35,11 +35,9 @@ from weftrain.data_prep.plan import (
     is_saved,
     make_plan,
     no_progress,
-    preparation,
     save_plan,
     settled,
 )
-from weftrain.data_prep.shares import share_sha256
 from weftrain.data_prep.table_file import Table
 from weftrain.data_prep.tokenization import TextEncoder, load_encoder, train_encoder
 from weftrain.data_prep.tokenize_stage import training_texts
@@ -54,13 +52,15 @@ _MEGA = 1_000_000
 class Prepared:
     """A dataset folder that is complete. up_to_date: it was before, and nothing was done.
 
-    fallback: what made the reference encode everything under --engine auto, if anything did.
+    fallback: what made the reference encode everything under --engine auto, if anything did. notes: what is recorded otherwise than was
+    asked for, and changes no token.
     """
 
     folder: Path
     manifest: Manifest
     up_to_date: bool
     fallback: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def prepare(
@@ -146,9 +146,9 @@ def _prepare(
     progress: Progress,
 ) -> Prepared | None:
     if folder.exists():
-        manifest = _existing(folder, plan, progress)
+        manifest, notes = compare_existing(folder, plan, max_failures, progress)
         fsops.remove_tree(plan.folder)  # what a run left that was killed after the rename
-        return Prepared(folder, manifest, up_to_date=True)
+        return Prepared(folder, manifest, up_to_date=True, notes=notes)
     if executor.leads:
         save_plan(plan)
     else:
@@ -247,41 +247,3 @@ def _counting(plan: Plan, stage: Stage, progress: Progress) -> Callable[[int], N
             progress(stage.name, done, total, "bytes" if by_bytes else "tasks")
 
     return on_done
-
-
-def _existing(folder: Path, plan: Plan, progress: Progress) -> Manifest:
-    """The manifest of a folder that already is what was asked for. Raises DataError where it is another, or damaged."""
-    if not (folder / MANIFEST).exists():
-        raise DataError(f"{folder}: exists and is no dataset; give another --name, or remove it")
-    manifest = read_manifest(folder)
-    wanted = preparation(plan.settings, plan.inputs)
-    del wanted["heldout_rule"]  # a dataset keeps the one that it was made by, and stays what it is
-    for key, value in wanted.items():
-        if manifest.preparation.get(key) != value:
-            raise DataError(
-                f"{folder}: was prepared with {key} {manifest.preparation.get(key)!r}, not {value!r}; give another --name, or remove it"
-            )
-    _compare_inputs(folder, manifest, plan, progress)
-    for set_name in manifest.sets:
-        ShardSet(folder, manifest, set_name)
-    return manifest
-
-
-def _compare_inputs(folder: Path, manifest: Manifest, plan: Plan, progress: Progress) -> None:
-    """Raises DataError where the plan's files are not those that the dataset was made of."""
-    files, remedy = plan.inputs.files, "give another --name, or remove it"
-    if manifest.corpus.files != len(files):
-        raise DataError(f"{folder}: was prepared from {manifest.corpus.files:,} files, and these are {len(files):,}; {remedy}")
-    with open_inputs(folder, manifest) as recorded:
-        for number, (file, entry) in enumerate(zip(files, recorded, strict=False)):  # what was left out comes after
-            if (entry.name, entry.num_bytes) != (file.name, file.num_bytes):
-                was, given = (f"'{one.name}' of {one.num_bytes:,} bytes" for one in (entry, file))
-                raise DataError(f"{folder}: was prepared from other text: file {number + 1} was {was}, and here is {given}; {remedy}")
-        shares = Counter[int]()  # of each file so far
-        for done, part in enumerate(plan.parts, start=1):
-            for share in part.shares:
-                hashes, place = recorded[share.file].sha256, shares[share.file]
-                if place >= len(hashes) or hashes[place] != share_sha256(files[share.file], share):
-                    raise DataError(f"{folder}: was prepared from other text: '{files[share.file].name}' held something else; {remedy}")
-                shares[share.file] += 1
-            progress("compare inputs", done, len(plan.parts), "parts")

@@ -29,6 +29,7 @@ _REFERENCE, _FELL_BACK = "reference", "reference.json"
 _TASK_FOLDERS = ("parts", "buckets", "shards")
 SHARD_TOKENS = 1 << 25  # 64 MiB of uint16
 _MEBI = 1 << 20
+NOT_STATED = "not stated"  # the licence that nobody named
 Progress = Callable[[str, int, int | None, str], None]  # stage, done, total if known, unit
 Packing = Literal["concatenate", "best_fit"]
 Order = Literal["shuffled", "as_read"]
@@ -44,7 +45,7 @@ class Inputs:
 
     files: tuple[InputFile, ...]
     description: str
-    licence: str = "not stated"
+    licence: str = NOT_STATED
     options: ReadOptions = ReadOptions()  # noqa: RUF009 - frozen itself
     quality: str | None = None  # what filtered them before, canonical JSON
     skipped: tuple[Skipped, ...] = ()
