@@ -66,6 +66,12 @@ class _Job:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the order of documents and of FIM.")
 @click.option("--text-key", default="text", show_default=True, help="The field of a .jsonl line or Parquet row that holds the text.")
 @click.option("--source-key", help="The field that names a document's source.  [default: the folder's or file's name]")
+@click.option("--tokens-key", help="The field of tokenised records that holds the ids.  [default: tokens, input_ids, or the only one]")
+@click.option(
+    "--tokens-dtype",
+    type=click.Choice(["uint16", "uint32", "int32", "int64"]),
+    help="Of ids that do not say theirs (.npy, MDS bytes).  [default: by the vocabulary; MDS: int64]",
+)
 @click.option("--suffix", "suffixes", multiple=True, help="Of a folder, only files that end so (repeatable).  [default: all text]")
 @click.option(
     "--format",
@@ -192,6 +198,8 @@ def _recipe_jobs(recipe: PrepRecipe, options: dict[str, Any]) -> list[_Job]:
             _read_options(options),
             text_key=recipe.text_key,
             source_key=recipe.source_key,
+            tokens_key=recipe.tokens_key,
+            tokens_dtype=recipe.tokens_dtype,
             normalise=recipe.normalise,
             sequence_length=recipe.sequence_length,
         )
@@ -249,6 +257,8 @@ def _read_options(options: dict[str, Any]) -> Any:
         source_key=options["source_key"],
         normalise=tuple(options["normalise"]),
         sequence_length=options["sequence_length"],
+        tokens_key=options["tokens_key"],
+        tokens_dtype=options["tokens_dtype"],
     )
 
 

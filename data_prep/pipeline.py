@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from weftrain.data_prep.plan import (
     save_plan,
     settled,
 )
+from weftrain.data_prep.readers.registry import READERS
 from weftrain.data_prep.table_file import Table
 from weftrain.data_prep.tokenization import TextEncoder, load_encoder, train_encoder
 from weftrain.data_prep.tokenize_stage import training_texts
@@ -121,6 +122,8 @@ def prepare(
         fim=fim,
     )
     check_inputs(inputs, settings)
+    if given is not None and any(READERS[file.format].by_end_token for file in inputs.files):
+        inputs = replace(inputs, options=inputs.options.of_tokenizer(given.vocab_size, given.eos_id))
     plan = make_plan(folder.parent / f".{folder.name}.partial", inputs, settings, engine)
     try:
         fsops.make_dirs(folder.parent)

@@ -302,7 +302,7 @@ def preparation(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     tree = asdict(settings)
     fim = tree.pop("fim") or {"rate": None, "spm_share": None, "mode": None}
     tree |= {f"fim_{key}": value for key, value in fim.items()}
-    tree["reading_sha256"] = sha256_json(asdict(inputs.options))
+    tree["reading_sha256"] = sha256_json(inputs.options.record())
     tree["normalise"] = ",".join(inputs.options.normalise) or None
     tree["quality"] = inputs.quality
     return tree

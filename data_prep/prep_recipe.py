@@ -71,6 +71,8 @@ class PrepRecipe(Section):
     engine: Literal["auto", "tokenizers", "gigatoken"] = "auto"
     text_key: str = "text"
     source_key: str | None = None
+    tokens_key: str | None = None
+    tokens_dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None
     normalise: Annotated[tuple[str, ...], Field(strict=False)] = ()
     sequence_length: PositiveInt
     packing: Literal["concatenate", "best_fit"] = "concatenate"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.readers import amber, cerebras, datatrove, json_lines, megatron, parquet, text
+from weftrain.data_prep.readers import amber, cerebras, datatrove, json_lines, megatron, npy, parquet, text
 from weftrain.data_prep.readers.contract import Probe, Reader
 
 # In the order in which they are asked whether a file is theirs.
@@ -17,6 +17,7 @@ READERS: dict[str, Reader] = {
         cerebras.CORPUS,
         megatron.READER,
         datatrove.READER,
+        npy.READER,
         text.PYTHON,
         text.TEXT,
     )
