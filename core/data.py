@@ -9,10 +9,14 @@ other data, `data.continues` says how far each source had been read (core/contin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import cached_property, lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +27,15 @@ from weftrain.core.errors import DataError
 from weftrain.core.kept_rows import Range, merged, without
 from weftrain.core.mixture import CerebrasOrder, Mixture, SampleOrder, make_mixture, source_shares
 from weftrain.core.order import ChunkOrder, ResumedOrder, RowOrder, Stretch, Timeline, stretches, timeline
+from weftrain.core.shards import ShardReader, read_rows
 from weftrain.core.synthetic import synthetic_source
 
 __all__ = ["Component", "HeldOut", "Located", "Mixture", "TokenSource", "make_mixture", "open_heldout", "open_training", "training_source"]
+
+MIN_PLAN_ROWS, MAX_PLAN_ROWS = (
+    64,
+    4096,
+)  # numpy takes a microsecond for a call, and ten of them a source: so rows are located thousands at once
 
 
 @dataclass(frozen=True)
@@ -97,21 +107,29 @@ class TokenSource:
 
     def rows(self, step: int, first: int, count: int) -> Batch:
         """Rows first..first+count-1 of the batch of `step`. Raises DataError for a damaged shard, ValueError outside the batch."""
-        source, k = self._locate(step, first, count)
-        ids, mask = np.empty((count, self.sequence_length + 1), dtype=np.int64), None
-        starts = np.empty((count, self.sequence_length), dtype=np.int32) if self.document_attention else None
+        low, high = self._samples(step, first, count)
+        shards: list[int] = []
+        positions: list[int] = []
+        parts = [(block, part) for found in self.timeline.spans(low, high) for block, part in _parts(found, self._plan_rows)]
+        for block, part in parts:
+            plan = self._plan(block)
+            shards += plan.shards[part]
+            positions += plan.positions[part]
+        opened = {number: self._reader(number) for number in set(shards)}
+        ids = np.empty((count, self.sequence_length + 1), dtype=np.int64)
+        mask = read_rows(ids, [opened[number] for number in shards], positions)
+        return Batch(ids, mask, self._document_starts(parts, count) if self.document_attention else None)
+
+    def _document_starts(self, parts: list[tuple[int, slice]], count: int) -> np.ndarray:
+        """int32 [count, S] of the rows of those parts of plans, in their order."""
+        starts = np.empty((count, self.sequence_length), dtype=np.int32)
+        plans = [(self._plan(block), part) for block, part in parts]
+        source = np.concatenate([plan.source[part] for plan, part in plans])
+        numbers = np.concatenate([plan.numbers[part] for plan, part in plans])
         for index, component in enumerate(self.components):
             chosen = np.flatnonzero(source == index)
-            if not len(chosen):
-                continue
-            numbers = component.row_numbers(k[chosen])
-            part = component.shards.read_into(ids, chosen, numbers)
-            if part is not None:
-                mask = np.ones((count, self.sequence_length), dtype=np.bool_) if mask is None else mask
-                mask[chosen] = part
-            if starts is not None:
-                starts[chosen] = component.shards.document_starts(numbers)
-        return Batch(ids, mask, starts)
+            starts[chosen] = component.shards.document_starts(numbers[chosen])
+        return starts
 
     def sample_names(self, step: int, first: int, count: int) -> list[str]:
         """'source/train/00003.h5:17' for each row."""
@@ -153,13 +171,71 @@ class TokenSource:
         }
 
     def _locate(self, step: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.mixture.locate(self.timeline.numbers(self._samples(step, first, count)))
+        return self.mixture.locate(self.timeline.numbers(np.arange(*self._samples(step, first, count), dtype=np.int64)))
 
-    def _samples(self, step: int, first: int, count: int) -> np.ndarray:
+    def _samples(self, step: int, first: int, count: int) -> Range:
+        """The numbers in the run of rows first..first+count-1, [first, stop). Raises ValueError outside the batch."""
         if step < 0 or first < 0 or count < 0 or first + count > self.global_batch_size:
             raise ValueError(f"step {step}: rows {first}..{first + count - 1} of a batch of {self.global_batch_size}")
         start = self.timeline.sample(step) + first
-        return np.arange(start, start + count, dtype=np.int64)
+        return start, start + count
+
+    @cached_property
+    def _plan_rows(self) -> int:
+        """Of how many samples the rows are computed at once: fewer where that would be the same rows again and again."""
+        return min(MAX_PLAN_ROWS, max(MIN_PLAN_ROWS, sum(component.num_rows for component in self.components)))
+
+    @cached_property
+    def _plan(self) -> Callable[[int], _Plan]:
+        """The block-th plan, of samples [block * _plan_rows, (block + 1) * _plan_rows) of the stream; the latest are kept."""
+        return lru_cache(maxsize=8)(partial(_make_plan, self.components, self.mixture, self._plan_rows))
+
+    @cached_property
+    def _first_shards(self) -> list[int]:
+        """The number of each source's first shard, where the shards of all sources are numbered through."""
+        return [0, *accumulate(len(component.shards.entry.shards) for component in self.components)]
+
+    def _reader(self, number: int) -> ShardReader:
+        source = bisect_right(self._first_shards, number) - 1
+        return self.components[source].shards.reader(number - self._first_shards[source])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # and no plans, which are computed again
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where the rows of consecutive samples of the stream lie: source and row of its set, int64 [n] each; and, as `read_rows` takes them,
+    shard, numbered through all sources, and position in its `data`.
+    """
+
+    source: np.ndarray
+    numbers: np.ndarray
+    shards: list[int]
+    positions: list[int]
+
+
+def _make_plan(components: tuple[Component, ...], mixture: SampleOrder, rows: int, block: int) -> _Plan:
+    source, k = mixture.locate(np.arange(block * rows, (block + 1) * rows, dtype=np.int64))
+    numbers, shard, position = (np.empty(rows, dtype=np.int64) for _ in range(3))
+    first_shard = 0
+    for index, component in enumerate(components):
+        chosen = np.flatnonzero(source == index)
+        numbers[chosen] = component.row_numbers(k[chosen])
+        of_shard, row = component.shards.places(numbers[chosen])
+        shard[chosen], position[chosen] = of_shard + first_shard, row * component.shards.manifest.row_stride
+        first_shard += len(component.shards.entry.shards)
+    return _Plan(source, numbers, shard.tolist(), position.tolist())
+
+
+def _parts(samples: Range, size: int) -> Iterator[tuple[int, slice]]:
+    """A range of samples [first, stop) as parts of blocks of `size`: which block, and the slice of it."""
+    first, stop = samples
+    while first < stop:
+        block, low = divmod(first, size)
+        high = min(size, low + stop - first)
+        yield block, slice(low, high)
+        first += high - low
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from weftrain.core.errors import DataError
 from weftrain.core.line_table import Lines, LineTable, WrittenLines, write_lines
 from weftrain.core.plain_file import read_plain, real_path
 from weftrain.core.shard_format import PADDING
-from weftrain.core.shards import ShardReader, Stretch
+from weftrain.core.shards import ShardReader, Stretch, read_rows
 
 __all__ = [
     "Chunks",
@@ -230,47 +230,50 @@ class ShardSet:
         entry = manifest.sets[set_name]
         self.folder, self.manifest, self.entry = folder, manifest, entry
         self.num_rows: int = entry.n_examples
-        self._ends = np.cumsum([shard.n_examples for shard in entry.shards])
+        rows = np.array([shard.n_examples for shard in entry.shards], dtype=np.int64)
+        self._ends = np.cumsum(rows)
+        self._starts = self._ends - rows
         self._readers: dict[int, ShardReader] = {}
         self._check_files(set_name)
         for index in range(min(EAGER_SHARDS, len(entry.shards))):
-            self._reader(index)
+            self.reader(index)
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """int64 [n] -> ids int64 [n, S + 1], and loss mask bool [n, S], or None where none of these rows has one. Raises DataError."""
+        shard, row = self.places(indices)
         ids = np.empty((len(indices), self.manifest.sequence_length + 1), dtype=np.int64)
-        return ids, self.read_into(ids, np.arange(len(indices)), indices)
+        readers = [self.reader(index) for index in shard.tolist()]
+        return ids, read_rows(ids, readers, (row * self.manifest.row_stride).tolist())
 
-    def read_into(self, ids: np.ndarray, places: np.ndarray, indices: np.ndarray) -> np.ndarray | None:
-        """ids[places] = the rows: int64 [m, S + 1], int64 [n], int64 [n]. Returns their loss mask, [n, S], or None; raises DataError."""
-        mask = None
-        for chosen, reader, local in self._by_shard(indices):
-            reader.read_into(ids, places[chosen], local)
-            if (part := reader.loss_mask(local)) is not None:
-                mask = np.ones((len(indices), self.manifest.sequence_length), dtype=np.bool_) if mask is None else mask
-                mask[chosen] = part
-        return mask
+    def places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [n] -> which shard, from 0, and which row of it, int64 [n] each. Raises IndexError."""
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_rows:
+            raise IndexError(f"{self.folder}: rows {indices.min()}..{indices.max()} of {self.num_rows}")
+        shard = np.searchsorted(self._ends, indices, side="right")
+        return shard, indices - self._starts[shard]
 
     def locate(self, index: int) -> tuple[str, int]:
         """The shard's file, relative to the folder, and the row within it."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        return self.entry.shards[shard].file, int(index - (self._ends[shard] - self.entry.shards[shard].n_examples))
+        return self.entry.shards[shard].file, int(index - self._starts[shard])
 
     def document_starts(self, indices: np.ndarray) -> np.ndarray:
         """int64 [n] -> int32 [n, S]: see ShardReader.document_starts."""
         starts = np.empty((len(indices), self.manifest.sequence_length), dtype=np.int32)
-        for chosen, reader, local in self._by_shard(indices):
-            starts[chosen] = reader.document_starts(local)
+        shard, row = self.places(indices)
+        for index in np.unique(shard).tolist():
+            chosen = np.flatnonzero(shard == index)
+            starts[chosen] = self.reader(index).document_starts(row[chosen])
         return starts
 
     def stretches(self, index: int) -> list[Stretch]:
         """The documents of a row. Raises DataError."""
-        ((_, reader, local),) = self._by_shard(np.array([index]))
-        return reader.stretches(int(local[0]))
+        shard, row = self.places(np.array([index]))
+        return self.reader(int(shard[0])).stretches(int(row[0]))
 
     def readers(self) -> Iterator[ShardReader]:
         """All shards, in order, each opened when it is its turn."""
-        return (self._reader(index) for index in range(len(self.entry.shards)))
+        return (self.reader(index) for index in range(len(self.entry.shards)))
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Check every block of every shard, and every file's SHA-256. progress(bytes so far, bytes). Raises DataError for the first damage.
@@ -294,20 +297,6 @@ class ShardSet:
             raise DataError(f"{reader.path}: SHA-256 is not the manifest's, though every token is; {_RESTORE}")
         return entry.num_bytes
 
-    def _by_shard(self, indices: np.ndarray) -> Iterator[tuple[list[int] | slice, ShardReader, np.ndarray]]:
-        """(which of the indices, their shard, their rows in it) for each shard that is touched."""
-        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_rows:
-            raise IndexError(f"{self.folder}: rows {indices.min()}..{indices.max()} of {self.num_rows}")
-        if len(self._ends) == 1:
-            yield slice(None), self._reader(0), indices
-            return
-        of_shard: dict[int, list[int]] = {}
-        for place, shard in enumerate(np.searchsorted(self._ends, indices, side="right").tolist()):
-            of_shard.setdefault(shard, []).append(place)
-        for shard, chosen in of_shard.items():
-            first = int(self._ends[shard]) - self.entry.shards[shard].n_examples
-            yield chosen, self._reader(shard), indices[chosen] - first
-
     def _check_files(self, set_name: str) -> None:
         """Every shard's file, by one reading of their folder: there, a file, and as large as the manifest says."""
         place = self.folder / set_name
@@ -329,7 +318,7 @@ class ShardSet:
                     f"was replaced; {_RESTORE}"
                 )
 
-    def _reader(self, index: int) -> ShardReader:
+    def reader(self, index: int) -> ShardReader:
         """A shard's reader, kept, for it knows which blocks are verified: a few kilobytes, and no open file where the shard is mapped."""
         if index not in self._readers:
             self._readers[index] = self._open_reader(index)

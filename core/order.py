@@ -324,6 +324,13 @@ class Timeline:
         """int64 [n] numbers in the run -> in the stream."""
         return samples - self.base_sample if self.chunks is None else self.chunks.renumber(samples)
 
+    def spans(self, first: int, stop: int) -> Iterator[Range]:
+        """The run's samples first..stop-1 as ranges [first, stop) of numbers in the stream, in the order in which they are read."""
+        if self.chunks is None:
+            yield first - self.base_sample, stop - self.base_sample
+        else:
+            yield from self.chunks.spans(first, stop)
+
     def read_chunks(self, step: int) -> tuple[int, ...]:
         """The run's chunks that were begun before `step`, in the order in which they were read."""
         if self.chunks is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle  # what a reader process is handed
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from weftrain.core import data
 from weftrain.core.config import DataConfig
 from weftrain.core.data import TokenSource, open_heldout, open_training
 from weftrain.core.dataset import (
@@ -140,6 +142,28 @@ def test_a_deferred_chunk_is_read_last_and_located(tmp_path: Path) -> None:
     assert read(source, 16) == plain[:4] + plain[8:] + plain[4:8]
     assert [source.chunk_of(step) for step in range(4)] == [0, 2, 3, 1]
     assert source.locate(3, 0).run_chunk == 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"chunks": 5, "skip": [{"chunk": 1, "action": "defer", "reason": "spike"}]}, {"order": "cerebras"}]
+)
+def test_rows_are_those_that_locate_names_across_plans_and_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """`rows` computes where a thousand samples lie at once; `locate` computes it for one."""
+    monkeypatch.setattr(data, "MIN_PLAN_ROWS", 7)  # plans end within batches, and batches within plans
+    monkeypatch.setattr(data, "MAX_PLAN_ROWS", 7)
+    for name, rows in (("a", [12, 8]), ("b", [9]), ("c", [5, 1, 3])):
+        write(tmp_path / name, rows)
+    sources = [{"name": name, "path": name, "weight": weight} for name, weight in (("a", 0.5), ("b", 0.3), ("c", 0.2))]
+    skip = [{"source": "a", "rows": [3, 6], "reason": "x"}] if changes.get("order") is None else []
+    source = opened(tmp_path, batch=10, steps=10, **{"sources": sources} | changes | {"skip": [*skip, *changes.get("skip", [])]})
+    unread = pickle.dumps(source)
+    for copy in (source, pickle.loads(unread)):
+        for step in range(10):
+            ids = np.concatenate([copy.rows(step, first, count).ids for first, count in ((0, 3), (3, 0), (3, 7))])
+            assert ids[:, 0].tolist() == [copy.locate(step, row).row_in_set for row in range(10)]
+    assert len(pickle.dumps(source)) < len(unread) + 2000  # no plan, reader or mapping goes with it
 
 
 def test_the_model_zoos_order_reads_each_source_as_it_lies(tmp_path: Path) -> None:

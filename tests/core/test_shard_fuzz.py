@@ -23,7 +23,7 @@ def make(path, rows, mask):
     ends = np.unique(np.append(numbers.integers(1, len(tokens), 30), len(tokens)))
     zero = np.zeros(len(ends), np.int32)
     ids = numbers.integers(0, 256, (len(ends), 16)).astype(np.uint8)
-    write_shard(path, tokens, Documents(ends, ids, zero, ("text",), zero, zero), sequence_length=16, row_stride=16, vocab_size=900,
+    write_shard(path, tokens, Documents(ends, ids, zero, 1, zero, zero), sequence_length=16, row_stride=16, vocab_size=900,
                 tokenizer_sha256="ab" * 32, loss_mask=numbers.integers(0, 2, len(tokens)) if mask else None)
     return path.read_bytes(), np.lib.stride_tricks.sliding_window_view(tokens, 17)[::16]
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from fault_injection import DEATHS, Death, Faults, injected
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weftrain.core import fsops, shard_format, shards
+from weftrain.core import fsops, shard_bytes, shard_format, shards
 from weftrain.core.errors import DataError
-from weftrain.core.shards import Documents, FimRecord, ShardReader, cumulative_lengths, num_tokens, write_shard
+from weftrain.core.shards import Documents, FimRecord, ShardReader, cumulative_lengths, num_tokens, read_rows, write_shard
 
 TOKENIZER = "ab" * 32
 
@@ -499,6 +500,85 @@ def test_a_row_across_blocks_checks_both(tmp_path: Path) -> None:
             ShardReader(damaged).rows(np.array([row]))
 
 
+def damaged_block(path: Path, block: int) -> None:
+    """Flip a bit of a block of `data`."""
+    with h5py.File(path) as file:
+        offset = file["data"].id.get_offset()
+    data = bytearray(path.read_bytes())
+    data[offset + block * (1 << 20) + 5] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_block_is_hashed_once_whichever_rows_reach_into_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, _, _ = make(tmp_path / "s.h5", rows=9000, sequence_length=256, mask=False)  # five blocks, several verified at once
+    hashed: list[int] = []
+    monkeypatch.setattr(shards, "block_digest", lambda data, mask: (hashed.append(len(data)), shard_format.block_digest(data, mask))[1])
+    reader = ShardReader(tmp_path / "s.h5")
+    rows = np.random.default_rng(1).permutation(9000)
+    for start in range(0, 9000, 1500):
+        assert np.array_equal(reader.rows(rows[start : start + 1500]), windows(tokens, 256, 256)[rows[start : start + 1500]])
+    reader.rows(rows)
+    reader.tokens(0, len(tokens))
+    reader.verify()
+    assert sorted(hashed) == [len(tokens) - 4 * (1 << 19), *[1 << 19] * 4]
+
+
+def test_threads_that_read_the_same_blocks_at_once_get_verified_rows(tmp_path: Path) -> None:
+    tokens, _, _ = make(tmp_path / "s.h5", rows=9000, sequence_length=256, mask=False)
+    reader, rows = ShardReader(tmp_path / "s.h5"), np.arange(0, 9000, 100)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(reader.rows, [rows] * 8):
+            assert np.array_equal(found, windows(tokens, 256, 256)[rows])
+    assert reader.is_verified
+
+
+def test_of_several_damaged_blocks_the_first_row_s_is_named_and_nothing_of_them_is_taken_for_verified(tmp_path: Path) -> None:
+    """Blocks that one reading reaches are verified at once by threads; which of them is named must not depend on these."""
+    path = tmp_path / "s.h5"
+    tokens, _, _ = make(path, rows=9000, sequence_length=256, mask=False)
+    for block in (1, 3):
+        damaged_block(path, block)
+    reader = ShardReader(path)
+    rows = np.array([0, 7000, 3000, 5000, 8500])  # blocks 0, 3, 1, 2, 4
+    for _ in range(3):
+        with pytest.raises(DataError, match="block 3 "):
+            reader.rows(rows)
+    good = np.array([0, 5000, 8500])
+    assert np.array_equal(reader.rows(good), windows(tokens, 256, 256)[good])
+    with pytest.raises(DataError, match="block 1 "):
+        reader.verify()
+    assert not reader.is_verified
+
+
+def test_rows_of_shards_of_two_dtypes_masked_and_not_mapped_and_chunked_in_one_batch(tmp_path: Path) -> None:
+    written = {
+        name: make(tmp_path / name, vocab_size=vocab_size, mask=mask, independent=independent, seed=seed)
+        for seed, (name, vocab_size, mask, independent) in enumerate(
+            [("a", 5000, False, False), ("b", 70_000, True, False), ("c", 5000, True, True), ("d", 70_000, False, True)]
+        )
+    }
+    with h5py.File(tmp_path / "d") as source, h5py.File(tmp_path / "e", "w") as file:
+        for key, value in source.attrs.items():
+            file.attrs[key] = value
+        for key in source:
+            file.create_dataset(key, data=source[key][...], chunks=True, compression="gzip")
+    written["e"] = written["d"]
+    rng = np.random.default_rng(4)
+    names, rows = rng.choice(list(written), 200), rng.integers(0, 40, 200)
+    readers = {name: ShardReader(tmp_path / name) for name in written}
+    ids = np.empty((200, 17), dtype=np.int64)
+    positions = [int(row) * readers[name].row_stride for name, row in zip(names, rows, strict=True)]
+    mask = read_rows(ids, [readers[name] for name in names], positions)
+    assert mask is not None
+    for index, (name, row) in enumerate(zip(names, rows, strict=True)):
+        tokens, _, loss_mask = written[name]
+        stride = readers[name].row_stride
+        assert np.array_equal(ids[index], windows(tokens, 16, stride)[row])
+        assert np.array_equal(mask[index], np.ones(16) if loss_mask is None else windows(loss_mask, 16, stride)[row][1:])
+    assert read_rows(ids[:1], [readers["a"]], [16]) is None
+    readers["e"].close()
+
+
 @pytest.mark.parametrize(("vocab_size", "bad"), [(5000, 5000), (70_000, -1), (70_000, 70_000)])
 def test_a_token_beyond_the_vocabulary_is_refused_with_its_row(tmp_path: Path, vocab_size: int, bad: int) -> None:
     """A shard that is consistent in itself and still holds an id that the model has no embedding for."""
@@ -540,7 +620,7 @@ def test_a_rechunked_shard_is_read_through_h5py_and_says_so(tmp_path: Path, comp
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_mapping", lru_cache(maxsize=4)(shards._mapping.__wrapped__))
+    monkeypatch.setattr(shard_bytes, "_mapping", lru_cache(maxsize=4)(shard_bytes._mapping.__wrapped__))
     tokens, _, _ = make(tmp_path / "0.h5")
     for index in range(1, 20):
         os.link(tmp_path / "0.h5", tmp_path / f"{index}.h5")
