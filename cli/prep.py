@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from weftrain.data_prep.prep_recipe import PrepRecipe
     from weftrain.data_prep.quality import Quality
 
-STAGES = ("sample", "tokenize", "order", "write", "finish")
+STAGES = ("sample", "tokenize", "merge", "order", "write", "finish")
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,12 @@ from typing import Protocol
 
 from weftrain.core.child_process import end_with
 from weftrain.core.errors import DataError
-from weftrain.data_prep.order_stage import load_json, order_bucket
+from weftrain.data_prep.order_stage import merge_run, order_bucket
 from weftrain.data_prep.plan import Plan, fall_back, fell_back, load_plan
+from weftrain.data_prep.sample_stage import sample_part
+from weftrain.data_prep.survey import load_json
 from weftrain.data_prep.tokenization import EnginesDifferError
-from weftrain.data_prep.tokenize_stage import sample_part, tokenize_part
+from weftrain.data_prep.tokenize_stage import tokenize_part
 from weftrain.data_prep.write_stage import write_one_shard
 
 OnDone = Callable[[int], None]
@@ -47,7 +49,8 @@ STAGES = {
     for stage in (
         Stage("sample", lambda plan: len(plan.parts), sample_part, Plan.sample_file),
         Stage("tokenize", lambda plan: len(plan.parts), tokenize_part, Plan.part_file),
-        Stage("order", lambda plan: plan.buckets, order_bucket, Plan.bucket_file),
+        Stage("merge", lambda plan: load_json(plan.survey_file)["runs"], merge_run, Plan.run_file),
+        Stage("order", lambda plan: load_json(plan.survey_file)["buckets"], order_bucket, Plan.bucket_file),
         Stage("write", lambda plan: len(load_json(plan.layout_file)["shards"]), write_one_shard, Plan.shard_record),
     )
 }

@@ -1,37 +1,50 @@
-"""Between stages 1 and 2 a survey of all parts; then stage 2, a task a bucket: one slice of the shuffle, gathered from every part.
+"""Stage 2, a task a bucket: one slice of the shuffle, gathered from every piece. Before it, where there are many pieces, their merging.
 
 A bucket is a range of order keys. Equal texts have equal keys, so duplicates meet in one bucket, and the buckets one after the other are
-the shuffled stream. What a reader would get wrong: a bucket file holds the documents as they will be trained on, with FIM, the end token
-and, for best-fit rows, padding; once for every epoch, and once for the held-out side.
+the shuffled stream. A bucket's streams hold the documents as they will be trained on, with FIM, the end token and, for best-fit rows,
+padding: a file an epoch, and one of the held-out side.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from weftrain.core import fsops
-from weftrain.core.canonical import canonical_json, parse_json
-from weftrain.core.dataset import FAILURES, InputEntry, merkle_root, write_inputs
-from weftrain.core.errors import DataError
-from weftrain.core.line_table import write_lines
+from weftrain.core.canonical import canonical_json
 from weftrain.core.shards import ID_BYTES
 from weftrain.data_prep import fim, marks
-from weftrain.data_prep.packing import best_fit_rows, split
+from weftrain.data_prep.packing import best_fit_rows
+from weftrain.data_prep.pieces import Gathered, Piece, gather, write_piece
 from weftrain.data_prep.plan import Plan
-from weftrain.data_prep.table_file import Table, write_table
+from weftrain.data_prep.survey import load_json, pieces_of
+from weftrain.data_prep.table_file import write_table
 from weftrain.data_prep.tokenization import TextEncoder, encoder_for
 
-_SHOWN_FAILURES = 8
 HELDOUT = "heldout"
-COLUMNS = ("length", "source", "file", "record", "fim_mode", "fim_a", "fim_b")  # of a document in a stream, int64
+
+
+@dataclass
+class Stream:
+    """Documents as they are trained on. tokens [length]; mask uint8 [length] or None. Of each document (padding is one too):
+
+    end int64 [n], id uint8 [n, 16], source, file and record int64 [n], fim int32 [n, 3] (mode and the two cuts) or None.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray | None
+    end: np.ndarray
+    id: np.ndarray
+    source: np.ndarray
+    file: np.ndarray
+    record: np.ndarray
+    fim: np.ndarray | None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) is not None}
 
 
 def stream_names(plan: Plan) -> list[str]:
@@ -40,326 +53,167 @@ def stream_names(plan: Plan) -> list[str]:
     return streams + ([HELDOUT] if plan.settings.heldout_fraction else [])
 
 
-def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
-    """What all parts hold together, written as survey.json. Raises DataError where more documents failed than the budget allows.
-
-    `bases`: for each part, where its share of a file does not begin at line 0, the lines before it. `inputs`: of inputs.jsonl, which is
-    written here, as the sources' names and each part's numbers for them are.
-    """
-    notes, identities = [], []
-    for index in range(len(plan.parts)):
-        notes.append(Table(plan.part_file(index)).note)
-        identities.append(_identities(notes[-1].pop("sources")))  # there may be millions of names
-    bases, failures = place_failures(plan, notes)
-    check_failures(plan, failures, max_failures)
-    found = {
-        "num_sources": _number_sources(plan, identities),
-        "bases": bases,
-        "inputs": _write_inputs(plan, notes),
-        "failed": len(failures),
-        "reference_documents": sum(note["encoded"]["reference"] for note in notes),
-        "checked_documents": sum(note["encoded"]["checked"] for note in notes),
-        "unknown_tokens": sum(note["encoded"]["unknown"] for note in notes),
-    }
-    fsops.write_bytes(plan.survey_file, canonical_json(found) + b"\n")
-    return found
-
-
-def _identities(names: Sequence[str]) -> np.ndarray:
-    """uint64 [n, 2]: what tells the names apart, 16 bytes each, from their SHA-256."""
-    return np.frombuffer(b"".join(hashlib.sha256(name.encode()).digest()[:16] for name in names), "<u8").reshape(-1, 2)
-
-
-def _number_sources(plan: Plan, identities: Sequence[np.ndarray]) -> int:
-    """Number all sources in order of appearance, and write the names and each part's numbers. identities: of each part's names.
-
-    Some 50 bytes a name are in memory, which are fewer than the names themselves have.
-    """
-    joined = np.concatenate(identities)
-    if not len(joined):
-        raise DataError(f"{plan.inputs.description}: holds no document; name other files")
-    order = np.lexsort((joined[:, 1], joined[:, 0]))  # stable: of equal names the first one leads
-    fresh = np.append(True, (joined[order[1:]] != joined[order[:-1]]).any(axis=1))
-    leaders = order[fresh]
-    ranks = np.empty(len(leaders), np.int32)
-    ranks[np.argsort(leaders)] = np.arange(len(leaders), dtype=np.int32)
-    numbers = np.empty(len(joined), np.int32)
-    numbers[order] = ranks[np.cumsum(fresh) - 1]
-    of_parts = split(numbers, np.cumsum([len(part) for part in identities]))
-    write_table(plan.numbers_file, {f"{part:05d}": found for part, found in enumerate(of_parts)}, {})
-
-    def names() -> Iterator[str]:
-        count = 0
-        for part, found in enumerate(of_parts):
-            for name, number in zip(Table(plan.part_file(part)).note["sources"], found.tolist(), strict=True):
-                if number == count:
-                    yield name
-                    count += 1
-
-    return write_lines(plan.names_file, names()).count
-
-
-def _write_inputs(plan: Plan, notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Write inputs.jsonl: the files that were read, then those that were left out. Returns what the manifest says of it."""
-    hashes: dict[int, list[str]] = {}
-    for note in notes:
-        for file, _, _, sha256 in note["shares"]:
-            hashes.setdefault(file, []).append(sha256)
-
-    def entries() -> Iterator[InputEntry]:
-        for index, file in enumerate(plan.inputs.files):
-            yield InputEntry(name=file.name, num_bytes=file.num_bytes, sha256=tuple(hashes.get(index, ())))
-        for one in plan.inputs.skipped:
-            yield InputEntry(name=one.name, num_bytes=one.num_bytes, skipped=one.reason)
-
-    return {
-        "sha256": write_inputs(plan.dataset, entries()).sha256,
-        "corpus_sha256": merkle_root(sha256 for index in range(len(plan.inputs.files)) for sha256 in hashes.get(index, ())),
-        "files": len(plan.inputs.files),
-        "num_bytes": sum(file.num_bytes for file in plan.inputs.files),
-        "skipped": dict(sorted(Counter(entry.reason for entry in plan.inputs.skipped).items())),
-    }
-
-
-def place_failures(plan: Plan, notes: Sequence[dict[str, Any]]) -> tuple[list[dict[str, int]], list[dict[str, str]]]:
-    """For each part the lines of each of its files before its share of it, where there are any; and all failures with their real lines."""
-    lines: Counter[int] = Counter()  # of each file so far
-    bases: list[dict[str, int]] = []
-    for note in notes:
-        bases.append({str(file): lines[file] for file, *_ in note["shares"] if lines[file]})
-        for file, _, records, _ in note["shares"]:
-            lines[file] += records
-    failures = [
-        {"place": f"{plan.inputs.files[file].name}:{record + bases[part].get(str(file), 0) + 1}", "reason": reason}
-        for part, note in enumerate(notes)
-        for file, record, reason in note["failures"]
-    ]
-    return bases, failures
-
-
-def check_failures(plan: Plan, failures: Sequence[dict[str, str]], max_failures: int) -> None:
-    """All of them into a file; too many are an error that names the first. Raises DataError."""
-    path = plan.dataset / FAILURES
-    if failures:
-        fsops.write_bytes(path, b"".join(canonical_json(failure) + b"\n" for failure in failures))
-    if len(failures) > max_failures:
-        shown = "; ".join(f"{failure['place']}: {failure['reason']}" for failure in failures[:_SHOWN_FAILURES])
-        more = f"; {len(failures) - _SHOWN_FAILURES} more in {path}" if len(failures) > _SHOWN_FAILURES else ""
-        budget = f"; {len(failures)} documents failed, --max-failures allows {max_failures}" if len(failures) > 1 or max_failures else ""
-        raise DataError(f"{shown}{more}{budget}")
-
-
-def load_json(path: Path) -> Any:
-    """A file that a stage left; kept, since every task of a process asks for it. Raises DataError."""
-    try:
-        return _parsed(path, path.stat().st_mtime_ns)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; remove {path.parent} and prepare again") from error
-
-
-@functools.lru_cache(maxsize=4)
-def _parsed(path: Path, modified_ns: int) -> Any:
-    return parse_json(path.read_bytes())
-
-
-@dataclass
-class _Gathered:
-    """A bucket's documents: columns int64 [n], tokens and masks a document each, content [n, 32]."""
-
-    columns: dict[str, np.ndarray]
-    content: np.ndarray
-    tokens: list[np.ndarray]
-    masks: list[np.ndarray] | None
-    read: int
-
-
-@dataclass
-class _Stream:
-    """One stream of a bucket, a list a column."""
-
-    tokens: list[np.ndarray] = field(default_factory=list)
-    masks: list[np.ndarray] = field(default_factory=list)
-    ids: list[bytes] = field(default_factory=list)
-    rows: list[tuple[int, ...]] = field(default_factory=list)  # COLUMNS
-
-    def add(self, tokens: np.ndarray, mask: np.ndarray | None, identity: bytes, row: Sequence[int]) -> None:
-        self.tokens.append(tokens)
-        if mask is not None:
-            self.masks.append(mask)
-        self.ids.append(identity)
-        self.rows.append((len(tokens), *row))
+def merge_run(plan: Plan, index: int) -> None:
+    """Merge run `index`: its pieces' documents in the order of keys, a range of keys a file. Raises DataError, OSError."""
+    found = load_json(plan.survey_file)
+    pieces = pieces_of(plan, index * found["run_pieces"], (index + 1) * found["run_pieces"])
+    for key_range in range(found["run_slices"]):
+        write_piece(plan.run_slice_file(index, key_range), gather(pieces, key_range, found["run_slices"]), {})
+    fsops.write_bytes(plan.run_file(index), canonical_json({"pieces": len(pieces)}) + b"\n")
 
 
 def order_bucket(plan: Plan, index: int) -> None:
     """Gather, deduplicate, transform and lay out bucket `index`. Raises DataError, OSError."""
     found = load_json(plan.survey_file)
     encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.eos, plan.engine)
-    gathered = _gather(plan, index, found)
-    kept = _without_duplicates(plan, gathered)
-    heldout = gathered.columns["heldout"].astype(bool)
-    arrays: dict[str, np.ndarray] = {}
-    note: dict[str, Any] = {"read": gathered.read, "duplicates": gathered.read - len(kept), "documents": {}, "tokens": {}, "padding": {}}
+    as_read = plan.settings.order == "as_read"
+    gathered = gather(_pieces(plan, found, index), index, found["buckets"], as_read=as_read)
+    heldout = gathered.rows["heldout"].astype(bool)
+    note: dict[str, Any] = {"documents": {}, "tokens": {}, "padding": {}}
+    sources = np.empty((0, 4), np.int64)
     for name in stream_names(plan):
-        chosen = kept[heldout[kept] == (name == HELDOUT)]
+        chosen = np.flatnonzero(heldout == (name == HELDOUT))
         epoch = 0 if name == HELDOUT else int(name.removeprefix("train."))
         stream = _transformed(plan, gathered, chosen, epoch, encoder)
         if plan.settings.packing == "best_fit" and not plan.fixed_rows:
             stream = _best_fit(plan, stream, encoder)
-        if plan.fixed_rows and stream.masks:
+        if plan.fixed_rows and stream.mask is not None:
             stream = _split_rows(stream)
-        arrays |= _arrays(name, stream, encoder)
+        lengths = np.diff(stream.end, prepend=0)
         note["documents"][name] = len(chosen)
-        note["tokens"][name] = sum(len(tokens) for tokens in stream.tokens)
-        note["padding"][name] = sum(row[0] for row in stream.rows if row[2] < 0)
-    train = kept[~heldout[kept]]
-    arrays["sources"] = _source_counts(gathered.columns["source"][train], gathered.columns["num_bytes"][train], arrays["train.0.table"])
-    write_table(plan.bucket_file(index), arrays, note)
+        note["tokens"][name] = len(stream.tokens)
+        note["padding"][name] = int(lengths[stream.file < 0].sum())
+        if name == "train.0":
+            sources = _source_counts(gathered.rows[chosen], stream.source, lengths)
+        write_table(plan.stream_file(name, index), stream.arrays(), {})
+        del stream
+    write_table(plan.bucket_file(index), {"sources": sources}, note)
 
 
-def _source_counts(source: np.ndarray, num_bytes: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Of each source that the bucket's training documents have, int64 [n, 4]: its number, documents, bytes, and tokens in `table`."""
-    names, places = np.unique(source, return_inverse=True)
-    real = table[table[:, 1] >= 0]
-    tokens = np.bincount(np.searchsorted(names, real[:, 1]), real[:, 0], len(names))
-    counts = [np.bincount(places, minlength=len(names)), np.bincount(places, num_bytes, len(names)), tokens]
-    return np.column_stack([names, *counts]).astype(np.int64)
+def _pieces(plan: Plan, found: dict[str, Any], index: int) -> list[Piece]:
+    """The tables that hold documents of bucket `index`."""
+    if plan.settings.order == "as_read":
+        return pieces_of(plan, index, index + 1)
+    if found["runs"]:
+        key_range = index * found["run_slices"] // found["buckets"]
+        return [Piece(plan.run_slice_file(run, key_range)) for run in range(found["runs"])]
+    return pieces_of(plan, 0)
 
 
-def _gather(plan: Plan, index: int, found: dict[str, Any]) -> _Gathered:
-    """The bucket's documents of every part, in the order of keys and, among equals, of reading."""
-    numbers = Table(plan.numbers_file)
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("heldout", "source", "file", "record", "num_bytes", "part", "place")}
-    keys, content, tokens = [], [], []
-    masks: list[np.ndarray | None] = []
-    has_mask = False
-    for part in [index] if plan.settings.order == "as_read" else range(len(plan.parts)):
-        table = Table(plan.part_file(part))
-        key = table["key"]
-        low, high = (0, len(key)) if plan.settings.order == "as_read" else _range(key, index, plan.buckets)
-        ends = np.cumsum(table["length"])
-        starts = ends - table["length"]
-        for name in ("heldout", "file", "num_bytes", "place"):
-            columns[name].append(table.slice(name, low, high))
-        columns["source"].append(numbers[f"{part:05d}"].astype(np.int64)[table.slice("source", low, high)])
-        columns["record"].append(table.slice("record", low, high) + _bases(found["bases"][part], columns["file"][-1]))
-        columns["part"].append(np.full(high - low, part, np.int64))
-        keys.append(key[low:high])
-        content.append(table.slice("content", low, high))
-        if high > low:
-            first, last = int(starts[low]), int(ends[high - 1])
-            cuts = ends[low:high] - first
-            tokens += split(table.slice("tokens", first, last), cuts)
-            has_mask |= "mask" in table
-            masks += split(table.slice("mask", first, last), cuts) if "mask" in table else [None] * (high - low)
-    joined = {name: np.concatenate(pieces) for name, pieces in columns.items()}
-    words = np.ascontiguousarray(np.concatenate(keys)).view(">u8").astype(np.uint64)  # [n, 4]: compared as the bytes are
-    by_key = [words[:, column] for column in range(words.shape[1])] if plan.settings.order == "shuffled" else []
-    order = np.lexsort((joined["place"], joined["part"], *reversed(by_key)))
-    return _Gathered(
-        {name: column[order] for name, column in joined.items()},
-        np.concatenate(content)[order],
-        [tokens[place] for place in order],
-        [_mask(masks[place], len(tokens[place])) for place in order] if has_mask else None,
-        len(order),
+def _source_counts(rows: np.ndarray, source: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Of each source that the bucket's training documents have, int64 [n, 4]: its number, documents, bytes, and tokens.
+
+    rows: DOCUMENT [documents]. source, lengths: of each document of the stream that they make, -1 for padding.
+    """
+    names, places = np.unique(rows["source"], return_inverse=True)
+    real = source >= 0
+    documents, num_bytes, tokens = np.zeros((3, len(names)), np.int64)
+    np.add.at(documents, places, 1)
+    np.add.at(num_bytes, places, rows["num_bytes"])
+    np.add.at(tokens, np.searchsorted(names, source[real]), lengths[real])
+    return np.column_stack([names.astype(np.int64), documents, num_bytes, tokens])
+
+
+def _transformed(plan: Plan, gathered: Gathered, chosen: np.ndarray, epoch: int, encoder: TextEncoder) -> Stream:
+    """The chosen documents with FIM and end tokens."""
+    settings, rows = plan.settings, gathered.rows[chosen]
+    stops, lengths = rows["end"], gathered.lengths[chosen]
+    spans = list(zip((stops - lengths).tolist(), stops.tolist(), strict=True))
+    pieces = [gathered.tokens[start:stop] for start, stop in spans]
+    masks = None if gathered.mask is None else [gathered.mask[start:stop] for start, stop in spans]
+    records = None
+    if settings.fim is not None and settings.fim.mode == "exact":
+        ids, rate, spm_share = fim.fim_ids(encoder), settings.fim.rate, settings.fim.spm_share
+        drawn = [
+            fim.draw(settings.seed, content.tobytes(), epoch, rate, spm_share, length)
+            for content, length in zip(rows["content"], lengths.tolist(), strict=True)
+        ]
+        pieces = [fim.transform(tokens, *record, ids) for tokens, record in zip(pieces, drawn, strict=True)]
+        lengths = np.array([len(tokens) for tokens in pieces], np.int64)
+        records = np.array(drawn, np.int32).reshape(-1, 3)
+    if not plan.fixed_rows:
+        pieces = _alternating(pieces, np.array([encoder.eos_id], encoder.dtype))
+        masks = None if masks is None else _alternating(masks, np.ones(1, np.uint8))
+        lengths = lengths + 1
+    return Stream(
+        np.concatenate(pieces) if pieces else np.empty(0, encoder.dtype),
+        None if masks is None else np.concatenate(masks) if masks else np.empty(0, np.uint8),
+        np.cumsum(lengths),
+        np.ascontiguousarray(rows["content"][:, :ID_BYTES]),
+        rows["source"].astype(np.int64),
+        rows["file"].astype(np.int64),
+        rows["record"].astype(np.int64),
+        records,
     )
 
 
-def _mask(mask: np.ndarray | None, length: int) -> np.ndarray:
-    return np.ones(length, np.uint8) if mask is None else mask
+def _alternating(pieces: list[np.ndarray], end: np.ndarray) -> list[np.ndarray]:
+    """Each piece followed by `end`."""
+    both = [end] * (2 * len(pieces))
+    both[::2] = pieces
+    return both
 
 
-def _range(keys: np.ndarray, index: int, buckets: int) -> tuple[int, int]:
-    """Which of a part's sorted keys, uint8 [n, 32], lie in bucket `index` of a power of two of buckets."""
-    heads = np.ascontiguousarray(keys[:, :8]).view(">u8").reshape(-1)
-    width = (1 << 64) // buckets
-    low = int(np.searchsorted(heads, np.array(index * width, ">u8"), "left"))
-    high = len(heads) if index == buckets - 1 else int(np.searchsorted(heads, np.array((index + 1) * width, ">u8"), "left"))
-    return low, high
-
-
-def _bases(bases: dict[str, int], files: np.ndarray) -> np.ndarray:
-    """Lines before the part's share of each document's file."""
-    result = np.zeros(len(files), np.int64)
-    for file, base in bases.items():
-        result[files == int(file)] = base
-    return result
-
-
-def _without_duplicates(plan: Plan, gathered: _Gathered) -> np.ndarray:
-    """The documents to keep: of equal texts the one that was read first; all of them where they stay as read."""
-    if plan.settings.order == "as_read" or not gathered.read:
-        return np.arange(gathered.read)
-    same = (gathered.content[1:] == gathered.content[:-1]).all(axis=1)
-    return np.flatnonzero(np.append(True, ~same))
-
-
-def _transformed(plan: Plan, gathered: _Gathered, chosen: np.ndarray, epoch: int, encoder: TextEncoder) -> _Stream:
-    """The chosen documents with FIM and end tokens."""
-    stream, settings = _Stream(), plan.settings
-    exact = settings.fim if settings.fim is not None and settings.fim.mode == "exact" else None
-    ids = fim.fim_ids(encoder) if exact is not None else None
-    end = np.array([encoder.eos_id], encoder.dtype)
-    one = np.ones(1, np.uint8)
-    columns = [gathered.columns[name][chosen].tolist() for name in ("source", "file", "record")]
-    for place, source, file, record in zip(chosen.tolist(), *columns, strict=True):
-        tokens, mask = gathered.tokens[place], None if gathered.masks is None else gathered.masks[place]
-        content = gathered.content[place].tobytes()
-        record_of_fim = (0, 0, 0)
-        if exact is not None and ids is not None:
-            record_of_fim = fim.draw(settings.seed, content, epoch, exact.rate, exact.spm_share, len(tokens))
-            tokens = fim.transform(tokens, *record_of_fim, ids)
-        if not plan.fixed_rows:
-            tokens = np.concatenate([tokens, end])
-            mask = None if mask is None else np.concatenate([mask, one])
-        stream.add(tokens, mask, content[:ID_BYTES], (source, file, record, *record_of_fim))
-    return stream
-
-
-def _best_fit(plan: Plan, stream: _Stream, encoder: TextEncoder) -> _Stream:
+def _best_fit(plan: Plan, stream: Stream, encoder: TextEncoder) -> Stream:
     """The stream as rows that stand alone, each padded to its end."""
-    packed, width = _Stream(), plan.settings.row_tokens
-    lengths = np.array([len(tokens) for tokens in stream.tokens], np.int64)
-    for pieces in best_fit_rows(lengths, width):
+    width = plan.settings.row_tokens
+    begins = (stream.end - np.diff(stream.end, prepend=0)).tolist()
+    padding, no_loss, loss = np.full(width, encoder.eos_id, encoder.dtype), np.zeros(width, np.uint8), np.ones(width, np.uint8)
+    tokens, masks, documents = [], [], []  # documents: which document each piece is of, -1 for padding
+    for pieces in best_fit_rows(np.diff(stream.end, prepend=0), width):
         left = width
         for piece in pieces:
-            tokens = stream.tokens[piece.document][piece.start : piece.stop]
-            mask = stream.masks[piece.document][piece.start : piece.stop] if stream.masks else np.ones(len(tokens), np.uint8)
-            packed.add(tokens, mask, stream.ids[piece.document], stream.rows[piece.document][1:])
-            left -= len(tokens)
+            start, stop = begins[piece.document] + piece.start, begins[piece.document] + piece.stop
+            tokens.append(stream.tokens[start:stop])
+            masks.append(loss[: stop - start] if stream.mask is None else stream.mask[start:stop])
+            documents.append(piece.document)
+            left -= stop - start
         if left:
-            padding = np.full(left, encoder.eos_id, encoder.dtype)
-            packed.add(padding, np.zeros(left, np.uint8), bytes(ID_BYTES), (-1, -1, -1, 0, 0, 0))
-    return packed
+            tokens.append(padding[:left])
+            masks.append(no_loss[:left])
+            documents.append(-1)
+    lengths = np.array([len(piece) for piece in tokens], np.int64)
+    joined = np.concatenate(tokens) if tokens else stream.tokens
+    mask = np.concatenate(masks) if masks else np.empty(0, np.uint8)
+    return with_padding(stream, joined, mask, lengths, np.array(documents, np.int64))
 
 
-def _split_rows(stream: _Stream) -> _Stream:
+def _split_rows(stream: Stream) -> Stream:
     """Rows as they are, with the documents and the padding that their marks tell apart as entries of their own.
 
     A document that shares its row with others has the SHA-256 of its own ids, as int32, for its identity.
     """
-    split_up = _Stream()
-    for tokens, mark, identity, row in zip(stream.tokens, stream.masks, stream.ids, stream.rows, strict=True):
-        found = list(marks.pieces(mark))
+    assert stream.mask is not None
+    lengths: list[int] = []
+    documents: list[int] = []
+    own: dict[int, np.ndarray] = {}  # identities by entry
+    start = 0
+    for row, end in enumerate(stream.end.tolist()):
+        found = list(marks.pieces(stream.mask[start:end]))
         shared = sum(not piece.padding for piece in found) > 1
-        for start, stop, padding in found:
-            mask = mark[start:stop] & marks.LOSS
-            if padding:
-                split_up.add(tokens[start:stop], mask, bytes(ID_BYTES), (-1, -1, -1, 0, 0, 0))
-            else:
-                own = hashlib.sha256(tokens[start:stop].astype("<i4").tobytes()).digest()[:ID_BYTES] if shared else identity
-                split_up.add(tokens[start:stop], mask, own, row[1:])
-    if all(mask.all() for mask in split_up.masks):
-        split_up.masks.clear()
-    return split_up
+        for piece in found:
+            if shared and not piece.padding:
+                ids = stream.tokens[start + piece.start : start + piece.stop].astype("<i4")
+                own[len(documents)] = np.frombuffer(hashlib.sha256(ids.tobytes()).digest()[:ID_BYTES], np.uint8)
+            documents.append(-1 if piece.padding else row)
+            lengths.append(piece.stop - piece.start)
+        start = end
+    loss = stream.mask & marks.LOSS
+    made = with_padding(stream, stream.tokens, None if loss.all() else loss, np.array(lengths, np.int64), np.array(documents, np.int64))
+    for place, identity in own.items():
+        made.id[place] = identity
+    return made
 
 
-def _arrays(name: str, stream: _Stream, encoder: TextEncoder) -> dict[str, np.ndarray]:
-    table = np.array(stream.rows, np.int64).reshape(-1, len(COLUMNS))
-    arrays = {
-        f"{name}.tokens": np.concatenate(stream.tokens) if stream.tokens else np.empty(0, encoder.dtype),
-        f"{name}.id": np.frombuffer(b"".join(stream.ids), np.uint8).reshape(-1, ID_BYTES),
-        f"{name}.table": table,
-    }
-    if stream.masks:
-        arrays[f"{name}.mask"] = np.concatenate(stream.masks)
-    return arrays
+def with_padding(stream: Stream, tokens: np.ndarray, mask: np.ndarray | None, lengths: np.ndarray, documents: np.ndarray) -> Stream:
+    """Tokens that pieces of a stream's documents and padding make. lengths, documents: of each piece, int64 [n]; document -1 is padding."""
+    return Stream(
+        tokens,
+        mask,
+        np.cumsum(lengths),
+        np.concatenate([stream.id, np.zeros((1, ID_BYTES), np.uint8)])[documents],  # -1 takes the row that is appended
+        np.append(stream.source, -1)[documents],
+        np.append(stream.file, -1)[documents],
+        np.append(stream.record, -1)[documents],
+        None if stream.fim is None else np.concatenate([stream.fim, np.zeros((1, 3), np.int32)])[documents],
+    )

@@ -1,12 +1,13 @@
 """prepare(): inputs in, a complete dataset folder out, or nothing under its name.
 
-list -> plan -> tokenize -> survey -> order -> lay out -> write -> manifest -> rename. Same inputs and settings give the same bytes,
-whoever does the tasks, in whichever order, however often it is interrupted. What a reader would get wrong: an interrupted run leaves its
-work in `.NAME.partial`, on purpose; the same command goes on from there, another one starts anew.
+list -> plan -> tokenize -> survey -> merge (of very much data) -> order -> lay out -> write -> manifest -> rename. Same inputs and settings
+give the same bytes, whoever does the tasks, in whichever order, however often it is interrupted. An interrupted run leaves its work in
+`.NAME.partial`, on purpose; the same command goes on from there, another one starts anew.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from weftrain.core.errors import DataError
 from weftrain.core.names import path_below
 from weftrain.data_prep.executors import STAGES, Executor, LocalExecutor, Stage
 from weftrain.data_prep.existing import compare_existing
-from weftrain.data_prep.order_stage import check_failures, place_failures, survey
+from weftrain.data_prep.part_notes import read_note
 from weftrain.data_prep.plan import (
     SHARD_TOKENS,
     FimSettings,
@@ -39,9 +40,9 @@ from weftrain.data_prep.plan import (
     settled,
 )
 from weftrain.data_prep.readers.registry import READERS
-from weftrain.data_prep.table_file import Table
+from weftrain.data_prep.sample_stage import training_texts
+from weftrain.data_prep.survey import check_failures, survey
 from weftrain.data_prep.tokenization import TextEncoder, load_encoder, train_encoder
-from weftrain.data_prep.tokenize_stage import training_texts
 from weftrain.data_prep.write_stage import finish, lay_out
 
 DEFAULT_VOCAB_SIZE = 8192
@@ -167,6 +168,8 @@ def _prepare(
     missing = STAGES["write"].pending(plan)
     if missing:
         raise DataError(f"{plan.folder}: {len(missing)} shards are not written yet, the first is task {missing[0]} of stage write")
+    for place in (plan.dataset, plan.dataset / "train", plan.dataset / "heldout"):
+        fsops.remove_leftovers(place)  # of a process that was killed while it wrote a shard
     manifest, fallback = finish(plan, name), fallback_reason(plan)
     fsops.rename(plan.dataset, folder)
     fsops.remove_tree(plan.folder)
@@ -183,32 +186,43 @@ def _do_stages(
         if not fell_back(plan):
             return plan
         if only_stage not in (None, "tokenize"):
-            raise DataError(
-                f"{fallback_reason(settled(plan))}, which encodes everything from here on: run stages tokenize, order and write again"
-            )
+            raise DataError(f"{fallback_reason(settled(plan))}, which encodes everything from here on: run again from stage tokenize on")
 
 
 def _do_steps(
     plan: Plan, given: TextEncoder | None, executor: Executor, only_stage: str | None, max_failures: int, progress: Progress
 ) -> None:
     """Every stage, or the one asked for, and what stands between it and the one before; up to a task that falls back."""
-    steps: list[tuple[Stage | None, Path | None, Callable[[], Any]]] = [
-        (STAGES["sample"] if given is None else None, plan.tokenizer_file, lambda: _make_tokenizer(plan, given, max_failures, progress)),
-        (STAGES["tokenize"], plan.survey_file, lambda: survey(plan, max_failures)),
-        (STAGES["order"], plan.layout_file, lambda: lay_out(plan)),
-        (STAGES["write"], None, lambda: None),
+    steps: list[tuple[Stage | None, list[tuple[Path, Callable[[], Any]]]]] = [  # a stage, and what comes after it: its file, what makes it
+        (
+            STAGES["sample"] if given is None else None,
+            [(plan.tokenizer_file, lambda: _make_tokenizer(plan, given, max_failures, progress))],
+        ),
+        (STAGES["tokenize"], [(plan.survey_file, lambda: survey(plan, max_failures))]),
+        (STAGES["merge"], []),
+        (STAGES["order"], [(plan.layout_file, lambda: lay_out(plan))]),
+        (STAGES["write"], []),
     ]
-    made: Path | None = None
-    between: Callable[[], Any] = lambda: None  # noqa: E731 - what stands between one stage and the next
-    for stage, file, after in steps:
-        wanted = only_stage in (None, stage.name if stage is not None else None)
-        if made is not None and (wanted or stage is None):
-            _between(executor, made, between)
-        if stage is not None and wanted:
+    before: list[Callable[[], None]] = []
+    for stage, after in steps:
+        if stage is not None and only_stage not in (None, stage.name):
+            before.append(functools.partial(_check_done, plan, stage))
+        elif stage is not None:
+            for act in before:
+                act()
+            before = []
             executor.run(plan, stage, _counting(plan, stage, progress))
             if fell_back(plan):
                 return
-        made, between = file, after
+        before += [functools.partial(_between, executor, made, make) for made, make in after]
+
+
+def _check_done(plan: Plan, stage: Stage) -> None:
+    """Raises DataError where an earlier stage than the one that was asked for is not done."""
+    if missing := stage.pending(plan):
+        raise DataError(
+            f"{plan.folder}: {len(missing)} tasks of --stage {stage.name} are not done, the first is task {missing[0]}; do it first"
+        )
 
 
 def _between(executor: Executor, made: Path, make: Callable[[], Any]) -> None:
@@ -223,8 +237,7 @@ def _between(executor: Executor, made: Path, make: Callable[[], Any]) -> None:
 
 def _make_tokenizer(plan: Plan, given: TextEncoder | None, max_failures: int, progress: Progress) -> None:
     if given is None:
-        _, failures = place_failures(plan, [Table(plan.sample_file(index)).note for index in range(len(plan.parts))])
-        check_failures(plan, failures, max_failures)
+        check_failures(plan, "samples", max_failures)
         texts = list(training_texts(plan))
         total = sum(map(len, texts))
         progress("train tokenizer", 0, total, "characters")
@@ -244,7 +257,7 @@ def _counting(plan: Plan, stage: Stage, progress: Progress) -> Callable[[int], N
         nonlocal done, documents
         done += sizes[index]
         if stage.name == "tokenize":
-            documents += len(Table(plan.part_file(index))["length"])
+            documents += read_note(plan.part_file(index))["documents"]
             progress(stage.name, done, total, f"bytes, {documents:,} documents")
         else:
             progress(stage.name, done, total, "bytes" if by_bytes else "tasks")

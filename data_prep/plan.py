@@ -24,12 +24,14 @@ from weftrain.data_prep.readers.registry import READERS
 from weftrain.data_prep.shares import share_bytes, split_parts
 
 PLAN, PLANNED_TOKENIZER = "plan.json", "tokenizer.json"
-VERSION = 2
+VERSION = 3
 _REFERENCE, _FELL_BACK = "reference", "reference.json"
-_TASK_FOLDERS = ("parts", "buckets", "shards")
+_TASK_FOLDERS = ("parts", "runs", "buckets", "shards")
 SHARD_TOKENS = 1 << 25  # 64 MiB of uint16
 _MEBI = 1 << 20
 NOT_STATED = "not stated"  # the licence that nobody named
+_PIECE_DOCUMENTS = 1 << 18
+_FILE_OPENS = 1 << 20
 Progress = Callable[[str, int, int | None, str], None]  # stage, done, total if known, unit
 Packing = Literal["concatenate", "best_fit"]
 Order = Literal["shuffled", "as_read"]
@@ -90,10 +92,24 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """folder: the work folder. buckets: how many the `order` stage has, a power of two, or one a part where documents stay as read.
+class Limits:
+    """What bounds the memory of a task and the number of files that are opened; in the plan, so that every process has the same.
 
-    fixed_rows: the inputs are rows that stand alone already, and stay so. by_reference: the engines differed, see fall_back.
+    piece_bytes, piece_documents: a part's documents are written as soon as they are so many bytes of text or ids, or so many.
+    bucket_bytes: least and most of the ids and columns that a bucket holds. file_opens: pieces x buckets from which pieces are merged.
+    """
+
+    piece_bytes: int
+    piece_documents: int
+    bucket_bytes: tuple[int, int]
+    file_opens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """folder: the work folder. fixed_rows: the inputs are rows that stand alone already, and stay so.
+
+    by_reference: the engines differed, see fall_back.
     """
 
     folder: Path
@@ -101,7 +117,7 @@ class Plan:
     settings: Settings
     engine: str
     parts: tuple[Part, ...]
-    buckets: int
+    limits: Limits
     by_reference: bool = False
 
     @property
@@ -125,13 +141,32 @@ class Plan:
         return sum(share_bytes(self.inputs.files[share.file], share) for share in self.parts[index].shares)
 
     def sample_file(self, index: int) -> Path:
-        return self.folder / "samples" / f"{index:05d}.safetensors"
+        return self.folder / "samples" / f"{index:05d}.table"
 
     def part_file(self, index: int) -> Path:
-        return self.work / "parts" / f"{index:05d}.safetensors"
+        """What a part says when it is done; its documents are in its pieces."""
+        return self.work / "parts" / f"{index:05d}.json"
+
+    def piece_file(self, part: int, piece: int) -> Path:
+        return self.work / "parts" / f"{part:05d}-{piece:05d}.table"
+
+    def failures_file(self, stage: str, part: int) -> Path:
+        """What could not be read of a part, a line each, where there is any. stage: 'samples' or 'parts'."""
+        return (self.folder if stage == "samples" else self.work) / stage / f"{part:05d}.failures.jsonl"
+
+    def run_file(self, index: int) -> Path:
+        """What a merge says when it is done; its documents are in its slices, one a range of keys."""
+        return self.work / "runs" / f"{index:05d}.json"
+
+    def run_slice_file(self, run: int, key_range: int) -> Path:
+        return self.work / "runs" / f"{run:05d}-{key_range:05d}.table"
 
     def bucket_file(self, index: int) -> Path:
-        return self.work / "buckets" / f"{index:05d}.safetensors"
+        """What a bucket says when it is done; its documents are in its streams."""
+        return self.work / "buckets" / f"{index:05d}.table"
+
+    def stream_file(self, stream: str, bucket: int) -> Path:
+        return self.work / "buckets" / f"{bucket:05d}-{stream}.table"
 
     def shard_record(self, index: int) -> Path:
         return self.work / "shards" / f"{index:05d}.json"
@@ -146,9 +181,9 @@ class Plan:
         return self.work / "names.jsonl"
 
     @property
-    def numbers_file(self) -> Path:
-        """A table: for part k, under f"{k:05d}", the number of each of its sources, int32."""
-        return self.work / "numbers.safetensors"
+    def pieces_file(self) -> Path:
+        """All pieces, in the order of reading: written with the survey."""
+        return self.work / "pieces.table"
 
     @property
     def layout_file(self) -> Path:
@@ -185,19 +220,19 @@ def check_inputs(inputs: Inputs, settings: Settings) -> None:
 
 
 def make_plan(folder: Path, inputs: Inputs, settings: Settings, engine: str) -> Plan:
-    """Parts of 4 to 64 MiB of input, buckets of 4 to 128: some sixty of each until they are as large as memory allows."""
+    """Parts of 4 to 64 MiB of input: some sixty, until they are as large as memory allows."""
     total = sum(file.num_bytes for file in inputs.files)
-    parts = tuple(split_parts(list(inputs.files), _clamp(total // 64, 4 * _MEBI, 64 * _MEBI)))
-    bucket_bytes = _clamp(total // 64, 4 * _MEBI, 128 * _MEBI)
-    buckets = len(parts) if settings.order == "as_read" else _power_of_two(-(-total // bucket_bytes))
-    return Plan(folder, inputs, settings, engine, parts, buckets)
+    parts = tuple(split_parts(list(inputs.files), clamped(total // 64, 4 * _MEBI, 64 * _MEBI)))
+    limits = Limits(64 * _MEBI, _PIECE_DOCUMENTS, (4 * _MEBI, 64 * _MEBI), _FILE_OPENS)
+    return Plan(folder, inputs, settings, engine, parts, limits)
 
 
-def _clamp(value: int, low: int, high: int) -> int:
-    return min(max(_power_of_two(value), low), high)
+def clamped(value: int, low: int, high: int) -> int:
+    """The next power of two, within the limits."""
+    return min(max(power_of_two(value), low), high)
 
 
-def _power_of_two(value: int) -> int:
+def power_of_two(value: int) -> int:
     """The smallest power of two that is at least `value`."""
     return 1 << max(0, value - 1).bit_length()
 
@@ -268,7 +303,8 @@ def _loaded(folder: Path, modified_ns: int) -> Plan:
         parts = tuple(Part(tuple(Share(*share) for share in part)) for part in tree["parts"])
         skipped = tuple(Skipped(*entry) for entry in inputs["skipped"])
         read = Inputs(files, inputs["description"], inputs["licence"], options, inputs["quality"], skipped)
-        return Plan(folder, read, Settings(**settings), tree["engine"], parts, tree["buckets"])
+        limits = Limits(**tree["limits"] | {"bucket_bytes": tuple(tree["limits"]["bucket_bytes"])})
+        return Plan(folder, read, Settings(**settings), tree["engine"], parts, limits)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / PLAN}: cannot be read: {error}; remove {folder} and prepare again") from error
 
@@ -288,7 +324,7 @@ def _tree(plan: Plan) -> dict[str, Any]:
         "settings": asdict(plan.settings),
         "engine": plan.engine,
         "parts": [[list(share) for share in part.shares] for part in plan.parts],
-        "buckets": plan.buckets,
+        "limits": asdict(plan.limits),
     }
 
 

@@ -1,55 +1,120 @@
-"""The files that stages hand on: named numpy arrays and a JSON note in one safetensors file, written whole, read in slices.
+"""The files that stages hand on: named numpy arrays and a JSON note in one file, written whole, read in slices.
 
-What a reader would get wrong: these are the work folder's own files, made and read by the same program, and removed at the end. They are
-never what a dataset is made of, and nothing that came from outside is read with this.
+These are the work folder's own files, made and read by the same program, and removed at the end. They are never what a dataset is made
+of. Layout: the header's length (8 bytes, little-endian), the header (JSON: the note, and each array's type, shape and offset), and then
+the arrays' bytes. Slices are read, not mapped: what a process holds is what it asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import os
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.errors import DataError
 
-_DTYPES = {"U8": np.uint8, "U16": np.uint16, "I32": np.int32, "I64": np.int64}
+_ALIGNMENT = 64
 
 
 def write_table(path: Path, arrays: Mapping[str, np.ndarray], note: Mapping[str, Any]) -> None:
-    """Write atomically; equal arguments give equal bytes. Raises OSError."""
+    """Write atomically; equal arguments give equal bytes, and no array is copied that lies in one piece. Raises OSError."""
     ready = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    fsops.write_bytes(path, save(ready, metadata={"note": canonical_json(note).decode()}))
+    places, end = {}, 0
+    for name, array in ready.items():
+        places[name] = [_description(array.dtype), list(array.shape), end]
+        end = _aligned(end + array.nbytes)
+    header = canonical_json({"arrays": places, "note": note})
+    fsops.write_blocks(path, _blocks(header, ready))
+
+
+def _blocks(header: bytes, arrays: Mapping[str, np.ndarray]) -> Iterator[memoryview | bytes]:
+    start = 8 + len(header)
+    yield len(header).to_bytes(8, "little") + header + bytes(_aligned(start) - start)
+    for array in arrays.values():
+        if array.size:
+            yield array.reshape(-1).view(np.uint8).data
+            yield bytes(_aligned(array.nbytes) - array.nbytes)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT
+
+
+def _description(dtype: np.dtype[Any]) -> Any:
+    return dtype.str if dtype.names is None else [list(field) for field in dtype.descr]
+
+
+def _dtype(description: Any) -> np.dtype[Any]:
+    if isinstance(description, str):
+        return np.dtype(description)
+    return np.dtype([(name, kind, *(tuple(size) for size in shape)) for name, kind, *shape in description])
 
 
 class Table:
-    """A file that `write_table` made, open for reading. `note`: what was given. Raises DataError, by file."""
+    """A file that `write_table` made, open for reading until the object goes. `note`: what was given. Raises DataError, by file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = safe_open(str(path), "np")
-            self.note: dict[str, Any] = parse_json(self._file.metadata()["note"].encode())
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise DataError(f"{path}: cannot be read: {error}; remove {path.parent.parent} and prepare again") from error
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._close = weakref.finalize(self, os.close, self._descriptor)
+            length = int.from_bytes(self._read(8, 0), "little")
+            if length > os.fstat(self._descriptor).st_size:
+                raise ValueError("ends within its header")
+            header = parse_json(self._read(length, 8))
+            self.note: dict[str, Any] = header["note"]
+            self._start = _aligned(8 + length)
+            self._arrays = {name: (_dtype(kind), tuple(shape), offset) for name, (kind, shape, offset) in header["arrays"].items()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(error) from error
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The whole array."""
-        array: np.ndarray = self._file.get_tensor(name)
-        return array
+        return self.slice(name, 0, self.length(name))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file.keys()  # noqa: SIM118 - the library's object is no mapping
+        return name in self._arrays
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all arrays together."""
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape, _ in self._arrays.values())
+
+    def length(self, name: str) -> int:
+        """Of an array, along the first axis."""
+        return int(self._arrays[name][1][0])
 
     def slice(self, name: str, start: int, stop: int) -> np.ndarray:
-        """array[start:stop] along the first axis, without reading the rest."""
-        place = self._file.get_slice(name)
-        if start >= stop:  # which the library refuses
-            return np.empty((0, *place.get_shape()[1:]), _DTYPES[place.get_dtype()])
-        array: np.ndarray = place[start:stop]
+        """array[start:stop] along the first axis, without reading the rest; 0 <= start, stop <= length. Raises DataError."""
+        dtype, (length, *inner), offset = self._arrays[name]
+        array = np.empty((max(0, stop - start), *inner), dtype)
+        if not 0 <= start <= max(start, stop) <= length:
+            raise IndexError(f"{self.path}: {name}[{start}:{stop}] of {length}")
+        if array.size:
+            try:
+                self._fill(array.reshape(-1).view(np.uint8).data, self._start + offset + start * (array.nbytes // len(array)))
+            except OSError as error:
+                raise self._damaged(error) from error
         return array
+
+    def _read(self, length: int, offset: int) -> bytes:
+        data = bytearray(length)
+        self._fill(memoryview(data), offset)
+        return bytes(data)
+
+    def _fill(self, memory: memoryview, offset: int) -> None:
+        while memory:
+            count = os.preadv(self._descriptor, [memory], offset)
+            if not count:
+                raise OSError("ends too early")
+            memory, offset = memory[count:], offset + count
+
+    def _damaged(self, error: Exception) -> DataError:
+        return DataError(f"{self.path}: cannot be read: {error}; remove {self.path.parent.parent} and prepare again")

@@ -1,33 +1,35 @@
 """Stage 1, a task a part: documents read, hashed and encoded, and left in the order of the shuffle.
 
-What a reader would get wrong: nothing is dropped here. A duplicate may be of another part, so the next stage decides; a document that
-cannot be read is noted with its place, and whether the run goes on is decided when all parts are known.
+A part writes as many pieces as its documents need, each of a bounded size, and lastly its own file, which says that it is done. Only equal
+documents of one piece are dropped here: of the others the next stages decide, which see all parts. A document that cannot be read is noted
+with its place, and whether the run goes on is decided when all parts are known.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from weftrain.core import fsops
+from weftrain.core.canonical import canonical_json
 from weftrain.data_prep.documents import Document, Failure, FileRead
 from weftrain.data_prep.heldout import is_held_out
+from weftrain.data_prep.part_notes import FailureList, Shares
+from weftrain.data_prep.pieces import DOCUMENT, Gathered, sorted_places, write_piece
 from weftrain.data_prep.plan import Plan, order_key
 from weftrain.data_prep.shares import read_part
-from weftrain.data_prep.table_file import Table, write_table
 from weftrain.data_prep.tokenization import Counts, TextEncoder, encoder_for
 
-_ENCODE_BYTES = 4 << 20  # text encoded at once
-TRAINING_BYTES = 32 << 20  # text that a tokenizer is trained on: the training documents of the lowest keys
+_ENCODE_BYTES, _ENCODE_DOCUMENTS = 4 << 20, 1 << 15  # texts encoded at once
 
 
 @dataclass
 class _Rows:
-    """What a part holds, a list a column, in reading order."""
+    """What a piece holds, a list a column, in reading order. sources: of this piece, numbered as they come."""
 
     tokens: list[np.ndarray] = field(default_factory=list)
     masks: list[np.ndarray] = field(default_factory=list)  # none, or one a document
@@ -38,164 +40,134 @@ class _Rows:
     record: list[int] = field(default_factory=list)
     num_bytes: list[int] = field(default_factory=list)
     sources: dict[str, int] = field(default_factory=dict)
-    failures: list[list[Any]] = field(default_factory=list)
-    shares: list[list[Any]] = field(default_factory=list)
+    held_bytes: int = 0
+
+
+class _Text(NamedTuple):
+    """A document that waits to be encoded. record: within the part. content, num_bytes: SHA-256 and size of its text."""
+
+    document: Document
+    record: int
+    content: bytes
+    num_bytes: int
 
 
 def tokenize_part(plan: Plan, index: int) -> None:
-    """Read and encode part `index` into its file. Raises DataError for inputs that changed or ids outside the vocabulary, OSError."""
+    """Read and encode part `index` into its pieces. Raises DataError for inputs that changed or ids outside the vocabulary, OSError."""
     encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.eos, plan.engine)
-    rows, counts = _Rows(), Counts()
-    waiting: list[tuple[Document, bytes, int]] = []  # with the hash and the bytes of the text
-    waiting_bytes = 0
+    rows, counts, shares = _Rows(), Counts(), Shares()
+    waiting: list[_Text] = []
+    documents = pieces = 0
 
-    def flush() -> None:
-        texts = [document.text or "" for document, _, _ in waiting]
-        names = [_place(plan, document) for document, _, _ in waiting]
-        encoded = encoder.encode_each(texts, names, [content for _, content, _ in waiting], counts)
-        for (document, content, num_bytes), ids in zip(waiting, encoded, strict=True):
+    def encode() -> None:
+        encoded = encoder.encode_each(
+            [text.document.text or "" for text in waiting], _Places(plan, waiting), [text.content for text in waiting], counts
+        )
+        for (document, record, content, num_bytes), ids in zip(waiting, encoded, strict=True):
             if isinstance(ids, str):
-                rows.failures.append([document.file, document.record, ids])
+                failures.add(Failure(document.file, record, ids))
             else:
-                _take(rows, document, content, num_bytes, plan, encoder)
+                _take(rows, document, record, content, num_bytes, plan, encoder)
                 rows.tokens.append(ids)
         waiting.clear()
 
-    for item in read_part(plan.inputs.files, plan.parts[index], plan.inputs.options):
-        if isinstance(item, Failure):
-            rows.failures.append([item.file, item.record, item.reason])
-        elif isinstance(item, FileRead):
-            rows.shares.append([item.share.file, item.share.begin, item.records, item.sha256])
-        elif item.tokens is not None:
-            flush()  # columns stay in reading order
-            _take_tokens(rows, item, encoder, plan)
-        else:
-            data = (item.text or "").encode()
-            waiting.append((item, hashlib.sha256(data).digest(), len(data)))
-            waiting_bytes += len(data)
-            if waiting_bytes >= _ENCODE_BYTES:
-                flush()
+    def flush() -> None:
+        nonlocal rows, documents, pieces
+        _write(plan, index, pieces, rows, encoder, documents)
+        documents += len(rows.content)
+        pieces += 1
+        rows = _Rows()
+
+    with FailureList(plan.failures_file("parts", index)) as failures:
+        waiting_bytes = 0
+        for item in read_part(plan.inputs.files, plan.parts[index], plan.inputs.options):
+            if isinstance(item, FileRead):
+                shares.add(item)
+                continue
+            record = item.record + shares.before(item.file)
+            if isinstance(item, Failure):
+                failures.add(Failure(item.file, record, item.reason))
+            elif item.tokens is not None:
+                encode()  # columns stay in reading order
                 waiting_bytes = 0
-    flush()
-    _write(plan, index, rows, encoder, asdict(counts))
+                _take_tokens(rows, item, record, encoder, plan, failures)
+            else:
+                data = (item.text or "").encode()
+                waiting.append(_Text(item, record, hashlib.sha256(data).digest(), len(data)))
+                waiting_bytes += len(data)
+                if waiting_bytes >= _ENCODE_BYTES or len(waiting) >= _ENCODE_DOCUMENTS:
+                    encode()
+                    waiting_bytes = 0
+            if rows.held_bytes >= plan.limits.piece_bytes or len(rows.content) >= plan.limits.piece_documents:
+                flush()
+        encode()
+        if rows.content:
+            flush()
+    note = {"pieces": pieces, "documents": documents, "shares": shares.listed, "failed": failures.count, "encoded": asdict(counts)}
+    fsops.write_bytes(plan.part_file(index), canonical_json(note) + b"\n")
 
 
-def _take(rows: _Rows, document: Document, content: bytes, num_bytes: int, plan: Plan, encoder: TextEncoder) -> None:
+def _take(rows: _Rows, document: Document, record: int, content: bytes, num_bytes: int, plan: Plan, encoder: TextEncoder) -> None:
     rows.content.append(content)
     settings = plan.settings
     rows.heldout.append(is_held_out(document, content, settings.heldout_rule, settings.heldout_fraction, encoder))
-    rows.source.append(rows.sources.setdefault(document.source, len(rows.sources)))
+    if document.source not in rows.sources:
+        rows.sources[document.source] = len(rows.sources)
+        rows.held_bytes += len(document.source)
+    rows.source.append(rows.sources[document.source])
     rows.file.append(document.file)
-    rows.record.append(document.record)
+    rows.record.append(record)
     rows.num_bytes.append(num_bytes)
+    rows.held_bytes += num_bytes
 
 
-def _take_tokens(rows: _Rows, document: Document, encoder: TextEncoder, plan: Plan) -> None:
+def _take_tokens(rows: _Rows, document: Document, record: int, encoder: TextEncoder, plan: Plan, failures: FailureList) -> None:
     """A document that was tokenised elsewhere: ids within the vocabulary, the end token of a whole document taken off."""
     tokens = document.tokens
     assert tokens is not None
     if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < encoder.vocab_size:
         reason = f"token ids {tokens.min()}..{tokens.max()} do not fit the tokenizer's {encoder.vocab_size}: name the tokenizer they are of"
-        rows.failures.append([document.file, document.record, reason])
+        failures.add(Failure(document.file, record, reason))
         return
     mask = document.marks
     if not plan.fixed_rows and tokens.size and tokens[-1] == encoder.eos_id:
         tokens, mask = tokens[:-1], None if mask is None else mask[:-1]
-    _take(rows, document, hashlib.sha256(tokens.astype("<i4").tobytes()).digest(), tokens.size * encoder.dtype.itemsize, plan, encoder)
+    content, num_bytes = hashlib.sha256(tokens.astype("<i4").data).digest(), tokens.size * encoder.dtype.itemsize
+    _take(rows, document, record, content, num_bytes, plan, encoder)
     rows.tokens.append(tokens.astype(encoder.dtype))
     if mask is not None or rows.masks:
         rows.masks += [np.ones(len(ids), np.uint8) for ids in rows.tokens[len(rows.masks) : -1]]
         rows.masks.append(np.ones(len(tokens), np.uint8) if mask is None else mask.astype(np.uint8))
 
 
-def _write(plan: Plan, index: int, rows: _Rows, encoder: TextEncoder, counts: dict[str, int]) -> None:
-    keys = [order_key(plan.settings, content) for content in rows.content]
-    places = range(len(keys))
-    order = list(places) if plan.settings.order == "as_read" else sorted(places, key=lambda place: (keys[place], place))
-    arrays: dict[str, np.ndarray] = {
-        "tokens": _joined([rows.tokens[place] for place in order], encoder.dtype),
-        "length": np.array([len(rows.tokens[place]) for place in order], np.int64),
-        "key": np.frombuffer(b"".join(keys[place] for place in order), np.uint8).reshape(-1, 32),
-        "content": np.frombuffer(b"".join(rows.content[place] for place in order), np.uint8).reshape(-1, 32),
-        "place": np.array(order, np.int64),
-    }
+def _write(plan: Plan, part: int, piece: int, columns: _Rows, encoder: TextEncoder, first_place: int) -> None:
+    """A piece of a part. first_place: how many documents the part's pieces before hold."""
+    count, settings = len(columns.content), plan.settings
+    rows = np.zeros(count, DOCUMENT)
+    keys = [order_key(settings, content) for content in columns.content]
+    rows["key"] = np.frombuffer(b"".join(keys), ">u8").reshape(-1, 4)
+    rows["content"] = np.frombuffer(b"".join(columns.content), np.uint8).reshape(-1, 32)
     for name in ("heldout", "source", "file", "record", "num_bytes"):
-        arrays[name] = np.array(getattr(rows, name), np.int64)[order]
-    if rows.masks:
-        arrays["mask"] = _joined([rows.masks[place] for place in order], np.dtype(np.uint8))
-    note = {"sources": list(rows.sources), "failures": rows.failures, "shares": rows.shares, "encoded": counts}
-    write_table(plan.part_file(index), arrays, note)
+        rows[name] = getattr(columns, name)
+    rows["part"], rows["place"] = part, np.arange(first_place, first_place + count)
+    order = np.arange(count) if settings.order == "as_read" else sorted_places(rows)
+    rows, places = rows[order], order.tolist()
+    chosen = [columns.tokens[place] for place in places]
+    rows["end"] = np.cumsum([len(ids) for ids in chosen])
+    tokens = np.concatenate(chosen, dtype=encoder.dtype)
+    mask = np.concatenate([columns.masks[place] for place in places]) if columns.masks else None
+    write_piece(plan.piece_file(part, piece), Gathered(rows, tokens, mask), {"sources": list(columns.sources), "read": count})
 
 
-def _joined(pieces: list[np.ndarray], dtype: np.dtype[Any]) -> np.ndarray:
-    return np.concatenate(pieces).astype(dtype, copy=False) if pieces else np.empty(0, dtype)
+class _Places(Sequence[str]):
+    """Where documents lie, said only where a message asks."""
 
+    def __init__(self, plan: Plan, texts: Sequence[_Text]) -> None:
+        self._plan, self._texts = plan, texts
 
-def _place(plan: Plan, document: Document) -> str:
-    return f"{plan.inputs.files[document.file].name}:{document.record + 1}"
+    def __len__(self) -> int:
+        return len(self._texts)
 
-
-def sample_part(plan: Plan, index: int) -> None:
-    """For a tokenizer yet to be trained: of part `index` the training documents of the lowest keys, at most TRAINING_BYTES of them."""
-    kept: list[tuple[bytes, int, bytes]] = []  # a heap of (key with its order turned round, -place, text): the highest key on top
-    kept_bytes = 0
-    note: dict[str, Any] = {"failures": [], "shares": []}
-    settings = plan.settings
-    for place, (document, content, data) in enumerate(_texts(plan, index, note)):
-        if is_held_out(document, content, settings.heldout_rule, settings.heldout_fraction):
-            continue
-        heapq.heappush(kept, (_turned(order_key(settings, content)), -place, data))
-        kept_bytes += len(data)
-        while kept_bytes - len(kept[0][2]) >= TRAINING_BYTES:
-            kept_bytes -= len(heapq.heappop(kept)[2])
-    kept.sort(key=lambda entry: -entry[1])
-    arrays: dict[str, np.ndarray] = {
-        "text": np.frombuffer(b"".join(data for _, _, data in kept), np.uint8),
-        "length": np.array([len(data) for _, _, data in kept], np.int64),
-        "key": np.frombuffer(b"".join(_turned(key) for key, _, _ in kept), np.uint8).reshape(-1, 32),
-    }
-    write_table(plan.sample_file(index), arrays, note)
-
-
-def _texts(plan: Plan, index: int, note: dict[str, Any]) -> Iterator[tuple[Document, bytes, bytes]]:
-    """(the document, its content hash, its UTF-8) of each text; failures and shares go into the note."""
-    for item in read_part(plan.inputs.files, plan.parts[index], plan.inputs.options):
-        if isinstance(item, Failure):
-            note["failures"].append([item.file, item.record, item.reason])
-        elif isinstance(item, FileRead):
-            note["shares"].append([item.share.file, item.share.begin, item.records, item.sha256])
-        else:
-            data = (item.text or "").encode()
-            yield item, hashlib.sha256(data).digest(), data
-
-
-def _turned(key: bytes) -> bytes:
-    """A key whose order is the other way round: Python's heap has the smallest on top."""
-    return bytes(255 - byte for byte in key)
-
-
-def training_texts(plan: Plan) -> Iterator[str]:
-    """The texts to train a tokenizer on: of all samples those of the lowest keys up to TRAINING_BYTES, each once, in reading order."""
-    entries: list[tuple[bytes, int, int, int, int]] = []  # key, part, place, begin, end
-    for part in range(len(plan.parts)):
-        sample = Table(plan.sample_file(part))
-        keys, ends = sample["key"], np.cumsum(sample["length"])
-        entries += [
-            (keys[place].tobytes(), part, place, int(end - length), int(end))
-            for place, (end, length) in enumerate(zip(ends, sample["length"], strict=True))
-        ]
-    chosen, chosen_bytes, last = [], 0, b""
-    for entry in sorted(entries):
-        if chosen_bytes >= TRAINING_BYTES:
-            break
-        if entry[0] != last:  # equal keys are equal texts
-            chosen.append(entry)
-            chosen_bytes += entry[4] - entry[3]
-        last = entry[0]
-    table: Table | None = None
-    opened = -1
-    for _, part, _, begin, end in sorted(chosen, key=lambda entry: entry[1:]):
-        if part != opened:
-            table, opened = Table(plan.sample_file(part)), part
-        assert table is not None
-        yield table.slice("text", begin, end).tobytes().decode()
+    def __getitem__(self, index: Any) -> Any:
+        text = self._texts[index]
+        return f"{self._plan.inputs.files[text.document.file].name}:{text.record + 1}"

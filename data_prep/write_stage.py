@@ -6,7 +6,6 @@ written again, by itself. A shard never crosses the end of an epoch or of a chun
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,8 +33,9 @@ from weftrain.core.errors import DataError
 from weftrain.core.line_table import LineTable
 from weftrain.core.shards import Documents, FimRecord, num_tokens, write_shard
 from weftrain.data_prep import fim
-from weftrain.data_prep.order_stage import COLUMNS, HELDOUT, load_json, stream_names
+from weftrain.data_prep.order_stage import HELDOUT, Stream, stream_names, with_padding
 from weftrain.data_prep.plan import Plan, preparation
+from weftrain.data_prep.survey import load_json
 from weftrain.data_prep.table_file import Table
 from weftrain.data_prep.tokenization import DIFFERED, TextEncoder, encoder_for
 
@@ -45,7 +45,8 @@ def lay_out(plan: Plan) -> dict[str, Any]:
 
     `shards`: (set, number within it, stream, first row of the stream, rows). `ends`: of each stream the tokens up to each bucket's end.
     """
-    notes = [Table(plan.bucket_file(index)).note for index in range(plan.buckets)]
+    found = load_json(plan.survey_file)
+    notes = [Table(plan.bucket_file(index)).note for index in range(found["buckets"])]
     ends = {name: np.cumsum([note["tokens"][name] for note in notes]).tolist() for name in stream_names(plan)}
     rows = {name: _rows(plan, ends[name][-1]) for name in ends}
     shards: list[list[Any]] = []
@@ -81,18 +82,17 @@ def lay_out(plan: Plan) -> dict[str, Any]:
         "ends": ends,
         "shards": shards,
         "sets": sets,
-        "duplicates": sum(note["duplicates"] for note in notes),
-        "read": sum(note["read"] for note in notes),
-        "sources_sha256": _write_sources(plan),
+        "duplicates": found["read"] - sum(entry["documents"] for entry in sets.values()),
+        "sources_sha256": _write_sources(plan, found),
     }
     fsops.write_bytes(plan.layout_file, canonical_json(layout) + b"\n")
     return layout
 
 
-def _write_sources(plan: Plan) -> str:
+def _write_sources(plan: Plan, found: dict[str, Any]) -> str:
     """Write sources.jsonl: the names with the counts of all buckets. Returns its SHA-256."""
-    totals = np.zeros((load_json(plan.survey_file)["num_sources"], 3), np.int64)
-    for bucket in range(plan.buckets):
+    totals = np.zeros((found["num_sources"], 3), np.int64)
+    for bucket in range(found["buckets"]):
         counts = Table(plan.bucket_file(bucket))["sources"]
         totals[counts[:, 0]] += counts[:, 1:]
     with LineTable(plan.names_file, str) as names:
@@ -130,42 +130,28 @@ def _chunk_rows(plan: Plan, rows: int) -> int:
     return each
 
 
-@dataclass
-class _Cut:
-    """A range of a stream: tokens [length], mask or None, and its documents: end, id, and the columns of order_stage.COLUMNS."""
-
-    tokens: np.ndarray
-    mask: np.ndarray | None
-    end: np.ndarray
-    id: np.ndarray
-    table: np.ndarray
-
-
 def write_one_shard(plan: Plan, index: int) -> None:
     """Write shard `index` of the layout and then its record. Raises DataError, OSError."""
     layout, found = load_json(plan.layout_file), load_json(plan.survey_file)
-    set_name, number, stream, first, rows = layout["shards"][index]
+    set_name, number, name, first, rows = layout["shards"][index]
     encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.eos, plan.engine)
     settings, stride = plan.settings, _cut_stride(plan)
     start = first * stride
-    cut = _cut(plan, stream, layout["ends"][stream], start, start + num_tokens(rows, settings.sequence_length, stride))
+    stream = _cut(plan, name, layout["ends"][name], start, start + num_tokens(rows, settings.sequence_length, stride))
     if settings.fim is not None and settings.fim.mode == "released":
-        cut = _released(plan, cut, first, rows, encoder)
-    record = None
-    if settings.fim is not None and settings.fim.mode == "exact":
-        mode, split = cut.table[:, COLUMNS.index("fim_mode")], cut.table[:, COLUMNS.index("fim_a") : COLUMNS.index("fim_b") + 1]
-        record = FimRecord(mode.astype(np.uint8), split.astype(np.int32))
-    source, file, line = (cut.table[:, COLUMNS.index(name)] for name in ("source", "file", "record"))
-    documents = Documents(cut.end, cut.id, source.astype(np.int32), found["num_sources"], file.astype(np.int32), line, record)
+        stream = _released(plan, stream, first, rows, encoder)
+    record = None if stream.fim is None else FimRecord(stream.fim[:, 0].astype(np.uint8), stream.fim[:, 1:])
+    source, file = stream.source.astype(np.int32), stream.file.astype(np.int32)
+    documents = Documents(stream.end, stream.id, source, found["num_sources"], file, stream.record, record)
     info = write_shard(
         plan.dataset / shard_file(set_name, number),
-        cut.tokens,
+        stream.tokens,
         documents,
         sequence_length=settings.sequence_length,
         row_stride=plan.row_stride,
         vocab_size=encoder.vocab_size,
         tokenizer_sha256=encoder.sha256,
-        loss_mask=cut.mask,
+        loss_mask=stream.mask,
     )
     entry = ShardEntry(
         file=shard_file(set_name, number), num_bytes=info.num_bytes, sha256=info.sha256, digest=info.digest, n_examples=info.num_rows
@@ -173,39 +159,55 @@ def write_one_shard(plan: Plan, index: int) -> None:
     fsops.write_bytes(plan.shard_record(index), canonical_json(entry.model_dump(mode="json")) + b"\n")
 
 
-def _cut(plan: Plan, stream: str, ends: list[int], start: int, stop: int) -> _Cut:
-    """Tokens start..stop-1 of a stream, from the buckets that hold them."""
-    tokens, masks, document_ends, ids, tables = [], [], [], [], []
+def _cut(plan: Plan, stream: str, ends: list[int], start: int, stop: int) -> Stream:
+    """Tokens start..stop-1 of a stream, from the buckets that hold them; `end` counts from `start`."""
+    parts: list[Stream] = []
     for bucket in range(int(np.searchsorted(ends, start, side="right")), len(ends)):
         bucket_start = ends[bucket - 1] if bucket else 0
         if bucket_start >= stop:
             break
-        table = Table(plan.bucket_file(bucket))
         low, high = max(start, bucket_start) - bucket_start, min(stop, ends[bucket]) - bucket_start
-        if low >= high:
-            continue  # an empty bucket
-        tokens.append(table.slice(f"{stream}.tokens", low, high))
-        has_mask = f"{stream}.mask" in table
-        masks.append(table.slice(f"{stream}.mask", low, high) if has_mask else None)
-        documents = table[f"{stream}.table"]
-        inside = np.cumsum(documents[:, 0])
-        from_, to = int(np.searchsorted(inside, low, side="right")), int(np.searchsorted(inside, high, side="left")) + 1
-        document_ends.append(np.minimum(inside[from_:to], high) + bucket_start - start)
-        ids.append(table.slice(f"{stream}.id", from_, to))
-        tables.append(documents[from_:to])
-    mask = None
-    if any(part is not None for part in masks):
-        mask = np.concatenate([np.ones(len(ids_), np.uint8) if part is None else part for part, ids_ in zip(masks, tokens, strict=True)])
-    return _Cut(np.concatenate(tokens), mask, np.concatenate(document_ends), np.concatenate(ids), np.concatenate(tables))
+        if low < high:  # the bucket is not empty
+            table = Table(plan.stream_file(stream, bucket))
+            end = table["end"]
+            first, last = int(np.searchsorted(end, low, side="right")), int(np.searchsorted(end, high, side="left")) + 1
+            documents = {name: table.slice(name, first, last) for name in ("id", "source", "file", "record")}
+            mask, cuts = (
+                table.slice("mask", low, high) if "mask" in table else None,
+                table.slice("fim", first, last) if "fim" in table else None,
+            )
+            end = np.minimum(end[first:last], high) + bucket_start - start
+            parts.append(Stream(tokens=table.slice("tokens", low, high), mask=mask, end=end, fim=cuts, **documents))
+    return _joined(parts)
 
 
-def _released(plan: Plan, cut: _Cut, first: int, rows: int, encoder: TextEncoder) -> _Cut:
+def _joined(parts: list[Stream]) -> Stream:
+    """One stream of several; where one of them has a mask, the tokens of the others bear loss."""
+    if len(parts) == 1:
+        return parts[0]
+    masks = None
+    if any(part.mask is not None for part in parts):
+        masks = [np.ones(len(part.tokens), np.uint8) if part.mask is None else part.mask for part in parts]
+    cuts = [part.fim for part in parts if part.fim is not None]
+    return Stream(
+        np.concatenate([part.tokens for part in parts]),
+        None if masks is None else np.concatenate(masks),
+        np.concatenate([part.end for part in parts]),
+        np.concatenate([part.id for part in parts]),
+        np.concatenate([part.source for part in parts]),
+        np.concatenate([part.file for part in parts]),
+        np.concatenate([part.record for part in parts]),
+        np.concatenate(cuts) if cuts else None,
+    )
+
+
+def _released(plan: Plan, cut: Stream, first: int, rows: int, encoder: TextEncoder) -> Stream:
     """Rows as the released scripts transformed them, each by itself. A row's pieces are its documents', in their order."""
     from weftrain.data_prep.fim_released import released_row
 
     settings, ids = plan.settings, fim.fim_ids(encoder)
     assert settings.fim is not None
-    tokens, masks, ends, identities, table, length = [], [], [], [], [], 0
+    tokens, masks, lengths, of_document = [], [], [], []  # of_document: which document a piece is of, -1 for padding
     for row in range(rows):
         start = row * settings.sequence_length
         window = cut.tokens[start : start + settings.row_tokens]
@@ -216,19 +218,15 @@ def _released(plan: Plan, cut: _Cut, first: int, rows: int, encoder: TextEncoder
         document = int(np.searchsorted(cut.end, start, side="right"))
         for count in made.document_lengths:
             if count:
-                length += count
-                ends.append(length)
-                identities.append(cut.id[document])
-                table.append(cut.table[document])
+                lengths.append(count)
+                of_document.append(document)
             document += 1
         if made.padding:
-            length += made.padding
-            ends.append(length)
-            identities.append(np.zeros_like(cut.id[0]))
-            table.append(np.array([made.padding, -1, -1, -1, 0, 0, 0]))
+            lengths.append(made.padding)
+            of_document.append(-1)
     mask = np.concatenate(masks)
     joined = np.concatenate(tokens).astype(encoder.dtype)
-    return _Cut(joined, None if mask.all() else mask, np.array(ends), np.array(identities), np.array(table))
+    return with_padding(cut, joined, None if mask.all() else mask, np.array(lengths), np.array(of_document))
 
 
 def finish(plan: Plan, name: str) -> Manifest:
@@ -272,7 +270,7 @@ def finish(plan: Plan, name: str) -> Manifest:
         ),
         preparation=preparation(settings, plan.inputs),
         documents=DocumentCounts(
-            read=layout["read"],
+            read=found["read"],
             failed=found["failed"],
             duplicates=layout["duplicates"],
             train=sets["train"].documents,

@@ -20,13 +20,14 @@ from weftrain.core.config import DataConfig
 from weftrain.core.data import open_heldout, open_training
 from weftrain.core.dataset import TOKENIZER, ShardSet, open_inputs, open_sources, read_manifest, source_name
 from weftrain.core.errors import DataError
-from weftrain.data_prep import engines, fim, plan, tokenization
+from weftrain.data_prep import engines, fim, plan, survey, tokenization
 from weftrain.data_prep.corpus import embedded_inputs
 from weftrain.data_prep.executors import LocalExecutor, TaskExecutor
 from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import Prepared, prepare
 from weftrain.data_prep.plan import FimSettings, Inputs
 from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.survey import arrangement
 from weftrain.data_prep.tokenization import TextEncoder, load_encoder
 
 Run = Callable[..., Prepared]
@@ -189,6 +190,27 @@ def test_any_number_of_processes_gives_the_same_bytes(run: Run) -> None:
     assert tree(alone.folder) == tree(several.folder)
 
 
+@pytest.mark.parametrize("settings", [{}, {"packing": "best_fit", "fim": FimSettings(0.5, 0.5), "epochs": 2}, {"order": "as_read"}])
+def test_small_pieces_and_their_merging_give_the_same_bytes(
+    run: Run, texts: list[str], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """A part that is written in several pieces, and pieces that are merged before buckets are gathered, as very much data is."""
+    lines = [*texts, *texts[20:60], *[texts[3]] * 30]
+    expected = run(lines, output="a", **settings)
+    monkeypatch.setattr(plan, "_PIECE_DOCUMENTS", 2)
+    monkeypatch.setattr(plan, "_FILE_OPENS", 20)
+    arranged = []
+    monkeypatch.setattr(survey, "arrangement", lambda *given, **named: arranged.append(arrangement(*given, **named)) or arranged[-1])
+    made = run(lines, output="b", **settings)
+    trees = [tree(prepared.folder) for prepared in (made, expected)]
+    for files in trees:
+        del files["manifest.json"]  # how many documents were encoded twice depends on the pieces
+    assert trees[0] == trees[1]
+    for name in ("train", "heldout", "documents", "sources_sha256"):
+        assert getattr(made.manifest, name) == getattr(expected.manifest, name)
+    assert arranged[0]["runs"] == 0 if "order" in settings else arranged[0]["runs"] > 5
+
+
 def test_members_of_an_array_give_the_same_bytes(run: Run, tmp_path: Path, encoder: TextEncoder, texts: list[str]) -> None:
     """Three members at once, as threads here: each does its share, waits for the others, and one finishes."""
     alone = run(output="a")
@@ -218,7 +240,7 @@ def test_stage_by_stage_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
     alone = run(output="a", tokenizer=None, vocab_size=300)
     inputs = inputs_of(tmp_path / "texts.jsonl")
     settings: dict[str, Any] = {"name": "d", "vocab_size": 300, "sequence_length": 16, "heldout_fraction": 0.2, "rows_per_shard": 20}
-    for stage in ("sample", "tokenize", "order", "write"):
+    for stage in ("sample", "tokenize", "merge", "order", "write"):
         for index in (0, 1):
             executor = TaskExecutor(index, 2, patience_s=0)
             made = None

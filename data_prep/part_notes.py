@@ -1,0 +1,100 @@
+"""What a part says besides its documents: the shares that it read, and the documents that it could not read.
+
+Both are written and read a part at a time, and failures a line at a time, so that neither the number of files nor a damaged input of
+millions of lines fills the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from weftrain.core import fsops
+from weftrain.core.canonical import canonical_json, parse_json
+from weftrain.core.errors import DataError
+from weftrain.data_prep.documents import Failure, FileRead
+
+_BUFFER_BYTES = 1 << 20
+
+
+class Shares:
+    """The shares of a part that were read: [file, begin, records, SHA-256] each, in order."""
+
+    def __init__(self) -> None:
+        self.listed: list[list[Any]] = []
+        self._file, self._records = -1, 0
+
+    def add(self, read: FileRead) -> None:
+        self._file, self._records = read.share.file, read.records + self.before(read.share.file)
+        self.listed.append([read.share.file, read.share.begin, read.records, read.sha256])
+
+    def before(self, file: int) -> int:
+        """How many records the part's earlier shares of this file hold."""
+        return self._records if self._file == file else 0
+
+
+class FailureList:
+    """A part's failures as they come, in a file that is there, whole, when the block ends and there was one. count: so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+        self._buffer = bytearray()
+        self._file: fsops.FileWriter | None = None
+
+    def add(self, failure: Failure) -> None:
+        """failure: with a record that counts from where the part begins in the file. Raises OSError."""
+        self.count += 1
+        self._buffer += canonical_json([failure.file, failure.record, failure.reason]) + b"\n"
+        if len(self._buffer) >= _BUFFER_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        if self._file is None:
+            self._file = fsops.FileWriter(fsops.temporary_beside(self.path))
+        self._file.write(self._buffer)
+        self._buffer.clear()
+
+    def __enter__(self) -> FailureList:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if kind is None and self.count:
+            self._write()
+            assert self._file is not None
+            self._file.sync()
+            fsops.rename(self._file.path, self.path)
+        if self._file is not None:
+            self._file.close()
+
+
+def read_failures(path: Path) -> Iterator[Failure]:
+    """Of a part, with records that count from where the part begins. Raises DataError."""
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                yield Failure(*parse_json(line))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; remove {path.parent.parent} and prepare again") from error
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """What a part says when it is done. Raises DataError."""
+    try:
+        note: dict[str, Any] = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; remove {path.parent.parent} and prepare again") from error
+    return note
+
+
+def in_blocks(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines joined to blocks of about a megabyte."""
+    buffer = bytearray()
+    for line in lines:
+        buffer += line
+        if len(buffer) >= _BUFFER_BYTES:
+            yield bytes(buffer)
+            buffer.clear()
+    if buffer:
+        yield bytes(buffer)
