@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from weftrain.core.names import PlainName, RelativePath
 
@@ -255,7 +255,10 @@ class Skip(Section):
 
 
 class SourceCursor(Section):
-    """How far a source had been read: `place` rows of its pass number `turn` were read or stepped over."""
+    """How far a source had been read: `place` rows of its pass number `turn` were read or stepped over.
+
+    rows: where the dataset has grown since, how many rows it had under each of the first subsets. It is recorded only there.
+    """
 
     dataset_id: Annotated[str, Field(min_length=1)]
     read: Count  # samples of it since the run began
@@ -264,6 +267,12 @@ class SourceCursor(Section):
     subsets: Annotated[
         tuple[Subset, ...], Field(min_length=1, strict=False)
     ]  # the one that the pass began with, then each that the recipe changed to since
+    rows: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        value: dict[str, Any] = serialize(self)
+        return value if self.rows else {key: item for key, item in value.items() if key != "rows"}
 
 
 class Continuation(Section):

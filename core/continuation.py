@@ -87,7 +87,12 @@ def continue_from(asked: Recipe, run: str, other: Mapping[str, Any]) -> Continue
     found = cursors_of(asked, before, other["step"], other["dataset_id"], other.get("sources") or None) or {}
     known = {cursor.dataset_id: cursor for cursor in found.values()}
     components = fresh.components if isinstance(fresh, TokenSource) else ()
-    shared = {component.name: known[component.shards.entry.id] for component in components if component.shards.entry.id in known}
+    shared = {
+        component.name: known[one]
+        for component in components
+        for one in (*(parent.train.id for parent in component.shards.manifest.parents), component.shards.entry.id)
+        if one in known
+    }
     if not goes_on:
         notes = (
             f"start_from: source '{name}' begins at its first row, and run '{run}' read {cursor.read:,} samples of the same dataset: "
@@ -303,9 +308,17 @@ def _go_on(
     same_order = (asked.data.shuffle_seed, asked.data.order) == (before.data.shuffle_seed, before.data.order)
     for given, component in zip(asked.data.sources, fresh.components, strict=True):
         name, old = given.name, found.get(given.name)
+        if old is not None and (before_growth := component.shards.manifest.rows_of_ancestor(old.dataset_id)) is not None and same_order:
+            old = _of_grown(old, component.shards.entry.id, before_growth)
+            added = component.shards.num_rows - before_growth
+            notes.append(
+                f"source '{name}' has grown by {added:,} rows" + (": they come at the end of the pass under way" if old.place else "")
+            )
         if old is not None and old.dataset_id == component.shards.entry.id and same_order:
-            subsets = old.subsets if old.subsets[-1] == given.subset else (*old.subsets, given.subset)
-            sources[name] = old.model_copy(update={"subsets": subsets if old.place else (given.subset,)})
+            goes_on = old.subsets[-1] == given.subset and len(old.rows) < len(old.subsets)
+            subsets = old.subsets if goes_on else (*old.subsets, given.subset)
+            update = {"subsets": subsets} if old.place else {"subsets": (given.subset,), "rows": ()}
+            sources[name] = old.model_copy(update=update)
             notes += _told_of_rows(asked.data, before.data, given, old_sources.get(name, given), component, old)
             continue
         start = SourceCursor(
@@ -329,6 +342,12 @@ def _go_on(
     return sources, notes + [f"source '{name}' is no longer read, after {found[name].read:,} samples" for name in gone if name in found]
 
 
+def _of_grown(cursor: SourceCursor, dataset_id: str, rows: int) -> SourceCursor:
+    """A cursor into a dataset of so many rows, as one into the dataset that grew from it: its rows are the first there."""
+    counts = (*cursor.rows, *[rows] * (len(cursor.subsets) - len(cursor.rows)))
+    return cursor.model_copy(update={"dataset_id": dataset_id, "rows": counts})
+
+
 def _told_of_rows(
     data: DataConfig, before: DataConfig, source: Source, former: Source, component: Component, cursor: SourceCursor
 ) -> Iterator[str]:
@@ -336,8 +355,8 @@ def _told_of_rows(
     name, order = source.name, component.order
     assert isinstance(order, RowOrder)
     if cursor.place:
-        order = pass_order(data, source, component.shards, (*cursor.subsets, source.subset))
-        now, was = order.skipped, pass_order(before, former, component.shards, cursor.subsets).skipped
+        order = pass_order(data, source, component.shards, (*cursor.subsets, source.subset), cursor.rows)
+        now, was = order.skipped, pass_order(before, former, component.shards, cursor.subsets, cursor.rows).skipped
         for ranges, told in (
             (without(now, was), "that are left out from now on were read before"),
             (without(was, now), "that are no longer left out were passed over in this pass and come in the next"),
@@ -350,7 +369,7 @@ def _told_of_rows(
 
 def _come_again(data: DataConfig, old: DataConfig, source: Source, former: Source, component: Component, cursor: SourceCursor) -> int:
     """How many rows that the pass under way has read come once more because the source begins again."""
-    was = pass_order(old, former, component.shards, cursor.subsets)
+    was = pass_order(old, former, component.shards, cursor.subsets, cursor.rows)
     now = pass_order(data, source, component.shards, (source.subset,))
     held = without([(stretch.first, stretch.first + stretch.count) for stretch in now.stretches], now.skipped)
     return was.num_passed(held, cursor.turn, cursor.place) - was.num_passed(_overlap(held, was.skipped), cursor.turn, cursor.place)

@@ -64,9 +64,9 @@ class Component:
             return before
         turn, place = self.order.place(k - 1) if k else (0, -1)
         same_pass = isinstance(self.order, ResumedOrder) and k > 0 and self.order.in_current(k - 1)
-        subsets = before.subsets if same_pass and before is not None else (self.subset,)
+        subsets, rows = (before.subsets, before.rows) if same_pass and before is not None else ((self.subset,), ())
         read = k + (0 if before is None else before.read)
-        return SourceCursor(dataset_id=self.shards.entry.id, read=read, turn=turn, place=place + 1, subsets=subsets)
+        return SourceCursor(dataset_id=self.shards.entry.id, read=read, turn=turn, place=place + 1, subsets=subsets, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,8 @@ def _component(data: DataConfig, source: Source, shards: ShardSet) -> Component:
             f"{shards.folder}: dataset {shards.entry.id[:12]}, and data.continues of source '{source.name}' is of "
             f"{cursor.dataset_id[:12]}: restore that dataset, or resume the run, which finds out what goes on"
         )
-    current = order if cursor.subsets == (source.subset,) else pass_order(data, source, shards, cursor.subsets)
+    as_now = cursor.subsets == (source.subset,) and not cursor.rows
+    current = order if as_now else pass_order(data, source, shards, cursor.subsets, cursor.rows)
     if cursor.place > current.num_places:
         raise DataError(f"data.continues: source '{source.name}' has {current.num_places:,} rows a pass, and stood at {cursor.place:,}")
     return Component(source.name, shards, ResumedOrder(current, order, cursor.turn, cursor.place), source.subset, cursor)
@@ -321,13 +322,16 @@ def skipped_rows(data: DataConfig, source: str) -> tuple[Range, ...]:
     return merged([entry.rows for entry in data.skip if entry.source == source and entry.rows is not None])
 
 
-def pass_order(data: DataConfig, source: Source, shards: ShardSet, subsets: Sequence[Subset]) -> RowOrder:
-    """A pass over the first of `subsets`, then over what each later one adds; what the source's subset does not hold is stepped over."""
+def pass_order(data: DataConfig, source: Source, shards: ShardSet, subsets: Sequence[Subset], rows: Sequence[int] = ()) -> RowOrder:
+    """A pass over the first of `subsets`, then over what each later one adds; what the source's subset does not hold is stepped over.
+
+    rows: how many rows the set had under each of the first subsets, where it has grown since.
+    """
     chunk_rows = None if shards.manifest.chunks is None else shards.manifest.chunks.rows
     parts: list[Stretch] = []
     covered: tuple[Range, ...] = ()
-    for subset in subsets:
-        ranges = subset_rows(source.name, shards, subset)
+    for index, subset in enumerate(subsets):
+        ranges = subset_rows(source.name, shards, subset, rows[index] if index < len(rows) else None)
         for epoch, whole in enumerate(ranges):
             for first, stop in without([whole], covered):
                 parts += stretches([(first, stop - first)], chunk_rows, epoch)
@@ -338,10 +342,15 @@ def pass_order(data: DataConfig, source: Source, shards: ShardSet, subsets: Sequ
     )
 
 
-def subset_rows(name: str, shards: ShardSet, subset: Subset) -> list[Range]:
-    """The rows [first, stop) that a subset has of each prepared epoch. Raises DataError where that is none."""
+def subset_rows(name: str, shards: ShardSet, subset: Subset, rows: int | None = None) -> list[Range]:
+    """The rows [first, stop) that a subset has of each prepared epoch; rows: when the set had only so many, in one epoch.
+
+    Raises DataError where that is none.
+    """
+    if rows is not None and (len(shards.entry.epochs) > 1 or rows > shards.num_rows):
+        raise DataError(f"{shards.folder}: data.continues of source '{name}' counts {rows:,} rows, which it has not: restore the dataset")
     ranges, first = [], 0
-    for count in shards.entry.epochs:
+    for count in shards.entry.epochs if rows is None else (rows,):
         low, high = (math.floor(Fraction(repr(bound)) * count) for bound in subset)
         if high == low:
             raise DataError(f"{shards.folder}: subset {list(subset)} of source '{name}' holds no row of {count}: widen it")

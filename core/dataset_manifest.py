@@ -118,16 +118,37 @@ class Chunks(Section):
         return chunk * each, (chunk + 1) * each
 
 
+class AncestorSet(Section):
+    """A set of a dataset that another grew from. shards: how many; they are the first of the grown set."""
+
+    id: Sha256
+    n_examples: PositiveInt
+    shards: PositiveInt
+
+
+class Ancestor(Section):
+    """A dataset that this one grew from. root: of its manifest. files, num_sources: how many it had, which are this one's first."""
+
+    name: Annotated[str, Field(min_length=1)]
+    root: Sha256
+    files: PositiveInt
+    num_sources: PositiveInt
+    train: AncestorSet
+    heldout: AncestorSet | None
+
+
 class Manifest(Section):
     """manifest.json, consistent in itself. `preparation` holds the settings that, with the corpus, determine every byte.
 
-    inputs_skipped: how many files were left out, by reason; inputs.jsonl names them after the corpus.files that were read. version 2 had
-    the sources in the manifest itself, and no file was said to be left out.
+    inputs_skipped: how many files were left out, by reason; inputs.jsonl names them after the corpus.files that were read. parents: what
+    the dataset grew from, each from the one before; the last is its own parent. version 2 had the sources in the manifest itself, and no
+    file was said to be left out.
     """
 
     format: Literal["weftrain-dataset"]
     version: Literal[2, 3]
     name: Annotated[str, Field(min_length=1)]
+    parents: Annotated[tuple[Ancestor, ...], Field(strict=False)] = ()
     tokenizer_sha256: Sha256  # of tokenizer.json
     vocab_size: PositiveInt
     eos_id: Count
@@ -158,7 +179,15 @@ class Manifest(Section):
                 raise ValueError(f"chunks: {chunks.count} x {chunks.rows} rows are not the {self.train.n_examples} of one epoch")
             if chunks.global_batch_size is not None and chunks.rows % chunks.global_batch_size:
                 raise ValueError(f"chunks: {chunks.rows} rows are no whole steps of {chunks.global_batch_size}")
+        for parent in self.parents:
+            for before, now in ((parent.train, self.train), (parent.heldout, self.heldout)):
+                if before is not None and not (now is not None and _begins_with(now, before)):
+                    raise ValueError(f"parents: the shards do not begin with those of '{parent.name}'")
         return self
+
+    def rows_of_ancestor(self, train_id: str) -> int | None:
+        """How many of the training rows, which are the first, are those of the ancestor with that dataset id; None where it is none."""
+        return next((parent.train.n_examples for parent in self.parents if parent.train.id == train_id), None)
 
     @property
     def heldout_rule(self) -> int:
@@ -172,6 +201,12 @@ class Manifest(Section):
         if self.heldout is not None:
             sets["heldout"] = self.heldout
         return sets
+
+
+def _begins_with(entry: SetEntry, before: AncestorSet) -> bool:
+    shards = entry.shards[: before.shards]
+    rows = sum(shard.n_examples for shard in shards)
+    return (merkle_root(shard.digest for shard in shards), rows, len(shards)) == (before.id, before.n_examples, before.shards)
 
 
 def shard_file(set_name: str, index: int) -> str:

@@ -34,7 +34,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_dataset(folder / "b", [61], first_id=20_000)
     make_dataset(folder / "long", [2000], first_id=30_000)
     make_dataset(folder / "other", [97], first_id=50_000)
+    make_dataset(folder / "grown", [97, 40], parents=[ancestor_of(folder / "a")])
+    parents = [one.model_dump() for one in read_manifest(folder / "grown").parents]
+    make_dataset(folder / "grown_twice", [97, 40, 23], parents=[*parents, ancestor_of(folder / "grown")])
     return folder
+
+
+def ancestor_of(folder: Path) -> dict[str, Any]:
+    entry = read_manifest(folder).train
+    train = {"id": entry.id, "n_examples": entry.n_examples, "shards": len(entry.shards)}
+    return {"name": folder.name, "root": "0" * 64, "files": 1, "num_sources": 1, "train": train, "heldout": None}
 
 
 @functools.cache
@@ -333,6 +342,71 @@ def test_a_source_that_comes_back_goes_on(root: Path) -> None:
     first, later = read(opened(both), 0, 5)["b"], read(source, 9, 15)["b"]
     assert not set(first) & set(later)
     assert source.counts(9)["b"] == len(first)
+
+
+# -- a dataset that grew
+
+
+def of_path(root: Path, path: str, **change: Any) -> Recipe:
+    """Source a, read from the folder `path`, a sample a step."""
+    made = changed(root, {"batch": 1, **change})
+    sources = tuple(one.model_copy(update={"path": path}) for one in made.data.sources)
+    return made.model_copy(update={"data": made.data.model_copy(update={"sources": sources})})
+
+
+@pytest.mark.parametrize(("first", "second"), [(5, 9), (5, 100), (96, 120), (97, 136), (0, 3), (150, 200), (97, 97 + 137)])
+def test_a_run_goes_on_with_the_dataset_that_grew_from_its_own(root: Path, first: int, second: int) -> None:
+    """The pass under way is finished in its order, then what was added comes; each row once. Then all of them anew. Grown twice."""
+    before, grown, twice = (of_path(root, path) for path in ("a", "grown", "grown_twice"))
+    rows = read(opened(before), 0, first)["a"]
+    source, found = go_on(grown, before, first)
+    assert any("has grown by 40 rows" in note for note in found.notes)
+    assert not any("come again" in note for note in found.notes)
+    rows += read(source, first, second)["a"]
+    source, found = go_on(twice, found.recipe, second)
+    assert any("has grown by 23 rows" in note for note in found.notes)
+    rows += read(source, second, second + 400)["a"]
+    assert source.counts(second + 400)["a"] == len(rows)
+    start = passes = 0
+    while start + 160 <= len(rows):
+        size = 97
+        for step, count in ((first, 137), (second, 160)):
+            size = count if step <= start + size else size  # a pass that is under way, or just complete, takes in what is added
+        assert sorted(rows[start : start + size]) == list(range(size))
+        start, passes = start + size, passes + 1
+    assert passes >= 2
+    again, told = go_on(twice, found.recipe, second + 50)
+    assert told.recipe == found.recipe
+    assert read(again, second + 50, second + 99)["a"] == rows[second + 50 : second + 99]
+
+
+def test_a_subset_of_a_dataset_that_grew(root: Path) -> None:
+    """Half of what was, then half of what there is: what the larger half adds comes at the end of the pass."""
+    half = {"data": {"subset": [0.0, 0.5]}}
+    before, grown = of_path(root, "a", **half), of_path(root, "grown", **half)
+    source, _ = go_on(grown, before, 20)
+    rows = read(opened(before), 0, 20)["a"] + read(source, 20, 68 + 68)["a"]
+    assert sorted(rows[:48]) == list(range(48))
+    assert sorted(rows[:68]) == sorted(rows[68:136]) == list(range(68))
+
+
+def test_a_new_run_starts_behind_one_that_read_what_the_dataset_grew_from(root: Path) -> None:
+    other = of_path(root, "a")
+    cursors = {name: cursor.model_dump(mode="json") for name, cursor in opened(other).cursors(50).items()}
+    manifest = {"recipe": other.model_dump(mode="json"), "step": 50, "dataset_id": opened(other).dataset_id, "sources": cursors}
+    begin = of_path(root, "grown_twice").model_dump(mode="json") | {"start_from": {"run": "other", "state": "weights", "data": "continue"}}
+    onward = continue_from(Recipe.model_validate(begin), "other", manifest)
+    rows = read(opened(other), 0, 50)["a"] + read(opened(onward.recipe), 0, 110)["a"]
+    assert sorted(rows) == list(range(160))
+
+
+def test_what_a_dataset_says_it_grew_from_is_checked(root: Path, tmp_path: Path) -> None:
+    """Its first shards must be the ancestor's."""
+    for change, problem in (({"id": "1" * 64}, "do not begin with"), ({"n_examples": 96}, "do not begin"), ({"shards": 2}, "do not begin")):
+        ancestor = ancestor_of(root / "a")
+        ancestor["train"] |= change
+        with pytest.raises(ValueError, match=f"parents: the shards {problem}"):
+            make_dataset(tmp_path / problem / next(iter(change)), [97, 40], parents=[ancestor])
 
 
 def test_datasets_that_are_gone_are_said(root: Path, tmp_path: Path) -> None:
