@@ -257,8 +257,6 @@ def _check_json(probe: Probe, content: JsonContent, kind: str, below: bool) -> N
             f"{probe.name}: is JSON without a field {probe.text_key!r}{fields}; say what it is: --format jsonl (an object a line), json "
             "(an array of objects) or text (one text as it is), or name the field with --text-key"
         )
-    if kind == "text" and (content.is_records or content.has_field(probe.text_key)):
-        raise DataError(f"{probe.name}: holds JSON objects over several lines; write an object a line (.jsonl)")
 
 
 def _without_repetitions(found: _Found) -> list[tuple[Entry, InputFile]]:

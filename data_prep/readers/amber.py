@@ -7,7 +7,8 @@ import numpy as np
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, wrong_length
-from weftrain.data_prep.readers.lines import lines_before, parse_object, read_lines
+from weftrain.data_prep.readers.json_objects import MISSING, field, parse_object
+from weftrain.data_prep.readers.lines import lines_before, read_lines
 
 _MAX_ID = (1 << 31) - 1
 
@@ -27,7 +28,12 @@ def amber_rows(index: int, file: InputFile, share: Share, options: ReadOptions) 
         if isinstance(value, str):
             yield Failure(index, number, value)
             continue
-        ids, source = value.get("token_ids"), value.get("source", file.source)
+        try:
+            ids, source = field(value, "token_ids"), field(value, "source")
+        except ValueError as error:
+            yield Failure(index, number, str(error))
+            continue
+        source = file.source if source is MISSING else source
         if not isinstance(ids, list) or not all(type(number_) is int and 0 <= number_ <= _MAX_ID for number_ in ids):
             yield Failure(index, number, "field 'token_ids' is not a list of token ids; each must be an integer from 0 on")
         elif (wrong := wrong_length(len(ids), options)) is not None:

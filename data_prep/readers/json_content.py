@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from weftrain.data_prep.readers.json_objects import MISSING, field
+
 _BOM = b"\xef\xbb\xbf"
 _DECODER = json.JSONDecoder()
 
@@ -29,14 +31,7 @@ class JsonContent:
         if self.first is None:
             last = key.rpartition(".")[2]
             return any(re.search(rf'"{re.escape(name)}"\s*:', self.head) is not None for name in (key, last))
-        value: Any = self.first
-        if key in self.first:
-            return True
-        for name in key.split("."):
-            if not isinstance(value, dict) or name not in value:
-                return False
-            value = value[name]
-        return True
+        return field(self.first, key) is not MISSING
 
     @property
     def is_records(self) -> bool:

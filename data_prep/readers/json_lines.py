@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.normalisation import normalise
+from weftrain.data_prep.documents import Failure, InputFile, Share
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records
-from weftrain.data_prep.readers.lines import has_lone_surrogate, lines_before, parse_object, read_lines
+from weftrain.data_prep.readers.json_objects import parse_object, text_document
+from weftrain.data_prep.readers.lines import lines_before, read_lines
 
 SUFFIXES = (".jsonl", ".ndjson")
 
@@ -32,26 +30,8 @@ def json_lines(index: int, file: InputFile, share: Share, options: ReadOptions) 
             return records
         if line is not None and not line.strip():
             continue
-        yield _json_document(index, number, line, file, options)
-
-
-def _json_document(index: int, number: int, line: bytes | None, file: InputFile, options: ReadOptions) -> Document | Failure:
-    value = parse_object(line)
-    if isinstance(value, str):
-        return Failure(index, number, value)
-    if options.text_key not in value:
-        return Failure(index, number, f"no field '{options.text_key}'; name the field that holds the text with --text-key")
-    text = value[options.text_key]
-    if not isinstance(text, str):
-        return Failure(index, number, f"field '{options.text_key}' holds {type(text).__name__}, not text")
-    if line is not None and b"\\u" in line and has_lone_surrogate(text):  # without an escape, strict UTF-8 has excluded it
-        return Failure(index, number, f"field '{options.text_key}' holds a lone surrogate, which is no character; repair the line")
-    source: Any = file.source
-    if options.source_key is not None:
-        source = value.get(options.source_key)
-        if not isinstance(source, str) or not source or has_lone_surrogate(source):
-            return Failure(index, number, f"field '{options.source_key}' holds no source's name; repair it, or leave --source-key out")
-    return Document(index, number, source, normalise(text, options.normalise))
+        value = parse_object(line)
+        yield Failure(index, number, value) if isinstance(value, str) else text_document(index, number, value, file, options)
 
 
 READER = Reader(name="jsonl", holds="text", read=json_lines, detect=holds_lines, by_bytes=True, records_before=lines_before)

@@ -1,12 +1,11 @@
-"""Lines of a share, and the JSON object on each: what readers of JSON lines have in common."""
+"""Lines of a share of a file: what readers of JSON lines have in common."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Generator, Iterator
-from typing import IO, Any
+from typing import IO
 
-from weftrain.core.canonical import parse_json
 from weftrain.core.errors import DataError
 from weftrain.data_prep.compression import Decompressed, compression_of, open_decompressed
 from weftrain.data_prep.documents import InputFile, Share
@@ -83,7 +82,7 @@ def read_lines(file: InputFile, share: Share) -> Generator[tuple[int, bytes | No
             if not whole:
                 lines.skip_line()
             if number == 0 and share.begin == 0:
-                line = _without_mark(file, line)
+                line = without_mark(file, line)
             yield number, line if whole else None
             number += 1
     return number
@@ -108,29 +107,8 @@ def _bytes_before(file: InputFile, position: int) -> Iterator[bytes]:
             yield block
 
 
-def _without_mark(file: InputFile, line: bytes) -> bytes:
-    """The first line of a file without a byte order mark. Raises DataError for UTF-16 and UTF-32."""
-    if line.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
+def without_mark(file: InputFile, data: bytes) -> bytes:
+    """What a file begins with, without a byte order mark. Raises DataError for UTF-16 and UTF-32."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
         raise DataError(f"{file.address}: begins with the byte order mark of UTF-16 or UTF-32; convert the file to UTF-8")
-    return line.removeprefix(b"\xef\xbb\xbf")
-
-
-def parse_object(line: bytes | None) -> dict[str, Any] | str:
-    """The object of a line, or what is wrong with it."""
-    if line is None:
-        return f"the line is longer than {ReadOptions.max_line_bytes:,} bytes; split the document"
-    try:
-        value = parse_json(line)
-    except UnicodeDecodeError as error:
-        return f"byte {error.start} of the line is not UTF-8 ({error.reason}); convert the file to UTF-8"
-    except ValueError as error:
-        return f"not JSON: {error}; each line must be one JSON object"
-    return value if isinstance(value, dict) else "not a JSON object; each line must be one"
-
-
-def has_lone_surrogate(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+    return data.removeprefix(b"\xef\xbb\xbf")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.readers import amber, cerebras, datatrove, json_lines, megatron, npy, parquet, text
+from weftrain.data_prep.readers import amber, cerebras, datatrove, json_array, json_lines, megatron, npy, parquet, text
 from weftrain.data_prep.readers.contract import Probe, Reader
 
 # In the order in which they are asked whether a file is theirs.
@@ -12,6 +12,7 @@ READERS: dict[str, Reader] = {
     for reader in (
         amber.READER,
         json_lines.READER,
+        json_array.READER,
         parquet.READER,
         cerebras.ROWS,
         cerebras.CORPUS,

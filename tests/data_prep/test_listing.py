@@ -390,8 +390,13 @@ def test_a_json_file_that_is_no_text_is_refused_with_the_remedy(tmp_path: Path, 
         with pytest.raises(DataError, match=rf"^{name}: {message}"):
             find(path)
         assert formats(find(path, format="text")) == {name: "text"}
-        if b"body" in data and not data.startswith(b"["):
-            assert formats(find(path, text_key="body")) == {name: "jsonl"}
+        if b"body" in data:
+            assert formats(find(path, text_key="body")) == {name: "json" if data.startswith(b"[") else "jsonl"}
+
+
+def test_objects_over_several_lines_are_records_where_they_have_a_text(tmp_path: Path) -> None:
+    for data in (b'{\n "text": "a"\n}\n{\n "text": "b"\n}\n', b'{"text": "a"}{"text": "b"}', b'[{"text": "a"}]'):
+        assert formats(find(tree(tmp_path, {"t": data}) / "t")) == {"t": "json"}
 
 
 def test_configuration_files_among_sources_are_text_and_named(tmp_path: Path) -> None:

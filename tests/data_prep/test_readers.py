@@ -80,7 +80,7 @@ def test_any_cut_gives_the_lines_of_the_whole(tmp_path: Path, rows: list[str], p
         (b'{"text": null}', "field 'text' holds NoneType, not text"),
         (b'{"text": "a"', "not JSON"),
         (b'{"text": "a", "text": "b"}', "key 'text' appears twice"),
-        (b'{"text": NaN}', "NaN is not a JSON number"),
+        (b'{"text": NaN}', "field 'text' holds float, not text"),
         (b"[1]", "not a JSON object"),
         (b'{"text": "\xff"}', "byte 10 of the line is not UTF-8"),
         (b'{"text": "\\ud800"}', "a lone surrogate"),

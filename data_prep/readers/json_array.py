@@ -1,0 +1,117 @@
+"""JSON that is not lines: an array of objects, or objects one after the other over any number of lines, read as a stream.
+
+A window of the text slides over the file; it holds one object and about a block more. A syntax error ends the file, since nothing tells
+where the next object would begin; a value that is no document is a failure of its own.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from typing import IO, Any
+
+from weftrain.core.errors import DataError
+from weftrain.data_prep.compression import open_decompressed
+from weftrain.data_prep.documents import Failure, InputFile, Share
+from weftrain.data_prep.files import BLOCK_BYTES
+from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.contract import Probe, Reader, Records
+from weftrain.data_prep.readers.json_objects import decode_at, text_document
+from weftrain.data_prep.readers.lines import without_mark
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_TOKEN = 16  # as long as the longest token that may be cut at the end of the window, a pair of escaped surrogates
+
+
+class _Window:
+    """The text of a file from `place` on, as far as it is read."""
+
+    def __init__(self, file: InputFile, opened: IO[bytes]) -> None:
+        self._file, self._opened = file, opened
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # a bad byte is its own object's failure
+        self.text, self.place, self.ended = "", 0, False
+        self._text_begin = 0  # of the window, in characters of the file
+        self.extend(without_mark(file, opened.read(BLOCK_BYTES)))
+
+    def extend(self, data: bytes | None = None) -> None:
+        """Reads on, at least as much as the window holds: what it holds is then parsed again, which takes twice the time at most."""
+        if data is None:
+            data = self._opened.read(max(BLOCK_BYTES, len(self.text) - self.place))
+        self.ended = not data
+        self._text_begin += self.place
+        self.text, self.place = self.text[self.place :] + self._decoder.decode(data, final=self.ended), 0
+
+    def next_character(self) -> str:
+        """The character at the next place that is not white space; empty at the end."""
+        while True:
+            match = _SPACE.match(self.text, self.place)
+            assert match is not None
+            self.place = match.end()
+            if self.place < len(self.text) or self.ended:
+                return self.text[self.place : self.place + 1]
+            self.extend()
+
+    def value(self, number: int) -> Any:
+        """The value that begins here. Raises DataError."""
+        while True:
+            try:
+                value, end = decode_at(self.text, self.place)
+                if end < len(self.text) or self.ended or self.text[end - 1] in '}]"':
+                    self.place = end
+                    return value
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - _TOKEN
+                if self.ended or not cut:
+                    raise self.problem(number, f"not JSON: {error.msg}", error.pos) from None
+            except ValueError as error:
+                raise self.problem(number, f"not JSON: {error}", self.place) from None
+            if len(self.text) - self.place > ReadOptions.max_line_bytes:
+                raise self.problem(number, f"is longer than {ReadOptions.max_line_bytes:,} characters, or not JSON", self.place)
+            self.extend()
+
+    def problem(self, number: int, what: str, place: int) -> DataError:
+        where = f"at character {self._text_begin + place + 1:,} of the file"
+        return DataError(f"{self._file.address}: record {number + 1} {what}, {where}; what follows cannot be told apart: repair the file")
+
+
+def json_objects(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
+    """Each object of an array, or of several values one after the other, the text under options.text_key."""
+    number = 0
+    with open_decompressed(file.address) as opened:
+        window = _Window(file, opened)
+        array = window.next_character() == "["
+        window.place += array
+        while character := window.next_character():
+            if array and character == "]" and not number:
+                break
+            value = window.value(number)
+            if isinstance(value, dict):
+                yield text_document(index, number, value, file, options)
+            else:
+                yield Failure(index, number, "not a JSON object; each record must be one")
+            number += 1
+            if array:
+                character = window.next_character()
+                if character == "]":
+                    break
+                if character != ",":
+                    raise window.problem(
+                        number, "is not preceded by a comma" if character else "is missing: the array has no end", window.place
+                    )
+                window.place += 1
+        window.place += array
+        if array and window.next_character():
+            raise window.problem(number, "follows the end of the array", window.place)
+        if array and not character:
+            raise window.problem(number, "is missing: the array has no end", window.place)
+    return number
+
+
+def _holds_objects(probe: Probe) -> bool:
+    """An array of objects; or objects over several lines, which are told from a configuration file by the field of texts."""
+    content = probe.json
+    return content is not None and (content.layout == "array" or (content.layout == "object" and content.has_field(probe.text_key)))
+
+
+READER = Reader(name="json", holds="text", read=json_objects, detect=_holds_objects)

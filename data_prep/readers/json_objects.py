@@ -1,0 +1,111 @@
+"""JSON objects of a document each: parsing them, and their text and source under keys that may lead into nested objects.
+
+Only the fields that are asked for must be unambiguous. What stands elsewhere in an object, NaN, a key that comes twice, an integer of any
+length, does not hinder reading it; `core.canonical.parse_json`, for the project's own records, refuses all of that.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from weftrain.data_prep.documents import Document, Failure, InputFile
+from weftrain.data_prep.normalisation import normalise
+from weftrain.data_prep.read_options import ReadOptions
+
+MISSING: Any = object()
+_SPACE = " \t\r\n"
+
+
+class _WithRepeats(dict[str, Any]):
+    """An object in which keys come twice."""
+
+    repeated: frozenset[str]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    plain = dict(pairs)
+    if len(plain) == len(pairs):
+        return plain
+    result = _WithRepeats(plain)
+    seen: set[str] = set()
+    result.repeated = frozenset(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    return result
+
+
+_DECODER: Any = json.JSONDecoder(object_pairs_hook=_object)  # made once: json.loads would make one a call
+_LONG_INTEGERS: Any = json.JSONDecoder(object_pairs_hook=_object, parse_int=float)  # Python's int() has a limit of 4,300 digits
+
+
+def decode_at(text: str, begin: int) -> tuple[Any, int]:
+    """The JSON value at text[begin:], and where it ends. Raises ValueError; json.JSONDecodeError has the place."""
+    try:
+        try:
+            result: tuple[Any, int] = _DECODER.raw_decode(text, begin)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:
+            result = _LONG_INTEGERS.raw_decode(text, begin)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return result
+
+
+def parse_object(line: bytes | None) -> dict[str, Any] | str:
+    """The object of a line, or what is wrong with it. None: of a line that is too long."""
+    if line is None:
+        return f"the line is longer than {ReadOptions.max_line_bytes:,} bytes; split the document"
+    try:
+        text = line.decode()
+        value, end = decode_at(text, len(text) - len(text.lstrip(_SPACE)) if text[0] in _SPACE else 0)
+        if text[end : end + 2] not in ("", "\n", "\r\n") and text[end:].strip(_SPACE):
+            return "not JSON: something follows the object; each line must be one JSON object"
+    except UnicodeDecodeError as error:
+        return f"byte {error.start} of the line is not UTF-8 ({error.reason}); convert the file to UTF-8"
+    except ValueError as error:
+        return f"not JSON: {error}; each line must be one JSON object"
+    return value if isinstance(value, dict) else "not a JSON object; each line must be one"
+
+
+def field(value: dict[str, Any], key: str) -> Any:
+    """What stands under a key, or MISSING. A key with dots leads into nested objects unless it is a key as it stands.
+
+    Raises ValueError for a key on the way that comes twice.
+    """
+    if key in value:
+        if isinstance(value, _WithRepeats) and key in value.repeated:
+            raise ValueError(f"key '{key}' appears twice; leave one of them")
+        return value[key]
+    for dot in (place for place, character in enumerate(key) if character == "."):
+        inner = field(value, key[:dot]) if key[:dot] in value else MISSING
+        if isinstance(inner, dict) and (found := field(inner, key[dot + 1 :])) is not MISSING:
+            return found
+    return MISSING
+
+
+def text_document(index: int, number: int, value: dict[str, Any], file: InputFile, options: ReadOptions) -> Document | Failure:
+    """The document of an object: its text under options.text_key, its source under options.source_key."""
+    try:
+        text = field(value, options.text_key)
+        source = file.source if options.source_key is None else field(value, options.source_key)
+    except ValueError as error:
+        return Failure(index, number, str(error))
+    if text is MISSING:
+        return Failure(index, number, f"no field '{options.text_key}'; name the field that holds the text with --text-key")
+    if not isinstance(text, str):
+        return Failure(index, number, f"field '{options.text_key}' holds {type(text).__name__}, not text")
+    if has_lone_surrogate(text):
+        return Failure(index, number, f"field '{options.text_key}' holds a lone surrogate, or bytes that are not UTF-8; repair it")
+    if not isinstance(source, str) or not source or has_lone_surrogate(source):
+        return Failure(index, number, f"field '{options.source_key}' holds no source's name; repair it, or leave --source-key out")
+    return Document(index, number, source, normalise(text, options.normalise))
+
+
+def has_lone_surrogate(text: str) -> bool:
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
