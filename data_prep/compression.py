@@ -1,4 +1,4 @@
-"""Compressed input files as streams of bytes, in bounded memory: `.gz`, `.bz2`, `.xz` and `.zst`, of one frame or of several.
+"""Compressed input files as streams of bytes, in bounded memory: `.gz`, `.bz2`, `.xz` and `.zst` or `.zstd`, of one frame or of several.
 
 A file that is cut off, or goes on with something else after its last frame, is an error and never the end of the file. Every byte of the
 decompressed stream has a position in the file as it lies: where the block of the file began whose decompression yielded it. Blocks have a
@@ -85,8 +85,9 @@ _FORMATS = {
     ".xz": _Format(lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_WINDOW_BYTES), (b"\xfd7zXZ\x00",), (lzma.LZMAError,)),
     ".zst": _Format(_new_zstandard, _ZSTD_MAGIC, (OSError,), padding=False, slice_bytes=_ZSTD_SLICE_BYTES),
 }
+_FORMATS[".zstd"] = _FORMATS[".zst"]
 COMPRESSED = tuple(_FORMATS)
-CUT = (".gz", ".zst")  # what is decompressed quickly enough that a later share may begin at the beginning
+CUT = (".gz", ".zst", ".zstd")  # what is decompressed quickly enough that a later share may begin at the beginning
 
 
 def compression_of(name: str) -> str | None:
@@ -118,7 +119,7 @@ class Decompressed(io.RawIOBase):
         suffix = compression_of(address)
         assert suffix is not None
         self._address, self._format = address, _FORMATS[suffix]
-        if suffix == ".zst":
+        if suffix in (".zst", ".zstd"):
             _zstandard()  # before the file is opened
         self._raw = open_address(address)
         self._frame: Any = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
 
+from weftrain.core.canonical import parse_json
 from weftrain.core.errors import DataError
 from weftrain.data_prep.documents import Document, Failure
 from weftrain.data_prep.marks import LOSS
@@ -13,6 +15,7 @@ from weftrain.data_prep.marks import LOSS
 MAX_ID = (1 << 31) - 1
 MAX_DOCUMENT_IDS = 1 << 25  # a document is in memory as a whole, several times: 128 MiB of int32
 TABLE_ROWS = 1 << 16  # of an index, read at once
+_BLOCK_BYTES = 1 << 20
 
 
 def read_array(opened: IO[bytes], name: str, offset: int, count: int, dtype: np.dtype[Any]) -> np.ndarray:
@@ -34,3 +37,51 @@ def ids_document(index: int, record: int, source: str, ids: np.ndarray, bears_lo
 
 def too_long(index: int, record: int, length: int) -> Failure:
     return Failure(index, record, f"holds {length:,} ids in one document, more than {MAX_DOCUMENT_IDS:,}; split it")
+
+
+def read_stream(opened: IO[bytes], name: str, count: int, keep: bool = True) -> bytes:
+    """The next `count` bytes of a stream, or b"" where they are only passed over. Memory grows with what is there, not with `count`.
+
+    Raises DataError where the stream ends before.
+    """
+    data, left = bytearray(), count
+    while left:
+        block = opened.read(min(left, _BLOCK_BYTES))
+        if not block:
+            raise DataError(f"{name}: ends {left:,} bytes before it should: it is truncated or changed; copy it again")
+        if keep:
+            data += block
+        left -= len(block)
+    return bytes(data)
+
+
+def array_of(data: bytes, dtype: np.dtype[Any]) -> np.ndarray:
+    return np.frombuffer(data, dtype)
+
+
+def ids_of_list(data: bytes) -> np.ndarray | str:
+    """The ids of a JSON list of integers, int64 [n], or what is wrong with it."""
+    try:
+        value = parse_json(data)
+    except ValueError as error:
+        return f"is not JSON: {error}"
+    if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= MAX_ID for item in value):
+        return "is not a list of token ids; each must be an integer from 0 on"
+    return np.array(value, np.int64)
+
+
+def choose_field(name: str, key: str | None, fields: Mapping[str, str], certain: Sequence[str], possible: Sequence[str]) -> str:
+    """Which field holds the ids: `key`; else `tokens` or `input_ids`; else the only one that certainly does. Raises DataError.
+
+    fields: each with its encoding. possible: those of an encoding that may be ids as well as something else.
+    """
+    have = ", ".join(f"{field} ({encoding})" for field, encoding in fields.items())
+    if key is not None:
+        if key not in fields:
+            raise DataError(f"{name}: has no field '{key}' but {have}; name one with --tokens-key")
+        return key
+    chosen = [field for field in ("tokens", "input_ids") if field in possible] or list(certain)
+    if len(chosen) != 1:
+        problem = f"{', '.join(chosen)} could each hold the ids" if chosen else f"none of {have} is known to hold ids"
+        raise DataError(f"{name}: {problem}: name the field with --tokens-key")
+    return chosen[0]

@@ -47,9 +47,9 @@ def _stream(file: InputFile, opened: IO[bytes], options: ReadOptions) -> _Stream
     """What a file holds, held against its size. Raises DataError."""
     if opened.read(len(_MAGIC)) == _MAGIC:
         return _with_header(file, opened)
-    if options.tokens_dtype is None:
-        raise DataError(f"{file.address}: does not say how wide an id is: give --tokens-dtype")
-    dtype = np.dtype(options.tokens_dtype).newbyteorder("<")
+    if options.stream_dtype is None:
+        raise DataError(f"{file.address}: does not say how wide an id is: name the tokenizer with --tokenizer")
+    dtype = np.dtype(options.stream_dtype).newbyteorder("<")
     ids, rest = divmod(file.num_bytes, dtype.itemsize)
     if rest:
         raise DataError(f"{file.address}: {file.num_bytes:,} bytes are no whole number of {dtype.name} ids: give another --tokens-dtype")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.readers import amber, cerebras, datatrove, json_array, json_lines, megatron, npy, parquet, text
+from weftrain.data_prep.readers import amber, cerebras, datatrove, json_array, json_lines, mds, megatron, npy, parquet, text
 from weftrain.data_prep.readers.contract import Probe, Reader
 
 # In the order in which they are asked whether a file is theirs.
@@ -19,6 +19,9 @@ READERS: dict[str, Reader] = {
         megatron.READER,
         datatrove.READER,
         npy.READER,
+        mds.READER,
+        mds.ROWS,
+        mds.TEXT,
         text.PYTHON,
         text.TEXT,
     )

@@ -60,7 +60,7 @@ def test_documents_by_their_end_token_in_any_cut(
     ids = [number % 256 for number in IDS] if dtype == "<u1" else IDS
     wanted = [[number % 256 for number in document] if dtype == "<u1" else document for document in DOCUMENTS]
     path = write(tmp_path / "part-0.npy", ids, dtype, save)
-    options = {"end_id": END, "tokens_dtype": None if save else np.dtype(dtype).name}
+    options = {"end_id": END, "stream_dtype": None if save else np.dtype(dtype).name}
     for block in (1 << 20, 5, 1):
         monkeypatch.setattr(npy, "_BLOCK_IDS", block)
         for part_bytes in (1 << 40, *range(1, 12), 40):
@@ -74,7 +74,7 @@ def test_documents_by_the_metadata_of_dolma_in_any_cut(tmp_path: Path, read_all:
     bounds = [(0, 4), (4, 4), (4, 9), (9, 16)]
     write_metadata(path, bounds)
     for part_bytes in (1 << 40, *range(1, 12), 40):
-        items = read_all(tmp_path / "in", part_bytes, tokens_dtype="uint16", end_id=END)
+        items = read_all(tmp_path / "in", part_bytes, stream_dtype="uint16", end_id=END)
         assert tokens(items) == [IDS[start:end] for start, end in bounds]
     assert [file.name for file in list_inputs([str(tmp_path / "in")], source=None)] == ["in/part-0.npy"]
     for wrong, message in (
@@ -84,14 +84,14 @@ def test_documents_by_the_metadata_of_dolma_in_any_cut(tmp_path: Path, read_all:
     ):
         write_metadata(path, wrong)
         with pytest.raises(DataError, match=message):
-            read_all(path, tokens_dtype="uint16")
+            read_all(path, stream_dtype="uint16")
 
 
 def test_an_address_of_another_file_system(read_all: Callable[..., Any]) -> None:
     root = f"memory://{uuid.uuid4().hex}/in"
     system, base = fsspec.core.url_to_fs(root)
     system.pipe_file(f"{base}/part-0.npy", np.array(IDS, "<u2").tobytes())
-    assert tokens(read_all(root, 9, tokens_dtype="uint16", end_id=END)) == DOCUMENTS
+    assert tokens(read_all(root, 9, stream_dtype="uint16", end_id=END)) == DOCUMENTS
 
 
 def test_too_long_documents_are_failures_and_reading_goes_on(
@@ -99,7 +99,7 @@ def test_too_long_documents_are_failures_and_reading_goes_on(
 ) -> None:
     monkeypatch.setattr(npy, "MAX_DOCUMENT_IDS", 4)
     monkeypatch.setattr(npy, "_BLOCK_IDS", 2)
-    items = read_all(write(tmp_path / "part-0.npy"), tokens_dtype="uint16", end_id=END)
+    items = read_all(write(tmp_path / "part-0.npy"), stream_dtype="uint16", end_id=END)
     assert [isinstance(item, Failure) for item in items] == [False, False, False, True, True]
     assert "holds 5 ids in one document" in items[3].reason
 
@@ -124,12 +124,12 @@ def test_arrays_that_are_no_stream_of_ids(tmp_path: Path, read_all: Callable[...
 def test_widths_that_cannot_be(tmp_path: Path, read_all: Callable[..., Any]) -> None:
     path = write(tmp_path / "part-0.npy", list(range(1, 41)), "<u4")
     with pytest.raises(DataError, match="every second id of 2 bytes is 0, so it holds ids of 4 bytes: give --tokens-dtype uint32"):
-        read_all(path, tokens_dtype="uint16", end_id=END)
-    with pytest.raises(DataError, match="does not say how wide an id is: give --tokens-dtype"):
+        read_all(path, stream_dtype="uint16", end_id=END)
+    with pytest.raises(DataError, match="does not say how wide an id is: name the tokenizer with --tokenizer"):
         read_all(path, end_id=END)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match="159 bytes are no whole number of uint32 ids"):
-        read_all(path, tokens_dtype="uint32", end_id=END)
+        read_all(path, stream_dtype="uint32", end_id=END)
     np.save(tmp_path / "short.npy", np.arange(9))
     (tmp_path / "short.npy").write_bytes((tmp_path / "short.npy").read_bytes()[:-8])
     with pytest.raises(DataError, match="bytes are not the 9 ids of int64 that it declares"):
@@ -170,4 +170,4 @@ def test_any_damage_is_documents_failures_or_one_error(
         damaged = path.with_name("part-0.csv.gz")
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:place] + data + (b"" if cut else whole[place + len(data) :]))
-    check_damaged(path, 9, tokens_dtype="uint16", end_id=END)
+    check_damaged(path, 9, stream_dtype="uint16", end_id=END)
