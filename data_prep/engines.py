@@ -1,17 +1,11 @@
-"""The two engines that turn text into ids: Hugging Face `tokenizers` and `gigatoken`. Neither makes a control token of text.
-
-What a reader would get wrong: a tokenizer without a pre-tokenizer, as LLaMA's, takes a whole document for one word, and its cost a byte
-grows with the document's length. Long documents are cut where no vocabulary entry can span the cut: merges only ever make vocabulary
-entries, so the ids are those of the whole.
-"""
+"""The two engines that turn text into ids: Hugging Face `tokenizers` and `gigatoken`. Neither makes a control token of text."""
 
 from __future__ import annotations
 
 import functools
 import json
-import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,40 +13,79 @@ from tokenizers import Tokenizer
 
 from weftrain.core.tokenizer_file import is_panic
 from weftrain.data_prep.added_tokens import may_hold_added_token, normalizers_of
+from weftrain.data_prep.long_texts import cutting_of
 from weftrain.data_prep.new_characters import has_new_character
 from weftrain.data_prep.packing import split
 
-_SPACE = "\u2581"  # what LLaMA-like normalizers write for a space
 MISSING = "it is not installed: pip install 'weftrain[data]'"
-_PIECE_CHARACTERS = 4096
+_PIECE_CHARACTERS = 4096  # of a long text
 _PLAIN_NORMALIZERS = ("Prepend", "Replace")  # no table of Unicode is asked
-_LONG_CHARACTERS = 4 * _PIECE_CHARACTERS
+_BATCH_CHARACTERS = 1 << 20  # for which the reference needs some 130 MiB
+_WHOLE_CHARACTERS = 4 << 20
 _FRESH_BYTES = 256 << 20  # gigatoken keeps what it has seen: after so much text it starts anew, which takes a tenth of a second
 
 
 class Reference:
-    """Hugging Face tokenizers, on all threads that it is given. tree: the contents of a tokenizer.json."""
+    """Hugging Face tokenizers, on all threads that it is given. tree: the contents of a tokenizer.json.
+
+    Its memory is bounded: it encodes some megabyte of text at once, and long texts in pieces where that is exact (long_texts.py).
+    """
 
     def __init__(self, tree: dict[str, Any]) -> None:
+        self._tree = tree
         self._tokenizer = _tokenizer(tree)
-        self._continuing = _tokenizer(_without_prepend(tree)) if can_be_cut(tree) else None
+        self._cutting = cutting_of(tree)
+        self._continuing: Tokenizer | None = None
+        # Without a pre-tokenizer a text is one word, whose cost a byte grows with its length.
+        self._most_characters = 4 * _PIECE_CHARACTERS if tree.get("pre_tokenizer") is None else _BATCH_CHARACTERS
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int64."""
-        whole = [text if self._continuing is None or len(text) <= _LONG_CHARACTERS else None for text in texts]
-        short = [text for text in whole if text is not None]
-        encoded = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False)) if short else iter(())
-        return [
-            np.array(next(encoded).ids, dtype=np.int64) if kept is not None else self._encode_long(text)
-            for kept, text in zip(whole, texts, strict=True)
-        ]
+        """Ids of each text, uint32. Raises TextTooLongError."""
+        short = [text for text in texts if len(text) <= self._most_characters]
+        encoded = (ids for batch in _batches(short) for ids in _ids(self._tokenizer, batch))
+        return [next(encoded) if len(text) <= self._most_characters else self._encode_long(text) for text in texts]
 
     def _encode_long(self, text: str) -> np.ndarray:
-        assert self._continuing is not None
-        first, *rest = cut_pieces(text)
-        ids = [self._tokenizer.encode(first, add_special_tokens=False).ids]
-        ids += [piece.ids for piece in self._continuing.encode_batch_fast(rest, add_special_tokens=False)]
-        return np.concatenate([np.array(piece, dtype=np.int64) for piece in ids])
+        cutting = self._cutting if self._cutting is not None and self._cutting.may_cut(text) else None
+        pieces = iter([text]) if cutting is None else cutting.pieces(text, _PIECE_CHARACTERS)
+        ids = _ids(self._tokenizer, [_short(next(pieces), text)])
+        for batch in _batches(pieces):
+            assert cutting is not None
+            if self._continuing is None:
+                self._continuing = self._tokenizer if cutting.continuing is self._tree else _tokenizer(cutting.continuing)
+            ids += _ids(self._continuing, [_short(piece, text) for piece in batch])
+        return np.concatenate(ids)
+
+
+class TextTooLongError(Exception):
+    """A text that the reference could only encode as a whole, with memory that follows its length."""
+
+
+def _short(piece: str, text: str) -> str:
+    if len(piece) > _WHOLE_CHARACTERS:
+        raise TextTooLongError(
+            f"of its {len(text):,} characters {len(piece):,} have no place where this tokenizer's ids would not depend on a cut, and the "
+            f"reference engine encodes at most {_WHOLE_CHARACTERS:,} at once; split the document"
+        )
+    return piece
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts one after the other, up to a number of characters together, or a longer one alone."""
+    batch: list[str] = []
+    length = 0
+    for text in texts:
+        if batch and length + len(text) > _BATCH_CHARACTERS:
+            yield batch
+            batch, length = [], 0
+        batch.append(text)
+        length += len(text)
+    if batch:
+        yield batch
+
+
+def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    return [np.array(encoding.ids, np.uint32) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _tokenizer(tree: dict[str, Any]) -> Tokenizer:
@@ -61,39 +94,6 @@ def _tokenizer(tree: dict[str, Any]) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
-
-
-def can_be_cut(tree: dict[str, Any]) -> bool:
-    """Whether a document may be cut before a space that follows something else.
-
-    So it is for BPE that writes a space as one character, has no pre-tokenizer, and no entry with that character after another one.
-    """
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    kinds = [normalizer if normalizer["type"] != "Prepend" else "Prepend" for normalizer in normalizers_of(tree)]
-    if tree.get("pre_tokenizer") is not None or tree["model"]["type"] != "BPE" or kinds not in (["Prepend", replace], [replace]):
-        return False
-    spans = re.compile(f"[^{_SPACE}]{_SPACE}")
-    only_control = all(token["special"] for token in tree.get("added_tokens") or [])
-    return only_control and not any(spans.search(token) for token in tree["model"]["vocab"])
-
-
-def _without_prepend(tree: dict[str, Any]) -> dict[str, Any]:
-    kept = [normalizer for normalizer in normalizers_of(tree) if normalizer["type"] != "Prepend"]
-    return tree | {"normalizer": {"type": "Sequence", "normalizers": kept}}
-
-
-def cut_pieces(text: str) -> list[str]:
-    """A text in pieces of some thousand characters, each but the first beginning with a space that follows something else."""
-    pieces, start = [], 0
-    while True:
-        cut = text.find(" ", start + _PIECE_CHARACTERS)
-        while cut > 0 and text[cut - 1] in (" ", _SPACE):
-            cut = text.find(" ", cut + 1)
-        if cut < 0:
-            pieces.append(text[start:])
-            return pieces
-        pieces.append(text[start:cut])
-        start = cut
 
 
 def gigatoken_problem(tree: dict[str, Any]) -> str | None:

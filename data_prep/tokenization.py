@@ -24,7 +24,7 @@ from weftrain.core.errors import DataError
 from weftrain.core.plain_file import read_plain
 from weftrain.core.shards import token_dtype
 from weftrain.core.tokenizer_file import is_panic, library_stopped, tokenizer_from
-from weftrain.data_prep.engines import Gigatoken, Reference, gigatoken_problem
+from weftrain.data_prep.engines import Gigatoken, Reference, TextTooLongError, gigatoken_problem
 from weftrain.data_prep.packing import split
 
 CONTROL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as LLaMA's and so Amber's and CrystalCoder's
@@ -46,7 +46,8 @@ CONTROL_NAMES = frozenset(
 )
 DIFFERED = "gigatoken and the reference differed on a document of the sample"
 _CHECKED = 2  # of 256: documents whose hash begins with a smaller byte are encoded by both engines
-_LARGE_CHARACTERS = 1 << 16
+_LARGE_CHARACTERS = 1 << 16  # of a text that is compared; of a longer one only so much is
+_BLOCK_TOKENS = 1 << 20
 MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 
 
@@ -130,20 +131,30 @@ class TextEncoder:
         if not arrays:
             return encoded
         ends = np.cumsum([len(ids) for ids in arrays])
-        joined = np.concatenate(arrays)
-        counts.unknown += 0 if self.unknown_id is None else int(np.count_nonzero(joined == self.unknown_id))
+        joined = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
         result: list[np.ndarray | str] = list(encoded)
         for place, ids in zip(places, split(joined.astype(self.dtype), ends), strict=True):
             result[place] = ids
-        hits = np.flatnonzero(self._is_control[joined])
-        for document, first in zip(*np.unique(np.searchsorted(ends, hits, side="right"), return_index=True), strict=True):
-            hit = int(hits[first])
+        for hit in self._control_hits(joined, ends, counts):
+            document = int(np.searchsorted(ends, hit, side="right"))
             place = hit - int(ends[document]) + len(arrays[document])
             result[places[document]] = (
                 f"the tokenizer turns ordinary text into control id {joined[hit]} at token {place}; "
                 "use a tokenizer that can spell its special tokens out"
             )
         return result
+
+    def _control_hits(self, ids: np.ndarray, ends: np.ndarray, counts: Counts) -> list[int]:
+        """Where the first control id of each text stands that has one. ends: of the texts. Counts the unknown tokens."""
+        hits = []
+        for start in range(0, len(ids), _BLOCK_TOKENS):
+            block = ids[start : start + _BLOCK_TOKENS]
+            if self.unknown_id is not None:
+                counts.unknown += int(np.count_nonzero(block == self.unknown_id))
+            hits.append(np.flatnonzero(self._is_control[block]) + start)
+        found = np.concatenate(hits) if hits else np.empty(0, np.int64)
+        _, first = np.unique(np.searchsorted(ends, found, side="right"), return_index=True)
+        return [int(hit) for hit in found[first]]
 
     def _by_reference(self, texts: Sequence[str]) -> list[np.ndarray | str]:
         """Of each text its ids, or why the library gives none."""
@@ -154,7 +165,7 @@ class TextEncoder:
                 raise
             if len(texts) > 1:
                 return [ids for text in texts for ids in self._by_reference([text])]
-            return [library_stopped(error)]
+            return [str(error) if isinstance(error, TextTooLongError) else library_stopped(error)]
 
     def _encode_fast(
         self, fast: Gigatoken, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None, counts: Counts
@@ -172,13 +183,16 @@ class TextEncoder:
                 f"in the texts from {names[together[0]]} on: gigatoken {self.engine_version} stopped "
                 f"({' '.join(str(error).split())[:120]}); use --engine tokenizers"
             ) from error
-        for index, ids in zip(together, by_fast, strict=True):
-            encoded[index] = ids
+        for index, of_fast in zip(together, by_fast, strict=True):
+            encoded[index] = of_fast
         for index, result in zip(apart, self._by_reference([texts[index] for index in apart]), strict=True):
             encoded[index] = result
         checked = _sample(texts, together, hashes)
-        for index, result in zip(checked, self._by_reference([texts[index] for index in checked]), strict=True):
-            if (place := _first_difference(result, encoded[index])) is not None:
+        for index in checked:
+            whole = len(texts[index]) <= _LARGE_CHARACTERS
+            head = texts[index] if whole else texts[index][:_LARGE_CHARACTERS]  # of a long one, as a text of its own
+            ids = encoded[index] if whole else fast.encode([head])[0]
+            if (place := _first_difference(self._by_reference([head])[0], ids)) is not None:
                 raise EnginesDifferError(
                     f"{names[index]}: gigatoken {self.engine_version} and the reference differ from token {place}; use --engine tokenizers"
                 )
@@ -236,9 +250,11 @@ def _sample(texts: Sequence[str], fast: Sequence[int], hashes: Sequence[bytes] |
         return []
     if hashes is None:
         hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
-    small = [index for index in fast if len(texts[index]) <= _LARGE_CHARACTERS]  # a large one takes the reference a second
-    chosen = {index for index in small if hashes[index][0] < _CHECKED}
-    return sorted(chosen) or [min(small or fast, key=lambda index: hashes[index])]
+    chosen = [index for index in fast if hashes[index][0] < _CHECKED]
+    if chosen:
+        return chosen
+    small = [index for index in fast if len(texts[index]) <= _LARGE_CHARACTERS]
+    return [min(small or fast, key=lambda index: hashes[index])]
 
 
 def make_encoder(data: bytes, where: str, eos: str | None = None, *, engine: str = "auto") -> TextEncoder:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from weftrain.core.errors import DataError
 from weftrain.data_prep import engines, tokenization
-from weftrain.data_prep.engines import can_be_cut, cut_pieces
+from weftrain.data_prep.long_texts import cutting_of
 from weftrain.data_prep.tokenization import CRYSTALCODER_TOKENS, Counts, EnginesDifferError, TextEncoder, make_encoder, train_encoder
 
 HAS_GIGATOKEN = engines.gigatoken_problem({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}) != engines.MISSING
@@ -213,7 +213,7 @@ def test_long_documents_are_cut_where_no_entry_spans_the_cut(llama_like: bytes) 
     """Exact: the ids of the whole, from an encoder that does not cut; and the pieces are short."""
     tree = json.loads(llama_like)
     tree["added_tokens"] = []
-    assert can_be_cut(tree)
+    assert cutting_of(tree) is not None
     uncut = Tokenizer.from_str(json.dumps(tree))
     encoder = make_encoder(llama_like, "t", engine="tokenizers")
     code = "\n".join(library(30))
@@ -226,22 +226,32 @@ def test_long_documents_are_cut_where_no_entry_spans_the_cut(llama_like: bytes) 
         "a \u2581b" * 6000,
     ):
         assert ids_of(encoder, [text]) == [uncut.encode(text, add_special_tokens=False).ids]
-    pieces = cut_pieces(code)
-    assert "".join(pieces) == code
-    assert all(piece.startswith(" ") for piece in pieces[1:])
-    assert max(map(len, pieces)) < 3 * 4096
 
 
-def test_where_an_entry_spans_a_space_nothing_is_cut(llama_like: bytes, byte_level: bytes) -> None:
+def test_where_an_entry_spans_a_space_nothing_is_cut(llama_like: bytes) -> None:
     tree = json.loads(llama_like)
     tree["added_tokens"] = []
     tree["model"]["vocab"]["of\u2581the"] = 9000
-    assert not can_be_cut(tree)
-    assert not can_be_cut(json.loads(byte_level))
+    assert cutting_of(tree) is None
     plain = json.loads(llama_like)
-    assert can_be_cut(plain)
-    plain["added_tokens"][0]["special"] = False  # text may become it, across a cut too
-    assert not can_be_cut(plain)
+    cutting = cutting_of(plain)
+    assert cutting is not None
+    assert cutting.may_cut("a <|fim_middle|> b")
+    plain["added_tokens"][-1] |= {"special": False, "content": "<place>"}  # text may become it, and after it begins anew
+    cutting = cutting_of(plain)
+    assert cutting is not None
+    assert [cutting.may_cut(text) for text in ("a b", "a <place> b")] == [True, False]
+
+
+@pytest.mark.skipif(not HAS_GIGATOKEN, reason="gigatoken is not installed")
+def test_of_a_long_text_the_beginning_is_compared(byte_level: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    encode = engines.Reference.encode
+    monkeypatch.setattr(engines.Reference, "encode", lambda self, texts: (encoded.extend(map(len, texts)), encode(self, texts))[1])
+    encoder = make_encoder(byte_level, "t", engine="gigatoken")
+    counts = Counts()
+    encoder.encode(["some words " * 20_000], ["x"], None, counts)
+    assert (encoded, counts.checked) == ([1 << 16], 1)
 
 
 def test_both_spellings(byte_level: bytes) -> None:
