@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class InputFile:
     """One file. address: where fsspec opens it. name: in messages and the record. num_bytes: its size when listed.
 
@@ -27,7 +27,7 @@ class InputFile:
     modified_ns: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Skipped:
     """A file that was found and is not read. reason: why, in a few words that count together in a summary, as 'hidden file'."""
 

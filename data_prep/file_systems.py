@@ -47,7 +47,10 @@ class FileSystem(Protocol):
         """What a folder holds, in any order; links are followed."""
 
     def below(self, folder: str, leave_out: Callable[[str], bool]) -> Iterator[Entry]:
-        """All files below a folder, in any order, and those folders that are not entered: `leave_out` says so of a folder's name."""
+        """All files below a folder, and those folders that are not entered: `leave_out` says so of a folder's name.
+
+        In the order of their names; what is reached through links to folders comes last.
+        """
 
     def address(self, path: str) -> str:
         """The address at which the file is opened."""
@@ -60,6 +63,14 @@ def open_file_system(address: str) -> tuple[FileSystem, str]:
         return LocalFiles(), path
     system, root = file_system(address)
     return RemoteFiles(system, address), root
+
+
+def identity_of(address: str) -> tuple[int, int] | str:
+    """Equal for two addresses of one file. Raises OSError."""
+    if not is_local(address):
+        return address
+    status = os.stat(address)
+    return status.st_dev, status.st_ino
 
 
 class LocalFiles:
@@ -113,23 +124,30 @@ class _Walk:
     def real(self, folder: str, prefix: str) -> Iterator[Entry]:
         """Everything below a folder that is reached without another link. prefix: before names, empty or ending in `/`."""
         linked = self.linked
-        stack = [(folder, prefix)]
+        stack = [_children(folder, prefix, linked)]
         while stack:
-            path, before = stack.pop()
-            with os.scandir(path) as found:
-                for item in found:
-                    entry = _scanned(item, before + item.name, linked)
-                    if entry.kind != "folder" or self.leave_out(item.name):
-                        yield entry
-                    elif item.is_symlink():
-                        self.links.append(entry)
-                    elif entry.identity in self.entered:
-                        yield _as(entry, "same folder")
-                    else:
-                        assert isinstance(entry.identity, tuple)
-                        self.entered.add(entry.identity)
-                        stack.append((entry.path, f"{entry.name}/"))
+            if not stack[-1]:
+                stack.pop()
+                continue
+            entry, is_link = stack[-1].pop()
+            if entry.kind != "folder" or self.leave_out(entry.name.rpartition("/")[2]):
+                yield entry
+            elif is_link:
+                self.links.append(entry)
+            elif entry.identity in self.entered:
+                yield _as(entry, "same folder")
+            else:
+                assert isinstance(entry.identity, tuple)
+                self.entered.add(entry.identity)
+                stack.append(_children(entry.path, f"{entry.name}/", linked))
         self.linked = True  # all that comes later is reached through a link
+
+
+def _children(folder: str, prefix: str, linked: bool) -> list[tuple[Entry, bool]]:
+    """What a folder holds, and whether each is a link, the last name first; a folder stands where the names below it do."""
+    with os.scandir(folder) as found:
+        entries = [(_scanned(item, prefix + item.name, linked), item.is_symlink()) for item in found]
+    return sorted(entries, key=lambda item: f"{item[0].name}/" if item[0].kind == "folder" else item[0].name, reverse=True)
 
 
 def _leads_back(link: str) -> bool:
@@ -178,7 +196,7 @@ class RemoteFiles:
 
     def below(self, folder: str, leave_out: Callable[[str], bool]) -> Iterator[Entry]:
         root, left_out = f"{folder.rstrip('/')}/", set()
-        for path, info in self._system.find(folder, detail=True).items():
+        for path, info in sorted(self._system.find(folder, detail=True).items()):
             name = path.removeprefix(root).lstrip("/")
             if not name or name.endswith("/"):
                 continue  # the marker by which some object stores remember an empty folder

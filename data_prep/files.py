@@ -47,6 +47,14 @@ def open_address(address: str) -> IO[bytes]:
         raise DataError(f"{address}: cannot be read: {error}") from error
 
 
+def open_unbuffered(path: str) -> IO[bytes]:
+    """A local file of which only the beginning is read. Raises DataError."""
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
 def exists(address: str) -> bool:
     """Whether a file lies at a local path or an address. Raises DataError for a file system that cannot be asked."""
     if is_local(address):

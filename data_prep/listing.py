@@ -15,7 +15,7 @@ from weftrain.core.errors import DataError
 from weftrain.core.plain_file import real_path
 from weftrain.data_prep import listing_rules as rules
 from weftrain.data_prep.documents import InputFile, Skipped
-from weftrain.data_prep.file_systems import Entry, FileSystem, LocalFiles, open_file_system
+from weftrain.data_prep.file_systems import Entry, FileSystem, LocalFiles, identity_of, open_file_system
 from weftrain.data_prep.patterns import fixed_folder, is_pattern, matching
 from weftrain.data_prep.readers.contract import Probe
 from weftrain.data_prep.readers.json_content import JsonContent
@@ -64,15 +64,15 @@ def find_inputs(sections: Sequence[Wanted], standard_input: Path | None = None) 
         for address in section.addresses:
             _list_address(address, section, found, standard_input)
     kept = _without_repetitions(found)
+    found.skipped.sort(key=lambda entry: entry.name)
     if not kept:
         addresses = ", ".join(address for section in sections for address in section.addresses)
         raise DataError(f"{addresses}: nothing to read{_not_read(found.skipped)}; name other files")
-    named = Counter(file.name for _, file in kept)
+    named = Counter(file.name for file in kept)
     if len(named) < len(kept):
         twice = min(name for name, count in named.items() if count > 1)
         raise DataError(f"two inputs are called {twice!r}, and messages could not tell them apart: name the folder that holds both")
-    names = {file.name for _, file in kept}
-    return Listed(tuple(file for _, file in kept), tuple(found.skipped), tuple(name for name in found.json_texts if name in names))
+    return Listed(tuple(kept), tuple(found.skipped), tuple(name for name in found.json_texts if name in named))
 
 
 def list_inputs(
@@ -98,11 +98,13 @@ def summary(skipped: Sequence[Skipped]) -> str:
 
 @dataclass
 class _Found:
-    """What is found so far. entries: what each file was found as, with the file."""
+    """What is found so far. linked: addresses of files that are reached through a symbolic link. other_names: whether hard links are."""
 
-    entries: list[tuple[Entry, InputFile]] = field(default_factory=list)
+    files: list[InputFile] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     json_texts: list[str] = field(default_factory=list)
+    linked: set[str] = field(default_factory=set)
+    other_names: bool = False
     addresses: int = 0
 
 
@@ -159,8 +161,8 @@ def _folder_name(system: FileSystem, path: str) -> str:
 def _list_folder(system: FileSystem, path: str, name: str, address: str, wanted: Wanted, found: _Found) -> None:
     suffixes = tuple(rules.spelled_suffix(suffix) for suffix in wanted.suffixes)
     source = wanted.source or name.rpartition("/")[2]
-    files_before, skipped_before = len(found.entries), len(found.skipped)
-    for entry in sorted(system.below(path, rules.skips_folder), key=lambda entry: entry.name):
+    files_before, skipped_before = len(found.files), len(found.skipped)
+    for entry in system.below(path, rules.skips_folder):
         full = f"{name}/{entry.name}" if name else entry.name
         reason = _reason_by_name(entry, full, suffixes)
         if reason is None:
@@ -170,7 +172,8 @@ def _list_folder(system: FileSystem, path: str, name: str, address: str, wanted:
             shown = f"{full}/" if entry.kind in ("folder", "same folder", "link loop") else full
             found.skipped.append(Skipped(rules.printable_name(shown), size, reason))
     ending = f"file ending in {', '.join(suffixes)}" if suffixes else "text file"
-    if len(found.entries) == files_before:
+    found.files[files_before:] = sorted(found.files[files_before:], key=lambda file: file.name)  # all but what links lead to is
+    if len(found.files) == files_before:
         raise DataError(f"{address}: holds no {ending}{_not_read(found.skipped[skipped_before:])}; name another folder or another --suffix")
 
 
@@ -195,15 +198,15 @@ def _reason_by_name(entry: Entry, name: str, suffixes: tuple[str, ...]) -> str |
         return "not a regular file"
     if rules.is_marker(last):
         return "marker file"
-    inner = rules.without_last_suffix(last)
-    if rules.is_unfinished(last):
-        if rules.looks_like_data(inner):
+    suffix = rules.suffix_of(last)
+    if suffix in rules.UNFINISHED:
+        if rules.looks_like_data(last[: -len(suffix)]):
             raise DataError(
                 f"{rules.printable_name(name)}: looks like an unfinished download or copy; finish it, remove it, or say with --suffix "
                 "which files are read"
             )
         return "unfinished file"
-    if rules.is_archive(last) and rules.looks_like_data(inner) and rules.suffix_of(last) in rules.ARCHIVES:
+    if suffix in rules.ARCHIVES and rules.looks_like_data(last[: -len(suffix)]):
         raise DataError(
             f"{rules.printable_name(name)}: holds data in a compression that is not read; decompress it (or use .gz or .zst), or say with "
             "--suffix which files are read"
@@ -221,7 +224,10 @@ def _take(system: FileSystem, entry: Entry, name: str, source: str, wanted: Want
         raise DataError(f"{rules.printable_name(name)}: its name is not UTF-8; rename it")
     kind, reason = _format(Probe(name, address, wanted.text_key), entry, wanted, found, below)
     if kind is not None:
-        found.entries.append((entry, InputFile(address, name, source, kind, entry.num_bytes, entry.modified_ns)))
+        found.files.append(InputFile(address, name, source, kind, entry.num_bytes, entry.modified_ns))
+        found.other_names |= entry.has_other_names
+        if entry.linked:
+            found.linked.add(address)
     elif reason is not None:
         found.skipped.append(Skipped(name, entry.num_bytes, reason))
 
@@ -234,6 +240,8 @@ def _format(probe: Probe, entry: Entry, wanted: Wanted, found: _Found, below: bo
         return None, "empty file"
     if wanted.format not in (None, "text"):
         return wanted.format, None
+    if wanted.format is None and rules.is_source_text(probe.plain_name):
+        return "text", None
     kind = detect(probe).name if wanted.format is None else "text"
     if kind == "text" and below and not wanted.suffixes and not rules.looks_like_data(probe.plain_name) and rules.is_binary(probe.head):
         return None, "archive" if rules.is_archive(probe.name) else "binary file"
@@ -259,20 +267,23 @@ def _check_json(probe: Probe, content: JsonContent, kind: str, below: bool) -> N
         )
 
 
-def _without_repetitions(found: _Found) -> list[tuple[Entry, InputFile]]:
+def _without_repetitions(found: _Found) -> list[InputFile]:
     """The files, each once: a second path to one is skipped. Without links, and of one address, there is none."""
-    entries = found.entries
-    if found.addresses == 1 and not any(entry.linked or entry.has_other_names for entry, _ in entries):
-        return entries
+    if found.addresses == 1 and not found.linked and not found.other_names:
+        return found.files
+    try:
+        identities = [identity_of(file.address) for file in found.files]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}; run again when nobody writes there") from error
     first: dict[tuple[int, int] | str, int] = {}
-    for place, (entry, _) in enumerate(entries):
-        other = first.setdefault(entry.identity, place)
-        if entries[other][0].linked and not entry.linked:
-            first[entry.identity] = place
+    for place, (identity, file) in enumerate(zip(identities, found.files, strict=True)):
+        other = first.setdefault(identity, place)
+        if file.address not in found.linked and found.files[other].address in found.linked:
+            first[identity] = place
     kept = []
-    for place, (entry, file) in enumerate(entries):
-        if first[entry.identity] == place:
-            kept.append((entry, file))
+    for place, (identity, file) in enumerate(zip(identities, found.files, strict=True)):
+        if first[identity] == place:
+            kept.append(file)
         else:
             found.skipped.append(Skipped(file.name, file.num_bytes, "read under another name"))
     return kept

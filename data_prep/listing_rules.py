@@ -10,7 +10,7 @@ import fnmatch
 import re
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.compression import plain_name
+from weftrain.data_prep.compression import COMPRESSED, plain_name
 
 MARKER_FILES = """
     _SUCCESS _committed_* _started_* _metadata _common_metadata *.crc *.done *.md5 *.sha1 *.sha256 *.sha512 Thumbs.db desktop.ini
@@ -19,7 +19,6 @@ MARKER_FOLDERS = ("_temporary", "__MACOSX")
 UNFINISHED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".download", ".incomplete", ".filepart", ".aria2", ".unfinished")
 # Archives and compressions that are not read.
 ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz", ".jar", ".whl", ".lz4", ".lz", ".lzma", ".lzo", ".br", ".snappy", ".z")
-COMPRESSIONS = (".bz2", ".xz", ".gz", ".zst")  # read or not, what precedes them says what the file is
 FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".orc", ".avro", ".warc", ".wet", ".h5", ".hdf5", ".npy")
 PLAIN_TEXT = (".txt", ".text", ".csv", ".tsv")
 # Text whose suffix says what it is: never looked into for JSON lines, and a failure where it is not UTF-8.
@@ -61,10 +60,6 @@ def suffix_of(name: str) -> str:
     return f".{suffix}" if dot and stem else ""
 
 
-def is_unfinished(name: str) -> bool:
-    return suffix_of(name) in UNFINISHED
-
-
 def is_archive(name: str) -> bool:
     """Whether the name is of an archive or a compressed file of a kind that is not read."""
     return suffix_of(name) in ARCHIVES or suffix_of(plain_name(name.lower())) in ARCHIVES
@@ -73,16 +68,12 @@ def is_archive(name: str) -> bool:
 def looks_like_data(name: str) -> bool:
     """Whether the suffix is that of a format or of text, with or without a compression's."""
     suffix = suffix_of(name)
-    return suffix in _TEXT_OR_DATA or (suffix in COMPRESSIONS and looks_like_data(name[: -len(suffix)]))
+    return suffix in _TEXT_OR_DATA or (suffix in COMPRESSED and looks_like_data(name[: -len(suffix)]))
 
 
 def is_source_text(name: str) -> bool:
     """Whether the suffix is that of a programming or markup language. name: without a compression's suffix."""
     return suffix_of(name) in _SOURCE_TEXT
-
-
-def without_last_suffix(name: str) -> str:
-    return name[: len(name) - len(suffix_of(name))]
 
 
 def is_binary(head: bytes) -> bool:

@@ -14,7 +14,7 @@ from typing import Literal
 from weftrain.core.errors import DataError
 from weftrain.data_prep.compression import BrokenArchive, compression_of, open_decompressed, plain_name
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.files import exists, is_local
+from weftrain.data_prep.files import exists, is_local, open_unbuffered
 from weftrain.data_prep.listing_rules import is_source_text
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.json_content import JsonContent, json_content
@@ -46,6 +46,9 @@ class Probe:
     @cached_property
     def head(self) -> bytes:
         """The first HEAD_BYTES, decompressed; what can be read of a damaged archive. Raises DataError for a file that cannot be opened."""
+        if not self.compressed and is_local(self.address):
+            with open_unbuffered(self.address) as file:
+                return file.read(HEAD_BYTES)
         with open_decompressed(self.address) as opened:
             try:
                 return opened.read(HEAD_BYTES)

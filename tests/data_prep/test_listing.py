@@ -225,8 +225,8 @@ def test_a_file_given_twice_is_read_once_and_two_of_one_name_are_refused(tmp_pat
     listed = find(folder / "a.txt", folder, f"{folder}/*.txt", source="s")
     assert formats(listed) == {"a.txt": "text", "in/sub/a.txt": "text"}
     assert [(entry.name, entry.reason) for entry in listed.skipped] == [
-        ("in/a.txt", "read under another name"),
         ("a.txt", "read under another name"),
+        ("in/a.txt", "read under another name"),
     ]
     with pytest.raises(DataError, match=r"two inputs are called 'a\.txt'"):
         find(folder / "a.txt", folder / "sub" / "a.txt")
