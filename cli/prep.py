@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,11 +14,11 @@ import click
 from click.core import ParameterSource
 
 from weftrain.cli.display import Bar, Console
+from weftrain.cli.prep_report import report
 from weftrain.core.errors import DataError
 
 if TYPE_CHECKING:
     from weftrain.data_prep.executors import Executor
-    from weftrain.data_prep.pipeline import Prepared
     from weftrain.data_prep.plan import Inputs
     from weftrain.data_prep.prep_recipe import PrepRecipe
     from weftrain.data_prep.quality import Quality
@@ -27,10 +28,11 @@ STAGES = ("sample", "tokenize", "merge", "order", "write", "finish")
 
 @dataclass(frozen=True)
 class _Job:
-    """One dataset to make: its inputs and the arguments of prepare()."""
+    """One dataset to make: its inputs and the arguments of prepare(). json_texts: names of JSON files that are read as text."""
 
     inputs: Inputs
     arguments: dict[str, Any]
+    json_texts: tuple[str, ...] = ()
 
 
 @click.command()
@@ -72,7 +74,9 @@ class _Job:
     type=click.Choice(["uint16", "uint32", "int32", "int64"]),
     help="Of ids that do not say theirs (.npy, MDS bytes).  [default: by the vocabulary; MDS: int64]",
 )
-@click.option("--suffix", "suffixes", multiple=True, help="Of a folder, only files that end so (repeatable).  [default: all text]")
+@click.option(
+    "--suffix", "suffixes", multiple=True, help="Of a folder, only names that end so, as .jsonl.gz (repeatable).  [default: all text]"
+)
 @click.option(
     "--format",
     "format_",
@@ -88,41 +92,67 @@ class _Job:
 @click.option("--stage", type=click.Choice(STAGES), help="Of a task: do this stage only and stop.")
 @click.option("--ray-address", help="Of ray: the cluster's address.  [default: one is started here]")
 def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
-    """Prepare datasets. INPUTS: files and folders (.jsonl, .gz, .zst, Parquet, text, tokenised), or one preparation recipe.
+    """Prepare datasets. INPUTS: files, folders, patterns, `-` (.jsonl, .gz, .zst, Parquet, text, tokenised), or one preparation recipe.
 
     Without INPUTS: the embedded corpus, the Python standard library of the interpreter that runs this (licence PSF-2.0), no download.
     Run again with the same inputs it says that the dataset is up to date; interrupted, it goes on where it was.
     """
-    from weftrain.data_prep.pipeline import prepare
+    from weftrain.data_prep.files import local_path
     from weftrain.data_prep.prep_recipe import is_prep_recipe, load_prep_recipe
-    from weftrain.data_prep.publish import is_remote, publish, staging_folder
+    from weftrain.data_prep.publish import is_remote, staging_folder
+    from weftrain.data_prep.standard_input import forget
 
     console = Console(highlight=False, soft_wrap=True)
-    if len(inputs) == 1 and is_prep_recipe(inputs[0]):
-        recipe = load_prep_recipe(inputs[0], options["overrides"])
-        jobs, quality = _recipe_jobs(recipe, options), recipe.quality
-    else:
-        jobs, quality = [_job(inputs, options)], None
+    output = local_path(output)
     executor = _executor(options, output)
     folder = staging_folder(output) if is_remote(output) else Path(output)
-    if quality is not None:
-        jobs = [_filtered(job, quality, folder, options["workers"] or os.cpu_count() or 1, console) for job in jobs]
-    for job in jobs:
-        with Bar(console, f"prep {job.arguments['name']}", 1) as bar:
-            prepared = prepare(job.inputs, folder, **job.arguments, executor=executor, only_stage=options["stage"], progress=_shown(bar))
-        if prepared is None:
-            console.print(f"dataset {folder / job.arguments['name']}: this member's share is done", markup=False)
-            continue
-        _report(console, prepared)
-        if is_remote(output):
-            address = f"{output.rstrip('/')}/{job.arguments['name']}"
-            publish(prepared.folder, prepared.manifest, address)
-            console.print(f"  copied to {address}", markup=False)
+    if len(inputs) == 1 and is_prep_recipe(inputs[0]):
+        recipe = load_prep_recipe(inputs[0], options["overrides"])
+        jobs = _recipe_jobs(recipe, options)
+        if (quality := recipe.quality) is not None:
+            jobs = [_filtered(job, quality, folder, options["workers"] or os.cpu_count() or 1, console) for job in jobs]
+        for job in jobs:
+            _make(job, folder, output, executor, options["stage"], console)
+        return
+    try:
+        _make(_job(inputs, options, folder), folder, output, executor, options["stage"], console)
+    finally:
+        if options["name"] is not None:
+            forget(folder, options["name"])
 
 
-def _job(inputs: tuple[str, ...], options: dict[str, Any]) -> _Job:
+def _make(job: _Job, folder: Path, output: str, executor: Executor, stage: str | None, console: Console) -> None:
+    """Make one dataset in `folder`, say what became of it, and copy it to `output` where that is an address."""
+    from weftrain.data_prep.pipeline import prepare
+    from weftrain.data_prep.publish import is_remote, publish
+
+    _say_what_is_text(console, job)
+    with Bar(console, f"prep {job.arguments['name']}", 1) as bar:
+        prepared = prepare(job.inputs, folder, **job.arguments, executor=executor, only_stage=stage, progress=_shown(bar))
+    if prepared is None:
+        console.print(f"dataset {folder / job.arguments['name']}: this member's share is done")
+        return
+    report(console, prepared, job.inputs.skipped)
+    if is_remote(output):
+        address = f"{output.rstrip('/')}/{job.arguments['name']}"
+        publish(prepared.folder, prepared.manifest, address)
+        console.print(f"  copied   to {address}")
+
+
+def _say_what_is_text(console: Console, job: _Job) -> None:
+    """Before the work begins, so that whoever meant records can stop it."""
+    if job.json_texts:
+        names = ", ".join(job.json_texts[:4]) + (", …" if len(job.json_texts) > 4 else "")
+        key = job.inputs.options.text_key
+        console.print(
+            f"{len(job.json_texts):,} JSON files without a field {key!r} are read as text, a file a document: {names}; where they hold "
+            "records, name the field with --text-key"
+        )
+
+
+def _job(inputs: tuple[str, ...], options: dict[str, Any], folder: Path) -> _Job:
     from weftrain.data_prep.corpus import embedded_inputs
-    from weftrain.data_prep.listing import Wanted, find_inputs
+    from weftrain.data_prep.listing import STANDARD_INPUT, Wanted, find_inputs
     from weftrain.data_prep.plan import Inputs
 
     for option in ("root", "only", "overrides"):
@@ -132,9 +162,12 @@ def _job(inputs: tuple[str, ...], options: dict[str, Any]) -> _Job:
         raise click.UsageError("give the dataset a --name")
     _refuse_without_inputs(inputs)
     read = _read_options(options)
+    json_texts: tuple[str, ...] = ()
     if inputs:
-        listed = find_inputs([Wanted(inputs, None, options["suffixes"], options["format_"], read.text_key)])
-        names = ", ".join(address.rstrip("/").rpartition("/")[2] for address in inputs)
+        spooled = _standard_input(inputs, options, folder)
+        listed = find_inputs([Wanted(inputs, None, options["suffixes"], options["format_"], read.text_key)], spooled)
+        json_texts = listed.json_texts
+        names = ", ".join("stdin" if address in STANDARD_INPUT else address.rstrip("/").rpartition("/")[2] for address in inputs)
         chosen = Inputs(listed.files, names, options["licence"], read, skipped=listed.skipped)
     else:
         embedded, description, licence = embedded_inputs()
@@ -142,7 +175,26 @@ def _job(inputs: tuple[str, ...], options: dict[str, Any]) -> _Job:
     same = ("tokenizer", "vocab_size", "eos", "engine", "sequence_length", "heldout_fraction", "rows_per_shard", "seed", "packing", "order")
     arguments = {key: options[key] for key in (*same, "epochs", "chunks", "global_batch_size", "max_failures")}
     arguments["fim"] = _fim(options["fim_rate"], options["fim_spm_share"], options["fim_mode"])
-    return _Job(chosen, arguments | {"name": options["name"] or "python_stdlib"})
+    return _Job(chosen, arguments | {"name": options["name"] or "python_stdlib"}, json_texts)
+
+
+def _standard_input(inputs: tuple[str, ...], options: dict[str, Any], folder: Path) -> Path | None:
+    """The file that holds standard input, where it is one of the inputs."""
+    from weftrain.data_prep.listing import STANDARD_INPUT
+    from weftrain.data_prep.standard_input import spool
+
+    count = sum(address in STANDARD_INPUT for address in inputs)
+    if not count:
+        return None
+    if count > 1:
+        raise click.UsageError("standard input is named twice: it can be read once")
+    if options["executor"] == "task":
+        raise click.UsageError("--executor task: each member would read a standard input of its own; write it to a file first")
+    if sys.stdin is None or sys.stdin.isatty():
+        raise click.UsageError(
+            "standard input is closed or a terminal: pipe the text in, as in `zcat t.jsonl.gz | weftrain prep - --name x`"
+        )
+    return spool(sys.stdin.buffer, folder, options["name"])
 
 
 def _refuse_without_inputs(inputs: tuple[str, ...]) -> None:
@@ -226,7 +278,8 @@ def _recipe_jobs(recipe: PrepRecipe, options: dict[str, Any]) -> list[_Job]:
         }
         description = f"{recipe.name}: {dataset.name}"
         licence = dataset.licence or recipe.licence
-        jobs.append(_Job(Inputs(listed.files, description, licence, read, skipped=listed.skipped), arguments))
+        chosen = Inputs(listed.files, description, licence, read, skipped=listed.skipped)
+        jobs.append(_Job(chosen, arguments, listed.json_texts))
     return jobs
 
 
@@ -306,26 +359,3 @@ def _shown(bar: Bar) -> Callable[[str, int, int | None, str], None]:
             bar.update(done, unit, stage, total)
 
     return show
-
-
-def _report(console: Console, prepared: Prepared) -> None:
-    manifest = prepared.manifest
-    state = "is up to date" if prepared.up_to_date else "is ready"
-    console.print(f"dataset {prepared.folder} {state}: {manifest.corpus.description}, licence {manifest.corpus.licence}", markup=False)
-    for set_name, entry in manifest.sets.items():
-        rows = f"{entry.n_examples:,} rows x {manifest.sequence_length} tokens"
-        console.print(f"  {set_name:<8} {entry.documents:,} documents, {rows}, dataset id {entry.id[:16]}", markup=False)
-    for note in prepared.notes:
-        console.print(f"  {note}", markup=False)
-    if prepared.up_to_date and manifest.heldout is not None and manifest.heldout_rule == 1:
-        console.print(
-            "  held out by rule 1, each text's exact bytes: a copy with other white space, or a tokenised one, may be in another dataset's "
-            "training set; to hold out by rule 2, give another --name",
-            markup=False,
-        )
-    if (reason := prepared.fallback or manifest.tokenization.reason) is not None:
-        console.print(f"  encoded by the reference, tokenizers {manifest.tokenization.engine_version}, since {reason}", markup=False)
-    if manifest.tokenization.unknown_tokens:
-        console.print(f"  {manifest.tokenization.unknown_tokens:,} unknown tokens: text that the vocabulary cannot spell", markup=False)
-    if manifest.documents.failed:
-        console.print(f"  {manifest.documents.failed:,} documents could not be read: {prepared.folder / 'failures.jsonl'}", markup=False)

@@ -119,7 +119,8 @@ def filter_inputs(inputs: Inputs, quality: Quality, folder: Path, workers: int =
             dropped = _run_steps(reader, len(parts), quality, folder, Path(scratch), workers)
         fsops.write_bytes(record, canonical_json({"key": wanted, "dropped": dropped}) + b"\n")
     files = _written(folder, len(parts))
-    left = Inputs(files, inputs.description, inputs.licence, _READ, canonical_json(quality.model_dump(mode="json")).decode())
+    record_of_quality = canonical_json(quality.model_dump(mode="json")).decode()
+    left = Inputs(files, inputs.description, inputs.licence, _READ, record_of_quality, inputs.skipped)
     return Filtered(left, parse_json(record.read_bytes())["dropped"])
 
 

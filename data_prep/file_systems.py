@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.files import file_system, is_local
+from weftrain.data_prep.files import file_system, is_local, local_path
 
 Kind = Literal["file", "folder", "special", "broken link", "link loop", "same folder"]
-_LOCAL_PROTOCOLS = ("file://", "local://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class FileSystem(Protocol):
 
 def open_file_system(address: str) -> tuple[FileSystem, str]:
     """The file system of an address, and the path there. Raises DataError."""
-    path = next((address.removeprefix(protocol) for protocol in _LOCAL_PROTOCOLS if address.startswith(protocol)), address)
+    path = local_path(address)
     if is_local(path):
         return LocalFiles(), path
     system, root = file_system(address)

@@ -13,6 +13,11 @@ from weftrain.data_prep.documents import InputFile
 BLOCK_BYTES = 1 << 20
 
 
+def local_path(address: str) -> str:
+    """The path of a `file://` address; any other address or path as it is."""
+    return next((address.removeprefix(protocol) for protocol in ("file://", "local://") if address.startswith(protocol)), address)
+
+
 def is_local(address: str) -> bool:
     return "://" not in address
 

@@ -243,6 +243,8 @@ def _format(probe: Probe, entry: Entry, wanted: Wanted, found: _Found, below: bo
     if wanted.format is None and rules.is_source_text(probe.plain_name):
         return "text", None
     kind = detect(probe).name if wanted.format is None else "text"
+    if kind == "text" and not below and not rules.looks_like_data(probe.plain_name) and rules.is_binary(probe.head):
+        raise DataError(f"{probe.name}: is no text by its first bytes; decompress or unpack it, or say with --format what it is")
     if kind == "text" and below and not wanted.suffixes and not rules.looks_like_data(probe.plain_name) and rules.is_binary(probe.head):
         return None, "archive" if rules.is_archive(probe.name) else "binary file"
     content = probe.json if wanted.format is None and not probe.plain_name.endswith((".jsonl", ".ndjson")) else None

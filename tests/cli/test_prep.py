@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import re
+import shlex
 import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import Result
+from click.testing import CliRunner, Result
+
+from weftrain.cli.main import main
+from weftrain.core.dataset import read_manifest
+from weftrain.data_prep.standard_input import forget, spool
 
 Weftrain = Callable[..., Result]
 SMALL = ["model.num_layers=1", "data.sequence_length=32", "batch.global_batch_size=2", "batch.micro_batch_size=2", "schedule.steps=2"]
@@ -54,6 +62,94 @@ def test_prep_needs_a_name_and_inputs_that_exist(weftrain: Weftrain, texts: Path
     bad = weftrain("prep", tmp_path / "bad.jsonl", "--name", "x", "--output", tmp_path / "out")
     assert bad.exit_code == 2
     assert "bad.jsonl:2" in bad.output
+
+
+def test_the_command_that_prep_prints_trains_as_it_is(weftrain: Weftrain, texts: Path, tmp_path: Path) -> None:
+    (texts / "_SUCCESS").touch()
+    arguments = ["--name", "sets/2024", "--vocab-size", "512", "--sequence-length", "64", "--fim-rate", "0.5", "--heldout-fraction", "0.2"]
+    for state in ("is ready", "is up to date"):
+        made = weftrain("prep", texts, "--output", tmp_path / "data sets", *arguments)
+        assert made.exit_code == 0, made.output
+        assert state in made.output
+        manifest = read_manifest(tmp_path / "data sets" / "sets" / "2024")
+        lines = {line.split()[0]: line for line in made.output.splitlines() if line.startswith("  ")}
+        assert f"{manifest.documents.read:,} documents, {manifest.documents.duplicates} duplicates left out, 0 failed" in lines["read"]
+        assert f"{manifest.train.n_examples:,} rows x 64 = {manifest.train.tokens:,} tokens" in lines["train"]
+        assert "skipped  1 entry beside the inputs" in lines["skipped"]
+        assert "1 marker file: texts" in made.output
+        assert f"{manifest.train.n_examples // 16:,} steps of 16 rows (amber_demo)" in lines["epoch"]
+    command = shlex.split(lines["next"].removeprefix("  next"))
+    assert command[:3] == ["weftrain", "train", "amber_demo"]
+    assert all(len(override.split("=", 1)) == 2 for override in command[3:-2])
+    done = weftrain(*command[1:], "--runs", tmp_path / "runs", *SMALL[:1], *SMALL[-1:], "log.evaluate_every_steps=0")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "runs" / "2024").is_dir()
+
+
+@pytest.mark.parametrize("columns", ["30", "200"])
+def test_lines_are_whole_at_any_width_and_without_colour(
+    weftrain: Weftrain, dataset: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    for name, value in (("COLUMNS", columns), ("NO_COLOR", "1"), ("FORCE_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    arguments = ["--name", "python_stdlib", "--vocab-size", "512", "--sequence-length", "32", "--heldout-fraction", "0.2"]
+    again = weftrain("prep", texts, "--output", tmp_path / "datasets", *arguments)
+    assert again.exit_code == 0, again.output
+    (line,) = [line for line in again.output.splitlines() if "weftrain train" in line]
+    assert f"weftrain train amber_demo data.root={tmp_path}/datasets model.vocab_size=544 data.sequence_length=32" in line
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", again.output)  # no colour
+
+
+def test_standard_input(weftrain: Weftrain, tmp_path: Path) -> None:
+    lines = "".join(f'{{"text": "document number {number} with a few words"}}\n' for number in range(60))
+    common = ["--output", tmp_path, "--vocab-size", "300", "--sequence-length", "8", "--heldout-fraction", "0"]
+    (tmp_path / "stdin").write_text(lines)
+    of_file = weftrain("prep", tmp_path / "stdin", *common, "--name", "file")
+    assert of_file.exit_code == 0, of_file.output
+    for address, state in (("-", "is ready"), ("/dev/stdin", "is up to date")):
+        piped = CliRunner().invoke(main, ["prep", address, *map(str, common), "--name", "piped"], input=lines)
+        assert piped.exit_code == 0, piped.output
+        assert state in piped.output
+    assert read_manifest(tmp_path / "piped").train.id == read_manifest(tmp_path / "file").train.id
+    other = CliRunner().invoke(main, ["prep", "-", *map(str, common), "--name", "piped"], input=lines.replace("words", "texts"))
+    assert "was prepared from other text" in other.output
+    for arguments, message in (
+        (["-", "/dev/stdin", "--name", "x"], "named twice"),
+        (["-", "--name", "x", "--executor", "task", "--index", "0", "--of", "2"], "write it to a file first"),
+    ):
+        refused = CliRunner().invoke(main, ["prep", *arguments, *map(str, common)], input=lines)
+        assert refused.exit_code == 2
+        assert message in refused.output
+    binary = CliRunner().invoke(main, ["prep", "-", *map(str, common), "--name", "x"], input=gzip.compress(lines.encode()))
+    assert binary.exit_code == 2
+    assert "stdin: is no text by its first bytes; decompress" in binary.output
+    assert not list(tmp_path.glob(".*stdin*"))
+
+
+def test_standard_input_goes_on_where_it_was(tmp_path: Path) -> None:
+    first = spool(io.BytesIO(b"text"), tmp_path, "a/x")
+    status = first.stat()
+    assert spool(io.BytesIO(b"text"), tmp_path, "a/x") == first
+    assert (first.stat().st_mtime_ns, first.stat().st_size) == (status.st_mtime_ns, 4)
+    second = spool(io.BytesIO(b"other"), tmp_path, "a/x")
+    assert (second.read_bytes(), first.exists()) == (b"other", False)
+    (tmp_path / "a" / ".x.partial").mkdir()
+    forget(tmp_path, "a/x")
+    assert second.exists()  # an interrupted run goes on from it
+    (tmp_path / "a" / ".x.partial").rmdir()
+    forget(tmp_path, "a/x")
+    assert not list((tmp_path / "a").glob(".x.stdin*"))
+
+
+def test_json_that_is_read_as_text_is_said_before_the_work(weftrain: Weftrain, texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for source in sorted(texts.glob("*.py"))[:3]:
+        shutil.copy(source, tmp_path / "in")
+    (tmp_path / "in" / "package.json").write_text('{\n  "name": "loom"\n}\n')
+    common = ["--output", tmp_path, "--vocab-size", "300", "--sequence-length", "8", "--heldout-fraction", "0"]
+    made = weftrain("prep", f"file://{tmp_path}/in", *common, "--name", "x")
+    assert made.exit_code == 0, made.output
+    assert made.output.startswith("1 JSON files without a field 'text' are read as text, a file a document: in/package.json;")
 
 
 def test_train_and_eval_on_it(weftrain: Weftrain, dataset: Path, tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""What `weftrain prep` says at its end: what was read and what was not, the sets, steps an epoch, and the command that trains on them.
+
+Lines are wrapped by the terminal alone, so that a command or a path can be copied from any width.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import yaml
+
+from weftrain.cli.display import Console
+from weftrain.core.config import Recipe
+from weftrain.core.dataset_manifest import Manifest
+from weftrain.core.recipe_file import builtin_recipes, load_recipe
+
+if TYPE_CHECKING:
+    from weftrain.data_prep.documents import Skipped
+    from weftrain.data_prep.pipeline import Prepared
+
+DEMO = "amber_demo"  # the recipe that is cut to any dataset: it trains in minutes on a CPU
+_SHOWN = 4  # names of a reason
+
+
+def report(console: Console, prepared: Prepared, skipped: Sequence[Skipped]) -> None:
+    """The dataset, in a dozen lines."""
+    manifest = prepared.manifest
+    state = "is up to date" if prepared.up_to_date else "is ready"
+    console.print(f"dataset {prepared.folder} {state}: {manifest.corpus.description}, licence {manifest.corpus.licence}", style="bold")
+    documents, corpus = manifest.documents, manifest.corpus
+    _line(
+        console,
+        "read",
+        f"{_count(corpus.files, 'file')}, {corpus.num_bytes / 1e6:,.1f} MB: {_count(documents.read, 'document')}, "
+        f"{_count(documents.duplicates, 'duplicate')} left out, {documents.failed:,} failed",
+    )
+    for set_name, entry in manifest.sets.items():
+        rows = f"{_count(entry.n_examples, 'row')} x {manifest.sequence_length} = {entry.tokens:,} tokens"
+        _line(console, set_name, f"{_count(entry.documents, 'document')}, {rows}, dataset id {entry.id[:16]}")
+    if manifest.tokenization.unknown_tokens:
+        _line(console, "unknown", f"{manifest.tokenization.unknown_tokens:,} tokens, for text that the vocabulary cannot spell")
+    if documents.failed:
+        _line(console, "failed", f"{_count(documents.failed, 'document')}, listed in {prepared.folder / 'failures.jsonl'}")
+    _skipped(console, skipped)
+    for note in _notes(prepared):
+        _line(console, "note", note)
+    for steps in _epochs(manifest):
+        _line(console, "epoch", steps)
+    _line(console, "next", train_command(prepared))
+
+
+def _notes(prepared: Prepared) -> list[str]:
+    manifest, notes = prepared.manifest, list(prepared.notes)
+    if prepared.up_to_date and manifest.heldout is not None and manifest.heldout_rule == 1:
+        notes.append(
+            "held out by rule 1, each text's exact bytes: a copy with other white space, or a tokenised one, may be in another dataset's "
+            "training set; to hold out by rule 2, give another --name"
+        )
+    if (reason := prepared.fallback or manifest.tokenization.reason) is not None:
+        notes.append(f"encoded by the reference, tokenizers {manifest.tokenization.engine_version}, since {reason}")
+    return notes
+
+
+def _skipped(console: Console, skipped: Sequence[Skipped]) -> None:
+    from weftrain.data_prep.listing import counted
+
+    if skipped:
+        _line(console, "skipped", f"{_count(len(skipped), 'entry', 'entries')} beside the inputs, each listed in inputs.jsonl")
+    for reason, count in counted(skipped).items():
+        names = [entry.name for entry in skipped if entry.reason == reason][:_SHOWN]
+        _line(console, "", f"{count:,} {reason}: {', '.join(names)}{', …' if count > len(names) else ''}")
+
+
+def _line(console: Console, label: str, words: str) -> None:
+    console.print(f"  {label:<8} {words}")
+
+
+def _count(number: int, one: str, several: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
+def _epochs(manifest: Manifest) -> list[str]:
+    """Steps of an epoch at the batch size of the chunks, of the recipe that is printed, and of each built-in recipe that the rows fit."""
+    rows = manifest.train.epochs[0]
+    chunks = manifest.chunks
+    lines = []
+    if chunks is not None and chunks.global_batch_size is not None:
+        steps = chunks.rows // chunks.global_batch_size
+        lines.append(
+            f"{steps * chunks.count:,} steps of {chunks.global_batch_size:,} rows, in {chunks.count:,} chunks of {_count(steps, 'step')}"
+        )
+    for name in builtin_recipes():
+        recipe = load_recipe(name).recipe
+        if name == DEMO or (recipe.data.sources and _fits(recipe, manifest)):
+            size = recipe.batch.global_batch_size
+            lines.append(f"{_steps(rows, size)} of {size:,} rows ({name})")
+    return lines
+
+
+def _fits(recipe: Recipe, manifest: Manifest) -> bool:
+    return (recipe.model.vocab_size, recipe.data.sequence_length) == (manifest.vocab_size, manifest.sequence_length)
+
+
+def _steps(rows: int, batch_size: int) -> str:
+    whole = rows // batch_size
+    return _count(whole, "step") if whole >= 10 or not rows % batch_size else f"{rows / batch_size:,.1f} steps"
+
+
+def train_command(prepared: Prepared) -> str:
+    """A command that trains on the dataset as it is: the demonstration's small model, with the dataset's vocabulary and rows."""
+    manifest, recipe = prepared.manifest, load_recipe(DEMO).recipe
+    leaf, tokens = manifest.name.rpartition("/")[2], manifest.sequence_length
+    root = prepared.folder
+    for _ in manifest.name.split("/"):
+        root = root.parent
+    source = recipe.data.sources[0]
+    # As many tokens in a micro-batch as the recipe has, so that long rows fit into memory; the global batch size is a power of two.
+    micro_tokens = recipe.batch.micro_batch_size * recipe.data.sequence_length
+    micro = 1 << max(0, (min(recipe.batch.micro_batch_size, micro_tokens // tokens)).bit_length() - 1)
+    values: dict[str, tuple[str | int, str | int]] = {
+        "data.root": (recipe.data.root, str(root)),
+        "data.sources.0.path": (source.path, manifest.name),
+        "data.sources.0.name": (source.name, leaf),
+        "model.vocab_size": (recipe.model.vocab_size, manifest.vocab_size),
+        "data.sequence_length": (recipe.data.sequence_length, tokens),
+        "model.max_position_embeddings": (recipe.model.max_position_embeddings, max(recipe.model.max_position_embeddings, tokens)),
+        "batch.micro_batch_size": (recipe.batch.micro_batch_size, micro),
+    }
+    overrides = [f"{key}={_yaml(value)}" for key, (default, value) in values.items() if value != default]
+    if manifest.fim is not None:
+        fim = manifest.fim
+        overrides.append(f"data.sources.0.fim={{rate: {fim.rate}, spm_share: {fim.spm_share}, mode: {fim.mode}}}")
+    name = [] if leaf == source.name else ["--run", leaf]
+    return shlex.join(["weftrain", "train", DEMO, *overrides, *name])
+
+
+def _yaml(value: str | int) -> str:
+    """A value as an override spells it: a name such as 2024 or `yes` in quotes, because YAML takes it for something else."""
+    return str(value) if yaml.safe_load(str(value)) == value else json.dumps(value, ensure_ascii=False)
