@@ -1,4 +1,4 @@
-"""A tokenizer and documents small enough for every test, and the core tests' fault injection, which importlib mode does not find."""
+"""A tokenizer and documents small enough for every test, and helper modules that importlib mode does not find."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pytest
 
 from weftrain.data_prep.tokenization import TextEncoder, train_encoder
 
-if "fault_injection" not in sys.modules:
-    _spec = importlib.util.spec_from_file_location("fault_injection", Path(__file__).parents[1] / "core" / "fault_injection.py")
-    assert _spec is not None
-    assert _spec.loader is not None
-    sys.modules["fault_injection"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["fault_injection"])
+for _path in (Path(__file__).parents[1] / "core" / "fault_injection.py", Path(__file__).with_name("independent_reader.py")):
+    if _path.stem not in sys.modules:
+        _spec = importlib.util.spec_from_file_location(_path.stem, _path)
+        assert _spec is not None
+        assert _spec.loader is not None
+        sys.modules[_path.stem] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules[_path.stem])
 
 
 WORDS = "the weft is carried across a warp by hand and the loom keeps every thread in its place"

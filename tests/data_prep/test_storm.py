@@ -1,0 +1,289 @@
+"""Folders of every format, encoding, link and damage that people have.
+
+For every input either its text is found exactly once in the dataset, or the dataset or the command's one message names it with a reason.
+
+The dataset is read back by independent_reader.py (h5py, numpy and json alone) and the reference tokenizer.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from independent_reader import documents, json_lines, manifest_of, order_key
+from tokenizers import Tokenizer
+
+from weftrain.cli.main import main
+from weftrain.data_prep.tokenization import TextEncoder
+
+EOS = "</s>"
+MAX_REFUSALS = 12  # files that one folder may hold and a run refuses, one after the other
+
+
+@dataclass
+class Entry:
+    """One file of the folder. name: below it. data: its bytes. texts: what it holds, each of which must be found or named.
+
+    link_to: where a symbolic link leads that stands there instead, beside the folder.
+    """
+
+    name: str
+    data: bytes
+    texts: list[str] = field(default_factory=list)
+    link_to: str | None = None
+    may_be_refused: bool = False  # the whole run may end with a message that names it
+    is_data: bool = True  # False: a file without text, which only has to be named
+
+
+def lines_of(texts: list[str], key: str = "text") -> bytes:
+    return b"".join(json.dumps({key: text, "n": n}, ensure_ascii=n % 2 == 0).encode() + b"\n" for n, text in enumerate(texts))
+
+
+def zstd(data: bytes) -> bytes:
+    return bytes(pytest.importorskip("zstandard").ZstdCompressor().compress(data))
+
+
+def parquet(texts: list[str]) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as library
+
+    buffer = io.BytesIO()
+    library.write_table(pyarrow.table({"n": list(range(len(texts))), "text": texts}), buffer, row_group_size=3)
+    return buffer.getvalue()
+
+
+def arrow(texts: list[str]) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": texts})
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+# name within the folder with {n} for a number, how its texts become bytes
+WHOLE: dict[str, Callable[[list[str]], bytes]] = {
+    "part-{n}.jsonl": lines_of,
+    "PART-{n}.JSONL": lines_of,
+    "crlf-{n}.jsonl": lambda texts: lines_of(texts).replace(b"\n", b"\r\n"),
+    "bom-{n}.jsonl": lambda texts: b"\xef\xbb\xbf" + lines_of(texts),
+    "no_newline-{n}.ndjson": lambda texts: lines_of(texts).rstrip(b"\n"),
+    "blank-{n}.jsonl": lambda texts: lines_of(texts).replace(b"\n", b"\n\n"),
+    "lines-{n}.json": lines_of,
+    "no_suffix_{n}": lines_of,
+    "array-{n}.json": lambda texts: json.dumps([{"text": text} for text in texts], indent=1).encode(),
+    "a/deep/er/{n}.jsonl.gz": lambda texts: gzip.compress(lines_of(texts)),
+    "members-{n}.jsonl.gz": lambda texts: b"".join(gzip.compress(lines_of([text])) for text in texts),
+    "b/{n}.jsonl.zst": lambda texts: zstd(lines_of(texts)),
+    "frames-{n}.jsonl.zst": lambda texts: b"".join(zstd(lines_of([text])) for text in texts),
+    "b/{n}.jsonl.bz2": lambda texts: bz2.compress(lines_of(texts)),
+    "b/{n}.jsonl.xz": lambda texts: lzma.compress(lines_of(texts)),
+    "b/{n}.json.gz": lambda texts: gzip.compress(lines_of(texts)),
+    "columns-{n}.parquet": parquet,
+    "table-{n}.arrow": arrow,
+}
+SINGLE: dict[str, Callable[[str], bytes]] = {  # one document a file
+    "notes-{n}.txt": str.encode,
+    "c/notes-{n}.md": str.encode,
+    "c/notes-{n}.txt.gz": lambda text: gzip.compress(text.encode()),
+    "c/notes-{n}.txt.xz": lambda text: lzma.compress(text.encode()),
+    "readme_{n}": str.encode,
+    "módulo-{n}.py": str.encode,
+}
+DAMAGED: dict[str, Callable[[str], bytes]] = {  # what cannot be read: named in failures.jsonl, in inputs.jsonl, or in the message
+    "latin1-{n}.txt": lambda text: "café ".encode("latin-1") + text.encode(),
+    "nul-{n}.txt": lambda text: text.encode() + b"\0",
+    "cut-{n}.jsonl.gz": lambda text: gzip.compress(lines_of([text] * 3))[:-9],
+    "cut-{n}.jsonl.zst": lambda text: zstd(lines_of([text] * 3))[:-3],
+    "cut-{n}.jsonl.bz2": lambda text: bz2.compress(lines_of([text] * 3))[:-5],
+    "broken-{n}.parquet": lambda text: parquet([text])[:-6],
+    "not_json-{n}.jsonl": lambda text: b'{"text": "' + text.encode() + b"\n",
+    "other_key-{n}.jsonl": lambda text: lines_of([text], "body"),
+    "number-{n}.jsonl": lambda text: b'{"text": 5}\n',
+    "download-{n}.jsonl.part": lambda text: lines_of([text]),
+}
+WITHOUT_TEXT: dict[str, bytes] = {
+    "_SUCCESS": b"",
+    ".hidden-{n}.jsonl": lines_of(["hidden"]),
+    ".git/config-{n}": b"[core]\n",
+    "empty-{n}.txt": b"",
+    "image-{n}.png": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
+    "weights-{n}.bin": bytes(range(256)) * 8,
+}
+
+# What links lead to, beside the folder `in`: a file, nothing, and the folder itself, a loop.
+LINKED = {"outside.jsonl": ["outside 1", "outside 2"], "missing.jsonl": [], "in": []}
+THREADS = ("weft", "warp", "loom", "thread", "café", "織機", "shuttle\n\t", "reed", "heddle", "", "beam")
+WORDS = st.lists(st.sampled_from(THREADS), min_size=1, max_size=30)
+
+
+@st.composite
+def folders(draw: st.DrawFn) -> list[Entry]:
+    """Entries of different names; most texts come once, some are exact duplicates of others."""
+    entries: list[Entry] = []
+    count = 0
+
+    def text() -> str:
+        nonlocal count
+        count += 1
+        return f"{count}: " + " ".join(draw(WORDS))
+
+    for n in range(draw(st.integers(3, 9))):
+        kind = draw(st.sampled_from(("whole", "whole", "whole", "single", "single", "damaged", "without", "link", "copy")))
+        if kind == "whole":
+            name = draw(st.sampled_from(sorted(WHOLE)))
+            texts = [text() for _ in range(draw(st.integers(1, 6)))]
+            entries.append(Entry(name.format(n=n), WHOLE[name](texts), texts))
+        elif kind == "single":
+            name = draw(st.sampled_from(sorted(SINGLE)))
+            only = text()
+            entries.append(Entry(name.format(n=n), SINGLE[name](only), [only]))
+        elif kind == "damaged":
+            name = draw(st.sampled_from(sorted(DAMAGED)))
+            entries.append(Entry(name.format(n=n), DAMAGED[name](text()), may_be_refused=True, is_data=False))
+        elif kind == "without":
+            name = draw(st.sampled_from(sorted(WITHOUT_TEXT)))
+            entries.append(Entry(name.format(n=n), WITHOUT_TEXT[name], is_data=False))
+        elif kind == "link":
+            target = draw(st.sampled_from(sorted(LINKED)))
+            entries.append(Entry(f"link-{n}.jsonl", b"", LINKED[target], target, may_be_refused=True, is_data=bool(LINKED[target])))
+        elif entries:
+            copied = draw(st.sampled_from(entries))
+            if copied.link_to is None and copied.texts:
+                entries.append(Entry(f"copy-{n}/{copied.name}", copied.data, copied.texts))
+    steady = [text() for _ in range(30)]  # so that every folder makes a row
+    return [*{entry.name: entry for entry in entries}.values(), Entry("steady.jsonl", lines_of(steady), steady)]
+
+
+def build(folder: Path, entries: list[Entry]) -> None:
+    (folder.parent / "outside.jsonl").write_bytes(lines_of(LINKED["outside.jsonl"]))
+    for entry in entries:
+        path = folder / entry.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if entry.link_to is not None:
+            os.symlink(os.path.relpath(folder.parent / entry.link_to, path.parent), path)
+        else:
+            path.write_bytes(entry.data)
+
+
+def prepared(scratch: Path, name: str, tokenizer: Path, *options: str) -> tuple[int, str]:
+    arguments = ["prep", str(scratch / "in"), "--name", name, "--output", str(scratch / "out"), "--tokenizer", str(tokenizer)]
+    fixed = ["--sequence-length", "16", "--heldout-fraction", "0.2", "--max-failures", "1000"]
+    result = CliRunner().invoke(main, [*arguments, *fixed, *options])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def check_storm(scratch: Path, entries: list[Entry], tokenizer: Path, workers: int) -> None:
+    """Prepare the folder; a file that the run refuses by name is taken away, and the rest must then be in the dataset or be named."""
+    (scratch / "in").mkdir()
+    build(scratch / "in", entries)
+    present = {entry.name: entry for entry in entries}
+    for _ in range(MAX_REFUSALS):
+        code, output = prepared(scratch, "d", tokenizer, "--packing", "best_fit", "--workers", str(workers))
+        if code == 0:
+            break
+        assert "Traceback" not in output, output
+        refused = [name for name, entry in present.items() if entry.may_be_refused and name in output]
+        assert refused, f"the run ends, and names none of the files that it may refuse: {output}"
+        for name in refused:
+            os.unlink(scratch / "in" / name)
+            del present[name]
+    else:
+        raise AssertionError(f"more than {MAX_REFUSALS} refusals")
+    check_found(scratch / "out" / "d", present, tokenizer)
+
+
+def check_found(folder: Path, entries: dict[str, Entry], tokenizer: Path) -> None:
+    reference = Tokenizer.from_file(str(tokenizer))
+    reference.encode_special_tokens = True
+    end = reference.token_to_id(EOS)
+    manifest = manifest_of(folder)
+    found: Counter[str] = Counter()
+    for set_name in ("train", "heldout"):
+        if manifest.get(set_name) is None:
+            continue
+        for document in documents(folder, set_name):
+            assert document.tokens[-1] == end
+            assert document.mask.all()
+            text = reference.decode(document.tokens[:-1].tolist(), skip_special_tokens=False)
+            assert reference.encode(text, add_special_tokens=False).ids == document.tokens[:-1].tolist()
+            found[text] += 1
+            assert text in entries[document.file.removeprefix("in/")].texts, (document.file, text)
+    assert set(found.values()) <= {1}, "a text is in the dataset more than once"
+    inputs = json_lines(folder / "inputs.jsonl")
+    skipped = {entry["name"].removeprefix("in/").rstrip("/"): entry["skipped"] for entry in inputs if entry.get("skipped")}
+    failed = {entry["place"].rpartition(":")[0].removeprefix("in/") for entry in json_lines(folder / "failures.jsonl")}
+    read = {entry["name"].removeprefix("in/") for entry in inputs if not entry.get("skipped")}
+    for name, entry in entries.items():
+        if entry.is_data:
+            missing = [text for text in entry.texts if text not in found]
+            assert not missing or name in skipped or name in failed, f"{name}: lost without a word: {missing}"
+        else:
+            named = name in skipped or name in failed or name in read or any(name.startswith(f"{folder_}/") for folder_ in skipped)
+            assert named, f"{name}: is neither read nor named"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(encoder: TextEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("storm") / "tokenizer.json"
+    path.write_bytes(encoder.data)
+    return path
+
+
+def storm(max_examples: int) -> Any:
+    """Derandomized and not shrunk: a folder that fails is small enough to be read as it is."""
+    checks, phases = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow], [Phase.explicit, Phase.generate]
+    return settings(max_examples=max_examples, deadline=None, derandomize=True, suppress_health_check=checks, phases=phases, database=None)
+
+
+@storm(10)
+@given(entries=folders())
+def test_nothing_is_lost_in_silence(entries: list[Entry], tokenizer: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        check_storm(Path(scratch), entries, tokenizer, workers=1)
+
+
+@pytest.mark.prove
+@storm(150)
+@given(entries=folders())
+def test_nothing_is_lost_in_a_long_storm(entries: list[Entry], tokenizer: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        check_storm(Path(scratch), entries, tokenizer, workers=1)
+
+
+def test_every_format_is_read_whole(tmp_path: Path, tokenizer: Path) -> None:
+    """Each format once, and the order of the shuffle by the rule that the documents state."""
+    entries = []
+    for n, (name, of_texts) in enumerate(WHOLE.items()):
+        texts = [f"{n}-{k}: the weft of {name}" for k in range(5)]
+        entries.append(Entry(name.format(n=n), of_texts(texts), texts))
+    for n, (name, of_text) in enumerate(SINGLE.items()):
+        entries.append(Entry(name.format(n=n), of_text(f"only {n} {name}"), [f"only {n} {name}"]))
+    check_storm(tmp_path, entries, tokenizer, workers=1)
+    code, output = prepared(tmp_path, "stream", tokenizer, "--workers", "1", "--seed", "3")
+    assert code == 0, output
+    reference = Tokenizer.from_file(str(tokenizer))
+    contents = [
+        hashlib.sha256(reference.decode(document.tokens[:-1].tolist(), skip_special_tokens=False).encode()).digest()
+        for document in documents(tmp_path / "out" / "stream", "train")[:-1]  # the last one is cut by the end of the last row
+    ]
+    keys = [order_key(3, content) for content in contents]
+    assert keys == sorted(keys)
+    assert len(contents) > 60
