@@ -5,6 +5,8 @@ A part is a function of the files' names and sizes, and of the number of units i
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 
 from weftrain.core.errors import DataError
@@ -27,6 +29,11 @@ def is_cut_by_bytes(file: InputFile) -> bool:
     return READERS[file.format].by_bytes and compression_of(file.address) in (None, *CUT)
 
 
+@functools.lru_cache(maxsize=4096)
+def _num_units(file: InputFile) -> int:
+    return READERS[file.format].num_units(file)
+
+
 def split_parts(files: Sequence[InputFile], part_bytes: int) -> list[Part]:
     """Files in order, as parts of about `part_bytes`: small ones together, large ones that can be cut as several. Raises DataError."""
     parts: list[Part] = []
@@ -47,15 +54,17 @@ def split_parts(files: Sequence[InputFile], part_bytes: int) -> list[Part]:
 def _shares(index: int, file: InputFile, part_bytes: int) -> Iterator[tuple[Share, int]]:
     """A file's shares and about how many bytes each reads."""
     pieces = max(1, -(-file.num_bytes // part_bytes))
-    units = file.num_bytes if is_cut_by_bytes(file) else READERS[file.format].num_units(file) if pieces > 1 else 1
+    units = file.num_bytes if is_cut_by_bytes(file) else _num_units(file) if pieces > 1 else 1
     if compression_of(file.address) is not None:
         pieces = min(pieces, MAX_ARCHIVE_SHARES, file.num_bytes // MIN_ARCHIVE_SHARE_BYTES)
     pieces = max(1, min(pieces, units))
     if not is_cut_by_bytes(file) and pieces == 1:
         yield Share(index, 0, -1), file.num_bytes
         return
-    for piece in range(pieces):
-        yield Share(index, units * piece // pieces, units * (piece + 1) // pieces), file.num_bytes // pieces
+    cuts = READERS[file.format].cuts
+    ends = [units * piece // pieces for piece in range(1, pieces + 1)] if cuts is None else cuts(file, pieces)
+    for begin, end in itertools.pairwise((0, *ends)):
+        yield Share(index, begin, end), file.num_bytes * (end - begin) // max(1, units)
 
 
 def share_bytes(file: InputFile, share: Share) -> int:
@@ -64,7 +73,7 @@ def share_bytes(file: InputFile, share: Share) -> int:
         return file.num_bytes
     if is_cut_by_bytes(file):
         return share.end - share.begin
-    return file.num_bytes * (share.end - share.begin) // max(1, READERS[file.format].num_units(file))
+    return file.num_bytes * (share.end - share.begin) // max(1, _num_units(file))
 
 
 def records_before(file: InputFile, share: Share) -> int:
@@ -80,7 +89,7 @@ def share_sha256(file: InputFile, share: Share) -> str:
     begin, end, reader = share.begin, share.end, READERS[file.format]
     beside = reader.beside(file) if begin == 0 else ()
     if not is_cut_by_bytes(file):
-        units = max(1, reader.num_units(file)) if end != -1 else 1
+        units = max(1, _num_units(file)) if end != -1 else 1
         begin, end = file.num_bytes * begin // units, file.num_bytes * (end if end != -1 else 1) // units
     return range_sha256(file, begin, end, beside)
 

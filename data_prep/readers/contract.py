@@ -93,10 +93,11 @@ class Reader:
 
     detect(probe): whether a file is of this format. goes_with(probe): whether it belongs to another file of this format, and is read
     with it. by_bytes: a share counts bytes, and a record belongs to the share that it begins in; else shares count num_units(file), which
-    is 1 where a file cannot be cut. read: the documents of a share, in order; it may raise OSError, and DataError for a file damaged as a
-    whole. records_before(file, begin): how many records precede a share that begins there. beside(file): addresses of the files that are
-    read with it; they are hashed before its first share. by_end_token: documents are told apart by the tokenizer's end token, and ids
-    without a header are as wide as its vocabulary asks: ReadOptions.of_tokenizer.
+    is 1 where a file cannot be cut. cuts(file, pieces): the units at which about so many shares end; None: in equal shares. read: the
+    documents of a share, in order; it may raise OSError, and DataError for a file damaged as a whole. records_before(file, begin): how
+    many records precede a share that begins there. beside(file): addresses of the files that are read with it; they are hashed before its
+    first share. by_end_token: documents are told apart by the tokenizer's end token, and ids without a header are as wide as its
+    vocabulary asks: ReadOptions.of_tokenizer.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Reader:
     goes_with: Callable[[Probe], bool] = lambda probe: False
     by_bytes: bool = False
     num_units: Callable[[InputFile], int] = one_unit
+    cuts: Callable[[InputFile, int], list[int]] | None = None
     records_before: Callable[[InputFile, int], int] = unit_is_a_record
     beside: Callable[[InputFile], tuple[str, ...]] = nothing_beside
     by_end_token: bool = False

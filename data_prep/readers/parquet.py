@@ -1,82 +1,109 @@
-"""Parquet: a row a document, its text in a column."""
+"""Parquet: a row a document, its text in a column.
+
+A page is read at a time, so memory does not follow the size of a row group. A share is a range of rows: of whole row groups, or part of one
+that is large. A share within a row group decodes what precedes it there, so a row group is cut into a few only.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.files import is_local, open_address
-from weftrain.data_prep.normalisation import normalise
+from weftrain.data_prep.compression import compression_of
+from weftrain.data_prep.documents import InputFile, Share
+from weftrain.data_prep.files import BLOCK_BYTES, is_local, open_address
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.readers.contract import Reader, Records, one_line
+from weftrain.data_prep.readers.arrow_columns import TextColumns, batch_rows, documents_of, find_columns
+from weftrain.data_prep.readers.contract import Probe, Reader, Records, one_line
 
-_PARQUET_ROWS = 512  # of a batch
+MAX_CUTS = 8  # of one row group
 
 
-def open_parquet(file: InputFile) -> Any:
-    """A pyarrow ParquetFile. Raises DataError."""
+@contextmanager
+def open_parquet(file: InputFile) -> Iterator[Any]:
+    """A pyarrow ParquetFile. Raises DataError, for damage that shows later too."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise DataError("reading .parquet needs pyarrow: pip install 'weftrain[data]'") from None
+    if compression_of(file.address) is not None:
+        raise DataError(f"{file.address}: Parquet is compressed by itself, and this file as a whole once more; decompress it")
+    raw = file.address if is_local(file.address) else open_address(file.address)
     try:
-        return ParquetFile(file.address if is_local(file.address) else open_address(file.address))
+        opened = ParquetFile(raw, buffer_size=BLOCK_BYTES, pre_buffer=False, memory_map=False)
+        try:
+            yield opened
+        finally:
+            opened.close(force=True)
     except (ArrowException, OSError) as error:
         raise DataError(f"{file.address}: cannot be read as Parquet: {one_line(error)}; copy it again") from error
 
 
 def parquet_rows(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """Rows of a Parquet file's row groups, the text in the column options.text_key; a few hundred rows in memory at once."""
-    opened = open_parquet(file)
-    keys = [options.text_key] + ([options.source_key] if options.source_key is not None else [])
-    for key in keys:
-        if key not in opened.schema_arrow.names:
-            raise DataError(f"{file.address}: has no column '{key}' but {', '.join(opened.schema_arrow.names)}; name it with --text-key")
-        kind = str(opened.schema_arrow.field(key).type)
-        if kind not in ("string", "large_string", "string_view"):
-            raise DataError(f"{file.address}: column '{key}' holds {kind}, not text; name another with --text-key")
-    groups = list(range(share.begin, share.end if share.end != -1 else opened.num_row_groups))
-    number = 0
-    for batch in _batches(file, opened, groups, keys):
-        columns = [batch.column(key).to_pylist() for key in keys]
-        for values in zip(*columns, strict=True):
-            if any(value is None for value in values):
-                yield Failure(index, number, f"column '{keys[values.index(None)]}' is null; give it a text, or leave the row out")
-            else:
-                source = values[1] if len(values) > 1 else file.source
-                yield Document(index, number, source, normalise(values[0], options.normalise))
-            number += 1
-    return number
+    """Rows of a Parquet file, the text in the column options.text_key."""
+    with open_parquet(file) as opened:
+        columns = find_columns(file, opened.schema_arrow, options)
+        sizes = _group_rows(opened)
+        end = share.end if share.end != -1 else sum(sizes)
+        first = 0  # of the row group
+        for group, num_rows in enumerate(sizes):
+            begin, stop = max(share.begin, first), min(end, first + num_rows)
+            if begin < stop:
+                for place, batch in _batches(file, opened, group, columns, begin - first, stop - first):
+                    yield from documents_of(index, first + place - share.begin, batch, columns, file, options)
+            first += num_rows
+    return end - share.begin
 
 
-def _batches(file: InputFile, opened: Any, groups: list[int], keys: list[str]) -> Iterator[Any]:
-    from pyarrow import ArrowException
-
-    try:
-        for batch in opened.iter_batches(_PARQUET_ROWS, row_groups=groups, columns=keys):
-            batch.validate(full=True)  # UTF-8 too, which a damaged file need not hold
-            yield batch
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{file.address}: damaged: {one_line(error)}; copy it again") from error
-
-
-def _row_groups(file: InputFile) -> int:
-    return int(open_parquet(file).num_row_groups)
-
-
-def _rows_before(file: InputFile, group: int) -> int:
-    metadata = open_parquet(file).metadata
-    return sum(metadata.row_group(number).num_rows for number in range(group))
+def _batches(file: InputFile, opened: Any, group: int, columns: TextColumns, begin: int, stop: int) -> Iterator[tuple[int, Any]]:
+    """Rows begin..stop of a row group, in batches, each with the number of its first row."""
+    metadata = opened.metadata.row_group(group)
+    rows = batch_rows(metadata.total_byte_size, metadata.num_rows)
+    names = [".".join(path) for path in columns.paths]
+    place = 0
+    for batch in opened.iter_batches(rows, row_groups=[group], columns=names, use_threads=False):
+        skipped = min(max(0, begin - place), len(batch))
+        wanted = batch.slice(skipped, min(len(batch), stop - place) - skipped)
+        if len(wanted):
+            yield place + skipped, wanted
+        place += len(batch)
+        if place >= stop:
+            return
+    raise DataError(f"{file.address}: damaged: row group {group} has {place:,} rows of {metadata.num_rows:,}; copy it again")
 
 
-READER = Reader(
-    name="parquet",
-    holds="text",
-    read=parquet_rows,
-    detect=lambda probe: probe.plain_name.endswith(".parquet"),
-    num_units=_row_groups,
-    records_before=_rows_before,
-)
+def _group_rows(opened: Any) -> list[int]:
+    metadata = opened.metadata
+    return [max(0, int(metadata.row_group(group).num_rows)) for group in range(metadata.num_row_groups)]
+
+
+def _num_rows(file: InputFile) -> int:
+    with open_parquet(file) as opened:
+        return sum(_group_rows(opened))
+
+
+def _cuts(file: InputFile, pieces: int) -> list[int]:
+    """Where shares end: small row groups together, large ones cut."""
+    with open_parquet(file) as opened:
+        rows = _group_rows(opened)
+        sizes = [max(0, int(opened.metadata.row_group(group).total_byte_size)) for group in range(len(rows))]
+    share_bytes = max(1, -(-sum(sizes) // pieces))
+    ends, first, held = [], 0, 0
+    for num_rows, size in zip(rows, sizes, strict=True):
+        if held and held + size > share_bytes:
+            ends.append(first)
+            held = 0
+        cuts = max(1, min(MAX_CUTS, size // share_bytes, num_rows))
+        ends += [first + num_rows * cut // cuts for cut in range(1, cuts)]
+        first, held = first + num_rows, held + size // cuts
+    return sorted({*ends, first})
+
+
+def _is_parquet(probe: Probe) -> bool:
+    return probe.plain_name.endswith((".parquet", ".pq")) or (probe.head.startswith(b"PAR1") and b"\0" in probe.head)
+
+
+READER = Reader(name="parquet", holds="text", read=parquet_rows, detect=_is_parquet, num_units=_num_rows, cuts=_cuts)

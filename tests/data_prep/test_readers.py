@@ -151,35 +151,6 @@ def test_a_bomb_is_a_line_that_is_too_long(tmp_path: Path, monkeypatch: pytest.M
         assert isinstance(after, Document)
 
 
-# -- Parquet
-
-
-def test_parquet(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'weftrain[data]'")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "t.parquet"
-    values = [f"row {number}" for number in range(1500)]
-    values[700] = None  # type: ignore[call-overload]
-    parquet.write_table(pa.table({"text": values, "kind": ["k"] * 1500, "n": range(1500)}), path, row_group_size=400)
-    files = list_inputs([str(path)], source=None)
-    whole = read(files, ReadOptions(source_key="kind"))
-    assert len(split_parts(files, path.stat().st_size // 3)) == 4  # its row groups
-    assert read(files, ReadOptions(source_key="kind"), path.stat().st_size // 3) == whole
-    assert [item.record for item in whole] == list(range(1500))
-    assert isinstance(whole[700], Failure)
-    assert "column 'text' is null" in whole[700].reason
-    assert isinstance(whole[701], Document)
-    assert (whole[701].text, whole[701].source) == ("row 701", "k")
-    for key, message in (("absent", "has no column 'absent' but text, kind, n"), ("n", "column 'n' holds int64, not text")):
-        with pytest.raises(DataError, match=message):
-            read(files, ReadOptions(text_key=key))
-    data = bytearray(path.read_bytes())
-    data[-20:-10] = b"\xff" * 10
-    path.write_bytes(data)
-    with pytest.raises(DataError, match=r"t\.parquet: cannot be read as Parquet"):
-        read(list_inputs([str(path)], source=None))
-
-
 # -- tokenised
 
 

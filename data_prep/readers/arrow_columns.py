@@ -1,0 +1,140 @@
+"""Columns of text in Arrow batches, which Parquet and Arrow files have in common: finding them, and the documents of their rows.
+
+A key is a column's name, or leads into structs by dots unless a column is called so as it stands. Text is any of Arrow's string types,
+bytes that are UTF-8, or a dictionary of either. Nothing of an input file is trusted: offsets are validated, and UTF-8 row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from weftrain.core.errors import DataError
+from weftrain.data_prep.documents import Document, Failure, InputFile
+from weftrain.data_prep.normalisation import normalise
+from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.contract import one_line
+
+BATCH_ROWS = 512
+BATCH_BYTES = 8 << 20
+_BYTES = {"string": "binary", "large_string": "large_binary", "string_view": "binary_view"}  # without the promise of UTF-8
+_TEXT = (*_BYTES, *_BYTES.values())
+_SHOWN_NAMES = 20
+
+
+@dataclass(frozen=True)
+class Column:
+    """key: as it was asked for. path: names of fields, from the top down."""
+
+    key: str
+    path: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TextColumns:
+    """The column of texts, and that of sources where one was asked for."""
+
+    text: Column
+    source: Column | None
+
+    @property
+    def paths(self) -> list[tuple[str, ...]]:
+        return [self.text.path] + ([] if self.source is None else [self.source.path])
+
+
+def find_columns(file: InputFile, schema: Any, options: ReadOptions) -> TextColumns:
+    """Raises DataError for a key without a column, of several, or of one that holds no text."""
+    text = _find(file, schema, options.text_key, "--text-key")
+    return TextColumns(text, None if options.source_key is None else _find(file, schema, options.source_key, "--source-key"))
+
+
+def batch_rows(num_bytes: int, num_rows: int) -> int:
+    """How many rows to read at once of `num_rows` that take `num_bytes`."""
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(1, num_bytes)))
+
+
+def documents_of(
+    index: int, first: int, batch: Any, columns: TextColumns, file: InputFile, options: ReadOptions
+) -> Iterator[Document | Failure]:
+    """The documents of a batch whose rows are records from `first` on. The batch holds the columns, under the names of the file."""
+    texts = _values(file, batch, columns.text)
+    sources = None if columns.source is None else _values(file, batch, columns.source)
+    for row in range(len(texts)):
+        try:
+            text, source = _text(texts[row], options.text_key), file.source
+            if sources is not None:
+                source = _text(sources[row], str(options.source_key))
+                if not source:
+                    raise ValueError(f"column '{options.source_key}' holds no source's name; repair it, or leave --source-key out")
+        except ValueError as error:
+            yield Failure(index, first + row, str(error))
+        else:
+            yield Document(index, first + row, source, normalise(text, options.normalise))
+
+
+def _find(file: InputFile, schema: Any, key: str, option: str) -> Column:
+    fields = [schema.field(place) for place in range(len(schema.names))]
+    try:
+        path = _path(fields, key)
+    except ValueError as error:
+        raise DataError(f"{file.address}: {error}; rename all but one") from None
+    if not path:
+        names = schema.names[:_SHOWN_NAMES] + ["…"] * (len(schema.names) > _SHOWN_NAMES)
+        raise DataError(f"{file.address}: has no column '{key}' but {', '.join(names)}; name it with {option}")
+    kind = schema.field(schema.names.index(path[0])).type
+    for name in path[1:]:
+        kind = kind.field(kind.get_field_index(name)).type
+    held = str(getattr(kind, "value_type", "")) if str(kind).startswith("dictionary") else str(kind)
+    if held not in _TEXT:
+        raise DataError(f"{file.address}: column '{key}' holds {kind}, not text; name another with {option}")
+    return Column(key, path)
+
+
+def _path(fields: list[Any], key: str) -> tuple[str, ...]:
+    """Where a key leads; empty where there is no such field. Raises ValueError for a name that several have."""
+    names = [field.name for field in fields]
+    for end in (len(key), *(place for place, character in enumerate(key) if character == ".")):
+        if names.count(key[:end]) > 1:
+            raise ValueError(f"has {names.count(key[:end])} columns called '{key[:end]}'")
+        if key[:end] not in names:
+            continue
+        kind = fields[names.index(key[:end])].type
+        if end == len(key):
+            return (key,)
+        if str(kind).startswith("struct") and (rest := _path([kind.field(n) for n in range(kind.num_fields)], key[end + 1 :])):
+            return (key[:end], *rest)
+    return ()
+
+
+def _values(file: InputFile, batch: Any, column: Column) -> Any:
+    """The column of a batch as an array, of strings, bytes or a dictionary. Raises DataError for offsets that lead astray."""
+    import pyarrow
+    import pyarrow.compute
+
+    try:
+        array = batch.column(batch.schema.names.index(column.path[0]))
+        for name in column.path[1:]:
+            array = pyarrow.compute.struct_field(array, [array.type.get_field_index(name)])
+        plain = array.dictionary if pyarrow.types.is_dictionary(array.type) else array
+        kind = _BYTES.get(str(plain.type))
+        (plain if kind is None else plain.view(getattr(pyarrow, kind)())).validate(full=True)
+        if plain is not array and array.null_count < len(array):
+            ends = pyarrow.compute.min_max(array.indices).as_py()
+            if ends["min"] < 0 or ends["max"] >= len(plain):
+                raise pyarrow.ArrowException(f"a dictionary of {len(plain)} has no entry {ends['max']}")
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file.address}: damaged: column '{column.key}': {one_line(error)}; copy it again") from error
+    return array
+
+
+def _text(scalar: Any, key: str) -> str:
+    """Raises ValueError for null, and bytes that are not UTF-8."""
+    if scalar.is_valid and hasattr(scalar, "dictionary"):
+        scalar = scalar.value
+    if not scalar.is_valid:
+        raise ValueError(f"column '{key}' is null; give it a text, or leave the row out")
+    try:
+        return str(scalar.as_buffer(), "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"column '{key}': byte {error.start} is not UTF-8 ({error.reason}); convert it to UTF-8") from None
