@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from weftrain.analysis.evaluation_records import Record, Say, Settings, Subject, inputs_of, number, once, stored, version_of
 from weftrain.analysis.generation import PREFERENCES
@@ -212,13 +212,25 @@ def open_tokenizer(path: Path, vocab_size: int, dataset: tuple[Path, Manifest] |
             f"{path}: SHA-256 {sha256[:12]}… is not the {dataset[1].tokenizer_sha256[:12]}… that {dataset[0]} was prepared with: "
             f"use {dataset[0] / 'tokenizer.json'}, or leave --tokenizer out"
         )
+    if dataset is not None and dataset[1].bos_id is not None:
+        _begin_texts(tokenizer, dataset[1].bos_id)
     return tokenizer, sha256
+
+
+def _begin_texts(tokenizer: Tokenizer, bos_id: int) -> None:
+    """Make the tokenizer put the start token, with which every document that was trained on began, before each text, and nothing else.
+
+    It does so where special tokens are asked for; many a tokenizer does it by itself.
+    """
+    token = tokenizer.id_to_token(bos_id)
+    begin = {"id": "BEGIN", "ids": [bos_id], "tokens": [token]}
+    tokenizer.post_processor = processors.TemplateProcessing(["BEGIN", "$A"], ["BEGIN", "$A", "$B"], [begin])
 
 
 def end_of_text_id(tokenizer: Tokenizer, path: Path, dataset: Manifest | None = None) -> int:
     """The id that ends a document: the dataset's, else that of </s> or <|endoftext|>. Raises DataError where there is none."""
     if dataset is not None:
-        return dataset.eos_id
+        return dataset.separator_id
     for token in EOS_CANDIDATES:
         if (found := tokenizer.token_to_id(token)) is not None:
             return int(found)

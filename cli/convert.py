@@ -196,7 +196,8 @@ def from_huggingface(folder: Path, recipe: str, overrides: tuple[str, ...], runs
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), required=True, help="What weights are stored as; float32 is exact.")
 @click.option("--tokenizer", type=ExistingFile, help="The dataset's tokenizer.json, to stand beside the weights.")
 @click.option("--eos", help="The token that ends a document.  [default: the first that --tokenizer knows of the usual ones]")
-def to_huggingface(checkpoint: Path, output: Path, dtype: str, tokenizer: Path | None, eos: str | None) -> None:
+@click.option("--bos", help="The token that begins a document.  [default: <s> where --tokenizer has it]")
+def to_huggingface(checkpoint: Path, output: Path, dtype: str, tokenizer: Path | None, eos: str | None, bos: str | None) -> None:
     """Write CHECKPOINT, a run's folder (its newest) or one checkpoint's, as the folder OUTPUT that Hugging Face's transformers opens.
 
     A CrystalCoder's folder also holds its modelling code: load it with trust_remote_code=True.
@@ -206,14 +207,15 @@ def to_huggingface(checkpoint: Path, output: Path, dtype: str, tokenizer: Path |
     from weftrain.core.checkpoint import Weights
     from weftrain.core.huggingface import write_huggingface
     from weftrain.core.huggingface_files import tokenizer_files
+    from weftrain.data_prep.markers import Markers
     from weftrain.data_prep.tokenization import load_encoder
 
     recipe, state, manifest = _load(checkpoint)
     extra: dict[str, Any] = {"weftrain_checkpoint": manifest["root"], "weftrain_step": state.step}
     beside: dict[str, bytes] = {}
     if tokenizer is not None:
-        encoder = load_encoder(tokenizer, eos, engine="tokenizers")
-        beside, ids = tokenizer_files(encoder.data, encoder.eos_id, recipe.model, str(tokenizer))
+        encoder = load_encoder(tokenizer, Markers(eos, bos), engine="tokenizers")
+        beside, ids = tokenizer_files(encoder.data, encoder.markers.separator, encoder.markers.bos, recipe.model, str(tokenizer))
         extra |= ids
     written = write_huggingface(output, Weights(state.tensors), recipe.model, getattr(torch, dtype), extra_config=extra, beside=beside)
     click.echo(

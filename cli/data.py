@@ -90,10 +90,10 @@ def head(folder: Path, set_name: str, rows: int, first: int) -> None:
 
 def _encoder(folder: Path) -> TextEncoder:
     from weftrain.core.dataset import TOKENIZER, read_manifest
+    from weftrain.data_prep.markers import recorded_markers
     from weftrain.data_prep.tokenization import load_encoder
 
-    eos = read_manifest(folder).preparation.get("eos")
-    return load_encoder(folder / TOKENIZER, eos if isinstance(eos, str) else None, engine="tokenizers")
+    return load_encoder(folder / TOKENIZER, recorded_markers(read_manifest(folder)), engine="tokenizers")
 
 
 class _Origins:
@@ -225,7 +225,7 @@ def fim_report(folder: Path, rate: float, spm_share: float, documents: int) -> N
     if manifest.fim is not None:
         raise DataError(f"{folder}: was prepared with FIM; name one that was not")
     encoder = _encoder(folder)
-    chosen = [ids[:-1] if ids[-1] == encoder.eos_id else ids for ids in islice(whole_documents(manifest, shards), documents)]
+    chosen = [ids[encoder.markers.own(ids)] for ids in islice(whole_documents(manifest, shards), documents)]
     for line in damage_lines(*fim_damage(chosen, encoder, manifest.sequence_length, rate, spm_share)):
         _console().print(line, markup=False)
 

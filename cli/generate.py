@@ -55,6 +55,7 @@ def generate(
     from weftrain.analysis.generation import Generator, load_model
     from weftrain.cli.assembly import newest_or_named, recipe_of_checkpoint
     from weftrain.core import checkpoint
+    from weftrain.core.dataset import read_manifest
     from weftrain.core.tokenizer_file import panics_refused
 
     path = newest_or_named(run, lambda line: click.echo(line, err=True))
@@ -63,9 +64,11 @@ def generate(
     encoder = None
     if given is None:
         file = tokenizer or default_tokenizer(recipe)
-        encoder, _ = open_tokenizer(file, recipe.model.vocab_size)
+        dataset = None if tokenizer is not None else (file.parent, read_manifest(file.parent))
+        encoder, _ = open_tokenizer(file, recipe.model.vocab_size, dataset)
         with panics_refused(str(file)):
-            given = encoder.encode(prompt, add_special_tokens=False).ids
+            begins = dataset is not None and dataset[1].bos_id is not None  # then every text that was trained on began with it
+            given = encoder.encode(prompt, add_special_tokens=begins).ids
     generator = Generator(load_model(checkpoint.Weights(state.tensors), recipe.model, device))
     (found,) = generator.generate(
         [given or []], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop_ids=stop_ids

@@ -44,7 +44,8 @@ class _Job:
 @click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Of a recipe: lay a value over it (repeatable).")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json.  [default: a byte-level BPE trained on the text]")
 @click.option("--vocab-size", type=click.IntRange(min=300), help="Ids of the trained tokenizer, 32 specials apart.  [default: 8192]")
-@click.option("--eos", help="The tokenizer's end-of-document token.  [default: </s> or <|endoftext|>]")
+@click.option("--eos", help="The tokenizer's end-of-document token, or none.  [default: </s> or <|endoftext|>]")
+@click.option("--bos", help="The tokenizer's token to put before each document, such as <s>.  [default: none]")
 @click.option("--engine", type=click.Choice(["auto", "tokenizers", "gigatoken"]), default="auto", show_default=True, help="Who encodes.")
 @click.option("--sequence-length", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of a row.")
 @click.option("--packing", type=click.Choice(["concatenate", "best_fit"]), default="concatenate", show_default=True, help="Rows of what.")
@@ -59,6 +60,11 @@ class _Job:
 @click.option("--fim-spm-share", type=float, default=0.5, show_default=True, help="Of those, how many suffix first.")
 @click.option(
     "--fim-mode", type=click.Choice(["exact", "released"]), default="exact", show_default=True, help="released: as CrystalCoder's scripts."
+)
+@click.option(
+    "--fim-tokens",
+    metavar="PREFIX,MIDDLE,SUFFIX[,PAD]",
+    help="The tokenizer's control tokens of fill-in-the-middle.  [default: <|fim_prefix|> or <fim_prefix> and so on]",
 )
 @click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True, help="How often each document comes, FIM drawn anew.")
 @click.option("--chunks", type=click.IntRange(min=1), help="Equal chunks of the training rows.")
@@ -153,6 +159,7 @@ def _say_what_is_text(console: Console, job: _Job) -> None:
 def _job(inputs: tuple[str, ...], options: dict[str, Any], folder: Path) -> _Job:
     from weftrain.data_prep.corpus import embedded_inputs
     from weftrain.data_prep.listing import STANDARD_INPUT, Wanted, find_inputs
+    from weftrain.data_prep.markers import fim_names
     from weftrain.data_prep.plan import Inputs
 
     for option in ("root", "only", "overrides"):
@@ -172,8 +179,9 @@ def _job(inputs: tuple[str, ...], options: dict[str, Any], folder: Path) -> _Job
     else:
         embedded, description, licence = embedded_inputs()
         chosen = Inputs(tuple(embedded), description, licence, read)
-    same = ("tokenizer", "vocab_size", "eos", "engine", "sequence_length", "heldout_fraction", "rows_per_shard", "seed", "packing", "order")
-    arguments = {key: options[key] for key in (*same, "epochs", "chunks", "global_batch_size", "max_failures")}
+    same = ("tokenizer", "vocab_size", "eos", "bos", "engine", "sequence_length", "heldout_fraction", "rows_per_shard", "seed", "packing")
+    arguments = {key: options[key] for key in (*same, "order", "epochs", "chunks", "global_batch_size", "max_failures")}
+    arguments["fim_tokens"] = fim_names(options["fim_tokens"])
     arguments["fim"] = _fim(options["fim_rate"], options["fim_spm_share"], options["fim_mode"])
     return _Job(chosen, arguments | {"name": options["name"] or "python_stdlib"}, json_texts)
 
@@ -258,6 +266,8 @@ def _recipe_jobs(recipe: PrepRecipe, options: dict[str, Any]) -> list[_Job]:
         same = (
             "vocab_size",
             "eos",
+            "bos",
+            "fim_tokens",
             "engine",
             "sequence_length",
             "heldout_fraction",

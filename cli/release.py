@@ -57,7 +57,9 @@ def release(
         ids: dict[str, Any] = {}
         if recipe.data.sources:
             source = (Path(recipe.data.root) if data_root is None else data_root) / recipe.data.sources[0].path
-            beside, ids = tokenizer_files(read_tokenizer(source), read_manifest(source).eos_id, recipe.model, f"{source}: tokenizer.json")
+            prepared = read_manifest(source)
+            place = f"{source}: tokenizer.json"
+            beside, ids = tokenizer_files(read_tokenizer(source), prepared.separator_id, prepared.bos_id, recipe.model, place)
         write_huggingface(folder, weights, recipe.model, dtype, extra_config=ids, beside=beside)
 
     with held_run(run):

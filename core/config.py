@@ -191,14 +191,15 @@ class PrecisionConfig(Section):
 
 
 class Fim(Section):
-    """Fill-in-the-middle that a source was prepared with; must equal what its dataset's manifest records.
+    """Fill-in-the-middle of a dataset; of a training recipe's source, what its dataset's manifest must record.
 
-    mode: `exact` cuts between tokens and loses nothing, `released` does what CrystalCoder's scripts did (docs/fill-in-the-middle.md).
+    mode (docs/fill-in-the-middle.md): `exact` transforms documents before they are packed, `context` their pieces in each row; both cut
+    between tokens and lose none. `released` does what CrystalCoder's scripts did.
     """
 
     rate: Annotated[float, Field(gt=0, le=1)]
     spm_share: Annotated[float, Field(ge=0, le=1)]
-    mode: Literal["exact", "released"] = "exact"
+    mode: Literal["exact", "context", "released"] = "exact"
 
 
 class Source(Section):

@@ -394,8 +394,8 @@ def _open_set(data: DataConfig, source: Source, set_name: SetName, root: Path | 
             f"{folder}: prepared with a vocabulary of {manifest.vocab_size}, the model has {vocab_size}: "
             f"set model.vocab_size to at least {manifest.vocab_size}, or use the model's tokenizer"
         )
-    recorded = None if manifest.fim is None else manifest.fim.model_dump(exclude={"seed"})
-    wanted = None if source.fim is None else source.fim.model_dump()
-    if recorded != wanted:
-        raise DataError(f"{folder}: prepared with fim {recorded}, the recipe's source '{source.name}' says {wanted}: make them equal")
+    recorded = None if manifest.fim is None else manifest.fim.settings
+    if recorded != source.fim:
+        said = (None if fim is None else fim.model_dump() for fim in (recorded, source.fim))
+        raise DataError(f"{folder}: prepared with fim {next(said)}, the recipe's source '{source.name}' says {next(said)}: make them equal")
     return ShardSet(folder, manifest, set_name) if set_name in manifest.sets else None

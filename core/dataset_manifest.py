@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from weftrain.core.config import Count, PositiveInt, Scalar, Section, Sha256
+from weftrain.core.config import Count, Fim, PositiveInt, Scalar, Section, Sha256
 
 SetName = Literal["train", "heldout"]
 
@@ -79,13 +79,16 @@ class SourceEntry(Section):
     tokens: Count
 
 
-class FimPrepared(Section):
-    """Fill-in-the-middle as it was applied. mode: 'exact' cuts between tokens, 'released' as CrystalCoder's scripts did."""
+class FimPrepared(Fim):
+    """Fill-in-the-middle as it was applied. tokens: its control tokens prefix, middle, suffix and perhaps pad; () in old datasets."""
 
-    rate: Annotated[float, Field(gt=0, le=1)]
-    spm_share: Annotated[float, Field(ge=0, le=1)]
-    mode: Literal["exact", "released"]
     seed: Count
+    tokens: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @property
+    def settings(self) -> Fim:
+        """What a training recipe says of it."""
+        return Fim(rate=self.rate, spm_share=self.spm_share, mode=self.mode)
 
 
 class Tokenization(Section):
@@ -140,6 +143,7 @@ class Ancestor(Section):
 class Manifest(Section):
     """manifest.json, consistent in itself. `preparation` holds the settings that, with the corpus, determine every byte.
 
+    eos_id, bos_id: the tokens after and before each document, None where there is none; there is one of them.
     inputs_skipped: how many files were left out, by reason; inputs.jsonl names them after the corpus.files that were read. parents: what
     the dataset grew from, each from the one before; the last is its own parent. version 2 had the sources in the manifest itself, and no
     file was said to be left out.
@@ -151,7 +155,8 @@ class Manifest(Section):
     parents: Annotated[tuple[Ancestor, ...], Field(strict=False)] = ()
     tokenizer_sha256: Sha256  # of tokenizer.json
     vocab_size: PositiveInt
-    eos_id: Count
+    eos_id: Count | None
+    bos_id: Count | None = None
     sequence_length: PositiveInt
     row_stride: PositiveInt
     packing: Literal["concatenate", "best_fit", "rows"]
@@ -173,6 +178,8 @@ class Manifest(Section):
         for set_name, entry in self.sets.items():
             if [shard.file for shard in entry.shards] != [shard_file(set_name, index) for index in range(len(entry.shards))]:
                 raise ValueError(f"{set_name}: the shards' files do not count up from {shard_file(set_name, 0)}")
+        if self.eos_id is None and self.bos_id is None:
+            raise ValueError("eos_id and bos_id: documents have neither, so nothing tells them apart")
         if self.chunks is not None:
             chunks = self.chunks
             if chunks.count * chunks.rows != self.train.n_examples or len(self.train.epochs) > 1:
@@ -188,6 +195,13 @@ class Manifest(Section):
     def rows_of_ancestor(self, train_id: str) -> int | None:
         """How many of the training rows, which are the first, are those of the ancestor with that dataset id; None where it is none."""
         return next((parent.train.n_examples for parent in self.parents if parent.train.id == train_id), None)
+
+    @property
+    def separator_id(self) -> int:
+        """The token that tells documents apart, at which a generated text ends: the end token, else the start token."""
+        found = self.bos_id if self.eos_id is None else self.eos_id
+        assert found is not None
+        return found
 
     @property
     def heldout_rule(self) -> int:

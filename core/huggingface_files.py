@@ -35,9 +35,12 @@ def modeling_files(config: ModelConfig) -> tuple[dict[str, bytes], dict[str, Any
     return {MODELING: Path(__file__).with_name(MODELING).read_bytes()}, {"auto_map": AUTO_MAP}
 
 
-def tokenizer_files(data: bytes, eos_id: int, config: ModelConfig, where: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+def tokenizer_files(
+    data: bytes, eos_id: int, bos_id: int | None, config: ModelConfig, where: str
+) -> tuple[dict[str, bytes], dict[str, Any]]:
     """tokenizer.json with what lets AutoTokenizer and generate() use it, and config.json's keys. Raises DataError.
 
+    eos_id: at which a text ends. bos_id: with which the dataset's documents begin; where it is None, `<s>` is named if there is one.
     where: begins an error's text.
     """
     tokenizer = tokenizer_from(data, where)
@@ -48,8 +51,9 @@ def tokenizer_files(data: bytes, eos_id: int, config: ModelConfig, where: str) -
     if end is None:
         raise DataError(f"{where}: has no id {eos_id}, which ends documents: name the dataset's own tokenizer")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "model_max_length": config.max_position_embeddings}
-    settings |= {"clean_up_tokenization_spaces": False} | ({"bos_token": _BOS} if _BOS in vocabulary else {})
-    ids = {"eos_token_id": eos_id, "bos_token_id": vocabulary.get(_BOS)}
+    begin = vocabulary.get(_BOS) if bos_id is None else bos_id
+    settings |= {"clean_up_tokenization_spaces": False} | ({} if begin is None else {"bos_token": tokenizer.id_to_token(begin)})
+    ids = {"eos_token_id": eos_id, "bos_token_id": begin}
     files = {"tokenizer.json": data, "tokenizer_config.json": _json(settings), "generation_config.json": _json(ids)}
     return files, ids
 

@@ -17,30 +17,55 @@ and CrystalCoder. There the cuts are between characters.
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
 
 import numpy as np
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.tokenization import TextEncoder
+from weftrain.data_prep.markers import FimIds, Markers
+from weftrain.data_prep.tokenization import CONTROL_TOKENS, CRYSTALCODER_TOKENS, TextEncoder
 
 PLAIN, PSM, SPM = 0, 1, 2
 MODES = ("plain", "psm", "spm")
 NUM_SENTINELS = 3  # tokens that a transformed document has more
 
 
-class FimIds(NamedTuple):
-    """Ids of the control tokens. pad: only fim_released.py writes it."""
-
-    prefix: int
-    middle: int
-    suffix: int
-    pad: int
-
-
 def fim_ids(encoder: TextEncoder) -> FimIds:
-    """A tokenizer's ids, spelled `<fim_prefix>` or `<|fim_prefix|>`. Raises DataError where it lacks one."""
-    return FimIds(*(encoder.special_id(f"fim_{name}") for name in FimIds._fields))
+    """The tokens that --fim-tokens names, else those spelled `<|fim_prefix|>` or `<fim_prefix>`. Raises DataError where one is missing."""
+    if encoder.markers.fim is not None:
+        return encoder.markers.fim
+    prefix, middle, suffix, pad = (encoder.special_id(f"fim_{name}") for name in FimIds._fields)
+    if prefix is None or middle is None or suffix is None:
+        raise DataError(
+            "the tokenizer has no tokens <|fim_prefix|>, <|fim_middle|> and <|fim_suffix|>, or <fim_prefix> and so on: name its own with "
+            f"--fim-tokens prefix,middle,suffix; {encoder.special_tokens()}"
+        )
+    return FimIds(prefix, middle, suffix, pad)
+
+
+def check_markers(markers: Markers, encoder: TextEncoder | None, fim_mode: str | None) -> None:
+    """Raises DataError for tokens that a dataset needs and the tokenizer lacks. encoder: None where one is trained here."""
+    if encoder is not None:
+        if fim_mode is not None:
+            ids = fim_ids(encoder)
+            if fim_mode == "released":
+                pad_id(ids)
+        return
+    known = (*CONTROL_TOKENS, *CRYSTALCODER_TOKENS)
+    missing = [name for name in markers.named if name not in known]
+    if missing:
+        raise DataError(
+            f"{missing[0]!r} is no token of the tokenizer that is trained here, which has {', '.join(known)}; name one of these "
+            "with --bos, --eos and --fim-tokens, or a tokenizer.json with --tokenizer"
+        )
+
+
+def pad_id(ids: FimIds) -> int:
+    """The token with which fim_released.py fills short rows. Raises DataError where the tokenizer has none."""
+    if ids.pad is None:
+        raise DataError(
+            "--fim-mode released fills rows with a token fim_pad, which the tokenizer lacks: name one as the fourth of --fim-tokens"
+        )
+    return ids.pad
 
 
 def draw(seed: int, content: bytes, epoch: int, rate: float, spm_share: float, num_tokens: int) -> tuple[int, int, int]:
@@ -50,12 +75,24 @@ def draw(seed: int, content: bytes, epoch: int, rate: float, spm_share: float, n
     two positions of 0..num_tokens, each as likely as another (to num_tokens / 2^64), sorted. Any of the three pieces may be empty. A
     document of no tokens stays plain; there is no other least length.
     """
-    digest = hashlib.sha256(b"fim %d %d " % (seed, epoch) + content).digest()
+    mode, first, second = numbers(b"fim %d %d " % (seed, epoch) + content, rate, spm_share)
+    return (PLAIN, 0, 0) if not num_tokens else (mode, *cuts(mode, first, second, num_tokens))
+
+
+def numbers(text: bytes, rate: float, spm_share: float) -> tuple[int, int, int]:
+    """The mode, and two numbers below 2^64 for the positions."""
+    digest = hashlib.sha256(text).digest()
     whether, which, first, second = (int.from_bytes(digest[start : start + 8]) for start in range(0, 32, 8))
-    if not num_tokens or whether >= rate * 2.0**64:
+    if whether >= rate * 2.0**64:
         return PLAIN, 0, 0
+    return SPM if which < spm_share * 2.0**64 else PSM, first, second
+
+
+def cuts(mode: int, first: int, second: int, num_tokens: int) -> tuple[int, int]:
+    if mode == PLAIN:
+        return 0, 0
     a, b = sorted((number * (num_tokens + 1)) >> 64 for number in (first, second))
-    return SPM if which < spm_share * 2.0**64 else PSM, a, b
+    return a, b
 
 
 def transform(tokens: np.ndarray, mode: int, a: int, b: int, ids: FimIds) -> np.ndarray:
@@ -98,5 +135,5 @@ def _check(mode: int, a: int, b: int, num_tokens: int, dtype: np.dtype, ids: Fim
             f"FIM record ({mode}, {a}, {b}): is not of a document of {num_tokens} tokens: the mode must be {PLAIN}, {PSM} or {SPM} "
             "and the cuts rise within it; give the whole document that the record is of"
         )
-    if max(ids) > np.iinfo(dtype).max:
-        raise DataError(f"FIM token id {max(ids)} does not fit tokens of {dtype}: give tokens of the tokenizer's own dtype")
+    if (largest := max(ids[:3])) > np.iinfo(dtype).max:
+        raise DataError(f"FIM token id {largest} does not fit tokens of {dtype}: give tokens of the tokenizer's own dtype")

@@ -45,9 +45,9 @@ class FimDamage:
 def fim_damage(
     documents: Sequence[np.ndarray], encoder: TextEncoder, sequence_length: int, rate: float, spm_share: float, seed: int = 0
 ) -> tuple[FimDamage, FimDamage]:
-    """(released, exact) over token ids [n] of documents without end tokens. Raises DataError for fewer tokens than a row."""
-    eos = np.array([encoder.eos_id], encoder.dtype)
-    stream = np.concatenate([part for tokens in documents for part in (tokens.astype(encoder.dtype), eos)])
+    """(released, exact) over token ids [n] of documents without start and end tokens. Raises DataError for fewer tokens than a row."""
+    bos, eos = encoder.around()
+    stream = np.concatenate([part for tokens in documents for part in (bos, tokens.astype(encoder.dtype), eos)])
     rows = (len(stream) - 1) // sequence_length
     if rows < 1:
         raise DataError(f"{len(stream)} tokens do not fill one row of {sequence_length} + 1; give more text")
@@ -60,6 +60,8 @@ def _released(
     stream: np.ndarray, rows: int, encoder: TextEncoder, sequence_length: int, rate: float, spm_share: float, seed: int
 ) -> FimDamage:
     ids = fim.fim_ids(encoder)
+    if ids.pad is None:  # what fills a row that became shorter counts for nothing
+        ids = ids._replace(pad=encoder.markers.separator)
     made = [
         released_row(
             stream[row * sequence_length : (row + 1) * sequence_length + 1],
@@ -85,12 +87,12 @@ def _exact(
     documents: Sequence[np.ndarray], encoder: TextEncoder, sequence_length: int, rate: float, spm_share: float, seed: int
 ) -> FimDamage:
     """Transform, join, cut into rows, join the rows again, and restore every document from what the rows hold."""
-    ids, eos = fim.fim_ids(encoder), np.array([encoder.eos_id], encoder.dtype)
+    ids, (bos, eos) = fim.fim_ids(encoder), encoder.around()
     draws, pieces = [], []
     for tokens in documents:
         content = hashlib.sha256(tokens.astype("<i4").tobytes()).digest()
         draws.append(fim.draw(seed, content, 0, rate, spm_share, len(tokens)))
-        pieces += [fim.transform(tokens.astype(encoder.dtype), *draws[-1], ids), eos]
+        pieces += [bos, fim.transform(tokens.astype(encoder.dtype), *draws[-1], ids), eos]
     stream = np.concatenate(pieces)
     rows = -(-(len(stream) - 1) // sequence_length)  # the last one short: nothing of the measured documents is left out
     packed = [stream[row * sequence_length : (row + 1) * sequence_length + 1] for row in range(rows)]
@@ -98,11 +100,12 @@ def _exact(
     changed = lost = start = 0
     for tokens, drawn in zip(documents, draws, strict=True):
         length = len(tokens) + (fim.NUM_SENTINELS if drawn[0] != fim.PLAIN else 0)
+        start += len(bos)
         found = again[start : start + length]
         if drawn[0] != fim.PLAIN:
             changed += not np.array_equal(fim.restore(found, *drawn, ids), tokens)
             lost += int((found == ids.middle).sum()) != 1
-        start += length + 1
+        start += length + len(eos)
     transformed = sum(drawn[0] != fim.PLAIN for drawn in draws)
     return FimDamage("exact", transformed, changed, rows, int(len(again) < len(stream)), lost)
 

@@ -26,7 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from weftrain.data_prep.fim import FimIds
+from weftrain.data_prep.fim import pad_id
+from weftrain.data_prep.markers import FimIds
 from weftrain.data_prep.tokenization import TextEncoder
 
 
@@ -62,10 +63,12 @@ def released_row(
     tokens: np.ndarray, encoder: TextEncoder, ids: FimIds, rate: float, spm_share: float, random: np.random.Generator
 ) -> ReleasedRow:
     """One packed row of tokens [S + 1] -> the row that the released scripts make of it. random: seeded by (seed, row). Raises DataError."""
-    segments = [_drawn(piece, ends, encoder, rate, spm_share, random) for piece, ends in _pieces(tokens[:-1], encoder.eos_id)]
+    pad = pad_id(ids)
+    end = encoder.markers.separator
+    segments = [_drawn(piece, ends, encoder, rate, spm_share, random) for piece, ends in _pieces(tokens[:-1], end)]
     texts = [text for segment in segments for text in segment.parts]
     encoded = iter(encoder.encode(texts, [f"part {number} of a row for released FIM" for number in range(len(texts))]))
-    eos = np.array([encoder.eos_id], tokens.dtype)
+    eos = np.array([end], tokens.dtype)
     made: list[np.ndarray] = []
     ends: list[int] = []
     drawn = changed = anew = lost = length = 0
@@ -87,7 +90,7 @@ def released_row(
     ends[-1] += 1  # the eos that follows the whole
     whole = np.concatenate([*made, eos]).astype(tokens.dtype)
     padding = max(0, len(tokens) - len(whole))
-    row = np.concatenate([whole[: len(tokens)], np.full(padding, ids.pad, tokens.dtype)])
+    row = np.concatenate([whole[: len(tokens)], np.full(padding, pad, tokens.dtype)])
     lengths = np.diff(np.minimum(ends, len(tokens)), prepend=0)
     return ReleasedRow(row, tuple(lengths.tolist()), len(whole) > len(tokens), drawn, changed, lost, anew, padding)
 

@@ -65,7 +65,7 @@ def merge_run(plan: Plan, index: int) -> None:
 def order_bucket(plan: Plan, index: int) -> None:
     """Gather, deduplicate, transform and lay out bucket `index`. Raises DataError, OSError."""
     found = load_json(plan.survey_file)
-    encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.eos, plan.engine)
+    encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.markers, plan.engine)
     as_read = plan.settings.order == "as_read"
     gathered = gather(_pieces(plan, found, index), index, found["buckets"], as_read=as_read)
     heldout = gathered.rows["heldout"].astype(bool)
@@ -115,7 +115,7 @@ def _source_counts(rows: np.ndarray, source: np.ndarray, lengths: np.ndarray) ->
 
 
 def _transformed(plan: Plan, gathered: Gathered, chosen: np.ndarray, epoch: int, encoder: TextEncoder) -> Stream:
-    """The chosen documents with FIM and end tokens."""
+    """The chosen documents with FIM, start and end tokens."""
     settings, rows = plan.settings, gathered.rows[chosen]
     stops, lengths = rows["end"], gathered.lengths[chosen]
     spans = list(zip((stops - lengths).tolist(), stops.tolist(), strict=True))
@@ -132,9 +132,10 @@ def _transformed(plan: Plan, gathered: Gathered, chosen: np.ndarray, epoch: int,
         lengths = np.array([len(tokens) for tokens in pieces], np.int64)
         records = np.array(drawn, np.int32).reshape(-1, 3)
     if not plan.fixed_rows:
-        pieces = _alternating(pieces, np.array([encoder.eos_id], encoder.dtype))
-        masks = None if masks is None else _alternating(masks, np.ones(1, np.uint8))
-        lengths = lengths + 1
+        before, after = encoder.around()
+        pieces = _between(before, pieces, after)
+        masks = None if masks is None else _between(np.ones(len(before), np.uint8), masks, np.ones(len(after), np.uint8))
+        lengths = lengths + len(before) + len(after)
     return Stream(
         np.concatenate(pieces) if pieces else np.empty(0, encoder.dtype),
         None if masks is None else np.concatenate(masks) if masks else np.empty(0, np.uint8),
@@ -147,18 +148,18 @@ def _transformed(plan: Plan, gathered: Gathered, chosen: np.ndarray, epoch: int,
     )
 
 
-def _alternating(pieces: list[np.ndarray], end: np.ndarray) -> list[np.ndarray]:
-    """Each piece followed by `end`."""
-    both = [end] * (2 * len(pieces))
-    both[::2] = pieces
-    return both
+def _between(before: np.ndarray, pieces: list[np.ndarray], after: np.ndarray) -> list[np.ndarray]:
+    """Each piece with what stands before and after it, where that is anything."""
+    columns = [[part] * len(pieces) for part in (before, after) if len(part)]
+    columns.insert(int(len(before) > 0), pieces)
+    return [part for row in zip(*columns, strict=True) for part in row]
 
 
 def _best_fit(plan: Plan, stream: Stream, encoder: TextEncoder) -> Stream:
     """The stream as rows that stand alone, each padded to its end."""
     width = plan.settings.row_tokens
     begins = (stream.end - np.diff(stream.end, prepend=0)).tolist()
-    padding, no_loss, loss = np.full(width, encoder.eos_id, encoder.dtype), np.zeros(width, np.uint8), np.ones(width, np.uint8)
+    padding, no_loss, loss = np.full(width, encoder.markers.separator, encoder.dtype), np.zeros(width, np.uint8), np.ones(width, np.uint8)
     tokens, masks, documents = [], [], []  # documents: which document each piece is of, -1 for padding
     for pieces in best_fit_rows(np.diff(stream.end, prepend=0), width):
         left = width

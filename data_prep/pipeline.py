@@ -20,6 +20,8 @@ from weftrain.core.errors import DataError
 from weftrain.core.names import path_below
 from weftrain.data_prep.executors import STAGES, Executor, LocalExecutor, Stage
 from weftrain.data_prep.existing import compare_existing
+from weftrain.data_prep.fim import check_markers
+from weftrain.data_prep.markers import Markers
 from weftrain.data_prep.part_notes import read_note
 from weftrain.data_prep.plan import (
     SHARD_TOKENS,
@@ -72,6 +74,8 @@ def prepare(
     name: str,
     tokenizer: Path | None = None,
     eos: str | None = None,
+    bos: str | None = None,
+    fim_tokens: tuple[str, ...] = (),
     vocab_size: int | None = None,
     engine: str = "auto",
     sequence_length: int,
@@ -91,9 +95,10 @@ def prepare(
 ) -> Prepared | None:
     """Make output/name. Without `tokenizer` one of `vocab_size` ids (8192) and 32 special ids more is trained on the text.
 
-    eos: the tokenizer's end-of-document token, else `</s>` or `<|endoftext|>`. rows_per_shard: else 64 MiB of tokens. max_failures: how
-    many documents may be unreadable. only_stage: do that stage and stop, with None where the dataset is not complete then.
-    Raises DataError; nothing is then left under the dataset's name.
+    eos: the tokenizer's end-of-document token, else `</s>` or `<|endoftext|>`; 'none': none. bos: a token before each document.
+    fim_tokens: names of prefix, middle, suffix and perhaps pad, else `<|fim_prefix|>` and so on. rows_per_shard: else 64 MiB of tokens.
+    max_failures: how many documents may be unreadable. only_stage: do that stage and stop, with None where the dataset is not complete
+    then. Raises DataError; nothing is then left under the dataset's name.
     """
     executor = executor or LocalExecutor()
     if not _NAME.fullmatch(name):
@@ -106,11 +111,15 @@ def prepare(
         raise DataError("--vocab-size is for training a tokenizer, and --tokenizer names one: give only one of them")
     if sequence_length < 1 or not 0 <= heldout_fraction < 1 or (rows_per_shard is not None and rows_per_shard < 1):
         raise DataError("--sequence-length and --rows-per-shard must be at least 1, --heldout-fraction at least 0 and below 1")
-    given = None if tokenizer is None else load_encoder(tokenizer, eos, engine=engine)
+    markers = Markers(eos, bos, fim_tokens)
+    given = None if tokenizer is None else load_encoder(tokenizer, markers, engine=engine)
+    check_markers(markers, given, None if fim is None else fim.mode)
     settings = Settings(
         tokenizer="trained" if given is None else given.sha256,
         tokenizer_vocab_size=vocab_size or DEFAULT_VOCAB_SIZE if given is None else None,
         eos=eos,
+        bos=bos,
+        fim_tokens=fim_tokens,
         sequence_length=sequence_length,
         heldout_fraction=heldout_fraction,
         rows_per_shard=rows_per_shard or max(1, SHARD_TOKENS // sequence_length),
@@ -124,6 +133,8 @@ def prepare(
     )
     check_inputs(inputs, settings)
     if given is not None and any(READERS[file.format].by_end_token for file in inputs.files):
+        if given.eos_id is None:
+            raise DataError(f"{inputs.description}: holds streams of ids that end tokens tell apart: name their end token with --eos")
         inputs = replace(inputs, options=inputs.options.of_tokenizer(given.vocab_size, given.eos_id))
     plan = make_plan(folder.parent / f".{folder.name}.partial", inputs, settings, engine)
     try:

@@ -19,6 +19,7 @@ from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.errors import DataError
 from weftrain.data_prep import heldout
 from weftrain.data_prep.documents import InputFile, Part, Share, Skipped
+from weftrain.data_prep.markers import NO_EOS, Markers
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.registry import READERS
 from weftrain.data_prep.shares import share_bytes, split_parts
@@ -68,7 +69,7 @@ class Settings:
 
     packing: 'concatenate' cuts one stream, 'best_fit' fills rows with whole documents. order: 'shuffled' by content, or 'as_read', which
     keeps duplicates too. epochs: how often each document comes, with FIM drawn anew. global_batch_size: makes a chunk whole steps.
-    heldout_rule: see heldout.py.
+    heldout_rule: see heldout.py. eos, bos, fim_tokens: see markers.py.
     """
 
     tokenizer: str
@@ -85,6 +86,12 @@ class Settings:
     global_batch_size: int | None = None
     fim: FimSettings | None = None
     heldout_rule: int = heldout.RULE
+    bos: str | None = None
+    fim_tokens: tuple[str, ...] = ()
+
+    @property
+    def markers(self) -> Markers:
+        return Markers(self.eos, self.bos, self.fim_tokens)
 
     @property
     def row_tokens(self) -> int:
@@ -213,6 +220,8 @@ def check_inputs(inputs: Inputs, settings: Settings) -> None:
         raise DataError(f"{inputs.description}: rows that are packed already take no --packing best_fit and no --fim-rate: leave them out")
     if holds != {"text"} and settings.tokenizer == "trained":
         raise DataError(f"{inputs.description}: is tokenised already: name its tokenizer.json with --tokenizer")
+    if settings.fim is not None and settings.fim.mode == "released" and (settings.bos is not None or settings.eos == NO_EOS):
+        raise DataError("--fim-mode released does what scripts did that know an end token alone: give no --bos and no --eos none")
     if settings.chunks is not None and settings.epochs > 1:
         raise DataError("--chunks and --epochs: a dataset has chunks, or its documents come several times; give one of them")
     if settings.global_batch_size is not None and settings.chunks is None:
@@ -297,6 +306,7 @@ def _loaded(folder: Path, modified_ns: int) -> Plan:
         inputs, settings = tree["inputs"], dict(tree["settings"])
         if settings["fim"] is not None:
             settings["fim"] = FimSettings(**settings["fim"])
+        settings["fim_tokens"] = tuple(settings["fim_tokens"])
         fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in inputs["options"].items()}
         options = ReadOptions(**fields)
         files = tuple(InputFile(*entry) for entry in inputs["files"])
@@ -338,6 +348,7 @@ def preparation(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     tree = asdict(settings)
     fim = tree.pop("fim") or {"rate": None, "spm_share": None, "mode": None}
     tree |= {f"fim_{key}": value for key, value in fim.items()}
+    tree["fim_tokens"] = ",".join(settings.fim_tokens) or None
     tree["reading_sha256"] = sha256_json(inputs.options.record())
     tree["normalise"] = ",".join(inputs.options.normalise) or None
     tree["quality"] = inputs.quality

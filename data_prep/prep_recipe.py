@@ -60,7 +60,10 @@ class DatasetSection(Section):
 
 
 class PrepRecipe(Section):
-    """A whole preparation. tokenizer: a tokenizer.json below `--inputs`; null: one of vocab_size ids is trained on the text."""
+    """A whole preparation. tokenizer: a tokenizer.json below `--inputs`; null: one of vocab_size ids is trained on the text.
+
+    eos, bos, fim_tokens: names of the tokenizer's tokens, as the options of `weftrain prep`.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     description: str
@@ -68,6 +71,8 @@ class PrepRecipe(Section):
     tokenizer: str | None = None
     vocab_size: PositiveInt | None = None
     eos: str | None = None
+    bos: str | None = None
+    fim_tokens: Annotated[tuple[str, ...], Field(strict=False)] = ()  # prefix, middle, suffix and perhaps pad
     engine: Literal["auto", "tokenizers", "gigatoken"] = "auto"
     text_key: str = "text"
     source_key: str | None = None

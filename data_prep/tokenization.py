@@ -25,10 +25,10 @@ from weftrain.core.plain_file import read_plain
 from weftrain.core.shards import token_dtype
 from weftrain.core.tokenizer_file import is_panic, library_stopped, tokenizer_from
 from weftrain.data_prep.engines import Gigatoken, Reference, TextTooLongError, gigatoken_problem
+from weftrain.data_prep.markers import EOS_CANDIDATES, MarkerIds, Markers, marker_ids, token_names
 from weftrain.data_prep.packing import split
 
 CONTROL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as LLaMA's and so Amber's and CrystalCoder's
-EOS_CANDIDATES = ("</s>", "<|endoftext|>")
 # CrystalCoder's ids 32000.. in their order, spelled as in its released tokenizer; the ten last are unused there too.
 CRYSTALCODER_TOKENS = (
     *(f"<|fim_{name}|>" for name in ("prefix", "middle", "suffix", "pad")),
@@ -48,6 +48,7 @@ DIFFERED = "gigatoken and the reference differed on a document of the sample"
 _CHECKED = 2  # of 256: documents whose hash begins with a smaller byte are encoded by both engines
 _LARGE_CHARACTERS = 1 << 16  # of a text that is compared; of a longer one only so much is
 _BLOCK_TOKENS = 1 << 20
+DEFAULT_MARKERS = Markers()
 MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 
 
@@ -71,22 +72,23 @@ class EnginesDifferError(DataError):
 class TextEncoder:
     """A tokenizer as the pipeline uses it. data: the bytes of tokenizer.json. vocab_size: one more than the largest id.
 
-    engine, engine_version: who encodes. engine_reason: why not gigatoken, or None. control_ids: sorted ids that no text may become.
+    markers: ids of the tokens around documents. engine, engine_version: who encodes. engine_reason: why not gigatoken, or None.
+    control_ids: sorted ids that no text may become.
     unknown_id: what text becomes that the vocabulary cannot spell; None where it can spell all text, or where the id means something else.
     """
 
-    def __init__(self, data: bytes, tokenizer: Tokenizer, eos_id: int, engine: str, where: str) -> None:
-        self.data, self.eos_id = data, eos_id
+    def __init__(self, data: bytes, tokenizer: Tokenizer, markers: MarkerIds, engine: str, where: str) -> None:
+        self.data, self.markers = data, markers
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.dtype = token_dtype(self.vocab_size)
         self._tokenizer, self._where = tokenizer, where
         added = tokenizer.get_added_tokens_decoder()
-        control = {index for index, token in added.items() if token.special or token.content in CONTROL_NAMES} | {eos_id}
+        control = {index for index, token in added.items() if token.special or token.content in CONTROL_NAMES} | markers.all
         control |= {index for name in CONTROL_NAMES if (index := tokenizer.token_to_id(name)) is not None}
         tree = json.loads(data) | {"truncation": None, "padding": None}
         self.unknown_id = unknown_id(tree, tokenizer)
-        if self.unknown_id == eos_id:
+        if self.unknown_id in markers.all:
             self.unknown_id = None
         self.control_ids = np.array(sorted(control - {self.unknown_id}))
         self._is_control = np.zeros(self.vocab_size, np.bool_)
@@ -102,6 +104,11 @@ class TextEncoder:
             raise DataError(f"{where}: gigatoken cannot encode with it: {self.engine_reason}; use --engine tokenizers")
         self.engine = "tokenizers" if self._fast is None else "gigatoken"
         self.engine_version = importlib.metadata.version(self.engine)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The end token, None where documents have none."""
+        return self.markers.eos
 
     def encode(
         self, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None = None, counts: Counts | None = None
@@ -201,13 +208,23 @@ class TextEncoder:
         counts.checked += len(checked)
         return encoded
 
-    def special_id(self, name: str) -> int:
-        """The id of a special token, as 'fim_prefix', in either spelling. Raises DataError where there is none."""
-        for spelling in (f"<|{name}|>", f"<{name}>"):
-            if (index := self._tokenizer.token_to_id(spelling)) is not None:
-                return int(index)
-        has = sorted(token.content for token in self._tokenizer.get_added_tokens_decoder().values())
-        raise DataError(f"the tokenizer has no token <|{name}|> or <{name}>, only {', '.join(has[:40]) or 'none'}; use one that has it")
+    def around(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens before and after a document: [0 or 1] each, in the shards' dtype."""
+        bos, eos = ([] if index is None else [index] for index in (self.markers.bos, self.markers.eos))
+        return np.array(bos, self.dtype), np.array(eos, self.dtype)
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token, as 'fim_prefix', in either spelling; None where there is none."""
+        found = (self._tokenizer.token_to_id(spelling) for spelling in (f"<|{name}|>", f"<{name}>"))
+        return next((int(index) for index in found if index is not None), None)
+
+    def special_tokens(self) -> str:
+        """The names of its special tokens, for an error's text."""
+        return token_names(self._tokenizer)
+
+    def names_of(self, ids: Iterable[int]) -> tuple[str, ...]:
+        """The tokens of these ids."""
+        return tuple(str(self._tokenizer.id_to_token(index)) for index in ids)
 
     def decode(self, ids: np.ndarray) -> str:
         """Text of ids, control tokens spelled out."""
@@ -257,33 +274,29 @@ def _sample(texts: Sequence[str], fast: Sequence[int], hashes: Sequence[bytes] |
     return [min(small or fast, key=lambda index: hashes[index])]
 
 
-def make_encoder(data: bytes, where: str, eos: str | None = None, *, engine: str = "auto") -> TextEncoder:
-    """The tokenizer of a tokenizer.json's bytes. eos: the token that ends a document. Raises DataError.
+def make_encoder(data: bytes, where: str, markers: Markers = DEFAULT_MARKERS, *, engine: str = "auto") -> TextEncoder:
+    """The tokenizer of a tokenizer.json's bytes. markers: the tokens around documents. Raises DataError.
 
     engine: 'tokenizers' (the reference), 'gigatoken', or 'auto': gigatoken where it is installed and can.
     """
     tokenizer = tokenizer_from(data, where)
-    candidates = EOS_CANDIDATES if eos is None else (eos,)
-    eos_id = next((found for token in candidates if (found := tokenizer.token_to_id(token)) is not None), None)
-    if eos_id is None:
-        raise DataError(f"{where}: has no token {' or '.join(candidates)} to end a document with; name its end token with --eos")
-    return TextEncoder(data, tokenizer, eos_id, engine, where)
+    return TextEncoder(data, tokenizer, marker_ids(tokenizer, markers, where), engine, where)
 
 
 @functools.lru_cache(maxsize=2)
-def encoder_for(data: bytes, eos: str | None, engine: str) -> TextEncoder:
+def encoder_for(data: bytes, markers: Markers, engine: str) -> TextEncoder:
     """make_encoder, kept: a worker process makes it once."""
-    return make_encoder(data, "the tokenizer", eos, engine=engine)
+    return make_encoder(data, "the tokenizer", markers, engine=engine)
 
 
-def load_encoder(path: Path, eos: str | None = None, *, engine: str = "auto") -> TextEncoder:
+def load_encoder(path: Path, markers: Markers = DEFAULT_MARKERS, *, engine: str = "auto") -> TextEncoder:
     """The tokenizer of a file. Raises DataError."""
     try:
         data = read_plain(path, "tokenizer")
     except OSError as error:
         raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}; name a tokenizer.json") from error
     try:
-        return encoder_for(data, eos, engine)  # the one that the tasks of this process use
+        return encoder_for(data, markers, engine)  # the one that the tasks of this process use
     except DataError as error:
         raise DataError(str(error).replace("the tokenizer", str(path), 1)) from error
 

@@ -54,7 +54,7 @@ class _Text(NamedTuple):
 
 def tokenize_part(plan: Plan, index: int) -> None:
     """Read and encode part `index` into its pieces. Raises DataError for inputs that changed or ids outside the vocabulary, OSError."""
-    encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.eos, plan.engine)
+    encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.markers, plan.engine)
     rows, counts, shares = _Rows(), Counts(), Shares()
     waiting: list[_Text] = []
     documents = pieces = 0
@@ -122,7 +122,7 @@ def _take(rows: _Rows, document: Document, record: int, content: bytes, num_byte
 
 
 def _take_tokens(rows: _Rows, document: Document, record: int, encoder: TextEncoder, plan: Plan, failures: FailureList) -> None:
-    """A document that was tokenised elsewhere: ids within the vocabulary, the end token of a whole document taken off."""
+    """A document that was tokenised elsewhere: ids within the vocabulary, start and end token of a whole document taken off."""
     tokens = document.tokens
     assert tokens is not None
     if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < encoder.vocab_size:
@@ -130,8 +130,9 @@ def _take_tokens(rows: _Rows, document: Document, record: int, encoder: TextEnco
         failures.add(Failure(document.file, record, reason))
         return
     mask = document.marks
-    if not plan.fixed_rows and tokens.size and tokens[-1] == encoder.eos_id:
-        tokens, mask = tokens[:-1], None if mask is None else mask[:-1]
+    if not plan.fixed_rows:
+        own = encoder.markers.own(tokens)
+        tokens, mask = tokens[own], None if mask is None else mask[own]
     content, num_bytes = hashlib.sha256(tokens.astype("<i4").data).digest(), tokens.size * encoder.dtype.itemsize
     _take(rows, document, record, content, num_bytes, plan, encoder)
     rows.tokens.append(tokens.astype(encoder.dtype))

@@ -134,7 +134,7 @@ def write_one_shard(plan: Plan, index: int) -> None:
     """Write shard `index` of the layout and then its record. Raises DataError, OSError."""
     layout, found = load_json(plan.layout_file), load_json(plan.survey_file)
     set_name, number, name, first, rows = layout["shards"][index]
-    encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.eos, plan.engine)
+    encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.markers, plan.engine)
     settings, stride = plan.settings, _cut_stride(plan)
     start = first * stride
     stream = _cut(plan, name, layout["ends"][name], start, start + num_tokens(rows, settings.sequence_length, stride))
@@ -232,7 +232,7 @@ def _released(plan: Plan, cut: Stream, first: int, rows: int, encoder: TextEncod
 def finish(plan: Plan, name: str) -> Manifest:
     """The manifest, once every shard is there; the whole set is opened before anybody else sees it. Raises DataError."""
     layout, found = load_json(plan.layout_file), load_json(plan.survey_file)
-    encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.eos, plan.engine)
+    encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.markers, plan.engine)
     settings = plan.settings
     records = [ShardEntry.model_validate(load_json(plan.shard_record(index))) for index in range(len(layout["shards"]))]
     sets = {set_name: _set_entry(settings.sequence_length, entry, layout, records, set_name) for set_name, entry in layout["sets"].items()}
@@ -244,13 +244,12 @@ def finish(plan: Plan, name: str) -> Manifest:
         name=name,
         tokenizer_sha256=encoder.sha256,
         vocab_size=encoder.vocab_size,
-        eos_id=encoder.eos_id,
+        eos_id=encoder.markers.eos,
+        bos_id=encoder.markers.bos,
         sequence_length=settings.sequence_length,
         row_stride=plan.row_stride,
         packing="rows" if plan.fixed_rows else settings.packing,
-        fim=None
-        if settings.fim is None
-        else FimPrepared(rate=settings.fim.rate, spm_share=settings.fim.spm_share, mode=settings.fim.mode, seed=settings.seed),
+        fim=_fim_prepared(plan, encoder),
         corpus=Corpus(
             sha256=inputs["corpus_sha256"],
             description=plan.inputs.description,
@@ -290,6 +289,14 @@ def finish(plan: Plan, name: str) -> Manifest:
     for set_name in manifest.sets:
         ShardSet(plan.dataset, manifest, set_name)
     return manifest
+
+
+def _fim_prepared(plan: Plan, encoder: TextEncoder) -> FimPrepared | None:
+    settings = plan.settings.fim
+    if settings is None:
+        return None
+    tokens = encoder.names_of(index for index in fim.fim_ids(encoder) if index is not None)
+    return FimPrepared(rate=settings.rate, spm_share=settings.spm_share, mode=settings.mode, seed=plan.settings.seed, tokens=tokens)
 
 
 def _set_entry(sequence_length: int, entry: dict[str, Any], layout: dict[str, Any], records: list[ShardEntry], name: str) -> SetEntry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -30,6 +31,7 @@ from weftrain.analysis.evaluation_records import Settings, Subject, read_record,
 from weftrain.analysis.generation import load_model
 from weftrain.core.backend import Batch
 from weftrain.core.config import Recipe
+from weftrain.core.dataset import Manifest
 from weftrain.core.errors import DataError
 from weftrain.core.model import Decoder, draw
 from weftrain.core.parameters import parameter_specs
@@ -404,6 +406,24 @@ def test_tokenizer_that_does_not_fit(stub_tokenizer: Tokenizer, tmp_path: Path) 
         open_tokenizer(path, 100)
     with pytest.raises(DataError, match="cannot read"):
         open_tokenizer(tmp_path / "absent", 100)
+
+
+def test_texts_begin_and_end_as_the_documents_that_were_trained_on(stub_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    stub_tokenizer.save(str(path))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    plain, begun = (
+        Manifest.model_construct(tokenizer_sha256=sha256, eos_id=eos_id, bos_id=bos_id) for eos_id, bos_id in ((3, None), (None, 2))
+    )
+    ids = stub_tokenizer.encode(f"{WORDS[4]} {WORDS[5]}").ids
+    tokenizer, _ = open_tokenizer(path, len(WORDS), (tmp_path, plain))
+    assert tokenizer.encode(f"{WORDS[4]} {WORDS[5]}").ids == ids
+    assert end_of_text_id(tokenizer, path, plain) == 3
+    tokenizer, _ = open_tokenizer(path, len(WORDS), (tmp_path, begun))
+    assert tokenizer.encode(f"{WORDS[4]} {WORDS[5]}").ids == [2, *ids]
+    assert tokenizer.encode(WORDS[4], add_special_tokens=False).ids == ids[:1]
+    assert tokenizer.encode("").ids == [2]  # what lm-eval puts before a text without context
+    assert end_of_text_id(tokenizer, path, begun) == 2
 
 
 def test_records_never_lie_in_a_checkpoint(tmp_path: Path) -> None:

@@ -158,6 +158,12 @@ def test_the_tokenizer_stands_beside(weftrain: Weftrain, amber_folder: Path, tmp
     expected = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "model_max_length": 16}
     assert settings == expected | {"clean_up_tokenization_spaces": False}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 0
+    shutil.rmtree(tmp_path / "out")
+    assert weftrain(*command, tmp_path / "words.json", "--bos", "b", "--eos", "none").exit_code == 0
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (settings["bos_token"], settings["eos_token"]) == ("b", "b")  # a text ends where the next one would begin
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (2, 2)
     large = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 97}, unk_token="a"))
     large.save(str(tmp_path / "large.json"))
     shutil.rmtree(tmp_path / "out")

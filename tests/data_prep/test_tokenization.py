@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from weftrain.core.errors import DataError
+from weftrain.data_prep.markers import Markers
 from weftrain.data_prep.tokenization import (
     CONTROL_TOKENS,
     CRYSTALCODER_TOKENS,
@@ -156,10 +157,10 @@ def test_the_end_token_is_found_or_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(word_tokenizer("</s>", "<|endoftext|>", "<end>"))
     assert load_encoder(path).eos_id == 2
-    assert load_encoder(path, "<|endoftext|>").eos_id == 4
-    assert load_encoder(path, "<end>").eos_id == 5
-    with pytest.raises(DataError, match="has no token <eot> to end a document with; name its end token with --eos"):
-        load_encoder(path, "<eot>")
+    assert load_encoder(path, Markers("<|endoftext|>")).eos_id == 4
+    assert load_encoder(path, Markers("<end>")).eos_id == 5
+    with pytest.raises(DataError, match="has no token '<eot>' for --eos; its special tokens are"):
+        load_encoder(path, Markers("<eot>"))
     value: dict[str, Any] = json.loads(word_tokenizer())
     value["model"]["vocab"] = {"a": 0, "<unk>": 1}
     path.write_text(json.dumps(value))
