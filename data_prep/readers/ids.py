@@ -11,6 +11,7 @@ from weftrain.core.canonical import parse_json
 from weftrain.core.errors import DataError
 from weftrain.data_prep.documents import Document, Failure
 from weftrain.data_prep.marks import LOSS
+from weftrain.data_prep.read_options import ReadOptions
 
 MAX_ID = (1 << 31) - 1
 MAX_DOCUMENT_IDS = 1 << 25  # a document is in memory as a whole, several times: 128 MiB of int32
@@ -56,6 +57,14 @@ def read_stream(opened: IO[bytes], name: str, count: int, keep: bool = True) -> 
 
 
 def array_of(data: bytes, dtype: np.dtype[Any]) -> np.ndarray:
+    return np.frombuffer(data, dtype)
+
+
+def ids_of_bytes(data: bytes, options: ReadOptions) -> np.ndarray | str:
+    """The ids of bytes that do not say their type: int64, or options.tokens_dtype."""
+    dtype = np.dtype(options.tokens_dtype or "int64").newbyteorder("<")
+    if len(data) % dtype.itemsize:
+        return f"has {len(data):,} bytes, which are no {dtype.name} ids; give another --tokens-dtype"
     return np.frombuffer(data, dtype)
 
 

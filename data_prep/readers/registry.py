@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.readers import amber, cerebras, datatrove, json_array, json_lines, mds, megatron, npy, parquet, text
+from weftrain.data_prep.readers import amber, cerebras, datatrove, json_array, json_lines, litdata, mds, megatron, npy, parquet, text
 from weftrain.data_prep.readers.contract import Probe, Reader
 
 # In the order in which they are asked whether a file is theirs.
@@ -22,6 +22,9 @@ READERS: dict[str, Reader] = {
         mds.READER,
         mds.ROWS,
         mds.TEXT,
+        litdata.READER,
+        litdata.ROWS,
+        litdata.TEXT,
         text.PYTHON,
         text.TEXT,
     )

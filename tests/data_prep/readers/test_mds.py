@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from weftrain.core.errors import DataError
 from weftrain.data_prep.documents import Document, Failure
 from weftrain.data_prep.listing import list_inputs
-from weftrain.data_prep.readers import mds
+from weftrain.data_prep.readers import sample_table
 
 FILES = Path(__file__).parent / "files"
 DOCUMENTS = [np.arange(number, number + 3 + number % 5) * 7 % 500 for number in range(12)]
@@ -214,12 +214,12 @@ def test_values_that_are_no_ids_fail_their_sample(
 def test_a_sample_too_long_and_one_whose_columns_do_not_fit(
     tmp_path: Path, read_all: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mds, "MAX_DOCUMENT_IDS", 2)
+    monkeypatch.setattr(sample_table, "_MAX_COLUMN_BYTES", 8)
     rows = [[b"\x04\x01" + ids_of(1)], [b"\x04\x09" + ids_of(*range(9))], [b"\x04\x01" + ids_of(2)]]
     path = shard(tmp_path / "a.mds", {"ids": "ndarray:uint16"}, rows)
     first, long, last = read_all(path, format="mds")
     assert tokens([first, last]) == [[1], [2]]
-    assert "has more bytes in one column than a document may" in long.reason
+    assert "has more than 8 bytes in one column; split it" in long.reason
     data = bytearray(path.read_bytes())
     data[-8] += 1  # the size of the last sample's column
     path.write_bytes(data)

@@ -1,0 +1,170 @@
+"""Files of samples that MDS and litdata write alike: how many, where each lies, and in each the columns, one after the other.
+
+Only the columns that are asked for are read, the rest is passed over. Places and sizes are held against each other before anything is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+
+from weftrain.core.errors import DataError
+from weftrain.data_prep.documents import Document, Failure, InputFile, Share
+from weftrain.data_prep.normalisation import normalise
+from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.contract import Records, wrong_length
+from weftrain.data_prep.readers.ids import MAX_DOCUMENT_IDS, array_of, ids_document, read_stream
+
+WIDTH = np.dtype("<u4")
+_MAX_SAMPLES = 1 << 25
+_MAX_COLUMN_BYTES = 4 * MAX_DOCUMENT_IDS
+_LOOK_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Column:
+    """size: in bytes where it is fixed. Else its size stands at the beginning of each sample."""
+
+    name: str
+    encoding: str
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """name: of messages. starts: uint32 [samples + 1], bytes of the stream. columns: in the order in which a sample has them.
+
+    seekable: whether the stream is the file itself; else it is read forwards. bare: a sample is its one column, without its size.
+    """
+
+    name: str
+    starts: np.ndarray
+    columns: tuple[Column, ...]
+    seekable: bool
+    bare: bool = False
+
+    @property
+    def samples(self) -> int:
+        return len(self.starts) - 1
+
+    def column(self, name: str) -> Column:
+        return next(column for column in self.columns if column.name == name)
+
+    def shown(self) -> str:
+        return ", ".join(f"{column.name} ({column.encoding})" for column in self.columns)
+
+    def records(self, share: Share) -> int:
+        return self.samples if share.end == -1 else share.end - share.begin
+
+
+def read_count(opened: IO[bytes], name: str) -> int:
+    return int(array_of(read_stream(opened, name, 4), WIDTH)[0])
+
+
+def read_starts(opened: IO[bytes], name: str, num_bytes: int | None, samples: int | None = None) -> np.ndarray:
+    """uint32 [samples + 1] places, after their count where it is not given. num_bytes: of the stream, if known. Raises DataError."""
+    samples = read_count(opened, name) if samples is None else samples
+    if samples > _MAX_SAMPLES or (num_bytes is not None and 4 * (samples + 2) > num_bytes):
+        raise DataError(f"{name}: declares {samples:,} samples, more than it holds or than {_MAX_SAMPLES:,}; copy it again")
+    starts = array_of(read_stream(opened, name, 4 * (samples + 1)), WIDTH)
+    if (starts[1:] < starts[:-1]).any() or (num_bytes is not None and int(starts[-1]) != num_bytes):
+        raise DataError(f"{name}: the places of its samples do not rise to its end; copy it again")
+    return starts
+
+
+def read_samples(opened: IO[bytes], table: SampleTable, wanted: tuple[str, ...], share: Share) -> Iterator[tuple[bytes, ...] | str]:
+    """The wanted columns' bytes of each sample of a share, or what is wrong with the sample. `opened` is at the first sample.
+
+    Raises DataError.
+    """
+    begin, end = share.begin, share.end if share.end != -1 else table.samples
+    variable = 0 if table.bare else sum(column.size is None for column in table.columns)
+    at = int(table.starts[0])
+    for start, stop in zip(table.starts[begin:end].tolist(), table.starts[begin + 1 : end + 1].tolist(), strict=True):
+        at = _move(opened, table, at, start)
+        if stop - start < 4 * variable:
+            yield "the sample is shorter than the sizes of its columns"
+            continue
+        widths = iter([stop - start] if table.bare else array_of(read_stream(opened, table.name, 4 * variable), WIDTH).tolist())
+        at += 4 * variable
+        sizes = [next(widths) if column.size is None else column.size for column in table.columns]
+        if at + sum(sizes) != stop:
+            yield f"the sample has {stop - at:,} bytes of columns that say they have {sum(sizes):,}"
+            continue
+        found, place = {}, at
+        for column, size in zip(table.columns, sizes, strict=True):
+            if column.name in wanted and size <= _MAX_COLUMN_BYTES:
+                at = _move(opened, table, at, place)
+                found[column.name] = read_stream(opened, table.name, size)
+                at += size
+            place += size
+        if len(found) == len(wanted):
+            yield tuple(found[name] for name in wanted)
+        else:
+            yield f"the sample has more than {_MAX_COLUMN_BYTES:,} bytes in one column; split it"
+
+
+def _move(opened: IO[bytes], table: SampleTable, at: int, to: int) -> int:
+    """Goes on from byte `at` to byte `to`, which is not before it where the stream is read forwards."""
+    if table.seekable:
+        opened.seek(to)
+    else:
+        read_stream(opened, table.name, to - at, keep=False)
+    return to
+
+
+def ids_documents(
+    opened: IO[bytes],
+    table: SampleTable,
+    column: Column,
+    decode: Callable[[bytes], np.ndarray | str],
+    index: int,
+    file: InputFile,
+    share: Share,
+    row_options: ReadOptions | None,
+) -> Records:
+    """A sample, a document of the ids that `decode` makes of a column. row_options: where each must be a packed row."""
+    for number, found in enumerate(read_samples(opened, table, (column.name,), share)):
+        ids = found if isinstance(found, str) else decode(found[0])
+        if isinstance(found, str) or isinstance(ids, str):
+            yield Failure(index, number, found if isinstance(found, str) else f"field '{column.name}' {ids}")
+        elif row_options is not None and (wrong := wrong_length(len(ids), row_options)) is not None:
+            yield Failure(index, number, wrong)
+        else:
+            yield ids_document(index, number, file.source, ids)
+    return table.records(share)
+
+
+def text_documents(
+    opened: IO[bytes], table: SampleTable, text_column: str, index: int, file: InputFile, share: Share, options: ReadOptions
+) -> Records:
+    """A sample, a document of a column of text; its source is another where options.source_key names one. Raises DataError."""
+    wanted = (text_column,) if options.source_key is None else (text_column, options.source_key)
+    for name, option in zip(wanted, ("--text-key", "--source-key"), strict=False):
+        if not any(column.name == name and column.encoding == "str" for column in table.columns):
+            raise DataError(f"{table.name}: has no column '{name}' of text but {table.shown()}; name one with {option}")
+    for number, found in enumerate(read_samples(opened, table, wanted, share)):
+        yield Failure(index, number, found) if isinstance(found, str) else _text_document(found, index, number, file, options)
+    return table.records(share)
+
+
+def _text_document(found: tuple[bytes, ...], index: int, number: int, file: InputFile, options: ReadOptions) -> Document | Failure:
+    try:
+        text, *source = (data.decode() for data in found)
+    except UnicodeDecodeError as error:
+        return Failure(index, number, f"byte {error.start} is not UTF-8 ({error.reason}); write it as UTF-8")
+    return Document(index, number, source[0] if source else file.source, normalise(text, options.normalise))
+
+
+def check_lengths_differ(opened: IO[bytes], table: SampleTable, column: str, format: str) -> None:
+    """Raises DataError where the first samples of a column are all of one length: packed rows, or documents, and nobody can tell which."""
+    if table.samples < 2:
+        return
+    share = Share(0, 0, min(table.samples, _LOOK_SAMPLES))
+    sizes = {len(found[0]) for found in read_samples(opened, table, (column,), share) if not isinstance(found, str)}
+    if len(sizes) == 1:
+        problem = f"{table.name}: its samples all hold equally many ids"
+        raise DataError(f"{problem}: say with --format {format}_rows that they are packed rows, or with --format {format}: documents")
