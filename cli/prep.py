@@ -86,7 +86,7 @@ class _Job:
 @click.option(
     "--format",
     "format_",
-    help="What the files are, where it cannot be told: jsonl, parquet, text, amber, cerebras, cerebras_corpus, megatron.",
+    help="What the files are, where it cannot be told: jsonl, json, text, parquet …; a wrong name lists all.",
 )
 @click.option("--normalise", multiple=True, help="NFC, NFKC, newlines, strip_bom, in this order (repeatable).  [default: nothing]")
 @click.option("--max-failures", type=click.IntRange(min=0), default=0, show_default=True, help="Documents that may be unreadable.")

@@ -52,12 +52,17 @@ def open_address(address: str) -> IO[bytes]:
         raise DataError(f"{address}: cannot be read: {error}") from error
 
 
-def open_unbuffered(path: str) -> IO[bytes]:
-    """A local file of which only the beginning is read. Raises DataError."""
+def read_head(address: str, num_bytes: int) -> bytes:
+    """The first bytes of a local path or an address, in one request. Raises DataError."""
     try:
-        return open(path, "rb", buffering=0)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        if is_local(address):
+            with open(address, "rb", buffering=0) as file:
+                return file.read(num_bytes)
+        system, path = file_system(address)
+        head: bytes = system.cat_file(path, start=0, end=num_bytes)
+        return head
+    except (OSError, ValueError) as error:
+        raise DataError(f"{address}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def exists(address: str) -> bool:

@@ -6,6 +6,7 @@ the same dataset. Nothing is left out without an entry that says why.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +15,17 @@ from pathlib import Path
 from weftrain.core.errors import DataError
 from weftrain.core.plain_file import real_path
 from weftrain.data_prep import listing_rules as rules
+from weftrain.data_prep.compression import compression_of
 from weftrain.data_prep.documents import InputFile, Skipped
 from weftrain.data_prep.file_systems import Entry, FileSystem, LocalFiles, identity_of, open_file_system
 from weftrain.data_prep.patterns import fixed_folder, is_pattern, matching
-from weftrain.data_prep.readers.contract import Probe
+from weftrain.data_prep.readers.contract import HEAD_BYTES, Probe
 from weftrain.data_prep.readers.json_content import JsonContent
 from weftrain.data_prep.readers.registry import detect, goes_with_another, reader_named
 
 STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0")
 _SHOWN = 4
+_AT_ONCE = 256  # entries of a folder whose first bytes are asked for together
 
 
 @dataclass(frozen=True)
@@ -162,19 +165,27 @@ def _list_folder(system: FileSystem, path: str, name: str, address: str, wanted:
     suffixes = tuple(rules.spelled_suffix(suffix) for suffix in wanted.suffixes)
     source = wanted.source or name.rpartition("/")[2]
     files_before, skipped_before = len(found.files), len(found.skipped)
-    for entry in system.below(path, rules.skips_folder):
-        full = f"{name}/{entry.name}" if name else entry.name
-        reason = _reason_by_name(entry, full, suffixes)
-        if reason is None:
-            _take(system, entry, full, source, wanted, found, below=True)
-        else:
-            size = 0 if entry.kind == "folder" else entry.num_bytes
-            shown = f"{full}/" if entry.kind in ("folder", "same folder", "link loop") else full
-            found.skipped.append(Skipped(rules.printable_name(shown), size, reason))
+    entries = system.below(path, rules.skips_folder)
+    while batch := list(itertools.islice(entries, _AT_ONCE)):
+        named = [(entry, f"{name}/{entry.name}" if name else entry.name) for entry in batch]
+        reasons = [_reason_by_name(entry, full, suffixes) for entry, full in named]
+        left = [entry for entry, reason in zip(batch, reasons, strict=True) if reason is None]
+        heads = system.heads([entry.path for entry in left if entry.num_bytes and _needs_head(entry.name)], HEAD_BYTES)
+        for (entry, full), reason in zip(named, reasons, strict=True):
+            if reason is None:
+                _take(system, entry, full, source, wanted, found, below=True, head=heads.get(entry.path))
+            else:
+                size = 0 if entry.kind == "folder" else entry.num_bytes
+                shown = f"{full}/" if entry.kind in ("folder", "same folder", "link loop") else full
+                found.skipped.append(Skipped(rules.printable_name(shown), size, reason))
     ending = f"file ending in {', '.join(suffixes)}" if suffixes else "text file"
     found.files[files_before:] = sorted(found.files[files_before:], key=lambda file: file.name)  # all but what links lead to is
     if len(found.files) == files_before:
         raise DataError(f"{address}: holds no {ending}{_not_read(found.skipped[skipped_before:])}; name another folder or another --suffix")
+
+
+def _needs_head(name: str) -> bool:
+    return compression_of(name) is None and rules.may_hold_json(name.lower())
 
 
 def _not_read(skipped: Sequence[Skipped]) -> str:
@@ -214,22 +225,36 @@ def _reason_by_name(entry: Entry, name: str, suffixes: tuple[str, ...]) -> str |
     return None
 
 
-def _take(system: FileSystem, entry: Entry, name: str, source: str, wanted: Wanted, found: _Found, *, below: bool) -> None:
+def _take(
+    system: FileSystem,
+    entry: Entry,
+    name: str,
+    source: str,
+    wanted: Wanted,
+    found: _Found,
+    *,
+    below: bool,
+    head: bytes | None = None,
+) -> None:
     """Add a file in its format, or why it is skipped. below: whether it was found in a folder or by a pattern, and not named itself."""
+    shown = rules.printable_name(name)
     if entry.kind != "file":
-        found.skipped.append(Skipped(rules.printable_name(name), 0, "broken link" if entry.kind == "broken link" else "not a regular file"))
+        found.skipped.append(Skipped(shown, 0, "broken link" if entry.kind == "broken link" else "not a regular file"))
         return
     address = system.address(entry.path)
-    if not rules.is_utf8_name(address + name):
-        raise DataError(f"{rules.printable_name(name)}: its name is not UTF-8; rename it")
-    kind, reason = _format(Probe(name, address, wanted.text_key), entry, wanted, found, below)
-    if kind is not None:
+    kind, reason = _format(Probe(name, address, wanted.text_key, head), entry, wanted, found, below)
+    if reason is not None:
+        found.skipped.append(Skipped(shown, entry.num_bytes, reason))
+    elif kind is None:
+        if not below:
+            raise DataError(f"{shown}: is read with the file that it belongs to; name that one")
+    elif not rules.is_utf8_name(address + name):
+        raise DataError(f"{shown}: its name is not UTF-8; rename it")
+    else:
         found.files.append(InputFile(address, name, source, kind, entry.num_bytes, entry.modified_ns))
         found.other_names |= entry.has_other_names
         if entry.linked:
             found.linked.add(address)
-    elif reason is not None:
-        found.skipped.append(Skipped(name, entry.num_bytes, reason))
 
 
 def _format(probe: Probe, entry: Entry, wanted: Wanted, found: _Found, below: bool) -> tuple[str | None, str | None]:
@@ -243,10 +268,12 @@ def _format(probe: Probe, entry: Entry, wanted: Wanted, found: _Found, below: bo
     if wanted.format is None and rules.is_source_text(probe.plain_name):
         return "text", None
     kind = detect(probe).name if wanted.format is None else "text"
-    if kind == "text" and not below and not rules.looks_like_data(probe.plain_name) and rules.is_binary(probe.head):
-        raise DataError(f"{probe.name}: is no text by its first bytes; decompress or unpack it, or say with --format what it is")
-    if kind == "text" and below and not wanted.suffixes and not rules.looks_like_data(probe.plain_name) and rules.is_binary(probe.head):
-        return None, "archive" if rules.is_archive(probe.name) else "binary file"
+    if kind == "text" and not rules.looks_like_data(probe.plain_name) and rules.is_binary(probe.head):
+        if below and not wanted.suffixes:
+            return None, "archive" if rules.is_archive(probe.name) else "binary file"
+        raise DataError(
+            f"{rules.printable_name(probe.name)}: is no text by its first bytes; decompress or unpack it, or say with --format what it is"
+        )
     content = probe.json if wanted.format is None and not probe.plain_name.endswith((".jsonl", ".ndjson")) else None
     if content is not None and kind in ("text", "jsonl", "json"):
         _check_json(probe, content, kind, below)

@@ -19,7 +19,8 @@ MARKER_FOLDERS = ("_temporary", "__MACOSX")
 UNFINISHED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".download", ".incomplete", ".filepart", ".aria2", ".unfinished")
 # Archives and compressions that are not read.
 ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz", ".jar", ".whl", ".lz4", ".lz", ".lzma", ".lzo", ".br", ".snappy", ".z")
-FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".orc", ".avro", ".warc", ".wet", ".h5", ".hdf5", ".npy")
+JSON = (".jsonl", ".ndjson", ".json")
+BINARY_FORMATS = (".parquet", ".arrow", ".feather", ".orc", ".avro", ".warc", ".wet", ".h5", ".hdf5", ".npy", ".mds")
 PLAIN_TEXT = (".txt", ".text", ".csv", ".tsv")
 # Text whose suffix says what it is: never looked into for JSON lines, and a failure where it is not UTF-8.
 SOURCE_TEXT = """
@@ -30,7 +31,8 @@ SOURCE_TEXT = """
     diff patch po pot srt vtt geojson jsonc json5
 """
 _SOURCE_TEXT = frozenset(f".{suffix}" for suffix in SOURCE_TEXT.split())
-_TEXT_OR_DATA = frozenset((*FORMATS, *PLAIN_TEXT)) | _SOURCE_TEXT
+_TEXT_OR_DATA = frozenset((*JSON, *BINARY_FORMATS, *PLAIN_TEXT)) | _SOURCE_TEXT
+_NOT_JSON = _SOURCE_TEXT.union(BINARY_FORMATS)
 
 _MARKERS = re.compile("|".join(fnmatch.translate(pattern) for pattern in MARKER_FILES.split()))
 _UTF_16_AND_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32-LE begins as UTF-16-LE does
@@ -74,6 +76,11 @@ def looks_like_data(name: str) -> bool:
 def is_source_text(name: str) -> bool:
     """Whether the suffix is that of a programming or markup language. name: without a compression's suffix."""
     return suffix_of(name) in _SOURCE_TEXT
+
+
+def may_hold_json(name: str) -> bool:
+    """Whether a file is looked into for JSON. name: without a compression's suffix."""
+    return suffix_of(name) not in _NOT_JSON
 
 
 def is_binary(head: bytes) -> bool:

@@ -14,8 +14,8 @@ from typing import Literal
 from weftrain.core.errors import DataError
 from weftrain.data_prep.compression import BrokenArchive, compression_of, open_decompressed, plain_name
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.files import exists, is_local, open_unbuffered
-from weftrain.data_prep.listing_rules import is_source_text
+from weftrain.data_prep.files import exists, is_local, read_head
+from weftrain.data_prep.listing_rules import may_hold_json
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.json_content import JsonContent, json_content
 
@@ -27,12 +27,14 @@ HEAD_BYTES = 1 << 16
 class Probe:
     """A file whose format is asked for. name: as messages have it, below the folder it was found in. address: where it is opened.
 
-    text_key: the field that holds the text of JSON records, by which they are told from other JSON.
+    text_key: the field that holds the text of JSON records, by which they are told from other JSON. known_head: the first HEAD_BYTES of
+    the file as it lies, where they have been read already.
     """
 
     name: str
     address: str
     text_key: str = "text"
+    known_head: bytes | None = None
 
     @cached_property
     def plain_name(self) -> str:
@@ -46,9 +48,8 @@ class Probe:
     @cached_property
     def head(self) -> bytes:
         """The first HEAD_BYTES, decompressed; what can be read of a damaged archive. Raises DataError for a file that cannot be opened."""
-        if not self.compressed and is_local(self.address):
-            with open_unbuffered(self.address) as file:
-                return file.read(HEAD_BYTES)
+        if not self.compressed:
+            return read_head(self.address, HEAD_BYTES) if self.known_head is None else self.known_head
         with open_decompressed(self.address) as opened:
             try:
                 return opened.read(HEAD_BYTES)
@@ -57,8 +58,8 @@ class Probe:
 
     @cached_property
     def json(self) -> JsonContent | None:
-        """What JSON the content is, whatever the name's suffix; None for other content, and for a suffix of source text, as `.py`."""
-        if is_source_text(self.plain_name):
+        """What JSON the content is; None for other content, and where the name's suffix is that of something else, as `.py`."""
+        if not may_hold_json(self.plain_name):
             return None
         return json_content(self.head, whole=len(self.head) < HEAD_BYTES)
 

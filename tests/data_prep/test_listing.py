@@ -245,6 +245,14 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
         find("-")
 
 
+def test_a_file_that_is_read_with_another_is_not_named_itself(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "in", {"a.bin": b"x", "a.idx": b"x"})
+    with pytest.raises(DataError, match=r"a\.idx: is read with the file that it belongs to; name that one"):
+        find(folder / "a.idx")
+    with pytest.raises(DataError, match=r"^program: is no text by its first bytes; .*--format"):
+        find(tree(tmp_path, {"program": b"\x7fELF\0"}) / "program")
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     folder = tree(tmp_path / "in", {"a.txt": b"a"})
     path = os.fsencode(folder) + b"/\xff\xfe.jsonl"
@@ -254,6 +262,9 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
             find(address)
         str(caught.value).encode()
     assert skipped(find(folder, suffixes=(".txt",))) == {"in/\\xff\\xfe.jsonl": "other suffix"}
+    Path(os.fsdecode(path)).rename(os.fsdecode(os.fsencode(folder) + b"/\xff"))
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff")).write_bytes(b"\0")
+    assert skipped(find(folder)) == {"in/\\xff": "binary file"}
     with pytest.raises(DataError, match=r"\\xff: no such file"):
         find(os.fsdecode(b"absent\xff"))
 
@@ -338,6 +349,28 @@ def test_an_address_of_another_file_system() -> None:
         texts(listed)
     with pytest.raises(DataError, match="no such file system"):
         find("nosuch://x")
+
+
+def test_first_bytes_at_an_address_are_asked_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = f"memory://{uuid.uuid4().hex}/in"
+    system, base = fsspec.core.url_to_fs(root)
+    files = {f"{number:03d}{suffix}": LINES for number in range(90) for suffix in (".txt", "", ".py", ".json.gz")}
+    for name, data in files.items():
+        system.pipe_file(f"{base}/{name}", gzip.compress(data) if name.endswith(".gz") else data)
+    asked: list[int] = []
+    ranges = type(system).cat_ranges
+
+    def cat_ranges(self: Any, paths: list[str], *args: Any, **options: Any) -> Any:
+        asked.append(len(paths))
+        return ranges(self, paths, *args, **options)
+
+    monkeypatch.setattr(type(system), "cat_ranges", cat_ranges)
+    listed = find(root)
+    assert sum(asked) == 180  # neither source code nor what is compressed
+    assert len(asked) == 2
+    assert {name: format for name, format in formats(listed).items() if not name.endswith(".py")} == {
+        f"in/{name}": "jsonl" for name in sorted(files) if not name.endswith(".py")
+    }
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
