@@ -115,9 +115,8 @@ class TokenSource:
             plan = self._plan(block)
             shards += plan.shards[part]
             positions += plan.positions[part]
-        opened = {number: self._reader(number) for number in set(shards)}
         ids = np.empty((count, self.sequence_length + 1), dtype=np.int64)
-        mask = read_rows(ids, [opened[number] for number in shards], positions)
+        mask = read_rows(ids, list(map(self._readers.__getitem__, shards)), positions)
         return Batch(ids, mask, self._document_starts(parts, count) if self.document_attention else None)
 
     def _document_starts(self, parts: list[tuple[int, slice]], count: int) -> np.ndarray:
@@ -191,16 +190,25 @@ class TokenSource:
         return lru_cache(maxsize=8)(partial(_make_plan, self.components, self.mixture, self._plan_rows))
 
     @cached_property
-    def _first_shards(self) -> list[int]:
-        """The number of each source's first shard, where the shards of all sources are numbered through."""
-        return [0, *accumulate(len(component.shards.entry.shards) for component in self.components)]
-
-    def _reader(self, number: int) -> ShardReader:
-        source = bisect_right(self._first_shards, number) - 1
-        return self.components[source].shards.reader(number - self._first_shards[source])
+    def _readers(self) -> _Readers:
+        return _Readers([component.shards for component in self.components])
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # and no plans, which are computed again
+
+
+class _Readers(dict[int, ShardReader]):
+    """The shards of several sets, numbered through, each opened when it is first asked for."""
+
+    def __init__(self, sets: Sequence[ShardSet]) -> None:
+        super().__init__()
+        self._sets = sets
+        self._ends = list(accumulate(len(shards.entry.shards) for shards in sets))
+
+    def __missing__(self, number: int) -> ShardReader:
+        index = bisect_right(self._ends, number)
+        first = self._ends[index - 1] if index else 0
+        return self.setdefault(number, self._sets[index].reader(number - first))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,9 @@ def _network(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
     left_bits, right_bits = bits // 2, bits - bits // 2
     left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
     for key in keys:
-        left, right = right, left ^ _mixed(right, key, left_bits)
+        mixed = _mixed(right, key, left_bits)
+        mixed ^= left
+        left, right = right, mixed
         left_bits, right_bits = right_bits, left_bits
     return (left << np.uint64(right_bits)) | right
 
@@ -94,7 +96,8 @@ def _inverse_network(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndar
 
 def _mixed(half: np.ndarray, key: np.uint64, bits: int) -> np.ndarray:
     """The round function: `bits` bits of uint64 `half` hashed with the round's key."""
-    mixed = (half ^ key) * _MULTIPLIERS[0]
+    mixed = half ^ key
+    mixed *= _MULTIPLIERS[0]
     mixed ^= mixed >> np.uint64(32)
     mixed *= _MULTIPLIERS[1]
     mixed >>= np.uint64(64 - bits)  # the product's high bits are its best

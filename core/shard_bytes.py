@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,11 +32,11 @@ class MappedStreams:
     def __init__(self, path: Path, identity: Identity, streams: dict[str, h5py.Dataset]) -> None:
         self._path, self._identity = path, identity
         self._places = tuple((name, int(stream.id.get_offset()), stream.nbytes) for name, stream in streams.items())
-        self._views: weakref.ref[_Views] | None = None
+        self._views: Callable[[], _Views | None] = _no_views  # a weak reference, once the file was mapped
 
     def __getitem__(self, name: str) -> memoryview:
         """A stream's bytes. Raises DataError where the file cannot be mapped, or is another than was opened."""
-        views = None if self._views is None else self._views()
+        views = self._views()
         if views is None:
             try:
                 views = _mapping(self._path, self._identity, self._places)
@@ -50,6 +51,10 @@ class MappedStreams:
 
 class _Views(dict[str, memoryview]):
     """A mapped file's streams by name. A class of its own, since a dict cannot be referred to weakly."""
+
+
+def _no_views() -> None:
+    return None
 
 
 @lru_cache(maxsize=MAX_MAPPED)

@@ -91,7 +91,9 @@ class ShardReader:
         self._num_tokens = int(shard.streams["data"].shape[0])
         self._block_digest = shard.block_digest
         self._block_tokens = BLOCK_BYTES // self.dtype.itemsize
+        self.itemsizes = {"data": self.dtype.itemsize, "loss_mask": int(self.has_loss_mask)}  # bytes; 0: there is no such stream
         self._verified = bytearray(len(shard.block_digest))  # a byte for each block: 1 once it was verified
+        self.is_verified = False  # every block
         self.streams = streams_of(path, shard.file, shard.identity, shard.streams)
         self.access = self.streams.access
 
@@ -113,8 +115,8 @@ class ShardReader:
         mask = np.ones((len(indices), self.sequence_length), dtype=np.bool_)
         positions = self._positions(indices)
         readers = [self] * len(positions)
-        _verify(readers, positions)
-        _gather(mask, readers, positions, "loss_mask")
+        _verify({self}, readers, positions)
+        _gather(mask, "loss_mask", {self}, readers, positions)
         return mask
 
     def verify(self) -> None:
@@ -171,15 +173,6 @@ class ShardReader:
             found.append(Stretch(table.id[index].tobytes(), int(table.source[index]), *place, max(begin - first, 0), last, fim))
         return found
 
-    def itemsize(self, name: str) -> int:
-        """Bytes an element of `data` or `loss_mask`; 0 where there is no such stream."""
-        return self.dtype.itemsize if name == "data" else int(self.has_loss_mask)
-
-    @property
-    def is_verified(self) -> bool:
-        """Whether every block was verified."""
-        return self._verified.find(0) < 0
-
     def unverified(self, start: int, stop: int) -> list[int]:
         """The blocks that positions start..stop-1 of `data` reach into and that were not yet verified."""
         first, last = start // self._block_tokens, (stop - 1) // self._block_tokens + 1
@@ -205,6 +198,8 @@ class ShardReader:
             row = min((start + within) // self.row_stride, self.num_rows - 1)
             raise refusal(self.path, "data", f"row {row} holds token id {data[within]}, beyond the vocabulary of {self.vocab_size}")
         self._verified[block] = 1
+        if self._verified.find(0) < 0:
+            self.is_verified = True  # never set to False, for another thread may have verified the last one meanwhile
 
     def _positions(self, indices: np.ndarray) -> list[int]:
         """Where rows begin in `data`. Raises IndexError."""
@@ -213,7 +208,7 @@ class ShardReader:
         return (indices * self.row_stride).tolist()
 
     def _touch(self, positions: list[int]) -> None:
-        _verify([self] * len(positions), positions)
+        _verify({self}, [self] * len(positions), positions)
 
     def _slice(self, name: str, start: int, stop: int) -> np.ndarray:
         """Positions start..stop-1 of a stream, unchecked; a view of the mapped file where there is one."""
@@ -227,21 +222,25 @@ def read_rows(ids: np.ndarray, readers: Sequence[ShardReader], positions: Sequen
     Returns their loss mask, bool [n, S], or None where no shard among them has one. The readers are of one sequence length, of any set and
     dtype. The caller answers for the positions; blocks are verified on first touch. Raises DataError.
     """
-    mask = np.ones((len(ids), ids.shape[1] - 1), dtype=np.bool_) if any(reader.has_loss_mask for reader in set(readers)) else None
+    masked = True in {reader.has_loss_mask for reader in set(readers)}
+    mask = np.ones((len(ids), ids.shape[1] - 1), dtype=np.bool_) if masked else None
     for low in range(0, len(ids), _GATHERED_ROWS):  # no more than so many files beyond MAX_MAPPED are mapped at once
         part = slice(low, low + _GATHERED_ROWS)
-        _verify(readers[part], positions[part])
-        _gather(ids[part], readers[part], positions[part], "data")
+        some, at = readers[part], positions[part]
+        distinct = set(some)
+        if fresh := {reader for reader in distinct if not reader.is_verified}:
+            _verify(fresh, some, at)
+        _gather(ids[part], "data", distinct, some, at)
         if mask is not None:
-            _gather(mask[part], readers[part], positions[part], "loss_mask")
+            _gather(mask[part], "loss_mask", distinct, some, at)
     return mask
 
 
-def _verify(readers: Sequence[ShardReader], positions: Sequence[int]) -> None:
-    """Verify every block that rows reach into and that was not yet, several at once where they are many. Raises DataError for the first."""
-    fresh = {reader for reader in set(readers) if not reader.is_verified}
-    if not fresh:
-        return
+def _verify(fresh: set[ShardReader], readers: Sequence[ShardReader], positions: Sequence[int]) -> None:
+    """Verify every block of the readers in `fresh` that rows reach into and that was not yet, several at once where they are many.
+
+    Raises DataError for the first in the rows' order that is damaged.
+    """
     reached = [(reader, at) for reader, at in zip(readers, positions, strict=True) if reader in fresh]
     blocks = dict.fromkeys((reader, block) for reader, at in reached for block in reader.unverified(at, at + reader.sequence_length + 1))
     if len(blocks) < _THREADED_BLOCKS:
@@ -253,22 +252,29 @@ def _verify(readers: Sequence[ShardReader], positions: Sequence[int]) -> None:
             pass
 
 
-def _gather(rows: np.ndarray, readers: Sequence[ShardReader], positions: Sequence[int], name: str) -> None:
-    """rows[i] = its part of a stream, converted to the array's type; of `loss_mask` without the first, which belongs to no label."""
-    skipped, width = int(name == "loss_mask"), rows.shape[1]
-    itemsizes = {reader: reader.itemsize(name) for reader in set(readers)}
-    for itemsize in set(itemsizes.values()) - {0}:  # nearly always one
-        chosen: Any = slice(None)
-        if len(set(itemsizes.values())) > 1:
-            chosen = [index for index, reader in enumerate(readers) if itemsizes[reader] == itemsize]
-            readers_of, positions_of = [readers[index] for index in chosen], [positions[index] for index in chosen]
-        else:
-            readers_of, positions_of = list(readers), list(positions)
-        streams = {reader: reader.streams[name] for reader in set(readers_of)}
-        starts = [(position + skipped) * itemsize for position in positions_of]
-        stops = [start + width * itemsize for start in starts]
-        found = b"".join(map(getitem, map(streams.__getitem__, readers_of), map(slice, starts, stops)))
-        rows[chosen] = np.frombuffer(found, _DTYPES[itemsize]).reshape(-1, width)
+def _gather(rows: np.ndarray, stream: str, distinct: set[ShardReader], readers: Sequence[ShardReader], positions: Sequence[int]) -> None:
+    """rows[i] = its part of a stream, converted to the array's type; of `loss_mask` without the first, which belongs to no label.
+
+    distinct: the readers, each once. Rows of shards without the stream stay as they are.
+    """
+    itemsizes = {reader.itemsizes[stream] for reader in distinct}
+    if len(itemsizes) > 1:
+        for itemsize in itemsizes:
+            alike = {reader for reader in distinct if reader.itemsizes[stream] == itemsize}
+            chosen = [index for index, reader in enumerate(readers) if reader in alike]
+            part = rows[chosen]
+            _gather(part, stream, alike, [readers[index] for index in chosen], [positions[index] for index in chosen])
+            rows[chosen] = part
+        return
+    (itemsize,) = itemsizes
+    if not itemsize:
+        return
+    skipped, num_bytes = int(stream == "loss_mask"), rows.shape[1] * itemsize
+    starts = [(position + skipped) * itemsize for position in positions]
+    stops = [start + num_bytes for start in starts]
+    streams: dict[ShardReader, Any] = {reader: reader.streams[stream] for reader in distinct}
+    found = b"".join(map(getitem, map(streams.__getitem__, readers), map(slice, starts, stops)))
+    rows[...] = np.frombuffer(found, _DTYPES[itemsize]).reshape(rows.shape)
 
 
 @lru_cache(maxsize=64)  # 8 bytes a document: some 300 KB for a shard of 64 MiB of ordinary text
