@@ -138,7 +138,7 @@ def _make(job: _Job, folder: Path, output: str, executor: Executor, stage: str |
     if prepared is None:
         console.print(f"dataset {folder / job.arguments['name']}: this member's share is done")
         return
-    report(console, prepared, job.inputs.skipped)
+    report(console, prepared, tuple(job.inputs.skipped))
     if is_remote(output):
         address = f"{output.rstrip('/')}/{job.arguments['name']}"
         publish(prepared.folder, prepared.manifest, address)

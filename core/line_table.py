@@ -68,6 +68,14 @@ def write_lines(path: Path, values: Iterable[Any]) -> WrittenLines:
     return WrittenLines(digest.hexdigest(), count)
 
 
+def lines_sha256(values: Iterable[Any]) -> str:
+    """What write_lines would return for the values, without writing them."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(_line(value))
+    return digest.hexdigest()
+
+
 def _line(value: Any) -> bytes:
     line = canonical_json(value) + b"\n"
     if len(line) > MAX_LINE_BYTES:

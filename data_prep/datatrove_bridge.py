@@ -20,6 +20,7 @@ import numpy as np
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.errors import DataError
+from weftrain.core.line_table import Lines
 from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile, Part, Share
 from weftrain.data_prep.files import local_file
 from weftrain.data_prep.listing import list_inputs
@@ -45,7 +46,7 @@ class WeftrainReader(PipelineStep):  # type: ignore[misc]
     type = "weft - READER"
     name = "weftrain"
 
-    def __init__(self, files: tuple[InputFile, ...], parts: tuple[Part, ...], options: ReadOptions) -> None:
+    def __init__(self, files: Lines[InputFile], parts: tuple[Part, ...], options: ReadOptions) -> None:
         super().__init__()
         self.files, self.parts, self.options = files, parts, options
 
@@ -105,7 +106,7 @@ def filter_inputs(inputs: Inputs, quality: Quality, folder: Path, workers: int =
 
     Raises DataError.
     """
-    parts = tuple(split_parts(list(inputs.files), _PART_BYTES))
+    parts = tuple(split_parts(inputs.files, _PART_BYTES))
     against = list_inputs(list(quality.decontaminate.against), source=None) if quality.decontaminate is not None else []
     listed = [list(dataclasses.asdict(file).values()) for file in (*inputs.files, *against)]
     options = dataclasses.asdict(inputs.options)

@@ -47,11 +47,15 @@ class Share(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
-    """What one task reads: shares in order. A function of the inputs alone, never of how many processes there are."""
+    """What one task reads: shares in order. A function of the inputs alone, never of how many processes there are.
+
+    num_bytes: about how many bytes of input that are.
+    """
 
     shares: tuple[Share, ...]
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from weftrain.data_prep.plan import (
     fallback_reason,
     fell_back,
     is_saved,
+    load_plan,
     make_plan,
     no_progress,
     save_plan,
@@ -166,6 +167,7 @@ def _prepare(
         return Prepared(folder, manifest, up_to_date=True, notes=notes)
     if executor.leads:
         save_plan(plan)
+        plan = load_plan(plan.folder)  # whose tables are files
     else:
         executor.wait_until(lambda: is_saved(plan) or folder.exists(), f"{plan.folder}")
     try:
@@ -261,7 +263,7 @@ def _counting(plan: Plan, stage: Stage, progress: Progress) -> Callable[[int], N
     """Progress of a stage: megabytes of input where it reads them, with the documents so far; else tasks."""
     count = stage.count(plan)
     by_bytes = stage.name in ("sample", "tokenize")
-    sizes = [plan.part_bytes(index) for index in range(count)] if by_bytes else [1] * count
+    sizes = [part.num_bytes for part in plan.parts] if by_bytes else [1] * count
     total, done, documents = sum(sizes), 0, 0
 
     def on_done(index: int) -> None:

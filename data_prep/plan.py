@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +17,13 @@ from typing import Any, Literal
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.errors import DataError
+from weftrain.core.line_table import Lines, LineTable, lines_sha256, write_lines
 from weftrain.data_prep import heldout
 from weftrain.data_prep.documents import InputFile, Part, Share, Skipped
 from weftrain.data_prep.markers import NO_EOS, Markers
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.registry import READERS
-from weftrain.data_prep.shares import share_bytes, split_parts
+from weftrain.data_prep.shares import split_parts
 
 PLAN, PLANNED_TOKENIZER = "plan.json", "tokenizer.json"
 VERSION = 3
@@ -46,12 +47,12 @@ def no_progress(stage: str, done: int, total: int | None, unit: str) -> None:
 class Inputs:
     """Files, how to read them, and what the manifest says about them. skipped: files beside them that are not read, and why."""
 
-    files: tuple[InputFile, ...]
+    files: Lines[InputFile]
     description: str
     licence: str = NOT_STATED
     options: ReadOptions = ReadOptions()  # noqa: RUF009 - frozen itself
     quality: str | None = None  # what filtered them before, canonical JSON
-    skipped: tuple[Skipped, ...] = ()
+    skipped: Lines[Skipped] = ()
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Plan:
     inputs: Inputs
     settings: Settings
     engine: str
-    parts: tuple[Part, ...]
+    parts: Lines[Part]
     limits: Limits
     by_reference: bool = False
 
@@ -131,6 +132,11 @@ class Plan:
     def work(self) -> Path:
         """Where the outputs of tasks lie: elsewhere, and so done anew, once the reference engine encodes for both."""
         return self.folder / _REFERENCE if self.by_reference else self.folder
+
+    @functools.cached_property
+    def header(self) -> bytes:
+        """What plan.json holds: the plan, with the hashes of its tables."""
+        return canonical_json(_header(self)) + b"\n"
 
     @property
     def fixed_rows(self) -> bool:
@@ -142,10 +148,6 @@ class Plan:
         fim = self.settings.fim
         alone = self.fixed_rows or self.settings.packing == "best_fit" or (fim is not None and fim.mode == "released")
         return self.settings.sequence_length + 1 if alone else self.settings.sequence_length
-
-    def part_bytes(self, index: int) -> int:
-        """Bytes of input that a part reads; of a share of something else than bytes, its part of the file."""
-        return sum(share_bytes(self.inputs.files[share.file], share) for share in self.parts[index].shares)
 
     def sample_file(self, index: int) -> Path:
         return self.folder / "samples" / f"{index:05d}.table"
@@ -231,7 +233,7 @@ def check_inputs(inputs: Inputs, settings: Settings) -> None:
 def make_plan(folder: Path, inputs: Inputs, settings: Settings, engine: str) -> Plan:
     """Parts of 4 to 64 MiB of input: some sixty, until they are as large as memory allows."""
     total = sum(file.num_bytes for file in inputs.files)
-    parts = tuple(split_parts(list(inputs.files), clamped(total // 64, 4 * _MEBI, 64 * _MEBI)))
+    parts = tuple(split_parts(inputs.files, clamped(total // 64, 4 * _MEBI, 64 * _MEBI)))
     limits = Limits(64 * _MEBI, _PIECE_DOCUMENTS, (4 * _MEBI, 64 * _MEBI), _FILE_OPENS)
     return Plan(folder, inputs, settings, engine, parts, limits)
 
@@ -256,7 +258,9 @@ def save_plan(plan: Plan) -> bool:
     fsops.remove_tree(plan.folder)
     for folder in ("samples", *_TASK_FOLDERS, "dataset/train", "dataset/heldout"):
         fsops.make_dirs(plan.folder / folder)
-    fsops.write_bytes(plan.folder / PLAN, canonical_json(_tree(plan)) + b"\n")
+    for name, values in _tables(plan).items():
+        write_lines(plan.folder / f"{name}.jsonl", values)
+    fsops.write_bytes(plan.folder / PLAN, plan.header)
     return False
 
 
@@ -288,7 +292,7 @@ def fallback_reason(plan: Plan) -> str | None:
 def is_saved(plan: Plan) -> bool:
     """Whether the work folder holds this very plan."""
     path = plan.folder / PLAN
-    return path.is_file() and path.read_bytes() == canonical_json(_tree(plan)) + b"\n"
+    return path.is_file() and path.read_bytes() == plan.header
 
 
 def load_plan(folder: Path) -> Plan:
@@ -309,9 +313,10 @@ def _loaded(folder: Path, modified_ns: int) -> Plan:
         settings["fim_tokens"] = tuple(settings["fim_tokens"])
         fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in inputs["options"].items()}
         options = ReadOptions(**fields)
-        files = tuple(InputFile(*entry) for entry in inputs["files"])
-        parts = tuple(Part(tuple(Share(*share) for share in part)) for part in tree["parts"])
-        skipped = tuple(Skipped(*entry) for entry in inputs["skipped"])
+        hashes, remedy = tree["tables"], f"remove {folder} and prepare again"
+        files = LineTable(folder / "files.jsonl", lambda entry: InputFile(*entry), sha256=hashes["files"], remedy=remedy)
+        skipped = LineTable(folder / "skipped.jsonl", lambda entry: Skipped(*entry), sha256=hashes["skipped"], remedy=remedy)
+        parts = LineTable(folder / "parts.jsonl", _part, sha256=hashes["parts"], remedy=remedy)
         read = Inputs(files, inputs["description"], inputs["licence"], options, inputs["quality"], skipped)
         limits = Limits(**tree["limits"] | {"bucket_bytes": tuple(tree["limits"]["bucket_bytes"])})
         return Plan(folder, read, Settings(**settings), tree["engine"], parts, limits)
@@ -319,21 +324,32 @@ def _loaded(folder: Path, modified_ns: int) -> Plan:
         raise DataError(f"{folder / PLAN}: cannot be read: {error}; remove {folder} and prepare again") from error
 
 
-def _tree(plan: Plan) -> dict[str, Any]:
-    files = [[getattr(file, name) for name in InputFile.__dataclass_fields__] for file in plan.inputs.files]
+def _part(entry: Any) -> Part:
+    num_bytes, shares = entry
+    return Part(tuple(Share(*share) for share in shares), num_bytes)
+
+
+def _tables(plan: Plan) -> dict[str, Iterator[list[Any]]]:
+    """What may have millions of lines: each is a file of its own, of which a task reads the lines that it needs."""
+    return {
+        "files": ([getattr(file, name) for name in InputFile.__dataclass_fields__] for file in plan.inputs.files),
+        "skipped": ([file.name, file.num_bytes, file.reason] for file in plan.inputs.skipped),
+        "parts": ([part.num_bytes, part.shares] for part in plan.parts),
+    }
+
+
+def _header(plan: Plan) -> dict[str, Any]:
     return {
         "version": VERSION,
         "inputs": {
-            "files": files,
             "description": plan.inputs.description,
             "licence": plan.inputs.licence,
             "options": asdict(plan.inputs.options),
             "quality": plan.inputs.quality,
-            "skipped": [list(asdict(file).values()) for file in plan.inputs.skipped],
         },
+        "tables": {name: lines_sha256(values) for name, values in _tables(plan).items()},
         "settings": asdict(plan.settings),
         "engine": plan.engine,
-        "parts": [[list(share) for share in part.shares] for part in plan.parts],
         "limits": asdict(plan.limits),
     }
 

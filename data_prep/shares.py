@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from weftrain.core.errors import DataError
+from weftrain.core.line_table import Lines
 from weftrain.core.shards import PADDING
 from weftrain.data_prep.compression import CUT, compression_of
 from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile, Part, Share
@@ -22,6 +23,7 @@ from weftrain.data_prep.readers.registry import READERS
 MAX_SOURCE_CHARACTERS = 2048  # as long as addresses of pages are
 MAX_ARCHIVE_SHARES = 8  # each decompresses from the beginning
 MIN_ARCHIVE_SHARE_BYTES = 32 << 20
+MAX_PART_SHARES = 1 << 13
 
 
 def is_cut_by_bytes(file: InputFile) -> bool:
@@ -34,20 +36,20 @@ def _num_units(file: InputFile) -> int:
     return READERS[file.format].num_units(file)
 
 
-def split_parts(files: Sequence[InputFile], part_bytes: int) -> list[Part]:
+def split_parts(files: Iterable[InputFile], part_bytes: int) -> list[Part]:
     """Files in order, as parts of about `part_bytes`: small ones together, large ones that can be cut as several. Raises DataError."""
     parts: list[Part] = []
     shares: list[Share] = []
     held = 0
     for index, file in enumerate(files):
         for share, size in _shares(index, file, part_bytes):
-            if shares and held + size > part_bytes:
-                parts.append(Part(tuple(shares)))
+            if shares and (held + size > part_bytes or len(shares) == MAX_PART_SHARES):
+                parts.append(Part(tuple(shares), held))
                 shares, held = [], 0
             shares.append(share)
             held += size
     if shares:
-        parts.append(Part(tuple(shares)))
+        parts.append(Part(tuple(shares), held))
     return parts
 
 
@@ -65,15 +67,6 @@ def _shares(index: int, file: InputFile, part_bytes: int) -> Iterator[tuple[Shar
     ends = [units * piece // pieces for piece in range(1, pieces + 1)] if cuts is None else cuts(file, pieces)
     for begin, end in itertools.pairwise((0, *ends)):
         yield Share(index, begin, end), file.num_bytes * (end - begin) // max(1, units)
-
-
-def share_bytes(file: InputFile, share: Share) -> int:
-    """About how many bytes of the file a share reads: its range, or its proportion of the file where it counts something else."""
-    if share.end == -1:
-        return file.num_bytes
-    if is_cut_by_bytes(file):
-        return share.end - share.begin
-    return file.num_bytes * (share.end - share.begin) // max(1, _num_units(file))
 
 
 def records_before(file: InputFile, share: Share) -> int:
@@ -108,7 +101,7 @@ def _well_named(items: Records) -> Records:
         yield item
 
 
-def read_part(files: Sequence[InputFile], part: Part, options: ReadOptions) -> Iterator[Document | Failure | FileRead]:
+def read_part(files: Lines[InputFile], part: Part, options: ReadOptions) -> Iterator[Document | Failure | FileRead]:
     """Everything of a part, in order; a FileRead ends each share. Raises DataError for a file that cannot be read, or that changed."""
     check_normalisations(options.normalise)
     for share in part.shares:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
+import operator
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,12 +40,9 @@ def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
     what follows: see `arrangement`.
     """
     failed = check_failures(plan, "parts", max_failures)
-    hashes: dict[int, list[str]] = {}
     encoded: Counter[str] = Counter()
     pieces = _Pieces()
     for part, (note, base_file, base) in enumerate(part_notes(plan, "parts")):
-        for file, _, _, sha256 in note["shares"]:
-            hashes.setdefault(file, []).append(sha256)
         encoded.update(note["encoded"])
         for piece in range(note["pieces"]):
             pieces.add(part, piece, Table(plan.piece_file(part, piece)), base_file, base)
@@ -51,7 +50,7 @@ def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
         raise DataError(f"{plan.inputs.description}: holds no document; name other files")
     found = {
         "num_sources": pieces.write(plan),
-        "inputs": _write_inputs(plan, hashes),
+        "inputs": _write_inputs(plan),
         "read": pieces.read,
         "failed": failed,
         "reference_documents": encoded["reference"],
@@ -63,20 +62,30 @@ def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
     return found
 
 
-def _write_inputs(plan: Plan, hashes: dict[int, list[str]]) -> dict[str, Any]:
+def _write_inputs(plan: Plan) -> dict[str, Any]:
     """Write inputs.jsonl: the files that were read, then those that were left out. Returns what the manifest says of it."""
 
+    def hashes() -> Iterator[tuple[str, ...]]:
+        """Of each file its shares' SHA-256, a file at a time: parts hold files in order."""
+        shares = (share for note, _, _ in part_notes(plan, "parts") for share in note["shares"])
+        for _, of_file in itertools.groupby(shares, key=operator.itemgetter(0)):
+            yield tuple(sha256 for _, _, _, sha256 in of_file)
+
+    num_bytes = 0
+
     def entries() -> Iterator[InputEntry]:
-        for index, file in enumerate(plan.inputs.files):
-            yield InputEntry(name=file.name, num_bytes=file.num_bytes, sha256=tuple(hashes.get(index, ())))
+        nonlocal num_bytes
+        for file, found in zip(plan.inputs.files, hashes(), strict=True):
+            num_bytes += file.num_bytes
+            yield InputEntry(name=file.name, num_bytes=file.num_bytes, sha256=found)
         for one in plan.inputs.skipped:
             yield InputEntry(name=one.name, num_bytes=one.num_bytes, skipped=one.reason)
 
     return {
         "sha256": write_inputs(plan.dataset, entries()).sha256,
-        "corpus_sha256": merkle_root(sha256 for index in range(len(plan.inputs.files)) for sha256 in hashes.get(index, ())),
+        "corpus_sha256": merkle_root(itertools.chain.from_iterable(hashes())),
         "files": len(plan.inputs.files),
-        "num_bytes": sum(file.num_bytes for file in plan.inputs.files),
+        "num_bytes": num_bytes,
         "skipped": dict(sorted(Counter(entry.reason for entry in plan.inputs.skipped).items())),
     }
 
