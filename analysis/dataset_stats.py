@@ -100,9 +100,14 @@ def stats_lines(stats: DatasetStats) -> list[str]:
         f"of padding, {entry.dropped_tokens:,} dropped at the end; {stats.bytes_per_token:.4f} bytes a token",
         "lengths      " + ", ".join(f"{name} {value:,}" for name, value in stats.length_quantiles.items()) + " tokens",
     ]
+    about = [
+        f"grew from    {parent.name}: its {parent.train.n_examples:,} training rows are the first, id {parent.train.id}"
+        for parent in manifest.parents
+    ]
     if manifest.inputs_skipped:
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in manifest.inputs_skipped.items())
-        lines.insert(3, f"left out     {sum(manifest.inputs_skipped.values()):,} files: {skipped}; inputs.jsonl names them")
+        about.append(f"left out     {sum(manifest.inputs_skipped.values()):,} files: {skipped}; inputs.jsonl names them")
+    lines[3:3] = about
     if len(entry.epochs) > 1:
         lines.append("epochs       " + ", ".join(f"{rows:,}" for rows in entry.epochs) + " rows")
     if manifest.chunks is not None:

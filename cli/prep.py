@@ -42,6 +42,7 @@ class _Job:
 @click.option("--inputs", "root", help="Of a recipe: the folder or address that holds its inputs and its tokenizer.")
 @click.option("--only", multiple=True, help="Of a recipe: only the dataset of this name (repeatable).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Of a recipe: lay a value over it (repeatable).")
+@click.option("--grow", type=click.Path(path_type=Path), help="A dataset that INPUTS are added to, in a folder of its own, --name.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json.  [default: a byte-level BPE trained on the text]")
 @click.option("--vocab-size", type=click.IntRange(min=300), help="Ids of the trained tokenizer, 32 specials apart.  [default: 8192]")
 @click.option("--eos", help="The tokenizer's end-of-document token, or none.  [default: </s> or <|endoftext|>]")
@@ -113,6 +114,8 @@ def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
     executor = _executor(options, output)
     folder = staging_folder(output) if is_remote(output) else Path(output)
     if len(inputs) == 1 and is_prep_recipe(inputs[0]):
+        if options["grow"] is not None:
+            raise click.UsageError("--grow adds files to a dataset: name the files, not a recipe")
         recipe = load_prep_recipe(inputs[0], options["overrides"])
         jobs = _recipe_jobs(recipe, options)
         if (quality := recipe.quality) is not None:
@@ -168,6 +171,8 @@ def _job(inputs: tuple[str, ...], options: dict[str, Any], folder: Path) -> _Job
     if inputs and options["name"] is None:
         raise click.UsageError("give the dataset a --name")
     _refuse_without_inputs(inputs)
+    if options["grow"] is not None:
+        options = _of_parent(options)
     read = _read_options(options)
     json_texts: tuple[str, ...] = ()
     if inputs:
@@ -180,7 +185,7 @@ def _job(inputs: tuple[str, ...], options: dict[str, Any], folder: Path) -> _Job
         embedded, description, licence = embedded_inputs()
         chosen = Inputs(tuple(embedded), description, licence, read)
     same = ("tokenizer", "vocab_size", "eos", "bos", "engine", "sequence_length", "heldout_fraction", "rows_per_shard", "seed", "packing")
-    arguments = {key: options[key] for key in (*same, "order", "epochs", "chunks", "global_batch_size", "max_failures")}
+    arguments = {key: options[key] for key in (*same, "order", "epochs", "chunks", "global_batch_size", "max_failures", "grow")}
     arguments["fim_tokens"] = fim_names(options["fim_tokens"])
     arguments["fim"] = _fim(options["fim_rate"], options["fim_spm_share"], options["fim_mode"])
     return _Job(chosen, arguments | {"name": options["name"] or "python_stdlib"}, json_texts)
@@ -203,6 +208,24 @@ def _standard_input(inputs: tuple[str, ...], options: dict[str, Any], folder: Pa
             "standard input is closed or a terminal: pipe the text in, as in `zcat t.jsonl.gz | weftrain prep - --name x`"
         )
     return spool(sys.stdin.buffer, folder, options["name"])
+
+
+def _of_parent(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the settings of the dataset that grows, but for those that the command gives: they must be equal."""
+    from weftrain.data_prep.growth import parents_options
+
+    context = click.get_current_context()
+    found = {
+        key: value
+        for key, value in parents_options(options["grow"]).items()
+        if key in options and context.get_parameter_source(key) is not ParameterSource.COMMANDLINE
+    }
+    if "normalise" in found:
+        found["normalise"] = tuple(filter(None, str(found["normalise"] or "").split(",")))
+    for key in ("fim_spm_share", "fim_mode"):  # which have a value also where no FIM is asked for
+        if found.get(key) is None:
+            found.pop(key, None)
+    return options | found
 
 
 def _refuse_without_inputs(inputs: tuple[str, ...]) -> None:

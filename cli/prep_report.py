@@ -37,6 +37,10 @@ def report(console: Console, prepared: Prepared, skipped: Sequence[Skipped]) -> 
         f"{_count(corpus.files, 'file')}, {corpus.num_bytes / 1e6:,.1f} MB: {_count(documents.read, 'document')}, "
         f"{_count(documents.duplicates, 'duplicate')} left out, {documents.failed:,} failed",
     )
+    if manifest.parents:
+        parent, entry = manifest.parents[-1], manifest.train
+        added = f"{_count(entry.n_examples - parent.train.n_examples, 'row')} added after its {parent.train.n_examples:,}"
+        _line(console, "grew", f"from {parent.name}, dataset id {parent.train.id[:16]}: {added}")
     for set_name, entry in manifest.sets.items():
         rows = f"{_count(entry.n_examples, 'row')} x {manifest.sequence_length} = {entry.tokens:,} tokens"
         _line(console, set_name, f"{_count(entry.documents, 'document')}, {rows}, dataset id {entry.id[:16]}")

@@ -23,6 +23,8 @@ from pydantic import ValidationError
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.dataset_manifest import (
+    Ancestor,
+    AncestorSet,
     Chunks,
     Corpus,
     DocumentCounts,
@@ -44,6 +46,8 @@ from weftrain.core.shard_format import PADDING
 from weftrain.core.shards import ShardReader, Stretch, read_rows
 
 __all__ = [
+    "Ancestor",
+    "AncestorSet",
     "Chunks",
     "Corpus",
     "DocumentCounts",
@@ -96,6 +100,14 @@ def read_manifest(folder: Path) -> Manifest:
             "were made with another tokenizer; put that file back, or remove the dataset and prepare it again"
         )
     return manifest
+
+
+def manifest_root(folder: Path) -> str:
+    """The SHA-256 that manifest.json holds of itself, checked: it commits to all that the dataset is. Raises DataError."""
+    try:
+        return sha256_json(_manifest_value(folder))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / MANIFEST}: {error}; remove the dataset and prepare it again") from error
 
 
 def _manifest_value(folder: Path) -> dict[str, Any]:

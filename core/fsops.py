@@ -317,6 +317,24 @@ def copy_file(source: Path, target: Path) -> None:
         raise
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy where the file system has no hard links; a target that is there is left.
+
+    For files that nobody changes in place. It appears whole, durable, or not at all.
+    """
+    real = Path(os.path.realpath(source))  # a symbolic link would be linked itself
+    try:
+        _perform("link", target, lambda: os.link(real, target))
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        copy_file(real, target)
+        return
+    sync_dir(target.parent)
+
+
 @contextlib.contextmanager
 def held_lock(path: Path, contents: bytes) -> Iterator[None]:
     """Hold an exclusive advisory lock (flock) on `path`, with `contents` in the file for whoever is refused.

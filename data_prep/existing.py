@@ -7,11 +7,13 @@ token, such as which implementation encoded, is reported.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 from weftrain.core.dataset import MANIFEST, Manifest, ShardSet, open_inputs, read_manifest
 from weftrain.core.errors import DataError
+from weftrain.data_prep.growth import joined, parent_manifest
 from weftrain.data_prep.plan import NOT_STATED, Plan, Progress, preparation
 from weftrain.data_prep.shares import share_sha256
 
@@ -28,11 +30,13 @@ def compare_existing(folder: Path, plan: Plan, max_failures: int, progress: Prog
     for key, value in wanted.items():
         if manifest.preparation.get(key) != value:
             raise DataError(f"{folder}: was prepared with {key} {manifest.preparation.get(key)!r}, not {value!r}; {_REMEDY}")
-    licence, failed = plan.inputs.licence, manifest.documents.failed
-    if licence not in (NOT_STATED, manifest.corpus.licence):
+    before = _parent(folder, manifest, plan)
+    licence = plan.inputs.licence if before is None else joined(before.corpus.licence, plan.inputs.licence)
+    if plan.inputs.licence != NOT_STATED and licence != manifest.corpus.licence:
         raise DataError(
             f"{folder}: is recorded with licence {manifest.corpus.licence!r}, not {licence!r}: leave --licence out, or {_REMEDY}"
         )
+    failed = manifest.documents.failed - (0 if before is None else before.documents.failed)
     if failed > max_failures:
         raise DataError(
             f"{folder}: {failed:,} documents could not be read when it was prepared ({folder / 'failures.jsonl'}), --max-failures allows "
@@ -41,37 +45,49 @@ def compare_existing(folder: Path, plan: Plan, max_failures: int, progress: Prog
     _compare_inputs(folder, manifest, plan, progress)
     for set_name in manifest.sets:
         ShardSet(folder, manifest, set_name)
-    return manifest, tuple(_differences(manifest, plan))
+    return manifest, tuple(_differences(manifest, plan, {} if before is None else before.inputs_skipped))
 
 
-def _differences(manifest: Manifest, plan: Plan) -> Iterator[str]:
+def _parent(folder: Path, manifest: Manifest, plan: Plan) -> Manifest | None:
+    """The manifest of what the dataset grew from. Raises DataError where that is not what was named with --grow."""
+    grew_from = manifest.parents[-1] if manifest.parents else None
+    if plan.parent is None or grew_from is None or grew_from.root != plan.parent.root:
+        if plan.parent is None and grew_from is None:
+            return None
+        was = "was not grown from another" if grew_from is None else f"grew from '{grew_from.name}', manifest {grew_from.root[:12]}"
+        given = "--grow is not given" if plan.parent is None else f"--grow names {plan.parent.folder}, manifest {plan.parent.root[:12]}"
+        raise DataError(f"{folder}: {was}, and {given}; {_REMEDY}")
+    return parent_manifest(plan)
+
+
+def _differences(manifest: Manifest, plan: Plan, before: Mapping[str, int]) -> Iterator[str]:
     """What is recorded otherwise than asked for, and changes no token."""
     engine = manifest.tokenization.engine
     if plan.engine not in ("auto", engine):
         yield f"its documents were encoded by {engine}, not by {plan.engine}; the ids are the same"
     skipped = dict(Counter(file.reason for file in plan.inputs.skipped))
-    if skipped != manifest.inputs_skipped:
+    recorded = dict(Counter(manifest.inputs_skipped) - Counter(before))  # without what the parent left out
+    if skipped != recorded:
         now, then = (
-            ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items())) or "none"
-            for counts in (skipped, manifest.inputs_skipped)
+            ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items())) or "none" for counts in (skipped, recorded)
         )
         yield f"files left out: {now}; when it was prepared: {then}"
 
 
 def _compare_inputs(folder: Path, manifest: Manifest, plan: Plan, progress: Progress) -> None:
     """Raises DataError where the plan's files are not those that the dataset was made of."""
-    files = plan.inputs.files
-    if manifest.corpus.files != len(files):
-        raise DataError(f"{folder}: was prepared from {manifest.corpus.files:,} files, and these are {len(files):,}; {_REMEDY}")
+    files, first = plan.inputs.files, 0 if plan.parent is None else plan.parent.files
+    if manifest.corpus.files - first != len(files):
+        raise DataError(f"{folder}: was prepared from {manifest.corpus.files - first:,} files, and these are {len(files):,}; {_REMEDY}")
     with open_inputs(folder, manifest) as recorded:
-        for number, (file, entry) in enumerate(zip(files, recorded, strict=False)):  # what was left out comes after
+        for number, (file, entry) in enumerate(zip(files, islice(recorded, first, None), strict=False)):  # what was left out comes after
             if (entry.name, entry.num_bytes) != (file.name, file.num_bytes):
                 was, given = (f"'{one.name}' of {one.num_bytes:,} bytes" for one in (entry, file))
                 raise DataError(f"{folder}: was prepared from other text: file {number + 1} was {was}, and here is {given}; {_REMEDY}")
         shares = Counter[int]()  # of each file so far
         for done, part in enumerate(plan.parts, start=1):
             for share in part.shares:
-                hashes, place = recorded[share.file].sha256, shares[share.file]
+                hashes, place = recorded[first + share.file].sha256, shares[share.file]
                 if place >= len(hashes) or hashes[place] != share_sha256(files[share.file], share):
                     raise DataError(f"{folder}: was prepared from other text: '{files[share.file].name}' held something else; {_REMEDY}")
                 shares[share.file] += 1

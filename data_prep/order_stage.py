@@ -17,6 +17,7 @@ from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json
 from weftrain.core.shards import ID_BYTES
 from weftrain.data_prep import fim, marks
+from weftrain.data_prep.growth import is_known
 from weftrain.data_prep.packing import best_fit_rows
 from weftrain.data_prep.pieces import Gathered, Piece, gather, write_piece
 from weftrain.data_prep.plan import Plan
@@ -69,10 +70,11 @@ def order_bucket(plan: Plan, index: int) -> None:
     as_read = plan.settings.order == "as_read"
     gathered = gather(_pieces(plan, found, index), index, found["buckets"], as_read=as_read)
     heldout = gathered.rows["heldout"].astype(bool)
+    fresh = ~is_known(plan, gathered.rows["content"])
     note: dict[str, Any] = {"documents": {}, "tokens": {}, "padding": {}}
     sources = np.empty((0, 4), np.int64)
     for name in stream_names(plan):
-        chosen = np.flatnonzero(heldout == (name == HELDOUT))
+        chosen = np.flatnonzero(fresh & (heldout == (name == HELDOUT)))
         epoch = 0 if name == HELDOUT else int(name.removeprefix("train."))
         stream = _transformed(plan, gathered, chosen, epoch, encoder)
         if plan.settings.packing == "best_fit" and not plan.fixed_rows:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from weftrain.core import fsops
-from weftrain.core.dataset import Manifest
+from weftrain.core.dataset import TOKENIZER, Manifest
 from weftrain.core.errors import DataError
 from weftrain.core.names import path_below
 from weftrain.data_prep.executors import STAGES, Executor, LocalExecutor, Stage
 from weftrain.data_prep.existing import compare_existing
 from weftrain.data_prep.fim import check_markers
+from weftrain.data_prep.growth import as_parent, check_growth, open_parent
 from weftrain.data_prep.markers import Markers
 from weftrain.data_prep.part_notes import read_note
 from weftrain.data_prep.plan import (
@@ -90,6 +91,7 @@ def prepare(
     global_batch_size: int | None = None,
     fim: FimSettings | None = None,
     max_failures: int = 0,
+    grow: Path | None = None,
     executor: Executor | None = None,
     only_stage: str | None = None,
     progress: Progress = no_progress,
@@ -98,8 +100,9 @@ def prepare(
 
     eos: the tokenizer's end-of-document token, else `</s>` or `<|endoftext|>`; 'none': none. bos: a token before each document.
     fim_tokens: names of prefix, middle, suffix and perhaps pad, else `<|fim_prefix|>` and so on. rows_per_shard: else 64 MiB of tokens.
-    max_failures: how many documents may be unreadable. only_stage: do that stage and stop, with None where the dataset is not complete
-    then. Raises DataError; nothing is then left under the dataset's name.
+    max_failures: how many documents may be unreadable. grow: a dataset that the inputs are added to; the settings must be its own
+    (growth.py). only_stage: do that stage and stop, with None where the dataset is not complete then. Raises DataError; nothing is then
+    left under the dataset's name.
     """
     executor = executor or LocalExecutor()
     if not _NAME.fullmatch(name):
@@ -112,6 +115,9 @@ def prepare(
         raise DataError("--vocab-size is for training a tokenizer, and --tokenizer names one: give only one of them")
     if sequence_length < 1 or not 0 <= heldout_fraction < 1 or (rows_per_shard is not None and rows_per_shard < 1):
         raise DataError("--sequence-length and --rows-per-shard must be at least 1, --heldout-fraction at least 0 and below 1")
+    before, parent = (None, None) if grow is None else open_parent(grow)
+    if grow is not None and tokenizer is None and vocab_size is None:
+        tokenizer = grow / TOKENIZER
     markers = Markers(eos, bos, fim_tokens)
     given = None if tokenizer is None else load_encoder(tokenizer, markers, engine=engine)
     check_markers(markers, given, None if fim is None else fim.mode)
@@ -132,12 +138,16 @@ def prepare(
         global_batch_size=global_batch_size,
         fim=fim,
     )
+    if before is not None:
+        settings = as_parent(settings, before, rows_per_shard)
     check_inputs(inputs, settings)
     if given is not None and any(READERS[file.format].by_end_token for file in inputs.files):
         if given.eos_id is None:
             raise DataError(f"{inputs.description}: holds streams of ids that end tokens tell apart: name their end token with --eos")
         inputs = replace(inputs, options=inputs.options.of_tokenizer(given.vocab_size, given.eos_id))
-    plan = make_plan(folder.parent / f".{folder.name}.partial", inputs, settings, engine)
+    plan = replace(make_plan(folder.parent / f".{folder.name}.partial", inputs, settings, engine), parent=parent)
+    if before is not None:
+        check_growth(before, plan, folder)
     try:
         fsops.make_dirs(folder.parent)
         if not executor.alone:

@@ -114,10 +114,22 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Parent:
+    """A dataset that grows: where it lies, its manifest's root, and how many inputs, sources and shards it has, which come first."""
+
+    folder: str
+    root: str
+    files: int
+    num_sources: int
+    train_shards: int
+    heldout_shards: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """folder: the work folder. fixed_rows: the inputs are rows that stand alone already, and stay so.
 
-    by_reference: the engines differed, see fall_back.
+    by_reference: the engines differed, see fall_back. parent: what the inputs are added to.
     """
 
     folder: Path
@@ -127,6 +139,7 @@ class Plan:
     parts: Lines[Part]
     limits: Limits
     by_reference: bool = False
+    parent: Parent | None = None
 
     @property
     def work(self) -> Path:
@@ -319,7 +332,8 @@ def _loaded(folder: Path, modified_ns: int) -> Plan:
         parts = LineTable(folder / "parts.jsonl", _part, sha256=hashes["parts"], remedy=remedy)
         read = Inputs(files, inputs["description"], inputs["licence"], options, inputs["quality"], skipped)
         limits = Limits(**tree["limits"] | {"bucket_bytes": tuple(tree["limits"]["bucket_bytes"])})
-        return Plan(folder, read, Settings(**settings), tree["engine"], parts, limits)
+        parent = None if tree["parent"] is None else Parent(**tree["parent"])
+        return Plan(folder, read, Settings(**settings), tree["engine"], parts, limits, parent=parent)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / PLAN}: cannot be read: {error}; remove {folder} and prepare again") from error
 
@@ -351,6 +365,7 @@ def _header(plan: Plan) -> dict[str, Any]:
         "settings": asdict(plan.settings),
         "engine": plan.engine,
         "limits": asdict(plan.limits),
+        "parent": None if plan.parent is None else asdict(plan.parent),
     }
 
 

@@ -13,7 +13,7 @@ import math
 import operator
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.dataset import FAILURES, InputEntry, merkle_root, write_inputs
 from weftrain.core.errors import DataError
 from weftrain.core.line_table import write_lines
+from weftrain.data_prep.growth import index_documents, parents_failures, parents_inputs, parents_sources
 from weftrain.data_prep.packing import split
 from weftrain.data_prep.part_notes import in_blocks, read_failures, read_note
 from weftrain.data_prep.pieces import Piece
@@ -40,8 +41,9 @@ def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
     what follows: see `arrangement`.
     """
     failed = check_failures(plan, "parts", max_failures)
+    index_documents(plan)
     encoded: Counter[str] = Counter()
-    pieces = _Pieces()
+    pieces = _Pieces(plan)
     for part, (note, base_file, base) in enumerate(part_notes(plan, "parts")):
         encoded.update(note["encoded"])
         for piece in range(note["pieces"]):
@@ -63,7 +65,11 @@ def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
 
 
 def _write_inputs(plan: Plan) -> dict[str, Any]:
-    """Write inputs.jsonl: the files that were read, then those that were left out. Returns what the manifest says of it."""
+    """Write inputs.jsonl: the files that were read, then those that were left out; of each the parent's first.
+
+    Returns what the manifest says of it.
+    """
+    num_bytes, skipped = 0, Counter[str]()
 
     def hashes() -> Iterator[tuple[str, ...]]:
         """Of each file its shares' SHA-256, a file at a time: parts hold files in order."""
@@ -71,22 +77,30 @@ def _write_inputs(plan: Plan) -> dict[str, Any]:
         for _, of_file in itertools.groupby(shares, key=operator.itemgetter(0)):
             yield tuple(sha256 for _, _, _, sha256 in of_file)
 
-    num_bytes = 0
+    def read() -> Iterator[InputEntry]:
+        yield from parents_inputs(plan)[0]
+        for file, found in zip(plan.inputs.files, hashes(), strict=True):
+            yield InputEntry(name=file.name, num_bytes=file.num_bytes, sha256=found)
 
     def entries() -> Iterator[InputEntry]:
         nonlocal num_bytes
-        for file, found in zip(plan.inputs.files, hashes(), strict=True):
-            num_bytes += file.num_bytes
-            yield InputEntry(name=file.name, num_bytes=file.num_bytes, sha256=found)
+        for entry in read():
+            num_bytes += entry.num_bytes
+            yield entry
+        for entry in parents_inputs(plan)[1]:
+            skipped[entry.skipped or ""] += 1
+            yield entry
         for one in plan.inputs.skipped:
+            skipped[one.reason] += 1
             yield InputEntry(name=one.name, num_bytes=one.num_bytes, skipped=one.reason)
 
+    written = write_inputs(plan.dataset, entries())
     return {
-        "sha256": write_inputs(plan.dataset, entries()).sha256,
-        "corpus_sha256": merkle_root(itertools.chain.from_iterable(hashes())),
-        "files": len(plan.inputs.files),
+        "sha256": written.sha256,
+        "corpus_sha256": merkle_root(sha256 for entry in read() for sha256 in entry.sha256),
+        "files": written.count - skipped.total(),
         "num_bytes": num_bytes,
-        "skipped": dict(sorted(Counter(entry.reason for entry in plan.inputs.skipped).items())),
+        "skipped": dict(sorted(skipped.items())),
     }
 
 
@@ -113,8 +127,9 @@ class _Pieces:
     Some 50 bytes a source of a piece are in memory, which are fewer than the names themselves have.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.read = self.num_bytes = 0
+        self._inherited = _identities(entry.name for entry in parents_sources(plan))
         self._columns: dict[str, array[int]] = {name: array("q") for name in ("part", "piece", "base_file", "base")}
         self._identities: list[np.ndarray] = []
 
@@ -130,11 +145,12 @@ class _Pieces:
 
     def write(self, plan: Plan) -> int:
         """Number all sources in order of appearance; write their names, and all pieces. Returns how many sources there are."""
-        numbers = _numbers(np.concatenate(self._identities))
+        numbers = _numbers(np.concatenate([self._inherited, *self._identities]))[len(self._inherited) :]
         ends = np.cumsum([len(identities) for identities in self._identities])
 
         def names() -> Iterator[str]:
-            count = 0
+            yield from (entry.name for entry in parents_sources(plan))
+            count = len(self._inherited)
             for part, piece, found in zip(self._columns["part"], self._columns["piece"], split(numbers, ends), strict=True):
                 for name, number in zip(Table(plan.piece_file(part, piece)).note["sources"], found.tolist(), strict=True):
                     if number == count:
@@ -146,7 +162,7 @@ class _Pieces:
         return write_lines(plan.names_file, names()).count
 
 
-def _identities(names: Sequence[str]) -> np.ndarray:
+def _identities(names: Iterable[str]) -> np.ndarray:
     """uint64 [n, 2]: what tells the names apart, 16 bytes each, from their SHA-256."""
     return np.frombuffer(b"".join(hashlib.sha256(name.encode()).digest()[:16] for name in names), "<u8").reshape(-1, 2)
 
@@ -193,13 +209,14 @@ def check_failures(plan: Plan, stage: str, max_failures: int) -> int:
 
     def lines() -> Iterator[bytes]:
         nonlocal count
+        yield from parents_failures(plan)
         for failure in _placed_failures(plan, stage):
             count += 1
             if count <= _SHOWN_FAILURES:
                 shown.append(f"{failure['place']}: {failure['reason']}")
             yield canonical_json(failure) + b"\n"
 
-    if next(_placed_failures(plan, stage), None) is None:
+    if next(_placed_failures(plan, stage), None) is None and next(parents_failures(plan), None) is None:
         return 0
     fsops.write_blocks(path, in_blocks(lines()))
     if count > max_failures:

@@ -33,6 +33,7 @@ from weftrain.core.errors import DataError
 from weftrain.core.line_table import LineTable
 from weftrain.core.shards import Documents, FimRecord, num_tokens, write_shard
 from weftrain.data_prep import fim
+from weftrain.data_prep.growth import Added, parent_manifest, parents_sources, put_parents_shards, with_parents
 from weftrain.data_prep.order_stage import HELDOUT, Stream, stream_names, with_padding
 from weftrain.data_prep.plan import Plan, preparation
 from weftrain.data_prep.survey import load_json
@@ -57,7 +58,8 @@ def lay_out(plan: Plan) -> dict[str, Any]:
             continue
         documents = sum(note["documents"][streams[0]] for note in notes)
         total = ends[streams[0]][-1]
-        if not all(rows[name] for name in streams):
+        held_before = 0 if plan.parent is None else plan.parent.train_shards if set_name == "train" else plan.parent.heldout_shards
+        if not all(rows[name] for name in streams) and not (set_name == HELDOUT and held_before):
             raise DataError(
                 f"{plan.inputs.description}: the {documents} {set_name} documents hold {total} tokens, fewer than one row of "
                 f"{plan.settings.sequence_length} + 1; give more text, a shorter --sequence-length, or another --heldout-fraction (0: none)"
@@ -66,7 +68,7 @@ def lay_out(plan: Plan) -> dict[str, Any]:
         if set_name == "train" and plan.settings.chunks is not None:
             each = _chunk_rows(plan, rows["train.0"])
             sections = [("train.0", chunk * each, each) for chunk in range(plan.settings.chunks)]
-        number = 0
+        number = held_before
         for name, first, count in sections:
             for start in range(first, first + count, plan.settings.rows_per_shard):
                 shards.append([set_name, number, name, start, min(plan.settings.rows_per_shard, first + count - start)])
@@ -75,7 +77,7 @@ def lay_out(plan: Plan) -> dict[str, Any]:
         sets[set_name] = {
             "documents": documents,
             "epochs": [rows[name] for name in streams] if len(streams) > 1 else [used],
-            "dropped_tokens": sum(ends[name][-1] for name in streams) - _tokens_used(plan, used, len(streams)),
+            "dropped_tokens": sum(ends[name][-1] for name in streams) - (_tokens_used(plan, used, len(streams)) if used else 0),
             "padding_tokens": sum(note["padding"][name] for note in notes for name in streams),
         }
     layout = {
@@ -95,6 +97,8 @@ def _write_sources(plan: Plan, found: dict[str, Any]) -> str:
     for bucket in range(found["buckets"]):
         counts = Table(plan.bucket_file(bucket))["sources"]
         totals[counts[:, 0]] += counts[:, 1:]
+    for number, entry in enumerate(parents_sources(plan)):
+        totals[number] += (entry.documents, entry.num_bytes, entry.tokens)
     with LineTable(plan.names_file, str) as names:
         entries = (
             SourceEntry(name=name, documents=documents, num_bytes=num_bytes, tokens=tokens)
@@ -142,6 +146,8 @@ def write_one_shard(plan: Plan, index: int) -> None:
         stream = _released(plan, stream, first, rows, encoder)
     record = None if stream.fim is None else FimRecord(stream.fim[:, 0].astype(np.uint8), stream.fim[:, 1:])
     source, file = stream.source.astype(np.int32), stream.file.astype(np.int32)
+    if plan.parent is not None:
+        file[file >= 0] += plan.parent.files
     documents = Documents(stream.end, stream.id, source, found["num_sources"], file, stream.record, record)
     info = write_shard(
         plan.dataset / shard_file(set_name, number),
@@ -235,13 +241,43 @@ def finish(plan: Plan, name: str) -> Manifest:
     encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.markers, plan.engine)
     settings = plan.settings
     records = [ShardEntry.model_validate(load_json(plan.shard_record(index))) for index in range(len(layout["shards"]))]
-    sets = {set_name: _set_entry(settings.sequence_length, entry, layout, records, set_name) for set_name, entry in layout["sets"].items()}
+    before = None if plan.parent is None else parent_manifest(plan)
+    former = {} if before is None else before.sets
+    sets = {name: _set_entry(plan, entry, layout, records, name, former.get(name)) for name, entry in layout["sets"].items()}
     inputs = found["inputs"]
     chunk_rows = None if settings.chunks is None else sets["train"].n_examples // settings.chunks
+    added = Added(
+        Corpus(
+            sha256=inputs["corpus_sha256"],
+            description=plan.inputs.description,
+            licence=plan.inputs.licence,
+            files=inputs["files"],
+            num_bytes=inputs["num_bytes"],
+        ),
+        DocumentCounts(
+            read=found["read"],
+            failed=found["failed"],
+            duplicates=layout["duplicates"],
+            train=layout["sets"]["train"]["documents"],
+            heldout=layout["sets"][HELDOUT]["documents"] if HELDOUT in sets else 0,
+        ),
+        Tokenization(
+            engine="gigatoken" if encoder.engine == "gigatoken" else "tokenizers",
+            engine_version=encoder.engine_version,
+            reference_documents=found["reference_documents"],
+            checked_documents=found["checked_documents"],
+            unknown_tokens=found["unknown_tokens"],
+            reason=DIFFERED if plan.by_reference else encoder.engine_reason,
+        ),
+    )
+    if before is not None:
+        added = with_parents(plan, before, added)
+        put_parents_shards(plan)
     manifest = Manifest(
         format="weftrain-dataset",
         version=VERSION,
         name=name,
+        parents=added.parents,
         tokenizer_sha256=encoder.sha256,
         vocab_size=encoder.vocab_size,
         eos_id=encoder.markers.eos,
@@ -250,31 +286,12 @@ def finish(plan: Plan, name: str) -> Manifest:
         row_stride=plan.row_stride,
         packing="rows" if plan.fixed_rows else settings.packing,
         fim=_fim_prepared(plan, encoder),
-        corpus=Corpus(
-            sha256=inputs["corpus_sha256"],
-            description=plan.inputs.description,
-            licence=plan.inputs.licence,
-            files=inputs["files"],
-            num_bytes=inputs["num_bytes"],
-        ),
+        corpus=added.corpus,
         inputs_sha256=inputs["sha256"],
         inputs_skipped=inputs["skipped"],
-        tokenization=Tokenization(
-            engine="gigatoken" if encoder.engine == "gigatoken" else "tokenizers",
-            engine_version=encoder.engine_version,
-            reference_documents=found["reference_documents"],
-            checked_documents=found["checked_documents"],
-            unknown_tokens=found["unknown_tokens"],
-            reason=DIFFERED if plan.by_reference else encoder.engine_reason,
-        ),
+        tokenization=added.tokenization,
         preparation=preparation(settings, plan.inputs),
-        documents=DocumentCounts(
-            read=found["read"],
-            failed=found["failed"],
-            duplicates=layout["duplicates"],
-            train=sets["train"].documents,
-            heldout=sets[HELDOUT].documents if HELDOUT in sets else 0,
-        ),
+        documents=added.documents,
         num_sources=found["num_sources"],
         sources_sha256=layout["sources_sha256"],
         chunks=None
@@ -299,16 +316,21 @@ def _fim_prepared(plan: Plan, encoder: TextEncoder) -> FimPrepared | None:
     return FimPrepared(rate=settings.rate, spm_share=settings.spm_share, mode=settings.mode, seed=plan.settings.seed, tokens=tokens)
 
 
-def _set_entry(sequence_length: int, entry: dict[str, Any], layout: dict[str, Any], records: list[ShardEntry], name: str) -> SetEntry:
-    shards = tuple(record for record, (set_name, *_) in zip(records, layout["shards"], strict=True) if set_name == name)
+def _set_entry(
+    plan: Plan, entry: dict[str, Any], layout: dict[str, Any], records: list[ShardEntry], name: str, before: SetEntry | None
+) -> SetEntry:
+    """A set of the layout; before: the parent's, whose shards come first."""
+    own = tuple(record for record, (set_name, *_) in zip(records, layout["shards"], strict=True) if set_name == name)
+    shards = own if before is None else before.shards + own
     rows = sum(shard.n_examples for shard in shards)
+    counts = {
+        key: entry[key] + (0 if before is None else getattr(before, key)) for key in ("documents", "dropped_tokens", "padding_tokens")
+    }
     return SetEntry(
-        id=merkle_root([shard.digest for shard in shards]),
+        id=merkle_root(shard.digest for shard in shards),
         n_examples=rows,
-        tokens=rows * sequence_length,
-        documents=entry["documents"],
-        dropped_tokens=entry["dropped_tokens"],
-        padding_tokens=entry["padding_tokens"],
-        epochs=tuple(entry["epochs"]),
+        tokens=rows * plan.settings.sequence_length,
+        epochs=tuple(entry["epochs"]) if before is None else (rows,),
         shards=shards,
+        **counts,
     )

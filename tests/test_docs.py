@@ -49,11 +49,13 @@ def test_commands_with_the_vendors_environment(page: Path, corpus: Path, tmp_pat
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """my_texts/, and datasets/ with those texts in place of the embedded corpus, whose own preparation has tests of its own."""
+    """my_texts/, more_texts/, and datasets/ with texts in place of the embedded corpus, whose own preparation has tests of its own."""
     folder = tmp_path_factory.mktemp("corpus")
-    (folder / "my_texts").mkdir()
-    for source in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]:
-        (folder / "my_texts" / f"{source.stem}.txt").write_bytes(source.read_bytes()[:20_000])
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    for name, chosen in (("my_texts", sources[:40]), ("more_texts", sources[40:44])):
+        (folder / name).mkdir()
+        for source in chosen:
+            (folder / name / f"{source.stem}.txt").write_bytes(source.read_bytes()[:20_000])
     arguments = ["--name", "python_stdlib", "--vocab-size", "512", "--heldout-fraction", "0.2", "--sequence-length", "32", "--workers", "1"]
     arguments += ["--output", str(folder / "datasets")]
     made = CliRunner().invoke(main, ["prep", str(folder / "my_texts"), *arguments])

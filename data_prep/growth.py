@@ -1,0 +1,265 @@
+"""Growing a dataset: new inputs become more shards of a dataset that is there, in a folder of its own.
+
+The parent's shards come first, unchanged: the same files, by hard links where the file system has them. Documents that the parent holds
+are dropped from the new inputs, its settings and tokenizer are used, and inputs and sources are numbered on from its own. The parent is
+only read, so an interruption leaves it whole; the manifest records what the dataset grew from, and a run that read the parent goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weftrain.core import fsops
+from weftrain.core.config import Section
+from weftrain.core.dataset import (
+    FAILURES,
+    Ancestor,
+    AncestorSet,
+    Corpus,
+    DocumentCounts,
+    InputEntry,
+    Manifest,
+    SetEntry,
+    ShardSet,
+    SourceEntry,
+    Tokenization,
+    manifest_root,
+    open_inputs,
+    open_sources,
+    read_manifest,
+)
+from weftrain.core.errors import DataError
+from weftrain.data_prep.plan import Parent, Plan, Settings, power_of_two, preparation
+
+_KNOWN = "known"  # folder of the work folder: what tells the parent's documents apart, sorted
+_BLOCK = 1 << 22  # documents whose identities are in memory at once
+_MAX_PARTITIONS = 256  # files that are open at once
+_FREE = {"tokenizer", "tokenizer_vocab_size", "reading_sha256", "quality", "heldout_rule"}  # keys of `preparation` that need not be equal
+
+
+def open_parent(folder: Path) -> tuple[Manifest, Parent]:
+    """A dataset that is to grow, and what a plan keeps of it. Raises DataError for one that cannot."""
+    manifest = read_manifest(folder)
+    if len(manifest.train.epochs) > 1 or manifest.chunks is not None:
+        what = f"{manifest.chunks.count} chunks" if manifest.chunks is not None else f"{len(manifest.train.epochs)} epochs"
+        raise DataError(
+            f"{folder}: was prepared in {what}, which rows at the end would break: prepare the new inputs as a dataset of their own, and "
+            "name both in data.sources"
+        )
+    heldout = 0 if manifest.heldout is None else len(manifest.heldout.shards)
+    files, shards = manifest.corpus.files, len(manifest.train.shards)
+    return manifest, Parent(str(folder.resolve()), manifest_root(folder), files, manifest.num_sources, shards, heldout)
+
+
+def as_parent(settings: Settings, manifest: Manifest, rows_per_shard: int | None) -> Settings:
+    """The settings with what nobody chooses: the rule by which the parent held out, and its shards' size where none is asked for."""
+    recorded = manifest.preparation.get("rows_per_shard")
+    rows = recorded if rows_per_shard is None and isinstance(recorded, int) else settings.rows_per_shard
+    return replace(settings, heldout_rule=manifest.heldout_rule, rows_per_shard=rows)
+
+
+def check_growth(manifest: Manifest, plan: Plan, target: Path) -> None:
+    """Raises DataError where the inputs or settings of a plan contradict its parent's, or the target is the parent."""
+    assert plan.parent is not None
+    folder, settings = plan.parent.folder, plan.settings
+    if target.resolve() == Path(folder):
+        raise DataError(f"--grow {folder}: stays as it is, and the grown dataset gets a folder of its own: give another --name")
+    if settings.tokenizer != manifest.tokenizer_sha256:
+        raise DataError(
+            f"--grow {folder}: was prepared with another tokenizer: leave --tokenizer and --vocab-size out, and its own is taken"
+        )
+    for key, value in preparation(settings, plan.inputs).items():
+        if key not in _FREE and manifest.preparation.get(key) != value:
+            option = f"--{key.replace('_', '-')}"
+            raise DataError(
+                f"--grow {folder}: was prepared with {key} {manifest.preparation.get(key)!r}, not {value!r}: leave {option} out, and its "
+                "own is taken"
+            )
+    if plan.fixed_rows != (manifest.packing == "rows") or plan.row_stride != manifest.row_stride:
+        kinds = "rows that are packed already", "documents to be packed"
+        holds, given = kinds if manifest.packing == "rows" else kinds[::-1]
+        raise DataError(f"--grow {folder}: holds {holds}, and the new inputs are {given}: prepare them as a dataset of their own")
+
+
+def parents_options(folder: Path) -> dict[str, Any]:
+    """The settings of a dataset by the names that `preparation` gives them, which are those of the options of `weftrain prep`."""
+    manifest = read_manifest(folder)
+    return {key: value for key, value in manifest.preparation.items() if key not in _FREE}
+
+
+def parent_manifest(plan: Plan) -> Manifest:
+    """The manifest of the plan's parent. Raises DataError where it is not the one that was planned with."""
+    assert plan.parent is not None
+    folder = Path(plan.parent.folder)
+    if manifest_root(folder) != plan.parent.root:
+        raise DataError(f"{folder}: is another dataset than when this was begun; put it back, or remove {plan.folder} and prepare again")
+    return read_manifest(folder)
+
+
+# -- inputs and sources, numbered on
+
+
+def parents_inputs(plan: Plan) -> tuple[Iterator[InputEntry], Iterator[InputEntry]]:
+    """The files that the parent read, and those that it left out: two streams."""
+    if plan.parent is None:
+        return iter(()), iter(())
+    manifest = parent_manifest(plan)
+    folder, files = Path(plan.parent.folder), plan.parent.files
+    return islice(open_inputs(folder, manifest), files), islice(open_inputs(folder, manifest), files, None)
+
+
+def parents_sources(plan: Plan) -> Iterator[SourceEntry]:
+    """The parent's sources in order."""
+    if plan.parent is not None:
+        yield from open_sources(Path(plan.parent.folder), parent_manifest(plan))
+
+
+def parents_failures(plan: Plan) -> Iterator[bytes]:
+    """The lines that say what the parent could not read."""
+    if plan.parent is not None and (path := Path(plan.parent.folder) / FAILURES).exists():
+        with open(path, "rb") as file:
+            yield from file
+
+
+# -- documents that the parent holds
+
+
+def index_documents(plan: Plan) -> None:
+    """Write the identities of all the parent's documents, sorted, for `is_known`. Memory: a shard's tables and _BLOCK identities.
+
+    They are first distributed over files by their first bits, then each file is sorted. Raises DataError, OSError.
+    """
+    if plan.parent is None or plan.settings.order == "as_read":
+        return
+    manifest, place = parent_manifest(plan), plan.work / _KNOWN
+    pieces = manifest.documents.train + manifest.documents.heldout + plan.parent.train_shards + plan.parent.heldout_shards
+    bits = min(_MAX_PARTITIONS, power_of_two(-(-pieces // _BLOCK))).bit_length() - 1
+    fsops.remove_tree(place)  # of an interrupted run
+    fsops.make_dirs(place)
+    paths = [place / f"{index:03d}" for index in range(1 << bits)]
+    files = [fsops.FileWriter(path) for path in paths]
+    for identities in _identities(Path(plan.parent.folder), manifest):
+        partition = identities[:, 0] >> np.uint64(64 - bits) if bits else np.zeros(len(identities), np.uint64)
+        for index in np.unique(partition).tolist():
+            files[index].write(identities[partition == index].tobytes())
+    with fsops.FileWriter(place / "high") as high, fsops.FileWriter(place / "low") as low:
+        for path, file in zip(paths, files, strict=True):
+            file.close()
+            found = np.fromfile(path, np.uint64).reshape(-1, 2)
+            found = found[np.lexsort((found[:, 1], found[:, 0]))]
+            high.write(found[:, 0].tobytes())
+            low.write(found[:, 1].tobytes())
+            fsops.remove_file(path)
+
+
+def _identities(folder: Path, manifest: Manifest) -> Iterator[np.ndarray]:
+    """Of each shard uint64 [n, 2]: the identities of its documents."""
+    for set_name in manifest.sets:
+        for reader in ShardSet(folder, manifest, set_name).readers():
+            table = reader.documents()
+            yield _numbers(table.id[table.file >= 0])
+
+
+def _numbers(identities: np.ndarray) -> np.ndarray:
+    """uint8 [n, 16] -> uint64 [n, 2], which sort as the bytes do."""
+    return np.ascontiguousarray(identities).view(">u8").astype(np.uint64)
+
+
+def is_known(plan: Plan, content: np.ndarray) -> np.ndarray:
+    """uint8 [n, 32], SHA-256 of documents -> bool [n]: whether the parent holds them, by the 16 bytes that its shards keep of each.
+
+    The sorted identities are read a block at a time, as far as they can hold any of these.
+    """
+    known = np.zeros(len(content), np.bool_)
+    if plan.parent is None or plan.settings.order == "as_read" or not len(content):
+        return known
+    wanted = _numbers(content[:, :16])
+    order = np.argsort(wanted[:, 0])
+    needles = wanted[order]
+    found = np.zeros(len(needles), np.bool_)
+    place = plan.work / _KNOWN
+    with open(place / "high", "rb") as high_file, open(place / "low", "rb") as low_file:
+        while len(high := np.fromfile(high_file, np.uint64, _BLOCK)):
+            low = np.fromfile(low_file, np.uint64, _BLOCK)
+            begin, end = int(np.searchsorted(needles[:, 0], high[0], "left")), int(np.searchsorted(needles[:, 0], high[-1], "right"))
+            found[begin:end] |= _contained(needles[begin:end], high, low)
+    known[order] = found
+    return known
+
+
+def _contained(needles: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """uint64 [n, 2] -> bool [n]: which of them are among (high, low), sorted by high."""
+    found = np.zeros(len(needles), np.bool_)
+    at = np.searchsorted(high, needles[:, 0], "left")
+    open_ones = np.flatnonzero(at < len(high))
+    while len(open_ones):  # nearly always once: several share their first half by one chance in 2^64
+        same = high[at[open_ones]] == needles[open_ones, 0]
+        open_ones = open_ones[same]
+        found[open_ones] |= low[at[open_ones]] == needles[open_ones, 1]
+        at[open_ones] += 1
+        open_ones = open_ones[~found[open_ones] & (at[open_ones] < len(high))]
+    return found
+
+
+# -- the manifest
+
+
+def put_parents_shards(plan: Plan) -> None:
+    """The parent's shards in the new dataset's folder: the same files, or copies. Raises DataError, OSError."""
+    assert plan.parent is not None
+    manifest, folder = parent_manifest(plan), Path(plan.parent.folder)
+    for set_name, entry in manifest.sets.items():
+        fsops.make_dirs(plan.dataset / set_name)
+        for shard in entry.shards:
+            fsops.link_or_copy(folder / shard.file, plan.dataset / shard.file)
+
+
+@dataclass(frozen=True)
+class Added:
+    """What the manifest counts of the new inputs alone, but for the corpus' files, bytes and root, which are of all."""
+
+    corpus: Corpus
+    documents: DocumentCounts
+    tokenization: Tokenization
+    parents: tuple[Ancestor, ...] = ()
+
+
+def with_parents(plan: Plan, before: Manifest, own: Added) -> Added:
+    """The same of the parent and the new inputs together."""
+    assert plan.parent is not None
+    parent = Ancestor(
+        name=before.name,
+        root=plan.parent.root,
+        files=before.corpus.files,
+        num_sources=before.num_sources,
+        train=_ancestor_set(before.train),
+        heldout=None if before.heldout is None else _ancestor_set(before.heldout),
+    )
+    texts = {key: joined(getattr(before.corpus, key), getattr(own.corpus, key)) for key in ("description", "licence")}
+    return Added(
+        own.corpus.model_copy(update=texts),
+        own.documents.model_copy(update=_sums(before.documents, own.documents, tuple(DocumentCounts.model_fields))),
+        own.tokenization.model_copy(
+            update=_sums(before.tokenization, own.tokenization, ("reference_documents", "checked_documents", "unknown_tokens"))
+        ),
+        (*before.parents, parent),
+    )
+
+
+def _sums(before: Section, own: Section, keys: Sequence[str]) -> dict[str, int]:
+    return {key: getattr(before, key) + getattr(own, key) for key in keys}
+
+
+def _ancestor_set(entry: SetEntry) -> AncestorSet:
+    return AncestorSet(id=entry.id, n_examples=entry.n_examples, shards=len(entry.shards))
+
+
+def joined(before: str, added: str) -> str:
+    """A description or licence of both: each part once."""
+    return before if added in before.split("; ") else f"{before}; {added}"
