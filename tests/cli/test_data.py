@@ -167,7 +167,7 @@ def test_publish_and_fetch(weftrain: Weftrain, root: Path, tmp_path: Path, monke
     arguments = ["--name", "e", "--vocab-size", "300", "--sequence-length", "32", "--workers", "1", "--heldout-fraction", "0"]
     made = weftrain("prep", root / "t.jsonl", "--output", "memory://published/datasets", *arguments)
     assert made.exit_code == 0, made.output
-    assert "copied to memory://published/datasets/e" in made.output
+    assert "copied   to memory://published/datasets/e" in made.output
     fetched = weftrain("data", "fetch", "memory://published/datasets/e", tmp_path / "e")
     assert fetched.exit_code == 0, fetched.output
     assert weftrain("data", "verify", tmp_path / "e").exit_code == 0
