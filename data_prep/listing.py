@@ -21,7 +21,7 @@ from weftrain.data_prep.file_systems import Entry, FileSystem, LocalFiles, ident
 from weftrain.data_prep.patterns import fixed_folder, is_pattern, matching
 from weftrain.data_prep.readers.contract import HEAD_BYTES, Probe
 from weftrain.data_prep.readers.json_content import JsonContent
-from weftrain.data_prep.readers.registry import detect, goes_with_another, reader_named
+from weftrain.data_prep.readers.registry import detect, goes_with_another, reader_named, reason_not_data
 
 STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0")
 _SHOWN = 4
@@ -263,6 +263,8 @@ def _format(probe: Probe, entry: Entry, wanted: Wanted, found: _Found, below: bo
         return None, None
     if not entry.num_bytes:
         return None, "empty file"
+    if below and not wanted.suffixes and (reason := reason_not_data(probe)) is not None:
+        return None, reason
     if wanted.format not in (None, "text"):
         return wanted.format, None
     if wanted.format is None and rules.is_source_text(probe.plain_name):

@@ -74,9 +74,10 @@ def documents_of(
 
 
 def _find(file: InputFile, schema: Any, key: str, option: str) -> Column:
-    fields = [schema.field(place) for place in range(len(schema.names))]
     try:
-        path = _path(fields, key)
+        path = _path([schema.field(place) for place in range(len(schema.names))], key)
+    except UnicodeDecodeError:
+        raise DataError(f"{file.address}: a column's name is not UTF-8; rename it, or copy the file again") from None
     except ValueError as error:
         raise DataError(f"{file.address}: {error}; rename all but one") from None
     if not path:

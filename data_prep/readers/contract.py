@@ -93,8 +93,9 @@ class Reader:
     """A format. name: as in `--format NAME`. holds: text to encode; token ids of documents; or rows of sequence_length + 1 ids.
 
     detect(probe): whether a file is of this format. goes_with(probe): whether it belongs to another file of this format, and is read
-    with it. by_bytes: a share counts bytes, and a record belongs to the share that it begins in; else shares count num_units(file), which
-    is 1 where a file cannot be cut. cuts(file, pieces): the units at which about so many shares end; None: in equal shares. read: the
+    with it. not_data(probe): why a file of this format in a folder is no input, as a summary counts it, or None. by_bytes: a share counts
+    bytes, and a record belongs to the share that it begins in; else shares count num_units(file), which is 1 where a file cannot be cut.
+    cuts(file, pieces): the units at which about so many shares end; None: in equal shares. read: the
     documents of a share, in order; it may raise OSError, and DataError for a file damaged as a whole. records_before(file, begin): how
     many records precede a share that begins there. beside(file): addresses of the files that are read with it; they are hashed before its
     first share. by_end_token: documents are told apart by the tokenizer's end token, and ids without a header are as wide as its
@@ -106,6 +107,7 @@ class Reader:
     read: Callable[[int, InputFile, Share, ReadOptions], Records]
     detect: Callable[[Probe], bool]
     goes_with: Callable[[Probe], bool] = lambda probe: False
+    not_data: Callable[[Probe], str | None] = lambda probe: None
     by_bytes: bool = False
     num_units: Callable[[InputFile], int] = one_unit
     cuts: Callable[[InputFile, int], list[int]] | None = None

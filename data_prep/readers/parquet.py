@@ -38,7 +38,7 @@ def open_parquet(file: InputFile) -> Iterator[Any]:
             yield opened
         finally:
             opened.close(force=True)
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file.address}: cannot be read as Parquet: {one_line(error)}; copy it again") from error
 
 

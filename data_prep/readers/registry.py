@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.readers import amber, cerebras, datatrove, json_array, json_lines, litdata, mds, megatron, npy, parquet, text
+from weftrain.data_prep.readers import amber, arrow, cerebras, datatrove, json_array, json_lines, litdata, mds, megatron, npy, parquet, text
 from weftrain.data_prep.readers.contract import Probe, Reader
 
 # In the order in which they are asked whether a file is theirs.
@@ -14,6 +14,7 @@ READERS: dict[str, Reader] = {
         json_lines.READER,
         json_array.READER,
         parquet.READER,
+        arrow.READER,
         cerebras.ROWS,
         cerebras.CORPUS,
         megatron.READER,
@@ -41,6 +42,11 @@ def reader_named(name: str) -> Reader:
 def goes_with_another(probe: Probe) -> bool:
     """Whether a file is read with another, as Megatron's index is."""
     return any(reader.goes_with(probe) for reader in READERS.values())
+
+
+def reason_not_data(probe: Probe) -> str | None:
+    """Why a file of a known format, found in a folder, is no input; None for one that may be."""
+    return next((reason for reader in READERS.values() if (reason := reader.not_data(probe)) is not None), None)
 
 
 def detect(probe: Probe) -> Reader:
