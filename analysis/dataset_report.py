@@ -141,6 +141,7 @@ def _chain(stats: DatasetStats) -> str:
     rows = [
         (f"{manifest.corpus.files:,} input files (inputs.jsonl)", manifest.inputs_sha256),
         (f"{manifest.num_sources:,} sources (sources.jsonl)", manifest.sources_sha256),
+        *((f"grew from {parent.name}, dataset id of its training set", parent.train.id) for parent in manifest.parents),
         ("corpus, the root over their bytes", manifest.corpus.sha256),
         ("tokenizer.json", manifest.tokenizer_sha256),
         *((f"{shard.file}, {shard.n_examples:,} rows", shard.digest) for shard in entry.shards[:12]),

@@ -246,6 +246,7 @@ class ShardSet:
         self._ends = np.cumsum(rows)
         self._starts = self._ends - rows
         self._readers: dict[int, ShardReader] = {}
+        self._names: tuple[str, ...] = ()
         self._check_files(set_name)
         for index in range(min(EAGER_SHARDS, len(entry.shards))):
             self.reader(index)
@@ -304,10 +305,21 @@ class ShardSet:
         entry = self.entry.shards[index]
         reader = self._open_reader(index)  # of its own: a thread must not push another's reader out
         reader.verify()
+        files = int(reader.documents().file.max()) + 1
         reader.close()
+        if files > self.manifest.corpus.files:
+            raise DataError(f"{reader.path}: doc_file: names file {files:,} of {self.manifest.corpus.files:,}; {_RESTORE}")
+        if reader.source_names is not None and reader.source_names != self._former_names(len(reader.source_names)):
+            raise DataError(f"{reader.path}: sources: are not the first that the dataset lists; {_RESTORE}")
         if fsops.sha256_file(reader.path) != entry.sha256:
             raise DataError(f"{reader.path}: SHA-256 is not the manifest's, though every token is; {_RESTORE}")
         return entry.num_bytes
+
+    def _former_names(self, count: int) -> tuple[str, ...]:
+        """The names of the first sources, for shards of format 2, which hold them and are then of the dataset's beginning."""
+        if len(self._names) != count:
+            self._names = tuple(entry.name for entry in islice(open_sources(self.folder, self.manifest), count))
+        return self._names
 
     def _check_files(self, set_name: str) -> None:
         """Every shard's file, by one reading of their folder: there, a file, and as large as the manifest says."""

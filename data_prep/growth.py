@@ -7,6 +7,7 @@ only read, so an interruption leaves it whole; the manifest records what the dat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -19,6 +20,7 @@ from weftrain.core import fsops
 from weftrain.core.config import Section
 from weftrain.core.dataset import (
     FAILURES,
+    MANIFEST,
     Ancestor,
     AncestorSet,
     Corpus,
@@ -45,7 +47,7 @@ _FREE = {"tokenizer", "tokenizer_vocab_size", "reading_sha256", "quality", "held
 
 def open_parent(folder: Path) -> tuple[Manifest, Parent]:
     """A dataset that is to grow, and what a plan keeps of it. Raises DataError for one that cannot."""
-    manifest = read_manifest(folder)
+    manifest = _read(folder)
     if len(manifest.train.epochs) > 1 or manifest.chunks is not None:
         what = f"{manifest.chunks.count} chunks" if manifest.chunks is not None else f"{len(manifest.train.epochs)} epochs"
         raise DataError(
@@ -55,6 +57,14 @@ def open_parent(folder: Path) -> tuple[Manifest, Parent]:
     heldout = 0 if manifest.heldout is None else len(manifest.heldout.shards)
     files, shards = manifest.corpus.files, len(manifest.train.shards)
     return manifest, Parent(str(folder.resolve()), manifest_root(folder), files, manifest.num_sources, shards, heldout)
+
+
+def _read(folder: Path) -> Manifest:
+    if re.match("[a-z][a-z0-9+.-]*:/", str(folder)):
+        raise DataError(f"--grow {folder}: is an address: copy the dataset to this machine with `weftrain data fetch`, and name its folder")
+    if not (folder / MANIFEST).exists():
+        raise DataError(f"--grow {folder}: holds no dataset; name the folder of one")
+    return read_manifest(folder)
 
 
 def as_parent(settings: Settings, manifest: Manifest, rows_per_shard: int | None) -> Settings:
@@ -89,7 +99,7 @@ def check_growth(manifest: Manifest, plan: Plan, target: Path) -> None:
 
 def parents_options(folder: Path) -> dict[str, Any]:
     """The settings of a dataset by the names that `preparation` gives them, which are those of the options of `weftrain prep`."""
-    manifest = read_manifest(folder)
+    manifest = _read(folder)
     return {key: value for key, value in manifest.preparation.items() if key not in _FREE}
 
 

@@ -19,7 +19,8 @@ from click.testing import CliRunner, Result
 
 from weftrain.cli.main import main
 from weftrain.core import fsops
-from weftrain.core.dataset import ShardSet, open_inputs, open_sources, read_manifest, verify_tables
+from weftrain.core.canonical import canonical_json, sha256_json
+from weftrain.core.dataset import ShardSet, open_inputs, open_set, open_sources, read_manifest, verify_tables
 from weftrain.core.errors import DataError
 from weftrain.data_prep import growth, plan
 from weftrain.data_prep.documents import Document
@@ -255,7 +256,28 @@ def test_a_dataset_of_format_2_grows_by_the_command(tmp_path: Path, monkeypatch:
     ):
         refused = weftrain(*arguments, *more)
         assert (refused.exit_code, problem in refused.output) == (2, True), refused.output
+    for folder, problem in (("none", "holds no dataset; name the folder of one"), ("s3://b/d", "with `weftrain data fetch`, and name")):
+        assert problem in weftrain("prep", "c.jsonl", "--name", "x", "--grow", folder).output
     assert "name the files, not a recipe" in weftrain("prep", "amber", "--grow", "old").output
+
+
+def test_numbers_and_names_of_another_dataset_are_found(made: Prepare, texts: list[str], tmp_path: Path) -> None:
+    """A shard of format 2 says its sources' names itself, and every shard counts inputs."""
+    prepared = made("one", texts[:60])
+    shards = ShardSet(prepared.folder, prepared.manifest, "train")
+    shards.manifest = prepared.manifest.model_copy(update={"corpus": prepared.manifest.corpus.model_copy(update={"files": 0})})
+    with pytest.raises(DataError, match=r"train/00000.h5: doc_file: names file 1 of 0"):
+        shards.verify()
+    with tarfile.open(Path(__file__).parent / "format_2.tar.gz") as kept:
+        kept.extractall(tmp_path, filter="data")
+    _, old = open_set(tmp_path / "old", "train")
+    old.verify()
+    value = json.loads((tmp_path / "old" / "manifest.json").read_text())
+    value["sources"][0]["name"] = "poetry"
+    del value["root"]
+    (tmp_path / "old" / "manifest.json").write_bytes(canonical_json(value | {"root": sha256_json(value)}) + b"\n")
+    with pytest.raises(DataError, match=r"sources: are not the first that the dataset lists"):
+        open_set(tmp_path / "old", "train")[1].verify()
 
 
 def test_what_cannot_grow(made: Prepare, texts: list[str], tmp_path: Path) -> None:
