@@ -15,25 +15,24 @@ from weftrain.core.tokenizer_file import is_panic
 from weftrain.data_prep.added_tokens import may_hold_added_token, normalizers_of
 from weftrain.data_prep.long_texts import cutting_of
 from weftrain.data_prep.new_characters import has_new_character
-from weftrain.data_prep.packing import split
 
 MISSING = "it is not installed: pip install 'weftrain[data]'"
 _PIECE_CHARACTERS = 4096  # of a long text
 _PLAIN_NORMALIZERS = ("Prepend", "Replace")  # no table of Unicode is asked
 _BATCH_CHARACTERS = 1 << 20  # for which the reference needs some 130 MiB
 _WHOLE_CHARACTERS = 4 << 20
-_FRESH_BYTES = 256 << 20  # gigatoken keeps what it has seen: after so much text it starts anew, which takes a tenth of a second
+_FRESH_BYTES = 128 << 20  # gigatoken keeps the words it has seen, up to 2 bytes for each of text: after so much it is opened anew
 
 
 class Reference:
-    """Hugging Face tokenizers, on all threads that it is given. tree: the contents of a tokenizer.json.
+    """Hugging Face tokenizers, on all threads that it is given. tree: the contents of a tokenizer.json; opened: the same, opened.
 
     Its memory is bounded: it encodes some megabyte of text at once, and long texts in pieces where that is exact (long_texts.py).
     """
 
-    def __init__(self, tree: dict[str, Any]) -> None:
+    def __init__(self, tree: dict[str, Any], opened: Tokenizer | None = None) -> None:
         self._tree = tree
-        self._tokenizer = _tokenizer(tree)
+        self._tokenizer = _tokenizer(tree) if opened is None else _spelling_out(opened)
         self._cutting = cutting_of(tree)
         self._continuing: Tokenizer | None = None
         # Without a pre-tokenizer a text is one word, whose cost a byte grows with its length.
@@ -89,44 +88,42 @@ def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
 
 
 def _tokenizer(tree: dict[str, Any]) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(json.dumps(tree))
-    tokenizer.encode_special_tokens = True  # spells them out
+    return _spelling_out(Tokenizer.from_str(json.dumps(tree)))
+
+
+def _spelling_out(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
-def gigatoken_problem(tree: dict[str, Any]) -> str | None:
-    """Why gigatoken cannot encode with this tokenizer, or None."""
+def open_gigatoken(tree: dict[str, Any]) -> Gigatoken | str:
+    """gigatoken with the tokenizer of a tokenizer.json's contents, or why it cannot encode with it."""
     try:
         from gigatoken.gigatoken_rs import load_hf_json
     except ImportError:
         return MISSING
+    data = json.dumps(tree | {"added_tokens": []})
     try:
-        load_hf_json(json.dumps(tree | {"added_tokens": []}))
+        return Gigatoken(tree, functools.partial(load_hf_json, data))
     except BaseException as error:  # the library raises several kinds, and panics
-        if not (isinstance(error, Exception) or is_panic(error)):
+        if isinstance(error, MemoryError) or not (isinstance(error, Exception) or is_panic(error)):
             raise
         return " ".join(str(error).split())[:200] or type(error).__name__
-    return None
 
 
 class Gigatoken:
-    """gigatoken on the calling thread, since processes share the work. tree: the contents of a tokenizer.json.
+    """gigatoken on the calling thread, since processes share the work. tree: the contents of a tokenizer.json. load: opens it.
 
     It is given no added token at all, for it would match them in text; texts that may hold one that text may become need the reference.
     """
 
-    def __init__(self, tree: dict[str, Any]) -> None:
-        self._data = json.dumps(tree | {"added_tokens": []})
+    def __init__(self, tree: dict[str, Any], load: Callable[[], Any]) -> None:
+        self._load = load
+        self._backend = load()
         self._tests = _reference_tests(tree)
         self._encoded_bytes = 0
-        self._backend = self._load()
-
-    def _load(self) -> Any:
-        from gigatoken.gigatoken_rs import load_hf_json
-
-        return load_hf_json(self._data)
 
     def needs_reference(self, text: str) -> bool:
         """Whether the engines need not agree about a text."""
@@ -134,14 +131,11 @@ class Gigatoken:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, uint32."""
-        if not texts:
-            return []
-        layout = self._backend.encode_batch(list(texts), parallel=False).layout
-        offsets, ids = np.asarray(layout.offsets.data), np.asarray(layout.content.data)
+        encoded = [self._backend.encode(text) for text in texts]  # encode_batch forgets the words it has seen, and is a third slower
         self._encoded_bytes += sum(map(len, texts))
         if self._encoded_bytes > _FRESH_BYTES:
             self._backend, self._encoded_bytes = self._load(), 0
-        return split(ids[offsets[0] :], offsets[1:] - offsets[0])
+        return encoded
 
 
 def _reference_tests(tree: dict[str, Any]) -> list[Callable[[str], bool]]:

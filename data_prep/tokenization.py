@@ -24,7 +24,7 @@ from weftrain.core.errors import DataError
 from weftrain.core.plain_file import read_plain
 from weftrain.core.shards import token_dtype
 from weftrain.core.tokenizer_file import is_panic, library_stopped, tokenizer_from
-from weftrain.data_prep.engines import Gigatoken, Reference, TextTooLongError, gigatoken_problem
+from weftrain.data_prep.engines import Gigatoken, Reference, TextTooLongError, open_gigatoken
 from weftrain.data_prep.markers import EOS_CANDIDATES, MarkerIds, Markers, marker_ids, token_names
 from weftrain.data_prep.packing import split
 
@@ -82,7 +82,7 @@ class TextEncoder:
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.dtype = token_dtype(self.vocab_size)
-        self._tokenizer, self._where = tokenizer, where
+        self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         control = {index for index, token in added.items() if token.special or token.content in CONTROL_NAMES} | markers.all
         control |= {index for name in CONTROL_NAMES if (index := tokenizer.token_to_id(name)) is not None}
@@ -93,14 +93,15 @@ class TextEncoder:
         self.control_ids = np.array(sorted(control - {self.unknown_id}))
         self._is_control = np.zeros(self.vocab_size, np.bool_)
         self._is_control[self.control_ids] = True
-        for token in tree.get("added_tokens") or []:
+        listed = tree.get("added_tokens") or []
+        as_called = all(token["special"] == (token["id"] in control) for token in listed)
+        for token in listed:
             token["special"] = token["id"] in control  # so that it is spelled out, whatever the file calls it
-        self._reference = Reference(tree)
-        self._fast: Gigatoken | None = None
-        self.engine_reason = None if engine == "tokenizers" else gigatoken_problem(tree)
-        if engine != "tokenizers" and self.engine_reason is None:
-            self._fast = Gigatoken(tree)
-        elif engine == "gigatoken":
+        self._reference = Reference(tree, tokenizer if as_called else None)
+        opened = None if engine == "tokenizers" else open_gigatoken(tree)
+        self._fast = None if isinstance(opened, str) else opened
+        self.engine_reason = opened if isinstance(opened, str) else None
+        if engine == "gigatoken" and self.engine_reason is not None:
             raise DataError(f"{where}: gigatoken cannot encode with it: {self.engine_reason}; use --engine tokenizers")
         self.engine = "tokenizers" if self._fast is None else "gigatoken"
         self.engine_version = importlib.metadata.version(self.engine)
@@ -190,16 +191,15 @@ class TextEncoder:
                 f"in the texts from {names[together[0]]} on: gigatoken {self.engine_version} stopped "
                 f"({' '.join(str(error).split())[:120]}); use --engine tokenizers"
             ) from error
-        for index, of_fast in zip(together, by_fast, strict=True):
-            encoded[index] = of_fast
+        for index, fast_ids in zip(together, by_fast, strict=True):
+            encoded[index] = fast_ids
         for index, result in zip(apart, self._by_reference([texts[index] for index in apart]), strict=True):
             encoded[index] = result
         checked = _sample(texts, together, hashes)
-        for index in checked:
-            whole = len(texts[index]) <= _LARGE_CHARACTERS
-            head = texts[index] if whole else texts[index][:_LARGE_CHARACTERS]  # of a long one, as a text of its own
-            ids = encoded[index] if whole else fast.encode([head])[0]
-            if (place := _first_difference(self._by_reference([head])[0], ids)) is not None:
+        heads = [texts[index][:_LARGE_CHARACTERS] for index in checked]
+        for index, head, ids in zip(checked, heads, self._by_reference(heads), strict=True):
+            of_fast = encoded[index] if len(head) == len(texts[index]) else fast.encode([head])[0]  # the beginning as a text of its own
+            if (place := _first_difference(ids, of_fast)) is not None:
                 raise EnginesDifferError(
                     f"{names[index]}: gigatoken {self.engine_version} and the reference differ from token {place}; use --engine tokenizers"
                 )

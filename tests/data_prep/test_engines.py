@@ -21,7 +21,7 @@ from weftrain.data_prep.long_texts import cutting_of
 from weftrain.data_prep.markers import Markers
 from weftrain.data_prep.tokenization import CRYSTALCODER_TOKENS, Counts, EnginesDifferError, TextEncoder, make_encoder, train_encoder
 
-HAS_GIGATOKEN = engines.gigatoken_problem({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}) != engines.MISSING
+HAS_GIGATOKEN = engines.open_gigatoken({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}) != engines.MISSING
 ENGINES = ["tokenizers", pytest.param("gigatoken", marks=pytest.mark.skipif(not HAS_GIGATOKEN, reason="gigatoken is not installed"))]
 HARD = [
     "",
@@ -171,7 +171,8 @@ def test_what_unicode_added_lately_goes_through_the_reference(byte_level: bytes)
     counts = Counts()
     assert ids_of(fast, texts, counts) == ids_of(reference, texts)
     assert counts.fast == 2
-    alone = engines.Gigatoken(json.loads(data))  # and it is not for nothing
+    alone = engines.open_gigatoken(json.loads(data))  # and it is not for nothing
+    assert isinstance(alone, engines.Gigatoken)
     differing = [text for text, ids in zip(texts, alone.encode(texts), strict=True) if ids.tolist() != ids_of(reference, [text])[0]]
     assert len(differing) >= 10
 
@@ -200,7 +201,7 @@ def test_the_sample_is_chosen_by_content() -> None:
 
 
 def test_without_gigatoken_auto_takes_the_reference_and_says_why(byte_level: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "gigatoken_problem", lambda tree: "it is not installed")
+    monkeypatch.setattr(tokenization, "open_gigatoken", lambda tree: "it is not installed")
     encoder = make_encoder(byte_level, "t")
     assert (encoder.engine, encoder.engine_reason) == ("tokenizers", "it is not installed")
     with pytest.raises(DataError, match="gigatoken cannot encode with it: it is not installed; use --engine tokenizers"):
