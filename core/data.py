@@ -27,7 +27,7 @@ from weftrain.core.errors import DataError
 from weftrain.core.kept_rows import Range, merged, without
 from weftrain.core.mixture import CerebrasOrder, Mixture, SampleOrder, make_mixture, source_shares
 from weftrain.core.order import ChunkOrder, ResumedOrder, RowOrder, Stretch, Timeline, stretches, timeline
-from weftrain.core.shards import ShardReader, read_rows
+from weftrain.core.shards import ShardReader, read_document_starts, read_rows
 from weftrain.core.synthetic import synthetic_source
 
 __all__ = ["Component", "HeldOut", "Located", "Mixture", "TokenSource", "make_mixture", "open_heldout", "open_training", "training_source"]
@@ -110,25 +110,15 @@ class TokenSource:
         low, high = self._samples(step, first, count)
         shards: list[int] = []
         positions: list[int] = []
-        parts = [(block, part) for found in self.timeline.spans(low, high) for block, part in _parts(found, self._plan_rows)]
-        for block, part in parts:
-            plan = self._plan(block)
-            shards += plan.shards[part]
-            positions += plan.positions[part]
+        for samples in self.timeline.spans(low, high):
+            for block, part in _parts(samples, self._plan_rows):
+                plan = self._plan(block)
+                shards += plan.shards[part]
+                positions += plan.positions[part]
+        readers = [self._readers[number] for number in shards]
         ids = np.empty((count, self.sequence_length + 1), dtype=np.int64)
-        mask = read_rows(ids, list(map(self._readers.__getitem__, shards)), positions)
-        return Batch(ids, mask, self._document_starts(parts, count) if self.document_attention else None)
-
-    def _document_starts(self, parts: list[tuple[int, slice]], count: int) -> np.ndarray:
-        """int32 [count, S] of the rows of those parts of plans, in their order."""
-        starts = np.empty((count, self.sequence_length), dtype=np.int32)
-        plans = [(self._plan(block), part) for block, part in parts]
-        source = np.concatenate([plan.source[part] for plan, part in plans])
-        numbers = np.concatenate([plan.numbers[part] for plan, part in plans])
-        for index, component in enumerate(self.components):
-            chosen = np.flatnonzero(source == index)
-            starts[chosen] = component.shards.document_starts(numbers[chosen])
-        return starts
+        mask = read_rows(ids, readers, positions)
+        return Batch(ids, mask, read_document_starts(self.sequence_length, readers, positions) if self.document_attention else None)
 
     def sample_names(self, step: int, first: int, count: int) -> list[str]:
         """'source/train/00003.h5:17' for each row."""
@@ -213,27 +203,22 @@ class _Readers(dict[int, ShardReader]):
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where the rows of consecutive samples of the stream lie: source and row of its set, int64 [n] each; and, as `read_rows` takes them,
-    shard, numbered through all sources, and position in its `data`.
-    """
+    """Where the rows of consecutive samples of the stream lie: in which shard, numbered through all sources, and where in it."""
 
-    source: np.ndarray
-    numbers: np.ndarray
     shards: list[int]
     positions: list[int]
 
 
 def _make_plan(components: tuple[Component, ...], mixture: SampleOrder, rows: int, block: int) -> _Plan:
     source, k = mixture.locate(np.arange(block * rows, (block + 1) * rows, dtype=np.int64))
-    numbers, shard, position = (np.empty(rows, dtype=np.int64) for _ in range(3))
+    shard, position = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.int64)
     first_shard = 0
     for index, component in enumerate(components):
         chosen = np.flatnonzero(source == index)
-        numbers[chosen] = component.row_numbers(k[chosen])
-        of_shard, row = component.shards.places(numbers[chosen])
+        of_shard, row = component.shards.places(component.row_numbers(k[chosen]))
         shard[chosen], position[chosen] = of_shard + first_shard, row * component.shards.manifest.row_stride
         first_shard += len(component.shards.entry.shards)
-    return _Plan(source, numbers, shard.tolist(), position.tolist())
+    return _Plan(shard.tolist(), position.tolist())
 
 
 def _parts(samples: Range, size: int) -> Iterator[tuple[int, slice]]:

@@ -43,7 +43,7 @@ from weftrain.core.errors import DataError
 from weftrain.core.line_table import Lines, LineTable, WrittenLines, write_lines
 from weftrain.core.plain_file import read_plain, real_path
 from weftrain.core.shard_format import PADDING
-from weftrain.core.shards import ShardReader, Stretch, read_rows
+from weftrain.core.shards import ShardReader, Stretch, read_document_starts, read_rows
 
 __all__ = [
     "Ancestor",
@@ -253,10 +253,13 @@ class ShardSet:
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """int64 [n] -> ids int64 [n, S + 1], and loss mask bool [n, S], or None where none of these rows has one. Raises DataError."""
-        shard, row = self.places(indices)
         ids = np.empty((len(indices), self.manifest.sequence_length + 1), dtype=np.int64)
-        readers = [self.reader(index) for index in shard.tolist()]
-        return ids, read_rows(ids, readers, (row * self.manifest.row_stride).tolist())
+        return ids, read_rows(ids, *self._found(indices))
+
+    def _found(self, indices: np.ndarray) -> tuple[list[ShardReader], list[int]]:
+        """Rows as `read_rows` takes them: readers, and positions in their `data`. Raises IndexError, DataError."""
+        shard, row = self.places(indices)
+        return [self.reader(index) for index in shard.tolist()], (row * self.manifest.row_stride).tolist()
 
     def places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int64 [n] -> which shard, from 0, and which row of it, int64 [n] each. Raises IndexError."""
@@ -272,12 +275,7 @@ class ShardSet:
 
     def document_starts(self, indices: np.ndarray) -> np.ndarray:
         """int64 [n] -> int32 [n, S]: see ShardReader.document_starts."""
-        starts = np.empty((len(indices), self.manifest.sequence_length), dtype=np.int32)
-        shard, row = self.places(indices)
-        for index in np.unique(shard).tolist():
-            chosen = np.flatnonzero(shard == index)
-            starts[chosen] = self.reader(index).document_starts(row[chosen])
-        return starts
+        return read_document_starts(self.manifest.sequence_length, *self._found(indices))
 
     def stretches(self, index: int) -> list[Stretch]:
         """The documents of a row. Raises DataError."""

@@ -1,4 +1,4 @@
-"""The bytes of a shard's `data` and `loss_mask`, to be sliced: of the mapped file, or through h5py where the dataset is chunked.
+"""The bytes of a shard's `data`, `loss_mask` and `doc_end`, to be sliced: of the mapped file, or through h5py where the dataset is chunked.
 
 Slices of a mapped file are memoryviews, which copy nothing, so that many rows are gathered by one `bytes.join`.
 """

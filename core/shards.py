@@ -1,8 +1,8 @@
 """Reading token shards: mapped, and without trust. core/shard_format.py says what lies in them and writes them.
 
 Opening a shard checks all but the tokens (core/shard_file.py); each block of these is checked against its digest, and against the
-vocabulary, when it is first touched. No token is handed out before. `read_rows` gathers rows of any number of shards; the readers of one
-shard or one set are made of it.
+vocabulary, when it is first touched. No token is handed out before. `read_rows` gathers rows of any number of shards; what reads rows
+of one shard or one set is made of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from weftrain.core.shard_bytes import streams_of
+from weftrain.core.shard_bytes import MappedStreams, streams_of
 from weftrain.core.shard_file import open_shard, refusal
 from weftrain.core.shard_format import (
     BLOCK_BYTES,
@@ -45,6 +45,7 @@ __all__ = [
     "Stretch",
     "cumulative_lengths",
     "num_tokens",
+    "read_document_starts",
     "read_rows",
     "token_dtype",
     "write_shard",
@@ -94,7 +95,7 @@ class ShardReader:
         self.itemsizes = {"data": self.dtype.itemsize, "loss_mask": int(self.has_loss_mask)}  # bytes; 0: there is no such stream
         self._verified = bytearray(len(shard.block_digest))  # a byte for each block: 1 once it was verified
         self.is_verified = False  # every block
-        self.streams = streams_of(path, shard.file, shard.identity, shard.streams)
+        self.streams = streams_of(path, shard.file, shard.identity, shard.streams | {"doc_end": shard.file["doc_end"]})
         self.access = self.streams.access
 
     def close(self) -> None:
@@ -143,22 +144,18 @@ class ShardReader:
 
         0 where the document began before the row. Raises IndexError, DataError.
         """
-        self._touch(self._positions(indices))
-        ends = _document_ends(self.path, self.digest)
-        first = indices * self.row_stride  # [n]
-        stop = first + self.sequence_length
-        low, high = np.searchsorted(ends, first, side="right"), np.searchsorted(ends, stop - 1, side="right")
-        counts = high - low + 1  # documents of each row
-        row = np.repeat(np.arange(len(indices)), counts)
-        document = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts - low, counts)
-        begins = np.where(document > 0, ends[document - 1], 0)
-        begins = np.maximum(begins, first[row])
-        lengths = np.minimum(ends[document], stop[row]) - begins
-        return np.repeat((begins - first[row]).astype(np.int32), lengths).reshape(len(indices), self.sequence_length)
+        positions = self._positions(indices)
+        return read_document_starts(self.sequence_length, [self] * len(positions), positions)
+
+    def document_ends(self) -> np.ndarray:
+        """int64 [documents]: `doc_end`, as it was checked when the shard was opened. Raises DataError."""
+        if isinstance(self.streams, MappedStreams):
+            return np.frombuffer(self.streams["doc_end"], "<i8")
+        return _document_ends(self.path, self.digest)
 
     def stretches(self, row: int) -> list[Stretch]:
         """The documents of a row's inputs, in order. Raises IndexError, DataError."""
-        self._touch(self._positions(np.array([row])))
+        _verify({self}, [self], self._positions(np.array([row])))
         table, first = self.documents(), row * self.row_stride
         found = []
         for index in range(int(np.searchsorted(table.end, first, side="right")), len(table.end)):
@@ -206,9 +203,6 @@ class ShardReader:
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_rows:
             raise IndexError(f"{self.path}: rows {indices.min()}..{indices.max()} of {self.num_rows}")
         return (indices * self.row_stride).tolist()
-
-    def _touch(self, positions: list[int]) -> None:
-        _verify({self}, [self] * len(positions), positions)
 
     def _slice(self, name: str, start: int, stop: int) -> np.ndarray:
         """Positions start..stop-1 of a stream, unchecked; a view of the mapped file where there is one."""
@@ -277,9 +271,33 @@ def _gather(rows: np.ndarray, stream: str, distinct: set[ShardReader], readers: 
     rows[...] = np.frombuffer(found, _DTYPES[itemsize]).reshape(rows.shape)
 
 
+def read_document_starts(sequence_length: int, readers: Sequence[ShardReader], positions: Sequence[int]) -> np.ndarray:
+    """For each input of the rows that `read_rows` reads, the index within its row of its document's first token: int32 [n, S].
+
+    0 where the document began before the row. Raises DataError.
+    """
+    if not len(positions):
+        return np.empty((0, sequence_length), dtype=np.int32)
+    first = np.array(positions, dtype=np.int64)  # [n]
+    bounds = np.add.outer(first, [0, sequence_length - 1])  # [n, 2]: a row's first and last input
+    cuts: list[np.ndarray] = []
+    for low in range(0, len(positions), _GATHERED_ROWS):
+        some = readers[low : low + _GATHERED_ROWS]
+        ends = {reader: reader.document_ends() for reader in set(some)}
+        for reader, bound in zip(some, bounds[low : low + _GATHERED_ROWS], strict=True):
+            start, stop = ends[reader].searchsorted(bound, "right")
+            cuts.append(ends[reader][start:stop])  # where documents begin after the row's first input
+    begins = np.array([1 + len(cut) for cut in cuts])  # [n]: documents of each row
+    row = np.repeat(np.arange(len(cuts)), begins)  # [documents]
+    within = np.zeros(len(row), dtype=np.int64)  # [documents]: where each begins in its row
+    within[np.diff(row, prepend=-1) == 0] = np.concatenate(cuts) - np.repeat(first, begins - 1)
+    lengths = np.diff(row * sequence_length + within, append=len(cuts) * sequence_length)
+    return np.repeat(within.astype(np.int32), lengths).reshape(len(cuts), sequence_length)
+
+
 @lru_cache(maxsize=64)  # 8 bytes a document: some 300 KB for a shard of 64 MiB of ordinary text
 def _document_ends(path: Path, digest: str) -> np.ndarray:
-    """A shard's `doc_end`, checked."""
+    """`doc_end` of a shard that is not mapped, checked."""
     shard = open_shard(path)
     shard.file.close()
     if shard.header["digest"] != digest:

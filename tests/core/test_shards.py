@@ -500,6 +500,18 @@ def test_a_row_across_blocks_checks_both(tmp_path: Path) -> None:
             ShardReader(damaged).rows(np.array([row]))
 
 
+def test_boundaries_come_from_the_mapped_file_which_is_not_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a large dataset has more shards than tables of documents could be kept of."""
+    _, documents, _ = make(tmp_path / "s.h5")
+    reader = ShardReader(tmp_path / "s.h5")
+    assert np.array_equal(reader.document_ends(), documents.end)
+    monkeypatch.setattr(shards, "open_shard", None)
+    assert reader.document_starts(np.arange(40)).shape == (40, 16)
+    assert reader.document_starts(np.array([], dtype=np.int64)).shape == (0, 16)
+    with pytest.raises(IndexError, match="of 40"):
+        reader.document_starts(np.array([40]))
+
+
 def damaged_block(path: Path, block: int) -> None:
     """Flip a bit of a block of `data`."""
     with h5py.File(path) as file:
@@ -612,6 +624,7 @@ def test_a_rechunked_shard_is_read_through_h5py_and_says_so(tmp_path: Path, comp
     assert_holds(reader, *written)
     assert np.array_equal(reader.tokens(5, 40), written[0][5:40])
     assert reader.rows(np.array([], dtype=np.int64)).shape == (0, 17)
+    check_boundaries(reader, written[1])
     reader.close()
     edit(path, lambda file: file["data"].__setitem__(3, file["data"][3] ^ 1))
     with pytest.raises(DataError, match="block 0"):
