@@ -20,7 +20,7 @@ UNFINISHED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".download", 
 # Archives and compressions that are not read.
 ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz", ".jar", ".whl", ".lz4", ".lz", ".lzma", ".lzo", ".br", ".snappy", ".z")
 JSON = (".jsonl", ".ndjson", ".json")
-BINARY_FORMATS = (".parquet", ".arrow", ".feather", ".orc", ".avro", ".warc", ".wet", ".h5", ".hdf5", ".npy", ".mds")
+BINARY_FORMATS = (".parquet", ".arrow", ".feather", ".orc", ".avro", ".warc", ".wet", ".h5", ".hdf5", ".npy")
 PLAIN_TEXT = (".txt", ".text", ".csv", ".tsv")
 # Text whose suffix says what it is: never looked into for JSON lines, and a failure where it is not UTF-8.
 SOURCE_TEXT = """
