@@ -117,14 +117,14 @@ def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
         if options["grow"] is not None:
             raise click.UsageError("--grow adds files to a dataset: name the files, not a recipe")
         recipe = load_prep_recipe(inputs[0], options["overrides"])
-        jobs = _recipe_jobs(recipe, options)
+        jobs = _recipe_jobs(recipe, options, console)
         if (quality := recipe.quality) is not None:
             jobs = [_filtered(job, quality, folder, options["workers"] or os.cpu_count() or 1, console) for job in jobs]
         for job in jobs:
             _make(job, folder, output, executor, options["stage"], console)
         return
     try:
-        _make(_job(inputs, options, folder), folder, output, executor, options["stage"], console)
+        _make(_job(inputs, options, folder, console), folder, output, executor, options["stage"], console)
     finally:
         if options["name"] is not None:
             forget(folder, options["name"])
@@ -159,7 +159,7 @@ def _say_what_is_text(console: Console, job: _Job) -> None:
         )
 
 
-def _job(inputs: tuple[str, ...], options: dict[str, Any], folder: Path) -> _Job:
+def _job(inputs: tuple[str, ...], options: dict[str, Any], folder: Path, console: Console) -> _Job:
     from weftrain.data_prep.corpus import embedded_inputs
     from weftrain.data_prep.listing import STANDARD_INPUT, Wanted, find_inputs
     from weftrain.data_prep.markers import fim_names
@@ -177,7 +177,9 @@ def _job(inputs: tuple[str, ...], options: dict[str, Any], folder: Path) -> _Job
     json_texts: tuple[str, ...] = ()
     if inputs:
         spooled = _standard_input(inputs, options, folder)
-        listed = find_inputs([Wanted(inputs, None, options["suffixes"], options["format_"], read.text_key)], spooled)
+        with Bar(console, "list", 1) as bar:
+            wanted = Wanted(inputs, None, options["suffixes"], options["format_"], read.text_key)
+            listed = find_inputs([wanted], spooled, lambda count: bar.note(f"{count:,} files"))
         json_texts = listed.json_texts
         names = ", ".join("stdin" if address in STANDARD_INPUT else address.rstrip("/").rpartition("/")[2] for address in inputs)
         chosen = Inputs(listed.files, names, options["licence"], read, skipped=listed.skipped)
@@ -243,7 +245,7 @@ def _refuse_without_inputs(inputs: tuple[str, ...]) -> None:
             raise click.UsageError(f"{shown} says what INPUTS are: name them, or leave it out for the embedded corpus")
 
 
-def _recipe_jobs(recipe: PrepRecipe, options: dict[str, Any]) -> list[_Job]:
+def _recipe_jobs(recipe: PrepRecipe, options: dict[str, Any], console: Console) -> list[_Job]:
     """The recipe's datasets, or those named by --only. Options that the recipe decides are refused."""
     from weftrain.data_prep.listing import Wanted, find_inputs
     from weftrain.data_prep.plan import Inputs
@@ -276,7 +278,8 @@ def _recipe_jobs(recipe: PrepRecipe, options: dict[str, Any]) -> list[_Job]:
             )
             for section in dataset.inputs
         ]
-        listed = find_inputs(sections)
+        with Bar(console, f"list {dataset.name}", 1) as bar:
+            listed = find_inputs(sections, progress=lambda count, bar=bar: bar.note(f"{count:,} files"))  # type: ignore[misc]
         read = replace(
             _read_options(options),
             text_key=recipe.text_key,

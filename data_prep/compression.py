@@ -92,8 +92,8 @@ CUT = (".gz", ".zst", ".zstd")  # what is decompressed quickly enough that a lat
 
 def compression_of(name: str) -> str | None:
     """The suffix of a compressed file's name, in lower case, or None."""
-    lower = name.lower()
-    return next((suffix for suffix in COMPRESSED if lower.endswith(suffix)), None)
+    suffix = name[name.rfind(".") :].lower()
+    return suffix if suffix in _FORMATS else None
 
 
 def plain_name(name: str) -> str:

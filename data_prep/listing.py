@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,13 +52,16 @@ class Listed:
     json_texts: tuple[str, ...] = ()
 
 
-def find_inputs(sections: Sequence[Wanted], standard_input: Path | None = None) -> Listed:
+def find_inputs(
+    sections: Sequence[Wanted], standard_input: Path | None = None, progress: Callable[[int], None] = lambda count: None
+) -> Listed:
     """The files of all sections, and what is skipped. standard_input: the file that holds it, where `-` is one of the addresses.
+    progress: called with the number of entries looked at so far.
 
     An address is a path, folder or pattern (patterns.py) of this machine or of any fsspec file system (`s3://…`, `memory://…`). A file
     that is reached twice is read once, by the name that needs no link, else by the first. Raises DataError.
     """
-    found = _Found()
+    found = _Found(progress)
     for section in sections:
         if section.format is not None:
             reader_named(section.format)
@@ -103,6 +106,7 @@ def summary(skipped: Sequence[Skipped]) -> str:
 class _Found:
     """What is found so far. linked: addresses of files that are reached through a symbolic link. other_names: whether hard links are."""
 
+    progress: Callable[[int], None]
     files: list[InputFile] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     json_texts: list[str] = field(default_factory=list)
@@ -178,6 +182,7 @@ def _list_folder(system: FileSystem, path: str, name: str, address: str, wanted:
                 size = 0 if entry.kind == "folder" else entry.num_bytes
                 shown = f"{full}/" if entry.kind in ("folder", "same folder", "link loop") else full
                 found.skipped.append(Skipped(rules.printable_name(shown), size, reason))
+        found.progress(len(found.files) + len(found.skipped))
     ending = f"file ending in {', '.join(suffixes)}" if suffixes else "text file"
     found.files[files_before:] = sorted(found.files[files_before:], key=lambda file: file.name)  # all but what links lead to is
     if len(found.files) == files_before:

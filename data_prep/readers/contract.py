@@ -36,6 +36,11 @@ class Probe:
     text_key: str = "text"
     known_head: bytes | None = None
 
+    @property
+    def base(self) -> str:
+        """The last component of the name."""
+        return self.name.rpartition("/")[2]
+
     @cached_property
     def plain_name(self) -> str:
         """The name in lower case, without the suffix of its compression."""
@@ -78,6 +83,16 @@ def unit_is_a_record(file: InputFile, begin: int) -> int:
     return begin
 
 
+def goes_with_none(probe: Probe) -> bool:
+    """goes_with of a format whose files stand alone."""
+    return False
+
+
+def always_data(probe: Probe) -> str | None:
+    """not_data of a format whose files are all inputs."""
+    return None
+
+
 def nothing_beside(file: InputFile) -> tuple[str, ...]:
     """beside of a format whose files stand alone."""
     return ()
@@ -106,8 +121,8 @@ class Reader:
     holds: Literal["text", "tokens", "rows"]
     read: Callable[[int, InputFile, Share, ReadOptions], Records]
     detect: Callable[[Probe], bool]
-    goes_with: Callable[[Probe], bool] = lambda probe: False
-    not_data: Callable[[Probe], str | None] = lambda probe: None
+    goes_with: Callable[[Probe], bool] = goes_with_none
+    not_data: Callable[[Probe], str | None] = always_data
     by_bytes: bool = False
     num_units: Callable[[InputFile], int] = one_unit
     cuts: Callable[[InputFile, int], list[int]] | None = None

@@ -258,7 +258,7 @@ def _kind(probe: Probe) -> str | None:
 
 def _belongs(probe: Probe) -> bool:
     """Whether a file is the index of chunks, all of which must be there. Raises DataError."""
-    if PurePosixPath(probe.name).name != _INDEX or (index := _index_of(probe.address)) is None:
+    if probe.base != _INDEX or (index := _index_of(probe.address)) is None:
         return False
     for name in index.chunks:
         if not path_below(Path(probe.address).parent, name).is_file():

@@ -172,7 +172,7 @@ def _belongs(probe: Probe) -> bool:
     """Whether a file is the index of shards, all of which must be there, or the compressed copy of a shard beside it. Raises DataError."""
     if compression_of(probe.name) is not None and probe.plain_name.endswith(_SUFFIX):
         return exists(probe.address[: -len(compression_of(probe.name) or "")])
-    if PurePosixPath(probe.name).name != "index.json" or not is_local(probe.address):
+    if probe.base != "index.json" or not is_local(probe.address):
         return False
     names = _indexed(probe.address)
     for alternatives in names or ():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from weftrain.core.errors import DataError
 from weftrain.data_prep.readers import amber, arrow, cerebras, datatrove, json_array, json_lines, litdata, mds, megatron, npy, parquet, text
-from weftrain.data_prep.readers.contract import Probe, Reader
+from weftrain.data_prep.readers.contract import Probe, Reader, always_data, goes_with_none
 
 # In the order in which they are asked whether a file is theirs.
 READERS: dict[str, Reader] = {
@@ -32,6 +32,10 @@ READERS: dict[str, Reader] = {
 }
 
 
+_WITH_OTHERS = tuple(reader for reader in READERS.values() if reader.goes_with is not goes_with_none)
+_WITH_OTHER_FILES = tuple(reader for reader in READERS.values() if reader.not_data is not always_data)
+
+
 def reader_named(name: str) -> Reader:
     """Raises DataError for a format that there is none of."""
     if name not in READERS:
@@ -41,12 +45,12 @@ def reader_named(name: str) -> Reader:
 
 def goes_with_another(probe: Probe) -> bool:
     """Whether a file is read with another, as Megatron's index is."""
-    return any(reader.goes_with(probe) for reader in READERS.values())
+    return any(reader.goes_with(probe) for reader in _WITH_OTHERS)
 
 
 def reason_not_data(probe: Probe) -> str | None:
     """Why a file of a known format, found in a folder, is no input; None for one that may be."""
-    return next((reason for reader in READERS.values() if (reason := reader.not_data(probe)) is not None), None)
+    return next((reason for reader in _WITH_OTHER_FILES if (reason := reader.not_data(probe)) is not None), None)
 
 
 def detect(probe: Probe) -> Reader:
