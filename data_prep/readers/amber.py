@@ -7,10 +7,11 @@ import numpy as np
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, wrong_length
+from weftrain.data_prep.readers.ids import are_ids
 from weftrain.data_prep.readers.json_objects import MISSING, field, parse_object
 from weftrain.data_prep.readers.lines import lines_before, read_lines
 
-_MAX_ID = (1 << 31) - 1
+_MAX_ROW_BYTES = 16 << 20  # a million ids; as Python's numbers they take some twenty times as much memory
 
 
 def amber_rows(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
@@ -24,6 +25,9 @@ def amber_rows(index: int, file: InputFile, share: Share, options: ReadOptions) 
             return records
         if line is not None and not line.strip():
             continue
+        if line is not None and len(line) > _MAX_ROW_BYTES:
+            yield Failure(index, number, f"the line is longer than the {_MAX_ROW_BYTES:,} bytes that a row of ids may take")
+            continue
         value = parse_object(line)
         if isinstance(value, str):
             yield Failure(index, number, value)
@@ -34,7 +38,7 @@ def amber_rows(index: int, file: InputFile, share: Share, options: ReadOptions) 
             yield Failure(index, number, str(error))
             continue
         source = file.source if source is MISSING else source
-        if not isinstance(ids, list) or not all(type(number_) is int and 0 <= number_ <= _MAX_ID for number_ in ids):
+        if not are_ids(ids):
             yield Failure(index, number, "field 'token_ids' is not a list of token ids; each must be an integer from 0 on")
         elif (wrong := wrong_length(len(ids), options)) is not None:
             yield Failure(index, number, wrong)

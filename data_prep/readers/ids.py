@@ -17,6 +17,7 @@ MAX_ID = (1 << 31) - 1
 MAX_DOCUMENT_IDS = 1 << 25  # a document is in memory as a whole, several times: 128 MiB of int32
 TABLE_ROWS = 1 << 16  # of an index, read at once
 _BLOCK_BYTES = 1 << 20
+_MAX_JSON_BYTES = 16 << 20  # as Python's numbers its ids take some twenty times as much memory
 
 
 def read_array(opened: IO[bytes], name: str, offset: int, count: int, dtype: np.dtype[Any]) -> np.ndarray:
@@ -68,13 +69,20 @@ def ids_of_bytes(data: bytes, options: ReadOptions) -> np.ndarray | str:
     return np.frombuffer(data, dtype)
 
 
+def are_ids(value: object) -> bool:
+    """Whether a value of JSON is a list of token ids."""
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_ID for item in value)
+
+
 def ids_of_list(data: bytes) -> np.ndarray | str:
     """The ids of a JSON list of integers, int64 [n], or what is wrong with it."""
+    if len(data) > _MAX_JSON_BYTES:
+        return f"has {len(data):,} bytes of JSON, more than the {_MAX_JSON_BYTES:,} that a list of ids may take; split it"
     try:
         value = parse_json(data)
     except ValueError as error:
         return f"is not JSON: {error}"
-    if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= MAX_ID for item in value):
+    if not are_ids(value):
         return "is not a list of token ids; each must be an integer from 0 on"
     return np.array(value, np.int64)
 

@@ -8,13 +8,17 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from weftrain.core.dataset import ShardSet, read_manifest
 from weftrain.core.errors import DataError
 from weftrain.data_prep.listing import list_inputs
+from weftrain.data_prep.marks import BEGINS, LOSS, pieces
 from weftrain.data_prep.pipeline import Prepared, prepare
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers import cerebras
 from weftrain.data_prep.tokenization import TextEncoder
 
 S, PAD, EOS = 16, 3, 4
@@ -181,3 +185,29 @@ def test_shapes_and_types_that_are_not_read(tmp_path: Path, encoder: TextEncoder
     ):
         with pytest.raises(DataError, match=message):
             make(tmp_path, encoder, write(tmp_path / "t.h5", rows, dtype))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data(), st.sampled_from([3, 5]), st.integers(1, 7))
+def test_any_planes_are_a_row_of_the_same_loss_or_say_what_is_wrong(data: st.DataObject, planes: int, length: int) -> None:
+    """Small numbers, so that labels often are the next id; a row that is read has the planes' pairs of inputs and label, and no other."""
+    stream = data.draw(st.lists(st.integers(0, 2), min_size=length + 1, max_size=length + 1))
+    rows = np.zeros((planes, length), np.int64)
+    rows[0], rows[2] = stream[:-1], stream[1:]
+    rows[1] = data.draw(st.lists(st.integers(0, 1), min_size=length, max_size=length))
+    for _ in range(data.draw(st.integers(0, 3))):
+        plane, place = data.draw(st.integers(0, planes - 1)), data.draw(st.integers(0, length - 1))
+        rows[plane, place] = data.draw(st.integers(-1, 3))
+    found = cerebras._row(rows)
+    if isinstance(found, str):
+        assert "\n" not in found
+        return
+    tokens, marks = found
+    mask = np.ones(length, int) if marks is None else marks[1:] & LOSS
+    assert loss_pairs(tokens[:-1], mask, tokens[1:]) == loss_pairs(*rows[:3])
+    if marks is not None:
+        split = list(pieces(marks))
+        assert split[0].start == 0
+        assert [piece.stop for piece in split] == [*(piece.start for piece in split[1:]), length + 1]
+        assert not any((marks[piece.start : piece.stop] & LOSS).any() for piece in split if piece.padding)
+        assert planes == 5 or not (marks & BEGINS).any()

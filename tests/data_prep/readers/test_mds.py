@@ -175,7 +175,7 @@ def test_shards_that_are_missing_compressed_twice_or_not_readable(tmp_path: Path
     (folder / "shard.00002.mds.zstd").write_bytes(b"a copy")
     check(read_all, folder, "mds_uint16")
     (folder / "shard.00009.mds.br").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"is compressed as \.br; decompress it, or write the shards with zstd"):
+    with pytest.raises(DataError, match=r"mds\.br: .*; decompress it"):
         read_all(folder)
     index = tmp_path / "escape" / "index.json"
     index.parent.mkdir()
