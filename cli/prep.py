@@ -239,6 +239,8 @@ def _refuse_without_inputs(inputs: tuple[str, ...]) -> None:
         "source_key": "--source-key",
         "suffixes": "--suffix",
         "format_": "--format",
+        "tokens_key": "--tokens-key",
+        "tokens_dtype": "--tokens-dtype",
     }
     for option, shown in of_inputs.items():
         if not inputs and context.get_parameter_source(option) is ParameterSource.COMMANDLINE:

@@ -20,7 +20,7 @@ from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.files import exists, open_address
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Reader, Records, one_line
-from weftrain.data_prep.readers.ids import MAX_DOCUMENT_IDS, ids_document, read_array, too_long
+from weftrain.data_prep.readers.ids import MAX_DOCUMENT_IDS, ids_document, read_array
 
 _BLOCK_IDS = 1 << 20
 _MAGIC, _METADATA = b"\x93NUMPY", ".csv.gz"
@@ -90,13 +90,16 @@ def npy_documents(index: int, file: InputFile, share: Share, options: ReadOption
         else:
             documents = _by_end_token(file, opened, stream, begin, end, options.end_id)
         for ids in documents:
-            yield _document(index, number, file, ids, options)
+            yield _document(index, number, file, ids)
             number += 1
     return number
 
 
-def _document(index: int, number: int, file: InputFile, ids: np.ndarray | int, options: ReadOptions) -> Document | Failure:
-    return too_long(index, number, ids) if isinstance(ids, int) else ids_document(index, number, file.source, ids)
+def _document(index: int, number: int, file: InputFile, ids: np.ndarray | int) -> Document | Failure:
+    if isinstance(ids, np.ndarray):
+        return ids_document(index, number, file.source, ids)
+    problem = f"holds {ids:,} ids in one document, more than {MAX_DOCUMENT_IDS:,}"
+    return Failure(index, number, f"{problem}: name the token that ends its documents with --eos, or split it")
 
 
 def _by_end_token(
