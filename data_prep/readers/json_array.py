@@ -57,7 +57,7 @@ class _Window:
         while True:
             try:
                 value, end = decode_at(self.text, self.place)
-                if end < len(self.text) or self.ended or self.text[end - 1] in '}]"':
+                if self.ended or self.text[end - 1] in '}]"' or end + 2 < len(self.text):  # a number may be cut, as 1 of 1e+9
                     self.place = end
                     return value
             except json.JSONDecodeError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.errors import DataError
@@ -150,6 +150,7 @@ JSON = st.recursive(
     indent=st.sampled_from([None, 1]),
     window=st.integers(1, 40),
 )
+@example(values=[0.0, 0, 1e300, 0, 0, -5e-9], array=True, ascii_only=False, indent=None, window=1)
 def test_any_window_gives_the_values_of_the_whole(
     tmp_path: Path, read_all: Read, values: list[Any], array: bool, ascii_only: bool, indent: int | None, window: int
 ) -> None:

@@ -15,7 +15,7 @@ from weftrain.core.errors import DataError
 from weftrain.data_prep.documents import Document, Failure
 from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.shares import read_part, share_bytes, split_parts
+from weftrain.data_prep.shares import read_part, split_parts
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'weftrain[data]'")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -42,9 +42,9 @@ def test_any_cut_gives_the_rows_of_the_whole(tmp_path: Path, read_all: Read) -> 
     cuts = {}
     for pieces in (1, 2, 3, 5, 20, 5000):
         assert read_all(path, -(-size // pieces), source_key="kind") == whole
-        shares = [share for part in split_parts([file], -(-size // pieces)) for share in part.shares]
-        cuts[pieces] = [share.begin for share in shares]
-        assert sum(share_bytes(file, share) for share in shares) in range(size - len(shares), size + 1)
+        parts = split_parts([file], -(-size // pieces))
+        cuts[pieces] = [share.begin for part in parts for share in part.shares]
+        assert sum(part.num_bytes for part in parts) in range(size - len(parts), size + 1)
     assert cuts[1] == [0]
     assert cuts[5] == [0, 400, 800, 1200]  # its row groups
     assert len(cuts[5000]) == 4 * 8  # a row group is cut into eight, each of which decodes it from its beginning
