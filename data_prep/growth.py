@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +141,10 @@ def parents_failures(plan: Plan) -> Iterator[bytes]:
 
 
 def index_documents(plan: Plan) -> None:
-    """Write the identities of all the parent's documents, sorted, for `is_known`. Memory: a shard's tables and _BLOCK identities.
+    """Write the identities of all the parent's documents, sorted by their first half, for `is_known`.
 
-    They are first distributed over files by their first bits, then each file is sorted. Raises DataError, OSError.
+    They are first distributed over files by their first bits, then each file is sorted. Memory: a shard's tables and _BLOCK identities.
+    Raises DataError, OSError.
     """
     if plan.parent is None or plan.settings.order == "as_read":
         return
@@ -154,15 +155,18 @@ def index_documents(plan: Plan) -> None:
     fsops.make_dirs(place)
     paths = [place / f"{index:03d}" for index in range(1 << bits)]
     files = [fsops.FileWriter(path) for path in paths]
+    bounds = np.array([index << (64 - bits) for index in range(1, 1 << bits)], np.uint64)
     for identities in _identities(Path(plan.parent.folder), manifest):
-        partition = identities[:, 0] >> np.uint64(64 - bits) if bits else np.zeros(len(identities), np.uint64)
-        for index in np.unique(partition).tolist():
-            files[index].write(identities[partition == index].tobytes())
+        ordered = identities[np.argsort(identities[:, 0])]
+        cuts = [0, *np.searchsorted(ordered[:, 0], bounds).tolist(), len(ordered)]
+        for file, (start, stop) in zip(files, pairwise(cuts), strict=True):
+            if start < stop:
+                file.write(ordered[start:stop].tobytes())
     with fsops.FileWriter(place / "high") as high, fsops.FileWriter(place / "low") as low:
         for path, file in zip(paths, files, strict=True):
             file.close()
             found = np.fromfile(path, np.uint64).reshape(-1, 2)
-            found = found[np.lexsort((found[:, 1], found[:, 0]))]
+            found = found[np.argsort(found[:, 0])]
             high.write(found[:, 0].tobytes())
             low.write(found[:, 1].tobytes())
             fsops.remove_file(path)
