@@ -6,10 +6,13 @@ precede it. The pipeline adds what the shares before it hold, so that shards and
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+
+_HASHED_CHARACTERS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +95,13 @@ class FileRead:
     share: Share
     records: int
     sha256: str
+
+
+def text_sha256(text: str) -> tuple[bytes, int]:
+    """SHA-256 and number of bytes of a text's UTF-8, without a copy of a long one."""
+    digest, num_bytes = hashlib.sha256(), 0
+    for start in range(0, len(text), _HASHED_CHARACTERS):
+        data = text[start : start + _HASHED_CHARACTERS].encode()
+        digest.update(data)
+        num_bytes += len(data)
+    return digest.digest(), num_bytes

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,8 @@ _ASCII_SPACE = bytes((*range(9, 14), *range(28, 33)))
 # Unicode's White_Space beyond ASCII, and the byte order mark.
 _OTHER_SPACE = "\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000\ufeff"
 # NFC sorts each run of combining marks in quadratic time. No language writes so many, and a text that does is hashed as it is.
+_PIECE_CHARACTERS = 1 << 20
+_STARTER = re.compile(r"[^\W_\u1160-\u11ff\ud7b0-\ud7ff]")  # the jamo that follow others are letters, and join them
 _MANY_MARKS = re.compile(r"[^\w\x00-\x7f]{257}")
 
 
@@ -35,18 +38,38 @@ class Decoder(Protocol):
 def text_hash(text: str) -> bytes:
     """Rule 2's SHA-256: of the text without white space (ASCII, Unicode, byte order mark), in NFC, as UTF-8.
 
-    White space goes first, for NFC composes across a place where some was.
+    White space goes first, for NFC composes across a place where some was. A long text is hashed a piece at a time.
     """
-    if text.isascii():
-        return hashlib.sha256(text.encode().translate(None, _ASCII_SPACE)).digest()
-    for space in _OTHER_SPACE:
-        if space in text:
-            text = text.replace(space, "")
-    data = text.encode().translate(None, _ASCII_SPACE)
-    compact = data.decode()
-    if not unicodedata.is_normalized("NFC", compact) and not _MANY_MARKS.search(compact):
-        data = unicodedata.normalize("NFC", compact).encode()
-    return hashlib.sha256(data).digest()
+    digest, in_nfc = hashlib.sha256(), True
+    for piece in _pieces(text):
+        data = _without_space(piece)
+        digest.update(data)
+        in_nfc = in_nfc and (piece.isascii() or unicodedata.is_normalized("NFC", data.decode()))
+    if in_nfc or any(_MANY_MARKS.search(_without_space(piece).decode()) for piece in _pieces(text)):
+        return digest.digest()
+    digest = hashlib.sha256()
+    for piece in _pieces(text):
+        digest.update(unicodedata.normalize("NFC", _without_space(piece).decode()).encode())
+    return digest.digest()
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text cut before characters that NFC never joins to what precedes them, nor any mark run reaches across: letters and digits."""
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        found = _STARTER.search(text, start + _PIECE_CHARACTERS)
+        stop = len(text) if found is None else found.start()
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _without_space(text: str) -> bytes:
+    if not text.isascii():
+        for space in _OTHER_SPACE:
+            if space in text:
+                text = text.replace(space, "")
+    return text.encode().translate(None, _ASCII_SPACE)
 
 
 def is_held_out(document: Document, content: bytes, rule: int, fraction: float, decoder: Decoder | None = None) -> bool:

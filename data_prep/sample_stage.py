@@ -5,14 +5,13 @@ What is kept is bounded in bytes and in documents, for a part and for all of the
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from weftrain.data_prep.documents import Document, Failure, FileRead
+from weftrain.data_prep.documents import Document, Failure, FileRead, text_sha256
 from weftrain.data_prep.heldout import is_held_out
 from weftrain.data_prep.part_notes import FailureList, Shares
 from weftrain.data_prep.plan import Plan, order_key
@@ -58,10 +57,11 @@ def sample_part(plan: Plan, index: int) -> None:
     """The training documents of the lowest keys of part `index`. Raises DataError for inputs that changed, OSError."""
     kept, shares = _Lowest(), Shares()
     with FailureList(plan.failures_file("samples", index)) as failures:
-        for place, (document, content, data) in enumerate(_texts(plan, index, shares, failures)):
+        for place, (document, content) in enumerate(_texts(plan, index, shares, failures)):
             if not is_held_out(document, content, plan.settings.heldout_rule, plan.settings.heldout_fraction):
-                beginning = data[:TRAINING_BYTES]
+                beginning = (document.text or "")[:TRAINING_BYTES].encode()[:TRAINING_BYTES]
                 kept.add(order_key(plan.settings, content), place, len(beginning), beginning)
+            del document
     entries = kept.by_place()
     arrays: dict[str, np.ndarray] = {
         "text": np.frombuffer(b"".join(data for _, _, data in entries), np.uint8),
@@ -71,16 +71,15 @@ def sample_part(plan: Plan, index: int) -> None:
     write_table(plan.sample_file(index), arrays, {"shares": shares.listed, "failed": failures.count})
 
 
-def _texts(plan: Plan, index: int, shares: Shares, failures: FailureList) -> Iterator[tuple[Document, bytes, bytes]]:
-    """(the document, its content hash, its UTF-8) of each text; failures and shares are noted."""
+def _texts(plan: Plan, index: int, shares: Shares, failures: FailureList) -> Iterator[tuple[Document, bytes]]:
+    """The document and its content hash of each text; failures and shares are noted."""
     for item in read_part(plan.inputs.files, plan.parts[index], plan.inputs.options):
         if isinstance(item, Failure):
             failures.add(Failure(item.file, item.record + shares.before(item.file), item.reason))
         elif isinstance(item, FileRead):
             shares.add(item)
         else:
-            data = (item.text or "").encode()
-            yield item, hashlib.sha256(data).digest(), data
+            yield item, text_sha256(item.text or "")[0]
 
 
 def training_texts(plan: Plan) -> Iterator[str]:

@@ -91,14 +91,17 @@ def _well_named(items: Records) -> Records:
     """The items, a document whose source's name cannot be one as a Failure: a field of text taken for a name would fill the memory."""
     while True:
         try:
-            item = next(items)
+            yield _named(next(items))  # kept by no name here, for a text may be as long as memory allows once
         except StopIteration as end:
             return int(end.value)
-        if isinstance(item, Document) and not (0 < len(item.source) <= MAX_SOURCE_CHARACTERS and item.source != PADDING):
-            length = f"{len(item.source):,} characters long, {MAX_SOURCE_CHARACTERS:,} are allowed"
-            problem = f"is {PADDING}, which stands for what fills rows" if item.source == PADDING else f"is {length}"
-            item = Failure(item.file, item.record, f"the source's name {problem}; repair it, or name another field with --source-key")
-        yield item
+
+
+def _named(item: Document | Failure) -> Document | Failure:
+    if not isinstance(item, Document) or (0 < len(item.source) <= MAX_SOURCE_CHARACTERS and item.source != PADDING):
+        return item
+    length = f"{len(item.source):,} characters long, {MAX_SOURCE_CHARACTERS:,} are allowed"
+    problem = f"is {PADDING}, which stands for what fills rows" if item.source == PADDING else f"is {length}"
+    return Failure(item.file, item.record, f"the source's name {problem}; repair it, or name another field with --source-key")
 
 
 def read_part(files: Lines[InputFile], part: Part, options: ReadOptions) -> Iterator[Document | Failure | FileRead]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json
-from weftrain.data_prep.documents import Document, Failure, FileRead
+from weftrain.data_prep.documents import Document, Failure, FileRead, text_sha256
 from weftrain.data_prep.heldout import is_held_out
 from weftrain.data_prep.part_notes import FailureList, Shares
 from weftrain.data_prep.pieces import DOCUMENT, Gathered, sorted_places, write_piece
@@ -74,8 +74,7 @@ def tokenize_part(plan: Plan, index: int) -> None:
     def flush() -> None:
         nonlocal rows, documents, pieces
         _write(plan, index, pieces, rows, encoder, documents)
-        documents += len(rows.content)
-        pieces += 1
+        documents, pieces = documents + len(rows.content), pieces + 1
         rows = _Rows()
 
     with FailureList(plan.failures_file("parts", index)) as failures:
@@ -92,9 +91,9 @@ def tokenize_part(plan: Plan, index: int) -> None:
                 waiting_bytes = 0
                 _take_tokens(rows, item, record, encoder, plan, failures)
             else:
-                data = (item.text or "").encode()
-                waiting.append(_Text(item, record, hashlib.sha256(data).digest(), len(data)))
-                waiting_bytes += len(data)
+                waiting.append(_Text(item, record, *text_sha256(item.text or "")))
+                waiting_bytes += waiting[-1].num_bytes
+                del item  # a text may be as long as memory allows once
                 if waiting_bytes >= _ENCODE_BYTES or len(waiting) >= _ENCODE_DOCUMENTS:
                     encode()
                     waiting_bytes = 0

@@ -13,24 +13,24 @@ from weftrain.data_prep.readers.contract import Reader, Records
 
 def plain_text(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
     """A file, a document."""
+    yield _document(index, file, options)
+    return 1
+
+
+def _document(index: int, file: InputFile, options: ReadOptions) -> Document | Failure:
     with open_decompressed(file.address) as opened:
         data = opened.read(options.max_line_bytes + 1)
     if len(data) > options.max_line_bytes:
-        yield Failure(index, 0, f"holds more than {options.max_line_bytes:,} bytes in one document; split it")
-        return 1
+        return Failure(index, 0, f"holds more than {options.max_line_bytes:,} bytes in one document; split it")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start)
-        yield Failure(index, line, f"byte {error.start} is not UTF-8 ({error.reason}); convert the file to UTF-8")
-        return 1
-    if "\0" in text:
-        yield Failure(
-            index, data.count(b"\n", 0, data.index(0)), f"byte {data.index(0)} is NUL, which no text holds; repair or remove the file"
-        )
-        return 1
-    yield Document(index, 0, file.source, normalise(text, options.normalise))
-    return 1
+        return Failure(index, line, f"byte {error.start} is not UTF-8 ({error.reason}); convert the file to UTF-8")
+    if (place := data.find(0)) >= 0:
+        line = data.count(b"\n", 0, place)
+        return Failure(index, line, f"byte {place} is NUL, which no text holds; repair or remove the file")
+    return Document(index, 0, file.source, normalise(text, options.normalise))
 
 
 def python_source(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from weftrain.cli.main import main
 from weftrain.core.dataset import ShardSet, read_manifest, write_manifest
+from weftrain.data_prep import heldout
 from weftrain.data_prep.documents import Document
 from weftrain.data_prep.heldout import is_held_out, text_hash
 from weftrain.data_prep.interchange import export_megatron
@@ -139,3 +140,18 @@ def test_a_run_of_combining_marks_takes_no_quadratic_time() -> None:
     """Half a million of them would take NFC minutes."""
     assert text_hash("a" + "\u0301\u0316" * 250_000) != text_hash("a" + "\u0301\u0316" * 250_001)
     assert np.unique([text_hash("a" + "\u0301\u0316" * 10), text_hash("\xe1" + "\u0316" * 10 + "\u0301" * 9)]).size == 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.text(st.sampled_from("aé e\u0301\u0323\u1100\u1161\u11a8가\u3000\n7_かか\u3099क\u093c" + "\u0301" * 3), max_size=60),
+    st.integers(1, 9),
+)
+def test_a_long_text_is_hashed_in_pieces_as_it_would_be_whole(text: str, piece: int) -> None:
+    whole = text_hash(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heldout, "_PIECE_CHARACTERS", piece)
+        assert text_hash(text) == whole
+        many = text + "a" + "\u0301\u0323" * 200 + "e\u0301" * 5
+        in_pieces = text_hash(many)
+    assert in_pieces == text_hash(many)
