@@ -169,10 +169,12 @@ def _kind(probe: Probe) -> str | None:
 
 
 def _belongs(probe: Probe) -> bool:
-    """Whether a file is the index of shards, all of which must be there, or the compressed copy of a shard beside it. Raises DataError."""
+    """Whether a file is the index of shards. Raises DataError where one of them is missing, or is there compressed and uncompressed."""
     if compression_of(probe.name) is not None and probe.plain_name.endswith(_SUFFIX):
-        return exists(probe.address[: -len(compression_of(probe.name) or "")])
-    if probe.base != "index.json" or not is_local(probe.address):
+        if exists(probe.address[: -len(compression_of(probe.name) or "")]):
+            raise DataError(f"{probe.address}: is there uncompressed too; remove one of the two")
+        return False
+    if not probe.name.endswith("index.json") or PurePosixPath(probe.name).name != "index.json" or not is_local(probe.address):
         return False
     names = _indexed(probe.address)
     for alternatives in names or ():

@@ -12,9 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from weftrain.core.dataset import ShardSet
 from weftrain.core.errors import DataError
 from weftrain.data_prep.documents import Document, Failure
 from weftrain.data_prep.listing import list_inputs
+from weftrain.data_prep.pipeline import prepare
+from weftrain.data_prep.plan import Inputs
+from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.tokenization import TextEncoder
 
 DOCUMENTS = [[1, 2, 3, 4], [5], [], [6, 70, 65_535]]
 
@@ -60,6 +65,36 @@ def test_files_that_datatrove_writes(tmp_path: Path, read_all: Callable[..., Any
     items = read_all(tmp_path)
     assert tokens(items) == DOCUMENTS
     assert items[0].marks.tolist() == [1, 0, 1, 1]
+
+
+def test_a_dataset_keeps_the_loss_mask_of_each_token(tmp_path: Path, encoder: TextEncoder) -> None:
+    random = np.random.default_rng(0)
+    documents = [random.integers(10, 300, count) for count in random.integers(1, 30, 40)]
+    masks = [random.integers(0, 2, len(ids)) for ids in documents]
+    path = tmp_path / "a.ds"
+    path.write_bytes(np.concatenate(documents).astype("<u2").tobytes())
+    Path(f"{path}.index").write_bytes(np.cumsum([len(ids) for ids in documents]).astype("<u8").tobytes())
+    Path(f"{path}.loss").write_bytes(np.concatenate(masks).astype("u1").tobytes())
+    (tmp_path / "tokenizer.json").write_bytes(encoder.data)
+    inputs = Inputs(tuple(list_inputs([str(path)], source=None)), "ids", "none", ReadOptions(sequence_length=16))
+    prepared = prepare(
+        inputs,
+        tmp_path / "out",
+        name="d",
+        tokenizer=tmp_path / "tokenizer.json",
+        sequence_length=16,
+        heldout_fraction=0.0,
+        order="as_read",
+    )
+    assert prepared is not None
+    shards = ShardSet(prepared.folder, prepared.manifest, "train")
+    ids, mask = shards.rows(np.arange(shards.num_rows))
+    stream = np.concatenate([np.append(document, encoder.eos_id) for document in documents])
+    bears = np.concatenate([np.append(document, 1) for document in masks])
+    assert mask is not None
+    for place in range(shards.num_rows):
+        assert np.array_equal(ids[place], stream[place * 16 : place * 16 + 17])
+        assert np.array_equal(mask[place], bears[place * 16 + 1 : place * 16 + 17])
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,9 @@ def test_shards_that_are_missing_compressed_twice_or_not_readable(tmp_path: Path
         read_all(folder)
     folder = shutil.copytree(FILES / "mds_uint16", tmp_path / "twice")
     (folder / "shard.00002.mds.zstd").write_bytes(b"a copy")
+    with pytest.raises(DataError, match=r"shard\.00002\.mds\.zstd: is there uncompressed too; remove one of the two"):
+        read_all(folder)
+    (folder / "shard.00002.mds.zstd").unlink()
     check(read_all, folder, "mds_uint16")
     (folder / "shard.00009.mds.br").write_bytes(b"x")
     with pytest.raises(DataError, match=r"mds\.br: .*; decompress it"):

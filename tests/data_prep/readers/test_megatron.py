@@ -54,6 +54,18 @@ def test_every_integer_type_documents_of_several_sequences_and_any_cut(tmp_path:
     assert [file.name for file in list_inputs([str(tmp_path / "in")], source=None)] == [f"in/{path.name}"]
 
 
+@pytest.mark.parametrize("width", [2, 4])
+def test_files_that_datatrove_writes(tmp_path: Path, read_all: Callable[..., Any], width: int) -> None:
+    writer = pytest.importorskip(
+        "datatrove.pipeline.tokens.megatron_tokenizer", reason="datatrove is not installed: pip install 'weftrain[quality]'"
+    )
+    written = writer.MegatronTokenizedFile(str(tmp_path), "00000_tokens", token_size=width)
+    for document in ([1, 2, 3], [], [65_535]):
+        written.write(document)
+    written.close()
+    assert tokens(read_all(tmp_path)) == [[1, 2, 3], [], [65_535]]
+
+
 def test_an_index_longer_than_what_is_read_at_once(tmp_path: Path, read_all: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron, "TABLE_ROWS", 2)
     documents = [[[number, number + 1], [number] * (number % 3), [7]] for number in range(9)]
