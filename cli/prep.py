@@ -60,7 +60,11 @@ class _Job:
 @click.option("--fim-rate", type=float, help="Share of documents that are turned into fill-in-the-middle.  [default: none]")
 @click.option("--fim-spm-share", type=float, default=0.5, show_default=True, help="Of those, how many suffix first.")
 @click.option(
-    "--fim-mode", type=click.Choice(["exact", "released"]), default="exact", show_default=True, help="released: as CrystalCoder's scripts."
+    "--fim-mode",
+    type=click.Choice(["exact", "context", "released"]),
+    default="exact",
+    show_default=True,
+    help="exact: whole documents, context: their pieces in each row, released: as CrystalCoder's scripts.",
 )
 @click.option(
     "--fim-tokens",
@@ -312,7 +316,7 @@ def _recipe_jobs(recipe: PrepRecipe, options: dict[str, Any], console: Console) 
             "epochs": dataset.epochs,
             "chunks": None if dataset.chunks is None else dataset.chunks.count,
             "global_batch_size": None if dataset.chunks is None else dataset.chunks.global_batch_size,
-            "fim": None if dataset.fim is None else _fim(dataset.fim.rate, dataset.fim.spm_share, dataset.fim.mode),
+            "fim": dataset.fim,
         }
         description = f"{recipe.name}: {dataset.name}"
         licence = dataset.licence or recipe.licence
@@ -354,13 +358,13 @@ def _read_options(options: dict[str, Any]) -> Any:
 
 
 def _fim(rate: float | None, spm_share: float, mode: Any) -> Any:
-    from weftrain.data_prep.plan import FimSettings
+    from weftrain.core.config import Fim
 
     if rate is None:
         return None
     if not 0 < rate <= 1 or not 0 <= spm_share <= 1:
         raise DataError(f"fim: rate {rate} must lie in (0, 1] and the SPM share {spm_share} in [0, 1]")
-    return FimSettings(rate, spm_share, mode)
+    return Fim(rate=rate, spm_share=spm_share, mode=mode)
 
 
 def _executor(options: dict[str, Any], output: str) -> Executor:

@@ -65,8 +65,9 @@ OPTIONAL = {"loss_mask", FIM}
 class FimRecord:
     """How each document was turned into fill-in-the-middle. mode uint8 [n]: 0 not, 1 PSM, 2 SPM.
 
-    split int32 [n, 2]: prefix [0, a), middle [a, b), suffix [b, ...) in tokens of the document as it was, without its end token. It is
-    the whole document's, also where a shard holds only a part of it.
+    split int32 [n, 2]: prefix [0, a), middle [a, b), suffix [b, ...) in tokens of the document as it was, without start and end tokens. It
+    is the whole document's, also where a shard holds only a part of it. In a dataset whose FIM is in contexts, each piece of a document in
+    a row has its own, which count from the piece's first token.
     """
 
     mode: np.ndarray

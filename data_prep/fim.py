@@ -1,8 +1,9 @@
 """Fill-in-the-middle, exact: a document's tokens cut at two positions and rearranged, before packing, so that it can be put back.
 
-What a reader would get wrong: the cuts lie between tokens of the document as it was encoded. Nothing is decoded or encoded again, so a
-transformed document has exactly its own tokens and three control tokens more, and (mode, a, b) with the tokens give it back. The draw is
-a function of (seed, content, epoch) alone: no process, order or earlier draw changes it. What the released scripts did: fim_released.py.
+The cuts lie between tokens of the document as it was encoded. Nothing is decoded or encoded again, so a transformed document has exactly
+its own tokens and three control tokens more, and (mode, a, b) with the tokens give it back. The draw is a function of (seed, content,
+epoch) alone: no process, order or earlier draw changes it. By rows instead of documents: fim_context.py. What the released scripts did:
+fim_released.py.
 
 | mode  | tokens, with P, S, M the control tokens fim_prefix, fim_suffix, fim_middle |
 |-------|----------------------------------------------------------------------------|

@@ -90,6 +90,12 @@ def _document(
         start, begins, left = stop, False, width
 
 
+def filled_rows(sizes: np.ndarray, width: int) -> list[list[int]]:
+    """The numbers of pieces of these sizes, int64 [n], that `together` laid one after the other, a list a row."""
+    row_of = (np.cumsum(sizes) - 1) // width
+    return [numbers.tolist() for numbers in np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(row_of)) + 1)] if len(sizes) else []
+
+
 def context_tokens(tokens: np.ndarray, piece: ContextPiece, bos: np.ndarray, eos: np.ndarray, ids: FimIds) -> list[np.ndarray]:
     """The parts of a piece as it stands in its row. tokens: the document's own [n]. bos, eos: [0 or 1]."""
     made = fim.transform(tokens[piece.start : piece.stop], piece.mode, piece.a, piece.b, ids)

@@ -1,8 +1,8 @@
 """Stage 2, a task a bucket: one slice of the shuffle, gathered from every piece. Before it, where there are many pieces, their merging.
 
 A bucket is a range of order keys. Equal texts have equal keys, so duplicates meet in one bucket, and the buckets one after the other are
-the shuffled stream. A bucket's streams hold the documents as they will be trained on, with FIM, the end token and, for best-fit rows,
-padding: a file an epoch, and one of the held-out side.
+the shuffled stream. A bucket's streams hold the documents as they will be trained on, with FIM, start and end tokens and, in rows that
+stand alone, padding: a file an epoch, and one of the held-out side.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json
 from weftrain.core.shards import ID_BYTES
 from weftrain.data_prep import fim, marks
+from weftrain.data_prep.fim_context import Draws, context_pieces, context_tokens, filled_rows
 from weftrain.data_prep.growth import is_known
 from weftrain.data_prep.packing import best_fit_rows
 from weftrain.data_prep.pieces import Gathered, Piece, gather, write_piece
@@ -76,9 +77,12 @@ def order_bucket(plan: Plan, index: int) -> None:
     for name in stream_names(plan):
         chosen = np.flatnonzero(fresh & (heldout == (name == HELDOUT)))
         epoch = 0 if name == HELDOUT else int(name.removeprefix("train."))
-        stream = _transformed(plan, gathered, chosen, epoch, encoder)
-        if plan.settings.packing == "best_fit" and not plan.fixed_rows:
-            stream = _best_fit(plan, stream, encoder)
+        if plan.settings.fim is not None and plan.settings.fim.mode == "context":
+            stream = _in_context(plan, gathered, chosen, epoch, encoder)
+        else:
+            stream = _transformed(plan, gathered, chosen, epoch, encoder)
+            if plan.settings.packing == "best_fit" and not plan.fixed_rows:
+                stream = _best_fit(plan, stream, encoder)
         if plan.fixed_rows and stream.mask is not None:
             stream = _split_rows(stream)
         lengths = np.diff(stream.end, prepend=0)
@@ -142,10 +146,7 @@ def _transformed(plan: Plan, gathered: Gathered, chosen: np.ndarray, epoch: int,
         np.concatenate(pieces) if pieces else np.empty(0, encoder.dtype),
         None if masks is None else np.concatenate(masks) if masks else np.empty(0, np.uint8),
         np.cumsum(lengths),
-        np.ascontiguousarray(rows["content"][:, :ID_BYTES]),
-        rows["source"].astype(np.int64),
-        rows["file"].astype(np.int64),
-        rows["record"].astype(np.int64),
+        *_origins(rows),
         records,
     )
 
@@ -179,6 +180,49 @@ def _best_fit(plan: Plan, stream: Stream, encoder: TextEncoder) -> Stream:
     joined = np.concatenate(tokens) if tokens else stream.tokens
     mask = np.concatenate(masks) if masks else np.empty(0, np.uint8)
     return with_padding(stream, joined, mask, lengths, np.array(documents, np.int64))
+
+
+def _in_context(plan: Plan, gathered: Gathered, chosen: np.ndarray, epoch: int, encoder: TextEncoder) -> Stream:
+    """The chosen documents with start and end tokens in rows that stand alone, FIM in each row, the last row or all padded."""
+    settings, rows, width = plan.settings, gathered.rows[chosen], plan.settings.row_tokens
+    assert settings.fim is not None
+    ids, around = fim.fim_ids(encoder), encoder.around()
+    bos, eos = (len(part) for part in around)
+    lengths = gathered.lengths[chosen]
+    together = settings.packing == "concatenate"
+    draws = Draws(settings.seed, epoch, settings.fim.rate, settings.fim.spm_share)
+    contents = [content.tobytes() for content in rows["content"]]
+    pieces = context_pieces(lengths.tolist(), contents, width, draws, bos, eos, together=together)
+    sizes = np.array([piece.length(bos, eos) for piece in pieces], np.int64)
+    order = filled_rows(sizes, width) if together else [[piece.document for piece in row] for row in best_fit_rows(sizes, width)]
+    padding, stops = np.full(width, encoder.markers.separator, encoder.dtype), rows["end"].tolist()
+    begins = (rows["end"] - lengths).tolist()
+    tokens: list[np.ndarray] = []
+    laid: list[tuple[int, int, int, int, int]] = []  # of each piece in a row: its length, document, mode and cuts; document -1 is padding
+    for row in order:
+        left = width
+        for number in row:
+            piece, size = pieces[number], int(sizes[number])
+            tokens += context_tokens(gathered.tokens[begins[piece.document] : stops[piece.document]], piece, *around, ids)
+            laid.append((size, piece.document, piece.mode, piece.a, piece.b))
+            left -= size
+        if left:
+            tokens.append(padding[:left])
+            laid.append((left, -1, fim.PLAIN, 0, 0))
+    table = np.array(laid, np.int64).reshape(-1, 5)
+    joined = np.concatenate(tokens) if tokens else padding[:0]
+    mask = None if (table[:, 1] >= 0).all() else np.repeat(table[:, 1] >= 0, table[:, 0]).astype(np.uint8)
+    none = np.zeros(0, np.int64)
+    documents = Stream(padding[:0], None, none, *_origins(rows), None)
+    made = with_padding(documents, joined, mask, table[:, 0], table[:, 1])
+    made.fim = table[:, 2:].astype(np.int32)
+    return made
+
+
+def _origins(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """id, source, file and record of DOCUMENT [n], as a Stream has them."""
+    source, file, record = (rows[name].astype(np.int64) for name in ("source", "file", "record"))
+    return np.ascontiguousarray(rows["content"][:, :ID_BYTES]), source, file, record
 
 
 def _split_rows(stream: Stream) -> Stream:

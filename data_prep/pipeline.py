@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from weftrain.core import fsops
+from weftrain.core.config import Fim
 from weftrain.core.dataset import TOKENIZER, Manifest
 from weftrain.core.errors import DataError
 from weftrain.core.names import path_below
@@ -26,7 +27,6 @@ from weftrain.data_prep.markers import Markers
 from weftrain.data_prep.part_notes import read_note
 from weftrain.data_prep.plan import (
     SHARD_TOKENS,
-    FimSettings,
     Inputs,
     Order,
     Packing,
@@ -89,7 +89,7 @@ def prepare(
     epochs: int = 1,
     chunks: int | None = None,
     global_batch_size: int | None = None,
-    fim: FimSettings | None = None,
+    fim: Fim | None = None,
     max_failures: int = 0,
     grow: Path | None = None,
     executor: Executor | None = None,

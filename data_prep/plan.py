@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.config import Fim
 from weftrain.core.errors import DataError
 from weftrain.core.line_table import Lines, LineTable, lines_sha256, write_lines
 from weftrain.data_prep import heldout
@@ -56,15 +57,6 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class FimSettings:
-    """Fill-in-the-middle of a dataset. mode: 'exact' cuts between tokens, 'released' does what CrystalCoder's scripts did."""
-
-    rate: float
-    spm_share: float
-    mode: Literal["exact", "released"] = "exact"
-
-
-@dataclass(frozen=True)
 class Settings:
     """What, with the inputs, determines every byte; the manifest's `preparation`. tokenizer: 'trained', or the given file's SHA-256.
 
@@ -85,10 +77,14 @@ class Settings:
     epochs: int = 1
     chunks: int | None = None
     global_batch_size: int | None = None
-    fim: FimSettings | None = None
+    fim: Fim | None = None
     heldout_rule: int = heldout.RULE
     bos: str | None = None
     fim_tokens: tuple[str, ...] = ()
+
+    def tree(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(replace(self, fim=None)) | {"fim": None if self.fim is None else self.fim.model_dump()}
 
     @property
     def markers(self) -> Markers:
@@ -159,7 +155,7 @@ class Plan:
     def row_stride(self) -> int:
         """Rows that stand alone share no token; rows cut from one stream share one."""
         fim = self.settings.fim
-        alone = self.fixed_rows or self.settings.packing == "best_fit" or (fim is not None and fim.mode == "released")
+        alone = self.fixed_rows or self.settings.packing == "best_fit" or (fim is not None and fim.mode != "exact")
         return self.settings.sequence_length + 1 if alone else self.settings.sequence_length
 
     def sample_file(self, index: int) -> Path:
@@ -322,7 +318,7 @@ def _loaded(folder: Path, modified_ns: int) -> Plan:
         tree = parse_json((folder / PLAN).read_bytes())
         inputs, settings = tree["inputs"], dict(tree["settings"])
         if settings["fim"] is not None:
-            settings["fim"] = FimSettings(**settings["fim"])
+            settings["fim"] = Fim(**settings["fim"])
         settings["fim_tokens"] = tuple(settings["fim_tokens"])
         fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in inputs["options"].items()}
         options = ReadOptions(**fields)
@@ -362,7 +358,7 @@ def _header(plan: Plan) -> dict[str, Any]:
             "quality": plan.inputs.quality,
         },
         "tables": {name: lines_sha256(values) for name, values in _tables(plan).items()},
-        "settings": asdict(plan.settings),
+        "settings": plan.settings.tree(),
         "engine": plan.engine,
         "limits": asdict(plan.limits),
         "parent": None if plan.parent is None else asdict(plan.parent),
@@ -376,7 +372,7 @@ def order_key(settings: Settings, content: bytes) -> bytes:
 
 def preparation(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     """The settings as the manifest records them: flat."""
-    tree = asdict(settings)
+    tree = settings.tree()
     fim = tree.pop("fim") or {"rate": None, "spm_share": None, "mode": None}
     tree |= {f"fim_{key}": value for key, value in fim.items()}
     tree["fim_tokens"] = ",".join(settings.fim_tokens) or None

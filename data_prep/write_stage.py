@@ -157,7 +157,7 @@ def write_one_shard(plan: Plan, index: int) -> None:
         row_stride=plan.row_stride,
         vocab_size=encoder.vocab_size,
         tokenizer_sha256=encoder.sha256,
-        loss_mask=stream.mask,
+        loss_mask=None if stream.mask is None or stream.mask.all() else stream.mask,
     )
     entry = ShardEntry(
         file=shard_file(set_name, number), num_bytes=info.num_bytes, sha256=info.sha256, digest=info.digest, n_examples=info.num_rows

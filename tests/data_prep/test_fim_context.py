@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weftrain.data_prep import fim
+from weftrain.core.config import DataConfig, Fim
+from weftrain.core.data import open_training
+from weftrain.core.dataset import ShardSet
+from weftrain.core.errors import DataError
+from weftrain.data_prep import fim, plan
 from weftrain.data_prep.fim_context import ContextPiece, Draws, context_pieces, context_tokens
+from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.markers import FimIds
+from weftrain.data_prep.pipeline import Prepared, prepare
+from weftrain.data_prep.plan import Inputs
+from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.tokenization import TextEncoder
 
 IDS = FimIds(1000, 1001, 1002, None)
 BOS, EOS = 1003, 1004
@@ -83,3 +96,87 @@ def test_a_whole_document_is_transformed_as_one_piece() -> None:
 @pytest.mark.parametrize("together", [True, False])
 def test_no_document_is_no_piece(together: bool) -> None:
     assert context_pieces([], [], 8, Draws(0, 0, 1.0, 0.5), 0, 1, together=together) == []
+
+
+# -- through prepare()
+
+S = 24
+CONTEXT = Fim(rate=0.9, spm_share=0.5, mode="context")
+
+
+@pytest.fixture
+def texts(texts: list[str]) -> list[str]:
+    return texts[:60]
+
+
+@pytest.fixture
+def run(tmp_path: Path, encoder: TextEncoder, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """prepare() of the test texts with context-level FIM, in several parts and buckets."""
+    monkeypatch.setattr(plan, "_MEBI", 600)
+    (tmp_path / "tokenizer.json").write_bytes(encoder.data)
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    inputs = Inputs(tuple(list_inputs([str(tmp_path / "t.jsonl")], source=None)), "text", "none", ReadOptions())
+
+    def call(name: str, **changes: Any) -> Prepared:
+        given: dict[str, Any] = {"sequence_length": S, "heldout_fraction": 0.2, "rows_per_shard": 20, "fim": CONTEXT, "bos": "<s>"}
+        prepared = prepare(inputs, tmp_path / "out", name=name, tokenizer=tmp_path / "tokenizer.json", **given | changes)
+        assert prepared is not None
+        return prepared
+
+    return call
+
+
+def documents_of(prepared: Prepared, encoder: TextEncoder, set_name: str) -> dict[bytes, list[list[int]]]:
+    """The pieces of each document, restored, in the order of the rows; bos and eos stand where its pieces begin and end."""
+    ids, manifest = fim.fim_ids(encoder), prepared.manifest
+    found: dict[bytes, list[list[int]]] = defaultdict(list)
+    for reader in ShardSet(prepared.folder, manifest, set_name).readers():  # type: ignore[arg-type]
+        table = reader.documents()
+        assert table.fim is not None
+        starts = np.append(0, table.end[:-1])
+        assert np.array_equal(starts // (S + 1), (table.end - 1) // (S + 1))  # no piece lies across a row's end
+        for index in np.flatnonzero(table.file >= 0).tolist():
+            tokens = reader.tokens(int(starts[index]), int(table.end[index]))
+            own = slice(int(tokens[0] == manifest.bos_id), len(tokens) - int(tokens[-1] == manifest.eos_id))
+            restored = fim.restore(tokens[own], int(table.fim.mode[index]), *map(int, table.fim.split[index]), ids)
+            found[table.id[index].tobytes()].append(restored.tolist())
+    return found
+
+
+def test_every_document_comes_back_from_its_rows(run: Any, texts: list[str], encoder: TextEncoder) -> None:
+    prepared = run("d", epochs=2)
+    manifest = prepared.manifest
+    assert (manifest.row_stride, manifest.train.dropped_tokens, manifest.fim.mode) == (S + 1, 0, "context")
+    own = {hashlib.sha256(text.encode()).digest()[:16]: ids.tolist() for text, ids in zip(texts, encoder.encode(texts, texts), strict=True)}
+    train, heldout = (documents_of(prepared, encoder, name) for name in ("train", "heldout"))
+    assert train.keys() | heldout.keys() == own.keys()
+    assert not train.keys() & heldout.keys()
+    for identity, pieces in (train | heldout).items():
+        together = [token for piece in pieces for token in piece]
+        assert together == own[identity] * (2 if identity in train else 1)  # two epochs, one after the other
+    assert any(len(pieces) > 2 for pieces in train.values())
+    assert 0 < manifest.train.padding_tokens < 2 * 16 * (S + 1)  # at most a row an epoch and bucket
+    ids, mask = ShardSet(prepared.folder, manifest, "train").rows(np.arange(manifest.train.n_examples))
+    assert mask is not None
+    assert int((~mask).sum()) == manifest.train.padding_tokens
+    transformed = int((ids == fim.fim_ids(encoder).middle).sum())
+    assert transformed > 0.7 * manifest.documents.train
+
+
+def test_best_fit_rows_hold_whole_pieces(run: Any, texts: list[str], encoder: TextEncoder) -> None:
+    prepared = run("d", packing="best_fit", heldout_fraction=0.0)
+    own = {hashlib.sha256(text.encode()).digest()[:16]: ids.tolist() for text, ids in zip(texts, encoder.encode(texts, texts), strict=True)}
+    for identity, pieces in documents_of(prepared, encoder, "train").items():
+        assert sorted(token for piece in pieces for token in piece) == sorted(own[identity])
+        if len(pieces) == 1:
+            assert pieces[0] == own[identity]
+
+
+def test_a_training_recipe_says_the_mode(run: Any, tmp_path: Path) -> None:
+    run("d")
+    source = {"name": "d", "path": "d", "weight": 1.0, "fim": CONTEXT.model_dump()}
+    value: dict[str, Any] = {"root": str(tmp_path / "out"), "sequence_length": S, "shuffle_seed": 0, "sources": [source]}
+    assert open_training(DataConfig.model_validate(value), 4, vocab_size=352).rows(0, 0, 4).ids.shape == (4, S + 1)
+    source["fim"] = CONTEXT.model_dump() | {"mode": "exact"}
+    with pytest.raises(DataError, match=r"prepared with fim .*'context'"):
+        open_training(DataConfig.model_validate(value), 4, vocab_size=352)

@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from weftrain.cli.main import main
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, sha256_json
+from weftrain.core.config import Fim
 from weftrain.core.dataset import ShardSet, open_inputs, open_set, open_sources, read_manifest, verify_tables
 from weftrain.core.errors import DataError
 from weftrain.data_prep import growth, plan
@@ -28,7 +29,7 @@ from weftrain.data_prep.executors import LocalExecutor
 from weftrain.data_prep.heldout import RULE, is_held_out
 from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import Prepared, prepare
-from weftrain.data_prep.plan import FimSettings, Inputs
+from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.tokenization import TextEncoder
 
@@ -173,7 +174,13 @@ def test_the_same_bytes_by_several_processes(made: Prepare, texts: list[str], tm
 
 
 @pytest.mark.parametrize(
-    "settings", [{"packing": "best_fit"}, {"fim": FimSettings(0.5, 0.5)}, {"fim": FimSettings(0.5, 0.5, "released")}, {"order": "as_read"}]
+    "settings",
+    [
+        {"packing": "best_fit"},
+        {"fim": Fim(rate=0.5, spm_share=0.5, mode="context")},
+        {"fim": Fim(rate=0.5, spm_share=0.5, mode="released")},
+        {"order": "as_read"},
+    ],
 )
 def test_other_kinds_of_datasets_grow(made: Prepare, texts: list[str], settings: dict[str, Any]) -> None:
     """What is as read keeps its duplicates; all others drop the parent's."""

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from weftrain.cli.main import main
 from weftrain.core.canonical import canonical_json, sha256_json
+from weftrain.core.config import Fim
 from weftrain.core.dataset import ShardSet, open_set, read_manifest
 from weftrain.core.errors import DataError
 from weftrain.data_prep import fim
@@ -20,7 +21,7 @@ from weftrain.data_prep.interchange import export_megatron, whole_documents
 from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.markers import FimIds, MarkerIds, Markers, marker_ids, recorded_markers
 from weftrain.data_prep.pipeline import Prepared, prepare
-from weftrain.data_prep.plan import FimSettings, Inputs
+from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.tokenization import TextEncoder, load_encoder, make_encoder
 
@@ -178,7 +179,7 @@ def test_tokenised_documents_carry_their_tokens_once(tokenizer: Path, texts: lis
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("mode", ["exact"])
 def test_named_fim_tokens_are_used_and_recorded(tokenizer: Path, texts: list[str], around: dict[str, Any], mode: Any) -> None:
-    settings: dict[str, Any] = {"fim": FimSettings(0.9, 0.5, mode), "fim_tokens": ANGLES, "order": "as_read"}
+    settings: dict[str, Any] = {"fim": Fim(rate=0.9, spm_share=0.5, mode=mode), "fim_tokens": ANGLES, "order": "as_read"}
     prepared = make(tokenizer, lines(tokenizer.parent / "t.jsonl", texts), "d", **settings, **around)
     assert prepared.manifest.fim is not None
     assert prepared.manifest.fim.tokens == ANGLES
@@ -201,11 +202,11 @@ def fim_records(reader: Any) -> list[tuple[int, int, int]]:
 
 
 def test_what_is_refused_before_anything_is_read(tokenizer: Path, texts: list[str]) -> None:
-    path = lines(tokenizer.parent / "t.jsonl", texts)
+    path, released = lines(tokenizer.parent / "t.jsonl", texts), Fim(rate=0.5, spm_share=0.5, mode="released")
     for changes, message in (
-        ({"fim": FimSettings(0.5, 0.5)}, "name its own with --fim-tokens"),
-        ({"fim": FimSettings(0.5, 0.5, "released"), "fim_tokens": ANGLES, "bos": None}, "name one as the fourth of --fim-tokens"),
-        ({"fim": FimSettings(0.5, 0.5, "released"), "fim_tokens": (*ANGLES, "<unk>")}, "give no --bos and no --eos none"),
+        ({"fim": Fim(rate=0.5, spm_share=0.5)}, "name its own with --fim-tokens"),
+        ({"fim": released, "fim_tokens": ANGLES, "bos": None}, "name one as the fourth of --fim-tokens"),
+        ({"fim": released, "fim_tokens": (*ANGLES, "<unk>")}, "give no --bos and no --eos none"),
         ({"fim_tokens": ANGLES[:2]}, "three or four names"),
         ({"eos": "none", "bos": None}, "nothing would tell documents apart"),
     ):

@@ -16,7 +16,7 @@ from fault_injection import DEATHS, Death, Faults, injected
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from weftrain.core import fsops
-from weftrain.core.config import DataConfig
+from weftrain.core.config import DataConfig, Fim
 from weftrain.core.data import open_heldout, open_training
 from weftrain.core.dataset import TOKENIZER, ShardSet, open_inputs, open_sources, read_manifest, source_name
 from weftrain.core.errors import DataError
@@ -25,12 +25,15 @@ from weftrain.data_prep.corpus import embedded_inputs
 from weftrain.data_prep.executors import LocalExecutor, TaskExecutor
 from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import Prepared, prepare
-from weftrain.data_prep.plan import FimSettings, Inputs
+from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.survey import arrangement
 from weftrain.data_prep.tokenization import TextEncoder, load_encoder
 
 Run = Callable[..., Prepared]
+
+
+CONTEXT = Fim(rate=0.5, spm_share=0.5, mode="context")
 
 
 def write_lines(path: Path, texts: list[str]) -> Path:
@@ -190,7 +193,9 @@ def test_any_number_of_processes_gives_the_same_bytes(run: Run) -> None:
     assert tree(alone.folder) == tree(several.folder)
 
 
-@pytest.mark.parametrize("settings", [{}, {"packing": "best_fit", "fim": FimSettings(0.5, 0.5), "epochs": 2}, {"order": "as_read"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"packing": "best_fit", "fim": Fim(rate=0.5, spm_share=0.5), "epochs": 2}, {"order": "as_read", "fim": CONTEXT}]
+)
 def test_small_pieces_and_their_merging_give_the_same_bytes(
     run: Run, texts: list[str], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
@@ -270,7 +275,7 @@ def test_run_again_it_is_up_to_date_and_other_settings_are_refused(run: Run, tex
         ({"sequence_length": 8}, "prepared with sequence_length 16, not 8"),
         ({"heldout_fraction": 0.1}, "prepared with heldout_fraction"),
         ({"tokenizer": None, "vocab_size": 300}, "prepared with tokenizer"),
-        ({"fim": FimSettings(0.5, 0.5)}, "prepared with fim_rate None, not 0.5"),
+        ({"fim": Fim(rate=0.5, spm_share=0.5)}, "prepared with fim_rate None, not 0.5"),
         ({"packing": "best_fit"}, "prepared with packing 'concatenate'"),
         ({"inputs": texts[:-1]}, "was prepared from other text"),
         ({"inputs": [texts[0].upper(), *texts[1:]]}, "was prepared from other text"),
@@ -350,7 +355,7 @@ def test_best_fit_rows_hold_every_token_and_mask_the_padding(run: Run, texts: li
 
 
 def test_fim_is_recorded_and_every_document_comes_back(run: Run, texts: list[str], encoder: TextEncoder) -> None:
-    prepared = run(fim=FimSettings(0.9, 0.5), epochs=2)
+    prepared = run(fim=Fim(rate=0.9, spm_share=0.5), epochs=2)
     manifest = prepared.manifest
     assert len(manifest.train.epochs) == 2
     assert sum(manifest.train.epochs) == manifest.train.n_examples
@@ -367,11 +372,11 @@ def test_fim_is_recorded_and_every_document_comes_back(run: Run, texts: list[str
     assert 0.7 < np.mean([mode != fim.PLAIN for mode in transformed]) <= 1
     assert {fim.PSM, fim.SPM} <= set(transformed)
     assert modes[0] != modes[1]
-    assert tree(prepared.folder) == tree(run(output="again", fim=FimSettings(0.9, 0.5), epochs=2, executor=LocalExecutor(2)).folder)
+    assert tree(prepared.folder) == tree(run(output="again", fim=Fim(rate=0.9, spm_share=0.5), epochs=2, executor=LocalExecutor(2)).folder)
 
 
 def test_released_fim_is_the_same_on_any_number_of_processes(run: Run) -> None:
-    settings: dict[str, Any] = {"fim": FimSettings(0.9, 0.5, "released"), "sequence_length": 48}
+    settings: dict[str, Any] = {"fim": Fim(rate=0.9, spm_share=0.5, mode="released"), "sequence_length": 48}
     one, two = run(output="a", **settings), run(output="b", **settings, executor=LocalExecutor(2))
     assert tree(one.folder) == tree(two.folder)
     assert one.manifest.row_stride == 49

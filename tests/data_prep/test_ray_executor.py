@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from weftrain.core.config import Fim
 from weftrain.core.errors import DataError
 from weftrain.data_prep import plan
 from weftrain.data_prep.executors import LocalExecutor, RayExecutor
 from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import prepare
-from weftrain.data_prep.plan import FimSettings, Inputs
+from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.ray_executor import run_on_ray
 from weftrain.data_prep.tokenization import TextEncoder
 
@@ -36,7 +37,7 @@ def test_a_local_cluster_of_two_workers_gives_the_same_bytes(
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     inputs = Inputs(tuple(list_inputs([str(tmp_path / "t.jsonl")], source=None)), "text")
     settings: dict[str, Any] = {"tokenizer": tmp_path / "tokenizer.json", "sequence_length": 16, "heldout_fraction": 0.2}
-    settings |= {"rows_per_shard": 20, "fim": FimSettings(0.5, 0.5)}
+    settings |= {"rows_per_shard": 20, "fim": Fim(rate=0.5, spm_share=0.5)}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         done: list[tuple[str, int]] = []
