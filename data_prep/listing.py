@@ -24,6 +24,7 @@ from weftrain.data_prep.readers.json_content import JsonContent
 from weftrain.data_prep.readers.registry import detect, goes_with_another, reader_named, reason_not_data
 
 STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0")
+_STDIN = "<stdin>"  # the name of standard input, and of its source
 _SHOWN = 4
 _AT_ONCE = 256  # entries of a folder whose first bytes are asked for together
 
@@ -122,7 +123,7 @@ def _list_address(address: str, wanted: Wanted, found: _Found, standard_input: P
             raise DataError(f"{address}: standard input can be read once, by one command; write it to a file first")
         entry = LocalFiles().look(str(standard_input))
         assert entry is not None
-        _take(LocalFiles(), entry, "stdin", wanted.source or "stdin", wanted, found, below=False)
+        _take(LocalFiles(), entry, _STDIN, wanted.source or _STDIN, wanted, found, below=False)
         return
     system, path = open_file_system(address)
     try:
@@ -172,7 +173,7 @@ def _list_folder(system: FileSystem, path: str, name: str, address: str, wanted:
     entries = system.below(path, rules.skips_folder)
     while batch := list(itertools.islice(entries, _AT_ONCE)):
         named = [(entry, f"{name}/{entry.name}" if name else entry.name) for entry in batch]
-        reasons = [_reason_by_name(entry, full, suffixes) for entry, full in named]
+        reasons = [_reason_by_name(entry, system.address(entry.path), suffixes) for entry in batch]
         left = [entry for entry, reason in zip(batch, reasons, strict=True) if reason is None]
         heads = system.heads([entry.path for entry in left if entry.num_bytes and _needs_head(entry.name)], HEAD_BYTES)
         for (entry, full), reason in zip(named, reasons, strict=True):
@@ -197,7 +198,7 @@ def _not_read(skipped: Sequence[Skipped]) -> str:
     return f"; not read: {summary(skipped)}" if skipped else ""
 
 
-def _reason_by_name(entry: Entry, name: str, suffixes: tuple[str, ...]) -> str | None:
+def _reason_by_name(entry: Entry, address: str, suffixes: tuple[str, ...]) -> str | None:
     """Why an entry of a folder is skipped, told by what it is called; None where its content decides. Raises DataError."""
     last = entry.name.rpartition("/")[2]
     if entry.kind == "folder":
@@ -218,14 +219,14 @@ def _reason_by_name(entry: Entry, name: str, suffixes: tuple[str, ...]) -> str |
     if suffix in rules.UNFINISHED:
         if rules.looks_like_data(last[: -len(suffix)]):
             raise DataError(
-                f"{rules.printable_name(name)}: looks like an unfinished download or copy; finish it, remove it, or say with --suffix "
+                f"{rules.printable_name(address)}: looks like an unfinished download or copy; finish it, remove it, or say with --suffix "
                 "which files are read"
             )
         return "unfinished file"
     if suffix in rules.ARCHIVES and rules.looks_like_data(last[: -len(suffix)]):
         raise DataError(
-            f"{rules.printable_name(name)}: holds data in a compression that is not read; decompress it (or use .gz or .zst), or say with "
-            "--suffix which files are read"
+            f"{rules.printable_name(address)}: holds data in a compression that is not read; decompress it (or use .gz or .zst), or say "
+            "with --suffix which files are read"
         )
     return None
 
@@ -242,19 +243,19 @@ def _take(
     head: bytes | None = None,
 ) -> None:
     """Add a file in its format, or why it is skipped. below: whether it was found in a folder or by a pattern, and not named itself."""
-    shown = rules.printable_name(name)
+    shown, address = rules.printable_name(name), system.address(entry.path)
     if entry.kind != "file":
         found.skipped.append(Skipped(shown, 0, "broken link" if entry.kind == "broken link" else "not a regular file"))
         return
-    address = system.address(entry.path)
-    kind, reason = _format(Probe(name, address, wanted.text_key, head), entry, wanted, found, below)
+    where = shown if name == _STDIN else rules.printable_name(address)
+    kind, reason = _format(Probe(name, address, wanted.text_key, head), entry, wanted, found, below, where)
     if reason is not None:
         found.skipped.append(Skipped(shown, entry.num_bytes, reason))
     elif kind is None:
         if not below:
-            raise DataError(f"{shown}: is read with the file that it belongs to; name that one")
+            raise DataError(f"{where}: is read with the file that it belongs to; name that one")
     elif not rules.is_utf8_name(address + name):
-        raise DataError(f"{shown}: its name is not UTF-8; rename it")
+        raise DataError(f"{where}: its name is not UTF-8; rename it")
     else:
         found.files.append(InputFile(address, name, source, kind, entry.num_bytes, entry.modified_ns))
         found.other_names |= entry.has_other_names
@@ -262,7 +263,7 @@ def _take(
             found.linked.add(address)
 
 
-def _format(probe: Probe, entry: Entry, wanted: Wanted, found: _Found, below: bool) -> tuple[str | None, str | None]:
+def _format(probe: Probe, entry: Entry, wanted: Wanted, found: _Found, below: bool, where: str) -> tuple[str | None, str | None]:
     """A file's format, or why it is skipped; neither for one that is read with another. Raises DataError."""
     if goes_with_another(probe):
         return None, None
@@ -278,27 +279,25 @@ def _format(probe: Probe, entry: Entry, wanted: Wanted, found: _Found, below: bo
     if kind == "text" and not rules.looks_like_data(probe.plain_name) and rules.is_binary(probe.head):
         if below and not wanted.suffixes:
             return None, "archive" if rules.is_archive(probe.name) else "binary file"
-        raise DataError(
-            f"{rules.printable_name(probe.name)}: is no text by its first bytes; decompress or unpack it, or say with --format what it is"
-        )
+        raise DataError(f"{where}: is no text by its first bytes; decompress or unpack it, or say with --format what it is")
     content = probe.json if wanted.format is None and not probe.plain_name.endswith((".jsonl", ".ndjson")) else None
     if content is not None and kind in ("text", "jsonl", "json"):
-        _check_json(probe, content, kind, below)
+        _check_json(where, wanted.text_key, content, kind, below)
         if kind == "text":
             found.json_texts.append(probe.name)
     return kind, None
 
 
-def _check_json(probe: Probe, content: JsonContent, kind: str, below: bool) -> None:
+def _check_json(where: str, text_key: str, content: JsonContent, kind: str, below: bool) -> None:
     """Raises DataError for JSON, told by its content, that is no records with a text, and no document either."""
     fields = "" if not content.first else f" but {', '.join(map(repr, list(content.first)[:8]))}"
     remedy = "name it with --text-key, or read each file as one text with --format text"
     if kind != "text" or content.is_records:
-        if not content.has_field(probe.text_key):
-            raise DataError(f"{probe.name}: its JSON objects have no field {probe.text_key!r}{fields}; {remedy}")
+        if not content.has_field(text_key):
+            raise DataError(f"{where}: its JSON objects have no field {text_key!r}{fields}; {remedy}")
     elif not below:
         raise DataError(
-            f"{probe.name}: is JSON without a field {probe.text_key!r}{fields}; say what it is: --format jsonl (an object a line), json "
+            f"{where}: is JSON without a field {text_key!r}{fields}; say what it is: --format jsonl (an object a line), json "
             "(an array of objects) or text (one text as it is), or name the field with --text-key"
         )
 

@@ -122,7 +122,7 @@ def test_standard_input(weftrain: Weftrain, tmp_path: Path) -> None:
         assert message in refused.output
     binary = CliRunner().invoke(main, ["prep", "-", *map(str, common), "--name", "x"], input=gzip.compress(lines.encode()))
     assert binary.exit_code == 2
-    assert "stdin: is no text by its first bytes; decompress" in binary.output
+    assert "<stdin>: is no text by its first bytes; decompress" in binary.output
     assert not list(tmp_path.glob(".*stdin*"))
 
 

@@ -249,7 +249,7 @@ def test_a_file_that_is_read_with_another_is_not_named_itself(tmp_path: Path) ->
     folder = tree(tmp_path / "in", {"a.bin": b"x", "a.idx": b"x"})
     with pytest.raises(DataError, match=r"a\.idx: is read with the file that it belongs to; name that one"):
         find(folder / "a.idx")
-    with pytest.raises(DataError, match=r"^program: is no text by its first bytes; .*--format"):
+    with pytest.raises(DataError, match=r"/program: is no text by its first bytes; .*--format"):
         find(tree(tmp_path, {"program": b"\x7fELF\0"}) / "program")
 
 
@@ -420,7 +420,7 @@ def test_token_rows_are_told_by_content(tmp_path: Path) -> None:
 def test_a_json_file_that_is_no_text_is_refused_with_the_remedy(tmp_path: Path, data: bytes, message: str) -> None:
     for name in ("t.json", "t.txt", "t"):
         path = tree(tmp_path, {name: data}) / name
-        with pytest.raises(DataError, match=rf"^{name}: {message}"):
+        with pytest.raises(DataError, match=rf"/{name}: {message}"):
             find(path)
         assert formats(find(path, format="text")) == {name: "text"}
         if b"body" in data:
