@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.readers import amber, arrow, cerebras, datatrove, json_array, json_lines, litdata, mds, megatron, npy, parquet, text
+from weftrain.data_prep.readers import (
+    amber,
+    arrow,
+    cerebras,
+    datatrove,
+    json_array,
+    json_lines,
+    litdata,
+    mds,
+    megatron,
+    npy,
+    parquet,
+    text,
+    warc,
+)
 from weftrain.data_prep.readers.contract import Probe, Reader, always_data, goes_with_none
 
 # In the order in which they are asked whether a file is theirs.
@@ -15,6 +29,7 @@ READERS: dict[str, Reader] = {
         json_array.READER,
         parquet.READER,
         arrow.READER,
+        warc.READER,
         cerebras.ROWS,
         cerebras.CORPUS,
         megatron.READER,
