@@ -330,10 +330,12 @@ ROWS_LENGTH = 16
 
 
 def write_tokens(folder: Path, vocab_size: int) -> None:
-    """Documents of ids as others write them: Megatron, datatrove and OLMo."""
+    """Documents of ids as others write them: Megatron, datatrove, OLMo, and MDS and litdata as their libraries wrote them."""
     generator = np.random.default_rng(7)
     ids = [generator.integers(3, vocab_size, int(length)) for length in generator.integers(1, 40, 30)]
     (folder / "d").mkdir(parents=True, exist_ok=True)
+    for name in ("mds_uint16", "mds_zstd", "mds_text", "litdata_tokens", "litdata_tree", "litdata_batch"):
+        shutil.copytree(Path(__file__).parent / "readers" / "files" / name, folder / "d" / name)
     (folder / "d" / "a.ds").write_bytes(np.concatenate(ids[:10]).astype("<u2").tobytes())
     (folder / "d" / "a.ds.index").write_bytes(np.cumsum([len(document) for document in ids[:10]]).astype("<u8").tobytes())
     np.save(folder / "d" / "ids.npy", np.concatenate([np.append(document, 2) for document in ids[10:20]]).astype("<u2"))
@@ -366,9 +368,17 @@ def write_rows(folder: Path, vocab_size: int) -> list[Path]:
     with h5py.File(folder / "rows.h5", "w") as file:
         file["data"] = planes
         file.attrs["n_examples"] = 40
+    position, packed = np.arange(ROWS_LENGTH) % 5, np.zeros((40, 5, ROWS_LENGTH), "<i4")
+    packed[:, :3], packed[:, 3], packed[:, 4] = (
+        planes,
+        np.minimum(4, ROWS_LENGTH - 1 - np.arange(ROWS_LENGTH) + position) - position,
+        position,
+    )
+    with h5py.File(folder / "packed.h5", "w") as file:
+        file["data"] = packed
     with h5py.File(folder / "corpus.h5", "w") as file:
         file["data"] = np.append(ids[:, :-1].reshape(-1), 5).astype("<u2")
-    return [folder / name for name in ("amber.jsonl", "rows.h5", "corpus.h5")]
+    return [folder / name for name in ("amber.jsonl", "rows.h5", "packed.h5", "corpus.h5")]
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from weftrain.data_prep.documents import Document, Failure
 from weftrain.data_prep.listing import list_inputs
 
 FILES = Path(__file__).parent / "files"
-DOCUMENTS = [np.arange(number, number + 3 + number % 5) * 7 % 500 for number in range(12)]
+DOCUMENTS = [np.arange(number, number + 3 + number % 5) * 7 % 300 for number in range(12)]
 SETTINGS: dict[str, dict[str, Any]] = {
     "litdata_tokens": {"chunk_size": 17, "item_loader": "TokensLoader"},
     "litdata_numpy": {"chunk_size": 17, "item_loader": "TokensLoader"},

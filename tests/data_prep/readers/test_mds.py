@@ -23,7 +23,7 @@ from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.readers import sample_table
 
 FILES = Path(__file__).parent / "files"
-DOCUMENTS = [np.arange(number, number + 3 + number % 5) * 7 % 500 for number in range(12)]
+DOCUMENTS = [np.arange(number, number + 3 + number % 5) * 7 % 300 for number in range(12)]
 COLUMNS = {
     "mds_uint16": {"tokens": "ndarray:uint16", "id": "str"},
     "mds_any": {"input_ids": "ndarray", "attention_mask": "ndarray", "extra": "pkl"},
