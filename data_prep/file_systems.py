@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from weftrain.core.errors import DataError
 from weftrain.data_prep.files import file_system, is_local, local_path
+from weftrain.data_prep.remote import RemoteSystem
 
 Kind = Literal["file", "folder", "special", "broken link", "link loop", "same folder"]
 
@@ -184,7 +185,7 @@ def _as(entry: Entry, kind: Kind) -> Entry:
 class RemoteFiles:
     """An fsspec file system. Object stores have no links, and one flat listing is far cheaper there than a request a folder."""
 
-    def __init__(self, system: Any, address: str) -> None:
+    def __init__(self, system: RemoteSystem, address: str) -> None:
         self._system, self._address = system, address
 
     def look(self, path: str) -> Entry | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO
 
 from weftrain.core.errors import DataError
 from weftrain.data_prep.documents import InputFile
+from weftrain.data_prep.remote import RemoteSystem
 
 BLOCK_BYTES = 1 << 20
 
@@ -22,15 +23,15 @@ def is_local(address: str) -> bool:
     return "://" not in address
 
 
-def file_system(address: str) -> tuple[Any, str]:
+def file_system(address: str) -> tuple[RemoteSystem, str]:
     """fsspec's file system of an address, and the path there. Raises DataError."""
     import fsspec
 
     try:
         system, root = fsspec.core.url_to_fs(address)
-    except (ValueError, ImportError, OSError) as error:
+    except Exception as error:  # each library behind fsspec has exceptions of its own
         raise DataError(f"{address}: no such file system: {error}; install what it needs") from error
-    return system, root
+    return RemoteSystem(system), root
 
 
 def local_file(path: str, name: str, source: str, format: str) -> InputFile:
@@ -44,11 +45,9 @@ def open_address(address: str) -> IO[bytes]:
     try:
         if is_local(address):
             return open(address, "rb")
-        import fsspec
-
-        opened: IO[bytes] = fsspec.open(address, "rb").open()
-        return opened
-    except (OSError, ValueError, ImportError) as error:
+        system, path = file_system(address)
+        return system.open(path)
+    except OSError as error:
         raise DataError(f"{address}: cannot be read: {error}") from error
 
 
@@ -84,7 +83,7 @@ def check_unchanged(file: InputFile) -> None:
             same = (status.st_size, status.st_mtime_ns) == (file.num_bytes, file.modified_ns)
         else:
             system, path = file_system(file.address)
-            same = int(system.size(path)) == file.num_bytes
+            same = system.size_now(path) == file.num_bytes
     except OSError as error:
         raise DataError(f"{file.address}: cannot be read: {error}") from error
     if not same:

@@ -133,10 +133,6 @@ def _list_address(address: str, wanted: Wanted, found: _Found, standard_input: P
     except (OSError, ValueError) as error:
         where = getattr(error, "filename", None) or address
         raise DataError(f"{rules.printable_name(str(where))}: cannot be listed: {getattr(error, 'strerror', None) or error}") from error
-    except Exception as error:  # each library behind fsspec has exceptions of its own
-        if isinstance(system, LocalFiles):
-            raise
-        raise DataError(f"{address}: cannot be listed: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _list_path(system: FileSystem, path: str, address: str, wanted: Wanted, found: _Found) -> None:

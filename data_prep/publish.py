@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
 
 from weftrain.core import fsops
 from weftrain.core.dataset import FAILURES, MANIFEST, TOKENIZER, Manifest, ShardSet, described_by, read_manifest, verify_tables
 from weftrain.core.errors import DataError
 from weftrain.data_prep.files import file_system
 from weftrain.data_prep.plan import Progress, no_progress
+from weftrain.data_prep.remote import RemoteSystem
 
 _BLOCK_BYTES = 1 << 24
 
@@ -95,7 +95,7 @@ def _files(manifest: Manifest) -> list[str]:
     return [*described_by(manifest), *(shard.file for entry in manifest.sets.values() for shard in entry.shards)]
 
 
-def _is_there(system: Any, root: str, address: str, manifest: bytes) -> bool:
+def _is_there(system: RemoteSystem, root: str, address: str, manifest: bytes) -> bool:
     """Whether this dataset lies at the address; False where none does. Raises DataError for another."""
     if not system.exists(f"{root}/{MANIFEST}"):
         return False
@@ -104,8 +104,8 @@ def _is_there(system: Any, root: str, address: str, manifest: bytes) -> bool:
     return True
 
 
-def _fetch_file(system: Any, source: str, target: Path) -> None:
-    with system.open(source, "rb") as read, fsops.FileWriter(target) as file:
+def _fetch_file(system: RemoteSystem, source: str, target: Path) -> None:
+    with system.open(source) as read, fsops.FileWriter(target) as file:
         while block := read.read(_BLOCK_BYTES):
             file.write(block)
         file.sync()
