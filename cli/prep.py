@@ -43,7 +43,11 @@ class _Job:
 @click.option("--only", multiple=True, help="Of a recipe: only the dataset of this name (repeatable).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Of a recipe: lay a value over it (repeatable).")
 @click.option("--grow", type=click.Path(path_type=Path), help="A dataset that INPUTS are added to, in a folder of its own, --name.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json.  [default: a byte-level BPE trained on the text]")
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="A tokenizer.json, or a SentencePiece .model.  [default: a byte-level BPE trained on the text]",
+)
 @click.option("--vocab-size", type=click.IntRange(min=300), help="Ids of the trained tokenizer, 32 specials apart.  [default: 8192]")
 @click.option("--eos", help="The tokenizer's end-of-document token, or none.  [default: </s> or <|endoftext|>]")
 @click.option("--bos", help="The tokenizer's token to put before each document, such as <s>.  [default: none]")

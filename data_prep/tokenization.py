@@ -12,7 +12,8 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from weftrain.core.errors import DataError
 from weftrain.core.plain_file import read_plain
 from weftrain.core.shards import token_dtype
 from weftrain.core.tokenizer_file import is_panic, library_stopped, tokenizer_from
+from weftrain.data_prep.added_tokens import may_hold_added_token
 from weftrain.data_prep.engines import Gigatoken, Reference, TextTooLongError, open_gigatoken
 from weftrain.data_prep.markers import EOS_CANDIDATES, MarkerIds, Markers, marker_ids, token_names
 from weftrain.data_prep.packing import split
+from weftrain.data_prep.sentencepiece_model import is_sentencepiece, tokenizer_json
 
 CONTROL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as LLaMA's and so Amber's and CrystalCoder's
 # CrystalCoder's ids 32000.. in their order, spelled as in its released tokenizer; the ten last are unused there too.
@@ -48,6 +51,7 @@ DIFFERED = "gigatoken and the reference differed on a document of the sample"
 _CHECKED = 2  # of 256: documents whose hash begins with a smaller byte are encoded by both engines
 _LARGE_CHARACTERS = 1 << 16  # of a text that is compared; of a longer one only so much is
 _BLOCK_TOKENS = 1 << 20
+_SPELL = "use a tokenizer that can spell its special tokens out"
 DEFAULT_MARKERS = Markers()
 MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 
@@ -93,6 +97,7 @@ class TextEncoder:
         self.control_ids = np.array(sorted(control - {self.unknown_id}))
         self._is_control = np.zeros(self.vocab_size, np.bool_)
         self._is_control[self.control_ids] = True
+        self._misread = _misread(tree)
         listed = tree.get("added_tokens") or []
         as_called = all(token["special"] == (token["id"] in control) for token in listed)
         for token in listed:
@@ -143,13 +148,16 @@ class TextEncoder:
         result: list[np.ndarray | str] = list(encoded)
         for place, ids in zip(places, split(joined.astype(self.dtype), ends), strict=True):
             result[place] = ids
+        if self._misread is not None:
+            for place in places:
+                if any(map(self._misread, _slices(texts[place]))):
+                    result[place] = (
+                        "spells the name of an unknown or byte token, which this Unigram tokenizer takes for that token; " + _SPELL
+                    )
         for hit in self._control_hits(joined, ends, counts):
             document = int(np.searchsorted(ends, hit, side="right"))
             place = hit - int(ends[document]) + len(arrays[document])
-            result[places[document]] = (
-                f"the tokenizer turns ordinary text into control id {joined[hit]} at token {place}; "
-                "use a tokenizer that can spell its special tokens out"
-            )
+            result[places[document]] = f"the tokenizer turns ordinary text into control id {joined[hit]} at token {place}; {_SPELL}"
         return result
 
     def _control_hits(self, ids: np.ndarray, ends: np.ndarray, counts: Counts) -> list[int]:
@@ -245,6 +253,31 @@ def _first_difference(ids: np.ndarray | str, others: np.ndarray | str) -> int | 
     return int(np.argmax(np.append(ids[:length] != others[:length], True)))
 
 
+def _misread(tree: dict[str, Any]) -> Callable[[str], bool] | None:
+    """Which texts hold what a Unigram model takes for a token though it only spells its name: `<unk>` and `<0x41>`. None: no text.
+
+    The library finds every entry of a Unigram vocabulary in text; BPE and WordPiece only make what their merges and words are.
+    """
+    model = tree["model"]
+    if model.get("type") != "Unigram":
+        return None
+    names = [piece for piece, _ in model["vocab"]]
+    unknown = [] if model.get("unk_id") is None else [names[model["unk_id"]]]
+    spelled = unknown + [name for name in names if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", name)]
+    return may_hold_added_token(
+        {
+            "normalizer": tree.get("normalizer"),
+            "added_tokens": [{"content": name, "special": False, "normalized": True} for name in spelled],
+        }
+    )
+
+
+def _slices(text: str) -> Iterator[str]:
+    """A text in bounded slices that overlap by more than a token's name."""
+    for start in range(0, max(1, len(text)), _BLOCK_TOKENS):
+        yield text[start : start + _BLOCK_TOKENS + 64]
+
+
 def unknown_id(tree: dict[str, Any], tokenizer: Tokenizer) -> int | None:
     """The id that a tokenizer's model gives for text that its vocabulary cannot spell.
 
@@ -296,6 +329,8 @@ def load_encoder(path: Path, markers: Markers = DEFAULT_MARKERS, *, engine: str 
     except OSError as error:
         raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}; name a tokenizer.json") from error
     try:
+        if is_sentencepiece(path, data):
+            data = tokenizer_json(data, "the tokenizer")
         return encoder_for(data, markers, engine)  # the one that the tasks of this process use
     except DataError as error:
         raise DataError(str(error).replace("the tokenizer", str(path), 1)) from error
