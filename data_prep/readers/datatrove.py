@@ -33,12 +33,16 @@ class _Layout:
     documents: int
 
 
+def _check_there(address: str) -> None:
+    local_only(address, "datatrove's .ds files")
+    if not exists(address + _INDEX):
+        raise DataError(f"{address}: has no {Path(address).name}{_INDEX} beside it, which tells its documents apart; copy that too")
+
+
 def _layout(file: InputFile) -> _Layout:
     """What the files beside a .ds say, held against its size. Raises DataError."""
-    local_only(file.address, "datatrove's .ds files")
+    _check_there(file.address)
     index = file.address + _INDEX
-    if not exists(index):
-        raise DataError(f"{file.address}: has no {Path(index).name} beside it, which tells its documents apart; copy that too")
     num_bytes = os.stat(index).st_size
     documents = num_bytes // _ENDS.itemsize
     if not documents or num_bytes % _ENDS.itemsize:
@@ -103,11 +107,19 @@ def _belongs(probe: Probe) -> bool:
     return probe.name.endswith((f".ds{_INDEX}", f".ds{_LOSS}", f".ds{_METADATA}")) and probe.has_beside("")
 
 
+def _is_ds(probe: Probe) -> bool:
+    """Raises DataError for one that cannot be read."""
+    if not probe.name.endswith(".ds"):
+        return False
+    _check_there(probe.address)
+    return True
+
+
 READER = Reader(
     name="datatrove",
     holds="tokens",
     read=datatrove_documents,
-    detect=lambda probe: probe.name.endswith(".ds"),
+    detect=_is_ds,
     goes_with=_belongs,
     num_units=lambda file: _layout(file).documents,
     beside=_beside,

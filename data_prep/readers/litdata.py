@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from weftrain.data_prep.readers.sample_table import (
 )
 
 _INDEX = "index.json"
+_CHUNK_NAME = re.compile(r"chunk-[0-9]+-[0-9]+(\.zstd)?\.bin")  # as litdata names them; an index may name others
 _MAX_INDEX_BYTES = 256 << 20  # a hundred bytes a chunk
 _MAX_WINDOW_BYTES = 1 << 27
 _FRAMED, _ARROW = b"LDFZ01\0\0", b"LDARW01\0"
@@ -151,13 +153,17 @@ class _Unzipped:
             raise DataError(f"{self._name}: damaged: {one_line(error)}; copy it again") from error
 
 
+def _unnamed(address: str) -> DataError:
+    return DataError(f"{address}: is named by no {_INDEX} of litdata beside it, which says what it holds; copy that too")
+
+
 @contextmanager
 def _chunk(address: str, index: _Index | None) -> Iterator[tuple[IO[bytes], SampleTable]]:
     """An opened chunk and where its items lie. Raises DataError."""
     local_only(address, "litdata's chunks")
     name = PurePosixPath(address).name
     if index is None or name not in index.chunks:
-        raise DataError(f"{address}: is named by no {_INDEX} of litdata beside it, which says what it holds; copy that too")
+        raise _unnamed(address)
     with open(address, "rb") as opened:
         num_bytes = os.fstat(opened.fileno()).st_size
         stream: IO[bytes] = opened
@@ -241,7 +247,10 @@ def _kind(probe: Probe) -> str | None:
     if not probe.name.endswith(".bin"):
         return None
     index = _index_of(probe.address)
-    if index is None or PurePosixPath(probe.address).name not in index.chunks:
+    if index is None or probe.base not in index.chunks:
+        if _CHUNK_NAME.fullmatch(probe.base):
+            local_only(probe.address, "litdata's chunks")
+            raise _unnamed(probe.address)
         return None
     ids = [column.name for column in index.columns if column.name in ("tokens", "input_ids")]
     ids = ids or [column.name for column in index.columns if _dtype(column.encoding) is not None]
@@ -258,7 +267,11 @@ def _kind(probe: Probe) -> str | None:
 
 def _belongs(probe: Probe) -> bool:
     """Whether a file is the index of chunks, all of which must be there. Raises DataError."""
-    if probe.base != _INDEX or (index := _index_of(probe.address)) is None:
+    if probe.base != _INDEX:
+        return False
+    if not is_local(probe.address) and b'"data_format"' in probe.head:
+        local_only(probe.address, "litdata's chunks")
+    if (index := _index_of(probe.address)) is None:
         return False
     for name in index.chunks:
         if not path_below(Path(probe.address).parent, name).is_file():

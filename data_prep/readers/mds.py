@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO
 
 import numpy as np
 
 from weftrain.core.canonical import parse_json
 from weftrain.core.errors import DataError
-from weftrain.core.names import path_below
-from weftrain.core.plain_file import open_plain
+from weftrain.core.names import checked_path
 from weftrain.data_prep.compression import compression_of, open_decompressed
 from weftrain.data_prep.documents import InputFile, Share
-from weftrain.data_prep.files import exists, is_local
+from weftrain.data_prep.files import exists, open_address
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records
 from weftrain.data_prep.readers.ids import choose_field, ids_of_bytes, ids_of_list, read_stream
@@ -174,11 +173,11 @@ def _belongs(probe: Probe) -> bool:
         if exists(probe.address[: -len(compression_of(probe.name) or "")]):
             raise DataError(f"{probe.address}: is there uncompressed too; remove one of the two")
         return False
-    if not probe.name.endswith("index.json") or PurePosixPath(probe.name).name != "index.json" or not is_local(probe.address):
+    if probe.base != "index.json":
         return False
-    names = _indexed(probe.address)
+    names, folder = _indexed(probe.address), probe.address.rpartition("/")[0]
     for alternatives in names or ():
-        if not any(path_below(Path(probe.address).parent, name).is_file() for name in alternatives):
+        if not any(exists(f"{folder}/{name}" if folder else name) for name in alternatives):
             raise DataError(f"{probe.address}: names the shard {alternatives[0]}, which is not there; copy it, or remove index.json")
     return names is not None
 
@@ -186,7 +185,7 @@ def _belongs(probe: Probe) -> bool:
 def _indexed(address: str) -> list[list[str]] | None:
     """The names that an index.json has for each of its shards, uncompressed and compressed; None for another's index. Raises DataError."""
     try:
-        with open_plain(Path(address)) as opened:
+        with open_address(address) as opened:
             data = opened.read(_MAX_INDEX_BYTES + 1)
         if len(data) > _MAX_INDEX_BYTES or b'"mds"' not in data:
             return None
@@ -196,7 +195,7 @@ def _indexed(address: str) -> list[list[str]] | None:
             return None
         names = [[shard[key]["basename"] for key in ("raw_data", "zip_data") if shard.get(key) is not None] for shard in shards]
         for name in (name for alternatives in names for name in alternatives):
-            path_below(Path(address).parent, name)
+            checked_path(name)
         return names if all(names) else None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{address}: is no index of MDS shards: {error}; copy it again") from error

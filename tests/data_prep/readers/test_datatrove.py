@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -124,6 +125,14 @@ def test_what_contradicts_the_ids(tmp_path: Path, read_all: Callable[..., Any], 
 def test_a_loss_mask_that_is_none_fails_its_document(tmp_path: Path, read_all: Callable[..., Any]) -> None:
     items = read_all(write(tmp_path, loss=[1, 1, 2, 1, 1, 1, 1, 1]))
     assert [isinstance(item, Failure) for item in items] == [True, False, False, False]
+
+
+def test_files_of_another_file_system_are_refused_by_name(read_all: Callable[..., Any]) -> None:
+    root = f"memory://{uuid.uuid4().hex}/in"
+    system, base = fsspec.core.url_to_fs(root)
+    system.pipe_file(f"{base}/a.ds", b"1234")
+    with pytest.raises(DataError, match=r"datatrove's \.ds files are read from local folders only"):
+        read_all(root)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

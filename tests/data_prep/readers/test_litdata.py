@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -82,6 +83,8 @@ def test_text_packed_rows_and_arrow(read_all: Callable[..., Any], tmp_path: Path
     shutil.copy(FILES / "litdata_tree" / "chunk-0-0.bin", tmp_path)
     with pytest.raises(DataError, match=r"is named by no index\.json of litdata beside it"):
         read_all(tmp_path / "chunk-0-0.bin", format="litdata")
+    with pytest.raises(DataError, match=r"is named by no index\.json of litdata beside it"):
+        read_all(tmp_path)  # and not skipped as a binary file
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,8 @@ def test_text_packed_rows_and_arrow(read_all: Callable[..., Any], tmp_path: Path
         (lambda tree: tree["config"].update(data_format=["jpeg", "int", "str"]), "is known to hold ids"),
         (lambda tree: tree["config"].update(data_format=[]), "'data_format' is no list of encodings"),
         (lambda tree: tree["chunks"][1].update(filename="../x.bin"), "is not a path within the folder"),
-        (lambda tree: tree["chunks"][1].update(filename="absent.bin"), "names the chunk absent.bin, which is not there"),
+        (lambda tree: tree["chunks"][1].update(filename="absent.bin"), r"chunk-0-1\.bin: is named by no index\.json"),
+        (lambda tree: tree["chunks"].append({"filename": "absent.bin", "chunk_size": 1}), "names the chunk absent.bin, which is not there"),
         (lambda tree: tree["chunks"][1].update(chunk_size=4), r"chunk-0-1\.bin: holds 5 items, index\.json says 4"),
     ],
 )
@@ -108,6 +112,15 @@ def test_an_index_that_cannot_be_followed(tmp_path: Path, read_all: Callable[...
     with pytest.raises(DataError, match=message):
         read_all(folder, **options)
         read_all(folder / "chunk-0-0.bin", format="litdata", **options)
+
+
+def test_chunks_of_another_file_system_are_refused_by_name(read_all: Callable[..., Any]) -> None:
+    root = f"memory://{uuid.uuid4().hex}/in"
+    system, base = fsspec.core.url_to_fs(root)
+    for path in (FILES / "litdata_tree").iterdir():
+        system.pipe_file(f"{base}/{path.name}", path.read_bytes())
+    with pytest.raises(DataError, match="litdata's chunks are read from local folders only; copy them here first"):
+        read_all(root)
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])

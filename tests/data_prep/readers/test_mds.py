@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -227,6 +228,18 @@ def test_a_sample_too_long_and_one_whose_columns_do_not_fit(
     data[-8] += 1  # the size of the last sample's column
     path.write_bytes(data)
     assert "has 4 bytes of columns that say they have 5" in read_all(path, format="mds")[2].reason
+
+
+def test_an_address_of_another_file_system(read_all: Callable[..., Any]) -> None:
+    root = f"memory://{uuid.uuid4().hex}/in"
+    system, base = fsspec.core.url_to_fs(root)
+    for path in (FILES / "mds_uint16").iterdir():
+        system.pipe_file(f"{base}/{path.name}", path.read_bytes())
+    for part_bytes in (1 << 40, 100):
+        assert tokens(read_all(root, part_bytes)) == [ids.tolist() for ids in DOCUMENTS]
+    system.rm_file(f"{base}/shard.00003.mds")
+    with pytest.raises(DataError, match=r"names the shard shard\.00003\.mds, which is not there"):
+        read_all(root)
 
 
 @settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
