@@ -162,8 +162,8 @@ def _say_what_is_text(console: Console, job: _Job) -> None:
         names = ", ".join(job.json_texts[:4]) + (", …" if len(job.json_texts) > 4 else "")
         key = job.inputs.options.text_key
         console.print(
-            f"{len(job.json_texts):,} JSON files without a field {key!r} are read as text, a file a document: {names}; where they hold "
-            "records, name the field with --text-key"
+            f"JSON without a field {key!r} is read as text, a file a document ({len(job.json_texts):,}): {names}; where it holds records, "
+            "name their field with --text-key"
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import yaml
+from rich.filesize import decimal
 
 from weftrain.cli.display import Console
 from weftrain.core.config import Recipe
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from weftrain.data_prep.pipeline import Prepared
 
 DEMO = "amber_demo"  # the recipe that is cut to any dataset: it trains in minutes on a CPU
-_SHOWN = 4  # names of a reason
 
 
 def report(console: Console, prepared: Prepared, skipped: Sequence[Skipped]) -> None:
@@ -34,7 +34,7 @@ def report(console: Console, prepared: Prepared, skipped: Sequence[Skipped]) -> 
     _line(
         console,
         "read",
-        f"{_count(corpus.files, 'file')}, {corpus.num_bytes / 1e6:,.1f} MB: {_count(documents.read, 'document')}, "
+        f"{_count(corpus.files, 'file')}, {decimal(corpus.num_bytes)}: {_count(documents.read, 'document')}, "
         f"{_count(documents.duplicates, 'duplicate')} left out, {documents.failed:,} failed",
     )
     if manifest.parents:
@@ -69,13 +69,12 @@ def _notes(prepared: Prepared) -> list[str]:
 
 
 def _skipped(console: Console, skipped: Sequence[Skipped]) -> None:
-    from weftrain.data_prep.listing import counted
+    from weftrain.data_prep.listing import by_reason
 
     if skipped:
         _line(console, "skipped", f"{_count(len(skipped), 'entry', 'entries')} beside the inputs, each listed in inputs.jsonl")
-    for reason, count in counted(skipped).items():
-        names = [entry.name for entry in skipped if entry.reason == reason][:_SHOWN]
-        _line(console, "", f"{count:,} {reason}: {', '.join(names)}{', …' if count > len(names) else ''}")
+    for one in by_reason(skipped):
+        _line(console, "", one)
 
 
 def _line(console: Console, label: str, words: str) -> None:

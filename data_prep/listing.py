@@ -94,13 +94,13 @@ def counted(skipped: Iterable[Skipped]) -> dict[str, int]:
     return dict(sorted(Counter(entry.reason for entry in skipped).items()))
 
 
-def summary(skipped: Sequence[Skipped]) -> str:
-    """Skipped files by reason with the first names, on one line."""
-    parts = []
+def by_reason(skipped: Sequence[Skipped]) -> list[str]:
+    """Skipped files, a line a reason, with how many there are and the first names."""
+    lines = []
     for reason, count in counted(skipped).items():
-        names = [entry.name for entry in skipped if entry.reason == reason][:_SHOWN]
-        parts.append(f"{count:,} {reason} ({', '.join(names)}{', …' if count > len(names) else ''})")
-    return "; ".join(parts)
+        names = ", ".join(entry.name for entry in itertools.islice((entry for entry in skipped if entry.reason == reason), _SHOWN))
+        lines.append(f"{reason} ({count:,}): {names}{', …' if count > _SHOWN else ''}")
+    return lines
 
 
 @dataclass
@@ -191,7 +191,7 @@ def _needs_head(name: str) -> bool:
 
 
 def _not_read(skipped: Sequence[Skipped]) -> str:
-    return f"; not read: {summary(skipped)}" if skipped else ""
+    return f"; not read: {'; '.join(by_reason(skipped))}" if skipped else ""
 
 
 def _reason_by_name(entry: Entry, address: str, suffixes: tuple[str, ...]) -> str | None:

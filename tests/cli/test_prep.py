@@ -76,7 +76,7 @@ def test_the_command_that_prep_prints_trains_as_it_is(weftrain: Weftrain, texts:
         assert f"{manifest.documents.read:,} documents, {manifest.documents.duplicates} duplicates left out, 0 failed" in lines["read"]
         assert f"{manifest.train.n_examples:,} rows x 64 = {manifest.train.tokens:,} tokens" in lines["train"]
         assert "skipped  1 entry beside the inputs" in lines["skipped"]
-        assert "1 marker file: texts" in made.output
+        assert "marker file (1): texts" in made.output
         assert f"{manifest.train.n_examples // 16:,} steps of 16 rows (amber_demo)" in lines["epoch"]
     command = shlex.split(lines["next"].removeprefix("  next"))
     assert command[:3] == ["weftrain", "train", "amber_demo"]
@@ -149,7 +149,7 @@ def test_json_that_is_read_as_text_is_said_before_the_work(weftrain: Weftrain, t
     common = ["--output", tmp_path, "--vocab-size", "300", "--sequence-length", "8", "--heldout-fraction", "0"]
     made = weftrain("prep", f"file://{tmp_path}/in", *common, "--name", "x")
     assert made.exit_code == 0, made.output
-    assert made.output.startswith("1 JSON files without a field 'text' are read as text, a file a document: in/package.json;")
+    assert made.output.startswith("JSON without a field 'text' is read as text, a file a document (1): in/package.json;")
 
 
 def test_train_and_eval_on_it(weftrain: Weftrain, dataset: Path, tmp_path: Path) -> None:
