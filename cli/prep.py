@@ -14,7 +14,6 @@ import click
 from click.core import ParameterSource
 
 from weftrain.cli.display import Bar, Console
-from weftrain.cli.prep_report import report
 from weftrain.core.errors import DataError
 
 if TYPE_CHECKING:
@@ -140,6 +139,7 @@ def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
 
 def _make(job: _Job, folder: Path, output: str, executor: Executor, stage: str | None, console: Console) -> None:
     """Make one dataset in `folder`, say what became of it, and copy it to `output` where that is an address."""
+    from weftrain.cli.prep_report import report
     from weftrain.data_prep.pipeline import prepare
     from weftrain.data_prep.publish import is_remote, publish
 

@@ -23,7 +23,7 @@ from weftrain.core.errors import DataError
 from weftrain.core.line_table import Lines
 from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile, Part, Share
 from weftrain.data_prep.files import local_file
-from weftrain.data_prep.listing import list_inputs
+from weftrain.data_prep.listing import Wanted, by_reason, find_inputs
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.quality import Quality
 from weftrain.data_prep.read_options import ReadOptions
@@ -107,7 +107,7 @@ def filter_inputs(inputs: Inputs, quality: Quality, folder: Path, workers: int =
     Raises DataError.
     """
     parts = tuple(split_parts(inputs.files, _PART_BYTES))
-    against = list_inputs(list(quality.decontaminate.against), source=None) if quality.decontaminate is not None else []
+    against = _evaluation_sets(quality)
     listed = [list(dataclasses.asdict(file).values()) for file in (*inputs.files, *against)]
     options = dataclasses.asdict(inputs.options)
     wanted = sha256_json({"quality": quality.model_dump(mode="json"), "options": options, "files": listed})
@@ -208,6 +208,18 @@ def _filters(quality: Quality, scratch: Path) -> list[Any]:
     return steps
 
 
+def _evaluation_sets(quality: Quality) -> tuple[InputFile, ...]:
+    """The files to decontaminate against. Raises DataError where one of a folder is not read as records: it would be missed."""
+    if quality.decontaminate is None:
+        return ()
+    listed = find_inputs([Wanted(quality.decontaminate.against)])
+    missed = [one for one in listed.skipped if one.reason not in ("hidden file", "hidden folder", "marker file", "marker folder")]
+    if missed or listed.json_texts:
+        found = "; ".join([*by_reason(missed), *(f"JSON without a field 'text': {name}" for name in listed.json_texts)])
+        raise DataError(f"quality.decontaminate.against: not read: {found}; name the files themselves, or remove these")
+    return listed.files
+
+
 def _named(name: str, step: Any) -> Any:
     step.name = name
     return step
@@ -228,7 +240,7 @@ def _decontamination(quality: Quality, folder: Path) -> Any:
     config = NGramsDecontConfig(n_grams=wanted.ngrams, hash_config=HashConfig(precision=64, hash_fc="sha1"))
     hash_of, words = create_hash_func(config.hash_config), load_word_tokenizer(quality.language)
     fsops.make_dirs(folder)
-    files = list_inputs(list(wanted.against), source=None)
+    files = _evaluation_sets(quality)
     for index, file in enumerate(files):
         hashes: set[int] = set()
         for part in split_parts([file], 1 << 62):

@@ -30,9 +30,9 @@ def _known_format(name: str) -> str:
 
 
 class InputSection(Section):
-    """Files of one kind. addresses: below `--inputs`, or absolute, or of another file system (`s3://…`); `*` matches.
+    """Files of one kind. addresses: below `--inputs`, or absolute, or of another file system (`s3://…`); patterns are the shell's.
 
-    source: what their documents are counted as; none: the folder's or file's name. suffixes: of a folder, only files that end so.
+    source: what their documents are counted as; none: the folder's or file's name. suffixes: of a folder, only names that end so.
     """
 
     addresses: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]

@@ -308,6 +308,9 @@ FILES = {
         ("d/**", ["a3.txt", "e/a4.txt"]),
         ("d/**/*4*", ["e/a4.txt"]),
         (".*.txt", [".h.txt"]),
+        ("*.txt", ["B1.txt", "a1.txt", "a2.txt", "b1.txt", "x[1].txt"]),
+        ("d/*/a?.txt", ["e/a4.txt"]),
+        ("d/**/a*", ["a3.txt", "e/a4.txt"]),
         ("d*/", ["d/a3.txt", "d/e/a4.txt"]),
         ("*/e/a4.txt", ["d/e/a4.txt"]),
         ("x[1].txt", ["x[1].txt"]),  # a path that exists is no pattern

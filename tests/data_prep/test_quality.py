@@ -121,6 +121,12 @@ def test_an_evaluation_set_of_too_few_words(tmp_path: Path) -> None:
     (tmp_path / "eval.jsonl").write_text('{"text": "one two"}\n')
     with pytest.raises(DataError, match="no text of 12 words to decontaminate against"):
         filtered(tmp_path, Quality(decontaminate=Decontaminate(against=(str(tmp_path / "eval.jsonl"),))))
+    (tmp_path / "sets").mkdir()
+    for name in ("eval.jsonl", "task.json"):
+        (tmp_path / "sets" / name).write_text('{"prompt": "a"}' if name == "task.json" else json.dumps({"text": QUIZ}) + "\n")
+    (tmp_path / "sets" / "more").write_bytes(b"\0")
+    with pytest.raises(DataError, match=r"not read: binary file \(1\): sets/more; JSON without a field 'text': sets/task\.json"):
+        filtered(tmp_path, Quality(decontaminate=Decontaminate(against=(str(tmp_path / "sets"),))))
 
 
 @pytest.mark.prove
