@@ -15,13 +15,17 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from weftrain.cli.main import main
+from weftrain.core.dataset import ShardSet, read_manifest
 from weftrain.core.errors import DataError
 from weftrain.data_prep.documents import Document, Failure
 from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.readers import sample_table
+from weftrain.data_prep.tokenization import TextEncoder
 
 FILES = Path(__file__).parent / "files"
 DOCUMENTS = [np.arange(number, number + 3 + number % 5) * 7 % 300 for number in range(12)]
@@ -240,6 +244,40 @@ def test_an_address_of_another_file_system(read_all: Callable[..., Any]) -> None
     system.rm_file(f"{base}/shard.00003.mds")
     with pytest.raises(DataError, match=r"names the shard shard\.00003\.mds, which is not there"):
         read_all(root)
+
+
+def test_options_of_the_command_and_of_a_recipe(tmp_path: Path, encoder: TextEncoder) -> None:
+    rows = [[ids.astype("<u2").tobytes()] for ids in DOCUMENTS]
+    shard(tmp_path / "in" / "a.mds", {"mine": "bytes"}, rows)
+    (tmp_path / "in" / "tokenizer.json").write_bytes(encoder.data)
+    (tmp_path / "r.yaml").write_text(
+        "name: r\ndescription: ids\ntokenizer: tokenizer.json\ntokens_key: mine\ntokens_dtype: uint16\nsequence_length: 8\norder: as_read\n"
+        "datasets:\n  - name: recipe\n    inputs:\n      - {addresses: [a.mds], format: mds, source: s}\n"
+    )
+    common = ["--output", str(tmp_path / "out"), "--workers", "1"]
+    options = [
+        "--format",
+        "mds",
+        "--tokens-key",
+        "mine",
+        "--tokens-dtype",
+        "uint16",
+        "--tokenizer",
+        str(tmp_path / "in" / "tokenizer.json"),
+    ]
+    lengths = ["--sequence-length", "8", "--order", "as_read", "--heldout-fraction", "0"]
+    for arguments in (
+        [str(tmp_path / "in" / "a.mds"), "--name", "command", *options, *lengths],
+        [str(tmp_path / "r.yaml"), "--inputs", str(tmp_path / "in")],
+    ):
+        done = CliRunner().invoke(main, ["prep", *arguments, *common])
+        assert done.exit_code == 0, done.output
+    stream = np.concatenate([np.append(ids, encoder.eos_id) for ids in DOCUMENTS])
+    for name in ("command", "recipe"):
+        shards = ShardSet(tmp_path / "out" / name, read_manifest(tmp_path / "out" / name), "train")
+        ids, _ = shards.rows(np.arange(shards.num_rows))
+        assert shards.num_rows == (len(stream) - 1) // 8
+        assert all(np.array_equal(row, stream[place * 8 : place * 8 + 9]) for place, row in enumerate(ids))
 
 
 @settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
