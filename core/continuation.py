@@ -6,7 +6,8 @@ source had been read. From then on the rows are a pure function of that recipe a
 source whose dataset was prepared anew, is counted and reported.
 
 A source goes on where its dataset, its name, the seed and the kind of order are the same. A pass over its rows that is under way is
-finished first: over the subset that it began with, as far as the new one holds it, then over what the new subset adds.
+finished first: over the subset that it began with, as far as the new one holds it, then over what the new subset adds. A dataset that grew
+from the one that was read is the same one with more rows at its end.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from tests.core.test_continuation import ancestor_of
 from tests.core.test_data import VOCAB, S, make_dataset
 from weftrain.core.config import Recipe
 from weftrain.core.ledger import LEDGER, lineage, read_ledger
@@ -62,6 +64,24 @@ def test_the_printed_command_continues_chunks_and_schedule_twice_over(train: Tra
     assert len(set(rows)) == len(rows) == 48
     manifest: dict[str, Any] = read_manifest(tmp_path / "runs" / "crystal_demo" / "checkpoints" / "step_00000024")
     assert manifest["sources"]["a"] == {"dataset_id": manifest["dataset_id"], "place": 48, "read": 48, "subsets": [[0.0, 1.0]], "turn": 0}
+
+
+def test_a_run_goes_on_with_the_dataset_that_its_own_grew_into(train: Train, tmp_path: Path) -> None:
+    """The refusal names what to allow; then no row comes twice, and the checkpoint says of how many rows the pass began."""
+    make_dataset(tmp_path / "data" / "grown", [2000, 30], parents=[ancestor_of(tmp_path / "data" / "a")])
+    assert train("schedule.steps=4").exit_code == 0
+    onward = ["schedule.steps=9", "data.sources.0.path=grown"]
+    refused = train(*onward)
+    assert refused.exit_code == 2
+    flags = re.findall(r"--allow [a-z0-9_.]+", refused.output)
+    assert "--allow data.sources.0.path" in flags
+    grown = train(*onward, *shlex.split(" ".join(flags)))
+    assert "source 'a' has grown by 30 rows: they come at the end of the pass under way" in grown.output
+    assert "source 'a' goes on after 8 samples: 2,022 rows are left of the pass under way, each comes once" in grown.output
+    rows = rows_read(tmp_path / "runs" / "crystal_demo", 9)
+    assert len(set(rows)) == len(rows) == 18
+    manifest = read_manifest(tmp_path / "runs" / "crystal_demo" / "checkpoints" / "step_00000009")
+    assert (manifest["sources"]["a"]["place"], manifest["sources"]["a"]["rows"]) == (18, [2000])
 
 
 def test_the_printed_command_keeps_an_override_that_takes_the_chunks_away(train: Train) -> None:
