@@ -19,7 +19,7 @@ import numpy as np
 from weftrain.data_prep.documents import Document
 
 RULE = 2
-_ASCII_SPACE = bytes((*range(9, 14), *range(28, 33)))
+ASCII_SPACE = bytes((*range(9, 14), *range(28, 33)))
 # Unicode's White_Space beyond ASCII, and the byte order mark.
 _OTHER_SPACE = "\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000\ufeff"
 # NFC sorts each run of combining marks in quadratic time. No language writes so many, and a text that does is hashed as it is.
@@ -31,8 +31,8 @@ _MANY_MARKS = re.compile(r"[^\w\x00-\x7f]{257}")
 class Decoder(Protocol):
     """What rule 2 needs of a tokenizer."""
 
-    def text_of(self, ids: np.ndarray) -> str:
-        """The text of ids without control ids."""
+    def compact_utf8(self, ids: np.ndarray) -> bytes:
+        """The text of ids without control ids and ASCII white space, as UTF-8."""
 
 
 def text_hash(text: str) -> bytes:
@@ -69,7 +69,7 @@ def _without_space(text: str) -> bytes:
         for space in _OTHER_SPACE:
             if space in text:
                 text = text.replace(space, "")
-    return text.encode().translate(None, _ASCII_SPACE)
+    return text.encode().translate(None, ASCII_SPACE)
 
 
 def is_held_out(document: Document, content: bytes, rule: int, fraction: float, decoder: Decoder | None = None) -> bool:
@@ -88,7 +88,8 @@ def _owner(document: Document, content: bytes, rule: int, decoder: Decoder | Non
     if document.tokens is None:
         return text_hash(document.text or "")
     assert decoder is not None
-    return text_hash(decoder.text_of(document.tokens))
+    data = decoder.compact_utf8(document.tokens)
+    return hashlib.sha256(data).digest() if data.isascii() else text_hash(data.decode())
 
 
 def _is_below(owner: bytes, fraction: float) -> bool:

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from weftrain.core.plain_file import read_plain
 from weftrain.core.shards import token_dtype
 from weftrain.core.tokenizer_file import is_panic, library_stopped, tokenizer_from
 from weftrain.data_prep.added_tokens import may_hold_added_token
+from weftrain.data_prep.compact_text import CompactTable, compact_table
 from weftrain.data_prep.engines import Gigatoken, Reference, TextTooLongError, open_gigatoken
+from weftrain.data_prep.heldout import ASCII_SPACE
 from weftrain.data_prep.markers import EOS_CANDIDATES, MarkerIds, Markers, marker_ids, token_names
 from weftrain.data_prep.packing import split
 from weftrain.data_prep.sentencepiece_model import is_sentencepiece, tokenizer_json
@@ -238,9 +241,22 @@ class TextEncoder:
         """Text of ids, control tokens spelled out."""
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
 
-    def text_of(self, ids: np.ndarray) -> str:
-        """Text of ids without control ids; ids outside the vocabulary are an IndexError."""
-        return self.decode(ids[~self._is_control[ids]])
+    def compact_utf8(self, ids: np.ndarray) -> bytes:
+        """Text of ids without control ids and ASCII white space, as UTF-8; ids outside the vocabulary are an IndexError."""
+        if self._compact is not None:
+            data = self._compact.utf8(ids)
+            if data.isascii():
+                return data
+            with suppress(UnicodeDecodeError):  # ids that begin or end within a character: as the tokenizer has it
+                data.decode()
+                return data
+        return self.decode(ids[~self._is_control[ids]]).encode().translate(None, ASCII_SPACE)
+
+    @functools.cached_property
+    def _compact(self) -> CompactTable | None:
+        names = self._tokenizer.get_vocab(with_added_tokens=True)
+        tokens = {index: token for token, index in names.items() if not self._is_control[index]}
+        return compact_table(json.loads(self.data).get("decoder"), tokens, self.vocab_size)
 
 
 def _first_difference(ids: np.ndarray | str, others: np.ndarray | str) -> int | None:
