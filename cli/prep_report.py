@@ -51,7 +51,7 @@ def report(console: Console, prepared: Prepared, skipped: Sequence[Skipped]) -> 
     _skipped(console, skipped)
     for note in _notes(prepared):
         _line(console, "note", note)
-    for steps in _epochs(manifest):
+    for steps in epoch_lines(manifest):
         _line(console, "epoch", steps)
     _line(console, "next", train_command(prepared))
 
@@ -85,7 +85,7 @@ def _count(number: int, one: str, several: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else several or f'{one}s'}"
 
 
-def _epochs(manifest: Manifest) -> list[str]:
+def epoch_lines(manifest: Manifest) -> list[str]:
     """Steps of an epoch at the batch size of the chunks, of the recipe that is printed, and of each built-in recipe that the rows fit."""
     rows = manifest.train.epochs[0]
     chunks = manifest.chunks
@@ -134,8 +134,8 @@ def train_command(prepared: Prepared) -> str:
     }
     overrides = [f"{key}={_yaml(value)}" for key, (default, value) in values.items() if value != default]
     if manifest.fim is not None:
-        fim = manifest.fim
-        overrides.append(f"data.sources.0.fim={{rate: {fim.rate}, spm_share: {fim.spm_share}, mode: {fim.mode}}}")
+        fim = ", ".join(f"{key}: {value}" for key, value in manifest.fim.settings.model_dump().items())
+        overrides.append(f"data.sources.0.fim={{{fim}}}")
     name = [] if leaf == source.name else ["--run", leaf]
     return shlex.join(["weftrain", "train", DEMO, *overrides, *name])
 

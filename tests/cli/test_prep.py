@@ -15,7 +15,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from weftrain.cli.main import main
+from weftrain.cli.prep_report import epoch_lines
 from weftrain.core.dataset import read_manifest
+from weftrain.core.dataset_manifest import Chunks
 from weftrain.data_prep.standard_input import forget, spool
 
 Weftrain = Callable[..., Result]
@@ -86,6 +88,28 @@ def test_the_command_that_prep_prints_trains_as_it_is(weftrain: Weftrain, texts:
     assert (tmp_path / "runs" / "2024").is_dir()
 
 
+@pytest.mark.prove
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--packing", "best_fit"],
+        ["--fim-rate", "0.5", "--fim-mode", "released"],
+        ["--fim-rate", "0.5", "--fim-mode", "context"],
+        ["--chunks", "2", "--global-batch-size", "4"],
+        ["--sequence-length", "600"],
+    ],
+    ids=" ".join,
+)
+def test_the_printed_command_fits_every_kind_of_dataset(weftrain: Weftrain, texts: Path, tmp_path: Path, options: list[str]) -> None:
+    arguments = ["--name", "yes", "--vocab-size", "512", "--sequence-length", "64", "--heldout-fraction", "0", *options]
+    made = weftrain("prep", texts, "--output", tmp_path, *arguments)
+    assert made.exit_code == 0, made.output
+    (line,) = [line for line in made.output.splitlines() if line.startswith("  next")]
+    command = shlex.split(line)[2:]
+    done = weftrain(*command, "--runs", tmp_path / "runs", "model.num_layers=1", "schedule.steps=1", "batch.global_batch_size=16")
+    assert done.exit_code == 0, done.output
+
+
 @pytest.mark.parametrize("columns", ["30", "200"])
 def test_lines_are_whole_at_any_width_and_without_colour(
     weftrain: Weftrain, dataset: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: str
@@ -98,6 +122,17 @@ def test_lines_are_whole_at_any_width_and_without_colour(
     (line,) = [line for line in again.output.splitlines() if "weftrain train" in line]
     assert f"weftrain train amber_demo data.root={tmp_path}/datasets model.vocab_size=544 data.sequence_length=32" in line
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", again.output)  # no colour
+
+
+def test_steps_an_epoch_of_each_recipe_that_the_rows_fit(dataset: Path) -> None:
+    manifest = read_manifest(dataset)
+    rows = manifest.train.epochs[0]
+    assert epoch_lines(manifest) == [f"{rows // 16:,} steps of 16 rows (amber_demo)"]
+    large = manifest.model_copy(update={"vocab_size": 32_000, "sequence_length": 2048})
+    of_amber = f"{rows / 2240:,.1f} steps of 2,240 rows (amber_7b)"
+    assert epoch_lines(large) == [of_amber, f"{rows // 16:,} steps of 16 rows (amber_demo)"]
+    chunks = Chunks(count=3, rows=40, global_batch_size=20)
+    assert epoch_lines(manifest.model_copy(update={"chunks": chunks}))[0] == "6 steps of 20 rows, in 3 chunks of 2 steps"
 
 
 def test_standard_input(weftrain: Weftrain, tmp_path: Path) -> None:
