@@ -320,7 +320,7 @@ def copy_file(source: Path, target: Path) -> None:
 def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, or a copy where the file system has no hard links; a target that is there is left.
 
-    For files that nobody changes in place. It appears whole, durable, or not at all.
+    For files that nobody changes in place. It appears whole or not at all, and a link is durable once `sync_dir` has seen its folder.
     """
     real = Path(os.path.realpath(source))  # a symbolic link would be linked itself
     try:
@@ -331,8 +331,6 @@ def link_or_copy(source: Path, target: Path) -> None:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
             raise
         copy_file(real, target)
-        return
-    sync_dir(target.parent)
 
 
 @contextlib.contextmanager

@@ -232,6 +232,7 @@ def put_parents_shards(plan: Plan) -> None:
         fsops.make_dirs(plan.dataset / set_name)
         for shard in entry.shards:
             fsops.link_or_copy(folder / shard.file, plan.dataset / shard.file)
+        fsops.sync_dir(plan.dataset / set_name)
 
 
 @dataclass(frozen=True)

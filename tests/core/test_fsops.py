@@ -6,7 +6,7 @@ import ast
 import errno
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -102,6 +102,42 @@ def test_a_new_file_never_replaces_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(OLD)
     with pytest.raises(FileExistsError):
         fsops.FileWriter(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == OLD
+
+
+def test_a_file_is_linked_or_copied_where_links_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that a symbolic link leads to, under the new name; one that is there stays, and any other error is one."""
+    (tmp_path / "source").write_bytes(NEW)
+    (tmp_path / "pointer").symlink_to("source")
+    for target, source in (("a", "source"), ("b", "pointer")):
+        fsops.link_or_copy(tmp_path / source, tmp_path / target)
+        assert (tmp_path / target).samefile(tmp_path / "source")
+        assert not (tmp_path / target).is_symlink()
+    (tmp_path / "c").write_bytes(OLD)
+    fsops.link_or_copy(tmp_path / "source", tmp_path / "c")
+    assert (tmp_path / "c").read_bytes() == OLD
+    codes = [errno.EXDEV, errno.EIO]
+
+    def refuse(*paths: object) -> None:
+        raise OSError(codes.pop(0), "no link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    fsops.link_or_copy(tmp_path / "pointer", tmp_path / "d")
+    assert (tmp_path / "d").read_bytes() == NEW
+    assert not (tmp_path / "d").samefile(tmp_path / "source")
+    with pytest.raises(OSError, match="no link"):
+        fsops.link_or_copy(tmp_path / "source", tmp_path / "e")
+
+
+def test_blocks_whose_making_fails_leave_the_old_file(tmp_path: Path) -> None:
+    def blocks() -> Iterator[bytes]:
+        yield NEW
+        raise RuntimeError("no more")
+
+    (tmp_path / "file").write_bytes(OLD)
+    with pytest.raises(RuntimeError):
+        fsops.write_blocks(tmp_path / "file", blocks())
+    assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == OLD
 
 
