@@ -11,6 +11,8 @@ import json
 from collections import Counter
 from typing import Any
 
+_CONTAINERS = (dict, list, tuple)
+
 
 def canonical_json(value: Any) -> bytes:
     """The bytes of a value made of dict (string keys), list, tuple, str, int, float, bool and None.
@@ -48,10 +50,12 @@ def _check_keys(value: Any) -> None:
         for key, item in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"canonical JSON: key {key!r} is not a string")
-            _check_keys(item)
+            if isinstance(item, _CONTAINERS):
+                _check_keys(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            _check_keys(item)
+            if isinstance(item, _CONTAINERS):
+                _check_keys(item)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -49,6 +49,9 @@ class Stream:
         return {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) is not None}
 
 
+STREAM_COLUMNS = ("end", "id", "source", "file", "record", "fim")  # a value a document, in the order of Stream's fields
+
+
 def stream_names(plan: Plan) -> list[str]:
     """The token streams of a dataset: one an epoch, and the held-out documents."""
     streams = [f"train.{epoch}" for epoch in range(plan.settings.epochs)]

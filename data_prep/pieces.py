@@ -32,6 +32,7 @@ DOCUMENT = np.dtype(
     ]
 )
 _KEYS = 1 << 64  # values of a key's first number
+_ROWS_AT_ONCE = 1 << 10
 
 
 @dataclass
@@ -121,7 +122,10 @@ def _scatter(target: np.ndarray, source: np.ndarray, places: list[tuple[int, int
 def _rows(piece: Piece, index: int, count: int, as_read: bool) -> tuple[np.ndarray, np.ndarray]:
     """A piece's rows in a range of keys, with sources and records of all inputs; and where the tokens of each begin."""
     table = Table(piece.path)
-    low, high = (0, table.length("rows")) if as_read else (_first_at(table, _KEYS // count * place) for place in (index, index + 1))
+    low, high = 0, table.length("rows")
+    if not as_read:
+        low = _first_at(table, _KEYS // count * index, low, high)
+        high = _first_at(table, _KEYS // count * (index + 1), low, high) if index < count - 1 else high
     rows = table.slice("rows", low, high)
     before = int(table.slice("rows", low - 1, low)["end"][0]) if low else 0
     starts = np.append(before, rows["end"][:-1]) if len(rows) else np.empty(0, np.int64)
@@ -132,13 +136,12 @@ def _rows(piece: Piece, index: int, count: int, as_read: bool) -> tuple[np.ndarr
     return rows, starts
 
 
-def _first_at(table: Table, key: int) -> int:
-    """How many of a table's sorted keys begin with less than `key`: a binary search that reads a row a step."""
-    low, high = 0, table.length("rows")
-    while low < high:
+def _first_at(table: Table, key: int, low: int, high: int) -> int:
+    """The first of a table's rows low..high-1, sorted by key, whose key begins with `key` or more; `high` where there is none."""
+    while high - low > _ROWS_AT_ONCE:  # a binary search that reads a row a step
         middle = (low + high) // 2
         if int(table.slice("rows", middle, middle + 1)["key"][0, 0]) < key:
             low = middle + 1
         else:
             high = middle
-    return low
+    return low + int(np.searchsorted(table.slice("rows", low, high)["key"][:, 0].astype(np.uint64), np.uint64(key)))

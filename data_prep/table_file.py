@@ -91,18 +91,26 @@ class Table:
         """Of an array, along the first axis."""
         return int(self._arrays[name][1][0])
 
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return self._arrays[name][0]
+
     def slice(self, name: str, start: int, stop: int) -> np.ndarray:
         """array[start:stop] along the first axis, without reading the rest; 0 <= start, stop <= length. Raises DataError."""
-        dtype, (length, *inner), offset = self._arrays[name]
+        dtype, (_, *inner), _ = self._arrays[name]
         array = np.empty((max(0, stop - start), *inner), dtype)
-        if not 0 <= start <= max(start, stop) <= length:
-            raise IndexError(f"{self.path}: {name}[{start}:{stop}] of {length}")
+        self.read_into(array, name, start)
+        return array
+
+    def read_into(self, array: np.ndarray, name: str, start: int) -> None:
+        """array[...] = what is there from `start` on, as far as it takes; contiguous, of the same type. Raises DataError."""
+        dtype, (length, *_), offset = self._arrays[name]
+        if array.dtype != dtype or not 0 <= start <= start + len(array) <= length:
+            raise IndexError(f"{self.path}: {name}[{start}:{start + len(array)}] of {length}, {dtype}")
         if array.size:
             try:
                 self._fill(array.reshape(-1).view(np.uint8).data, self._start + offset + start * (array.nbytes // len(array)))
             except OSError as error:
                 raise self._damaged(error) from error
-        return array
 
     def _read(self, length: int, offset: int) -> bytes:
         data = bytearray(length)

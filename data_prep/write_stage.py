@@ -34,7 +34,7 @@ from weftrain.core.line_table import LineTable
 from weftrain.core.shards import Documents, FimRecord, num_tokens, write_shard
 from weftrain.data_prep import fim
 from weftrain.data_prep.growth import Added, parent_manifest, parents_sources, put_parents_shards, with_parents
-from weftrain.data_prep.order_stage import HELDOUT, Stream, stream_names, with_padding
+from weftrain.data_prep.order_stage import HELDOUT, STREAM_COLUMNS, Stream, stream_names, with_padding
 from weftrain.data_prep.plan import Plan, preparation
 from weftrain.data_prep.survey import load_json
 from weftrain.data_prep.table_file import Table
@@ -165,46 +165,33 @@ def write_one_shard(plan: Plan, index: int) -> None:
     fsops.write_bytes(plan.shard_record(index), canonical_json(entry.model_dump(mode="json")) + b"\n")
 
 
-def _cut(plan: Plan, stream: str, ends: list[int], start: int, stop: int) -> Stream:
+def _cut(plan: Plan, name: str, ends: list[int], start: int, stop: int) -> Stream:
     """Tokens start..stop-1 of a stream, from the buckets that hold them; `end` counts from `start`."""
-    parts: list[Stream] = []
+    tokens: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    columns: dict[str, list[np.ndarray]] = {}
     for bucket in range(int(np.searchsorted(ends, start, side="right")), len(ends)):
         bucket_start = ends[bucket - 1] if bucket else 0
         if bucket_start >= stop:
             break
         low, high = max(start, bucket_start) - bucket_start, min(stop, ends[bucket]) - bucket_start
-        if low < high:  # the bucket is not empty
-            table = Table(plan.stream_file(stream, bucket))
-            end = table["end"]
-            first, last = int(np.searchsorted(end, low, side="right")), int(np.searchsorted(end, high, side="left")) + 1
-            documents = {name: table.slice(name, first, last) for name in ("id", "source", "file", "record")}
-            mask, cuts = (
-                table.slice("mask", low, high) if "mask" in table else None,
-                table.slice("fim", first, last) if "fim" in table else None,
-            )
-            end = np.minimum(end[first:last], high) + bucket_start - start
-            parts.append(Stream(tokens=table.slice("tokens", low, high), mask=mask, end=end, fim=cuts, **documents))
-    return _joined(parts)
-
-
-def _joined(parts: list[Stream]) -> Stream:
-    """One stream of several; where one of them has a mask, the tokens of the others bear loss."""
-    if len(parts) == 1:
-        return parts[0]
-    masks = None
-    if any(part.mask is not None for part in parts):
-        masks = [np.ones(len(part.tokens), np.uint8) if part.mask is None else part.mask for part in parts]
-    cuts = [part.fim for part in parts if part.fim is not None]
-    return Stream(
-        np.concatenate([part.tokens for part in parts]),
-        None if masks is None else np.concatenate(masks),
-        np.concatenate([part.end for part in parts]),
-        np.concatenate([part.id for part in parts]),
-        np.concatenate([part.source for part in parts]),
-        np.concatenate([part.file for part in parts]),
-        np.concatenate([part.record for part in parts]),
-        np.concatenate(cuts) if cuts else None,
-    )
+        if low >= high:
+            continue  # the bucket is empty
+        table = Table(plan.stream_file(name, bucket))
+        place = slice(low + bucket_start - start, high + bucket_start - start)
+        if tokens is None:
+            tokens = np.empty(stop - start, table.dtype("tokens"))
+        table.read_into(tokens[place], "tokens", low)
+        if "mask" in table:  # the tokens of a bucket without one bear loss
+            mask = np.ones(stop - start, np.uint8) if mask is None else mask
+            table.read_into(mask[place], "mask", low)
+        end = table["end"]
+        first, last = int(np.searchsorted(end, low, side="right")), int(np.searchsorted(end, high, side="left")) + 1
+        columns.setdefault("end", []).append(np.minimum(end[first:last], high) + bucket_start - start)
+        for column in ("id", "source", "file", "record", *(("fim",) if "fim" in table else ())):
+            columns.setdefault(column, []).append(table.slice(column, first, last))
+    assert tokens is not None
+    return Stream(tokens, mask, *(np.concatenate(columns[name]) if name in columns else None for name in STREAM_COLUMNS))  # type: ignore[arg-type]
 
 
 def _released(plan: Plan, cut: Stream, first: int, rows: int, encoder: TextEncoder) -> Stream:
