@@ -96,6 +96,7 @@ def stats_lines(stats: DatasetStats) -> list[str]:
         f"{manifest.tokenization.engine_version}, {manifest.tokenization.checked_documents:,} documents compared with the reference",
         f"documents    {counts.read:,} read, {counts.failed:,} failed, {counts.duplicates:,} duplicates; {counts.train:,} train, "
         f"{counts.heldout:,} held out",
+        f"markers      {_markers(manifest)}; held out by rule {manifest.heldout_rule}",
         f"{stats.set_name:<12} {entry.n_examples:,} rows x {manifest.sequence_length}, {manifest.packing}; {stats.padding_tokens:,} tokens "
         f"of padding, {entry.dropped_tokens:,} dropped at the end; {stats.bytes_per_token:.4f} bytes a token",
         "lengths      " + ", ".join(f"{name} {value:,}" for name, value in stats.length_quantiles.items()) + " tokens",
@@ -117,6 +118,12 @@ def stats_lines(stats: DatasetStats) -> list[str]:
         shares = ", ".join(f"{name} {count / max(1, sum(stats.fim.values())):.2%}" for name, count in stats.fim.items())
         lines.append(f"fim          {manifest.fim.mode}, rate {manifest.fim.rate}, SPM share {manifest.fim.spm_share}: {shares}")
     return lines
+
+
+def _markers(manifest: Manifest) -> str:
+    """With which ids documents begin and end. Rows that were packed elsewhere hold what they hold."""
+    ends = [f"{what} with id {index}" for what, index in (("begin", manifest.bos_id), ("end", manifest.eos_id)) if index is not None]
+    return f"documents {' and '.join(ends)}"
 
 
 def source_lines(stats: DatasetStats) -> list[str]:

@@ -58,7 +58,7 @@ def report(console: Console, prepared: Prepared, skipped: Sequence[Skipped]) -> 
 
 def _notes(prepared: Prepared) -> list[str]:
     manifest, notes = prepared.manifest, list(prepared.notes)
-    if prepared.up_to_date and manifest.heldout is not None and manifest.heldout_rule == 1:
+    if manifest.heldout is not None and manifest.heldout_rule == 1:  # an old dataset, or one that grew from one
         notes.append(
             "held out by rule 1, each text's exact bytes: a copy with other white space, or a tokenised one, may be in another dataset's "
             "training set; to hold out by rule 2, give another --name"

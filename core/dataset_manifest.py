@@ -71,7 +71,7 @@ class DocumentCounts(Section):
 
 
 class SourceEntry(Section):
-    """A line of sources.jsonl: what of the training set one source is, in one epoch. tokens: with end tokens."""
+    """A line of sources.jsonl: what of the training set one source is, in one epoch. tokens: with start and end tokens."""
 
     name: str
     documents: Count

@@ -54,8 +54,9 @@ def check_markers(markers: Markers, encoder: TextEncoder | None, fim_mode: str |
     known = (*CONTROL_TOKENS, *CRYSTALCODER_TOKENS)
     missing = [name for name in markers.named if name not in known]
     if missing:
+        shown = [name for name in known if "unused" not in name]
         raise DataError(
-            f"{missing[0]!r} is no token of the tokenizer that is trained here, which has {', '.join(known)}; name one of these "
+            f"{missing[0]!r} is no token of the tokenizer that is trained here, which has {', '.join(shown)}; name one of these "
             "with --bos, --eos and --fim-tokens, or a tokenizer.json with --tokenizer"
         )
 

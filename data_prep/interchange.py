@@ -55,7 +55,7 @@ def export_cerebras(folder: Path, set_name: str, to: Path, rows_per_file: int = 
 
 
 def export_megatron(folder: Path, set_name: str, to: Path, progress: Progress = no_progress) -> tuple[Path, Path]:
-    """Write a set as to.bin and to.idx (version 1), a sequence a document, each with its end token as it lies in the shards.
+    """Write a set as to.bin and to.idx (version 1), a sequence a document, each with its start and end token as it lies in the shards.
 
     The last document is as long as the rows are: what the dataset dropped is not in it. Padding is left out. Raises DataError, OSError.
     """
@@ -85,7 +85,7 @@ def export_megatron(folder: Path, set_name: str, to: Path, progress: Progress = 
 def whole_documents(manifest: Manifest, shards: ShardSet, progress: Progress = no_progress) -> Iterator[np.ndarray]:
     """The tokens of each document of a set, in order, put together where shards cut them, and in best-fit rows where rows did not.
 
-    A piece of a long document in a best-fit row is a document here, for rows stand alone.
+    A piece of a long document in a best-fit row, or in a context of FIM, is a document here, for these rows stand alone.
     """
     shared = manifest.row_stride == manifest.sequence_length
     held: list[np.ndarray] = []

@@ -231,6 +231,8 @@ def test_the_commands_know_them(tokenizer: Path, texts: list[str]) -> None:
     assert f"| <bos>{texts[0]}\n" in result.output
     result = CliRunner().invoke(main, ["data", "fim-report", str(out / "d"), "--documents", "30"])
     assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(main, ["data", "stats", str(out / "d")])
+    assert f"documents begin with id {FIRST}; held out by rule 2" in result.output
     recipe = tokenizer.parent / "r.yaml"
     recipe.write_text(
         "name: mine\ndescription: d\nsequence_length: 32\ntokenizer: tokenizer.json\neos: none\nbos: <bos>\norder: as_read\n"
