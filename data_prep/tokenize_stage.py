@@ -94,10 +94,14 @@ def tokenize_part(plan: Plan, index: int) -> None:
                 waiting.append(_Text(item, record, *text_sha256(item.text or "")))
                 waiting_bytes += waiting[-1].num_bytes
                 del item  # a text may be as long as memory allows once
-                if waiting_bytes >= _ENCODE_BYTES or len(waiting) >= _ENCODE_DOCUMENTS:
-                    encode()
-                    waiting_bytes = 0
-            if rows.held_bytes >= plan.limits.piece_bytes or len(rows.content) >= plan.limits.piece_documents:
+            full = (
+                rows.held_bytes + waiting_bytes >= plan.limits.piece_bytes
+                or len(rows.content) + len(waiting) >= plan.limits.piece_documents
+            )
+            if full or waiting_bytes >= _ENCODE_BYTES or len(waiting) >= _ENCODE_DOCUMENTS:
+                encode()
+                waiting_bytes = 0
+            if full and rows.content:
                 flush()
         encode()
         if rows.content:
