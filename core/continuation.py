@@ -309,9 +309,10 @@ def _go_on(
     same_order = (asked.data.shuffle_seed, asked.data.order) == (before.data.shuffle_seed, before.data.order)
     for given, component in zip(asked.data.sources, fresh.components, strict=True):
         name, old = given.name, found.get(given.name)
-        if old is not None and (before_growth := component.shards.manifest.rows_of_ancestor(old.dataset_id)) is not None and same_order:
-            old = _of_grown(old, component.shards.entry.id, before_growth)
-            added = component.shards.num_rows - before_growth
+        size = None if old is None else component.shards.manifest.rows_of_ancestor(old.dataset_id)
+        if old is not None and size is not None and same_order:
+            old = _of_grown(old, component.shards.entry.id, size)
+            added = component.shards.num_rows - size
             notes.append(
                 f"source '{name}' has grown by {added:,} rows" + (": they come at the end of the pass under way" if old.place else "")
             )
@@ -320,7 +321,7 @@ def _go_on(
             subsets = old.subsets if goes_on else (*old.subsets, given.subset)
             update = {"subsets": subsets} if old.place else {"subsets": (given.subset,), "rows": ()}
             sources[name] = old.model_copy(update=update)
-            notes += _told_of_rows(asked.data, before.data, given, old_sources.get(name, given), component, old)
+            notes += _told_of_rows(asked.data, before.data, given, old_sources.get(name, given), component, old, size)
             continue
         start = SourceCursor(
             dataset_id=component.shards.entry.id, read=0 if old is None else old.read, turn=0, place=0, subsets=(given.subset,)
@@ -350,14 +351,14 @@ def _of_grown(cursor: SourceCursor, dataset_id: str, rows: int) -> SourceCursor:
 
 
 def _told_of_rows(
-    data: DataConfig, before: DataConfig, source: Source, former: Source, component: Component, cursor: SourceCursor
+    data: DataConfig, before: DataConfig, source: Source, former: Source, component: Component, cursor: SourceCursor, size: int | None
 ) -> Iterator[str]:
-    """What the pass under way still holds of a source that goes on."""
+    """What the pass under way still holds of a source that goes on. size: how many rows its dataset had, where it has grown."""
     name, order = source.name, component.order
     assert isinstance(order, RowOrder)
     if cursor.place:
         order = pass_order(data, source, component.shards, (*cursor.subsets, source.subset), cursor.rows)
-        now, was = order.skipped, pass_order(before, former, component.shards, cursor.subsets, cursor.rows).skipped
+        now, was = order.skipped, pass_order(before, former, component.shards, cursor.subsets, cursor.rows, size).skipped
         for ranges, told in (
             (without(now, was), "that are left out from now on were read before"),
             (without(was, now), "that are no longer left out were passed over in this pass and come in the next"),

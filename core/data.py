@@ -315,10 +315,12 @@ def skipped_rows(data: DataConfig, source: str) -> tuple[Range, ...]:
     return merged([entry.rows for entry in data.skip if entry.source == source and entry.rows is not None])
 
 
-def pass_order(data: DataConfig, source: Source, shards: ShardSet, subsets: Sequence[Subset], rows: Sequence[int] = ()) -> RowOrder:
+def pass_order(
+    data: DataConfig, source: Source, shards: ShardSet, subsets: Sequence[Subset], rows: Sequence[int] = (), size: int | None = None
+) -> RowOrder:
     """A pass over the first of `subsets`, then over what each later one adds; what the source's subset does not hold is stepped over.
 
-    rows: how many rows the set had under each of the first subsets, where it has grown since.
+    rows: how many rows the set had under each of the first subsets, where it has grown since. size: how many it has; None: all.
     """
     chunk_rows = None if shards.manifest.chunks is None else shards.manifest.chunks.rows
     parts: list[Stretch] = []
@@ -329,7 +331,7 @@ def pass_order(data: DataConfig, source: Source, shards: ShardSet, subsets: Sequ
             for first, stop in without([whole], covered):
                 parts += stretches([(first, stop - first)], chunk_rows, epoch)
         covered = merged([*covered, *ranges])
-    outside = without(covered, subset_rows(source.name, shards, source.subset))
+    outside = without(covered, subset_rows(source.name, shards, source.subset, size))
     return RowOrder(
         data.shuffle_seed, source.name, tuple(parts), merged([*skipped_rows(data, source.name), *outside]), data.order == "cerebras"
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,13 @@ def changed(root: Path, change: dict[str, Any]) -> Recipe:
     return made.model_copy(update={"data": made.data.model_copy(update={"sources": sources})})
 
 
+def of_path(root: Path, path: str, **change: Any) -> Recipe:
+    """`changed`, with source a read from the folder `path`; a sample a step."""
+    made = changed(root, {"batch": 1, **change})
+    sources = tuple(one.model_copy(update={"path": path}) if one.name == "a" else one for one in made.data.sources)
+    return made.model_copy(update={"data": made.data.model_copy(update={"sources": sources})})
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_in_mid_run_repeats_no_row_and_leaves_none_out(root: Path, name: str) -> None:
     was, now, _ = CHANGES[name]
@@ -169,14 +178,15 @@ SUBSETS = ((0.0, 1.0), (0.0, 0.6), (0.3, 1.0))
 @given(data=st.data())
 def test_any_changes_at_any_steps_read_every_row_once_a_pass(root: Path, data: st.DataObject) -> None:
     weights, batch, subset, skipped, was_skipped = {"a": 1.0}, 4, (0.0, 1.0), set[int](), set[int]()
+    paths = ["a", "grown", "grown_twice"]  # each grew from the one before
     asked = changed(root, {"weights": weights, "batch": batch, "data": {"subset": subset}})
     source, step, state = opened(asked), 0, Pass()
     for _ in range(data.draw(st.integers(1, 5))):
         stop = step + data.draw(st.integers(0, 9))
-        allowed = allowed_rows(subset, skipped)
+        allowed = allowed_rows(subset, skipped, paths[0])
         follow(read(source, step, stop)["a"], state, allowed)
         step = stop
-        match data.draw(st.sampled_from(("skip", "unskip", "weights", "batch", "subset"))):
+        match data.draw(st.sampled_from(("skip", "unskip", "weights", "batch", "subset", "grow"))):
             case "skip":
                 new = set(data.draw(st.sets(st.integers(0, 3), max_size=2))) - was_skipped
                 skipped, was_skipped = skipped | new, was_skipped | new
@@ -184,21 +194,22 @@ def test_any_changes_at_any_steps_read_every_row_once_a_pass(root: Path, data: s
                 skipped = set()
             case "weights":
                 weights = data.draw(st.sampled_from(({"a": 1.0}, {"a": 0.75, "b": 0.25}, {"b": 0.5, "a": 0.5})))
+            case "grow":
+                paths = paths[data.draw(st.integers(0, len(paths) - 1)) :]
             case "batch":
                 batch = data.draw(st.sampled_from((1, 3, 4, 8)))
             case _:
                 subset = data.draw(st.sampled_from(SUBSETS))
-        wanted = changed(
-            root, {"weights": weights, "batch": batch, "data": {"subset": subset, "skip": skip(*(CANDIDATES[i] for i in skipped))}}
-        )
+        rows = {"subset": subset, "skip": skip(*(CANDIDATES[i] for i in skipped))}
+        wanted = of_path(root, paths[0], weights=weights, batch=batch, data=rows)
         source, found = go_on(wanted, asked, step)
         asked = found.recipe
         state.passed_over += sum(int(n) for line in found.notes for n in re.findall(r"'a': (\d+) of the \d+ rows that are no longer", line))
-    follow(read(source, step, step + 250 // batch)["a"], state, allowed_rows(subset, skipped))
+    follow(read(source, step, step + 400 // batch)["a"], state, allowed_rows(subset, skipped, paths[0]))
 
 
-def allowed_rows(subset: tuple[float, float], skipped: set[int]) -> set[int]:
-    low, high = (int(bound * 97) for bound in subset)
+def allowed_rows(subset: tuple[float, float], skipped: set[int], path: str) -> set[int]:
+    low, high = (math.floor(Fraction(repr(bound)) * {"a": 97, "grown": 137, "grown_twice": 160}[path]) for bound in subset)
     return set(range(low, high)) - {row for index in skipped for row in range(*CANDIDATES[index])}
 
 
@@ -347,13 +358,6 @@ def test_a_source_that_comes_back_goes_on(root: Path) -> None:
 # -- a dataset that grew
 
 
-def of_path(root: Path, path: str, **change: Any) -> Recipe:
-    """Source a, read from the folder `path`, a sample a step."""
-    made = changed(root, {"batch": 1, **change})
-    sources = tuple(one.model_copy(update={"path": path}) for one in made.data.sources)
-    return made.model_copy(update={"data": made.data.model_copy(update={"sources": sources})})
-
-
 @pytest.mark.parametrize(("first", "second"), [(5, 9), (5, 100), (96, 120), (97, 136), (0, 3), (150, 200), (97, 97 + 137)])
 def test_a_run_goes_on_with_the_dataset_that_grew_from_its_own(root: Path, first: int, second: int) -> None:
     """The pass under way is finished in its order, then what was added comes; each row once. Then all of them anew. Grown twice."""
@@ -388,6 +392,22 @@ def test_a_subset_of_a_dataset_that_grew(root: Path) -> None:
     rows = read(opened(before), 0, 20)["a"] + read(source, 20, 68 + 68)["a"]
     assert sorted(rows[:48]) == list(range(48))
     assert sorted(rows[:68]) == sorted(rows[68:136]) == list(range(68))
+
+
+def test_rows_that_growth_brings_into_a_subset_and_whose_turn_has_passed_are_told(root: Path) -> None:
+    """Six tenths of 97 rows leave out rows that six tenths of 137 hold: some of them had been stepped over."""
+    whole, part = of_path(root, "a"), of_path(root, "a", data={"subset": [0.0, 0.6]})
+    _, smaller = go_on(part, whole, 10)
+    source, grown = go_on(of_path(root, "grown", data={"subset": [0.0, 0.6]}), smaller.recipe, 50)
+    told = [int(number) for line in grown.notes for number in re.findall(r"(\d+) of the \d+ rows that are no longer", line)]
+    rows = read(opened(whole), 0, 10)["a"] + read(opened(smaller.recipe), 10, 50)["a"] + read(source, 50, 250)["a"]
+    first = set[int]()
+    for row in rows:
+        if row in first:
+            break
+        first.add(row)
+    assert [len(set(range(82)) - first)] == told
+    assert told[0] > 5
 
 
 def test_a_new_run_starts_behind_one_that_read_what_the_dataset_grew_from(root: Path) -> None:
