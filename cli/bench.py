@@ -203,20 +203,24 @@ def bench_stream(
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--steps", type=click.IntRange(min=2), default=50, show_default=True, help="Batches that are read.")
-def bench_data(recipe: str, overrides: tuple[str, ...], steps: int) -> None:
+@click.option("--h5py", "beside_h5py", is_flag=True, help="Read as many rows through h5py, interleaved, and print the ratio.")
+def bench_data(recipe: str, overrides: tuple[str, ...], steps: int, beside_h5py: bool) -> None:
     """How fast the data path of RECIPE gives batches, without a model: from the shards' files to int64 rows."""
-    import time
-
+    from weftrain.analysis.bench_data import batch_times_ms, beside_h5py_ms
     from weftrain.analysis.timings import median_interval, percentile, warm_up_steps
     from weftrain.cli.assembly import open_data
+    from weftrain.core.data import TokenSource
 
     file = resolve_recipe(recipe, overrides)
     source, _ = open_data(file.recipe)
-    rows, step_ms = file.recipe.batch.global_batch_size, []
-    for step in range(steps):
-        start = time.perf_counter()
-        source.rows(step, 0, rows)
-        step_ms.append((time.perf_counter() - start) * 1e3)
+    if beside_h5py and not isinstance(source, TokenSource):
+        raise click.BadParameter("synthetic rows lie in no file; name a recipe with data.sources", param_hint="--h5py")
+    rows = file.recipe.batch.global_batch_size
+    theirs_ms: list[float] = []
+    if beside_h5py and isinstance(source, TokenSource):
+        step_ms, theirs_ms = beside_h5py_ms(source, steps)
+    else:
+        step_ms = batch_times_ms(source, steps)
     warm = warm_up_steps(step_ms)
     counted = step_ms[warm:]
     middle, interval = statistics.median(counted), median_interval([counted])
@@ -224,6 +228,10 @@ def bench_data(recipe: str, overrides: tuple[str, ...], steps: int) -> None:
     spread = f"95 %: {interval.low:,.3f} to {interval.high:,.3f}; p99 {percentile(counted, 0.99):,.3f}"
     click.echo(f"{per_second / 1e6:,.2f} M tokens/s: {middle:,.3f} ms a batch of {rows} rows ({spread})")
     click.echo(f"first batch {step_ms[0]:,.2f} ms; {warm} of {steps} batches were warm-up; dataset {source.dataset_id[:12]}")
+    if theirs_ms:
+        ratio = statistics.median(theirs / ours for ours, theirs in zip(counted, theirs_ms[warm:], strict=True))
+        by_h5py = file.recipe.tokens_per_step / statistics.median(theirs_ms[warm:]) * 1e3
+        click.echo(f"h5py, row by row: {by_h5py / 1e6:,.2f} M tokens/s; the median ratio of a pair of batches is {ratio:.1f}")
 
 
 @bench.command("compare")

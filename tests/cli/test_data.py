@@ -179,3 +179,23 @@ def test_no_dataset(weftrain: Weftrain, tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert "manifest.json" in result.output
         assert "Traceback" not in result.output
+
+
+def test_the_data_path_is_measured_beside_h5py_which_reads_the_same_rows(weftrain: Weftrain, root: Path) -> None:
+    from weftrain.analysis.bench_data import row_places, rows_by_h5py
+    from weftrain.core.config import DataConfig
+    from weftrain.core.data import open_training
+
+    fim = {"rate": 0.5, "spm_share": 0.5, "mode": "exact"}
+    data = {"root": str(root / "datasets"), "sequence_length": 32, "shuffle_seed": 1}
+    data["sources"] = [{"name": "d", "path": "d", "weight": 1.0, "fim": fim}]
+    source = open_training(DataConfig.model_validate(data), 16, vocab_size=332)
+    for step in range(3):
+        places = row_places(source, step, lambda path: h5py.File(path, "r", locking=False)["data"])
+        assert (rows_by_h5py(places, 33) == source.rows(step, 0, 16).ids).all()
+    overrides = [f"data.{key}={json.dumps(value)}" for key, value in data.items()]
+    result = weftrain("bench", "data", "amber_demo", *overrides, "model.vocab_size=332", "--steps", "5", "--h5py")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"h5py, row by row: [\d.,]+ M tokens/s; the median ratio of a pair of batches is [\d.]+\n", result.output)
+    result = weftrain("bench", "data", "bench_70m", "--h5py")
+    assert (result.exit_code, "synthetic rows lie in no file" in result.output) == (2, True)
