@@ -177,9 +177,8 @@ def test_tokenised_documents_carry_their_tokens_once(tokenizer: Path, texts: lis
 
 
 @pytest.mark.parametrize("around", AROUND)
-@pytest.mark.parametrize("mode", ["exact"])
-def test_named_fim_tokens_are_used_and_recorded(tokenizer: Path, texts: list[str], around: dict[str, Any], mode: Any) -> None:
-    settings: dict[str, Any] = {"fim": Fim(rate=0.9, spm_share=0.5, mode=mode), "fim_tokens": ANGLES, "order": "as_read"}
+def test_named_fim_tokens_are_used_and_recorded(tokenizer: Path, texts: list[str], around: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"fim": Fim(rate=0.9, spm_share=0.5), "fim_tokens": ANGLES, "order": "as_read"}
     prepared = make(tokenizer, lines(tokenizer.parent / "t.jsonl", texts), "d", **settings, **around)
     assert prepared.manifest.fim is not None
     assert prepared.manifest.fim.tokens == ANGLES
