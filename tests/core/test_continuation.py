@@ -399,16 +399,14 @@ def test_rows_that_growth_brings_into_a_subset_and_whose_turn_has_passed_are_tol
     whole, part = of_path(root, "a"), of_path(root, "a", data={"subset": [0.0, 0.6]})
     _, smaller = go_on(part, whole, 10)
     source, grown = go_on(of_path(root, "grown", data={"subset": [0.0, 0.6]}), smaller.recipe, 50)
-    told = [int(number) for line in grown.notes for number in re.findall(r"(\d+) of the \d+ rows that are no longer", line)]
-    rows = read(opened(whole), 0, 10)["a"] + read(opened(smaller.recipe), 10, 50)["a"] + read(source, 50, 250)["a"]
-    first = set[int]()
-    for row in rows:
-        if row in first:
-            break
-        first.add(row)
+    told, left = (
+        int(re.search(pattern, "\n".join(grown.notes))[1])  # type: ignore[index]
+        for pattern in (r"(\d+) of the \d+ rows that are no longer", r"(\d+) rows are left of the pass")
+    )
+    rows = read(opened(whole), 0, 10)["a"] + read(opened(smaller.recipe), 10, 50)["a"] + read(source, 50, 50 + left)["a"]
+    assert len(set(rows)) == 50 + left
     read_before = len(set(rows[:10]) & set(range(58, 82)))  # when they were not left out yet
-    assert [len(set(range(82)) - first) + read_before] == told
-    assert told[0] > 5
+    assert len(set(range(82)) - set(rows)) + read_before == told > 5
 
 
 def test_a_new_run_starts_behind_one_that_read_what_the_dataset_grew_from(root: Path) -> None:
