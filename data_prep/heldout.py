@@ -17,15 +17,14 @@ from typing import Protocol
 import numpy as np
 
 from weftrain.data_prep.documents import Document
+from weftrain.data_prep.normalisation import unicode_form
 
 RULE = 2
 ASCII_SPACE = bytes((*range(9, 14), *range(28, 33)))
 # Unicode's White_Space beyond ASCII, and the byte order mark.
 _OTHER_SPACE = "\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000\ufeff"
-# NFC sorts each run of combining marks in quadratic time. No language writes so many, and a text that does is hashed as it is.
 _PIECE_CHARACTERS = 1 << 20
 _STARTER = re.compile(r"[^\W_\u1160-\u11ff\ud7b0-\ud7ff]")  # the jamo that follow others are letters, and join them
-_MANY_MARKS = re.compile(r"[^\w\x00-\x7f]{257}")
 
 
 class Decoder(Protocol):
@@ -45,11 +44,11 @@ def text_hash(text: str) -> bytes:
         data = _without_space(piece)
         digest.update(data)
         in_nfc = in_nfc and (piece.isascii() or unicodedata.is_normalized("NFC", data.decode()))
-    if in_nfc or any(_MANY_MARKS.search(_without_space(piece).decode()) for piece in _pieces(text)):
+    if in_nfc:
         return digest.digest()
     digest = hashlib.sha256()
     for piece in _pieces(text):
-        digest.update(unicodedata.normalize("NFC", _without_space(piece).decode()).encode())
+        digest.update(unicode_form("NFC", _without_space(piece).decode()).encode())
     return digest.digest()
 
 

@@ -8,7 +8,6 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
@@ -137,9 +136,8 @@ def test_white_space_and_canonical_equivalents_do_not_count(text: str, added: li
 
 
 def test_a_run_of_combining_marks_takes_no_quadratic_time() -> None:
-    """Half a million of them would take NFC minutes."""
-    assert text_hash("a" + "\u0301\u0316" * 250_000) != text_hash("a" + "\u0301\u0316" * 250_001)
-    assert np.unique([text_hash("a" + "\u0301\u0316" * 10), text_hash("\xe1" + "\u0316" * 10 + "\u0301" * 9)]).size == 1
+    """A hundred thousand of them would take NFC half a minute."""
+    assert text_hash("a" + "\u0301\u0316" * 50_000) == text_hash("a" + "\u0316" * 50_000 + "\u0301" * 50_000)
 
 
 @settings(max_examples=150, deadline=None)
