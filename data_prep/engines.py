@@ -15,6 +15,7 @@ from weftrain.core.tokenizer_file import is_panic
 from weftrain.data_prep.added_tokens import may_hold_added_token, normalizers_of
 from weftrain.data_prep.long_texts import cutting_of
 from weftrain.data_prep.new_characters import has_new_character
+from weftrain.data_prep.proven_shapes import not_proven
 
 MISSING = "it is not installed: pip install 'weftrain[data]'"
 _PIECE_CHARACTERS = 4096  # of a long text
@@ -104,6 +105,8 @@ def open_gigatoken(tree: dict[str, Any]) -> Gigatoken | str:
         from gigatoken.gigatoken_rs import load_hf_json
     except ImportError:
         return MISSING
+    if (setting := not_proven(tree)) is not None:
+        return f"it may encode otherwise than the reference: {setting}"
     data = json.dumps(tree | {"added_tokens": []})
     try:
         return Gigatoken(tree, functools.partial(load_hf_json, data))

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from weftrain.data_prep.added_tokens import may_hold_added_token, normalizers_of
+from weftrain.data_prep.proven_shapes import SPACE, flat
 
-SPACE = "\u2581"  # what LLaMA-like normalizers write for a space
 # Letters of scripts whose characters have been letters since Unicode 3, and compose with nothing that may follow the cut.
 _LETTERS = "A-Za-z\u00e0-\u00f6\u00f8-\u00ff\u03b1-\u03c9\u0410-\u044f\u3041-\u3094\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
 _PUNCTUATION = r"""!"#$%&()*+,\-./:;<=>?@\[\]^`{|}~\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"""
@@ -155,7 +155,7 @@ def _never_inside(model: dict[str, Any], character: str) -> bool:
 
 def _places_of_splitter(tree: dict[str, Any]) -> re.Pattern[str] | None:
     """Before a space after a letter or digit; where nothing but classes of characters counts, before newlines and punctuation too."""
-    steps = _flat(tree["pre_tokenizer"])
+    steps = flat(tree["pre_tokenizer"])
     if not all(map(_is_local, steps)) or not all(map(_keeps_letters_apart, normalizers_of(tree))):
         return None
     kinds = {step["type"] for step in steps}
@@ -170,12 +170,6 @@ def _places_of_splitter(tree: dict[str, Any]) -> re.Pattern[str] | None:
     spaced = any(step["type"] == "ByteLevel" and step["add_prefix_space"] for step in steps)
     only_forms = all(normalizer["type"] in ("NFC", "NFD", "Lowercase", "StripAccents") for normalizer in normalizers_of(tree))
     return re.compile(rf"{before} " if spaced or not only_forms else rf"{before}[ \n{_PUNCTUATION}]")
-
-
-def _flat(pre_tokenizer: dict[str, Any]) -> list[dict[str, Any]]:
-    if pre_tokenizer["type"] == "Sequence":
-        return [step for one in pre_tokenizer["pretokenizers"] for step in _flat(one)]
-    return [pre_tokenizer]
 
 
 def _is_local(step: dict[str, Any]) -> bool:
