@@ -16,36 +16,31 @@ _MAX_ROW_BYTES = 16 << 20  # a million ids; as Python's numbers they take some t
 
 def amber_rows(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
     """`{"token_ids": [sequence_length + 1 ints], "source": "c4"}` a line."""
-    lines = read_lines(file, share)
-    while True:
-        try:
-            number, line = next(lines)
-        except StopIteration as stop:
-            records: int = stop.value
-            return records
-        if line is not None and not line.strip():
-            continue
-        if line is not None and len(line) > _MAX_ROW_BYTES:
-            yield Failure(index, number, f"the line is longer than the {_MAX_ROW_BYTES:,} bytes that a row of ids may take")
-            continue
-        value = parse_object(line)
-        if isinstance(value, str):
-            yield Failure(index, number, value)
-            continue
-        try:
-            ids, source = field(value, "token_ids"), field(value, "source")
-        except ValueError as error:
-            yield Failure(index, number, str(error))
-            continue
-        source = file.source if source is MISSING else source
-        if not are_ids(ids):
-            yield Failure(index, number, "field 'token_ids' is not a list of token ids; each must be an integer from 0 on")
-        elif (wrong := wrong_length(len(ids), options)) is not None:
-            yield Failure(index, number, wrong)
-        elif not isinstance(source, str) or not source:
-            yield Failure(index, number, "field 'source' is not a source's name")
-        else:
-            yield Document(index, number, source, None, np.array(ids, np.int32))
+
+    def row(number: int, line: bytes | None) -> Document | Failure:
+        return _row(index, number, line, file, options)
+
+    return (yield from read_lines(file, share, row))
+
+
+def _row(index: int, number: int, line: bytes | None, file: InputFile, options: ReadOptions) -> Document | Failure:
+    if line is not None and len(line) > _MAX_ROW_BYTES:
+        return Failure(index, number, f"the line is longer than the {_MAX_ROW_BYTES:,} bytes that a row of ids may take")
+    value = parse_object(line)
+    if isinstance(value, str):
+        return Failure(index, number, value)
+    try:
+        ids, source = field(value, "token_ids"), field(value, "source")
+    except ValueError as error:
+        return Failure(index, number, str(error))
+    source = file.source if source is MISSING else source
+    if not are_ids(ids):
+        return Failure(index, number, "field 'token_ids' is not a list of token ids; each must be an integer from 0 on")
+    if (wrong := wrong_length(len(ids), options)) is not None:
+        return Failure(index, number, wrong)
+    if not isinstance(source, str) or not source:
+        return Failure(index, number, "field 'source' is not a source's name")
+    return Document(index, number, source, None, np.array(ids, np.int32))
 
 
 def _holds_token_ids(probe: Probe) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weftrain.data_prep.documents import Failure, InputFile, Share
+from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records
 from weftrain.data_prep.readers.json_objects import parse_object, text_document
@@ -21,17 +21,12 @@ def holds_lines(probe: Probe) -> bool:
 
 def json_lines(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
     """One JSON object a line, the text under options.text_key."""
-    lines = read_lines(file, share)
-    while True:
-        try:
-            number, line = next(lines)
-        except StopIteration as stop:
-            records: int = stop.value
-            return records
-        if line is not None and not line.strip():
-            continue
+
+    def document(number: int, line: bytes | None) -> Document | Failure:
         value = parse_object(line)
-        yield Failure(index, number, value) if isinstance(value, str) else text_document(index, number, value, file, options)
+        return Failure(index, number, value) if isinstance(value, str) else text_document(index, number, value, file, options)
+
+    return (yield from read_lines(file, share, document))
 
 
 READER = Reader(name="jsonl", holds="text", read=json_lines, detect=holds_lines, by_bytes=True, records_before=lines_before)

@@ -6,7 +6,9 @@ length, does not hinder reading it; `core.canonical.parse_json`, for the project
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
 from typing import Any
 
 from weftrain.data_prep.documents import Document, Failure, InputFile
@@ -15,6 +17,8 @@ from weftrain.data_prep.read_options import ReadOptions
 
 MISSING: Any = object()
 _SPACE = " \t\r\n"
+_LONG_BYTES = 1 << 20
+_WIDE_ESCAPE = re.compile(rb"\\u(?!00[0-7])")  # of a character that is no single byte
 
 
 class _WithRepeats(dict[str, Any]):
@@ -56,6 +60,8 @@ def parse_object(line: bytes | None) -> dict[str, Any] | str:
     if line is None:
         return f"the line is longer than {ReadOptions.max_line_bytes:,} bytes; split the document"
     try:
+        if len(line) > _LONG_BYTES and (value := _parse_long(line)) is not None:
+            return value
         text = line.decode()
         value, end = decode_at(text, len(text) - len(text.lstrip(_SPACE)) if text[0] in _SPACE else 0)
         if text[end : end + 2] not in ("", "\n", "\r\n") and text[end:].strip(_SPACE):
@@ -65,6 +71,55 @@ def parse_object(line: bytes | None) -> dict[str, Any] | str:
     except ValueError as error:
         return f"not JSON: {error}; each line must be one JSON object"
     return value if isinstance(value, dict) else "not a JSON object; each line must be one"
+
+
+def _parse_long(line: bytes) -> dict[str, Any] | None:
+    """The object of a long line whose text would take two or four bytes a character because of a few; None: of any other line.
+
+    It is parsed as Latin-1, in which characters and bytes are the same, and its strings are decoded afterwards. Raises ValueError.
+    """
+    if line.isascii() or _WIDE_ESCAPE.search(line) is not None or not _is_utf8(line):
+        return None
+    text = line.decode("latin-1")
+    value, end = decode_at(text, len(text) - len(text.lstrip(_SPACE)) if text[0] in _SPACE else 0)
+    if text[end:].strip(_SPACE) or not isinstance(value, dict):
+        return None
+    del text
+    try:
+        result: dict[str, Any] = _decoded(value)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return result
+
+
+def _is_utf8(data: bytes) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for begin in range(0, len(data), _LONG_BYTES + 1):
+            decoder.decode(data[begin : begin + _LONG_BYTES + 1])
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _decoded(value: Any) -> Any:
+    """A value whose strings hold bytes of UTF-8, with their text."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("latin-1").decode()
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if isinstance(value, dict):
+        if isinstance(value, _WithRepeats):
+            value.repeated = frozenset(map(_decoded, value.repeated))
+        for key in list(value):
+            item = value.pop(key)
+            if isinstance(item, str) and not item.isascii():
+                item = item.encode("latin-1")  # the last of the string, before it becomes four times as large
+                value[_decoded(key)] = item.decode()
+            else:
+                value[_decoded(key)] = _decoded(item)
+    return value
 
 
 def field(value: dict[str, Any], key: str) -> Any:

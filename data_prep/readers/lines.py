@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import IO
 
 from weftrain.core.errors import DataError
 from weftrain.data_prep.compression import Decompressed, compression_of, open_decompressed
-from weftrain.data_prep.documents import InputFile, Share
+from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.files import BLOCK_BYTES, open_address
 from weftrain.data_prep.read_options import ReadOptions
 
 _SKIP_BYTES = 1 << 20
+Convert = Callable[[int, bytes | None], Document | Failure]
 
 
 class LineSource:
@@ -68,14 +69,16 @@ class LineSource:
         return line
 
 
-def read_lines(file: InputFile, share: Share) -> Generator[tuple[int, bytes | None], None, int]:
-    """(line number within the share, the line) of each line that begins within the share; None for one that is too long.
+def read_lines(file: InputFile, share: Share, convert: Convert) -> Generator[Document | Failure, None, int]:
+    """convert(line number within the share, the line) of each line that begins within the share and is not blank.
 
-    A byte order mark at the start of the file is left out. Returns how many lines there are. Raises DataError where the file cannot be
-    read to its end, or is UTF-16.
+    A line that is too long is given as None. A byte order mark at the start of the file is left out. Neither a line nor what was made of
+    it is held here while it is used. Returns how many lines there are. Raises DataError where the file cannot be read to its end, or is
+    UTF-16.
     """
     number, limit = 0, ReadOptions.max_line_bytes
     end = None if share.end in (-1, file.num_bytes) else share.end
+    held: list[Document | Failure] = []
     with LineSource(file.address, share.begin, end) as lines:
         while line := lines.read_line(limit + 1):
             whole = len(line) <= limit or line.endswith(b"\n")
@@ -83,8 +86,12 @@ def read_lines(file: InputFile, share: Share) -> Generator[tuple[int, bytes | No
                 lines.skip_line()
             if number == 0 and share.begin == 0:
                 line = without_mark(file, line)
-            yield number, line if whole else None
+            if line and not line.isspace():
+                held.append(convert(number, line if whole else None))
+            line = b""
             number += 1
+            if held:
+                yield held.pop()
     return number
 
 

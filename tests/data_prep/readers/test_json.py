@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure
+from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.readers import json_array
+from weftrain.data_prep.readers import json_array, json_lines, json_objects
 
 Read = Callable[..., list[Document | Failure]]
 NO_CHARACTER = "field 'text' holds a lone surrogate, or bytes that are not UTF-8; repair it"
@@ -168,6 +168,42 @@ def test_any_window_gives_the_values_of_the_whole(
     assert [item.text if isinstance(item, Document) else None for item in items] == ([] if array else [None]) + wanted
 
 
+@settings(deadline=None, max_examples=100)
+@given(value=st.dictionaries(st.text(max_size=5), JSON, max_size=5), ascii_only=st.booleans(), repeated=st.booleans())
+def test_a_long_line_is_parsed_as_any_other(value: dict[str, Any], ascii_only: bool, repeated: bool) -> None:
+    value = value | {"text": "e\u0301 \U0001f600", "ключ": {"é": 1}}
+    line = json.dumps(value, ensure_ascii=ascii_only, allow_nan=True)
+    if repeated:
+        line = line[:-1] + ', "text": "", "ключ": 2}'
+    with pytest.MonkeyPatch.context() as patch:
+        short = json_objects.parse_object(line.encode(errors="replace"))
+        patch.setattr(json_objects, "_LONG_BYTES", 0)
+        long = json_objects.parse_object(line.encode(errors="replace"))
+    assert isinstance(long, dict)
+    assert repr(long.items()) == repr(short.items()) if isinstance(short, dict) else False
+    assert getattr(long, "repeated", None) == getattr(short, "repeated", None) == (frozenset({"text", "ключ"}) if repeated else None)
+
+
+def test_a_long_line_is_held_once(tmp_path: Path) -> None:
+    size = 4 << 20
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "' + "x" * size + '\U0001f600"}\n{"text": "b"}\n', encoding="utf-8")
+    status = path.stat()
+    file = InputFile(str(path), path.name, "s", "jsonl", status.st_size, status.st_mtime_ns)
+    items = json_lines.READER.read(0, file, Share(0, 0, -1), ReadOptions())
+    tracemalloc.start()
+    first = next(items)
+    held_bytes = tracemalloc.get_traced_memory()[0]
+    is_document = isinstance(first, Document)
+    del first
+    next(items)
+    after_bytes = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert is_document
+    assert held_bytes < 4.6 * size  # the text takes four bytes a character; the file's buffer
+    assert after_bytes < size
+
+
 def test_a_large_array_is_read_in_a_window(tmp_path: Path, read_all: Read) -> None:
     path = tmp_path / "t.json"
     path.write_text("[" + ",\n".join('{"text": "' + "x" * 2000 + '"}' for _ in range(8000)) + "]")
@@ -180,8 +216,6 @@ def test_a_large_array_is_read_in_a_window(tmp_path: Path, read_all: Read) -> No
 
 
 def _stream(path: Path) -> Any:
-    from weftrain.data_prep.documents import InputFile, Share
-
     status = path.stat()
     file = InputFile(str(path), path.name, "s", "json", status.st_size, status.st_mtime_ns)
     return json_array.READER.read(0, file, Share(0, 0, -1), ReadOptions())
