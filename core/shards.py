@@ -51,9 +51,11 @@ __all__ = [
     "write_shard",
 ]
 
-_GATHERED_ROWS = 64  # at a time: of 2048 tokens they stay in the processor's cache until they are widened to int64
+_GATHERED_ROWS = 64  # at a time, and so many files may be mapped at once beyond MAX_MAPPED
+_GATHERED_TOKENS = 1 << 18  # at a time: they stay in the processor's cache until they are widened to int64
 _DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype("<u2"), 4: np.dtype("<i4")}
-_THREADED_BLOCKS = 4  # a block takes half a millisecond, as long as four threads take to start
+_THREADED_BLOCKS = 4  # a block takes half a millisecond, about as long as a few threads take to start
+_MAX_THREADS = 16  # of each process that reads, of which a machine may have several
 
 
 @dataclass(frozen=True)
@@ -218,8 +220,9 @@ def read_rows(ids: np.ndarray, readers: Sequence[ShardReader], positions: Sequen
     """
     masked = True in {reader.has_loss_mask for reader in set(readers)}
     mask = np.ones((len(ids), ids.shape[1] - 1), dtype=np.bool_) if masked else None
-    for low in range(0, len(ids), _GATHERED_ROWS):  # no more than so many files beyond MAX_MAPPED are mapped at once
-        part = slice(low, low + _GATHERED_ROWS)
+    count = max(1, min(_GATHERED_ROWS, _GATHERED_TOKENS // ids.shape[1]))
+    for low in range(0, len(ids), count):
+        part = slice(low, low + count)
         some, at = readers[part], positions[part]
         distinct = set(some)
         if fresh := {reader for reader in distinct if not reader.is_verified}:
@@ -241,7 +244,7 @@ def _verify(fresh: set[ShardReader], readers: Sequence[ShardReader], positions: 
         for reader, block in blocks:
             reader.verify_block(block)
         return
-    with ThreadPoolExecutor(min(len(blocks), os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter to others
+    with ThreadPoolExecutor(min(len(blocks), os.cpu_count() or 1, _MAX_THREADS)) as pool:  # hashing leaves the interpreter to others
         for _ in pool.map(lambda found: found[0].verify_block(found[1]), blocks):
             pass
 
@@ -286,7 +289,7 @@ def read_document_starts(sequence_length: int, readers: Sequence[ShardReader], p
         ends = {reader: reader.document_ends() for reader in set(some)}
         for reader, bound in zip(some, bounds[low : low + _GATHERED_ROWS], strict=True):
             start, stop = ends[reader].searchsorted(bound, "right")
-            cuts.append(ends[reader][start:stop])  # where documents begin after the row's first input
+            cuts.append(ends[reader][start:stop].copy())  # where documents begin after the row's first input; no view, so that files unmap
     begins = np.array([1 + len(cut) for cut in cuts])  # [n]: documents of each row
     row = np.repeat(np.arange(len(cuts)), begins)  # [documents]
     within = np.zeros(len(row), dtype=np.int64)  # [documents]: where each begins in its row

@@ -20,7 +20,16 @@ from hypothesis import strategies as st
 
 from weftrain.core import fsops, shard_bytes, shard_format, shards
 from weftrain.core.errors import DataError
-from weftrain.core.shards import Documents, FimRecord, ShardReader, cumulative_lengths, num_tokens, read_rows, write_shard
+from weftrain.core.shards import (
+    Documents,
+    FimRecord,
+    ShardReader,
+    cumulative_lengths,
+    num_tokens,
+    read_document_starts,
+    read_rows,
+    write_shard,
+)
 
 TOKENIZER = "ab" * 32
 
@@ -154,7 +163,10 @@ def test_rows_in_any_order_and_repeated(tmp_path: Path) -> None:
     indices = np.array([7, 0, 39, 7, 3])
     reader = ShardReader(tmp_path / "s.h5")
     assert np.array_equal(reader.rows(indices), windows(tokens, 16, 16)[indices])
-    assert reader.rows(np.array([], dtype=np.int64)).shape == (0, 17)
+    none = np.array([], dtype=np.int64)
+    mask = reader.loss_mask(none)
+    assert mask is not None
+    assert (reader.rows(none).shape, mask.shape, reader.document_starts(none).shape) == ((0, 17), (0, 16), (0, 16))
     for outside in (-1, 40):
         with pytest.raises(IndexError, match="of 40"):
             reader.rows(np.array([outside]))
@@ -643,6 +655,18 @@ def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for reader in [*readers, *readers]:
         assert np.array_equal(reader.rows(np.array([5])), windows(tokens, 16, 16)[[5]])
         assert len(os.listdir("/proc/self/fd")) <= before + 4
+    ids = np.empty((20, 17), dtype=np.int64)
+    read_rows(ids, readers, [5 * 16] * 20)  # of more shards in one batch than may be mapped
+    assert np.array_equal(ids, np.repeat(windows(tokens, 16, 16)[[5]], 20, axis=0))
+    monkeypatch.setattr(shards, "_GATHERED_ROWS", 2)
+    opened, document_ends = [], ShardReader.document_ends
+    monkeypatch.setattr(
+        ShardReader, "document_ends", lambda self: (opened.append(len(os.listdir("/proc/self/fd"))), document_ends(self))[1]
+    )
+    starts = read_document_starts(16, readers, [5 * 16] * 20)
+    assert max(opened) <= before + 4 + 2
+    assert np.array_equal(starts, np.repeat(readers[0].document_starts(np.array([5])), 20, axis=0))
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
 
 
 def test_a_file_that_is_replaced_while_in_use_is_refused(tmp_path: Path) -> None:
