@@ -105,8 +105,8 @@ class TextEncoder:
         as_called = all(token["special"] == (token["id"] in control) for token in listed)
         for token in listed:
             token["special"] = token["id"] in control  # so that it is spelled out, whatever the file calls it
-        self._reference = Reference(tree, tokenizer if as_called else None)
-        opened = None if engine == "tokenizers" else open_gigatoken(tree)
+        self._reference = Reference(tree, self.dtype, tokenizer if as_called else None)
+        opened = None if engine == "tokenizers" else open_gigatoken(tree, self.dtype)
         self._fast = None if isinstance(opened, str) else opened
         self.engine_reason = opened if isinstance(opened, str) else None
         if engine == "gigatoken" and self.engine_reason is not None:
@@ -149,7 +149,7 @@ class TextEncoder:
         ends = np.cumsum([len(ids) for ids in arrays])
         joined = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
         result: list[np.ndarray | str] = list(encoded)
-        for place, ids in zip(places, split(joined.astype(self.dtype), ends), strict=True):
+        for place, ids in zip(places, split(joined.astype(self.dtype, copy=False), ends), strict=True):
             result[place] = ids
         if self._misread is not None:
             for place in places:

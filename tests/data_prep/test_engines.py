@@ -201,7 +201,7 @@ def test_the_sample_is_chosen_by_content() -> None:
 
 
 def test_without_gigatoken_auto_takes_the_reference_and_says_why(byte_level: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "open_gigatoken", lambda tree: "it is not installed")
+    monkeypatch.setattr(tokenization, "open_gigatoken", lambda tree, dtype: "it is not installed")
     encoder = make_encoder(byte_level, "t")
     assert (encoder.engine, encoder.engine_reason) == ("tokenizers", "it is not installed")
     with pytest.raises(DataError, match="gigatoken cannot encode with it: it is not installed; use --engine tokenizers"):
@@ -243,6 +243,15 @@ def test_where_an_entry_spans_a_space_nothing_is_cut(llama_like: bytes) -> None:
     cutting = cutting_of(plain)
     assert cutting is not None
     assert [cutting.may_cut(text) for text in ("a b", "a <place> b")] == [True, False]
+
+
+@pytest.mark.skipif(not HAS_GIGATOKEN, reason="gigatoken is not installed")
+def test_gigatoken_encodes_long_texts_in_pieces_too(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make_encoder(data, "t", engine="gigatoken")
+    text = "\n".join(library(3))[:40_000]
+    whole = ids_of(encoder, [text])
+    monkeypatch.setattr(engines, "_BATCH_CHARACTERS", 1000)
+    assert ids_of(encoder, [text]) == whole
 
 
 @pytest.mark.skipif(not HAS_GIGATOKEN, reason="gigatoken is not installed")
