@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,12 +89,14 @@ def head(folder: Path, set_name: str, rows: int, first: int) -> None:
         _print_row(console, origins, shards, encoder, row)
 
 
-def _encoder(folder: Path) -> TextEncoder:
+def _encoder(folder: Path, fim_tokens: str | None = None) -> TextEncoder:
+    """The dataset's tokenizer with the tokens that it was prepared with. fim_tokens: instead of those recorded."""
     from weftrain.core.dataset import TOKENIZER, read_manifest
-    from weftrain.data_prep.markers import recorded_markers
+    from weftrain.data_prep.markers import fim_names, recorded_markers
     from weftrain.data_prep.tokenization import load_encoder
 
-    return load_encoder(folder / TOKENIZER, recorded_markers(read_manifest(folder)), engine="tokenizers")
+    markers = recorded_markers(read_manifest(folder))
+    return load_encoder(folder / TOKENIZER, replace(markers, fim=fim_names(fim_tokens) or markers.fim), engine="tokenizers")
 
 
 class _Origins:
@@ -213,7 +216,12 @@ def _decoder(encoder: TextEncoder) -> Callable[[int], str]:
 @click.option("--rate", type=float, default=0.9, show_default=True, help="Share of documents that are transformed.")
 @click.option("--spm-share", type=float, default=0.5, show_default=True, help="Of those, how many suffix first.")
 @click.option("--documents", type=click.IntRange(min=1), default=500, show_default=True, help="How many of the training set.")
-def fim_report(folder: Path, rate: float, spm_share: float, documents: int) -> None:
+@click.option(
+    "--fim-tokens",
+    metavar="PREFIX,MIDDLE,SUFFIX[,PAD]",
+    help="Control tokens.  [default: those that the dataset was prepared with, or <|fim_prefix|> and so on]",
+)
+def fim_report(folder: Path, rate: float, spm_share: float, documents: int, fim_tokens: str | None) -> None:
     """What fill-in-the-middle would damage in the dataset in FOLDER, prepared without it: the released scripts' way and the exact one."""
     from itertools import islice
 
@@ -224,7 +232,7 @@ def fim_report(folder: Path, rate: float, spm_share: float, documents: int) -> N
     manifest, shards = open_set(folder, "train")
     if manifest.fim is not None:
         raise DataError(f"{folder}: was prepared with FIM; name one that was not")
-    encoder = _encoder(folder)
+    encoder = _encoder(folder, fim_tokens)
     chosen = [ids[encoder.markers.own(ids)] for ids in islice(whole_documents(manifest, shards), documents)]
     for line in damage_lines(*fim_damage(chosen, encoder, manifest.sequence_length, rate, spm_share)):
         _console().print(line, markup=False)

@@ -230,6 +230,10 @@ def test_the_commands_know_them(tokenizer: Path, texts: list[str]) -> None:
     assert f"| <bos>{texts[0]}\n" in result.output
     result = CliRunner().invoke(main, ["data", "fim-report", str(out / "d"), "--documents", "30"])
     assert result.exit_code == 0, result.output
+    other = CliRunner().invoke(main, ["data", "fim-report", str(out / "d"), "--documents", "30", "--fim-tokens", "<eos>,▁<MID>,▁<SUF>"])
+    assert other.output == result.output  # whatever the control tokens are called
+    other = CliRunner().invoke(main, ["data", "fim-report", str(out / "d"), "--fim-tokens", "<P>,<M>,<S>"])
+    assert "has no token '<P>' for --fim-tokens" in other.output
     result = CliRunner().invoke(main, ["data", "stats", str(out / "d")])
     assert f"documents begin with id {FIRST}; held out by rule 2" in result.output
     recipe = tokenizer.parent / "r.yaml"
