@@ -130,12 +130,15 @@ def _values(file: InputFile, batch: Any, column: Column) -> Any:
 
 
 def _text(scalar: Any, key: str) -> str:
-    """Raises ValueError for null, and bytes that are not UTF-8."""
+    """Raises ValueError for null, what is too long, and bytes that are not UTF-8."""
     if scalar.is_valid and hasattr(scalar, "dictionary"):
         scalar = scalar.value
     if not scalar.is_valid:
         raise ValueError(f"column '{key}' is null; give it a text, or leave the row out")
+    data = scalar.as_buffer()
+    if data.size > ReadOptions.max_line_bytes:
+        raise ValueError(f"column '{key}' holds more than {ReadOptions.max_line_bytes:,} bytes; split the document")
     try:
-        return str(scalar.as_buffer(), "utf-8")
+        return str(data, "utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"column '{key}': byte {error.start} is not UTF-8 ({error.reason}); convert it to UTF-8") from None

@@ -128,19 +128,6 @@ def compressed(data: bytes, suffix: str) -> bytes:
     return compressor.compress(data[:1000]) + compressor.compress(data[1000:])
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_compressed_lines_and_what_is_left_of_a_damaged_archive(tmp_path: Path, suffix: str) -> None:
-    rows = [{"text": f"text {number} " * 40} for number in range(300)]
-    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path = tmp_path / f"t.jsonl{suffix}"
-    path.write_bytes(compressed(data, suffix))
-    assert texts(read(list_inputs([str(path)], source=None))) == [row["text"] for row in rows]
-    for damaged in (path.read_bytes()[:-9], path.read_bytes()[:400] + b"\x00" * 40 + path.read_bytes()[440:]):
-        path.write_bytes(damaged)
-        with pytest.raises(DataError, match=rf"t\.jsonl\{suffix}: damaged or truncated"):
-            read(list_inputs([str(path)], source=None))
-
-
 def test_a_bomb_is_a_line_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_options.ReadOptions, "max_line_bytes", 1 << 16)
     for suffix in (".gz", ".zst"):

@@ -106,11 +106,13 @@ def test_columns_that_cannot_be_read(tmp_path: Path, read_all: Read) -> None:
         read_all(path, text_key="meta.text", source_key="lang")
 
 
-def test_a_value_that_is_not_utf8_is_its_rows_failure(tmp_path: Path, read_all: Read) -> None:
+def test_a_value_that_is_not_utf8_or_too_long_is_its_rows_failure(tmp_path: Path, read_all: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in (pa.string(), pa.binary()):
         parquet.write_table(pa.table({"text": pa.array([b"a", b"b\xff", b"c"]).view(kind)}), tmp_path / "t.parquet")
         bad = "column 'text': byte 1 is not UTF-8 (invalid start byte); convert it to UTF-8"
         assert found(read_all(tmp_path / "t.parquet")) == ["a", bad, "c"]
+    monkeypatch.setattr(ReadOptions, "max_line_bytes", 1)
+    assert found(read_all(tmp_path / "t.parquet"))[1] == "column 'text' holds more than 1 bytes; split the document"
 
 
 def test_damage_and_a_second_compression(tmp_path: Path, read_all: Read) -> None:
