@@ -37,6 +37,7 @@ from weftrain.core.dataset import (
     read_manifest,
 )
 from weftrain.core.errors import DataError
+from weftrain.core.plain_file import open_plain
 from weftrain.data_prep.plan import Parent, Plan, Settings, power_of_two, preparation
 
 _KNOWN = "known"  # folder of the work folder: what tells the parent's documents apart, sorted
@@ -131,10 +132,15 @@ def parents_sources(plan: Plan) -> Iterator[SourceEntry]:
 
 
 def parents_failures(plan: Plan) -> Iterator[bytes]:
-    """The lines that say what the parent could not read."""
-    if plan.parent is not None and (path := Path(plan.parent.folder) / FAILURES).exists():
-        with open(path, "rb") as file:
-            yield from file
+    """The lines that say what the parent could not read, in blocks. Raises DataError."""
+    if plan.parent is None or not (path := Path(plan.parent.folder) / FAILURES).exists():
+        return
+    try:
+        with open_plain(path) as file:
+            while block := file.read(1 << 20):
+                yield block
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}; put it back, or remove it") from error
 
 
 # -- documents that the parent holds

@@ -209,6 +209,24 @@ def test_few_documents_leave_the_held_out_set_as_it_is(made: Prepare, texts: lis
         made("three", texts[:60], "one")
 
 
+def test_what_the_parent_could_not_read_stays_listed(tmp_path: Path, encoder: TextEncoder) -> None:
+    """And does not count against the budget of the new inputs."""
+    (tmp_path / "tokenizer.json").write_bytes(encoder.data)
+    settings = {"sequence_length": 16, "heldout_fraction": 0.0, "tokenizer": tmp_path / "tokenizer.json", "max_failures": 1}
+    for name, parent in (("one", {}), ("two", {"grow": tmp_path / "one"})):
+        lines = [json.dumps({"text": text}) for text in numbered(name, 5)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, "{}"]) + "\n")
+        inputs = Inputs(tuple(list_inputs([str(tmp_path / f"{name}.jsonl")], source=None)), name)
+        assert prepare(inputs, tmp_path, name=name, **settings | parent) is not None
+        again = prepare(inputs, tmp_path, name=name, **settings | parent)
+        assert again is not None
+        assert (again.up_to_date, again.manifest.documents.failed) == (True, 1 if name == "one" else 2)
+    failures = [json.loads(line) for line in (tmp_path / "two" / "failures.jsonl").read_text().splitlines()]
+    assert [failure["place"] for failure in failures] == ["one.jsonl:6", "two.jsonl:6"]
+    with pytest.raises(DataError, match=r"1 documents could not be read .* --max-failures allows 0"):
+        prepare(inputs, tmp_path, name="two", **settings | {"grow": tmp_path / "one", "max_failures": 0})
+
+
 def test_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Prepare, texts: list[str]) -> None:
     """Against a set, over blocks of 16 identities, many of which share their first eight bytes, also across blocks."""
     made("one", texts[:60])
