@@ -54,6 +54,8 @@ DIFFERED = "gigatoken and the reference differed on a document of the sample"
 _CHECKED = 2  # of 256: documents whose hash begins with a smaller byte are encoded by both engines
 _LARGE_CHARACTERS = 1 << 16  # of a text that is compared; of a longer one only so much is
 _BLOCK_TOKENS = 1 << 20
+_UNSPELLED = "\ue000unspelled"  # stands for what a BPE without an unknown token would leave out
+_KEEP = "use a tokenizer with an unknown token or with bytes"
 _SPELL = "use a tokenizer that can spell its special tokens out"
 DEFAULT_MARKERS = Markers()
 MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
@@ -98,15 +100,21 @@ class TextEncoder:
         if self.unknown_id in markers.all:
             self.unknown_id = None
         self.control_ids = np.array(sorted(control - {self.unknown_id}))
-        self._is_control = np.zeros(self.vocab_size, np.bool_)
-        self._is_control[self.control_ids] = True
+        self._is_control = np.zeros(self.vocab_size + 1, np.bool_)  # the last: for _UNSPELLED
+        self._is_control[[*self.control_ids, self.vocab_size]] = True
         self._misread = _misread(tree)
         listed = tree.get("added_tokens") or []
         as_called = all(token["special"] == (token["id"] in control) for token in listed)
         for token in listed:
             token["special"] = token["id"] in control  # so that it is spelled out, whatever the file calls it
-        self._reference = Reference(tree, self.dtype, tokenizer if as_called else None)
-        opened = None if engine == "tokenizers" else open_gigatoken(tree, self.dtype)
+        opened: Gigatoken | str | None
+        if _leaves_out(tree):
+            spelling = tree["model"] | {"vocab": tree["model"]["vocab"] | {_UNSPELLED: self.vocab_size}, "unk_token": _UNSPELLED}
+            self._reference = Reference(tree | {"model": spelling})
+            opened = None if engine == "tokenizers" else "its model leaves out what its vocabulary cannot spell"
+        else:
+            self._reference = Reference(tree, self.dtype, tokenizer if as_called else None)
+            opened = None if engine == "tokenizers" else open_gigatoken(tree, self.dtype)
         self._fast = None if isinstance(opened, str) else opened
         self.engine_reason = opened if isinstance(opened, str) else None
         if engine == "gigatoken" and self.engine_reason is not None:
@@ -160,7 +168,11 @@ class TextEncoder:
         for hit in self._control_hits(joined, ends, counts):
             document = int(np.searchsorted(ends, hit, side="right"))
             place = hit - int(ends[document]) + len(arrays[document])
-            result[places[document]] = f"the tokenizer turns ordinary text into control id {joined[hit]} at token {place}; {_SPELL}"
+            result[places[document]] = (
+                f"has text that the vocabulary cannot spell, and that the tokenizer would leave out after token {place}; {_KEEP}"
+                if joined[hit] == self.vocab_size
+                else f"the tokenizer turns ordinary text into control id {joined[hit]} at token {place}; {_SPELL}"
+            )
         return result
 
     def _control_hits(self, ids: np.ndarray, ends: np.ndarray, counts: Counts) -> list[int]:
@@ -292,6 +304,17 @@ def _slices(text: str) -> Iterator[str]:
     """A text in bounded slices that overlap by more than a token's name."""
     for start in range(0, max(1, len(text)), _BLOCK_TOKENS):
         yield text[start : start + _BLOCK_TOKENS + 64]
+
+
+def _leaves_out(tree: dict[str, Any]) -> bool:
+    """Whether a tokenizer drops text that its vocabulary cannot spell: a BPE with neither an unknown token nor all bytes."""
+    model = tree["model"]
+    if model.get("type") != "BPE" or model.get("unk_token") is not None:
+        return False
+    if model.get("byte_fallback") and all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)):
+        return False
+    steps = json.dumps([tree.get("normalizer"), tree.get("pre_tokenizer")])
+    return '"type": "ByteLevel"' not in steps or not set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys()
 
 
 def unknown_id(tree: dict[str, Any], tokenizer: Tokenizer) -> int | None:

@@ -145,6 +145,23 @@ def test_unknown_text_becomes_the_unknown_token_and_is_counted(kind: str, engine
     assert counts.unknown == 2
 
 
+@pytest.mark.parametrize("engine", ["auto", "tokenizers"])
+def test_text_that_a_tokenizer_would_leave_out_is_a_failure(engine: str) -> None:
+    """A BPE without an unknown token drops what it does not know, without a word."""
+    tokenizer = Tokenizer(models.BPE(vocab={"</s>": 0, "a": 1, "b": 2, "ab": 3}, merges=[("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    assert tokenizer.encode("a \u65e5 ab").ids == [1, 3]
+    encoder = make_encoder(tokenizer.to_str().encode(), "t", engine=engine)
+    good, bad = encoder.encode_each(["a ab", "a \u65e5 ab"], ["x", "y"])
+    assert not isinstance(good, str)
+    assert good.tolist() == [1, 3]
+    assert bad == (
+        "has text that the vocabulary cannot spell, and that the tokenizer would leave out after token 1; "
+        "use a tokenizer with an unknown token or with bytes"
+    )
+    assert encoder.vocab_size == 4
+
+
 def test_an_end_token_that_also_stands_for_unknown_text_is_not_written_into_documents() -> None:
     tokenizer = Tokenizer(models.BPE(vocab={"<|endoftext|>": 0, "a": 1}, merges=[], unk_token="<|endoftext|>"))
     encoder = make_encoder(tokenizer.to_str().encode(), "t")
