@@ -39,9 +39,12 @@ class _Opened:
     is_stream: bool
 
     def reader(self, fields: list[int] | None = None) -> Any:
-        """A RecordBatchFileReader or RecordBatchStreamReader. fields: the top-level columns to read; None: all."""
+        """A RecordBatchFileReader or RecordBatchStreamReader. fields: the top-level columns to read; None: all.
+
+        Of a mapped file all are there without being read, while the library would copy a batch to choose among its columns.
+        """
         ipc = self.library.ipc
-        options = ipc.IpcReadOptions() if fields is None else ipc.IpcReadOptions(included_fields=fields)
+        options = ipc.IpcReadOptions() if fields is None or self.mapped is not None else ipc.IpcReadOptions(included_fields=fields)
         if self.mapped is None:
             self.raw.seek(0)
         source = self.raw if self.mapped is None else self.library.BufferReader(self.library.py_buffer(self.mapped))
