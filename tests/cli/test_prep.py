@@ -11,10 +11,12 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from weftrain.cli.main import main
+from weftrain.cli.prep import prep
 from weftrain.cli.prep_report import epoch_lines
 from weftrain.core.dataset import read_manifest
 from weftrain.core.dataset_manifest import Chunks
@@ -53,6 +55,18 @@ def test_prep_again_and_with_other_settings(weftrain: Weftrain, texts: Path, dat
     other = weftrain("prep", texts, *arguments, "--sequence-length", "16")
     assert other.exit_code == 2
     assert str(dataset) in other.output
+
+
+def test_the_help_names_every_option_once(weftrain: Weftrain) -> None:
+    shown = re.findall(r"^  (--[a-z-]+)", weftrain("prep", "--help").output, re.MULTILINE)
+    assert sorted(shown) == sorted(option.opts[0] for option in prep.params if isinstance(option, click.Option))
+
+
+@pytest.mark.parametrize("option", [["--fim-mode", "context"], ["--fim-spm-share", "0.5"]])
+def test_an_option_of_fim_without_a_rate_is_refused(weftrain: Weftrain, texts: Path, tmp_path: Path, option: list[str]) -> None:
+    refused = weftrain("prep", texts, "--name", "x", "--output", tmp_path, *option)
+    assert refused.exit_code == 2
+    assert f"{option[0]} needs --fim-rate" in refused.output
 
 
 def test_prep_needs_a_name_and_inputs_that_exist(weftrain: Weftrain, texts: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_recipe_makes_its_datasets(weftrain: Weftrain, inputs: Path, tmp_path:
     ("arguments", "message"),
     [
         (["--only", "three"], "the recipe makes two/prose, two/code"),
-        (["--sequence-length", "8"], "the recipe decides sequence_length"),
+        (["--sequence-length", "8"], "the recipe decides --sequence-length"),
         (["--index", "0"], "belong to --executor task"),
         (["--executor", "task"], "needs --index and --of"),
         (["--executor", "ray", "--output", "memory://x"], "--output must be a folder that all of them see"),

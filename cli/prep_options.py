@@ -1,0 +1,150 @@
+"""The options of `weftrain prep`, under the headings that its help prints."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+STAGES = ("sample", "tokenize", "merge", "order", "write", "finish")
+_PATH = click.Path(path_type=Path)
+_COUNT = click.IntRange(min=1)
+
+_DATASET = [
+    click.Option(["--name"], help="Name of the dataset's folder.  [default: python_stdlib without INPUTS, else needed]"),
+    click.Option(
+        ["--output"], default="datasets", show_default=True, help="Folder of datasets, or an fsspec address that they are copied to."
+    ),
+    click.Option(["--grow"], type=_PATH, help="A dataset that INPUTS are added to; the result is a folder of its own, --name."),
+]
+_READING = [
+    click.Option(["--text-key"], default="text", show_default=True, help="The field of a JSON object or the column that holds the text."),
+    click.Option(["--source-key"], help="The field that names a document's source.  [default: the folder's or file's name]"),
+    click.Option(["--tokens-key"], help="The field of token files that holds the ids.  [default: tokens, input_ids, or the only one]"),
+    click.Option(
+        ["--tokens-dtype"],
+        type=click.Choice(["uint16", "uint32", "int32", "int64"]),
+        help="Type of ids that do not say theirs (.npy, MDS bytes).  [default: by the vocabulary; MDS: int64]",
+    ),
+    click.Option(["--format", "format_"], help="Format of all INPUTS; a wrong name lists all.  [default: told by name and content]"),
+    click.Option(
+        ["--suffix", "suffixes"], multiple=True, help="Of a folder, read only names that end so, as .jsonl.gz (repeatable).  [default: all]"
+    ),
+    click.Option(["--licence"], default="not stated", show_default=True, help="Licence of INPUTS, for the manifest."),
+]
+_DOCUMENTS = [
+    click.Option(["--normalise"], multiple=True, help="NFC, NFKC, newlines, strip_bom, in this order (repeatable).  [default: nothing]"),
+    click.Option(["--max-failures"], type=click.IntRange(min=0), default=0, show_default=True, help="Documents that may be unreadable."),
+    click.Option(["--heldout-fraction"], type=float, default=0.02, show_default=True, help="Share of documents that are held out."),
+]
+_TOKENS = [
+    click.Option(["--tokenizer"], type=_PATH, help="A tokenizer.json or SentencePiece .model.  [default: a BPE trained on the text]"),
+    click.Option(
+        ["--vocab-size"], type=click.IntRange(min=300), help="Ids of the trained tokenizer, beside 32 special ones.  [default: 8192]"
+    ),
+    click.Option(["--eos"], help="The token after each document, or none.  [default: </s> or <|endoftext|>]"),
+    click.Option(["--bos"], help="The token before each document, such as <s>.  [default: none]"),
+    click.Option(
+        ["--engine"],
+        type=click.Choice(["auto", "tokenizers", "gigatoken"]),
+        default="auto",
+        show_default=True,
+        help="Library that encodes; auto: gigatoken where its ids are known to be those of tokenizers.",
+    ),
+]
+_ROWS = [
+    click.Option(["--sequence-length"], type=_COUNT, default=256, show_default=True, help="Tokens of a row."),
+    click.Option(
+        ["--packing"],
+        type=click.Choice(["concatenate", "best_fit"]),
+        default="concatenate",
+        show_default=True,
+        help="One stream cut into rows, or whole documents and padding.",
+    ),
+    click.Option(
+        ["--order"],
+        type=click.Choice(["shuffled", "as_read"]),
+        default="shuffled",
+        show_default=True,
+        help="Order of documents; as_read keeps duplicates too.",
+    ),
+    click.Option(["--seed"], type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the order and of fill-in-the-middle."),
+    click.Option(["--epochs"], type=_COUNT, default=1, show_default=True, help="How often each document comes, FIM drawn anew."),
+    click.Option(["--chunks"], type=_COUNT, help="Cut the training rows into so many equal chunks."),
+    click.Option(["--global-batch-size"], type=_COUNT, help="Rows of a step of the run to come, so that each chunk is whole steps."),
+    click.Option(["--rows-per-shard"], type=_COUNT, help="Rows of a shard file.  [default: 64 MiB of tokens]"),
+]
+_FIM = [
+    click.Option(["--fim-rate"], type=float, help="Share of documents that are turned into fill-in-the-middle.  [default: none]"),
+    click.Option(["--fim-spm-share"], type=float, default=0.5, show_default=True, help="Share of these that have the suffix first."),
+    click.Option(
+        ["--fim-mode"],
+        type=click.Choice(["exact", "context", "released"]),
+        default="exact",
+        show_default=True,
+        help="exact: whole documents; context: their pieces in each row; released: as CrystalCoder's scripts.",
+    ),
+    click.Option(
+        ["--fim-tokens"],
+        metavar="PREFIX,MIDDLE,SUFFIX[,PAD]",
+        help="The tokenizer's control tokens for it.  [default: <|fim_prefix|> or <fim_prefix> and so on]",
+    ),
+]
+_RECIPE = [
+    click.Option(["--inputs", "root"], help="The folder or address that holds the recipe's inputs and tokenizer."),
+    click.Option(["--only"], multiple=True, help="Make only the dataset of this name (repeatable)."),
+    click.Option(["--set", "overrides"], multiple=True, metavar="KEY.SUB=VALUE", help="Lay a value over the recipe (repeatable)."),
+]
+_PROCESSES = [
+    click.Option(["--workers"], type=_COUNT, help="Processes.  [default: one a core]"),
+    click.Option(
+        ["--executor"],
+        type=click.Choice(["local", "task", "ray"]),
+        default="local",
+        show_default=True,
+        help="Processes of this machine, one member of a job array, or a Ray cluster.",
+    ),
+    click.Option(["--index"], type=click.IntRange(min=0), help="Of a task: which member of the array this is, from 0."),
+    click.Option(["--of"], type=_COUNT, help="Of a task: how many members the array has."),
+    click.Option(["--stage"], type=click.Choice(STAGES), help="Of a task: do this stage only and stop."),
+    click.Option(["--ray-address"], help="Of ray: the cluster's address.  [default: one is started here]"),
+]
+GROUPS = {
+    "Dataset": _DATASET,
+    "What INPUTS are": _READING,
+    "Documents": _DOCUMENTS,
+    "Tokens": _TOKENS,
+    "Rows": _ROWS,
+    "Fill-in-the-middle": _FIM,
+    "With a recipe": _RECIPE,
+    "Processes and clusters": _PROCESSES,
+}
+OF_INPUTS = frozenset(str(option.name) for option in _READING)
+OF_RECIPE = frozenset(str(option.name) for option in _RECIPE)
+BESIDE_RECIPE = OF_RECIPE.union(["output"], (str(option.name) for option in _PROCESSES))
+
+
+class GroupedCommand(click.Command):
+    """A command whose help has the options under the headings of GROUPS."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for heading, options in GROUPS.items():
+            with formatter.section(heading):
+                formatter.write_dl([record for option in options if (record := option.get_help_record(ctx)) is not None])
+        with formatter.section("Help"):
+            formatter.write_dl([(", ".join(ctx.help_option_names), "Show this message and exit.")])
+
+
+def given(names: Collection[str], *, but: bool = False) -> str | None:
+    """The first option on the command line that is one of `names`, as it is spelled; with `but`, the first that is none of them."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        if isinstance(option, click.Option) and (option.name in names) != but and _is_given(context, option):
+            return option.opts[0]
+    return None
+
+
+def _is_given(context: click.Context, option: click.Option) -> bool:
+    return context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
