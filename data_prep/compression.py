@@ -96,6 +96,14 @@ def compression_of(name: str) -> str | None:
     return suffix if suffix in _FORMATS else None
 
 
+def begins_compressed(head: bytes) -> str | None:
+    """What is wrong with bytes that should be text and begin as a compressed file does, and the remedy; None for others."""
+    suffix = next((suffix for suffix, kind in _FORMATS.items() if head.startswith(kind.magic)), None)
+    if suffix is None or head[:64].isascii():
+        return None
+    return f"begins as {suffix} files do; give its name that ending, or decompress it"
+
+
 def plain_name(name: str) -> str:
     """A file's name without the suffix of its compression."""
     return name[: len(name) - len(compression_of(name) or "")]

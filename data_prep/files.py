@@ -48,7 +48,7 @@ def open_address(address: str) -> IO[bytes]:
         system, path = file_system(address)
         return system.open(path)
     except OSError as error:
-        raise DataError(f"{address}: cannot be read: {error}") from error
+        raise DataError(f"{address}: cannot be read: {error.strerror or error}") from error
 
 
 def read_head(address: str, num_bytes: int) -> bytes:
@@ -72,7 +72,7 @@ def exists(address: str) -> bool:
     try:
         return bool(system.isfile(path))
     except OSError as error:
-        raise DataError(f"{address}: cannot be read: {error}") from error
+        raise DataError(f"{address}: cannot be read: {error.strerror or error}") from error
 
 
 def check_unchanged(file: InputFile) -> None:
@@ -85,7 +85,7 @@ def check_unchanged(file: InputFile) -> None:
             system, path = file_system(file.address)
             same = system.size_now(path) == file.num_bytes
     except OSError as error:
-        raise DataError(f"{file.address}: cannot be read: {error}") from error
+        raise DataError(f"{file.address}: cannot be read: {error.strerror or error}") from error
     if not same:
         raise changed(file)
 

@@ -118,6 +118,8 @@ class _Found:
 
 def _list_address(address: str, wanted: Wanted, found: _Found, standard_input: Path | None) -> None:
     found.addresses += 1
+    if not address.strip():
+        raise DataError(f"an input is named {address!r}, as a variable of the shell does that is not set: name a file or a folder")
     if address in STANDARD_INPUT:
         if standard_input is None:
             raise DataError(f"{address}: standard input can be read once, by one command; write it to a file first")

@@ -82,7 +82,7 @@ def _find(file: InputFile, schema: Any, key: str, option: str) -> Column:
         raise DataError(f"{file.address}: {error}; rename all but one") from None
     if not path:
         names = schema.names[:_SHOWN_NAMES] + ["…"] * (len(schema.names) > _SHOWN_NAMES)
-        raise DataError(f"{file.address}: has no column '{key}' but {', '.join(names)}; name it with {option}")
+        raise DataError(f"{file.address}: has no column '{key}' but {', '.join(names) or 'none at all'}; name it with {option}")
     kind = schema.field(schema.names.index(path[0])).type
     for name in path[1:]:
         kind = kind.field(kind.get_field_index(name)).type

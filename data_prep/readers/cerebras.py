@@ -117,7 +117,7 @@ def _row(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray | None] | str:
     if text and (bears[text - 1] or labels[text - 1] >= 0):
         tokens[text] = labels[text - 1]
     if tokens.min() < 0 or tokens.max() > MAX_ID:
-        return f"holds the id {tokens.min()} or {tokens.max()}, which is none"
+        return f"holds ids {tokens.min()}..{tokens.max()}, and each must be one of 0..{MAX_ID}; repair it"
     begins = _begins(planes, text) if len(planes) > 3 else None
     if isinstance(begins, str):
         return begins

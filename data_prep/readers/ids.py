@@ -32,7 +32,7 @@ def read_array(opened: IO[bytes], name: str, offset: int, count: int, dtype: np.
 def ids_document(index: int, record: int, source: str, ids: np.ndarray, bears_loss: np.ndarray | None = None) -> Document | Failure:
     """A document of integers [n], of any integer type; a Failure where one of them is no id. bears_loss: bool [n]; None: all do."""
     if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) <= MAX_ID):
-        return Failure(index, record, f"holds the id {ids.min()} or {ids.max()}, which is none")
+        return Failure(index, record, f"holds ids {ids.min()}..{ids.max()}, and each must be one of 0..{MAX_ID}; repair it")
     marks = None if bears_loss is None or bears_loss.all() else bears_loss * np.uint8(LOSS)
     return Document(index, record, source, None, ids.astype(np.int32), marks)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weftrain.data_prep import corpus
-from weftrain.data_prep.compression import open_decompressed
+from weftrain.data_prep.compression import begins_compressed, open_decompressed
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.files import open_address
 from weftrain.data_prep.normalisation import normalise
@@ -25,6 +25,8 @@ def _document(index: int, file: InputFile, options: ReadOptions) -> Document | F
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
+        if (compressed := begins_compressed(data)) is not None:
+            return Failure(index, 0, compressed)
         line = data.count(b"\n", 0, error.start)
         return Failure(index, line, f"byte {error.start} is not UTF-8 ({error.reason}); convert the file to UTF-8")
     if (place := data.find(0)) >= 0:

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import random
+import re
 import struct
 import tracemalloc
 import uuid
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from weftrain.core.errors import DataError
 from weftrain.data_prep import compression, shares
 from weftrain.data_prep.compression import BrokenArchive, Decompressed, open_decompressed
 from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile
@@ -88,6 +90,25 @@ def test_what_is_cut_off_or_followed_by_something_else(tmp_path: Path, suffix: s
         path.write_bytes(damaged)
         with open_decompressed(str(path)) as opened, pytest.raises(BrokenArchive, match=rf"a\.txt\{suffix}: {message}"):
             opened.read()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_is_compressed_under_a_name_of_text_or_compressed_twice_is_told(tmp_path: Path, suffix: str) -> None:
+    data = compress(b'{"text": "a"}\n', suffix)
+    (tmp_path / "t.jsonl").write_bytes(data)
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(data))
+    told = rf"begins as \{suffix} files do; give its name that ending, or decompress it"
+    for name in ("t.jsonl", "t.jsonl.gz"):
+        with pytest.raises(DataError, match=rf"{name}: {told}"):
+            read(tmp_path / name)
+    (tmp_path / "t.txt").write_bytes(data)
+    files = list_inputs([str(tmp_path / "t.txt")], source=None, format="text")
+    [failure] = [
+        item for part in split_parts(files, 1 << 20) for item in read_part(files, part, ReadOptions()) if isinstance(item, Failure)
+    ]
+    assert re.fullmatch(told, failure.reason)
+    (tmp_path / "magic.jsonl").write_bytes(b'BZh9\n{"text": "a"}\n')
+    assert [type(item) for item in read(tmp_path / "magic.jsonl")] == [Failure, Document]
 
 
 def test_a_long_window_is_read_and_an_endless_one_refused(tmp_path: Path) -> None:

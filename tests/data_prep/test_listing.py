@@ -330,6 +330,8 @@ def test_a_pattern_without_a_match(place: Callable[[dict[str, bytes]], str]) -> 
         find(f"{address}/*.go")
     with pytest.raises(DataError, match=r"\{a,c\}1\.txt: its alternative .*/c1\.txt matches no file"):
         find(f"{address}/{{a,c}}1.txt")
+    with pytest.raises(DataError, match="an input is named '', as a variable of the shell does that is not set"):
+        list_inputs([""], source=None)
     with pytest.raises(DataError, match="no such file or folder"):
         find(f"{address}/absent")
 

@@ -161,7 +161,7 @@ def test_packed_rows_are_the_same_bytes_on_any_number_of_parts(
         (2, 4, 9, "the label at 4 is 9, the next id .* not shifted by one"),
         (1, 2, 3, "a loss mask other than 0 and 1"),
         (1, slice(None), 0, "bears no loss anywhere, and is no padding either"),
-        (0, 0, -1, "holds the id -1 or"),
+        (0, 0, -1, r"holds ids -1\.\."),
         (4, 0, 1, "position_ids begin with 1, not 0"),
         (4, 3, 9, "position_ids and attention_span contradict each other at 3"),
         (3, 4, 1, "position_ids and attention_span contradict each other at 4"),

@@ -202,7 +202,7 @@ def test_shards_that_are_missing_compressed_twice_or_not_readable(tmp_path: Path
         ("ndarray:int32:3", b"12345678", "the first of 3, in 8 bytes"),
         ("ndarray", b"\x22\x04\x01" + bytes(4), "an array of float32"),
         ("ndarray", b"\xff\x04\x01" + bytes(4), "an array of float32, not of integers"),
-        ("ndarray:int8", b"\x04\x01\xff", "holds the id -1"),
+        ("ndarray:int8", b"\x04\x01\xff", "holds ids -1"),
         ("bytes", b"123", "3 bytes, which are no int64 ids; give another --tokens-dtype"),
         ("json", b"[1, 2.0]", "not a list of token ids"),
         ("json", b"[1", "is not JSON"),

@@ -81,7 +81,7 @@ def test_what_is_no_id_or_too_long_is_a_failure_of_its_document(
     write(tmp_path, [[[1]], [[2, -1]], [[1, 2, 3], [4, 5]], [[3]]], "<i8")
     first, negative, long, last = read_all(tmp_path / "m.bin")
     assert tokens([first, last]) == [[1], [3]]
-    assert "holds the id -1 or 2, which is none" in negative.reason
+    assert "holds ids -1..2, and each must be one of 0..2147483647; repair it" in negative.reason
     assert "holds 5 ids in one document, more than 4" in long.reason
 
 
