@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.files import file_system, is_local, local_path
+from weftrain.data_prep.files import file_system, is_local, local_path, read_head
+from weftrain.data_prep.listing_rules import MANIFEST, MANIFEST_HEAD_BYTES, is_dataset
 from weftrain.data_prep.remote import RemoteSystem
 
-Kind = Literal["file", "folder", "special", "broken link", "link loop", "same folder"]
+Kind = Literal["file", "folder", "special", "broken link", "link loop", "same folder", "dataset"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class FileSystem(Protocol):
         """What a folder holds, in any order; links are followed."""
 
     def below(self, folder: str, leave_out: Callable[[str], bool]) -> Iterator[Entry]:
-        """All files below a folder, and those folders that are not entered: `leave_out` says so of a folder's name.
+        """All files below a folder, and those folders that are not entered: `leave_out` says so of a folder's name; and datasets.
 
         In the order of their names; what is reached through links to folders comes last.
         """
@@ -74,6 +75,14 @@ def identity_of(address: str) -> tuple[int, int] | str:
         return address
     status = os.stat(address)
     return status.st_dev, status.st_ino
+
+
+def holds_dataset(address: str) -> bool:
+    """Whether a folder is a dataset that weftrain made, and so no folder of inputs."""
+    try:
+        return is_dataset(read_head(f"{address.rstrip('/')}/{MANIFEST}", MANIFEST_HEAD_BYTES))
+    except DataError:  # none, or none that may be read
+        return False
 
 
 class LocalFiles:
@@ -107,6 +116,8 @@ class LocalFiles:
                     yield _as(link, "link loop")
                 elif link.identity in walk.entered:
                     yield _as(link, "same folder")
+                elif holds_dataset(link.path):
+                    yield _as(link, "dataset")
                 else:
                     walk.entered.add(link.identity)
                     waiting.append((link.path, f"{link.name}/"))
@@ -142,6 +153,8 @@ class _Walk:
                 self.links.append(entry)
             elif entry.identity in self.entered:
                 yield _as(entry, "same folder")
+            elif holds_dataset(entry.path):
+                yield _as(entry, "dataset")
             else:
                 assert isinstance(entry.identity, tuple)
                 self.entered.add(entry.identity)
@@ -202,17 +215,23 @@ class RemoteFiles:
 
     def below(self, folder: str, leave_out: Callable[[str], bool]) -> Iterator[Entry]:
         root, left_out = f"{folder.rstrip('/')}/", set()
-        for path, info in sorted(self._system.find(folder, detail=True).items()):
+        found = self._system.find(folder, detail=True)
+        manifests = [path for path in found if path.endswith(f"/{MANIFEST}")]
+        heads = self.heads(manifests, MANIFEST_HEAD_BYTES) if manifests else {}
+        datasets = {path.rpartition("/")[0] for path, head in heads.items() if is_dataset(head)}
+        for path, info in sorted(found.items()):
             name = path.removeprefix(root).lstrip("/")
             if not name or name.endswith("/"):
                 continue  # the marker by which some object stores remember an empty folder
             *folders, _ = name.split("/")
-            hidden = next((index for index, part in enumerate(folders) if leave_out(part)), None)
-            if hidden is None:
+            above = ["/".join(folders[: index + 1]) for index in range(len(folders))]
+            apart = next((one for part, one in zip(folders, above, strict=True) if leave_out(part) or f"{root}{one}" in datasets), None)
+            if apart is None:
                 yield self._entry(path, name, info)
-            elif (above := "/".join(folders[: hidden + 1])) not in left_out:
-                left_out.add(above)
-                yield Entry(f"{root}{above}", above, "folder", 0, None, f"{root}{above}", linked=False)
+            elif apart not in left_out:
+                left_out.add(apart)
+                kind: Kind = "dataset" if f"{root}{apart}" in datasets else "folder"
+                yield Entry(f"{root}{apart}", apart, kind, 0, None, f"{root}{apart}", linked=False)
 
     def address(self, path: str) -> str:
         return str(self._system.unstrip_protocol(path))

@@ -17,7 +17,7 @@ from weftrain.core.plain_file import real_path
 from weftrain.data_prep import listing_rules as rules
 from weftrain.data_prep.compression import compression_of
 from weftrain.data_prep.documents import InputFile, Skipped
-from weftrain.data_prep.file_systems import Entry, FileSystem, LocalFiles, identity_of, open_file_system
+from weftrain.data_prep.file_systems import Entry, FileSystem, LocalFiles, holds_dataset, identity_of, open_file_system
 from weftrain.data_prep.patterns import fixed_folder, is_pattern, matching
 from weftrain.data_prep.readers.contract import HEAD_BYTES, Probe
 from weftrain.data_prep.readers.json_content import JsonContent
@@ -165,6 +165,11 @@ def _folder_name(system: FileSystem, path: str) -> str:
 
 
 def _list_folder(system: FileSystem, path: str, name: str, address: str, wanted: Wanted, found: _Found) -> None:
+    if holds_dataset(system.address(path)):
+        raise DataError(
+            f"{rules.printable_name(system.address(path))}: is a dataset that weftrain made; add inputs to it with --grow, or name its "
+            "folder train to prepare its rows again"
+        )
     suffixes = tuple(rules.spelled_suffix(suffix) for suffix in wanted.suffixes)
     source = wanted.source or name.rpartition("/")[2]
     files_before, skipped_before = len(found.files), len(found.skipped)
@@ -179,7 +184,7 @@ def _list_folder(system: FileSystem, path: str, name: str, address: str, wanted:
                 _take(system, entry, full, source, wanted, found, below=True, head=heads.get(entry.path))
             else:
                 size = 0 if entry.kind == "folder" else entry.num_bytes
-                shown = f"{full}/" if entry.kind in ("folder", "same folder", "link loop") else full
+                shown = f"{full}/" if entry.kind in ("folder", "same folder", "link loop", "dataset") else full
                 found.skipped.append(Skipped(rules.printable_name(shown), size, reason))
         found.progress(len(found.files) + len(found.skipped))
     ending = f"file ending in {', '.join(suffixes)}" if suffixes else "text file"
@@ -201,6 +206,8 @@ def _reason_by_name(entry: Entry, address: str, suffixes: tuple[str, ...]) -> st
     last = entry.name.rpartition("/")[2]
     if entry.kind == "folder":
         return rules.folder_reason(last)
+    if entry.kind == "dataset":
+        return "dataset"
     if last.startswith("."):
         return "hidden file"
     if entry.kind in ("broken link", "link loop"):

@@ -16,6 +16,8 @@ MARKER_FILES = """
     _SUCCESS _committed_* _started_* _metadata _common_metadata *.crc *.done *.md5 *.sha1 *.sha256 *.sha512 Thumbs.db desktop.ini
 """
 MARKER_FOLDERS = ("_temporary", "__MACOSX")
+MANIFEST = "manifest.json"  # of a dataset that weftrain prep made
+MANIFEST_HEAD_BYTES = 1 << 16
 UNFINISHED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".download", ".incomplete", ".filepart", ".aria2", ".unfinished")
 # Archives and compressions that are not read.
 ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz", ".jar", ".whl", ".lz4", ".lz", ".lzma", ".lzo", ".br", ".snappy", ".z")
@@ -49,6 +51,11 @@ def skips_folder(name: str) -> bool:
 def folder_reason(name: str) -> str:
     """Why a folder is not entered, as a summary counts it."""
     return "hidden folder" if name.startswith(".") else "marker folder"
+
+
+def is_dataset(manifest: bytes) -> bool:
+    """Whether a folder is a dataset of weftrain: by the first bytes of its manifest.json, which is canonical JSON."""
+    return manifest.startswith(b"{") and b'"format":"weftrain-dataset"' in manifest
 
 
 def is_marker(name: str) -> bool:

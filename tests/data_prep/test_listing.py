@@ -324,6 +324,34 @@ def test_patterns_as_the_shell_has_them(place: Callable[[dict[str, bytes]], str]
     assert texts(listed) == [next(name for name in FILES if name.endswith(shown)) for shown in names]
 
 
+MANIFEST = b'{"bos_id":null,"format":"weftrain-dataset","version":3}\n'
+
+
+def test_datasets_beside_the_texts_are_one_entry_each(place: Callable[[dict[str, bytes]], str]) -> None:
+    other = b'{"name":"an extension of a browser"}'
+    address = place(
+        {
+            "a.txt": b"a",
+            "datasets/x/manifest.json": MANIFEST,
+            "datasets/x/inputs.jsonl": b'{"name":"a.txt"}\n',
+            "datasets/x/train/00000.h5": b"\x89HDF\r\n\x1a\n",
+            "web/manifest.json": other,
+        }
+    )
+    listed = find(address)
+    assert [file.name for file in listed.files] == ["in/a.txt", "in/web/manifest.json"]
+    assert skipped(listed) == {"in/datasets/x/": "dataset"}
+    for named in (f"{address}/datasets/x", f"{address}/datasets/*"):
+        with pytest.raises(DataError, match=r"datasets/x: is a dataset that weftrain made; add inputs to it with --grow, or name its"):
+            find(named)
+
+
+def test_a_link_to_a_dataset_is_not_entered(tmp_path: Path) -> None:
+    tree(tmp_path / "x", {"manifest.json": MANIFEST, "inputs.jsonl": LINES})
+    (tree(tmp_path / "in", {"a.txt": b"a"}) / "link").symlink_to(tmp_path / "x")
+    assert skipped(find(tmp_path / "in")) == {"in/link/": "dataset"}
+
+
 def test_a_pattern_without_a_match(place: Callable[[dict[str, bytes]], str]) -> None:
     address = place(FILES)
     with pytest.raises(DataError, match=r"\*\.go: matches no file"):
