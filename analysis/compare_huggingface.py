@@ -25,7 +25,7 @@ from weftrain.analysis.generation import load_model
 from weftrain.core import fsops
 from weftrain.core.canonical import parse_json, sha256_json
 from weftrain.core.checkpoint import Weights
-from weftrain.core.errors import CheckpointError, DataError, NonFiniteError
+from weftrain.core.errors import CheckpointError, DataError, NonFiniteError, one_line
 from weftrain.core.huggingface import (
     CONFIG,
     INDEX,
@@ -264,7 +264,7 @@ def load_revision(path: Path, device: str = "cpu") -> TransformersModel | Decode
             output_loading_info=True,
         )
     except Exception as error:  # whatever a config's values do in the library's own code
-        why = " ".join(str(error).split())[:200]
+        why = one_line(error, 200)
         raise _refused(path, CONFIG, f"transformers cannot build it: {type(error).__name__}: {why}", "take another copy") from error
     model, told = loaded
     for kind in ("missing_keys", "mismatched_keys"):

@@ -22,7 +22,7 @@ from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.config import Recipe
 from weftrain.core.dataset import merkle_root
 from weftrain.core.dataset import read_manifest as read_data_manifest
-from weftrain.core.errors import DataError, ReleaseError, RunFolderError
+from weftrain.core.errors import DataError, ReleaseError, RunFolderError, one_line
 from weftrain.core.ledger import LEDGER, Lineage, lineage, read_ledger
 from weftrain.core.manifest import STEP_FOLDER, read_manifest
 from weftrain.core.metrics import METRICS, effective_records, rows_label
@@ -344,7 +344,7 @@ def _memorization(reading: _Reading, roots: Mapping[str, int]) -> None:
         try:
             result = Result.model_validate(parse_json(read_plain(path, "record")))
         except (OSError, ValueError) as error:
-            reading.left_out.append(f"{reading.name}: {path.relative_to(reading.folder)}: damaged: {' '.join(str(error).split())[:120]}")
+            reading.left_out.append(f"{reading.name}: {path.relative_to(reading.folder)}: damaged: {one_line(error, 120)}")
             continue
         if not _foreign(reading, path, result.root, result.step, roots):
             results.setdefault(result.step, []).append(result)

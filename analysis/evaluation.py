@@ -26,7 +26,7 @@ from weftrain.core import fsops
 from weftrain.core.backend import Batch, EvaluationSource
 from weftrain.core.canonical import sha256_json
 from weftrain.core.dataset import Manifest
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, one_line
 from weftrain.core.model import Decoder, kernel_specs
 from weftrain.core.plain_file import read_plain
 from weftrain.core.tokenizer_file import tokenizer_from
@@ -331,7 +331,7 @@ class _Harness:
         try:
             loaded = self._manager.load([request.task])
         except Exception as error:  # whatever a task's own code, its data set's or the network says
-            why = " ".join(str(error).split())[:300]
+            why = one_line(error)
             raise DataError(
                 f"task '{request.task}': it cannot be loaded: {type(error).__name__}: {why}; its data comes from the Hugging Face hub or "
                 "from the files that its own file names: check the network, HF_HOME, or data_files"

@@ -32,7 +32,7 @@ from weftrain.analysis.run_ledger import (
 )
 from weftrain.core.canonical import parse_json, sha256_json
 from weftrain.core.config import Recipe
-from weftrain.core.errors import DataError, RunFolderError
+from weftrain.core.errors import DataError, RunFolderError, one_line
 from weftrain.core.ledger import LEDGER, lineage, read_ledger
 from weftrain.core.metrics import METRICS
 from weftrain.core.plain_file import read_plain, real_path
@@ -267,7 +267,7 @@ def read_matrices(folder: Path, warnings: list[str]) -> list[Matrix]:
                 raise ValueError("is of other inputs than its name says")
             sets.setdefault(result.parameters.folder_name, []).append(result)
         except (OSError, ValueError) as error:
-            warnings.append(f"left out: {path}: {' '.join(str(error).split())[:200]}: measure it again, or remove the file")
+            warnings.append(f"left out: {path}: {one_line(error, 200)}: measure it again, or remove the file")
     return [_matrix(results) for _, results in sorted(sets.items())]
 
 

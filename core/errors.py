@@ -46,3 +46,8 @@ class NonFiniteError(WeftrainError):
 
 class ReleaseError(WeftrainError):
     """A release that is incomplete, altered, or not one; names the file."""
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """The message of a library's error without line breaks, at most so many characters of it; its type where it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -23,7 +23,7 @@ import numpy as np
 
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, one_line
 from weftrain.core.plain_file import MAX_LINE_BYTES, check_size, open_plain
 
 T = TypeVar("T")
@@ -181,7 +181,7 @@ class LineTable(Generic[T]):
         try:
             return self._parse(parse_json(line))
         except ValueError as error:  # pydantic's too
-            raise self._error(f"line {index + 1:,}: {' '.join(str(error).split())}") from error
+            raise self._error(f"line {index + 1:,}: {one_line(error)}") from error
 
     def _error(self, problem: str) -> DataError:
         return DataError(f"{self.path}: {problem}; {self._remedy}")

@@ -15,7 +15,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from weftrain.core.shard_file import Identity, identity_of, one_line, refusal
+from weftrain.core.errors import one_line
+from weftrain.core.shard_file import Identity, identity_of, refusal
 from weftrain.core.untrusted_hdf5 import HDF5_ERRORS
 
 MAX_MAPPED = 256

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from weftrain.core.canonical import parse_json
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, one_line
 from weftrain.core.shard_format import (
     BLOCK_BYTES,
     FIM,
@@ -141,7 +141,3 @@ def refusal(path: Path, field: str, problem: str) -> DataError:
 
 def identity_of(status: os.stat_result) -> Identity:
     return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

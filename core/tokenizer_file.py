@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from weftrain.core.canonical import parse_json
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, one_line
 from weftrain.core.tokenizer_patterns import check_patterns
 
 # Settings of a model's section by which encoding draws: BPE's dropout, Unigram's sampling of segmentations.
@@ -27,7 +27,7 @@ def is_panic(error: BaseException) -> bool:
 
 def library_stopped(error: BaseException) -> str:
     """What an error or a panic of the library means, and the remedy, in one line."""
-    why = " ".join(str(error).split())[:120]
+    why = one_line(error, 120)
     if is_panic(error):
         return f"the tokenizer's library stopped ({why}): a pattern in it takes too long; use another tokenizer"
     return f"the tokenizer's library refuses the text ({why}); use a tokenizer that can encode it"
@@ -54,7 +54,7 @@ def tokenizer_from(data: bytes, where: str, remedy: str = "name a Hugging Face t
     except BaseException as error:  # the library raises nothing narrower than Exception, and panics
         if not (isinstance(error, Exception) or is_panic(error)):
             raise
-        raise DataError(f"{where}: not a tokenizer.json: {' '.join(str(error).split())[:120]}; {remedy}") from error
+        raise DataError(f"{where}: not a tokenizer.json: {one_line(error, 120)}; {remedy}") from error
     for key in _DRAWN:
         if model.get(key):
             raise DataError(

@@ -19,7 +19,7 @@ import numpy as np
 
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json, parse_json, sha256_json
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, one_line
 from weftrain.core.line_table import Lines
 from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile, Part, Share
 from weftrain.data_prep.files import local_file
@@ -197,7 +197,7 @@ def _filters(quality: Quality, scratch: Path) -> list[Any]:
         try:
             step = filters.LanguageFilter(list(quality.languages.languages), quality.languages.threshold)
         except ImportError as error:
-            raise DataError(f"quality.languages: {' '.join(str(error).split())}") from None
+            raise DataError(f"quality.languages: {one_line(error)}") from None
         steps.append(_named("languages", step))
     if quality.gopher_quality:
         steps.append(_named("gopher_quality", filters.GopherQualityFilter(**language)))
@@ -267,7 +267,7 @@ def _run(pipeline: list[Any], tasks: int, log: Path, workers: int) -> dict[str, 
     except DataError:
         raise
     except Exception as error:  # whatever a step of theirs raises
-        raise DataError(f"datatrove: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        raise DataError(f"datatrove: {type(error).__name__}: {one_line(error)}") from error
     dropped: dict[str, int] = {}
     for step, counted in zip(pipeline, stats.stats, strict=True):
         total = counted.stats.get("dropped")

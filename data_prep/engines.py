@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from weftrain.core.errors import one_line
 from weftrain.core.tokenizer_file import is_panic
 from weftrain.data_prep.added_tokens import may_hold_added_token, normalizers_of
 from weftrain.data_prep.long_texts import cutting_of
@@ -119,7 +120,7 @@ def open_gigatoken(tree: dict[str, Any], dtype: np.dtype[Any] = _DTYPE) -> Gigat
     except BaseException as error:  # the library raises several kinds, and panics
         if isinstance(error, MemoryError) or not (isinstance(error, Exception) or is_panic(error)):
             raise
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return one_line(error, 200)
 
 
 class Gigatoken:

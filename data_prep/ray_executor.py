@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, one_line
 
 _RETRIES = 3  # of a task whose node was lost; an error of the task itself is not tried again
 _IN_FLIGHT = 4  # tasks a CPU of the cluster
@@ -34,7 +34,7 @@ def run_on_ray(
             ray.init(**options, log_to_driver=False, configure_logging=False)
         except Exception as error:  # a ConnectionError, a ValueError, an error of its own: by version
             where = "could not be started here" if address is None else f"at {address} cannot be reached"
-            raise DataError(f"the Ray cluster {where}: {' '.join(str(error).split())[:300]}") from error
+            raise DataError(f"the Ray cluster {where}: {one_line(error)}") from error
     try:
         for index in _results(function, indices):
             on_done(index)
@@ -66,5 +66,5 @@ def _results(function: Callable[[int], object], indices: Sequence[int]) -> Itera
                 cause = error.cause
                 raise cause if isinstance(cause, DataError | OSError) else error from None
             except ray.exceptions.RayError as error:
-                raise DataError(f"task {running[reference]} was lost {_RETRIES + 1} times: {' '.join(str(error).split())[:300]}") from error
+                raise DataError(f"task {running[reference]} was lost {_RETRIES + 1} times: {one_line(error)}") from error
             yield running.pop(reference)

@@ -12,6 +12,8 @@ import io
 from collections.abc import Iterator
 from typing import IO, Any
 
+from weftrain.core.errors import one_line
+
 _BUFFER_BYTES = 1 << 20
 
 
@@ -22,7 +24,7 @@ def _os_errors() -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        raise OSError(f"{type(error).__name__}: {one_line(error)}") from error
 
 
 class RemoteSystem:

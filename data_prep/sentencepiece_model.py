@@ -18,7 +18,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, one_line
 from weftrain.core.tokenizer_file import is_panic
 from weftrain.data_prep.long_texts import SPACE
 
@@ -63,7 +63,7 @@ def tokenizer_json(data: bytes, where: str) -> bytes:
         if not proto.pieces:
             raise ValueError("it has no pieces")
     except Exception as error:  # protobuf's own kinds, RuntimeError
-        why = " ".join(str(error).split())[:120]
+        why = one_line(error, 120)
         raise DataError(f"{where}: is no SentencePiece model ({why}): {_REMEDY}") from error
     try:
         tokenizer = _converted(proto)
@@ -72,7 +72,7 @@ def tokenizer_json(data: bytes, where: str) -> bytes:
     except BaseException as error:  # tokenizers raises nothing narrower than Exception, and panics
         if not (isinstance(error, Exception) or is_panic(error)):
             raise
-        raise DataError(f"{where}: {' '.join(str(error).split())[:300]}: {_REMEDY}") from error
+        raise DataError(f"{where}: {one_line(error)}: {_REMEDY}") from error
     return made
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, one_line
 from weftrain.core.plain_file import read_plain
 from weftrain.core.shards import token_dtype
 from weftrain.core.tokenizer_file import is_panic, library_stopped, tokenizer_from
@@ -212,7 +212,7 @@ class TextEncoder:
                 raise
             raise EnginesDifferError(
                 f"in the texts from {names[together[0]]} on: gigatoken {self.engine_version} stopped "
-                f"({' '.join(str(error).split())[:120]}); use --engine tokenizers"
+                f"({one_line(error, 120)}); use --engine tokenizers"
             ) from error
         for index, fast_ids in zip(together, by_fast, strict=True):
             encoded[index] = fast_ids

@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, one_line
 from weftrain.data_prep.compression import compression_of
 from weftrain.data_prep.documents import InputFile, Share
 from weftrain.data_prep.files import exists, is_local, open_address
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.arrow_columns import BATCH_BYTES, batch_rows, documents_of, find_columns
-from weftrain.data_prep.readers.contract import Probe, Reader, Records, one_line
+from weftrain.data_prep.readers.contract import Probe, Reader, Records
 
 _FILE_MAGIC, _FEATHER_1_MAGIC = b"ARROW1", b"FEA1"
 _STREAM_END = (b"\xff\xff\xff\xff\x00\x00\x00\x00", b"\x00\x00\x00\x00")  # the second before Arrow 0.15

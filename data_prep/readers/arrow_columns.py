@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, one_line
 from weftrain.data_prep.documents import Document, Failure, InputFile
 from weftrain.data_prep.normalisation import normalise
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.readers.contract import one_line
 
 BATCH_ROWS = 512
 BATCH_BYTES = 8 << 20

@@ -20,13 +20,13 @@ import os
 import h5py
 import numpy as np
 
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, one_line
 from weftrain.core.untrusted_hdf5 import HDF5_ERRORS, UntrustedFileError, open_dataset
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.files import is_local
 from weftrain.data_prep.marks import BEGINS, LOSS, PADDING
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.readers.contract import Probe, Reader, Records, one_line, wrong_length
+from weftrain.data_prep.readers.contract import Probe, Reader, Records, wrong_length
 from weftrain.data_prep.readers.ids import MAX_ID, ids_document
 
 _READ_BYTES = 8 << 20  # of rows, read at once

@@ -142,8 +142,3 @@ def local_only(file_or_address: str, what: str) -> None:
     """Raises DataError for an address of another file system."""
     if not is_local(file_or_address):
         raise DataError(f"{file_or_address}: {what} are read from local folders only; copy them here first")
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -22,13 +22,13 @@ from typing import IO, Any, cast
 import numpy as np
 
 from weftrain.core.canonical import parse_json
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, one_line
 from weftrain.core.names import path_below
 from weftrain.core.plain_file import open_plain
 from weftrain.data_prep.documents import InputFile, Share
 from weftrain.data_prep.files import is_local
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.readers.contract import Probe, Reader, Records, local_only, one_line
+from weftrain.data_prep.readers.contract import Probe, Reader, Records, local_only
 from weftrain.data_prep.readers.ids import choose_field, ids_of_bytes, ids_of_list, read_stream
 from weftrain.data_prep.readers.sample_table import (
     Column,

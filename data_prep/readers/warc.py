@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, one_line
 from weftrain.data_prep.compression import open_decompressed
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.files import BLOCK_BYTES
 from weftrain.data_prep.normalisation import normalise
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.readers.contract import Probe, Reader, Records, one_line
+from weftrain.data_prep.readers.contract import Probe, Reader, Records
 
 _SUFFIXES = (".warc", ".wet", ".wat")
 _WITH_TEXT = ("conversion", "resource", "response")
