@@ -1,6 +1,6 @@
 """The embedded corpus: the running interpreter's standard library, its sources and, as prose, its documentation strings.
 
-What a reader would get wrong: it differs in every Python version, so the manifest's corpus hash, not this code, says what was read.
+The library differs in every Python version, so the manifest's corpus hash, not this code, says what was read.
 Licence: the Python Software Foundation License (https://docs.python.org/3/license.html).
 """
 

@@ -1,7 +1,7 @@
 """datatrove's filters and deduplication between our readers and our writer: steps that anybody's datatrove pipeline can use.
 
 `WeftrainReader` yields the documents of parts, in every format that `weftrain prep` reads; `WeftrainWriter` writes what is left as JSON
-lines that `weftrain prep` reads, with the file and line each came from. What a reader would get wrong: rank r of a pipeline does part r,
+lines that `weftrain prep` reads, with the file and line each came from. Rank r of a pipeline does part r,
 so the result does not depend on how many workers there are; `filter_inputs` gives a pipeline as many tasks as there are parts.
 """
 

@@ -1,6 +1,6 @@
 """Who does the tasks: processes of this machine, one member of a job array, or a Ray cluster. The result is the same bytes.
 
-What a reader would get wrong: an executor decides nothing. Which tasks there are is in the plan, each has one output file, and what is
+An executor decides nothing. Which tasks there are is in the plan, each has one output file, and what is
 there already is not done again; so a task that two do, or that one does twice, is harmless.
 """
 

@@ -1,6 +1,6 @@
 """What fill-in-the-middle does to a text, counted: the released way and the exact one, on the same documents.
 
-What a reader would get wrong: the exact way's zeros are counted too. Each document is transformed, packed, found again in the stream and
+The exact way's zeros are counted too. Each document is transformed, packed, found again in the stream and
 restored, and compared with what it was.
 """
 

@@ -1,6 +1,6 @@
 """Datasets in the forms of others: Cerebras' (N, 3, S) HDF5 and Megatron's .bin and .idx. (readers/ reads them.)
 
-What a reader would get wrong: nothing is shuffled or cut anew. A Cerebras file holds the rows of a set as they lie, a Megatron pair its
+Nothing is shuffled or cut anew. A Cerebras file holds the rows of a set as they lie, a Megatron pair its
 documents, joined where a shard's end had cut them. A shard of ours needs no export for a Cerebras "corpus" reader: `data` is that form.
 """
 

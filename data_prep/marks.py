@@ -1,7 +1,7 @@
 """What is known of each token of a fixed row besides its id, one byte a token, so that it passes through every stage with the tokens.
 
 A row that arrives packed may hold several documents and end in padding. The stages carry the marks as one uint8 array; where rows are
-laid out, `pieces` tells the row's documents apart, and a shard keeps them in `doc_end`, which document attention reads.
+laid out, `spans` tells the row's documents apart, and a shard keeps them in `doc_end`, which document attention reads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BEGINS = 2  # a document begins here; a row's first token begins one without it
 PADDING = 4  # the token is no text
 
 
-class Piece(NamedTuple):
+class Span(NamedTuple):
     """Tokens start..stop-1 of a row: a document of it, or its padding."""
 
     start: int
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     padding: bool
 
 
-def pieces(marks: np.ndarray) -> Iterator[Piece]:
+def spans(marks: np.ndarray) -> Iterator[Span]:
     """uint8 [n] marks of a row -> its documents and its padding, in order."""
     is_padding = (marks & PADDING) != 0
     begins = ((marks & BEGINS) != 0) & ~is_padding
@@ -32,4 +32,4 @@ def pieces(marks: np.ndarray) -> Iterator[Piece]:
     begins[:1] = True
     starts = np.flatnonzero(begins).tolist()
     for start, stop in zip(starts, [*starts[1:], len(marks)], strict=True):
-        yield Piece(start, stop, bool(is_padding[start]))
+        yield Span(start, stop, bool(is_padding[start]))

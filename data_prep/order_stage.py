@@ -31,7 +31,8 @@ HELDOUT = "heldout"
 
 @dataclass
 class Stream:
-    """Documents as they are trained on. tokens [length]; mask uint8 [length] or None. Of each document (padding is one too):
+    """Documents as they are trained on. tokens [length]; mask uint8 [length] or None: of rows that came packed their marks, until
+    `_split_rows`. Of each document (padding is one too):
 
     end int64 [n], id uint8 [n, 16], source, file and record int64 [n], fim int32 [n, 3] (mode and the two cuts) or None.
     """
@@ -129,7 +130,7 @@ def _transformed(plan: Plan, gathered: Gathered, chosen: np.ndarray, epoch: int,
     stops, lengths = rows["end"], gathered.lengths[chosen]
     spans = list(zip((stops - lengths).tolist(), stops.tolist(), strict=True))
     pieces = [gathered.tokens[start:stop] for start, stop in spans]
-    masks = None if gathered.mask is None else [gathered.mask[start:stop] for start, stop in spans]
+    masks = None if gathered.marks is None else [gathered.marks[start:stop] for start, stop in spans]
     records = None
     if settings.fim is not None and settings.fim.mode == "exact":
         ids, rate, spm_share = fim.fim_ids(encoder), settings.fim.rate, settings.fim.spm_share
@@ -239,14 +240,14 @@ def _split_rows(stream: Stream) -> Stream:
     own: dict[int, np.ndarray] = {}  # identities by entry
     start = 0
     for row, end in enumerate(stream.end.tolist()):
-        found = list(marks.pieces(stream.mask[start:end]))
-        shared = sum(not piece.padding for piece in found) > 1
-        for piece in found:
-            if shared and not piece.padding:
-                ids = stream.tokens[start + piece.start : start + piece.stop].astype("<i4")
+        found = list(marks.spans(stream.mask[start:end]))
+        shared = sum(not span.padding for span in found) > 1
+        for span in found:
+            if shared and not span.padding:
+                ids = stream.tokens[start + span.start : start + span.stop].astype("<i4")
                 own[len(documents)] = np.frombuffer(hashlib.sha256(ids.tobytes()).digest()[:ID_BYTES], np.uint8)
-            documents.append(-1 if piece.padding else row)
-            lengths.append(piece.stop - piece.start)
+            documents.append(-1 if span.padding else row)
+            lengths.append(span.stop - span.start)
         start = end
     loss = stream.mask & marks.LOSS
     made = with_padding(stream, stream.tokens, None if loss.all() else loss, np.array(lengths, np.int64), np.array(documents, np.int64))

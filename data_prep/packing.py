@@ -1,6 +1,6 @@
 """Best-fit packing: whole documents into rows of row_tokens tokens, so that few documents are cut and little is padded.
 
-What a reader would get wrong: concatenation needs no packing at all, a row is a window of the stream (see core/shards.py). Here rows stand
+Concatenation needs no packing at all, a row is a window of the stream (see core/shards.py). Here rows stand
 alone. A document longer than a row is cut into full rows and a rest; rests and documents are then placed, longest first, each into the
 fullest row that still takes it (best-fit decreasing; Johnson, "Near-optimal bin packing algorithms", 1973). Nothing is dropped.
 """

@@ -1,7 +1,7 @@
 """Documents between the stages: pieces of parts, and the slices of runs that pieces are merged into. Both are tables of one form.
 
 `rows` has a DOCUMENT each, in the order of keys (as read, where documents stay in their order), `tokens` their ids one after the other,
-`mask` (only where a document has a loss mask) one byte a token. Of equal texts a table holds the one that was read first.
+`marks` (only where a document has them, see marks.py) one byte a token. Of equal texts a table holds the one that was read first.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from weftrain.data_prep.marks import LOSS
 from weftrain.data_prep.table_file import Table, write_table
 
 # key: where the document stands in the shuffle, 32 bytes as four numbers. content: SHA-256 of its text or ids. end: one past its tokens.
@@ -37,11 +38,11 @@ _ROWS_AT_ONCE = 1 << 10
 
 @dataclass
 class Gathered:
-    """Documents in order: rows DOCUMENT [n], whose `end` counts through `tokens` [length]; mask uint8 [length] or None."""
+    """Documents in order: rows DOCUMENT [n], whose `end` counts through `tokens` [length]; marks uint8 [length] or None."""
 
     rows: np.ndarray
     tokens: np.ndarray
-    mask: np.ndarray | None
+    marks: np.ndarray | None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -64,8 +65,8 @@ class Piece:
 def write_piece(path: Path, gathered: Gathered, note: dict[str, Any]) -> None:
     """Raises OSError."""
     arrays = {"rows": gathered.rows, "tokens": gathered.tokens}
-    if gathered.mask is not None:
-        arrays["mask"] = gathered.mask
+    if gathered.marks is not None:
+        arrays["marks"] = gathered.marks
     write_table(path, arrays, note)
 
 
@@ -95,7 +96,7 @@ def gather(pieces: Sequence[Piece], index: int, count: int, *, as_read: bool = F
     rows = rows[order]
     rows["end"] = np.cumsum(stops - starts)
     tokens: np.ndarray | None = None
-    mask: np.ndarray | None = None
+    marks: np.ndarray | None = None
     for number in np.unique(from_piece).tolist():
         chosen = np.flatnonzero(from_piece == number)
         table = Table(pieces[number].path)
@@ -105,12 +106,12 @@ def gather(pieces: Sequence[Piece], index: int, count: int, *, as_read: bool = F
             tokens = np.empty(int(rows["end"][-1]), source.dtype)
         places = list(zip((starts[chosen] - low).tolist(), (stops[chosen] - low).tolist(), rows["end"][chosen].tolist(), strict=True))
         _scatter(tokens, source, places)
-        if "mask" in table:
-            mask = np.ones(len(tokens), np.uint8) if mask is None else mask
-            _scatter(mask, table.slice("mask", low, high), places)
+        if "marks" in table:
+            marks = np.full(len(tokens), LOSS, np.uint8) if marks is None else marks
+            _scatter(marks, table.slice("marks", low, high), places)
     if tokens is None:
         tokens = np.empty(0, Table(pieces[0].path).slice("tokens", 0, 0).dtype)
-    return Gathered(rows, tokens, mask)
+    return Gathered(rows, tokens, marks)
 
 
 def _scatter(target: np.ndarray, source: np.ndarray, places: list[tuple[int, int, int]]) -> None:

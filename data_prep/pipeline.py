@@ -51,7 +51,6 @@ from weftrain.data_prep.write_stage import finish, lay_out
 
 DEFAULT_VOCAB_SIZE = 8192
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*")
-_MEGA = 1_000_000
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What is to be made, cut into tasks: a function of inputs and settings alone, never of how many processes work on it.
 
 A plan is a JSON file in the work folder, `.NAME.partial` beside the dataset, so that any process on any machine that sees the folder can
-take a task by its number, and a run that was interrupted goes on. What a reader would get wrong: a task is done when its output file is
+take a task by its number, and a run that was interrupted goes on. A task is done when its output file is
 there, whole; nothing else remembers it. Two processes that do the same task write the same bytes under the same name.
 """
 

@@ -1,6 +1,6 @@
 """Preparation recipes: which datasets are made, of what, how; YAML by the same strict rules as training recipes.
 
-What a reader would get wrong: a preparation recipe names files that you have, under the folder or address given with `--inputs`. It holds
+A preparation recipe names files that you have, under the folder or address given with `--inputs`. It holds
 no data; the LLM360 corpora are not redistributed here, and each recipe says where their parts come from.
 """
 

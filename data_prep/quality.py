@@ -1,6 +1,6 @@
 """What a preparation recipe may ask for before tokenisation: filters, near-duplicate removal, decontamination, all of it datatrove's.
 
-What a reader would get wrong: exact duplicates are not here; the pipeline drops them by content hash whatever is asked for.
+Exact duplicates are not here; the pipeline drops them by content hash whatever is asked for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tasks on a Ray cluster. Ray decides where; a task that a lost node took with it is given out again, which its idempotence allows.
 
-What a reader would get wrong: nothing but task numbers travels. The nodes read and write the work folder, so all of them must see it under
+Nothing but task numbers travels. The nodes read and write the work folder, so all of them must see it under
 the same path, and have weftrain installed.
 """
 

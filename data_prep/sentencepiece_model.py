@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from weftrain.core.errors import DataError, one_line
 from weftrain.core.tokenizer_file import is_panic
-from weftrain.data_prep.long_texts import SPACE
+from weftrain.data_prep.proven_shapes import SPACE
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType

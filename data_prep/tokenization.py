@@ -1,7 +1,7 @@
 """Tokenizers: train a byte-level BPE or load any tokenizer.json, and encode text so that no text ever becomes a control token.
 
 Two engines give the same ids: Hugging Face `tokenizers`, the reference, and `gigatoken`, some ten times faster, which is compared with the
-reference in every run. What a reader would get wrong: a document that holds the characters `</s>` must not end there. Control tokens in
+reference in every run. A document that holds the characters `</s>` must not end there. Control tokens in
 text are spelled out, and should one of their ids come out all the same, that is an error. Document ends come from `doc_end`, never from
 an id.
 """

@@ -16,8 +16,10 @@ import numpy as np
 
 from weftrain.core import fsops
 from weftrain.core.canonical import canonical_json
+from weftrain.core.errors import DataError
 from weftrain.data_prep.documents import Document, Failure, FileRead, text_sha256
 from weftrain.data_prep.heldout import is_held_out
+from weftrain.data_prep.marks import LOSS
 from weftrain.data_prep.part_notes import FailureList, Shares
 from weftrain.data_prep.pieces import DOCUMENT, Gathered, sorted_places, write_piece
 from weftrain.data_prep.plan import Plan, order_key
@@ -32,7 +34,7 @@ class _Rows:
     """What a piece holds, a list a column, in reading order. sources: of this piece, numbered as they come."""
 
     tokens: list[np.ndarray] = field(default_factory=list)
-    masks: list[np.ndarray] = field(default_factory=list)  # none, or one a document
+    marks: list[np.ndarray] = field(default_factory=list)  # none, or of each document
     content: list[bytes] = field(default_factory=list)
     heldout: list[bool] = field(default_factory=list)
     source: list[int] = field(default_factory=list)
@@ -132,16 +134,19 @@ def _take_tokens(rows: _Rows, document: Document, record: int, encoder: TextEnco
         reason = f"token ids {tokens.min()}..{tokens.max()} do not fit the tokenizer's {encoder.vocab_size}: name the tokenizer they are of"
         failures.add(Failure(document.file, record, reason))
         return
-    mask = document.marks
+    marks = document.marks
+    if marks is not None and plan.settings.fim is not None:
+        name = plan.inputs.files[document.file].name
+        raise DataError(f"{name}:{record + 1}: has a loss mask, which fill-in-the-middle does not keep: leave --fim-rate or the mask out")
     if not plan.fixed_rows:
         own = encoder.markers.own(tokens)
-        tokens, mask = tokens[own], None if mask is None else mask[own]
+        tokens, marks = tokens[own], None if marks is None else marks[own]
     content, num_bytes = hashlib.sha256(tokens.astype("<i4").data).digest(), tokens.size * encoder.dtype.itemsize
     _take(rows, document, record, content, num_bytes, plan, encoder)
     rows.tokens.append(tokens.astype(encoder.dtype))
-    if mask is not None or rows.masks:
-        rows.masks += [np.ones(len(ids), np.uint8) for ids in rows.tokens[len(rows.masks) : -1]]
-        rows.masks.append(np.ones(len(tokens), np.uint8) if mask is None else mask.astype(np.uint8))
+    if marks is not None or rows.marks:
+        rows.marks += [np.full(len(ids), LOSS, np.uint8) for ids in rows.tokens[len(rows.marks) : -1]]
+        rows.marks.append(np.full(len(tokens), LOSS, np.uint8) if marks is None else marks.astype(np.uint8))
 
 
 def _write(plan: Plan, part: int, piece: int, columns: _Rows, encoder: TextEncoder, first_place: int) -> None:
@@ -159,8 +164,8 @@ def _write(plan: Plan, part: int, piece: int, columns: _Rows, encoder: TextEncod
     chosen = [columns.tokens[place] for place in places]
     rows["end"] = np.cumsum([len(ids) for ids in chosen])
     tokens = np.concatenate(chosen, dtype=encoder.dtype)
-    mask = np.concatenate([columns.masks[place] for place in places]) if columns.masks else None
-    write_piece(plan.piece_file(part, piece), Gathered(rows, tokens, mask), {"sources": list(columns.sources), "read": count})
+    marks = np.concatenate([columns.marks[place] for place in places]) if columns.marks else None
+    write_piece(plan.piece_file(part, piece), Gathered(rows, tokens, marks), {"sources": list(columns.sources), "read": count})
 
 
 class _Places(Sequence[str]):

@@ -1,6 +1,6 @@
 """Between stages 2 and 3 the layout of all rows; then stage 3, a task a shard; then the manifest.
 
-What a reader would get wrong: where a shard's tokens lie follows from how many tokens each bucket holds, so a shard can be written, and
+Where a shard's tokens lie follows from how many tokens each bucket holds, so a shard can be written, and
 written again, by itself. A shard never crosses the end of an epoch or of a chunk.
 """
 

@@ -60,7 +60,7 @@ def test_ranges_one_after_the_other_are_all_documents_sorted_and_each_once(
     runs = range(1 + (len(tables) > 2))
     merged = [gather([Piece(folder / f"run-{run}-{index // 2}.table") for run in runs], index, 2 * few) for index in range(2 * few)]
     assert [document for found in merged for document in listed(found)] == expected
-    assert all(found.mask is None or len(found.mask) == len(found.tokens) for found in merged)
+    assert all(found.marks is None or len(found.marks) == len(found.tokens) for found in merged)
 
 
 def test_a_key_range_of_a_large_piece_is_found_by_reading_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from weftrain.core.dataset import ShardSet, read_manifest
 from weftrain.core.errors import DataError
 from weftrain.data_prep.documents import Document, Failure
 from weftrain.data_prep.listing import list_inputs
-from weftrain.data_prep.marks import BEGINS, LOSS, pieces
+from weftrain.data_prep.marks import BEGINS, LOSS, spans
 from weftrain.data_prep.pipeline import Prepared, prepare
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.read_options import ReadOptions
@@ -221,7 +221,7 @@ def test_any_planes_are_a_row_of_the_same_loss_or_say_what_is_wrong(data: st.Dat
     mask = np.ones(length, int) if marks is None else marks[1:] & LOSS
     assert loss_pairs(tokens[:-1], mask, tokens[1:]) == loss_pairs(*rows[:3])
     if marks is not None:
-        split = list(pieces(marks))
+        split = list(spans(marks))
         assert split[0].start == 0
         assert [piece.stop for piece in split] == [*(piece.start for piece in split[1:]), length + 1]
         assert not any((marks[piece.start : piece.stop] & LOSS).any() for piece in split if piece.padding)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from weftrain.core.config import Fim
 from weftrain.core.dataset import ShardSet
 from weftrain.core.errors import DataError
 from weftrain.data_prep.documents import Document, Failure
@@ -66,6 +67,16 @@ def test_files_that_datatrove_writes(tmp_path: Path, read_all: Callable[..., Any
     items = read_all(tmp_path)
     assert tokens(items) == DOCUMENTS
     assert items[0].marks.tolist() == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("mode", ["exact", "context", "released"])
+def test_a_loss_mask_and_fill_in_the_middle_do_not_go_together(tmp_path: Path, encoder: TextEncoder, mode: str) -> None:
+    path = write(tmp_path / "in", loss=[1, 0, 1, 1, 1, 0, 0, 1])
+    (tmp_path / "tokenizer.json").write_bytes(encoder.data)
+    inputs = Inputs(tuple(list_inputs([str(path)], source=None)), "ids", "none", ReadOptions(sequence_length=4))
+    fim = Fim.model_validate({"rate": 1.0, "spm_share": 0.5, "mode": mode})
+    with pytest.raises(DataError, match=r"_unshuffled\.ds:1: has a loss mask.* leave --fim-rate or the mask out"):
+        prepare(inputs, tmp_path / "out", name="d", tokenizer=tmp_path / "tokenizer.json", sequence_length=4, fim=fim)
 
 
 def test_a_dataset_keeps_the_loss_mask_of_each_token(tmp_path: Path, encoder: TextEncoder) -> None:
