@@ -37,7 +37,7 @@ from weftrain.core.dataset import (
     read_manifest,
 )
 from weftrain.core.errors import DataError
-from weftrain.core.plain_file import open_plain
+from weftrain.core.plain_file import open_plain, real_path
 from weftrain.data_prep.plan import Parent, Plan, Settings, power_of_two, preparation
 
 _KNOWN = "known"  # folder of the work folder: what tells the parent's documents apart, sorted
@@ -57,7 +57,7 @@ def open_parent(folder: Path) -> tuple[Manifest, Parent]:
         )
     heldout = 0 if manifest.heldout is None else len(manifest.heldout.shards)
     files, shards = manifest.corpus.files, len(manifest.train.shards)
-    return manifest, Parent(str(folder.resolve()), manifest_root(folder), files, manifest.num_sources, shards, heldout)
+    return manifest, Parent(str(real_path(folder)), manifest_root(folder), files, manifest.num_sources, shards, heldout)
 
 
 def _read(folder: Path) -> Manifest:
@@ -79,7 +79,7 @@ def check_growth(manifest: Manifest, plan: Plan, target: Path) -> None:
     """Raises DataError where the inputs or settings of a plan contradict its parent's, or the target is the parent."""
     assert plan.parent is not None
     folder, settings = plan.parent.folder, plan.settings
-    if target.resolve() == Path(folder):
+    if real_path(target) == Path(folder):
         raise DataError(f"--grow {folder}: stays as it is, and the grown dataset gets a folder of its own: give another --name")
     if settings.tokenizer != manifest.tokenizer_sha256:
         raise DataError(
