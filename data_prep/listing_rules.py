@@ -1,4 +1,4 @@
-"""Which files of a folder are read, by their names and their first bytes. docs/prepare-data.md states these rules.
+"""Which files of a folder are read, by their names and their first bytes. docs/data-formats.md states these rules.
 
 A file that a person names, or a pattern matches, is judged by its content alone: the rules for names hold below folders only.
 """
