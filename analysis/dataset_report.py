@@ -96,7 +96,7 @@ def _documents(stats: DatasetStats) -> list[tuple[str, int]]:
     return [
         ("trained on", counts.train),
         ("held out", counts.heldout),
-        ("duplicates, left out", counts.duplicates),
+        ("duplicates, dropped", counts.duplicates),
         ("failed", counts.failed),
     ]
 

@@ -107,7 +107,7 @@ def stats_lines(stats: DatasetStats) -> list[str]:
     ]
     if manifest.inputs_skipped:
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in manifest.inputs_skipped.items())
-        about.append(f"left out     {sum(manifest.inputs_skipped.values()):,} files: {skipped}; inputs.jsonl names them")
+        about.append(f"skipped      {sum(manifest.inputs_skipped.values()):,} files: {skipped}; inputs.jsonl names them")
     lines[3:3] = about
     if len(entry.epochs) > 1:
         lines.append("epochs       " + ", ".join(f"{rows:,}" for rows in entry.epochs) + " rows")

@@ -61,7 +61,7 @@ def verify(folder: Path) -> None:
             shards.verify(functools.partial(_megabytes, bar))
         console.print(f"{name:<8} {len(entry.shards):,} shards, {entry.n_examples:,} rows: whole, id {entry.id}", markup=False)
     skipped = sum(manifest.inputs_skipped.values())
-    inputs = f"{manifest.corpus.files:,} inputs" + (f" ({skipped:,} more were left out)" if skipped else "")
+    inputs = f"{manifest.corpus.files:,} inputs" + (f" ({skipped:,} more were skipped)" if skipped else "")
     console.print(f"manifest, tokenizer and the lists of {inputs} and of {manifest.num_sources:,} sources agree", markup=False)
 
 

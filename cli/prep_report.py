@@ -35,7 +35,7 @@ def report(console: Console, prepared: Prepared, skipped: Sequence[Skipped]) -> 
         console,
         "read",
         f"{_count(corpus.files, 'file')}, {decimal(corpus.num_bytes)}: {_count(documents.read, 'document')}, "
-        f"{_count(documents.duplicates, 'duplicate')} left out, {documents.failed:,} failed",
+        f"{_count(documents.duplicates, 'duplicate')} dropped, {documents.failed:,} failed",
     )
     if manifest.parents:
         parent, entry = manifest.parents[-1], manifest.train

@@ -146,7 +146,7 @@ def write_inputs(folder: Path, entries: Iterable[InputEntry]) -> WrittenLines:
 
 
 def open_inputs(folder: Path, manifest: Manifest) -> LineTable[InputEntry]:
-    """The files that a dataset was made of, then those that were left out; `doc_file` counts them from 0. Raises DataError."""
+    """The files that a dataset was made of, then those that were skipped; `doc_file` counts them from 0. Raises DataError."""
     table = LineTable(_table_path(folder, INPUTS), InputEntry.model_validate, sha256=manifest.inputs_sha256, remedy=_RESTORE)
     expected = manifest.corpus.files + sum(manifest.inputs_skipped.values())
     if len(table) != expected:

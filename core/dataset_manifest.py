@@ -16,7 +16,7 @@ SetName = Literal["train", "heldout"]
 class InputEntry(Section):
     """A line of inputs.jsonl: a file that was read, or, after all of those, one that was not.
 
-    sha256: of each share that was read, in order; one for most files. skipped: why the file was left out; None: it was read.
+    sha256: of each share that was read, in order; one for most files. skipped: why the file was not read; None: it was read.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -65,7 +65,7 @@ class Corpus(Section):
 class DocumentCounts(Section):
     read: PositiveInt
     failed: Count  # could not be read; failures.jsonl lists them
-    duplicates: Count  # equal in every byte to an earlier one, left out
+    duplicates: Count  # equal in every byte to an earlier one, dropped
     train: PositiveInt
     heldout: Count
 
@@ -144,9 +144,9 @@ class Manifest(Section):
     """manifest.json, consistent in itself. `preparation` holds the settings that, with the corpus, determine every byte.
 
     eos_id, bos_id: the tokens after and before each document, None where there is none; there is one of them.
-    inputs_skipped: how many files were left out, by reason; inputs.jsonl names them after the corpus.files that were read. parents: what
+    inputs_skipped: how many files were skipped, by reason; inputs.jsonl names them after the corpus.files that were read. parents: what
     the dataset grew from, each from the one before; the last is its own parent. version 2 had the sources in the manifest itself, and no
-    file was said to be left out.
+    file was said to be skipped.
     """
 
     format: Literal["weftrain-dataset"]

@@ -66,12 +66,12 @@ def _differences(manifest: Manifest, plan: Plan, before: Mapping[str, int]) -> I
     if plan.engine not in ("auto", engine):
         yield f"its documents were encoded by {engine}, not by {plan.engine}; the ids are the same"
     skipped = dict(Counter(file.reason for file in plan.inputs.skipped))
-    recorded = dict(Counter(manifest.inputs_skipped) - Counter(before))  # without what the parent left out
+    recorded = dict(Counter(manifest.inputs_skipped) - Counter(before))  # without what the parent skipped
     if skipped != recorded:
         now, then = (
             ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items())) or "none" for counts in (skipped, recorded)
         )
-        yield f"files left out: {now}; when it was prepared: {then}"
+        yield f"files skipped: {now}; when it was prepared: {then}"
 
 
 def _compare_inputs(folder: Path, manifest: Manifest, plan: Plan, progress: Progress) -> None:
@@ -80,7 +80,7 @@ def _compare_inputs(folder: Path, manifest: Manifest, plan: Plan, progress: Prog
     if manifest.corpus.files - first != len(files):
         raise DataError(f"{folder}: was prepared from {manifest.corpus.files - first:,} files, and these are {len(files):,}; {_REMEDY}")
     with open_inputs(folder, manifest) as recorded:
-        for number, (file, entry) in enumerate(zip(files, islice(recorded, first, None), strict=False)):  # what was left out comes after
+        for number, (file, entry) in enumerate(zip(files, islice(recorded, first, None), strict=False)):  # what was skipped comes after
             if (entry.name, entry.num_bytes) != (file.name, file.num_bytes):
                 was, given = (f"'{one.name}' of {one.num_bytes:,} bytes" for one in (entry, file))
                 raise DataError(f"{folder}: was prepared from other text: file {number + 1} was {was}, and here is {given}; {_REMEDY}")

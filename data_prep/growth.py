@@ -117,7 +117,7 @@ def parent_manifest(plan: Plan) -> Manifest:
 
 
 def parents_inputs(plan: Plan) -> tuple[Iterator[InputEntry], Iterator[InputEntry]]:
-    """The files that the parent read, and those that it left out: two streams."""
+    """The files that the parent read, and those that it skipped: two streams."""
     if plan.parent is None:
         return iter(()), iter(())
     manifest = parent_manifest(plan)

@@ -1,7 +1,7 @@
 """Which input files there are, at local paths and any fsspec address, the format of each, and which files beside them are not read.
 
 The list is sorted by name, and names do not depend on where a folder lies: the same files in another place, listed in another order, are
-the same dataset. Nothing is left out without an entry that says why.
+the same dataset. Nothing is skipped without an entry that says why.
 """
 
 from __future__ import annotations

@@ -104,12 +104,7 @@ def prepare(
     left under the dataset's name.
     """
     executor = executor or LocalExecutor()
-    if not _NAME.fullmatch(name):
-        raise DataError(f"--name {name!r}: use letters, digits, '_', '.', '-', and '/' for folders within the datasets' folder")
-    try:
-        folder = path_below(output, name)
-    except ValueError as error:
-        raise DataError(f"--name: {error}") from error
+    folder = _folder_of(output, name)
     if tokenizer is not None and vocab_size is not None:
         raise DataError("--vocab-size is for training a tokenizer, and --tokenizer names one: give only one of them")
     if sequence_length < 1 or not 0 <= heldout_fraction < 1 or (rows_per_shard is not None and rows_per_shard < 1):
@@ -140,10 +135,7 @@ def prepare(
     if before is not None:
         settings = as_parent(settings, before, rows_per_shard)
     check_inputs(inputs, settings)
-    if given is not None and any(READERS[file.format].by_end_token for file in inputs.files):
-        if given.eos_id is None:
-            raise DataError(f"{inputs.description}: holds streams of ids that end tokens tell apart: name their end token with --eos")
-        inputs = replace(inputs, options=inputs.options.of_tokenizer(given.vocab_size, given.eos_id))
+    inputs = _of_tokenizer(inputs, given)
     plan = replace(make_plan(folder.parent / f".{folder.name}.partial", inputs, settings, engine), parent=parent)
     if before is not None:
         check_growth(before, plan, folder)
@@ -158,6 +150,25 @@ def prepare(
     except OSError as error:
         place = f"{error.filename or folder}: {error.strerror or error}"
         raise DataError(f"{place}; free space or choose another folder for the datasets; run again and it goes on") from error
+
+
+def _folder_of(output: Path, name: str) -> Path:
+    """Raises DataError for a name that is no folder's."""
+    if not _NAME.fullmatch(name):
+        raise DataError(f"--name {name!r}: use letters, digits, '_', '.', '-', and '/' for folders within the datasets' folder")
+    try:
+        return path_below(output, name)
+    except ValueError as error:
+        raise DataError(f"--name: {error}") from error
+
+
+def _of_tokenizer(inputs: Inputs, given: TextEncoder | None) -> Inputs:
+    """The inputs, with what streams of ids need of the tokenizer that they are of. Raises DataError where it has no end token."""
+    if given is None or not any(READERS[file.format].by_end_token for file in inputs.files):
+        return inputs
+    if given.eos_id is None:
+        raise DataError(f"{inputs.description}: holds streams of ids that end tokens tell apart: name their end token with --eos")
+    return replace(inputs, options=inputs.options.of_tokenizer(given.vocab_size, given.eos_id))
 
 
 def _prepare(

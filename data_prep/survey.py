@@ -65,7 +65,7 @@ def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
 
 
 def _write_inputs(plan: Plan) -> dict[str, Any]:
-    """Write inputs.jsonl: the files that were read, then those that were left out; of each the parent's first.
+    """Write inputs.jsonl: the files that were read, then those that were skipped; of each the parent's first.
 
     Returns what the manifest says of it.
     """

@@ -232,31 +232,7 @@ def finish(plan: Plan, name: str) -> Manifest:
     former = {} if before is None else before.sets
     sets = {name: _set_entry(plan, entry, layout, records, name, former.get(name)) for name, entry in layout["sets"].items()}
     inputs = found["inputs"]
-    chunk_rows = None if settings.chunks is None else sets["train"].n_examples // settings.chunks
-    added = Added(
-        Corpus(
-            sha256=inputs["corpus_sha256"],
-            description=plan.inputs.description,
-            licence=plan.inputs.licence,
-            files=inputs["files"],
-            num_bytes=inputs["num_bytes"],
-        ),
-        DocumentCounts(
-            read=found["read"],
-            failed=found["failed"],
-            duplicates=layout["duplicates"],
-            train=layout["sets"]["train"]["documents"],
-            heldout=layout["sets"][HELDOUT]["documents"] if HELDOUT in sets else 0,
-        ),
-        Tokenization(
-            engine="gigatoken" if encoder.engine == "gigatoken" else "tokenizers",
-            engine_version=encoder.engine_version,
-            reference_documents=found["reference_documents"],
-            checked_documents=found["checked_documents"],
-            unknown_tokens=found["unknown_tokens"],
-            reason=DIFFERED if plan.by_reference else encoder.engine_reason,
-        ),
-    )
+    added = _added(plan, found, layout, encoder)
     if before is not None:
         added = with_parents(plan, before, added)
         put_parents_shards(plan)
@@ -281,9 +257,7 @@ def finish(plan: Plan, name: str) -> Manifest:
         documents=added.documents,
         num_sources=found["num_sources"],
         sources_sha256=layout["sources_sha256"],
-        chunks=None
-        if settings.chunks is None or chunk_rows is None
-        else Chunks(count=settings.chunks, rows=chunk_rows, global_batch_size=settings.global_batch_size),
+        chunks=_chunks(plan, sets["train"]),
         train=sets["train"],
         heldout=sets.get(HELDOUT),
     )
@@ -293,6 +267,42 @@ def finish(plan: Plan, name: str) -> Manifest:
     for set_name in manifest.sets:
         ShardSet(plan.dataset, manifest, set_name)
     return manifest
+
+
+def _added(plan: Plan, found: dict[str, Any], layout: dict[str, Any], encoder: TextEncoder) -> Added:
+    """What the manifest counts of the new inputs."""
+    inputs = found["inputs"]
+    return Added(
+        Corpus(
+            sha256=inputs["corpus_sha256"],
+            description=plan.inputs.description,
+            licence=plan.inputs.licence,
+            files=inputs["files"],
+            num_bytes=inputs["num_bytes"],
+        ),
+        DocumentCounts(
+            read=found["read"],
+            failed=found["failed"],
+            duplicates=layout["duplicates"],
+            train=layout["sets"]["train"]["documents"],
+            heldout=layout["sets"][HELDOUT]["documents"] if HELDOUT in layout["sets"] else 0,
+        ),
+        Tokenization(
+            engine="gigatoken" if encoder.engine == "gigatoken" else "tokenizers",
+            engine_version=encoder.engine_version,
+            reference_documents=found["reference_documents"],
+            checked_documents=found["checked_documents"],
+            unknown_tokens=found["unknown_tokens"],
+            reason=DIFFERED if plan.by_reference else encoder.engine_reason,
+        ),
+    )
+
+
+def _chunks(plan: Plan, train: SetEntry) -> Chunks | None:
+    count = plan.settings.chunks
+    if count is None:
+        return None
+    return Chunks(count=count, rows=train.n_examples // count, global_batch_size=plan.settings.global_batch_size)
 
 
 def _fim_prepared(plan: Plan, encoder: TextEncoder) -> FimPrepared | None:

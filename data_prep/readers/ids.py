@@ -57,10 +57,6 @@ def read_stream(opened: IO[bytes], name: str, count: int, keep: bool = True) -> 
     return bytes(data)
 
 
-def array_of(data: bytes, dtype: np.dtype[Any]) -> np.ndarray:
-    return np.frombuffer(data, dtype)
-
-
 def ids_of_bytes(data: bytes, options: ReadOptions) -> np.ndarray | str:
     """The ids of bytes that do not say their type: int64, or options.tokens_dtype."""
     dtype = np.dtype(options.tokens_dtype or "int64").newbyteorder("<")

@@ -29,7 +29,7 @@ from weftrain.data_prep.documents import InputFile, Share
 from weftrain.data_prep.files import is_local
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, local_only
-from weftrain.data_prep.readers.ids import choose_field, ids_of_bytes, ids_of_list, read_stream
+from weftrain.data_prep.readers.ids import ids_of_bytes, ids_of_list, read_stream
 from weftrain.data_prep.readers.sample_table import (
     Column,
     SampleTable,
@@ -37,6 +37,7 @@ from weftrain.data_prep.readers.sample_table import (
     ids_documents,
     read_starts,
     text_documents,
+    tokens_column,
 )
 
 _INDEX = "index.json"
@@ -130,8 +131,12 @@ def _dtype(encoding: str) -> np.dtype[Any] | None:
     return None if found is None else np.dtype(found)
 
 
+def _holds_ids(column: Column) -> bool:
+    return _dtype(column.encoding) is not None
+
+
 def _may_hold_ids(column: Column) -> bool:
-    return _dtype(column.encoding) is not None or column.encoding in ("bytes", "json")
+    return _holds_ids(column) or column.encoding in ("bytes", "json")
 
 
 class _Unzipped:
@@ -200,7 +205,7 @@ def _refuse_arrow(opened: IO[bytes], name: str, num_bytes: int) -> None:
 
 def _documents(as_rows: bool, number: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
     with _chunk(file.address, _index_of(file.address)) as (opened, table):
-        column = _tokens_column(table, options)
+        column = tokens_column(table, options, _holds_ids, _may_hold_ids)
         decode = partial(_decode, column.encoding, options)
         return (yield from ids_documents(opened, table, column, decode, number, file, share, options if as_rows else None))
 
@@ -210,18 +215,6 @@ def litdata_text(number: int, file: InputFile, share: Share, options: ReadOption
     with _chunk(file.address, _index_of(file.address)) as (opened, table):
         only = len(table.columns) == 1 and table.columns[0].name == "0"  # an item that is a string, not a dictionary
         return (yield from text_documents(opened, table, "0" if only else options.text_key, number, file, share, options))
-
-
-def _tokens_column(table: SampleTable, options: ReadOptions) -> Column:
-    """Raises DataError where no leaf, or none alone, can hold the ids."""
-    certain = [column.name for column in table.columns if _dtype(column.encoding) is not None]
-    possible = [column.name for column in table.columns if _may_hold_ids(column)]
-    column = table.column(choose_field(table.name, options.tokens_key, {c.name: c.encoding for c in table.columns}, certain, possible))
-    if column.encoding == "pickle":
-        raise DataError(f"{table.name}: '{column.name}' is pickled, and reading it could run any code: write it as an array or a tensor")
-    if not _may_hold_ids(column):
-        raise DataError(f"{table.name}: '{column.name}' is of {column.encoding}, which holds no ids; name another with --tokens-key")
-    return column
 
 
 def _decode(encoding: str, options: ReadOptions, data: bytes) -> np.ndarray | str:

@@ -22,7 +22,7 @@ from weftrain.data_prep.documents import InputFile, Share
 from weftrain.data_prep.files import exists, open_address
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records
-from weftrain.data_prep.readers.ids import choose_field, ids_of_bytes, ids_of_list, read_stream
+from weftrain.data_prep.readers.ids import ids_of_bytes, ids_of_list, read_stream
 from weftrain.data_prep.readers.sample_table import (
     Column,
     SampleTable,
@@ -31,6 +31,7 @@ from weftrain.data_prep.readers.sample_table import (
     read_count,
     read_starts,
     text_documents,
+    tokens_column,
 )
 
 _SUFFIX = ".mds"
@@ -80,7 +81,7 @@ def _columns(name: str, data: bytes) -> tuple[Column, ...]:
 def _documents(as_rows: bool, index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
     with open_decompressed(file.address) as opened:
         shard = _open_shard(file.address, opened, _plain_bytes(file))
-        column = _tokens_column(shard, options)
+        column = tokens_column(shard, options, _holds_ids, _may_hold_ids)
         decode = partial(_decode, column.encoding, options)
         return (yield from ids_documents(opened, shard, column, decode, index, file, share, options if as_rows else None))
 
@@ -90,18 +91,6 @@ def mds_text(index: int, file: InputFile, share: Share, options: ReadOptions) ->
     with open_decompressed(file.address) as opened:
         shard = _open_shard(file.address, opened, _plain_bytes(file))
         return (yield from text_documents(opened, shard, options.text_key, index, file, share, options))
-
-
-def _tokens_column(shard: SampleTable, options: ReadOptions) -> Column:
-    """Raises DataError where no column, or none alone, can hold the ids."""
-    certain = [column.name for column in shard.columns if _holds_ids(column)]
-    possible = [column.name for column in shard.columns if _may_hold_ids(column)]
-    column = shard.column(choose_field(shard.name, options.tokens_key, {c.name: c.encoding for c in shard.columns}, certain, possible))
-    if column.encoding == "pkl":
-        raise DataError(f"{shard.name}: column '{column.name}' is pickled, and reading it could run any code: write it as ndarray")
-    if not _may_hold_ids(column):
-        raise DataError(f"{shard.name}: column '{column.name}' is of {column.encoding}, which holds no ids; name another with --tokens-key")
-    return column
 
 
 def _decode(encoding: str, options: ReadOptions, data: bytes) -> np.ndarray | str:

@@ -16,12 +16,13 @@ from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.normalisation import normalise
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Records, wrong_length
-from weftrain.data_prep.readers.ids import MAX_DOCUMENT_IDS, array_of, ids_document, read_stream
+from weftrain.data_prep.readers.ids import MAX_DOCUMENT_IDS, choose_field, ids_document, read_stream
 
 WIDTH = np.dtype("<u4")
 _MAX_SAMPLES = 1 << 25
 _MAX_COLUMN_BYTES = 4 * MAX_DOCUMENT_IDS
 _LOOK_SAMPLES = 64
+_PICKLED = ("pkl", "pickle")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class SampleTable:
 
 
 def read_count(opened: IO[bytes], name: str) -> int:
-    return int(array_of(read_stream(opened, name, 4), WIDTH)[0])
+    return int(np.frombuffer(read_stream(opened, name, 4), WIDTH)[0])
 
 
 def read_starts(opened: IO[bytes], name: str, num_bytes: int | None, samples: int | None = None) -> np.ndarray:
@@ -69,7 +70,7 @@ def read_starts(opened: IO[bytes], name: str, num_bytes: int | None, samples: in
     samples = read_count(opened, name) if samples is None else samples
     if samples > _MAX_SAMPLES or (num_bytes is not None and 4 * (samples + 2) > num_bytes):
         raise DataError(f"{name}: declares {samples:,} samples, more than it holds or than {_MAX_SAMPLES:,}; copy it again")
-    starts = array_of(read_stream(opened, name, 4 * (samples + 1)), WIDTH)
+    starts = np.frombuffer(read_stream(opened, name, 4 * (samples + 1)), WIDTH)
     if (starts[1:] < starts[:-1]).any() or (num_bytes is not None and int(starts[-1]) != num_bytes):
         raise DataError(f"{name}: the places of its samples do not rise to its end; copy it again")
     return starts
@@ -88,7 +89,7 @@ def read_samples(opened: IO[bytes], table: SampleTable, wanted: tuple[str, ...],
         if stop - start < 4 * variable:
             yield "the sample is shorter than the sizes of its columns"
             continue
-        widths = iter([stop - start] if table.bare else array_of(read_stream(opened, table.name, 4 * variable), WIDTH).tolist())
+        widths = iter([stop - start] if table.bare else np.frombuffer(read_stream(opened, table.name, 4 * variable), WIDTH).tolist())
         at += 4 * variable
         sizes = [next(widths) if column.size is None else column.size for column in table.columns]
         if at + sum(sizes) != stop:
@@ -114,6 +115,24 @@ def _move(opened: IO[bytes], table: SampleTable, at: int, to: int) -> int:
     else:
         read_stream(opened, table.name, to - at, keep=False)
     return to
+
+
+def tokens_column(
+    table: SampleTable, options: ReadOptions, holds_ids: Callable[[Column], bool], may_hold_ids: Callable[[Column], bool]
+) -> Column:
+    """The column of ids: options.tokens_key, or the one that holds them. Raises DataError where no column, or none alone, can.
+
+    holds_ids: whether the encoding alone says so. may_hold_ids: whether such ids can be read.
+    """
+    certain = [column.name for column in table.columns if holds_ids(column)]
+    possible = [column.name for column in table.columns if may_hold_ids(column)]
+    fields = {column.name: column.encoding for column in table.columns}
+    column = table.column(choose_field(table.name, options.tokens_key, fields, certain, possible))
+    if column.encoding in _PICKLED:
+        raise DataError(f"{table.name}: column '{column.name}' is pickled, and reading it could run any code: write it as an array")
+    if not may_hold_ids(column):
+        raise DataError(f"{table.name}: column '{column.name}' is of {column.encoding}, which holds no ids; name another with --tokens-key")
+    return column
 
 
 def ids_documents(

@@ -89,7 +89,7 @@ def test_the_command_that_prep_prints_trains_as_it_is(weftrain: Weftrain, texts:
         assert state in made.output
         manifest = read_manifest(tmp_path / "data sets" / "sets" / "2024")
         lines = {line.split()[0]: line for line in made.output.splitlines() if line.startswith("  ")}
-        assert f"{manifest.documents.read:,} documents, {manifest.documents.duplicates} duplicates left out, 0 failed" in lines["read"]
+        assert f"{manifest.documents.read:,} documents, {manifest.documents.duplicates} duplicates dropped, 0 failed" in lines["read"]
         assert f"{manifest.train.n_examples:,} rows x 64 = {manifest.train.tokens:,} tokens" in lines["train"]
         assert "skipped  1 entry beside the inputs" in lines["skipped"]
         assert "marker file (1): texts" in made.output

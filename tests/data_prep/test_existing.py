@@ -33,7 +33,7 @@ def prepared(folder: Path, encoder: TextEncoder, arguments: dict[str, Any] | Non
 
 
 def test_what_is_asked_for_and_recorded_otherwise(tmp_path: Path, encoder: TextEncoder) -> None:
-    """Licence and failures are refused with what can be done; the engine and other files left out are said."""
+    """Licence and failures are refused with what can be done; the engine and other files skipped are said."""
     skipped = (Skipped("in/.x", 3, "hidden file"),)
     first = prepared(tmp_path, encoder, {"engine": "tokenizers"}, licence="MIT", skipped=skipped)
     assert (first.up_to_date, first.manifest.corpus.licence) == (False, "MIT")
@@ -46,7 +46,7 @@ def test_what_is_asked_for_and_recorded_otherwise(tmp_path: Path, encoder: TextE
         again = prepared(tmp_path, encoder, arguments, licence=licence, skipped=skipped)
         assert (again.up_to_date, again.notes) == (True, notes)
     others = prepared(tmp_path, encoder, licence="MIT").notes
-    assert others == ("files left out: none; when it was prepared: 1 hidden file",)
+    assert others == ("files skipped: none; when it was prepared: 1 hidden file",)
     with pytest.raises(DataError, match=r"recorded with licence 'MIT', not 'CC0-1\.0': leave --licence out, or give another --name"):
         prepared(tmp_path, encoder, licence="CC0-1.0")
     with pytest.raises(DataError, match=r"1 documents could not be read .*failures.jsonl\), --max-failures allows 0: allow them, or"):

@@ -1,4 +1,4 @@
-"""The survey of all parts: sources numbered in order of appearance, and the list of inputs with what was left out."""
+"""The survey of all parts: sources numbered in order of appearance, and the list of inputs with what was skipped."""
 
 from __future__ import annotations
 
@@ -92,6 +92,6 @@ def test_files_that_were_left_out_are_listed_and_counted(tmp_path: Path, encoder
     assert again is not None
     assert again.up_to_date
     stats = CliRunner().invoke(main, ["data", "stats", str(prepared.folder)]).output
-    assert "left out     3 files: 2 hidden file, 1 unfinished download; inputs.jsonl names them" in stats
+    assert "skipped      3 files: 2 hidden file, 1 unfinished download; inputs.jsonl names them" in stats
     verified = CliRunner().invoke(main, ["data", "verify", str(prepared.folder)]).output
-    assert "1 inputs (3 more were left out) and of 1 sources agree" in verified
+    assert "1 inputs (3 more were skipped) and of 1 sources agree" in verified
