@@ -31,11 +31,15 @@ def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
     """
     from weftrain.data_prep.files import local_path
     from weftrain.data_prep.prep_recipe import is_prep_recipe, load_prep_recipe
-    from weftrain.data_prep.publish import is_remote, staging_folder
+    from weftrain.data_prep.publish import check_address, is_remote, staging_folder
     from weftrain.data_prep.standard_input import forget
 
     console = Console(highlight=False, soft_wrap=True)
+    if not output.strip():
+        raise click.UsageError(f"--output is {output!r}, as a variable of the shell is that is not set: name the folder of datasets")
     output = local_path(output)
+    if is_remote(output):
+        check_address(output)
     executor = _executor(options, output)
     folder = staging_folder(output) if is_remote(output) else Path(output)
     if len(inputs) == 1 and is_prep_recipe(inputs[0]):

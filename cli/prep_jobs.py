@@ -53,7 +53,7 @@ def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Pat
 
     if (option := given(OF_RECIPE)) is not None:
         raise click.UsageError(f"{option} belongs to a recipe")
-    if inputs and options["name"] is None:
+    if inputs and not options["name"]:
         raise click.UsageError("give the dataset a --name")
     if not inputs and (option := given(OF_INPUTS)) is not None:
         raise click.UsageError(f"{option} says what INPUTS are: name them, or leave it out for the embedded corpus")
@@ -72,7 +72,11 @@ def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Pat
         embedded, description, licence = embedded_inputs()
         chosen = Inputs(tuple(embedded), description, licence, read)
     arguments = {key: options[key] for key in (*_OF_PREPARE, "tokenizer", "epochs", "chunks", "global_batch_size", "grow")}
-    arguments |= {"name": options["name"] or "python_stdlib", "fim": _fim(options), "fim_tokens": fim_names(options["fim_tokens"])}
+    arguments |= {
+        "name": "python_stdlib" if options["name"] is None else options["name"],
+        "fim": _fim(options),
+        "fim_tokens": fim_names(options["fim_tokens"]),
+    }
     return Job(chosen, arguments, json_texts)
 
 

@@ -31,6 +31,15 @@ def staging_folder(address: str) -> Path:
     return cache / "weftrain" / "datasets" / hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
+def check_address(address: str) -> None:
+    """Raises DataError where a dataset cannot be published: no such file system, or one that does not answer. For before the work."""
+    system, root = file_system(address.rstrip("/"))
+    try:
+        system.exists(f"{root}/{MANIFEST}")
+    except OSError as error:
+        raise DataError(f"{address}: cannot be reached: {error}; see that the address and the permissions are right") from error
+
+
 def publish(folder: Path, manifest: Manifest, address: str, progress: Progress = no_progress) -> None:
     """Copy a complete dataset to an address.
 

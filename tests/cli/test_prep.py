@@ -69,6 +69,21 @@ def test_an_option_of_fim_without_a_rate_is_refused(weftrain: Weftrain, texts: P
     assert f"{option[0]} needs --fim-rate" in refused.output
 
 
+def test_names_and_addresses_that_cannot_be_are_refused_before_the_work(
+    weftrain: Weftrain, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for arguments, message in (
+        (["--name", "", "--output", tmp_path / "datasets"], "give the dataset a --name"),
+        (["--name", "x", "--output", ""], "--output is ''"),
+        (["--name", "x", "--output", "absent://bucket/datasets"], "absent://bucket/datasets: no such file system"),
+    ):
+        refused = weftrain("prep", texts, *arguments)
+        assert refused.exit_code == 2
+        assert message in refused.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_prep_needs_a_name_and_inputs_that_exist(weftrain: Weftrain, texts: Path, tmp_path: Path) -> None:
     assert "--name" in weftrain("prep", texts).output
     missing = weftrain("prep", tmp_path / "absent.jsonl", "--name", "x", "--output", tmp_path)
