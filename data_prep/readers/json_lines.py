@@ -12,10 +12,15 @@ SUFFIXES = (".jsonl", ".ndjson")
 
 
 def holds_lines(probe: Probe) -> bool:
-    """Whether a file holds JSON lines: by its name, or by its content whatever its name; one object alone only with the field of texts."""
-    if probe.plain_name.endswith(SUFFIXES):
-        return True
+    """Whether a file holds JSON lines: by its name, or by its content whatever its name; one object alone only with the field of texts.
+
+    What is called so and begins as an array of objects, or as an object of texts over several lines, cannot be lines.
+    """
     content = probe.json
+    if probe.plain_name.endswith(SUFFIXES):
+        if content is None or content.layout not in ("array", "object"):
+            return True
+        return content.layout == "object" and (content.first is None or not content.has_field(probe.text_key))
     return content is not None and (content.layout == "lines" or (content.layout == "line" and content.has_field(probe.text_key)))
 
 

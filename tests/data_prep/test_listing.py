@@ -324,6 +324,23 @@ def test_patterns_as_the_shell_has_them(place: Callable[[dict[str, bytes]], str]
     assert texts(listed) == [next(name for name in FILES if name.endswith(shown)) for shown in names]
 
 
+@pytest.mark.parametrize(
+    ("data", "format", "read"),
+    [
+        (b'[{"text": "one"},{"text": "two"}]', "json", ["one", "two"]),
+        (b'\xef\xbb\xbf[\n {"text": "one"},\n {"text": "two"}\n]\n', "json", ["one", "two"]),
+        (b'{\n "text": "one"\n}\n{\n "text": "two"\n}\n', "json", ["one", "two"]),
+        (b'["text"]\n{"text": "two"}\n', "jsonl", ["not a JSON object; each line must be one", "two"]),
+        (b'{"text": "one"}\n[{"text": "two"}]\n', "jsonl", ["one", "not a JSON object; each line must be one"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["t.jsonl", "T.NDJSON", "t.jsonl.gz"])
+def test_an_array_that_is_called_lines_is_read_as_an_array(tmp_path: Path, name: str, data: bytes, format: str, read: list[str]) -> None:
+    listed = find(tree(tmp_path / "in", {name: gzip.compress(data) if name.endswith(".gz") else data}))
+    assert formats(listed) == {f"in/{name}": format}
+    assert texts(listed) == read
+
+
 MANIFEST = b'{"bos_id":null,"format":"weftrain-dataset","version":3}\n'
 
 
