@@ -207,8 +207,8 @@ def to_huggingface(checkpoint: Path, output: Path, dtype: str, tokenizer: Path |
     from weftrain.core.checkpoint import Weights
     from weftrain.core.huggingface import write_huggingface
     from weftrain.core.huggingface_files import tokenizer_files
-    from weftrain.data_prep.markers import Markers
-    from weftrain.data_prep.tokenization import load_encoder
+    from weftrain.data_prep.tokens.markers import Markers
+    from weftrain.data_prep.tokens.tokenization import load_encoder
 
     recipe, state, manifest = _load(checkpoint)
     extra: dict[str, Any] = {"weftrain_checkpoint": manifest["root"], "weftrain_step": state.step}

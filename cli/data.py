@@ -17,7 +17,7 @@ from weftrain.core.errors import DataError
 if TYPE_CHECKING:
     from weftrain.core.dataset import Manifest, ShardSet
     from weftrain.core.shards import Stretch
-    from weftrain.data_prep.tokenization import TextEncoder
+    from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 _SET = click.option("--set", "set_name", type=click.Choice(["train", "heldout"]), default="train", show_default=True, help="Which set.")
@@ -92,8 +92,8 @@ def head(folder: Path, set_name: str, rows: int, first: int) -> None:
 def _encoder(folder: Path, fim_tokens: str | None = None) -> TextEncoder:
     """The dataset's tokenizer with the tokens that it was prepared with. fim_tokens: instead of those recorded."""
     from weftrain.core.dataset import TOKENIZER, read_manifest
-    from weftrain.data_prep.markers import fim_names, recorded_markers
-    from weftrain.data_prep.tokenization import load_encoder
+    from weftrain.data_prep.tokens.markers import fim_names, recorded_markers
+    from weftrain.data_prep.tokens.tokenization import load_encoder
 
     markers = recorded_markers(read_manifest(folder))
     return load_encoder(folder / TOKENIZER, replace(markers, fim=fim_names(fim_tokens) or markers.fim), engine="tokenizers")

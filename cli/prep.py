@@ -29,10 +29,10 @@ def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
     Without INPUTS: the Python standard library of the interpreter that runs this (licence PSF-2.0), no download.
     Run again with the same inputs it says that the dataset is up to date; interrupted, it goes on where it was.
     """
-    from weftrain.data_prep.files import local_path
+    from weftrain.data_prep.inputs.files import local_path
+    from weftrain.data_prep.inputs.standard_input import forget
     from weftrain.data_prep.prep_recipe import is_prep_recipe, load_prep_recipe
     from weftrain.data_prep.publish import check_address, is_remote, staging_folder
-    from weftrain.data_prep.standard_input import forget
 
     console = Console(highlight=False, soft_wrap=True)
     if not output.strip():

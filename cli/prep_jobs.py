@@ -48,8 +48,8 @@ def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Pat
     """The dataset of INPUTS, or of the embedded corpus without any. folder: of datasets. Raises DataError."""
     from weftrain.data_prep.corpus import embedded_inputs
     from weftrain.data_prep.listing import STANDARD_INPUT, Wanted
-    from weftrain.data_prep.markers import fim_names
     from weftrain.data_prep.plan import Inputs
+    from weftrain.data_prep.tokens.markers import fim_names
 
     if (option := given(OF_RECIPE)) is not None:
         raise click.UsageError(f"{option} belongs to a recipe")
@@ -142,8 +142,8 @@ def _below(root: str | None, address: str) -> str:
 
 def _standard_input(inputs: tuple[str, ...], options: dict[str, Any], folder: Path) -> Path | None:
     """The file that holds standard input, where it is one of the inputs."""
+    from weftrain.data_prep.inputs.standard_input import spool
     from weftrain.data_prep.listing import STANDARD_INPUT
-    from weftrain.data_prep.standard_input import spool
 
     count = sum(address in STANDARD_INPUT for address in inputs)
     if not count:

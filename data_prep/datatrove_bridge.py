@@ -22,7 +22,7 @@ from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.errors import DataError, one_line
 from weftrain.core.line_table import Lines
 from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile, Part, Share
-from weftrain.data_prep.files import local_file
+from weftrain.data_prep.inputs.files import local_file
 from weftrain.data_prep.listing import Wanted, by_reason, find_inputs
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.quality import Quality

@@ -19,13 +19,13 @@ from typing import Protocol
 
 from weftrain.core.child_process import end_with
 from weftrain.core.errors import DataError
-from weftrain.data_prep.order_stage import merge_run, order_bucket
 from weftrain.data_prep.plan import Plan, fall_back, fell_back, load_plan
-from weftrain.data_prep.sample_stage import sample_part
-from weftrain.data_prep.survey import load_json
-from weftrain.data_prep.tokenization import EnginesDifferError
-from weftrain.data_prep.tokenize_stage import tokenize_part
-from weftrain.data_prep.write_stage import write_one_shard
+from weftrain.data_prep.stages.order_stage import merge_run, order_bucket
+from weftrain.data_prep.stages.sample_stage import sample_part
+from weftrain.data_prep.stages.survey import load_json
+from weftrain.data_prep.stages.tokenize_stage import tokenize_part
+from weftrain.data_prep.stages.write_stage import write_one_shard
+from weftrain.data_prep.tokens.tokenization import EnginesDifferError
 
 OnDone = Callable[[int], None]
 _POLL_SECONDS = 0.2

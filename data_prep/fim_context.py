@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from weftrain.data_prep import fim
-from weftrain.data_prep.markers import FimIds
+from weftrain.data_prep.tokens.markers import FimIds
 
 
 @dataclass(frozen=True)

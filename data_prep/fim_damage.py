@@ -15,7 +15,7 @@ import numpy as np
 from weftrain.core.errors import DataError
 from weftrain.data_prep import fim
 from weftrain.data_prep.fim_released import released_row
-from weftrain.data_prep.tokenization import TextEncoder
+from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 # Of CrystalCoder's released scripts on its own data: segments encoded otherwise, rows that overflow, segments without their fim_middle.
 RELEASED_SHARES = (0.39, 0.96, 0.02)

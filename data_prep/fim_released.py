@@ -27,8 +27,8 @@ from typing import NamedTuple
 import numpy as np
 
 from weftrain.data_prep.fim import pad_id
-from weftrain.data_prep.markers import FimIds
-from weftrain.data_prep.tokenization import TextEncoder
+from weftrain.data_prep.tokens.markers import FimIds
+from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 
 class ReleasedRow(NamedTuple):

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from weftrain.core.errors import DataError
 from weftrain.core.plain_file import real_path
-from weftrain.data_prep import listing_rules as rules
-from weftrain.data_prep.compression import compression_of
 from weftrain.data_prep.documents import InputFile, Skipped
-from weftrain.data_prep.file_systems import Entry, FileSystem, LocalFiles, holds_dataset, identity_of, open_file_system
-from weftrain.data_prep.patterns import fixed_folder, is_pattern, matching
+from weftrain.data_prep.inputs import listing_rules as rules
+from weftrain.data_prep.inputs.compression import compression_of
+from weftrain.data_prep.inputs.file_systems import Entry, FileSystem, LocalFiles, holds_dataset, identity_of, open_file_system
+from weftrain.data_prep.inputs.patterns import fixed_folder, is_pattern, matching
 from weftrain.data_prep.readers.contract import HEAD_BYTES, Probe
 from weftrain.data_prep.readers.json_content import JsonContent
 from weftrain.data_prep.readers.registry import detect, goes_with_another, reader_named, reason_not_data

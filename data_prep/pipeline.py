@@ -23,8 +23,6 @@ from weftrain.data_prep.executors import STAGES, Executor, LocalExecutor, Stage
 from weftrain.data_prep.existing import compare_existing
 from weftrain.data_prep.fim import check_markers
 from weftrain.data_prep.growth import as_parent, check_growth, open_parent
-from weftrain.data_prep.markers import Markers
-from weftrain.data_prep.part_notes import read_note
 from weftrain.data_prep.plan import (
     SHARD_TOKENS,
     Inputs,
@@ -44,10 +42,12 @@ from weftrain.data_prep.plan import (
     settled,
 )
 from weftrain.data_prep.readers.registry import READERS
-from weftrain.data_prep.sample_stage import training_texts
-from weftrain.data_prep.survey import check_failures, survey
-from weftrain.data_prep.tokenization import TextEncoder, load_encoder, train_encoder
-from weftrain.data_prep.write_stage import finish, lay_out
+from weftrain.data_prep.stages.part_notes import read_note
+from weftrain.data_prep.stages.sample_stage import training_texts
+from weftrain.data_prep.stages.survey import check_failures, survey
+from weftrain.data_prep.stages.write_stage import finish, lay_out
+from weftrain.data_prep.tokens.markers import Markers
+from weftrain.data_prep.tokens.tokenization import TextEncoder, load_encoder, train_encoder
 
 DEFAULT_VOCAB_SIZE = 8192
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*")

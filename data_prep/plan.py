@@ -21,10 +21,10 @@ from weftrain.core.errors import DataError
 from weftrain.core.line_table import Lines, LineTable, lines_sha256, write_lines
 from weftrain.data_prep import heldout
 from weftrain.data_prep.documents import InputFile, Part, Share, Skipped
-from weftrain.data_prep.markers import NO_EOS, Markers
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.registry import READERS
 from weftrain.data_prep.shares import split_parts
+from weftrain.data_prep.tokens.markers import NO_EOS, Markers
 
 PLAN, PLANNED_TOKENIZER = "plan.json", "tokenizer.json"
 VERSION = 3

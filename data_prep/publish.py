@@ -13,9 +13,9 @@ from pathlib import Path
 from weftrain.core import fsops
 from weftrain.core.dataset import FAILURES, MANIFEST, TOKENIZER, Manifest, ShardSet, described_by, read_manifest, verify_tables
 from weftrain.core.errors import DataError
-from weftrain.data_prep.files import file_system
+from weftrain.data_prep.inputs.files import file_system
+from weftrain.data_prep.inputs.remote import RemoteSystem
 from weftrain.data_prep.plan import Progress, no_progress
-from weftrain.data_prep.remote import RemoteSystem
 
 _BLOCK_BYTES = 1 << 24
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from weftrain.core.errors import DataError
 from weftrain.core.line_table import Lines
 from weftrain.core.shards import PADDING
-from weftrain.data_prep.compression import CUT, compression_of
 from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile, Part, Share
-from weftrain.data_prep.files import check_unchanged, range_sha256
+from weftrain.data_prep.inputs.compression import CUT, compression_of
+from weftrain.data_prep.inputs.files import check_unchanged, range_sha256
 from weftrain.data_prep.normalisation import check_normalisations
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Records

@@ -23,7 +23,7 @@ import numpy as np
 from weftrain.core.errors import DataError, one_line
 from weftrain.core.untrusted_hdf5 import HDF5_ERRORS, UntrustedFileError, open_dataset
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.files import is_local
+from weftrain.data_prep.inputs.files import is_local
 from weftrain.data_prep.marks import BEGINS, LOSS, PADDING
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, wrong_length

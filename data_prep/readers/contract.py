@@ -12,10 +12,10 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.compression import BrokenArchive, compression_of, open_decompressed, plain_name
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.files import exists, is_local, read_head
-from weftrain.data_prep.listing_rules import may_hold_json
+from weftrain.data_prep.inputs.compression import BrokenArchive, compression_of, open_decompressed, plain_name
+from weftrain.data_prep.inputs.files import exists, is_local, read_head
+from weftrain.data_prep.inputs.listing_rules import may_hold_json
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.json_content import JsonContent, json_content
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from weftrain.core.errors import DataError
 from weftrain.data_prep.documents import Failure, InputFile, Share
-from weftrain.data_prep.files import exists
+from weftrain.data_prep.inputs.files import exists
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, local_only
 from weftrain.data_prep.readers.ids import MAX_DOCUMENT_IDS, TABLE_ROWS, ids_document, read_array, too_long

@@ -12,9 +12,9 @@ import re
 from typing import IO, Any
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.compression import open_decompressed
 from weftrain.data_prep.documents import Failure, InputFile, Share
-from weftrain.data_prep.files import BLOCK_BYTES
+from weftrain.data_prep.inputs.compression import open_decompressed
+from weftrain.data_prep.inputs.files import BLOCK_BYTES
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records
 from weftrain.data_prep.readers.json_objects import decode_at, text_document

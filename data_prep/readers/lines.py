@@ -7,9 +7,9 @@ from collections.abc import Callable, Generator, Iterator
 from typing import IO
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.compression import Decompressed, begins_compressed, compression_of, open_decompressed
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.files import BLOCK_BYTES, open_address
+from weftrain.data_prep.inputs.compression import Decompressed, begins_compressed, compression_of, open_decompressed
+from weftrain.data_prep.inputs.files import BLOCK_BYTES, open_address
 from weftrain.data_prep.read_options import ReadOptions
 
 _SKIP_BYTES = 1 << 20

@@ -26,7 +26,7 @@ from weftrain.core.errors import DataError, one_line
 from weftrain.core.names import path_below
 from weftrain.core.plain_file import open_plain
 from weftrain.data_prep.documents import InputFile, Share
-from weftrain.data_prep.files import is_local
+from weftrain.data_prep.inputs.files import is_local
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, local_only
 from weftrain.data_prep.readers.ids import ids_of_bytes, ids_of_list, read_stream

@@ -17,9 +17,9 @@ import numpy as np
 from weftrain.core.canonical import parse_json
 from weftrain.core.errors import DataError
 from weftrain.core.names import checked_path
-from weftrain.data_prep.compression import compression_of, open_decompressed
 from weftrain.data_prep.documents import InputFile, Share
-from weftrain.data_prep.files import exists, open_address
+from weftrain.data_prep.inputs.compression import compression_of, open_decompressed
+from weftrain.data_prep.inputs.files import exists, open_address
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records
 from weftrain.data_prep.readers.ids import ids_of_bytes, ids_of_list, read_stream

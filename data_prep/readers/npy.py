@@ -15,9 +15,9 @@ from typing import IO, Any
 import numpy as np
 
 from weftrain.core.errors import DataError, one_line
-from weftrain.data_prep.compression import open_decompressed
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.files import exists, open_address
+from weftrain.data_prep.inputs.compression import open_decompressed
+from weftrain.data_prep.inputs.files import exists, open_address
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Reader, Records
 from weftrain.data_prep.readers.ids import MAX_DOCUMENT_IDS, ids_document, read_array

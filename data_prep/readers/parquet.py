@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from weftrain.core.errors import DataError, one_line
-from weftrain.data_prep.compression import compression_of
 from weftrain.data_prep.documents import InputFile, Share
-from weftrain.data_prep.files import BLOCK_BYTES, is_local, open_address
+from weftrain.data_prep.inputs.compression import compression_of
+from weftrain.data_prep.inputs.files import BLOCK_BYTES, is_local, open_address
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.arrow_columns import TextColumns, batch_rows, documents_of, find_columns
 from weftrain.data_prep.readers.contract import Probe, Reader, Records

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from weftrain.data_prep import corpus
-from weftrain.data_prep.compression import begins_compressed, open_decompressed
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.files import open_address
+from weftrain.data_prep.inputs.compression import begins_compressed, open_decompressed
+from weftrain.data_prep.inputs.files import open_address
 from weftrain.data_prep.normalisation import normalise
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Reader, Records

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from weftrain.core.errors import DataError, one_line
-from weftrain.data_prep.compression import open_decompressed
 from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.files import BLOCK_BYTES
+from weftrain.data_prep.inputs.compression import open_decompressed
+from weftrain.data_prep.inputs.files import BLOCK_BYTES
 from weftrain.data_prep.normalisation import normalise
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records

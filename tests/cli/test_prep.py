@@ -20,7 +20,7 @@ from weftrain.cli.prep import prep
 from weftrain.cli.prep_report import epoch_lines
 from weftrain.core.dataset import read_manifest
 from weftrain.core.dataset_manifest import Chunks
-from weftrain.data_prep.standard_input import forget, spool
+from weftrain.data_prep.inputs.standard_input import forget, spool
 
 Weftrain = Callable[..., Result]
 SMALL = ["model.num_layers=1", "data.sequence_length=32", "batch.global_batch_size=2", "batch.micro_batch_size=2", "schedule.steps=2"]

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from weftrain.analysis.evaluation import open_tokenizer
 from weftrain.core.errors import DataError
 from weftrain.core.tokenizer_file import panics_refused, tokenizer_from
-from weftrain.data_prep.tokenization import load_encoder, make_encoder
+from weftrain.data_prep.tokens.tokenization import load_encoder, make_encoder
 
 VOCAB = {"</s>": 0, "a": 1, "b": 2, "ab": 3, "aba": 4}
 

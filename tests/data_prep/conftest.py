@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from weftrain.data_prep.tokenization import TextEncoder, train_encoder
+from weftrain.data_prep.tokens.tokenization import TextEncoder, train_encoder
 
 for _path in (Path(__file__).parents[1] / "core" / "fault_injection.py", Path(__file__).with_name("independent_reader.py")):
     if _path.stem not in sys.modules:

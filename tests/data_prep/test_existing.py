@@ -16,7 +16,7 @@ from weftrain.data_prep.documents import Skipped
 from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import Prepared, prepare
 from weftrain.data_prep.plan import Inputs
-from weftrain.data_prep.tokenization import TextEncoder
+from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 
 def prepared(folder: Path, encoder: TextEncoder, arguments: dict[str, Any] | None = None, **inputs: Any) -> Prepared:

@@ -20,7 +20,7 @@ from weftrain.data_prep.fim_damage import damage_lines, fim_damage
 from weftrain.data_prep.fim_released import released_row
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.shares import read_part, split_parts
-from weftrain.data_prep.tokenization import TextEncoder, make_encoder, train_encoder
+from weftrain.data_prep.tokens.tokenization import TextEncoder, make_encoder, train_encoder
 
 IDS = FimIds(1000, 1001, 1002, 1003)
 

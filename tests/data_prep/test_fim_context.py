@@ -20,11 +20,11 @@ from weftrain.core.errors import DataError
 from weftrain.data_prep import fim, plan
 from weftrain.data_prep.fim_context import ContextPiece, Draws, context_pieces, context_tokens
 from weftrain.data_prep.listing import list_inputs
-from weftrain.data_prep.markers import FimIds
 from weftrain.data_prep.pipeline import Prepared, prepare
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.tokenization import TextEncoder
+from weftrain.data_prep.tokens.markers import FimIds
+from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 IDS = FimIds(1000, 1001, 1002, None)
 BOS, EOS = 1003, 1004

@@ -14,10 +14,10 @@ import fsspec
 import pytest
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep import file_systems
 from weftrain.data_prep.documents import Document, Failure
+from weftrain.data_prep.inputs import file_systems
+from weftrain.data_prep.inputs.patterns import expand_braces
 from weftrain.data_prep.listing import Listed, Wanted, by_reason, counted, find_inputs, list_inputs
-from weftrain.data_prep.patterns import expand_braces
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.json_content import json_content
 from weftrain.data_prep.shares import read_part, split_parts

@@ -21,7 +21,7 @@ from weftrain.data_prep.documents import FileRead
 from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.shares import read_part, split_parts
-from weftrain.data_prep.tokenization import TextEncoder
+from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'weftrain[s3]'")
 moto_server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[s3]' flask flask-cors")

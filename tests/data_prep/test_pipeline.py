@@ -20,15 +20,17 @@ from weftrain.core.config import DataConfig, Fim
 from weftrain.core.data import open_heldout, open_training
 from weftrain.core.dataset import TOKENIZER, ShardSet, open_inputs, open_sources, read_manifest, source_name
 from weftrain.core.errors import DataError
-from weftrain.data_prep import engines, fim, plan, survey, tokenization
+from weftrain.data_prep import fim, plan
 from weftrain.data_prep.corpus import embedded_inputs
 from weftrain.data_prep.executors import LocalExecutor, TaskExecutor
 from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import Prepared, prepare
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.survey import arrangement
-from weftrain.data_prep.tokenization import TextEncoder, load_encoder
+from weftrain.data_prep.stages import survey
+from weftrain.data_prep.stages.survey import arrangement
+from weftrain.data_prep.tokens import engines, tokenization
+from weftrain.data_prep.tokens.tokenization import TextEncoder, load_encoder
 
 Run = Callable[..., Prepared]
 

@@ -17,7 +17,7 @@ from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.quality import Decontaminate, LengthFilter, MinHash, Quality
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.tokenization import TextEncoder
+from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 pytest.importorskip("datatrove", reason="datatrove is not installed: pip install 'weftrain[quality]'")
 

@@ -18,7 +18,7 @@ from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.ray_executor import run_on_ray
-from weftrain.data_prep.tokenization import TextEncoder
+from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -42,7 +42,7 @@ from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.plan import Inputs, Plan
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.tokenization import TextEncoder
+from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 EOS = "</s>"
 MAX_REFUSALS = 12  # files that one folder may hold and a run refuses, one after the other

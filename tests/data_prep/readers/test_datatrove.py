@@ -21,7 +21,7 @@ from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.tokenization import TextEncoder
+from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 DOCUMENTS = [[1, 2, 3, 4], [5], [], [6, 70, 65_535]]
 

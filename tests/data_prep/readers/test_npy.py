@@ -24,7 +24,7 @@ from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers import npy
-from weftrain.data_prep.tokenization import TextEncoder
+from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 END = 7
 IDS = [1, 2, END, 3, END, END, 4, 5, 6, 8, END, 9, 1, 1, 1, 300]

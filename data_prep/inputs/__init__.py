@@ -1,0 +1,1 @@
+"""Input files as they lie: paths and addresses, folders and patterns, compression, standard input."""

@@ -1,0 +1,115 @@
+"""Opening input files: local paths and any fsspec address, and telling whether one is still what was listed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import IO
+
+from weftrain.core.errors import DataError
+from weftrain.data_prep.documents import InputFile
+from weftrain.data_prep.inputs.remote import RemoteSystem
+
+BLOCK_BYTES = 1 << 20
+
+
+def local_path(address: str) -> str:
+    """The path of a `file://` address; any other address or path as it is."""
+    return next((address.removeprefix(protocol) for protocol in ("file://", "local://") if address.startswith(protocol)), address)
+
+
+def is_local(address: str) -> bool:
+    return "://" not in address
+
+
+def file_system(address: str) -> tuple[RemoteSystem, str]:
+    """fsspec's file system of an address, and the path there. Raises DataError."""
+    import fsspec
+
+    try:
+        system, root = fsspec.core.url_to_fs(address)
+    except Exception as error:  # each library behind fsspec has exceptions of its own
+        raise DataError(f"{address}: no such file system: {error}; install what it needs") from error
+    return RemoteSystem(system), root
+
+
+def local_file(path: str, name: str, source: str, format: str) -> InputFile:
+    """A file of this machine as an input. Raises OSError."""
+    status = os.stat(path)
+    return InputFile(path, name, source, format, status.st_size, status.st_mtime_ns)
+
+
+def open_address(address: str) -> IO[bytes]:
+    """The raw bytes of a local path or an address. Raises DataError."""
+    try:
+        if is_local(address):
+            return open(address, "rb")
+        system, path = file_system(address)
+        return system.open(path)
+    except OSError as error:
+        raise DataError(f"{address}: cannot be read: {error.strerror or error}") from error
+
+
+def read_head(address: str, num_bytes: int) -> bytes:
+    """The first bytes of a local path or an address, in one request. Raises DataError."""
+    try:
+        if is_local(address):
+            with open(address, "rb", buffering=0) as file:
+                return file.read(num_bytes)
+        system, path = file_system(address)
+        head: bytes = system.cat_file(path, start=0, end=num_bytes)
+        return head
+    except (OSError, ValueError) as error:
+        raise DataError(f"{address}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def exists(address: str) -> bool:
+    """Whether a file lies at a local path or an address. Raises DataError for a file system that cannot be asked."""
+    if is_local(address):
+        return os.path.isfile(address)
+    system, path = file_system(address)
+    try:
+        return bool(system.isfile(path))
+    except OSError as error:
+        raise DataError(f"{address}: cannot be read: {error.strerror or error}") from error
+
+
+def check_unchanged(file: InputFile) -> None:
+    """Raises DataError where a file is no longer what was listed."""
+    try:
+        if is_local(file.address):
+            status = os.stat(file.address)
+            same = (status.st_size, status.st_mtime_ns) == (file.num_bytes, file.modified_ns)
+        else:
+            system, path = file_system(file.address)
+            same = system.size_now(path) == file.num_bytes
+    except OSError as error:
+        raise DataError(f"{file.address}: cannot be read: {error.strerror or error}") from error
+    if not same:
+        raise changed(file)
+
+
+def changed(file: InputFile) -> DataError:
+    return DataError(f"{file.address}: changed while it was read; run again when nobody writes to it")
+
+
+def range_sha256(file: InputFile, begin: int, end: int, beside: Sequence[str] = ()) -> str:
+    """SHA-256 of the files `beside` followed by bytes [begin, end) of a file, in hexadecimal. Raises DataError where it ends before."""
+    digest = hashlib.sha256()
+    try:
+        for address in beside:
+            with open_address(address) as opened:
+                while block := opened.read(BLOCK_BYTES):
+                    digest.update(block)
+        with open_address(file.address) as opened:
+            opened.seek(begin)
+            left = end - begin
+            while left and (block := opened.read(min(left, BLOCK_BYTES))):
+                digest.update(block)
+                left -= len(block)
+    except OSError as error:
+        raise DataError(f"{file.address}: cannot be read: {error.strerror or error}") from error
+    if left:
+        raise changed(file)
+    return digest.hexdigest()

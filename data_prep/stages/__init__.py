@@ -1,0 +1,1 @@
+"""The stages of a preparation, and the files that they hand on."""

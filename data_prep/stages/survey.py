@@ -1,0 +1,248 @@
+"""Between stages 1 and 2, by one process: what all parts hold together, and from that how the order stages are cut.
+
+How many buckets there are follows from the tokens that were counted, not from the size of the inputs, which may be compressed. Where pieces
+x buckets would be too many files to open, the pieces are merged into runs first, so that memory and file opens stay bounded.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import math
+import operator
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weftrain.core import fsops
+from weftrain.core.canonical import canonical_json, parse_json
+from weftrain.core.dataset import FAILURES, InputEntry, merkle_root, write_inputs
+from weftrain.core.errors import DataError
+from weftrain.core.line_table import write_lines
+from weftrain.data_prep.growth import index_documents, parents_failures, parents_inputs, parents_sources
+from weftrain.data_prep.packing import split
+from weftrain.data_prep.plan import Limits, Plan, clamped, power_of_two
+from weftrain.data_prep.stages.part_notes import in_blocks, read_failures, read_note
+from weftrain.data_prep.stages.pieces import Piece
+from weftrain.data_prep.stages.table_file import Table, write_table
+
+_SHOWN_FAILURES = 8
+
+
+def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
+    """What all parts hold together, written as survey.json. Raises DataError where more documents failed than the budget allows.
+
+    `inputs`: of inputs.jsonl, which is written here, as the sources' names are and the list of all pieces. `read`: documents. `buckets` and
+    what follows: see `arrangement`.
+    """
+    failed = check_failures(plan, "parts", max_failures)
+    index_documents(plan)
+    encoded: Counter[str] = Counter()
+    pieces = _Pieces(plan)
+    for part, (note, base_file, base) in enumerate(part_notes(plan, "parts")):
+        encoded.update(note["encoded"])
+        for piece in range(note["pieces"]):
+            pieces.add(part, piece, Table(plan.piece_file(part, piece)), base_file, base)
+    if not pieces.read:
+        raise DataError(f"{plan.inputs.description}: holds no document; name other files")
+    found = {
+        "num_sources": pieces.write(plan),
+        "inputs": _write_inputs(plan),
+        "read": pieces.read,
+        "failed": failed,
+        "reference_documents": encoded["reference"],
+        "checked_documents": encoded["checked"],
+        "unknown_tokens": encoded["unknown"],
+        **arrangement(plan.limits, len(pieces), pieces.num_bytes, as_read=plan.settings.order == "as_read"),
+    }
+    fsops.write_bytes(plan.survey_file, canonical_json(found) + b"\n")
+    return found
+
+
+def _write_inputs(plan: Plan) -> dict[str, Any]:
+    """Write inputs.jsonl: the files that were read, then those that were skipped; of each the parent's first.
+
+    Returns what the manifest says of it.
+    """
+    num_bytes, skipped = 0, Counter[str]()
+
+    def hashes() -> Iterator[tuple[str, ...]]:
+        """Of each file its shares' SHA-256, a file at a time: parts hold files in order."""
+        shares = (share for note, _, _ in part_notes(plan, "parts") for share in note["shares"])
+        for _, of_file in itertools.groupby(shares, key=operator.itemgetter(0)):
+            yield tuple(sha256 for _, _, _, sha256 in of_file)
+
+    def read() -> Iterator[InputEntry]:
+        yield from parents_inputs(plan)[0]
+        for file, found in zip(plan.inputs.files, hashes(), strict=True):
+            yield InputEntry(name=file.name, num_bytes=file.num_bytes, sha256=found)
+
+    def entries() -> Iterator[InputEntry]:
+        nonlocal num_bytes
+        for entry in read():
+            num_bytes += entry.num_bytes
+            yield entry
+        for entry in parents_inputs(plan)[1]:
+            skipped[entry.skipped or ""] += 1
+            yield entry
+        for one in plan.inputs.skipped:
+            skipped[one.reason] += 1
+            yield InputEntry(name=one.name, num_bytes=one.num_bytes, skipped=one.reason)
+
+    written = write_inputs(plan.dataset, entries())
+    return {
+        "sha256": written.sha256,
+        "corpus_sha256": merkle_root(sha256 for entry in read() for sha256 in entry.sha256),
+        "files": written.count - skipped.total(),
+        "num_bytes": num_bytes,
+        "skipped": dict(sorted(skipped.items())),
+    }
+
+
+def arrangement(limits: Limits, pieces: int, num_bytes: int, *, as_read: bool) -> dict[str, int]:
+    """How the documents are ordered: `buckets`, a power of two, or a piece each where documents stay as read.
+
+    `runs`: into how many the pieces are merged before, 0: not at all; `run_pieces` of each, which `run_slices` files hold, a power of two
+    that divides `buckets`. Merging groups of about sqrt(pieces) needs about pieces^1.5 file opens, not pieces^2.
+    """
+    if as_read:
+        return {"buckets": pieces, "runs": 0, "run_pieces": 0, "run_slices": 0}
+    buckets = power_of_two(-(-num_bytes // clamped(num_bytes // 64, *limits.bucket_bytes)))
+    if pieces * buckets <= limits.file_opens:
+        return {"buckets": buckets, "runs": 0, "run_pieces": 0, "run_slices": 0}
+    run_pieces = max(2, math.isqrt(pieces))
+    runs = -(-pieces // run_pieces)
+    run_slices = min(buckets, power_of_two(-(-num_bytes // (runs * limits.bucket_bytes[1]))))
+    return {"buckets": buckets, "runs": runs, "run_pieces": run_pieces, "run_slices": run_slices}
+
+
+class _Pieces:
+    """All pieces in the order of reading: which part's, where its records count from, and its sources, of which there may be millions.
+
+    Some 50 bytes a source of a piece are in memory, which are fewer than the names themselves have.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.read = self.num_bytes = 0
+        self._inherited = _identities(entry.name for entry in parents_sources(plan))
+        self._columns: dict[str, array[int]] = {name: array("q") for name in ("part", "piece", "base_file", "base")}
+        self._identities: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        return len(self._identities)
+
+    def add(self, part: int, piece: int, table: Table, base_file: int, base: int) -> None:
+        for name, value in zip(self._columns, (part, piece, base_file, base), strict=True):
+            self._columns[name].append(value)
+        self._identities.append(_identities(table.note["sources"]))
+        self.read += table.note["read"]
+        self.num_bytes += table.num_bytes
+
+    def write(self, plan: Plan) -> int:
+        """Number all sources in order of appearance; write their names, and all pieces. Returns how many sources there are."""
+        numbers = _numbers(np.concatenate([self._inherited, *self._identities]))[len(self._inherited) :]
+        ends = np.cumsum([len(identities) for identities in self._identities])
+
+        def names() -> Iterator[str]:
+            yield from (entry.name for entry in parents_sources(plan))
+            count = len(self._inherited)
+            for part, piece, found in zip(self._columns["part"], self._columns["piece"], split(numbers, ends), strict=True):
+                for name, number in zip(Table(plan.piece_file(part, piece)).note["sources"], found.tolist(), strict=True):
+                    if number == count:
+                        yield name
+                        count += 1
+
+        arrays = {name: np.array(column, np.int64) for name, column in self._columns.items()}
+        write_table(plan.pieces_file, arrays | {"source_end": ends.astype(np.int64), "sources": numbers}, {})
+        return write_lines(plan.names_file, names()).count
+
+
+def _identities(names: Iterable[str]) -> np.ndarray:
+    """uint64 [n, 2]: what tells the names apart, 16 bytes each, from their SHA-256."""
+    return np.frombuffer(b"".join(hashlib.sha256(name.encode()).digest()[:16] for name in names), "<u8").reshape(-1, 2)
+
+
+def _numbers(identities: np.ndarray) -> np.ndarray:
+    """uint64 [n, 2] -> int32 [n]: equal ones have equal numbers, in order of appearance."""
+    order = np.lexsort((identities[:, 1], identities[:, 0]))  # stable: of equal names the first one leads
+    fresh = np.append(True, (identities[order[1:]] != identities[order[:-1]]).any(axis=1))
+    leaders = order[fresh]
+    ranks = np.empty(len(leaders), np.int32)
+    ranks[np.argsort(leaders)] = np.arange(len(leaders), dtype=np.int32)
+    numbers = np.empty(len(identities), np.int32)
+    numbers[order] = ranks[np.cumsum(fresh) - 1]
+    return numbers
+
+
+def pieces_of(plan: Plan, first: int, stop: int | None = None) -> list[Piece]:
+    """Pieces first..stop-1 of all (to the last one: None), as the survey listed them. Raises DataError."""
+    table = Table(plan.pieces_file)
+    stop = table.length("part") if stop is None else min(stop, table.length("part"))
+    columns = [table.slice(name, first, stop).tolist() for name in ("part", "piece", "base_file", "base", "source_end")]
+    begin = int(table.slice("source_end", first - 1, first)[0]) if first else 0
+    pieces = []
+    for part, piece, base_file, base, end in zip(*columns, strict=True):
+        pieces.append(Piece(plan.piece_file(part, piece), functools.partial(table.slice, "sources", begin, end), base_file, base))
+        begin = end
+    return pieces
+
+
+def part_notes(plan: Plan, stage: str) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """Of each part what it says, its first file, and how many records of that file the parts before hold. stage: 'samples' or 'parts'."""
+    last, records = -1, 0
+    for part in range(len(plan.parts)):
+        note = Table(plan.sample_file(part)).note if stage == "samples" else read_note(plan.part_file(part))
+        first = note["shares"][0][0]
+        yield note, first, records if first == last else 0
+        for file, _, count, _ in note["shares"]:
+            last, records = file, (records if file == last else 0) + count
+
+
+def check_failures(plan: Plan, stage: str, max_failures: int) -> int:
+    """How many documents of all parts could not be read; all of them in a file. Too many are an error that names the first: DataError."""
+    path, shown, count = plan.dataset / FAILURES, [], 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal count
+        yield from parents_failures(plan)
+        for failure in _placed_failures(plan, stage):
+            count += 1
+            if count <= _SHOWN_FAILURES:
+                shown.append(f"{failure['place']}: {failure['reason']}")
+            yield canonical_json(failure) + b"\n"
+
+    if next(_placed_failures(plan, stage), None) is None and next(parents_failures(plan), None) is None:
+        return 0
+    fsops.write_blocks(path, in_blocks(lines()))
+    if count > max_failures:
+        more = f"; {count - _SHOWN_FAILURES} more in {path}" if count > _SHOWN_FAILURES else ""
+        budget = f"; {count} documents failed, --max-failures allows {max_failures}" if count > 1 or max_failures else ""
+        raise DataError(f"{'; '.join(shown)}{more}{budget}")
+    return count
+
+
+def _placed_failures(plan: Plan, stage: str) -> Iterator[dict[str, str]]:
+    """All failures with their real lines."""
+    for part, (note, base_file, base) in enumerate(part_notes(plan, stage)):
+        if note["failed"]:
+            for failure in read_failures(plan.failures_file(stage, part)):
+                line = failure.record + (base if failure.file == base_file else 0) + 1
+                yield {"place": f"{plan.inputs.files[failure.file].name}:{line}", "reason": failure.reason}
+
+
+def load_json(path: Path) -> Any:
+    """A file that a stage left; kept, since every task of a process asks for it. Raises DataError."""
+    try:
+        return _parsed(path, path.stat().st_mtime_ns)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; remove {path.parent} and prepare again") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(path: Path, modified_ns: int) -> Any:
+    return parse_json(path.read_bytes())

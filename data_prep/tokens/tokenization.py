@@ -1,0 +1,402 @@
+"""Tokenizers: train a byte-level BPE or load any tokenizer.json, and encode text so that no text ever becomes a control token.
+
+Two engines give the same ids: Hugging Face `tokenizers`, the reference, and `gigatoken`, some ten times faster, which is compared with the
+reference in every run. A document that holds the characters `</s>` must not end there. Control tokens in
+text are spelled out, and should one of their ids come out all the same, that is an error. Document ends come from `doc_end`, never from
+an id.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from weftrain.core.errors import DataError, one_line
+from weftrain.core.plain_file import read_plain
+from weftrain.core.shards import token_dtype
+from weftrain.core.tokenizer_file import is_panic, library_stopped, tokenizer_from
+from weftrain.data_prep.heldout import ASCII_SPACE
+from weftrain.data_prep.packing import split
+from weftrain.data_prep.tokens.added_tokens import may_hold_added_token
+from weftrain.data_prep.tokens.compact_text import CompactTable, compact_table
+from weftrain.data_prep.tokens.engines import Gigatoken, Reference, TextTooLongError, open_gigatoken
+from weftrain.data_prep.tokens.markers import EOS_CANDIDATES, MarkerIds, Markers, marker_ids, token_names
+from weftrain.data_prep.tokens.sentencepiece_model import is_sentencepiece, tokenizer_json
+
+CONTROL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as LLaMA's and so Amber's and CrystalCoder's
+# CrystalCoder's ids 32000.. in their order, spelled as in its released tokenizer; the ten last are unused there too.
+CRYSTALCODER_TOKENS = (
+    *(f"<|fim_{name}|>" for name in ("prefix", "middle", "suffix", "pad")),
+    *("<|filename|>", "<|gh_stars|>"),
+    *(f"<|issue_{name}|>" for name in ("start", "comment", "closed")),
+    *(f"<|jupyter_{name}|>" for name in ("start", "text", "code", "output")),
+    "<|empty_output|>",
+    *(f"<|commit_{name}|>" for name in ("before", "msg", "after")),
+    *("<|reponame|>", "<|im_start|>", "<|im_end|>", "<|sys_start|>", "<|sys_end|>"),
+    *(f"<|unused_{index}|>" for index in range(22, 32)),
+)
+# No text becomes one of these, whether the tokenizer calls them special or not; each in both of its spellings.
+CONTROL_NAMES = frozenset(
+    [*CONTROL_TOKENS, *EOS_CANDIDATES, "<pad>", "<|pad|>", *CRYSTALCODER_TOKENS, *(f"<{name[2:-2]}>" for name in CRYSTALCODER_TOKENS)]
+)
+DIFFERED = "gigatoken and the reference differed on a document of the sample"
+_CHECKED = 2  # of 256: documents whose hash begins with a smaller byte are encoded by both engines
+_LARGE_CHARACTERS = 1 << 16  # of a text that is compared; of a longer one only so much is
+_BLOCK_TOKENS = 1 << 20
+_UNSPELLED = "\ue000unspelled"  # stands for what a BPE without an unknown token would leave out
+_KEEP = "use a tokenizer with an unknown token or with bytes"
+_SPELL = "use a tokenizer that can spell its special tokens out"
+DEFAULT_MARKERS = Markers()
+MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
+
+
+@dataclass
+class Counts:
+    """Documents: encoded by the reference and by the fast engine, and how many of the latter by both, to compare; unknown: tokens.
+
+    `encode` adds to it. An unknown token is what the tokenizer's model gives for text that its vocabulary cannot spell.
+    """
+
+    reference: int = 0
+    fast: int = 0
+    checked: int = 0
+    unknown: int = 0
+
+
+class EnginesDifferError(DataError):
+    """The fast engine gave other ids than the reference, or none. Under --engine auto the reference then encodes everything anew."""
+
+
+class TextEncoder:
+    """A tokenizer as the pipeline uses it. data: the bytes of tokenizer.json. vocab_size: one more than the largest id.
+
+    markers: ids of the tokens around documents. engine, engine_version: who encodes. engine_reason: why not gigatoken, or None.
+    control_ids: sorted ids that no text may become.
+    unknown_id: what text becomes that the vocabulary cannot spell; None where it can spell all text, or where the id means something else.
+    """
+
+    def __init__(self, data: bytes, tokenizer: Tokenizer, markers: MarkerIds, engine: str, where: str) -> None:
+        self.data, self.markers = data, markers
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.dtype = token_dtype(self.vocab_size)
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        control = {index for index, token in added.items() if token.special or token.content in CONTROL_NAMES} | markers.all
+        control |= {index for name in CONTROL_NAMES if (index := tokenizer.token_to_id(name)) is not None}
+        tree = json.loads(data) | {"truncation": None, "padding": None}
+        self.unknown_id = unknown_id(tree, tokenizer)
+        if self.unknown_id in markers.all:
+            self.unknown_id = None
+        self.control_ids = np.array(sorted(control - {self.unknown_id}))
+        self._is_control = np.zeros(self.vocab_size + 1, np.bool_)  # the last: for _UNSPELLED
+        self._is_control[[*self.control_ids, self.vocab_size]] = True
+        self._misread = _misread(tree)
+        listed = tree.get("added_tokens") or []
+        as_called = all(token["special"] == (token["id"] in control) for token in listed)
+        for token in listed:
+            token["special"] = token["id"] in control  # so that it is spelled out, whatever the file calls it
+        opened: Gigatoken | str | None
+        if _leaves_out(tree):
+            spelling = tree["model"] | {"vocab": tree["model"]["vocab"] | {_UNSPELLED: self.vocab_size}, "unk_token": _UNSPELLED}
+            self._reference = Reference(tree | {"model": spelling})
+            opened = None if engine == "tokenizers" else "its model leaves out what its vocabulary cannot spell"
+        else:
+            self._reference = Reference(tree, self.dtype, tokenizer if as_called else None)
+            opened = None if engine == "tokenizers" else open_gigatoken(tree, self.dtype)
+        self._fast = None if isinstance(opened, str) else opened
+        self.engine_reason = opened if isinstance(opened, str) else None
+        if engine == "gigatoken" and self.engine_reason is not None:
+            raise DataError(f"{where}: gigatoken cannot encode with it: {self.engine_reason}; use --engine tokenizers")
+        self.engine = "tokenizers" if self._fast is None else "gigatoken"
+        self.engine_version = importlib.metadata.version(self.engine)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The end token, None where documents have none."""
+        return self.markers.eos
+
+    def encode(
+        self, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None = None, counts: Counts | None = None
+    ) -> list[np.ndarray]:
+        """encode_each, where every text must have ids. Raises DataError, by `names`, for the first that has none."""
+        encoded = self.encode_each(texts, names, hashes, counts)
+        for ids, name in zip(encoded, names, strict=True):
+            if isinstance(ids, str):
+                raise DataError(f"{name}: {ids}")
+        return [ids for ids in encoded if not isinstance(ids, str)]
+
+    def encode_each(
+        self, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None = None, counts: Counts | None = None
+    ) -> list[np.ndarray | str]:
+        """Ids of each text, without eos, in the shards' dtype; or why it has none, and the remedy: a control id, a failing library.
+
+        hashes: of the texts, by which those to be compared are chosen. Raises EnginesDifferError, by `names`.
+        """
+        counts = Counts() if counts is None else counts
+        if self._fast is None:
+            encoded = self._by_reference(texts)
+            counts.reference += len(texts)
+        else:
+            encoded = self._encode_fast(self._fast, texts, names, hashes, counts)
+        places = [place for place, ids in enumerate(encoded) if not isinstance(ids, str)]
+        arrays = [ids for ids in encoded if not isinstance(ids, str)]
+        if not arrays:
+            return encoded
+        ends = np.cumsum([len(ids) for ids in arrays])
+        joined = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        result: list[np.ndarray | str] = list(encoded)
+        for place, ids in zip(places, split(joined.astype(self.dtype, copy=False), ends), strict=True):
+            result[place] = ids
+        if self._misread is not None:
+            for place in places:
+                if any(map(self._misread, _slices(texts[place]))):
+                    result[place] = (
+                        "spells the name of an unknown or byte token, which this Unigram tokenizer takes for that token; " + _SPELL
+                    )
+        for hit in self._control_hits(joined, ends, counts):
+            document = int(np.searchsorted(ends, hit, side="right"))
+            place = hit - int(ends[document]) + len(arrays[document])
+            result[places[document]] = (
+                f"has text that the vocabulary cannot spell, and that the tokenizer would leave out after token {place}; {_KEEP}"
+                if joined[hit] == self.vocab_size
+                else f"the tokenizer turns ordinary text into control id {joined[hit]} at token {place}; {_SPELL}"
+            )
+        return result
+
+    def _control_hits(self, ids: np.ndarray, ends: np.ndarray, counts: Counts) -> list[int]:
+        """Where the first control id of each text stands that has one. ends: of the texts. Counts the unknown tokens."""
+        hits = []
+        for start in range(0, len(ids), _BLOCK_TOKENS):
+            block = ids[start : start + _BLOCK_TOKENS]
+            if self.unknown_id is not None:
+                counts.unknown += int(np.count_nonzero(block == self.unknown_id))
+            hits.append(np.flatnonzero(self._is_control[block]) + start)
+        found = np.concatenate(hits) if hits else np.empty(0, np.int64)
+        _, first = np.unique(np.searchsorted(ends, found, side="right"), return_index=True)
+        return [int(hit) for hit in found[first]]
+
+    def _by_reference(self, texts: Sequence[str]) -> list[np.ndarray | str]:
+        """Of each text its ids, or why the library gives none."""
+        try:
+            return [*self._reference.encode(texts)]
+        except BaseException as error:
+            if isinstance(error, MemoryError) or not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            if len(texts) > 1:
+                return [ids for text in texts for ids in self._by_reference([text])]
+            return [str(error) if isinstance(error, TextTooLongError) else library_stopped(error)]
+
+    def _encode_fast(
+        self, fast: Gigatoken, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None, counts: Counts
+    ) -> list[np.ndarray | str]:
+        """Those about which the engines need not agree by the reference, the rest by the fast engine; a sample by both."""
+        apart = [index for index, text in enumerate(texts) if fast.needs_reference(text)]
+        together = sorted(set(range(len(texts))) - set(apart)) if apart else range(len(texts))
+        encoded: list[np.ndarray | str] = [""] * len(texts)
+        try:
+            by_fast = fast.encode([texts[index] for index in together])
+        except BaseException as error:  # the library raises several kinds, and panics
+            if isinstance(error, MemoryError) or not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            raise EnginesDifferError(
+                f"in the texts from {names[together[0]]} on: gigatoken {self.engine_version} stopped "
+                f"({one_line(error, 120)}); use --engine tokenizers"
+            ) from error
+        for index, fast_ids in zip(together, by_fast, strict=True):
+            encoded[index] = fast_ids
+        for index, result in zip(apart, self._by_reference([texts[index] for index in apart]), strict=True):
+            encoded[index] = result
+        checked = _sample(texts, together, hashes)
+        heads = [texts[index][:_LARGE_CHARACTERS] for index in checked]
+        for index, head, ids in zip(checked, heads, self._by_reference(heads), strict=True):
+            of_fast = encoded[index] if len(head) == len(texts[index]) else fast.encode([head])[0]  # the beginning as a text of its own
+            if (place := _first_difference(ids, of_fast)) is not None:
+                raise EnginesDifferError(
+                    f"{names[index]}: gigatoken {self.engine_version} and the reference differ from token {place}; use --engine tokenizers"
+                )
+        counts.reference += len(apart)
+        counts.fast += len(together)
+        counts.checked += len(checked)
+        return encoded
+
+    def around(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens before and after a document: [0 or 1] each, in the shards' dtype."""
+        bos, eos = ([] if index is None else [index] for index in (self.markers.bos, self.markers.eos))
+        return np.array(bos, self.dtype), np.array(eos, self.dtype)
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token, as 'fim_prefix', in either spelling; None where there is none."""
+        found = (self._tokenizer.token_to_id(spelling) for spelling in (f"<|{name}|>", f"<{name}>"))
+        return next((int(index) for index in found if index is not None), None)
+
+    def special_tokens(self) -> str:
+        """The names of its special tokens, for an error's text."""
+        return token_names(self._tokenizer)
+
+    def names_of(self, ids: Iterable[int]) -> tuple[str, ...]:
+        """The tokens of these ids."""
+        return tuple(str(self._tokenizer.id_to_token(index)) for index in ids)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Text of ids, control tokens spelled out."""
+        return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+
+    def compact_utf8(self, ids: np.ndarray) -> bytes:
+        """Text of ids without control ids and ASCII white space, as UTF-8; ids outside the vocabulary are an IndexError."""
+        if self._compact is not None:
+            data = self._compact.utf8(ids)
+            if data.isascii():
+                return data
+            with suppress(UnicodeDecodeError):  # ids that begin or end within a character: as the tokenizer has it
+                data.decode()
+                return data
+        return self.decode(ids[~self._is_control[ids]]).encode().translate(None, ASCII_SPACE)
+
+    @functools.cached_property
+    def _compact(self) -> CompactTable | None:
+        names = self._tokenizer.get_vocab(with_added_tokens=True)
+        tokens = {index: token for token, index in names.items() if not self._is_control[index]}
+        return compact_table(json.loads(self.data).get("decoder"), tokens, self.vocab_size)
+
+
+def _first_difference(ids: np.ndarray | str, others: np.ndarray | str) -> int | None:
+    """The first token in which two encodings of a text differ; 0 where one of them failed."""
+    if isinstance(ids, str) or isinstance(others, str):
+        return 0
+    if np.array_equal(ids, others):
+        return None
+    length = min(len(ids), len(others))
+    return int(np.argmax(np.append(ids[:length] != others[:length], True)))
+
+
+def _misread(tree: dict[str, Any]) -> Callable[[str], bool] | None:
+    """Which texts hold what a Unigram model takes for a token though it only spells its name: `<unk>` and `<0x41>`. None: no text.
+
+    The library finds every entry of a Unigram vocabulary in text; BPE and WordPiece only make what their merges and words are.
+    """
+    model = tree["model"]
+    if model.get("type") != "Unigram":
+        return None
+    names = [piece for piece, _ in model["vocab"]]
+    unknown = [] if model.get("unk_id") is None else [names[model["unk_id"]]]
+    spelled = unknown + [name for name in names if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", name)]
+    return may_hold_added_token(
+        {
+            "normalizer": tree.get("normalizer"),
+            "added_tokens": [{"content": name, "special": False, "normalized": True} for name in spelled],
+        }
+    )
+
+
+def _slices(text: str) -> Iterator[str]:
+    """A text in bounded slices that overlap by more than a token's name."""
+    for start in range(0, max(1, len(text)), _BLOCK_TOKENS):
+        yield text[start : start + _BLOCK_TOKENS + 64]
+
+
+def _leaves_out(tree: dict[str, Any]) -> bool:
+    """Whether a tokenizer drops text that its vocabulary cannot spell: a BPE with neither an unknown token nor all bytes."""
+    model = tree["model"]
+    if model.get("type") != "BPE" or model.get("unk_token") is not None:
+        return False
+    if model.get("byte_fallback") and all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)):
+        return False
+    steps = json.dumps([tree.get("normalizer"), tree.get("pre_tokenizer")])
+    return '"type": "ByteLevel"' not in steps or not set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys()
+
+
+def unknown_id(tree: dict[str, Any], tokenizer: Tokenizer) -> int | None:
+    """The id that a tokenizer's model gives for text that its vocabulary cannot spell.
+
+    None where there is none, where every byte is in the vocabulary, or where the id has another meaning, as the end of a text in GPT-2's.
+    """
+    model = tree["model"]
+    vocab = model.get("vocab") or {}
+    if model.get("byte_fallback") and isinstance(vocab, dict) and all(f"<0x{byte:02X}>" in vocab for byte in range(256)):
+        return None
+    token = model.get("unk_token")
+    index = model.get("unk_id") if token is None else tokenizer.token_to_id(token)
+    if index is None or tokenizer.id_to_token(index) in CONTROL_NAMES - {"<unk>"}:
+        return None
+    return int(index)
+
+
+def _sample(texts: Sequence[str], fast: Sequence[int], hashes: Sequence[bytes] | None) -> list[int]:
+    """Which of the documents that the fast engine encoded are compared: by their hashes, so the same whoever encodes; at least one."""
+    if not fast:
+        return []
+    if hashes is None:
+        hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
+    chosen = [index for index in fast if hashes[index][0] < _CHECKED]
+    if chosen:
+        return chosen
+    small = [index for index in fast if len(texts[index]) <= _LARGE_CHARACTERS]
+    return [min(small or fast, key=lambda index: hashes[index])]
+
+
+def make_encoder(data: bytes, where: str, markers: Markers = DEFAULT_MARKERS, *, engine: str = "auto") -> TextEncoder:
+    """The tokenizer of a tokenizer.json's bytes. markers: the tokens around documents. Raises DataError.
+
+    engine: 'tokenizers' (the reference), 'gigatoken', or 'auto': gigatoken where it is installed and can.
+    """
+    tokenizer = tokenizer_from(data, where)
+    return TextEncoder(data, tokenizer, marker_ids(tokenizer, markers, where), engine, where)
+
+
+@functools.lru_cache(maxsize=2)
+def encoder_for(data: bytes, markers: Markers, engine: str) -> TextEncoder:
+    """make_encoder, kept: a worker process makes it once."""
+    return make_encoder(data, "the tokenizer", markers, engine=engine)
+
+
+def load_encoder(path: Path, markers: Markers = DEFAULT_MARKERS, *, engine: str = "auto") -> TextEncoder:
+    """The tokenizer of a file. Raises DataError."""
+    try:
+        data = read_plain(path, "tokenizer")
+    except OSError as error:
+        raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}; name a tokenizer.json") from error
+    try:
+        if is_sentencepiece(path, data):
+            data = tokenizer_json(data, "the tokenizer")
+        return encoder_for(data, markers, engine)  # the one that the tasks of this process use
+    except DataError as error:
+        raise DataError(str(error).replace("the tokenizer", str(path), 1)) from error
+
+
+def train_encoder(texts: Iterable[str], vocab_size: int) -> TextEncoder:
+    """Train a byte-level BPE of `vocab_size` ids (control tokens, 256 bytes, merges); CrystalCoder's 32 special ids follow them.
+
+    The same texts give the same bytes. Raises DataError where the texts are too few for that many merges.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise DataError(
+            f"vocab_size {vocab_size} has no room for 256 bytes and {len(CONTROL_TOKENS)} control tokens: give {MIN_VOCAB_SIZE} or more"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise DataError(
+            f"the text yields {tokenizer.get_vocab_size()} tokens, not {vocab_size}: give more text, a smaller --vocab-size, or a tokenizer"
+        )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CRYSTALCODER_TOKENS])
+    return make_encoder(tokenizer.to_str().encode(), "the trained tokenizer")
