@@ -60,8 +60,9 @@ def lay_out(plan: Plan) -> dict[str, Any]:
         total = ends[streams[0]][-1]
         held_before = 0 if plan.parent is None else plan.parent.train_shards if set_name == "train" else plan.parent.heldout_shards
         if not all(rows[name] for name in streams) and not (set_name == HELDOUT and held_before):
+            new = "" if plan.parent is None else " that the dataset which grows does not hold yet"
             raise DataError(
-                f"{plan.inputs.description}: the {documents} {set_name} documents hold {total} tokens, fewer than one row of "
+                f"{plan.inputs.description}: the {documents} {set_name} documents{new} hold {total} tokens, fewer than one row of "
                 f"{plan.settings.sequence_length} + 1; give more text, a shorter --sequence-length, or another --heldout-fraction (0: none)"
             )
         sections = [(name, 0, rows[name]) for name in streams]

@@ -205,7 +205,9 @@ def test_few_documents_leave_the_held_out_set_as_it_is(made: Prepare, texts: lis
     assert after is not None
     assert (after.id, after.documents) == (before.id, before.documents + 1)
     assert after.dropped_tokens > before.dropped_tokens
-    with pytest.raises(DataError, match=r"the 0 train documents hold 0 tokens, fewer than one row"):
+    with pytest.raises(
+        DataError, match=r"the 0 train documents that the dataset which grows does not hold yet hold 0 tokens, fewer than one row"
+    ):
         made("three", texts[:60], "one")
 
 
