@@ -47,7 +47,9 @@ def documents(folder: Path, set_name: str) -> list[ReadDocument]:
     about: dict[tuple[int, int, int], tuple[bytes, int]] = {}
     seen: Counter[tuple[int, int]] = Counter()  # how often a document came that is not cut here
     previous: tuple[int, int] | None = None
-    for number, entry in enumerate(manifest[set_name]["shards"]):
+    sections = {0, *np.cumsum(manifest[set_name]["epochs"]).tolist()}  # rows before each prepared epoch
+    rows_before = 0
+    for entry in manifest[set_name]["shards"]:
         with h5py.File(folder / entry["file"]) as shard:
             data, end = shard["data"][:], shard["doc_end"][:]
             mask = shard["loss_mask"][:] if "loss_mask" in shard else np.ones(len(data), np.uint8)
@@ -62,14 +64,15 @@ def documents(folder: Path, set_name: str) -> list[ReadDocument]:
                 assert not mask[start:stop].any(), "padding bears loss"
                 previous = None
                 continue
-            if shared and number and index == 0:
-                start = 1  # the shard before ends with this token
+            if shared and index == 0 and rows_before not in sections:
+                start = 1  # the shard before ends with this token; prepared epochs share none
             if shared and place != previous:
                 seen[place] += 1
             key = (*place, seen[place] if shared else 1)
             pieces.setdefault(key, []).append((data[start:stop], mask[start:stop]))
             about[key] = (columns["id"][index].tobytes(), int(columns["source"][index]))
             previous = place
+        rows_before += rows
     return [
         ReadDocument(
             set_name,
