@@ -33,7 +33,13 @@ def commands(page: Path) -> list[str]:
     return [line.split("   #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# Pages whose commands train for some seconds each.
+LONG = ("weight-streaming.md", "train-on-a-cluster.md", "analyse-checkpoints.md", "keep-a-record.md")
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=page.name, marks=[pytest.mark.prove] if page.name in LONG else []) for page in PAGES]
+)
 def test_commands(page: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(environment.PYTHON_VARIABLE, str(tmp_path / "not there"))  # whoever reads may not have it
     run_page(page, tmp_path, corpus, monkeypatch, vendor=False)

@@ -305,6 +305,7 @@ def test_mutation_a_missing_synchronisation_is_seen(clock: Clock, tiny_recipe: T
     assert found.step_ms == pytest.approx([41.0] * 4)
 
 
+@pytest.mark.prove
 def test_mutation_wrong_losses_fail_the_benchmark(monkeypatch: pytest.MonkeyPatch, tiny_recipe: Tiny) -> None:
     """Training half of the batch is faster: its losses give it away."""
     local, recipe = get_backend("local"), tiny_recipe("amber")

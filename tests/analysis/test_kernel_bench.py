@@ -190,6 +190,7 @@ def test_the_7b_suite_is_amber_and_crystalcoder() -> None:
         assert all(name.startswith(("amber_7b", "crystalcoder_7b")) for name in names)
 
 
+@pytest.mark.prove
 def test_torch_eager_and_torch_compile_stand_beside_the_others() -> None:
     report = bench(["grad_norm"], ["reference", COMPILED, "torch"], "small", torch.float32, repeats=1, machine=KNOWN)
     assert [one.source for one in report.measurements] == ["reference", "torch", COMPILED]

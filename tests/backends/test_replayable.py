@@ -180,7 +180,8 @@ def ranks(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-@pytest.mark.parametrize("compute", ["float32", pytest.param("bfloat16", marks=pytest.mark.prove)])
+@pytest.mark.prove
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_the_same_bits_on_one_rank_and_on_several_and_across_a_resume(compute: str, ranks: int, tiny_recipe: Tiny) -> None:
     """Dropout on; the number changes in the middle, both ways; loss and norm too."""
     from ranks import source_of, world_of

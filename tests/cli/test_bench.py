@@ -35,6 +35,7 @@ def test_a_program_that_fails_is_named(weftrain: Callable[..., Result], tmp_path
     assert "its last words: no such model" in result.output
 
 
+@pytest.mark.prove
 def test_a_report_with_profile_and_mllog_and_its_comparison(weftrain: Callable[..., Result], tmp_path: Path) -> None:
     for name in ("a", "b"):
         more = ["--profile", str(tmp_path / "profile"), "--mllog", str(tmp_path / "mllog.txt")] if name == "a" else []

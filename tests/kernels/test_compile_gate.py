@@ -148,6 +148,7 @@ def test_excluded_targets_other_targets_and_candidates() -> None:
     assert [row.name for row in compiled(excluded, candidate, include_candidates=False)] == ["listed"]
 
 
+@pytest.mark.prove
 def test_other_processes_give_the_same_rows() -> None:
     """Sixteen are shared out; this file is no importable module there, so the kernels are found by its path."""
     many = [dataclasses.replace(made, name=f"{made.name} {n}") for n in range(2) for made in (DOUBLE, PRODUCT)]

@@ -208,6 +208,7 @@ def test_ranks_that_do_not_come(overrides: list[str], tmp_path: Path) -> None:
     assert "all 2 ranks were started" in line
 
 
+@pytest.mark.prove
 def test_ranks_that_are_not_alike(overrides: list[str], tmp_path: Path) -> None:
     port = free_port()
     command = alone_of_two(tmp_path, overrides)[:-1]
@@ -219,6 +220,7 @@ def test_ranks_that_are_not_alike(overrides: list[str], tmp_path: Path) -> None:
     assert "the ranks are not alike: threads is 1 on rank 0" in line
 
 
+@pytest.mark.prove
 def test_a_number_of_ranks_that_the_recipe_does_not_ask_for(overrides: list[str], tmp_path: Path) -> None:
     port = free_port()
     command = [*alone_of_two(tmp_path, overrides)[:-1], "batch.replicas=1"]
@@ -238,6 +240,7 @@ def one_checkpoint(folder: Path) -> str:
 LONG = ["schedule.learning_rate=[{shape: constant, steps: 100000, start: 0.01}]", "checkpoint.every_steps=0"]
 
 
+@pytest.mark.prove
 def test_a_signal_at_one_rank_stops_all_after_the_same_step(overrides: list[str], tmp_path: Path) -> None:
     """All ranks end with the code of the signal, also those that it did not reach."""
     port = free_port()

@@ -96,7 +96,8 @@ def assert_same_as(single: tuple[State, list[float]], folder: Path) -> None:
     assert all(torch.equal(state.tensors[name], tensor) for name, tensor in single[0].tensors.items())
 
 
-LONG = [
+STORES = [
+    (2, "central", "ram"),
     (2, "sharded", "direct"),
     (2, "central", "direct"),
     (2, "sharded", "ram"),
@@ -106,10 +107,8 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("replicas", "fabric", "tier"),
-    [(2, "central", "ram"), *(pytest.param(*case, marks=pytest.mark.prove) for case in LONG)],
-)
+@pytest.mark.prove
+@pytest.mark.parametrize(("replicas", "fabric", "tier"), STORES)
 def test_the_bits_of_one_process(
     replicas: int, fabric: str, tier: str, overrides: list[str], single: tuple[State, list[float]], tmp_path: Path
 ) -> None:
