@@ -1,6 +1,7 @@
 """`weftrain generate`: continue a prompt with a run's newest checkpoint, or with one that is named.
 
-What a reader would get wrong: the prompt is encoded as it stands, without a start token in front: rows of training have none.
+The prompt begins as the texts of the run's dataset do: with its start token where it was prepared with `--bos`, else as it stands. With
+`--tokenizer`, which says nothing of the dataset, nothing is put in front.
 """
 
 from __future__ import annotations
