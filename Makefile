@@ -44,7 +44,7 @@ SEVEN_BILLION := $(ONE_STEP) schedule.steps=1 checkpoint.at_end=false backend.op
 
 crystalcoder-step: $(INSTALLED)  ## one real step of CrystalCoder-7B by weight streaming, 8 GB of memory, 66 GB of disk, about 8 minutes
 	$(BIN)/weftrain plan crystalcoder_7b_phase1 --backend streaming --disk $(CRYSTALCODER_RUNS) $(SEVEN_BILLION)
-	$(BIN)/python -m weftrain.analysis.memory_cap 8192 -- $(BIN)/weftrain train crystalcoder_7b_phase1 --backend streaming --runs $(CRYSTALCODER_RUNS) \
+	$(BIN)/python -m weftrain.analysis.machine.memory_cap 8192 -- $(BIN)/weftrain train crystalcoder_7b_phase1 --backend streaming --runs $(CRYSTALCODER_RUNS) \
 		--run crystalcoder_step $(SEVEN_BILLION)
 
 # 1.2 billion parameters: as wide as CrystalCoder-1.3B would be, 23 layers, fp32, so that the store stays below 20 GB.
@@ -54,7 +54,7 @@ crystalcoder-1b-step: $(INSTALLED)  ## two steps of a 1.2B model, streamed and i
 	$(BIN)/weftrain train crystalcoder_7b_phase1 --backend streaming --runs $(CRYSTALCODER_RUNS) --run streamed_1b $(ONE_STEP) $(ONE_BILLION) backend.options.threads=2
 	$(BIN)/weftrain train crystalcoder_7b_phase1 --backend local --runs $(CRYSTALCODER_RUNS) --run local_1b $(filter-out backend.options.%,$(ONE_STEP)) $(ONE_BILLION) \
 		backend.options.activation_checkpointing=full backend.options.threads=2
-	$(BIN)/python -m weftrain.analysis.same_state $(CRYSTALCODER_RUNS)/streamed_1b $(CRYSTALCODER_RUNS)/local_1b
+	$(BIN)/python -m weftrain.analysis.compare.same_state $(CRYSTALCODER_RUNS)/streamed_1b $(CRYSTALCODER_RUNS)/local_1b
 
 lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -62,8 +62,8 @@ lint: $(INSTALLED)  ## ruff: rules and format
 
 types: $(INSTALLED)  ## mypy sees the folders under their installed names through a tree of links
 	mkdir -p .typecheck/weftrain
-	for folder in core kernels data_prep backends analysis cli; do ln -sfn ../../$$folder .typecheck/weftrain/$$folder; done
-	cd .typecheck && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p weftrain.core -p weftrain.kernels -p weftrain.backends -p weftrain.data_prep -p weftrain.analysis -p weftrain.cli
+	for folder in core kernels data_prep exchange backends analysis cli; do ln -sfn ../../$$folder .typecheck/weftrain/$$folder; done
+	cd .typecheck && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p weftrain.core -p weftrain.kernels -p weftrain.backends -p weftrain.data_prep -p weftrain.exchange -p weftrain.analysis -p weftrain.cli
 
 # Made anew when what is installed changes; a set-up that was interrupted is not marked and runs again.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -1,8 +1,10 @@
-"""Coordinate check: does the size of activations, and of their change in training, depend on the width? With muP it must not.
+"""Coordinate check: does the size of activations, and of their change in training, depend on the width? With muP it
+must not.
 
-A few AdamW steps are made at several widths, with muP from the narrowest and with the standard parametrisation (same proxy, same learning
-rate, nothing derived), and the mean absolute value of every segment's output is recorded (arXiv 2203.03466, appendix D.1). What a reader
-would get wrong: block outputs at initialisation are as flat without muP; it is their *change* in training that grows with width.
+A few AdamW steps are made at several widths, with muP from the narrowest and with the standard parametrisation (same
+proxy, same learning rate, nothing derived), and the mean absolute value of every segment's output is recorded (arXiv
+2203.03466, appendix D.1). What a reader would get wrong: block outputs at initialisation are as flat without muP; it is
+their *change* in training that grows with width.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ HEAD_DIM = 16
 
 @dataclass(frozen=True)
 class Point:
-    """One segment's output at one width after so many steps: mean |x|, and mean |x - x at initialisation|, over one fixed batch."""
+    """One segment's output at one width after so many steps: mean |x|, and mean |x - x at initialisation|, over one
+    fixed batch.
+    """
 
     parametrization: Parametrization
     width: int
@@ -47,7 +51,8 @@ def coordinate_check(
     learning_rate: float = 0.005,
     seeds: int = 2,
 ) -> list[Point]:
-    """Train at every width on one repeated random batch, and measure before each step and after the last; CPU, fp32, some seconds.
+    """Train at every width on one repeated random batch, and measure before each step and after the last; CPU, fp32,
+    some seconds.
 
     learning_rate: of the narrowest width, which is muP's proxy. seeds: models averaged into each point.
     """
@@ -59,18 +64,28 @@ def coordinate_check(
             for step in range(steps + 1):
                 for activation in runs[0][step]:
                     scale = sum(run[step][activation].abs().mean().item() for run in runs) / seeds
-                    change = sum((run[step][activation] - run[0][activation]).abs().mean().item() for run in runs) / seeds
+                    change = (
+                        sum((run[step][activation] - run[0][activation]).abs().mean().item() for run in runs) / seeds
+                    )
                     points.append(Point(parametrization, width, step, activation, scale, change))
     return points
 
 
 def proxy_config(parametrization: Parametrization, width: int, base_width: int) -> ModelConfig:
-    """A small CrystalCoder of that width; both parametrisations are the same model at `base_width` but for the attention scale.
+    """A small CrystalCoder of that width; both parametrisations are the same model at `base_width` but for the
+    attention scale.
 
-    Standard: matrices start at base_std / sqrt(width / base_width), as fan-in initialisation has it; scales and learning rate stay.
+    Standard: matrices start at base_std / sqrt(width / base_width), as fan-in initialisation has it; scales and
+    learning rate stay.
     """
     base_std = 0.073
-    mup = Mup(base_hidden_size=base_width, distribution="truncated_normal", base_std=base_std, embedding_scale=14.6, base_logits_scale=2.22)
+    mup = Mup(
+        base_hidden_size=base_width,
+        distribution="truncated_normal",
+        base_std=base_std,
+        embedding_scale=14.6,
+        base_logits_scale=2.22,
+    )
     width_multiplier, num_layers = width / base_width, 2
     fan_in = Initialization(
         distribution="truncated_normal",
@@ -102,7 +117,9 @@ def proxy_config(parametrization: Parametrization, width: int, base_width: int) 
 
 
 def growth(points: Sequence[Point], parametrization: Parametrization, activation: str, step: int) -> float:
-    """The exponent p of change ~ width^p over all widths, by least squares on logarithms: 0 is flat, 0.5 grows as the square root."""
+    """The exponent p of change ~ width^p over all widths, by least squares on logarithms: 0 is flat, 0.5 grows as the
+    square root.
+    """
     chosen = [p for p in points if (p.parametrization, p.activation, p.step) == (parametrization, activation, step)]
     x = torch.tensor([math.log(point.width) for point in chosen], dtype=torch.float64)
     y = torch.tensor([math.log(point.change) for point in chosen], dtype=torch.float64)
@@ -111,7 +128,8 @@ def growth(points: Sequence[Point], parametrization: Parametrization, activation
 
 
 def plot(points: Sequence[Point], path: Path) -> None:
-    """PNG: change of each segment's output against width (both axes logarithmic), one panel a parametrisation, one line a segment and step.
+    """PNG: change of each segment's output against width (both axes logarithmic), one panel a parametrisation, one line
+    a segment and step.
 
     Needs matplotlib (`pip install weftrain[plot]`).
     """
@@ -131,7 +149,14 @@ def plot(points: Sequence[Point], path: Path) -> None:
                 line = [p for p in points if (p.parametrization, p.activation, p.step) == (panel, activation, step)]
                 label = activation if step == last else None
                 opacity = 0.25 + 0.75 * step / last
-                axis.plot([p.width for p in line], [p.change for p in line], "o-", color=f"C{index}", alpha=opacity, label=label)
+                axis.plot(
+                    [p.width for p in line],
+                    [p.change for p in line],
+                    "o-",
+                    color=f"C{index}",
+                    alpha=opacity,
+                    label=label,
+                )
         axis.set(title=panel, xlabel="width", xscale="log", yscale="log")
         axis.set_xticks(widths, [str(width) for width in widths])
         axis.minorticks_off()
@@ -144,7 +169,9 @@ def _train(config: ModelConfig, steps: int, learning_rate: float, seed: int) -> 
     """Activations before each step and after the last."""
     model = Decoder(config, select(kernel_specs(config, "cpu", torch.float32), ("reference",)))
     initialize(model, config, seed)
-    rows = torch.randint(config.vocab_size, (4, config.max_position_embeddings + 1), generator=torch.Generator().manual_seed(seed))
+    rows = torch.randint(
+        config.vocab_size, (4, config.max_position_embeddings + 1), generator=torch.Generator().manual_seed(seed)
+    )
     ids, labels = rows[:, :-1], rows[:, 1:]
     optimizer = torch.optim.AdamW(_groups(model, config, learning_rate), betas=(0.9, 0.95), eps=1e-9, weight_decay=0.0)
     measured = [_activations(model, ids)]
@@ -161,7 +188,10 @@ def _groups(model: Decoder, config: ModelConfig, learning_rate: float) -> list[d
     matrices = {spec.name for spec in parameter_specs(config) if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX)}
     named = list(model.named_parameters())
     return [
-        {"params": [p for name, p in named if name in matrices], "lr": learning_rate * resolved(config).matrix_learning_rate_multiplier},
+        {
+            "params": [p for name, p in named if name in matrices],
+            "lr": learning_rate * resolved(config).matrix_learning_rate_multiplier,
+        },
         {"params": [p for name, p in named if name not in matrices], "lr": learning_rate},
     ]
 

@@ -1,8 +1,9 @@
 """How fast each implementation of an op is, against what the machine could do: `weftrain kernels bench`.
 
-What a reader would get wrong: all sources of one op are timed in turns, call by call, in one run, on inputs that were not just used. A
-source timed alone meets another clock frequency, and inputs in the cache measure the cache. "Ideal" counts each input and output of the
-*op* once, whatever an implementation moves, so the share of the roofline falls when a kernel moves more than it must.
+What a reader would get wrong: all sources of one op are timed in turns, call by call, in one run, on inputs that were
+not just used. A source timed alone meets another clock frequency, and inputs in the cache measure the cache. "Ideal"
+counts each input and output of the *op* once, whatever an implementation moves, so the share of the roofline falls when
+a kernel moves more than it must.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 
 from weftrain.analysis.kernel_costs import backward_costs
-from weftrain.analysis.machine import Machine, environment, larger, measure_machine
+from weftrain.analysis.machine.measured import Machine, environment, larger, measure_machine
 from weftrain.analysis.peak import Bandwidth
-from weftrain.core.speed import Peak
+from weftrain.core.run.speed import Peak
 from weftrain.kernels import OPS, Implementation, KernelError, Op, Spec, load_catalog
 
 SCHEMA_VERSION = 1
@@ -63,7 +64,8 @@ class Measurement:
     copies: int  # of the inputs, used in turn
     working_set_bytes: int
     beyond_cache: bool
-    note: str = ""  # "plumbing only": the time of an interpreted kernel says nothing about a GPU; "comparison only": cannot be chosen
+    # "plumbing only": the time of an interpreted kernel says nothing about a GPU; "comparison only": cannot be chosen
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,9 @@ def event_clock(device: torch.device, cache_bytes: int) -> Clock:
     return clock
 
 
-def time_in_turns(calls: Mapping[str, Callable[[int], Any]], repeats: int, copies: int, clock: Clock) -> dict[str, list[float]]:
+def time_in_turns(
+    calls: Mapping[str, Callable[[int], Any]], repeats: int, copies: int, clock: Clock
+) -> dict[str, list[float]]:
     """Samples of every call in ms: A B C, B C A, C A B ... after a warm-up; call(i) works on copy i of the inputs.
 
     Copies go round over all calls, so a source never meets inputs that another has just brought into the cache.
@@ -132,10 +136,12 @@ def time_in_turns(calls: Mapping[str, Callable[[int], Any]], repeats: int, copie
 
 
 def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float, float]:
-    """(low, median, high, coverage): order statistics that hold the median with at least `confidence`, whatever the distribution.
+    """(low, median, high, coverage): order statistics that hold the median with at least `confidence`, whatever the
+    distribution.
 
-    The k-th smallest and k-th largest of n hold it with probability 1 - 2 P(Binomial(n, 1/2) < k) (David and Nagaraja, Order Statistics,
-    section 7.1). Fewer than 6 samples cannot reach 95 %: the extremes are given, and the coverage says what they are worth.
+    The k-th smallest and k-th largest of n hold it with probability 1 - 2 P(Binomial(n, 1/2) < k) (David and Nagaraja,
+    Order Statistics, section 7.1). Fewer than 6 samples cannot reach 95 %: the extremes are given, and the coverage
+    says what they are worth.
     """
     ordered = sorted(samples)
     n = len(ordered)
@@ -162,8 +168,8 @@ def bench(
 ) -> Report:
     """Measure op x source x example of a suite, forward alone and with the backward, on the threads that torch has.
 
-    ops, sources: None is all, COMPILED included. machine: None measures the peaks, before and after, and takes the larger. Raises
-    KernelError for an unknown op, source or suite.
+    ops, sources: None is all, COMPILED included. machine: None measures the peaks, before and after, and takes the
+    larger. Raises KernelError for an unknown op, source or suite.
     """
     catalog = load_catalog()
     _check_names(catalog, ops, sources, suite)
@@ -173,7 +179,9 @@ def bench(
     work = [(op, example) for op in ops or OPS for example in examples_of(OPS[op], suite)]
     timed: list[_Timed] = []
     skipped = [
-        Skipped(op, "", "", f"kernels/ops.py has no example of suite {suite} for it") for op in ops or OPS if op not in {o for o, _ in work}
+        Skipped(op, "", "", f"kernels/ops.py has no example of suite {suite} for it")
+        for op in ops or OPS
+        if op not in {o for o, _ in work}
     ]
     for done, (op, example) in enumerate(work):
         if progress is not None:
@@ -193,7 +201,9 @@ def examples_of(op: Op, suite: str) -> list[str]:
     return ["odd"] if suite == "small" else [name for name in op.examples if name.startswith(SUITES[suite])]
 
 
-def _check_names(catalog: Mapping[str, Mapping[str, Any]], ops: Sequence[str] | None, sources: Sequence[str] | None, suite: str) -> None:
+def _check_names(
+    catalog: Mapping[str, Mapping[str, Any]], ops: Sequence[str] | None, sources: Sequence[str] | None, suite: str
+) -> None:
     known = sorted({source for by_source in catalog.values() for source in by_source} | {COMPILED})
     for name in ops or ():
         if name not in OPS:
@@ -206,7 +216,12 @@ def _check_names(catalog: Mapping[str, Mapping[str, Any]], ops: Sequence[str] | 
 
 
 def _callables(
-    op: Op, example: str, by_source: Mapping[str, Sequence[Implementation]], sources: Sequence[str] | None, device: str, dtype: torch.dtype
+    op: Op,
+    example: str,
+    by_source: Mapping[str, Sequence[Implementation]],
+    sources: Sequence[str] | None,
+    device: str,
+    dtype: torch.dtype,
 ) -> tuple[dict[str, Implementation], list[Skipped]]:
     """What can be timed for this example, and what cannot."""
     arguments = op.examples[example](device, dtype)
@@ -230,7 +245,9 @@ def _callables(
                 skipped.append(Skipped(op.name, example, source, " / ".join(dict.fromkeys(reasons))))
     if sources is None or COMPILED in sources:
         compiled = torch.compile(op.function, dynamic=False)
-        usable[COMPILED] = Implementation(op.name, COMPILED, compiled, version=f"torch {torch.__version__}, reference compiled")
+        usable[COMPILED] = Implementation(
+            op.name, COMPILED, compiled, version=f"torch {torch.__version__}, reference compiled"
+        )
     return usable, skipped
 
 
@@ -289,7 +306,9 @@ def _time_example(
     return timed
 
 
-def _call(op: Op, implementation: Implementation, inputs: Sequence[dict[str, Any]], direction: str) -> Callable[[int], Any]:
+def _call(
+    op: Op, implementation: Implementation, inputs: Sequence[dict[str, Any]], direction: str
+) -> Callable[[int], Any]:
     """One timed call on copy i of the inputs. The incoming gradient is made once, outside the clock."""
     function = implementation.function
     if direction == "forward":
@@ -300,7 +319,8 @@ def _call(op: Op, implementation: Implementation, inputs: Sequence[dict[str, Any
 
         return forward
     leaves = [
-        {name: value.detach().requires_grad_() if name in op.differentiable else value for name, value in each.items()} for each in inputs
+        {name: value.detach().requires_grad_() if name in op.differentiable else value for name, value in each.items()}
+        for each in inputs
     ]
     incoming: list[Tensor] = []
 
@@ -309,7 +329,9 @@ def _call(op: Op, implementation: Implementation, inputs: Sequence[dict[str, Any
         if not incoming:
             generator = torch.Generator().manual_seed(1)
             incoming.append(
-                torch.randn(output.shape, generator=generator).to(output.device, output.dtype) if output.dim() else torch.ones_like(output)
+                torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+                if output.dim()
+                else torch.ones_like(output)
             )
         return torch.autograd.grad(output, [leaves[copy][name] for name in op.differentiable], incoming[0])
 
@@ -332,7 +354,10 @@ def _judge(timed: _Timed, machine: Machine) -> Measurement:
     interpreted = "interpreted" in timed.implementation.version
     compared = (timed.op.name, timed.implementation.source, machine.device_type) in COMPARED
     beaten = ideal is not None and ideal > median and not interpreted
-    notes = ("plumbing only" if interpreted else "comparison only" if compared else "", "faster than the measured limit" if beaten else "")
+    notes = (
+        "plumbing only" if interpreted else "comparison only" if compared else "",
+        "faster than the measured limit" if beaten else "",
+    )
     return Measurement(
         op=timed.op.name,
         example=timed.example,
@@ -366,7 +391,9 @@ def _share(ideal_ms: float | None, median_ms: float) -> float | None:
 
 
 def roofline_ms(bytes_moved: int, flops: int, peak: Peak, bandwidth: Bandwidth) -> tuple[float | None, str | None]:
-    """The least time that the machine could take, and which limit sets it: max(flops / peak, bytes / bandwidth). None: unknown."""
+    """The least time that the machine could take, and which limit sets it: max(flops / peak, bytes / bandwidth). None:
+    unknown.
+    """
     if peak.flops is None or bandwidth.bytes_per_second is None:
         return None, None
     compute, memory = flops / peak.flops * 1e3, bytes_moved / bandwidth.bytes_per_second * 1e3

@@ -1,6 +1,7 @@
 """The picture of a kernel benchmark: the share of the roofline that each source reaches, op by op.
 
-What a reader would get wrong: a bar is a share of what *this* machine could do, so bars of two machines say nothing about which is faster.
+What a reader would get wrong: a bar is a share of what *this* machine could do, so bars of two machines say nothing
+about which is faster.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from weftrain.analysis.kernel_bench import Measurement, Report
 
 
 def bars(report: Report) -> dict[str, dict[str, Measurement]]:
-    """ "op example" -> source -> what is drawn: with the backward where there is one, and only where the share is known."""
+    """ "op example" -> source -> what is drawn: with the backward where there is one, and only where the share is
+    known.
+    """
     drawn: dict[str, dict[str, Measurement]] = {}
     for one in report.measurements:
         if one.roofline_share is None:
@@ -48,7 +51,10 @@ def plot(report: Report, path: Path) -> None:
     axes.set_xticks(range(len(drawn)), list(drawn))
     axes.set_ylabel("share of the roofline (ideal / measured time)")
     environment = report.environment
-    axes.set_title(f"{environment['device']}, {environment['threads']} threads, {environment['dtype']}, suite {environment['suite']}")
+    axes.set_title(
+        f"{environment['device']}, {environment['threads']} threads, {environment['dtype']}, suite "
+        f"{environment['suite']}"
+    )
     if sources:
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

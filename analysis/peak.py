@@ -1,6 +1,7 @@
 """The peak that MFU is measured against: measured here, or from a table with sources, or unknown. Never guessed.
 
-What a reader would get wrong: an unknown device has no default. A guessed peak makes utilisation a lie, so the caller gets None.
+What a reader would get wrong: an unknown device has no default. A guessed peak makes utilisation a lie, so the caller
+gets None.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from weftrain.core.backend import Fingerprint
-from weftrain.core.canonical import sha256_json
-from weftrain.core.speed import Peak
+from weftrain.core.formats.canonical import sha256_json
+from weftrain.core.run.speed import Peak
 
 # Dense bf16 FLOP/s with fp32 accumulation, without sparsity, by torch.cuda.get_device_name().
 BF16_PEAK_FLOPS = {
@@ -31,7 +32,9 @@ BF16_PEAK_FLOPS = {
 
 
 def measured_matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 20) -> Peak:
-    """The best of `repeats` products of two [size, size] matrices after a warm-up: 2 size^3 FLOPs each. About a second on two cores."""
+    """The best of `repeats` products of two [size, size] matrices after a warm-up: 2 size^3 FLOPs each. About a second
+    on two cores.
+    """
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
     out = torch.empty_like(a)
@@ -46,17 +49,24 @@ def measured_matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2
     for _ in range(2):
         seconds()
     best = min(seconds() for _ in range(repeats))
-    return Peak(2 * size**3 / best, f"measured: {size} x {size} matrix multiply, {str(dtype).removeprefix('torch.')}, best of {repeats}")
+    return Peak(
+        2 * size**3 / best,
+        f"measured: {size} x {size} matrix multiply, {str(dtype).removeprefix('torch.')}, best of {repeats}",
+    )
 
 
 def machine_name(fingerprint: Fingerprint, compute: str) -> str:
-    """A name for what a measured peak depends on: host, device, threads, ranks and dtype. A hash, so that records name no host."""
+    """A name for what a measured peak depends on: host, device, threads, ranks and dtype. A hash, so that records name
+    no host.
+    """
     device = [fingerprint.device_type, fingerprint.device, fingerprint.threads, fingerprint.ranks]
     return sha256_json([platform.node(), platform.processor(), *device, compute])[:16]
 
 
 def speed_probe(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> Callable[[], float]:
-    """A yardstick for a machine whose speed drifts: called, it gives the ms of one fixed matrix product now, the median of `repeats`."""
+    """A yardstick for a machine whose speed drifts: called, it gives the ms of one fixed matrix product now, the median
+    of `repeats`.
+    """
     a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
     out = torch.empty_like(a)
 
@@ -105,14 +115,17 @@ class Bandwidth:
     origin: str
 
     def __str__(self) -> str:
-        return "unknown" if self.bytes_per_second is None else f"{self.bytes_per_second / 1e9:,.1f} GB/s ({self.origin})"
+        return (
+            "unknown" if self.bytes_per_second is None else f"{self.bytes_per_second / 1e9:,.1f} GB/s ({self.origin})"
+        )
 
 
 def measured_bandwidth(device: torch.device, size_bytes: int = 2**28, repeats: int = 10) -> Bandwidth:
-    """The best of a copy (2 x size bytes) and a triad a = b + 2 c (3 x size bytes) over fp32 arrays of `size_bytes` each.
+    """The best of a copy (2 x size bytes) and a triad a = b + 2 c (3 x size bytes) over fp32 arrays of `size_bytes`
+    each.
 
-    Bytes are those that the program names: the line that a CPU reads before it writes it is not counted, as it is not counted for a
-    kernel. `size_bytes` must be far beyond the last cache.
+    Bytes are those that the program names: the line that a CPU reads before it writes it is not counted, as it is not
+    counted for a kernel. `size_bytes` must be far beyond the last cache.
     """
     a, b, c = (torch.full((size_bytes // 4,), value, device=device) for value in (0.0, 1.0, 2.0))
     best, name = 0.0, ""

@@ -1,8 +1,9 @@
 """One process, one device (cpu or cuda): the plainest correct backend, the specification of all others.
 
-The fp32 master weights and AdamW's moments live in canonical-name dictionaries. In bf16 the model runs on bf16 copies of the matrices,
-refreshed in the optimizer's own pass once a step; norms stay fp32 and are shared. What a reader would get wrong: the model's parameters
-are therefore not always the weights. `export_state` gives the master, and `_refresh` is the one place that writes the copies from it.
+The fp32 master weights and AdamW's moments live in canonical-name dictionaries. In bf16 the model runs on bf16 copies
+of the matrices, refreshed in the optimizer's own pass once a step; norms stay fp32 and are shared. What a reader would
+get wrong: the model's parameters are therefore not always the weights. `export_state` gives the master, and `_refresh`
+is the one place that writes the copies from it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import psutil
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from weftrain.backends.shared import (
+from weftrain.backends.common.step import (
     HEAD_USE,
     Lender,
     LentTensors,
@@ -47,11 +48,11 @@ from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSour
 from weftrain.core.config import CompileOption, RecomputeOption, Threads
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, row_keys
 from weftrain.core.errors import BackendError, NonFiniteError
-from weftrain.core.host_memory import huge_page_bytes
 from weftrain.core.model import Decoder, draw, kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.parameters import parameter_specs
 from weftrain.kernels import Spec, select
+from weftrain.kernels.host_memory import huge_page_bytes
 
 
 class LocalOptions(CompileOption, RecomputeOption):
@@ -60,7 +61,8 @@ class LocalOptions(CompileOption, RecomputeOption):
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one, else cpu; the choice is printed
     activation_checkpointing: Literal["none", "full"] = "none"  # `selective` is the cuda backend's
     threads: Threads = 0  # CPU threads; 0: torch's own choice
-    huge_pages: bool = True  # on a CPU: tensors in huge pages that the process keeps (core/host_memory.py); no bit changes
+    # on a CPU: tensors in huge pages that the process keeps (kernels/host_memory.py); no bit changes
+    huge_pages: bool = True
 
 
 class LocalRun:
@@ -78,7 +80,9 @@ class LocalRun:
         documents = recipe.data.document_attention
         kernel_uses = kernel_specs(recipe.model, device.type, self._compute_dtype, torch.float32, documents)
         attributes = {"eps_placement": recipe.optimizer.eps_placement}
-        kernel_uses += [Spec(op, "optimizer", device.type, self._compute_dtype, attributes) for op in ("adamw", "grad_norm")]
+        kernel_uses += [
+            Spec(op, "optimizer", device.type, self._compute_dtype, attributes) for op in ("adamw", "grad_norm")
+        ]
         self._selection = select(kernel_uses, recipe.kernels.preferences, recipe.kernels.pins)
         self._adamw = self._selection.function("adamw", "optimizer")
         self._grad_norm = self._selection.function("grad_norm", "optimizer")
@@ -96,8 +100,8 @@ class LocalRun:
         self._planes = {"weights": self._weights, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
         self._parameters, self._copies = bind_parameters(self._model, self._weights, self._compute_dtype, device)
         self._update_sets = update_sets(self._groups, self._copies)
-        # A tied weight has two uses, and each has a gradient of its own until the end of the step: a backend that meets head and
-        # embedding at different times, or on different machines, can then add in the same order.
+        # A tied weight has two uses, and each has a gradient of its own until the end of the step: a backend that meets
+        # head and embedding at different times, or on different machines, can then add in the same order.
         self._leaves = dict(self._parameters)
         if (tied := self._model.tied_weight()) is not None:
             self._leaves[HEAD_USE] = torch.nn.Parameter(tied.detach())
@@ -108,7 +112,8 @@ class LocalRun:
         self._lender = Lender()
         self._clock = PhaseClock(device, job.time_phases)
 
-    # -- the step ------------------------------------------------------------------------------------------------------------------
+    # -- the step
+    # ----------------------------------------------------------------------------------------------------
 
     def train(self, source: BatchSource) -> Iterator[StepResult]:
         """See Run.train. One host synchronisation a step: the check that loss and norm are finite."""
@@ -155,7 +160,9 @@ class LocalRun:
         micro = self._recipe.batch.micro_batch_size
         with torch.no_grad():
             for first in range(0, source.num_rows, micro):
-                ids, labels, document_start = to_device(source.rows(first, min(micro, source.num_rows - first)), self._device)
+                ids, labels, document_start = to_device(
+                    source.rows(first, min(micro, source.num_rows - first)), self._device
+                )
                 total += float(self._model(ids, labels, document_start))
                 tokens += int((labels >= 0).sum())
         if tokens == 0:
@@ -163,11 +170,14 @@ class LocalRun:
         return EvalResult(total / tokens, tokens)
 
     def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[torch.Tensor], LossScale, float]:
-        """Each micro-batch's share of the loss, with the gradients left in place; its divisor; seconds spent waiting for rows."""
+        """Each micro-batch's share of the loss, with the gradients left in place; its divisor; seconds spent waiting
+        for rows.
+        """
         batch, losses, start = self._recipe.batch, [], time.perf_counter()
         self._clock.to("data wait")
         firsts = range(0, batch.global_batch_size, batch.micro_batch_size)
-        read = [rows(first, batch.micro_batch_size) for first in firsts]  # all of them first: the divisor is the whole batch's
+        # all of them first: the divisor is the whole batch's
+        read = [rows(first, batch.micro_batch_size) for first in firsts]
         scale = LossScale.of(self._recipe, sum(found.bearing_tokens for found in read))
         data_wait_s = time.perf_counter() - start
         for first, found in zip(firsts, read, strict=True):
@@ -189,7 +199,11 @@ class LocalRun:
         return losses, scale, data_wait_s
 
     def _loss(
-        self, ids: torch.Tensor, labels: torch.Tensor, document_start: torch.Tensor | None, dropout_keys: torch.Tensor | None
+        self,
+        ids: torch.Tensor,
+        labels: torch.Tensor,
+        document_start: torch.Tensor | None,
+        dropout_keys: torch.Tensor | None,
     ) -> torch.Tensor:
         embedding, *blocks, head = self._model.segments()
         x = embedding(ids, at_place(dropout_keys, EMBEDDING_PLACE))
@@ -198,7 +212,8 @@ class LocalRun:
             x = self._run_block(block, x, cos, sin, document_start, at_place(dropout_keys, block_place(layer)))
         return self._run_head(head, x, labels, self._leaves.get(HEAD_USE))
 
-    # -- parameters, copies and gradients ------------------------------------------------------------------------------------------
+    # -- parameters, copies and gradients
+    # ------------------------------------------------------------------------------------------
 
     def _refresh(self) -> None:
         """Write every compute copy from its master weight."""
@@ -219,7 +234,9 @@ class LocalRun:
             leaf.grad = None
 
     def _gradients(self) -> dict[str, torch.Tensor]:
-        """Parameter -> gradient of the step, in execution order. A parameter that the loss did not reach is a defect, not a zero."""
+        """Parameter -> gradient of the step, in execution order. A parameter that the loss did not reach is a defect,
+        not a zero.
+        """
         summed = self._accumulated if self._tree is None else self._tree.totals()
         found: Mapping[str, torch.Tensor | None] = summed or {name: leaf.grad for name, leaf in self._leaves.items()}
         gradients = present(found, self._leaves)
@@ -241,17 +258,22 @@ class LocalRun:
             return run
         return lambda *arguments: checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
 
-    # -- state ---------------------------------------------------------------------------------------------------------------------
+    # -- state
+    # ----------------------------------------------------------------------------------------------------
 
     def export_state(self) -> State:
-        """See Run.export_state. Each tensor is copied when it is asked for, and what is still held before the run trains on."""
+        """See Run.export_state. Each tensor is copied when it is asked for, and what is still held before the run
+        trains on.
+        """
         held = {f"{plane}/{name}": tensor for plane, group in self._planes.items() for name, tensor in group.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
         tensors = self._lender.lend(LentTensors(shapes, lambda name: held[name].detach().to("cpu", copy=True)))
         return State(self._step, self._optimizer_updates, tensors)
 
     def import_state(self, state: State) -> None:
-        """See Run.import_state. Raises CheckpointError, before anything is changed, for a missing, unknown or misshapen tensor."""
+        """See Run.import_state. Raises CheckpointError, before anything is changed, for a missing, unknown or misshapen
+        tensor.
+        """
         mine = {f"{plane}/{name}": tensor for plane, group in self._planes.items() for name, tensor in group.items()}
         check_state(state.tensors, {name: tuple(tensor.shape) for name, tensor in mine.items()})
         self._lender.let_go()
@@ -267,14 +289,19 @@ class LocalRun:
             "compile": self._options.compile,
             "activation_checkpointing": self._options.activation_checkpointing,
             "micro_batch_size": self._recipe.batch.micro_batch_size,
-            "reduction": "micro-batches added in order, fp32" if self._tree is None else "micro-batches added in a fixed tree, fp32",
+            "reduction": "micro-batches added in order, fp32"
+            if self._tree is None
+            else "micro-batches added in a fixed tree, fp32",
         }
         recomputes = self._options.activation_checkpointing
         return device_fingerprint("local", self._device, self._selection.manifest, more, recomputes=recomputes)
 
     def stats(self) -> dict[str, float]:
         """Resident memory now, in huge pages too, and, on cuda, the peak that torch allocated there."""
-        stats = {"memory_bytes": float(psutil.Process(os.getpid()).memory_info().rss), "huge_page_bytes": float(huge_page_bytes())}
+        stats = {
+            "memory_bytes": float(psutil.Process(os.getpid()).memory_info().rss),
+            "huge_page_bytes": float(huge_page_bytes()),
+        }
         if self._device.type == "cuda":
             stats["device_peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(self._device))
         return stats
@@ -308,8 +335,15 @@ class LocalBackend(PlainBackend):
                 f"(the same batch in {accumulation} accumulation steps)"
             )
         device = torch_device(options.device)
-        if options.compile and device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
-            raise BackendError("backend.options.compile needs a C++ compiler (g++ or clang++) on PATH: install one or set compile=false")
+        if (
+            options.compile
+            and device.type == "cpu"
+            and not any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+        ):
+            raise BackendError(
+                "backend.options.compile needs a C++ compiler (g++ or clang++) on PATH: install one or set "
+                "compile=false"
+            )
         use_threads(job, options.threads)
         if options.huge_pages and device.type == "cpu":
             ask_for_huge_pages()

@@ -1,7 +1,7 @@
 """The backend that does nothing: it satisfies the protocol, reads every row and computes nothing.
 
-It tests the core without arithmetic and measures the data path alone. What a reader would get wrong: its loss is 0 because it has none;
-`trains` is False, so the command line says so and the conformance suite asks it for no gradients.
+It tests the core without arithmetic and measures the data path alone. What a reader would get wrong: its loss is 0
+because it has none; `trains` is False, so the command line says so and the conformance suite asks it for no gradients.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from weftrain.backends.shared import PlainBackend
+from weftrain.backends.common.step import PlainBackend
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
 from weftrain.core.config import Section
 from weftrain.core.model import draw
@@ -63,7 +63,9 @@ class NullRun:
         return self._state
 
     def import_state(self, state: State) -> None:
-        self._state = State(state.step, state.optimizer_updates, {name: tensor.clone() for name, tensor in state.tensors.items()})
+        self._state = State(
+            state.step, state.optimizer_updates, {name: tensor.clone() for name, tensor in state.tensors.items()}
+        )
 
     def fingerprint(self) -> Fingerprint:
         return Fingerprint("null", "cpu", "cpu", more={"torch": torch.__version__})

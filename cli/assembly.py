@@ -1,6 +1,7 @@
 """What several verbs put together alike: the backend with its checked options, the data, the peak.
 
-What a reader would get wrong: everything here fails before step 0. A wrong option names its line in the recipe, a missing shard its file.
+What a reader would get wrong: everything here fails before step 0. A wrong option names its line in the recipe, a
+missing shard its file.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from weftrain.core import checkpoint
 from weftrain.core.backend import Backend, BatchSource, EvaluationSource, Run
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
-from weftrain.core.fit_of_weights import check_fit
+from weftrain.core.formats.plain_file import real_path
 from weftrain.core.parameters import flops_per_token
-from weftrain.core.plain_file import real_path
 from weftrain.core.recipe_file import RecipeFile
-from weftrain.core.release import RELEASE
-from weftrain.core.speed import Peak, Speed, recorded_peak
+from weftrain.core.run.fit_of_weights import check_fit
+from weftrain.core.run.speed import Peak, Speed, recorded_peak
+from weftrain.exchange.release.release import RELEASE
 
 
 def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
@@ -36,7 +37,8 @@ def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
 
 
 def newest_or_named(path: Path, say: Callable[[str], None]) -> Path:
-    """The newest whole checkpoint of a run's or a release's folder, every byte of it verified; or `path` itself, a checkpoint's.
+    """The newest whole checkpoint of a run's or a release's folder, every byte of it verified; or `path` itself, a
+    checkpoint's.
 
     say: gets a line for each damaged one passed over. Raises CheckpointError where there is none.
     """
@@ -55,10 +57,11 @@ def recipe_of_checkpoint(
     backend: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> RecipeFile:
-    """The recipe that the checkpoint in `path` was made by, with overrides, to compute with it here: see resolve.resolve_foreign.
+    """The recipe that the checkpoint in `path` was made by, with overrides, to compute with it here: see
+    resolve.resolve_foreign.
 
-    A release's data are looked for in the release, and elsewhere only where an override says so. Raises RecipeError, ReleaseError;
-    CheckpointError where an override asks for a model of other shapes.
+    A release's data are looked for in the release, and elsewhere only where an override says so. Raises RecipeError,
+    ReleaseError; CheckpointError where an override asks for a model of other shapes.
     """
     tree, release = copy.deepcopy(manifest["recipe"]), real_path(path).parent.parent
     if real_path(path).parent.name == "checkpoints" and (release / RELEASE).exists():
@@ -69,10 +72,11 @@ def recipe_of_checkpoint(
 
 
 def run_speed(recipe: Recipe, backend: Backend, run: Run, metrics: Path) -> Speed:
-    """What the run's MFU is computed from: FLOPs of a token, and the matrix-multiply peak of its devices in its compute dtype.
+    """What the run's MFU is computed from: FLOPs of a token, and the matrix-multiply peak of its devices in its compute
+    dtype.
 
-    The peak is the one that `metrics`, the run's metrics.jsonl, has for this machine, or is measured now; it is unknown for a backend
-    that computes nothing here.
+    The peak is the one that `metrics`, the run's metrics.jsonl, has for this machine, or is measured now; it is unknown
+    for a backend that computes nothing here.
     """
     per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
     if not backend.trains:

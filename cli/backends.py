@@ -16,7 +16,7 @@ def backends(context: click.Context) -> None:
     """List the backends found, with what each is and the reason where it cannot run here."""
     if context.invoked_subcommand is not None:
         return
-    from weftrain.backends.registry import find_backends, unavailable_reason
+    from weftrain.backends.common.registry import find_backends, unavailable_reason
 
     table = Table("backend", "what it is", "here", "options (backend.options)", box=None)
     found = find_backends()
@@ -31,11 +31,16 @@ def backends(context: click.Context) -> None:
 
 @backends.command()
 @click.argument("name", type=click.Choice(["cerebras"]))
-@click.option("--python", type=click.Path(path_type=Path), help="The CPython 3.11 to make it with; one is looked for otherwise.")
+@click.option(
+    "--python", type=click.Path(path_type=Path), help="The CPython 3.11 to make it with; one is looked for otherwise."
+)
 def setup(name: str, python: Path | None) -> None:
     """Make the environment of its own that a backend needs, once, in the user's cache folder."""
     from weftrain.backends.cerebras import environment
 
     with Bar(Console(highlight=False, soft_wrap=True, stderr=True), f"setting up {name}", 100) as bar:
         made = environment.make(lambda words, share: bar.update(round(100 * share), words), python)
-    click.echo(f"{name} is ready: cerebras-pytorch {environment.pinned('cerebras-pytorch')} for {made}; next: weftrain lower crystal_demo")
+    click.echo(
+        f"{name} is ready: cerebras-pytorch {environment.pinned('cerebras-pytorch')} for {made}; next: weftrain lower "
+        "crystal_demo"
+    )

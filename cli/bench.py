@@ -20,7 +20,7 @@ from weftrain.cli.kernels import bench as kernels_bench
 from weftrain.cli.resolve import Resolved, resolve, resolve_recipe
 
 if TYPE_CHECKING:
-    from weftrain.analysis.bench_run import Wishes
+    from weftrain.analysis.bench.run import Wishes
 
 
 @click.group()
@@ -36,13 +36,33 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         (
             click.option(
-                "--steps", type=click.IntRange(min=4), default=20, show_default=True, help="Steps of each round, warm-up included."
+                "--steps",
+                type=click.IntRange(min=4),
+                default=20,
+                show_default=True,
+                help="Steps of each round, warm-up included.",
             ),
-            click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs, each prepared anew."),
-            click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a process.  [default: 2, and 1 with --ranks]"),
-            click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, started by torchrun."),
             click.option(
-                "--check-steps", type=click.IntRange(min=0), default=2, show_default=True, help="First losses held to the reference."
+                "--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs, each prepared anew."
+            ),
+            click.option(
+                "--threads",
+                type=click.IntRange(min=1),
+                help="CPU threads of a process.  [default: 2, and 1 with --ranks]",
+            ),
+            click.option(
+                "--ranks",
+                type=click.IntRange(min=1),
+                default=1,
+                show_default=True,
+                help="Processes, started by torchrun.",
+            ),
+            click.option(
+                "--check-steps",
+                type=click.IntRange(min=0),
+                default=2,
+                show_default=True,
+                help="First losses held to the reference.",
             ),
         )
     ):
@@ -55,11 +75,25 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--backend", help="Another backend than the recipe's.")
 @_run_options
-@click.option("--report", "report_folder", type=click.Path(path_type=Path), help="Folder for report.json, .md, .csv, .png and .html.")
-@click.option("--profile", "profile_folder", type=click.Path(path_type=Path), help="Folder for trace.json (Perfetto) and operators.md.")
+@click.option(
+    "--report",
+    "report_folder",
+    type=click.Path(path_type=Path),
+    help="Folder for report.json, .md, .csv, .png and .html.",
+)
+@click.option(
+    "--profile",
+    "profile_folder",
+    type=click.Path(path_type=Path),
+    help="Folder for trace.json (Perfetto) and operators.md.",
+)
 @click.option("--mllog", type=click.Path(path_type=Path), help="File for MLPerf result lines.")
-@click.option("--against", metavar="COMMAND", help="Run this program in turns with ours; a .py file is run with this Python.")
-@click.option("--timeout", "timeout_s", type=float, default=900.0, show_default=True, help="Seconds for one round of one program.")
+@click.option(
+    "--against", metavar="COMMAND", help="Run this program in turns with ours; a .py file is run with this Python."
+)
+@click.option(
+    "--timeout", "timeout_s", type=float, default=900.0, show_default=True, help="Seconds for one round of one program."
+)
 def bench_train(
     recipe: str,
     overrides: tuple[str, ...],
@@ -77,19 +111,31 @@ def bench_train(
 ) -> None:
     """Training throughput of RECIPE on fixed random rows, as a line `RESULT {json}` and, with --report, as pages.
 
-    Fails (exit code 4) where the first losses leave the tolerance of the reference. With --against, the two programs alternate, each round
-    in a process of its own; printed are the ratio of tokens/s with its 95 % interval, a verdict, and the losses at the last step of both.
+    Fails (exit code 4) where the first losses leave the tolerance of the reference. With --against, the two programs
+    alternate, each round in a process of its own; printed are the ratio of tokens/s with its 95 % interval, a verdict,
+    and the losses at the last step of both.
     """
     numbers = ["--steps", str(steps), "--ranks", str(ranks)]
     numbers += [] if threads is None else ["--threads", str(threads)]
     numbers += [] if backend is None else ["--backend", backend]
     if against is not None:
-        ours = [sys.executable, "-m", "weftrain.cli", "bench", "train", recipe, *overrides, *numbers, "--check-steps", "0"]
+        ours = [
+            sys.executable,
+            "-m",
+            "weftrain.cli",
+            "bench",
+            "train",
+            recipe,
+            *overrides,
+            *numbers,
+            "--check-steps",
+            "0",
+        ]
         _alternate(ours, against, rounds, timeout_s)
         return
     if ranks > 1 and "RANK" not in os.environ:
         _launch(ranks, threads or 1)
-    from weftrain.analysis.bench_run import Wishes
+    from weftrain.analysis.bench.run import Wishes
 
     wishes = Wishes(steps, rounds, check_steps, profile_folder, threads=threads)
     _bench(resolve(recipe, overrides, backend), wishes, report_folder, mllog, default_threads=2 if ranks == 1 else 1)
@@ -97,21 +143,34 @@ def bench_train(
 
 def _launch(ranks: int, threads: int) -> None:
     """Have torchrun run this very command in every rank, and end as it ends."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "weftrain.cli"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "weftrain.cli",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     sys.exit(subprocess.run([*launcher, *sys.argv[1:]], env=environment, check=False).returncode)
 
 
-def _bench(resolved: Resolved, wishes: Wishes, report_folder: Path | None, mllog: Path | None, default_threads: int = 2) -> None:
-    """Measure, and print the RESULT line. default_threads: of a process where neither --threads nor the backend's options say."""
+def _bench(
+    resolved: Resolved, wishes: Wishes, report_folder: Path | None, mllog: Path | None, default_threads: int = 2
+) -> None:
+    """Measure, and print the RESULT line. default_threads: of a process where neither --threads nor the backend's
+    options say.
+    """
     import torch
 
-    from weftrain.analysis.bench_pages import mllog_lines, write_report
-    from weftrain.analysis.bench_run import bench, milliseconds
-    from weftrain.analysis.bench_train import RESULT_PREFIX, bench_source, result_line
-    from weftrain.backends.registry import get_backend
-    from weftrain.core import fsops
+    from weftrain.analysis.bench.pages import mllog_lines, write_report
+    from weftrain.analysis.bench.run import bench, milliseconds
+    from weftrain.analysis.bench.train import RESULT_PREFIX, bench_source, result_line
+    from weftrain.backends.common.registry import get_backend
     from weftrain.core.backend import Job, Plan
+    from weftrain.core.formats import fsops
 
     recipe, backend, options = resolved
     torch.set_num_threads(wishes.threads or default_threads)
@@ -141,13 +200,16 @@ def _bench(resolved: Resolved, wishes: Wishes, report_folder: Path | None, mllog
     if wishes.profile is not None:
         click.echo(f"profile in {wishes.profile}: trace.json opens in ui.perfetto.dev", err=True)
     if report.correctness.passed is False:
-        click.echo(f"weftrain: the benchmark failed: {report.correctness.words}, tolerance {report.correctness.tolerance:.2g}", err=True)
+        click.echo(
+            f"weftrain: the benchmark failed: {report.correctness.words}, tolerance {report.correctness.tolerance:.2g}",
+            err=True,
+        )
         sys.exit(4)
 
 
 def _alternate(ours_command: list[str], program: str, rounds: int, timeout_s: float) -> None:
-    from weftrain.analysis.bench_against import against
-    from weftrain.analysis.bench_train import run_program
+    from weftrain.analysis.bench.against import against
+    from weftrain.analysis.bench.train import run_program
 
     theirs_command = shlex.split(program)
     if theirs_command and theirs_command[0].endswith(".py"):
@@ -158,12 +220,19 @@ def _alternate(ours_command: list[str], program: str, rounds: int, timeout_s: fl
         for command, results in ((ours_command, ours), (theirs_command, theirs)):
             result = run_program(command, timeout_s)
             results.append(result)
-            click.echo(f"round {number}: {result['name']:<28} {result['tokens_per_second']:>8} tokens/s  {result['step_ms']:>8} ms a step")
+            click.echo(
+                f"round {number}: {result['name']:<28} {result['tokens_per_second']:>8} tokens/s  "
+                f"{result['step_ms']:>8} ms a step"
+            )
     found = against(ours, theirs)
     losses = found.losses
-    table = Table(Column("", overflow="fold"), "tokens/s", "step ms", "loss, step 1", f"loss, step {losses.step}", box=None)
+    table = Table(
+        Column("", overflow="fold"), "tokens/s", "step ms", "loss, step 1", f"loss, step {losses.step}", box=None
+    )
     for results, loss in ((ours, losses.ours), (theirs, losses.theirs)):
-        middle = [f"{statistics.median(result[key] for result in results):,.1f}" for key in ("tokens_per_second", "step_ms")]
+        middle = [
+            f"{statistics.median(result[key] for result in results):,.1f}" for key in ("tokens_per_second", "step_ms")
+        ]
         table.add_row(results[0]["name"], *middle, f"{results[0]['loss_first']:.4f}", f"{loss:.4f}")
     Console(highlight=False, soft_wrap=True).print(table)
     ratios = ", ".join(f"{ratio:.3f}" for ratio in found.ratios)
@@ -177,7 +246,12 @@ def _alternate(ours_command: list[str], program: str, rounds: int, timeout_s: fl
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @_run_options
-@click.option("--report", "report_folder", type=click.Path(path_type=Path), help="Folder for report.json, .md, .csv, .png and .html.")
+@click.option(
+    "--report",
+    "report_folder",
+    type=click.Path(path_type=Path),
+    help="Folder for report.json, .md, .csv, .png and .html.",
+)
 def bench_stream(
     recipe: str,
     overrides: tuple[str, ...],
@@ -192,22 +266,31 @@ def bench_stream(
 
     Its replicas join by `weftrain replica`, so --ranks other than 1 is refused.
     """
-    from weftrain.analysis.bench_run import Wishes
+    from weftrain.analysis.bench.run import Wishes
 
     if ranks != 1:
-        raise click.BadParameter("replicas of weight streaming join a training run: `weftrain replica`", param_hint="--ranks")
-    _bench(resolve(recipe, overrides, "streaming"), Wishes(steps, rounds, check_steps, threads=threads), report_folder, None)
+        raise click.BadParameter(
+            "replicas of weight streaming join a training run: `weftrain replica`", param_hint="--ranks"
+        )
+    _bench(
+        resolve(recipe, overrides, "streaming"),
+        Wishes(steps, rounds, check_steps, threads=threads),
+        report_folder,
+        None,
+    )
 
 
 @bench.command("data")
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--steps", type=click.IntRange(min=2), default=50, show_default=True, help="Batches that are read.")
-@click.option("--h5py", "beside_h5py", is_flag=True, help="Read as many rows through h5py, interleaved, and print the ratio.")
+@click.option(
+    "--h5py", "beside_h5py", is_flag=True, help="Read as many rows through h5py, interleaved, and print the ratio."
+)
 def bench_data(recipe: str, overrides: tuple[str, ...], steps: int, beside_h5py: bool) -> None:
     """How fast the data path of RECIPE gives batches, without a model: from the shards' files to int64 rows."""
-    from weftrain.analysis.bench_data import batch_times_ms, beside_h5py_ms
-    from weftrain.analysis.timings import median_interval, percentile, warm_up_steps
+    from weftrain.analysis.bench.data import batch_times_ms, beside_h5py_ms
+    from weftrain.analysis.bench.timings import median_interval, percentile, warm_up_steps
     from weftrain.cli.assembly import open_data
     from weftrain.core.data import TokenSource
 
@@ -227,23 +310,29 @@ def bench_data(recipe: str, overrides: tuple[str, ...], steps: int, beside_h5py:
     per_second = file.recipe.tokens_per_step / middle * 1e3
     spread = f"95 %: {interval.low:,.3f} to {interval.high:,.3f}; p99 {percentile(counted, 0.99):,.3f}"
     click.echo(f"{per_second / 1e6:,.2f} M tokens/s: {middle:,.3f} ms a batch of {rows} rows ({spread})")
-    click.echo(f"first batch {step_ms[0]:,.2f} ms; {warm} of {steps} batches were warm-up; dataset {source.dataset_id[:12]}")
+    click.echo(
+        f"first batch {step_ms[0]:,.2f} ms; {warm} of {steps} batches were warm-up; dataset {source.dataset_id[:12]}"
+    )
     if theirs_ms:
         ratio = statistics.median(theirs / ours for ours, theirs in zip(counted, theirs_ms[warm:], strict=True))
         by_h5py = file.recipe.tokens_per_step / statistics.median(theirs_ms[warm:]) * 1e3
-        click.echo(f"h5py, row by row: {by_h5py / 1e6:,.2f} M tokens/s; the median ratio of a pair of batches is {ratio:.1f}")
+        click.echo(
+            f"h5py, row by row: {by_h5py / 1e6:,.2f} M tokens/s; the median ratio of a pair of batches is {ratio:.1f}"
+        )
 
 
 @bench.command("compare")
 @click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--fail-above", type=float, metavar="PERCENT", help="Exit code 5 where B is slower by more than this, at 95 %.")
+@click.option(
+    "--fail-above", type=float, metavar="PERCENT", help="Exit code 5 where B is slower by more than this, at 95 %."
+)
 def bench_compare(reports: tuple[Path, ...], fail_above: float | None) -> None:
     """Compare reports A B: ratio of step times, its interval, a verdict at 95 %, and every difference of configuration.
 
     Several of each, made in turns, are compared round by round: A1 B1 A2 B2 ...
     """
-    from weftrain.analysis.bench_report import configuration_differences, read_report
-    from weftrain.analysis.timings import difference
+    from weftrain.analysis.bench.report import configuration_differences, read_report
+    from weftrain.analysis.bench.timings import difference
 
     if len(reports) % 2:
         raise click.BadParameter("give reports in pairs: A B, or A1 B1 A2 B2 ...")
@@ -272,13 +361,21 @@ def bench_compare(reports: tuple[Path, ...], fail_above: float | None) -> None:
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option(
-    "--vary", multiple=True, required=True, metavar="KEY=A,B,...", help="A key and its values (repeatable): all combinations run."
+    "--vary",
+    multiple=True,
+    required=True,
+    metavar="KEY=A,B,...",
+    help="A key and its values (repeatable): all combinations run.",
 )
-@click.option("--to", "folder", type=click.Path(path_type=Path), required=True, help="Folder for sweep.csv and a report of each.")
+@click.option(
+    "--to", "folder", type=click.Path(path_type=Path), required=True, help="Folder for sweep.csv and a report of each."
+)
 @click.option("--steps", type=click.IntRange(min=4), default=12, show_default=True)
 @click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1))
-@click.option("--timeout", "timeout_s", type=float, default=900.0, show_default=True, help="Seconds for one combination.")
+@click.option(
+    "--timeout", "timeout_s", type=float, default=900.0, show_default=True, help="Seconds for one combination."
+)
 def bench_sweep(
     recipe: str,
     overrides: tuple[str, ...],
@@ -289,26 +386,45 @@ def bench_sweep(
     threads: int | None,
     timeout_s: float,
 ) -> None:
-    """Measure RECIPE under all combinations of --vary values, each in a process of its own; again: go on where it stopped.
+    """Measure RECIPE under all combinations of --vary values, each in a process of its own; again: go on where it
+    stopped.
 
-    e.g. --vary batch.micro_batch_size=1,2,4 --vary backend.options.compile=true,false --vary kernels.preferences=[torch],[cpp,torch]
+    e.g. --vary batch.micro_batch_size=1,2,4 --vary backend.options.compile=true,false --vary
+    kernels.preferences=[torch],[cpp,torch]
     """
-    from weftrain.analysis.bench_sweep import combinations, run_sweep
+    from weftrain.analysis.bench.sweep import combinations, run_sweep
 
-    command = [sys.executable, "-m", "weftrain.cli", "bench", "train", recipe, *overrides, "--steps", str(steps), "--ranks", str(ranks)]
+    command = [
+        sys.executable,
+        "-m",
+        "weftrain.cli",
+        "bench",
+        "train",
+        recipe,
+        *overrides,
+        "--steps",
+        str(steps),
+        "--ranks",
+        str(ranks),
+    ]
     command += [] if threads is None else ["--threads", str(threads)]
     console = Console(highlight=False, soft_wrap=True)
     chosen = combinations(vary)
     with Bar(console, "sweep", len(chosen)) as bar:
         rows = run_sweep(command, chosen, folder, timeout_s, lambda done, words: bar.update(done, words))
-    best = max((row for row in rows if row["tokens_per_second"]), key=lambda row: float(row["tokens_per_second"]), default=None)
+    best = max(
+        (row for row in rows if row["tokens_per_second"]), key=lambda row: float(row["tokens_per_second"]), default=None
+    )
     keys = [key for key, _ in chosen[0]]
     table = Table(*keys, "tokens/s", "step ms", "MFU", "memory MiB", "", box=None)
     for row in rows:
         if row["tokens_per_second"]:
             share = row["mfu_measured"]
             figures = [f"{float(row['tokens_per_second']):,.1f}", f"{float(row['step_ms_p50']):,.1f}"]
-            figures += [share if share == "unknown" else f"{float(share):.1%}", f"{float(row['peak_memory_bytes']) / 2**20:,.0f}"]
+            figures += [
+                share if share == "unknown" else f"{float(share):.1%}",
+                f"{float(row['peak_memory_bytes']) / 2**20:,.0f}",
+            ]
             words = "best" if row is best else ""
         else:
             figures, words = ["-"] * 4, row["error"]
@@ -319,15 +435,23 @@ def bench_sweep(
 
 @bench.command("machine")
 @click.option(
-    "--ranks", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, started by torchrun; with collectives from 2."
+    "--ranks",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes, started by torchrun; with collectives from 2.",
 )
 @click.option("--disk", type=click.Path(path_type=Path), help="Folder whose disk is measured too.")
-@click.option("--largest-mib", type=click.IntRange(min=1), default=64, show_default=True, help="Of what the collectives send.")
+@click.option(
+    "--largest-mib", type=click.IntRange(min=1), default=64, show_default=True, help="Of what the collectives send."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for all figures.")
 def bench_machine(ranks: int, disk: Path | None, largest_mib: int, json_file: Path | None) -> None:
-    """What this machine can do: matrix multiply by dtype, memory, disk, and collectives by size on every rank; outliers are named."""
-    from weftrain.analysis.bench_machine import machine_lines, measure_ranks
-    from weftrain.core import fsops
+    """What this machine can do: matrix multiply by dtype, memory, disk, and collectives by size on every rank; outliers
+    are named.
+    """
+    from weftrain.analysis.machine.survey import machine_lines, measure_ranks
+    from weftrain.core.formats import fsops
 
     if ranks > 1 and "RANK" not in os.environ:
         _launch(ranks, 1)

@@ -1,6 +1,7 @@
 """`weftrain compare`: runs, releases and Hugging Face series side by side, by tokens seen.
 
-What a reader would get wrong: without --loss-on and --sample nothing is computed; the table holds what was recorded, and `-` for the rest.
+What a reader would get wrong: without --loss-on and --sample nothing is computed; the table holds what was recorded,
+and `-` for the rest.
 """
 
 from __future__ import annotations
@@ -13,31 +14,55 @@ import click
 from weftrain.cli.display import Console
 
 if TYPE_CHECKING:
-    from weftrain.analysis.compare import Comparison
-    from weftrain.analysis.compare_series import Series
+    from weftrain.analysis.compare.series import Series
+    from weftrain.analysis.compare.table import Comparison
 
 
 @click.command()
 @click.argument("series", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="A [B]...")
-@click.option("--to", type=click.Path(path_type=Path), help="Folder for compare.json, compare.md, compare.png and what is measured.")
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    help="Folder for compare.json, compare.md, compare.png and what is measured.",
+)
 @click.option(
     "--window",
     type=click.IntRange(min=1),
     help="Steps that a train loss is the mean of.  [default: a tenth of the shortest series' steps, at most 100]",
 )
-@click.option("--tokens-per-step", multiple=True, metavar="[NAME=]N", help="Of a Hugging Face series (Pythia: 2097152); once, or for each.")
 @click.option(
-    "--loss-on", multiple=True, type=click.Path(path_type=Path), help="Measure the loss on a dataset's held-out set, or ids.jsonl."
+    "--tokens-per-step",
+    multiple=True,
+    metavar="[NAME=]N",
+    help="Of a Hugging Face series (Pythia: 2097152); once, or for each.",
+)
+@click.option(
+    "--loss-on",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Measure the loss on a dataset's held-out set, or ids.jsonl.",
 )
 @click.option("--rows", type=click.IntRange(min=1), help="Rows of each --loss-on.  [default: all]")
 @click.option(
-    "--sample", "samples", multiple=True, type=click.Path(path_type=Path), help="Measure memorization of released rows, JSON Lines."
+    "--sample",
+    "samples",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Measure memorization of released rows, JSON Lines.",
 )
 @click.option("--max-rows", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows of each --sample.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences at once, for --loss-on.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N: where --loss-on and --sample are computed.")
-@click.option("--all-positions", is_flag=True, help="Rows for every number of tokens, not for those alone that all series have.")
-@click.option("--plot/--no-plot", default=True, show_default=True, help="Draw compare.png under --to; needs weftrain[plot].")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences at once, for --loss-on."
+)
+@click.option(
+    "--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N: where --loss-on and --sample are computed."
+)
+@click.option(
+    "--all-positions", is_flag=True, help="Rows for every number of tokens, not for those alone that all series have."
+)
+@click.option(
+    "--plot/--no-plot", default=True, show_default=True, help="Draw compare.png under --to; needs weftrain[plot]."
+)
 @click.option("--json", "as_json_", is_flag=True, help="Print compare.json instead of the table.")
 def compare(
     series: tuple[Path, ...],
@@ -56,16 +81,17 @@ def compare(
 ) -> None:
     """Compare A, B, ... by tokens seen: losses, scores, memorization.
 
-    Each is a run's folder, a release's, or a folder with a sub-folder a revision (step1000, step2000, ...; ckpt_001, ...) of a Hugging
-    Face model in safetensors. --loss-on and --sample measure every series, and keep the results under --to.
+    Each is a run's folder, a release's, or a folder with a sub-folder a revision (step1000, step2000, ...; ckpt_001,
+    ...) of a Hugging Face model in safetensors. --loss-on and --sample measure every series, and keep the results under
+    --to.
     """
     if (loss_on or samples) and to is None:
         raise click.UsageError("--loss-on and --sample need --to FOLDER, where what is measured is kept")
-    from weftrain.analysis import compare as comparing
-    from weftrain.analysis.compare_plot import check_plotting
-    from weftrain.analysis.compare_plot import plot as draw
-    from weftrain.core import fsops
-    from weftrain.core.canonical import canonical_json
+    from weftrain.analysis.compare import table as comparing
+    from weftrain.analysis.compare.plot import check_plotting
+    from weftrain.analysis.compare.plot import plot as draw
+    from weftrain.core.formats import fsops
+    from weftrain.core.formats.canonical import canonical_json
 
     if to is not None and plot:
         check_plotting()
@@ -91,7 +117,9 @@ def compare(
     written = ("compare.json", "compare.md", *(("compare.png",) if drawn else ()))
     console.print("\n".join(f"written   {to / name}" for name in written), markup=False)
     if plot and not drawn:
-        console.print("compare.png was not drawn: none of the series has a loss, a score or a memorization", markup=False)
+        console.print(
+            "compare.png was not drawn: none of the series has a loss, a score or a memorization", markup=False
+        )
 
 
 def _rates(given: tuple[str, ...], names: list[str]) -> dict[str, int]:
@@ -100,9 +128,13 @@ def _rates(given: tuple[str, ...], names: list[str]) -> dict[str, int]:
     for one in sorted(given, key=lambda text: "=" in text):  # those with a name last
         name, equals, digits = one.rpartition("=")
         if not digits.replace("_", "").isdecimal() or int(digits) < 1:
-            raise click.BadParameter(f"'{one[:80]}' is not a number of tokens, or NAME=N", param_hint="--tokens-per-step")
+            raise click.BadParameter(
+                f"'{one[:80]}' is not a number of tokens, or NAME=N", param_hint="--tokens-per-step"
+            )
         if equals and name not in names:
-            raise click.BadParameter(f"there is no series '{name[:80]}'; there are {', '.join(names)}", param_hint="--tokens-per-step")
+            raise click.BadParameter(
+                f"there is no series '{name[:80]}'; there are {', '.join(names)}", param_hint="--tokens-per-step"
+            )
         rates.update(dict.fromkeys([name] if equals else names, int(digits)))
     return rates
 
@@ -119,11 +151,13 @@ def _measured(
     console: Console,
 ) -> tuple[list[Series], list[str]]:
     """The series with what was measured, and notes."""
-    from weftrain.analysis.compare_measure import Wanted, measure_series, open_held, open_sample
-    from weftrain.analysis.evaluation_records import Settings
+    from weftrain.analysis.compare.measure import Wanted, measure_series, open_held, open_sample
+    from weftrain.analysis.evaluation.records import Settings
     from weftrain.cli.display import Bar
 
-    wanted = Wanted(tuple(open_held(path, rows) for path in loss_on), tuple(open_sample(path, max_rows) for path in samples))
+    wanted = Wanted(
+        tuple(open_held(path, rows) for path in loss_on), tuple(open_sample(path, max_rows) for path in samples)
+    )
     settings = Settings(batch_size=batch_size, device=device)
     measured, notes, done = [], [], 0
     with Bar(console, "compare", sum(len(one.places) for one in opened)) as bar:
@@ -141,7 +175,7 @@ def _measured(
 
 
 def _show(found: Comparison, console: Console) -> None:
-    from weftrain.analysis.compare_text import as_text
+    from weftrain.analysis.compare.text import as_text
 
     console.print(as_text(found, console.width), markup=False)
     for note in found.notes:

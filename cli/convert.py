@@ -1,8 +1,8 @@
-"""`weftrain convert`: recipes and checkpoints from and to the forms of the Cerebras Model Zoo, without the vendor's package, and weights
-from and to Hugging Face folders.
+"""`weftrain convert`: recipes and checkpoints from and to the forms of the Cerebras Model Zoo, without the vendor's
+package, and weights from and to Hugging Face folders.
 
-What a reader would get wrong: what comes from elsewhere becomes a checkpoint at step 0 of a run that never trained; another run starts
-from it with start_from, and nothing resumes it.
+What a reader would get wrong: what comes from elsewhere becomes a checkpoint at step 0 of a run that never trained;
+another run starts from it with start_from, and nothing resumes it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ ExistingFolder = click.Path(path_type=Path, exists=True, file_okay=False)
 
 
 def _load(checkpoint: Path) -> tuple[Recipe, State, dict[str, Any]]:
-    """The recipe, state and manifest of a run's newest whole checkpoint or of the one named. Raises CheckpointError, RecipeError."""
+    """The recipe, state and manifest of a run's newest whole checkpoint or of the one named. Raises CheckpointError,
+    RecipeError.
+    """
     from weftrain.cli.assembly import newest_or_named, recipe_of_checkpoint
     from weftrain.core import checkpoint as checkpoints
 
@@ -34,9 +36,11 @@ def _load(checkpoint: Path) -> tuple[Recipe, State, dict[str, Any]]:
 
 @contextlib.contextmanager
 def _new_checkpoints(runs: Path, run_name: str) -> Iterator[Path]:
-    """The `checkpoints` folder of a run that is not there yet; where the block raises, no empty folder is left. Raises CheckpointError."""
-    from weftrain.core import fsops
+    """The `checkpoints` folder of a run that is not there yet; where the block raises, no empty folder is left. Raises
+    CheckpointError.
+    """
     from weftrain.core.errors import CheckpointError
+    from weftrain.core.formats import fsops
 
     folder = runs / run_name / "checkpoints"
     if folder.exists():
@@ -59,18 +63,36 @@ def convert() -> None:
 @click.argument("params", type=ExistingFile)
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--name", required=True, help="The recipe's name.")
-@click.option("--micro-batch-size", type=click.IntRange(min=1), help="Sequences; the file seldom knows.  [default: no accumulation]")
+@click.option(
+    "--micro-batch-size",
+    type=click.IntRange(min=1),
+    help="Sequences; the file seldom knows.  [default: no accumulation]",
+)
 @click.option("--start-from", help="The run whose weights the first step starts from, where the file asks for one.")
-@click.option("--data-root", help="The folder above which every data_dir lies.  [default: only their last part is kept]")
+@click.option(
+    "--data-root", help="The folder above which every data_dir lies.  [default: only their last part is kept]"
+)
 def recipe_from_params(
-    params: Path, overrides: tuple[str, ...], name: str, micro_batch_size: int | None, start_from: str | None, data_root: str | None
+    params: Path,
+    overrides: tuple[str, ...],
+    name: str,
+    micro_batch_size: int | None,
+    start_from: str | None,
+    data_root: str | None,
 ) -> None:
-    """Print PARAMS, a Model Zoo 1.9 params file, as a recipe. What a recipe does not hold is named on stderr; an unknown key is refused."""
-    from weftrain.backends.cerebras.params import import_params
+    """Print PARAMS, a Model Zoo 1.9 params file, as a recipe. What a recipe does not hold is named on stderr; an
+    unknown key is refused.
+    """
     from weftrain.core.recipe_file import dump_yaml
+    from weftrain.exchange.modelzoo.params_import import import_params
 
     imported = import_params(
-        params, name=name, micro_batch_size=micro_batch_size, start_from=start_from, data_root=data_root, overrides=overrides
+        params,
+        name=name,
+        micro_batch_size=micro_batch_size,
+        start_from=start_from,
+        data_root=data_root,
+        overrides=overrides,
     )
     for note in imported.notes:
         click.echo(note, err=True)
@@ -82,8 +104,8 @@ def recipe_from_params(
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 def params_from_recipe(recipe: str, overrides: tuple[str, ...]) -> None:
     """Print RECIPE as a Model Zoo 1.9 params file. What that form cannot say is refused by name."""
-    from weftrain.backends.cerebras.params import dump, export_params
     from weftrain.core.recipe_file import load_recipe
+    from weftrain.exchange.modelzoo.params_import import dump, export_params
 
     click.echo(dump(export_params(load_recipe(recipe, overrides).recipe)), nl=False)
 
@@ -93,19 +115,27 @@ def params_from_recipe(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--weights-only", is_flag=True, help="Leave the optimizer's state out.")
 @click.option(
-    "--prefix", type=click.Choice(["model", "model.model"]), default="model", show_default=True, help="Before each weight's name."
+    "--prefix",
+    type=click.Choice(["model", "model.model"]),
+    default="model",
+    show_default=True,
+    help="Before each weight's name.",
 )
 def checkpoint_to_cerebras(checkpoint: Path, output: Path, weights_only: bool, prefix: str) -> None:
-    """Write CHECKPOINT, a run's folder (its newest) or one checkpoint's, as the file that cerebras.pytorch.load opens."""
-    from weftrain.backends.cerebras.checkpoint import OptimizerState, write_checkpoint
+    """Write CHECKPOINT, a run's folder (its newest) or one checkpoint's, as the file that cerebras.pytorch.load
+    opens.
+    """
     from weftrain.core import checkpoint as checkpoints
     from weftrain.core.optim import learning_rate
+    from weftrain.exchange.modelzoo.checkpoint_writer import OptimizerState, write_checkpoint
 
     recipe, state, _ = _load(checkpoint)
     optimizer = None
     if not weights_only:
         last = sum(segment.steps for segment in recipe.schedule.learning_rate) - 1
-        optimizer = OptimizerState(recipe.optimizer, state.optimizer_updates, learning_rate(recipe.schedule, min(state.step, last)))
+        optimizer = OptimizerState(
+            recipe.optimizer, state.optimizer_updates, learning_rate(recipe.schedule, min(state.step, last))
+        )
     tensors = checkpoints.Weights(state.tensors) if weights_only else state.tensors
     size = write_checkpoint(output, recipe.model, tensors, step=state.step, optimizer=optimizer, prefix=prefix)  # type: ignore[arg-type]
     click.echo(f"{output}: step {state.step}, {size:,} bytes")
@@ -115,17 +145,26 @@ def checkpoint_to_cerebras(checkpoint: Path, output: Path, weights_only: bool, p
 @click.argument("file", type=ExistingFile)
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of runs.")
-@click.option("--run", "run_name", required=True, help="Name of the run that the checkpoint is to be of; start_from names it then.")
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of runs."
+)
+@click.option(
+    "--run",
+    "run_name",
+    required=True,
+    help="Name of the run that the checkpoint is to be of; start_from names it then.",
+)
 @click.option("--weights-only", is_flag=True, help="Leave the optimizer's state out, as for a file without it.")
-def checkpoint_from_cerebras(file: Path, recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str, weights_only: bool) -> None:
+def checkpoint_from_cerebras(
+    file: Path, recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str, weights_only: bool
+) -> None:
     """Read FILE, a checkpoint of a Cerebras system for RECIPE's model, into the folder of a run; each bit is kept."""
-    from weftrain.backends.cerebras.checkpoint import read_checkpoint
     from weftrain.core import checkpoint as checkpoints
     from weftrain.core.backend import State
-    from weftrain.core.convert import in_float32
-    from weftrain.core.fsops import sha256_file
+    from weftrain.core.formats.fsops import sha256_file
     from weftrain.core.recipe_file import load_recipe
+    from weftrain.exchange.layouts import in_float32
+    from weftrain.exchange.modelzoo.checkpoint_writer import read_checkpoint
 
     loaded = load_recipe(recipe, overrides).recipe
     tensors = read_checkpoint(file, loaded.model, optimizer=not weights_only)
@@ -144,34 +183,54 @@ def checkpoint_from_cerebras(file: Path, recipe: str, overrides: tuple[str, ...]
         )
     for name in tensors.passed_over:
         click.echo(f"passed over: {name}", err=True)
-    click.echo(f"{info.path}: step {step}, {info.size_bytes:,} bytes; start from it with start_from={{run: {run_name}, state: weights}}")
+    click.echo(
+        f"{info.path}: step {step}, {info.size_bytes:,} bytes; start from it with start_from={{run: {run_name}, state: "
+        f"weights}}"
+    )
 
 
 @convert.command("from-huggingface")
 @click.argument("folder", type=ExistingFolder)
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of runs.")
-@click.option("--run", "run_name", required=True, help="Name of the run that the checkpoint is to be of; start_from names it then.")
 @click.option(
-    "--allow-pickle", "unpickle", is_flag=True, help="Read pytorch_model.bin where there are no safetensors, in a process of its own."
+    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of runs."
 )
-def from_huggingface(folder: Path, recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str, unpickle: bool) -> None:
-    """Read FOLDER, a Hugging Face model (Llama or CrystalCoder) of RECIPE's architecture, into the folder of a run, as fp32.
+@click.option(
+    "--run",
+    "run_name",
+    required=True,
+    help="Name of the run that the checkpoint is to be of; start_from names it then.",
+)
+@click.option(
+    "--allow-pickle",
+    "unpickle",
+    is_flag=True,
+    help="Read pytorch_model.bin where there are no safetensors, in a process of its own.",
+)
+def from_huggingface(
+    folder: Path, recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str, unpickle: bool
+) -> None:
+    """Read FOLDER, a Hugging Face model (Llama or CrystalCoder) of RECIPE's architecture, into the folder of a run, as
+    fp32.
 
-    The folder's config.json must describe the model that the recipe trains. Buffers that are no weights are named on stderr.
+    The folder's config.json must describe the model that the recipe trains. Buffers that are no weights are named on
+    stderr.
     """
     from weftrain.core import checkpoint as checkpoints
     from weftrain.core.backend import State
     from weftrain.core.errors import RecipeError
-    from weftrain.core.huggingface import config_differences, files_sha256, read_config, state_tensors
-    from weftrain.core.pickled import open_weights
-    from weftrain.core.plain_file import real_path
+    from weftrain.core.formats.plain_file import real_path
     from weftrain.core.recipe_file import load_recipe
+    from weftrain.exchange.huggingface.folder import config_differences, files_sha256, read_config, state_tensors
+    from weftrain.exchange.huggingface.pickled import open_weights
 
     loaded = load_recipe(recipe, overrides).recipe
     if different := config_differences(loaded.model, read_config(folder)):
-        raise RecipeError(f"{folder / 'config.json'}: not the recipe's model (recipe -> folder): {', '.join(different)}: change the recipe")
+        raise RecipeError(
+            f"{folder / 'config.json'}: not the recipe's model (recipe -> folder): {', '.join(different)}: change the "
+            "recipe"
+        )
     with _new_checkpoints(runs, run_name) as target, open_weights(folder, unpickle=unpickle, scratch=runs) as weights:
         files = sorted(["config.json", *weights.files])
         info = checkpoints.save(
@@ -187,37 +246,54 @@ def from_huggingface(folder: Path, recipe: str, overrides: tuple[str, ...], runs
         )
         for name in weights.buffers:
             click.echo(f"passed over: {name}", err=True)
-    click.echo(f"{info.path}: {info.size_bytes:,} bytes; start from it with start_from={{run: {run_name}, state: weights}}")
+    click.echo(
+        f"{info.path}: {info.size_bytes:,} bytes; start from it with start_from={{run: {run_name}, state: weights}}"
+    )
 
 
 @convert.command("to-huggingface")
 @click.argument("checkpoint", type=ExistingFolder)
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), required=True, help="What weights are stored as; float32 is exact.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    required=True,
+    help="What weights are stored as; float32 is exact.",
+)
 @click.option("--tokenizer", type=ExistingFile, help="The dataset's tokenizer.json, to stand beside the weights.")
-@click.option("--eos", help="The token that ends a document.  [default: the first that --tokenizer knows of the usual ones]")
+@click.option(
+    "--eos", help="The token that ends a document.  [default: the first that --tokenizer knows of the usual ones]"
+)
 @click.option("--bos", help="The token that begins a document.  [default: <s> where --tokenizer has it]")
-def to_huggingface(checkpoint: Path, output: Path, dtype: str, tokenizer: Path | None, eos: str | None, bos: str | None) -> None:
-    """Write CHECKPOINT, a run's folder (its newest) or one checkpoint's, as the folder OUTPUT that Hugging Face's transformers opens.
+def to_huggingface(
+    checkpoint: Path, output: Path, dtype: str, tokenizer: Path | None, eos: str | None, bos: str | None
+) -> None:
+    """Write CHECKPOINT, a run's folder (its newest) or one checkpoint's, as the folder OUTPUT that Hugging Face's
+    transformers opens.
 
     A CrystalCoder's folder also holds its modelling code: load it with trust_remote_code=True.
     """
     import torch
 
     from weftrain.core.checkpoint import Weights
-    from weftrain.core.huggingface import write_huggingface
-    from weftrain.core.huggingface_files import tokenizer_files
     from weftrain.data_prep.tokens.markers import Markers
     from weftrain.data_prep.tokens.tokenization import load_encoder
+    from weftrain.exchange.huggingface.files import tokenizer_files
+    from weftrain.exchange.huggingface.folder import write_huggingface
 
     recipe, state, manifest = _load(checkpoint)
     extra: dict[str, Any] = {"weftrain_checkpoint": manifest["root"], "weftrain_step": state.step}
     beside: dict[str, bytes] = {}
     if tokenizer is not None:
         encoder = load_encoder(tokenizer, Markers(eos, bos), engine="tokenizers")
-        beside, ids = tokenizer_files(encoder.data, encoder.markers.separator, encoder.markers.bos, recipe.model, str(tokenizer))
+        beside, ids = tokenizer_files(
+            encoder.data, encoder.markers.separator, encoder.markers.bos, recipe.model, str(tokenizer)
+        )
         extra |= ids
-    written = write_huggingface(output, Weights(state.tensors), recipe.model, getattr(torch, dtype), extra_config=extra, beside=beside)
+    written = write_huggingface(
+        output, Weights(state.tensors), recipe.model, getattr(torch, dtype), extra_config=extra, beside=beside
+    )
     click.echo(
-        f"{output}: step {state.step}, {written.num_tensors} tensors of {dtype} in {len(written.files)} files, {written.size_bytes:,} bytes"
+        f"{output}: step {state.step}, {written.num_tensors} tensors of {dtype} in {len(written.files)} files, "
+        f"{written.size_bytes:,} bytes"
     )

@@ -1,4 +1,6 @@
-"""`weftrain data`: look into prepared datasets, check them, find where a sample came from, and hand them to other programs."""
+"""`weftrain data`: look into prepared datasets, check them, find where a sample came from, and hand them to other
+programs.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,14 @@ from weftrain.cli.display import Bar, Console
 from weftrain.core.errors import DataError
 
 if TYPE_CHECKING:
-    from weftrain.core.dataset import Manifest, ShardSet
-    from weftrain.core.shards import Stretch
+    from weftrain.core.formats.dataset import Manifest, ShardSet
+    from weftrain.core.formats.shard_reader import Stretch
     from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path))
-_SET = click.option("--set", "set_name", type=click.Choice(["train", "heldout"]), default="train", show_default=True, help="Which set.")
+_SET = click.option(
+    "--set", "set_name", type=click.Choice(["train", "heldout"]), default="train", show_default=True, help="Which set."
+)
 
 
 @click.group()
@@ -37,7 +41,7 @@ def _console() -> Console:
 @_SET
 def stats(folder: Path, set_name: str) -> None:
     """Print what the dataset in FOLDER holds: tokens by source, lengths, padding, FIM, duplicates."""
-    from weftrain.analysis.dataset_stats import dataset_stats, source_lines, stats_lines
+    from weftrain.analysis.dataset.stats import dataset_stats, source_lines, stats_lines
 
     console = _console()
     with Bar(console, "count", 1) as bar:
@@ -49,8 +53,10 @@ def stats(folder: Path, set_name: str) -> None:
 @data.command()
 @_FOLDER
 def verify(folder: Path) -> None:
-    """Check every hash of the dataset in FOLDER: manifest, lists, tokenizer, every block and file of every shard, the dataset ids."""
-    from weftrain.core.dataset import ShardSet, read_manifest, verify_tables
+    """Check every hash of the dataset in FOLDER: manifest, lists, tokenizer, every block and file of every shard, the
+    dataset ids.
+    """
+    from weftrain.core.formats.dataset import ShardSet, read_manifest, verify_tables
 
     console = _console()
     manifest = read_manifest(folder)
@@ -59,10 +65,14 @@ def verify(folder: Path) -> None:
         shards = ShardSet(folder, manifest, name)
         with Bar(console, f"verify {name}", max(1, sum(shard.num_bytes for shard in entry.shards) // 1_000_000)) as bar:
             shards.verify(functools.partial(_megabytes, bar))
-        console.print(f"{name:<8} {len(entry.shards):,} shards, {entry.n_examples:,} rows: whole, id {entry.id}", markup=False)
+        console.print(
+            f"{name:<8} {len(entry.shards):,} shards, {entry.n_examples:,} rows: whole, id {entry.id}", markup=False
+        )
     skipped = sum(manifest.inputs_skipped.values())
     inputs = f"{manifest.corpus.files:,} inputs" + (f" ({skipped:,} more were skipped)" if skipped else "")
-    console.print(f"manifest, tokenizer and the lists of {inputs} and of {manifest.num_sources:,} sources agree", markup=False)
+    console.print(
+        f"manifest, tokenizer and the lists of {inputs} and of {manifest.num_sources:,} sources agree", markup=False
+    )
 
 
 def _megabytes(bar: Bar, done: int, total: int) -> None:
@@ -73,10 +83,12 @@ def _megabytes(bar: Bar, done: int, total: int) -> None:
 @_FOLDER
 @_SET
 @click.option("--rows", type=click.IntRange(min=1), default=2, show_default=True, help="How many.")
-@click.option("--from", "first", type=click.IntRange(min=0), default=0, show_default=True, help="The first row's number.")
+@click.option(
+    "--from", "first", type=click.IntRange(min=0), default=0, show_default=True, help="The first row's number."
+)
 def head(folder: Path, set_name: str, rows: int, first: int) -> None:
     """Print rows of the dataset in FOLDER as text, document by document."""
-    from weftrain.core.dataset import open_set
+    from weftrain.core.formats.dataset import open_set
 
     console = _console()
     manifest, shards = open_set(folder, set_name)
@@ -91,27 +103,33 @@ def head(folder: Path, set_name: str, rows: int, first: int) -> None:
 
 def _encoder(folder: Path, fim_tokens: str | None = None) -> TextEncoder:
     """The dataset's tokenizer with the tokens that it was prepared with. fim_tokens: instead of those recorded."""
-    from weftrain.core.dataset import TOKENIZER, read_manifest
+    from weftrain.core.formats.dataset import TOKENIZER, read_manifest
     from weftrain.data_prep.tokens.markers import fim_names, recorded_markers
     from weftrain.data_prep.tokens.tokenization import load_encoder
 
     markers = recorded_markers(read_manifest(folder))
-    return load_encoder(folder / TOKENIZER, replace(markers, fim=fim_names(fim_tokens) or markers.fim), engine="tokenizers")
+    return load_encoder(
+        folder / TOKENIZER, replace(markers, fim=fim_names(fim_tokens) or markers.fim), engine="tokenizers"
+    )
 
 
 class _Origins:
     """Where documents came from, in words; the tables of inputs and sources are opened once."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        from weftrain.core.dataset import open_inputs, open_sources
+        from weftrain.core.formats.dataset import open_inputs, open_sources
 
         self._inputs, self._sources = open_inputs(folder, manifest), open_sources(folder, manifest)
 
     def line(self, stretch: Stretch) -> str:
-        from weftrain.core.dataset import source_name
+        from weftrain.core.formats.dataset import source_name
 
         place = "padding" if stretch.file < 0 else f"{self._inputs[stretch.file].name}:{stretch.record + 1}"
-        form = "" if stretch.fim is None or not stretch.fim[0] else f", {('', 'PSM', 'SPM')[stretch.fim[0]]} cut at {list(stretch.fim[1:])}"
+        form = (
+            ""
+            if stretch.fim is None or not stretch.fim[0]
+            else f", {('', 'PSM', 'SPM')[stretch.fim[0]]} cut at {list(stretch.fim[1:])}"
+        )
         source = source_name(self._sources, stretch.source)
         return f"inputs {stretch.first}..{stretch.last}  {place}  source {source}, document {stretch.id.hex()}{form}"
 
@@ -129,7 +147,9 @@ def _print_row(console: Console, origins: _Origins, shards: ShardSet, encoder: T
 
 def _visible(text: str) -> str:
     """Text that a terminal only shows: control characters as their escapes."""
-    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
 
 
 @data.command()
@@ -143,10 +163,10 @@ def where(recipe: str, overrides: tuple[str, ...], step: int, row: int) -> None:
     RECIPE: a built-in name, the path of a .yaml file, or a run's folder.
     """
     from weftrain.core.data import TokenSource
-    from weftrain.core.dataset import read_manifest
-    from weftrain.core.ledger import LEDGER, lineage, read_ledger
+    from weftrain.core.formats.dataset import read_manifest
     from weftrain.core.recipe_file import load_recipe
-    from weftrain.core.run_source import run_source
+    from weftrain.core.run.ledger import LEDGER, lineage, read_ledger
+    from weftrain.core.run.run_source import run_source
 
     run = Path(recipe) / "recipe.yaml"
     chosen = load_recipe(str(run) if run.is_file() else recipe, overrides).recipe
@@ -161,7 +181,9 @@ def where(recipe: str, overrides: tuple[str, ...], step: int, row: int) -> None:
     chunk = "" if found.chunk is None else f", chunk {found.chunk} of the dataset"
     run_chunk = "" if found.run_chunk is None else f", chunk {found.run_chunk} of the run"
     console.print(f"step {step}, row {row}{run_chunk}: source {found.source}, epoch {found.epoch}{chunk}", markup=False)
-    console.print(f"  {found.folder / found.file}  row {found.row_in_shard}  (row {found.row_in_set} of the set)", markup=False)
+    console.print(
+        f"  {found.folder / found.file}  row {found.row_in_shard}  (row {found.row_in_set} of the set)", markup=False
+    )
     manifest = read_manifest(found.folder)
     _print_row(console, _Origins(found.folder, manifest), component.shards, _encoder(found.folder), found.row_in_set)
 
@@ -173,7 +195,9 @@ def where(recipe: str, overrides: tuple[str, ...], step: int, row: int) -> None:
 @_SET
 @click.option("--rows-per-file", type=click.IntRange(min=1), default=65_536, show_default=True, help="Of cerebras.")
 def export(form: str, folder: Path, to: Path, set_name: str, rows_per_file: int) -> None:
-    """Write the dataset in FOLDER for another program: (N, 3, S) HDF5 files into the folder TO, or TO.bin and TO.idx."""
+    """Write the dataset in FOLDER for another program: (N, 3, S) HDF5 files into the folder TO, or TO.bin and
+    TO.idx.
+    """
     from weftrain.data_prep.interchange import export_cerebras, export_megatron
 
     console = _console()
@@ -196,8 +220,8 @@ def export(form: str, folder: Path, to: Path, set_name: str, rows_per_file: int)
 @click.option("--to", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="The page.")
 def report(folder: Path, set_name: str, to: Path) -> None:
     """Write a page about the dataset in FOLDER: one HTML file that needs no network."""
-    from weftrain.analysis.dataset_report import write_report
-    from weftrain.analysis.dataset_stats import dataset_stats
+    from weftrain.analysis.dataset.report import write_report
+    from weftrain.analysis.dataset.stats import dataset_stats
 
     console = _console()
     with Bar(console, "count", 1) as bar:
@@ -215,18 +239,22 @@ def _decoder(encoder: TextEncoder) -> Callable[[int], str]:
 @_FOLDER
 @click.option("--rate", type=float, default=0.9, show_default=True, help="Share of documents that are transformed.")
 @click.option("--spm-share", type=float, default=0.5, show_default=True, help="Of those, how many suffix first.")
-@click.option("--documents", type=click.IntRange(min=1), default=500, show_default=True, help="How many of the training set.")
+@click.option(
+    "--documents", type=click.IntRange(min=1), default=500, show_default=True, help="How many of the training set."
+)
 @click.option(
     "--fim-tokens",
     metavar="PREFIX,MIDDLE,SUFFIX[,PAD]",
     help="Control tokens.  [default: those that the dataset was prepared with, or <|fim_prefix|> and so on]",
 )
 def fim_report(folder: Path, rate: float, spm_share: float, documents: int, fim_tokens: str | None) -> None:
-    """What fill-in-the-middle would damage in the dataset in FOLDER, prepared without it: the released scripts' way and the exact one."""
+    """What fill-in-the-middle would damage in the dataset in FOLDER, prepared without it: the released scripts' way and
+    the exact one.
+    """
     from itertools import islice
 
-    from weftrain.core.dataset import open_set
-    from weftrain.data_prep.fim_damage import damage_lines, fim_damage
+    from weftrain.core.formats.dataset import open_set
+    from weftrain.data_prep.fim.damage import damage_lines, fim_damage
     from weftrain.data_prep.interchange import whole_documents
 
     manifest, shards = open_set(folder, "train")
@@ -242,7 +270,9 @@ def fim_report(folder: Path, rate: float, spm_share: float, documents: int, fim_
 @click.argument("address")
 @click.argument("folder", type=click.Path(path_type=Path))
 def fetch(address: str, folder: Path) -> None:
-    """Copy a dataset from an fsspec ADDRESS (`s3://…`) to a local FOLDER, checked before it is there: training maps local files."""
+    """Copy a dataset from an fsspec ADDRESS (`s3://…`) to a local FOLDER, checked before it is there: training maps
+    local files.
+    """
     from weftrain.data_prep.publish import fetch as copy
 
     console = _console()

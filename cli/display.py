@@ -1,8 +1,10 @@
-"""What the command line prints: text from files as text alone, and one progress bar for every verb that takes more than a few seconds.
+"""What the command line prints: text from files as text alone, and one progress bar for every verb that takes more than
+a few seconds.
 
-A ledger's reason, a tensor's name or a file's may hold anything, escape sequences of a terminal too. Every verb runs within
-`plain_output`, where what is printed passes core.printable; tables, colours and bars come from the `Console` here, which lets the same
-through as text, never as rich's markup. Without a terminal there is no bar, and a plain line is printed now and then instead.
+A ledger's reason, a tensor's name or a file's may hold anything, escape sequences of a terminal too. Every verb runs
+within `plain_output`, where what is printed passes core.printable; tables, colours and bars come from the `Console`
+here, which lets the same through as text, never as rich's markup. Without a terminal there is no bar, and a plain line
+is printed now and then instead.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from weftrain.core.printable import printable
+from weftrain.core.formats.printable import printable
 
 LINES = "\n\t"  # control characters that shape text and stay
 QUIET_SECONDS = 15.0  # between two plain lines where there is no terminal
 
 
 class Console(rich.console.Console):
-    """rich's, where a string is only a string: no markup, no emoji codes, and nothing that acts on the terminal. A style is an argument."""
+    """rich's, where a string is only a string: no markup, no emoji codes, and nothing that acts on the terminal. A
+    style is an argument.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, **options})
@@ -47,7 +51,9 @@ class Console(rich.console.Console):
 
 
 class PlainStream:
-    """A text stream that writes what it is given through `printable`. The Console here writes past it: its own sequences are wanted."""
+    """A text stream that writes what it is given through `printable`. The Console here writes past it: its own
+    sequences are wanted.
+    """
 
     def __init__(self, stream: TextIO, keep: str) -> None:
         self.rich_proxied_file = stream  # where a rich Console looks for the stream behind another
@@ -98,7 +104,9 @@ class Bar:
             self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._progress is not None:
             self._progress.stop()
 
@@ -106,7 +114,9 @@ class Bar:
         """Show `done` of `total`."""
         self._description, self._total = printable(description or self._description), total or self._total
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, note=printable(note), description=self._description, total=self._total)
+            self._progress.update(
+                self._task, completed=done, note=printable(note), description=self._description, total=self._total
+            )
         elif time.monotonic() - self._last_line_s > QUIET_SECONDS:
             self._last_line_s = time.monotonic()
             self._console.print(f"{self._description} {done:,}/{self._total:,} {note}", markup=False)

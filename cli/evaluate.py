@@ -1,6 +1,8 @@
-"""`weftrain eval`: held-out loss and perplexity of a checkpoint on its own recipe's sets; tasks of lm-eval; code that passes its tests.
+"""`weftrain eval`: held-out loss and perplexity of a checkpoint on its own recipe's sets; tasks of lm-eval; code that
+passes its tests.
 
-What a reader would get wrong: held-out loss alone runs on the run's backend and leaves no record; all else is in cli/evaluate_tasks.py.
+What a reader would get wrong: held-out loss alone runs on the run's backend and leaves no record; all else is in
+cli/evaluate_tasks.py.
 """
 
 from __future__ import annotations
@@ -23,30 +25,75 @@ from weftrain.cli.display import Console
 @click.option("--backend", help="Another backend than the run's, with its own default options: held-out loss alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a score instead of a table.")
 @click.option("--tasks", help="Tasks or groups of lm-eval by name, with commas between them.")
-@click.option("--preset", type=click.Choice(["llm360"]), help="The tasks, shots and metrics of the LLM360 paper, beside its scores.")
-@click.option("--shots", type=click.IntRange(min=0), help="Examples before each question of --tasks.  [default: the task's own number]")
-@click.option("--include", type=click.Path(path_type=Path), help="A folder of task YAML files. Python that they name is run.")
-@click.option("--limit", type=click.IntRange(min=1), help="Documents of each task, or problems of --code: a record then is partial.")
-@click.option("--code", type=click.Path(path_type=Path), help="Problems to write programs for, JSON lines; pass@k by running their tests.")
-@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Programs for each problem of --code.")
-@click.option("--k", "ks", default="1", show_default=True, help="For pass@k, with commas between them: none above --samples.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Of the programs; 0: greedy.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Of the programs: nucleus sampling.  [default: all]")
+@click.option(
+    "--preset",
+    type=click.Choice(["llm360"]),
+    help="The tasks, shots and metrics of the LLM360 paper, beside its scores.",
+)
+@click.option(
+    "--shots",
+    type=click.IntRange(min=0),
+    help="Examples before each question of --tasks.  [default: the task's own number]",
+)
+@click.option(
+    "--include", type=click.Path(path_type=Path), help="A folder of task YAML files. Python that they name is run."
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    help="Documents of each task, or problems of --code: a record then is partial.",
+)
+@click.option(
+    "--code",
+    type=click.Path(path_type=Path),
+    help="Problems to write programs for, JSON lines; pass@k by running their tests.",
+)
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Programs for each problem of --code."
+)
+@click.option(
+    "--k", "ks", default="1", show_default=True, help="For pass@k, with commas between them: none above --samples."
+)
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Of the programs; 0: greedy."
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    help="Of the programs: nucleus sampling.  [default: all]",
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of each program.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json.  [default: of the recipe's first source]")
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json.  [default: of the recipe's first source]"
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences at once.")
-@click.option("--seed", type=click.IntRange(min=0), default=1234, show_default=True, help="Of few-shot examples and of sampling.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=1234, show_default=True, help="Of few-shot examples and of sampling."
+)
 @click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--watch", is_flag=True, help="Evaluate each checkpoint of the run as it appears, until the run has ended.")
-@click.option("--every-seconds", type=click.FloatRange(min=0.1), default=30.0, show_default=True, help="Between two looks of --watch.")
-@click.option("--until-step", type=click.IntRange(min=1), help="End --watch when a checkpoint of this step or a later one is there.")
+@click.option(
+    "--watch", is_flag=True, help="Evaluate each checkpoint of the run as it appears, until the run has ended."
+)
+@click.option(
+    "--every-seconds",
+    type=click.FloatRange(min=0.1),
+    default=30.0,
+    show_default=True,
+    help="Between two looks of --watch.",
+)
+@click.option(
+    "--until-step",
+    type=click.IntRange(min=1),
+    help="End --watch when a checkpoint of this step or a later one is there.",
+)
 @click.pass_context
 def evaluate(context: click.Context, run: Path, overrides: tuple[str, ...], **options: Any) -> None:
-    """Measure held-out loss and perplexity per set. RUN is a run folder (its newest whole checkpoint) or one checkpoint's folder.
+    """Measure held-out loss and perplexity per set. RUN is a run folder (its newest whole checkpoint) or one
+    checkpoint's folder.
 
-    With --tasks, --preset or --code: scores of tasks instead. Each is a record in RUN/analyses/evaluations; one that is there is not
-    computed again. With --watch: records of every checkpoint, of held-out loss where no tasks are named.
+    With --tasks, --preset or --code: scores of tasks instead. Each is a record in RUN/analyses/evaluations; one that is
+    there is not computed again. With --watch: records of every checkpoint, of held-out loss where no tasks are named.
 
     KEY.SUB=VALUE lays a value over the recorded recipe, e.g. data.root=/other/place.
     """
@@ -91,7 +138,7 @@ def _check(context: click.Context, options: dict[str, Any]) -> None:
 
 
 def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: str | None, as_json: bool) -> None:
-    from weftrain.analysis.evaluation import perplexity_of
+    from weftrain.analysis.evaluation.tasks import perplexity_of
     from weftrain.cli.assembly import newest_or_named, open_data, recipe_of_checkpoint
     from weftrain.cli.resolve import backend_options
     from weftrain.core import checkpoint
@@ -102,7 +149,9 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
     path = newest_or_named(run, lambda line: console.print(line, markup=False))
     state, manifest = checkpoint.load(path, verified=path != run)
     own = [f"log.evaluate_rows={rows or 2**40}", "batch.replicas=1"]
-    file = recipe_of_checkpoint(path, manifest, [*overrides, *own], backend, lambda line: console.print(line, markup=False))
+    file = recipe_of_checkpoint(
+        path, manifest, [*overrides, *own], backend, lambda line: console.print(line, markup=False)
+    )
     chosen, options = backend_options(file)
     _, heldout = open_data(file.recipe)
     if not heldout:
@@ -112,16 +161,25 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
     table = Table("held-out set", "rows", "loss", "perplexity", "tokens", title=title, title_justify="left", box=None)
     with tempfile.TemporaryDirectory(prefix="weftrain-eval-") as folder:  # for a backend that keeps state on disk
         prepared = prepare_run(
-            chosen, Job(file.recipe, Plan(state.step, state.step), options, weights, folder=Path(folder), kept="replace")
+            chosen,
+            Job(file.recipe, Plan(state.step, state.step), options, weights, folder=Path(folder), kept="replace"),
         )
         for held in heldout:
             result = prepared.evaluate(held)
             perplexity = perplexity_of(result.loss)
-            read = f"all {held.num_rows:,}" if held.num_rows == held.rows_available else f"{held.num_rows:,} of {held.rows_available:,}"
+            read = (
+                f"all {held.num_rows:,}"
+                if held.num_rows == held.rows_available
+                else f"{held.num_rows:,} of {held.rows_available:,}"
+            )
             if as_json:
                 record = {"checkpoint": manifest["root"], "step": state.step, "set": held.name, "loss": result.loss}
                 record |= {"rows": held.num_rows, "rows_available": held.rows_available}
-                click.echo(json.dumps({**record, "perplexity": perplexity, "tokens": result.tokens, "dataset_id": held.dataset_id}))
+                click.echo(
+                    json.dumps(
+                        {**record, "perplexity": perplexity, "tokens": result.tokens, "dataset_id": held.dataset_id}
+                    )
+                )
             table.add_row(held.name, read, f"{result.loss:.4f}", f"{perplexity:,.3f}", f"{result.tokens:,}")
         prepared.close()
     if not as_json:

@@ -1,6 +1,8 @@
-"""What `weftrain eval` does beside held-out loss on the run's backend: scores that are kept as records, once or as checkpoints appear.
+"""What `weftrain eval` does beside held-out loss on the run's backend: scores that are kept as records, once or as
+checkpoints appear.
 
-What a reader would get wrong: a checkpoint is opened only when a record is missing. Its manifest, which names it, is read always.
+What a reader would get wrong: a checkpoint is opened only when a record is missing. Its manifest, which names it, is
+read always.
 """
 
 from __future__ import annotations
@@ -13,23 +15,23 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from weftrain.analysis.evaluation import PRESETS, TaskRequest
-from weftrain.analysis.evaluation_records import Record, Settings, Subject
+from weftrain.analysis.evaluation.records import Record, Settings, Subject
+from weftrain.analysis.evaluation.tasks import PRESETS, TaskRequest
 from weftrain.cli.display import Bar, Console
 from weftrain.core.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from weftrain.analysis.generation import Generator
-    from weftrain.analysis.lm_eval_model import CheckpointLM
-    from weftrain.core.dataset import Manifest
+    from weftrain.analysis.evaluation.generation import Generator
+    from weftrain.analysis.evaluation.lm_eval_model import CheckpointLM
+    from weftrain.core.formats.dataset import Manifest
     from weftrain.core.model import Decoder
 
 
 def evaluate_records(run: Path, overrides: Sequence[str], options: dict[str, Any]) -> None:
     """The verb's work: `options` are its own, checked. Raises WeftrainError."""
-    from weftrain.analysis.watcher import watch
+    from weftrain.analysis.evaluation.watcher import watch
     from weftrain.cli.assembly import newest_or_named
 
     console = Console(highlight=False, soft_wrap=True, stderr=options["as_json"])
@@ -46,7 +48,9 @@ def evaluate_records(run: Path, overrides: Sequence[str], options: dict[str, Any
 
     if options["watch"]:
         if not (run / "checkpoints").is_dir():
-            raise CheckpointError(f"{run}: no run folder, it has no 'checkpoints'; start the run first, or leave --watch out")
+            raise CheckpointError(
+                f"{run}: no run folder, it has no 'checkpoints'; start the run first, or leave --watch out"
+            )
         steps = watch(run, evaluate, every_seconds=options["every_seconds"], until_step=options["until_step"], say=say)
         say(f"watched to the end: {len(steps)} checkpoints")
         return
@@ -60,20 +64,28 @@ def _settings(options: dict[str, Any]) -> Settings:
     device = options["device"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Settings(options["batch_size"], options["seed"], options["limit"], options["precision"], device, options["include"])
+    return Settings(
+        options["batch_size"], options["seed"], options["limit"], options["precision"], device, options["include"]
+    )
 
 
 class _Checkpoint:
-    """A checkpoint, whose weights are read and verified when they are asked for. Raises CheckpointError, DataError, RecipeError."""
+    """A checkpoint, whose weights are read and verified when they are asked for. Raises CheckpointError, DataError,
+    RecipeError.
+    """
 
-    def __init__(self, path: Path, overrides: Sequence[str], settings: Settings, tokenizer: Path | None, verified: bool) -> None:
+    def __init__(
+        self, path: Path, overrides: Sequence[str], settings: Settings, tokenizer: Path | None, verified: bool
+    ) -> None:
         from weftrain.cli.assembly import recipe_of_checkpoint
-        from weftrain.core.manifest import read_manifest
+        from weftrain.core.formats.checkpoint_manifest import read_manifest
 
         try:
             manifest = read_manifest(path)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: manifest.json: {error}: name a run folder or a checkpoint's folder") from error
+            raise CheckpointError(
+                f"{path}: manifest.json: {error}: name a run folder or a checkpoint's folder"
+            ) from error
         self.path, self._settings, self._verified, self._given_tokenizer = path, settings, verified, tokenizer
         self.root, self.step = manifest["root"], manifest["step"]
         self.recipe = recipe_of_checkpoint(path, manifest, overrides).recipe
@@ -82,7 +94,7 @@ class _Checkpoint:
     def decoder(self) -> Decoder:
         import torch
 
-        from weftrain.analysis.generation import load_model
+        from weftrain.analysis.evaluation.generation import load_model
         from weftrain.core import checkpoint
 
         state, manifest = checkpoint.load(self.path, verified=self._verified)
@@ -93,14 +105,14 @@ class _Checkpoint:
 
     @functools.cached_property
     def generator(self) -> Generator:
-        from weftrain.analysis.generation import Generator
+        from weftrain.analysis.evaluation.generation import Generator
 
         return Generator(self.decoder)
 
     @functools.cached_property
     def tokenizer_file(self) -> tuple[Path, tuple[Path, Manifest] | None]:
         """Which file the tokenizer is read from, and the dataset that must agree with it: its folder and manifest."""
-        from weftrain.core.dataset import TOKENIZER, read_manifest
+        from weftrain.core.formats.dataset import TOKENIZER, read_manifest
 
         data = self.recipe.data
         folder = Path(data.root) / data.sources[0].path if data.sources else None
@@ -108,13 +120,16 @@ class _Checkpoint:
         path = self._given_tokenizer or (None if dataset is None else dataset[0] / TOKENIZER)
         if path is None:
             where = "the recipe names no dataset" if folder is None else f"{folder} is not there"
-            raise DataError(f"{self.path}: no tokenizer: {where}; name the model's tokenizer.json with --tokenizer, or set data.root=")
+            raise DataError(
+                f"{self.path}: no tokenizer: {where}; name the model's tokenizer.json with --tokenizer, or set "
+                "data.root="
+            )
         return path, dataset
 
     @functools.cached_property
     def tokenizer(self) -> tuple[Tokenizer, str, int]:
         """The tokenizer, its SHA-256, and the id that ends a text."""
-        from weftrain.analysis.evaluation import end_of_text_id, open_tokenizer
+        from weftrain.analysis.evaluation.tasks import end_of_text_id, open_tokenizer
 
         path, dataset = self.tokenizer_file
         tokenizer, sha256 = open_tokenizer(path, self.recipe.model.vocab_size, dataset)
@@ -123,15 +138,18 @@ class _Checkpoint:
 
 def _requests(options: dict[str, Any]) -> list[TaskRequest]:
     named = [name.strip() for name in (options["tasks"] or "").split(",") if name.strip()]
-    return [*(PRESETS[options["preset"]] if options["preset"] else ()), *(TaskRequest(name, options["shots"]) for name in named)]
+    return [
+        *(PRESETS[options["preset"]] if options["preset"] else ()),
+        *(TaskRequest(name, options["shots"]) for name in named),
+    ]
 
 
 def _records(opened: _Checkpoint, settings: Settings, options: dict[str, Any], console: Console) -> list[Record]:
     """Every score that was asked for, of one checkpoint: read where its record is there, else computed and kept."""
-    from weftrain.analysis.evaluation import attend_within_documents, run_heldout, run_tasks
-    from weftrain.analysis.evaluation_records import records_folder
+    from weftrain.analysis.evaluation.records import records_folder
+    from weftrain.analysis.evaluation.tasks import attend_within_documents, run_heldout, run_tasks
     from weftrain.core.data import open_heldout
-    from weftrain.core.tokenizer_file import panics_refused
+    from weftrain.core.formats.tokenizer_file import panics_refused
 
     folder, requests = records_folder(opened.path), _requests(options)
     records: list[Record] = []
@@ -140,7 +158,7 @@ def _records(opened: _Checkpoint, settings: Settings, options: dict[str, Any], c
             tokenizer, sha256, eos_id = opened.tokenizer
 
             def model() -> CheckpointLM:
-                from weftrain.analysis.lm_eval_model import CheckpointLM
+                from weftrain.analysis.evaluation.lm_eval_model import CheckpointLM
 
                 return CheckpointLM(
                     opened.generator,
@@ -160,9 +178,15 @@ def _records(opened: _Checkpoint, settings: Settings, options: dict[str, Any], c
                 records.append(_code(opened, settings, options, folder, bar))
         if not requests and not options["code"]:
             recipe = opened.recipe
-            sets = open_heldout(recipe.data, recipe.model.vocab_size, options["rows"] or 2**40) if recipe.data.sources else []
+            sets = (
+                open_heldout(recipe.data, recipe.model.vocab_size, options["rows"] or 2**40)
+                if recipe.data.sources
+                else []
+            )
             if not sets:
-                raise DataError(f"{opened.path}: its recipe has no held-out set; name --tasks or --code, or prepare one")
+                raise DataError(
+                    f"{opened.path}: its recipe has no held-out set; name --tasks or --code, or prepare one"
+                )
 
             def decoder() -> Decoder:
                 if recipe.data.document_attention:
@@ -174,7 +198,7 @@ def _records(opened: _Checkpoint, settings: Settings, options: dict[str, Any], c
 
 
 def _code(opened: _Checkpoint, settings: Settings, options: dict[str, Any], folder: Path, bar: Bar) -> Record:
-    from weftrain.analysis.evaluation_code import CodeSettings, run_code
+    from weftrain.analysis.evaluation.code import CodeSettings, run_code
 
     try:
         ks = tuple(int(k) for k in options["ks"].split(","))
@@ -198,7 +222,7 @@ def _code(opened: _Checkpoint, settings: Settings, options: dict[str, Any], fold
 
 
 def _show(records: Sequence[Record], opened: _Checkpoint, as_json: bool, console: Console) -> None:
-    from weftrain.core.canonical import canonical_json
+    from weftrain.core.formats.canonical import canonical_json
 
     if as_json:
         for record in records:
@@ -212,8 +236,12 @@ def _show(records: Sequence[Record], opened: _Checkpoint, as_json: bool, console
     for record in records:
         percent, error = record["value_percent"], record["stderr_percent"]
         score = f"{percent:.2f} %" if percent is not None else _shown(record["value"])
-        deviation = f"{error:.2f}" if error is not None else ("" if record["stderr"] is None else f"{record['stderr']:.4g}")
-        count = f"{record['samples']:,}" + (f" of {record.get('samples_available', 'more'):,}" if record.get("partial") else "")
+        deviation = (
+            f"{error:.2f}" if error is not None else ("" if record["stderr"] is None else f"{record['stderr']:.4g}")
+        )
+        count = f"{record['samples']:,}" + (
+            f" of {record.get('samples_available', 'more'):,}" if record.get("partial") else ""
+        )
         others = [_shown(record.get("published_percent", {}).get(name, "")) for name in published]
         table.add_row(record["task"], str(record["shots"]), record["metric"], score, deviation, count, *others)
     console.print(table)

@@ -1,7 +1,7 @@
 """`weftrain generate`: continue a prompt with a run's newest checkpoint, or with one that is named.
 
-The prompt begins as the texts of the run's dataset do: with its start token where it was prepared with `--bos`, else as it stands. With
-`--tokenizer`, which says nothing of the dataset, nothing is put in front.
+The prompt begins as the texts of the run's dataset do: with its start token where it was prepared with `--bos`, else as
+it stands. With `--tokenizer`, which says nothing of the dataset, nothing is put in front.
 """
 
 from __future__ import annotations
@@ -19,14 +19,30 @@ if TYPE_CHECKING:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--prompt", help="Text to continue.")
-@click.option("--ids", help="Token ids to continue, such as 1,2,3; the ids that follow are printed, and no tokenizer is needed.")
+@click.option(
+    "--ids", help="Token ids to continue, such as 1,2,3; the ids that follow are printed, and no tokenizer is needed."
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="How many at most.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: always the most likely token.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0: always the most likely token.",
+)
 @click.option("--top-k", type=click.IntRange(min=1), help="Draw from so many of the most likely tokens.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Draw from the most likely tokens of this probability.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    help="Draw from the most likely tokens of this probability.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of drawing.")
-@click.option("--stop-id", "stop_ids", type=click.IntRange(min=0), multiple=True, help="End before this id; may be given again.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json.  [default: of the recipe's first dataset]")
+@click.option(
+    "--stop-id", "stop_ids", type=click.IntRange(min=0), multiple=True, help="End before this id; may be given again."
+)
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json.  [default: of the recipe's first dataset]"
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 def generate(
     run: Path,
@@ -52,12 +68,12 @@ def generate(
         raise click.UsageError("--top-k and --top-p need a --temperature above 0")
     given = None if ids is None else parse_ids(ids)
 
-    from weftrain.analysis.evaluation import open_tokenizer
-    from weftrain.analysis.generation import Generator, load_model
+    from weftrain.analysis.evaluation.generation import Generator, load_model
+    from weftrain.analysis.evaluation.tasks import open_tokenizer
     from weftrain.cli.assembly import newest_or_named, recipe_of_checkpoint
     from weftrain.core import checkpoint
-    from weftrain.core.dataset import read_manifest
-    from weftrain.core.tokenizer_file import panics_refused
+    from weftrain.core.formats.dataset import read_manifest
+    from weftrain.core.formats.tokenizer_file import panics_refused
 
     path = newest_or_named(run, lambda line: click.echo(line, err=True))
     state, manifest = checkpoint.load(path, verified=path != run)
@@ -68,7 +84,8 @@ def generate(
         dataset = None if tokenizer is not None else (file.parent, read_manifest(file.parent))
         encoder, _ = open_tokenizer(file, recipe.model.vocab_size, dataset)
         with panics_refused(str(file)):
-            begins = dataset is not None and dataset[1].bos_id is not None  # then every text that was trained on began with it
+            # then every text that was trained on began with it
+            begins = dataset is not None and dataset[1].bos_id is not None
             given = encoder.encode(prompt, add_special_tokens=begins).ids
     generator = Generator(load_model(checkpoint.Weights(state.tensors), recipe.model, device))
     (found,) = generator.generate(
@@ -91,14 +108,19 @@ def parse_ids(text: str) -> list[int]:
 
 def default_tokenizer(recipe: Recipe) -> Path:
     """tokenizer.json of the dataset of the recipe's first source. Raises DataError."""
-    from weftrain.core.dataset import TOKENIZER
     from weftrain.core.errors import DataError
+    from weftrain.core.formats.dataset import TOKENIZER
 
     if not recipe.data.sources:
-        raise DataError("data.synthetic_rows: random rows have no tokenizer; name one with --tokenizer, or give --ids instead of --prompt")
+        raise DataError(
+            "data.synthetic_rows: random rows have no tokenizer; name one with --tokenizer, or give --ids instead of "
+            "--prompt"
+        )
     return Path(recipe.data.root) / recipe.data.sources[0].path / TOKENIZER
 
 
 def _visible(text: str) -> str:
     """Text that a terminal only shows: control characters as their escapes, lines and tabs as they are."""
-    return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text)
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
+    )

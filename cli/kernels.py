@@ -1,7 +1,8 @@
 """`weftrain kernels`: who implements which op, whether it is right, whether it compiles, how fast it is.
 
-What a reader would get wrong: `check` and `bench` run in this process on what can run here; `--interpret` starts another one, because
-Triton decides when it is imported whether it interprets, and an interpreting process cannot compile.
+What a reader would get wrong: `check` and `bench` run in this process on what can run here; `--interpret` starts
+another one, because Triton decides when it is imported whether it interprets, and an interpreting process cannot
+compile.
 """
 
 from __future__ import annotations
@@ -23,19 +24,29 @@ from weftrain.cli.display import Bar, Console
 if TYPE_CHECKING:
     from weftrain.analysis.kernel_bench import Measurement, Report
     from weftrain.kernels.checks import Finding
-    from weftrain.kernels.compile_gate import Row
+    from weftrain.kernels.checks.compile_gate import Row
 
 DTYPES = ("float32", "bfloat16", "float16")
 _OPS = click.option("--op", "ops", multiple=True, metavar="OP", help="Only this op (repeatable).")
 _SOURCES = click.option("--source", "sources", multiple=True, metavar="SOURCE", help="Only this source (repeatable).")
-_DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device type.")
+_DEVICE = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device type."
+)
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _JSON = click.option("--json", "json_path", type=_FILE, metavar="FILE", help="Write the result there.")
 
 
 @click.group(invoke_without_command=True)
-@click.option("--device", "devices", type=click.Choice(["cpu", "cuda"]), multiple=True, help="Only this device type; default: both.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Dtype of the activations.")
+@click.option(
+    "--device",
+    "devices",
+    type=click.Choice(["cpu", "cuda"]),
+    multiple=True,
+    help="Only this device type; default: both.",
+)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Dtype of the activations."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.pass_context
 def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: bool) -> None:
@@ -51,7 +62,14 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
     found = {device: table(device, getattr(torch, dtype)) for device in devices or ("cpu", "cuda")}
     if as_json:
         rows = [
-            {"op": row.op, "source": row.source, "version": row.version, "device": device, "dtype": dtype, "reason": row.reason}
+            {
+                "op": row.op,
+                "source": row.source,
+                "version": row.version,
+                "device": device,
+                "dtype": dtype,
+                "reason": row.reason,
+            }
             for device, by_op in found.items()
             for row in by_op
         ]
@@ -63,7 +81,10 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
     previous = ""
     for rows_of_one in zip(*found.values(), strict=True):
         first = rows_of_one[0]
-        states = ["ok" if row.reason is None else f"no ({reasons.setdefault(row.reason, len(reasons) + 1)})" for row in rows_of_one]
+        states = [
+            "ok" if row.reason is None else f"no ({reasons.setdefault(row.reason, len(reasons) + 1)})"
+            for row in rows_of_one
+        ]
         shown.add_row("" if first.op == previous else first.op, first.source, first.version, *states)
         previous = first.op
     _print_table(shown)
@@ -72,16 +93,27 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
     console.print(f"asked in this order unless a recipe says otherwise: {', '.join(DEFAULT_PREFERENCES)}", markup=False)
 
 
-# ---- check --------------------------------------------------------------------------------------------------------------------------
+# ---- check
+# ----------------------------------------------------------------------------------------------------
 
 
 @kernels.command("check")
 @_OPS
 @_SOURCES
 @_DEVICE
-@click.option("--dtype", "dtypes", type=click.Choice(DTYPES), multiple=True, help="Only this dtype (repeatable); default: all three.")
+@click.option(
+    "--dtype",
+    "dtypes",
+    type=click.Choice(DTYPES),
+    multiple=True,
+    help="Only this dtype (repeatable); default: all three.",
+)
 @click.option("--check", "checks", multiple=True, metavar="CHECK", help="Only this check (repeatable).")
-@click.option("--interpret", is_flag=True, help="Run Triton kernels on the CPU, under Triton's interpreter, in a process of its own.")
+@click.option(
+    "--interpret",
+    is_flag=True,
+    help="Run Triton kernels on the CPU, under Triton's interpreter, in a process of its own.",
+)
 @_JSON
 def check(
     ops: tuple[str, ...],
@@ -111,12 +143,17 @@ def check(
     if json_path is not None:
         json_path.write_text(to_json(report))
     _print_table(_findings_table(report))
-    for reason in dict.fromkeys(f"{item.op} {item.source}: {item.reason}" for item in report.skipped if item.check == "*"):
+    for reason in dict.fromkeys(
+        f"{item.op} {item.source}: {item.reason}" for item in report.skipped if item.check == "*"
+    ):
         console.print(f"skipped {reason}", markup=False)
     for finding in report.failed:
         where = f"{finding.op} {finding.source} {finding.check} {finding.example} {finding.dtype}"
         console.print(f"FAILED {where}: {finding.detail}", markup=False)
-    console.print(f"{len(report) - len(report.failed)} passed, {len(report.failed)} failed, {len(report.skipped)} skipped", markup=False)
+    console.print(
+        f"{len(report) - len(report.failed)} passed, {len(report.failed)} failed, {len(report.skipped)} skipped",
+        markup=False,
+    )
     if not report:
         console.print("nothing was checked: no implementation that was asked for is available here", markup=False)
     sys.exit(1 if report.failed or not report else 0)
@@ -129,23 +166,36 @@ def _findings_table(findings: Sequence[Finding]) -> Table:
     for op, source in dict.fromkeys((finding.op, finding.source) for finding in findings):
         cells = []
         for name in names:
-            answers = [finding.ok for finding in findings if (finding.op, finding.source, finding.check) == (op, source, name)]
+            answers = [
+                finding.ok for finding in findings if (finding.op, finding.source, finding.check) == (op, source, name)
+            ]
             cells.append("-" if not answers else f"{sum(answers)}/{len(answers)}" + ("" if all(answers) else " FAILED"))
         shown.add_row(op, source, *cells)
     return shown
 
 
-# ---- compile ------------------------------------------------------------------------------------------------------------------------
+# ---- compile
+# ----------------------------------------------------------------------------------------------------
 
 
 @kernels.command("compile")
 @_OPS
 @_SOURCES
-@click.option("--target", "targets", multiple=True, metavar="TARGET", help="Only this target (repeatable): sm_80, sm_90, sm_100, gfx942.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="TARGET",
+    help="Only this target (repeatable): sm_80, sm_90, sm_100, gfx942.",
+)
 @click.option("--defaults-only", is_flag=True, help="Leave out the candidates that a launch does not take.")
 @_JSON
 @click.option(
-    "--diff", "old_path", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="OLD", help="Compare with this JSON."
+    "--diff",
+    "old_path",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="OLD",
+    help="Compare with this JSON.",
 )
 def compile_(
     ops: tuple[str, ...],
@@ -159,12 +209,13 @@ def compile_(
 
     Exit code 1 if a default configuration does not compile within its target's limits.
     """
-    from weftrain.core.plain_file import read_plain
-    from weftrain.kernels.compile_gate import compile_all, diff, from_json, to_json
+    from weftrain.core.formats.plain_file import read_plain
+    from weftrain.kernels.checks.compile_gate import compile_all, diff, from_json, to_json
     from weftrain.kernels.contract import TARGETS
 
     console = _console()
-    old = None if old_path is None else from_json(read_plain(old_path, "record").decode())  # before the minutes, not after
+    # before the minutes, not after
+    old = None if old_path is None else from_json(read_plain(old_path, "record").decode())
     with Bar(console, "compiling", 1) as bar:
         rows = compile_all(None, ops or None, sources or None, targets or TARGETS, not defaults_only, _progress(bar))
     if json_path is not None:
@@ -182,13 +233,26 @@ def compile_(
     excluded = sum(row.excluded is not None for row in rows)
     candidates = sum(not row.ok and not row.default for row in rows)
     console.print(
-        f"{len(rows)} configurations x targets: {len(failed)} failed, {candidates} candidates fail, {excluded} excluded", markup=False
+        f"{len(rows)} configurations x targets: {len(failed)} failed, {candidates} candidates fail, {excluded} "
+        "excluded",
+        markup=False,
     )
     sys.exit(1 if failed else 0)
 
 
 def _rows_table(rows: Sequence[Row]) -> Table:
-    headings = ("op", "source", "kernel", "target", "state", "registers", "spills", "shared / limit KiB", "matrix", "binary KiB")
+    headings = (
+        "op",
+        "source",
+        "kernel",
+        "target",
+        "state",
+        "registers",
+        "spills",
+        "shared / limit KiB",
+        "matrix",
+        "binary KiB",
+    )
     shown = Table(*headings, box=None, pad_edge=False)
     for row in rows:
         state = "excluded" if row.excluded else "ok" if row.ok else "FAILED"
@@ -204,7 +268,8 @@ def _rows_table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-# ---- bench --------------------------------------------------------------------------------------------------------------------------
+# ---- bench
+# ----------------------------------------------------------------------------------------------------
 
 
 @kernels.command("bench")
@@ -216,15 +281,27 @@ def _rows_table(rows: Sequence[Row]) -> Table:
     metavar="SOURCE",
     help="Only this source (repeatable); 'reference' is torch eager.",
 )
-@click.option("--suite", type=click.Choice(["small", "70m", "7b"]), default="small", show_default=True, help="Which shapes.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Dtype of the activations.")
+@click.option(
+    "--suite", type=click.Choice(["small", "70m", "7b"]), default="small", show_default=True, help="Which shapes."
+)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Dtype of the activations."
+)
 @_DEVICE
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's.")
 @click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Samples of each source.")
-@click.option("--interpret", is_flag=True, help="Run Triton kernels under its interpreter: plumbing only, in a process of its own.")
+@click.option(
+    "--interpret",
+    is_flag=True,
+    help="Run Triton kernels under its interpreter: plumbing only, in a process of its own.",
+)
 @_JSON
 @click.option(
-    "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw the shares of the roofline."
+    "--plot",
+    "plot_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Draw the shares of the roofline.",
 )
 def bench(
     ops: tuple[str, ...],
@@ -255,7 +332,9 @@ def bench(
         torch.set_num_threads(threads)
     console = _console()
     with Bar(console, "benchmarks", 1) as bar:
-        report = kernel_bench.bench(ops or None, sources or None, suite, getattr(torch, dtype), device, repeats, progress=_progress(bar))
+        report = kernel_bench.bench(
+            ops or None, sources or None, suite, getattr(torch, dtype), device, repeats, progress=_progress(bar)
+        )
     if json_path is not None:
         json_path.write_text(report.to_json())
     if plot_path is not None:
@@ -265,7 +344,9 @@ def bench(
     for line in machine_lines(report):
         console.print(line, markup=False)
     _print_table(bench_table(report))
-    for reason in dict.fromkeys(_why_skipped(item.op, item.example, item.source, item.reason) for item in report.skipped):
+    for reason in dict.fromkeys(
+        _why_skipped(item.op, item.example, item.source, item.reason) for item in report.skipped
+    ):
         console.print(reason, markup=False)
 
 
@@ -278,28 +359,50 @@ def machine_lines(report: Report) -> list[str]:
         return "unknown" if value is None else f"{value:,.1f} {'GFLOP' if unit == 'gflop' else 'GB'}/s"
 
     lines = [
-        f"{env['device']}, {env['threads']} threads, {env['cpu_capability']}, torch {env['torch']}, {env['dtype']}, suite {env['suite']}",
+        f"{env['device']}, {env['threads']} threads, {env['cpu_capability']}, torch {env['torch']}, {env['dtype']}, "
+        f"suite {env['suite']}",
         f"peak       {figure('measured_peak', 'gflop')} ({env['measured_peak_origin']}); "
         f"data sheet: {figure('sourced_peak', 'gflop')} ({env['sourced_peak_origin']})",
         f"bandwidth  {figure('measured_bandwidth', 'gb')} ({env['measured_bandwidth_origin']}); "
         f"data sheet: {figure('sourced_bandwidth', 'gb')} ({env['sourced_bandwidth_origin']})",
     ]
     if env["device_type"] == "cuda":
-        return [*lines, f"cache      {env['cache_bytes'] / 2**20:,.0f} MiB ({env['cache_origin']}), overwritten before each sample"]
+        return [
+            *lines,
+            f"cache      {env['cache_bytes'] / 2**20:,.0f} MiB ({env['cache_origin']}), overwritten before each sample",
+        ]
     copies = sorted({one.copies for one in report.measurements})
-    spread = f"{copies[0]:,} to {copies[-1]:,}" if len(copies) > 1 else ", ".join(f"{count:,}" for count in copies) or "no"
+    spread = (
+        f"{copies[0]:,} to {copies[-1]:,}" if len(copies) > 1 else ", ".join(f"{count:,}" for count in copies) or "no"
+    )
     within = sorted({f"{one.op} {one.example}" for one in report.measurements if not one.beyond_cache})
     fits = f"; still within the cache: {', '.join(within)}" if within else ""
     return [
         *lines,
-        f"cache      {env['cache_bytes'] / 2**20:,.0f} MiB ({env['cache_origin']}); inputs in {spread} copies, used in turn{fits}",
+        f"cache      {env['cache_bytes'] / 2**20:,.0f} MiB ({env['cache_origin']}); inputs in {spread} copies, used in "
+        f"turn{fits}",
     ]
 
 
 def bench_table(report: Report) -> Table:
     """One line a measurement; 'x eager' is the reference's median over this one."""
-    eager = {(one.op, one.example, one.direction): one.median_ms for one in report.measurements if one.source == "reference"}
-    headings = ("op", "example", "direction", "source", "ms (median)", "interval", "x eager", "GB/s", "GFLOP/s", "roofline", "bound", "")
+    eager = {
+        (one.op, one.example, one.direction): one.median_ms for one in report.measurements if one.source == "reference"
+    }
+    headings = (
+        "op",
+        "example",
+        "direction",
+        "source",
+        "ms (median)",
+        "interval",
+        "x eager",
+        "GB/s",
+        "GFLOP/s",
+        "roofline",
+        "bound",
+        "",
+    )
     shown = Table(*headings, box=None, pad_edge=False)
     for one in report.measurements:
         shown.add_row(*_cells(one, eager.get((one.op, one.example, one.direction))))
@@ -313,14 +416,27 @@ def _cells(one: Measurement, eager_ms: float | None) -> list[str]:
     share = "unknown" if one.roofline_share is None else f"{one.roofline_share:.1%}"
     rates = [f"{one.gb_per_second:.3g}", f"{one.gflop_per_second:.4g}"]
     source = names.get(one.source, one.source)
-    return [one.op, one.example, one.direction, source, f"{one.median_ms:.4g}", interval, times, *rates, share, one.bound or "-", one.note]
+    return [
+        one.op,
+        one.example,
+        one.direction,
+        source,
+        f"{one.median_ms:.4g}",
+        interval,
+        times,
+        *rates,
+        share,
+        one.bound or "-",
+        one.note,
+    ]
 
 
 def _why_skipped(op: str, example: str, source: str, reason: str) -> str:
     return f"not measured: {' '.join(part for part in (op, example, source) if part)}: {reason}"
 
 
-# ---- the parts ----------------------------------------------------------------------------------------------------------------------
+# ---- the parts
+# ----------------------------------------------------------------------------------------------------
 
 
 def _console() -> Console:
@@ -339,17 +455,29 @@ def _progress(bar: Bar) -> Callable[[int, int, str], None]:
 
 def _repeated(**values: Sequence[str]) -> list[str]:
     """ops=("a", "b") -> --op a --op b."""
-    return [part for name, given in values.items() for value in given for part in (f"--{name.removesuffix('s')}", value)]
+    return [
+        part for name, given in values.items() for value in given for part in (f"--{name.removesuffix('s')}", value)
+    ]
 
 
 def _interpreted(verb: str, options: Sequence[str], json_path: Path | None) -> int:
     """Run this command once more in a process whose Triton interprets; its exit code."""
-    command = [sys.executable, "-m", "weftrain.cli", "kernels", verb, *options, *(["--json", str(json_path)] if json_path else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "weftrain.cli",
+        "kernels",
+        verb,
+        *options,
+        *(["--json", str(json_path)] if json_path else []),
+    ]
     return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
 
 
 def _mend_the_interpreter() -> None:
-    """In a process that interprets Triton, make its bf16 right before anything is run. Elsewhere there is nothing to do."""
+    """In a process that interprets Triton, make its bf16 right before anything is run. Elsewhere there is nothing to
+    do.
+    """
     if importlib.util.find_spec("triton") is None:
         return
     import triton

@@ -1,7 +1,8 @@
-"""A process that torchrun started ends with torchrun, from its first moment on: also while it imports, or waits for other ranks.
+"""A process that torchrun started ends with torchrun, from its first moment on: also while it imports, or waits for
+other ranks.
 
-A thread asks who the parent is. Linux could send a signal instead (PR_SET_PDEATHSIG), but that is tied to the *thread* that forked,
-and a signal can be ignored.
+A thread asks who the parent is. Linux could send a signal instead (PR_SET_PDEATHSIG), but that is tied to the *thread*
+that forked, and a signal can be ignored.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ _INTERVAL_S = 1.0
 
 
 def end_with_launcher() -> None:
-    """Start to watch the parent where torchrun is the parent. Ranks that were started by hand may outlive their shell."""
+    """Start to watch the parent where torchrun is the parent. Ranks that were started by hand may outlive their
+    shell.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_watch, args=(os.getppid(),), name="weftrain-launcher", daemon=True).start()
 
@@ -24,7 +27,8 @@ def _watch(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(_INTERVAL_S)
     sys.stderr.write(
-        f"weftrain: rank {os.environ.get('RANK', '?')}: the launcher, process {launcher}, has ended, so this process ends too\n"
+        f"weftrain: rank {os.environ.get('RANK', '?')}: the launcher, process {launcher}, has ended, so this process "
+        "ends too\n"
     )
     sys.stderr.flush()
     os._exit(1)

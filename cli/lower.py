@@ -1,4 +1,6 @@
-"""`weftrain lower`: the recipe's whole step through the Cerebras compiler's front end, with a report of what came of it."""
+"""`weftrain lower`: the recipe's whole step through the Cerebras compiler's front end, with a report of what came of
+it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from weftrain.cli.display import Bar, Console
 @click.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of the artifacts and report.json; lowered/RECIPE otherwise.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of the artifacts and report.json; lowered/RECIPE otherwise.",
+)
 @click.option(
     "--mode",
     type=click.Choice(["validate", "compile"]),
@@ -23,19 +29,22 @@ from weftrain.cli.display import Bar, Console
     help="validate: the front end alone, anywhere. compile: the cluster's compiler too (written to the vendor's API, never run on one).",
 )
 def lower(recipe: str, overrides: tuple[str, ...], output: Path | None, mode: Literal["validate", "compile"]) -> None:
-    """Lower RECIPE's training step, forward, backward, clip, update and schedule, and check the graph against the recipe.
+    """Lower RECIPE's training step, forward, backward, clip, update and schedule, and check the graph against the
+    recipe.
 
     No cluster is needed. The vendor's package has an environment of its own: weftrain backends setup cerebras.
     """
     from weftrain.backends.cerebras import CerebrasOptions, worker_job
-    from weftrain.backends.cerebras.lowering import GENERIC, REPORT, lower
+    from weftrain.backends.cerebras.lowered.lowering import GENERIC, REPORT, lower
     from weftrain.cli.resolve import resolve
     from weftrain.core.errors import BackendError
 
     resolved, _, options = resolve(recipe, overrides, "cerebras")
     assert isinstance(options, CerebrasOptions)
     if options.target != "csx":
-        raise BackendError(f"weftrain lower is for the system's compiler: leave backend.options.target={options.target} out")
+        raise BackendError(
+            f"weftrain lower is for the system's compiler: leave backend.options.target={options.target} out"
+        )
     output = Path("lowered") / resolved.name if output is None else output
     console = Console(highlight=False, soft_wrap=True)
     with Bar(console, f"lowering {resolved.name}", 100) as bar:
@@ -51,15 +60,27 @@ def lower(recipe: str, overrides: tuple[str, ...], output: Path | None, mode: Li
     work = Table("part", "pass", "ops", "FLOPs in products", "bytes read and written, unfused", box=None)
     for part, passes in report.work.items():
         for name, entry in passes.items():
-            work.add_row(part, name, f"{entry.ops:,}", f"{entry.flops:.4g}" if entry.flops else "", f"{entry.num_bytes:.4g}")
+            work.add_row(
+                part, name, f"{entry.ops:,}", f"{entry.flops:.4g}" if entry.flops else "", f"{entry.num_bytes:.4g}"
+            )
     console.print(work)
-    uses = Table(Column("parameter", no_wrap=True), "tensors", "shape", "read by ops: forward", "backward", "update", box=None)
+    uses = Table(
+        Column("parameter", no_wrap=True), "tensors", "shape", "read by ops: forward", "backward", "update", box=None
+    )
     for role, count, use in report.uses_by_role():
-        uses.add_row(role, f"{count}", " x ".join(map(str, use.shape)), f"{use.forward}", f"{use.backward}", f"{use.update}")
+        uses.add_row(
+            role, f"{count}", " x ".join(map(str, use.shape)), f"{use.forward}", f"{use.backward}", f"{use.update}"
+        )
     console.print(uses)
     ops = Table("op", "number", "by precision of the result", box=None)
     for kind, number in report.histogram.items():
-        ops.add_row(kind, f"{number:,}", ", ".join(f"{element} {count:,}" for element, count in sorted(report.precision[kind].items())))
+        ops.add_row(
+            kind,
+            f"{number:,}",
+            ", ".join(f"{element} {count:,}" for element, count in sorted(report.precision[kind].items())),
+        )
     console.print(ops)
     console.print(f"artifacts    {lowered.folder}  ({REPORT}, {GENERIC}, executors/000001/cirh.mlir)", markup=False)
-    console.print("What this does not show: whether a system's memory holds it, how fast it runs, and how the hardware rounds.")
+    console.print(
+        "What this does not show: whether a system's memory holds it, how fast it runs, and how the hardware rounds."
+    )

@@ -1,7 +1,8 @@
 """`weftrain`: one small file a group of verbs, and here only how they are put together and how they fail.
 
-What a reader would get wrong: every expected failure is one line on stderr and its own exit code; a traceback means a defect of ours.
-Verbs import what they need when they run, so that `weftrain --help` and `weftrain show` do not wait for torch.
+What a reader would get wrong: every expected failure is one line on stderr and its own exit code; a traceback means a
+defect of ours. Verbs import what they need when they run, so that `weftrain --help` and `weftrain show` do not wait for
+torch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import click
 
 from weftrain.cli.display import LINES, plain_output
 from weftrain.core.errors import EverywhereError, RecipeError, WeftrainError
-from weftrain.core.printable import printable
+from weftrain.core.formats.printable import printable
 from weftrain.core.stop import sigterm_unwinds
 
 # verb -> (module, attribute): loaded when the verb is asked for.
@@ -36,9 +37,9 @@ VERBS = {
     "data": ("weftrain.cli.data", "data"),
     "generate": ("weftrain.cli.generate", "generate"),
     "memorize": ("weftrain.cli.memorize", "memorize"),
-    "log": ("weftrain.cli.record", "log"),
-    "rollback": ("weftrain.cli.record", "rollback"),
-    "defer": ("weftrain.cli.record", "defer"),
+    "log": ("weftrain.cli.ledger", "log"),
+    "rollback": ("weftrain.cli.ledger", "rollback"),
+    "defer": ("weftrain.cli.ledger", "defer"),
     "release": ("weftrain.cli.release", "release"),
     "sign": ("weftrain.cli.release", "sign"),
     "verify": ("weftrain.cli.release", "verify"),
@@ -90,7 +91,8 @@ class Verbs(click.Group):
                 return super().invoke(ctx)
         except WeftrainError as error:
             if isinstance(error, (EverywhereError, RecipeError)) and _follows():
-                raise SystemExit(error.exit_code) from error  # the process that leads was given the same command, and says it
+                # the process that leads was given the same command, and says it
+                raise SystemExit(error.exit_code) from error
             raise Failure(str(error), error.exit_code) from error
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
@@ -109,5 +111,6 @@ class Verbs(click.Group):
 def main() -> None:
     """Train the LLM360 models (Amber, CrystalCoder) from one backend-agnostic core.
 
-    Start with `weftrain prep` and `weftrain train crystal_demo`; `weftrain show RECIPE` explains a recipe without any hardware.
+    Start with `weftrain prep` and `weftrain train crystal_demo`; `weftrain show RECIPE` explains a recipe without any
+    hardware.
     """

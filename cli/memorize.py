@@ -1,7 +1,7 @@
 """`weftrain memorize`: how much of each chunk of its training data a run can recite, at each of its checkpoints.
 
-What a reader would get wrong: nothing is measured twice. What lies in the folder and is of the same checkpoint, rows and parameters is
-read again, so a stopped command is simply given once more.
+What a reader would get wrong: nothing is measured twice. What lies in the folder and is of the same checkpoint, rows
+and parameters is read again, so a stopped command is simply given once more.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import click
 from weftrain.cli.display import Console
 
 if TYPE_CHECKING:
-    from weftrain.analysis.generation import Generator
-    from weftrain.analysis.memorization import Chunk, Parameters, Result
+    from weftrain.analysis.evaluation.generation import Generator
+    from weftrain.analysis.memorization.scores import Chunk, Parameters, Result
     from weftrain.core.config import ModelConfig, Recipe
 
 Manifests = dict[int, tuple[Path, dict[str, Any]]]  # step -> checkpoint's folder, manifest
@@ -26,12 +26,25 @@ Manifests = dict[int, tuple[Path, dict[str, Any]]]  # step -> checkpoint's folde
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--samples", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows of each chunk.")
-@click.option("--k", "prompt_tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens of a row as prompt.")
-@click.option("--l", "continuation_tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens decoded after them.")
+@click.option(
+    "--k", "prompt_tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens of a row as prompt."
+)
+@click.option(
+    "--l",
+    "continuation_tokens",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Tokens decoded after them.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the choice of rows.")
 @click.option("--checkpoints", "chosen", default="all", show_default=True, help="Steps, such as 40,80.")
 @click.option("--to", type=click.Path(path_type=Path), help="Folder of results.  [default: RUN/analyses/memorization]")
-@click.option("--sample", type=click.Path(path_type=Path), help="Measure this released sample (JSON Lines) instead of the run's chunks.")
+@click.option(
+    "--sample",
+    type=click.Path(path_type=Path),
+    help="Measure this released sample (JSON Lines) instead of the run's chunks.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Draw the pictures; needs weftrain[plot].")
 def memorize(
@@ -47,19 +60,22 @@ def memorize(
     device: str,
     plots: bool,
 ) -> None:
-    """Score each chunk of RUN's data, and its held-out sets, at each checkpoint. RUN is a run folder or one checkpoint's folder.
+    """Score each chunk of RUN's data, and its held-out sets, at each checkpoint. RUN is a run folder or one
+    checkpoint's folder.
 
     KEY.SUB=VALUE lays a value over the recorded recipe, e.g. data.root=/other/place.
     """
-    from weftrain.analysis.memorization import Parameters, Snapshot, measure, sample_chunk
-    from weftrain.analysis.memorization_report import draw, summary
+    from weftrain.analysis.memorization.report import draw, summary
+    from weftrain.analysis.memorization.scores import Parameters, Snapshot, measure, sample_chunk
     from weftrain.cli.assembly import recipe_of_checkpoint
     from weftrain.cli.display import Bar
-    from weftrain.core import fsops
-    from weftrain.core.canonical import canonical_json
+    from weftrain.core.formats import fsops
+    from weftrain.core.formats.canonical import canonical_json
 
     console = Console(highlight=False, soft_wrap=True)
-    parameters = Parameters(prompt_tokens=prompt_tokens, continuation_tokens=continuation_tokens, samples=samples, seed=seed)
+    parameters = Parameters(
+        prompt_tokens=prompt_tokens, continuation_tokens=continuation_tokens, samples=samples, seed=seed
+    )
     all_of_run, own = _checkpoints(run, console)
     wanted = _wanted(run, chosen, all_of_run if own is None else [own])
     newest, manifest = all_of_run[max(all_of_run)]
@@ -68,11 +84,19 @@ def memorize(
     whole = run if own is None else run.absolute().parent.parent
     chunks = _chunks(whole, recipe, list(all_of_run)) if sample is None else [sample_chunk(sample, parameters)]
     snapshots = [
-        Snapshot(step, all_of_run[step][1]["root"], partial(_load, all_of_run[step][0], recipe.model, device)) for step in sorted(wanted)
+        Snapshot(step, all_of_run[step][1]["root"], partial(_load, all_of_run[step][0], recipe.model, device))
+        for step in sorted(wanted)
     ]
     folder = to or whole / "analyses" / "memorization"
     with Bar(console, "memorize", len(snapshots) * len(chunks)) as bar:
-        results = measure(folder, snapshots, chunks, parameters, bar.say, lambda done, total, note: bar.update(done, note, None, total))
+        results = measure(
+            folder,
+            snapshots,
+            chunks,
+            parameters,
+            bar.say,
+            lambda done, total, note: bar.update(done, note, None, total),
+        )
     console.print("\n".join(_table(results, parameters)), markup=False)
     _warn_of_repeats(results, console)
     place = folder / parameters.folder_name
@@ -84,12 +108,13 @@ def memorize(
 
 
 def _checkpoints(run: Path, console: Console) -> tuple[Manifests, int | None]:
-    """The checkpoints of a run by step, and the one step that was named, where a checkpoint's folder was. Raises CheckpointError.
+    """The checkpoints of a run by step, and the one step that was named, where a checkpoint's folder was. Raises
+    CheckpointError.
 
     Only manifests are read here; every byte of a checkpoint is verified when it is loaded.
     """
     from weftrain.core.errors import CheckpointError
-    from weftrain.core.manifest import STEP_FOLDER, read_manifest
+    from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER, read_manifest
 
     inside = run / "checkpoints"
     folder = inside if inside.is_dir() else run.absolute().parent
@@ -103,7 +128,9 @@ def _checkpoints(run: Path, console: Console) -> tuple[Manifests, int | None]:
                 console.print(f"warning: passed over {path}: manifest.json: {error}", markup=False)
     if folder is inside:
         if not found:
-            raise CheckpointError(f"{run}: no checkpoint to measure; train the run further, or name a checkpoint's folder")
+            raise CheckpointError(
+                f"{run}: no checkpoint to measure; train the run further, or name a checkpoint's folder"
+            )
         return found, None
     own = [step for step, (path, _) in found.items() if path.name == run.absolute().name]
     if not own:
@@ -119,9 +146,13 @@ def _wanted(run: Path, chosen: str, steps: Any) -> list[int]:
     try:
         wanted = sorted({int(part) for part in chosen.split(",")})
     except ValueError:
-        raise click.BadParameter(f"'{chosen[:80]}' is neither 'all' nor steps such as 40,80", param_hint="--checkpoints") from None
+        raise click.BadParameter(
+            f"'{chosen[:80]}' is neither 'all' nor steps such as 40,80", param_hint="--checkpoints"
+        ) from None
     if missing := [step for step in wanted if step not in steps]:
-        raise CheckpointError(f"{run}: no checkpoint of step {missing[0]}; there are {', '.join(map(str, sorted(steps)))}")
+        raise CheckpointError(
+            f"{run}: no checkpoint of step {missing[0]}; there are {', '.join(map(str, sorted(steps)))}"
+        )
     return wanted
 
 
@@ -131,23 +162,29 @@ def _check_lengths(recipe: Recipe, parameters: Parameters, from_rows: bool) -> N
 
     need = parameters.row_tokens
     if need > recipe.model.max_position_embeddings:
-        raise DataError(f"--k and --l: {need} tokens, the model has {recipe.model.max_position_embeddings} positions: take fewer")
+        raise DataError(
+            f"--k and --l: {need} tokens, the model has {recipe.model.max_position_embeddings} positions: take fewer"
+        )
     if from_rows and need > recipe.data.sequence_length + 1:
-        raise DataError(f"--k and --l: {need} tokens, a row of training has {recipe.data.sequence_length + 1}: take fewer")
+        raise DataError(
+            f"--k and --l: {need} tokens, a row of training has {recipe.data.sequence_length + 1}: take fewer"
+        )
 
 
 def _chunks(run: Path, recipe: Recipe, checkpoint_steps: list[int]) -> list[Chunk]:
-    from weftrain.analysis.memorization import heldout_chunk, training_chunks
+    from weftrain.analysis.memorization.scores import heldout_chunk, training_chunks
     from weftrain.core.data import open_heldout
-    from weftrain.core.ledger import LEDGER, lineage, read_ledger
-    from weftrain.core.run_source import run_source
+    from weftrain.core.run.ledger import LEDGER, lineage, read_ledger
+    from weftrain.core.run.run_source import run_source
 
-    chunks = training_chunks(run_source(recipe, lineage(read_ledger(run / LEDGER))), recipe.schedule.steps, checkpoint_steps)
+    chunks = training_chunks(
+        run_source(recipe, lineage(read_ledger(run / LEDGER))), recipe.schedule.steps, checkpoint_steps
+    )
     return chunks + [heldout_chunk(held) for held in open_heldout(recipe.data, recipe.model.vocab_size, 2**40)]
 
 
 def _load(path: Path, config: ModelConfig, device: str) -> Generator:
-    from weftrain.analysis.generation import Generator, load_model
+    from weftrain.analysis.evaluation.generation import Generator, load_model
     from weftrain.core import checkpoint
 
     state, _ = checkpoint.load(path)
@@ -155,17 +192,27 @@ def _load(path: Path, config: ModelConfig, device: str) -> Generator:
 
 
 def _table(results: list[Result], parameters: Parameters) -> list[str]:
-    """Chunks down, checkpoints across. Plain lines: a table of many checkpoints must not be folded to a terminal's width."""
+    """Chunks down, checkpoints across. Plain lines: a table of many checkpoints must not be folded to a terminal's
+    width.
+    """
     marks = {"just seen": "*", "earlier": "+", "partly seen": "~", "unseen": " ", "unknown": "?"}
-    cells = {(one.chunk, one.step): f"{one.extractible_percent:.2f} / {one.mean_score:.4f} {marks[one.relation]}" for one in results}
+    cells = {
+        (one.chunk, one.step): f"{one.extractible_percent:.2f} / {one.mean_score:.4f} {marks[one.relation]}"
+        for one in results
+    }
     steps, chunks = sorted({result.step for result in results}), list(dict.fromkeys(result.chunk for result in results))
-    rows = [["chunk", *(f"step {step}  " for step in steps)], *([chunk, *(cells[chunk, step] for step in steps)] for chunk in chunks)]
+    rows = [
+        ["chunk", *(f"step {step}  " for step in steps)],
+        *([chunk, *(cells[chunk, step] for step in steps)] for chunk in chunks),
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(steps) + 1)]
     return [
         f"% extractible / mean score, k = {parameters.prompt_tokens}, l = {parameters.continuation_tokens}; "
         "* just seen, + seen earlier, ~ seen in part, ? unknown, no mark: unseen",
         *(
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+            "  ".join(
+                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+            )
             for row in rows
         ),
     ]
@@ -173,9 +220,13 @@ def _table(results: list[Result], parameters: Parameters) -> list[str]:
 
 def _warn_of_repeats(results: list[Result], console: Console) -> None:
     repeats = {
-        result.chunk: (result.repeated, len(result.matches)) for result in results if result.repeated and result.relation == "unseen"
+        result.chunk: (result.repeated, len(result.matches))
+        for result in results
+        if result.repeated and result.relation == "unseen"
     }
     for chunk, (repeated, rows) in repeats.items():
         console.print(
-            f"warning: {chunk}: {repeated:,} of {rows:,} rows come in a second epoch or later: seen before, though not there", markup=False
+            f"warning: {chunk}: {repeated:,} of {rows:,} rows come in a second epoch or later: seen before, though not "
+            "there",
+            markup=False,
         )

@@ -23,12 +23,16 @@ def openness(release: Path, as_json: bool) -> None:
 
     Two revisions with the same weights are an error of the series: exit status 1.
     """
-    from weftrain.analysis.openness import openness as judge
-    from weftrain.analysis.openness import repeats
+    from weftrain.exchange.release.openness import openness as judge
+    from weftrain.exchange.release.openness import repeats
 
     kind, items = judge(release)
     if as_json:
-        click.echo(json.dumps({"folder": str(release), "kind": kind, "items": [dataclasses.asdict(item) for item in items]}, indent=2))
+        click.echo(
+            json.dumps(
+                {"folder": str(release), "kind": kind, "items": [dataclasses.asdict(item) for item in items]}, indent=2
+            )
+        )
         raise SystemExit(int(repeats(items)))
     table = Table("", "", "seen by", "an absence prevents", title=f"{release}: {kind}", title_justify="left", box=None)
     for item in items:

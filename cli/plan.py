@@ -1,4 +1,6 @@
-"""`weftrain plan`: what a run will need, how long a step will take, and what limits it, before it is started: here, or on named devices."""
+"""`weftrain plan`: what a run will need, how long a step will take, and what limits it, before it is started: here, or
+on named devices.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,13 @@ class _Rate(click.ParamType):
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--backend", help="Another backend than the recipe's, as for `train`.  [default with --devices: cuda]")
-@click.option("--devices", metavar="COUNTxNAME", help="Predict from data sheets, e.g. 224xA100-80GB; nothing is measured.")
 @click.option(
-    "--per-node", type=click.IntRange(min=1), help="Devices of a node, if not as many as in the vendor's own system (with --devices)."
+    "--devices", metavar="COUNTxNAME", help="Predict from data sheets, e.g. 224xA100-80GB; nothing is measured."
+)
+@click.option(
+    "--per-node",
+    type=click.IntRange(min=1),
+    help="Devices of a node, if not as many as in the vendor's own system (with --devices).",
 )
 @click.option(
     "--network",
@@ -49,7 +55,13 @@ class _Rate(click.ParamType):
     type=_Rate(),
     help="GB/s that a device sends to other nodes, if not those of the vendor's own system (with --devices).",
 )
-@click.option("--disk", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder whose disk is measured.")
+@click.option(
+    "--disk",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder whose disk is measured.",
+)
 @click.option("--link", "link_gb", type=_Rate(), help="GB/s between replicas, if the run has any (without --devices).")
 @click.pass_context
 def plan(
@@ -63,15 +75,19 @@ def plan(
     disk: Path,
     link_gb: float | None,
 ) -> None:
-    """Predict a step of RECIPE: measures this machine's matrix multiply, memory and disk for some seconds, and computes the rest.
+    """Predict a step of RECIPE: measures this machine's matrix multiply, memory and disk for some seconds, and computes
+    the rest.
 
-    With --devices the speeds come from a table of data sheets, and nothing is run. The same overrides and --backend give the same options
-    as `train` has. Where the run does not fit, it names settings that would, and the exit code is 2.
+    With --devices the speeds come from a table of data sheets, and nothing is run. The same overrides and --backend
+    give the same options as `train` has. Where the run does not fit, it names settings that would, and the exit code is
+    2.
     """
     for name in _HERE if devices is not None else _BY_NAME:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             spelled = "--" + name.removesuffix("_gb").replace("_", "-")
-            raise click.UsageError(f"{spelled} has no effect {'with' if devices is not None else 'without'} --devices: leave it out")
+            raise click.UsageError(
+                f"{spelled} has no effect {'with' if devices is not None else 'without'} --devices: leave it out"
+            )
     if devices is not None and backend is None:
         backend = "cuda"
     found = resolve(recipe, overrides, backend)
@@ -79,7 +95,11 @@ def plan(
     given = found.recipe.backend.options.items()
     options = " ".join(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given)
     console.print(f"backend          {found.backend.name}{': ' if options else ''}{options}", markup=False)
-    prediction = _here(console, found, disk, link_gb) if devices is None else _by_name(console, found, devices, per_node, network_gb)
+    prediction = (
+        _here(console, found, disk, link_gb)
+        if devices is None
+        else _by_name(console, found, devices, per_node, network_gb)
+    )
     if prediction.fits is False:
         _refuse(prediction)
 
@@ -87,13 +107,14 @@ def plan(
 def _here(console: Console, found: Resolved, disk: Path, link_gb: float | None) -> Prediction:
     import torch
 
-    from weftrain.analysis.disk import measured_disk
+    from weftrain.analysis.machine.disk import measured_disk
     from weftrain.analysis.peak import measured_bandwidth, measured_matmul_peak
     from weftrain.core.backend import Speeds
 
     recipe, backend, options = found
     link = None if link_gb is None else link_gb * 1e9
-    _predicted(backend.name, backend.predict(recipe, options, Speeds(1.0, 1.0, 1.0, link, link)))  # refuse, then measure
+    # refuse, then measure
+    _predicted(backend.name, backend.predict(recipe, options, Speeds(1.0, 1.0, 1.0, link, link)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = measured_matmul_peak(device, getattr(torch, recipe.precision.compute))
     memory = measured_bandwidth(torch.device("cpu"))
@@ -109,8 +130,10 @@ def _here(console: Console, found: Resolved, disk: Path, link_gb: float | None) 
     return prediction
 
 
-def _by_name(console: Console, found: Resolved, devices: str, per_node: int | None, network_gb: float | None) -> Prediction:
-    from weftrain.analysis.devices import parse_devices, speeds
+def _by_name(
+    console: Console, found: Resolved, devices: str, per_node: int | None, network_gb: float | None
+) -> Prediction:
+    from weftrain.analysis.machine.devices import parse_devices, speeds
     from weftrain.core.errors import BackendError
 
     recipe, backend, options = found
@@ -121,13 +144,18 @@ def _by_name(console: Console, found: Resolved, devices: str, per_node: int | No
     prediction = _predicted(backend.name, backend.predict(recipe, options, machine))
     most = backend.largest_micro_batch(recipe, options, machine, device.memory_bytes)
     if most is None or prediction.capacity_bytes is None:
-        raise BackendError(f"the {backend.name} backend does not compute what fits a {device.name}: --backend cuda does")
+        raise BackendError(
+            f"the {backend.name} backend does not compute what fits a {device.name}: --backend cuda does"
+        )
     console.print(f"{count} x {device.name}, {machine.devices_per_node} a node: {device.source}", markup=False)
     table = _table(recipe, prediction)
     table.add_row("largest micro-batch", f"{most} sequences of {recipe.data.sequence_length}" if most else "none fits")
     tokens_per_second = recipe.tokens_per_step / prediction.step_s
     days = recipe.schedule.steps * prediction.step_s / 86400
-    table.add_row("whole run, predicted", f"{days:,.1f} days for {recipe.schedule.steps * recipe.tokens_per_step / 1e9:,.1f} B tokens")
+    table.add_row(
+        "whole run, predicted",
+        f"{days:,.1f} days for {recipe.schedule.steps * recipe.tokens_per_step / 1e9:,.1f} B tokens",
+    )
     share = _utilization(recipe, tokens_per_second / count, machine.matmul_flops)
     table.add_row("a device, predicted", f"{tokens_per_second / count:,.0f} tokens/s, {share}")
     console.print(table)
@@ -156,13 +184,17 @@ def _refuse(prediction: Prediction) -> None:
 
     needed, there = prediction.needs.total_memory_bytes / 2**30, (prediction.capacity_bytes or 0.0) / 2**30
     remedy = "; ".join(prediction.remedies) or "a smaller model, or more memory"
-    raise BackendError(f"the run does not fit: it needs {needed:,.1f} GiB and there are {there:,.1f}: what would fit: {remedy}")
+    raise BackendError(
+        f"the run does not fit: it needs {needed:,.1f} GiB and there are {there:,.1f}: what would fit: {remedy}"
+    )
 
 
 def _table(recipe: Recipe, found: Prediction) -> Table:
     table = Table("", "", box=None, show_header=False)
     tokens_per_second = recipe.tokens_per_step / found.step_s
-    table.add_row("step, predicted", f"{found.step_s:,.2f} s = {tokens_per_second:,.1f} tokens/s; limited by {found.limit}")
+    table.add_row(
+        "step, predicted", f"{found.step_s:,.2f} s = {tokens_per_second:,.1f} tokens/s; limited by {found.limit}"
+    )
     for name, seconds in found.parts.items():
         table.add_row(f"  {name} by itself", f"{seconds:,.3f} s")
     if found.sent_bytes:
@@ -174,7 +206,11 @@ def _table(recipe: Recipe, found: Prediction) -> Table:
         table.add_row(f"  {name}", f"{size / 2**20:,.0f} MiB")
     if found.capacity_bytes is not None:
         needed, there = found.needs.total_memory_bytes / 2**30, found.capacity_bytes / 2**30
-        words = f"yes: {needed / there:.0%} of {there:,.1f} GiB" if found.fits else f"NO: {needed:,.1f} GiB of {there:,.1f} GiB"
+        words = (
+            f"yes: {needed / there:.0%} of {there:,.1f} GiB"
+            if found.fits
+            else f"NO: {needed:,.1f} GiB of {there:,.1f} GiB"
+        )
         table.add_row("fits", words)
     if found.needs.disk_bytes or not found.sent_bytes:
         table.add_row("disk, computed", f"{found.needs.disk_bytes / 1e9:,.2f} GB")

@@ -15,16 +15,18 @@ from weftrain.cli.prep_jobs import Job, filtered, job_of_options, jobs_of_recipe
 from weftrain.cli.prep_options import GROUPS, GroupedCommand
 
 if TYPE_CHECKING:
-    from weftrain.data_prep.executors import Executor
+    from weftrain.data_prep.stages.executors import Executor
 
 
 @click.command(
-    cls=GroupedCommand, params=[click.Argument(["inputs"], nargs=-1), *(option for options in GROUPS.values() for option in options)]
+    cls=GroupedCommand,
+    params=[click.Argument(["inputs"], nargs=-1), *(option for options in GROUPS.values() for option in options)],
 )
 def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
     """Prepare datasets of INPUTS: files, folders, patterns, addresses (s3://…), `-`; or one preparation recipe.
 
-    Text, JSON, Parquet, Arrow and WARC are encoded; token files of Megatron, MDS, litdata, OLMo, datatrove and Cerebras keep their ids.
+    Text, JSON, Parquet, Arrow and WARC are encoded; token files of Megatron, MDS, litdata, OLMo, datatrove and Cerebras
+    keep their ids.
 
     Without INPUTS: the Python standard library of the interpreter that runs this (licence PSF-2.0), no download.
     Run again with the same inputs it says that the dataset is up to date; interrupted, it goes on where it was.
@@ -36,7 +38,9 @@ def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     if not output.strip():
-        raise click.UsageError(f"--output is {output!r}, as a variable of the shell is that is not set: name the folder of datasets")
+        raise click.UsageError(
+            f"--output is {output!r}, as a variable of the shell is that is not set: name the folder of datasets"
+        )
     output = local_path(output)
     if is_remote(output):
         check_address(output)
@@ -67,7 +71,9 @@ def _make(job: Job, folder: Path, output: str, executor: Executor, stage: str | 
 
     _say_what_is_text(console, job)
     with Bar(console, f"prep {job.name}", 1) as bar:
-        prepared = prepare(job.inputs, folder, **job.arguments, executor=executor, only_stage=stage, progress=_shown(bar))
+        prepared = prepare(
+            job.inputs, folder, **job.arguments, executor=executor, only_stage=stage, progress=_shown(bar)
+        )
     if prepared is None:
         console.print(f"dataset {folder / job.name}: this member's share is done")
         return
@@ -84,18 +90,21 @@ def _say_what_is_text(console: Console, job: Job) -> None:
         names = ", ".join(job.json_texts[:4]) + (", …" if len(job.json_texts) > 4 else "")
         key = job.inputs.options.text_key
         console.print(
-            f"JSON without a field {key!r} is read as text, a file a document ({len(job.json_texts):,}): {names}; where it holds records, "
+            f"JSON without a field {key!r} is read as text, a file a document ({len(job.json_texts):,}): {names}; "
+            "where it holds records, "
             "name their field with --text-key"
         )
 
 
 def _executor(options: dict[str, Any], output: str) -> Executor:
-    from weftrain.data_prep.executors import LocalExecutor, RayExecutor, TaskExecutor
     from weftrain.data_prep.publish import is_remote
+    from weftrain.data_prep.stages.executors import LocalExecutor, RayExecutor, TaskExecutor
 
     kind = options["executor"]
     if kind != "local" and is_remote(output):
-        raise click.UsageError(f"--executor {kind}: --output must be a folder that all of them see; copy the dataset from there")
+        raise click.UsageError(
+            f"--executor {kind}: --output must be a folder that all of them see; copy the dataset from there"
+        )
     if kind != "task" and (options["index"] is not None or options["of"] is not None or options["stage"] is not None):
         raise click.UsageError("--index, --of and --stage belong to --executor task")
     if kind != "ray" and options["ray_address"] is not None:

@@ -1,4 +1,6 @@
-"""What `weftrain prep` is to make: the datasets that its arguments or a preparation recipe ask for, their inputs listed."""
+"""What `weftrain prep` is to make: the datasets that its arguments or a preparation recipe ask for, their inputs
+listed.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,11 @@ from weftrain.core.errors import DataError
 
 if TYPE_CHECKING:
     from weftrain.core.config import Fim
-    from weftrain.data_prep.listing import Listed, Wanted
-    from weftrain.data_prep.plan import Inputs
     from weftrain.data_prep.prep_recipe import DatasetSection, PrepRecipe
     from weftrain.data_prep.quality import Quality
-    from weftrain.data_prep.read_options import ReadOptions
+    from weftrain.data_prep.readers.listing import Listed, Wanted
+    from weftrain.data_prep.readers.read_options import ReadOptions
+    from weftrain.data_prep.stages.plan import Inputs
 
 # Options and keys of a recipe that prepare() takes under their own names.
 _OF_PREPARE = (
@@ -33,7 +35,9 @@ _OF_PREPARE = (
 
 @dataclass(frozen=True)
 class Job:
-    """One dataset to make: its inputs and the arguments of prepare(). json_texts: names of JSON files that are read as text."""
+    """One dataset to make: its inputs and the arguments of prepare(). json_texts: names of JSON files that are read as
+    text.
+    """
 
     inputs: Inputs
     arguments: dict[str, Any]
@@ -46,9 +50,9 @@ class Job:
 
 def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Path, console: Console) -> Job:
     """The dataset of INPUTS, or of the embedded corpus without any. folder: of datasets. Raises DataError."""
-    from weftrain.data_prep.corpus import embedded_inputs
-    from weftrain.data_prep.listing import STANDARD_INPUT, Wanted
-    from weftrain.data_prep.plan import Inputs
+    from weftrain.data_prep.readers.corpus import embedded_inputs
+    from weftrain.data_prep.readers.listing import STANDARD_INPUT, Wanted
+    from weftrain.data_prep.stages.plan import Inputs
     from weftrain.data_prep.tokens.markers import fim_names
 
     if (option := given(OF_RECIPE)) is not None:
@@ -66,12 +70,16 @@ def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Pat
         wanted = Wanted(inputs, None, options["suffixes"], options["format_"], read.text_key)
         listed = _listed("list", [wanted], console, spooled)
         json_texts = listed.json_texts
-        names = ", ".join("stdin" if address in STANDARD_INPUT else address.rstrip("/").rpartition("/")[2] for address in inputs)
+        names = ", ".join(
+            "stdin" if address in STANDARD_INPUT else address.rstrip("/").rpartition("/")[2] for address in inputs
+        )
         chosen = Inputs(listed.files, names, options["licence"], read, skipped=listed.skipped)
     else:
         embedded, description, licence = embedded_inputs()
         chosen = Inputs(tuple(embedded), description, licence, read)
-    arguments = {key: options[key] for key in (*_OF_PREPARE, "tokenizer", "epochs", "chunks", "global_batch_size", "grow")}
+    arguments = {
+        key: options[key] for key in (*_OF_PREPARE, "tokenizer", "epochs", "chunks", "global_batch_size", "grow")
+    }
     arguments |= {
         "name": "python_stdlib" if options["name"] is None else options["name"],
         "fim": _fim(options),
@@ -81,7 +89,9 @@ def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Pat
 
 
 def jobs_of_recipe(recipe: PrepRecipe, options: dict[str, Any], console: Console) -> list[Job]:
-    """The recipe's datasets, or those named by --only. Options that the recipe decides are refused. Raises DataError."""
+    """The recipe's datasets, or those named by --only. Options that the recipe decides are refused. Raises
+    DataError.
+    """
     if (option := given(BESIDE_RECIPE, but=True)) is not None:
         raise click.UsageError(f"the recipe decides {option}: lay a value over it with --set KEY.SUB=VALUE")
     known = [dataset.name for dataset in recipe.datasets]
@@ -92,7 +102,9 @@ def jobs_of_recipe(recipe: PrepRecipe, options: dict[str, Any], console: Console
 
 
 def filtered(job: Job, quality: Quality, folder: Path, workers: int, console: Console) -> Job:
-    """The job over what the recipe's filters leave, which stays beside the dataset: its lines say where each document came from."""
+    """The job over what the recipe's filters leave, which stays beside the dataset: its lines say where each document
+    came from.
+    """
     from weftrain.data_prep.datatrove_bridge import filter_inputs
 
     target = folder / f"{job.name}.filtered"
@@ -103,18 +115,24 @@ def filtered(job: Job, quality: Quality, folder: Path, workers: int, console: Co
 
 
 def _listed(words: str, sections: Sequence[Wanted], console: Console, standard_input: Path | None = None) -> Listed:
-    from weftrain.data_prep.listing import find_inputs
+    from weftrain.data_prep.readers.listing import find_inputs
 
     with Bar(console, words, 1) as bar:
         return find_inputs(sections, standard_input, lambda count: bar.note(f"{count:,} files"))
 
 
 def _job_of_section(recipe: PrepRecipe, dataset: DatasetSection, root: str | None, console: Console) -> Job:
-    from weftrain.data_prep.listing import Wanted
-    from weftrain.data_prep.plan import Inputs
+    from weftrain.data_prep.readers.listing import Wanted
+    from weftrain.data_prep.stages.plan import Inputs
 
     sections = [
-        Wanted(tuple(_below(root, address) for address in one.addresses), one.source, one.suffixes, one.format, recipe.text_key)
+        Wanted(
+            tuple(_below(root, address) for address in one.addresses),
+            one.source,
+            one.suffixes,
+            one.format,
+            recipe.text_key,
+        )
         for one in dataset.inputs
     ]
     listed = _listed(f"list {dataset.name}", sections, console)
@@ -143,7 +161,7 @@ def _below(root: str | None, address: str) -> str:
 def _standard_input(inputs: tuple[str, ...], options: dict[str, Any], folder: Path) -> Path | None:
     """The file that holds standard input, where it is one of the inputs."""
     from weftrain.data_prep.inputs.standard_input import spool
-    from weftrain.data_prep.listing import STANDARD_INPUT
+    from weftrain.data_prep.readers.listing import STANDARD_INPUT
 
     count = sum(address in STANDARD_INPUT for address in inputs)
     if not count:
@@ -151,16 +169,21 @@ def _standard_input(inputs: tuple[str, ...], options: dict[str, Any], folder: Pa
     if count > 1:
         raise click.UsageError("standard input is named twice: it can be read once")
     if options["executor"] == "task":
-        raise click.UsageError("--executor task: each member would read a standard input of its own; write it to a file first")
+        raise click.UsageError(
+            "--executor task: each member would read a standard input of its own; write it to a file first"
+        )
     if sys.stdin is None or sys.stdin.isatty():
         raise click.UsageError(
-            "standard input is closed or a terminal: pipe the text in, as in `zcat t.jsonl.gz | weftrain prep - --name x`"
+            "standard input is closed or a terminal: pipe the text in, as in `zcat t.jsonl.gz | weftrain prep - --name "
+            "x`"
         )
     return spool(sys.stdin.buffer, folder, options["name"])
 
 
 def _of_parent(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with the settings of the dataset that grows, but for those that the command gives: they must be equal."""
+    """The options with the settings of the dataset that grows, but for those that the command gives: they must be
+    equal.
+    """
     from weftrain.data_prep.growth import parents_options
 
     context = click.get_current_context()
@@ -179,7 +202,7 @@ def _of_parent(options: dict[str, Any]) -> dict[str, Any]:
 
 def _read_options(values: dict[str, Any]) -> ReadOptions:
     """Of the command's options or a recipe's keys, which have the same names."""
-    from weftrain.data_prep.read_options import ReadOptions
+    from weftrain.data_prep.readers.read_options import ReadOptions
 
     keys = ("text_key", "source_key", "tokens_key", "tokens_dtype", "sequence_length")
     return ReadOptions(**{key: values[key] for key in keys}, normalise=tuple(values["normalise"]))
@@ -191,7 +214,9 @@ def _fim(options: dict[str, Any]) -> Fim | None:
     rate, spm_share = options["fim_rate"], options["fim_spm_share"]
     if rate is None:
         if (option := given(("fim_spm_share", "fim_mode"))) is not None:
-            raise click.UsageError(f"{option} needs --fim-rate, the share of documents that are turned into fill-in-the-middle")
+            raise click.UsageError(
+                f"{option} needs --fim-rate, the share of documents that are turned into fill-in-the-middle"
+            )
         return None
     if not 0 < rate <= 1 or not 0 <= spm_share <= 1:
         raise DataError(f"--fim-rate {rate:g} must lie in (0, 1], and --fim-spm-share {spm_share:g} in [0, 1]")

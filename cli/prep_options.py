@@ -13,36 +13,80 @@ _PATH = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
 
 _DATASET = [
-    click.Option(["--name"], help="Name of the dataset's folder.  [default: python_stdlib without INPUTS, else needed]"),
     click.Option(
-        ["--output"], default="datasets", show_default=True, help="Folder of datasets, or an fsspec address that they are copied to."
+        ["--name"], help="Name of the dataset's folder.  [default: python_stdlib without INPUTS, else needed]"
     ),
-    click.Option(["--grow"], type=_PATH, help="A dataset that INPUTS are added to; the result is a folder of its own, --name."),
+    click.Option(
+        ["--output"],
+        default="datasets",
+        show_default=True,
+        help="Folder of datasets, or an fsspec address that they are copied to.",
+    ),
+    click.Option(
+        ["--grow"], type=_PATH, help="A dataset that INPUTS are added to; the result is a folder of its own, --name."
+    ),
 ]
 _READING = [
-    click.Option(["--text-key"], default="text", show_default=True, help="The field of a JSON object or the column that holds the text."),
-    click.Option(["--source-key"], help="The field that names a document's source.  [default: the folder's or file's name]"),
-    click.Option(["--tokens-key"], help="The field of token files that holds the ids.  [default: tokens, input_ids, or the only one]"),
+    click.Option(
+        ["--text-key"],
+        default="text",
+        show_default=True,
+        help="The field of a JSON object or the column that holds the text.",
+    ),
+    click.Option(
+        ["--source-key"], help="The field that names a document's source.  [default: the folder's or file's name]"
+    ),
+    click.Option(
+        ["--tokens-key"],
+        help="The field of token files that holds the ids.  [default: tokens, input_ids, or the only one]",
+    ),
     click.Option(
         ["--tokens-dtype"],
         type=click.Choice(["uint16", "uint32", "int32", "int64"]),
         help="Type of ids that do not say theirs (.npy, MDS bytes).  [default: by the vocabulary; MDS: int64]",
     ),
-    click.Option(["--format", "format_"], help="Format of all INPUTS; a wrong name lists all.  [default: told by name and content]"),
     click.Option(
-        ["--suffix", "suffixes"], multiple=True, help="Of a folder, read only names that end so, as .jsonl.gz (repeatable).  [default: all]"
+        ["--format", "format_"],
+        help="Format of all INPUTS; a wrong name lists all.  [default: told by name and content]",
+    ),
+    click.Option(
+        ["--suffix", "suffixes"],
+        multiple=True,
+        help="Of a folder, read only names that end so, as .jsonl.gz (repeatable).  [default: all]",
     ),
     click.Option(["--licence"], default="not stated", show_default=True, help="Licence of INPUTS, for the manifest."),
 ]
 _DOCUMENTS = [
-    click.Option(["--normalise"], multiple=True, help="NFC, NFKC, newlines, strip_bom, in this order (repeatable).  [default: nothing]"),
-    click.Option(["--max-failures"], type=click.IntRange(min=0), default=0, show_default=True, help="Documents that may be unreadable."),
-    click.Option(["--heldout-fraction"], type=float, default=0.02, show_default=True, help="Share of documents that are held out."),
+    click.Option(
+        ["--normalise"],
+        multiple=True,
+        help="NFC, NFKC, newlines, strip_bom, in this order (repeatable).  [default: nothing]",
+    ),
+    click.Option(
+        ["--max-failures"],
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Documents that may be unreadable.",
+    ),
+    click.Option(
+        ["--heldout-fraction"],
+        type=float,
+        default=0.02,
+        show_default=True,
+        help="Share of documents that are held out.",
+    ),
 ]
 _TOKENS = [
-    click.Option(["--tokenizer"], type=_PATH, help="A tokenizer.json or SentencePiece .model.  [default: a BPE trained on the text]"),
     click.Option(
-        ["--vocab-size"], type=click.IntRange(min=300), help="Ids of the trained tokenizer, beside 32 special ones.  [default: 8192]"
+        ["--tokenizer"],
+        type=_PATH,
+        help="A tokenizer.json or SentencePiece .model.  [default: a BPE trained on the text]",
+    ),
+    click.Option(
+        ["--vocab-size"],
+        type=click.IntRange(min=300),
+        help="Ids of the trained tokenizer, beside 32 special ones.  [default: 8192]",
     ),
     click.Option(["--eos"], help="The token after each document, or none.  [default: </s> or <|endoftext|>]"),
     click.Option(["--bos"], help="The token before each document, such as <s>.  [default: none]"),
@@ -70,15 +114,35 @@ _ROWS = [
         show_default=True,
         help="Order of documents; as_read keeps duplicates too.",
     ),
-    click.Option(["--seed"], type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the order and of fill-in-the-middle."),
-    click.Option(["--epochs"], type=_COUNT, default=1, show_default=True, help="How often each document comes, FIM drawn anew."),
+    click.Option(
+        ["--seed"],
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Seed of the order and of fill-in-the-middle.",
+    ),
+    click.Option(
+        ["--epochs"], type=_COUNT, default=1, show_default=True, help="How often each document comes, FIM drawn anew."
+    ),
     click.Option(["--chunks"], type=_COUNT, help="Cut the training rows into so many equal chunks."),
-    click.Option(["--global-batch-size"], type=_COUNT, help="Rows of a step of the run to come, so that each chunk is whole steps."),
+    click.Option(
+        ["--global-batch-size"],
+        type=_COUNT,
+        help="Rows of a step of the run to come, so that each chunk is whole steps.",
+    ),
     click.Option(["--rows-per-shard"], type=_COUNT, help="Rows of a shard file.  [default: 64 MiB of tokens]"),
 ]
 _FIM = [
-    click.Option(["--fim-rate"], type=float, help="Share of documents that are turned into fill-in-the-middle.  [default: none]"),
-    click.Option(["--fim-spm-share"], type=float, default=0.5, show_default=True, help="Share of these that have the suffix first."),
+    click.Option(
+        ["--fim-rate"], type=float, help="Share of documents that are turned into fill-in-the-middle.  [default: none]"
+    ),
+    click.Option(
+        ["--fim-spm-share"],
+        type=float,
+        default=0.5,
+        show_default=True,
+        help="Share of these that have the suffix first.",
+    ),
     click.Option(
         ["--fim-mode"],
         type=click.Choice(["exact", "context", "released"]),
@@ -95,7 +159,9 @@ _FIM = [
 _RECIPE = [
     click.Option(["--inputs", "root"], help="The folder or address that holds the recipe's inputs and tokenizer."),
     click.Option(["--only"], multiple=True, help="Make only the dataset of this name (repeatable)."),
-    click.Option(["--set", "overrides"], multiple=True, metavar="KEY.SUB=VALUE", help="Lay a value over the recipe (repeatable)."),
+    click.Option(
+        ["--set", "overrides"], multiple=True, metavar="KEY.SUB=VALUE", help="Lay a value over the recipe (repeatable)."
+    ),
 ]
 _PROCESSES = [
     click.Option(["--workers"], type=_COUNT, help="Processes.  [default: one a core]"),
@@ -132,13 +198,17 @@ class GroupedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for heading, options in GROUPS.items():
             with formatter.section(heading):
-                formatter.write_dl([record for option in options if (record := option.get_help_record(ctx)) is not None])
+                formatter.write_dl(
+                    [record for option in options if (record := option.get_help_record(ctx)) is not None]
+                )
         with formatter.section("Help"):
             formatter.write_dl([(", ".join(ctx.help_option_names), "Show this message and exit.")])
 
 
 def given(names: Collection[str], *, but: bool = False) -> str | None:
-    """The first option on the command line that is one of `names`, as it is spelled; with `but`, the first that is none of them."""
+    """The first option on the command line that is one of `names`, as it is spelled; with `but`, the first that is none
+    of them.
+    """
     context = click.get_current_context()
     for option in context.command.params:
         if isinstance(option, click.Option) and (option.name in names) != but and _is_given(context, option):

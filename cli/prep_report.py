@@ -1,4 +1,5 @@
-"""What `weftrain prep` says at its end: what was read and what was not, the sets, steps an epoch, and the command that trains on them.
+"""What `weftrain prep` says at its end: what was read and what was not, the sets, steps an epoch, and the command that
+trains on them.
 
 Lines are wrapped by the terminal alone, so that a command or a path can be copied from any width.
 """
@@ -15,12 +16,12 @@ from rich.filesize import decimal
 
 from weftrain.cli.display import Console
 from weftrain.core.config import Recipe
-from weftrain.core.dataset_manifest import Manifest
+from weftrain.core.formats.dataset_manifest import Manifest
 from weftrain.core.recipe_file import builtin_recipes, load_recipe
 
 if TYPE_CHECKING:
-    from weftrain.data_prep.documents import Skipped
     from weftrain.data_prep.pipeline import Prepared
+    from weftrain.data_prep.readers.documents import Skipped
 
 DEMO = "amber_demo"  # the recipe that is cut to any dataset: it trains in minutes on a CPU
 
@@ -29,7 +30,10 @@ def report(console: Console, prepared: Prepared, skipped: Sequence[Skipped]) -> 
     """The dataset, in a dozen lines."""
     manifest = prepared.manifest
     state = "is up to date" if prepared.up_to_date else "is ready"
-    console.print(f"dataset {prepared.folder} {state}: {manifest.corpus.description}, licence {manifest.corpus.licence}", style="bold")
+    console.print(
+        f"dataset {prepared.folder} {state}: {manifest.corpus.description}, licence {manifest.corpus.licence}",
+        style="bold",
+    )
     documents, corpus = manifest.documents, manifest.corpus
     _line(
         console,
@@ -39,15 +43,23 @@ def report(console: Console, prepared: Prepared, skipped: Sequence[Skipped]) -> 
     )
     if manifest.parents:
         parent, entry = manifest.parents[-1], manifest.train
-        added = f"{_count(entry.n_examples - parent.train.n_examples, 'row')} added after its {parent.train.n_examples:,}"
+        added = (
+            f"{_count(entry.n_examples - parent.train.n_examples, 'row')} added after its {parent.train.n_examples:,}"
+        )
         _line(console, "grew", f"from {parent.name}, dataset id {parent.train.id[:16]}: {added}")
     for set_name, entry in manifest.sets.items():
         rows = f"{_count(entry.n_examples, 'row')} x {manifest.sequence_length} = {entry.tokens:,} tokens"
         _line(console, set_name, f"{_count(entry.documents, 'document')}, {rows}, dataset id {entry.id[:16]}")
     if manifest.tokenization.unknown_tokens:
-        _line(console, "unknown", f"{manifest.tokenization.unknown_tokens:,} tokens, for text that the vocabulary cannot spell")
+        _line(
+            console,
+            "unknown",
+            f"{manifest.tokenization.unknown_tokens:,} tokens, for text that the vocabulary cannot spell",
+        )
     if documents.failed:
-        _line(console, "failed", f"{_count(documents.failed, 'document')}, listed in {prepared.folder / 'failures.jsonl'}")
+        _line(
+            console, "failed", f"{_count(documents.failed, 'document')}, listed in {prepared.folder / 'failures.jsonl'}"
+        )
     _skipped(console, skipped)
     for note in _notes(prepared):
         _line(console, "note", note)
@@ -60,7 +72,8 @@ def _notes(prepared: Prepared) -> list[str]:
     manifest, notes = prepared.manifest, list(prepared.notes)
     if manifest.heldout is not None and manifest.heldout_rule == 1:  # an old dataset, or one that grew from one
         notes.append(
-            "held out by rule 1, each text's exact bytes: a copy with other white space, or a tokenised one, may be in another dataset's "
+            "held out by rule 1, each text's exact bytes: a copy with other white space, or a tokenised one, may be in "
+            "another dataset's "
             "training set; to hold out by rule 2, give another --name"
         )
     if (reason := prepared.fallback or manifest.tokenization.reason) is not None:
@@ -69,10 +82,14 @@ def _notes(prepared: Prepared) -> list[str]:
 
 
 def _skipped(console: Console, skipped: Sequence[Skipped]) -> None:
-    from weftrain.data_prep.listing import by_reason
+    from weftrain.data_prep.readers.listing import by_reason
 
     if skipped:
-        _line(console, "skipped", f"{_count(len(skipped), 'entry', 'entries')} beside the inputs, each listed in inputs.jsonl")
+        _line(
+            console,
+            "skipped",
+            f"{_count(len(skipped), 'entry', 'entries')} beside the inputs, each listed in inputs.jsonl",
+        )
     for one in by_reason(skipped):
         _line(console, "", one)
 
@@ -86,14 +103,17 @@ def _count(number: int, one: str, several: str | None = None) -> str:
 
 
 def epoch_lines(manifest: Manifest) -> list[str]:
-    """Steps of an epoch at the batch size of the chunks, of the recipe that is printed, and of each built-in recipe that the rows fit."""
+    """Steps of an epoch at the batch size of the chunks, of the recipe that is printed, and of each built-in recipe
+    that the rows fit.
+    """
     rows = manifest.train.epochs[0]
     chunks = manifest.chunks
     lines = []
     if chunks is not None and chunks.global_batch_size is not None:
         steps = chunks.rows // chunks.global_batch_size
         lines.append(
-            f"{steps * chunks.count:,} steps of {chunks.global_batch_size:,} rows, in {chunks.count:,} chunks of {_count(steps, 'step')}"
+            f"{steps * chunks.count:,} steps of {chunks.global_batch_size:,} rows, in {chunks.count:,} chunks of "
+            f"{_count(steps, 'step')}"
         )
     for name in builtin_recipes():
         recipe = load_recipe(name).recipe
@@ -113,14 +133,17 @@ def _steps(rows: int, batch_size: int) -> str:
 
 
 def train_command(prepared: Prepared) -> str:
-    """A command that trains on the dataset as it is: the demonstration's small model, with the dataset's vocabulary and rows."""
+    """A command that trains on the dataset as it is: the demonstration's small model, with the dataset's vocabulary and
+    rows.
+    """
     manifest, recipe = prepared.manifest, load_recipe(DEMO).recipe
     leaf, tokens = manifest.name.rpartition("/")[2], manifest.sequence_length
     root = prepared.folder
     for _ in manifest.name.split("/"):
         root = root.parent
     source = recipe.data.sources[0]
-    # As many tokens in a micro-batch as the recipe has, so that long rows fit into memory; the global batch size is a power of two.
+    # As many tokens in a micro-batch as the recipe has, so that long rows fit into memory; the global batch size is a
+    # power of two.
     micro_tokens = recipe.batch.micro_batch_size * recipe.data.sequence_length
     micro = 1 << max(0, (min(recipe.batch.micro_batch_size, micro_tokens // tokens)).bit_length() - 1)
     values: dict[str, tuple[str | int, str | int]] = {
@@ -129,7 +152,10 @@ def train_command(prepared: Prepared) -> str:
         "data.sources.0.name": (source.name, leaf),
         "model.vocab_size": (recipe.model.vocab_size, manifest.vocab_size),
         "data.sequence_length": (recipe.data.sequence_length, tokens),
-        "model.max_position_embeddings": (recipe.model.max_position_embeddings, max(recipe.model.max_position_embeddings, tokens)),
+        "model.max_position_embeddings": (
+            recipe.model.max_position_embeddings,
+            max(recipe.model.max_position_embeddings, tokens),
+        ),
         "batch.micro_batch_size": (recipe.batch.micro_batch_size, micro),
     }
     overrides = [f"{key}={_yaml(value)}" for key, (default, value) in values.items() if value != default]
@@ -141,5 +167,7 @@ def train_command(prepared: Prepared) -> str:
 
 
 def _yaml(value: str | int) -> str:
-    """A value as an override spells it: a name such as 2024 or `yes` in quotes, because YAML takes it for something else."""
+    """A value as an override spells it: a name such as 2024 or `yes` in quotes, because YAML takes it for something
+    else.
+    """
     return str(value) if yaml.safe_load(str(value)) == value else json.dumps(value, ensure_ascii=False)

@@ -21,12 +21,26 @@ ReleasePath = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.argument("run", type=ReleasePath)
 @click.option("--to", "target", type=click.Path(path_type=Path), required=True, help="The new folder.")
 @click.option("--licence", required=True, help="Licence of the weights, by its SPDX identifier, e.g. Apache-2.0.")
-@click.option("--weights-dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="Of revisions/.")
 @click.option(
-    "--data", type=click.Choice(["shards", "manifest"]), default="shards", show_default=True, help="Whole datasets, or their hashes."
+    "--weights-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of revisions/.",
 )
-@click.option("--data-root", type=click.Path(path_type=Path), help="The folder of datasets.  [default: the recipe's data.root]")
-@click.option("--sign", "key", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Ed25519 private key in PEM.")
+@click.option(
+    "--data",
+    type=click.Choice(["shards", "manifest"]),
+    default="shards",
+    show_default=True,
+    help="Whole datasets, or their hashes.",
+)
+@click.option(
+    "--data-root", type=click.Path(path_type=Path), help="The folder of datasets.  [default: the recipe's data.root]"
+)
+@click.option(
+    "--sign", "key", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Ed25519 private key in PEM."
+)
 def release(
     run: Path,
     target: Path,
@@ -36,18 +50,20 @@ def release(
     data_root: Path | None,
     key: Path | None,
 ) -> None:
-    """Write the release of RUN: checkpoints, weights, data, metrics, recipe, ledger and a model card, all of it from the record."""
+    """Write the release of RUN: checkpoints, weights, data, metrics, recipe, ledger and a model card, all of it from
+    the record.
+    """
     import torch
 
-    from weftrain.analysis.model_card import model_card, revision_card
+    from weftrain.analysis.report.model_card import model_card, revision_card
     from weftrain.core.config import Recipe
-    from weftrain.core.dataset import read_manifest, read_tokenizer
-    from weftrain.core.huggingface import write_huggingface
-    from weftrain.core.huggingface_files import tokenizer_files
-    from weftrain.core.release import SIGNATURE, build
-    from weftrain.core.run_folder import held_run
-    from weftrain.core.signature import sign
-    from weftrain.core.verification import verify as verify_release
+    from weftrain.core.formats.dataset import read_manifest, read_tokenizer
+    from weftrain.core.run.run_folder import held_run
+    from weftrain.exchange.huggingface.files import tokenizer_files
+    from weftrain.exchange.huggingface.folder import write_huggingface
+    from weftrain.exchange.release.release import SIGNATURE, build
+    from weftrain.exchange.release.signature import sign
+    from weftrain.exchange.release.verify import verify as verify_release
 
     console = Console(highlight=False, soft_wrap=True, stderr=True)
     dtype = getattr(torch, weights_dtype)
@@ -59,7 +75,9 @@ def release(
             source = (Path(recipe.data.root) if data_root is None else data_root) / recipe.data.sources[0].path
             prepared = read_manifest(source)
             place = f"{source}: tokenizer.json"
-            beside, ids = tokenizer_files(read_tokenizer(source), prepared.separator_id, prepared.bos_id, recipe.model, place)
+            beside, ids = tokenizer_files(
+                read_tokenizer(source), prepared.separator_id, prepared.bos_id, recipe.model, place
+            )
         write_huggingface(folder, weights, recipe.model, dtype, extra_config=ids, beside=beside)
 
     with held_run(run):
@@ -86,14 +104,16 @@ def release(
 
 @click.command("sign")
 @click.argument("release", type=ReleasePath, required=False)
-@click.option("--key", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Ed25519 private key in PEM.")
+@click.option(
+    "--key", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Ed25519 private key in PEM."
+)
 @click.option("--new-key", is_flag=True, help="Make the key first.")
 def sign(release: Path | None, key: Path, new_key: bool) -> None:
     """Sign RELEASE's root, after every byte of it was verified; or, without RELEASE, only make a key."""
-    from weftrain.core.release import SIGNATURE
-    from weftrain.core.signature import new_key as make_key
-    from weftrain.core.signature import sign as sign_root
-    from weftrain.core.verification import verify
+    from weftrain.exchange.release.release import SIGNATURE
+    from weftrain.exchange.release.signature import new_key as make_key
+    from weftrain.exchange.release.signature import sign as sign_root
+    from weftrain.exchange.release.verify import verify
 
     if new_key:
         click.echo(f"{key}: keep it secret; its public key, to publish: {make_key(key)}")
@@ -110,19 +130,24 @@ def verify(path: Path, key: str | None) -> None:
     """Read every byte of PATH, a release or one checkpoint's folder, and check every hash and every claim in it."""
     from weftrain.core import checkpoint
     from weftrain.core.errors import ReleaseError
-    from weftrain.core.release import RELEASE
-    from weftrain.core.verification import verify as verify_release
+    from weftrain.exchange.release.release import RELEASE
+    from weftrain.exchange.release.verify import verify as verify_release
 
     if not (path / RELEASE).exists() and (path / "manifest.json").exists():
         manifest = checkpoint.verify(path)
-        click.echo(f"{path}: step {manifest['step']}, {len(manifest['tensors'])} tensors, root {manifest['root']}: whole")
+        click.echo(
+            f"{path}: step {manifest['step']}, {len(manifest['tensors'])} tensors, root {manifest['root']}: whole"
+        )
         return
     verified = verify_release(path)
     if key is not None and verified.signer != key.lower():
         signer = "nobody" if verified.signer is None else verified.signer
         raise ReleaseError(f"{path}: is signed by {signer}, not by {key}: fetch it from whoever holds that key")
     release = verified.release
-    click.echo(f"{path}: {len(release.files):,} files, {verified.num_bytes:,} bytes, {len(release.links)} links: whole, and of one story")
+    click.echo(
+        f"{path}: {len(release.files):,} files, {verified.num_bytes:,} bytes, {len(release.links)} links: whole, and "
+        "of one story"
+    )
     click.echo(f"root {release.root}, " + ("not signed" if verified.signer is None else f"signed by {verified.signer}"))
     click.echo("that the states were trained as it says is shown by: weftrain replay")
 
@@ -133,10 +158,22 @@ def verify(path: Path, key: str | None) -> None:
 @click.option("--sample", "share", type=float, metavar="P", help="A random share of the links instead, e.g. 0.1.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of --sample.")
 @click.option("--backend", help="Another backend than the run's; then bits may differ, and the fingerprint says where.")
-@click.option("--tolerance", type=click.FloatRange(min=0), help="Largest distance as a share of the movement, under another fingerprint.")
-@click.option("--data-root", type=click.Path(path_type=Path, exists=True), help="Datasets of a release that has only their hashes.")
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Device that trains the links."
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    help="Largest distance as a share of the movement, under another fingerprint.",
+)
+@click.option(
+    "--data-root",
+    type=click.Path(path_type=Path, exists=True),
+    help="Datasets of a release that has only their hashes.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Device that trains the links.",
 )
 def replay(
     release: Path,
@@ -148,24 +185,33 @@ def replay(
     data_root: Path | None,
     device: str,
 ) -> None:
-    """Train links of RELEASE again, each from checkpoint k-1 over chunk k, and compare every tensor with checkpoint k, bit for bit."""
+    """Train links of RELEASE again, each from checkpoint k-1 over chunk k, and compare every tensor with checkpoint k,
+    bit for bit.
+    """
     from weftrain.core.errors import ReleaseError
-    from weftrain.core.replay import DEFAULT_TOLERANCE, chosen_links, replay_link
-    from weftrain.core.verification import verify as verify_release
+    from weftrain.exchange.release.replay import DEFAULT_TOLERANCE, chosen_links, replay_link
+    from weftrain.exchange.release.verify import verify as verify_release
 
     console = Console(highlight=False, soft_wrap=True)
     verified = verify_release(release)
     if verified.release.data == "manifest" and data_root is None:
-        raise ReleaseError(f"{release}: holds only hashes of its data: name the folder of its datasets with --data-root")
+        raise ReleaseError(
+            f"{release}: holds only hashes of its data: name the folder of its datasets with --data-root"
+        )
     chosen = chosen_links(verified.release.links, links, share, seed)
     if share is not None:
-        console.print(f"links {', '.join(str(link.link) for link in chosen)} of {len(verified.release.links)}, drawn with seed {seed}")
+        console.print(
+            f"links {', '.join(str(link.link) for link in chosen)} of {len(verified.release.links)}, drawn with seed "
+            f"{seed}"
+        )
     table = Table("link", "chunk", "steps", "tensors equal", "losses equal", "verdict", box=None)
     failed = False
     notes: list[str] = []
     with _prepare(release, data_root, backend, device, notes.append) as (open_source, prepare):
         for link in chosen:
-            report = replay_link(release, verified, link, open_source, prepare, DEFAULT_TOLERANCE if tolerance is None else tolerance)
+            report = replay_link(
+                release, verified, link, open_source, prepare, DEFAULT_TOLERANCE if tolerance is None else tolerance
+            )
             failed |= report.verdict == "different"
             chunk = "-" if link.chunk is None else str(link.chunk)
             steps = f"{link.first_step}..{link.stop_step}"
@@ -182,7 +228,8 @@ def replay(
 def _notes(report: Any) -> Iterator[str]:
     for difference in report.differences[:3]:
         yield (
-            f"link {report.link.link}: {difference.name}: {difference.differing:,} of {difference.elements:,} elements differ, by up to "
+            f"link {report.link.link}: {difference.name}: {difference.differing:,} of {difference.elements:,} elements "
+            "differ, by up to "
             f"{difference.ulps:,} ulp ({difference.largest:.3g})"
         )
     if len(report.differences) > 3:
@@ -199,11 +246,13 @@ def _notes(report: Any) -> Iterator[str]:
 def _prepare(
     release: Path, data_root: Path | None, backend: str | None, device: str, say: Callable[[str], None]
 ) -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
-    """How a link's source is opened and its run prepared: on the release's own data, with the threads of its fingerprint.
+    """How a link's source is opened and its run prepared: on the release's own data, with the threads of its
+    fingerprint.
 
-    Of the release's backend.options only portable ones are taken, and whatever a backend keeps on disk lies in a temporary folder.
+    Of the release's backend.options only portable ones are taken, and whatever a backend keeps on disk lies in a
+    temporary folder.
     """
-    from weftrain.backends.registry import find_backends
+    from weftrain.backends.common.registry import find_backends
     from weftrain.cli.resolve import backend_options, resolve_foreign
     from weftrain.core.backend import Job, prepare_run
     from weftrain.core.data import training_source

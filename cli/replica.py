@@ -1,4 +1,6 @@
-"""`weftrain replica`: join a run that another process leads, until it ends; Ctrl-C or SIGTERM leaves between two steps."""
+"""`weftrain replica`: join a run that another process leads, until it ends; Ctrl-C or SIGTERM leaves between two
+steps.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[backend.options.KEY=VALUE]...")
-@click.option("--wait", "wait_s", type=click.IntRange(min=0), default=600, show_default=True, help="Seconds to wait to be let in.")
+@click.option(
+    "--wait", "wait_s", type=click.IntRange(min=0), default=600, show_default=True, help="Seconds to wait to be let in."
+)
 def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
     """Be one more replica of the run in folder RUN: its recipe, its data, its orders. It may be started before the run.
 
@@ -25,7 +29,7 @@ def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
     from weftrain.cli.resolve import backend_options
     from weftrain.core.backend import Job, Plan
     from weftrain.core.errors import BackendError
-    from weftrain.core.run_folder import LOCK, asked_recipe
+    from weftrain.core.run.run_folder import LOCK, asked_recipe
     from weftrain.core.stop import StopRequest
 
     wrong = [item for item in overrides if not item.startswith("backend.options.")]
@@ -38,7 +42,8 @@ def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
             time.sleep(0.1)
         if asked is None:
             raise BackendError(
-                f"{run}: no run there after {wait_s} s: start it first, with batch.replicas=N or backend.options.open_to_replicas=true"
+                f"{run}: no run there after {wait_s} s: start it first, with batch.replicas=N or "
+                "backend.options.open_to_replicas=true"
             )
         return recorded_recipe(asked, f"{run / LOCK}: recipe", overrides)
 

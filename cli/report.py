@@ -1,7 +1,7 @@
 """`weftrain report`: one HTML page about a run or a release.
 
-What a reader would get wrong: the page is written from the record and verifies nothing. A release's folder is never written into, for
-then it would hold a file that release.json does not name: its page lies beside it.
+What a reader would get wrong: the page is written from the record and verifies nothing. A release's folder is never
+written into, for then it would hold a file that release.json does not name: its page lies beside it.
 """
 
 from __future__ import annotations
@@ -19,21 +19,26 @@ import click
     help="The page, *.html.  [default: RUN/report.html; beside a release: RUN.report.html]",
 )
 def report(run: Path, to: Path | None) -> None:
-    """Write one self-contained HTML page about RUN, a run's or a release's folder: curves, checkpoints, evaluations, ledger."""
-    from weftrain.analysis.run_page import write_page
-    from weftrain.analysis.run_report import collect
+    """Write one self-contained HTML page about RUN, a run's or a release's folder: curves, checkpoints, evaluations,
+    ledger.
+    """
+    from weftrain.analysis.report.collect import collect
+    from weftrain.analysis.report.page import write_page
     from weftrain.cli.show import arithmetic
-    from weftrain.core import fsops
-    from weftrain.core.plain_file import real_path
-    from weftrain.core.release import RELEASE
+    from weftrain.core.formats import fsops
+    from weftrain.core.formats.plain_file import real_path
+    from weftrain.exchange.release.release import RELEASE
 
     released = (run / RELEASE).exists()
     page = to or (real_path(run).with_name(f"{real_path(run).name}.report.html") if released else run / "report.html")
     if page.suffix.lower() not in (".html", ".htm"):
-        raise click.BadParameter(f"'{page}' does not end in .html, and a page is all that is written", param_hint="--to")
+        raise click.BadParameter(
+            f"'{page}' does not end in .html, and a page is all that is written", param_hint="--to"
+        )
     if released and real_path(page).is_relative_to(real_path(run)):
         raise click.BadParameter(
-            f"'{page}' lies in the release, which holds only what release.json names: name a file outside", param_hint="--to"
+            f"'{page}' lies in the release, which holds only what release.json names: name a file outside",
+            param_hint="--to",
         )
     found = collect(run, arithmetic)
     fsops.make_dirs(real_path(page).parent)

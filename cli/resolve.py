@@ -26,8 +26,8 @@ class Resolved(NamedTuple):
 def resolve_recipe(recipe: str, overrides: Iterable[str] = (), backend: str | None = None) -> RecipeFile:
     """The recipe by name or path with overrides. backend: another than the recipe's own.
 
-    Its options mean nothing to another backend, but for those that both take from core.config.SHARED_OPTIONS: they are kept.
-    Raises RecipeError, BackendError.
+    Its options mean nothing to another backend, but for those that both take from core.config.SHARED_OPTIONS: they are
+    kept. Raises RecipeError, BackendError.
     """
     overrides = tuple(overrides)
     if backend is None:
@@ -36,7 +36,9 @@ def resolve_recipe(recipe: str, overrides: Iterable[str] = (), backend: str | No
     return load_recipe(recipe, overrides, backend, kept_options(own, backend))
 
 
-def resolve_recorded(tree: Mapping[str, Any], origin: str, overrides: Iterable[str] = (), backend: str | None = None) -> RecipeFile:
+def resolve_recorded(
+    tree: Mapping[str, Any], origin: str, overrides: Iterable[str] = (), backend: str | None = None
+) -> RecipeFile:
     """The same for a recipe that a checkpoint, release or run's folder records."""
     section = tree.get("backend")
     own = section.get("name") if isinstance(section, Mapping) else None
@@ -51,12 +53,14 @@ def resolve_foreign(
     backend: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> RecipeFile:
-    """`resolve_recorded` for verbs that compute with a record which anybody may have written: replay, eval, generate, memorize.
+    """`resolve_recorded` for verbs that compute with a record which anybody may have written: replay, eval, generate,
+    memorize.
 
-    Of backend.options it takes those that the backend declares portable (`Backend.portable_options`), so a record chooses no path, device
-    or address here; overrides may give the others. say: told what was not taken. Raises RecipeError, BackendError.
+    Of backend.options it takes those that the backend declares portable (`Backend.portable_options`), so a record
+    chooses no path, device or address here; overrides may give the others. say: told what was not taken. Raises
+    RecipeError, BackendError.
     """
-    from weftrain.backends.registry import find_backends
+    from weftrain.backends.common.registry import find_backends
 
     section = tree.get("backend")
     if isinstance(section, Mapping) and isinstance(options := section.get("options"), Mapping):
@@ -64,8 +68,14 @@ def resolve_foreign(
         portable = frozenset() if found is None else found.portable_options
         left = sorted(set(options) - portable)
         if left and backend in (None, section.get("name")):
-            say(f"not taken from the record, this machine's defaults apply: {', '.join(f'backend.options.{name}' for name in left)}")
-        tree = {**tree, "backend": {**section, "options": {name: value for name, value in options.items() if name in portable}}}
+            say(
+                "not taken from the record, this machine's defaults apply: "
+                f"{', '.join(f'backend.options.{name}' for name in left)}"
+            )
+        tree = {
+            **tree,
+            "backend": {**section, "options": {name: value for name, value in options.items() if name in portable}},
+        }
     return resolve_recorded(tree, origin, overrides, backend)
 
 
@@ -76,20 +86,28 @@ def resolve(recipe: str, overrides: Iterable[str] = (), backend: str | None = No
 
 
 def backend_options(file: RecipeFile) -> tuple[Backend, Section]:
-    """The recipe's backend, if it can run here, and its backend.options checked by its own schema. Raises BackendError, RecipeError."""
-    from weftrain.backends.registry import get_backend
+    """The recipe's backend, if it can run here, and its backend.options checked by its own schema. Raises BackendError,
+    RecipeError.
+    """
+    from weftrain.backends.common.registry import get_backend
 
     config = file.recipe.backend
     backend = get_backend(config.name)
-    return backend, validate_section(backend.options, config.options, lambda location: file.at(("backend", "options", *location)))
+    return backend, validate_section(
+        backend.options, config.options, lambda location: file.at(("backend", "options", *location))
+    )
 
 
 def kept_options(own: str, other: str) -> tuple[str, ...]:
     """The options of backend `own` that mean the same to backend `other`; none where one of them is not installed."""
-    from weftrain.backends.registry import find_backends
+    from weftrain.backends.common.registry import find_backends
 
     found = find_backends()
     if own == other or own not in found or other not in found:
         return ()
-    both = [shared for shared in SHARED_OPTIONS if issubclass(found[own].options, shared) and issubclass(found[other].options, shared)]
+    both = [
+        shared
+        for shared in SHARED_OPTIONS
+        if issubclass(found[own].options, shared) and issubclass(found[other].options, shared)
+    ]
     return tuple(name for shared in both for name in shared.model_fields)

@@ -11,10 +11,10 @@ from rich.table import Table
 from weftrain.cli.display import Console
 from weftrain.cli.resolve import backend_options, resolve_recipe
 from weftrain.core.config import Recipe, Skip
-from weftrain.core.mixture import make_mixture, source_shares
 from weftrain.core.mup import resolved
 from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_groups
-from weftrain.core.order import timeline
+from weftrain.core.order.mixture import make_mixture, source_shares
+from weftrain.core.order.rows import timeline
 from weftrain.core.parameters import flops_per_token, parameter_specs
 from weftrain.core.recipe_file import builtin_recipes, dump_yaml, load_recipe
 
@@ -23,7 +23,11 @@ from weftrain.core.recipe_file import builtin_recipes, dump_yaml, load_recipe
 @click.argument("recipe", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option(
-    "--step", "steps", type=click.IntRange(min=0), multiple=True, help="Learning rates and samples read at this 0-based step (repeatable)."
+    "--step",
+    "steps",
+    type=click.IntRange(min=0),
+    multiple=True,
+    help="Learning rates and samples read at this 0-based step (repeatable).",
 )
 @click.option("--backend", help="Also what a step of this backend will do (streaming: its timeline, with every byte).")
 def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...], backend: str | None) -> None:
@@ -40,7 +44,9 @@ def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...],
         return
     file = resolve_recipe(recipe, overrides, backend)
     resolved_recipe = file.recipe
-    beyond = [step for step in steps if step >= sum(segment.steps for segment in resolved_recipe.schedule.learning_rate)]
+    beyond = [
+        step for step in steps if step >= sum(segment.steps for segment in resolved_recipe.schedule.learning_rate)
+    ]
     if beyond:
         raise click.BadParameter(f"step {beyond[0]} lies beyond the learning-rate schedule", param_hint="--step")
     console.print(dump_yaml(resolved_recipe.model_dump(mode="json")), markup=False)
@@ -66,32 +72,42 @@ def arithmetic(recipe: Recipe) -> list[str]:
     copies = f"; bf16 copies 2 B = {_bytes(2 * parameters)}" if recipe.precision.compute == "bfloat16" else ""
     lines = [
         f"parameters   {parameters:,}",
-        f"batch        {batch.micro_batch_size} x {batch.replicas} x {batch.accumulation_steps} = {batch.global_batch_size} sequences "
+        f"batch        {batch.micro_batch_size} x {batch.replicas} x {batch.accumulation_steps} = "
+        f"{batch.global_batch_size} sequences "
         f"x {data.sequence_length} = {tokens:,} tokens a step   (micro-batch x replicas x accumulation)",
         f"tokens       {tokens:,} x {schedule.steps:,} steps = {tokens * schedule.steps:,} tokens",
         f"model FLOPs  {flops:,} a token = 6 x parameters in matrix products + 12 x layers x hidden x sequence; "
         f"{flops * tokens * schedule.steps:.3e} in all",
-        f"memory       weights 4 B x {parameters:,} = {_bytes(4 * parameters)}; gradients 4 B = {_bytes(4 * parameters)}; "
+        f"memory       weights 4 B x {parameters:,} = {_bytes(4 * parameters)}; gradients 4 B = "
+        f"{_bytes(4 * parameters)}; "
         f"AdamW moments 8 B = {_bytes(8 * parameters)}{copies}; activations not counted",
     ]
     if recipe.model.mup is not None:
         base = recipe.model.mup.base_hidden_size
         lines.append(
-            f"muP          width {recipe.model.hidden_size} / {base} = {recipe.model.hidden_size / base:g}: std embedding "
-            f"{scales.embedding_std:.6g}, matrices {scales.matrix_std:.6g}, output projections {scales.output_matrix_std:.6g}; "
+            f"muP          width {recipe.model.hidden_size} / {base} = {recipe.model.hidden_size / base:g}: std "
+            "embedding "
+            f"{scales.embedding_std:.6g}, matrices {scales.matrix_std:.6g}, output projections "
+            f"{scales.output_matrix_std:.6g}; "
             f"logits x {scales.logits_scale:.6g}, embedding x {scales.embedding_scale:.6g}, matrix learning rate x "
             f"{scales.matrix_learning_rate_multiplier:.6g}"
         )
     if data.chunks is not None:
-        lines.append(f"chunks       {data.chunks:,} x {schedule.steps // data.chunks:,} steps = {schedule.steps:,} steps")
+        lines.append(
+            f"chunks       {data.chunks:,} x {schedule.steps // data.chunks:,} steps = {schedule.steps:,} steps"
+        )
     lines += [f"skip         {_skipped(entry)}: {entry.reason}" for entry in data.skip]
     if data.sources and data.sources[0].epochs is not None:
-        lines += [f"source       {source.name:<14} {source.epochs:g} epochs of its prepared rows" for source in data.sources]
+        lines += [
+            f"source       {source.name:<14} {source.epochs:g} epochs of its prepared rows" for source in data.sources
+        ]
     elif len(data.sources) > 1:
         shares = source_shares(data.sources)
         for source, share in zip(data.sources, shares, strict=True):
             part = float(share / sum(shares))
-            lines.append(f"source       {source.name:<14} {part:8.4%} = {part * tokens * schedule.steps / 1e9:,.2f} B tokens")
+            lines.append(
+                f"source       {source.name:<14} {part:8.4%} = {part * tokens * schedule.steps / 1e9:,.2f} B tokens"
+            )
     return lines
 
 
@@ -112,13 +128,20 @@ def _parameter_table(recipe: Recipe) -> Table:
         sizes[GROUP_OF_ROLE[spec.role]] += spec.size
     table = Table("parameter group", "tensors", "parameters", "learning rate x", "weight decay", box=None)
     for name, group in groups.items():
-        row = (f"{len(group.parameters):,}", f"{sizes[name]:,}", f"{group.learning_rate_multiplier:g}", f"{group.weight_decay:g}")
+        row = (
+            f"{len(group.parameters):,}",
+            f"{sizes[name]:,}",
+            f"{group.learning_rate_multiplier:g}",
+            f"{group.weight_decay:g}",
+        )
         table.add_row(name, *row)
     return table
 
 
 def _samples_table(recipe: Recipe, asked: Sequence[int]) -> Table | None:
-    """How many samples of each source have been read before a step: exact, without any dataset, unless shares are in epochs."""
+    """How many samples of each source have been read before a step: exact, without any dataset, unless shares are in
+    epochs.
+    """
     data, steps, batch = recipe.data, recipe.schedule.steps, recipe.batch.global_batch_size
     if len(data.sources) < 2 or data.sources[0].epochs is not None or data.order != "feistel":
         return None

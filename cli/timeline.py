@@ -1,6 +1,8 @@
-"""`weftrain timeline`: what a streaming run's first steps spent their time on, as a table, a picture and a TensorBoard image.
+"""`weftrain timeline`: what a streaming run's first steps spent their time on, as a table, a picture and a TensorBoard
+image.
 
-What a reader would get wrong: nothing is measured here. The run must have recorded its trace.json, which it does only when asked to.
+What a reader would get wrong: nothing is measured here. The run must have recorded its trace.json, which it does only
+when asked to.
 """
 
 from __future__ import annotations
@@ -16,9 +18,20 @@ from weftrain.cli.display import Console
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def timeline(run: Path) -> None:
-    """Show how busy compute, disk and stalls were in RUN, a run folder with a trace.json (backend.options.trace_steps=3 records one)."""
-    from weftrain.analysis.timeline import MOVING, OVERLAP, TRACE, TRACKS, add_to_tensorboard, busy, draw, read_trace
-    from weftrain.core.metrics import TENSORBOARD
+    """Show how busy compute, disk and stalls were in RUN, a run folder with a trace.json (backend.options.trace_steps=3
+    records one).
+    """
+    from weftrain.analysis.report.timeline import (
+        MOVING,
+        OVERLAP,
+        TRACE,
+        TRACKS,
+        add_to_tensorboard,
+        busy,
+        draw,
+        read_trace,
+    )
+    from weftrain.core.run.metrics import TENSORBOARD
 
     trace, picture = run / TRACE, run / "timeline.png"
     slices = read_trace(trace)
@@ -33,9 +46,12 @@ def timeline(run: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     moved = any(figures[track] for track in MOVING)
-    overlap = f"{figures[OVERLAP]:.1%} of the time of reads, writes and spools lies under computation that was not stalled"
+    overlap = (
+        f"{figures[OVERLAP]:.1%} of the time of reads, writes and spools lies under computation that was not stalled"
+    )
     console.print(
-        f"whole        {whole:,.1f} ms\noverlap      {overlap if moved else 'nothing was read, written or spooled'}", markup=False
+        f"whole        {whole:,.1f} ms\noverlap      {overlap if moved else 'nothing was read, written or spooled'}",
+        markup=False,
     )
     add_to_tensorboard(draw(slices, picture), run)
     lines = [

@@ -1,7 +1,7 @@
 """`weftrain train`: put a run together, train it, and end with a summary.
 
-What a reader would get wrong: there is no separate `resume`. The same command starts a run, continues an interrupted one, and says so
-where it is complete. A signal finishes the step, saves, and exits with 128 + its number.
+What a reader would get wrong: there is no separate `resume`. The same command starts a run, continues an interrupted
+one, and says so where it is complete. A signal finishes the step, saves, and exits with 128 + its number.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weftrain.analysis.summary import summarize
+from weftrain.analysis.report.summary import summarize
 from weftrain.cli.display import Bar, Console
 from weftrain.cli.show import arithmetic
 from weftrain.core.config import Recipe
-from weftrain.core.metrics import heldout_label
-from weftrain.core.names import checked_segment
+from weftrain.core.formats.names import checked_segment
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import RecipeFile, recorded_recipe
+from weftrain.core.run.metrics import heldout_label
 from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -38,24 +38,41 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder that holds run folders.")
+@click.option(
+    "--runs",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder that holds run folders.",
+)
 @click.option("--run", "run_name", help="Name of the run folder.  [default: the recipe's name]")
 @click.option("--backend", help="Another backend than the recipe's (`weftrain backends` lists them).")
-@click.option("--allow", multiple=True, metavar="KEY", help="Resume although this key of the recipe has changed (repeatable).")
+@click.option(
+    "--allow", multiple=True, metavar="KEY", help="Resume although this key of the recipe has changed (repeatable)."
+)
 @click.option(
     "--from-scratch",
     is_flag=True,
     help="Begin at step 0 again if all of the run's checkpoints are damaged or missing; the ledger records it.",
 )
 @click.option(
-    "--repair-ledger", is_flag=True, help="Go on although the ledger has lost the lines of some checkpoints, or is missing; it is recorded."
+    "--repair-ledger",
+    is_flag=True,
+    help="Go on although the ledger has lost the lines of some checkpoints, or is missing; it is recorded.",
 )
 def train(
-    recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str | None, backend: str | None, allow: tuple[str, ...], **asked: bool
+    recipe: str,
+    overrides: tuple[str, ...],
+    runs: Path,
+    run_name: str | None,
+    backend: str | None,
+    allow: tuple[str, ...],
+    **asked: bool,
 ) -> None:
     """Train RECIPE, a built-in name or the path of a .yaml file; again: resume it, or say that it is complete.
 
-    KEY.SUB=VALUE lays a value over the recipe, e.g. schedule.steps=100. SIGTERM and Ctrl-C finish the step, save, and exit (143, 130).
+    KEY.SUB=VALUE lays a value over the recipe, e.g. schedule.steps=100. SIGTERM and Ctrl-C finish the step, save, and
+    exit (143, 130).
     """
     from weftrain.cli.resolve import backend_options, resolve_recipe
 
@@ -65,7 +82,9 @@ def train(
     try:
         checked_segment(name)
     except ValueError as error:
-        raise click.BadParameter(f"{error}; a run name is one word, and --runs names the folder", param_hint="--run") from error
+        raise click.BadParameter(
+            f"{error}; a run name is one word, and --runs names the folder", param_hint="--run"
+        ) from error
     again = _Command(recipe, overrides, backend, runs, run_name)
     with StopRequest() as stop:
         if backend_options(file)[0].follows():
@@ -87,12 +106,19 @@ class _Command:
     run_name: str | None
 
     def to_continue(self, recipe: Recipe, source: BatchSource, folder: Path, done: int) -> str:
-        """The command that trains a complete run twice as long, checked; or what must be decided before there can be one."""
+        """The command that trains a complete run twice as long, checked; or what must be decided before there can be
+        one.
+        """
         from weftrain.cli.resolve import resolve_recipe
-        from weftrain.core.extension import extension
+        from weftrain.core.run.extension import extension
 
         found = extension(
-            folder, recipe, source, done, self.overrides, lambda given: resolve_recipe(self.recipe, given, self.backend).recipe
+            folder,
+            recipe,
+            source,
+            done,
+            self.overrides,
+            lambda given: resolve_recipe(self.recipe, given, self.backend).recipe,
         )
         if isinstance(found, str):
             return f"to continue: {found}"
@@ -106,7 +132,9 @@ class _Command:
 
 
 def _this_program() -> str:
-    """How `train` was called: by itself, or in every process that torchrun started, on one node or on each of several."""
+    """How `train` was called: by itself, or in every process that torchrun started, on one node or on each of
+    several.
+    """
     ranks, each = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if ranks == "1":
         return "weftrain train"
@@ -116,7 +144,9 @@ def _this_program() -> str:
 
 
 def _follow(file: RecipeFile, folder: Path, stop: StopRequest) -> None:
-    """This process is one of several that were started with the same command, and another one leads: take part, and say nothing."""
+    """This process is one of several that were started with the same command, and another one leads: take part, and say
+    nothing.
+    """
     from weftrain.cli.assembly import open_data
     from weftrain.cli.resolve import backend_options
     from weftrain.core.backend import Job, Plan
@@ -127,16 +157,25 @@ def _follow(file: RecipeFile, folder: Path, stop: StopRequest) -> None:
 
 
 def _train(
-    console: Console, file: RecipeFile, runs: Path, name: str, allow: set[str], stop: StopRequest, again: _Command, **asked: bool
+    console: Console,
+    file: RecipeFile,
+    runs: Path,
+    name: str,
+    allow: set[str],
+    stop: StopRequest,
+    again: _Command,
+    **asked: bool,
 ) -> None:
-    """Decide how the run starts, prepare the backend, record the start, and train. Until it is recorded, nothing is written."""
+    """Decide how the run starts, prepare the backend, record the start, and train. Until it is recorded, nothing is
+    written.
+    """
     from weftrain.cli.assembly import open_data, run_speed
     from weftrain.cli.resolve import backend_options
     from weftrain.core.backend import Job, prepare_run
-    from weftrain.core.ledger import LEDGER
-    from weftrain.core.metrics import METRICS, MetricsWriter
     from weftrain.core.resume import commit, decide, settle
-    from weftrain.core.run_folder import open_run
+    from weftrain.core.run.ledger import LEDGER
+    from weftrain.core.run.metrics import METRICS, MetricsWriter
+    from weftrain.core.run.run_folder import open_run
     from weftrain.core.trainer import fit
 
     file, decided = _with_decisions(console, file, runs / name)
@@ -146,21 +185,29 @@ def _train(
     with open_run(runs / name, recipe.model_dump(mode="json")) as folder, contextlib.ExitStack() as ending:
         say = partial(console.print, markup=False)
         names = [held.name for held in heldout]
-        start = decide(folder, recipe, source, backend, options, runs, allow=allow | decided, say=say, heldout=names, **asked)
+        start = decide(
+            folder, recipe, source, backend, options, runs, allow=allow | decided, say=say, heldout=names, **asked
+        )
         recipe, source = start.resolved, start.source
         if start.complete:
             ledger = settle(start)
             console.print(f"run {folder.path} is complete: {start.first_step} of {start.last_step} steps")
             if not ledger.entries:
-                say(f"warning: {runs / name / LEDGER} is still missing: a new one begins when the run is continued with --repair-ledger")
+                say(
+                    f"warning: {runs / name / LEDGER} is still missing: a new one begins when the run is continued "
+                    "with --repair-ledger"
+                )
             _summarize(console, runs / name, again.to_continue(recipe, source, runs / name, start.first_step))
             backend.nothing_to_lead(Job(recipe, start.plan, options, folder=folder.path, stop=stop))
             return
         plan = start.plan
         with _Progress(console) as told:
-            job = Job(recipe, plan, options, start.weights, told, folder.path, stop, stretch=start.stretch, kept=start.kept)
+            job = Job(
+                recipe, plan, options, start.weights, told, folder.path, stop, stretch=start.stretch, kept=start.kept
+            )
             run = prepare_run(backend, job)
-            ending.callback(run.close)  # also after an error: what a backend keeps on disk becomes durable, and others learn of the end
+            # also after an error: what a backend keeps on disk becomes durable, and others learn of the end
+            ending.callback(run.close)
             if start.state is not None:
                 run.import_state(start.state)
         if stop.number:  # there is nothing to save yet, and the first step may take longer than the grace period
@@ -209,21 +256,31 @@ def _shown(steps: Iterator[Progress], bar: Bar, first: int) -> int:
     for progress in steps:
         done = progress.result.step + 1
         if progress.result.skipped:
-            why = "its loss or gradient norm is not finite" if progress.result.bearing_tokens else "no token of its batch bears a loss"
+            why = (
+                "its loss or gradient norm is not finite"
+                if progress.result.bearing_tokens
+                else "no token of its batch bears a loss"
+            )
             bar.say(f"warning: step {progress.result.step} was skipped: {why}")
         if progress.log is not None:
             loss = f"loss {progress.log['loss']:.4f}  {progress.log['tokens_per_second']:,.0f} tokens/s"
         for held in progress.evaluations:
-            bar.say(f"step {done:>6}  held-out {heldout_label(held)}: loss {held['loss']:.4f}, perplexity {held['perplexity']:,.2f}")
+            bar.say(
+                f"step {done:>6}  held-out {heldout_label(held)}: loss {held['loss']:.4f}, perplexity "
+                f"{held['perplexity']:,.2f}"
+            )
         if progress.saved is not None and progress.saved.set_aside is not None:
-            bar.say(f"warning: another checkpoint of step {progress.saved.step} was moved to {progress.saved.set_aside.name}")
+            bar.say(
+                f"warning: another checkpoint of step {progress.saved.step} was moved to "
+                f"{progress.saved.set_aside.name}"
+            )
         bar.update(done, loss)
     return done
 
 
 def _with_decisions(console: Console, file: RecipeFile, folder: Path) -> tuple[RecipeFile, set[str]]:
     """The recipe with the chunks that the run's ledger defers or drops, and the keys of data.skip that they add."""
-    from weftrain.core.ledger import LEDGER, lineage, read_ledger, with_decisions
+    from weftrain.core.run.ledger import LEDGER, lineage, read_ledger, with_decisions
 
     decisions = lineage(read_ledger(folder / LEDGER)).decisions
     own = len(file.recipe.data.skip)
@@ -268,13 +325,17 @@ class _Progress:
         self._own = None
 
 
-def _announce(console: Console, recipe: Recipe, fingerprint: Fingerprint, peak: object, folder: Path, first: int) -> None:
+def _announce(
+    console: Console, recipe: Recipe, fingerprint: Fingerprint, peak: object, folder: Path, first: int
+) -> None:
     console.print(f"{recipe.name}: {recipe.description}", markup=False)
     for line in arithmetic(recipe):
         console.print(line, markup=False)
     where = f"{fingerprint.backend} on {fingerprint.device}"
     threads = f", {fingerprint.threads} threads" if fingerprint.device_type == "cpu" and fingerprint.threads else ""
-    console.print(f"backend      {where}{threads}, {recipe.precision.compute}; matrix-multiply peak {peak}", markup=False)
+    console.print(
+        f"backend      {where}{threads}, {recipe.precision.compute}; matrix-multiply peak {peak}", markup=False
+    )
     chosen: dict[str, set[str]] = {}
     for op, entries in fingerprint.kernels.get("ops", {}).items():
         for entry in entries:
@@ -288,7 +349,8 @@ def _announce(console: Console, recipe: Recipe, fingerprint: Fingerprint, peak: 
         sums = (micro_batches & -micro_batches).bit_length()
         size = 4 * sums * sum(spec.size for spec in parameter_specs(recipe.model))
         console.print(
-            f"numerics     replayable: {micro_batches} micro-batches a process in a fixed tree, at most {sums} fp32 sums of the "
+            f"numerics     replayable: {micro_batches} micro-batches a process in a fixed tree, at most {sums} fp32 "
+            "sums of the "
             f"gradients = {size / 1e6:,.0f} MB",
             markup=False,
         )
@@ -301,10 +363,17 @@ def _summarize(console: Console, folder: Path, more: str) -> None:
         console.print(f"no steps were logged; the run lies in {folder}", markup=False)
         return
     used, peak = summary.model_flops_utilization, summary.peak_flops
-    share = "MFU unknown" if used is None or peak is None else f"MFU {used:.1%} of the measured {peak / 1e9:,.0f} GFLOP/s"
+    share = (
+        "MFU unknown" if used is None or peak is None else f"MFU {used:.1%} of the measured {peak / 1e9:,.0f} GFLOP/s"
+    )
     lines = [
-        f"loss         {summary.loss_first:.4f} -> {summary.loss_last:.4f} in {summary.steps:,} steps, {summary.tokens:,} tokens",
-        *([f"skipped      {summary.skipped:,} of these steps: {summary.steps - summary.skipped:,} updates"] if summary.skipped else []),
+        f"loss         {summary.loss_first:.4f} -> {summary.loss_last:.4f} in {summary.steps:,} steps, "
+        f"{summary.tokens:,} tokens",
+        *(
+            [f"skipped      {summary.skipped:,} of these steps: {summary.steps - summary.skipped:,} updates"]
+            if summary.skipped
+            else []
+        ),
         *(f"held-out     {key}: {first:.4f} -> {last:.4f}" for key, (first, last) in summary.heldout.items()),
         f"speed        {summary.tokens_per_second:,.0f} tokens/s, {share}",
         f"run          {folder}  (metrics.jsonl, checkpoints/, tensorboard/, recipe.yaml)",

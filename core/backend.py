@@ -1,9 +1,10 @@
 """The Backend protocol: words and types, and the one check that every prepared run passes (`prepare_run`).
 
-The seam is the training run, not the device: a backend drives its own steps and the core consumes results. A wafer traces the whole
-step once and hands values out only at steps named in advance (`Plan`); a weight-streaming engine interleaves backward with update.
-The one thing a reader would get wrong: steps are counted by what is *completed*. `StepResult.step` is the 0-based index of the step
-just made, so after it `step + 1` steps are complete, and that number is the one in `Plan`, `State.step` and checkpoint names.
+The seam is the training run, not the device: a backend drives its own steps and the core consumes results. A wafer
+traces the whole step once and hands values out only at steps named in advance (`Plan`); a weight-streaming engine
+interleaves backward with update. The one thing a reader would get wrong: steps are counted by what is *completed*.
+`StepResult.step` is the 0-based index of the step just made, so after it `step + 1` steps are complete, and that number
+is the one in `Plan`, `State.step` and checkpoint names.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from typing import Any, Literal, Protocol, SupportsFloat, runtime_checkable
 import numpy as np
 import torch
 
-from weftrain.core.canonical import canonical_json
 from weftrain.core.config import Recipe, Section, SourceCursor
 from weftrain.core.errors import BackendError
+from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.stop import StopRequest
 
 
 @dataclass(frozen=True)
 class Plan:
-    """When somebody will look, known before step one. All numbers count completed steps; an interval of 0 means never."""
+    """When somebody will look, known before step one. All numbers count completed steps; an interval of 0 means
+    never.
+    """
 
     start_step: int
     last_step: int
@@ -42,16 +45,22 @@ class Plan:
                 raise ValueError(f"plan: {name} must not be negative")
 
     def wants_state(self, completed: int) -> bool:
-        """True where a checkpoint is due: at each multiple of the interval, after each chunk and, unless it was declined, at the end."""
+        """True where a checkpoint is due: at each multiple of the interval, after each chunk and, unless it was
+        declined, at the end.
+        """
         at_end = self.checkpoint_at_end and completed == self.last_step
         return at_end or _due(completed, self.checkpoint_every_steps) or _due(completed, self.chunk_steps)
 
     def wants_evaluation(self, completed: int) -> bool:
         """True where held-out loss is due: at each multiple of the interval and, if there is one, at the end."""
-        return self.evaluate_every_steps > 0 and (completed == self.last_step or _due(completed, self.evaluate_every_steps))
+        return self.evaluate_every_steps > 0 and (
+            completed == self.last_step or _due(completed, self.evaluate_every_steps)
+        )
 
     def wants_log(self, completed: int) -> bool:
-        """True where the loss is read (on an accelerator: a synchronisation): the first step, each multiple, the end."""
+        """True where the loss is read (on an accelerator: a synchronisation): the first step, each multiple, the
+        end.
+        """
         return completed in (self.start_step + 1, self.last_step) or _due(completed, self.log_every_steps)
 
 
@@ -63,9 +72,9 @@ def _due(completed: int, every: int) -> bool:
 class Batch:
     """Rows of one batch. ids: int64 [rows, sequence_length + 1], inputs are ids[:, :-1] and labels ids[:, 1:].
 
-    loss_mask: bool [rows, sequence_length], False where a label bears no loss; None where all do.
-    document_start: int32 [rows, sequence_length], for each input the index within its row of its document's first token, so that
-    attention from query t reaches keys document_start[t]..t; None where attention crosses documents.
+    loss_mask: bool [rows, sequence_length], False where a label bears no loss; None where all do. document_start: int32
+    [rows, sequence_length], for each input the index within its row of its document's first token, so that attention
+    from query t reaches keys document_start[t]..t; None where attention crosses documents.
     """
 
     ids: np.ndarray
@@ -131,10 +140,10 @@ class EvaluationSource(Protocol):
 class State:
     """The neutral training state: saved by any backend, loaded by any other.
 
-    tensors: '<plane>/<canonical parameter name>' -> whole tensor in host memory, fp32; planes are 'weights', and for AdamW 'exp_avg'
-    and 'exp_avg_sq'. The mapping may be lazy (a checkpoint's is); one that is may offer meta(name), a meta tensor, to tell dtype and
-    shape without reading. step: completed steps. optimizer_updates: updates made, which is less than step where steps were skipped;
-    it is AdamW's t.
+    tensors: '<plane>/<canonical parameter name>' -> whole tensor in host memory, fp32; planes are 'weights', and for
+    AdamW 'exp_avg' and 'exp_avg_sq'. The mapping may be lazy (a checkpoint's is); one that is may offer meta(name), a
+    meta tensor, to tell dtype and shape without reading. step: completed steps. optimizer_updates: updates made, which
+    is less than step where steps were skipped; it is AdamW's t.
     """
 
     step: int
@@ -144,11 +153,13 @@ class State:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step was. loss and grad_norm may live on the device: float() of them may synchronise, so only log lines do it.
+    """What one step was. loss and grad_norm may live on the device: float() of them may synchronise, so only log lines
+    do it.
 
-    loss: mean over the tokens of the global batch that bear a loss, before the update; NaN where none does. grad_norm: global norm before
-    clipping, of the gradient as the recipe's objective.normalizer has it. tokens: positions read. bearing_tokens: those that bear a loss.
-    skipped: the step did not happen (non-finite loss or norm under the `skip` policy); weights and optimizer state are untouched.
+    loss: mean over the tokens of the global batch that bear a loss, before the update; NaN where none does. grad_norm:
+    global norm before clipping, of the gradient as the recipe's objective.normalizer has it. tokens: positions read.
+    bearing_tokens: those that bear a loss. skipped: the step did not happen (non-finite loss or norm under the `skip`
+    policy); weights and optimizer state are untouched.
     """
 
     step: int
@@ -160,14 +171,16 @@ class StepResult:
     step_ms: float
     data_wait_ms: float
     skipped: bool = False
-    phases_ms: Mapping[str, float] | None = None  # where Job.time_phases asks: part of the step -> its time; a part of none is absent
+    # where Job.time_phases asks: part of the step -> its time; a part of none is absent
+    phases_ms: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
 class Kept:
     """State that a backend keeps on disk by itself: where it stands, who trained it, and what the last step was.
 
-    stretch: Job.stretch of the process that completed that step. result: of the 0-based step `step - 1`, for a record that lacks it.
+    stretch: Job.stretch of the process that completed that step. result: of the 0-based step `step - 1`, for a record
+    that lacks it.
     """
 
     step: int
@@ -201,7 +214,8 @@ class Speeds:
     devices: int | None = None  # that the run is for; None: as many as the recipe asks for
     devices_per_node: int = 1
     capacity_bytes: float | None = None  # memory of a device; None: that of this machine, which the backend finds out
-    matmul_share: float | None = None  # of matmul_flops that a long run's matrix multiplies reach; None: the backend's own assumption
+    # of matmul_flops that a long run's matrix multiplies reach; None: the backend's own assumption
+    matmul_share: float | None = None
     attention_share: float | None = None  # of matmul_flops that attention reaches
 
 
@@ -237,36 +251,48 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a backend is told. `options` is the recipe's backend.options, checked by the backend's own `Options` model."""
+    """All that a backend is told. `options` is the recipe's backend.options, checked by the backend's own `Options`
+    model.
+    """
 
     recipe: Recipe
     plan: Plan
     options: Section
-    weights: Mapping[str, torch.Tensor] | None = field(default=None)  # initial weights by canonical name; None: drawn from the seed
-    progress: Callable[[str, float], None] = lambda words, share: None  # told what is being done and how much of it is (0..1); for a bar
-    folder: Path | None = None  # the run's, where a backend may keep files of its own in a folder of its own name; None: there is none
+    # initial weights by canonical name; None: drawn from the seed
+    weights: Mapping[str, torch.Tensor] | None = field(default=None)
+    # told what is being done and how much of it is (0..1); for a bar
+    progress: Callable[[str, float], None] = lambda words, share: None
+    # the run's, where a backend may keep files of its own in a folder of its own name; None: there is none
+    folder: Path | None = None
     stop: StopRequest = field(default_factory=StopRequest)  # whether this process was asked to stop
-    time_phases: bool = False  # time the parts of each step; on an accelerator this waits for the device at the end of every step
-    threads: int | None = None  # CPU threads of this process, before what the options say; Fingerprint.threads tells what came of it
-    stretch: str = ""  # names this start in the run's ledger; a backend that keeps state notes it with each step that it completes
-    kept: KeptUse = "continue"  # what becomes of the state that the backend itself keeps; one that is behind plan.start_step is replaced
+    # time the parts of each step; on an accelerator this waits for the device at the end of every step
+    time_phases: bool = False
+    # CPU threads of this process, before what the options say; Fingerprint.threads tells what came of it
+    threads: int | None = None
+    # names this start in the run's ledger; a backend that keeps state notes it with each step that it completes
+    stretch: str = ""
+    # what becomes of the state that the backend itself keeps; one that is behind plan.start_step is replaced
+    kept: KeptUse = "continue"
 
 
 @dataclass(frozen=True)
 class Fingerprint:
     """All that can change a bit of a run's results. Named are the fields that the core and the command line read.
 
-    more: whatever else the backend knows (versions, instruction set, its options, order of reduction), JSON values under other names.
+    more: whatever else the backend knows (versions, instruction set, its options, order of reduction), JSON values
+    under other names.
     """
 
     backend: str
     device_type: str  # 'cpu' or 'cuda' as torch has them, or a vendor's own word
     device: str  # the device's name
     threads: int | None = None  # CPU threads of a process; None: the run does not compute with threads of this process
-    ranks: int | None = None  # processes that compute side by side, each on a device like this one; None: this process alone
+    # processes that compute side by side, each on a device like this one; None: this process alone
+    ranks: int | None = None
     kernels: Mapping[str, Any] = field(default_factory=dict)  # the manifest of kernels.select; empty: none was selected
     more: Mapping[str, Any] = field(default_factory=dict)
-    # How much of the forward pass backward computes again, which HFU counts; None: not declared. Not recorded: the options in `more` are.
+    # How much of the forward pass backward computes again, which HFU counts; None: not declared. Not recorded: the
+    # options in `more` are.
     recomputes: Literal["none", "selective", "full"] | None = None
 
     def __post_init__(self) -> None:
@@ -280,7 +306,9 @@ class Fingerprint:
             raise ValueError(f"fingerprint: {twice[0]} is in `more`, and is a field of its own")
 
     def as_json(self) -> dict[str, Any]:
-        """One flat mapping, as it is recorded in manifests, ledger and environment.json. What is None or empty is left out."""
+        """One flat mapping, as it is recorded in manifests, ledger and environment.json. What is None or empty is left
+        out.
+        """
         named = {name: getattr(self, name) for name in sorted(_NAMED)}
         return {**self.more, **{name: value for name, value in named.items() if value not in (None, {})}}
 
@@ -300,7 +328,8 @@ class Run(Protocol):
         ...
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
-        """Loss and the fp32 gradient of every parameter for one global batch, unclipped, nothing updated (for conformance).
+        """Loss and the fp32 gradient of every parameter for one global batch, unclipped, nothing updated (for
+        conformance).
 
         The loss is the mean over bearing tokens; the gradient is divided as objective.normalizer says.
         """
@@ -330,9 +359,10 @@ class Backend(Protocol):
     name: str
     summary: str  # one line for `weftrain backends`
     options: type[Section]  # schema of the recipe's backend.options
-    trains: bool  # False for one that hands out no gradients (null, cerebras): the conformance suite has nothing to compare
-    # Options that replay, eval and the like take from a recipe that may be a stranger's: those that decide numbers or memory.
-    # Never a path, a device, an address or a time to wait.
+    # False for one that hands out no gradients (null, cerebras): the conformance suite has nothing to compare
+    trains: bool
+    # Options that replay, eval and the like take from a recipe that may be a stranger's: those that decide numbers or
+    # memory. Never a path, a device, an address or a time to wait.
     portable_options: Set[str]
 
     def unavailable(self) -> str | None:
@@ -342,39 +372,51 @@ class Backend(Protocol):
     def prepare(self, job: Job) -> Run: ...
 
     def kept_state(self, recipe: Recipe, options: Section, folder: Path) -> Kept | None:
-        """The state that the backend itself keeps on disk for the run in `folder`; None where it keeps none, or none that was trained.
+        """The state that the backend itself keeps on disk for the run in `folder`; None where it keeps none, or none
+        that was trained.
 
-        Nothing is written. Whether it belongs to the run is for core/kept.py to decide. Raises BackendError for state that cannot be used:
-        damaged, or of another shape than this recipe's.
+        Nothing is written. Whether it belongs to the run is for core/run/kept.py to decide. Raises BackendError for
+        state that cannot be used: damaged, or of another shape than this recipe's.
         """
         ...
 
-    def largest_micro_batch(self, recipe: Recipe, options: Section, speeds: Speeds, capacity_bytes: float) -> int | None:
-        """Sequences of the largest micro-batch that fits a device of so much memory; 0: none; None where it is not computed."""
+    def largest_micro_batch(
+        self, recipe: Recipe, options: Section, speeds: Speeds, capacity_bytes: float
+    ) -> int | None:
+        """Sequences of the largest micro-batch that fits a device of so much memory; 0: none; None where it is not
+        computed.
+        """
         ...
 
     def follows(self) -> bool:
-        """Whether this process was started to follow another one that leads the run: then `follow` is called, and `prepare` never."""
+        """Whether this process was started to follow another one that leads the run: then `follow` is called, and
+        `prepare` never.
+        """
         ...
 
     def follow(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
         """Take part in a run that another process leads, until it ends.
 
-        read: the job as this process knows it now; its `stop` is this process's wish to go. wait_s: how long to wait for a run.
-        Raises BackendError, also for a backend whose runs nobody can join.
+        read: the job as this process knows it now; its `stop` is this process's wish to go. wait_s: how long to wait
+        for a run. Raises BackendError, also for a backend whose runs nobody can join.
         """
         ...
 
     def nothing_to_lead(self, job: Job) -> None:
-        """Called where this process was to lead a run that is complete: it ends the processes that were started to follow."""
+        """Called where this process was to lead a run that is complete: it ends the processes that were started to
+        follow.
+        """
         ...
 
     def outline(self, recipe: Recipe, options: Section) -> list[str]:
-        """What a step will do, as lines for `weftrain show --backend`; empty where there is nothing to say beyond the recipe."""
+        """What a step will do, as lines for `weftrain show --backend`; empty where there is nothing to say beyond the
+        recipe.
+        """
         ...
 
     def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
-        """A step's time and needs before anything is started, and what would fit if this does not; None: nothing is predicted.
+        """A step's time and needs before anything is started, and what would fit if this does not; None: nothing is
+        predicted.
 
         Raises BackendError for devices that the backend predicts nothing for.
         """
@@ -382,7 +424,8 @@ class Backend(Protocol):
 
 
 def prepare_run(backend: Backend, job: Job) -> Run:
-    """backend.prepare(job), held to what its callers rely on: a whole fingerprint, so that a backend without one is refused before step 0.
+    """backend.prepare(job), held to what its callers rely on: a whole fingerprint, so that a backend without one is
+    refused before step 0.
 
     Raises BackendError naming the backend and what is missing, and whatever the backend raises; the run is closed then.
     """
@@ -406,11 +449,16 @@ def _check_fingerprint(name: str, ask: Callable[[], object]) -> None:
         missing = [key for key in ("backend", "device_type", "device") if key not in keys]
         lacks = f" without {', '.join(missing)}" if missing else ""
         raise BackendError(
-            f"{whose} gave a {type(found).__name__}{lacks}: it must return weftrain.core.backend.Fingerprint with these fields"
+            f"{whose} gave a {type(found).__name__}{lacks}: it must return weftrain.core.backend.Fingerprint with "
+            "these fields"
         )
     if found.backend != name:
-        raise BackendError(f"{whose} names the backend '{found.backend}': it must be the name that the recipe gives, '{name}'")
+        raise BackendError(
+            f"{whose} names the backend '{found.backend}': it must be the name that the recipe gives, '{name}'"
+        )
     try:
         canonical_json(found.as_json())
     except (TypeError, ValueError) as error:
-        raise BackendError(f"{whose} holds what JSON cannot: {error}: give texts, numbers, lists and mappings in `more`") from None
+        raise BackendError(
+            f"{whose} holds what JSON cannot: {error}: give texts, numbers, lists and mappings in `more`"
+        ) from None

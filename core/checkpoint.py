@@ -1,10 +1,12 @@
-"""Checkpoints: atomic, hashed, backend-neutral. A folder `step_00000100` of safetensors files and a manifest, written last.
+"""Checkpoints: atomic, hashed, backend-neutral. A folder `step_00000100` of safetensors files and a manifest, written
+last.
 
-The manifest is canonical JSON and says what the state is, where it came from (parent, recipe, dataset, position, fingerprint) and the
-SHA-256 of each tensor's bytes and of each file's header, which together are all of a file: each byte is hashed once. `root` is the SHA-256
-of all the rest of the manifest, so one hash names the whole checkpoint.
-What a reader would get wrong: the number in the name counts *completed* steps; and the same state saved twice has the same root, so
-nothing that differs between two equal runs (no clock, no host, no path) goes into a manifest except through the fingerprint.
+The manifest is canonical JSON and says what the state is, where it came from (parent, recipe, dataset, position,
+fingerprint) and the SHA-256 of each tensor's bytes and of each file's header, which together are all of a file: each
+byte is hashed once. `root` is the SHA-256 of all the rest of the manifest, so one hash names the whole checkpoint. What
+a reader would get wrong: the number in the name counts *completed* steps; and the same state saved twice has the same
+root, so nothing that differs between two equal runs (no clock, no host, no path) goes into a manifest except through
+the fingerprint.
 
 Nothing here overwrites or deletes a checkpoint. Nothing is believed that was not hashed, and nothing is unpickled.
 """
@@ -25,13 +27,21 @@ from typing import Any
 
 import torch
 
-from weftrain.core import fsops
 from weftrain.core.backend import State
-from weftrain.core.canonical import canonical_json, sha256_json
 from weftrain.core.errors import CheckpointError, UnreadableError
-from weftrain.core.manifest import FORMAT, MANIFEST, STEP_FOLDER, VERSION, folder_name, read_manifest, root_of
-from weftrain.core.plain_file import UnreadableFileError
-from weftrain.core.tensor_file import (
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json, sha256_json
+from weftrain.core.formats.checkpoint_manifest import (
+    FORMAT,
+    MANIFEST,
+    STEP_FOLDER,
+    VERSION,
+    folder_name,
+    read_manifest,
+    root_of,
+)
+from weftrain.core.formats.plain_file import UnreadableFileError
+from weftrain.core.formats.tensor_file import (
     DTYPE_NAMES,
     DTYPES,
     TensorLayout,
@@ -57,12 +67,15 @@ _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # the file i
 Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, shape
 Layouts = dict[str, dict[str, TensorLayout]]  # file -> tensor -> its place
 Part = Mapping[str, Spec]  # the tensors of one file
-Written = Mapping[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]]  # file -> its entry and its tensors' in the manifest
+# file -> its entry and its tensors' in the manifest
+Written = Mapping[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]]
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A saved checkpoint. set_aside: where another or a damaged checkpoint of the same step was moved, which is worth a line."""
+    """A saved checkpoint. set_aside: where another or a damaged checkpoint of the same step was moved, which is worth a
+    line.
+    """
 
     path: Path
     step: int
@@ -73,7 +86,9 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class Saving:
-    """A checkpoint on its way. in_background: `finish` may run in a thread while the run that gave the state trains on."""
+    """A checkpoint on its way. in_background: `finish` may run in a thread while the run that gave the state trains
+    on.
+    """
 
     target: Path
     temporary: Path
@@ -96,7 +111,9 @@ class Saving:
             set_aside = _clear_way(self.target, self.temporary, root)
             if self.temporary.exists():
                 fsops.rename(self.temporary, self.target)
-            return CheckpointInfo(self.target, self.claims["step"], root, sum(entry["size"] for entry, _ in files.values()), set_aside)
+            return CheckpointInfo(
+                self.target, self.claims["step"], root, sum(entry["size"] for entry, _ in files.values()), set_aside
+            )
 
 
 def begin(
@@ -112,15 +129,16 @@ def begin(
     kernels: dict[str, Any],
     sources: dict[str, Any] | None = None,
 ) -> Saving:
-    """Start to write `folder/step_NNNNNNNN`; it appears whole and durable, or not at all. All dicts hold JSON values only.
+    """Start to write `folder/step_NNNNNNNN`; it appears whole and durable, or not at all. All dicts hold JSON values
+    only.
 
-    position: number of the next sample. sources: how far each source has been read, where that is known. parent: root of the checkpoint
-    that this run continued from. A mapping `state.tensors` that is lazy is read tensor by tensor; its method `meta(name)`, if it has one,
-    gives a tensor's dtype and shape without reading it. One that lies in several processes writes itself: `writers` of them, and
-    `begin_files(folder, parts)` copies what is to be written and returns what waits for it. A whole checkpoint of this step with the same
-    root is kept as it is; any other is moved to
-    `*.superseded-N` or `*.damaged-N`. Raises CheckpointError where the disk is full or fails (older checkpoints are untouched) or a name
-    or dtype cannot be stored.
+    position: number of the next sample. sources: how far each source has been read, where that is known. parent: root
+    of the checkpoint that this run continued from. A mapping `state.tensors` that is lazy is read tensor by tensor; its
+    method `meta(name)`, if it has one, gives a tensor's dtype and shape without reading it. One that lies in several
+    processes writes itself: `writers` of them, and `begin_files(folder, parts)` copies what is to be written and
+    returns what waits for it. A whole checkpoint of this step with the same root is kept as it is; any other is moved
+    to `*.superseded-N` or `*.damaged-N`. Raises CheckpointError where the disk is full or fails (older checkpoints are
+    untouched) or a name or dtype cannot be stored.
     """
     target = folder / folder_name(state.step)
     specs = {name: _spec(target, name, state.tensors) for name in state.tensors}
@@ -148,7 +166,11 @@ def begin(
         fsops.make_dirs(temporary)
         parts = _split(specs, getattr(state.tensors, "writers", 1))
         begin_files = getattr(state.tensors, "begin_files", None)
-        written = partial(_write_files, temporary, parts, state.tensors) if begin_files is None else begin_files(temporary, parts)
+        written = (
+            partial(_write_files, temporary, parts, state.tensors)
+            if begin_files is None
+            else begin_files(temporary, parts)
+        )
     return Saving(target, temporary, claims, needed, written, begin_files is not None)
 
 
@@ -158,13 +180,16 @@ def save(folder: Path, state: State, **claims: Any) -> CheckpointInfo:
 
 
 def load(path: Path, *, verified: bool = False) -> tuple[State, dict[str, Any]]:
-    """A checkpoint's state and manifest. Every byte is verified first, unless the caller has just done so (`verified=True`).
+    """A checkpoint's state and manifest. Every byte is verified first, unless the caller has just done so
+    (`verified=True`).
 
-    The state's tensors are lazy: each is read when it is asked for, as new memory, and its hash is checked once more, so that nothing
-    altered in between reaches a model. Raises CheckpointError.
+    The state's tensors are lazy: each is read when it is asked for, as new memory, and its hash is checked once more,
+    so that nothing altered in between reaches a model. Raises CheckpointError.
     """
     manifest, layouts = _read_structure(path) if verified else _read_all(path)
-    return State(manifest["step"], manifest["optimizer_updates"], _Tensors(path, manifest["tensors"], layouts)), manifest
+    return State(
+        manifest["step"], manifest["optimizer_updates"], _Tensors(path, manifest["tensors"], layouts)
+    ), manifest
 
 
 class Plane(Mapping[str, torch.Tensor]):
@@ -186,7 +211,9 @@ class Plane(Mapping[str, torch.Tensor]):
 
 
 class Weights(Mapping[str, torch.Tensor]):
-    """The weights of a state by canonical name, each read when it is asked for: the state's optimizer tensors are left out."""
+    """The weights of a state by canonical name, each read when it is asked for: the state's optimizer tensors are left
+    out.
+    """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
@@ -202,7 +229,9 @@ class Weights(Mapping[str, torch.Tensor]):
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Read every byte of a checkpoint and return its manifest. Raises CheckpointError naming file, tensor and remedy."""
+    """Read every byte of a checkpoint and return its manifest. Raises CheckpointError naming file, tensor and
+    remedy.
+    """
     return _read_all(path)[0]
 
 
@@ -214,8 +243,9 @@ def step_folders(folder: Path) -> dict[int, Path]:
 def newest(folder: Path, report: Callable[[str], None], without: Set[Path] = frozenset()) -> Path | None:
     """The newest whole checkpoint in a `checkpoints` folder, every byte of it verified; None where there is none.
 
-    `report` gets one line for each checkpoint passed over. Folders under temporary names, set aside, named otherwise, or in `without`
-    do not count. Raises UnreadableError where the newest one cannot be read at all: then it is unknown whether it is damaged.
+    `report` gets one line for each checkpoint passed over. Folders under temporary names, set aside, named otherwise,
+    or in `without` do not count. Raises UnreadableError where the newest one cannot be read at all: then it is unknown
+    whether it is damaged.
     """
     for _, path in sorted(step_folders(folder).items(), reverse=True):
         if path in without:
@@ -242,7 +272,9 @@ def _spec(target: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> Spec:
         return DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
     except (ValueError, KeyError) as error:
         reason = f"dtype {tensor.dtype} cannot be stored" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{target}: tensor '{name[:80]}': {reason}: rename or convert it before saving") from error
+        raise CheckpointError(
+            f"{target}: tensor '{name[:80]}': {reason}: rename or convert it before saving"
+        ) from error
 
 
 def _split(specs: Mapping[str, Spec], writers: int) -> dict[str, Part]:
@@ -267,7 +299,9 @@ def _write_files(folder: Path, parts: Mapping[str, Part], tensors: Mapping[str, 
     return {name: write_file(folder / name, part, tensors) for name, part in parts.items()}
 
 
-def write_file(path: Path, part: Part, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def write_file(
+    path: Path, part: Part, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Write and sync one tensor file; its entry and its tensors' in the manifest. Raises CheckpointError, OSError."""
     with fsops.FileWriter(path) as file, _Hashes() as hashes:
         header = pack_header(part)
@@ -278,7 +312,8 @@ def write_file(path: Path, part: Part, tensors: Mapping[str, torch.Tensor]) -> t
         file.sync()  # the hashes are still being computed meanwhile
         of_tensors = hashes.results()
     entries = {
-        name: {"dtype": dtype, "shape": list(shape), "file": path.name, "sha256": of_tensors[name]} for name, (dtype, shape) in part.items()
+        name: {"dtype": dtype, "shape": list(shape), "file": path.name, "sha256": of_tensors[name]}
+        for name, (dtype, shape) in part.items()
     }
     return {"size": path.stat().st_size, "header_sha256": hashlib.sha256(header).hexdigest()}, entries
 
@@ -298,12 +333,16 @@ def _or_nothing(target: Path, temporary: Path, needed_bytes: int) -> Iterator[No
 
 def _as_announced(folder: Path, name: str, tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
     if (DTYPE_NAMES.get(tensor.dtype), tuple(tensor.shape)) != spec:
-        raise CheckpointError(f"{folder}: tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, announced as {spec[0]} {list(spec[1])}")
+        raise CheckpointError(
+            f"{folder}: tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, announced as {spec[0]} {list(spec[1])}"
+        )
     return tensor
 
 
 class _Hashes:
-    """SHA-256 of each tensor of a file, on threads, while the caller writes: each byte is hashed once, and touched while it is warm."""
+    """SHA-256 of each tensor of a file, on threads, while the caller writes: each byte is hashed once, and touched
+    while it is warm.
+    """
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_HASH_THREADS)
@@ -332,7 +371,9 @@ class _Hashes:
 
 
 def _clear_way(target: Path, temporary: Path, root: str) -> Path | None:
-    """Where `target` exists: drop the new copy if it is the same, else move the old one aside. Where the old one went."""
+    """Where `target` exists: drop the new copy if it is the same, else move the old one aside. Where the old one
+    went.
+    """
     if not target.exists() and not target.is_symlink():
         return None
     try:
@@ -358,11 +399,17 @@ def _why_not(target: Path, needed: int, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _no_space(target, needed, fsops.free_bytes(target.parent))
     where = f" ({error.filename})" if error.filename else ""
-    return f"{target}: cannot be written: {error.strerror}{where}; older checkpoints are untouched: check the disk and its permissions"
+    return (
+        f"{target}: cannot be written: {error.strerror}{where}; older checkpoints are untouched: check the disk and "
+        "its permissions"
+    )
 
 
 def _no_space(target: Path, needed: int, free: int) -> str:
-    return f"{target}: the disk is full: {needed:,} bytes needed, {free:,} free; older checkpoints are untouched: make room, then resume"
+    return (
+        f"{target}: the disk is full: {needed:,} bytes needed, {free:,} free; older checkpoints are untouched: make "
+        "room, then resume"
+    )
 
 
 # Reading
@@ -374,7 +421,9 @@ def _entries(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UnreadableError(f"{folder}: cannot be listed: {error.strerror}: check the folder and its permissions") from error
+        raise UnreadableError(
+            f"{folder}: cannot be listed: {error.strerror}: check the folder and its permissions"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -386,7 +435,8 @@ def _blamed(path: Path, name: str) -> Iterator[None]:
         if error.errno in _DAMAGE or isinstance(error, UnreadableFileError):
             raise CheckpointError(f"{path}: {name}: {error.strerror or error}: {REMEDY}") from error
         raise UnreadableError(
-            f"{path}: {name}: cannot be read: {error.strerror or error}: check the disk and its permissions, or {REMEDY} to go on from an "
+            f"{path}: {name}: cannot be read: {error.strerror or error}: check the disk and its permissions, or "
+            f"{REMEDY} to go on from an "
             "older one"
         ) from error
     except ValueError as error:
@@ -394,7 +444,9 @@ def _blamed(path: Path, name: str) -> Iterator[None]:
 
 
 def _read_structure(path: Path) -> tuple[dict[str, Any], Layouts]:
-    """Manifest and file layouts, all their claims checked against each other and the folder; tensor bytes not yet hashed."""
+    """Manifest and file layouts, all their claims checked against each other and the folder; tensor bytes not yet
+    hashed.
+    """
     with _blamed(path, MANIFEST):
         manifest = read_manifest(path)
     present = {entry.name for entry in _entries(path)} - {MANIFEST}
@@ -407,7 +459,9 @@ def _read_structure(path: Path) -> tuple[dict[str, Any], Layouts]:
             if (size := (path / name).stat().st_size) != entry["size"]:
                 raise ValueError(f"holds {size} bytes, the manifest says {entry['size']}")
             layouts[name] = read_header(file)
-            _compare_layout(layouts[name], {key: item for key, item in manifest["tensors"].items() if item["file"] == name})
+            _compare_layout(
+                layouts[name], {key: item for key, item in manifest["tensors"].items() if item["file"] == name}
+            )
     for name, entry in manifest["tensors"].items():
         if entry["file"] not in layouts:
             raise CheckpointError(f"{path}: {MANIFEST}: tensor '{name[:80]}' lies in no file of the manifest: {REMEDY}")
@@ -440,7 +494,9 @@ def _compare_layout(layout: Mapping[str, TensorLayout], claimed: Mapping[str, di
 
 
 def _verify_head(path: Path, name: str, entry: Mapping[str, Any]) -> str:
-    """What of a file no tensor's hash covers: its header. A manifest of version 1 has the hash of the whole file instead."""
+    """What of a file no tensor's hash covers: its header. A manifest of version 1 has the hash of the whole file
+    instead.
+    """
     with _blamed(path, name):
         if "sha256" in entry:
             found, wanted = fsops.sha256_file(path / name), entry["sha256"]
@@ -461,7 +517,9 @@ def _shares(layout: Mapping[str, TensorLayout], count: int) -> list[dict[str, Te
     return shares
 
 
-def _verify_tensors(path: Path, name: str, layout: Mapping[str, TensorLayout], claimed: Mapping[str, dict[str, Any]]) -> str:
+def _verify_tensors(
+    path: Path, name: str, layout: Mapping[str, TensorLayout], claimed: Mapping[str, dict[str, Any]]
+) -> str:
     with _blamed(path, name), open_regular(path / name) as file:
         damaged = [key for key, place in layout.items() if _sha256_part(file, place) != claimed[key]["sha256"]]
     return f"{name}: damaged tensor {_listed(damaged)}" if damaged else ""

@@ -1,7 +1,8 @@
 """The recipe: every key a typed, checked, frozen field. A recipe describes; code builds.
 
-What a reader would get wrong: nothing here coerces. `3` is not accepted where a string is meant nor `"3"` where a number is, an unknown
-key is an error, and a missing key is an error unless the field shows a default. Files are read by core/recipe_file.py, which knows lines.
+What a reader would get wrong: nothing here coerces. `3` is not accepted where a string is meant nor `"3"` where a
+number is, an unknown key is an error, and a missing key is an error unless the field shows a default. Files are read by
+core/recipe_file.py, which knows lines.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from weftrain.core.names import PlainName, RelativePath
+from weftrain.core.formats.names import PlainName, RelativePath
 
-MAX_COUNT = 1 << 53  # counts are used as floats in places (division, plots), and a float64 holds integers exactly up to here
+# counts are used as floats in places (division, plots), and a float64 holds integers exactly up to here
+MAX_COUNT = 1 << 53
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -27,9 +29,10 @@ Step = Count
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]  # what every generator of random numbers here takes
 MAX_THREADS = 1024  # of a process: torch makes them all at once, and the largest machines have some hundreds of CPUs
 Threads = Annotated[int, Field(ge=0, le=MAX_THREADS)]
-TimeoutS = Annotated[int, Field(gt=0, le=30 * 86_400)]  # a month: the clocks of torch.distributed do not take what Python does
-# Sizes of a model. They bound what is made before a single number is computed: the list of parameters, a name and a shape for each, and
-# tables by position. Each is ten times and more what the largest published model has.
+# a month: the clocks of torch.distributed do not take what Python does
+TimeoutS = Annotated[int, Field(gt=0, le=30 * 86_400)]
+# Sizes of a model. They bound what is made before a single number is computed: the list of parameters, a name and a
+# shape for each, and tables by position. Each is ten times and more what the largest published model has.
 Layers = Annotated[int, Field(gt=0, le=10_000)]
 Width = Annotated[int, Field(gt=0, le=1 << 22)]
 Positions = Annotated[int, Field(gt=0, le=1 << 26)]
@@ -51,16 +54,20 @@ class CompileOption(Section):
 class RecomputeOption(Section):
     """A backend option: see SHARED_OPTIONS."""
 
-    # Of the activations in backward. selective: keep matrix products and attention; full: keep each block's input alone.
+    # Of the activations in backward. selective: keep matrix products and attention; full: keep each block's input
+    # alone.
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
 
-# Options that mean the same in every backend whose options derive from their class: choosing another backend keeps them.
+# Options that mean the same in every backend whose options derive from their class: choosing another backend keeps
+# them.
 SHARED_OPTIONS: tuple[type[Section], ...] = (CompileOption, RecomputeOption)
 
 
 class Initialization(Section):
-    """Standard deviations by role. `truncated_normal` cuts at two standard deviations, as CrystalCoder's initialisers do."""
+    """Standard deviations by role. `truncated_normal` cuts at two standard deviations, as CrystalCoder's initialisers
+    do.
+    """
 
     distribution: Literal["normal", "truncated_normal"]
     embedding_std: Positive
@@ -69,7 +76,9 @@ class Initialization(Section):
 
 
 class Mup(Section):
-    """Maximal-update parametrisation from a proxy of width `base_hidden_size` (arXiv 2203.03466); core/mup.py derives the rest."""
+    """Maximal-update parametrisation from a proxy of width `base_hidden_size` (arXiv 2203.03466); core/mup.py derives
+    the rest.
+    """
 
     base_hidden_size: Width
     distribution: Literal["normal", "truncated_normal"]
@@ -79,7 +88,9 @@ class Mup(Section):
 
 
 class ModelConfig(Section):
-    """One decoder; Amber and CrystalCoder differ by these fields only. Give `mup`, or `initialization` with the two scales."""
+    """One decoder; Amber and CrystalCoder differ by these fields only. Give `mup`, or `initialization` with the two
+    scales.
+    """
 
     vocab_size: Width
     hidden_size: Width
@@ -97,7 +108,8 @@ class ModelConfig(Section):
     tie_embeddings: bool
     embedding_scale: Positive | None = None  # default 1, or from mup
     logits_scale: Positive | None = None  # default 1, or from mup
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the embedding and of what each attention and feed-forward adds
+    # of the embedding and of what each attention and feed-forward adds
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     initialization: Initialization | None = None
     mup: Mup | None = None
 
@@ -110,7 +122,9 @@ class ModelConfig(Section):
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
-            raise ValueError(f"rotary_dim {self.rotary_dim} must be even and at most the head dimension {self.head_dim}")
+            raise ValueError(
+                f"rotary_dim {self.rotary_dim} must be even and at most the head dimension {self.head_dim}"
+            )
         if (self.mup is None) == (self.initialization is None):
             raise ValueError("give exactly one of 'mup' and 'initialization'")
         if self.mup is not None and (self.embedding_scale is not None or self.logits_scale is not None):
@@ -119,11 +133,13 @@ class ModelConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """What training minimises: `next_token`, the sum of the tokens' cross entropies over the global batch, divided by `normalizer`.
+    """What training minimises: `next_token`, the sum of the tokens' cross entropies over the global batch, divided by
+    `normalizer`.
 
-    bearing_tokens: the number of tokens that bear a loss. all_positions: all positions of the batch (sequences x length), so that a batch
-    with many masked tokens makes a smaller step. Where no row has a loss mask the two are equal. Gradient, its norm and the clipping
-    follow this; the loss that is logged is the mean over bearing tokens in either case, as that of an evaluation is.
+    bearing_tokens: the number of tokens that bear a loss. all_positions: all positions of the batch (sequences x
+    length), so that a batch with many masked tokens makes a smaller step. Where no row has a loss mask the two are
+    equal. Gradient, its norm and the clipping follow this; the loss that is logged is the mean over bearing tokens in
+    either case, as that of an evaluation is.
     """
 
     name: Literal["next_token"] = "next_token"
@@ -131,7 +147,9 @@ class ObjectiveConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW. `eps_placement` names where epsilon stands: `after_bias_correction` is torch's, `before_bias_correction` Cerebras's."""
+    """AdamW. `eps_placement` names where epsilon stands: `after_bias_correction` is torch's, `before_bias_correction`
+    Cerebras's.
+    """
 
     name: Literal["adamw"]
     beta1: Annotated[float, Field(ge=0, lt=1)]
@@ -141,13 +159,17 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative
     decay: Literal["all", "matrices_and_embeddings"]  # the second skips biases and norms
     clip_norm: Positive | None  # global gradient norm; null: no clipping
-    non_finite: Literal["halt", "skip"] = "halt"  # what a loss or gradient norm that is not finite does: stop, or leave the step out
+    # what a loss or gradient norm that is not finite does: stop, or leave the step out
+    non_finite: Literal["halt", "skip"] = "halt"
     max_consecutive_skips: PositiveInt = 10  # `skip` stops the run where more steps in a row,
-    max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.1  # or more of the last 100 steps (of a shorter run: of all) are left out
+    # or more of the last 100 steps (of a shorter run: of all) are left out
+    max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.1
 
 
 class Segment(Section):
-    """One piece of the learning-rate schedule, from `start` (its first step) toward `end` (reached one step after its last)."""
+    """One piece of the learning-rate schedule, from `start` (its first step) toward `end` (reached one step after its
+    last).
+    """
 
     shape: Literal["linear", "cosine", "constant"]
     steps: PositiveInt
@@ -162,7 +184,9 @@ class Segment(Section):
 
 
 class ScheduleConfig(Section):
-    """How long, and the base learning rate at each step. The segments may outlast `steps` (a schedule cut short), not fall short."""
+    """How long, and the base learning rate at each step. The segments may outlast `steps` (a schedule cut short), not
+    fall short.
+    """
 
     steps: PositiveInt
     learning_rate: Annotated[tuple[Segment, ...], Field(min_length=1, strict=False)]
@@ -175,7 +199,8 @@ class ScheduleConfig(Section):
             rate = last.start if last.end is None else last.end
             raise ValueError(
                 f"learning_rate covers {covered} steps of {self.steps}: add a segment, e.g. with "
-                f"'schedule.learning_rate.{len(self.learning_rate)}={{shape: constant, steps: {rest}, start: {rate!r}}}'"
+                f"'schedule.learning_rate.{len(self.learning_rate)}={{shape: constant, steps: {rest}, start: "
+                f"{rate!r}}}'"
             )
         return self
 
@@ -183,7 +208,8 @@ class ScheduleConfig(Section):
 class PrecisionConfig(Section):
     """Weights and optimizer state are fp32 always; `compute` is what forward and backward run in, with fp32 reductions.
 
-    numerics: `replayable` adds the micro-batches' gradients in a fixed tree, so that the bits do not depend on the number of processes.
+    numerics: `replayable` adds the micro-batches' gradients in a fixed tree, so that the bits do not depend on the
+    number of processes.
     """
 
     compute: Literal["float32", "bfloat16"]
@@ -193,8 +219,8 @@ class PrecisionConfig(Section):
 class Fim(Section):
     """Fill-in-the-middle of a dataset; of a training recipe's source, what its dataset's manifest must record.
 
-    mode (docs/fill-in-the-middle.md): `exact` transforms documents before they are packed, `context` their pieces in each row; both cut
-    between tokens and lose none. `released` does what CrystalCoder's scripts did.
+    mode (docs/fill-in-the-middle.md): `exact` transforms documents before they are packed, `context` their pieces in
+    each row; both cut between tokens and lose none. `released` does what CrystalCoder's scripts did.
     """
 
     rate: Annotated[float, Field(gt=0, le=1)]
@@ -205,8 +231,8 @@ class Fim(Section):
 class Source(Section):
     """One component of the mixture: a prepared dataset folder, its share of the samples, and which part of it.
 
-    The share is one of three, the same for all sources: `weight`, a fraction of all samples; `tokens`, of which the run reads so many,
-    or so much of it as its steps allow; `epochs` of the prepared rows.
+    The share is one of three, the same for all sources: `weight`, a fraction of all samples; `tokens`, of which the run
+    reads so many, or so much of it as its steps allow; `epochs` of the prepared rows.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -235,7 +261,9 @@ _WEIGHTS_TOLERANCE = 1e-9  # of their sum from 1: sums of released decimals diff
 
 
 class Skip(Section):
-    """What is not read, or read later: a chunk of the run (`chunk`, `action`), or rows [first, stop) of a source (`source`, `rows`)."""
+    """What is not read, or read later: a chunk of the run (`chunk`, `action`), or rows [first, stop) of a source
+    (`source`, `rows`).
+    """
 
     reason: Annotated[str, Field(min_length=1)]
     chunk: Count | None = None
@@ -258,7 +286,8 @@ class Skip(Section):
 class SourceCursor(Section):
     """How far a source had been read: `place` rows of its pass number `turn` were read or stepped over.
 
-    rows: where the dataset has grown since, how many rows it had under each of the first subsets. It is recorded only there.
+    rows: where the dataset has grown since, how many rows it had under each of the first subsets. It is recorded only
+    there.
     """
 
     dataset_id: Annotated[str, Field(min_length=1)]
@@ -279,30 +308,37 @@ class SourceCursor(Section):
 class Continuation(Section):
     """Where a run's data stood when this data section took over in mid-run. `train` writes it (docs/data-order.md).
 
-    The section's stream of samples, in which the mixture counts, begins at the run's sample `base_sample`; in a run with chunks that is
-    sample `base_within` of chunk `base_chunk`.
+    The section's stream of samples, in which the mixture counts, begins at the run's sample `base_sample`; in a run
+    with chunks that is sample `base_within` of chunk `base_chunk`.
     """
 
     step: Count  # the first step that reads by this section
     sample: Count  # the number of its first sample
-    chunks: Annotated[tuple[Count, ...], Field(strict=False)] = ()  # begun before `step`, in the order in which they were read
+    # begun before `step`, in the order in which they were read
+    chunks: Annotated[tuple[Count, ...], Field(strict=False)] = ()
     base_sample: Count = 0
     base_chunk: Count = 0
     base_within: Count = 0
-    sources: dict[str, SourceCursor] = Field(default_factory=dict)  # at base_sample; a source that is not listed begins at its first row
+    # at base_sample; a source that is not listed begins at its first row
+    sources: dict[str, SourceCursor] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Continuation:
         if self.base_sample > self.sample or len(set(self.chunks)) < len(self.chunks):
-            raise ValueError("this is not what `train` writes: take the recipe from the run's folder again, or set data.continues to null")
+            raise ValueError(
+                "this is not what `train` writes: take the recipe from the run's folder again, or set data.continues "
+                "to null"
+            )
         return self
 
 
 class DataConfig(Section):
-    """What is read: prepared `sources`, or `synthetic_rows` random rows that repeat (to measure speed without any dataset).
+    """What is read: prepared `sources`, or `synthetic_rows` random rows that repeat (to measure speed without any
+    dataset).
 
-    The order is a pure function of (datasets, this section, step, row). `order`: `feistel`, or `cerebras`, the Model Zoo's for a mixture
-    that is not shuffled. `document_attention`: no query sees keys of another document. `chunks`: of the run, equal numbers of steps.
+    The order is a pure function of (datasets, this section, step, row). `order`: `feistel`, or `cerebras`, the Model
+    Zoo's for a mixture that is not shuffled. `document_attention`: no query sees keys of another document. `chunks`: of
+    the run, equal numbers of steps.
     """
 
     root: Annotated[str, Field(min_length=1)] = "datasets"
@@ -310,7 +346,8 @@ class DataConfig(Section):
     shuffle_seed: Seed
     order: Literal["feistel", "cerebras"] = "feistel"
     document_attention: bool = False
-    chunks: Annotated[int, Field(gt=0, le=1_000_000)] | None = None  # their order is a list, made whenever a run is opened
+    # their order is a list, made whenever a run is opened
+    chunks: Annotated[int, Field(gt=0, le=1_000_000)] | None = None
     continues: Continuation | None = None  # written by `train` when a run goes on with other data or another batch size
     skip: Annotated[tuple[Skip, ...], Field(strict=False)] = ()
     sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
@@ -321,7 +358,10 @@ class DataConfig(Section):
         if bool(self.sources) == (self.synthetic_rows is not None):
             raise ValueError("give exactly one of 'sources' and 'synthetic_rows'")
         if self.synthetic_rows is not None and (self.chunks, self.skip, self.document_attention) != (None, (), False):
-            raise ValueError("synthetic rows have no documents, chunks or rows to skip: leave document_attention, chunks and skip out")
+            raise ValueError(
+                "synthetic rows have no documents, chunks or rows to skip: leave document_attention, chunks and skip "
+                "out"
+            )
         names = [source.name for source in self.sources]
         for name, count in Counter(names).items():
             if count > 1:
@@ -329,9 +369,16 @@ class DataConfig(Section):
         kinds = {source.share_kind: source.name for source in self.sources}
         if len(kinds) > 1:
             shown = ", ".join(f"'{name}' gives {kind}" for kind, name in kinds.items())
-            raise ValueError(f"the sources' shares are of different kinds: {shown}; give weight, tokens or epochs for all of them")
-        if "weight" in kinds and abs((total := sum(source.weight or 0 for source in self.sources)) - 1) > _WEIGHTS_TOLERANCE:
-            raise ValueError(f"the sources' weights add up to {total:.12g}, not to 1; correct them, or give tokens instead of weight")
+            raise ValueError(
+                f"the sources' shares are of different kinds: {shown}; give weight, tokens or epochs for all of them"
+            )
+        if (
+            "weight" in kinds
+            and abs((total := sum(source.weight or 0 for source in self.sources)) - 1) > _WEIGHTS_TOLERANCE
+        ):
+            raise ValueError(
+                f"the sources' weights add up to {total:.12g}, not to 1; correct them, or give tokens instead of weight"
+            )
         self._check_skip(names)
         return self
 
@@ -339,10 +386,16 @@ class DataConfig(Section):
         chunks = [entry.chunk for entry in self.skip if entry.chunk is not None]
         for chunk, count in Counter(chunks).items():
             if self.chunks is None or chunk >= self.chunks:
-                raise ValueError(f"skip: there is no chunk {chunk} of {self.chunks or 'none'}: set chunks, or correct the entry")
+                raise ValueError(
+                    f"skip: there is no chunk {chunk} of {self.chunks or 'none'}: set chunks, or correct the entry"
+                )
             if count > 1:
                 raise ValueError(f"skip: two entries name chunk {chunk}")
-        if self.chunks is not None and len(chunks) == self.chunks and all(entry.action == "drop" for entry in self.skip if entry.action):
+        if (
+            self.chunks is not None
+            and len(chunks) == self.chunks
+            and all(entry.action == "drop" for entry in self.skip if entry.action)
+        ):
             raise ValueError("skip: every chunk is dropped")
         ranges = sorted((entry.source or "", *entry.rows) for entry in self.skip if entry.rows is not None)
         for source, _, _ in ranges:
@@ -375,9 +428,17 @@ class BatchConfig(Section):
 
 
 class KernelsConfig(Section):
-    """Who implements the ops. A preference may fall through to the next; a pin (`op`, or `op@module-name-glob`) never does."""
+    """Who implements the ops. A preference may fall through to the next; a pin (`op`, or `op@module-name-glob`) never
+    does.
+    """
 
-    preferences: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("flash_attn", "cpp", "torch", "triton", "reference")
+    preferences: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = (
+        "flash_attn",
+        "cpp",
+        "torch",
+        "triton",
+        "reference",
+    )
     pins: dict[str, str] = Field(default_factory=dict)
 
 
@@ -403,11 +464,14 @@ class LogConfig(Section):
 
 
 class StartFrom(Section):
-    """Another run whose newest checkpoint the first step starts from: all of its state, or the weights with a fresh optimizer."""
+    """Another run whose newest checkpoint the first step starts from: all of its state, or the weights with a fresh
+    optimizer.
+    """
 
     run: RunName
     state: Literal["all", "weights"]
-    data: Literal["from_start", "continue"] = "from_start"  # continue: read on behind the rows that the other run has read
+    # continue: read on behind the rows that the other run has read
+    data: Literal["from_start", "continue"] = "from_start"
     # Keys of the model in which this run may be larger than that one; the rows that are added are drawn from the seed.
     grow: Annotated[tuple[Literal["vocab_size"], ...], Field(strict=False)] = ()
     # Keys of the model that may differ although they change what the same weights compute, and have no shape.
@@ -471,9 +535,14 @@ class Recipe(Section):
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
             )
         if (tokens := self.schedule.steps * self.tokens_per_step) > MAX_COUNT:
-            raise ValueError(f"schedule.steps, batch.global_batch_size and data.sequence_length make {tokens:,} tokens: set one lower")
+            raise ValueError(
+                f"schedule.steps, batch.global_batch_size and data.sequence_length make {tokens:,} tokens: set one "
+                "lower"
+            )
         if self.data.chunks is not None and self.schedule.steps % self.data.chunks:
-            raise ValueError(f"schedule.steps {self.schedule.steps} is not a multiple of data.chunks {self.data.chunks}")
+            raise ValueError(
+                f"schedule.steps {self.schedule.steps} is not a multiple of data.chunks {self.data.chunks}"
+            )
         return self
 
 

@@ -1,9 +1,10 @@
 """What is read when: the mixture of sources, the order within each, and position, which is one integer.
 
-The timeline (core/order.py) says which sample of the run a row of a step is, and where that stands in the stream when chunks are deferred;
-the mixture (core/mixture.py) of which source it is, and its index k within that source; the source's order which row that is. All of it is
-a pure function of (datasets, recipe, step, row): nothing is stored, and any number of readers share the work. Where a run went on with
-other data, `data.continues` says how far each source had been read (core/continuation.py).
+The timeline (core/order/rows.py) says which sample of the run a row of a step is, and where that stands in the stream
+when chunks are deferred; the mixture (core/order/mixture.py) of which source it is, and its index k within that source;
+the source's order which row that is. All of it is a pure function of (datasets, recipe, step, row): nothing is stored,
+and any number of readers share the work. Where a run went on with other data, `data.continues` says how far each source
+had been read (core/run/continuation.py).
 """
 
 from __future__ import annotations
@@ -22,15 +23,25 @@ import numpy as np
 
 from weftrain.core.backend import Batch, BatchSource
 from weftrain.core.config import DataConfig, Recipe, Source, SourceCursor, Subset
-from weftrain.core.dataset import SetName, ShardSet, merkle_root, read_manifest
 from weftrain.core.errors import DataError
-from weftrain.core.kept_rows import Range, merged, without
-from weftrain.core.mixture import CerebrasOrder, Mixture, SampleOrder, make_mixture, source_shares
-from weftrain.core.order import ChunkOrder, ResumedOrder, RowOrder, Stretch, Timeline, stretches, timeline
-from weftrain.core.shards import ShardReader, read_document_starts, read_rows
+from weftrain.core.formats.dataset import SetName, ShardSet, merkle_root, read_manifest
+from weftrain.core.formats.shard_reader import ShardReader, read_document_starts, read_rows
+from weftrain.core.order.kept_rows import Range, merged, without
+from weftrain.core.order.mixture import CerebrasOrder, Mixture, SampleOrder, make_mixture, source_shares
+from weftrain.core.order.rows import ChunkOrder, ResumedOrder, RowOrder, Stretch, Timeline, stretches, timeline
 from weftrain.core.synthetic import synthetic_source
 
-__all__ = ["Component", "HeldOut", "Located", "Mixture", "TokenSource", "make_mixture", "open_heldout", "open_training", "training_source"]
+__all__ = [
+    "Component",
+    "HeldOut",
+    "Located",
+    "Mixture",
+    "TokenSource",
+    "make_mixture",
+    "open_heldout",
+    "open_training",
+    "training_source",
+]
 
 MIN_PLAN_ROWS, MAX_PLAN_ROWS = (
     64,
@@ -66,12 +77,15 @@ class Component:
         same_pass = isinstance(self.order, ResumedOrder) and k > 0 and self.order.in_current(k - 1)
         subsets, rows = (before.subsets, before.rows) if same_pass and before is not None else ((self.subset,), ())
         read = k + (0 if before is None else before.read)
-        return SourceCursor(dataset_id=self.shards.entry.id, read=read, turn=turn, place=place + 1, subsets=subsets, rows=rows)
+        return SourceCursor(
+            dataset_id=self.shards.entry.id, read=read, turn=turn, place=place + 1, subsets=subsets, rows=rows
+        )
 
 
 @dataclass(frozen=True)
 class Located:
-    """Where a training sample comes from. file: the shard, in `folder`. row_in_shard, row_in_set: from 0. epoch: the how-maniest time.
+    """Where a training sample comes from. file: the shard, in `folder`. row_in_shard, row_in_set: from 0. epoch: the
+    how-maniest time.
 
     chunk: of the dataset, run_chunk: of the run; None where there are none.
     """
@@ -88,7 +102,9 @@ class Located:
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Implements BatchSource. Picklable and stateless; `dataset_id` is the one source's id, or the Merkle root of all sources' ids."""
+    """Implements BatchSource. Picklable and stateless; `dataset_id` is the one source's id, or the Merkle root of all
+    sources' ids.
+    """
 
     sequence_length: int
     dataset_id: str
@@ -106,7 +122,9 @@ class TokenSource:
         return self.timeline.chunks
 
     def rows(self, step: int, first: int, count: int) -> Batch:
-        """Rows first..first+count-1 of the batch of `step`. Raises DataError for a damaged shard, ValueError outside the batch."""
+        """Rows first..first+count-1 of the batch of `step`. Raises DataError for a damaged shard, ValueError outside
+        the batch.
+        """
         low, high = self._samples(step, first, count)
         shards: list[int] = []
         positions: list[int] = []
@@ -118,7 +136,11 @@ class TokenSource:
         readers = [self._readers[number] for number in shards]
         ids = np.empty((count, self.sequence_length + 1), dtype=np.int64)
         mask = read_rows(ids, readers, positions)
-        return Batch(ids, mask, read_document_starts(self.sequence_length, readers, positions) if self.document_attention else None)
+        return Batch(
+            ids,
+            mask,
+            read_document_starts(self.sequence_length, readers, positions) if self.document_attention else None,
+        )
 
     def sample_names(self, step: int, first: int, count: int) -> list[str]:
         """'source/train/00003.h5:17' for each row."""
@@ -138,7 +160,16 @@ class TokenSource:
         file, row_in_shard = component.shards.locate(number)
         order = component.order
         run_chunk = self.chunk_of(step)
-        return Located(component.name, component.shards.folder, file, row_in_shard, number, order.epoch(k), order.chunk(k), run_chunk)
+        return Located(
+            component.name,
+            component.shards.folder,
+            file,
+            row_in_shard,
+            number,
+            order.epoch(k),
+            order.chunk(k),
+            run_chunk,
+        )
 
     def chunk_of(self, step: int) -> int | None:
         """Which of the run's chunks the batch of `step` is of; None where the run has none."""
@@ -148,10 +179,14 @@ class TokenSource:
         """Samples of each source in the first `step` steps."""
         counts = self.timeline.counts(self.mixture, step)
         before = (0 if component.cursor is None else component.cursor.read for component in self.components)
-        return {component.name: read + count for component, read, count in zip(self.components, before, counts, strict=True)}
+        return {
+            component.name: read + count for component, read, count in zip(self.components, before, counts, strict=True)
+        }
 
     def cursors(self, step: int) -> dict[str, SourceCursor]:
-        """How far each source has been read after `step` steps; deferred chunks that are still to come count as read."""
+        """How far each source has been read after `step` steps; deferred chunks that are still to come count as
+        read.
+        """
         next_k = self.mixture.next_k(self.timeline.next_number(step))
         reads = self.counts(step)
         return {
@@ -171,12 +206,16 @@ class TokenSource:
 
     @cached_property
     def _plan_rows(self) -> int:
-        """Of how many samples the rows are computed at once: fewer where that would be the same rows again and again."""
+        """Of how many samples the rows are computed at once: fewer where that would be the same rows again and
+        again.
+        """
         return min(MAX_PLAN_ROWS, max(MIN_PLAN_ROWS, sum(component.num_rows for component in self.components)))
 
     @cached_property
     def _plan(self) -> Callable[[int], _Plan]:
-        """The block-th plan, of samples [block * _plan_rows, (block + 1) * _plan_rows) of the stream; the latest are kept."""
+        """The block-th plan, of samples [block * _plan_rows, (block + 1) * _plan_rows) of the stream; the latest are
+        kept.
+        """
         return lru_cache(maxsize=8)(partial(_make_plan, self.components, self.mixture, self._plan_rows))
 
     @cached_property
@@ -184,7 +223,8 @@ class TokenSource:
         return _Readers([component.shards for component in self.components])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # and no plans, which are computed again
+        # and no plans, which are computed again
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 class _Readers(dict[int, ShardReader]):
@@ -203,7 +243,9 @@ class _Readers(dict[int, ShardReader]):
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where the rows of consecutive samples of the stream lie: in which shard, numbered through all sources, and where in it."""
+    """Where the rows of consecutive samples of the stream lie: in which shard, numbered through all sources, and where
+    in it.
+    """
 
     shards: list[int]
     positions: list[int]
@@ -257,18 +299,26 @@ class HeldOut:
         if first < 0 or count < 0 or first + count > self.num_rows:
             raise ValueError(f"held-out set {self.name}: rows {first}..{first + count - 1} of {self.num_rows}")
         numbers = np.arange(first, first + count, dtype=np.int64)
-        return Batch(*self.shards.rows(numbers), self.shards.document_starts(numbers) if self.document_attention else None)
+        return Batch(
+            *self.shards.rows(numbers), self.shards.document_starts(numbers) if self.document_attention else None
+        )
 
 
 def open_training(
     data: DataConfig, global_batch_size: int, root: Path | None = None, *, vocab_size: int, steps: int | None = None
 ) -> TokenSource:
-    """The training rows of a recipe that names `sources`, everything checked that can be before step 0. Raises DataError.
+    """The training rows of a recipe that names `sources`, everything checked that can be before step 0. Raises
+    DataError.
 
-    root: instead of data.root. vocab_size: the model's, which may exceed the datasets'. steps: of the run, where it has chunks.
+    root: instead of data.root. vocab_size: the model's, which may exceed the datasets'. steps: of the run, where it has
+    chunks.
     """
     opened = [_open_set(data, source, "train", root, vocab_size) for source in data.sources]
-    components = [_component(data, source, shards) for source, shards in zip(data.sources, opened, strict=True) if shards is not None]
+    components = [
+        _component(data, source, shards)
+        for source, shards in zip(data.sources, opened, strict=True)
+        if shards is not None
+    ]
     ids = [component.shards.entry.id for component in components]
     rows = [component.order.num_rows // component.order.num_epochs for component in components]
     mixture: SampleOrder = make_mixture(data.sources, data.shuffle_seed, rows)
@@ -290,7 +340,8 @@ def _component(data: DataConfig, source: Source, shards: ShardSet) -> Component:
     skipped = skipped_rows(data, source.name)
     if skipped and skipped[-1][1] > shards.num_rows:
         raise DataError(
-            f"data.skip: rows {list(skipped[-1])} of source '{source.name}' lie beyond its {shards.num_rows:,} rows: correct them"
+            f"data.skip: rows {list(skipped[-1])} of source '{source.name}' lie beyond its {shards.num_rows:,} rows: "
+            "correct them"
         )
     order = pass_order(data, source, shards, (source.subset,))
     if not order.num_rows:
@@ -306,8 +357,13 @@ def _component(data: DataConfig, source: Source, shards: ShardSet) -> Component:
     as_now = cursor.subsets == (source.subset,) and not cursor.rows
     current = order if as_now else pass_order(data, source, shards, cursor.subsets, cursor.rows)
     if cursor.place > current.num_places:
-        raise DataError(f"data.continues: source '{source.name}' has {current.num_places:,} rows a pass, and stood at {cursor.place:,}")
-    return Component(source.name, shards, ResumedOrder(current, order, cursor.turn, cursor.place), source.subset, cursor)
+        raise DataError(
+            f"data.continues: source '{source.name}' has {current.num_places:,} rows a pass, and stood at "
+            f"{cursor.place:,}"
+        )
+    return Component(
+        source.name, shards, ResumedOrder(current, order, cursor.turn, cursor.place), source.subset, cursor
+    )
 
 
 def skipped_rows(data: DataConfig, source: str) -> tuple[Range, ...]:
@@ -316,11 +372,18 @@ def skipped_rows(data: DataConfig, source: str) -> tuple[Range, ...]:
 
 
 def pass_order(
-    data: DataConfig, source: Source, shards: ShardSet, subsets: Sequence[Subset], rows: Sequence[int] = (), size: int | None = None
+    data: DataConfig,
+    source: Source,
+    shards: ShardSet,
+    subsets: Sequence[Subset],
+    rows: Sequence[int] = (),
+    size: int | None = None,
 ) -> RowOrder:
-    """A pass over the first of `subsets`, then over what each later one adds; what the source's subset does not hold is stepped over.
+    """A pass over the first of `subsets`, then over what each later one adds; what the source's subset does not hold is
+    stepped over.
 
-    rows: how many rows the set had under each of the first subsets, where it has grown since. size: how many it has; None: all.
+    rows: how many rows the set had under each of the first subsets, where it has grown since. size: how many it has;
+    None: all.
     """
     chunk_rows = None if shards.manifest.chunks is None else shards.manifest.chunks.rows
     parts: list[Stretch] = []
@@ -333,22 +396,32 @@ def pass_order(
         covered = merged([*covered, *ranges])
     outside = without(covered, subset_rows(source.name, shards, source.subset, size))
     return RowOrder(
-        data.shuffle_seed, source.name, tuple(parts), merged([*skipped_rows(data, source.name), *outside]), data.order == "cerebras"
+        data.shuffle_seed,
+        source.name,
+        tuple(parts),
+        merged([*skipped_rows(data, source.name), *outside]),
+        data.order == "cerebras",
     )
 
 
 def subset_rows(name: str, shards: ShardSet, subset: Subset, rows: int | None = None) -> list[Range]:
-    """The rows [first, stop) that a subset has of each prepared epoch; rows: when the set had only so many, in one epoch.
+    """The rows [first, stop) that a subset has of each prepared epoch; rows: when the set had only so many, in one
+    epoch.
 
     Raises DataError where that is none.
     """
     if rows is not None and (len(shards.entry.epochs) > 1 or rows > shards.num_rows):
-        raise DataError(f"{shards.folder}: data.continues of source '{name}' counts {rows:,} rows, which it has not: restore the dataset")
+        raise DataError(
+            f"{shards.folder}: data.continues of source '{name}' counts {rows:,} rows, which it has not: restore the "
+            "dataset"
+        )
     ranges, first = [], 0
     for count in shards.entry.epochs if rows is None else (rows,):
         low, high = (math.floor(Fraction(repr(bound)) * count) for bound in subset)
         if high == low:
-            raise DataError(f"{shards.folder}: subset {list(subset)} of source '{name}' holds no row of {count}: widen it")
+            raise DataError(
+                f"{shards.folder}: subset {list(subset)} of source '{name}' holds no row of {count}: widen it"
+            )
         ranges.append((first + low, first + high))
         first += count
     return ranges
@@ -359,29 +432,39 @@ def training_source(recipe: Recipe) -> BatchSource:
     data, batch_size = recipe.data, recipe.batch.global_batch_size
     if data.synthetic_rows is not None:
         start = (0, 0) if data.continues is None else (data.continues.step, data.continues.sample)
-        return synthetic_source(recipe.model.vocab_size, data.sequence_length, data.synthetic_rows, batch_size, data.shuffle_seed, *start)
+        return synthetic_source(
+            recipe.model.vocab_size, data.sequence_length, data.synthetic_rows, batch_size, data.shuffle_seed, *start
+        )
     return open_training(data, batch_size, vocab_size=recipe.model.vocab_size, steps=recipe.schedule.steps)
 
 
 def open_heldout(data: DataConfig, vocab_size: int, rows: int, root: Path | None = None) -> list[HeldOut]:
     """The held-out set of each source that has one, cut to `rows` rows. Raises DataError."""
     opened = [(source.name, _open_set(data, source, "heldout", root, vocab_size)) for source in data.sources]
-    return [HeldOut(name, shards, min(rows, shards.num_rows), data.document_attention) for name, shards in opened if shards is not None]
+    return [
+        HeldOut(name, shards, min(rows, shards.num_rows), data.document_attention)
+        for name, shards in opened
+        if shards is not None
+    ]
 
 
-def _open_set(data: DataConfig, source: Source, set_name: SetName, root: Path | None, vocab_size: int) -> ShardSet | None:
+def _open_set(
+    data: DataConfig, source: Source, set_name: SetName, root: Path | None, vocab_size: int
+) -> ShardSet | None:
     """A source's set, fit for the recipe; None where it has no such set."""
     parent = Path(data.root) if root is None else root
     folder = parent / source.path
     if not folder.is_dir():
         options = f"--name {source.path} --sequence-length {data.sequence_length} --output {parent}"
         raise DataError(
-            f"{folder}: no dataset for source '{source.name}'; make it with `weftrain prep INPUTS {options}` (no INPUTS: embedded corpus)"
+            f"{folder}: no dataset for source '{source.name}'; make it with `weftrain prep INPUTS {options}` (no "
+            "INPUTS: embedded corpus)"
         )
     manifest = read_manifest(folder)
     if manifest.sequence_length != data.sequence_length:
         raise DataError(
-            f"{folder}: prepared with sequence_length {manifest.sequence_length}, the recipe says {data.sequence_length}: "
+            f"{folder}: prepared with sequence_length {manifest.sequence_length}, the recipe says "
+            f"{data.sequence_length}: "
             f"set data.sequence_length={manifest.sequence_length}, or prepare the dataset again"
         )
     if manifest.vocab_size > vocab_size:
@@ -392,5 +475,8 @@ def _open_set(data: DataConfig, source: Source, set_name: SetName, root: Path | 
     recorded = None if manifest.fim is None else manifest.fim.settings
     if recorded != source.fim:
         said = (None if fim is None else fim.model_dump() for fim in (recorded, source.fim))
-        raise DataError(f"{folder}: prepared with fim {next(said)}, the recipe's source '{source.name}' says {next(said)}: make them equal")
+        raise DataError(
+            f"{folder}: prepared with fim {next(said)}, the recipe's source '{source.name}' says {next(said)}: make "
+            "them equal"
+        )
     return ShardSet(folder, manifest, set_name) if set_name in manifest.sets else None

@@ -1,8 +1,9 @@
 """Dropout whose random numbers are a function of (seed, sample, place in the model, element), and of nothing else.
 
-So a row loses the same elements whichever process, micro-batch or order it is computed in, again when a block is recomputed, and again
-in a replay. The generator is Squares (Widynski, arXiv 2004.06278): counter-based, four rounds of 64-bit arithmetic. What a reader would get
-wrong: there is no generator state, hence nothing to save in a checkpoint; the key of a row is hashed from the sample's number in the run.
+So a row loses the same elements whichever process, micro-batch or order it is computed in, again when a block is
+recomputed, and again in a replay. The generator is Squares (Widynski, arXiv 2004.06278): counter-based, four rounds of
+64-bit arithmetic. What a reader would get wrong: there is no generator state, hence nothing to save in a checkpoint;
+the key of a row is hashed from the sample's number in the run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ def row_keys(seed: int, step: int, first_row: int, rows: int, global_batch_size:
     """int64 [rows], odd: the keys of rows first_row.. of the global batch of the 0-based step `step`."""
     sample = step * global_batch_size + first_row
     keys = [hashlib.sha256(f"dropout/{seed}/{sample + row}".encode()).digest()[:8] for row in range(rows)]
-    return torch.tensor([int.from_bytes(key, "little", signed=True) | 1 for key in keys], dtype=torch.int64, device=device)
+    return torch.tensor(
+        [int.from_bytes(key, "little", signed=True) | 1 for key in keys], dtype=torch.int64, device=device
+    )
 
 
 def block_place(layer: int) -> int:
@@ -29,17 +32,21 @@ def block_place(layer: int) -> int:
 
 
 def at_place(keys: Tensor | None, place: int) -> Tensor | None:
-    """int64 [B] of `row_keys` -> int64 [B, 2]: each row's key, and the number of the first use of dropout that they are for.
+    """int64 [B] of `row_keys` -> int64 [B, 2]: each row's key, and the number of the first use of dropout that they are
+    for.
 
-    The number travels as data: read from a module, it would be a constant of a compiled graph, and every layer would get its own.
+    The number travels as data: read from a module, it would be a constant of a compiled graph, and every layer would
+    get its own.
     """
     return None if keys is None else torch.stack((keys, torch.full_like(keys, place)), 1)
 
 
 def dropout(x: Tensor, keys: Tensor | None, use: int, probability: float) -> Tensor:
-    """x [B, T, C] with each element zero with `probability`, the others divided by 1 - probability; x itself where keys is None.
+    """x [B, T, C] with each element zero with `probability`, the others divided by 1 - probability; x itself where keys
+    is None.
 
-    keys: int64 [B, 2] of `at_place`. use: which use of dropout, counted from that place: no two of a model share their numbers.
+    keys: int64 [B, 2] of `at_place`. use: which use of dropout, counted from that place: no two of a model share their
+    numbers.
     """
     if keys is None or not probability:
         return x
@@ -51,7 +58,9 @@ def dropout(x: Tensor, keys: Tensor | None, use: int, probability: float) -> Ten
 
 
 def squares(counters: Tensor, keys: Tensor) -> Tensor:
-    """32-bit numbers, uniform in 0 .. 2^32 - 1, as int64: Squares32 of `counters` under `keys`, broadcast. 64-bit products wrap."""
+    """32-bit numbers, uniform in 0 .. 2^32 - 1, as int64: Squares32 of `counters` under `keys`, broadcast. 64-bit
+    products wrap.
+    """
     x = counters * keys
     y, z = x, x + keys
     x = _rotated(x * x + y)
@@ -61,5 +70,7 @@ def squares(counters: Tensor, keys: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor) -> Tensor:
-    """The two halves of each 64-bit number exchanged; the shift of a signed number is arithmetic, so the low half is masked."""
+    """The two halves of each 64-bit number exchanged; the shift of a signed number is arithmetic, so the low half is
+    masked.
+    """
     return ((x >> 32) & _LOW) | (x << 32)

@@ -49,5 +49,7 @@ class ReleaseError(WeftrainError):
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """The message of a library's error without line breaks, at most so many characters of it; its type where it has none."""
+    """The message of a library's error without line breaks, at most so many characters of it; its type where it has
+    none.
+    """
     return " ".join(str(error).split())[:most] or type(error).__name__

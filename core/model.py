@@ -1,8 +1,10 @@
-"""One decoder for both models: Amber and CrystalCoder differ by config only, and every op comes through a kernel selection.
+"""One decoder for both models: Amber and CrystalCoder differ by config only, and every op comes through a kernel
+selection.
 
-What a reader would get wrong: a Decoder holds *no* weights worth having until `initialize` or a checkpoint fills it, and it sets no
-precision. The dtype of its parameters is the dtype it computes in; `residual_dtype` alone may differ. There is no `.item()`, no
-condition on a tensor and no recomputation in here, so a backend can trace, compile, checkpoint or stream it segment by segment.
+What a reader would get wrong: a Decoder holds *no* weights worth having until `initialize` or a checkpoint fills it,
+and it sets no precision. The dtype of its parameters is the dtype it computes in; `residual_dtype` alone may differ.
+There is no `.item()`, no condition on a tensor and no recomputation in here, so a backend can trace, compile,
+checkpoint or stream it segment by segment.
 
 Letters for shapes: B sequences, T tokens, C hidden size, H heads, D head dimension, V vocabulary.
 """
@@ -91,7 +93,9 @@ class FeedForward(nn.Module):
 
 
 class Embedding(nn.Module):
-    """First segment: ids int64 [B, T] -> the residual stream [B, T, C], in `residual_dtype` or else in the weight's dtype."""
+    """First segment: ids int64 [B, T] -> the residual stream [B, T, C], in `residual_dtype` or else in the weight's
+    dtype.
+    """
 
     prefix = "embedding."
 
@@ -113,9 +117,10 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """Middle segment, one decoder layer: the residual stream [B, T, C] -> [B, T, C] in the same dtype.
 
-    cos, sin: fp32 [T, rotary_dim / 2] of `Decoder.rotary`. document_start: int32 [B, T] or None, the first key that each query sees.
-    dropout_keys: int64 [B, 2] of `dropout.at_place(keys, block_place(layer))`, or None where nothing is dropped, as in evaluation.
-    Nothing that differs from layer to layer is read in `forward`, so that one compiled graph serves all of them.
+    cos, sin: fp32 [T, rotary_dim / 2] of `Decoder.rotary`. document_start: int32 [B, T] or None, the first key that
+    each query sees. dropout_keys: int64 [B, 2] of `dropout.at_place(keys, block_place(layer))`, or None where nothing
+    is dropped, as in evaluation. Nothing that differs from layer to layer is read in `forward`, so that one compiled
+    graph serves all of them.
     """
 
     def __init__(self, config: ModelConfig, selection: Selection, layer: int) -> None:
@@ -128,7 +133,12 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, document_start: Tensor | None = None, dropout_keys: Tensor | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        document_start: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         mixed = self.attention(self.attention_norm(x), cos, sin, document_start)
         x = x + dropout(mixed, dropout_keys, 0, self.dropout)
@@ -137,7 +147,9 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Last segment: final norm and head. `weight` is the embedding's [V, C] where embeddings are tied, None where the head has its own."""
+    """Last segment: final norm and head. `weight` is the embedding's [V, C] where embeddings are tied, None where the
+    head has its own.
+    """
 
     prefix = ""
 
@@ -171,9 +183,10 @@ class Head(nn.Module):
 class Decoder(nn.Module):
     """The whole model. Parameter names are the canonical ones of core/parameters.py, in the same order.
 
-    selection: of `kernel_specs(config, ...)`. residual_dtype: dtype of the residual stream, and so of the norms' inputs; None: that of
-    the embedding weight. With bf16 parameters and residual_dtype=torch.float32 the numerics are those of autocast.
-    Built under `torch.device("meta")` it allocates nothing; after `to_empty` call `reset_rotary_tables`.
+    selection: of `kernel_specs(config, ...)`. residual_dtype: dtype of the residual stream, and so of the norms'
+    inputs; None: that of the embedding weight. With bf16 parameters and residual_dtype=torch.float32 the numerics are
+    those of autocast. Built under `torch.device("meta")` it allocates nothing; after `to_empty` call
+    `reset_rotary_tables`.
     """
 
     prefix = ""
@@ -187,7 +200,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, selection, layer) for layer in range(config.num_layers))
         self.final_norm = Norm(config, selection, "final_norm")
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
-        # In a tuple a module is not registered: the last segment owns nothing, it joins the two modules above under their own names.
+        # In a tuple a module is not registered: the last segment owns nothing, it joins the two modules above under
+        # their own names.
         self._last_segment = (Head(config, selection, self.final_norm, self.head),)
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
@@ -201,12 +215,15 @@ class Decoder(nn.Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         dropout_keys: Tensor | None = None,
     ) -> Tensor:
-        """ids, labels int64 [B, T], document_start int32 [B, T] or None -> fp32 scalar, the sum of the token losses (-100: none).
+        """ids, labels int64 [B, T], document_start int32 [B, T] or None -> fp32 scalar, the sum of the token losses
+        (-100: none).
 
-        rotary: cos and sin of the positions, where ids are not a row's first T tokens but a part of it. dropout_keys: int64 [B] of
-        `dropout.row_keys`, or None.
+        rotary: cos and sin of the positions, where ids are not a row's first T tokens but a part of it. dropout_keys:
+        int64 [B] of `dropout.row_keys`, or None.
         """
-        return self._last_segment[0](self._residual_stream(ids, document_start, rotary, dropout_keys), labels, self.tied_weight())
+        return self._last_segment[0](
+            self._residual_stream(ids, document_start, rotary, dropout_keys), labels, self.tied_weight()
+        )
 
     def logits(self, ids: Tensor, document_start: Tensor | None = None) -> Tensor:
         """ids int64 [B, T], document_start int32 [B, T] or None -> [B, T, V] in the weights' dtype."""
@@ -215,8 +232,8 @@ class Decoder(nn.Module):
     def segments(self) -> tuple[nn.Module, ...]:
         """Embedding, Blocks, Head: `forward` is exactly their composition.
 
-        Each has a `prefix` such that prefix + its own parameter name is the canonical name. A tied weight belongs to the Embedding
-        and is handed to the Head at each call (`tied_weight`).
+        Each has a `prefix` such that prefix + its own parameter name is the canonical name. A tied weight belongs to
+        the Embedding and is handed to the Head at each call (`tied_weight`).
         """
         return (self.embedding, *self.layers, *self._last_segment)
 
@@ -255,7 +272,8 @@ def attention_scale(config: ModelConfig) -> float:
 def rotary_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin, fp32 [max_position_embeddings, rotary_dim / 2]: position x theta^(-2i / rotary_dim), all in fp32.
 
-    The reciprocal is taken last, as Hugging Face's Llama and the Cerebras Model Zoo do: theta^(-x) differs in the last bit.
+    The reciprocal is taken last, as Hugging Face's Llama and the Cerebras Model Zoo do: theta^(-x) differs in the last
+    bit.
     """
     exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=device) / config.rotary_dim
     frequency = 1.0 / config.rope_theta**exponent
@@ -264,12 +282,16 @@ def rotary_tables(config: ModelConfig, device: torch.device | None = None) -> tu
 
 
 def kernel_specs(
-    config: ModelConfig, device: str, dtype: torch.dtype, residual_dtype: torch.dtype | None = None, documents: bool = False
+    config: ModelConfig,
+    device: str,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype | None = None,
+    documents: bool = False,
 ) -> list[Spec]:
     """Every use of an op by the model, for `select`, in execution order.
 
-    device: torch device type. dtype: of parameters and activations. residual_dtype: as for Decoder. documents: whether attention will
-    be given document_start.
+    device: torch device type. dtype: of parameters and activations. residual_dtype: as for Decoder. documents: whether
+    attention will be given document_start.
     """
     norm = {"hidden_size": config.hidden_size, "eps": config.norm_eps}
     rope = {"head_dim": config.head_dim, "rotary_dim": config.rotary_dim, "interleaved": config.rotary_interleaved}
@@ -298,10 +320,12 @@ def kernel_specs(
 
 
 def draw(spec: ParameterSpec, config: ModelConfig, seed: int) -> Tensor:
-    """The initial value of one parameter, fp32 on the CPU: a pure function of (spec, config, seed), whatever else is drawn.
+    """The initial value of one parameter, fp32 on the CPU: a pure function of (spec, config, seed), whatever else is
+    drawn.
 
-    The key of a counter-based generator (Philox) is a hash of seed and name, so a layer can be drawn alone, in any order, in any
-    process. Normal by inversion; `truncated_normal` stops at two of the standard deviations that the config names.
+    The key of a counter-based generator (Philox) is a hash of seed and name, so a layer can be drawn alone, in any
+    order, in any process. Normal by inversion; `truncated_normal` stops at two of the standard deviations that the
+    config names.
     """
     if spec.role is Role.NORM_WEIGHT:
         return torch.ones(spec.shape)

@@ -1,11 +1,14 @@
-"""muP: scales, standard deviations and the learning-rate multiplier of a wide model, derived from a narrow proxy; and their removal.
+"""muP: scales, standard deviations and the learning-rate multiplier of a wide model, derived from a narrow proxy; and
+their removal.
 
 With m = hidden_size / base_hidden_size (Tensor Programs V, arXiv 2203.03466, table 8, for Adam):
-  decoder matrices     learning rate / m, std base_std / sqrt(m); the two into the residual stream base_std / sqrt(2 m num_layers)
+  decoder matrices     learning rate / m, std base_std / sqrt(m); the two into the residual stream base_std / sqrt(2 m
+  num_layers)
   embedding and head   full learning rate, std base_std; logits x base_logits_scale / m
-  attention            1/d instead of 1/sqrt(d): the config's `attention_scale`, not derived here
-What a reader would get wrong: norms and *all* biases train at the full learning rate, and so does an untied head, whose width is paid
-for by the logits scale. CrystalCoder-7B's released numbers (0.0625, 0.13875, 0.01825, 0.00228125) come out of these formulas.
+  attention            1/d instead of 1/sqrt(d): the config's `attention_scale`, not derived here What a reader would
+                       get wrong: norms and *all* biases train at the full learning rate, and so does an untied head,
+                       whose width is paid for by the logits scale. CrystalCoder-7B's released numbers (0.0625, 0.13875,
+                       0.01825, 0.00228125) come out of these formulas.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ class Resolved:
     embedding_scale: float  # times the embedding's output
     logits_scale: float  # times hidden @ head^T
     matrix_learning_rate_multiplier: float  # for roles MATRIX and OUTPUT_MATRIX; all others have 1
-    distribution: Literal["normal", "truncated_normal"]  # truncated at two standard deviations, which are those before truncation
+    # truncated at two standard deviations, which are those before truncation
+    distribution: Literal["normal", "truncated_normal"]
     embedding_std: float
     head_std: float  # of an untied head
     matrix_std: float
@@ -36,7 +40,9 @@ class Resolved:
 
 
 def resolved(config: ModelConfig) -> Resolved:
-    """The scales and standard deviations of either kind of config; without muP, those written there and a multiplier of 1."""
+    """The scales and standard deviations of either kind of config; without muP, those written there and a multiplier of
+    1.
+    """
     if config.mup is None:
         assert config.initialization is not None  # ModelConfig holds exactly one of the two
         given = config.initialization
@@ -67,10 +73,11 @@ def resolved(config: ModelConfig) -> Resolved:
 def fold(config: ModelConfig, weights: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The same function as a plain model: no embedding or logits scale, attention by 1/sqrt(d), an untied head.
 
-    weights: canonical name -> tensor, all of them. Changed are the embedding (x embedding_scale), the head (head or tied embedding x
-    logits_scale) and, where attention scales by 1/d, W_k and b_k (/ sqrt(head_dim)); the others are passed on, not copied. Logits
-    agree to rounding (2.4e-7 in fp32). The folded model is for use, not for training on: its learning-rate groups are gone, and its
-    `initialization` only records the standard deviations of the folded embedding and matrices.
+    weights: canonical name -> tensor, all of them. Changed are the embedding (x embedding_scale), the head (head or
+    tied embedding x logits_scale) and, where attention scales by 1/d, W_k and b_k (/ sqrt(head_dim)); the others are
+    passed on, not copied. Logits agree to rounding (2.4e-7 in fp32). The folded model is for use, not for training on:
+    its learning-rate groups are gone, and its `initialization` only records the standard deviations of the folded
+    embedding and matrices.
     """
     scales = resolved(config)
     embedding = weights["embedding.weight"]
@@ -90,5 +97,10 @@ def fold(config: ModelConfig, weights: Mapping[str, Tensor]) -> tuple[ModelConfi
         output_matrix_std=scales.output_matrix_std,
     )
     removed = {"mup": None, "embedding_scale": None, "logits_scale": None, "tie_embeddings": False}
-    plain = {**config.model_dump(), **removed, "attention_scale": "inverse_sqrt_head_dim", "initialization": initialization}
+    plain = {
+        **config.model_dump(),
+        **removed,
+        "attention_scale": "inverse_sqrt_head_dim",
+        "initialization": initialization,
+    }
     return ModelConfig.model_validate(plain), folded

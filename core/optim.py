@@ -1,7 +1,9 @@
-"""Optimizer and schedule as data: parameter groups by role, the learning rate as a pure function of the step, the clip coefficient.
+"""Optimizer and schedule as data: parameter groups by role, the learning rate as a pure function of the step, the clip
+coefficient.
 
-The update itself is the op `adamw` in kernels/. What a reader would get wrong: `learning_rate(schedule, step)` takes the 0-based index
-of the step about to be made, so a warm-up from 0 makes its first update with a learning rate of exactly 0, as both models did.
+The update itself is the op `adamw` in kernels/. What a reader would get wrong: `learning_rate(schedule, step)` takes
+the 0-based index of the step about to be made, so a warm-up from 0 makes its first update with a learning rate of
+exactly 0, as both models did.
 """
 
 from __future__ import annotations
@@ -10,12 +12,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from weftrain.core.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from weftrain.core.mup import resolved
 from weftrain.core.parameters import Role, parameter_specs
 
-# The parameter group of each role. The muP learning-rate multiplier applies to decoder matrices alone: CrystalCoder trains its
-# embedding, norms and all biases at the full learning rate (released params file, adjust_learning_rate.decoder_kernel).
+# The parameter group of each role. The muP learning-rate multiplier applies to decoder matrices alone: CrystalCoder
+# trains its embedding, norms and all biases at the full learning rate (released params file,
+# adjust_learning_rate.decoder_kernel).
 GROUP_OF_ROLE = {
     Role.EMBEDDING: "embeddings",
     Role.HEAD: "embeddings",
@@ -70,7 +75,22 @@ def learning_rate(schedule: ScheduleConfig, step: int) -> float:
     raise IndexError(f"step {step} lies beyond the learning-rate schedule, which covers {first} steps")
 
 
-def group_learning_rates(groups: tuple[ParameterGroup, ...], schedule: ScheduleConfig, step: int) -> Mapping[str, float]:
+def group_learning_rates(
+    groups: tuple[ParameterGroup, ...], schedule: ScheduleConfig, step: int
+) -> Mapping[str, float]:
     """Parameter group -> its learning rate at 0-based step `step`."""
     base = learning_rate(schedule, step)
     return {group.name: base * group.learning_rate_multiplier for group in groups}
+
+
+def beta_power(beta: float, updates: int) -> np.float32:
+    """beta ** (updates + 1) as the vendor's AdamW holds it: multiplied up in fp32, one rounding a step, ready for the
+    next update.
+    """
+    factor = power = np.float32(beta)
+    for _ in range(updates):
+        following = power * factor
+        if following == power:  # zero, or the last denormal, which rounds to itself
+            break
+        power = following
+    return power

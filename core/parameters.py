@@ -1,7 +1,7 @@
 """The decoder's parameters as data: canonical name, shape and role, in execution order, with no tensor and no torch.
 
-What a reader would get wrong: what a parameter *is* (its role) is decided here once, where its name is made. Nothing downstream looks
-into names: parameter groups, initialisation and conversion all read `role`.
+What a reader would get wrong: what a parameter *is* (its role) is decided here once, where its name is made. Nothing
+downstream looks into names: parameter groups, initialisation and conversion all read `role`.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """Model FLOPs of one token's forward and backward: 6 x (parameters in matrix products) + 12 x layers x hidden x sequence_length.
+    """Model FLOPs of one token's forward and backward: 6 x (parameters in matrix products) + 12 x layers x hidden x
+    sequence_length.
 
-    PaLM, appendix B (arXiv 2204.02311). The head is a matrix product, tied or not; the embedding is a lookup. The second term is
-    attention without the saving of causality, as everyone counts it. Recomputation is not counted.
+    PaLM, appendix B (arXiv 2204.02311). The head is a matrix product, tied or not; the embedding is a lookup. The
+    second term is attention without the saving of causality, as everyone counts it. Recomputation is not counted.
     """
     products = config.vocab_size * config.hidden_size  # the head
     products += sum(spec.size for spec in parameter_specs(config) if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX))

@@ -1,8 +1,9 @@
 """Recipes from YAML files: strict, and every complaint with file, line, key and the nearest valid name.
 
-What a reader would get wrong: this is not `yaml.safe_load`. That keeps the last of two equal keys in silence, reads `1e-3` as a string
-and `no` as a boolean, and expands aliases without bound. Here scalars follow the YAML 1.2 core schema, duplicate keys, aliases and tags
-are refused, and `key.sub=value` overrides are laid over the tree before it is checked, so both meet the same rules.
+What a reader would get wrong: this is not `yaml.safe_load`. That keeps the last of two equal keys in silence, reads
+`1e-3` as a string and `no` as a boolean, and expands aliases without bound. Here scalars follow the YAML 1.2 core
+schema, duplicate keys, aliases and tags are refused, and `key.sub=value` overrides are laid over the tree before it is
+checked, so both meet the same rules.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 
 from weftrain.core.config import Recipe, with_earlier_keys
 from weftrain.core.errors import RecipeError
-from weftrain.core.plain_file import read_plain
+from weftrain.core.formats.plain_file import read_plain
 
 MAX_DEPTH = 12
 MAX_NUMBER_CHARACTERS = 100
@@ -51,7 +52,11 @@ for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
 ):
     firsts = [*_first, ""] if _tag == "null" else list(_first)
     for _class in (_CoreSchemaLoader, _CoreSchemaDumper):
@@ -59,7 +64,9 @@ for _tag, _pattern, _first in (
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    """Decimal, 0o octal or 0x hexadecimal. PyYAML's own constructor reads 010 as octal, as YAML 1.1 did, and fails on 09."""
+    """Decimal, 0o octal or 0x hexadecimal. PyYAML's own constructor reads 010 as octal, as YAML 1.1 did, and fails on
+    09.
+    """
     text = node.value
     if len(text) > MAX_NUMBER_CHARACTERS:
         raise yaml.constructor.ConstructorError(None, None, f"an integer of {len(text)} characters", node.start_mark)
@@ -70,15 +77,21 @@ _CoreSchemaLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def _represent_str(dumper: _CoreSchemaDumper, text: str) -> yaml.ScalarNode:
-    """Escaped in double quotes where the text has Unicode line breaks, which PyYAML otherwise writes as they are and reads as spaces."""
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, '"' if set(text) & set("\x85\u2028\u2029\ufeff") else None)
+    """Escaped in double quotes where the text has Unicode line breaks, which PyYAML otherwise writes as they are and
+    reads as spaces.
+    """
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, '"' if set(text) & set("\x85\u2028\u2029\ufeff") else None
+    )
 
 
 _CoreSchemaDumper.add_representer(str, _represent_str)
 
 
 def dump_yaml(tree: Any) -> str:
-    """`tree` (JSON values) as YAML that this module reads back as the same values: a string that looks like a number is quoted."""
+    """`tree` (JSON values) as YAML that this module reads back as the same values: a string that looks like a number is
+    quoted.
+    """
     return yaml.dump(tree, Dumper=_CoreSchemaDumper, sort_keys=False, allow_unicode=True, width=140)
 
 
@@ -106,12 +119,13 @@ class RecipeFile:
     at: Callable[[Location], str]
 
 
-def load_recipe(recipe: str, overrides: Iterable[str] = (), backend: str | None = None, kept_options: Collection[str] = ()) -> RecipeFile:
+def load_recipe(
+    recipe: str, overrides: Iterable[str] = (), backend: str | None = None, kept_options: Collection[str] = ()
+) -> RecipeFile:
     """A recipe by built-in name or by the path of a .yaml file, with `key.sub=value` overrides laid over it.
 
-    backend: another than the recipe's own, whose options mean nothing to it and are left out, but for those named in kept_options;
-    overrides give its options.
-    Raises RecipeError naming file, line, key and remedy.
+    backend: another than the recipe's own, whose options mean nothing to it and are left out, but for those named in
+    kept_options; overrides give its options. Raises RecipeError naming file, line, key and remedy.
     """
     name, text = _read(recipe)
     source = _Source(name)
@@ -119,7 +133,8 @@ def load_recipe(recipe: str, overrides: Iterable[str] = (), backend: str | None 
 
 
 def read_section(model: type[Model], name: str, text: str, overrides: Iterable[str] = ()) -> Model:
-    """A file of another kind than a training recipe, by the same rules: `text` as `model`. name: of the file, for messages.
+    """A file of another kind than a training recipe, by the same rules: `text` as `model`. name: of the file, for
+    messages.
 
     Raises RecipeError naming file, line, key and remedy.
     """
@@ -131,16 +146,22 @@ def read_section(model: type[Model], name: str, text: str, overrides: Iterable[s
 
 
 def recorded_recipe(
-    tree: Any, origin: str, overrides: Iterable[str] = (), backend: str | None = None, kept_options: Collection[str] = ()
+    tree: Any,
+    origin: str,
+    overrides: Iterable[str] = (),
+    backend: str | None = None,
+    kept_options: Collection[str] = (),
 ) -> RecipeFile:
     """The recipe that a checkpoint or run folder records (`origin`, in messages), with overrides laid over it.
 
-    backend, kept_options: see load_recipe. Raises RecipeError naming the key: what is recorded may be a stranger's, or of a version with
-    other keys.
+    backend, kept_options: see load_recipe. Raises RecipeError naming the key: what is recorded may be a stranger's, or
+    of a version with other keys.
     """
     if not isinstance(tree, dict):
         raise RecipeError(f"{origin}: a recipe is a mapping of sections, this is {_kind(tree)}")
-    return _resolve(_for_backend(copy.deepcopy(with_earlier_keys(tree)), backend, kept_options), overrides, _Source(origin))
+    return _resolve(
+        _for_backend(copy.deepcopy(with_earlier_keys(tree)), backend, kept_options), overrides, _Source(origin)
+    )
 
 
 def _for_backend(tree: dict[str, Any], backend: str | None, kept_options: Collection[str]) -> dict[str, Any]:
@@ -194,12 +215,17 @@ def _read(recipe: str) -> tuple[str, str]:
     if recipe not in known:
         near = difflib.get_close_matches(recipe, known, 1)
         hint = f"did you mean '{near[0]}'? " if near else ""
-        raise RecipeError(f"unknown recipe '{recipe}'; {hint}Built in: {', '.join(known)}; or give the path of a .yaml file")
-    return f"recipes/{recipe}.yaml", (resources.files("weftrain.core") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+        raise RecipeError(
+            f"unknown recipe '{recipe}'; {hint}Built in: {', '.join(known)}; or give the path of a .yaml file"
+        )
+    return f"recipes/{recipe}.yaml", (resources.files("weftrain.core") / "recipes" / f"{recipe}.yaml").read_text(
+        encoding="utf-8"
+    )
 
 
 def parse_mapping(text: str, name: str) -> dict[str, Any]:
-    """YAML of any origin as a mapping, within the bounds of a recipe: no aliases, no tags, MAX_DEPTH levels. Raises RecipeError.
+    """YAML of any origin as a mapping, within the bounds of a recipe: no aliases, no tags, MAX_DEPTH levels. Raises
+    RecipeError.
 
     name: of the file, for messages.
     """
@@ -220,10 +246,15 @@ def _parse(text: str, source: _Source) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH + 1:  # at once: the time of PyYAML's scanner grows with the square of the depth
                 start: Any = event.start_mark
-                raise RecipeError(f"{source.name}:{start.line + 1}: nested deeper than the {MAX_DEPTH} levels that a recipe may have")
+                raise RecipeError(
+                    f"{source.name}:{start.line + 1}: nested deeper than the {MAX_DEPTH} levels that a recipe may have"
+                )
             if isinstance(event, yaml.AliasEvent):
                 mark: Any = event.start_mark  # Any: PyYAML's stubs make it optional, and it is not
-                raise RecipeError(f"{source.name}:{mark.line + 1}: alias '*{event.anchor}': recipes take no aliases, write the value out")
+                raise RecipeError(
+                    f"{source.name}:{mark.line + 1}: alias '*{event.anchor}': recipes take no aliases, write the value "
+                    "out"
+                )
         loader = _CoreSchemaLoader(text)
         try:
             node = loader.get_single_node()
@@ -246,7 +277,9 @@ def _build(loader: yaml.SafeLoader, node: yaml.Node, location: Location, source:
     if len(location) > MAX_DEPTH:
         raise RecipeError(f"{line}: nested deeper than the {MAX_DEPTH} levels that a recipe may have")
     if node.tag not in _PLAIN_TAGS:
-        raise RecipeError(f"{line}: tag '{node.tag}': recipes hold plain numbers, strings, booleans, lists and mappings only")
+        raise RecipeError(
+            f"{line}: tag '{node.tag}': recipes hold plain numbers, strings, booleans, lists and mappings only"
+        )
     if isinstance(node, yaml.MappingNode):
         tree: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -256,14 +289,17 @@ def _build(loader: yaml.SafeLoader, node: yaml.Node, location: Location, source:
             key = key_node.value
             if key in tree:
                 first = source.at((*location, key))
-                raise RecipeError(f"{key_line}: duplicate key '{dotted((*location, key))}' (first at {first}); remove one of the two")
+                raise RecipeError(
+                    f"{key_line}: duplicate key '{dotted((*location, key))}' (first at {first}); remove one of the two"
+                )
             source.marks[*location, key] = key_line
             tree[key] = _build(loader, value_node, (*location, key), source)
         return tree
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, (*location, index), source) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode) and node.value == "" and node.style is None and not source.empty_is_null:
-        # The core schema reads an empty scalar as null. In a recipe it mostly is a variable that was never set, and null turns things off.
+        # The core schema reads an empty scalar as null. In a recipe it mostly is a variable that was never set, and
+        # null turns things off.
         key = f"'{dotted(location)}' " if location else ""
         raise RecipeError(f"{line}: {key}has an empty value: write null, or give the value")
     return loader.construct_object(node)
@@ -314,7 +350,11 @@ def _explain(model: type[BaseModel], problem: Any, at: Callable[[Location], str]
         siblings = [name for name in names if name.rpartition(".")[0] == _generic(location[:-1])]
         wrong = _generic(location)
         near = difflib.get_close_matches(wrong, siblings, 1, 0.5) or difflib.get_close_matches(wrong, names, 1, 0.6)
-        hint = f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(name.rpartition('.')[2] for name in siblings)}"
+        hint = (
+            f"did you mean '{near[0]}'?"
+            if near
+            else f"valid here: {', '.join(name.rpartition('.')[2] for name in siblings)}"
+        )
         return f"{where}: unknown key '{key}'; {hint}"
     if problem["type"] == "missing":
         wanted = dict(_keys(model)).get(_generic(location), "a value")
@@ -357,6 +397,13 @@ def _models(annotation: Any, step: str = "") -> Iterator[tuple[type[BaseModel], 
 def _kind(value: Any) -> str:
     if value is None:
         return "nothing (null)"
-    names = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list", dict: "a mapping"}
+    names = {
+        bool: "a boolean",
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "a mapping",
+    }
     shown = "" if isinstance(value, list | dict) else f" ({value!r})"
     return names.get(type(value), type(value).__name__) + shown

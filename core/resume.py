@@ -1,12 +1,14 @@
 """How a run starts: `decide` checks everything that can be refused and writes nothing; `commit` records the decision.
 
-Between the two stand `Backend.prepare` and `Run.import_state`, which can refuse as well. Only `commit` changes the run's folder, just
-before training begins, so a start that is refused leaves the folder as it was.
+Between the two stand `Backend.prepare` and `Run.import_state`, which can refuse as well. Only `commit` changes the
+run's folder, just before training begins, so a start that is refused leaves the folder as it was.
 
     start = decide(folder, recipe, source, backend, options, runs, allow=.., say=..)   # raises; writes nothing
-    run = prepare_run(backend, Job(start.resolved, start.plan, weights=start.weights, stretch=start.stretch, kept=start.kept))
+    run = prepare_run(backend, Job(start.resolved, start.plan, weights=start.weights, stretch=start.stretch,
+    kept=start.kept))
     if start.state is not None: run.import_state(start.state)
-    ledger = commit(start, environment)                                                # then train from start.first_step
+    ledger = commit(start, environment)                                                # then train from
+    start.first_step
 """
 
 from __future__ import annotations
@@ -20,26 +22,27 @@ from typing import Any
 from torch import Tensor
 
 from weftrain.core import checkpoint
-from weftrain.core.adoption import Standing, check_from_scratch, standing
 from weftrain.core.backend import Backend, BatchSource, Kept, KeptUse, Plan, State
-from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.config import Recipe, Section
-from weftrain.core.continuation import check_amounts, cursors_of, data_of_start, recipe_of
 from weftrain.core.errors import CheckpointError, RunFolderError
-from weftrain.core.fit_of_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
-from weftrain.core.kept import Measured, Unfinished, completed, is_unfinished, judge, made_by
-from weftrain.core.ledger import LEDGER, TORN, Ledger, Stretch, lineage, read_ledger, tokens_before, torn_bytes
-from weftrain.core.metrics import METRICS, damaged_lines, effective_records, repair
-from weftrain.core.metrics import TORN as METRICS_TORN
-from weftrain.core.rollback import finish_rollback
-from weftrain.core.run_folder import ABSENT, RecipeCheck, RunFolder, blamed, differences, follows, with_defaults
+from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.run.adoption import Standing, check_from_scratch, standing
+from weftrain.core.run.continuation import check_amounts, cursors_of, data_of_start, recipe_of
+from weftrain.core.run.fit_of_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
+from weftrain.core.run.kept import Measured, Unfinished, completed, is_unfinished, judge, made_by
+from weftrain.core.run.ledger import LEDGER, TORN, Ledger, Stretch, lineage, read_ledger, tokens_before, torn_bytes
+from weftrain.core.run.metrics import METRICS, damaged_lines, effective_records, repair
+from weftrain.core.run.metrics import TORN as METRICS_TORN
+from weftrain.core.run.rollback import finish_rollback
+from weftrain.core.run.run_folder import ABSENT, RecipeCheck, RunFolder, blamed, differences, follows, with_defaults
 
 
 @dataclass(frozen=True)
 class Start:
     """How a run starts. Nothing of it is written yet.
 
-    At most one of `state` and `weights` is given; with neither, the weights are drawn from the seed or the backend's own state holds.
+    At most one of `state` and `weights` is given; with neither, the weights are drawn from the seed or the backend's
+    own state holds.
     """
 
     plan: Plan  # from the completed steps that it starts at
@@ -56,7 +59,8 @@ class Start:
     stretch: str  # a new name for what is trained from here on, for the ledger and for state that the backend keeps
     kept: KeptUse  # what becomes of the state that the backend itself keeps
     unfinished: Unfinished | None  # the last step of such a state, where the record lacks what the plan wants of it
-    measured: Measured | None  # what was recorded since the checkpoint before it, where the run goes on from such a state
+    # what was recorded since the checkpoint before it, where the run goes on from such a state
+    measured: Measured | None
     folder: RunFolder  # with the recipe that this start resolves to
     resolved: Recipe  # the recipe asked for, with `data.continues` where its data goes on from other data
     source: BatchSource  # the rows of that recipe
@@ -95,9 +99,10 @@ def decide(
 ) -> Start:
     """Find what the run starts from, and ask everything about it that can be refused. Nothing is written.
 
-    runs: the folder that holds other runs, for start_from. allow: keys of the recipe that may have changed. say: gets one line for each
-    thing the user should know. from_scratch: begin at step 0 where all checkpoints are lost. repair_ledger: enter checkpoints that the
-    ledger lost. heldout: names of the held-out sets. Raises CheckpointError, RunFolderError, BackendError.
+    runs: the folder that holds other runs, for start_from. allow: keys of the recipe that may have changed. say: gets
+    one line for each thing the user should know. from_scratch: begin at step 0 where all checkpoints are lost.
+    repair_ledger: enter checkpoints that the ledger lost. heldout: names of the held-out sets. Raises CheckpointError,
+    RunFolderError, BackendError.
     """
     folder.check_writable()
     entries = read_ledger(folder.path / LEDGER)
@@ -119,7 +124,9 @@ def decide(
         first = goes_on.step
         made = made_by(goes_on, entries)
         before = recipe_of(made.recipe, folder.path)
-        unfinished, measured = _recorded(effective_records(folder.path, damaged), goes_on, before, since, entries, heldout)
+        unfinished, measured = _recorded(
+            effective_records(folder.path, damaged), goes_on, before, since, entries, heldout
+        )
         if unfinished is not None:
             told = cursors_of(recipe, before, first, made.dataset_id) or {}
             unfinished = replace(unfinished, dataset_id=made.dataset_id, sources=told)
@@ -127,7 +134,10 @@ def decide(
     drawn = {} if found is None else found.check_model(recipe, say)
     weights = None if found is None else found.weights()
     if unfinished is not None:
-        say(f"the process before ended while step {first} was being recorded: what is missing in its record is recorded now")
+        say(
+            f"the process before ended while step {first} was being recorded: what is missing in its record is "
+            "recorded now"
+        )
     foreign = None if found is None else found.foreign
     continued = data_of_start(folder.path, recipe, source, first, manifest, foreign, made)
     folder = replace(folder, recipe=parse_json(canonical_json(continued.recipe.model_dump(mode="json"))))
@@ -168,7 +178,9 @@ def decide(
 
 
 def _check_changes(folder: RunFolder, found: Found | None, dataset_id: str, allow: Set[str]) -> RecipeCheck:
-    """Refuse a recipe or a dataset that has changed without being allowed to, both at once. Raises RunFolderError, CheckpointError."""
+    """Refuse a recipe or a dataset that has changed without being allowed to, both at once. Raises RunFolderError,
+    CheckpointError.
+    """
     manifest = None if found is None else found.manifest
     other = manifest is not None and manifest["dataset_id"] != dataset_id and "data" not in allow
     try:
@@ -177,7 +189,8 @@ def _check_changes(folder: RunFolder, found: Found | None, dataset_id: str, allo
         raise RunFolderError(f"{error}{' --allow data' if other else ''}") from None
     if manifest is not None and other:
         raise CheckpointError(
-            f"step {manifest['step']}: was trained on dataset {manifest['dataset_id'][:12]}, the recipe's is {dataset_id[:12]}: "
+            f"step {manifest['step']}: was trained on dataset {manifest['dataset_id'][:12]}, the recipe's is "
+            f"{dataset_id[:12]}: "
             "restore the dataset, or continue on the other one with --allow data"
         )
     return checked
@@ -199,7 +212,8 @@ def plan_of(recipe: Recipe, first_step: int) -> Plan:
 def _check_kept_data(kept: Kept, dataset_id: str, allow: Set[str]) -> None:
     if kept.dataset_id not in (None, dataset_id) and "data" not in allow:
         raise CheckpointError(
-            f"{kept.where}: was trained on dataset {str(kept.dataset_id)[:12]}, the recipe's is {dataset_id[:12]}: restore the dataset, or "
+            f"{kept.where}: was trained on dataset {str(kept.dataset_id)[:12]}, the recipe's is {dataset_id[:12]}: "
+            "restore the dataset, or "
             "continue on the other one with --allow data"
         )
 
@@ -212,7 +226,9 @@ def _recorded(
     entries: Sequence[Mapping[str, Any]],
     heldout: Collection[str],
 ) -> tuple[Unfinished | None, Measured]:
-    """What the record lacks of the last step of the state that the run goes on from, and what it has after checkpoint `since`."""
+    """What the record lacks of the last step of the state that the run goes on from, and what it has after checkpoint
+    `since`.
+    """
     records = list(measured)
     plan = plan_of(before, kept.step)
     unfinished = None
@@ -220,15 +236,18 @@ def _recorded(
         assert kept.result is not None
         unfinished = Unfinished(kept.result, before, plan, kept.dataset_id or "", {})
     last = kept.step - (unfinished is not None)
-    found = [record for record in records if record["kind"] in ("step", "evaluation") and since < record["step"] <= last]
+    found = [
+        record for record in records if record["kind"] in ("step", "evaluation") and since < record["step"] <= last
+    ]
     return unfinished, Measured(since, found)
 
 
 def _parent(found: Found | None, entries: Sequence[Mapping[str, Any]], made: Stretch | None) -> str | None:
     """Root of the checkpoint before what is trained next.
 
-    Where the backend's own state holds, which the stretch `made` trained, that is the last one of the ledger's line, also if its folder is
-    damaged or gone, or else what that stretch began from; unless `found` is one that the ledger does not list yet.
+    Where the backend's own state holds, which the stretch `made` trained, that is the last one of the ledger's line,
+    also if its folder is damaged or gone, or else what that stretch began from; unless `found` is one that the ledger
+    does not list yet.
     """
     points = lineage(entries).checkpoints
     if made is None or (found is not None and all(point.root != found.root for point in points)):
@@ -247,8 +266,8 @@ def _tell_repairs(run: Path, say: Callable[[str], None]) -> tuple[int, ...]:
 
 
 def settle(start: Start) -> Ledger:
-    """Finish what a crash left half done: torn lines, a rollback's moves, checkpoints not yet entered. All there is to do for a
-    complete run; `commit` begins with it. Nothing is written where nothing is left. Raises RunFolderError.
+    """Finish what a crash left half done: torn lines, a rollback's moves, checkpoints not yet entered. All there is to
+    do for a complete run; `commit` begins with it. Nothing is written where nothing is left. Raises RunFolderError.
     """
     folder = start.folder
     ledger = Ledger(folder.path)
@@ -262,18 +281,23 @@ def settle(start: Start) -> Ledger:
 
 
 def commit(start: Start, environment: dict[str, Any]) -> Ledger:
-    """Record the start in the run's folder and ledger, which is returned, open. To be called once training is about to begin.
+    """Record the start in the run's folder and ledger, which is returned, open. To be called once training is about to
+    begin.
 
     environment: the run's fingerprint, JSON values. Raises RunFolderError.
     """
     ledger, folder = settle(start), start.folder
     resolved = folder.recipe
-    told = lineage(ledger.entries).recipe  # by the ledger itself: an earlier version's keys, or of a start that a crash ended, differ too
+    # by the ledger itself: an earlier version's keys, or of a start that a crash ended, differ too
+    told = lineage(ledger.entries).recipe
     if told and sha256_json(told) != sha256_json(resolved):
         changes = differences(with_defaults(told), resolved)
         listed = [[key, *(None if value is ABSENT else value for value in values)] for key, *values in changes]
-        ledger.add("recipe", step=start.first_step, changes=listed, recipe=resolved, recipe_sha256=sha256_json(resolved))
-    folder.record_recipe(start.recipe, start.first_step)  # after the ledger's line: a crash in between asks for the change again
+        ledger.add(
+            "recipe", step=start.first_step, changes=listed, recipe=resolved, recipe_sha256=sha256_json(resolved)
+        )
+    # after the ledger's line: a crash in between asks for the change again
+    folder.record_recipe(start.recipe, start.first_step)
     folder.write_environment(environment)
     ledger.open_run(start.first_step, resolved, start.source.dataset_id, environment, start.parent, **start.decided)
     return ledger
@@ -281,7 +305,9 @@ def commit(start: Start, environment: dict[str, Any]) -> Ledger:
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint to start from: its state, its root hash, and its manifest: of the run's own (a resume) or of another's (start_from)."""
+    """A checkpoint to start from: its state, its root hash, and its manifest: of the run's own (a resume) or of
+    another's (start_from).
+    """
 
     state: State
     root: str
@@ -293,9 +319,11 @@ class Found:
         return any(not name.startswith("weights/") for name in self.state.tensors)
 
     def check_model(self, recipe: Recipe, say: Callable[[str], None]) -> dict[str, tuple[int, int]]:
-        """Refuse tensors that are not those of the recipe's model. Rows [first, stop) of parameters that start_from.grow lets be drawn.
+        """Refuse tensors that are not those of the recipe's model. Rows [first, stop) of parameters that
+        start_from.grow lets be drawn.
 
-        Raises CheckpointError. Keys without a shape are compared for another run's checkpoint alone: a resume compares all keys.
+        Raises CheckpointError. Keys without a shape are compared for another run's checkpoint alone: a resume compares
+        all keys.
         """
         planes = WHOLE_STATE if self.has_optimizer else ("weights",)
         if self.manifest is not None:
@@ -318,8 +346,8 @@ class Found:
 
 
 def starting_state(recipe: Recipe, newest: Path | None, runs: Path, report: Callable[[str], None]) -> Found | None:
-    """What `newest` holds, the run's own newest checkpoint, already verified; else, where the recipe says `start_from`, the newest
-    whole one of another run below `runs`, at step 0; else None: from scratch.
+    """What `newest` holds, the run's own newest checkpoint, already verified; else, where the recipe says `start_from`,
+    the newest whole one of another run below `runs`, at step 0; else None: from scratch.
 
     `report` gets one line for each damaged checkpoint passed over. Raises CheckpointError where start_from finds none.
     """
@@ -332,7 +360,9 @@ def starting_state(recipe: Recipe, newest: Path | None, runs: Path, report: Call
     newest = checkpoint.newest(other, report)
     if newest is None:
         name = recipe.start_from.run
-        raise CheckpointError(f"{other}: no whole checkpoint, and start_from needs one: train '{name}' first, or remove start_from")
+        raise CheckpointError(
+            f"{other}: no whole checkpoint, and start_from needs one: train '{name}' first, or remove start_from"
+        )
     state, manifest = checkpoint.load(newest, verified=True)
     if recipe.start_from.state == "weights":
         return Found(State(0, 0, checkpoint.Plane(state.tensors, "weights")), manifest["root"], None, manifest)

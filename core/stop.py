@@ -1,7 +1,9 @@
-"""A signal that asks a process to stop. It is remembered, so that the step is finished and saved before the process ends.
+"""A signal that asks a process to stop. It is remembered, so that the step is finished and saved before the process
+ends.
 
-A backend gets its process's request as `Job.stop`. While nothing exists that could be saved, a process must not ignore the signal either:
-a wait in Python calls `leave_if_requested`, and one in native code, where no Python handler runs, stands in `ends_at_once`.
+A backend gets its process's request as `Job.stop`. While nothing exists that could be saved, a process must not ignore
+the signal either: a wait in Python calls `leave_if_requested`, and one in native code, where no Python handler runs,
+stands in `ends_at_once`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextlib.contextmanager
 def sigterm_unwinds() -> Iterator[None]:
-    """In this block SIGTERM raises SystemExit (143) where it would end the process on the spot, as Ctrl-C raises KeyboardInterrupt.
+    """In this block SIGTERM raises SystemExit (143) where it would end the process on the spot, as Ctrl-C raises
+    KeyboardInterrupt.
 
     So what `with` and `finally` promise is kept: temporary files go, and child processes do not stay behind.
     """
@@ -39,8 +42,8 @@ def _unwind(number: int, frame: FrameType | None) -> None:
 class StopRequest:
     """SIGTERM or SIGINT, remembered while this is entered (main thread only). A second Ctrl-C stops at once.
 
-    number: the signal by which this process, or another one of its run, was asked to stop; 0: it was not. One that was never entered
-    handles no signal.
+    number: the signal by which this process, or another one of its run, was asked to stop; 0: it was not. One that was
+    never entered handles no signal.
     """
 
     def __init__(self) -> None:
@@ -52,7 +55,9 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -71,7 +76,9 @@ class StopRequest:
 
     @contextlib.contextmanager
     def ends_at_once(self) -> Iterator[None]:
-        """In this block a signal has its default effect and ends the process: before there is anything to save, around native code."""
+        """In this block a signal has its default effect and ends the process: before there is anything to save, around
+        native code.
+        """
         for number in self._before:
             signal.signal(number, signal.SIG_DFL)
         try:

@@ -1,4 +1,5 @@
-"""A batch source without a dataset: a few rows of uniform random ids that repeat, for measuring speed. The loss on them must fall.
+"""A batch source without a dataset: a few rows of uniform random ids that repeat, for measuring speed. The loss on them
+must fall.
 
 What a reader would get wrong: this is data of a recipe that says `synthetic_rows`; nothing ever falls back to it.
 """
@@ -51,7 +52,13 @@ class SyntheticSource:
 
 
 def synthetic_source(
-    vocab_size: int, sequence_length: int, rows: int, global_batch_size: int, seed: int, first_step: int = 0, first_sample: int = 0
+    vocab_size: int,
+    sequence_length: int,
+    rows: int,
+    global_batch_size: int,
+    seed: int,
+    first_step: int = 0,
+    first_sample: int = 0,
 ) -> SyntheticSource:
     """Random rows, a function of the arguments alone. first_step, first_sample: see SyntheticSource."""
     ids = np.random.default_rng(seed).integers(0, vocab_size, (rows, sequence_length + 1), dtype=np.int64)

@@ -1,7 +1,8 @@
 """The training loop: fit() is the whole of it. It consumes results; the backend drives the steps.
 
-What a reader would get wrong: fit() is a generator. It trains as it is iterated, so whoever draws a progress bar, stops early or prints
-a table does so around the `for`, and no callback is needed. Everything that must survive is on disk before it is yielded.
+What a reader would get wrong: fit() is a generator. It trains as it is iterated, so whoever draws a progress bar, stops
+early or prints a table does so around the `for`, and no callback is needed. Everything that must survive is on disk
+before it is yielded.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from weftrain.core import checkpoint
 from weftrain.core.backend import BatchSource, EvaluationSource, Plan, Run, StepResult
 from weftrain.core.config import Recipe
 from weftrain.core.errors import NonFiniteError
-from weftrain.core.kept import Measured, Unfinished, skip_is_entered
-from weftrain.core.ledger import Ledger, lineage
-from weftrain.core.manifest import folder_name
-from weftrain.core.metrics import Digest, MetricsWriter
-from weftrain.core.order import recipe_timeline
-from weftrain.core.skips import SkipLimits
-from weftrain.core.speed import Speed
+from weftrain.core.formats.checkpoint_manifest import folder_name
+from weftrain.core.order.rows import recipe_timeline
+from weftrain.core.run.kept import Measured, Unfinished, skip_is_entered
+from weftrain.core.run.ledger import Ledger, lineage
+from weftrain.core.run.metrics import Digest, MetricsWriter
+from weftrain.core.run.skips import SkipLimits
+from weftrain.core.run.speed import Speed
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Progress:
     result: StepResult
     log: dict[str, Any] | None  # the line that went into metrics.jsonl
     evaluations: tuple[dict[str, Any], ...]
-    saved: checkpoint.CheckpointInfo | None  # of this step or, where a backend saves while it trains on, of an earlier one
+    # of this step or, where a backend saves while it trains on, of an earlier one
+    saved: checkpoint.CheckpointInfo | None
 
 
 def fit(
@@ -54,19 +56,20 @@ def fit(
     measured: Measured | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress]:
-    """Train to plan.last_step, or to the end of the step in which should_stop() becomes true or too many were skipped (core/skips.py);
-    then the state is saved first.
+    """Train to plan.last_step, or to the end of the step in which should_stop() becomes true or too many were skipped
+    (core/run/skips.py); then the state is saved first.
 
-    parent: root hash of the checkpoint that the run started from. tokens_read: positions that the run read before plan.start_step.
-    unfinished: the last step that the backend's own state had completed, where its process ended before all of it was recorded: it is
-    recorded first, as if the step had just been made. measured: what was recorded since the checkpoint before such a state.
-    Raises NonFiniteError, CheckpointError, DataError.
+    parent: root hash of the checkpoint that the run started from. tokens_read: positions that the run read before
+    plan.start_step. unfinished: the last step that the backend's own state had completed, where its process ended
+    before all of it was recorded: it is recorded first, as if the step had just been made. measured: what was recorded
+    since the checkpoint before such a state. Raises NonFiniteError, CheckpointError, DataError.
     """
     tokens, duration_ms = 0, 0.0  # since the last log line
     tokens_read -= 0 if unfinished is None else unfinished.result.tokens
     saves = _Saves(run, plan, recipe, source, checkpoints, metrics, ledger, parent, tokens_read, measured)
     limits = SkipLimits(recipe, plan.start_step - (unfinished is not None), lineage(ledger.entries).skips)
-    if unfinished is None or not unfinished.plan.wants_state(plan.start_step):  # otherwise its checkpoint begins the chunk
+    # otherwise its checkpoint begins the chunk
+    if unfinished is None or not unfinished.plan.wants_state(plan.start_step):
         saves.begin_run()
     for result in saves.watched(chain([] if unfinished is None else [unfinished.result], run.train(source))):
         again = unfinished is not None and result is unfinished.result
@@ -85,7 +88,9 @@ def fit(
         if result.skipped and not (again and skip_is_entered(ledger.entries, completed)):
             first = recipe_timeline(made_by).sample(result.step)
             ledger.add("skip", step=completed, samples=[first, first + made_by.batch.global_batch_size])
-        evaluations = tuple(_evaluate(run, held, completed) for held in heldout) if due.wants_evaluation(completed) else ()
+        evaluations = (
+            tuple(_evaluate(run, held, completed) for held in heldout) if due.wants_evaluation(completed) else ()
+        )
         for evaluation in evaluations:
             metrics.evaluation(evaluation)
             saves.measured.add({"kind": "evaluation", **evaluation})
@@ -97,7 +102,8 @@ def fit(
         yield Progress(result, log, evaluations, saves.finished(wait=stop or completed == plan.last_step))
         if too_many is not None:
             raise NonFiniteError(
-                f"step {result.step}: {too_many}: the state after {completed} completed steps is saved; look at the skipped samples "
+                f"step {result.step}: {too_many}: the state after {completed} completed steps is saved; look at the "
+                "skipped samples "
                 "(`weftrain log` lists them), lower the learning rate, or raise that limit with --allow and go on"
             )
         if stop:
@@ -112,7 +118,9 @@ def _allowing(speed: Speed, tokens_per_second: float, completed: int, metrics: M
     return found
 
 
-def _step_line(result: StepResult, tokens_read: int, tokens_per_second: float, speed: Speed, stats: dict[str, float]) -> dict[str, Any]:
+def _step_line(
+    result: StepResult, tokens_read: int, tokens_per_second: float, speed: Speed, stats: dict[str, float]
+) -> dict[str, Any]:
     return {
         "step": result.step + 1,
         "loss": float(result.loss),
@@ -133,11 +141,20 @@ def _evaluate(run: Run, held: EvaluationSource, completed: int) -> dict[str, Any
     result = run.evaluate(held)
     perplexity = math.exp(result.loss) if result.loss < 700 else math.inf  # exp overflows a double at 709.8
     read = {"rows": held.num_rows, "rows_available": held.rows_available, "dataset_id": held.dataset_id}
-    return {"step": completed, "set": held.name, "loss": result.loss, "perplexity": perplexity, "tokens": result.tokens, **read}
+    return {
+        "step": completed,
+        "set": held.name,
+        "loss": result.loss,
+        "perplexity": perplexity,
+        "tokens": result.tokens,
+        **read,
+    }
 
 
 class _Saves:
-    """One checkpoint after the other: at once, or in a thread where the state no longer depends on the run (`Saving.in_background`)."""
+    """One checkpoint after the other: at once, or in a thread where the state no longer depends on the run
+    (`Saving.in_background`).
+    """
 
     def __init__(
         self,
@@ -152,7 +169,8 @@ class _Saves:
         tokens_read: int,
         measured: Measured | None,
     ) -> None:
-        self.tokens_read = tokens_read  # since the run began; the sequence length or the batch may have changed at a resume
+        # since the run began; the sequence length or the batch may have changed at a resume
+        self.tokens_read = tokens_read
         self._run, self._plan, self._recipe, self._source, self._folder = run, plan, recipe, source, folder
         self._metrics, self._ledger, self._parent = metrics, ledger, parent
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="save")
@@ -164,8 +182,12 @@ class _Saves:
             self.measured.add(record)
 
     def begin_run(self) -> None:
-        """Enter the first chunk. A run of chunks that starts from another run's state keeps that state: the first link begins there."""
-        foreign = self._recipe.start_from is not None and self._recipe.data.chunks is not None and self._plan.start_step == 0
+        """Enter the first chunk. A run of chunks that starts from another run's state keeps that state: the first link
+        begins there.
+        """
+        foreign = (
+            self._recipe.start_from is not None and self._recipe.data.chunks is not None and self._plan.start_step == 0
+        )
         if foreign and not (self._folder / folder_name(0)).exists():
             self.begin()
             self._take(wait=True)
@@ -173,7 +195,9 @@ class _Saves:
             self._ledger.chunk_begin(self._plan.start_step, self._recipe, self._source.dataset_id, self._parent)
 
     def begin(self, unfinished: Unfinished | None = None) -> None:
-        """Start to save the run's state. The checkpoint before is finished first: it is this one's parent. Raises CheckpointError."""
+        """Start to save the run's state. The checkpoint before is finished first: it is this one's parent. Raises
+        CheckpointError.
+        """
         self._take(wait=True)
         recipe = self._recipe if unfinished is None else unfinished.recipe
         dataset_id = self._source.dataset_id if unfinished is None else unfinished.dataset_id
@@ -192,7 +216,12 @@ class _Saves:
             kernels=dict(fingerprint.kernels),
         )
         made_by = {"recipe": recipe, "dataset_id": dataset_id}
-        entry = {**made_by, "parent": self._parent, "metrics_after": self._measured_after, "metrics_sha256": self.measured.hexdigest()}
+        entry = {
+            **made_by,
+            "parent": self._parent,
+            "metrics_after": self._measured_after,
+            "metrics_sha256": self.measured.hexdigest(),
+        }
         self._measured_after, self.measured = state.step, Digest()
         if saving.in_background:
             self._under_way = self._threads.submit(saving.finish), entry
@@ -200,7 +229,9 @@ class _Saves:
             self._note(saving.finish(), entry)
 
     def finished(self, wait: bool) -> checkpoint.CheckpointInfo | None:
-        """The checkpoint that became durable since the last question. wait: for the one under way. Raises CheckpointError."""
+        """The checkpoint that became durable since the last question. wait: for the one under way. Raises
+        CheckpointError.
+        """
         self._take(wait)
         done, self._done = self._done, None
         return done

@@ -1,8 +1,10 @@
-"""datatrove's filters and deduplication between our readers and our writer: steps that anybody's datatrove pipeline can use.
+"""datatrove's filters and deduplication between our readers and our writer: steps that anybody's datatrove pipeline can
+use.
 
-`WeftrainReader` yields the documents of parts, in every format that `weftrain prep` reads; `WeftrainWriter` writes what is left as JSON
-lines that `weftrain prep` reads, with the file and line each came from. Rank r of a pipeline does part r,
-so the result does not depend on how many workers there are; `filter_inputs` gives a pipeline as many tasks as there are parts.
+`WeftrainReader` yields the documents of parts, in every format that `weftrain prep` reads; `WeftrainWriter` writes what
+is left as JSON lines that `weftrain prep` reads, with the file and line each came from. Rank r of a pipeline does part
+r, so the result does not depend on how many workers there are; `filter_inputs` gives a pipeline as many tasks as there
+are parts.
 """
 
 from __future__ import annotations
@@ -17,17 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from weftrain.core import fsops
-from weftrain.core.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.errors import DataError, one_line
-from weftrain.core.line_table import Lines
-from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile, Part, Share
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.formats.line_table import Lines
 from weftrain.data_prep.inputs.files import local_file
-from weftrain.data_prep.listing import Wanted, by_reason, find_inputs
-from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.quality import Quality
-from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.shares import read_part, records_before, split_parts
+from weftrain.data_prep.readers.documents import Document, Failure, FileRead, InputFile, Part, Share
+from weftrain.data_prep.readers.listing import Wanted, by_reason, find_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.readers.shares import read_part, records_before, split_parts
+from weftrain.data_prep.stages.plan import Inputs
 
 try:
     from datatrove.data import Document as TroveDocument
@@ -41,7 +43,9 @@ _READ = ReadOptions(text_key="text", source_key="source")
 
 
 class WeftrainReader(PipelineStep):  # type: ignore[misc]
-    """Yields the documents of part `rank`, with source, file and record as metadata. A document that cannot be read is an error."""
+    """Yields the documents of part `rank`, with source, file and record as metadata. A document that cannot be read is
+    an error.
+    """
 
     type = "weft - READER"
     name = "weftrain"
@@ -68,7 +72,9 @@ class WeftrainReader(PipelineStep):  # type: ignore[misc]
 
 
 class WeftrainWriter(PipelineStep):  # type: ignore[misc]
-    """Writes what reaches it as `folder/NNNNN.jsonl`, a file a rank, whole or not at all: text, source, from_file, from_record."""
+    """Writes what reaches it as `folder/NNNNN.jsonl`, a file a rank, whole or not at all: text, source, from_file,
+    from_record.
+    """
 
     type = "weft - WRITER"
     name = "weftrain"
@@ -102,7 +108,8 @@ class Filtered:
 
 
 def filter_inputs(inputs: Inputs, quality: Quality, folder: Path, workers: int = 1) -> Filtered:
-    """Run the steps over text inputs; what is left lies in `folder` as JSON lines. Done already for the same inputs, it is not done again.
+    """Run the steps over text inputs; what is left lies in `folder` as JSON lines. Done already for the same inputs, it
+    is not done again.
 
     Raises DataError.
     """
@@ -131,9 +138,16 @@ def _written(folder: Path, tasks: int) -> tuple[InputFile, ...]:
     return tuple(local_file(str(folder / name), name, name, "jsonl") for name in names)
 
 
-def _run_steps(reader: WeftrainReader, tasks: int, quality: Quality, folder: Path, scratch: Path, workers: int) -> dict[str, int]:
+def _run_steps(
+    reader: WeftrainReader, tasks: int, quality: Quality, folder: Path, scratch: Path, workers: int
+) -> dict[str, int]:
     """Filters, then MinHash in its four passes where it is asked for; the last pass writes into `folder`."""
-    from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+    from datatrove.pipeline.dedup import (
+        MinhashDedupBuckets,
+        MinhashDedupCluster,
+        MinhashDedupFilter,
+        MinhashDedupSignature,
+    )
     from datatrove.pipeline.dedup.minhash import MinhashConfig
     from datatrove.utils.hashing import HashConfig
 
@@ -156,15 +170,27 @@ def _run_steps(reader: WeftrainReader, tasks: int, quality: Quality, folder: Pat
     again = WeftrainReader(files, parts, ReadOptions(text_key="text", source_key="source"))
     signatures, buckets, removed = (str(scratch / name) for name in ("signatures", "buckets", "removed"))
     language = quality.language
-    _run([again, MinhashDedupSignature(signatures, config=config, language=language)], tasks, scratch / "log-signatures", workers)
+    _run(
+        [again, MinhashDedupSignature(signatures, config=config, language=language)],
+        tasks,
+        scratch / "log-signatures",
+        workers,
+    )
     _run([MinhashDedupBuckets(signatures, buckets, config=config)], wanted.buckets, scratch / "log-buckets", workers)
     _run([MinhashDedupCluster(buckets, removed, config=config)], 1, scratch / "log-cluster", 1)
     origins = _Origins(str(kept))
-    return dropped | _run([again, MinhashDedupFilter(removed), origins, WeftrainWriter(str(folder))], tasks, scratch / "log-dedup", workers)
+    return dropped | _run(
+        [again, MinhashDedupFilter(removed), origins, WeftrainWriter(str(folder))],
+        tasks,
+        scratch / "log-dedup",
+        workers,
+    )
 
 
 class _Origins(PipelineStep):  # type: ignore[misc]
-    """Puts back where each document first came from: the file in between, `folder/NNNNN.jsonl` of the rank, says so on its line."""
+    """Puts back where each document first came from: the file in between, `folder/NNNNN.jsonl` of the rank, says so on
+    its line.
+    """
 
     type = "weft - ORIGINS"
     name = "weftrain"
@@ -189,7 +215,9 @@ def _filters(quality: Quality, scratch: Path) -> list[Any]:
     steps: list[Any] = []
     language = {"language": quality.language}
     if quality.length is not None:
-        off = dict.fromkeys(("min_avg_word_length", "max_avg_word_length", "max_symbol_word_ratio", "max_bullet_lines_ratio"))
+        off = dict.fromkeys(
+            ("min_avg_word_length", "max_avg_word_length", "max_symbol_word_ratio", "max_bullet_lines_ratio")
+        )
         off |= dict.fromkeys(("max_ellipsis_lines_ratio", "max_non_alpha_words_ratio", "min_stop_words"))
         words = {"min_doc_words": quality.length.min_words, "max_doc_words": quality.length.max_words}
         steps.append(_named("length", filters.GopherQualityFilter(**words, **off, **language)))
@@ -209,11 +237,17 @@ def _filters(quality: Quality, scratch: Path) -> list[Any]:
 
 
 def _evaluation_sets(quality: Quality) -> tuple[InputFile, ...]:
-    """The files to decontaminate against. Raises DataError where one of a folder is not read as records: it would be missed."""
+    """The files to decontaminate against. Raises DataError where one of a folder is not read as records: it would be
+    missed.
+    """
     if quality.decontaminate is None:
         return ()
     listed = find_inputs([Wanted(quality.decontaminate.against)])
-    missed = [one for one in listed.skipped if one.reason not in ("hidden file", "hidden folder", "marker file", "marker folder")]
+    missed = [
+        one
+        for one in listed.skipped
+        if one.reason not in ("hidden file", "hidden folder", "marker file", "marker folder")
+    ]
     if missed or listed.json_texts:
         found = "; ".join([*by_reason(missed), *(f"JSON without a field 'text': {name}" for name in listed.json_texts)])
         raise DataError(f"quality.decontaminate.against: not read: {found}; name the files themselves, or remove these")
@@ -251,7 +285,9 @@ def _decontamination(quality: Quality, folder: Path) -> Any:
                     tokens = words.word_tokenize(simplify_text(item.text or "", config.norm_config))
                     hashes |= {hash_of(" ".join(gram)) for gram in ngrams(tokens, wanted.ngrams)}
         if not hashes:
-            raise DataError(f"{file.address}: no text of {wanted.ngrams} words to decontaminate against; give a smaller ngrams")
+            raise DataError(
+                f"{file.address}: no text of {wanted.ngrams} words to decontaminate against; give a smaller ngrams"
+            )
         fsops.write_bytes(folder / f"{index:03d}.index.hashes", np.array(sorted(hashes), np.uint64).tobytes())
     return NGramsDecontFilter(str(folder), config=config, language=quality.language)
 
@@ -263,7 +299,9 @@ def _run(pipeline: list[Any], tasks: int, log: Path, workers: int) -> dict[str, 
 
     logger.disable("datatrove")
     try:
-        stats = LocalPipelineExecutor(pipeline, tasks=tasks, workers=workers, logging_dir=str(log), start_method="spawn").run()
+        stats = LocalPipelineExecutor(
+            pipeline, tasks=tasks, workers=workers, logging_dir=str(log), start_method="spawn"
+        ).run()
     except DataError:
         raise
     except Exception as error:  # whatever a step of theirs raises

@@ -1,7 +1,7 @@
 """A dataset that is there already, compared with what is asked for: it is that, or the difference is named.
 
-Whatever determines its bytes must be equal. So must what it says of itself and of the documents that may be missing; what cannot change a
-token, such as which implementation encoded, is reported.
+Whatever determines its bytes must be equal. So must what it says of itself and of the documents that may be missing;
+what cannot change a token, such as which implementation encoded, is reported.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
-from weftrain.core.dataset import MANIFEST, Manifest, ShardSet, open_inputs, read_manifest
 from weftrain.core.errors import DataError
+from weftrain.core.formats.dataset import MANIFEST, Manifest, ShardSet, open_inputs, read_manifest
 from weftrain.data_prep.growth import joined, parent_manifest
-from weftrain.data_prep.plan import NOT_STATED, Plan, Progress, preparation
-from weftrain.data_prep.shares import share_sha256
+from weftrain.data_prep.readers.shares import share_sha256
+from weftrain.data_prep.stages.plan import NOT_STATED, Plan, Progress, preparation
 
 _REMEDY = "give another --name, or remove it"
 
 
-def compare_existing(folder: Path, plan: Plan, max_failures: int, progress: Progress) -> tuple[Manifest, tuple[str, ...]]:
-    """The manifest of a folder that is what was asked for, and what else differs. Raises DataError where it is another, or damaged."""
+def compare_existing(
+    folder: Path, plan: Plan, max_failures: int, progress: Progress
+) -> tuple[Manifest, tuple[str, ...]]:
+    """The manifest of a folder that is what was asked for, and what else differs. Raises DataError where it is another,
+    or damaged.
+    """
     if not (folder / MANIFEST).exists():
         raise DataError(f"{folder}: exists and is no dataset; {_REMEDY}")
     manifest = read_manifest(folder)
@@ -29,17 +33,21 @@ def compare_existing(folder: Path, plan: Plan, max_failures: int, progress: Prog
     del wanted["heldout_rule"]  # a dataset keeps the one that it was made by, and stays what it is
     for key, value in wanted.items():
         if manifest.preparation.get(key) != value:
-            raise DataError(f"{folder}: was prepared with {key} {manifest.preparation.get(key)!r}, not {value!r}; {_REMEDY}")
+            raise DataError(
+                f"{folder}: was prepared with {key} {manifest.preparation.get(key)!r}, not {value!r}; {_REMEDY}"
+            )
     before = _parent(folder, manifest, plan)
     licence = plan.inputs.licence if before is None else joined(before.corpus.licence, plan.inputs.licence)
     if plan.inputs.licence != NOT_STATED and licence != manifest.corpus.licence:
         raise DataError(
-            f"{folder}: is recorded with licence {manifest.corpus.licence!r}, not {licence!r}: leave --licence out, or {_REMEDY}"
+            f"{folder}: is recorded with licence {manifest.corpus.licence!r}, not {licence!r}: leave --licence out, or "
+            f"{_REMEDY}"
         )
     failed = manifest.documents.failed - (0 if before is None else before.documents.failed)
     if failed > max_failures:
         raise DataError(
-            f"{folder}: {failed:,} documents could not be read when it was prepared ({folder / 'failures.jsonl'}), --max-failures allows "
+            f"{folder}: {failed:,} documents could not be read when it was prepared ({folder / 'failures.jsonl'}), "
+            "--max-failures allows "
             f"{max_failures:,}: allow them, or {_REMEDY}"
         )
     _compare_inputs(folder, manifest, plan, progress)
@@ -54,8 +62,16 @@ def _parent(folder: Path, manifest: Manifest, plan: Plan) -> Manifest | None:
     if plan.parent is None or grew_from is None or grew_from.root != plan.parent.root:
         if plan.parent is None and grew_from is None:
             return None
-        was = "was not grown from another" if grew_from is None else f"grew from '{grew_from.name}', manifest {grew_from.root[:12]}"
-        given = "--grow is not given" if plan.parent is None else f"--grow names {plan.parent.folder}, manifest {plan.parent.root[:12]}"
+        was = (
+            "was not grown from another"
+            if grew_from is None
+            else f"grew from '{grew_from.name}', manifest {grew_from.root[:12]}"
+        )
+        given = (
+            "--grow is not given"
+            if plan.parent is None
+            else f"--grow names {plan.parent.folder}, manifest {plan.parent.root[:12]}"
+        )
         raise DataError(f"{folder}: {was}, and {given}; {_REMEDY}")
     return parent_manifest(plan)
 
@@ -69,7 +85,8 @@ def _differences(manifest: Manifest, plan: Plan, before: Mapping[str, int]) -> I
     recorded = dict(Counter(manifest.inputs_skipped) - Counter(before))  # without what the parent skipped
     if skipped != recorded:
         now, then = (
-            ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items())) or "none" for counts in (skipped, recorded)
+            ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items())) or "none"
+            for counts in (skipped, recorded)
         )
         yield f"files skipped: {now}; when it was prepared: {then}"
 
@@ -78,17 +95,27 @@ def _compare_inputs(folder: Path, manifest: Manifest, plan: Plan, progress: Prog
     """Raises DataError where the plan's files are not those that the dataset was made of."""
     files, first = plan.inputs.files, 0 if plan.parent is None else plan.parent.files
     if manifest.corpus.files - first != len(files):
-        raise DataError(f"{folder}: was prepared from {manifest.corpus.files - first:,} files, and these are {len(files):,}; {_REMEDY}")
+        raise DataError(
+            f"{folder}: was prepared from {manifest.corpus.files - first:,} files, and these are {len(files):,}; "
+            f"{_REMEDY}"
+        )
     with open_inputs(folder, manifest) as recorded:
-        for number, (file, entry) in enumerate(zip(files, islice(recorded, first, None), strict=False)):  # what was skipped comes after
+        # what was skipped comes after
+        for number, (file, entry) in enumerate(zip(files, islice(recorded, first, None), strict=False)):
             if (entry.name, entry.num_bytes) != (file.name, file.num_bytes):
                 was, given = (f"'{one.name}' of {one.num_bytes:,} bytes" for one in (entry, file))
-                raise DataError(f"{folder}: was prepared from other text: file {number + 1} was {was}, and here is {given}; {_REMEDY}")
+                raise DataError(
+                    f"{folder}: was prepared from other text: file {number + 1} was {was}, and here is {given}; "
+                    f"{_REMEDY}"
+                )
         shares = Counter[int]()  # of each file so far
         for done, part in enumerate(plan.parts, start=1):
             for share in part.shares:
                 hashes, place = recorded[first + share.file].sha256, shares[share.file]
                 if place >= len(hashes) or hashes[place] != share_sha256(files[share.file], share):
-                    raise DataError(f"{folder}: was prepared from other text: '{files[share.file].name}' held something else; {_REMEDY}")
+                    raise DataError(
+                        f"{folder}: was prepared from other text: '{files[share.file].name}' held something else; "
+                        f"{_REMEDY}"
+                    )
                 shares[share.file] += 1
             progress("compare inputs", done, len(plan.parts), "parts")

@@ -1,8 +1,9 @@
 """Growing a dataset: new inputs become more shards of a dataset that is there, in a folder of its own.
 
-The parent's shards come first, unchanged: the same files, by hard links where the file system has them. Documents that the parent holds
-are dropped from the new inputs, its settings and tokenizer are used, and inputs and sources are numbered on from its own. The parent is
-only read, so an interruption leaves it whole; the manifest records what the dataset grew from, and a run that read the parent goes on.
+The parent's shards come first, unchanged: the same files, by hard links where the file system has them. Documents that
+the parent holds are dropped from the new inputs, its settings and tokenizer are used, and inputs and sources are
+numbered on from its own. The parent is only read, so an interruption leaves it whole; the manifest records what the
+dataset grew from, and a run that read the parent goes on.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from weftrain.core import fsops
 from weftrain.core.config import Section
-from weftrain.core.dataset import (
+from weftrain.core.errors import DataError
+from weftrain.core.formats import fsops
+from weftrain.core.formats.dataset import (
     FAILURES,
     MANIFEST,
     Ancestor,
@@ -36,23 +38,26 @@ from weftrain.core.dataset import (
     open_sources,
     read_manifest,
 )
-from weftrain.core.errors import DataError
-from weftrain.core.plain_file import open_plain, real_path
-from weftrain.data_prep.plan import Parent, Plan, Settings, power_of_two, preparation
+from weftrain.core.formats.plain_file import open_plain, real_path
+from weftrain.data_prep.stages.plan import Parent, Plan, Settings, power_of_two, preparation
 
 _KNOWN = "known"  # folder of the work folder: what tells the parent's documents apart, sorted
 _BLOCK = 1 << 22  # documents whose identities are in memory at once
 _MAX_PARTITIONS = 256  # files that are open at once
-_FREE = {"tokenizer", "tokenizer_vocab_size", "reading_sha256", "quality", "heldout_rule"}  # keys of `preparation` that need not be equal
+# keys of `preparation` that need not be equal
+_FREE = {"tokenizer", "tokenizer_vocab_size", "reading_sha256", "quality", "heldout_rule"}
 
 
 def open_parent(folder: Path) -> tuple[Manifest, Parent]:
     """A dataset that is to grow, and what a plan keeps of it. Raises DataError for one that cannot."""
     manifest = _read(folder)
     if len(manifest.train.epochs) > 1 or manifest.chunks is not None:
-        what = f"{manifest.chunks.count} chunks" if manifest.chunks is not None else f"{len(manifest.train.epochs)} epochs"
+        what = (
+            f"{manifest.chunks.count} chunks" if manifest.chunks is not None else f"{len(manifest.train.epochs)} epochs"
+        )
         raise DataError(
-            f"{folder}: was prepared in {what}, which rows at the end would break: prepare the new inputs as a dataset of their own, and "
+            f"{folder}: was prepared in {what}, which rows at the end would break: prepare the new inputs as a dataset "
+            "of their own, and "
             "name both in data.sources"
         )
     heldout = 0 if manifest.heldout is None else len(manifest.heldout.shards)
@@ -62,14 +67,19 @@ def open_parent(folder: Path) -> tuple[Manifest, Parent]:
 
 def _read(folder: Path) -> Manifest:
     if re.match("[a-z][a-z0-9+.-]*:/", str(folder)):
-        raise DataError(f"--grow {folder}: is an address: copy the dataset to this machine with `weftrain data fetch`, and name its folder")
+        raise DataError(
+            f"--grow {folder}: is an address: copy the dataset to this machine with `weftrain data fetch`, and name "
+            "its folder"
+        )
     if not (folder / MANIFEST).exists():
         raise DataError(f"--grow {folder}: holds no dataset; name the folder of one")
     return read_manifest(folder)
 
 
 def as_parent(settings: Settings, manifest: Manifest, rows_per_shard: int | None) -> Settings:
-    """The settings with what nobody chooses: the rule by which the parent held out, and its shards' size where none is asked for."""
+    """The settings with what nobody chooses: the rule by which the parent held out, and its shards' size where none is
+    asked for.
+    """
     recorded = manifest.preparation.get("rows_per_shard")
     rows = recorded if rows_per_shard is None and isinstance(recorded, int) else settings.rows_per_shard
     return replace(settings, heldout_rule=manifest.heldout_rule, rows_per_shard=rows)
@@ -80,26 +90,34 @@ def check_growth(manifest: Manifest, plan: Plan, target: Path) -> None:
     assert plan.parent is not None
     folder, settings = plan.parent.folder, plan.settings
     if real_path(target) == Path(folder):
-        raise DataError(f"--grow {folder}: stays as it is, and the grown dataset gets a folder of its own: give another --name")
+        raise DataError(
+            f"--grow {folder}: stays as it is, and the grown dataset gets a folder of its own: give another --name"
+        )
     if settings.tokenizer != manifest.tokenizer_sha256:
         raise DataError(
-            f"--grow {folder}: was prepared with another tokenizer: leave --tokenizer and --vocab-size out, and its own is taken"
+            f"--grow {folder}: was prepared with another tokenizer: leave --tokenizer and --vocab-size out, and its "
+            "own is taken"
         )
     for key, value in preparation(settings, plan.inputs).items():
         if key not in _FREE and manifest.preparation.get(key) != value:
             option = f"--{key.replace('_', '-')}"
             raise DataError(
-                f"--grow {folder}: was prepared with {key} {manifest.preparation.get(key)!r}, not {value!r}: leave {option} out, and its "
+                f"--grow {folder}: was prepared with {key} {manifest.preparation.get(key)!r}, not {value!r}: leave "
+                f"{option} out, and its "
                 "own is taken"
             )
     if plan.fixed_rows != (manifest.packing == "rows") or plan.row_stride != manifest.row_stride:
         kinds = "rows that are packed already", "documents to be packed"
         holds, given = kinds if manifest.packing == "rows" else kinds[::-1]
-        raise DataError(f"--grow {folder}: holds {holds}, and the new inputs are {given}: prepare them as a dataset of their own")
+        raise DataError(
+            f"--grow {folder}: holds {holds}, and the new inputs are {given}: prepare them as a dataset of their own"
+        )
 
 
 def parents_options(folder: Path) -> dict[str, Any]:
-    """The settings of a dataset by the names that `preparation` gives them, which are those of the options of `weftrain prep`."""
+    """The settings of a dataset by the names that `preparation` gives them, which are those of the options of `weftrain
+    prep`.
+    """
     manifest = _read(folder)
     return {key: value for key, value in manifest.preparation.items() if key not in _FREE}
 
@@ -109,7 +127,10 @@ def parent_manifest(plan: Plan) -> Manifest:
     assert plan.parent is not None
     folder = Path(plan.parent.folder)
     if manifest_root(folder) != plan.parent.root:
-        raise DataError(f"{folder}: is another dataset than when this was begun; put it back, or remove {plan.folder} and prepare again")
+        raise DataError(
+            f"{folder}: is another dataset than when this was begun; put it back, or remove {plan.folder} and prepare "
+            "again"
+        )
     return read_manifest(folder)
 
 
@@ -149,13 +170,15 @@ def parents_failures(plan: Plan) -> Iterator[bytes]:
 def index_documents(plan: Plan) -> None:
     """Write the identities of all the parent's documents, sorted by their first half, for `is_known`.
 
-    They are first distributed over files by their first bits, then each file is sorted. Memory: a shard's tables and _BLOCK identities.
-    Raises DataError, OSError.
+    They are first distributed over files by their first bits, then each file is sorted. Memory: a shard's tables and
+    _BLOCK identities. Raises DataError, OSError.
     """
     if plan.parent is None or plan.settings.order == "as_read":
         return
     manifest, place = parent_manifest(plan), plan.work / _KNOWN
-    pieces = manifest.documents.train + manifest.documents.heldout + plan.parent.train_shards + plan.parent.heldout_shards
+    pieces = (
+        manifest.documents.train + manifest.documents.heldout + plan.parent.train_shards + plan.parent.heldout_shards
+    )
     bits = min(_MAX_PARTITIONS, power_of_two(-(-pieces // _BLOCK))).bit_length() - 1
     fsops.remove_tree(place)  # of an interrupted run
     fsops.make_dirs(place)
@@ -192,7 +215,8 @@ def _numbers(identities: np.ndarray) -> np.ndarray:
 
 
 def is_known(plan: Plan, content: np.ndarray) -> np.ndarray:
-    """uint8 [n, 32], SHA-256 of documents -> bool [n]: whether the parent holds them, by the 16 bytes that its shards keep of each.
+    """uint8 [n, 32], SHA-256 of documents -> bool [n]: whether the parent holds them, by the 16 bytes that its shards
+    keep of each.
 
     The sorted identities are read a block at a time, as far as they can hold any of these.
     """
@@ -207,7 +231,10 @@ def is_known(plan: Plan, content: np.ndarray) -> np.ndarray:
     with open(place / "high", "rb") as high_file, open(place / "low", "rb") as low_file:
         while len(high := np.fromfile(high_file, np.uint64, _BLOCK)):
             low = np.fromfile(low_file, np.uint64, _BLOCK)
-            begin, end = int(np.searchsorted(needles[:, 0], high[0], "left")), int(np.searchsorted(needles[:, 0], high[-1], "right"))
+            begin, end = (
+                int(np.searchsorted(needles[:, 0], high[0], "left")),
+                int(np.searchsorted(needles[:, 0], high[-1], "right")),
+            )
             found[begin:end] |= _contained(needles[begin:end], high, low)
     known[order] = found
     return known
@@ -267,7 +294,9 @@ def with_parents(plan: Plan, before: Manifest, own: Added) -> Added:
         own.corpus.model_copy(update=texts),
         own.documents.model_copy(update=_sums(before.documents, own.documents, tuple(DocumentCounts.model_fields))),
         own.tokenization.model_copy(
-            update=_sums(before.tokenization, own.tokenization, ("reference_documents", "checked_documents", "unknown_tokens"))
+            update=_sums(
+                before.tokenization, own.tokenization, ("reference_documents", "checked_documents", "unknown_tokens")
+            )
         ),
         (*before.parents, parent),
     )

@@ -1,9 +1,10 @@
-"""Which documents are held out: decided by a document's content alone, so that a copy of it elsewhere stands on the same side.
+"""Which documents are held out: decided by a document's content alone, so that a copy of it elsewhere stands on the
+same side.
 
-Rule 2 hashes the text without its white space, in NFC. A copy with other line ends, an added newline or trailing blanks has the same
-hash, and so has a copy that was tokenised, of which the decoded ids are hashed. Rule 1, of datasets that record none, hashes the bytes of
-the text, or of the ids. A document is held out if its hash lies below the fraction, so what is held out at one fraction is held out at any
-larger one.
+Rule 2 hashes the text without its white space, in NFC. A copy with other line ends, an added newline or trailing blanks
+has the same hash, and so has a copy that was tokenised, of which the decoded ids are hashed. Rule 1, of datasets that
+record none, hashes the bytes of the text, or of the ids. A document is held out if its hash lies below the fraction, so
+what is held out at one fraction is held out at any larger one.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Protocol
 
 import numpy as np
 
-from weftrain.data_prep.documents import Document
-from weftrain.data_prep.normalisation import unicode_form
+from weftrain.data_prep.readers.documents import Document
+from weftrain.data_prep.readers.normalisation import unicode_form
 
 RULE = 2
 ASCII_SPACE = bytes((*range(9, 14), *range(28, 33)))
@@ -53,7 +54,9 @@ def text_hash(text: str) -> bytes:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A text cut before characters that NFC never joins to what precedes them, nor any mark run reaches across: letters and digits."""
+    """A text cut before characters that NFC never joins to what precedes them, nor any mark run reaches across: letters
+    and digits.
+    """
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:
         found = _STARTER.search(text, start + _PIECE_CHARACTERS)

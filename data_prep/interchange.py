@@ -1,7 +1,8 @@
 """Datasets in the forms of others: Cerebras' (N, 3, S) HDF5 and Megatron's .bin and .idx. (readers/ reads them.)
 
-Nothing is shuffled or cut anew. A Cerebras file holds the rows of a set as they lie, a Megatron pair its
-documents, joined where a shard's end had cut them. A shard of ours needs no export for a Cerebras "corpus" reader: `data` is that form.
+Nothing is shuffled or cut anew. A Cerebras file holds the rows of a set as they lie, a Megatron pair its documents,
+joined where a shard's end had cut them. A shard of ours needs no export for a Cerebras "corpus" reader: `data` is that
+form.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from weftrain.core import fsops
-from weftrain.core.dataset import Manifest, ShardSet, open_set
 from weftrain.core.errors import DataError
-from weftrain.core.shards import token_dtype
-from weftrain.data_prep.plan import Progress, no_progress
+from weftrain.core.formats import fsops
+from weftrain.core.formats.dataset import Manifest, ShardSet, open_set
+from weftrain.core.formats.shard_reader import token_dtype
+from weftrain.data_prep.stages.plan import Progress, no_progress
 
 _ROWS_AT_ONCE = 512
 _MEGATRON_CODES = {"<u2": 8, "<i4": 4}
 
 
-def export_cerebras(folder: Path, set_name: str, to: Path, rows_per_file: int = 65_536, progress: Progress = no_progress) -> list[Path]:
-    """Write a set as `data` (N, 3, S) int32, gzip, in chunks of a row, with `n_examples`: input ids, loss mask, labels shifted by one.
+def export_cerebras(
+    folder: Path, set_name: str, to: Path, rows_per_file: int = 65_536, progress: Progress = no_progress
+) -> list[Path]:
+    """Write a set as `data` (N, 3, S) int32, gzip, in chunks of a row, with `n_examples`: input ids, loss mask, labels
+    shifted by one.
 
     Returns the files, NNNNN.h5 in `to`, which must not hold any yet. Raises DataError, OSError.
     """
@@ -37,7 +41,9 @@ def export_cerebras(folder: Path, set_name: str, to: Path, rows_per_file: int = 
         path = to / f"{len(files):05d}.h5"
         temporary = fsops.temporary_beside(path)
         with h5py.File(temporary, "w", libver="latest") as file:
-            data = file.create_dataset("data", (count, 3, length), "<i4", chunks=(1, 3, length), compression="gzip", track_times=False)
+            data = file.create_dataset(
+                "data", (count, 3, length), "<i4", chunks=(1, 3, length), compression="gzip", track_times=False
+            )
             file.attrs["n_examples"] = np.int64(count)
             for start in range(0, count, _ROWS_AT_ONCE):
                 numbers = np.arange(first + start, first + min(start + _ROWS_AT_ONCE, count))
@@ -55,9 +61,11 @@ def export_cerebras(folder: Path, set_name: str, to: Path, rows_per_file: int = 
 
 
 def export_megatron(folder: Path, set_name: str, to: Path, progress: Progress = no_progress) -> tuple[Path, Path]:
-    """Write a set as to.bin and to.idx (version 1), a sequence a document, each with its start and end token as it lies in the shards.
+    """Write a set as to.bin and to.idx (version 1), a sequence a document, each with its start and end token as it lies
+    in the shards.
 
-    The last document is as long as the rows are: what the dataset dropped is not in it. Padding is left out. Raises DataError, OSError.
+    The last document is as long as the rows are: what the dataset dropped is not in it. Padding is left out. Raises
+    DataError, OSError.
     """
     manifest, shards = open_set(folder, set_name)
     paths = (to.with_name(f"{to.name}.bin"), to.with_name(f"{to.name}.idx"))
@@ -83,9 +91,11 @@ def export_megatron(folder: Path, set_name: str, to: Path, progress: Progress = 
 
 
 def whole_documents(manifest: Manifest, shards: ShardSet, progress: Progress = no_progress) -> Iterator[np.ndarray]:
-    """The tokens of each document of a set, in order, put together where shards cut them, and in best-fit rows where rows did not.
+    """The tokens of each document of a set, in order, put together where shards cut them, and in best-fit rows where
+    rows did not.
 
-    A piece of a long document in a best-fit row, or in a context of FIM, is a document here, for these rows stand alone.
+    A piece of a long document in a best-fit row, or in a context of FIM, is a document here, for these rows stand
+    alone.
     """
     shared = manifest.row_stride == manifest.sequence_length
     held: list[np.ndarray] = []

@@ -1,7 +1,9 @@
-"""What is known of each token of a fixed row besides its id, one byte a token, so that it passes through every stage with the tokens.
+"""What is known of each token of a fixed row besides its id, one byte a token, so that it passes through every stage
+with the tokens.
 
-A row that arrives packed may hold several documents and end in padding. The stages carry the marks as one uint8 array; where rows are
-laid out, `spans` tells the row's documents apart, and a shard keeps them in `doc_end`, which document attention reads.
+A row that arrives packed may hold several documents and end in padding. The stages carry the marks as one uint8 array;
+where rows are laid out, `spans` tells the row's documents apart, and a shard keeps them in `doc_end`, which document
+attention reads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """prepare(): inputs in, a complete dataset folder out, or nothing under its name.
 
-list -> plan -> tokenize -> survey -> merge (of very much data) -> order -> lay out -> write -> manifest -> rename. Same inputs and settings
-give the same bytes, whoever does the tasks, in whichever order, however often it is interrupted. An interrupted run leaves its work in
-`.NAME.partial`, on purpose; the same command goes on from there, another one starts anew.
+list -> plan -> tokenize -> survey -> merge (of very much data) -> order -> lay out -> write -> manifest -> rename. Same
+inputs and settings give the same bytes, whoever does the tasks, in whichever order, however often it is interrupted. An
+interrupted run leaves its work in `.NAME.partial`, on purpose; the same command goes on from there, another one starts
+anew.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from weftrain.core import fsops
 from weftrain.core.config import Fim
-from weftrain.core.dataset import TOKENIZER, Manifest
 from weftrain.core.errors import DataError
-from weftrain.core.names import path_below
-from weftrain.data_prep.executors import STAGES, Executor, LocalExecutor, Stage
+from weftrain.core.formats import fsops
+from weftrain.core.formats.dataset import TOKENIZER, Manifest
+from weftrain.core.formats.names import path_below
 from weftrain.data_prep.existing import compare_existing
-from weftrain.data_prep.fim import check_markers
+from weftrain.data_prep.fim.exact import check_markers
 from weftrain.data_prep.growth import as_parent, check_growth, open_parent
-from weftrain.data_prep.plan import (
+from weftrain.data_prep.readers.registry import READERS
+from weftrain.data_prep.stages.executors import STAGES, Executor, LocalExecutor, Stage
+from weftrain.data_prep.stages.part_notes import read_note
+from weftrain.data_prep.stages.plan import (
     SHARD_TOKENS,
     Inputs,
     Order,
@@ -41,11 +44,9 @@ from weftrain.data_prep.plan import (
     save_plan,
     settled,
 )
-from weftrain.data_prep.readers.registry import READERS
-from weftrain.data_prep.stages.part_notes import read_note
-from weftrain.data_prep.stages.sample_stage import training_texts
+from weftrain.data_prep.stages.sample import training_texts
 from weftrain.data_prep.stages.survey import check_failures, survey
-from weftrain.data_prep.stages.write_stage import finish, lay_out
+from weftrain.data_prep.stages.write import finish, lay_out
 from weftrain.data_prep.tokens.markers import Markers
 from weftrain.data_prep.tokens.tokenization import TextEncoder, load_encoder, train_encoder
 
@@ -57,8 +58,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*")
 class Prepared:
     """A dataset folder that is complete. up_to_date: it was before, and nothing was done.
 
-    fallback: what made the reference encode everything under --engine auto, if anything did. notes: what is recorded otherwise than was
-    asked for, and changes no token.
+    fallback: what made the reference encode everything under --engine auto, if anything did. notes: what is recorded
+    otherwise than was asked for, and changes no token.
     """
 
     folder: Path
@@ -95,20 +96,23 @@ def prepare(
     only_stage: str | None = None,
     progress: Progress = no_progress,
 ) -> Prepared | None:
-    """Make output/name. Without `tokenizer` one of `vocab_size` ids (8192) and 32 special ids more is trained on the text.
+    """Make output/name. Without `tokenizer` one of `vocab_size` ids (8192) and 32 special ids more is trained on the
+    text.
 
-    eos: the tokenizer's end-of-document token, else `</s>` or `<|endoftext|>`; 'none': none. bos: a token before each document.
-    fim_tokens: names of prefix, middle, suffix and perhaps pad, else `<|fim_prefix|>` and so on. rows_per_shard: else 64 MiB of tokens.
-    max_failures: how many documents may be unreadable. grow: a dataset that the inputs are added to; the settings must be its own
-    (growth.py). only_stage: do that stage and stop, with None where the dataset is not complete then. Raises DataError; nothing is then
-    left under the dataset's name.
+    eos: the tokenizer's end-of-document token, else `</s>` or `<|endoftext|>`; 'none': none. bos: a token before each
+    document. fim_tokens: names of prefix, middle, suffix and perhaps pad, else `<|fim_prefix|>` and so on.
+    rows_per_shard: else 64 MiB of tokens. max_failures: how many documents may be unreadable. grow: a dataset that the
+    inputs are added to; the settings must be its own (growth.py). only_stage: do that stage and stop, with None where
+    the dataset is not complete then. Raises DataError; nothing is then left under the dataset's name.
     """
     executor = executor or LocalExecutor()
     folder = _folder_of(output, name)
     if tokenizer is not None and vocab_size is not None:
         raise DataError("--vocab-size is for training a tokenizer, and --tokenizer names one: give only one of them")
     if sequence_length < 1 or not 0 <= heldout_fraction < 1 or (rows_per_shard is not None and rows_per_shard < 1):
-        raise DataError("--sequence-length and --rows-per-shard must be at least 1, --heldout-fraction at least 0 and below 1")
+        raise DataError(
+            "--sequence-length and --rows-per-shard must be at least 1, --heldout-fraction at least 0 and below 1"
+        )
     before, parent = (None, None) if grow is None else open_parent(grow)
     if grow is not None and tokenizer is None and vocab_size is None:
         tokenizer = grow / TOKENIZER
@@ -146,16 +150,22 @@ def prepare(
         with fsops.held_lock(folder.parent / f".{folder.name}.lock", b""):
             return _prepare(folder, plan, given, name, executor, only_stage, max_failures, progress)
     except BlockingIOError:
-        raise DataError(f"{folder}: is being prepared by another process; wait for it, or give another --name") from None
+        raise DataError(
+            f"{folder}: is being prepared by another process; wait for it, or give another --name"
+        ) from None
     except OSError as error:
         place = f"{error.filename or folder}: {error.strerror or error}"
-        raise DataError(f"{place}; free space or choose another folder for the datasets; run again and it goes on") from error
+        raise DataError(
+            f"{place}; free space or choose another folder for the datasets; run again and it goes on"
+        ) from error
 
 
 def _folder_of(output: Path, name: str) -> Path:
     """Raises DataError for a name that is no folder's."""
     if not _NAME.fullmatch(name):
-        raise DataError(f"--name {name!r}: use letters, digits, '_', '.', '-', and '/' for folders within the datasets' folder")
+        raise DataError(
+            f"--name {name!r}: use letters, digits, '_', '.', '-', and '/' for folders within the datasets' folder"
+        )
     try:
         return path_below(output, name)
     except ValueError as error:
@@ -163,11 +173,15 @@ def _folder_of(output: Path, name: str) -> Path:
 
 
 def _of_tokenizer(inputs: Inputs, given: TextEncoder | None) -> Inputs:
-    """The inputs, with what streams of ids need of the tokenizer that they are of. Raises DataError where it has no end token."""
+    """The inputs, with what streams of ids need of the tokenizer that they are of. Raises DataError where it has no end
+    token.
+    """
     if given is None or not any(READERS[file.format].by_end_token for file in inputs.files):
         return inputs
     if given.eos_id is None:
-        raise DataError(f"{inputs.description}: holds streams of ids that end tokens tell apart: name their end token with --eos")
+        raise DataError(
+            f"{inputs.description}: holds streams of ids that end tokens tell apart: name their end token with --eos"
+        )
     return replace(inputs, options=inputs.options.of_tokenizer(given.vocab_size, given.eos_id))
 
 
@@ -200,7 +214,9 @@ def _prepare(
         return None
     missing = STAGES["write"].pending(plan)
     if missing:
-        raise DataError(f"{plan.folder}: {len(missing)} shards are not written yet, the first is task {missing[0]} of stage write")
+        raise DataError(
+            f"{plan.folder}: {len(missing)} shards are not written yet, the first is task {missing[0]} of stage write"
+        )
     for place in (plan.dataset, plan.dataset / "train", plan.dataset / "heldout"):
         fsops.remove_leftovers(place)  # of a process that was killed while it wrote a shard
     manifest, fallback = finish(plan, name), fallback_reason(plan)
@@ -210,23 +226,41 @@ def _prepare(
 
 
 def _do_stages(
-    plan: Plan, given: TextEncoder | None, executor: Executor, only_stage: str | None, max_failures: int, progress: Progress
+    plan: Plan,
+    given: TextEncoder | None,
+    executor: Executor,
+    only_stage: str | None,
+    max_failures: int,
+    progress: Progress,
 ) -> Plan:
-    """Every stage, or the one asked for; from the first one anew where a task found that the engines differ. Returns the plan done."""
+    """Every stage, or the one asked for; from the first one anew where a task found that the engines differ. Returns
+    the plan done.
+    """
     while True:
         plan = settled(plan)
         _do_steps(plan, given, executor, only_stage, max_failures, progress)
         if not fell_back(plan):
             return plan
         if only_stage not in (None, "tokenize"):
-            raise DataError(f"{fallback_reason(settled(plan))}, which encodes everything from here on: run again from stage tokenize on")
+            raise DataError(
+                f"{fallback_reason(settled(plan))}, which encodes everything from here on: run again from stage "
+                "tokenize on"
+            )
 
 
 def _do_steps(
-    plan: Plan, given: TextEncoder | None, executor: Executor, only_stage: str | None, max_failures: int, progress: Progress
+    plan: Plan,
+    given: TextEncoder | None,
+    executor: Executor,
+    only_stage: str | None,
+    max_failures: int,
+    progress: Progress,
 ) -> None:
-    """Every stage, or the one asked for, and what stands between it and the one before; up to a task that falls back."""
-    steps: list[tuple[Stage | None, list[tuple[Path, Callable[[], Any]]]]] = [  # a stage, and what comes after it: its file, what makes it
+    """Every stage, or the one asked for, and what stands between it and the one before; up to a task that falls
+    back.
+    """
+    # a stage, and what comes after it: its file, what makes it
+    steps: list[tuple[Stage | None, list[tuple[Path, Callable[[], Any]]]]] = [
         (
             STAGES["sample"] if given is None else None,
             [(plan.tokenizer_file, lambda: _make_tokenizer(plan, given, max_failures, progress))],
@@ -254,7 +288,8 @@ def _check_done(plan: Plan, stage: Stage) -> None:
     """Raises DataError where an earlier stage than the one that was asked for is not done."""
     if missing := stage.pending(plan):
         raise DataError(
-            f"{plan.folder}: {len(missing)} tasks of --stage {stage.name} are not done, the first is task {missing[0]}; do it first"
+            f"{plan.folder}: {len(missing)} tasks of --stage {stage.name} are not done, the first is task "
+            f"{missing[0]}; do it first"
         )
 
 

@@ -30,9 +30,11 @@ def _known_format(name: str) -> str:
 
 
 class InputSection(Section):
-    """Files of one kind. addresses: below `--inputs`, or absolute, or of another file system (`s3://…`); patterns are the shell's.
+    """Files of one kind. addresses: below `--inputs`, or absolute, or of another file system (`s3://…`); patterns are
+    the shell's.
 
-    source: what their documents are counted as; none: the folder's or file's name. suffixes: of a folder, only names that end so.
+    source: what their documents are counted as; none: the folder's or file's name. suffixes: of a folder, only names
+    that end so.
     """
 
     addresses: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
@@ -60,7 +62,8 @@ class DatasetSection(Section):
 
 
 class PrepRecipe(Section):
-    """A whole preparation. tokenizer: a tokenizer.json below `--inputs`; null: one of vocab_size ids is trained on the text.
+    """A whole preparation. tokenizer: a tokenizer.json below `--inputs`; null: one of vocab_size ids is trained on the
+    text.
 
     eos, bos, fim_tokens: names of the tokenizer's tokens, as the options of `weftrain prep`.
     """
@@ -96,7 +99,9 @@ class PrepRecipe(Section):
             if names.count(name) > 1:
                 raise ValueError(f"two datasets are named '{name}'")
         if self.tokenizer is not None and self.vocab_size is not None:
-            raise ValueError("'vocab_size' is for training a tokenizer, and 'tokenizer' names one: give only one of them")
+            raise ValueError(
+                "'vocab_size' is for training a tokenizer, and 'tokenizer' names one: give only one of them"
+            )
         return self
 
 
@@ -112,13 +117,17 @@ def is_prep_recipe(name: str) -> bool:
 
 
 def load_prep_recipe(name: str, overrides: Iterable[str] = ()) -> PrepRecipe:
-    """A preparation recipe by built-in name or by the path of a .yaml file. Raises RecipeError naming file, line, key and remedy."""
+    """A preparation recipe by built-in name or by the path of a .yaml file. Raises RecipeError naming file, line, key
+    and remedy.
+    """
     if name.endswith((".yaml", ".yml")):
         return read_section(PrepRecipe, name, read_recipe_text(Path(name)), overrides)
     known = builtin_prep_recipes()
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean '{near[0]}'? " if near else ""
-        raise RecipeError(f"unknown preparation recipe '{name}'; {hint}Built in: {', '.join(known)}; or give the path of a .yaml file")
+        raise RecipeError(
+            f"unknown preparation recipe '{name}'; {hint}Built in: {', '.join(known)}; or give the path of a .yaml file"
+        )
     text = (resources.files("weftrain.data_prep") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     return read_section(PrepRecipe, f"data_prep/recipes/{name}.yaml", text, overrides)

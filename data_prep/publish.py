@@ -10,12 +10,21 @@ import hashlib
 import os
 from pathlib import Path
 
-from weftrain.core import fsops
-from weftrain.core.dataset import FAILURES, MANIFEST, TOKENIZER, Manifest, ShardSet, described_by, read_manifest, verify_tables
 from weftrain.core.errors import DataError
+from weftrain.core.formats import fsops
+from weftrain.core.formats.dataset import (
+    FAILURES,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    ShardSet,
+    described_by,
+    read_manifest,
+    verify_tables,
+)
 from weftrain.data_prep.inputs.files import file_system
 from weftrain.data_prep.inputs.remote import RemoteSystem
-from weftrain.data_prep.plan import Progress, no_progress
+from weftrain.data_prep.stages.plan import Progress, no_progress
 
 _BLOCK_BYTES = 1 << 24
 
@@ -26,25 +35,32 @@ def is_remote(address: str) -> bool:
 
 
 def staging_folder(address: str) -> Path:
-    """Where a dataset for that address is made before it is copied: in the user's cache, the same place for the same address."""
+    """Where a dataset for that address is made before it is copied: in the user's cache, the same place for the same
+    address.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "weftrain" / "datasets" / hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
 def check_address(address: str) -> None:
-    """Raises DataError where a dataset cannot be published: no such file system, or one that does not answer. For before the work."""
+    """Raises DataError where a dataset cannot be published: no such file system, or one that does not answer. For
+    before the work.
+    """
     system, root = file_system(address.rstrip("/"))
     try:
         system.exists(f"{root}/{MANIFEST}")
     except OSError as error:
-        raise DataError(f"{address}: cannot be reached: {error}; see that the address and the permissions are right") from error
+        raise DataError(
+            f"{address}: cannot be reached: {error}; see that the address and the permissions are right"
+        ) from error
 
 
 def publish(folder: Path, manifest: Manifest, address: str, progress: Progress = no_progress) -> None:
     """Copy a complete dataset to an address.
 
-    Where the same dataset lies there already, only files that are missing or of another size are copied; where no manifest does, all
-    are, for a file of an interrupted copy cannot be told from another dataset's. Another dataset's address is refused. Raises DataError.
+    Where the same dataset lies there already, only files that are missing or of another size are copied; where no
+    manifest does, all are, for a file of an interrupted copy cannot be told from another dataset's. Another dataset's
+    address is refused. Raises DataError.
     """
     system, root = file_system(address.rstrip("/"))
     optional = [name for name in (FAILURES,) if (folder / name).exists()]
@@ -59,15 +75,20 @@ def publish(folder: Path, manifest: Manifest, address: str, progress: Progress =
                 system.makedirs(target.rpartition("/")[0], exist_ok=True)
                 system.put_file(str(folder / name), target)
                 if system.size(target) != sizes[name]:
-                    raise DataError(f"{address}/{name}: {system.size(target)} bytes arrived of {sizes[name]}; run again")
+                    raise DataError(
+                        f"{address}/{name}: {system.size(target)} bytes arrived of {sizes[name]}; run again"
+                    )
             done += sizes[name]
             progress("copy", done, total, "bytes")
     except OSError as error:
-        raise DataError(f"{address}: cannot be written: {error}; see that the address and the permissions are right") from error
+        raise DataError(
+            f"{address}: cannot be written: {error}; see that the address and the permissions are right"
+        ) from error
 
 
 def fetch(address: str, folder: Path, progress: Progress = no_progress) -> Manifest:
-    """Copy a dataset from an address into a local folder that does not exist yet; checked before it is there. Raises DataError.
+    """Copy a dataset from an address into a local folder that does not exist yet; checked before it is there. Raises
+    DataError.
 
     Names come from the manifest after it was checked, so nothing is written outside the folder.
     """

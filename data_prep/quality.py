@@ -1,4 +1,5 @@
-"""What a preparation recipe may ask for before tokenisation: filters, near-duplicate removal, decontamination, all of it datatrove's.
+"""What a preparation recipe may ask for before tokenisation: filters, near-duplicate removal, decontamination, all of
+it datatrove's.
 
 Exact duplicates are not here; the pipeline drops them by content hash whatever is asked for.
 """
@@ -20,14 +21,18 @@ class LengthFilter(Section):
 
 
 class LanguageFilter(Section):
-    """Documents in none of these languages (ISO 639-1) are dropped. datatrove downloads its fastText model when it is first used."""
+    """Documents in none of these languages (ISO 639-1) are dropped. datatrove downloads its fastText model when it is
+    first used.
+    """
 
     languages: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
     threshold: Positive = 0.65
 
 
 class MinHash(Section):
-    """Near-duplicates, by MinHash over word n-grams in `buckets` of `hashes` (Broder, 1997): one of each cluster stays."""
+    """Near-duplicates, by MinHash over word n-grams in `buckets` of `hashes` (Broder, 1997): one of each cluster
+    stays.
+    """
 
     ngrams: PositiveInt = 5
     buckets: PositiveInt = 14
@@ -36,7 +41,9 @@ class MinHash(Section):
 
 
 class Decontaminate(Section):
-    """Documents that share an n-gram of words with an evaluation set are dropped. against: JSON lines with a field `text`."""
+    """Documents that share an n-gram of words with an evaluation set are dropped. against: JSON lines with a field
+    `text`.
+    """
 
     against: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
     ngrams: PositiveInt = 12

@@ -2,7 +2,15 @@
 
 from weftrain.kernels.contract import Implementation, KernelError, Spec, available_everywhere
 from weftrain.kernels.ops import OPS, Op
-from weftrain.kernels.registry import DEFAULT_PREFERENCES, ENTRY_POINT_GROUP, Selection, TableRow, load_catalog, select, table
+from weftrain.kernels.registry import (
+    DEFAULT_PREFERENCES,
+    ENTRY_POINT_GROUP,
+    Selection,
+    TableRow,
+    load_catalog,
+    select,
+    table,
+)
 
 __all__ = [
     "DEFAULT_PREFERENCES",

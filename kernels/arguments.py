@@ -1,8 +1,9 @@
-"""What the arguments of each op must be: one check an op, the first line of every implementation, so all refuse the same in the same words.
+"""What the arguments of each op must be: one check an op, the first line of every implementation, so all refuse the
+same in the same words.
 
-What a reader would get wrong: *values* (labels, document starts) are looked at only where looking is free: on a CPU, outside compiled
-graphs. Elsewhere it would cost a synchronisation; there a label outside the vocabulary makes its token's loss NaN, and the step does
-not happen. No implementation reads out of bounds for it.
+What a reader would get wrong: *values* (labels, document starts) are looked at only where looking is free: on a CPU,
+outside compiled graphs. Elsewhere it would cost a synchronisation; there a label outside the vocabulary makes its
+token's loss NaN, and the step does not happen. No implementation reads out of bounds for it.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | No
         if bool(wrong.any()):
             row, query = wrong.nonzero()[0].tolist()
             start = int(document_start[row, query])
-            raise KernelError(f"attention: document_start[{row}, {query}] is {start}; it must be in 0..{query}, at or before its query")
+            raise KernelError(
+                f"attention: document_start[{row}, {query}] is {start}; it must be in 0..{query}, at or before its "
+                "query"
+            )
 
 
 def check_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
@@ -81,7 +85,9 @@ def check_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, i
     _rank(op, 2, "[N, D]", hidden=hidden)
     _rank(op, 2, "[V, D]", weight=weight)
     if hidden.shape[1] != weight.shape[1]:
-        raise KernelError(f"{op}: hidden is {list(hidden.shape)} and weight {list(weight.shape)}; their last dimensions must agree")
+        raise KernelError(
+            f"{op}: hidden is {list(hidden.shape)} and weight {list(weight.shape)}; their last dimensions must agree"
+        )
     if hidden.dtype != weight.dtype:
         raise KernelError(f"{op}: hidden is {_dtype(hidden)} and weight {_dtype(weight)}; they must agree")
     _labels(op, labels, hidden, rows=hidden.shape[0], vocab=weight.shape[0], ignore_index=ignore_index)
@@ -99,27 +105,44 @@ def check_adamw(
 ) -> None:
     """Lists of equal length, tensors of equal shape; fp32 state, contiguous but for the gradients."""
     if eps_placement not in EPS_PLACEMENTS:
-        raise KernelError(f"adamw: eps_placement '{eps_placement}' is neither {' nor '.join(repr(name) for name in EPS_PLACEMENTS)}")
+        raise KernelError(
+            f"adamw: eps_placement '{eps_placement}' is neither {' nor '.join(repr(name) for name in EPS_PLACEMENTS)}"
+        )
     if update_index < 1:
         raise KernelError(f"adamw: update_index is {update_index}; it counts from 1")
     if gradient_scale.dim() != 0 or gradient_scale.dtype != torch.float32:
-        raise KernelError(f"adamw: gradient_scale is {_dtype(gradient_scale)} {list(gradient_scale.shape)}; it must be a 0-dim fp32 tensor")
-    lists = {"gradients": gradients, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, **({"copies": copies} if copies is not None else {})}
+        raise KernelError(
+            f"adamw: gradient_scale is {_dtype(gradient_scale)} {list(gradient_scale.shape)}; it must be a 0-dim fp32 "
+            "tensor"
+        )
+    lists = {
+        "gradients": gradients,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        **({"copies": copies} if copies is not None else {}),
+    }
     for name, tensors in lists.items():
         if len(tensors) != len(parameters):
-            raise KernelError(f"adamw: {len(parameters)} parameters and {len(tensors)} {name}; the lists must have one length")
+            raise KernelError(
+                f"adamw: {len(parameters)} parameters and {len(tensors)} {name}; the lists must have one length"
+            )
     for index, parameter in enumerate(parameters):
         for name, tensors in {"parameters": parameters, **lists}.items():
             tensor = tensors[index]
             if tensor.shape != parameter.shape or tensor.device != parameter.device:
-                found, wanted = f"{list(tensor.shape)} on {tensor.device}", f"{list(parameter.shape)} on {parameter.device}"
+                found, wanted = (
+                    f"{list(tensor.shape)} on {tensor.device}",
+                    f"{list(parameter.shape)} on {parameter.device}",
+                )
                 raise KernelError(f"adamw: {name}[{index}] is {found}; its parameter is {wanted}")
             state = name in ("parameters", "exp_avgs", "exp_avg_sqs")
             allowed = (torch.float32,) if state else FLOATS[1:] if name == "copies" else FLOATS
             if tensor.dtype not in allowed:
                 raise KernelError(f"adamw: {name}[{index}] is {_dtype(tensor)}; it must be {_names(allowed)}")
             if name != "gradients" and not tensor.is_contiguous():
-                raise KernelError(f"adamw: {name}[{index}] is not contiguous, and it is updated in place; pass a contiguous tensor")
+                raise KernelError(
+                    f"adamw: {name}[{index}] is not contiguous, and it is updated in place; pass a contiguous tensor"
+                )
     if parameters:
         _same_device("adamw", parameter=parameters[0], gradient_scale=gradient_scale)
 
@@ -132,10 +155,13 @@ def check_grad_norm(gradients: Sequence[Tensor]) -> None:
         if gradient.dtype not in FLOATS:
             raise KernelError(f"grad_norm: gradients[{index}] is {_dtype(gradient)}; it must be {_names(FLOATS)}")
         if gradient.device != gradients[0].device:
-            raise KernelError(f"grad_norm: gradients[{index}] is on {gradient.device}, gradients[0] on {gradients[0].device}")
+            raise KernelError(
+                f"grad_norm: gradients[{index}] is on {gradient.device}, gradients[0] on {gradients[0].device}"
+            )
 
 
-# ---- the parts ----------------------------------------------------------------------------------------------------------------------
+# ---- the parts
+# ----------------------------------------------------------------------------------------------------
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -148,7 +174,8 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 def _floating(op: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS and tensor.dtype != torch.float64:  # float64: the reference itself, where truth is computed
+        # float64: the reference itself, where truth is computed
+        if tensor.dtype not in FLOATS and tensor.dtype != torch.float64:
             raise KernelError(f"{op}: {name} is {_dtype(tensor)}; it must be {_names(FLOATS)}")
     _same_device(op, **tensors)
 
@@ -157,7 +184,9 @@ def _same_device(op: str, **tensors: Tensor) -> None:
     (first, reference), *rest = tensors.items()
     for name, tensor in rest:
         if tensor.device != reference.device:
-            raise KernelError(f"{op}: {first} is on {reference.device} and {name} on {tensor.device}; move them to one device")
+            raise KernelError(
+                f"{op}: {first} is on {reference.device} and {name} on {tensor.device}; move them to one device"
+            )
 
 
 def _rank(op: str, rank: int, layout: str, **tensors: Tensor) -> None:
@@ -179,7 +208,9 @@ def _norm_shapes(op: str, x: Tensor, **affine: Tensor) -> None:
         raise KernelError(f"{op}: x is {list(x.shape)}; its last dimension must hold at least one element")
     for name, tensor in affine.items():
         if tuple(tensor.shape) != (x.shape[-1],):
-            raise KernelError(f"{op}: {name} is {list(tensor.shape)}; it must be [{x.shape[-1]}], the last dimension of x")
+            raise KernelError(
+                f"{op}: {name} is {list(tensor.shape)}; it must be [{x.shape[-1]}], the last dimension of x"
+            )
 
 
 def _labels(op: str, labels: Tensor, beside: Tensor, *, rows: int, vocab: int, ignore_index: int) -> None:
@@ -192,9 +223,16 @@ def _labels(op: str, labels: Tensor, beside: Tensor, *, rows: int, vocab: int, i
         wrong = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
-            raise KernelError(f"{op}: labels[{row}] is {int(labels[row])}; it must be in 0..{vocab - 1}, or {ignore_index} to be ignored")
+            raise KernelError(
+                f"{op}: labels[{row}] is {int(labels[row])}; it must be in 0..{vocab - 1}, or {ignore_index} to be "
+                "ignored"
+            )
 
 
 def _looking_is_free(tensor: Tensor) -> bool:
     """On a CPU, with real data: not while a graph is traced, where there are no values to look at."""
-    return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+    )

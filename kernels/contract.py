@@ -1,7 +1,7 @@
 """The words that kernels are described in: what a use is, what an implementation is, and the one error.
 
-What a reader would get wrong: a Spec describes a *use* and not an op. The same op in two modules is two uses, and each may get another
-implementation.
+What a reader would get wrong: a Spec describes a *use* and not an op. The same op in two modules is two uses, and each
+may get another implementation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Spec:
     module: str  # canonical module name: "layers.0.attention", "final_norm", "head", "optimizer"
     device: str  # torch device type: "cpu", "cuda"
     dtype: torch.dtype  # of the activations; for adamw and grad_norm, of the gradients
-    attributes: Mapping[str, int | float | bool | str] = field(default_factory=dict)  # static: head_dim, scale, eps, vocab_size ...
+    # static: head_dim, scale, eps, vocab_size ...
+    attributes: Mapping[str, int | float | bool | str] = field(default_factory=dict)
 
 
 def available_everywhere(spec: Spec) -> str | None:
@@ -42,9 +43,9 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 class Compilation:
     """One Triton kernel in one configuration, for `weftrain kernels compile`: what a launch would compile on a GPU.
 
-    signature: runtime argument -> type in Triton's own notation, "*bf16:16" (pointer, 16-byte aligned), "i32:16" (a multiple of 16),
-    "i32", "fp32"; an integer that is 1 at launch belongs to constexprs, as Triton specialises it. Every argument of the kernel is in
-    exactly one of signature and constexprs.
+    signature: runtime argument -> type in Triton's own notation, "*bf16:16" (pointer, 16-byte aligned), "i32:16" (a
+    multiple of 16), "i32", "fp32"; an integer that is 1 at launch belongs to constexprs, as Triton specialises it.
+    Every argument of the kernel is in exactly one of signature and constexprs.
     """
 
     name: str  # unique within the op: "forward bf16 d128", "backward_kv fp32 d64 64x32"
@@ -69,4 +70,5 @@ class Implementation:
     unavailable: Callable[[Spec], str | None] = available_everywhere
     version: str = f"torch {torch.__version__}"  # of the package that provides it
     compilations: Callable[[], Sequence[Compilation]] | None = None  # Triton kernels: what the compile gate compiles
-    files: Sequence[Path] = ()  # that it is made of beside Python, such as C++ sources: they are part of its hash in the manifest
+    # that it is made of beside Python, such as C++ sources: they are part of its hash in the manifest
+    files: Sequence[Path] = ()

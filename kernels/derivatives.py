@@ -1,4 +1,5 @@
-"""What every backward that is written by hand shares: it gives first derivatives, refuses second ones, and ignores autocast.
+"""What every backward that is written by hand shares: it gives first derivatives, refuses second ones, and ignores
+autocast.
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
@@ -23,11 +24,13 @@ from weftrain.kernels.contract import KernelError
 
 
 def first_derivatives_only(op: str, source: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For a backward whose result autograd could not differentiate correctly: raises KernelError under create_graph=True.
+    """For a backward whose result autograd could not differentiate correctly: raises KernelError under
+    create_graph=True.
 
-    Autograd enables gradients inside a backward exactly when create_graph is set. Without this check it would treat tensors that the
-    forward computed and saved as constants, and a gradient penalty would be wrong without an error; torch's once_differentiable does not
-    notice where the incoming gradient needs none itself, as for `loss.backward(create_graph=True)`.
+    Autograd enables gradients inside a backward exactly when create_graph is set. Without this check it would treat
+    tensors that the forward computed and saved as constants, and a gradient penalty would be wrong without an error;
+    torch's once_differentiable does not notice where the incoming gradient needs none itself, as for
+    `loss.backward(create_graph=True)`.
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,11 +46,16 @@ def first_derivatives_only(op: str, source: str) -> Callable[[Callable[..., Any]
 
 
 def _refusal(op: str, source: str) -> str:
-    return f"{op} of source '{source}' has no second derivative (create_graph=True asks for one): set kernels.pins.{op}=reference"
+    return (
+        f"{op} of source '{source}' has no second derivative (create_graph=True asks for one): set "
+        f"kernels.pins.{op}=reference"
+    )
 
 
 class _FirstDerivativesOnly(torch.autograd.Function):
-    """The identity, whose backward refuses as `first_derivatives_only` does: for a function whose own backward is not ours."""
+    """The identity, whose backward refuses as `first_derivatives_only` does: for a function whose own backward is not
+    ours.
+    """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, op: str, source: str) -> Tensor:
@@ -68,9 +76,11 @@ def without_second_derivatives(output: Tensor, op: str, source: str) -> Tensor:
 
 
 def outside_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """For an op of matrix products: they are in the arguments' dtype under autocast too, as the contract of every op says.
+    """For an op of matrix products: they are in the arguments' dtype under autocast too, as the contract of every op
+    says.
 
-    Autocast would run the forward's products in another dtype and leave the backward, which runs outside of it, with tensors of both.
+    Autocast would run the forward's products in another dtype and leave the backward, which runs outside of it, with
+    tensors of both.
     """
 
     @functools.wraps(function)

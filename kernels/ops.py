@@ -1,7 +1,9 @@
-"""What is known of each op besides its formula: example inputs, attributes, and how many bytes and flops a call must cost.
+"""What is known of each op besides its formula: example inputs, attributes, and how many bytes and flops a call must
+cost.
 
-What a reader would get wrong: counts are of the *op*, not of an implementation: every input read once, every output written once, a
-multiply-add as two flops, forward only. A kernel that moves more is slower than it need be, and the share of the roofline shows it.
+What a reader would get wrong: counts are of the *op*, not of an implementation: every input read once, every output
+written once, a multiply-add as two flops, forward only. A kernel that moves more is slower than it need be, and the
+share of the roofline shows it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ Arguments = dict[str, Any]  # the op's arguments by name
 
 @dataclass(frozen=True)
 class Op:
-    """One op of the contract: `function` is the specification, `examples[name](device, dtype)` builds the arguments of one call."""
+    """One op of the contract: `function` is the specification, `examples[name](device, dtype)` builds the arguments of
+    one call.
+    """
 
     function: Callable[..., Any]
     differentiable: tuple[str, ...]  # arguments that receive gradients
@@ -29,7 +33,8 @@ class Op:
     flops: Callable[[Arguments], int]
     in_place: tuple[str, ...] = ()  # arguments that the op overwrites
     attributes: Mapping[str, int | float | bool | str] = field(default_factory=dict)  # of a typical use, for the table
-    attributes_of: Callable[[Arguments], dict[str, int | float | bool | str]] = lambda arguments: {}  # of one call, as a Spec has them
+    # of one call, as a Spec has them
+    attributes_of: Callable[[Arguments], dict[str, int | float | bool | str]] = lambda arguments: {}
 
     @property
     def name(self) -> str:
@@ -37,7 +42,9 @@ class Op:
 
     @property
     def small(self) -> tuple[str, ...]:
-        """The examples that `kernels check` runs: ugly sizes, and sizes at the edge of a block. The others are for measuring."""
+        """The examples that `kernels check` runs: ugly sizes, and sizes at the edge of a block. The others are for
+        measuring.
+        """
         return tuple(name for name in self.examples if name.startswith(("odd", "edge")))
 
     @property
@@ -65,7 +72,10 @@ def _norm(
 ) -> Callable[[str, torch.dtype], Arguments]:
     def build(device: str, dtype: torch.dtype) -> Arguments:
         draw = _Draw(device, dtype)
-        arguments: Arguments = {"x": draw.normal(*rows, hidden), "weight": 1 + draw.normal(hidden, std=0.1, dtype=weight_dtype)}
+        arguments: Arguments = {
+            "x": draw.normal(*rows, hidden),
+            "weight": 1 + draw.normal(hidden, std=0.1, dtype=weight_dtype),
+        }
         if bias:
             arguments["bias"] = draw.normal(hidden, std=0.1, dtype=weight_dtype)
         return {**arguments, "eps": eps}
@@ -110,7 +120,9 @@ def _swiglu(rows: int, hidden: int) -> Callable[[str, torch.dtype], Arguments]:
     return build
 
 
-def _attention(batch: int, tokens: int, heads: int, head_dim: int, *, documents: bool = False) -> Callable[[str, torch.dtype], Arguments]:
+def _attention(
+    batch: int, tokens: int, heads: int, head_dim: int, *, documents: bool = False
+) -> Callable[[str, torch.dtype], Arguments]:
     def build(device: str, dtype: torch.dtype) -> Arguments:
         draw = _Draw(device, dtype)
         q, k, v = (draw.normal(batch, tokens, heads, head_dim) for _ in range(3))
@@ -129,7 +141,9 @@ def _labels(draw: _Draw, rows: int, vocab: int) -> Tensor:
     return labels
 
 
-def _cross_entropy(rows: int, vocab: int, *, std: float = 3.0, **statics: float) -> Callable[[str, torch.dtype], Arguments]:
+def _cross_entropy(
+    rows: int, vocab: int, *, std: float = 3.0, **statics: float
+) -> Callable[[str, torch.dtype], Arguments]:
     def build(device: str, dtype: torch.dtype) -> Arguments:
         draw = _Draw(device, dtype)
         return {"logits": draw.normal(rows, vocab, std=std), "labels": _labels(draw, rows, vocab), **statics}
@@ -137,7 +151,9 @@ def _cross_entropy(rows: int, vocab: int, *, std: float = 3.0, **statics: float)
     return build
 
 
-def _linear_cross_entropy(rows: int, hidden: int, vocab: int, **statics: float) -> Callable[[str, torch.dtype], Arguments]:
+def _linear_cross_entropy(
+    rows: int, hidden: int, vocab: int, **statics: float
+) -> Callable[[str, torch.dtype], Arguments]:
     def build(device: str, dtype: torch.dtype) -> Arguments:
         draw = _Draw(device, dtype)
         return {
@@ -151,7 +167,11 @@ def _linear_cross_entropy(rows: int, hidden: int, vocab: int, **statics: float) 
 
 
 def _adamw(
-    sizes: tuple[tuple[int, ...], ...], eps_placement: str, *, copies: torch.dtype | None = torch.bfloat16, **changed: float
+    sizes: tuple[tuple[int, ...], ...],
+    eps_placement: str,
+    *,
+    copies: torch.dtype | None = torch.bfloat16,
+    **changed: float,
 ) -> Callable[[str, torch.dtype], Arguments]:
     def build(device: str, dtype: torch.dtype) -> Arguments:
         draw = _Draw(device, dtype)
@@ -339,7 +359,9 @@ OPS: Mapping[str, Op] = {
                 "crystalcoder_7b": _linear_cross_entropy(2048, 4096, 32032, logits_scale=0.13875),
             },
             lambda arguments: _read_all(arguments) + 4,
-            lambda arguments: arguments["hidden"].shape[0] * arguments["weight"].shape[0] * (2 * arguments["hidden"].shape[1] + 4),
+            lambda arguments: (
+                arguments["hidden"].shape[0] * arguments["weight"].shape[0] * (2 * arguments["hidden"].shape[1] + 4)
+            ),
             attributes={"hidden_size": 4096, "vocab_size": 32000, "logits_scale": 1.0, "z_loss": 0.0},
             attributes_of=lambda arguments: {
                 "hidden_size": arguments["weight"].shape[1],
@@ -354,9 +376,14 @@ OPS: Mapping[str, Op] = {
                 "odd": _adamw(_ODD_SIZES, "after_bias_correction"),
                 "odd_before": _adamw(_ODD_SIZES, "before_bias_correction"),
                 "odd_no_copies": _adamw(_ODD_SIZES, "after_bias_correction", copies=None),
-                # A large eps makes its placement visible; at that rate a wrong update is not lost when the parameter is rounded.
-                "odd_large_eps": _adamw(_ODD_SIZES, "after_bias_correction", eps=1e-3, learning_rate=0.1, update_index=1),
-                "odd_before_large_eps": _adamw(_ODD_SIZES, "before_bias_correction", copies=torch.float16, eps=1e-3, learning_rate=0.1),
+                # A large eps makes its placement visible; at that rate a wrong update is not lost when the parameter is
+                # rounded.
+                "odd_large_eps": _adamw(
+                    _ODD_SIZES, "after_bias_correction", eps=1e-3, learning_rate=0.1, update_index=1
+                ),
+                "odd_before_large_eps": _adamw(
+                    _ODD_SIZES, "before_bias_correction", copies=torch.float16, eps=1e-3, learning_rate=0.1
+                ),
                 "edge": _adamw(_EDGE_SIZES, "after_bias_correction", learning_rate=0.1),
                 "amber_7b_layer": _adamw(_LAYER_7B, "after_bias_correction"),
             },
@@ -372,7 +399,11 @@ OPS: Mapping[str, Op] = {
         Op(
             reference.grad_norm,
             (),
-            {"odd": _grad_norm(_ODD_SIZES), "edge": _grad_norm((*_EDGE_SIZES, (3, 4099))), "amber_7b_layer": _grad_norm(_LAYER_7B)},
+            {
+                "odd": _grad_norm(_ODD_SIZES),
+                "edge": _grad_norm((*_EDGE_SIZES, (3, 4099))),
+                "amber_7b_layer": _grad_norm(_LAYER_7B),
+            },
             lambda arguments: _read_all(arguments) + 4,
             _total_elements("gradients", 2),
         ),

@@ -1,9 +1,10 @@
 """Every op as plain torch: the specification that all other sources are held to.
 
-What a reader would get wrong: these are written to be *right*, not fast, and in fp32 their forward equals Hugging Face's eager Llama bit
-for bit, so the order of multiplications below is part of the contract. Layouts: activations [..., hidden], heads [B, T, H, D].
-Everything is differentiated by autograd; what that saves is noted at each op. Tensors may be non-contiguous. What cannot be meant is
-refused with a KernelError by the op's check in kernels/arguments.py.
+What a reader would get wrong: these are written to be *right*, not fast, and in fp32 their forward equals Hugging
+Face's eager Llama bit for bit, so the order of multiplications below is part of the contract. Layouts: activations
+[..., hidden], heads [B, T, H, D]. Everything is differentiated by autograd; what that saves is noted at each op.
+Tensors may be non-contiguous. What cannot be meant is refused with a KernelError by the op's check in
+kernels/arguments.py.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from weftrain.kernels.contract import Implementation
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """x [..., n], weight [n] -> x.dtype [..., n]: x / sqrt(mean(x^2) + eps) * weight.
 
-    Reduced in fp32 and multiplied by the fp32 weight *before* the cast back, as Amber does (arXiv 1910.07467). Saves x in fp32.
+    Reduced in fp32 and multiplied by the fp32 weight *before* the cast back, as Amber does (arXiv 1910.07467). Saves x
+    in fp32.
     """
     check_rms_norm(x, weight)
     x32 = x.float()
@@ -40,7 +42,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
-    """x [..., n], weight and bias [n] -> x.dtype [..., n]. Statistics and affine map in fp32 (arXiv 1607.06450). Saves x in fp32."""
+    """x [..., n], weight and bias [n] -> x.dtype [..., n]. Statistics and affine map in fp32 (arXiv 1607.06450). Saves
+    x in fp32.
+    """
     check_layer_norm(x, weight, bias)
     return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), bias.float(), eps).to(x.dtype)
 
@@ -48,8 +52,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int, interleaved: bool) -> Tensor:
     """x [B, T, H, D], cos and sin fp32 [T, rotary_dim / 2] -> x.dtype [B, T, H, D] (arXiv 2104.09864).
 
-    The first rotary_dim dimensions turn, the others pass. Pairs are (i, i + rotary_dim/2), or (2i, 2i+1) where interleaved.
-    cos and sin are cast to x.dtype after the trigonometry, and the products are taken in x.dtype. Saves cos and sin.
+    The first rotary_dim dimensions turn, the others pass. Pairs are (i, i + rotary_dim/2), or (2i, 2i+1) where
+    interleaved. cos and sin are cast to x.dtype after the trigonometry, and the products are taken in x.dtype. Saves
+    cos and sin.
     """
     check_rope(x, cos, sin, rotary_dim)
     cos = cos.to(x.dtype)[:, None, :]  # [T, 1, rotary_dim / 2]
@@ -77,8 +82,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
     """Causal self-attention: q, k, v [B, T, H, D] -> [B, T, H, D] in q.dtype.
 
-    Query t sees keys document_start[b, t]..t (int32 [B, T], values in 0..t; None: 0). Scores in q.dtype, softmax in fp32, probabilities
-    cast to q.dtype before they meet v. Saves q, k, v and the [B, H, T, T] probabilities.
+    Query t sees keys document_start[b, t]..t (int32 [B, T], values in 0..t; None: 0). Scores in q.dtype, softmax in
+    fp32, probabilities cast to q.dtype before they meet v. Saves q, k, v and the [B, H, T, T] probabilities.
     """
     check_attention(q, k, v, document_start)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [B, H, T, D]
@@ -92,8 +97,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: 
     return torch.matmul(probabilities, v).transpose(1, 2)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0) -> Tensor:
-    """logits [N, V], labels int64 [N] -> fp32 [N]: logsumexp(s x) - (s x)[label] + z_loss * logsumexp(s x)^2, and 0 where ignored.
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
+    """logits [N, V], labels int64 [N] -> fp32 [N]: logsumexp(s x) - (s x)[label] + z_loss * logsumexp(s x)^2, and 0
+    where ignored.
 
     Scaled and reduced in fp32; z_loss as in PaLM (arXiv 2204.02311, section 5). Saves the log-probabilities in fp32.
     A label outside 0..V-1 gives NaN where values are not looked at (kernels/arguments.py).
@@ -117,7 +125,8 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar: the SUM of cross_entropy(hidden @ weight^T, labels).
+    """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar: the SUM of cross_entropy(hidden @ weight^T,
+    labels).
 
     Logits are rounded to hidden.dtype by the product, then scaled in fp32. Saves all [N, V] logits.
     """
@@ -144,10 +153,9 @@ def adamw(
 ) -> None:
     """One AdamW update of one parameter group, in place (arXiv 1711.05101).
 
-    parameters, exp_avgs, exp_avg_sqs: fp32; gradients: fp32, bf16 or fp16, left as they were; copies: bf16 or fp16 compute copies to
-    refresh from the new parameters, or None. update_index: t, from 1. gradient_scale: 0-dim fp32 (the clip coefficient), multiplied into
-    each gradient.
-    eps_placement:
+    parameters, exp_avgs, exp_avg_sqs: fp32; gradients: fp32, bf16 or fp16, left as they were; copies: bf16 or fp16
+    compute copies to refresh from the new parameters, or None. update_index: t, from 1. gradient_scale: 0-dim fp32 (the
+    clip coefficient), multiplied into each gradient. eps_placement:
       after_bias_correction (torch.optim.AdamW, bit for bit):
         p *= 1 - lr wd;  p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
       before_bias_correction (cerebras_pytorch's AdamW):
@@ -174,7 +182,8 @@ def adamw(
 def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Global L2 norm, 0-dim fp32: the norm of the per-tensor fp32 norms, stacked in the order given.
 
-    For fp32 gradients bit for bit what torch.nn.utils.clip_grad_norm_ computes; the order of tensors is part of the result.
+    For fp32 gradients bit for bit what torch.nn.utils.clip_grad_norm_ computes; the order of tensors is part of the
+    result.
     """
     check_grad_norm(gradients)
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
@@ -183,5 +192,15 @@ def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 IMPLEMENTATIONS = [
     Implementation(function.__name__, "reference", function)
-    for function in (rms_norm, layer_norm, rope, swiglu, attention, cross_entropy, linear_cross_entropy, adamw, grad_norm)
+    for function in (
+        rms_norm,
+        layer_norm,
+        rope,
+        swiglu,
+        attention,
+        cross_entropy,
+        linear_cross_entropy,
+        adamw,
+        grad_norm,
+    )
 ]

@@ -1,11 +1,12 @@
 """Who implements which op for which module: chosen once, when the model is built, and written down.
 
-What a reader would get wrong: there is no dispatch. `select` runs before the first step and hands out plain callables; a *preference*
-may fall through to the next source (the manifest says why), a *pin* never does. Nothing here reads the environment or patches a module.
+What a reader would get wrong: there is no dispatch. `select` runs before the first step and hands out plain callables;
+a *preference* may fall through to the next source (the manifest says why), a *pin* never does. Nothing here reads the
+environment or patches a module.
 
-Implementations are found in three places: kernels/reference.py, every module of every `kernels/*_ops/` folder (each defines
-`IMPLEMENTATION`, one or a list of variants tried in order; those that begin with an underscore are helpers), and the entry points of
-group `weftrain.kernels`.
+Implementations are found in three places: kernels/reference.py, every module of every `kernels/*_ops/` folder (each
+defines `IMPLEMENTATION`, one or a list of variants tried in order; those that begin with an underscore are helpers),
+and the entry points of group `weftrain.kernels`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from weftrain.kernels.plugins import guarded, load_plugins
 from weftrain.kernels.source_files import hash_files, module_of
 
 ENTRY_POINT_GROUP = "weftrain.kernels"
-# Sources that are deterministic by contract, in the order in which they are asked; core.config repeats it, and a test compares the two.
+# Sources that are deterministic by contract, in the order in which they are asked; core.config repeats it, and a test
+# compares the two.
 DEFAULT_PREFERENCES = ("flash_attn", "cpp", "torch", "triton", "reference")
 
 
@@ -45,7 +47,9 @@ class Selection:
             return self.functions[op, module]
         except KeyError:
             modules = [known for known_op, known in self.functions if known_op == op]
-            raise KernelError(f"no kernel was selected for {op} in module '{module}'; {_nearest(module, modules)}") from None
+            raise KernelError(
+                f"no kernel was selected for {op} in module '{module}'; {_nearest(module, modules)}"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,9 @@ class TableRow:
 
 
 class Catalog(dict[str, dict[str, list[Implementation]]]):
-    """op -> source -> variants, in the order in which they are tried. broken_plugins: entry point -> why it was passed over."""
+    """op -> source -> variants, in the order in which they are tried. broken_plugins: entry point -> why it was passed
+    over.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +73,9 @@ class Catalog(dict[str, dict[str, list[Implementation]]]):
 
 
 def load_catalog() -> Catalog:
-    """Every implementation that can be found. A plugin that does not load, or breaks the rules, is passed over and named in the catalog."""
+    """Every implementation that can be found. A plugin that does not load, or breaks the rules, is passed over and
+    named in the catalog.
+    """
     catalog = Catalog()
     _add(catalog, reference.IMPLEMENTATIONS, "kernels/reference.py")
     package = importlib.import_module(__package__ or "weftrain.kernels")
@@ -109,33 +117,45 @@ def _not_installed(op: str, package: str, remedy: str) -> Implementation:
 def _guarded(offered: Any) -> list[Any]:
     """What a plugin gave, with questions that cannot fail."""
     several = offered if isinstance(offered, (list, tuple)) else [offered]
-    return [replace(item, unavailable=guarded(item.unavailable)) if isinstance(item, Implementation) else item for item in several]
+    return [
+        replace(item, unavailable=guarded(item.unavailable)) if isinstance(item, Implementation) else item
+        for item in several
+    ]
 
 
 def _add(catalog: Catalog, offered: Any, origin: str) -> None:
-    """Enter what a module or entry point gave, all of it or nothing: an Implementation, or a list or tuple of them. Raises KernelError."""
+    """Enter what a module or entry point gave, all of it or nothing: an Implementation, or a list or tuple of them.
+    Raises KernelError.
+    """
     fresh: dict[str, dict[str, list[Implementation]]] = {}
     for implementation in offered if isinstance(offered, (list, tuple)) else [offered]:
         if not isinstance(implementation, Implementation):
-            raise KernelError(f"{origin} gives a {type(implementation).__name__}; it must give an Implementation or a list of them")
+            raise KernelError(
+                f"{origin} gives a {type(implementation).__name__}; it must give an Implementation or a list of them"
+            )
         fresh.setdefault(implementation.op, {}).setdefault(implementation.source, []).append(implementation)
     for op, sources in fresh.items():
         if catalog and op not in catalog and origin != "kernels/reference.py":
             raise KernelError(f"{origin} implements the unknown op '{op}'; {_nearest(op, catalog)}")
         for source in sources:
             if source in catalog.get(op, {}):
-                raise KernelError(f"{origin} provides {op} under the source name '{source}', which is taken; give it a name of its own")
+                raise KernelError(
+                    f"{origin} provides {op} under the source name '{source}', which is taken; give it a name of its "
+                    "own"
+                )
     for op, sources in fresh.items():
         catalog.setdefault(op, {}).update(sources)
 
 
-def select(specs: Sequence[Spec], preferences: Sequence[str] = DEFAULT_PREFERENCES, pins: Mapping[str, str] | None = None) -> Selection:
+def select(
+    specs: Sequence[Spec], preferences: Sequence[str] = DEFAULT_PREFERENCES, pins: Mapping[str, str] | None = None
+) -> Selection:
     """Choose one implementation for every use.
 
-    preferences: sources in order; the first that is available for a use is taken.
-    pins: `op` or `op@module-glob` (fnmatch: `attention@layers.[0-3].*`) -> source. A glob overrides a plain `op`.
-    Raises KernelError: an unknown op or source, a pin that matches no use or whose source is unavailable, two globs that disagree
-    about one module, or a use for which no preference is available.
+    preferences: sources in order; the first that is available for a use is taken. pins: `op` or `op@module-glob`
+    (fnmatch: `attention@layers.[0-3].*`) -> source. A glob overrides a plain `op`. Raises KernelError: an unknown op or
+    source, a pin that matches no use or whose source is unavailable, two globs that disagree about one module, or a use
+    for which no preference is available.
     """
     catalog = load_catalog()
     pins = dict(pins or {})
@@ -156,7 +176,10 @@ def select(specs: Sequence[Spec], preferences: Sequence[str] = DEFAULT_PREFERENC
             groups.append(entry)
         else:
             same["modules"].append(spec.module)
-    return Selection(functions, {"preferences": list(preferences), "pins": pins, "ops": ops, "broken_plugins": catalog.broken_plugins})
+    return Selection(
+        functions,
+        {"preferences": list(preferences), "pins": pins, "ops": ops, "broken_plugins": catalog.broken_plugins},
+    )
 
 
 def table(device: str, dtype: torch.dtype) -> list[TableRow]:
@@ -177,7 +200,10 @@ def _check_names(catalog: Catalog, specs: Sequence[Spec], preferences: Sequence[
             raise KernelError(f"module '{spec.module}' uses the unknown op '{spec.op}'; {_nearest(spec.op, catalog)}")
     for source in preferences:
         if source not in sources:
-            raise KernelError(f"kernels.preferences names the unknown source '{source}'; {_nearest(source, sources)}{_broken(catalog)}")
+            raise KernelError(
+                f"kernels.preferences names the unknown source '{source}'; "
+                f"{_nearest(source, sources)}{_broken(catalog)}"
+            )
     for key, source in pins.items():
         op, _, glob = key.partition("@")
         if op not in catalog:
@@ -187,7 +213,10 @@ def _check_names(catalog: Catalog, specs: Sequence[Spec], preferences: Sequence[
             raise KernelError(f"kernels.pins '{key}' names the unknown source '{source}'; {nearest}{_broken(catalog)}")
         modules = [spec.module for spec in specs if spec.op == op]
         if not modules:
-            raise KernelError(f"kernels.pins '{key}': this model does not use {op}; it uses {', '.join(sorted({s.op for s in specs}))}")
+            raise KernelError(
+                f"kernels.pins '{key}': this model does not use {op}; it uses "
+                f"{', '.join(sorted({s.op for s in specs}))}"
+            )
         if glob and not any(fnmatchcase(module, glob) for module in modules):
             raise KernelError(f"kernels.pins '{key}' matches no module that uses {op}; {_nearest(glob, modules)}")
 
@@ -241,12 +270,15 @@ def _choose(
             continue
         for other in by_source:
             if other != source and other not in passed_over:
-                passed_over[other] = f"'{source}' is preferred" if other in preferences else "not among kernels.preferences"
+                passed_over[other] = (
+                    f"'{source}' is preferred" if other in preferences else "not among kernels.preferences"
+                )
         return usable, passed_over
     reasons = "; ".join(f"{source}: {reason}" for source, reason in passed_over.items())
     raise KernelError(
         f"no preferred kernel for {spec.op} in '{spec.module}' on {spec.device} ({reasons}); add one of "
-        f"{', '.join(source for source in by_source if source not in preferences) or 'reference'} to kernels.preferences"
+        f"{', '.join(source for source in by_source if source not in preferences) or 'reference'} to "
+        "kernels.preferences"
     )
 
 

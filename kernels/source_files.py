@@ -1,7 +1,7 @@
 """The files that a kernel is made of, and one hash over all of them, so that a record says which code computed.
 
-A kernel usually has more than its function's module: helpers, the check of its arguments, C++ sources. The closure of its imports within
-its own package is found by reading the files; what is not Python is named by `Implementation.files`.
+A kernel usually has more than its function's module: helpers, the check of its arguments, C++ sources. The closure of
+its imports within its own package is found by reading the files; what is not Python is named by `Implementation.files`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def module_of(function: Callable[..., Any]) -> str:
 
 
 def hash_files(function: Callable[..., Any], files: Iterable[Path] = ()) -> tuple[str | None, dict[str, str]]:
-    """(SHA-256 over the names and contents of all, name -> SHA-256) of the files that `function` is made of; (None, {}) for a builtin.
+    """(SHA-256 over the names and contents of all, name -> SHA-256) of the files that `function` is made of; (None, {})
+    for a builtin.
 
     Names are paths below the top folder of the function's package: "torch_ops/attention.py", "cpp_ops/attention.cpp".
     """
@@ -41,7 +42,9 @@ def hash_files(function: Callable[..., Any], files: Iterable[Path] = ()) -> tupl
     for path in sorted(paths | {Path(file).resolve() for file in files}):
         shown = path.relative_to(top).as_posix() if top is not None and path.is_relative_to(top) else path.name
         hashes[shown] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return hashlib.sha256("\n".join(f"{hashes[shown]} {shown}" for shown in sorted(hashes)).encode()).hexdigest(), hashes
+    return hashlib.sha256(
+        "\n".join(f"{hashes[shown]} {shown}" for shown in sorted(hashes)).encode()
+    ).hexdigest(), hashes
 
 
 def _root(module: str) -> str:
@@ -75,19 +78,27 @@ def _closure(module: str, root: str, top: Path) -> set[Path]:
 
 
 def _imports(path: Path, name: str) -> Iterator[str]:
-    """What a file may name as modules in its import statements, those within functions too: `from a.b import c` names a.b and a.b.c."""
+    """What a file may name as modules in its import statements, those within functions too: `from a.b import c` names
+    a.b and a.b.c.
+    """
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module or ""
+            base = (
+                importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                if node.level
+                else node.module or ""
+            )
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 def _file(module: str, root: str, top: Path) -> Path | None:
-    """The file of a module within `root`, whose folder is `top`; None for a module elsewhere, and for a name that is no module."""
+    """The file of a module within `root`, whose folder is `top`; None for a module elsewhere, and for a name that is no
+    module.
+    """
     if module != root and not module.startswith(f"{root}."):
         return None
     place = top.joinpath(*module.removeprefix(root).strip(".").split(".")) if module != root else top

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from weftrain.core.config import Recipe
 from weftrain.core.recipe_file import load_recipe
+
+
+class Helpers:
+    """Finds the helper modules that lie beside tests, by their plain names: importlib mode puts no test folder on
+    sys.path. A helper is any file below tests/ that is neither a test, a conftest nor part of a package.
+    """
+
+    PATHS = {  # noqa: RUF012  never changed
+        path.stem: path
+        for path in Path(__file__).parent.rglob("*.py")
+        if not path.name.startswith("test_") and path.name not in ("conftest.py", "__init__.py", "make.py")
+    }
+
+    @classmethod
+    def find_spec(
+        cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return importlib.util.spec_from_file_location(name, cls.PATHS[name]) if name in cls.PATHS else None
+
+
+sys.meta_path.append(Helpers)
 
 TINY = [
     "model.vocab_size=97",
@@ -24,7 +50,8 @@ TINY = [
     "batch.micro_batch_size=4",
     "schedule.steps=6",
     "precision.compute=float32",
-    "schedule.learning_rate=[{shape: linear, steps: 2, start: 0, end: 0.01}, {shape: constant, steps: 1000, start: 0.01}]",
+    "schedule.learning_rate=[{shape: linear, steps: 2, start: 0, end: 0.01}, {shape: constant, steps: 1000, start: "
+    "0.01}]",
     "checkpoint.every_steps=2",
     "log.evaluate_every_steps=0",
 ]
@@ -33,8 +60,12 @@ ROTARY = {"crystal": ["model.rotary_dim=4", "model.mup.base_hidden_size=16"], "a
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     # Here and not in tests/kernels: pytest reads options from the conftest of its root alone.
-    parser.addoption("--kernel-device", default="cpu", choices=("cpu", "cuda"), help="device that tests/kernels examines kernels on")
-    parser.addoption("--update-golden", action="store_true", help="store what is lowered now as what must not change unseen")
+    parser.addoption(
+        "--kernel-device", default="cpu", choices=("cpu", "cuda"), help="device that tests/kernels examines kernels on"
+    )
+    parser.addoption(
+        "--update-golden", action="store_true", help="store what is lowered now as what must not change unseen"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +75,9 @@ def _two_threads() -> None:
 
 @pytest.fixture
 def tiny_overrides() -> list[str]:
-    """For the command line: crystal_demo cut to 2 layers of width 48 on synthetic rows, at its own precision and learning rate."""
+    """For the command line: crystal_demo cut to 2 layers of width 48 on synthetic rows, at its own precision and
+    learning rate.
+    """
     kept = [item for item in TINY if not item.startswith(("precision.", "schedule.", "checkpoint."))]
     return [*kept, *ROTARY["crystal"], "log.tensorboard=false"]
 

@@ -1,7 +1,7 @@
 """The batch script of docs/train-on-a-cluster.md, run as it stands, with stand-ins for Slurm's programs.
 
-`srun` starts one step on this machine. `scancel` signals the processes of the step and, as Slurm does where --full or --batch is given,
-the batch shell. `scontrol requeue` is only noted.
+`srun` starts one step on this machine. `scancel` signals the processes of the step and, as Slurm does where --full or
+--batch is given, the batch shell. `scontrol requeue` is only noted.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 STAND_INS = {
     "srun": 'echo $$ > step; exec "$@"',
     "scontrol": '[ "$1" = show ] && { echo localhost; exit; }; echo "scontrol $*" >> log',
@@ -40,7 +40,9 @@ while :; do sleep 0.05; done
 
 
 def script() -> str:
-    (found,) = re.findall(r"```text\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs" / "train-on-a-cluster.md").read_text(), re.DOTALL)
+    (found,) = re.findall(
+        r"```text\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs" / "train-on-a-cluster.md").read_text(), re.DOTALL
+    )
     return str(found)
 
 
@@ -52,7 +54,12 @@ def job(folder: Path, torchrun: str, **variables: str) -> Iterator[subprocess.Po
         (programs / name).write_text(f"#!/bin/bash\n{text}\n")
         (programs / name).chmod(0o755)
     (folder / "job.sh").write_text(script())
-    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-56]"}
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n[1-56]",
+    }
     process = subprocess.Popen(["bash", "job.sh"], cwd=folder, env=environment | variables)
     (folder / "batch").write_text(str(process.pid))
     try:
@@ -106,7 +113,8 @@ def test_torchrun_and_weftrain_take_the_options_of_the_script() -> None:
     load_recipe(arguments["recipe"], arguments["overrides"], arguments["backend"])
 
 
-# The script's own torchrun line on two processes of this machine and a small model, with no option of torchrun left out.
+# The script's own torchrun line on two processes of this machine and a small model, with no option of torchrun left
+# out.
 SMALL = f"""
 arguments=("$@")
 for number in "${{!arguments[@]}}"; do
@@ -118,8 +126,18 @@ exec {shlex.quote(sys.executable)} -m torch.distributed.run "${{arguments[@]}}" 
 
 @pytest.mark.prove
 def test_the_ranks_of_the_job_save(tiny_overrides: list[str], tmp_path: Path) -> None:
-    more = ["name=r", "batch.replicas=2", "batch.micro_batch_size=1", "backend.options.device=cpu", "checkpoint.every_steps=0"]
-    more += ["schedule.steps=100000", "schedule.learning_rate=[{shape: constant, steps: 100000, start: 0.01}]", "log.every_steps=1"]
+    more = [
+        "name=r",
+        "batch.replicas=2",
+        "batch.micro_batch_size=1",
+        "backend.options.device=cpu",
+        "checkpoint.every_steps=0",
+    ]
+    more += [
+        "schedule.steps=100000",
+        "schedule.learning_rate=[{shape: constant, steps: 100000, start: 0.01}]",
+        "log.every_steps=1",
+    ]
     metrics = tmp_path / "runs" / "r" / "metrics.jsonl"
     with job(tmp_path, SMALL + shlex.join([*tiny_overrides, *more]), OMP_NUM_THREADS="1") as process:
         wait_for(lambda: metrics.exists() and metrics.read_text().count('"kind": "step"') > 3, process)

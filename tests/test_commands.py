@@ -1,7 +1,9 @@
-"""Every command that README, the pages and the Makefile show is one that exists: what tests/test_docs.py does not run is parsed here.
+"""Every command that README, the pages and the Makefile show is one that exists: what tests/test_docs.py does not run
+is parsed here.
 
-A command in a `text` block or in backticks goes through the real click command: its options, its overrides, its recipe and its backend. The
-lines of each Makefile target come from `make -n`; those that train run here, with a smaller model laid over the same lines.
+A command in a `text` block or in backticks goes through the real click command: its options, its overrides, its recipe
+and its backend. The lines of each Makefile target come from `make -n`; those that train run here, with a smaller model
+laid over the same lines.
 """
 
 from __future__ import annotations
@@ -19,18 +21,24 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from places import ROOT
 
-from weftrain.analysis import fsdp2_loop, same_state
-from weftrain.analysis.disk import DiskSpeed
+from weftrain.analysis.bench import fsdp2_loop
+from weftrain.analysis.compare import same_state
+from weftrain.analysis.machine.disk import DiskSpeed
 from weftrain.analysis.peak import Bandwidth
 from weftrain.cli.main import main
 from weftrain.cli.resolve import resolve
 from weftrain.core.errors import WeftrainError
 from weftrain.core.recipe_file import builtin_recipes
-from weftrain.core.speed import Peak
+from weftrain.core.run.speed import Peak
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "backends" / "README.md", ROOT / "kernels" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "backends" / "README.md",
+    ROOT / "kernels" / "README.md",
+]
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[0].split()
 COMMAND = re.compile(r"(time )?(weftrain|make|pytest|python -m weftrain\S*|bash|--against)( |$)")
@@ -39,7 +47,9 @@ STANDS_FOR = {"RECIPE": "crystal_demo", "S": "0", "R": "0", "F": "f", "F.png": "
 
 
 def shown(page: Path) -> Iterator[tuple[str, bool]]:
-    """Commands of a page, and whether each stands whole in a block; one in backticks may be a mention without its arguments."""
+    """Commands of a page, and whether each stands whole in a block; one in backticks may be a mention without its
+    arguments.
+    """
     text = page.read_text()
     for block in re.findall(r"```(?:bash|text)\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
@@ -80,7 +90,9 @@ def check(command: str, whole: bool) -> None:
             context = click_context(rest, whole)
             parameters = context.params
             if isinstance(recipe := parameters.get("recipe"), str) and "overrides" in parameters:
-                varied = [f"{item.split('=')[0]}={item.split('=')[1].split(',')[0]}" for item in parameters.get("vary") or ()]
+                varied = [
+                    f"{item.split('=')[0]}={item.split('=')[1].split(',')[0]}" for item in parameters.get("vary") or ()
+                ]
                 recipe = recipe if recipe in builtin_recipes() else "crystal_demo"  # a file of the reader's
                 backend = parameters.get("backend") or ("cuda" if parameters.get("devices") else None)  # as `plan` does
                 backend = "cerebras" if context.info_name == "lower" else backend
@@ -109,7 +121,7 @@ def check(command: str, whole: bool) -> None:
 
 def check_against(program: str) -> None:
     path, *words = shlex.split(program)
-    if path == "analysis/fsdp2_loop.py":
+    if path == "analysis/bench/fsdp2_loop.py":
         parameters = fsdp2_loop.main.make_context(path, words).params
         resolve(parameters["recipe"], parameters["overrides"])
     else:
@@ -141,8 +153,10 @@ def check_pytest(words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_of_a_page_is_one_that_exists(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(click.Path, "convert", lambda self, value, param, ctx: Path(value))  # files of the reader's are not here
-    monkeypatch.setattr("weftrain.backends.registry.unavailable_reason", lambda backend: None)  # none of a page has to run here
+    # files of the reader's are not here
+    monkeypatch.setattr(click.Path, "convert", lambda self, value, param, ctx: Path(value))
+    # none of a page has to run here
+    monkeypatch.setattr("weftrain.backends.common.registry.unavailable_reason", lambda backend: None)
     found = list(shown(page))
     assert found
     for command, whole in found:
@@ -162,7 +176,7 @@ def test_every_command_of_a_page_is_one_that_exists(page: Path, monkeypatch: pyt
         "weftrain train crystall_demo.steps=1 --backend cudda",
         "weftrain plan",
         "weftrain bench sweep bench_70m --vary batch.size=1,2",
-        'weftrain bench train bench_70m --against "analysis/fsdp2_loop.py bench_70m --rank 2"',
+        'weftrain bench train bench_70m --against "analysis/bench/fsdp2_loop.py bench_70m --rank 2"',
         "make crystalcoder-steps",
         "make train TRAIN_FLAG=x",
         "pytest -m proof",
@@ -175,22 +189,34 @@ def test_a_command_that_is_wrong_is_found(command: str) -> None:
         check(command, True)
 
 
-# -- the Makefile ----------------------------------------------------------------------------------------------------------------------
+# -- the Makefile
+# ----------------------------------------------------------------------------------------------------
 
 
 def lines_of(target: str, **variables: str | Path) -> list[str]:
     """The commands of a target as make would run them, without the set-up."""
-    command = ["make", "-n", "-o", ".venv/.installed", target, *(f"{name}={value}" for name, value in variables.items())]
+    command = [
+        "make",
+        "-n",
+        "-o",
+        ".venv/.installed",
+        target,
+        *(f"{name}={value}" for name, value in variables.items()),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return [line.replace(".venv/bin/", "") for line in done.stdout.replace("\\\n", " ").splitlines() if not line.startswith("make")]
+    return [
+        line.replace(".venv/bin/", "")
+        for line in done.stdout.replace("\\\n", " ").splitlines()
+        if not line.startswith("make")
+    ]
 
 
 def run_line(line: str) -> None:
     """One command of ours, in this process. A cap on memory is left out: its own test runs it."""
     words = shlex.split(line)
-    if words[:3] == ["python", "-m", "weftrain.analysis.memory_cap"]:
+    if words[:3] == ["python", "-m", "weftrain.analysis.machine.memory_cap"]:
         words = words[words.index("--") + 1 :]
-    if words[:3] == ["python", "-m", "weftrain.analysis.same_state"]:
+    if words[:3] == ["python", "-m", "weftrain.analysis.compare.same_state"]:
         assert same_state.main(words[3:]) == 0
         return
     assert words[0] == "weftrain", line
@@ -198,7 +224,10 @@ def run_line(line: str) -> None:
     assert result.exit_code == 0, f"{line}\n{result.output}"
 
 
-SMALL = "model.vocab_size=97 model.hidden_size=64 model.num_layers=2 model.num_heads=4 model.intermediate_size=70 model.rotary_dim=8"
+SMALL = (
+    "model.vocab_size=97 model.hidden_size=64 model.num_layers=2 model.num_heads=4 model.intermediate_size=70 "
+    "model.rotary_dim=8"
+)
 SMALL += " model.max_position_embeddings=32 data.sequence_length=16 precision.compute=float32 log.tensorboard=false"
 
 
@@ -208,7 +237,7 @@ def _known_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weftrain.cli.assembly.measured_matmul_peak", lambda *_: Peak(1e11, "known in tests"))
     monkeypatch.setattr("weftrain.analysis.peak.measured_matmul_peak", lambda *_: Peak(1e11, "known in tests"))
     monkeypatch.setattr("weftrain.analysis.peak.measured_bandwidth", lambda *_: Bandwidth(1e10, "known in tests"))
-    monkeypatch.setattr("weftrain.analysis.disk.measured_disk", lambda *_: DiskSpeed(1e9, 1e9, 1e9))
+    monkeypatch.setattr("weftrain.analysis.machine.disk.measured_disk", lambda *_: DiskSpeed(1e9, 1e9, 1e9))
 
 
 @pytest.mark.usefixtures("_known_speeds")
@@ -237,8 +266,14 @@ def test_make_train(tmp_path: Path) -> None:
     for source in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:20]:
         (tmp_path / f"{source.stem}.txt").write_bytes(source.read_bytes()[:20_000])
     texts = " ".join(str(path) for path in sorted(tmp_path.glob("*.txt")))
-    prep = f"{texts} --name python_stdlib --vocab-size 512 --heldout-fraction 0.2 --sequence-length 32 --output {tmp_path}/datasets"
-    train = f"--runs {tmp_path}/runs data.root={tmp_path}/datasets data.sequence_length=32 model.num_layers=1 schedule.steps=2"
+    prep = (
+        f"{texts} --name python_stdlib --vocab-size 512 --heldout-fraction 0.2 --sequence-length 32 --output "
+        f"{tmp_path}/datasets"
+    )
+    train = (
+        f"--runs {tmp_path}/runs data.root={tmp_path}/datasets data.sequence_length=32 model.num_layers=1 "
+        "schedule.steps=2"
+    )
     train += " batch.global_batch_size=2 batch.micro_batch_size=2 log.tensorboard=false"
     lines = lines_of("train", PREP_FLAGS=prep, TRAIN_FLAGS=train)
     assert len(lines) == 2
@@ -261,17 +296,26 @@ def test_make_suites(target: str) -> None:
 
 
 def test_make_help_lists_every_target() -> None:
-    done = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert [line.split(":")[0] for line in done.stdout.splitlines()] == list(re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE))
+    done = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == list(
+        re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE)
+    )
 
 
 def test_make_lint_types_and_clean() -> None:
-    """They run elsewhere, or would remove what runs this test: their programs are there, and what they remove is of ours alone."""
+    """They run elsewhere, or would remove what runs this test: their programs are there, and what they remove is of
+    ours alone.
+    """
     checkers = {shlex.split(line.split("mypy")[0] + "mypy" if "mypy" in line else line)[0] for line in lines_of("lint")}
     assert checkers == {"ruff"}
     assert all((Path(sys.executable).parent / name).exists() for name in ("ruff", "mypy", "pytest"))
     types = lines_of("types")
-    assert all(f"-p weftrain.{folder}" in types[-1] for folder in ("core", "kernels", "backends", "data_prep", "analysis", "cli"))
+    assert all(
+        f"-p weftrain.{folder}" in types[-1]
+        for folder in ("core", "kernels", "backends", "data_prep", "analysis", "cli")
+    )
     (removed,) = lines_of("clean")
     assert shlex.split(removed)[:2] == ["rm", "-rf"]
     assert not {"runs", "datasets", "reports"} & set(shlex.split(removed))
@@ -279,6 +323,16 @@ def test_make_lint_types_and_clean() -> None:
 
 def test_every_target_is_covered() -> None:
     """A new target fails here until a test above runs its lines."""
-    covered = {"crystalcoder-step", "crystalcoder-1b-step", "train", "test", "test-gpu", "prove", "soak", "prove-cerebras", "help"}
+    covered = {
+        "crystalcoder-step",
+        "crystalcoder-1b-step",
+        "train",
+        "test",
+        "test-gpu",
+        "prove",
+        "soak",
+        "prove-cerebras",
+        "help",
+    }
     covered |= {"lint", "types", "clean"}
     assert covered == set(TARGETS) == set(re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE))

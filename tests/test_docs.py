@@ -1,4 +1,5 @@
-"""Each command in the README and in docs/ is run, in the order of its page, as a reader would; only the length of a run is cut.
+"""Each command in the README and in docs/ is run, in the order of its page, as a reader would; only the length of a run
+is cut.
 
 A block marked `bash` is run; `text` blocks are output, or commands for machines and files that a test does not have.
 """
@@ -17,13 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from places import ROOT
 
 from weftrain.analysis import coordinate_check
 from weftrain.backends.cerebras import environment
 from weftrain.cli.main import VERBS, main
-from weftrain.core.speed import Peak
+from weftrain.core.run.speed import Peak
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SEVEN_BILLION = re.compile(r"\b(amber_7b|crystalcoder_7b_phase\d)\b")
 
@@ -46,8 +47,12 @@ def test_commands(page: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.cerebras
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "from-laptop-to-wafer.md"], ids=lambda page: page.name)
-def test_commands_with_the_vendors_environment(page: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "docs" / "from-laptop-to-wafer.md"], ids=lambda page: page.name
+)
+def test_commands_with_the_vendors_environment(
+    page: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if reason := environment.missing():
         pytest.skip(f"the cerebras backend cannot run here: {reason}")
     run_page(page, tmp_path, corpus, monkeypatch, vendor=True)
@@ -55,14 +60,27 @@ def test_commands_with_the_vendors_environment(page: Path, corpus: Path, tmp_pat
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """my_texts/, more_texts/, and datasets/ with texts in place of the embedded corpus, whose own preparation has tests of its own."""
+    """my_texts/, more_texts/, and datasets/ with texts in place of the embedded corpus, whose own preparation has tests
+    of its own.
+    """
     folder = tmp_path_factory.mktemp("corpus")
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     for name, chosen in (("my_texts", sources[:40]), ("more_texts", sources[40:44])):
         (folder / name).mkdir()
         for source in chosen:
             (folder / name / f"{source.stem}.txt").write_bytes(source.read_bytes()[:20_000])
-    arguments = ["--name", "python_stdlib", "--vocab-size", "512", "--heldout-fraction", "0.2", "--sequence-length", "32", "--workers", "1"]
+    arguments = [
+        "--name",
+        "python_stdlib",
+        "--vocab-size",
+        "512",
+        "--heldout-fraction",
+        "0.2",
+        "--sequence-length",
+        "32",
+        "--workers",
+        "1",
+    ]
     arguments += ["--output", str(folder / "datasets")]
     made = CliRunner().invoke(main, ["prep", str(folder / "my_texts"), *arguments])
     assert made.exit_code == 0, made.output
@@ -72,16 +90,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_page(page: Path, folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, vendor: bool) -> None:
     monkeypatch.chdir(folder)
     # A run measures the machine's matrix-multiply peak twice, a second each: no command of these pages is about that.
-    monkeypatch.setattr("weftrain.cli.assembly.measured_matmul_peak", lambda device, dtype: Peak(1e11, "known in tests"))
+    monkeypatch.setattr(
+        "weftrain.cli.assembly.measured_matmul_peak", lambda device, dtype: Peak(1e11, "known in tests")
+    )
     shutil.copytree(corpus, folder, dirs_exist_ok=True)
-    torch.set_num_threads(1)  # models are too small for more, and two threads wait for each other where the machine is busy
+    # models are too small for more, and two threads wait for each other where the machine is busy
+    torch.set_num_threads(1)
     for command in commands(page):
         words = shlex.split(command)
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
             continue
         if words[:3] == ["python", "-m", "weftrain.analysis.coordinate_check"]:
-            monkeypatch.setattr(coordinate_check, "coordinate_check", partial(coordinate_check.coordinate_check, widths=(32, 64)))
+            monkeypatch.setattr(
+                coordinate_check, "coordinate_check", partial(coordinate_check.coordinate_check, widths=(32, 64))
+            )
             coordinate_check.main(words[3:])
             continue
         if words[:2] == ["python", "-m"]:
@@ -108,7 +131,13 @@ def needs_vendor(words: list[str]) -> bool:
 def run(words: list[str]) -> Result:
     """A run of a demo is cut to one layer, short rows and, where the page does not say how many, 12 steps."""
     if words[0] == "train" and words[1].endswith("_demo") and "python_stdlib" not in words and "--run" not in words:
-        words = [*words, "data.sequence_length=32", "model.num_layers=1", "batch.global_batch_size=2", "batch.micro_batch_size=2"]
+        words = [
+            *words,
+            "data.sequence_length=32",
+            "model.num_layers=1",
+            "batch.global_batch_size=2",
+            "batch.micro_batch_size=2",
+        ]
         if not any(word.startswith("schedule.steps=") for word in words):
             words.append("schedule.steps=12")
     if words[0] == "prep" and "--workers" not in words:
@@ -117,7 +146,7 @@ def run(words: list[str]) -> Result:
 
 
 def test_readme_names_every_verb_recipe_backend_and_page() -> None:
-    from weftrain.backends.registry import find_backends
+    from weftrain.backends.common.registry import find_backends
     from weftrain.core.parameters import parameter_count
     from weftrain.core.recipe_file import builtin_recipes, load_recipe
 

@@ -1,7 +1,9 @@
-"""Files that earlier code wrote still load, verify and go on unchanged: datasets, runs, stores, releases, exports, results.
+"""Files that earlier code wrote still load, verify and go on unchanged: datasets, runs, stores, releases, exports,
+results.
 
-tests/earlier_files/make.py made them and says how. Integers, hashes and loaded tensors are compared exactly. Losses of further steps, and
-the replay of a release, are compared with a tolerance, because another CPU or another version of torch adds in another order.
+tests/earlier_files/make.py made them and says how. Integers, hashes and loaded tensors are compared exactly. Losses of
+further steps, and the replay of a release, are compared with a tolerance, because another CPU or another version of
+torch adds in another order.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
 from weftrain.core.recipe_file import load_recipe
-from weftrain.core.speed import Peak
+from weftrain.core.run.speed import Peak
 
 HERE = Path(__file__).parent / "earlier_files"
 SAME_LOSS = 1e-6  # relative: fp32 sums of a model this small, in any order
@@ -41,7 +43,9 @@ make = _load_make()
 
 @pytest.fixture(scope="module", params=sorted(path.parent.name for path in HERE.glob("*/files.tar.xz")))
 def expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """What was recorded when the files were made. They lie in the working directory, which is the whole module's: copy before a change."""
+    """What was recorded when the files were made. They lie in the working directory, which is the whole module's: copy
+    before a change.
+    """
     folder = tmp_path_factory.mktemp("earlier")
     with tarfile.open(HERE / request.param / "files.tar.xz") as kept:
         kept.extractall(folder, filter="data")
@@ -89,7 +93,13 @@ def test_checkpoints(expected: dict[str, Any]) -> None:
 
 def test_the_record_of_a_run(expected: dict[str, Any]) -> None:
     log = make.command("log", "runs/crystal")
-    for words in ("recipe changed", "resume from", "rolled back", "on branch 1: the loss of step 3 looked odd", "(left)"):
+    for words in (
+        "recipe changed",
+        "resume from",
+        "rolled back",
+        "on branch 1: the loss of step 3 looked odd",
+        "(left)",
+    ):
         assert words in log
     root = expected["checkpoints"]["runs/crystal/checkpoints/step_00000004"]["root"]
     assert f"checkpoint {root[:12]}" in log
@@ -107,7 +117,9 @@ def test_a_run_goes_on_as_it_would_have(expected: dict[str, Any], run: str) -> N
 def test_a_release(expected: dict[str, Any]) -> None:
     pytest.importorskip("cryptography")
     release = expected["release"]
-    assert f"root {release['root']}, signed by {release['signed_by']}" in make.command("verify", "release", "--key", release["signed_by"])
+    assert f"root {release['root']}, signed by {release['signed_by']}" in make.command(
+        "verify", "release", "--key", release["signed_by"]
+    )
     replayed = make.command("replay", "release")  # fails where a link is further off than its tolerance
     assert "different" not in replayed
 
@@ -126,12 +138,19 @@ def test_model_zoo_files(expected: dict[str, Any], tmp_path: Path) -> None:
     recipe = "runs/crystal/recipe.yaml"
     make.command("convert", "checkpoint-to-cerebras", "runs/crystal", tmp_path / "again.mdl")
     assert (tmp_path / "again.mdl").read_bytes() == Path("modelzoo/step_4.mdl").read_bytes()
-    make.command("convert", "checkpoint-from-cerebras", "modelzoo/step_4.mdl", recipe, "--runs", tmp_path, "--run", "back")
+    make.command(
+        "convert", "checkpoint-from-cerebras", "modelzoo/step_4.mdl", recipe, "--runs", tmp_path, "--run", "back"
+    )
     back, ours = newest(str(tmp_path / "back")), newest("runs/crystal")
     assert (back.step, back.optimizer_updates) == (ours.step, ours.optimizer_updates)
     assert same_tensors(back, ours)
-    assert make.command("convert", "params-from-recipe", recipe, "data.chunks=null") == Path("modelzoo/params.yaml").read_text()
-    printed = make.command("convert", "recipe-from-params", "modelzoo/params.yaml", "--name", "back", "--micro-batch-size", "2")
+    assert (
+        make.command("convert", "params-from-recipe", recipe, "data.chunks=null")
+        == Path("modelzoo/params.yaml").read_text()
+    )
+    printed = make.command(
+        "convert", "recipe-from-params", "modelzoo/params.yaml", "--name", "back", "--micro-batch-size", "2"
+    )
     (tmp_path / "back.yaml").write_text(printed)
     converted, trained = load_recipe(str(tmp_path / "back.yaml")).recipe, load_recipe(recipe).recipe
     for section in ("model", "optimizer", "batch"):

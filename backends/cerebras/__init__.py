@@ -1,11 +1,12 @@
 """The Cerebras backend: the recipe's whole step for the vendor's compiler, in the vendor's own environment.
 
-Three levels, named honestly. *Lower*: the compiler's front end, with no cluster (`weftrain lower`, lowering.py); it runs here and in CI.
-*Compile* and *train* on a system: written to the vendor's API and run only as far as one gets without a cluster. `target: cpu` runs the
-same training script on the vendor's CPU backend, in fp32: it shows that the script trains, and nothing about speed.
+Three levels, named honestly. *Lower*: the compiler's front end, with no cluster (`weftrain lower`, lowering.py); it
+runs here and in CI. *Compile* and *train* on a system: written to the vendor's API and run only as far as one gets
+without a cluster. `target: cpu` runs the same training script on the vendor's CPU backend, in fp32: it shows that the
+script trains, and nothing about speed.
 
-What a reader would get wrong: weights and optimizer live in another process, and on a system in another building. State is handed out only
-at the steps that the plan named before step one.
+What a reader would get wrong: weights and optimizer live in another process, and on a system in another building. State
+is handed out only at the steps that the plan named before step one.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from weftrain.backends.cerebras.job import Job as WorkerJob
 from weftrain.backends.cerebras.job import save_state
 from weftrain.backends.cerebras.process import ROOT, Worker
 from weftrain.backends.cerebras.program import check_mask
-from weftrain.backends.shared import LossScale, PlainBackend, check_state, refuse_numerics
+from weftrain.backends.common.step import LossScale, PlainBackend, check_state, refuse_numerics
 from weftrain.core import checkpoint as checkpoints  # this package has a module of that name
-from weftrain.core import fsops
 from weftrain.core.backend import (
     Batch,
     BatchSource,
@@ -44,10 +44,11 @@ from weftrain.core.backend import (
 from weftrain.core.config import PositiveInt, Recipe, Section
 from weftrain.core.data import training_source
 from weftrain.core.errors import BackendError, NonFiniteError
+from weftrain.core.formats import fsops
+from weftrain.core.formats.plain_file import real_path
 from weftrain.core.model import kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.parameters import parameter_specs
-from weftrain.core.plain_file import real_path
 from weftrain.kernels import select
 
 NOT_RUN = "written to the vendor's API and never run on a system"
@@ -71,38 +72,52 @@ class CerebrasOptions(Section):
     def _none(cls, value: str) -> str:
         if value != "none":
             raise ValueError(
-                "torch.utils.checkpoint cannot be traced, and what to recompute is the system's compiler's choice: leave it out"
+                "torch.utils.checkpoint cannot be traced, and what to recompute is the system's compiler's choice: "
+                "leave it out"
             )
         return value
 
 
 def check_expressible(recipe: Recipe, options: CerebrasOptions) -> None:
-    """Raises BackendError for a recipe that the vendor's package cannot be asked to run, with the key and what to set instead."""
+    """Raises BackendError for a recipe that the vendor's package cannot be asked to run, with the key and what to set
+    instead.
+    """
     for key, source in recipe.kernels.pins.items():
         if source != "reference":
             raise BackendError(
-                f"kernels.pins '{key}' = '{source}': a system runs what its compiler makes of the traced ops, so only the source "
+                f"kernels.pins '{key}' = '{source}': a system runs what its compiler makes of the traced ops, so only "
+                "the source "
                 "'reference' is one there: remove the pin"
             )
     refuse_numerics(recipe, "cerebras", "reduces as the system does")
     if "reference" not in recipe.kernels.preferences:
-        raise BackendError("kernels.preferences: the compiler traces the reference ops, which are not among them: add 'reference'")
+        raise BackendError(
+            "kernels.preferences: the compiler traces the reference ops, which are not among them: add 'reference'"
+        )
     if recipe.data.document_attention:
         raise BackendError(
-            "data.document_attention: the training script hands the system ids and labels, and no document boundaries: set it to false"
+            "data.document_attention: the training script hands the system ids and labels, and no document boundaries: "
+            "set it to false"
         )
     if recipe.optimizer.non_finite == "skip":
-        raise BackendError("optimizer.non_finite: a step that is traced cannot be skipped by what came out of it: set it to halt")
+        raise BackendError(
+            "optimizer.non_finite: a step that is traced cannot be skipped by what came out of it: set it to halt"
+        )
     if options.target == "cpu":
         if recipe.precision.compute != "float32":
-            raise BackendError("the vendor's CPU backend casts nothing: set precision.compute=float32 with backend.options.target=cpu")
+            raise BackendError(
+                "the vendor's CPU backend casts nothing: set precision.compute=float32 with backend.options.target=cpu"
+            )
         if recipe.batch.replicas != 1:
             raise BackendError(
-                f"batch.replicas is {recipe.batch.replicas} and the vendor's CPU backend is one process: set batch.replicas=1"
+                f"batch.replicas is {recipe.batch.replicas} and the vendor's CPU backend is one process: set "
+                "batch.replicas=1"
             )
 
 
-def worker_job(recipe: Recipe, options: CerebrasOptions, mode: Literal["validate", "compile", "train"]) -> Callable[[Path], WorkerJob]:
+def worker_job(
+    recipe: Recipe, options: CerebrasOptions, mode: Literal["validate", "compile", "train"]
+) -> Callable[[Path], WorkerJob]:
     """The worker's job but for the folder it works in. Raises BackendError for a recipe that cannot be expressed."""
     check_expressible(recipe, options)
     root = str(real_path(recipe.data.root))  # the worker is started elsewhere
@@ -140,7 +155,8 @@ class CerebrasRun:
         specs = kernel_specs(job.recipe.model, "csx", torch.float32)
         self._kernels = select(specs, ["reference"]).manifest
         self._scratch = tempfile.TemporaryDirectory(prefix="weftrain-cerebras-")
-        folder = Path(self._scratch.name) if job.folder is None else real_path(job.folder) / "cerebras"  # the worker is started in it
+        # the worker is started in it
+        folder = Path(self._scratch.name) if job.folder is None else real_path(job.folder) / "cerebras"
         if folder.exists():
             fsops.remove_tree(folder)  # of an earlier process: its executors' artifacts; state is in checkpoints
         self._folder, self._step, self._busy = folder, job.plan.start_step, False
@@ -154,23 +170,30 @@ class CerebrasRun:
             self.import_state(State(job.plan.start_step, 0, {**zeros, **weights}))
 
     def train(self, source: BatchSource) -> Iterator[StepResult]:
-        """See Run.train. On a system a result comes only for the steps that the plan wants to see, and counts the tokens since the last.
+        """See Run.train. On a system a result comes only for the steps that the plan wants to see, and counts the
+        tokens since the last.
 
-        The rows are read by the worker, or on a system by the cluster's input workers, from the recipe's own data. Raises BackendError
-        for a source that is not the recipe's.
+        The rows are read by the worker, or on a system by the cluster's input workers, from the recipe's own data.
+        Raises BackendError for a source that is not the recipe's.
         """
         recipe, plan = self._recipe, self._plan
         wanted = training_source(recipe).dataset_id
         if source.dataset_id != wanted:
-            raise BackendError(f"the worker reads the recipe's data ({wanted[:16]}) and was handed other ({source.dataset_id[:16]})")
+            raise BackendError(
+                f"the worker reads the recipe's data ({wanted[:16]}) and was handed other ({source.dataset_id[:16]})"
+            )
         if self._step < plan.last_step:  # later rows are checked where they are read
-            check_mask(source.rows(self._step, 0, recipe.batch.global_batch_size), self._step, recipe.objective.normalizer)
+            check_mask(
+                source.rows(self._step, 0, recipe.batch.global_batch_size), self._step, recipe.objective.normalizer
+            )
         every = 1 if self._options.target == "cpu" else plan.log_every_steps
         while self._step < plan.last_step:
             first, seen = self._step, self._step
             count = 1 if self._options.target == "cpu" else _next_look(plan, first) - first
             self._busy = True
-            for event in self._worker_events("train", source, first, count=count, every=min(every, count), dataset_id=wanted):
+            for event in self._worker_events(
+                "train", source, first, count=count, every=min(every, count), dataset_id=wanted
+            ):
                 if event["event"] != "step":
                     break
                 completed = event["step"] + 1
@@ -180,7 +203,8 @@ class CerebrasRun:
                 if not np.isfinite([loss, event["grad_norm"]]).all():
                     why = "" if bearing else " (no token of the global batch bears a loss)"
                     raise NonFiniteError(
-                        f"step {event['step']}: loss {loss}{why}, gradient norm {event['grad_norm']}: a system makes the update before "
+                        f"step {event['step']}: loss {loss}{why}, gradient norm {event['grad_norm']}: a system makes "
+                        "the update before "
                         "anybody can look; go back to the newest checkpoint"
                     )
                 self._step = completed
@@ -207,12 +231,19 @@ class CerebrasRun:
             pass
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
-        raise BackendError("a system hands out no gradients; the oracle (tests/backends/cerebras) compares them through the first moments")
+        raise BackendError(
+            "a system hands out no gradients; the oracle (tests/backends/cerebras) compares them through the first "
+            "moments"
+        )
 
     def evaluate(self, source: EvaluationSource) -> EvalResult:
         self._check_idle("evaluate")
         batch = source.rows(0, source.num_rows)
-        mask = np.ones((source.num_rows, source.sequence_length), dtype=np.bool_) if batch.loss_mask is None else batch.loss_mask
+        mask = (
+            np.ones((source.num_rows, source.sequence_length), dtype=np.bool_)
+            if batch.loss_mask is None
+            else batch.loss_mask
+        )
         folder = self._folder / "rows"
         tensors = {"ids": torch.from_numpy(batch.ids), "mask": torch.from_numpy(mask)}
         event = self._worker.one("evaluate", path=str(save_state(folder, State(0, 0, tensors))))
@@ -264,7 +295,9 @@ class CerebrasRun:
 
 def _next_look(plan: Plan, step: int) -> int:
     """The next number of completed steps at which somebody wants more than a log line."""
-    looks = (done for done in range(step + 1, plan.last_step + 1) if plan.wants_state(done) or plan.wants_evaluation(done))
+    looks = (
+        done for done in range(step + 1, plan.last_step + 1) if plan.wants_state(done) or plan.wants_evaluation(done)
+    )
     return next(looks, plan.last_step)
 
 
@@ -272,7 +305,9 @@ class CerebrasBackend(PlainBackend):
     name = "cerebras"
     summary = "the vendor's compiler and systems, from an environment of its own; `weftrain lower` needs no cluster"
     options = CerebrasOptions
-    portable_options = frozenset({"target", "execution_strategy", "micro_batch", "precision_level", "activation_checkpointing"})
+    portable_options = frozenset(
+        {"target", "execution_strategy", "micro_batch", "precision_level", "activation_checkpointing"}
+    )
     trains = False  # not by gradients that anybody could ask for, which is what the conformance suite compares
 
     def unavailable(self) -> str | None:
@@ -286,13 +321,17 @@ class CerebrasBackend(PlainBackend):
         check_expressible(job.recipe, options)
         if options.target == "csx" and job.plan.evaluate_every_steps:
             raise BackendError(
-                "log.evaluate_every_steps: on a system evaluation needs a trace of its own, which is not written: set it to 0 and run "
+                "log.evaluate_every_steps: on a system evaluation needs a trace of its own, which is not written: set "
+                "it to 0 and run "
                 "`weftrain eval RUN --backend local` on the checkpoints"
             )
         return CerebrasRun(job, options)
 
     def outline(self, recipe: Recipe, options: Section) -> list[str]:
-        return [f"cerebras     `weftrain lower {recipe.name}` lowers this step with the vendor's compiler and reports what came of it"]
+        return [
+            f"cerebras     `weftrain lower {recipe.name}` lowers this step with the vendor's compiler and reports what "
+            "came of it"
+        ]
 
     def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
         return None  # only the vendor's cluster compiler knows

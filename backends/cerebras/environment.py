@@ -1,8 +1,8 @@
 """The environment in which the vendor's package lives: where it is, whether it is whole, and how it is made.
 
-What a reader would get wrong: it is not this process's environment and cannot be. The package pins CPython 3.11, torch 2.4.0 and numpy
-1.25.0, so it gets a virtual environment of its own in the user's cache folder, named by a hash of the pins: other pins, another folder. A
-marker file is written last; a folder without it was interrupted and is made anew.
+What a reader would get wrong: it is not this process's environment and cannot be. The package pins CPython 3.11, torch
+2.4.0 and numpy 1.25.0, so it gets a virtual environment of its own in the user's cache folder, named by a hash of the
+pins: other pins, another folder. A marker file is written last; a folder without it was interrupted and is made anew.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
-from weftrain.core import fsops
 from weftrain.core.errors import BackendError
+from weftrain.core.formats import fsops
 
-PYTHON_VARIABLE = "WEFTRAIN_CEREBRAS_PYTHON"  # the Python of an environment that is there already, on a cluster's user node for instance
+# the Python of an environment that is there already, on a cluster's user node for instance
+PYTHON_VARIABLE = "WEFTRAIN_CEREBRAS_PYTHON"
 PYTHON_VERSION = (3, 11)
 NEEDED_BYTES = 8 << 30  # 5.3 GB installed, and the downloads beside it
 SETUP_COMMAND = "weftrain backends setup cerebras"
@@ -50,14 +51,23 @@ def environment_folder() -> Path:
 
 
 def missing() -> str | None:
-    """None, or what is missing and the command that mends it. Looks at files only; what the environment holds is asked of the worker."""
+    """None, or what is missing and the command that mends it. Looks at files only; what the environment holds is asked
+    of the worker.
+    """
     named = os.environ.get(PYTHON_VARIABLE)
     if named is not None:
-        return None if os.access(named, os.X_OK) else f"{PYTHON_VARIABLE}={named} is no program that can be run: correct it, or unset it"
+        return (
+            None
+            if os.access(named, os.X_OK)
+            else f"{PYTHON_VARIABLE}={named} is no program that can be run: correct it, or unset it"
+        )
     folder = environment_folder()
     if not (folder / _MARKER).is_file():
         state = "was not made to the end" if folder.exists() else "is not there"
-        return f"its own environment (cerebras-pytorch {pinned('cerebras-pytorch')}, 5.3 GB) {state}: run `{SETUP_COMMAND}`"
+        return (
+            f"its own environment (cerebras-pytorch {pinned('cerebras-pytorch')}, 5.3 GB) {state}: run "
+            f"`{SETUP_COMMAND}`"
+        )
     if not os.access(folder / "bin" / "python", os.X_OK):
         return f"{folder}: its Python is gone: remove the folder and run `{SETUP_COMMAND}`"
     return None
@@ -81,7 +91,9 @@ def find_python_3_11(candidates: tuple[str, ...] = (sys.executable, "python3.11"
             continue
         ask = "import platform, sys; print(platform.python_implementation(), *sys.version_info[:2])"
         try:
-            answer = subprocess.run([path, "-I", "-c", ask], capture_output=True, text=True, check=False, timeout=30).stdout.split()
+            answer = subprocess.run(
+                [path, "-I", "-c", ask], capture_output=True, text=True, check=False, timeout=30
+            ).stdout.split()
         except (OSError, subprocess.TimeoutExpired):
             continue
         if answer == ["CPython", *map(str, PYTHON_VERSION)]:
@@ -96,19 +108,22 @@ def find_python_3_11(candidates: tuple[str, ...] = (sys.executable, "python3.11"
 def make(progress: Progress, interpreter: Path | None = None) -> Path:
     """Make the environment where it is not there, and return its Python.
 
-    progress: told what is being installed and the share that is done. Raises BackendError: another process makes it, no Python 3.11, no
-    room, a package that cannot be had; what was half made is not taken for whole, then or later.
+    progress: told what is being installed and the share that is done. Raises BackendError: another process makes it, no
+    Python 3.11, no room, a package that cannot be had; what was half made is not taken for whole, then or later.
     """
     folder = environment_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_suffix(".lock"), folder):
         if missing() is None and PYTHON_VARIABLE not in os.environ:
             return folder / "bin" / "python"
-        base = find_python_3_11(() if interpreter is None else (str(interpreter),)) if interpreter else find_python_3_11()
+        base = (
+            find_python_3_11(() if interpreter is None else (str(interpreter),)) if interpreter else find_python_3_11()
+        )
         free = fsops.free_bytes(folder.parent)
         if free < NEEDED_BYTES:
             raise BackendError(
-                f"{folder.parent}: {free / 1e9:.1f} GB are free and the environment needs {NEEDED_BYTES / 1e9:.1f} GB while it is made: "
+                f"{folder.parent}: {free / 1e9:.1f} GB are free and the environment needs {NEEDED_BYTES / 1e9:.1f} GB "
+                "while it is made: "
                 "free some, or set XDG_CACHE_HOME to a folder on another disk"
             )
         if folder.exists():
@@ -128,7 +143,16 @@ def make(progress: Progress, interpreter: Path | None = None) -> Path:
 
         wanted = folder / "requirements.txt"
         wanted.write_text(pins())
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+        pip = [
+            str(folder / "bin" / "python"),
+            "-m",
+            "pip",
+            "install",
+            "--disable-pip-version-check",
+            "--no-input",
+            "--progress-bar",
+            "off",
+        ]
         _run([*pip, "--no-deps", "--requirement", str(wanted)], log, "a", watch)
         progress("done", 1.0)
         fsops.write_bytes(folder / _MARKER, json.dumps({"cerebras_pytorch": pinned("cerebras-pytorch")}).encode())
@@ -136,9 +160,14 @@ def make(progress: Progress, interpreter: Path | None = None) -> Path:
 
 
 def _run(command: list[str], log: Path, mode: str, watch: Callable[[str], None]) -> None:
-    """Run a command with its output in `log`, line by line shown to `watch`. Raises BackendError with its last words."""
+    """Run a command with its output in `log`, line by line shown to `watch`. Raises BackendError with its last
+    words.
+    """
     last = ""
-    with log.open(mode) as record, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with (
+        log.open(mode) as record,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+    ):
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -149,7 +178,10 @@ def _run(command: list[str], log: Path, mode: str, watch: Callable[[str], None])
             process.kill()
             raise
     if process.returncode:
-        raise BackendError(f"{' '.join(command[1:4])} failed: {last[:300]}; the whole output is in {log}; then run `{SETUP_COMMAND}` again")
+        raise BackendError(
+            f"{' '.join(command[1:4])} failed: {last[:300]}; the whole output is in {log}; then run `{SETUP_COMMAND}` "
+            "again"
+        )
 
 
 @contextmanager
@@ -158,5 +190,7 @@ def _locked(path: Path, folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BackendError(f"{folder}: another process is making this environment: wait for it, and run the command again") from None
+            raise BackendError(
+                f"{folder}: another process is making this environment: wait for it, and run the command again"
+            ) from None
         yield

@@ -1,8 +1,10 @@
-"""What is sent to the worker and what comes back: one JSON object a line, each with the same few fields, checked on both sides.
+"""What is sent to the worker and what comes back: one JSON object a line, each with the same few fields, checked on
+both sides.
 
-The first line to the worker is the job; then commands, one at a time. Each command is answered by events, the last of which ends it
-(`ENDS`). What a reader would get wrong: nothing else crosses. No pickle, no tensor in JSON: held-out rows and state
-go through folders in the checkpoint format, and the vendor's own chatter goes to a log, never into this stream.
+The first line to the worker is the job; then commands, one at a time. Each command is answered by events, the last of
+which ends it (`ENDS`). What a reader would get wrong: nothing else crosses. No pickle, no tensor in JSON: held-out rows
+and state go through folders in the checkpoint format, and the vendor's own chatter goes to a log, never into this
+stream.
 """
 
 from __future__ import annotations
@@ -58,5 +60,7 @@ def decode(line: str, origin: str) -> dict[str, Any]:
 
 def save_state(folder: Path, state: State) -> Path:
     """A state on its way between the two processes: a checkpoint whose record says nothing but the step."""
-    info = checkpoint.save(folder, state, recipe={}, dataset_id="", fingerprint={}, tokens=0, position=0, parent=None, kernels={})
+    info = checkpoint.save(
+        folder, state, recipe={}, dataset_id="", fingerprint={}, tokens=0, position=0, parent=None, kernels={}
+    )
     return info.path

@@ -1,7 +1,9 @@
-"""The other process: starts the worker in the vendor's environment, speaks with it, and never waits for it without an end.
+"""The other process: starts the worker in the vendor's environment, speaks with it, and never waits for it without an
+end.
 
-What a reader would get wrong: the vendor's packages write to stdout and stderr as they like, so both go to a log file and events have a
-pipe of their own. A worker that dies, or says nothing for too long, is an error of one line that names the log.
+What a reader would get wrong: the vendor's packages write to stdout and stderr as they like, so both go to a log file
+and events have a pipe of their own. A worker that dies, or says nothing for too long, is an error of one line that
+names the log.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from typing import Any
 
 from weftrain.backends.cerebras import environment
 from weftrain.backends.cerebras.job import ENDS, Job, decode, encode
-from weftrain.core import fsops
 from weftrain.core.errors import BackendError, NonFiniteError
+from weftrain.core.formats import fsops
 
 ROOT = Path(__file__).resolve().parents[2]  # holds core/, kernels/ and backends/, in a checkout and installed
 WORKER = Path(__file__).with_name("worker.py")
@@ -28,7 +30,9 @@ LOG = "vendor.log"
 
 
 class WorkerError(BackendError):
-    """What the worker could not do. frames: lines of weftrain's own source that the failure passed through, innermost first."""
+    """What the worker could not do. frames: lines of weftrain's own source that the failure passed through, innermost
+    first.
+    """
 
     def __init__(self, message: str, kind: str = "", frames: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -40,7 +44,14 @@ class NoClusterError(WorkerError):
 
 
 # Exceptions of the vendor's packages that say so, by name: its configuration, its gRPC calls, its name resolution.
-_NO_CLUSTER = ("ClusterConfigError", "InactiveRpcError", "RpcError", "ApplianceClientException", "ConnectionError", "gaierror")
+_NO_CLUSTER = (
+    "ClusterConfigError",
+    "InactiveRpcError",
+    "RpcError",
+    "ApplianceClientException",
+    "ConnectionError",
+    "gaierror",
+)
 
 
 class Worker:
@@ -80,7 +91,9 @@ class Worker:
         return last
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Events until one that ends a command. Raises WorkerError for a failure, a death or a silence; NonFiniteError as the run's."""
+        """Events until one that ends a command. Raises WorkerError for a failure, a death or a silence; NonFiniteError
+        as the run's.
+        """
         while True:
             event = decode(self._line(), "the worker")
             if event["event"] == "failed":
@@ -105,7 +118,9 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             self._kill()
         self.close()
@@ -131,7 +146,8 @@ class Worker:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     self._kill()
                     raise WorkerError(
-                        f"the worker said nothing for {self.silence_s:g} s and was ended; what it printed is in {self.log}; "
+                        f"the worker said nothing for {self.silence_s:g} s and was ended; what it printed is in "
+                        f"{self.log}; "
                         "raise backend.options.silence_s if the machine is slow"
                     )
                 part = os.read(self._events, 1 << 16)
@@ -157,7 +173,8 @@ class Worker:
             raise NonFiniteError(message)
         if any(name in str(event.get("kind")) for name in _NO_CLUSTER):
             raise NoClusterError(
-                f"a Cerebras cluster is needed for this and none was reached ({_first_line(message)}): on a cluster's user node set "
+                f"a Cerebras cluster is needed for this and none was reached ({_first_line(message)}): on a cluster's "
+                "user node set "
                 "backend.options.management_address, or use its configuration file; `weftrain lower` needs none"
             )
         raise WorkerError(message, str(event.get("kind", "")), frames)

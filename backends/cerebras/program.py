@@ -1,7 +1,9 @@
-"""The training script for the vendor's package: runs in its environment only, the same for its CPU backend, its compiler and its systems.
+"""The training script for the vendor's package: runs in its environment only, the same for its CPU backend, its
+compiler and its systems.
 
-What a reader would get wrong: on a system `step` is traced once and never runs in Python. So it has no condition on a value, its loss is
-the global batch's, which is traced at the global batch size however many systems share it, and what is to be seen comes out of a closure.
+What a reader would get wrong: on a system `step` is traced once and never runs in Python. So it has no condition on a
+value, its loss is the global batch's, which is traced at the global batch size however many systems share it, and what
+is to be seen comes out of a closure.
 """
 
 from __future__ import annotations
@@ -18,18 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from weftrain.backends.cerebras.checkpoint import beta_power
 from weftrain.backends.cerebras.job import Job, save_state
 from weftrain.core import checkpoint
 from weftrain.core.backend import Batch, BatchSource, State
 from weftrain.core.config import Recipe, Segment
 from weftrain.core.data import training_source
 from weftrain.core.errors import BackendError, DataError, NonFiniteError
-from weftrain.core.host_memory import peak_resident_bytes
 from weftrain.core.model import Decoder, draw, kernel_specs
-from weftrain.core.optim import parameter_groups
+from weftrain.core.optim import beta_power, parameter_groups
 from weftrain.core.parameters import parameter_specs
 from weftrain.kernels import Selection, reference
+from weftrain.kernels.host_memory import peak_resident_bytes
 
 Send = Callable[..., None]
 IGNORED_LABEL = -100
@@ -43,13 +44,15 @@ def run(job_line: str, commands: Iterator[Mapping[str, Any]], send: Send) -> Non
         import cerebras.pytorch as cstorch
     except ImportError as error:
         raise BackendError(
-            f"{sys.executable}: no cerebras-pytorch that can be imported ({error}): run `weftrain backends setup cerebras`, or correct "
+            f"{sys.executable}: no cerebras-pytorch that can be imported ({error}): run `weftrain backends setup "
+            "cerebras`, or correct "
             "WEFTRAIN_CEREBRAS_PYTHON"
         ) from error
 
     if cstorch.__version__ != job.vendor_version:
         raise BackendError(
-            f"this environment holds cerebras-pytorch {cstorch.__version__} and {job.vendor_version} is wanted: make it anew"
+            f"this environment holds cerebras-pytorch {cstorch.__version__} and {job.vendor_version} is wanted: make "
+            "it anew"
         )
     program = Program(job, cstorch, send)
     send("ready", vendor=cstorch.__version__, torch=torch.__version__, parameters=program.parameter_names)
@@ -92,7 +95,9 @@ class Program:
         self.compiled = cstorch.compile(self.model, self.backend)
         self.optimizer = self._optimizer()
         self.scheduler = self._scheduler()
-        self.parameter_names = [name for group in parameter_groups(recipe.model, recipe.optimizer) for name in group.parameters]
+        self.parameter_names = [
+            name for group in parameter_groups(recipe.model, recipe.optimizer) for name in group.parameters
+        ]
         self.step_count = self.skipped = 0
         self._handed_out_at = 0.0
         self._executor: Any = None
@@ -132,7 +137,11 @@ class Program:
             }
             for group in parameter_groups(self.recipe.model, config)
         ]
-        kind = self.cs.optim.AdamW if config.eps_placement == "before_bias_correction" else _adamw_after_correction(self.cs)
+        kind = (
+            self.cs.optim.AdamW
+            if config.eps_placement == "before_bias_correction"
+            else _adamw_after_correction(self.cs)
+        )
         return kind(groups, lr=1.0, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=0.0)
 
     def _scheduler(self) -> Any:
@@ -152,7 +161,8 @@ class Program:
             whole = lr_scheduler.SequentialLR(optimizer, pieces, milestones)
         return lr_scheduler.ScalePerParamLR(optimizer, whole)
 
-    # -- one step --------------------------------------------------------------------------------------------------------------------
+    # -- one step
+    # ----------------------------------------------------------------------------------------------------
 
     def step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """ids, labels int32 [global batch, T] -> mean loss and gradient norm before clipping. Traced on a system."""
@@ -181,7 +191,11 @@ class Program:
         traced = self.cs.trace(self.step)
         for batch in self.cs.utils.data.DataExecutor(loader, num_steps=1):
             self._hand_out(*traced(batch))
-        self.send("lowered" if self.job.mode == "validate" else "compiled", seconds=time.perf_counter() - start, peak_bytes=_peak_bytes())
+        self.send(
+            "lowered" if self.job.mode == "validate" else "compiled",
+            seconds=time.perf_counter() - start,
+            peak_bytes=_peak_bytes(),
+        )
 
     def _hand_out(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
         """Have loss and norm come out of the step under these names, at the steps that were asked for."""
@@ -196,13 +210,18 @@ class Program:
 
         report(loss, norm)
 
-    # -- a run -----------------------------------------------------------------------------------------------------------------------
+    # -- a run
+    # ----------------------------------------------------------------------------------------------------
 
     def train(self, command: Mapping[str, Any]) -> None:
-        """`count` steps from where the state stands; loss and norm of every `every`-th, and of the last, come back as events."""
+        """`count` steps from where the state stands; loss and norm of every `every`-th, and of the last, come back as
+        events.
+        """
         data = self.cs.utils.data
         loader = data.DataLoader(training_rows, self.recipe.model_dump_json(), command["dataset_id"], self.step_count)
-        self._executor = data.DataExecutor(loader, num_steps=command["count"], activation_steps=command["every"], checkpoint_steps=0)
+        self._executor = data.DataExecutor(
+            loader, num_steps=command["count"], activation_steps=command["every"], checkpoint_steps=0
+        )
         traced = self.cs.trace(self.step)
         self._handed_out_at = time.perf_counter()
         for batch in self._executor:
@@ -215,7 +234,8 @@ class Program:
         """Mean loss over the tokens of the rows in a folder: ids int64 [rows, T + 1] and mask bool [rows, T]."""
         if self.job.target != "cpu":
             raise BackendError(
-                "a system needs a trace of its own for evaluation, which is not written: run `weftrain eval RUN --backend local`"
+                "a system needs a trace of its own for evaluation, which is not written: run `weftrain eval RUN "
+                "--backend local`"
             )
         rows, _ = checkpoint.load(Path(command["path"]))
         ids, mask = (rows.tensors[name].numpy() for name in ("ids", "mask"))
@@ -230,7 +250,11 @@ class Program:
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state[parameter]
-            tensors |= {f"weights/{name}": parameter, f"exp_avg/{name}": state["exp_avg"], f"exp_avg_sq/{name}": state["exp_avg_sq"]}
+            tensors |= {
+                f"weights/{name}": parameter,
+                f"exp_avg/{name}": state["exp_avg"],
+                f"exp_avg_sq/{name}": state["exp_avg_sq"],
+            }
         held = {name: tensor.detach().to("cpu") for name, tensor in tensors.items()}
         saved = save_state(path, State(self.step_count, self.step_count - self.skipped, held))
         self.send("exported", path=str(saved))
@@ -272,7 +296,12 @@ def _peak_bytes() -> int:
 
 def _zeros(shape: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """One batch of the right shape, in memory of one row: a front end that only traces never reads it."""
-    return [(torch.zeros(1, shape[1], dtype=torch.int32).expand(shape), torch.zeros(1, shape[1], dtype=torch.int32).expand(shape))]
+    return [
+        (
+            torch.zeros(1, shape[1], dtype=torch.int32).expand(shape),
+            torch.zeros(1, shape[1], dtype=torch.int32).expand(shape),
+        )
+    ]
 
 
 def to_inputs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -287,15 +316,18 @@ def check_mask(batch: Batch, step: int, normalizer: str) -> None:
     """Raises BackendError for rows with a loss mask where the recipe wants the loss divided by bearing tokens."""
     if normalizer == "bearing_tokens" and batch.bearing_tokens != batch.ids[:, 1:].size:
         raise BackendError(
-            f"step {step}: objective.normalizer is bearing_tokens and rows of this step have a loss mask: the traced step divides by a "
+            f"step {step}: objective.normalizer is bearing_tokens and rows of this step have a loss mask: the traced "
+            "step divides by a "
             "constant, all positions: set objective.normalizer=all_positions, or use another backend"
         )
 
 
 class _Rows(torch.utils.data.IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Batch after batch from step `first` on: all rows on the user's node, this task's share where a task feeds a system.
+    """Batch after batch from step `first` on: all rows on the user's node, this task's share where a task feeds a
+    system.
 
-    Raises BackendError for a loss mask that the traced step's divisor would not follow, NonFiniteError for a batch that bears no loss.
+    Raises BackendError for a loss mask that the traced step's divisor would not follow, NonFiniteError for a batch that
+    bears no loss.
     """
 
     def __init__(self, source: BatchSource, first: int, normalizer: str) -> None:
@@ -315,16 +347,23 @@ class _Rows(torch.utils.data.IterableDataset[tuple[torch.Tensor, torch.Tensor]])
 
 
 def training_rows(recipe: str, dataset_id: str, first: int) -> Any:
-    """The vendor's `input_fn`: a torch DataLoader over the recipe's own order. Raises DataError where the data is not the job's."""
+    """The vendor's `input_fn`: a torch DataLoader over the recipe's own order. Raises DataError where the data is not
+    the job's.
+    """
     checked = Recipe.model_validate_json(recipe)
     source = training_source(checked)
     if source.dataset_id != dataset_id:
-        raise DataError(f"the recipe's data here is {source.dataset_id}, the job's is {dataset_id}: point data.root at the same datasets")
+        raise DataError(
+            f"the recipe's data here is {source.dataset_id}, the job's is {dataset_id}: point data.root at the same "
+            "datasets"
+        )
     return torch.utils.data.DataLoader(_Rows(source, first, checked.objective.normalizer), batch_size=None)
 
 
 def _adamw_after_correction(cstorch: Any) -> Any:
-    """torch's placement of epsilon as an optimizer of the vendor's kind, which can be traced; its own has the other placement only."""
+    """torch's placement of epsilon as an optimizer of the vendor's kind, which can be traced; its own has the other
+    placement only.
+    """
 
     class AdamWAfterCorrection(cstorch.optim.AdamW):  # type: ignore[misc]
         @torch.no_grad()

@@ -1,8 +1,9 @@
-"""Runs in the vendor's environment: `python -I worker.py ROOT EVENTS PARENT`, job and commands on stdin, events to file descriptor
-EVENTS. It ends when process PARENT does.
+"""Runs in the vendor's environment: `python -I worker.py ROOT EVENTS PARENT`, job and commands on stdin, events to file
+descriptor EVENTS. It ends when process PARENT does.
 
-What a reader would get wrong: weftrain is not installed in that environment. Its source, the very files that the main process runs, is
-made importable from ROOT, the folder that holds core/, kernels/ and backends/; so a graph can never come from another version.
+What a reader would get wrong: weftrain is not installed in that environment. Its source, the very files that the main
+process runs, is made importable from ROOT, the folder that holds core/, kernels/ and backends/; so a graph can never
+come from another version.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 
 
 def main(root: str, descriptor: int, parent: int) -> int:
-    if os.getpgrp() == os.getpid():  # as process.py starts it: a group of its own, in which the vendor's processes are, too
+    # as process.py starts it: a group of its own, in which the vendor's processes are, too
+    if os.getpgrp() == os.getpid():
         threading.Thread(target=_end_with, args=(parent,), name="weftrain-parent", daemon=True).start()
     package = types.ModuleType("weftrain")
     package.__path__ = [root]

@@ -1,9 +1,11 @@
-"""Many processes, one model: torch.distributed with FSDP2, HSDP or DDP, tensor and context parallel; NCCL on GPUs, gloo on CPUs.
+"""Many processes, one model: torch.distributed with FSDP2, HSDP or DDP, tensor and context parallel; NCCL on GPUs, gloo
+on CPUs.
 
     torchrun --standalone --nproc-per-node 2 -m weftrain.cli train RECIPE --backend cuda batch.replicas=2
 
-What a reader would get wrong: nothing here shards or launches. torchrun starts the ranks, fully_shard and DTensor plans lay the model over
-them (parallel.py), and what is ours is the step, the order in which ranks act, and what is said when one of them fails.
+What a reader would get wrong: nothing here shards or launches. torchrun starts the ranks, fully_shard and DTensor plans
+lay the model over them (parallel.py), and what is ours is the step, the order in which ranks act, and what is said when
+one of them fails.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from weftrain.backends.common.step import PlainBackend, ask_for_huge_pages, torch_device, use_threads
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.shared import PlainBackend, ask_for_huge_pages, torch_device, use_threads
 from weftrain.core.backend import BatchSource, Job, Prediction, Speeds
 from weftrain.core.config import Recipe, Section
 from weftrain.core.errors import BackendError
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
 
 class CudaBackend(PlainBackend):
     name = "cuda"
-    summary = "many processes by torchrun: FSDP2, HSDP, DDP, tensor and context parallel; NCCL on GPUs, gloo on CPUs; fp32 or bf16"
+    summary = (
+        "many processes by torchrun: FSDP2, HSDP, DDP, tensor and context parallel; NCCL on GPUs, gloo on CPUs; fp32 "
+        "or bf16"
+    )
     options = CudaOptions
     trains = True
     portable_options = frozenset(CudaOptions.model_fields) - {"device", "threads", "huge_pages", "timeout_s", "stall_s"}
@@ -35,14 +40,17 @@ class CudaBackend(PlainBackend):
         return None if dist.is_available() else "this torch was built without torch.distributed: install another build"
 
     def outline(self, recipe: Recipe, options: Section) -> list[str]:
-        """See Backend.outline: how the model lies over the ranks that the recipe asks for, what each holds and what it sends."""
+        """See Backend.outline: how the model lies over the ranks that the recipe asks for, what each holds and what it
+        sends.
+        """
         from weftrain.backends.cuda.planner import degrees_of, needs, traffic
 
         assert isinstance(options, CudaOptions)
         shape = degrees_of(recipe, options)
         held, sent = needs(recipe, options, shape, "cuda"), traffic(recipe, options, shape)
         return [
-            f"ranks        {shape.replicate} replicate x {shape.shard} shard x {shape.context} context x {shape.tensor} tensor "
+            f"ranks        {shape.replicate} replicate x {shape.shard} shard x {shape.context} context x "
+            f"{shape.tensor} tensor "
             f"= {shape.size}",
             "memory       "
             + " + ".join(f"{name} {size / 2**30:,.2f}" for name, size in held.memory_bytes.items())
@@ -81,7 +89,9 @@ class CudaBackend(PlainBackend):
         return launched() and os.environ["RANK"] != "0"
 
     def prepare(self, job: Job) -> CudaRun:
-        """Raises BackendError, on every rank: ranks that cannot meet, are not alike, or whose number does not divide; too little memory."""
+        """Raises BackendError, on every rank: ranks that cannot meet, are not alike, or whose number does not divide;
+        too little memory.
+        """
         from weftrain.backends.cuda.engine import CudaRun
         from weftrain.backends.cuda.world import meet
 

@@ -1,8 +1,8 @@
 """One training run over many ranks: the step, and what rank 0 asks of the others.
 
-Every public method of a run is called on rank 0, by the core. It sends an order, and then all ranks do the same thing: `step`,
-`gradients_of`, `evaluate_rounds`, `whole`, `place`. What a reader would get wrong: loss and gradient norm are sums over all ranks before
-anyone looks at them, so every rank decides alike whether a step happens.
+Every public method of a run is called on rank 0, by the core. It sends an order, and then all ranks do the same thing:
+`step`, `gradients_of`, `evaluate_rounds`, `whole`, `place`. What a reader would get wrong: loss and gradient norm are
+sums over all ranks before anyone looks at them, so every rank decides alike whether a step happens.
 """
 
 from __future__ import annotations
@@ -21,13 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from weftrain.backends.cuda.models import RankModel, Replicated, Sharded
-from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Meshes, compile_blocks, degrees, split_sequences, split_tensors, use_float8
-from weftrain.backends.cuda.planner import check_memory
-from weftrain.backends.cuda.save import Parts, RankedTensors, Writer
-from weftrain.backends.cuda.world import RESTS, World
-from weftrain.backends.shared import (
+from weftrain.backends.common.step import (
     LossScale,
     PhaseClock,
     TreeSum,
@@ -41,23 +35,31 @@ from weftrain.backends.shared import (
     update,
     update_sets,
 )
+from weftrain.backends.cuda.models import RankModel, Replicated, Sharded
+from weftrain.backends.cuda.options import CudaOptions
+from weftrain.backends.cuda.parallel import Meshes, compile_blocks, degrees, split_sequences, split_tensors, use_float8
+from weftrain.backends.cuda.planner import check_memory
+from weftrain.backends.cuda.save import Parts, RankedTensors, Writer
+from weftrain.backends.cuda.world import RESTS, World
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
-from weftrain.core.canonical import sha256_json
 from weftrain.core.checkpoint import Written
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import row_keys
 from weftrain.core.errors import BackendError, NonFiniteError, WeftrainError
-from weftrain.core.host_memory import huge_page_bytes
+from weftrain.core.formats.canonical import sha256_json
 from weftrain.core.model import Decoder, draw, kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.parameters import parameter_specs
 from weftrain.kernels import Spec, select
+from weftrain.kernels.host_memory import huge_page_bytes
 
 PLANES = ("weights", "exp_avg", "exp_avg_sq")
 
 
 class CudaRun:
-    """This rank's part of a run. given: whether rank 0 has initial weights (job.weights); else they are drawn from the seed."""
+    """This rank's part of a run. given: whether rank 0 has initial weights (job.weights); else they are drawn from the
+    seed.
+    """
 
     def __init__(self, job: Job, options: CudaOptions, world: World, given: bool) -> None:
         self._world, self._options, self._recipe, self._plan = world, options, job.recipe, job.plan
@@ -70,7 +72,10 @@ class CudaRun:
         except (WeftrainError, ValueError) as problem:  # a kernel's refusal is a ValueError
             error = str(problem)
         world.agree(error)  # before the first collective of the set-up: a rank that failed would not come to it
-        chosen = {"recipe": sha256_json(job.recipe.model_dump(mode="json")), "kernels": sha256_json(self._selection.manifest)}
+        chosen = {
+            "recipe": sha256_json(job.recipe.model_dump(mode="json")),
+            "kernels": sha256_json(self._selection.manifest),
+        }
         world.same_everywhere(chosen)
         with world.together("lay the model over the ranks"):
             self._build(job.recipe, options)
@@ -139,7 +144,8 @@ class CudaRun:
                 dist.broadcast(tensor, source)
         self._planes[plane][name].copy_(self._model.part(name, tensor))
 
-    # -- the step ------------------------------------------------------------------------------------------------------------------
+    # -- the step
+    # ----------------------------------------------------------------------------------------------------
 
     def train(self, source: BatchSource) -> Iterator[StepResult]:
         """See Run.train. One host synchronisation a step: the check that loss and norm are finite."""
@@ -185,15 +191,19 @@ class CudaRun:
         return StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, not finite, phases)
 
     def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[Tensor], LossScale, float]:
-        """This rank's share of the loss of each of its micro-batches, with the gradients left in place; what it was divided by, which is
-        alike on all ranks; and seconds spent on rows."""
+        """This rank's share of the loss of each of its micro-batches, with the gradients left in place; what it was
+        divided by, which is alike on all ranks; and seconds spent on rows.
+        """
         batch, losses, start = self._recipe.batch, [], time.perf_counter()
         group = self._world.rank // self._degrees.sequence  # which of the data-parallel ones
         count = batch.accumulation_steps
-        firsts = range(group * count * batch.micro_batch_size, (group + 1) * count * batch.micro_batch_size, batch.micro_batch_size)
+        firsts = range(
+            group * count * batch.micro_batch_size, (group + 1) * count * batch.micro_batch_size, batch.micro_batch_size
+        )
         self._world.doing = f"read rows {firsts[0]}.. of step {self.step_number}"
         self._clock.to("data wait")
-        read = [rows(first, batch.micro_batch_size) for first in firsts]  # all of them first: the divisor is the whole batch's
+        # all of them first: the divisor is the whole batch's
+        read = [rows(first, batch.micro_batch_size) for first in firsts]
         data_wait_s = time.perf_counter() - start
         self._clock.to("communication")
         # The ranks of one sequence read the same rows, and each counted them.
@@ -208,8 +218,13 @@ class CudaRun:
             self._clock.to("forward")
             keys = None
             if self._recipe.model.dropout:
-                keys = row_keys(self._recipe.seed, self.step_number, first, len(ids), batch.global_batch_size, self._world.device)
-            with self._world.together(f"compute step {self.step_number}"), self._model.micro_batch(last=number == count - 1):
+                keys = row_keys(
+                    self._recipe.seed, self.step_number, first, len(ids), batch.global_batch_size, self._world.device
+                )
+            with (
+                self._world.together(f"compute step {self.step_number}"),
+                self._model.micro_batch(last=number == count - 1),
+            ):
                 # The sum over tokens divided by the global batch's number: many ranks equal one large batch.
                 loss = self._model.loss(ids, labels, document_start, rotary, keys) / scale.divisor
                 self._clock.to("backward")
@@ -228,12 +243,22 @@ class CudaRun:
             cos, sin = (table.tensor_split(self._degrees.context)[context] for table in (cos, sin))
         return ids, labels, document_start, (cos, sin)
 
-    def _over_all_ranks(self, losses: list[Tensor], scale: LossScale, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss of the global batch and the norm of its gradient, 0-dim fp32: squares are added in float64, a piece once."""
+    def _over_all_ranks(
+        self, losses: list[Tensor], scale: LossScale, gradients: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of the global batch and the norm of its gradient, 0-dim fp32: squares are added in float64, a piece
+        once.
+        """
         self._clock.to("clip")
-        squares = [self._grad_norm([gradients[name]]).double() ** 2 / self._model.owners(name) for name in gradients if name in self._held]
+        squares = [
+            self._grad_norm([gradients[name]]).double() ** 2 / self._model.owners(name)
+            for name in gradients
+            if name in self._held
+        ]
         device = self._world.device
-        square = torch.stack(squares).sum().to(device) if squares else torch.zeros((), dtype=torch.float64, device=device)
+        square = (
+            torch.stack(squares).sum().to(device) if squares else torch.zeros((), dtype=torch.float64, device=device)
+        )
         replayable = self._recipe.precision.numerics == "replayable"
         both = torch.stack([torch.zeros_like(square) if replayable else torch.stack(losses).sum().double(), square])
         if self._world.size > 1:
@@ -244,7 +269,9 @@ class CudaRun:
         return scale.mean(loss), both[1].sqrt().float()
 
     def _losses_of_all(self, own: list[Tensor]) -> list[Tensor]:
-        """Of every micro-batch of the global batch, in order: a row that lies on several ranks has the sum of its parts."""
+        """Of every micro-batch of the global batch, in order: a row that lies on several ranks has the sum of its
+        parts.
+        """
         mine = torch.stack(own).cpu()
         found = [torch.empty_like(mine) for _ in range(self._world.size)]
         if self._world.size == 1:
@@ -255,7 +282,8 @@ class CudaRun:
         groups = [torch.stack(found[first : first + parts]).sum(0) for first in range(0, self._world.size, parts)]
         return [loss for group in groups for loss in group.unbind()]
 
-    # -- what the core asks for ------------------------------------------------------------------------------------------------------
+    # -- what the core asks for
+    # ----------------------------------------------------------------------------------------------------
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, Tensor]]:
         """See Run.gradients."""
@@ -270,7 +298,10 @@ class CudaRun:
         with self._world.together("add gradients"):
             gradients = self._model.gradients()
             loss, _ = self._over_all_ranks(losses, scale, gradients)
-            found = {name: self._model.whole(name, gradient.float()).detach().cpu().clone() for name, gradient in gradients.items()}
+            found = {
+                name: self._model.whole(name, gradient.float()).detach().cpu().clone()
+                for name, gradient in gradients.items()
+            }
         self._model.clear_gradients()
         return float(loss), found
 
@@ -283,7 +314,9 @@ class CudaRun:
         return Batch(ids, mask, start)
 
     def evaluate(self, source: EvaluationSource) -> EvalResult:
-        """Mean held-out loss over tokens. Rank 0 reads, and every data-parallel rank gets a micro-batch, padded where rows run out."""
+        """Mean held-out loss over tokens. Rank 0 reads, and every data-parallel rank gets a micro-batch, padded where
+        rows run out.
+        """
         rows = self._degrees.data * self._recipe.batch.micro_batch_size
         rounds = -(-source.num_rows // rows)
         with self._together(do="evaluate", rounds=rounds):
@@ -309,8 +342,12 @@ class CudaRun:
         return float(total[0]), int(total[1])
 
     def export_state(self) -> State:
-        """See Run.export_state. A tensor is put together when it is asked for; `checkpoint.begin` has every rank write its share."""
-        shapes = {f"{plane}/{spec.name}": spec.shape for plane in PLANES for spec in parameter_specs(self._recipe.model)}
+        """See Run.export_state. A tensor is put together when it is asked for; `checkpoint.begin` has every rank write
+        its share.
+        """
+        shapes = {
+            f"{plane}/{spec.name}": spec.shape for plane in PLANES for spec in parameter_specs(self._recipe.model)
+        }
         tensors = RankedTensors(shapes, self._ask_for, self._begin_save, self._world.size)
         return State(self.step_number, self._optimizer_updates, self.writer.lend(tensors))
 
@@ -332,8 +369,13 @@ class CudaRun:
             return self.writer.begin(folder, files, self.whole)
 
     def import_state(self, state: State) -> None:
-        """See Run.import_state. Rank 0 reads tensor by tensor and every rank keeps its part. Raises CheckpointError, nothing changed."""
-        check_state(state.tensors, {f"{plane}/{spec.name}": spec.shape for plane in PLANES for spec in parameter_specs(self._recipe.model)})
+        """See Run.import_state. Rank 0 reads tensor by tensor and every rank keeps its part. Raises CheckpointError,
+        nothing changed.
+        """
+        check_state(
+            state.tensors,
+            {f"{plane}/{spec.name}": spec.shape for plane in PLANES for spec in parameter_specs(self._recipe.model)},
+        )
         self.writer.let_go()
         for plane in PLANES:
             for spec in parameter_specs(self._recipe.model):
@@ -352,8 +394,15 @@ class CudaRun:
         shape = self._degrees
         more = {
             "parallel": self._options.parallel,
-            "degrees": {"replicate": shape.replicate, "shard": shape.shard, "context": shape.context, "tensor": shape.tensor},
-            "collectives": "gloo" if self._world.device.type == "cpu" else "nccl " + ".".join(map(str, torch.cuda.nccl.version())),
+            "degrees": {
+                "replicate": shape.replicate,
+                "shard": shape.shard,
+                "context": shape.context,
+                "tensor": shape.tensor,
+            },
+            "collectives": "gloo"
+            if self._world.device.type == "cpu"
+            else "nccl " + ".".join(map(str, torch.cuda.nccl.version())),
             "compute": self._recipe.precision.compute,
             "compile": self._options.compile,
             "cuda_graphs": self._options.cuda_graphs,
@@ -366,11 +415,18 @@ class CudaRun:
             else f"micro-batches added in order, ranks by the collective library, {self._options.reduce}",
         }
         recomputes, kernels = self._options.activation_checkpointing, self._selection.manifest
-        return device_fingerprint("cuda", self._world.device, kernels, more, ranks=self._world.size, recomputes=recomputes)
+        return device_fingerprint(
+            "cuda", self._world.device, kernels, more, ranks=self._world.size, recomputes=recomputes
+        )
 
     def stats(self) -> dict[str, float]:
-        """Of rank 0: resident memory now, the peak on its device, and how long the last save kept the run from training."""
-        stats = {"memory_bytes": float(psutil.Process(os.getpid()).memory_info().rss), "huge_page_bytes": float(huge_page_bytes())}
+        """Of rank 0: resident memory now, the peak on its device, and how long the last save kept the run from
+        training.
+        """
+        stats = {
+            "memory_bytes": float(psutil.Process(os.getpid()).memory_info().rss),
+            "huge_page_bytes": float(huge_page_bytes()),
+        }
         if self._world.device.type == "cuda":
             stats["device_peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(self._world.device))
         if self.writer.stall_ms is not None:
@@ -387,7 +443,9 @@ class CudaRun:
 
     @contextlib.contextmanager
     def _together(self, **what: Any) -> Iterator[None]:
-        """Rank 0: order something, and do it too. Where that fails the others wait in a collective, and no order reaches them any more."""
+        """Rank 0: order something, and do it too. Where that fails the others wait in a collective, and no order
+        reaches them any more.
+        """
         self._world.order(run=self.number, **what)
         try:
             yield

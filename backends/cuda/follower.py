@@ -1,7 +1,7 @@
 """What ranks above 0 do: carry out rank 0's orders, each of which names its run, until it ends the world.
 
-What a reader would get wrong: a follower decides nothing and prints nothing. What fails on it alone it leaves in the store as its last
-words, and the others, who then miss it in a collective, say them.
+What a reader would get wrong: a follower decides nothing and prints nothing. What fails on it alone it leaves in the
+store as its last words, and the others, who then miss it in a collective, say them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Follower:
                 run.whole(order["name"], keep=False)
             case "save":
                 files = {
-                    name: {key: (dtype, tuple(shape)) for key, (dtype, shape) in part.items()} for name, part in order["files"].items()
+                    name: {key: (dtype, tuple(shape)) for key, (dtype, shape) in part.items()}
+                    for name, part in order["files"].items()
                 }
                 run.writer.begin(Path(order["folder"]), files, run.whole)
             case "place":
@@ -79,4 +80,6 @@ class Follower:
                 self._runs.pop(number).let_go()
                 self._sources.pop(number, None)
             case other:
-                raise BackendError(f"rank 0 asked for '{other}', which this version does not know: install the same everywhere")
+                raise BackendError(
+                    f"rank 0 asked for '{other}', which this version does not know: install the same everywhere"
+                )

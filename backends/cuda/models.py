@@ -1,8 +1,9 @@
-"""The model over the ranks, two ways with the same face: Sharded (FSDP2, HSDP, tensor and context parallel) and Replicated (DDP).
+"""The model over the ranks, two ways with the same face: Sharded (FSDP2, HSDP, tensor and context parallel) and
+Replicated (DDP).
 
-Both hold fp32 master weights by canonical name, as much of each as this rank owns, and hand out gradients of the same shapes, summed over
-all ranks. What a reader would get wrong: the engine never sees a DTensor. What a rank owns is a plain tensor, and `whole` and `part`
-are the only ways between it and the neutral form.
+Both hold fp32 master weights by canonical name, as much of each as this rank owns, and hand out gradients of the same
+shapes, summed over all ranks. What a reader would get wrong: the engine never sees a DTensor. What a rank owns is a
+plain tensor, and `whole` and `part` are the only ways between it and the neutral form.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from weftrain.backends.common.step import FP32_ROLES, TreeSum, bind_parameters, present
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Meshes, shard
-from weftrain.backends.shared import FP32_ROLES, TreeSum, bind_parameters, present
 from weftrain.core.model import Decoder
 from weftrain.core.parameters import parameter_specs
 
@@ -37,13 +38,20 @@ class RankModel(Protocol):
     copies: dict[str, Tensor]  # compute copies of them that the update writes; empty where torch makes them itself
 
     def loss(
-        self, ids: Tensor, labels: Tensor, document_start: Tensor | None, rotary: tuple[Tensor, Tensor], dropout_keys: Tensor | None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        document_start: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        dropout_keys: Tensor | None,
     ) -> Tensor:
         """The sum of the token losses of this rank's tokens: fp32, 0-dim."""
         ...
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch: after the last one gradients are reduced, before it they are not."""
+        """Around forward and backward of a micro-batch: after the last one gradients are reduced, before it they are
+        not.
+        """
         ...
 
     def gradients(self) -> dict[str, Tensor]:
@@ -72,7 +80,9 @@ class RankModel(Protocol):
 class Sharded:
     """FSDP2. Built on `meta`, so that no rank ever holds the whole model."""
 
-    def __init__(self, model: Decoder, meshes: Meshes, options: CudaOptions, compute_dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model: Decoder, meshes: Meshes, options: CudaOptions, compute_dtype: torch.dtype, device: torch.device
+    ) -> None:
         shard(model, meshes, options, compute_dtype)
         model.to_empty(device="cpu" if options.cpu_offload else device)
         model.cos, model.sin = model.cos.to(device), model.sin.to(device)
@@ -93,14 +103,21 @@ class Sharded:
         self._size = dist.get_world_size()
 
     def _settle(self) -> None:
-        """Let FSDP take its own storage now: it otherwise does so in the first forward, and a piece that it pads would move then."""
+        """Let FSDP take its own storage now: it otherwise does so in the first forward, and a piece that it pads would
+        move then.
+        """
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.unshard()
                 module.reshard()
 
     def loss(
-        self, ids: Tensor, labels: Tensor, document_start: Tensor | None, rotary: tuple[Tensor, Tensor], dropout_keys: Tensor | None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        document_start: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        dropout_keys: Tensor | None,
     ) -> Tensor:
         loss: Tensor = self._model(ids, labels, document_start, rotary, dropout_keys)
         return loss
@@ -111,7 +128,10 @@ class Sharded:
         yield
 
     def gradients(self) -> dict[str, Tensor]:
-        found = {name: None if parameter.grad is None else _local(parameter.grad) for name, parameter in self._parameters.items()}
+        found = {
+            name: None if parameter.grad is None else _local(parameter.grad)
+            for name, parameter in self._parameters.items()
+        }
         gradients = present(found, self._parameters)
         if self._size > 1:  # the norms', in one piece
             flat = torch.cat([gradients[name].reshape(-1) for name in self._norms])
@@ -129,7 +149,9 @@ class Sharded:
         if not isinstance(parameter, DTensor):
             return self._size
         mesh = parameter.device_mesh
-        copies = math.prod(mesh.size(dim) for dim, placement in enumerate(parameter.placements) if isinstance(placement, Replicate))
+        copies = math.prod(
+            mesh.size(dim) for dim, placement in enumerate(parameter.placements) if isinstance(placement, Replicate)
+        )
         return copies * self._size // mesh.size()
 
     def whole(self, name: str, owned: Tensor) -> Tensor:
@@ -138,7 +160,12 @@ class Sharded:
             return owned
         owned = owned.to(self._device)
         spread = DTensor.from_local(
-            owned, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+            owned,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
         )
         return spread.full_tensor()
 
@@ -146,7 +173,9 @@ class Sharded:
         parameter = self._parameters[name]
         if not isinstance(parameter, DTensor):
             return whole
-        return distribute_tensor(whole.to(self._device), parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+        return distribute_tensor(
+            whole.to(self._device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        ).to_local()
 
     def refresh(self) -> None:
         """A root that was only evaluated still has its whole weights, of before."""
@@ -159,7 +188,12 @@ class Replicated:
     """DDP: every rank holds the whole model, in masters and, in bf16, copies, as the local backend does."""
 
     def __init__(
-        self, model: Decoder, options: CudaOptions, compute_dtype: torch.dtype, device: torch.device, tree: TreeSum | None
+        self,
+        model: Decoder,
+        options: CudaOptions,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+        tree: TreeSum | None,
     ) -> None:
         """tree: where gradients are added in a fixed tree over all micro-batches of all ranks."""
         self._tree = tree
@@ -177,12 +211,22 @@ class Replicated:
             else "broadcast_buffers"
         )
         self._ddp = DistributedDataParallel(
-            model, init_sync=False, gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MIB, **cast(Any, {buffers: False})
+            model,
+            init_sync=False,
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=_BUCKET_MIB,
+            **cast(Any, {buffers: False}),
         )
-        self._ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))  # torch refuses annotations that are strings
+        # torch refuses annotations that are strings
+        self._ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))
 
     def loss(
-        self, ids: Tensor, labels: Tensor, document_start: Tensor | None, rotary: tuple[Tensor, Tensor], dropout_keys: Tensor | None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        document_start: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        dropout_keys: Tensor | None,
     ) -> Tensor:
         loss: Tensor = self._ddp(ids, labels, document_start, rotary, dropout_keys)
         return loss
@@ -208,7 +252,9 @@ class Replicated:
                 parameter.grad = None
 
     def _reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
-        """Sum a bucket over the ranks, with what earlier micro-batches left: in `reduce`, and norms beside bf16 matrices in fp32."""
+        """Sum a bucket over the ranks, with what earlier micro-batches left: in `reduce`, and norms beside bf16
+        matrices in fp32.
+        """
         buffer, parameters = bucket.buffer(), bucket.parameters()
         names = [self._names[parameter] for parameter in parameters]
         summed = bool(self._sums)
@@ -216,7 +262,9 @@ class Replicated:
         if not summed and buffer.dtype == wanted:
             if self._size == 1:
                 return _done(buffer)
-            return cast("Future[Tensor]", dist.all_reduce(buffer, async_op=True).get_future().then(lambda done: done.value()[0]))
+            return cast(
+                "Future[Tensor]", dist.all_reduce(buffer, async_op=True).get_future().then(lambda done: done.value()[0])
+            )
         flat = torch.cat(
             [
                 (self._sums[name] + gradient if summed else gradient.float()).reshape(-1)
@@ -227,7 +275,10 @@ class Replicated:
 
         def keep(_: Any) -> Tensor:
             for name, piece, gradient in zip(
-                names, flat.split([gradient.numel() for gradient in bucket.gradients()]), bucket.gradients(), strict=True
+                names,
+                flat.split([gradient.numel() for gradient in bucket.gradients()]),
+                bucket.gradients(),
+                strict=True,
             ):
                 self._reduced[name] = piece.view_as(gradient)
             return buffer
@@ -240,7 +291,9 @@ class Replicated:
     def gradients(self) -> dict[str, Tensor]:
         if self._tree is not None:
             return _pairwise_sum(present(self._tree.totals(), self._parameters), self._size)
-        found: Mapping[str, Tensor | None] = {name: self._reduced.get(name, parameter.grad) for name, parameter in self._parameters.items()}
+        found: Mapping[str, Tensor | None] = {
+            name: self._reduced.get(name, parameter.grad) for name, parameter in self._parameters.items()
+        }
         return present(found, self._parameters)
 
     def clear_gradients(self) -> None:
@@ -265,7 +318,8 @@ class Replicated:
 
 
 def _pairwise_sum(own: dict[str, Tensor], size: int) -> dict[str, Tensor]:
-    """The sum over ranks by recursive doubling: at each round a rank and its partner add the same two numbers, so all have equal bits.
+    """The sum over ranks by recursive doubling: at each round a rank and its partner add the same two numbers, so all
+    have equal bits.
 
     Above the ranks' own trees this is the tree over all micro-batches (`TreeSum`). size: a power of two.
     """
@@ -275,7 +329,9 @@ def _pairwise_sum(own: dict[str, Tensor], size: int) -> dict[str, Tensor]:
     distance = 1
     while distance < size:
         partner = rank ^ distance
-        for request in dist.batch_isend_irecv([dist.P2POp(dist.isend, flat, partner), dist.P2POp(dist.irecv, other, partner)]):
+        for request in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, flat, partner), dist.P2POp(dist.irecv, other, partner)]
+        ):
             request.wait()
         flat = flat + other  # a + b and b + a are the same number
         distance *= 2

@@ -17,14 +17,15 @@ class CudaOptions(CompileOption, RecomputeOption):
     shard_group: Count = 0  # hsdp: data-parallel ranks that share one sharded copy; 0: those of a node
     tensor_parallel: PositiveInt = 1  # ranks that share a block's linear maps, and the row's tokens between them
     context_parallel: PositiveInt = 1  # ranks that share a row's tokens
-    reshard_after_forward: bool = True  # fsdp: let go of a block's gathered weights after forward, and gather them again for backward
+    # fsdp: let go of a block's gathered weights after forward, and gather them again for backward
+    reshard_after_forward: bool = True
     reduce: Literal["float32", "bfloat16"] = "float32"  # dtype in which gradients are added over the ranks
     reduce_every_micro_batch: bool = False  # fsdp: smallest memory with accumulation, at more communication
     cuda_graphs: bool = False  # compile's mode reduce-overhead; parallel=ddp alone, where weights stay where they are
     cpu_offload: bool = False  # fsdp: sharded weights and state in the host's memory
     float8: bool = False  # the blocks' linear maps through torchao
     threads: Threads = 0  # CPU threads of a process; 0: torch's own choice
-    huge_pages: bool = True  # on a CPU: core/host_memory.py; no bit changes
+    huge_pages: bool = True  # on a CPU: kernels/host_memory.py; no bit changes
     timeout_s: TimeoutS = 600  # waiting for another rank
     stall_s: TimeoutS = 60  # after so long without progress the rank that holds all up is named, with its stack
 
@@ -34,10 +35,13 @@ class CudaOptions(CompileOption, RecomputeOption):
             wrong = [name for name in ("tensor_parallel", "context_parallel") if getattr(self, name) > 1]
             wrong += [name for name in ("cpu_offload", "reduce_every_micro_batch") if getattr(self, name)]
             if wrong:
-                raise ValueError(f"{wrong[0]} needs parallel=fsdp or hsdp: with ddp every rank holds and computes the whole model")
+                raise ValueError(
+                    f"{wrong[0]} needs parallel=fsdp or hsdp: with ddp every rank holds and computes the whole model"
+                )
         if self.cuda_graphs and not (self.compile and self.parallel == "ddp"):
             raise ValueError(
-                "cuda_graphs needs compile=true and parallel=ddp: fully_shard frees and allocates the weights that a graph holds"
+                "cuda_graphs needs compile=true and parallel=ddp: fully_shard frees and allocates the weights that a "
+                "graph holds"
             )
         if self.shard_group and self.parallel != "hsdp":
             raise ValueError("shard_group is of parallel=hsdp")

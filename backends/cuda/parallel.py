@@ -2,10 +2,11 @@
 
     ranks = replicate x shard x context x tensor, tensor fastest
 
-A rank works on its own tokens everywhere but in a block's linear maps: context and tensor ranks share a row's sequence between them, the
-data-parallel ranks (replicate x shard) the rows. So embedding, head and norms are data parallel over *all* ranks, and only the linear
-maps of a block are split over `tensor`. What a reader would get wrong: norms are left out of fully_shard. They stay whole and fp32 on
-every rank, and their gradients, 0.004 % of Amber's, are reduced in one piece (`Sharded.gradients`).
+A rank works on its own tokens everywhere but in a block's linear maps: context and tensor ranks share a row's sequence
+between them, the data-parallel ranks (replicate x shard) the rows. So embedding, head and norms are data parallel over
+*all* ranks, and only the linear maps of a block are split over `tensor`. What a reader would get wrong: norms are left
+out of fully_shard. They stay whole and fp32 on every rank, and their gradients, 0.004 % of Amber's, are reduced in one
+piece (`Sharded.gradients`).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from weftrain.backends.common.step import FP32_ROLES
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.shared import FP32_ROLES
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.model import Block, Decoder
@@ -56,34 +57,45 @@ class Degrees:
 
 
 def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int) -> Degrees:
-    """The degrees that options ask of `size` ranks. Raises BackendError for numbers that do not divide, with what to set."""
+    """The degrees that options ask of `size` ranks. Raises BackendError for numbers that do not divide, with what to
+    set.
+    """
     model, tokens, batch = recipe.model, recipe.data.sequence_length, recipe.batch
     tensor, context = options.tensor_parallel, options.context_parallel
     if size % (tensor * context):
         raise BackendError(
-            f"{size} ranks are no multiple of tensor_parallel x context_parallel = {tensor} x {context}: start a multiple of "
+            f"{size} ranks are no multiple of tensor_parallel x context_parallel = {tensor} x {context}: start a "
+            "multiple of "
             f"{tensor * context} processes, or set backend.options.tensor_parallel and context_parallel"
         )
     data = size // (tensor * context)
     if recipe.precision.numerics == "replayable" and (options.parallel != "ddp" or size & (size - 1)):
         raise BackendError(
-            f"precision.numerics is replayable with backend.options.parallel={options.parallel} and {size} ranks: the fixed tree needs "
+            f"precision.numerics is replayable with backend.options.parallel={options.parallel} and {size} ranks: the "
+            "fixed tree needs "
             "parallel=ddp and 1, 2, 4, 8 .. ranks: set them, or numerics=fast"
         )
     if model.dropout and tensor * context > 1:
         raise BackendError(
-            f"model.dropout is {model.dropout} and tensor or context parallel ranks have no dropout: set degrees of 1, or dropout=0"
+            f"model.dropout is {model.dropout} and tensor or context parallel ranks have no dropout: set degrees of 1, "
+            "or dropout=0"
         )
     if batch.replicas != data:
         of = f" of {tensor * context} ranks each" if tensor * context > 1 else ""
         raise BackendError(
-            f"{size} ranks make {data} data-parallel replicas{of}, and batch.replicas is {batch.replicas}: set batch.replicas={data}, or "
+            f"{size} ranks make {data} data-parallel replicas{of}, and batch.replicas is {batch.replicas}: set "
+            f"batch.replicas={data}, or "
             f"start {batch.replicas * tensor * context} processes"
         )
     if model.num_heads % (tensor * context):
-        raise BackendError(f"model.num_heads {model.num_heads} is no multiple of tensor_parallel x context_parallel = {tensor * context}")
+        raise BackendError(
+            f"model.num_heads {model.num_heads} is no multiple of tensor_parallel x context_parallel = "
+            f"{tensor * context}"
+        )
     if model.intermediate_size % tensor or tokens % (tensor * context):
-        what = f"data.sequence_length {tokens} is no multiple of tensor_parallel x context_parallel = {tensor * context}"
+        what = (
+            f"data.sequence_length {tokens} is no multiple of tensor_parallel x context_parallel = {tensor * context}"
+        )
         if model.intermediate_size % tensor:
             what = f"model.intermediate_size {model.intermediate_size} is no multiple of tensor_parallel {tensor}"
         raise BackendError(f"{what}: choose other degrees")
@@ -93,13 +105,17 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
         return Degrees(data, 1, context, tensor)
     shard = options.shard_group or max(1, ranks_per_node // (tensor * context))
     if data % shard:
-        raise BackendError(f"{data} data-parallel replicas are no multiple of shard_group {shard}: set backend.options.shard_group")
+        raise BackendError(
+            f"{data} data-parallel replicas are no multiple of shard_group {shard}: set backend.options.shard_group"
+        )
     return Degrees(data // shard, shard, context, tensor)
 
 
 @dataclass(frozen=True)
 class Meshes:
-    """The same ranks in three orders: of a block's linear maps, of what is data parallel over all ranks, and of context groups."""
+    """The same ranks in three orders: of a block's linear maps, of what is data parallel over all ranks, and of context
+    groups.
+    """
 
     blocks: DeviceMesh  # replicate, shard (with context), tensor
     everywhere: DeviceMesh  # replicate, shard (with context and tensor)
@@ -120,14 +136,16 @@ class Meshes:
         context = None
         if degrees.context > 1:
             names = ("data", "context", "tensor")
-            context = init_device_mesh(device_type, (degrees.data, degrees.context, degrees.tensor), mesh_dim_names=names)["context"]
+            context = init_device_mesh(
+                device_type, (degrees.data, degrees.context, degrees.tensor), mesh_dim_names=names
+            )["context"]
         return Meshes(blocks, everywhere, context, blocks["tensor"] if degrees.tensor > 1 else None)
 
 
 # Recomputation and compilation
 
-# Matrix multiplies and attention: what selective checkpointing keeps. Attention kernels of the registry are custom ops of their own
-# namespaces, and scaled_dot_product_attention is one of aten's.
+# Matrix multiplies and attention: what selective checkpointing keeps. Attention kernels of the registry are custom ops
+# of their own namespaces, and scaled_dot_product_attention is one of aten's.
 _KEPT_ATEN = ("mm", "addmm", "bmm", "_scaled_dot_product", "scaled_dot_product")
 
 
@@ -143,14 +161,18 @@ def _block_forward(block: Block, *arguments: Any) -> Tensor:
 
 def _selective(block: Block, *arguments: Any) -> Tensor:
     contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-    found: Tensor = checkpoint(_block_forward, block, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    found: Tensor = checkpoint(
+        _block_forward, block, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+    )
     return found
 
 
 def compile_blocks(model: Decoder, options: CudaOptions) -> None:
-    """Give every block its forward: compiled (all blocks share one graph, since their parameters are its inputs), recomputing, or both.
+    """Give every block its forward: compiled (all blocks share one graph, since their parameters are its inputs),
+    recomputing, or both.
 
-    As an attribute of the block, so that names stay, and what fully_shard does before and after a block stays outside of both.
+    As an attribute of the block, so that names stay, and what fully_shard does before and after a block stays outside
+    of both.
     """
     mode = "reduce-overhead" if options.cuda_graphs else None
     kind = options.activation_checkpointing
@@ -173,7 +195,9 @@ def split_tensors(model: Decoder, mesh: DeviceMesh, compute_dtype: torch.dtype) 
     Tokens are gathered before q, k, v and before gate, up, and given back after o and down, in the compute dtype.
     """
     plan = {
-        "attention": PrepareModuleInput(input_layouts=(Shard(1), None, None, None), desired_input_layouts=(Replicate(), None, None, None)),
+        "attention": PrepareModuleInput(
+            input_layouts=(Shard(1), None, None, None), desired_input_layouts=(Replicate(), None, None, None)
+        ),
         "attention.q_proj": ColwiseParallel(),
         "attention.k_proj": ColwiseParallel(),
         "attention.v_proj": ColwiseParallel(),
@@ -197,7 +221,8 @@ def _in_compute_dtype(dtype: torch.dtype, module: nn.Module, arguments: tuple[An
 
 
 class HeadExchange:
-    """Attention over tokens that lie on several ranks (Ulysses, arXiv 2309.14509): all of a row's tokens and some heads meet on a rank.
+    """Attention over tokens that lie on several ranks (Ulysses, arXiv 2309.14509): all of a row's tokens and some heads
+    meet on a rank.
 
     [B, T / context, H, D] -> [B, T, H / context, D], any attention kernel, and back: an all-to-all each way.
     """
@@ -211,7 +236,11 @@ class HeadExchange:
         return self._exchange(mixed, 2, 1)
 
     def _exchange(self, x: Tensor, whole: int, cut: int) -> Tensor:
-        found: Tensor = DTensor.from_local(x, self._mesh, [Shard(whole)], run_check=False).redistribute(placements=[Shard(cut)]).to_local()
+        found: Tensor = (
+            DTensor.from_local(x, self._mesh, [Shard(whole)], run_check=False)
+            .redistribute(placements=[Shard(cut)])
+            .to_local()
+        )
         return found.contiguous()
 
 
@@ -222,7 +251,9 @@ def split_sequences(model: Decoder, mesh: DeviceMesh) -> None:
 
 
 def use_float8(model: Decoder) -> None:
-    """The blocks' linear maps in float8 (torchao, dynamic scaling). Raises BackendError where torchao is missing or refuses."""
+    """The blocks' linear maps in float8 (torchao, dynamic scaling). Raises BackendError where torchao is missing or
+    refuses.
+    """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
@@ -231,12 +262,17 @@ def use_float8(model: Decoder) -> None:
         ) from error
 
     def takes(module: nn.Module, name: str) -> bool:
-        return name.startswith("layers.") and isinstance(module, nn.Linear) and not any(size % 16 for size in module.weight.shape)
+        return (
+            name.startswith("layers.")
+            and isinstance(module, nn.Linear)
+            and not any(size % 16 for size in module.weight.shape)
+        )
 
     emulate = not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
     if emulate and torch.cuda.is_available():
         raise BackendError(
-            f"backend.options.float8 needs compute capability 8.9 and {torch.cuda.get_device_name()} has less: set float8=false"
+            f"backend.options.float8 needs compute capability 8.9 and {torch.cuda.get_device_name()} has less: set "
+            "float8=false"
         )
     convert_to_float8_training(model, config=Float8LinearConfig(emulate=emulate), module_filter_fn=takes)
 
@@ -245,12 +281,15 @@ def use_float8(model: Decoder) -> None:
 
 
 def shard(model: Decoder, meshes: Meshes, options: CudaOptions, compute_dtype: torch.dtype) -> None:
-    """FSDP2 (HSDP where `replicate` is more than 1) in place: each block, and embedding and head as the root. Norms are left whole."""
+    """FSDP2 (HSDP where `replicate` is more than 1) in place: each block, and embedding and head as the root. Norms are
+    left whole.
+    """
     whole = {spec.name for spec in parameter_specs(model.config) if spec.role in FP32_ROLES}
     norms = {parameter for name, parameter in model.named_parameters() if name in whole}
     policies: dict[str, Any] = {
         "ignored_params": norms,
-        # Nothing is cast on its way in: the residual stream and the rotary tables are fp32, and the modules cast for themselves.
+        # Nothing is cast on its way in: the residual stream and the rotary tables are fp32, and the modules cast for
+        # themselves.
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=getattr(torch, options.reduce), cast_forward_inputs=False
         ),
@@ -258,7 +297,8 @@ def shard(model: Decoder, meshes: Meshes, options: CudaOptions, compute_dtype: t
     if options.cpu_offload:
         policies["offload_policy"] = CPUOffloadPolicy(pin_memory=meshes.blocks.device_type == "cuda")
     of_blocks, of_all = (
-        mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"] for mesh in (meshes.blocks, meshes.everywhere)
+        mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
+        for mesh in (meshes.blocks, meshes.everywhere)
     )
     for block in model.layers:
         fully_shard(block, mesh=of_blocks, reshard_after_forward=options.reshard_after_forward, **policies)

@@ -1,7 +1,8 @@
 """What a rank needs, what it sends, and how long a step takes, before anything is allocated or started.
 
-What a reader would get wrong: memory and traffic are computed from what the backend does and hold; a step's time is a *prediction* from
-speeds that were measured or stand in a data sheet, by a model with few constants, each with its reason (docs/train-on-a-cluster.md).
+What a reader would get wrong: memory and traffic are computed from what the backend does and hold; a step's time is a
+*prediction* from speeds that were measured or stand in a data sheet, by a model with few constants, each with its
+reason (docs/train-on-a-cluster.md).
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ _PROGRAM_BYTES = {"cpu": 500 << 20, "cuda": 1 << 30}  # interpreter and torch; a
 _LOGIT_CHUNK_BYTES = 6 << 24  # of a chunked head: 2^24 logits, in bf16 and in fp32
 _FRAGMENTS = 1.06  # of what is allocated and freed again: the allocator's blocks are rounded up and do not always fit
 
-# The time model. Share of the peak that a large bf16 matrix multiply reaches in a long run, which a power limit lowers on the newer
-# devices, and of the bandwidth that an elementwise pass reaches. Attention's products run at a lower share than plain ones.
+# The time model. Share of the peak that a large bf16 matrix multiply reaches in a long run, which a power limit lowers
+# on the newer devices, and of the bandwidth that an elementwise pass reaches. Attention's products run at a lower share
+# than plain ones.
 MATMUL_SHARE = 0.75
 ATTENTION_SHARE = 0.40
 BANDWIDTH_SHARE = 0.80
 LINK_SHARE = 0.70
-# Passes over [tokens, hidden] and [tokens, intermediate] tensors in a block's forward and backward, in 4-byte and compute elements: norms,
-# rotation, residual sums, SwiGLU and their gradients; a compiled block fuses about half of them.
+# Passes over [tokens, hidden] and [tokens, intermediate] tensors in a block's forward and backward, in 4-byte and
+# compute elements: norms, rotation, residual sums, SwiGLU and their gradients; a compiled block fuses about half of
+# them.
 _STREAM_PASSES, _HIDDEN_PASSES, _INNER_PASSES = 22, 24, 16
 _COMPILED = 0.55
 _LAUNCH_S = 6e-6  # a kernel launch that nothing hides, in an eager block of about 120 of them
@@ -57,7 +60,9 @@ def _sizes(recipe: Recipe) -> tuple[int, int, int]:
 
 
 def degrees_of(recipe: Recipe, options: CudaOptions, speeds: Speeds | None = None) -> Degrees:
-    """The degrees of a run on speeds.devices, or on as many as the recipe's batch.replicas asks for. Raises BackendError."""
+    """The degrees of a run on speeds.devices, or on as many as the recipe's batch.replicas asks for. Raises
+    BackendError.
+    """
     group = options.tensor_parallel * options.context_parallel
     size = recipe.batch.replicas * group if speeds is None or speeds.devices is None else speeds.devices
     return degrees(options, recipe, size, 8 if speeds is None else speeds.devices_per_node)
@@ -98,7 +103,8 @@ def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str
         options.activation_checkpointing
     ]
     if options.compile and options.activation_checkpointing == "none":
-        kept = 4 * 2 * hidden + 6 * item * hidden + 2 * item * inner  # the compiler keeps what is cheaper to keep than to compute again
+        # the compiler keeps what is cheaper to keep than to compute again
+        kept = 4 * 2 * hidden + 6 * item * hidden + 2 * item * inner
     again = 2 * full if options.activation_checkpointing != "none" else full
     parts["activations"] = tokens * kept * layers
     parts["one block at work"] = tokens * again
@@ -109,7 +115,9 @@ def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str
 
 
 def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, int]:
-    """Bytes that a rank sends in a step, by what for: ring algorithms, (N - 1) / N of a tensor a gather or scatter, twice that a sum."""
+    """Bytes that a rank sends in a step, by what for: ring algorithms, (N - 1) / N of a tensor a gather or scatter,
+    twice that a sum.
+    """
     item, reduced = _ITEM[recipe.precision.compute], _ITEM[options.reduce]
     blocks, outer, norms = _sizes(recipe)
     micro = recipe.batch.accumulation_steps
@@ -124,7 +132,9 @@ def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, i
     in_blocks, everywhere = shape.shard * shape.context, shape.shard * shape.sequence
     times = micro * (2 if options.reshard_after_forward else 1)
     reductions = micro if options.reduce_every_micro_batch else 1
-    found["gather weights"] = int(times * ring(item * blocks / shape.tensor, in_blocks) + micro * ring(item * outer, everywhere))
+    found["gather weights"] = int(
+        times * ring(item * blocks / shape.tensor, in_blocks) + micro * ring(item * outer, everywhere)
+    )
     found["scatter gradients"] = int(
         reductions * (ring(reduced * blocks / shape.tensor, in_blocks) + ring(reduced * outer, everywhere))
         + 2 * ring(4 * norms, shape.size)
@@ -132,7 +142,13 @@ def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, i
     if shape.replicate > 1:
         own = blocks / shape.tensor / in_blocks + outer / everywhere
         found["sum over replicas"] = int(reductions * 2 * ring(reduced * own, shape.replicate))
-    rows = micro * recipe.batch.micro_batch_size * recipe.data.sequence_length * recipe.model.hidden_size * recipe.model.num_layers
+    rows = (
+        micro
+        * recipe.batch.micro_batch_size
+        * recipe.data.sequence_length
+        * recipe.model.hidden_size
+        * recipe.model.num_layers
+    )
     again = 1 if options.activation_checkpointing == "none" else 2
     if shape.tensor > 1:  # two gathers and two scatters of [tokens, hidden] in a block's forward, and in its backward
         found["tokens between tensor ranks"] = int(4 * (1 + again) * ring(item * rows / shape.context, shape.tensor))
@@ -141,14 +157,19 @@ def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, i
     return found
 
 
-def predict(recipe: Recipe, options: CudaOptions, shape: Degrees, speeds: Speeds, device_type: str = "cuda") -> Prediction:
-    """A step on `shape.size` devices: arithmetic, memory passes, optimizer, and the communication that does not fit beside them."""
+def predict(
+    recipe: Recipe, options: CudaOptions, shape: Degrees, speeds: Speeds, device_type: str = "cuda"
+) -> Prediction:
+    """A step on `shape.size` devices: arithmetic, memory passes, optimizer, and the communication that does not fit
+    beside them.
+    """
     model = recipe.model
     tokens = recipe.tokens_per_step / shape.size  # of a rank
     item = _ITEM[recipe.precision.compute]
     blocks, outer, _ = _sizes(recipe)
     products = 6.0 * (blocks + model.vocab_size * model.hidden_size) * tokens
-    attention = (flops_per_token(model, recipe.data.sequence_length) - flops_per_token(model, 0)) * tokens / 2  # causal: half is computed
+    # causal: half is computed
+    attention = (flops_per_token(model, recipe.data.sequence_length) - flops_per_token(model, 0)) * tokens / 2
     recomputed = {"none": 0.0, "selective": 0.0, "full": 1.0}[options.activation_checkpointing]
     block_share = blocks / (blocks + model.vocab_size * model.hidden_size)
     products *= 1 + recomputed / 3 * block_share
@@ -156,7 +177,10 @@ def predict(recipe: Recipe, options: CudaOptions, shape: Degrees, speeds: Speeds
     passes = (
         tokens
         * model.num_layers
-        * (4 * _STREAM_PASSES * model.hidden_size + item * (_HIDDEN_PASSES * model.hidden_size + _INNER_PASSES * model.intermediate_size))
+        * (
+            4 * _STREAM_PASSES * model.hidden_size
+            + item * (_HIDDEN_PASSES * model.hidden_size + _INNER_PASSES * model.intermediate_size)
+        )
     )
     passes *= (_COMPILED if options.compile else 1.0) * (1 + 0.4 * (options.activation_checkpointing != "none"))
     owned = (blocks + outer) / (1 if options.parallel == "ddp" else shape.shard * shape.sequence)
@@ -174,7 +198,8 @@ def predict(recipe: Recipe, options: CudaOptions, shape: Degrees, speeds: Speeds
     working = sum(parts.values())
     hidden_s, exposed_s = 0.0, 0.0
     for name, size in sent.items():
-        waits = name in ("tokens between tensor ranks", "heads between context ranks")  # a block cannot go on before they are there
+        # a block cannot go on before they are there
+        waits = name in ("tokens between tensor ranks", "heads between context ranks")
         link = _link(name, shape, speeds)
         if link is None:
             raise BackendError("a prediction for several devices needs the speed of the links between them")
@@ -194,10 +219,14 @@ def predict(recipe: Recipe, options: CudaOptions, shape: Degrees, speeds: Speeds
 
 
 def _link(name: str, shape: Degrees, speeds: Speeds) -> float | None:
-    """Bytes a second of one device's sends for `name`. A ring over whole nodes enters each by all of its network cards at once, so that
-    a card carries a share of it; replicas of a shard meet by one card each.
+    """Bytes a second of one device's sends for `name`. A ring over whole nodes enters each by all of its network cards
+    at once, so that a card carries a share of it; replicas of a shard meet by one card each.
     """
-    ranks = {"tokens between tensor ranks": shape.tensor, "heads between context ranks": shape.sequence, "sum over replicas": shape.size}
+    ranks = {
+        "tokens between tensor ranks": shape.tensor,
+        "heads between context ranks": shape.sequence,
+        "sum over replicas": shape.size,
+    }
     reaches = ranks.get(name, shape.size if name == "sum gradients" else shape.shard * shape.sequence)
     node = speeds.node_link_bytes or speeds.link_bytes
     if reaches <= speeds.devices_per_node or speeds.link_bytes is None:
@@ -209,11 +238,16 @@ def _link(name: str, shape: Degrees, speeds: Speeds) -> float | None:
 
 
 def largest_micro_batch(recipe: Recipe, options: CudaOptions, shape: Degrees, capacity_bytes: float) -> int:
-    """Sequences of the largest micro-batch that fits; 0: none does. Of any size: whether it divides the global batch is not asked."""
+    """Sequences of the largest micro-batch that fits; 0: none does. Of any size: whether it divides the global batch is
+    not asked.
+    """
     fits = 0
     while fits < 4096:
         batch = recipe.batch.model_copy(update={"micro_batch_size": fits + 1})
-        if needs(recipe.model_copy(update={"batch": batch}), options, shape, "cuda").total_memory_bytes > capacity_bytes:
+        if (
+            needs(recipe.model_copy(update={"batch": batch}), options, shape, "cuda").total_memory_bytes
+            > capacity_bytes
+        ):
             break
         fits += 1
     return fits
@@ -237,17 +271,24 @@ def check_memory(recipe: Recipe, options: CudaOptions, shape: Degrees, device: t
     if wanted.total_memory_bytes <= capacity:
         return
     told = ", ".join(
-        f"{name} {size / 2**30:,.1f}" for name, size in sorted(wanted.memory_bytes.items(), key=lambda part: -part[1]) if size > 1 << 27
+        f"{name} {size / 2**30:,.1f}"
+        for name, size in sorted(wanted.memory_bytes.items(), key=lambda part: -part[1])
+        if size > 1 << 27
     )
     remedy = "; ".join(remedies(recipe, options, shape, device.type, capacity))
     raise BackendError(
-        f"a rank needs about {wanted.total_memory_bytes / 2**30:,.1f} GiB ({told}), and {where} has {capacity / 2**30:,.1f}: "
+        f"a rank needs about {wanted.total_memory_bytes / 2**30:,.1f} GiB ({told}), and {where} has "
+        f"{capacity / 2**30:,.1f}: "
         f"what would fit: {remedy}"
     )
 
 
-def remedies(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str, capacity_bytes: float) -> tuple[str, ...]:
-    """What fits into so much memory on each of the same devices, one of each kind, cheapest first; then what else there is."""
+def remedies(
+    recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str, capacity_bytes: float
+) -> tuple[str, ...]:
+    """What fits into so much memory on each of the same devices, one of each kind, cheapest first; then what else there
+    is.
+    """
     found: dict[str, str] = {}  # kind -> the first of it that fits: the largest micro-batch
     for words, total in alternatives(recipe, options, shape, device_type):
         if total <= capacity_bytes:
@@ -257,7 +298,9 @@ def remedies(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: 
     return (*list(found.values())[:5], *(() if found else ("more or larger devices",)), "the streaming backend")
 
 
-def _replicas_that_fit(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str, capacity_bytes: float) -> int | None:
+def _replicas_that_fit(
+    recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str, capacity_bytes: float
+) -> int | None:
     """The smallest larger number of data-parallel replicas that fits; None where more of them do not help."""
     batch = recipe.batch
     for replicas in range(batch.replicas + 1, min(batch.global_batch_size, 4096) + 1):
@@ -290,7 +333,10 @@ def alternatives(recipe: Recipe, options: CudaOptions, shape: Degrees, device_ty
     if options.parallel == "ddp":
         yield "backend.options.parallel=fsdp", total(recipe, parallel="fsdp")
     for kind in ("selective", "full"):
-        if options.activation_checkpointing == "none" or (options.activation_checkpointing, kind) == ("selective", "full"):
+        if options.activation_checkpointing == "none" or (options.activation_checkpointing, kind) == (
+            "selective",
+            "full",
+        ):
             fsdp = {"parallel": "fsdp"} if options.parallel == "ddp" else {}
             yield (
                 f"{'backend.options.parallel=fsdp ' if fsdp else ''}backend.options.activation_checkpointing={kind}",
@@ -299,7 +345,8 @@ def alternatives(recipe: Recipe, options: CudaOptions, shape: Degrees, device_ty
     if options.activation_checkpointing != "full":
         for smaller in smaller_ones:
             yield (
-                f"batch.micro_batch_size={smaller.batch.micro_batch_size} backend.options.activation_checkpointing=full",
+                f"batch.micro_batch_size={smaller.batch.micro_batch_size} "
+                "backend.options.activation_checkpointing=full",
                 total(smaller, activation_checkpointing="full"),
             )
     others = ["cpu_offload"] if options.parallel != "ddp" else []

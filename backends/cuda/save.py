@@ -1,8 +1,9 @@
-"""Checkpoints of many ranks: each copies its share of the state into host memory, whole tensors of the neutral form, and writes it aside.
+"""Checkpoints of many ranks: each copies its share of the state into host memory, whole tensors of the neutral form,
+and writes it aside.
 
-The run waits for the copies alone (`stall_ms`); hashing, writing and syncing are a thread's work on every rank, and what it wrote goes to
-rank 0 over the store. What a reader would get wrong: a file of a checkpoint is one rank's, and a tensor lies in one file, so between
-them the ranks hold the state once, and no rank holds all of it.
+The run waits for the copies alone (`stall_ms`); hashing, writing and syncing are a thread's work on every rank, and
+what it wrote goes to rank 0 over the store. What a reader would get wrong: a file of a checkpoint is one rank's, and a
+tensor lies in one file, so between them the ranks hold the state once, and no rank holds all of it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from weftrain.backends.common.step import Lender, LentTensors
 from weftrain.backends.cuda.world import World
-from weftrain.backends.shared import Lender, LentTensors
 from weftrain.core import checkpoint
 from weftrain.core.errors import CheckpointError, WeftrainError
 
@@ -28,7 +29,9 @@ _Copies = dict[str, dict[str, Tensor]]
 
 
 class RankedTensors(LentTensors):
-    """A run's state over many ranks. `begin_files` and `writers`: how core.checkpoint has every rank write its share."""
+    """A run's state over many ranks. `begin_files` and `writers`: how core.checkpoint has every rank write its
+    share.
+    """
 
     def __init__(
         self,
@@ -59,10 +62,14 @@ class Writer:
         """The state is about to change: who still holds one that was lent gets a copy."""
         self._lender.let_go()
 
-    def begin(self, folder: Path, files: Parts, whole: Callable[[str, bool], Tensor | None]) -> Callable[[], checkpoint.Written]:
-        """Copy this rank's files' tensors and write them in a thread. whole(name, keep): a collective; the tensor where it is kept.
+    def begin(
+        self, folder: Path, files: Parts, whole: Callable[[str, bool], Tensor | None]
+    ) -> Callable[[], checkpoint.Written]:
+        """Copy this rank's files' tensors and write them in a thread. whole(name, keep): a collective; the tensor where
+        it is kept.
 
-        What is returned waits for all ranks, on rank 0, and raises CheckpointError with the words of the one that failed.
+        What is returned waits for all ranks, on rank 0, and raises CheckpointError with the words of the one that
+        failed.
         """
         self._join()
         start, size = time.perf_counter(), self._world.size
@@ -81,13 +88,17 @@ class Writer:
         self._thread.start()
         return partial(self._written, self._thread, self._number, min(size, len(files)), found)
 
-    def _write(self, folder: Path, files: Parts, copies: _Copies, number: int, found: dict[int, dict[str, Any]]) -> None:
+    def _write(
+        self, folder: Path, files: Parts, copies: _Copies, number: int, found: dict[int, dict[str, Any]]
+    ) -> None:
         told: dict[str, Any] = {"files": {}}
         try:
             for file in list(copies):
                 told["files"][file] = checkpoint.write_file(folder / file, files[file], copies.pop(file))
         except FileNotFoundError as error:
-            told = {"error": f"{error.filename}: is not there: the run's folder must lie on a file system that all nodes share"}
+            told = {
+                "error": f"{error.filename}: is not there: the run's folder must lie on a file system that all nodes share"
+            }
         except OSError as error:
             told = {"error": f"{error.filename or folder}: {error.strerror}"}
         except WeftrainError as error:
@@ -96,7 +107,9 @@ class Writer:
         if not self._world.leads:
             self._world.own_store().set(f"saved/{self._run}/{number}/{self._world.rank}", json.dumps(told))
 
-    def _written(self, thread: threading.Thread, number: int, ranks: int, found: dict[int, dict[str, Any]]) -> checkpoint.Written:
+    def _written(
+        self, thread: threading.Thread, number: int, ranks: int, found: dict[int, dict[str, Any]]
+    ) -> checkpoint.Written:
         thread.join()
         if ranks > 1:
             store = self._world.own_store()
@@ -104,11 +117,15 @@ class Writer:
                 try:
                     found[rank] = json.loads(store.get(f"saved/{self._run}/{number}/{rank}"))
                 except (RuntimeError, dist.DistError) as error:
-                    raise CheckpointError(f"rank {rank} did not say that its part of the checkpoint was written: {error}") from error
+                    raise CheckpointError(
+                        f"rank {rank} did not say that its part of the checkpoint was written: {error}"
+                    ) from error
         files: dict[str, Any] = {}
         for rank in range(ranks):
             if words := found[rank].get("error"):
-                raise CheckpointError(f"rank {rank} on its part of the checkpoint: {words}; older checkpoints are untouched")
+                raise CheckpointError(
+                    f"rank {rank} on its part of the checkpoint: {words}; older checkpoints are untouched"
+                )
             files |= {name: (entry, tensors) for name, (entry, tensors) in found[rank]["files"].items()}
         return files
 

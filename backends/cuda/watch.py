@@ -1,7 +1,9 @@
-"""Who holds all up: every rank tells now and then what it is at, and where nothing moves, rank 0 names the rank that is not waiting.
+"""Who holds all up: every rank tells now and then what it is at, and where nothing moves, rank 0 names the rank that is
+not waiting.
 
-A thread a rank, over the store by which the ranks met, so that it works while every collective hangs. What a reader would get wrong:
-a rank that waits is not stalled. The one at fault is the one that is *not* in a collective, and its Python stack says where it is.
+A thread a rank, over the store by which the ranks met, so that it works while every collective hangs. What a reader
+would get wrong: a rank that waits is not stalled. The one at fault is the one that is *not* in a collective, and its
+Python stack says where it is.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from weftrain.backends.cuda.world import RESTS, World
-from weftrain.core import fsops
+from weftrain.core.formats import fsops
 
 _BEAT_S = 1.0
 _GRACE_S = 5.0  # from the loss of the store to the end of a process that may hang in a collective
@@ -65,10 +67,14 @@ class Watch:
                 self._leave_if_alone()
 
     def _leave_if_alone(self) -> None:
-        """End this process where the store, and so rank 0 or the launcher's agent, is gone: it may hang in a collective for ever."""
+        """End this process where the store, and so rank 0 or the launcher's agent, is gone: it may hang in a collective
+        for ever.
+        """
         if self._end.wait(_GRACE_S):
             return
-        sys.stderr.write(f"weftrain: rank {self._world.rank}: rank 0 or its launcher has ended, so this process ends too\n")
+        sys.stderr.write(
+            f"weftrain: rank {self._world.rank}: rank 0 or its launcher has ended, so this process ends too\n"
+        )
         sys.stderr.flush()
         os._exit(128 + self._world.stop.number if self._world.stop.number else 1)
 
@@ -100,12 +106,15 @@ class Watch:
                 continue
             what = "has said nothing yet" if beat is None else f"is to {beat['doing']}"
             sys.stderr.write(
-                f"weftrain: nothing has moved for {held_s:.0f} s: rank {rank} {what} (step {beat['step'] if beat else '?'}), the others "
+                f"weftrain: nothing has moved for {held_s:.0f} s: rank {rank} {what} (step "
+                f"{beat['step'] if beat else '?'}), the others "
                 f"wait for it; its stack:\n{self._stack_of(rank)}\n"
             )
         if all(beat is not None and beat["waiting"] for beat in beats.values()):
             told = ", ".join(f"rank {rank}: {beat['doing']}" for rank, beat in beats.items() if beat)
-            sys.stderr.write(f"weftrain: nothing has moved for {held_s:.0f} s and every rank waits in a collective ({told})\n")
+            sys.stderr.write(
+                f"weftrain: nothing has moved for {held_s:.0f} s and every rank waits in a collective ({told})\n"
+            )
         sys.stderr.flush()
         self._dump_flights()
 

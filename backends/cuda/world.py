@@ -1,8 +1,9 @@
 """The ranks of one run: how they meet, who leads, and what is said when one of them is lost.
 
-torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) starts the same command everywhere; without these
-variables the world is this process alone. What a reader would get wrong: rank 0 leads. It alone runs the training loop of the core, and
-before each collective pass it sends an order (JSON, never a pickle) that the others, who sit in `engine.follow`, carry out.
+torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) starts the same command everywhere;
+without these variables the world is this process alone. What a reader would get wrong: rank 0 leads. It alone runs the
+training loop of the core, and before each collective pass it sends an order (JSON, never a pickle) that the others, who
+sit in `engine.follow`, carry out.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from weftrain.backends.shared import torch_device
-from weftrain.core.canonical import canonical_json
+from weftrain.backends.common.step import torch_device
 from weftrain.core.errors import BackendError, EverywhereError, WeftrainError
+from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def launched() -> bool:
 class World:
     """This process among the ranks of a run. Made by `meet`, and ended by `leave`."""
 
-    def __init__(self, device: torch.device, store: dist.Store, rank: int, size: int, timeout_s: float, stop: StopRequest) -> None:
+    def __init__(
+        self, device: torch.device, store: dist.Store, rank: int, size: int, timeout_s: float, stop: StopRequest
+    ) -> None:
         self.stop = stop  # this process's; watch.py carries it from rank to rank
         self.device, self.store, self.rank, self.size, self.timeout_s = device, store, rank, size, timeout_s
         self.host = socket.gethostname()
@@ -69,7 +72,9 @@ class World:
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """A collective, by name: what torch.distributed raises where a rank is gone becomes one line. Raises BackendError."""
+        """A collective, by name: what torch.distributed raises where a rank is gone becomes one line. Raises
+        BackendError.
+        """
         before = self.doing, self.waiting
         self.doing, self.waiting = what, True
         try:
@@ -87,12 +92,15 @@ class World:
         words = self.last_words()
         why = f"{words}; " if words else ""
         return EverywhereError(
-            f"rank {self.rank} of {self.size}: another rank was lost while this one was to {what} ({why}{first}): the last checkpoint is "
+            f"rank {self.rank} of {self.size}: another rank was lost while this one was to {what} ({why}{first}): the "
+            "last checkpoint is "
             "whole; start the run again, or let torchrun do it with --max-restarts"
         )
 
     def break_off(self, words: str) -> None:
-        """This rank failed in the midst of something: there are no orders any more, and the others learn why when they miss it."""
+        """This rank failed in the midst of something: there are no orders any more, and the others learn why when they
+        miss it.
+        """
         self._broken = True
         self.say_last_words(words)
 
@@ -107,7 +115,8 @@ class World:
                 return self.store.get("last words").decode()
         return None
 
-    # -- what is sent between the hosts -----------------------------------------------------------------------------------------------
+    # -- what is sent between the hosts
+    # -----------------------------------------------------------------------------------------------
 
     def order(self, **what: Any) -> None:
         """Rank 0: tell the others what comes."""
@@ -139,7 +148,9 @@ class World:
         return found
 
     def agree(self, error: str | None = None) -> None:
-        """All ranks come here, with what went wrong on them or None. Raises BackendError on every rank, with the words of the lowest."""
+        """All ranks come here, with what went wrong on them or None. Raises BackendError on every rank, with the words
+        of the lowest.
+        """
         words = (error or "").encode()[:_LONGEST_WORDS]
         own = torch.zeros(_LONGEST_WORDS, dtype=torch.uint8)
         own[: len(words)] = torch.frombuffer(bytearray(words or b"\0"), dtype=torch.uint8)[: len(words)]
@@ -153,7 +164,9 @@ class World:
                 raise EverywhereError(text if self.size == 1 else f"rank {rank}: {text}")
 
     def same_everywhere(self, what: dict[str, Any]) -> None:
-        """Raises BackendError, on every rank, that names the first thing of `what` (JSON) in which a rank differs from rank 0."""
+        """Raises BackendError, on every rank, that names the first thing of `what` (JSON) in which a rank differs from
+        rank 0.
+        """
         if self.size == 1:
             return
         own = canonical_json(what | {"host": self.host})
@@ -169,7 +182,8 @@ class World:
             for key in sorted(what):
                 if other.get(key) != told[0].get(key):
                     raise EverywhereError(
-                        f"the ranks are not alike: {key} is {told[0].get(key)} on rank 0 ({told[0].get('host')}) and {other.get(key)} on "
+                        f"the ranks are not alike: {key} is {told[0].get(key)} on rank 0 ({told[0].get('host')}) and "
+                        f"{other.get(key)} on "
                         f"rank {rank} ({other.get('host')}): install and start the same everywhere"
                     )
 
@@ -209,7 +223,8 @@ _worlds: dict[str, World] = {}  # of this process, at most one: torch.distribute
 
 
 def meet(wanted_device: str, timeout_s: float, stop: StopRequest | None = None) -> World:
-    """This process's world, made where there is none yet. Raises BackendError, in one line, where the ranks cannot meet.
+    """This process's world, made where there is none yet. Raises BackendError, in one line, where the ranks cannot
+    meet.
 
     stop: this process's; a signal while it waits for the others ends it at once.
     """
@@ -222,7 +237,8 @@ def meet(wanted_device: str, timeout_s: float, stop: StopRequest | None = None) 
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise BackendError(
-                f"local rank {local_rank} has no CUDA device: this machine has {torch.cuda.device_count()}; start as many processes "
+                f"local rank {local_rank} has no CUDA device: this machine has {torch.cuda.device_count()}; start as "
+                "many processes "
                 "(--nproc-per-node)"
             )
         device = torch.device("cuda", local_rank)
@@ -237,7 +253,9 @@ def meet(wanted_device: str, timeout_s: float, stop: StopRequest | None = None) 
     else:
         missing = [name for name in _RANK_VARIABLES if name not in os.environ]
         if missing:
-            raise BackendError(f"{', '.join(missing)} is not set: start the ranks with torchrun, or set {', '.join(_RANK_VARIABLES)}")
+            raise BackendError(
+                f"{', '.join(missing)} is not set: start the ranks with torchrun, or set {', '.join(_RANK_VARIABLES)}"
+            )
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         rank = int(os.environ["RANK"])
         try:
@@ -246,7 +264,9 @@ def meet(wanted_device: str, timeout_s: float, stop: StopRequest | None = None) 
                 store.set_timeout(timeout)
                 # What ranks of an earlier attempt wrote there, such as their addresses, is no longer true.
                 store = dist.PrefixStore(f"weftrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-                dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout)
+                dist.init_process_group(
+                    backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout
+                )
         except (RuntimeError, ValueError, dist.DistError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             taken = "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
@@ -265,7 +285,8 @@ def meet(wanted_device: str, timeout_s: float, stop: StopRequest | None = None) 
 
             world.watch = Watch(world)
         if world.size > 1 and world.leads:
-            atexit.register(_end)  # runs may be prepared one after another, so the end of a run is not that of the world
+            # runs may be prepared one after another, so the end of a run is not that of the world
+            atexit.register(_end)
         world.same_everywhere(identity(device))
     except BaseException:
         leave()
@@ -306,6 +327,8 @@ def leave() -> None:
 
 
 def _record_flights() -> None:
-    """NCCL's flight recorder: the last collectives of each rank, dumped where one times out. Unless the user has set it otherwise."""
+    """NCCL's flight recorder: the last collectives of each rank, dumped where one times out. Unless the user has set it
+    otherwise.
+    """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")

@@ -1,8 +1,9 @@
-"""Weight streaming: trains what fits neither the device's memory nor the machine's, with exactly the numbers of ordinary training.
+"""Weight streaming: trains what fits neither the device's memory nor the machine's, with exactly the numbers of
+ordinary training.
 
-A schedule of our own for any torch device (docs/weight-streaming.md); its speed says nothing about any vendor's system. What a reader
-would get wrong: with a file tier the *store* is the run's state. It stands at the last completed step whatever killed the process, and a
-run continues from it; checkpoints are exports.
+A schedule of our own for any torch device (docs/weight-streaming.md); its speed says nothing about any vendor's system.
+What a reader would get wrong: with a file tier the *store* is the run's state. It stands at the last completed step
+whatever killed the process, and a run continues from it; checkpoints are exports.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from weftrain.backends.shared import PlainBackend, ask_for_huge_pages, refuse_numerics, torch_device, use_threads
-from weftrain.backends.streaming.layout import FormatName, Layout, make_layout
+from weftrain.backends.common.step import PlainBackend, ask_for_huge_pages, refuse_numerics, torch_device, use_threads
 from weftrain.backends.streaming.planner import needs, predict, remedies
 from weftrain.backends.streaming.schedule import Scheduler, draw
+from weftrain.backends.streaming.store.layout import FormatName, Layout, make_layout
 from weftrain.core.backend import BatchSource, Job, Kept, Needs, Prediction, Speeds
-from weftrain.core.canonical import sha256_json
 from weftrain.core.config import CompileOption, Count, PositiveInt, Recipe, Section, Threads, TimeoutS
 from weftrain.core.errors import BackendError
+from weftrain.core.formats.canonical import sha256_json
 
 if TYPE_CHECKING:
     import torch
 
     from weftrain.backends.streaming.engine import StreamingRun
-    from weftrain.backends.streaming.store import Store
+    from weftrain.backends.streaming.store.base import Store
 
 
 class StreamingOptions(CompileOption):
@@ -34,33 +35,42 @@ class StreamingOptions(CompileOption):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Threads = 0  # CPU threads; 0: torch's own choice
-    huge_pages: bool = True  # on a CPU: activations in huge pages that the process keeps; false: smallest memory, slower; no bit changes
-    activations: Literal["keep", "recompute"] = "keep"  # recompute: a block's input alone stays, the block runs again in backward
-    offload_activations: bool = False  # activations=keep: what autograd saves goes to the host's memory (with a CUDA device)
+    # on a CPU: activations in huge pages that the process keeps; false: smallest memory, slower; no bit changes
+    huge_pages: bool = True
+    # recompute: a block's input alone stays, the block runs again in backward
+    activations: Literal["keep", "recompute"] = "keep"
+    # activations=keep: what autograd saves goes to the host's memory (with a CUDA device)
+    offload_activations: bool = False
     tier: Literal["ram", "mapped", "direct"] = "ram"  # where state lives: see store.py
     store: str | None = None  # folder of a file tier; null: `store` in the run's folder
     state_format: FormatName = "fp32"
     layer_slots: Annotated[int, Field(ge=2)] = 3  # tier direct: layers whose weights are in memory at once
-    buffer_mib: Count = 0  # tier direct: state on its way in and out, and as much of gradients; 0: what layer_slots layers have
+    # tier direct: state on its way in and out, and as much of gradients; 0: what layer_slots layers have
+    buffer_mib: Count = 0
     tile_elements: PositiveInt = 1 << 23  # parameters that are read and written at once
     memory_limit_mib: Count = 0  # refuse to start what would need more; 0: what the machine has available
     trace_steps: Count = 0  # first steps whose timeline goes to trace.json in the run's folder
     open_to_replicas: bool = False  # let replicas join while it trains, also where batch.replicas is 1
-    fabric: Literal["central", "sharded"] = "central"  # central: rank 0 owns the store; sharded: each rank owns a part of every tile
+    # central: rank 0 owns the store; sharded: each rank owns a part of every tile
+    fabric: Literal["central", "sharded"] = "central"
     timeout_s: TimeoutS = 600  # waiting for another rank
     poison_freed_slots: bool = False  # NaN where weights were that nobody may read any more: for tests and for doubts
 
     @model_validator(mode="after")
     def _check(self) -> StreamingOptions:
         if self.offload_activations and self.activations == "recompute":
-            raise ValueError("offload_activations needs activations=keep: recompute keeps nothing that could be offloaded")
+            raise ValueError(
+                "offload_activations needs activations=keep: recompute keeps nothing that could be offloaded"
+            )
         return self
 
 
 def layout_of(recipe: Recipe, options: StreamingOptions, shard: tuple[int, int] = (0, 1)) -> Layout:
     """The layout of the store that these options ask for."""
     split_above = options.tile_elements if options.tier == "direct" else None
-    return make_layout(recipe, options.state_format, split_above=split_above, tile_elements=options.tile_elements, shard=shard)
+    return make_layout(
+        recipe, options.state_format, split_above=split_above, tile_elements=options.tile_elements, shard=shard
+    )
 
 
 def store_folder(options: StreamingOptions, folder: Path | None) -> Path | None:
@@ -73,10 +83,12 @@ def store_folder(options: StreamingOptions, folder: Path | None) -> Path | None:
 
 
 def open_store(recipe: Recipe, options: StreamingOptions, shard: tuple[int, int], folder: Path | None) -> Store:
-    """Raises BackendError: too little memory, no folder for a file tier, no room, a store of something else, in use, or torn."""
-    from weftrain.backends.streaming.direct_store import DirectStore
-    from weftrain.backends.streaming.file_store import MappedStore
-    from weftrain.backends.streaming.store import RamStore
+    """Raises BackendError: too little memory, no folder for a file tier, no room, a store of something else, in use, or
+    torn.
+    """
+    from weftrain.backends.streaming.store.base import RamStore
+    from weftrain.backends.streaming.store.direct import DirectStore
+    from weftrain.backends.streaming.store.mapped import MappedStore
 
     layout = layout_of(recipe, options, shard)
     buffer_bytes = buffer_bytes_of(layout, options)
@@ -84,7 +96,9 @@ def open_store(recipe: Recipe, options: StreamingOptions, shard: tuple[int, int]
     if options.tier == "ram":
         return RamStore(layout)
     if folder is None:
-        raise BackendError(f"backend.options.tier is {options.tier} and there is no folder for it: give backend.options.store a path")
+        raise BackendError(
+            f"backend.options.tier is {options.tier} and there is no folder for it: give backend.options.store a path"
+        )
     return MappedStore(layout, folder) if options.tier == "mapped" else DirectStore(layout, folder, buffer_bytes)
 
 
@@ -92,12 +106,18 @@ def _agreement(job: Job) -> str:
     """Hash of what all ranks must have in common; what else is in backend.options each may choose for its machine."""
     assert isinstance(job.options, StreamingOptions)
     layout = layout_of(job.recipe, job.options).identity
-    return sha256_json({"recipe": job.recipe.model_dump(mode="json", exclude={"backend"}), "layout": layout, "fabric": job.options.fabric})
+    return sha256_json(
+        {
+            "recipe": job.recipe.model_dump(mode="json", exclude={"backend"}),
+            "layout": layout,
+            "fabric": job.options.fabric,
+        }
+    )
 
 
 def _set_up(job: Job) -> tuple[StreamingOptions, torch.device]:
     """Threads, the allocator and the device of this process."""
-    from weftrain.core.host_memory import return_freed_memory
+    from weftrain.kernels.host_memory import return_freed_memory
 
     options = job.options
     if not isinstance(options, StreamingOptions):
@@ -141,7 +161,9 @@ class StreamingBackend(PlainBackend):
     )
 
     def prepare(self, job: Job) -> StreamingRun:
-        """Raises BackendError for a device that is not there, a store that is in use, torn or of another recipe, or too little room."""
+        """Raises BackendError for a device that is not there, a store that is in use, torn or of another recipe, or too
+        little room.
+        """
         from weftrain.backends.streaming.engine import StreamingRun
         from weftrain.backends.streaming.fabric import Alone, Leader
 
@@ -149,14 +171,24 @@ class StreamingBackend(PlainBackend):
         options, device = _set_up(job)
         replicas = job.recipe.batch.replicas
         if replicas * job.recipe.batch.micro_batch_size > job.recipe.batch.global_batch_size:
-            raise BackendError(f"batch.replicas is {replicas} and there are fewer micro-batches: each replica needs one of its own")
+            raise BackendError(
+                f"batch.replicas is {replicas} and there are fewer micro-batches: each replica needs one of its own"
+            )
         store = open_store(job.recipe, options, (0, shares(job.recipe, options)), store_folder(options, job.folder))
         try:
             fabric = Alone()
             if replicas > 1 or options.open_to_replicas:
                 if job.folder is None:
                     raise BackendError("replicas meet in the run's folder, and this run has none: set batch.replicas=1")
-                fabric = Leader(job.folder, _agreement(job), replicas, device, options.fabric == "sharded", options.timeout_s, job.stop)
+                fabric = Leader(
+                    job.folder,
+                    _agreement(job),
+                    replicas,
+                    device,
+                    options.fabric == "sharded",
+                    options.timeout_s,
+                    job.stop,
+                )
             return StreamingRun(job, options, device, store, fabric)
         except BaseException:
             store.close()
@@ -165,12 +197,12 @@ class StreamingBackend(PlainBackend):
     def follow(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
         """Be a replica of a run until it ends, or until this process is asked to stop and rank 0 lets go.
 
-        read: the run's job, as its folder tells it now. Raises BackendError where no run lets this process in within wait_s, or where it
-        is lost.
+        read: the run's job, as its folder tells it now. Raises BackendError where no run lets this process in within
+        wait_s, or where it is lost.
         """
         from weftrain.backends.streaming.engine import StreamingRun
         from weftrain.backends.streaming.fabric import Follower, join_run
-        from weftrain.backends.streaming.store import EmptyStore
+        from weftrain.backends.streaming.store.base import EmptyStore
 
         def seat(job: Job, meeting: Path) -> Follower:
             options, device = _set_up(job)
@@ -192,7 +224,7 @@ class StreamingBackend(PlainBackend):
 
     def kept_state(self, recipe: Recipe, options: Section, folder: Path) -> Kept | None:
         """See Backend.kept_state: the store of a file tier."""
-        from weftrain.backends.streaming.file_store import kept_in
+        from weftrain.backends.streaming.store.mapped import kept_in
 
         assert isinstance(options, StreamingOptions)
         where = store_folder(options, folder)
@@ -207,7 +239,8 @@ class StreamingBackend(PlainBackend):
         return [
             f"streaming    tier {options.tier}, activations {options.activations}; {form.name}: "
             f"{form.bytes_per_parameter(recipe.precision.compute):.4g} B a parameter; exact: {form.exact}",
-            f"store        {layout.state_bytes / 1e9:,.2f} GB of state and {layout.gradient_bytes / 1e9:,.2f} GB of spooled gradients in "
+            f"store        {layout.state_bytes / 1e9:,.2f} GB of state and {layout.gradient_bytes / 1e9:,.2f} GB of "
+            "spooled gradients in "
             f"{len(layout.tiles)} tiles of {len(layout.records)} records",
             "memory       "
             + " + ".join(f"{name} {size / 2**20:,.0f}" for name, size in wanted.memory_bytes.items())
@@ -221,7 +254,9 @@ class StreamingBackend(PlainBackend):
 
         assert isinstance(options, StreamingOptions)
         if speeds.devices is not None:
-            raise BackendError("the streaming backend predicts for this machine, with its memory and disk: leave the devices out")
+            raise BackendError(
+                "the streaming backend predicts for this machine, with its memory and disk: leave the devices out"
+            )
         layout = layout_of(recipe, options, (0, shares(recipe, options)))
         found = predict(recipe, layout, options, layer_slots(recipe, options), buffer_bytes_of(layout, options), speeds)
         capacity = _available(options)[0] if speeds.capacity_bytes is None else speeds.capacity_bytes
@@ -244,13 +279,16 @@ def check_memory(wanted: Needs, recipe: Recipe, options: StreamingOptions) -> No
     if wanted.total_memory_bytes > available:
         parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in wanted.memory_bytes.items())
         raise BackendError(
-            f"the run needs about {wanted.total_memory_bytes / 2**20:,.0f} MiB of memory ({parts}), {available / 2**20:,.0f} MiB {whose}: "
+            f"the run needs about {wanted.total_memory_bytes / 2**20:,.0f} MiB of memory ({parts}), "
+            f"{available / 2**20:,.0f} MiB {whose}: "
             f"{remedies(recipe, options)}"
         )
 
 
 def buffer_bytes_of(layout: Layout, options: StreamingOptions) -> int:
-    """Of state in flight: what the options say, or what `layer_slots` layers have, at least four tiles, at most 1 GiB."""
+    """Of state in flight: what the options say, or what `layer_slots` layers have, at least four tiles, at most 1
+    GiB.
+    """
     layers = [sum(tile.bytes + tile.gradient_bytes for tile in record.tiles) for record in layout.records[1:-1]]
     tile = max(tile.bytes + tile.gradient_bytes for tile in layout.tiles)
     return options.buffer_mib << 20 or max(4 * tile, min(options.layer_slots * max(layers), 1 << 30))

@@ -1,7 +1,9 @@
-"""What a CUDA device needs beside its computation: copies on streams of their own, and activations kept in the host's memory.
+"""What a CUDA device needs beside its computation: copies on streams of their own, and activations kept in the host's
+memory.
 
-Not run on any GPU yet. What a reader would get wrong: the host runs ahead of the device. So a slot is written only after the device has
-used it (`used` to `copying`), and host memory is read into again only after it was copied (`wait_until_copied`).
+Not run on any GPU yet. What a reader would get wrong: the host runs ahead of the device. So a slot is written only
+after the device has used it (`used` to `copying`), and host memory is read into again only after it was copied
+(`wait_until_copied`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ class Streams:
         self._copied: dict[int, torch.cuda.Event] = {}
 
     def pin(self, memory: Tensor) -> None:
-        """Lock host memory in place, so that copies from it run beside the computation. Raises RuntimeError where CUDA refuses."""
+        """Lock host memory in place, so that copies from it run beside the computation. Raises RuntimeError where CUDA
+        refuses.
+        """
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
 
     @contextlib.contextmanager
@@ -54,14 +58,18 @@ class Streams:
         with torch.cuda.stream(self._outgoing):
             found = {}
             for name, gradient in gradients.items():
-                found[name] = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True).copy_(gradient, non_blocking=True)
+                found[name] = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True).copy_(
+                    gradient, non_blocking=True
+                )
                 gradient.record_stream(self._outgoing)
             arrived.record(self._outgoing)
         return found, arrived
 
 
 class Offload(torch.autograd.graph.saved_tensors_hooks):
-    """Keeps what autograd saves in the host's memory, except weights: a view of a slot is true again when the layer is back."""
+    """Keeps what autograd saves in the host's memory, except weights: a view of a slot is true again when the layer is
+    back.
+    """
 
     def __init__(self, slots: set[int]) -> None:
         def pack(tensor: Tensor) -> tuple[Any, Tensor]:

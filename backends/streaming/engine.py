@@ -1,9 +1,10 @@
-"""The engine: carries out a schedule. Weights come and go, activations stay, gradients leave, updates happen where the state is.
+"""The engine: carries out a schedule. Weights come and go, activations stay, gradients leave, updates happen where the
+state is.
 
-What a reader would get wrong: no saved tensor is packed or rebound. A layer always comes back to the same memory, so whatever autograd
-saved of its weights is true again when its backward runs; `free` says from when on it is not. The bits are those of the local backend
-because every operation is: the same kernels on the same shapes, micro-batches added in order, one norm a parameter, AdamW element by
-element.
+What a reader would get wrong: no saved tensor is packed or rebound. A layer always comes back to the same memory, so
+whatever autograd saved of its weights is true again when its backward runs; `free` says from when on it is not. The
+bits are those of the local backend because every operation is: the same kernels on the same shapes, micro-batches added
+in order, one norm a parameter, AdamW element by element.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from weftrain.backends.shared import (
+from weftrain.backends.common.step import (
     Lender,
     LentTensors,
     LossScale,
@@ -33,22 +34,22 @@ from weftrain.backends.shared import (
     to_device,
 )
 from weftrain.backends.streaming.device import Offload, Streams
-from weftrain.backends.streaming.direct_store import aligned
 from weftrain.backends.streaming.fabric import Alone, Follower, Group
-from weftrain.backends.streaming.layout import Layout, Record, Tile
 from weftrain.backends.streaming.passes import Gradients, Pass
-from weftrain.backends.streaming.planes import Work
 from weftrain.backends.streaming.schedule import BRINGING, Event, Schedule, Scheduler
 from weftrain.backends.streaming.state import Given, Reader, fill, initial, result_json, spooled
-from weftrain.backends.streaming.store import DTYPES, Commit, Completed, Pending, Store, no_trace
+from weftrain.backends.streaming.store.base import DTYPES, Commit, Completed, Pending, Store, no_trace
+from weftrain.backends.streaming.store.direct import aligned
+from weftrain.backends.streaming.store.layout import Layout, Record, Tile
+from weftrain.backends.streaming.store.planes import Work
 from weftrain.backends.streaming.trace import Trace
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
 from weftrain.core.errors import BackendError, NonFiniteError
-from weftrain.core.host_memory import huge_page_bytes
 from weftrain.core.model import Decoder, kernel_specs, rotary_tables
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.parameters import ParameterSpec, parameter_specs
 from weftrain.kernels import Spec, select
+from weftrain.kernels.host_memory import huge_page_bytes
 
 
 class StreamingRun:
@@ -64,7 +65,10 @@ class StreamingRun:
         self._groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer)}
         uses = kernel_specs(recipe.model, device.type, compute, torch.float32, recipe.data.document_attention)
         attributes = {"eps_placement": recipe.optimizer.eps_placement}
-        uses += [Spec("adamw", "optimizer", "cpu", compute, attributes), Spec("grad_norm", "optimizer", device.type, compute, attributes)]
+        uses += [
+            Spec("adamw", "optimizer", "cpu", compute, attributes),
+            Spec("grad_norm", "optimizer", device.type, compute, attributes),
+        ]
         self._selection = select(uses, recipe.kernels.preferences, recipe.kernels.pins)
         self._adamw = self._selection.function("adamw", "optimizer")
         self._grad_norm = self._selection.function("grad_norm", "optimizer")
@@ -137,8 +141,9 @@ class StreamingRun:
             yield replace(result, step_ms=(time.perf_counter() - start) * 1e3)
 
     def _own_share(self, source: BatchSource, step: int) -> tuple[list[Tensor], dict[str, Tensor], LossScale, float]:
-        """This rank's micro-batches of a step: losses of all ranks' micro-batches, norms where they are known, what the losses were divided
-        by, and seconds waited for rows."""
+        """This rank's micro-batches of a step: losses of all ranks' micro-batches, norms where they are known, what the
+        losses were divided by, and seconds waited for rows.
+        """
         micro, begin = self._recipe.batch.micro_batch_size, time.perf_counter()
         mine = self._fabric.micro_batches(self._micro_batches)
         rows = [source.rows(step, number * micro, micro) for number in mine]
@@ -161,7 +166,9 @@ class StreamingRun:
     # -- the other ranks
 
     def follow(self, source: BatchSource) -> None:
-        """Take orders from rank 0 until the run ends or this rank has left. Raises BackendError where rank 0 is lost."""
+        """Take orders from rank 0 until the run ends or this rank has left. Raises BackendError where rank 0 is
+        lost.
+        """
         assert isinstance(self._fabric, Follower)
         self._dataset_id = source.dataset_id
         while (order := self._fabric.next_order()) is not None:
@@ -205,9 +212,12 @@ class StreamingRun:
         steps = [float(loss) for loss in self._fabric.losses([torch.tensor(stands)])]
         wrong = [rank for rank, step in enumerate(steps) if step != leading["step"]]
         if wrong:
-            where = {-1: "holds no state", -2: "is of another branch or run"}.get(int(steps[wrong[0]]), f"stands at {steps[wrong[0]]:.0f}")
+            where = {-1: "holds no state", -2: "is of another branch or run"}.get(
+                int(steps[wrong[0]]), f"stands at {steps[wrong[0]]:.0f}"
+            )
             raise BackendError(
-                f"the store of rank {wrong[0]} {where}, that of rank 0 stands at step {leading['step']}: give each rank its own store of "
+                f"the store of rank {wrong[0]} {where}, that of rank 0 stands at step {leading['step']}: give each "
+                "rank its own store of "
                 "this run, or remove all of them and continue from a checkpoint"
             )
         return True
@@ -234,7 +244,9 @@ class StreamingRun:
         return self._scheduler.step(self._first_update(), spooling=False)
 
     def _lead(self, name: str, work: Pass | None) -> None:
-        """A pass in which rank 0 alone computes; of a sharded store all ranks bring their parts, or flush what each has to."""
+        """A pass in which rank 0 alone computes; of a sharded store all ranks bring their parts, or flush what each has
+        to.
+        """
         if self._fabric.sharded:
             self._fabric.order(do="pass", schedule=name)
         self._carry_out(self._schedule(name), work, shared=self._fabric.sharded and name != "flush")
@@ -263,7 +275,10 @@ class StreamingRun:
         span = micro * self._micro_batches
         for start in range(0, source.num_rows, span):
             end = min(start + span, source.num_rows)
-            rows = [to_device(source.rows(first, min(micro, end - first)), self._device) for first in range(start, end, micro)]
+            rows = [
+                to_device(source.rows(first, min(micro, end - first)), self._device)
+                for first in range(start, end, micro)
+            ]
             evaluation = Pass(self, rows, None, Alone())
             self._lead("evaluation", evaluation)
             total = sum((float(loss) for loss in evaluation.losses), total)
@@ -273,7 +288,9 @@ class StreamingRun:
         return EvalResult(total / tokens, tokens)
 
     def _saved_where(self) -> contextlib.AbstractContextManager[Any]:
-        """Where autograd keeps what it saves of a block: where it is, or with offload_activations in the host's memory."""
+        """Where autograd keeps what it saves of a block: where it is, or with offload_activations in the host's
+        memory.
+        """
         if not self._options.offload_activations:
             return contextlib.nullcontext()
         return Offload({slot.untyped_storage().data_ptr() for slot in self._slots.values()})
@@ -293,7 +310,9 @@ class StreamingRun:
     # -- records: coming, updated, going
 
     def _slot(self, record: Record) -> Tensor | None:
-        """Where the record's weights are computed with, on the device: the same memory each time; None where they are used in place."""
+        """Where the record's weights are computed with, on the device: the same memory each time; None where they are
+        used in place.
+        """
         if self._layer_slots == 0:
             return None
         return self._memory(record, self._slots, self._device)
@@ -308,7 +327,9 @@ class StreamingRun:
         number = self._scheduler.slot(record)
         if number not in slots:
             size = max(other.compute_bytes for other in self._layout.records if self._scheduler.slot(other) == number)
-            slots[number] = aligned(size) if device.type == "cpu" else torch.empty(size, dtype=torch.uint8, device=device)
+            slots[number] = (
+                aligned(size) if device.type == "cpu" else torch.empty(size, dtype=torch.uint8, device=device)
+            )
             if device.type == "cpu" and self._streams is not None:
                 self._streams.pin(slots[number])
         return slots[number]
@@ -322,7 +343,9 @@ class StreamingRun:
             raise
 
     def _do(self, schedule: Schedule, work: Pass | None, shared: bool) -> None:
-        """Do what a schedule says, in order, and hold the store to its bytes. Records are asked for as early as their slots are free."""
+        """Do what a schedule says, in order, and hold the store to its bytes. Records are asked for as early as their
+        slots are free.
+        """
         store, begin = self._store, time.perf_counter()
         read, written, stalled, busy = store.bytes_read, store.bytes_written, store.stall_s, store.io_s
         coming = deque(event for event in schedule.events if event.kind in ("update", "fetch"))
@@ -336,7 +359,8 @@ class StreamingRun:
                 if self._streams is not None:
                     self._streams.wait_until_copied(slot)
                 store.prefetch(asked.record, self._landing(asked.record), asked.kind == "update")
-            if ahead and not coming and event.kind == "backward":  # all that comes first has been asked for, and has been updated
+            # all that comes first has been asked for, and has been updated
+            if ahead and not coming and event.kind == "backward":
                 ahead = False
                 store.read_ahead(self._layout.records[0])
             start = time.perf_counter()
@@ -350,14 +374,19 @@ class StreamingRun:
             end = time.perf_counter()
             computing += end - start if event.kind in ("forward", "loss", "backward") else 0.0
             if event.kind != "free":
-                store.trace("compute" if event.kind in ("forward", "loss", "backward") else "move", str(event), start, end)
+                store.trace(
+                    "compute" if event.kind in ("forward", "loss", "backward") else "move", str(event), start, end
+                )
         if work is not None:
             work.fabric.settle()
         while self._leaving:
             self._spool_oldest()
         moved = (store.bytes_read - read, store.bytes_written - written)
         if moved != (schedule.bytes_read, schedule.bytes_written):
-            raise BackendError(f"the store moved {moved} bytes in and out, the schedule says {schedule.bytes_read, schedule.bytes_written}")
+            raise BackendError(
+                f"the store moved {moved} bytes in and out, the schedule says "
+                f"{schedule.bytes_read, schedule.bytes_written}"
+            )
         busy, stalled = store.io_s - busy, store.stall_s - stalled
         found = {
             "store_in_bytes": float(moved[0]),
@@ -403,17 +432,21 @@ class StreamingRun:
                 slot[first : first + tile.compute_bytes].copy_(plane.view(torch.uint8), non_blocking=True)
 
     def _bind(self, record: Record, planes: list[Tensor]) -> None:
-        """Point the record's parameters at its weights: the same Parameter objects each time, at whatever memory holds them now."""
+        """Point the record's parameters at its weights: the same Parameter objects each time, at whatever memory holds
+        them now.
+        """
         slot, leaves = self._slot(record), self._leaves.setdefault(record.index, {})
         specs = {spec.name: spec for spec in record.specs}
         for number, tile in enumerate(record.tiles):
             plane = planes[number] if slot is None else slot[tile.compute_offset :].view(DTYPES[tile.compute])
             for piece in tile.pieces:
                 if piece.start:
-                    continue  # the rest of a tensor that began in an earlier tile: they lie one after the other in the slot
+                    # the rest of a tensor that began in an earlier tile: they lie one after the other in the slot
+                    continue
                 spec = specs[piece.name]
-                # .data: a version counter of its own. Autograd's says that memory was written to since a weight was saved, and it was,
-                # with another layer and then with this one again; that it is this one is the schedule's promise.
+                # .data: a version counter of its own. Autograd's says that memory was written to since a weight was
+                # saved, and it was, with another layer and then with this one again; that it is this one is the
+                # schedule's promise.
                 weight = plane[piece.offset : piece.offset + spec.size].view(spec.shape).data
                 if spec.name in leaves:
                     leaves[spec.name].data = weight
@@ -424,7 +457,9 @@ class StreamingRun:
 
     @torch.no_grad()
     def _update(self, tile: Tile) -> None:
-        """Make the pending update of one tile: AdamW on its planes, part by part, with the gradient that was spooled."""
+        """Make the pending update of one tile: AdamW on its planes, part by part, with the gradient that was
+        spooled.
+        """
         config, pending = self._recipe.optimizer, self._standing().pending
         assert pending is not None
         scale = torch.tensor(pending.gradient_scale, dtype=torch.float32)
@@ -478,22 +513,29 @@ class StreamingRun:
     # -- state
 
     def export_state(self) -> State:
-        """See Run.export_state. Each tensor is read when it is asked for, and what is still held before the run trains on."""
+        """See Run.export_state. Each tensor is read when it is asked for, and what is still held before the run trains
+        on.
+        """
         self._lender.let_go()
         self._flush()
         reader = Reader(self._store, self._fabric)
         return State(
-            self._standing().step, self._standing().optimizer_updates, self._lender.lend(LentTensors(reader.shapes(), reader.read))
+            self._standing().step,
+            self._standing().optimizer_updates,
+            self._lender.lend(LentTensors(reader.shapes(), reader.read)),
         )
 
     def _flush(self) -> None:
         """Make the pending update everywhere, and wait until all is written."""
-        if self._fabric.sharded or self._first_update() is not None:  # after a crash the ranks may stand at different tiles
+        # after a crash the ranks may stand at different tiles
+        if self._fabric.sharded or self._first_update() is not None:
             self._lead("flush", None)
         self._store.drain()
 
     def import_state(self, state: State) -> None:
-        """See Run.import_state; tensors are read one parameter at a time, so a lazy state never is in memory as a whole."""
+        """See Run.import_state; tensors are read one parameter at a time, so a lazy state never is in memory as a
+        whole.
+        """
         check_state(state.tensors, Reader(self._store, self._fabric).shapes())
         self._lender.let_go()
         tensors = state.tensors
@@ -514,7 +556,9 @@ class StreamingRun:
         return device_fingerprint("streaming", self._device, self._selection.manifest, more, recomputes=recomputes)
 
     def stats(self) -> dict[str, float]:
-        """Resident memory; of the last step and what followed it, what the store moved and how long that was waited for."""
+        """Resident memory; of the last step and what followed it, what the store moved and how long that was waited
+        for.
+        """
         io_ms = self._measured.get("store_io_ms", 0.0)  # where nothing was moved, no share of it lay under computation
         return {
             "memory_bytes": float(psutil.Process().memory_info().rss),

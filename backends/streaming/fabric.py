@@ -3,10 +3,10 @@
     central   rank 0 owns the store; the others hold nothing and may join or leave between two steps
     sharded   every rank's store owns one part of N of every tile; the group is fixed
 
-A gradient travels down the ranks: rank r adds its micro-batches, in order, to the sum that rank r - 1 passed on. So the sum is the one
-that a single process makes, whatever the number of ranks, and each link carries every gradient once. What a reader would get wrong:
-rank 0 leads. It alone counts steps, writes metrics and decides; before each pass it sends an order (JSON, never a pickle), and the
-others follow.
+A gradient travels down the ranks: rank r adds its micro-batches, in order, to the sum that rank r - 1 passed on. So the
+sum is the one that a single process makes, whatever the number of ranks, and each link carries every gradient once.
+What a reader would get wrong: rank 0 leads. It alone counts steps, writes metrics and decides; before each pass it
+sends an order (JSON, never a pickle), and the others follow.
 """
 
 from __future__ import annotations
@@ -26,23 +26,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from weftrain.backends.streaming.layout import Record
-from weftrain.core import fsops
+from weftrain.backends.streaming.store.layout import Record
 from weftrain.core.backend import Job
-from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.errors import BackendError
-from weftrain.core.plain_file import read_plain
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json, parse_json
+from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.stop import StopRequest
 
 Gradients = dict[str, Tensor]
 Finish = Callable[[Record, Gradients], None]
 
 _NOTE = "replicas.json"
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the new name, and the one before it
+# the new name, and the one before it
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def _open_meeting(folder: Path, agreement: str) -> Path:
-    """For rank 0: a new file in the run's folder through which the ranks find each other, and the note that names it."""
+    """For rank 0: a new file in the run's folder through which the ranks find each other, and the note that names
+    it.
+    """
     meeting = f"meeting-{secrets.token_hex(8)}"
     note = {"meeting": meeting, "agreement": agreement}
     fsops.write_bytes(folder / _NOTE, canonical_json(note) + b"\n")
@@ -50,12 +53,18 @@ def _open_meeting(folder: Path, agreement: str) -> Path:
 
 
 def _read_note(folder: Path) -> dict[str, str] | None:
-    """For the others: what rank 0 wrote; None where there is nothing. A name from a file is a name of ours, or is refused."""
+    """For the others: what rank 0 wrote; None where there is nothing. A name from a file is a name of ours, or is
+    refused.
+    """
     try:
         note = parse_json(read_plain(folder / _NOTE, "record"))
     except FileNotFoundError:
         return None
-    if not isinstance(note, dict) or not re.fullmatch(r"meeting-[0-9a-f]{16}", str(note.get("meeting"))) or "agreement" not in note:
+    if (
+        not isinstance(note, dict)
+        or not re.fullmatch(r"meeting-[0-9a-f]{16}", str(note.get("meeting")))
+        or "agreement" not in note
+    ):
         raise BackendError(f"{folder / _NOTE}: names no meeting: remove it and start the run again")
     return note
 
@@ -63,12 +72,19 @@ def _read_note(folder: Path) -> dict[str, str] | None:
 def join_run(
     read: Callable[[], Job], agreement: Callable[[Job], str], seat: Callable[[Job, Path], Follower], timeout_s: float
 ) -> tuple[Job, Follower]:
-    """Wait for a run to let this process in. `read` gives the job as its folder tells it now; `seat` draws a number at a meeting.
+    """Wait for a run to let this process in. `read` gives the job as its folder tells it now; `seat` draws a number at
+    a meeting.
 
-    The note of a run that was killed stays behind until the next one is started, and the folder's recipe with it: so a number is drawn
-    only where both agree, and again where the note changes. Raises BackendError after timeout_s.
+    The note of a run that was killed stays behind until the next one is started, and the folder's recipe with it: so a
+    number is drawn only where both agree, and again where the note changes. Raises BackendError after timeout_s.
     """
-    deadline, meeting, follower, job, why = time.monotonic() + timeout_s, "", None, read(), "no run waits for replicas there"
+    deadline, meeting, follower, job, why = (
+        time.monotonic() + timeout_s,
+        "",
+        None,
+        read(),
+        "no run waits for replicas there",
+    )
     assert job.folder is not None
     folder = job.folder
     while follower is None or not follower.let_in(job.stop):
@@ -76,13 +92,17 @@ def join_run(
         note = _read_note(folder)
         if note is not None and note["meeting"] != meeting:
             job = read()
-            why = "its run has another recipe, or other backend.options (fabric, tier, tile_elements, state_format), than this replica"
+            why = (
+                "its run has another recipe, or other backend.options (fabric, tier, tile_elements, state_format), "
+                "than this replica"
+            )
             if note["agreement"] == agreement(job):
                 why = "its run did not let this replica in: it may be computing a step, or be dead"
                 meeting, follower = note["meeting"], seat(job, folder / note["meeting"])
         if time.monotonic() > deadline:
             raise BackendError(
-                f"{folder}: after {timeout_s:.0f} s {why}; a run is started with `weftrain train RECIPE --backend streaming "
+                f"{folder}: after {timeout_s:.0f} s {why}; a run is started with `weftrain train RECIPE --backend "
+                "streaming "
                 "batch.replicas=N`"
             )
         time.sleep(0.05)
@@ -107,7 +127,9 @@ class Alone:
         """Bring a record's weights into every rank's slot."""
 
     def reduce(self, record: Record, parts: list[Gradients], finish: Finish) -> None:
-        """Add the gradients of this rank's micro-batches (`parts`, in order); `finish` gets the sum of all where it is wanted."""
+        """Add the gradients of this rank's micro-batches (`parts`, in order); `finish` gets the sum of all where it is
+        wanted.
+        """
         sums = parts[0]
         if len(parts) > 1:
             raise BackendError("one process adds its micro-batches as they come")
@@ -143,7 +165,9 @@ class Alone:
 
 
 class Group(Alone):
-    """What rank 0 and the others have in common. `meeting`: a file that all can open, through which they find each other."""
+    """What rank 0 and the others have in common. `meeting`: a file that all can open, through which they find each
+    other.
+    """
 
     def __init__(self, meeting: Path, device: torch.device, sharded: bool, timeout_s: float) -> None:
         self.sharded, self._device, self._timeout_s, self._meeting = sharded, device, timeout_s, meeting
@@ -176,7 +200,8 @@ class Group(Alone):
             rank, first = self.rank, str(error).strip().splitlines()[0][:160]
             self.abandon()
             raise BackendError(
-                f"rank {rank}: {who} was lost while this process tried to {what} ({first}): the last completed step is intact; start the "
+                f"rank {rank}: {who} was lost while this process tried to {what} ({first}): the last completed step is "
+                "intact; start the "
                 "run again, with as many replicas as there are"
             ) from error
 
@@ -187,7 +212,8 @@ class Group(Alone):
     def _dissolve(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
-            # Its threads end when the last reference goes; one that is left to the interpreter's own end can abort the process.
+            # Its threads end when the last reference goes; one that is left to the interpreter's own end can abort the
+            # process.
             self._sent, self._waiting = [], []
             gc.collect()
 
@@ -235,7 +261,8 @@ class Group(Alone):
         if self.rank < last:
             self._sent.append((dist.isend(flat, self.rank + 1), flat))
         if self.sharded:  # the whole sum goes to all: each keeps its part
-            whole = flat.clone() if self.rank == last else torch.empty_like(flat)  # flat is being sent while `finish` adds to its own
+            # flat is being sent while `finish` adds to its own
+            whole = flat.clone() if self.rank == last else torch.empty_like(flat)
             arriving = None
             if self.rank == last:
                 self._sent += [(dist.isend(flat, rank), flat) for rank in range(last)]
@@ -310,7 +337,14 @@ class Leader(Group):
     """Rank 0. Waits for `replicas - 1` others; later ones are let in between two steps."""
 
     def __init__(
-        self, folder: Path, agreement: str, replicas: int, device: torch.device, sharded: bool, timeout_s: float, stop: StopRequest
+        self,
+        folder: Path,
+        agreement: str,
+        replicas: int,
+        device: torch.device,
+        sharded: bool,
+        timeout_s: float,
+        stop: StopRequest,
     ) -> None:
         super().__init__(_open_meeting(folder, agreement), device, sharded, timeout_s)
         self._stop = stop
@@ -322,7 +356,8 @@ class Leader(Group):
             if time.monotonic() > deadline:
                 here = int(self._store.add("drawn", 0))
                 raise BackendError(
-                    f"{here + 1} of {replicas} replicas are there after {timeout_s:.0f} s: start the others with `weftrain replica RUN`, "
+                    f"{here + 1} of {replicas} replicas are there after {timeout_s:.0f} s: start the others with "
+                    "`weftrain replica RUN`, "
                     "or set batch.replicas"
                 )
             time.sleep(0.05)
@@ -331,7 +366,8 @@ class Leader(Group):
 
     def regroup(self) -> None:
         gone = [number for number in self._members if self._store.check([f"leaving/{number}"])]
-        if self.sharded:  # without a rank its part of the state would be missing: the run stops, and is saved while all are there
+        # without a rank its part of the state would be missing: the run stops, and is saved while all are there
+        if self.sharded:
             for number in gone:
                 self._stop.ask(int(self._store.get(f"leaving/{number}")))
             return
@@ -361,7 +397,8 @@ class Leader(Group):
     def close(self) -> None:
         self.order(do="end")
         super().close()
-        # Also those of runs that were killed, and only now: who waits at one would wait for a file that is gone, not for the next note.
+        # Also those of runs that were killed, and only now: who waits at one would wait for a file that is gone, not
+        # for the next note.
         for path in (self._meeting.parent / _NOTE, *self._meeting.parent.glob("meeting-*")):
             if path.exists():
                 fsops.remove_file(path)
@@ -396,14 +433,18 @@ class Follower(Group):
         return True
 
     def leave(self, signal_number: int) -> None:
-        """Ask rank 0 to leave after a signal, which it grants between two steps. With a sharded store the whole run stops instead."""
+        """Ask rank 0 to leave after a signal, which it grants between two steps. With a sharded store the whole run
+        stops instead.
+        """
         self._store.set(f"leaving/{self._number}", str(signal_number))
 
     def next_order(self) -> dict[str, Any] | None:
         """What rank 0 says comes next; None where this rank has left or the run ended."""
         while True:
             length = self.broadcast(torch.zeros(1, dtype=torch.int64))
-            what: dict[str, Any] = json.loads(bytes(self.broadcast(torch.zeros(int(length), dtype=torch.uint8)).tolist()))
+            what: dict[str, Any] = json.loads(
+                bytes(self.broadcast(torch.zeros(int(length), dtype=torch.uint8)).tolist())
+            )
             if what["do"] == "end":
                 return None
             if what["do"] != "regroup":

@@ -1,7 +1,8 @@
-"""One pass over the model: what is computed with a record while it is there. The engine brings records and calls these by event.
+"""One pass over the model: what is computed with a record while it is there. The engine brings records and calls these
+by event.
 
-What a reader would get wrong: the graph is cut at every block. A block's input is a leaf of its own, and its backward is asked for by
-itself, so that its weights need to be there only then.
+What a reader would get wrong: the graph is cut at every block. A block's input is a leaf of its own, and its backward
+is asked for by itself, so that its weights need to be there only then.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weftrain.backends.shared import HEAD_USE, call, present
+from weftrain.backends.common.step import HEAD_USE, call, present
 from weftrain.backends.streaming.fabric import Alone, Gradients
-from weftrain.backends.streaming.layout import Record
+from weftrain.backends.streaming.store.layout import Record
 
 if TYPE_CHECKING:
     from weftrain.backends.streaming.engine import StreamingRun
@@ -23,19 +24,26 @@ Rows = tuple[Tensor, Tensor, Tensor | None]  # ids, labels, document_start of on
 
 
 class Pass:
-    """One pass over the model: what is computed with a record while it is there. sink None: evaluation, without gradients.
+    """One pass over the model: what is computed with a record while it is there. sink None: evaluation, without
+    gradients.
 
     divisor: of the sum of token losses, in training. The losses of an evaluation are sums.
     """
 
     def __init__(
-        self, run: StreamingRun, rows: list[Rows], sink: Callable[[Record, Gradients], None] | None, fabric: Alone, divisor: int = 1
+        self,
+        run: StreamingRun,
+        rows: list[Rows],
+        sink: Callable[[Record, Gradients], None] | None,
+        fabric: Alone,
+        divisor: int = 1,
     ) -> None:
         self._run, self._rows, self._sink, self.fabric, self._divisor = run, rows, sink, fabric, divisor
         self._training = sink is not None
         self._keeps = run._options.activations == "keep"
         self._x: list[Tensor] = []  # of each micro-batch: the residual stream, and on the way back its gradient
-        self._graphs: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {}  # record -> (input, output, or None to compute it again)
+        # record -> (input, output, or None to compute it again)
+        self._graphs: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {}
         # Of the record at hand: the sum so far; on a rank that adds to another's sum, each micro-batch by itself.
         self._parts: list[Gradients] = []
         self._head_use: Tensor | None = None
@@ -109,8 +117,12 @@ class Pass:
         block = run._run_block if self._training else call
         return block(run._segments[record.index], x, *run._model.rotary(x.shape[1]), rows[2])
 
-    def _differentiate(self, output: Tensor, x: Tensor | None, leaves: Mapping[str, Tensor], gradient: Tensor | None) -> Tensor:
-        """The gradient of x; those of `leaves` are added to the sum, in the order of micro-batches, or kept for when the sum comes."""
+    def _differentiate(
+        self, output: Tensor, x: Tensor | None, leaves: Mapping[str, Tensor], gradient: Tensor | None
+    ) -> Tensor:
+        """The gradient of x; those of `leaves` are added to the sum, in the order of micro-batches, or kept for when
+        the sum comes.
+        """
         inputs = [*([] if x is None else [x]), *leaves.values()]
         found = list(torch.autograd.grad(output, inputs, gradient, allow_unused=True))
         of_x = torch.empty(0) if x is None else found.pop(0)

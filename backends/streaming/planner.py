@@ -1,15 +1,16 @@
 """What a run will need and how long a step will take, before anything is started.
 
-What a reader would get wrong: needs are computed and hold; times are a *prediction* from speeds that were measured (or named), and say so.
-Which of them is the limit is the part to trust: a step is as long as the slowest of what runs at once, and the first record's way in.
+What a reader would get wrong: needs are computed and hold; times are a *prediction* from speeds that were measured (or
+named), and say so. Which of them is the limit is the part to trust: a step is as long as the slowest of what runs at
+once, and the first record's way in.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weftrain.backends.streaming.layout import ITEM_BYTES, Layout
 from weftrain.backends.streaming.schedule import Scheduler
+from weftrain.backends.streaming.store.layout import ITEM_BYTES, Layout
 from weftrain.core.backend import Needs, Prediction, Speeds
 from weftrain.core.config import Recipe
 from weftrain.core.parameters import flops_per_token
@@ -54,12 +55,16 @@ def needs(recipe: Recipe, layout: Layout, options: StreamingOptions, ring: int, 
 
 
 def _block_bytes_a_token(recipe: Recipe, item: int) -> int:
-    """What autograd keeps of a block, a token: the stream twice and the norms' results, q k v before and after rotation, and the FFN."""
+    """What autograd keeps of a block, a token: the stream twice and the norms' results, q k v before and after
+    rotation, and the FFN.
+    """
     hidden, inner = recipe.model.hidden_size, recipe.model.intermediate_size
     return 2 * 4 * hidden + 2 * 4 * hidden + 7 * item * hidden + 3 * item * inner
 
 
-def predict(recipe: Recipe, layout: Layout, options: StreamingOptions, ring: int, buffer_bytes: int, speeds: Speeds) -> Prediction:
+def predict(
+    recipe: Recipe, layout: Layout, options: StreamingOptions, ring: int, buffer_bytes: int, speeds: Speeds
+) -> Prediction:
     """A step in the middle of a run: with the update of the one before."""
     schedule = Scheduler(layout, options.tier, ring, buffer_bytes).step(first_update=0)
     flops = flops_per_token(recipe.model, recipe.data.sequence_length) * recipe.tokens_per_step
@@ -83,7 +88,10 @@ def predict(recipe: Recipe, layout: Layout, options: StreamingOptions, ring: int
     if limit == "compute" and times["memory"] > times["compute"]:
         limit = "memory"
     return Prediction(
-        max(slowest.values()) + times.get("first record", 0.0), limit, times, needs(recipe, layout, options, ring, buffer_bytes)
+        max(slowest.values()) + times.get("first record", 0.0),
+        limit,
+        times,
+        needs(recipe, layout, options, ring, buffer_bytes),
     )
 
 

@@ -1,10 +1,13 @@
-"""The order of events of a pass over the model, computed before it runs: what is brought, computed and sent away, and its bytes. No torch.
+"""The order of events of a pass over the model, computed before it runs: what is brought, computed and sent away, and
+its bytes. No torch.
 
     update    bring a record with its state and gradient, apply the pending update, send the state back
     fetch     bring a record's weights alone       (resident: they are still there, or are used where they lie)
-    forward   loss   backward      compute         spool: send the gradient away           free: the record's slot may be used again
+    forward   loss   backward      compute         spool: send the gradient away           free: the record's slot may
+              be used again
 
-What a reader would get wrong: the bytes are those that the store moves, and the engine holds every pass to them exactly.
+What a reader would get wrong: the bytes are those that the store moves, and the engine holds every pass to them
+exactly.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from weftrain.backends.streaming.layout import Layout, Record, ahead_tiles
+from weftrain.backends.streaming.store.layout import Layout, Record, ahead_tiles
 
 Kind = Literal["update", "fetch", "resident", "forward", "loss", "backward", "spool", "free"]
 BRINGING = ("update", "fetch", "resident")
@@ -33,7 +36,9 @@ class Event:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Events in order. Every `update`, `fetch` or `resident` stands before the computation that needs it, every `free` after it."""
+    """Events in order. Every `update`, `fetch` or `resident` stands before the computation that needs it, every `free`
+    after it.
+    """
 
     events: tuple[Event, ...]
     ahead_bytes: int = 0  # of the first record's state, read for the next step when all else has been asked for
@@ -48,7 +53,8 @@ class Schedule:
 
 
 class Scheduler:
-    """Builds schedules of one layout. layer_slots: places for layers on their way through (0: weights are used where they lie).
+    """Builds schedules of one layout. layer_slots: places for layers on their way through (0: weights are used where
+    they lie).
 
     buffer_bytes: tier direct, of state on its way.
     """
@@ -60,22 +66,30 @@ class Scheduler:
         self.came_ahead = False  # the first record's state was read in the pass before
 
     def slot(self, record: Record) -> int:
-        """Which slot a record takes: layers share a ring, embedding and head have one each; always the same one, so what autograd saved
-        of a weight is true again as soon as the record is back."""
+        """Which slot a record takes: layers share a ring, embedding and head have one each; always the same one, so
+        what autograd saved of a weight is true again as soon as the record is back.
+        """
         last = len(self._layout.records) - 1
         if record.index in (0, last):
             return 0 if record.index == 0 else 1
         return 2 + (record.index - 1) % max(self._layer_slots, 1)
 
     def step(self, first_update: int | None, spooling: bool = True, read_ahead: bool = False) -> Schedule:
-        """One training step. first_update: the first tile that still needs the last step's update. spooling: gradients are stored."""
+        """One training step. first_update: the first tile that still needs the last step's update. spooling: gradients
+        are stored.
+        """
         embedding, *layers, head = self._layout.records
         events: list[Event] = []
         for record in (embedding, *layers):
             events += [self._bring(record, first_update), Event("forward", record)]
             if record is not embedding and record.index <= len(layers) - self._layer_slots:
                 events.append(Event("free", record))
-        events += [self._bring(head, first_update), Event("loss", head), self._spool(head, spooling), Event("free", head)]
+        events += [
+            self._bring(head, first_update),
+            Event("loss", head),
+            self._spool(head, spooling),
+            Event("free", head),
+        ]
         for record in reversed(layers):
             stayed = self._layer_slots == 0 or record.index > len(layers) - self._layer_slots
             events += [Event("resident", record) if stayed else self._bring(record, None), Event("backward", record)]
@@ -140,6 +154,8 @@ def draw(schedule: Schedule, width: int = 100) -> Iterator[str]:
         read = sum(event.bytes_read for event in events)
         written = sum(event.bytes_written for event in events)
         marks = "".join("#" if event.kind == "update" else "+" if event.bytes_read else "." for event in events)
-        gone = sum(spooled[event.record.index].bytes_written for event in events if turned and event.record.index in spooled)
+        gone = sum(
+            spooled[event.record.index].bytes_written for event in events if turned and event.record.index in spooled
+        )
         yield f"{label:24}{size(read)} {size(written + gone)}   {marks[:width]}{'=' if gone else ''}"
     yield f"{'a step':24}{size(schedule.bytes_read)} {size(schedule.bytes_written)}   largest event {size(most).strip()}"

@@ -1,4 +1,6 @@
-"""State in and out of a store: fp32 tensors by canonical name on one side, tiles on the other, never the whole model at once."""
+"""State in and out of a store: fp32 tensors by canonical name on one side, tiles on the other, never the whole model at
+once.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ import torch
 from torch import Tensor
 
 from weftrain.backends.streaming.fabric import Alone
-from weftrain.backends.streaming.layout import Piece, Tile
-from weftrain.backends.streaming.planes import Work
-from weftrain.backends.streaming.store import DTYPES, Store
+from weftrain.backends.streaming.store.base import DTYPES, Store
+from weftrain.backends.streaming.store.layout import Piece, Tile
+from weftrain.backends.streaming.store.planes import Work
 from weftrain.core.backend import Job, StepResult
 from weftrain.core.model import draw
 from weftrain.core.parameters import ParameterSpec
@@ -34,9 +36,16 @@ def initial(job: Job) -> Given:
 
 @torch.no_grad()
 def fill(
-    store: Store, given: Given, step: int, optimizer_updates: int, progress: Callable[[str, float], None], *, set_aside: bool = False
+    store: Store,
+    given: Given,
+    step: int,
+    optimizer_updates: int,
+    progress: Callable[[str, float], None],
+    *,
+    set_aside: bool = False,
 ) -> None:
-    """Write every tile, one after the other; each parameter is asked for once. A crash on the way leaves a store that holds no state.
+    """Write every tile, one after the other; each parameter is asked for once. A crash on the way leaves a store that
+    holds no state.
 
     set_aside: a trained state that the store holds is kept under another name.
     """
@@ -51,11 +60,16 @@ def fill(
                 if piece.name != name:
                     name = piece.name
                     found = {plane: given(plane, specs[name]) for plane in PLANES}
-                    tensors = {plane: tensor.detach().reshape(-1) for plane, tensor in found.items() if tensor is not None}
+                    tensors = {
+                        plane: tensor.detach().reshape(-1) for plane, tensor in found.items() if tensor is not None
+                    }
                 target, source = _common(tile, piece)
                 for plane, tensor in tensors.items():
                     numbers[plane][target].copy_(tensor[source])
-            planes = {plane.name: torch.empty(_items(tile, plane.elements_per_item), dtype=DTYPES[plane.dtype]) for plane in tile.planes}
+            planes = {
+                plane.name: torch.empty(_items(tile, plane.elements_per_item), dtype=DTYPES[plane.dtype])
+                for plane in tile.planes
+            }
             for plane in PLANES:
                 if plane in planes and planes[plane].dtype == torch.float32:
                     planes[plane].copy_(numbers[plane])
@@ -122,7 +136,9 @@ class Reader:
 
 
 def _common(tile: Tile, piece: Piece) -> tuple[slice, slice]:
-    """The elements that a piece has in this store's part of a tile: where they lie there, and in the flattened parameter."""
+    """The elements that a piece has in this store's part of a tile: where they lie there, and in the flattened
+    parameter.
+    """
     first = max(piece.offset, tile.owned.start)
     last = max(first, min(piece.offset + piece.stop - piece.start, tile.owned.stop))
     shift = piece.start - piece.offset

@@ -1,8 +1,10 @@
-"""Compressed input files as streams of bytes, in bounded memory: `.gz`, `.bz2`, `.xz` and `.zst` or `.zstd`, of one frame or of several.
+"""Compressed input files as streams of bytes, in bounded memory: `.gz`, `.bz2`, `.xz` and `.zst` or `.zstd`, of one
+frame or of several.
 
-A file that is cut off, or goes on with something else after its last frame, is an error and never the end of the file. Every byte of the
-decompressed stream has a position in the file as it lies: where the block of the file began whose decompression yielded it. Blocks have a
-fixed size, so positions are a function of the file alone, and a large file can be cut into shares by them.
+A file that is cut off, or goes on with something else after its last frame, is an error and never the end of the file.
+Every byte of the decompressed stream has a position in the file as it lies: where the block of the file began whose
+decompression yielded it. Blocks have a fixed size, so positions are a function of the file alone, and a large file can
+be cut into shares by them.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class BrokenArchive(DataError):  # noqa: N818 - as the library's EOFError is nam
 
 @dataclass(frozen=True)
 class _Format:
-    """new: a decompressor of one frame, with decompress(data, limit), eof and unused_data. magic: what a frame begins with.
+    """new: a decompressor of one frame, with decompress(data, limit), eof and unused_data. magic: what a frame begins
+    with.
 
     padding: zero bytes may follow a frame. slice_bytes: given to the decompressor at once.
     """
@@ -78,11 +81,14 @@ class _ZstandardFrame:
         return bytes(self._frame.unused_data)
 
 
-_ZSTD_MAGIC = (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + kind]) + b"\x2a\x4d\x18" for kind in range(16)))  # and skippable frames
+# and skippable frames
+_ZSTD_MAGIC = (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + kind]) + b"\x2a\x4d\x18" for kind in range(16)))
 _FORMATS = {
     ".gz": _Format(lambda: zlib.decompressobj(wbits=31), (b"\x1f\x8b",), (zlib.error,)),
     ".bz2": _Format(bz2.BZ2Decompressor, (b"BZh",), (OSError,)),
-    ".xz": _Format(lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_WINDOW_BYTES), (b"\xfd7zXZ\x00",), (lzma.LZMAError,)),
+    ".xz": _Format(
+        lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_WINDOW_BYTES), (b"\xfd7zXZ\x00",), (lzma.LZMAError,)
+    ),
     ".zst": _Format(_new_zstandard, _ZSTD_MAGIC, (OSError,), padding=False, slice_bytes=_ZSTD_SLICE_BYTES),
 }
 _FORMATS[".zstd"] = _FORMATS[".zst"]
@@ -97,7 +103,9 @@ def compression_of(name: str) -> str | None:
 
 
 def begins_compressed(head: bytes) -> str | None:
-    """What is wrong with bytes that should be text and begin as a compressed file does, and the remedy; None for others."""
+    """What is wrong with bytes that should be text and begin as a compressed file does, and the remedy; None for
+    others.
+    """
     suffix = next((suffix for suffix, kind in _FORMATS.items() if head.startswith(kind.magic)), None)
     if suffix is None or head[:64].isascii():
         return None
@@ -110,7 +118,9 @@ def plain_name(name: str) -> str:
 
 
 def open_decompressed(address: str) -> IO[bytes]:
-    """The file's bytes, decompressed where its name says so. Raises DataError; a read raises BrokenArchive or OSError."""
+    """The file's bytes, decompressed where its name says so. Raises DataError; a read raises BrokenArchive or
+    OSError.
+    """
     if compression_of(address) is not None:
         return io.BufferedReader(Decompressed(address), BLOCK_BYTES)
     raw = open_address(address)
@@ -139,7 +149,8 @@ class Decompressed(io.RawIOBase):
         self._output, self._at = b"", 0
         self._keep_positions = keep_positions
         self._decompressed = 0  # bytes of the stream so far
-        self._blocks: deque[tuple[int, int]] = deque()  # (end within the stream, begin in the file), from the last position asked for on
+        # (end within the stream, begin in the file), from the last position asked for on
+        self._blocks: deque[tuple[int, int]] = deque()
 
     def readable(self) -> bool:
         return True
@@ -195,7 +206,8 @@ class Decompressed(io.RawIOBase):
         self._input, self._taken = b"".join(pieces), 0
         if not pieces and (self._frame is not None or not self._frames):
             raise BrokenArchive(
-                f"{self._address}: damaged or truncated: the archive ends too early, at byte {self._block:,}; copy it again"
+                f"{self._address}: damaged or truncated: the archive ends too early, at byte {self._block:,}; copy it "
+                "again"
             )
         return bool(pieces)
 
@@ -218,7 +230,10 @@ class Decompressed(io.RawIOBase):
     def _problem(self, error: Exception) -> str:
         place = f"byte {self._block + self._taken:,}"
         if "memory" in str(error).lower():
-            return f"needs a window of more than {MAX_WINDOW_BYTES >> 30} GiB to be decompressed; compress it again with a smaller one"
+            return (
+                f"needs a window of more than {MAX_WINDOW_BYTES >> 30} GiB to be decompressed; compress it again with "
+                "a smaller one"
+            )
         if self._fresh and self._frames and not self._input.startswith(self._format.magic, self._taken):
             return f"something else follows the end of the archive, at {place}; copy it again, or cut it off there"
         return f"damaged or truncated: {error}, near {place}; copy it again"

@@ -1,7 +1,8 @@
-"""Looking into folders: one small interface over this machine's folders and any fsspec address, so that both have the same rules.
+"""Looking into folders: one small interface over this machine's folders and any fsspec address, so that both have the
+same rules.
 
-A `file://` address is a path of this machine. Links are followed: a folder is entered once, however many links lead to it, and a link to
-a folder that holds the link is reported as a loop.
+A `file://` address is a path of this machine. Links are followed: a folder is entered once, however many links lead to
+it, and a link to a folder that holds the link is reported as a loop.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ Kind = Literal["file", "folder", "special", "broken link", "link loop", "same fo
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Something that a folder holds. path: what the file system calls it. name: below the folder that is listed, with `/`.
+    """Something that a folder holds. path: what the file system calls it. name: below the folder that is listed, with
+    `/`.
 
-    modified_ns: None where the file system knows no time. identity: equal for two paths of one file. linked: reached through a symbolic
-    link. has_other_names: whether it has several hard links.
+    modified_ns: None where the file system knows no time. identity: equal for two paths of one file. linked: reached
+    through a symbolic link. has_other_names: whether it has several hard links.
     """
 
     path: str
@@ -48,7 +50,8 @@ class FileSystem(Protocol):
         """What a folder holds, in any order; links are followed."""
 
     def below(self, folder: str, leave_out: Callable[[str], bool]) -> Iterator[Entry]:
-        """All files below a folder, and those folders that are not entered: `leave_out` says so of a folder's name; and datasets.
+        """All files below a folder, and those folders that are not entered: `leave_out` says so of a folder's name; and
+        datasets.
 
         In the order of their names; what is reached through links to folders comes last.
         """
@@ -139,7 +142,9 @@ class _Walk:
     linked: bool = False
 
     def real(self, folder: str, prefix: str) -> Iterator[Entry]:
-        """Everything below a folder that is reached without another link. prefix: before names, empty or ending in `/`."""
+        """Everything below a folder that is reached without another link. prefix: before names, empty or ending in
+        `/`.
+        """
         linked = self.linked
         stack = [_children(folder, prefix, linked)]
         while stack:
@@ -163,10 +168,14 @@ class _Walk:
 
 
 def _children(folder: str, prefix: str, linked: bool) -> list[tuple[Entry, bool]]:
-    """What a folder holds, and whether each is a link, the last name first; a folder stands where the names below it do."""
+    """What a folder holds, and whether each is a link, the last name first; a folder stands where the names below it
+    do.
+    """
     with os.scandir(folder) as found:
         entries = [(_scanned(item, prefix + item.name, linked), item.is_symlink()) for item in found]
-    return sorted(entries, key=lambda item: f"{item[0].name}/" if item[0].kind == "folder" else item[0].name, reverse=True)
+    return sorted(
+        entries, key=lambda item: f"{item[0].name}/" if item[0].kind == "folder" else item[0].name, reverse=True
+    )
 
 
 def _leads_back(link: str) -> bool:
@@ -196,7 +205,9 @@ def _as(entry: Entry, kind: Kind) -> Entry:
 
 
 class RemoteFiles:
-    """An fsspec file system. Object stores have no links, and one flat listing is far cheaper there than a request a folder."""
+    """An fsspec file system. Object stores have no links, and one flat listing is far cheaper there than a request a
+    folder.
+    """
 
     def __init__(self, system: RemoteSystem, address: str) -> None:
         self._system, self._address = system, address
@@ -225,7 +236,14 @@ class RemoteFiles:
                 continue  # the marker by which some object stores remember an empty folder
             *folders, _ = name.split("/")
             above = ["/".join(folders[: index + 1]) for index in range(len(folders))]
-            apart = next((one for part, one in zip(folders, above, strict=True) if leave_out(part) or f"{root}{one}" in datasets), None)
+            apart = next(
+                (
+                    one
+                    for part, one in zip(folders, above, strict=True)
+                    if leave_out(part) or f"{root}{one}" in datasets
+                ),
+                None,
+            )
             if apart is None:
                 yield self._entry(path, name, info)
             elif apart not in left_out:
@@ -239,10 +257,21 @@ class RemoteFiles:
     def heads(self, paths: Sequence[str], num_bytes: int) -> dict[str, bytes]:
         count = len(paths)
         found = self._system.cat_ranges(list(paths), [0] * count, [num_bytes] * count, on_error="return")
-        return {path: head for path, head in zip(paths, found, strict=True) if isinstance(head, bytes)}  # an error is met again
+        # an error is met again
+        return {path: head for path, head in zip(paths, found, strict=True) if isinstance(head, bytes)}
 
     def _entry(self, path: str, name: str, info: dict[str, Any]) -> Entry:
         kind: Kind = "folder" if info["type"] == "directory" else "file" if info["type"] == "file" else "special"
         if kind == "file" and info.get("size") is None:
-            raise DataError(f"{self._address}: {name}: the server does not say how large it is; copy it to a local folder first")
-        return Entry(path, name, kind, int(info.get("size") or 0), None, f"{self._address.partition('://')[0]}://{path}", linked=False)
+            raise DataError(
+                f"{self._address}: {name}: the server does not say how large it is; copy it to a local folder first"
+            )
+        return Entry(
+            path,
+            name,
+            kind,
+            int(info.get("size") or 0),
+            None,
+            f"{self._address.partition('://')[0]}://{path}",
+            linked=False,
+        )

@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from typing import IO
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import InputFile
 from weftrain.data_prep.inputs.remote import RemoteSystem
+from weftrain.data_prep.readers.documents import InputFile
 
 BLOCK_BYTES = 1 << 20
 
 
 def local_path(address: str) -> str:
     """The path of a `file://` address; any other address or path as it is."""
-    return next((address.removeprefix(protocol) for protocol in ("file://", "local://") if address.startswith(protocol)), address)
+    return next(
+        (address.removeprefix(protocol) for protocol in ("file://", "local://") if address.startswith(protocol)),
+        address,
+    )
 
 
 def is_local(address: str) -> bool:
@@ -95,7 +98,9 @@ def changed(file: InputFile) -> DataError:
 
 
 def range_sha256(file: InputFile, begin: int, end: int, beside: Sequence[str] = ()) -> str:
-    """SHA-256 of the files `beside` followed by bytes [begin, end) of a file, in hexadecimal. Raises DataError where it ends before."""
+    """SHA-256 of the files `beside` followed by bytes [begin, end) of a file, in hexadecimal. Raises DataError where it
+    ends before.
+    """
     digest = hashlib.sha256()
     try:
         for address in beside:

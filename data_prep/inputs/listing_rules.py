@@ -1,6 +1,7 @@
 """Which files of a folder are read, by their names and their first bytes. docs/data-formats.md states these rules.
 
-A file that a person names, or a pattern matches, is judged by its content alone: the rules for names hold below folders only.
+A file that a person names, or a pattern matches, is judged by its content alone: the rules for names hold below folders
+only.
 """
 
 from __future__ import annotations
@@ -18,9 +19,37 @@ MARKER_FILES = """
 MARKER_FOLDERS = ("_temporary", "__MACOSX")
 MANIFEST = "manifest.json"  # of a dataset that weftrain prep made
 MANIFEST_HEAD_BYTES = 1 << 16
-UNFINISHED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".download", ".incomplete", ".filepart", ".aria2", ".unfinished")
+UNFINISHED = (
+    ".part",
+    ".partial",
+    ".tmp",
+    ".temp",
+    ".crdownload",
+    ".download",
+    ".incomplete",
+    ".filepart",
+    ".aria2",
+    ".unfinished",
+)
 # Archives and compressions that are not read.
-ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz", ".jar", ".whl", ".lz4", ".lz", ".lzma", ".lzo", ".br", ".snappy", ".z")
+ARCHIVES = (
+    ".zip",
+    ".7z",
+    ".rar",
+    ".tar",
+    ".tgz",
+    ".tbz2",
+    ".txz",
+    ".jar",
+    ".whl",
+    ".lz4",
+    ".lz",
+    ".lzma",
+    ".lzo",
+    ".br",
+    ".snappy",
+    ".z",
+)
 JSON = (".jsonl", ".ndjson", ".json")
 BINARY_FORMATS = (".parquet", ".arrow", ".feather", ".orc", ".avro", ".warc", ".wet", ".h5", ".hdf5", ".npy")
 PLAIN_TEXT = (".txt", ".text", ".csv", ".tsv")
@@ -39,7 +68,16 @@ _NOT_JSON = _SOURCE_TEXT.union(BINARY_FORMATS)
 _MARKERS = re.compile("|".join(fnmatch.translate(pattern) for pattern in MARKER_FILES.split()))
 _UTF_16_AND_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32-LE begins as UTF-16-LE does
 _CONTROL = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f]")  # not what shapes text, nor backspace and escape
-_ARCHIVE_MAGIC = (b"%PDF-", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"7z\xbc\xaf", b"Rar!")
+_ARCHIVE_MAGIC = (
+    b"%PDF-",
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ",
+    b"\x28\xb5\x2f\xfd",
+    b"PK\x03\x04",
+    b"7z\xbc\xaf",
+    b"Rar!",
+)
 _MAGIC = (*_ARCHIVE_MAGIC, b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\x7fELF", b"OggS", b"fLaC")
 
 
@@ -63,7 +101,9 @@ def is_marker(name: str) -> bool:
 
 
 def suffix_of(name: str) -> str:
-    """The last suffix of a file's name in lower case, or nothing; of the last component, and not of a hidden file's whole name."""
+    """The last suffix of a file's name in lower case, or nothing; of the last component, and not of a hidden file's
+    whole name.
+    """
     base = name.rpartition("/")[2].lower()
     stem, dot, suffix = base.rpartition(".")
     return f".{suffix}" if dot and stem else ""
@@ -91,7 +131,8 @@ def may_hold_json(name: str) -> bool:
 
 
 def is_binary(head: bytes) -> bool:
-    """Whether the first bytes of a file, of no known suffix, are not text: a NUL, a known beginning, or control characters in no UTF-8.
+    """Whether the first bytes of a file, of no known suffix, are not text: a NUL, a known beginning, or control
+    characters in no UTF-8.
 
     Text in another encoding than UTF-8 is text: whoever reads it says that it must be converted.
     """

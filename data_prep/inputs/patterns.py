@@ -1,7 +1,8 @@
-"""Patterns of paths as the shell has them: `*`, `?`, `[a-z]`, `[!a-z]`, `**`, `{a,b}`, `{1..9}`; the same for every file system.
+"""Patterns of paths as the shell has them: `*`, `?`, `[a-z]`, `[!a-z]`, `**`, `{a,b}`, `{1..9}`; the same for every
+file system.
 
-A name that begins with a dot is matched only by a pattern that does. `**` is any number of folders, none of them hidden or a link; a
-pattern with `**` matches files alone. Each alternative of a brace must match something.
+A name that begins with a dot is matched only by a pattern that does. `**` is any number of folders, none of them hidden
+or a link; a pattern with `**` matches files alone. Each alternative of a brace must match something.
 """
 
 from __future__ import annotations
@@ -30,19 +31,25 @@ def fixed_folder(pattern: str) -> str:
 
 
 def matching(system: FileSystem, pattern: str, shown: str) -> list[Entry]:
-    """Files and folders that match, each once, sorted by path. shown: the pattern in messages. Raises DataError for none, OSError."""
+    """Files and folders that match, each once, sorted by path. shown: the pattern in messages. Raises DataError for
+    none, OSError.
+    """
     found: dict[str, Entry] = {}
     for word in expand_braces(pattern):
         files_only = "**" in word.split("/")
         matched = [entry for entry in _matching_word(system, word) if not files_only or entry.kind != "folder"]
         if not matched:
-            raise DataError(f"{shown}: {'matches no file' if word == pattern else f'its alternative {word} matches no file'}")
+            raise DataError(
+                f"{shown}: {'matches no file' if word == pattern else f'its alternative {word} matches no file'}"
+            )
         found |= {entry.path: entry for entry in matched}
     return [found[path] for path in sorted(found)]
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The words that a pattern's braces make, in order. Braces without a comma or a range of numbers stand for themselves."""
+    """The words that a pattern's braces make, in order. Braces without a comma or a range of numbers stand for
+    themselves.
+    """
     words = _expanded(pattern)
     if len(words) > _MAX_WORDS:
         raise DataError(f"{pattern}: its braces make more than {_MAX_WORDS:,} names; use * instead")
@@ -63,7 +70,11 @@ def _expanded(pattern: str) -> list[str]:
             low, high = int(numbers[1]), int(numbers[2])
             if abs(high - low) >= _MAX_WORDS:
                 raise DataError(f"{pattern}: its braces make more than {_MAX_WORDS:,} names; use * instead")
-            width = max(map(len, numbers.groups())) if any(digits.startswith("0") and len(digits) > 1 for digits in numbers.groups()) else 0
+            width = (
+                max(map(len, numbers.groups()))
+                if any(digits.startswith("0") and len(digits) > 1 for digits in numbers.groups())
+                else 0
+            )
             step = 1 if high >= low else -1
             choices = [f"{number:0{width}d}" for number in range(low, high + step, step)]
         else:
@@ -110,7 +121,11 @@ def _below(system: FileSystem, folder: str, components: list[str], folders_only:
     else:
         accepts = re.compile(fnmatch.translate(first.replace("[^", "[!"))).match
         hidden = first.startswith(".")
-        found = [entry for entry in _scan(system, folder) if (hidden or not entry.name.startswith(".")) and accepts(entry.name)]
+        found = [
+            entry
+            for entry in _scan(system, folder)
+            if (hidden or not entry.name.startswith(".")) and accepts(entry.name)
+        ]
     for entry in found:
         if rest:
             if entry.kind == "folder":

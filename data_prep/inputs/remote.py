@@ -1,7 +1,8 @@
 """File systems behind fsspec, with one kind of error.
 
-Each library that fsspec calls has exceptions of its own: botocore's of a server that cannot be reached are no OSErrors, and would pass
-every handler of the readers. Whatever a method of a file system or of an open file raises is an OSError when it leaves this module.
+Each library that fsspec calls has exceptions of its own: botocore's of a server that cannot be reached are no OSErrors,
+and would pass every handler of the readers. Whatever a method of a file system or of an open file raises is an OSError
+when it leaves this module.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def _os_errors() -> Iterator[None]:
 
 
 class RemoteSystem:
-    """An fsspec file system: its methods, called by their names there. `open` gives a buffered file for reading bytes."""
+    """An fsspec file system: its methods, called by their names there. `open` gives a buffered file for reading
+    bytes.
+    """
 
     def __init__(self, system: Any) -> None:
         self._system = system

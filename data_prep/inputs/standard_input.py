@@ -1,7 +1,7 @@
 """Standard input as an input: copied to a file beside the work folder, since inputs are read several times.
 
-The file is named by its content's hash and has a fixed time, so the same bytes make the same plan: an interrupted run goes on where it was
-when the same text is piped in again.
+The file is named by its content's hash and has a fixed time, so the same bytes make the same plan: an interrupted run
+goes on where it was when the same text is piped in again.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from weftrain.core import fsops
 from weftrain.core.errors import DataError
-from weftrain.core.names import path_below
+from weftrain.core.formats import fsops
+from weftrain.core.formats.names import path_below
 from weftrain.data_prep.inputs.files import BLOCK_BYTES
 
 _MODIFIED_NS = 0
 
 
 def spool(stream: IO[bytes], output: Path, name: str) -> Path:
-    """Copy a stream to the end into a file beside dataset `name` of folder `output`; files of other texts are removed. Raises DataError."""
+    """Copy a stream to the end into a file beside dataset `name` of folder `output`; files of other texts are removed.
+    Raises DataError.
+    """
     try:
         folder = path_below(output, name)
     except ValueError as error:
@@ -46,22 +48,29 @@ def spool(stream: IO[bytes], output: Path, name: str) -> Path:
                 if path != target:
                     fsops.remove_file(path)
     except BlockingIOError:
-        raise DataError(f"{folder}: is being prepared by another process; wait for it, or give another --name") from None
+        raise DataError(
+            f"{folder}: is being prepared by another process; wait for it, or give another --name"
+        ) from None
     except OSError as error:
         place = f"{error.filename or folder}: {error.strerror or error}"
-        raise DataError(f"standard input cannot be kept: {place}; free space or choose another folder for the datasets") from error
+        raise DataError(
+            f"standard input cannot be kept: {place}; free space or choose another folder for the datasets"
+        ) from error
     return target
 
 
 def forget(output: Path, name: str) -> None:
-    """Remove what was kept of standard input for a dataset, unless an interrupted run is to go on from it. Raises OSError."""
+    """Remove what was kept of standard input for a dataset, unless an interrupted run is to go on from it. Raises
+    OSError.
+    """
     try:
         dataset = path_below(output, name)
     except ValueError:
         return  # nothing was kept under such a name
     if not dataset.parent.is_dir() or not _kept(dataset):
         return
-    with contextlib.suppress(BlockingIOError), fsops.held_lock(dataset.parent / f".{dataset.name}.lock", b""):  # else another's
+    # else another's
+    with contextlib.suppress(BlockingIOError), fsops.held_lock(dataset.parent / f".{dataset.name}.lock", b""):
         if not (dataset.parent / f".{dataset.name}.partial").exists():
             for path in _kept(dataset):
                 fsops.remove_file(path)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, wrong_length
+from weftrain.data_prep.readers.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.readers.ids import are_ids
 from weftrain.data_prep.readers.json_objects import MISSING, field, parse_object
 from weftrain.data_prep.readers.lines import lines_before, read_lines
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 _MAX_ROW_BYTES = 16 << 20  # a million ids; as Python's numbers they take some twenty times as much memory
 
@@ -25,7 +25,9 @@ def amber_rows(index: int, file: InputFile, share: Share, options: ReadOptions) 
 
 def _row(index: int, number: int, line: bytes | None, file: InputFile, options: ReadOptions) -> Document | Failure:
     if line is not None and len(line) > _MAX_ROW_BYTES:
-        return Failure(index, number, f"the line is longer than the {_MAX_ROW_BYTES:,} bytes that a row of ids may take")
+        return Failure(
+            index, number, f"the line is longer than the {_MAX_ROW_BYTES:,} bytes that a row of ids may take"
+        )
     value = parse_object(line)
     if isinstance(value, str):
         return Failure(index, number, value)
@@ -46,7 +48,14 @@ def _row(index: int, number: int, line: bytes | None, file: InputFile, options: 
 def _holds_token_ids(probe: Probe) -> bool:
     """Whether the first line is a tokenised row."""
     content = probe.json
-    return content is not None and content.layout in ("lines", "line") and content.has_field("token_ids") and not content.has_field("text")
+    return (
+        content is not None
+        and content.layout in ("lines", "line")
+        and content.has_field("token_ids")
+        and not content.has_field("text")
+    )
 
 
-READER = Reader(name="amber", holds="rows", read=amber_rows, detect=_holds_token_ids, by_bytes=True, records_before=lines_before)
+READER = Reader(
+    name="amber", holds="rows", read=amber_rows, detect=_holds_token_ids, by_bytes=True, records_before=lines_before
+)

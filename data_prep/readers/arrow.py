@@ -1,7 +1,7 @@
 """Arrow files and streams (`.arrow`, `.feather`), and with them the folders that Hugging Face's `datasets` saves.
 
-A local file is mapped, and its pages are given back as reading goes on, so memory follows neither the file nor a record batch. A share is
-a range of rows. A stream must end as its format says, or it was cut off.
+A local file is mapped, and its pages are given back as reading goes on, so memory follows neither the file nor a record
+batch. A share is a range of rows. A stream must end as its format says, or it was cut off.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from weftrain.core.errors import DataError, one_line
-from weftrain.data_prep.documents import InputFile, Share
 from weftrain.data_prep.inputs.compression import compression_of
 from weftrain.data_prep.inputs.files import exists, is_local, open_address
-from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.arrow_columns import BATCH_BYTES, batch_rows, documents_of, find_columns
 from weftrain.data_prep.readers.contract import Probe, Reader, Records
+from weftrain.data_prep.readers.documents import InputFile, Share
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 _FILE_MAGIC, _FEATHER_1_MAGIC = b"ARROW1", b"FEA1"
 _STREAM_END = (b"\xff\xff\xff\xff\x00\x00\x00\x00", b"\x00\x00\x00\x00")  # the second before Arrow 0.15
@@ -41,10 +41,15 @@ class _Opened:
     def reader(self, fields: list[int] | None = None) -> Any:
         """A RecordBatchFileReader or RecordBatchStreamReader. fields: the top-level columns to read; None: all.
 
-        Of a mapped file all are there without being read, while the library would copy a batch to choose among its columns.
+        Of a mapped file all are there without being read, while the library would copy a batch to choose among its
+        columns.
         """
         ipc = self.library.ipc
-        options = ipc.IpcReadOptions() if fields is None or self.mapped is not None else ipc.IpcReadOptions(included_fields=fields)
+        options = (
+            ipc.IpcReadOptions()
+            if fields is None or self.mapped is not None
+            else ipc.IpcReadOptions(included_fields=fields)
+        )
         if self.mapped is None:
             self.raw.seek(0)
         source = self.raw if self.mapped is None else self.library.BufferReader(self.library.py_buffer(self.mapped))
@@ -73,17 +78,24 @@ def open_arrow(file: InputFile) -> Iterator[_Opened]:
     except ImportError:
         raise DataError("reading Arrow files needs pyarrow: pip install 'weftrain[data]'") from None
     if compression_of(file.address) is not None:
-        raise DataError(f"{file.address}: Arrow files are read as they lie, and this one is compressed as a whole; decompress it")
+        raise DataError(
+            f"{file.address}: Arrow files are read as they lie, and this one is compressed as a whole; decompress it"
+        )
     try:
         with open_address(file.address) as raw:
             head = raw.read(8)
             raw.seek(max(0, file.num_bytes - 8))
             tail = raw.read(8)
             if head.startswith(_FEATHER_1_MAGIC):
-                raise DataError(f"{file.address}: is Feather version 1, which pyarrow no longer writes; write it again as Arrow or Parquet")
+                raise DataError(
+                    f"{file.address}: is Feather version 1, which pyarrow no longer writes; write it again as Arrow or "
+                    "Parquet"
+                )
             is_stream = not head.startswith(_FILE_MAGIC)
             if is_stream and not tail.endswith(_STREAM_END):
-                raise DataError(f"{file.address}: is no whole Arrow file or stream; copy it again, or let its writer close it")
+                raise DataError(
+                    f"{file.address}: is no whole Arrow file or stream; copy it again, or let its writer close it"
+                )
             # Not closed but dropped: arrays may still point into it.
             mapped = mmap.mmap(raw.fileno(), 0, prot=mmap.PROT_READ) if is_local(file.address) else None
             yield _Opened(pyarrow, raw, mapped, is_stream)
@@ -95,7 +107,10 @@ def arrow_rows(index: int, file: InputFile, share: Share, options: ReadOptions) 
     """Rows of an Arrow file or stream, the text in the column options.text_key."""
     state = _state(file.address)
     if state is not None and state.get("_indices_data_files"):
-        raise DataError(f"{file.address}: {STATE} beside it selects rows by an index; call flatten_indices() and save the dataset again")
+        raise DataError(
+            f"{file.address}: {STATE} beside it selects rows by an index; call flatten_indices() and save the dataset "
+            "again"
+        )
     with open_arrow(file) as opened:
         schema = opened.reader().schema
         columns = find_columns(file, schema, options)
@@ -104,7 +119,8 @@ def arrow_rows(index: int, file: InputFile, share: Share, options: ReadOptions) 
         first = held = 0  # rows before the batch; bytes since pages were given back
         for batch in opened.batches(fields):
             begin, stop = max(share.begin, first), first + len(batch) if end is None else min(end, first + len(batch))
-            batch.validate()  # the sizes of its buffers, on which all else relies; documents_of validates what they hold
+            # the sizes of its buffers, on which all else relies; documents_of validates what they hold
+            batch.validate()
             rows = batch_rows(batch.get_total_buffer_size(), len(batch))
             for row in range(begin, stop, rows):
                 part = batch.slice(row - first, min(rows, stop - row))

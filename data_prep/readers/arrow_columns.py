@@ -1,7 +1,9 @@
-"""Columns of text in Arrow batches, which Parquet and Arrow files have in common: finding them, and the documents of their rows.
+"""Columns of text in Arrow batches, which Parquet and Arrow files have in common: finding them, and the documents of
+their rows.
 
-A key is a column's name, or leads into structs by dots unless a column is called so as it stands. Text is any of Arrow's string types,
-bytes that are UTF-8, or a dictionary of either. Nothing of an input file is trusted: offsets are validated, and UTF-8 row by row.
+A key is a column's name, or leads into structs by dots unless a column is called so as it stands. Text is any of
+Arrow's string types, bytes that are UTF-8, or a dictionary of either. Nothing of an input file is trusted: offsets are
+validated, and UTF-8 row by row.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from weftrain.core.errors import DataError, one_line
-from weftrain.data_prep.documents import Document, Failure, InputFile
-from weftrain.data_prep.normalisation import normalise
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.documents import Document, Failure, InputFile
+from weftrain.data_prep.readers.normalisation import normalise
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 BATCH_ROWS = 512
 BATCH_BYTES = 8 << 20
-_BYTES = {"string": "binary", "large_string": "large_binary", "string_view": "binary_view"}  # without the promise of UTF-8
+# without the promise of UTF-8
+_BYTES = {"string": "binary", "large_string": "large_binary", "string_view": "binary_view"}
 _TEXT = (*_BYTES, *_BYTES.values())
 _SHOWN_NAMES = 20
 
@@ -45,7 +48,9 @@ class TextColumns:
 def find_columns(file: InputFile, schema: Any, options: ReadOptions) -> TextColumns:
     """Raises DataError for a key without a column, of several, or of one that holds no text."""
     text = _find(file, schema, options.text_key, "--text-key")
-    return TextColumns(text, None if options.source_key is None else _find(file, schema, options.source_key, "--source-key"))
+    return TextColumns(
+        text, None if options.source_key is None else _find(file, schema, options.source_key, "--source-key")
+    )
 
 
 def batch_rows(num_bytes: int, num_rows: int) -> int:
@@ -56,7 +61,9 @@ def batch_rows(num_bytes: int, num_rows: int) -> int:
 def documents_of(
     index: int, first: int, batch: Any, columns: TextColumns, file: InputFile, options: ReadOptions
 ) -> Iterator[Document | Failure]:
-    """The documents of a batch whose rows are records from `first` on. The batch holds the columns, under the names of the file."""
+    """The documents of a batch whose rows are records from `first` on. The batch holds the columns, under the names of
+    the file.
+    """
     texts = _values(file, batch, columns.text)
     sources = None if columns.source is None else _values(file, batch, columns.source)
     for row in range(len(texts)):
@@ -65,7 +72,9 @@ def documents_of(
             if sources is not None:
                 source = _text(sources[row], str(options.source_key))
                 if not source:
-                    raise ValueError(f"column '{options.source_key}' holds no source's name; repair it, or leave --source-key out")
+                    raise ValueError(
+                        f"column '{options.source_key}' holds no source's name; repair it, or leave --source-key out"
+                    )
         except ValueError as error:
             yield Failure(index, first + row, str(error))
         else:
@@ -81,7 +90,9 @@ def _find(file: InputFile, schema: Any, key: str, option: str) -> Column:
         raise DataError(f"{file.address}: {error}; rename all but one") from None
     if not path:
         names = schema.names[:_SHOWN_NAMES] + ["…"] * (len(schema.names) > _SHOWN_NAMES)
-        raise DataError(f"{file.address}: has no column '{key}' but {', '.join(names) or 'none at all'}; name it with {option}")
+        raise DataError(
+            f"{file.address}: has no column '{key}' but {', '.join(names) or 'none at all'}; name it with {option}"
+        )
     kind = schema.field(schema.names.index(path[0])).type
     for name in path[1:]:
         kind = kind.field(kind.get_field_index(name)).type
@@ -102,13 +113,17 @@ def _path(fields: list[Any], key: str) -> tuple[str, ...]:
         kind = fields[names.index(key[:end])].type
         if end == len(key):
             return (key,)
-        if str(kind).startswith("struct") and (rest := _path([kind.field(n) for n in range(kind.num_fields)], key[end + 1 :])):
+        if str(kind).startswith("struct") and (
+            rest := _path([kind.field(n) for n in range(kind.num_fields)], key[end + 1 :])
+        ):
             return (key[:end], *rest)
     return ()
 
 
 def _values(file: InputFile, batch: Any, column: Column) -> Any:
-    """The column of a batch as an array, of strings, bytes or a dictionary. Raises DataError for offsets that lead astray."""
+    """The column of a batch as an array, of strings, bytes or a dictionary. Raises DataError for offsets that lead
+    astray.
+    """
     import pyarrow
     import pyarrow.compute
 
@@ -140,4 +155,6 @@ def _text(scalar: Any, key: str) -> str:
     try:
         return str(data, "utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"column '{key}': byte {error.start} is not UTF-8 ({error.reason}); convert it to UTF-8") from None
+        raise ValueError(
+            f"column '{key}': byte {error.start} is not UTF-8 ({error.reason}); convert it to UTF-8"
+        ) from None

@@ -1,16 +1,19 @@
 """Cerebras HDF5: rows of (N, 3, S), packed rows of variable lengths (N, 5, S), and a "corpus" of rank 1.
 
-The planes are input ids, loss mask, labels, and of (N, 5, S) attention_span and position_ids, as the Model Zoo's data_preprocessing writes
-them. A row becomes the S + 1 ids whose inputs and labels are the planes':
+The planes are input ids, loss mask, labels, and of (N, 5, S) attention_span and position_ids, as the Model Zoo's
+data_preprocessing writes them. A row becomes the S + 1 ids whose inputs and labels are the planes':
 
 - Padding is the end of a row where no label bears loss and ids and labels are all one id.
-- Before it, every label that bears loss must be the next id; where a label bears none, ids and labels are not compared, and the ids stand.
-- The last label before the padding is kept: it is the text's last token, in whose place the input ids have padding already. No loss
+- Before it, every label that bears loss must be the next id; where a label bears none, ids and labels are not compared,
+  and the ids stand.
+- The last label before the padding is kept: it is the text's last token, in whose place the input ids have padding
+  already. No loss
   depends on the padding id that it replaces.
-- A document of (N, 5, S) begins where position_ids is 0, and attention_span falls to 0 where it ends. Files whose two planes hold zeros
+- A document of (N, 5, S) begins where position_ids is 0, and attention_span falls to 0 where it ends. Files whose two
+  planes hold zeros
   alone tell no documents apart.
 
-The files are read without trust, through core/untrusted_hdf5.py.
+The files are read without trust, through core/formats/hdf5.py.
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ import h5py
 import numpy as np
 
 from weftrain.core.errors import DataError, one_line
-from weftrain.core.untrusted_hdf5 import HDF5_ERRORS, UntrustedFileError, open_dataset
-from weftrain.data_prep.documents import Document, Failure, InputFile, Share
+from weftrain.core.formats.hdf5 import HDF5_ERRORS, UntrustedFileError, open_dataset
 from weftrain.data_prep.inputs.files import is_local
 from weftrain.data_prep.marks import BEGINS, LOSS, PADDING
-from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, wrong_length
+from weftrain.data_prep.readers.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.readers.ids import MAX_ID, ids_document
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 _READ_BYTES = 8 << 20  # of rows, read at once
 _FORMS = tuple((dtype, rank) for rank in (3, 1) for dtype in ("<i4", "<u2", "<u4", "<i8"))
@@ -56,7 +59,11 @@ class _Hdf5:
                 try:
                     data = open_dataset(self._file, "data", np.dtype(dtype), rank, size)
                 except UntrustedFileError as error:
-                    problem = str(error) if not problem or ("has type" not in str(error) and "has rank" not in str(error)) else problem
+                    problem = (
+                        str(error)
+                        if not problem or ("has type" not in str(error) and "has rank" not in str(error))
+                        else problem
+                    )
                     continue
                 if rank == 3 and data.shape[1] not in _PLANES:
                     raise UntrustedFileError("data", f"has shape {data.shape}, not (N, 3, S) or (N, 5, S)")
@@ -77,7 +84,8 @@ class _Hdf5:
 
     def _refusal(self, problem: str) -> DataError:
         return DataError(
-            f"{self._address}: {problem}; copy it again, or name files with integer 'data' of (N, 3, S), (N, 5, S) or of one dimension"
+            f"{self._address}: {problem}; copy it again, or name files with integer 'data' of (N, 3, S), (N, 5, S) or "
+            "of one dimension"
         )
 
 
@@ -101,7 +109,9 @@ def cerebras_rows(index: int, file: InputFile, share: Share, options: ReadOption
 
 
 def _row(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray | None] | str:
-    """Planes int64 [3 or 5, S] -> int32 [S + 1] ids and their marks, None where every token bears loss; or what is wrong."""
+    """Planes int64 [3 or 5, S] -> int32 [S + 1] ids and their marks, None where every token bears loss; or what is
+    wrong.
+    """
     ids, mask, labels = planes[:3]
     if mask.min() < 0 or mask.max() > 1:
         return "holds a loss mask other than 0 and 1"
@@ -154,7 +164,9 @@ def _begins(planes: np.ndarray, text: int) -> np.ndarray | str | None:
 
 
 def corpus_rows(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """Windows of sequence_length + 1 at stride sequence_length of rank-1 `data`; a tail that fills none is left out, as Cerebras does."""
+    """Windows of sequence_length + 1 at stride sequence_length of rank-1 `data`; a tail that fills none is left out, as
+    Cerebras does.
+    """
     length = options.sequence_length
     assert length is not None
     with _Hdf5(file.address) as data:
@@ -174,7 +186,9 @@ def _read(file: InputFile, data: h5py.Dataset, begin: int, end: int) -> np.ndarr
     try:
         return np.asarray(data[begin:end])
     except HDF5_ERRORS as error:
-        raise DataError(f"{file.address}: data: {begin}..{end - 1} cannot be read: {one_line(error)}; copy it again") from error
+        raise DataError(
+            f"{file.address}: data: {begin}..{end - 1} cannot be read: {one_line(error)}; copy it again"
+        ) from error
 
 
 def _num_rows(file: InputFile) -> int:
@@ -190,6 +204,8 @@ def _rank(probe: Probe) -> int | None:
         return int(data.ndim)
 
 
-ROWS = Reader(name="cerebras", holds="rows", read=cerebras_rows, detect=lambda probe: _rank(probe) == 3, num_units=_num_rows)
+ROWS = Reader(
+    name="cerebras", holds="rows", read=cerebras_rows, detect=lambda probe: _rank(probe) == 3, num_units=_num_rows
+)
 # One unit, since how many rows there are depends on their length.
 CORPUS = Reader(name="cerebras_corpus", holds="rows", read=corpus_rows, detect=lambda probe: _rank(probe) == 1)

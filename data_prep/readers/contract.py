@@ -1,4 +1,5 @@
-"""What a format is: how a file of it is told from others, how it is cut into shares, and how the documents of a share are read.
+"""What a format is: how a file of it is told from others, how it is cut into shares, and how the documents of a share
+are read.
 
 A new format is one module that makes a `Reader`, and one line in registry.py.
 """
@@ -12,23 +13,25 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.inputs.compression import BrokenArchive, compression_of, open_decompressed, plain_name
 from weftrain.data_prep.inputs.files import exists, is_local, read_head
 from weftrain.data_prep.inputs.listing_rules import may_hold_json
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.readers.json_content import JsonContent, json_content
+from weftrain.data_prep.readers.read_options import ReadOptions
 
-Records = Generator[Document | Failure, None, int]  # returns how many records the share holds, failed and empty ones too
+# returns how many records the share holds, failed and empty ones too
+Records = Generator[Document | Failure, None, int]
 HEAD_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A file whose format is asked for. name: as messages have it, below the folder it was found in. address: where it is opened.
+    """A file whose format is asked for. name: as messages have it, below the folder it was found in. address: where it
+    is opened.
 
-    text_key: the field that holds the text of JSON records, by which they are told from other JSON. known_head: the first HEAD_BYTES of
-    the file as it lies, where they have been read already.
+    text_key: the field that holds the text of JSON records, by which they are told from other JSON. known_head: the
+    first HEAD_BYTES of the file as it lies, where they have been read already.
     """
 
     name: str
@@ -52,7 +55,9 @@ class Probe:
 
     @cached_property
     def head(self) -> bytes:
-        """The first HEAD_BYTES, decompressed; what can be read of a damaged archive. Raises DataError for a file that cannot be opened."""
+        """The first HEAD_BYTES, decompressed; what can be read of a damaged archive. Raises DataError for a file that
+        cannot be opened.
+        """
         if not self.compressed:
             return read_head(self.address, HEAD_BYTES) if self.known_head is None else self.known_head
         with open_decompressed(self.address) as opened:
@@ -63,7 +68,9 @@ class Probe:
 
     @cached_property
     def json(self) -> JsonContent | None:
-        """What JSON the content is; None for other content, and where the name's suffix is that of something else, as `.py`."""
+        """What JSON the content is; None for other content, and where the name's suffix is that of something else, as
+        `.py`.
+        """
         if not may_hold_json(self.plain_name):
             return None
         return json_content(self.head, whole=len(self.head) < HEAD_BYTES)
@@ -105,16 +112,18 @@ def with_suffix(address: str, suffix: str) -> str:
 
 @dataclass(frozen=True)
 class Reader:
-    """A format. name: as in `--format NAME`. holds: text to encode; token ids of documents; or rows of sequence_length + 1 ids.
+    """A format. name: as in `--format NAME`. holds: text to encode; token ids of documents; or rows of sequence_length
+    + 1 ids.
 
-    detect(probe): whether a file is of this format. goes_with(probe): whether it belongs to another file of this format, and is read
-    with it. not_data(probe): why a file of this format in a folder is no input, as a summary counts it, or None. by_bytes: a share counts
-    bytes, and a record belongs to the share that it begins in; else shares count num_units(file), which is 1 where a file cannot be cut.
-    cuts(file, pieces): the units at which about so many shares end; None: in equal shares. read: the
-    documents of a share, in order; it may raise OSError, and DataError for a file damaged as a whole. records_before(file, begin): how
-    many records precede a share that begins there. beside(file): addresses of the files that are read with it; they are hashed before its
-    first share. by_end_token: documents are told apart by the tokenizer's end token, and ids without a header are as wide as its
-    vocabulary asks: ReadOptions.of_tokenizer.
+    detect(probe): whether a file is of this format. goes_with(probe): whether it belongs to another file of this
+    format, and is read with it. not_data(probe): why a file of this format in a folder is no input, as a summary counts
+    it, or None. by_bytes: a share counts bytes, and a record belongs to the share that it begins in; else shares count
+    num_units(file), which is 1 where a file cannot be cut. cuts(file, pieces): the units at which about so many shares
+    end; None: in equal shares. read: the documents of a share, in order; it may raise OSError, and DataError for a file
+    damaged as a whole. records_before(file, begin): how many records precede a share that begins there. beside(file):
+    addresses of the files that are read with it; they are hashed before its first share. by_end_token: documents are
+    told apart by the tokenizer's end token, and ids without a header are as wide as its vocabulary asks:
+    ReadOptions.of_tokenizer.
     """
 
     name: str
@@ -135,7 +144,10 @@ def wrong_length(length: int, options: ReadOptions) -> str | None:
     """What is wrong with a row of `length` ids, or None."""
     if options.sequence_length is None or length == options.sequence_length + 1:
         return None
-    return f"holds {length} token ids, not {options.sequence_length} + 1; give --sequence-length {length - 1} if all rows are so long"
+    return (
+        f"holds {length} token ids, not {options.sequence_length} + 1; give --sequence-length {length - 1} if all rows "
+        "are so long"
+    )
 
 
 def local_only(file_or_address: str, what: str) -> None:

@@ -1,6 +1,7 @@
 """datatrove's .ds of ids, with the documents' ends in .ds.index and, where it was asked for, a loss mask in .ds.loss.
 
-An id takes 2 or 4 bytes: the index's last entry is how many ids there are, and .ds.metadata, where it lies beside, must agree.
+An id takes 2 or 4 bytes: the index's last entry is how many ids there are, and .ds.metadata, where it lies beside, must
+agree.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Failure, InputFile, Share
 from weftrain.data_prep.inputs.files import exists
-from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, local_only
+from weftrain.data_prep.readers.documents import Failure, InputFile, Share
 from weftrain.data_prep.readers.ids import MAX_DOCUMENT_IDS, TABLE_ROWS, ids_document, read_array, too_long
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 _INDEX, _LOSS, _METADATA = ".index", ".loss", ".metadata"
 _ENDS = np.dtype("<u8")
@@ -36,7 +37,9 @@ class _Layout:
 def _check_there(address: str) -> None:
     local_only(address, "datatrove's .ds files")
     if not exists(address + _INDEX):
-        raise DataError(f"{address}: has no {Path(address).name}{_INDEX} beside it, which tells its documents apart; copy that too")
+        raise DataError(
+            f"{address}: has no {Path(address).name}{_INDEX} beside it, which tells its documents apart; copy that too"
+        )
 
 
 def _layout(file: InputFile) -> _Layout:
@@ -46,17 +49,23 @@ def _layout(file: InputFile) -> _Layout:
     num_bytes = os.stat(index).st_size
     documents = num_bytes // _ENDS.itemsize
     if not documents or num_bytes % _ENDS.itemsize:
-        raise DataError(f"{index}: has {num_bytes:,} bytes, which are no ends of documents of 8 bytes each; copy it again")
+        raise DataError(
+            f"{index}: has {num_bytes:,} bytes, which are no ends of documents of 8 bytes each; copy it again"
+        )
     with open(index, "rb") as opened:
         ids = int(read_array(opened, index, num_bytes - _ENDS.itemsize, 1, _ENDS)[0])
     width = next((width for width in (2, 4) if ids * width == file.num_bytes), None)
     if width is None:
         raise DataError(
-            f"{index}: its last document ends at id {ids:,}, and {file.num_bytes:,} bytes are that many of neither 2 nor 4 bytes"
+            f"{index}: its last document ends at id {ids:,}, and {file.num_bytes:,} bytes are that many of neither 2 "
+            "nor 4 bytes"
         )
     said = _width_said(file)
     if said is not None and said != width and ids:
-        raise DataError(f"{file.address}{_METADATA}: says that an id takes {said} bytes, the index that it takes {width}; copy them again")
+        raise DataError(
+            f"{file.address}{_METADATA}: says that an id takes {said} bytes, the index that it takes {width}; copy "
+            "them again"
+        )
     if exists(file.address + _LOSS) and os.stat(file.address + _LOSS).st_size != ids:
         raise DataError(f"{file.address}{_LOSS}: has not one byte for each of the {ids:,} ids; copy it again")
     return _Layout(np.dtype(f"<u{width}"), ids, documents)
@@ -90,9 +99,15 @@ def datatrove_documents(index: int, file: InputFile, share: Share, options: Read
                     yield too_long(index, number, stop - start)
                 else:
                     ids = read_array(opened, file.address, start * layout.dtype.itemsize, stop - start, layout.dtype)
-                    mask = None if loss is None else read_array(loss, file.address + _LOSS, start, stop - start, np.dtype("u1"))
+                    mask = (
+                        None
+                        if loss is None
+                        else read_array(loss, file.address + _LOSS, start, stop - start, np.dtype("u1"))
+                    )
                     if mask is not None and mask.size and mask.max() > 1:
-                        yield Failure(index, number, f"{Path(file.address).name}{_LOSS} holds a loss mask other than 0 and 1")
+                        yield Failure(
+                            index, number, f"{Path(file.address).name}{_LOSS} holds a loss mask other than 0 and 1"
+                        )
                     else:
                         yield ids_document(index, number, file.source, ids, None if mask is None else mask == 1)
                 start = stop

@@ -7,11 +7,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from weftrain.core.canonical import parse_json
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure
+from weftrain.core.formats.canonical import parse_json
 from weftrain.data_prep.marks import LOSS
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.documents import Document, Failure
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 MAX_ID = (1 << 31) - 1
 MAX_DOCUMENT_IDS = 1 << 25  # a document is in memory as a whole, several times: 128 MiB of int32
@@ -21,18 +21,28 @@ _MAX_JSON_BYTES = 16 << 20  # as Python's numbers its ids take some twenty times
 
 
 def read_array(opened: IO[bytes], name: str, offset: int, count: int, dtype: np.dtype[Any]) -> np.ndarray:
-    """`count` numbers at a byte offset; the caller has held both against the file's size. Raises DataError where it ends before."""
+    """`count` numbers at a byte offset; the caller has held both against the file's size. Raises DataError where it
+    ends before.
+    """
     opened.seek(offset)
     data = opened.read(count * dtype.itemsize)
     if len(data) != count * dtype.itemsize:
-        raise DataError(f"{name}: ends before byte {offset + count * dtype.itemsize:,}: it is truncated or changed; copy it again")
+        raise DataError(
+            f"{name}: ends before byte {offset + count * dtype.itemsize:,}: it is truncated or changed; copy it again"
+        )
     return np.frombuffer(data, dtype)
 
 
-def ids_document(index: int, record: int, source: str, ids: np.ndarray, bears_loss: np.ndarray | None = None) -> Document | Failure:
-    """A document of integers [n], of any integer type; a Failure where one of them is no id. bears_loss: bool [n]; None: all do."""
+def ids_document(
+    index: int, record: int, source: str, ids: np.ndarray, bears_loss: np.ndarray | None = None
+) -> Document | Failure:
+    """A document of integers [n], of any integer type; a Failure where one of them is no id. bears_loss: bool [n];
+    None: all do.
+    """
     if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) <= MAX_ID):
-        return Failure(index, record, f"holds ids {ids.min()}..{ids.max()}, and each must be one of 0..{MAX_ID}; repair it")
+        return Failure(
+            index, record, f"holds ids {ids.min()}..{ids.max()}, and each must be one of 0..{MAX_ID}; repair it"
+        )
     marks = None if bears_loss is None or bears_loss.all() else bears_loss * np.uint8(LOSS)
     return Document(index, record, source, None, ids.astype(np.int32), marks)
 
@@ -42,7 +52,8 @@ def too_long(index: int, record: int, length: int) -> Failure:
 
 
 def read_stream(opened: IO[bytes], name: str, count: int, keep: bool = True) -> bytes:
-    """The next `count` bytes of a stream, or b"" where they are only passed over. Memory grows with what is there, not with `count`.
+    """The next `count` bytes of a stream, or b"" where they are only passed over. Memory grows with what is there, not
+    with `count`.
 
     Raises DataError where the stream ends before.
     """
@@ -73,7 +84,9 @@ def are_ids(value: object) -> bool:
 def ids_of_list(data: bytes) -> np.ndarray | str:
     """The ids of a JSON list of integers, int64 [n], or what is wrong with it."""
     if len(data) > _MAX_JSON_BYTES:
-        return f"has {len(data):,} bytes of JSON, more than the {_MAX_JSON_BYTES:,} that a list of ids may take; split it"
+        return (
+            f"has {len(data):,} bytes of JSON, more than the {_MAX_JSON_BYTES:,} that a list of ids may take; split it"
+        )
     try:
         value = parse_json(data)
     except ValueError as error:
@@ -83,8 +96,11 @@ def ids_of_list(data: bytes) -> np.ndarray | str:
     return np.array(value, np.int64)
 
 
-def choose_field(name: str, key: str | None, fields: Mapping[str, str], certain: Sequence[str], possible: Sequence[str]) -> str:
-    """Which field holds the ids: `key`; else `tokens` or `input_ids`; else the only one that certainly does. Raises DataError.
+def choose_field(
+    name: str, key: str | None, fields: Mapping[str, str], certain: Sequence[str], possible: Sequence[str]
+) -> str:
+    """Which field holds the ids: `key`; else `tokens` or `input_ids`; else the only one that certainly does. Raises
+    DataError.
 
     fields: each with its encoding. possible: those of an encoding that may be ids as well as something else.
     """

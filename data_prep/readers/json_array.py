@@ -1,7 +1,8 @@
-"""JSON that is not lines: an array of objects, or objects one after the other over any number of lines, read as a stream.
+"""JSON that is not lines: an array of objects, or objects one after the other over any number of lines, read as a
+stream.
 
-A window of the text slides over the file; it holds one object and about a block more. A syntax error ends the file, since nothing tells
-where the next object would begin; a value that is no document is a failure of its own.
+A window of the text slides over the file; it holds one object and about a block more. A syntax error ends the file,
+since nothing tells where the next object would begin; a value that is no document is a failure of its own.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import re
 from typing import IO, Any
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Failure, InputFile, Share
 from weftrain.data_prep.inputs.compression import open_decompressed
 from weftrain.data_prep.inputs.files import BLOCK_BYTES
-from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records
+from weftrain.data_prep.readers.documents import Failure, InputFile, Share
 from weftrain.data_prep.readers.json_objects import decode_at, text_document
 from weftrain.data_prep.readers.lines import without_mark
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _TOKEN = 16  # as long as the longest token that may be cut at the end of the window, a pair of escaped surrogates
@@ -29,13 +30,16 @@ class _Window:
 
     def __init__(self, file: InputFile, opened: IO[bytes]) -> None:
         self._file, self._opened = file, opened
-        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # a bad byte is its own object's failure
+        # a bad byte is its own object's failure
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self.text, self.place, self.ended = "", 0, False
         self._text_begin = 0  # of the window, in characters of the file
         self.extend(without_mark(file, opened.read(BLOCK_BYTES)))
 
     def extend(self, data: bytes | None = None) -> None:
-        """Reads on, at least as much as the window holds: what it holds is then parsed again, which takes twice the time at most."""
+        """Reads on, at least as much as the window holds: what it holds is then parsed again, which takes twice the
+        time at most.
+        """
         if data is None:
             data = self._opened.read(max(BLOCK_BYTES, len(self.text) - self.place))
         self.ended = not data
@@ -57,7 +61,8 @@ class _Window:
         while True:
             try:
                 value, end = decode_at(self.text, self.place)
-                if self.ended or self.text[end - 1] in '}]"' or end + 2 < len(self.text):  # a number may be cut, as 1 of 1e+9
+                # a number may be cut, as 1 of 1e+9
+                if self.ended or self.text[end - 1] in '}]"' or end + 2 < len(self.text):
                     self.place = end
                     return value
             except json.JSONDecodeError as error:
@@ -67,12 +72,17 @@ class _Window:
             except ValueError as error:
                 raise self.problem(number, f"not JSON: {error}", self.place) from None
             if len(self.text) - self.place > ReadOptions.max_line_bytes:
-                raise self.problem(number, f"is longer than {ReadOptions.max_line_bytes:,} characters, or not JSON", self.place)
+                raise self.problem(
+                    number, f"is longer than {ReadOptions.max_line_bytes:,} characters, or not JSON", self.place
+                )
             self.extend()
 
     def problem(self, number: int, what: str, place: int) -> DataError:
         where = f"at character {self._text_begin + place + 1:,} of the file"
-        return DataError(f"{self._file.address}: record {number + 1} {what}, {where}; what follows cannot be told apart: repair the file")
+        return DataError(
+            f"{self._file.address}: record {number + 1} {what}, {where}; what follows cannot be told apart: repair the "
+            "file"
+        )
 
 
 def json_objects(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
@@ -97,7 +107,9 @@ def json_objects(index: int, file: InputFile, share: Share, options: ReadOptions
                     break
                 if character != ",":
                     raise window.problem(
-                        number, "is not preceded by a comma" if character else "is missing: the array has no end", window.place
+                        number,
+                        "is not preceded by a comma" if character else "is missing: the array has no end",
+                        window.place,
                     )
                 window.place += 1
         window.place += array
@@ -109,9 +121,13 @@ def json_objects(index: int, file: InputFile, share: Share, options: ReadOptions
 
 
 def _holds_objects(probe: Probe) -> bool:
-    """An array of objects; or objects over several lines, which are told from a configuration file by the field of texts."""
+    """An array of objects; or objects over several lines, which are told from a configuration file by the field of
+    texts.
+    """
     content = probe.json
-    return content is not None and (content.layout == "array" or (content.layout == "object" and content.has_field(probe.text_key)))
+    return content is not None and (
+        content.layout == "array" or (content.layout == "object" and content.has_field(probe.text_key))
+    )
 
 
 READER = Reader(name="json", holds="text", read=json_objects, detect=_holds_objects)

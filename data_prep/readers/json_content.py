@@ -18,8 +18,9 @@ _DECODER = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class JsonContent:
-    """layout: 'lines': an object a line, two or more; 'line': one object on one line; 'array': of objects; 'object': one, over several
-    lines, or several so; 'value': an array of other values. first: the first object where the head holds all of it. head: the text.
+    """layout: 'lines': an object a line, two or more; 'line': one object on one line; 'array': of objects; 'object':
+    one, over several lines, or several so; 'value': an array of other values. first: the first object where the head
+    holds all of it. head: the text.
     """
 
     layout: Literal["lines", "line", "array", "object", "value"]
@@ -27,7 +28,9 @@ class JsonContent:
     head: str
 
     def has_field(self, key: str) -> bool:
-        """Whether the first object has a field, `outer.inner` where they are nested; a guess where the head does not hold all of it."""
+        """Whether the first object has a field, `outer.inner` where they are nested; a guess where the head does not
+        hold all of it.
+        """
         if self.first is None:
             last = key.rpartition(".")[2]
             return any(re.search(rf'"{re.escape(name)}"\s*:', self.head) is not None for name in (key, last))
@@ -78,11 +81,14 @@ def _array(text: str, whole: bool) -> JsonContent | None:
 
 
 def _parse(text: str) -> tuple[Any, int]:
-    """A value at the beginning of a text and where it ends; (None, len(text)) for one that goes on beyond it, (None, 0) for no JSON."""
+    """A value at the beginning of a text and where it ends; (None, len(text)) for one that goes on beyond it, (None, 0)
+    for no JSON.
+    """
     try:
         return _DECODER.raw_decode(text)
     except json.JSONDecodeError as error:
-        cut = error.pos >= len(text) - 12 or error.msg.startswith("Unterminated string")  # a cut \\u escape, number or literal
+        # a cut \\u escape, number or literal
+        cut = error.pos >= len(text) - 12 or error.msg.startswith("Unterminated string")
         return None, len(text) if cut else 0
     except (ValueError, RecursionError):
         return None, 0

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records
+from weftrain.data_prep.readers.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.readers.json_objects import parse_object, text_document
 from weftrain.data_prep.readers.lines import lines_before, read_lines
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 SUFFIXES = (".jsonl", ".ndjson")
 
 
 def holds_lines(probe: Probe) -> bool:
-    """Whether a file holds JSON lines: by its name, or by its content whatever its name; one object alone only with the field of texts.
+    """Whether a file holds JSON lines: by its name, or by its content whatever its name; one object alone only with the
+    field of texts.
 
     What is called so and begins as an array of objects, or as an object of texts over several lines, cannot be lines.
     """
@@ -21,7 +22,9 @@ def holds_lines(probe: Probe) -> bool:
         if content is None or content.layout not in ("array", "object"):
             return True
         return content.layout == "object" and (content.first is None or not content.has_field(probe.text_key))
-    return content is not None and (content.layout == "lines" or (content.layout == "line" and content.has_field(probe.text_key)))
+    return content is not None and (
+        content.layout == "lines" or (content.layout == "line" and content.has_field(probe.text_key))
+    )
 
 
 def json_lines(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
@@ -29,9 +32,15 @@ def json_lines(index: int, file: InputFile, share: Share, options: ReadOptions) 
 
     def document(number: int, line: bytes | None) -> Document | Failure:
         value = parse_object(line)
-        return Failure(index, number, value) if isinstance(value, str) else text_document(index, number, value, file, options)
+        return (
+            Failure(index, number, value)
+            if isinstance(value, str)
+            else text_document(index, number, value, file, options)
+        )
 
     return (yield from read_lines(file, share, document))
 
 
-READER = Reader(name="jsonl", holds="text", read=json_lines, detect=holds_lines, by_bytes=True, records_before=lines_before)
+READER = Reader(
+    name="jsonl", holds="text", read=json_lines, detect=holds_lines, by_bytes=True, records_before=lines_before
+)

@@ -1,7 +1,9 @@
-"""JSON objects of a document each: parsing them, and their text and source under keys that may lead into nested objects.
+"""JSON objects of a document each: parsing them, and their text and source under keys that may lead into nested
+objects.
 
-Only the fields that are asked for must be unambiguous. What stands elsewhere in an object, NaN, a key that comes twice, an integer of any
-length, does not hinder reading it; `core.canonical.parse_json`, for the project's own records, refuses all of that.
+Only the fields that are asked for must be unambiguous. What stands elsewhere in an object, NaN, a key that comes twice,
+an integer of any length, does not hinder reading it; `core.canonical.parse_json`, for the project's own records,
+refuses all of that.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ import json
 import re
 from typing import Any
 
-from weftrain.data_prep.documents import Document, Failure, InputFile
-from weftrain.data_prep.normalisation import normalise
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.documents import Document, Failure, InputFile
+from weftrain.data_prep.readers.normalisation import normalise
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 MISSING: Any = object()
 _SPACE = " \t\r\n"
@@ -38,7 +40,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER: Any = json.JSONDecoder(object_pairs_hook=_object)  # made once: json.loads would make one a call
-_LONG_INTEGERS: Any = json.JSONDecoder(object_pairs_hook=_object, parse_int=float)  # Python's int() has a limit of 4,300 digits
+# Python's int() has a limit of 4,300 digits
+_LONG_INTEGERS: Any = json.JSONDecoder(object_pairs_hook=_object, parse_int=float)
 
 
 def decode_at(text: str, begin: int) -> tuple[Any, int]:
@@ -74,9 +77,11 @@ def parse_object(line: bytes | None) -> dict[str, Any] | str:
 
 
 def _parse_long(line: bytes) -> dict[str, Any] | None:
-    """The object of a long line whose text would take two or four bytes a character because of a few; None: of any other line.
+    """The object of a long line whose text would take two or four bytes a character because of a few; None: of any
+    other line.
 
-    It is parsed as Latin-1, in which characters and bytes are the same, and its strings are decoded afterwards. Raises ValueError.
+    It is parsed as Latin-1, in which characters and bytes are the same, and its strings are decoded afterwards. Raises
+    ValueError.
     """
     if line.isascii() or _WIDE_ESCAPE.search(line) is not None or not _is_utf8(line):
         return None
@@ -138,7 +143,9 @@ def field(value: dict[str, Any], key: str) -> Any:
     return MISSING
 
 
-def text_document(index: int, number: int, value: dict[str, Any], file: InputFile, options: ReadOptions) -> Document | Failure:
+def text_document(
+    index: int, number: int, value: dict[str, Any], file: InputFile, options: ReadOptions
+) -> Document | Failure:
     """The document of an object: its text under options.text_key, its source under options.source_key."""
     try:
         text = field(value, options.text_key)
@@ -146,13 +153,19 @@ def text_document(index: int, number: int, value: dict[str, Any], file: InputFil
     except ValueError as error:
         return Failure(index, number, str(error))
     if text is MISSING:
-        return Failure(index, number, f"no field '{options.text_key}'; name the field that holds the text with --text-key")
+        return Failure(
+            index, number, f"no field '{options.text_key}'; name the field that holds the text with --text-key"
+        )
     if not isinstance(text, str):
         return Failure(index, number, f"field '{options.text_key}' holds {type(text).__name__}, not text")
     if has_lone_surrogate(text):
-        return Failure(index, number, f"field '{options.text_key}' holds a lone surrogate, or bytes that are not UTF-8; repair it")
+        return Failure(
+            index, number, f"field '{options.text_key}' holds a lone surrogate, or bytes that are not UTF-8; repair it"
+        )
     if not isinstance(source, str) or not source or has_lone_surrogate(source):
-        return Failure(index, number, f"field '{options.source_key}' holds no source's name; repair it, or leave --source-key out")
+        return Failure(
+            index, number, f"field '{options.source_key}' holds no source's name; repair it, or leave --source-key out"
+        )
     return Document(index, number, source, normalise(text, options.normalise))
 
 

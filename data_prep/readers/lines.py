@@ -7,10 +7,10 @@ from collections.abc import Callable, Generator, Iterator
 from typing import IO
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.inputs.compression import Decompressed, begins_compressed, compression_of, open_decompressed
 from weftrain.data_prep.inputs.files import BLOCK_BYTES, open_address
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.documents import Document, Failure, InputFile, Share
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 _SKIP_BYTES = 1 << 20
 Convert = Callable[[int, bytes | None], Document | Failure]
@@ -72,9 +72,9 @@ class LineSource:
 def read_lines(file: InputFile, share: Share, convert: Convert) -> Generator[Document | Failure, None, int]:
     """convert(line number within the share, the line) of each line that begins within the share and is not blank.
 
-    A line that is too long is given as None. A byte order mark at the start of the file is left out. Neither a line nor what was made of
-    it is held here while it is used. Returns how many lines there are. Raises DataError where the file cannot be read to its end, or
-    begins as UTF-16 or a compressed file.
+    A line that is too long is given as None. A byte order mark at the start of the file is left out. Neither a line nor
+    what was made of it is held here while it is used. Returns how many lines there are. Raises DataError where the file
+    cannot be read to its end, or begins as UTF-16 or a compressed file.
     """
     number, limit = 0, ReadOptions.max_line_bytes
     end = None if share.end in (-1, file.num_bytes) else share.end
@@ -115,9 +115,13 @@ def _bytes_before(file: InputFile, position: int) -> Iterator[bytes]:
 
 
 def without_mark(file: InputFile, data: bytes) -> bytes:
-    """What a file begins with, without a byte order mark. Raises DataError for UTF-16, UTF-32 and what is compressed."""
+    """What a file begins with, without a byte order mark. Raises DataError for UTF-16, UTF-32 and what is
+    compressed.
+    """
     if (compressed := begins_compressed(data)) is not None:
         raise DataError(f"{file.address}: {compressed}")
     if data.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
-        raise DataError(f"{file.address}: begins with the byte order mark of UTF-16 or UTF-32; convert the file to UTF-8")
+        raise DataError(
+            f"{file.address}: begins with the byte order mark of UTF-16 or UTF-32; convert the file to UTF-8"
+        )
     return data.removeprefix(b"\xef\xbb\xbf")

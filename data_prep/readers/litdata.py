@@ -1,9 +1,9 @@
 """litdata's chunks `chunk-*.bin`, named by an index.json beside them, of ids or of text; compressed with zstd or not.
 
-A chunk is the number of items (uint32), where each begins and the last ends (uint32), and the items. index.json says what an item is:
-with TokensLoader the ids alone, with PyTreeLoader the sizes of its leaves (uint32) and the leaves. Only the leaf that is asked for is
-decoded, so pickled ones are never opened; one that is asked for is refused. Encrypted chunks, and rows that newer versions keep as Arrow,
-are refused.
+A chunk is the number of items (uint32), where each begins and the last ends (uint32), and the items. index.json says
+what an item is: with TokensLoader the ids alone, with PyTreeLoader the sizes of its leaves (uint32) and the leaves.
+Only the leaf that is asked for is decoded, so pickled ones are never opened; one that is asked for is refused.
+Encrypted chunks, and rows that newer versions keep as Arrow, are refused.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from weftrain.core.canonical import parse_json
 from weftrain.core.errors import DataError, one_line
-from weftrain.core.names import path_below
-from weftrain.core.plain_file import open_plain
-from weftrain.data_prep.documents import InputFile, Share
+from weftrain.core.formats.canonical import parse_json
+from weftrain.core.formats.names import path_below
+from weftrain.core.formats.plain_file import open_plain
 from weftrain.data_prep.inputs.files import is_local
-from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, local_only
+from weftrain.data_prep.readers.documents import InputFile, Share
 from weftrain.data_prep.readers.ids import ids_of_bytes, ids_of_list, read_stream
+from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.readers.sample_table import (
     Column,
     SampleTable,
@@ -54,7 +54,9 @@ _NUMPY = {0: "<i1", 1: "<i2", 2: "<i4", 3: "<i8", 4: "<u1", 5: "<u2", 6: "<u4", 
 
 @dataclass(frozen=True)
 class _Index:
-    """columns: of an item; bare: without sizes before them. compression: of whole files, of frames within them, or None. chunks: items."""
+    """columns: of an item; bare: without sizes before them. compression: of whole files, of frames within them, or
+    None. chunks: items.
+    """
 
     columns: tuple[Column, ...]
     bare: bool
@@ -79,7 +81,11 @@ def _parsed(path: str, num_bytes: int, modified_ns: int) -> _Index | None:
         if len(data) > _MAX_INDEX_BYTES or b'"data_format"' not in data:
             return None
         tree = parse_json(data)
-        if not isinstance(tree, dict) or not isinstance(tree.get("config"), dict) or not isinstance(tree.get("chunks"), list):
+        if (
+            not isinstance(tree, dict)
+            or not isinstance(tree.get("config"), dict)
+            or not isinstance(tree.get("chunks"), list)
+        ):
             return None
         return _checked(path, tree["config"], tree["chunks"])
     except (ValueError, KeyError, TypeError) as error:
@@ -95,14 +101,19 @@ def _checked(path: str, config: dict[str, Any], chunks: list[Any]) -> _Index:
         if type(chunk["chunk_size"]) is not int or chunk["chunk_size"] < 0:
             raise ValueError(f"chunk {chunk['filename']!r} has no number of items")
         counts[chunk["filename"]] = chunk["chunk_size"]
-    loader = config.get("item_loader") or ("TokensLoader" if chunks and chunks[0].get("dim") is not None else "PyTreeLoader")
+    loader = config.get("item_loader") or (
+        "TokensLoader" if chunks and chunks[0].get("dim") is not None else "PyTreeLoader"
+    )
     if loader not in ("TokensLoader", "PyTreeLoader"):
         raise DataError(f"{path}: its items are of {loader}; those of TokensLoader and PyTreeLoader are read")
     if config.get("encryption") is not None:
         raise DataError(f"{path}: its chunks are encrypted; write them without encryption")
     compression, level = config.get("compression"), config.get("compression_level")
     if compression is not None and (not str(compression).startswith("zstd") or level not in (None, "chunk", "batch")):
-        raise DataError(f"{path}: its chunks are compressed as {compression}, level {level}; zstd of whole chunks or of batches is read")
+        raise DataError(
+            f"{path}: its chunks are compressed as {compression}, level {level}; zstd of whole chunks or of batches is "
+            "read"
+        )
     encodings = config["data_format"]
     if not isinstance(encodings, list) or not encodings or not all(isinstance(encoding, str) for encoding in encodings):
         raise ValueError("'data_format' is no list of encodings")
@@ -117,7 +128,11 @@ def _leaf_names(spec: Any, count: int) -> list[str]:
     """The keys of a dictionary of leaves; the numbers of the leaves for anything else."""
     tree = parse_json(spec.encode()) if isinstance(spec, str) else None
     node = tree[1] if isinstance(tree, list) and len(tree) == 2 and isinstance(tree[1], dict) else {}
-    keys = parse_json(node["context"].encode()) if node.get("type") == "builtins.dict" and isinstance(node.get("context"), str) else None
+    keys = (
+        parse_json(node["context"].encode())
+        if node.get("type") == "builtins.dict" and isinstance(node.get("context"), str)
+        else None
+    )
     if isinstance(keys, list) and len(keys) == count == len(set(map(str, keys))):
         return [str(key) for key in keys]
     return [str(number) for number in range(count)]
@@ -159,7 +174,9 @@ class _Unzipped:
 
 
 def _unnamed(address: str) -> DataError:
-    return DataError(f"{address}: is named by no {_INDEX} of litdata beside it, which says what it holds; copy that too")
+    return DataError(
+        f"{address}: is named by no {_INDEX} of litdata beside it, which says what it holds; copy that too"
+    )
 
 
 @contextmanager
@@ -181,8 +198,12 @@ def _chunk(address: str, index: _Index | None) -> Iterator[tuple[IO[bytes], Samp
         else:
             _refuse_arrow(opened, address, num_bytes)
             starts = read_starts(opened, address, num_bytes)
-        if len(starts) - 1 != index.chunks[name] or int(starts[0]) != (0 if index.compression == "batch" else 4 * (len(starts) + 1)):
-            raise DataError(f"{address}: holds {len(starts) - 1:,} items, {_INDEX} says {index.chunks[name]:,}; copy both again")
+        if len(starts) - 1 != index.chunks[name] or int(starts[0]) != (
+            0 if index.compression == "batch" else 4 * (len(starts) + 1)
+        ):
+            raise DataError(
+                f"{address}: holds {len(starts) - 1:,} items, {_INDEX} says {index.chunks[name]:,}; copy both again"
+            )
         yield stream, SampleTable(address, starts, index.columns, index.compression is None, index.bare)
 
 
@@ -199,7 +220,10 @@ def _framed_starts(opened: IO[bytes], name: str, num_bytes: int) -> np.ndarray:
 def _refuse_arrow(opened: IO[bytes], name: str, num_bytes: int) -> None:
     opened.seek(max(0, num_bytes - len(_ARROW)))
     if opened.read(len(_ARROW)) == _ARROW:
-        raise DataError(f"{name}: keeps its rows as Arrow, as litdata does for lists and nested values: write ids as arrays or tensors")
+        raise DataError(
+            f"{name}: keeps its rows as Arrow, as litdata does for lists and nested values: write ids as arrays or "
+            "tensors"
+        )
     opened.seek(0)
 
 
@@ -207,14 +231,18 @@ def _documents(as_rows: bool, number: int, file: InputFile, share: Share, option
     with _chunk(file.address, _index_of(file.address)) as (opened, table):
         column = tokens_column(table, options, _holds_ids, _may_hold_ids)
         decode = partial(_decode, column.encoding, options)
-        return (yield from ids_documents(opened, table, column, decode, number, file, share, options if as_rows else None))
+        return (
+            yield from ids_documents(opened, table, column, decode, number, file, share, options if as_rows else None)
+        )
 
 
 def litdata_text(number: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
     """An item, a document: the leaf options.text_key, or the only one, of encoding str."""
     with _chunk(file.address, _index_of(file.address)) as (opened, table):
         only = len(table.columns) == 1 and table.columns[0].name == "0"  # an item that is a string, not a dictionary
-        return (yield from text_documents(opened, table, "0" if only else options.text_key, number, file, share, options))
+        return (
+            yield from text_documents(opened, table, "0" if only else options.text_key, number, file, share, options)
+        )
 
 
 def _decode(encoding: str, options: ReadOptions, data: bytes) -> np.ndarray | str:
@@ -224,7 +252,11 @@ def _decode(encoding: str, options: ReadOptions, data: bytes) -> np.ndarray | st
     dtype = _dtype(encoding)
     if dtype is None:
         return ids_of_bytes(data, options)
-    return np.frombuffer(data, dtype) if len(data) % dtype.itemsize == 0 else f"has {len(data):,} bytes, which are no ids of {dtype.name}"
+    return (
+        np.frombuffer(data, dtype)
+        if len(data) % dtype.itemsize == 0
+        else f"has {len(data):,} bytes, which are no ids of {dtype.name}"
+    )
 
 
 def _num_items(file: InputFile) -> int:
@@ -236,7 +268,9 @@ def _num_items(file: InputFile) -> int:
 
 
 def _kind(probe: Probe) -> str | None:
-    """'litdata' or 'litdata_text'; None for what no index names. Raises DataError for a chunk of both, or of packed rows or documents."""
+    """'litdata' or 'litdata_text'; None for what no index names. Raises DataError for a chunk of both, or of packed
+    rows or documents.
+    """
     if not probe.name.endswith(".bin"):
         return None
     index = _index_of(probe.address)
@@ -249,7 +283,9 @@ def _kind(probe: Probe) -> str | None:
     ids = ids or [column.name for column in index.columns if _dtype(column.encoding) is not None]
     texts = [column.name for column in index.columns if column.encoding == "str"]
     if ids and "text" in texts:
-        raise DataError(f"{probe.address}: holds text and ids: say which with --format litdata_text or --format litdata")
+        raise DataError(
+            f"{probe.address}: holds text and ids: say which with --format litdata_text or --format litdata"
+        )
     if not ids:
         return "litdata_text" if texts else "litdata"
     if len(ids) == 1:
@@ -273,7 +309,9 @@ def _belongs(probe: Probe) -> bool:
 
 
 def _beside(file: InputFile) -> tuple[str, ...]:
-    """The index goes with the first chunk that it names: with each, hashing it would take the square of their number."""
+    """The index goes with the first chunk that it names: with each, hashing it would take the square of their
+    number.
+    """
     index, path = _index_of(file.address), PurePosixPath(file.address)
     return (str(path.with_name(_INDEX)),) if index is not None and path.name == next(iter(index.chunks), None) else ()
 

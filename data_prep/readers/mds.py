@@ -1,8 +1,10 @@
-"""MosaicML Streaming's MDS: shards `.mds`, compressed or not, of ids or of text. A shard says itself which columns it has.
+"""MosaicML Streaming's MDS: shards `.mds`, compressed or not, of ids or of text. A shard says itself which columns it
+has.
 
-A shard is the number of samples (uint32), where each begins and the last ends (uint32), its columns as JSON, and the samples: the sizes of
-the columns that have no fixed one, and the columns. Only the column that is asked for is decoded, so pickled ones are never opened; one
-that is asked for is refused. `index.json` is read only to see that no shard is missing.
+A shard is the number of samples (uint32), where each begins and the last ends (uint32), its columns as JSON, and the
+samples: the sizes of the columns that have no fixed one, and the columns. Only the column that is asked for is decoded,
+so pickled ones are never opened; one that is asked for is refused. `index.json` is read only to see that no shard is
+missing.
 """
 
 from __future__ import annotations
@@ -14,15 +16,15 @@ from typing import IO
 
 import numpy as np
 
-from weftrain.core.canonical import parse_json
 from weftrain.core.errors import DataError
-from weftrain.core.names import checked_path
-from weftrain.data_prep.documents import InputFile, Share
+from weftrain.core.formats.canonical import parse_json
+from weftrain.core.formats.names import checked_path
 from weftrain.data_prep.inputs.compression import compression_of, open_decompressed
 from weftrain.data_prep.inputs.files import exists, open_address
-from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records
+from weftrain.data_prep.readers.documents import InputFile, Share
 from weftrain.data_prep.readers.ids import ids_of_bytes, ids_of_list, read_stream
+from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.readers.sample_table import (
     Column,
     SampleTable,
@@ -37,7 +39,8 @@ from weftrain.data_prep.readers.sample_table import (
 _SUFFIX = ".mds"
 _MAX_COLUMNS_BYTES, _MAX_INDEX_BYTES = 1 << 20, 64 << 20
 _UNSUPPORTED = (".br", ".snappy")
-_VALUES = {8: "<u1", 9: "<i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64: "<u8", 65: "<i8"}  # of an ndarray without a fixed type
+# of an ndarray without a fixed type
+_VALUES = {8: "<u1", 9: "<i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64: "<u8", 65: "<i8"}
 _NAMES = {np.dtype(dtype).name: dtype for dtype in _VALUES.values()}
 
 
@@ -52,7 +55,9 @@ def _may_hold_ids(column: Column) -> bool:
 
 
 def _open_shard(address: str, opened: IO[bytes], num_bytes: int | None) -> SampleTable:
-    """The head of a shard; what follows in `opened` are the samples. num_bytes: of a file that is not compressed. Raises DataError."""
+    """The head of a shard; what follows in `opened` are the samples. num_bytes: of a file that is not compressed.
+    Raises DataError.
+    """
     starts = read_starts(opened, address, num_bytes)
     config_bytes = int(starts[0]) - 4 - 4 * len(starts)
     if not 0 < config_bytes <= _MAX_COLUMNS_BYTES:
@@ -83,7 +88,9 @@ def _documents(as_rows: bool, index: int, file: InputFile, share: Share, options
         shard = _open_shard(file.address, opened, _plain_bytes(file))
         column = tokens_column(shard, options, _holds_ids, _may_hold_ids)
         decode = partial(_decode, column.encoding, options)
-        return (yield from ids_documents(opened, shard, column, decode, index, file, share, options if as_rows else None))
+        return (
+            yield from ids_documents(opened, shard, column, decode, index, file, share, options if as_rows else None)
+        )
 
 
 def mds_text(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
@@ -101,7 +108,9 @@ def _decode(encoding: str, options: ReadOptions, data: bytes) -> np.ndarray | st
 
 
 def _array(encoding: str, data: bytes) -> np.ndarray | str:
-    """An `ndarray[:type[:shape]]`; what the encoding does not fix stands before the values: a byte for the type, then the shape."""
+    """An `ndarray[:type[:shape]]`; what the encoding does not fix stands before the values: a byte for the type, then
+    the shape.
+    """
     _, _, rest = encoding.partition(":")
     name, _, shape_said = rest.partition(":")
     at = 0
@@ -111,7 +120,10 @@ def _array(encoding: str, data: bytes) -> np.ndarray | str:
         return f"is an array of {name}, not of integers"
     dtype, dimensions, count = np.dtype(_NAMES[name]), 1, (len(data) - at) // np.dtype(_NAMES[name]).itemsize
     if shape_said:
-        dimensions, count = shape_said.count(",") + 1, int(shape_said) if re.fullmatch("[0-9]{1,12}", shape_said) else -1
+        dimensions, count = (
+            shape_said.count(",") + 1,
+            int(shape_said) if re.fullmatch("[0-9]{1,12}", shape_said) else -1,
+        )
     elif len(data) <= at:
         return "is an array that ends before its shape"
     else:
@@ -119,7 +131,10 @@ def _array(encoding: str, data: bytes) -> np.ndarray | str:
         count = int.from_bytes(data[at + 1 : at + 1 + width], "little")
         at += 1 + width * dimensions
     if dimensions != 1 or len(data) - at != count * dtype.itemsize:
-        return f"is an array of {dimensions} dimensions, the first of {count:,}, in {len(data):,} bytes; one dimension of {name} is read"
+        return (
+            f"is an array of {dimensions} dimensions, the first of {count:,}, in {len(data):,} bytes; one dimension of "
+            f"{name} is read"
+        )
     return np.frombuffer(data, dtype, offset=at)
 
 
@@ -136,10 +151,13 @@ def _num_samples(file: InputFile) -> int:
 
 
 def _kind(probe: Probe) -> str | None:
-    """'mds', 'mds_rows' or 'mds_text'; None for what is no shard. Raises DataError for one that could be more than one of them."""
+    """'mds', 'mds_rows' or 'mds_text'; None for what is no shard. Raises DataError for one that could be more than one
+    of them.
+    """
     if probe.plain_name.endswith(tuple(_SUFFIX + suffix for suffix in _UNSUPPORTED)):
         raise DataError(
-            f"{probe.address}: is compressed as {PurePosixPath(probe.name).suffix}; decompress it, or write the shards with zstd"
+            f"{probe.address}: is compressed as {PurePosixPath(probe.name).suffix}; decompress it, or write the shards "
+            "with zstd"
         )
     if not probe.plain_name.endswith(_SUFFIX):
         return None
@@ -157,7 +175,9 @@ def _kind(probe: Probe) -> str | None:
 
 
 def _belongs(probe: Probe) -> bool:
-    """Whether a file is the index of shards. Raises DataError where one of them is missing, or is there compressed and uncompressed."""
+    """Whether a file is the index of shards. Raises DataError where one of them is missing, or is there compressed and
+    uncompressed.
+    """
     if compression_of(probe.name) is not None and probe.plain_name.endswith(_SUFFIX):
         if exists(probe.address[: -len(compression_of(probe.name) or "")]):
             raise DataError(f"{probe.address}: is there uncompressed too; remove one of the two")
@@ -167,12 +187,16 @@ def _belongs(probe: Probe) -> bool:
     names, folder = _indexed(probe.address), probe.address.rpartition("/")[0]
     for alternatives in names or ():
         if not any(exists(f"{folder}/{name}" if folder else name) for name in alternatives):
-            raise DataError(f"{probe.address}: names the shard {alternatives[0]}, which is not there; copy it, or remove index.json")
+            raise DataError(
+                f"{probe.address}: names the shard {alternatives[0]}, which is not there; copy it, or remove index.json"
+            )
     return names is not None
 
 
 def _indexed(address: str) -> list[list[str]] | None:
-    """The names that an index.json has for each of its shards, uncompressed and compressed; None for another's index. Raises DataError."""
+    """The names that an index.json has for each of its shards, uncompressed and compressed; None for another's index.
+    Raises DataError.
+    """
     try:
         with open_address(address) as opened:
             data = opened.read(_MAX_INDEX_BYTES + 1)
@@ -180,9 +204,14 @@ def _indexed(address: str) -> list[list[str]] | None:
             return None
         tree = parse_json(data)
         shards = tree.get("shards") if isinstance(tree, dict) else None
-        if not isinstance(shards, list) or not all(isinstance(shard, dict) and shard.get("format") == "mds" for shard in shards):
+        if not isinstance(shards, list) or not all(
+            isinstance(shard, dict) and shard.get("format") == "mds" for shard in shards
+        ):
             return None
-        names = [[shard[key]["basename"] for key in ("raw_data", "zip_data") if shard.get(key) is not None] for shard in shards]
+        names = [
+            [shard[key]["basename"] for key in ("raw_data", "zip_data") if shard.get(key) is not None]
+            for shard in shards
+        ]
         for name in (name for alternatives in names for name in alternatives):
             checked_path(name)
         return names if all(names) else None
@@ -200,5 +229,13 @@ READER = Reader(
     goes_with=_belongs,
     num_units=_num_samples,
 )
-ROWS = Reader(name="mds_rows", holds="rows", read=partial(_documents, True), detect=lambda probe: False, num_units=_num_samples)
-TEXT = Reader(name="mds_text", holds="text", read=mds_text, detect=lambda probe: _kind(probe) == "mds_text", num_units=_num_samples)
+ROWS = Reader(
+    name="mds_rows", holds="rows", read=partial(_documents, True), detect=lambda probe: False, num_units=_num_samples
+)
+TEXT = Reader(
+    name="mds_text",
+    holds="text",
+    read=mds_text,
+    detect=lambda probe: _kind(probe) == "mds_text",
+    num_units=_num_samples,
+)

@@ -1,6 +1,8 @@
-"""Megatron's .bin of ids and .idx that tells sequences and documents apart (version 1, `indexed_dataset.py` of Megatron-LM).
+"""Megatron's .bin of ids and .idx that tells sequences and documents apart (version 1, `indexed_dataset.py` of
+Megatron-LM).
 
-The index is never in memory as a whole: a share reads, and holds against the .bin's size, the part that its documents need.
+The index is never in memory as a whole: a share reads, and holds against the .bin's size, the part that its documents
+need.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from typing import IO, Any
 import numpy as np
 
 from weftrain.core.errors import DataError
-from weftrain.core.plain_file import open_plain
-from weftrain.data_prep.documents import InputFile, Share
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.core.formats.plain_file import open_plain
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, local_only, with_suffix
+from weftrain.data_prep.readers.documents import InputFile, Share
 from weftrain.data_prep.readers.ids import MAX_DOCUMENT_IDS, TABLE_ROWS, ids_document, read_array, too_long
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, type, sequences, documents + 1
@@ -31,7 +33,9 @@ _SIZE, _POINTER, _MODE = np.dtype("<i4"), np.dtype("<i8"), np.dtype("<i1")
 
 @dataclass(frozen=True)
 class _Index:
-    """An opened .idx: sizes int32 [sequences] in ids, pointers int64 [sequences] in bytes, first int64 [documents + 1] sequences."""
+    """An opened .idx: sizes int32 [sequences] in ids, pointers int64 [sequences] in bytes, first int64 [documents + 1]
+    sequences.
+    """
 
     opened: IO[bytes]
     path: str
@@ -81,7 +85,9 @@ def _checked(opened: IO[bytes], path: str, file: InputFile) -> _Index:
     num_bytes = os.fstat(opened.fileno()).st_size
     tables = _HEADER.size + 12 * sequences + 8 * boundaries
     if num_bytes not in (tables, tables + sequences) or not boundaries:
-        raise ValueError(f"has {num_bytes:,} bytes, which {sequences:,} sequences and {boundaries:,} documents do not make")
+        raise ValueError(
+            f"has {num_bytes:,} bytes, which {sequences:,} sequences and {boundaries:,} documents do not make"
+        )
     index = _Index(opened, path, np.dtype(_TYPES[code]), sequences, boundaries - 1, file.num_bytes)
     if num_bytes != tables:  # multimodal: a mode a sequence
         for begin in range(0, sequences, TABLE_ROWS):
@@ -99,7 +105,11 @@ def megatron_documents(index: int, file: InputFile, share: Share, options: ReadO
         begin, end = share.begin, share.end if share.end != -1 else table.documents
         for first in range(begin, end, TABLE_ROWS):
             bounds = table.first(first, min(first + TABLE_ROWS, end) + 1).tolist()
-            if bounds[0] < 0 or bounds[-1] > table.sequences or any(low > high for low, high in itertools.pairwise(bounds)):
+            if (
+                bounds[0] < 0
+                or bounds[-1] > table.sequences
+                or any(low > high for low, high in itertools.pairwise(bounds))
+            ):
                 raise table.refusal(f"its documents do not rise from 0 to {table.sequences:,} sequences")
             for number, (low, high) in enumerate(itertools.pairwise(bounds), start=first - begin):
                 pieces, length = [], 0
@@ -110,7 +120,9 @@ def megatron_documents(index: int, file: InputFile, share: Share, options: ReadO
                 if length > MAX_DOCUMENT_IDS:
                     yield too_long(index, number, length)
                 else:
-                    yield ids_document(index, number, file.source, np.concatenate(pieces) if pieces else np.empty(0, table.dtype))
+                    yield ids_document(
+                        index, number, file.source, np.concatenate(pieces) if pieces else np.empty(0, table.dtype)
+                    )
     return end - begin
 
 
@@ -132,7 +144,9 @@ def _num_documents(file: InputFile) -> int:
 
 
 def _is_bin(probe: Probe) -> bool:
-    """Whether a .bin has its index beside. Raises DataError for one of another file system, which would be read by single seeks."""
+    """Whether a .bin has its index beside. Raises DataError for one of another file system, which would be read by
+    single seeks.
+    """
     if not probe.name.endswith(".bin") or not probe.has_beside(".idx"):
         return False
     local_only(probe.address, "Megatron files")

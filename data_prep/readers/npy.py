@@ -1,7 +1,9 @@
-"""OLMo's .npy: one stream of ids without a header, as dolma's tokenizer and `np.memmap` write it; and arrays that `np.save` wrote.
+"""OLMo's .npy: one stream of ids without a header, as dolma's tokenizer and `np.memmap` write it; and arrays that
+`np.save` wrote.
 
-A document ends with the tokenizer's end token, or where dolma's .csv.gz beside says. A file without a header does not say how wide an id
-is: it is by default the narrowest of 2 and 4 bytes that holds the vocabulary, as OLMo has it, or what --tokens-dtype says.
+A document ends with the tokenizer's end token, or where dolma's .csv.gz beside says. A file without a header does not
+say how wide an id is: it is by default the narrowest of 2 and 4 bytes that holds the vocabulary, as OLMo has it, or
+what --tokens-dtype says.
 """
 
 from __future__ import annotations
@@ -15,17 +17,19 @@ from typing import IO, Any
 import numpy as np
 
 from weftrain.core.errors import DataError, one_line
-from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.inputs.compression import open_decompressed
 from weftrain.data_prep.inputs.files import exists, open_address
-from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Reader, Records
+from weftrain.data_prep.readers.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.readers.ids import MAX_DOCUMENT_IDS, ids_document, read_array
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 _BLOCK_IDS = 1 << 20
 _MAGIC, _METADATA = b"\x93NUMPY", ".csv.gz"
 _MAX_HEADER_BYTES = 1 << 14
-_HEADER = re.compile(rb"\{'descr': '(\|[ui]1|<[ui][248])', 'fortran_order': (?:True|False), 'shape': \(([0-9]{1,18}),\), \}[ \n]*")
+_HEADER = re.compile(
+    rb"\{'descr': '(\|[ui]1|<[ui][248])', 'fortran_order': (?:True|False), 'shape': \(([0-9]{1,18}),\), \}[ \n]*"
+)
 _MAX_ROW_BYTES = 1 << 20
 _LOOK_IDS = 1 << 15
 
@@ -52,11 +56,17 @@ def _stream(file: InputFile, opened: IO[bytes], options: ReadOptions) -> _Stream
     dtype = np.dtype(options.stream_dtype).newbyteorder("<")
     ids, rest = divmod(file.num_bytes, dtype.itemsize)
     if rest:
-        raise DataError(f"{file.address}: {file.num_bytes:,} bytes are no whole number of {dtype.name} ids: give another --tokens-dtype")
+        raise DataError(
+            f"{file.address}: {file.num_bytes:,} bytes are no whole number of {dtype.name} ids: give another "
+            "--tokens-dtype"
+        )
     if dtype.itemsize == 2 and ids % 2 == 0:
         look = read_array(opened, file.address, 0, min(ids, _LOOK_IDS), dtype)
         if len(look) >= 16 and not look[1::2].any() and look[::2].any():
-            raise DataError(f"{file.address}: every second id of 2 bytes is 0, so it holds ids of 4 bytes: give --tokens-dtype uint32")
+            raise DataError(
+                f"{file.address}: every second id of 2 bytes is 0, so it holds ids of 4 bytes: give --tokens-dtype "
+                "uint32"
+            )
     return _Stream(dtype, 0, ids)
 
 
@@ -64,7 +74,9 @@ def _with_header(file: InputFile, opened: IO[bytes]) -> _Stream:
     """The form of `np.save`: magic, version, length of the header, and a header that is matched, not evaluated."""
     version = opened.read(2)
     if version not in (b"\1\0", b"\2\0"):
-        raise DataError(f"{file.address}: has a header of version {tuple(version)}, which plain arrays do not have; copy it again")
+        raise DataError(
+            f"{file.address}: has a header of version {tuple(version)}, which plain arrays do not have; copy it again"
+        )
     length = int.from_bytes(opened.read(2 if version == b"\1\0" else 4), "little")
     header = opened.read(min(length, _MAX_HEADER_BYTES))
     found = _HEADER.fullmatch(header)
@@ -73,7 +85,10 @@ def _with_header(file: InputFile, opened: IO[bytes]) -> _Stream:
         raise DataError(f"{file.address}: is not one dimension of little-endian integers but {shown}; write it as such")
     dtype, ids, offset = np.dtype(found[1].decode()), int(found[2]), opened.tell()
     if offset + ids * dtype.itemsize != file.num_bytes:
-        raise DataError(f"{file.address}: {file.num_bytes:,} bytes are not the {ids:,} ids of {dtype} that it declares; copy it again")
+        raise DataError(
+            f"{file.address}: {file.num_bytes:,} bytes are not the {ids:,} ids of {dtype} that it declares; copy it "
+            "again"
+        )
     return _Stream(dtype, offset, ids)
 
 
@@ -105,12 +120,18 @@ def _document(index: int, number: int, file: InputFile, ids: np.ndarray | int) -
 def _by_end_token(
     file: InputFile, opened: IO[bytes], stream: _Stream, begin: int, end: int, end_id: int | None
 ) -> Iterator[np.ndarray | int]:
-    """The ids of each document that begins at begin..end-1, with its end token; how many there are of one that is too long."""
+    """The ids of each document that begins at begin..end-1, with its end token; how many there are of one that is too
+    long.
+    """
     if end_id is None:
-        raise DataError(f"{file.address}: its documents are told apart by the tokenizer's end token: name a tokenizer with --tokenizer")
+        raise DataError(
+            f"{file.address}: its documents are told apart by the tokenizer's end token: name a tokenizer with "
+            "--tokenizer"
+        )
     held: list[np.ndarray] = []
     length, skipping = 0, begin > 0  # a document that began before the share belongs to the share before
-    at = max(0, begin - 1)  # the id before the share, if it is an end, makes the share's first id the beginning of a document
+    # the id before the share, if it is an end, makes the share's first id the beginning of a document
+    at = max(0, begin - 1)
     while at < stream.ids:
         block = _read(file, opened, stream, at, min(at + _BLOCK_IDS, stream.ids))
         start = 0
@@ -130,13 +151,16 @@ def _by_end_token(
         yield np.concatenate(held) if length <= MAX_DOCUMENT_IDS else length
 
 
-def _by_metadata(file: InputFile, opened: IO[bytes], stream: _Stream, begin: int, end: int) -> Iterator[np.ndarray | int]:
+def _by_metadata(
+    file: InputFile, opened: IO[bytes], stream: _Stream, begin: int, end: int
+) -> Iterator[np.ndarray | int]:
     """The same by dolma's rows `start,end,id,src,loc`, which must cover all ids."""
     name, last = _metadata(file), 0
     for start, stop in _rows(name):
         if start != last or stop < start or stop > stream.ids:
             raise DataError(
-                f"{name}: a document from {start:,} to {stop:,} follows one up to {last:,} of {stream.ids:,} ids; copy both again"
+                f"{name}: a document from {start:,} to {stop:,} follows one up to {last:,} of {stream.ids:,} ids; copy "
+                "both again"
             )
         last = stop
         if start >= end and end < stream.ids:
@@ -144,14 +168,18 @@ def _by_metadata(file: InputFile, opened: IO[bytes], stream: _Stream, begin: int
         if start >= begin:
             yield stop - start if stop - start > MAX_DOCUMENT_IDS else _read(file, opened, stream, start, stop)
     if last != stream.ids:
-        raise DataError(f"{name}: its documents end at {last:,}, and {file.address} holds {stream.ids:,} ids; copy both again")
+        raise DataError(
+            f"{name}: its documents end at {last:,}, and {file.address} holds {stream.ids:,} ids; copy both again"
+        )
 
 
 def _rows(name: str) -> Iterator[tuple[int, int]]:
     try:
         with open_decompressed(name) as opened:
             for row in csv.reader(_text_lines(name, opened)):
-                if len(row) < 2 or not (row[0].isascii() and row[0].isdigit() and row[1].isascii() and row[1].isdigit()):
+                if len(row) < 2 or not (
+                    row[0].isascii() and row[0].isdigit() and row[1].isascii() and row[1].isdigit()
+                ):
                     raise DataError(f"{name}: a row is {','.join(row)[:80]!r}, not start,end,id,src,loc; copy it again")
                 yield int(row[0][:20]), int(row[1][:20])
     except csv.Error as error:

@@ -1,7 +1,8 @@
 """Parquet: a row a document, its text in a column.
 
-A page is read at a time, so memory does not follow the size of a row group. A share is a range of rows: of whole row groups, or part of one
-that is large. A share within a row group decodes what precedes it there, so a row group is cut into a few only.
+A page is read at a time, so memory does not follow the size of a row group. A share is a range of rows: of whole row
+groups, or part of one that is large. A share within a row group decodes what precedes it there, so a row group is cut
+into a few only.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from weftrain.core.errors import DataError, one_line
-from weftrain.data_prep.documents import InputFile, Share
 from weftrain.data_prep.inputs.compression import compression_of
 from weftrain.data_prep.inputs.files import BLOCK_BYTES, is_local, open_address
-from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.arrow_columns import TextColumns, batch_rows, documents_of, find_columns
 from weftrain.data_prep.readers.contract import Probe, Reader, Records
+from weftrain.data_prep.readers.documents import InputFile, Share
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 MAX_CUTS = 8  # of one row group
 
@@ -30,7 +31,9 @@ def open_parquet(file: InputFile) -> Iterator[Any]:
     except ImportError:
         raise DataError("reading .parquet needs pyarrow: pip install 'weftrain[data]'") from None
     if compression_of(file.address) is not None:
-        raise DataError(f"{file.address}: Parquet is compressed by itself, and this file as a whole once more; decompress it")
+        raise DataError(
+            f"{file.address}: Parquet is compressed by itself, and this file as a whole once more; decompress it"
+        )
     raw = file.address if is_local(file.address) else open_address(file.address)
     try:
         opened = ParquetFile(raw, buffer_size=BLOCK_BYTES, pre_buffer=False, memory_map=False)
@@ -58,7 +61,9 @@ def parquet_rows(index: int, file: InputFile, share: Share, options: ReadOptions
     return end - share.begin
 
 
-def _batches(file: InputFile, opened: Any, group: int, columns: TextColumns, begin: int, stop: int) -> Iterator[tuple[int, Any]]:
+def _batches(
+    file: InputFile, opened: Any, group: int, columns: TextColumns, begin: int, stop: int
+) -> Iterator[tuple[int, Any]]:
     """Rows begin..stop of a row group, in batches, each with the number of its first row."""
     metadata = opened.metadata.row_group(group)
     rows = batch_rows(metadata.total_byte_size, metadata.num_rows)
@@ -72,7 +77,9 @@ def _batches(file: InputFile, opened: Any, group: int, columns: TextColumns, beg
         place += len(batch)
         if place >= stop:
             return
-    raise DataError(f"{file.address}: damaged: row group {group} has {place:,} rows of {metadata.num_rows:,}; copy it again")
+    raise DataError(
+        f"{file.address}: damaged: row group {group} has {place:,} rows of {metadata.num_rows:,}; copy it again"
+    )
 
 
 def _group_rows(opened: Any) -> list[int]:

@@ -1,6 +1,8 @@
-"""Files of samples that MDS and litdata write alike: how many, where each lies, and in each the columns, one after the other.
+"""Files of samples that MDS and litdata write alike: how many, where each lies, and in each the columns, one after the
+other.
 
-Only the columns that are asked for are read, the rest is passed over. Places and sizes are held against each other before anything is read.
+Only the columns that are asked for are read, the rest is passed over. Places and sizes are held against each other
+before anything is read.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from typing import IO
 import numpy as np
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.normalisation import normalise
-from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Records, wrong_length
+from weftrain.data_prep.readers.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.readers.ids import MAX_DOCUMENT_IDS, choose_field, ids_document, read_stream
+from weftrain.data_prep.readers.normalisation import normalise
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 WIDTH = np.dtype("<u4")
 _MAX_SAMPLES = 1 << 25
@@ -36,9 +38,11 @@ class Column:
 
 @dataclass(frozen=True)
 class SampleTable:
-    """name: of messages. starts: uint32 [samples + 1], bytes of the stream. columns: in the order in which a sample has them.
+    """name: of messages. starts: uint32 [samples + 1], bytes of the stream. columns: in the order in which a sample has
+    them.
 
-    seekable: whether the stream is the file itself; else it is read forwards. bare: a sample is its one column, without its size.
+    seekable: whether the stream is the file itself; else it is read forwards. bare: a sample is its one column, without
+    its size.
     """
 
     name: str
@@ -66,18 +70,25 @@ def read_count(opened: IO[bytes], name: str) -> int:
 
 
 def read_starts(opened: IO[bytes], name: str, num_bytes: int | None, samples: int | None = None) -> np.ndarray:
-    """uint32 [samples + 1] places, after their count where it is not given. num_bytes: of the stream, if known. Raises DataError."""
+    """uint32 [samples + 1] places, after their count where it is not given. num_bytes: of the stream, if known. Raises
+    DataError.
+    """
     samples = read_count(opened, name) if samples is None else samples
     if samples > _MAX_SAMPLES or (num_bytes is not None and 4 * (samples + 2) > num_bytes):
-        raise DataError(f"{name}: declares {samples:,} samples, more than it holds or than {_MAX_SAMPLES:,}; copy it again")
+        raise DataError(
+            f"{name}: declares {samples:,} samples, more than it holds or than {_MAX_SAMPLES:,}; copy it again"
+        )
     starts = np.frombuffer(read_stream(opened, name, 4 * (samples + 1)), WIDTH)
     if (starts[1:] < starts[:-1]).any() or (num_bytes is not None and int(starts[-1]) != num_bytes):
         raise DataError(f"{name}: the places of its samples do not rise to its end; copy it again")
     return starts
 
 
-def read_samples(opened: IO[bytes], table: SampleTable, wanted: tuple[str, ...], share: Share) -> Iterator[tuple[bytes, ...] | str]:
-    """The wanted columns' bytes of each sample of a share, or what is wrong with the sample. `opened` is at the first sample.
+def read_samples(
+    opened: IO[bytes], table: SampleTable, wanted: tuple[str, ...], share: Share
+) -> Iterator[tuple[bytes, ...] | str]:
+    """The wanted columns' bytes of each sample of a share, or what is wrong with the sample. `opened` is at the first
+    sample.
 
     Raises DataError.
     """
@@ -89,7 +100,11 @@ def read_samples(opened: IO[bytes], table: SampleTable, wanted: tuple[str, ...],
         if stop - start < 4 * variable:
             yield "the sample is shorter than the sizes of its columns"
             continue
-        widths = iter([stop - start] if table.bare else np.frombuffer(read_stream(opened, table.name, 4 * variable), WIDTH).tolist())
+        widths = iter(
+            [stop - start]
+            if table.bare
+            else np.frombuffer(read_stream(opened, table.name, 4 * variable), WIDTH).tolist()
+        )
         at += 4 * variable
         sizes = [next(widths) if column.size is None else column.size for column in table.columns]
         if at + sum(sizes) != stop:
@@ -118,9 +133,13 @@ def _move(opened: IO[bytes], table: SampleTable, at: int, to: int) -> int:
 
 
 def tokens_column(
-    table: SampleTable, options: ReadOptions, holds_ids: Callable[[Column], bool], may_hold_ids: Callable[[Column], bool]
+    table: SampleTable,
+    options: ReadOptions,
+    holds_ids: Callable[[Column], bool],
+    may_hold_ids: Callable[[Column], bool],
 ) -> Column:
-    """The column of ids: options.tokens_key, or the one that holds them. Raises DataError where no column, or none alone, can.
+    """The column of ids: options.tokens_key, or the one that holds them. Raises DataError where no column, or none
+    alone, can.
 
     holds_ids: whether the encoding alone says so. may_hold_ids: whether such ids can be read.
     """
@@ -129,9 +148,14 @@ def tokens_column(
     fields = {column.name: column.encoding for column in table.columns}
     column = table.column(choose_field(table.name, options.tokens_key, fields, certain, possible))
     if column.encoding in _PICKLED:
-        raise DataError(f"{table.name}: column '{column.name}' is pickled, and reading it could run any code: write it as an array")
+        raise DataError(
+            f"{table.name}: column '{column.name}' is pickled, and reading it could run any code: write it as an array"
+        )
     if not may_hold_ids(column):
-        raise DataError(f"{table.name}: column '{column.name}' is of {column.encoding}, which holds no ids; name another with --tokens-key")
+        raise DataError(
+            f"{table.name}: column '{column.name}' is of {column.encoding}, which holds no ids; name another with "
+            "--tokens-key"
+        )
     return column
 
 
@@ -158,19 +182,33 @@ def ids_documents(
 
 
 def text_documents(
-    opened: IO[bytes], table: SampleTable, text_column: str, index: int, file: InputFile, share: Share, options: ReadOptions
+    opened: IO[bytes],
+    table: SampleTable,
+    text_column: str,
+    index: int,
+    file: InputFile,
+    share: Share,
+    options: ReadOptions,
 ) -> Records:
-    """A sample, a document of a column of text; its source is another where options.source_key names one. Raises DataError."""
+    """A sample, a document of a column of text; its source is another where options.source_key names one. Raises
+    DataError.
+    """
     wanted = (text_column,) if options.source_key is None else (text_column, options.source_key)
     for name, option in zip(wanted, ("--text-key", "--source-key"), strict=False):
         if not any(column.name == name and column.encoding == "str" for column in table.columns):
             raise DataError(f"{table.name}: has no column '{name}' of text but {table.shown()}; name one with {option}")
     for number, found in enumerate(read_samples(opened, table, wanted, share)):
-        yield Failure(index, number, found) if isinstance(found, str) else _text_document(found, index, number, file, options)
+        yield (
+            Failure(index, number, found)
+            if isinstance(found, str)
+            else _text_document(found, index, number, file, options)
+        )
     return table.records(share)
 
 
-def _text_document(found: tuple[bytes, ...], index: int, number: int, file: InputFile, options: ReadOptions) -> Document | Failure:
+def _text_document(
+    found: tuple[bytes, ...], index: int, number: int, file: InputFile, options: ReadOptions
+) -> Document | Failure:
     try:
         text, *source = (data.decode() for data in found)
     except UnicodeDecodeError as error:
@@ -179,11 +217,16 @@ def _text_document(found: tuple[bytes, ...], index: int, number: int, file: Inpu
 
 
 def check_lengths_differ(opened: IO[bytes], table: SampleTable, column: str, format: str) -> None:
-    """Raises DataError where the first samples of a column are all of one length: packed rows, or documents, and nobody can tell which."""
+    """Raises DataError where the first samples of a column are all of one length: packed rows, or documents, and nobody
+    can tell which.
+    """
     if table.samples < 2:
         return
     share = Share(0, 0, min(table.samples, _LOOK_SAMPLES))
     sizes = {len(found[0]) for found in read_samples(opened, table, (column,), share) if not isinstance(found, str)}
     if len(sizes) == 1:
         problem = f"{table.name}: its samples all hold equally many ids"
-        raise DataError(f"{problem}: say with --format {format}_rows that they are packed rows, or with --format {format}: documents")
+        raise DataError(
+            f"{problem}: say with --format {format}_rows that they are packed rows, or with --format {format}: "
+            "documents"
+        )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from weftrain.data_prep import corpus
-from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.inputs.compression import begins_compressed, open_decompressed
 from weftrain.data_prep.inputs.files import open_address
-from weftrain.data_prep.normalisation import normalise
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers import corpus
 from weftrain.data_prep.readers.contract import Reader, Records
+from weftrain.data_prep.readers.documents import Document, Failure, InputFile, Share
+from weftrain.data_prep.readers.normalisation import normalise
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 
 def plain_text(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:

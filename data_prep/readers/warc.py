@@ -1,7 +1,8 @@
 """WARC: the texts of a web archive, a record a document.
 
-Records of type conversion (Common Crawl's WET files), resource and response are documents where they hold plain text. HTML is refused: to
-extract its text is a filter's business, with choices of its own. Records of other types are counted and hold no document.
+Records of type conversion (Common Crawl's WET files), resource and response are documents where they hold plain text.
+HTML is refused: to extract its text is a filter's business, with choices of its own. Records of other types are counted
+and hold no document.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from weftrain.core.errors import DataError, one_line
-from weftrain.data_prep.documents import Document, Failure, InputFile, Share
 from weftrain.data_prep.inputs.compression import open_decompressed
 from weftrain.data_prep.inputs.files import BLOCK_BYTES
-from weftrain.data_prep.normalisation import normalise
-from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers.contract import Probe, Reader, Records
+from weftrain.data_prep.readers.documents import Document, Failure, InputFile, Share
+from weftrain.data_prep.readers.normalisation import normalise
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 _SUFFIXES = (".warc", ".wet", ".wat")
 _WITH_TEXT = ("conversion", "resource", "response")
@@ -51,7 +52,9 @@ def _records(file: InputFile) -> Iterator[Iterator[Any]]:
         except (DataError, OSError, GeneratorExit):
             raise
         except Exception as error:  # the library's own, and those of parsing what is no WARC
-            raise DataError(f"{file.address}: damaged near record {number + 1:,}: {one_line(error)}; copy it again") from error
+            raise DataError(
+                f"{file.address}: damaged near record {number + 1:,}: {one_line(error)}; copy it again"
+            ) from error
 
 
 def warc_records(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
@@ -66,7 +69,8 @@ def warc_records(index: int, file: InputFile, share: Share, options: ReadOptions
                 continue
             if kind in _HTML:
                 raise DataError(
-                    f"{file.address}: record {number:,} holds HTML, whose text is not extracted here; name the WET file of the same pages, "
+                    f"{file.address}: record {number:,} holds HTML, whose text is not extracted here; name the WET "
+                    "file of the same pages, "
                     "or extract the text first, with datatrove's Trafilatura for instance"
                 )
             documents += 1
@@ -76,7 +80,9 @@ def warc_records(index: int, file: InputFile, share: Share, options: ReadOptions
                 text = _content(record).decode(charset)
                 yield Document(index, number - 1, _source(record, file, options), normalise(text, options.normalise))
             except UnicodeDecodeError as error:
-                yield Failure(index, number - 1, f"byte {error.start} is not {charset} ({error.reason}); repair the record")
+                yield Failure(
+                    index, number - 1, f"byte {error.start} is not {charset} ({error.reason}); repair the record"
+                )
             except (ValueError, LookupError) as error:
                 yield Failure(index, number - 1, str(error))
     if number and not documents:
@@ -87,7 +93,9 @@ def warc_records(index: int, file: InputFile, share: Share, options: ReadOptions
 
 def _content_type(record: Any) -> tuple[str, str]:
     """Type and charset of a record's payload, of an HTTP response what the server said."""
-    headers = record.http_headers if record.rec_type == "response" and record.http_headers is not None else record.rec_headers
+    headers = (
+        record.http_headers if record.rec_type == "response" and record.http_headers is not None else record.rec_headers
+    )
     kind, _, parameters = (headers.get_header("Content-Type") or "").partition(";")
     for parameter in parameters.split(";"):
         name, _, value = parameter.partition("=")

@@ -1,7 +1,7 @@
 """What a part says besides its documents: the shares that it read, and the documents that it could not read.
 
-Both are written and read a part at a time, and failures a line at a time, so that neither the number of files nor a damaged input of
-millions of lines fills the memory.
+Both are written and read a part at a time, and failures a line at a time, so that neither the number of files nor a
+damaged input of millions of lines fills the memory.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from weftrain.core import fsops
-from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Failure, FileRead
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json, parse_json
+from weftrain.data_prep.readers.documents import Failure, FileRead
 
 _BUFFER_BYTES = 1 << 20
 
@@ -36,7 +36,9 @@ class Shares:
 
 
 class FailureList:
-    """A part's failures as they come, in a file that is there, whole, when the block ends and there was one. count: so far."""
+    """A part's failures as they come, in a file that is there, whole, when the block ends and there was one. count: so
+    far.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
@@ -59,7 +61,9 @@ class FailureList:
     def __enter__(self) -> FailureList:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if kind is None and self.count:
             self._write()
             assert self._file is not None

@@ -1,7 +1,9 @@
-"""Documents between the stages: pieces of parts, and the slices of runs that pieces are merged into. Both are tables of one form.
+"""Documents between the stages: pieces of parts, and the slices of runs that pieces are merged into. Both are tables of
+one form.
 
-`rows` has a DOCUMENT each, in the order of keys (as read, where documents stay in their order), `tokens` their ids one after the other,
-`marks` (only where a document has them, see marks.py) one byte a token. Of equal texts a table holds the one that was read first.
+`rows` has a DOCUMENT each, in the order of keys (as read, where documents stay in their order), `tokens` their ids one
+after the other, `marks` (only where a document has them, see marks.py) one byte a token. Of equal texts a table holds
+the one that was read first.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import numpy as np
 from weftrain.data_prep.marks import LOSS
 from weftrain.data_prep.stages.table_file import Table, write_table
 
-# key: where the document stands in the shuffle, 32 bytes as four numbers. content: SHA-256 of its text or ids. end: one past its tokens.
-# part, place: when it was read. file, record: where it lies. source: index into the names of the table, of all inputs in a run's slice.
+# key: where the document stands in the shuffle, 32 bytes as four numbers. content: SHA-256 of its text or ids. end: one
+# past its tokens. part, place: when it was read. file, record: where it lies. source: index into the names of the
+# table, of all inputs in a run's slice.
 DOCUMENT = np.dtype(
     [
         ("key", ">u8", (4,)),
@@ -38,7 +41,9 @@ _ROWS_AT_ONCE = 1 << 10
 
 @dataclass
 class Gathered:
-    """Documents in order: rows DOCUMENT [n], whose `end` counts through `tokens` [length]; marks uint8 [length] or None."""
+    """Documents in order: rows DOCUMENT [n], whose `end` counts through `tokens` [length]; marks uint8 [length] or
+    None.
+    """
 
     rows: np.ndarray
     tokens: np.ndarray
@@ -51,7 +56,8 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Piece:
-    """A table of documents. sources: reads the number among all inputs' of each of its sources; None: its rows have those already.
+    """A table of documents. sources: reads the number among all inputs' of each of its sources; None: its rows have
+    those already.
 
     base: what its records of file base_file count from, where the part begins in the middle of that file.
     """
@@ -83,7 +89,8 @@ def sorted_places(rows: np.ndarray) -> np.ndarray:
 
 
 def gather(pieces: Sequence[Piece], index: int, count: int, *, as_read: bool = False) -> Gathered:
-    """The documents of all pieces whose keys lie in range `index` of `count` equal ones. as_read: all of one piece, as they are.
+    """The documents of all pieces whose keys lie in range `index` of `count` equal ones. as_read: all of one piece, as
+    they are.
 
     Rows are read and sorted first, then the tokens of those that are kept, a piece at a time.
     """
@@ -104,7 +111,14 @@ def gather(pieces: Sequence[Piece], index: int, count: int, *, as_read: bool = F
         source = table.slice("tokens", low, high)
         if tokens is None:
             tokens = np.empty(int(rows["end"][-1]), source.dtype)
-        places = list(zip((starts[chosen] - low).tolist(), (stops[chosen] - low).tolist(), rows["end"][chosen].tolist(), strict=True))
+        places = list(
+            zip(
+                (starts[chosen] - low).tolist(),
+                (stops[chosen] - low).tolist(),
+                rows["end"][chosen].tolist(),
+                strict=True,
+            )
+        )
         _scatter(tokens, source, places)
         if "marks" in table:
             marks = np.full(len(tokens), LOSS, np.uint8) if marks is None else marks
@@ -138,7 +152,9 @@ def _rows(piece: Piece, index: int, count: int, as_read: bool) -> tuple[np.ndarr
 
 
 def _first_at(table: Table, key: int, low: int, high: int) -> int:
-    """The first of a table's rows low..high-1, sorted by key, whose key begins with `key` or more; `high` where there is none."""
+    """The first of a table's rows low..high-1, sorted by key, whose key begins with `key` or more; `high` where there
+    is none.
+    """
     while high - low > _ROWS_AT_ONCE:  # a binary search that reads a row a step
         middle = (low + high) // 2
         if int(table.slice("rows", middle, middle + 1)["key"][0, 0]) < key:

@@ -1,7 +1,8 @@
 """Between stages 1 and 2, by one process: what all parts hold together, and from that how the order stages are cut.
 
-How many buckets there are follows from the tokens that were counted, not from the size of the inputs, which may be compressed. Where pieces
-x buckets would be too many files to open, the pieces are merged into runs first, so that memory and file opens stay bounded.
+How many buckets there are follows from the tokens that were counted, not from the size of the inputs, which may be
+compressed. Where pieces x buckets would be too many files to open, the pieces are merged into runs first, so that
+memory and file opens stay bounded.
 """
 
 from __future__ import annotations
@@ -19,26 +20,27 @@ from typing import Any
 
 import numpy as np
 
-from weftrain.core import fsops
-from weftrain.core.canonical import canonical_json, parse_json
-from weftrain.core.dataset import FAILURES, InputEntry, merkle_root, write_inputs
 from weftrain.core.errors import DataError
-from weftrain.core.line_table import write_lines
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json, parse_json
+from weftrain.core.formats.dataset import FAILURES, InputEntry, merkle_root, write_inputs
+from weftrain.core.formats.line_table import write_lines
 from weftrain.data_prep.growth import index_documents, parents_failures, parents_inputs, parents_sources
-from weftrain.data_prep.packing import split
-from weftrain.data_prep.plan import Limits, Plan, clamped, power_of_two
 from weftrain.data_prep.stages.part_notes import in_blocks, read_failures, read_note
 from weftrain.data_prep.stages.pieces import Piece
+from weftrain.data_prep.stages.plan import Limits, Plan, clamped, power_of_two
 from weftrain.data_prep.stages.table_file import Table, write_table
+from weftrain.data_prep.tokens.packing import split
 
 _SHOWN_FAILURES = 8
 
 
 def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
-    """What all parts hold together, written as survey.json. Raises DataError where more documents failed than the budget allows.
+    """What all parts hold together, written as survey.json. Raises DataError where more documents failed than the
+    budget allows.
 
-    `inputs`: of inputs.jsonl, which is written here, as the sources' names are and the list of all pieces. `read`: documents. `buckets` and
-    what follows: see `arrangement`.
+    `inputs`: of inputs.jsonl, which is written here, as the sources' names are and the list of all pieces. `read`:
+    documents. `buckets` and what follows: see `arrangement`.
     """
     failed = check_failures(plan, "parts", max_failures)
     index_documents(plan)
@@ -107,8 +109,9 @@ def _write_inputs(plan: Plan) -> dict[str, Any]:
 def arrangement(limits: Limits, pieces: int, num_bytes: int, *, as_read: bool) -> dict[str, int]:
     """How the documents are ordered: `buckets`, a power of two, or a piece each where documents stay as read.
 
-    `runs`: into how many the pieces are merged before, 0: not at all; `run_pieces` of each, which `run_slices` files hold, a power of two
-    that divides `buckets`. Merging groups of about sqrt(pieces) needs about pieces^1.5 file opens, not pieces^2.
+    `runs`: into how many the pieces are merged before, 0: not at all; `run_pieces` of each, which `run_slices` files
+    hold, a power of two that divides `buckets`. Merging groups of about sqrt(pieces) needs about pieces^1.5 file opens,
+    not pieces^2.
     """
     if as_read:
         return {"buckets": pieces, "runs": 0, "run_pieces": 0, "run_slices": 0}
@@ -122,7 +125,8 @@ def arrangement(limits: Limits, pieces: int, num_bytes: int, *, as_read: bool) -
 
 
 class _Pieces:
-    """All pieces in the order of reading: which part's, where its records count from, and its sources, of which there may be millions.
+    """All pieces in the order of reading: which part's, where its records count from, and its sources, of which there
+    may be millions.
 
     Some 50 bytes a source of a piece are in memory, which are fewer than the names themselves have.
     """
@@ -144,15 +148,21 @@ class _Pieces:
         self.num_bytes += table.num_bytes
 
     def write(self, plan: Plan) -> int:
-        """Number all sources in order of appearance; write their names, and all pieces. Returns how many sources there are."""
+        """Number all sources in order of appearance; write their names, and all pieces. Returns how many sources there
+        are.
+        """
         numbers = _numbers(np.concatenate([self._inherited, *self._identities]))[len(self._inherited) :]
         ends = np.cumsum([len(identities) for identities in self._identities])
 
         def names() -> Iterator[str]:
             yield from (entry.name for entry in parents_sources(plan))
             count = len(self._inherited)
-            for part, piece, found in zip(self._columns["part"], self._columns["piece"], split(numbers, ends), strict=True):
-                for name, number in zip(Table(plan.piece_file(part, piece)).note["sources"], found.tolist(), strict=True):
+            for part, piece, found in zip(
+                self._columns["part"], self._columns["piece"], split(numbers, ends), strict=True
+            ):
+                for name, number in zip(
+                    Table(plan.piece_file(part, piece)).note["sources"], found.tolist(), strict=True
+                ):
                     if number == count:
                         yield name
                         count += 1
@@ -187,13 +197,17 @@ def pieces_of(plan: Plan, first: int, stop: int | None = None) -> list[Piece]:
     begin = int(table.slice("source_end", first - 1, first)[0]) if first else 0
     pieces = []
     for part, piece, base_file, base, end in zip(*columns, strict=True):
-        pieces.append(Piece(plan.piece_file(part, piece), functools.partial(table.slice, "sources", begin, end), base_file, base))
+        pieces.append(
+            Piece(plan.piece_file(part, piece), functools.partial(table.slice, "sources", begin, end), base_file, base)
+        )
         begin = end
     return pieces
 
 
 def part_notes(plan: Plan, stage: str) -> Iterator[tuple[dict[str, Any], int, int]]:
-    """Of each part what it says, its first file, and how many records of that file the parts before hold. stage: 'samples' or 'parts'."""
+    """Of each part what it says, its first file, and how many records of that file the parts before hold. stage:
+    'samples' or 'parts'.
+    """
     last, records = -1, 0
     for part in range(len(plan.parts)):
         note = Table(plan.sample_file(part)).note if stage == "samples" else read_note(plan.part_file(part))
@@ -204,7 +218,9 @@ def part_notes(plan: Plan, stage: str) -> Iterator[tuple[dict[str, Any], int, in
 
 
 def check_failures(plan: Plan, stage: str, max_failures: int) -> int:
-    """How many documents of all parts could not be read; all of them in a file. Too many are an error that names the first: DataError."""
+    """How many documents of all parts could not be read; all of them in a file. Too many are an error that names the
+    first: DataError.
+    """
     path, shown, count = plan.dataset / FAILURES, [], 0
 
     def lines() -> Iterator[bytes]:
@@ -221,7 +237,9 @@ def check_failures(plan: Plan, stage: str, max_failures: int) -> int:
     fsops.write_blocks(path, in_blocks(lines()))
     if count > max_failures:
         more = f"; {count - _SHOWN_FAILURES} more in {path}" if count > _SHOWN_FAILURES else ""
-        budget = f"; {count} documents failed, --max-failures allows {max_failures}" if count > 1 or max_failures else ""
+        budget = (
+            f"; {count} documents failed, --max-failures allows {max_failures}" if count > 1 or max_failures else ""
+        )
         raise DataError(f"{'; '.join(shown)}{more}{budget}")
     return count
 

@@ -1,8 +1,9 @@
 """The files that stages hand on: named numpy arrays and a JSON note in one file, written whole, read in slices.
 
-These are the work folder's own files, made and read by the same program, and removed at the end. They are never what a dataset is made
-of. Layout: the header's length (8 bytes, little-endian), the header (JSON: the note, and each array's type, shape and offset), and then
-the arrays' bytes. Slices are read, not mapped: what a process holds is what it asked for.
+These are the work folder's own files, made and read by the same program, and removed at the end. They are never what a
+dataset is made of. Layout: the header's length (8 bytes, little-endian), the header (JSON: the note, and each array's
+type, shape and offset), and then the arrays' bytes. Slices are read, not mapped: what a process holds is what it asked
+for.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from weftrain.core import fsops
-from weftrain.core.canonical import canonical_json, parse_json
 from weftrain.core.errors import DataError
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json, parse_json
 
 _ALIGNMENT = 64
 
 
 def write_table(path: Path, arrays: Mapping[str, np.ndarray], note: Mapping[str, Any]) -> None:
-    """Write atomically; equal arguments give equal bytes, and no array is copied that lies in one piece. Raises OSError."""
+    """Write atomically; equal arguments give equal bytes, and no array is copied that lies in one piece. Raises
+    OSError.
+    """
     ready = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     places, end = {}, 0
     for name, array in ready.items():
@@ -58,7 +61,9 @@ def _dtype(description: Any) -> np.dtype[Any]:
 
 
 class Table:
-    """A file that `write_table` made, open for reading until the object goes. `note`: what was given. Raises DataError, by file."""
+    """A file that `write_table` made, open for reading until the object goes. `note`: what was given. Raises DataError,
+    by file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,7 +76,9 @@ class Table:
             header = parse_json(self._read(length, 8))
             self.note: dict[str, Any] = header["note"]
             self._start = _aligned(8 + length)
-            self._arrays = {name: (_dtype(kind), tuple(shape), offset) for name, (kind, shape, offset) in header["arrays"].items()}
+            self._arrays = {
+                name: (_dtype(kind), tuple(shape), offset) for name, (kind, shape, offset) in header["arrays"].items()
+            }
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(error) from error
 
@@ -95,20 +102,26 @@ class Table:
         return self._arrays[name][0]
 
     def slice(self, name: str, start: int, stop: int) -> np.ndarray:
-        """array[start:stop] along the first axis, without reading the rest; 0 <= start, stop <= length. Raises DataError."""
+        """array[start:stop] along the first axis, without reading the rest; 0 <= start, stop <= length. Raises
+        DataError.
+        """
         dtype, (_, *inner), _ = self._arrays[name]
         array = np.empty((max(0, stop - start), *inner), dtype)
         self.read_into(array, name, start)
         return array
 
     def read_into(self, array: np.ndarray, name: str, start: int) -> None:
-        """array[...] = what is there from `start` on, as far as it takes; contiguous, of the same type. Raises DataError."""
+        """array[...] = what is there from `start` on, as far as it takes; contiguous, of the same type. Raises
+        DataError.
+        """
         dtype, (length, *_), offset = self._arrays[name]
         if array.dtype != dtype or not 0 <= start <= start + len(array) <= length:
             raise IndexError(f"{self.path}: {name}[{start}:{start + len(array)}] of {length}, {dtype}")
         if array.size:
             try:
-                self._fill(array.reshape(-1).view(np.uint8).data, self._start + offset + start * (array.nbytes // len(array)))
+                self._fill(
+                    array.reshape(-1).view(np.uint8).data, self._start + offset + start * (array.nbytes // len(array))
+                )
             except OSError as error:
                 raise self._damaged(error) from error
 

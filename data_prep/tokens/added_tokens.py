@@ -1,9 +1,11 @@
-"""Which documents may hold an added token that is text: an engine that does not know added tokens must leave these to the reference.
+"""Which documents may hold an added token that is text: an engine that does not know added tokens must leave these to
+the reference.
 
-`tokenizers` looks for an added token in the raw text, or, where the token says `normalized`, in what the tokenizer's normalizer makes of
-the text: `cafe` + U+0301 holds the token `café` once NFC has composed it. So the search is made in both forms. It may find too much (a
-token that wants to stand as a word of its own), never too little. The normalised form of a text is only made where it could matter; where
-a step of the normalizer has an exact equivalent in Python that one is used, for the library's takes a second for every 7 MB.
+`tokenizers` looks for an added token in the raw text, or, where the token says `normalized`, in what the tokenizer's
+normalizer makes of the text: `cafe` + U+0301 holds the token `café` once NFC has composed it. So the search is made in
+both forms. It may find too much (a token that wants to stand as a word of its own), never too little. The normalised
+form of a text is only made where it could matter; where a step of the normalizer has an exact equivalent in Python that
+one is used, for the library's takes a second for every 7 MB.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ _FORMS: tuple[Literal["NFC", "NFD", "NFKC", "NFKD"], ...] = ("NFC", "NFD", "NFKC
 
 
 def may_hold_added_token(tree: dict[str, Any]) -> Test | None:
-    """A test for texts in which a token of `added_tokens` that is not special could be matched; None where there is no such token.
+    """A test for texts in which a token of `added_tokens` that is not special could be matched; None where there is no
+    such token.
 
     tree: the contents of a tokenizer.json.
     """
@@ -34,7 +37,8 @@ def may_hold_added_token(tree: dict[str, Any]) -> Test | None:
     steps = [_step(normalizer) for normalizer in normalizers_of(tree)]
     if not steps or not any(token["normalized"] for token in added):
         return in_raw
-    # The library looks for the normalised content of a token. (Its own releases differ in whether, so both are searched for.)
+    # The library looks for the normalised content of a token. (Its own releases differ in whether, so both are searched
+    # for.)
     in_normalised = _contains_any(contents | {_through(steps, content) for content in contents})
     return lambda text: in_raw(text) or in_normalised(_through(steps, text))
 
@@ -65,7 +69,8 @@ def _step(normalizer: dict[str, Any]) -> Step:
     by_library = _library_step(normalizer)
     if kind in _FORMS:
         form = _FORMS[_FORMS.index(kind)]
-        # Text that is normalised stays as it is in every later version of Unicode; the library's tables are older than Python's.
+        # Text that is normalised stays as it is in every later version of Unicode; the library's tables are older than
+        # Python's.
         return lambda text: text if text.isascii() or unicodedata.is_normalized(form, text) else by_library(text)
     if kind == "StripAccents":
         return lambda text: text if text.isascii() else by_library(text)
@@ -82,12 +87,16 @@ def _step(normalizer: dict[str, Any]) -> Step:
 
 def _library_step(normalizer: dict[str, Any]) -> Step:
     model = {"type": "BPE", "vocab": {}, "merges": []}
-    alone = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "normalizer": normalizer, "model": model}))
+    alone = Tokenizer.from_str(
+        json.dumps({"version": "1.0", "added_tokens": [], "normalizer": normalizer, "model": model})
+    )
     return lambda text: str(alone.normalizer.normalize_str(text))
 
 
 def _contains_any(contents: Iterable[str]) -> Test:
-    """Whether a text holds one of `contents`. Of a thousand with the same beginning, as `<unused17>`, only that is looked for at first."""
+    """Whether a text holds one of `contents`. Of a thousand with the same beginning, as `<unused17>`, only that is
+    looked for at first.
+    """
     needles: list[str] = []
     for content in sorted(set(contents), key=len):
         if not any(needle in content for needle in needles):  # what holds a shorter one is found with it

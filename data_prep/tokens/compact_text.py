@@ -1,8 +1,9 @@
-"""The text of token ids without ASCII white space, as UTF-8: what held-out rule 2 hashes of documents that come tokenised.
+"""The text of token ids without ASCII white space, as UTF-8: what held-out rule 2 hashes of documents that come
+tokenised.
 
-A tokenizer's own `decode` takes 100 ns a token, several times what reading the ids takes. Where every token stands for bytes of its own, as
-in byte-level BPE and in SentencePiece models with byte fallback, the bytes are gathered from a table instead, some 30 ns a token. Elsewhere
-there is no table, and `decode` it is.
+A tokenizer's own `decode` takes 100 ns a token, several times what reading the ids takes. Where every token stands for
+bytes of its own, as in byte-level BPE and in SentencePiece models with byte fallback, the bytes are gathered from a
+table instead, some 30 ns a token. Elsewhere there is no table, and `decode` it is.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class CompactTable:
         self._table = np.frombuffer(fixed, f"V{_WIDTH}")
 
     def utf8(self, ids: np.ndarray) -> bytes:
-        """Bytes of ids [n] together, ASCII white space left out. They need not be UTF-8: ids may begin or end within a character."""
+        """Bytes of ids [n] together, ASCII white space left out. They need not be UTF-8: ids may begin or end within a
+        character.
+        """
         parts: list[bytes] = []
         start = 0
         for place in np.flatnonzero(self._is_long[ids]).tolist():
@@ -42,7 +45,8 @@ class CompactTable:
 
 
 def compact_table(decoder: Any, tokens: Mapping[int, str], size: int) -> CompactTable | None:
-    """The table of a tokenizer, by the `decoder` of its tokenizer.json; None where a token's text depends on its neighbours.
+    """The table of a tokenizer, by the `decoder` of its tokenizer.json; None where a token's text depends on its
+    neighbours.
 
     tokens: those that are to have text. size: one more than the largest id.
     """

@@ -1,4 +1,6 @@
-"""The two engines that turn text into ids: Hugging Face `tokenizers` and `gigatoken`. Neither makes a control token of text."""
+"""The two engines that turn text into ids: Hugging Face `tokenizers` and `gigatoken`. Neither makes a control token of
+text.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from weftrain.core.errors import one_line
-from weftrain.core.tokenizer_file import is_panic
+from weftrain.core.formats.tokenizer_file import is_panic
 from weftrain.data_prep.tokens.added_tokens import may_hold_added_token, normalizers_of
 from weftrain.data_prep.tokens.long_texts import cutting_of
 from weftrain.data_prep.tokens.new_characters import has_new_character
@@ -24,7 +26,8 @@ _PLAIN_NORMALIZERS = ("Prepend", "Replace")  # no table of Unicode is asked
 _BATCH_CHARACTERS = 1 << 20  # encoded at once, for which the reference needs some 130 MiB
 _WHOLE_CHARACTERS = 4 << 20
 _DTYPE: np.dtype[Any] = np.dtype(np.uint32)
-_FRESH_BYTES = 128 << 20  # gigatoken keeps the words it has seen, up to 2 bytes for each of text: after so much it is opened anew
+# gigatoken keeps the words it has seen, up to 2 bytes for each of text: after so much it is opened anew
+_FRESH_BYTES = 128 << 20
 
 
 class Reference:
@@ -32,7 +35,8 @@ class Reference:
 
     tree: the contents of a tokenizer.json; opened: the same, opened. dtype: of the ids.
 
-    Its memory is bounded: it encodes some megabyte of text at once, and long texts in pieces where that is exact (long_texts.py).
+    Its memory is bounded: it encodes some megabyte of text at once, and long texts in pieces where that is exact
+    (long_texts.py).
     """
 
     def __init__(self, tree: dict[str, Any], dtype: np.dtype[Any] = _DTYPE, opened: Tokenizer | None = None) -> None:
@@ -56,7 +60,9 @@ class Reference:
         for batch in _batches(pieces):
             assert cutting is not None
             if self._continuing is None:
-                self._continuing = self._tokenizer if cutting.continuing is self._tree else _tokenizer(cutting.continuing)
+                self._continuing = (
+                    self._tokenizer if cutting.continuing is self._tree else _tokenizer(cutting.continuing)
+                )
             ids += _ids(self._continuing, [_short(piece, text) for piece in batch], self._dtype)
         return np.concatenate(ids)
 
@@ -68,7 +74,8 @@ class TextTooLongError(Exception):
 def _short(piece: str, text: str) -> str:
     if len(piece) > _WHOLE_CHARACTERS:
         raise TextTooLongError(
-            f"of its {len(text):,} characters {len(piece):,} have no place where this tokenizer's ids would not depend on a cut, and the "
+            f"of its {len(text):,} characters {len(piece):,} have no place where this tokenizer's ids would not depend "
+            "on a cut, and the "
             f"reference engine encodes at most {_WHOLE_CHARACTERS:,} at once; split the document"
         )
     return piece
@@ -124,9 +131,11 @@ def open_gigatoken(tree: dict[str, Any], dtype: np.dtype[Any] = _DTYPE) -> Gigat
 
 
 class Gigatoken:
-    """gigatoken on the calling thread, since processes share the work. tree: the contents of a tokenizer.json. load: opens such contents.
+    """gigatoken on the calling thread, since processes share the work. tree: the contents of a tokenizer.json. load:
+    opens such contents.
 
-    It is given no added token at all, for it would match them in text; texts that may hold one that text may become need the reference.
+    It is given no added token at all, for it would match them in text; texts that may hold one that text may become
+    need the reference.
     """
 
     def __init__(self, tree: dict[str, Any], load: Callable[[dict[str, Any]], Any], dtype: np.dtype[Any]) -> None:
@@ -143,7 +152,9 @@ class Gigatoken:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, uint32, or of a long one in dtype."""
         # encode_batch forgets the words it has seen, and is a third slower.
-        encoded = [self._backend.encode(text) if len(text) <= _BATCH_CHARACTERS else self._encode_long(text) for text in texts]
+        encoded = [
+            self._backend.encode(text) if len(text) <= _BATCH_CHARACTERS else self._encode_long(text) for text in texts
+        ]
         self._encoded_bytes += sum(map(len, texts))
         if self._encoded_bytes > _FRESH_BYTES:
             self._backend, self._encoded_bytes = self._load(self._tree), 0
@@ -163,9 +174,10 @@ class Gigatoken:
 def _reference_tests(tree: dict[str, Any]) -> list[Callable[[str], bool]]:
     """Each finds texts about which the engines need not agree.
 
-    These may hold an added token; or a character that one library's version of Unicode does not know, where a class of characters or a
-    normalizer decides; or they are not normalised yet. The reference's tables for the latter are so old (combining marks of Unicode 11
-    and later have no class there) that only text that stays as it is has the same form in both.
+    These may hold an added token; or a character that one library's version of Unicode does not know, where a class of
+    characters or a normalizer decides; or they are not normalised yet. The reference's tables for the latter are so old
+    (combining marks of Unicode 11 and later have no class there) that only text that stays as it is has the same form
+    in both.
     """
     tests: list[Callable[[str], bool]] = []
     for normalizer in normalizers_of(tree):

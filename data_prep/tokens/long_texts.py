@@ -1,14 +1,19 @@
 """Where a long text may be cut so that the ids of the pieces, one after the other, are exactly those of the whole.
 
-The reference keeps some 130 bytes for each byte of text that it encodes at once, and takes a whole text for one word where a tokenizer has
-no pre-tokenizer, as LLaMA's. So long texts are cut, but only at places where that is provably without effect:
+The reference keeps some 130 bytes for each byte of text that it encodes at once, and takes a whole text for one word
+where a tokenizer has no pre-tokenizer, as LLaMA's. So long texts are cut, but only at places where that is provably
+without effect:
 
-- Pre-tokenizers that split by classes of characters always split between a letter or digit and the white space or punctuation after it
-  (but an apostrophe, which begins `'s`), nothing looks back, and what looks ahead (`\\s+(?!\\S)`) stands at white space. This is proven for
+- Pre-tokenizers that split by classes of characters always split between a letter or digit and the white space or
+  punctuation after it
+  (but an apostrophe, which begins `'s`), nothing looks back, and what looks ahead (`\\s+(?!\\S)`) stands at white
+  space. This is proven for
   each alternative of a pattern in `_ALTERNATIVES`; a pattern with another one is not cut.
-- BPE without a pre-tokenizer may be cut before a space (or newline) that follows something else, where no entry of the vocabulary has one
+- BPE without a pre-tokenizer may be cut before a space (or newline) that follows something else, where no entry of the
+  vocabulary has one
   inside: merges only ever make entries.
-- Normalizers must do the same to both sides: none of those admitted here joins a letter with the space or punctuation after it.
+- Normalizers must do the same to both sides: none of those admitted here joins a letter with the space or punctuation
+  after it.
 - Added tokens that text may become must not touch the cut.
 """
 
@@ -23,8 +28,11 @@ from typing import Any
 from weftrain.data_prep.tokens.added_tokens import may_hold_added_token, normalizers_of
 from weftrain.data_prep.tokens.proven_shapes import SPACE, flat
 
-# Letters of scripts whose characters have been letters since Unicode 3, and compose with nothing that may follow the cut.
-_LETTERS = "A-Za-z\u00e0-\u00f6\u00f8-\u00ff\u03b1-\u03c9\u0410-\u044f\u3041-\u3094\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+# Letters of scripts whose characters have been letters since Unicode 3, and compose with nothing that may follow the
+# cut.
+_LETTERS = (
+    "A-Za-z\u00e0-\u00f6\u00f8-\u00ff\u03b1-\u03c9\u0410-\u044f\u3041-\u3094\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+)
 _PUNCTUATION = r"""!"#$%&()*+,\-./:;<=>?@\[\]^`{|}~\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"""
 _LETTER_ALTERNATIVES = {
     r" ?\p{L}+",
@@ -43,7 +51,18 @@ _NUMBER_ALTERNATIVES = {r" ?\p{N}+", r"\p{N}+", r"\p{N}{1,3}", r"\p{N}{1,3}+", r
 _ALTERNATIVES = (
     _LETTER_ALTERNATIVES
     | _NUMBER_ALTERNATIVES
-    | {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'(?:[sdmt]|ll|ve|re)", "(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[sdmt]|ll|ve|re)"}
+    | {
+        "'s",
+        "'t",
+        "'re",
+        "'ve",
+        "'m",
+        "'ll",
+        "'d",
+        "'(?:[sdmt]|ll|ve|re)",
+        "(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        "'(?i:[sdmt]|ll|ve|re)",
+    }
     | {
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
@@ -73,8 +92,9 @@ _LOCAL_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents",
 
 @dataclass(frozen=True)
 class Cutting:
-    """How the texts of a tokenizer are cut. places: matches, of which each may begin a piece. continuing: the tokenizer.json for all pieces
-    but the first. may_cut: whether this text may be cut at all. blocked: whether an added token touches this place of a text.
+    """How the texts of a tokenizer are cut. places: matches, of which each may begin a piece. continuing: the
+    tokenizer.json for all pieces but the first. may_cut: whether this text may be cut at all. blocked: whether an added
+    token touches this place of a text.
     """
 
     places: re.Pattern[str]
@@ -102,7 +122,9 @@ class Cutting:
 
 
 def cutting_of(tree: dict[str, Any]) -> Cutting | None:
-    """How long texts are cut for a tokenizer; None where nothing is known to be exact. tree: the contents of a tokenizer.json."""
+    """How long texts are cut for a tokenizer; None where nothing is known to be exact. tree: the contents of a
+    tokenizer.json.
+    """
     places = _places_without_splitter(tree) if tree.get("pre_tokenizer") is None else _places_of_splitter(tree)
     if places is None:
         return None
@@ -114,11 +136,13 @@ def cutting_of(tree: dict[str, Any]) -> Cutting | None:
     if holds is None:
         return Cutting(places, continuing, lambda text: True, lambda text, place: False)
     forms = {normalizer["type"] for normalizer in normalizers_of(tree)}
-    if not forms <= {"NFC"}:  # from what a token's normalised form may have come is not known, so only texts without one are cut
+    # from what a token's normalised form may have come is not known, so only texts without one are cut
+    if not forms <= {"NFC"}:
         return Cutting(places, continuing, lambda text: not holds(text), lambda text, place: False)
     contents = [token["content"] for token in tree["added_tokens"] if not token["special"]]
     contents += [unicodedata.normalize("NFC", content) for content in contents if forms]
-    reach = 4 * max(map(len, contents)) + 8  # NFC makes one character of at most three, and moves none past another letter
+    # NFC makes one character of at most three, and moves none past another letter
+    reach = 4 * max(map(len, contents)) + 8
 
     def blocked(text: str, place: int) -> bool:
         if forms and not (near := text[max(0, place - reach) : place + reach]).isascii():
@@ -141,7 +165,9 @@ def _places_without_splitter(tree: dict[str, Any]) -> re.Pattern[str] | None:
 
 
 def _never_inside(model: dict[str, Any], character: str) -> bool:
-    """Whether no entry of a vocabulary has the character after another one, and it can be spelled at all (unknown ones may be fused)."""
+    """Whether no entry of a vocabulary has the character after another one, and it can be spelled at all (unknown ones
+    may be fused).
+    """
     vocab = model["vocab"]
     spelled = [f"<0x{byte:02X}>" for byte in character.encode()]
     inside = re.compile(f"[^{character}]{character}")
@@ -154,7 +180,9 @@ def _never_inside(model: dict[str, Any], character: str) -> bool:
 
 
 def _places_of_splitter(tree: dict[str, Any]) -> re.Pattern[str] | None:
-    """Before a space after a letter or digit; where nothing but classes of characters counts, before newlines and punctuation too."""
+    """Before a space after a letter or digit; where nothing but classes of characters counts, before newlines and
+    punctuation too.
+    """
     steps = flat(tree["pre_tokenizer"])
     if not all(map(_is_local, steps)) or not all(map(_keeps_letters_apart, normalizers_of(tree))):
         return None
@@ -168,7 +196,9 @@ def _places_of_splitter(tree: dict[str, Any]) -> re.Pattern[str] | None:
         return re.compile(f"(?<=[0-9{_LETTERS}]) ") if "WhitespaceSplit" in kinds else None
     before = f"(?<=[{'0-9' if numbers else ''}{_LETTERS}])"
     spaced = any(step["type"] == "ByteLevel" and step["add_prefix_space"] for step in steps)
-    only_forms = all(normalizer["type"] in ("NFC", "NFD", "Lowercase", "StripAccents") for normalizer in normalizers_of(tree))
+    only_forms = all(
+        normalizer["type"] in ("NFC", "NFD", "Lowercase", "StripAccents") for normalizer in normalizers_of(tree)
+    )
     return re.compile(rf"{before} " if spaced or not only_forms else rf"{before}[ \n{_PUNCTUATION}]")
 
 
@@ -191,7 +221,9 @@ def _keeps_letters_apart(normalizer: dict[str, Any]) -> bool:
         return not normalizer["strip_left"]  # a piece begins with a space, and never ends with one
     if normalizer["type"] == "Replace":
         pattern = normalizer["pattern"]
-        return pattern.get("Regex") == " {2,}" or (bool(pattern.get("String")) and not re.search(r"[\w\s]", pattern["String"]))
+        return pattern.get("Regex") == " {2,}" or (
+            bool(pattern.get("String")) and not re.search(r"[\w\s]", pattern["String"])
+        )
     return normalizer["type"] in _LOCAL_NORMALIZERS
 
 

@@ -1,7 +1,9 @@
-"""The tokens that a dataset puts around its documents and into them: a start token, an end token, those of fill-in-the-middle.
+"""The tokens that a dataset puts around its documents and into them: a start token, an end token, those of
+fill-in-the-middle.
 
-`Markers` are their names, as options give them; `marker_ids` finds them in a tokenizer. A document in a shard is bos, its own tokens, eos,
-where bos or eos may be missing but not both. In text a marker's name stays text, for markers are control ids (tokenization.py).
+`Markers` are their names, as options give them; `marker_ids` finds them in a tokenizer. A document in a shard is bos,
+its own tokens, eos, where bos or eos may be missing but not both. In text a marker's name stays text, for markers are
+control ids (tokenization.py).
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from weftrain.core.dataset import Manifest
 from weftrain.core.errors import DataError
+from weftrain.core.formats.dataset import Manifest
 
 EOS_CANDIDATES = ("</s>", "<|endoftext|>")
 NO_EOS = "none"
@@ -22,7 +24,9 @@ _SHOWN_TOKENS = 40
 
 
 class FimIds(NamedTuple):
-    """Ids of the control tokens of fill-in-the-middle. pad: only fim_released.py writes it; None where the tokenizer has none."""
+    """Ids of the control tokens of fill-in-the-middle. pad: only fim_released.py writes it; None where the tokenizer
+    has none.
+    """
 
     prefix: int
     middle: int
@@ -32,7 +36,8 @@ class FimIds(NamedTuple):
 
 @dataclass(frozen=True)
 class Markers:
-    """Names of tokens. eos: None for the first of EOS_CANDIDATES that there is, NO_EOS for no end token. bos: None for no start token.
+    """Names of tokens. eos: None for the first of EOS_CANDIDATES that there is, NO_EOS for no end token. bos: None for
+    no start token.
 
     fim: prefix, middle, suffix and perhaps pad; () for `<|fim_prefix|>` or `<fim_prefix>` and the like.
     """
@@ -44,7 +49,9 @@ class Markers:
     @property
     def named(self) -> tuple[str, ...]:
         """All that are named."""
-        return tuple(name for name in (self.bos, None if self.eos == NO_EOS else self.eos, *self.fim) if name is not None)
+        return tuple(
+            name for name in (self.bos, None if self.eos == NO_EOS else self.eos, *self.fim) if name is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -80,13 +87,17 @@ def marker_ids(tokenizer: Tokenizer, markers: Markers, where: str) -> MarkerIds:
         eos = next((found for token in EOS_CANDIDATES if (found := tokenizer.token_to_id(token)) is not None), None)
         if eos is None:
             raise DataError(
-                f"{where}: has no token {' or '.join(EOS_CANDIDATES)} to end a document with; name its end token with --eos "
-                f"(--eos {NO_EOS} --bos TOKEN: documents begin with a token and have no other); {token_names(tokenizer)}"
+                f"{where}: has no token {' or '.join(EOS_CANDIDATES)} to end a document with; name its end token with "
+                "--eos "
+                f"(--eos {NO_EOS} --bos TOKEN: documents begin with a token and have no other); "
+                f"{token_names(tokenizer)}"
             )
     elif markers.eos != NO_EOS:
         eos = _named(tokenizer, markers.eos, "--eos", where)
     elif markers.bos is None:
-        raise DataError(f"--eos {NO_EOS}: nothing would tell documents apart: name the token that each begins with by --bos")
+        raise DataError(
+            f"--eos {NO_EOS}: nothing would tell documents apart: name the token that each begins with by --bos"
+        )
     bos = None if markers.bos is None else _named(tokenizer, markers.bos, "--bos", where)
     if not markers.fim:
         return MarkerIds(eos, bos)
@@ -94,7 +105,9 @@ def marker_ids(tokenizer: Tokenizer, markers: Markers, where: str) -> MarkerIds:
     names = [_named(tokenizer, name, "--fim-tokens", where) for name in markers.fim]
     ids = MarkerIds(eos, bos, FimIds(names[0], names[1], names[2], names[3] if len(names) > 3 else None))
     if len(ids.all) < len(names) + len({eos, bos} - {None}):
-        raise DataError(f"{where}: --fim-tokens {','.join(markers.fim)}: names a token twice, or the start or end token")
+        raise DataError(
+            f"{where}: --fim-tokens {','.join(markers.fim)}: names a token twice, or the start or end token"
+        )
     return ids
 
 
@@ -113,7 +126,9 @@ def fim_names(text: str | None) -> tuple[str, ...]:
 def check_fim_names(names: tuple[str, ...]) -> None:
     """Raises DataError for other than three or four names."""
     if len(names) not in (3, 4) or not all(names):
-        raise DataError(f"--fim-tokens {','.join(names)}: give three or four names with commas between: prefix,middle,suffix[,pad]")
+        raise DataError(
+            f"--fim-tokens {','.join(names)}: give three or four names with commas between: prefix,middle,suffix[,pad]"
+        )
 
 
 def _named(tokenizer: Tokenizer, name: str, option: str, where: str) -> int:

@@ -1,8 +1,9 @@
 """Which tokenizers gigatoken encodes exactly as the reference does, told by their settings.
 
-gigatoken passes over settings that it does not know instead of refusing them: a suffix of words, what a split does with what it finds, a
-second split. Where texts on which that counts are rare, a sample finds them by chance alone. So only settings are left to it that were
-compared with the reference setting by setting, and anything else goes to the reference. (Which patterns of splits it knows it says itself.)
+gigatoken passes over settings that it does not know instead of refusing them: a suffix of words, what a split does with
+what it finds, a second split. Where texts on which that counts are rare, a sample finds them by chance alone. So only
+settings are left to it that were compared with the reference setting by setting, and anything else goes to the
+reference. (Which patterns of splits it knows it says itself.)
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from weftrain.data_prep.tokens.added_tokens import normalizers_of
 
 SPACE = "\u2581"  # what LLaMA-like normalizers write for a space
 _TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-_AFTER_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}  # Gemma's
+# Gemma's
+_AFTER_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _BYTE_CHARACTERS = frozenset(pre_tokenizers.ByteLevel.alphabet())
 
 
@@ -41,13 +43,21 @@ def not_proven(tree: dict[str, Any]) -> str | None:
 
 def _byte_level(steps: list[dict[str, Any]], vocab: dict[str, int]) -> str | None:
     *splits, last = steps
-    isolated = all((step["type"], step.get("behavior"), step.get("invert")) == ("Split", "Isolated", False) for step in splits)
+    isolated = all(
+        (step["type"], step.get("behavior"), step.get("invert")) == ("Split", "Isolated", False) for step in splits
+    )
     if not isolated:
         return "a step before ByteLevel that is not Split, Isolated and not inverted"
     if bool(splits) == last.get("use_regex", True) or (splits and last.get("add_prefix_space", True)):
-        return "ByteLevel splits too or puts a space first, after other splits; or does not split, and nothing else does"
+        return (
+            "ByteLevel splits too or puts a space first, after other splits; or does not split, and nothing else does"
+        )
     foreign = next((token for token in vocab if not _BYTE_CHARACTERS.issuperset(token)), None)
-    return None if foreign is None else f"entry {foreign[:40]!r} of the vocabulary is not spelled in ByteLevel's characters"
+    return (
+        None
+        if foreign is None
+        else f"entry {foreign[:40]!r} of the vocabulary is not spelled in ByteLevel's characters"
+    )
 
 
 def flat(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:

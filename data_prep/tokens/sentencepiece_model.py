@@ -1,10 +1,12 @@
-"""SentencePiece models (`tokenizer.model`) as a tokenizer.json, whose ids are compared with SentencePiece's own before it is used.
+"""SentencePiece models (`tokenizer.model`) as a tokenizer.json, whose ids are compared with SentencePiece's own before
+it is used.
 
-The model file is read by SentencePiece's protocol buffers. What of a model has no exact counterpart in `tokenizers` is refused, and so is a
-model for which the two give other ids for one of some thousand texts: sentences of the vocabulary's own pieces, awkward white space, long
-repetitions, and source code. Two differences remain, both of Unigram models. Where two orders of the same pieces have the same score (in a
-run of one character), each library's rounding decides, so these may come in another order. And where a text spells a control, unknown or
-byte piece, `tokenizers` takes it for that piece: such documents become failures (tokenization.py), never other ids.
+The model file is read by SentencePiece's protocol buffers. What of a model has no exact counterpart in `tokenizers` is
+refused, and so is a model for which the two give other ids for one of some thousand texts: sentences of the
+vocabulary's own pieces, awkward white space, long repetitions, and source code. Two differences remain, both of Unigram
+models. Where two orders of the same pieces have the same score (in a run of one character), each library's rounding
+decides, so these may come in another order. And where a text spells a control, unknown or byte piece, `tokenizers`
+takes it for that piece: such documents become failures (tokenization.py), never other ids.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from weftrain.core.errors import DataError, one_line
-from weftrain.core.tokenizer_file import is_panic
+from weftrain.core.formats.tokenizer_file import is_panic
 from weftrain.data_prep.tokens.proven_shapes import SPACE
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
@@ -55,7 +57,9 @@ def tokenizer_json(data: bytes, where: str) -> bytes:
 
         messages: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     except ImportError:
-        raise DataError(f"{where}: a SentencePiece model needs its library: pip install 'weftrain[sentencepiece]'; or {_REMEDY}") from None
+        raise DataError(
+            f"{where}: a SentencePiece model needs its library: pip install 'weftrain[sentencepiece]'; or {_REMEDY}"
+        ) from None
     try:
         proto = messages.ModelProto()
         proto.ParseFromString(data)
@@ -83,7 +87,10 @@ def _converted(proto: Any) -> Tokenizer:
     if trainer.model_type not in (_UNIGRAM, _BPE):
         raise ValueError("a SentencePiece model of words or characters has no counterpart; only BPE and Unigram have")
     if trainer.treat_whitespace_as_suffix or not spec.escape_whitespaces or any(kind == _UNUSED for *_, kind in pieces):
-        raise ValueError("SentencePiece models with white space as a suffix, unescaped, or with unused pieces have no exact counterpart")
+        raise ValueError(
+            "SentencePiece models with white space as a suffix, unescaped, or with unused pieces have no exact "
+            "counterpart"
+        )
     if proto.denormalizer_spec.precompiled_charsmap:
         raise ValueError("a SentencePiece model that rewrites decoded text has no exact counterpart")
     unknown = next((index for index, (*_, kind) in enumerate(pieces) if kind == _UNKNOWN), None)
@@ -94,7 +101,11 @@ def _converted(proto: Any) -> Tokenizer:
     if trainer.model_type == _BPE:
         vocab = {piece: index for index, (piece, _, _) in enumerate(pieces)}
         model: Any = models.BPE(
-            vocab=vocab, merges=_merges(pieces), unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=bool(trainer.byte_fallback)
+            vocab=vocab,
+            merges=_merges(pieces),
+            unk_token=pieces[unknown][0],
+            fuse_unk=True,
+            byte_fallback=bool(trainer.byte_fallback),
         )
     else:
         model = models.Unigram([(piece, score) for piece, score, _ in pieces], unknown, bool(trainer.byte_fallback))
@@ -105,13 +116,16 @@ def _converted(proto: Any) -> Tokenizer:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    # A normalizer would prepend after each user-defined piece too; but Metaspace does not prepend to a space, so it is for these alone.
+    # A normalizer would prepend after each user-defined piece too; but Metaspace does not prepend to a space, so it is
+    # for these alone.
     first = bool(spec.add_dummy_prefix and user_defined)
     if spec.add_dummy_prefix and not first:
         steps.append(normalizers.Prepend(SPACE))
     steps.append(normalizers.Replace(" ", SPACE))
     if words or first:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first" if first else "never", split=words)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+            replacement=SPACE, prepend_scheme="first" if first else "never", split=words
+        )
     tokenizer.normalizer = normalizers.Sequence(steps)
     undo: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else undo)
@@ -123,13 +137,21 @@ def _converted(proto: Any) -> Tokenizer:
 
 
 def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two others, best scores first. SentencePiece joins any two symbols that make a piece."""
+    """Every way to put a piece together from two others, best scores first. SentencePiece joins any two symbols that
+    make a piece.
+    """
     normal = {piece for piece, _, kind in pieces if kind in (_NORMAL, _USER_DEFINED)}
     if missing := {character for piece, _, kind in pieces if kind == _NORMAL for character in piece} - normal:
-        raise ValueError(f"the SentencePiece model has pieces with characters that are none ({min(missing)!r}), which has no counterpart")
+        raise ValueError(
+            f"the SentencePiece model has pieces with characters that are none ({min(missing)!r}), which has no "
+            "counterpart"
+        )
     best = sorted(((piece, score) for piece, score, kind in pieces if kind == _NORMAL), key=lambda entry: -entry[1])
     return [
-        (piece[:cut], piece[cut:]) for piece, _ in best for cut in range(1, len(piece)) if piece[:cut] in normal and piece[cut:] in normal
+        (piece[:cut], piece[cut:])
+        for piece, _ in best
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
     ]
 
 
@@ -138,24 +160,31 @@ def _prove(original: Any, tokenizer: Tokenizer, proto: Any) -> None:
     tokenizer.encode_special_tokens = True
     for text in _sample(proto):
         ids, wanted = tokenizer.encode(text, add_special_tokens=False).ids, original.encode(text)
-        tied = proto.trainer_spec.model_type == _UNIGRAM and sorted(ids) == sorted(wanted)  # the same score, so neither is better
+        # the same score, so neither is better
+        tied = proto.trainer_spec.model_type == _UNIGRAM and sorted(ids) == sorted(wanted)
         if ids != wanted and not tied:
             place = next(
-                (place for place, pair in enumerate(zip(ids, wanted, strict=False)) if pair[0] != pair[1]), min(len(ids), len(wanted))
+                (place for place, pair in enumerate(zip(ids, wanted, strict=False)) if pair[0] != pair[1]),
+                min(len(ids), len(wanted)),
             )
             raise ValueError(
-                f"tokenizers cannot reproduce this SentencePiece model: for {text[:60]!r} token {place} differs of {len(wanted)}"
+                f"tokenizers cannot reproduce this SentencePiece model: for {text[:60]!r} token {place} differs of "
+                f"{len(wanted)}"
             )
 
 
 def _sample(proto: Any) -> Iterable[str]:
-    """Texts of the vocabulary's own pieces and of source code: the same for the same model, but for the interpreter's library."""
+    """Texts of the vocabulary's own pieces and of source code: the same for the same model, but for the interpreter's
+    library.
+    """
     normal = [piece.piece for piece in proto.pieces if piece.type == _NORMAL]
     draw = random.Random(0)
     yield from _PROBES
     # Repetitions, which several segmentations make with the same score, and so the rounding of each library decides.
     repeated = sorted({piece[0] for piece in normal if len(piece) > 1 and len(set(piece)) == 1})
-    yield from (f"a{character.replace(SPACE, ' ') * count}b" for character in repeated for count in range(2, _LONGEST_RUN))
+    yield from (
+        f"a{character.replace(SPACE, ' ') * count}b" for character in repeated for count in range(2, _LONGEST_RUN)
+    )
     for _ in range(_SENTENCES):
         pieces = draw.choices(normal, k=draw.randint(1, _SENTENCE_PIECES))
         yield draw.choice(("", "", " ", "\n")).join(pieces).replace(SPACE, " ")

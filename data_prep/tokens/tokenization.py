@@ -1,9 +1,10 @@
-"""Tokenizers: train a byte-level BPE or load any tokenizer.json, and encode text so that no text ever becomes a control token.
+"""Tokenizers: train a byte-level BPE or load any tokenizer.json, and encode text so that no text ever becomes a control
+token.
 
-Two engines give the same ids: Hugging Face `tokenizers`, the reference, and `gigatoken`, some ten times faster, which is compared with the
-reference in every run. A document that holds the characters `</s>` must not end there. Control tokens in
-text are spelled out, and should one of their ids come out all the same, that is an error. Document ends come from `doc_end`, never from
-an id.
+Two engines give the same ids: Hugging Face `tokenizers`, the reference, and `gigatoken`, some ten times faster, which
+is compared with the reference in every run. A document that holds the characters `</s>` must not end there. Control
+tokens in text are spelled out, and should one of their ids come out all the same, that is an error. Document ends come
+from `doc_end`, never from an id.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from weftrain.core.errors import DataError, one_line
-from weftrain.core.plain_file import read_plain
-from weftrain.core.shards import token_dtype
-from weftrain.core.tokenizer_file import is_panic, library_stopped, tokenizer_from
+from weftrain.core.formats.plain_file import read_plain
+from weftrain.core.formats.shard_reader import token_dtype
+from weftrain.core.formats.tokenizer_file import is_panic, library_stopped, tokenizer_from
 from weftrain.data_prep.heldout import ASCII_SPACE
-from weftrain.data_prep.packing import split
 from weftrain.data_prep.tokens.added_tokens import may_hold_added_token
 from weftrain.data_prep.tokens.compact_text import CompactTable, compact_table
 from weftrain.data_prep.tokens.engines import Gigatoken, Reference, TextTooLongError, open_gigatoken
 from weftrain.data_prep.tokens.markers import EOS_CANDIDATES, MarkerIds, Markers, marker_ids, token_names
+from weftrain.data_prep.tokens.packing import split
 from weftrain.data_prep.tokens.sentencepiece_model import is_sentencepiece, tokenizer_json
 
 CONTROL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as LLaMA's and so Amber's and CrystalCoder's
@@ -48,7 +49,14 @@ CRYSTALCODER_TOKENS = (
 )
 # No text becomes one of these, whether the tokenizer calls them special or not; each in both of its spellings.
 CONTROL_NAMES = frozenset(
-    [*CONTROL_TOKENS, *EOS_CANDIDATES, "<pad>", "<|pad|>", *CRYSTALCODER_TOKENS, *(f"<{name[2:-2]}>" for name in CRYSTALCODER_TOKENS)]
+    [
+        *CONTROL_TOKENS,
+        *EOS_CANDIDATES,
+        "<pad>",
+        "<|pad|>",
+        *CRYSTALCODER_TOKENS,
+        *(f"<{name[2:-2]}>" for name in CRYSTALCODER_TOKENS),
+    ]
 )
 DIFFERED = "gigatoken and the reference differed on a document of the sample"
 _CHECKED = 2  # of 256: documents whose hash begins with a smaller byte are encoded by both engines
@@ -63,7 +71,8 @@ MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 
 @dataclass
 class Counts:
-    """Documents: encoded by the reference and by the fast engine, and how many of the latter by both, to compare; unknown: tokens.
+    """Documents: encoded by the reference and by the fast engine, and how many of the latter by both, to compare;
+    unknown: tokens.
 
     `encode` adds to it. An unknown token is what the tokenizer's model gives for text that its vocabulary cannot spell.
     """
@@ -75,15 +84,17 @@ class Counts:
 
 
 class EnginesDifferError(DataError):
-    """The fast engine gave other ids than the reference, or none. Under --engine auto the reference then encodes everything anew."""
+    """The fast engine gave other ids than the reference, or none. Under --engine auto the reference then encodes
+    everything anew.
+    """
 
 
 class TextEncoder:
     """A tokenizer as the pipeline uses it. data: the bytes of tokenizer.json. vocab_size: one more than the largest id.
 
-    markers: ids of the tokens around documents. engine, engine_version: who encodes. engine_reason: why not gigatoken, or None.
-    control_ids: sorted ids that no text may become.
-    unknown_id: what text becomes that the vocabulary cannot spell; None where it can spell all text, or where the id means something else.
+    markers: ids of the tokens around documents. engine, engine_version: who encodes. engine_reason: why not gigatoken,
+    or None. control_ids: sorted ids that no text may become. unknown_id: what text becomes that the vocabulary cannot
+    spell; None where it can spell all text, or where the id means something else.
     """
 
     def __init__(self, data: bytes, tokenizer: Tokenizer, markers: MarkerIds, engine: str, where: str) -> None:
@@ -93,7 +104,9 @@ class TextEncoder:
         self.dtype = token_dtype(self.vocab_size)
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
-        control = {index for index, token in added.items() if token.special or token.content in CONTROL_NAMES} | markers.all
+        control = {
+            index for index, token in added.items() if token.special or token.content in CONTROL_NAMES
+        } | markers.all
         control |= {index for name in CONTROL_NAMES if (index := tokenizer.token_to_id(name)) is not None}
         tree = json.loads(data) | {"truncation": None, "padding": None}
         self.unknown_id = unknown_id(tree, tokenizer)
@@ -109,7 +122,10 @@ class TextEncoder:
             token["special"] = token["id"] in control  # so that it is spelled out, whatever the file calls it
         opened: Gigatoken | str | None
         if _leaves_out(tree):
-            spelling = tree["model"] | {"vocab": tree["model"]["vocab"] | {_UNSPELLED: self.vocab_size}, "unk_token": _UNSPELLED}
+            spelling = tree["model"] | {
+                "vocab": tree["model"]["vocab"] | {_UNSPELLED: self.vocab_size},
+                "unk_token": _UNSPELLED,
+            }
             self._reference = Reference(tree | {"model": spelling})
             opened = None if engine == "tokenizers" else "its model leaves out what its vocabulary cannot spell"
         else:
@@ -128,7 +144,11 @@ class TextEncoder:
         return self.markers.eos
 
     def encode(
-        self, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None = None, counts: Counts | None = None
+        self,
+        texts: Sequence[str],
+        names: Sequence[str],
+        hashes: Sequence[bytes] | None = None,
+        counts: Counts | None = None,
     ) -> list[np.ndarray]:
         """encode_each, where every text must have ids. Raises DataError, by `names`, for the first that has none."""
         encoded = self.encode_each(texts, names, hashes, counts)
@@ -138,9 +158,14 @@ class TextEncoder:
         return [ids for ids in encoded if not isinstance(ids, str)]
 
     def encode_each(
-        self, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None = None, counts: Counts | None = None
+        self,
+        texts: Sequence[str],
+        names: Sequence[str],
+        hashes: Sequence[bytes] | None = None,
+        counts: Counts | None = None,
     ) -> list[np.ndarray | str]:
-        """Ids of each text, without eos, in the shards' dtype; or why it has none, and the remedy: a control id, a failing library.
+        """Ids of each text, without eos, in the shards' dtype; or why it has none, and the remedy: a control id, a
+        failing library.
 
         hashes: of the texts, by which those to be compared are chosen. Raises EnginesDifferError, by `names`.
         """
@@ -163,20 +188,24 @@ class TextEncoder:
             for place in places:
                 if any(map(self._misread, _slices(texts[place]))):
                     result[place] = (
-                        "spells the name of an unknown or byte token, which this Unigram tokenizer takes for that token; " + _SPELL
+                        "spells the name of an unknown or byte token, which this Unigram tokenizer takes for that "
+                        "token; " + _SPELL
                     )
         for hit in self._control_hits(joined, ends, counts):
             document = int(np.searchsorted(ends, hit, side="right"))
             place = hit - int(ends[document]) + len(arrays[document])
             result[places[document]] = (
-                f"has text that the vocabulary cannot spell, and that the tokenizer would leave out after token {place}; {_KEEP}"
+                "has text that the vocabulary cannot spell, and that the tokenizer would leave out after token "
+                f"{place}; {_KEEP}"
                 if joined[hit] == self.vocab_size
                 else f"the tokenizer turns ordinary text into control id {joined[hit]} at token {place}; {_SPELL}"
             )
         return result
 
     def _control_hits(self, ids: np.ndarray, ends: np.ndarray, counts: Counts) -> list[int]:
-        """Where the first control id of each text stands that has one. ends: of the texts. Counts the unknown tokens."""
+        """Where the first control id of each text stands that has one. ends: of the texts. Counts the unknown
+        tokens.
+        """
         hits = []
         for start in range(0, len(ids), _BLOCK_TOKENS):
             block = ids[start : start + _BLOCK_TOKENS]
@@ -199,9 +228,16 @@ class TextEncoder:
             return [str(error) if isinstance(error, TextTooLongError) else library_stopped(error)]
 
     def _encode_fast(
-        self, fast: Gigatoken, texts: Sequence[str], names: Sequence[str], hashes: Sequence[bytes] | None, counts: Counts
+        self,
+        fast: Gigatoken,
+        texts: Sequence[str],
+        names: Sequence[str],
+        hashes: Sequence[bytes] | None,
+        counts: Counts,
     ) -> list[np.ndarray | str]:
-        """Those about which the engines need not agree by the reference, the rest by the fast engine; a sample by both."""
+        """Those about which the engines need not agree by the reference, the rest by the fast engine; a sample by
+        both.
+        """
         apart = [index for index, text in enumerate(texts) if fast.needs_reference(text)]
         together = sorted(set(range(len(texts))) - set(apart)) if apart else range(len(texts))
         encoded: list[np.ndarray | str] = [""] * len(texts)
@@ -221,10 +257,12 @@ class TextEncoder:
         checked = _sample(texts, together, hashes)
         heads = [texts[index][:_LARGE_CHARACTERS] for index in checked]
         for index, head, ids in zip(checked, heads, self._by_reference(heads), strict=True):
-            of_fast = encoded[index] if len(head) == len(texts[index]) else fast.encode([head])[0]  # the beginning as a text of its own
+            # the beginning as a text of its own
+            of_fast = encoded[index] if len(head) == len(texts[index]) else fast.encode([head])[0]
             if (place := _first_difference(ids, of_fast)) is not None:
                 raise EnginesDifferError(
-                    f"{names[index]}: gigatoken {self.engine_version} and the reference differ from token {place}; use --engine tokenizers"
+                    f"{names[index]}: gigatoken {self.engine_version} and the reference differ from token {place}; use "
+                    "--engine tokenizers"
                 )
         counts.reference += len(apart)
         counts.fast += len(together)
@@ -254,7 +292,9 @@ class TextEncoder:
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
 
     def compact_utf8(self, ids: np.ndarray) -> bytes:
-        """Text of ids without control ids and ASCII white space, as UTF-8; ids outside the vocabulary are an IndexError."""
+        """Text of ids without control ids and ASCII white space, as UTF-8; ids outside the vocabulary are an
+        IndexError.
+        """
         if self._compact is not None:
             data = self._compact.utf8(ids)
             if data.isascii():
@@ -282,9 +322,11 @@ def _first_difference(ids: np.ndarray | str, others: np.ndarray | str) -> int | 
 
 
 def _misread(tree: dict[str, Any]) -> Callable[[str], bool] | None:
-    """Which texts hold what a Unigram model takes for a token though it only spells its name: `<unk>` and `<0x41>`. None: no text.
+    """Which texts hold what a Unigram model takes for a token though it only spells its name: `<unk>` and `<0x41>`.
+    None: no text.
 
-    The library finds every entry of a Unigram vocabulary in text; BPE and WordPiece only make what their merges and words are.
+    The library finds every entry of a Unigram vocabulary in text; BPE and WordPiece only make what their merges and
+    words are.
     """
     model = tree["model"]
     if model.get("type") != "Unigram":
@@ -307,7 +349,9 @@ def _slices(text: str) -> Iterator[str]:
 
 
 def _leaves_out(tree: dict[str, Any]) -> bool:
-    """Whether a tokenizer drops text that its vocabulary cannot spell: a BPE with neither an unknown token nor all bytes."""
+    """Whether a tokenizer drops text that its vocabulary cannot spell: a BPE with neither an unknown token nor all
+    bytes.
+    """
     model = tree["model"]
     if model.get("type") != "BPE" or model.get("unk_token") is not None:
         return False
@@ -320,11 +364,16 @@ def _leaves_out(tree: dict[str, Any]) -> bool:
 def unknown_id(tree: dict[str, Any], tokenizer: Tokenizer) -> int | None:
     """The id that a tokenizer's model gives for text that its vocabulary cannot spell.
 
-    None where there is none, where every byte is in the vocabulary, or where the id has another meaning, as the end of a text in GPT-2's.
+    None where there is none, where every byte is in the vocabulary, or where the id has another meaning, as the end of
+    a text in GPT-2's.
     """
     model = tree["model"]
     vocab = model.get("vocab") or {}
-    if model.get("byte_fallback") and isinstance(vocab, dict) and all(f"<0x{byte:02X}>" in vocab for byte in range(256)):
+    if (
+        model.get("byte_fallback")
+        and isinstance(vocab, dict)
+        and all(f"<0x{byte:02X}>" in vocab for byte in range(256))
+    ):
         return None
     token = model.get("unk_token")
     index = model.get("unk_id") if token is None else tokenizer.token_to_id(token)
@@ -334,7 +383,9 @@ def unknown_id(tree: dict[str, Any], tokenizer: Tokenizer) -> int | None:
 
 
 def _sample(texts: Sequence[str], fast: Sequence[int], hashes: Sequence[bytes] | None) -> list[int]:
-    """Which of the documents that the fast engine encoded are compared: by their hashes, so the same whoever encodes; at least one."""
+    """Which of the documents that the fast engine encoded are compared: by their hashes, so the same whoever encodes;
+    at least one.
+    """
     if not fast:
         return []
     if hashes is None:
@@ -376,13 +427,15 @@ def load_encoder(path: Path, markers: Markers = DEFAULT_MARKERS, *, engine: str 
 
 
 def train_encoder(texts: Iterable[str], vocab_size: int) -> TextEncoder:
-    """Train a byte-level BPE of `vocab_size` ids (control tokens, 256 bytes, merges); CrystalCoder's 32 special ids follow them.
+    """Train a byte-level BPE of `vocab_size` ids (control tokens, 256 bytes, merges); CrystalCoder's 32 special ids
+    follow them.
 
     The same texts give the same bytes. Raises DataError where the texts are too few for that many merges.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise DataError(
-            f"vocab_size {vocab_size} has no room for 256 bytes and {len(CONTROL_TOKENS)} control tokens: give {MIN_VOCAB_SIZE} or more"
+            f"vocab_size {vocab_size} has no room for 256 bytes and {len(CONTROL_TOKENS)} control tokens: give "
+            f"{MIN_VOCAB_SIZE} or more"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -396,7 +449,8 @@ def train_encoder(texts: Iterable[str], vocab_size: int) -> TextEncoder:
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise DataError(
-            f"the text yields {tokenizer.get_vocab_size()} tokens, not {vocab_size}: give more text, a smaller --vocab-size, or a tokenizer"
+            f"the text yields {tokenizer.get_vocab_size()} tokens, not {vocab_size}: give more text, a smaller "
+            "--vocab-size, or a tokenizer"
         )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CRYSTALCODER_TOKENS])
     return make_encoder(tokenizer.to_str().encode(), "the trained tokenizer")

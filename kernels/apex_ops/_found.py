@@ -1,7 +1,8 @@
 """Whether NVIDIA's apex is here, with the CUDA extension that an op needs.
 
-What a reader would get wrong: the `apex` of the package index is an unrelated web toolkit, and NVIDIA's own, built without
-`--cuda_ext`, imports well and has no kernels. So the extension modules are looked for, and nothing is imported to find them out.
+What a reader would get wrong: the `apex` of the package index is an unrelated web toolkit, and NVIDIA's own, built
+without `--cuda_ext`, imports well and has no kernels. So the extension modules are looked for, and nothing is imported
+to find them out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unavailable(spec: Spec, folder: str, extension: str) -> str | None:
-    """None on an NVIDIA GPU where apex has `folder` ("normalization") and the top-level extension module ("fused_layer_norm_cuda")."""
+    """None on an NVIDIA GPU where apex has `folder` ("normalization") and the top-level extension module
+    ("fused_layer_norm_cuda").
+    """
     if spec.device != "cuda":
         return f"needs an NVIDIA GPU, not {spec.device}"
     if spec.dtype not in _DTYPES:
@@ -38,7 +41,10 @@ def _missing(folder: str, extension: str) -> str | None:
         return f"apex is not installed: {_INSTALL}"
     places = [Path(place) / folder for place in apex.submodule_search_locations or ()]
     if not any((place / "__init__.py").exists() for place in places):
-        return f"the installed apex is not NVIDIA's (it has no apex.{folder}; the `apex` of the package index is a web toolkit): {_INSTALL}"
+        return (
+            f"the installed apex is not NVIDIA's (it has no apex.{folder}; the `apex` of the package index is a web "
+            f"toolkit): {_INSTALL}"
+        )
     if importlib.util.find_spec(extension) is None:
         return f"apex was built without its CUDA extension {extension}: {_INSTALL}"
     return None

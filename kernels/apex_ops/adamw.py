@@ -1,10 +1,11 @@
 """adamw by NVIDIA apex's multi-tensor kernel: one launch for many tensors, with a pass before it and one after.
 
-What a reader would get wrong: the kernel takes gradients, parameters and moments of *one* dtype without looking, folds in no clip
-coefficient (its capturable variants do, and write the scaled gradient back, which our contract forbids) and refreshes no bf16 copies.
-So a scaled fp32 gradient is made first and the copies are refreshed afterwards: 12 to 20 bytes a parameter more than one pass needs.
-Betas reach it as fp32, so 1 - beta is off by 2e-7 at 0.95 and by 1e-5 at 0.999, in exp_avg_sq as in its correction, where it cancels.
-Read in apex/optimizers/fused_adam.py and csrc/multi_tensor_adam.cu of NVIDIA/apex, commit 004da4e.
+What a reader would get wrong: the kernel takes gradients, parameters and moments of *one* dtype without looking, folds
+in no clip coefficient (its capturable variants do, and write the scaled gradient back, which our contract forbids) and
+refreshes no bf16 copies. So a scaled fp32 gradient is made first and the copies are refreshed afterwards: 12 to 20
+bytes a parameter more than one pass needs. Betas reach it as fp32, so 1 - beta is off by 2e-7 at 0.95 and by 1e-5 at
+0.999, in exp_avg_sq as in its correction, where it cancels. Read in apex/optimizers/fused_adam.py and
+csrc/multi_tensor_adam.cu of NVIDIA/apex, commit 004da4e.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from weftrain.kernels.contract import Implementation, KernelError, Spec
 
 _ADAMW_MODE = 1  # decoupled weight decay; 0 is L2
 _BIAS_CORRECTION = 1
-_EPSILON = "apex adds epsilon after the bias correction; it has no 'before_bias_correction' (cerebras_pytorch's placement)"
+_EPSILON = (
+    "apex adds epsilon after the bias correction; it has no 'before_bias_correction' (cerebras_pytorch's placement)"
+)
 
 
 @torch.no_grad()
@@ -42,8 +45,8 @@ def adamw(
 ) -> None:
     """One AdamW update in place, arguments as in kernels/reference.py, eps_placement 'after_bias_correction' only.
 
-    Needs 4 bytes a parameter for the scaled gradient. No synchronisation. Deterministic. Raises KernelError for the other placement and
-    for tensors of 2^31 elements and more, which older builds index with 32 bits.
+    Needs 4 bytes a parameter for the scaled gradient. No synchronisation. Deterministic. Raises KernelError for the
+    other placement and for tensors of 2^31 elements and more, which older builds index with 32 bits.
     """
     check_adamw(parameters, gradients, exp_avgs, exp_avg_sqs, copies, update_index, eps_placement, gradient_scale)
     if eps_placement != "after_bias_correction":
@@ -53,13 +56,16 @@ def adamw(
         return
     for index in used:
         if parameters[index].numel() >= 2**31:
-            raise KernelError(f"adamw: parameters[{index}] has {parameters[index].numel():,} elements; apex takes fewer than 2^31")
+            raise KernelError(
+                f"adamw: parameters[{index}] has {parameters[index].numel():,} elements; apex takes fewer than 2^31"
+            )
     import amp_C
     from apex.multi_tensor_apply import multi_tensor_applier
 
     scaled = torch._foreach_mul([gradients[index].float().contiguous() for index in used], gradient_scale)
     state = [[tensors[index] for index in used] for tensors in (parameters, exp_avgs, exp_avg_sqs)]
-    overflow = torch.zeros(1, dtype=torch.int32, device=parameters[0].device)  # demanded, and not looked at by this kernel
+    # demanded, and not looked at by this kernel
+    overflow = torch.zeros(1, dtype=torch.int32, device=parameters[0].device)
     multi_tensor_applier(
         amp_C.multi_tensor_adam,
         overflow,

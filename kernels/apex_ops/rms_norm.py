@@ -1,9 +1,10 @@
 """rms_norm by NVIDIA apex's fused kernel, given an fp32 weight.
 
-What a reader would get wrong: apex rounds the normalised row to the *weight's* dtype before it multiplies, and its result has the
-weight's dtype. With a weight as coarse as x that is two roundings, which is not the contract. With an fp32 weight (the "mixed dtype"
-function) all is fp32, and the one rounding is the cast below; the price is an fp32 output in between, 12 bytes an element instead of 4.
-Read in apex/normalization/fused_layer_norm.py and csrc/layer_norm_cuda_kernel.cu of NVIDIA/apex, commit 014f30f.
+What a reader would get wrong: apex rounds the normalised row to the *weight's* dtype before it multiplies, and its
+result has the weight's dtype. With a weight as coarse as x that is two roundings, which is not the contract. With an
+fp32 weight (the "mixed dtype" function) all is fp32, and the one rounding is the cast below; the price is an fp32
+output in between, 12 bytes an element instead of 4. Read in apex/normalization/fused_layer_norm.py and
+csrc/layer_norm_cuda_kernel.cu of NVIDIA/apex, commit 014f30f.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from weftrain.kernels.derivatives import without_second_derivatives
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """x [..., n], weight [n] -> x.dtype [..., n] (kernels/reference.py). Statistics, product and gradient sums in fp32.
 
-    Saves x and 1 / rms in fp32. Deterministic: dweight is summed in two stages, without atomics. fp32 goes through apex's torch
-    operator and can be compiled; bf16 and fp16 go through an autograd.Function that torch.compile cannot trace.
+    Saves x and 1 / rms in fp32. Deterministic: dweight is summed in two stages, without atomics. fp32 goes through
+    apex's torch operator and can be compiled; bf16 and fp16 go through an autograd.Function that torch.compile cannot
+    trace.
     """
     check_rms_norm(x, weight)
     from apex.normalization.fused_layer_norm import fused_rms_norm_affine, mixed_dtype_fused_rms_norm_affine

@@ -1,7 +1,7 @@
 """`python -m weftrain.kernels.checks`: every check in a process of its own, without the command line's dependencies.
 
-What a reader would get wrong: TRITON_INTERPRET=1 must be in the environment before Python starts; then the interpreter's bfloat16 is mended
-first. The exit code is 1 if a finding failed or nothing was checked.
+What a reader would get wrong: TRITON_INTERPRET=1 must be in the environment before Python starts; then the
+interpreter's bfloat16 is mended first. The exit code is 1 if a finding failed or nothing was checked.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         install()
     dtypes = [getattr(torch, name) for name in options.dtypes]
-    report = run_checks(options.ops, options.sources, options.device, dtypes, options.checks, implementations=implementations)
+    report = run_checks(
+        options.ops, options.sources, options.device, dtypes, options.checks, implementations=implementations
+    )
     if options.json:
         options.json.write_text(to_json(report))
     for line in summary(report):
@@ -39,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m weftrain.kernels.checks", description="Hold kernels to their contract.")
+    parser = argparse.ArgumentParser(
+        prog="python -m weftrain.kernels.checks", description="Hold kernels to their contract."
+    )
     parser.add_argument("--ops", nargs="+")
     parser.add_argument("--sources", nargs="+")
     parser.add_argument("--checks", nargs="+")

@@ -1,4 +1,6 @@
-"""The kernels by which kernels/checks/interpreter.py proves itself: bf16 in, and the same in torch, in fp32 and rounded once."""
+"""The kernels by which kernels/checks/interpreter.py proves itself: bf16 in, and the same in torch, in fp32 and rounded
+once.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def _elementwise(x, y, out, KIND: tl.constexpr, N: tl.constexpr):
     elif KIND == "where":
         c = tl.where(a > b, a, b * 2.0)
     elif KIND == "compare":
-        c = ((a < b).to(tl.int32) + 2 * (a >= b).to(tl.int32) + 4 * (a == b).to(tl.int32) + 8 * (a != b).to(tl.int32)).to(tl.bfloat16)
+        c = (
+            (a < b).to(tl.int32) + 2 * (a >= b).to(tl.int32) + 4 * (a == b).to(tl.int32) + 8 * (a != b).to(tl.int32)
+        ).to(tl.bfloat16)
     elif KIND == "exp":
         c = tl.exp(a.to(tl.float32)).to(tl.bfloat16)
     elif KIND == "fma":
@@ -115,12 +119,18 @@ def wrong_results() -> list[str]:
     square, other = (torch.randn(_N, _N, generator=generator).bfloat16() for _ in range(2))
     square[:, 0] = 100.0  # a sum of bit patterns is far off
     wide = torch.randn(_N, generator=generator)
-    wide[:4] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, float("nan"), float("-inf")])  # two ties, then what is not finite
+    # two ties, then what is not finite
+    wide[:4] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, float("nan"), float("-inf")])
     cases: list[tuple[str, Any, tuple[Any, ...], dict[str, Any], Tensor]] = [
         (name, _elementwise, (a, b), {"KIND": name}, truth) for name, truth in _elementwise_truths(a, b).items()
     ]
     double = square.double()
-    for name, truth in {"sum": double.sum(1), "max": double.amax(1), "min": double.amin(1), "sum of all": double.sum().expand(_N)}.items():
+    for name, truth in {
+        "sum": double.sum(1),
+        "max": double.amax(1),
+        "min": double.amin(1),
+        "sum of all": double.sum().expand(_N),
+    }.items():
         cases.append((name, _reduce, (square,), {"KIND": name}, truth))
     cases.append(("cumulative sum", _cumulate, (a,), {}, a.double().cumsum(0)))
     cases.append(("dot", _dot, (square, other), {}, double @ other.double().mT))

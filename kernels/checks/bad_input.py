@@ -1,7 +1,9 @@
-"""Calls that cannot be meant, and calls at the edge of what can: the reference's error in the same words, or the reference's result.
+"""Calls that cannot be meant, and calls at the edge of what can: the reference's error in the same words, or the
+reference's result.
 
-What a reader would get wrong: labels and document starts are *values*. On a CPU a wrong one is refused; on an accelerator and in a compiled
-graph nobody looks at it, and a label outside the vocabulary makes its token's loss NaN and no other's.
+What a reader would get wrong: labels and document starts are *values*. On a CPU a wrong one is refused; on an
+accelerator and in a compiled graph nobody looks at it, and a label outside the vocabulary makes its token's loss NaN
+and no other's.
 """
 
 from __future__ import annotations
@@ -77,7 +79,11 @@ _WRONG_LABEL_VALUES: dict[str, Change] = {
 }
 _WRONG: dict[str, dict[str, Change]] = {
     "rms_norm": _WRONG_NORM,
-    "layer_norm": {**_WRONG_NORM, "bias too short": _with("bias", _shorter), "bias on another device": _with("bias", _meta)},
+    "layer_norm": {
+        **_WRONG_NORM,
+        "bias too short": _with("bias", _shorter),
+        "bias on another device": _with("bias", _meta),
+    },
     "rope": {
         "x of rank 3": _with("x", lambda x: x[0]),
         "x of integers": _with("x", torch.Tensor.int),
@@ -157,7 +163,12 @@ def _wrong_cases(subject: Subject) -> list[Case]:
     wrong = dict(_WRONG[subject.op.name])
     if subject.device == "cpu":
         wrong |= _WRONG_VALUES.get(subject.op.name, {})
-    return [_changed(case, name, change) for case in subject.quick(1) for name, change in wrong.items() if _applies(case, name)]
+    return [
+        _changed(case, name, change)
+        for case in subject.quick(1)
+        for name, change in wrong.items()
+        if _applies(case, name)
+    ]
 
 
 def _applies(case: Case, name: str) -> bool:
@@ -183,15 +194,21 @@ def _judge_refused(subject: Subject, case: Case) -> Verdict:
         same = str(error).split()[:4] == expected.split()[:4]
         return Verdict(same, f"refused: {error}" if same else f"refused as '{error}', by the reference as '{expected}'")
     except Exception as error:  # code under test raised something else: that is the finding
-        return Verdict(False, f"raised {type(error).__name__} instead of a KernelError: {' '.join(str(error).split())[:200]}")
+        return Verdict(
+            False, f"raised {type(error).__name__} instead of a KernelError: {' '.join(str(error).split())[:200]}"
+        )
     return Verdict(False, f"was accepted; the reference refuses it: {expected}")
 
 
-# ---- the edge of what can be meant ----------------------------------------------------------------------------------------------------
+# ---- the edge of what can be meant
+# ----------------------------------------------------------------------------------------------------
 
 
 def _no_rows(*names: str) -> Change:
-    return lambda arguments: {**arguments, **{name: arguments[name][:0] for name in names if arguments[name] is not None}}
+    return lambda arguments: {
+        **arguments,
+        **{name: arguments[name][:0] for name in names if arguments[name] is not None},
+    }
 
 
 def _tokens(count: int) -> Change:
@@ -199,8 +216,17 @@ def _tokens(count: int) -> Change:
 
     def change(arguments: Arguments) -> Arguments:
         if "x" in arguments:
-            return {**arguments, "x": arguments["x"][:, :count], "cos": arguments["cos"][:count], "sin": arguments["sin"][:count]}
-        cut = {name: arguments[name][:, :count] for name in ("q", "k", "v", "document_start") if arguments[name] is not None}
+            return {
+                **arguments,
+                "x": arguments["x"][:, :count],
+                "cos": arguments["cos"][:count],
+                "sin": arguments["sin"][:count],
+            }
+        cut = {
+            name: arguments[name][:, :count]
+            for name in ("q", "k", "v", "document_start")
+            if arguments[name] is not None
+        }
         return {**arguments, **cut}
 
     return change
@@ -213,7 +239,8 @@ def _one_column(*names: str) -> Change:
 def _empty_tensor(arguments: Arguments) -> Arguments:
     """A tensor without elements among the others."""
     return {
-        name: [*value, value[0].flatten()[:0]] if isinstance(value, (list, tuple)) and value else value for name, value in arguments.items()
+        name: [*value, value[0].flatten()[:0]] if isinstance(value, (list, tuple)) and value else value
+        for name, value in arguments.items()
     }
 
 
@@ -284,10 +311,15 @@ _EDGES: dict[str, dict[str, Change]] = {
 def _edge_cases(subject: Subject) -> list[Case]:
     def taken(case: Case) -> bool:
         attributes = {**subject.op.attributes, **subject.op.attributes_of(case.build())}
-        return subject.implementation.unavailable(Spec(subject.op.name, "example", subject.device, case.dtype, attributes)) is None
+        return (
+            subject.implementation.unavailable(Spec(subject.op.name, "example", subject.device, case.dtype, attributes))
+            is None
+        )
 
     changes = _EDGES[subject.op.name].items()
-    edges = [_changed(case, name, change) for case in subject.quick(1) for name, change in changes if _applies(case, name)]
+    edges = [
+        _changed(case, name, change) for case in subject.quick(1) for name, change in changes if _applies(case, name)
+    ]
     return [case for case in edges if taken(case)]
 
 
@@ -300,7 +332,8 @@ def _judge_edge(subject: Subject, case: Case) -> Verdict:
     return Verdict(not wrong, f"not the reference's: {', '.join(wrong)}" if wrong else "the reference's result")
 
 
-# ---- labels that nobody looks at ------------------------------------------------------------------------------------------------------
+# ---- labels that nobody looks at
+# ----------------------------------------------------------------------------------------------------
 
 
 def _label_cases(subject: Subject) -> list[Case]:
@@ -311,7 +344,9 @@ def _label_cases(subject: Subject) -> list[Case]:
 
 
 def _judge_unseen_label(subject: Subject, case: Case) -> Verdict:
-    """In a compiled graph (on an accelerator also without one): NaN for its token, the other rows as they were, and no crash."""
+    """In a compiled graph (on an accelerator also without one): NaN for its token, the other rows as they were, and no
+    crash.
+    """
     op, function = subject.op, subject.implementation.function
     if subject.device == "cpu":
         torch._dynamo.reset()
@@ -320,17 +355,26 @@ def _judge_unseen_label(subject: Subject, case: Case) -> Verdict:
     if subject.device == "cpu":
         torch._dynamo.reset()
     if got.dim() == 0:
-        return Verdict(bool(got.isnan()), "the sum is NaN" if bool(got.isnan()) else f"the sum is {float(got)}; it must be NaN")
+        return Verdict(
+            bool(got.isnan()), "the sum is NaN" if bool(got.isnan()) else f"the sum is {float(got)}; it must be NaN"
+        )
     good = OPS[op.name].function(**op.examples[op.smallest](subject.device, case.dtype))
     others = torch.arange(got.shape[0], device=got.device) != 1
     alike = not far({"loss": got[others]}, {"loss": good[others]}, case.dtype)
     right = bool(got[1].isnan()) and alike
     others_are = "as they were" if alike else "changed"
-    return Verdict(right, "NaN in its row alone" if right else f"its row is {float(got[1])}, the others are {others_are}")
+    return Verdict(
+        right, "NaN in its row alone" if right else f"its row is {float(got[1])}, the others are {others_are}"
+    )
 
 
 CHECKS = (
     Check("refused", "wrong calls are refused in the reference's words", _wrong_cases, _judge_refused),
     Check("edges", "no rows, no tokens, one column: the reference's result", _edge_cases, _judge_edge),
-    Check("unseen_labels", "a label outside the vocabulary gives NaN where values are not looked at", _label_cases, _judge_unseen_label),
+    Check(
+        "unseen_labels",
+        "a label outside the vocabulary gives NaN where values are not looked at",
+        _label_cases,
+        _judge_unseen_label,
+    ),
 )

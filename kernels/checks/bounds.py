@@ -1,8 +1,10 @@
-"""Memory: inputs that end or begin exactly at a page that cannot be touched, and outputs too where the implementation allocates in Python.
+"""Memory: inputs that end or begin exactly at a page that cannot be touched, and outputs too where the implementation
+allocates in Python.
 
-What a reader would get wrong: an access out of bounds is a *signal*, so each case runs in a process of its own, forked from a server that
-has imported everything and computed nothing. Only names cross over: the child finds the function by module and name. On an accelerator
-there are no guard pages; there, NaN lies around every tensor instead, in place of the pages, and must be neither seen nor changed.
+What a reader would get wrong: an access out of bounds is a *signal*, so each case runs in a process of its own, forked
+from a server that has imported everything and computed nothing. Only names cross over: the child finds the function by
+module and name. On an accelerator there are no guard pages; there, NaN lies around every tensor instead, in place of
+the pages, and must be neither seen nor changed.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def _judge(subject: Subject, case: Case) -> Verdict | NotHere:
         return _judge_margins(subject, case)
     address = _address(subject.implementation)
     if address is None:
-        return NotHere("its function is neither at module level nor in the catalog: a process of its own cannot find it")
+        return NotHere(
+            "its function is neither at module level nor in the catalog: a process of its own cannot find it"
+        )
     if not sys.platform.startswith("linux"):
         return NotHere("guard pages are made by mmap and mprotect as Linux has them")
     job = {**address, "op": subject.op.name, "example": case.example, "dtype": name_of(case.dtype), "seconds": _SECONDS}
@@ -44,11 +48,16 @@ def _judge(subject: Subject, case: Case) -> Verdict | NotHere:
 
 
 class _Server:
-    """kernels/checks/guarded_process.py in a process of its own: one line of JSON out, one back. It ends when this process does."""
+    """kernels/checks/guarded_process.py in a process of its own: one line of JSON out, one back. It ends when this
+    process does.
+    """
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "weftrain.kernels.checks.guarded_process"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "weftrain.kernels.checks.guarded_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def ask(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +67,9 @@ class _Server:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise KernelError(f"the process that guard pages are checked in ended with exit code {self._process.wait()}")
+            raise KernelError(
+                f"the process that guard pages are checked in ended with exit code {self._process.wait()}"
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -69,7 +80,8 @@ def _server() -> _Server:
     return _Server()
 
 
-# ---- finding the function again -----------------------------------------------------------------------------------------------------
+# ---- finding the function again
+# ----------------------------------------------------------------------------------------------------
 
 
 def _address(implementation: Implementation) -> dict[str, Any] | None:
@@ -97,7 +109,8 @@ def _function(job: dict[str, Any]) -> Callable[..., Any]:
         return load_catalog()[job["op"]][job["source"]][job["variant"]].function
     file = Path(job["file"])
     depth = job["module"].count(".") + (file.name == "__init__.py")
-    sys.path.append(str(file.parents[depth]))  # of a module that was loaded from a file, or from a path that only the parent knows
+    # of a module that was loaded from a file, or from a path that only the parent knows
+    sys.path.append(str(file.parents[depth]))
     function: Callable[..., Any] = getattr(importlib.import_module(job["module"]), job["name"])
     return function
 
@@ -117,12 +130,17 @@ def faults_at_guard_pages(job: dict[str, Any]) -> list[str]:
     for memory in (GuardedMemory("end"), GuardedMemory("start")):
         with memory.allocating():
             arguments = memory.place_all(op.examples[job["example"]]("cpu", dtype))
-            results.append(evaluate(op, function, arguments, gradient=functools.partial(_guarded_gradient, memory), in_place=True))
+            results.append(
+                evaluate(op, function, arguments, gradient=functools.partial(_guarded_gradient, memory), in_place=True)
+            )
         faults += memory.written_outside()
-    return faults + [f"the result depends on what lies around a tensor: {name}" for name in far(results[0], results[1], dtype)]
+    return faults + [
+        f"the result depends on what lies around a tensor: {name}" for name in far(results[0], results[1], dtype)
+    ]
 
 
-# ---- accelerators: NaN around every tensor --------------------------------------------------------------------------------------------
+# ---- accelerators: NaN around every tensor
+# --------------------------------------------------------------------------------------------
 
 
 def _judge_margins(subject: Subject, case: Case) -> Verdict:
@@ -131,7 +149,9 @@ def _judge_margins(subject: Subject, case: Case) -> Verdict:
     surrounded: list[Tensor] = []
 
     def surround(tensor: Tensor) -> Tensor:
-        wide = torch.full((tensor.numel() + 2 * _MARGIN,), float("nan") if tensor.is_floating_point() else -7, device=tensor.device)
+        wide = torch.full(
+            (tensor.numel() + 2 * _MARGIN,), float("nan") if tensor.is_floating_point() else -7, device=tensor.device
+        )
         wide = wide.to(tensor.dtype)
         inner = wide[_MARGIN : _MARGIN + tensor.numel()].view(tensor.shape)
         inner.copy_(tensor)
@@ -140,7 +160,9 @@ def _judge_margins(subject: Subject, case: Case) -> Verdict:
 
     plain = evaluate(op, function, case.build())
     arguments = map_tensors(surround, case.build())
-    results: Results = evaluate(op, function, arguments, gradient=lambda output: surround(incoming(output)), in_place=True)
+    results: Results = evaluate(
+        op, function, arguments, gradient=lambda output: surround(incoming(output)), in_place=True
+    )
     faults = [f"reads what lies around a tensor: {name}" for name in far(results, plain, case.dtype)]
     for name, wide in zip([*tensors_of(arguments), "incoming gradient"], surrounded, strict=False):
         margin = torch.cat((wide[:_MARGIN], wide[-_MARGIN:]))

@@ -1,7 +1,9 @@
-"""Does it compose: opcheck, one graph under torch.compile, checkpointing, strides, unwanted gradients, and twenty times the same bits.
+"""Does it compose: opcheck, one graph under torch.compile, checkpointing, strides, unwanted gradients, and twenty times
+the same bits.
 
-What a reader would get wrong: the custom operators are not declared by anybody. They are *seen*, by running the implementation under a
-dispatch mode that notes each operator outside torch's own namespaces with its arguments; a third party's are found the same way.
+What a reader would get wrong: the custom operators are not declared by anybody. They are *seen*, by running the
+implementation under a dispatch mode that notes each operator outside torch's own namespaces with its arguments; a third
+party's are found the same way.
 """
 
 from __future__ import annotations
@@ -18,21 +20,44 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from weftrain.kernels.checks.evaluation import Results, differing, evaluate, far, incoming, map_tensors, same_bits, tensors_of
+from weftrain.kernels.checks.evaluation import (
+    Results,
+    differing,
+    evaluate,
+    far,
+    incoming,
+    map_tensors,
+    same_bits,
+    tensors_of,
+)
 from weftrain.kernels.checks.findings import Case, Check, NotHere, Subject, Verdict
 from weftrain.kernels.contract import KernelError
 from weftrain.kernels.ops import Arguments, Op
 
-_OWN_NAMESPACES = ("aten", "prims", "prim", "inductor", "quantized", "mkldnn", "mkl", "profiler", "_c10d_functional", "higher_order")
+_OWN_NAMESPACES = (
+    "aten",
+    "prims",
+    "prim",
+    "inductor",
+    "quantized",
+    "mkldnn",
+    "mkl",
+    "profiler",
+    "_c10d_functional",
+    "higher_order",
+)
 RUNS = 20
 INTERPRETED_RUNS = 3  # numpy, one program after the other: nothing there could differ
 
 
-# ---- opcheck ------------------------------------------------------------------------------------------------------------------------
+# ---- opcheck
+# ----------------------------------------------------------------------------------------------------
 
 
 class _Operators(TorchDispatchMode):
-    """Every operator outside torch's own namespaces, with the arguments of its first call (copied: it may change them)."""
+    """Every operator outside torch's own namespaces, with the arguments of its first call (copied: it may change
+    them).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,18 +78,26 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _judge_opcheck(subject: Subject, case: Case) -> Verdict:
-    # A function that is compiled by itself cannot be compiled under a dispatch mode: its operators are the same eagerly.
+    # A function that is compiled by itself cannot be compiled under a dispatch mode: its operators are the same
+    # eagerly.
     with torch.compiler.set_stance("force_eager"), _Operators() as operators:
         evaluate(subject.op, subject.implementation.function, case.build())
     faults = []
     for operator, (args, kwargs) in operators.seen.items():
         outcome = torch.library.opcheck(operator, args, kwargs, raise_exception=False)
-        faults += [f"{operator} {test}: {' '.join(str(result).split())[:200]}" for test, result in outcome.items() if result != "SUCCESS"]
+        faults += [
+            f"{operator} {test}: {' '.join(str(result).split())[:200]}"
+            for test, result in outcome.items()
+            if result != "SUCCESS"
+        ]
     names = ", ".join(str(operator) for operator in operators.seen) or "no operators of its own"
-    return Verdict(not faults, "; ".join(faults) or f"opcheck passes: {names}", {"operators": float(len(operators.seen))})
+    return Verdict(
+        not faults, "; ".join(faults) or f"opcheck passes: {names}", {"operators": float(len(operators.seen))}
+    )
 
 
-# ---- torch.compile and checkpointing ------------------------------------------------------------------------------------------------
+# ---- torch.compile and checkpointing
+# ------------------------------------------------------------------------------------------------
 
 
 def _judge_compile(backend: str) -> Callable[[Subject, Case], Verdict | NotHere]:
@@ -76,9 +109,14 @@ def _judge_compile(backend: str) -> Callable[[Subject, Case], Verdict | NotHere]
         torch._dynamo.reset()
         function = subject.implementation.function
         compiled = torch.compile(function, fullgraph=True, backend=backend)
-        wrong = far(evaluate(subject.op, compiled, case.build()), evaluate(subject.op, function, case.build()), case.dtype)
+        wrong = far(
+            evaluate(subject.op, compiled, case.build()), evaluate(subject.op, function, case.build()), case.dtype
+        )
         torch._dynamo.reset()
-        return Verdict(not wrong, "; ".join(f"{name} differs from the eager result" for name in wrong) or "one graph, the eager result")
+        return Verdict(
+            not wrong,
+            "; ".join(f"{name} differs from the eager result" for name in wrong) or "one graph, the eager result",
+        )
 
     return judge
 
@@ -102,13 +140,16 @@ def _judge_checkpoint(subject: Subject, case: Case) -> Verdict:
     return Verdict(not wrong, f"bits differ: {', '.join(wrong)}" if wrong else "the same bits")
 
 
-# ---- strides ------------------------------------------------------------------------------------------------------------------------
+# ---- strides
+# ----------------------------------------------------------------------------------------------------
 
 _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every second element": lambda tensor: torch.stack((tensor, tensor + 1), -1)[..., 0],
     "part of a wider row": lambda tensor: torch.cat((tensor, tensor + 1), -1)[..., : tensor.shape[-1]],
     "transposed": lambda tensor: tensor.transpose(0, -1).contiguous().transpose(0, -1),
-    "one element into its storage": lambda tensor: torch.cat((tensor.flatten()[:1] + 1, tensor.flatten()))[1:].view(tensor.shape),
+    "one element into its storage": lambda tensor: torch.cat((tensor.flatten()[:1] + 1, tensor.flatten()))[1:].view(
+        tensor.shape
+    ),
 }
 
 
@@ -122,17 +163,25 @@ def _judge_strides(subject: Subject, case: Case) -> Verdict:
     dense = evaluate(op, function, case.build())
     faults = []
     for layout, arrange in _LAYOUTS.items():
-        faults += [f"{layout}: {name}" for name in far(evaluate(op, function, _arranged(op, case.build(), arrange)), dense, case.dtype)]
+        faults += [
+            f"{layout}: {name}"
+            for name in far(evaluate(op, function, _arranged(op, case.build(), arrange)), dense, case.dtype)
+        ]
         if op.differentiable:
             got = evaluate(op, function, case.build(), gradient=functools.partial(_arranged_gradient, arrange))
             faults += [f"incoming gradient, {layout}: {name}" for name in far(got, dense, case.dtype)]
     if op.differentiable:
         ones, expanded = (
             evaluate(op, function, case.build(), gradient=gradient)
-            for gradient in (torch.ones_like, lambda output: torch.ones((), dtype=output.dtype, device=output.device).expand(output.shape))
+            for gradient in (
+                torch.ones_like,
+                lambda output: torch.ones((), dtype=output.dtype, device=output.device).expand(output.shape),
+            )
         )
         faults += [f"incoming gradient, expanded: {name}" for name in far(expanded, ones, case.dtype)]
-    return Verdict(not faults, "; ".join(faults[:4]) or "the dense result for every layout", {"faults": float(len(faults))})
+    return Verdict(
+        not faults, "; ".join(faults[:4]) or "the dense result for every layout", {"faults": float(len(faults))}
+    )
 
 
 def _arrange(arrange: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
@@ -148,7 +197,8 @@ def _arranged(op: Op, arguments: Arguments, arrange: Callable[[Tensor], Tensor])
     }
 
 
-# ---- gradients that nobody wants ----------------------------------------------------------------------------------------------------
+# ---- gradients that nobody wants
+# ----------------------------------------------------------------------------------------------------
 
 
 class _NoGradient(torch.autograd.Function):
@@ -168,11 +218,14 @@ def _judge_unwanted(subject: Subject, case: Case) -> Verdict:
     op, function = subject.op, subject.implementation.function
     every = evaluate(op, function, case.build())
     faults = []
-    subsets = {(name,) for name in op.differentiable} | {tuple(n for n in op.differentiable if n != name) for name in op.differentiable}
+    subsets = {(name,) for name in op.differentiable} | {
+        tuple(n for n in op.differentiable if n != name) for name in op.differentiable
+    }
     for wanted in sorted(subsets | {()}):
         got = evaluate(op, function, case.build(), wanted=wanted)
         faults += [
-            f"with gradients to {', '.join(wanted) or 'nothing'}: {name}" for name in far(got, {n: every[n] for n in got}, case.dtype)
+            f"with gradients to {', '.join(wanted) or 'nothing'}: {name}"
+            for name in far(got, {n: every[n] for n in got}, case.dtype)
         ]
     with torch.no_grad():
         leaves = {name: case.build()[name].requires_grad_() for name in op.differentiable}
@@ -181,12 +234,17 @@ def _judge_unwanted(subject: Subject, case: Case) -> Verdict:
     leaves = {name: case.build()[name].requires_grad_() for name in op.differentiable}
     output = _NoGradient.apply(function(**{**case.build(), **leaves}))
     gradients = torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output), allow_unused=True)
-    moved = [name for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None and bool(gradient.any())]
+    moved = [
+        name for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None and bool(gradient.any())
+    ]
     faults += [f"an output without a gradient: {name}" for name in moved]
-    return Verdict(not faults, "; ".join(faults[:4]) or "the gradients that are wanted, and none of an output without one")
+    return Verdict(
+        not faults, "; ".join(faults[:4]) or "the gradients that are wanted, and none of an output without one"
+    )
 
 
-# ---- determinism --------------------------------------------------------------------------------------------------------------------
+# ---- determinism
+# ----------------------------------------------------------------------------------------------------
 
 
 def _judge_determinism(subject: Subject, case: Case) -> Verdict:
@@ -206,8 +264,12 @@ def _judge_determinism(subject: Subject, case: Case) -> Verdict:
     finally:
         torch.set_num_threads(threads)
     changed = [name for name, tensor in tensors_of(arguments).items() if not same_bits(tensor, before[name])]
-    faults = [f"bits of {name} differ within {runs} runs" for name in wrong] + [f"input {name} was changed" for name in changed]
-    return Verdict(not faults, "; ".join(faults) or f"the same bits {runs} times, inputs untouched", {"runs": float(runs)})
+    faults = [f"bits of {name} differ within {runs} runs" for name in wrong] + [
+        f"input {name} was changed" for name in changed
+    ]
+    return Verdict(
+        not faults, "; ".join(faults) or f"the same bits {runs} times, inputs untouched", {"runs": float(runs)}
+    )
 
 
 def _fresh(op: Op, function: Callable[..., Any], arguments: Arguments) -> Results:
@@ -215,23 +277,29 @@ def _fresh(op: Op, function: Callable[..., Any], arguments: Arguments) -> Result
     return evaluate(op, function, map_tensors(_copied, arguments))
 
 
-# ---- second derivatives and autocast ------------------------------------------------------------------------------------------------
+# ---- second derivatives and autocast
+# ------------------------------------------------------------------------------------------------
 
-# Relative Frobenius error of a gradient penalty's gradient against the reference in fp32: of second derivatives as such, and rounded.
+# Relative Frobenius error of a gradient penalty's gradient against the reference in fp32: of second derivatives as
+# such, and rounded.
 _SECOND_DERIVATIVE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 def _penalty_gradients(op: Op, function: Callable[..., Any], arguments: Arguments, constant: bool) -> Results:
     """By argument: what the penalty |d loss / d argument|^2, summed over the arguments, adds to the gradient of each.
 
-    constant: the loss is the sum of the outputs, whose gradient is 1 and needs none itself; else the sum of their squares.
+    constant: the loss is the sum of the outputs, whose gradient is 1 and needs none itself; else the sum of their
+    squares.
     """
     leaves = {name: arguments[name].detach().requires_grad_() for name in op.differentiable}
     output = function(**{**arguments, **leaves}).float()
     loss = output.sum() if constant else output.square().sum()
     first = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
     (loss + sum(gradient.float().square().sum() for gradient in first)).backward()
-    return {name: leaf.grad.float() - gradient.detach().float() for (name, leaf), gradient in zip(leaves.items(), first, strict=True)}  # type: ignore[union-attr]
+    return {
+        name: leaf.grad.float() - gradient.detach().float()
+        for (name, leaf), gradient in zip(leaves.items(), first, strict=True)
+    }  # type: ignore[union-attr]
 
 
 def _judge_second_derivatives(subject: Subject, case: Case) -> Verdict:
@@ -259,13 +327,20 @@ def _judge_autocast(subject: Subject, case: Case) -> Verdict:
     """Under autocast the arguments still decide the dtypes, and forward and backward agree about them."""
     op, function = subject.op, subject.implementation.function
     plain = evaluate(op, function, case.build())
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.build().items() if name in op.differentiable}
+    leaves = {
+        name: tensor.detach().requires_grad_() for name, tensor in case.build().items() if name in op.differentiable
+    }
     with torch.autocast(subject.device, torch.bfloat16):
         output = function(**{**case.build(), **leaves})
     gradients = torch.autograd.grad(output, list(leaves.values()), incoming(output))
-    got = {"output": output.detach(), **{f"grad_{name}": tensor for name, tensor in zip(leaves, gradients, strict=True)}}
+    got = {
+        "output": output.detach(),
+        **{f"grad_{name}": tensor for name, tensor in zip(leaves, gradients, strict=True)},
+    }
     wrong = far(got, plain, case.dtype)
-    return Verdict(not wrong, "; ".join(f"{name} differs from the result without autocast" for name in wrong) or "the same result")
+    return Verdict(
+        not wrong, "; ".join(f"{name} differs from the result without autocast" for name in wrong) or "the same result"
+    )
 
 
 def _graph_cases(subject: Subject) -> list[Case]:
@@ -277,13 +352,19 @@ def _inductor_cases(subject: Subject) -> list[Case]:
 
 
 def _not_reference(subject: Subject) -> list[Case]:
-    return [] if subject.implementation.source == "reference" else _graph_cases(subject)  # plain torch: autocast governs it
+    # plain torch: autocast governs it
+    return [] if subject.implementation.source == "reference" else _graph_cases(subject)
 
 
 CHECKS = (
     Check("opcheck", "its operators pass torch.library.opcheck", lambda s: s.quick(1), _judge_opcheck),
     Check("compile", "one whole graph under torch.compile (aot_eager)", _graph_cases, _judge_compile("aot_eager")),
-    Check("inductor", "one whole graph under torch.compile with generated code", _inductor_cases, _judge_compile("inductor")),
+    Check(
+        "inductor",
+        "one whole graph under torch.compile with generated code",
+        _inductor_cases,
+        _judge_compile("inductor"),
+    ),
     Check("checkpoint", "activation checkpointing gives the same bits", _graph_cases, _judge_checkpoint),
     Check("strides", "strided inputs and incoming gradients", lambda s: s.quick(1), _judge_strides),
     Check("unwanted", "gradients that nobody wants, or that never come", _graph_cases, _judge_unwanted),

@@ -1,7 +1,8 @@
 """run_checks: every check of every implementation, as a list of findings.
 
-What a reader would get wrong: an exception out of an implementation is a finding that failed, not an error of the run. That is the one
-place here where every exception is caught, because what somebody else's kernel raises is exactly what is asked.
+What a reader would get wrong: an exception out of an implementation is a finding that failed, not an error of the run.
+That is the one place here where every exception is caught, because what somebody else's kernel raises is exactly what
+is asked.
 """
 
 from __future__ import annotations
@@ -11,12 +12,25 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from weftrain.kernels.checks import bad_input, bounds, composition, numerics
-from weftrain.kernels.checks.findings import DTYPES, Case, Check, Finding, NotHere, Report, Skipped, Subject, Verdict, name_of
+from weftrain.kernels.checks.findings import (
+    DTYPES,
+    Case,
+    Check,
+    Finding,
+    NotHere,
+    Report,
+    Skipped,
+    Subject,
+    Verdict,
+    name_of,
+)
 from weftrain.kernels.contract import Implementation, KernelError
 from weftrain.kernels.ops import OPS
 from weftrain.kernels.registry import load_catalog
 
-CHECKS: dict[str, Check] = {check.name: check for check in (*numerics.CHECKS, *composition.CHECKS, *bounds.CHECKS, *bad_input.CHECKS)}
+CHECKS: dict[str, Check] = {
+    check.name: check for check in (*numerics.CHECKS, *composition.CHECKS, *bounds.CHECKS, *bad_input.CHECKS)
+}
 Progress = Callable[[int, int, str], None]  # done, total, "rms_norm triton: numerics"
 
 
@@ -30,14 +44,18 @@ def run_checks(
     implementations: Sequence[Implementation] | None = None,
     examples: Sequence[str] | None = None,
 ) -> Report:
-    """Ask every question of every implementation (of the catalog, or of those given) that `ops` and `sources` leave. None: all.
+    """Ask every question of every implementation (of the catalog, or of those given) that `ops` and `sources` leave.
+    None: all.
 
     examples: names of kernels/ops.py, or of calls, that alone are asked about; a name that nothing has leaves nothing.
 
-    Raises KernelError for an unknown op, source or check. What is unavailable is in the report's `skipped`, with its reason.
+    Raises KernelError for an unknown op, source or check. What is unavailable is in the report's `skipped`, with its
+    reason.
     """
     if implementations is None:
-        implementations = [item for by_source in load_catalog().values() for variants in by_source.values() for item in variants]
+        implementations = [
+            item for by_source in load_catalog().values() for variants in by_source.values() for item in variants
+        ]
     _known("op", ops, [*OPS])
     _known("source", sources, sorted({item.source for item in implementations}))
     _known("check", checks, [*CHECKS])
@@ -68,17 +86,23 @@ def _known(kind: str, asked: Sequence[str] | None, known: Sequence[str]) -> None
 
 
 def _available(implementation: Implementation, device: str, dtypes: Sequence[torch.dtype], report: Report) -> Subject:
-    """The subject in the dtypes that it takes for at least one small example; the others, and what it refuses in part, are noted."""
+    """The subject in the dtypes that it takes for at least one small example; the others, and what it refuses in part,
+    are noted.
+    """
     subject = Subject(implementation, device, tuple(dtypes))
     op, source = implementation.op, implementation.source
     usable = []
     for dtype in dtypes:
         reasons = {example: subject.unavailable(example, dtype) for example in subject.op.small}
         if all(reasons.values()):
-            report.skipped.append(Skipped(op, source, "*", "*", name_of(dtype), " / ".join(dict.fromkeys(map(str, reasons.values())))))
+            report.skipped.append(
+                Skipped(op, source, "*", "*", name_of(dtype), " / ".join(dict.fromkeys(map(str, reasons.values()))))
+            )
             continue
         usable.append(dtype)
-        report.skipped += [Skipped(op, source, "*", example, name_of(dtype), reason) for example, reason in reasons.items() if reason]
+        report.skipped += [
+            Skipped(op, source, "*", example, name_of(dtype), reason) for example, reason in reasons.items() if reason
+        ]
     return Subject(implementation, device, tuple(usable))
 
 

@@ -1,7 +1,9 @@
-"""Running one implementation: its results by name ("output", "grad_x", or for an in-place op "parameters", "exp_avgs", ...).
+"""Running one implementation: its results by name ("output", "grad_x", or for an in-place op "parameters", "exp_avgs",
+...).
 
-What a reader would get wrong: `evaluate` keeps the strides and the storage of the arguments it is given (guard pages and strided views
-depend on it); only what an op updates in place is copied first, unless `in_place` says that the arguments themselves are to change.
+What a reader would get wrong: `evaluate` keeps the strides and the storage of the arguments it is given (guard pages
+and strided views depend on it); only what an op updates in place is copied first, unless `in_place` says that the
+arguments themselves are to change.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ Results = dict[str, Tensor]
 
 
 def incoming(output: Tensor) -> Tensor:
-    """A fixed random gradient of the output's shape: rounded to bf16's eight bits and fp16's range, so it is one in every dtype."""
+    """A fixed random gradient of the output's shape: rounded to bf16's eight bits and fp16's range, so it is one in
+    every dtype.
+    """
     drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     return drawn.to(output.dtype).to(output.device)
 
@@ -47,7 +51,9 @@ def tensors_of(arguments: Arguments) -> dict[str, Tensor]:
 
 def exact_arguments(arguments: Arguments) -> Arguments:
     """On a CPU, floats in float64."""
-    return map_tensors(lambda tensor: tensor.detach().cpu().double() if tensor.is_floating_point() else tensor.cpu(), arguments)
+    return map_tensors(
+        lambda tensor: tensor.detach().cpu().double() if tensor.is_floating_point() else tensor.cpu(), arguments
+    )
 
 
 def evaluate(
@@ -96,7 +102,9 @@ def differing(got: Results, expected: Results) -> list[str]:
 
 
 def distance(got: Tensor, exact: Tensor) -> float:
-    """Relative Frobenius error against a float64 truth on the CPU; of a truth near 0 (q's gradient of one token), absolute times 1e6."""
+    """Relative Frobenius error against a float64 truth on the CPU; of a truth near 0 (q's gradient of one token),
+    absolute times 1e6.
+    """
     got = got.detach().cpu().double()
     if got.shape != exact.shape:
         return float("inf")
@@ -106,12 +114,15 @@ def distance(got: Tensor, exact: Tensor) -> float:
     return found if found == found else float("inf")
 
 
-# How far the same formula may come from itself where sums are taken in another order, element by element: (relative, absolute).
+# How far the same formula may come from itself where sums are taken in another order, element by element: (relative,
+# absolute).
 _CLOSE = {torch.float32: (1e-5, 1e-6), torch.bfloat16: (2e-2, 1e-2), torch.float16: (2.5e-3, 1.25e-3)}
 
 
 def far(got: Results, expected: Results, dtype: torch.dtype) -> list[str]:
-    """The names of results of a use in `dtype` that have another dtype or shape, or are not close element by element."""
+    """The names of results of a use in `dtype` that have another dtype or shape, or are not close element by
+    element.
+    """
     relative, absolute = _CLOSE[dtype]
     wrong = []
     for name, tensor in expected.items():

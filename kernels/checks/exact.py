@@ -1,7 +1,8 @@
-"""Every op once more, in float64 on a CPU and written independently of the reference: the truth that errors are measured against.
+"""Every op once more, in float64 on a CPU and written independently of the reference: the truth that errors are
+measured against.
 
-What a reader would get wrong: these are written over what is *visible*. A key of the future, of another document, or the logits of an
-ignored row do not appear in the formula at all, so a NaN there leaves its result finite.
+What a reader would get wrong: these are written over what is *visible*. A key of the future, of another document, or
+the logits of an ignored row do not appear in the formula at all, so a NaN there leaves its result finite.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def _attention_of_finite(q: Tensor, k: Tensor, v: Tensor, scale: float, document
     return torch.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdim=True), v)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0) -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
     losses = []
     for row, label in zip(logits * logits_scale, labels.tolist(), strict=True):
         if label == ignore_index:
@@ -110,5 +113,15 @@ def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 EXACT: dict[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (rms_norm, layer_norm, rope, swiglu, attention, cross_entropy, linear_cross_entropy, adamw, grad_norm)
+    for function in (
+        rms_norm,
+        layer_norm,
+        rope,
+        swiglu,
+        attention,
+        cross_entropy,
+        linear_cross_entropy,
+        adamw,
+        grad_norm,
+    )
 }

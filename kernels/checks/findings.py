@@ -1,7 +1,8 @@
 """What a check is asked about, and what it answers.
 
-What a reader would get wrong: a check that raises has *failed*. Code under test may raise anything, so the engine turns every exception
-into a finding; only what is unavailable, by the implementation's own words or this machine's lack, is skipped.
+What a reader would get wrong: a check that raises has *failed*. Code under test may raise anything, so the engine turns
+every exception into a finding; only what is unavailable, by the implementation's own words or this machine's lack, is
+skipped.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class Subject:
     def unavailable(self, example: str, dtype: torch.dtype) -> str | None:
         """The implementation's own reason not to take that example's attributes."""
         attributes = self.op.attributes_of(self.op.examples[example](self.device, dtype))
-        return self.implementation.unavailable(Spec(self.op.name, "example", self.device, dtype, {**self.op.attributes, **attributes}))
+        return self.implementation.unavailable(
+            Spec(self.op.name, "example", self.device, dtype, {**self.op.attributes, **attributes})
+        )
 
     def cases(self, *examples: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Case]:
         """Those of the examples, in those of the dtypes, that the implementation is available for."""
@@ -83,7 +86,9 @@ class Subject:
         ]
 
     def quick(self, count: int = len(DTYPES)) -> list[Case]:
-        """For what is asked many times over: the smallest example that it takes, in each of the first `count` dtypes that it takes."""
+        """For what is asked many times over: the smallest example that it takes, in each of the first `count` dtypes
+        that it takes.
+        """
         found = []
         for dtype in self.dtypes:
             found += self.cases(self.op.smallest, *self.op.small, dtypes=(dtype,))[:1]
@@ -117,7 +122,9 @@ class NotHere:
 
 @dataclass(frozen=True)
 class Check:
-    """cases: which questions; judge: the answer to one. An exception that judge raises is a failure of the implementation."""
+    """cases: which questions; judge: the answer to one. An exception that judge raises is a failure of the
+    implementation.
+    """
 
     name: str
     meaning: str  # one line, for people

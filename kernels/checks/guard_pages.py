@@ -1,7 +1,9 @@
-"""Memory between two pages that cannot be touched (Linux): tensors placed there, and torch.empty made to place its tensors there.
+"""Memory between two pages that cannot be touched (Linux): tensors placed there, and torch.empty made to place its
+tensors there.
 
-What a reader would get wrong: a tensor's size is no multiple of a page, so only one of its sides can lie at a guard page. The slack on the
-other side is filled with a pattern that must survive, and everything runs twice, once for each side.
+What a reader would get wrong: a tensor's size is no multiple of a page, so only one of its sides can lie at a guard
+page. The slack on the other side is filled with a pattern that must survive, and everything runs twice, once for each
+side.
 """
 
 from __future__ import annotations
@@ -31,7 +33,14 @@ class GuardedMemory:
         self._slacks: list[tuple[str, int, int]] = []  # what, address, bytes
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.mmap.restype = ctypes.c_void_p
-        self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+        self._libc.mmap.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_long,
+        ]
         self._libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -44,7 +53,9 @@ class GuardedMemory:
         size = elements * dtype.itemsize
         page = mmap.PAGESIZE
         inner = -(-size // page) * page
-        base = self._libc.mmap(None, inner + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        base = self._libc.mmap(
+            None, inner + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
+        )
         if base in (None, ctypes.c_void_p(-1).value):
             raise KernelError(f"mmap of {inner + 2 * page} bytes failed: errno {ctypes.get_errno()}")
         for guard in (base, base + page + inner):
@@ -77,7 +88,9 @@ class GuardedMemory:
 
     @contextmanager
     def allocating(self) -> Iterator[None]:
-        """torch.empty and its like, as called from Python, give guarded memory. C++ code that allocates is not reached."""
+        """torch.empty and its like, as called from Python, give guarded memory. C++ code that allocates is not
+        reached.
+        """
         names = ("empty", "empty_like", "zeros", "zeros_like")
         originals = {name: getattr(torch, name) for name in names}
         methods = {name: getattr(Tensor, name) for name in ("new_empty", "new_zeros")}

@@ -1,7 +1,8 @@
-"""The process that cases of kernels/checks/bounds.py are forked from: `python -m`, a line of JSON in for each case, a line out.
+"""The process that cases of kernels/checks/bounds.py are forked from: `python -m`, a line of JSON in for each case, a
+line out.
 
-What a reader would get wrong: no arithmetic on more than one thread may happen here before a fork. A forked child does not inherit the
-pool of threads, and would wait for it for ever.
+What a reader would get wrong: no arithmetic on more than one thread may happen here before a fork. A forked child does
+not inherit the pool of threads, and would wait for it for ever.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(1)
-    torch.compiler.set_stance("force_eager")  # code that torch generates is torch's, and would be generated again in every child
+    # code that torch generates is torch's, and would be generated again in every child
+    torch.compiler.set_stance("force_eager")
     _import_sources()
     for line in sys.stdin:
         answers.write(json.dumps(_ask(json.loads(line))) + "\n")

@@ -1,8 +1,10 @@
-"""Triton's interpreter made to compute bfloat16, for checks only: version 3.7.1 adds and multiplies its *bit patterns* as integers.
+"""Triton's interpreter made to compute bfloat16, for checks only: version 3.7.1 adds and multiplies its *bit patterns*
+as integers.
 
-What a reader would get wrong: this replaces private methods of one exact version of Triton, so any other version is refused, and what was
-installed is tested by running kernels. One operation is done in fp32 and rounded once to nearest even. A sum or a dot of bf16 is therefore
-rounded once, whereas a GPU that accumulates in bf16 rounds at every step: the interpreter cannot show that error.
+What a reader would get wrong: this replaces private methods of one exact version of Triton, so any other version is
+refused, and what was installed is tested by running kernels. One operation is done in fp32 and rounded once to nearest
+even. A sum or a dot of bf16 is therefore rounded once, whereas a GPU that accumulates in bf16 rounds at every step: the
+interpreter cannot show that error.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def computes_bfloat16() -> bool:
 def install() -> None:
     """Replace the interpreter's arithmetic on bfloat16 and test the result; a second call does nothing.
 
-    Raises KernelError: another Triton than 3.7.1, a process whose Triton does not interpret, or a wrong result of the self-test.
+    Raises KernelError: another Triton than 3.7.1, a process whose Triton does not interpret, or a wrong result of the
+    self-test.
     """
     if computes_bfloat16():
         return
@@ -40,7 +43,8 @@ def install() -> None:
         raise KernelError(f"the bfloat16 fix of Triton's interpreter needs triton {TRITON_VERSION}: {error}") from error
     if triton.__version__ != TRITON_VERSION:
         raise KernelError(
-            f"the bfloat16 fix is for the interpreter of triton {TRITON_VERSION}, and this is {triton.__version__}: pip install "
+            f"the bfloat16 fix is for the interpreter of triton {TRITON_VERSION}, and this is {triton.__version__}: "
+            "pip install "
             f"triton=={TRITON_VERSION}"
         )
     if not triton.knobs.runtime.interpret:
@@ -51,15 +55,20 @@ def install() -> None:
 
 
 def self_test() -> None:
-    """Run small kernels in bf16 and compare them bit for bit with torch's fp32 arithmetic, rounded once. Raises KernelError."""
+    """Run small kernels in bf16 and compare them bit for bit with torch's fp32 arithmetic, rounded once. Raises
+    KernelError.
+    """
     from weftrain.kernels.checks._interpreter_kernels import wrong_results
 
     wrong = wrong_results()
     if wrong:
-        raise KernelError(f"Triton's interpreter computes bfloat16 wrongly here: {', '.join(wrong)}; its results would mean nothing")
+        raise KernelError(
+            f"Triton's interpreter computes bfloat16 wrongly here: {', '.join(wrong)}; its results would mean nothing"
+        )
 
 
-# ---- bits ---------------------------------------------------------------------------------------------------------------------------
+# ---- bits
+# ----------------------------------------------------------------------------------------------------
 
 
 def _widen(bits: np.ndarray) -> np.ndarray:
@@ -81,12 +90,17 @@ def _truncate(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), (values.view(np.uint32) >> 16).astype(np.uint16))
 
 
-# ---- the replacements ---------------------------------------------------------------------------------------------------------------
+# ---- the replacements
+# ----------------------------------------------------------------------------------------------------
 
 
 def _patch_builder(builder: Any, handle: Any, numpy_dtype: Callable[[Any], Any], tl: Any) -> None:
-    """Every method of the interpreter's builder that computes: operands widened, the result rounded where it is bfloat16."""
-    originals = {name: getattr(builder, name) for name in ("binary_op", "cast_impl", "create_fp_to_fp", "create_atomic_rmw")}
+    """Every method of the interpreter's builder that computes: operands widened, the result rounded where it is
+    bfloat16.
+    """
+    originals = {
+        name: getattr(builder, name) for name in ("binary_op", "cast_impl", "create_fp_to_fp", "create_atomic_rmw")
+    }
 
     def is_bf16(operand: Any) -> bool:
         return operand.dtype.scalar == tl.bfloat16 and operand.data.dtype == np.uint16
@@ -119,7 +133,11 @@ def _patch_builder(builder: Any, handle: Any, numpy_dtype: Callable[[Any], Any],
         to_bf16 = dst_type.scalar == tl.bfloat16
         if not (to_bf16 or is_bf16(src)):
             return originals["cast_impl"](self, src, dst_type)
-        return result(values(src), tl.bfloat16) if to_bf16 else handle(values(src).astype(numpy_dtype(dst_type)), dst_type.scalar)
+        return (
+            result(values(src), tl.bfloat16)
+            if to_bf16
+            else handle(values(src).astype(numpy_dtype(dst_type)), dst_type.scalar)
+        )
 
     def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
         from triton._C.libtriton import ir
@@ -139,7 +157,13 @@ def _patch_builder(builder: Any, handle: Any, numpy_dtype: Callable[[Any], Any],
 
     for function in (binary_op, cast_impl, create_fp_to_fp, create_atomic_rmw, get_bf16):
         setattr(builder, function.__name__, function)
-    for name, arguments in (("unary_op", 1), ("create_erf", 1), ("create_rsqrt", 1), ("create_fma", 3), ("create_clampf", 3)):
+    for name, arguments in (
+        ("unary_op", 1),
+        ("create_erf", 1),
+        ("create_rsqrt", 1),
+        ("create_fma", 3),
+        ("create_clampf", 3),
+    ):
         setattr(builder, name, widened(getattr(builder, name), arguments))
     builder.create_dot = widened(builder.create_dot, 3)
 
@@ -155,7 +179,9 @@ def _patch_reductions(interface: Any, handle: Any, tl: Any) -> None:
         if not any(narrow):
             return original(self, operands)
         wide = tuple(
-            tl.core.tensor(handle(_widen(t.handle.data), tl.float32), t.type.with_element_ty(tl.float32)) if is_narrow else t
+            tl.core.tensor(handle(_widen(t.handle.data), tl.float32), t.type.with_element_ty(tl.float32))
+            if is_narrow
+            else t
             for t, is_narrow in zip(operands, narrow, strict=True)
         )
         results = []

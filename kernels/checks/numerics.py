@@ -1,8 +1,9 @@
-"""Errors against float64, of the forward and of every gradient; results rounded once where the op says so; NaN and Inf that stay visible.
+"""Errors against float64, of the forward and of every gradient; results rounded once where the op says so; NaN and Inf
+that stay visible.
 
-What a reader would get wrong: the bound is not a tolerance somebody chose. An implementation may err 2x (forward) or 3x (gradients) as much
-as the reference does in that dtype, and the reference itself must stay below a cap. Errors are relative Frobenius norms, so one wrong
-element of a small tensor shows.
+What a reader would get wrong: the bound is not a tolerance somebody chose. An implementation may err 2x (forward) or 3x
+(gradients) as much as the reference does in that dtype, and the reference itself must stay below a cap. Errors are
+relative Frobenius norms, so one wrong element of a small tensor shows.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from weftrain.kernels.checks.exact import EXACT
 from weftrain.kernels.checks.findings import Case, Check, Subject, Verdict, name_of
 from weftrain.kernels.ops import OPS, Arguments, Op
 
-# What the reference itself may err. fp32: 8 roundings of 2^-23. bf16: 2.5 roundings of 2^-8; fp16: the same of 2^-11, since the chains of
-# roundings are the same and no example comes near fp16's range.
+# What the reference itself may err. fp32: 8 roundings of 2^-23. bf16: 2.5 roundings of 2^-8; fp16: the same of 2^-11,
+# since the chains of roundings are the same and no example comes near fp16's range.
 CAP = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1.25e-3}
-# A quarter of one rounding's typical error. Below it a ratio of errors is luck: the loss is one number, and the reference may hit it.
+# A quarter of one rounding's typical error. Below it a ratio of errors is luck: the loss is one number, and the
+# reference may hit it.
 FLOOR = {torch.float32: 1e-8, torch.bfloat16: 5e-4, torch.float16: 6.25e-5}
 # torch.linalg.vector_norm adds all squares of a lane into one fp32 accumulator: its error grows with the size.
 GRAD_NORM_CAP = 1e-5
@@ -67,12 +69,16 @@ def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
 def _bound(op: Op, name: str, result: Tensor, reference_error: float, dtype: torch.dtype) -> tuple[float, float]:
     """(what may be erred, what the reference may err) of one result.
 
-    The floor is that of the result's own dtype: an fp32 loss of bf16 logits is exact to fp32. A sum over tokens of what was rounded to the
-    activations' dtype is not, and one number is within its typical error by luck.
+    The floor is that of the result's own dtype: an fp32 loss of bf16 logits is exact to fp32. A sum over tokens of what
+    was rounded to the activations' dtype is not, and one number is within its typical error by luck.
     """
     coarse = dtype if op.name == "linear_cross_entropy" else result.dtype
-    cap = CAP[result.dtype if op.in_place else _coarser(dtype, result.dtype)] if op.name != "grad_norm" else GRAD_NORM_CAP
-    return (GRADIENT if name.startswith("grad_") else FORWARD) * max(reference_error, FLOOR[_coarser(coarse, result.dtype)]), cap
+    cap = (
+        CAP[result.dtype if op.in_place else _coarser(dtype, result.dtype)] if op.name != "grad_norm" else GRAD_NORM_CAP
+    )
+    return (GRADIENT if name.startswith("grad_") else FORWARD) * max(
+        reference_error, FLOOR[_coarser(coarse, result.dtype)]
+    ), cap
 
 
 def _judge_numerics(subject: Subject, case: Case) -> Verdict:
@@ -99,7 +105,9 @@ def _judge_numerics(subject: Subject, case: Case) -> Verdict:
     faults = [fault for fault in faults if fault]
     worst = max((figures[name] / figures[f"{name}_allowed"], name) for name in exact if name in figures)
     return Verdict(
-        not faults, "; ".join(faults) or f"{worst[1]}: error {figures[worst[1]]:.2e}, {worst[0]:.0%} of what is allowed", figures
+        not faults,
+        "; ".join(faults) or f"{worst[1]}: error {figures[worst[1]]:.2e}, {worst[0]:.0%} of what is allowed",
+        figures,
     )
 
 
@@ -110,7 +118,8 @@ def _unlike(name: str, got: Tensor | None, expected: Tensor) -> str:
     return ""
 
 
-# ---- rounded once -------------------------------------------------------------------------------------------------------------------
+# ---- rounded once
+# ----------------------------------------------------------------------------------------------------
 
 
 def _half_ulp(truth: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,7 +129,9 @@ def _half_ulp(truth: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _judge_rounded_once(subject: Subject, case: Case) -> Verdict:
-    """A statistic kept in bf16, or a product of two rounded factors, hides inside any tolerance; it does not hide from this."""
+    """A statistic kept in bf16, or a product of two rounded factors, hides inside any tolerance; it does not hide from
+    this.
+    """
     op = subject.op
     exact = _exact(op.name, case.example, case.dtype)
     got = _got(subject.implementation.function, op.name, case.example, case.dtype, subject.device)
@@ -134,7 +145,9 @@ def _judge_rounded_once(subject: Subject, case: Case) -> Verdict:
         twice = ~(beyond <= 2e-6 * truth.abs().max())  # fp32's own error before the rounding
         figures[name] = float(twice.double().mean())
         if bool(twice.any()):
-            faults.append(f"{name}: {figures[name]:.1%} of the elements are not an fp32 result rounded once to {name_of(dtype)}")
+            faults.append(
+                f"{name}: {figures[name]:.1%} of the elements are not an fp32 result rounded once to {name_of(dtype)}"
+            )
     return Verdict(not faults, "; ".join(faults) or "every element is an fp32 result rounded once", figures)
 
 
@@ -144,7 +157,8 @@ def _rounded_once_cases(subject: Subject) -> list[Case]:
     return subject.cases(*subject.op.small, dtypes=(torch.bfloat16, torch.float16))
 
 
-# ---- the loss of exact logits -----------------------------------------------------------------------------------------------------
+# ---- the loss of exact logits
+# ----------------------------------------------------------------------------------------------------
 
 _EXACT_LOSS_BOUND = 2e-6  # relative: sixteen roundings of fp32; a logsumexp kept in bf16 errs by 1e-3
 
@@ -152,24 +166,33 @@ _EXACT_LOSS_BOUND = 2e-6  # relative: sixteen roundings of fp32; a logsumexp kep
 def _exact_logits_cases(subject: Subject) -> list[Case]:
     if "labels" not in subject.op.examples[subject.op.smallest]("cpu", torch.float32):
         return []
-    return [case for name in ("odd", "odd_scaled") for case in subject.cases(name, dtypes=(torch.bfloat16, torch.float16))]
+    return [
+        case for name in ("odd", "odd_scaled") for case in subject.cases(name, dtypes=(torch.bfloat16, torch.float16))
+    ]
 
 
 def _judge_exact_logits(subject: Subject, case: Case) -> Verdict:
-    """Logits that no product rounds (each hidden row picks one column of the weight): then the loss is an fp32 result in every dtype."""
+    """Logits that no product rounds (each hidden row picks one column of the weight): then the loss is an fp32 result
+    in every dtype.
+    """
     arguments = case.build()
     if "hidden" in arguments:
         rows, width = arguments["hidden"].shape
-        arguments["hidden"] = torch.eye(width, dtype=case.dtype, device=subject.device)[torch.arange(rows, device=subject.device) % width]
+        arguments["hidden"] = torch.eye(width, dtype=case.dtype, device=subject.device)[
+            torch.arange(rows, device=subject.device) % width
+        ]
     truth = EXACT[subject.op.name](**exact_arguments(arguments))
     with torch.no_grad():
         loss = subject.implementation.function(**arguments).cpu().double()
     found = float((loss - truth).norm() / truth.norm())
-    detail = f"the loss of logits that nothing rounds errs by {found:.1e}; fp32 statistics allow {_EXACT_LOSS_BOUND:.0e}"
+    detail = (
+        f"the loss of logits that nothing rounds errs by {found:.1e}; fp32 statistics allow {_EXACT_LOSS_BOUND:.0e}"
+    )
     return Verdict(found <= _EXACT_LOSS_BOUND, detail, {"loss": found})
 
 
-# ---- logits with a common offset --------------------------------------------------------------------------------------------------
+# ---- logits with a common offset
+# --------------------------------------------------------------------------------------------------
 
 _OFFSET = 29952.0  # 117 x 256: exact in fp32, bf16 and fp16; one fp32 rounding of it is 1e-3
 _OFFSET_BOUND = 1e-5  # relative; loss and gradient of a logsumexp that holds the offset err by 5e-5 to 3e-4
@@ -189,18 +212,29 @@ def _judge_offset(subject: Subject, case: Case) -> Verdict:
     name = "weight" if "hidden" in arguments else "logits"
     if name == "weight":  # each hidden row picks one column, so that the product rounds nothing
         rows, width = arguments["hidden"].shape
-        arguments["hidden"] = torch.eye(width, dtype=case.dtype, device=subject.device)[torch.arange(rows, device=subject.device) % width]
-    steps = (arguments[name].float() * 64).round() / 64 if case.dtype == torch.float32 else torch.zeros_like(arguments[name].float())
+        arguments["hidden"] = torch.eye(width, dtype=case.dtype, device=subject.device)[
+            torch.arange(rows, device=subject.device) % width
+        ]
+    steps = (
+        (arguments[name].float() * 64).round() / 64
+        if case.dtype == torch.float32
+        else torch.zeros_like(arguments[name].float())
+    )
     truth = evaluate(op, EXACT[op.name], exact_arguments({**arguments, name: steps}))
     got = evaluate(op, subject.implementation.function, {**arguments, name: (steps + _OFFSET).to(case.dtype)})
     # Not grad_hidden: it is a product with the weight, in which the offset stands itself.
     keys = [key for key in truth if key != "grad_hidden"] if case.dtype == torch.float32 else ["output"]
     figures = {key: distance(got[key], truth[key]) for key in keys}
-    faults = [f"{key}: error {found:.1e} under an offset of all logits" for key, found in figures.items() if not found <= _OFFSET_BOUND]
+    faults = [
+        f"{key}: error {found:.1e} under an offset of all logits"
+        for key, found in figures.items()
+        if not found <= _OFFSET_BOUND
+    ]
     return Verdict(not faults, "; ".join(faults) or "an offset of all logits costs no digits", figures)
 
 
-# ---- not finite ---------------------------------------------------------------------------------------------------------------------
+# ---- not finite
+# ----------------------------------------------------------------------------------------------------
 
 
 def _place(op: Op, arguments: Arguments, tensor: Tensor) -> int:
@@ -228,7 +262,9 @@ def _non_finite_inputs(op: Op, arguments: Arguments) -> list[str]:
 
 
 def _judge_non_finite(subject: Subject, case: Case) -> Verdict:
-    """Each input in turn: what the formula over visible inputs makes non-finite must be, and no more than it and the reference do."""
+    """Each input in turn: what the formula over visible inputs makes non-finite must be, and no more than it and the
+    reference do.
+    """
     op = subject.op
     values = {"NaN": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
     if case.dtype != subject.dtypes[0]:
@@ -243,13 +279,18 @@ def _judge_non_finite(subject: Subject, case: Case) -> Verdict:
             faults += [f"{word} in {name}: {fault}" for fault in _visible(got, kept, reference)]
     if op.differentiable:
         faults += [f"NaN in the incoming gradient: {fault}" for fault in _incoming_nan(subject, case)]
-    return Verdict(not faults, "; ".join(faults[:3]) or "what is not finite shows, where it must and nowhere else", {"faults": len(faults)})
+    return Verdict(
+        not faults,
+        "; ".join(faults[:3]) or "what is not finite shows, where it must and nowhere else",
+        {"faults": len(faults)},
+    )
 
 
 def _promised(op: Op, exact: Results) -> Results:
     """The results that must show what is not finite. Of attention's backward none but v's gradient is held to it.
 
-    A query that sees one key has no gradient whatever its score, and products multiply a NaN by the zeros of what is hidden.
+    A query that sees one key has no gradient whatever its score, and products multiply a NaN by the zeros of what is
+    hidden.
     """
     if op.name != "attention":
         return exact
@@ -263,7 +304,9 @@ def _visible(got: Results, exact: Results, reference: Results) -> list[str]:
         may = must | ~reference[name].cpu().isfinite()
         found = ~got[name].cpu().isfinite()
         if bool((must & ~found).any()):
-            faults.append(f"{name} is finite in {int((must & ~found).sum())} of {int(must.sum())} elements that depend on it")
+            faults.append(
+                f"{name} is finite in {int((must & ~found).sum())} of {int(must.sum())} elements that depend on it"
+            )
         if bool((found & ~may).any()):
             faults.append(f"{name} is not finite in {int((found & ~may).sum())} elements that do not depend on it")
     return faults
@@ -285,9 +328,16 @@ def _incoming_nan(subject: Subject, case: Case) -> list[str]:
 
 
 CHECKS = (
-    Check("numerics", "error against float64: forward and every gradient", lambda s: s.cases(*s.op.small), _judge_numerics),
+    Check(
+        "numerics", "error against float64: forward and every gradient", lambda s: s.cases(*s.op.small), _judge_numerics
+    ),
     Check("rounded_once", "fp32 results rounded once, no rounded statistics", _rounded_once_cases, _judge_rounded_once),
-    Check("exact_logits", "the loss is an fp32 result where no product rounds a logit", _exact_logits_cases, _judge_exact_logits),
+    Check(
+        "exact_logits",
+        "the loss is an fp32 result where no product rounds a logit",
+        _exact_logits_cases,
+        _judge_exact_logits,
+    ),
     Check("offset_logits", "a common offset of all logits costs no digits", _offset_cases, _judge_offset),
     Check("non_finite", "NaN and Inf show where they must", lambda s: s.quick(2), _judge_non_finite),
 )

@@ -1,9 +1,9 @@
 """Compiles the C++ of this folder once for each source, compiler and set of flags, and loads it.
 
-What a reader would get wrong: this is no torch extension. The code sees pointers and sizes alone, so it compiles in seconds, without
-torch's headers, and one library serves every torch version. It is written aside and renamed, so an interrupted build leaves nothing
-behind (torch.utils.cpp_extension waits for ever on the lock file of a build that was killed). OpenMP is torch's own: the library asks
-for libgomp.so.1, and that name is already loaded.
+What a reader would get wrong: this is no torch extension. The code sees pointers and sizes alone, so it compiles in
+seconds, without torch's headers, and one library serves every torch version. It is written aside and renamed, so an
+interrupted build leaves nothing behind (torch.utils.cpp_extension waits for ever on the lock file of a build that was
+killed). OpenMP is torch's own: the library asks for libgomp.so.1, and that name is already loaded.
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ FILES = tuple(_FOLDER / name for name in (*SOURCES, *HEADERS))  # one library of
 
 
 def unavailable(spec: Spec) -> str | None:
-    """What every op of this folder needs: an x86 CPU with AVX-512 and its bf16 instructions, Linux, and a C++ compiler that takes our code.
+    """What every op of this folder needs: an x86 CPU with AVX-512 and its bf16 instructions, Linux, and a C++ compiler
+    that takes our code.
 
-    The first question on such a machine compiles, which takes some seconds; a compiler that fails is a reason, with its first words.
+    The first question on such a machine compiles, which takes some seconds; a compiler that fails is a reason, with its
+    first words.
     """
     if spec.device != "cpu":
         return f"written for a CPU, not for {spec.device}"
@@ -64,7 +66,11 @@ def unavailable(spec: Spec) -> str | None:
 
 def needs_bfloat16(spec: Spec) -> str | None:
     """The further condition of the ops that are matrix products."""
-    return None if spec.dtype == torch.bfloat16 else "written for bfloat16, the matrix products of fp32 are at peak in torch"
+    return (
+        None
+        if spec.dtype == torch.bfloat16
+        else "written for bfloat16, the matrix products of fp32 are at peak in torch"
+    )
 
 
 @functools.cache
@@ -129,16 +135,24 @@ def _compile(compiler: str, path: Path) -> None:
         command = [compiler, *FLAGS, *(str(_FOLDER / name) for name in SOURCES), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["it said nothing"]
+            errors = (
+                [line for line in done.stderr.splitlines() if "error" in line]
+                or done.stderr.splitlines()
+                or ["it said nothing"]
+            )
             raise KernelError(f"{compiler} cannot compile kernels/cpp_ops: {errors[0]}")
         os.replace(built, path)  # two processes that compile at once write the same library
 
 
 def refuse_unless(op: str, condition: bool, wanted: str, tensor: torch.Tensor) -> None:
-    """The last guard before addresses are handed over: what `unavailable` said no to must not be computed anyway. Raises KernelError."""
+    """The last guard before addresses are handed over: what `unavailable` said no to must not be computed anyway.
+    Raises KernelError.
+    """
     if tensor.device.type != "cpu" or not condition:
         found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
-        raise KernelError(f"{op}: source 'cpp' takes {wanted} on a CPU, not {found}; `select` would have chosen another source")
+        raise KernelError(
+            f"{op}: source 'cpp' takes {wanted} on a CPU, not {found}; `select` would have chosen another source"
+        )
 
 
 def version() -> str:

@@ -1,4 +1,6 @@
-"""adamw: one pass a tensor, sixteen elements at a time; 28 bytes a parameter with fp32 gradients, or with bf16 gradients and copies."""
+"""adamw: one pass a tensor, sixteen elements at a time; 28 bytes a parameter with fp32 gradients, or with bf16
+gradients and copies.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def adamw(
 ) -> None:
     """One AdamW update in place (kernels/reference.py); gradients fp32 or bf16 (fp16 is widened first), copies bf16.
 
-    Scalars are computed in double and rounded to fp32 once. Raises KernelError (kernels/arguments.py), and for copies that are not bf16.
+    Scalars are computed in double and rounded to fp32 once. Raises KernelError (kernels/arguments.py), and for copies
+    that are not bf16.
     """
     check_adamw(parameters, gradients, exp_avgs, exp_avg_sqs, copies, update_index, eps_placement, gradient_scale)
     for parameter in parameters:
@@ -46,7 +49,9 @@ def adamw(
         statics = (correction2_sqrt / correction1, learning_rate, weight_decay)
     constants = (ctypes.c_float * 7)(1 - beta1, beta2, 1 - beta2, eps, *statics)
     step = library().weftrain_adamw
-    for index, (parameter, gradient, exp_avg, exp_avg_sq) in enumerate(zip(parameters, gradients, exp_avgs, exp_avg_sqs, strict=True)):
+    for index, (parameter, gradient, exp_avg, exp_avg_sq) in enumerate(
+        zip(parameters, gradients, exp_avgs, exp_avg_sqs, strict=True)
+    ):
         copy = None if copies is None else copies[index]
         widened = copy is not None and copy.dtype != torch.bfloat16
         dense = (gradient.float() if gradient.dtype == torch.float16 else gradient).contiguous()

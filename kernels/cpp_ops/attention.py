@@ -1,8 +1,8 @@
 """attention for a CPU: each thread takes a head, packs its keys and values once, and goes through blocks of queries.
 
-What a reader would get wrong: it is not a flash kernel. The scores of 64 queries against all their keys fit the second-level cache, so
-softmax is the plain one and the backward subtracts the row sums of the very probabilities that it multiplies with: where a query sees
-one key, its gradient is exactly zero.
+What a reader would get wrong: it is not a flash kernel. The scores of 64 queries against all their keys fit the
+second-level cache, so softmax is the plain one and the backward subtracts the row sums of the very probabilities that
+it multiplies with: where a query sees one key, its gradient is exactly zero.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_attention
 from weftrain.kernels.contract import Implementation, Spec
-from weftrain.kernels.cpp_ops._build import FILES, library, needs_bfloat16, pointer, refuse_unless, strides, threads, unavailable, version
+from weftrain.kernels.cpp_ops._build import (
+    FILES,
+    library,
+    needs_bfloat16,
+    pointer,
+    refuse_unless,
+    strides,
+    threads,
+    unavailable,
+    version,
+)
 from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 
 _LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
@@ -26,11 +36,17 @@ _HEAD_DIMS = 32  # the head dimension is a multiple of this
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
     """Causal self-attention: q, k, v bf16 [B, T, H, D] -> [B, T, H, D] (kernels/reference.py). D a multiple of 32.
 
-    Products of bf16 summed in fp32, scale, mask and softmax in fp32, probabilities rounded to bf16. Saves q, k, v and the logsumexp,
-    fp32 [B, H, T]; the backward computes the probabilities again. Deterministic, for any number of threads.
+    Products of bf16 summed in fp32, scale, mask and softmax in fp32, probabilities rounded to bf16. Saves q, k, v and
+    the logsumexp, fp32 [B, H, T]; the backward computes the probabilities again. Deterministic, for any number of
+    threads.
     """
     check_attention(q, k, v, document_start)
-    refuse_unless("attention", q.dtype == torch.bfloat16 and q.shape[-1] % _HEAD_DIMS == 0, f"bfloat16 [B, T, H, n x {_HEAD_DIMS}]", q)
+    refuse_unless(
+        "attention",
+        q.dtype == torch.bfloat16 and q.shape[-1] % _HEAD_DIMS == 0,
+        f"bfloat16 [B, T, H, n x {_HEAD_DIMS}]",
+        q,
+    )
     return _Attention.apply(q, k, v, scale, document_start)
 
 
@@ -46,7 +62,11 @@ class _Attention(torch.autograd.Function):
     @first_derivatives_only("attention", "cpp")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, document_start, logsumexp = ctx.saved_tensors
-        return *torch.ops.weftrain.cpp_attention_backward(grad, q, k, v, logsumexp, ctx.scale, document_start), None, None
+        return (
+            *torch.ops.weftrain.cpp_attention_backward(grad, q, k, v, logsumexp, ctx.scale, document_start),
+            None,
+            None,
+        )
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -65,9 +85,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tens
     return output, logsumexp
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None
+) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(
+        (B, H, T), dtype=torch.float32, device=q.device
+    )
 
 
 def _backward(
@@ -99,10 +123,13 @@ def _define(schema: str, function: Any, fake: Any) -> None:
 
 
 _define(
-    "cpp_attention_forward(Tensor q, Tensor k, Tensor v, float scale, Tensor? document_start) -> (Tensor, Tensor)", _forward, _fake_forward
+    "cpp_attention_forward(Tensor q, Tensor k, Tensor v, float scale, Tensor? document_start) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
 )
 _define(
-    "cpp_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor logsumexp, float scale, Tensor? document_start)"
+    "cpp_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor logsumexp, float scale, Tensor? "
+    "document_start)"
     " -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,

@@ -1,6 +1,7 @@
 """grad_norm: sums of squares in blocks of 16,384 elements, blocks added in double and in order.
 
-What a reader would get wrong: the bits do not depend on the number of threads, unlike those of torch.linalg.vector_norm.
+What a reader would get wrong: the bits do not depend on the number of threads, unlike those of
+torch.linalg.vector_norm.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
         dense = (gradient.float() if gradient.dtype == torch.float16 else gradient).contiguous()
         partial = torch.empty(-(-dense.numel() // block), dtype=torch.float64)
         dtype = ctypes.c_int(dense.dtype == torch.bfloat16)
-        total += loaded.weftrain_sum_of_squares(pointer(dense), dtype, ctypes.c_int64(dense.numel()), pointer(partial), threads())
+        total += loaded.weftrain_sum_of_squares(
+            pointer(dense), dtype, ctypes.c_int64(dense.numel()), pointer(partial), threads()
+        )
     return torch.tensor(total, dtype=torch.float64).sqrt().float()
 
 

@@ -1,7 +1,9 @@
-"""linear_cross_entropy for a CPU: products by torch, chunk by chunk; one pass turns bf16 logits into their gradient in place.
+"""linear_cross_entropy for a CPU: products by torch, chunk by chunk; one pass turns bf16 logits into their gradient in
+place.
 
-What a reader would get wrong: as in torch_ops, the gradients are computed in the *forward* and the backward only scales them. The chunk of
-logits is the only large tensor, 2 bytes an element: it is overwritten by its gradient, never widened.
+What a reader would get wrong: as in torch_ops, the gradients are computed in the *forward* and the backward only scales
+them. The chunk of logits is the only large tensor, 2 bytes an element: it is overwritten by its gradient, never
+widened.
 """
 
 from __future__ import annotations
@@ -15,11 +17,21 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_linear_cross_entropy
 from weftrain.kernels.contract import Implementation, Spec
-from weftrain.kernels.cpp_ops._build import FILES, library, needs_bfloat16, pointer, refuse_unless, threads, unavailable, version
+from weftrain.kernels.cpp_ops._build import (
+    FILES,
+    library,
+    needs_bfloat16,
+    pointer,
+    refuse_unless,
+    threads,
+    unavailable,
+    version,
+)
 from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 
 _LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
-# 2^24 logits of bf16 are 32 MiB: large enough for matrix products at peak (a quarter of that is slower), small beside everything else.
+# 2^24 logits of bf16 are 32 MiB: large enough for matrix products at peak (a quarter of that is slower), small beside
+# everything else.
 _CHUNK_ELEMENTS = 1 << 24
 _SLAB_ROWS = 8192
 
@@ -34,9 +46,11 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """hidden bf16 [N, D], weight bf16 [V, D], labels int64 [N] -> fp32 scalar sum of token losses (kernels/reference.py).
+    """hidden bf16 [N, D], weight bf16 [V, D], labels int64 [N] -> fp32 scalar sum of token losses
+    (kernels/reference.py).
 
-    Softmax in fp32; dW is summed over chunks in fp32. Saves dhidden [N, D] in bf16 and dW [V, D] in fp32 (one chunk: bf16).
+    Softmax in fp32; dW is summed over chunks in fp32. Saves dhidden [N, D] in bf16 and dW [V, D] in fp32 (one chunk:
+    bf16).
     """
     check_linear_cross_entropy(hidden, weight, labels, ignore_index)
     refuse_unless("linear_cross_entropy", hidden.dtype == torch.bfloat16, "bfloat16", hidden)
@@ -45,7 +59,9 @@ def linear_cross_entropy(
 
 class _LossAndGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float
+    ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         loss, grad_hidden, grad_weight = torch.ops.weftrain.cpp_linear_cross_entropy(
             hidden, weight, labels, logits_scale, ignore_index, z_loss, wants_hidden, wants_weight
@@ -69,7 +85,9 @@ class _LossAndGradients(torch.autograd.Function):
 
 
 def _slabs(vocab: int) -> list[slice]:
-    """Rows of the weight that are gone through together, so that a temporary of its gradient is small beside the gradient."""
+    """Rows of the weight that are gone through together, so that a temporary of its gradient is small beside the
+    gradient.
+    """
     return [slice(first, min(first + _SLAB_ROWS, vocab)) for first in range(0, vocab, _SLAB_ROWS)]
 
 
@@ -141,7 +159,8 @@ def _fake(
 
 
 _LIBRARY.define(
-    "cpp_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, float logits_scale, int ignore_index, float z_loss,"
+    "cpp_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, float logits_scale, int ignore_index, float "
+    "z_loss,"
     " bool wants_hidden, bool wants_weight) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )

@@ -1,8 +1,9 @@
 """attention by Dao-AILab's flash-attn: version 3 on Hopper where it is there, else version 2.
 
-What a reader would get wrong: flash-attn's backward adds into dq with float atomics unless it is told not to. Source `flash_attn` always
-passes deterministic=True; source `flash_attn_atomic` is the faster backward whose bits differ from run to run, and nobody gets it
-without naming it. Read in flash_attn/flash_attn_interface.py, commit 0053002, and hopper/flash_attn_interface.py, commit 01afd16.
+What a reader would get wrong: flash-attn's backward adds into dq with float atomics unless it is told not to. Source
+`flash_attn` always passes deterministic=True; source `flash_attn_atomic` is the faster backward whose bits differ from
+run to run, and nobody gets it without naming it. Read in flash_attn/flash_attn_interface.py, commit 0053002, and
+hopper/flash_attn_interface.py, commit 01afd16.
 """
 
 from __future__ import annotations
@@ -22,36 +23,47 @@ _MAX_HEAD_DIM = 256
 _INSTALL = "pip install flash-attn --no-build-isolation"
 _INSTALL_3 = "build the folder hopper/ of github.com/Dao-AILab/flash-attention"
 _NO_DOCUMENTS = (
-    "flash-attn takes documents as cumulative lengths, whose number depends on the data, so each call would wait for the device; "
+    "flash-attn takes documents as cumulative lengths, whose number depends on the data, so each call would wait for "
+    "the device; "
     "use source triton or sdpa for document boundaries"
 )
 
 
 def attention_2(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
-    """Causal self-attention: q, k, v [B, T, H, D] in bf16 or fp16 -> [B, T, H, D] (kernels/reference.py), layout and strides as they are.
+    """Causal self-attention: q, k, v [B, T, H, D] in bf16 or fp16 -> [B, T, H, D] (kernels/reference.py), layout and
+    strides as they are.
 
-    Scores and softmax in fp32, probabilities rounded to q.dtype before they meet v. Saves q, k, v, the output and the logsumexp.
-    Deterministic. Raises KernelError for document_start, which flash-attn could only take as cumulative lengths.
+    Scores and softmax in fp32, probabilities rounded to q.dtype before they meet v. Saves q, k, v, the output and the
+    logsumexp. Deterministic. Raises KernelError for document_start, which flash-attn could only take as cumulative
+    lengths.
     """
     return _version_2(q, k, v, scale, document_start, deterministic=True)
 
 
-def attention_2_atomic(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
+def attention_2_atomic(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None
+) -> Tensor:
     """attention_2 with the backward that adds dq with float atomics: faster, and its bits differ from run to run."""
     return _version_2(q, k, v, scale, document_start, deterministic=False)
 
 
 def attention_3(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
-    """attention_2 by the Hopper kernels of version 3: shapes, dtypes, what is saved and what is raised are the same. Deterministic."""
+    """attention_2 by the Hopper kernels of version 3: shapes, dtypes, what is saved and what is raised are the same.
+    Deterministic.
+    """
     return _version_3(q, k, v, scale, document_start, deterministic=True)
 
 
-def attention_3_atomic(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
+def attention_3_atomic(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None
+) -> Tensor:
     """attention_3 with the backward that adds dq with float atomics: faster, and its bits differ from run to run."""
     return _version_3(q, k, v, scale, document_start, deterministic=False)
 
 
-def _version_2(q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None, *, deterministic: bool) -> Tensor:
+def _version_2(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None, *, deterministic: bool
+) -> Tensor:
     _check(q, k, v, document_start)
     if q.numel() == 0:
         return q + k + v  # as empty, and nothing is launched
@@ -61,14 +73,17 @@ def _version_2(q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Te
     return without_second_derivatives(output, "attention", "flash_attn" if deterministic else "flash_attn_atomic")
 
 
-def _version_3(q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None, *, deterministic: bool) -> Tensor:
+def _version_3(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None, *, deterministic: bool
+) -> Tensor:
     _check(q, k, v, document_start)
     if q.numel() == 0:
         return q + k + v
     from flash_attn_interface import flash_attn_func
 
     output = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, deterministic=deterministic)
-    output = output[0] if isinstance(output, tuple) else output  # early builds gave (output, logsumexp), whatever was asked
+    # early builds gave (output, logsumexp), whatever was asked
+    output = output[0] if isinstance(output, tuple) else output
     return without_second_derivatives(output, "attention", "flash_attn" if deterministic else "flash_attn_atomic")
 
 
@@ -106,7 +121,10 @@ def _needs_version_3(spec: Spec) -> str | None:
 
 def _needs_gpu(name: str, fits: Callable[[int], bool], wanted: str) -> str | None:
     if torch.version.hip is not None:
-        return "on AMD, flash-attn chooses among kernels by an environment variable, one of them its old Triton kernel: not offered"
+        return (
+            "on AMD, flash-attn chooses among kernels by an environment variable, one of them its old Triton kernel: "
+            "not offered"
+        )
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     major, minor = torch.cuda.get_device_capability()

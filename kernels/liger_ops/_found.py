@@ -1,7 +1,8 @@
-"""Whether liger-kernel is here and new enough, and the row of an op whose numerics or side effects are not the contract's.
+"""Whether liger-kernel is here and new enough, and the row of an op whose numerics or side effects are not the
+contract's.
 
-What a reader would get wrong: "liger has that op" is not enough. Where it overwrites its inputs, rounds earlier or waits for the
-device, the op is named in the table with that reason, and cannot be chosen. Read in liger-kernel 0.8.5.
+What a reader would get wrong: "liger has that op" is not enough. Where it overwrites its inputs, rounds earlier or
+waits for the device, the op is named in the table with that reason, and cannot be chosen. Read in liger-kernel 0.8.5.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def unavailable(spec: Spec) -> str | None:
         return "liger_kernel is not installed: pip install liger-kernel"
     installed = importlib.metadata.version("liger-kernel")
     if tuple(int(part) for part in installed.split(".")[:2] if part.isdigit()) < _OLDEST:
-        return f"needs liger-kernel >= {'.'.join(map(str, _OLDEST))}, this is {installed}: pip install --upgrade liger-kernel"
+        return (
+            f"needs liger-kernel >= {'.'.join(map(str, _OLDEST))}, this is {installed}: pip install --upgrade "
+            "liger-kernel"
+        )
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None

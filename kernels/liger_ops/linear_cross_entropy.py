@@ -1,8 +1,9 @@
 """linear_cross_entropy by Liger's fused function, summed, its weight gradient accumulated in fp32.
 
-What a reader would get wrong: it reads the logit of a label without looking whether there is one, gives no weight gradient where the
-hidden state wants none, accumulates dweight in the weight's dtype unless told otherwise, and waits for the device once a call (it counts
-the labels). The first three are mended here; the last is the price, and why torch.compile cannot take it into one graph.
+What a reader would get wrong: it reads the logit of a label without looking whether there is one, gives no weight
+gradient where the hidden state wants none, accumulates dweight in the weight's dtype unless told otherwise, and waits
+for the device once a call (it counts the labels). The first three are mended here; the last is the price, and why
+torch.compile cannot take it into one graph.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from weftrain.kernels.contract import Implementation, KernelError, Spec
 from weftrain.kernels.derivatives import without_second_derivatives
 from weftrain.kernels.liger_ops import _found
 
-_NO_SCALE = "liger's fused linear cross-entropy has no logits_scale, and scaling the hidden state instead would round it anew"
+_NO_SCALE = (
+    "liger's fused linear cross-entropy has no logits_scale, and scaling the hidden state instead would round it anew"
+)
 
 
 def linear_cross_entropy(
@@ -27,10 +30,12 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar, the sum of the token losses (kernels/reference.py).
+    """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar, the sum of the token losses
+    (kernels/reference.py).
 
-    Logits and their gradients are rounded to hidden.dtype, chunk by chunk; dweight is summed in fp32. Saves both gradients, and scales
-    them in place in the backward, so there can be only one. Raises KernelError for a logits_scale other than 1.
+    Logits and their gradients are rounded to hidden.dtype, chunk by chunk; dweight is summed in fp32. Saves both
+    gradients, and scales them in place in the backward, so there can be only one. Raises KernelError for a logits_scale
+    other than 1.
     """
     check_linear_cross_entropy(hidden, weight, labels, ignore_index)
     if logits_scale != 1.0:

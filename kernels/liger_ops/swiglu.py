@@ -6,6 +6,7 @@ from weftrain.kernels.liger_ops import _found
 
 IMPLEMENTATION = _found.not_offered(
     "swiglu",
-    "liger's swiglu overwrites gate and up with their gradients in its backward, so whoever else reads them, or a second backward, gets "
+    "liger's swiglu overwrites gate and up with their gradients in its backward, so whoever else reads them, or a "
+    "second backward, gets "
     "gradients for activations",
 )

@@ -1,4 +1,6 @@
-"""When torch.compile can generate code for a device: what the two optimizer ops need, which are compiled by themselves."""
+"""When torch.compile can generate code for a device: what the two optimizer ops need, which are compiled by
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from weftrain.kernels.contract import Spec
 
 
 def needs_compiler(spec: Spec) -> str | None:
-    """The `unavailable` of an implementation that runs through torch.compile on its own: it needs a C++ compiler, on CUDA Triton too."""
+    """The `unavailable` of an implementation that runs through torch.compile on its own: it needs a C++ compiler, on
+    CUDA Triton too.
+    """
     compiler = os.environ.get("CXX", "g++")  # the one that torch.compile's CPU code generator calls
     if shutil.which(compiler) is None:
         return f"torch.compile needs the C++ compiler '{compiler}', which is not on PATH"

@@ -1,7 +1,8 @@
 """adamw in one generated pass a tensor: moments, weight and its bf16 copy are read once and written once.
 
-What a reader would get wrong: the pass is compiled by itself (even where the model is not), once for each dtype of gradient, presence of
-copies and placement of epsilon. Learning rate and step are *tensor elements*, and sizes are dynamic: none of them compiles anything anew.
+What a reader would get wrong: the pass is compiled by itself (even where the model is not), once for each dtype of
+gradient, presence of copies and placement of epsilon. Learning rate and step are *tensor elements*, and sizes are
+dynamic: none of them compiles anything anew.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def adamw(
         [1 - beta1, beta2, 1 - beta2, eps, *statics], dtype=torch.float32, device=parameters[0].device
     )
     compiled = _compiled(eps_placement)
-    for index, (parameter, gradient, exp_avg, exp_avg_sq) in enumerate(zip(parameters, gradients, exp_avgs, exp_avg_sqs, strict=True)):
+    for index, (parameter, gradient, exp_avg, exp_avg_sq) in enumerate(
+        zip(parameters, gradients, exp_avgs, exp_avg_sqs, strict=True)
+    ):
         # One element would be a compilation of its own: torch.compile treats sizes 0 and 1 as constants.
         update = compiled if parameter.numel() > 1 else _UPDATES[eps_placement]
         update(
@@ -66,7 +69,9 @@ def adamw(
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """[...] -> [n] on the same storage. Detached last: torch.compile would else guard on the shape of the tensor that it is a view of."""
+    """[...] -> [n] on the same storage. Detached last: torch.compile would else guard on the shape of the tensor that
+    it is a view of.
+    """
     return tensor.view(-1).detach()
 
 
@@ -76,7 +81,13 @@ def _compiled(eps_placement: str) -> Callable[..., None]:
 
 
 def _update_after(
-    parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, copy: Tensor | None, gradient_scale: Tensor, scalars: Tensor
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    copy: Tensor | None,
+    gradient_scale: Tensor,
+    scalars: Tensor,
 ) -> None:
     momentum, variance = _moments(gradient, exp_avg, exp_avg_sq, gradient_scale, scalars)
     eps, correction2_sqrt, step_size, decay = scalars[3:].unbind()
@@ -85,7 +96,13 @@ def _update_after(
 
 
 def _update_before(
-    parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, copy: Tensor | None, gradient_scale: Tensor, scalars: Tensor
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    copy: Tensor | None,
+    gradient_scale: Tensor,
+    scalars: Tensor,
 ) -> None:
     momentum, variance = _moments(gradient, exp_avg, exp_avg_sq, gradient_scale, scalars)
     eps, correction, learning_rate, weight_decay = scalars[3:].unbind()
@@ -93,7 +110,9 @@ def _update_before(
     _store(parameter, exp_avg, exp_avg_sq, copy, updated, momentum, variance)
 
 
-def _moments(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient_scale: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(
+    gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient_scale: Tensor, scalars: Tensor
+) -> tuple[Tensor, Tensor]:
     one_minus_beta1, beta2, one_minus_beta2 = scalars[:3].unbind()
     scaled = gradient.float() * gradient_scale
     return exp_avg + one_minus_beta1 * (scaled - exp_avg), exp_avg_sq * beta2 + one_minus_beta2 * scaled * scaled
@@ -115,6 +134,9 @@ def _store(
         copy.copy_(updated)
 
 
-_UPDATES: dict[str, Callable[..., None]] = {"after_bias_correction": _update_after, "before_bias_correction": _update_before}
+_UPDATES: dict[str, Callable[..., None]] = {
+    "after_bias_correction": _update_after,
+    "before_bias_correction": _update_before,
+}
 
 IMPLEMENTATION = Implementation("adamw", "torch", adamw, needs_compiler)

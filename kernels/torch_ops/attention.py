@@ -1,8 +1,10 @@
-"""attention: blocks of queries on a CPU (source `torch`), and scaled_dot_product_attention for who names it (source `sdpa`).
+"""attention: blocks of queries on a CPU (source `torch`), and scaled_dot_product_attention for who names it (source
+`sdpa`).
 
-What a reader would get wrong: the CPU version is not a flash kernel. At training lengths the fused CPU kernel is slower than plain batched
-matrix products: a block of queries meets only the prefix of keys that it can see, so half of the square is never computed, and the
-products run at the machine's peak. Its backward is written out below, so it is the same with torch.compile and without.
+What a reader would get wrong: the CPU version is not a flash kernel. At training lengths the fused CPU kernel is slower
+than plain batched matrix products: a block of queries meets only the prefix of keys that it can see, so half of the
+square is never computed, and the products run at the machine's peak. Its backward is written out below, so it is the
+same with torch.compile and without.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from weftrain.kernels.arguments import check_attention
 from weftrain.kernels.contract import Implementation, Spec
 from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 
-# At [2, 512, 8, 64] in bf16 on two idle cores, compiled, forward + backward: blocks of 64 queries 15.1 ms, 128 10.6 ms, 256 11.5 ms,
-# 512 (no causal saving) 14.7 ms; the fused CPU kernel 25.6 ms.
+# At [2, 512, 8, 64] in bf16 on two idle cores, compiled, forward + backward: blocks of 64 queries 15.1 ms, 128 10.6 ms,
+# 256 11.5 ms, 512 (no causal saving) 14.7 ms; the fused CPU kernel 25.6 ms.
 _QUERIES_PER_BLOCK = 128
-# Up to this length the probabilities (half of [B, H, T, T], in q.dtype) are kept for the backward; beyond it they are computed again.
+# Up to this length the probabilities (half of [B, H, T, T], in q.dtype) are kept for the backward; beyond it they are
+# computed again.
 _KEPT_TOKENS = 1024
 
 
@@ -63,7 +66,8 @@ class _Blocked(torch.autograd.Function):
             seen = slice(block.stop)
             probabilities = kept[index] if kept else _probabilities(q, k, block, ctx.scale, start)
             grad_probabilities = torch.bmm(grad[:, block], v[:, seen].transpose(1, 2))
-            # Row sums of what was rounded, not of grad * output as flash kernels have it: where a query sees one key, the sum must cancel.
+            # Row sums of what was rounded, not of grad * output as flash kernels have it: where a query sees one key,
+            # the sum must cancel.
             weighted = probabilities.float() * grad_probabilities
             grad_scores = ((weighted - probabilities * weighted.sum(-1, keepdim=True)) * ctx.scale).to(q.dtype)
             grad_q.append(torch.bmm(grad_scores, k[:, seen]))
@@ -76,7 +80,8 @@ class _Blocked(torch.autograd.Function):
 def _blocks(tokens: int) -> list[slice]:
     """Query blocks: at most eight of them, so that a long sequence does not become a long graph."""
     size = max(_QUERIES_PER_BLOCK, -(-tokens // 8))
-    return [slice(first, min(first + size, tokens)) for first in range(0, max(tokens, 1), size)]  # one of no tokens, too
+    # one of no tokens, too
+    return [slice(first, min(first + size, tokens)) for first in range(0, max(tokens, 1), size)]
 
 
 def _probabilities(q: Tensor, k: Tensor, block: slice, scale: float, start: Tensor | None) -> Tensor:
@@ -103,11 +108,13 @@ def _tokens_first(x: Tensor, heads: int) -> Tensor:
 
 @outside_autocast
 def attention_fused(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
-    """Causal self-attention by scaled_dot_product_attention: q, k, v [B, T, H, D] -> [B, T, H, D] (kernels/reference.py).
+    """Causal self-attention by scaled_dot_product_attention: q, k, v [B, T, H, D] -> [B, T, H, D]
+    (kernels/reference.py).
 
-    With document_start a [B, 1, T, T] mask is built. On CUDA its backward adds dq with float atomics, so bits differ from run to run
-    unless torch.use_deterministic_algorithms is set: therefore a source of its own, in no default preference. On a CPU torch 2.13's
-    kernel hides an Inf in k and lets a NaN of a later key into earlier queries; `kernels bench` times it there, nobody else gets it.
+    With document_start a [B, 1, T, T] mask is built. On CUDA its backward adds dq with float atomics, so bits differ
+    from run to run unless torch.use_deterministic_algorithms is set: therefore a source of its own, in no default
+    preference. On a CPU torch 2.13's kernel hides an Inf in k and lets a NaN of a later key into earlier queries;
+    `kernels bench` times it there, nobody else gets it.
     """
     check_attention(q, k, v, document_start)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [B, H, T, D]
@@ -124,7 +131,8 @@ def _needs_cpu(spec: Spec) -> str | None:
     if spec.device == "cpu":
         return None
     return (
-        f"written for a CPU, not for {spec.device}; scaled_dot_product_attention, whose CUDA backward adds with float atomics, is the "
+        f"written for a CPU, not for {spec.device}; scaled_dot_product_attention, whose CUDA backward adds with float "
+        "atomics, is the "
         "source named sdpa"
     )
 
@@ -132,7 +140,10 @@ def _needs_cpu(spec: Spec) -> str | None:
 def _needs_accelerator(spec: Spec) -> str | None:
     if spec.device != "cpu":
         return None
-    return "on a CPU its kernel hides an Inf in k and lets a NaN of a later key into earlier queries, and is slower than source torch"
+    return (
+        "on a CPU its kernel hides an Inf in k and lets a NaN of a later key into earlier queries, and is slower than "
+        "source torch"
+    )
 
 
 IMPLEMENTATION = [

@@ -1,4 +1,6 @@
-"""cross_entropy by one logsumexp, which z_loss shares: no [N, V] log-probabilities are kept, the backward makes the softmax anew."""
+"""cross_entropy by one logsumexp, which z_loss shares: no [N, V] log-probabilities are kept, the backward makes the
+softmax anew.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,19 @@ from weftrain.kernels.arguments import check_cross_entropy
 from weftrain.kernels.contract import Implementation
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0) -> Tensor:
-    """logits [N, V], labels int64 [N] -> token losses fp32 [N], 0 where ignored (kernels/reference.py). Saves logits in fp32."""
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
+    """logits [N, V], labels int64 [N] -> token losses fp32 [N], 0 where ignored (kernels/reference.py). Saves logits in
+    fp32.
+    """
     check_cross_entropy(logits, labels, ignore_index)
     scaled = logits.float() * logits_scale
     kept = labels != ignore_index
     outside = kept & ((labels < 0) | (labels >= logits.shape[1]))
     label = torch.where(kept & ~outside, labels, 0)
-    # The row's maximum is subtracted first: of logits near 3e4 a logsumexp has lost four digits that loss and gradient need.
+    # The row's maximum is subtracted first: of logits near 3e4 a logsumexp has lost four digits that loss and gradient
+    # need.
     maximum = scaled.detach().amax(-1, keepdim=True)
     shifted = scaled - maximum
     log_total = torch.logsumexp(shifted, -1)

@@ -1,7 +1,8 @@
 """linear_cross_entropy, chunked over tokens: neither all logits nor their gradient ever exist at once.
 
-What a reader would get wrong: the gradients are computed in the *forward*, chunk by chunk, while the chunk's logits are at hand; the
-backward only multiplies them by the incoming scalar. Where no gradient is wanted (evaluation), none is computed.
+What a reader would get wrong: the gradients are computed in the *forward*, chunk by chunk, while the chunk's logits are
+at hand; the backward only multiplies them by the incoming scalar. Where no gradient is wanted (evaluation), none is
+computed.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from weftrain.kernels.contract import Implementation
 from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 from weftrain.kernels.reference import cross_entropy
 
-# Logits held at once, in elements. 2^24 x bf16 = 32 MiB lets the CPU's matrix multiplies run at peak (one product of 1024 x 32000 is a
-# quarter slower); an accelerator wants larger products.
+# Logits held at once, in elements. 2^24 x bf16 = 32 MiB lets the CPU's matrix multiplies run at peak (one product of
+# 1024 x 32000 is a quarter slower); an accelerator wants larger products.
 _CPU_CHUNK_ELEMENTS = 1 << 24
 _ACCELERATOR_CHUNK_ELEMENTS = 1 << 27
 
@@ -35,8 +36,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar sum of token losses (kernels/reference.py).
 
-    Products in hidden.dtype, softmax in fp32. dW is summed over chunks in fp32. Saves dhidden [N, D] in hidden.dtype and dW [V, D] in
-    fp32 (one chunk: weight.dtype). Peak beyond that: one chunk of logits in fp32, about 64 MiB on a CPU.
+    Products in hidden.dtype, softmax in fp32. dW is summed over chunks in fp32. Saves dhidden [N, D] in hidden.dtype
+    and dW [V, D] in fp32 (one chunk: weight.dtype). Peak beyond that: one chunk of logits in fp32, about 64 MiB on a
+    CPU.
     """
     check_linear_cross_entropy(hidden, weight, labels, ignore_index)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
@@ -51,7 +53,9 @@ def linear_cross_entropy(
 
 class _LossAndGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden, grad_weight = [], None
@@ -78,7 +82,9 @@ class _LossAndGradients(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Row slices such that a chunk's logits stay below the limit; at least 64 rows each, and one slice even of no rows."""
+    """Row slices such that a chunk's logits stay below the limit; at least 64 rows each, and one slice even of no
+    rows.
+    """
     limit = _CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else _ACCELERATOR_CHUNK_ELEMENTS
     size = max(64, limit // weight.shape[0] // 64 * 64)
     return [slice(first, min(first + size, hidden.shape[0])) for first in range(0, max(hidden.shape[0], 1), size)]
@@ -89,12 +95,14 @@ def _chunk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss sum, slope [n, V] in hidden.dtype, row_scale fp32 [n, 1]): d(loss sum)/d(logits) = slope * row_scale.
 
-    The gradient (softmax * (1 + 2 z logsumexp) - onehot) * logits_scale is kept as exp(scaled - max) with one entry a row replaced, times
-    a factor a row. The factor goes into the small [n, D] operands instead of the logits, which saves a pass and an exp over [n, V].
+    The gradient (softmax * (1 + 2 z logsumexp) - onehot) * logits_scale is kept as exp(scaled - max) with one entry a
+    row replaced, times a factor a row. The factor goes into the small [n, D] operands instead of the logits, which
+    saves a pass and an exp over [n, V].
     """
     scaled = F.linear(hidden, weight).float() * logits_scale
     kept = (labels != ignore_index)[:, None]
-    outside = kept & ((labels < 0) | (labels >= weight.shape[0]))[:, None]  # NaN: values are not looked at on every device
+    # NaN: values are not looked at on every device
+    outside = kept & ((labels < 0) | (labels >= weight.shape[0]))[:, None]
     label = torch.where(kept & ~outside, labels[:, None], 0)
     at_label = scaled.gather(1, label)
     maximum = scaled.amax(-1, keepdim=True)
@@ -102,7 +110,8 @@ def _chunk(
     total = exponential.sum(-1, keepdim=True)
     log_total = total.log()
     logsumexp = log_total + maximum
-    loss = log_total + (maximum - at_label)  # not logsumexp - at_label, which loses digits where all logits have a common offset
+    # not logsumexp - at_label, which loses digits where all logits have a common offset
+    loss = log_total + (maximum - at_label)
     stretch = torch.ones_like(logsumexp)
     if z_loss:
         loss = loss + z_loss * logsumexp.square()

@@ -10,7 +10,9 @@ from weftrain.kernels.contract import Implementation
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gate, up [..., n] -> silu(gate) * up in their dtype (kernels/reference.py). Saves both; eagerly also silu(gate)."""
+    """gate, up [..., n] -> silu(gate) * up in their dtype (kernels/reference.py). Saves both; eagerly also
+    silu(gate).
+    """
     check_swiglu(gate, up)
     return F.silu(gate) * up
 

@@ -1,11 +1,12 @@
 """The Triton kernels of causal attention: forward, row sums, gradients of keys and values, gradient of queries.
 
-What a reader would get wrong: a loop over blocks is three loops. Blocks that every row of the tile sees whole carry no mask; those that
-the diagonal or a document's start cuts do. Blocks that no row sees are not visited. Scores live in base 2: `scale_log2` is the scale
-times log2(e), and `lse` is the base-2 logarithm of a row's sum of exponentials. No atomics: each output tile has one program.
+What a reader would get wrong: a loop over blocks is three loops. Blocks that every row of the tile sees whole carry no
+mask; those that the diagonal or a document's start cuts do. Blocks that no row sees are not visited. Scores live in
+base 2: `scale_log2` is the scale times log2(e), and `lse` is the base-2 logarithm of a row's sum of exponentials. No
+atomics: each output tile has one program.
 
-Every program takes one tile of one head; tiles of one head are neighbours, so its keys and values stay in the L2 cache. Offsets within a
-tile are 32-bit, the way to a tile is 64-bit.
+Every program takes one tile of one head; tiles of one head are neighbours, so its keys and values stay in the L2 cache.
+Offsets within a tile are 32-bit, the way to a tile is 64-bit.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def _starts(document_start, batch, first, T, BLOCK_M: tl.constexpr, DOCUMENTS: t
     return row * 0
 
 
-# ---- forward ------------------------------------------------------------------------------------------------------------------------
+# ---- forward
+# ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -59,7 +61,9 @@ def _forward_blocks(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """One pass of online softmax over the keys low..high, `low` a multiple of BLOCK_N. CAUSAL, DOCUMENTS: what must be masked here."""
+    """One pass of online softmax over the keys low..high, `low` a multiple of BLOCK_N. CAUSAL, DOCUMENTS: what must be
+    masked here.
+    """
     offset = tl.arange(0, BLOCK_N)
     k_base += low.to(tl.int64) * k_token
     v_base += low.to(tl.int64) * v_token
@@ -102,7 +106,15 @@ def forward(
     first = tile * BLOCK_M
     row = tl.arange(0, BLOCK_M)
     query = first + row
-    q_tile = _tile(q + batch * q_batch + head * q_head + first.to(tl.int64) * q_token, row, q_token, T - first, HEAD_DIM, BLOCK_D, True)
+    q_tile = _tile(
+        q + batch * q_batch + head * q_head + first.to(tl.int64) * q_token,
+        row,
+        q_token,
+        T - first,
+        HEAD_DIM,
+        BLOCK_D,
+        True,
+    )
     k_base = k + batch * k_batch + head * k_head
     v_base = v + batch * v_batch + head * v_head
 
@@ -132,14 +144,27 @@ def forward(
     _store_tile(out_base, row, H * HEAD_DIM, T - first, acc / row_sum[:, None], HEAD_DIM, BLOCK_D)
 
 
-# ---- backward -----------------------------------------------------------------------------------------------------------------------
+# ---- backward
+# ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["T", "H"])
 def row_sums(
-    out, dout, delta, dout_batch, dout_token, dout_head, T, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+    out,
+    dout,
+    delta,
+    dout_batch,
+    dout_token,
+    dout_head,
+    T,
+    H,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    """delta = sum(dout * out) of each row, in fp32: what the softmax's gradient subtracts. Grid: [query tiles * B * H]."""
+    """delta = sum(dout * out) of each row, in fp32: what the softmax's gradient subtracts. Grid: [query tiles * B *
+    H].
+    """
     tiles = tl.cdiv(T, BLOCK_M)
     batch_head = tl.program_id(0) // tiles
     first = tl.program_id(0) % tiles * BLOCK_M
@@ -159,7 +184,9 @@ def _key_blocks(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """What the queries low..high add to one tile of keys; scores are [key, query] here, so that no product needs a transposed p or ds."""
+    """What the queries low..high add to one tile of keys; scores are [key, query] here, so that no product needs a
+    transposed p or ds.
+    """
     offset = tl.arange(0, BLOCK_M)
     q_base += low.to(tl.int64) * q_token
     dout_base += low.to(tl.int64) * dout_token
@@ -207,8 +234,12 @@ def backward_keys(
     first64 = first.to(tl.int64)
     row = tl.arange(0, BLOCK_N)
     key = first + row
-    k_tile = _tile(k + batch * k_batch + head * k_head + first64 * k_token, row, k_token, T - first, HEAD_DIM, BLOCK_D, True)
-    v_tile = _tile(v + batch * v_batch + head * v_head + first64 * v_token, row, v_token, T - first, HEAD_DIM, BLOCK_D, True)
+    k_tile = _tile(
+        k + batch * k_batch + head * k_head + first64 * k_token, row, k_token, T - first, HEAD_DIM, BLOCK_D, True
+    )
+    v_tile = _tile(
+        v + batch * v_batch + head * v_head + first64 * v_token, row, v_token, T - first, HEAD_DIM, BLOCK_D, True
+    )
     q_base = q + batch * q_batch + head * q_head
     dout_base = dout + batch * dout_batch + head * dout_head
     lse_base = lse + batch_head.to(tl.int64) * T
@@ -296,7 +327,9 @@ def backward_queries(
     first64 = first.to(tl.int64)
     row = tl.arange(0, BLOCK_M)
     query = first + row
-    q_tile = _tile(q + batch * q_batch + head * q_head + first64 * q_token, row, q_token, T - first, HEAD_DIM, BLOCK_D, True)
+    q_tile = _tile(
+        q + batch * q_batch + head * q_head + first64 * q_token, row, q_token, T - first, HEAD_DIM, BLOCK_D, True
+    )
     dout_base = dout + batch * dout_batch + head * dout_head + first64 * dout_token
     dout_tile = _tile(dout_base, row, dout_token, T - first, HEAD_DIM, BLOCK_D, True)
     row_lse = tl.load(lse + batch_head.to(tl.int64) * T + query, mask=query < T, other=float("inf"))

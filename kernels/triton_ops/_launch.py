@@ -1,9 +1,10 @@
 """What every Triton op here shares: when it can run, on which target, and how its launches become torch operators.
 
-What a reader would get wrong: a launch is hidden from torch.compile behind an operator (`torch.ops.weftrain.*`), one for the forward and
-one for the backward, joined by an autograd.Function. So graphs stay whole, fake tensors have shapes, and selective checkpointing can
-name the operator. Nothing is tuned at run time: a configuration is a function of target, dtype and shape, so it cannot change a bit
-from one run to the next, and `weftrain kernels compile` sees exactly what a launch takes.
+What a reader would get wrong: a launch is hidden from torch.compile behind an operator (`torch.ops.weftrain.*`), one
+for the forward and one for the backward, joined by an autograd.Function. So graphs stay whole, fake tensors have
+shapes, and selective checkpointing can name the operator. Nothing is tuned at run time: a configuration is a function
+of target, dtype and shape, so it cannot change a bit from one run to the next, and `weftrain kernels compile` sees
+exactly what a launch takes.
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ def interpreting() -> bool:
 
 
 def unavailable(spec: Spec) -> str | None:
-    """What every op of this folder needs: a GPU that is among TARGETS, or the interpreter where somebody asked for it."""
+    """What every op of this folder needs: a GPU that is among TARGETS, or the interpreter where somebody asked for
+    it.
+    """
     if spec.dtype not in TRITON_DTYPES:
         return f"takes float32, bfloat16 and float16, not {str(spec.dtype).removeprefix('torch.')}"
     if spec.device == "cpu":
         if not interpreting():
-            return "Triton has no CPU backend; `weftrain kernels check --source triton --interpret` runs it under Triton's interpreter"
+            return (
+                "Triton has no CPU backend; `weftrain kernels check --source triton --interpret` runs it under "
+                "Triton's interpreter"
+            )
         return _interpreter_unfit(spec.dtype)
     if spec.device != "cuda":
         return f"Triton is driven on cuda devices (NVIDIA, or AMD under ROCm), not on {spec.device}"
@@ -44,14 +50,19 @@ def unavailable(spec: Spec) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     found = target(torch.device("cuda"))
-    return None if found in TARGETS else f"its configurations are proven for {', '.join(TARGETS)}; this device is {found}"
+    return (
+        None if found in TARGETS else f"its configurations are proven for {', '.join(TARGETS)}; this device is {found}"
+    )
 
 
 def _interpreter_unfit(dtype: torch.dtype) -> str | None:
     from weftrain.kernels.checks.interpreter import computes_bfloat16
 
     if dtype == torch.bfloat16 and not computes_bfloat16():
-        return f"the interpreter of {VERSION} computes on the bit patterns of bfloat16; `weftrain kernels check --interpret` mends it"
+        return (
+            f"the interpreter of {VERSION} computes on the bit patterns of bfloat16; `weftrain kernels check "
+            "--interpret` mends it"
+        )
     return None
 
 
@@ -71,19 +82,24 @@ def target(device: torch.device) -> str:
 
 
 def operator(schema: str, launch: Callable[..., Any], fake: Callable[..., Any] | None = None) -> Any:
-    """Define `weftrain::<schema>` and return it. launch: runs it on cuda and cpu tensors; fake: allocates what launch returns."""
+    """Define `weftrain::<schema>` and return it. launch: runs it on cuda and cpu tensors; fake: allocates what launch
+    returns.
+    """
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, launch, "CPU")
     _LIBRARY.impl(name, _on_the_device_of_its_tensors(launch), "CUDA")
-    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # the autograd.Function around it is what is differentiated
+    # the autograd.Function around it is what is differentiated
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     if fake is not None:
         torch.library.register_fake(f"weftrain::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.weftrain, name).default
 
 
 def _on_the_device_of_its_tensors(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current GPU, whichever the tensors are on; the first argument is a tensor, or a list of them."""
+    """Triton launches on the current GPU, whichever the tensors are on; the first argument is a tensor, or a list of
+    them.
+    """
 
     def run(first: Tensor | Sequence[Tensor], *rest: Any) -> Any:
         with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
@@ -93,7 +109,10 @@ def _on_the_device_of_its_tensors(launch: Callable[..., Any]) -> Callable[..., A
 
 
 def implementation(
-    op: str, function: Callable[..., Any], compilations: Callable[[], Any], unavailable_too: Callable[[Spec], str | None] | None = None
+    op: str,
+    function: Callable[..., Any],
+    compilations: Callable[[], Any],
+    unavailable_too: Callable[[Spec], str | None] | None = None,
 ) -> Implementation:
     """The registry's entry of an op: the common conditions first, then its own."""
 

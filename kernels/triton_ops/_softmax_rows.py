@@ -1,7 +1,8 @@
 """The softmax of one row that does not fit a program: what cross_entropy and linear_cross_entropy share.
 
-What a reader would get wrong: the maximum is one number a row and not one a lane, so an element costs one exponential; the sum is kept in
-lanes and added once at the end, so that an fp32 sum of 32,000 terms is a tree over lanes of a few terms each.
+What a reader would get wrong: the maximum is one number a row and not one a lane, so an element costs one exponential;
+the sum is kept in lanes and added once at the end, so that an fp32 sum of 32,000 terms is a tree over lanes of a few
+terms each.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ _MAX_BLOCK = 4096  # columns in one step: 16 elements a thread
 
 @triton.jit
 def row_statistics(x, columns, scale, BLOCK: tl.constexpr):
-    """Row pointer x -> (maximum, sum of exp(scale x - maximum)), fp32. A row of -inf alone gives (0, 0); +inf and NaN give a NaN sum."""
+    """Row pointer x -> (maximum, sum of exp(scale x - maximum)), fp32. A row of -inf alone gives (0, 0); +inf and NaN
+    give a NaN sum.
+    """
     maximum = float("-inf")
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, columns, BLOCK):
@@ -32,7 +35,9 @@ def row_statistics(x, columns, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def row_loss(x, label, columns, scale, z_loss, ignore_index, maximum, total):
-    """Token loss: logsumexp - scale x[label] + z_loss logsumexp^2; 0 where ignored, NaN for a label outside the row, which is not read."""
+    """Token loss: logsumexp - scale x[label] + z_loss logsumexp^2; 0 where ignored, NaN for a label outside the row,
+    which is not read.
+    """
     ignored = label == ignore_index
     valid = (label >= 0) & (label < columns)
     at_label = tl.load(x + label, mask=valid, other=0.0).to(tl.float32) * scale
@@ -44,7 +49,9 @@ def row_loss(x, label, columns, scale, z_loss, ignore_index, maximum, total):
 
 @triton.jit
 def row_factors(label, columns, scale, z_loss, ignore_index, maximum, total, incoming):
-    """(softmax_factor, label_factor, z_factor) for block_gradient; all 0 for an ignored row and for a label outside the row."""
+    """(softmax_factor, label_factor, z_factor) for block_gradient; all 0 for an ignored row and for a label outside the
+    row.
+    """
     counted = (label >= 0) & (label < columns) & (label != ignore_index)
     factor = tl.where(counted, incoming * scale, 0.0)
     softmax_factor = tl.div_rn(factor, total)
@@ -53,9 +60,11 @@ def row_factors(label, columns, scale, z_loss, ignore_index, maximum, total, inc
 
 @triton.jit
 def block_gradient(values, column, label, maximum, softmax_factor, label_factor, z_factor):
-    """Scaled logits of one block, fp32 -> the gradient of the logits, fp32: factor ((softmax - onehot) + softmax 2 z_loss logsumexp).
+    """Scaled logits of one block, fp32 -> the gradient of the logits, fp32: factor ((softmax - onehot) + softmax 2
+    z_loss logsumexp).
 
-    In this order: of a token that is as good as certain only the z-loss is left, and it must not have been rounded beside the 1.
+    In this order: of a token that is as good as certain only the z-loss is left, and it must not have been rounded
+    beside the 1.
     """
     exponential = tl.exp(values - maximum)
     return (exponential * softmax_factor - tl.where(column == label, label_factor, 0.0)) + exponential * z_factor

@@ -1,7 +1,8 @@
 """adamw: one launch a tensor; moments, weight and its compute copy are read once and written once.
 
-What a reader would get wrong: step, learning rate and betas become a few fp32 numbers, each rounded once after arithmetic in double on the
-host; they are plain kernel arguments, so no step compiles anything anew. The clip coefficient stays on the device and is loaded there.
+What a reader would get wrong: step, learning rate and betas become a few fp32 numbers, each rounded once after
+arithmetic in double on the host; they are plain kernel arguments, so no step compiles anything anew. The clip
+coefficient stays on the device and is loaded there.
 """
 
 from __future__ import annotations
@@ -94,9 +95,11 @@ def adamw(
     eps_placement: str,
     gradient_scale: Tensor,
 ) -> None:
-    """One AdamW update in place, arguments as in kernels/reference.py; all but the gradients contiguous. No synchronisation.
+    """One AdamW update in place, arguments as in kernels/reference.py; all but the gradients contiguous. No
+    synchronisation.
 
-    28 bytes a parameter are moved with bf16 gradients and copies. Raises KernelError (kernels/arguments.py) before anything is written.
+    28 bytes a parameter are moved with bf16 gradients and copies. Raises KernelError (kernels/arguments.py) before
+    anything is written.
     """
     check_adamw(parameters, gradients, exp_avgs, exp_avg_sqs, copies, update_index, eps_placement, gradient_scale)
     after = eps_placement == "after_bias_correction"
@@ -105,7 +108,8 @@ def adamw(
         copy = None if copies is None else copies[index]
         gradient = gradients[index].contiguous()
         _STEP(parameter, gradient, exp_avgs[index], exp_avg_sqs[index], copy, gradient_scale, scalars, after)
-    if not torch.compiler.is_compiling():  # a launch does not tell autograd; a backward through what was overwritten must be refused
+    # a launch does not tell autograd; a backward through what was overwritten must be refused
+    if not torch.compiler.is_compiling():
         written = (*parameters, *exp_avgs, *exp_avg_sqs, *(copies or ()))
         torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
 
@@ -115,8 +119,8 @@ def _scalars(
 ) -> list[float]:
     """[1 - beta1, beta2, 1 - beta2, eps, correction, step_size, decay], in double.
 
-    eps after the correction: sqrt(v) is divided by `correction`, the weight multiplied by `decay`. Before: the update is multiplied by
-    `correction`, and `decay` is added as a rate.
+    eps after the correction: sqrt(v) is divided by `correction`, the weight multiplied by `decay`. Before: the update
+    is multiplied by `correction`, and `decay` is added as a rate.
     """
     correction1 = 1 - beta1**update_index
     correction2_sqrt = (1 - beta2**update_index) ** 0.5

@@ -1,7 +1,8 @@
 """attention: causal flash attention for training, forward and a deterministic backward, with document boundaries.
 
-What a reader would get wrong: the configuration is looked up, not tuned: CONFIGURATIONS has one line per kernel, target, element size and
-head width, each proven by `weftrain kernels compile`. The kernels themselves are in _attention_kernels.py.
+What a reader would get wrong: the configuration is looked up, not tuned: CONFIGURATIONS has one line per kernel,
+target, element size and head width, each proven by `weftrain kernels compile`. The kernels themselves are in
+_attention_kernels.py.
 """
 
 from __future__ import annotations
@@ -37,30 +38,68 @@ def _lines(**targets: tuple[int, int, int, int]) -> dict[str, Configuration]:
     return {target: Configuration(*line) for target, line in targets.items()}
 
 
-# (kernel, bytes of an element, head width) -> target -> queries, keys, warps, stages. Heads narrower than 64 take the lines of 64.
-# fp32 products are multiply-adds of single elements on NVIDIA, whole tiles unrolled: small tiles, or they spill.
+# (kernel, bytes of an element, head width) -> target -> queries, keys, warps, stages. Heads narrower than 64 take the
+# lines of 64. fp32 products are multiply-adds of single elements on NVIDIA, whole tiles unrolled: small tiles, or they
+# spill.
 CONFIGURATIONS: dict[tuple[str, int, int], dict[str, Configuration]] = {
-    ("forward", 2, 64): _lines(sm_80=(128, 64, 8, 3), sm_90=(128, 128, 8, 3), sm_100=(128, 64, 8, 3), gfx942=(128, 64, 4, 2)),
-    ("forward", 2, 128): _lines(sm_80=(128, 32, 8, 3), sm_90=(128, 64, 8, 3), sm_100=(128, 64, 8, 3), gfx942=(128, 64, 4, 2)),
-    ("forward", 2, 256): _lines(sm_80=(64, 32, 8, 2), sm_90=(64, 32, 8, 2), sm_100=(64, 64, 8, 2), gfx942=(64, 32, 4, 2)),
-    ("forward", 4, 64): _lines(sm_80=(32, 32, 8, 1), sm_90=(32, 32, 8, 1), sm_100=(32, 32, 8, 1), gfx942=(64, 32, 4, 1)),
-    ("forward", 4, 128): _lines(sm_80=(32, 16, 4, 1), sm_90=(16, 16, 4, 1), sm_100=(16, 16, 4, 1), gfx942=(64, 32, 4, 1)),
-    ("forward", 4, 256): _lines(sm_80=(16, 16, 4, 1), sm_90=(16, 16, 4, 1), sm_100=(16, 16, 4, 1), gfx942=(32, 16, 4, 1)),
-    ("backward_keys", 2, 64): _lines(sm_80=(32, 64, 4, 2), sm_90=(64, 128, 8, 2), sm_100=(64, 64, 8, 2), gfx942=(64, 64, 4, 1)),
-    ("backward_keys", 2, 128): _lines(sm_80=(64, 64, 8, 1), sm_90=(32, 128, 8, 2), sm_100=(64, 64, 8, 2), gfx942=(32, 64, 4, 1)),
-    ("backward_keys", 2, 256): _lines(sm_80=(32, 32, 8, 2), sm_90=(64, 32, 8, 1), sm_100=(32, 64, 8, 2), gfx942=(16, 32, 4, 1)),
-    ("backward_keys", 4, 64): _lines(sm_80=(32, 32, 8, 1), sm_90=(32, 32, 8, 1), sm_100=(32, 32, 8, 1), gfx942=(32, 32, 4, 1)),
-    ("backward_keys", 4, 128): _lines(sm_80=(16, 16, 4, 1), sm_90=(16, 16, 4, 1), sm_100=(16, 16, 4, 1), gfx942=(16, 32, 4, 1)),
-    ("backward_keys", 4, 256): _lines(sm_80=(16, 16, 4, 1), sm_90=(16, 16, 8, 1), sm_100=(16, 16, 8, 1), gfx942=(16, 16, 4, 1)),
-    ("backward_queries", 2, 64): _lines(sm_80=(64, 64, 8, 2), sm_90=(128, 64, 8, 3), sm_100=(128, 64, 8, 2), gfx942=(128, 64, 4, 2)),
-    ("backward_queries", 2, 128): _lines(sm_80=(64, 64, 8, 2), sm_90=(128, 64, 8, 2), sm_100=(128, 64, 8, 2), gfx942=(64, 32, 4, 2)),
-    ("backward_queries", 2, 256): _lines(sm_80=(32, 32, 8, 2), sm_90=(64, 16, 8, 2), sm_100=(64, 64, 8, 1), gfx942=(64, 32, 4, 1)),
-    ("backward_queries", 4, 64): _lines(sm_80=(32, 32, 8, 1), sm_90=(32, 32, 8, 1), sm_100=(32, 32, 8, 1), gfx942=(32, 32, 4, 1)),
-    ("backward_queries", 4, 128): _lines(sm_80=(32, 16, 4, 1), sm_90=(16, 16, 4, 1), sm_100=(16, 16, 4, 1), gfx942=(32, 16, 4, 1)),
-    ("backward_queries", 4, 256): _lines(sm_80=(16, 16, 8, 1), sm_90=(16, 16, 8, 1), sm_100=(16, 16, 8, 1), gfx942=(32, 16, 4, 1)),
+    ("forward", 2, 64): _lines(
+        sm_80=(128, 64, 8, 3), sm_90=(128, 128, 8, 3), sm_100=(128, 64, 8, 3), gfx942=(128, 64, 4, 2)
+    ),
+    ("forward", 2, 128): _lines(
+        sm_80=(128, 32, 8, 3), sm_90=(128, 64, 8, 3), sm_100=(128, 64, 8, 3), gfx942=(128, 64, 4, 2)
+    ),
+    ("forward", 2, 256): _lines(
+        sm_80=(64, 32, 8, 2), sm_90=(64, 32, 8, 2), sm_100=(64, 64, 8, 2), gfx942=(64, 32, 4, 2)
+    ),
+    ("forward", 4, 64): _lines(
+        sm_80=(32, 32, 8, 1), sm_90=(32, 32, 8, 1), sm_100=(32, 32, 8, 1), gfx942=(64, 32, 4, 1)
+    ),
+    ("forward", 4, 128): _lines(
+        sm_80=(32, 16, 4, 1), sm_90=(16, 16, 4, 1), sm_100=(16, 16, 4, 1), gfx942=(64, 32, 4, 1)
+    ),
+    ("forward", 4, 256): _lines(
+        sm_80=(16, 16, 4, 1), sm_90=(16, 16, 4, 1), sm_100=(16, 16, 4, 1), gfx942=(32, 16, 4, 1)
+    ),
+    ("backward_keys", 2, 64): _lines(
+        sm_80=(32, 64, 4, 2), sm_90=(64, 128, 8, 2), sm_100=(64, 64, 8, 2), gfx942=(64, 64, 4, 1)
+    ),
+    ("backward_keys", 2, 128): _lines(
+        sm_80=(64, 64, 8, 1), sm_90=(32, 128, 8, 2), sm_100=(64, 64, 8, 2), gfx942=(32, 64, 4, 1)
+    ),
+    ("backward_keys", 2, 256): _lines(
+        sm_80=(32, 32, 8, 2), sm_90=(64, 32, 8, 1), sm_100=(32, 64, 8, 2), gfx942=(16, 32, 4, 1)
+    ),
+    ("backward_keys", 4, 64): _lines(
+        sm_80=(32, 32, 8, 1), sm_90=(32, 32, 8, 1), sm_100=(32, 32, 8, 1), gfx942=(32, 32, 4, 1)
+    ),
+    ("backward_keys", 4, 128): _lines(
+        sm_80=(16, 16, 4, 1), sm_90=(16, 16, 4, 1), sm_100=(16, 16, 4, 1), gfx942=(16, 32, 4, 1)
+    ),
+    ("backward_keys", 4, 256): _lines(
+        sm_80=(16, 16, 4, 1), sm_90=(16, 16, 8, 1), sm_100=(16, 16, 8, 1), gfx942=(16, 16, 4, 1)
+    ),
+    ("backward_queries", 2, 64): _lines(
+        sm_80=(64, 64, 8, 2), sm_90=(128, 64, 8, 3), sm_100=(128, 64, 8, 2), gfx942=(128, 64, 4, 2)
+    ),
+    ("backward_queries", 2, 128): _lines(
+        sm_80=(64, 64, 8, 2), sm_90=(128, 64, 8, 2), sm_100=(128, 64, 8, 2), gfx942=(64, 32, 4, 2)
+    ),
+    ("backward_queries", 2, 256): _lines(
+        sm_80=(32, 32, 8, 2), sm_90=(64, 16, 8, 2), sm_100=(64, 64, 8, 1), gfx942=(64, 32, 4, 1)
+    ),
+    ("backward_queries", 4, 64): _lines(
+        sm_80=(32, 32, 8, 1), sm_90=(32, 32, 8, 1), sm_100=(32, 32, 8, 1), gfx942=(32, 32, 4, 1)
+    ),
+    ("backward_queries", 4, 128): _lines(
+        sm_80=(32, 16, 4, 1), sm_90=(16, 16, 4, 1), sm_100=(16, 16, 4, 1), gfx942=(32, 16, 4, 1)
+    ),
+    ("backward_queries", 4, 256): _lines(
+        sm_80=(16, 16, 8, 1), sm_90=(16, 16, 8, 1), sm_100=(16, 16, 8, 1), gfx942=(32, 16, 4, 1)
+    ),
 }
 
-# In bf16 with head width 128 and documents: what a launch could take on a target besides its line, and why some targets could not.
+# In bf16 with head width 128 and documents: what a launch could take on a target besides its line, and why some targets
+# could not.
 CANDIDATES: dict[tuple[str, Configuration], dict[str, str]] = {
     ("forward", Configuration(128, 32, 8, 3)): {},
     ("forward", Configuration(128, 64, 8, 3)): {
@@ -78,7 +117,8 @@ def configuration(kernel: str, on: str, element_size: int, block_d: int) -> Conf
     return CONFIGURATIONS[kernel, element_size, max(64, block_d)][on]
 
 
-# ---- launches -----------------------------------------------------------------------------------------------------------------------
+# ---- launches
+# ----------------------------------------------------------------------------------------------------
 
 
 def _block_d(head_dim: int) -> int:
@@ -101,7 +141,9 @@ def _common(head_dim: int, found: Configuration, documents: bool) -> dict[str, A
     }
 
 
-def _launch_forward(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     out, lse = _fake_forward(q, k, v, document_start, scale)
     B, T, H, D = q.shape
     if out.numel():
@@ -113,9 +155,13 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | No
     return out, lse
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(
+        (B, H, T), dtype=torch.float32, device=q.device
+    )
 
 
 def _launch_backward(
@@ -157,14 +203,16 @@ _FORWARD = operator(
     _fake_forward,
 )
 _BACKWARD = operator(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? document_start, float scale)"
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? document_start, "
+    "float scale)"
     " -> (Tensor, Tensor, Tensor)",
     _launch_backward,
     _fake_backward,
 )
 
 
-# ---- the op -------------------------------------------------------------------------------------------------------------------------
+# ---- the op
+# ----------------------------------------------------------------------------------------------------
 
 
 class _Attention(torch.autograd.Function):
@@ -189,12 +237,13 @@ def _readable(x: Tensor) -> Tensor:
 
 @outside_autocast
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
-    """Causal self-attention: q, k, v [B, T, H, D] -> contiguous [B, T, H, D] in q.dtype (kernels/reference.py). D <= 256.
+    """Causal self-attention: q, k, v [B, T, H, D] -> contiguous [B, T, H, D] in q.dtype (kernels/reference.py). D <=
+    256.
 
-    Products in q.dtype (fp32: without tf32), accumulated in fp32; softmax in fp32; probabilities are cast to q.dtype before they meet v.
-    Saves q, k, v, the output, and the base-2 logarithm of each row's sum of exponentials, fp32 [B, H, T]. Deterministic: no atomics.
-    Strides are taken as they are where the last is 1. The probability of a query's only key is 1, so it moves neither q nor k.
-    Raises KernelError (kernels/arguments.py).
+    Products in q.dtype (fp32: without tf32), accumulated in fp32; softmax in fp32; probabilities are cast to q.dtype
+    before they meet v. Saves q, k, v, the output, and the base-2 logarithm of each row's sum of exponentials, fp32 [B,
+    H, T]. Deterministic: no atomics. Strides are taken as they are where the last is 1. The probability of a query's
+    only key is 1, so it moves neither q nor k. Raises KernelError (kernels/arguments.py).
     """
     check_attention(q, k, v, document_start)
     if scale <= 0:  # the kernels scale a row's maximum, and -inf where a key is hidden
@@ -208,20 +257,42 @@ def _needs(spec: Spec) -> str | None:
     return None if head_dim <= _MAX_HEAD_DIM else f"needs head_dim <= {_MAX_HEAD_DIM}, this is {head_dim}"
 
 
-# ---- for the compile gate -----------------------------------------------------------------------------------------------------------
+# ---- for the compile gate
+# ----------------------------------------------------------------------------------------------------
 
 _ELEMENT_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _GATE_HEAD_DIMS = (64, 128, 256)
 
 
 def _signature(kernel: str, dtype: str, documents: bool) -> dict[str, str]:
-    """The types of a launch's runtime arguments at aligned strides; without documents, document_start is the constant None."""
+    """The types of a launch's runtime arguments at aligned strides; without documents, document_start is the constant
+    None.
+    """
     x, fp32 = f"*{dtype}:16", "*fp32:16"
     tensors = {
         "forward": {"q": x, "k": x, "v": x, "document_start": "*i32:16", "out": x, "lse": fp32},
         "row_sums": {"out": x, "dout": x, "delta": fp32},
-        "backward_keys": {"q": x, "k": x, "v": x, "document_start": "*i32:16", "dout": x, "lse": fp32, "delta": fp32, "dk": x, "dv": x},
-        "backward_queries": {"q": x, "k": x, "v": x, "document_start": "*i32:16", "dout": x, "lse": fp32, "delta": fp32, "dq": x},
+        "backward_keys": {
+            "q": x,
+            "k": x,
+            "v": x,
+            "document_start": "*i32:16",
+            "dout": x,
+            "lse": fp32,
+            "delta": fp32,
+            "dk": x,
+            "dv": x,
+        },
+        "backward_queries": {
+            "q": x,
+            "k": x,
+            "v": x,
+            "document_start": "*i32:16",
+            "dout": x,
+            "lse": fp32,
+            "delta": fp32,
+            "dq": x,
+        },
     }[kernel]
     if not documents:
         tensors.pop("document_start", None)
@@ -231,7 +302,9 @@ def _signature(kernel: str, dtype: str, documents: bool) -> dict[str, str]:
     return {**tensors, **strides, "T": "i32", "H": "i32", **scales}
 
 
-def _compilation(kernel: str, dtype: str, head_dim: int, found: Configuration, documents: bool, **how: Any) -> Compilation:
+def _compilation(
+    kernel: str, dtype: str, head_dim: int, found: Configuration, documents: bool, **how: Any
+) -> Compilation:
     name = f"{kernel} {dtype} d{head_dim} {found.block_m}x{found.block_n}w{found.num_warps}s{found.num_stages}"
     constants = _common(head_dim, found, documents) | ({} if documents else {"document_start": None})
     name += " documents" * documents + " candidate" * (not how.get("default", True))
@@ -249,12 +322,19 @@ def _compilations() -> list[Compilation]:
         for head_dim in _GATE_HEAD_DIMS:
             constants = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_M": _ROW_SUMS_BLOCK}
             signature = _signature("row_sums", dtype, False)
-            made.append(Compilation(f"row_sums {dtype} d{head_dim}", kernels.row_sums, signature, constants, num_warps=4, num_stages=3))
+            made.append(
+                Compilation(
+                    f"row_sums {dtype} d{head_dim}", kernels.row_sums, signature, constants, num_warps=4, num_stages=3
+                )
+            )
             for kernel in ("forward", "backward_keys", "backward_queries"):
                 lines = CONFIGURATIONS[kernel, element_size, head_dim]
                 for found in dict.fromkeys(lines.values()):
                     targets = tuple(on for on in TARGETS if lines[on] == found)
-                    made += [_compilation(kernel, dtype, head_dim, found, documents, targets=targets) for documents in (False, True)]
+                    made += [
+                        _compilation(kernel, dtype, head_dim, found, documents, targets=targets)
+                        for documents in (False, True)
+                    ]
     for (kernel, found), excluded in CANDIDATES.items():
         targets = tuple(on for on in TARGETS if CONFIGURATIONS[kernel, 2, 128][on] != found)
         made.append(_compilation(kernel, "bf16", 128, found, True, targets=targets, default=False, excluded=excluded))

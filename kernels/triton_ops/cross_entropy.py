@@ -1,7 +1,9 @@
-"""cross_entropy: one program a row, one pass over its vocabulary forward and one backward; no [N, V] probabilities are saved.
+"""cross_entropy: one program a row, one pass over its vocabulary forward and one backward; no [N, V] probabilities are
+saved.
 
-What a reader would get wrong: the maximum and the sum are saved apart, not as one logsumexp. Of logits near 1000 a logsumexp has lost four
-digits that the gradient needs. An ignored row gives loss 0 and gradient 0, and as in the reference a gradient of NaN where it holds a NaN.
+What a reader would get wrong: the maximum and the sum are saved apart, not as one logsumexp. Of logits near 1000 a
+logsumexp has lost four digits that the gradient needs. An ignored row gives loss 0 and gradient 0, and as in the
+reference a gradient of NaN where it holds a NaN.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from weftrain.kernels.triton_ops._softmax_rows import block_gradient, row_block,
 
 
 @triton.jit
-def _forward(logits, labels, loss, maximum, total, row_stride, columns, scale, z_loss, ignore_index, BLOCK: tl.constexpr):
+def _forward(
+    logits, labels, loss, maximum, total, row_stride, columns, scale, z_loss, ignore_index, BLOCK: tl.constexpr
+):
     """One row: its loss, and the two numbers that the softmax is made of."""
     row = tl.program_id(0).to(tl.int64)
     x = logits + row * row_stride
@@ -53,7 +57,9 @@ def _backward(
         tl.store(dx + column, gradient.to(dlogits.dtype.element_ty), mask=inside)
 
 
-def _launch_forward(logits: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_forward(
+    logits: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = logits.shape
     loss, maximum, total = _fake_forward(logits, labels, logits_scale, ignore_index, z_loss)
     if rows:
@@ -65,7 +71,9 @@ def _launch_forward(logits: Tensor, labels: Tensor, logits_scale: float, ignore_
     return loss, maximum, total
 
 
-def _fake_forward(logits: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(
+    logits: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
     loss, maximum, total = (torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(3))
     return loss, maximum, total
 
@@ -96,7 +104,8 @@ def _fake_backward(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 
 _FORWARD = operator(
-    "cross_entropy_forward(Tensor logits, Tensor labels, float logits_scale, int ignore_index, float z_loss) -> (Tensor, Tensor, Tensor)",
+    "cross_entropy_forward(Tensor logits, Tensor labels, float logits_scale, int ignore_index, float z_loss) -> "
+    "(Tensor, Tensor, Tensor)",
     _launch_forward,
     _fake_forward,
 )
@@ -110,7 +119,9 @@ _BACKWARD = operator(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float
+    ) -> Tensor:
         loss, maximum, total = _FORWARD(logits, labels, logits_scale, ignore_index, z_loss)
         ctx.save_for_backward(logits, labels, maximum, total)
         ctx.statics = (logits_scale, ignore_index, z_loss)
@@ -122,11 +133,14 @@ class _CrossEntropy(torch.autograd.Function):
         return _BACKWARD(dloss.contiguous(), *ctx.saved_tensors, *ctx.statics), None, None, None, None
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0) -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
     """logits [N, V], labels int64 [N] -> token losses fp32 [N], 0 where ignored (kernels/reference.py). fp32 inside.
 
-    A label outside 0..V-1 that is not ignored gives a loss of NaN, a gradient of 0, and no access out of bounds. Saves logits and labels
-    as they are, and each row's maximum and sum of exponentials in fp32. Raises KernelError (kernels/arguments.py).
+    A label outside 0..V-1 that is not ignored gives a loss of NaN, a gradient of 0, and no access out of bounds. Saves
+    logits and labels as they are, and each row's maximum and sum of exponentials in fp32. Raises KernelError
+    (kernels/arguments.py).
     """
     check_cross_entropy(logits, labels, ignore_index)
     return _CrossEntropy.apply(rows_of(logits), labels.contiguous(), float(logits_scale), ignore_index, float(z_loss))
@@ -141,9 +155,21 @@ def _compilations() -> list[Compilation]:
         x, f32 = f"*{dtype}:16", "*fp32:16"
         common = {"row_stride": size, "columns": size, "scale": "fp32", "z_loss": "fp32", "ignore_index": "i32"}
         forward = {"logits": x, "labels": "*i64:16", "loss": f32, "maximum": f32, "total": f32, **common}
-        backward = {"dloss": f32, "logits": x, "labels": "*i64:16", "maximum": f32, "total": f32, "dlogits": x, **common}
+        backward = {
+            "dloss": f32,
+            "logits": x,
+            "labels": "*i64:16",
+            "maximum": f32,
+            "total": f32,
+            "dlogits": x,
+            **common,
+        }
         for name, kernel, signature in (("forward", _forward, forward), ("backward", _backward, backward)):
-            found.append(Compilation(f"{name} {dtype} {width}", kernel, signature, {"BLOCK": block}, num_warps=warps, num_stages=3))
+            found.append(
+                Compilation(
+                    f"{name} {dtype} {width}", kernel, signature, {"BLOCK": block}, num_warps=warps, num_stages=3
+                )
+            )
     return found
 
 

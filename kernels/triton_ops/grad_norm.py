@@ -1,7 +1,9 @@
-"""grad_norm in two stages: a sum of squares for every 65,536 elements, then one program that adds those and takes the root.
+"""grad_norm in two stages: a sum of squares for every 65,536 elements, then one program that adds those and takes the
+root.
 
-What a reader would get wrong: no atomics, and no norm of each tensor on the way: the partial sums of all tensors lie in one list, whose
-order is that of the gradients, so the bits depend on nothing else. Nothing waits for the device; a NaN or Inf anywhere is in the result.
+What a reader would get wrong: no atomics, and no norm of each tensor on the way: the partial sums of all tensors lie in
+one list, whose order is that of the gradients, so the bits depend on nothing else. Nothing waits for the device; a NaN
+or Inf anywhere is in the result.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ def _launch(gradients: Sequence[Tensor]) -> Tensor:
     norm = torch.zeros((), dtype=torch.float32, device=gradients[0].device)
     for gradient, part, count in zip(gradients, partials.split(counts), counts, strict=True):
         if count:
-            _sums_of_squares[(count,)](gradient, part, gradient.numel(), STEPS=_STEPS, BLOCK=_BLOCK, num_warps=_NUM_WARPS)
+            _sums_of_squares[(count,)](
+                gradient, part, gradient.numel(), STEPS=_STEPS, BLOCK=_BLOCK, num_warps=_NUM_WARPS
+            )
     if partials.numel():
         _root_of_sum[(1,)](partials, norm, partials.numel(), BLOCK=_FINISH_BLOCK, num_warps=_NUM_WARPS)
     return norm
@@ -69,7 +73,8 @@ _NORM = operator("grad_norm_two_stages(Tensor[] gradients) -> Tensor", _launch, 
 
 @torch.no_grad()
 def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Global L2 norm, 0-dim fp32 (kernels/reference.py), the root of one sum of squares in fp32. Deterministic, no synchronisation.
+    """Global L2 norm, 0-dim fp32 (kernels/reference.py), the root of one sum of squares in fp32. Deterministic, no
+    synchronisation.
 
     Raises KernelError (kernels/arguments.py).
     """
@@ -86,7 +91,9 @@ def _compilations() -> list[Compilation]:
         name = f"squares {dtype} {elements}"
         found.append(Compilation(name, _sums_of_squares, signature, constants, num_warps=_NUM_WARPS, num_stages=3))
     finish = {"partials": "*fp32:16", "norm": "*fp32:16", "count": "i32"}
-    found.append(Compilation("finish", _root_of_sum, finish, {"BLOCK": _FINISH_BLOCK}, num_warps=_NUM_WARPS, num_stages=3))
+    found.append(
+        Compilation("finish", _root_of_sum, finish, {"BLOCK": _FINISH_BLOCK}, num_warps=_NUM_WARPS, num_stages=3)
+    )
     return found
 
 

@@ -1,7 +1,9 @@
-"""layer_norm: one program a row forward; backward in a fixed number of programs, each with its own partial sums for weight and bias.
+"""layer_norm: one program a row forward; backward in a fixed number of programs, each with its own partial sums for
+weight and bias.
 
-What a reader would get wrong: the variance is of the centred row (two passes over registers, no E[x^2] - E[x]^2), and there are no
-atomics: partial sums are [programs, n] and added by one more pass, so the bits do not depend on the order in which programs run.
+What a reader would get wrong: the variance is of the centred row (two passes over registers, no E[x^2] - E[x]^2), and
+there are no atomics: partial sums are [programs, n] and added by one more pass, so the bits do not depend on the order
+in which programs run.
 """
 
 from __future__ import annotations
@@ -18,14 +20,17 @@ from weftrain.kernels.contract import Compilation, Spec
 from weftrain.kernels.derivatives import first_derivatives_only
 from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, next_power_of_2, operator, rows_of
 
-_PROGRAMS = 256  # of the backward: two waves on a large GPU; constant, so that the same rows meet in the same partial sum everywhere
+# of the backward: two waves on a large GPU; constant, so that the same rows meet in the same partial sum everywhere
+_PROGRAMS = 256
 _MAX_HIDDEN_SIZE = 8192  # one program holds a whole row in registers; 16384 spills
 _MAX_ANY_HIDDEN_SIZE = 4096  # of sizes that are no multiple of 16: their addresses take registers too
 
 
 @triton.jit
 def _forward(x, weight, bias, y, mean, rstd, row_stride, n, eps, BLOCK: tl.constexpr):
-    """One row: y = (x - mean) * rstd * weight + bias, rstd = 1 / sqrt(mean((x - mean)^2) + eps); all in fp32, rounded once."""
+    """One row: y = (x - mean) * rstd * weight + bias, rstd = 1 / sqrt(mean((x - mean)^2) + eps); all in fp32, rounded
+    once.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < n
@@ -35,7 +40,8 @@ def _forward(x, weight, bias, y, mean, rstd, row_stride, n, eps, BLOCK: tl.const
     r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, 0) / n + eps))
     tl.store(mean + row, m)
     tl.store(rstd + row, r)
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)  # only now: held through the sums, they would spill
+    # only now: held through the sums, they would spill
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row * n + column, (centred * r * w + b).to(y.dtype.element_ty), mask=inside)
 
@@ -45,7 +51,9 @@ def _backward(
     dy, x, weight, mean, rstd, dx, dweight_partial, dbias_partial, dy_row_stride, x_row_stride, rows, n,
     PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows program, program + PROGRAMS, ...: dx = rstd * (g - mean(g) - xhat * mean(g xhat)), g = dy weight, xhat = (x - mean) rstd."""
+    """Rows program, program + PROGRAMS, ...: dx = rstd * (g - mean(g) - xhat * mean(g xhat)), g = dy weight, xhat = (x
+    - mean) rstd.
+    """
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < n
@@ -88,7 +96,9 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[
     return y, mean, rstd
 
 
-def _launch_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, n = x.shape
     dx = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     programs = min(rows, _PROGRAMS)  # of few rows, each has a program of its own
@@ -102,15 +112,20 @@ def _launch_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: 
     return dx, partials[0].sum(0).to(weight.dtype), partials[1].sum(0).to(bias.dtype)
 
 
-def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight), torch.empty_like(bias)
 
 
 _FORWARD = operator(
-    "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)", _launch_forward, _fake_forward
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
+    _launch_forward,
+    _fake_forward,
 )
 _BACKWARD = operator(
-    "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd) -> (Tensor, "
+    "Tensor, Tensor)",
     _launch_backward,
     _fake_backward,
 )
@@ -131,9 +146,11 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
-    """x [..., n], weight and bias [n] -> x.dtype [..., n] (kernels/reference.py). Statistics and affine map in fp32, rounded once.
+    """x [..., n], weight and bias [n] -> x.dtype [..., n] (kernels/reference.py). Statistics and affine map in fp32,
+    rounded once.
 
-    Saves x, weight and bias as they are, and mean and 1 / deviation in fp32, [rows] each. Deterministic. Raises KernelError.
+    Saves x, weight and bias as they are, and mean and 1 / deviation in fp32, [rows] each. Deterministic. Raises
+    KernelError.
     """
     check_layer_norm(x, weight, bias)
     return _LayerNorm.apply(rows_of(x), weight.contiguous(), bias.contiguous(), eps).view(x.shape)
@@ -148,19 +165,43 @@ def _needs(spec: Spec) -> str | None:
 
 def _compilations() -> list[Compilation]:
     found = []
-    # CrystalCoder's; in fp32, which takes most registers: the largest of any size, where nothing is aligned, and the largest offered
+    # CrystalCoder's; in fp32, which takes most registers: the largest of any size, where nothing is aligned, and the
+    # largest offered
     shapes = [(dtype, 4096, "i32:16") for dtype in TRITON_DTYPES.values()]
     for dtype, n, size in (*shapes, ("fp32", _MAX_ANY_HIDDEN_SIZE - 1, "i32"), ("fp32", _MAX_HIDDEN_SIZE, "i32:16")):
         block = next_power_of_2(n)
         x, w, f32 = f"*{dtype}:16", "*fp32:16", "*fp32:16"
-        forward = {"x": x, "weight": w, "bias": w, "y": x, "mean": f32, "rstd": f32, "row_stride": size, "n": size, "eps": "fp32"}
-        backward = {"dy": x, "x": x, "weight": w, "mean": f32, "rstd": f32, "dx": x, "dweight_partial": f32, "dbias_partial": f32}
+        forward = {
+            "x": x,
+            "weight": w,
+            "bias": w,
+            "y": x,
+            "mean": f32,
+            "rstd": f32,
+            "row_stride": size,
+            "n": size,
+            "eps": "fp32",
+        }
+        backward = {
+            "dy": x,
+            "x": x,
+            "weight": w,
+            "mean": f32,
+            "rstd": f32,
+            "dx": x,
+            "dweight_partial": f32,
+            "dbias_partial": f32,
+        }
         backward |= {"dy_row_stride": size, "x_row_stride": size, "rows": size, "n": size}
         for name, kernel, signature, constants in (
             ("forward", _forward, forward, {"BLOCK": block}),
             ("backward", _backward, backward, {"PROGRAMS": _PROGRAMS, "BLOCK": block}),
         ):
-            found.append(Compilation(f"{name} {dtype} n{n}", kernel, signature, constants, num_warps=_num_warps(block), num_stages=3))
+            found.append(
+                Compilation(
+                    f"{name} {dtype} n{n}", kernel, signature, constants, num_warps=_num_warps(block), num_stages=3
+                )
+            )
     return found
 
 

@@ -1,8 +1,10 @@
-"""linear_cross_entropy, chunked over tokens: a chunk's logits are turned in place into their gradient, and never are there more.
+"""linear_cross_entropy, chunked over tokens: a chunk's logits are turned in place into their gradient, and never are
+there more.
 
-What a reader would get wrong: the gradients are computed in the *forward*, while the chunk's logits are at hand; the backward only
-multiplies them by the incoming scalar. The gradient of the logits is rounded to hidden.dtype as the reference rounds it, without factors
-to stretch its range: a factor that saves an fp16 probability of 1e-8 overflows an fp16 product of rows with one label.
+What a reader would get wrong: the gradients are computed in the *forward*, while the chunk's logits are at hand; the
+backward only multiplies them by the incoming scalar. The gradient of the logits is rounded to hidden.dtype as the
+reference rounds it, without factors to stretch its range: a factor that saves an fp16 probability of 1e-8 overflows an
+fp16 product of rows with one label.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from weftrain.kernels.derivatives import first_derivatives_only, outside_autocas
 from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, operator
 from weftrain.kernels.triton_ops._softmax_rows import block_gradient, row_block, row_factors, row_loss, row_statistics
 
-_CHUNK_ELEMENTS = 1 << 25  # logits held at once: 1024 rows of 32000, 64 MiB in bf16; enough rows for the products to run at their peak
+# logits held at once: 1024 rows of 32000, 64 MiB in bf16; enough rows for the products to run at their peak
+_CHUNK_ELEMENTS = 1 << 25
 _ROW_MULTIPLE = 64
 
 
@@ -35,7 +38,9 @@ def _loss_and_gradient(
     maximum, total = row_statistics(x, columns, scale, BLOCK)
     tl.store(loss + row, row_loss(x, label, columns, scale, z_loss, ignore_index, maximum, total))
     if GRADIENT:
-        softmax_factor, label_factor, z_factor = row_factors(label, columns, scale, z_loss, ignore_index, maximum, total, 1.0)
+        softmax_factor, label_factor, z_factor = row_factors(
+            label, columns, scale, z_loss, ignore_index, maximum, total, 1.0
+        )
         tl.debug_barrier()  # every warp has read the logit at the label before any writes there
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -57,11 +62,17 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss sum, d hidden, d weight); a gradient that is not wanted has no elements."""
     (rows, _), columns = hidden.shape, weight.shape[0]
-    _, grad_hidden, grad_weight = _fake(hidden, weight, labels, logits_scale, ignore_index, z_loss, wants_hidden, wants_weight)
+    _, grad_hidden, grad_weight = _fake(
+        hidden, weight, labels, logits_scale, ignore_index, z_loss, wants_hidden, wants_weight
+    )
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     size = max(_ROW_MULTIPLE, _CHUNK_ELEMENTS // columns // _ROW_MULTIPLE * _ROW_MULTIPLE)
     buffer = torch.empty((min(size, rows), columns), dtype=hidden.dtype, device=hidden.device)
-    sums = None if rows <= size or not wants_weight else torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    sums = (
+        None
+        if rows <= size or not wants_weight
+        else torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    )
     block, warps = row_block(columns)
     if rows == 0:
         grad_weight.zero_()
@@ -101,7 +112,8 @@ def _fake(
 
 
 _LOSS_AND_GRADIENTS = operator(
-    "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor labels, float logits_scale, int ignore_index, float z_loss, "
+    "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor labels, float logits_scale, int ignore_index, "
+    "float z_loss, "
     "bool wants_hidden, bool wants_weight) -> (Tensor, Tensor, Tensor)",
     _launch,
     _fake,
@@ -110,7 +122,9 @@ _LOSS_AND_GRADIENTS = operator(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float
+    ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         loss, grad_hidden, grad_weight = _LOSS_AND_GRADIENTS(
             hidden, weight, labels, logits_scale, ignore_index, z_loss, wants_hidden, wants_weight
@@ -121,7 +135,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @first_derivatives_only("linear_cross_entropy", "triton")
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight = (None if saved is None else (saved.float() * incoming).to(saved.dtype) for saved in ctx.saved_tensors)
+        hidden, weight = (
+            None if saved is None else (saved.float() * incoming).to(saved.dtype) for saved in ctx.saved_tensors
+        )
         return hidden, weight, None, None, None, None
 
 
@@ -137,9 +153,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar sum of token losses (kernels/reference.py).
 
-    Products in hidden.dtype, softmax in fp32; dW is summed over chunks in fp32. Where a gradient is wanted it is computed here, and saved:
-    dhidden [N, D] and dW [V, D], in the inputs' dtype. Peak beyond that: one chunk of logits (64 MiB in bf16, at least 64 rows), with
-    several chunks also dW in fp32. A label outside 0..V-1 that is not ignored makes the loss NaN. Raises KernelError.
+    Products in hidden.dtype, softmax in fp32; dW is summed over chunks in fp32. Where a gradient is wanted it is
+    computed here, and saved: dhidden [N, D] and dW [V, D], in the inputs' dtype. Peak beyond that: one chunk of logits
+    (64 MiB in bf16, at least 64 rows), with several chunks also dW in fp32. A label outside 0..V-1 that is not ignored
+    makes the loss NaN. Raises KernelError.
     """
     check_linear_cross_entropy(hidden, weight, labels, ignore_index)
     statics = (float(logits_scale), ignore_index, float(z_loss))

@@ -1,7 +1,8 @@
-"""rms_norm: one program a row forward; backward in a fixed number of programs, each with its own partial sum of the weight's gradient.
+"""rms_norm: one program a row forward; backward in a fixed number of programs, each with its own partial sum of the
+weight's gradient.
 
-What a reader would get wrong: no atomics. Partial sums are [PROGRAMS, n], added by one more pass, so the bits do not depend on the order
-in which programs run, nor on how many processors the GPU has.
+What a reader would get wrong: no atomics. Partial sums are [PROGRAMS, n], added by one more pass, so the bits do not
+depend on the order in which programs run, nor on how many processors the GPU has.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from weftrain.kernels.contract import Compilation, Spec
 from weftrain.kernels.derivatives import first_derivatives_only
 from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, next_power_of_2, operator, rows_of
 
-_PROGRAMS = 256  # of the backward: two waves on a large GPU; constant, so that the same rows meet in the same partial sum everywhere
+# of the backward: two waves on a large GPU; constant, so that the same rows meet in the same partial sum everywhere
+_PROGRAMS = 256
 _MAX_HIDDEN_SIZE = 8192  # one program holds a whole row in registers; 16384 spills
 _MAX_ANY_HIDDEN_SIZE = 4096  # of sizes that are no multiple of 16: their addresses take registers too
 
@@ -37,8 +39,23 @@ def _forward(x, weight, y, rstd, row_stride, n, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(dy, x, weight, rstd, dx, dweight_partial, dy_row_stride, x_row_stride, rows, n, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows program, program + PROGRAMS, ...: dx = rstd * (g - xhat * mean(g xhat)) with g = dy weight, xhat = x rstd."""
+def _backward(
+    dy,
+    x,
+    weight,
+    rstd,
+    dx,
+    dweight_partial,
+    dy_row_stride,
+    x_row_stride,
+    rows,
+    n,
+    PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rows program, program + PROGRAMS, ...: dx = rstd * (g - xhat * mean(g xhat)) with g = dy weight, xhat = x
+    rstd.
+    """
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < n
@@ -73,7 +90,9 @@ def _launch_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tens
 
 
 def _fake_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(
+        x.shape[0], dtype=torch.float32, device=x.device
+    )
 
 
 def _launch_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,9 +113,13 @@ def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight)
 
 
-_FORWARD = operator("rms_norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _launch_forward, _fake_forward)
+_FORWARD = operator(
+    "rms_norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _launch_forward, _fake_forward
+)
 _BACKWARD = operator(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)", _launch_backward, _fake_backward
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+    _launch_backward,
+    _fake_backward,
 )
 
 
@@ -118,7 +141,8 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """x [..., n], weight [n] -> x.dtype [..., n] (kernels/reference.py). fp32 throughout, rounded once.
 
-    Saves x and weight as they are, and 1 / rms in fp32, [rows]. Deterministic. Raises KernelError (kernels/arguments.py).
+    Saves x and weight as they are, and 1 / rms in fp32, [rows]. Deterministic. Raises KernelError
+    (kernels/arguments.py).
     """
     check_rms_norm(x, weight)
     return _RMSNorm.apply(rows_of(x), weight.contiguous(), eps).view(x.shape)
@@ -133,7 +157,8 @@ def _needs(spec: Spec) -> str | None:
 
 def _compilations() -> list[Compilation]:
     found = []
-    # Amber's; in fp32, which takes most registers: the largest of any size, where nothing is aligned, and the largest that is offered
+    # Amber's; in fp32, which takes most registers: the largest of any size, where nothing is aligned, and the largest
+    # that is offered
     shapes = [(dtype, 4096, "i32:16") for dtype in TRITON_DTYPES.values()]
     for dtype, n, size in (*shapes, ("fp32", _MAX_ANY_HIDDEN_SIZE - 1, "i32"), ("fp32", _MAX_HIDDEN_SIZE, "i32:16")):
         block = next_power_of_2(n)
@@ -145,7 +170,11 @@ def _compilations() -> list[Compilation]:
             ("forward", _forward, forward, {"BLOCK": block}),
             ("backward", _backward, backward, {"PROGRAMS": _PROGRAMS, "BLOCK": block}),
         ):
-            found.append(Compilation(f"{name} {dtype} n{n}", kernel, signature, constants, num_warps=_num_warps(block), num_stages=3))
+            found.append(
+                Compilation(
+                    f"{name} {dtype} n{n}", kernel, signature, constants, num_warps=_num_warps(block), num_stages=3
+                )
+            )
     return found
 
 

@@ -1,7 +1,9 @@
-"""rope: one program turns a few heads of one token, read once and written once; the backward is the same kernel, turning back.
+"""rope: one program turns a few heads of one token, read once and written once; the backward is the same kernel,
+turning back.
 
-What a reader would get wrong: cos and sin are rounded to x.dtype first, as the contract says, but the products are taken in fp32 and
-rounded once. x may be a view (q of a fused q, k, v): its strides are taken as they are. What is returned is contiguous.
+What a reader would get wrong: cos and sin are rounded to x.dtype first, as the contract says, but the products are
+taken in fp32 and rounded once. x may be a view (q of a fused q, k, v): its strides are taken as they are. What is
+returned is contiguous.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ def _turn(
     x, cos, sin, y, batch_stride, token_stride, head_stride, tokens, heads, head_dim, half,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """Heads block of one token: pairs (a, b) -> (a cos - b sin, b cos + a sin); INVERSE turns by the negative angle. The rest passes."""
+    """Heads block of one token: pairs (a, b) -> (a cos - b sin, b cos + a sin); INVERSE turns by the negative angle.
+    The rest passes.
+    """
     position = tl.program_id(0).to(tl.int64)  # batch * tokens + token
     token = position % tokens
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
@@ -82,7 +86,11 @@ def _fake(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: boo
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-_TURN = operator("rope_turn(Tensor x, Tensor cos, Tensor sin, int rotary_dim, bool interleaved, bool inverse) -> Tensor", _launch, _fake)
+_TURN = operator(
+    "rope_turn(Tensor x, Tensor cos, Tensor sin, int rotary_dim, bool interleaved, bool inverse) -> Tensor",
+    _launch,
+    _fake,
+)
 
 
 class _Rope(torch.autograd.Function):
@@ -107,8 +115,8 @@ def _heads(x: Tensor) -> Tensor:
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int, interleaved: bool) -> Tensor:
     """x [B, T, H, D], cos and sin fp32 [T, rotary_dim / 2] -> x.dtype [B, T, H, D], contiguous (kernels/reference.py).
 
-    cos and sin are cast to x.dtype, the products are fp32, rounded once. Saves cos and sin; x alone receives a gradient.
-    Raises KernelError (kernels/arguments.py).
+    cos and sin are cast to x.dtype, the products are fp32, rounded once. Saves cos and sin; x alone receives a
+    gradient. Raises KernelError (kernels/arguments.py).
     """
     check_rope(x, cos, sin, rotary_dim)
     return _Rope.apply(_heads(x), cos.contiguous(), sin.contiguous(), rotary_dim, interleaved)

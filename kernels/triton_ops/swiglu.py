@@ -1,7 +1,8 @@
 """swiglu: one pass forward and one backward, which makes silu(gate) anew instead of saving it.
 
-What a reader would get wrong: contiguous inputs are one long row, whatever their shape, so that an awkward width (CrystalCoder's 10922)
-costs no aligned loads; rows are taken by their stride only where the inputs are views, as two halves of one product are.
+What a reader would get wrong: contiguous inputs are one long row, whatever their shape, so that an awkward width
+(CrystalCoder's 10922) costs no aligned loads; rows are taken by their stride only where the inputs are views, as two
+halves of one product are.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ def _fake_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
 
 
 _FORWARD = operator("swiglu_forward(Tensor gate, Tensor up) -> Tensor", _launch_forward, _fake_forward)
-_BACKWARD = operator("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)", _launch_backward, _fake_backward)
+_BACKWARD = operator(
+    "swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)", _launch_backward, _fake_backward
+)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -109,7 +112,8 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gate, up [..., n] -> silu(gate) * up in their dtype, contiguous (kernels/reference.py). fp32 inside, rounded once.
+    """gate, up [..., n] -> silu(gate) * up in their dtype, contiguous (kernels/reference.py). fp32 inside, rounded
+    once.
 
     Saves gate and up as they are. Raises KernelError (kernels/arguments.py).
     """
@@ -127,7 +131,11 @@ def _compilations() -> list[Compilation]:
         backward = {"dy": x, "gate": x, "up": x, "dgate": x, "dup": x, "dy_row_stride": size, "gate_row_stride": size}
         backward |= {"up_row_stride": size, "n": size}
         for name, kernel, signature in (("forward", _forward, forward), ("backward", _backward, backward)):
-            found.append(Compilation(f"{name} {dtype} {width}", kernel, signature, {"BLOCK": _BLOCK}, num_warps=_NUM_WARPS, num_stages=3))
+            found.append(
+                Compilation(
+                    f"{name} {dtype} {width}", kernel, signature, {"BLOCK": _BLOCK}, num_warps=_NUM_WARPS, num_stages=3
+                )
+            )
     return found
 
 

@@ -1,4 +1,6 @@
-"""The local backend's own options: activation checkpointing and torch.compile change memory and speed, not what is computed."""
+"""The local backend's own options: activation checkpointing and torch.compile change memory and speed, not what is
+computed.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from weftrain.backends.registry import get_backend
+from weftrain.backends.common.registry import get_backend
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.synthetic import synthetic_source
@@ -18,7 +20,9 @@ from weftrain.core.synthetic import synthetic_source
 def gradients(recipe: Recipe) -> tuple[float, dict[str, torch.Tensor]]:
     backend = get_backend("local")
     run = backend.prepare(Job(recipe, Plan(0, 1), backend.options.model_validate(recipe.backend.options)))
-    source = synthetic_source(recipe.model.vocab_size, recipe.data.sequence_length, 12, recipe.batch.global_batch_size, 5)
+    source = synthetic_source(
+        recipe.model.vocab_size, recipe.data.sequence_length, 12, recipe.batch.global_batch_size, 5
+    )
     return run.gradients(source.rows(0, 0, recipe.batch.global_batch_size))
 
 
@@ -30,8 +34,11 @@ def test_activation_checkpointing_recomputes_the_same_bits(tiny_recipe: Callable
 
 
 def test_all_blocks_share_one_graph(tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What differs from layer to layer must not be read in a block: beyond 8 graphs torch.compile runs eagerly, without a word."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # graphs are captured, no code is generated
+    """What differs from layer to layer must not be read in a block: beyond 8 graphs torch.compile runs eagerly, without
+    a word.
+    """
+    # graphs are captured, no code is generated
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     for layers, dropout in ((12, 0.0), (32, 0.1)):
         torch._dynamo.reset()
         counters.clear()

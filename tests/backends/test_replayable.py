@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from weftrain.backends.registry import find_backends
-from weftrain.backends.shared import TreeSum, refuse_numerics, tree_sum
+from weftrain.backends.common.registry import find_backends
+from weftrain.backends.common.step import TreeSum, refuse_numerics, tree_sum
 from weftrain.core.backend import BatchSource, Job, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import at_place, dropout, row_keys, squares
@@ -26,11 +26,15 @@ def prepare(name: str, recipe: Recipe, start: int = 0, steps: int = 4, **options
     backend = find_backends()[name]
     if name == "cuda":  # its other ranks take the options from the recipe
         return backend.prepare(Job(recipe, Plan(start, steps), backend.options.model_validate(recipe.backend.options)))
-    return backend.prepare(Job(recipe, Plan(start, steps), backend.options(device="cpu", threads=1, huge_pages=False, **options)))
+    return backend.prepare(
+        Job(recipe, Plan(start, steps), backend.options(device="cpu", threads=1, huge_pages=False, **options))
+    )
 
 
 def rows_of(recipe: Recipe) -> BatchSource:
-    return synthetic_source(recipe.model.vocab_size, recipe.data.sequence_length, 32, recipe.batch.global_batch_size, seed=5)
+    return synthetic_source(
+        recipe.model.vocab_size, recipe.data.sequence_length, 32, recipe.batch.global_batch_size, seed=5
+    )
 
 
 def replayable(tiny_recipe: Tiny, compute: str, replicas: int) -> Recipe:
@@ -105,7 +109,9 @@ def test_a_backend_without_it_refuses_it(tiny_recipe: Tiny) -> None:
 
 def test_fsdp_refuses_it(tiny_recipe: Tiny) -> None:
     backend = find_backends()["cuda"]
-    job = Job(replayable(tiny_recipe, "float32", 1), Plan(0, 1), backend.options(device="cpu", threads=1, huge_pages=False))
+    job = Job(
+        replayable(tiny_recipe, "float32", 1), Plan(0, 1), backend.options(device="cpu", threads=1, huge_pages=False)
+    )
     with pytest.raises(BackendError, match="parallel=ddp"):
         backend.prepare(job)
 
@@ -136,10 +142,12 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     keys = at_place(row_keys(7, 3, 0, 16, 16, CPU), 1)
     x = torch.ones(16, 64, 128)
     dropped = dropout(x, keys, 1, 0.1)
-    assert float((dropped == 0).float().mean()) == pytest.approx(0.1, abs=0.003)  # 131,072 draws: more than three standard deviations
+    # 131,072 draws: more than three standard deviations
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.1, abs=0.003)
     assert float(dropped.mean()) == pytest.approx(1, abs=0.004)
     assert not torch.equal(dropped == 0, dropout(x, keys, 2, 0.1) == 0)
-    assert torch.equal(dropped, dropout(x, at_place(row_keys(7, 3, 0, 16, 16, CPU), 2), 0, 0.1))  # place 1, use 1 is number 2
+    # place 1, use 1 is number 2
+    assert torch.equal(dropped, dropout(x, at_place(row_keys(7, 3, 0, 16, 16, CPU), 2), 0, 0.1))
     assert not torch.equal(dropped[0], dropped[1])
     assert dropout(x, None, 2, 0.1) is x
     kept = np.packbits((dropped != 0).numpy())
@@ -182,13 +190,17 @@ def ranks(request: pytest.FixtureRequest) -> int:
 
 @pytest.mark.prove
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_the_same_bits_on_one_rank_and_on_several_and_across_a_resume(compute: str, ranks: int, tiny_recipe: Tiny) -> None:
+def test_the_same_bits_on_one_rank_and_on_several_and_across_a_resume(
+    compute: str, ranks: int, tiny_recipe: Tiny
+) -> None:
     """Dropout on; the number changes in the middle, both ways; loss and norm too."""
     from ranks import source_of, world_of
 
     from weftrain.backends.cuda.world import leave
 
-    def train(recipe: Recipe, start: int, stop: int, state: State | None = None) -> tuple[State, list[tuple[float, float]]]:
+    def train(
+        recipe: Recipe, start: int, stop: int, state: State | None = None
+    ) -> tuple[State, list[tuple[float, float]]]:
         run = prepare("cuda", recipe, start, stop)
         if state is not None:
             run.import_state(state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,22 +11,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 from weftrain.cli.main import main
-from weftrain.core.speed import Peak
-
-for _name in ("record_runs", "forgery"):  # importlib mode puts no test folder on sys.path
-    if _name in sys.modules:
-        continue
-    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
-    assert _spec is not None
-    assert _spec.loader is not None
-    sys.modules[_name] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules[_name])
+from weftrain.core.run.speed import Peak
 
 
 @pytest.fixture(autouse=True)
 def _known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run measures the machine's matrix-multiply peak twice, a second each; what it does with it needs no measurement here."""
-    monkeypatch.setattr("weftrain.cli.assembly.measured_matmul_peak", lambda device, dtype: Peak(1e11, "known in tests"))
+    """A run measures the machine's matrix-multiply peak twice, a second each; what it does with it needs no measurement
+    here.
+    """
+    monkeypatch.setattr(
+        "weftrain.cli.assembly.measured_matmul_peak", lambda device, dtype: Peak(1e11, "known in tests")
+    )
 
 
 @pytest.fixture
@@ -42,7 +36,9 @@ def weftrain() -> Callable[..., Result]:
 
 @pytest.fixture
 def train_tiny(weftrain: Callable[..., Result], tiny_overrides: list[str], tmp_path: Path) -> Callable[..., Result]:
-    """train_tiny('schedule.steps=6', '--allow', 'x'): crystal_demo cut to width 48 on synthetic rows, in tmp_path/runs."""
+    """train_tiny('schedule.steps=6', '--allow', 'x'): crystal_demo cut to width 48 on synthetic rows, in
+    tmp_path/runs.
+    """
 
     def run(*arguments: str) -> Result:
         return weftrain("train", "crystal_demo", *tiny_overrides, "--runs", tmp_path / "runs", *arguments)

@@ -1,4 +1,6 @@
-"""Forges a release: after an edit every hash, root, parent and ledger line is made again, so that nothing contradicts anything."""
+"""Forges a release: after an edit every hash, root, parent and ledger line is made again, so that nothing contradicts
+anything.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,12 @@ import torch
 
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
-from weftrain.core.canonical import canonical_json, sha256_json
 from weftrain.core.config import Recipe
-from weftrain.core.fsops import sha256_file
-from weftrain.core.huggingface import write_huggingface
-from weftrain.core.ledger import lineage
-from weftrain.core.release import links_of, read_release, revisions
+from weftrain.core.formats.canonical import canonical_json, sha256_json
+from weftrain.core.formats.fsops import sha256_file
+from weftrain.core.run.ledger import lineage
+from weftrain.exchange.huggingface.folder import write_huggingface
+from weftrain.exchange.release.release import links_of, read_release, revisions
 
 Tensors = dict[str, torch.Tensor]
 
@@ -32,7 +34,8 @@ def forge(
     keep_parents: bool = False,
     chunks: dict[int, int] | None = None,
 ) -> None:
-    """Edit the release in place. tensors: edits a checkpoint's state. recipe: every recorded recipe. drop_step: leaves a link out.
+    """Edit the release in place. tensors: edits a checkpoint's state. recipe: every recorded recipe. drop_step: leaves
+    a link out.
 
     keep_parents: what followed the dropped checkpoint still names it.
     """
@@ -64,18 +67,27 @@ def forge(
     recipe(stored)
     (folder / "recipe.json").write_bytes(canonical_json(stored) + b"\n")
     model = Recipe.model_validate(stored)
-    release |= {"recipe_sha256": sha256_json(stored), "ledger": entries[-1]["hash"], "dataset_id": dataset_id or release["dataset_id"]}
+    release |= {
+        "recipe_sha256": sha256_json(stored),
+        "ledger": entries[-1]["hash"],
+        "dataset_id": dataset_id or release["dataset_id"],
+    }
     try:
         release["links"] = [link.model_dump(mode="json") for link, _ in links_of(lineage(entries), model)]
     except Exception:  # a link is missing: the forger leaves the others as they were, under their new roots
         release["links"] = [
-            link | {"start": roots.get(link["start"]), "end": roots.get(link["end"], link["end"])} for link in release["links"]
+            link | {"start": roots.get(link["start"]), "end": roots.get(link["end"], link["end"])}
+            for link in release["links"]
         ]
         release["links"] = [link for link in release["links"] if link["stop_step"] != drop_step]
     write_release(folder, release)
     shutil.rmtree(folder / "revisions")
     (folder / "revisions").mkdir()
-    steps = {manifest["root"]: (path, manifest) for path in (folder / "checkpoints").iterdir() for manifest in [checkpoint.verify(path)]}
+    steps = {
+        manifest["root"]: (path, manifest)
+        for path in (folder / "checkpoints").iterdir()
+        for manifest in [checkpoint.verify(path)]
+    }
     for name, root in revisions(read_release(folder)):
         if root in steps:
             state, manifest = checkpoint.load(steps[root][0])
@@ -126,7 +138,9 @@ def write_release(folder: Path, release: dict[str, Any] | None = None) -> None:
     value = json.loads((folder / "release.json").read_bytes()) if release is None else dict(release)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     kept = [name for name in names if name not in ("release.json", "signature.json")]
-    value["files"] = {name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in kept}
+    value["files"] = {
+        name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in kept
+    }
     value.pop("root", None)
     value["root"] = sha256_json(value)
     (folder / "release.json").write_bytes(canonical_json(value) + b"\n")

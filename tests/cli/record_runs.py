@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from weftrain.cli.main import main
-from weftrain.core.speed import Peak
+from weftrain.core.run.speed import Peak
 
 CUT = [
     "model.vocab_size=512",
@@ -62,7 +62,11 @@ def trainer(folder: Path) -> Callable[..., Result]:
 
     def train(*arguments: str) -> Result:
         with pytest.MonkeyPatch.context() as patch:  # a fixture that is wider than a test trains too
-            patch.setattr("weftrain.cli.assembly.measured_matmul_peak", lambda device, dtype: Peak(1e11, "known in tests"))
-            return weftrain("train", "crystal_demo", *CUT, f"data.root={folder / 'datasets'}", "--runs", folder / "runs", *arguments)
+            patch.setattr(
+                "weftrain.cli.assembly.measured_matmul_peak", lambda device, dtype: Peak(1e11, "known in tests")
+            )
+            return weftrain(
+                "train", "crystal_demo", *CUT, f"data.root={folder / 'datasets'}", "--runs", folder / "runs", *arguments
+            )
 
     return train

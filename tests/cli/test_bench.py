@@ -1,4 +1,6 @@
-"""`weftrain bench`: the RESULT line and the report, another program in turns, comparison, sweep, streaming and the data path."""
+"""`weftrain bench`: the RESULT line and the report, another program in turns, comparison, sweep, streaming and the data
+path.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ SHORT = ["--steps", "5", "--check-steps", "1"]
 def test_against_another_program(weftrain: Callable[..., Result], tmp_path: Path) -> None:
     theirs = {"name": "theirs", "tokens_per_second": 1.0, "step_ms": 1.0, "loss_first": 1.0, "loss_last": 0.0}
     program = tmp_path / "other program.py"
-    program.write_text(f"import sys\nassert sys.argv[1:] == ['--flag'], sys.argv\nprint('RESULT ' + {json.dumps(theirs)!r})\n")
+    program.write_text(
+        f"import sys\nassert sys.argv[1:] == ['--flag'], sys.argv\nprint('RESULT ' + {json.dumps(theirs)!r})\n"
+    )
     result = weftrain("bench", "train", *NULL, "--rounds", "1", "--against", f"'{program}' --flag")
     assert result.exit_code == 0, result.output
     assert "ratio of tokens/s:" in result.output
@@ -39,7 +43,9 @@ def test_a_program_that_fails_is_named(weftrain: Callable[..., Result], tmp_path
 def test_a_report_with_profile_and_mllog_and_its_comparison(weftrain: Callable[..., Result], tmp_path: Path) -> None:
     for name in ("a", "b"):
         more = ["--profile", str(tmp_path / "profile"), "--mllog", str(tmp_path / "mllog.txt")] if name == "a" else []
-        result = weftrain("bench", "train", "bench_70m", *TINY, *SHORT, "--threads", "1", "--report", str(tmp_path / name), *more)
+        result = weftrain(
+            "bench", "train", "bench_70m", *TINY, *SHORT, "--threads", "1", "--report", str(tmp_path / name), *more
+        )
         assert result.exit_code == 0, result.output
         (line,) = (line for line in result.output.splitlines() if line.startswith("RESULT "))
         found = json.loads(line.removeprefix("RESULT "))
@@ -78,10 +84,18 @@ def test_stream_and_data(weftrain: Callable[..., Result], tmp_path: Path) -> Non
 
 
 def test_a_backend_without_threads_and_options(weftrain: Callable[..., Result]) -> None:
-    """Nothing is written into backend.options: what a backend has no key for is measured all the same, and said where it is asked for."""
+    """Nothing is written into backend.options: what a backend has no key for is measured all the same, and said where
+    it is asked for.
+    """
     result = weftrain("bench", "train", "bench_70m", *TINY[:3], "--backend", "null", "--steps", "4")
     assert result.exit_code == 0, result.output
     found = json.loads(result.output.partition("RESULT ")[2].splitlines()[0])
-    assert (found["name"], found["correct"], found["model_flops_utilization"]) == ("bench_70m-null-bfloat16", None, "unknown")
+    assert (found["name"], found["correct"], found["model_flops_utilization"]) == (
+        "bench_70m-null-bfloat16",
+        None,
+        "unknown",
+    )
     result = weftrain("bench", "train", "bench_70m", *TINY[:3], "--backend", "null", "--steps", "4", "--threads", "2")
-    assert (result.exit_code, "the null backend does not compute with CPU threads" in result.output) == (2, True), result.output
+    assert (result.exit_code, "the null backend does not compute with CPU threads" in result.output) == (2, True), (
+        result.output
+    )

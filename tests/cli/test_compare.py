@@ -1,4 +1,6 @@
-"""`weftrain compare` on two runs, a release and a GPT-NeoX series: what stands in the table, the files, the notes; and what is refused."""
+"""`weftrain compare` on two runs, a release and a GPT-NeoX series: what stands in the table, the files, the notes; and
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ import pytest
 import torch
 from record_runs import done, prepare, trainer, weftrain
 
-from weftrain.core.canonical import canonical_json
-from weftrain.core.dataset import read_manifest
-from weftrain.core.metrics import read_metrics
+from weftrain.core.formats.canonical import canonical_json
+from weftrain.core.formats.dataset import read_manifest
+from weftrain.core.run.metrics import read_metrics
 
 TOKENS_PER_STEP = 4 * 13
 
@@ -25,7 +27,9 @@ def _one_thread(_two_threads: None) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two runs on one dataset, a third on another of the same name, the first one's release, and a GPT-NeoX series."""
+    """A folder with two runs on one dataset, a third on another of the same name, the first one's release, and a
+    GPT-NeoX series.
+    """
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("compare")
     torch.set_num_threads(1)  # so small a model gains nothing from a second
@@ -38,9 +42,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done(train("--run", "other", f"data.root={folder / 'elsewhere'}"))
     run = folder / "runs" / "crystal_demo"
     done(weftrain("memorize", run, "--k", "5", "--l", "6", "--samples", "5", "--no-plots"))
-    done(weftrain("eval", folder / "runs" / "longer", "--watch", "--until-step", "3"))  # a record of the whole held-out set
+    # a record of the whole held-out set
+    done(weftrain("eval", folder / "runs" / "longer", "--watch", "--until-step", "3"))
     done(weftrain("release", run, "--to", folder / "release", "--licence", "Apache-2.0"))
-    settings = {"vocab_size": 512, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    settings = {
+        "vocab_size": 512,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
     transformers.utils.logging.disable_progress_bar()
     for step in (1, 2):
         torch.manual_seed(step)
@@ -66,11 +77,21 @@ def compared(*arguments: str | Path) -> dict[str, Any]:
 def test_runs_and_a_release_in_one_table(made: Path) -> None:
     paths = [made / "runs" / "crystal_demo", made / "runs" / "longer", made / "release"]
     value = compared(*paths)
-    assert [(one["name"], one["kind"]) for one in value["series"]] == [("crystal_demo", "run"), ("longer", "run"), ("release", "release")]
+    assert [(one["name"], one["kind"]) for one in value["series"]] == [
+        ("crystal_demo", "run"),
+        ("longer", "run"),
+        ("release", "release"),
+    ]
     assert value["positions"] == [2 * TOKENS_PER_STEP, 4 * TOKENS_PER_STEP, 6 * TOKENS_PER_STEP]
     heldout_id = read_manifest(made / "datasets" / "words").sets["heldout"].id
-    measured = {(record["step"], record["kind"]): record["loss"] for record in read_metrics(paths[0]) if "loss" in record}
-    rows = [(record["rows"], record["rows_available"]) for record in read_metrics(paths[0]) if record["kind"] == "evaluation"]
+    measured = {
+        (record["step"], record["kind"]): record["loss"] for record in read_metrics(paths[0]) if "loss" in record
+    }
+    rows = [
+        (record["rows"], record["rows_available"])
+        for record in read_metrics(paths[0])
+        if record["kind"] == "evaluation"
+    ]
     assert rows[0][0] == 4 < rows[0][1]
     held = f"held-out loss words {heldout_id[:8]}, 4 of {rows[0][1]} rows"
     for step in (2, 4, 6):
@@ -120,14 +141,18 @@ def test_a_dataset_that_is_gone_or_another_leaves_its_id_unknown(made: Path, tmp
     run = tmp_path / "moved"
     shutil.copytree(made / "runs" / "longer", run)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    without = [{key: value for key, value in line.items() if key != "dataset_id"} for line in lines]  # as earlier versions wrote them
+    # as earlier versions wrote them
+    without = [{key: value for key, value in line.items() if key != "dataset_id"} for line in lines]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in without))
     recipe = json.loads((run / "recipe.json").read_bytes())
     for root, words in ((made / "nowhere", "is not there"), (made / "elsewhere", "holds other data by now")):
         recipe["data"]["root"] = str(root)
         (run / "recipe.json").write_bytes(canonical_json(recipe) + b"\n")
         value = compared(run, made / "runs" / "longer")
-        headings = [{heading for heading in value["rows"][name, 104] if heading.startswith("held-out")} for name in ("moved", "longer")]
+        headings = [
+            {heading for heading in value["rows"][name, 104] if heading.startswith("held-out")}
+            for name in ("moved", "longer")
+        ]
         assert not headings[0] & headings[1]
         assert "the ids of its held-out sets are unknown" in value["note"]
         assert words in value["note"]
@@ -153,7 +178,11 @@ def test_a_hugging_face_series_beside_a_run(made: Path, tmp_path: Path, monkeypa
     assert len(shared) == 3, "the loss, and memorization's two"
     assert "train loss of the step" not in value["rows"]["neox", 156]
     assert "neox: loss on words: no tokenizer is known" in value["note"]
-    written = {path.relative_to(tmp_path / "to").as_posix(): path.read_bytes() for path in (tmp_path / "to").rglob("*") if path.is_file()}
+    written = {
+        path.relative_to(tmp_path / "to").as_posix(): path.read_bytes()
+        for path in (tmp_path / "to").rglob("*")
+        if path.is_file()
+    }
     assert {"compare.json", "compare.md", "compare.png"} <= written.keys()
     assert len(written) > 3 + 4
     assert written["compare.png"].startswith(b"\x89PNG")
@@ -162,7 +191,7 @@ def test_a_hugging_face_series_beside_a_run(made: Path, tmp_path: Path, monkeypa
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("weftrain.analysis.compare_measure.load_revision", refuse)
+    monkeypatch.setattr("weftrain.analysis.compare.measure.load_revision", refuse)
     monkeypatch.setattr("weftrain.core.checkpoint.load", refuse)
     assert compared(*arguments, "--no-plot")["rows"] == value["rows"]
     assert (tmp_path / "to" / "compare.json").read_bytes() == written["compare.json"]
@@ -186,7 +215,9 @@ def test_a_releases_own_revisions_are_computed_without_their_code(made: Path, tm
     chunk = {step: made / "release" / "checkpoints" / f"step_{step:08d}" for step in (2, 4, 6)}
     assert all(path.is_dir() for path in chunk.values())
     options = ("--loss-on", made / "datasets" / "words", "--rows", "3", "--to", tmp_path / "to", "--no-plot")
-    value = compared(made / "release", made / "release" / "revisions", "--tokens-per-step", str(2 * TOKENS_PER_STEP), *options)
+    value = compared(
+        made / "release", made / "release" / "revisions", "--tokens-per-step", str(2 * TOKENS_PER_STEP), *options
+    )
     for step in (2, 4, 6):
         ours, theirs = (value["rows"][name, step * TOKENS_PER_STEP] for name in ("release", "revisions"))
         (heading,) = theirs

@@ -1,4 +1,6 @@
-"""`weftrain convert`: the verbs around the Model Zoo's forms; what the forms hold is tested in tests/backends/cerebras."""
+"""`weftrain convert`: the verbs around the Model Zoo's forms; what the forms hold is tested in
+tests/backends/cerebras.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,23 @@ def trained(tmp_path: Path, tiny_overrides: list[str]) -> Path:
     return tmp_path / "runs" / "crystal_demo"
 
 
-def test_a_checkpoint_goes_there_and_back_with_every_bit(trained: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:
+def test_a_checkpoint_goes_there_and_back_with_every_bit(
+    trained: Path, tmp_path: Path, tiny_overrides: list[str]
+) -> None:
     file = tmp_path / "step_2.mdl"
     done = weftrain("convert", "checkpoint-to-cerebras", trained, file)
     assert done.exit_code == 0, done.output
     assert f"{file}: step 2, {file.stat().st_size:,} bytes" in done.output
     done = weftrain(
-        "convert", "checkpoint-from-cerebras", file, "crystal_demo", *tiny_overrides, "--runs", tmp_path / "other", "--run", "back"
+        "convert",
+        "checkpoint-from-cerebras",
+        file,
+        "crystal_demo",
+        *tiny_overrides,
+        "--runs",
+        tmp_path / "other",
+        "--run",
+        "back",
     )
     assert done.exit_code == 0, done.output
     states = []
@@ -65,7 +77,16 @@ def test_a_run_starts_from_what_was_read_in(trained: Path, tmp_path: Path, tiny_
     assert done.exit_code == 0, done.output
     losses = []
     for source in ("read_in", trained.name):  # the same weights, by way of the file and straight
-        follow = ["train", "crystal_demo", "--runs", tmp_path / "runs", "--run", f"from_{source}", *tiny_overrides, "schedule.steps=1"]
+        follow = [
+            "train",
+            "crystal_demo",
+            "--runs",
+            tmp_path / "runs",
+            "--run",
+            f"from_{source}",
+            *tiny_overrides,
+            "schedule.steps=1",
+        ]
         done = weftrain(*follow, f"start_from={{run: {source}, state: weights}}")
         assert done.exit_code == 0, done.output
         lines = (tmp_path / "runs" / f"from_{source}" / "metrics.jsonl").read_text().splitlines()
@@ -82,7 +103,9 @@ def test_params_go_there_and_back(tmp_path: Path) -> None:
     params = tmp_path / "params.yaml"
     params.write_text(done.output)
     assert yaml.safe_load(done.output)["optimizer"]["adjust_learning_rate"]["decoder_kernel"] == 0.0625
-    done = CliRunner().invoke(main, ["convert", "recipe-from-params", str(params), "--name", "back", "--micro-batch-size", "66"])
+    done = CliRunner().invoke(
+        main, ["convert", "recipe-from-params", str(params), "--name", "back", "--micro-batch-size", "66"]
+    )
     assert done.exit_code == 0, done.output
     recipe = tmp_path / "back.yaml"
     recipe.write_text(done.stdout)

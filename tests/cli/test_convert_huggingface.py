@@ -16,15 +16,16 @@ import pytest
 import torch
 from click.testing import Result
 
-from weftrain.core import checkpoint, pickled_worker
+from weftrain.core import checkpoint
 from weftrain.core.backend import State
 from weftrain.core.checkpoint import Weights
 from weftrain.core.errors import CheckpointError
-from weftrain.core.huggingface import HuggingFaceWeights, write_huggingface
 from weftrain.core.parameters import parameter_specs
-from weftrain.core.pickled import open_weights
 from weftrain.core.recipe_file import load_recipe
 from weftrain.core.resume import starting_state
+from weftrain.exchange.huggingface import pickled_worker
+from weftrain.exchange.huggingface.folder import HuggingFaceWeights, write_huggingface
+from weftrain.exchange.huggingface.pickled import open_weights
 
 Weftrain = Callable[..., Result]
 AMBER = [
@@ -65,7 +66,9 @@ def pickled_folder(amber_folder: Path) -> Path:
     for file, part in parts.items():
         torch.save({name: tensors[name] for name in part}, folder / file)
     weight_map = {name: file for file, part in parts.items() for name in part}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    )
     return folder
 
 
@@ -76,7 +79,9 @@ def newest(run: Path) -> Path:
 
 
 def test_there_and_back_with_every_bit(weftrain: Weftrain, amber_folder: Path, tmp_path: Path) -> None:
-    done = weftrain("convert", "from-huggingface", amber_folder, "amber_demo", *AMBER, "--runs", tmp_path / "runs", "--run", "amber")
+    done = weftrain(
+        "convert", "from-huggingface", amber_folder, "amber_demo", *AMBER, "--runs", tmp_path / "runs", "--run", "amber"
+    )
     assert done.exit_code == 0, done.output
     assert "start from it with start_from={run: amber, state: weights}" in done.output
     state, manifest = checkpoint.load(newest(tmp_path / "runs" / "amber"))
@@ -91,28 +96,48 @@ def test_there_and_back_with_every_bit(weftrain: Weftrain, amber_folder: Path, t
     assert config["weftrain_checkpoint"] == manifest["root"]
     again = weftrain("convert", "to-huggingface", tmp_path / "runs" / "amber", tmp_path / "back", "--dtype", "float32")
     assert (again.exit_code, "exists: choose another name" in again.output) == (2, True)
-    again = weftrain("convert", "from-huggingface", amber_folder, "amber_demo", *AMBER, "--runs", tmp_path / "runs", "--run", "amber")
+    again = weftrain(
+        "convert", "from-huggingface", amber_folder, "amber_demo", *AMBER, "--runs", tmp_path / "runs", "--run", "amber"
+    )
     assert (again.exit_code, "name another --run" in again.output) == (2, True)
 
 
 def test_a_run_starts_from_a_folder(weftrain: Weftrain, tmp_path: Path, tiny_overrides: list[str]) -> None:
-    """A CrystalCoder's checkpoint, exported and read in, is to the trainer what the checkpoint itself is: the same weights at step 0."""
+    """A CrystalCoder's checkpoint, exported and read in, is to the trainer what the checkpoint itself is: the same
+    weights at step 0.
+    """
     recipe = load_recipe("crystal_demo", tiny_overrides).recipe
     generator = torch.Generator().manual_seed(0)
-    tensors = {f"weights/{spec.name}": torch.randn(spec.shape, generator=generator) for spec in parameter_specs(recipe.model)}
+    tensors = {
+        f"weights/{spec.name}": torch.randn(spec.shape, generator=generator) for spec in parameter_specs(recipe.model)
+    }
     tensors |= {name.replace("weights/", "exp_avg/"): tensor for name, tensor in tensors.items()}
-    claims: dict[str, Any] = {"dataset_id": "x", "fingerprint": {}, "tokens": 7, "position": 7, "parent": None, "kernels": {}}
+    claims: dict[str, Any] = {
+        "dataset_id": "x",
+        "fingerprint": {},
+        "tokens": 7,
+        "position": 7,
+        "parent": None,
+        "kernels": {},
+    }
     ours = checkpoint.save(
-        tmp_path / "runs" / "ours" / "checkpoints", State(7, 7, tensors), recipe=recipe.model_dump(mode="json"), **claims
+        tmp_path / "runs" / "ours" / "checkpoints",
+        State(7, 7, tensors),
+        recipe=recipe.model_dump(mode="json"),
+        **claims,
     )
     done = weftrain("convert", "to-huggingface", ours.path, tmp_path / "model", "--dtype", "float32")
     assert done.exit_code == 0, done.output
     runs = ["--runs", tmp_path / "runs"]
-    done = weftrain("convert", "from-huggingface", tmp_path / "model", "crystal_demo", *tiny_overrides, *runs, "--run", "read_in")
+    done = weftrain(
+        "convert", "from-huggingface", tmp_path / "model", "crystal_demo", *tiny_overrides, *runs, "--run", "read_in"
+    )
     assert done.exit_code == 0, done.output
     starts = []
     for source in ("ours", "read_in"):
-        follower = load_recipe("crystal_demo", [*tiny_overrides, f"start_from={{run: {source}, state: weights}}"]).recipe
+        follower = load_recipe(
+            "crystal_demo", [*tiny_overrides, f"start_from={{run: {source}, state: weights}}"]
+        ).recipe
         start = starting_state(follower, None, tmp_path / "runs", print)
         assert start is not None
         assert start.state.step == 0
@@ -121,8 +146,20 @@ def test_a_run_starts_from_a_folder(weftrain: Weftrain, tmp_path: Path, tiny_ove
     assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
 
 
-def test_another_model_is_refused_with_the_keys_that_differ(weftrain: Weftrain, amber_folder: Path, tmp_path: Path) -> None:
-    command = ["convert", "from-huggingface", amber_folder, "amber_demo", *AMBER, "--runs", tmp_path / "runs", "--run", "x"]
+def test_another_model_is_refused_with_the_keys_that_differ(
+    weftrain: Weftrain, amber_folder: Path, tmp_path: Path
+) -> None:
+    command = [
+        "convert",
+        "from-huggingface",
+        amber_folder,
+        "amber_demo",
+        *AMBER,
+        "--runs",
+        tmp_path / "runs",
+        "--run",
+        "x",
+    ]
     done = weftrain(*command, "model.rope_theta=500", "model.intermediate_size=72")
     assert done.exit_code == 2
     assert "intermediate_size: 72 -> 70, rope_theta: 500.0 -> 10000.0" in done.output
@@ -137,7 +174,9 @@ def test_buffers_are_named_on_stderr(weftrain: Weftrain, amber_folder: Path, tmp
         path.unlink()
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     save_file({**tensors, name: torch.ones(8)}, amber_folder / "model.safetensors", metadata={"format": "pt"})
-    done = weftrain("convert", "from-huggingface", amber_folder, "amber_demo", *AMBER, "--runs", tmp_path / "runs", "--run", "x")
+    done = weftrain(
+        "convert", "from-huggingface", amber_folder, "amber_demo", *AMBER, "--runs", tmp_path / "runs", "--run", "x"
+    )
     assert done.exit_code == 0, done.output
     assert f"passed over: {name}" in done.stderr
     assert name not in done.stdout
@@ -150,7 +189,15 @@ def test_the_tokenizer_stands_beside(weftrain: Weftrain, amber_folder: Path, tmp
     words.save(str(tmp_path / "words.json"))
     runs = ["--runs", tmp_path / "runs", "--run", "amber"]
     assert weftrain("convert", "from-huggingface", amber_folder, "amber_demo", *AMBER, *runs).exit_code == 0
-    command = ["convert", "to-huggingface", tmp_path / "runs" / "amber", tmp_path / "out", "--dtype", "bfloat16", "--tokenizer"]
+    command = [
+        "convert",
+        "to-huggingface",
+        tmp_path / "runs" / "amber",
+        tmp_path / "out",
+        "--dtype",
+        "bfloat16",
+        "--tokenizer",
+    ]
     done = weftrain(*command, tmp_path / "words.json")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "words.json").read_bytes()
@@ -197,14 +244,36 @@ def test_the_folder_opens_in_transformers(weftrain: Weftrain, amber_folder: Path
 # Pickled weights
 
 
-def test_pickled_weights_are_read_when_asked_for(weftrain: Weftrain, pickled_folder: Path, amber_folder: Path, tmp_path: Path) -> None:
-    command = ["convert", "from-huggingface", pickled_folder, "amber_demo", *AMBER, "--runs", tmp_path / "runs", "--run", "x"]
+def test_pickled_weights_are_read_when_asked_for(
+    weftrain: Weftrain, pickled_folder: Path, amber_folder: Path, tmp_path: Path
+) -> None:
+    command = [
+        "convert",
+        "from-huggingface",
+        pickled_folder,
+        "amber_demo",
+        *AMBER,
+        "--runs",
+        tmp_path / "runs",
+        "--run",
+        "x",
+    ]
     refused = weftrain(*command)
     assert refused.exit_code == 2
     assert "--allow-pickle" in refused.output
     done = weftrain(*command, "--allow-pickle")
     assert done.exit_code == 0, done.output
-    same = ["convert", "from-huggingface", amber_folder, "amber_demo", *AMBER, "--runs", tmp_path / "runs", "--run", "y"]
+    same = [
+        "convert",
+        "from-huggingface",
+        amber_folder,
+        "amber_demo",
+        *AMBER,
+        "--runs",
+        tmp_path / "runs",
+        "--run",
+        "y",
+    ]
     assert weftrain(*same).exit_code == 0
     states = [Weights(checkpoint.load(newest(tmp_path / "runs" / run))[0].tensors) for run in "xy"]
     assert states[0].keys() == states[1].keys()
@@ -222,11 +291,23 @@ class Payload:
         return os.system, (f"touch {self.marker}",)
 
 
-def test_a_malicious_pickle_is_refused_and_runs_nothing(weftrain: Weftrain, pickled_folder: Path, tmp_path: Path) -> None:
+def test_a_malicious_pickle_is_refused_and_runs_nothing(
+    weftrain: Weftrain, pickled_folder: Path, tmp_path: Path
+) -> None:
     marker = tmp_path / "ran"
     file = pickled_folder / "pytorch_model-00002-of-00002.bin"
     torch.save({"model.norm.weight": Payload(marker)}, file)
-    command = ["convert", "from-huggingface", pickled_folder, "amber_demo", *AMBER, "--runs", tmp_path / "runs", "--run", "x"]
+    command = [
+        "convert",
+        "from-huggingface",
+        pickled_folder,
+        "amber_demo",
+        *AMBER,
+        "--runs",
+        tmp_path / "runs",
+        "--run",
+        "x",
+    ]
     done = weftrain(*command, "--allow-pickle")
     assert done.exit_code == 2, done.output
     assert file.name in done.output
@@ -245,7 +326,7 @@ def test_the_worker_starts_no_process_even_where_the_loader_would(tmp_path: Path
     torch.save({"x": Payload(marker)}, evil)
     program = """
 import sys, torch
-from weftrain.core import pickled_worker
+from weftrain.exchange.huggingface import pickled_worker
 real = torch.load
 torch.load = lambda source, **_: real(source, weights_only=False)
 sys.exit(pickled_worker.main())

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import pytest
 from click.testing import Result
+from places import ROOT
 
 Weftrain = Callable[..., Result]
 WORDS = [
@@ -48,7 +49,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("data")
     (root / "t.jsonl").write_text("".join(json.dumps({"text": text, "kind": "<b>s</b>"}) + "\n" for text in texts()))
-    arguments = ["--output", root / "datasets", "--name", "d", "--vocab-size", "300", "--sequence-length", "32", "--source-key", "kind"]
+    arguments = [
+        "--output",
+        root / "datasets",
+        "--name",
+        "d",
+        "--vocab-size",
+        "300",
+        "--sequence-length",
+        "32",
+        "--source-key",
+        "kind",
+    ]
     arguments += ["--fim-rate", "0.5", "--heldout-fraction", "0.2", "--workers", "1"]
     result = CliRunner().invoke(main, ["prep", str(root / "t.jsonl"), *map(str, arguments)])
     assert result.exit_code == 0, result.output
@@ -97,9 +109,13 @@ def test_where_a_sample_came_from(weftrain: Weftrain, root: Path) -> None:
     assert "reads synthetic rows" in synthetic.output
 
 
-def test_a_dataset_of_format_2_stays_readable(weftrain: Weftrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept as it was prepared then: names in shards and manifest, padding counted as a source. The same command finds it up to date."""
-    with tarfile.open(Path(__file__).parents[1] / "data_prep" / "format_2.tar.gz") as kept:
+def test_a_dataset_of_format_2_stays_readable(
+    weftrain: Weftrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept as it was prepared then: names in shards and manifest, padding counted as a source. The same command finds
+    it up to date.
+    """
+    with tarfile.open(ROOT / "tests" / "data_prep" / "format_2.tar.gz") as kept:
         kept.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
     assert "lists of 2 inputs and of 2 sources agree" in weftrain("data", "verify", "old").output
@@ -108,11 +124,38 @@ def test_a_dataset_of_format_2_stays_readable(weftrain: Weftrain, tmp_path: Path
     rows = weftrain("data", "head", "old", "--rows", "32").output
     assert rows.count("  padding  source <padding>, document 0000") == 7
     assert rows.splitlines()[1] == "  inputs 0..31  b.jsonl:16  source prose, document 7346ff3b47e7786c7d56c34f61e211c4"
-    recipe = ["amber_demo", "data.root=.", "data.sources=[{name: old, path: old, weight: 1}]", "data.sequence_length=32"]
+    recipe = [
+        "amber_demo",
+        "data.root=.",
+        "data.sources=[{name: old, path: old, weight: 1}]",
+        "data.sequence_length=32",
+    ]
     where = weftrain("data", "where", *recipe, "model.vocab_size=352", "--step", "0", "--row", "0").output
     assert "a.jsonl:2  source verse, document" in where
-    again = ["a.jsonl", "b.jsonl", "--name", "old", "--vocab-size", "300", "--sequence-length", "32", "--packing", "best_fit"]
-    again += ["--heldout-fraction", "0.2", "--rows-per-shard", "16", "--source-key", "kind", "--licence", "CC0-1.0", "--output", "."]
+    again = [
+        "a.jsonl",
+        "b.jsonl",
+        "--name",
+        "old",
+        "--vocab-size",
+        "300",
+        "--sequence-length",
+        "32",
+        "--packing",
+        "best_fit",
+    ]
+    again += [
+        "--heldout-fraction",
+        "0.2",
+        "--rows-per-shard",
+        "16",
+        "--source-key",
+        "kind",
+        "--licence",
+        "CC0-1.0",
+        "--output",
+        ".",
+    ]
     assert "is up to date" in weftrain("prep", *again).output
 
 
@@ -164,7 +207,18 @@ def test_report(weftrain: Weftrain, root: Path, tmp_path: Path) -> None:
 
 def test_publish_and_fetch(weftrain: Weftrain, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    arguments = ["--name", "e", "--vocab-size", "300", "--sequence-length", "32", "--workers", "1", "--heldout-fraction", "0"]
+    arguments = [
+        "--name",
+        "e",
+        "--vocab-size",
+        "300",
+        "--sequence-length",
+        "32",
+        "--workers",
+        "1",
+        "--heldout-fraction",
+        "0",
+    ]
     made = weftrain("prep", root / "t.jsonl", "--output", "memory://published/datasets", *arguments)
     assert made.exit_code == 0, made.output
     assert "copied   to memory://published/datasets/e" in made.output
@@ -182,7 +236,7 @@ def test_no_dataset(weftrain: Weftrain, tmp_path: Path) -> None:
 
 
 def test_the_data_path_is_measured_beside_h5py_which_reads_the_same_rows(weftrain: Weftrain, root: Path) -> None:
-    from weftrain.analysis.bench_data import row_places, rows_by_h5py
+    from weftrain.analysis.bench.data import row_places, rows_by_h5py
     from weftrain.core.config import DataConfig
     from weftrain.core.data import open_training
 
@@ -196,6 +250,8 @@ def test_the_data_path_is_measured_beside_h5py_which_reads_the_same_rows(weftrai
     overrides = [f"data.{key}={json.dumps(value)}" for key, value in data.items()]
     result = weftrain("bench", "data", "amber_demo", *overrides, "model.vocab_size=332", "--steps", "5", "--h5py")
     assert result.exit_code == 0, result.output
-    assert re.search(r"h5py, row by row: [\d.,]+ M tokens/s; the median ratio of a pair of batches is [\d.]+\n", result.output)
+    assert re.search(
+        r"h5py, row by row: [\d.,]+ M tokens/s; the median ratio of a pair of batches is [\d.]+\n", result.output
+    )
     result = weftrain("bench", "data", "bench_70m", "--h5py")
     assert (result.exit_code, "synthetic rows lie in no file" in result.output) == (2, True)

@@ -11,15 +11,16 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from places import ROOT
 from rich.table import Table
 from rich.tree import Tree
 
 from weftrain.cli.display import Bar, Console, plain_output
 from weftrain.cli.main import VERBS, Failure, main
-from weftrain.core.ledger import Ledger
-from weftrain.core.printable import printable
+from weftrain.core.formats.printable import printable
+from weftrain.core.run.ledger import Ledger
 
-CLI = Path(__file__).resolve().parents[2] / "cli"
+CLI = ROOT / "cli"
 HOSTILE = "\x1b[2J\x1b]0;title\x07\rhidden\x9b31m\u202eevil\x00[red]x[/] [/nothing] :smile:"
 SHOWN = r"\x1b[2J\x1b]0;title\x07\rhidden\x9b31m\u202eevil\x00[red]x[/] [/nothing] :smile:"
 
@@ -53,7 +54,8 @@ def test_all_ways_of_printing(capsys: pytest.CaptureFixture[str]) -> None:
     Failure(HOSTILE, 2).show()
     captured = capsys.readouterr()
     assert not acts(captured.out)
-    assert captured.out.count(SHOWN) == 8  # where there is no terminal click itself leaves out the first of the sequences:
+    # where there is no terminal click itself leaves out the first of the sequences:
+    assert captured.out.count(SHOWN) == 8
     assert captured.out.count(SHOWN.removeprefix(r"\x1b[2J")) == 10
     assert not acts(captured.err.replace("\rhidden", "", 1))  # bars of libraries need it there
 
@@ -95,7 +97,12 @@ def test_a_ledger_and_names_of_files(tmp_path: Path) -> None:
 def test_every_verb_prints_by_the_one_console() -> None:
     """rich's own Console would take strings for markup, and write them past plain_output."""
     for path in sorted(CLI.glob("*.py")):
-        names = {alias.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for alias in node.names}
+        names = {
+            alias.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
         froms = {str(node.module) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
         if path.name != "display.py":
             assert not {"rich.console", "rich.markup", "rich"} & (names | froms), path

@@ -15,9 +15,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from weftrain.analysis.evaluation_records import read_record
-from weftrain.analysis.sandbox import reason_unavailable
-from weftrain.analysis.watcher import watch
+from weftrain.analysis.evaluation.records import read_record
+from weftrain.analysis.evaluation.sandbox import reason_unavailable
+from weftrain.analysis.evaluation.watcher import watch
 from weftrain.cli.main import main
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
@@ -29,7 +29,13 @@ from weftrain.core.recipe_file import load_recipe
 Weftrain = Callable[..., Result]
 
 TINY = ["data.sequence_length=32", "batch.global_batch_size=2", "batch.micro_batch_size=2", "model.num_layers=1"]
-TINY += ["model.vocab_size=332", "model.hidden_size=48", "model.num_heads=3", "model.intermediate_size=70", "model.rotary_dim=4"]
+TINY += [
+    "model.vocab_size=332",
+    "model.hidden_size=48",
+    "model.num_heads=3",
+    "model.intermediate_size=70",
+    "model.rotary_dim=4",
+]
 TINY += ["model.max_position_embeddings=64", "model.mup.base_hidden_size=16"]
 
 
@@ -60,7 +66,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = "data.sources=[{name: text, path: text, weight: 1.0}]"
     file = load_recipe("crystal_demo", [f"data.root={home / 'datasets'}", source, *TINY])
     for step in (2, 4, 6):  # as a run leaves them, without the time that a run takes
-        tensors = {f"weights/{spec.name}": draw(spec, file.recipe.model, step) for spec in parameter_specs(file.recipe.model)}
+        tensors = {
+            f"weights/{spec.name}": draw(spec, file.recipe.model, step) for spec in parameter_specs(file.recipe.model)
+        }
         claims = {"dataset_id": "d", "fingerprint": {}, "tokens": 0, "position": 0, "parent": None, "kernels": {}}
         recipe = file.recipe.model_dump(mode="json")
         checkpoint.save(home / "runs" / "demo" / "checkpoints", State(step, step, tensors), recipe=recipe, **claims)
@@ -69,7 +77,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     (home / "tasks").mkdir()
     questions = [f"the {thing} is" for thing in ("sky", "grass") * 2]
-    rows = [{"question": question, "choices": [" blue", " green"], "gold": index % 2} for index, question in enumerate(questions)]
+    rows = [
+        {"question": question, "choices": [" blue", " green"], "gold": index % 2}
+        for index, question in enumerate(questions)
+    ]
     (home / "tasks" / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (home / "tasks" / "colours.yaml").write_text(f"""\
 task: stub_colours
@@ -83,7 +94,12 @@ doc_to_choice: choices
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 metadata: {{version: 1}}
 """)
-    problem = {"task_id": "T/0", "prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f):\n    assert f(1) == 1\n"}
+    problem = {
+        "task_id": "T/0",
+        "prompt": "def f(x):\n",
+        "entry_point": "f",
+        "test": "def check(f):\n    assert f(1) == 1\n",
+    }
     (home / "problems.jsonl").write_text(json.dumps(problem) + "\n" + json.dumps(problem | {"task_id": "T/1"}) + "\n")
     return home
 
@@ -102,7 +118,16 @@ def records(home: Path) -> list[dict[str, Any]]:
 
 
 def test_tasks_of_a_run(weftrain: Weftrain, home: Path, trained: Path) -> None:
-    arguments = ["eval", home / "runs" / "demo", "--tasks", "stub_colours", "--include", trained / "tasks", "--device", "cpu"]
+    arguments = [
+        "eval",
+        home / "runs" / "demo",
+        "--tasks",
+        "stub_colours",
+        "--include",
+        trained / "tasks",
+        "--device",
+        "cpu",
+    ]
     result = weftrain(*arguments)
     assert result.exit_code == 0, result.output
     (record,) = records(home)
@@ -152,7 +177,14 @@ def test_code_of_a_run(weftrain: Weftrain, home: Path, trained: Path) -> None:
     (record,) = records(home)
     assert (record["task"], record["metric"], record["partial"]) == ("problems", "pass@1", True)
     assert set(record["metrics"]) == {"pass@1", "pass@2"}
-    assert record["decoding"] == {"kind": "generate", "ks": [1, 2], "max_new_tokens": 40, "samples": 2, "temperature": 0.8, "top_p": None}
+    assert record["decoding"] == {
+        "kind": "generate",
+        "ks": [1, 2],
+        "max_new_tokens": 40,
+        "samples": 2,
+        "temperature": 0.8,
+        "top_p": None,
+    }
     assert "0.00 %" in result.output  # these weights have learned nothing
 
 
@@ -179,7 +211,9 @@ def test_what_is_refused(weftrain: Weftrain, home: Path, trained: Path, argument
             from lm_eval.tasks import TaskManager
 
             make = TaskManager.__init__
-            patch.setattr(TaskManager, "__init__", lambda self, **given: make(self, **given | {"include_defaults": False}))
+            patch.setattr(
+                TaskManager, "__init__", lambda self, **given: make(self, **given | {"include_defaults": False})
+            )
             result = weftrain("eval", home / "runs" / "demo", *arguments, *more)
     else:
         result = weftrain("eval", home / "runs" / "demo", *arguments)
@@ -188,7 +222,9 @@ def test_what_is_refused(weftrain: Weftrain, home: Path, trained: Path, argument
 
 
 def test_watch_evaluates_each_checkpoint_once(weftrain: Weftrain, home: Path) -> None:
-    """Of a run that has ended: held-out loss of steps 2, 4 and 6, and then the end; a damaged one is passed over aloud."""
+    """Of a run that has ended: held-out loss of steps 2, 4 and 6, and then the end; a damaged one is passed over
+    aloud.
+    """
     (state,) = (home / "runs" / "demo" / "checkpoints" / "step_00000004").glob("*.safetensors")
     state.write_bytes(state.read_bytes()[:-1])
     arguments = ["eval", home / "runs" / "demo", "--watch", "--device", "cpu"]
@@ -241,7 +277,9 @@ class World:
         self.events.pop(0)()
 
     def watch(self, **settings: Any) -> list[int]:
-        return watch(self.run, self.evaluate, say=self.said.append, clock=lambda: self.now, sleep=self.sleep, **settings)
+        return watch(
+            self.run, self.evaluate, say=self.said.append, clock=lambda: self.now, sleep=self.sleep, **settings
+        )
 
 
 def test_watcher_follows_a_run(tmp_path: Path) -> None:
@@ -259,7 +297,8 @@ def test_watcher_follows_a_run(tmp_path: Path) -> None:
     world.events += [lambda: world.appears(6), lambda: None, last]
     assert world.watch(every_seconds=10) == [2, 4, 6, 8]
     assert world.evaluated == [f"step_{step:08d}" for step in (2, 4, 6, 8)]
-    assert world.slept == [0.0, 3.0, 10.0]  # two evaluations of 7 s outlast the interval, one leaves 3 s, none leaves all
+    # two evaluations of 7 s outlast the interval, one leaves 3 s, none leaves all
+    assert world.slept == [0.0, 3.0, 10.0]
     assert not world.said
 
 
@@ -274,7 +313,7 @@ def test_watcher_does_not_take_an_old_end_for_the_end(tmp_path: Path) -> None:
 
 def test_watcher_sees_what_appears_between_its_two_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last checkpoint and the end come after the run's metrics were read: the next look finds both."""
-    from weftrain.analysis import watcher
+    from weftrain.analysis.evaluation import watcher
 
     world = World(tmp_path)
     asked = watcher._has_ended
@@ -313,7 +352,9 @@ def test_watcher_passes_a_damaged_checkpoint_over_once(tmp_path: Path) -> None:
 
     world.events += [lambda: None, replaced, lambda: world.writes("end")]
     assert world.watch() == [4, 2]
-    assert [line[:60] for line in world.said] == ["WARNING: step 2 is passed over, its checkpoint is damaged: " + str(tmp_path)[:1]]
+    assert [line[:60] for line in world.said] == [
+        "WARNING: step 2 is passed over, its checkpoint is damaged: " + str(tmp_path)[:1]
+    ]
 
 
 def test_watcher_of_unreadable_metrics_goes_on(tmp_path: Path) -> None:
@@ -342,7 +383,7 @@ def test_watcher_stops_at_what_is_no_damage(tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys
-from weftrain.core import fsops
+from weftrain.core.formats import fsops
 perform, count = fsops._perform, [0]
 def dying(name, path, action):
     count[0] += 1
@@ -359,7 +400,9 @@ main(["eval", sys.argv[2], "--watch", "--device", "cpu"])
 
 @pytest.mark.prove
 def test_watch_killed_at_any_write_goes_on(weftrain: Weftrain, home: Path) -> None:
-    """Killed before each operation on the disk in turn: started again, it makes what is missing, and what was there is untouched."""
+    """Killed before each operation on the disk in turn: started again, it makes what is missing, and what was there is
+    untouched.
+    """
     run = home / "runs" / "demo"
     folder = run / "analyses" / "evaluations"
     assert weftrain("eval", run, "--watch", "--device", "cpu").exit_code == 0
@@ -368,7 +411,9 @@ def test_watch_killed_at_any_write_goes_on(weftrain: Weftrain, home: Path) -> No
     shutil.rmtree(run / "analyses")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for operation in range(1, 6):
-        done = subprocess.run([sys.executable, "-c", KILLED, str(operation), str(run)], capture_output=True, timeout=60, env=environment)
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(operation), str(run)], capture_output=True, timeout=60, env=environment
+        )
         assert done.returncode == 9, done.stderr
         whole = {path.name: path.read_bytes() for path in folder.glob("*.json")}
         assert whole.items() <= wanted.items()

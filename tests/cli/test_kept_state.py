@@ -1,4 +1,6 @@
-"""A run whose backend keeps its own state: killed between that state and the record, rolled back, continued by others, or another run's."""
+"""A run whose backend keeps its own state: killed between that state and the record, rolled back, continued by others,
+or another run's.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,22 @@ import pytest
 from click.testing import Result
 from record_runs import done, prepare, trainer, weftrain
 
-from weftrain.backends.streaming.file_store import read_commit
+from weftrain.backends.streaming.store.mapped import read_commit
 from weftrain.core import checkpoint
 from weftrain.core import trainer as training
-from weftrain.core.ledger import LEDGER, Ledger, lineage, read_ledger
-from weftrain.core.metrics import MetricsWriter, read_metrics
-from weftrain.core.verification import verify
+from weftrain.core.run.ledger import LEDGER, Ledger, lineage, read_ledger
+from weftrain.core.run.metrics import MetricsWriter, read_metrics
+from weftrain.exchange.release.verify import verify
 
 Train = Callable[..., Result]
 MAPPED = ("--backend", "streaming", "backend.options.tier=mapped", "backend.options.threads=1")
-DIRECT = ("--backend", "streaming", "backend.options.tier=direct", "backend.options.threads=1", "backend.options.tile_elements=4096")
+DIRECT = (
+    "--backend",
+    "streaming",
+    "backend.options.tier=direct",
+    "backend.options.threads=1",
+    "backend.options.tile_elements=4096",
+)
 
 
 class Killed(BaseException):
@@ -61,7 +69,10 @@ def story(run: Path) -> Any:
         if record["kind"] in ("step", "evaluation")
     ]
     entries = read_ledger(run / LEDGER)
-    points = [(point.step, point.root, point.parent, point.metrics_after, point.metrics_sha256) for point in lineage(entries).checkpoints]
+    points = [
+        (point.step, point.root, point.parent, point.metrics_after, point.metrics_sha256)
+        for point in lineage(entries).checkpoints
+    ]
     return measured, points, [(entry["step"], entry["samples"]) for entry in entries if entry["kind"] == "skip"]
 
 
@@ -80,7 +91,12 @@ PLACES = {
         (MAPPED, "before the checkpoint", 6),
         (DIRECT, "before the evaluation", 4),
         (DIRECT, "before the checkpoint", 2),
-        *[pytest.param(tier, place, step, marks=pytest.mark.prove) for tier in (MAPPED, DIRECT) for place in PLACES for step in (1, 2, 6)],
+        *[
+            pytest.param(tier, place, step, marks=pytest.mark.prove)
+            for tier in (MAPPED, DIRECT)
+            for place in PLACES
+            for step in (1, 2, 6)
+        ],
     ],
 )
 def test_a_step_that_the_state_has_and_the_record_lacks_is_made_up_for(
@@ -110,7 +126,9 @@ def test_a_step_that_the_state_has_and_the_record_lacks_is_made_up_for(
 
 
 @pytest.mark.parametrize("tier", [MAPPED, pytest.param(DIRECT, marks=pytest.mark.prove)])
-def test_a_rollback_holds_for_the_backends_own_state(tier: tuple[str, ...], train: Train, folder: Path, tmp_path: Path) -> None:
+def test_a_rollback_holds_for_the_backends_own_state(
+    tier: tuple[str, ...], train: Train, folder: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "runs" / "crystal_demo"
     done(train(*tier))
     roots = story(run)[1]
@@ -131,7 +149,9 @@ def test_a_rollback_holds_for_the_backends_own_state(tier: tuple[str, ...], trai
     assert (run / "store.superseded-2").is_dir()
 
 
-def test_a_state_beyond_the_newest_checkpoint_is_rolled_back_and_nothing_is_deferred_below_it(train: Train, tmp_path: Path) -> None:
+def test_a_state_beyond_the_newest_checkpoint_is_rolled_back_and_nothing_is_deferred_below_it(
+    train: Train, tmp_path: Path
+) -> None:
     run = tmp_path / "runs" / "crystal_demo"
     with pytest.MonkeyPatch.context() as patch:
         killed_at(patch, training.checkpoint, "begin", lambda folder, state, **named: state.step == 4)
@@ -170,7 +190,10 @@ def test_another_runs_state_is_refused_and_left_alone(train: Train, folder: Path
     before = {path.name: path.read_bytes() for path in place.iterdir()}
     refused = train("--run", "two", *store)
     assert refused.exit_code == 2
-    assert f"own state in {place} stands at 6 completed steps and belongs to a run with another ledger: move it away" in refused.output
+    assert (
+        f"own state in {place} stands at 6 completed steps and belongs to a run with another ledger: move it away"
+        in refused.output
+    )
     done(train("--run", "one", *store))
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     assert not (tmp_path / "runs" / "two" / "checkpoints").exists()
@@ -202,13 +225,18 @@ def test_other_data_is_refused_unless_it_is_allowed(train: Train, tmp_path: Path
     assert "store: was trained on dataset" in refused.output
     output = done(train(*MAPPED, "--allow", "data"))
     assert "stands at 2 completed steps: the run goes on from there" in output
-    manifests = [checkpoint.verify(path) for path in sorted((tmp_path / "runs" / "crystal_demo" / "checkpoints").iterdir())]
-    assert manifests[0]["dataset_id"] != manifests[1]["dataset_id"]  # that of the step that was made up for is the old one
+    manifests = [
+        checkpoint.verify(path) for path in sorted((tmp_path / "runs" / "crystal_demo" / "checkpoints").iterdir())
+    ]
+    # that of the step that was made up for is the old one
+    assert manifests[0]["dataset_id"] != manifests[1]["dataset_id"]
 
 
 @pytest.mark.parametrize("place", [(training.checkpoint, "begin"), (Ledger, "checkpoint")])
 def test_what_is_made_up_for_is_recorded_as_it_was_made(place: tuple[Any, str], train: Train, tmp_path: Path) -> None:
-    """The process that goes on with another recipe dies too, before it records the step or before the ledger has its checkpoint."""
+    """The process that goes on with another recipe dies too, before it records the step or before the ledger has its
+    checkpoint.
+    """
     plain = (*MAPPED, "data.chunks=null", "checkpoint.every_steps=3", "log.evaluate_every_steps=0")
     skip = "data.skip=[{source: words, rows: [0, 20], reason: bad}]"
     for dies_at, more in (((training.checkpoint, "begin"), ()), (place, (skip, "--allow", "data.skip.0"))):
@@ -224,14 +252,22 @@ def test_what_is_made_up_for_is_recorded_as_it_was_made(place: tuple[Any, str], 
     done(weftrain("release", run, "--to", tmp_path / "release", "--licence", "MIT"))
 
 
-def test_a_release_holds_the_datasets_that_its_links_were_trained_on(train: Train, folder: Path, tmp_path: Path) -> None:
+def test_a_release_holds_the_datasets_that_its_links_were_trained_on(
+    train: Train, folder: Path, tmp_path: Path
+) -> None:
     plain = ("--backend", "local", "data.chunks=null", "log.evaluate_every_steps=0")
     (tmp_path / "datasets").unlink()
     (tmp_path / "datasets").mkdir()
     for name in ("words", "other"):
         (tmp_path / "datasets" / name).symlink_to(folder / "datasets" / "words")
     done(train(*plain, "schedule.steps=2"))
-    other = ("data.sources=[{name: other, path: other, weight: 1}]", "--allow", "data.sources.0.name", "--allow", "data.sources.0.path")
+    other = (
+        "data.sources=[{name: other, path: other, weight: 1}]",
+        "--allow",
+        "data.sources.0.name",
+        "--allow",
+        "data.sources.0.path",
+    )
     done(train(*plain, "schedule.steps=4", "--allow", "schedule.steps", *other))
     done(weftrain("release", tmp_path / "runs" / "crystal_demo", "--to", tmp_path / "release", "--licence", "MIT"))
     assert {path.name for path in (tmp_path / "release" / "data").iterdir()} == {"words", "other"}
@@ -273,7 +309,10 @@ def test_a_store_of_another_format_says_what_to_do(train: Train, tmp_path: Path)
     store.mkdir()
     (store / "layout.json").write_text('{"version":1}')
     refused = train(*MAPPED, f"backend.options.store={store}")
-    assert "the store is of format 1, and this version of weftrain reads 2: finish the run with the version that made it" in refused.output
+    assert (
+        "the store is of format 1, and this version of weftrain reads 2: finish the run with the version that made it"
+        in refused.output
+    )
 
 
 def prepare_other(folder: Path) -> None:
@@ -282,13 +321,22 @@ def prepare_other(folder: Path) -> None:
     texts.mkdir()
     for number in range(60):
         (texts / f"{number}.txt").write_text("abc def " * 40 + str(number))
-    options = ["--name", "words", "--sequence-length", "13", "--tokenizer", folder / "real" / "words" / "tokenizer.json"]
+    options = [
+        "--name",
+        "words",
+        "--sequence-length",
+        "13",
+        "--tokenizer",
+        folder / "real" / "words" / "tokenizer.json",
+    ]
     done(weftrain("prep", texts, "--output", folder / "datasets", *options, "--heldout-fraction", "0.1"))
 
 
 @pytest.mark.parametrize("tier", [MAPPED, pytest.param(DIRECT, marks=pytest.mark.prove)])
 def test_replay_and_evaluation_take_no_path_from_a_record(tier: tuple[str, ...], train: Train, tmp_path: Path) -> None:
-    """The release names the store of a run that goes on: neither it nor its own folder is touched, and nothing new is made."""
+    """The release names the store of a run that goes on: neither it nor its own folder is touched, and nothing new is
+    made.
+    """
     place = tmp_path / "place"
     run = tmp_path / "runs" / "crystal_demo"
     done(train(*tier, f"backend.options.store={place}", "schedule.steps=4", "data.chunks=2"))

@@ -1,4 +1,6 @@
-"""`weftrain kernels`: the table, and check, compile and bench as a user calls them; what they compute has tests of its own."""
+"""`weftrain kernels`: the table, and check, compile and bench as a user calls them; what they compute has tests of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,12 @@ def test_the_table_has_every_op_and_source(weftrain: Callable[..., Result]) -> N
     assert result.exit_code == 0, result.output
     document = json.loads(result.output)
     found = {(row["op"], row["source"], row["device"]) for row in document["rows"]}
-    assert found == {(op, source, device) for op, sources in load_catalog().items() for source in sources for device in ("cpu", "cuda")}
+    assert found == {
+        (op, source, device)
+        for op, sources in load_catalog().items()
+        for source in sources
+        for device in ("cpu", "cuda")
+    }
     reasons = {(row["op"], row["source"]): row["reason"] for row in document["rows"] if row["device"] == "cpu"}
     assert reasons["swiglu", "torch"] is None
     assert "not cpu" in reasons["attention", "flash_attn"]
@@ -43,11 +50,23 @@ def test_the_table_says_why_not(weftrain: Callable[..., Result]) -> None:
     assert "cuda" not in lines[0]
 
 
-# ---- check --------------------------------------------------------------------------------------------------------------------------
+# ---- check
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_check_passes_and_writes_what_it_found(weftrain: Callable[..., Result], tmp_path: Path) -> None:
-    options = ["--op", "swiglu", "--source", "torch", "--dtype", "float32", "--check", "numerics", "--json", tmp_path / "f.json"]
+    options = [
+        "--op",
+        "swiglu",
+        "--source",
+        "torch",
+        "--dtype",
+        "float32",
+        "--check",
+        "numerics",
+        "--json",
+        tmp_path / "f.json",
+    ]
     result = weftrain("kernels", "check", *options)
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "f.json").read_text())
@@ -60,7 +79,9 @@ def test_check_passes_and_writes_what_it_found(weftrain: Callable[..., Result], 
     assert f"{count} passed, 0 failed" in result.output
 
 
-def test_a_failed_check_is_named_and_the_exit_code_says_so(weftrain: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_check_is_named_and_the_exit_code_says_so(
+    weftrain: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
     report = Findings()
     report += [
         Finding("rope", "ours", "numerics", "odd", "float32", True, "fine"),
@@ -75,9 +96,17 @@ def test_a_failed_check_is_named_and_the_exit_code_says_so(weftrain: Callable[..
         return report
 
     monkeypatch.setattr(checks, "run_checks", run_checks)
-    result = weftrain("kernels", "check", "--op", "rope", "--source", "ours", "--source", "theirs", "--dtype", "float16")
+    result = weftrain(
+        "kernels", "check", "--op", "rope", "--source", "ours", "--source", "theirs", "--dtype", "float16"
+    )
     assert result.exit_code == 1
-    assert asked == {"ops": ("rope",), "sources": ("ours", "theirs"), "device": "cpu", "dtypes": (torch.float16,), "names": None}
+    assert asked == {
+        "ops": ("rope",),
+        "sources": ("ours", "theirs"),
+        "device": "cpu",
+        "dtypes": (torch.float16,),
+        "names": None,
+    }
     assert "FAILED rope ours numerics edge float32: x is off by 0.1" in result.output
     assert "1/2 FAILED" in result.output
     assert "skipped rope theirs: needs a tape drive" in result.output
@@ -119,7 +148,9 @@ def test_interpret_starts_another_process(
 
     monkeypatch.setattr(verbs.subprocess, "run", run)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    result = weftrain("kernels", verb, "--interpret", "--op", "rope", "--source", "triton", "--json", tmp_path / "x.json")
+    result = weftrain(
+        "kernels", verb, "--interpret", "--op", "rope", "--source", "triton", "--json", tmp_path / "x.json"
+    )
     assert result.exit_code == 7
     ((command, interpret),) = started
     assert interpret == "1"
@@ -132,7 +163,18 @@ def test_interpret_starts_another_process(
 def test_check_under_the_interpreter(weftrain: Callable[..., Result], tmp_path: Path) -> None:
     """For real: bf16 of the interpreter mended, a Triton kernel run on the CPU."""
     pytest.importorskip("triton")
-    options = ["--op", "swiglu", "--source", "triton", "--dtype", "bfloat16", "--check", "numerics", "--json", tmp_path / "f.json"]
+    options = [
+        "--op",
+        "swiglu",
+        "--source",
+        "triton",
+        "--dtype",
+        "bfloat16",
+        "--check",
+        "numerics",
+        "--json",
+        tmp_path / "f.json",
+    ]
     result = weftrain("kernels", "check", "--interpret", *options)
     assert result.exit_code == 0
     findings = json.loads((tmp_path / "f.json").read_text())["findings"]
@@ -140,16 +182,33 @@ def test_check_under_the_interpreter(weftrain: Callable[..., Result], tmp_path: 
     assert all(item["ok"] and item["source"] == "triton" and item["dtype"] == "bfloat16" for item in findings)
 
 
-# ---- compile ------------------------------------------------------------------------------------------------------------------------
+# ---- compile
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_compile_and_diff(weftrain: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from weftrain.kernels import compile_gate
-    from weftrain.kernels.compile_gate import Row
+    from weftrain.kernels.checks import compile_gate
+    from weftrain.kernels.checks.compile_gate import Row
 
-    figures = {"registers": 64, "spill_instructions": 0, "shared_bytes": 2048, "shared_limit_bytes": 166912, "binary_bytes": 4096}
+    figures = {
+        "registers": 64,
+        "spill_instructions": 0,
+        "shared_bytes": 2048,
+        "shared_limit_bytes": 166912,
+        "binary_bytes": 4096,
+    }
     fine = Row(
-        "rope", "triton", "forward", "sm_80", True, True, None, None, matrix_instruction="HMMA", matrix_instruction_count=8, **figures
+        "rope",
+        "triton",
+        "forward",
+        "sm_80",
+        True,
+        True,
+        None,
+        None,
+        matrix_instruction="HMMA",
+        matrix_instruction_count=8,
+        **figures,
     )
     excluded = Row("rope", "triton", "wide", "gfx942", False, True, None, "needs 80 KiB of 64 KiB")
     candidate = Row("rope", "triton", "wide", "sm_80", False, False, "spills 12 bytes", None)
@@ -162,14 +221,32 @@ def test_compile_and_diff(weftrain: Callable[..., Result], monkeypatch: pytest.M
         return rows
 
     monkeypatch.setattr(compile_gate, "compile_all", compile_all)
-    result = weftrain("kernels", "compile", "--op", "rope", "--target", "sm_80", "--defaults-only", "--json", tmp_path / "old.json")
+    result = weftrain(
+        "kernels", "compile", "--op", "rope", "--target", "sm_80", "--defaults-only", "--json", tmp_path / "old.json"
+    )
     assert result.exit_code == 0, result.output  # a candidate that fails is no failure
     assert asked == [(None, ("rope",), None, ("sm_80",), False)]
     assert "3 configurations x targets: 0 failed, 1 candidates fail, 1 excluded" in result.output
     (line,) = (line for line in result.output.splitlines() if line.startswith("rope  triton  forward"))
-    assert line.split() == ["rope", "triton", "forward", "sm_80", "ok", "64", "0", "2.0", "/", "163", "8", "HMMA", "4.0"]
+    assert line.split() == [
+        "rope",
+        "triton",
+        "forward",
+        "sm_80",
+        "ok",
+        "64",
+        "0",
+        "2.0",
+        "/",
+        "163",
+        "8",
+        "HMMA",
+        "4.0",
+    ]
     assert "candidate fails rope triton wide sm_80: spills 12 bytes" in result.output
-    rows[0] = Row("rope", "triton", "forward", "sm_80", True, False, "spills 16 bytes", None, registers=255, spill_instructions=4)
+    rows[0] = Row(
+        "rope", "triton", "forward", "sm_80", True, False, "spills 16 bytes", None, registers=255, spill_instructions=4
+    )
     result = weftrain("kernels", "compile", "--diff", tmp_path / "old.json")
     assert result.exit_code == 1
     assert "FAILED rope triton forward sm_80: spills 16 bytes" in result.output
@@ -179,7 +256,8 @@ def test_compile_and_diff(weftrain: Callable[..., Result], monkeypatch: pytest.M
     assert "none.json" in missing.output
 
 
-# ---- bench --------------------------------------------------------------------------------------------------------------------------
+# ---- bench
+# ----------------------------------------------------------------------------------------------------
 
 
 def measurement(**changes: Any) -> Measurement:
@@ -241,7 +319,20 @@ def test_every_printed_figure() -> None:
     few = measurement(source="triton", confidence=0.75, roofline_share=None, note="plumbing only", bound=None)
     eager, ours, plumbing = cells(Report(ENVIRONMENT, [measurement(), fast, few]))
     assert eager == [
-        *("rope", "amber_7b", "forward", "reference (torch eager)", "4", "3.5 - 4.5", "1.00", "12.5", "3.25", "25.0%", "memory", "")
+        *(
+            "rope",
+            "amber_7b",
+            "forward",
+            "reference (torch eager)",
+            "4",
+            "3.5 - 4.5",
+            "1.00",
+            "12.5",
+            "3.25",
+            "25.0%",
+            "memory",
+            "",
+        )
     ]
     assert ours[3:10] == ["ours", "1.6", "1.5 - 1.75", "2.50", "12.5", "3.25", "62.5%"]
     assert plumbing[5] == "3.5 - 4.5 (75%)"
@@ -261,7 +352,9 @@ def test_the_machine_is_described() -> None:
     assert "overwritten before each sample" in machine_lines(Report({**ENVIRONMENT, "device_type": "cuda"}, []))[3]
 
 
-def test_bench_writes_json_and_a_plot(weftrain: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_bench_writes_json_and_a_plot(
+    weftrain: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib")
     asked: list[Any] = []
 

@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 CHILD = (
-    "import time; from weftrain.cli.launcher import end_with_launcher; end_with_launcher(); print('watches', flush=True); time.sleep(120)"
+    "import time; from weftrain.cli.launcher import end_with_launcher; end_with_launcher(); print('watches', "
+    "flush=True); time.sleep(120)"
 )
 LAUNCHER = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {CHILD!r}]); time.sleep(120)"
 

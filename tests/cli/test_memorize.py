@@ -1,4 +1,6 @@
-"""`weftrain memorize` and `weftrain generate` on a tiny run's folder: tables, files, tokenizers, and what is refused."""
+"""`weftrain memorize` and `weftrain generate` on a tiny run's folder: tables, files, tokenizers, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from weftrain.analysis.evaluation import open_tokenizer
-from weftrain.analysis.generation import Generator, load_model
+from weftrain.analysis.evaluation.generation import Generator, load_model
+from weftrain.analysis.evaluation.tasks import open_tokenizer
 from weftrain.cli.generate import default_tokenizer, generate
 from weftrain.cli.memorize import memorize
 from weftrain.core import checkpoint
@@ -43,7 +45,12 @@ def run(recipe: Recipe, tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "tiny"
     for step in (2, 4):
         tensors = {f"weights/{spec.name}": draw(spec, recipe.model, step) for spec in parameter_specs(recipe.model)}
-        claims: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "dataset_id": "d", "fingerprint": {}, "kernels": {}}
+        claims: dict[str, Any] = {
+            "recipe": recipe.model_dump(mode="json"),
+            "dataset_id": "d",
+            "fingerprint": {},
+            "kernels": {},
+        }
         state = State(step, step, {**tensors, "exp_avg/x": tensors["weights/embedding.weight"]})
         checkpoint.save(folder / "checkpoints", state, tokens=0, position=step * 4, parent=None, **claims)
     return folder
@@ -54,7 +61,9 @@ def invoke(command: Any, *arguments: str | Path) -> Result:
 
 
 def generator_of(recipe: Recipe, step: int) -> Generator:
-    return Generator(load_model({spec.name: draw(spec, recipe.model, step) for spec in parameter_specs(recipe.model)}, recipe.model))
+    return Generator(
+        load_model({spec.name: draw(spec, recipe.model, step) for spec in parameter_specs(recipe.model)}, recipe.model)
+    )
 
 
 def test_every_chunk_at_every_checkpoint(run: Path, recipe: Recipe) -> None:
@@ -64,7 +73,14 @@ def test_every_chunk_at_every_checkpoint(run: Path, recipe: Recipe) -> None:
     assert list(lines) == ["steps_00000000_00000002", "steps_00000002_00000004", "steps_00000004_00000006"]
     place = run / "analyses" / "memorization" / "k5_l6_samples5_seed0"
     summary = json.loads((place / "summary.json").read_bytes())
-    assert [cell["relation"] for cell in summary["matrix"]] == ["just seen", "unseen", "unseen", "earlier", "just seen", "unseen"]
+    assert [cell["relation"] for cell in summary["matrix"]] == [
+        "just seen",
+        "unseen",
+        "unseen",
+        "earlier",
+        "just seen",
+        "unseen",
+    ]
     assert len(list(place.glob("*.png"))) == 5
     source = training_source(recipe)
     for step in (2, 4):
@@ -72,7 +88,9 @@ def test_every_chunk_at_every_checkpoint(run: Path, recipe: Recipe) -> None:
         assert len(stored["sample_numbers"]) == 5
         rows = [source.rows(number // 4, number % 4, 1).ids[0].tolist() for number in stored["sample_numbers"]]
         decoded = generator_of(recipe, step).generate([row[:5] for row in rows], 6)
-        expected = [sum(a == b for a, b in zip(row[5:11], new, strict=True)) for row, new in zip(rows, decoded, strict=True)]
+        expected = [
+            sum(a == b for a, b in zip(row[5:11], new, strict=True)) for row, new in zip(rows, decoded, strict=True)
+        ]
         assert stored["matches"] == expected
         percent = 100 * expected.count(6) / 5
         assert f"{percent:.2f} / {sum(expected) / 30:.4f}" in lines["steps_00000002_00000004"]
@@ -93,7 +111,9 @@ def test_checkpoints_by_number_by_folder_and_elsewhere(run: Path, tmp_path: Path
 
 def test_a_released_sample(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "chunk 7.jsonl"
-    path.write_text("".join(json.dumps({"source": "s", "prompt": [i, 2], "continuation": [3, 4, 5]}) + "\n" for i in range(9)))
+    path.write_text(
+        "".join(json.dumps({"source": "s", "prompt": [i, 2], "continuation": [3, 4, 5]}) + "\n" for i in range(9))
+    )
     done = invoke(memorize, run, "--k", 2, "--l", 3, "--sample", path, "--no-plots")
     assert done.exit_code == 0, done.output
     (line,) = [line for line in done.output.splitlines() if line.startswith("sample_chunk_7")]
@@ -189,4 +209,6 @@ def test_options_that_make_no_sense(run: Path, options: tuple[str, ...], message
 
 def test_ids_and_lengths_beyond_the_model(run: Path) -> None:
     assert "id 97 is outside the model's vocabulary of 97" in str(invoke(generate, run, "--ids", "97").exception)
-    assert "need 17 positions, the model has 16" in str(invoke(generate, run, "--ids", "1", "--max-new-tokens", 16).exception)
+    assert "need 17 positions, the model has 16" in str(
+        invoke(generate, run, "--ids", "1", "--max-new-tokens", 16).exception
+    )

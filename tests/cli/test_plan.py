@@ -1,4 +1,6 @@
-"""`weftrain plan` and the one way to read a command line: what it computes is what `train` would run, and what does not fit is refused."""
+"""`weftrain plan` and the one way to read a command line: what it computes is what `train` would run, and what does not
+fit is refused.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ EIGHT = ["batch.replicas=8", "--devices", "8xH100"]
 
 
 def test_plan_and_train_have_the_same_options(weftrain: Run) -> None:
-    """Amber recomputes every layer by its recipe; on another backend too, for every verb, so its memory is the one that was planned."""
+    """Amber recomputes every layer by its recipe; on another backend too, for every verb, so its memory is the one that
+    was planned.
+    """
     recipe, backend, options = resolve("amber_7b", ["batch.replicas=8"], "cuda")
     assert (backend.name, recipe.backend.options) == ("cuda", {"activation_checkpointing": "full"})
     assert isinstance(options, CudaOptions)
@@ -32,7 +36,9 @@ def test_plan_and_train_have_the_same_options(weftrain: Run) -> None:
         assert result.exit_code == 0, result.output
         assert f"{wanted:,.2f} GiB" in result.output
         assert "cuda: activation_checkpointing=full" in result.output
-    assert f"= {wanted:,.2f} GiB a device" in weftrain("show", "amber_7b", "batch.replicas=8", "--backend", "cuda").output
+    assert (
+        f"= {wanted:,.2f} GiB a device" in weftrain("show", "amber_7b", "batch.replicas=8", "--backend", "cuda").output
+    )
 
 
 @pytest.mark.parametrize("verb", ["show", "plan", "train", "bench", "lower"])
@@ -51,7 +57,10 @@ def test_what_another_backend_keeps() -> None:
     assert kept_options("local", "null") == kept_options("local", "local") == kept_options("gone", "local") == ()
     assert resolve("bench_70m", [], "streaming").recipe.backend.options == {"compile": True}
     assert resolve("bench_70m", ["backend.options.compile=false"], "cuda").recipe.backend.options == {"compile": False}
-    assert resolve("bench_70m", ["backend.options.huge_pages=false"]).recipe.backend.options == {"compile": True, "huge_pages": False}
+    assert resolve("bench_70m", ["backend.options.huge_pages=false"]).recipe.backend.options == {
+        "compile": True,
+        "huge_pages": False,
+    }
     recorded = load_recipe("bench_70m").recipe.model_dump(mode="json")
     assert resolve_recorded(recorded, "x", (), "cuda").recipe.backend.options == {"compile": True}
 
@@ -70,7 +79,9 @@ def test_one_device_is_one(weftrain: Run) -> None:
         assert max(shares) < 100
 
 
-@pytest.mark.parametrize("devices", ["0xH100", "00xH100", "-1xH100", "8xH101", "8x", "x", "8xH100x", " H100", "1e3xH100", "9999999xH100"])
+@pytest.mark.parametrize(
+    "devices", ["0xH100", "00xH100", "-1xH100", "8xH101", "8x", "x", "8xH100x", " H100", "1e3xH100", "9999999xH100"]
+)
 def test_devices_that_are_none(weftrain: Run, devices: str) -> None:
     result = weftrain("plan", "amber_7b", "--devices", devices)
     assert result.exit_code == 2

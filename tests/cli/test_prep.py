@@ -1,4 +1,6 @@
-"""`weftrain prep` and what training says of a dataset that is missing, damaged or does not fit: before step 0, one line, exit code 2."""
+"""`weftrain prep` and what training says of a dataset that is missing, damaged or does not fit: before step 0, one
+line, exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,18 @@ from click.testing import CliRunner, Result
 from weftrain.cli.main import main
 from weftrain.cli.prep import prep
 from weftrain.cli.prep_report import epoch_lines
-from weftrain.core.dataset import read_manifest
-from weftrain.core.dataset_manifest import Chunks
+from weftrain.core.formats.dataset import read_manifest
+from weftrain.core.formats.dataset_manifest import Chunks
 from weftrain.data_prep.inputs.standard_input import forget, spool
 
 Weftrain = Callable[..., Result]
-SMALL = ["model.num_layers=1", "data.sequence_length=32", "batch.global_batch_size=2", "batch.micro_batch_size=2", "schedule.steps=2"]
+SMALL = [
+    "model.num_layers=1",
+    "data.sequence_length=32",
+    "batch.global_batch_size=2",
+    "batch.micro_batch_size=2",
+    "schedule.steps=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,16 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def dataset(weftrain: Weftrain, texts: Path, tmp_path: Path) -> Path:
-    arguments = ["--name", "python_stdlib", "--vocab-size", "512", "--sequence-length", "32", "--heldout-fraction", "0.2"]
+    arguments = [
+        "--name",
+        "python_stdlib",
+        "--vocab-size",
+        "512",
+        "--sequence-length",
+        "32",
+        "--heldout-fraction",
+        "0.2",
+    ]
     result = weftrain("prep", texts, "--output", tmp_path / "datasets", *arguments)
     assert result.exit_code == 0, result.output
     assert "is ready" in result.output
@@ -44,11 +61,22 @@ def dataset(weftrain: Weftrain, texts: Path, tmp_path: Path) -> Path:
 
 
 def train(weftrain: Weftrain, tmp_path: Path, *arguments: str) -> Result:
-    return weftrain("train", "crystal_demo", "--runs", tmp_path / "runs", f"data.root={tmp_path / 'datasets'}", *SMALL, *arguments)
+    return weftrain(
+        "train", "crystal_demo", "--runs", tmp_path / "runs", f"data.root={tmp_path / 'datasets'}", *SMALL, *arguments
+    )
 
 
 def test_prep_again_and_with_other_settings(weftrain: Weftrain, texts: Path, dataset: Path, tmp_path: Path) -> None:
-    arguments = ["--output", tmp_path / "datasets", "--name", "python_stdlib", "--vocab-size", "512", "--heldout-fraction", "0.2"]
+    arguments = [
+        "--output",
+        tmp_path / "datasets",
+        "--name",
+        "python_stdlib",
+        "--vocab-size",
+        "512",
+        "--heldout-fraction",
+        "0.2",
+    ]
     again = weftrain("prep", texts, *arguments, "--sequence-length", "32")
     assert again.exit_code == 0
     assert "is up to date" in again.output
@@ -63,7 +91,9 @@ def test_the_help_names_every_option_once(weftrain: Weftrain) -> None:
 
 
 @pytest.mark.parametrize("option", [["--fim-mode", "context"], ["--fim-spm-share", "0.5"]])
-def test_an_option_of_fim_without_a_rate_is_refused(weftrain: Weftrain, texts: Path, tmp_path: Path, option: list[str]) -> None:
+def test_an_option_of_fim_without_a_rate_is_refused(
+    weftrain: Weftrain, texts: Path, tmp_path: Path, option: list[str]
+) -> None:
     refused = weftrain("prep", texts, "--name", "x", "--output", tmp_path, *option)
     assert refused.exit_code == 2
     assert f"{option[0]} needs --fim-rate" in refused.output
@@ -97,14 +127,28 @@ def test_prep_needs_a_name_and_inputs_that_exist(weftrain: Weftrain, texts: Path
 
 def test_the_command_that_prep_prints_trains_as_it_is(weftrain: Weftrain, texts: Path, tmp_path: Path) -> None:
     (texts / "_SUCCESS").touch()
-    arguments = ["--name", "sets/2024", "--vocab-size", "512", "--sequence-length", "64", "--fim-rate", "0.5", "--heldout-fraction", "0.2"]
+    arguments = [
+        "--name",
+        "sets/2024",
+        "--vocab-size",
+        "512",
+        "--sequence-length",
+        "64",
+        "--fim-rate",
+        "0.5",
+        "--heldout-fraction",
+        "0.2",
+    ]
     for state in ("is ready", "is up to date"):
         made = weftrain("prep", texts, "--output", tmp_path / "data sets", *arguments)
         assert made.exit_code == 0, made.output
         assert state in made.output
         manifest = read_manifest(tmp_path / "data sets" / "sets" / "2024")
         lines = {line.split()[0]: line for line in made.output.splitlines() if line.startswith("  ")}
-        assert f"{manifest.documents.read:,} documents, {manifest.documents.duplicates} duplicates dropped, 0 failed" in lines["read"]
+        assert (
+            f"{manifest.documents.read:,} documents, {manifest.documents.duplicates} duplicates dropped, 0 failed"
+            in lines["read"]
+        )
         assert f"{manifest.train.n_examples:,} rows x 64 = {manifest.train.tokens:,} tokens" in lines["train"]
         assert "skipped  1 entry beside the inputs" in lines["skipped"]
         assert "marker file (1): texts" in made.output
@@ -129,13 +173,17 @@ def test_the_command_that_prep_prints_trains_as_it_is(weftrain: Weftrain, texts:
     ],
     ids=" ".join,
 )
-def test_the_printed_command_fits_every_kind_of_dataset(weftrain: Weftrain, texts: Path, tmp_path: Path, options: list[str]) -> None:
+def test_the_printed_command_fits_every_kind_of_dataset(
+    weftrain: Weftrain, texts: Path, tmp_path: Path, options: list[str]
+) -> None:
     arguments = ["--name", "yes", "--vocab-size", "512", "--sequence-length", "64", "--heldout-fraction", "0", *options]
     made = weftrain("prep", texts, "--output", tmp_path, *arguments)
     assert made.exit_code == 0, made.output
     (line,) = [line for line in made.output.splitlines() if line.startswith("  next")]
     command = shlex.split(line)[2:]
-    done = weftrain(*command, "--runs", tmp_path / "runs", "model.num_layers=1", "schedule.steps=1", "batch.global_batch_size=16")
+    done = weftrain(
+        *command, "--runs", tmp_path / "runs", "model.num_layers=1", "schedule.steps=1", "batch.global_batch_size=16"
+    )
     assert done.exit_code == 0, done.output
 
 
@@ -145,11 +193,22 @@ def test_lines_are_whole_at_any_width_and_without_colour(
 ) -> None:
     for name, value in (("COLUMNS", columns), ("NO_COLOR", "1"), ("FORCE_COLOR", "1")):
         monkeypatch.setenv(name, value)
-    arguments = ["--name", "python_stdlib", "--vocab-size", "512", "--sequence-length", "32", "--heldout-fraction", "0.2"]
+    arguments = [
+        "--name",
+        "python_stdlib",
+        "--vocab-size",
+        "512",
+        "--sequence-length",
+        "32",
+        "--heldout-fraction",
+        "0.2",
+    ]
     again = weftrain("prep", texts, "--output", tmp_path / "datasets", *arguments)
     assert again.exit_code == 0, again.output
     (line,) = [line for line in again.output.splitlines() if "weftrain train" in line]
-    assert f"weftrain train amber_demo data.root={tmp_path}/datasets model.vocab_size=544 data.sequence_length=32" in line
+    assert (
+        f"weftrain train amber_demo data.root={tmp_path}/datasets model.vocab_size=544 data.sequence_length=32" in line
+    )
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", again.output)  # no colour
 
 
@@ -161,7 +220,9 @@ def test_steps_an_epoch_of_each_recipe_that_the_rows_fit(dataset: Path) -> None:
     of_amber = f"{rows / 2240:,.1f} steps of 2,240 rows (amber_7b)"
     assert epoch_lines(large) == [of_amber, f"{rows // 16:,} steps of 16 rows (amber_demo)"]
     chunks = Chunks(count=3, rows=40, global_batch_size=20)
-    assert epoch_lines(manifest.model_copy(update={"chunks": chunks}))[0] == "6 steps of 20 rows, in 3 chunks of 2 steps"
+    assert (
+        epoch_lines(manifest.model_copy(update={"chunks": chunks}))[0] == "6 steps of 20 rows, in 3 chunks of 2 steps"
+    )
 
 
 def test_standard_input(weftrain: Weftrain, tmp_path: Path) -> None:
@@ -175,7 +236,9 @@ def test_standard_input(weftrain: Weftrain, tmp_path: Path) -> None:
         assert piped.exit_code == 0, piped.output
         assert state in piped.output
     assert read_manifest(tmp_path / "piped").train.id == read_manifest(tmp_path / "file").train.id
-    other = CliRunner().invoke(main, ["prep", "-", *map(str, common), "--name", "piped"], input=lines.replace("words", "texts"))
+    other = CliRunner().invoke(
+        main, ["prep", "-", *map(str, common), "--name", "piped"], input=lines.replace("words", "texts")
+    )
     assert "was prepared from other text" in other.output
     for arguments, message in (
         (["-", "/dev/stdin", "--name", "x"], "named twice"),
@@ -184,7 +247,9 @@ def test_standard_input(weftrain: Weftrain, tmp_path: Path) -> None:
         refused = CliRunner().invoke(main, ["prep", *arguments, *map(str, common)], input=lines)
         assert refused.exit_code == 2
         assert message in refused.output
-    binary = CliRunner().invoke(main, ["prep", "-", *map(str, common), "--name", "x"], input=gzip.compress(lines.encode()))
+    binary = CliRunner().invoke(
+        main, ["prep", "-", *map(str, common), "--name", "x"], input=gzip.compress(lines.encode())
+    )
     assert binary.exit_code == 2
     assert "<stdin>: is no text by its first bytes; decompress" in binary.output
     assert not list(tmp_path.glob(".*stdin*"))
@@ -213,7 +278,9 @@ def test_json_that_is_read_as_text_is_said_before_the_work(weftrain: Weftrain, t
     common = ["--output", tmp_path, "--vocab-size", "300", "--sequence-length", "8", "--heldout-fraction", "0"]
     made = weftrain("prep", f"file://{tmp_path}/in", *common, "--name", "x")
     assert made.exit_code == 0, made.output
-    assert made.output.startswith("JSON without a field 'text' is read as text, a file a document (1): in/package.json;")
+    assert made.output.startswith(
+        "JSON without a field 'text' is read as text, a file a document (1): in/package.json;"
+    )
 
 
 def test_train_and_eval_on_it(weftrain: Weftrain, dataset: Path, tmp_path: Path) -> None:
@@ -241,7 +308,12 @@ def test_train_and_eval_on_it(weftrain: Weftrain, dataset: Path, tmp_path: Path)
     ],
 )
 def test_a_dataset_that_cannot_be_used(
-    weftrain: Weftrain, dataset: Path, tmp_path: Path, damage: Callable[[Path], object], arguments: tuple[str, ...], expected: str
+    weftrain: Weftrain,
+    dataset: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], object],
+    arguments: tuple[str, ...],
+    expected: str,
 ) -> None:
     damage(dataset)
     result = train(weftrain, tmp_path, *arguments)

@@ -89,7 +89,9 @@ def test_a_recipe_makes_its_datasets(weftrain: Weftrain, inputs: Path, tmp_path:
         (["--set", "sequence_lenth=8"], "did you mean 'sequence_length'"),
     ],
 )
-def test_what_does_not_go_together(weftrain: Weftrain, inputs: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_what_does_not_go_together(
+    weftrain: Weftrain, inputs: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     result = weftrain("prep", tmp_path / "two.yaml", "--inputs", inputs, "--output", tmp_path / "out", *arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())

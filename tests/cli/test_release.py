@@ -1,4 +1,6 @@
-"""`weftrain release`, `verify`, `replay`, `sign`: a third party with the folder alone, and everything a forger may try."""
+"""`weftrain release`, `verify`, `replay`, `sign`: a third party with the folder alone, and everything a forger may
+try.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ from forgery import Tensors, forge, write_release
 from record_runs import done, prepare, trainer, weftrain
 
 from weftrain.core import checkpoint
-from weftrain.core.canonical import canonical_json, sha256_json
-from weftrain.core.dataset import read_manifest
-from weftrain.core.fsops import sha256_file
+from weftrain.core.formats.canonical import canonical_json, sha256_json
+from weftrain.core.formats.dataset import read_manifest
+from weftrain.core.formats.fsops import sha256_file
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,9 @@ def verdicts(result: Result) -> list[str]:
     return [row[-1] for row in rows]
 
 
-def test_a_third_party_verifies_replays_resumes_and_evaluates(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_third_party_verifies_replays_resumes_and_evaluates(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     output = done(weftrain("verify", release))
     assert "3 links: whole, and of one story" in output
@@ -57,7 +61,11 @@ def test_a_third_party_verifies_replays_resumes_and_evaluates(release: Path, tmp
     shutil.copytree(release, run)
     more = ["schedule.steps=8", "data.chunks=4", "log.tensorboard=false"]
     allow = [word for key in ("schedule.steps", "data.chunks", "data.root") for word in ("--allow", key)]
-    output = done(weftrain("train", run / "recipe.yaml", *more, f"data.root={release / 'data'}", "--runs", tmp_path / "runs", *allow))
+    output = done(
+        weftrain(
+            "train", run / "recipe.yaml", *more, f"data.root={release / 'data'}", "--runs", tmp_path / "runs", *allow
+        )
+    )
     assert "resumed after step 6" in output
     assert (run / "checkpoints" / "step_00000008").is_dir()
     # evaluate
@@ -67,11 +75,21 @@ def test_a_third_party_verifies_replays_resumes_and_evaluates(release: Path, tmp
 
 def test_what_stands_in_a_release(release: Path, made: Path) -> None:
     names = {path.relative_to(release).as_posix() for path in release.rglob("*") if path.is_file()}
-    for name in ("release.json", "README.md", "recipe.json", "recipe.yaml", "environment.json", "ledger.jsonl", "metrics.jsonl"):
+    for name in (
+        "release.json",
+        "README.md",
+        "recipe.json",
+        "recipe.yaml",
+        "environment.json",
+        "ledger.jsonl",
+        "metrics.jsonl",
+    ):
         assert name in names
     for number, step in ((1, 2), (2, 4), (3, 6)):
         assert f"checkpoints/step_{step:08d}/manifest.json" in names
-        assert {f"revisions/ckpt_{number:03d}/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")} <= names
+        assert {
+            f"revisions/ckpt_{number:03d}/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")
+        } <= names
     value = json.loads((release / "release.json").read_bytes())
     assert [(link["link"], link["chunk"], link["first_step"], link["stop_step"]) for link in value["links"]] == [
         (1, 0, 0, 2),
@@ -126,7 +144,9 @@ def swapped(recipe: dict[str, Any]) -> None:
     ],
     ids=["nothing", "one weight by 1 ulp", "an optimizer moment", "a learning rate", "chunks swapped"],
 )
-def test_a_consistent_forgery_passes_verify_and_fails_replay(edit: dict[str, Any], expected: list[str], release: Path) -> None:
+def test_a_consistent_forgery_passes_verify_and_fails_replay(
+    edit: dict[str, Any], expected: list[str], release: Path
+) -> None:
     forge(release, **edit)
     done(weftrain("verify", release))
     result = weftrain("replay", release)
@@ -172,7 +192,9 @@ def test_a_removed_link_is_seen_though_all_else_was_made_to_fit(release: Path) -
     assert "no checkpoint at the end of chunk 1 (step 4)" in result.output
 
 
-def test_a_removed_link_of_a_run_without_chunks_is_seen_by_the_parent_that_is_not_there(made: Path, tmp_path: Path) -> None:
+def test_a_removed_link_of_a_run_without_chunks_is_seen_by_the_parent_that_is_not_there(
+    made: Path, tmp_path: Path
+) -> None:
     (tmp_path / "datasets").symlink_to(made / "datasets")
     done(trainer(tmp_path)("data.chunks=null", "checkpoint.every_steps=2"))
     target = tmp_path / "release"
@@ -253,7 +275,18 @@ def another_dataset(release: Path) -> None:
     own = release / "data" / "words"
     tokenizer = Path(shutil.copy(own / "tokenizer.json", release.parent / "tokenizer.json"))
     shutil.rmtree(own)
-    options = ["--name", "words", "--sequence-length", "13", "--heldout-fraction", "0.1", "--tokenizer", tokenizer, "--eos", "</s>"]
+    options = [
+        "--name",
+        "words",
+        "--sequence-length",
+        "13",
+        "--heldout-fraction",
+        "0.1",
+        "--tokenizer",
+        tokenizer,
+        "--eos",
+        "</s>",
+    ]
     texts = release.parent / "texts"
     texts.mkdir()
     for number in range(20):
@@ -280,7 +313,10 @@ def truncate_ledger(release: Path) -> None:
         (lambda release: flip(release / "data" / "words" / "train" / "00000.h5", 5000), "00000.h5: has changed"),
         (lambda release: (release / "metrics.jsonl").unlink(), "metrics.jsonl: is missing"),
         (lambda release: (release / "extra.txt").write_text("x"), "extra.txt: does not belong there"),
-        (lambda release: (release / "checkpoints" / "step_00000004" / "x").mkdir(), "step_00000004: x: does not belong there"),
+        (
+            lambda release: (release / "checkpoints" / "step_00000004" / "x").mkdir(),
+            "step_00000004: x: does not belong there",
+        ),
         (link_out, "metrics.jsonl: is a symbolic link"),
         (another_chunk, "step_00000004.*so the folder was renamed"),
         (outside, "'../../etc/passwd' is not a path within the folder"),
@@ -318,7 +354,10 @@ def test_another_fingerprint_gets_a_tolerance_report(release: Path) -> None:
 
 
 def test_links_that_are_not_there_are_refused(release: Path) -> None:
-    for arguments, words in ((("--link", "4"), "there is no link 4: the release has 3"), (("--sample", "0"), "above 0 and up to 1")):
+    for arguments, words in (
+        (("--link", "4"), "there is no link 4: the release has 3"),
+        (("--sample", "0"), "above 0 and up to 1"),
+    ):
         result = weftrain("replay", release, *arguments)
         assert result.exit_code == 2
         assert words in result.output
@@ -379,7 +418,12 @@ def test_a_run_that_began_from_anothers_state_keeps_that_state(made: Path, tmp_p
     run = tmp_path / "runs" / "second"
     assert checkpoint.verify(run / "checkpoints" / "step_00000000")["step"] == 0
     done(weftrain("release", run, "--to", tmp_path / "release", "--licence", "MIT"))
-    assert sorted(path.name for path in (tmp_path / "release" / "revisions").iterdir()) == ["ckpt_000", "ckpt_001", "ckpt_002", "ckpt_003"]
+    assert sorted(path.name for path in (tmp_path / "release" / "revisions").iterdir()) == [
+        "ckpt_000",
+        "ckpt_001",
+        "ckpt_002",
+        "ckpt_003",
+    ]
     assert verdicts(weftrain("replay", tmp_path / "release")) == ["equal"] * 3
 
 
@@ -395,7 +439,9 @@ def test_a_run_without_a_ledger_or_a_whole_checkpoint_is_not_released(made: Path
 
 
 def test_openness_of_a_release(release: Path) -> None:
-    found = {item["name"]: item["status"] for item in json.loads(done(weftrain("openness", release, "--json")))["items"]}
+    found = {
+        item["name"]: item["status"] for item in json.loads(done(weftrain("openness", release, "--json")))["items"]
+    }
     assert {name for name, status in found.items() if status != "present"} == {"analyses"}
     printed = done(weftrain("openness", release))
     assert "checking the published scores" in " ".join(printed.split())
@@ -411,7 +457,10 @@ def test_analyses_go_into_the_release_and_onto_its_card(made: Path, tmp_path: Pa
     roots = [json.loads(path.read_bytes())["root"] for path in sorted(target.glob("checkpoints/*/manifest.json"))]
     card = (target / "README.md").read_text()
     for step, root in zip((2, 4, 6), roots, strict=True):
-        assert any(line.startswith(f"| {step} | heldout/words") and line.endswith(f"`{root[:16]}` |") for line in card.splitlines()), card
+        assert any(
+            line.startswith(f"| {step} | heldout/words") and line.endswith(f"`{root[:16]}` |")
+            for line in card.splitlines()
+        ), card
     found = {item["name"]: item["status"] for item in json.loads(done(weftrain("openness", target, "--json")))["items"]}
     assert set(found.values()) == {"present"}
 
@@ -429,7 +478,9 @@ def test_every_revision_is_a_folder_that_transformers_opens_with_its_tokenizer_a
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         assert (tokenizer.eos_token_id, tokenizer.eos_token) == (end, "</s>")
         card = (folder / "README.md").read_text()
-        assert card.startswith("---\nlibrary_name: transformers\nlicense: apache-2.0\npipeline_tag: text-generation\n---\n")
+        assert card.startswith(
+            "---\nlibrary_name: transformers\nlicense: apache-2.0\npipeline_tag: text-generation\n---\n"
+        )
         assert f"after step {2 * number}," in card
         config = json.loads((folder / "config.json").read_text())
         assert (config["eos_token_id"], config["bos_token_id"]) == (end, tokenizer.bos_token_id)
@@ -500,7 +551,11 @@ def test_a_hostile_ledger_is_one_line_for_every_verb(case: str, release: Path, t
     ledger.write_bytes(rechained(HOSTILE[case]([json.loads(line) for line in ledger.read_bytes().splitlines()])))
     value = json.loads((release / "release.json").read_bytes())
     sizes = {"size": ledger.stat().st_size, "sha256": sha256_file(ledger)}
-    edited(release, files=value["files"] | {"ledger.jsonl": sizes}, ledger=json.loads(ledger.read_bytes().splitlines()[-1])["hash"])
+    edited(
+        release,
+        files=value["files"] | {"ledger.jsonl": sizes},
+        ledger=json.loads(ledger.read_bytes().splitlines()[-1])["hash"],
+    )
     for verb in (
         ("log", release),
         ("report", release),
@@ -532,10 +587,15 @@ def test_a_hostile_recipe_is_one_line_for_every_verb(case: str, release: Path) -
     recipe = json.loads((release / "recipe.json").read_bytes())
     HOSTILE_RECIPES[case](recipe)
     (release / "recipe.json").write_bytes(canonical_json(recipe) + b"\n")
-    entries = with_key("start", "recipe", recipe)([json.loads(line) for line in (release / "ledger.jsonl").read_bytes().splitlines()])
+    entries = with_key("start", "recipe", recipe)(
+        [json.loads(line) for line in (release / "ledger.jsonl").read_bytes().splitlines()]
+    )
     (release / "ledger.jsonl").write_bytes(rechained(entries))
     last = json.loads((release / "ledger.jsonl").read_bytes().splitlines()[-1])["hash"]
-    write_release(release, json.loads((release / "release.json").read_bytes()) | {"recipe_sha256": sha256_json(recipe), "ledger": last})
+    write_release(
+        release,
+        json.loads((release / "release.json").read_bytes()) | {"recipe_sha256": sha256_json(recipe), "ledger": last},
+    )
     for verb in (("verify", release), ("compare", release), ("replay", release), ("eval", release)):
         result = weftrain(*verb)
         assert result.exit_code in ((0, 2) if verb[0] in ("compare", "eval") else (2,)), (verb, result.output)

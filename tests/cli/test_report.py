@@ -1,4 +1,6 @@
-"""`weftrain report`: the page of a real run and of its release, and the page in a real browser, wide, narrow, light and dark."""
+"""`weftrain report`: the page of a real run and of its release, and the page in a real browser, wide, narrow, light and
+dark.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,18 @@ import pytest
 import torch
 from record_runs import done, prepare, trainer, weftrain
 
-from weftrain.core.canonical import canonical_json, parse_json
-from weftrain.core.ledger import LEDGER, lineage, read_ledger
-from weftrain.core.metrics import METRICS
+from weftrain.core.formats.canonical import canonical_json, parse_json
+from weftrain.core.run.ledger import LEDGER, lineage, read_ledger
+from weftrain.core.run.metrics import METRICS
 
 REASON = "the loss rose </style><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three chunks, rolled back behind its second, which was put off, and trained to its end; its memorization; its release."""
+    """A run of three chunks, rolled back behind its second, which was put off, and trained to its end; its
+    memorization; its release.
+    """
     folder = tmp_path_factory.mktemp("report")
     run, threads = folder / "runs" / "crystal_demo", torch.get_num_threads()
     torch.set_num_threads(1)  # a model of this size waits longer for a second thread than it computes
@@ -150,7 +154,9 @@ OPTIONS = [
 
 
 class Browser:
-    """Chromium, driven by the DevTools protocol over two pipes: JSON messages that end in a zero byte, read by it from 3, written to 4."""
+    """Chromium, driven by the DevTools protocol over two pipes: JSON messages that end in a zero byte, read by it from
+    3, written to 4.
+    """
 
     def __init__(self, program: str, profile: Path) -> None:
         commands, self._out = os.pipe()
@@ -199,7 +205,9 @@ class Browser:
         return answer
 
     def open(self, page: Path, width: int = 1400, scheme: str = "light") -> list[str]:
-        """Load a page and wait for it. What it complained of: the console, exceptions, what was blocked or failed, and dialogs."""
+        """Load a page and wait for it. What it complained of: the console, exceptions, what was blocked or failed, and
+        dialogs.
+        """
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.call("Page.navigate", url="about:blank")
@@ -231,7 +239,11 @@ class Browser:
 def _complains(event: dict[str, Any]) -> bool:
     if event.get("method") == "Log.entryAdded":
         return bool(event["params"]["entry"]["level"] in ("error", "warning"))
-    return event.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening")
+    return event.get("method") in (
+        "Runtime.exceptionThrown",
+        "Runtime.consoleAPICalled",
+        "Page.javascriptDialogOpening",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -263,9 +275,18 @@ def page(run: Path) -> Path:
         for step in range(7, 400):
             loss = "nan" if step == 50 else 123456.789 / step
             rates = {"a_parameter_group_with_a_name_of_some_length_" * 2: 1e-5 * step, "matrices": 2e-5 * step}
-            record = {"loss": loss, "grad_norm": loss, "learning_rate": rates, "tokens_per_second": 1.5e6 + step, "skipped": step == 50}
+            record = {
+                "loss": loss,
+                "grad_norm": loss,
+                "learning_rate": rates,
+                "tokens_per_second": 1.5e6 + step,
+                "skipped": step == 50,
+            }
             file.write(json.dumps({"kind": "step", "time": 1.0, "step": step * 10_000, **record}) + "\n")
-        file.write(json.dumps({"kind": "evaluation", "step": 4_000_000, "set": "a-set-with-a-long-name" * 5, "loss": 2.0}) + "\n")
+        file.write(
+            json.dumps({"kind": "evaluation", "step": 4_000_000, "set": "a-set-with-a-long-name" * 5, "loss": 2.0})
+            + "\n"
+        )
     done(weftrain("report", run))
     return run / "report.html"
 
@@ -302,7 +323,9 @@ def test_on_paper_nothing_scrolls(browser: Browser, page: Path) -> None:
         ('<link rel="stylesheet" href="https://example.org/x.css">', "Content Security Policy"),
     ],
 )
-def test_the_check_sees_what_is_wrong_and_the_policy_forbids_it(added: str, words: str, browser: Browser, page: Path) -> None:
+def test_the_check_sees_what_is_wrong_and_the_policy_forbids_it(
+    added: str, words: str, browser: Browser, page: Path
+) -> None:
     broken = page.with_name("broken.html")
     broken.write_text(page.read_text().replace("<main>", f"<main>{added}"))
     complaints = browser.open(broken)

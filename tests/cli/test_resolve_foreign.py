@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from weftrain.backends.registry import find_backends
+from weftrain.backends.common.registry import find_backends
 from weftrain.cli.assembly import recipe_of_checkpoint
 from weftrain.cli.resolve import resolve_foreign
-from weftrain.core.manifest import folder_name
+from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.recipe_file import load_recipe
-from weftrain.core.release import RELEASE
+from weftrain.exchange.release.release import RELEASE
 
 OURS = ("cerebras", "cuda", "local", "null", "streaming")
 
@@ -33,8 +33,16 @@ def test_a_portable_option_is_a_number_a_truth_value_or_one_of_listed_words(name
 @pytest.mark.parametrize(
     ("name", "options", "taken"),
     [
-        ("streaming", {"tier": "mapped", "store": "/home/you/live", "device": "cuda", "activations": "recompute"}, {"tier", "activations"}),
-        ("cerebras", {"target": "cpu", "credentials_path": "/etc/shadow", "management_address": "evil.example"}, {"target"}),
+        (
+            "streaming",
+            {"tier": "mapped", "store": "/home/you/live", "device": "cuda", "activations": "recompute"},
+            {"tier", "activations"},
+        ),
+        (
+            "cerebras",
+            {"target": "cpu", "credentials_path": "/etc/shadow", "management_address": "evil.example"},
+            {"target"},
+        ),
         ("local", {"device": "cuda", "compile": False}, {"compile"}),
         ("not_installed", {"folder": "/"}, set()),
     ],

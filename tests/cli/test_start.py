@@ -12,11 +12,11 @@ import pytest
 from click.testing import Result
 
 from weftrain.core import checkpoint
-from weftrain.core.canonical import canonical_json, sha256_json
-from weftrain.core.ledger import LEDGER, TORN, Ledger, lineage, read_ledger
-from weftrain.core.manifest import read_manifest
-from weftrain.core.metrics import read_metrics
-from weftrain.core.run_folder import RunFolder
+from weftrain.core.formats.canonical import canonical_json, sha256_json
+from weftrain.core.formats.checkpoint_manifest import read_manifest
+from weftrain.core.run.ledger import LEDGER, TORN, Ledger, lineage, read_ledger
+from weftrain.core.run.metrics import read_metrics
+from weftrain.core.run.run_folder import RunFolder
 
 Train = Callable[..., Result]
 BASE = ["--backend", "null", "schedule.steps=6", "checkpoint.every_steps=2"]
@@ -26,7 +26,8 @@ MORE = ["--backend", "null", "schedule.steps=8", "checkpoint.every_steps=2", "--
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Everything below a folder; of a lock, only that it is there: it says who held it last."""
     return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() and path.name != "lock" else None for path in folder.rglob("*")
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() and path.name != "lock" else None
+        for path in folder.rglob("*")
     }
 
 
@@ -63,7 +64,9 @@ REFUSED = {
 
 
 def test_a_refused_start_leaves_no_trace(train_tiny: Train, tmp_path: Path) -> None:
-    """Of a new run, not even its folder; of another, every file as it was, so that the first command and the intended one still work."""
+    """Of a new run, not even its folder; of another, every file as it was, so that the first command and the intended
+    one still work.
+    """
     for name, arguments in REFUSED.items():
         if name != "model":  # a new run may have any
             refused(train_tiny("schedule.steps=2", *arguments))
@@ -74,7 +77,9 @@ def test_a_refused_start_leaves_no_trace(train_tiny: Train, tmp_path: Path) -> N
         keys = [item.split("=")[0] for item in arguments]
         allowed = [word for key in [*keys, "schedule.steps", "data"] for word in ("--allow", key)]
         allowed += [
-            word for leaf in ("name", "path", "weight", "epochs", "tokens", "fim") for word in ("--allow", f"data.sources.0.{leaf}")
+            word
+            for leaf in ("name", "path", "weight", "epochs", "tokens", "fim")
+            for word in ("--allow", f"data.sources.0.{leaf}")
         ]
         if name != "start_from":  # looked at where a run begins
             refused(train_tiny("schedule.steps=4", *arguments, *allowed))
@@ -104,8 +109,8 @@ def foreign(train_tiny: Train, run: Path, *more: str) -> Path:
 
 def forged(place: Path, **claims: object) -> Path:
     """A checkpoint with other claims in its manifest, consistent in itself."""
-    from weftrain.core.canonical import sha256_json
-    from weftrain.core.manifest import root_of
+    from weftrain.core.formats.canonical import sha256_json
+    from weftrain.core.formats.checkpoint_manifest import root_of
 
     manifest = json.loads((place / "manifest.json").read_bytes()) | claims
     manifest["recipe_sha256"] = sha256_json(manifest["recipe"])
@@ -156,7 +161,10 @@ def test_a_lost_ledger_is_refused_or_begun_anew_on_the_record(train_tiny: Train,
     refused(train_tiny(*MORE), "no ledger.jsonl", "--repair-ledger")
     complete = train_tiny(*BASE, "--repair-ledger")  # no training begins, so no line is written, which is said
     assert complete.exit_code == 0
-    assert f"{run / LEDGER} is still missing: a new one begins when the run is continued with --repair-ledger" in complete.output
+    assert (
+        f"{run / LEDGER} is still missing: a new one begins when the run is continued with --repair-ledger"
+        in complete.output
+    )
     assert train_tiny(*MORE, "--repair-ledger").exit_code == 0
     assert read_ledger(run / LEDGER)[0]["repaired"]
 
@@ -188,7 +196,9 @@ def written_by_an_earlier_version(run: Path) -> None:
 
 
 def test_the_ledger_tells_the_recipe_that_trains(train_tiny: Train, run: Path, weftrain: Train, tmp_path: Path) -> None:
-    """After an earlier version's start, and after a start with a change that a crash ended and nobody asks for again."""
+    """After an earlier version's start, and after a start with a change that a crash ended and nobody asks for
+    again.
+    """
     written_by_an_earlier_version(run)
     assert went_on(train_tiny(*BASE), run) == [2, 4, 6]
     assert [entry["changes"] for entry in read_ledger(run / LEDGER) if entry["kind"] == "recipe"] == [[]]
@@ -235,7 +245,9 @@ def test_no_whole_checkpoint_left_is_no_reason_to_begin_again(train_tiny: Train,
     assert (resume["step"], resume["from_scratch"], resume["parent"]) == (0, True, None)
 
 
-def test_an_unreadable_checkpoint_is_not_a_damaged_one(train_tiny: Train, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_checkpoint_is_not_a_damaged_one(
+    train_tiny: Train, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A disk that fails, or permissions: nobody knows whether it is whole, so nothing older takes its place."""
     opened = checkpoint.open_regular
 
@@ -252,7 +264,9 @@ def test_an_unreadable_checkpoint_is_not_a_damaged_one(train_tiny: Train, run: P
 
 
 @pytest.mark.parametrize("complete", [False, True])
-def test_a_damaged_metrics_line_is_moved_by_the_next_start(train_tiny: Train, run: Path, weftrain: Train, complete: bool) -> None:
+def test_a_damaged_metrics_line_is_moved_by_the_next_start(
+    train_tiny: Train, run: Path, weftrain: Train, complete: bool
+) -> None:
     lines = (run / "metrics.jsonl").read_bytes().split(b"\n")
     lines[2] = b"\0" * len(lines[2])
     (run / "metrics.jsonl").write_bytes(b"\n".join(lines))
@@ -266,7 +280,13 @@ def test_a_damaged_metrics_line_is_moved_by_the_next_start(train_tiny: Train, ru
 
 
 def test_a_damaged_metrics_line_stops_no_run_that_goes_on_from_its_store(train_tiny: Train, tmp_path: Path) -> None:
-    streamed = ["--backend", "streaming", "backend.options.tier=mapped", "backend.options.threads=1", "checkpoint.every_steps=0"]
+    streamed = [
+        "--backend",
+        "streaming",
+        "backend.options.tier=mapped",
+        "backend.options.threads=1",
+        "checkpoint.every_steps=0",
+    ]
     assert train_tiny("schedule.steps=2", *streamed, "checkpoint.at_end=false").exit_code == 0
     path = tmp_path / "runs" / "crystal_demo" / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")
@@ -289,40 +309,63 @@ def test_start_from_another_model_is_refused_before_anything_is_made(train_tiny:
         "model.vocab_size=128",
     ):
         for state in ("weights", "all"):
-            refused(train_tiny(*BASE, "--run", "second", START_FROM.format(state), change), "start_from: step 6 of run 'crystal_demo'")
-    refused(train_tiny(*MORE, "model.intermediate_size=72", "--allow", "model.intermediate_size"), "[70, 48], the model's is F32 [72, 48]")
+            refused(
+                train_tiny(*BASE, "--run", "second", START_FROM.format(state), change),
+                "start_from: step 6 of run 'crystal_demo'",
+            )
+    refused(
+        train_tiny(*MORE, "model.intermediate_size=72", "--allow", "model.intermediate_size"),
+        "[70, 48], the model's is F32 [72, 48]",
+    )
     assert sorted(path.name for path in run.parent.iterdir()) == ["crystal_demo"]
     result = train_tiny(
-        *BASE, "--run", "second", "start_from={run: crystal_demo, state: weights, change: [rope_theta]}", "model.rope_theta=500"
+        *BASE,
+        "--run",
+        "second",
+        "start_from={run: crystal_demo, state: weights, change: [rope_theta]}",
+        "model.rope_theta=500",
     )
     assert result.exit_code == 0, result.output
     assert "model.rope_theta: 10000.0 -> 500.0" in result.output
 
 
 def test_a_grown_vocabulary_is_said_and_recorded(train_tiny: Train, run: Path) -> None:
-    grown = ["--run", "second", "start_from={run: crystal_demo, state: weights, grow: [vocab_size]}", "model.vocab_size=100"]
+    grown = [
+        "--run",
+        "second",
+        "start_from={run: crystal_demo, state: weights, grow: [vocab_size]}",
+        "model.vocab_size=100",
+    ]
     result = train_tiny(*BASE, *grown)
     assert result.exit_code == 0, result.output
     assert "rows 97..99 of embedding.weight are drawn from seed" in result.output
     assert read_ledger(run.parent / "second" / LEDGER)[0]["drawn"] == {"embedding.weight": [97, 100]}
     assert went_on(train_tiny(*MORE, *grown), run.parent / "second") == [2, 4, 6, 8]
     refused(
-        train_tiny(*BASE, "--run", "third", "start_from={run: crystal_demo, state: all, grow: [vocab_size]}"), "grow needs state: weights"
+        train_tiny(*BASE, "--run", "third", "start_from={run: crystal_demo, state: all, grow: [vocab_size]}"),
+        "grow needs state: weights",
     )
 
 
 def test_an_override_that_asks_for_another_model_is_refused(run: Path, weftrain: Train, tmp_path: Path) -> None:
     """eval, generate and the others that read a checkpoint's recipe with overrides."""
     refused(weftrain("eval", run, "model.num_layers=1"), "does not fit the recipe's model", "model.num_layers: 2 -> 1")
-    refused(weftrain("generate", run, "model.intermediate_size=72", "--prompt", "a"), "model.intermediate_size: 70 -> 72")
+    refused(
+        weftrain("generate", run, "model.intermediate_size=72", "--prompt", "a"), "model.intermediate_size: 70 -> 72"
+    )
     place = run / "checkpoints" / "step_00000006"
     recipe = read_manifest(place)["recipe"]
     forged(place, recipe=recipe | {"model": recipe["model"] | {"num_layers": 1}})
-    refused(weftrain("convert", "to-huggingface", run, tmp_path / "hf", "--dtype", "float32"), "does not fit the recipe's model")
+    refused(
+        weftrain("convert", "to-huggingface", run, tmp_path / "hf", "--dtype", "float32"),
+        "does not fit the recipe's model",
+    )
     assert not (tmp_path / "hf").exists()
 
 
-def test_release_builds_nothing_that_does_not_verify(train_tiny: Train, run: Path, weftrain: Train, tmp_path: Path) -> None:
+def test_release_builds_nothing_that_does_not_verify(
+    train_tiny: Train, run: Path, weftrain: Train, tmp_path: Path
+) -> None:
     """A shortened ledger, or measurements that are not the ledger's: said of the run, and nothing is left."""
     command = ["release", run, "--to", tmp_path / "release", "--licence", "MIT"]
     whole = (run / LEDGER).read_bytes()
@@ -331,7 +374,11 @@ def test_release_builds_nothing_that_does_not_verify(train_tiny: Train, run: Pat
     (run / LEDGER).write_bytes(whole)
     metrics = (run / "metrics.jsonl").read_bytes()
     (run / "metrics.jsonl").write_bytes(metrics.replace(b'"loss": 0.0', b'"loss": 1.0', 1))
-    refused(weftrain(*command), f"{run}/metrics.jsonl: the measurements up to step 2 are not those of the ledger", "nothing was released")
+    refused(
+        weftrain(*command),
+        f"{run}/metrics.jsonl: the measurements up to step 2 are not those of the ledger",
+        "nothing was released",
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
     (run / "metrics.jsonl").write_bytes(metrics)
     done = weftrain(*command)
@@ -355,7 +402,16 @@ def test_a_refused_command_leaves_no_trace(run: Path, weftrain: Train, tmp_path:
         ["defer", run, "--chunk", "0", "--reason", "x"],
         ["release", tmp_path / "other", "--to", tmp_path / "a" / "release", "--licence", "MIT"],
         ["convert", "from-huggingface", hf, recipe, "--runs", tmp_path / "b", "--run", "new"],
-        ["convert", "checkpoint-from-cerebras", tmp_path / "file.mdl", recipe, "--runs", tmp_path / "c", "--run", "new"],
+        [
+            "convert",
+            "checkpoint-from-cerebras",
+            tmp_path / "file.mdl",
+            recipe,
+            "--runs",
+            tmp_path / "c",
+            "--run",
+            "new",
+        ],
         ["prep", tmp_path / "not_there", "--name", "x", "--output", tmp_path / "d"],
         ["eval", tmp_path / "other", "--watch"],
         ["generate", tmp_path / "other", "--prompt", "a"],

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from weftrain.analysis.disk import DiskError, measured_disk
-from weftrain.analysis.same_state import compare
-from weftrain.core import fsops
-from weftrain.core.metrics import read_metrics
+from weftrain.analysis.compare.same_state import compare
+from weftrain.analysis.machine.disk import DiskError, measured_disk
+from weftrain.core.formats import fsops
+from weftrain.core.run.metrics import read_metrics
 
 FP32 = ["precision.compute=float32", "schedule.steps=4", "checkpoint.every_steps=0", "log.every_steps=1"]
 DIRECT = ["--backend", "streaming", "backend.options.tier=direct", "backend.options.tile_elements=4096"]
@@ -43,7 +43,19 @@ def test_same_state_as_the_local_backend(weftrain: Callable[..., Result], tiny: 
 def test_a_killed_run_goes_on_from_its_store(weftrain: Callable[..., Result], tiny: list[str], tmp_path: Path) -> None:
     """No checkpoint was made when it was killed: the store alone knows."""
     long = [*tiny, "schedule.steps=100000"]
-    command = [sys.executable, "-m", "weftrain.cli", "train", "crystal_demo", "--runs", str(tmp_path), "--run", "killed", *long, *DIRECT]
+    command = [
+        sys.executable,
+        "-m",
+        "weftrain.cli",
+        "train",
+        "crystal_demo",
+        "--runs",
+        str(tmp_path),
+        "--run",
+        "killed",
+        *long,
+        *DIRECT,
+    ]
     metrics = tmp_path / "killed" / "metrics.jsonl"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
@@ -55,25 +67,47 @@ def test_a_killed_run_goes_on_from_its_store(weftrain: Callable[..., Result], ti
     process.wait()
     done = max(record["step"] for record in read_metrics(tmp_path / "killed") if record["kind"] == "step")
     last = f"schedule.steps={done + 5}"
-    again = weftrain("train", "crystal_demo", "--runs", str(tmp_path), "--run", "killed", *tiny, last, *DIRECT, "--allow", "schedule.steps")
+    again = weftrain(
+        "train",
+        "crystal_demo",
+        "--runs",
+        str(tmp_path),
+        "--run",
+        "killed",
+        *tiny,
+        last,
+        *DIRECT,
+        "--allow",
+        "schedule.steps",
+    )
     assert again.exit_code == 0, again.output
     assert "completed steps: the run goes on from there" in again.output
-    whole = weftrain("train", "crystal_demo", "--runs", str(tmp_path), "--run", "whole", *tiny, last, "--backend", "local")
+    whole = weftrain(
+        "train", "crystal_demo", "--runs", str(tmp_path), "--run", "whole", *tiny, last, "--backend", "local"
+    )
     assert whole.exit_code == 0, whole.output
     line, same = compare(tmp_path / "killed", tmp_path / "whole")
     assert same, line
 
 
-def test_no_checkpoint_at_the_end_where_it_is_declined(weftrain: Callable[..., Result], tiny: list[str], tmp_path: Path) -> None:
-    result = weftrain("train", "crystal_demo", "--runs", str(tmp_path), "--run", "a", *tiny, "checkpoint.at_end=false", *DIRECT)
+def test_no_checkpoint_at_the_end_where_it_is_declined(
+    weftrain: Callable[..., Result], tiny: list[str], tmp_path: Path
+) -> None:
+    result = weftrain(
+        "train", "crystal_demo", "--runs", str(tmp_path), "--run", "a", *tiny, "checkpoint.at_end=false", *DIRECT
+    )
     assert result.exit_code == 0, result.output
     assert not list((tmp_path / "a" / "checkpoints").iterdir())
-    again = weftrain("train", "crystal_demo", "--runs", str(tmp_path), "--run", "a", *tiny, "checkpoint.at_end=false", *DIRECT)
+    again = weftrain(
+        "train", "crystal_demo", "--runs", str(tmp_path), "--run", "a", *tiny, "checkpoint.at_end=false", *DIRECT
+    )
     assert "is complete: 4 of 4 steps" in again.output
 
 
 def test_metrics_and_timeline(weftrain: Callable[..., Result], tiny: list[str], tmp_path: Path) -> None:
-    result = weftrain("train", "crystal_demo", "--runs", str(tmp_path), "--run", "a", *tiny, *DIRECT, "backend.options.trace_steps=2")
+    result = weftrain(
+        "train", "crystal_demo", "--runs", str(tmp_path), "--run", "a", *tiny, *DIRECT, "backend.options.trace_steps=2"
+    )
     assert result.exit_code == 0, result.output
     steps = [record for record in read_metrics(tmp_path / "a") if record["kind"] == "step"]
     for name in ("store_in_bytes", "store_out_bytes", "store_io_ms", "stall_ms", "compute_ms", "overlap_share"):
@@ -85,7 +119,9 @@ def test_metrics_and_timeline(weftrain: Callable[..., Result], tiny: list[str], 
 
 
 def test_plan(weftrain: Callable[..., Result], tmp_path: Path) -> None:
-    result = weftrain("plan", "bench_70m", "--backend", "streaming", "backend.options.tier=direct", "--disk", str(tmp_path))
+    result = weftrain(
+        "plan", "bench_70m", "--backend", "streaming", "backend.options.tier=direct", "--disk", str(tmp_path)
+    )
     assert result.exit_code == 0, result.output
     for words in ("step, predicted", "limited by", "memory, computed", "disk, computed", "1.41 GB"):
         assert words in result.output
@@ -98,7 +134,12 @@ def test_plan(weftrain: Callable[..., Result], tmp_path: Path) -> None:
 def test_show_with_a_backend(weftrain: Callable[..., Result]) -> None:
     """The recipe's options are its own backend's (activation_checkpointing): another backend is asked without them."""
     result = weftrain(
-        "show", "amber_7b", "--backend", "streaming", "backend.options.tier=direct", "backend.options.state_format=bf16_moments"
+        "show",
+        "amber_7b",
+        "--backend",
+        "streaming",
+        "backend.options.tier=direct",
+        "backend.options.state_format=bf16_moments",
     )
     assert result.exit_code == 0, result.output
     assert "GB of state" in result.output
@@ -123,7 +164,7 @@ def test_a_disk_without_room_is_not_measured(tmp_path: Path, monkeypatch: pytest
 
 def test_memory_cap_says_what_it_did() -> None:
     def run(mib: str, code: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "weftrain.analysis.memory_cap", mib, "--", sys.executable, "-c", code]
+        command = [sys.executable, "-m", "weftrain.analysis.machine.memory_cap", mib, "--", sys.executable, "-c", code]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     done = run("2000", "x = bytearray(50 << 20); raise SystemExit(3)")
@@ -139,7 +180,7 @@ def test_memory_cap_says_what_it_did() -> None:
 
 
 def test_memory_cap_passes_a_signal_on() -> None:
-    command = [sys.executable, "-m", "weftrain.analysis.memory_cap", "2000", "--", sys.executable, "-c"]
+    command = [sys.executable, "-m", "weftrain.analysis.machine.memory_cap", "2000", "--", sys.executable, "-c"]
     command += ["import time; print('up', flush=True); time.sleep(120)"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -15,11 +15,11 @@ import pytest
 import torch
 from click.testing import Result
 
-from weftrain.analysis.compare_series import read_run
+from weftrain.analysis.compare.series import read_run
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
-from weftrain.core.manifest import read_manifest
-from weftrain.core.metrics import read_metrics
+from weftrain.core.formats.checkpoint_manifest import read_manifest
+from weftrain.core.run.metrics import read_metrics
 
 Train = Callable[..., Result]
 Start = Callable[..., subprocess.Popen[str]]
@@ -49,7 +49,15 @@ def test_a_run_from_start_to_complete_to_continued(train_tiny: Train, tmp_path: 
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
     assert [record["tokens"] for record in steps] == [52, 104, 156, 208]
     assert set(steps[0]["learning_rate"]) == {"embeddings", "decoder_matrices", "norms_and_biases"}
-    for key in ("loss", "grad_norm", "tokens_per_second", "step_ms", "data_wait_ms", "memory_bytes", "model_flops_utilization"):
+    for key in (
+        "loss",
+        "grad_norm",
+        "tokens_per_second",
+        "step_ms",
+        "data_wait_ms",
+        "memory_bytes",
+        "model_flops_utilization",
+    ):
         assert steps[-1][key] > 0, key
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
 
@@ -76,7 +84,9 @@ def test_a_run_from_start_to_complete_to_continued(train_tiny: Train, tmp_path: 
 
 
 def test_tokens_are_counted_as_they_were_read(train_tiny: Train, tmp_path: Path) -> None:
-    """4 steps of 4 x 13 tokens and 4 of 4 x 6: metrics, manifest and comparison agree, though the recipe knows the second number alone."""
+    """4 steps of 4 x 13 tokens and 4 of 4 x 6: metrics, manifest and comparison agree, though the recipe knows the
+    second number alone.
+    """
     assert train_tiny("--backend", "null", "schedule.steps=4").exit_code == 0
     shorter = ("data.sequence_length=6", "schedule.steps=8")
     keys = ("data", "data.sequence_length", "schedule.steps")
@@ -93,7 +103,9 @@ def test_tokens_are_counted_as_they_were_read(train_tiny: Train, tmp_path: Path)
 
 
 def test_too_many_skipped_steps_stop_the_run(train_tiny: Train, tmp_path: Path) -> None:
-    """From the second step on nothing is finite: 4 of 40 steps may be skipped, and the fifth saves and stops the run."""
+    """From the second step on nothing is finite: 4 of 40 steps may be skipped, and the fifth saves and stops the
+    run.
+    """
     diverging = [
         "optimizer.non_finite=skip",
         "precision.compute=float32",
@@ -103,12 +115,19 @@ def test_too_many_skipped_steps_stop_the_run(train_tiny: Train, tmp_path: Path) 
     ]
     stopped = train_tiny(*diverging, "checkpoint.every_steps=0")
     assert stopped.exit_code == 3, stopped.output
-    assert "step 5: 5 of 40 steps were skipped, and optimizer.max_skip_share is 0.1: the state after 6 completed steps" in stopped.output
+    assert (
+        "step 5: 5 of 40 steps were skipped, and optimizer.max_skip_share is 0.1: the state after 6 completed steps"
+        in stopped.output
+    )
     folder = tmp_path / "runs" / "crystal_demo"
     state, _ = final_state(folder)
     assert (state.step, state.optimizer_updates) == (6, 1)
     allowed = ["optimizer.max_skip_share=1.0", "optimizer.max_consecutive_skips=99", "schedule.steps=10"]
-    flags = [part for key in ("optimizer.max_skip_share", "optimizer.max_consecutive_skips", "schedule.steps") for part in ("--allow", key)]
+    flags = [
+        part
+        for key in ("optimizer.max_skip_share", "optimizer.max_consecutive_skips", "schedule.steps")
+        for part in ("--allow", key)
+    ]
     ended = train_tiny(*diverging, "checkpoint.every_steps=0", *allowed, *flags)
     assert ended.exit_code == 0, ended.output
     assert "skipped      9 of these steps: 1 updates" in ended.output
@@ -146,7 +165,8 @@ def test_start_from_another_run(train_tiny: Train, tmp_path: Path) -> None:
         newest = checkpoint.newest(tmp_path / "runs" / state / "checkpoints", print)
         assert newest is not None
         assert checkpoint.verify(newest)["parent"] == root
-        # step 0 has learning rate 0: a run of one step from these weights would keep them, so they moved by one update only
+        # step 0 has learning rate 0: a run of one step from these weights would keep them, so they moved by one update
+        # only
         name = "weights/embedding.weight"
         assert 0 < (found.tensors[name] - first.tensors[name]).abs().max() < 0.01
 
@@ -173,14 +193,18 @@ def test_another_backend(train_tiny: Train, tmp_path: Path) -> None:
         (["data.synthetic_rows=null"], "give exactly one of 'sources' and 'synthetic_rows'"),
     ],
 )
-def test_what_is_wrong_is_said_before_step_0(train_tiny: Train, tmp_path: Path, arguments: list[str], expected: str) -> None:
+def test_what_is_wrong_is_said_before_step_0(
+    train_tiny: Train, tmp_path: Path, arguments: list[str], expected: str
+) -> None:
     result = train_tiny("schedule.steps=1", *arguments)
     assert result.exit_code == 2
     assert expected in result.output
     assert not list((tmp_path / "runs").glob("**/metrics.jsonl"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") == "", reason="hidden devices")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") == "", reason="hidden devices"
+)
 def test_a_device_that_is_not_there(train_tiny: Train) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
@@ -215,7 +239,9 @@ def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> 
         time.sleep(0.02)
 
 
-def test_sigterm_saves_and_exits_143_and_a_second_run_is_refused(tiny_process: Start, train_tiny: Train, tmp_path: Path) -> None:
+def test_sigterm_saves_and_exits_143_and_a_second_run_is_refused(
+    tiny_process: Start, train_tiny: Train, tmp_path: Path
+) -> None:
     folder = tmp_path / "runs" / "crystal_demo"
     process = tiny_process("schedule.steps=5000", "checkpoint.every_steps=0")
     wait_for_steps(folder, 3, process)
@@ -236,10 +262,14 @@ def test_sigterm_saves_and_exits_143_and_a_second_run_is_refused(tiny_process: S
 
 
 def kill_until_done(start: Start, folder: Path, arguments: list[str], kills: int, seed: int) -> int:
-    """Start, kill at a random moment once `kills` are not yet reached, start again, to the end. How many were killed."""
+    """Start, kill at a random moment once `kills` are not yet reached, start again, to the end. How many were
+    killed.
+    """
     rng, killed = random.Random(seed), 0
     for _ in range(10 * kills):
-        before = (folder / "metrics.jsonl").read_text().count('"kind": "step"') if (folder / "metrics.jsonl").exists() else 0
+        before = (
+            (folder / "metrics.jsonl").read_text().count('"kind": "step"') if (folder / "metrics.jsonl").exists() else 0
+        )
         process = start(*arguments)
         if killed < kills:
             wait_for_steps(folder, before + 1, process)
@@ -256,8 +286,12 @@ def kill_until_done(start: Start, folder: Path, arguments: list[str], kills: int
 
 @pytest.mark.prove
 @pytest.mark.timeout(900)
-def test_killed_at_random_moments_ends_with_the_same_bits(tiny_process: Start, train_tiny: Train, tmp_path: Path) -> None:
-    """SIGKILL wherever it falls (a checkpoint is saved each step, so half of the time in a save): the bits of an uninterrupted run."""
+def test_killed_at_random_moments_ends_with_the_same_bits(
+    tiny_process: Start, train_tiny: Train, tmp_path: Path
+) -> None:
+    """SIGKILL wherever it falls (a checkpoint is saved each step, so half of the time in a save): the bits of an
+    uninterrupted run.
+    """
     kills = 6
     arguments = [f"schedule.steps={30 * kills}", "checkpoint.every_steps=1", "precision.compute=bfloat16"]
     folder = tmp_path / "runs" / "crystal_demo"
@@ -267,12 +301,16 @@ def test_killed_at_random_moments_ends_with_the_same_bits(tiny_process: Start, t
     resumes = [record for record in read_metrics(folder) if record["kind"] == "resume"]
     assert len(resumes) == kills
     interrupted = [record["loss"] for record in read_metrics(folder) if record["kind"] == "step"]
-    assert interrupted == [record["loss"] for record in read_metrics(tmp_path / "runs" / "straight") if record["kind"] == "step"]
+    assert interrupted == [
+        record["loss"] for record in read_metrics(tmp_path / "runs" / "straight") if record["kind"] == "step"
+    ]
 
 
 def test_a_disk_that_fills_up_loses_nothing(train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ENOSPC from some write on: one line, exit code 2, the checkpoints so far whole; with room again the run ends as if nothing was."""
-    from weftrain.core import fsops
+    """ENOSPC from some write on: one line, exit code 2, the checkpoints so far whole; with room again the run ends as
+    if nothing was.
+    """
+    from weftrain.core.formats import fsops
 
     perform, writes = fsops._perform, 0
 
@@ -296,7 +334,9 @@ def test_a_disk_that_fills_up_loses_nothing(train_tiny: Train, tmp_path: Path, m
     assert same_bits(final_state(folder)[0], final_state(tmp_path / "runs" / "straight")[0])
 
 
-def test_a_later_start_keeps_the_peak_of_the_first(train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_start_keeps_the_peak_of_the_first(
+    train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert train_tiny("schedule.steps=2").exit_code == 0
 
     def measured_again(device: object, dtype: object) -> None:

@@ -1,6 +1,8 @@
-"""The same suite over every backend that is found: gradients tensor by tensor, then losses, state, resume and the NaN policy.
+"""The same suite over every backend that is found: gradients tensor by tensor, then losses, state, resume and the NaN
+policy.
 
-The reference is independent of every backend: the decoder with reference kernels in float64, torch's autograd, torch's AdamW.
+The reference is independent of every backend: the decoder with reference kernels in float64, torch's autograd, torch's
+AdamW.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import pytest
 import torch
 from ranks import source_of
 
-from weftrain.backends.registry import find_backends, get_backend
+from weftrain.backends.common.registry import find_backends, get_backend
 from weftrain.core.backend import Backend, Batch, Job, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import row_keys
@@ -56,12 +58,17 @@ def reference(
     start = None if batch.document_start is None else torch.from_numpy(batch.document_start)
     total, bearing = model(ids[:, :-1], labels, start, None, dropout_keys), int((labels >= 0).sum())
     (total / (bearing if recipe.objective.normalizer == "bearing_tokens" else labels.numel())).backward()
-    return total.item() / bearing, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return total.item() / bearing, {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
 
 
 def initial(recipe: Recipe, scale: float = 1.0) -> dict[str, torch.Tensor]:
     """Drawn weights, larger than at initialisation so that every part of the model moves the loss."""
-    return {spec.name: draw(spec, recipe.model, 3) * (scale if len(spec.shape) > 1 else 1.0) for spec in parameter_specs(recipe.model)}
+    return {
+        spec.name: draw(spec, recipe.model, 3) * (scale if len(spec.shape) > 1 else 1.0)
+        for spec in parameter_specs(recipe.model)
+    }
 
 
 def state_with(weights: dict[str, torch.Tensor], step: int = 0) -> State:
@@ -86,7 +93,9 @@ def weights_of(state: State) -> dict[str, torch.Tensor]:
 
 
 def test_the_suite_covers_every_backend_but_the_one_in_another_process() -> None:
-    """cerebras answers to the same questions in tests/backends/cerebras/test_vendor.py, where its environment is made first."""
+    """cerebras answers to the same questions in tests/backends/cerebras/test_vendor.py, where its environment is made
+    first.
+    """
     assert "local" in TRAINERS
     assert {name for name, backend in FOUND.items() if not backend.trains} == {"null", "cerebras"}
 
@@ -110,7 +119,8 @@ def test_gradients(name: str, family: str, compute: str, tolerance: float, tiny_
         errors = {key: relative(gradients[key], wanted[key]) for key in wanted if not key.endswith("k_proj.bias")}
         assert max(errors.values()) < tolerance, max(errors.items(), key=lambda item: item[1])
         assert loss == pytest.approx(wanted_loss, rel=tolerance)
-        # A key's bias shifts all scores of a query alike, so its gradient is zero but for rotation: bound it absolutely.
+        # A key's bias shifts all scores of a query alike, so its gradient is zero but for rotation: bound it
+        # absolutely.
         for key in wanted.keys() - errors.keys():
             scale = wanted[key.replace("k_proj.bias", "q_proj.bias")].norm()
             assert (gradients[key] - wanted[key]).norm() < tolerance * max(scale, wanted[key].norm())
@@ -155,9 +165,15 @@ def test_gradients_leave_no_trace(name: str, tiny_recipe: Tiny) -> None:
 
 
 @pytest.mark.parametrize(("normalizer", "micro"), [("bearing_tokens", 1), ("bearing_tokens", 2), ("all_positions", 2)])
-def test_accumulation_of_masked_rows_equals_the_large_batch(name: str, normalizer: str, micro: int, tiny_recipe: Tiny) -> None:
-    """Rows with 13, 3, 0 and 5 bearing tokens, one a micro-batch or rank: the large batch's gradient, and the mean over bearing tokens."""
-    recipe = tiny_recipe("amber", "name=masked", f"objective.normalizer={normalizer}", f"batch.micro_batch_size={micro}")
+def test_accumulation_of_masked_rows_equals_the_large_batch(
+    name: str, normalizer: str, micro: int, tiny_recipe: Tiny
+) -> None:
+    """Rows with 13, 3, 0 and 5 bearing tokens, one a micro-batch or rank: the large batch's gradient, and the mean over
+    bearing tokens.
+    """
+    recipe = tiny_recipe(
+        "amber", "name=masked", f"objective.normalizer={normalizer}", f"batch.micro_batch_size={micro}"
+    )
     source, run, weights = source_of(recipe), prepare(name, recipe, steps=1), initial(recipe, 2.0)
     run.import_state(state_with(weights))
     batch = source.rows(0, 0, 4)
@@ -175,7 +191,9 @@ def test_accumulation_of_masked_rows_equals_the_large_batch(name: str, normalize
 def test_where_no_row_is_masked_the_normalizers_give_the_same_bits(tiny_recipe: Tiny) -> None:
     states = []
     for normalizer in ("bearing_tokens", "all_positions"):
-        recipe = tiny_recipe("crystal", f"objective.normalizer={normalizer}", "batch.micro_batch_size=2", "schedule.steps=2")
+        recipe = tiny_recipe(
+            "crystal", f"objective.normalizer={normalizer}", "batch.micro_batch_size=2", "schedule.steps=2"
+        )
         run = prepare("local", recipe)
         losses = [float(result.loss) for result in run.train(source_of(recipe))]
         states.append((losses, run.export_state()))
@@ -186,7 +204,9 @@ def test_where_no_row_is_masked_the_normalizers_give_the_same_bits(tiny_recipe: 
 @pytest.mark.parametrize("normalizer", ["bearing_tokens", "all_positions"])
 def test_a_batch_in_which_nothing_bears_a_loss_is_never_a_step(name: str, normalizer: str, tiny_recipe: Tiny) -> None:
     """Halt: an error that names step and samples. Skip: a skipped step. In neither case a loss of 0."""
-    recipe = tiny_recipe("crystal", "name=empty", f"objective.normalizer={normalizer}", "schedule.steps=3", "optimizer.non_finite=skip")
+    recipe = tiny_recipe(
+        "crystal", "name=empty", f"objective.normalizer={normalizer}", "schedule.steps=3", "optimizer.non_finite=skip"
+    )
     skipping = prepare(name, recipe)
     results = list(skipping.train(source_of(recipe)))
     assert [result.skipped for result in results] == [False, True, False]
@@ -196,7 +216,9 @@ def test_a_batch_in_which_nothing_bears_a_loss_is_never_a_step(name: str, normal
     if normalizer == "all_positions":
         return  # how an error comes of it is alike
     recipe = tiny_recipe("crystal", "name=empty", f"objective.normalizer={normalizer}", "schedule.steps=3")
-    with pytest.raises(NonFiniteError, match=r"step 1: no token of the global batch bears a loss.*samples: synthetic:4, .*synthetic:7;"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 1: no token of the global batch bears a loss.*samples: synthetic:4, .*synthetic:7;"
+    ):
         list(prepare(name, recipe).train(source_of(recipe)))
 
 
@@ -208,12 +230,17 @@ def test_losses_and_weights_follow_torch_adamw(name: str, tiny_recipe: Tiny) -> 
     groups = parameter_groups(recipe.model, recipe.optimizer)
     parameters = {key: torch.nn.Parameter(tensor) for key, tensor in weights.items()}
     adamw = torch.optim.AdamW(
-        [{"params": [parameters[key] for key in group.parameters], "weight_decay": group.weight_decay} for group in groups],
+        [
+            {"params": [parameters[key] for key in group.parameters], "weight_decay": group.weight_decay}
+            for group in groups
+        ],
         betas=(recipe.optimizer.beta1, recipe.optimizer.beta2),
         eps=recipe.optimizer.eps,
     )
     for result in run.train(source):
-        loss, gradients = reference(recipe, {key: value.detach() for key, value in parameters.items()}, source.rows(result.step, 0, 4))
+        loss, gradients = reference(
+            recipe, {key: value.detach() for key, value in parameters.items()}, source.rows(result.step, 0, 4)
+        )
         for key, parameter in parameters.items():
             parameter.grad = gradients[key]
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.optimizer.clip_norm or 0)
@@ -266,7 +293,9 @@ def test_bits_do_not_depend_on_what_ran_before_in_the_process(name: str, tiny_re
         list(run.train(source_of(recipe)))
         states.append(run.export_state())
         for width in (96, 144, 240):
-            other = tiny_recipe("amber", f"model.hidden_size={width}", f"model.vocab_size={width + 5}", "schedule.steps=2")
+            other = tiny_recipe(
+                "amber", f"model.hidden_size={width}", f"model.vocab_size={width + 5}", "schedule.steps=2"
+            )
             list(prepare(name, other).train(source_of(other)))
     assert same_state(*states)
 
@@ -314,14 +343,17 @@ def test_non_finite_skips_where_the_recipe_says_so(name: str, tiny_recipe: Tiny)
     recipe = tiny_recipe("crystal", "optimizer.non_finite=skip")
     run = prepare(name, recipe)
     weights = initial(recipe)
-    weights["embedding.weight"][11] = torch.nan  # only batches that hold id 11 are poisoned (the tied head sees it: all are)
+    # only batches that hold id 11 are poisoned (the tied head sees it: all are)
+    weights["embedding.weight"][11] = torch.nan
     run.import_state(state_with(weights))
     before = run.export_state()
     results = list(run.train(source_of(recipe)))
     assert [result.skipped for result in results] == [True] * 6
     after = run.export_state()
     assert (after.step, after.optimizer_updates) == (6, 0)
-    assert all(torch.equal(after.tensors[key], tensor) or torch.isnan(tensor).any() for key, tensor in before.tensors.items())
+    assert all(
+        torch.equal(after.tensors[key], tensor) or torch.isnan(tensor).any() for key, tensor in before.tensors.items()
+    )
 
 
 def test_clip(name: str, tiny_recipe: Tiny) -> None:
@@ -369,7 +401,9 @@ def test_protocol(name: str, tiny_recipe: Tiny) -> None:
     other.import_state(state)
     assert same_state(other.export_state(), state)
     assert json.loads(json.dumps(run.fingerprint().as_json()))["backend"] == name.partition("-")[0]
-    assert all(key.rpartition("_")[2] in ("bytes", "ms", "share") or key.endswith("_memory_bytes") for key in run.stats())
+    assert all(
+        key.rpartition("_")[2] in ("bytes", "ms", "share") or key.endswith("_memory_bytes") for key in run.stats()
+    )
     run.close()
 
 

@@ -1,6 +1,7 @@
 """Amber (Llama) in plain torch, computing wholly in the weights' dtype: the float64 reference for gradients.
 
-Hugging Face's Llama cannot serve: it reduces norms and softmax in fp32 even in a float64 model. Tensors bear Hugging Face's names.
+Hugging Face's Llama cannot serve: it reduces norms and softmax in fp32 even in a float64 model. Tensors bear Hugging
+Face's names.
 """
 
 from __future__ import annotations

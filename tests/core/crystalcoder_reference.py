@@ -1,8 +1,8 @@
 """CrystalCoder as released, in plain torch on a dictionary of released tensors: what core/model.py is compared with.
 
-Written from the model's published description and sharing nothing with the product: one function, weights in Hugging Face's Conv1D
-layout ([in, out]; q, k and v side by side in c_attn), GPT-J style rotation with doubled tables. It computes in the weights' dtype, so
-in float64 it also serves as the exact reference for gradients.
+Written from the model's published description and sharing nothing with the product: one function, weights in Hugging
+Face's Conv1D layout ([in, out]; q, k and v side by side in c_attn), GPT-J style rotation with doubled tables. It
+computes in the weights' dtype, so in float64 it also serves as the exact reference for gradients.
 """
 
 from __future__ import annotations
@@ -56,5 +56,10 @@ def crystalcoder_logits(tensors: Mapping[str, Tensor], ids: Tensor, hyper: Mappi
         attended = torch.nn.functional.softmax(scores, dim=-1) @ split_heads(value)
         x = conv1d(attended.permute(0, 2, 1, 3).reshape(batch, length, -1), f"{here}.attn.c_proj") + x
         h = normalise(x, f"{here}.ln_2")
-        x = x + conv1d(conv1d(h, f"{here}.mlp.c_fc") * torch.nn.functional.silu(conv1d(h, f"{here}.mlp.c_fc2")), f"{here}.mlp.c_proj")
-    return torch.nn.functional.linear(normalise(x, "transformer.ln_f"), table) * (hyper["mup_output_alpha"] * hyper["mup_width_scale"])
+        x = x + conv1d(
+            conv1d(h, f"{here}.mlp.c_fc") * torch.nn.functional.silu(conv1d(h, f"{here}.mlp.c_fc2")),
+            f"{here}.mlp.c_proj",
+        )
+    return torch.nn.functional.linear(normalise(x, "transformer.ln_f"), table) * (
+        hyper["mup_output_alpha"] * hyper["mup_width_scale"]
+    )

@@ -1,7 +1,7 @@
 """Small Ambers and CrystalCoders, and weights large enough that a mistake shows.
 
-At the scale of initialisation a wrong rotary style or attention scale moves no logit in the fourth decimal; with matrices of standard
-deviation 0.35 it moves them by tenths and more.
+At the scale of initialisation a wrong rotary style or attention scale moves no logit in the fourth decimal; with
+matrices of standard deviation 0.35 it moves them by tenths and more.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def amber(**changes: Any) -> ModelConfig:
         "rope_theta": 10000.0,
         "attention_scale": "inverse_sqrt_head_dim",
         "tie_embeddings": False,
-        "initialization": Initialization(distribution="normal", embedding_std=0.02, matrix_std=0.02, output_matrix_std=0.02),
+        "initialization": Initialization(
+            distribution="normal", embedding_std=0.02, matrix_std=0.02, output_matrix_std=0.02
+        ),
     }
     return ModelConfig(**{**fields, **changes})
 

@@ -14,11 +14,15 @@ from weftrain.core.backend import Fingerprint, Job, Plan, prepare_run
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 
-WHOLE = Fingerprint("null", "cpu", "x86_64", threads=2, kernels={"ops": {}}, more={"torch": "2.13", "compile": False, "cuda": None})
+WHOLE = Fingerprint(
+    "null", "cpu", "x86_64", threads=2, kernels={"ops": {}}, more={"torch": "2.13", "compile": False, "cuda": None}
+)
 
 
 def test_the_record_is_one_flat_mapping() -> None:
-    """As manifests have always had it: a field that does not apply is not there, one of the backend's own may be null."""
+    """As manifests have always had it: a field that does not apply is not there, one of the backend's own may be
+    null.
+    """
     flat = {"backend": "null", "device_type": "cpu", "device": "x86_64", "threads": 2, "kernels": {"ops": {}}}
     assert WHOLE.as_json() == {**flat, "torch": "2.13", "compile": False, "cuda": None}
     assert dataclasses.replace(WHOLE, ranks=4, recomputes="full").as_json() == {**WHOLE.as_json(), "ranks": 4}
@@ -27,7 +31,10 @@ def test_the_record_is_one_flat_mapping() -> None:
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (lambda: {"vendor": "x"}, "gave a dict without backend, device_type, device: it must return weftrain.core.backend.Fingerprint"),
+        (
+            lambda: {"vendor": "x"},
+            "gave a dict without backend, device_type, device: it must return weftrain.core.backend.Fingerprint",
+        ),
         (lambda: {"backend": "null", "device": "x"}, "gave a dict without device_type:"),
         (lambda: None, "gave a NoneType without backend"),
         (lambda: Fingerprint("null", "cpu"), "missing 1 required positional argument: 'device'"),  # type: ignore[call-arg]

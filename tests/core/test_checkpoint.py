@@ -17,12 +17,13 @@ import torch
 from fault_injection import DEATHS, KINDS, Death, Faults, injected
 from safetensors.torch import load_file
 
-from weftrain.core import checkpoint, fsops, tensor_file
+from weftrain.core import checkpoint
 from weftrain.core.backend import State
-from weftrain.core.canonical import canonical_json
 from weftrain.core.checkpoint import CheckpointInfo
 from weftrain.core.errors import CheckpointError
-from weftrain.core.manifest import root_of
+from weftrain.core.formats import fsops, tensor_file
+from weftrain.core.formats.canonical import canonical_json
+from weftrain.core.formats.checkpoint_manifest import root_of
 
 RECIPE = {"name": "tiny", "optimizer": {"eps": 1e-08, "betas": [0.9, 0.95]}, "note": "größer"}
 
@@ -61,7 +62,11 @@ def assert_same(path: Path, step: int) -> None:
     """The checkpoint holds state_of(step), bit for bit."""
     loaded, manifest = checkpoint.load(path)
     expected = state_of(step)
-    assert (loaded.step, loaded.optimizer_updates, manifest["position"]) == (step, expected.optimizer_updates, step * 10)
+    assert (loaded.step, loaded.optimizer_updates, manifest["position"]) == (
+        step,
+        expected.optimizer_updates,
+        step * 10,
+    )
     assert set(loaded.tensors) == set(expected.tensors)
     for name, tensor in expected.tensors.items():
         found = loaded.tensors[name]
@@ -93,9 +98,11 @@ def test_round_trip_and_manifest(tmp_path: Path) -> None:
     assert manifest["root"] == info.root == root_of(manifest)
     assert manifest["recipe"] == RECIPE
     assert manifest["parent"] == "a" * 64
-    assert {name: (path.stat().st_size, header_sha256(path.read_bytes())) for name in manifest["files"] for path in [info.path / name]} == {
-        name: (entry["size"], entry["header_sha256"]) for name, entry in manifest["files"].items()
-    }
+    assert {
+        name: (path.stat().st_size, header_sha256(path.read_bytes()))
+        for name in manifest["files"]
+        for path in [info.path / name]
+    } == {name: (entry["size"], entry["header_sha256"]) for name, entry in manifest["files"].items()}
     assert info.size_bytes == sum(entry["size"] for entry in manifest["files"].values())
 
 
@@ -188,7 +195,9 @@ def test_saving_the_same_step_again_keeps_the_equal_and_moves_the_other_aside(tm
 
 QUICK = {("ENOSPC", False), ("dies before", True), ("dies torn", False)}  # the other combinations are for `make prove`
 FAULTS = [
-    pytest.param(kind, over, id=f"{kind}{', over a damaged one' * over}", marks=[pytest.mark.prove] * ((kind, over) not in QUICK))
+    pytest.param(
+        kind, over, id=f"{kind}{', over a damaged one' * over}", marks=[pytest.mark.prove] * ((kind, over) not in QUICK)
+    )
     for kind in KINDS
     for over in (False, True)
 ]
@@ -256,7 +265,10 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path) -> No
 def test_too_little_space_is_known_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     monkeypatch.setattr(fsops, "free_bytes", lambda path: 1234)
-    with injected(Faults()) as counted, pytest.raises(CheckpointError, match=r"step_00000002: the disk is full: 1,0.* needed, 1,234 free"):
+    with (
+        injected(Faults()) as counted,
+        pytest.raises(CheckpointError, match=r"step_00000002: the disk is full: 1,0.* needed, 1,234 free"),
+    ):
         save(tmp_path, 2)
     assert counted.trace == []
 
@@ -375,7 +387,8 @@ def as_version_1(path: Path) -> None:
     """Make the manifest what an earlier version wrote: the hash of each whole file."""
     manifest = json.loads((path / "manifest.json").read_text()) | {"version": 1}
     manifest["files"] = {
-        name: {"size": entry["size"], "sha256": fsops.sha256_file(path / name)} for name, entry in manifest["files"].items()
+        name: {"size": entry["size"], "sha256": fsops.sha256_file(path / name)}
+        for name, entry in manifest["files"].items()
     }
     (path / "manifest.json").write_bytes(canonical_json(manifest | {"root": root_of(manifest)}) + b"\n")
 
@@ -435,7 +448,10 @@ HOSTILE_FILES = {
     "hole": (header(f'{{"a":{entry()},"b":{entry(8, 12)}}}', bytes(12)), "begins at byte"),
     "beyond the end": (header(f'{{"a":{entry()},"b":{entry(4, 8)}}}', bytes(4)), "the tensors end at"),
     "bytes after the end": (header(f'{{"a":{entry()}}}', bytes(5)), "the tensors end at"),
-    "extra key": (header('{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0],"x":1}}'), "not dtype, shape and data_offsets"),
+    "extra key": (
+        header('{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0],"x":1}}'),
+        "not dtype, shape and data_offsets",
+    ),
     "other tensors": (header(f'{{"a":{entry()}}}', bytes(4)), "is missing|not in the manifest"),
 }
 
@@ -469,10 +485,16 @@ HOSTILE_MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "wrong shape": (set_tensor("shape", [1]), r"is F32 \[\].*says F32 \[1\]"),
     "wrong hash": (set_tensor("sha256", "0" * 64), "damaged tensor 'weights/scale'"),
     "path out of the folder": (set_tensor("file", "../../x.safetensors"), "weights/scale.file"),
-    "file that is not there": (set_tensor("file", "state-00002-of-00002.safetensors"), "'weights/scale' is not in the manifest"),
+    "file that is not there": (
+        set_tensor("file", "state-00002-of-00002.safetensors"),
+        "'weights/scale' is not in the manifest",
+    ),
     "tensor too many": (lambda m: m["tensors"].update(x=m["tensors"]["weights/scale"]), "tensor 'x' is missing"),
     "tensor too few": (lambda m: m["tensors"].pop("weights/scale"), "'weights/scale' is not in the manifest"),
-    "file elsewhere": (lambda m: m["files"].update({"../x": m["files"]["state-00001-of-00001.safetensors"]}), r"files\.\.\./x"),
+    "file elsewhere": (
+        lambda m: m["files"].update({"../x": m["files"]["state-00001-of-00001.safetensors"]}),
+        r"files\.\.\./x",
+    ),
     "no files": (lambda m: m["files"].clear(), "does not belong there"),
 }
 

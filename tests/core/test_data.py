@@ -17,11 +17,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weftrain.core import dataset as datasets
-from weftrain.core.canonical import canonical_json, sha256_json
 from weftrain.core.config import DataConfig
 from weftrain.core.data import TokenSource, open_heldout, open_training
-from weftrain.core.dataset import (
+from weftrain.core.errors import DataError
+from weftrain.core.formats import dataset as datasets
+from weftrain.core.formats.canonical import canonical_json, sha256_json
+from weftrain.core.formats.dataset import (
     MANIFEST,
     TOKENIZER,
     VERSION,
@@ -36,15 +37,16 @@ from weftrain.core.dataset import (
     write_manifest,
     write_sources,
 )
-from weftrain.core.errors import DataError
-from weftrain.core.mixture import MAX_MIXTURE_BLOCK, MIXTURE_BLOCK, Mixture, largest_remainder, make_mixture
-from weftrain.core.shards import Documents, num_tokens, write_shard
+from weftrain.core.formats.shard_reader import Documents, num_tokens, write_shard
+from weftrain.core.order.mixture import MAX_MIXTURE_BLOCK, MIXTURE_BLOCK, Mixture, largest_remainder, make_mixture
 
 S = 8
 VOCAB = 60_000
 
 
-def write_set(folder: Path, set_name: str, rows: list[int], first_id: int, tokenizer_sha256: str, masked: bool) -> dict[str, Any]:
+def write_set(
+    folder: Path, set_name: str, rows: list[int], first_id: int, tokenizer_sha256: str, masked: bool
+) -> dict[str, Any]:
     """Shards whose tokens count up from first_id, so that a row says where it is from."""
     (folder / set_name).mkdir(parents=True)
     shards, position = [], first_id
@@ -65,7 +67,15 @@ def write_set(folder: Path, set_name: str, rows: list[int], first_id: int, token
             tokenizer_sha256=tokenizer_sha256,
             loss_mask=mask,
         )
-        shards.append({"file": file, "num_bytes": info.num_bytes, "sha256": info.sha256, "digest": info.digest, "n_examples": count})
+        shards.append(
+            {
+                "file": file,
+                "num_bytes": info.num_bytes,
+                "sha256": info.sha256,
+                "digest": info.digest,
+                "n_examples": count,
+            }
+        )
     return {
         "id": merkle_root([shard["digest"] for shard in shards]),
         "n_examples": sum(rows),
@@ -79,7 +89,12 @@ def write_set(folder: Path, set_name: str, rows: list[int], first_id: int, token
 
 
 def make_dataset(
-    folder: Path, rows: list[int], heldout: list[int] | None = None, first_id: int = 0, masked: bool = False, **changes: Any
+    folder: Path,
+    rows: list[int],
+    heldout: list[int] | None = None,
+    first_id: int = 0,
+    masked: bool = False,
+    **changes: Any,
 ) -> None:
     folder.mkdir(parents=True)
     (folder / TOKENIZER).write_bytes(b"{}")
@@ -97,11 +112,18 @@ def make_dataset(
         "fim": None,
         "corpus": {"sha256": "0" * 64, "description": "counting", "licence": "none", "files": 1, "num_bytes": 9},
         "inputs_sha256": write_inputs(folder, [InputEntry(name="counting", num_bytes=9, sha256=("0" * 64,))]).sha256,
-        "tokenization": {"engine": "tokenizers", "engine_version": "0", "reference_documents": 9, "checked_documents": 0},
+        "tokenization": {
+            "engine": "tokenizers",
+            "engine_version": "0",
+            "reference_documents": 9,
+            "checked_documents": 0,
+        },
         "preparation": {"seed": 0, "eos": None},
         "documents": {"read": 9, "failed": 0, "duplicates": 0, "train": 9, "heldout": 0},
         "num_sources": 1,
-        "sources_sha256": write_sources(folder, [SourceEntry(name="counting", documents=9, num_bytes=9, tokens=9)]).sha256,
+        "sources_sha256": write_sources(
+            folder, [SourceEntry(name="counting", documents=9, num_bytes=9, tokens=9)]
+        ).sha256,
         "chunks": None,
         "train": write_set(folder, "train", rows, first_id, tokenizer_sha256, masked),
         "heldout": write_set(folder, "heldout", heldout, 50_000, tokenizer_sha256, masked) if heldout else None,
@@ -115,7 +137,9 @@ def config(root: Path, *sources: dict[str, Any], seed: int = 1, sequence_length:
     for source in full:
         if not {"tokens", "epochs"} & source.keys():
             source["weight"] = source.get("weight", 1.0) / total
-    return DataConfig.model_validate({"root": str(root), "sequence_length": sequence_length, "shuffle_seed": seed, "sources": full})
+    return DataConfig.model_validate(
+        {"root": str(root), "sequence_length": sequence_length, "shuffle_seed": seed, "sources": full}
+    )
 
 
 def first_tokens(source: TokenSource, first: int, stop: int) -> np.ndarray:
@@ -132,7 +156,9 @@ def first_tokens(source: TokenSource, first: int, stop: int) -> np.ndarray:
 def test_largest_remainder_is_exact(shares: tuple[int, ...], total: int) -> None:
     parts, whole = largest_remainder(shares, total), sum(shares)
     assert sum(parts) == total
-    assert all(part in (total * share // whole, -(-total * share // whole)) for part, share in zip(parts, shares, strict=True))
+    assert all(
+        part in (total * share // whole, -(-total * share // whole)) for part, share in zip(parts, shares, strict=True)
+    )
 
 
 def test_largest_remainder_gives_to_the_largest() -> None:
@@ -143,24 +169,34 @@ def test_largest_remainder_gives_to_the_largest() -> None:
 
 def mixture_of(*weights: float, seed: int = 0) -> Mixture:
     return make_mixture(
-        config(Path(), *({"name": str(index), "weight": weight} for index, weight in enumerate(weights)), seed=seed).sources, seed
+        config(
+            Path(), *({"name": str(index), "weight": weight} for index, weight in enumerate(weights)), seed=seed
+        ).sources,
+        seed,
     )
 
 
 @settings(max_examples=25, deadline=None)
-@given(weights=st.lists(st.floats(0.001, 1.0), min_size=2, max_size=8), block=st.integers(0, 2**40), seed=st.integers(0, 99))
+@given(
+    weights=st.lists(st.floats(0.001, 1.0), min_size=2, max_size=8),
+    block=st.integers(0, 2**40),
+    seed=st.integers(0, 99),
+)
 def test_counts_keep_within_one_of_the_weights(weights: list[float], block: int, seed: int) -> None:
     mixture = mixture_of(*weights, seed=seed)
     samples = block * mixture.block
     low, high = mixture.counts(samples), mixture.counts(samples + mixture.block)
     assert sum(low) == samples
     for index, share in enumerate(mixture.shares):
-        assert abs(low[index] * sum(mixture.shares) - share * samples) < sum(mixture.shares)  # |count - weight x samples| < 1
+        # |count - weight x samples| < 1
+        assert abs(low[index] * sum(mixture.shares) - share * samples) < sum(mixture.shares)
         assert high[index] >= low[index]
 
 
 @settings(max_examples=15, deadline=None)
-@given(weights=st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6), start=st.integers(0, 2**50), seed=st.integers(0, 9))
+@given(
+    weights=st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6), start=st.integers(0, 2**50), seed=st.integers(0, 9)
+)
 def test_each_source_is_read_in_order_without_gaps(weights: list[float], start: int, seed: int) -> None:
     """From any sample on, the k of each source count up by one from counts(start)."""
     mixture = mixture_of(*weights, seed=seed)
@@ -372,9 +408,15 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), r"manifest\.json: is missing"),
     "no tokenizer": (lambda folder: (folder / TOKENIZER).unlink(), r"tokenizer\.json: is missing"),
-    "another tokenizer": (lambda folder: (folder / TOKENIZER).write_bytes(b"{ }"), r"tokenizer\.json: SHA-256 .* is not the manifest's"),
+    "another tokenizer": (
+        lambda folder: (folder / TOKENIZER).write_bytes(b"{ }"),
+        r"tokenizer\.json: SHA-256 .* is not the manifest's",
+    ),
     "a missing shard": (lambda folder: (folder / "train/00001.h5").unlink(), r"train/00001\.h5: the shard is missing"),
-    "a truncated shard": (lambda folder: truncate(folder / "train/00001.h5"), r"00001\.h5: the shard has .* the manifest says .*truncated"),
+    "a truncated shard": (
+        lambda folder: truncate(folder / "train/00001.h5"),
+        r"00001\.h5: the shard has .* the manifest says .*truncated",
+    ),
     "a shard of another dataset": (swap_for_another_valid_shard, r"00001\.h5: digest is .* of another dataset"),
     "a damaged shard": (alter_a_table, r"00000\.h5: digest: "),
     "shards elsewhere": (link_out, r"a/train: leads out of the dataset's folder through a symbolic link"),
@@ -384,23 +426,42 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no JSON": (lambda folder: (folder / MANIFEST).write_bytes(b"{"), r"manifest\.json: "),
     "a duplicate key": (
-        lambda folder: (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes().replace(b'"eos_id"', b'"eos_id":1,"eos_id"')),
+        lambda folder: (folder / MANIFEST).write_bytes(
+            (folder / MANIFEST).read_bytes().replace(b'"eos_id"', b'"eos_id":1,"eos_id"')
+        ),
         "appears twice",
     ),
-    "white space": (lambda folder: (folder / MANIFEST).write_bytes(b" " + (folder / MANIFEST).read_bytes()), "canonical"),
-    "a newer version": (lambda folder: change_manifest(folder, lambda value: value.update(version=4)), "version 4 is not one"),
+    "white space": (
+        lambda folder: (folder / MANIFEST).write_bytes(b" " + (folder / MANIFEST).read_bytes()),
+        "canonical",
+    ),
+    "a newer version": (
+        lambda folder: change_manifest(folder, lambda value: value.update(version=4)),
+        "version 4 is not one",
+    ),
     "an unknown key": (lambda folder: change_manifest(folder, lambda value: value.update(more=2)), "key 'more'"),
-    "a string for a number": (lambda folder: change_manifest(folder, lambda value: value.update(eos_id="2")), "key 'eos_id'"),
+    "a string for a number": (
+        lambda folder: change_manifest(folder, lambda value: value.update(eos_id="2")),
+        "key 'eos_id'",
+    ),
     "a path out": (
-        lambda folder: change_manifest(folder, lambda value: value["train"]["shards"][0].update(file="../../etc/passwd")),
+        lambda folder: change_manifest(
+            folder, lambda value: value["train"]["shards"][0].update(file="../../etc/passwd")
+        ),
         r"key 'train\.shards\.0\.file'",
     ),
     "shards out of order": (
         lambda folder: change_manifest(folder, lambda value: value["train"]["shards"][0].update(file="train/00001.h5")),
         "do not count up",
     ),
-    "another id": (lambda folder: change_manifest(folder, lambda value: value["train"].update(id="0" * 64)), "Merkle root"),
-    "rows that do not add up": (lambda folder: change_manifest(folder, lambda value: value["train"].update(n_examples=8)), "not the sum"),
+    "another id": (
+        lambda folder: change_manifest(folder, lambda value: value["train"].update(id="0" * 64)),
+        "Merkle root",
+    ),
+    "rows that do not add up": (
+        lambda folder: change_manifest(folder, lambda value: value["train"].update(n_examples=8)),
+        "not the sum",
+    ),
     "another tokenizer in the manifest": (
         lambda folder: change_manifest(folder, lambda value: value.update(tokenizer_sha256="0" * 64)),
         r"tokenizer\.json: SHA-256",
@@ -424,11 +485,15 @@ def test_broken_datasets_are_refused_on_opening(tmp_path: Path, case: str) -> No
 
 def test_a_dataset_that_is_not_the_recipes(tmp_path: Path) -> None:
     make_dataset(tmp_path / "a", [5])
-    with pytest.raises(DataError, match=r"prepared with sequence_length 8, the recipe says 16: set data\.sequence_length=8"):
+    with pytest.raises(
+        DataError, match=r"prepared with sequence_length 8, the recipe says 16: set data\.sequence_length=8"
+    ):
         open_training(config(tmp_path, {"name": "a"}, sequence_length=16), 2, vocab_size=VOCAB)
     with pytest.raises(DataError, match="a vocabulary of 60000, the model has 32000"):
         open_training(config(tmp_path, {"name": "a"}), 2, vocab_size=32_000)
-    with pytest.raises(DataError, match=r"fim None, the recipe's source 'a' says \{'rate': 0.9, 'spm_share': 0.5, 'mode': 'exact'\}"):
+    with pytest.raises(
+        DataError, match=r"fim None, the recipe's source 'a' says \{'rate': 0.9, 'spm_share': 0.5, 'mode': 'exact'\}"
+    ):
         open_training(config(tmp_path, {"name": "a", "fim": {"rate": 0.9, "spm_share": 0.5}}), 2, vocab_size=VOCAB)
     with pytest.raises(DataError, match=r"subset \[0.1, 0.15\] of source 'a' holds no row of 5"):
         open_training(config(tmp_path, {"name": "a", "subset": [0.1, 0.15]}), 2, vocab_size=VOCAB)
@@ -438,7 +503,9 @@ def test_a_dataset_that_is_not_the_recipes(tmp_path: Path) -> None:
     assert open_training(config(tmp_path, {"name": "a"}), 2, vocab_size=VOCAB + 9).components[0].num_rows == 5
 
 
-@pytest.mark.parametrize(("subset", "rows"), [([0.0, 0.3], 3), ([0.3, 0.6], 3), ([0.6, 1.0], 4), ([0.0, 0.1], 1), ([0.25, 0.55], 3)])
+@pytest.mark.parametrize(
+    ("subset", "rows"), [([0.0, 0.3], 3), ([0.3, 0.6], 3), ([0.6, 1.0], 4), ([0.0, 0.1], 1), ([0.25, 0.55], 3)]
+)
 def test_subsets_are_cut_as_written_in_decimal(tmp_path: Path, subset: list[float], rows: int) -> None:
     """0.3 x 10 is 3, though the double next to 0.3 lies below it."""
     make_dataset(tmp_path / "a", [10])

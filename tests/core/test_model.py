@@ -121,7 +121,9 @@ def test_residual_stream_follows_the_parameters_by_default() -> None:
     loss = model(ids, ids)
     assert loss.dtype is torch.float32
     loss.backward()
-    assert all(parameter.grad is not None and parameter.grad.dtype is torch.bfloat16 for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.dtype is torch.bfloat16 for parameter in model.parameters()
+    )
 
 
 @BOTH
@@ -146,7 +148,9 @@ def test_meta_device_allocates_nothing_and_comes_to_life() -> None:
     with torch.device("meta"):
         model = Decoder(config, select(kernel_specs(config, "cpu", torch.float32), ("reference",)))
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    loss = model(torch.zeros(1, 4, dtype=torch.int64, device="meta"), torch.zeros(1, 4, dtype=torch.int64, device="meta"))
+    loss = model(
+        torch.zeros(1, 4, dtype=torch.int64, device="meta"), torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    )
     assert loss.shape == ()
     model.to_empty(device="cpu")
     model.reset_rotary_tables()
@@ -169,17 +173,24 @@ def test_initialize_draws_each_tensor_alone(build: Build) -> None:
     assert torch.equal(whole.get_parameter(name), draw(specs[name], config, 7))
     assert not torch.equal(draw(specs[name], config, 7), draw(specs[name], config, 8))
     assert not torch.equal(
-        draw(specs["layers.1.attention.q_proj.weight"], config, 7), draw(specs["layers.1.attention.k_proj.weight"], config, 7)
+        draw(specs["layers.1.attention.q_proj.weight"], config, 7),
+        draw(specs["layers.1.attention.k_proj.weight"], config, 7),
     )
 
 
 @pytest.mark.parametrize("distribution", ["normal", "truncated_normal"])
 def test_drawn_tensors_have_the_stated_distribution(distribution: str) -> None:
-    stds = Initialization.model_validate({"distribution": distribution, "embedding_std": 0.1, "matrix_std": 0.2, "output_matrix_std": 0.05})
+    stds = Initialization.model_validate(
+        {"distribution": distribution, "embedding_std": 0.1, "matrix_std": 0.2, "output_matrix_std": 0.05}
+    )
     config = amber(vocab_size=4096, hidden_size=128, intermediate_size=4096, initialization=stds, linear_bias=True)
     expected = {Role.EMBEDDING: 0.1, Role.HEAD: 0.2, Role.MATRIX: 0.2, Role.OUTPUT_MATRIX: 0.05}
     # Standard deviation of a unit normal cut at 2: sqrt(1 - 4 pdf(2) / P(|z| < 2)) = 0.8796
-    shrink = 1.0 if distribution == "normal" else math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
+    shrink = (
+        1.0
+        if distribution == "normal"
+        else math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
+    )
     for spec in parameter_specs(config):
         values = draw(spec, config, 0)
         assert values.shape == spec.shape

@@ -1,4 +1,6 @@
-"""The decoder against independent models: forward bit for bit in fp32, every mistake visible, every gradient against float64."""
+"""The decoder against independent models: forward bit for bit in fp32, every mistake visible, every gradient against
+float64.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from model_cases import amber, crystal, decoder, large_weights, tokens
 from torch import Tensor
 
 from weftrain.core.config import ModelConfig
-from weftrain.core.convert import config_to_huggingface, export_weights
+from weftrain.exchange.layouts import config_to_huggingface, export_weights
 
 Weights = dict[str, Tensor]
 SHAPES = [(2, 33), (1, 1), (3, 64), (1, 7)]
@@ -30,7 +32,9 @@ def llama_logits(config: ModelConfig, weights: Weights, ids: Tensor) -> Tensor:
 
 
 def released_crystalcoder_logits(config: ModelConfig, weights: Weights, ids: Tensor) -> Tensor:
-    return crystalcoder_logits(dict(export_weights(weights, config, "crystalcoder")), ids, config_to_huggingface(config))
+    return crystalcoder_logits(
+        dict(export_weights(weights, config, "crystalcoder")), ids, config_to_huggingface(config)
+    )
 
 
 REFERENCES = {"rms_norm": llama_logits, "layer_norm": released_crystalcoder_logits}
@@ -48,7 +52,9 @@ REFERENCES = {"rms_norm": llama_logits, "layer_norm": released_crystalcoder_logi
     ids=["amber", "amber_wide", "crystalcoder", "crystalcoder_wide"],
 )
 @pytest.mark.parametrize("embedding_std", [0.35, 2e-3])
-def test_forward_equals_the_released_model_bit_for_bit(config: ModelConfig, shape: tuple[int, int], embedding_std: float) -> None:
+def test_forward_equals_the_released_model_bit_for_bit(
+    config: ModelConfig, shape: tuple[int, int], embedding_std: float
+) -> None:
     weights, ids = large_weights(config, embedding_std), tokens(config, *shape)
     with torch.no_grad():
         logits = decoder(config, weights).logits(ids)
@@ -83,8 +89,8 @@ MISTAKES: dict[str, tuple[Callable[..., ModelConfig], dict[str, Any]]] = {
 def test_each_wrong_choice_moves_the_logits(mistake: str) -> None:
     build, change = MISTAKES[mistake]
     right = build()
-    # An epsilon shows only where the mean square that it is added to is about as small: at a small embedding. The head is tied to
-    # CrystalCoder's, so there the scale is made small instead.
+    # An epsilon shows only where the mean square that it is added to is about as small: at a small embedding. The head
+    # is tied to CrystalCoder's, so there the scale is made small instead.
     if mistake == "crystalcoder: eps":
         right, change = build(embedding_scale=0.01), {**change, "embedding_scale": 0.01}
     weights, ids = large_weights(right, 2e-3 if mistake == "amber: eps" else 0.35), tokens(right, 2, 33)
@@ -125,7 +131,8 @@ def test_every_gradient_agrees_with_float64(build: Callable[[], ModelConfig]) ->
         expected = exact[name].grad
         assert expected is not None
         assert parameter.grad is not None
-        # fp32 through three layers of large weights: measured 1.8e-5 for Amber, whose attention is the sharper, and 2.3e-6
+        # fp32 through three layers of large weights: measured 1.8e-5 for Amber, whose attention is the sharper, and
+        # 2.3e-6
         error = (parameter.grad.double() - expected).norm() / expected.norm()
         assert error < 5e-5, (name, error)
 

@@ -1,4 +1,6 @@
-"""muP: CrystalCoder-7B's released numbers follow from the proxy, and folding changes nothing but the parametrisation."""
+"""muP: CrystalCoder-7B's released numbers follow from the proxy, and folding changes nothing but the
+parametrisation.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from weftrain.core.recipe_file import load_recipe
 
 @pytest.mark.parametrize("phase", [1, 2, 3])
 def test_crystalcoder_7b_numbers_come_out(phase: int) -> None:
-    """Released params files: embeddings_scale, output_logits_scale, adjust_learning_rate.decoder_kernel and the three initialisers."""
+    """Released params files: embeddings_scale, output_logits_scale, adjust_learning_rate.decoder_kernel and the three
+    initialisers.
+    """
     derived = resolved(load_recipe(f"crystalcoder_7b_phase{phase}").recipe.model)
     assert derived.embedding_scale == 14.6
     assert derived.logits_scale == 0.13875
@@ -48,7 +52,12 @@ def test_without_mup_the_written_values_hold() -> None:
 
 
 @pytest.mark.parametrize(
-    "build", [crystal, lambda: crystal(tie_embeddings=False), lambda: amber(embedding_scale=3.0, logits_scale=0.2, tie_embeddings=True)]
+    "build",
+    [
+        crystal,
+        lambda: crystal(tie_embeddings=False),
+        lambda: amber(embedding_scale=3.0, logits_scale=0.2, tie_embeddings=True),
+    ],
 )
 def test_folding_keeps_the_logits(build: Callable[[], ModelConfig]) -> None:
     config = build()

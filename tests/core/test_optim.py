@@ -1,4 +1,6 @@
-"""Parameter groups, the schedule as a pure function, and the two placements of epsilon as written in the two optimizers."""
+"""Parameter groups, the schedule as a pure function, and the two placements of epsilon as written in the two
+optimizers.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,12 @@ import math
 from collections.abc import Callable
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from weftrain.core.config import Recipe, ScheduleConfig
-from weftrain.core.optim import learning_rate, parameter_groups
+from weftrain.core.optim import beta_power, learning_rate, parameter_groups
 from weftrain.core.parameters import parameter_specs
 
 
@@ -32,7 +35,10 @@ def test_segments_by_hand() -> None:
 
 @given(st.integers(1, 50), st.integers(1, 50), st.floats(0, 1), st.floats(0, 1))
 def test_linear_segment_stays_between_its_ends(warm_up: int, steps: int, start: float, end: float) -> None:
-    plan = schedule({"shape": "constant", "steps": warm_up, "start": 1.0}, {"shape": "linear", "steps": steps, "start": start, "end": end})
+    plan = schedule(
+        {"shape": "constant", "steps": warm_up, "start": 1.0},
+        {"shape": "linear", "steps": steps, "start": start, "end": end},
+    )
     rates = [learning_rate(plan, warm_up + step) for step in range(steps)]
     assert rates[0] == start
     assert all(min(start, end) - 1e-12 <= rate <= max(start, end) + 1e-12 for rate in rates)
@@ -51,3 +57,12 @@ def test_each_parameter_is_in_one_group(family: str, tiny_recipe: Callable[..., 
     multiplier = 16 / 48 if family == "crystal" else 1.0  # tiny_recipe: base width 16, width 48
     assert by_name["decoder_matrices"].learning_rate_multiplier == pytest.approx(multiplier)
     assert by_name["embeddings"].learning_rate_multiplier == by_name["norms_and_biases"].learning_rate_multiplier == 1
+
+
+def test_beta_powers_are_multiplied_up_in_fp32() -> None:
+    power = torch.tensor(0.9)
+    for updates in range(2000):
+        assert beta_power(0.9, updates) == power.item()
+        power *= 0.9
+    assert beta_power(0.95, 10**9) < 1e-40  # ends, at the last denormal
+    assert beta_power(0.0, 5) == 0

@@ -1,4 +1,6 @@
-"""The recipe loader: what it accepts, and that each kind of bad input gives one line with file, line, key and remedy."""
+"""The recipe loader: what it accepts, and that each kind of bad input gives one line with file, line, key and
+remedy.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,21 @@ def test_numbers_follow_yaml_1_2(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("010", 10), ("09", 9), ("-007", -7), ("+3", 3), ("0o17", 15), ("0x1F", 31), ("1_000", "1_000"), ("0b11", "0b11"), ("1:30", "1:30")],
+    [
+        ("010", 10),
+        ("09", 9),
+        ("-007", -7),
+        ("+3", 3),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("1_000", "1_000"),
+        ("0b11", "0b11"),
+        ("1:30", "1:30"),
+    ],
 )
 def test_integers_follow_the_core_schema_in_files_and_overrides(tmp_path: Path, text: str, value: object) -> None:
-    assert _parse(f"key: {text}", _Source("x")) == {"key": value}  # YAML 1.1 reads 010 as 8, 1_000 as 1000 and 1:30 as 90
+    # YAML 1.1 reads 010 as 8, 1_000 as 1000 and 1:30 as 90
+    assert _parse(f"key: {text}", _Source("x")) == {"key": value}
     if isinstance(value, int) and value > 0:
         assert load_recipe("bench_70m", [f"seed={text}"]).recipe.seed == value
         path = tmp_path / "r.yaml"
@@ -111,7 +124,11 @@ def test_duplicate_key_names_both_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("num_layers: 12", "num_layers: twelve", "model.num_layers: input should be a valid integer, not a string ('twelve')"),
+        (
+            "num_layers: 12",
+            "num_layers: twelve",
+            "model.num_layers: input should be a valid integer, not a string ('twelve')",
+        ),
         ("num_layers: 12", "num_layers: '12'", "not a string ('12')"),
         ("num_layers: 12", "num_layers: 12.0", "not a number (12.0)"),
         ("num_layers: 12", "num_layers: true", "not a boolean (True)"),
@@ -136,7 +153,9 @@ def test_wrong_values(tmp_path: Path, old: str, new: str, expected: str) -> None
 
 
 def test_alias_bomb_is_refused_before_it_expands(tmp_path: Path) -> None:
-    bomb = "a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9))
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
+    )
     assert "r.yaml:2: alias '*a'" in refused(tmp_path, bomb)
 
 
@@ -187,7 +206,10 @@ def test_overrides() -> None:
     ("override", "expected"),
     [
         ("schedule.steps", "an override reads key.sub=value"),
-        ("schedule.stepz=3", "command line 'schedule.stepz=3': unknown key 'schedule.stepz'; did you mean 'schedule.steps'"),
+        (
+            "schedule.stepz=3",
+            "command line 'schedule.stepz=3': unknown key 'schedule.stepz'; did you mean 'schedule.steps'",
+        ),
         ("modle.hidden_size=3", "command line 'modle.hidden_size=3': unknown key 'modle'; did you mean 'model'"),
         ("data.sources.5.path=x", "no such key 'data.sources.5'"),
         ("name.x=1", "it has no key 'x'"),
@@ -218,7 +240,10 @@ def test_every_builtin_recipe_loads(name: str) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("model.num_layers=1000000000", "model.num_layers: input should be less than or equal to 10000, not 1000000000"),
+        (
+            "model.num_layers=1000000000",
+            "model.num_layers: input should be less than or equal to 10000, not 1000000000",
+        ),
         ("model.hidden_size=1073741824", "model.hidden_size: input should be less than or equal to"),
         ("model.vocab_size=1000000000000", "model.vocab_size: input should be less than or equal to"),
         ("data.sequence_length=1000000000000", "data.sequence_length: input should be less than or equal to"),

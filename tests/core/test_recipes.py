@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from places import SHARED
 
 from weftrain.core.mup import resolved
 from weftrain.core.optim import group_learning_rates, learning_rate, parameter_groups
 from weftrain.core.parameters import flops_per_token, parameter_count
 from weftrain.core.recipe_file import load_recipe
 
-RELEASED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "crystalcoder"
+RELEASED = SHARED / "data" / "crystalcoder"
 PHASES = [f"crystalcoder_7b_phase{phase}" for phase in (1, 2, 3)]
 
 
@@ -65,7 +65,11 @@ def test_crystalcoder_learning_rates_by_group() -> None:
         groups = parameter_groups(recipe.model, recipe.optimizer)
         rates = group_learning_rates(groups, recipe.schedule, warm_up)
         assert rates == {"embeddings": peak, "decoder_matrices": peak * 0.0625, "norms_and_biases": peak}
-        assert {group.name: group.weight_decay for group in groups} == {"embeddings": 0.1, "decoder_matrices": 0.1, "norms_and_biases": 0}
+        assert {group.name: group.weight_decay for group in groups} == {
+            "embeddings": 0.1,
+            "decoder_matrices": 0.1,
+            "norms_and_biases": 0,
+        }
     amber = load_recipe("amber_7b").recipe
     assert {group.weight_decay for group in parameter_groups(amber.model, amber.optimizer)} == {0.1}
 
@@ -81,8 +85,24 @@ def released(phase: int) -> dict[str, Any]:
 def test_crystalcoder_equals_the_released_params(phase: int) -> None:
     params, recipe = released(phase), load_recipe(PHASES[phase - 1]).recipe
     model, theirs, scales = recipe.model, params["model"], resolved(recipe.model)
-    ours = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size", "rotary_dim", "max_position_embeddings")
-    keys = ("hidden_size", "num_hidden_layers", "num_heads", "filter_size", "vocab_size", "rotary_dim", "max_position_embeddings")
+    ours = (
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "intermediate_size",
+        "vocab_size",
+        "rotary_dim",
+        "max_position_embeddings",
+    )
+    keys = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_heads",
+        "filter_size",
+        "vocab_size",
+        "rotary_dim",
+        "max_position_embeddings",
+    )
     assert [getattr(model, name) for name in ours] == [theirs[key] for key in keys]
     assert model.norm_eps == float(theirs["layer_norm_epsilon"])
     assert model.tie_embeddings == theirs["share_embedding_weights"]
@@ -92,7 +112,8 @@ def test_crystalcoder_equals_the_released_params(phase: int) -> None:
     assert scales.embedding_std == theirs["embedding_initializer"]["std"]
     assert scales.matrix_std == pytest.approx(theirs["initializer"]["std"])
     assert scales.output_matrix_std == pytest.approx(theirs["output_layer_initializer"]["std"])
-    assert theirs["initializer"]["b"] == pytest.approx(2 * theirs["initializer"]["std"])  # truncated at two standard deviations
+    # truncated at two standard deviations
+    assert theirs["initializer"]["b"] == pytest.approx(2 * theirs["initializer"]["std"])
 
     assert (theirs["loss_scaling"], theirs["loss_weight"]) == ("batch_size", pytest.approx(1 / 2048, rel=1e-3))
     assert recipe.objective.normalizer == "all_positions"

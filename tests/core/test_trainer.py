@@ -1,4 +1,6 @@
-"""Checkpoints that are written while the run trains on: their order, their parents, and what happens where one fails."""
+"""Checkpoints that are written while the run trains on: their order, their parents, and what happens where one
+fails.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from weftrain.core import checkpoint
 from weftrain.core.backend import Fingerprint, Plan, State, StepResult
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
-from weftrain.core.ledger import Ledger
-from weftrain.core.metrics import MetricsWriter, read_metrics
-from weftrain.core.speed import Peak, Speed
+from weftrain.core.run.ledger import Ledger
+from weftrain.core.run.metrics import MetricsWriter, read_metrics
+from weftrain.core.run.speed import Peak, Speed
 from weftrain.core.synthetic import synthetic_source
 from weftrain.core.trainer import Progress, fit
 
@@ -58,7 +60,9 @@ class Counting:
             yield StepResult(step, 1.0, 1.0, {}, 52, 52, 1.0, 0.0)
 
     def export_state(self) -> State:
-        return State(self.done, self.done, Lent(float(self.done), self.gate, "no room" if self.done == self.error_at else None))
+        return State(
+            self.done, self.done, Lent(float(self.done), self.gate, "no room" if self.done == self.error_at else None)
+        )
 
     def fingerprint(self) -> Fingerprint:
         return Fingerprint("counting", "cpu", "none")
@@ -70,7 +74,9 @@ class Counting:
 def steps_of(run: Counting, recipe: Recipe, folder: Path, metrics: MetricsWriter) -> Iterator[Progress]:
     plan = Plan(0, run.steps, checkpoint_every_steps=2)
     source = synthetic_source(97, 13, 12, 4, seed=5)
-    return fit(run, plan, recipe, source, [], folder / "checkpoints", metrics, Ledger(folder), speed=Speed(1.0, Peak(None, "")))  # type: ignore[arg-type]
+    return fit(
+        run, plan, recipe, source, [], folder / "checkpoints", metrics, Ledger(folder), speed=Speed(1.0, Peak(None, ""))
+    )  # type: ignore[arg-type]
 
 
 def test_the_run_goes_on_while_a_checkpoint_is_written(tiny_recipe: Tiny, tmp_path: Path) -> None:
@@ -82,7 +88,9 @@ def test_the_run_goes_on_while_a_checkpoint_is_written(tiny_recipe: Tiny, tmp_pa
         run.gate.set()
         saved = [one.saved.step for one in progress if one.saved is not None]
     assert saved[-1] == 6
-    manifests = [json.loads((tmp_path / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_bytes()) for step in (2, 4, 6)]
+    manifests = [
+        json.loads((tmp_path / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_bytes()) for step in (2, 4, 6)
+    ]
     assert [manifest["parent"] for manifest in manifests] == [None, manifests[0]["root"], manifests[1]["root"]]
     assert [record["step"] for record in read_metrics(tmp_path) if record["kind"] == "checkpoint"] == [2, 4, 6]
     for step in (2, 4, 6):

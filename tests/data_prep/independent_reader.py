@@ -1,4 +1,6 @@
-"""A dataset read with h5py, numpy and json alone: none of weftrain's code, so that the two can be held against each other."""
+"""A dataset read with h5py, numpy and json alone: none of weftrain's code, so that the two can be held against each
+other.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class ReadDocument:
-    """A document put together from a set's shards. tokens: with what the preparation put around it; mask: 1 where a token bears loss."""
+    """A document put together from a set's shards. tokens: with what the preparation put around it; mask: 1 where a
+    token bears loss.
+    """
 
     set_name: str
     file: str
@@ -38,7 +42,9 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def documents(folder: Path, set_name: str) -> list[ReadDocument]:
-    """The documents of a set in order, joined where shards or rows cut them, padding left out. Checks every block's digest on the way."""
+    """The documents of a set in order, joined where shards or rows cut them, padding left out. Checks every block's
+    digest on the way.
+    """
     manifest = manifest_of(folder)
     inputs = [entry["name"] for entry in json_lines(folder / "inputs.jsonl")]
     sources = [entry["name"] for entry in json_lines(folder / "sources.jsonl")]
@@ -104,5 +110,7 @@ def order_key(seed: int, content: bytes) -> bytes:
 def tree_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 from weftrain.cli.main import main
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Skipped
-from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import Prepared, prepare
-from weftrain.data_prep.plan import Inputs
+from weftrain.data_prep.readers.documents import Skipped
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.stages.plan import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 
@@ -26,7 +26,13 @@ def prepared(folder: Path, encoder: TextEncoder, arguments: dict[str, Any] | Non
         (folder / "t.jsonl").write_text(json.dumps({"text": "the weft " * 9}) + "\n{}\n")
     files = tuple(list_inputs([str(folder / "t.jsonl")], source=None))
     chosen = dataclasses.replace(Inputs(files, "text"), **inputs)
-    settings = {"name": "d", "tokenizer": folder / "tokenizer.json", "sequence_length": 16, "heldout_fraction": 0.0, "max_failures": 1}
+    settings = {
+        "name": "d",
+        "tokenizer": folder / "tokenizer.json",
+        "sequence_length": 16,
+        "heldout_fraction": 0.0,
+        "max_failures": 1,
+    }
     made = prepare(chosen, folder, **settings | (arguments or {}))
     assert made is not None
     return made
@@ -41,15 +47,23 @@ def test_what_is_asked_for_and_recorded_otherwise(tmp_path: Path, encoder: TextE
         ({}, "MIT", ()),
         ({}, "not stated", ()),
         ({"engine": "tokenizers"}, "MIT", ()),
-        ({"engine": "gigatoken"}, "MIT", ("its documents were encoded by tokenizers, not by gigatoken; the ids are the same",)),
+        (
+            {"engine": "gigatoken"},
+            "MIT",
+            ("its documents were encoded by tokenizers, not by gigatoken; the ids are the same",),
+        ),
     ):
         again = prepared(tmp_path, encoder, arguments, licence=licence, skipped=skipped)
         assert (again.up_to_date, again.notes) == (True, notes)
     others = prepared(tmp_path, encoder, licence="MIT").notes
     assert others == ("files skipped: none; when it was prepared: 1 hidden file",)
-    with pytest.raises(DataError, match=r"recorded with licence 'MIT', not 'CC0-1\.0': leave --licence out, or give another --name"):
+    with pytest.raises(
+        DataError, match=r"recorded with licence 'MIT', not 'CC0-1\.0': leave --licence out, or give another --name"
+    ):
         prepared(tmp_path, encoder, licence="CC0-1.0")
-    with pytest.raises(DataError, match=r"1 documents could not be read .*failures.jsonl\), --max-failures allows 0: allow them, or"):
+    with pytest.raises(
+        DataError, match=r"1 documents could not be read .*failures.jsonl\), --max-failures allows 0: allow them, or"
+    ):
         prepared(tmp_path, encoder, {"max_failures": 0})
 
 

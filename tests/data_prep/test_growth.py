@@ -1,4 +1,6 @@
-"""A dataset that grows: the parent's shards untouched, the new inputs' documents once, everything numbered on, and nothing half done."""
+"""A dataset that grows: the parent's shards untouched, the new inputs' documents once, everything numbered on, and
+nothing half done.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,20 @@ import pytest
 from click.testing import CliRunner, Result
 
 from weftrain.cli.main import main
-from weftrain.core import fsops
-from weftrain.core.canonical import canonical_json, sha256_json
 from weftrain.core.config import Fim
-from weftrain.core.dataset import ShardSet, open_inputs, open_set, open_sources, read_manifest, verify_tables
 from weftrain.core.errors import DataError
-from weftrain.data_prep import growth, plan
-from weftrain.data_prep.documents import Document
-from weftrain.data_prep.executors import LocalExecutor
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json, sha256_json
+from weftrain.core.formats.dataset import ShardSet, open_inputs, open_set, open_sources, read_manifest, verify_tables
+from weftrain.data_prep import growth
 from weftrain.data_prep.heldout import RULE, is_held_out
-from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import Prepared, prepare
-from weftrain.data_prep.plan import Inputs
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.documents import Document
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.stages import plan
+from weftrain.data_prep.stages.executors import LocalExecutor
+from weftrain.data_prep.stages.plan import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 Prepare = Callable[..., Prepared]
@@ -50,11 +53,18 @@ def made(tmp_path: Path, encoder: TextEncoder) -> Prepare:
 
     def call(name: str, texts: list[str], grow: str | None = None, licence: str = "MIT", **changes: Any) -> Prepared:
         path = tmp_path / f"{name}.jsonl"
-        lines = "".join(json.dumps({"text": text, "kind": f"{name[0]}{index % 3}"}) + "\n" for index, text in enumerate(texts))
+        lines = "".join(
+            json.dumps({"text": text, "kind": f"{name[0]}{index % 3}"}) + "\n" for index, text in enumerate(texts)
+        )
         if not path.exists() or path.read_text() != lines:
             path.write_text(lines)
         inputs = Inputs(tuple(list_inputs([str(path)], source=None)), name, licence, ReadOptions(source_key="kind"))
-        settings = {"sequence_length": 16, "heldout_fraction": 0.2, "rows_per_shard": 20, "tokenizer": tmp_path / "tokenizer.json"}
+        settings = {
+            "sequence_length": 16,
+            "heldout_fraction": 0.2,
+            "rows_per_shard": 20,
+            "tokenizer": tmp_path / "tokenizer.json",
+        }
         parent = {} if grow is None else {"grow": tmp_path / grow}
         prepared = prepare(inputs, tmp_path, name=name, **settings | parent | changes)
         assert prepared is not None
@@ -64,7 +74,11 @@ def made(tmp_path: Path, encoder: TextEncoder) -> Prepare:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def documents_of(folder: Path) -> dict[str, list[tuple[bytes, str, str, int, np.ndarray]]]:
@@ -82,7 +96,15 @@ def documents_of(folder: Path) -> dict[str, list[tuple[bytes, str, str, int, np.
                 [0, *table.end[:-1]], table.end, table.id, table.source, table.file, table.record, strict=True
             ):
                 if file >= 0:
-                    pieces.append((identity.tobytes(), sources[source], files[file], int(record), reader.tokens(int(begin), int(end))))
+                    pieces.append(
+                        (
+                            identity.tobytes(),
+                            sources[source],
+                            files[file],
+                            int(record),
+                            reader.tokens(int(begin), int(end)),
+                        )
+                    )
     return found
 
 
@@ -91,14 +113,18 @@ def numbered(prefix: str, count: int) -> list[str]:
 
 
 def test_growing_twice(made: Prepare, texts: list[str], encoder: TextEncoder) -> None:
-    """The parents' shards are the first, byte by byte; each text is there once; its piece names its own file and line, and has its ids."""
+    """The parents' shards are the first, byte by byte; each text is there once; its piece names its own file and line,
+    and has its ids.
+    """
     one = texts[:60]
     two = [*numbered("two", 50), *texts[40:70]]  # 20 of them in the parent
     three = [*numbered("three", 40), *two[45:60], texts[3]]
     first, second, third = made("one", one), made("two", two, "one", "MIT"), made("three", three, "two", "CC0-1.0")
     for grown, parent in ((second, first), (third, second)):
         before, after = tree(parent.folder), tree(grown.folder)
-        assert all(after[name] == digest for name, digest in before.items() if name.endswith(".h5") or name == "tokenizer.json")
+        assert all(
+            after[name] == digest for name, digest in before.items() if name.endswith(".h5") or name == "tokenizer.json"
+        )
         assert len(after) > len(before)
         assert grown.manifest.parents[-1].root == json.loads((parent.folder / "manifest.json").read_text())["root"]
         assert grown.manifest.parents[-1].train.id == parent.manifest.train.id != grown.manifest.train.id
@@ -119,9 +145,11 @@ def test_growing_twice(made: Prepare, texts: list[str], encoder: TextEncoder) ->
         assert lines[file][record] == by_id[identity]
         assert source == f"{file[0]}{record % 3}"
         (ids,) = encoder.encode([by_id[identity]], [""])
-        assert tokens.astype("<i4").tobytes() in np.append(ids, encoder.eos_id).astype("<i4").tobytes()  # a shard's end may cut it
+        # a shard's end may cut it
+        assert tokens.astype("<i4").tobytes() in np.append(ids, encoder.eos_id).astype("<i4").tobytes()
     sources = list(open_sources(third.folder, third.manifest))
-    assert [source.name for source in sources] == [f"{name}{n}" for name in "ot" for n in range(3)]  # "two" and "three" share theirs
+    # "two" and "three" share theirs
+    assert [source.name for source in sources] == [f"{name}{n}" for name in "ot" for n in range(3)]
     assert sum(source.documents for source in sources) == counts.train
     assert sum(source.tokens for source in sources) == sum(
         entry.tokens + 1 + entry.dropped_tokens for entry in (first.manifest.train,)
@@ -138,7 +166,9 @@ def test_growing_twice(made: Prepare, texts: list[str], encoder: TextEncoder) ->
 def test_interrupted_anywhere_the_parent_stays_and_the_same_bytes_come(
     made: Prepare, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One run after the other stops at a full disk, each some file operations later than the last; and without hard links."""
+    """One run after the other stops at a full disk, each some file operations later than the last; and without hard
+    links.
+    """
     parent = made("one", texts[:40])
     before = tree(parent.folder)
     expected = tree(made("two", texts[30:80], "one").folder)
@@ -153,7 +183,9 @@ def test_interrupted_anywhere_the_parent_stays_and_the_same_bytes_come(
         return action()
 
     monkeypatch.setattr(fsops, "_perform", fail)
-    monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError(errno.EXDEV, "no link across file systems")))
+    monkeypatch.setattr(
+        os, "link", lambda *paths: (_ for _ in ()).throw(OSError(errno.EXDEV, "no link across file systems"))
+    )
     while not (tmp_path / "two").exists():
         left, runs = 59 * runs, runs + 1
         assert runs < 60
@@ -194,10 +226,16 @@ def test_other_kinds_of_datasets_grow(made: Prepare, texts: list[str], settings:
 
 
 def test_few_documents_leave_the_held_out_set_as_it_is(made: Prepare, texts: list[str]) -> None:
-    """Held-out documents that fill no row are dropped tokens, where the parent has some; training documents that fill none are an error."""
+    """Held-out documents that fill no row are dropped tokens, where the parent has some; training documents that fill
+    none are an error.
+    """
     parent = made("one", texts[:60])
     short = [f"few {n}" for n in range(100)]
-    heldout = [text for text in short if is_held_out(Document(0, 0, "", text), hashlib.sha256(text.encode()).digest(), RULE, 0.2)]
+    heldout = [
+        text
+        for text in short
+        if is_held_out(Document(0, 0, "", text), hashlib.sha256(text.encode()).digest(), RULE, 0.2)
+    ]
     grown = made("two", [heldout[0], *(text for text in short if text not in heldout)], "one")
     assert grown.manifest.train.n_examples > parent.manifest.train.n_examples
     before, after = parent.manifest.heldout, grown.manifest.heldout
@@ -206,7 +244,8 @@ def test_few_documents_leave_the_held_out_set_as_it_is(made: Prepare, texts: lis
     assert (after.id, after.documents) == (before.id, before.documents + 1)
     assert after.dropped_tokens > before.dropped_tokens
     with pytest.raises(
-        DataError, match=r"the 0 train documents that the dataset which grows does not hold yet hold 0 tokens, fewer than one row"
+        DataError,
+        match=r"the 0 train documents that the dataset which grows does not hold yet hold 0 tokens, fewer than one row",
     ):
         made("three", texts[:60], "one")
 
@@ -214,7 +253,12 @@ def test_few_documents_leave_the_held_out_set_as_it_is(made: Prepare, texts: lis
 def test_what_the_parent_could_not_read_stays_listed(tmp_path: Path, encoder: TextEncoder) -> None:
     """And does not count against the budget of the new inputs."""
     (tmp_path / "tokenizer.json").write_bytes(encoder.data)
-    settings = {"sequence_length": 16, "heldout_fraction": 0.0, "tokenizer": tmp_path / "tokenizer.json", "max_failures": 1}
+    settings = {
+        "sequence_length": 16,
+        "heldout_fraction": 0.0,
+        "tokenizer": tmp_path / "tokenizer.json",
+        "max_failures": 1,
+    }
     for name, parent in (("one", {}), ("two", {"grow": tmp_path / "one"})):
         lines = [json.dumps({"text": text}) for text in numbered(name, 5)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, "{}"]) + "\n")
@@ -240,7 +284,11 @@ def test_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Prepare
     stored = rng.integers(0, 256, (300, 16)).astype(np.uint8)
     stored[:, 0] = np.arange(300) * 255 // 300
     stored[100:160, :8] = stored[100, :8]
-    monkeypatch.setattr(growth, "_identities", lambda folder, found: iter([growth._numbers(stored[:170]), growth._numbers(stored[170:])]))
+    monkeypatch.setattr(
+        growth,
+        "_identities",
+        lambda folder, found: iter([growth._numbers(stored[:170]), growth._numbers(stored[170:])]),
+    )
     growth.index_documents(work)
     content = np.concatenate([stored[rng.integers(0, 300, 200)], rng.integers(0, 256, (200, 16)).astype(np.uint8)])
     content[300:350, :8] = stored[100, :8]
@@ -255,7 +303,9 @@ def weftrain(*arguments: object) -> Result:
 
 
 def test_a_dataset_of_format_2_grows_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its settings, tokenizer and rule of the held-out side are taken; what contradicts them is refused with what to leave out."""
+    """Its settings, tokenizer and rule of the held-out side are taken; what contradicts them is refused with what to
+    leave out.
+    """
     with tarfile.open(Path(__file__).parent / "format_2.tar.gz") as kept:
         kept.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
@@ -270,11 +320,20 @@ def test_a_dataset_of_format_2_grows_by_the_command(tmp_path: Path, monkeypatch:
     assert "grew from    old: its 32 training rows are the first" in weftrain("data", "stats", "grown").output
     assert "the lists of 3 inputs and of 3 sources agree" in weftrain("data", "verify", "grown").output
     assert "source song, document" in weftrain("data", "head", "grown", "--from", manifest.train.n_examples - 1).output
-    assert weftrain("data", "head", "grown", "--rows", "32").output == weftrain("data", "head", "old", "--rows", "32").output
+    assert (
+        weftrain("data", "head", "grown", "--rows", "32").output
+        == weftrain("data", "head", "old", "--rows", "32").output
+    )
     assert "is up to date" in weftrain(*arguments, "--name", "grown", "--licence", "MIT").output
     for more, problem in (
-        (["--name", "grown", "--licence", "CC-BY-4.0"], "is recorded with licence 'CC0-1.0; MIT', not 'CC0-1.0; CC-BY-4.0'"),
-        (["--name", "x", "--sequence-length", "64"], "was prepared with sequence_length 32, not 64: leave --sequence-length out"),
+        (
+            ["--name", "grown", "--licence", "CC-BY-4.0"],
+            "is recorded with licence 'CC0-1.0; MIT', not 'CC0-1.0; CC-BY-4.0'",
+        ),
+        (
+            ["--name", "x", "--sequence-length", "64"],
+            "was prepared with sequence_length 32, not 64: leave --sequence-length out",
+        ),
         (["--name", "x", "--packing", "concatenate"], "leave --packing out"),
         (["--name", "x", "--vocab-size", "300"], "leave --tokenizer and --vocab-size out"),
         (["--name", "x", "--normalise", "NFC"], "leave --normalise out"),
@@ -283,7 +342,10 @@ def test_a_dataset_of_format_2_grows_by_the_command(tmp_path: Path, monkeypatch:
     ):
         refused = weftrain(*arguments, *more)
         assert (refused.exit_code, problem in refused.output) == (2, True), refused.output
-    for folder, problem in (("none", "holds no dataset; name the folder of one"), ("s3://b/d", "with `weftrain data fetch`, and name")):
+    for folder, problem in (
+        ("none", "holds no dataset; name the folder of one"),
+        ("s3://b/d", "with `weftrain data fetch`, and name"),
+    ):
         assert problem in weftrain("prep", "c.jsonl", "--name", "x", "--grow", folder).output
     assert "name the files, not a recipe" in weftrain("prep", "amber", "--grow", "old").output
 
@@ -292,7 +354,9 @@ def test_numbers_and_names_of_another_dataset_are_found(made: Prepare, texts: li
     """A shard of format 2 says its sources' names itself, and every shard counts inputs."""
     prepared = made("one", texts[:60])
     shards = ShardSet(prepared.folder, prepared.manifest, "train")
-    shards.manifest = prepared.manifest.model_copy(update={"corpus": prepared.manifest.corpus.model_copy(update={"files": 0})})
+    shards.manifest = prepared.manifest.model_copy(
+        update={"corpus": prepared.manifest.corpus.model_copy(update={"files": 0})}
+    )
     with pytest.raises(DataError, match=r"train/00000.h5: doc_file: names file 1 of 0"):
         shards.verify()
     with tarfile.open(Path(__file__).parent / "format_2.tar.gz") as kept:
@@ -318,17 +382,23 @@ def test_what_cannot_grow(made: Prepare, texts: list[str], tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"grew from 'one', manifest .*, and --grow names .*other"):
         made("two", texts[40:], "other")
     with pytest.raises(DataError, match=r"was prepared from 1 files, and these are 2"):
-        inputs = Inputs(tuple(list_inputs([str(tmp_path / name) for name in ("one.jsonl", "two.jsonl")], source=None)), "x")
+        inputs = Inputs(
+            tuple(list_inputs([str(tmp_path / name) for name in ("one.jsonl", "two.jsonl")], source=None)), "x"
+        )
         options = {"sequence_length": 16, "heldout_fraction": 0.2, "grow": tmp_path / "one"}
         prepare(dataclasses.replace(inputs, options=ReadOptions(source_key="kind")), tmp_path, name="two", **options)
     assert grown.manifest.parents
     for name, settings, what in (("epochs", {"epochs": 2}, "2 epochs"), ("chunks", {"chunks": 2}, "2 chunks")):
         made(name, texts[:60], **settings)
-        with pytest.raises(DataError, match=f"was prepared in {what}, which rows at the end would break: prepare the new inputs as"):
+        with pytest.raises(
+            DataError, match=f"was prepared in {what}, which rows at the end would break: prepare the new inputs as"
+        ):
             made("three", texts[40:], name, **settings)
     rows = [json.dumps({"token_ids": list(range(5, 22))}) for _ in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     packed = Inputs(tuple(list_inputs([str(tmp_path / "rows.jsonl")], source=None, format="amber")), "rows")
     packed = dataclasses.replace(packed, options=ReadOptions(sequence_length=16))
-    with pytest.raises(DataError, match=r"holds documents to be packed, and the new inputs are rows that are packed already"):
+    with pytest.raises(
+        DataError, match=r"holds documents to be packed, and the new inputs are rows that are packed already"
+    ):
         prepare(packed, tmp_path, name="four", sequence_length=16, heldout_fraction=0.2, grow=tmp_path / "one")

@@ -1,4 +1,6 @@
-"""Held-out documents: no copy of one is trained on, whatever its white space and whether it came as text or as tokens."""
+"""Held-out documents: no copy of one is trained on, whatever its white space and whether it came as text or as
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weftrain.cli.main import main
-from weftrain.core.dataset import ShardSet, read_manifest, write_manifest
+from weftrain.core.formats.dataset import ShardSet, read_manifest, write_manifest
 from weftrain.data_prep import heldout
-from weftrain.data_prep.documents import Document
 from weftrain.data_prep.heldout import is_held_out, text_hash
 from weftrain.data_prep.interchange import export_megatron
-from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import Prepared, prepare
-from weftrain.data_prep.plan import Inputs
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.documents import Document
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.stages.plan import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 FRACTION = 0.4
@@ -73,12 +75,20 @@ COPIES = {
 }
 
 
-def test_no_copy_of_a_held_out_document_is_trained_on(tmp_path: Path, documents: list[str], encoder: TextEncoder) -> None:
-    first = make(tmp_path, lines(tmp_path / "a.jsonl", documents), "a", packing="best_fit")  # every document is in a row
+def test_no_copy_of_a_held_out_document_is_trained_on(
+    tmp_path: Path, documents: list[str], encoder: TextEncoder
+) -> None:
+    # every document is in a row
+    first = make(tmp_path, lines(tmp_path / "a.jsonl", documents), "a", packing="best_fit")
     held = held_records(first, "heldout")
     assert 15 < len(held) < 35
     for number, (what, change) in enumerate(COPIES.items()):
-        copied = make(tmp_path, lines(tmp_path / f"{number}.jsonl", [change(text) for text in documents]), f"c{number}", packing="best_fit")
+        copied = make(
+            tmp_path,
+            lines(tmp_path / f"{number}.jsonl", [change(text) for text in documents]),
+            f"c{number}",
+            packing="best_fit",
+        )
         assert held_records(copied, "heldout") == held, what
     # Tokenised by another program: a Megatron pair, and rows of one document each.
     whole = lines(tmp_path / "whole.jsonl", [*documents, "the last, which is cut at the end of the rows"])
@@ -88,15 +98,29 @@ def test_no_copy_of_a_held_out_document_is_trained_on(tmp_path: Path, documents:
     assert held_records(pair, "heldout") - {60} == held
     written = (json.dumps({"token_ids": row, "source": "s"}) + "\n" for row in rows_of(documents, encoder))
     (tmp_path / "rows.jsonl").write_text("".join(written))
-    rows = make(tmp_path, tmp_path / "rows.jsonl", "rows", sequence_length=512, options=ReadOptions(sequence_length=512))
+    rows = make(
+        tmp_path, tmp_path / "rows.jsonl", "rows", sequence_length=512, options=ReadOptions(sequence_length=512)
+    )
     assert held_records(rows, "heldout") == held
     # A larger fraction holds out these and more.
-    assert held_records(make(tmp_path, tmp_path / "a.jsonl", "more", packing="best_fit", heldout_fraction=0.7), "heldout") > held
+    assert (
+        held_records(make(tmp_path, tmp_path / "a.jsonl", "more", packing="best_fit", heldout_fraction=0.7), "heldout")
+        > held
+    )
 
 
 def test_a_dataset_of_rule_1_is_still_up_to_date_and_says_so(tmp_path: Path, documents: list[str]) -> None:
     path = lines(tmp_path / "a.jsonl", documents)
-    command = ["prep", str(path), "--output", str(tmp_path / "out"), "--name", "a", "--tokenizer", str(tmp_path / "tokenizer.json")]
+    command = [
+        "prep",
+        str(path),
+        "--output",
+        str(tmp_path / "out"),
+        "--name",
+        "a",
+        "--tokenizer",
+        str(tmp_path / "tokenizer.json"),
+    ]
     command += ["--sequence-length", "8", "--heldout-fraction", str(FRACTION)]
     assert CliRunner().invoke(main, command).exit_code == 0
     result = CliRunner().invoke(main, command)
@@ -125,7 +149,10 @@ def test_the_rules_by_hand() -> None:
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.text(max_size=30), st.lists(st.tuples(st.integers(0, 30), st.sampled_from(" \t\r\n\x1f\x85\xa0\u2003\u3000\ufeff")), max_size=6))
+@given(
+    st.text(max_size=30),
+    st.lists(st.tuples(st.integers(0, 30), st.sampled_from(" \t\r\n\x1f\x85\xa0\u2003\u3000\ufeff")), max_size=6),
+)
 def test_white_space_and_canonical_equivalents_do_not_count(text: str, added: list[tuple[int, str]]) -> None:
     spread = text
     for place, space in added:
@@ -142,7 +169,9 @@ def test_a_run_of_combining_marks_takes_no_quadratic_time() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.text(st.sampled_from("aé e\u0301\u0323\u1100\u1161\u11a8가\u3000\n7_かか\u3099क\u093c" + "\u0301" * 3), max_size=60),
+    st.text(
+        st.sampled_from("aé e\u0301\u0323\u1100\u1161\u11a8가\u3000\n7_かか\u3099क\u093c" + "\u0301" * 3), max_size=60
+    ),
     st.integers(1, 9),
 )
 def test_a_long_text_is_hashed_in_pieces_as_it_would_be_whole(text: str, piece: int) -> None:

@@ -1,4 +1,6 @@
-"""Other programs' forms: out and in again the rows and documents are the same, and a shard of ours is a Cerebras corpus as it is."""
+"""Other programs' forms: out and in again the rows and documents are the same, and a shard of ours is a Cerebras corpus
+as it is.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,14 @@ import h5py
 import numpy as np
 import pytest
 
-from weftrain.core.dataset import ShardSet, open_set, read_manifest
 from weftrain.core.errors import DataError
-from weftrain.data_prep import plan
+from weftrain.core.formats.dataset import ShardSet, open_set, read_manifest
 from weftrain.data_prep.interchange import export_cerebras, export_megatron, whole_documents
-from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import Prepared, prepare
-from weftrain.data_prep.plan import Inputs
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.stages import plan
+from weftrain.data_prep.stages.plan import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 S = 16
@@ -76,7 +78,9 @@ def test_cerebras_rows_there_and_back(dataset: Prepared, tmp_path: Path, packing
         export_cerebras(source.folder, "train", tmp_path / "cerebras")
 
 
-def test_megatron_documents_there_and_back(dataset: Prepared, tmp_path: Path, encoder: TextEncoder, texts: list[str]) -> None:
+def test_megatron_documents_there_and_back(
+    dataset: Prepared, tmp_path: Path, encoder: TextEncoder, texts: list[str]
+) -> None:
     export_megatron(dataset.folder, "train", tmp_path / "mega" / "m")
     manifest, shards = open_set(dataset.folder, "train")
     documents = list(whole_documents(manifest, shards))
@@ -108,7 +112,9 @@ def test_rows_that_are_not_there(dataset: Prepared, tmp_path: Path, rows_per_sha
 
 
 class CorpusReader:
-    """What a reader of rank-1 `data` does, from the form's description: all files one stream, windows of S + 1 at stride S."""
+    """What a reader of rank-1 `data` does, from the form's description: all files one stream, windows of S + 1 at
+    stride S.
+    """
 
     def __init__(self, folder: Path, sequence_length: int) -> None:
         self.length = sequence_length

@@ -1,4 +1,6 @@
-"""Inputs and datasets in an object store: a local S3 server, the same bytes as from a folder, and one line for whatever goes wrong."""
+"""Inputs and datasets in an object store: a local S3 server, the same bytes as from a folder, and one line for whatever
+goes wrong.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,16 @@ from independent_reader import tree_hashes
 
 from weftrain.cli.main import main
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import FileRead
-from weftrain.data_prep.listing import list_inputs
-from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.shares import read_part, split_parts
+from weftrain.data_prep.readers.documents import FileRead
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.readers.shares import read_part, split_parts
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'weftrain[s3]'")
-moto_server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[s3]' flask flask-cors")
+moto_server = pytest.importorskip(
+    "moto.server", reason="moto is not installed: pip install 'moto[s3]' flask flask-cors"
+)
 
 Weftrain = Callable[..., tuple[int, str]]
 LINES = b"".join(json.dumps({"text": f"{n}: the weft {n * n} and the warp"}).encode() + b"\n" for n in range(120))
@@ -57,8 +61,17 @@ def bucket(server: Any) -> Any:
     parquet.write_table(pyarrow.table({"text": [f"{n}: a column" for n in range(60)]}), column, row_group_size=20)
     system = fsspec.filesystem("s3")
     system.mkdir("shelf")
-    files = {"a.jsonl": LINES, "b/c.jsonl.gz": gzip.compress(LINES.replace(b"weft", b"loom"), mtime=0), "b/_SUCCESS": b""}
-    files |= {"p.parquet": column.getvalue(), "n.txt": "a plain text, café".encode(), ".hidden": b"x", "image.png": b"\x89PNG\r\n\x1a\n\0"}
+    files = {
+        "a.jsonl": LINES,
+        "b/c.jsonl.gz": gzip.compress(LINES.replace(b"weft", b"loom"), mtime=0),
+        "b/_SUCCESS": b"",
+    }
+    files |= {
+        "p.parquet": column.getvalue(),
+        "n.txt": "a plain text, café".encode(),
+        ".hidden": b"x",
+        "image.png": b"\x89PNG\r\n\x1a\n\0",
+    }
     system.pipe({f"shelf/in/{name}": data for name, data in files.items()})
     return system
 
@@ -80,7 +93,16 @@ def weftrain(tmp_path: Path, encoder: TextEncoder, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def prep(weftrain: Weftrain, tmp_path: Path) -> Weftrain:
-    settings = ["--name", "d", "--tokenizer", str(tmp_path / "tokenizer.json"), "--sequence-length", "16", "--workers", "1"]
+    settings = [
+        "--name",
+        "d",
+        "--tokenizer",
+        str(tmp_path / "tokenizer.json"),
+        "--sequence-length",
+        "16",
+        "--workers",
+        "1",
+    ]
     return lambda *arguments: weftrain("prep", *arguments, *settings, "--heldout-fraction", "0.1")
 
 

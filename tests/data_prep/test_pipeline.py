@@ -1,4 +1,6 @@
-"""prepare(): the whole way from text to a dataset that trains; the same bytes whoever does it and however it is interrupted."""
+"""prepare(): the whole way from text to a dataset that trains; the same bytes whoever does it and however it is
+interrupted.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,19 @@ import pytest
 from fault_injection import DEATHS, Death, Faults, injected
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from weftrain.core import fsops
 from weftrain.core.config import DataConfig, Fim
 from weftrain.core.data import open_heldout, open_training
-from weftrain.core.dataset import TOKENIZER, ShardSet, open_inputs, open_sources, read_manifest, source_name
 from weftrain.core.errors import DataError
-from weftrain.data_prep import fim, plan
-from weftrain.data_prep.corpus import embedded_inputs
-from weftrain.data_prep.executors import LocalExecutor, TaskExecutor
-from weftrain.data_prep.listing import list_inputs
+from weftrain.core.formats import fsops
+from weftrain.core.formats.dataset import TOKENIZER, ShardSet, open_inputs, open_sources, read_manifest, source_name
+from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.pipeline import Prepared, prepare
-from weftrain.data_prep.plan import Inputs
-from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.stages import survey
+from weftrain.data_prep.readers.corpus import embedded_inputs
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.stages import plan, survey
+from weftrain.data_prep.stages.executors import LocalExecutor, TaskExecutor
+from weftrain.data_prep.stages.plan import Inputs
 from weftrain.data_prep.stages.survey import arrangement
 from weftrain.data_prep.tokens import engines, tokenization
 from weftrain.data_prep.tokens.tokenization import TextEncoder, load_encoder
@@ -83,12 +85,16 @@ def run(tmp_path: Path, encoder: TextEncoder, texts: list[str]) -> Run:
 
 def tree(folder: Path) -> dict[str, str]:
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
 
 
 def pieces_of(folder: Path, set_name: str) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-    """Each document of each shard: tokens (a token that the shard before holds too taken off), and what the tables say of it."""
+    """Each document of each shard: tokens (a token that the shard before holds too taken off), and what the tables say
+    of it.
+    """
     manifest = read_manifest(folder)
     sources = open_sources(folder, manifest)
     shared = manifest.row_stride == manifest.sequence_length
@@ -164,9 +170,20 @@ def test_tokens_are_accounted_for(run: Run, texts: list[str], encoder: TextEncod
 
 def test_each_document_names_the_line_that_it_came_from(run: Run, texts: list[str], tmp_path: Path) -> None:
     """Across parts: a share in the middle of a file does not know its line numbers."""
-    paths = [write_lines(tmp_path / "in" / name, part) for name, part in (("b.jsonl", texts[50:]), ("a.jsonl", texts[:50]))]
+    paths = [
+        write_lines(tmp_path / "in" / name, part) for name, part in (("b.jsonl", texts[50:]), ("a.jsonl", texts[:50]))
+    ]
     prepared = run(inputs_of(tmp_path / "in"))
-    assert len(list(plan.make_plan(tmp_path, inputs_of(*paths), plan.Settings("x", None, None, 16, 0.2, 20, 0), "auto").parts)) > 4
+    assert (
+        len(
+            list(
+                plan.make_plan(
+                    tmp_path, inputs_of(*paths), plan.Settings("x", None, None, 16, 0.2, 20, 0), "auto"
+                ).parts
+            )
+        )
+        > 4
+    )
     names = [entry.name for entry in open_inputs(prepared.folder, prepared.manifest)]
     assert names == ["in/a.jsonl", "in/b.jsonl"]
     lines = {name: (tmp_path / name).read_text().splitlines() for name in names}
@@ -196,18 +213,28 @@ def test_any_number_of_processes_gives_the_same_bytes(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"packing": "best_fit", "fim": Fim(rate=0.5, spm_share=0.5), "epochs": 2}, {"fim": CONTEXT}, {"order": "as_read"}]
+    "settings",
+    [
+        {},
+        {"packing": "best_fit", "fim": Fim(rate=0.5, spm_share=0.5), "epochs": 2},
+        {"fim": CONTEXT},
+        {"order": "as_read"},
+    ],
 )
 def test_small_pieces_and_their_merging_give_the_same_bytes(
     run: Run, texts: list[str], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    """A part that is written in several pieces, and pieces that are merged before buckets are gathered, as very much data is."""
+    """A part that is written in several pieces, and pieces that are merged before buckets are gathered, as very much
+    data is.
+    """
     lines = [*texts, *texts[20:60], *[texts[3]] * 30]
     expected = run(lines, output="a", **settings)
     monkeypatch.setattr(plan, "_PIECE_DOCUMENTS", 2)
     monkeypatch.setattr(plan, "_FILE_OPENS", 20)
     arranged = []
-    monkeypatch.setattr(survey, "arrangement", lambda *given, **named: arranged.append(arrangement(*given, **named)) or arranged[-1])
+    monkeypatch.setattr(
+        survey, "arrangement", lambda *given, **named: arranged.append(arrangement(*given, **named)) or arranged[-1]
+    )
     made = run(lines, output="b", **settings)
     trees = [tree(prepared.folder) for prepared in (made, expected)]
     for files in trees:
@@ -218,7 +245,9 @@ def test_small_pieces_and_their_merging_give_the_same_bytes(
     assert arranged[0]["runs"] == 0 if "order" in settings else arranged[0]["runs"] > 5
 
 
-def test_members_of_an_array_give_the_same_bytes(run: Run, tmp_path: Path, encoder: TextEncoder, texts: list[str]) -> None:
+def test_members_of_an_array_give_the_same_bytes(
+    run: Run, tmp_path: Path, encoder: TextEncoder, texts: list[str]
+) -> None:
     """Three members at once, as threads here: each does its share, waits for the others, and one finishes."""
     alone = run(output="a")
     inputs, results, errors = inputs_of(tmp_path / "texts.jsonl"), [], []
@@ -232,7 +261,8 @@ def test_members_of_an_array_give_the_same_bytes(run: Run, tmp_path: Path, encod
         except BaseException:
             errors.append(traceback.format_exc())
 
-    # The leader makes the plan; the others may come at any time after it, and a member that comes when all is done finds the dataset.
+    # The leader makes the plan; the others may come at any time after it, and a member that comes when all is done
+    # finds the dataset.
     threads = [threading.Thread(target=member, args=(index,)) for index in range(3)]
     for thread in threads:
         thread.start()
@@ -246,7 +276,13 @@ def test_members_of_an_array_give_the_same_bytes(run: Run, tmp_path: Path, encod
 def test_stage_by_stage_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
     alone = run(output="a", tokenizer=None, vocab_size=300)
     inputs = inputs_of(tmp_path / "texts.jsonl")
-    settings: dict[str, Any] = {"name": "d", "vocab_size": 300, "sequence_length": 16, "heldout_fraction": 0.2, "rows_per_shard": 20}
+    settings: dict[str, Any] = {
+        "name": "d",
+        "vocab_size": 300,
+        "sequence_length": 16,
+        "heldout_fraction": 0.2,
+        "rows_per_shard": 20,
+    }
     for stage in ("sample", "tokenize", "merge", "order", "write"):
         for index in (0, 1):
             executor = TaskExecutor(index, 2, patience_s=0)
@@ -262,7 +298,9 @@ def test_stage_by_stage_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_member_says_who_is_missing(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"stage tokenize: waited 0 s for \d+ tasks of members \[1\]: start these again"):
+    with pytest.raises(
+        DataError, match=r"stage tokenize: waited 0 s for \d+ tasks of members \[1\]: start these again"
+    ):
         run(executor=TaskExecutor(0, 2, patience_s=0))
     with pytest.raises(DataError, match="--index 2 --of 2"):
         TaskExecutor(2, 2)
@@ -343,11 +381,16 @@ def test_best_fit_rows_hold_every_token_and_mask_the_padding(run: Run, texts: li
     assert manifest.packing == "best_fit"
     assert manifest.train.dropped_tokens == 0
     train, padding = joined(prepared.folder, "train"), bytes(16)
-    assert sum(len(tokens) for (_, identity), (tokens, _) in train.items() if identity == padding) == manifest.train.padding_tokens > 0
+    assert (
+        sum(len(tokens) for (_, identity), (tokens, _) in train.items() if identity == padding)
+        == manifest.train.padding_tokens
+        > 0
+    )
     everything = documents_of(prepared.folder, "train") | documents_of(prepared.folder, "heldout")
     by_id = {hashlib.sha256(text.encode()).digest()[:16]: text for text in texts}
     assert everything.keys() - {padding} == by_id.keys()
-    long = {identity for identity, text in by_id.items() if len(text) > 100}  # pieces of a long document lie in different rows
+    # pieces of a long document lie in different rows
+    long = {identity for identity, text in by_id.items() if len(text) > 100}
     assert all(everything[identity] == text for identity, text in by_id.items() if identity not in long)
     for reader in ShardSet(prepared.folder, manifest, "train").readers():
         table, mask = reader.documents(), reader.loss_mask(np.arange(reader.num_rows))
@@ -374,7 +417,9 @@ def test_fim_is_recorded_and_every_document_comes_back(run: Run, texts: list[str
     assert 0.7 < np.mean([mode != fim.PLAIN for mode in transformed]) <= 1
     assert {fim.PSM, fim.SPM} <= set(transformed)
     assert modes[0] != modes[1]
-    assert tree(prepared.folder) == tree(run(output="again", fim=Fim(rate=0.9, spm_share=0.5), epochs=2, executor=LocalExecutor(2)).folder)
+    assert tree(prepared.folder) == tree(
+        run(output="again", fim=Fim(rate=0.9, spm_share=0.5), epochs=2, executor=LocalExecutor(2)).folder
+    )
 
 
 def test_released_fim_is_the_same_on_any_number_of_processes(run: Run) -> None:
@@ -433,7 +478,9 @@ def test_ids_beyond_the_vocabulary_are_named_by_line(run: Run, tmp_path: Path) -
         run(inputs_of(path, format="amber", options=ReadOptions(sequence_length=16)))
 
 
-def test_a_document_that_fails_stops_the_run_unless_the_budget_allows_it(run: Run, texts: list[str], tmp_path: Path) -> None:
+def test_a_document_that_fails_stops_the_run_unless_the_budget_allows_it(
+    run: Run, texts: list[str], tmp_path: Path
+) -> None:
     path = write_lines(tmp_path / "texts.jsonl", texts)
     lines = path.read_text().splitlines()
     lines[70], lines[90] = "{broken", '{"text": 3}'
@@ -450,7 +497,9 @@ def test_a_document_that_fails_stops_the_run_unless_the_budget_allows_it(run: Ru
     assert [entry["place"] for entry in listed] == ["texts.jsonl:71", "texts.jsonl:91"]
 
 
-def test_a_document_that_cannot_be_encoded_counts_as_a_failure_and_unknown_text_is_counted(run: Run, tmp_path: Path) -> None:
+def test_a_document_that_cannot_be_encoded_counts_as_a_failure_and_unknown_text_is_counted(
+    run: Run, tmp_path: Path
+) -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2, "<unk>": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken("</s>", special=True), AddedToken("<unk>", special=True)])
@@ -458,7 +507,9 @@ def test_a_document_that_cannot_be_encoded_counts_as_a_failure_and_unknown_text_
     path.write_text(tokenizer.to_str())
     texts = ["a b " * (number + 9) for number in range(9)]
     texts[4], texts[6] = "b \u65e5 a", "a </s> b"
-    with pytest.raises(DataError, match=r"texts\.jsonl:7: the tokenizer turns ordinary text into control id 2 at token 1"):
+    with pytest.raises(
+        DataError, match=r"texts\.jsonl:7: the tokenizer turns ordinary text into control id 2 at token 1"
+    ):
         run(texts, tokenizer=path, heldout_fraction=0)
     prepared = run(texts, tokenizer=path, heldout_fraction=0, max_failures=1)
     assert (prepared.manifest.documents.failed, prepared.manifest.documents.train) == (1, 8)
@@ -470,7 +521,10 @@ def engines_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     encode = engines.Gigatoken.encode
 
     def wrong(self: Any, texts: Any) -> Any:
-        return [ids + 1 if text.startswith(("50", "90")) else ids for ids, text in zip(encode(self, texts), texts, strict=True)]
+        return [
+            ids + 1 if text.startswith(("50", "90")) else ids
+            for ids, text in zip(encode(self, texts), texts, strict=True)
+        ]
 
     monkeypatch.setattr(engines.Gigatoken, "encode", wrong)
     monkeypatch.setattr(tokenization, "_CHECKED", 256)
@@ -482,7 +536,10 @@ def engines_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_the_engines_differ_the_reference_encodes_everything(run: Run, tmp_path: Path, members: int) -> None:
     pytest.importorskip("gigatoken")
     by_reference = run(output="a", engine="tokenizers")
-    with pytest.raises(DataError, match=r"texts\.jsonl:\d+: gigatoken .* and the reference differ from token 0; use --engine tokenizers"):
+    with pytest.raises(
+        DataError,
+        match=r"texts\.jsonl:\d+: gigatoken .* and the reference differ from token 0; use --engine tokenizers",
+    ):
         run(output="b", engine="gigatoken")
     results: list[Prepared | None] = []
 
@@ -561,7 +618,10 @@ def test_contradicting_settings(run: Run) -> None:
 
 def test_two_at_once(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with fsops.held_lock(tmp_path / "out" / ".d.lock", b""), pytest.raises(DataError, match="is being prepared by another process"):
+    with (
+        fsops.held_lock(tmp_path / "out" / ".d.lock", b""),
+        pytest.raises(DataError, match="is being prepared by another process"),
+    ):
         run()
     assert not run().up_to_date
 
@@ -596,7 +656,9 @@ def few_parts_of_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def operations(run: Run, folder: Path, kinds: tuple[str, ...]) -> tuple[int, dict[str, str]]:
-    """How many file operations a run makes up to the last of these kinds, once the folder of datasets is there, and what it makes."""
+    """How many file operations a run makes up to the last of these kinds, once the folder of datasets is there, and
+    what it makes.
+    """
     run(name="other")
     with injected(Faults()) as faults:
         run()
@@ -644,7 +706,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(run: Run, tmp_path: P
 
 
 def test_what_is_done_is_not_done_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weftrain.data_prep import executors
+    from weftrain.data_prep.stages import executors
 
     done: list[str] = []
     for name, stage in list(executors.STAGES.items()):
@@ -672,11 +734,14 @@ def test_processes_that_are_kept_do_not_keep_a_plan_that_was_replaced(run: Run, 
     fsops.remove_tree(tmp_path / "out" / "d")
     assert tree(run(executor=executor, seed=7).folder) == expected
     executor.close()
-    # What is left would close its pipe under Python's exit handler, which then prints "Exception ignored in ... Bad file descriptor".
+    # What is left would close its pipe under Python's exit handler, which then prints "Exception ignored in ... Bad
+    # file descriptor".
     assert [thread for thread in threading.enumerate() if type(thread).__name__ == "_ExecutorManagerThread"] == []
 
 
-def test_other_settings_do_not_go_on_from_anothers_work(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_other_settings_do_not_go_on_from_anothers_work(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     expected = tree(run(output="clean", seed=7).folder)
     with injected(Faults(DEATHS[0], 40)), pytest.raises(Death):
         run()
@@ -692,7 +757,9 @@ def test_a_slice_of_the_embedded_corpus(tmp_path: Path) -> None:
         (library / path.name).write_bytes(path.read_bytes())
     files, description, licence = embedded_inputs(library)
     inputs = Inputs(tuple(files), description, licence)
-    prepared = prepare(inputs, tmp_path / "out", name="python", vocab_size=600, sequence_length=64, heldout_fraction=0.75)
+    prepared = prepare(
+        inputs, tmp_path / "out", name="python", vocab_size=600, sequence_length=64, heldout_fraction=0.75
+    )
     assert prepared is not None
     assert prepared.manifest.vocab_size == 632
     assert prepared.manifest.corpus.licence == "PSF-2.0"
@@ -708,7 +775,9 @@ def test_documentation_stands_on_the_side_of_its_source(tmp_path: Path, texts: l
         (library / f"m{number}.py").write_text(f'"""{(text + " ") * 12}"""\n')
     files, description, licence = embedded_inputs(library)
     inputs = Inputs(tuple(files), description, licence)
-    prepared = prepare(inputs, tmp_path / "out", name="python", vocab_size=300, sequence_length=16, heldout_fraction=0.3)
+    prepared = prepare(
+        inputs, tmp_path / "out", name="python", vocab_size=300, sequence_length=16, heldout_fraction=0.3
+    )
     assert prepared is not None
     assert prepared.manifest.documents.heldout > 20
     sides: dict[int, dict[int, str]] = {}
@@ -726,7 +795,9 @@ def test_the_whole_embedded_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for output, workers in (("a", 1), ("b", 2)):
         files, description, licence = embedded_inputs()
         inputs = Inputs(tuple(files), description, licence)
-        made.append(prepare(inputs, tmp_path / output, name="python", sequence_length=256, executor=LocalExecutor(workers)))
+        made.append(
+            prepare(inputs, tmp_path / output, name="python", sequence_length=256, executor=LocalExecutor(workers))
+        )
     first, second = made
     assert first is not None
     assert second is not None

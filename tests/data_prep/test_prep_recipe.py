@@ -1,4 +1,6 @@
-"""Preparation recipes: every one that ships loads and makes the folders that the training recipes read; wrong ones name the line."""
+"""Preparation recipes: every one that ships loads and makes the folders that the training recipes read; wrong ones name
+the line.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def test_ambers_chunks_are_the_checkpoints_steps() -> None:
 
 
 def test_defaults_and_overrides(tmp_path: Path) -> None:
-    recipe = load_prep_recipe(write(tmp_path, MINIMAL), ["packing=best_fit", "datasets.0.fim={rate: 0.9, spm_share: 0.5}"])
+    recipe = load_prep_recipe(
+        write(tmp_path, MINIMAL), ["packing=best_fit", "datasets.0.fim={rate: 0.9, spm_share: 0.5}"]
+    )
     assert recipe.packing == "best_fit"
     assert recipe.datasets[0].fim is not None
     assert recipe.max_failures == 0
@@ -65,7 +69,10 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("sequence_length: 8", "sequence_lenth: 8"), r"r\.yaml:3: unknown key 'sequence_lenth'; did you mean 'sequence_length'"),
+        (
+            ("sequence_length: 8", "sequence_lenth: 8"),
+            r"r\.yaml:3: unknown key 'sequence_lenth'; did you mean 'sequence_length'",
+        ),
         (("sequence_length: 8\n", ""), "missing key 'sequence_length'"),
         (("sequence_length: 8", "sequence_length: 0"), r"r\.yaml:3: sequence_length"),
         (("name: a,", "name: a, fim: {rate: 2, spm_share: 0.5},"), r"r\.yaml:5: datasets\.0\.fim\.rate"),

@@ -9,12 +9,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from weftrain.core.dataset import ShardSet, read_manifest
 from weftrain.core.errors import DataError
-from weftrain.data_prep.listing import list_inputs
+from weftrain.core.formats.dataset import ShardSet, read_manifest
 from weftrain.data_prep.pipeline import prepare
-from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.publish import fetch, is_remote, publish, staging_folder
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.stages.plan import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 
@@ -25,7 +25,12 @@ def dataset(tmp_path: Path, encoder: TextEncoder, texts: list[str]) -> Path:
         (tmp_path / "in" / f"{number}.txt").parent.mkdir(exist_ok=True)
         (tmp_path / "in" / f"{number}.txt").write_text(text)
     inputs = Inputs(tuple(list_inputs([str(tmp_path / "in")], source=None)), "text")
-    settings = {"tokenizer": tmp_path / "tokenizer.json", "sequence_length": 16, "heldout_fraction": 0.2, "rows_per_shard": 40}
+    settings = {
+        "tokenizer": tmp_path / "tokenizer.json",
+        "sequence_length": 16,
+        "heldout_fraction": 0.2,
+        "rows_per_shard": 40,
+    }
     prepared = prepare(inputs, tmp_path / "out", name="d", **settings)  # type: ignore[arg-type]
     assert prepared is not None
     return prepared.folder

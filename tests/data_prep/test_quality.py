@@ -1,4 +1,6 @@
-"""Filters, near-duplicates and decontamination through datatrove: what was planted goes, the rest stays, and says where it came from."""
+"""Filters, near-duplicates and decontamination through datatrove: what was planted goes, the rest stays, and says where
+it came from.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from weftrain.core.dataset import open_sources
 from weftrain.core.errors import DataError
-from weftrain.data_prep import plan
-from weftrain.data_prep.listing import list_inputs
+from weftrain.core.formats.dataset import open_sources
 from weftrain.data_prep.pipeline import prepare
-from weftrain.data_prep.plan import Inputs
 from weftrain.data_prep.quality import Decontaminate, LengthFilter, MinHash, Quality
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.stages import plan
+from weftrain.data_prep.stages.plan import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 pytest.importorskip("datatrove", reason="datatrove is not installed: pip install 'weftrain[quality]'")
@@ -26,7 +28,9 @@ SENTENCE = "the weft is carried across a warp by hand and the loom keeps every t
 
 
 def write(tmp_path: Path) -> list[str]:
-    """20 documents, then: one that nearly is the fourth, one too short, one with the evaluation set's question in it."""
+    """20 documents, then: one that nearly is the fourth, one too short, one with the evaluation set's question in
+    it.
+    """
     rng, words = random.Random(0), SENTENCE.split()
     texts = [" ".join(f"{rng.choice(words)}{rng.randint(0, 9)}" for _ in range(200)) for _ in range(20)]
     texts += [f"{texts[3]} extra", "too short", f"{texts[5][:300]} {QUIZ} {texts[6][300:700]}"]
@@ -49,7 +53,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
 
 
-def test_what_was_planted_goes_and_the_rest_says_where_it_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_planted_goes_and_the_rest_says_where_it_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = write(tmp_path)
     monkeypatch.setattr("weftrain.data_prep.datatrove_bridge._PART_BYTES", 9000)  # several tasks
     against = Decontaminate(against=(str(tmp_path / "eval.jsonl"),))
@@ -87,21 +93,33 @@ def test_another_text_key_or_evaluation_set_is_done_again(tmp_path: Path) -> Non
     from weftrain.data_prep.datatrove_bridge import filter_inputs
 
     by_text = filtered(tmp_path, Quality(length=LengthFilter(min_words=50)))
-    inputs = Inputs(tuple(list_inputs([str(tmp_path / "in" / "a.jsonl")], source="prose")), "text", "none", ReadOptions(text_key="body"))
+    inputs = Inputs(
+        tuple(list_inputs([str(tmp_path / "in" / "a.jsonl")], source="prose")),
+        "text",
+        "none",
+        ReadOptions(text_key="body"),
+    )
     by_body = filter_inputs(inputs, Quality(length=LengthFilter(min_words=50)), tmp_path / "out", 1)
     inputs = Inputs(inputs.files, "text", "none", ReadOptions())
     again = filter_inputs(inputs, Quality(length=LengthFilter(min_words=50)), tmp_path / "out", 1)
     assert (by_text.dropped, by_body.dropped, again.dropped) == ({"length": 1}, {"length": 12}, {"length": 0})
 
 
-def test_the_dataset_is_made_of_what_is_left(tmp_path: Path, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dataset_is_made_of_what_is_left(
+    tmp_path: Path, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan, "_MEBI", 300)
     write(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(encoder.data)
     found = filtered(tmp_path, Quality(length=LengthFilter(min_words=5)))
     assert found.inputs.options == ReadOptions(text_key="text", source_key="source")
     prepared = prepare(
-        found.inputs, tmp_path / "d", name="d", tokenizer=tmp_path / "tokenizer.json", sequence_length=64, heldout_fraction=0.0
+        found.inputs,
+        tmp_path / "d",
+        name="d",
+        tokenizer=tmp_path / "tokenizer.json",
+        sequence_length=64,
+        heldout_fraction=0.0,
     )
     assert prepared is not None
     assert prepared.manifest.documents.read == 22
@@ -123,9 +141,13 @@ def test_an_evaluation_set_of_too_few_words(tmp_path: Path) -> None:
         filtered(tmp_path, Quality(decontaminate=Decontaminate(against=(str(tmp_path / "eval.jsonl"),))))
     (tmp_path / "sets").mkdir()
     for name in ("eval.jsonl", "task.json"):
-        (tmp_path / "sets" / name).write_text('{"prompt": "a"}' if name == "task.json" else json.dumps({"text": QUIZ}) + "\n")
+        (tmp_path / "sets" / name).write_text(
+            '{"prompt": "a"}' if name == "task.json" else json.dumps({"text": QUIZ}) + "\n"
+        )
     (tmp_path / "sets" / "more").write_bytes(b"\0")
-    with pytest.raises(DataError, match=r"not read: binary file \(1\): sets/more; JSON without a field 'text': sets/task\.json"):
+    with pytest.raises(
+        DataError, match=r"not read: binary file \(1\): sets/more; JSON without a field 'text': sets/task\.json"
+    ):
         filtered(tmp_path, Quality(decontaminate=Decontaminate(against=(str(tmp_path / "sets"),))))
 
 

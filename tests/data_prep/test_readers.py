@@ -15,18 +15,24 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import SHARED
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep import read_options
-from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile
-from weftrain.data_prep.listing import list_inputs
-from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.shares import read_part, records_before, split_parts
+from weftrain.data_prep.readers import read_options
+from weftrain.data_prep.readers.documents import Document, Failure, FileRead, InputFile
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.readers.shares import read_part, records_before, split_parts
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = SHARED / "data"
 
 
-def read(files: Sequence[InputFile], options: ReadOptions = ReadOptions(), part_bytes: int = 1 << 40) -> list[Document | Failure]:  # noqa: B008
+DEFAULTS = ReadOptions()
+
+
+def read(
+    files: Sequence[InputFile], options: ReadOptions = DEFAULTS, part_bytes: int = 1 << 40
+) -> list[Document | Failure]:
     """Everything, with records of the whole file."""
     items: list[Document | Failure] = []
     lines: dict[int, int] = {}
@@ -69,7 +75,9 @@ def test_any_cut_gives_the_lines_of_the_whole(tmp_path: Path, rows: list[str], p
     for part in split_parts(files, part_bytes):
         for share in part.shares:
             before = path.read_bytes()[: share.begin]
-            assert records_before(files[0], share) == before.count(b"\n") + (bool(before) and not before.endswith(b"\n"))
+            assert records_before(files[0], share) == before.count(b"\n") + (
+                bool(before) and not before.endswith(b"\n")
+            )
 
 
 @pytest.mark.parametrize(
@@ -167,7 +175,7 @@ def test_ambers_rows(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
 
 
 def test_the_released_sample_of_amber() -> None:
-    path = SHARED / "amber" / "memorization_sample.jsonl"
+    path = DATA / "amber" / "memorization_sample.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not here: the released files lie beside the repository")
     first = json.loads(path.open().readline())
@@ -175,7 +183,9 @@ def test_the_released_sample_of_amber() -> None:
     assert len(items) > 10
     if "token_ids" in first:
         assert all(isinstance(item, Document) for item in items)
-        assert all(item.tokens is not None and item.tokens.max() < 32_000 for item in items if isinstance(item, Document))
+        assert all(
+            item.tokens is not None and item.tokens.max() < 32_000 for item in items if isinstance(item, Document)
+        )
     else:
         assert all(isinstance(item, Failure) for item in items)
 
@@ -187,9 +197,21 @@ def test_the_released_sample_of_amber() -> None:
 @given(
     st.binary(max_size=400),
     st.sampled_from(["t.jsonl", "t.txt", "t.jsonl.gz", "t.jsonl.zst", "t.parquet", "t.h5", "t.bin"]),
-    st.sampled_from([b"", b'{"token_ids": [', b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"PAR1", b"\x89HDF\r\n\x1a\n", b"MMIDIDX\x00\x00"]),
+    st.sampled_from(
+        [
+            b"",
+            b'{"token_ids": [',
+            b"\x1f\x8b\x08",
+            b"\x28\xb5\x2f\xfd",
+            b"PAR1",
+            b"\x89HDF\r\n\x1a\n",
+            b"MMIDIDX\x00\x00",
+        ]
+    ),
 )
-def test_bytes_of_any_kind_are_documents_failures_or_one_error(tmp_path: Path, data: bytes, name: str, magic: bytes) -> None:
+def test_bytes_of_any_kind_are_documents_failures_or_one_error(
+    tmp_path: Path, data: bytes, name: str, magic: bytes
+) -> None:
     folder = tmp_path / uuid.uuid4().hex
     folder.mkdir()
     (folder / name).write_bytes(magic + data)
@@ -231,7 +253,10 @@ def test_shares_hash_to_the_file_where_they_are_all_of_it(tmp_path: Path) -> Non
     path = lines(tmp_path / "t.jsonl", [{"text": "x" * number} for number in range(50)])
     files = list_inputs([str(path)], source=None)
     (share,) = [
-        item for part in split_parts(files, 1 << 40) for item in read_part(files, part, ReadOptions()) if isinstance(item, FileRead)
+        item
+        for part in split_parts(files, 1 << 40)
+        for item in read_part(files, part, ReadOptions())
+        if isinstance(item, FileRead)
     ]
     assert share.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert share.records == 50

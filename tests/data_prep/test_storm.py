@@ -1,7 +1,8 @@
 """Folders of every format, encoding, link and damage that people have.
 
-For every input either its text is found exactly once in the dataset, or the dataset or the command's one message names it with a reason;
-and whoever does the tasks, in whichever order and place and however interrupted, the dataset's bytes are the same.
+For every input either its text is found exactly once in the dataset, or the dataset or the command's one message names
+it with a reason; and whoever does the tasks, in whichever order and place and however interrupted, the dataset's bytes
+are the same.
 
 The dataset is read back by independent_reader.py (h5py, numpy and json alone) and the reference tokenizer.
 """
@@ -36,12 +37,12 @@ from independent_reader import documents, json_lines, manifest_of, order_key, tr
 from tokenizers import Tokenizer
 
 from weftrain.cli.main import main
-from weftrain.data_prep import plan
-from weftrain.data_prep.executors import Executor, LocalExecutor, RayExecutor, Stage, run_task
-from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import prepare
-from weftrain.data_prep.plan import Inputs, Plan
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.stages import plan
+from weftrain.data_prep.stages.executors import Executor, LocalExecutor, RayExecutor, Stage, run_task
+from weftrain.data_prep.stages.plan import Inputs, Plan
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 EOS = "</s>"
@@ -50,7 +51,8 @@ MAX_REFUSALS = 12  # files that one folder may hold and a run refuses, one after
 
 @dataclass
 class Entry:
-    """One file of the folder. name: below it. data: its bytes. texts: what it holds, each of which must be found or named.
+    """One file of the folder. name: below it. data: its bytes. texts: what it holds, each of which must be found or
+    named.
 
     link_to: where a symbolic link leads that stands there instead, beside the folder.
     """
@@ -64,7 +66,9 @@ class Entry:
 
 
 def lines_of(texts: list[str], key: str = "text") -> bytes:
-    return b"".join(json.dumps({key: text, "n": n}, ensure_ascii=n % 2 == 0).encode() + b"\n" for n, text in enumerate(texts))
+    return b"".join(
+        json.dumps({key: text, "n": n}, ensure_ascii=n % 2 == 0).encode() + b"\n" for n, text in enumerate(texts)
+    )
 
 
 def zstd(data: bytes) -> bytes:
@@ -118,7 +122,8 @@ SINGLE: dict[str, Callable[[str], bytes]] = {  # one document a file
     "readme_{n}": str.encode,
     "módulo-{n}.py": str.encode,
 }
-DAMAGED: dict[str, Callable[[str], bytes]] = {  # what cannot be read: named in failures.jsonl, in inputs.jsonl, or in the message
+# what cannot be read: named in failures.jsonl, in inputs.jsonl, or in the message
+DAMAGED: dict[str, Callable[[str], bytes]] = {
     "latin1-{n}.txt": lambda text: "café ".encode("latin-1") + text.encode(),
     "nul-{n}.txt": lambda text: text.encode() + b"\0",
     "cut-{n}.jsonl.gz": lambda text: gzip.compress(lines_of([text] * 3))[:-9],
@@ -157,7 +162,9 @@ def folders(draw: st.DrawFn) -> list[Entry]:
         return f"{count}: " + " ".join(draw(WORDS))
 
     for n in range(draw(st.integers(3, 9))):
-        kind = draw(st.sampled_from(("whole", "whole", "whole", "single", "single", "damaged", "without", "link", "copy")))
+        kind = draw(
+            st.sampled_from(("whole", "whole", "whole", "single", "single", "damaged", "without", "link", "copy"))
+        )
         if kind == "whole":
             name = draw(st.sampled_from(sorted(WHOLE)))
             texts = [text() for _ in range(draw(st.integers(1, 6)))]
@@ -174,7 +181,9 @@ def folders(draw: st.DrawFn) -> list[Entry]:
             entries.append(Entry(name.format(n=n), WITHOUT_TEXT[name], is_data=False))
         elif kind == "link":
             target = draw(st.sampled_from(sorted(LINKED)))
-            entries.append(Entry(f"link-{n}.jsonl", b"", LINKED[target], target, may_be_refused=True, is_data=bool(LINKED[target])))
+            entries.append(
+                Entry(f"link-{n}.jsonl", b"", LINKED[target], target, may_be_refused=True, is_data=bool(LINKED[target]))
+            )
         elif entries:
             copied = draw(st.sampled_from(entries))
             if copied.link_to is None and copied.texts:
@@ -195,7 +204,16 @@ def build(folder: Path, entries: list[Entry]) -> None:
 
 
 def prepared(scratch: Path, name: str, tokenizer: Path, *options: str) -> tuple[int, str]:
-    arguments = ["prep", str(scratch / "in"), "--name", name, "--output", str(scratch / "out"), "--tokenizer", str(tokenizer)]
+    arguments = [
+        "prep",
+        str(scratch / "in"),
+        "--name",
+        name,
+        "--output",
+        str(scratch / "out"),
+        "--tokenizer",
+        str(tokenizer),
+    ]
     fixed = ["--sequence-length", "16", "--heldout-fraction", "0.2", "--max-failures", "1000"]
     result = CliRunner().invoke(main, [*arguments, *fixed, *options])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -204,7 +222,9 @@ def prepared(scratch: Path, name: str, tokenizer: Path, *options: str) -> tuple[
 
 
 def check_storm(scratch: Path, entries: list[Entry], tokenizer: Path, workers: int) -> None:
-    """Prepare the folder; a file that the run refuses by name is taken away, and the rest must then be in the dataset or be named."""
+    """Prepare the folder; a file that the run refuses by name is taken away, and the rest must then be in the dataset
+    or be named.
+    """
     (scratch / "in").mkdir()
     build(scratch / "in", entries)
     present = {entry.name: entry for entry in entries}
@@ -241,7 +261,9 @@ def check_found(folder: Path, entries: dict[str, Entry], tokenizer: Path) -> Non
             assert text in entries[document.file.removeprefix("in/")].texts, (document.file, text)
     assert set(found.values()) <= {1}, "a text is in the dataset more than once"
     inputs = json_lines(folder / "inputs.jsonl")
-    skipped = {entry["name"].removeprefix("in/").rstrip("/"): entry["skipped"] for entry in inputs if entry.get("skipped")}
+    skipped = {
+        entry["name"].removeprefix("in/").rstrip("/"): entry["skipped"] for entry in inputs if entry.get("skipped")
+    }
     failed = {entry["place"].rpartition(":")[0].removeprefix("in/") for entry in json_lines(folder / "failures.jsonl")}
     read = {entry["name"].removeprefix("in/") for entry in inputs if not entry.get("skipped")}
     for name, entry in entries.items():
@@ -249,7 +271,12 @@ def check_found(folder: Path, entries: dict[str, Entry], tokenizer: Path) -> Non
             missing = [text for text in entry.texts if text not in found]
             assert not missing or name in skipped, f"{name}: lost without a word: {missing}"
         else:
-            named = name in skipped or name in failed or name in read or any(name.startswith(f"{folder_}/") for folder_ in skipped)
+            named = (
+                name in skipped
+                or name in failed
+                or name in read
+                or any(name.startswith(f"{folder_}/") for folder_ in skipped)
+            )
             assert named, f"{name}: is neither read nor named"
 
 
@@ -263,7 +290,14 @@ def tokenizer(encoder: TextEncoder, tmp_path_factory: pytest.TempPathFactory) ->
 def storm(max_examples: int) -> Any:
     """Derandomized and not shrunk: a folder that fails is small enough to be read as it is."""
     checks, phases = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow], [Phase.explicit, Phase.generate]
-    return settings(max_examples=max_examples, deadline=None, derandomize=True, suppress_health_check=checks, phases=phases, database=None)
+    return settings(
+        max_examples=max_examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=checks,
+        phases=phases,
+        database=None,
+    )
 
 
 @storm(10)
@@ -295,7 +329,8 @@ def test_every_format_is_read_whole(tmp_path: Path, tokenizer: Path) -> None:
     reference = Tokenizer.from_file(str(tokenizer))
     contents = [
         hashlib.sha256(reference.decode(document.tokens[:-1].tolist(), skip_special_tokens=False).encode()).digest()
-        for document in documents(tmp_path / "out" / "stream", "train")[:-1]  # the last one is cut by the end of the last row
+        # the last one is cut by the end of the last row
+        for document in documents(tmp_path / "out" / "stream", "train")[:-1]
     ]
     keys = [order_key(3, content) for content in contents]
     assert keys == sorted(keys)
@@ -304,7 +339,9 @@ def test_every_format_is_read_whole(tmp_path: Path, tokenizer: Path) -> None:
 
 @dataclass(frozen=True)
 class OutOfOrder:
-    """An executor that does the tasks of a stage in an order drawn by `seed`, and some of them as if another process had them too."""
+    """An executor that does the tasks of a stage in an order drawn by `seed`, and some of them as if another process
+    had them too.
+    """
 
     seed: int
     leads = True
@@ -330,21 +367,28 @@ ROWS_LENGTH = 16
 
 
 def write_tokens(folder: Path, vocab_size: int) -> None:
-    """Documents of ids as others write them: Megatron, datatrove, OLMo, and MDS and litdata as their libraries wrote them."""
+    """Documents of ids as others write them: Megatron, datatrove, OLMo, and MDS and litdata as their libraries wrote
+    them.
+    """
     generator = np.random.default_rng(7)
     ids = [generator.integers(3, vocab_size, int(length)) for length in generator.integers(1, 40, 30)]
     (folder / "d").mkdir(parents=True, exist_ok=True)
     for name in ("mds_uint16", "mds_zstd", "mds_text", "litdata_tokens", "litdata_tree", "litdata_batch"):
         shutil.copytree(Path(__file__).parent / "readers" / "files" / name, folder / "d" / name)
     (folder / "d" / "a.ds").write_bytes(np.concatenate(ids[:10]).astype("<u2").tobytes())
-    (folder / "d" / "a.ds.index").write_bytes(np.cumsum([len(document) for document in ids[:10]]).astype("<u8").tobytes())
+    (folder / "d" / "a.ds.index").write_bytes(
+        np.cumsum([len(document) for document in ids[:10]]).astype("<u8").tobytes()
+    )
     np.save(folder / "d" / "ids.npy", np.concatenate([np.append(document, 2) for document in ids[10:20]]).astype("<u2"))
     lengths = np.array([len(document) for document in ids[20:]], "<i4")
     pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * 2
     (folder / "d" / "m.bin").write_bytes(np.concatenate(ids[20:]).astype("<u2").tobytes())
     header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, len(lengths), len(lengths) + 1)
     (folder / "d" / "m.idx").write_bytes(
-        header + lengths.tobytes() + pointers.astype("<i8").tobytes() + np.arange(len(lengths) + 1, dtype="<i8").tobytes()
+        header
+        + lengths.tobytes()
+        + pointers.astype("<i8").tobytes()
+        + np.arange(len(lengths) + 1, dtype="<i8").tobytes()
     )
 
 
@@ -352,8 +396,12 @@ def write_everything(folder: Path, vocab_size: int) -> None:
     """Every format whose documents can be in one dataset, some files linked, some skipped."""
     entries = []
     for n, (name, of_texts) in enumerate(WHOLE.items()):
-        entries.append(Entry(name.format(n=n), of_texts([f"{n}-{k}: the weft of {name}" * (1 + 9 * (k == 3)) for k in range(9)])))
-    entries += [Entry(name.format(n=n), of_text(f"only {n} {name}")) for n, (name, of_text) in enumerate(SINGLE.items())]
+        entries.append(
+            Entry(name.format(n=n), of_texts([f"{n}-{k}: the weft of {name}" * (1 + 9 * (k == 3)) for k in range(9)]))
+        )
+    entries += [
+        Entry(name.format(n=n), of_text(f"only {n} {name}")) for n, (name, of_text) in enumerate(SINGLE.items())
+    ]
     entries += [Entry(name.format(n=n), data) for n, (name, data) in enumerate(WITHOUT_TEXT.items())]
     build(folder, [*entries, Entry("link.jsonl", b"", link_to="outside.jsonl")])
     write_tokens(folder, vocab_size)
@@ -363,7 +411,9 @@ def write_rows(folder: Path, vocab_size: int) -> list[Path]:
     """Rows that stand alone, in every form of them."""
     generator = np.random.default_rng(8)
     ids = generator.integers(3, vocab_size, (40, ROWS_LENGTH + 1))
-    (folder / "amber.jsonl").write_text("".join(json.dumps({"token_ids": row.tolist(), "source": "c4"}) + "\n" for row in ids))
+    (folder / "amber.jsonl").write_text(
+        "".join(json.dumps({"token_ids": row.tolist(), "source": "c4"}) + "\n" for row in ids)
+    )
     planes = np.stack([ids[:, :-1], np.ones((40, ROWS_LENGTH)), ids[:, 1:]], axis=1).astype("<i4")
     with h5py.File(folder / "rows.h5", "w") as file:
         file["data"] = planes
@@ -383,7 +433,9 @@ def write_rows(folder: Path, vocab_size: int) -> list[Path]:
 
 @pytest.fixture
 def make(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
-    """prepare() of some inputs into a folder of its own, in many small parts; the hashes of all files of the dataset."""
+    """prepare() of some inputs into a folder of its own, in many small parts; the hashes of all files of the
+    dataset.
+    """
     monkeypatch.setattr(plan, "_MEBI", 1000)
     monkeypatch.setattr(plan, "_PIECE_DOCUMENTS", 9)
 

@@ -2,9 +2,10 @@
 
     python tests/earlier_files/make.py tests/earlier_files/NAME
 
-writes NAME/files.tar.xz and NAME/expected.json; NAME gives the versions of the formats inside. The committed pair is never made again,
-because it stands for the files that users have. When a format gets a new version, make a second pair beside it. Everything is written by
-the command line in this process, in an empty folder, with relative paths and an invented host name, so nothing tells where it was made.
+writes NAME/files.tar.xz and NAME/expected.json; NAME gives the versions of the formats inside. The committed pair is
+never made again, because it stands for the files that users have. When a format gets a new version, make a second pair
+beside it. Everything is written by the command line in this process, in an empty folder, with relative paths and an
+invented host name, so nothing tells where it was made.
 """
 
 from __future__ import annotations
@@ -28,11 +29,27 @@ from click.testing import CliRunner
 from weftrain.cli.main import main
 from weftrain.core import checkpoint
 from weftrain.core.data import training_source
-from weftrain.core.dataset import read_manifest
+from weftrain.core.formats.dataset import read_manifest
 from weftrain.core.recipe_file import load_recipe
-from weftrain.core.speed import Peak
+from weftrain.core.run.speed import Peak
 
-WORDS = ["the", "weft", "is", "carried", "across", "a", "warp", "by", "hand", "and", "the", "loom", "keeps", "every", "thread"]
+WORDS = [
+    "the",
+    "weft",
+    "is",
+    "carried",
+    "across",
+    "a",
+    "warp",
+    "by",
+    "hand",
+    "and",
+    "the",
+    "loom",
+    "keeps",
+    "every",
+    "thread",
+]
 PREP = """\
 name: two
 description: prose of two sources, and code for fill-in-the-middle
@@ -80,7 +97,12 @@ AMBER = [
     "data.synthetic_rows=8",
     "log.evaluate_every_steps=0",
 ]
-STORED = ["backend.options.tile_elements=1024", "backend.options.threads=1", "checkpoint.at_end=false", "schedule.steps=1"]
+STORED = [
+    "backend.options.tile_elements=1024",
+    "backend.options.threads=1",
+    "checkpoint.at_end=false",
+    "schedule.steps=1",
+]
 
 
 def command(*arguments: object) -> str:
@@ -94,19 +116,34 @@ def command(*arguments: object) -> str:
 def write_texts() -> None:
     generator = random.Random(5)
     kinds = ("verse", "letter")
-    lines = [{"text": " ".join(generator.choices(WORDS, k=generator.randint(4, 40))), "kind": kinds[n % 2]} for n in range(60)]
+    lines = [
+        {"text": " ".join(generator.choices(WORDS, k=generator.randint(4, 40))), "kind": kinds[n % 2]}
+        for n in range(60)
+    ]
     Path("texts/code").mkdir(parents=True)
     Path("texts/prose.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for number in range(30):
         name = generator.choice(WORDS)
-        Path(f"texts/code/{number:02d}.py").write_text(f"def {name}_{number}(x):\n    return x + {number}\n" * generator.randint(1, 4))
+        Path(f"texts/code/{number:02d}.py").write_text(
+            f"def {name}_{number}(x):\n    return x + {number}\n" * generator.randint(1, 4)
+        )
     Path("prep.yaml").write_text(PREP)
 
 
 def write_datasets() -> None:
     write_texts()
     command(
-        "prep", "texts/prose.jsonl", "texts/code", "--output", "first", "--name", "all", "--vocab-size", "300", "--sequence-length", "16"
+        "prep",
+        "texts/prose.jsonl",
+        "texts/code",
+        "--output",
+        "first",
+        "--name",
+        "all",
+        "--vocab-size",
+        "300",
+        "--sequence-length",
+        "16",
     )
     shutil.copy("first/all/tokenizer.json", "texts/tokenizer.json")
     shutil.rmtree("first")
@@ -116,7 +153,8 @@ def write_datasets() -> None:
 def write_runs() -> None:
     """Four runs, of which mapped and direct hold their only step in the store that their backend keeps.
 
-    crystal was extended, rolled back, trained again and evaluated. amber is there for its Hugging Face export, which is a Llama's.
+    crystal was extended, rolled back, trained again and evaluated. amber is there for its Hugging Face export, which is
+    a Llama's.
     """
     crystal = ["train", "crystal_demo", *CRYSTAL, "--run", "crystal", "backend.options.threads=1"]
     command(*crystal, "schedule.steps=2", "data.chunks=1")
@@ -139,7 +177,9 @@ def write_releases_and_exports(keys: Path) -> str:
         command("convert", "to-huggingface", f"runs/{run}", f"huggingface/{run}", "--dtype", "float32")
     Path("modelzoo").mkdir()
     command("convert", "checkpoint-to-cerebras", "runs/crystal", "modelzoo/step_4.mdl")
-    Path("modelzoo/params.yaml").write_text(command("convert", "params-from-recipe", "runs/crystal/recipe.yaml", "data.chunks=null"))
+    Path("modelzoo/params.yaml").write_text(
+        command("convert", "params-from-recipe", "runs/crystal/recipe.yaml", "data.chunks=null")
+    )
     command("bench", "train", "amber_demo", *AMBER, "--steps", "8", "--report", "bench", "--threads", "1")
     for path in Path("bench").iterdir():
         if path.name != "report.json":  # nothing reads the pages
@@ -191,7 +231,10 @@ def expected(public: str) -> dict[str, Any]:
     return {
         "dataset_ids": {name: {"train": one.train.id, "heldout": one.heldout.id} for name, one in manifests.items()},
         "rows_sha256_8_steps": rows_sha256("runs/crystal/recipe.yaml", 8),
-        "checkpoints": {str(path): {"root": checkpoint.verify(path)["root"], "state_sha256": state_sha256(path)} for path in checkpoints},
+        "checkpoints": {
+            str(path): {"root": checkpoint.verify(path)["root"], "state_sha256": state_sha256(path)}
+            for path in checkpoints
+        },
         "losses_two_steps_longer": {run: longer_by_two_steps(run) for run in ("crystal", "mapped", "direct")},
         "release": {"root": json.loads(Path("release/release.json").read_bytes())["root"], "signed_by": public},
     }
@@ -220,7 +263,7 @@ def make(target: Path) -> None:
         patch.setattr(platform, "node", lambda: "loom")
         patch.setattr(platform, "platform", lambda: "Linux")
         patch.setattr("weftrain.cli.assembly.measured_matmul_peak", lambda device, dtype: Peak(1e11, "invented"))
-        patch.setattr("weftrain.backends.streaming.file_store._boot_id", lambda: "")
+        patch.setattr("weftrain.backends.streaming.store.mapped._boot_id", lambda: "")
         write_datasets()
         write_runs()
         public = write_releases_and_exports(keys)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +20,10 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def examine() -> Callable[..., Any]:
-    """tests/kernels/mutants.py: examine(folder, op, file, old text, new text, check, example, dtype, empty folder) -> Report."""
-    spec = importlib.util.spec_from_file_location("kernel_mutants", Path(__file__).with_name("mutants.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: Callable[..., Any] = module.examine
+    """tests/kernels/mutants.py: examine(folder, op, file, old text, new text, check, example, dtype, empty folder) ->
+    Report.
+    """
+    import mutants
+
+    found: Callable[..., Any] = mutants.examine
     return found

@@ -1,7 +1,7 @@
 """A copy of a folder of implementations with one fault planted in the text, and the one check that must find it.
 
-What a reader would get wrong: the whole folder is copied, under a package name of its own, because kernels share helper files. Torch
-operators are renamed with it: a process can define one only once.
+What a reader would get wrong: the whole folder is copied, under a package name of its own, because kernels share helper
+files. Torch operators are renamed with it: a process can define one only once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _NUMBERS = itertools.count()
 
 
 def mutant(folder: str, op: str, file: str, old: str, new: str, into: Path) -> ModuleType:
-    """The module of `op` in a copy of kernels/<folder> with `old` replaced in `file`. Raises AssertionError where it is not there."""
+    """The module of `op` in a copy of kernels/<folder> with `old` replaced in `file`. Raises AssertionError where it is
+    not there.
+    """
     name = f"weftrain_mutant_{next(_NUMBERS)}"
     package = into / name
     package.mkdir()
@@ -43,7 +45,9 @@ def mutant(folder: str, op: str, file: str, old: str, new: str, into: Path) -> M
         sys.path.remove(str(into))
 
 
-def examine(folder: str, op: str, file: str, old: str, new: str, check: str, example: str, dtype: torch.dtype, into: Path) -> Report:
+def examine(
+    folder: str, op: str, file: str, old: str, new: str, check: str, example: str, dtype: torch.dtype, into: Path
+) -> Report:
     """The findings of one check, asked about one example in one dtype, of the first variant of the faulty copy."""
     offered = mutant(folder, op, file, old, new, into).IMPLEMENTATION
     variants: list[Implementation] = offered if isinstance(offered, list) else [offered]

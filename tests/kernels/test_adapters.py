@@ -1,7 +1,9 @@
-"""The adapters against recorded signatures: what they pass, that it binds, and that with what they pass the result is the reference's.
+"""The adapters against recorded signatures: what they pass, that it binds, and that with what they pass the result is
+the reference's.
 
-Where a package is absent, a stand-in with exactly its recorded signature takes its place and computes, in plain torch, what its source
-computes: which dtype the product has, which placement epsilon. Where it is present, the record is compared with the real thing.
+Where a package is absent, a stand-in with exactly its recorded signature takes its place and computes, in plain torch,
+what its source computes: which dtype the product has, which placement epsilon. Where it is present, the record is
+compared with the real thing.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def signature(path: str) -> inspect.Signature:
 
 
 class StandIns:
-    """Modules that are not installed, made of recorded signatures; `calls[path]` is what each function was given, by name."""
+    """Modules that are not installed, made of recorded signatures; `calls[path]` is what each function was given, by
+    name.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.monkeypatch, self.folder = monkeypatch, folder
@@ -117,7 +121,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 
 def attention_spec(dtype: torch.dtype = torch.bfloat16, device: str = "cuda", **attributes: Any) -> Spec:
-    return Spec("attention", "layers.0.attention", device, dtype, {"head_dim": 64, "scale": 0.125, "document_start": False} | attributes)
+    return Spec(
+        "attention",
+        "layers.0.attention",
+        device,
+        dtype,
+        {"head_dim": 64, "scale": 0.125, "document_start": False} | attributes,
+    )
 
 
 def computes_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, **_: Any) -> Tensor:
@@ -153,13 +163,17 @@ def test_the_record_is_what_is_installed(package: str) -> None:
     for path, recorded in record["callables"].items():
         parameters = inspect.signature(resolve(path)).parameters.values()
         real = [
-            [f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name, *([] if p.default is p.empty else [repr(p.default)])]
+            [
+                f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name,
+                *([] if p.default is p.empty else [repr(p.default)]),
+            ]
             for p in parameters
         ]
         assert real == recorded, path
 
 
-# ---- flash-attn ---------------------------------------------------------------------------------------------------------------------
+# ---- flash-attn
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -171,7 +185,9 @@ def test_the_record_is_what_is_installed(package: str) -> None:
         (flash.attention_3_atomic, "flash_attn_interface.flash_attn_func", False),
     ],
 )
-def test_flash_attn_is_called_as_its_source_wants(function: Any, path: str, deterministic: bool, stand_ins: StandIns) -> None:
+def test_flash_attn_is_called_as_its_source_wants(
+    function: Any, path: str, deterministic: bool, stand_ins: StandIns
+) -> None:
     stand_ins.add(path, computes_attention)
     q, k, v = (torch.randn(2, 5, 3, 16, dtype=torch.bfloat16) for _ in range(3))
     strided = torch.randn(2, 5, 9, 16, dtype=torch.bfloat16)[:, :, :3]  # a slice of a fused projection: not copied
@@ -182,7 +198,9 @@ def test_flash_attn_is_called_as_its_source_wants(function: Any, path: str, dete
     assert (given["softmax_scale"], given["causal"], given["deterministic"]) == (0.3, True, deterministic)
     assert (given["window_size"], given["softcap"], given.get("dropout_p", 0.0)) == ((-1, -1), 0.0, 0.0)
     assert given["return_attn_probs"] is False
-    with pytest.raises(KernelError, match=r"attention: flash-attn takes documents as cumulative lengths.*source triton or sdpa"):
+    with pytest.raises(
+        KernelError, match=r"attention: flash-attn takes documents as cumulative lengths.*source triton or sdpa"
+    ):
         function(q, k, v, scale=0.3, document_start=torch.zeros(2, 5, dtype=torch.int32))
     with pytest.raises(KernelError, match="attention: q is"):
         function(q, k[:, :4], v, scale=0.3)
@@ -210,7 +228,11 @@ def test_an_early_version_3_gives_a_pair(stand_ins: StandIns) -> None:
     ],
 )
 def test_which_version_serves(
-    installed: tuple[str, ...], capability: tuple[int, int], chosen: str | None, stand_ins: StandIns, gpu: Callable[[int, int], None]
+    installed: tuple[str, ...],
+    capability: tuple[int, int],
+    chosen: str | None,
+    stand_ins: StandIns,
+    gpu: Callable[[int, int], None],
 ) -> None:
     for package in installed:
         stand_ins.add(f"{package}.flash_attn_func", computes_attention)
@@ -234,7 +256,9 @@ def test_which_version_serves(
         (attention_spec(device="cpu"), "needs an NVIDIA GPU, not cpu"),
     ],
 )
-def test_what_flash_attn_cannot_do_is_said(spec: Spec, reason: str, stand_ins: StandIns, gpu: Callable[[int, int], None]) -> None:
+def test_what_flash_attn_cannot_do_is_said(
+    spec: Spec, reason: str, stand_ins: StandIns, gpu: Callable[[int, int], None]
+) -> None:
     stand_ins.add("flash_attn.flash_attn_func", computes_attention)
     gpu(8, 0)
     assert all(implementation.unavailable(attention_spec()) is None for implementation in flash.IMPLEMENTATION[1::2])
@@ -254,11 +278,14 @@ def test_sources_with_float_atomics_are_in_no_default() -> None:
     assert {"flash_attn_atomic", "sdpa"} <= set(load_catalog()["attention"])
 
 
-# ---- apex ---------------------------------------------------------------------------------------------------------------------------
+# ---- apex
+# ----------------------------------------------------------------------------------------------------
 
 
 def computes_rms_norm(input: Tensor, weight: Tensor, eps: float, **_: Any) -> Tensor:
-    """csrc/layer_norm_cuda_kernel.cu: gamma[i] * static_cast<V>(c_invvar * curr), with V the weight's dtype, and so the output's."""
+    """csrc/layer_norm_cuda_kernel.cu: gamma[i] * static_cast<V>(c_invvar * curr), with V the weight's dtype, and so the
+    output's.
+    """
     x = input.float()
     return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(weight.dtype)
 
@@ -268,7 +295,15 @@ def computes_layer_norm(input: Tensor, weight: Tensor, bias: Tensor, eps: float,
 
 
 def computes_adam(
-    noop_flag: Tensor, tensor_lists: Any, lr: float, beta1: float, beta2: float, epsilon: float, step: int, mode: int, **rest: Any
+    noop_flag: Tensor,
+    tensor_lists: Any,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    step: int,
+    mode: int,
+    **rest: Any,
 ) -> None:
     """csrc/multi_tensor_adam.cu, ADAM_MODE_1: every tensor read as the dtype of the first list's."""
     assert noop_flag.dtype == torch.int32
@@ -306,7 +341,8 @@ def test_apex_norms_round_once(op: str, dtype: torch.dtype, apex: StandIns) -> N
     found = function(**arguments)
     expected = OPS[op].function(**arguments)
     assert found.dtype == dtype
-    # A weight in x's own dtype would round twice: about a third of the elements would then differ by one unit in the last place.
+    # A weight in x's own dtype would round twice: about a third of the elements would then differ by one unit in the
+    # last place.
     different = (found != expected).float().mean().item()
     assert different < 0.01 if dtype != torch.float32 else torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
     (path,) = apex.calls
@@ -314,7 +350,8 @@ def test_apex_norms_round_once(op: str, dtype: torch.dtype, apex: StandIns) -> N
     given = apex.calls[path]
     assert given["weight"].dtype == torch.float32
     assert given["normalized_shape"] == (77,)
-    assert (given["eps"], given["memory_efficient"]) == (0.1, False)  # memory_efficient rebuilds x from the rounded output
+    # memory_efficient rebuilds x from the rounded output
+    assert (given["eps"], given["memory_efficient"]) == (0.1, False)
     empty = {**arguments, "x": arguments["x"][:0]}
     apex.calls.clear()
     assert function(**empty).shape == (0, 5, 77)
@@ -355,10 +392,17 @@ def test_which_apex(stand_ins: StandIns, gpu: Callable[[int, int], None]) -> Non
     gpu(9, 0)
     if importlib.util.find_spec("apex") is not None:
         pytest.skip("an apex is installed")
-    norm, adam = Spec("rms_norm", "n", "cuda", torch.bfloat16, {"hidden_size": 64}), Spec("adamw", "optimizer", "cuda", torch.bfloat16)
+    norm, adam = (
+        Spec("rms_norm", "n", "cuda", torch.bfloat16, {"hidden_size": 64}),
+        Spec("adamw", "optimizer", "cuda", torch.bfloat16),
+    )
 
     def reasons() -> list[str]:
-        return [str(apex_rms_norm.unavailable(norm)), str(apex_layer_norm.unavailable(norm)), str(apex_adamw.unavailable(adam))]
+        return [
+            str(apex_rms_norm.unavailable(norm)),
+            str(apex_layer_norm.unavailable(norm)),
+            str(apex_adamw.unavailable(adam)),
+        ]
 
     assert all("apex is not installed: build github.com/NVIDIA/apex" in reason for reason in reasons())
     stand_ins.module("apex")
@@ -371,7 +415,8 @@ def test_which_apex(stand_ins: StandIns, gpu: Callable[[int, int], None]) -> Non
     assert reasons() == ["None"] * 3
 
 
-# ---- liger --------------------------------------------------------------------------------------------------------------------------
+# ---- liger
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -379,16 +424,27 @@ def liger(stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch) -> StandIns:
     if importlib.util.find_spec("liger_kernel") is not None:
         pytest.skip("liger_kernel is installed: stand-ins would hide it")
     ops = "liger_kernel.ops"
-    stand_ins.add(f"{ops}.rms_norm.LigerRMSNormFunction.forward", lambda X, W, eps, **_: reference.rms_norm(X, W, eps=eps))
-    stand_ins.add(f"{ops}.layer_norm.LigerLayerNormFunction.forward", lambda X, W, B, eps, **_: reference.layer_norm(X, W, B, eps=eps))
+    stand_ins.add(
+        f"{ops}.rms_norm.LigerRMSNormFunction.forward", lambda X, W, eps, **_: reference.rms_norm(X, W, eps=eps)
+    )
+    stand_ins.add(
+        f"{ops}.layer_norm.LigerLayerNormFunction.forward",
+        lambda X, W, B, eps, **_: reference.layer_norm(X, W, B, eps=eps),
+    )
 
-    def fused(_input: Tensor, weight: Tensor, target: Tensor, ignore_index: int, lse_square_scale: float, **_: Any) -> tuple[Any, ...]:
-        loss = reference.linear_cross_entropy(_input, weight, target, ignore_index=ignore_index, z_loss=lse_square_scale)
+    def fused(
+        _input: Tensor, weight: Tensor, target: Tensor, ignore_index: int, lse_square_scale: float, **_: Any
+    ) -> tuple[Any, ...]:
+        loss = reference.linear_cross_entropy(
+            _input, weight, target, ignore_index=ignore_index, z_loss=lse_square_scale
+        )
         return loss, None, None, None
 
     stand_ins.add(f"{ops}.fused_linear_cross_entropy.LigerFusedLinearCrossEntropyFunction.forward", fused)
     installed = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.8.5" if name == "liger-kernel" else installed(name))
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "0.8.5" if name == "liger-kernel" else installed(name)
+    )
     return stand_ins
 
 
@@ -414,7 +470,9 @@ def test_liger_linear_cross_entropy(liger: StandIns) -> None:
     assert given["_input"].requires_grad
     empty = arguments | {"hidden": arguments["hidden"][:0], "labels": arguments["labels"][:0]}
     assert liger_lce.linear_cross_entropy(**empty).item() == 0.0
-    with pytest.raises(KernelError, match="linear_cross_entropy: liger's fused linear cross-entropy has no logits_scale"):
+    with pytest.raises(
+        KernelError, match="linear_cross_entropy: liger's fused linear cross-entropy has no logits_scale"
+    ):
         liger_lce.linear_cross_entropy(**arguments | {"logits_scale": 0.5})
 
 
@@ -434,8 +492,14 @@ def test_liger_never_sees_an_impossible_label(liger: StandIns, monkeypatch: pyte
 def test_liger_is_offered_where_it_fits_and_named_where_not(liger: StandIns, gpu: Callable[[int, int], None]) -> None:
     gpu(9, 0)
     offered = {op: sources["liger"][0] for op, sources in load_catalog().items() if "liger" in sources}
-    reasons = {op: it.unavailable(Spec(op, "m", "cuda", torch.bfloat16, OPS[op].attributes)) for op, it in offered.items()}
-    assert {op for op, reason in reasons.items() if reason is None} == {"rms_norm", "layer_norm", "linear_cross_entropy"}
+    reasons = {
+        op: it.unavailable(Spec(op, "m", "cuda", torch.bfloat16, OPS[op].attributes)) for op, it in offered.items()
+    }
+    assert {op for op, reason in reasons.items() if reason is None} == {
+        "rms_norm",
+        "layer_norm",
+        "linear_cross_entropy",
+    }
     assert "turns q and k in place" in str(reasons["rope"])
     assert "overwrites gate and up" in str(reasons["swiglu"])
     assert "overwrites the caller's logits" in str(reasons["cross_entropy"])
@@ -447,7 +511,9 @@ def test_liger_is_offered_where_it_fits_and_named_where_not(liger: StandIns, gpu
         offered["rope"].function()
 
 
-def test_an_old_liger_is_refused(liger: StandIns, gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_liger_is_refused(
+    liger: StandIns, gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpu(9, 0)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5.10")
     spec = Spec("rms_norm", "n", "cuda", torch.bfloat16, {"hidden_size": 64})
@@ -457,7 +523,11 @@ def test_an_old_liger_is_refused(liger: StandIns, gpu: Callable[[int, int], None
 def test_nothing_optional_is_imported_by_the_catalog() -> None:
     """Finding out what there is must not run what there is: the wrong apex pulls in a web framework."""
     program = (
-        "import sys, torch; from weftrain.kernels import table; table('cpu', torch.bfloat16); table('cuda', torch.bfloat16); "
+        "import sys, torch; from weftrain.kernels import table; table('cpu', torch.bfloat16); table('cuda', "
+        "torch.bfloat16); "
         "print(sorted({'flash_attn', 'flash_attn_interface', 'apex', 'amp_C', 'liger_kernel'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+        == "[]"
+    )

@@ -1,4 +1,6 @@
-"""Every implementation of the catalog answers every question of `weftrain kernels check`, and each check finds its own fault."""
+"""Every implementation of the catalog answers every question of `weftrain kernels check`, and each check finds its own
+fault.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def test_every_check_asks_something_of_the_reference() -> None:
     """A check without cases would pass everything."""
     for check in CHECKS.values():
         asked = [name for name in OPS if check.cases(_subject(name))]
-        assert asked or check.name in ("inductor", "autocast"), check.name  # not asked of the reference: it is plain torch
+        # not asked of the reference: it is plain torch
+        assert asked or check.name in ("inductor", "autocast"), check.name
     assert all(len(CHECKS["refused"].cases(_subject(name))) >= 3 for name in OPS)
     assert all(CHECKS["numerics"].cases(_subject(name)) for name in OPS)
 
@@ -54,7 +57,8 @@ def test_the_exact_formulas_are_written_for_every_op() -> None:
     assert all(EXACT[name] is not op.function for name, op in OPS.items())
 
 
-# ---- planted faults -----------------------------------------------------------------------------------------------------------------
+# ---- planted faults
+# ----------------------------------------------------------------------------------------------------
 
 
 class _OnePercentMore(torch.autograd.Function):
@@ -142,7 +146,9 @@ def _writes_beyond_its_output(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _leaves_its_output_unwritten(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.where(torch.arange(up.shape[-1]) < up.shape[-1] - 1, reference.swiglu(gate, up), torch.empty(gate.shape))
+    return torch.where(
+        torch.arange(up.shape[-1]) < up.shape[-1] - 1, reference.swiglu(gate, up), torch.empty(gate.shape)
+    )
 
 
 def _rounded_statistic(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -150,7 +156,9 @@ def _rounded_statistic(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     return (weight.float() * (x.float() * statistic)).to(x.dtype)
 
 
-def _sees_the_next_token(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
+def _sees_the_next_token(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None
+) -> Tensor:
     scores = torch.einsum("bthd,bshd->bhts", q, k).float() * scale
     hidden = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(2)
     return torch.einsum("bhts,bshd->bthd", scores.masked_fill(hidden, float("-inf")).softmax(-1).to(q.dtype), v)
@@ -194,7 +202,9 @@ def test_opcheck_finds_an_operator_with_a_wrong_fake() -> None:
     library = torch.library.Library("planted_namespace", "DEF")
     library.define("swiglu(Tensor gate, Tensor up) -> Tensor")
     library.impl("swiglu", lambda gate, up: F.silu(gate) * up, "CPU")
-    torch.library.register_fake("planted_namespace::swiglu", lambda gate, up: gate.new_empty(gate.shape[:-1]), lib=library)
+    torch.library.register_fake(
+        "planted_namespace::swiglu", lambda gate, up: gate.new_empty(gate.shape[:-1]), lib=library
+    )
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -208,7 +218,9 @@ def test_opcheck_finds_an_operator_with_a_wrong_fake() -> None:
     def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return Function.apply(gate, up)  # type: ignore[no-any-return]
 
-    (finding,) = run_checks(dtypes=[FP32], checks=["opcheck"], implementations=[Implementation("swiglu", "planted", swiglu)])
+    (finding,) = run_checks(
+        dtypes=[FP32], checks=["opcheck"], implementations=[Implementation("swiglu", "planted", swiglu)]
+    )
     assert not finding.ok
     assert "planted_namespace.swiglu.default test_faketensor" in finding.detail
 
@@ -237,14 +249,17 @@ def _writes_its_neighbour(gate: Tensor, up: Tensor) -> Tensor:
         ("swiglu", _writes_its_neighbour, "writes around gate"),
     ],
 )
-def test_margins_of_nan_stand_for_guard_pages_on_an_accelerator(op: str, function: Callable[..., Any], words: str) -> None:
+def test_margins_of_nan_stand_for_guard_pages_on_an_accelerator(
+    op: str, function: Callable[..., Any], words: str
+) -> None:
     """What the check does there, run on a CPU."""
     subject = Subject(Implementation(op, "planted", function), "cpu", DTYPES)
     for case in subject.quick():
         assert words in _judge_margins(subject, case).detail
 
 
-# ---- the run ------------------------------------------------------------------------------------------------------------------------
+# ---- the run
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_what_is_unavailable_is_skipped_with_its_reason_and_never_called() -> None:
@@ -278,13 +293,31 @@ def test_unknown_names_are_refused() -> None:
 
 def test_progress_counts_to_the_end() -> None:
     seen: list[tuple[int, int]] = []
-    report = run_checks(["swiglu"], ["reference"], checks=["numerics"], progress=lambda done, total, _: seen.append((done, total)))
+    report = run_checks(
+        ["swiglu"], ["reference"], checks=["numerics"], progress=lambda done, total, _: seen.append((done, total))
+    )
     assert seen == [(done, len(report)) for done in range(len(report) + 1)]
 
 
 def test_the_process_entry(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "findings.json"
-    assert main(["--ops", "swiglu", "--sources", "torch", "--checks", "numerics", "--dtypes", "float32", "--json", str(path)]) == 0
+    assert (
+        main(
+            [
+                "--ops",
+                "swiglu",
+                "--sources",
+                "torch",
+                "--checks",
+                "numerics",
+                "--dtypes",
+                "float32",
+                "--json",
+                str(path),
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.splitlines()[-1] == "3 passed, 0 failed, 0 skipped"
     findings = json.loads(path.read_text())["findings"]
     assert [finding["example"] for finding in findings] == list(OPS["swiglu"].small)

@@ -1,4 +1,6 @@
-"""How the C++ ops come to be: a compiler that is missing or fails is a reason, asked once; nothing is computed outside the contract."""
+"""How the C++ ops come to be: a compiler that is missing or fails is a reason, asked once; nothing is computed outside
+the contract.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def test_a_missing_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None
     assert _build.unavailable(SPEC) == "the C++ compiler 'no-such-compiler' is not on PATH: install g++"
 
 
-def test_a_compiler_that_fails_is_asked_once_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_asked_once_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = compiler(tmp_path, 'echo "loss.cpp:1: error: no such machine" >&2; exit 1')
     monkeypatch.setenv("CXX", str(path))
     for _ in range(3):

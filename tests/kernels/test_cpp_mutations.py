@@ -1,6 +1,7 @@
 """Faults planted in the C++ kernels: compiled, loaded and found by a check, each in a library of its own.
 
-What a reader would get wrong: `old` is text of the file. When the file changes and the text is gone, the test fails: write the fault anew.
+What a reader would get wrong: `old` is text of the file. When the file changes and the text is gone, the test fails:
+write the fault anew.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def test_a_planted_fault_is_found(fault: Any, tmp_path: Path, examine: Callable[
     report = examine("cpp_ops", op, file, old, new, check, example, dtype, tmp_path)
     assert report.failed, [finding.detail for finding in report]
     if check == "numerics":
-        assert not any(finding.detail.startswith("raised") for finding in report), [finding.detail for finding in report]
+        assert not any(finding.detail.startswith("raised") for finding in report), [
+            finding.detail for finding in report
+        ]
 
 
 def test_a_copy_without_a_fault_passes(tmp_path: Path, examine: Callable[..., Any]) -> None:

@@ -1,4 +1,6 @@
-"""kernels/README.md's five steps, followed by a real package: installed by pip, found, chosen, checked - and, when wrong, caught."""
+"""kernels/README.md's five steps, followed by a real package: installed by pip, found, chosen, checked - and, when
+wrong, caught.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,18 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def install(source: Path, site: Path) -> None:
     """What `pip install .` does, from a copy (a build leaves files behind), without the network."""
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--target", str(site)]
-    done = subprocess.run([sys.executable, "-m", "pip", "install", *options, str(source)], capture_output=True, text=True, check=False)
+    options = [
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--disable-pip-version-check",
+        "--target",
+        str(site),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, str(source)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -28,7 +40,9 @@ def runner(site: Path) -> Run:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "weftrain.cli", *arguments]
-        return subprocess.run(command, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, check=False
+        )
 
     return run
 
@@ -76,7 +90,10 @@ def test_it_passes_the_checks(site: Path, tmp_path: Path) -> None:
     done = runner(site)("kernels", "check", "--source", "example", "--json", str(tmp_path / "findings.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     findings = json.loads((tmp_path / "findings.json").read_text())["findings"]
-    assert {(finding["op"], finding["source"]) for finding in findings} == {("swiglu", "example"), ("rms_norm", "example")}
+    assert {(finding["op"], finding["source"]) for finding in findings} == {
+        ("swiglu", "example"),
+        ("rms_norm", "example"),
+    }
     assert {finding["dtype"] for finding in findings} == {"float32", "bfloat16", "float16"}
     assert all(finding["ok"] for finding in findings)
 

@@ -1,4 +1,6 @@
-"""What linear_cross_entropy of torch holds and computes. How implementations compose in general: kernels/checks/composition.py."""
+"""What linear_cross_entropy of torch holds and computes. How implementations compose in general:
+kernels/checks/composition.py.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""What `weftrain kernels check` does not ask of everybody: bits of what is hidden, chunks and blocks of the torch implementations.
+"""What `weftrain kernels check` does not ask of everybody: bits of what is hidden, chunks and blocks of the torch
+implementations.
 
-The general questions (errors against float64, dtypes, rounding) are in kernels/checks and asked of every source by test_checks.py.
+The general questions (errors against float64, dtypes, rounding) are in kernels/checks and asked of every source by
+test_checks.py.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def test_attention_sees_nothing_of_the_future_or_of_other_documents() -> None:
             invisible = (torch.arange(63) > t) | (torch.arange(63) < start[:, t, None])
             for tensor in changed.values():
                 tensor[invisible] = 1e4
-            assert torch.equal(implementation.function(**{**arguments, **changed})[:, t], before[:, t]), implementation.source
+            assert torch.equal(implementation.function(**{**arguments, **changed})[:, t], before[:, t]), (
+                implementation.source
+            )
 
 
 @pytest.mark.parametrize("kept_tokens", [0, 1024], ids=["probabilities_again", "probabilities_kept"])
@@ -62,7 +66,10 @@ def test_fused_attention_of_accelerators(dtype: torch.dtype) -> None:
 
     for example in ("odd", "odd_documents"):
         arguments = OPS["attention"].examples[example]("cpu", dtype)
-        assert largest_error(evaluate(OPS["attention"], attention_fused, arguments), exact("attention", arguments)) < CAP[dtype]
+        assert (
+            largest_error(evaluate(OPS["attention"], attention_fused, arguments), exact("attention", arguments))
+            < CAP[dtype]
+        )
 
 
 @pytest.mark.parametrize("limit", [101 * 64, 101 * 128, 1 << 24], ids=["64_rows", "128_rows", "one_chunk"])
@@ -75,7 +82,10 @@ def test_linear_cross_entropy_is_the_same_in_any_chunks(limit: int, monkeypatch:
         arguments = {**op.examples["odd_chunks"]("cpu", dtype), "logits_scale": 0.7, "z_loss": 1e-3}
         truth = exact(op.name, arguments)
         assert largest_error(evaluate(op, module.linear_cross_entropy, arguments), truth) < CAP[dtype]
-        assert distance(evaluate(op, module.linear_cross_entropy, arguments, wanted=())["output"], truth["output"]) < CAP[dtype]
+        assert (
+            distance(evaluate(op, module.linear_cross_entropy, arguments, wanted=())["output"], truth["output"])
+            < CAP[dtype]
+        )
 
 
 def test_cross_entropy_of_ignored_rows_is_zero_and_moves_nothing() -> None:

@@ -1,4 +1,5 @@
-"""adamw and grad_norm: the reference bit for bit against torch's own optimizer and clip, large norms, and what is compiled when.
+"""adamw and grad_norm: the reference bit for bit against torch's own optimizer and clip, large norms, and what is
+compiled when.
 
 Errors against float64, copies, epsilon's placement and bad calls are asked of every source by test_checks.py.
 """
@@ -52,7 +53,9 @@ def test_reference_adamw_is_torch_adamw_bit_for_bit() -> None:
 
 
 def test_a_new_rate_or_step_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twelve updates of four shapes with changing scalars: one graph (and one more tensor that is too small for one)."""
+    """Twelve updates of four shapes with changing scalars: one graph (and one more tensor that is too small for
+    one).
+    """
     from torch._dynamo.utils import counters
 
     from weftrain.kernels.torch_ops.adamw import adamw

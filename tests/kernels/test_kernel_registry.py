@@ -66,9 +66,13 @@ def test_a_variant_is_for_its_device_and_atomics_have_a_name() -> None:
     entry = select(uses("layers.0.attention", device="cuda")).manifest["ops"]["attention"][0]
     assert "is the source named sdpa" in entry["passed_over"]["torch"]
     assert entry["source"] != "sdpa"
-    named = select(uses("layers.0.attention", device="cuda"), pins={"attention": "sdpa"}).function("attention", "layers.0.attention")
+    named = select(uses("layers.0.attention", device="cuda"), pins={"attention": "sdpa"}).function(
+        "attention", "layers.0.attention"
+    )
     assert named.__name__ == "attention_fused"
-    with pytest.raises(KernelError, match=r"'attention' = 'sdpa' cannot be used .* on cpu: on a CPU its kernel hides an Inf in k"):
+    with pytest.raises(
+        KernelError, match=r"'attention' = 'sdpa' cannot be used .* on cpu: on a CPU its kernel hides an Inf in k"
+    ):
         select(uses("layers.0.attention"), pins={"attention": "sdpa"})
 
 
@@ -88,11 +92,17 @@ def test_a_preference_falls_through_with_its_reason(offer: Callable[..., None]) 
     offer(
         fast=[
             Implementation(
-                "attention", "fast", third_party, lambda spec: "needs head_dim 64" if spec.attributes["head_dim"] != 64 else None
+                "attention",
+                "fast",
+                third_party,
+                lambda spec: "needs head_dim 64" if spec.attributes["head_dim"] != 64 else None,
             )
         ]
     )
-    specs = [*uses("layers.0.attention"), Spec("attention", "layers.1.attention", "cpu", torch.float32, {"head_dim": 64})]
+    specs = [
+        *uses("layers.0.attention"),
+        Spec("attention", "layers.1.attention", "cpu", torch.float32, {"head_dim": 64}),
+    ]
     selection = select(specs, ["fast", "torch"])
     assert selection.function("attention", "layers.1.attention") is third_party
     assert selection.function("attention", "layers.0.attention").__name__ == "attention_blocked"
@@ -103,7 +113,10 @@ def test_a_preference_falls_through_with_its_reason(offer: Callable[..., None]) 
 
 def test_no_preference_available_names_every_reason(offer: Callable[..., None]) -> None:
     offer(fast=Implementation("attention", "fast", third_party, lambda spec: "needs a tape drive"))
-    with pytest.raises(KernelError, match=r"no preferred kernel for attention in 'a' on cpu \(fast: needs a tape .*; add one of .*torch"):
+    with pytest.raises(
+        KernelError,
+        match=r"no preferred kernel for attention in 'a' on cpu \(fast: needs a tape .*; add one of .*torch",
+    ):
         select(uses("a"), ["fast"])
 
 
@@ -111,12 +124,17 @@ def test_a_pin_overrides_and_a_glob_overrides_a_plain_pin() -> None:
     selection = select(uses(*LAYERS), ["torch"], {"attention": "reference", "attention@layers.[0-1].*": "torch"})
     sources = [selection.function("attention", module).__module__.split(".")[2] for module in LAYERS]
     assert sources == ["torch_ops", "torch_ops", "reference", "reference"]
-    assert {entry["pin"] for entry in selection.manifest["ops"]["attention"]} == {"attention", "attention@layers.[0-1].*"}
+    assert {entry["pin"] for entry in selection.manifest["ops"]["attention"]} == {
+        "attention",
+        "attention@layers.[0-1].*",
+    }
 
 
 def test_a_pin_never_falls_through(offer: Callable[..., None]) -> None:
     offer(fast=Implementation("attention", "fast", third_party, lambda spec: "needs a tape drive"))
-    with pytest.raises(KernelError, match="'attention' = 'fast' cannot be used for 'a' on cpu: needs a tape drive; available there: "):
+    with pytest.raises(
+        KernelError, match="'attention' = 'fast' cannot be used for 'a' on cpu: needs a tape drive; available there: "
+    ):
         select(uses("a"), ["torch"], {"attention": "fast"})
 
 
@@ -126,7 +144,11 @@ def test_a_pin_never_falls_through(offer: Callable[..., None]) -> None:
         (["torhc"], {}, "unknown source 'torhc'; did you mean 'torch'"),
         (["torch"], {"atention": "torch"}, "unknown op 'atention'; did you mean 'attention'"),
         (["torch"], {"attention": "referense"}, "unknown source 'referense'; did you mean 'reference'"),
-        (["torch"], {"attention@layers.9.attention": "torch"}, "matches no module that uses attention; did you mean 'layers"),
+        (
+            ["torch"],
+            {"attention@layers.9.attention": "torch"},
+            "matches no module that uses attention; did you mean 'layers",
+        ),
         (["torch"], {"swiglu": "torch"}, "this model does not use swiglu; it uses attention"),
         (
             ["torch"],
@@ -135,7 +157,9 @@ def test_a_pin_never_falls_through(offer: Callable[..., None]) -> None:
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_one_line(preferences: list[str], pins: dict[str, str], message: str) -> None:
+def test_what_cannot_be_meant_is_refused_in_one_line(
+    preferences: list[str], pins: dict[str, str], message: str
+) -> None:
     with pytest.raises(KernelError, match=message) as caught:
         select(uses(*LAYERS), preferences, pins)
     assert "\n" not in str(caught.value)
@@ -144,7 +168,9 @@ def test_what_cannot_be_meant_is_refused_in_one_line(preferences: list[str], pin
 def test_an_unknown_op_and_a_use_that_was_not_selected() -> None:
     with pytest.raises(KernelError, match="module 'm' uses the unknown op 'ropee'; did you mean 'rope'"):
         select(uses("m", op="ropee"))
-    with pytest.raises(KernelError, match=r"no kernel was selected for attention in module 'layers.9.attention'; did you mean 'layers"):
+    with pytest.raises(
+        KernelError, match=r"no kernel was selected for attention in module 'layers.9.attention'; did you mean 'layers"
+    ):
         select(uses(*LAYERS)).function("attention", "layers.9.attention")
 
 
@@ -154,7 +180,10 @@ def test_globs_that_agree_are_no_conflict() -> None:
 
 
 def test_third_parties_are_found_and_held_to_the_rules(offer: Callable[..., None]) -> None:
-    offer(one=Implementation("swiglu", "theirs", third_party, version="theirs 2.1"), more=[Implementation("rope", "theirs", third_party)])
+    offer(
+        one=Implementation("swiglu", "theirs", third_party, version="theirs 2.1"),
+        more=[Implementation("rope", "theirs", third_party)],
+    )
     selection = select(uses("ffn", op="swiglu"), ["theirs", "torch"])
     assert selection.function("swiglu", "ffn") is third_party
     assert selection.manifest["ops"]["swiglu"][0]["version"] == "theirs 2.1"
@@ -164,11 +193,18 @@ def test_a_broken_plugin_is_named_and_passed_over(offer: Callable[..., None]) ->
     good = Implementation("swiglu", "good", third_party)
     for broken, message in (
         (Implementation("swiglu", "torch", third_party), "under the source name 'torch', which is taken"),
-        ([Implementation("rope", "theirs", third_party), Implementation("rope", "torch", third_party)], "which is taken"),
+        (
+            [Implementation("rope", "theirs", third_party), Implementation("rope", "torch", third_party)],
+            "which is taken",
+        ),
         (Implementation("swigloo", "theirs", third_party), "unknown op 'swigloo'; did you mean 'swiglu'"),
         (third_party, "gives a function; it must give an Implementation"),
-        (ImportError("no module named tape"), "cannot be loaded: ImportError: no module named tape; repair or uninstall"),
-        (RuntimeError("driver too old"), "cannot be loaded: RuntimeError: driver too old"),  # a package may raise anything
+        (
+            ImportError("no module named tape"),
+            "cannot be loaded: ImportError: no module named tape; repair or uninstall",
+        ),
+        # a package may raise anything
+        (RuntimeError("driver too old"), "cannot be loaded: RuntimeError: driver too old"),
     ):
         offer(one=broken, two=good)
         catalog = load_catalog()
@@ -205,7 +241,9 @@ def test_without_a_compiler_the_optimizer_ops_say_so(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CXX", "no-such-compiler")
     entry = select(uses("optimizer", op="adamw"), ["torch", "reference"]).manifest["ops"]["adamw"][0]
     assert entry["source"] == "reference"
-    assert entry["passed_over"]["torch"] == "torch.compile needs the C++ compiler 'no-such-compiler', which is not on PATH"
+    assert (
+        entry["passed_over"]["torch"] == "torch.compile needs the C++ compiler 'no-such-compiler', which is not on PATH"
+    )
 
 
 def test_the_recipe_default_is_the_registrys() -> None:

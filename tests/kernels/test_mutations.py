@@ -1,6 +1,7 @@
 """Faults planted in every torch implementation: a check that does not find its fault is no check.
 
-What a reader would get wrong: `old` is text of the file. When the file changes and the text is gone, the test fails: write the fault anew.
+What a reader would get wrong: `old` is text of the file. When the file changes and the text is gone, the test fails:
+write the fault anew.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def test_a_planted_fault_is_found(fault: Any, tmp_path: Path, examine: Callable[
     report = examine("torch_ops", op, f"{op}.py", old, new, check, example, dtype, tmp_path)
     assert report.failed, [finding.detail for finding in report]
     if check == "numerics":
-        assert not any(finding.detail.startswith("raised") for finding in report), "the fault must be found, and not be one of syntax"
+        assert not any(finding.detail.startswith("raised") for finding in report), (
+            "the fault must be found, and not be one of syntax"
+        )
 
 
 def test_text_that_is_gone_is_noticed(tmp_path: Path, examine: Callable[..., Any]) -> None:

@@ -1,4 +1,6 @@
-"""The hash of a kernel covers every file that it is made of: a change in any of them is another hash, in any other file it is not."""
+"""The hash of a kernel covers every file that it is made of: a change in any of them is another hash, in any other file
+it is not.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,15 @@ def test_every_file_of_a_kernel_counts_and_no_other(package: Path) -> None:
     function = importlib.import_module("their_kernels.ops.attention").attention
     extra = [package / "attention.cpp"]
     before, files = hash_files(function, extra)
-    assert set(files) == {"__init__.py", "ops/__init__.py", "attention.cpp", "late.py", "ops/_tiles.py", "ops/attention.py", "shared.py"}
+    assert set(files) == {
+        "__init__.py",
+        "ops/__init__.py",
+        "attention.cpp",
+        "late.py",
+        "ops/_tiles.py",
+        "ops/attention.py",
+        "shared.py",
+    }
     assert files["shared.py"] == hashlib.sha256(FILES["shared.py"].encode()).hexdigest()
     for name in FILES:
         path = package / name
@@ -60,8 +70,16 @@ def test_a_builtin_has_no_files() -> None:
 @pytest.mark.parametrize(
     ("op", "source", "wanted"),
     [
-        ("attention", "cpp", {"cpp_ops/attention.py", "cpp_ops/attention.cpp", "cpp_ops/vector.h", "cpp_ops/_build.py", "arguments.py"}),
-        ("attention", "triton", {"triton_ops/attention.py", "triton_ops/_attention_kernels.py", "triton_ops/_launch.py"}),
+        (
+            "attention",
+            "cpp",
+            {"cpp_ops/attention.py", "cpp_ops/attention.cpp", "cpp_ops/vector.h", "cpp_ops/_build.py", "arguments.py"},
+        ),
+        (
+            "attention",
+            "triton",
+            {"triton_ops/attention.py", "triton_ops/_attention_kernels.py", "triton_ops/_launch.py"},
+        ),
         ("linear_cross_entropy", "torch", {"torch_ops/linear_cross_entropy.py", "reference.py", "derivatives.py"}),
         ("rope", "reference", {"reference.py", "arguments.py"}),
     ],

@@ -1,4 +1,6 @@
-"""The adapter, as far as no vendor environment is needed: what it refuses and in which words, and when state can be had."""
+"""The adapter, as far as no vendor environment is needed: what it refuses and in which words, and when state can be
+had.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from click.testing import CliRunner
 from weftrain.backends import cerebras
 from weftrain.backends.cerebras import CerebrasOptions, check_expressible, environment, worker_job
 from weftrain.backends.cerebras.program import check_mask
-from weftrain.backends.registry import find_backends
+from weftrain.backends.common.registry import find_backends
 from weftrain.cli.main import main
 from weftrain.core.backend import Batch, Job, Plan
 from weftrain.core.config import Recipe
@@ -59,7 +61,9 @@ def test_without_its_environment_a_verb_is_one_line_with_the_remedy(
         (["batch.replicas=2", "batch.micro_batch_size=2"], {"target": "cpu"}, "set batch.replicas=1"),
     ],
 )
-def test_what_cannot_be_expressed_is_refused_by_key(overrides: list[str], options: dict[str, str], words: str, tiny_recipe: Tiny) -> None:
+def test_what_cannot_be_expressed_is_refused_by_key(
+    overrides: list[str], options: dict[str, str], words: str, tiny_recipe: Tiny
+) -> None:
     recipe = tiny_recipe("crystal", *overrides)
     with pytest.raises(BackendError, match=words):
         check_expressible(recipe, CerebrasOptions.model_validate(options))
@@ -68,14 +72,19 @@ def test_what_cannot_be_expressed_is_refused_by_key(overrides: list[str], option
 
 
 def test_a_loss_mask_that_a_constant_divisor_would_not_follow_is_refused() -> None:
-    """A traced step divides by all positions: the same thing where nothing is masked, and else only what all_positions asks for."""
+    """A traced step divides by all positions: the same thing where nothing is masked, and else only what all_positions
+    asks for.
+    """
     ids, mask = np.zeros((2, 5), np.int64), np.ones((2, 4), bool)
     masked = mask.copy()
     masked[1, 0] = False
     for batch in (Batch(ids), Batch(ids, mask)):
         check_mask(batch, 3, "bearing_tokens")
     check_mask(Batch(ids, masked), 3, "all_positions")
-    with pytest.raises(BackendError, match=r"step 3: objective\.normalizer is bearing_tokens .* set objective\.normalizer=all_positions"):
+    with pytest.raises(
+        BackendError,
+        match=r"step 3: objective\.normalizer is bearing_tokens .* set objective\.normalizer=all_positions",
+    ):
         check_mask(Batch(ids, masked), 3, "bearing_tokens")
 
 
@@ -88,7 +97,9 @@ def test_a_pin_on_the_reference_is_fine(tiny_recipe: Tiny) -> None:
     check_expressible(tiny_recipe("crystal", "kernels.pins={attention: reference}"), CerebrasOptions())
 
 
-def test_activation_checkpointing_is_refused_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_activation_checkpointing_is_refused_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(environment, "missing", lambda: None)
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, ["lower", "crystal_demo", "backend.options.activation_checkpointing=full"])
@@ -111,7 +122,9 @@ def test_lower_is_for_the_system_and_not_for_the_cpu(monkeypatch: pytest.MonkeyP
     assert "leave backend.options.target=cpu out" in done.output
 
 
-def test_evaluation_on_a_system_is_refused_before_anything_is_started(tiny_recipe: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_on_a_system_is_refused_before_anything_is_started(
+    tiny_recipe: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def started(*_: object) -> None:
         raise AssertionError("a worker was started")
 
@@ -138,7 +151,9 @@ def test_a_system_runs_to_the_next_step_at_which_somebody_looks(plan: Plan, look
 
 def test_the_job_is_the_recipe_and_the_options(tiny_recipe: Tiny, tmp_path: Path) -> None:
     recipe = tiny_recipe("crystal", "batch.replicas=2", "batch.micro_batch_size=2")
-    options = CerebrasOptions(micro_batch="auto", precision_level=2, management_address="host:1", credentials_path="/tls.crt")
+    options = CerebrasOptions(
+        micro_batch="auto", precision_level=2, management_address="host:1", credentials_path="/tls.crt"
+    )
     job = worker_job(recipe, options, "compile")(tmp_path)
     again = type(job).model_validate_json(job.model_dump_json())
     assert again == job

@@ -1,4 +1,6 @@
-"""The vendor's environment: each state that it can be in, and what can go wrong while it is made. Nothing is installed here."""
+"""The vendor's environment: each state that it can be in, and what can go wrong while it is made. Nothing is installed
+here.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from typing import Any
 import pytest
 
 from weftrain.backends.cerebras import environment
-from weftrain.core import fsops
 from weftrain.core.errors import BackendError
+from weftrain.core.formats import fsops
 
 
 @pytest.fixture
@@ -36,7 +38,11 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             (target / "python").write_text("#!/bin/sh\n")
             (target / "python").chmod(0o755)
         else:
-            for line in ("Collecting numpy==1.25.0 (from -r x)", "Collecting torch==2.4.0", "Installing collected packages: numpy, torch"):
+            for line in (
+                "Collecting numpy==1.25.0 (from -r x)",
+                "Collecting torch==2.4.0",
+                "Installing collected packages: numpy, torch",
+            ):
                 watch(line)
 
     monkeypatch.setattr(environment, "_run", run)
@@ -73,7 +79,9 @@ def test_it_is_made_once_and_marked_last(folder: Path, pip: list[str]) -> None:
     assert len(pip) == 2  # nothing was run again
 
 
-def test_what_was_interrupted_is_not_whole_and_is_made_anew(folder: Path, pip: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_interrupted_is_not_whole_and_is_made_anew(
+    folder: Path, pip: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     working = environment._run
 
     def interrupted(command: list[str], *rest: Any) -> None:
@@ -134,13 +142,17 @@ def test_only_cpython_3_11_will_do(tmp_path: Path) -> None:
     newer, other = stand_in(tmp_path, "newer", "CPython 3 12"), stand_in(tmp_path, "other", "PyPy 3 11")
     right = stand_in(tmp_path, "right", "CPython 3 11")
     assert environment.find_python_3_11((newer, "no such program", other, right)) == Path(right)
-    with pytest.raises(BackendError, match=r"built for CPython 3\.11 alone .* \(CPython 3 12\).* \(PyPy 3 11\).*--python"):
+    with pytest.raises(
+        BackendError, match=r"built for CPython 3\.11 alone .* \(CPython 3 12\).* \(PyPy 3 11\).*--python"
+    ):
         environment.find_python_3_11((newer, other))
     with pytest.raises(BackendError, match="found no Python"):
         environment.find_python_3_11(("no such program",))
 
 
-def test_an_environment_that_is_there_already_can_be_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_that_is_there_already_can_be_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     python = stand_in(tmp_path, "python", "hello")
     monkeypatch.setenv(environment.PYTHON_VARIABLE, python)
     assert environment.missing() is None

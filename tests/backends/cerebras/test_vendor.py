@@ -1,5 +1,6 @@
-"""What only the vendor's package can answer: does a recipe lower, and to the graph that was reviewed; is it said well what does not lower;
-does the vendor's CPU backend train what ours trains."""
+"""What only the vendor's package can answer: does a recipe lower, and to the graph that was reviewed; is it said well
+what does not lower; does the vendor's CPU backend train what ours trains.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ import torch
 from click.testing import CliRunner
 
 from weftrain.backends.cerebras import CerebrasOptions, CerebrasRun, worker_job
-from weftrain.backends.cerebras.lowering import Lowered, LoweringError, lower
+from weftrain.backends.cerebras.lowered.lowering import Lowered, LoweringError, lower
 from weftrain.backends.cerebras.process import ROOT, NoClusterError
-from weftrain.backends.registry import get_backend
+from weftrain.backends.common.registry import get_backend
 from weftrain.cli.main import main
 from weftrain.core.backend import Batch, Job, Plan, Run, State
 from weftrain.core.config import Recipe
@@ -26,7 +27,14 @@ from weftrain.core.recipe_file import load_recipe
 
 pytestmark = [pytest.mark.cerebras, pytest.mark.usefixtures("vendor")]
 GOLDEN = Path(__file__).with_name("golden")
-RECIPES = ("crystal_demo", "amber_demo", "crystalcoder_7b_phase1", "crystalcoder_7b_phase2", "crystalcoder_7b_phase3", "amber_7b")
+RECIPES = (
+    "crystal_demo",
+    "amber_demo",
+    "crystalcoder_7b_phase1",
+    "crystalcoder_7b_phase2",
+    "crystalcoder_7b_phase3",
+    "amber_7b",
+)
 Tiny = Callable[..., Recipe]
 
 
@@ -35,7 +43,9 @@ def lowered(recipe: Recipe, output: Path, root: Path = ROOT) -> Lowered:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_each_recipe_lowers_at_full_size_to_the_graph_that_was_reviewed(name: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+def test_each_recipe_lowers_at_full_size_to_the_graph_that_was_reviewed(
+    name: str, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
     report = lowered(load_recipe(name).recipe, tmp_path / "out").report
     print(f"{name}: {report.seconds:.1f} s in the front end, {report.peak_bytes / 2**30:.2f} GiB")
     assert report.peak_bytes < 2e9
@@ -58,18 +68,36 @@ SWIGLU = "    return F.silu(gate) * up"
 MASK = "    hidden = position[None, :] > position[:, None]  # [query, key]"
 # name -> (line of kernels/reference.py, what stands there instead, words of the message)
 PLANTED = {
-    "advanced indexing": (SWIGLU, "    return (F.silu(gate) * up)[torch.arange(gate.shape[0])]", "aten::index of module layers.0.ffn.fwd"),
-    "nonzero": (SWIGLU, "    return F.silu(gate) * up + torch.nonzero(gate[0, 0]).sum()", "compute with a mask instead"),
-    "a value": (SWIGLU, "    return F.silu(gate) * up * (1 + gate.sum().item())", "asks for a value while the step is traced"),
-    "a condition": (SWIGLU, "    return F.silu(gate) * up if gate.sum() > 0 else up", "asks for a value while the step is traced"),
+    "advanced indexing": (
+        SWIGLU,
+        "    return (F.silu(gate) * up)[torch.arange(gate.shape[0])]",
+        "aten::index of module layers.0.ffn.fwd",
+    ),
+    "nonzero": (
+        SWIGLU,
+        "    return F.silu(gate) * up + torch.nonzero(gate[0, 0]).sum()",
+        "compute with a mask instead",
+    ),
+    "a value": (
+        SWIGLU,
+        "    return F.silu(gate) * up * (1 + gate.sum().item())",
+        "asks for a value while the step is traced",
+    ),
+    "a condition": (
+        SWIGLU,
+        "    return F.silu(gate) * up if gate.sum() > 0 else up",
+        "asks for a value while the step is traced",
+    ),
     "complex numbers": (
         SWIGLU,
-        "    return torch.view_as_real(torch.view_as_complex(gate.float().unflatten(-1, (-1, 2))) * 1j).flatten(-2) * up",
+        "    return torch.view_as_real(torch.view_as_complex(gate.float().unflatten(-1, (-1, 2))) * 1j).flatten(-2) * "
+        "up",
         "complex numbers do not lower",
     ),
     "checkpointing": (
         SWIGLU,
-        "    import torch.utils.checkpoint\n    return torch.utils.checkpoint.checkpoint(F.mish, gate, use_reentrant=False) * up",
+        "    import torch.utils.checkpoint\n    return torch.utils.checkpoint.checkpoint(F.mish, gate, "
+        "use_reentrant=False) * up",
         "leave recomputation to the backend",
     ),
     "boolean triu": (
@@ -81,7 +109,9 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("planted", PLANTED)
-def test_what_does_not_lower_is_named_with_our_line_and_the_remedy(planted: str, tmp_path: Path, tiny_recipe: Tiny) -> None:
+def test_what_does_not_lower_is_named_with_our_line_and_the_remedy(
+    planted: str, tmp_path: Path, tiny_recipe: Tiny
+) -> None:
     line, instead, words = PLANTED[planted]
     source = tmp_path / "source"
     for folder in ("core", "kernels", "backends"):
@@ -93,7 +123,9 @@ def test_what_does_not_lower_is_named_with_our_line_and_the_remedy(planted: str,
     with pytest.raises(LoweringError) as error:
         lowered(tiny_recipe(), tmp_path / "out", source)
     assert words in str(error.value)
-    number = next(index for index, row in enumerate(reference.read_text().splitlines(), 1) if row == instead.splitlines()[-1])
+    number = next(
+        index for index, row in enumerate(reference.read_text().splitlines(), 1) if row == instead.splitlines()[-1]
+    )
     assert f"kernels/reference.py:{number} in " in str(error.value)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.failed" / "vendor.log").is_file()
@@ -110,7 +142,8 @@ def test_compile_and_train_go_as_far_as_one_gets_without_a_cluster(tmp_path: Pat
     run.close()
 
 
-# -- the vendor's CPU backend: the same training script --------------------------------------------------------------------------------
+# -- the vendor's CPU backend: the same training script
+# --------------------------------------------------------------------------------
 
 
 def prepare(recipe: Recipe, folder: Path, steps: int, **options: object) -> CerebrasRun:
@@ -128,17 +161,23 @@ def local(recipe: Recipe, steps: int) -> Run:
 def furthest(a: State, b: State) -> float:
     """Largest difference of any tensor, relative to that tensor's norm."""
     assert a.tensors.keys() == b.tensors.keys()
-    return max(float((a.tensors[name] - b.tensors[name]).norm() / b.tensors[name].norm().clamp_min(1e-12)) for name in b.tensors)
+    return max(
+        float((a.tensors[name] - b.tensors[name]).norm() / b.tensors[name].norm().clamp_min(1e-12))
+        for name in b.tensors
+    )
 
 
 @pytest.mark.parametrize("family", ["crystal", "amber"])
 def test_the_cpu_backend_trains_what_local_trains(family: str, tmp_path: Path, tiny_recipe: Tiny) -> None:
-    """Both placements of epsilon, muP's multiplier, decay, clip and the schedule, through the vendor's optimizer and loader."""
+    """Both placements of epsilon, muP's multiplier, decay, clip and the schedule, through the vendor's optimizer and
+    loader.
+    """
     recipe = tiny_recipe(family, "optimizer.eps=1e-4", "optimizer.clip_norm=1.0")
     source, run, other = training_source(recipe), prepare(recipe, tmp_path, 6, target="cpu"), local(recipe, 6)
     for theirs, ours in zip(run.train(source), other.train(source), strict=True):
         assert (theirs.step, theirs.tokens, theirs.learning_rates) == (ours.step, ours.tokens, ours.learning_rates)
-        assert float(theirs.loss) == pytest.approx(float(ours.loss), rel=1e-6)  # measured: equal in most steps, 1e-7 otherwise
+        # measured: equal in most steps, 1e-7 otherwise
+        assert float(theirs.loss) == pytest.approx(float(ours.loss), rel=1e-6)
         assert float(theirs.grad_norm) == pytest.approx(float(ours.grad_norm), rel=1e-5)
     found, wanted = run.export_state(), other.export_state()
     assert (found.step, found.optimizer_updates) == (wanted.step, wanted.optimizer_updates) == (6, 6)
@@ -190,7 +229,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(tmp_path: Pat
     tensors = {name: tensor.clone() for name, tensor in state.tensors.items()}
     tensors["weights/final_norm.weight"][0] = float("nan")
     run.import_state(State(0, 0, tensors))
-    with pytest.raises(NonFiniteError, match=r"step 0: the loss is nan; the step did not happen; its samples: synthetic:0, "):
+    with pytest.raises(
+        NonFiniteError, match=r"step 0: the loss is nan; the step did not happen; its samples: synthetic:0, "
+    ):
         next(run.train(training_source(recipe)))
     run.close()
 
@@ -209,12 +250,38 @@ def test_the_command_line_trains_and_resumes_on_prepared_shards(tmp_path: Path) 
     text.mkdir()
     for index in range(12):
         (text / f"{index}.txt").write_text(" ".join(f"{index * word % 97} weft" for word in range(400)))
-    prep = ["prep", str(text), "--name", "weft", "--sequence-length", "32", "--vocab-size", "300", "--heldout-fraction", "0.2"]
+    prep = [
+        "prep",
+        str(text),
+        "--name",
+        "weft",
+        "--sequence-length",
+        "32",
+        "--vocab-size",
+        "300",
+        "--heldout-fraction",
+        "0.2",
+    ]
     made = CliRunner().invoke(main, [*prep, "--output", str(tmp_path / "datasets")])
     assert made.exit_code == 0, made.output
-    small = ["data.sources=[{name: weft, path: weft, weight: 1.0}]", f"data.root={tmp_path / 'datasets'}", "data.sequence_length=32"]
-    small += ["model.num_layers=2", "model.hidden_size=64", "model.intermediate_size=96", "model.num_heads=2", "model.rotary_dim=8"]
-    small += ["batch.global_batch_size=4", "batch.micro_batch_size=4", "precision.compute=float32", "log.tensorboard=false"]
+    small = [
+        "data.sources=[{name: weft, path: weft, weight: 1.0}]",
+        f"data.root={tmp_path / 'datasets'}",
+        "data.sequence_length=32",
+    ]
+    small += [
+        "model.num_layers=2",
+        "model.hidden_size=64",
+        "model.intermediate_size=96",
+        "model.num_heads=2",
+        "model.rotary_dim=8",
+    ]
+    small += [
+        "batch.global_batch_size=4",
+        "batch.micro_batch_size=4",
+        "precision.compute=float32",
+        "log.tensorboard=false",
+    ]
     small += ["checkpoint.every_steps=2", "log.evaluate_every_steps=2", "log.evaluate_rows=4"]
     losses = {}
     for backend, options in (("cerebras", ["backend.options.target=cpu"]), ("local", [])):
@@ -222,6 +289,9 @@ def test_the_command_line_trains_and_resumes_on_prepared_shards(tmp_path: Path) 
         for steps in ("2", "4"):  # the second goes on from the first's checkpoint
             done = CliRunner().invoke(main, [*command, f"schedule.steps={steps}", "--allow", "schedule.steps"])
             assert done.exit_code == 0, done.output
-        lines = [json.loads(line) for line in (tmp_path / backend / "crystal_demo" / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / backend / "crystal_demo" / "metrics.jsonl").read_text().splitlines()
+        ]
         losses[backend] = [line["loss"] for line in lines if "loss" in line]
     assert losses["cerebras"] == pytest.approx(losses["local"], rel=1e-6)

@@ -28,7 +28,9 @@ from weftrain.core.synthetic import synthetic_source
 
 @dataclass(frozen=True)
 class MaskedSource:
-    """Synthetic rows of which each has its own number of tokens that bear a loss, its last ones. bearing: of each row, in order."""
+    """Synthetic rows of which each has its own number of tokens that bear a loss, its last ones. bearing: of each row,
+    in order.
+    """
 
     source: BatchSource
     bearing: tuple[int, ...]
@@ -50,7 +52,9 @@ def source_of(recipe: Recipe) -> BatchSource:
     """The rows that every test of the conformance suite trains on."""
     rows = recipe.data.synthetic_rows
     assert rows is not None
-    source = synthetic_source(recipe.model.vocab_size, recipe.data.sequence_length, rows, recipe.batch.global_batch_size, seed=5)
+    source = synthetic_source(
+        recipe.model.vocab_size, recipe.data.sequence_length, rows, recipe.batch.global_batch_size, seed=5
+    )
     return MaskedSource(source, BEARING[recipe.name]) if recipe.name in BEARING else source
 
 
@@ -74,10 +78,14 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def world_of(size: int) -> Iterator[None]:
-    """While it lasts, runs of the cuda backend that are prepared here are runs of `size` ranks; several may be, one after another."""
+    """While it lasts, runs of the cuda backend that are prepared here are runs of `size` ranks; several may be, one
+    after another.
+    """
     port = free_port()
     others = [
-        subprocess.Popen([sys.executable, __file__], env={**os.environ, **environment(rank, size, port), "OMP_NUM_THREADS": "1"})
+        subprocess.Popen(
+            [sys.executable, __file__], env={**os.environ, **environment(rank, size, port), "OMP_NUM_THREADS": "1"}
+        )
         for rank in range(1, size)
     ]
     before = dict(os.environ)

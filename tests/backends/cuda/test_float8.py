@@ -1,4 +1,6 @@
-"""float8 linear maps through torchao, emulated where no device has them: the same training within what eight bits allow."""
+"""float8 linear maps through torchao, emulated where no device has them: the same training within what eight bits
+allow.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import pytest
 import torch
 from ranks import source_of
 
+from weftrain.backends.common.registry import get_backend
 from weftrain.backends.cuda.world import leave
-from weftrain.backends.registry import get_backend
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 
@@ -25,7 +27,9 @@ def _no_world_stays() -> Iterator[None]:
 
 def trained(recipe: Recipe, **options: Any) -> tuple[dict[str, torch.Tensor], list[float]]:
     cuda = get_backend("cuda")
-    recipe = Recipe.model_validate({**recipe.model_dump(), "backend": {"name": "cuda", "options": {"device": "cpu", **options}}})
+    recipe = Recipe.model_validate(
+        {**recipe.model_dump(), "backend": {"name": "cuda", "options": {"device": "cpu", **options}}}
+    )
     run = cuda.prepare(Job(recipe, Plan(0, recipe.schedule.steps), cuda.options.model_validate(recipe.backend.options)))
     _, gradients = run.gradients(source_of(recipe).rows(0, 0, 4))
     losses = [float(result.loss) for result in run.train(source_of(recipe))]
@@ -34,8 +38,16 @@ def trained(recipe: Recipe, **options: Any) -> tuple[dict[str, torch.Tensor], li
 
 
 def test_float8_is_near_and_is_not_the_same(tiny_recipe: Callable[..., Recipe]) -> None:
-    """Three bits of mantissa in the blocks: gradients differ by a tenth, losses hardly; an eighth of that would be no float8 at all."""
-    sizes = ["model.hidden_size=64", "model.num_heads=4", "model.intermediate_size=96", "data.sequence_length=16", "model.vocab_size=112"]
+    """Three bits of mantissa in the blocks: gradients differ by a tenth, losses hardly; an eighth of that would be no
+    float8 at all.
+    """
+    sizes = [
+        "model.hidden_size=64",
+        "model.num_heads=4",
+        "model.intermediate_size=96",
+        "data.sequence_length=16",
+        "model.vocab_size=112",
+    ]
     recipe = tiny_recipe("amber", *sizes, "precision.compute=bfloat16")
     (plain, plain_losses), (eight, eight_losses) = trained(recipe), trained(recipe, float8=True)
     apart = {name: ((eight[name] - plain[name]).norm() / plain[name].norm()).item() for name in plain if "proj" in name}

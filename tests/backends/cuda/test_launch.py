@@ -1,4 +1,6 @@
-"""Ranks as torchrun starts them: a rank that is killed, one that stalls, a launcher that is killed, and ranks that cannot meet."""
+"""Ranks as torchrun starts them: a rank that is killed, one that stalls, a launcher that is killed, and ranks that
+cannot meet.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,25 @@ import torch
 from ranks import environment, free_port
 
 from weftrain.core import checkpoint
-from weftrain.core.metrics import read_metrics
+from weftrain.core.run.metrics import read_metrics
 
-TRAIN = ["-m", "weftrain.cli", "train", "crystal_demo", "--backend", "cuda", "backend.options.device=cpu", "backend.options.timeout_s=60"]
-SMALL = ["batch.micro_batch_size=1", "precision.compute=float32", "schedule.steps=40", "checkpoint.every_steps=5", "log.every_steps=1"]
+TRAIN = [
+    "-m",
+    "weftrain.cli",
+    "train",
+    "crystal_demo",
+    "--backend",
+    "cuda",
+    "backend.options.device=cpu",
+    "backend.options.timeout_s=60",
+]
+SMALL = [
+    "batch.micro_batch_size=1",
+    "precision.compute=float32",
+    "schedule.steps=40",
+    "checkpoint.every_steps=5",
+    "log.every_steps=1",
+]
 
 
 def torchrun(ranks: int, folder: Path, overrides: list[str], *more: str) -> list[str]:
@@ -42,7 +59,10 @@ def started(command: list[str], environment: dict[str, str] | None = None) -> It
     try:
         yield process
     finally:
-        with_children = [process, *(psutil.Process(process.pid).children(recursive=True) if process.poll() is None else [])]
+        with_children = [
+            process,
+            *(psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []),
+        ]
         for one in with_children:
             one.kill()
         process.wait()
@@ -92,14 +112,18 @@ def test_a_killed_rank_ends_all_and_torchrun_starts_them_again(overrides: list[s
         start = time.monotonic()
         first[1].kill()
         psutil.wait_procs(first, timeout=10)
-        assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in first), time.monotonic() - start
+        assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in first), (
+            time.monotonic() - start
+        )
         output = finished(process)
     assert "another rank was lost" in output
     with started(torchrun(2, tmp_path / "straight", overrides)) as process:
         finished(process)
     killed, straight = state(tmp_path / "killed"), state(tmp_path / "straight")
     assert all(torch.equal(killed[name], tensor) for name, tensor in straight.items())
-    losses = {record["step"]: record["loss"] for record in read_metrics(tmp_path / "killed" / "r") if record["kind"] == "step"}
+    losses = {
+        record["step"]: record["loss"] for record in read_metrics(tmp_path / "killed" / "r") if record["kind"] == "step"
+    }
     assert sorted(losses) == list(range(1, 41))
 
 
@@ -109,10 +133,25 @@ def test_the_world_may_shrink_and_grow(overrides: list[str], tmp_path: Path) -> 
     small = [item for item in SMALL if not item.startswith("schedule.steps")]
     for number, ranks in enumerate((2, 4)):
         allowed = ["--allow", "schedule.steps", "--allow", "batch.replicas", "--allow", "backend.options.parallel"]
-        command = [*torchrun(ranks, tmp_path, overrides)[: -len(SMALL)], *small, f"schedule.steps={(20, 40)[number]}", *allowed]
+        command = [
+            *torchrun(ranks, tmp_path, overrides)[: -len(SMALL)],
+            *small,
+            f"schedule.steps={(20, 40)[number]}",
+            *allowed,
+        ]
         with started([*command, f"backend.options.parallel={'ddp' if ranks == 2 else 'fsdp'}"]) as process:
             finished(process)
-    alone = [sys.executable, *TRAIN[:4], "--backend", "local", "--runs", str(tmp_path / "local"), "name=r", *overrides, *SMALL]
+    alone = [
+        sys.executable,
+        *TRAIN[:4],
+        "--backend",
+        "local",
+        "--runs",
+        str(tmp_path / "local"),
+        "name=r",
+        *overrides,
+        *SMALL,
+    ]
     with started(alone) as process:
         finished(process)
     found, wanted = state(tmp_path), state(tmp_path / "local")
@@ -124,7 +163,11 @@ def test_the_world_may_shrink_and_grow(overrides: list[str], tmp_path: Path) -> 
 @pytest.mark.prove
 @pytest.mark.parametrize("trains", [True, False], ids=["while they train", "before they meet"])
 def test_no_orphan_of_a_killed_launcher(trains: bool, overrides: list[str], tmp_path: Path) -> None:
-    long = [*overrides, "schedule.learning_rate=[{shape: constant, steps: 100000, start: 0.01}]", "backend.options.timeout_s=600"]
+    long = [
+        *overrides,
+        "schedule.learning_rate=[{shape: constant, steps: 100000, start: 0.01}]",
+        "backend.options.timeout_s=600",
+    ]
     with started([*torchrun(2, tmp_path, long), "schedule.steps=100000", "log.every_steps=50"]) as process:
         wait_for(lambda: logged_steps(tmp_path) > 2 if trains else len(workers(process)) == 2, process)
         left = workers(process)
@@ -136,7 +179,7 @@ def test_no_orphan_of_a_killed_launcher(trains: bool, overrides: list[str], tmp_
 # A run measures the machine's matrix-multiply peak, a second each time.
 KNOWN_PEAK = """
 import weftrain.cli.assembly
-from weftrain.core.speed import Peak
+from weftrain.core.run.speed import Peak
 weftrain.cli.assembly.measured_matmul_peak = lambda *_, **__: Peak(1e11, "known in tests")
 from weftrain.cli.main import main
 main()
@@ -159,7 +202,16 @@ main()
 @pytest.mark.prove
 def test_a_stalled_rank_is_named_with_its_stack(overrides: list[str], tmp_path: Path) -> None:
     port = free_port()
-    arguments = [*TRAIN[2:], "--runs", str(tmp_path), "name=r", "batch.replicas=2", "backend.options.stall_s=2", *overrides, *SMALL]
+    arguments = [
+        *TRAIN[2:],
+        "--runs",
+        str(tmp_path),
+        "name=r",
+        "batch.replicas=2",
+        "backend.options.stall_s=2",
+        *overrides,
+        *SMALL,
+    ]
     slow = started([sys.executable, "-c", STALL, *arguments], environment(1, 2, port))
     with slow, started([sys.executable, *TRAIN[:2], *arguments], environment(0, 2, port)) as leader:
         assert leader.stdout is not None
@@ -189,7 +241,16 @@ def fails(command: list[str], variables: dict[str, str]) -> str:
 
 
 def alone_of_two(folder: Path, overrides: list[str]) -> list[str]:
-    return [sys.executable, *TRAIN, "--runs", str(folder), "batch.replicas=2", *overrides, *SMALL, "backend.options.timeout_s=2"]
+    return [
+        sys.executable,
+        *TRAIN,
+        "--runs",
+        str(folder),
+        "batch.replicas=2",
+        *overrides,
+        *SMALL,
+        "backend.options.timeout_s=2",
+    ]
 
 
 def test_a_port_that_is_taken(overrides: list[str], tmp_path: Path) -> None:
@@ -226,7 +287,10 @@ def test_a_number_of_ranks_that_the_recipe_does_not_ask_for(overrides: list[str]
     command = [*alone_of_two(tmp_path, overrides)[:-1], "batch.replicas=1"]
     with started(command, environment(1, 2, port)):
         line = fails(command, environment(0, 2, port))
-    assert "2 ranks make 2 data-parallel replicas, and batch.replicas is 1: set batch.replicas=2, or start 1 processes" in line
+    assert (
+        "2 ranks make 2 data-parallel replicas, and batch.replicas is 1: set batch.replicas=2, or start 1 processes"
+        in line
+    )
 
 
 def one_checkpoint(folder: Path) -> str:
@@ -269,7 +333,9 @@ def test_a_signal_ends_a_rank_that_waits_for_the_others_at_once(overrides: list[
     port = free_port()
     command = [*alone_of_two(tmp_path, overrides), "backend.options.timeout_s=600"]
     with started(command, environment(0, 2, port)) as process:
-        wait_for(lambda: any(item.laddr.port == port for item in psutil.Process(process.pid).net_connections()), process)
+        wait_for(
+            lambda: any(item.laddr.port == port for item in psutil.Process(process.pid).net_connections()), process
+        )
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) in (-signal.SIGTERM, 128 + signal.SIGTERM)
     assert not (tmp_path / "r").exists()
@@ -277,7 +343,9 @@ def test_a_signal_ends_a_rank_that_waits_for_the_others_at_once(overrides: list[
 
 @pytest.mark.prove
 @pytest.mark.parametrize("whom", ["launcher", "everybody"])
-def test_a_stopped_run_is_not_started_again_and_a_complete_one_ends(whom: str, overrides: list[str], tmp_path: Path) -> None:
+def test_a_stopped_run_is_not_started_again_and_a_complete_one_ends(
+    whom: str, overrides: list[str], tmp_path: Path
+) -> None:
     """torchrun alone, or with it all ranks, as a scheduler signals a step; --max-restarts does not undo it."""
     command = [*torchrun(2, tmp_path, overrides, "--max-restarts", "3"), *LONG]
     with started([*command, "schedule.steps=100000"]) as process:

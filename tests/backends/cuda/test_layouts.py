@@ -1,4 +1,6 @@
-"""However a model lies over four ranks, its gradients, loss, norm and weights are those of the local backend in one process."""
+"""However a model lies over four ranks, its gradients, loss, norm and weights are those of the local backend in one
+process.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from ranks import source_of
 
-from weftrain.backends.registry import get_backend
+from weftrain.backends.common.registry import get_backend
 from weftrain.core.backend import Batch, Job, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.model import draw
@@ -43,9 +45,13 @@ def on_ranks(recipe: Recipe, **options: Any) -> Run:
     each = recipe.batch.global_batch_size // data
     batch = {"replicas": data, "micro_batch_size": min(recipe.batch.micro_batch_size, each)}
     backend = {"name": "cuda", "options": {"device": "cpu", **options}}
-    recipe = Recipe.model_validate({**recipe.model_dump(), "batch": {**recipe.batch.model_dump(), **batch}, "backend": backend})
+    recipe = Recipe.model_validate(
+        {**recipe.model_dump(), "batch": {**recipe.batch.model_dump(), **batch}, "backend": backend}
+    )
     cuda = get_backend("cuda")
-    return cuda.prepare(Job(recipe, Plan(0, recipe.schedule.steps), cuda.options.model_validate(recipe.backend.options)))
+    return cuda.prepare(
+        Job(recipe, Plan(0, recipe.schedule.steps), cuda.options.model_validate(recipe.backend.options))
+    )
 
 
 def alone(recipe: Recipe) -> Run:
@@ -55,7 +61,10 @@ def alone(recipe: Recipe) -> Run:
 
 def started(recipe: Recipe) -> State:
     """Weights larger than at initialisation, so that every part of the model moves the loss."""
-    weights = {spec.name: draw(spec, recipe.model, 3) * (2.0 if len(spec.shape) > 1 else 1.0) for spec in parameter_specs(recipe.model)}
+    weights = {
+        spec.name: draw(spec, recipe.model, 3) * (2.0 if len(spec.shape) > 1 else 1.0)
+        for spec in parameter_specs(recipe.model)
+    }
     tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
     for plane in ("exp_avg", "exp_avg_sq"):
         tensors |= {f"{plane}/{name}": torch.zeros_like(tensor) for name, tensor in weights.items()}
@@ -79,7 +88,9 @@ CASES = [
 def test_the_same_as_one_process(layout: str, family: str, tiny_recipe: Tiny) -> None:
     """Rows with loss masks and documents that are cut between ranks; then three steps, clipped and accumulated."""
     micro = 1 if layout in ("fsdp_every_micro_batch", "ddp", "tensor_2") else 2
-    recipe = tiny_recipe(family, *SHAPE, f"batch.micro_batch_size={micro}", "batch.global_batch_size=8", "schedule.steps=3")
+    recipe = tiny_recipe(
+        family, *SHAPE, f"batch.micro_batch_size={micro}", "batch.global_batch_size=8", "schedule.steps=3"
+    )
     many, one = on_ranks(recipe, **LAYOUTS[layout]), alone(recipe)
     for run in (many, one):
         run.import_state(started(recipe))
@@ -108,8 +119,13 @@ def test_the_same_as_one_process(layout: str, family: str, tiny_recipe: Tiny) ->
 @pytest.mark.parametrize(("layout", "reduce"), [("fsdp", "bfloat16"), ("ddp", "float32")])
 def test_bf16(layout: str, reduce: str, tiny_recipe: Tiny) -> None:
     """Accumulated, so that sums of micro-batches are in it: bf16 has 8 bits, measured 0.005 to 0.02."""
-    recipe = tiny_recipe("crystal", *SHAPE, "batch.micro_batch_size=1", "batch.global_batch_size=8", "precision.compute=bfloat16")
-    many, one = on_ranks(recipe, reduce=reduce, **LAYOUTS[layout]), alone(tiny_recipe("crystal", *SHAPE, "batch.global_batch_size=8"))
+    recipe = tiny_recipe(
+        "crystal", *SHAPE, "batch.micro_batch_size=1", "batch.global_batch_size=8", "precision.compute=bfloat16"
+    )
+    many, one = (
+        on_ranks(recipe, reduce=reduce, **LAYOUTS[layout]),
+        alone(tiny_recipe("crystal", *SHAPE, "batch.global_batch_size=8")),
+    )
     for run in (many, one):
         run.import_state(started(recipe))
     batch = source_of(recipe).rows(0, 0, 8)
@@ -146,8 +162,12 @@ def test_compiled(options: dict[str, Any], tiny_recipe: Tiny) -> None:
         ({"parallel": "ddp"}, "allreduce", 1),
     ],
 )
-def test_accumulation_adds_over_the_ranks_once(options: dict[str, Any], operation: str, times: int, tiny_recipe: Tiny) -> None:
-    """Four micro-batches a rank take as many reductions as one, unless they are asked for; that no number of a result tells."""
+def test_accumulation_adds_over_the_ranks_once(
+    options: dict[str, Any], operation: str, times: int, tiny_recipe: Tiny
+) -> None:
+    """Four micro-batches a rank take as many reductions as one, unless they are asked for; that no number of a result
+    tells.
+    """
     counts = []
     for rows in (4, 16):
         recipe = tiny_recipe("amber", *SHAPE, "batch.micro_batch_size=1", f"batch.global_batch_size={rows}")
@@ -158,7 +178,8 @@ def test_accumulation_adds_over_the_ranks_once(options: dict[str, Any], operatio
         counts.append(sum(event.count for event in seen.key_averages() if event.key.startswith(f"c10d::{operation}")))
         run.close()
     assert counts[0] > 0, [event.key for event in seen.key_averages()]
-    reductions = [count - (1 if options.get("parallel") == "ddp" else 0) for count in counts]  # ddp: beside the sum of loss and norm
+    # ddp: beside the sum of loss and norm
+    reductions = [count - (1 if options.get("parallel") == "ddp" else 0) for count in counts]
     assert reductions[1] == times * reductions[0], counts
 
 

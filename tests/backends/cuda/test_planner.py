@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from weftrain.analysis.devices import DEVICES, DeviceError, parse_devices, speeds
+from weftrain.analysis.machine.devices import DEVICES, DeviceError, parse_devices, speeds
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees, degrees
 from weftrain.backends.cuda.planner import check_memory, largest_micro_batch, needs, predict, traffic
@@ -29,7 +29,9 @@ def options(**changes: object) -> CudaOptions:
 
 
 def test_memory_by_hand() -> None:
-    """Amber, 224 ranks: fp32 weights, two moments and a gradient of 1/224 of all but the norms; two blocks and the outer ones in bf16."""
+    """Amber, 224 ranks: fp32 weights, two moments and a gradient of 1/224 of all but the norms; two blocks and the
+    outer ones in bf16.
+    """
     found = needs(amber(), options(), Degrees(1, 224, 1, 1), "cuda").memory_bytes
     owned = AMBER_BLOCKS // 224 + AMBER_OUTER // 224 + AMBER_NORMS
     assert (found["weights, fp32"], found["optimizer"], found["gradients"]) == (4 * owned, 8 * owned, 4 * owned)
@@ -41,7 +43,9 @@ def test_traffic_by_hand() -> None:
     found = traffic(amber(), options(), Degrees(1, 224, 1, 1))
     share = 223 / 224
     assert found["gather weights"] == int(2 * 2 * AMBER_BLOCKS * share + 2 * AMBER_OUTER * share)
-    assert found["scatter gradients"] == int(4 * AMBER_BLOCKS * share + 4 * AMBER_OUTER * share + 2 * 4 * AMBER_NORMS * share)
+    assert found["scatter gradients"] == int(
+        4 * AMBER_BLOCKS * share + 4 * AMBER_OUTER * share + 2 * 4 * AMBER_NORMS * share
+    )
     ddp = traffic(amber(), options(parallel="ddp"), Degrees(224, 1, 1, 1))
     assert ddp == {"sum gradients": int(2 * share * (4 * (AMBER_BLOCKS + AMBER_OUTER) + 4 * AMBER_NORMS))}
     assert "tokens between tensor ranks" in traffic(amber(), options(tensor_parallel=2), Degrees(1, 112, 1, 2))
@@ -52,12 +56,25 @@ def test_traffic_by_hand() -> None:
 LONG = ["data.sequence_length=4096", "model.max_position_embeddings=4096", "batch.micro_batch_size=2"]
 HSDP = {"parallel": "hsdp", "shard_group": 8, "reduce": "bfloat16", "activation_checkpointing": "none"}
 # Llama 3 8B has 8 key-value heads, this decoder as many as queries: a narrower FFN gives the same number of parameters.
-LLAMA = ["data.sequence_length=8192", "model.max_position_embeddings=8192", "batch.micro_batch_size=1", "model.vocab_size=128256"]
+LLAMA = [
+    "data.sequence_length=8192",
+    "model.max_position_embeddings=8192",
+    "batch.micro_batch_size=1",
+    "model.vocab_size=128256",
+]
 LLAMA += ["model.intermediate_size=12288", "batch.global_batch_size=8", "batch.replicas=8"]
 # name, recipe, options, devices, a node's, tokens/s/device as published
 PUBLISHED = [
     ("Amber, 224 A100, 4 a node, recomputing", [], {}, 224, "A100-80GB", 4, 2600),
-    ("fms-fsdp 7B, 128 A100", [*LONG, "batch.global_batch_size=256", "batch.replicas=128"], HSDP, 128, "A100-80GB", 8, 3760),
+    (
+        "fms-fsdp 7B, 128 A100",
+        [*LONG, "batch.global_batch_size=256", "batch.replicas=128"],
+        HSDP,
+        128,
+        "A100-80GB",
+        8,
+        3760,
+    ),
     (
         "fms-fsdp 7B, 96 H100, compiled",
         [*LONG, "batch.global_batch_size=192", "batch.replicas=96"],
@@ -68,17 +85,29 @@ PUBLISHED = [
         9600,
     ),
     ("torchtitan 8B, 8 H100, eager", LLAMA, {"activation_checkpointing": "selective"}, 8, "H100", 8, 5762),
-    ("torchtitan 8B, 8 H100, compiled", LLAMA, {"activation_checkpointing": "selective", "compile": True}, 8, "H100", 8, 6667),
+    (
+        "torchtitan 8B, 8 H100, compiled",
+        LLAMA,
+        {"activation_checkpointing": "selective", "compile": True},
+        8,
+        "H100",
+        8,
+        6667,
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "changes", "count", "device", "per_node", "published"), PUBLISHED, ids=[row[0] for row in PUBLISHED]
+    ("name", "overrides", "changes", "count", "device", "per_node", "published"),
+    PUBLISHED,
+    ids=[row[0] for row in PUBLISHED],
 )
 def test_against_published_runs(
     name: str, overrides: list[str], changes: dict[str, object], count: int, device: str, per_node: int, published: int
 ) -> None:
-    """A prediction is an upper bound of what a tuned run reaches: it was at most a third above, and never a tenth below."""
+    """A prediction is an upper bound of what a tuned run reaches: it was at most a third above, and never a tenth
+    below.
+    """
     recipe = amber(*overrides)
     chosen = options(**changes)
     shape = Degrees(count // 8, 8, 1, 1) if chosen.parallel == "hsdp" else Degrees(1, count, 1, 1)
@@ -93,7 +122,9 @@ def test_what_changes_a_prediction() -> None:
     assert base.limit == "matrix products"
     slow = dataclasses.replace(speeds(224, DEVICES["A100-80GB"]), link_bytes=1e9)
     assert predict(amber(), options(), Degrees(1, 224, 1, 1), slow).limit == "communication"
-    keeps = predict(amber(), options(activation_checkpointing="none"), Degrees(1, 224, 1, 1), speeds(224, DEVICES["A100-80GB"]))
+    keeps = predict(
+        amber(), options(activation_checkpointing="none"), Degrees(1, 224, 1, 1), speeds(224, DEVICES["A100-80GB"])
+    )
     assert keeps.step_s < base.step_s
 
 
@@ -110,7 +141,9 @@ def test_the_largest_micro_batch_is_the_largest() -> None:
 
 
 def test_too_little_memory_is_refused_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load_recipe("bench_70m", ["batch.replicas=2", "batch.micro_batch_size=64", "batch.global_batch_size=128"]).recipe
+    recipe = load_recipe(
+        "bench_70m", ["batch.replicas=2", "batch.micro_batch_size=64", "batch.global_batch_size=128"]
+    ).recipe
     chosen, shape = CudaOptions(parallel="ddp"), Degrees(2, 1, 1, 1)
     wanted = needs(recipe, chosen, shape, "cpu").total_memory_bytes
     memory = psutil.virtual_memory()
@@ -128,7 +161,12 @@ def test_too_little_memory_is_refused_with_what_would_fit(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("size", "replicas", "changes", "words"),
     [
-        (2, 1, {"tensor_parallel": 4}, "2 ranks are no multiple of tensor_parallel x context_parallel = 4 x 1: start a multiple of 4"),
+        (
+            2,
+            1,
+            {"tensor_parallel": 4},
+            "2 ranks are no multiple of tensor_parallel x context_parallel = 4 x 1: start a multiple of 4",
+        ),
         (
             4,
             4,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from weftrain.backends.registry import get_backend
+from weftrain.backends.common.registry import get_backend
 from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.synthetic import SyntheticSource, synthetic_source
@@ -20,10 +20,14 @@ SIX_LAYERS = "model.num_layers=6"  # more than the ring holds
 def source_of(recipe: Recipe) -> SyntheticSource:
     rows = recipe.data.synthetic_rows
     assert rows is not None
-    return synthetic_source(recipe.model.vocab_size, recipe.data.sequence_length, rows, recipe.batch.global_batch_size, seed=5)
+    return synthetic_source(
+        recipe.model.vocab_size, recipe.data.sequence_length, rows, recipe.batch.global_batch_size, seed=5
+    )
 
 
-def prepare(recipe: Recipe, name: str = "local", folder: Path | None = None, steps: int = 6, start: int = 0, **options: object) -> Run:
+def prepare(
+    recipe: Recipe, name: str = "local", folder: Path | None = None, steps: int = 6, start: int = 0, **options: object
+) -> Run:
     backend = get_backend(name)
     chosen = backend.options.model_validate({**recipe.backend.options, **options})
     return backend.prepare(Job(recipe, Plan(start, steps), chosen, folder=folder))
@@ -37,7 +41,11 @@ def streaming(recipe: Recipe, folder: Path, tier: str, steps: int = 6, start: in
 
 def trained(run: Run, recipe: Recipe) -> tuple[list[float], list[float], State]:
     results = list(run.train(source_of(recipe)))
-    return [float(result.loss) for result in results], [float(result.grad_norm) for result in results], run.export_state()
+    return (
+        [float(result.loss) for result in results],
+        [float(result.grad_norm) for result in results],
+        run.export_state(),
+    )
 
 
 def assert_same(found: State, wanted: State) -> None:

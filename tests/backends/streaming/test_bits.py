@@ -18,7 +18,9 @@ Tiny = Callable[..., Recipe]
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("family", ["crystal", "amber"])
-def test_equals_local(family: str, tier: str, activations: str, clip: str, micro: int, tiny_recipe: Tiny, tmp_path: Path) -> None:
+def test_equals_local(
+    family: str, tier: str, activations: str, clip: str, micro: int, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
     recipe = tiny_recipe(family, SIX_LAYERS, f"batch.micro_batch_size={micro}", f"optimizer.clip_norm={clip}")
     losses, norms, state = trained(prepare(recipe), recipe)
     assert max(norms) > 0.5, "the clip must bite"
@@ -58,7 +60,9 @@ def test_ring_of_any_size_and_tiles_of_any_size(tier: str, tiny_recipe: Tiny, tm
 
 @pytest.mark.parametrize("tier", ["ram", "direct"])
 def test_offloaded_activations_change_no_bit(tier: str, tiny_recipe: Tiny, tmp_path: Path) -> None:
-    """On a CPU the hooks copy from memory to memory; slots are poisoned, so an offloaded weight would be stale or NaN."""
+    """On a CPU the hooks copy from memory to memory; slots are poisoned, so an offloaded weight would be stale or
+    NaN.
+    """
     recipe = tiny_recipe("crystal", SIX_LAYERS, "batch.micro_batch_size=2")
     wanted = trained(prepare(recipe), recipe)
     run = streaming(recipe, tmp_path, tier, offload_activations=True)

@@ -36,7 +36,9 @@ def test_waiting_for_a_run_ends_by_a_signal(tiny_recipe: type[Recipe], tmp_path:
 
 
 @pytest.mark.parametrize("sharded", [True, False])
-def test_a_replica_that_leaves_a_sharded_store_stops_the_run(sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_that_leaves_a_sharded_store_stops_the_run(
+    sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its part of the state would be missing; without shards the run goes on without it."""
     stop, orders = StopRequest(), []
     leader = Leader(tmp_path, "agreement", 1, CPU, sharded, 600.0, stop)

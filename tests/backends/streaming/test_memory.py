@@ -1,4 +1,6 @@
-"""Resident memory: flat in depth but for the activations that the mode keeps, and a state thirty times as large as the process."""
+"""Resident memory: flat in depth but for the activations that the mode keeps, and a state thirty times as large as the
+process.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from weftrain.core.fsops import free_bytes
+from weftrain.core.formats.fsops import free_bytes
 from weftrain.core.model import Decoder, kernel_specs
 from weftrain.core.recipe_file import load_recipe
 from weftrain.kernels import select
@@ -21,9 +23,9 @@ import json, sys
 from pathlib import Path
 import torch
 from weftrain.core.recipe_file import load_recipe
-from weftrain.backends.registry import get_backend
+from weftrain.backends.common.registry import get_backend
 from weftrain.core.backend import Job, Plan
-from weftrain.core.host_memory import peak_resident_bytes
+from weftrain.kernels.host_memory import peak_resident_bytes
 from weftrain.core.synthetic import synthetic_source
 torch.set_num_threads(2)
 recipe = load_recipe("amber_demo", json.loads(sys.argv[2])).recipe
@@ -36,9 +38,25 @@ state = (Path(sys.argv[1]) / "store" / "state").stat().st_size
 run.close()
 print(json.dumps({"peak_bytes": peak_resident_bytes(), "state_bytes": state, "losses": losses}))
 """
-BASE = ["backend.name=streaming", "backend.options.tier=direct", "backend.options.layer_slots=2", "backend.options.huge_pages=false"]
-BASE += ["data.sources=[]", "data.synthetic_rows=8", "precision.compute=float32", "log.tensorboard=false", "batch.global_batch_size=8"]
-BASE += ["batch.micro_batch_size=8", "model.vocab_size=512", "model.max_position_embeddings=64", "data.sequence_length=64"]
+BASE = [
+    "backend.name=streaming",
+    "backend.options.tier=direct",
+    "backend.options.layer_slots=2",
+    "backend.options.huge_pages=false",
+]
+BASE += [
+    "data.sources=[]",
+    "data.synthetic_rows=8",
+    "precision.compute=float32",
+    "log.tensorboard=false",
+    "batch.global_batch_size=8",
+]
+BASE += [
+    "batch.micro_batch_size=8",
+    "model.vocab_size=512",
+    "model.max_position_embeddings=64",
+    "data.sequence_length=64",
+]
 
 
 def measured(folder: Path, *overrides: str) -> dict[str, Any]:
@@ -72,12 +90,17 @@ def saved_by_a_block(*overrides: str) -> int:
 @pytest.mark.prove
 @pytest.mark.parametrize("activations", ["recompute", pytest.param("keep", marks=pytest.mark.soak)])
 def test_memory_is_flat_in_depth(activations: str, tmp_path: Path) -> None:
-    width = ["model.hidden_size=256", "model.intermediate_size=688", "model.num_heads=4", f"backend.options.activations={activations}"]
+    width = [
+        "model.hidden_size=256",
+        "model.intermediate_size=688",
+        "model.num_heads=4",
+        f"backend.options.activations={activations}",
+    ]
     peaks = {}
     for layers in (4, 32, 96):
-        peaks[layers] = measured(tmp_path / str(layers), *width, f"model.num_layers={layers}", "backend.options.buffer_mib=32")[
-            "peak_bytes"
-        ]
+        peaks[layers] = measured(
+            tmp_path / str(layers), *width, f"model.num_layers={layers}", "backend.options.buffer_mib=32"
+        )["peak_bytes"]
     slope = (peaks[96] - peaks[4]) / 92
     stream = 8 * 64 * 256 * 4  # one [B, T, hidden]
     kept = stream if activations == "recompute" else stream + saved_by_a_block(*width[:3])
@@ -97,7 +120,12 @@ def test_a_state_many_times_the_memory_trains(layers: int, times: int, tmp_path:
         f"model.num_layers={layers}",
         "model.rotary_dim=128",
     ]
-    few = ["data.sequence_length=16", "batch.global_batch_size=1", "batch.micro_batch_size=1", "backend.options.activations=recompute"]
+    few = [
+        "data.sequence_length=16",
+        "batch.global_batch_size=1",
+        "batch.micro_batch_size=1",
+        "backend.options.activations=recompute",
+    ]
     found = measured(tmp_path, *width, *few, "backend.options.buffer_mib=32", "backend.options.tile_elements=1048576")
     share = found["state_bytes"] / found["peak_bytes"]
     print(f"{found['state_bytes'] / 1e9:.1f} GB of state, peak {found['peak_bytes'] / 1e9:.3f} GB: {share:.1f} x")

@@ -1,4 +1,6 @@
-"""Replicas as processes of their own: the bits of one process for 1, 2 and 4 of them, joining, leaving, and being killed."""
+"""Replicas as processes of their own: the bits of one process for 1, 2 and 4 of them, joining, leaving, and being
+killed.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,27 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from weftrain.analysis.same_state import compare
+from weftrain.analysis.compare.same_state import compare
 from weftrain.backends.streaming.fabric import Alone
 from weftrain.cli.assembly import open_data
 from weftrain.cli.main import main
 from weftrain.cli.resolve import backend_options
 from weftrain.core import checkpoint
 from weftrain.core.backend import Job, Plan, State
-from weftrain.core.metrics import read_metrics
 from weftrain.core.recipe_file import load_recipe
+from weftrain.core.run.metrics import read_metrics
 
-BASE = ["batch.micro_batch_size=1", "precision.compute=float32", "schedule.steps=6", "checkpoint.every_steps=0", "log.every_steps=1"]
-BASE += ["schedule.learning_rate=[{shape: linear, steps: 2, start: 0, end: 0.01}, {shape: constant, steps: 1000, start: 0.01}]"]
+BASE = [
+    "batch.micro_batch_size=1",
+    "precision.compute=float32",
+    "schedule.steps=6",
+    "checkpoint.every_steps=0",
+    "log.every_steps=1",
+]
+BASE += [
+    "schedule.learning_rate=[{shape: linear, steps: 2, start: 0, end: 0.01}, {shape: constant, steps: 1000, start: "
+    "0.01}]"
+]
 
 
 def command(*arguments: str) -> list[str]:
@@ -41,7 +52,10 @@ def train(folder: Path, name: str, overrides: list[str], backend: str = "streami
 @contextmanager
 def started(*commands: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen(item, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) for item in commands]
+    processes = [
+        subprocess.Popen(item, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        for item in commands
+    ]
     try:
         yield processes
     finally:
@@ -59,16 +73,35 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 @pytest.fixture(scope="module")
 def masked_rows(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Rows of one document each, which fills half of it or more: each replica has another number of tokens that bear a loss."""
+    """Rows of one document each, which fills half of it or more: each replica has another number of tokens that bear a
+    loss.
+    """
     folder, drawn = tmp_path_factory.mktemp("masked"), random.Random(1)
     (folder / "texts").mkdir()
     for number in range(100):
         (folder / "texts" / f"{number}.txt").write_text("".join(drawn.choices("abcdefgh ", k=drawn.randint(11, 17))))
-    options = ["--name", "short", "--sequence-length", "13", "--vocab-size", "300", "--packing", "best_fit", "--output", str(folder)]
+    options = [
+        "--name",
+        "short",
+        "--sequence-length",
+        "13",
+        "--vocab-size",
+        "300",
+        "--packing",
+        "best_fit",
+        "--output",
+        str(folder),
+    ]
     done = CliRunner().invoke(main, ["prep", str(folder / "texts"), *options])
     assert done.exit_code == 0, done.output
     sources = "data.sources=[{name: short, path: short, weight: 1}]"
-    return ["data.synthetic_rows=null", f"data.root={folder}", sources, "model.vocab_size=332", "objective.normalizer=bearing_tokens"]
+    return [
+        "data.synthetic_rows=null",
+        f"data.root={folder}",
+        sources,
+        "model.vocab_size=332",
+        "objective.normalizer=bearing_tokens",
+    ]
 
 
 @pytest.fixture
@@ -114,7 +147,9 @@ def test_the_bits_of_one_process(
 ) -> None:
     options = [f"backend.options.fabric={fabric}", f"backend.options.tier={tier}", f"batch.replicas={replicas}"]
     others = [command("replica", str(tmp_path / "run")) for _ in range(replicas - 1)]
-    with started(train(tmp_path, "run", [*overrides, *options, "backend.options.tile_elements=4096"]), *others) as processes:
+    with started(
+        train(tmp_path, "run", [*overrides, *options, "backend.options.tile_elements=4096"]), *others
+    ) as processes:
         for process in processes:
             finished(process)
     assert_same_as(single, tmp_path / "run")
@@ -129,7 +164,9 @@ def test_a_sharded_store_is_continued(overrides: list[str], single: tuple[State,
     first = [item for item in overrides if not item.startswith("schedule.steps=")] + ["schedule.steps=3"]
     options = [*SHARDED, "backend.options.tier=mapped"]
     for steps, allow in ((first, []), (overrides, ["--allow", "schedule.steps"])):
-        with started(train(tmp_path, "run", [*steps, *options, *allow]), command("replica", str(tmp_path / "run"))) as processes:
+        with started(
+            train(tmp_path, "run", [*steps, *options, *allow]), command("replica", str(tmp_path / "run"))
+        ) as processes:
             outputs = [finished(process) for process in processes]
     assert "stands at 3 completed steps: the run goes on from there" in outputs[0]
     assert_same_as(single, tmp_path / "run")
@@ -147,7 +184,10 @@ def test_a_sharded_run_is_killed_and_goes_on(tier: str, overrides: list[str], tm
     for kills in range(4):
         with started(*both) as (leader, replica):
             logged = metrics.read_text().count('"kind": "step"') if kills else 0
-            wait_for(lambda before=logged: metrics.exists() and metrics.read_text().count('"kind": "step"') > before + 3, leader)
+            wait_for(
+                lambda before=logged: metrics.exists() and metrics.read_text().count('"kind": "step"') > before + 3,
+                leader,
+            )
             time.sleep(randomness.uniform(0, 0.03))
             for process in randomness.sample([leader, replica], 2):
                 process.kill()
@@ -162,11 +202,16 @@ def test_a_sharded_run_is_killed_and_goes_on(tier: str, overrides: list[str], tm
 
 
 @pytest.mark.prove
-def test_replicas_join_and_leave_between_steps(overrides: list[str], single: tuple[State, list[float]], tmp_path: Path) -> None:
+def test_replicas_join_and_leave_between_steps(
+    overrides: list[str], single: tuple[State, list[float]], tmp_path: Path
+) -> None:
     """One is there from the start and leaves, another joins while it trains; no bit changes."""
     long = [item for item in overrides if not item.startswith("schedule.steps=")] + ["schedule.steps=400"]
     short = tmp_path / "run" / "metrics.jsonl"
-    with started(train(tmp_path, "run", [*long, "batch.replicas=2"]), command("replica", str(tmp_path / "run"))) as (leader, first):
+    with started(train(tmp_path, "run", [*long, "batch.replicas=2"]), command("replica", str(tmp_path / "run"))) as (
+        leader,
+        first,
+    ):
         wait_for(lambda: short.exists() and short.read_text().count('"kind": "step"') > 5, leader)
         with started(command("replica", str(tmp_path / "run"))) as (second,):
             first.send_signal(signal.SIGTERM)
@@ -183,7 +228,10 @@ def test_a_killed_replica_is_reported_and_the_last_step_is_intact(overrides: lis
     long = [item for item in overrides if not item.startswith("schedule.steps=")] + ["schedule.steps=1000"]
     options = ["batch.replicas=2", "backend.options.tier=mapped"]
     metrics = tmp_path / "run" / "metrics.jsonl"
-    with started(train(tmp_path, "run", [*long, *options]), command("replica", str(tmp_path / "run"))) as (leader, replica):
+    with started(train(tmp_path, "run", [*long, *options]), command("replica", str(tmp_path / "run"))) as (
+        leader,
+        replica,
+    ):
         wait_for(lambda: metrics.exists() and metrics.read_text().count('"kind": "step"') > 5, leader)
         replica.kill()
         output, _ = leader.communicate(timeout=60)
@@ -192,7 +240,15 @@ def test_a_killed_replica_is_reported_and_the_last_step_is_intact(overrides: lis
     assert "the last completed step is intact" in output
     steps = [record["step"] for record in read_metrics(tmp_path / "run") if record["kind"] == "step"]
     stopped = [item if item != "batch.replicas=2" else "batch.replicas=1" for item in options]
-    again = [*long[:-1], f"schedule.steps={steps[-1] + 3}", *stopped, "--allow", "schedule.steps", "--allow", "batch.replicas"]
+    again = [
+        *long[:-1],
+        f"schedule.steps={steps[-1] + 3}",
+        *stopped,
+        "--allow",
+        "schedule.steps",
+        "--allow",
+        "batch.replicas",
+    ]
     with started(train(tmp_path, "run", again)) as (alone,):
         assert f"stands at {steps[-1]} completed steps" in finished(alone)
 

@@ -45,7 +45,11 @@ def test_every_computation_has_its_weights(tier: str, slots: int, tiny_recipe: T
                     assert there[slot] == event.record.index
                 elif event.kind == "free":
                     there.pop(slot, None)
-    order = [(event.kind, event.record.index) for event in scheduler.step(0).events if event.kind in ("forward", "loss", "backward")]
+    order = [
+        (event.kind, event.record.index)
+        for event in scheduler.step(0).events
+        if event.kind in ("forward", "loss", "backward")
+    ]
     assert order == [*(("forward", i) for i in range(7)), ("loss", 7), *(("backward", i) for i in range(6, -1, -1))]
 
 
@@ -54,7 +58,8 @@ def test_bytes_are_those_of_the_layout(tiny_recipe: Tiny) -> None:
     scheduler = Scheduler(layout, "direct", 2, 1 << 30)
     state = sum(tile.bytes for tile in layout.tiles)
     gradients = sum(tile.gradient_bytes for tile in layout.tiles)
-    again = sum(record.compute_bytes for record in layout.records[1:5])  # four of six layers are gone when their backward comes
+    # four of six layers are gone when their backward comes
+    again = sum(record.compute_bytes for record in layout.records[1:5])
     assert scheduler.step(0).bytes_read == state + gradients + again
     assert scheduler.step(0).bytes_written == state + gradients
     assert scheduler.step(None).bytes_written == gradients
@@ -66,7 +71,9 @@ def test_bytes_are_those_of_the_layout(tiny_recipe: Tiny) -> None:
 
 @pytest.mark.parametrize("tier", ["ram", "mapped", "direct"])
 def test_a_step_moves_what_show_prints(tier: str, tiny_recipe: Tiny, tmp_path: Path) -> None:
-    """The engine refuses a pass that moves other bytes; here the figures of a step in the middle are compared once more."""
+    """The engine refuses a pass that moves other bytes; here the figures of a step in the middle are compared once
+    more.
+    """
     recipe = tiny_recipe("crystal", SIX_LAYERS)
     run = streaming(recipe, tmp_path, tier)
     moved = [(run.stats()["store_in_bytes"], run.stats()["store_out_bytes"]) for _ in run.train(source_of(recipe))]

@@ -1,4 +1,6 @@
-"""Archives: every form that the tools write is read, in bounded memory; every kind of damage is named; and shares of them add up."""
+"""Archives: every form that the tools write is read, in bounded memory; every kind of damage is named; and shares of
+them add up.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep import shares
-from weftrain.data_prep.documents import Document, Failure, FileRead, InputFile
 from weftrain.data_prep.inputs import compression
 from weftrain.data_prep.inputs.compression import BrokenArchive, Decompressed, open_decompressed
-from weftrain.data_prep.listing import list_inputs
-from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.shares import read_part, records_before, split_parts
+from weftrain.data_prep.readers import shares
+from weftrain.data_prep.readers.documents import Document, Failure, FileRead, InputFile
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.readers.shares import read_part, records_before, split_parts
 
 SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 
@@ -34,7 +36,11 @@ def compress(data: bytes, suffix: str) -> bytes:
     if suffix == ".zst":
         zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed: pip install 'weftrain[data]'")
         return bytes(zstandard.ZstdCompressor().compress(data))
-    return {".gz": lambda: gzip.compress(data, mtime=0), ".bz2": lambda: bz2.compress(data), ".xz": lambda: lzma.compress(data)}[suffix]()
+    return {
+        ".gz": lambda: gzip.compress(data, mtime=0),
+        ".bz2": lambda: bz2.compress(data),
+        ".xz": lambda: lzma.compress(data),
+    }[suffix]()
 
 
 def read(path: Path, part_bytes: int = 1 << 40) -> list[Document | Failure]:
@@ -105,7 +111,10 @@ def test_what_is_compressed_under_a_name_of_text_or_compressed_twice_is_told(tmp
     (tmp_path / "t.txt").write_bytes(data)
     files = list_inputs([str(tmp_path / "t.txt")], source=None, format="text")
     [failure] = [
-        item for part in split_parts(files, 1 << 20) for item in read_part(files, part, ReadOptions()) if isinstance(item, Failure)
+        item
+        for part in split_parts(files, 1 << 20)
+        for item in read_part(files, part, ReadOptions())
+        if isinstance(item, Failure)
     ]
     assert re.fullmatch(told, failure.reason)
     (tmp_path / "magic.jsonl").write_bytes(b'BZh9\n{"text": "a"}\n')
@@ -115,7 +124,8 @@ def test_what_is_compressed_under_a_name_of_text_or_compressed_twice_is_told(tmp
 def test_a_long_window_is_read_and_an_endless_one_refused(tmp_path: Path) -> None:
     zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed: pip install 'weftrain[data]'")
     parameters = zstandard.ZstdCompressionParameters(window_log=31, chain_log=6, hash_log=6, strategy=1)
-    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # unknown size: the frame states its window
+    # unknown size: the frame states its window
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     archive = compressor.compress(DATA) + compressor.flush()
     assert zstandard.get_frame_parameters(archive).window_size == 1 << 31
     path = tmp_path / "a.txt.zst"
@@ -123,7 +133,10 @@ def test_a_long_window_is_read_and_an_endless_one_refused(tmp_path: Path) -> Non
     with open_decompressed(str(path)) as opened:
         assert opened.read() == DATA
     path.write_bytes(archive[:5] + bytes([(32 - 10) << 3]) + archive[6:])
-    with open_decompressed(str(path)) as opened, pytest.raises(BrokenArchive, match=r"a window of more than 2 GiB .*smaller one"):
+    with (
+        open_decompressed(str(path)) as opened,
+        pytest.raises(BrokenArchive, match=r"a window of more than 2 GiB .*smaller one"),
+    ):
         opened.read()
 
 
@@ -141,13 +154,18 @@ def test_a_bomb_is_decompressed_in_pieces(tmp_path: Path, suffix: str) -> None:
 
 
 LINES = st.lists(
-    st.one_of(st.just(b""), st.integers(0, 400).map(lambda size: random.Random(size).randbytes(size).hex().encode())), max_size=40
+    st.one_of(st.just(b""), st.integers(0, 400).map(lambda size: random.Random(size).randbytes(size).hex().encode())),
+    max_size=40,
 )
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    lines=LINES, ends=st.booleans(), suffix=st.sampled_from([".gz", ".zst"]), frame=st.integers(1, 4000), part_bytes=st.integers(20, 4000)
+    lines=LINES,
+    ends=st.booleans(),
+    suffix=st.sampled_from([".gz", ".zst"]),
+    frame=st.integers(1, 4000),
+    part_bytes=st.integers(20, 4000),
 )
 def test_any_cut_of_an_archive_gives_the_lines_of_the_whole(
     tmp_path: Path, lines: list[bytes], ends: bool, suffix: str, frame: int, part_bytes: int
@@ -155,12 +173,16 @@ def test_any_cut_of_an_archive_gives_the_lines_of_the_whole(
     text = [json.dumps({"text": line.decode()}).encode() if line else b"" for line in lines]
     data = b"\n".join(text) + (b"\n" if ends and lines else b"")
     path = tmp_path / f"{uuid.uuid4().hex}.jsonl{suffix}"
-    path.write_bytes(b"".join(compress(data[begin : begin + frame], suffix) for begin in range(0, max(1, len(data)), frame)))
+    path.write_bytes(
+        b"".join(compress(data[begin : begin + frame], suffix) for begin in range(0, max(1, len(data)), frame))
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compression, "INPUT_BYTES", 32)
         patch.setattr(shares, "MIN_ARCHIVE_SHARE_BYTES", 16)
         items = read(path, part_bytes)
-        pieces = [share for part in split_parts(list_inputs([str(path)], source=None), part_bytes) for share in part.shares]
+        pieces = [
+            share for part in split_parts(list_inputs([str(path)], source=None), part_bytes) for share in part.shares
+        ]
     assert [(item.record, item.text) for item in items if isinstance(item, Document)] == [
         (number, line.decode()) for number, line in enumerate(lines) if line
     ]
@@ -169,7 +191,9 @@ def test_any_cut_of_an_archive_gives_the_lines_of_the_whole(
     assert [piece.begin for piece in pieces] == [0, *(piece.end for piece in pieces[:-1])]
 
 
-def test_a_large_archive_is_cut_and_one_that_decompresses_slowly_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_archive_is_cut_and_one_that_decompresses_slowly_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def cuts(suffix: str, mebibytes: int) -> int:
         file = InputFile("absent.jsonl" + suffix, "absent", "s", "jsonl", mebibytes << 20, None)
         return sum(len(part.shares) for part in split_parts([file], 4 << 20))

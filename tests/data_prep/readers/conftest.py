@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure, FileRead
-from weftrain.data_prep.listing import list_inputs
-from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.shares import read_part, split_parts
+from weftrain.data_prep.readers.documents import Document, Failure, FileRead
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.readers.shares import read_part, split_parts
 
 ReadAll = Callable[..., list[Document | Failure]]
 
@@ -32,7 +32,9 @@ def _items(path: Path, part_bytes: int, format: str | None, options: dict[str, A
 def read_all() -> ReadAll:
     """read_all(path, part_bytes=..., format=..., **options): documents and failures, with records of the whole file."""
 
-    def read(path: Path, part_bytes: int = 1 << 40, format: str | None = None, **options: Any) -> list[Document | Failure]:
+    def read(
+        path: Path, part_bytes: int = 1 << 40, format: str | None = None, **options: Any
+    ) -> list[Document | Failure]:
         return list(_items(path, part_bytes, format, options))
 
     return read
@@ -40,7 +42,9 @@ def read_all() -> ReadAll:
 
 @pytest.fixture
 def check_damaged(read_all: ReadAll) -> Callable[..., None]:
-    """check_damaged(path, ...): what was damaged gives documents and failures, or one DataError of one line that names the path."""
+    """check_damaged(path, ...): what was damaged gives documents and failures, or one DataError of one line that names
+    the path.
+    """
 
     def check(path: Path, *arguments: Any, **options: Any) -> None:
         items: list[Document | Failure] = []

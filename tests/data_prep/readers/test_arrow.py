@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure
-from weftrain.data_prep.listing import Wanted, find_inputs, list_inputs
-from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.shares import read_part, split_parts
+from weftrain.data_prep.readers.documents import Document, Failure
+from weftrain.data_prep.readers.listing import Wanted, find_inputs, list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.readers.shares import read_part, split_parts
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'weftrain[data]'")
 feather = pytest.importorskip("pyarrow.feather")
@@ -45,7 +45,9 @@ def write(path: Path, table: Any, form: str, rows: int = 7) -> Path:
 def test_any_cut_gives_the_rows_of_the_whole(tmp_path: Path, read_all: Read, form: str, kind: str) -> None:
     texts = [None if number % 11 == 5 else f"text é {number % 17}" for number in range(60)]
     column = pa.array(texts).dictionary_encode() if kind == "dictionary" else pa.array(texts).cast(getattr(pa, kind)())
-    table = pa.table({"n": range(60), "text": column, "meta": [{"text": f"m{number}", "from": "x"} for number in range(60)]})
+    table = pa.table(
+        {"n": range(60), "text": column, "meta": [{"text": f"m{number}", "from": "x"} for number in range(60)]}
+    )
     path = write(tmp_path / "t.arrow", table, form)
     wanted = [text or NULL for text in texts]
     size = path.stat().st_size
@@ -72,7 +74,10 @@ def test_feather_and_files_without_a_suffix(tmp_path: Path, read_all: Read) -> N
 
 
 def test_bad_utf8_is_its_rows_failure(tmp_path: Path, read_all: Read) -> None:
-    for column in (pa.array([b"a", b"\xff", b"c"]).view(pa.string()), pa.array([b"a", b"\xff", b"c"]).dictionary_encode()):
+    for column in (
+        pa.array([b"a", b"\xff", b"c"]).view(pa.string()),
+        pa.array([b"a", b"\xff", b"c"]).dictionary_encode(),
+    ):
         path = write(tmp_path / "t.arrow", pa.table({"text": column}), "stream")
         bad = "column 'text': byte 0 is not UTF-8 (invalid start byte); convert it to UTF-8"
         assert found(read_all(path)) == ["a", bad, "c"]
@@ -89,11 +94,17 @@ def test_a_file_that_is_cut_off(tmp_path: Path, read_all: Read, form: str) -> No
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(form=st.sampled_from(["file", "stream", "file, zstd"]), place=st.floats(0, 1), damage=st.binary(min_size=1, max_size=8))
+@given(
+    form=st.sampled_from(["file", "stream", "file, zstd"]),
+    place=st.floats(0, 1),
+    damage=st.binary(min_size=1, max_size=8),
+)
 def test_any_damage_is_documents_failures_or_one_error(
     tmp_path: Path, check_damaged: Callable[..., None], form: str, place: float, damage: bytes
 ) -> None:
-    table = pa.table({"text": ["some text", None, "é"] * 10, "kind": pa.array(["a", "b", "a"] * 10).dictionary_encode()})
+    table = pa.table(
+        {"text": ["some text", None, "é"] * 10, "kind": pa.array(["a", "b", "a"] * 10).dictionary_encode()}
+    )
     data = bytearray(write(tmp_path / "t.arrow", table, form).read_bytes())
     begin = int(place * (len(data) - len(damage)))
     data[begin : begin + len(damage)] = damage
@@ -107,8 +118,12 @@ def saved(folder: Path, texts: list[str], cut: int) -> None:
     names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
     for name, rows in zip(names, (texts[:cut], texts[cut:]), strict=True):
         write(folder / name, pa.table({"text": rows}), "stream")
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names], "_split": None}, indent=2))
-    (folder / "dataset_info.json").write_text(json.dumps({"citation": "", "features": {"text": {"dtype": "string"}}}, indent=2))
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": name} for name in names], "_split": None}, indent=2)
+    )
+    (folder / "dataset_info.json").write_text(
+        json.dumps({"citation": "", "features": {"text": {"dtype": "string"}}}, indent=2)
+    )
 
 
 def test_a_folder_of_datasets_in_splits_without_its_caches(tmp_path: Path, read_all: Read) -> None:
@@ -120,7 +135,9 @@ def test_a_folder_of_datasets_in_splits_without_its_caches(tmp_path: Path, read_
     assert [file.name for file in listed.files] == [
         f"in/{split}/data-0000{number}-of-00002.arrow" for split in ("test", "train") for number in range(2)
     ]
-    assert [(entry.name, entry.reason) for entry in listed.skipped] == [("in/train/cache-0123456789abcdef.arrow", "not in state.json")]
+    assert [(entry.name, entry.reason) for entry in listed.skipped] == [
+        ("in/train/cache-0123456789abcdef.arrow", "not in state.json")
+    ]
     assert found(read_all(tmp_path / "in")) == ["d", "e", "a", "b", "c"]
     (tmp_path / "in" / "train" / "state.json").unlink()  # as in the cache of load_dataset
     assert [entry.reason for entry in find_inputs([Wanted((str(tmp_path / "in"),))]).skipped] == ["cache of datasets"]
@@ -128,18 +145,27 @@ def test_a_folder_of_datasets_in_splits_without_its_caches(tmp_path: Path, read_
 
 def test_a_folder_whose_rows_are_selected_by_an_index(tmp_path: Path, read_all: Read) -> None:
     saved(tmp_path / "in", ["a", "b"], 1)
-    state = json.loads((tmp_path / "in" / "state.json").read_text()) | {"_indices_data_files": [{"filename": "indices.arrow"}]}
+    state = json.loads((tmp_path / "in" / "state.json").read_text()) | {
+        "_indices_data_files": [{"filename": "indices.arrow"}]
+    }
     (tmp_path / "in" / "state.json").write_text(json.dumps(state))
-    with pytest.raises(DataError, match=r"state\.json beside it selects rows by an index; call flatten_indices\(\) and save"):
+    with pytest.raises(
+        DataError, match=r"state\.json beside it selects rows by an index; call flatten_indices\(\) and save"
+    ):
         read_all(tmp_path / "in")
 
 
 @pytest.mark.prove
 def test_what_datasets_itself_saves(tmp_path: Path, read_all: Read) -> None:
     datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
-    rows = {"text": [f"text {number}" for number in range(25)], "meta": [{"text": f"m{number}"} for number in range(25)]}
+    rows = {
+        "text": [f"text {number}" for number in range(25)],
+        "meta": [{"text": f"m{number}"} for number in range(25)],
+    }
     whole = datasets.Dataset.from_dict(rows)
-    datasets.DatasetDict(train=whole, test=whole.select([3, 1])).save_to_disk(str(tmp_path / "in"), num_shards={"train": 3, "test": 1})
+    datasets.DatasetDict(train=whole, test=whole.select([3, 1])).save_to_disk(
+        str(tmp_path / "in"), num_shards={"train": 3, "test": 1}
+    )
     assert found(read_all(tmp_path / "in")) == ["text 3", "text 1", *rows["text"]]
     assert found(read_all(tmp_path / "in" / "test", text_key="meta.text")) == ["m3", "m1"]
     loaded = datasets.load_from_disk(str(tmp_path / "in"))["train"]
@@ -158,7 +184,9 @@ def test_another_file_system(tmp_path: Path) -> None:
         assert [item.text for item in items if isinstance(item, Document)] == [f"{number}" for number in range(30)] * 2
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory without what the parent process had is told by Linux's /proc alone")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="peak memory without what the parent process had is told by Linux's /proc alone"
+)
 def test_memory_follows_neither_the_file_nor_a_batch(tmp_path: Path) -> None:
     text = "word " * 40_000  # 200 kB
     for form, rows in (("file", 400), ("stream", 40)):
@@ -166,8 +194,8 @@ def test_memory_follows_neither_the_file_nor_a_batch(tmp_path: Path) -> None:
     script = """
 import os, re, sys
 import pyarrow.ipc
-from weftrain.data_prep.documents import Document, InputFile, Share
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.documents import Document, InputFile, Share
+from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.readers import arrow
 arrow._RELEASE_BYTES = 8 << 20
 def peak():
@@ -179,5 +207,7 @@ for path in sys.argv[1:]:
 print(peak() - before)
 """
     paths = [str(tmp_path / "file.arrow"), str(tmp_path / "stream.arrow")]
-    done = subprocess.run([sys.executable, "-c", script, *paths], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *paths], capture_output=True, text=True, check=True, timeout=120
+    )
     assert int(done.stdout) < 50 << 10  # KiB, of two files of 80 MB

@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weftrain.core.dataset import ShardSet, read_manifest
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure
-from weftrain.data_prep.listing import list_inputs
+from weftrain.core.formats.dataset import ShardSet, read_manifest
 from weftrain.data_prep.marks import BEGINS, LOSS, spans
 from weftrain.data_prep.pipeline import Prepared, prepare
-from weftrain.data_prep.plan import Inputs
-from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers import cerebras
+from weftrain.data_prep.readers.documents import Document, Failure
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.stages.plan import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 S, PAD, EOS = 16, 3, 4
@@ -35,7 +35,9 @@ def padded(tokens: np.ndarray) -> np.ndarray:
 
 
 def packed(documents: list[np.ndarray], separator_bears_loss: bool = False) -> np.ndarray:
-    """Documents of one row -> planes [5, S], as the Model Zoo packs them: the labels are the row's stream shifted by one."""
+    """Documents of one row -> planes [5, S], as the Model Zoo packs them: the labels are the row's stream shifted by
+    one.
+    """
     stream = np.concatenate(documents)
     rows = padded(stream)
     lengths = [len(document) for document in documents]
@@ -59,7 +61,12 @@ def write(path: Path, rows: Any, dtype: Any = "<i4") -> Path:
 def make(tmp_path: Path, encoder: TextEncoder, path: Path, name: str = "d", **changes: Any) -> Prepared:
     (tmp_path / "tokenizer.json").write_bytes(encoder.data)
     inputs = Inputs(tuple(list_inputs([str(path)], source=None)), "rows", "none", ReadOptions(sequence_length=S))
-    settings: dict[str, Any] = {"tokenizer": tmp_path / "tokenizer.json", "sequence_length": S, "heldout_fraction": 0.0, "order": "as_read"}
+    settings: dict[str, Any] = {
+        "tokenizer": tmp_path / "tokenizer.json",
+        "sequence_length": S,
+        "heldout_fraction": 0.0,
+        "order": "as_read",
+    }
     prepared = prepare(inputs, tmp_path / "out", name=name, **settings | changes)
     assert prepared is not None
     return prepared
@@ -81,7 +88,9 @@ def random_ids(random: np.random.Generator, count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", ["<i4", "<u2", "<u4", "<i8"])
-def test_padded_rows_keep_every_pair_of_inputs_and_label_that_bears_loss(tmp_path: Path, encoder: TextEncoder, dtype: str) -> None:
+def test_padded_rows_keep_every_pair_of_inputs_and_label_that_bears_loss(
+    tmp_path: Path, encoder: TextEncoder, dtype: str
+) -> None:
     random = np.random.default_rng(0)
     rows = [padded(random_ids(random, length + 1)) for length in (S, 9, 1, S - 1, S, 5)]
     rows[4][1, 3:6] = 0  # labels without loss within a row
@@ -118,7 +127,8 @@ def test_packed_rows_keep_their_documents(tmp_path: Path, encoder: TextEncoder) 
     table = reader.documents()
     assert table.end.tolist() == [5, 17, 20, 23, 26, 34, 51, 52, 56, 57, 59, 68]
     assert table.record.tolist() == [0, 0, 1, 1, 1, -1, 2, 3, 3, 3, 3, -1]
-    assert len({identity.tobytes() for identity in table.id}) == 10  # of the two that are EOS alone one, and one of all padding
+    # of the two that are EOS alone one, and one of all padding
+    assert len({identity.tobytes() for identity in table.id}) == 10
     assert prepared.manifest.train.padding_tokens == 8 + 9
 
 
@@ -131,7 +141,9 @@ def test_planes_of_zeros_tell_no_documents_apart(tmp_path: Path, encoder: TextEn
 
 
 def test_a_row_of_the_released_fim_scripts(tmp_path: Path, encoder: TextEncoder) -> None:
-    """Shorter than before: ids and labels are filled with <fim_pad>, the last label before it is eos, the mask 0 over the filling."""
+    """Shorter than before: ids and labels are filled with <fim_pad>, the last label before it is eos, the mask 0 over
+    the filling.
+    """
     text, short = random_ids(np.random.default_rng(3), 12), 4
     ids, labels = np.append(text, np.full(short, PAD)), np.append(np.append(text[1:], EOS), np.full(short, PAD))
     row = np.stack([ids, np.append(np.ones(12), np.zeros(short)), labels]).astype(int)
@@ -143,7 +155,7 @@ def test_a_row_of_the_released_fim_scripts(tmp_path: Path, encoder: TextEncoder)
 def test_packed_rows_are_the_same_bytes_on_any_number_of_parts(
     tmp_path: Path, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from weftrain.data_prep import plan
+    from weftrain.data_prep.stages import plan
 
     random = np.random.default_rng(4)
     rows = [packed([random_ids(random, count) for count in random.multinomial(12, [0.4, 0.6]) + 1]) for _ in range(40)]
@@ -204,8 +216,12 @@ def test_shapes_and_types_that_are_not_read(tmp_path: Path, encoder: TextEncoder
 
 @settings(deadline=None, max_examples=200)
 @given(st.data(), st.sampled_from([3, 5]), st.integers(1, 7))
-def test_any_planes_are_a_row_of_the_same_loss_or_say_what_is_wrong(data: st.DataObject, planes: int, length: int) -> None:
-    """Small numbers, so that labels often are the next id; a row that is read has the planes' pairs of inputs and label, and no other."""
+def test_any_planes_are_a_row_of_the_same_loss_or_say_what_is_wrong(
+    data: st.DataObject, planes: int, length: int
+) -> None:
+    """Small numbers, so that labels often are the next id; a row that is read has the planes' pairs of inputs and
+    label, and no other.
+    """
     stream = data.draw(st.lists(st.integers(0, 2), min_size=length + 1, max_size=length + 1))
     rows = np.zeros((planes, length), np.int64)
     rows[0], rows[2] = stream[:-1], stream[1:]

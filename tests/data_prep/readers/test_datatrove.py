@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.config import Fim
-from weftrain.core.dataset import ShardSet
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure
-from weftrain.data_prep.listing import list_inputs
+from weftrain.core.formats.dataset import ShardSet
 from weftrain.data_prep.pipeline import prepare
-from weftrain.data_prep.plan import Inputs
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.documents import Document, Failure
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.stages.plan import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 DOCUMENTS = [[1, 2, 3, 4], [5], [], [6, 70, 65_535]]
@@ -39,7 +39,9 @@ def write(folder: Path, width: int = 2, loss: Sequence[int] | None = None, metad
 
 
 def tokens(items: Sequence[Document | Failure]) -> list[list[int]]:
-    assert all(isinstance(item, Document) and item.tokens is not None and item.tokens.dtype == np.int32 for item in items), items
+    assert all(
+        isinstance(item, Document) and item.tokens is not None and item.tokens.dtype == np.int32 for item in items
+    ), items
     return [item.tokens.tolist() for item in items if isinstance(item, Document) and item.tokens is not None]
 
 
@@ -50,7 +52,12 @@ def test_documents_and_their_loss_masks_in_any_cut(tmp_path: Path, read_all: Cal
         items = read_all(tmp_path / "in", part_bytes)
         assert tokens(items) == DOCUMENTS
         assert [item.record for item in items] == [0, 1, 2, 3]
-        assert [None if item.marks is None else item.marks.tolist() for item in items] == [[1, 0, 1, 1], None, None, [0, 0, 1]]
+        assert [None if item.marks is None else item.marks.tolist() for item in items] == [
+            [1, 0, 1, 1],
+            None,
+            None,
+            [0, 0, 1],
+        ]
     assert len(list_inputs([str(tmp_path / "in")], source=None)) == 1
 
 
@@ -58,7 +65,9 @@ def test_files_that_datatrove_writes(tmp_path: Path, read_all: Callable[..., Any
     tokenizer = pytest.importorskip(
         "datatrove.pipeline.tokens.tokenizer", reason="datatrove is not installed: pip install 'weftrain[quality]'"
     )
-    written = tokenizer.TokenizedFile(str(tmp_path), "00000_shuffled.ds", save_loss_metadata=True, save_final_metadata=True, token_size=4)
+    written = tokenizer.TokenizedFile(
+        str(tmp_path), "00000_shuffled.ds", save_loss_metadata=True, save_final_metadata=True, token_size=4
+    )
     loss = [np.array([True] * len(ids)) for ids in DOCUMENTS]
     loss[0][1] = False
     for ids, mask in zip(DOCUMENTS, loss, strict=True):
@@ -122,7 +131,9 @@ def test_a_dataset_keeps_the_loss_mask_of_each_token(tmp_path: Path, encoder: Te
         (".metadata", b"t|4\n8", "says that an id takes 4 bytes, the index that it takes 2"),
     ],
 )
-def test_what_contradicts_the_ids(tmp_path: Path, read_all: Callable[..., Any], suffix: str, data: bytes | None, message: str) -> None:
+def test_what_contradicts_the_ids(
+    tmp_path: Path, read_all: Callable[..., Any], suffix: str, data: bytes | None, message: str
+) -> None:
     path = write(tmp_path)
     beside = Path(f"{path}{suffix}")
     if data is None:

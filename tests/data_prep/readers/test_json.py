@@ -1,4 +1,6 @@
-"""JSON in lines, arrays and one object after the other: fields that lead into objects, and what is no hindrance elsewhere."""
+"""JSON in lines, arrays and one object after the other: fields that lead into objects, and what is no hindrance
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers import json_array, json_lines, json_objects
+from weftrain.data_prep.readers.documents import Document, Failure, InputFile, Share
+from weftrain.data_prep.readers.read_options import ReadOptions
 
 Read = Callable[..., list[Document | Failure]]
 NO_CHARACTER = "field 'text' holds a lone surrogate, or bytes that are not UTF-8; repair it"
@@ -52,7 +54,9 @@ def reasons(items: list[Document | Failure]) -> list[str | None]:
         (b'{"txt": "a"}', "no field 'text'; name the field that holds the text with --text-key"),
     ],
 )
-def test_what_stands_in_other_fields_is_no_hindrance(tmp_path: Path, read_all: Read, name: str, row: bytes, text: str) -> None:
+def test_what_stands_in_other_fields_is_no_hindrance(
+    tmp_path: Path, read_all: Read, name: str, row: bytes, text: str
+) -> None:
     items = read_all(write(tmp_path / name, [b'{"text": "before"}', row, b'{"text": "after"}']))
     assert reasons(items) == ["before", text, "after"]
     assert [item.record for item in items] == [0, 1, 2]
@@ -74,7 +78,10 @@ def test_keys_lead_into_objects_and_a_key_with_a_dot_wins(tmp_path: Path, read_a
     nameless = "field 'meta.from.site' holds no source's name; repair it, or leave --source-key out"
     assert reasons(items) == ["a", "b", missing, missing, nameless]
     assert [item.source for item in items if isinstance(item, Document)] == ["x", "y"]
-    twice = write(tmp_path / f"2{name}", [b'{"meta": {"text": "a"}, "meta": {"text": "b"}}', b'{"meta": {"text": "a", "text": "b"}}'])
+    twice = write(
+        tmp_path / f"2{name}",
+        [b'{"meta": {"text": "a"}, "meta": {"text": "b"}}', b'{"meta": {"text": "a", "text": "b"}}'],
+    )
     assert reasons(read_all(twice, format=format, text_key="meta.text")) == [
         "key 'meta' appears twice; leave one of them",
         "key 'text' appears twice; leave one of them",
@@ -89,7 +96,9 @@ def test_a_byte_order_mark_is_no_part_of_json(tmp_path: Path, read_all: Read, na
     assert reasons(read_all(path)) == ["\ufeffé", "b"]
     for encoding in ("utf-16", "utf-32"):
         path.write_bytes(pack('{"text": "a"}\n'.encode(encoding)))
-        with pytest.raises(DataError, match=rf"{name}: begins with the byte order mark of UTF-16 or UTF-32; convert the file to UTF-8"):
+        with pytest.raises(
+            DataError, match=rf"{name}: begins with the byte order mark of UTF-16 or UTF-32; convert the file to UTF-8"
+        ):
             read_all(path, format="jsonl" if "jsonl" in name else "json")
 
 
@@ -124,7 +133,10 @@ def test_arrays_and_objects_of_any_layout(tmp_path: Path, read_all: Read, data: 
         (b'[{"text": "a"},]', "record 2 not JSON: Expecting value, at character 16 of the file"),
         (b'[{"text": "a"}] x', "record 2 follows the end of the array, at character 17 of the file"),
         (b'[{"text": "a"}, {"text": b}]', "record 2 not JSON: Expecting value, at character 26 of the file"),
-        (b'[{"text": "a"}, {"text": "b', "record 2 not JSON: Unterminated string starting at, at character 26 of the file"),
+        (
+            b'[{"text": "a"}, {"text": "b',
+            "record 2 not JSON: Unterminated string starting at, at character 26 of the file",
+        ),
         (b'[{"text": "a"}, ' + b"[" * 100_000, "record 2 not JSON: nested too deeply, at character 17 of the file"),
         (b"words", "record 1 not JSON: Expecting value, at character 1 of the file"),
     ],
@@ -181,7 +193,11 @@ def test_a_long_line_is_parsed_as_any_other(value: dict[str, Any], ascii_only: b
         long = json_objects.parse_object(line.encode(errors="replace"))
     assert isinstance(long, dict)
     assert repr(long.items()) == repr(short.items()) if isinstance(short, dict) else False
-    assert getattr(long, "repeated", None) == getattr(short, "repeated", None) == (frozenset({"text", "ключ"}) if repeated else None)
+    assert (
+        getattr(long, "repeated", None)
+        == getattr(short, "repeated", None)
+        == (frozenset({"text", "ключ"}) if repeated else None)
+    )
 
 
 def test_a_long_line_is_held_once(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure
-from weftrain.data_prep.listing import list_inputs
+from weftrain.data_prep.readers.documents import Document, Failure
+from weftrain.data_prep.readers.listing import list_inputs
 
 FILES = Path(__file__).parent / "files"
 DOCUMENTS = [np.arange(number, number + 3 + number % 5) * 7 % 300 for number in range(12)]
@@ -39,11 +39,16 @@ def items(name: str) -> list[Any]:
         return [torch.tensor(ids, dtype=torch.int32) for ids in DOCUMENTS]
     if name == "litdata_numpy":
         return [ids.astype("u2") for ids in DOCUMENTS]
-    return [{"input_ids": torch.tensor(ids), "n": number, "name": f"document {number}"} for number, ids in enumerate(DOCUMENTS)]
+    return [
+        {"input_ids": torch.tensor(ids), "n": number, "name": f"document {number}"}
+        for number, ids in enumerate(DOCUMENTS)
+    ]
 
 
 def tokens(found: Sequence[Document | Failure]) -> list[list[int]]:
-    assert all(isinstance(item, Document) and item.tokens is not None and item.tokens.dtype == np.int32 for item in found), found
+    assert all(
+        isinstance(item, Document) and item.tokens is not None and item.tokens.dtype == np.int32 for item in found
+    ), found
     return [item.tokens.tolist() for item in found if isinstance(item, Document) and item.tokens is not None]
 
 
@@ -92,18 +97,29 @@ def test_text_packed_rows_and_arrow(read_all: Callable[..., Any], tmp_path: Path
     [
         (lambda tree: tree["config"].update(encryption={"level": "chunk"}), "its chunks are encrypted"),
         (lambda tree: tree["config"].update(compression="lz4"), "its chunks are compressed as lz4"),
-        (lambda tree: tree["config"].update(compression="zstd", compression_level="sample"), "compressed as zstd, level sample"),
+        (
+            lambda tree: tree["config"].update(compression="zstd", compression_level="sample"),
+            "compressed as zstd, level sample",
+        ),
         (lambda tree: tree["config"].update(item_loader="ParquetLoader"), "its items are of ParquetLoader"),
-        (lambda tree: tree["config"].update(data_format=["pickle", "int", "str"]), "'input_ids' is pickled, .* could run any code"),
+        (
+            lambda tree: tree["config"].update(data_format=["pickle", "int", "str"]),
+            "'input_ids' is pickled, .* could run any code",
+        ),
         (lambda tree: tree["config"].update(data_format=["jpeg", "int", "str"]), "is known to hold ids"),
         (lambda tree: tree["config"].update(data_format=[]), "'data_format' is no list of encodings"),
         (lambda tree: tree["chunks"][1].update(filename="../x.bin"), "is not a path within the folder"),
         (lambda tree: tree["chunks"][1].update(filename="absent.bin"), r"chunk-0-1\.bin: is named by no index\.json"),
-        (lambda tree: tree["chunks"].append({"filename": "absent.bin", "chunk_size": 1}), "names the chunk absent.bin, which is not there"),
+        (
+            lambda tree: tree["chunks"].append({"filename": "absent.bin", "chunk_size": 1}),
+            "names the chunk absent.bin, which is not there",
+        ),
         (lambda tree: tree["chunks"][1].update(chunk_size=4), r"chunk-0-1\.bin: holds 5 items, index\.json says 4"),
     ],
 )
-def test_an_index_that_cannot_be_followed(tmp_path: Path, read_all: Callable[..., Any], change: Any, message: str) -> None:
+def test_an_index_that_cannot_be_followed(
+    tmp_path: Path, read_all: Callable[..., Any], change: Any, message: str
+) -> None:
     folder = shutil.copytree(FILES / "litdata_tree", tmp_path / "in")
     tree = json.loads((folder / "index.json").read_text())
     change(tree)

@@ -1,6 +1,8 @@
-"""MDS shards that mosaicml-streaming 0.13 wrote (files/mds_*), shards made here, and the library itself where it is installed.
+"""MDS shards that mosaicml-streaming 0.13 wrote (files/mds_*), shards made here, and the library itself where it is
+installed.
 
-The files were written by `MDSWriter(columns=COLUMNS[name], out=name, **SETTINGS[name])` of the samples that `samples(name)` gives.
+The files were written by `MDSWriter(columns=COLUMNS[name], out=name, **SETTINGS[name])` of the samples that
+`samples(name)` gives.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weftrain.cli.main import main
-from weftrain.core.dataset import ShardSet, read_manifest
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure
-from weftrain.data_prep.listing import list_inputs
+from weftrain.core.formats.dataset import ShardSet, read_manifest
 from weftrain.data_prep.readers import sample_table
+from weftrain.data_prep.readers.documents import Document, Failure
+from weftrain.data_prep.readers.listing import list_inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 FILES = Path(__file__).parent / "files"
@@ -59,7 +61,11 @@ def samples(name: str) -> list[dict[str, Any]]:
         made.append(
             {
                 "mds_uint16": {"tokens": ids.astype("u2"), "id": f"document {number}"},
-                "mds_any": {"input_ids": ids.astype("i4"), "attention_mask": np.ones(len(ids), "u1"), "extra": {"n": number}},
+                "mds_any": {
+                    "input_ids": ids.astype("i4"),
+                    "attention_mask": np.ones(len(ids), "u1"),
+                    "extra": {"n": number},
+                },
                 "mds_zstd": {"tokens": ids.astype("i8")},
                 "mds_bytes": {"tokens": ids.astype("i8").tobytes()},
                 "mds_json": {"ids": ids.tolist(), "n": number},
@@ -69,7 +75,9 @@ def samples(name: str) -> list[dict[str, Any]]:
 
 
 def tokens(items: Sequence[Document | Failure]) -> list[list[int]]:
-    assert all(isinstance(item, Document) and item.tokens is not None and item.tokens.dtype == np.int32 for item in items), items
+    assert all(
+        isinstance(item, Document) and item.tokens is not None and item.tokens.dtype == np.int32 for item in items
+    ), items
     return [item.tokens.tolist() for item in items if isinstance(item, Document) and item.tokens is not None]
 
 
@@ -89,7 +97,9 @@ def check(read_all: Callable[..., Any], folder: Path, name: str) -> None:
         shards = sorted(folder.glob("*.mds*")) if given_format else [folder]
         items = [item for shard in shards for item in read_all(shard, part_bytes, given_format, **options)]
         key = next(key for key in ("tokens", "input_ids", "ids") if key in COLUMNS[name])
-        as_ids = [np.frombuffer(s[key], "<i8") if isinstance(s[key], bytes) else np.array(s[key]) for s in samples(name)]
+        as_ids = [
+            np.frombuffer(s[key], "<i8") if isinstance(s[key], bytes) else np.array(s[key]) for s in samples(name)
+        ]
         assert tokens(items) == [ids.tolist() for ids in as_ids]
 
 
@@ -111,7 +121,9 @@ def test_files_that_the_library_writes_now(read_all: Callable[..., Any], tmp_pat
         assert (tmp_path / name / path.name).read_bytes() == path.read_bytes()
 
 
-def shard(path: Path, columns: dict[str, str], rows: Sequence[Sequence[bytes]], sizes: Sequence[int | None] | None = None) -> Path:
+def shard(
+    path: Path, columns: dict[str, str], rows: Sequence[Sequence[bytes]], sizes: Sequence[int | None] | None = None
+) -> Path:
     """A shard of columns without a fixed size, of the bytes given."""
     sizes = sizes or [None] * len(columns)
     head = {
@@ -147,7 +159,11 @@ def test_which_column_holds_the_ids(tmp_path: Path, read_all: Callable[..., Any]
     assert one({"mine": encoding, "tokens": encoding}) == [[3]]
     assert one({"mine": encoding, "tokens": encoding}, tokens_key="mine") == [[1, 2]]
     for columns, options, message in (
-        ({"input_ids": encoding, "tokens": encoding}, {}, "tokens, input_ids could each hold the ids: name the field with --tokens-key"),
+        (
+            {"input_ids": encoding, "tokens": encoding},
+            {},
+            "tokens, input_ids could each hold the ids: name the field with --tokens-key",
+        ),
         ({"a": encoding, "b": encoding}, {}, "a, b could each hold the ids"),
         ({"a": "str", "b": "json"}, {}, r"none of a \(str\), b \(json\) is known to hold ids"),
         ({"a": encoding, "b": encoding}, {"tokens_key": "c"}, "has no field 'c' but a .ndarray:uint16., b"),
@@ -159,9 +175,14 @@ def test_which_column_holds_the_ids(tmp_path: Path, read_all: Callable[..., Any]
 
 
 def test_what_cannot_be_told_is_asked_for(tmp_path: Path, read_all: Callable[..., Any]) -> None:
-    with pytest.raises(DataError, match=r"its samples all hold equally many ids: say with --format mds_rows .* or with --format mds"):
+    with pytest.raises(
+        DataError, match=r"its samples all hold equally many ids: say with --format mds_rows .* or with --format mds"
+    ):
         read_all(FILES / "mds_rows")
-    (row,) = {len(ids) for ids in tokens(read_all(FILES / "mds_rows" / "shard.00000.mds", format="mds_rows", sequence_length=8))}
+    (row,) = {
+        len(ids)
+        for ids in tokens(read_all(FILES / "mds_rows" / "shard.00000.mds", format="mds_rows", sequence_length=8))
+    }
     assert row == 9
     wrong = read_all(FILES / "mds_rows" / "shard.00000.mds", format="mds_rows", sequence_length=4)
     assert all("holds 9 token ids, not 4 + 1" in item.reason for item in wrong)
@@ -187,7 +208,9 @@ def test_shards_that_are_missing_compressed_twice_or_not_readable(tmp_path: Path
         read_all(folder)
     index = tmp_path / "escape" / "index.json"
     index.parent.mkdir()
-    index.write_text(json.dumps({"version": 2, "shards": [{"format": "mds", "raw_data": {"basename": "../../etc/passwd"}}]}))
+    index.write_text(
+        json.dumps({"version": 2, "shards": [{"format": "mds", "raw_data": {"basename": "../../etc/passwd"}}]})
+    )
     with pytest.raises(DataError, match=r"index\.json: is no index of MDS shards: .* is not a path within the folder"):
         read_all(index.parent)
 
@@ -251,7 +274,8 @@ def test_options_of_the_command_and_of_a_recipe(tmp_path: Path, encoder: TextEnc
     shard(tmp_path / "in" / "a.mds", {"mine": "bytes"}, rows)
     (tmp_path / "in" / "tokenizer.json").write_bytes(encoder.data)
     (tmp_path / "r.yaml").write_text(
-        "name: r\ndescription: ids\ntokenizer: tokenizer.json\ntokens_key: mine\ntokens_dtype: uint16\nsequence_length: 8\norder: as_read\n"
+        "name: r\ndescription: ids\ntokenizer: tokenizer.json\ntokens_key: mine\ntokens_dtype: "
+        "uint16\nsequence_length: 8\norder: as_read\n"
         "datasets:\n  - name: recipe\n    inputs:\n      - {addresses: [a.mds], format: mds, source: s}\n"
     )
     common = ["--output", str(tmp_path / "out"), "--workers", "1"]
@@ -282,7 +306,14 @@ def test_options_of_the_command_and_of_a_recipe(tmp_path: Path, encoder: TextEnc
 
 @settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.sampled_from(["mds_uint16/shard.00000.mds", "mds_any/shard.00001.mds", "mds_zstd/shard.00001.mds.zstd", "mds_text/shard.00000.mds"]),
+    st.sampled_from(
+        [
+            "mds_uint16/shard.00000.mds",
+            "mds_any/shard.00001.mds",
+            "mds_zstd/shard.00001.mds.zstd",
+            "mds_text/shard.00000.mds",
+        ]
+    ),
     st.booleans(),
     st.integers(0, 600),
     st.binary(max_size=9),

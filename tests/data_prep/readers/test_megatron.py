@@ -16,16 +16,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure
-from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.readers import ids, megatron
+from weftrain.data_prep.readers.documents import Document, Failure
+from weftrain.data_prep.readers.listing import list_inputs
 
 CODES = {"<u1": 1, "<i1": 2, "<i2": 3, "<i4": 4, "<i8": 5, "<u2": 8}
 DOCUMENTS = [[[1, 2, 3], [4]], [[5, 6]], [], [[7], [8, 9], [10]]]  # of sequences
 
 
 def write(
-    folder: Path, documents: Sequence[Sequence[Sequence[int]]] = DOCUMENTS, dtype: str = "<i4", code: int | None = None, tail: bytes = b""
+    folder: Path,
+    documents: Sequence[Sequence[Sequence[int]]] = DOCUMENTS,
+    dtype: str = "<i4",
+    code: int | None = None,
+    tail: bytes = b"",
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     sequences = [np.array(sequence, dtype) for document in documents for sequence in document]
@@ -39,12 +43,16 @@ def write(
 
 
 def tokens(items: Sequence[Document | Failure]) -> list[list[int]]:
-    assert all(isinstance(item, Document) and item.tokens is not None and item.tokens.dtype == np.int32 for item in items), items
+    assert all(
+        isinstance(item, Document) and item.tokens is not None and item.tokens.dtype == np.int32 for item in items
+    ), items
     return [item.tokens.tolist() for item in items if isinstance(item, Document) and item.tokens is not None]
 
 
 @pytest.mark.parametrize("dtype", CODES)
-def test_every_integer_type_documents_of_several_sequences_and_any_cut(tmp_path: Path, read_all: Callable[..., Any], dtype: str) -> None:
+def test_every_integer_type_documents_of_several_sequences_and_any_cut(
+    tmp_path: Path, read_all: Callable[..., Any], dtype: str
+) -> None:
     path = write(tmp_path / "in", dtype=dtype)
     wanted = [[1, 2, 3, 4], [5, 6], [], [7, 8, 9, 10]]
     for part_bytes in (1 << 40, 5, 1):
@@ -57,7 +65,8 @@ def test_every_integer_type_documents_of_several_sequences_and_any_cut(tmp_path:
 @pytest.mark.parametrize("width", [2, 4])
 def test_files_that_datatrove_writes(tmp_path: Path, read_all: Callable[..., Any], width: int) -> None:
     writer = pytest.importorskip(
-        "datatrove.pipeline.tokens.megatron_tokenizer", reason="datatrove is not installed: pip install 'weftrain[quality]'"
+        "datatrove.pipeline.tokens.megatron_tokenizer",
+        reason="datatrove is not installed: pip install 'weftrain[quality]'",
     )
     written = writer.MegatronTokenizedFile(str(tmp_path), "00000_tokens", token_size=width)
     for document in ([1, 2, 3], [], [65_535]):
@@ -66,7 +75,9 @@ def test_files_that_datatrove_writes(tmp_path: Path, read_all: Callable[..., Any
     assert tokens(read_all(tmp_path)) == [[1, 2, 3], [], [65_535]]
 
 
-def test_an_index_longer_than_what_is_read_at_once(tmp_path: Path, read_all: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_longer_than_what_is_read_at_once(
+    tmp_path: Path, read_all: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(megatron, "TABLE_ROWS", 2)
     documents = [[[number, number + 1], [number] * (number % 3), [7]] for number in range(9)]
     write(tmp_path, documents)
@@ -93,7 +104,8 @@ def test_a_multimodal_index_whose_sequences_are_all_text(tmp_path: Path, read_al
 
 
 @pytest.mark.parametrize(
-    ("code", "message"), [(6, "version 1 and float64"), (7, "version 1 and float32"), (9, "version 1 and type 9"), (255, "type 255")]
+    ("code", "message"),
+    [(6, "version 1 and float64"), (7, "version 1 and float32"), (9, "version 1 and type 9"), (255, "type 255")],
 )
 def test_types_that_are_no_ids(tmp_path: Path, read_all: Callable[..., Any], code: int, message: str) -> None:
     with pytest.raises(DataError, match=rf"m\.idx: has .*{message}"):
@@ -106,7 +118,9 @@ def test_files_of_another_file_system_and_a_bin_alone(tmp_path: Path, read_all: 
     system, base = fsspec.core.url_to_fs(root)
     for name in ("m.bin", "m.idx"):
         system.pipe_file(f"{base}/{name}", (tmp_path / name).read_bytes())
-    with pytest.raises(DataError, match=r"m\.bin: Megatron files are read from local folders only; copy them here first"):
+    with pytest.raises(
+        DataError, match=r"m\.bin: Megatron files are read from local folders only; copy them here first"
+    ):
         list_inputs([root], source=None)
     (tmp_path / "m.idx").unlink()
     with pytest.raises(DataError, match=r"a Megatron \.bin needs its index beside it"):

@@ -1,4 +1,6 @@
-"""OLMo's .npy without a header, dolma's .csv.gz beside it, and arrays of np.save: documents recomputed by splitting at the end token."""
+"""OLMo's .npy without a header, dolma's .csv.gz beside it, and arrays of np.save: documents recomputed by splitting at
+the end token.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weftrain.core.dataset import ShardSet
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure
-from weftrain.data_prep.listing import list_inputs
+from weftrain.core.formats.dataset import ShardSet
 from weftrain.data_prep.pipeline import prepare
-from weftrain.data_prep.plan import Inputs
-from weftrain.data_prep.read_options import ReadOptions
 from weftrain.data_prep.readers import npy
+from weftrain.data_prep.readers.documents import Document, Failure
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.stages.plan import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 END = 7
@@ -49,11 +51,15 @@ def write_metadata(path: Path, bounds: Sequence[tuple[int, int]]) -> None:
 
 
 def tokens(items: Sequence[Document | Failure]) -> list[list[int]]:
-    assert all(isinstance(item, Document) and item.tokens is not None and item.tokens.dtype == np.int32 for item in items), items
+    assert all(
+        isinstance(item, Document) and item.tokens is not None and item.tokens.dtype == np.int32 for item in items
+    ), items
     return [item.tokens.tolist() for item in items if isinstance(item, Document) and item.tokens is not None]
 
 
-@pytest.mark.parametrize(("dtype", "save"), [("<u2", False), ("<u4", False), ("<u2", True), ("<i8", True), ("<u1", True)])
+@pytest.mark.parametrize(
+    ("dtype", "save"), [("<u2", False), ("<u4", False), ("<u2", True), ("<i8", True), ("<u1", True)]
+)
 def test_documents_by_their_end_token_in_any_cut(
     tmp_path: Path, read_all: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, dtype: str, save: bool
 ) -> None:
@@ -115,7 +121,9 @@ def test_too_long_documents_are_failures_and_reading_goes_on(
         (np.zeros(3, [("Δ", "<i4")]), r"header of version \(3, 0\)"),
     ],
 )
-def test_arrays_that_are_no_stream_of_ids(tmp_path: Path, read_all: Callable[..., Any], array: np.ndarray, message: str) -> None:
+def test_arrays_that_are_no_stream_of_ids(
+    tmp_path: Path, read_all: Callable[..., Any], array: np.ndarray, message: str
+) -> None:
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(DataError, match=message):
         read_all(tmp_path / "a.npy", end_id=END)
@@ -123,7 +131,9 @@ def test_arrays_that_are_no_stream_of_ids(tmp_path: Path, read_all: Callable[...
 
 def test_widths_that_cannot_be(tmp_path: Path, read_all: Callable[..., Any]) -> None:
     path = write(tmp_path / "part-0.npy", list(range(1, 41)), "<u4")
-    with pytest.raises(DataError, match="every second id of 2 bytes is 0, so it holds ids of 4 bytes: give --tokens-dtype uint32"):
+    with pytest.raises(
+        DataError, match="every second id of 2 bytes is 0, so it holds ids of 4 bytes: give --tokens-dtype uint32"
+    ):
         read_all(path, stream_dtype="uint16", end_id=END)
     with pytest.raises(DataError, match="does not say how wide an id is: name the tokenizer with --tokenizer"):
         read_all(path, end_id=END)
@@ -136,11 +146,15 @@ def test_widths_that_cannot_be(tmp_path: Path, read_all: Callable[..., Any]) -> 
         read_all(tmp_path / "short.npy", end_id=END)
 
 
-def test_a_dataset_takes_end_token_and_width_from_its_tokenizer(tmp_path: Path, encoder: TextEncoder, texts: list[str]) -> None:
+def test_a_dataset_takes_end_token_and_width_from_its_tokenizer(
+    tmp_path: Path, encoder: TextEncoder, texts: list[str]
+) -> None:
     (tmp_path / "tokenizer.json").write_bytes(encoder.data)
     encoded = [np.append(ids, encoder.eos_id) for ids in encoder.encode(texts, texts)]
     write(tmp_path / "in" / "part-0.npy", np.concatenate(encoded).tolist())
-    inputs = Inputs(tuple(list_inputs([str(tmp_path / "in")], source=None)), "ids", "none", ReadOptions(sequence_length=16))
+    inputs = Inputs(
+        tuple(list_inputs([str(tmp_path / "in")], source=None)), "ids", "none", ReadOptions(sequence_length=16)
+    )
     prepared = prepare(
         inputs,
         tmp_path / "out",

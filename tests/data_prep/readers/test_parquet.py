@@ -1,4 +1,6 @@
-"""Parquet: every kind of column that holds text, any cut of rows, damage by row and by file, and memory that follows no row group."""
+"""Parquet: every kind of column that holds text, any cut of rows, damage by row and by file, and memory that follows no
+row group.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,10 @@ import fsspec
 import pytest
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep.documents import Document, Failure
-from weftrain.data_prep.listing import list_inputs
-from weftrain.data_prep.read_options import ReadOptions
-from weftrain.data_prep.shares import read_part, split_parts
+from weftrain.data_prep.readers.documents import Document, Failure
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.readers.shares import read_part, split_parts
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'weftrain[data]'")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -106,7 +108,9 @@ def test_columns_that_cannot_be_read(tmp_path: Path, read_all: Read) -> None:
         read_all(path, text_key="meta.text", source_key="lang")
 
 
-def test_a_value_that_is_not_utf8_or_too_long_is_its_rows_failure(tmp_path: Path, read_all: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_that_is_not_utf8_or_too_long_is_its_rows_failure(
+    tmp_path: Path, read_all: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for kind in (pa.string(), pa.binary()):
         parquet.write_table(pa.table({"text": pa.array([b"a", b"b\xff", b"c"]).view(kind)}), tmp_path / "t.parquet")
         bad = "column 'text': byte 1 is not UTF-8 (invalid start byte); convert it to UTF-8"
@@ -152,14 +156,16 @@ def test_a_large_row_group_is_read_a_page_at_a_time(tmp_path: Path) -> None:
     script = """
 import sys
 import pyarrow
-from weftrain.data_prep.documents import Document, InputFile, Share
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.documents import Document, InputFile, Share
+from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.readers.parquet import READER
 file = InputFile(sys.argv[1], "t", "s", "parquet", 0, None)
 print(sum(isinstance(item, Document) for item in READER.read(0, file, Share(0, 0, -1), ReadOptions())))
 print(pyarrow.default_memory_pool().max_memory())
 """
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True, timeout=120
+    )
     documents, peak_bytes = map(int, done.stdout.split())
     assert documents == 7_000
     assert peak_bytes < 40 << 20

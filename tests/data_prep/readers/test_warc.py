@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.errors import DataError
-from weftrain.data_prep import read_options
-from weftrain.data_prep.documents import Document, Failure
-from weftrain.data_prep.listing import Wanted, find_inputs
+from weftrain.data_prep.readers import read_options
+from weftrain.data_prep.readers.documents import Document, Failure
+from weftrain.data_prep.readers.listing import Wanted, find_inputs
 
 pytest.importorskip("warcio", reason="warcio is not installed: pip install 'weftrain[warc]'")
 Read = Callable[..., list[Document | Failure]]
@@ -35,7 +35,11 @@ def response(content_type: str, content: bytes, *headers: str) -> bytes:
 
 
 INFO = record("warcinfo", b"software: none\r\n", "application/warc-fields")
-WET = INFO + record("conversion", "Ein Text,\nzwei Zeilen é\n".encode(), uri="https://a.org/1") + record("conversion", b"second")
+WET = (
+    INFO
+    + record("conversion", "Ein Text,\nzwei Zeilen é\n".encode(), uri="https://a.org/1")
+    + record("conversion", b"second")
+)
 
 
 @pytest.mark.parametrize("name", ["CC-MAIN-1.warc.wet.gz", "t.WARC", "t.wet", "plain.gz"])
@@ -46,7 +50,9 @@ def test_a_wet_file(tmp_path: Path, read_all: Read, name: str) -> None:
     assert isinstance(second, Document)
     assert (first.record, first.text, first.source) == (1, "Ein Text,\nzwei Zeilen é\n", name)
     assert (second.record, second.text) == (2, "second")
-    sources = [item.source for item in read_all(tmp_path / name, source_key="WARC-Target-URI") if isinstance(item, Document)]
+    sources = [
+        item.source for item in read_all(tmp_path / name, source_key="WARC-Target-URI") if isinstance(item, Document)
+    ]
     assert sources == ["https://a.org/1", "https://example.org/a"]
     (failed, _) = read_all(tmp_path / name, source_key="WARC-Language")
     assert isinstance(failed, Failure)
@@ -134,7 +140,9 @@ def test_what_warcio_itself_writes(tmp_path: Path, read_all: Read) -> None:
         for number in range(5):
             content = io.BytesIO(f"text {number} é".encode())
             writer.write_record(
-                writer.create_warc_record(f"https://a.org/{number}", "conversion", payload=content, warc_content_type="text/plain")
+                writer.create_warc_record(
+                    f"https://a.org/{number}", "conversion", payload=content, warc_content_type="text/plain"
+                )
             )
     assert [item.text for item in read_all(tmp_path / "t.warc.gz") if isinstance(item, Document)] == [
         f"text {number} é" for number in range(5)

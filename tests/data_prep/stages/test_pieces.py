@@ -1,4 +1,6 @@
-"""Pieces of documents: written in the order of keys, gathered by ranges of keys and merged, as a plain sort of all documents gives them."""
+"""Pieces of documents: written in the order of keys, gathered by ranges of keys and merged, as a plain sort of all
+documents gives them.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,17 @@ def gathered(part: int, numbers: list[int], masked: bool) -> Gathered:
 def listed(found: Gathered) -> list[tuple[int, int, list[int]]]:
     """(part, record, tokens) of each document."""
     cuts = np.split(found.tokens, found.rows["end"][:-1]) if len(found.rows) else []
-    return [(int(row["part"]), int(row["record"]), tokens.tolist()) for row, tokens in zip(found.rows, cuts, strict=True)]
+    return [
+        (int(row["part"]), int(row["record"]), tokens.tolist()) for row, tokens in zip(found.rows, cuts, strict=True)
+    ]
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=12), min_size=1, max_size=5), st.integers(0, 3), st.booleans())
+@given(
+    st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=12), min_size=1, max_size=5),
+    st.integers(0, 3),
+    st.booleans(),
+)
 def test_ranges_one_after_the_other_are_all_documents_sorted_and_each_once(
     tmp_path_factory: pytest.TempPathFactory, parts: list[list[int]], power: int, masked: bool
 ) -> None:
@@ -58,12 +66,17 @@ def test_ranges_one_after_the_other_are_all_documents_sorted_and_each_once(
         for index in range(few if of_run else 0):
             write_piece(folder / f"run-{run}-{index}.table", gather(of_run, index, few), {})
     runs = range(1 + (len(tables) > 2))
-    merged = [gather([Piece(folder / f"run-{run}-{index // 2}.table") for run in runs], index, 2 * few) for index in range(2 * few)]
+    merged = [
+        gather([Piece(folder / f"run-{run}-{index // 2}.table") for run in runs], index, 2 * few)
+        for index in range(2 * few)
+    ]
     assert [document for found in merged for document in listed(found)] == expected
     assert all(found.marks is None or len(found.marks) == len(found.tokens) for found in merged)
 
 
-def test_a_key_range_of_a_large_piece_is_found_by_reading_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_range_of_a_large_piece_is_found_by_reading_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = np.zeros(5000, DOCUMENT)
     rows["key"][:, 0] = np.sort(np.random.default_rng(0).integers(0, 1 << 64, 5000, np.uint64))
     write_piece(tmp_path / "p.table", Gathered(rows, np.empty(0, np.uint16), None), {})

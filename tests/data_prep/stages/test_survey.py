@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from weftrain.data_prep.plan import Limits
+from weftrain.data_prep.stages.plan import Limits
 from weftrain.data_prep.stages.survey import arrangement
 
 LIMITS = Limits(64 << 20, 1 << 18, (4 << 20, 64 << 20), 1 << 20)
@@ -34,4 +34,9 @@ def test_tens_of_gigabytes_need_no_merging() -> None:
 
 
 def test_as_read_a_bucket_is_a_piece() -> None:
-    assert arrangement(LIMITS, 5000, TERABYTE, as_read=True) == {"buckets": 5000, "runs": 0, "run_pieces": 0, "run_slices": 0}
+    assert arrangement(LIMITS, 5000, TERABYTE, as_read=True) == {
+        "buckets": 5000,
+        "runs": 0,
+        "run_pieces": 0,
+        "run_slices": 0,
+    }

@@ -20,10 +20,29 @@ NORMALIZERS: dict[str, Any] = {
     "strip accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
     "strip": normalizers.Strip(),
     "LLaMA's": normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]),
-    "nested": normalizers.Sequence([normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]), normalizers.Replace("x", "e")]),
+    "nested": normalizers.Sequence(
+        [normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]), normalizers.Replace("x", "e")]
+    ),
 }
 CONTENTS = ("café", "CAFÉ", " a ", "\u2581b", "fi", "é")
-PIECES = ["cafe\u0301", "CAF\u00c9", "caf", "e", "\u0301", "x\u0301", "\u00e9", " ", "a", "b", "\u2581", "\ufb01", "f", "I", "\u0130", "."]
+PIECES = [
+    "cafe\u0301",
+    "CAF\u00c9",
+    "caf",
+    "e",
+    "\u0301",
+    "x\u0301",
+    "\u00e9",
+    " ",
+    "a",
+    "b",
+    "\u2581",
+    "\ufb01",
+    "f",
+    "I",
+    "\u0130",
+    ".",
+]
 
 
 def tree_of(normalizer: Any, **flags: bool) -> dict[str, Any]:
@@ -38,7 +57,10 @@ def tree_of(normalizer: Any, **flags: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NORMALIZERS)
 @settings(deadline=None, max_examples=60)
-@given(texts=st.lists(st.lists(st.sampled_from(PIECES), max_size=6).map("".join), min_size=1, max_size=12), normalized=st.booleans())
+@given(
+    texts=st.lists(st.lists(st.sampled_from(PIECES), max_size=6).map("".join), min_size=1, max_size=12),
+    normalized=st.booleans(),
+)
 def test_no_match_is_missed(name: str, texts: list[str], normalized: bool) -> None:
     for flags in ({}, {"lstrip": True, "rstrip": True}, {"single_word": True}):
         tree = tree_of(NORMALIZERS[name], normalized=normalized, **flags)

@@ -16,7 +16,10 @@ PIECES = ["▁", "the", "▁weft", "é", "▁▁", "a long piece of some thirty 
 
 def llama_like() -> TextEncoder:
     """A SentencePiece-like BPE with byte fallback, as Llama 2's: no merges, so text is characters and bytes."""
-    vocab = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES])}
+    vocab = {
+        token: index
+        for index, token in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES])
+    }
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -58,7 +61,9 @@ def test_a_texts_ids_are_the_text(encoder: TextEncoder, text: str) -> None:
             assert data.decode() == without_space(text)
 
 
-@pytest.mark.parametrize("decoder", [None, {"type": "WordPiece", "prefix": "##"}, {"type": "Sequence", "decoders": [{"type": "Replace"}]}])
+@pytest.mark.parametrize(
+    "decoder", [None, {"type": "WordPiece", "prefix": "##"}, {"type": "Sequence", "decoders": [{"type": "Replace"}]}]
+)
 def test_other_decoders_have_no_table(decoder: object) -> None:
     assert compact_table(decoder, {0: "a"}, 1) is None
 

@@ -1,4 +1,6 @@
-"""Two engines, the same ids: on code, on Unicode, on text full of control tokens, on a line of a megabyte; and what happens if not."""
+"""Two engines, the same ids: on code, on Unicode, on text full of control tokens, on a line of a megabyte; and what
+happens if not.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,20 @@ from weftrain.core.errors import DataError
 from weftrain.data_prep.tokens import engines, tokenization
 from weftrain.data_prep.tokens.long_texts import cutting_of
 from weftrain.data_prep.tokens.markers import Markers
-from weftrain.data_prep.tokens.tokenization import CRYSTALCODER_TOKENS, Counts, EnginesDifferError, TextEncoder, make_encoder, train_encoder
+from weftrain.data_prep.tokens.tokenization import (
+    CRYSTALCODER_TOKENS,
+    Counts,
+    EnginesDifferError,
+    TextEncoder,
+    make_encoder,
+    train_encoder,
+)
 
 HAS_GIGATOKEN = engines.open_gigatoken({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}) != engines.MISSING
-ENGINES = ["tokenizers", pytest.param("gigatoken", marks=pytest.mark.skipif(not HAS_GIGATOKEN, reason="gigatoken is not installed"))]
+ENGINES = [
+    "tokenizers",
+    pytest.param("gigatoken", marks=pytest.mark.skipif(not HAS_GIGATOKEN, reason="gigatoken is not installed")),
+]
 HARD = [
     "",
     " ",
@@ -37,7 +49,14 @@ HARD = [
     "\u2581 x \u2581\u2581",
     "\x00\x01",
 ]
-CONTROL = ["</s>", "x</s>y <s> <unk>", "<|fim_prefix|>a<|fim_suffix|>", "<fim_prefix><fim_middle>", "<|endoftext|>", "<0x41>"]
+CONTROL = [
+    "</s>",
+    "x</s>y <s> <unk>",
+    "<|fim_prefix|>a<|fim_suffix|>",
+    "<fim_prefix><fim_middle>",
+    "<|endoftext|>",
+    "<0x41>",
+]
 
 
 def library(count: int) -> list[str]:
@@ -51,24 +70,37 @@ def byte_level() -> bytes:
 
 @pytest.fixture(scope="module")
 def llama_like() -> bytes:
-    """BPE without a pre-tokenizer, a space written as one character, bytes for what it does not know: LLaMA's construction, 3,000 ids."""
+    """BPE without a pre-tokenizer, a space written as one character, bytes for what it does not know: LLaMA's
+    construction, 3,000 ids.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first")
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer.train_from_iterator(library(40), trainers.BpeTrainer(vocab_size=3000, special_tokens=special, show_progress=False))
+    tokenizer.train_from_iterator(
+        library(40), trainers.BpeTrainer(vocab_size=3000, special_tokens=special, show_progress=False)
+    )
     tree = json.loads(tokenizer.to_str())
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     tree["pre_tokenizer"], tree["model"]["fuse_unk"] = None, True
     tree["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, replace]}
-    undo = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    tree["decoder"] = {"type": "Sequence", "decoders": [*undo, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    undo = [
+        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    tree["decoder"] = {
+        "type": "Sequence",
+        "decoders": [*undo, {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+    }
     for run in ("\u2581\u2581", "\u2581\u2581\u2581\u2581"):  # runs of spaces are entries, as in LLaMA's
         tree["model"]["vocab"][run] = len(tree["model"]["vocab"])
         tree["model"]["merges"].append([run[: len(run) // 2]] * 2)
     first = len(tree["model"]["vocab"])
     added = [token for token in tree["added_tokens"] if token["content"] in ("<unk>", "<s>", "</s>")]
     fim = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    tree["added_tokens"] = added + [{"id": first + index, "content": name} | fim for index, name in enumerate(CRYSTALCODER_TOKENS)]
+    tree["added_tokens"] = added + [
+        {"id": first + index, "content": name} | fim for index, name in enumerate(CRYSTALCODER_TOKENS)
+    ]
     return json.dumps(tree).encode()
 
 
@@ -99,7 +131,10 @@ def test_both_engines_give_the_same_ids(data: bytes) -> None:
 @given(st.lists(st.text(max_size=60), min_size=1, max_size=8))
 def test_random_unicode(byte_level: bytes, llama_like: bytes, texts: list[str]) -> None:
     for data in (byte_level, llama_like):
-        fast, reference = tokenization.encoder_for(data, Markers(), "gigatoken"), tokenization.encoder_for(data, Markers(), "tokenizers")
+        fast, reference = (
+            tokenization.encoder_for(data, Markers(), "gigatoken"),
+            tokenization.encoder_for(data, Markers(), "tokenizers"),
+        )
         assert ids_of(fast, texts) == ids_of(reference, texts)
 
 
@@ -158,22 +193,33 @@ LATE_MARKS = "\u07fd\u0898\u08ca\u09fe\u0c3c\u1abf\u1acd\u1df6"  # combining, of
 
 @pytest.mark.skipif(not HAS_GIGATOKEN, reason="gigatoken is not installed")
 def test_what_unicode_added_lately_goes_through_the_reference(byte_level: bytes) -> None:
-    """Each library brings the tables of another version: for letters of a pre-tokenizer's classes, for the order of combining marks."""
+    """Each library brings the tables of another version: for letters of a pre-tokenizer's classes, for the order of
+    combining marks.
+    """
     tree = json.loads(byte_level) | {"normalizer": {"type": "NFC"}}
     vocab, merges = tree["model"]["vocab"], tree["model"]["merges"]
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    for lead in {bytes_of.pre_tokenize_str(letter)[0][0][0] for letter in NEW_LETTERS}:  # a letter before another one becomes one token
+    # a letter before another one becomes one token
+    for lead in {bytes_of.pre_tokenize_str(letter)[0][0][0] for letter in NEW_LETTERS}:
         merges.append(["a", lead])
         vocab["a" + lead] = max(max(vocab.values()), *(token["id"] for token in tree["added_tokens"])) + 1
     data = json.dumps(tree).encode()
     fast, reference = make_encoder(data, "t", engine="gigatoken"), make_encoder(data, "t", engine="tokenizers")
-    texts = [f"a{letter}" for letter in NEW_LETTERS] + [f"e\u0301{mark}\u0323" for mark in LATE_MARKS] + ["e\u0301", "\u00e9", "plain"]
+    texts = (
+        [f"a{letter}" for letter in NEW_LETTERS]
+        + [f"e\u0301{mark}\u0323" for mark in LATE_MARKS]
+        + ["e\u0301", "\u00e9", "plain"]
+    )
     counts = Counts()
     assert ids_of(fast, texts, counts) == ids_of(reference, texts)
     assert counts.fast == 2
     alone = engines.open_gigatoken(json.loads(data))  # and it is not for nothing
     assert isinstance(alone, engines.Gigatoken)
-    differing = [text for text, ids in zip(texts, alone.encode(texts), strict=True) if ids.tolist() != ids_of(reference, [text])[0]]
+    differing = [
+        text
+        for text, ids in zip(texts, alone.encode(texts), strict=True)
+        if ids.tolist() != ids_of(reference, [text])[0]
+    ]
     assert len(differing) >= 10
 
 
@@ -185,7 +231,9 @@ def test_an_engine_that_stops_is_found(byte_level: bytes, monkeypatch: pytest.Mo
         raise RuntimeError("out of\nmerges")
 
     monkeypatch.setattr(engines.Gigatoken, "encode", stops)
-    with pytest.raises(EnginesDifferError, match=r"in the texts from file:1 on: gigatoken .* stopped \(out of merges\); use --engine"):
+    with pytest.raises(
+        EnginesDifferError, match=r"in the texts from file:1 on: gigatoken .* stopped \(out of merges\); use --engine"
+    ):
         encoder.encode(["one document"], ["file:1"])
 
 
@@ -200,11 +248,15 @@ def test_the_sample_is_chosen_by_content() -> None:
     assert len(few) == 1
 
 
-def test_without_gigatoken_auto_takes_the_reference_and_says_why(byte_level: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gigatoken_auto_takes_the_reference_and_says_why(
+    byte_level: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenization, "open_gigatoken", lambda tree, dtype: "it is not installed")
     encoder = make_encoder(byte_level, "t")
     assert (encoder.engine, encoder.engine_reason) == ("tokenizers", "it is not installed")
-    with pytest.raises(DataError, match="gigatoken cannot encode with it: it is not installed; use --engine tokenizers"):
+    with pytest.raises(
+        DataError, match="gigatoken cannot encode with it: it is not installed; use --engine tokenizers"
+    ):
         make_encoder(byte_level, "t", engine="gigatoken")
 
 
@@ -239,7 +291,8 @@ def test_where_an_entry_spans_a_space_nothing_is_cut(llama_like: bytes) -> None:
     cutting = cutting_of(plain)
     assert cutting is not None
     assert cutting.may_cut("a <|fim_middle|> b")
-    plain["added_tokens"][-1] |= {"special": False, "content": "<place>"}  # text may become it, and after it begins anew
+    # text may become it, and after it begins anew
+    plain["added_tokens"][-1] |= {"special": False, "content": "<place>"}
     cutting = cutting_of(plain)
     assert cutting is not None
     assert [cutting.may_cut(text) for text in ("a b", "a <place> b")] == [True, False]
@@ -258,7 +311,9 @@ def test_gigatoken_encodes_long_texts_in_pieces_too(data: bytes, monkeypatch: py
 def test_of_a_long_text_the_beginning_is_compared(byte_level: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[int] = []
     encode = engines.Reference.encode
-    monkeypatch.setattr(engines.Reference, "encode", lambda self, texts: (encoded.extend(map(len, texts)), encode(self, texts))[1])
+    monkeypatch.setattr(
+        engines.Reference, "encode", lambda self, texts: (encoded.extend(map(len, texts)), encode(self, texts))[1]
+    )
     encoder = make_encoder(byte_level, "t", engine="gigatoken")
     counts = Counts()
     encoder.encode(["some words " * 20_000], ["x"], None, counts)

@@ -1,4 +1,6 @@
-"""Long texts are cut only where the ids stay those of the whole: for the pre-tokenizers and normalizers of published tokenizers."""
+"""Long texts are cut only where the ids stay those of the whole: for the pre-tokenizers and normalizers of published
+tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from weftrain.data_prep.tokens import engines
 from weftrain.data_prep.tokens.long_texts import SPACE, alternatives, cutting_of
 from weftrain.data_prep.tokens.tokenization import make_encoder
 
-CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # LLaMA 3's
+# LLaMA 3's
+CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _BEGIN, _UPPER, _LOWER = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 O200K = (
@@ -39,7 +42,10 @@ TEXT: dict[str, tuple[Any, Any]] = {
     "inverted": (None, split(CL100K, behavior="removed", invert=True)),
     "o200k": (normalizers.NFC(), split(O200K)),
     "DeepSeek": (None, split(r"\p{N}{1,3}", DEEPSEEK)),
-    "StarCoder": (None, pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel()])),
+    "StarCoder": (
+        None,
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel()]),
+    ),
     "BERT": (normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()),
     "words": (normalizers.Lowercase(), pre_tokenizers.Whitespace()),
     "Mistral": (None, pre_tokenizers.Metaspace(prepend_scheme="first")),
@@ -47,9 +53,32 @@ TEXT: dict[str, tuple[Any, Any]] = {
         normalizers.Sequence([normalizers.Strip(left=False), normalizers.Replace(Regex(" {2,}"), SPACE)]),
         pre_tokenizers.Metaspace(prepend_scheme="always"),
     ),
-    "XLM": (normalizers.NFKC(), pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])),
+    "XLM": (
+        normalizers.NFKC(),
+        pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]),
+    ),
 }
-PIECES = ["a", "B", "the", "12", "1234", "'s", "'S ", "'", '"', ".", "...", "/", "\n", "\r\n", " ", "  ", "\t", "\u3000", "\u00a0"]
+PIECES = [
+    "a",
+    "B",
+    "the",
+    "12",
+    "1234",
+    "'s",
+    "'S ",
+    "'",
+    '"',
+    ".",
+    "...",
+    "/",
+    "\n",
+    "\r\n",
+    " ",
+    "  ",
+    "\t",
+    "\u3000",
+    "\u00a0",
+]
 PIECES += [
     "\u00e9",
     "e\u0301",
@@ -106,13 +135,17 @@ def test_there_are_places_to_cut(name: str) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(
-    texts=st.lists(st.lists(st.sampled_from([*PIECES, "run    ", "caf", "  in"]), max_size=30).map("".join), min_size=1, max_size=6),
+    texts=st.lists(
+        st.lists(st.sampled_from([*PIECES, "run    ", "caf", "  in"]), max_size=30).map("".join), min_size=1, max_size=6
+    ),
     length=st.integers(1, 6),
     flags=st.sampled_from([{}, {"lstrip": True, "rstrip": True}, {"single_word": True}]),
     normalized=st.booleans(),
     form=st.sampled_from([None, normalizers.NFC()]),
 )
-def test_added_tokens_are_met_as_in_the_whole(texts: list[str], length: int, flags: dict[str, bool], normalized: bool, form: Any) -> None:
+def test_added_tokens_are_met_as_in_the_whole(
+    texts: list[str], length: int, flags: dict[str, bool], normalized: bool, form: Any
+) -> None:
     tokenizer = Tokenizer(models.BPE(vocab={}, merges=[]))
     if form is not None:
         tokenizer.normalizer = form
@@ -132,12 +165,32 @@ def test_added_tokens_are_met_as_in_the_whole(texts: list[str], length: int, fla
     ("change", "why"),
     [
         (
-            {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\p{L}+ \p{L}+|\s+"}, "behavior": "Isolated", "invert": False}},
+            {
+                "pre_tokenizer": {
+                    "type": "Split",
+                    "pattern": {"Regex": r"\p{L}+ \p{L}+|\s+"},
+                    "behavior": "Isolated",
+                    "invert": False,
+                }
+            },
             "spans",
         ),
         ({"pre_tokenizer": {"type": "UnicodeScripts"}}, "looks back"),
-        ({"pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}}, "splits nothing"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}}, "splits nothing"),
+        (
+            {"pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}},
+            "splits nothing",
+        ),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "ByteLevel",
+                    "add_prefix_space": False,
+                    "trim_offsets": True,
+                    "use_regex": False,
+                }
+            },
+            "splits nothing",
+        ),
         ({"normalizer": {"type": "Strip", "strip_left": True, "strip_right": False}}, "drops the space"),
         ({"normalizer": {"type": "Replace", "pattern": {"String": "a b"}, "content": "ab"}}, "spans"),
         ({"pre_tokenizer": None}, "one word"),

@@ -1,4 +1,6 @@
-"""Start and end tokens and those of fill-in-the-middle, by name: found in the tokenizer, control ids in text, taken off once."""
+"""Start and end tokens and those of fill-in-the-middle, by name: found in the tokenizer, control ids in text, taken off
+once.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,16 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer
 
 from weftrain.cli.main import main
-from weftrain.core.canonical import canonical_json, sha256_json
 from weftrain.core.config import Fim
-from weftrain.core.dataset import ShardSet, open_set, read_manifest
 from weftrain.core.errors import DataError
-from weftrain.data_prep import fim
+from weftrain.core.formats.canonical import canonical_json, sha256_json
+from weftrain.core.formats.dataset import ShardSet, open_set, read_manifest
+from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.interchange import export_megatron, whole_documents
-from weftrain.data_prep.listing import list_inputs
 from weftrain.data_prep.pipeline import Prepared, prepare
-from weftrain.data_prep.plan import Inputs
-from weftrain.data_prep.read_options import ReadOptions
+from weftrain.data_prep.readers.listing import list_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.stages.plan import Inputs
 from weftrain.data_prep.tokens.markers import FimIds, MarkerIds, Markers, marker_ids, recorded_markers
 from weftrain.data_prep.tokens.tokenization import TextEncoder, load_encoder, make_encoder
 
@@ -32,7 +34,11 @@ FAMILIES = {
     "Llama 3": ("<|begin_of_text|>", "<|end_of_text|>", ()),
     "Gemma": ("<bos>", "<eos>", ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")),
     "CodeLlama": ("<s>", "</s>", ("▁<PRE>", "▁<MID>", "▁<SUF>")),
-    "DeepSeek": (f"<{BAR}begin▁of▁sentence{BAR}>", f"<{BAR}end▁of▁sentence{BAR}>", tuple(f"<{BAR}fim▁{name}{BAR}>" for name in HOLES)),
+    "DeepSeek": (
+        f"<{BAR}begin▁of▁sentence{BAR}>",
+        f"<{BAR}end▁of▁sentence{BAR}>",
+        tuple(f"<{BAR}fim▁{name}{BAR}>" for name in HOLES),
+    ),
     "Qwen": ("<|endoftext|>", "<|endoftext|>", ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>")),
 }
 
@@ -41,7 +47,9 @@ def tokenizer_with(encoder: TextEncoder, names: tuple[str, ...], special: bool =
     """The test tokenizer with only these added tokens, from id FIRST on."""
     tree = json.loads(encoder.data)
     unknown = tree["added_tokens"][0]
-    tree["added_tokens"] = [unknown | {"id": FIRST + number, "content": name, "special": special} for number, name in enumerate(names)]
+    tree["added_tokens"] = [
+        unknown | {"id": FIRST + number, "content": name, "special": special} for number, name in enumerate(names)
+    ]
     for name in ("<s>", "</s>"):
         tree["model"]["vocab"][f"unused {name}"] = tree["model"]["vocab"].pop(name)
     return json.dumps(tree).encode()
@@ -56,7 +64,9 @@ def test_the_tokens_of_known_families(encoder: TextEncoder, family: str, engine:
     made = make_encoder(tokenizer_with(encoder, unique, special=False), "t", Markers(eos, bos, names), engine=engine)
     assert (made.markers.bos, made.markers.eos) == (ids[bos], ids[eos])
     if names:
-        assert fim.fim_ids(made) == FimIds(ids[names[0]], ids[names[1]], ids[names[2]], ids[names[3]] if len(names) > 3 else None)
+        assert fim.fim_ids(made) == FimIds(
+            ids[names[0]], ids[names[1]], ids[names[2]], ids[names[3]] if len(names) > 3 else None
+        )
     assert set(ids.values()) <= set(made.control_ids.tolist())
     text = f"the weft {bos}{eos}{''.join(names)} loom"
     (tokens,) = made.encode([text], ["x"])
@@ -74,7 +84,10 @@ def test_names_that_are_not_there(encoder: TextEncoder) -> None:
         (Markers("none"), "--eos none: nothing would tell documents apart"),
         (Markers("<eos>", None, ("<PRE>", "<MID>")), "three or four names with commas"),
         (Markers("<eos>", None, ("<PRE>", "<MID>", "")), "three or four names with commas"),
-        (Markers("<eos>", None, ("<PRE>", "<MID>", "<SUFF>")), "has no token '<SUFF>' for --fim-tokens; its special tokens are <SUF>, "),
+        (
+            Markers("<eos>", None, ("<PRE>", "<MID>", "<SUFF>")),
+            "has no token '<SUFF>' for --fim-tokens; its special tokens are <SUF>, ",
+        ),
         (Markers("<eos>", None, ("<PRE>", "<MID>", "<PRE>")), "names a token twice"),
         (Markers("<eos>", "<bos>", ("<PRE>", "<MID>", "<bos>")), "or the start or end token"),
     ):
@@ -85,7 +98,9 @@ def test_names_that_are_not_there(encoder: TextEncoder) -> None:
     only_bos = make_encoder(data, "t", Markers("none", "<bos>"))
     assert (only_bos.eos_id, only_bos.markers.separator) == (None, FIRST)
     assert [part.tolist() for part in only_bos.around()] == [[FIRST], []]
-    assert marker_ids(Tokenizer.from_str(data.decode()), Markers("<eos>", "<eos>"), "t") == MarkerIds(FIRST + 1, FIRST + 1)
+    assert marker_ids(Tokenizer.from_str(data.decode()), Markers("<eos>", "<eos>"), "t") == MarkerIds(
+        FIRST + 1, FIRST + 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,7 +141,13 @@ def tokenizer(tmp_path: Path, encoder: TextEncoder) -> Path:
 
 def make(tokenizer: Path, path: Path, name: str, **changes: Any) -> Prepared:
     inputs = Inputs(tuple(list_inputs([str(path)], source=None)), "text", "none", ReadOptions())
-    given: dict[str, Any] = {"sequence_length": S, "heldout_fraction": 0.0, "rows_per_shard": 10_000, "eos": "<eos>", "bos": "<bos>"}
+    given: dict[str, Any] = {
+        "sequence_length": S,
+        "heldout_fraction": 0.0,
+        "rows_per_shard": 10_000,
+        "eos": "<eos>",
+        "bos": "<bos>",
+    }
     prepared = prepare(inputs, tokenizer.parent / "out", name=name, tokenizer=tokenizer, **given | changes)
     assert prepared is not None
     return prepared
@@ -147,8 +168,12 @@ AROUND: list[dict[str, Any]] = [{}, {"eos": "none"}, {"bos": None}]
 
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
-def test_documents_stand_between_their_tokens(tokenizer: Path, texts: list[str], around: dict[str, Any], packing: str) -> None:
-    prepared = make(tokenizer, lines(tokenizer.parent / "t.jsonl", texts), "d", packing=packing, order="as_read", **around)
+def test_documents_stand_between_their_tokens(
+    tokenizer: Path, texts: list[str], around: dict[str, Any], packing: str
+) -> None:
+    prepared = make(
+        tokenizer, lines(tokenizer.parent / "t.jsonl", texts), "d", packing=packing, order="as_read", **around
+    )
     manifest = prepared.manifest
     bos, eos = ([] if around.get("bos", 1) is None else [FIRST]), ([] if around.get("eos") == "none" else [FIRST + 1])
     assert (manifest.bos_id, manifest.eos_id) == (bos[0] if bos else None, eos[0] if eos else None)
@@ -212,7 +237,9 @@ def test_what_is_refused_before_anything_is_read(tokenizer: Path, texts: list[st
         with pytest.raises(DataError, match=message):
             make(tokenizer, path, "x", **changes)
     inputs = Inputs(tuple(list_inputs([str(path)], source=None)), "text", "none", ReadOptions())
-    with pytest.raises(DataError, match=r"'<bos>' is no token of the tokenizer that is trained here, which has <unk>, <s>"):
+    with pytest.raises(
+        DataError, match=r"'<bos>' is no token of the tokenizer that is trained here, which has <unk>, <s>"
+    ):
         prepare(inputs, tokenizer.parent / "out", name="x", vocab_size=300, sequence_length=S, bos="<bos>")
     assert not (tokenizer.parent / "out" / ".x.partial").exists()
 
@@ -221,7 +248,19 @@ def test_the_commands_know_them(tokenizer: Path, texts: list[str]) -> None:
     path, out = lines(tokenizer.parent / "t.jsonl", texts), tokenizer.parent / "out"
     around = ["--eos", "none", "--bos", "<bos>", "--fim-tokens", ",".join(ANGLES)]
     options = ["--tokenizer", str(tokenizer), *around, "--heldout-fraction", "0"]
-    command = ["prep", str(path), "--name", "d", "--output", str(out), "--sequence-length", "32", "--order", "as_read", *options]
+    command = [
+        "prep",
+        str(path),
+        "--name",
+        "d",
+        "--output",
+        str(out),
+        "--sequence-length",
+        "32",
+        "--order",
+        "as_read",
+        *options,
+    ]
     for state in ("is ready", "is up to date"):
         result = CliRunner().invoke(main, command)
         assert state in result.output
@@ -230,7 +269,9 @@ def test_the_commands_know_them(tokenizer: Path, texts: list[str]) -> None:
     assert f"| <bos>{texts[0]}\n" in result.output
     result = CliRunner().invoke(main, ["data", "fim-report", str(out / "d"), "--documents", "30"])
     assert result.exit_code == 0, result.output
-    other = CliRunner().invoke(main, ["data", "fim-report", str(out / "d"), "--documents", "30", "--fim-tokens", "<eos>,▁<MID>,▁<SUF>"])
+    other = CliRunner().invoke(
+        main, ["data", "fim-report", str(out / "d"), "--documents", "30", "--fim-tokens", "<eos>,▁<MID>,▁<SUF>"]
+    )
     assert other.output == result.output  # whatever the control tokens are called
     other = CliRunner().invoke(main, ["data", "fim-report", str(out / "d"), "--fim-tokens", "<P>,<M>,<S>"])
     assert "has no token '<P>' for --fim-tokens" in other.output
@@ -238,7 +279,8 @@ def test_the_commands_know_them(tokenizer: Path, texts: list[str]) -> None:
     assert f"documents begin with id {FIRST}; held out by rule 2" in result.output
     recipe = tokenizer.parent / "r.yaml"
     recipe.write_text(
-        "name: mine\ndescription: d\nsequence_length: 32\ntokenizer: tokenizer.json\neos: none\nbos: <bos>\norder: as_read\n"
+        "name: mine\ndescription: d\nsequence_length: 32\ntokenizer: tokenizer.json\neos: none\nbos: <bos>\norder: "
+        "as_read\n"
         f"fim_tokens: [{', '.join(ANGLES)}]\ndatasets:\n  - {{name: r, inputs: [{{addresses: [t.jsonl]}}]}}\n"
     )
     result = CliRunner().invoke(main, ["prep", str(recipe), "--inputs", str(tokenizer.parent), "--output", str(out)])

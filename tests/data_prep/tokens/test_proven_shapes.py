@@ -1,4 +1,6 @@
-"""Settings that gigatoken passes over go to the reference, whatever the texts; published constructions stay with gigatoken."""
+"""Settings that gigatoken passes over go to the reference, whatever the texts; published constructions stay with
+gigatoken.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from weftrain.data_prep.tokens.proven_shapes import not_proven
 from weftrain.data_prep.tokens.tokenization import TextEncoder, make_encoder
 
 PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # Llama 3's
+    # Llama 3's
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLIT = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -44,7 +47,10 @@ def test_published_constructions_are_proven(tree: dict[str, Any]) -> None:
         model(tree, end_of_word_suffix="", continuing_subword_prefix=None),
         {"pre_tokenizer": METASPACE},
         {"pre_tokenizer": AFTER_SPACES, "normalizer": TO_SPACE},
-        {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, TO_SPACE]}},
+        {
+            "pre_tokenizer": None,
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, TO_SPACE]},
+        },
     ):
         assert not_proven(tree | change) is None, change
 

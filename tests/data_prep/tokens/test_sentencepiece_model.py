@@ -18,7 +18,12 @@ from weftrain.data_prep.tokens.tokenization import load_encoder
 LLAMA = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
 ACCEPTED: dict[str, dict[str, Any]] = {
     "LLaMA's": {"model_type": "bpe", "allow_whitespace_only_pieces": True, "split_digits": True, **LLAMA},
-    "Gemma's": {"model_type": "bpe", "add_dummy_prefix": False, "user_defined_symbols": ["<x>", "\u2581\u2581", "\n"], **LLAMA},
+    "Gemma's": {
+        "model_type": "bpe",
+        "add_dummy_prefix": False,
+        "user_defined_symbols": ["<x>", "\u2581\u2581", "\n"],
+        **LLAMA,
+    },
     "BPE, NFKC": {"model_type": "bpe"},
     "T5's": {"model_type": "unigram"},
     "Unigram with bytes": {"model_type": "unigram", **LLAMA},
@@ -26,7 +31,10 @@ ACCEPTED: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "characters": ({"model_type": "char"}, "of words or characters has no counterpart"),
     "suffix": ({"model_type": "bpe", "treat_whitespace_as_suffix": True}, "white space as a suffix"),
-    "user-defined after a space": ({"model_type": "bpe", "user_defined_symbols": ["<x>"], **LLAMA}, "for ' ' token 1 differs of 2"),
+    "user-defined after a space": (
+        {"model_type": "bpe", "user_defined_symbols": ["<x>"], **LLAMA},
+        "for ' ' token 1 differs of 2",
+    ),
 }
 
 
@@ -44,7 +52,12 @@ def spm() -> Any:
 def trained(spm: Any, options: dict[str, Any]) -> bytes:
     made = io.BytesIO()
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines(0, 8)[:2000]), model_writer=made, vocab_size=500, minloglevel=2, hard_vocab_limit=False, **options
+        sentence_iterator=iter(lines(0, 8)[:2000]),
+        model_writer=made,
+        vocab_size=500,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **options,
     )
     return made.getvalue()
 
@@ -83,7 +96,9 @@ def test_ids_that_differ_are_found(spm: Any, tmp_path: Path, monkeypatch: pytest
     path.write_bytes(trained(spm, ACCEPTED["LLaMA's"]))
     merges = sentencepiece_model._merges
     monkeypatch.setattr(sentencepiece_model, "_merges", lambda pieces: merges(pieces)[:-3])
-    with pytest.raises(DataError, match=r"tokenizers cannot reproduce this SentencePiece model: for .* token .* differs of"):
+    with pytest.raises(
+        DataError, match=r"tokenizers cannot reproduce this SentencePiece model: for .* token .* differs of"
+    ):
         load_encoder(path)
 
 
@@ -95,8 +110,12 @@ def test_a_file_that_is_no_model(spm: Any, tmp_path: Path) -> None:
             load_encoder(path)
 
 
-def test_without_its_library_a_model_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_library_a_model_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x00")
-    with pytest.raises(DataError, match=r"needs its library: pip install 'weftrain\[sentencepiece\]'; or give the tokenizer\.json"):
+    with pytest.raises(
+        DataError, match=r"needs its library: pip install 'weftrain\[sentencepiece\]'; or give the tokenizer\.json"
+    ):
         load_encoder(tmp_path / "tokenizer.model")

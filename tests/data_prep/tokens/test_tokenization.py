@@ -66,7 +66,10 @@ def test_ids_stand_where_crystalcoder_has_them(encoder: TextEncoder) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    pieces=st.lists(st.one_of(st.text(max_size=20), st.sampled_from([*CONTROL_TOKENS, *CRYSTALCODER_TOKENS, "<fim_prefix>"])), max_size=12)
+    pieces=st.lists(
+        st.one_of(st.text(max_size=20), st.sampled_from([*CONTROL_TOKENS, *CRYSTALCODER_TOKENS, "<fim_prefix>"])),
+        max_size=12,
+    )
 )
 def test_any_text_comes_back_and_never_as_a_control_token(encoder: TextEncoder, pieces: list[str]) -> None:
     text = "".join(pieces)
@@ -107,7 +110,9 @@ def word_tokenizer(*special: str) -> bytes:
 def test_a_tokenizer_that_cannot_spell_its_special_tokens_is_refused_with_the_document() -> None:
     encoder = make_encoder(word_tokenizer("</s>"), "t.json")
     assert encode(encoder, "a b a").tolist() == [0, 1, 0]
-    with pytest.raises(DataError, match=r"good/bad\.txt: the tokenizer turns ordinary text into control id 2 at token 1"):
+    with pytest.raises(
+        DataError, match=r"good/bad\.txt: the tokenizer turns ordinary text into control id 2 at token 1"
+    ):
         encoder.encode(["a", "b </s>"], ["fine", "good/bad.txt"])
 
 

@@ -1,4 +1,5 @@
-"""These tests interpret Triton's kernels, which needs a process of its own: `make test` starts it with TRITON_INTERPRET=1.
+"""These tests interpret Triton's kernels, which needs a process of its own: `make test` starts it with
+TRITON_INTERPRET=1.
 
 Elsewhere they are skipped and counted, and nothing here imports Triton.
 """

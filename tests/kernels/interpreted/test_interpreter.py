@@ -16,7 +16,12 @@ from weftrain.kernels.checks import interpreter
 def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**kept, **environment}, check=False, timeout=120
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**kept, **environment},
+        check=False,
+        timeout=120,
     )
 
 
@@ -48,7 +53,9 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(triton, "__version__", "3.8.0")
     monkeypatch.setattr(interpreter, "computes_bfloat16", lambda: False)
-    with pytest.raises(KernelError, match=r"for the interpreter of triton 3\.7\.1, and this is 3\.8\.0: pip install triton==3\.7\.1"):
+    with pytest.raises(
+        KernelError, match=r"for the interpreter of triton 3\.7\.1, and this is 3\.8\.0: pip install triton==3\.7\.1"
+    ):
         interpreter.install()
 
 
@@ -62,11 +69,14 @@ def test_a_wrong_result_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rounding_is_torchs_for_every_kind_of_number() -> None:
-    bits = torch.cat((torch.arange(-(2**31), 2**31, 65_521), torch.tensor([0x7F800000, -0x800000, 0x7FC00000, 0x7F7FFFFF, 1]))).int()
+    bits = torch.cat(
+        (torch.arange(-(2**31), 2**31, 65_521), torch.tensor([0x7F800000, -0x800000, 0x7FC00000, 0x7F7FFFFF, 1]))
+    ).int()
     values = bits.view(torch.float32)
     ours = torch.from_numpy(interpreter._round(values.numpy()).view("int16")).view(torch.bfloat16)
     assert torch.equal(ours.isnan(), values.isnan())
     assert torch.equal(ours[~values.isnan()], values[~values.isnan()].bfloat16())
     assert torch.equal(
-        torch.from_numpy(interpreter._widen(ours.view(torch.int16).numpy().view("uint16"))).nan_to_num(), ours.float().nan_to_num()
+        torch.from_numpy(interpreter._widen(ours.view(torch.int16).numpy().view("uint16"))).nan_to_num(),
+        ours.float().nan_to_num(),
     )

@@ -1,7 +1,7 @@
 """Faults planted in every Triton kernel, interpreted: a check that does not find its fault is no check.
 
-What a reader would get wrong: `old` is text of the kernel's file. When the file changes and the text is gone, the test fails: write the
-fault anew.
+What a reader would get wrong: `old` is text of the kernel's file. When the file changes and the text is gone, the test
+fails: write the fault anew.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ def test_a_planted_fault_is_found(fault: Any, tmp_path: Path, examine: Callable[
     assert not any(finding.detail.startswith("raised") for finding in report), report
 
 
-@pytest.mark.parametrize(("op", "check"), [("rms_norm", "bounds"), ("swiglu", "numerics"), ("cross_entropy", "rounded_once")])
+@pytest.mark.parametrize(
+    ("op", "check"), [("rms_norm", "bounds"), ("swiglu", "numerics"), ("cross_entropy", "rounded_once")]
+)
 def test_a_copy_without_a_fault_passes(op: str, check: str, tmp_path: Path, examine: Callable[..., Any]) -> None:
     report = examine("triton_ops", op, f"{op}.py", "import triton\n", "import triton\n", check, "odd", BF16, tmp_path)
     assert report

@@ -1,6 +1,8 @@
-"""Triton attention, interpreted: what the generic checks do not ask. Tiles that are skipped, what is saved, views, and launches' constants.
+"""Triton attention, interpreted: what the generic checks do not ask. Tiles that are skipped, what is saved, views, and
+launches' constants.
 
-Every tile that is visited multiplies its hidden values by zero, and NaN times zero is NaN: so NaN in what must be skipped shows a visit.
+Every tile that is visited multiplies its hidden values by zero, and NaN times zero is NaN: so NaN in what must be
+skipped shows a visit.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def example(T: int, D: int, start: Tensor | None = None, B: int = 2, H: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def example(
+    T: int, D: int, start: Tensor | None = None, B: int = 2, H: int = 1, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     q, k, v = (normal(B, T, H, D, seed=seed, dtype=dtype) for seed in range(3))
     return {"q": q, "k": k, "v": v, "scale": D**-0.5, "document_start": start}
 
@@ -46,7 +50,10 @@ def results(function: Callable[..., Tensor], arguments: dict[str, Any], incoming
 
 
 def wide(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for name, value in arguments.items()}
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
@@ -65,19 +72,31 @@ def documents(kind: str, T: int, B: int = 2) -> Tensor:
         "cut_one_after_tiles": torch.where(t >= 129, 129, torch.where(t >= 65, 65, torch.where(t >= 33, 33, 0))),
         "in_no_order": (torch.rand(T, generator=torch.Generator().manual_seed(4)) * (t + 1)).long(),
     }[kind]
-    return torch.stack([start if row == 0 else start.div(row + 1, rounding_mode="floor") for row in range(B)]).to(torch.int32)
+    return torch.stack([start if row == 0 else start.div(row + 1, rounding_mode="floor") for row in range(B)]).to(
+        torch.int32
+    )
 
 
 @pytest.mark.parametrize(("T", "D"), [(1, 1), (2, 16), (31, 3), (64, 64), (129, 40)])
 def test_ugly_lengths_and_heads(T: int, D: int) -> None:
-    """The cap of the checks, 1e-6, and not less: of two keys one with nearly all the weight, the gradient of q is what little is left."""
+    """The cap of the checks, 1e-6, and not less: of two keys one with nearly all the weight, the gradient of q is what
+    little is left.
+    """
     arguments = example(T, D, B=1, H=2)
     exact = results(EXACT["attention"], wide(arguments))
     for name, got, truth in zip("oqkv", results(module().attention, arguments), exact, strict=True):
         assert relative_error(got, truth) < 1e-6, name
 
 
-KINDS = ("none", "one_token_each", "window_of_7", "cut_at_37_and_96", "cut_at_tiles", "cut_one_after_tiles", "in_no_order")
+KINDS = (
+    "none",
+    "one_token_each",
+    "window_of_7",
+    "cut_at_37_and_96",
+    "cut_at_tiles",
+    "cut_one_after_tiles",
+    "in_no_order",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,7 +110,9 @@ def test_documents(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["cut_at_37_and_96", "cut_one_after_tiles"])
 def test_every_tile_that_a_launch_takes_anywhere(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queries and keys in a tile differ between targets, dtypes and heads; here all of them at one small head, in fp32."""
+    """Queries and keys in a tile differ between targets, dtypes and heads; here all of them at one small head, in
+    fp32.
+    """
     arguments = example(141, 8, documents(kind, 141, B=1), B=1)
     exact = results(EXACT["attention"], wide(arguments))
     made = (line for lines in module().CONFIGURATIONS.values() for line in lines.values())
@@ -102,7 +123,9 @@ def test_every_tile_that_a_launch_takes_anywhere(kind: str, monkeypatch: pytest.
 
 
 def test_documents_longer_than_one_scan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key tile looks for its last query SCAN starts at a time; here in the third look, and the last key tile has none after it."""
+    """A key tile looks for its last query SCAN starts at a time; here in the third look, and the last key tile has none
+    after it.
+    """
     monkeypatch.setattr(module().kernels, "SCAN", 64)
     t = torch.arange(260)
     start = torch.where(t >= 250, 250, torch.where(t >= 70, 70, 0)).to(torch.int32)[None]
@@ -139,7 +162,9 @@ def test_a_query_with_one_key_moves_neither_it_nor_the_key() -> None:
 
 
 def test_the_future_and_other_documents_are_invisible() -> None:
-    """Bit for bit: huge values anywhere out of sight; NaN in any hidden key, and in values of tiles that no row of the tile sees."""
+    """Bit for bit: huge values anywhere out of sight; NaN in any hidden key, and in values of tiles that no row of the
+    tile sees.
+    """
     T, attention = 141, module().attention
     start = documents("cut_at_37_and_96", T, B=1)
     arguments = example(T, 20, start, B=1)
@@ -208,7 +233,9 @@ class Operators(TorchDispatchMode):
 
 
 def test_views_are_taken_as_they_are() -> None:
-    """q, k, v of one product, and an incoming gradient that was transposed: no copy, and the bits of contiguous ones."""
+    """q, k, v of one product, and an incoming gradient that was transposed: no copy, and the bits of contiguous
+    ones.
+    """
     packed = normal(2, 65, 3, 2, 16)
     q, k, v = packed.unbind(2)
     incoming = normal(2, 2, 65, 16, seed=9).transpose(1, 2)
@@ -217,7 +244,9 @@ def test_views_are_taken_as_they_are() -> None:
         got = results(module().attention, arguments, incoming)
     calls = dict(ran.calls)
     assert [x.data_ptr() for x in calls["weftrain::attention_forward"][:3]] == [x.data_ptr() for x in (q, k, v)]
-    assert [x.data_ptr() for x in calls["weftrain::attention_backward"][:4]] == [x.data_ptr() for x in (incoming, q, k, v)]
+    assert [x.data_ptr() for x in calls["weftrain::attention_backward"][:4]] == [
+        x.data_ptr() for x in (incoming, q, k, v)
+    ]
     dense = {**arguments, **{name: arguments[name].contiguous() for name in ("q", "k", "v")}}
     expected = results(module().attention, dense, incoming.contiguous())
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -225,7 +254,9 @@ def test_views_are_taken_as_they_are() -> None:
 
 
 def test_other_strides_are_copied() -> None:
-    """A last stride of 2, an expanded gradient (stride 0), rows so far apart that 32-bit offsets within a tile would not reach."""
+    """A last stride of 2, an expanded gradient (stride 0), rows so far apart that 32-bit offsets within a tile would
+    not reach.
+    """
     arguments = example(33, 8, H=2)
     expected = results(module().attention, arguments, torch.ones(()).expand(2, 33, 2, 8))
     strided = {name: torch.stack((arguments[name],) * 2, -1)[..., 0] for name in ("q", "k", "v")}
@@ -252,7 +283,9 @@ def test_the_same_bits_again() -> None:
 
 
 def test_a_document_start_that_nobody_looked_at_reads_nothing_outside() -> None:
-    """On a GPU nobody looks: behind the check, a negative start is the first key, and a row that starts after itself is NaN, no other."""
+    """On a GPU nobody looks: behind the check, a negative start is the first key, and a row that starts after itself is
+    NaN, no other.
+    """
     q, k, v = (normal(1, 70, 1, 8, seed=seed) for seed in range(3))
     guarded = [torch.full((1, 70 + 2 * 160, 1, 8), NAN) for _ in range(3)]
     for room, x in zip(guarded, (q, k, v), strict=True):
@@ -278,8 +311,12 @@ class Recorder:
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("with_documents", [False, True], ids=["plain", "documents"])
-def test_a_launch_takes_what_the_compile_gate_compiled(head_dim: int, with_documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On each target and dtype, the constants of each launch are those of a default compilation that is for that target."""
+def test_a_launch_takes_what_the_compile_gate_compiled(
+    head_dim: int, with_documents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On each target and dtype, the constants of each launch are those of a default compilation that is for that
+    target.
+    """
     attention, kernels = module(), module().kernels
     names = ("forward", "row_sums", "backward_keys", "backward_queries")
     originals = {name: getattr(kernels, name) for name in names}

@@ -1,7 +1,7 @@
 """The Triton ops but attention, interpreted: what the generic checks do not ask of an implementation.
 
-Labels that name no column, rows that are ignored, views taken as they are, sums whose order is fixed, launches that must not happen.
-Long, for one file of helpers serves all of these ops.
+Labels that name no column, rows that are ignored, views taken as they are, sums whose order is fixed, launches that
+must not happen. Long, for one file of helpers serves all of these ops.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ def results(
     """The output, and the gradient of each named argument; arguments keep their strides."""
     leaves = {name: arguments[name].detach().requires_grad_() for name in names}
     output = function(**{**arguments, **leaves})
-    return [output.detach(), *torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output) if incoming is None else incoming)]
+    return [
+        output.detach(),
+        *torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output) if incoming is None else incoming),
+    ]
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
@@ -61,13 +64,16 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# ---- labels -------------------------------------------------------------------------------------------------------------------------
+# ---- labels
+# ----------------------------------------------------------------------------------------------------
 
 BAD_LABELS = (-1, 101, 10**12, -(2**63))
 
 
 def test_a_label_outside_the_vocabulary_gives_nan_in_a_compiled_graph() -> None:
-    """There values are not looked at beforehand. A label of 10^12 would be an address far outside of anything that is mapped."""
+    """There values are not looked at beforehand. A label of 10^12 would be an address far outside of anything that is
+    mapped.
+    """
     arguments = OPS["cross_entropy"].examples["odd_scaled"]("cpu", torch.float32)
     good_loss, good_grad = results(triton_op("cross_entropy"), arguments, ("logits",))
     rows = torch.tensor([1, 5, 9, 13])
@@ -75,7 +81,9 @@ def test_a_label_outside_the_vocabulary_gives_nan_in_a_compiled_graph() -> None:
     with pytest.raises(ValueError, match=r"labels\[1\] is -1"):  # and eagerly, on a CPU, they are refused
         triton_op("cross_entropy")(**bad)
     torch._dynamo.reset()
-    loss, grad = results(torch.compile(triton_op("cross_entropy"), fullgraph=True, backend="aot_eager"), bad, ("logits",))
+    loss, grad = results(
+        torch.compile(triton_op("cross_entropy"), fullgraph=True, backend="aot_eager"), bad, ("logits",)
+    )
     others = torch.ones(29, dtype=torch.bool).index_fill(0, rows, False)
     assert loss[rows].isnan().all()
     assert (grad[rows] == 0).all()
@@ -105,7 +113,8 @@ def test_ignored_rows_give_zero_and_move_nothing(ignore_index: int) -> None:
     assert (grad[ignored] == 0).all()
     kept = {**arguments, "logits": logits[~ignored], "labels": labels[~ignored]}
     assert all(
-        torch.equal(a[~ignored], b) for a, b in zip((loss, grad), results(triton_op("cross_entropy"), kept, ("logits",)), strict=True)
+        torch.equal(a[~ignored], b)
+        for a, b in zip((loss, grad), results(triton_op("cross_entropy"), kept, ("logits",)), strict=True)
     )
 
 
@@ -122,7 +131,8 @@ def test_what_is_not_finite_in_an_ignored_row_shows_as_in_the_reference(bad: flo
     assert got[1][1].isnan().all()
 
 
-# ---- rows longer than a block -------------------------------------------------------------------------------------------------------
+# ---- rows longer than a block
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
@@ -132,16 +142,27 @@ def test_vocabularies_around_the_block_size(op: str, vocab: int) -> None:
     logits = normal(4, vocab)
     for row, column in enumerate((0, vocab // 2, vocab - 1)):
         logits[row, column] += 9
-    arguments: dict[str, Any] = {"labels": torch.tensor([vocab - 1, 0, vocab // 2, vocab - 1]), "logits_scale": 0.7, "z_loss": 1e-3}
+    arguments: dict[str, Any] = {
+        "labels": torch.tensor([vocab - 1, 0, vocab // 2, vocab - 1]),
+        "logits_scale": 0.7,
+        "z_loss": 1e-3,
+    }
     if op == "cross_entropy":
         arguments["logits"] = logits
     else:  # hidden picks one row of the transposed weight, exactly
         arguments.update(hidden=torch.eye(4), weight=logits.t().contiguous())
     names = OPS[op].differentiable
-    wide = {name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for name, value in arguments.items()}
+    wide = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
     exact_logits = wide["logits"] if op == "cross_entropy" else wide["hidden"] @ wide["weight"].t()
     scaled = exact_logits * 0.7
-    exact = scaled.logsumexp(-1) - scaled.gather(1, arguments["labels"][:, None]).squeeze(1) + 1e-3 * scaled.logsumexp(-1).square()
+    exact = (
+        scaled.logsumexp(-1)
+        - scaled.gather(1, arguments["labels"][:, None]).squeeze(1)
+        + 1e-3 * scaled.logsumexp(-1).square()
+    )
     softmax = scaled.softmax(-1) * (1 + 2e-3 * scaled.logsumexp(-1, keepdim=True))
     slope = (softmax - torch.nn.functional.one_hot(arguments["labels"], vocab)) * 0.7
     got = results(triton_op(op), arguments, names)
@@ -173,7 +194,9 @@ def test_a_block_of_minus_infinity_is_not_nan() -> None:
 
 def test_large_logits_keep_their_digits() -> None:
     """At 4096, one fp32 logsumexp would round the softmax's exponent to 2.4e-4."""
-    logits = (4096 + normal(5, 501).bfloat16().float()).bfloat16().float() + normal(5, 501, seed=1).mul(512).round().div(512)
+    logits = (4096 + normal(5, 501).bfloat16().float()).bfloat16().float() + normal(5, 501, seed=1).mul(
+        512
+    ).round().div(512)
     labels = torch.arange(5)
     loss, grad = results(triton_op("cross_entropy"), {"logits": logits, "labels": labels}, ("logits",))
     wide = logits.double().requires_grad_()
@@ -182,7 +205,8 @@ def test_large_logits_keep_their_digits() -> None:
     assert relative_error(grad, torch.autograd.grad(exact.sum(), wide)[0]) < 5e-7
 
 
-# ---- views --------------------------------------------------------------------------------------------------------------------------
+# ---- views
+# ----------------------------------------------------------------------------------------------------
 
 
 def _strided(op: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -248,7 +272,9 @@ def test_a_last_stride_that_is_not_one_gives_the_same_bits(op: str) -> None:
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_a_second_derivative_is_refused(op: str) -> None:
-    """A launch is opaque to autograd: the derivative of a gradient would be missing without a word, whatever gradient comes in."""
+    """A launch is opaque to autograd: the derivative of a gradient would be missing without a word, whatever gradient
+    comes in.
+    """
     arguments = OPS[op].examples["odd"]("cpu", torch.float32)
     name = OPS[op].differentiable[0]
     leaf = arguments[name].detach().requires_grad_()
@@ -258,12 +284,15 @@ def test_a_second_derivative_is_refused(op: str) -> None:
             torch.autograd.grad(output, leaf, incoming, create_graph=True, retain_graph=True)
 
 
-# ---- sums whose order is fixed ------------------------------------------------------------------------------------------------------
+# ---- sums whose order is fixed
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
 def test_the_gradient_of_a_norms_weight_is_one_fixed_sum(op: str) -> None:
-    """300 rows in 256 programs: row r is added in program r % 256, in rising order; then the programs, by torch's sum."""
+    """300 rows in 256 programs: row r is added in program r % 256, in rising order; then the programs, by torch's
+    sum.
+    """
     names = OPS[op].differentiable
     arguments = {name: normal(*((300, 5) if name == "x" else (5,)), seed=index) for index, name in enumerate(names)}
     incoming = normal(300, 5, seed=7)
@@ -278,7 +307,8 @@ def test_the_gradient_of_a_norms_weight_is_one_fixed_sum(op: str) -> None:
         for row in range(300):
             partial[row % 256] += incoming[row]
         assert torch.equal(got[3], partial.sum(0))
-    # Of 256 rows each program has one. 44 more, whose gradient is zero, change no bit: no row has moved to another program.
+    # Of 256 rows each program has one. 44 more, whose gradient is zero, change no bit: no row has moved to another
+    # program.
     first = {**arguments, "x": arguments["x"][:256], "eps": 1e-5}
     expected = results(triton_op(op), first, names, incoming[:256])
     incoming[256:] = 0
@@ -307,11 +337,14 @@ def test_grad_norm_shows_what_is_not_finite_at_every_edge() -> None:
             assert not norm.isfinite(), (bad, place)
 
 
-# ---- the chunks of linear_cross_entropy ---------------------------------------------------------------------------------------------
+# ---- the chunks of linear_cross_entropy
+# ---------------------------------------------------------------------------------------------
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest float tensor that anything made (the interpreter copies bytes besides), and the matrix products."""
+    """Elements of the largest float tensor that anything made (the interpreter copies bytes besides), and the matrix
+    products.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -334,7 +367,12 @@ def _in_the_operator(monkeypatch: pytest.MonkeyPatch) -> LargestTensor:
 
 
 def test_chunks_give_what_one_chunk_gives_and_never_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = {"hidden": normal(150, 12), "weight": normal(101, 12, seed=1), "labels": torch.arange(150) % 101, "z_loss": 1e-3}
+    arguments = {
+        "hidden": normal(150, 12),
+        "weight": normal(101, 12, seed=1),
+        "labels": torch.arange(150) % 101,
+        "z_loss": 1e-3,
+    }
     names = ("hidden", "weight")
     whole = results(triton_op("linear_cross_entropy"), arguments, names)
     monkeypatch.setattr(module("linear_cross_entropy"), "_CHUNK_ELEMENTS", 101 * 64)  # chunks of 64, 64 and 22 rows
@@ -346,8 +384,12 @@ def test_chunks_give_what_one_chunk_gives_and_never_all_logits(monkeypatch: pyte
     assert mode.products == 3 * 3
 
 
-@pytest.mark.parametrize(("wanted", "products"), [((), 1), (("hidden",), 2), (("weight",), 2), (("hidden", "weight"), 3)])
-def test_only_the_gradients_that_are_wanted_are_computed(wanted: tuple[str, ...], products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("wanted", "products"), [((), 1), (("hidden",), 2), (("weight",), 2), (("hidden", "weight"), 3)]
+)
+def test_only_the_gradients_that_are_wanted_are_computed(
+    wanted: tuple[str, ...], products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = OPS["linear_cross_entropy"].examples["odd"]("cpu", torch.float32)
     leaves = {name: arguments[name].detach().requires_grad_(name in wanted) for name in ("hidden", "weight")}
     with _in_the_operator(monkeypatch) as mode:
@@ -361,17 +403,22 @@ def test_only_the_gradients_that_are_wanted_are_computed(wanted: tuple[str, ...]
 
 
 def test_sums_near_the_end_of_fp16_do_not_overflow() -> None:
-    """256 tokens of one label with hidden states of 200: a gradient of 51,200 for that row of the weight, of at most 65,504."""
+    """256 tokens of one label with hidden states of 200: a gradient of 51,200 for that row of the weight, of at most
+    65,504.
+    """
     hidden = torch.full((256, 4), 200.0, dtype=torch.float16)
     weight = torch.zeros(64, 4, dtype=torch.float16)
     labels = torch.full((256,), 3)
-    _, _, grad = results(triton_op("linear_cross_entropy"), {"hidden": hidden, "weight": weight, "labels": labels}, ("hidden", "weight"))
+    _, _, grad = results(
+        triton_op("linear_cross_entropy"), {"hidden": hidden, "weight": weight, "labels": labels}, ("hidden", "weight")
+    )
     assert grad.isfinite().all()
     assert float(grad[3, 0]) == pytest.approx(-51200 * 63 / 64, rel=2e-3)
     assert float(grad[0, 0]) == pytest.approx(51200 / 64, rel=2e-3)
 
 
-# ---- rope, swiglu and the norms at their edges ---------------------------------------------------------------------------------------
+# ---- rope, swiglu and the norms at their edges
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -390,7 +437,12 @@ def test_rope_turns_many_heads_and_back(interleaved: bool) -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope_keeps_what_is_not_finite_in_its_pair(interleaved: bool) -> None:
     arguments = {**OPS["rope"].examples["odd"]("cpu", torch.float32), "interleaved": interleaved}
-    for column, pair in ((2, {2, 3} if interleaved else {2, 8}), (11, {10, 11} if interleaved else {5, 11}), (12, {12}), (19, {19})):
+    for column, pair in (
+        (2, {2, 3} if interleaved else {2, 8}),
+        (11, {10, 11} if interleaved else {5, 11}),
+        (12, {12}),
+        (19, {19}),
+    ):
         x = arguments["x"].clone()
         x[1, 5, 2, column] = NAN
         bad = triton_op("rope")(**{**arguments, "x": x}).isnan().nonzero().tolist()
@@ -436,7 +488,8 @@ def test_norms_around_the_block_size(op: str, n: int) -> None:
     exact = EXACT[op](**wide, eps=0.1)
     exact_gradients = torch.autograd.grad(exact, list(wide.values()), incoming.double())
     for name, a, b in zip(("output", *names), got, (exact.detach(), *exact_gradients), strict=True):
-        assert float((a.double() - b).norm() / b.norm().clamp(min=1e-3)) < 5e-7, name  # of one column, layer_norm's dx is 0
+        # of one column, layer_norm's dx is 0
+        assert float((a.double() - b).norm() / b.norm().clamp(min=1e-3)) < 5e-7, name
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
@@ -450,18 +503,23 @@ def test_a_nan_stays_in_its_row(op: str) -> None:
     assert affine[0].isnan().all()  # the weight's gradient is a sum over rows
 
 
-# ---- adamw --------------------------------------------------------------------------------------------------------------------------
+# ---- adamw
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("copy_dtype", [torch.bfloat16, torch.float16, None])
 @pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("placement", ["after_bias_correction", "before_bias_correction"])
-def test_adamw_copies_are_the_rounded_weights(placement: str, gradient_dtype: torch.dtype, copy_dtype: torch.dtype | None) -> None:
+def test_adamw_copies_are_the_rounded_weights(
+    placement: str, gradient_dtype: torch.dtype, copy_dtype: torch.dtype | None
+) -> None:
     """Sizes around the block of 1024 and none; a transposed gradient; gradients are left as they were."""
     sizes = ((0,), (1,), (31, 33), (1024,), (1025,))
     parameters = [normal(*size) for size in sizes]
     gradients = [
-        normal(*size[::-1], seed=1, dtype=gradient_dtype).t() if len(size) == 2 else normal(*size, seed=1, dtype=gradient_dtype)
+        normal(*size[::-1], seed=1, dtype=gradient_dtype).t()
+        if len(size) == 2
+        else normal(*size, seed=1, dtype=gradient_dtype)
         for size in sizes
     ]
     arguments: dict[str, Any] = {
@@ -473,7 +531,10 @@ def test_adamw_copies_are_the_rounded_weights(placement: str, gradient_dtype: to
         "learning_rate": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1, "update_index": 3,
         "eps_placement": placement, "gradient_scale": torch.tensor(0.7),
     }  # fmt: skip
-    expected = {name: [tensor.clone() for tensor in value] if isinstance(value, list) else value for name, value in arguments.items()}
+    expected = {
+        name: [tensor.clone() for tensor in value] if isinstance(value, list) else value
+        for name, value in arguments.items()
+    }
     before = [gradient.clone() for gradient in gradients]
     triton_op("adamw")(**arguments)
     OPS["adamw"].function(**expected)
@@ -491,7 +552,9 @@ def test_adamw_shows_a_bad_gradient_in_its_own_weight_alone() -> None:
     triton_op("adamw")(**arguments)
     assert arguments["parameters"][2].isnan().nonzero().tolist() == [[77]]
     assert not any(
-        tensor.isnan().any() for index in (0, 1, 3, 4) for tensor in (arguments["parameters"][index], arguments["exp_avgs"][index])
+        tensor.isnan().any()
+        for index in (0, 1, 3, 4)
+        for tensor in (arguments["parameters"][index], arguments["exp_avgs"][index])
     )
 
 
@@ -522,7 +585,8 @@ def test_what_changes_from_step_to_step_is_a_float() -> None:
             assert [type(value) for value in values] == [float] * 7
 
 
-# ---- nothing to do ------------------------------------------------------------------------------------------------------------------
+# ---- nothing to do
+# ----------------------------------------------------------------------------------------------------
 
 
 class _MustNotLaunch:

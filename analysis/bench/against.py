@@ -1,0 +1,118 @@
+"""Two programs that were run one after the other, round by round: which is faster, how sure that is, and whether they
+trained alike.
+
+Speeds are compared as `bench compare` does: a ratio, its 95 % interval over the rounds, and a verdict. Losses are
+compared at the same number of steps only, the largest that both programs report.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weftrain.analysis.bench.timings import Difference, difference
+
+SAME_LOSS = 1e-3  # losses that are as near are of the same training: bf16 parts in the third digit within some steps
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The largest difference over the rounds at step `step`, the last one that both have; missing: why it is not a
+    later one, or empty.
+    """
+
+    step: int
+    difference: float
+    ours: float  # of the last round
+    theirs: float
+    missing: str
+
+    @property
+    def verdict(self) -> str:
+        """One line for people."""
+        same = self.difference <= SAME_LOSS
+        if self.step == 1:
+            words = "the same start" if same else "NOT the same start: read the ratio with care"
+        else:
+            words = (
+                "the same training"
+                if same
+                else "NOT the same training, or not the same start: read the ratio with care"
+            )
+        more = f" ({self.missing})" if self.missing else ""
+        return (
+            f"losses at step {self.step}, the last that both report{more}, differ by at most {self.difference:.2g}: "
+            f"{words}"
+        )
+
+
+@dataclass(frozen=True)
+class Against:
+    """ratios: of tokens/s, ours over theirs, a round. speed: the same with its interval; None where no interval can be
+    had.
+    """
+
+    ratios: tuple[float, ...]
+    speed: Difference | None
+    losses: Losses
+
+    @property
+    def ratio(self) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.ratios)
+
+    @property
+    def verdict(self) -> str:
+        """What can be said about the speeds: one line for people."""
+        if self.speed is None:
+            return (
+                "no interval, so no verdict: of one round, and a program did not print its step_times_ms: give "
+                "--rounds 3"
+            )
+        return self.speed.verdict
+
+
+def against(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Against:
+    """Compare RESULT lines of as many rounds each, of which the k-th were made one after the other."""
+    pairs = list(zip(ours, theirs, strict=True))
+    ratios = tuple(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
+    speed = None
+    if len(pairs) > 1 or all("step_times_ms" in one for one in (*ours, *theirs)):
+        names = (str(ours[0]["name"]), str(theirs[0]["name"]))
+        speed = difference([_ms_per_token(one) for one in ours], [_ms_per_token(one) for one in theirs], names=names)
+    return Against(ratios, speed, _losses(pairs))
+
+
+def _ms_per_token(result: Mapping[str, Any]) -> list[float]:
+    """Of each counted step, where the program tells; the median step gives the program's own tokens/s."""
+    middle = 1e3 / result["tokens_per_second"]
+    times = result.get("step_times_ms", [1.0])
+    return [middle * value / statistics.median(times) for value in times]
+
+
+def _losses(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Losses:
+    told = [(_by_step(a), _by_step(b)) for a, b in pairs]
+    step = max(set.intersection(*({*a} & {*b} for a, b in told)))
+    apart = [abs(a[step] - b[step]) for a, b in told]
+    worst = next((value for value in apart if value != value), max(apart))  # max() passes over NaN
+    ours, theirs = told[-1]
+    return Losses(step, worst, ours[step], theirs[step], _missing(pairs[-1], (max(ours), max(theirs)), step))
+
+
+def _by_step(result: Mapping[str, Any]) -> dict[int, float]:
+    """Number of a step, from 1 -> its loss, of the steps that the program reports."""
+    if "losses" in result:
+        return dict(enumerate(map(float, result["losses"]), 1))
+    found = {1: float(result["loss_first"])}
+    return found | {result["last_step"]: float(result["loss_last"])} if "last_step" in result else found
+
+
+def _missing(pair: tuple[Mapping[str, Any], Mapping[str, Any]], last: tuple[int, int], step: int) -> str:
+    silent = [str(one["name"]) for one in pair if "losses" not in one and "last_step" not in one]
+    if silent:
+        return f"{silent[0]} does not report which step its loss_last is of: have it print `losses` or `last_step`"
+    if last[0] != last[1]:
+        return f"{pair[0]['name']} reports {last[0]} steps, {pair[1]['name']} {last[1]}"
+    return "" if step == last[0] else "one of them reports the losses of single steps only"

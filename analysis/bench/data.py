@@ -1,0 +1,72 @@
+"""How fast batches are read: through the data path as a run reads them, and the same number of rows through h5py, row
+by row.
+
+The two are interleaved and each reads steps of its own, so neither finds rows that the other has just brought into the
+cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from weftrain.core.backend import BatchSource
+from weftrain.core.data import TokenSource
+
+
+def batch_times_ms(source: BatchSource, steps: int) -> list[float]:
+    """Milliseconds of each of the first `steps` batches. Raises DataError."""
+    return [_elapsed_ms(lambda step=step: source.rows(step, 0, source.global_batch_size)) for step in range(steps)]  # type: ignore[misc]
+
+
+def beside_h5py_ms(source: TokenSource, steps: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of each batch, through the data path and by `dataset[start:stop]` of open HDF5 files into an int64
+    batch.
+
+    Every shard is verified before, so that both are warm. Raises DataError, and OSError where h5py cannot open a shard.
+    """
+    ours, theirs = [], []
+    for component in source.components:
+        for reader in component.shards.readers():
+            reader.verify()
+    rows = source.global_batch_size
+    with ExitStack() as stack:
+
+        @cache
+        def opened(path: Path) -> h5py.Dataset:
+            return stack.enter_context(h5py.File(path, "r", locking=False))["data"]
+
+        for step in range(0, 2 * steps, 2):
+            ours.append(_elapsed_ms(lambda step=step: source.rows(step, 0, rows)))  # type: ignore[misc]
+            places = row_places(source, step + 1, opened)
+            theirs.append(_elapsed_ms(lambda places=places: rows_by_h5py(places, source.sequence_length + 1)))  # type: ignore[misc]
+    return ours, theirs
+
+
+def row_places(
+    source: TokenSource, step: int, opened: Callable[[Path], h5py.Dataset]
+) -> list[tuple[h5py.Dataset, int]]:
+    """Where the rows of a step begin: in which dataset, at which position."""
+    strides = {component.name: component.shards.manifest.row_stride for component in source.components}
+    found = [source.locate(step, row) for row in range(source.global_batch_size)]
+    return [(opened(row.folder / row.file), row.row_in_shard * strides[row.source]) for row in found]
+
+
+def rows_by_h5py(places: list[tuple[h5py.Dataset, int]], width: int) -> np.ndarray:
+    """int64 [n, width]: as a reader without weftrain would read them."""
+    ids = np.empty((len(places), width), dtype=np.int64)
+    for row, (dataset, start) in enumerate(places):
+        ids[row] = dataset[start : start + width]
+    return ids
+
+
+def _elapsed_ms(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return (time.perf_counter() - start) * 1e3

@@ -1,0 +1,295 @@
+"""A benchmark report as people read it: Markdown, a row of CSV, plots, one HTML page with all in it, and MLPerf's
+result lines.
+
+What a reader would get wrong: nothing is computed here. Every number is a field of report.json, so that no page can say
+another one.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from weftrain.analysis.bench.report import PARTS, Report, ReportError
+from weftrain.core.formats import fsops
+
+_COLOURS = (
+    "#4269d0",
+    "#97bbf5",
+    "#3ca951",
+    "#ff725c",
+    "#6cc5b0",
+    "#efb118",
+    "#a463f2",
+    "#9c6b4e",
+    "#9498a0",
+    "#d0d3d8",
+)
+
+
+def _share(value: float | str | None) -> str:
+    return value if isinstance(value, str) else "-" if value is None else f"{value:.1%}"
+
+
+def _rate(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value / 1e12:,.3f} TFLOP/s"
+
+
+def tables(report: Report) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """(title, rows of name and value)."""
+    speed, efficiency = report.speed, report.efficiency
+    yield (
+        "Speed",
+        [
+            ("tokens/s", f"{speed.tokens_per_second:,.1f}"),
+            ("tokens/s a device", f"{speed.tokens_per_second_per_device:,.1f}"),
+            (
+                "step, median",
+                f"{speed.step_ms_p50:,.2f} ms (95 %: {speed.step_ms_p50_low:,.2f} to {speed.step_ms_p50_high:,.2f})",
+            ),
+            (
+                "step, min / p90 / p99 / mean",
+                f"{speed.step_ms_min:,.2f} / {speed.step_ms_p90:,.2f} / {speed.step_ms_p99:,.2f} / "
+                f"{speed.step_ms_mean:,.2f} ms",
+            ),
+            ("variation", f"{speed.step_ms_variation:.1%}"),
+            (
+                "steps",
+                f"{speed.counted_steps} counted in {len(report.rounds)} rounds, after {speed.warm_up_steps} of warm-up "
+                "in each",
+            ),
+            ("compilation and first step", f"{speed.compile_s:,.2f} s"),
+        ],
+    )
+    rows = [
+        ("FLOP/s", _rate(efficiency.flops_per_second)),
+        ("FLOPs a token", f"{efficiency.flops_per_token:,} = {efficiency.flops_formula}"),
+        (
+            "MFU, measured peak",
+            f"{_share(efficiency.mfu_measured)} of {_rate(efficiency.measured_peak_flops)} "
+            f"({efficiency.measured_peak_origin})",
+        ),
+        (
+            "MFU, data sheet",
+            f"{_share(efficiency.mfu_sourced)} of {_rate(efficiency.sourced_peak_flops)} "
+            f"({efficiency.sourced_peak_origin})",
+        ),
+    ]
+    if efficiency.hfu_measured is not None:
+        rows.append(("HFU, measured peak", f"{_share(efficiency.hfu_measured)}, with what is computed again"))
+    yield "Efficiency", rows
+    total = sum(report.breakdown_ms.values())
+    parts = [(part, f"{value:,.2f} ms, {value / total:.1%}") for part, value in report.breakdown_ms.items()]
+    yield f"A step of {total:,.2f} ms", [*parts, ("note", report.breakdown_note)]
+    yield "Memory", [(key.replace("_", " "), _bytes(value)) for key, value in report.memory.items()]
+    if report.backend_stats:
+        yield "What the backend tells", [(key, f"{value:,.1f}") for key, value in report.backend_stats.items()]
+    joules = report.energy["joules"]
+    per_token = (
+        ""
+        if isinstance(joules, str)
+        else f", {joules / (report.shape['tokens_per_step'] * report.speed.counted_steps) * 1e3:,.3f} mJ a token"
+    )
+    yield (
+        "Energy",
+        [
+            (
+                "energy",
+                f"{joules if isinstance(joules, str) else f'{joules:,.1f} J'}{per_token} ({report.energy['source']})",
+            )
+        ],
+    )
+    yield (
+        "Correctness",
+        [
+            ("verdict", {True: "passed", False: "FAILED", None: "not checked"}[report.correctness.passed]),
+            ("what", report.correctness.words),
+        ],
+    )
+    yield "Shape", [(key, str(value)) for key, value in report.shape.items()]
+    chosen = report.kernels.get("ops", {})
+    yield (
+        "Kernels",
+        [(op, ", ".join(sorted({entry["source"] for entry in entries}))) for op, entries in sorted(chosen.items())]
+        or [("none", "-")],
+    )
+    yield "Identity", [(key, str(value)) for key, value in report.identity.items() if key != "recipe"]
+    yield "Environment", [(key, str(value)) for key, value in report.environment.items()]
+
+
+def _bytes(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_bytes(part)}" for key, part in value.items())
+    return f"{value / 2**20:,.0f} MiB" if isinstance(value, int | float) else str(value)
+
+
+def markdown(report: Report) -> str:
+    lines = [f"# {report.name}", "", f"{report.made_at}", ""]
+    lines += [f"> warning: {warning}" for warning in report.warnings] + [""]
+    for title, rows in tables(report):
+        lines += [
+            f"## {title}",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value.replace('|', '/')} |" for name, value in rows),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def flat(report: Report) -> dict[str, Any]:
+    """What a row of a table of benchmarks holds."""
+    row: dict[str, Any] = {
+        "name": report.name,
+        "made_at": report.made_at,
+        "commit": report.identity["commit"],
+        "dirty": report.identity["dirty"],
+    }
+    row |= {
+        key: report.shape[key]
+        for key in ("backend", "devices", "compute", "global_batch_size", "micro_batch_size", "sequence_length")
+    }
+    row |= report.speed.model_dump()
+    row |= {
+        key: value
+        for key, value in report.efficiency.model_dump().items()
+        if key.startswith(("mfu", "hfu", "flops_per_second"))
+    }
+    row |= {f"{part.replace(' ', '_')}_ms": round(report.breakdown_ms.get(part, 0.0), 3) for part in PARTS}
+    return row | {"peak_memory_bytes": report.memory["measured_peak_bytes"], "correct": report.correctness.passed}
+
+
+def csv_text(rows: list[dict[str, Any]], header: bool = True) -> str:
+    buffer = io.StringIO()
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(buffer, fields)
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def plots(report: Report) -> bytes:
+    """Step times of every round, and the parts of the mean step: PNG. Needs matplotlib (`pip install
+    'weftrain[plot]'`).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    times, parts = figure.subplots(1, 2, width_ratios=(3, 1))
+    for number, values in enumerate(report.rounds, 1):
+        times.plot(range(1, len(values) + 1), values, ".-", linewidth=0.8, label=f"round {number}")
+    times.axvspan(0.5, report.speed.warm_up_steps + 0.5, color="#d0d3d8", alpha=0.5, label="warm-up")
+    times.axhspan(
+        report.speed.step_ms_p50_low, report.speed.step_ms_p50_high, color="#3ca951", alpha=0.3, label="median, 95 %"
+    )
+    times.set_yscale("log")
+    times.set_xlabel("step")
+    times.set_ylabel("ms")
+    times.legend(fontsize="small")
+    below = 0.0
+    for part, colour in zip(PARTS, _COLOURS, strict=True):
+        value = max(0.0, report.breakdown_ms.get(part, 0.0))
+        if value:
+            parts.bar(0, value, bottom=below, color=colour, label=part)
+            below += value
+    parts.set_xticks([])
+    parts.set_ylabel("ms of the mean step")
+    parts.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(f"{report.name}: {report.speed.tokens_per_second:,.0f} tokens/s")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; }
+td { border-top: 1px solid #8884; padding: .25rem .5rem; vertical-align: top; overflow-wrap: anywhere; }
+td:first-child { width: 30%; color: #777; }
+img { max-width: 100%; background: white; }
+.warning { border-left: .3rem solid #ff725c; padding-left: .6rem; }
+"""
+
+
+def html_page(report: Report, picture: bytes) -> str:
+    """One page, no network: style and picture are in it."""
+    parts = [f"<h1>{html.escape(report.name)}</h1>", f"<p>{html.escape(report.made_at)}</p>"]
+    parts += [f'<p class="warning">{html.escape(warning)}</p>' for warning in report.warnings]
+    parts.append(
+        f'<img alt="step times and parts of a step" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+    )
+    for title, rows in tables(report):
+        cells = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows)
+        parts.append(f"<h2>{html.escape(title)}</h2><table>{cells}</table>")
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(report.name)}</title>'
+    head += f"<style>{_STYLE}</style>"
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def mllog_lines(report: Report, started_ms: int, ended_ms: int) -> Iterator[str]:
+    """MLPerf's log form (`:::MLLOG {json}`): what a throughput run has of a result's keys."""
+
+    def line(kind: str, time_ms: int, key: str, value: Any, **metadata: Any) -> str:
+        entry = {
+            "namespace": "",
+            "time_ms": time_ms,
+            "event_type": kind,
+            "key": key,
+            "value": value,
+            "metadata": metadata,
+        }
+        return ":::MLLOG " + json.dumps(entry)
+
+    shape = report.shape
+    for key, value in (
+        ("submission_benchmark", report.name),
+        ("submission_platform", f"{shape['devices']}x{report.environment['device']}"),
+        ("global_batch_size", shape["global_batch_size"]),
+        ("gradient_accumulation_steps", shape["accumulation_steps"]),
+        ("max_sequence_length", shape["sequence_length"]),
+        ("seed", report.identity["seed"]),
+    ):
+        yield line("POINT_IN_TIME", started_ms, key, value)
+    yield line("INTERVAL_START", started_ms, "run_start", None)
+    samples = report.speed.tokens_per_second / shape["sequence_length"]
+    yield line(
+        "POINT_IN_TIME",
+        ended_ms,
+        "tracked_stats",
+        {"throughput": samples, "step_ms": report.speed.step_ms_p50},
+        unit="samples/s",
+    )
+    status = {True: "success", False: "aborted", None: "unchecked"}[report.correctness.passed]
+    yield line("INTERVAL_END", ended_ms, "run_stop", None, status=status)
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """report.json, report.md, report.csv, report.png and report.html in a folder. What was written. Raises ReportError,
+    OSError.
+    """
+    try:
+        picture = plots(report)
+    except ImportError as error:
+        raise ReportError(f"a report's pictures need matplotlib ({error}): pip install 'weftrain[plot]'") from error
+    files = {
+        "report.json": report.model_dump_json(indent=1).encode() + b"\n",
+        "report.md": markdown(report).encode(),
+        "report.csv": csv_text([flat(report)]).encode(),
+        "report.png": picture,
+        "report.html": html_page(report, picture).encode(),
+    }
+    fsops.make_dirs(folder)
+    for name, data in files.items():
+        fsops.write_bytes(folder / name, data)
+    return [folder / name for name in files]

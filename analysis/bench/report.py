@@ -1,0 +1,334 @@
+"""The report of a training benchmark: one schema with a version, and how each figure in it is computed.
+
+What a reader would get wrong: the breakdown is of the *wall time from result to result*, and its parts add up: what no
+part accounts for is called the remainder, and is there to be looked at. Utilisation is against a peak that was measured
+here or has a source; else "unknown".
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from weftrain.analysis.bench.timings import median_interval, percentile, warm_up_steps
+from weftrain.core.config import Recipe
+from weftrain.core.errors import WeftrainError
+from weftrain.core.formats.plain_file import read_plain
+from weftrain.core.parameters import Role, flops_per_token, parameter_count, parameter_specs
+
+VERSION = 1
+UNKNOWN: Literal["unknown"] = "unknown"
+PARTS = (
+    "data wait",
+    "copy",
+    "forward",
+    "backward",
+    "communication",
+    "clip",
+    "update",
+    "checkpoint stall",
+    "host gap",
+    "remainder",
+)
+
+
+class ReportError(WeftrainError):
+    """A report that is missing, of another version, or not one."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Speed(_Model):
+    """Of the steps after the warm-up. Rates from the median step."""
+
+    tokens_per_second: float
+    tokens_per_second_per_device: float
+    step_ms_min: float
+    step_ms_p50: float
+    step_ms_p90: float
+    step_ms_p99: float
+    step_ms_mean: float
+    step_ms_variation: float  # standard deviation over mean
+    step_ms_p50_low: float  # 95 % bootstrap interval of the median
+    step_ms_p50_high: float
+    warm_up_steps: int  # found by the change of level, of each round the most
+    counted_steps: int
+    compile_s: float  # the first step beyond an ordinary one: compilation, allocation, first reads
+
+
+class Efficiency(_Model):
+    """FLOP/s = flops_per_token x tokens/s. MFU: over a peak. HFU: with what is computed again; null where no whole
+    block is.
+    """
+
+    flops_per_token: int
+    flops_formula: str
+    flops_per_second: float
+    mfu_measured: float | Literal["unknown"]
+    measured_peak_flops: float | Literal["unknown"]
+    measured_peak_origin: str
+    mfu_sourced: float | Literal["unknown"]
+    sourced_peak_flops: float | Literal["unknown"]
+    sourced_peak_origin: str
+    hfu_measured: float | Literal["unknown"] | None
+
+
+class Correctness(_Model):
+    """Losses against the reference. checked: how many first steps were compared; 0: none, and why in `words`."""
+
+    checked_steps: int
+    largest_relative_difference: float | None
+    tolerance: float
+    passed: bool | None
+    words: str
+
+
+class Report(_Model):
+    """report.json. Times in ms unless a name says otherwise; mappings hold JSON values."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    made_at: str
+    identity: dict[str, Any]  # version, commit, dirty, command, recipe, recipe_sha256, dataset_id, seed
+    environment: dict[str, Any]
+    warnings: list[str]
+    shape: dict[str, Any]  # model, batch, devices, precision, backend
+    speed: Speed
+    efficiency: Efficiency
+    breakdown_ms: dict[str, float]  # means over the counted steps; they add up to step_ms_mean
+    breakdown_note: str
+    memory: dict[str, Any]  # predicted and measured
+    backend_stats: dict[str, float]  # what the backend tells of itself: bytes moved, stalls
+    kernels: dict[str, Any]
+    energy: dict[str, Any]
+    correctness: Correctness
+    rounds: list[list[float]] = Field(description="step times in ms, all of them, a list a round")
+    probes: list[list[float]] = Field(
+        description="ms of one fixed matrix product, before the first step and after each; [] where not made"
+    )
+    losses: list[float]
+
+    @property
+    def in_probes(self) -> list[list[float]] | None:
+        """The rounds without their warm-up, each step in units of the yardstick around it, so that a machine's drift is
+        not in them.
+        """
+        if not all(self.probes):
+            return None
+        warm = self.speed.warm_up_steps
+        return [
+            [step / ((before + after) / 2) for step, before, after in zip(steps, probes, probes[1:], strict=False)][
+                warm:
+            ]
+            for steps, probes in zip(self.rounds, self.probes, strict=True)
+        ]
+
+    @property
+    def counted(self) -> list[list[float]]:
+        """The rounds without their warm-up."""
+        return [values[self.speed.warm_up_steps :] for values in self.rounds]
+
+
+class Measured(_Model):
+    """What one round gives: of every step, in order."""
+
+    step_ms: list[float]  # from result to result
+    losses: list[float]
+    phases_ms: list[dict[str, float]]  # of each step; {} from a backend that does not time its parts
+    inside_ms: list[float]  # StepResult.step_ms
+    data_wait_ms: list[float]
+    stats: dict[str, float]
+    probe_ms: list[float] = []  # of the machine's yardstick, before the first step and after each
+
+
+def speed_of(rounds: Sequence[Measured], tokens_per_step: int, devices: int) -> Speed:
+    """Raises ReportError for fewer than two counted steps."""
+    warm = max(warm_up_steps(measured.step_ms) for measured in rounds)
+    counted = [measured.step_ms[warm:] for measured in rounds]
+    steps = [value for values in counted for value in values]
+    if min(len(values) for values in counted) < 2:
+        raise ReportError(f"{warm} warm-up steps leave too few to measure: give more --steps")
+    middle, interval = statistics.median(steps), median_interval(counted)
+    mean = statistics.fmean(steps)
+    return Speed(
+        tokens_per_second=tokens_per_step / middle * 1e3,
+        tokens_per_second_per_device=tokens_per_step / middle * 1e3 / devices,
+        step_ms_min=min(steps),
+        step_ms_p50=middle,
+        step_ms_p90=percentile(steps, 0.9),
+        step_ms_p99=percentile(steps, 0.99),
+        step_ms_mean=mean,
+        step_ms_variation=statistics.pstdev(steps) / mean,
+        step_ms_p50_low=interval.low,
+        step_ms_p50_high=interval.high,
+        warm_up_steps=warm,
+        counted_steps=len(steps),
+        compile_s=max(0.0, (statistics.median(measured.step_ms[0] for measured in rounds) - middle) / 1e3),
+    )
+
+
+def breakdown_of(rounds: Sequence[Measured], warm: int) -> tuple[dict[str, float], str]:
+    """Mean ms of each part over the counted steps; the parts add up to the mean step. And what there is to say about
+    it.
+    """
+    totals = dict.fromkeys(PARTS, 0.0)
+    steps, timed = 0, True
+    for measured in rounds:
+        rows = zip(measured.step_ms, measured.phases_ms, measured.inside_ms, measured.data_wait_ms, strict=True)
+        for wall, phases, inside, waited in list(rows)[warm:]:
+            parts = dict(phases) if phases else {"data wait": waited}
+            timed = timed and bool(phases)
+            for part, value in parts.items():
+                totals[part] = totals.get(part, 0.0) + value
+            gap = max(0.0, wall - inside)
+            totals["host gap"] += gap
+            totals["remainder"] += wall - gap - sum(parts.values())
+            steps += 1
+    found = {part: value / steps for part, value in totals.items() if value or part == "remainder"}
+    note = "host gap: between two steps, outside of the backend. "
+    note += (
+        "Collectives of FSDP run inside forward and backward, and what of them is exposed is counted there."
+        if timed
+        else "This backend does not time the parts of a step: they are all in the remainder."
+    )
+    return found, note
+
+
+def hardware_flops_per_token(recipe: Recipe, recomputes: str | None) -> float:
+    """Of matrix products and attention, with what is computed again: every block's forward once more is a third of what
+    it takes.
+    """
+    model, length = recipe.model, recipe.data.sequence_length
+    again = 0.0
+    if recomputes == "full":
+        products = sum(spec.size for spec in parameter_specs(model) if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX))
+        again = (6 * products + 12 * model.num_layers * model.hidden_size * length) / 3
+    return flops_per_token(model, length) + again
+
+
+def efficiency_of(
+    recipe: Recipe,
+    tokens_per_second: float,
+    measured: tuple[float | None, str],
+    sourced: tuple[float | None, str],
+    recomputes: str | None,
+) -> Efficiency:
+    """measured, sourced: a peak of all devices in FLOP/s and its origin. recomputes: Fingerprint.recomputes of the
+    run.
+    """
+    per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
+    rate = per_token * tokens_per_second
+
+    def share(flops: float, peak: float | None) -> float | Literal["unknown"]:
+        if peak is None:
+            return UNKNOWN
+        return flops / peak
+
+    hfu: float | Literal["unknown"] | None = UNKNOWN if recomputes is None else None
+    if recomputes == "full":
+        hfu = share(hardware_flops_per_token(recipe, recomputes) * tokens_per_second, measured[0])
+    return Efficiency(
+        flops_per_token=per_token,
+        flops_formula="6 x parameters in matrix products + 12 x layers x hidden x sequence (PaLM, appendix B; arXiv 2204.02311)",
+        flops_per_second=rate,
+        mfu_measured=share(rate, measured[0]),
+        measured_peak_flops=measured[0] or UNKNOWN,
+        measured_peak_origin=measured[1],
+        mfu_sourced=share(rate, sourced[0]),
+        sourced_peak_flops=sourced[0] or UNKNOWN,
+        sourced_peak_origin=sourced[1],
+        hfu_measured=hfu,
+    )
+
+
+def correctness_of(
+    losses: Sequence[float], reference: Sequence[float] | None, compute: str, why_not: str = ""
+) -> Correctness:
+    """Compare first losses with the reference's. fp32: 1e-4 relative; bf16: 2e-2, eight bits of mantissa over a model's
+    depth.
+    """
+    tolerance = {"float32": 1e-4, "bfloat16": 2e-2}[compute]
+    if not reference:
+        return Correctness(
+            checked_steps=0,
+            largest_relative_difference=None,
+            tolerance=tolerance,
+            passed=None,
+            words=why_not or "not asked for",
+        )
+    apart = [abs(found - wanted) / abs(wanted) for found, wanted in zip(losses, reference, strict=False)]
+    worst = next((value for value in apart if math.isnan(value)), max(apart))  # max() passes over NaN
+    passed = worst <= tolerance
+    words = (
+        f"losses of the first {len(reference)} steps against the reference kernels in one process: {worst:.2g} apart "
+        "at most"
+    )
+    return Correctness(
+        checked_steps=len(reference), largest_relative_difference=worst, tolerance=tolerance, passed=passed, words=words
+    )
+
+
+def shape_of(recipe: Recipe, devices: int) -> dict[str, Any]:
+    batch = recipe.batch
+    return {
+        "parameters": parameter_count(recipe.model),
+        "layers": recipe.model.num_layers,
+        "hidden_size": recipe.model.hidden_size,
+        "sequence_length": recipe.data.sequence_length,
+        "global_batch_size": batch.global_batch_size,
+        "micro_batch_size": batch.micro_batch_size,
+        "replicas": batch.replicas,
+        "accumulation_steps": batch.accumulation_steps,
+        "tokens_per_step": recipe.tokens_per_step,
+        "devices": devices,
+        "compute": recipe.precision.compute,
+        "backend": recipe.backend.name,
+        "backend_options": dict(recipe.backend.options),
+    }
+
+
+def configuration_differences(a: Report, b: Report) -> list[str]:
+    """What two reports do not have in common of recipe, shape, kernels and machine: a ratio between them is about all
+    of it.
+    """
+    from weftrain.core.run.run_folder import differences
+
+    found = []
+    for title, x, y in (
+        ("recipe", a.identity["recipe"], b.identity["recipe"]),
+        ("commit", a.identity["commit"], b.identity["commit"]),
+        ("environment", a.environment, b.environment),
+        ("kernels", _chosen(a.kernels), _chosen(b.kernels)),
+        ("devices", a.shape["devices"], b.shape["devices"]),
+    ):
+        ignored = ("cpu_mhz", "gpu.0.clocks.sm", "gpu.0.temperature.gpu")
+        found += [
+            f"{title}{f'.{key}' if key else ''}: {old} -> {new}"
+            for key, old, new in differences(x, y)
+            if key not in ignored
+        ]
+    return found
+
+
+def _chosen(kernels: Mapping[str, Any]) -> dict[str, list[str]]:
+    return {op: sorted({entry["source"] for entry in entries}) for op, entries in kernels.get("ops", {}).items()}
+
+
+def read_report(path: Path) -> Report:
+    """report.json, or the folder that holds it. Raises ReportError."""
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        return Report.model_validate_json(read_plain(path, "record"))
+    except FileNotFoundError:
+        raise ReportError(f"{path}: is not there: `weftrain bench train RECIPE --report FOLDER` makes one") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ReportError(f"{path}: {where or 'file'}: {first['msg']}: it is no report of version {VERSION}") from error

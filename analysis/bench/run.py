@@ -1,0 +1,284 @@
+"""One benchmark from a recipe to its report: reference losses, rounds, peaks, energy, profile.
+
+What a reader would get wrong: a round here is a run prepared anew in this process, which compiles once and allocates
+again. How much the same program varies between processes is what `--against` and `bench compare` of reports made one
+after another are for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weftrain.analysis.bench.report import (
+    Measured,
+    Report,
+    breakdown_of,
+    correctness_of,
+    efficiency_of,
+    hardware_flops_per_token,
+    shape_of,
+    speed_of,
+)
+from weftrain.analysis.bench.train import BenchError, bench_source, plain_weights, take_steps
+from weftrain.analysis.machine.surroundings import Energy, environment, identity, load, now, warnings
+from weftrain.analysis.peak import measured_matmul_peak, speed_probe, table_peak
+from weftrain.core.backend import Backend, Job, Plan, Run, prepare_run
+from weftrain.core.config import Recipe, Section
+from weftrain.core.errors import WeftrainError
+from weftrain.core.formats.canonical import sha256_json
+from weftrain.core.parameters import parameter_count
+from weftrain.core.run.speed import Peak
+from weftrain.kernels.host_memory import peak_resident_bytes
+
+LARGEST_CHECKED = 1 << 30  # parameters: beyond it a reference run in one process is another benchmark
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the command line asks for."""
+
+    steps: int
+    rounds: int = 1
+    check_steps: int = 2
+    profile: Path | None = None  # folder for a trace, an operator table and a memory snapshot
+    time_phases: bool = True
+    threads: int | None = None  # CPU threads of a process; None: what the backend's options or torch chose
+
+
+def reference_losses(recipe: Recipe, backend: Backend, local: Backend, steps: int) -> tuple[list[float], str]:
+    """The first losses that reference kernels give in one process, and if none, why not."""
+    if steps == 0:
+        return [], "not asked for (--check-steps 0)"
+    if not backend.trains:
+        return [], f"the {backend.name} backend does not compute the model here, so its losses are not checked"
+    if parameter_count(recipe.model) > LARGEST_CHECKED:
+        return [], f"the model has more than {LARGEST_CHECKED:,} parameters: a reference run in one process is not made"
+    kernels = recipe.kernels.model_copy(update={"preferences": ("reference",), "pins": {}})
+    each = recipe.batch.model_copy(update={"replicas": 1})
+    reference = recipe.model_copy(update={"kernels": kernels, "batch": each})
+    run = prepare_run(local, Job(reference, Plan(0, steps), local.options(), plain_weights(recipe.model)))
+    try:
+        return take_steps(run, bench_source(reference)).losses, ""
+    finally:
+        run.close()
+
+
+def bench(
+    recipe: Recipe,
+    backend: Backend,
+    options: Section,
+    local: Backend,
+    wishes: Wishes,
+    tell: Callable[[int, int, float], None] = lambda number, step, ms: None,
+) -> Report:
+    """Measure; tell(round, step, ms) as it goes. Raises BenchError, and whatever the backend raises."""
+    load_before = load()
+    reference, why_not = reference_losses(recipe, backend, local, min(wishes.check_steps, wishes.steps))
+    source, plan = bench_source(recipe), Plan(0, wishes.steps)
+    found: list[Measured] = []
+    peaks: list[Peak] = []
+    device = torch.device("cpu")
+    with tempfile.TemporaryDirectory(prefix="weftrain-bench-") as folder:  # for a backend that keeps state on disk
+        job = Job(
+            recipe,
+            plan,
+            options,
+            plain_weights(recipe.model),
+            time_phases=wishes.time_phases,
+            folder=Path(folder),
+            threads=wishes.threads,
+        )
+        for number in range(1, wishes.rounds + 1):
+            run = prepare_run(backend, dataclasses.replace(job, folder=_empty(Path(folder) / str(number))))
+            with contextlib.ExitStack() as ending:
+                ending.callback(run.close)
+                if not found:
+                    fingerprint = run.fingerprint()
+                    _check_threads(backend, wishes.threads, fingerprint.threads)
+                    device = torch.device(fingerprint.device_type)
+                    peaks.append(_peak(recipe, device, backend))
+                    energy = Energy(device)
+                    energy.start()
+                with snapshot_when_out_of_memory(device, wishes.profile):
+                    probe = speed_probe(device, getattr(torch, recipe.precision.compute))
+                    found.append(take_steps(run, source, lambda step, ms, number=number: tell(number, step, ms), probe))  # type: ignore[misc]
+                if number == wishes.rounds:
+                    used = energy.stop()
+                    peaks.append(_peak(recipe, device, backend))
+                    device_peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        if wishes.profile is not None:
+            profile(
+                prepare_run(
+                    backend, dataclasses.replace(job, time_phases=False, folder=_empty(Path(folder) / "profile"))
+                ),
+                source,
+                wishes.profile,
+            )
+    devices = fingerprint.ranks or recipe.batch.replicas
+    speed = speed_of(found, recipe.tokens_per_step, devices)
+    breakdown, note = breakdown_of(found, speed.warm_up_steps)
+    best = max(peaks, key=lambda peak: peak.flops or 0.0).of(devices)
+    # A peak that the run itself beats was measured on a busy machine: no share of it means anything.
+    used_flops = hardware_flops_per_token(recipe, fingerprint.recomputes) * speed.tokens_per_second
+    best = best.raised(used_flops, lambda: _peak(recipe, device, backend).of(devices))
+    sourced = table_peak(device, getattr(torch, recipe.precision.compute)).of(devices)
+    surroundings = environment(device)
+    threads = fingerprint.threads or 1
+    resolved = recipe.model_dump(mode="json")
+    memory: dict[str, Any] = {"measured_peak_bytes": device_peak if device_peak is not None else peak_resident_bytes()}
+    memory["measured_as"] = (
+        "what torch allocated on rank 0's device"
+        if device_peak is not None
+        else "resident memory of this process, rank 0"
+    )
+    return Report(
+        name=f"{recipe.name}-{backend.name}-{recipe.precision.compute}{'-compile' if recipe.backend.options.get('compile') else ''}",
+        made_at=now(),
+        identity={
+            **identity(),
+            "recipe": resolved,
+            "recipe_sha256": sha256_json(resolved),
+            "dataset_id": source.dataset_id,
+            "seed": recipe.seed,
+        },
+        environment={**surroundings, "load_before": load_before, "load_after": load(), "threads": threads},
+        warnings=warnings(surroundings, load_before, threads * (devices if device.type == "cpu" else 1)),
+        shape=shape_of(recipe, devices),
+        speed=speed,
+        efficiency=efficiency_of(
+            recipe,
+            speed.tokens_per_second,
+            (best.flops, best.origin),
+            (sourced.flops, sourced.origin),
+            fingerprint.recomputes,
+        ),
+        breakdown_ms=breakdown,
+        breakdown_note=note,
+        memory=memory | {"predicted": _predicted_memory(recipe, backend, options)},
+        backend_stats=found[-1].stats,
+        kernels=dict(fingerprint.kernels),
+        energy=used,
+        correctness=correctness_of(found[0].losses, reference, recipe.precision.compute, why_not),
+        rounds=[measured.step_ms for measured in found],
+        probes=[measured.probe_ms for measured in found],
+        losses=found[0].losses,
+    )
+
+
+def _check_threads(backend: Backend, asked: int | None, found: int | None) -> None:
+    if asked is not None and found != asked:
+        told = "does not compute with CPU threads of this process" if found is None else f"uses {found} CPU threads"
+        raise BenchError(f"the {backend.name} backend {told}, and --threads asks for {asked}: leave --threads out")
+
+
+def _empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _peak(recipe: Recipe, device: torch.device, backend: Backend) -> Peak:
+    if not backend.trains:
+        return Peak(None, f"the {backend.name} backend does not compute here")
+    return measured_matmul_peak(device, getattr(torch, recipe.precision.compute))
+
+
+def _predicted_memory(recipe: Recipe, backend: Backend, options: Section) -> Any:
+    from weftrain.core.backend import Speeds
+
+    try:
+        # memory does not depend on speeds
+        prediction = backend.predict(recipe, options, Speeds(1.0, 1.0, 1.0, 1.0, 1.0))
+    except WeftrainError as error:
+        return str(error)
+    return (
+        "not predicted"
+        if prediction is None
+        else dict(prediction.needs.memory_bytes) | {"total": prediction.needs.total_memory_bytes}
+    )
+
+
+# Profiles
+
+
+def profile(run: Run, source: Any, folder: Path, skip: int = 2, steps: int = 3) -> None:
+    """Into a folder: trace.json for Perfetto, operators.md with each operator's share, memory.pickle where the device
+    is a GPU.
+
+    That file's form is torch's own and the only one it has; it is written for pytorch.org/memory_viz, and nothing here
+    reads it.
+
+    The plan has at least skip + steps steps. The run is closed.
+    """
+    from torch.profiler import ProfilerActivity
+
+    from weftrain.core.formats import fsops
+
+    cuda = run.fingerprint().device_type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    results = run.train(source)
+    fsops.make_dirs(folder)
+    try:
+        for _ in range(skip):
+            float(next(results).loss)
+        if cuda:
+            torch.cuda.memory._record_memory_history()
+        with torch.profiler.profile(activities=activities, record_shapes=True) as recorded:
+            for _ in range(steps):
+                float(next(results).loss)
+        if cuda:
+            torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+    except StopIteration:
+        raise BenchError(f"a profile takes {skip + steps} steps: give more --steps") from None
+    finally:
+        results.close()  # type: ignore[attr-defined]
+        run.close()
+    recorded.export_chrome_trace(str(folder / "trace.json"))
+    fsops.write_bytes(folder / "operators.md", operator_table(recorded, cuda).encode())
+
+
+def operator_table(recorded: Any, cuda: bool, most: int = 40) -> str:
+    """Each operator's own time and share, largest first."""
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    averages = sorted(recorded.key_averages(), key=lambda event: -getattr(event, key))
+    total = sum(getattr(event, key) for event in averages) or 1
+    lines = ["| operator | calls | own time, ms | share |", "|---|---:|---:|---:|"]
+    for event in averages[:most]:
+        own = getattr(event, key)
+        lines.append(f"| {event.key[:100]} | {event.count} | {own / 1e3:,.2f} | {own / total:.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+@contextlib.contextmanager
+def snapshot_when_out_of_memory(device: torch.device, folder: Path | None) -> Iterator[None]:
+    """What a GPU held when it ran out: memory-out.pickle in the profile's folder, and one line instead of a trace.
+    Raises BenchError.
+    """
+    if device.type == "cuda" and folder is not None:
+        torch.cuda.memory._record_memory_history()
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        told = ""
+        if device.type == "cuda" and folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.cuda.memory._dump_snapshot(str(folder / "memory-out.pickle"))
+            told = f"; what was held is in {folder / 'memory-out.pickle'} (pytorch.org/memory_viz)"
+        raise BenchError(f"out of memory: {str(error).splitlines()[0]}{told}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise BenchError(f"out of memory: {str(error).splitlines()[0]}") from error
+
+
+def milliseconds() -> int:
+    return int(time.time() * 1e3)

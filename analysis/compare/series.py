@@ -1,0 +1,439 @@
+"""A series: one training as points over tokens seen, each with what is recorded of it; read from a run's folder or a
+release's.
+
+Everything comes from the record: metrics.jsonl (losses), analyses/evaluations (scores), analyses/memorization. Nothing
+is computed here but means that say over what. What a reader would get wrong: a value belongs to a `Column`, and a
+column is more than a name: two held-out sets that are both called "words" and have different dataset ids, or one task
+at 0 and at 5 shots, are two columns and never share one. And tokens seen are counted by the ledger where there is one,
+because a run may have been continued with another batch size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from weftrain.analysis.evaluation.records import FOLDER as EVALUATIONS
+from weftrain.analysis.evaluation.records import Record, read_record
+from weftrain.analysis.memorization.scores import Result, figures
+from weftrain.core.config import Recipe
+from weftrain.core.errors import DataError, ReleaseError, RunFolderError, one_line
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER, read_manifest
+from weftrain.core.formats.dataset import merkle_root
+from weftrain.core.formats.dataset import read_manifest as read_data_manifest
+from weftrain.core.formats.plain_file import read_plain
+from weftrain.core.recipe_file import recorded_recipe
+from weftrain.core.run.ledger import LEDGER, Lineage, lineage, read_ledger
+from weftrain.core.run.metrics import METRICS, effective_records, rows_label
+from weftrain.core.run.run_folder import RECIPE, stored_recipe
+from weftrain.exchange.release.release import RELEASE, Release, checked_name, read_release
+
+MEMORIZATION = Path("analyses", "memorization")
+
+Kind = Literal["run", "release", "huggingface"]
+ColumnKind = Literal["train loss", "held-out loss", "score", "memorization"]
+
+
+@dataclass(frozen=True, order=True)
+class Column:
+    """What a number is: `measure` of `name`, and in `details` (name, text) whatever must be equal for two numbers to be
+    compared.
+    """
+
+    kind: ColumnKind
+    name: str
+    measure: str
+    details: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Unique text, the column's name in compare.json."""
+        return canonical_json([self.kind, self.name, self.measure, dict(self.details)]).decode()
+
+    def detail(self, name: str) -> str:
+        return dict(self.details).get(name, "")
+
+
+TRAIN_LOSS = Column("train loss", "train", "loss")
+
+
+@dataclass(frozen=True)
+class Point:
+    """After `step` completed steps, `tokens` of training. checkpoint: its root, or a revision's name; None where only
+    metrics exist.
+    """
+
+    step: int
+    tokens: int
+    checkpoint: str | None
+    values: Mapping[Column, float]
+
+    def of(self, kind: ColumnKind) -> dict[Column, float]:
+        """The values of one kind: loss, scores or memorization."""
+        return {column: value for column, value in self.values.items() if column.kind == kind}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One training. places: step -> folder with that checkpoint's weights, below `folder`. losses: (step, tokens, loss)
+    of training.
+
+    curve: (tokens, smoothed train loss). tokens_words: how tokens follow from steps. positions: the most that the model
+    takes; None: not stated. left_out, remarks: for people.
+    """
+
+    name: str
+    kind: Kind
+    folder: Path
+    points: tuple[Point, ...]
+    tokens_words: str
+    places: Mapping[int, Path]
+    vocab_size: int | None = None
+    positions: int | None = None
+    tokenizer_sha256: str | None = None
+    dataset_id: str | None = None
+    losses: tuple[tuple[int, int, float], ...] = ()
+    log_every_steps: int = 1
+    curve: tuple[tuple[int, float], ...] = ()
+    left_out: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass
+class _Reading:
+    """What is gathered about a run or release while it is read."""
+
+    folder: Path
+    name: str
+    release: Release | None
+    recipe: Recipe
+    line: Lineage | None
+    values: dict[int, dict[Column, float]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    no_ids: str = ""  # why the ids of held-out sets cannot be had from the datasets
+
+    def put(self, step: int, values: Mapping[Column, float]) -> None:
+        self.values.setdefault(step, {}).update(values)
+
+
+def read_run(folder: Path, name: str) -> Series:
+    """The series of a run's folder, or of a release's, whose files that are read here are held to the hashes in
+    release.json.
+
+    Its points have no train loss yet (compare_window.py). Raises RunFolderError, ReleaseError, DataError for what is
+    damaged; a record that belongs to no checkpoint of the series is left out and named.
+    """
+    release = read_release(folder) if (folder / RELEASE).exists() else None
+    _hold_to_hashes(folder, release, [folder / file for file in (RECIPE, LEDGER, METRICS)])
+    recipe = recorded_recipe(stored_recipe(folder), str(folder / RECIPE)).recipe
+    reading = _Reading(folder, name, release, recipe, _line(folder))
+    tokens_of, tokens_words = _token_count(recipe, reading.line)
+    roots, places, dataset_id = _checkpoints(reading)
+    ids, tokenizer = _heldout_ids(reading, dataset_id)
+    losses = _losses(reading, ids)
+    _scores(reading, roots)
+    _memorization(reading, roots)
+    if recipe.start_from is not None:
+        reading.remarks.append(
+            f"{name} starts from the run '{recipe.start_from.run}': its tokens are counted from there, without those "
+            "that run had seen"
+        )
+    named = {step: root for root, step in roots.items()}
+    steps = sorted({*named, *reading.values})
+    return Series(
+        name=name,
+        kind="run" if release is None else "release",
+        folder=folder,
+        points=tuple(Point(step, tokens_of(step), named.get(step), reading.values.get(step, {})) for step in steps),
+        tokens_words=tokens_words,
+        places=places,
+        vocab_size=recipe.model.vocab_size,
+        positions=recipe.model.max_position_embeddings,
+        tokenizer_sha256=tokenizer,
+        dataset_id=dataset_id,
+        losses=tuple((step, tokens_of(step), loss) for step, loss in losses),
+        log_every_steps=recipe.log.every_steps,
+        left_out=tuple(reading.left_out),
+        remarks=tuple(reading.remarks),
+    )
+
+
+def _hold_to_hashes(folder: Path, release: Release | None, paths: Iterable[Path]) -> list[Path]:
+    """Those of the files that release.json does not name. Raises ReleaseError for one that has changed."""
+    unlisted = []
+    for path in paths if release is not None else ():
+        entry = release.files.get(path.relative_to(folder).as_posix()) if release is not None else None
+        if not path.exists() and entry is None:
+            continue
+        if entry is None:
+            unlisted.append(path)
+        elif not path.exists() or fsops.sha256_file(path) != entry.sha256:
+            raise ReleaseError(f"{path}: has changed since the release was made (SHA-256 differs): fetch it again")
+    return unlisted
+
+
+# Steps, tokens, checkpoints
+
+
+def _line(folder: Path) -> Lineage | None:
+    entries = read_ledger(folder / LEDGER)
+    try:
+        return lineage(entries) if entries else None
+    except ValueError as error:
+        raise RunFolderError(
+            f"{folder / LEDGER}: {error}: the ledger contradicts itself: restore it from a copy"
+        ) from error
+
+
+def _token_count(recipe: Recipe, line: Lineage | None) -> tuple[Callable[[int], int], str]:
+    """step -> tokens seen after it, and the arithmetic in words."""
+    batch, length = recipe.batch.global_batch_size, recipe.data.sequence_length
+    words = f"step x {batch:,} x {length:,} = step x {batch * length:,}"
+    stretches = line.stretches if line is not None else ()
+    rates = [one.tokens_per_step for one in stretches]
+    if line is None or set(rates) <= {batch * length}:
+        return lambda step: step * batch * length, words
+    pieces = ", ".join(
+        f"{rate:,} a step from step {one.first_step:,}" for rate, one in zip(rates, stretches, strict=True)
+    )
+    return line.tokens_read, f"by the ledger, whose recipe changed: {pieces}"
+
+
+def _checkpoints(reading: _Reading) -> tuple[dict[str, int], dict[int, Path], str | None]:
+    """root -> step of the series' checkpoints, step -> folder of those whose weights are here, and the id of the
+    training data.
+
+    The ledger's line says which count; a checkpoint that is older than the ledger counts by its manifest. Weights are
+    not read.
+    """
+    line = reading.line
+    roots = {point.root: point.step for point in line.checkpoints} if line is not None else {}
+    dataset_id = line.stretches[-1].dataset_id if line is not None and line.stretches else None
+    begins = line.stretches[0].first_step if line is not None and line.stretches else math.inf
+    places: dict[int, Path] = {}
+    inside = reading.folder / "checkpoints"
+    for path in sorted(inside.iterdir()) if inside.is_dir() else ():
+        if not STEP_FOLDER.fullmatch(path.name):
+            continue
+        try:
+            manifest = read_manifest(path)
+        except (OSError, ValueError) as error:
+            reading.left_out.append(f"{reading.name}: {path.name}: manifest.json: {error}")
+            continue
+        if manifest["root"] not in roots and manifest["step"] <= begins:
+            roots[manifest["root"]] = manifest["step"]
+        if roots.get(manifest["root"]) == manifest["step"]:
+            places[manifest["step"]] = path.relative_to(reading.folder)
+            dataset_id = dataset_id or manifest["dataset_id"]
+        else:
+            reading.left_out.append(
+                f"{reading.name}: {path.name}: the checkpoint {manifest['root'][:12]} is not on the ledger's line"
+            )
+    return roots, places, dataset_id
+
+
+def _heldout_ids(reading: _Reading, dataset_id: str | None) -> tuple[dict[str, str], str | None]:
+    """Source -> id of its held-out set, and the tokenizer's SHA-256; only of datasets that are still what the run was
+    trained on.
+    """
+    data = reading.recipe.data
+    if not data.sources:
+        return {}, None
+    root = Path(data.root) if reading.release is None else reading.folder / "data"
+    try:
+        folders = [root / checked_name(source.path) for source in data.sources]
+        if missing := [folder for folder in folders if not folder.is_dir()]:
+            raise DataError(f"{missing[0]} is not there")
+        manifests = [read_data_manifest(folder) for folder in folders]
+        ids = [manifest.train.id for manifest in manifests]
+        if dataset_id not in (None, ids[0] if len(ids) == 1 else merkle_root(ids)):
+            raise DataError(f"{root} holds other data by now than the run was trained on")
+    except (DataError, ReleaseError) as error:
+        reading.no_ids = str(error)
+        return {}, None
+    tokenizers = {manifest.tokenizer_sha256 for manifest in manifests}
+    found = {
+        source.name: one.heldout.id
+        for source, one in zip(data.sources, manifests, strict=True)
+        if one.heldout is not None
+    }
+    return found, tokenizers.pop() if len(tokenizers) == 1 else sha256_json(sorted(tokenizers))
+
+
+# Losses
+
+
+def heldout_column(
+    name: str, dataset_id: str, tokens: int, within_documents: bool, rows: object = None, available: object = None
+) -> Column:
+    """The loss over `tokens` tokens of a held-out set: over other rows of it, or with another attention mask, it is
+    another column.
+    """
+    details = {
+        "dataset_id": dataset_id,
+        "rows": rows_label(rows, available),
+        "tokens": f"{tokens:,}",
+        "attention": "within documents" if within_documents else "across documents",
+    }
+    return Column("held-out loss", name, "loss", tuple(details.items()))
+
+
+def _losses(reading: _Reading, ids: Mapping[str, str]) -> list[tuple[int, float]]:
+    """Put the held-out losses; (step, loss) of training, in the order of steps, without steps that were skipped or are
+    not finite.
+    """
+    losses, unknown = [], False
+    for record in effective_records(reading.folder):
+        if record["kind"] == "step" and not record.get("skipped") and math.isfinite(record["loss"]):
+            losses.append((record["step"], float(record["loss"])))
+        elif record["kind"] == "evaluation":
+            dataset_id = record.get("dataset_id") or ids.get(record["set"])
+            if dataset_id is None:
+                dataset_id, unknown = f"unknown, of {reading.name}", True
+            rows, within = (record.get("rows"), record.get("rows_available")), reading.recipe.data.document_attention
+            column = heldout_column(record["set"], dataset_id, record.get("tokens", 0), within, *rows)
+            reading.put(record["step"], {column: float(record["loss"])})
+    if unknown:
+        why = reading.no_ids or "the recipe's datasets have no such set"
+        reading.remarks.append(
+            f"{reading.name}: the ids of its held-out sets are unknown, so they share no column with others': {why}"
+        )
+    return sorted(losses)
+
+
+# Records
+
+
+def _record_files(reading: _Reading, folder: Path, pattern: str) -> list[Path]:
+    paths = [
+        path for path in sorted((reading.folder / folder).glob(pattern)) if path.is_file() and not path.is_symlink()
+    ]
+    for path in _hold_to_hashes(reading.folder, reading.release, paths):
+        reading.remarks.append(
+            f"{reading.name}: {path.relative_to(reading.folder)} is not in release.json: it was added since"
+        )
+    return paths
+
+
+def _scores(reading: _Reading, roots: Mapping[str, int]) -> None:
+    found: dict[tuple[int, Column], list[tuple[Record, float]]] = {}
+    for path in _record_files(reading, EVALUATIONS, "[0-9]*.json"):
+        try:
+            record = read_record(path)
+        except DataError as error:
+            reading.left_out.append(f"{reading.name}: {error}")
+            continue
+        if _foreign(reading, path, record["checkpoint"], record["step"], roots):
+            continue
+        column, value = record_value(record, reading.recipe.data.document_attention)
+        found.setdefault((record["step"], column), []).append((record, value))
+    for (step, column), records in found.items():
+        # One score, computed in several ways: fp32 before others, then whichever hash comes first.
+        chosen = min(records, key=lambda one: (one[0]["precision"] != "float32", one[0]["root"]))
+        if len({value for _, value in records}) > 1:
+            settings = ", ".join(
+                f"{one['precision']} on {one['device']}, {one['batch_size']} at once: {value:g}"
+                for one, value in records
+            )
+            reading.remarks.append(
+                f"{reading.name}: step {step}, {column.name}: {len(records)} records ({settings}); shown is "
+                f"{chosen[1]:g}"
+            )
+        reading.put(step, {column: chosen[1]})
+
+
+def _foreign(reading: _Reading, path: Path, root: str, step: int, roots: Mapping[str, int]) -> bool:
+    """Whether a record is of no checkpoint of the series; then it is named."""
+    if roots.get(root) == step:
+        return False
+    where = path.relative_to(reading.folder)
+    reading.left_out.append(
+        f"{reading.name}: {where}: of checkpoint {root[:12]} at step {step}, which is none of the series'"
+    )
+    return True
+
+
+def record_value(record: Record, within_documents: bool) -> tuple[Column, float]:
+    """The column that an evaluation's record belongs to, and its value: in percent where the metric is a share of
+    one.
+    """
+    if record["kind"] == "heldout":
+        rows = (record["samples"], record.get("samples_available"))
+        column = heldout_column(record["set"], record["dataset_id"], record["tokens"], within_documents, *rows)
+        return column, float(record["value"])
+    percent = record["value_percent"]
+    details = {
+        "version": str(record["task_version"]),
+        "shots": ",".join(map(str, record["shots"])) if isinstance(record["shots"], list) else str(record["shots"]),
+        "samples": f"{record['samples']:,}" + (" (partial)" if record.get("partial") else ""),
+        "decoding": canonical_json(record["decoding"]).decode(),
+        "include": str(record.get("include_sha256") or ""),
+    }
+    measure = f"{record['metric']}, %" if percent is not None else record["metric"]
+    return Column("score", record["task"], measure, tuple(details.items())), float(
+        record["value"] if percent is None else percent
+    )
+
+
+def _memorization(reading: _Reading, roots: Mapping[str, int]) -> None:
+    results: dict[int, list[Result]] = {}
+    for path in _record_files(reading, MEMORIZATION, "k*_l*_samples*_seed*/step_*/*.json"):
+        try:
+            result = Result.model_validate(parse_json(read_plain(path, "record")))
+        except (OSError, ValueError) as error:
+            reading.left_out.append(
+                f"{reading.name}: {path.relative_to(reading.folder)}: damaged: {one_line(error, 120)}"
+            )
+            continue
+        if not _foreign(reading, path, result.root, result.step, roots):
+            results.setdefault(result.step, []).append(result)
+    for step, some in results.items():
+        reading.put(step, memorization_values(some))
+    repeated = sorted(
+        {one.chunk for some in results.values() for one in some if one.relation == "unseen" and one.repeated}
+    )
+    if repeated:
+        reading.remarks.append(
+            f"{reading.name}: not yet seen, but for rows that an earlier epoch had: {', '.join(repeated)}"
+        )
+
+
+def memorization_values(results: Sequence[Result]) -> dict[Column, float]:
+    """Of one checkpoint: extractible percent and mean score over all rows it was trained on, over those it was not, of
+    each other set.
+
+    Chunks that it has seen in part are in none of them.
+    """
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[Result]] = {}
+    for result in results:
+        parameters = result.parameters
+        details = {
+            "k": str(parameters.prompt_tokens),
+            "l": str(parameters.continuation_tokens),
+            "samples": str(parameters.samples),
+            "seed": str(parameters.seed),
+        }
+        if result.kind != "training":
+            groups.setdefault((result.chunk, (*details.items(), ("dataset_id", result.dataset_id))), []).append(result)
+        elif result.relation in ("just seen", "earlier", "unseen"):
+            name = "not yet seen" if result.relation == "unseen" else "trained on"
+            groups.setdefault((name, tuple(details.items())), []).append(result)
+    values = {}
+    for (name, details_), some in groups.items():
+        matches = [match for result in some for match in result.matches]
+        score, percent = figures(matches, some[0].parameters.continuation_tokens)
+        values[Column("memorization", name, "extractible, %", details_)] = percent
+        values[Column("memorization", name, "mean score", details_)] = score
+    return values
+
+
+def with_values(series: Series, values: Mapping[int, Mapping[Column, float]]) -> Series:
+    """The series with further values of its points, by step."""
+    points = tuple(replace(point, values={**point.values, **values.get(point.step, {})}) for point in series.points)
+    return replace(series, points=points)

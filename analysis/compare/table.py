@@ -1,0 +1,346 @@
+"""Several trainings side by side, by tokens seen: one table, what about it cannot be compared, and all of it as JSON
+and Markdown.
+
+What a reader would get wrong: nothing is interpolated. A row is a number of tokens at which a series has a checkpoint
+or a measurement, a cell is what was measured there, and `-` says that nothing was. And a note under the table is part
+of the result: two models may be compared by scores and, with different tokenizers, not by loss.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weftrain.analysis.compare.huggingface import is_series, read_huggingface
+from weftrain.analysis.compare.series import TRAIN_LOSS, Column, Point, Series, read_run
+from weftrain.analysis.compare.window import default_window, logged_steps, windowed
+from weftrain.analysis.evaluation.records import number
+from weftrain.core.errors import RunFolderError
+from weftrain.core.formats.plain_file import real_path
+from weftrain.core.run.metrics import METRICS
+from weftrain.core.run.run_folder import RECIPE
+from weftrain.exchange.huggingface.folder import CONFIG
+from weftrain.exchange.release.release import RELEASE
+
+FORMAT = "weftrain-comparison"
+VERSION = 1
+MISSING = "-"
+_ORDER = ("train loss", "held-out loss", "score", "memorization")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Series, the columns that any of them has, the token positions that are shown, and notes: a line each, for
+    people.
+    """
+
+    series: tuple[Series, ...]
+    columns: tuple[Column, ...]
+    positions: tuple[int, ...]
+    notes: tuple[str, ...]
+    window_steps: int
+
+    def rows(self) -> list[tuple[Series, Point]]:
+        """What the table shows, by tokens and then in the order the series were named in."""
+        shown = set(self.positions)
+        found = [(series, point) for series in self.series for point in series.points if point.tokens in shown]
+        return sorted(found, key=lambda row: row[1].tokens)
+
+
+def read_series(path: Path, name: str, tokens_per_step: int | None = None) -> Series:
+    """A run's folder, a release's, or one of Hugging Face revisions. Raises RunFolderError where it is none of them,
+    WeftrainError.
+    """
+    if any((path / file).exists() for file in (RELEASE, RECIPE, METRICS)):
+        return read_run(path, name)
+    if is_series(path):
+        return read_huggingface(path, name, tokens_per_step)
+    what = (
+        "is one model: name the folder that holds its revisions"
+        if (path / CONFIG).exists()
+        else "is none of them: name one"
+    )
+    raise RunFolderError(
+        f"{path}: a run or a release has a {RECIPE}, a Hugging Face series sub-folders such as step1000; this {what}"
+    )
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """A name for each path, all different: the folder's own, with as many of those above it as tell it from the
+    others.
+    """
+    parts = [real_path(path).parts for path in paths]
+    for length in range(1, 1 + max(map(len, parts), default=0)):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    twice = next(path for path, part in zip(paths, parts, strict=True) if parts.count(part) > 1)
+    raise RunFolderError(f"{twice}: is named twice: name each series once")
+
+
+def compare(
+    series: Sequence[Series],
+    *,
+    window_steps: int | None = None,
+    every_position: bool = False,
+    notes: Iterable[str] = (),
+) -> Comparison:
+    """Put series side by side. every_position: rows for all token positions, not for those alone that all series have.
+
+    window_steps: that train losses are means over; None: compare_window.default_window. notes: more of them, from
+    measuring.
+    """
+    window_steps = window_steps or default_window(series)
+    series = [windowed(one, window_steps) if one.losses else one for one in series]
+    columns = sorted({column for one in series for point in one.points for column in point.values}, key=_place)
+    positions, said = _positions(series, every_position)
+    found = [*said, *_arithmetic(series, window_steps), *_comparability(series, columns), *notes]
+    for one in series:
+        if one.kind == "huggingface" and not _has(one, columns):
+            found.append(f"{one.name}: nothing is recorded of a Hugging Face series: --loss-on and --sample measure it")
+        found += one.remarks
+        found += [f"left out: {line}" for line in one.left_out]
+    return Comparison(tuple(series), tuple(columns), tuple(positions), tuple(map(plain, found)), window_steps)
+
+
+def _place(column: Column) -> tuple[int, Column]:
+    return _ORDER.index(column.kind), column
+
+
+def _positions(series: Sequence[Series], every_position: bool) -> tuple[list[int], list[str]]:
+    sets = [{point.tokens for point in one.points} for one in series]
+    every = sorted(set().union(*sets))
+    common = sorted(set.intersection(*sets)) if sets else []
+    if every_position or len(series) == 1 or common == every:
+        return every, []
+    if not common:
+        return every, [
+            "no number of tokens is common to all series: each is shown where it was measured, and nothing is "
+            "interpolated"
+        ]
+    return common, [
+        f"shown are the {len(common)} of {len(every)} token positions that all series have; --all-positions shows the "
+        "others"
+    ]
+
+
+def _arithmetic(series: Sequence[Series], window_steps: int) -> list[str]:
+    lines = [f"tokens of {one.name}: {one.tokens_words}" for one in series]
+    if any(TRAIN_LOSS in point.values for one in series for point in one.points):
+        lines.append(
+            f"{train_loss_words(window_steps)}, as logged; none where fewer steps were trained; --window sets how many"
+        )
+    for one in series:
+        if one.losses and (steps := logged_steps(one)) < window_steps:
+            lines.append(
+                f"{one.name}: no train loss: {steps:,} steps were logged, the window is {window_steps:,}: give a "
+                "smaller --window"
+            )
+    return lines
+
+
+# What cannot be compared
+
+
+def _comparability(series: Sequence[Series], columns: Sequence[Column]) -> list[str]:
+    """A line for each way in which columns that look alike are not, or one column is of models that differ."""
+    losing = [one for one in series if any(point.of("train loss") or point.of("held-out loss") for point in one.points)]
+    lines = []
+    for what, values in (
+        (
+            "tokenizers differ or are unknown, so losses per token may not be comparable",
+            {one.name: _short(one.tokenizer_sha256) for one in losing},
+        ),
+        (
+            "vocabularies differ",
+            {one.name: "unknown" if one.vocab_size is None else f"{one.vocab_size:,} ids" for one in series},
+        ),
+        (
+            "train losses are over different data",
+            {one.name: _short(one.dataset_id) for one in series if _has(one, [TRAIN_LOSS])},
+        ),
+        (
+            "memorization of training rows is of different data",
+            {
+                one.name: _short(one.dataset_id)
+                for one in series
+                if _has(one, [column for column in columns if _own_rows(column)])
+            },
+        ),
+    ):
+        if len(set(values.values())) > 1:
+            lines.append(f"{what}: {_listed(values)}")
+    for (kind, name), alike in _alike(columns).items():
+        lines += _differing(series, kind, name, alike)
+    return lines
+
+
+def _own_rows(column: Column) -> bool:
+    return column.kind == "memorization" and not column.detail("dataset_id")
+
+
+def _alike(columns: Sequence[Column]) -> dict[tuple[str, str], list[Column]]:
+    """Columns of one kind and name, of which there is more than one; of memorization's two measures the first stands
+    for both.
+    """
+    groups: dict[tuple[str, str], list[Column]] = {}
+    for column in columns:
+        if column.measure != "mean score":
+            groups.setdefault((column.kind, column.name), []).append(column)
+    return {key: group for key, group in groups.items() if len(group) > 1}
+
+
+_WORDS: Mapping[str, str] = {
+    "held-out loss": "held-out losses are over different sets",
+    "score": "scores are of different tasks or settings",
+    "memorization": "memorization is of different rows or lengths",
+}
+
+
+def _differing(series: Sequence[Series], kind: str, name: str, alike: Sequence[Column]) -> list[str]:
+    keys = [key for key, _ in alike[0].details if len({column.detail(key) for column in alike}) > 1]
+    pieces = []
+    for column in alike:
+        owners = ", ".join(one.name for one in series if _has(one, [column]))
+        shown = ", ".join(f"{key} {_short(column.detail(key))}" for key in keys)
+        measure = f"{column.measure}, " if len({one.measure for one in alike}) > 1 else ""
+        pieces.append(f"{owners}: {measure}{shown}".rstrip(" ,"))
+    words = _WORDS[kind]
+    if kind == "held-out loss" and "dataset_id" not in keys:
+        words = "held-out losses are over other rows of one set, or with another attention"
+    return [f"{words}: {name}: {'; '.join(pieces)}"]
+
+
+def _has(series: Series, columns: Sequence[Column]) -> bool:
+    return any(column in point.values for point in series.points for column in columns)
+
+
+def _listed(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _short(text: str | None) -> str:
+    """A hash by its first digits; nothing known as such."""
+    if not text:
+        return "unknown" if text is None else "none"
+    return text[:12] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
+
+
+# Showing
+
+
+def headings(columns: Sequence[Column], window_steps: int) -> list[str]:
+    """A text for each column, all different: what most readers need, and the details by which alike ones differ."""
+    texts = [_heading(column, window_steps) for column in columns]
+    clashes = {text for text, count in Counter(texts).items() if count > 1}
+    for index, column in enumerate(columns):
+        if texts[index] in clashes:
+            others = [other for other in columns if _heading(other, window_steps) == texts[index]]
+            keys = [key for key, _ in column.details if len({other.detail(key) for other in others}) > 1]
+            texts[index] += ", " + ", ".join(f"{key} {_short(column.detail(key))}" for key in keys)
+    return [plain(text) for text in texts]
+
+
+def train_loss_words(window_steps: int) -> str:
+    """What a train loss is the mean of."""
+    return f"train loss, mean of {window_steps:,} steps" if window_steps > 1 else "train loss of the step"
+
+
+def _heading(column: Column, window_steps: int) -> str:
+    if column.kind == "train loss":
+        return train_loss_words(window_steps)
+    if column.kind == "held-out loss":
+        dataset_id = column.detail("dataset_id")
+        of = _short(dataset_id)[:8] if len(dataset_id) == 64 else f"({dataset_id})"
+        return f"held-out loss {column.name} {of}, {column.detail('rows')}"
+    if column.kind == "score":
+        return f"{column.name}, {column.measure}, {column.detail('shots')} shots"
+    return f"memorized {column.name}, k {column.detail('k')} l {column.detail('l')}, {column.measure}"
+
+
+def shown(column: Column, value: float | None) -> str:
+    """A cell: percents with two digits after the point, all else with four; what is missing as `-`."""
+    if value is None:
+        return MISSING
+    return f"{value:.2f}" if column.measure.endswith("%") else f"{value:.4f}"
+
+
+def cells(comparison: Comparison) -> list[list[str]]:
+    """The table as text, its first row the headings."""
+    table = [["series", "step", "tokens seen", *headings(comparison.columns, comparison.window_steps)]]
+    for series, point in comparison.rows():
+        values = [shown(column, point.values.get(column)) for column in comparison.columns]
+        table.append([plain(series.name), f"{point.step:,}", f"{point.tokens:,}", *values])
+    return table
+
+
+def plain(text: str) -> str:
+    """Text from a record without what would move a terminal's cursor or end a line."""
+    return "".join("?" if unicodedata.category(letter).startswith("C") else letter for letter in text)
+
+
+def as_markdown(comparison: Comparison, picture: str | None) -> str:
+    """compare.md: the table, the notes, and the picture where there is one."""
+    table = [[cell.replace("\\", "\\\\").replace("|", "\\|") for cell in row] for row in cells(comparison)]
+    rule = ["---", *["---:"] * (len(table[0]) - 1)]
+    lines = ["# Comparison", "", *("| " + " | ".join(row) + " |" for row in (table[0], rule, *table[1:])), ""]
+    lines += [f"- {note}" for note in comparison.notes]
+    lines += ["", f"![loss, scores and memorization by tokens seen]({picture})"] if picture else []
+    return "\n".join(lines) + "\n"
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """compare.json: every point of every series, shown or not. No clock and no path is in it: the same inputs give the
+    same bytes.
+    """
+
+    def values(point: Point) -> dict[str, float | str]:
+        return {column.key: number(value) for column, value in point.values.items()}
+
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "software": {"weftrain": importlib.metadata.version("weftrain")},
+        "window_steps": comparison.window_steps,
+        "columns": [
+            {
+                "key": column.key,
+                "heading": heading,
+                "kind": column.kind,
+                "name": column.name,
+                "measure": column.measure,
+                "details": dict(column.details),
+            }
+            for column, heading in zip(
+                comparison.columns, headings(comparison.columns, comparison.window_steps), strict=True
+            )
+        ],
+        "series": [
+            {
+                "name": one.name,
+                "kind": one.kind,
+                "tokens": one.tokens_words,
+                "vocab_size": one.vocab_size,
+                "tokenizer_sha256": one.tokenizer_sha256,
+                "dataset_id": one.dataset_id,
+                "points": [
+                    {
+                        "step": point.step,
+                        "tokens": point.tokens,
+                        "checkpoint": point.checkpoint,
+                        "values": values(point),
+                    }
+                    for point in one.points
+                ],
+                "left_out": [plain(line) for line in one.left_out],
+            }
+            for one in comparison.series
+        ],
+        "positions": list(comparison.positions),
+        "notes": list(comparison.notes),
+    }

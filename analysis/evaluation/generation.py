@@ -1,0 +1,361 @@
+"""Text from a model: greedy or sampled continuations with a KV cache, and the log-likelihood of continuations that are
+given.
+
+The model's own modules and kernels do the work; only the attention of one new query to the keys before it is written
+here. What a reader would get wrong: prompts of unequal length are padded on the *right*. A pad lies after all that is
+real, so causal attention never shows it, and each row goes on at its own position, over its pads. And a sampled row
+depends on (seed, its number among the prompts) alone: batch size and the other prompts change nothing but a logit's
+last bits.
+
+Letters for shapes: B sequences, T tokens, S positions in the cache, C hidden size, H heads, D head dimension, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weftrain.core.config import ModelConfig
+from weftrain.core.errors import CheckpointError, DataError, NonFiniteError
+from weftrain.core.model import Attention, Block, Decoder, Head, kernel_specs
+from weftrain.kernels import select
+
+# Nothing here goes backward, so the fused attention that training leaves out for its atomic backward is as good as any.
+PREFERENCES = ("flash_attn", "torch", "sdpa", "triton", "reference")
+_LOGITS_AT_ONCE = 1 << 25  # of log_likelihoods: fp32 values, 128 MiB
+PAD = 0  # any id would do: nobody sees it
+
+
+def load_model(
+    weights: Mapping[str, Tensor], config: ModelConfig, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Decoder:
+    """A Decoder with these weights (canonical names, `checkpoint.Weights` for one), in eval mode, without gradients, on
+    `device`.
+
+    It is built without memory and filled one tensor at a time, so a lazy mapping costs the model and one tensor. In
+    another dtype than fp32 the residual stream stays fp32, as in training. Raises CheckpointError for names or shapes
+    that are not the model's.
+    """
+    residual_dtype = None if dtype == torch.float32 else torch.float32
+    selection = select(kernel_specs(config, torch.device(device).type, dtype, residual_dtype), PREFERENCES)
+    with torch.device("meta"):
+        model = Decoder(config, selection, residual_dtype)
+    for parameter in model.parameters():  # not Module.to: the rotary tables stay fp32
+        parameter.data = parameter.data.to(dtype)
+    model.to_empty(device=device)
+    model.reset_rotary_tables()
+    parameters = dict(model.named_parameters())
+    for found, wanted, problem in ((parameters, weights, "missing"), (weights, parameters, "unknown to the model")):
+        if names := [name for name in found if name not in wanted]:
+            raise CheckpointError(
+                f"weights: '{names[0]}' and {len(names) - 1} others are {problem}: use their own config"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            tensor = weights[name]
+            if tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    f"weights: '{name}' is {list(tensor.shape)}, the model's is {list(parameter.shape)}: use their own "
+                    "config"
+                )
+            parameter.copy_(tensor)
+    return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """kv: [layers, 2, B, S, H, D], turned keys and values. lengths: int64 [B], of the prompts; `longest` of them;
+    `even`: all alike.
+    """
+
+    kv: Tensor
+    lengths: Tensor
+    longest: int
+    even: bool
+
+
+class Generator:
+    """Continues token sequences with a model: a Decoder with weights in it, in eval mode, on its device, computed in
+    its own dtype.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        self._device = model.embedding.weight.device
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop_ids: Collection[int] = (),
+        batch_size: int = 64,
+    ) -> list[list[int]]:
+        """The new tokens of each prompt, at most `max_new_tokens`. A row ends *before* the first of `stop_ids`, which
+        is not in it.
+
+        temperature 0: greedy, the lowest id among equals. Otherwise logits are divided by it, then the top_k most
+        likely are kept, then the fewest of those that together have probability top_p. The random number of prompt i's
+        t-th new token is a function of (seed, i, t). Raises DataError, before anything is computed, for an empty
+        prompt, an id outside the vocabulary, more positions than the model has or a setting out of range;
+        NonFiniteError where the model gives no number.
+        """
+        self._check_settings(max_new_tokens, temperature, top_k, top_p, seed, batch_size)
+        for index, prompt in enumerate(prompts):
+            self._check_ids(f"prompt {index}", prompt, len(prompt) + max_new_tokens, f" and {max_new_tokens} new ones")
+        results: list[list[int]] = [[] for _ in prompts]
+        stops = frozenset(stop_ids)
+        for batch in _batches([len(prompt) for prompt in prompts], batch_size):
+            uniforms = _uniforms(seed, batch, max_new_tokens) if temperature > 0 else None
+            ended: set[int] = set()
+            cache = self._cache([prompts[index] for index in batch], max_new_tokens)
+            logits = self._prefill([prompts[index] for index in batch], cache)
+            for t in range(max_new_tokens):
+                _check_finite(logits, batch, t)
+                if uniforms is None:
+                    chosen = logits.argmax(-1)
+                else:
+                    chosen = sample(
+                        logits, torch.from_numpy(uniforms[:, t]).to(logits.device), temperature, top_k, top_p
+                    )
+                for index, token in zip(batch, chosen.tolist(), strict=True):
+                    if token in stops:
+                        ended.add(index)
+                    if index not in ended:
+                        results[index].append(token)
+                if len(ended) == len(batch) or t == max_new_tokens - 1:
+                    break
+                logits = self._decode(chosen, t, cache)
+        return results
+
+    @torch.inference_mode()
+    def log_likelihoods(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 16
+    ) -> list[tuple[float, bool]]:
+        """(context, continuation) -> the sum of ln p(token | all before it) over the continuation, and whether greedy
+        decoding gives it.
+
+        Log-softmax in fp32, summed in fp64. Raises DataError for an empty context or continuation, an id outside the
+        vocabulary, or more positions than the model has (the last token takes none); NonFiniteError.
+        """
+        for index, (context, continuation) in enumerate(rows):
+            for part, name in ((context, "context"), (continuation, "continuation")):
+                positions = len(context) + len(continuation) - 1
+                self._check_ids(
+                    f"row {index}, {name}",
+                    part,
+                    positions,
+                    f" with its {'continuation' if part is context else 'context'}",
+                )
+        results = [(0.0, True)] * len(rows)
+        for batch in _batches([len(context) + len(continuation) for context, continuation in rows], batch_size):
+            # The last token is predicted, never read.
+            hidden = self._hidden(self._padded([[*rows[index][0], *rows[index][1]][:-1] for index in batch]))
+            for place, index in enumerate(batch):
+                context, continuation = rows[index]
+                predicting = hidden[place, len(context) - 1 : len(context) - 1 + len(continuation)]
+                results[index] = self._score(predicting, continuation, index)
+        return results
+
+    def _score(self, hidden: Tensor, continuation: Sequence[int], row: int) -> tuple[float, bool]:
+        """hidden [n, C] of the positions that predict `continuation`'s n tokens."""
+        labels = torch.tensor(continuation, device=self._device)
+        total, greedy = 0.0, True
+        block = max(1, _LOGITS_AT_ONCE // self.model.config.vocab_size)
+        for first in range(0, len(continuation), block):
+            logits, wanted = self._logits(hidden[first : first + block]), labels[first : first + block]
+            _check_finite(logits, [row] * len(logits), first)
+            total += float(logits.float().log_softmax(-1).gather(-1, wanted[:, None]).double().sum())
+            greedy = greedy and bool((logits.argmax(-1) == wanted).all())
+        return total, greedy
+
+    def _cache(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> _Cache:
+        config, lengths = self.model.config, [len(prompt) for prompt in prompts]
+        S = max(lengths) + max_new_tokens - 1  # the last new token is never read
+        # Zeros: what is masked meets a probability of zero, and zero times what happens to lie in fresh memory may be
+        # NaN.
+        shape = (config.num_layers, 2, len(prompts), S, config.num_heads, config.head_dim)
+        kv = torch.zeros(shape, dtype=_attention(self.model, 0).q_proj.weight.dtype, device=self._device)
+        return _Cache(kv, torch.tensor(lengths, device=self._device), max(lengths), min(lengths) == max(lengths))
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], cache: _Cache) -> Tensor:
+        """Read the prompts; the logits of the first new token, [B, V]."""
+        hidden = self._hidden(self._padded(prompts), cache.kv)
+        return self._logits(hidden[torch.arange(len(prompts), device=self._device), cache.lengths - 1])
+
+    def _hidden(self, ids: Tensor, kv: Tensor | None = None) -> Tensor:
+        """ids [B, T] from position 0 -> the residual stream before the head, [B, T, C]; turned k, and v, go into
+        kv[layer].
+        """
+        T = ids.shape[1]
+        cos, sin = self.model.rotary(T)
+        x: Tensor = self.model.embedding(ids)
+        for layer, block in enumerate(_blocks(self.model)):
+            if kv is None:
+                x = block(x, cos, sin)
+                continue
+            attention = block.attention
+            q, k, v = _projected(attention, block.attention_norm(x))
+            q, k = _turned(attention, q, cos, sin), _turned(attention, k, cos, sin)
+            kv[layer, 0, :, :T], kv[layer, 1, :, :T] = k, v
+            x = _finished(block, x, attention.attention(q, k, v, scale=attention.scale, document_start=None))
+        return x
+
+    def _decode(self, tokens: Tensor, t: int, cache: _Cache) -> Tensor:
+        """Read the t-th new tokens, int64 [B], each at its row's own position; the logits of the next, [B, V]."""
+        positions, seen = cache.lengths + t, cache.longest + t + 1
+        cos, sin = self.model.cos[positions], self.model.sin[positions]  # [B, rotary_dim / 2]
+        rows = torch.arange(len(tokens), device=self._device)
+        # Where all rows stand at one position, all that lies in the cache is seen and no mask is needed.
+        # [B, 1, 1, S]
+        mask = None if cache.even else (torch.arange(seen, device=self._device) <= positions[:, None])[:, None, None]
+        x = self.model.embedding(tokens[:, None])  # [B, 1, C]
+        for block, (k_cache, v_cache) in zip(_blocks(self.model), cache.kv, strict=True):
+            attention = block.attention
+            q, k, v = _projected(attention, block.attention_norm(x))  # [B, 1, H, D]
+            # The op turns along its T axis: [1, B, H, D], the batch on that axis, gives each row its own position.
+            q, k = (_turned(attention, one.transpose(0, 1), cos, sin).transpose(0, 1) for one in (q, k))
+            k_cache[rows, positions], v_cache[rows, positions] = k[:, 0], v[:, 0]
+            keys, values = k_cache[:, :seen].transpose(1, 2), v_cache[:, :seen].transpose(1, 2)  # [B, H, S, D]
+            mixed = F.scaled_dot_product_attention(
+                q.transpose(1, 2), keys, values, attn_mask=mask, scale=attention.scale
+            )
+            x = _finished(block, x, mixed.transpose(1, 2))
+        return self._logits(x[:, 0])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return cast(Head, self.model.segments()[-1]).logits(hidden, self.model.tied_weight())
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """int64 [B, T], pads on the right."""
+        ids = np.full((len(rows), max(map(len, rows))), PAD, dtype=np.int64)
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = row
+        return torch.from_numpy(ids).to(self._device)
+
+    def _check_ids(self, what: str, ids: Sequence[int], positions: int, beside: str) -> None:
+        config = self.model.config
+        if not len(ids):
+            raise DataError(f"{what}: is empty; give at least one token (the end-of-text id, for one)")
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= config.vocab_size:
+            wrong = low if low < 0 else high
+            raise DataError(
+                f"{what}: id {wrong} is outside the model's vocabulary of {config.vocab_size}; use the model's "
+                "tokenizer"
+            )
+        if positions > config.max_position_embeddings:
+            raise DataError(
+                f"{what}: {len(ids)} tokens{beside} need {positions} positions, the model has "
+                f"{config.max_position_embeddings}"
+            )
+
+    def _check_settings(
+        self,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        seed: int,
+        batch_size: int,
+    ) -> None:
+        for name, value, good, range_ in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+            ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or a positive number"),
+            ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
+            ("seed", seed, 0 <= seed < 2**64, "in 0..2^64 - 1"),
+            ("batch_size", batch_size, batch_size >= 1, "at least 1"),
+        ):
+            if not good:
+                raise DataError(f"generation: {name} is {value}; it must be {range_}")
+
+
+def sample(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """logits [B, V], uniform fp64 [B] in [0, 1) -> int64 [B]: the ids at which the cumulated probabilities, largest
+    first, pass uniform.
+    """
+    ordered, ids = torch.sort(logits.float(), dim=-1, descending=True, stable=True)
+    ordered, ids = ordered[:, :top_k], ids[:, :top_k]
+    probabilities = (ordered.double() / temperature).softmax(-1)
+    cumulated = probabilities.cumsum(-1)
+    if top_p is not None:
+        # Kept is whatever begins before top_p is reached: the first always.
+        probabilities = probabilities.masked_fill(cumulated - probabilities >= top_p, 0.0)
+        cumulated = probabilities.cumsum(-1)
+    place = torch.searchsorted(cumulated, (uniform.double() * cumulated[:, -1])[:, None], right=True)
+    # A product rounded up to the total itself would point behind the last that may be chosen.
+    place = torch.minimum(place, (probabilities > 0).sum(-1, keepdim=True) - 1)
+    return ids.gather(-1, place)[:, 0]
+
+
+def _uniforms(seed: int, batch: Sequence[int], count: int) -> np.ndarray:
+    """fp64 [B, count]: row i's t-th is a function of (seed, batch[i], t), by a counter-based generator keyed with the
+    first two.
+    """
+    return np.stack(
+        [np.random.Generator(np.random.Philox(key=np.array([seed, i], dtype=np.uint64))).random(count) for i in batch]
+    )
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Row numbers in batches of rows of like length, longest first, so that what does not fit in memory fails at
+    once.
+    """
+    ordered = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
+
+
+def _blocks(model: Decoder) -> list[Block]:
+    return cast(list[Block], list(model.layers))
+
+
+def _attention(model: Decoder, layer: int) -> Attention:
+    return _blocks(model)[layer].attention
+
+
+def _projected(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, T, C] -> q, k, v, each [B, T, H, D], not yet turned: as Attention.forward does it."""
+    x = x.to(attention.q_proj.weight.dtype)
+    q, k, v = (
+        projection(x).unflatten(-1, attention.heads)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    return q, k, v
+
+
+def _turned(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned: Tensor = attention.rope(x, cos, sin, rotary_dim=attention.rotary_dim, interleaved=attention.interleaved)
+    return turned
+
+
+def _finished(block: Block, x: Tensor, mixed: Tensor) -> Tensor:
+    """The rest of a Block after its attention: x [B, T, C], mixed [B, T, H, D] -> [B, T, C]."""
+    x = x + block.attention.o_proj(mixed.flatten(-2))
+    finished: Tensor = x + block.ffn(block.ffn_norm(x))
+    return finished
+
+
+def _check_finite(logits: Tensor, batch: Sequence[int], t: int) -> None:
+    largest = logits.amax(-1)  # NaN wins every comparison here, so one number a row is enough to look at
+    finite = torch.isfinite(largest).tolist()
+    if not all(finite):
+        index = batch[finite.index(False)]
+        raise NonFiniteError(
+            f"generation: row {index}, token {t}: logits that are not finite: the weights diverged; use an earlier "
+            "checkpoint"
+        )

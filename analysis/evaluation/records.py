@@ -1,0 +1,153 @@
+"""An evaluation's record: canonical JSON under RUN/analyses/evaluations, named by the hash of its inputs, written whole
+or not at all.
+
+What is there is done and is not computed again. What a reader would get wrong: a record holds no clock and no path, so
+the same evaluation gives the same bytes; and another batch size, precision or device is another evaluation, for it
+gives other last digits.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weftrain.core.errors import DataError
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.formats.plain_file import read_plain, real_path
+
+FORMAT = "weftrain-evaluation"
+VERSION = 1
+FOLDER = Path("analyses", "evaluations")
+SEED = 1234  # lm-eval's own for drawing few-shot examples, so that its published scores see the same ones
+
+Record = dict[str, Any]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated. root: the checkpoint's. tokenizer_sha256: of tokenizer.json, None where no text is
+    involved.
+    """
+
+    root: str
+    step: int
+    tokenizer_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How it is evaluated. limit: documents (problems, rows) of each task, None: all. include: a folder of task
+    files.
+    """
+
+    batch_size: int = 16
+    seed: int = SEED
+    limit: int | None = None
+    precision: str = "float32"
+    device: str = "cpu"
+    include: Path | None = None
+
+
+def inputs_of(kind: str, subject: Subject, settings: Settings) -> dict[str, Any]:
+    """What every kind of evaluation depends on; its own inputs are added to it."""
+    return {
+        "kind": kind,
+        "checkpoint": subject.root,
+        "step": subject.step,
+        "tokenizer_sha256": subject.tokenizer_sha256,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "limit": settings.limit,
+        "precision": settings.precision,
+        "device": settings.device,
+    }
+
+
+def once(folder: Path, inputs: dict[str, Any], name: str, measure: Callable[[], Record], say: Say) -> Record:
+    """The record of these inputs: the one that is there, or a new one, written whole. Raises what `measure` raises, and
+    OSError.
+
+    measure: gives task, task_version, shots, metric, value, value_percent, stderr, stderr_percent, samples and decoding
+    at least; with samples_available a record of fewer is partial.
+    """
+    if (found := stored(folder, inputs, name, say)) is not None:
+        return found
+    measured = measure()
+    # Where nobody knows how many there are, a limit is taken to have left some out.
+    partial = measured.get("samples_available", 0 if inputs["limit"] is None else math.inf) > measured["samples"]
+    software = {package: version_of(package) for package in ("weftrain", "lm_eval", "torch", "tokenizers")}
+    record = {"format": FORMAT, "version": VERSION, **inputs, **measured, "software": software, "inputs": inputs}
+    record |= {"partial": True} if partial else {}
+    data = canonical_json(record | {"root": sha256_json(record)})
+    fsops.make_dirs(folder)
+    fsops.write_bytes(folder / f"{_stem(inputs, name, record['shots'])}.json", data + b"\n")
+    result: Record = parse_json(data)
+    return result
+
+
+def _stem(inputs: Mapping[str, Any], name: str, shots: Any) -> str:
+    shown = re.sub(r"[^A-Za-z0-9_.]+", "_", name)[:80]
+    shots = "mixed" if isinstance(shots, list) else shots
+    return f"{inputs['step']:08d}-{shown}-{shots}-{sha256_json(dict(inputs))[:16]}"
+
+
+def stored(folder: Path, inputs: dict[str, Any], name: str, say: Say) -> Record | None:
+    """The record of these inputs, if it is there and whole."""
+    for path in sorted(folder.glob(f"{_stem(inputs, name, '*')}.json")):
+        try:
+            return read_record(path, inputs)
+        except DataError as error:
+            say(f"warning: {error}; it is made again")
+    return None
+
+
+def read_record(path: Path, inputs: Mapping[str, Any] | None = None) -> Record:
+    """A record, checked in itself and, where given, against its inputs. Raises DataError."""
+    try:
+        data = read_plain(path, "record", follow=False)
+        record = parse_json(data)
+        if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
+            raise ValueError(f"is no {FORMAT} record of version {VERSION}")
+        hashed = {key: value for key, value in record.items() if key != "root"}
+        if canonical_json(record) + b"\n" != data or sha256_json(hashed) != record.get("root"):
+            raise ValueError("does not hash to its root, so it was altered")
+        if inputs is not None and record.get("inputs") != inputs:
+            raise ValueError("is of other inputs than its name says")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {error}: remove the file") from error
+    return record
+
+
+def read_records(folder: Path) -> Iterator[Record]:
+    """Every record of a folder, in the order of step and task. Raises DataError for one that is damaged."""
+    for path in sorted(folder.glob("[0-9]*.json")):
+        yield read_record(path)
+
+
+def records_folder(run: Path) -> Path:
+    """Where the records of a run folder, or of one checkpoint's, belong: never inside a checkpoint, which holds nothing
+    else.
+    """
+    if (run / "manifest.json").exists():
+        run = real_path(run).parent.parent if real_path(run).parent.name == "checkpoints" else real_path(run).parent
+    return run / FOLDER
+
+
+def number(value: float) -> float | str:
+    """JSON has no infinity: as in metrics.jsonl, it is the string 'inf'."""
+    return float(value) if math.isfinite(value) else ("nan" if math.isnan(value) else "inf" if value > 0 else "-inf")
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,239 @@
+"""Run one Python program that nobody has read, such as a model's completion, so that it can hurt nothing and leaves
+nothing behind.
+
+The work is done by analysis/evaluation/sandbox_stage.py in processes of its own: new user, PID, mount, network, IPC and
+UTS namespaces, a root of the interpreter alone (read-only), one small tmpfs to write to, a system-call filter, and
+limits on time, memory, files and processes. Linux only. Where the kernel refuses any part of it, nothing is run at all.
+
+An exit status of 0 is not a pass. A program may leave before its tests; so a pass is witnessed by a random token, which
+is not in the program's file, arguments or environment, and which is written when the last line of the tests has run.
+But a program that shares its process with its tests can read the token and the tests there: `passed` of run_untrusted
+is no verdict about a program that wants to pass. analysis/evaluation/sandbox_judge.py gives one, with the tests in a
+second sandbox.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import secrets
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from weftrain.analysis.evaluation.sandbox_stage import ARCHITECTURES
+from weftrain.core.errors import WeftrainError
+from weftrain.core.formats.canonical import parse_json
+
+Status = Literal["passed", "failed", "timed_out", "killed"]
+STATUSES: tuple[Status, ...] = ("passed", "failed", "timed_out", "killed")
+_SMALLEST = {"memory_bytes": 32 << 20, "disk_bytes": 4096, "processes": 1}
+# beyond a program's own time, for a machine so busy that the stage's start or the burial takes that long
+_GRACE_S = 60.0
+_REMEDY = (
+    "as root in a container give it CAP_SYS_ADMIN and a seccomp profile that allows unshare and mount; as a user allow "
+    "user namespaces "
+    "(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone=1, "
+    "kernel.apparmor_restrict_unprivileged_userns=0), "
+    "or use a machine that has them: generated code is never run unconfined"
+)
+
+
+class SandboxError(WeftrainError):
+    """A machine that cannot confine a program. Says which part, and what to do."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use. memory_bytes: address space of each process, of which there may be `processes` (threads
+    count).
+    """
+
+    timeout_s: float = 5.0
+    memory_bytes: int = 1 << 30
+    disk_bytes: int = 16 << 20
+    processes: int = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """passed: it ran to the end of its tests. failed: it ended otherwise. timed_out: it was stopped. killed: by a
+    signal.
+
+    stderr_tail: the last 4096 bytes or fewer of its standard error; bytes that are no UTF-8 are escaped. exit_status:
+    None where a signal or we ended it.
+    """
+
+    status: Status
+    reason: str
+    stderr_tail: str
+    exit_status: int | None = field(default=None, compare=False)
+
+
+def run_untrusted(
+    program: str, *, timeout_s: float, memory_bytes: int, disk_bytes: int, processes: int, tests: str = ""
+) -> Outcome:
+    """Run `program`, then `tests` in the same namespace (both Python source), and say how it ended. Blocks; safe to
+    call from threads.
+
+    tests is compiled on its own, so that a program that ends within a string or a bracket does not swallow it. The
+    program has the standard library and no installed package, no network, no environment, an empty standard input;
+    standard output is thrown away. All of its processes are dead on return. Raises SandboxError where the machine
+    cannot confine it, ValueError for limits out of range.
+    """
+    limits = Limits(timeout_s, memory_bytes, disk_bytes, processes)
+    return outcome_of(start_stage(program, tests, limits), limits)
+
+
+def start_stage(
+    program: str, tests: str, limits: Limits, *, driver: str | None = None, channel: tuple[int, int] | None = None
+) -> subprocess.Popen[bytes]:
+    """Begin to run a program as run_untrusted does; `outcome_of` waits for its end, `end_stage` ends it at once. One of
+    them must follow.
+
+    driver: Python source that becomes the program's process, instead of sandbox_stage.DRIVER. channel: two descriptors
+    (to read, to write) that it has as 3 and 4, and this process still has. Raises SandboxError, ValueError.
+    """
+    if not (math.isfinite(limits.timeout_s) and limits.timeout_s > 0):
+        raise ValueError(f"run_untrusted: timeout_s={limits.timeout_s} must be above 0 and finite")
+    for name, least in _SMALLEST.items():
+        if getattr(limits, name) < least:
+            raise ValueError(f"run_untrusted: {name}={getattr(limits, name)} must be at least {least}")
+    missing = _unsupported()
+    if missing is not None:
+        raise SandboxError(f"sandbox: {missing}; {_REMEDY}")
+    request: dict[str, Any] = {
+        **asdict(limits),
+        "program": program,
+        "tests": tests,
+        "parent": os.getpid(),
+        "channel": list(channel or ()),
+    }
+    request |= {"token": secrets.token_hex(24)} | ({} if driver is None else {"driver": driver})
+    # not canonical: a completion may hold lone surrogates, which only an escape can carry
+    body = json.dumps(request).encode()
+    command = [sys.executable, "-I", "-S", "-B", str(Path(__file__).with_name("sandbox_stage.py"))]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=subprocess.STDOUT,
+        env={},
+        cwd="/",
+        start_new_session=True,
+        pass_fds=channel or (),
+    )
+    assert process.stdin is not None
+    try:
+        with contextlib.suppress(BrokenPipeError):  # what it says on its other end tells more
+            process.stdin.write(struct.pack("<Q", len(body)) + body)
+            process.stdin.flush()
+    except BaseException:
+        end_stage(process)
+        raise
+    return process
+
+
+def outcome_of(process: subprocess.Popen[bytes], limits: Limits) -> Outcome:
+    """How the program of a stage ended, once it has. Raises SandboxError where the stage could not confine it."""
+    assert process.stdout is not None
+    said = b""
+    try:
+        said = _read_all(process.stdout.fileno(), limits.timeout_s + _GRACE_S)
+    finally:
+        end_stage(process)
+    try:
+        answer: dict[str, Any] = parse_json(said)
+    except ValueError:
+        answer = {
+            "unavailable": f"the stage ended with status {process.returncode} and said {said[-300:].decode(errors='replace')!r}"
+        }
+    if "unavailable" in answer:
+        raise SandboxError(f"sandbox: {answer['unavailable']}; {_REMEDY}")
+    return _outcome(answer, limits.timeout_s)
+
+
+def end_stage(process: subprocess.Popen[bytes]) -> None:
+    """Kill what a stage still runs, and reap the stage. Its standard input is open until here; closing it tells the
+    stage to stop.
+    """
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    try:
+        process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()  # and its death signals take the rest
+        process.wait()
+    process.stdout.close()
+
+
+def reason_unavailable() -> str | None:
+    """None where programs can be confined here, otherwise what is missing and what to do. Tries it: some 0.1 s."""
+    try:
+        found = run_untrusted("pass", timeout_s=30.0, memory_bytes=256 << 20, disk_bytes=1 << 20, processes=1)
+    except SandboxError as error:
+        return str(error)
+    return (
+        None if found.status == "passed" else f"sandbox: an empty program {found.reason}: {found.stderr_tail[-200:]!r}"
+    )
+
+
+def _unsupported() -> str | None:
+    if sys.platform != "linux":
+        return f"needs Linux, and this is {sys.platform}"
+    if platform.machine() not in ARCHITECTURES:
+        return f"no table of system calls for {platform.machine()} (have {', '.join(ARCHITECTURES)})"
+    release = platform.release().split(".")
+    if [int("".join(filter(str.isdigit, part)) or 0) for part in release[:2]] < [5, 14]:
+        return f"needs Linux 5.14 (processes counted per user namespace), and this is {platform.release()}"
+    return None
+
+
+def _outcome(answer: dict[str, Any], timeout_s: float) -> Outcome:
+    tail = answer["tail"].encode("latin-1").decode("utf-8", "backslashreplace")
+    result = answer["result"]
+    if result is None:
+        if answer["timed_out"]:
+            return Outcome("timed_out", f"took more than {timeout_s:g} s", tail)
+        return Outcome("killed", "killed from outside, as when the machine has no memory left", tail)
+    code = os.waitstatus_to_exitcode(result)
+    if code < 0:
+        if -code == signal.SIGXCPU:
+            return Outcome("timed_out", f"used more than {math.ceil(timeout_s) + 1} s of processor time", tail)
+        return Outcome("killed", f"killed by {_signal_name(-code)}", tail)
+    if code == 0 and answer["witnessed"]:
+        return Outcome("passed", "ran to the end of its tests", tail, 0)
+    if code == 0:
+        return Outcome("failed", "left with exit status 0 before the end of its tests", tail, 0)
+    return Outcome("failed", f"ended with exit status {code}", tail, code)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have no names
+        return f"signal {number}"
+
+
+def _read_all(descriptor: int, patience_s: float) -> bytes:
+    """Up to the end of the pipe, or what there is when patience ends."""
+    waiting, end, said = select.poll(), time.monotonic() + patience_s, b""
+    waiting.register(descriptor, select.POLLIN)
+    while waiting.poll(max(0, math.ceil((end - time.monotonic()) * 1000))):
+        part = os.read(descriptor, 1 << 16)
+        if not part:
+            break
+        said += part
+    return said

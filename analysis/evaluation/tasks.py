@@ -1,0 +1,494 @@
+"""Scores of a checkpoint: held-out perplexity, tasks of lm-eval, code that passes its tests; each a record that names
+what made it.
+
+A record is canonical JSON under RUN/analyses/evaluations, named by the hash of its inputs and written whole or not at
+all: what is there is done and is not computed again. It holds no clock and no path, so the same evaluation gives the
+same bytes. What a reader would get wrong: perplexity is exp of the mean over *tokens*, which is neither the mean of the
+batches' means nor exp(loss / batch size); and lm-eval gives shares of one, so 0.4257 there is 42.57 in `value_percent`
+here, and a metric that is no share has no `value_percent` at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, processors
+
+from weftrain.analysis.evaluation.generation import PREFERENCES
+from weftrain.analysis.evaluation.records import (
+    Record,
+    Say,
+    Settings,
+    Subject,
+    inputs_of,
+    number,
+    once,
+    stored,
+    version_of,
+)
+from weftrain.core.backend import Batch, EvaluationSource
+from weftrain.core.errors import DataError, one_line
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import sha256_json
+from weftrain.core.formats.dataset import Manifest
+from weftrain.core.formats.plain_file import read_plain
+from weftrain.core.formats.tokenizer_file import tokenizer_from
+from weftrain.core.model import Decoder, kernel_specs
+from weftrain.kernels import select
+
+if TYPE_CHECKING:
+    from weftrain.analysis.evaluation.lm_eval_model import CheckpointLM
+
+BOOTSTRAP_ROUNDS = 1000  # for the standard error of what is no mean
+EOS_CANDIDATES = ("</s>", "<|endoftext|>")
+MISSING = "lm-eval is not installed, which --tasks and --preset need: pip install 'weftrain[eval]'"
+_MAX_INCLUDE_FILES = 10_000
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """A task of lm-eval. shots: None, the task's own number. metric: None, the task's first. published: model ->
+    percent.
+    """
+
+    task: str
+    shots: int | None = None
+    metric: str | None = None
+    published: Mapping[str, float] = field(default_factory=dict)
+
+
+# The LLM360 paper's few-shot settings, those of the Open LLM Leaderboard of 2023, and its scores: arXiv 2312.06550 and
+# the model cards.
+PRESETS: dict[str, tuple[TaskRequest, ...]] = {
+    "llm360": (
+        TaskRequest("arc_challenge", 25, "acc_norm", {"amber": 42.57, "crystalcoder": 47.01}),
+        TaskRequest("hellaswag", 10, "acc_norm", {"amber": 73.91, "crystalcoder": 71.97}),
+        TaskRequest("mmlu", 5, "acc", {"amber": 28.53, "crystalcoder": 48.78}),
+        TaskRequest("truthfulqa_mc2", 0, "acc", {"amber": 43.67, "crystalcoder": 35.91}),
+        TaskRequest("winogrande", 5, "acc", {"amber": 64.35}),
+    )
+}
+
+
+# Perplexity
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """loss: mean over tokens, in nats. tokens: that bore a loss."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity_of(self.loss)
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss), infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 709 else math.inf
+
+
+@dataclass(frozen=True)
+class RaggedRows:
+    """Implements EvaluationSource over token rows of unequal length, at least two ids each: padded on the right, pads
+    bear no loss.
+    """
+
+    name: str
+    token_rows: Sequence[Sequence[int]]
+    dataset_id: str = ""
+
+    @property
+    def sequence_length(self) -> int:
+        return max(map(len, self.token_rows)) - 1
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_rows)
+
+    @property
+    def rows_available(self) -> int:
+        return len(self.token_rows)
+
+    def rows(self, first: int, count: int) -> Batch:
+        part = self.token_rows[first : first + count]
+        longest = max(map(len, part))
+        ids = np.zeros((len(part), longest), dtype=np.int64)
+        mask = np.zeros((len(part), longest - 1), dtype=np.bool_)
+        for place, row in enumerate(part):
+            ids[place, : len(row)] = row
+            mask[place, : len(row) - 1] = True
+        return Batch(ids, mask)
+
+
+@torch.no_grad()
+def perplexity(
+    model: Decoder, source: EvaluationSource, batch_size: int, progress: Callable[[int, int], None] | None = None
+) -> Perplexity:
+    """Mean loss over the tokens of a held-out set that bear one, whatever the batch size. progress: rows done, of how
+    many.
+
+    Raises DataError where no token bears a loss or batch_size is below 1.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch size {batch_size}: it must be at least 1")
+    device = model.embedding.weight.device
+    sums, tokens = [], 0
+    for first in range(0, source.num_rows, batch_size):
+        batch = source.rows(first, min(batch_size, source.num_rows - first))
+        ids, labels, starts = _tensors(batch, device)
+        # the sum over tokens: batches of unequal numbers of tokens add up
+        sums.append(float(model(ids, labels, starts)))
+        tokens += int((labels >= 0).sum())
+        if progress is not None:
+            progress(min(first + batch_size, source.num_rows), source.num_rows)
+    if not tokens:
+        raise DataError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
+    return Perplexity(math.fsum(sums) / tokens, tokens)
+
+
+def attend_within_documents(model: Decoder) -> None:
+    """Give a model that load_model made an attention that takes `document_start`, which its own need not: for such
+    held-out sets.
+    """
+    weight = model.embedding.weight
+    selection = select(kernel_specs(model.config, weight.device.type, weight.dtype, documents=True), PREFERENCES)
+    for index, block in enumerate(model.layers):
+        block.attention.attention = selection.function("attention", f"layers.{index}.attention")  # type: ignore[union-attr]
+
+
+def _tensors(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """ids, labels int64 [B, T] (-100: no loss), document_start int32 [B, T] or None."""
+    ids = torch.from_numpy(batch.ids).to(device)
+    labels = ids[:, 1:]
+    if batch.loss_mask is not None:
+        labels = labels.masked_fill(~torch.from_numpy(batch.loss_mask).to(device), -100)
+    starts = None if batch.document_start is None else torch.from_numpy(batch.document_start).to(device)
+    return ids[:, :-1], labels, starts
+
+
+def run_heldout(
+    sources: Sequence[EvaluationSource],
+    subject: Subject,
+    settings: Settings,
+    open_model: Callable[[], Decoder],
+    folder: Path,
+    say: Say = print,
+) -> list[Record]:
+    """A record of each held-out set, `settings.limit` rows of it at most: loss and perplexity. The model is opened if
+    one is missing.
+    """
+    records = []
+    for source in sources:
+        inputs = inputs_of("heldout", subject, settings) | {
+            "set": source.name,
+            "dataset_id": source.dataset_id,
+            "rows": source.num_rows,
+        }
+
+        def measure(source: EvaluationSource = source) -> Record:
+            found = perplexity(open_model(), source, settings.batch_size)
+            metrics = {
+                name: {"value": number(value)}
+                for name, value in (("loss", found.loss), ("perplexity", found.perplexity))
+            }
+            return {
+                "task": f"heldout/{source.name}",
+                "task_version": source.dataset_id,
+                "metric": "loss",
+                **_score(found.loss, None, "loss"),
+                "metrics": metrics,
+                "samples": source.num_rows,
+                "samples_available": source.rows_available,
+                "tokens": found.tokens,
+                "shots": 0,
+                "decoding": {"kind": "none"},
+            }
+
+        records.append(once(folder, inputs, f"heldout-{source.name}", measure, say))
+    return records
+
+
+# Tokenizers
+
+
+def open_tokenizer(path: Path, vocab_size: int, dataset: tuple[Path, Manifest] | None = None) -> tuple[Tokenizer, str]:
+    """A tokenizer.json that fits a model of `vocab_size` ids and the dataset that the model was trained on; and its
+    SHA-256.
+
+    Raises DataError naming the file and the remedy.
+    """
+    try:
+        data = read_plain(path, "tokenizer")
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot read the tokenizer: {error.strerror}: name the model's tokenizer.json with --tokenizer"
+        ) from error
+    tokenizer = tokenizer_from(data, str(path), "name the right file with --tokenizer")
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
+        raise DataError(
+            f"{path}: its largest id {largest} is outside the model's vocabulary of {vocab_size}: it is another "
+            "model's; "
+            "name this model's with --tokenizer"
+        )
+    sha256 = hashlib.sha256(data).hexdigest()
+    if dataset is not None and sha256 != dataset[1].tokenizer_sha256:
+        raise DataError(
+            f"{path}: SHA-256 {sha256[:12]}… is not the {dataset[1].tokenizer_sha256[:12]}… that {dataset[0]} was "
+            "prepared with: "
+            f"use {dataset[0] / 'tokenizer.json'}, or leave --tokenizer out"
+        )
+    if dataset is not None and dataset[1].bos_id is not None:
+        _begin_texts(tokenizer, dataset[1].bos_id)
+    return tokenizer, sha256
+
+
+def _begin_texts(tokenizer: Tokenizer, bos_id: int) -> None:
+    """Make the tokenizer put the start token, with which every document that was trained on began, before each text,
+    and nothing else.
+
+    It does so where special tokens are asked for; many a tokenizer does it by itself.
+    """
+    token = tokenizer.id_to_token(bos_id)
+    begin = {"id": "BEGIN", "ids": [bos_id], "tokens": [token]}
+    tokenizer.post_processor = processors.TemplateProcessing(["BEGIN", "$A"], ["BEGIN", "$A", "$B"], [begin])
+
+
+def end_of_text_id(tokenizer: Tokenizer, path: Path, dataset: Manifest | None = None) -> int:
+    """The id that ends a document: the dataset's, else that of </s> or <|endoftext|>. Raises DataError where there is
+    none.
+    """
+    if dataset is not None:
+        return dataset.separator_id
+    for token in EOS_CANDIDATES:
+        if (found := tokenizer.token_to_id(token)) is not None:
+            return int(found)
+    raise DataError(
+        f"{path}: has no token {' or '.join(EOS_CANDIDATES)} to end a text with; use the model's own tokenizer.json"
+    )
+
+
+# Tasks
+
+
+def run_tasks(
+    requests: Sequence[TaskRequest],
+    subject: Subject,
+    settings: Settings,
+    open_model: Callable[[], CheckpointLM],
+    folder: Path,
+    say: Say = print,
+) -> list[Record]:
+    """A record of each task of lm-eval, of each group that has a score of its own, and of each member of one that has
+    none.
+
+    open_model: called when a record is missing, at most once. folder: where records are kept. Raises DataError for a
+    task that is not there, whose data cannot be had, or that wants what is not done here.
+    """
+    harness: list[_Harness] = []
+    models: list[CheckpointLM] = []
+
+    def opened() -> _Harness:
+        if not harness:
+            harness.append(_Harness(settings.include, [request.task for request in requests]))
+        return harness[0]
+
+    def model() -> CheckpointLM:
+        if not models:
+            models.append(open_model())
+        return models[0]
+
+    include = None if settings.include is None else _folder_sha256(settings.include)
+    records = []
+    for request in requests:
+        inputs = _task_inputs(request, subject, settings, include)
+        if (found := stored(folder, inputs, request.task, lambda line: None)) is not None:
+            records.append(found)
+            continue
+        for name in opened().members(request.task):
+            inputs = _task_inputs(TaskRequest(name, request.shots, request.metric), subject, settings, include)
+            measure = _measuring(
+                opened(), TaskRequest(name, request.shots, request.metric, request.published), settings, model
+            )
+            records.append(once(folder, inputs, name, measure, say))
+    return records
+
+
+def _task_inputs(request: TaskRequest, subject: Subject, settings: Settings, include: str | None) -> dict[str, Any]:
+    own = {"task": request.task, "shots": request.shots, "metric": request.metric, "include_sha256": include}
+    return inputs_of("task", subject, settings) | own | {"lm_eval": version_of("lm_eval")}
+
+
+def _measuring(
+    harness: _Harness, request: TaskRequest, settings: Settings, model: Callable[[], CheckpointLM]
+) -> Callable[[], Record]:
+    def measure() -> Record:
+        loaded = harness.load(request, settings.seed)
+        return _task_record(request, settings, harness.evaluate(loaded, model(), settings), loaded)
+
+    return measure
+
+
+class _Harness:
+    """lm-eval's tasks. Its own 14,000 take seconds to list, so they are only where `include` does not hold every
+    name.
+    """
+
+    def __init__(self, include: Path | None, names: Sequence[str]) -> None:
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise DataError(f"{MISSING} ({error})") from error
+        self._include = include
+        self._manager: Any = (
+            TaskManager(include_path=include and str(include), include_defaults=False) if include else None
+        )
+        if self._manager is None or not set(names) <= set(self._manager.all_tasks):
+            self._manager = TaskManager(include_path=include and str(include))
+
+    def members(self, name: str) -> list[str]:
+        """The names that have a score: a task's own, a group's own, or its members'. Raises DataError."""
+        from lm_eval.tasks._index import Kind
+
+        entry = self._manager.task_index.get(name)
+        if entry is None:
+            import difflib
+
+            near = difflib.get_close_matches(name, self._manager.all_tasks, 3)
+            where = f" nor in {self._include}" if self._include else ""
+            hint = f"; did you mean {', '.join(near)}?" if near else "; name a folder of task files with --include"
+            raise DataError(f"task '{name}': there is none of this name in lm-eval{where}{hint}")
+        if entry.kind is Kind.TAG:
+            return sorted(found for tagged in entry.tags for found in self.members(tagged))
+        if entry.kind is Kind.GROUP and not (entry.cfg or {}).get("aggregate_metric_list"):
+            children = (entry.cfg or {}).get("task") or []
+            if all(isinstance(child, str) for child in children):
+                return [found for child in children for found in self.members(child)]
+        return [name]
+
+    def load(self, request: TaskRequest, seed: int) -> Any:
+        """The tasks of a name with their data, shots set. Raises DataError."""
+        try:
+            loaded = self._manager.load([request.task])
+        except Exception as error:  # whatever a task's own code, its data set's or the network says
+            why = one_line(error)
+            raise DataError(
+                f"task '{request.task}': it cannot be loaded: {type(error).__name__}: {why}; its data comes from the "
+                "Hugging Face hub or "
+                "from the files that its own file names: check the network, HF_HOME, or data_files"
+            ) from error
+        for name, task in loaded["tasks"].items():
+            own = task.get_config("num_fewshot")
+            if own == 0 and request.shots:
+                raise DataError(f"task '{name}': its file fixes it at 0 shots: leave --shots out, or give 0")
+            if request.shots is not None or own is None:
+                task.set_config(key="num_fewshot", value=request.shots or 0)
+            task.set_fewshot_seed(seed=seed)
+            if getattr(task, "UNSAFE_CODE", False):
+                raise DataError(
+                    f"task '{name}': it runs generated code outside of any sandbox: use --code FILE.jsonl for such "
+                    "problems"
+                )
+        return loaded
+
+    def evaluate(self, loaded: Any, model: CheckpointLM, settings: Settings) -> Any:
+        from lm_eval.evaluator import evaluate
+
+        random.seed(settings.seed)  # a task's own code may draw from either
+        np.random.seed(settings.seed % 2**32)
+        model.seed = settings.seed
+        return evaluate(model, loaded, limit=settings.limit, bootstrap_iters=BOOTSTRAP_ROUNDS, log_samples=False)
+
+
+def _task_record(request: TaskRequest, settings: Settings, results: Any, loaded: Any) -> Record:
+    name = request.task
+    found = results["results"][name]
+    metrics = _metrics(found)
+    metric = request.metric or next(iter(metrics), "")
+    if metric not in metrics:
+        raise DataError(f"task '{name}': it has no metric '{metric}'; it has {', '.join(metrics) or 'none'}")
+    shots = {results["n-shot"].get(task, 0) for task in loaded["tasks"]}
+    counts = [results["n-samples"][task] for task in loaded["tasks"]]
+    first = next(iter(loaded["tasks"].values()))
+    generates = first.get_config("output_type") == "generate_until"
+    subtasks = {task: _metrics(results["results"][task]).get(metric) for task in loaded["tasks"] if task != name}
+    return {
+        "task": name,
+        "task_version": str(results["versions"].get(name)),  # a number of tasks, a text of groups
+        "shots": shots.pop() if len(shots) == 1 else sorted(shots),
+        "metric": metric,
+        **metrics[metric],
+        "metrics": metrics,
+        "subtasks": subtasks,
+        "samples": sum(count["effective"] for count in counts),
+        "samples_available": sum(count["original"] for count in counts),
+        "decoding": {"kind": "generate", **_plain(first.get_config("generation_kwargs") or {})}
+        if generates
+        else {"kind": "log_likelihood"},
+        "bootstrap_rounds": BOOTSTRAP_ROUNDS,
+        "published_percent": dict(request.published),
+    }
+
+
+def _metrics(found: Mapping[str, Any]) -> dict[str, Record]:
+    """lm-eval's {"acc,none": 0.5, "acc_stderr,none": 0.1} -> {"acc": {value, value_percent, stderr,
+    stderr_percent}}.
+    """
+    metrics = {}
+    for key, value in found.items():
+        name, comma, filtered = key.partition(",")
+        if not comma or name.endswith("_stderr") or isinstance(value, str):
+            continue
+        shown = name if filtered == "none" else key
+        metrics[shown] = _score(float(value), found.get(f"{name}_stderr,{filtered}"), name)
+    return metrics
+
+
+def _score(value: float, stderr: Any, metric: str) -> Record:
+    deviation = float(stderr) if isinstance(stderr, (int, float, np.floating)) and math.isfinite(stderr) else None
+    share = is_share(metric)
+    return {
+        "value": number(value),
+        "value_percent": round(100 * value, 6) if share else None,
+        "stderr": deviation,
+        "stderr_percent": round(100 * deviation, 6) if share and deviation is not None else None,
+    }
+
+
+def is_share(metric: str) -> bool:
+    """Whether lm-eval's metric of this name is a share of one. Of others (bleu: a percentage already; perplexity)
+    nothing is assumed.
+    """
+    return metric in ("acc", "exact_match") or metric.startswith(("acc_", "pass@"))
+
+
+def _folder_sha256(folder: Path) -> str:
+    """Over the names and contents of all files below a folder, which stand for what its tasks are. Raises DataError."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of task files: correct --include")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    if len(files) > _MAX_INCLUDE_FILES:
+        raise DataError(
+            f"{folder}: holds {len(files):,} files, more than {_MAX_INCLUDE_FILES:,}: name a folder of task files alone"
+        )
+    return sha256_json([[path.relative_to(folder).as_posix(), fsops.sha256_file(path)] for path in files])
+
+
+def _plain(value: Any) -> Any:
+    """JSON values of a task's settings; whatever else is in them as its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

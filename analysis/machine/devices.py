@@ -1,0 +1,138 @@
+"""Accelerators by name, for predictions: what their data sheets say, each with its source.
+
+What a reader would get wrong: these are the makers' figures, not what a program reaches; the share that it does is the
+planner's matter (backends/cuda/planner.py). A figure that no public source gives is None, and then nothing is predicted
+from it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from weftrain.core.backend import Speeds
+from weftrain.core.errors import WeftrainError
+
+
+class DeviceError(WeftrainError):
+    """A device that is not in the table, or a number of them that is none."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator in the node that it is sold in. Rates in units a second, each direction by itself."""
+
+    name: str
+    memory_bytes: int
+    bf16_flops: float | None  # dense, fp32 accumulation
+    memory_bandwidth_bytes: float
+    devices_per_node: int
+    node_link_bytes: float | None  # a device to the others of its node
+    network_bytes: float | None  # a device to other nodes, in the maker's reference node
+    source: str
+    # of bf16_flops; calibrated where published runs of 7-8 B models allow it (docs/train-on-a-cluster.md)
+    matmul_share: float = 0.50
+    attention_share: float = 0.30
+
+
+_GB = 10**9
+_NVIDIA_H = "half of 1,979 TFLOP/s with sparsity, NVLink 900 GB/s both ways, 400 Gb/s of network a GPU (DGX)"
+_ALL = (
+    Device(
+        "A100-80GB",
+        80 * _GB,
+        312e12,
+        2039e9,
+        8,
+        300e9,
+        25e9,
+        "NVIDIA A100 data sheet (SXM): 312 TFLOP/s dense, 2,039 GB/s, NVLink 600 GB/s both ways; 200 Gb/s of network a "
+        "GPU (DGX)",
+        0.65,
+        0.50,
+    ),
+    Device(
+        "A100-40GB",
+        40 * _GB,
+        312e12,
+        1555e9,
+        8,
+        300e9,
+        25e9,
+        "NVIDIA A100 data sheet (SXM): 312 TFLOP/s dense, 1,555 GB/s, NVLink 600 GB/s both ways; 200 Gb/s of network a "
+        "GPU (DGX)",
+        0.65,
+        0.50,
+    ),
+    Device("H100", 80 * _GB, 989.4e12, 3350e9, 8, 450e9, 50e9, f"NVIDIA H100 data sheet (SXM): 3.35 TB/s, {_NVIDIA_H}"),
+    Device("H200", 141 * _GB, 989.4e12, 4800e9, 8, 450e9, 50e9, f"NVIDIA H200 data sheet (SXM): 4.8 TB/s, {_NVIDIA_H}"),
+    Device(
+        "B200",
+        180 * _GB,
+        2250e12,
+        8000e9,
+        8,
+        900e9,
+        50e9,
+        "NVIDIA DGX B200 data sheet, an eighth of it: half of 36 PFLOP/s with sparsity, 64 TB/s, 1,440 GB; NVLink 1.8 "
+        "TB/s; 400 Gb/s a GPU",
+    ),
+    Device(
+        "MI300X",
+        192 * _GB,
+        1307.4e12,
+        5300e9,
+        8,
+        448e9,
+        50e9,
+        "AMD Instinct MI300X data sheet: 1,307.4 TFLOP/s dense, 5.3 TB/s, 7 links of 128 GB/s both ways; 400 Gb/s of "
+        "network a GPU",
+    ),
+    Device(
+        "CS-2",
+        40 * _GB,
+        None,
+        20e15,
+        1,
+        None,
+        150e9,
+        "Cerebras CS-2 data sheet: 40 GB on the wafer, 20 PB/s, 1.2 Tb/s of network; it gives no dense 16-bit rate",
+    ),
+)
+MOST_DEVICES = 1_000_000
+DEVICES = {device.name: device for device in _ALL}
+
+
+def parse_devices(text: str) -> tuple[int, Device]:
+    """'224xA100-80GB' -> (224, that device); 'H100' is one of them. Raises DeviceError with the names that there
+    are.
+    """
+    match = re.fullmatch(r"(?:([0-9]{1,7})[xX])?([A-Za-z][A-Za-z0-9-]*)", text)
+    names = {name.lower(): device for name, device in DEVICES.items()}
+    count = 0 if match is None else int(match[1] or 1)
+    if match is None or match[2].lower() not in names or not 1 <= count <= MOST_DEVICES:
+        raise DeviceError(
+            f"--devices {text[:80]}: give COUNTxNAME, such as 224xA100-80GB, with 1 to {MOST_DEVICES:,} devices; "
+            f"the names are {', '.join(DEVICES)}"
+        )
+    return count, names[match[2].lower()]
+
+
+def speeds(count: int, device: Device, per_node: int | None = None) -> Speeds:
+    """What a prediction is made from. per_node: devices of a node, where it is not the maker's. Raises DeviceError
+    where nothing can be.
+    """
+    if device.bf16_flops is None:
+        raise DeviceError(f"{device.name}: no step can be predicted: {device.source}")
+    node = min(count, per_node or device.devices_per_node)
+    return Speeds(
+        device.bf16_flops,
+        device.memory_bandwidth_bytes,
+        link_bytes=device.network_bytes,
+        node_link_bytes=device.node_link_bytes,
+        devices=count,
+        devices_per_node=node,
+        capacity_bytes=device.memory_bytes,
+        matmul_share=device.matmul_share,
+        attention_share=device.attention_share,
+    )

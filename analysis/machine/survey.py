@@ -1,0 +1,162 @@
+"""What a machine can do, on every rank of it: matrix multiplies by dtype, memory, disk, and collectives by size.
+
+What a reader would get wrong: a mean hides the one slow device that a whole cluster waits for. Every rank is measured
+by itself, at the same time as the others, and one that is more than a tenth below the median of all is named.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from weftrain.analysis.machine.disk import measured_disk
+from weftrain.analysis.machine.surroundings import environment
+from weftrain.analysis.peak import measured_bandwidth, measured_matmul_peak, table_peak
+
+OUTLIER = 0.9  # of the median
+_REPEATS = 5
+
+
+def measure_ranks(ranks: int, largest_mib: int, disk: Path | None) -> dict[str, Any] | None:
+    """All figures, on rank 0; None on the others. Started by torchrun where there are several."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if ranks == 1:
+        own = _own_figures(device)
+        found: dict[str, Any] = {"environment": environment(device), "ranks": [own], "collectives": []}
+    else:
+        dist.init_process_group("nccl" if cuda else "gloo")
+        try:
+            dist.barrier()
+            own = _own_figures(device)
+            figures = torch.tensor(
+                [own["matmul_flops"][name] for name in sorted(own["matmul_flops"])] + [own["memory_bytes_per_s"]],
+                device=device,
+            )
+            gathered = [torch.empty_like(figures) for _ in range(ranks)]
+            dist.all_gather(gathered, figures)
+            collectives = _collectives(device, largest_mib)
+            names = sorted(own["matmul_flops"])
+            rows = [row.tolist() for row in gathered]
+            each = [
+                {"rank": rank, "matmul_flops": dict(zip(names, row[:-1], strict=True)), "memory_bytes_per_s": row[-1]}
+                for rank, row in enumerate(rows)
+            ]
+            found = {"environment": environment(device), "ranks": each, "collectives": collectives}
+            if dist.get_rank() != 0:
+                return None
+        finally:
+            dist.destroy_process_group()
+    if disk is not None:
+        speed = measured_disk(disk)
+        found["disk_bytes_per_s"] = {"folder": str(disk), "read": speed.read, "write": speed.write, "both": speed.mixed}
+    sourced = table_peak(device, torch.bfloat16)
+    found["sourced_peak"] = {"bf16_flops": sourced.flops, "origin": sourced.origin}
+    return found
+
+
+def _own_figures(device: torch.device) -> dict[str, Any]:
+    flops = {}
+    for name in ("float32", "bfloat16", *(("float16",) if device.type == "cuda" else ())):
+        flops[name] = measured_matmul_peak(device, getattr(torch, name)).flops or 0.0
+    return {
+        "rank": int(os.environ.get("RANK", "0")),
+        "host": socket.gethostname(),
+        "matmul_flops": flops,
+        "memory_bytes_per_s": measured_bandwidth(device).bytes_per_second or 0.0,
+    }
+
+
+def _collectives(device: torch.device, largest_mib: int) -> list[dict[str, Any]]:
+    """Of each operation and size: the median time of every rank, and the bus bandwidth as NCCL's tests define it."""
+    size, ranks = 64 << 10, dist.get_world_size()
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    found = []
+    while size <= largest_mib << 20:
+        count = size // 4 // ranks * ranks
+        whole, part = torch.ones(count, device=device), torch.ones(count // ranks, device=device)
+        into = torch.empty_like(whole)
+        operations: dict[str, tuple[Callable[[], Any], float]] = {
+            "all_reduce": (lambda tensor=whole: dist.all_reduce(tensor), 2 * (ranks - 1) / ranks),  # type: ignore[misc]
+            "all_gather": (lambda into=into, part=part: gather(into, part), (ranks - 1) / ranks),  # type: ignore[misc]
+            "reduce_scatter": (lambda part=part, whole=whole: scatter(part, whole), (ranks - 1) / ranks),  # type: ignore[misc]
+            "all_to_all": (lambda into=into, whole=whole: dist.all_to_all_single(into, whole), (ranks - 1) / ranks),  # type: ignore[misc]
+        }
+        for name, (operation, factor) in operations.items():
+            own = torch.tensor([_seconds(operation, device)], device=device)
+            every = [torch.empty_like(own) for _ in range(ranks)]
+            dist.all_gather(every, own)
+            seconds = [float(value) for value in every]
+            slowest = max(seconds)
+            sent = count * 4
+            found.append(
+                {"operation": name, "bytes": sent, "seconds": seconds, "bus_bytes_per_s": sent * factor / slowest}
+            )
+        size *= 4
+    return found
+
+
+def _seconds(operation: Callable[[], Any], device: torch.device) -> float:
+    times = []
+    for _ in range(_REPEATS + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        operation()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def outliers(values: dict[int, float]) -> list[int]:
+    """Ranks whose rate is more than a tenth below the median of all."""
+    middle = statistics.median(values.values())
+    return [rank for rank, value in values.items() if value < OUTLIER * middle]
+
+
+def machine_lines(found: dict[str, Any]) -> Iterator[str]:
+    """As a person reads it."""
+    about, ranks = found["environment"], found["ranks"]
+    torch_version = about["libraries"]["torch"]
+    yield f"{about['device']}; {about['cpu_count']} CPU cores, {about['memory_bytes'] / 2**30:,.0f} GiB; torch {torch_version}"
+    for name in ranks[0]["matmul_flops"]:
+        yield from _rate_lines(
+            f"matrix multiply {name}", {one["rank"]: one["matmul_flops"][name] for one in ranks}, "GFLOP/s"
+        )
+    yield from _rate_lines("memory", {one["rank"]: one["memory_bytes_per_s"] for one in ranks}, "GB/s")
+    sourced = found["sourced_peak"]["bf16_flops"]
+    yield f"{'bf16 peak, data sheet':<26} {'unknown' if sourced is None else f'{sourced / 1e12:,.1f} TFLOP/s'}"
+    if "disk_bytes_per_s" in found:
+        disk = found["disk_bytes_per_s"]
+        read, write, both = (disk[key] / 1e9 for key in ("read", "write", "both"))
+        yield f"{'disk':<26} read {read:,.2f}, write {write:,.2f}, both at once {both:,.2f} GB/s ({disk['folder']})"
+    for one in found["collectives"]:
+        slow = outliers({rank: 1 / seconds for rank, seconds in enumerate(one["seconds"])})
+        told = f"; outliers: {', '.join(f'rank {rank}' for rank in slow)}" if slow else ""
+        size, middle_ms, bus = (
+            one["bytes"] / 2**20,
+            statistics.median(one["seconds"]) * 1e3,
+            one["bus_bytes_per_s"] / 1e9,
+        )
+        yield f"{one['operation']:<16} {size:>9,.3f} MiB  {middle_ms:>9,.3f} ms  bus {bus:,.2f} GB/s{told}"
+
+
+def _rate_lines(name: str, values: dict[int, float], unit: str) -> Iterator[str]:
+    scaled = {rank: value / 1e9 for rank, value in values.items()}
+    told = (
+        ""
+        if len(scaled) == 1
+        else f" (min {min(scaled.values()):,.1f}, max {max(scaled.values()):,.1f} of {len(scaled)} ranks)"
+    )
+    yield f"{name:<26} {statistics.median(scaled.values()):,.1f} {unit}{told}"
+    for rank in outliers(scaled):
+        yield f"  outlier: rank {rank} has {scaled[rank]:,.1f} {unit}"

@@ -1,0 +1,391 @@
+"""How much of its training data a model can recite: the score of each chunk of a run at each of its checkpoints.
+
+The first k tokens of a training row are the prompt, l tokens are decoded greedily, and the score is the share of the l
+that stand where the row has them; a row of score 1 is k-extractible (as in arXiv 2312.06550, Amber: k = l = 32, 1,000
+rows a chunk). What a reader would get wrong: common text is continued well by a model that never saw it, so a chunk's
+score means something only beside that of rows which the checkpoint did not see. And "unseen" is said of the run's
+steps: where the data repeats, an unseen chunk holds rows of an earlier epoch; `repeated` counts them.
+
+One file holds one (checkpoint, chunk) and is written whole, so a measurement that was stopped goes on where it stopped;
+one checkpoint is in memory at a time, however many there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError, model_validator
+
+from weftrain.analysis.evaluation.generation import Generator
+from weftrain.core.backend import EvaluationSource
+from weftrain.core.config import Count, PositiveInt, Section
+from weftrain.core.data import TokenSource
+from weftrain.core.errors import DataError
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json, parse_json
+from weftrain.core.formats.checkpoint_manifest import folder_name
+from weftrain.core.formats.plain_file import open_plain, read_plain
+from weftrain.core.order import feistel
+from weftrain.core.run.run_source import RunSource
+
+FORMAT = "weftrain-memorization"
+BATCH_SIZE = 128  # rows decoded together; it touches a logit's last bits, so it is not the user's to change
+MAX_LINE_BYTES = 1 << 20
+
+Kind = Literal["training", "heldout", "sample"]
+Relation = Literal["just seen", "earlier", "partly seen", "unseen", "unknown"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Parameters(Section):
+    """prompt_tokens is k, continuation_tokens l. samples: of each chunk; a smaller chunk is taken whole."""
+
+    prompt_tokens: PositiveInt = 32
+    continuation_tokens: PositiveInt = 32
+    samples: PositiveInt = 1000
+    seed: Count = 0
+
+    @property
+    def folder_name(self) -> str:
+        return f"k{self.prompt_tokens}_l{self.continuation_tokens}_samples{self.samples}_seed{self.seed}"
+
+    @property
+    def row_tokens(self) -> int:
+        return self.prompt_tokens + self.continuation_tokens
+
+
+class Result(Section):
+    """The file of one (checkpoint, chunk). matches[i], in 0..l: how many tokens of row `sample_numbers[i]`'s
+    continuation are right.
+
+    sample_numbers: of the run's order for a training chunk (core/run/run_source.py), else the row's number in its set
+    or file. rows_sha256: of the rows' first k + l ids, little-endian int64. repeated: rows that the run had read in an
+    earlier epoch.
+    """
+
+    format: Literal["weftrain-memorization"]
+    version: Literal[1]
+    software: dict[str, str]
+    step: Count
+    root: Sha256  # of the checkpoint
+    chunk: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,200}$")]
+    kind: Kind
+    first_step: Count | None
+    stop_step: Count | None
+    dataset_id: str
+    parameters: Parameters
+    sample_numbers: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)]
+    repeated: Count
+    rows_sha256: Sha256
+    matches: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)]
+    mean_score: Annotated[float, Field(ge=0, le=1)]
+    extractible_percent: Annotated[float, Field(ge=0, le=100)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Result:
+        if len(self.matches) != len(self.sample_numbers):
+            raise ValueError(f"{len(self.matches)} matches of {len(self.sample_numbers)} samples")
+        if max(self.matches) > self.parameters.continuation_tokens:
+            raise ValueError(f"{max(self.matches)} matches of {self.parameters.continuation_tokens} tokens")
+        if (self.mean_score, self.extractible_percent) != figures(self.matches, self.parameters.continuation_tokens):
+            raise ValueError("mean_score and extractible_percent are not those of the matches")
+        return self
+
+    @property
+    def scores(self) -> np.ndarray:
+        """fp64 [samples], in 0..1."""
+        return np.asarray(self.matches, dtype=np.float64) / self.parameters.continuation_tokens
+
+    @property
+    def extractible(self) -> np.ndarray:
+        """bool [samples]."""
+        return np.asarray(self.matches) == self.parameters.continuation_tokens
+
+    @property
+    def relation(self) -> Relation:
+        return relation(self.step, self.kind, self.first_step, self.stop_step)
+
+
+def figures(matches: Sequence[int], continuation_tokens: int) -> tuple[float, float]:
+    """Mean score in 0..1, and per cent of rows that are right in every token, in 0..100."""
+    whole = sum(match == continuation_tokens for match in matches)
+    return sum(matches) / (continuation_tokens * len(matches)), 100 * whole / len(matches)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows that a checkpoint may have been trained on. first_step, stop_step: when the run reads them; None for what it
+    never does.
+
+    read: rows of the chunk counted from 0, int64 [n] -> ids int64 [n, at least k + l]. number: of its row 0
+    (Result.sample_numbers). repeated: how many of the rows the run had read in an earlier epoch.
+    """
+
+    name: str
+    kind: Kind
+    dataset_id: str
+    num_rows: int
+    read: Callable[[np.ndarray], np.ndarray]
+    number: int = 0
+    first_step: int | None = None
+    stop_step: int | None = None
+    repeated: Callable[[np.ndarray], int] | None = None
+
+    def sample(self, parameters: Parameters) -> np.ndarray:
+        """Which rows of the chunk are measured, int64, ascending: a function of (seed, name, dataset id, rows, samples)
+        alone.
+
+        The first of a keyed permutation, so that more samples are the same ones and others besides.
+        """
+        key = feistel.derive_key("memorization", parameters.seed, self.dataset_id, self.name)
+        places = np.arange(min(parameters.samples, self.num_rows), dtype=np.int64)
+        return np.sort(feistel.permute(places, self.num_rows, key))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint to be measured. load: a model with its weights, made anew at each call and kept by nobody else."""
+
+    step: int
+    root: str
+    load: Callable[[], Generator]
+
+
+def relation(step: int, kind: Kind, first_step: int | None, stop_step: int | None) -> Relation:
+    """What a checkpoint after `step` completed steps has seen of a chunk that the run reads in steps [first_step,
+    stop_step).
+    """
+    if kind == "sample":
+        return "unknown"
+    if first_step is None or stop_step is None or first_step >= step:
+        return "unseen"
+    if stop_step > step:
+        return "partly seen"
+    return "just seen" if stop_step == step else "earlier"
+
+
+# Chunks
+
+
+def training_chunks(run: RunSource, steps: int, checkpoint_steps: Sequence[int]) -> list[Chunk]:
+    """The run's chunks in the order it reads them: the recipe's, where it has some, else the spans between consecutive
+    checkpoints.
+
+    steps: of the whole run; what lies beyond the last checkpoint is a chunk that no checkpoint saw. checkpoint_steps:
+    all of the run's.
+    """
+    chunks = run.chunks
+    if chunks is None:
+        ends = sorted({0, *(step for step in checkpoint_steps if step <= steps), steps})
+        return [
+            _training_chunk(run, f"steps_{first:08d}_{stop:08d}", first, stop)
+            for first, stop in itertools.pairwise(ends)
+        ]
+    each = steps // chunks.count
+    return [
+        _training_chunk(run, f"chunk_{chunks.chunk_at(p):05d}", p * each, (p + 1) * each) for p in range(chunks.count)
+    ]
+
+
+def _training_chunk(run: RunSource, name: str, first_step: int, stop_step: int) -> Chunk:
+    first = run.sample(first_step)
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        return np.concatenate(
+            [run.at(step).rows(step, row, 1).ids for step, row in map(run.step_of, (first + rows).tolist())]
+        )
+
+    def repeated(rows: np.ndarray) -> int:
+        places = ((run.at(step), step, row) for step, row in map(run.step_of, (first + rows).tolist()))
+        return sum(
+            source.locate(step, row).epoch > 0 for source, step, row in places if isinstance(source, TokenSource)
+        )
+
+    count = run.sample(stop_step) - first
+    return Chunk(name, "training", run.at(first_step).dataset_id, count, read, first, first_step, stop_step, repeated)
+
+
+def heldout_chunk(held: EvaluationSource) -> Chunk:
+    """A held-out set, which no checkpoint of the run saw."""
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([held.rows(row, 1).ids for row in rows.tolist()])
+
+    return Chunk(f"heldout_{_file_name(held.name)}", "heldout", held.dataset_id, held.num_rows, read)
+
+
+def sample_chunk(path: Path, parameters: Parameters) -> Chunk:
+    """A released sample as a chunk; whether a checkpoint saw it is unknown. Raises DataError."""
+    rows = read_released(path)
+    found = (len(rows[0].prompt), len(rows[0].continuation))
+    if found != (parameters.prompt_tokens, parameters.continuation_tokens):
+        raise DataError(
+            f"{path}: prompts of {found[0]} tokens and continuations of {found[1]}: measure it with --k {found[0]} --l "
+            f"{found[1]}"
+        )
+    ids = np.array([[*row.prompt, *row.continuation] for row in rows], dtype=np.int64)
+    return Chunk(
+        f"sample_{_file_name(path.stem)}", "sample", fsops.sha256_file(path), len(ids), lambda numbers: ids[numbers]
+    )
+
+
+def _file_name(name: str) -> str:
+    """A name as part of a file's: what might lead elsewhere is replaced, and then a hash keeps two names apart."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:80]
+    return plain if plain == name else f"{plain}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+# Released samples
+
+
+class ReleasedRow(Section):
+    """A line of a released sample: where the row was from, its first k tokens and the l after them."""
+
+    source: str
+    prompt: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)]
+    continuation: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)]
+
+
+def read_released(path: Path) -> list[ReleasedRow]:
+    """A released sample, JSON Lines, all rows of one k and one l. Raises DataError naming the line, OSError."""
+    rows: list[ReleasedRow] = []
+    with open_plain(path) as file:
+        for number in itertools.count(1):
+            line = file.readline(MAX_LINE_BYTES + 1)
+            if not line:
+                break
+            try:
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(f"is longer than {MAX_LINE_BYTES:,} bytes")
+                row = ReleasedRow.model_validate(parse_json(line))
+                lengths, wanted = ((len(one.prompt), len(one.continuation)) for one in (row, rows[0] if rows else row))
+                if lengths != wanted:
+                    raise ValueError(f"has {lengths[0]} + {lengths[1]} tokens, line 1 has {wanted[0]} + {wanted[1]}")
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: {_one_line(error)}; correct the line or remove it") from error
+            rows.append(row)
+    if not rows:
+        raise DataError(f"{path}: holds no rows; name a JSON Lines file of source, prompt and continuation")
+    return rows
+
+
+def _one_line(error: ValueError) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"key '{'.'.join(map(str, first['loc']))[:80]}': {first['msg']}"
+    return " ".join(str(error).split())
+
+
+# Measurement
+
+
+def count_matches(generator: Generator, ids: np.ndarray, parameters: Parameters) -> list[int]:
+    """ids int64 [n, at least k + l] -> for each row, how many of the l greedily decoded tokens stand where the row has
+    them.
+
+    Raises DataError for rows that are shorter, or ids and lengths that the model does not take.
+    """
+    k, end = parameters.prompt_tokens, parameters.row_tokens
+    if ids.shape[1] < end:
+        raise DataError(f"memorization: rows have {ids.shape[1]} tokens, k + l = {end}: take a smaller k or l")
+    decoded = generator.generate(ids[:, :k].tolist(), end - k, batch_size=BATCH_SIZE)
+    return [int(count) for count in (np.asarray(decoded) == ids[:, k:end]).sum(axis=1)]
+
+
+def result_path(folder: Path, parameters: Parameters, step: int, chunk_name: str) -> Path:
+    """Where the result of one (checkpoint, chunk) lies: folder/<parameters>/step_NNNNNNNN/<chunk>.json."""
+    return folder / parameters.folder_name / folder_name(step) / f"{chunk_name}.json"
+
+
+def measure(
+    folder: Path,
+    snapshots: Sequence[Snapshot],
+    chunks: Sequence[Chunk],
+    parameters: Parameters,
+    report: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> list[Result]:
+    """Every (checkpoint, chunk), in that order; those whose files are there and of the same inputs are read, not
+    measured again.
+
+    A checkpoint is loaded when it is needed and dropped before the next. report gets a line for a file that is measured
+    anew, progress (done, of how many, what). Raises DataError, CheckpointError, OSError.
+    """
+    results: list[Result] = []
+    total = len(snapshots) * len(chunks)
+    for snapshot in snapshots:
+        for result in _of_snapshot(folder, snapshot, chunks, parameters, report):
+            results.append(result)
+            progress(
+                len(results),
+                total,
+                f"step {result.step}, {result.chunk}: {result.extractible_percent:.2f} % extractible",
+            )
+    return results
+
+
+def _of_snapshot(
+    folder: Path, snapshot: Snapshot, chunks: Sequence[Chunk], parameters: Parameters, report: Callable[[str], None]
+) -> Iterator[Result]:
+    """A function of its own so that its end drops the model, before the next is loaded."""
+    generator: Generator | None = None
+    for chunk in chunks:
+        path = result_path(folder, parameters, snapshot.step, chunk.name)
+        numbers = chunk.sample(parameters)
+        ids = np.ascontiguousarray(chunk.read(numbers)[:, : parameters.row_tokens], dtype="<i8")
+        inputs: dict[str, Any] = {
+            "step": snapshot.step,
+            "root": snapshot.root,
+            "chunk": chunk.name,
+            "kind": chunk.kind,
+            "first_step": chunk.first_step,
+            "stop_step": chunk.stop_step,
+            "dataset_id": chunk.dataset_id,
+            "parameters": parameters.model_dump(),
+            "sample_numbers": (numbers + chunk.number).tolist(),
+            "rows_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+        }
+        result = _stored(path, inputs, report)
+        if result is None:
+            generator = snapshot.load() if generator is None else generator
+            matches = count_matches(generator, ids, parameters)
+            repeated = 0 if chunk.repeated is None else chunk.repeated(numbers)
+            result = _write(path, inputs, matches, repeated, parameters)
+        yield result
+
+
+def _write(path: Path, inputs: dict[str, Any], matches: list[int], repeated: int, parameters: Parameters) -> Result:
+    mean_score, extractible_percent = figures(matches, parameters.continuation_tokens)
+    software = {"weftrain": importlib.metadata.version("weftrain"), "torch": torch.__version__}
+    found: dict[str, Any] = {"matches": matches, "mean_score": mean_score, "extractible_percent": extractible_percent}
+    data = canonical_json(
+        {"format": FORMAT, "version": 1, "software": software, **inputs, **found, "repeated": repeated}
+    )
+    fsops.make_dirs(path.parent)
+    fsops.write_bytes(path, data + b"\n")
+    return Result.model_validate(parse_json(data))
+
+
+def _stored(path: Path, inputs: dict[str, Any], report: Callable[[str], None]) -> Result | None:
+    """The result that lies there, if it is of these inputs; None where it must be measured."""
+    try:
+        tree = parse_json(read_plain(path, "record"))
+        result = Result.model_validate(tree)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        report(f"{path}: damaged, measured anew: {_one_line(error)}")
+        return None
+    if differs := [name for name, value in inputs.items() if tree[name] != value]:
+        report(f"{path}: of another {' and '.join(differs)}, measured anew")
+        return None
+    return result

@@ -1,0 +1,313 @@
+"""What a run's folder, or a release's, says of the run, collected for one page (run_page.py): nothing is trained,
+loaded or verified.
+
+The folder may be a stranger's: ledger and metrics are refused by their readers where a value is of another type than it
+should have, and an analysis that is damaged is left out with a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from weftrain.analysis.evaluation.records import read_record, records_folder
+from weftrain.analysis.report.curves import Curves, Trace, read_curves
+from weftrain.analysis.report.ledger import (
+    Band,
+    Begun,
+    Entered,
+    Entry,
+    Mark,
+    Saved,
+    bands,
+    begun,
+    entered,
+    marks,
+    saved,
+    whole,
+)
+from weftrain.core.config import Recipe
+from weftrain.core.errors import DataError, RunFolderError, one_line
+from weftrain.core.formats.canonical import parse_json, sha256_json
+from weftrain.core.formats.plain_file import read_plain, real_path
+from weftrain.core.run.ledger import LEDGER, lineage, read_ledger
+from weftrain.core.run.metrics import METRICS
+from weftrain.core.run.run_folder import stored_recipe
+
+RELEASE = "release.json"
+MEMORIZATION = Path("analyses", "memorization")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How much of a chunk a checkpoint recites: extractible in per cent, mean score in 0..1, over `rows` rows."""
+
+    extractible_percent: float
+    mean_score: float
+    rows: int
+    relation: str
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Memorization of one set of parameters. rows: (step, root); cells: (root, chunk) -> Cell, with holes where nothing
+    was measured.
+    """
+
+    words: str
+    rows: tuple[tuple[int, str], ...]
+    chunks: tuple[str, ...]
+    cells: Mapping[tuple[str, str], Cell]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """All that the page shows. Pairs are (name, value) as they are read; tiles are the few figures at its head."""
+
+    name: str
+    description: str
+    status: str
+    folder: Path
+    identity: tuple[tuple[str, str], ...]
+    tiles: tuple[tuple[str, str, str], ...]  # name, value, what it is
+    arithmetic: tuple[tuple[str, str], ...]
+    last_step: int
+    loss: tuple[Trace, ...]
+    heldout: tuple[Trace, ...]
+    gradient_norm: tuple[Trace, ...]
+    learning_rate: tuple[Trace, ...]
+    throughput: tuple[Trace, ...]
+    tokens_per_second_p50: float | None
+    marks: tuple[Mark, ...]
+    bands: tuple[Band, ...]
+    saved: tuple[Saved, ...]
+    begun: tuple[Begun, ...]
+    entered: tuple[Entered, ...]
+    memorization: tuple[Matrix, ...]
+    evaluations: tuple[Record, ...]
+    warnings: tuple[str, ...]
+
+
+def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunReport:
+    """Read the run or release in `folder`. arithmetic: a recipe's derived quantities, a line each ("tokens       52 x 6
+    = 312").
+
+    Raises RunFolderError where the folder holds no run, or its ledger or metrics are damaged; ReleaseError where
+    release.json is. An analysis that is damaged is left out, and `warnings` says so.
+    """
+    entries = read_ledger(folder / LEDGER)
+    recipe_json = stored_recipe(folder, missing_ok=True)
+    if recipe_json is None and not entries and not (folder / METRICS).exists():
+        raise RunFolderError(
+            f"{folder}: has neither {LEDGER} nor {METRICS} nor recipe.json: name the folder of a run, or a release"
+        )
+    warnings: list[str] = []
+    line = lineage(entries)
+    recipe = _recipe(recipe_json, warnings)
+    curves = read_curves(folder, entries, [entry["time"] for entry in entries if entry["kind"] in ("start", "resume")])
+    starts = begun(entries, curves.starts)
+    points = saved(entries, folder)
+    p50 = curves.tokens_per_second()
+    planned = None if recipe is None else recipe.schedule.steps
+    reached = max([0, curves.reached, *(point.step for point in points), *(one.reached for one in starts)])
+    found_marks = marks(entries) if entries else _marks_of_metrics(curves)
+    ended = bool(entries) and entries[-1]["kind"] == "end" and entries[-1]["step"] == planned
+    done = max([curves.last_step["step"] if curves.last_step else 0, *(point.step for point in line.checkpoints)])
+    return RunReport(
+        name=real_path(folder).name,
+        description="" if recipe is None else recipe.description,
+        status=_status(done, planned, ended),
+        folder=folder,
+        identity=tuple(_identity(folder, recipe_json, recipe, entries, points)),
+        tiles=tuple(_tiles(curves, p50, found_marks)),
+        arithmetic=tuple(_split(words) for words in arithmetic(recipe)) if recipe is not None else (),
+        last_step=max(reached, 1),
+        loss=curves.traces("loss", "training"),
+        heldout=curves.heldout(),
+        gradient_norm=curves.traces("grad_norm", "gradient norm"),
+        learning_rate=curves.learning_rates(),
+        throughput=curves.traces("tokens_per_second", "tokens/s"),
+        tokens_per_second_p50=p50,
+        marks=tuple(found_marks),
+        bands=tuple(bands(entries)),
+        saved=tuple(points),
+        begun=tuple(starts),
+        entered=tuple(entered(entries)),
+        memorization=tuple(read_matrices(folder / MEMORIZATION, warnings)),
+        evaluations=tuple(_evaluations(folder, warnings)),
+        warnings=tuple(warnings),
+    )
+
+
+def _marks_of_metrics(curves: Curves) -> list[Mark]:
+    """A run without a ledger: its metrics tell of restarts and skipped steps."""
+    found = [Mark(step, "restart", "restarted") for step in curves.restarts]
+    found += [Mark(step, "skip", "step skipped") for step in curves.skips]
+    return sorted(found, key=lambda mark: mark.step)
+
+
+# The head of the page
+
+
+def _recipe(value: Mapping[str, Any] | None, warnings: list[str]) -> Recipe | None:
+    if value is None:
+        return None
+    try:
+        return Recipe.from_record(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        warnings.append(
+            f"recipe.json is not one that this version understands: key '{'.'.join(map(str, first['loc']))}': "
+            f"{first['msg']}"
+        )
+        return None
+
+
+def _split(words: str) -> tuple[str, str]:
+    """ "tokens       52 x 6 = 312" -> ("tokens", "52 x 6 = 312")"""
+    name, _, value = words.partition("  ")
+    return name.strip(), value.strip()
+
+
+def _status(done: int, planned: int | None, ended: bool) -> str:
+    if ended:
+        return f"complete: {done:,} steps"
+    return f"{done:,} steps done" if planned is None else f"not finished: {done:,} of {planned:,} steps done"
+
+
+def _identity(
+    folder: Path,
+    recipe_json: Mapping[str, Any] | None,
+    recipe: Recipe | None,
+    entries: Sequence[Entry],
+    points: Sequence[Saved],
+) -> list[tuple[str, str]]:
+    starts = [entry for entry in entries if entry["kind"] in ("start", "resume")]
+    versions = dict.fromkeys(str(entry["environment"].get("weftrain", "?")) for entry in starts)
+    datasets = dict.fromkeys(entry["dataset_id"] for entry in starts)
+    counted = [point for point in points if point.left is None]
+    found = [("run", real_path(folder).name)]
+    if recipe is not None:
+        found.append(("recipe", recipe.name))
+    if recipe_json is not None:
+        found.append(("recipe SHA-256", sha256_json(recipe_json)))
+    found += [("dataset id", name) for name in datasets]
+    found.append(("weftrain", ", ".join(versions) or "not recorded"))
+    if counted:
+        found.append((f"root of the last checkpoint (step {counted[-1].step:,})", counted[-1].root))
+    if entries:
+        found.append((f"ledger head ({len(entries):,} lines)", str(entries[-1]["hash"])))
+    if (folder / RELEASE).exists():
+        from weftrain.exchange.release.release import SIGNATURE, read_release  # brings torch
+
+        release = read_release(folder)
+        signed = "is there" if (folder / SIGNATURE).exists() else "is absent"
+        found += [
+            ("release root", release.root),
+            ("released by", f"weftrain {release.weftrain}; signature.json {signed}; check it with weftrain verify"),
+            ("licence of the weights", release.licences.weights),
+            *((f"licence of {name}", licence) for name, licence in sorted(release.licences.data.items())),
+        ]
+    return found
+
+
+def _tiles(curves: Curves, p50: float | None, found: Sequence[Mark]) -> list[tuple[str, str, str]]:
+    """The few figures at the head: name, value, what it is."""
+    tiles = []
+    losses = curves.own.training["loss"]
+    finite = np.flatnonzero(np.isfinite(losses.values))
+    if len(finite):
+        (first, start), (last, loss) = ((losses.steps[place], losses.values[place]) for place in finite[[0, -1]])
+        tiles.append(("training loss", f"{loss:.4f}", f"at step {last:,}; {start:.4f} at step {first:,}"))
+    for name, points in sorted(curves.own.heldout.items())[:2]:
+        tiles.append((f"held-out {name}", f"{points.values[-1]:.4f}", f"loss at step {points.steps[-1]:,}"))
+    if curves.last_step is not None and (tokens := curves.last_step.get("tokens")) is not None:
+        tiles.append(("tokens", _short(tokens), f"{tokens:,} trained on"))
+    if p50 is not None:
+        tiles.append(("tokens/s", _short(p50), "median after the first tenth"))
+        if (used := curves.utilization.result()) is not None:
+            share, peak = used
+            tiles.append(
+                ("MFU", f"{share:.2%}", f"of {(peak.flops or 0) / 1e12:,.3g} TFLOP/s, the highest peak measured")
+            )
+    # A skipped step that a rollback or restart went back behind is none of the run's steps.
+    counted = [mark.kind for mark in found if not (mark.kind == "skip" and mark.left)]
+    counts = {kind: counted.count(kind) for kind in ("restart", "rollback", "skip")}
+    tiles.append(
+        (
+            "incidents",
+            str(sum(counts.values())),
+            ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in counts.items()),
+        )
+    )
+    return tiles
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            return f"{value / (1e3 if letter == 'k' else size):,.3g} {letter}"
+    return f"{value:,.0f}"
+
+
+# Analyses
+
+
+def _evaluations(folder: Path, warnings: list[str]) -> list[Record]:
+    """The records that are whole, in the order of task and step."""
+    found = []
+    for path in sorted(records_folder(folder).glob("[0-9]*.json")):
+        try:
+            found.append(read_record(path))
+        except DataError as error:
+            warnings.append(f"left out: {error}")
+    return sorted(
+        found, key=lambda record: (str(record.get("task")), whole(record.get("step")) or 0, str(record.get("shots")))
+    )
+
+
+def read_matrices(folder: Path, warnings: list[str]) -> list[Matrix]:
+    """The results under analyses/memorization, a matrix for each set of parameters. A damaged one is left out, with a
+    warning.
+    """
+    paths = sorted(folder.glob("k*_l*/step_*/*.json"))
+    if not paths:
+        return []
+    from weftrain.analysis.memorization.scores import Result, result_path  # brings torch
+
+    sets: dict[str, list[Result]] = {}
+    for path in paths:
+        try:
+            result = Result.model_validate(parse_json(read_plain(path, "record", follow=False)))
+            if path != result_path(folder, result.parameters, result.step, result.chunk):
+                raise ValueError("is of other inputs than its name says")
+            sets.setdefault(result.parameters.folder_name, []).append(result)
+        except (OSError, ValueError) as error:
+            warnings.append(f"left out: {path}: {one_line(error, 200)}: measure it again, or remove the file")
+    return [_matrix(results) for _, results in sorted(sets.items())]
+
+
+def _matrix(results: Sequence[Any]) -> Matrix:
+    """results: of one set of parameters. Chunks in the order in which the run reads them, then held-out sets and
+    samples.
+    """
+    used = results[0].parameters
+    order = sorted({(one.first_step is None, one.first_step or 0, one.chunk) for one in results})
+    cells = {
+        (one.root, one.chunk): Cell(one.extractible_percent, one.mean_score, len(one.matches), one.relation)
+        for one in results
+    }
+    words = (
+        f"k = {used.prompt_tokens}, l = {used.continuation_tokens}, up to {used.samples:,} rows a chunk, seed "
+        f"{used.seed}"
+    )
+    return Matrix(
+        words, tuple(sorted({(one.step, one.root) for one in results})), tuple(chunk for *_, chunk in order), cells
+    )

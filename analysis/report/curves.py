@@ -1,0 +1,209 @@
+"""A run's measurements as curves, in one pass over metrics.jsonl: the line that counts, and what the run went back
+behind.
+
+Nothing of a record is kept but its numbers, sixteen bytes a point, so that a run of millions of logged steps takes some
+hundred megabytes. `counted_lines` says which records count; those that do not are drawn faintly, with the reason that
+the ledger gives.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weftrain.core.run.metrics import METRICS, heldout_label
+from weftrain.core.run.metrics_lines import Record, counted_lines
+from weftrain.core.run.speed import RunUtilization
+
+Entry = Mapping[str, Any]
+_DRAWN = ("loss", "grad_norm", "tokens_per_second")
+_PENDING = 1 << 62  # the "line" of a resume that did not come yet: behind all others
+
+
+class Points:
+    """(completed steps, value) in the order of the file, a column each. A value may be nan or infinite."""
+
+    def __init__(self, points: Iterable[tuple[int, float]] = ()) -> None:
+        self._steps, self._values = array("q"), array("d")
+        for step, value in points:
+            self.add(step, value)
+
+    def add(self, step: int, value: float) -> None:
+        self._steps.append(step)
+        self._values.append(value)
+
+    @property
+    def steps(self) -> np.ndarray:
+        """int64 [n]"""
+        return np.array(self._steps, dtype=np.int64)
+
+    @property
+    def values(self) -> np.ndarray:
+        """float64 [n]"""
+        return np.array(self._values, dtype=np.float64)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        return zip(self._steps, self._values, strict=True)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One line of a chart. left: why it does not count (a branch); None for the line that does."""
+
+    name: str
+    points: Points
+    left: str | None = None
+
+
+@dataclass
+class _Part:
+    """The measurements of the line that counts, or of one stretch that was left."""
+
+    training: dict[str, Points] = field(default_factory=lambda: {key: Points() for key in _DRAWN})
+    rates: dict[str, Points] = field(default_factory=dict)
+    heldout: dict[str, Points] = field(default_factory=dict)
+    last_time: float = -math.inf
+
+    def add(self, record: Record) -> None:
+        step = record["step"]
+        self.last_time = record.get("time", self.last_time)
+        if record["kind"] == "evaluation":
+            self.heldout.setdefault(heldout_label(record), Points()).add(step, record["loss"])
+            return
+        for key, points in self.training.items():
+            if key in record:
+                points.add(step, record[key])
+        for name, rate in record.get("learning_rate", {}).items():
+            if name not in self.rates:
+                self.rates[name] = Points()
+            self.rates[name].add(step, rate)
+
+
+@dataclass
+class Curves:
+    """What the file tells. starts: completed steps that each of the times asked about was followed by, before the next;
+    -1: none.
+    """
+
+    lines: int = 0
+    own: _Part = field(default_factory=_Part)
+    left: list[tuple[str, _Part]] = field(default_factory=list)  # why, oldest first
+    last_step: Record | None = None
+    restarts: list[int] = field(default_factory=list)
+    skips: list[int] = field(default_factory=list)
+    utilization: RunUtilization = field(default_factory=RunUtilization)
+    reached: int = 0
+    starts: list[int] = field(default_factory=list)
+
+    def traces(self, key: str, name: str) -> tuple[Trace, ...]:
+        """The line that counts first, if it has a point; then what was left."""
+        found = [
+            Trace(name, self.own.training[key]),
+            *(Trace(name, part.training[key], why) for why, part in self.left),
+        ]
+        return tuple(trace for trace in found if len(trace.points))
+
+    def heldout(self) -> tuple[Trace, ...]:
+        parts: list[tuple[str | None, _Part]] = [(None, self.own), *self.left]
+        return tuple(
+            Trace(f"held-out {name}", points, why)
+            for why, part in parts
+            for name, points in sorted(part.heldout.items())
+        )
+
+    def learning_rates(self) -> tuple[Trace, ...]:
+        """A trace for each parameter group; groups of equal rates throughout are one."""
+        alike: dict[tuple[bytes, bytes], list[str]] = {}
+        for name, points in self.own.rates.items():
+            alike.setdefault((points.steps.tobytes(), points.values.tobytes()), []).append(name)
+        return tuple(Trace(", ".join(names), self.own.rates[names[0]]) for names in alike.values())
+
+    def tokens_per_second(self) -> float | None:
+        """As analysis/report/summary.py defines it: the median over the logged steps after the first tenth."""
+        speeds = self.own.training["tokens_per_second"].values
+        warm = speeds[len(speeds) // 10 :]
+        warm = warm[np.isfinite(warm)]
+        return float(np.median(warm)) if len(warm) else None
+
+
+def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float] = ()) -> Curves:
+    """Read the metrics of the run in `folder`. started: times of its starts, in seconds since 1970; see Curves.starts.
+
+    entries: the ledger's, which tell a rollback from a crash, and of rollbacks after which the run did not go on yet.
+    Raises RunFolderError for a damaged line.
+    """
+    found = Curves(starts=[-1] * len(started))
+    begins = list(itertools.accumulate(started, max))
+    pending = _pending(entries)
+    rollbacks = [entry for entry in entries if entry["kind"] == "rollback"]
+    parts: dict[int, _Part] = {}
+    words: dict[int, str] = {}
+    for number, record, left_by in counted_lines(folder / METRICS):
+        kind = record["kind"]
+        found.lines = number
+        if kind == "step":
+            _note_start(found, begins, record)
+        if kind not in ("step", "evaluation"):
+            _event(found, record)
+            if kind == "resume" and number in parts:
+                words[number] = _why(rollbacks, record, parts[number].last_time)
+        elif left_by > 0:
+            parts.setdefault(left_by, _Part()).add(record)
+        elif left_by == 0 and pending is not None and record["step"] > pending[0]:
+            parts.setdefault(_PENDING, _Part()).add(record)
+            words[_PENDING] = pending[1]
+        elif left_by == 0:
+            found.own.add(record)
+            found.utilization.add(record)
+            if kind == "step":
+                found.last_step = record
+                if record.get("skipped"):
+                    found.skips.append(record["step"])
+    found.left = [(words[line], parts[line]) for line in sorted(parts)]
+    return found
+
+
+def _note_start(found: Curves, begins: Sequence[float], record: Record) -> None:
+    """How far the start got that the record was made after. A clock that was set back is taken to have stood still."""
+    found.reached = max(found.reached, record["step"])
+    place = bisect_right(begins, record.get("time", -math.inf)) - 1
+    if place >= 0 and found.starts[place] < record["step"]:
+        found.starts[place] = record["step"]
+
+
+def _event(found: Curves, record: Record) -> None:
+    if record["kind"] == "resume":
+        found.restarts.append(record["step"])
+    found.utilization.add(record)
+
+
+def _pending(entries: Sequence[Entry]) -> tuple[int, str] | None:
+    """Step and words of the rollbacks since the last start, which no resume in metrics.jsonl tells of yet."""
+    found = None
+    for entry in entries:
+        if entry["kind"] in ("start", "resume"):
+            found = None
+        elif entry["kind"] == "rollback" and (found is None or entry["step"] < found[0]):
+            found = (
+                entry["step"],
+                f"branch {entry['branch']}, left by the rollback to step {entry['step']:,}: {entry['reason']}",
+            )
+    return found
+
+
+def _why(rollbacks: Sequence[Entry], resume: Record, last: float) -> str:
+    for entry in rollbacks:
+        if entry["step"] == resume["step"] and last <= entry["time"] <= resume.get("time", math.inf):
+            return f"branch {entry['branch']}, left by the rollback to step {entry['step']:,}: {entry['reason']}"
+    return f"made again after the restart at step {resume['step']:,}"

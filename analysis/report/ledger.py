@@ -1,0 +1,308 @@
+"""A ledger's lines as a page shows them: marks on the step axis, chunks, checkpoints, starts, and what each line says
+in words.
+
+A line counts only until a later rollback or resume goes back behind its step; what lies beyond was *left*, and it is
+shown all the same. `read_ledger` checked the chain and every field's type; what a recorded recipe or environment holds
+may still be anything.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weftrain.core.formats.canonical import canonical_json
+from weftrain.core.formats.checkpoint_manifest import folder_name
+from weftrain.core.run.ledger import BRANCHES
+
+Entry = Mapping[str, Any]
+MARKED = {"resume": "restart", "rollback": "rollback", "skip": "skip", "recipe": "recipe", "defer": "defer"}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at a completed step. kind: a value of MARKED. left: on a branch that does not count."""
+
+    step: int
+    kind: str
+    words: str
+    left: bool = False
+
+
+@dataclass(frozen=True)
+class Band:
+    """A chunk on the step axis, of the line that counts: completed steps first_step to stop_step."""
+
+    chunk: int
+    first_step: int
+    stop_step: int
+    words: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was entered. samples: [first, stop) since its parent, None where the batch size is not known.
+
+    place: its folder below the run's, as relative path, None where it is not there any more. left: the words for why it
+    does not count.
+    """
+
+    step: int
+    first_step: int
+    samples: tuple[int, int] | None
+    chunk: str
+    root: str
+    parent: str | None
+    metrics_sha256: str
+    place: str | None
+    left: str | None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A start or resume: it reached `reached`, and [first_step, kept] counts. facts: environment, recipe and dataset,
+    one level deep.
+    """
+
+    number: int
+    first_step: int
+    kept: int
+    reached: int
+    when: str
+    parent: str | None
+    facts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Entered:
+    """One line of the ledger in words. root: a checkpoint's, where the line names one that lies in the folder."""
+
+    number: int
+    step: int
+    kind: str
+    when: str
+    words: str
+    left: bool
+
+
+def left_flags(entries: Sequence[Entry]) -> list[bool]:
+    """For each entry, whether a later rollback or resume went back behind its step. Rollback and defer lines themselves
+    always stand.
+    """
+    flags, lowest = [False] * len(entries), None
+    for index in range(len(entries) - 1, -1, -1):
+        entry = entries[index]
+        stands = entry["kind"] in ("rollback", "defer", "recipe")
+        flags[index] = not stands and lowest is not None and _behind(entry) > lowest
+        if entry["kind"] in ("rollback", "resume"):
+            lowest = entry["step"] if lowest is None else min(lowest, entry["step"])
+    return flags
+
+
+def _behind(entry: Entry) -> float:
+    """A line about the steps that follow it (a chunk that begins, a start) is left as soon as those are."""
+    return entry["step"] + (0.5 if entry["kind"] in ("chunk_begin", "start", "resume") else 0)
+
+
+def marks(entries: Sequence[Entry]) -> list[Mark]:
+    return [
+        Mark(entry["step"], MARKED[entry["kind"]], words(entry), left)
+        for entry, left in zip(entries, left_flags(entries), strict=True)
+        if entry["kind"] in MARKED
+    ]
+
+
+def bands(entries: Sequence[Entry]) -> list[Band]:
+    """The chunks of the line that counts, those that were trained to their ends."""
+    begins: dict[int, int] = {}
+    found: dict[int, Band] = {}
+    for entry, left in zip(entries, left_flags(entries), strict=True):
+        if left:
+            continue
+        if entry["kind"] == "chunk_begin":
+            begins[entry["place"]] = entry["step"]
+        elif entry["kind"] == "chunk_end" and entry["place"] in begins:
+            first = begins[entry["place"]]
+            found[first] = Band(
+                entry["chunk"], first, entry["step"], f"chunk {entry['chunk']}, {_samples(entry['samples'])}"
+            )
+    return [found[first] for first in sorted(found) if found[first].stop_step > first]
+
+
+def saved(entries: Sequence[Entry], run: Path) -> list[Saved]:
+    """Every checkpoint in the order of the ledger, those that were left too."""
+    abandoned = {
+        root: (entry["branch"], entry["reason"])
+        for entry in entries
+        if entry["kind"] == "rollback"
+        for _, root in entry["abandoned"]
+    }
+    steps = {entry["root"]: entry["step"] for entry in entries if entry["kind"] == "checkpoint"}
+    ends = {entry["root"]: entry for entry in entries if entry["kind"] == "chunk_end"}
+    begins, found = list[Entry](), []
+    numbered: Callable[[int], int] | None = None
+    stops: dict[str, int] = {}  # root -> number of the sample that comes next
+    for entry, left in zip(entries, left_flags(entries), strict=True):
+        if entry["kind"] in ("start", "recipe"):
+            numbered = _numbered(entry["recipe"])
+        elif entry["kind"] == "chunk_begin":
+            begins.append(entry)
+        elif entry["kind"] in ("resume", "rollback"):
+            while begins and begins[-1]["step"] >= entry["step"]:
+                begins.pop()  # one that begins there is entered again
+        elif entry["kind"] == "checkpoint":
+            step, root, parent = entry["step"], entry["root"], entry["parent"]
+            first = min(steps.get(parent or "", 0), step)
+            end = ends.get(root)
+            source = end or (begins[-1] if begins else None)
+            chunk = "" if source is None else str(source["chunk"]) + ("" if end else ", in part")
+            branch, reason = abandoned.get(root, (None, None))
+            why = (
+                None
+                if not left
+                else "made again after a restart"
+                if branch is None
+                else f"left on branch {branch}: {reason}"
+            )
+            samples = None
+            if numbered is not None:
+                stops[root] = numbered(step)
+                samples = (stops.get(parent or "", min(numbered(first), stops[root])), stops[root])
+            place = _place(run, step, branch if left else None)
+            found.append(Saved(step, first, samples, chunk, root, parent, entry["metrics_sha256"], place, why))
+    return found
+
+
+def _place(run: Path, step: int, branch: int | None) -> str | None:
+    """Where the checkpoint lies, relative to the run. Whether it is the one of that root is for `weftrain verify` to
+    say.
+    """
+    name = f"checkpoints/{folder_name(step)}" if branch is None else f"{BRANCHES}/{branch}/{folder_name(step)}"
+    return name if (run / name).is_dir() else None
+
+
+def _numbered(recipe: Any) -> Callable[[int], int] | None:
+    """Step -> the number in the run of its first sample, from the step on at which the recipe took over; None where it
+    does not tell.
+    """
+    try:
+        batch, begun = recipe["batch"]["global_batch_size"], recipe["data"].get("continues") or {"step": 0, "sample": 0}
+        step, sample = begun["step"], begun["sample"]
+        return lambda asked: max(0, int(sample) + (asked - int(step)) * int(batch))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
+
+
+def begun(entries: Sequence[Entry], measured: Sequence[int]) -> list[Begun]:
+    """Every start and resume. measured: for each of them the completed steps that its metrics got to, -1 for none."""
+    starts = [index for index, entry in enumerate(entries) if entry["kind"] in ("start", "resume")]
+    lowest = _lowest_later(entries)
+    found = []
+    for number, index in enumerate(starts, 1):
+        entry, stop = entries[index], starts[number] if number < len(starts) else len(entries)
+        first = entry["step"]
+        saved_at = (other["step"] for other in entries[index:stop] if other["kind"] in ("checkpoint", "skip", "end"))
+        reached = max([first, measured[number - 1], *saved_at])
+        kept = max(first, min(reached, lowest[index]))
+        found.append(Begun(number, first, kept, reached, when(entry), entry["parent"], _facts(entry)))
+    return found
+
+
+def _lowest_later(entries: Sequence[Entry]) -> list[float]:
+    """For each entry, the lowest step that a rollback or resume after it goes back to."""
+    found, lowest = [math.inf] * len(entries), math.inf
+    for index in range(len(entries) - 1, -1, -1):
+        found[index] = lowest
+        if entries[index]["kind"] in ("rollback", "resume"):
+            lowest = min(lowest, entries[index]["step"])
+    return found
+
+
+def _facts(entry: Entry) -> dict[str, str]:
+    """Environment as dotted keys; of the kernels only which source each op came from, for their reasons fill pages."""
+    environment = dict(entry["environment"])
+    kernels = environment.pop("kernels", None)
+    found = dict(_flat("", environment))
+    ops = kernels.get("ops") if isinstance(kernels, Mapping) else None
+    for op, choices in sorted(ops.items()) if isinstance(ops, Mapping) else ():
+        sources = (
+            {str(choice.get("source")) for choice in choices if isinstance(choice, Mapping)}
+            if isinstance(choices, list)
+            else set()
+        )
+        found[f"kernel {op}"] = ", ".join(sorted(sources)) or "-"
+    return {**found, "recipe": entry["recipe_sha256"][:12], "dataset": entry["dataset_id"][:12]}
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for name, item in sorted(value.items()):
+            yield from _flat(f"{key}.{name}" if key else name, item)
+    else:
+        yield key, value if isinstance(value, str) else canonical_json(value).decode()
+
+
+def entered(entries: Sequence[Entry]) -> list[Entered]:
+    flags = left_flags(entries)
+    return [
+        Entered(n, one["step"], one["kind"], when(one), words(one), left)
+        for n, (one, left) in enumerate(zip(entries, flags, strict=True))
+    ]
+
+
+def words(entry: Entry) -> str:
+    """What a line says, without its step and time."""
+    kind = entry["kind"]
+    if kind in ("start", "resume"):
+        where = entry["environment"]
+        origin = "from scratch" if entry["parent"] is None else f"from checkpoint {entry['parent'][:12]}"
+        return (
+            f"{'started' if kind == 'start' else 'restarted'} {origin}, {where.get('backend', '?')} on "
+            f"{where.get('device', '?')}"
+        )
+    if kind in ("chunk_begin", "chunk_end"):
+        return (
+            f"chunk {entry['chunk']} {kind.removeprefix('chunk_')}s, place {entry['place']}, "
+            f"{_samples(entry['samples'])}"
+        )
+    if kind == "checkpoint":
+        return f"checkpoint {entry['root'][:12]}, metrics {entry['metrics_sha256'][:12]}"
+    if kind == "recipe":
+        return "recipe changed: " + ", ".join(
+            f"{key}: {_shown(old)} → {_shown(new)}" for key, old, new in entry["changes"]
+        )
+    if kind == "rollback":
+        count = len(entry["abandoned"])
+        later = f"{count} later checkpoint{'' if count == 1 else 's'} on branch {entry['branch']}"
+        return f"rolled back to checkpoint {entry['root'][:12]}, {later}: {entry['reason']}"
+    if kind == "defer":
+        return f"chunk {entry['chunk']} {'deferred' if entry['action'] == 'defer' else 'dropped'}: {entry['reason']}"
+    if kind == "skip":
+        return f"step skipped, {_samples(entry['samples'])}"
+    return "ended"
+
+
+def _shown(value: Any) -> str:
+    return "(absent)" if value is None else canonical_json(value).decode()
+
+
+def _samples(samples: Sequence[int]) -> str:
+    return f"samples {samples[0]:,} to {samples[1] - 1:,}"
+
+
+def when(entry: Entry) -> str:
+    """UTC, to the second."""
+    return datetime.datetime.fromtimestamp(entry["time"], datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def whole(value: Any) -> int | None:
+    """A count as it is, None for anything else."""
+    return value if type(value) is int and 0 <= value < 1 << 80 else None
+
+
+def text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None

@@ -1,0 +1,423 @@
+"""A run's page: one HTML file with style and pictures in it, no script, and nothing that asks the network.
+
+What a reader would get wrong: every text in it may be a stranger's (a release's names and reasons), so it goes through
+`safe` where it enters the markup, and the page's Content-Security-Policy would run no script even so. Equal records
+give equal bytes: no clock is read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from weftrain.analysis.report.chart import Chart, Curve, chart_html, lanes_html, safe
+from weftrain.analysis.report.collect import Cell, Matrix, RunReport, Trace
+from weftrain.analysis.report.ledger import Begun, Saved, text, whole
+from weftrain.analysis.report.style import STYLE
+from weftrain.core.formats import fsops
+from weftrain.core.formats.plain_file import real_path
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+T = TypeVar("T")
+MAX_CELLS_A_SIDE = 64  # of a memorization matrix; what is between is left out, and said
+MAX_LINES = 3000  # of the ledger and of the checkpoints: the first and the last
+_READING = (
+    "Steps are completed steps; shaded bands are chunks. A long curve is drawn by the least and the greatest of each "
+    "of its parts, so "
+    "that no spike is lost, and the strong line is their medians. A red dot at the top edge is a value that is not "
+    "finite; the curve is "
+    "broken there. What a mark means is in its tooltip, and in the ledger below."
+)
+_NONE = "-"
+_RELATIONS = {"just seen": "*", "earlier": "+", "partly seen": "~", "unseen": "", "unknown": "?"}
+
+
+def write_page(report: RunReport, path: Path) -> None:
+    """Write the page; its links to checkpoints are relative to where it lies. Raises OSError."""
+    fsops.write_bytes(path, page_html(report, real_path(path).parent).encode())
+
+
+def page_html(report: RunReport, place: Path) -> str:
+    """The page as text. place: the folder in which it will lie."""
+    sections = [
+        ("identity", "Identity", _pairs(report.identity, code=True)),
+        ("recipe", "Recipe arithmetic", _recipe(report)),
+        ("curves", "Curves", _curves(report)),
+        ("checkpoints", "Chunks and checkpoints", _checkpoints(report, place)),
+        ("memorization", "Memorization", _memorization(report)),
+        ("evaluations", "Evaluations", _evaluations(report)),
+        ("environment", "Starts and environment", _environment(report)),
+        ("ledger", "Ledger", _ledger(report)),
+    ]
+    links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in sections)
+    body = "".join(
+        f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{title}</h2>{part}</section>'
+        for key, title, part in sections
+    )
+    tiles = "".join(
+        f"<div><dt>{safe(name)}</dt><dd>{safe(value)}</dd><dd>{safe(what)}</dd></div>"
+        for name, value, what in report.tiles
+    )
+    warnings = "".join(f"<li>{safe(words)}</li>" for words in report.warnings)
+    warnings = f'<ul class="warnings" role="note" aria-label="warnings">{warnings}</ul>' if warnings else ""
+    description = f'<p class="soft">{safe(report.description)}</p>' if report.description else ""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">'
+        f'<link rel="icon" href="data:,"><title>{safe(report.name)}: run report</title><style>{STYLE}</style></head><body>'
+        f'<header><h1>{safe(report.name)}</h1><p><span class="status">{safe(report.status)}</span></p>{description}'
+        f'<dl class="tiles">{tiles}</dl>{warnings}<nav aria-label="sections"><ul>{links}</ul></nav></header><main>{body}</main>'
+        "<footer>Everything here is read from the run's own record; nothing was trained, loaded or verified to write "
+        "it. "
+        "<code>weftrain verify</code> checks a release's bytes, <code>weftrain replay</code> that they were trained "
+        "so.</footer>"
+        "</body></html>\n"
+    )
+
+
+def _absent(words: str, command: str = "") -> str:
+    return f'<p class="absent">{safe(words)}{f": <code>{safe(command)}</code>" if command else "."}</p>'
+
+
+def _pairs(pairs: Sequence[tuple[str, str]], *, code: bool = False) -> str:
+    rows = (
+        f"<dt>{safe(name)}</dt><dd>{f'<code>{safe(value)}</code>' if code and _is_hash(value) else safe(value)}</dd>"
+        for name, value in pairs
+    )
+    return f'<dl class="pairs">{"".join(rows)}</dl>'
+
+
+def _is_hash(value: str) -> bool:
+    return len(value) >= 32 and all(letter in "0123456789abcdef" for letter in value)
+
+
+def _table(caption: str, head: Sequence[tuple[str, bool]], rows: Sequence[str], label: str) -> str:
+    """head: (name, whether its column holds figures). rows: <tr> markup. caption: text. It scrolls within its own
+    box.
+    """
+    cells = "".join(f'<th scope="col"{" class=n" if figures else ""}>{safe(name)}</th>' for name, figures in head)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{safe(label)}"><table><caption><span>{safe(caption)}</span></caption>'
+        f"<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _recipe(report: RunReport) -> str:
+    if not report.arithmetic:
+        return _absent("No recipe that this version understands was recorded, so nothing can be derived")
+    return _pairs(report.arithmetic)
+
+
+# Curves
+
+
+def _curves(report: RunReport) -> str:
+    if not (report.loss or report.heldout):
+        return _absent("No step was logged", "weftrain train RECIPE")
+    charts = [
+        _chart(
+            report,
+            "Loss",
+            "nats a token",
+            [*_named(report.loss, smooth=True), *_named(report.heldout, first=1, dots=True)],
+        )
+    ]
+    for title, unit, traces, zero in (
+        ("Learning rate", "by parameter group", report.learning_rate, True),
+        ("Gradient norm", "before clipping", report.gradient_norm, False),
+    ):
+        charts.append(
+            _chart(report, title, unit, _named(traces, smooth=title == "Gradient norm"), from_zero=zero, key=False)
+        )
+    p50 = report.tokens_per_second_p50
+    level = None if p50 is None else (p50, f"p50 {p50:,.0f}")
+    charts.append(
+        _chart(
+            report,
+            "Throughput",
+            "tokens/s",
+            _named(report.throughput, smooth=True),
+            from_zero=True,
+            level=level,
+            show=_figure,
+            key=False,
+        )
+    )
+    held = (
+        ""
+        if report.heldout
+        else _absent("No held-out loss was measured: set log.evaluate_every_steps and data with held-out rows")
+    )
+    return f'<div class="charts">{"".join(charts)}</div>{held}<p class="soft">{_READING}</p>'
+
+
+def _chart(report: RunReport, title: str, unit: str, curves: Sequence[Curve], **more: Any) -> str:
+    return chart_html(Chart(title, unit, curves, report.last_step, report.marks, report.bands, **more))
+
+
+def _named(traces: Sequence[Trace], *, first: int = 0, dots: bool = False, smooth: bool = False) -> list[Curve]:
+    """Traces as curves, a colour for each name; what was left has that of its name."""
+    colours: dict[str, int] = {}
+    for trace in traces:
+        colours.setdefault(trace.name, (first + len(colours)) % 6)
+    return [Curve(trace.name, trace.points, colours[trace.name], trace.left, dots, smooth) for trace in traces]
+
+
+def _figure(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g} {letter}"
+    return f"{value:.4g}"
+
+
+# Tables
+
+
+def _checkpoints(report: RunReport, place: Path) -> str:
+    if not report.saved:
+        return _absent(
+            "No checkpoint was entered in a ledger: set checkpoint.every_steps, or data.chunks, and train on"
+        )
+    head = [
+        ("step", True),
+        ("chunk", True),
+        ("steps", True),
+        ("samples", True),
+        ("root", False),
+        ("parent", False),
+        ("metrics", False),
+        ("", False),
+    ]
+    shown, hidden = _ends(report.saved)
+    rows = [_checkpoint(report, saved, place) for saved in shown]
+    left = sum(saved.left is not None for saved in report.saved)
+    caption = (
+        f"{len(report.saved) - left:,} checkpoints on the line that counts{f', {left:,} left' if left else ''}"
+        f"{f', of which {hidden:,} in the middle are not shown' if hidden else ''}. Each was reached from its parent "
+        "by the steps and samples named; metrics is the digest of the measurements between them. Hashes are whole in "
+        "their tooltips."
+    )
+    return _table(caption, head, rows, "checkpoints and the chunks they end")
+
+
+def _ends(items: Sequence[T]) -> tuple[Sequence[T], int]:
+    """At most MAX_LINES of them, from both ends, and how many in the middle are left out."""
+    hidden = max(0, len(items) - MAX_LINES)
+    return ([*items[: MAX_LINES // 2], *items[-(MAX_LINES // 2) :]] if hidden else items), hidden
+
+
+def _checkpoint(report: RunReport, saved: Saved, place: Path) -> str:
+    root = _hash(saved.root)
+    if saved.place is not None:
+        root = f'<a href="{safe(relative_link(report.folder / saved.place, place))}">{root}</a>'
+    samples = "?" if saved.samples is None else _span(*saved.samples)
+    note = "; ".join([*([saved.left] if saved.left else []), *([] if saved.place else ["its folder is not here"])])
+    chunk = safe(saved.chunk or _NONE)
+    return (
+        f'<tr{" class=left" if saved.left else ""}><th scope="row" class="n">{saved.step:,}</th><td class="n">{chunk}</td>'
+        f'<td class="n">{_span(saved.first_step, saved.step)}</td><td class="n">{samples}</td><td>{root}</td>'
+        f"<td>{_hash(saved.parent) if saved.parent else 'the seed'}</td><td>{_hash(saved.metrics_sha256)}</td>"
+        f"<td{' class=words' if note else ''}>{safe(note)}</td></tr>"
+    )
+
+
+def _hash(value: str) -> str:
+    return f'<code title="{safe(value)}">{safe(value[:12])}</code>'
+
+
+def _span(first: int, stop: int) -> str:
+    """[first, stop) as it is read."""
+    return f"{first:,} to {stop - 1:,}" if stop > first else "none"
+
+
+def relative_link(target: Path, place: Path) -> str:
+    """A folder as a relative URL from the folder `place`; never one that a browser takes for a scheme."""
+    relative = quote(os.path.relpath(real_path(target), real_path(place)))
+    return (relative if relative.startswith(".") else f"./{relative}") + "/"
+
+
+def _memorization(report: RunReport) -> str:
+    if not report.memorization:
+        return _absent("No memorization was measured", "weftrain memorize RUN")
+    return "".join(_matrix(matrix) for matrix in report.memorization)
+
+
+def _matrix(matrix: Matrix) -> str:
+    """Extractible per cent and mean score; the shade is the mean score's, and every figure is written out."""
+    rows, chunks = _thin(matrix.rows), _thin(matrix.chunks)
+    lines = []
+    for step, root in rows:
+        cells = "".join(_cell(matrix.cells.get((root, chunk)), f"step {step:,}, {chunk}") for chunk in chunks)
+        lines.append(f'<tr><th scope="row" class="n">{step:,}</th><td>{_hash(root)}</td>{cells}</tr>')
+    left_out = len(matrix.rows) * len(matrix.chunks) - len(rows) * len(chunks)
+    caption = (
+        f"{matrix.words}. In each cell: rows recited whole, in per cent, and the mean score from 0 to 1, which the "
+        "shade shows. "
+        "* just seen, + seen earlier, ~ seen in part, ? not known; without a sign: never seen by that checkpoint."
+        f"{f' {left_out:,} cells are left out, at even distances.' if left_out else ''}"
+    )
+    return _table(
+        caption,
+        [("step", True), ("root", False), *((chunk, True) for chunk in chunks)],
+        lines,
+        f"memorization, {matrix.words}",
+    )
+
+
+def _cell(cell: Cell | None, where: str) -> str:
+    if cell is None:
+        return '<td class="none" title="not measured">-</td>'
+    title = (
+        f"{where}: {cell.extractible_percent:.4g} % of {cell.rows:,} rows, mean score {cell.mean_score:.6f}, "
+        f"{cell.relation}"
+    )
+    sign = _RELATIONS.get(cell.relation, "?")
+    return (
+        f'<td class="heat" style="--v:{cell.mean_score:.3f}" title="{safe(title)}"><b>{cell.extractible_percent:.2f} %</b> '
+        f"{cell.mean_score:.4f}{f' {sign}' if sign else ''}</td>"
+    )
+
+
+def _thin(items: Sequence[Any]) -> Sequence[Any]:
+    """At most MAX_CELLS_A_SIDE of them, the first and the last among them."""
+    if len(items) <= MAX_CELLS_A_SIDE:
+        return items
+    return [items[index * (len(items) - 1) // (MAX_CELLS_A_SIDE - 1)] for index in range(MAX_CELLS_A_SIDE)]
+
+
+def _evaluations(report: RunReport) -> str:
+    if not report.evaluations:
+        return _absent("No evaluation was recorded", "weftrain eval RUN --tasks ...")
+    head = [
+        ("task", False),
+        ("version", True),
+        ("shots", True),
+        ("metric", False),
+        ("percent", True),
+        ("value", True),
+        ("samples", True),
+    ]
+    counted = {saved.root for saved in report.saved if saved.left is None}
+    rows = [_evaluation(record, counted) for record in report.evaluations]
+    caption = (
+        "Each row is a record under analyses/evaluations, checked against its own hash. ± is the standard error where "
+        "the task states one."
+    )
+    return _table(caption, [*head, ("step", True), ("root", False), ("", False)], rows, "evaluations")
+
+
+def _evaluation(record: Mapping[str, Any], counted: set[str]) -> str:
+    shots = record.get("shots")
+    percent, error = _real(record.get("value_percent")), _real(record.get("stderr_percent"))
+    shown = _NONE if percent is None else f"{percent:.2f}" + ("" if error is None else f" ± {error:.2f}")
+    value = _real(record.get("value"))
+    samples, step = (
+        _NONE if (count := whole(record.get(key))) is None else f"{count:,}" for key in ("samples", "step")
+    )
+    root = text(record.get("checkpoint")) or "?"
+    left = bool(counted) and root not in counted
+    note = ", ".join([*(["partial"] if record.get("partial") is True else []), *(["not on the line"] if left else [])])
+    figures = (
+        _or_none(record.get("task_version")),
+        "mixed" if isinstance(shots, list) else _or_none(shots),
+        _or_none(record.get("metric")),
+        shown,
+        _NONE if value is None else f"{value:.6g}",
+        samples,
+        step,
+    )
+    cells = "".join(
+        f"<td{'' if place == 2 else ' class=n'}>{safe(figure)}</td>" for place, figure in enumerate(figures)
+    )
+    head = f'<th scope="row">{safe(record.get("task"))}</th>'
+    return f"<tr{' class=left' if left else ''}>{head}{cells}<td>{_hash(root)}</td><td>{safe(note)}</td></tr>"
+
+
+def _or_none(value: Any) -> Any:
+    return _NONE if value is None else value
+
+
+def _real(value: Any) -> float | None:
+    return (
+        float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        else None
+    )
+
+
+# Starts and the ledger
+
+
+def _environment(report: RunReport) -> str:
+    if not report.begun:
+        return _absent("No start was entered in a ledger, so no environment is known")
+    keys = dict.fromkeys(key for start in report.begun for key in start.facts)
+    differing = [key for key in keys if len({start.facts.get(key) for start in report.begun}) > 1]
+    same = [(key, report.begun[0].facts[key]) for key in keys if key not in differing]
+    lanes = [(f"start {one.number}", one.first_step, one.kept, one.reached, _lane_words(one)) for one in report.begun]
+    rows = [
+        _start(before, start, differing) for before, start in zip([None, *report.begun], report.begun, strict=False)
+    ]
+    head = [
+        ("start", True),
+        ("from step", True),
+        ("counts to", True),
+        ("reached", True),
+        ("when (UTC)", False),
+        ("parent", False),
+    ]
+    caption = (
+        "What differs between starts has a column; a cell that is marked, and says 'now', differs from the start "
+        "before. "
+        if differing
+        else "All starts were made in one environment."
+    )
+    table = _table(caption, [*head, *((key, False) for key in differing)], rows, "starts")
+    pairs = "".join(f"<div><dt>{safe(key)}</dt><dd>{safe(value)}</dd></div>" for key, value in same)
+    common = f'<h3>The same in every start</h3><dl class="pairs many">{pairs}</dl>' if same else ""
+    note = '<p class="soft">Bars run from the step at which training began to the one it reached; dashed: what does not count.</p>'
+    return f"{lanes_html(lanes, report.last_step)}{note}{table}{common}"
+
+
+def _lane_words(start: Begun) -> str:
+    gone = f"; steps {start.kept:,} to {start.reached:,} do not count" if start.reached > start.kept else ""
+    return f"start {start.number}, {start.when} UTC: from step {start.first_step:,} to {start.reached:,}{gone}"
+
+
+def _start(before: Begun | None, start: Begun, differing: Sequence[str]) -> str:
+    cells = []
+    for key in differing:
+        value = start.facts.get(key, "(absent)")
+        changed = before is not None and before.facts.get(key, "(absent)") != value
+        cells.append(f'<td class="changed">now {safe(value)}</td>' if changed else f"<td>{safe(value)}</td>")
+    return (
+        f'<tr><th scope="row" class="n">{start.number}</th><td class="n">{start.first_step:,}</td><td class="n">{start.kept:,}</td>'
+        f'<td class="n">{start.reached:,}</td><td>{safe(start.when)}</td><td>{_hash(start.parent) if start.parent else "from scratch"}</td>'
+        f"{''.join(cells)}</tr>"
+    )
+
+
+def _ledger(report: RunReport) -> str:
+    if not report.entered:
+        return _absent(
+            "The run has no ledger.jsonl: it was made before there was one, so nothing ties its checkpoints to their "
+            "data"
+        )
+    lines = report.entered
+    shown, hidden = _ends(lines)
+    items = "".join(
+        f'<li class="{safe(one.kind)}"><span{" class=left" if one.left else ""}>step {one.step:,}</span><time>{safe(one.when)}</time>'
+        f"<span{' class=left' if one.left else ''}>{safe(one.words)}{' (left)' if one.left else ''}</span></li>"
+        for one in shown
+    )
+    note = f", of which {hidden:,} in the middle are not shown" if hidden else ""
+    return (
+        f'<p class="soft">{len(lines):,} lines, each chained to the one before by SHA-256, and the chain was checked{note}. Times are UTC. '
+        f'"(left)": does not count, for the run went back behind it.</p>'
+        f'<ol class="timeline" tabindex="0" aria-label="ledger">{items}</ol>'
+    )

@@ -1,0 +1,72 @@
+"""A finished run in a few lines, computed from its metrics.jsonl alone.
+
+What a reader would get wrong: tokens per second is the median over the logged steps after the first tenth, so a slow
+start (compilation, cold caches) does not stand in it, and nothing is averaged over wall time that includes evaluation
+and checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weftrain.core.run.metrics import effective_records, heldout_label
+from weftrain.core.run.speed import RunUtilization
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run came to. Losses are means over the tokens that bear one; heldout maps a set and its rows to (first,
+    last).
+    """
+
+    steps: int  # completed
+    skipped: int  # of them, left out because loss or gradient norm was not finite: the others are updates
+    tokens: int
+    loss_first: float  # of steps that were not skipped; NaN where there is none
+    loss_last: float
+    heldout: dict[str, tuple[float, float]]
+    tokens_per_second: float
+    model_flops_utilization: float | None  # None: unknown
+    peak_flops: float | None  # that it was measured against
+
+
+def summarize(folder: Path) -> RunSummary | None:
+    """The summary of the run in `folder`, or None if it logged no step."""
+    last: dict[str, Any] = {}
+    skipped, made = 0, list[float]()  # the losses of the first and the newest step that was not skipped
+    speeds, utilization = array("d"), RunUtilization()
+    heldout: dict[str, tuple[float, float]] = {}
+    for record in effective_records(folder):
+        utilization.add(record)
+        if record["kind"] == "step":
+            last = record
+            if record.get("skipped"):
+                skipped += 1
+            else:
+                made = [*made[:1], float(record["loss"])]
+            speeds.append(record.get("tokens_per_second", math.nan))
+        elif record["kind"] == "evaluation":
+            name, loss = heldout_label(record), float(record["loss"])
+            heldout[name] = (heldout[name][0] if name in heldout else loss, loss)
+    if not last:
+        return None
+    made = made or [math.nan]
+    rates = [rate for rate in speeds[len(speeds) // 10 :] if math.isfinite(rate)]
+    tokens_per_second = statistics.median(rates) if rates else math.nan
+    used = utilization.result()
+    return RunSummary(
+        steps=last["step"],
+        skipped=skipped,
+        tokens=last.get("tokens", 0),
+        loss_first=made[0],
+        loss_last=made[-1],
+        heldout=heldout,
+        tokens_per_second=tokens_per_second,
+        model_flops_utilization=used[0] if used else None,
+        peak_flops=used[1].flops if used else None,
+    )

@@ -1,0 +1,1 @@
+"""Where parameters, optimizer state and gradients are kept between visits of a layer."""

@@ -1,0 +1,344 @@
+"""The tier past the page cache: one thread reads ahead, one writes behind, buffers are used again.
+
+What a reader would get wrong: writes are done in the order in which they were asked for, and after one that failed none
+is done. The order of tiles, gradients and commits on the disk is what makes a step a transaction (store.py).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import mmap
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weftrain.backends.streaming.store.base import DTYPES, Part, Planes, typed
+from weftrain.backends.streaming.store.checksums import checksum
+from weftrain.backends.streaming.store.layout import PAGE_BYTES, Layout, Record, Tile, ahead_tiles
+from weftrain.backends.streaming.store.mapped import FileStore, state_sums
+from weftrain.core.errors import BackendError
+
+STALL_WARNING_S = 15.0
+
+
+def aligned(size_bytes: int) -> Tensor:
+    """uint8 [size], on page boundaries, of anonymous memory that huge pages may back; returned to the system with the
+    tensor.
+    """
+    memory = mmap.mmap(-1, max(size_bytes, PAGE_BYTES))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # the system never gives huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size_bytes]
+
+
+class _Pool:
+    """Aligned buffers that are used again, up to a number of bytes in use at once. A first buffer is always given,
+    whatever its size.
+
+    A free buffer serves requests down to half its size: tiles of like sizes share, and no page is mapped anew from step
+    to step.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit, self._used = limit_bytes, 0
+        self._free: list[Tensor] = []
+        self._lent: dict[int, Tensor] = {}  # address -> the whole buffer
+        self._changed = threading.Condition()
+        self._failed: BaseException | None = None
+
+    def take(self, size_bytes: int) -> Tensor:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._failed is not None or self._used == 0 or self._used + size_bytes <= self._limit
+            )
+            if self._failed is not None:
+                raise self._failed
+            self._used += size_bytes
+            fitting = [buffer for buffer in self._free if size_bytes <= buffer.numel() <= 2 * size_bytes]
+            found = min(fitting, key=Tensor.numel, default=None)
+            if found is None:
+                held = sum(buffer.numel() for buffer in (*self._free, *self._lent.values()))
+                for buffer in sorted(self._free, key=Tensor.numel, reverse=True):  # other sizes make way
+                    if held + size_bytes <= 2 * self._limit:
+                        break
+                    self._remove(buffer)
+                    held -= buffer.numel()
+                found = aligned(size_bytes)
+            else:
+                self._remove(found)
+            self._lent[found.data_ptr()] = found
+            return found[:size_bytes]
+
+    def _remove(self, buffer: Tensor) -> None:
+        self._free = [other for other in self._free if other is not buffer]
+
+    def give(self, buffer: Tensor) -> None:
+        with self._changed:
+            self._used -= buffer.numel()
+            self._free.append(self._lent.pop(buffer.data_ptr()))
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Nothing will come back any more: raise this wherever somebody waits, or will."""
+        with self._changed:
+            self._failed = error
+            self._changed.notify_all()
+
+
+class DirectStore(FileStore):
+    """One thread reads ahead and one writes behind; both wait in the kernel while the disk works, and touch no number
+    themselves.
+
+    buffer_bytes: of state on its way in and out, and as much again of gradients.
+    """
+
+    tier = "direct"
+    _writer: ThreadPoolExecutor | None = None  # None: still being opened, what is written then is written at once
+
+    def __init__(self, layout: Layout, folder: Path, buffer_bytes: int) -> None:
+        super().__init__(layout, folder, direct=True)
+        self.buffer_bytes = buffer_bytes
+        self._reader, self._writer = ThreadPoolExecutor(1, "store-reader"), ThreadPoolExecutor(1, "store-writer")
+        self._buffers, self._gradient_buffers = _Pool(buffer_bytes), _Pool(buffer_bytes)
+        # tile -> its compute plane, and the rest of it with the gradient
+        self._reads: dict[int, Future[tuple[Tensor, Tensor | None]]] = {}
+        self._writes: dict[int, Future[None]] = {}  # tile -> the last write of its state
+        self._spools: dict[int, Future[None]] = {}  # tile -> the last write of its gradient
+        self._fetched: dict[int, Tensor] = {}
+        self._occupants: dict[int, Record] = {}  # address of a slot -> the record last asked for into it
+        self._ahead: dict[int, Future[Tensor]] = {}  # tile -> the rest of its state
+        self._lock = threading.Lock()
+        self._jobs: list[Future[None]] = []
+        self._failed: BaseException | None = None
+
+    def prefetch(self, record: Record, slot: Tensor | None, with_state: bool) -> None:
+        assert slot is not None
+        for tile in record.tiles:
+            first = tile.compute_offset + tile.owned.start // max(len(tile.owned), 1) * tile.compute_bytes
+            plane = slot[first : first + tile.compute_bytes]
+            update = with_state and self.needs_update(tile)
+            ahead = self._ahead.pop(tile.index, None) if update else None
+            leaving = self._leaving(slot, record)
+            step = self.standing().step
+            self._reads[tile.index] = self._reader.submit(
+                self._read, tile, plane, self.rotation(tile), step, update, leaving, ahead
+            )
+            self.bytes_read += tile.compute_bytes if ahead is not None or not update else tile.bytes
+            self.bytes_read += tile.gradient_bytes if update else 0
+        self._occupants[slot.data_ptr()] = record
+
+    def _leaving(self, slot: Tensor, record: Record) -> list[Future[None]]:
+        """Writes out of the same memory by the record that was there before."""
+        before = self._occupants.get(slot.data_ptr())
+        return (
+            []
+            if before is None or before is record
+            else [self._writes[tile.index] for tile in before.tiles if tile.index in self._writes]
+        )
+
+    def _read(
+        self,
+        tile: Tile,
+        plane: Tensor,
+        rotation: int,
+        step: int,
+        with_state: bool,
+        leaving: list[Future[None]],
+        ahead: Future[Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        # First what was written before, to the same place on disk or out of the same memory.
+        for earlier in (*leaving, self._writes.get(tile.index), self._spools.get(tile.index) if with_state else None):
+            if earlier is not None:
+                earlier.result()
+        offset, state_bytes, rest = self.layout.offset(tile, rotation), tile.bytes - tile.compute_bytes, None
+        if with_state:
+            rest = self._buffers.take(state_bytes + tile.gradient_bytes) if ahead is None else ahead.result()
+        start = time.perf_counter()
+        if rest is None or ahead is not None:
+            self._state.read_at(offset, self._part(plane))
+        else:
+            self._state.read_at(offset, self._part(plane), self._part(rest[:state_bytes]))
+        if rest is not None:
+            self._state.read_at(self.layout.gradient_offset(tile), self._part(rest[state_bytes:]))
+        self._busy("read", tile, start)
+        self._check_planes(tile, rotation, self._typed(tile, plane, rest if ahead is None else None))
+        if rest is not None:
+            gradient = rest[state_bytes:].numpy()
+            self._check_gradient(tile, step, checksum(gradient, tile.index, -1, step))
+        return plane, rest
+
+    def _typed(self, tile: Tile, plane: Tensor | None, rest: Tensor | None) -> Planes:
+        """Views of what is there of a tile: its compute plane, and the rest of its state."""
+        found = {} if plane is None else {tile.planes[0].name: plane.view(DTYPES[tile.planes[0].dtype])}
+        for name, (offset, item) in list(tile.plane_offsets().items())[1:] if rest is not None else []:
+            assert rest is not None
+            at = offset - tile.compute_bytes
+            found[name] = rest[at : at + item.bytes(len(tile.owned))].view(DTYPES[item.dtype])
+        return found
+
+    def read_ahead(self, record: Record) -> None:
+        def read(tile: Tile, offset: int, rotation: int) -> Tensor:
+            if tile.index in self._writes:
+                self._writes[tile.index].result()
+            state_bytes = tile.bytes - tile.compute_bytes
+            rest = self._buffers.take(state_bytes + tile.gradient_bytes)
+            start = time.perf_counter()
+            self._state.read_at(offset, self._part(rest[:state_bytes]))
+            self._busy("read", tile, start)
+            self._check_planes(tile, rotation, self._typed(tile, None, rest))
+            return rest
+
+        for tile in ahead_tiles(record, self.buffer_bytes):
+            offset = self.layout.offset(tile, self.rotation(tile)) + tile.compute_bytes
+            self._ahead[tile.index] = self._reader.submit(read, tile, offset, self.rotation(tile))
+            self.bytes_read += tile.bytes - tile.compute_bytes
+
+    @property
+    def ahead(self) -> bool:  # type: ignore[override]
+        return bool(self._ahead)
+
+    def drop_ahead(self) -> None:
+        while self._ahead:
+            self._buffers.give(self._wait(self._ahead.popitem()[1], None, "read"))
+
+    def _busy(self, what: str, tile: Tile, start: float) -> None:
+        end = time.perf_counter()
+        with self._lock:  # the two threads add to one figure
+            self.io_s += end - start
+        self.trace(what, self.layout.records[tile.record].name, start, end)
+
+    def compute_planes(self, record: Record) -> list[Tensor]:
+        for tile in record.tiles:
+            if tile.index in self._reads:
+                self._fetched[tile.index] = self._wait(self._reads.pop(tile.index), record, "read")[0]
+        return [self._fetched[tile.index].view(DTYPES[tile.planes[0].dtype]) for tile in record.tiles]
+
+    def updating(self, tile: Tile) -> Iterator[Part]:
+        plane, rest = self._wait(self._reads.pop(tile.index), self.layout.records[tile.record], "read")
+        assert rest is not None
+        self._fetched[tile.index] = plane
+        state_bytes = tile.bytes - tile.compute_bytes
+        planes, rotation = self._typed(tile, plane, rest), self.rotation(tile) + 1
+        yield 0, len(tile.owned), planes, rest[state_bytes:].view(DTYPES[tile.gradient_dtype])
+
+        def write() -> None:
+            start = time.perf_counter()
+            self._state.write_at(self.layout.offset(tile, rotation), self._part(plane), self._part(rest[:state_bytes]))
+            self._busy("write", tile, start)
+            self._note_state(tile, rotation, state_sums(tile, planes, rotation))
+            self._buffers.give(rest)
+
+        self.bytes_written += tile.bytes
+        self._writes[tile.index] = self._submit(write)
+        self._updated(tile)
+
+    def spool(self, tile: Tile, gradient: Callable[[Tensor], None]) -> None:
+        with self._blamed("written"):
+            buffer = self._gradient_buffers.take(tile.gradient_bytes)
+        gradient(buffer.view(DTYPES[tile.gradient_dtype]))
+        step = self.standing().step + 1
+
+        def write() -> None:
+            start = time.perf_counter()
+            self._state.write_at(self.layout.gradient_offset(tile), self._part(buffer))
+            self._busy("spool", tile, start)
+            self._note_gradient(tile, step, buffer)
+            self._gradient_buffers.give(buffer)
+
+        self.bytes_written += tile.gradient_bytes
+        self._spools[tile.index] = self._submit(write)
+
+    def read_state(self, tile: Tile) -> Planes:
+        self.drain()
+        memory = aligned(tile.bytes)
+        rotation = self.rotation(tile)
+        with self._blamed("read"):
+            self._state.read_at(self.layout.offset(tile, rotation), self._part(memory))
+        planes = typed(memory, tile)
+        self._check_planes(tile, rotation, planes)
+        return planes
+
+    def write_state(self, tile: Tile, planes: Planes) -> None:
+        with self._blamed("written"):
+            buffer = self._buffers.take(tile.bytes)
+        buffer.zero_()
+        target = typed(buffer, tile)
+        for name, plane in target.items():
+            plane.copy_(planes[name])
+
+        def write() -> None:
+            self._state.write_at(self.layout.offset(tile, 0), self._part(buffer))
+            self._note_state(tile, 0, state_sums(tile, target, 0))
+            self._buffers.give(buffer)
+
+        self._submit(write)
+
+    def _submit(self, job: Callable[[], None]) -> Future[None]:
+        """Behind all that was submitted before. After a failure nothing more is written: the next tile would overwrite
+        a good one.
+        """
+
+        def run() -> None:
+            if self._failed is not None:
+                raise self._failed
+            try:
+                job()
+            except BaseException as error:
+                self._fail(error)
+                raise
+
+        assert self._writer is not None
+        future = self._writer.submit(run)
+        self._jobs = [job for job in self._jobs if not job.done() or job.exception() is not None] + [future]
+        return future
+
+    def _fail(self, error: BaseException) -> None:
+        self._failed = self._failed or error
+        for pool in (self._buffers, self._gradient_buffers):
+            pool.fail(error)
+
+    def _in_order(self, job: Callable[[], None]) -> None:
+        if self._writer is None:
+            super()._in_order(job)
+        else:
+            self._submit(job)
+
+    def drain(self) -> None:
+        for job in self._jobs:
+            self._wait(job, None, "written")
+        self._jobs = []
+
+    def _wait(self, future: Future[Any], record: Record | None, what: str) -> Any:
+        """A result, with the time that it was waited for. A disk that takes long is reported while it does."""
+        start, name = time.perf_counter(), "the end of the step" if record is None else record.name
+        while not concurrent.futures.wait((future,), STALL_WARNING_S).done:
+            waited = time.perf_counter() - start
+            warnings.warn(
+                f"{self.folder}: {waited:.0f} s waited for {name} to be {what}: the disk is slow or hangs", stacklevel=2
+            )
+        with self._blamed(what):
+            result = future.result()
+        end = time.perf_counter()
+        self.stall_s += end - start
+        if end - start > 1e-4:
+            self.trace("stall", name, start, end)
+        return result
+
+    def close(self) -> None:
+        # a read that waits for room would wait for ever
+        self._buffers.fail(BackendError(f"{self.folder}: the store was closed"))
+        self._reader.shutdown(cancel_futures=True)
+        try:
+            super().close()
+        finally:
+            assert self._writer is not None
+            self._writer.shutdown(cancel_futures=True)

@@ -1,0 +1,183 @@
+"""`weftrain log`, `rollback`, `defer`: a run's ledger, and the two commands for a loss spike."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+from rich.tree import Tree
+
+from weftrain.cli.display import Console
+
+if TYPE_CHECKING:
+    from weftrain.core.backend import Kept
+
+_FILE_WIDTH = 1000  # of a line that goes into a file or a pipe, which nobody wraps
+RunPath = click.Path(path_type=Path, exists=True, file_okay=False)
+
+
+@click.command("log")
+@click.argument("run", type=RunPath)
+@click.option(
+    "--samples", type=click.IntRange(min=0), metavar="STEP", help="Tell how the 0-based step STEP was made instead."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the ledger's lines as they are.")
+def log(run: Path, samples: int | None, as_json: bool) -> None:
+    """Print the ledger of RUN, a run's or a release's folder, as a tree: starts, chunks, checkpoints, branches."""
+    from weftrain.core.errors import RunFolderError
+    from weftrain.core.formats.canonical import canonical_json
+    from weftrain.core.run.ledger import LEDGER, lineage, read_ledger
+
+    entries = read_ledger(run / LEDGER)
+    if not entries:
+        raise RunFolderError(f"{run / LEDGER}: there is no ledger: name a run's folder that was trained, or a release")
+    if as_json:
+        for entry in entries:
+            click.echo(canonical_json(entry).decode())
+        return
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    line = lineage(entries)
+    if samples is not None:
+        try:
+            stretch, (first, stop), span = line.origin(samples)
+        except ValueError as error:
+            raise RunFolderError(f"{run / LEDGER}: {error}") from error
+        chunk = "" if span is None else f", chunk {span.chunk} at place {span.place}"
+        console.print(f"step {samples}: samples {first}..{stop - 1}{chunk}, of dataset {stretch.dataset_id}")
+        console.print(
+            f"trained in the stretch of line {stretch.entry}, which began at step {stretch.first_step} from "
+            f"{stretch.parent}"
+        )
+        return
+    _print_tree(console, run, entries, {point.entry for point in line.checkpoints})
+
+
+def _print_tree(console: Console, run: Path, entries: list[dict[str, Any]], on_line: set[int]) -> None:
+    tree = Tree(str(run))
+    stretch = tree
+    for entry in entries:
+        kind, step = entry["kind"], entry["step"]
+        words = _words(entry)
+        if kind in ("start", "resume"):
+            stretch = tree.add(f"step {step:>6}  {words}")
+        elif kind in ("rollback", "defer", "recipe"):
+            tree.add(f"step {step:>6}  {words}")
+        elif kind == "checkpoint" and entry["n"] not in on_line:
+            stretch.add(f"step {step:>6}  {words} (left)")
+        else:
+            stretch.add(f"step {step:>6}  {words}")
+    console.print(tree)
+
+
+def _words(entry: dict[str, Any]) -> str:
+    when = (
+        datetime.datetime.fromtimestamp(entry["time"], datetime.UTC)
+        .isoformat(sep=" ", timespec="seconds")
+        .removesuffix("+00:00")
+    )
+    kind = entry["kind"]
+    if kind in ("start", "resume"):
+        environment = entry["environment"]
+        threads = f", {environment['threads']} threads" if "threads" in environment else ""
+        who = f"{environment.get('backend')} on {environment.get('device')}{threads}"
+        origin = "from scratch" if entry["parent"] is None else f"from {entry['parent'][:12]}"
+        return (
+            f"{kind} {origin}  {when} UTC  {who}, dataset {entry['dataset_id'][:12]}, recipe "
+            f"{entry['recipe_sha256'][:12]}"
+        )
+    if kind in ("chunk_begin", "chunk_end"):
+        first, stop = entry["samples"]
+        return (
+            f"chunk {entry['chunk']} {kind.removeprefix('chunk_')}s  place {entry['place']}, samples "
+            f"{first}..{stop - 1}"
+        )
+    if kind == "checkpoint":
+        return f"checkpoint {entry['root'][:12]}  metrics {entry['metrics_sha256'][:12]}"
+    if kind == "recipe":
+        told = ", ".join(f"{key}: {old} -> {new}" for key, old, new in entry["changes"])
+        return (
+            f"recipe changed  {told}"
+            if told
+            else "recipe          the same, recorded with the keys that this version has beside"
+        )
+    if kind == "rollback":
+        return (
+            f"rolled back to {entry['root'][:12]}  {len(entry['abandoned'])} checkpoints on branch {entry['branch']}: "
+            f"{entry['reason']}"
+        )
+    if kind == "defer":
+        done = "deferred" if entry["action"] == "defer" else "dropped"
+        return f"chunk {entry['chunk']} {done}: {entry['reason']}"
+    if kind == "skip":
+        return f"step skipped  samples {entry['samples'][0]}..{entry['samples'][1] - 1}"
+    return f"{kind}  {when} UTC"
+
+
+@click.command("rollback")
+@click.argument("run", type=RunPath)
+@click.option(
+    "--to", "step", type=click.IntRange(min=0), required=True, help="Completed steps of the checkpoint to go on from."
+)
+@click.option("--reason", required=True, help="Why: it stands in the ledger for good.")
+def rollback(run: Path, step: int, reason: str) -> None:
+    """Go back to an earlier checkpoint of RUN. Nothing is deleted: later checkpoints become a branch of the ledger."""
+    from weftrain.core.errors import WeftrainError
+    from weftrain.core.run.ledger import Ledger
+    from weftrain.core.run.rollback import rollback as go_back
+    from weftrain.core.run.run_folder import held_run
+
+    with held_run(run):
+        try:
+            kept = _kept_state(run)
+        except (
+            WeftrainError
+        ) as error:  # where later checkpoints say that there is something to go back from, it does not matter
+            click.echo(f"warning: {error}", err=True)
+            kept = None
+        branch = go_back(run, Ledger(run), step, reason, kept)
+    click.echo(
+        f"{run}: goes on from step {step}; {len(branch.abandoned)} later checkpoints are in "
+        f"{run / 'branches' / str(branch.number)}"
+    )
+
+
+def _kept_state(run: Path) -> Kept | None:
+    """State that the backend of the run in `run` keeps by itself. Raises RunFolderError, RecipeError, BackendError."""
+    from weftrain.cli.resolve import backend_options, resolve_recorded
+    from weftrain.core.run.run_folder import RECIPE, stored_recipe
+
+    tree = stored_recipe(run, missing_ok=True)
+    if tree is None:
+        return None
+    file = resolve_recorded(tree, str(run / RECIPE))
+    backend, options = backend_options(file)
+    return backend.kept_state(file.recipe, options, run)
+
+
+@click.command("defer")
+@click.argument("run", type=RunPath)
+@click.option(
+    "--chunk", type=click.IntRange(min=0), required=True, help="Chunk of the run, counted from 0 (data.chunks)."
+)
+@click.option("--drop", is_flag=True, help="Never train on it, instead of after all others.")
+@click.option("--reason", required=True, help="Why: it stands in the ledger for good.")
+def defer(run: Path, chunk: int, drop: bool, reason: str) -> None:
+    """Put off a chunk of RUN that is not trained yet: it comes after all others. `weftrain train` then goes on as the
+    ledger says.
+    """
+    from weftrain.core.recipe_file import recorded_recipe
+    from weftrain.core.run.ledger import Ledger
+    from weftrain.core.run.rollback import put_off
+    from weftrain.core.run.run_folder import RECIPE, held_run, stored_recipe
+
+    with held_run(run):
+        recipe = recorded_recipe(stored_recipe(run), str(run / RECIPE)).recipe
+        action: Literal["defer", "drop"] = "drop" if drop else "defer"
+        entry = put_off(run, Ledger(run), recipe, chunk, action, reason, _kept_state(run))
+    click.echo(
+        f"{run}: chunk {chunk} is {'dropped' if drop else 'deferred'} from step {entry['step']} on; train goes on with "
+        "it"
+    )

@@ -1,0 +1,1 @@
+"""What lies on disk: its layout, and reading and writing it without trust."""

@@ -1,0 +1,276 @@
+"""What manifest.json, inputs.jsonl and sources.jsonl of a dataset say: sections that check themselves, and the dataset
+id's Merkle tree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from weftrain.core.config import Count, Fim, PositiveInt, Scalar, Section, Sha256
+
+SetName = Literal["train", "heldout"]
+
+
+class InputEntry(Section):
+    """A line of inputs.jsonl: a file that was read, or, after all of those, one that was not.
+
+    sha256: of each share that was read, in order; one for most files. skipped: why the file was not read; None: it was
+    read.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    num_bytes: Count
+    sha256: Annotated[tuple[Sha256, ...], Field(strict=False)] = ()
+    skipped: str | None = None
+
+
+class ShardEntry(Section):
+    file: Annotated[str, Field(pattern=r"^(train|heldout)/[0-9]{5,9}\.h5$")]
+    num_bytes: PositiveInt
+    sha256: Sha256  # of the file, as `sha256sum` prints it
+    digest: Sha256  # the shard's own, which the dataset id is made of
+    n_examples: PositiveInt
+
+
+class SetEntry(Section):
+    id: Sha256
+    n_examples: PositiveInt
+    tokens: PositiveInt  # n_examples x sequence_length: labels, each once
+    documents: PositiveInt
+    dropped_tokens: Count  # the tail that fills no row, or no chunk
+    padding_tokens: Count  # tokens that only fill a row
+    # rows of each prepared epoch, one after the other
+    epochs: Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)]
+    shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1, strict=False)]
+
+    @model_validator(mode="after")
+    def _check(self) -> SetEntry:
+        if self.n_examples != sum(shard.n_examples for shard in self.shards):
+            raise ValueError(f"n_examples {self.n_examples} is not the sum over the shards")
+        if self.n_examples != sum(self.epochs):
+            raise ValueError(f"n_examples {self.n_examples} is not the sum over the epochs")
+        if self.id != merkle_root([shard.digest for shard in self.shards]):
+            raise ValueError("the id is not the Merkle root of the shards' digests")
+        return self
+
+
+class Corpus(Section):
+    sha256: Sha256  # Merkle root over the hashes of all shares of all files that were read
+    description: str
+    licence: str
+    files: PositiveInt
+    num_bytes: Count
+
+
+class DocumentCounts(Section):
+    read: PositiveInt
+    failed: Count  # could not be read; failures.jsonl lists them
+    duplicates: Count  # equal in every byte to an earlier one, dropped
+    train: PositiveInt
+    heldout: Count
+
+
+class SourceEntry(Section):
+    """A line of sources.jsonl: what of the training set one source is, in one epoch. tokens: with start and end
+    tokens.
+    """
+
+    name: str
+    documents: Count
+    num_bytes: Count
+    tokens: Count
+
+
+class FimPrepared(Fim):
+    """Fill-in-the-middle as it was applied. tokens: its control tokens prefix, middle, suffix and perhaps pad; () in
+    old datasets.
+    """
+
+    seed: Count
+    tokens: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @property
+    def settings(self) -> Fim:
+        """What a training recipe says of it."""
+        return Fim(rate=self.rate, spm_share=self.spm_share, mode=self.mode)
+
+
+class Tokenization(Section):
+    """Who encoded. The ids are the same whoever does. checked_documents: encoded twice and compared with the
+    reference's.
+
+    unknown_tokens: of the documents read, those that the tokenizer gives for text that its vocabulary cannot spell.
+    reason: why the reference encoded everything, where the fast engine was allowed.
+    """
+
+    engine: Literal["tokenizers", "gigatoken"]
+    engine_version: str
+    reference_documents: Count
+    checked_documents: Count
+    unknown_tokens: Count = 0
+    reason: str | None = None
+
+
+class Chunks(Section):
+    """Chunk c is rows [c * rows, (c + 1) * rows) of the training set and, where the batch size is known, whole
+    steps.
+    """
+
+    count: PositiveInt
+    rows: PositiveInt
+    global_batch_size: PositiveInt | None
+
+    def steps(self, chunk: int) -> tuple[int, int] | None:
+        """First step of a chunk and first step after it, for a run that reads this set alone."""
+        if self.global_batch_size is None:
+            return None
+        each = self.rows // self.global_batch_size
+        return chunk * each, (chunk + 1) * each
+
+
+class AncestorSet(Section):
+    """A set of a dataset that another grew from. shards: how many; they are the first of the grown set."""
+
+    id: Sha256
+    n_examples: PositiveInt
+    shards: PositiveInt
+
+
+class Ancestor(Section):
+    """A dataset that this one grew from. root: of its manifest. files, num_sources: how many it had, which are this
+    one's first.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    root: Sha256
+    files: PositiveInt
+    num_sources: PositiveInt
+    train: AncestorSet
+    heldout: AncestorSet | None
+
+
+class Manifest(Section):
+    """manifest.json, consistent in itself. `preparation` holds the settings that, with the corpus, determine every
+    byte.
+
+    eos_id, bos_id: the tokens after and before each document, None where there is none; there is one of them.
+    inputs_skipped: how many files were skipped, by reason; inputs.jsonl names them after the corpus.files that were
+    read. parents: what the dataset grew from, each from the one before; the last is its own parent. version 2 had the
+    sources in the manifest itself, and no file was said to be skipped.
+    """
+
+    format: Literal["weftrain-dataset"]
+    version: Literal[2, 3]
+    name: Annotated[str, Field(min_length=1)]
+    parents: Annotated[tuple[Ancestor, ...], Field(strict=False)] = ()
+    tokenizer_sha256: Sha256  # of tokenizer.json
+    vocab_size: PositiveInt
+    eos_id: Count | None
+    bos_id: Count | None = None
+    sequence_length: PositiveInt
+    row_stride: PositiveInt
+    packing: Literal["concatenate", "best_fit", "rows"]
+    fim: FimPrepared | None
+    corpus: Corpus
+    inputs_sha256: Sha256  # of inputs.jsonl
+    inputs_skipped: Annotated[dict[str, PositiveInt], Field(default_factory=dict)]
+    tokenization: Tokenization
+    preparation: dict[str, Scalar | None]
+    documents: DocumentCounts
+    num_sources: PositiveInt
+    sources_sha256: Sha256  # of sources.jsonl
+    chunks: Chunks | None
+    train: SetEntry
+    heldout: SetEntry | None
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        for set_name, entry in self.sets.items():
+            if [shard.file for shard in entry.shards] != [
+                shard_file(set_name, index) for index in range(len(entry.shards))
+            ]:
+                raise ValueError(f"{set_name}: the shards' files do not count up from {shard_file(set_name, 0)}")
+        if self.eos_id is None and self.bos_id is None:
+            raise ValueError("eos_id and bos_id: documents have neither, so nothing tells them apart")
+        if self.chunks is not None:
+            chunks = self.chunks
+            if chunks.count * chunks.rows != self.train.n_examples or len(self.train.epochs) > 1:
+                raise ValueError(
+                    f"chunks: {chunks.count} x {chunks.rows} rows are not the {self.train.n_examples} of one epoch"
+                )
+            if chunks.global_batch_size is not None and chunks.rows % chunks.global_batch_size:
+                raise ValueError(f"chunks: {chunks.rows} rows are no whole steps of {chunks.global_batch_size}")
+        for parent in self.parents:
+            for before, now in ((parent.train, self.train), (parent.heldout, self.heldout)):
+                if before is not None and not (now is not None and _begins_with(now, before)):
+                    raise ValueError(f"parents: the shards do not begin with those of '{parent.name}'")
+        return self
+
+    def rows_of_ancestor(self, train_id: str) -> int | None:
+        """How many of the training rows, which are the first, are those of the ancestor with that dataset id; None
+        where it is none.
+        """
+        return next((parent.train.n_examples for parent in self.parents if parent.train.id == train_id), None)
+
+    @property
+    def separator_id(self) -> int:
+        """The token that tells documents apart, at which a generated text ends: the end token, else the start token."""
+        found = self.bos_id if self.eos_id is None else self.eos_id
+        assert found is not None
+        return found
+
+    @property
+    def heldout_rule(self) -> int:
+        """The rule that decided each document's side, see data_prep/heldout.py. Datasets of before there were two
+        record none.
+        """
+        return int(self.preparation.get("heldout_rule") or 1)
+
+    @property
+    def sets(self) -> dict[SetName, SetEntry]:
+        """'train', and 'heldout' where documents were held out."""
+        sets: dict[SetName, SetEntry] = {"train": self.train}
+        if self.heldout is not None:
+            sets["heldout"] = self.heldout
+        return sets
+
+
+def _begins_with(entry: SetEntry, before: AncestorSet) -> bool:
+    shards = entry.shards[: before.shards]
+    rows = sum(shard.n_examples for shard in shards)
+    return (merkle_root(shard.digest for shard in shards), rows, len(shards)) == (
+        before.id,
+        before.n_examples,
+        before.shards,
+    )
+
+
+def shard_file(set_name: str, index: int) -> str:
+    """A shard's place in the folder."""
+    return f"{set_name}/{index:05d}.h5"
+
+
+def merkle_root(leaves: Iterable[str]) -> str:
+    """Root, in hexadecimal, over hexadecimal leaves, by RFC 6962 section 2.1: leaf = H(0 || x), node = H(1 || left ||
+    right).
+
+    The left half of a split is the largest power of two below the number of leaves. Leaves may be a stream: only the
+    roots of complete subtrees are kept, at most one of each size.
+    """
+    roots: list[tuple[int, bytes]] = []  # (leaves, root) of complete subtrees, each larger than the next
+    for leaf in leaves:
+        size, root = 1, hashlib.sha256(b"\x00" + bytes.fromhex(leaf)).digest()
+        while roots and roots[-1][0] == size:
+            root = hashlib.sha256(b"\x01" + roots.pop()[1] + root).digest()
+            size *= 2
+        roots.append((size, root))
+    if not roots:
+        return hashlib.sha256(b"").hexdigest()
+    _, result = roots.pop()
+    while roots:
+        result = hashlib.sha256(b"\x01" + roots.pop()[1] + result).digest()
+    return result.hex()

@@ -1,0 +1,395 @@
+"""Every file operation of the product that changes anything, so that a test can make any one of them fail.
+
+Each primitive (one system call that alters the disk) passes through `_perform`, which only calls it. A test replaces
+`_perform` to fail the k-th operation with ENOSPC, EIO or EROFS, or to die before or after it. What a reader would get
+wrong: clean-up stands in `except OSError` and never in `finally`, because a process that dies does not clean up, and
+the tests die by exception.
+
+Errors are plain OSError: the caller knows what the file was for and says so. The one exception to the rule that all
+changes come through here is TensorBoard, which writes its own files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import glob
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from weftrain.core.formats.plain_file import open_plain
+
+T = TypeVar("T")
+BytesLike = bytes | bytearray | memoryview
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def _perform(name: str, path: Path, action: Callable[[], T]) -> T:
+    """The one point that every change passes. `name` is the kind of operation and `path` its object, for tests and
+    messages.
+    """
+    return action()
+
+
+def open_own(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a file of ours under its fixed name, to change it in place. Returns the descriptor.
+
+    A run's folder may come from elsewhere, and what stands under that name there may be a link to any file of the user,
+    or a FIFO. Raises OSError for what is no plain file, at once; what `os.open` raises.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise OSError(
+                error.errno, "is a symbolic link or no plain file, and nothing is written through it", str(path)
+            ) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no plain file, and nothing is written to it", str(path))
+    return descriptor
+
+
+class FileWriter:
+    """A new file written from front to back. It must not exist. Not durable before `sync` has returned."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        self._descriptor = _perform("create", path, lambda: os.open(path, flags, 0o666))
+
+    def write(self, data: BytesLike) -> None:
+        """Write all of `data`; the kernel takes at most 2 GiB a call."""
+        rest = memoryview(data).cast("B")
+        while rest:
+            rest = rest[_perform("write", self.path, lambda part=rest: os.write(self._descriptor, part)) :]  # type: ignore[misc]
+
+    def sync(self) -> None:
+        _perform("sync_file", self.path, lambda: os.fsync(self._descriptor))
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> FileWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class PositionedFile:
+    """A file of fixed size that is read and written in place, at byte offsets, by one process.
+
+    direct: past the page cache (O_DIRECT); offsets, lengths and memory are then multiples of 4096 bytes. What was
+    written is in the system's hands when `write_at` returns, thus safe from the death of the process, and durable after
+    `sync`.
+    """
+
+    def __init__(self, path: Path, *, direct: bool = False) -> None:
+        self.path = path
+        flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if direct else 0)
+        self.descriptor = _perform("open", path, lambda: open_own(path, flags))
+
+    def allocate(self, size_bytes: int) -> None:
+        """Reserve all blocks now, so that no later write finds the disk full. What was never written reads as zeros."""
+        _perform("allocate", self.path, lambda: os.posix_fallocate(self.descriptor, 0, size_bytes))
+
+    def read_at(self, offset: int, *memory: memoryview) -> None:
+        """Fill the pieces of memory, one after the other, from `offset` on. Raises OSError where the file ends
+        before.
+        """
+        for part, at in _consecutive(memory, offset):
+            while part:
+                count = _perform("read", self.path, lambda part=part, at=at: os.preadv(self.descriptor, [part], at))  # type: ignore[misc]
+                if not count:
+                    raise OSError(errno.EIO, "the file ends too early", str(self.path))
+                part, at = part[count:], at + count
+
+    def write_at(self, offset: int, *memory: memoryview) -> None:
+        """Write the pieces of memory, one after the other, from `offset` on."""
+        for part, at in _consecutive(memory, offset):
+            while part:
+                count = _perform("write_at", self.path, lambda part=part, at=at: os.pwrite(self.descriptor, part, at))  # type: ignore[misc]
+                part, at = part[count:], at + count
+
+    def sync(self) -> None:
+        _perform("sync_file", self.path, lambda: os.fdatasync(self.descriptor))
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+def _consecutive(memory: tuple[memoryview, ...], offset: int) -> Iterator[tuple[memoryview, int]]:
+    for part in memory:
+        yield part, offset
+        offset += len(part)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A unique name in the same folder, thus on the same file system; `remove_leftovers` knows such names."""
+    return path.parent / f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def write_bytes(path: Path, data: BytesLike) -> None:
+    """Replace `path` atomically and durably: after a crash it holds the old bytes or all of the new ones."""
+    write_blocks(path, [data])
+
+
+def write_blocks(path: Path, blocks: Iterable[BytesLike]) -> None:
+    """Like write_bytes, with the blocks one after the other; whatever error their iterator raises leaves the old file
+    as it was.
+    """
+    temporary = temporary_beside(path)
+    try:
+        with FileWriter(temporary) as file:
+            for block in blocks:
+                file.write(block)
+            file.sync()
+        rename(temporary, path)
+    except Exception:
+        _unlink_if_possible(temporary)
+        raise
+
+
+def append_line(path: Path, text: str, *, sync: bool = False) -> None:
+    """Append one line in a single write. A line that does not fit is taken back whole, so the file never keeps part of
+    one.
+
+    Raises ValueError where `text` holds a line break, OSError (ENOSPC) where the disk took only part of the line.
+    """
+    if "\n" in text:
+        raise ValueError("append_line: the text holds a line break")
+    line = text.encode() + b"\n"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    descriptor = _perform("open_append", path, lambda: open_own(path, flags))
+    try:
+        size_before = os.fstat(descriptor).st_size
+        if _perform("write", path, lambda: os.write(descriptor, line)) != len(line):
+            _perform("truncate", path, lambda: os.ftruncate(descriptor, size_before))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if sync:
+            _perform("sync_file", path, lambda: os.fsync(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make the contents of a file that another library wrote durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _perform("sync_file", path, lambda: os.fsync(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def sync_dir(path: Path) -> None:
+    """Make a folder's entries durable: without it a crash can undo a rename."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _perform("sync_dir", path, lambda: os.fsync(descriptor))
+    except OSError as error:
+        # some network file systems cannot sync a folder; it is then durable when the server says so
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename durably: within one file system, replacing a file (never a folder that holds something), both parents
+    synced.
+    """
+    _perform("rename", target, lambda: os.replace(source, target))
+    sync_dir(target.parent)
+    if source.parent != target.parent:
+        sync_dir(source.parent)
+
+
+def make_dirs(path: Path) -> None:
+    """Make a folder and its missing parents, durably. An existing folder is fine; FileExistsError where a file stands
+    in the way.
+    """
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_dirs(path.parent)
+    try:
+        _perform("make_dir", path, lambda: os.mkdir(path))
+    except FileExistsError:
+        if not path.is_dir():  # otherwise another process was faster
+            raise
+    sync_dir(path.parent)
+
+
+def remove_file(path: Path) -> None:
+    """Remove one file or symbolic link."""
+    _perform("remove_file", path, lambda: os.unlink(path))
+
+
+def remove_dir(path: Path) -> None:
+    """Remove an empty folder."""
+    _perform("remove_dir", path, lambda: os.rmdir(path))
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with all in it; symbolic links are removed, not followed. A missing folder is fine."""
+    if not path.is_dir():
+        return
+    for folder, folder_names, file_names in os.walk(path, topdown=False):
+        for name in file_names:
+            remove_file(Path(folder, name))
+        for name in folder_names:
+            child = Path(folder, name)
+            if child.is_symlink():
+                remove_file(child)
+        _perform("remove_dir", Path(folder), lambda folder=folder: os.rmdir(folder))  # type: ignore[misc]
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """`path` and those of its parents that are not there, the innermost first: what `make_dirs` would make."""
+    return [place for place in (path, *path.parents) if not place.exists()]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, the innermost first, as far as they are empty. For clean-up: an error is passed over."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            if folder.is_dir():
+                remove_dir(folder)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what dead processes left under temporary names in `folder`, and say what. Only for the owner of the
+    folder's lock.
+    """
+    leftovers = sorted(folder.glob(f"{TEMPORARY_PREFIX}*"))
+    for path in leftovers:
+        if path.is_dir() and not path.is_symlink():
+            remove_tree(path)
+        else:
+            remove_file(path)
+    return leftovers
+
+
+@contextlib.contextmanager
+def temporary_tree(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, to be filled and renamed to it; what is left of it is removed when the block ends,
+    also by an error.
+
+    A folder that an earlier, killed process left for the same target is removed first: the process that fills a folder
+    holds a lock on it (flock), which ends with the process.
+    """
+    make_dirs(target.parent)
+    for path in sorted(target.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(target.name)}-*-*")):
+        if path.is_dir() and not path.is_symlink() and _is_abandoned(path):
+            remove_tree(path)
+    path = temporary_beside(target)
+    with contextlib.ExitStack() as stack:
+        try:
+            make_dirs(path)
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, descriptor)
+            # a file system without locks: a later process then leaves the folder alone
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield path
+        except (
+            Exception,
+            KeyboardInterrupt,
+            SystemExit,
+        ):  # not every BaseException: a test's simulated death cleans up as little as a real one
+            with contextlib.suppress(OSError):
+                remove_tree(path)
+            raise
+
+
+def _is_abandoned(folder: Path) -> bool:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes; the target appears whole, durable, under its name, or not at all."""
+    temporary = temporary_beside(target)
+    try:
+        with open_plain(source) as read, FileWriter(temporary) as file:
+            while block := read.read(1 << 24):
+                file.write(block)
+            file.sync()
+        rename(temporary, target)
+    except OSError:
+        _unlink_if_possible(temporary)
+        raise
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy where the file system has no hard links; a target that is
+    there is left.
+
+    For files that nobody changes in place. It appears whole or not at all, and a link is durable once `sync_dir` has
+    seen its folder.
+    """
+    real = Path(os.path.realpath(source))  # a symbolic link would be linked itself
+    try:
+        _perform("link", target, lambda: os.link(real, target))
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        copy_file(real, target)
+
+
+@contextlib.contextmanager
+def held_lock(path: Path, contents: bytes) -> Iterator[None]:
+    """Hold an exclusive advisory lock (flock) on `path`, with `contents` in the file for whoever is refused.
+
+    The lock ends with the process whatever kills it; the file stays and its stale contents mean nothing. It belongs to
+    the open file, so a forked child that outlives its parent holds it too. Raises BlockingIOError, at once, where
+    another process holds it.
+    """
+    descriptor = _perform("open_lock", path, lambda: open_own(path, os.O_RDWR | os.O_CREAT))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not (path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())):
+            raise BlockingIOError(errno.EAGAIN, "its last holder has just removed the file", str(path))
+        _perform("truncate", path, lambda: os.ftruncate(descriptor, 0))
+        written = _perform("write", path, lambda: os.pwrite(descriptor, contents, 0))
+        if written != len(contents):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes in hexadecimal: what `sha256sum` prints."""
+    with open_plain(path) as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes an ordinary user may still write on the file system that holds `path`, which need not exist yet."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _unlink_if_possible(path: Path) -> None:
+    with contextlib.suppress(OSError):  # the error that led here is the one to report
+        remove_file(path)

@@ -1,0 +1,128 @@
+"""Reading files that may be a stranger's: opened without blocking, only if they are regular files, and read up to a
+limit.
+
+Opening a FIFO blocks until a writer comes, a device has no end, and a sparse file can claim terabytes. So every
+reader of a file that may come from outside opens it here. LIMIT_BYTES is the one table of how large each kind may be.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+Kind = Literal[
+    "recipe",
+    "record",
+    "ledger",
+    "metrics",
+    "manifest",
+    "dataset manifest",
+    "line table",
+    "tokenizer",
+    "release",
+    "key",
+    "trace",
+    "card",
+]
+
+# Bytes. Each is ten times and more what the largest run or model known here has, and small enough to be parsed in
+# memory.
+LIMIT_BYTES: dict[Kind, int] = {
+    "recipe": 256 << 10,  # YAML, which PyYAML parses at some hundred kilobytes a second
+    "record": 16 << 20,  # a recipe, environment or evaluation as it was recorded: canonical JSON
+    "ledger": 512 << 20,  # a million lines, each of them kept in memory
+    "metrics": 16 << 30,  # read line by line
+    "manifest": 64 << 20,  # of a checkpoint: an entry a tensor
+    "dataset manifest": 256 << 20,  # an entry a shard
+    "line table": 64 << 30,  # a dataset's inputs.jsonl and sources.jsonl: hashed in blocks, read line by line
+    "tokenizer": 256 << 20,  # the largest vocabularies published take 35 MB
+    "release": 256 << 20,  # an entry a file
+    "key": 1 << 16,  # keys and signatures
+    "card": 1 << 20,  # README.md
+    "trace": 1 << 30,  # a streamed run's first steps
+}
+MAX_LINE_BYTES = 4 << 20  # of the ledger, whose lines hold recipes and environments, and of the metrics
+_BLOCK_BYTES = 1 << 20
+
+
+class UnreadableFileError(io.UnsupportedOperation):
+    """What is no plain file, or larger than its kind may be. It is an OSError and a ValueError, so that it is caught
+    wherever either is.
+    """
+
+    def __init__(self, reason: str, path: Path) -> None:
+        super().__init__(errno.EINVAL, reason, str(path))
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """The path without symbolic links, as far as they lead somewhere. A link that leads to itself stays, and whoever
+    opens it is told.
+
+    Path.resolve raises RuntimeError for one, which no handler of file errors takes.
+    """
+    return Path(os.path.realpath(path))
+
+
+def open_plain(path: Path, *, follow: bool = True, buffering: int = -1) -> BinaryIO:
+    """Open a plain file for reading. follow: whether the path may be a symbolic link, to a plain file.
+
+    Raises UnreadableFileError, at once, for a FIFO, device, socket or folder; other OSErrors as `open` does.
+    """
+    # Without O_NONBLOCK the open of a FIFO waits for its writer. What was opened is what is looked at, whatever the
+    # name becomes.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow:
+            raise UnreadableFileError("is a symbolic link or not a regular file", path) from None
+        if error.errno in (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP):  # a socket, or a device without a driver
+            raise UnreadableFileError("is not a regular file", path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UnreadableFileError(
+            "is not a regular file" if follow else "is a symbolic link or not a regular file", path
+        )
+    return cast(BinaryIO, os.fdopen(descriptor, "rb", buffering=buffering))
+
+
+def read_plain(path: Path, kind: Kind, *, follow: bool = True) -> bytes:
+    """All bytes of a plain file, at most LIMIT_BYTES[kind]. Raises UnreadableFileError, OSError."""
+    with open_plain(path, follow=follow, buffering=0) as file:
+        limit = LIMIT_BYTES[kind]
+        check_size(path, kind, os.fstat(file.fileno()).st_size)
+        data = bytearray()
+        while block := file.read(min(_BLOCK_BYTES, limit + 1 - len(data))):
+            data += block
+        check_size(path, kind, len(data))  # it may have grown meanwhile
+        return bytes(data)
+
+
+def plain_lines(path: Path, kind: Kind) -> Iterator[bytes]:
+    """The lines of a plain file without their line breaks, read as they are asked for; what follows the last line break
+    is left out.
+
+    Raises UnreadableFileError for a file beyond LIMIT_BYTES[kind] or a line beyond MAX_LINE_BYTES, OSError.
+    """
+    with open_plain(path) as file:
+        check_size(path, kind, os.fstat(file.fileno()).st_size)
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            if line[-1] == 10:  # \n
+                yield line[:-1]
+            elif len(line) > MAX_LINE_BYTES:
+                raise UnreadableFileError(f"has a line of more than {MAX_LINE_BYTES:,} bytes", path)
+
+
+def check_size(path: Path, kind: Kind, size_bytes: int) -> None:
+    """Raises UnreadableFileError where a file of this kind may not be so large."""
+    if size_bytes > LIMIT_BYTES[kind]:
+        raise UnreadableFileError(f"holds more than the {LIMIT_BYTES[kind]:,} bytes that a {kind} file may", path)

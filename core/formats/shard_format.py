@@ -1,0 +1,263 @@
+"""The token-shard file: its layout, what may not contradict what, and the one writer. core/formats/shard_reader.py has
+the one reader.
+
+Rank-1 `data` holds the token stream; row i is data[i*row_stride : i*row_stride + sequence_length + 1], inputs and the
+label of the last one. Rows of stride sequence_length share a token with the next row; rows of stride sequence_length +
+1 are independent, as Amber's.
+
+| dataset        | type                              | meaning |
+|----------------|-----------------------------------|---------------------------------------------------------------------------|
+| `data`         | uint16 (vocab <= 65,536) or int32 | token ids, contiguous and page-aligned, so that they can be
+mapped        | | `doc_end`      | int64 [documents]                 | one past each document's last token here; the
+last equals len(data)       | | `doc_id`       | uint8 [documents, 16]             | head of the SHA-256 of the
+document's text                                | | `doc_source`   | int32 [documents]                 | line of the
+dataset's `sources.jsonl`, from 0; -1: padding                | | `doc_file`     | int32 [documents]                 |
+line of the dataset's `inputs.jsonl`, from 0: the file it came from       | | `doc_record`   | int64 [documents] | which
+line or row of that file, from 0                                    | | `doc_fim`      | int32 [documents, 3], optional
+| FIM mode and the two cuts, see FimRecord                                  | | `loss_mask`    | uint8 [len(data)],
+optional       | 1 where the token, as a label, bears loss                                 | | `block_digest` | uint8
+[blocks, 32]                | SHA-256 of each 1 MiB of `data`, followed by its part of `loss_mask`      |
+
+The attribute `num_sources` says how many sources the dataset had when the shard was written, so that the index is
+checked; their names and counts stand once in the dataset. HDF5 checks none of this: it follows links out of the file,
+invents zeros for what is missing and lets a flipped bit through. So everything but `data` is checked against the
+attribute `digest` when a shard is opened, and each block of `data` against its digest, and against the vocabulary, when
+first touched. A document cut by a shard's end goes on in the next, under the same id. Padding is a document too: id of
+zeros, source, file and record -1, its tokens masked.
+
+Shards of format 2 stay readable: they hold the sources' names, in the attribute `sources`, and count padding as the
+last of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from weftrain.core.errors import DataError
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json
+
+FORMAT = b"weftrain-shard/3"
+FORMAT_2 = b"weftrain-shard/2"
+BLOCK_BYTES = 1 << 20
+ALIGNMENT = 4096
+ID_BYTES = 16
+PADDING = "<padding>"  # in place of a source's name, where tokens only fill a row
+INTEGERS = ("n_examples", "sequence_length", "row_stride", "vocab_size", "num_sources")
+STRINGS = {"format": 64, "tokenizer_sha256": 64, "digest": 64}  # attribute -> most bytes
+INTEGERS_2 = INTEGERS[:4]
+STRINGS_2 = STRINGS | {"sources": 60_000}
+TABLES: dict[str, tuple[np.dtype[Any], int]] = {  # dataset -> (type, rank), in the digest's order
+    "doc_end": (np.dtype("<i8"), 1),
+    "doc_id": (np.dtype("|u1"), 2),
+    "doc_source": (np.dtype("<i4"), 1),
+    "doc_file": (np.dtype("<i4"), 1),
+    "doc_record": (np.dtype("<i8"), 1),
+    "block_digest": (np.dtype("|u1"), 2),
+}
+FIM = "doc_fim"
+OPTIONAL = {"loss_mask", FIM}
+
+
+@dataclass(frozen=True)
+class FimRecord:
+    """How each document was turned into fill-in-the-middle. mode uint8 [n]: 0 not, 1 PSM, 2 SPM.
+
+    split int32 [n, 2]: prefix [0, a), middle [a, b), suffix [b, ...) in tokens of the document as it was, without start
+    and end tokens. It is the whole document's, also where a shard holds only a part of it. In a dataset whose FIM is in
+    contexts, each piece of a document in a row has its own, which count from the piece's first token.
+    """
+
+    mode: np.ndarray
+    split: np.ndarray
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A shard's documents in order: end int64 [n], id uint8 [n, 16], and their origin.
+
+    source int32 [n]: line of the dataset's `sources.jsonl`, from 0, of which there are num_sources. file int32 [n]:
+    line of `inputs.jsonl`, from 0. record int64 [n]: line or row of that file, from 0. All three are -1 for padding.
+    """
+
+    end: np.ndarray
+    id: np.ndarray
+    source: np.ndarray
+    num_sources: int
+    file: np.ndarray
+    record: np.ndarray
+    fim: FimRecord | None = None
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What was written. sha256: of the file. digest: the attribute, which commits to every token, document, mask and
+    attribute.
+    """
+
+    num_bytes: int
+    sha256: str
+    digest: str
+    num_rows: int
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """uint16 where every id fits, else int32; little-endian."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<i4")
+
+
+def num_tokens(num_rows: int, sequence_length: int, row_stride: int) -> int:
+    """Length of `data` for that many rows."""
+    return (num_rows - 1) * row_stride + sequence_length + 1
+
+
+def write_shard(
+    path: Path,
+    tokens: np.ndarray,
+    documents: Documents,
+    *,
+    sequence_length: int,
+    row_stride: int,
+    vocab_size: int,
+    tokenizer_sha256: str,
+    loss_mask: np.ndarray | None = None,
+) -> ShardInfo:
+    """Write a shard atomically; equal arguments give equal bytes. The file is built in memory, beside the arguments.
+
+    tokens: integers [length], length = num_tokens(rows, ...) for some rows >= 1. loss_mask: bool or uint8 [length].
+    Raises ValueError for arguments that contradict each other, DataError where the file cannot be written.
+    """
+    num_rows = 1 + (len(tokens) - sequence_length - 1) // row_stride
+    header: dict[str, Any] = {
+        "format": FORMAT.decode(),
+        "n_examples": num_rows,
+        "sequence_length": sequence_length,
+        "row_stride": row_stride,
+        "vocab_size": vocab_size,
+        "tokenizer_sha256": tokenizer_sha256,
+        "num_sources": documents.num_sources,
+    }
+    if problem := contradiction(header, len(tokens), documents):
+        raise ValueError(f"{path.name}: {problem[0]}: {problem[1]}")
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        raise ValueError(
+            f"{path.name}: token ids {tokens.min()}..{tokens.max()} do not fit a vocabulary of {vocab_size}"
+        )
+    data = np.ascontiguousarray(tokens, dtype=token_dtype(vocab_size))
+    mask = None if loss_mask is None else np.ascontiguousarray(loss_mask, dtype=np.uint8)
+    if mask is not None and (mask.shape != data.shape or mask.max() > 1):
+        raise ValueError(f"{path.name}: loss_mask must be [{len(data)}] of 0 and 1")
+    tables = {
+        "doc_end": np.ascontiguousarray(documents.end, dtype="<i8"),
+        "doc_id": np.ascontiguousarray(documents.id, dtype="|u1"),
+        "doc_source": np.ascontiguousarray(documents.source, dtype="<i4"),
+        "doc_file": np.ascontiguousarray(documents.file, dtype="<i4"),
+        "doc_record": np.ascontiguousarray(documents.record, dtype="<i8"),
+        "block_digest": _block_digests(data, mask),
+    }
+    if documents.fim is not None:
+        tables[FIM] = np.ascontiguousarray(np.column_stack([documents.fim.mode, documents.fim.split]), dtype="<i4")
+    header["digest"] = shard_digest(header, tables, mask is not None)
+    image = _hdf5_image(header, {"data": data, **tables} | ({} if mask is None else {"loss_mask": mask}))
+    try:
+        fsops.write_bytes(path, image)
+    except OSError as error:
+        raise DataError(
+            f"{path}: the shard cannot be written: {error.strerror}; free space or choose another folder"
+        ) from error
+    return ShardInfo(len(image), hashlib.sha256(image).hexdigest(), header["digest"], num_rows)
+
+
+def _hdf5_image(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> memoryview:
+    """The file's bytes, made in memory: then writing is one atomic operation whose errors are the operating system's
+    own.
+    """
+    image = io.BytesIO()  # HDF5's own driver for files in memory needs three times the file's size, and this one once
+    with h5py.File(image, "w", libver="latest", alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT) as file:
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array, track_times=False)
+        for name, value in header.items():
+            file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else np.int64(value)
+    return image.getbuffer()
+
+
+def _block_digests(data: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    step = BLOCK_BYTES // data.itemsize
+    digests = [
+        block_digest(data[at : at + step], None if mask is None else mask[at : at + step])
+        for at in range(0, len(data), step)
+    ]
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
+
+
+def block_digest(data: np.ndarray, mask: np.ndarray | None) -> bytes:
+    digest = hashlib.sha256(data.data)
+    if mask is not None:
+        digest.update(mask.data)
+    return digest.digest()
+
+
+def shard_digest(header: dict[str, Any], tables: dict[str, np.ndarray], has_mask: bool) -> str:
+    """SHA-256 over the attributes and each table, lengths first; through `block_digest` it commits to the tokens."""
+    fields = {name: value for name, value in header.items() if name != "digest"}
+    names = [name for name in (*TABLES, FIM) if name in tables]
+    shapes = {name: list(tables[name].shape) for name in names}
+    digest = hashlib.sha256(canonical_json({"attributes": fields, "tables": shapes, "loss_mask": has_mask}))
+    for name in names:
+        digest.update(np.ascontiguousarray(tables[name]).data)
+    return digest.hexdigest()
+
+
+def contradiction(header: dict[str, Any], length: int, documents: Documents) -> tuple[str, str] | None:
+    """The first (field, problem) between attributes, length and documents, or None."""
+    rows, sequence_length, stride = header["n_examples"], header["sequence_length"], header["row_stride"]
+    if sequence_length < 1 or stride not in (sequence_length, sequence_length + 1):
+        return "row_stride", f"{stride} is neither sequence_length ({sequence_length}) nor one more"
+    if not 1 <= header["vocab_size"] <= 1 << 31:
+        return "vocab_size", f"{header['vocab_size']} lies outside 1..2^31"
+    if rows < 1 or num_tokens(rows, sequence_length, stride) != length:
+        return (
+            "n_examples",
+            f"{rows} rows of {sequence_length} + 1 tokens at stride {stride} are not the {length} tokens of 'data'",
+        )
+    end, source = documents.end, documents.source
+    columns = (source, documents.file, documents.record)
+    if (
+        end.ndim != 1
+        or documents.id.shape != (len(end), ID_BYTES)
+        or any(column.shape != (len(end),) for column in columns)
+    ):
+        shapes = [array.shape for array in (end, documents.id, *columns)]
+        return (
+            "doc_end",
+            f"doc_end, doc_id, doc_source, doc_file, doc_record have shapes {shapes}, not [n], [n, 16], [n], [n], [n]",
+        )
+    if len(end) == 0 or end[0] < 1 or end[-1] != length or np.any(np.diff(end) < 1):
+        return "doc_end", f"document ends do not rise from 1 to {length}"
+    if source.min() < -1 or source.max() >= documents.num_sources:
+        return "doc_source", f"an index lies outside the {documents.num_sources} sources"
+    if documents.file.min() < -1 or documents.record.min() < -1:
+        return "doc_file", "a file's or record's number lies below -1"
+    if np.any((source < 0) != (documents.file < 0)):
+        return "doc_source", "a document has a file and no source, or a source and no file"
+    if documents.fim is not None and (problem := _fim_problem(documents.fim, len(end))):
+        return FIM, problem
+    return None
+
+
+def _fim_problem(fim: FimRecord, documents: int) -> str | None:
+    if fim.mode.shape != (documents,) or fim.split.shape != (documents, 2):
+        return f"mode and split have shapes {fim.mode.shape}, {fim.split.shape}, not [{documents}], [{documents}, 2]"
+    first, second = fim.split[:, 0], fim.split[:, 1]
+    if fim.mode.min() < 0 or fim.mode.max() > 2:
+        return "a mode lies outside 0..2"
+    if first.min() < 0 or np.any(second < first):
+        return "a document's cuts do not rise from 0"
+    return None

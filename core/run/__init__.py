@@ -1,0 +1,1 @@
+"""A run's folder: its recipe, ledger, measurements and branches."""

@@ -1,0 +1,455 @@
+"""How a run's data goes on when a resumed run reads otherwise than before, so that no row is read twice or left out
+unnoticed.
+
+`continue_data` is called at every resume, before anything is written. Where the mixture, the sources, their subsets,
+the skipped rows or the batch size have changed, the recipe gets a `data.continues`: the step and sample at which the
+new data section begins, and how far each source had been read. From then on the rows are a pure function of that recipe
+again (core/data.py). What cannot go on exactly, such as a source whose dataset was prepared anew, is counted and
+reported.
+
+A source goes on where its dataset, its name, the seed and the kind of order are the same. A pass over its rows that is
+under way is finished first: over the subset that it began with, as far as the new one holds it, then over what the new
+subset adds. A dataset that grew from the one that was read is the same one with more rows at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from weftrain.core.backend import BatchSource
+from weftrain.core.config import Continuation, DataConfig, Recipe, Source, SourceCursor
+from weftrain.core.data import Component, TokenSource, pass_order, skipped_rows, training_source
+from weftrain.core.errors import CheckpointError, DataError
+from weftrain.core.order.kept_rows import without
+from weftrain.core.order.rows import RowOrder, Timeline, recipe_timeline
+from weftrain.core.run.ledger import Stretch, going_back
+
+
+@dataclass(frozen=True)
+class Continued:
+    """recipe: the one asked for, with data.continues where it needs one. source: its rows. notes: lines for the user,
+    about the change.
+    """
+
+    recipe: Recipe
+    source: BatchSource
+    notes: tuple[str, ...] = ()
+
+    def position(self, step: int) -> int:
+        """Number of the first sample of `step`."""
+        return recipe_timeline(self.recipe).sample(step)
+
+
+def continue_data(
+    asked: Recipe, before: Recipe, step: int, dataset_id: str | None, cursors: Mapping[str, Any] | None
+) -> Continued:
+    """How a run that completed `step` steps by the recipe `before` reads on by the recipe `asked`.
+
+    dataset_id: of what it read; None: not known. cursors: how far each source had been read, as a checkpoint's manifest
+    records it; None: it is computed from the datasets. Raises DataError for what cannot go on, with a remedy.
+    """
+    asked = _with(asked, None)
+    times = recipe_timeline(before)
+    _check_chunks(asked, before, times, step)
+    fresh = training_source(asked)
+    if _stream(asked) == _stream(before) and dataset_id in (None, fresh.dataset_id):
+        return _same_stream(asked, before, times, step, fresh)
+    _check_deferred(asked, before, times, step)
+    found = cursors_of(asked, before, step, dataset_id, cursors)
+    if found is not None and before.data.continues is not None:
+        found = {**before.data.continues.sources, **found}  # also of a source that was left out and may come back
+    sources, notes = _go_on(asked, before, fresh, found)
+    chunk = within = 0
+    if times.chunks is not None and asked.data.chunks is not None:
+        chunk, inside = times.front(step)
+        within = step % (asked.schedule.steps // asked.data.chunks) * asked.batch.global_batch_size if inside else 0
+    sample = times.sample(step)
+    begun = Continuation(
+        step=step,
+        sample=sample,
+        chunks=times.read_chunks(step),
+        base_sample=sample,
+        base_chunk=chunk,
+        base_within=within,
+        sources={**(found or {}), **sources},
+    )
+    recipe = _with(asked, begun)
+    return Continued(
+        recipe,
+        training_source(recipe),
+        (f"from step {step}, sample {sample:,}, the data is read as the changed recipe says", *notes),
+    )
+
+
+def continue_from(asked: Recipe, run: str, other: Mapping[str, Any]) -> Continued:
+    """How the data of a new run begins that starts from the checkpoint of another `run`. other: that checkpoint's
+    manifest.
+    """
+    assert asked.start_from is not None
+    goes_on = asked.start_from.data == "continue"
+    asked = _with(asked, None)
+    fresh = training_source(asked)
+    before = Recipe.from_record(other["recipe"])
+    found = cursors_of(asked, before, other["step"], other["dataset_id"], other.get("sources") or None) or {}
+    known = {cursor.dataset_id: cursor for cursor in found.values()}
+    components = fresh.components if isinstance(fresh, TokenSource) else ()
+    shared = {
+        component.name: known[one]
+        for component in components
+        for one in (*(parent.train.id for parent in component.shards.manifest.parents), component.shards.entry.id)
+        if one in known
+    }
+    if not goes_on:
+        notes = (
+            f"start_from: source '{name}' begins at its first row, and run '{run}' read {cursor.read:,} samples of the "
+            "same dataset: "
+            "start_from.data=continue begins after those"
+            for name, cursor in shared.items()
+        )
+        return Continued(asked, fresh, tuple(notes))
+    if not shared:
+        raise DataError(
+            f"start_from.data: no source reads a dataset that run '{run}' has read: set start_from.data to from_start"
+        )
+    sources, notes_on = _go_on(asked, before, fresh, found)
+    recipe = _with(asked, Continuation(step=0, sample=0, sources=sources))
+    return Continued(
+        recipe,
+        training_source(recipe),
+        (f"start_from: the data goes on after step {other['step']} of run '{run}'", *notes_on),
+    )
+
+
+def data_of_start(
+    folder: Path,
+    asked: Recipe,
+    source: BatchSource,
+    step: int,
+    manifest: Mapping[str, Any] | None,
+    foreign: Mapping[str, Any] | None,
+    made: Stretch | None,
+) -> Continued:
+    """The recipe and the rows with which the run in `folder` goes on after `step` completed steps, or begins.
+
+    source: of the recipe asked for. manifest: of the checkpoint that it resumes from; foreign: of another run's, by
+    start_from. made: the stretch that made the state which the backend itself keeps, where the run goes on from that.
+    Raises DataError for data that cannot go on, CheckpointError for a record that cannot be read.
+    """
+    if manifest is not None and manifest["step"] == step:
+        check_recorded_order(manifest)
+        return continue_data(
+            asked, recipe_of(manifest["recipe"], folder), step, manifest["dataset_id"], manifest.get("sources") or None
+        )
+    if made is not None:  # the backend's own state stands beyond the newest checkpoint
+        return continue_data(asked, recipe_of(made.recipe, folder), step, made.dataset_id, None)
+    if foreign is not None and asked.start_from is not None:
+        return continue_from(asked, asked.start_from.run, foreign)
+    check_beginning(asked)
+    return Continued(asked, source)
+
+
+def recipe_of(recipe: Mapping[str, Any], folder: Path) -> Recipe:
+    """A recipe that the record of the run in `folder` holds. Raises CheckpointError for one that this version does not
+    read.
+    """
+    try:
+        return Recipe.from_record(recipe)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{folder}: the recipe that the run was made with is not one that this version reads, so its data cannot "
+            "go on "
+            f"({error.errors()[0]['msg']}): continue it with the version that made it"
+        ) from error
+
+
+def check_beginning(recipe: Recipe) -> None:
+    """Refuse a recipe for a run's beginning that was written for its middle. Raises DataError."""
+    if recipe.data.continues is not None:
+        raise DataError(
+            f"data.continues: this recipe goes on at step {recipe.data.continues.step} of the run that it was recorded "
+            "for, and here is no "
+            "checkpoint of it: add data.continues=null to begin at the datasets' first rows"
+        )
+
+
+def check_recorded_order(manifest: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose run skipped rows in the order of an earlier version, which was another. Raises
+    DataError.
+    """
+    if manifest.get("sources") is None and any(
+        entry.get("rows") for entry in manifest["recipe"]["data"].get("skip", ())
+    ):
+        raise DataError(
+            f"step {manifest['step']}: data.skip names rows, and the checkpoint was made by a version that read the "
+            "others in another "
+            "order: finish the run with that version, or start a new run from this checkpoint with start_from"
+        )
+
+
+def check_amounts(recipe: Recipe, source: BatchSource) -> Iterator[str]:
+    """Compare what the run will read with what there is: a line for each thing to know. Raises DataError for more than
+    is stated.
+    """
+    if not isinstance(source, TokenSource):
+        return
+    data, steps, size = recipe.data, recipe.schedule.steps, source.global_batch_size
+    samples, counts = source.timeline.sample(steps), source.counts(steps)
+    stated = [
+        _stated_samples(data, given, component)
+        for given, component in zip(data.sources, source.components, strict=True)
+    ]
+    total = sum(count for count in stated if count is not None)
+    if None not in stated and data.continues is None and samples - total >= size:
+        kind = data.sources[0].share_kind
+        most = max(source.components, key=lambda component: counts[component.name] / component.num_rows)
+        passes = (
+            f"'{most.name}': {counts[most.name]:,} of its {most.num_rows:,} rows, "
+            f"{counts[most.name] / most.num_rows:.3g} passes"
+        )
+        raise DataError(
+            f"data.sources: {kind} of all sources come to {total:,} samples, and {steps:,} steps of {size} read "
+            f"{samples:,} ({passes}): "
+            f"set schedule.steps to at most {-(-total // size)}, state more {kind}, or give weight instead"
+        )
+    for component in source.components:
+        name, rows, count = component.name, component.num_rows, counts[component.name]
+        if rows < (each := count / samples * size):
+            yield (
+                f"warning: source '{name}' has {rows:,} rows, and a batch takes {each:,.0f} samples of it: a row comes "
+                "more than once in a "
+                "batch"
+            )
+        elif count > rows:
+            yield f"source '{name}': {count:,} samples are {count / rows:.1f} passes over its {rows:,} rows"
+
+
+def _stated_samples(data: DataConfig, source: Source, component: Component) -> int | None:
+    if source.tokens is not None:
+        return -(-source.tokens // data.sequence_length)
+    if source.epochs is not None:
+        return round(source.epochs * (component.num_rows // component.order.num_epochs))
+    return None
+
+
+def _with(recipe: Recipe, continues: Continuation | None) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"continues": continues})})
+
+
+def _stream(recipe: Recipe) -> tuple[Any, ...]:
+    """All of a recipe that decides which row a number of the stream is, beside the datasets."""
+    data = recipe.data
+    sources = [
+        (one.name, one.weight, one.tokens, one.epochs, one.subset, skipped_rows(data, one.name)) for one in data.sources
+    ]
+    chunk = None if data.chunks is None else recipe.batch.global_batch_size
+    return data.shuffle_seed, data.order, data.synthetic_rows, sources, chunk
+
+
+def _same_stream(asked: Recipe, before: Recipe, times: Timeline, step: int, fresh: BatchSource) -> Continued:
+    """The stream goes on as it is; the batch size and the order of chunks may be others from here on."""
+    carried = before.data.continues
+    recipe = _with(asked, carried)
+    now = recipe_timeline(recipe)
+    if now.sample(step) != times.sample(step) or now.read_chunks(step) != times.read_chunks(step):
+        base = Continuation(step=step, sample=times.sample(step)) if carried is None else carried
+        update = {"step": step, "sample": times.sample(step), "chunks": times.read_chunks(step)}
+        recipe = _with(asked, base.model_copy(update=update))
+    return Continued(recipe, fresh if recipe.data.continues is None else training_source(recipe))
+
+
+def _check_chunks(asked: Recipe, before: Recipe, times: Timeline, step: int) -> None:
+    """A run keeps the length of its chunks, and a chunk that was read stays read."""
+    was, now = (None if one.data.chunks is None else one.schedule.steps // one.data.chunks for one in (before, asked))
+    if step == 0 or was == now is None:
+        return
+    if was is None or now is None:
+        raise DataError(
+            f"data.chunks: a run is cut in chunks when it begins: set data.chunks={before.data.chunks or 'null'}"
+        )
+    if was != now:
+        count = max(1, round(asked.schedule.steps / was))
+        raise DataError(
+            f"data.chunks: {asked.schedule.steps} steps in {asked.data.chunks} chunks are {now} steps a chunk, and "
+            "this run's chunks have "
+            f"{was}: set schedule.steps={count * was} data.chunks={count}"
+        )
+    read, earlier = times.read_chunks(step), _actions(before)
+    for chunk, action in _actions(asked).items():
+        if chunk in read and chunk not in earlier:
+            first = read.index(chunk) * was
+            raise DataError(
+                f"data.skip: chunk {chunk} cannot be {'deferred' if action == 'defer' else 'dropped'}: it was begun at "
+                f"step {first}; "
+                f"{going_back(first)}"
+            )
+    base = 0 if before.data.continues is None else before.data.continues.base_chunk
+    for chunk in earlier:
+        if chunk < base and chunk not in read and _actions(asked).get(chunk) != "drop":
+            raise DataError(
+                f"data.skip: chunk {chunk} was dropped before the data changed, and cannot be read any more: leave its "
+                "entry in data.skip"
+            )
+
+
+def _check_deferred(asked: Recipe, before: Recipe, times: Timeline, step: int) -> None:
+    """A deferred chunk is a range of the stream as it was: it must be read before the stream changes."""
+    if times.chunks is None:
+        return
+    read, actions = times.read_chunks(step), _actions(asked)
+    front, _ = times.front(step)
+    base = 0 if before.data.continues is None else before.data.continues.base_chunk
+    waiting = [chunk for chunk in range(base, front) if chunk not in read and actions.get(chunk) != "drop"]
+    begun = (times.sample(step) - times.chunks.first_sample) % times.chunks.samples
+    if begun and read[-1] < max(read):
+        waiting.append(read[-1])
+    if waiting:
+        names = ", ".join(map(str, waiting))
+        raise DataError(
+            f"data.chunks: chunk {names} was deferred and is not read yet, and its samples are those of the data "
+            "before this change: "
+            f"change mixture, rows or batch size after it has been read, or drop it with data.skip and `action: drop`"
+        )
+
+
+def _actions(recipe: Recipe) -> dict[int, str]:
+    return {entry.chunk: str(entry.action) for entry in recipe.data.skip if entry.chunk is not None}
+
+
+def cursors_of(
+    asked: Recipe, before: Recipe, step: int, dataset_id: str | None, recorded: Mapping[str, Any] | None = None
+) -> dict[str, SourceCursor] | None:
+    """How far each source had been read; None where neither the record nor the datasets tell."""
+    if recorded is not None:
+        return {name: SourceCursor.model_validate(cursor) for name, cursor in recorded.items()}
+    for root in dict.fromkeys((asked.data.root, before.data.root)):
+        try:
+            source = training_source(before.model_copy(update={"data": before.data.model_copy(update={"root": root})}))
+        except DataError:
+            continue
+        if dataset_id in (None, source.dataset_id):
+            return source.cursors(step) if isinstance(source, TokenSource) else {}
+    return None
+
+
+def _go_on(
+    asked: Recipe, before: Recipe, fresh: BatchSource, found: Mapping[str, SourceCursor] | None
+) -> tuple[dict[str, SourceCursor], list[str]]:
+    """Where each source of `asked` goes on, and what is to be said of it."""
+    if not isinstance(fresh, TokenSource):
+        return {}, []
+    if found is None:
+        return {}, [
+            "warning: the datasets read before are missing and the record does not say how far they were read: every "
+            "source "
+            "begins at its first row"
+        ]
+    sources: dict[str, SourceCursor] = {}
+    notes: list[str] = []
+    old_sources = {source.name: source for source in before.data.sources}
+    same_order = (asked.data.shuffle_seed, asked.data.order) == (before.data.shuffle_seed, before.data.order)
+    for given, component in zip(asked.data.sources, fresh.components, strict=True):
+        name, old = given.name, found.get(given.name)
+        size = None if old is None else component.shards.manifest.rows_of_ancestor(old.dataset_id)
+        if old is not None and size is not None and same_order:
+            old = _of_grown(old, component.shards.entry.id, size)
+            added = component.shards.num_rows - size
+            notes.append(
+                f"source '{name}' has grown by {added:,} rows"
+                + (": they come at the end of the pass under way" if old.place else "")
+            )
+        if old is not None and old.dataset_id == component.shards.entry.id and same_order:
+            goes_on = old.subsets[-1] == given.subset and len(old.rows) < len(old.subsets)
+            subsets = old.subsets if goes_on else (*old.subsets, given.subset)
+            update = {"subsets": subsets} if old.place else {"subsets": (given.subset,), "rows": ()}
+            sources[name] = old.model_copy(update=update)
+            notes += _told_of_rows(asked.data, before.data, given, old_sources.get(name, given), component, old, size)
+            continue
+        start = SourceCursor(
+            dataset_id=component.shards.entry.id,
+            read=0 if old is None else old.read,
+            turn=0,
+            place=0,
+            subsets=(given.subset,),
+        )
+        sources[name] = start
+        same = [one for one in found if found[one].dataset_id == start.dataset_id and one in old_sources]
+        known = (
+            name
+            if name in same
+            else next((one for one in same if one not in {source.name for source in asked.data.sources}), None)
+        )
+        if known is not None:
+            again = _come_again(asked.data, before.data, given, old_sources[known], component, found[known])
+            why = "in another order" if known == name else f"under another name than before ('{known}')"
+            notes.append(f"warning: source '{name}' is read {why}: {again:,} rows of the pass under way come again")
+        elif old is not None:
+            notes.append(
+                f"warning: source '{name}' is another dataset than before: it begins at its first row; of the former "
+                f"one {old.read:,} "
+                "samples were read, and rows that are in both come again"
+            )
+        else:
+            notes.append(f"source '{name}' is new: it begins at its first row")
+    gone = [name for name in old_sources if name not in sources]
+    return sources, notes + [
+        f"source '{name}' is no longer read, after {found[name].read:,} samples" for name in gone if name in found
+    ]
+
+
+def _of_grown(cursor: SourceCursor, dataset_id: str, rows: int) -> SourceCursor:
+    """A cursor into a dataset of so many rows, as one into the dataset that grew from it: its rows are the first
+    there.
+    """
+    counts = (*cursor.rows, *[rows] * (len(cursor.subsets) - len(cursor.rows)))
+    return cursor.model_copy(update={"dataset_id": dataset_id, "rows": counts})
+
+
+def _told_of_rows(
+    data: DataConfig,
+    before: DataConfig,
+    source: Source,
+    former: Source,
+    component: Component,
+    cursor: SourceCursor,
+    size: int | None,
+) -> Iterator[str]:
+    """What the pass under way still holds of a source that goes on. size: how many rows its dataset had, where it has
+    grown.
+    """
+    name, order = source.name, component.order
+    assert isinstance(order, RowOrder)
+    if cursor.place:
+        order = pass_order(data, source, component.shards, (*cursor.subsets, source.subset), cursor.rows)
+        now, was = (
+            order.skipped,
+            pass_order(before, former, component.shards, cursor.subsets, cursor.rows, size).skipped,
+        )
+        for ranges, told in (
+            (without(now, was), "that are left out from now on were read before"),
+            (without(was, now), "that are no longer left out were passed over in this pass and come in the next"),
+        ):
+            if passed := order.num_passed(ranges, cursor.turn, cursor.place):
+                yield f"source '{name}': {passed:,} of the {sum(stop - first for first, stop in ranges):,} rows {told}"
+    left = (cursor.turn + 1) * order.num_rows - order.samples_before(cursor.turn, cursor.place)
+    yield f"source '{name}' goes on after {cursor.read:,} samples: {left:,} rows are left of the pass under way, each comes once"
+
+
+def _come_again(
+    data: DataConfig, old: DataConfig, source: Source, former: Source, component: Component, cursor: SourceCursor
+) -> int:
+    """How many rows that the pass under way has read come once more because the source begins again."""
+    was = pass_order(old, former, component.shards, cursor.subsets, cursor.rows)
+    now = pass_order(data, source, component.shards, (source.subset,))
+    held = without([(stretch.first, stretch.first + stretch.count) for stretch in now.stretches], now.skipped)
+    return was.num_passed(held, cursor.turn, cursor.place) - was.num_passed(
+        _overlap(held, was.skipped), cursor.turn, cursor.place
+    )
+
+
+def _overlap(ranges: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    return without(ranges, without(ranges, others))

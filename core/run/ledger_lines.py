@@ -1,0 +1,148 @@
+"""What a line of the ledger may hold: a schema for each kind. A line that is written and a line that is read meet the
+same one.
+
+Types are strict and unknown keys are refused: a key of a newer version may change what a line means, and must not be
+ignored. A new key of an existing kind has a default, so that older ledgers stay readable.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from weftrain.core.config import Count, PositiveInt, Section, Sha256, Step
+
+Reason = Annotated[str, Field(min_length=1, max_length=10_000)]  # words of a person, who may paste a log
+DatasetId = Annotated[str, Field(min_length=1, max_length=200)]
+# since 1970, to the end of the year 9999
+Seconds = Annotated[float, Field(ge=0, le=253_402_300_799, allow_inf_nan=False)]
+Samples = Annotated[tuple[Count, Count], Field(strict=False)]  # [first, stop) sample numbers of the run
+Change = Annotated[tuple[str, Any, Any], Field(strict=False)]  # key, old value, new value; null where it is absent
+# step and root of a checkpoint on a branch
+Left = Annotated[tuple[Step, Sha256 | Literal["damaged"]], Field(strict=False)]
+PassedOver = Annotated[tuple[Step, Literal["damaged", "missing"]], Field(strict=False)]
+StretchName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+class Line(Section):
+    """What every line has. step: completed steps."""
+
+    n: Count
+    previous: Sha256 | None
+    hash: Sha256
+    time: Seconds
+    kind: str
+    step: Step
+    torn_bytes: PositiveInt | None = None  # how much of a torn line before this one was moved to ledger.torn
+
+
+class Begin(Line):
+    """What both lines have that say where training begins, and what was decided there beyond the ordinary."""
+
+    recipe_sha256: Sha256
+    dataset_id: DatasetId
+    environment: dict[str, Any]
+    parent: Sha256 | None
+    # newer checkpoints that it does not go on from
+    passed_over: Annotated[tuple[PassedOver, ...], Field(strict=False)] = ()
+    from_scratch: bool = False  # no whole checkpoint was left, and to begin at step 0 again was asked for
+    # parameter -> rows [first, stop) drawn, the others are start_from's
+    drawn: dict[str, Samples] = Field(default_factory=dict)
+    stretch: StretchName | None = None  # names what is trained from here on; a backend that keeps state notes it there
+    continues: StretchName | None = None  # whose state, kept by the backend, it goes on from
+    repaired: bool = False  # the ledger had lost lines, and to go on all the same was asked for
+
+
+class Start(Begin):
+    kind: Literal["start"]
+    recipe: dict[str, Any]
+
+
+class Resume(Begin):
+    kind: Literal["resume"]
+
+
+class RecipeChange(Line):
+    kind: Literal["recipe"]
+    changes: Annotated[tuple[Change, ...], Field(strict=False)]
+    recipe: dict[str, Any]
+    recipe_sha256: Sha256
+
+
+class ChunkBegin(Line):
+    kind: Literal["chunk_begin"]
+    chunk: Count
+    place: Count
+    samples: Samples
+    dataset_id: DatasetId
+    parent: Sha256 | None
+
+
+class ChunkEnd(Line):
+    kind: Literal["chunk_end"]
+    chunk: Count
+    place: Count
+    samples: Samples
+    dataset_id: DatasetId
+    root: Sha256
+
+
+class Checkpoint(Line):
+    kind: Literal["checkpoint"]
+    root: Sha256
+    parent: Sha256 | None
+    metrics_after: Step
+    metrics_sha256: Sha256
+    entered: Literal["resume", "repair"] | None = None  # by a later start, because a crash or lost lines left it out
+
+
+class Skip(Line):
+    kind: Literal["skip"]
+    samples: Samples
+
+
+class Rollback(Line):
+    kind: Literal["rollback"]
+    root: Sha256
+    branch: Annotated[int, Field(ge=1, le=1_000_000_000)]  # it names a folder
+    abandoned: Annotated[tuple[Left, ...], Field(strict=False)]
+    reason: Reason
+
+
+class Defer(Line):
+    kind: Literal["defer"]
+    chunk: Count
+    action: Literal["defer", "drop"]
+    reason: Reason
+
+
+class End(Line):
+    kind: Literal["end"]
+
+
+_LINES = (Start, Resume, RecipeChange, ChunkBegin, ChunkEnd, Checkpoint, Skip, Rollback, Defer, End)
+_SCHEMAS: dict[str, TypeAdapter[Any]] = {
+    line.model_fields["kind"].annotation.__args__[0]: TypeAdapter(line)  # type: ignore[union-attr]
+    for line in _LINES
+}
+
+
+def check_line(entry: Any) -> None:
+    """Raises ValueError, naming the key, for what is no ledger line of this version."""
+    if not isinstance(entry, dict):
+        raise ValueError("is not a ledger line")
+    kind = entry.get("kind")
+    schema = _SCHEMAS.get(kind) if isinstance(kind, str) else None
+    if schema is None:
+        raise ValueError(f"kind {str(kind)[:40]!r} is not one that this program writes: use a newer weftrain")
+    try:
+        schema.validate_python(entry)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))[:80]
+        if first["type"] == "extra_forbidden":
+            raise ValueError(
+                f"key '{key}' is not one that this program writes in a line of kind {kind}: use a newer weftrain"
+            ) from None
+        raise ValueError(f"key '{key}' of a line of kind {kind}: {first['msg'].lower()}") from None

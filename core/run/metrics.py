@@ -1,0 +1,262 @@
+"""A run's measurements: metrics.jsonl is the truth, TensorBoard the view.
+
+One JSON object a line, with `kind` (step, evaluation, or an event's name), `step` (completed steps) and `time` (seconds
+since 1970). Lines are only ever appended; a resume from step k appends {"kind": "resume", "step": k}, and
+`read_metrics` then leaves out what came before it and lies beyond k. What a reader would get wrong: JSON has no NaN, so
+non-finite numbers are the strings "nan", "inf" and "-inf" in the file; `read_metrics` makes them floats again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weftrain.core.errors import RunFolderError
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json
+from weftrain.core.formats.plain_file import open_plain, read_plain
+from weftrain.core.run.metrics_lines import counted_lines, metrics_lines
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS = "metrics.jsonl"
+TORN = "metrics.torn"
+TENSORBOARD = "tensorboard"
+
+
+class MetricsWriter:
+    """Appends to `folder`/metrics.jsonl and, where asked, mirrors numbers into `folder`/tensorboard.
+
+    resume_step: the completed steps of the checkpoint that this start continues from; None for a fresh run, which is
+    taken as 0 where the file already has lines (a run killed before its first checkpoint). The file is repaired first
+    (see `repair`), unless it was just now. Raises RunFolderError where the files cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensorboard: bool,
+        resume_step: int | None = None,
+        *,
+        repaired: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._path = Path(folder) / METRICS
+        self._clock = clock
+        self._board: SummaryWriter | None = None
+        with self._blamed():
+            if not repaired:
+                repair(self._path.parent, clock=clock)
+            if resume_step is None and self._path.exists() and self._path.stat().st_size:
+                resume_step = 0
+            if tensorboard:
+                self._board = _open_board(self._path.parent / TENSORBOARD, resume_step)
+        if resume_step is not None:
+            self.event("resume", step=resume_step)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One log line of training; `record` has `step`. Numbers go to TensorBoard as train/<name>, groups as
+        train/<name>/<group>.
+        """
+        self._append("step", record)
+        self._mirror("train", record)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """One held-out measurement; `record` has `step` and `set`. Numbers go to TensorBoard as
+        heldout/<set>/<name>.
+        """
+        self._append("evaluation", record)
+        self._mirror(f"heldout/{record['set']}", record)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Something that happened (`step` among its fields): a checkpoint, a resume, a skipped step. All lines so far
+        become durable.
+        """
+        self._append(kind, fields)
+        self.flush()
+
+    def flush(self) -> None:
+        """Make every line durable and TensorBoard's view complete: to be called before a checkpoint, which resume
+        trusts.
+        """
+        with self._blamed():
+            if self._path.exists():
+                fsops.sync_file(self._path)
+            if self._board is not None:
+                self._board.flush()
+
+    def close(self) -> None:
+        self.flush()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, kind: str, fields: Mapping[str, Any]) -> None:
+        self._time = self._clock()
+        line = json.dumps({"kind": kind, "time": self._time, **_finite(fields)}, allow_nan=False, ensure_ascii=False)
+        with self._blamed():
+            fsops.append_line(self._path, line)
+
+    def _mirror(self, tag: str, record: Mapping[str, Any]) -> None:
+        if self._board is None:
+            return
+        with self._blamed():
+            for name, value in _scalars(tag, record):
+                self._board.add_scalar(name, value, record["step"], walltime=self._time)
+
+    @contextlib.contextmanager
+    def _blamed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = error.filename or self._path
+            raise RunFolderError(
+                f"{where}: cannot be written: {error.strerror or error}: make room or check it, then resume"
+            ) from error
+
+
+_MEASURED = {
+    "step": ("step", "loss", "grad_norm", "learning_rate", "tokens", "skipped"),
+    "evaluation": ("step", "set", "loss", "tokens"),
+}
+_MEASURED_LATER = ("bearing_tokens",)  # not in the records of earlier versions, whose digests must stay what they were
+
+
+def rows_label(rows: object, available: object) -> str:
+    """'64 of 1,024 rows', 'all 1,024 rows', '64 rows' where the total is not recorded, or 'rows not recorded'."""
+    if not isinstance(rows, int):
+        return "rows not recorded"
+    if not isinstance(available, int):
+        return f"{rows:,} rows"
+    return f"all {rows:,} rows" if rows == available else f"{rows:,} of {available:,} rows"
+
+
+def heldout_label(record: Mapping[str, Any]) -> str:
+    """'words (64 of 1,024 rows)': the set of an evaluation's record and how much of it was read, since losses over
+    other rows differ.
+    """
+    return f"{record['set']} ({rows_label(record.get('rows'), record.get('rows_available'))})"
+
+
+class Digest:
+    """SHA-256 of what step and evaluation records measured, a canonical JSON line each: equal for equal training,
+    whatever its speed was.
+
+    Clock, throughput and memory are left out, and so is a record of any other kind. The order of the records counts.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """`record` has `kind`, as a line of metrics.jsonl does."""
+        if keys := _MEASURED.get(record["kind"]):
+            measured = {key: record.get(key) for key in keys} | {
+                key: record[key] for key in _MEASURED_LATER if key in record
+            }
+            self._hash.update(canonical_json(_finite([record["kind"], measured])) + b"\n")
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def digest(records: Iterable[Mapping[str, Any]]) -> str:
+    """The `Digest` of all of them, in hexadecimal."""
+    found = Digest()
+    for record in records:
+        found.add(record)
+    return found.hexdigest()
+
+
+def effective_records(folder: Path, without: Collection[int] = ()) -> Iterator[dict[str, Any]]:
+    """The effective records of a run, in the order they were made: what an uninterrupted run would have left, and the
+    events.
+
+    Of step and evaluation records with the same step (and set) the last counts, and none counts that lies beyond the
+    step of a later resume. A torn last line is left out. Nothing where there are no metrics. The file is read as the
+    records are asked for, and none is kept. without: numbers of damaged lines that are passed over (`damaged_lines`).
+    Raises RunFolderError for any other damaged line.
+    """
+    return (record for _, record, left_by in counted_lines(Path(folder) / METRICS, without) if not left_by)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All `effective_records` at once, for a run that is known to be small."""
+    return list(effective_records(folder))
+
+
+def damaged_lines(folder: Path) -> list[int]:
+    """Numbers of the lines, from 1, that are whole and no metrics lines. What follows the last line break is not
+    counted.
+    """
+    path = folder / METRICS
+    return [line.number for line in metrics_lines(path) if line.record is None] if path.exists() else []
+
+
+def repair(folder: Path, damaged: Sequence[int] | None = None, *, clock: Callable[[], float] = time.time) -> None:
+    """Move torn and damaged lines to metrics.torn, so that every line left is whole; the event `repair` names them by
+    number.
+
+    damaged: what `damaged_lines` gave, if it was asked already. The run's lock must be held. Raises OSError.
+    """
+    path = folder / METRICS
+    if not path.exists():
+        return
+    bad = set(damaged_lines(folder) if damaged is None else damaged)
+    if not bad and _ends_whole(path):
+        return
+    *lines, tail = read_plain(path, "metrics").split(b"\n")
+    torn = [line for number, line in enumerate(lines, 1) if number in bad] + ([tail] if tail else [])
+    whole = [line for number, line in enumerate(lines, 1) if number not in bad]
+    step = next((found["step"] for line in reversed(whole) if "step" in (found := json.loads(line))), 0)
+    event = {"kind": "repair", "time": clock(), "step": step, "lines": sorted(bad), "torn_bytes": len(tail)}
+    beside = path.with_name(TORN)
+    kept = read_plain(beside, "metrics") if beside.exists() else b""
+    # first: a crash in between leaves a line in both files, never in neither
+    fsops.write_bytes(beside, kept + b"\n".join(torn) + b"\n")
+    fsops.write_bytes(path, b"".join(line + b"\n" for line in (*whole, json.dumps(event).encode())))
+
+
+def _ends_whole(path: Path) -> bool:
+    with open_plain(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return size == 0 or file.read(1) == b"\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _scalars(tag: str, record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(f"{tag}/{name}", value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
+            yield f"{tag}/{name}", value
+
+
+def _open_board(folder: Path, resume_step: int | None) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and wanted only here
+
+    fsops.make_dirs(folder)
+    return SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)  # type: ignore[no-untyped-call]

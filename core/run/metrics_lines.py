@@ -1,0 +1,273 @@
+"""Lines of metrics.jsonl as they are read: each checked, with its number, in one pass that keeps none of them.
+
+`metrics_lines` gives every line, a damaged one with what is wrong with it. `counted_lines` says of each whether it
+counts, and if not, which resume went back behind it: two passes over the file, in memory that does not grow with it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from weftrain.core.errors import RunFolderError
+from weftrain.core.formats.canonical import parse_json
+from weftrain.core.formats.plain_file import UnreadableFileError, plain_lines
+
+Record = dict[str, Any]
+MEASURED = ("step", "evaluation")
+# JSON has no such numbers; they are these strings in the file
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+MAX_STEP = 1 << 53  # beyond it a float does not count by ones
+_MAX_NUMBER = 1e300  # JSON may hold integers that no float does
+_MAX_TEXT = 10_000
+_LAST_SECOND = 253_402_300_799  # of the year 9999
+_MAX_REMEMBERED = 1_000_000  # restarts, and steps measured twice, that a file may tell of
+_MAX_SERIES = 1_000  # training and held-out sets
+
+
+class MetricsLine(NamedTuple):
+    """A line of the file, counted from 1. Either `record` is there, or `error` says what is wrong with it."""
+
+    number: int
+    data: bytes
+    record: Record | None
+    error: str = ""
+
+
+class CountedLine(NamedTuple):
+    """A checked line. left_by: the number of the resume's line that went back behind it; 0: it counts; -1: it was
+    measured again.
+    """
+
+    number: int
+    record: Record
+    left_by: int
+
+
+def metrics_lines(path: Path) -> Iterator[MetricsLine]:
+    """Every whole line of the file; what follows the last line break is torn, and left out. Raises OSError."""
+    for number, data in enumerate(plain_lines(path, "metrics"), 1):
+        try:
+            yield MetricsLine(number, data, _checked(data))
+        except ValueError as error:
+            yield MetricsLine(number, data, None, str(error))
+
+
+def counted_lines(path: Path, without: Collection[int] = ()) -> Iterator[CountedLine]:
+    """Every line of the file, checked. Nothing where there is no file. Raises RunFolderError for a damaged line, naming
+    it.
+
+    without: numbers of damaged lines that are passed over, because the caller is about to move them aside. A
+    measurement does not count where a later resume begins before its step, or where the same step (and set) is measured
+    again later.
+    """
+    try:
+        cuts, again, count = _survey(path)
+        # What was appended since the survey, by a run that goes on, is not read.
+        for number, data in enumerate(islice(plain_lines(path, "metrics"), count), 1):
+            if number in without:
+                continue
+            try:
+                record = _checked(data)
+            except ValueError as error:
+                raise RunFolderError(
+                    f"{path}:{number}: not a metrics line: {error}: start the run again (`weftrain train`, also where "
+                    "it is "
+                    "complete), which moves the line to metrics.torn"
+                ) from error
+            left_by = 0
+            if (cuts.lines or again) and record["kind"] in MEASURED:
+                left_by = cuts.first_behind(number, record["step"])
+                if not left_by and again.get(measurement(record), number) != number:
+                    left_by = -1
+            yield CountedLine(number, record, left_by)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read: {error.strerror}: check the file and its permissions") from error
+
+
+def _checked(data: bytes) -> Record:
+    record = parse_json(data)
+    check_record(record)
+    return _restored(record) if b'nan"' in data or b'inf"' in data else record
+
+
+def measurement(record: Record) -> tuple[Any, ...]:
+    """What a step or evaluation record measured: of two with the same, the later one counts."""
+    return ("step", record["step"]) if record["kind"] == "step" else ("evaluation", record["step"], record["set"])
+
+
+def _survey(path: Path) -> tuple[_Cuts, dict[tuple[Any, ...], int], int]:
+    """The file's resumes, the last line of each measurement that stands more than once between two of them, and the
+    number of lines.
+    """
+    resumes: list[tuple[int, int]] = []
+    reached: dict[Any, int] = {}  # series -> the step after which its measurements are new
+    again: dict[tuple[Any, ...], int] = {}
+    number = 0
+    for number, data in enumerate(plain_lines(path, "metrics"), 1):
+        if found := _STEP_LINE.match(data):  # as this program writes it: the second pass checks it
+            key: tuple[Any, ...] = ("step", int(found[1]))
+        else:
+            try:
+                record = parse_json(data)
+                check_record(record)
+            except ValueError:
+                continue  # the second pass names it
+            if record["kind"] == "resume":
+                resumes.append((number, record["step"]))
+                reached = {series: min(step, record["step"]) for series, step in reached.items()}
+            if record["kind"] not in MEASURED:
+                continue
+            key = measurement(record)
+        series = key[2:]
+        if key[1] <= reached.get(series, -1):
+            again[key] = number
+        else:
+            reached[series] = key[1]
+            if key in again:
+                again[key] = number
+        if len(again) > _MAX_REMEMBERED or len(reached) > _MAX_SERIES:
+            raise UnreadableFileError(
+                f"has more than {_MAX_REMEMBERED:,} steps measured twice, or {_MAX_SERIES:,} sets: no run writes this",
+                path,
+            )
+    if len(resumes) > _MAX_REMEMBERED:
+        raise UnreadableFileError(f"has more than {_MAX_REMEMBERED:,} restarts: no run writes this", path)
+    return _Cuts(resumes), again, number
+
+
+class _Cuts:
+    """Resumes in the order of their lines; which of them first went back behind a step, in logarithmic time."""
+
+    def __init__(self, resumes: Sequence[tuple[int, int]]) -> None:
+        self.lines = [line for line, _ in resumes]
+        self._steps = [step for _, step in resumes] + [-1]  # the last stands for none
+        none, self._next = len(resumes), 0
+        lower, open_ = [none] * (none + 1), list[int]()  # the next resume from a lower step
+        for index in range(none):
+            while open_ and self._steps[open_[-1]] > self._steps[index]:
+                lower[open_.pop()] = index
+            open_.append(index)
+        self._jumps = [lower]  # then two such steps at once, four, ..
+        while any(target != none for target in self._jumps[-1]):
+            last = self._jumps[-1]
+            self._jumps.append([last[target] for target in last])
+
+    def first_behind(self, line: int, step: int) -> int:
+        """The line of the first resume after `line` from a step before `step`; 0: none. Lines are asked for in
+        ascending order.
+        """
+        while self._next < len(self.lines) and self.lines[self._next] < line:
+            self._next += 1
+        index = self._next
+        if index == len(self.lines):
+            return 0
+        if self._steps[index] >= step:
+            for jump in reversed(self._jumps):
+                if self._steps[jump[index]] >= step:
+                    index = jump[index]
+            index = self._jumps[0][index]
+        return self.lines[index] if index < len(self.lines) else 0
+
+
+# What a line may hold
+
+
+def _is_number(value: Any) -> bool:
+    if type(value) is float:
+        return True
+    return (
+        value in ("nan", "inf", "-inf")
+        if type(value) is str
+        else type(value) is int and -_MAX_NUMBER < value < _MAX_NUMBER
+    )
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_STEP
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MAX_NUMBER
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= _LAST_SECOND
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str and len(value) <= _MAX_TEXT
+
+
+def _is_rates(value: Any) -> bool:
+    return type(value) is dict and all(type(rate) is float or _is_number(rate) for rate in value.values())
+
+
+def _is_utilization(value: Any) -> bool:
+    return _is_number(value) or _is_text(value)  # "unknown"
+
+
+# key -> what it must be, wherever it stands. Any other key is kept unchecked, since backends add their own (Run.stats):
+# a key that this program reads is listed here.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "kind": (_is_text, "text"),
+    "time": (_is_time, "seconds since 1970"),
+    "step": (_is_step, "completed steps"),
+    "set": (_is_text, "a set's name"),
+    "rows": (_is_count, "a count"),
+    "rows_available": (_is_count, "a count"),
+    "dataset_id": (_is_text, "a hash"),
+    "loss": (_is_number, "a number"),
+    "perplexity": (_is_number, "a number"),
+    "grad_norm": (_is_number, "a number"),
+    "learning_rate": (_is_rates, "numbers by parameter group"),
+    "tokens": (_is_count, "a count"),
+    "bearing_tokens": (_is_count, "a count"),
+    "tokens_per_second": (_is_number, "a number"),
+    "step_ms": (_is_number, "a number"),
+    "data_wait_ms": (_is_number, "a number"),
+    "model_flops_utilization": (_is_utilization, "a number or 'unknown'"),
+    "skipped": (lambda value: type(value) is bool, "true or false"),
+    "root": (_is_text, "a hash"),
+    "kernels": (lambda value: value is None or type(value) is dict, "a mapping"),
+    "peak_flops": (lambda value: value is None or _is_number(value), "a number"),
+    "peak_origin": (_is_text, "text"),
+    "peak_machine": (_is_text, "text"),
+    "flops_per_token": (_is_number, "a number"),
+    "torn_lines": (_is_count, "a count"),
+}
+_FLOATS = frozenset(key for key, (check, _) in _FIELDS.items() if check is _is_number)
+_REQUIRED = {"step": ("step", "loss"), "evaluation": ("step", "set", "loss"), "resume": ("step",)}
+_STEP_LINE = re.compile(rb'\{"kind": "step", "time": [0-9.e+]{1,30}, "step": ([0-9]{1,15}), "')
+
+
+def check_record(record: Any) -> None:
+    """Raises ValueError, naming the key, for what is no line of metrics. Events of an unknown kind are lines, whatever
+    else they hold.
+    """
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        raise ValueError("it has no kind")
+    kind = record["kind"]
+    for key in _REQUIRED.get(kind, ()):
+        if key not in record:
+            raise ValueError(f"a line of kind {kind} without '{key}'")
+    for key, value in record.items():
+        if type(value) is float and key in _FLOATS:
+            continue  # most of what a file holds: a million lines are read in some seconds
+        check = _FIELDS.get(key)
+        if check is not None and not check[0](value):
+            raise ValueError(f"key '{key[:80]}' is not {check[1]}")
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: item if key in ("kind", "set") else _restored(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_restored(item) for item in value]
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value

@@ -1,0 +1,108 @@
+"""The training rows of a whole run, whatever changed in it: each step reads by the recipe of its own stretch in the
+ledger.
+
+A recipe with `data.continues` gives the rows from there on; the rows before follow from the recipes that the ledger
+names. Training and replay need one stretch at a time; verbs that ask about any step of a run use this module.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from weftrain.core.backend import BatchSource
+from weftrain.core.config import Recipe
+from weftrain.core.data import TokenSource, training_source
+from weftrain.core.errors import DataError
+from weftrain.core.order.rows import ChunkOrder, Timeline, recipe_timeline
+from weftrain.core.run.ledger import Lineage
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Steps from `first_step` on read by one recipe. open: its rows, once they are asked for."""
+
+    first_step: int
+    timeline: Timeline
+    open: Callable[[], BatchSource] = field(repr=False)
+
+    @cached_property
+    def source(self) -> BatchSource:
+        return self.open()
+
+
+@dataclass(frozen=True)
+class RunSource:
+    """The pieces of a run, in order, from its first step on. Raises DataError for a step or sample before it."""
+
+    pieces: tuple[Piece, ...]
+
+    def at(self, step: int) -> BatchSource:
+        """The rows of the 0-based step `step`. Raises DataError where their dataset is not there any more."""
+        return self._piece(step).source
+
+    def sample(self, step: int) -> int:
+        """The number in the run of the first sample of `step`."""
+        return self._piece(step).timeline.sample(step)
+
+    def step_of(self, sample: int) -> tuple[int, int]:
+        """The step that reads sample number `sample` of the run, and the row of its batch."""
+        place = bisect_right(self.pieces, sample, key=lambda piece: piece.timeline.sample(piece.first_step)) - 1
+        if place < 0:
+            raise DataError(
+                f"sample {sample} was read by an earlier recipe, which only the run's ledger holds: put the run's "
+                "ledger.jsonl "
+                "beside its recipe"
+            )
+        piece = self.pieces[place]
+        steps, row = divmod(sample - piece.timeline.sample(piece.first_step), piece.timeline.global_batch_size)
+        return piece.first_step + steps, row
+
+    @property
+    def chunks(self) -> ChunkOrder | None:
+        """The run's chunks as they were read and will be; None where it has none."""
+        source = self.pieces[-1].source
+        return source.chunks if isinstance(source, TokenSource) else None
+
+    def _piece(self, step: int) -> Piece:
+        place = bisect_right(self.pieces, step, key=lambda piece: piece.first_step) - 1
+        if place < 0:
+            first = self.pieces[0].first_step
+            raise DataError(
+                f"step {step} was read by a recipe from before step {first}, which only the run's ledger holds: put "
+                "the run's ledger.jsonl "
+                "beside its recipe"
+            )
+        return self.pieces[place]
+
+
+def run_source(recipe: Recipe, line: Lineage | None) -> RunSource:
+    """The rows of a run that stands at `recipe`. line: its ledger's; without one, those of the recipe alone.
+
+    The datasets of earlier stretches are looked for below the recipe's data.root.
+    """
+    first = 0 if recipe.data.continues is None else recipe.data.continues.step
+    found: list[tuple[int, Recipe]] = []
+    for stretch in () if line is None else line.stretches:
+        if stretch.first_step >= first:
+            break
+        read = Recipe.from_record(stretch.recipe)
+        read = read.model_copy(update={"data": read.data.model_copy(update={"root": recipe.data.root})})
+        if not found or _reads(found[-1][1]) != _reads(read):
+            found.append((stretch.first_step, read))
+    return RunSource(tuple(_piece(first_step, one) for first_step, one in [*found, (first, recipe)]))
+
+
+def whole_run(source: BatchSource, timeline: Timeline) -> RunSource:
+    """One source as that of a whole run."""
+    return RunSource((Piece(timeline.first_step, timeline, lambda: source),))
+
+
+def _piece(first_step: int, recipe: Recipe) -> Piece:
+    return Piece(first_step, recipe_timeline(recipe), lambda: training_source(recipe))
+
+
+def _reads(recipe: Recipe) -> tuple[object, ...]:
+    return recipe.data, recipe.batch.global_batch_size, recipe.schedule.steps if recipe.data.chunks else None

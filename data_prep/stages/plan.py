@@ -1,0 +1,413 @@
+"""What is to be made, cut into tasks: a function of inputs and settings alone, never of how many processes work on it.
+
+A plan is a JSON file in the work folder, `.NAME.partial` beside the dataset, so that any process on any machine that
+sees the folder can take a task by its number, and a run that was interrupted goes on. A task is done when its output
+file is there, whole; nothing else remembers it. Two processes that do the same task write the same bytes under the same
+name.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from weftrain.core.config import Fim
+from weftrain.core.errors import DataError
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.formats.line_table import Lines, LineTable, lines_sha256, write_lines
+from weftrain.data_prep import heldout
+from weftrain.data_prep.readers.documents import InputFile, Part, Share, Skipped
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.readers.registry import READERS
+from weftrain.data_prep.readers.shares import split_parts
+from weftrain.data_prep.tokens.markers import NO_EOS, Markers
+
+PLAN, PLANNED_TOKENIZER = "plan.json", "tokenizer.json"
+VERSION = 3
+_REFERENCE, _FELL_BACK = "reference", "reference.json"
+_TASK_FOLDERS = ("parts", "runs", "buckets", "shards")
+SHARD_TOKENS = 1 << 25  # 64 MiB of uint16
+_MEBI = 1 << 20
+NOT_STATED = "not stated"  # the licence that nobody named
+_PIECE_DOCUMENTS = 1 << 18
+_FILE_OPENS = 1 << 20
+Progress = Callable[[str, int, int | None, str], None]  # stage, done, total if known, unit
+Packing = Literal["concatenate", "best_fit"]
+Order = Literal["shuffled", "as_read"]
+
+
+def no_progress(stage: str, done: int, total: int | None, unit: str) -> None:
+    """Says nothing."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Files, how to read them, and what the manifest says about them. skipped: files beside them that are not read, and
+    why.
+    """
+
+    files: Lines[InputFile]
+    description: str
+    licence: str = NOT_STATED
+    options: ReadOptions = ReadOptions()  # noqa: RUF009 - frozen itself
+    quality: str | None = None  # what filtered them before, canonical JSON
+    skipped: Lines[Skipped] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What, with the inputs, determines every byte; the manifest's `preparation`. tokenizer: 'trained', or the given
+    file's SHA-256.
+
+    packing: 'concatenate' cuts one stream, 'best_fit' fills rows with whole documents. order: 'shuffled' by content, or
+    'as_read', which keeps duplicates too. epochs: how often each document comes, with FIM drawn anew.
+    global_batch_size: makes a chunk whole steps. heldout_rule: see heldout.py. eos, bos, fim_tokens: see markers.py.
+    """
+
+    tokenizer: str
+    tokenizer_vocab_size: int | None
+    eos: str | None
+    sequence_length: int
+    heldout_fraction: float
+    rows_per_shard: int
+    seed: int
+    packing: Packing = "concatenate"
+    order: Order = "shuffled"
+    epochs: int = 1
+    chunks: int | None = None
+    global_batch_size: int | None = None
+    fim: Fim | None = None
+    heldout_rule: int = heldout.RULE
+    bos: str | None = None
+    fim_tokens: tuple[str, ...] = ()
+
+    def tree(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(replace(self, fim=None)) | {"fim": None if self.fim is None else self.fim.model_dump()}
+
+    @property
+    def markers(self) -> Markers:
+        return Markers(self.eos, self.bos, self.fim_tokens)
+
+    @property
+    def row_tokens(self) -> int:
+        return self.sequence_length + 1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds the memory of a task and the number of files that are opened; in the plan, so that every process has
+    the same.
+
+    piece_bytes, piece_documents: a part's documents are written as soon as they are so many bytes of text or ids, or so
+    many. bucket_bytes: least and most of the ids and columns that a bucket holds. file_opens: pieces x buckets from
+    which pieces are merged.
+    """
+
+    piece_bytes: int
+    piece_documents: int
+    bucket_bytes: tuple[int, int]
+    file_opens: int
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A dataset that grows: where it lies, its manifest's root, and how many inputs, sources and shards it has, which
+    come first.
+    """
+
+    folder: str
+    root: str
+    files: int
+    num_sources: int
+    train_shards: int
+    heldout_shards: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """folder: the work folder. fixed_rows: the inputs are rows that stand alone already, and stay so.
+
+    by_reference: the engines differed, see fall_back. parent: what the inputs are added to.
+    """
+
+    folder: Path
+    inputs: Inputs
+    settings: Settings
+    engine: str
+    parts: Lines[Part]
+    limits: Limits
+    by_reference: bool = False
+    parent: Parent | None = None
+
+    @property
+    def work(self) -> Path:
+        """Where the outputs of tasks lie: elsewhere, and so done anew, once the reference engine encodes for both."""
+        return self.folder / _REFERENCE if self.by_reference else self.folder
+
+    @functools.cached_property
+    def header(self) -> bytes:
+        """What plan.json holds: the plan, with the hashes of its tables."""
+        return canonical_json(_header(self)) + b"\n"
+
+    @property
+    def fixed_rows(self) -> bool:
+        return READERS[self.inputs.files[0].format].holds == "rows"
+
+    @property
+    def row_stride(self) -> int:
+        """Rows that stand alone share no token; rows cut from one stream share one."""
+        fim = self.settings.fim
+        alone = self.fixed_rows or self.settings.packing == "best_fit" or (fim is not None and fim.mode != "exact")
+        return self.settings.sequence_length + 1 if alone else self.settings.sequence_length
+
+    def sample_file(self, index: int) -> Path:
+        return self.folder / "samples" / f"{index:05d}.table"
+
+    def part_file(self, index: int) -> Path:
+        """What a part says when it is done; its documents are in its pieces."""
+        return self.work / "parts" / f"{index:05d}.json"
+
+    def piece_file(self, part: int, piece: int) -> Path:
+        return self.work / "parts" / f"{part:05d}-{piece:05d}.table"
+
+    def failures_file(self, stage: str, part: int) -> Path:
+        """What could not be read of a part, a line each, where there is any. stage: 'samples' or 'parts'."""
+        return (self.folder if stage == "samples" else self.work) / stage / f"{part:05d}.failures.jsonl"
+
+    def run_file(self, index: int) -> Path:
+        """What a merge says when it is done; its documents are in its slices, one a range of keys."""
+        return self.work / "runs" / f"{index:05d}.json"
+
+    def run_slice_file(self, run: int, key_range: int) -> Path:
+        return self.work / "runs" / f"{run:05d}-{key_range:05d}.table"
+
+    def bucket_file(self, index: int) -> Path:
+        """What a bucket says when it is done; its documents are in its streams."""
+        return self.work / "buckets" / f"{index:05d}.table"
+
+    def stream_file(self, stream: str, bucket: int) -> Path:
+        return self.work / "buckets" / f"{bucket:05d}-{stream}.table"
+
+    def shard_record(self, index: int) -> Path:
+        return self.work / "shards" / f"{index:05d}.json"
+
+    @property
+    def survey_file(self) -> Path:
+        return self.work / "survey.json"
+
+    @property
+    def names_file(self) -> Path:
+        """The sources' names, a JSON string a line, in the order of their numbers."""
+        return self.work / "names.jsonl"
+
+    @property
+    def pieces_file(self) -> Path:
+        """All pieces, in the order of reading: written with the survey."""
+        return self.work / "pieces.table"
+
+    @property
+    def layout_file(self) -> Path:
+        return self.work / "layout.json"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.dataset / PLANNED_TOKENIZER
+
+    @property
+    def dataset(self) -> Path:
+        """The dataset as it grows, renamed when it is complete."""
+        return self.folder / "dataset"
+
+
+def check_inputs(inputs: Inputs, settings: Settings) -> None:
+    """Raises DataError for inputs that cannot be in one dataset, or for settings that mean nothing for them."""
+    if not inputs.files:
+        raise DataError(f"{inputs.description}: holds no file to read; name other files")
+    formats = {file.format for file in inputs.files}
+    holds = {READERS[name].holds for name in formats}
+    if "rows" in holds and len(formats) > 1:
+        raise DataError(
+            f"{inputs.description}: {', '.join(sorted(formats))}: rows that are packed already go with nothing else: "
+            "prepare them apart"
+        )
+    if "rows" in holds and (settings.packing == "best_fit" or settings.fim is not None):
+        raise DataError(
+            f"{inputs.description}: rows that are packed already take no --packing best_fit and no --fim-rate: leave "
+            "them out"
+        )
+    if holds != {"text"} and settings.tokenizer == "trained":
+        raise DataError(f"{inputs.description}: is tokenised already: name its tokenizer.json with --tokenizer")
+    if (
+        settings.fim is not None
+        and settings.fim.mode == "released"
+        and (settings.bos is not None or settings.eos == NO_EOS)
+    ):
+        raise DataError(
+            "--fim-mode released does what scripts did that know an end token alone: give no --bos and no --eos none"
+        )
+    if settings.chunks is not None and settings.epochs > 1:
+        raise DataError(
+            "--chunks and --epochs: a dataset has chunks, or its documents come several times; give one of them"
+        )
+    if settings.global_batch_size is not None and settings.chunks is None:
+        raise DataError("--global-batch-size makes chunks of whole steps: give --chunks too, or leave it out")
+
+
+def make_plan(folder: Path, inputs: Inputs, settings: Settings, engine: str) -> Plan:
+    """Parts of 4 to 64 MiB of input: some sixty, until they are as large as memory allows."""
+    total = sum(file.num_bytes for file in inputs.files)
+    parts = tuple(split_parts(inputs.files, clamped(total // 64, 4 * _MEBI, 64 * _MEBI)))
+    limits = Limits(64 * _MEBI, _PIECE_DOCUMENTS, (4 * _MEBI, 64 * _MEBI), _FILE_OPENS)
+    return Plan(folder, inputs, settings, engine, parts, limits)
+
+
+def clamped(value: int, low: int, high: int) -> int:
+    """The next power of two, within the limits."""
+    return min(max(power_of_two(value), low), high)
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is at least `value`."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def save_plan(plan: Plan) -> bool:
+    """Write the plan, unless the work folder holds the same one: then True, and its tasks' outputs are good. Another's
+    are removed.
+
+    Raises OSError.
+    """
+    if is_saved(plan):
+        return True
+    fsops.remove_tree(plan.folder)
+    for folder in ("samples", *_TASK_FOLDERS, "dataset/train", "dataset/heldout"):
+        fsops.make_dirs(plan.folder / folder)
+    for name, values in _tables(plan).items():
+        write_lines(plan.folder / f"{name}.jsonl", values)
+    fsops.write_bytes(plan.folder / PLAN, plan.header)
+    return False
+
+
+def fall_back(plan: Plan, reason: str) -> None:
+    """Say in the work folder that from now on, and for every part, the reference engine encodes: what tasks did before
+    does not count.
+
+    Any process may find that the engines differ, on any document of the sample; the ids must not depend on which.
+    Raises OSError.
+    """
+    for folder in _TASK_FOLDERS:
+        fsops.make_dirs(plan.folder / _REFERENCE / folder)
+    fsops.write_bytes(plan.folder / _FELL_BACK, canonical_json(reason) + b"\n")
+
+
+def fell_back(plan: Plan) -> bool:
+    """Whether a process has called fall_back since this plan was read."""
+    return not plan.by_reference and (plan.folder / _FELL_BACK).exists()
+
+
+def settled(plan: Plan) -> Plan:
+    """The plan as it is after fall_back, if a process has called it."""
+    return replace(plan, engine="tokenizers", by_reference=True) if fell_back(plan) else plan
+
+
+def fallback_reason(plan: Plan) -> str | None:
+    """What the process that fell back last found."""
+    return str(parse_json((plan.folder / _FELL_BACK).read_bytes())) if plan.by_reference else None
+
+
+def is_saved(plan: Plan) -> bool:
+    """Whether the work folder holds this very plan."""
+    path = plan.folder / PLAN
+    return path.is_file() and path.read_bytes() == plan.header
+
+
+def load_plan(folder: Path) -> Plan:
+    """The plan in a work folder; kept until it is another, since every task of a process asks for it. Raises
+    DataError.
+    """
+    try:
+        return settled(_loaded(folder, (folder / PLAN).stat().st_mtime_ns))
+    except OSError as error:
+        raise DataError(f"{folder / PLAN}: cannot be read: {error}; remove {folder} and prepare again") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(folder: Path, modified_ns: int) -> Plan:
+    try:
+        tree = parse_json((folder / PLAN).read_bytes())
+        inputs, settings = tree["inputs"], dict(tree["settings"])
+        if settings["fim"] is not None:
+            settings["fim"] = Fim(**settings["fim"])
+        settings["fim_tokens"] = tuple(settings["fim_tokens"])
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in inputs["options"].items()
+        }
+        options = ReadOptions(**fields)
+        hashes, remedy = tree["tables"], f"remove {folder} and prepare again"
+        files = LineTable(
+            folder / "files.jsonl", lambda entry: InputFile(*entry), sha256=hashes["files"], remedy=remedy
+        )
+        skipped = LineTable(
+            folder / "skipped.jsonl", lambda entry: Skipped(*entry), sha256=hashes["skipped"], remedy=remedy
+        )
+        parts = LineTable(folder / "parts.jsonl", _part, sha256=hashes["parts"], remedy=remedy)
+        read = Inputs(files, inputs["description"], inputs["licence"], options, inputs["quality"], skipped)
+        limits = Limits(**tree["limits"] | {"bucket_bytes": tuple(tree["limits"]["bucket_bytes"])})
+        parent = None if tree["parent"] is None else Parent(**tree["parent"])
+        return Plan(folder, read, Settings(**settings), tree["engine"], parts, limits, parent=parent)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / PLAN}: cannot be read: {error}; remove {folder} and prepare again") from error
+
+
+def _part(entry: Any) -> Part:
+    num_bytes, shares = entry
+    return Part(tuple(Share(*share) for share in shares), num_bytes)
+
+
+def _tables(plan: Plan) -> dict[str, Iterator[list[Any]]]:
+    """What may have millions of lines: each is a file of its own, of which a task reads the lines that it needs."""
+    return {
+        "files": ([getattr(file, name) for name in InputFile.__dataclass_fields__] for file in plan.inputs.files),
+        "skipped": ([file.name, file.num_bytes, file.reason] for file in plan.inputs.skipped),
+        "parts": ([part.num_bytes, part.shares] for part in plan.parts),
+    }
+
+
+def _header(plan: Plan) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "inputs": {
+            "description": plan.inputs.description,
+            "licence": plan.inputs.licence,
+            "options": asdict(plan.inputs.options),
+            "quality": plan.inputs.quality,
+        },
+        "tables": {name: lines_sha256(values) for name, values in _tables(plan).items()},
+        "settings": plan.settings.tree(),
+        "engine": plan.engine,
+        "limits": asdict(plan.limits),
+        "parent": None if plan.parent is None else asdict(plan.parent),
+    }
+
+
+def order_key(settings: Settings, content: bytes) -> bytes:
+    """Where a document stands in the shuffle: 32 bytes, by its text and the seed alone."""
+    return hashlib.sha256(b"order %d " % settings.seed + content).digest()
+
+
+def preparation(settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    """The settings as the manifest records them: flat."""
+    tree = settings.tree()
+    fim = tree.pop("fim") or {"rate": None, "spm_share": None, "mode": None}
+    tree |= {f"fim_{key}": value for key, value in fim.items()}
+    tree["fim_tokens"] = ",".join(settings.fim_tokens) or None
+    tree["reading_sha256"] = sha256_json(inputs.options.record())
+    tree["normalise"] = ",".join(inputs.options.normalise) or None
+    tree["quality"] = inputs.quality
+    return tree

@@ -1,0 +1,366 @@
+"""Between stages 2 and 3 the layout of all rows; then stage 3, a task a shard; then the manifest.
+
+Where a shard's tokens lie follows from how many tokens each bucket holds, so a shard can be written, and
+written again, by itself. A shard never crosses the end of an epoch or of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from weftrain.core.errors import DataError
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json
+from weftrain.core.formats.dataset import (
+    VERSION,
+    Chunks,
+    Corpus,
+    DocumentCounts,
+    FimPrepared,
+    Manifest,
+    SetEntry,
+    ShardEntry,
+    ShardSet,
+    SourceEntry,
+    Tokenization,
+    merkle_root,
+    shard_file,
+    write_manifest,
+    write_sources,
+)
+from weftrain.core.formats.line_table import LineTable
+from weftrain.core.formats.shard_reader import Documents, FimRecord, num_tokens, write_shard
+from weftrain.data_prep.fim import exact as fim
+from weftrain.data_prep.growth import Added, parent_manifest, parents_sources, put_parents_shards, with_parents
+from weftrain.data_prep.stages.order import HELDOUT, STREAM_COLUMNS, Stream, stream_names, with_padding
+from weftrain.data_prep.stages.plan import Plan, preparation
+from weftrain.data_prep.stages.survey import load_json
+from weftrain.data_prep.stages.table_file import Table
+from weftrain.data_prep.tokens.tokenization import DIFFERED, TextEncoder, encoder_for
+
+
+def lay_out(plan: Plan) -> dict[str, Any]:
+    """Which rows each shard holds, written as layout.json. Raises DataError where a set has no row.
+
+    `shards`: (set, number within it, stream, first row of the stream, rows). `ends`: of each stream the tokens up to
+    each bucket's end.
+    """
+    found = load_json(plan.survey_file)
+    notes = [Table(plan.bucket_file(index)).note for index in range(found["buckets"])]
+    ends = {name: np.cumsum([note["tokens"][name] for note in notes]).tolist() for name in stream_names(plan)}
+    rows = {name: _rows(plan, ends[name][-1]) for name in ends}
+    shards: list[list[Any]] = []
+    sets: dict[str, dict[str, Any]] = {}
+    for set_name in ("train", HELDOUT):
+        streams = [name for name in ends if name.startswith(set_name)]
+        if not streams:
+            continue
+        documents = sum(note["documents"][streams[0]] for note in notes)
+        total = ends[streams[0]][-1]
+        held_before = (
+            0
+            if plan.parent is None
+            else plan.parent.train_shards
+            if set_name == "train"
+            else plan.parent.heldout_shards
+        )
+        if not all(rows[name] for name in streams) and not (set_name == HELDOUT and held_before):
+            new = "" if plan.parent is None else " that the dataset which grows does not hold yet"
+            raise DataError(
+                f"{plan.inputs.description}: the {documents} {set_name} documents{new} hold {total} tokens, fewer than "
+                "one row of "
+                f"{plan.settings.sequence_length} + 1; give more text, a shorter --sequence-length, or another "
+                "--heldout-fraction (0: none)"
+            )
+        sections = [(name, 0, rows[name]) for name in streams]
+        if set_name == "train" and plan.settings.chunks is not None:
+            each = _chunk_rows(plan, rows["train.0"])
+            sections = [("train.0", chunk * each, each) for chunk in range(plan.settings.chunks)]
+        number = held_before
+        for name, first, count in sections:
+            for start in range(first, first + count, plan.settings.rows_per_shard):
+                shards.append([set_name, number, name, start, min(plan.settings.rows_per_shard, first + count - start)])
+                number += 1
+        used = sum(count for _, _, count in sections)
+        sets[set_name] = {
+            "documents": documents,
+            "epochs": [rows[name] for name in streams] if len(streams) > 1 else [used],
+            "dropped_tokens": sum(ends[name][-1] for name in streams)
+            - (_tokens_used(plan, used, len(streams)) if used else 0),
+            "padding_tokens": sum(note["padding"][name] for note in notes for name in streams),
+        }
+    layout = {
+        "ends": ends,
+        "shards": shards,
+        "sets": sets,
+        "duplicates": found["read"] - sum(entry["documents"] for entry in sets.values()),
+        "sources_sha256": _write_sources(plan, found),
+    }
+    fsops.write_bytes(plan.layout_file, canonical_json(layout) + b"\n")
+    return layout
+
+
+def _write_sources(plan: Plan, found: dict[str, Any]) -> str:
+    """Write sources.jsonl: the names with the counts of all buckets. Returns its SHA-256."""
+    totals = np.zeros((found["num_sources"], 3), np.int64)
+    for bucket in range(found["buckets"]):
+        counts = Table(plan.bucket_file(bucket))["sources"]
+        totals[counts[:, 0]] += counts[:, 1:]
+    for number, entry in enumerate(parents_sources(plan)):
+        totals[number] += (entry.documents, entry.num_bytes, entry.tokens)
+    with LineTable(plan.names_file, str) as names:
+        entries = (
+            SourceEntry(name=name, documents=documents, num_bytes=num_bytes, tokens=tokens)
+            for name, (documents, num_bytes, tokens) in zip(names, map(np.ndarray.tolist, totals), strict=True)
+        )
+        return write_sources(plan.dataset, entries).sha256
+
+
+def _cut_stride(plan: Plan) -> int:
+    """Between the first tokens of neighbouring rows of a stream. (Released FIM cuts rows that overlap, and makes rows
+    that do not.)
+    """
+    released = plan.settings.fim is not None and plan.settings.fim.mode == "released"
+    return plan.settings.sequence_length if released else plan.row_stride
+
+
+def _rows(plan: Plan, tokens: int) -> int:
+    stride = _cut_stride(plan)
+    return max(0, 1 + (tokens - plan.settings.row_tokens) // stride) if tokens else 0
+
+
+def _tokens_used(plan: Plan, rows: int, streams: int) -> int:
+    """Of all streams together, the token that neighbouring rows share counted once."""
+    return rows * _cut_stride(plan) + (streams if _cut_stride(plan) == plan.settings.sequence_length else 0)
+
+
+def _chunk_rows(plan: Plan, rows: int) -> int:
+    """Rows of each chunk: equal, and whole steps where the batch size is known."""
+    chunks, step_rows = plan.settings.chunks or 1, plan.settings.global_batch_size or 1
+    each = rows // chunks // step_rows * step_rows
+    if not each:
+        raise DataError(
+            f"{plan.inputs.description}: {rows:,} rows are too few for {chunks} chunks of {step_rows} or more: give "
+            "fewer --chunks"
+        )
+    return each
+
+
+def write_one_shard(plan: Plan, index: int) -> None:
+    """Write shard `index` of the layout and then its record. Raises DataError, OSError."""
+    layout, found = load_json(plan.layout_file), load_json(plan.survey_file)
+    set_name, number, name, first, rows = layout["shards"][index]
+    encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.markers, plan.engine)
+    settings, stride = plan.settings, _cut_stride(plan)
+    start = first * stride
+    stream = _cut(plan, name, layout["ends"][name], start, start + num_tokens(rows, settings.sequence_length, stride))
+    if settings.fim is not None and settings.fim.mode == "released":
+        stream = _released(plan, stream, first, rows, encoder)
+    record = None if stream.fim is None else FimRecord(stream.fim[:, 0].astype(np.uint8), stream.fim[:, 1:])
+    source, file = stream.source.astype(np.int32), stream.file.astype(np.int32)
+    if plan.parent is not None:
+        file[file >= 0] += plan.parent.files
+    documents = Documents(stream.end, stream.id, source, found["num_sources"], file, stream.record, record)
+    info = write_shard(
+        plan.dataset / shard_file(set_name, number),
+        stream.tokens,
+        documents,
+        sequence_length=settings.sequence_length,
+        row_stride=plan.row_stride,
+        vocab_size=encoder.vocab_size,
+        tokenizer_sha256=encoder.sha256,
+        loss_mask=None if stream.mask is None or stream.mask.all() else stream.mask,
+    )
+    entry = ShardEntry(
+        file=shard_file(set_name, number),
+        num_bytes=info.num_bytes,
+        sha256=info.sha256,
+        digest=info.digest,
+        n_examples=info.num_rows,
+    )
+    fsops.write_bytes(plan.shard_record(index), canonical_json(entry.model_dump(mode="json")) + b"\n")
+
+
+def _cut(plan: Plan, name: str, ends: list[int], start: int, stop: int) -> Stream:
+    """Tokens start..stop-1 of a stream, from the buckets that hold them; `end` counts from `start`."""
+    tokens: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    columns: dict[str, list[np.ndarray]] = {}
+    for bucket in range(int(np.searchsorted(ends, start, side="right")), len(ends)):
+        bucket_start = ends[bucket - 1] if bucket else 0
+        if bucket_start >= stop:
+            break
+        low, high = max(start, bucket_start) - bucket_start, min(stop, ends[bucket]) - bucket_start
+        if low >= high:
+            continue  # the bucket is empty
+        table = Table(plan.stream_file(name, bucket))
+        place = slice(low + bucket_start - start, high + bucket_start - start)
+        if tokens is None:
+            tokens = np.empty(stop - start, table.dtype("tokens"))
+        table.read_into(tokens[place], "tokens", low)
+        if "mask" in table:  # the tokens of a bucket without one bear loss
+            mask = np.ones(stop - start, np.uint8) if mask is None else mask
+            table.read_into(mask[place], "mask", low)
+        end = table["end"]
+        first, last = int(np.searchsorted(end, low, side="right")), int(np.searchsorted(end, high, side="left")) + 1
+        columns.setdefault("end", []).append(np.minimum(end[first:last], high) + bucket_start - start)
+        for column in ("id", "source", "file", "record", *(("fim",) if "fim" in table else ())):
+            columns.setdefault(column, []).append(table.slice(column, first, last))
+    assert tokens is not None
+    rest = (np.concatenate(columns[name]) if name in columns else None for name in STREAM_COLUMNS)
+    return Stream(tokens, mask, *rest)  # type: ignore[arg-type]
+
+
+def _released(plan: Plan, cut: Stream, first: int, rows: int, encoder: TextEncoder) -> Stream:
+    """Rows as the released scripts transformed them, each by itself. A row's pieces are its documents', in their
+    order.
+    """
+    from weftrain.data_prep.fim.released import released_row
+
+    settings, ids = plan.settings, fim.fim_ids(encoder)
+    assert settings.fim is not None
+    tokens, masks, lengths, of_document = [], [], [], []  # of_document: which document a piece is of, -1 for padding
+    for row in range(rows):
+        start = row * settings.sequence_length
+        window = cut.tokens[start : start + settings.row_tokens]
+        random = np.random.default_rng([settings.seed, first + row])
+        made = released_row(window, encoder, ids, settings.fim.rate, settings.fim.spm_share, random)
+        tokens.append(made.tokens)
+        masks.append(np.arange(settings.row_tokens) < settings.row_tokens - made.padding)
+        document = int(np.searchsorted(cut.end, start, side="right"))
+        for count in made.document_lengths:
+            if count:
+                lengths.append(count)
+                of_document.append(document)
+            document += 1
+        if made.padding:
+            lengths.append(made.padding)
+            of_document.append(-1)
+    mask = np.concatenate(masks)
+    joined = np.concatenate(tokens).astype(encoder.dtype)
+    return with_padding(cut, joined, None if mask.all() else mask, np.array(lengths), np.array(of_document))
+
+
+def finish(plan: Plan, name: str) -> Manifest:
+    """The manifest, once every shard is there; the whole set is opened before anybody else sees it. Raises
+    DataError.
+    """
+    layout, found = load_json(plan.layout_file), load_json(plan.survey_file)
+    encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.markers, plan.engine)
+    settings = plan.settings
+    records = [ShardEntry.model_validate(load_json(plan.shard_record(index))) for index in range(len(layout["shards"]))]
+    before = None if plan.parent is None else parent_manifest(plan)
+    former = {} if before is None else before.sets
+    sets = {
+        name: _set_entry(plan, entry, layout, records, name, former.get(name)) for name, entry in layout["sets"].items()
+    }
+    inputs = found["inputs"]
+    added = _added(plan, found, layout, encoder)
+    if before is not None:
+        added = with_parents(plan, before, added)
+        put_parents_shards(plan)
+    manifest = Manifest(
+        format="weftrain-dataset",
+        version=VERSION,
+        name=name,
+        parents=added.parents,
+        tokenizer_sha256=encoder.sha256,
+        vocab_size=encoder.vocab_size,
+        eos_id=encoder.markers.eos,
+        bos_id=encoder.markers.bos,
+        sequence_length=settings.sequence_length,
+        row_stride=plan.row_stride,
+        packing="rows" if plan.fixed_rows else settings.packing,
+        fim=_fim_prepared(plan, encoder),
+        corpus=added.corpus,
+        inputs_sha256=inputs["sha256"],
+        inputs_skipped=inputs["skipped"],
+        tokenization=added.tokenization,
+        preparation=preparation(settings, plan.inputs),
+        documents=added.documents,
+        num_sources=found["num_sources"],
+        sources_sha256=layout["sources_sha256"],
+        chunks=_chunks(plan, sets["train"]),
+        train=sets["train"],
+        heldout=sets.get(HELDOUT),
+    )
+    if HELDOUT not in sets:
+        fsops.remove_tree(plan.dataset / HELDOUT)
+    write_manifest(plan.dataset, manifest)
+    for set_name in manifest.sets:
+        ShardSet(plan.dataset, manifest, set_name)
+    return manifest
+
+
+def _added(plan: Plan, found: dict[str, Any], layout: dict[str, Any], encoder: TextEncoder) -> Added:
+    """What the manifest counts of the new inputs."""
+    inputs = found["inputs"]
+    return Added(
+        Corpus(
+            sha256=inputs["corpus_sha256"],
+            description=plan.inputs.description,
+            licence=plan.inputs.licence,
+            files=inputs["files"],
+            num_bytes=inputs["num_bytes"],
+        ),
+        DocumentCounts(
+            read=found["read"],
+            failed=found["failed"],
+            duplicates=layout["duplicates"],
+            train=layout["sets"]["train"]["documents"],
+            heldout=layout["sets"][HELDOUT]["documents"] if HELDOUT in layout["sets"] else 0,
+        ),
+        Tokenization(
+            engine="gigatoken" if encoder.engine == "gigatoken" else "tokenizers",
+            engine_version=encoder.engine_version,
+            reference_documents=found["reference_documents"],
+            checked_documents=found["checked_documents"],
+            unknown_tokens=found["unknown_tokens"],
+            reason=DIFFERED if plan.by_reference else encoder.engine_reason,
+        ),
+    )
+
+
+def _chunks(plan: Plan, train: SetEntry) -> Chunks | None:
+    count = plan.settings.chunks
+    if count is None:
+        return None
+    return Chunks(count=count, rows=train.n_examples // count, global_batch_size=plan.settings.global_batch_size)
+
+
+def _fim_prepared(plan: Plan, encoder: TextEncoder) -> FimPrepared | None:
+    settings = plan.settings.fim
+    if settings is None:
+        return None
+    tokens = encoder.names_of(index for index in fim.fim_ids(encoder) if index is not None)
+    return FimPrepared(
+        rate=settings.rate, spm_share=settings.spm_share, mode=settings.mode, seed=plan.settings.seed, tokens=tokens
+    )
+
+
+def _set_entry(
+    plan: Plan,
+    entry: dict[str, Any],
+    layout: dict[str, Any],
+    records: list[ShardEntry],
+    name: str,
+    before: SetEntry | None,
+) -> SetEntry:
+    """A set of the layout; before: the parent's, whose shards come first."""
+    own = tuple(record for record, (set_name, *_) in zip(records, layout["shards"], strict=True) if set_name == name)
+    shards = own if before is None else before.shards + own
+    rows = sum(shard.n_examples for shard in shards)
+    counts = {
+        key: entry[key] + (0 if before is None else getattr(before, key))
+        for key in ("documents", "dropped_tokens", "padding_tokens")
+    }
+    return SetEntry(
+        id=merkle_root(shard.digest for shard in shards),
+        n_examples=rows,
+        tokens=rows * plan.settings.sequence_length,
+        epochs=tuple(entry["epochs"]) if before is None else (rows,),
+        shards=shards,
+        **counts,
+    )

@@ -1,0 +1,1 @@
+"""What comes in from other projects and what goes out: foreign weights, configurations and releases."""

@@ -1,0 +1,391 @@
+"""Whole models as Hugging Face folders: config.json and weights in safetensors files, read without trust and written
+whole or not at all.
+
+A folder holds `model.safetensors`, or shards that `model.safetensors.index.json` deals the tensors out to. Names,
+layouts and configs are exchange/layouts.py's; this module knows files. Tensors go through one at a time, so memory does
+not grow with the model. What a reader would get wrong: a downloaded model's weights are read only where every file is a
+plain one inside the folder; the hub's own cache holds symbolic links to elsewhere, so download with `--local-dir`.
+Files made by pickling (`pytorch_model.bin`) are not read here: exchange/huggingface/pickled.py makes safetensors of
+them first, and only when it is asked to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weftrain.core.config import ModelConfig
+from weftrain.core.errors import CheckpointError, RecipeError
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.formats.names import checked_segment
+from weftrain.core.formats.tensor_file import (
+    DTYPE_NAMES,
+    DTYPES,
+    TensorLayout,
+    open_regular,
+    pack_header,
+    read_header,
+    read_tensor,
+    tensor_bytes,
+    tensor_memory,
+)
+from weftrain.core.mup import resolved
+from weftrain.exchange.huggingface.files import modeling_files
+from weftrain.exchange.layouts import (
+    Layout,
+    config_from_huggingface,
+    config_to_huggingface,
+    entries,
+    export_weights,
+    imported,
+    in_float32,
+    is_buffer,
+)
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+WEIGHT_DTYPES = ("F32", "BF16", "F16")  # each becomes fp32 without loss
+WRITTEN_DTYPES = (torch.float32, torch.bfloat16)
+MAX_CONFIG_BYTES = 1 << 20
+MAX_INDEX_BYTES = 16 << 20
+_REMEDY = "take another copy of the folder"
+
+
+# Reading
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The model that the folder's config.json describes. Raises CheckpointError for a file that cannot be read,
+    RecipeError for a model that this decoder does not compute, another architecture by name.
+    """
+    with _blamed(folder, CONFIG):
+        config = parse_json(_small_file(folder / CONFIG, MAX_CONFIG_BYTES))
+        if not isinstance(config, dict):
+            raise ValueError("is not a JSON object")
+    try:
+        model = config_from_huggingface(config)
+    except RecipeError as error:
+        raise RecipeError(str(error).replace(CONFIG, str(folder / CONFIG), 1)) from error
+    return model
+
+
+class HuggingFaceWeights(Mapping[str, Tensor]):
+    """A folder's tensors by their foreign names, in its own dtypes (F32, BF16, F16), each read into new memory when it
+    is asked for.
+
+    Everything but the tensors' bytes is checked at once: file names, the index against the shards, every header against
+    its file's size, dtypes. Buffers (core.convert.is_buffer) may have any dtype. Raises CheckpointError naming file,
+    tensor and remedy.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._places: dict[str, tuple[str, TensorLayout]] = {}
+        self.files = _weight_files(folder)
+        for name, wanted in self.files.items():
+            with _blamed(folder, name), open_regular(folder / name) as file:
+                layout = read_header(file, foreign=True)
+                _check_layout(layout, wanted)
+            self._places |= {tensor: (name, place) for tensor, place in layout.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        file_name, place = self._places[name]
+        with _blamed(self._folder, file_name), open_regular(self._folder / file_name) as file:
+            return read_tensor(file, place)
+
+    def meta(self, name: str) -> Tensor:
+        """A tensor of the same dtype and shape without data."""
+        place = self._places[name][1]
+        return torch.empty(place.shape, dtype=DTYPES[place.dtype], device="meta")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def buffers(self) -> list[str]:
+        """Names of the tensors that are no weights and are passed over, sorted."""
+        return sorted(name for name in self if is_buffer(name))
+
+
+def layout_of(config: ModelConfig) -> Layout:
+    """The Hugging Face layout that a model of this kind has."""
+    return "llama" if config.norm == "rms_norm" else "crystalcoder"
+
+
+def state_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> Mapping[str, Tensor]:
+    """A folder's weights as a State's: 'weights/<canonical name>' -> fp32 tensor, lazy, exact.
+
+    Names and shapes are checked against the config at once. Raises CheckpointError.
+    """
+    return in_float32(_UnderWeights(imported(weights, config, layout_of(config))), config)
+
+
+def config_differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """In what two models compute different functions of the same weights, as 'key: ours -> theirs'.
+
+    What only starts or trains a model (initialisation, learning-rate multipliers) does not count, nor how many
+    positions are allowed.
+    """
+    one, other = _function(ours), _function(theirs)
+    return [f"{key}: {value!r} -> {other[key]!r}" for key, value in one.items() if not _same(value, other[key])]
+
+
+def _function(config: ModelConfig) -> dict[str, Any]:
+    """What decides a model's outputs, muP resolved to the scales that it means."""
+    scales = resolved(config)
+    fields = config.model_dump(exclude={"initialization", "mup", "max_position_embeddings"})
+    return fields | {"embedding_scale": scales.embedding_scale, "logits_scale": scales.logits_scale}
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        # a scale that was divided by a width on one side and multiplied on the other
+        return math.isclose(a, b, rel_tol=1e-12)
+    return bool(a == b)
+
+
+class _UnderWeights(Mapping[str, Tensor]):
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        plane, _, rest = name.partition("/")
+        if plane != "weights":
+            raise KeyError(name)
+        return self._tensors[rest]
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"weights/{name}" for name in self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _weight_files(folder: Path) -> dict[str, set[str] | None]:
+    """File name -> the tensors that the index puts there; None where there is no index."""
+    single, index = ((folder / name).exists() or (folder / name).is_symlink() for name in (SINGLE, INDEX))
+    if single and index:
+        raise CheckpointError(f"{folder}: holds both {SINGLE} and {INDEX}: move away the one that is not this model's")
+    if single:
+        return {SINGLE: None}
+    if not index:
+        pickled = next((name for name in (PICKLED, PICKLED_INDEX) if (folder / name).exists()), None)
+        if pickled is not None:
+            raise CheckpointError(
+                f"{folder}: {pickled}: weights are pickled, and no safetensors file is there: see --allow-pickle"
+            )
+        raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}: name a folder with a model's weights")
+    return dict(read_index(folder, INDEX, ".safetensors"))
+
+
+def read_index(folder: Path, name: str, suffix: str) -> dict[str, set[str]]:
+    """File name -> names of the tensors in it, from an index file. File names are plain and end in `suffix`. Raises
+    CheckpointError.
+    """
+    with _blamed(folder, name):
+        index = parse_json(_small_file(folder / name, MAX_INDEX_BYTES))
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("has no weight_map")
+        files: dict[str, set[str]] = {}
+        for tensor, file_name in weight_map.items():
+            if not _is_plain(file_name) or not file_name.endswith(suffix):
+                raise ValueError(
+                    f"tensor '{tensor[:80]}' lies in {str(file_name)[:80]!r}, which is not the plain name of a "
+                    f"{suffix} file"
+                )
+            files.setdefault(file_name, set()).add(tensor)
+    return files
+
+
+def _is_plain(name: object) -> bool:
+    try:
+        checked_segment(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_layout(layout: Mapping[str, TensorLayout], wanted: set[str] | None) -> None:
+    if wanted is not None:
+        for name in sorted(wanted ^ set(layout)):
+            where = "missing, and the index puts it here" if name in wanted else "not one that the index puts here"
+            raise ValueError(f"tensor '{name[:80]}' is {where}")
+    for name, place in layout.items():
+        if place.dtype not in WEIGHT_DTYPES and not is_buffer(name):
+            raise ValueError(f"tensor '{name}' is {place.dtype}; weights are read from {', '.join(WEIGHT_DTYPES)}")
+
+
+def _small_file(path: Path, limit: int) -> bytes:
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > limit:
+            raise ValueError(f"holds {size:,} bytes, more than the {limit:,} that it may")
+        return file.read(size)
+
+
+@contextlib.contextmanager
+def _blamed(folder: Path, name: str) -> Iterator[None]:
+    """Turn whatever is wrong with one file into a CheckpointError that names it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        linked = (folder / name).is_symlink()
+        remedy = "copy the files themselves (cp -rL), or download them with --local-dir" if linked else _REMEDY
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(f"{folder}: {name}: {reason}: {remedy}") from error
+
+
+def files_sha256(folder: Path, names: Sequence[str]) -> str:
+    """One hash for several files: SHA-256 of the canonical JSON of name -> SHA-256. Raises CheckpointError."""
+    hashes = {}
+    for name in names:
+        with _blamed(folder, name):
+            hashes[name] = fsops.sha256_file(folder / name)
+    return sha256_json(hashes)
+
+
+# Writing
+
+
+@dataclass(frozen=True)
+class Written:
+    """A folder that was written: its files of weights, their tensors' bytes and number."""
+
+    files: tuple[str, ...]
+    size_bytes: int
+    num_tensors: int
+
+
+def write_huggingface(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    max_shard_bytes: int = 4 << 30,
+    extra_config: Mapping[str, Any] | None = None,
+    beside: Mapping[str, bytes] | None = None,
+) -> Written:
+    """Write a model's folder; it appears whole and durable, or not at all. Equal arguments give equal bytes.
+
+    weights: canonical name -> tensor, each read once, when its turn comes, rounded to `dtype` (float32 or bfloat16) to
+    nearest even. max_shard_bytes: of tensors in one file; a larger tensor has one of its own. extra_config: further
+    keys of config.json. beside: file name -> bytes of further files, such as tokenizer.json
+    (exchange/huggingface/files.py). A CrystalCoder's folder also has the code that transformers needs for it. Raises
+    CheckpointError: the folder exists, the disk is full or fails, tensors do not fit the config, or the layout cannot
+    hold the model (muP in Llama: see core.mup.fold).
+    """
+    if dtype not in WRITTEN_DTYPES:
+        raise CheckpointError(f"{folder}: dtype {dtype} is not written; there is {', '.join(map(str, WRITTEN_DTYPES))}")
+    code, keys = modeling_files(config)
+    config_json = _config_json(folder, config, dtype, keys, extra_config or {})
+    layout = layout_of(config)
+    stream = export_weights(weights, config, layout)  # raises for unknown and missing names
+    specs = {entry.name: (DTYPE_NAMES[dtype], entry.shape) for entry in entries(config, layout)}
+    shards = _split(specs, max_shard_bytes)
+    total = sum(tensor_bytes(*spec) for spec in specs.values())
+    small = {CONFIG: config_json, **code, **(beside or {})}
+    if len(shards) > 1:
+        weight_map = {name: file for file, part in shards.items() for name in part}
+        small[INDEX] = _readable({"metadata": {"total_size": total}, "weight_map": weight_map})
+    for name in beside or {}:
+        if not _is_plain(name) or name in (CONFIG, INDEX, *code, *shards):
+            raise CheckpointError(
+                f"{folder}: '{name[:80]}' cannot stand beside the model: give a plain file name of its own"
+            )
+    if folder.exists() or folder.is_symlink():
+        raise CheckpointError(f"{folder}: exists: choose another name, or move it away")
+    if (free := fsops.free_bytes(folder.parent)) < total:
+        raise CheckpointError(
+            f"{folder}: the disk is full: {total:,} bytes needed, {free:,} free: make room, then write again"
+        )
+    with _full_disk_told(folder, total), fsops.temporary_tree(folder) as temporary:
+        for file_name, part in shards.items():
+            _write_shard(temporary / file_name, part, stream, dtype)
+        for name, data in small.items():
+            fsops.write_bytes(temporary / name, data)  # its rename syncs the folder's entries
+        fsops.rename(temporary, folder)
+    return Written(tuple(shards), total, len(specs))
+
+
+def _config_json(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, code: Mapping[str, Any], extra: Mapping[str, Any]
+) -> bytes:
+    keys = {**config_to_huggingface(config), **code, "torch_dtype": str(dtype).removeprefix("torch.")}
+    if taken := sorted(set(extra) & {*keys, "auto_map"}):  # auto_map names Python files, and there are only ours
+        raise CheckpointError(
+            f"{folder}: {CONFIG}: '{taken[0]}' follows from the model: leave it out of the further keys"
+        )
+    return _readable({**keys, "bos_token_id": None, "eos_token_id": None, **extra})
+
+
+def _readable(value: Any) -> bytes:
+    canonical_json(value)  # refuses what is no JSON
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _split(
+    specs: Mapping[str, tuple[str, tuple[int, ...]]], limit: int
+) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+    """File name -> its tensors, in the order in which they come."""
+    files: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for name, spec in specs.items():
+        size = tensor_bytes(*spec)
+        if files[-1] and filled + size > limit:
+            files.append({})
+            filled = 0
+        files[-1][name] = spec
+        filled += size
+    if len(files) == 1:
+        return {SINGLE: files[0]}
+    return {f"model-{index:05d}-of-{len(files):05d}.safetensors": part for index, part in enumerate(files, 1)}
+
+
+def _write_shard(
+    path: Path,
+    part: Mapping[str, tuple[str, tuple[int, ...]]],
+    stream: Iterator[tuple[str, Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    with fsops.FileWriter(path) as file:
+        file.write(pack_header(part))
+        for wanted in part:
+            name, tensor = next(stream)
+            assert name == wanted  # both follow core.convert.entries
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"tensor '{name}' is {tensor.dtype}: weights are floating-point numbers")
+            file.write(tensor_memory(tensor.to(dtype)))
+        file.sync()
+
+
+@contextlib.contextmanager
+def _full_disk_told(folder: Path, needed: int) -> Iterator[None]:
+    """Says as a CheckpointError why a file could not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(
+                f"{folder}: the disk is full: {needed:,} bytes needed: make room, then write again"
+            ) from error
+        raise CheckpointError(
+            f"{folder}: cannot be written: {error.strerror or error}: check the disk and its permissions"
+        ) from error

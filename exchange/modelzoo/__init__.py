@@ -1,0 +1,1 @@
+"""Cerebras Model Zoo files: params.yaml and checkpoints."""

@@ -1,0 +1,224 @@
+"""Checks a release: every byte, and every claim against all others.
+
+What a reader would get wrong: whoever edits a release can make every hash again, and this passes. It shows that a
+folder is whole and agrees with itself and, with a signature, whose it is; that its states were trained as it says, only
+`exchange/release/replay.py` shows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weftrain.core import checkpoint
+from weftrain.core.errors import ReleaseError
+from weftrain.core.formats.canonical import sha256_json
+from weftrain.core.formats.checkpoint_manifest import folder_name
+from weftrain.core.formats.dataset import merkle_root, open_set
+from weftrain.core.formats.dataset import read_manifest as read_data_manifest
+from weftrain.core.recipe_file import recorded_recipe
+from weftrain.core.run.ledger import LEDGER, Lineage, going_back, lineage, read_ledger
+from weftrain.core.run.metrics import METRICS, Digest, effective_records
+from weftrain.core.run.metrics_lines import MEASURED
+from weftrain.core.run.run_folder import RECIPE
+from weftrain.exchange.huggingface.files import check_no_other_code
+from weftrain.exchange.huggingface.folder import HuggingFaceWeights, layout_of
+from weftrain.exchange.layouts import import_weights
+from weftrain.exchange.release.release import (
+    RELEASE,
+    SIGNATURE,
+    Release,
+    checked_name,
+    files_below,
+    hash_files,
+    links_of,
+    read_json,
+    read_release,
+    revisions,
+)
+from weftrain.exchange.release.signature import check_signature
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A release whose every byte was read. signer: the public key of a valid signature, in hexadecimal; None: nobody
+    signed.
+    """
+
+    release: Release
+    lineage: Lineage
+    signer: str | None
+    num_bytes: int
+
+
+def verify(folder: Path, *, signature: bool = True) -> Verified:
+    """Read every byte of a release and check every claim in it against the others. Raises ReleaseError and its kin,
+    naming the file.
+
+    signature: whether one that is there is checked too; not where it is about to be made again.
+    """
+    release = read_release(folder)
+    present = set(files_below(folder)) - {RELEASE, SIGNATURE}
+    for name in sorted(present ^ release.files.keys()):
+        what = "is missing" if name in release.files else "does not belong there: release.json does not name it"
+        raise ReleaseError(f"{folder / name}: {what}: fetch the release again, and verify before use")
+    _check_hashes(folder, release)
+    manifests = {}
+    for place in _checkpoints(release):  # each tensor too; its bytes are in the page cache by now
+        manifest = checkpoint.verify(folder / place)
+        manifests[manifest["root"]] = manifest
+    line = _check_record(folder, release, manifests)
+    _check_data(folder, release, manifests)
+    _check_revisions(folder, release)
+    signer = check_signature(folder / SIGNATURE, release.root) if signature and (folder / SIGNATURE).exists() else None
+    return Verified(release, line, signer, sum(entry.size for entry in release.files.values()))
+
+
+def _check_hashes(folder: Path, release: Release) -> None:
+    for name, entry in release.files.items():
+        if (size := (folder / name).stat().st_size) != entry.size:
+            raise ReleaseError(
+                f"{folder / name}: holds {size:,} bytes, release.json says {entry.size:,}: fetch it again"
+            )
+    found = hash_files({name: folder / name for name in release.files})
+    for name in sorted(release.files):
+        if found[name]["sha256"] != release.files[name].sha256:
+            raise ReleaseError(
+                f"{folder / name}: has changed since the release was made (SHA-256 differs): fetch it again"
+            )
+
+
+def _check_record(folder: Path, release: Release, manifests: Mapping[str, dict[str, Any]]) -> Lineage:
+    """Ledger, links, checkpoints, metrics and recipe tell the same story."""
+    entries = read_ledger(folder / LEDGER)
+    if not entries or entries[-1]["hash"] != release.ledger:
+        raise ReleaseError(
+            f"{folder / LEDGER}: does not end in the line that release.json names: lines were removed or added"
+        )
+    line = lineage(entries)
+    if not line.stretches:
+        raise ReleaseError(f"{folder / LEDGER}: has no line of kind start: lines were removed")
+    recipe = read_json(folder / RECIPE)
+    if sha256_json(recipe) != release.recipe_sha256 or sha256_json(recipe) != sha256_json(line.stretches[-1].recipe):
+        raise ReleaseError(f"{folder / RECIPE}: is not the recipe of the ledger's last stretch: one was altered")
+    expected = tuple(link for link, _ in links_of(line, recorded_recipe(recipe, str(folder / RECIPE)).recipe))
+    if release.links != expected:
+        raise ReleaseError(
+            f"{folder / RELEASE}: its {len(release.links)} links are not the {len(expected)} that follow from the "
+            "ledger"
+        )
+    points = {point.root: point for point in line.checkpoints}
+    wanted = {root for link in release.links for root in (link.start, link.end) if root is not None}
+    for root in sorted(wanted ^ manifests.keys()):
+        what = "is missing" if root in wanted else "is on no link"
+        raise ReleaseError(f"{folder / 'checkpoints'}: the checkpoint {root[:12]} {what}: the chain of links is broken")
+    for root, manifest in manifests.items():
+        point, step = points[root], manifest["step"]
+        try:
+            stretch = line.stretch_of(step)
+        except ValueError as error:
+            raise ReleaseError(
+                f"{folder / LEDGER}: {error}, and a checkpoint of step {step} is there: lines were removed"
+            ) from error
+        told = (manifest["parent"], step, manifest["recipe_sha256"], manifest["dataset_id"])
+        if told != (point.parent, point.step, sha256_json(stretch.recipe), stretch.dataset_id):
+            raise ReleaseError(
+                f"{folder / 'checkpoints' / folder_name(step)}: parent, step, recipe or dataset are not the ledger's: "
+                "one was altered"
+            )
+    for before, after in pairwise(line.checkpoints):
+        if after.parent != before.root:
+            raise ReleaseError(
+                f"{folder / LEDGER}: the checkpoint of step {after.step} does not follow that of step {before.step}: a "
+                "link was removed"
+            )
+    _check_metrics(folder, line)
+    return line
+
+
+def _check_metrics(folder: Path, line: Lineage) -> None:
+    """The measurements that each checkpoint covers, (metrics_after, step], hash to what the ledger says. One pass over
+    the file.
+    """
+    ends, before = [point.step for point in line.checkpoints], 0
+    for point in line.checkpoints:
+        if point.metrics_after < before:
+            raise ReleaseError(
+                f"{folder / LEDGER}: the measurements of step {point.step} begin before step {before}: one line was "
+                "altered"
+            )
+        before = point.step
+    found = [Digest() for _ in ends]
+    for record in effective_records(folder):
+        if record["kind"] in MEASURED:
+            place = bisect_left(ends, record["step"])
+            if place < len(ends) and line.checkpoints[place].metrics_after < record["step"]:
+                found[place].add(record)
+    for point, digest in zip(line.checkpoints, found, strict=True):
+        if digest.hexdigest() != point.metrics_sha256:
+            raise ReleaseError(
+                f"{folder / METRICS}: the measurements up to step {point.step} are not those of the ledger: one was "
+                "altered or lost: "
+                f"restore the file from a copy; for a run also: {going_back(point.metrics_after)} and train on"
+            )
+
+
+def _check_data(folder: Path, release: Release, manifests: Mapping[str, dict[str, Any]]) -> None:
+    """The datasets are those that the checkpoints name."""
+    if release.data == "none":
+        return
+    for manifest in manifests.values():
+        recipe = recorded_recipe(manifest["recipe"], f"checkpoint of step {manifest['step']}").recipe
+        ids = [
+            _train_id(folder / "data" / checked_name(source.path), release.data == "shards")
+            for source in recipe.data.sources
+        ]
+        found = ids[0] if len(ids) == 1 else merkle_root(ids)
+        if found != manifest["dataset_id"]:
+            raise ReleaseError(
+                f"{folder / 'data'}: holds dataset {found[:12]}, step {manifest['step']} was trained on "
+                f"{manifest['dataset_id'][:12]}: "
+                "restore that dataset; one that takes its place in a run needs a path of its own in data.sources"
+            )
+
+
+def _check_revisions(folder: Path, release: Release) -> None:
+    """The weights for the hub are the checkpoints' own, bit for bit after the cast to the stated dtype; and no code but
+    ours.
+    """
+    steps = {link.end: link.stop_step for link in release.links} | {
+        link.start: link.first_step for link in release.links if link.start
+    }
+    for name, root in revisions(release):
+        place = folder / "revisions" / name
+        state, manifest = checkpoint.load(folder / "checkpoints" / folder_name(steps[root]), verified=True)
+        config = recorded_recipe(manifest["recipe"], f"checkpoint of step {manifest['step']}").recipe.model
+        check_no_other_code(place, {path.name for path in place.iterdir()}, config)
+        for key, tensor in import_weights(HuggingFaceWeights(place), config, layout_of(config)):
+            if not torch.equal(tensor, state.tensors[f"weights/{key}"].to(getattr(torch, release.weights_dtype))):
+                raise ReleaseError(
+                    f"{place}: weight '{key}' is not that of step {manifest['step']} in {release.weights_dtype}: one "
+                    "was altered"
+                )
+
+
+def _train_id(folder: Path, whole: bool) -> str:
+    if whole:
+        open_set(folder, "train")  # every shard's digest is the manifest's
+    return read_data_manifest(folder).train.id
+
+
+def _checkpoints(release: Release) -> list[str]:
+    return sorted(
+        {
+            name.rpartition("/")[0]
+            for name in release.files
+            if name.startswith("checkpoints/") and name.endswith("/manifest.json")
+        }
+    )

@@ -1,0 +1,495 @@
+"""Perplexity against fp64 for every batch size, tasks of local files with a model whose answers are known, and their
+records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from weftrain.analysis.evaluation.generation import load_model
+from weftrain.analysis.evaluation.records import Settings, Subject, read_record, read_records, records_folder
+from weftrain.analysis.evaluation.tasks import (
+    PRESETS,
+    RaggedRows,
+    TaskRequest,
+    attend_within_documents,
+    end_of_text_id,
+    is_share,
+    open_tokenizer,
+    perplexity,
+    perplexity_of,
+    run_heldout,
+    run_tasks,
+)
+from weftrain.core.backend import Batch
+from weftrain.core.config import Recipe
+from weftrain.core.errors import DataError
+from weftrain.core.formats.dataset import Manifest
+from weftrain.core.model import Decoder, draw
+from weftrain.core.parameters import parameter_specs
+
+WORDS = [
+    "</s>",
+    "<unk>",
+    "is",
+    "the",
+    "sky",
+    "sea",
+    "blue",
+    "green",
+    "red",
+    ",",
+    ":",
+    "what",
+    "colour",
+    "?",
+    "answer",
+    "grass",
+    "a",
+    "b",
+]
+SUBJECT = Subject("a" * 64, 40, "b" * 64)
+
+
+def say_nothing(line: str) -> None:
+    raise AssertionError(f"unexpected: {line}")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the matrices are too small to share
+
+
+@pytest.fixture(scope="module")
+def stub_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+class KnownModel:
+    """Prefers one word after another: ln p is -1 for the word that `after` names, -5 for any other; greedy follows
+    `after`.
+    """
+
+    def __init__(self, after: dict[str, str]) -> None:
+        self.after = {WORDS.index(word): WORDS.index(then) for word, then in after.items()}
+        self.calls = 0
+
+    def log_likelihoods(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 16
+    ) -> list[tuple[float, bool]]:
+        self.calls += 1
+        results = []
+        for context, continuation in rows:
+            pairs = list(zip([context[-1], *continuation], continuation, strict=False))
+            hits = [self.after.get(before) == then for before, then in pairs]
+            results.append((sum(-1.0 if hit else -5.0 for hit in hits), all(hits)))
+        return results
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_ids: Collection[int] = (), **_: Any
+    ) -> list[list[int]]:
+        self.calls += 1
+        results = []
+        for prompt in prompts:
+            row: list[int] = []
+            last = prompt[-1]
+            for _step in range(max_new_tokens):
+                last = self.after.get(last, 0)
+                if last in stop_ids:
+                    break
+                row.append(last)
+            results.append(row)
+        return results
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One task of each kind over local JSON lines, without any network."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [("the sky is", 0), ("the grass is", 1), ("the sea is", 0), ("a sky is", 2)]
+    documents = [{"question": question, "choices": ["blue", "green", "red"], "gold": gold} for question, gold in rows]
+    (folder / "colours.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (folder / "colours.yaml").write_text(f"""\
+task: stub_colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {folder / "colours.jsonl"}}}}}
+output_type: multiple_choice
+validation_split: validation
+fewshot_split: validation
+doc_to_text: "{{{{question}}}}"
+doc_to_target: gold
+doc_to_choice: choices
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 7}}
+""")
+    (folder / "answers.yaml").write_text(f"""\
+task: stub_answers
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {folder / "colours.jsonl"}}}}}
+output_type: generate_until
+validation_split: validation
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[gold]}}}}"
+generation_kwargs: {{until: [","], max_gen_toks: 6}}
+filter_list:
+  - name: none
+    filter: [{{function: remove_whitespace}}, {{function: take_first}}]
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 2}}
+""")
+    (folder / "both.yaml").write_text("""\
+group: stub_both
+task: [stub_colours, stub_answers]
+""")
+    (folder / "sum.yaml").write_text("""\
+group: stub_sum
+task: [stub_colours]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+metadata: {version: 3}
+""")
+    return folder
+
+
+@pytest.fixture
+def make_lm(stub_tokenizer: Tokenizer) -> Callable[[KnownModel], Any]:
+    def make(model: KnownModel) -> Any:
+        from weftrain.analysis.evaluation.lm_eval_model import CheckpointLM
+
+        return CheckpointLM(model, stub_tokenizer, 0, 24)
+
+    return make
+
+
+# Perplexity
+
+
+@pytest.fixture(scope="module")
+def ragged() -> list[list[int]]:
+    numbers = np.random.default_rng(3)
+    return [numbers.integers(0, 97, length).tolist() for length in (14, 2, 9, 5, 14, 3, 11, 7, 2)]
+
+
+def decoder(recipe: Recipe) -> Decoder:
+    return load_model({spec.name: draw(spec, recipe.model, 5) for spec in parameter_specs(recipe.model)}, recipe.model)
+
+
+def loss_in_float64(
+    model: Decoder, rows: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]] | None = None
+) -> float:
+    """Row by row, without any padding, from the logits on in fp64."""
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for index, row in enumerate(rows):
+            logits = model.logits(torch.tensor([row[:-1]]))[0].double()
+            kept = torch.tensor(masks[index] if masks is not None else [True] * (len(row) - 1))
+            losses = -logits.log_softmax(-1).gather(-1, torch.tensor(row[1:])[:, None])[:, 0]
+            total += float(losses[kept].sum())
+            tokens += int(kept.sum())
+    return total / tokens
+
+
+@pytest.mark.parametrize("family", ["amber", "crystal"])
+def test_perplexity_is_over_tokens(tiny_recipe: Callable[..., Recipe], ragged: list[list[int]], family: str) -> None:
+    model = decoder(tiny_recipe(family))
+    wanted = loss_in_float64(model, ragged)
+    for batch_size in (1, 2, 3, 7, 100):
+        found = perplexity(model, RaggedRows("ragged", ragged), batch_size)
+        assert found.tokens == sum(len(row) - 1 for row in ragged)
+        assert found.loss == pytest.approx(wanted, rel=1e-6)  # fp32 sums of some tens of terms near 5
+        assert found.perplexity == pytest.approx(math.exp(wanted), rel=1e-5)
+
+
+class Masked:
+    """Held-out rows of one length of which some labels bear no loss, one row none at all."""
+
+    name, dataset_id, num_rows, sequence_length = "masked", "d", 9, 13
+
+    def __init__(self) -> None:
+        numbers = np.random.default_rng(4)
+        self.ids = numbers.integers(0, 97, (9, 14), dtype=np.int64)
+        self.mask = numbers.random((9, 13)) < 0.4
+        self.mask[4] = False
+
+    def rows(self, first: int, count: int) -> Batch:
+        return Batch(self.ids[first : first + count], self.mask[first : first + count])
+
+
+def test_perplexity_with_masked_labels(tiny_recipe: Callable[..., Recipe]) -> None:
+    model, held = decoder(tiny_recipe("amber")), Masked()
+    wanted = loss_in_float64(model, held.ids.tolist(), held.mask.tolist())
+    for batch_size in (1, 2, 3, 7):
+        found = perplexity(model, held, batch_size)
+        assert found.tokens == held.mask.sum()
+        assert found.loss == pytest.approx(wanted, rel=1e-6)
+
+
+def test_perplexity_within_documents(tiny_recipe: Callable[..., Recipe]) -> None:
+    """No query sees another document's keys: the loss is that of each document's part by itself, at the positions that
+    it has.
+    """
+    model, held = decoder(tiny_recipe("amber")), Masked()
+    starts = np.where(np.arange(13) < 6, 0, 6).astype(np.int32)[None].repeat(9, 0)
+    attend_within_documents(model)
+    held.rows = lambda first, count: Batch(
+        held.ids[first : first + count], held.mask[first : first + count], starts[first : first + count]
+    )  # type: ignore[method-assign]
+    found = perplexity(model, held, 4)
+    both = held.mask.copy()
+    both[:, 6:] = False
+    first = loss_in_float64(model, held.ids.tolist(), both.tolist())  # nothing precedes the first document
+    model.cos, model.sin = model.cos[6:], model.sin[6:]
+    second = loss_in_float64(model, held.ids[:, 6:].tolist(), held.mask[:, 6:].tolist())
+    share = both.sum() / held.mask.sum()
+    assert found.loss == pytest.approx(share * first + (1 - share) * second, rel=1e-6)
+
+
+def test_perplexity_of_nothing_and_of_too_much(tiny_recipe: Callable[..., Recipe]) -> None:
+    held = Masked()
+    held.mask[:] = False
+    with pytest.raises(DataError, match="no token that bears a loss"):
+        perplexity(decoder(tiny_recipe("amber")), held, 2)
+    with pytest.raises(DataError, match="batch size"):
+        perplexity(decoder(tiny_recipe("amber")), held, 0)
+    assert perplexity_of(1e4) == math.inf
+
+
+def test_held_out_record(tiny_recipe: Callable[..., Recipe], ragged: list[list[int]], tmp_path: Path) -> None:
+    model, opened = decoder(tiny_recipe("amber")), []
+
+    def open_model() -> Decoder:
+        opened.append(1)
+        return model
+
+    def run(settings: Settings) -> dict[str, Any]:
+        (record,) = run_heldout(
+            [RaggedRows("my set/1", ragged, "id")], SUBJECT, settings, open_model, tmp_path, say_nothing
+        )
+        return record
+
+    record = run(Settings(batch_size=2))
+    assert (
+        record["value"] == record["metrics"]["loss"]["value"] == pytest.approx(loss_in_float64(model, ragged), rel=1e-6)
+    )
+    assert record["value_percent"] is None
+    assert (record["task"], record["step"], record["checkpoint"], record["tokens"]) == (
+        "heldout/my set/1",
+        40,
+        "a" * 64,
+        58,
+    )
+    assert run(Settings(batch_size=2)) == record
+    assert len(opened) == 1
+    assert run(Settings(batch_size=3))["batch_size"] == 3
+    assert len(opened) == 2
+    assert sorted(path.name.rpartition("-")[0] for path in tmp_path.iterdir()) == ["00000040-heldout_my_set_1-0"] * 2
+
+
+# Tasks
+
+
+def test_tasks_of_a_model_whose_answers_are_known(
+    task_folder: Path, tmp_path: Path, make_lm: Callable[..., Any]
+) -> None:
+    """It says blue always: two of four are right, and its text "is -> blue , ..." ends at the stop word."""
+    model = KnownModel({"is": "blue", "blue": ",", ",": "red"})
+    settings, folder = Settings(batch_size=2, include=task_folder), tmp_path / "records"
+    requests = [TaskRequest("stub_colours"), TaskRequest("stub_answers")]
+    choice, text = run_tasks(requests, SUBJECT, settings, lambda: make_lm(model), folder, say_nothing)
+    for record, metric, version, kind in (
+        (choice, "acc", "7", "log_likelihood"),
+        (text, "exact_match", "2", "generate"),
+    ):
+        assert (record["metric"], record["value"], record["value_percent"], record["samples"]) == (metric, 0.5, 50.0, 4)
+        assert record["stderr"] == pytest.approx(math.sqrt(0.25 / 3))  # of a mean of four, sample deviation
+        assert record["stderr_percent"] == pytest.approx(100 * record["stderr"], abs=1e-5)
+        assert (record["task_version"], record["shots"], record["decoding"]["kind"]) == (version, 0, kind)
+        assert (record["checkpoint"], record["step"], record["seed"], record["batch_size"]) == ("a" * 64, 40, 1234, 2)
+        assert (record["limit"], "partial" in record) == (None, False)
+        assert set(record["software"]) == {"weftrain", "lm_eval", "torch", "tokenizers"}
+        assert all(record["software"].values())
+    assert text["decoding"]["until"] == [","]
+    assert [record["task"] for record in read_records(folder)] == ["stub_answers", "stub_colours"]
+
+
+def test_what_is_there_is_not_computed_again(task_folder: Path, tmp_path: Path, make_lm: Callable[..., Any]) -> None:
+    model, folder = KnownModel({"is": "green"}), tmp_path / "records"
+    models = 0
+
+    def run(
+        settings: Settings, subject: Subject = SUBJECT, shots: int | None = 1, say: Callable[[str], None] = say_nothing
+    ) -> Any:
+        nonlocal models
+
+        def open_model() -> Any:
+            nonlocal models
+            models += 1
+            return make_lm(model)
+
+        (record,) = run_tasks([TaskRequest("stub_colours", shots)], subject, settings, open_model, folder, say)
+        return record
+
+    settings = Settings(include=task_folder)
+    first = run(settings)
+    assert (first["shots"], first["value_percent"]) == (1, 25.0)
+    (path,) = folder.iterdir()
+    assert path.name.startswith("00000040-stub_colours-1-")
+    data = path.read_bytes()
+    assert run(settings) == first
+    assert (models, path.read_bytes()) == (1, data)
+
+    # One that is damaged is said to be, and made again.
+    path.write_bytes(data.replace(b'"value":0.25', b'"value":0.75'))
+    with pytest.raises(DataError, match="altered"):
+        read_record(path)
+    said: list[str] = []
+    assert run(settings, say=said.append) == first
+    assert (models, path.read_bytes(), len(said)) == (2, data, 1)
+    assert str(path) in said[0]
+
+    # Each of these is another evaluation.
+    run(settings, shots=0)
+    run(Settings(include=task_folder, limit=2))
+    run(settings, Subject("c" * 64, 40, "b" * 64))
+    run(settings, Subject("a" * 64, 40, "d" * 64))
+    (task_folder / "colours.jsonl").write_text((task_folder / "colours.jsonl").read_text().replace("grass", "sea"))
+    run(settings)
+    assert (models, len(list(folder.iterdir()))) == (7, 6)
+
+
+def test_limited_is_partial(task_folder: Path, tmp_path: Path, make_lm: Callable[..., Any]) -> None:
+    def run(limit: int) -> Any:
+        settings, model = Settings(include=task_folder, limit=limit), KnownModel({"is": "blue"})
+        (record,) = run_tasks(
+            [TaskRequest("stub_colours")], SUBJECT, settings, lambda: make_lm(model), tmp_path / "r", say_nothing
+        )
+        return record
+
+    limited = run(2)
+    assert (limited["partial"], limited["samples"], limited["samples_available"], limited["limit"]) == (True, 2, 4, 2)
+    assert "partial" not in run(9)
+
+
+def test_groups(task_folder: Path, tmp_path: Path, make_lm: Callable[..., Any]) -> None:
+    """A group with a score of its own is one record; one without is its members'."""
+    model = KnownModel({"is": "blue", "blue": ","})
+
+    def run(name: str) -> Any:
+        settings = Settings(include=task_folder)
+        return run_tasks([TaskRequest(name)], SUBJECT, settings, lambda: make_lm(model), tmp_path / "r", say_nothing)
+
+    assert [record["task"] for record in run("stub_both")] == ["stub_colours", "stub_answers"]
+    (record,) = run("stub_sum")
+    assert (record["value_percent"], record["task_version"], record["samples"]) == (50.0, "3", 4)
+    assert record["subtasks"]["stub_colours"]["value_percent"] == 50.0
+
+
+def test_tasks_that_cannot_be(task_folder: Path, tmp_path: Path, make_lm: Callable[..., Any]) -> None:
+    def run(request: TaskRequest, include: Path = task_folder) -> Any:
+        model = KnownModel({})
+        return run_tasks(
+            [request], SUBJECT, Settings(include=include), lambda: make_lm(model), tmp_path / "r", say_nothing
+        )
+
+    with pytest.raises(DataError, match="no metric 'acc_norm'; it has acc"):
+        run(TaskRequest("stub_colours", metric="acc_norm"))
+    with pytest.raises(DataError, match="no such folder"):
+        run(TaskRequest("stub_colours"), tmp_path / "absent")
+    (task_folder / "zero.yaml").write_text(
+        (task_folder / "colours.yaml").read_text().replace("stub_colours", "stub_zero") + "num_fewshot: 0\n"
+    )
+    with pytest.raises(DataError, match="fixes it at 0 shots"):
+        run(TaskRequest("stub_zero", 5))
+    (task_folder / "lost.yaml").write_text(
+        (task_folder / "colours.yaml")
+        .read_text()
+        .replace("stub_colours", "stub_lost")
+        .replace("colours.jsonl", "lost.jsonl")
+    )
+    with pytest.raises(DataError, match=r"stub_lost.*cannot be loaded"):
+        run(TaskRequest("stub_lost"))
+    assert not (tmp_path / "r").exists()
+
+
+def test_preset_and_shares() -> None:
+    """The paper's table: shots, metric and score of each task."""
+    table = {
+        request.task: (request.shots, request.metric, *map(request.published.get, ("amber", "crystalcoder")))
+        for request in PRESETS["llm360"]
+    }
+    assert table == {
+        "arc_challenge": (25, "acc_norm", 42.57, 47.01),
+        "hellaswag": (10, "acc_norm", 73.91, 71.97),
+        "mmlu": (5, "acc", 28.53, 48.78),
+        "truthfulqa_mc2": (0, "acc", 43.67, 35.91),
+        "winogrande": (5, "acc", 64.35, None),
+    }
+    assert [is_share(name) for name in ("acc", "acc_norm", "exact_match", "pass@1", "bleu", "word_perplexity")] == [
+        True
+    ] * 4 + [False] * 2
+
+
+# Tokenizers and folders
+
+
+def test_tokenizer_that_does_not_fit(stub_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    stub_tokenizer.save(str(path))
+    tokenizer, sha256 = open_tokenizer(path, len(WORDS))
+    assert len(sha256) == 64
+    assert end_of_text_id(tokenizer, path) == 0
+    with pytest.raises(DataError, match=rf"{path}.*largest id {len(WORDS) - 1}.*--tokenizer"):
+        open_tokenizer(path, len(WORDS) - 1)
+    path.write_text("{}")
+    with pytest.raises(DataError, match=r"not a tokenizer\.json"):
+        open_tokenizer(path, 100)
+    with pytest.raises(DataError, match="cannot read"):
+        open_tokenizer(tmp_path / "absent", 100)
+
+
+def test_texts_begin_and_end_as_the_documents_that_were_trained_on(stub_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    stub_tokenizer.save(str(path))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    plain, begun = (
+        Manifest.model_construct(tokenizer_sha256=sha256, eos_id=eos_id, bos_id=bos_id)
+        for eos_id, bos_id in ((3, None), (None, 2))
+    )
+    ids = stub_tokenizer.encode(f"{WORDS[4]} {WORDS[5]}").ids
+    tokenizer, _ = open_tokenizer(path, len(WORDS), (tmp_path, plain))
+    assert tokenizer.encode(f"{WORDS[4]} {WORDS[5]}").ids == ids
+    assert end_of_text_id(tokenizer, path, plain) == 3
+    tokenizer, _ = open_tokenizer(path, len(WORDS), (tmp_path, begun))
+    assert tokenizer.encode(f"{WORDS[4]} {WORDS[5]}").ids == [2, *ids]
+    assert tokenizer.encode(WORDS[4], add_special_tokens=False).ids == ids[:1]
+    assert tokenizer.encode("").ids == [2]  # what lm-eval puts before a text without context
+    assert end_of_text_id(tokenizer, path, begun) == 2
+
+
+def test_records_never_lie_in_a_checkpoint(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002"
+    lone = tmp_path / "lone" / "step_00000002"
+    for folder in (checkpoint, lone):
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+    assert (
+        records_folder(checkpoint) == records_folder(tmp_path / "run") == tmp_path / "run" / "analyses" / "evaluations"
+    )
+    assert records_folder(lone) == tmp_path / "lone" / "analyses" / "evaluations"

@@ -1,0 +1,165 @@
+"""Lines of metrics.jsonl: which count, held to a plain model that keeps everything; what is refused; and memory that
+does not grow.
+"""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weftrain.core.errors import RunFolderError
+from weftrain.core.run.metrics import METRICS, effective_records, read_metrics
+from weftrain.core.run.metrics_lines import MAX_STEP, counted_lines, metrics_lines
+
+Records = list[dict[str, Any]]
+
+
+def write(folder: Path, records: Records) -> Path:
+    (folder / METRICS).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder / METRICS
+
+
+def model(records: Records) -> tuple[Records, dict[int, int]]:
+    """What counts, in order; and for each line that a resume went back behind, that resume's line. All is kept, and
+    looked at again.
+    """
+    left: dict[int, int] = {}
+    counted: dict[Any, int] = {}
+    for number, record in enumerate(records, 1):
+        if record["kind"] == "resume":
+            for key, line in list(counted.items()):
+                if key[0] != "event" and key[1] > record["step"]:
+                    left[counted.pop(key)] = number
+                    assert line < number
+        key = ("event", number)
+        if record["kind"] in ("step", "evaluation"):
+            key = (record["kind"], record["step"], record.get("set"))
+        counted.pop(key, None)
+        counted[key] = number
+    return [records[line - 1] for line in counted.values()], left
+
+
+STEPS = st.integers(0, 8)
+RECORDS = st.lists(
+    st.one_of(
+        st.builds(lambda step: {"kind": "step", "time": 1.0, "step": step, "loss": 1.0}, STEPS),
+        st.builds(
+            lambda step, name: {"kind": "evaluation", "step": step, "set": name, "loss": 1.0},
+            STEPS,
+            st.sampled_from("ab"),
+        ),
+        st.builds(lambda step: {"kind": "resume", "step": step}, STEPS),
+        st.just({"kind": "checkpoint", "step": 3}),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(records=RECORDS)
+def test_what_counts_is_what_a_model_that_keeps_everything_says(
+    records: Records, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    numbered = [record | {"n": number} for number, record in enumerate(records)]  # so that no two are equal
+    path = write(tmp_path_factory.mktemp("run"), numbered)
+    counted, left = model(numbered)
+    assert read_metrics(path.parent) == counted
+    # A measurement that was made again and then went back behind is left by the resume that the model has, or was
+    # measured again.
+    found = {line.number: line.left_by for line in counted_lines(path) if line.left_by}
+    assert {number: by for number, by in found.items() if by > 0 and number in left} == {
+        n: by for n, by in left.items() if found[n] > 0
+    }
+    assert set(left) <= set(found)
+
+
+ODD: list[Any] = [None, True, "x", [1], {"a": []}, -1, 10**400]
+KEYS: dict[str, list[Any]] = {  # what of ODD each key takes
+    "step": [],
+    "time": [],
+    "loss": [-1],
+    "grad_norm": [-1],
+    "learning_rate": [],
+    "tokens": [],
+    "tokens_per_second": [-1],
+    "step_ms": [-1],
+    "skipped": [True],
+    "kind": ["x"],
+    "a_backend_s_own": ODD,
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_wrong_type_is_named_with_line_and_key(key: str, tmp_path: Path) -> None:
+    good = {"kind": "step", "time": 1.0, "step": 1, "loss": 2.0}
+    for odd in ODD:
+        write(tmp_path, [good, good | {"step": 2} | {key: odd}])
+        if odd in KEYS[key] and (odd is not True or True in KEYS[key]):
+            assert len(read_metrics(tmp_path)) == 2
+            continue
+        with pytest.raises(RunFolderError, match=rf"{METRICS}:2: not a metrics line: .*(key '{key}'|no kind)"):
+            list(effective_records(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "record", [{"kind": "step", "step": 1}, {"kind": "evaluation", "step": 1, "loss": 1.0}, {"kind": "resume"}]
+)
+def test_what_is_missing_is_named(record: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path, [record])
+    with pytest.raises(RunFolderError, match=rf"{METRICS}:1: .* of kind {record['kind']} without '(loss|set|step)'"):
+        read_metrics(tmp_path)
+
+
+def test_a_step_has_a_bound_and_numbers_need_not_be_finite(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        [{"kind": "step", "step": MAX_STEP, "loss": "inf", "grad_norm": "nan", "learning_rate": {"a": "-inf"}}],
+    )
+    (record,) = read_metrics(tmp_path)
+    assert (record["loss"], record["learning_rate"]["a"]) == (float("inf"), float("-inf"))
+    write(tmp_path, [{"kind": "step", "step": MAX_STEP + 1, "loss": 1.0}])
+    with pytest.raises(RunFolderError, match="key 'step' is not completed steps"):
+        read_metrics(tmp_path)
+
+
+def test_damaged_lines_are_given_with_the_others(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_bytes(b'{"kind": "end", "step": 1}\nnoise\n{"kind": "end"}\n{"kind": "step", "torn')
+    lines = list(metrics_lines(tmp_path / METRICS))
+    assert [(line.number, line.record is None, bool(line.error)) for line in lines] == [
+        (1, False, False),
+        (2, True, True),
+        (3, False, False),
+    ]
+    assert lines[1].data == b"noise"
+
+
+def peak_bytes(act: Callable[[], Any]) -> int:
+    tracemalloc.start()
+    try:
+        act()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"kind": "step", "time": 1.0, "step": step, "loss": 2.0} for step in range(1, 8001)])
+    assert path.stat().st_size > 400_000
+    assert peak_bytes(lambda: sum(1 for _ in effective_records(tmp_path))) < 100_000
+
+
+def test_many_restarts_take_logarithmic_time_each(tmp_path: Path) -> None:
+    """Ever lower ones: each record before them is cut by the first, and the last record, of step 1, by the last
+    alone.
+    """
+    records: Records = [{"kind": "step", "step": 1, "loss": 1.0}, {"kind": "step", "step": 5000, "loss": 1.0}]
+    records += [{"kind": "resume", "step": step} for step in range(4999, -1, -1)]
+    found = [line.left_by for line in counted_lines(write(tmp_path, records))]
+    assert found[:2] == [len(records), 3]

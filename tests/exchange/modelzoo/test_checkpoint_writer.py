@@ -1,0 +1,775 @@
+"""The vendor's checkpoint form: bits unchanged both ways, the vendor agrees, and a file that lies is refused by
+name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from fault_injection import KINDS, Death, Faults, injected
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_cases import amber, crystal
+from torch import Tensor
+
+from weftrain.core.config import ModelConfig, OptimizerConfig
+from weftrain.core.errors import CheckpointError
+from weftrain.core.formats import fsops
+from weftrain.core.formats.fsops import TEMPORARY_PREFIX
+from weftrain.core.formats.hdf5 import UntrustedFileError
+from weftrain.core.optim import beta_power
+from weftrain.core.parameters import parameter_specs
+from weftrain.core.recipe_file import load_recipe
+from weftrain.exchange import layouts as convert
+from weftrain.exchange.layouts import entries
+from weftrain.exchange.modelzoo.checkpoint_writer import (
+    LZ4,
+    PLANES,
+    OptimizerState,
+    Prefix,
+    _datasets,
+    _Image,
+    _planes,
+    _state_dict,
+    lz4_block,
+    lz4_frame,
+    read_checkpoint,
+    write_checkpoint,
+)
+
+ADAMW = OptimizerConfig(
+    name="adamw",
+    beta1=0.9,
+    beta2=0.95,
+    eps=1e-9,
+    eps_placement="before_bias_correction",
+    weight_decay=0.1,
+    decay="matrices_and_embeddings",
+    clip_norm=1.0,
+)
+EMBEDDING, HEAD = "model.embedding_layer.word_embeddings.weight", "model.lm_head.weight"
+NORM, NORM_AGAIN = "model.ln_f.weight", "model.transformer_decoder.norm.weight"
+FAMILIES = pytest.mark.parametrize("family", [amber, crystal])
+Build = Callable[..., ModelConfig]
+
+
+def small(family: Build = crystal, **changes: Any) -> ModelConfig:
+    sizes = {"vocab_size": 11, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 9}
+    return family(**{**sizes, **changes})
+
+
+def random_state(
+    config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0, planes: tuple[str, ...] = ("weights",)
+) -> dict[str, Tensor]:
+    """Random *bits*, thus NaNs with every payload, infinities and denormals too."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for plane in planes:
+        for spec in parameter_specs(config):
+            count = int(np.prod(spec.shape)) * dtype.itemsize
+            raw = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+            state[f"{plane}/{spec.name}"] = raw.view(dtype).reshape(spec.shape)
+    return state
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Equal in dtype, shape and every bit."""
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    )
+
+
+def assert_same_state(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert set(one) == set(other)
+    for name in other:
+        assert same(one[name], other[name]), name
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A CrystalCoder's checkpoint without optimizer state."""
+    path = tmp_path / "checkpoint.mdl"
+    write_checkpoint(path, small(), random_state(small()), step=3)
+    return path
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> ModelConfig:
+    heads, pairs = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    changes: dict[str, Any] = {
+        "num_heads": heads,
+        "hidden_size": 2 * heads * pairs,
+        "vocab_size": draw(st.integers(1, 30)),
+    }
+    changes |= {"num_layers": draw(st.integers(1, 3)), "intermediate_size": draw(st.integers(1, 20))}
+    changes |= {"tie_embeddings": draw(st.booleans()), "linear_bias": draw(st.booleans())}
+    if draw(st.booleans()):
+        # rotate-half over the whole head: q and k lie permuted in the file
+        return amber(rotary_dim=2 * pairs, **changes)
+    return crystal(rotary_dim=2 * draw(st.integers(1, pairs)), base_hidden_size=1, **changes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    config=configs(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    with_optimizer=st.booleans(),
+    prefix=st.sampled_from(["model", "model.model"]),
+    updates=st.integers(0, 50),
+    seed=st.integers(0, 2**31),
+)
+def test_round_trip_is_bit_exact(
+    config: ModelConfig, dtype: torch.dtype, with_optimizer: bool, prefix: Prefix, updates: int, seed: int
+) -> None:
+    planes = ("weights", "exp_avg", "exp_avg_sq") if with_optimizer else ("weights",)
+    state = random_state(config, dtype, seed, planes)
+    optimizer = OptimizerState(ADAMW, updates, 0.01) if with_optimizer else None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "new" / "checkpoint.mdl"
+        size = write_checkpoint(path, config, state, step=7, optimizer=optimizer, prefix=prefix)
+        assert path.stat().st_size == size
+        back = read_checkpoint(path, config, optimizer=with_optimizer)
+        assert_same_state(back, state)
+        assert (back.step, back.optimizer_updates) == (7, updates if with_optimizer else 7)
+        assert back.passed_over == ()
+        if with_optimizer:
+            weights = read_checkpoint(path, config)
+            assert set(weights) == {name for name in state if name.startswith("weights/")}
+            assert weights.passed_over == ("optimizer",)
+
+
+def test_plain_names_are_weights(tmp_path: Path) -> None:
+    state = random_state(small())
+    write_checkpoint(
+        tmp_path / "a", small(), {name.removeprefix("weights/"): tensor for name, tensor in state.items()}, step=0
+    )
+    assert_same_state(read_checkpoint(tmp_path / "a", small()), state)
+
+
+def test_equal_arguments_give_equal_bytes(tmp_path: Path) -> None:
+    state = random_state(small(), planes=("weights", "exp_avg", "exp_avg_sq"))
+    for name in ("a", "b"):
+        write_checkpoint(tmp_path / name, small(), state, step=3, optimizer=OptimizerState(ADAMW, 3))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@FAMILIES
+def test_tensors_stream_one_at_a_time(tmp_path: Path, family: Build) -> None:
+    """Each tensor of a lazy mapping is asked for once, and no two are held while the file is written."""
+    config = small(family)
+    state = random_state(config, planes=("weights", "exp_avg", "exp_avg_sq"))
+    read: list[str] = []
+
+    class Lazy(Mapping[str, Tensor]):
+        def __getitem__(self, name: str) -> Tensor:
+            read.append(name)
+            return state[name]
+
+        def meta(self, name: str) -> Tensor:
+            return state[name].to("meta")
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(state)
+
+        def __len__(self) -> int:
+            return len(state)
+
+    write_checkpoint(tmp_path / "lazy", config, Lazy(), step=3, optimizer=OptimizerState(ADAMW, 3))
+    assert read == list(state)  # in execution order, plane by plane
+    write_checkpoint(tmp_path / "eager", config, state, step=3, optimizer=OptimizerState(ADAMW, 3))
+    assert (tmp_path / "lazy").read_bytes() == (tmp_path / "eager").read_bytes()
+
+
+def test_names_in_the_file(tmp_path: Path) -> None:
+    """Flat dotted names; a second name of a tensor has no dataset of its own; uncompressed, in the vendor's types."""
+    config = small(num_layers=2)
+    state = random_state(config, torch.bfloat16, planes=("weights", "exp_avg", "exp_avg_sq"))
+    write_checkpoint(tmp_path / "a", config, state, step=3, optimizer=OptimizerState(ADAMW, 4, 0.5))
+    with h5py.File(tmp_path / "a") as file:
+        names = {entry.name for entry in entries(config, "cerebras")}
+        parts = ("exp_avg", "exp_avg_sq", "beta1_power", "beta2_power")
+        assert set(file) == names | {
+            f"optimizer.state.{number}.{part}" for number in range(len(names)) for part in parts
+        }
+        assert file[EMBEDDING].dtype == np.int16
+        assert list(file[EMBEDDING].attrs["dtypes"]) == ["torch.bfloat16"]
+        assert file["optimizer.state.0.beta1_power"].dtype == np.float32
+        link = json.loads(file.attrs[f"{HEAD}.__metadata__"])[f"{HEAD}.__metadata__"]
+        assert link == {"key": EMBEDDING, "__LINKED__": True, "__TYPE__": "LinkedObject", "__NONE__": True}
+        group = {
+            key: json.loads(file.attrs[f"{key}.__metadata__"]) for key in ("optimizer.param_groups.1.lr", "global_step")
+        }
+        assert group["global_step"]["global_step.__metadata__"]["scalar_value"] == 3
+        # CrystalCoder's decoder matrices learn at 1/m: width 32 over a proxy of 16
+        assert group["optimizer.param_groups.1.lr"]["optimizer.param_groups.1.lr.__metadata__"]["scalar_value"] == 0.25
+        # numbered by weftrain's groups: embeddings, decoder matrices, norms and biases
+        name = json.loads(file.attrs["optimizer.param_groups.2.param_names.0.__metadata__"])
+        assert name["optimizer.param_groups.2.param_names.0.__metadata__"]["string_value"].endswith(
+            "layers.0.norm1.weight"
+        )
+
+
+@pytest.mark.prove
+def test_the_layout_of_a_7b_model_takes_no_memory_for_its_tensors() -> None:
+    """Everything but the tensors of CrystalCoder-7B with optimizer state: 2,569 datasets and 4,152 leaves in a few
+    MB.
+    """
+    config = load_recipe("crystalcoder_7b_phase1").recipe.model
+
+    class Meta(Mapping[str, Tensor]):
+        names = tuple(f"{plane}/{spec.name}" for plane in ("weights", *PLANES) for spec in parameter_specs(config))
+
+        def __getitem__(self, name: str) -> Tensor:
+            raise AssertionError(f"{name} was read")
+
+        def meta(self, name: str) -> Tensor:
+            return torch.empty(0, device="meta")
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(self.names)
+
+        def __len__(self) -> int:
+            return len(self.names)
+
+    optimizer = OptimizerState(ADAMW, 1)
+    planes = _planes(config, Meta(), optimizer, Path("x"))
+    state = _state_dict(config, planes, 1, optimizer, "model")
+    image = _Image(state, [key for key, _, _ in _datasets(config, optimizer, "model")])
+    tensors = 3 * 6_575_278_720 * 4
+    own = 4096 * len(image._pages)
+    assert image.size - own <= tensors + 2 * 4 * len(image.offsets) < image.size + own
+    assert own < 20 << 20
+    places = sorted(image.offsets.values())
+    assert all(first + count <= following for (first, count), (following, _) in itertools.pairwise(places))
+
+
+# What cannot be written.
+
+
+def test_what_the_form_cannot_hold_is_refused(tmp_path: Path) -> None:
+    config, path = small(), tmp_path / "checkpoint.mdl"
+    state = random_state(config)
+    half = state | {"weights/final_norm.bias": state["weights/final_norm.bias"].half()}
+    wrong = state | {"weights/final_norm.bias": torch.zeros(5)}
+    less = {name: tensor for name, tensor in state.items() if not name.endswith("final_norm.bias")}
+    for tensors, optimizer, reason in (
+        (
+            half,
+            None,
+            r"checkpoint\.mdl: tensor 'weights/final_norm\.bias' is torch\.float16: the form holds float32 and bfloat16",
+        ),
+        (wrong, None, r"tensor 'final_norm\.bias' has shape \[5\]"),
+        (less, None, r"missing tensors final_norm\.bias"),
+        (state | {"weights/other": torch.zeros(1)}, None, "unknown tensors other"),
+        (state, OptimizerState(ADAMW, 1), r"checkpoint\.mdl: no tensors 'exp_avg/\.\.\.' were given"),
+        ({}, None, r"no tensors 'weights/\.\.\.' were given"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            write_checkpoint(path, config, tensors, step=0, optimizer=optimizer)
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(CheckpointError, match="layout cerebras cannot hold this model"):
+        write_checkpoint(path, small(amber, rotary_dim=4), random_state(config), step=0)
+
+
+def test_a_file_is_never_replaced(written: Path) -> None:
+    before = written.read_bytes()
+    with pytest.raises(CheckpointError, match=r"checkpoint\.mdl: exists: choose another name"):
+        write_checkpoint(written, small(), random_state(small(), seed=1), step=4)
+    assert written.read_bytes() == before
+
+
+def test_a_full_disk_is_noticed_before_it_is_written_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsops, "free_bytes", lambda path: 10)
+    with pytest.raises(CheckpointError, match=r"the disk is full: [\d,]+ bytes needed, 10 free: make room"):
+        write_checkpoint(tmp_path / "a", small(), random_state(small()), step=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_file_operation_may_fail(tmp_path: Path, kind: str) -> None:
+    """Afterwards there is the whole file or none; an error says why, and leaves nothing behind."""
+    config = small(amber)
+    state = random_state(config)
+    with injected(Faults()) as counting:
+        write_checkpoint(tmp_path / "whole", config, state, step=1)
+    operations = len(counting.trace)
+    assert {"create", "write", "sync_file", "rename"} <= {name for name, _ in counting.trace}
+    for at in range(operations):
+        folder = tmp_path / f"{at}"
+        folder.mkdir()
+        path = folder / "checkpoint.mdl"
+        with injected(Faults(kind, at)):
+            try:
+                write_checkpoint(path, config, state, step=1)
+                failed = False
+            except CheckpointError as error:
+                failed = True
+                message = str(error)
+            except Death:
+                failed = True
+                message = ""
+        if path.exists():
+            assert_same_state(read_checkpoint(path, config), state)
+        else:
+            assert failed
+        if failed and message:
+            assert message.startswith(f"{path}: cannot be written: ")
+            assert [entry.name for entry in folder.iterdir() if entry.name.startswith(TEMPORARY_PREFIX)] == []
+
+
+# Files that lie.
+
+
+def change(path: Path, key: str, array: np.ndarray | None, **attributes: Any) -> None:
+    """Replace a dataset (None: remove it) by an ordinary one."""
+    with h5py.File(path, "r+") as file:
+        if key in file:
+            kept = dict(file[key].attrs)
+            del file[key]
+        else:
+            kept = {}
+        if array is not None:
+            dataset = file.create_dataset(key, data=array)
+            dataset.attrs.update(kept | attributes)
+
+
+def assert_refused(path: Path, reason: str, config: ModelConfig | None = None, **arguments: Any) -> None:
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        dict(read_checkpoint(path, config or small(), **arguments))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_anywhere(written: Path) -> None:
+    """Cut at 200 places: refused when opened or when the tensor is read, and never an invented zero."""
+    data = written.read_bytes()
+    for length in np.linspace(0, len(data) - 1, 200).astype(int):
+        written.write_bytes(data[:length])
+        assert_refused(written, "checkpoint.mdl")
+
+
+def test_damaged_anywhere(written: Path) -> None:
+    """One byte at 400 places: read as something, or refused in one line; nothing else is raised."""
+    data, generator = written.read_bytes(), np.random.default_rng(0)
+    outcomes = set()
+    for place in generator.integers(0, len(data), 400):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << int(generator.integers(0, 8))
+        written.write_bytes(damaged)
+        try:
+            dict(read_checkpoint(written, small()))
+            outcomes.add("read")
+        except CheckpointError:
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}  # there are no checksums in this form
+
+
+def test_names_missing_and_unknown(written: Path) -> None:
+    change(written, "model.surplus", np.zeros(3, np.float32))
+    assert_refused(written, r"checkpoint\.mdl: model\.surplus: unknown; is the file of this model\?")
+    change(written, "model.surplus", None)
+    dict(read_checkpoint(written, small()))
+    assert_refused(written, r"transformer_decoder\.layers\.1\..* and 14 more: missing", small(num_layers=2))
+    assert_refused(
+        written, rf"{HEAD}: is a link to '{EMBEDDING}', which is not another name", small(tie_embeddings=False)
+    )
+    change(written, NORM, None)
+    assert_refused(written, rf"{NORM}: is stored as 'TorchTensorSerializer', without data in this file")
+
+
+def test_wrong_shapes_and_types(written: Path) -> None:
+    shape = (11, 32)
+    for array, reason in (
+        (np.zeros((32, 11), np.float32), r"has shape \(32, 11\), the config makes it \(11, 32\)"),
+        (np.zeros(352, np.float32), r"has shape \(352,\)"),
+        (np.zeros(shape, np.float64), "holds float64"),
+        (np.zeros(shape, np.float16), "holds float16"),
+        (np.zeros(shape, ">f4"), "holds >f4"),
+        (np.zeros(shape, np.int32), "holds int32"),
+        (np.zeros(shape, np.int16), r"holds int16 \(and no mark of bfloat16\)"),
+    ):
+        change(written, EMBEDDING, array)
+        assert_refused(written, f"{EMBEDDING}: {reason}")
+    change(written, EMBEDDING, None)
+    with h5py.File(written, "r+") as file:
+        file.create_group(EMBEDDING)
+    assert_refused(written, f"{EMBEDDING}: is not a dataset")
+
+
+def test_links_are_not_followed(written: Path, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["secret"] = np.zeros((11, 32), np.float32)
+    for link in (h5py.ExternalLink(str(tmp_path / "other.h5"), "secret"), h5py.SoftLink(f"/{NORM}")):
+        change(written, EMBEDDING, None)
+        with h5py.File(written, "r+") as file:
+            file[EMBEDDING] = link
+        assert_refused(written, f"{EMBEDDING}: is a soft or external link")
+    (tmp_path / "link.mdl").symlink_to(written)
+    assert_refused(tmp_path / "link.mdl", "file: is a symbolic link or no plain file")
+    assert_refused(tmp_path, "file: is a symbolic link or no plain file")
+    assert_refused(tmp_path / "absent", "file: is missing")
+    (tmp_path / "text").write_text("not HDF5")
+    assert_refused(tmp_path / "text", "cannot be read as HDF5")
+
+
+def test_storage_elsewhere_and_storage_invented(written: Path, tmp_path: Path) -> None:
+    shape, size = (11, 32), 11 * 32 * 4
+    (tmp_path / "raw").write_bytes(bytes(size))
+
+    def external(file: h5py.File) -> None:
+        file.create_dataset(EMBEDDING, shape, "<f4", external=[(str(tmp_path / "raw"), 0, size)])
+
+    def virtual(file: h5py.File) -> None:
+        layout = h5py.VirtualLayout(shape, "<f4")
+        layout[...] = h5py.VirtualSource(str(tmp_path / "absent"), "x", shape)
+        file.create_virtual_dataset(EMBEDDING, layout)
+
+    def never_allocated(file: h5py.File) -> None:
+        file.create_dataset(EMBEDDING, shape, "<f4")
+
+    def one_chunk_missing(file: h5py.File) -> None:
+        file.create_dataset(EMBEDDING, shape, "<f4", chunks=(6, 32), compression="gzip")[:6] = 1
+
+    def huge_chunk(file: h5py.File) -> None:
+        file.create_dataset(EMBEDDING, shape, "<f4", chunks=(1 << 20, 32), maxshape=(None, 32), compression="gzip")[
+            ...
+        ] = 1
+
+    def other_filter(file: h5py.File) -> None:
+        file.create_dataset(EMBEDDING, data=np.zeros(shape, "<f4"), compression="lzf")
+
+    for make, reason in (
+        (external, "is a virtual, compact or externally stored dataset"),
+        (virtual, "is a virtual, compact or externally stored dataset"),
+        (never_allocated, "should have 1,408 bytes at offset None"),
+        (one_chunk_missing, "has 1 of 2 chunks: it was not finished"),
+        (huge_chunk, "has chunks of 134,217,728 bytes"),
+        (other_filter, r"uses filters \[32000\]; LZ4"),
+    ):
+        change(written, EMBEDDING, None)
+        with h5py.File(written, "r+") as file:
+            make(file)
+        assert_refused(written, f"{EMBEDDING}: {reason}")
+
+
+def test_gzip_is_read(written: Path) -> None:
+    state = random_state(small())
+    change(written, EMBEDDING, None)
+    with h5py.File(written, "r+") as file:
+        file.create_dataset(
+            EMBEDDING, data=state["weights/embedding.weight"].numpy(), chunks=(3, 5), compression="gzip", shuffle=True
+        )
+    assert_same_state(read_checkpoint(written, small()), state)
+
+
+@pytest.mark.parametrize(("first", "again"), [(EMBEDDING, HEAD), (NORM, NORM_AGAIN)])
+def test_copies_must_be_equal_in_every_bit(written: Path, first: str, again: str) -> None:
+    """Copies full of NaNs are equal copies."""
+    state = random_state(small())
+    with h5py.File(written) as file:
+        values = file[first][...]
+    assert np.isnan(state["weights/embedding.weight"].numpy()).any()
+    change(written, again, values)
+    assert_same_state(read_checkpoint(written, small()), state)
+    values.view(np.uint8).reshape(-1)[-1] ^= 1
+    change(written, again, values)
+    assert_refused(written, f"{again}: differs from '{first}'")
+
+
+def test_versions(written: Path) -> None:
+    """Unfinished and future files are refused. A file of an old release has no JSON: every tensor has a dataset, bf16
+    another mark.
+    """
+    with h5py.File(written, "r+") as file:
+        file.attrs["__SUCCESS__"] = False
+    assert_refused(written, "__SUCCESS__: is not set: the program that wrote the file did not finish")
+    with h5py.File(written, "r+") as file:
+        del file.attrs["__SUCCESS__"]
+    assert_refused(written, "__SUCCESS__: is not set")
+    with h5py.File(written, "r+") as file:
+        file.attrs["__version__"] = 0.6
+    assert_refused(written, r"__version__: is 0\.6, this program reads up to 0\.5")
+    with h5py.File(written, "r+") as file:
+        file.attrs["__version__"] = np.array([0.3, 0.3])
+    assert_refused(written, "__version__: is not a scalar attribute")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_of_release_1_9_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Its `__spec__` is a pickle, which is not opened: here it is one that would be seen."""
+    config = small()
+    state, path = random_state(config, dtype), tmp_path / "old.mdl"
+    with h5py.File(path, "w") as file:
+        file.attrs["__version__"] = 0.3
+        file.attrs["__spec__"] = b"cos\nsystem\n(S'exit 1'\ntR.".hex()
+        for entry in entries(config, "cerebras"):
+            tensor = state[f"weights/{entry.parameters[0]}"]
+            for name in (entry.name, *entry.copies):
+                dataset = file.create_dataset(
+                    name, data=tensor.view(torch.int16).numpy() if dtype == torch.bfloat16 else tensor.numpy()
+                )
+                dataset.attrs["__H5_TYPE__"] = "TorchTensorH5Type"
+                dataset.attrs["is_bfloat16"] = dtype == torch.bfloat16
+        file.create_dataset("global_step", data=np.int64(12))
+        file.create_dataset("lr_scheduler.last_epoch", data=np.int64(12))
+    back = read_checkpoint(path, config)
+    assert_same_state(back, state)
+    assert (back.step, back.optimizer_updates, back.passed_over) == (12, 12, ("lr_scheduler",))
+    change(path, HEAD, None)
+    assert_same_state(read_checkpoint(path, config), state)  # copies may be absent
+    assert_refused(path, "do not name their parameters", optimizer=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "does not describe its leaf"),
+        (
+            json.dumps({f"{HEAD}.__metadata__": {"__TYPE__": "ObjectSerializer"}}),
+            "is stored as 'ObjectSerializer', without data",
+        ),
+        (json.dumps({f"{HEAD}.__metadata__": {"__TYPE__": "LinkedObject", "key": 3}}), "is a link to nothing"),
+        (
+            json.dumps({f"{HEAD}.__metadata__": {"__TYPE__": "LinkedObject", "key": NORM}}),
+            "is a link to .* not another name of the same",
+        ),
+        (
+            json.dumps({f"{HEAD}.__metadata__": {"__TYPE__": "LinkedObject", "key": HEAD}}),
+            "is a link to .* not another name of the same",
+        ),
+        (3, "is not text"),
+    ],
+)
+def test_metadata_that_lies(written: Path, text: Any, reason: str) -> None:
+    with h5py.File(written, "r+") as file:
+        file.attrs[f"{HEAD}.__metadata__"] = text
+    assert_refused(written, f"{HEAD}.*: {reason}")
+
+
+def test_optimizer_state_that_lies(tmp_path: Path) -> None:
+    state, path = random_state(small(), planes=("weights", "exp_avg", "exp_avg_sq")), tmp_path / "a"
+    write_checkpoint(path, small(), state, step=3, optimizer=OptimizerState(ADAMW, 3))
+    key = "optimizer.param_groups.0.param_names.0.__metadata__"
+    with h5py.File(path, "r+") as file:
+        good = file.attrs[key]
+        file.attrs[key] = good.replace("word_embeddings", "other")
+    assert_refused(path, rf"optimizer\.state\.None\.exp_avg: is missing, exp_avg of '{EMBEDDING}'", optimizer=True)
+    number = "optimizer.param_groups.0.params.0.__metadata__"
+    with h5py.File(path, "r+") as file:
+        file.attrs[key] = good
+        index = file.attrs[number]
+        file.attrs[number] = index.replace('"scalar_value": 0', '"scalar_value": "0"')
+    assert_refused(path, "names a parameter that it does not number, or one twice", optimizer=True)
+    other = key.replace("groups.0", "groups.2")
+    with h5py.File(path, "r+") as file:
+        file.attrs[number] = index
+        second = file.attrs[other]
+        file.attrs[other] = good.replace("groups.0", "groups.2")
+    assert_refused(path, "names a parameter that it does not number, or one twice", optimizer=True)
+    with h5py.File(path, "r+") as file:
+        file.attrs[other] = second
+        shape = file["optimizer.state.0.exp_avg"].shape
+    dict(read_checkpoint(path, small(), optimizer=True))
+    change(path, "optimizer.state.0.exp_avg", np.zeros(shape[::-1], np.float32))
+    assert_refused(path, r"optimizer\.state\.0\.exp_avg: has shape", optimizer=True)
+    dict(read_checkpoint(path, small()))
+
+
+# LZ4, as the format's description has it.
+
+
+@pytest.mark.parametrize(
+    ("block", "text"),
+    [
+        (b"\x50hello", b"hello"),
+        (b"\x00", b""),
+        (b"\x11a\x01\x00\x10b", b"aaaaaab"),  # one literal, a match of 4 + 1 at distance 1, which reaches into itself
+        (b"\x20ab", b"ab"),
+        (b"\x31abc\x03\x00\x10d", b"abcabcabd"[:8] + b"d"),
+        (b"\xf0\x00" + b"x" * 15, b"x" * 15),
+        (b"\xf0\xff\x01" + b"y" * 271, b"y" * 271),
+        (b"\x1fz\x01\x00\xff\x00\x00", b"z" * (1 + 4 + 15 + 255)),
+    ],
+)
+def test_lz4_blocks(block: bytes, text: bytes) -> None:
+    assert lz4_block(block, len(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("block", "size"),
+    [
+        (b"", 0),
+        (b"\x50hell", 5),
+        (b"\x50hello", 4),
+        (b"\x50hello", 6),
+        (b"\x11a\x00\x00", 6),
+        (b"\x11a\x02\x00", 6),
+        (b"\x11a\x01", 6),
+        (b"\x11a\x01\x00", 6),
+        (b"\xf0", 20),
+        (b"\xf0\xff", 20),
+        (b"\x1fz\x01\x00\xff", 400),
+        (b"\x11a\x01\x00\x10b", 5),
+    ],
+)
+def test_lz4_blocks_that_are_none(block: bytes, size: int) -> None:
+    with pytest.raises(UntrustedFileError):
+        lz4_block(block, size)
+
+
+@settings(max_examples=500, deadline=None)
+@given(stored=st.binary(max_size=80), size=st.integers(0, 300))
+def test_lz4_never_gives_anything_but_bytes_or_a_refusal(stored: bytes, size: int) -> None:
+    frame = size.to_bytes(8, "big") + (64).to_bytes(4, "big") + stored
+    for decode, data in ((lz4_block, stored), (lz4_frame, stored), (lz4_frame, frame)):
+        with contextlib.suppress(UntrustedFileError):
+            assert len(decode(data, size)) == size
+
+
+def test_lz4_frames() -> None:
+    frame = (
+        (7).to_bytes(8, "big")
+        + (5).to_bytes(4, "big")
+        + (5).to_bytes(4, "big")
+        + b"hello"
+        + (3).to_bytes(4, "big")
+        + b"\x20ab"
+    )
+    assert lz4_frame(frame, 7) == b"helloab"
+    for wrong in (frame[:-1], frame[:10], (8).to_bytes(8, "big") + frame[8:], frame[:8] + bytes(4) + frame[12:]):
+        with pytest.raises(UntrustedFileError):
+            lz4_frame(wrong, 7)
+
+
+# The vendor's own package, where it is there.
+
+LOAD_AND_SAVE = """
+import sys
+import cerebras.pytorch as cstorch
+import torch
+source, plain, again = sys.argv[1:]
+state = cstorch.load(source)
+assert state["model"][sys.stdin.read().strip()].shape
+def materialized(tree):
+    if isinstance(tree, torch.Tensor):
+        return tree.to("cpu").clone() if not hasattr(tree, "_materialize") else tree._materialize().clone()
+    if isinstance(tree, dict):
+        return {name: materialized(item) for name, item in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map(materialized, tree))
+    return tree
+torch.save(materialized(state), plain)
+cstorch.save(state, again)
+"""
+
+
+def ask_vendor(python: Path, program: str, *arguments: Path, text: str = "") -> None:
+    environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    command = [str(python), "-c", program, *map(str, arguments)]
+    result = subprocess.run(
+        command, input=text, capture_output=True, text=True, env=environment, timeout=110, cwd=arguments[0].parent
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.cerebras
+@FAMILIES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_vendor_loads_it(vendor: Path, tmp_path: Path, family: Build, dtype: torch.dtype) -> None:
+    """cerebras.pytorch.load gives every bit and number; what cerebras.pytorch.save makes of them is read here, with
+    every bit again.
+    """
+    config = small(family, num_layers=2, vocab_size=300, intermediate_size=150)  # large enough for chunks at an edge
+    state = random_state(config, dtype, planes=("weights", "exp_avg", "exp_avg_sq"))
+    state["weights/embedding.weight"][7:] = 0.25  # compresses
+    path, plain, again = tmp_path / "ours.mdl", tmp_path / "plain.pt", tmp_path / "theirs.mdl"
+    write_checkpoint(path, config, state, step=7, optimizer=OptimizerState(ADAMW, 5, 0.01))
+    ask_vendor(vendor, LOAD_AND_SAVE, path, plain, again, text=EMBEDDING.removeprefix("model."))
+
+    loaded = torch.load(plain, weights_only=True)
+    assert loaded.keys() == {"model", "optimizer", "optimizer_updates", "global_step"}
+    assert (loaded["global_step"], loaded["optimizer_updates"]) == (7, 5)
+    groups = loaded["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
+    assert groups[0]["betas"] == (0.9, 0.95)
+    assert all(group["correct_bias"] and not group["amsgrad"] for group in groups)
+    names = {
+        number: name for group in groups for number, name in zip(group["params"], group["param_names"], strict=True)
+    }
+    by_name = {entry.name: entry for entry in entries(config, "cerebras")}
+    assert sorted(names.values()) == sorted(by_name)
+    for number, name in names.items():
+        of_parameter = loaded["optimizer"]["state"][number]
+        entry = by_name[name]
+        for plane, tensor in (
+            ("weights", loaded["model"][name.removeprefix("model.")]),
+            *((p, of_parameter[p]) for p in PLANES),
+        ):
+            canonical = next(convert._import(entry, {name: tensor}))[1]
+            assert same(canonical, state[f"{plane}/{entry.parameters[0]}"]), (plane, name)
+        for copy in entry.copies:
+            assert same(loaded["model"][copy.removeprefix("model.")], loaded["model"][name.removeprefix("model.")])
+        assert of_parameter["beta1_power"] == torch.tensor(beta_power(0.9, 5))
+        assert of_parameter["beta2_power"] == torch.tensor(beta_power(0.95, 5))
+
+    with h5py.File(again) as file:
+        assert file[EMBEDDING].id.get_create_plist().get_filter(0)[0] == LZ4
+        # to optimizer.param_groups.0.params.N: the same 7 of Python's
+        assert "LinkedObject" in file.attrs["global_step.__metadata__"]
+    back = read_checkpoint(again, config, optimizer=True)
+    assert_same_state(back, state)
+    assert (back.step, back.optimizer_updates) == (7, 5)
+
+    with h5py.File(path) as ours, h5py.File(again) as theirs:
+        """Attribute for attribute ours is what the vendor writes, but that it links equal small numbers of Python's."""
+        assert set(ours) == set(theirs)
+        assert set(ours.attrs) == set(theirs.attrs)
+        for name in ours.attrs:
+            if "LinkedObject" not in str(theirs.attrs[name]):
+                assert ours.attrs[name] == theirs.attrs[name], name
+        for key in ours:
+            assert {name: str(value) for name, value in ours[key].attrs.items()} == {
+                name: str(value) for name, value in theirs[key].attrs.items()
+            }
+
+
+VENDOR_TRAINS = """
+import sys
+import cerebras.pytorch as cstorch
+import torch
+cstorch.backend("cpu")
+state = cstorch.load(sys.argv[1])
+def parameters(group):
+    return [torch.nn.Parameter(torch.zeros(state["model"][name.removeprefix("model.")].shape)) for name in group["param_names"]]
+groups = [{"params": parameters(group)} for group in state["optimizer"]["param_groups"]]
+optimizer = cstorch.optim.AdamW(groups, lr=0.1, betas=(0.5, 0.5))
+optimizer.load_state_dict(state["optimizer"])
+assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.95)] * 3
+first = optimizer.param_groups[0]["params"][0]
+assert abs(float(optimizer.state[first]["beta2_power"]) - 0.95**5) < 1e-6
+"""
+
+
+@pytest.mark.cerebras
+def test_the_vendors_optimizer_takes_the_state(vendor: Path, tmp_path: Path) -> None:
+    config = small()
+    zeros = {
+        name: torch.zeros_like(tensor)
+        for name, tensor in random_state(config, planes=("weights", "exp_avg", "exp_avg_sq")).items()
+    }
+    write_checkpoint(tmp_path / "a.mdl", config, zeros, step=4, optimizer=OptimizerState(ADAMW, 4, 0.01))
+    ask_vendor(vendor, VENDOR_TRAINS, tmp_path / "a.mdl")

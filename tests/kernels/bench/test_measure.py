@@ -1,0 +1,310 @@
+"""The kernel benchmark's figures with an invented clock and known counts: every number that it prints, by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from weftrain.analysis import kernel_bench, peak
+from weftrain.analysis.kernel_bench import (
+    COMPILED,
+    Report,
+    bench,
+    examples_of,
+    median_interval,
+    roofline_ms,
+    time_in_turns,
+)
+from weftrain.analysis.kernel_bench_plot import bars, plot
+from weftrain.analysis.kernel_costs import backward_costs
+from weftrain.analysis.machine.measured import Machine, larger, last_level_cache
+from weftrain.analysis.peak import Bandwidth, measured_bandwidth, measured_matmul_peak, table_bandwidth
+from weftrain.core.run.speed import Peak
+from weftrain.kernels import OPS, Implementation, KernelError, Spec
+
+KNOWN = Machine(
+    Peak(1e12, "by hand"),
+    Bandwidth(1e10, "by hand"),
+    Peak(4e12, "sheet"),
+    Bandwidth(2e10, "sheet"),
+    4096,
+    "by hand",
+    "cpu",
+)
+
+
+def in_ms(*values: float) -> Callable[[Callable[[], Any]], float]:
+    """A clock that runs what it is given and then says these durations, in turn."""
+    remaining = list(values)
+
+    def clock(call: Callable[[], Any]) -> float:
+        call()
+        return remaining.pop(0)
+
+    return clock
+
+
+def catalog(**sources: Implementation) -> Callable[[], dict[str, dict[str, list[Implementation]]]]:
+    return lambda: {"rms_norm": {name: [implementation] for name, implementation in sources.items()}}
+
+
+def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rms_norm, x [3, 5, 77] and weight [77] in fp32: 1155 + 77 elements."""
+    ours = Implementation("rms_norm", "ours", OPS["rms_norm"].function, version="ours 1.0")
+    monkeypatch.setattr(kernel_bench, "load_catalog", catalog(ours=ours))
+    # warm-up, forward; warm-up, forward + backward
+    durations = [9.0] * 3 + [2.0, 1.0, 4.0] + [9.0] * 3 + [10.0, 20.0, 30.0]
+    report = bench(["rms_norm"], ["ours"], "small", torch.float32, repeats=3, machine=KNOWN, clock=in_ms(*durations))
+    forward, both = report.measurements
+    assert (forward.direction, both.direction) == ("forward", "forward+backward")
+    assert (forward.op, forward.example, forward.dtype) == ("rms_norm", "odd", "float32")
+    assert (forward.source, forward.version) == ("ours", "ours 1.0")
+    assert (forward.median_ms, forward.low_ms, forward.high_ms, forward.samples) == (2.0, 1.0, 4.0, 3)
+    assert forward.confidence == 0.75  # the extremes of 3 samples
+    assert forward.bytes == 4 * (1155 + 77 + 1155)
+    assert forward.flops == 4 * 1155
+    assert forward.gb_per_second == pytest.approx(9548 / 2e-3 / 1e9)
+    assert forward.gflop_per_second == pytest.approx(4620 / 2e-3 / 1e9)
+    assert forward.ideal_ms == pytest.approx(9548 / 1e10 * 1e3)
+    assert forward.bound == "memory"
+    assert forward.roofline_share == pytest.approx(9548 / 1e10 / 2e-3)
+    assert forward.sourced_roofline_share == pytest.approx(9548 / 2e10 / 2e-3)
+    assert both.bytes == 9548 + 4 * (3 * 1155 + 2 * 77)
+    assert both.flops == 4620 + 9 * 1155
+    assert both.median_ms == 20.0
+    assert forward.copies == 2  # twice 4096 bytes of cache in copies of 4928
+    assert forward.working_set_bytes == 2 * 4 * (1155 + 77)
+    assert forward.beyond_cache
+    assert forward.note == ""
+
+
+def test_sources_take_turns_and_copies_go_round() -> None:
+    seen: list[tuple[str, int]] = []
+    calls = {name: lambda copy, name=name: seen.append((name, copy)) for name in "abc"}
+    ticks = iter(range(1000))
+
+    def clock(call: Callable[[], Any]) -> float:
+        call()
+        return float(next(ticks))
+
+    samples = time_in_turns(calls, 4, 5, clock)  # type: ignore[arg-type]
+    order = "".join(name for name, _ in seen)
+    assert order == "abcbcacab" + "abcbcacababc"  # 3 rounds of warm-up, then 4 that count, each beginning with another
+    assert [copy for _, copy in seen] == [i % 5 for i in range(21)]
+    assert {name: len(found) for name, found in samples.items()} == {"a": 4, "b": 4, "c": 4}
+    assert samples["a"] == [9.0, 14.0, 16.0, 18.0]
+
+
+# rank: published tables of the sign test
+@pytest.mark.parametrize(("n", "rank"), [(6, 1), (9, 2), (20, 6), (30, 10), (101, 41)])
+def test_the_interval_is_that_of_order_statistics(n: int, rank: int) -> None:
+    low, median, high, coverage = median_interval([float(i) for i in range(n, 0, -1)])
+    assert (low, high) == (rank, n + 1 - rank)
+    assert median == (n + 1) / 2
+    assert coverage == pytest.approx(1 - 2 * sum(comb(n, i) for i in range(rank)) / 2**n)
+    assert coverage >= 0.95
+    assert 1 - 2 * sum(comb(n, i) for i in range(rank + 1)) / 2**n < 0.95  # the next pair would not do
+
+
+def test_few_samples_say_what_they_are_worth() -> None:
+    assert median_interval([5.0]) == (5.0, 5.0, 5.0, 0.0)
+    assert median_interval([2.0, 1.0]) == (1.0, 1.5, 2.0, 0.5)
+
+
+def test_the_roofline() -> None:
+    ms, bound = roofline_ms(10**9, 10**9, Peak(1e12, ""), Bandwidth(1e11, ""))
+    assert (ms, bound) == (pytest.approx(10.0), "memory")
+    ms, bound = roofline_ms(10**6, 10**12, Peak(1e12, ""), Bandwidth(1e11, ""))
+    assert (ms, bound) == (pytest.approx(1000.0), "compute")
+    assert roofline_ms(1, 1, Peak(None, ""), Bandwidth(1e11, "")) == (None, None)
+    assert roofline_ms(1, 1, Peak(1e12, ""), Bandwidth(None, "")) == (None, None)
+
+
+def test_an_unknown_peak_is_unknown_in_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Implementation("rms_norm", "ours", OPS["rms_norm"].function)
+    monkeypatch.setattr(kernel_bench, "load_catalog", catalog(ours=ours))
+    unknown = replace(KNOWN, sourced_peak=Peak(None, "?"), sourced_bandwidth=Bandwidth(None, "?"))
+    (forward, _) = bench(["rms_norm"], ["ours"], "small", torch.float32, repeats=1, machine=unknown).measurements
+    assert forward.roofline_share is not None
+    assert forward.sourced_roofline_share is None
+
+
+@pytest.mark.parametrize(
+    ("op", "bytes_moved", "flops"),
+    [  # the "odd" example in fp32, counted by hand
+        ("rms_norm", 4 * (3 * 1155 + 2 * 77), 9 * 1155),
+        ("layer_norm", 4 * (3 * 1155 + 3 * 77), 13 * 1155),
+        ("rope", 4 * (2 * 2 * 13 * 3 * 20 + 2 * 13 * 6), 3 * 2 * 13 * 3 * 12),
+        ("swiglu", 4 * 5 * 15 * 77, 11 * 15 * 77),
+        ("attention", 4 * 8 * 2 * 63 * 3 * 20, 10 * 2 * 3 * (63 * 64 // 2) * 20),
+        ("cross_entropy", 4 * 2 * 29 * 101 + 8 * 29 + 4 * 29, 4 * 29 * 101),
+        ("linear_cross_entropy", 4 * 2 * (29 * 24 + 101 * 24) + 8 * 29, 29 * 101 * (4 * 24 + 4)),
+    ],
+)
+def test_backward_costs(op: str, bytes_moved: int, flops: int) -> None:
+    assert backward_costs(op, OPS[op].examples["odd"]("cpu", torch.float32)) == (bytes_moved, flops)
+
+
+def test_every_op_with_gradients_has_backward_costs() -> None:
+    for op in OPS.values():
+        if op.differentiable:
+            moved, flops = backward_costs(op.name, op.examples["odd"]("cpu", torch.bfloat16))
+            assert moved > 0
+            assert flops > 0
+
+
+def test_an_interpreted_kernel_has_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Implementation("rms_norm", "triton", OPS["rms_norm"].function, version="triton 3.7.1, interpreted")
+    monkeypatch.setattr(kernel_bench, "load_catalog", catalog(triton=slow))
+    report = bench(["rms_norm"], ["triton"], "small", torch.float32, repeats=1, machine=KNOWN)
+    assert {one.note for one in report.measurements} == {"plumbing only"}
+    assert {one.roofline_share for one in report.measurements} == {None}
+    assert bars(report) == {}
+
+
+def test_what_is_unavailable_or_fails_is_said_and_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(x: Any, weight: Any, *, eps: float) -> Any:
+        raise RuntimeError("no kernel image\nsecond line")
+
+    def needs_77(spec: Spec) -> str | None:
+        return f"not for hidden_size {spec.attributes['hidden_size']}"
+
+    sources = {
+        "reference": Implementation("rms_norm", "reference", OPS["rms_norm"].function),
+        "broken": Implementation("rms_norm", "broken", fails),
+        "picky": Implementation("rms_norm", "picky", fails, needs_77),
+    }
+    monkeypatch.setattr(kernel_bench, "load_catalog", catalog(**sources))
+    report = bench(["rms_norm", "grad_norm"], list(sources), "70m", torch.float32, repeats=1, machine=KNOWN)
+    assert {(item.op, item.reason) for item in report.skipped} >= {
+        ("grad_norm", "kernels/ops.py has no example of suite 70m for it")
+    }
+    report = bench(["rms_norm"], list(sources), "small", torch.float32, repeats=1, machine=KNOWN)
+    assert {one.source for one in report.measurements} == {"reference"}
+    reasons = {item.source: item.reason for item in report.skipped}
+    assert reasons["picky"] == "not for hidden_size 77"
+    assert reasons["broken"] == "forward+backward: RuntimeError: no kernel image"
+
+
+def test_unknown_names_are_errors() -> None:
+    for arguments, message in (
+        ((["rms"],), "there is no op 'rms'; there is: rms_norm"),
+        ((None, ["torhc"]), "there is no source 'torhc'; there is: .*torch.compile"),
+        ((None, None, "9b"), "there is no suite '9b'; there is: small, 70m, 7b"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            bench(*arguments, machine=KNOWN)  # type: ignore[arg-type]
+
+
+def test_the_7b_suite_is_amber_and_crystalcoder() -> None:
+    for op in OPS.values():
+        names = examples_of(op, "7b")
+        assert names, f"{op.name} has no 7B shape"
+        assert all(name.startswith(("amber_7b", "crystalcoder_7b")) for name in names)
+
+
+@pytest.mark.prove
+def test_torch_eager_and_torch_compile_stand_beside_the_others() -> None:
+    report = bench(["grad_norm"], ["reference", COMPILED, "torch"], "small", torch.float32, repeats=1, machine=KNOWN)
+    assert [one.source for one in report.measurements] == ["reference", "torch", COMPILED]
+
+
+def test_sdpa_is_timed_on_a_cpu_and_cannot_be_chosen_there() -> None:
+    report = bench(["attention"], ["sdpa"], "small", torch.float32, repeats=1, machine=KNOWN)
+    assert {(one.source, one.note) for one in report.measurements} == {("sdpa", "comparison only")}
+
+
+def test_json_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = bench(["swiglu"], ["reference"], "small", torch.float32, repeats=1, machine=KNOWN)
+    document = json.loads(report.to_json())
+    assert document["schema_version"] == 1
+    env = document["environment"]
+    assert (env["threads"], env["dtype"], env["suite"]) == (torch.get_num_threads(), "float32", "small")
+    assert (env["measured_peak_gflop_per_second"], env["measured_bandwidth_gb_per_second"]) == (1000.0, 10.0)
+    assert env["sourced_peak_gflop_per_second"] == 4000.0
+    assert document["measurements"][0]["op"] == "swiglu"
+    assert len(document["measurements"]) == 2
+
+
+def test_the_larger_of_two_measurements_counts() -> None:
+    busy = replace(KNOWN, measured_peak=Peak(5e11, "busy"), measured_bandwidth=Bandwidth(3e10, "idle"))
+    found = larger(busy, KNOWN)
+    assert (found.measured_peak, found.measured_bandwidth) == (KNOWN.measured_peak, busy.measured_bandwidth)
+
+
+def test_the_cache_is_read_from_the_system(tmp_path: Path) -> None:
+    for index, size in enumerate(("32K", "1024K", "33M")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
+    assert last_level_cache(torch.device("cpu"), tmp_path) == (33 * 2**20, "largest cache of cpu0")
+    size, origin = last_level_cache(torch.device("cpu"), tmp_path / "none")
+    assert (size, origin) == (256 * 2**20, "unknown; assumed to be at most this")
+
+
+def test_bandwidth_counts_what_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pattern takes 1 ms of an invented clock: a triad moves three arrays, a copy two."""
+    now = iter(i * 1e-3 for i in range(1000))
+    monkeypatch.setattr(peak.time, "perf_counter", lambda: next(now))
+    found = measured_bandwidth(torch.device("cpu"), size_bytes=2**20, repeats=2)
+    assert found.bytes_per_second == pytest.approx(3 * 2**20 / 1e-3)
+    assert found.origin == "measured: triad of 1 MiB arrays, best of 2"
+    assert str(found) == "3.1 GB/s (measured: triad of 1 MiB arrays, best of 2)"
+    assert str(table_bandwidth(torch.device("cpu"))) == "unknown"
+
+
+def test_the_plot_draws_what_was_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report = bench(["swiglu", "grad_norm"], ["reference", "torch"], "small", torch.float32, repeats=2, machine=KNOWN)
+    drawn = bars(report)
+    assert {label: sorted(by_source) for label, by_source in drawn.items()} == {
+        "swiglu\nodd": ["reference", "torch"],
+        "grad_norm\nodd": ["reference", "torch"],
+    }
+    assert drawn["swiglu\nodd"]["torch"].direction == "forward+backward"
+    assert drawn["grad_norm\nodd"]["torch"].direction == "forward"
+    plot(report, tmp_path / "shares.png")
+    assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")
+    plot(Report(report.environment), tmp_path / "empty.svg")
+
+
+def test_the_real_machine_has_figures() -> None:
+    found = measured_matmul_peak(torch.device("cpu"), torch.float32, size=256, repeats=3)
+    assert found.flops is not None
+    assert found.flops > 1e8
+    bandwidth = measured_bandwidth(torch.device("cpu"), size_bytes=2**24, repeats=2)
+    assert bandwidth.bytes_per_second is not None
+    assert 1e7 < bandwidth.bytes_per_second < 1e13
+
+
+def test_both_ends_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = iter(
+        [
+            KNOWN,
+            Machine(
+                Peak(3e12, "later"),
+                KNOWN.measured_bandwidth,
+                KNOWN.sourced_peak,
+                KNOWN.sourced_bandwidth,
+                4096,
+                "",
+                "cpu",
+            ),
+        ]
+    )
+    monkeypatch.setattr(kernel_bench, "measure_machine", lambda *_: next(ends))
+    report = bench(["swiglu"], ["reference"], "small", torch.float32, repeats=1)
+    assert report.environment["measured_peak_origin"] == "later"
+
+
+def test_a_limit_that_was_beaten_is_no_limit() -> None:
+    """A peak that was measured on a busy machine, or data that lay in the cache: no share above 100 % of it."""
+    from weftrain.analysis.kernel_bench import _share
+
+    assert (_share(1.0, 2.0), _share(2.0, 2.0), _share(2.001, 2.0), _share(None, 2.0)) == (0.5, 1.0, None, None)

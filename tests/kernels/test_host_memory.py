@@ -1,0 +1,90 @@
+"""Huge pages: what they change (page faults), what they must not (bits), and the reason where there are none. Each in
+its own process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from weftrain.kernels import host_memory
+
+PROGRAM = """
+import resource, sys
+import torch
+from weftrain.kernels.host_memory import huge_page_bytes, use_huge_pages
+
+reason = use_huge_pages() if sys.argv[1] == "huge" else None
+if reason:
+    print("REASON", reason)
+    raise SystemExit
+def work():
+    held = torch.full((24 << 20,), 0.5)  # 96 MiB: glibc would map it anew each time
+    return float((held * 3).sum())
+sums = {work() for _ in range(2)}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+sums |= {work() for _ in range(3)}
+print("FIGURES", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, huge_page_bytes(), *sums)
+"""
+
+
+def run(mode: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True, timeout=120
+    )
+    return done.stdout.split(maxsplit=1)[0:1] + done.stdout.split()[1:]
+
+
+def test_freed_memory_is_kept_and_large_pages_are_used() -> None:
+    word, *figures = run("huge")
+    if word == "REASON":
+        pytest.skip("this system gives no huge pages: " + " ".join(figures))
+    _, *plain = run("plain")
+    assert int(plain[0]) > 3 * 20_000  # 2 x 96 MiB in pages of 4 KiB, each time
+    assert int(figures[0]) < int(plain[0]) / 100
+    assert int(figures[1]) > 64 << 20
+    assert figures[2:] == plain[2:]  # one sum each, and the same
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [("always madvise [never]\n", "the system never gives huge pages"), (None, "cannot be read: No such file")],
+)
+def test_where_there_are_none_there_is_a_reason(
+    setting: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "enabled"
+    if setting is not None:
+        path.write_text(setting)
+    monkeypatch.setattr(host_memory, "_TRANSPARENT_HUGE_PAGES", path)
+    assert words in str(host_memory.use_huge_pages.__wrapped__())
+
+
+def test_address_space_that_is_not_lent_is_a_reason_and_changes_nothing() -> None:
+    program = """
+import resource, psutil
+used = psutil.Process().memory_info().vms
+resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 20),) * 2)
+from weftrain.kernels.host_memory import use_huge_pages
+print(use_huge_pages())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert "bytes of address space" in done.stdout or "never gives" in done.stdout
+
+
+def test_the_peak_is_the_programs_own_and_not_its_parents() -> None:
+    child = "from weftrain.kernels.host_memory import peak_resident_bytes; print(peak_resident_bytes())"
+    parent = f"""
+import subprocess, sys
+held = bytearray(b'x') * (600 << 20)
+print(subprocess.run([sys.executable, "-c", {child!r}], capture_output=True, text=True, check=True).stdout)
+from weftrain.kernels.host_memory import peak_resident_bytes
+print(peak_resident_bytes())
+"""
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True, timeout=60)
+    small, large = map(int, done.stdout.split())
+    assert small < 400 << 20
+    assert 600 << 20 < large < 1000 << 20
