@@ -6,6 +6,7 @@ A block marked `bash` is run; `text` blocks are output, or commands for machines
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import shutil
@@ -165,3 +166,33 @@ def test_readme_names_every_verb_recipe_backend_and_page() -> None:
         assert f"docs/{page.name}" in text
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / link).exists(), link
+
+
+NAMED = re.compile(r"`((?:[\w*-]+/)*[\w*]+\.py)(?::([\w.]+))?`")
+
+
+def test_every_file_and_function_that_a_page_names_exists() -> None:
+    """`path.py` and `path.py:function` or `path.py:Class.method`, from the root or beside the page; a bare name
+    anywhere.
+    """
+    ours = [path for path in ROOT.glob("*/**/*.py") if not path.relative_to(ROOT).parts[0].startswith(".")]
+    for page in PAGES:
+        for path, function in NAMED.findall(page.read_text()):
+            found = [*ROOT.glob(path), *page.parent.glob(path)]
+            found = found or [one for one in ours if one.name == path]
+            assert found, f"{page.relative_to(ROOT)}: there is no {path}"
+            assert not function or any(defines(one, function) for one in found), (
+                f"{page.relative_to(ROOT)}: {path} defines no {function}"
+            )
+
+
+def defines(path: Path, name: str) -> bool:
+    body: list[ast.stmt] = ast.parse(path.read_text()).body
+    for part in name.split("."):
+        one = next(
+            (node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == part), None
+        )
+        if one is None:
+            return False
+        body = one.body
+    return True
