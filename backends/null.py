@@ -13,13 +13,13 @@ import torch
 
 from weftrain.backends.common.step import PlainBackend
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
-from weftrain.core.config import Section
+from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.model import draw
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.parameters import parameter_specs
 
 
-class NullOptions(Section):
+class NullOptions(StrictModel):
     """The null backend has no options."""
 
 

@@ -83,7 +83,7 @@ def recipe_from_params(
     """Print PARAMS, a Model Zoo 1.9 params file, as a recipe. What a recipe does not hold is named on stderr; an
     unknown key is refused.
     """
-    from weftrain.core.recipe_file import dump_yaml
+    from weftrain.core.formats.strict_yaml import dump_yaml
     from weftrain.exchange.modelzoo.params_import import import_params
 
     imported = import_params(

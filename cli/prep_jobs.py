@@ -19,7 +19,7 @@ from weftrain.cli.prep_options import BESIDE_RECIPE, OF_INPUTS, OF_RECIPE, given
 from weftrain.core.errors import DataError
 
 if TYPE_CHECKING:
-    from weftrain.core.config import Fim
+    from weftrain.core.formats.dataset_manifest import Fim
     from weftrain.data_prep.prep_recipe import DatasetSection, PrepRecipe
     from weftrain.data_prep.quality import Quality
     from weftrain.data_prep.readers.listing import Listed, Wanted
@@ -209,7 +209,7 @@ def _read_options(values: dict[str, Any]) -> ReadOptions:
 
 
 def _fim(options: dict[str, Any]) -> Fim | None:
-    from weftrain.core.config import Fim
+    from weftrain.core.formats.dataset_manifest import Fim
 
     rate, spm_share = options["fim_rate"], options["fim_spm_share"]
     if rate is None:

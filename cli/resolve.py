@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weftrain.core.config import SHARED_OPTIONS, Recipe, Section
-from weftrain.core.recipe_file import RecipeFile, load_recipe, recorded_recipe, validate_section
+from weftrain.core.config import SHARED_OPTIONS, Recipe
+from weftrain.core.formats.strict_model import StrictModel
+from weftrain.core.formats.strict_yaml import validate
+from weftrain.core.recipe_file import RecipeFile, load_recipe, recorded_recipe
 
 if TYPE_CHECKING:
     from weftrain.core.backend import Backend
@@ -20,7 +22,7 @@ class Resolved(NamedTuple):
 
     recipe: Recipe
     backend: Backend
-    options: Section
+    options: StrictModel
 
 
 def resolve_recipe(recipe: str, overrides: Iterable[str] = (), backend: str | None = None) -> RecipeFile:
@@ -85,7 +87,7 @@ def resolve(recipe: str, overrides: Iterable[str] = (), backend: str | None = No
     return Resolved(file.recipe, *backend_options(file))
 
 
-def backend_options(file: RecipeFile) -> tuple[Backend, Section]:
+def backend_options(file: RecipeFile) -> tuple[Backend, StrictModel]:
     """The recipe's backend, if it can run here, and its backend.options checked by its own schema. Raises BackendError,
     RecipeError.
     """
@@ -93,7 +95,7 @@ def backend_options(file: RecipeFile) -> tuple[Backend, Section]:
 
     config = file.recipe.backend
     backend = get_backend(config.name)
-    return backend, validate_section(
+    return backend, validate(
         backend.options, config.options, lambda location: file.at(("backend", "options", *location))
     )
 

@@ -11,12 +11,13 @@ from rich.table import Table
 from weftrain.cli.display import Console
 from weftrain.cli.resolve import backend_options, resolve_recipe
 from weftrain.core.config import Recipe, Skip
+from weftrain.core.formats.strict_yaml import dump_yaml
 from weftrain.core.mup import resolved
 from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_groups
 from weftrain.core.order.mixture import make_mixture, source_shares
 from weftrain.core.order.rows import timeline
 from weftrain.core.parameters import flops_per_token, parameter_specs
-from weftrain.core.recipe_file import builtin_recipes, dump_yaml, load_recipe
+from weftrain.core.recipe_file import builtin_recipes, load_recipe
 
 
 @click.command()

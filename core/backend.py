@@ -17,9 +17,11 @@ from typing import Any, Literal, Protocol, SupportsFloat, runtime_checkable
 import numpy as np
 import torch
 
-from weftrain.core.config import Recipe, Section, SourceCursor
+from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.canonical import canonical_json
+from weftrain.core.formats.dataset_manifest import SourceCursor
+from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.stop import StopRequest
 
 
@@ -257,7 +259,7 @@ class Job:
 
     recipe: Recipe
     plan: Plan
-    options: Section
+    options: StrictModel
     # initial weights by canonical name; None: drawn from the seed
     weights: Mapping[str, torch.Tensor] | None = field(default=None)
     # told what is being done and how much of it is (0..1); for a bar
@@ -358,7 +360,7 @@ class Backend(Protocol):
 
     name: str
     summary: str  # one line for `weftrain backends`
-    options: type[Section]  # schema of the recipe's backend.options
+    options: type[StrictModel]  # schema of the recipe's backend.options
     # False for one that hands out no gradients (null, cerebras): the conformance suite has nothing to compare
     trains: bool
     # Options that replay, eval and the like take from a recipe that may be a stranger's: those that decide numbers or
@@ -371,7 +373,7 @@ class Backend(Protocol):
 
     def prepare(self, job: Job) -> Run: ...
 
-    def kept_state(self, recipe: Recipe, options: Section, folder: Path) -> Kept | None:
+    def kept_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> Kept | None:
         """The state that the backend itself keeps on disk for the run in `folder`; None where it keeps none, or none
         that was trained.
 
@@ -381,7 +383,7 @@ class Backend(Protocol):
         ...
 
     def largest_micro_batch(
-        self, recipe: Recipe, options: Section, speeds: Speeds, capacity_bytes: float
+        self, recipe: Recipe, options: StrictModel, speeds: Speeds, capacity_bytes: float
     ) -> int | None:
         """Sequences of the largest micro-batch that fits a device of so much memory; 0: none; None where it is not
         computed.
@@ -408,13 +410,13 @@ class Backend(Protocol):
         """
         ...
 
-    def outline(self, recipe: Recipe, options: Section) -> list[str]:
+    def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
         """What a step will do, as lines for `weftrain show --backend`; empty where there is nothing to say beyond the
         recipe.
         """
         ...
 
-    def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
+    def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction | None:
         """A step's time and needs before anything is started, and what would fit if this does not; None: nothing is
         predicted.
 

@@ -12,20 +12,13 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
+from weftrain.core.formats.dataset_manifest import Fim, SourceCursor, Subset
 from weftrain.core.formats.names import PlainName, RelativePath
+from weftrain.core.formats.strict_model import MAX_COUNT, Count, NonNegative, Positive, PositiveInt, Scalar, StrictModel
 
-# counts are used as floats in places (division, plots), and a float64 holds integers exactly up to here
-MAX_COUNT = 1 << 53
-PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
-Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 RunName = Annotated[PlainName, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it is a folder's
-Scalar = bool | int | float | str
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Step = Count
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]  # what every generator of random numbers here takes
 MAX_THREADS = 1024  # of a process: torch makes them all at once, and the largest machines have some hundreds of CPUs
 Threads = Annotated[int, Field(ge=0, le=MAX_THREADS)]
@@ -36,22 +29,15 @@ TimeoutS = Annotated[int, Field(gt=0, le=30 * 86_400)]
 Layers = Annotated[int, Field(gt=0, le=10_000)]
 Width = Annotated[int, Field(gt=0, le=1 << 22)]
 Positions = Annotated[int, Field(gt=0, le=1 << 26)]
-Subset = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]], Field(strict=False)]
 
 
-class Section(BaseModel):
-    """Base of every section: strict types, no unknown keys, immutable."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class CompileOption(Section):
+class CompileOption(StrictModel):
     """A backend option: see SHARED_OPTIONS."""
 
     compile: bool = False  # torch.compile, one graph for all blocks
 
 
-class RecomputeOption(Section):
+class RecomputeOption(StrictModel):
     """A backend option: see SHARED_OPTIONS."""
 
     # Of the activations in backward. selective: keep matrix products and attention; full: keep each block's input
@@ -61,10 +47,10 @@ class RecomputeOption(Section):
 
 # Options that mean the same in every backend whose options derive from their class: choosing another backend keeps
 # them.
-SHARED_OPTIONS: tuple[type[Section], ...] = (CompileOption, RecomputeOption)
+SHARED_OPTIONS: tuple[type[StrictModel], ...] = (CompileOption, RecomputeOption)
 
 
-class Initialization(Section):
+class Initialization(StrictModel):
     """Standard deviations by role. `truncated_normal` cuts at two standard deviations, as CrystalCoder's initialisers
     do.
     """
@@ -75,7 +61,7 @@ class Initialization(Section):
     output_matrix_std: Positive  # the two projections back into the residual stream: o and down
 
 
-class Mup(Section):
+class Mup(StrictModel):
     """Maximal-update parametrisation from a proxy of width `base_hidden_size` (arXiv 2203.03466); core/mup.py derives
     the rest.
     """
@@ -87,7 +73,7 @@ class Mup(Section):
     base_logits_scale: Positive  # the proxy's logits multiplier
 
 
-class ModelConfig(Section):
+class ModelConfig(StrictModel):
     """One decoder; Amber and CrystalCoder differ by these fields only. Give `mup`, or `initialization` with the two
     scales.
     """
@@ -132,7 +118,7 @@ class ModelConfig(Section):
         return self
 
 
-class ObjectiveConfig(Section):
+class ObjectiveConfig(StrictModel):
     """What training minimises: `next_token`, the sum of the tokens' cross entropies over the global batch, divided by
     `normalizer`.
 
@@ -146,7 +132,7 @@ class ObjectiveConfig(Section):
     normalizer: Literal["bearing_tokens", "all_positions"] = "bearing_tokens"
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(StrictModel):
     """AdamW. `eps_placement` names where epsilon stands: `after_bias_correction` is torch's, `before_bias_correction`
     Cerebras's.
     """
@@ -166,7 +152,7 @@ class OptimizerConfig(Section):
     max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.1
 
 
-class Segment(Section):
+class Segment(StrictModel):
     """One piece of the learning-rate schedule, from `start` (its first step) toward `end` (reached one step after its
     last).
     """
@@ -183,7 +169,7 @@ class Segment(Section):
         return self
 
 
-class ScheduleConfig(Section):
+class ScheduleConfig(StrictModel):
     """How long, and the base learning rate at each step. The segments may outlast `steps` (a schedule cut short), not
     fall short.
     """
@@ -205,7 +191,7 @@ class ScheduleConfig(Section):
         return self
 
 
-class PrecisionConfig(Section):
+class PrecisionConfig(StrictModel):
     """Weights and optimizer state are fp32 always; `compute` is what forward and backward run in, with fp32 reductions.
 
     numerics: `replayable` adds the micro-batches' gradients in a fixed tree, so that the bits do not depend on the
@@ -216,19 +202,7 @@ class PrecisionConfig(Section):
     numerics: Literal["fast", "replayable"] = "fast"
 
 
-class Fim(Section):
-    """Fill-in-the-middle of a dataset; of a training recipe's source, what its dataset's manifest must record.
-
-    mode (docs/fill-in-the-middle.md): `exact` transforms documents before they are packed, `context` their pieces in
-    each row; both cut between tokens and lose none. `released` does what CrystalCoder's scripts did.
-    """
-
-    rate: Annotated[float, Field(gt=0, le=1)]
-    spm_share: Annotated[float, Field(ge=0, le=1)]
-    mode: Literal["exact", "context", "released"] = "exact"
-
-
-class Source(Section):
+class Source(StrictModel):
     """One component of the mixture: a prepared dataset folder, its share of the samples, and which part of it.
 
     The share is one of three, the same for all sources: `weight`, a fraction of all samples; `tokens`, of which the run
@@ -260,7 +234,7 @@ _SHARES = ("weight", "tokens", "epochs")
 _WEIGHTS_TOLERANCE = 1e-9  # of their sum from 1: sums of released decimals differ in the last digits
 
 
-class Skip(Section):
+class Skip(StrictModel):
     """What is not read, or read later: a chunk of the run (`chunk`, `action`), or rows [first, stop) of a source
     (`source`, `rows`).
     """
@@ -283,29 +257,7 @@ class Skip(Section):
         return self
 
 
-class SourceCursor(Section):
-    """How far a source had been read: `place` rows of its pass number `turn` were read or stepped over.
-
-    rows: where the dataset has grown since, how many rows it had under each of the first subsets. It is recorded only
-    there.
-    """
-
-    dataset_id: Annotated[str, Field(min_length=1)]
-    read: Count  # samples of it since the run began
-    turn: Count
-    place: Count
-    subsets: Annotated[
-        tuple[Subset, ...], Field(min_length=1, strict=False)
-    ]  # the one that the pass began with, then each that the recipe changed to since
-    rows: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
-
-    @model_serializer(mode="wrap")
-    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        value: dict[str, Any] = serialize(self)
-        return value if self.rows else {key: item for key, item in value.items() if key != "rows"}
-
-
-class Continuation(Section):
+class Continuation(StrictModel):
     """Where a run's data stood when this data section took over in mid-run. `train` writes it (docs/data-order.md).
 
     The section's stream of samples, in which the mixture counts, begins at the run's sample `base_sample`; in a run
@@ -332,7 +284,7 @@ class Continuation(Section):
         return self
 
 
-class DataConfig(Section):
+class DataConfig(StrictModel):
     """What is read: prepared `sources`, or `synthetic_rows` random rows that repeat (to measure speed without any
     dataset).
 
@@ -406,7 +358,7 @@ class DataConfig(Section):
                 raise ValueError(f"skip: two entries name row {first} of source '{source}'")
 
 
-class BatchConfig(Section):
+class BatchConfig(StrictModel):
     """global_batch_size = micro_batch_size x replicas x accumulation steps, in sequences."""
 
     global_batch_size: PositiveInt
@@ -427,7 +379,7 @@ class BatchConfig(Section):
         return self
 
 
-class KernelsConfig(Section):
+class KernelsConfig(StrictModel):
     """Who implements the ops. A preference may fall through to the next; a pin (`op`, or `op@module-name-glob`) never
     does.
     """
@@ -442,19 +394,19 @@ class KernelsConfig(Section):
     pins: dict[str, str] = Field(default_factory=dict)
 
 
-class BackendConfig(Section):
+class BackendConfig(StrictModel):
     """Which backend, and its own options, whose schema stands in the backend's file."""
 
     name: Annotated[str, Field(min_length=1)]
     options: dict[str, Scalar] = Field(default_factory=dict)
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(StrictModel):
     every_steps: Count  # 0: only at the end
     at_end: bool = True  # false: none after the last step, for a backend that keeps the state itself
 
 
-class LogConfig(Section):
+class LogConfig(StrictModel):
     """When loss is read and held-out loss measured, in completed steps. 0: never."""
 
     every_steps: PositiveInt
@@ -463,7 +415,7 @@ class LogConfig(Section):
     tensorboard: bool = True
 
 
-class StartFrom(Section):
+class StartFrom(StrictModel):
     """Another run whose newest checkpoint the first step starts from: all of its state, or the weights with a fresh
     optimizer.
     """
@@ -499,7 +451,7 @@ class StartFrom(Section):
         return self
 
 
-class Recipe(Section):
+class Recipe(StrictModel):
     """A whole training run, resolved: every default filled in."""
 
     name: RunName

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from weftrain.core.backend import Batch, BatchSource
-from weftrain.core.config import DataConfig, Recipe, Source, SourceCursor, Subset
+from weftrain.core.config import DataConfig, Recipe, Source
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import SetName, ShardSet, merkle_root, read_manifest
+from weftrain.core.formats.dataset_manifest import SourceCursor, Subset
 from weftrain.core.formats.shard_reader import ShardReader, read_document_starts, read_rows
 from weftrain.core.order.kept_rows import Range, merged, without
 from weftrain.core.order.mixture import CerebrasOrder, Mixture, SampleOrder, make_mixture, source_shares

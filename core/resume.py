@@ -23,9 +23,10 @@ from torch import Tensor
 
 from weftrain.core import checkpoint
 from weftrain.core.backend import Backend, BatchSource, Kept, KeptUse, Plan, State
-from weftrain.core.config import Recipe, Section
+from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.run.adoption import Standing, check_from_scratch, standing
 from weftrain.core.run.continuation import check_amounts, cursors_of, data_of_start, recipe_of
 from weftrain.core.run.fit_of_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
@@ -88,7 +89,7 @@ def decide(
     recipe: Recipe,
     source: BatchSource,
     backend: Backend,
-    options: Section,
+    options: StrictModel,
     runs: Path,
     *,
     allow: Set[str],

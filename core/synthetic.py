@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from weftrain.core.backend import Batch
-from weftrain.core.config import SourceCursor
+from weftrain.core.formats.dataset_manifest import SourceCursor
 
 
 @dataclass(frozen=True)

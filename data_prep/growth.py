@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from weftrain.core.config import Section
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.dataset import (
@@ -39,6 +38,7 @@ from weftrain.core.formats.dataset import (
     read_manifest,
 )
 from weftrain.core.formats.plain_file import open_plain, real_path
+from weftrain.core.formats.strict_model import StrictModel
 from weftrain.data_prep.stages.plan import Parent, Plan, Settings, power_of_two, preparation
 
 _KNOWN = "known"  # folder of the work folder: what tells the parent's documents apart, sorted
@@ -302,7 +302,7 @@ def with_parents(plan: Plan, before: Manifest, own: Added) -> Added:
     )
 
 
-def _sums(before: Section, own: Section, keys: Sequence[str]) -> dict[str, int]:
+def _sums(before: StrictModel, own: StrictModel, keys: Sequence[str]) -> dict[str, int]:
     return {key: getattr(before, key) + getattr(own, key) for key in keys}
 
 

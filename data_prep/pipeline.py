@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from weftrain.core.config import Fim
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.dataset import TOKENIZER, Manifest
+from weftrain.core.formats.dataset_manifest import Fim
 from weftrain.core.formats.names import path_below
 from weftrain.data_prep.existing import compare_existing
 from weftrain.data_prep.fim.exact import check_markers

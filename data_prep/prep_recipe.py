@@ -6,17 +6,15 @@ no data; the LLM360 corpora are not redistributed here, and each recipe says whe
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from weftrain.core.config import Count, Fim, PositiveInt, Section
-from weftrain.core.errors import RecipeError
-from weftrain.core.recipe_file import read_recipe_text, read_section
+from weftrain.core.formats.dataset_manifest import Fim
+from weftrain.core.formats.strict_model import Count, PositiveInt, StrictModel
+from weftrain.core.formats.strict_yaml import builtin_names, read_as, read_builtin, read_text
 from weftrain.data_prep.quality import Quality
 from weftrain.data_prep.readers.registry import READERS
 
@@ -29,7 +27,7 @@ def _known_format(name: str) -> str:
     return name
 
 
-class InputSection(Section):
+class InputSection(StrictModel):
     """Files of one kind. addresses: below `--inputs`, or absolute, or of another file system (`s3://…`); patterns are
     the shell's.
 
@@ -43,14 +41,14 @@ class InputSection(Section):
     suffixes: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
 
-class ChunksSection(Section):
+class ChunksSection(StrictModel):
     """N equal chunks of rows. global_batch_size: of the run that reads them, so that a chunk is whole steps."""
 
     count: PositiveInt
     global_batch_size: PositiveInt | None = None
 
 
-class DatasetSection(Section):
+class DatasetSection(StrictModel):
     """One dataset: its folder's name, what goes in, and what differs from the recipe's other datasets."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -61,7 +59,7 @@ class DatasetSection(Section):
     licence: str | None = None
 
 
-class PrepRecipe(Section):
+class PrepRecipe(StrictModel):
     """A whole preparation. tokenizer: a tokenizer.json below `--inputs`; null: one of vocab_size ids is trained on the
     text.
 
@@ -107,8 +105,7 @@ class PrepRecipe(Section):
 
 def builtin_prep_recipes() -> list[str]:
     """Names of the preparation recipes that ship with weftrain, sorted."""
-    folder = resources.files("weftrain.data_prep") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return builtin_names("weftrain.data_prep")
 
 
 def is_prep_recipe(name: str) -> bool:
@@ -121,13 +118,6 @@ def load_prep_recipe(name: str, overrides: Iterable[str] = ()) -> PrepRecipe:
     and remedy.
     """
     if name.endswith((".yaml", ".yml")):
-        return read_section(PrepRecipe, name, read_recipe_text(Path(name)), overrides)
-    known = builtin_prep_recipes()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise RecipeError(
-            f"unknown preparation recipe '{name}'; {hint}Built in: {', '.join(known)}; or give the path of a .yaml file"
-        )
-    text = (resources.files("weftrain.data_prep") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    return read_section(PrepRecipe, f"data_prep/recipes/{name}.yaml", text, overrides)
+        return read_as(PrepRecipe, name, read_text(Path(name)), overrides)
+    text = read_builtin("weftrain.data_prep", name, "preparation recipe")
+    return read_as(PrepRecipe, f"data_prep/recipes/{name}.yaml", text, overrides)

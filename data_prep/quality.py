@@ -10,17 +10,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from weftrain.core.config import Count, Positive, PositiveInt, Section
+from weftrain.core.formats.strict_model import Count, Positive, PositiveInt, StrictModel
 
 
-class LengthFilter(Section):
+class LengthFilter(StrictModel):
     """Documents of fewer or more words are dropped."""
 
     min_words: PositiveInt | None = None
     max_words: PositiveInt | None = None
 
 
-class LanguageFilter(Section):
+class LanguageFilter(StrictModel):
     """Documents in none of these languages (ISO 639-1) are dropped. datatrove downloads its fastText model when it is
     first used.
     """
@@ -29,7 +29,7 @@ class LanguageFilter(Section):
     threshold: Positive = 0.65
 
 
-class MinHash(Section):
+class MinHash(StrictModel):
     """Near-duplicates, by MinHash over word n-grams in `buckets` of `hashes` (Broder, 1997): one of each cluster
     stays.
     """
@@ -40,7 +40,7 @@ class MinHash(Section):
     seed: Count = 1
 
 
-class Decontaminate(Section):
+class Decontaminate(StrictModel):
     """Documents that share an n-gram of words with an evaluation set are dropped. against: JSON lines with a field
     `text`.
     """
@@ -49,7 +49,7 @@ class Decontaminate(Section):
     ngrams: PositiveInt = 12
 
 
-class Quality(Section):
+class Quality(StrictModel):
     """The steps, in this order. language: of the text, for splitting it into words."""
 
     language: str = "eng"

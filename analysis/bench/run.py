@@ -32,9 +32,10 @@ from weftrain.analysis.bench.train import BenchError, bench_source, plain_weight
 from weftrain.analysis.machine.surroundings import Energy, environment, identity, load, now, warnings
 from weftrain.analysis.peak import measured_matmul_peak, speed_probe, table_peak
 from weftrain.core.backend import Backend, Job, Plan, Run, prepare_run
-from weftrain.core.config import Recipe, Section
+from weftrain.core.config import Recipe
 from weftrain.core.errors import WeftrainError
 from weftrain.core.formats.canonical import sha256_json
+from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.parameters import parameter_count
 from weftrain.core.run.speed import Peak
 from weftrain.kernels.host_memory import peak_resident_bytes
@@ -75,7 +76,7 @@ def reference_losses(recipe: Recipe, backend: Backend, local: Backend, steps: in
 def bench(
     recipe: Recipe,
     backend: Backend,
-    options: Section,
+    options: StrictModel,
     local: Backend,
     wishes: Wishes,
     tell: Callable[[int, int, float], None] = lambda number, step, ms: None,
@@ -191,7 +192,7 @@ def _peak(recipe: Recipe, device: torch.device, backend: Backend) -> Peak:
     return measured_matmul_peak(device, getattr(torch, recipe.precision.compute))
 
 
-def _predicted_memory(recipe: Recipe, backend: Backend, options: Section) -> Any:
+def _predicted_memory(recipe: Recipe, backend: Backend, options: StrictModel) -> Any:
     from weftrain.core.backend import Speeds
 
     try:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from weftrain.analysis.memorization.scores import FORMAT, Parameters, Relation, Result, figures
-from weftrain.core.config import Section
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
+from weftrain.core.formats.strict_model import StrictModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +64,7 @@ def _pearson(a: np.ndarray, b: np.ndarray) -> float | None:
     return float(np.clip(a @ b / np.sqrt((a @ a) * (b @ b)), -1, 1))
 
 
-class Mean(Section):
+class Mean(StrictModel):
     """Over all rows of some chunks."""
 
     mean_score: float

@@ -27,13 +27,13 @@ from pydantic import Field, ValidationError, model_validator
 
 from weftrain.analysis.evaluation.generation import Generator
 from weftrain.core.backend import EvaluationSource
-from weftrain.core.config import Count, PositiveInt, Section
 from weftrain.core.data import TokenSource
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.formats.plain_file import open_plain, read_plain
+from weftrain.core.formats.strict_model import Count, PositiveInt, StrictModel
 from weftrain.core.order import feistel
 from weftrain.core.run.run_source import RunSource
 
@@ -46,7 +46,7 @@ Relation = Literal["just seen", "earlier", "partly seen", "unseen", "unknown"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Parameters(Section):
+class Parameters(StrictModel):
     """prompt_tokens is k, continuation_tokens l. samples: of each chunk; a smaller chunk is taken whole."""
 
     prompt_tokens: PositiveInt = 32
@@ -63,7 +63,7 @@ class Parameters(Section):
         return self.prompt_tokens + self.continuation_tokens
 
 
-class Result(Section):
+class Result(StrictModel):
     """The file of one (checkpoint, chunk). matches[i], in 0..l: how many tokens of row `sample_numbers[i]`'s
     continuation are right.
 
@@ -247,7 +247,7 @@ def _file_name(name: str) -> str:
 # Released samples
 
 
-class ReleasedRow(Section):
+class ReleasedRow(StrictModel):
     """A line of a released sample: where the row was from, its first k tokens and the l after them."""
 
     source: str

@@ -41,11 +41,12 @@ from weftrain.core.backend import (
     State,
     StepResult,
 )
-from weftrain.core.config import PositiveInt, Recipe, Section
+from weftrain.core.config import Recipe
 from weftrain.core.data import training_source
 from weftrain.core.errors import BackendError, NonFiniteError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.plain_file import real_path
+from weftrain.core.formats.strict_model import PositiveInt, StrictModel
 from weftrain.core.model import kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.parameters import parameter_specs
@@ -54,7 +55,7 @@ from weftrain.kernels import select
 NOT_RUN = "written to the vendor's API and never run on a system"
 
 
-class CerebrasOptions(Section):
+class CerebrasOptions(StrictModel):
     """backend.options of `cerebras`."""
 
     target: Literal["csx", "cpu"] = "csx"  # cpu: the vendor's CPU backend, fp32, a test of the training script
@@ -327,13 +328,13 @@ class CerebrasBackend(PlainBackend):
             )
         return CerebrasRun(job, options)
 
-    def outline(self, recipe: Recipe, options: Section) -> list[str]:
+    def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
         return [
             f"cerebras     `weftrain lower {recipe.name}` lowers this step with the vendor's compiler and reports what "
             "came of it"
         ]
 
-    def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
+    def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction | None:
         return None  # only the vendor's cluster compiler knows
 
 

@@ -15,14 +15,15 @@ from typing import Any, Literal
 
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
-from weftrain.core.config import Count, Recipe, Section
+from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
+from weftrain.core.formats.strict_model import Count, StrictModel
 
 PROTOCOL = 1
 ENDS = {"lowered", "compiled", "trained", "evaluated", "exported", "imported", "failed"}
 
 
-class Job(Section):
+class Job(StrictModel):
     """What the worker builds once.
 
     mode: `validate` stops after the front end, `compile` after the cluster's compiler, `train` answers commands.

@@ -21,8 +21,9 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from weftrain.core.backend import Batch, BatchSource, Fingerprint, Job, Kept, Prediction, Speeds
-from weftrain.core.config import MAX_THREADS, OptimizerConfig, Recipe, Section
+from weftrain.core.config import MAX_THREADS, OptimizerConfig, Recipe
 from weftrain.core.errors import BackendError, CheckpointError
+from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.model import Decoder, rotary_tables
 from weftrain.core.optim import ParameterGroup
 from weftrain.core.parameters import Role, parameter_specs
@@ -388,17 +389,17 @@ class PlainBackend:
     def unavailable(self) -> str | None:
         return None
 
-    def kept_state(self, recipe: Recipe, options: Section, folder: Path) -> Kept | None:
+    def kept_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> Kept | None:
         return None
 
-    def outline(self, recipe: Recipe, options: Section) -> list[str]:
+    def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
         return []
 
-    def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction | None:
+    def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction | None:
         return None
 
     def largest_micro_batch(
-        self, recipe: Recipe, options: Section, speeds: Speeds, capacity_bytes: float
+        self, recipe: Recipe, options: StrictModel, speeds: Speeds, capacity_bytes: float
     ) -> int | None:
         return None
 

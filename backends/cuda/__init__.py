@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from weftrain.backends.common.step import PlainBackend, ask_for_huge_pages, torch_device, use_threads
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.core.backend import BatchSource, Job, Prediction, Speeds
-from weftrain.core.config import Recipe, Section
+from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
+from weftrain.core.formats.strict_model import StrictModel
 
 if TYPE_CHECKING:
     from weftrain.backends.cuda.engine import CudaRun
@@ -39,7 +40,7 @@ class CudaBackend(PlainBackend):
 
         return None if dist.is_available() else "this torch was built without torch.distributed: install another build"
 
-    def outline(self, recipe: Recipe, options: Section) -> list[str]:
+    def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
         """See Backend.outline: how the model lies over the ranks that the recipe asks for, what each holds and what it
         sends.
         """
@@ -60,7 +61,7 @@ class CudaBackend(PlainBackend):
             + f" = {sum(sent.values()) / 1e9:,.2f} GB a device and step",
         ]
 
-    def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction:
+    def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction:
         """See Backend.predict. Raises BackendError for numbers that do not divide."""
         import dataclasses
 
@@ -76,7 +77,7 @@ class CudaBackend(PlainBackend):
             found = dataclasses.replace(found, remedies=remedies(recipe, options, shape, device_type, capacity))
         return found
 
-    def largest_micro_batch(self, recipe: Recipe, options: Section, speeds: Speeds, capacity_bytes: float) -> int:
+    def largest_micro_batch(self, recipe: Recipe, options: StrictModel, speeds: Speeds, capacity_bytes: float) -> int:
         """See Backend.largest_micro_batch."""
         from weftrain.backends.cuda.planner import degrees_of, largest_micro_batch
 

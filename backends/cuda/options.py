@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from weftrain.core.config import CompileOption, Count, PositiveInt, RecomputeOption, Threads, TimeoutS
+from weftrain.core.config import CompileOption, RecomputeOption, Threads, TimeoutS
+from weftrain.core.formats.strict_model import Count, PositiveInt
 
 
 class CudaOptions(CompileOption, RecomputeOption):

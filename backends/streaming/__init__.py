@@ -19,9 +19,10 @@ from weftrain.backends.streaming.planner import needs, predict, remedies
 from weftrain.backends.streaming.schedule import Scheduler, draw
 from weftrain.backends.streaming.store.layout import FormatName, Layout, make_layout
 from weftrain.core.backend import BatchSource, Job, Kept, Needs, Prediction, Speeds
-from weftrain.core.config import CompileOption, Count, PositiveInt, Recipe, Section, Threads, TimeoutS
+from weftrain.core.config import CompileOption, Recipe, Threads, TimeoutS
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.canonical import sha256_json
+from weftrain.core.formats.strict_model import Count, PositiveInt, StrictModel
 
 if TYPE_CHECKING:
     import torch
@@ -222,7 +223,7 @@ class StreamingBackend(PlainBackend):
         finally:
             run.close()
 
-    def kept_state(self, recipe: Recipe, options: Section, folder: Path) -> Kept | None:
+    def kept_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> Kept | None:
         """See Backend.kept_state: the store of a file tier."""
         from weftrain.backends.streaming.store.mapped import kept_in
 
@@ -230,7 +231,7 @@ class StreamingBackend(PlainBackend):
         where = store_folder(options, folder)
         return None if where is None else kept_in(layout_of(recipe, options, (0, shares(recipe, options))), where)
 
-    def outline(self, recipe: Recipe, options: Section) -> list[str]:
+    def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
         """See Backend.outline: the timeline of a step, with every byte that the store moves."""
         assert isinstance(options, StreamingOptions)
         layout = layout_of(recipe, options, (0, shares(recipe, options)))
@@ -248,7 +249,7 @@ class StreamingBackend(PlainBackend):
             *draw(Scheduler(layout, options.tier, ring, buffer_bytes).step(first_update=0)),
         ]
 
-    def predict(self, recipe: Recipe, options: Section, speeds: Speeds) -> Prediction:
+    def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction:
         """See Backend.predict: of a machine's memory and disk, so not for devices by name."""
         import dataclasses
 

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from weftrain.core.config import Count, Sha256, SourceCursor
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.formats.dataset_manifest import SourceCursor
+from weftrain.core.formats.strict_model import Count, Sha256
 from weftrain.core.formats.tensor_file import open_regular
 
 FORMAT = "weftrain-checkpoint"

@@ -6,16 +6,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from weftrain.core.config import Count, Fim, PositiveInt, Scalar, Section, Sha256
+from weftrain.core.formats.strict_model import Count, PositiveInt, Scalar, Sha256, StrictModel
 
 SetName = Literal["train", "heldout"]
 
 
-class InputEntry(Section):
+# a source's share of the dataset's rows: fractions [start, end)
+Subset = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]], Field(strict=False)]
+
+
+class InputEntry(StrictModel):
     """A line of inputs.jsonl: a file that was read, or, after all of those, one that was not.
 
     sha256: of each share that was read, in order; one for most files. skipped: why the file was not read; None: it was
@@ -28,7 +32,7 @@ class InputEntry(Section):
     skipped: str | None = None
 
 
-class ShardEntry(Section):
+class ShardEntry(StrictModel):
     file: Annotated[str, Field(pattern=r"^(train|heldout)/[0-9]{5,9}\.h5$")]
     num_bytes: PositiveInt
     sha256: Sha256  # of the file, as `sha256sum` prints it
@@ -36,7 +40,7 @@ class ShardEntry(Section):
     n_examples: PositiveInt
 
 
-class SetEntry(Section):
+class SetEntry(StrictModel):
     id: Sha256
     n_examples: PositiveInt
     tokens: PositiveInt  # n_examples x sequence_length: labels, each once
@@ -58,7 +62,7 @@ class SetEntry(Section):
         return self
 
 
-class Corpus(Section):
+class Corpus(StrictModel):
     sha256: Sha256  # Merkle root over the hashes of all shares of all files that were read
     description: str
     licence: str
@@ -66,7 +70,7 @@ class Corpus(Section):
     num_bytes: Count
 
 
-class DocumentCounts(Section):
+class DocumentCounts(StrictModel):
     read: PositiveInt
     failed: Count  # could not be read; failures.jsonl lists them
     duplicates: Count  # equal in every byte to an earlier one, dropped
@@ -74,7 +78,7 @@ class DocumentCounts(Section):
     heldout: Count
 
 
-class SourceEntry(Section):
+class SourceEntry(StrictModel):
     """A line of sources.jsonl: what of the training set one source is, in one epoch. tokens: with start and end
     tokens.
     """
@@ -83,6 +87,18 @@ class SourceEntry(Section):
     documents: Count
     num_bytes: Count
     tokens: Count
+
+
+class Fim(StrictModel):
+    """Fill-in-the-middle of a dataset; of a training recipe's source, what its dataset's manifest must record.
+
+    mode (docs/fill-in-the-middle.md): `exact` transforms documents before they are packed, `context` their pieces in
+    each row; both cut between tokens and lose none. `released` does what CrystalCoder's scripts did.
+    """
+
+    rate: Annotated[float, Field(gt=0, le=1)]
+    spm_share: Annotated[float, Field(ge=0, le=1)]
+    mode: Literal["exact", "context", "released"] = "exact"
 
 
 class FimPrepared(Fim):
@@ -99,7 +115,7 @@ class FimPrepared(Fim):
         return Fim(rate=self.rate, spm_share=self.spm_share, mode=self.mode)
 
 
-class Tokenization(Section):
+class Tokenization(StrictModel):
     """Who encoded. The ids are the same whoever does. checked_documents: encoded twice and compared with the
     reference's.
 
@@ -115,7 +131,7 @@ class Tokenization(Section):
     reason: str | None = None
 
 
-class Chunks(Section):
+class Chunks(StrictModel):
     """Chunk c is rows [c * rows, (c + 1) * rows) of the training set and, where the batch size is known, whole
     steps.
     """
@@ -132,7 +148,7 @@ class Chunks(Section):
         return chunk * each, (chunk + 1) * each
 
 
-class AncestorSet(Section):
+class AncestorSet(StrictModel):
     """A set of a dataset that another grew from. shards: how many; they are the first of the grown set."""
 
     id: Sha256
@@ -140,7 +156,7 @@ class AncestorSet(Section):
     shards: PositiveInt
 
 
-class Ancestor(Section):
+class Ancestor(StrictModel):
     """A dataset that this one grew from. root: of its manifest. files, num_sources: how many it had, which are this
     one's first.
     """
@@ -153,7 +169,7 @@ class Ancestor(Section):
     heldout: AncestorSet | None
 
 
-class Manifest(Section):
+class Manifest(StrictModel):
     """manifest.json, consistent in itself. `preparation` holds the settings that, with the corpus, determine every
     byte.
 
@@ -274,3 +290,25 @@ def merkle_root(leaves: Iterable[str]) -> str:
     while roots:
         result = hashlib.sha256(b"\x01" + roots.pop()[1] + result).digest()
     return result.hex()
+
+
+class SourceCursor(StrictModel):
+    """How far a source had been read: `place` rows of its pass number `turn` were read or stepped over.
+
+    rows: where the dataset has grown since, how many rows it had under each of the first subsets. It is recorded only
+    there.
+    """
+
+    dataset_id: Annotated[str, Field(min_length=1)]
+    read: Count  # samples of it since the run began
+    turn: Count
+    place: Count
+    subsets: Annotated[
+        tuple[Subset, ...], Field(min_length=1, strict=False)
+    ]  # the one that the pass began with, then each that the recipe changed to since
+    rows: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        value: dict[str, Any] = serialize(self)
+        return value if self.rows else {key: item for key, item in value.items() if key != "rows"}

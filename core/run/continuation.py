@@ -22,9 +22,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from weftrain.core.backend import BatchSource
-from weftrain.core.config import Continuation, DataConfig, Recipe, Source, SourceCursor
+from weftrain.core.config import Continuation, DataConfig, Recipe, Source
 from weftrain.core.data import Component, TokenSource, pass_order, skipped_rows, training_source
 from weftrain.core.errors import CheckpointError, DataError
+from weftrain.core.formats.dataset_manifest import SourceCursor
 from weftrain.core.order.kept_rows import without
 from weftrain.core.order.rows import RowOrder, Timeline, recipe_timeline
 from weftrain.core.run.ledger import Stretch, going_back

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from weftrain.core.backend import Kept, KeptUse, Plan, StepResult
-from weftrain.core.config import Recipe, SourceCursor
+from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
+from weftrain.core.formats.dataset_manifest import SourceCursor
 from weftrain.core.run.ledger import Stretch, lineage
 
 Whose = Literal["current", "behind", "left", "foreign"]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from weftrain.core.config import Count, PositiveInt, Section, Sha256, Step
+from weftrain.core.formats.strict_model import Count, PositiveInt, Sha256, StrictModel
 
 Reason = Annotated[str, Field(min_length=1, max_length=10_000)]  # words of a person, who may paste a log
 DatasetId = Annotated[str, Field(min_length=1, max_length=200)]
@@ -20,12 +20,12 @@ Seconds = Annotated[float, Field(ge=0, le=253_402_300_799, allow_inf_nan=False)]
 Samples = Annotated[tuple[Count, Count], Field(strict=False)]  # [first, stop) sample numbers of the run
 Change = Annotated[tuple[str, Any, Any], Field(strict=False)]  # key, old value, new value; null where it is absent
 # step and root of a checkpoint on a branch
-Left = Annotated[tuple[Step, Sha256 | Literal["damaged"]], Field(strict=False)]
-PassedOver = Annotated[tuple[Step, Literal["damaged", "missing"]], Field(strict=False)]
+Left = Annotated[tuple[Count, Sha256 | Literal["damaged"]], Field(strict=False)]
+PassedOver = Annotated[tuple[Count, Literal["damaged", "missing"]], Field(strict=False)]
 StretchName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
-class Line(Section):
+class Line(StrictModel):
     """What every line has. step: completed steps."""
 
     n: Count
@@ -33,7 +33,7 @@ class Line(Section):
     hash: Sha256
     time: Seconds
     kind: str
-    step: Step
+    step: Count
     torn_bytes: PositiveInt | None = None  # how much of a torn line before this one was moved to ledger.torn
 
 
@@ -92,7 +92,7 @@ class Checkpoint(Line):
     kind: Literal["checkpoint"]
     root: Sha256
     parent: Sha256 | None
-    metrics_after: Step
+    metrics_after: Count
     metrics_sha256: Sha256
     entered: Literal["resume", "repair"] | None = None  # by a later start, because a crash or lost lines left it out
 

@@ -35,7 +35,7 @@ from weftrain.core.errors import RunFolderError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json
 from weftrain.core.formats.plain_file import read_plain
-from weftrain.core.recipe_file import dump_yaml
+from weftrain.core.formats.strict_yaml import dump_yaml
 
 RECIPE = "recipe.json"
 READABLE_RECIPE = "recipe.yaml"

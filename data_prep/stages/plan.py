@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from weftrain.core.config import Fim
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.formats.dataset_manifest import Fim
 from weftrain.core.formats.line_table import Lines, LineTable, lines_sha256, write_lines
 from weftrain.data_prep import heldout
 from weftrain.data_prep.readers.documents import InputFile, Part, Share, Skipped

@@ -24,22 +24,13 @@ from typing import Any, Literal
 
 import yaml
 
-from weftrain.core import recipe_file
-from weftrain.core.config import (
-    Count,
-    Initialization,
-    ModelConfig,
-    NonNegative,
-    Positive,
-    PositiveInt,
-    Recipe,
-    Scalar,
-    Section,
-)
+from weftrain.core.config import Initialization, ModelConfig, Recipe
 from weftrain.core.errors import RecipeError
+from weftrain.core.formats.strict_model import Count, NonNegative, Positive, PositiveInt, Scalar, StrictModel
+from weftrain.core.formats.strict_yaml import LineMap, Location, dotted, parse, read_text, validate
 from weftrain.core.mup import resolved
 from weftrain.core.order.mixture import source_shares
-from weftrain.core.recipe_file import Location, dotted, recorded_recipe, validate_section
+from weftrain.core.recipe_file import recorded_recipe
 
 DTYPE_OF_PRECISION = {"bfloat16": True, "float32": False}  # model.mixed_precision and model.use_bfloat16 alike
 TRUNCATED_AT = 2.0  # standard deviations, of core.config.Initialization's truncated_normal
@@ -48,7 +39,7 @@ _RELATIVE_ERROR = 1e-12
 _ONE_LINE = "the vendor's cluster or its programs"
 
 
-class Initializer(Section):
+class Initializer(StrictModel):
     name: str
     mean: float
     std: Positive
@@ -56,7 +47,7 @@ class Initializer(Section):
     b: float | None = None
 
 
-class ModelSection(Section):
+class ModelSection(StrictModel):
     """`model`: keys without a default must be there."""
 
     hidden_size: PositiveInt
@@ -95,7 +86,7 @@ class ModelSection(Section):
     attention_kernel: str | None = None
 
 
-class Schedule(Section):
+class Schedule(StrictModel):
     """An item of `optimizer.learning_rate`."""
 
     scheduler: str
@@ -107,11 +98,11 @@ class Schedule(Section):
     decay_steps: PositiveInt | None = None
 
 
-class AdjustLearningRate(Section):
+class AdjustLearningRate(StrictModel):
     decoder_kernel: Positive
 
 
-class OptimizerSection(Section):
+class OptimizerSection(StrictModel):
     optimizer_type: str
     beta1: float
     beta2: float
@@ -126,7 +117,7 @@ class OptimizerSection(Section):
     log_summaries: bool | None = None
 
 
-class Component(Section):
+class Component(StrictModel):
     """An item of `train_input.mixture`."""
 
     data_dir: str
@@ -134,7 +125,7 @@ class Component(Section):
     data_subset: str | None = None
 
 
-class InputSection(Section):
+class InputSection(StrictModel):
     """`train_input` and `eval_input`."""
 
     batch_size: PositiveInt
@@ -152,7 +143,7 @@ class InputSection(Section):
     use_worker_cache: bool | None = None
 
 
-class RunSection(Section):
+class RunSection(StrictModel):
     """`runconfig`: first what is translated or checked, then what only a run on the cluster needs."""
 
     max_steps: PositiveInt
@@ -198,11 +189,11 @@ class RunSection(Section):
     wrk_memory_gi: Scalar | None = None
 
 
-class ClusterSection(Section):
+class ClusterSection(StrictModel):
     save_iter_state_path: Scalar | None = None
 
 
-class ParamsFile(Section):
+class ParamsFile(StrictModel):
     model: ModelSection
     optimizer: OptimizerSection
     runconfig: RunSection
@@ -281,7 +272,7 @@ def import_params(
     and remedy.
     """
     tree, at = _load(path)
-    params = validate_section(ParamsFile, tree, at)
+    params = validate(ParamsFile, tree, at)
     notes, run = _check(tree, params, at), params.runconfig
     recipe: dict[str, Any] = {
         "name": name,
@@ -346,18 +337,16 @@ def dump(params: dict[str, Any]) -> str:
 
 
 def _load(path: Path) -> tuple[Any, Any]:
-    text = str(path)
-    name, content = recipe_file._read(text if "/" in text or text.endswith((".yaml", ".yml")) else f"./{text}")
-    source = recipe_file._Source(name, empty_is_null=True)
-    tree = recipe_file._parse(content, source)
+    source = LineMap(str(path))
+    tree = parse(read_text(path), source, empty_is_null=True)
     if not isinstance(tree, dict):
-        raise RecipeError(f"{name}: a params file is a mapping of sections; is this the right file?")
+        raise RecipeError(f"{path}: a params file is a mapping of sections; is this the right file?")
     if isinstance(tree.get("optimizer"), dict):
         _as_list(tree["optimizer"], source)
     return tree, source.at
 
 
-def _as_list(optimizer: dict[str, Any], source: Any) -> None:
+def _as_list(optimizer: dict[str, Any], source: LineMap) -> None:
     """The form also takes one schedule, or one number, for the list of schedules."""
     value = optimizer.get("learning_rate")
     if isinstance(value, dict):
@@ -450,10 +439,10 @@ def _model(params: ParamsFile, at: Any) -> ModelConfig:
     }
     adjust = params.optimizer.adjust_learning_rate
     if adjust is None:
-        return validate_section(ModelConfig, fields | plain, nowhere)
+        return validate(ModelConfig, fields | plain, nowhere)
     mup, problem = _mup(given, adjust.decoder_kernel, initialization)
     if mup is not None:
-        config = validate_section(ModelConfig, fields | {"mup": mup}, nowhere)
+        config = validate(ModelConfig, fields | {"mup": mup}, nowhere)
         difference = _difference(config, given, adjust.decoder_kernel)
         if difference is None:
             return config
@@ -465,7 +454,7 @@ def _model(params: ParamsFile, at: Any) -> ModelConfig:
             f"explain it: {problem}; "
             "a recipe has this multiplier from muP only"
         )
-    return validate_section(ModelConfig, fields | plain, nowhere)
+    return validate(ModelConfig, fields | plain, nowhere)
 
 
 def _initialization(given: ModelSection, at: Any) -> Initialization:

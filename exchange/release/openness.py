@@ -17,7 +17,7 @@ from typing import Literal
 
 from weftrain.core.errors import RecipeError, ReleaseError
 from weftrain.core.formats.plain_file import LIMIT_BYTES, read_plain
-from weftrain.core.recipe_file import parse_mapping
+from weftrain.core.formats.strict_yaml import LineMap, parse_mapping
 from weftrain.exchange.release.distinct_revisions import repeated, told
 from weftrain.exchange.release.release import RELEASE, read_release
 
@@ -259,6 +259,10 @@ def _card(folder: Path) -> dict[str, object]:
     path = folder / "README.md"
     try:
         match = re.match(r"---\n(.*?)\n---\n", read_plain(path, "card").decode(errors="replace"), re.DOTALL)
-        return dict(parse_mapping(match[1], str(path))) if match and len(match[1]) <= LIMIT_BYTES["recipe"] else {}
+        return (
+            dict(parse_mapping(match[1], LineMap(str(path))))
+            if match and len(match[1]) <= LIMIT_BYTES["recipe"]
+            else {}
+        )
     except (OSError, RecipeError):
         return {}

@@ -33,7 +33,7 @@ from packaging.licenses import InvalidLicenseExpression, canonicalize_license_ex
 from pydantic import Field, ValidationError
 
 from weftrain.core import checkpoint
-from weftrain.core.config import Count, Recipe, Section, Sha256
+from weftrain.core.config import Recipe
 from weftrain.core.errors import ReleaseError, RunFolderError, WeftrainError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
@@ -43,6 +43,7 @@ from weftrain.core.formats.dataset import TOKENIZER, described_by
 from weftrain.core.formats.dataset import read_manifest as read_data_manifest
 from weftrain.core.formats.names import checked_path
 from weftrain.core.formats.plain_file import read_plain
+from weftrain.core.formats.strict_model import Count, Sha256, StrictModel
 from weftrain.core.order.rows import Timeline, chunk_order, recipe_timeline
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.ledger import LEDGER, Lineage, Point, lineage, read_ledger
@@ -59,12 +60,12 @@ _MAX_DEPTH = 16  # folders in folders
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
-class FileEntry(Section):
+class FileEntry(StrictModel):
     size: Count
     sha256: Sha256
 
 
-class Link(Section):
+class Link(StrictModel):
     """From the state `start` (None: drawn from the seed) by the steps [first_step, stop_step) to the state `end`; both
     are roots.
     """
@@ -78,14 +79,14 @@ class Link(Section):
     end: Sha256
 
 
-class Licences(Section):
+class Licences(StrictModel):
     """Of the weights and of each source's text, as the run's owner and the datasets' manifests state them."""
 
     weights: Annotated[str, Field(min_length=1)]
     data: dict[str, str]
 
 
-class Release(Section):
+class Release(StrictModel):
     """release.json, as it was checked."""
 
     format: Literal["weftrain-release"]

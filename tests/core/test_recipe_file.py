@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RecipeError
-from weftrain.core.recipe_file import _parse, _read, _Source, builtin_recipes, dump_yaml, load_recipe, recorded_recipe
+from weftrain.core.formats.strict_yaml import LineMap, dump_yaml, parse, read_builtin
+from weftrain.core.recipe_file import builtin_recipes, load_recipe, recorded_recipe
 
-TEXT = _read("bench_70m")[1]
+TEXT = read_builtin("weftrain.core", "bench_70m")
 
 
 def refused(tmp_path: Path, text: str, *overrides: str) -> str:
@@ -56,7 +57,7 @@ def test_numbers_follow_yaml_1_2(tmp_path: Path) -> None:
 )
 def test_integers_follow_the_core_schema_in_files_and_overrides(tmp_path: Path, text: str, value: object) -> None:
     # YAML 1.1 reads 010 as 8, 1_000 as 1000 and 1:30 as 90
-    assert _parse(f"key: {text}", _Source("x")) == {"key": value}
+    assert parse(f"key: {text}", LineMap("x")) == {"key": value}
     if isinstance(value, int) and value > 0:
         assert load_recipe("bench_70m", [f"seed={text}"]).recipe.seed == value
         path = tmp_path / "r.yaml"
@@ -93,7 +94,7 @@ def test_an_empty_value_is_not_null(tmp_path: Path) -> None:
 )
 @settings(max_examples=200, deadline=None)
 def test_what_is_dumped_reads_back_as_the_same_values(value: object) -> None:
-    assert _parse(dump_yaml({"key": value}), _Source("x")) == {"key": value}
+    assert parse(dump_yaml({"key": value}), LineMap("x")) == {"key": value}
 
 
 @pytest.mark.parametrize("name", ["amber_7b", "bench_70m"])

@@ -20,11 +20,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from weftrain.cli.main import main
-from weftrain.core.config import Fim
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, sha256_json
 from weftrain.core.formats.dataset import ShardSet, open_inputs, open_set, open_sources, read_manifest, verify_tables
+from weftrain.core.formats.dataset_manifest import Fim
 from weftrain.data_prep import growth
 from weftrain.data_prep.heldout import RULE, is_held_out
 from weftrain.data_prep.pipeline import Prepared, prepare

@@ -10,7 +10,8 @@ import torch
 
 from weftrain.backends.streaming.fabric import Follower, Leader, join_run
 from weftrain.core.backend import Job, Plan
-from weftrain.core.config import Recipe, Section
+from weftrain.core.config import Recipe
+from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.stop import StopRequest
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def test_waiting_for_replicas_ends_by_a_signal(tmp_path: Path) -> None:
 
 
 def test_waiting_for_a_run_ends_by_a_signal(tiny_recipe: type[Recipe], tmp_path: Path) -> None:
-    job = Job(tiny_recipe(), Plan(0, 1), Section(), folder=tmp_path, stop=asked())
+    job = Job(tiny_recipe(), Plan(0, 1), StrictModel(), folder=tmp_path, stop=asked())
     with pytest.raises(SystemExit) as ended:
         join_run(lambda: job, lambda job: "agreement", lambda job, meeting: Follower(meeting, CPU, False, 600.0), 600.0)
     assert ended.value.code == 143

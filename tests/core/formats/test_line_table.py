@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from weftrain.core.config import Section
 from weftrain.core.errors import DataError
 from weftrain.core.formats import line_table
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.formats.line_table import LineTable, write_lines
+from weftrain.core.formats.strict_model import StrictModel
 
 
-class _Entry(Section):
+class _Entry(StrictModel):
     name: str
     size: int
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weftrain.core.config import Fim
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import ShardSet
+from weftrain.core.formats.dataset_manifest import Fim
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.readers.documents import Document, Failure
 from weftrain.data_prep.readers.listing import list_inputs

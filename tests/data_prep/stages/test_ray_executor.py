@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from weftrain.core.config import Fim
 from weftrain.core.errors import DataError
+from weftrain.core.formats.dataset_manifest import Fim
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.readers.listing import list_inputs
 from weftrain.data_prep.stages import plan

@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer
 
 from weftrain.cli.main import main
-from weftrain.core.config import Fim
 from weftrain.core.errors import DataError
 from weftrain.core.formats.canonical import canonical_json, sha256_json
 from weftrain.core.formats.dataset import ShardSet, open_set, read_manifest
+from weftrain.core.formats.dataset_manifest import Fim
 from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.interchange import export_megatron, whole_documents
 from weftrain.data_prep.pipeline import Prepared, prepare

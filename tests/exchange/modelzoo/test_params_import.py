@@ -18,6 +18,7 @@ from places import SHARED
 
 from weftrain.core.config import Recipe, StartFrom
 from weftrain.core.errors import RecipeError
+from weftrain.core.formats.strict_yaml import LineMap, parse
 from weftrain.core.recipe_file import load_recipe
 from weftrain.exchange.modelzoo.params_import import Imported, dump, export_params, import_params
 
@@ -319,9 +320,7 @@ def test_the_text_is_plain() -> None:
 
 
 def load_values(path: Path) -> list[float]:
-    from weftrain.core import recipe_file
-
-    tree = recipe_file._parse(path.read_text(), recipe_file._Source("text"))
+    tree = parse(path.read_text(), LineMap("text"))
     assert all(type(value) is float for value in tree["values"])
     return list(tree["values"])
 
