@@ -414,11 +414,11 @@ def bench_sweep(
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Largest message of the collectives.",
+    help="Largest collective message.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for all figures.")
 def bench_machine(ranks: int, disk: Path | None, largest_mib: int, json_file: Path | None) -> None:
-    """Measure this machine: matrix products by dtype, memory, disk, and collectives by size on every rank, with outliers."""
+    """Measure this machine: matrix products by dtype, memory, disk, collectives by size on every rank; outliers."""
     from weftrain.analysis.machine.survey import machine_lines, measure_ranks
     from weftrain.core.formats import fsops
 

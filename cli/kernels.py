@@ -1,4 +1,4 @@
-"""`weftrain kernels`: the implementations of each op: whether they are correct, whether they compile, how fast they are.
+"""`weftrain kernels`: the implementations of each op: are they correct, do they compile, how fast are they.
 
 `check` and `bench` run what can run in this process. `--interpret` starts another one, because Triton decides at its
 import whether it interprets, and a process that interprets cannot compile.
@@ -380,19 +380,8 @@ def _cells(one: Measurement, eager_ms: float | None) -> list[str]:
     rates = [f"{one.gb_per_second:.3g}", f"{one.gflop_per_second:.4g}"]
     source = names.get(one.source, one.source)
     median = f"{one.median_ms:.4g}"
-    return [
-        one.op,
-        one.example,
-        one.direction,
-        source,
-        median,
-        interval,
-        times,
-        *rates,
-        share,
-        one.bound or "-",
-        one.note,
-    ]
+    where = [one.op, one.example, one.direction, source]
+    return [*where, median, interval, times, *rates, share, one.bound or "-", one.note]
 
 
 def _why_skipped(op: str, example: str, source: str, reason: str) -> str:
@@ -407,7 +396,7 @@ def _console() -> Console:
 
 
 def _print_table(table: Table) -> None:
-    """Print at full width: columns cut to the terminal, or to 80 characters in a pipe, would lose what was asked for."""
+    """Print at full width: columns cut to the terminal, or to 80 characters in a pipe, would lose figures."""
     measuring = Console(width=10_000)
     Console(soft_wrap=False, width=measuring.measure(table).maximum).print(table, crop=False)
 
