@@ -98,7 +98,7 @@ class Bar:
         self._progress: Progress | None = None
         self._task = TaskID(0)
         if console.is_terminal:
-            words = (TextColumn(f"{{{field}}}") for field in ("task.description", "task.fields[note]"))
+            words = (TextColumn(f"{{{field}}}", markup=False) for field in ("task.description", "task.fields[note]"))
             columns = (next(words), BarColumn(), MofNCompleteColumn(), next(words))
             self._progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
             self._task = self._progress.add_task(self._description, total=total, completed=done, note="")
