@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PREP_FLAGS ?=
 TRAIN_FLAGS ?=
 
-.PHONY: train test test-gpu prove soak prove-cerebras crystalcoder-step crystalcoder-1b-step lint types clean help
+.PHONY: train test test-gpu prove soak prove-cerebras crystalcoder-step crystalcoder-1b-step lint types docs clean help
 
 train: $(INSTALLED)  ## prepare the embedded corpus, train crystal_demo, print a summary; again: says it is complete, or resumes
 	$(BIN)/weftrain prep $(PREP_FLAGS)
@@ -64,6 +64,9 @@ types: $(INSTALLED)  ## mypy sees the folders under their installed names throug
 	mkdir -p .typecheck/weftrain
 	for folder in core kernels data_prep exchange backends analysis cli; do ln -sfn ../../$$folder .typecheck/weftrain/$$folder; done
 	cd .typecheck && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p weftrain.core -p weftrain.kernels -p weftrain.backends -p weftrain.data_prep -p weftrain.exchange -p weftrain.analysis -p weftrain.cli
+
+docs: $(INSTALLED)  ## docs/architecture.svg, drawn from the imports
+	$(BIN)/python docs/draw_architecture.py
 
 # Made anew when what is installed changes; a set-up that was interrupted is not marked and runs again.
 $(INSTALLED): pyproject.toml constraints.txt

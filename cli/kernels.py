@@ -1,7 +1,8 @@
-"""`weftrain kernels`: the implementations of each op: are they correct, do they compile, how fast are they.
+"""`weftrain kernels`: who implements which op, whether it is right, whether it compiles, how fast it is.
 
-`check` and `bench` run what can run in this process. `--interpret` starts another one, because Triton decides at its
-import whether it interprets, and a process that interprets cannot compile.
+What a reader would get wrong: `check` and `bench` run in this process on what can run here; `--interpret` starts
+another one, because Triton decides when it is imported whether it interprets, and an interpreting process cannot
+compile.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from weftrain.cli.display import Bar, Console, this_program
+from weftrain.cli.display import Bar, Console
 
 if TYPE_CHECKING:
     from weftrain.analysis.kernel_bench import Measurement, Report
@@ -61,9 +62,15 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
     found = {device: table(device, getattr(torch, dtype)) for device in devices or ("cpu", "cuda")}
     if as_json:
         rows = [
-            {**{name: getattr(row, name) for name in ("op", "source", "version", "reason")}, **where}
+            {
+                "op": row.op,
+                "source": row.source,
+                "version": row.version,
+                "device": device,
+                "dtype": dtype,
+                "reason": row.reason,
+            }
             for device, by_op in found.items()
-            for where in ({"device": device, "dtype": dtype},)
             for row in by_op
         ]
         click.echo(json.dumps({"schema_version": 1, "preferences": list(DEFAULT_PREFERENCES), "rows": rows}, indent=1))
@@ -82,11 +89,12 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
         previous = first.op
     _print_table(shown)
     for reason, number in reasons.items():
-        console.print(f"({number}) {reason}")
-    console.print(f"tried in this order unless a recipe says otherwise: {', '.join(DEFAULT_PREFERENCES)}")
+        console.print(f"({number}) {reason}", markup=False)
+    console.print(f"asked in this order unless a recipe says otherwise: {', '.join(DEFAULT_PREFERENCES)}", markup=False)
 
 
-# check
+# ---- check
+# ----------------------------------------------------------------------------------------------------
 
 
 @kernels.command("check")
@@ -138,15 +146,16 @@ def check(
     for reason in dict.fromkeys(
         f"{item.op} {item.source}: {item.reason}" for item in report.skipped if item.check == "*"
     ):
-        console.print(f"skipped {reason}")
+        console.print(f"skipped {reason}", markup=False)
     for finding in report.failed:
         where = f"{finding.op} {finding.source} {finding.check} {finding.example} {finding.dtype}"
-        console.print(f"FAILED {where}: {finding.detail}")
+        console.print(f"FAILED {where}: {finding.detail}", markup=False)
     console.print(
-        f"{len(report) - len(report.failed)} passed, {len(report.failed)} failed, {len(report.skipped)} skipped"
+        f"{len(report) - len(report.failed)} passed, {len(report.failed)} failed, {len(report.skipped)} skipped",
+        markup=False,
     )
     if not report:
-        console.print("nothing was checked: no implementation that was asked for is available here")
+        console.print("nothing was checked: no implementation that was asked for is available here", markup=False)
     sys.exit(1 if report.failed or not report else 0)
 
 
@@ -165,7 +174,8 @@ def _findings_table(findings: Sequence[Finding]) -> Table:
     return shown
 
 
-# compile
+# ---- compile
+# ----------------------------------------------------------------------------------------------------
 
 
 @kernels.command("compile")
@@ -215,22 +225,35 @@ def compile_(
     for row in rows:
         if not row.ok:
             kind = "FAILED" if row.default else "candidate fails"
-            console.print(f"{kind} {row.op} {row.source} {row.name} {row.target}: {row.reason}")
+            console.print(f"{kind} {row.op} {row.source} {row.name} {row.target}: {row.reason}", markup=False)
     if old is not None:
         changes = diff(old, rows)
         for line in changes or ["nothing changed"]:
-            console.print(line)
+            console.print(line, markup=False)
     excluded = sum(row.excluded is not None for row in rows)
     candidates = sum(not row.ok and not row.default for row in rows)
     console.print(
-        f"{len(rows)} configurations x targets: {len(failed)} failed, {candidates} candidates fail, {excluded} excluded"
+        f"{len(rows)} configurations x targets: {len(failed)} failed, {candidates} candidates fail, {excluded} "
+        "excluded",
+        markup=False,
     )
     sys.exit(1 if failed else 0)
 
 
 def _rows_table(rows: Sequence[Row]) -> Table:
-    headings = "op,source,kernel,target,state,registers,spills,shared / limit KiB,matrix,binary KiB"
-    shown = Table(*headings.split(","), box=None, pad_edge=False)
+    headings = (
+        "op",
+        "source",
+        "kernel",
+        "target",
+        "state",
+        "registers",
+        "spills",
+        "shared / limit KiB",
+        "matrix",
+        "binary KiB",
+    )
+    shown = Table(*headings, box=None, pad_edge=False)
     for row in rows:
         state = "excluded" if row.excluded else "ok" if row.ok else "FAILED"
         spills = "-" if row.spill_instructions is None else str(row.spill_instructions)
@@ -245,7 +268,8 @@ def _rows_table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-# bench
+# ---- bench
+# ----------------------------------------------------------------------------------------------------
 
 
 @kernels.command("bench")
@@ -277,7 +301,7 @@ def _rows_table(rows: Sequence[Row]) -> Table:
     "plot_path",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Draw the roofline shares.",
+    help="Draw the shares of the roofline.",
 )
 def bench(
     ops: tuple[str, ...],
@@ -291,7 +315,7 @@ def bench(
     json_path: Path | None,
     plot_path: Path | None,
 ) -> None:
-    """Time the sources of each op, interleaved: median, interval, GB/s, FLOP/s, share of this machine's roofline."""
+    """Time every source of an op in turns: median, interval, GB/s, FLOP/s, share of this machine's roofline."""
     if interpret:
         if device != "cpu":
             raise click.BadParameter("the interpreter runs on the CPU", param_hint="--interpret")
@@ -318,16 +342,16 @@ def bench(
 
         plot(report, plot_path)
     for line in machine_lines(report):
-        console.print(line)
+        console.print(line, markup=False)
     _print_table(bench_table(report))
     for reason in dict.fromkeys(
         _why_skipped(item.op, item.example, item.source, item.reason) for item in report.skipped
     ):
-        console.print(reason)
+        console.print(reason, markup=False)
 
 
 def machine_lines(report: Report) -> list[str]:
-    """The machine, and the peaks that the table is measured against."""
+    """What the table was measured on, and against."""
     env = report.environment
 
     def figure(name: str, unit: str) -> str:
@@ -365,8 +389,21 @@ def bench_table(report: Report) -> Table:
     eager = {
         (one.op, one.example, one.direction): one.median_ms for one in report.measurements if one.source == "reference"
     }
-    headings = "op,example,direction,source,ms (median),interval,x eager,GB/s,GFLOP/s,roofline,bound,"
-    shown = Table(*headings.split(","), box=None, pad_edge=False)
+    headings = (
+        "op",
+        "example",
+        "direction",
+        "source",
+        "ms (median)",
+        "interval",
+        "x eager",
+        "GB/s",
+        "GFLOP/s",
+        "roofline",
+        "bound",
+        "",
+    )
+    shown = Table(*headings, box=None, pad_edge=False)
     for one in report.measurements:
         shown.add_row(*_cells(one, eager.get((one.op, one.example, one.direction))))
     return shown
@@ -379,26 +416,37 @@ def _cells(one: Measurement, eager_ms: float | None) -> list[str]:
     share = "unknown" if one.roofline_share is None else f"{one.roofline_share:.1%}"
     rates = [f"{one.gb_per_second:.3g}", f"{one.gflop_per_second:.4g}"]
     source = names.get(one.source, one.source)
-    median = f"{one.median_ms:.4g}"
-    where = [one.op, one.example, one.direction, source]
-    return [*where, median, interval, times, *rates, share, one.bound or "-", one.note]
+    return [
+        one.op,
+        one.example,
+        one.direction,
+        source,
+        f"{one.median_ms:.4g}",
+        interval,
+        times,
+        *rates,
+        share,
+        one.bound or "-",
+        one.note,
+    ]
 
 
 def _why_skipped(op: str, example: str, source: str, reason: str) -> str:
     return f"not measured: {' '.join(part for part in (op, example, source) if part)}: {reason}"
 
 
-# the parts
+# ---- the parts
+# ----------------------------------------------------------------------------------------------------
 
 
 def _console() -> Console:
-    return Console()
+    return Console(highlight=False, soft_wrap=True)
 
 
 def _print_table(table: Table) -> None:
-    """Print at full width: columns cut to the terminal, or to 80 characters in a pipe, would lose figures."""
+    """As wide as it is: a column cut to the terminal, or to 80 in a pipe, loses what was asked for."""
     measuring = Console(width=10_000)
-    Console(soft_wrap=False, width=measuring.measure(table).maximum).print(table, crop=False)
+    Console(highlight=False, width=measuring.measure(table).maximum).print(table, crop=False)
 
 
 def _progress(bar: Bar) -> Callable[[int, int, str], None]:
@@ -414,12 +462,22 @@ def _repeated(**values: Sequence[str]) -> list[str]:
 
 def _interpreted(verb: str, options: Sequence[str], json_path: Path | None) -> int:
     """Run this command once more in a process whose Triton interprets; its exit code."""
-    command = this_program("kernels", verb, *options, *(["--json", str(json_path)] if json_path else []))
+    command = [
+        sys.executable,
+        "-m",
+        "weftrain.cli",
+        "kernels",
+        verb,
+        *options,
+        *(["--json", str(json_path)] if json_path else []),
+    ]
     return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
 
 
 def _mend_the_interpreter() -> None:
-    """Where Triton interprets, correct its bfloat16 arithmetic before anything is run."""
+    """In a process that interprets Triton, make its bf16 right before anything is run. Elsewhere there is nothing to
+    do.
+    """
     if importlib.util.find_spec("triton") is None:
         return
     import triton
