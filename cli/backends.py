@@ -24,7 +24,7 @@ def backends(context: click.Context) -> None:
         reason = unavailable_reason(backend)
         options = ", ".join(f"{key}={field.default}" for key, field in backend.options.model_fields.items())
         table.add_row(name, backend.summary, "available" if reason is None else reason, options)
-    Console(highlight=False).print(table)
+    Console(soft_wrap=False).print(table)
     for origin, reason in found.broken_plugins.items():
         click.echo(f"warning: {origin} was passed over: {reason}", err=True)
 
@@ -38,7 +38,7 @@ def setup(name: str, python: Path | None) -> None:
     """Make the environment of its own that a backend needs, once, in the user's cache folder."""
     from weftrain.backends.cerebras import environment
 
-    with Bar(Console(highlight=False, soft_wrap=True, stderr=True), f"setting up {name}", 100) as bar:
+    with Bar(Console(stderr=True), f"setting up {name}", 100) as bar:
         made = environment.make(lambda words, share: bar.update(round(100 * share), words), python)
     click.echo(
         f"{name} is ready: cerebras-pytorch {environment.pinned('cerebras-pytorch')} for {made}; next: weftrain lower "

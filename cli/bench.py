@@ -1,4 +1,4 @@
-"""`weftrain bench`: how fast, measured so that the figure can be trusted."""
+"""`weftrain bench`: throughput of training, streaming, the data path, kernels and the machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Column, Table
 
-from weftrain.cli.display import Bar, Console
+from weftrain.cli.display import Bar, Console, this_program
 from weftrain.cli.kernels import bench as kernels_bench
 from weftrain.cli.resolve import Resolved, resolve, resolve_recipe
 
@@ -32,7 +32,7 @@ bench.add_command(kernels_bench, "kernels")
 
 
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that decide what one measurement is."""
+    """The options that define one measurement."""
     for option in reversed(
         (
             click.option(
@@ -89,7 +89,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--mllog", type=click.Path(path_type=Path), help="File for MLPerf result lines.")
 @click.option(
-    "--against", metavar="COMMAND", help="Run this program in turns with ours; a .py file is run with this Python."
+    "--against", metavar="COMMAND", help="Run this program interleaved with ours; a .py file is run with this Python."
 )
 @click.option(
     "--timeout", "timeout_s", type=float, default=900.0, show_default=True, help="Seconds for one round of one program."
@@ -111,26 +111,15 @@ def bench_train(
 ) -> None:
     """Training throughput of RECIPE on fixed random rows, as a line `RESULT {json}` and, with --report, as pages.
 
-    Fails (exit code 4) where the first losses leave the tolerance of the reference. With --against, the two programs
-    alternate, each round in a process of its own; printed are the ratio of tokens/s with its 95 % interval, a verdict,
-    and the losses at the last step of both.
+    Exit code 4 if the first losses leave the reference's tolerance. With --against, the two programs alternate, each
+    round in a process of its own; it prints the ratio of tokens/s with its 95 % interval, a verdict, and the losses
+    after the last step that both made.
     """
     numbers = ["--steps", str(steps), "--ranks", str(ranks)]
     numbers += [] if threads is None else ["--threads", str(threads)]
     numbers += [] if backend is None else ["--backend", backend]
     if against is not None:
-        ours = [
-            sys.executable,
-            "-m",
-            "weftrain.cli",
-            "bench",
-            "train",
-            recipe,
-            *overrides,
-            *numbers,
-            "--check-steps",
-            "0",
-        ]
+        ours = this_program("bench", "train", recipe, *overrides, *numbers, "--check-steps", "0")
         _alternate(ours, against, rounds, timeout_s)
         return
     if ranks > 1 and "RANK" not in os.environ:
@@ -142,26 +131,17 @@ def bench_train(
 
 
 def _launch(ranks: int, threads: int) -> None:
-    """Have torchrun run this very command in every rank, and end as it ends."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        "-m",
-        "weftrain.cli",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    sys.exit(subprocess.run([*launcher, *sys.argv[1:]], env=environment, check=False).returncode)
+    """Run this same command in every rank by torchrun, and exit with its exit code."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*torchrun, "-m", "weftrain.cli", *sys.argv[1:]]
+    sys.exit(subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False).returncode)
 
 
 def _bench(
     resolved: Resolved, wishes: Wishes, report_folder: Path | None, mllog: Path | None, default_threads: int = 2
 ) -> None:
-    """Measure, and print the RESULT line. default_threads: of a process where neither --threads nor the backend's
-    options say.
+    """Measure, and print the RESULT line. default_threads: CPU threads of a process if neither --threads nor the
+    backend's options set them.
     """
     import torch
 
@@ -178,7 +158,7 @@ def _bench(
         job = Job(recipe, Plan(0, wishes.steps), options, threads=wishes.threads)
         backend.follow(lambda: job, lambda job: bench_source(job.recipe), 0)
         return
-    console = Console(highlight=False, soft_wrap=True, stderr=True)
+    console = Console(stderr=True)
     started = milliseconds()
     with Bar(console, "measuring", wishes.steps * wishes.rounds) as bar:
         report = bench(
@@ -234,7 +214,7 @@ def _alternate(ours_command: list[str], program: str, rounds: int, timeout_s: fl
             f"{statistics.median(result[key] for result in results):,.1f}" for key in ("tokens_per_second", "step_ms")
         ]
         table.add_row(results[0]["name"], *middle, f"{results[0]['loss_first']:.4f}", f"{loss:.4f}")
-    Console(highlight=False, soft_wrap=True).print(table)
+    Console().print(table)
     ratios = ", ".join(f"{ratio:.3f}" for ratio in found.ratios)
     interval = "" if found.speed is None else f" (95 %: {found.speed.low:.3f} to {found.speed.high:.3f})"
     click.echo(f"ratio of tokens/s: {found.ratio:.3f}{interval}, median of {ratios}")
@@ -262,7 +242,7 @@ def bench_stream(
     check_steps: int,
     report_folder: Path | None,
 ) -> None:
-    """The same by weight streaming: beside the speed, the bytes that the store moved and what it waited for.
+    """The same by weight streaming, with the bytes that the store moved and the time spent waiting for it.
 
     Its replicas join by `weftrain replica`, so --ranks other than 1 is refused.
     """
@@ -288,7 +268,7 @@ def bench_stream(
     "--h5py", "beside_h5py", is_flag=True, help="Read as many rows through h5py, interleaved, and print the ratio."
 )
 def bench_data(recipe: str, overrides: tuple[str, ...], steps: int, beside_h5py: bool) -> None:
-    """How fast the data path of RECIPE gives batches, without a model: from the shards' files to int64 rows."""
+    """Measure the data path of RECIPE without a model: from the shard files to batches of int64 ids."""
     from weftrain.analysis.bench.data import batch_times_ms, beside_h5py_ms
     from weftrain.analysis.bench.timings import median_interval, percentile, warm_up_steps
     from weftrain.cli.assembly import open_data
@@ -329,7 +309,7 @@ def bench_data(recipe: str, overrides: tuple[str, ...], steps: int, beside_h5py:
 def bench_compare(reports: tuple[Path, ...], fail_above: float | None) -> None:
     """Compare reports A B: ratio of step times, its interval, a verdict at 95 %, and every difference of configuration.
 
-    Several of each, made in turns, are compared round by round: A1 B1 A2 B2 ...
+    Several interleaved reports are compared round by round: A1 B1 A2 B2 ...
     """
     from weftrain.analysis.bench.report import configuration_differences, read_report
     from weftrain.analysis.bench.timings import difference
@@ -344,7 +324,7 @@ def bench_compare(reports: tuple[Path, ...], fail_above: float | None) -> None:
         speeds = statistics.median(one.speed.tokens_per_second for one in ones)
         click.echo(f"{title}: {ones[0].name}: {speeds:,.1f} tokens/s")
     raw = difference([values for one in a for values in one.counted], [values for one in b for values in one.counted])
-    click.echo(f"step time B / A = {raw.ratio:.4f} (95 %: {raw.low:.4f} to {raw.high:.4f}), as the clock has it")
+    click.echo(f"step time B / A = {raw.ratio:.4f} (95 %: {raw.low:.4f} to {raw.high:.4f}), in wall-clock time")
     result = raw
     in_probes = [[one.in_probes for one in ones] for ones in (a, b)]
     if all(values is not None for ones in in_probes for values in ones):
@@ -386,29 +366,16 @@ def bench_sweep(
     threads: int | None,
     timeout_s: float,
 ) -> None:
-    """Measure RECIPE under all combinations of --vary values, each in a process of its own; again: go on where it
-    stopped.
+    """Measure RECIPE under every combination of --vary values, each in a process of its own; a second run resumes.
 
-    e.g. --vary batch.micro_batch_size=1,2,4 --vary backend.options.compile=true,false --vary
+    Example: --vary batch.micro_batch_size=1,2,4 --vary backend.options.compile=true,false --vary
     kernels.preferences=[torch],[cpp,torch]
     """
     from weftrain.analysis.bench.sweep import combinations, run_sweep
 
-    command = [
-        sys.executable,
-        "-m",
-        "weftrain.cli",
-        "bench",
-        "train",
-        recipe,
-        *overrides,
-        "--steps",
-        str(steps),
-        "--ranks",
-        str(ranks),
-    ]
+    command = this_program("bench", "train", recipe, *overrides, "--steps", str(steps), "--ranks", str(ranks))
     command += [] if threads is None else ["--threads", str(threads)]
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     chosen = combinations(vary)
     with Bar(console, "sweep", len(chosen)) as bar:
         rows = run_sweep(command, chosen, folder, timeout_s, lambda done, words: bar.update(done, words))
@@ -430,7 +397,7 @@ def bench_sweep(
             figures, words = ["-"] * 4, row["error"]
         table.add_row(*(row[key] for key in keys), *figures, words, style="bold" if row is best else None)
     console.print(table)
-    console.print(f"all figures: {folder / 'sweep.csv'}", markup=False)
+    console.print(f"all figures: {folder / 'sweep.csv'}")
 
 
 @bench.command("machine")
@@ -443,13 +410,15 @@ def bench_sweep(
 )
 @click.option("--disk", type=click.Path(path_type=Path), help="Folder whose disk is measured too.")
 @click.option(
-    "--largest-mib", type=click.IntRange(min=1), default=64, show_default=True, help="Of what the collectives send."
+    "--largest-mib",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Largest collective message.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for all figures.")
 def bench_machine(ranks: int, disk: Path | None, largest_mib: int, json_file: Path | None) -> None:
-    """What this machine can do: matrix multiply by dtype, memory, disk, and collectives by size on every rank; outliers
-    are named.
-    """
+    """Measure this machine: matrix products by dtype, memory, disk, collectives by size on every rank; outliers."""
     from weftrain.analysis.machine.survey import machine_lines, measure_ranks
     from weftrain.core.formats import fsops
 
@@ -457,7 +426,7 @@ def bench_machine(ranks: int, disk: Path | None, largest_mib: int, json_file: Pa
         _launch(ranks, 1)
     found = measure_ranks(ranks, largest_mib, disk)
     if found is None:
-        return  # rank 0 tells
+        return  # rank 0 prints
     for line in machine_lines(found):
         click.echo(line)
     if json_file is not None:

@@ -95,7 +95,7 @@ def compare(
 
     if to is not None and plot:
         check_plotting()
-    console = Console(highlight=False, soft_wrap=True, stderr=as_json_)
+    console = Console(stderr=as_json_)
     names = comparing.names_of(series)
     rates = _rates(tokens_per_step, names)
     opened = [comparing.read_series(path, name, rates.get(name)) for path, name in zip(series, names, strict=True)]
@@ -115,11 +115,9 @@ def compare(
     drawn = plot and draw(found, to / "compare.png")
     fsops.write_bytes(to / "compare.md", comparing.as_markdown(found, "compare.png" if drawn else None).encode())
     written = ("compare.json", "compare.md", *(("compare.png",) if drawn else ()))
-    console.print("\n".join(f"written   {to / name}" for name in written), markup=False)
+    console.print("\n".join(f"written   {to / name}" for name in written))
     if plot and not drawn:
-        console.print(
-            "compare.png was not drawn: none of the series has a loss, a score or a memorization", markup=False
-        )
+        console.print("compare.png was not drawn: none of the series has a loss, a score or a memorization")
 
 
 def _rates(given: tuple[str, ...], names: list[str]) -> dict[str, int]:
@@ -177,6 +175,6 @@ def _measured(
 def _show(found: Comparison, console: Console) -> None:
     from weftrain.analysis.compare.text import as_text
 
-    console.print(as_text(found, console.width), markup=False)
+    console.print(as_text(found, console.width))
     for note in found.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")

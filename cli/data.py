@@ -33,7 +33,7 @@ def data() -> None:
 
 
 def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    return Console()
 
 
 @data.command()
@@ -47,7 +47,7 @@ def stats(folder: Path, set_name: str) -> None:
     with Bar(console, "count", 1) as bar:
         found = dataset_stats(folder, set_name, lambda done, total: bar.update(done, "shards", None, total))
     for line in [*stats_lines(found), *source_lines(found)]:
-        console.print(line, markup=False)
+        console.print(line)
 
 
 @data.command()
@@ -65,14 +65,10 @@ def verify(folder: Path) -> None:
         shards = ShardSet(folder, manifest, name)
         with Bar(console, f"verify {name}", max(1, sum(shard.num_bytes for shard in entry.shards) // 1_000_000)) as bar:
             shards.verify(functools.partial(_megabytes, bar))
-        console.print(
-            f"{name:<8} {len(entry.shards):,} shards, {entry.n_examples:,} rows: whole, id {entry.id}", markup=False
-        )
+        console.print(f"{name:<8} {len(entry.shards):,} shards, {entry.n_examples:,} rows: whole, id {entry.id}")
     skipped = sum(manifest.inputs_skipped.values())
     inputs = f"{manifest.corpus.files:,} inputs" + (f" ({skipped:,} more were skipped)" if skipped else "")
-    console.print(
-        f"manifest, tokenizer and the lists of {inputs} and of {manifest.num_sources:,} sources agree", markup=False
-    )
+    console.print(f"manifest, tokenizer and the lists of {inputs} and of {manifest.num_sources:,} sources agree")
 
 
 def _megabytes(bar: Bar, done: int, total: int) -> None:
@@ -97,7 +93,7 @@ def head(folder: Path, set_name: str, rows: int, first: int) -> None:
     origins, encoder = _Origins(folder, manifest), _encoder(folder)
     for row in range(first, min(first + rows, shards.num_rows)):
         file, within = shards.locate(row)
-        console.print(f"row {row}  {file}:{within}", markup=False)
+        console.print(f"row {row}  {file}:{within}")
         _print_row(console, origins, shards, encoder, row)
 
 
@@ -138,11 +134,11 @@ def _print_row(console: Console, origins: _Origins, shards: ShardSet, encoder: T
     """The row's documents, each with its origin, and what of it is in the row."""
     ids, mask = shards.rows(np.array([row]))
     for stretch in shards.stretches(row):
-        console.print(f"  {origins.line(stretch)}", markup=False)
+        console.print(f"  {origins.line(stretch)}")
         text = encoder.decode(ids[0, stretch.first : stretch.last + 1])
-        console.print("".join(f"    | {_visible(line)}\n" for line in text.split("\n")), markup=False, end="")
+        console.print("".join(f"    | {_visible(line)}\n" for line in text.split("\n")), end="")
     if mask is not None and not mask.all():
-        console.print(f"  {int((~mask).sum())} of {mask.size} labels bear no loss", markup=False)
+        console.print(f"  {int((~mask).sum())} of {mask.size} labels bear no loss")
 
 
 def _visible(text: str) -> str:
@@ -180,10 +176,8 @@ def where(recipe: str, overrides: tuple[str, ...], step: int, row: int) -> None:
     console = _console()
     chunk = "" if found.chunk is None else f", chunk {found.chunk} of the dataset"
     run_chunk = "" if found.run_chunk is None else f", chunk {found.run_chunk} of the run"
-    console.print(f"step {step}, row {row}{run_chunk}: source {found.source}, epoch {found.epoch}{chunk}", markup=False)
-    console.print(
-        f"  {found.folder / found.file}  row {found.row_in_shard}  (row {found.row_in_set} of the set)", markup=False
-    )
+    console.print(f"step {step}, row {row}{run_chunk}: source {found.source}, epoch {found.epoch}{chunk}")
+    console.print(f"  {found.folder / found.file}  row {found.row_in_shard}  (row {found.row_in_set} of the set)")
     manifest = read_manifest(found.folder)
     _print_row(console, _Origins(found.folder, manifest), component.shards, _encoder(found.folder), found.row_in_set)
 
@@ -211,7 +205,7 @@ def export(form: str, folder: Path, to: Path, set_name: str, rows_per_file: int)
         else:
             paths = list(export_megatron(folder, set_name, to, progress))
     for path in paths:
-        console.print(f"{path}  {path.stat().st_size:,} bytes", markup=False)
+        console.print(f"{path}  {path.stat().st_size:,} bytes")
 
 
 @data.command()
@@ -228,7 +222,7 @@ def report(folder: Path, set_name: str, to: Path) -> None:
         found = dataset_stats(folder, set_name, lambda done, total: bar.update(done, "shards", None, total))
     encoder = _encoder(folder)
     write_report(found, _decoder(encoder), to)
-    console.print(f"{to}", markup=False)
+    console.print(f"{to}")
 
 
 def _decoder(encoder: TextEncoder) -> Callable[[int], str]:
@@ -263,7 +257,7 @@ def fim_report(folder: Path, rate: float, spm_share: float, documents: int, fim_
     encoder = _encoder(folder, fim_tokens)
     chosen = [ids[encoder.markers.own(ids)] for ids in islice(whole_documents(manifest, shards), documents)]
     for line in damage_lines(*fim_damage(chosen, encoder, manifest.sequence_length, rate, spm_share)):
-        _console().print(line, markup=False)
+        _console().print(line)
 
 
 @data.command()
@@ -278,4 +272,4 @@ def fetch(address: str, folder: Path) -> None:
     console = _console()
     with Bar(console, "fetch", 1) as bar:
         manifest = copy(address, folder, lambda stage, done, total, unit: _megabytes(bar, done, total or 0))
-    console.print(f"{folder}: {manifest.name}, dataset id {manifest.train.id}", markup=False)
+    console.print(f"{folder}: {manifest.name}, dataset id {manifest.train.id}")

@@ -1,10 +1,9 @@
-"""What the command line prints: text from files as text alone, and one progress bar for every verb that takes more than
-a few seconds.
+"""What the command line prints, and one progress bar for every verb that takes more than a few seconds.
 
-A ledger's reason, a tensor's name or a file's may hold anything, escape sequences of a terminal too. Every verb runs
-within `plain_output`, where what is printed passes core.printable; tables, colours and bars come from the `Console`
-here, which lets the same through as text, never as rich's markup. Without a terminal there is no bar, and a plain line
-is printed now and then instead.
+A reason in a ledger, a tensor's name or a file's name may hold anything, terminal escape sequences included. Every verb
+runs within `plain_output`, which makes such characters visible; tables, colours and bars come from the `Console` here,
+which prints strings as text and never as markup. Without a terminal there is no bar: a plain line is printed every
+QUIET_SECONDS instead.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ QUIET_SECONDS = 15.0  # between two plain lines where there is no terminal
 
 
 class Console(rich.console.Console):
-    """rich's, where a string is only a string: no markup, no emoji codes, and nothing that acts on the terminal. A
-    style is an argument.
+    """rich's console for text of any origin: no markup, emoji codes, highlighting or control characters, and lines
+    that wrap where the terminal does. A style is an argument.
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"markup": False, "emoji": False, **options})
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False, "soft_wrap": True, **options})
 
     @property
     def file(self) -> Any:
-        """The stream behind all that stand before it: rich's own while a bar is shown, and PlainStream."""
+        """The stream itself, behind PlainStream and behind the one that rich puts in front while a bar is shown."""
         stream = super().file
         while (behind := getattr(stream, "rich_proxied_file", None)) is not None:
             stream = behind
@@ -51,8 +50,8 @@ class Console(rich.console.Console):
 
 
 class PlainStream:
-    """A text stream that writes what it is given through `printable`. The Console here writes past it: its own
-    sequences are wanted.
+    """A text stream that passes what is written through `printable`. The Console above bypasses it, because the escape
+    sequences that it writes are its own.
     """
 
     def __init__(self, stream: TextIO, keep: str) -> None:
@@ -68,14 +67,14 @@ class PlainStream:
             self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("buffer", "detach"):  # they would lead past this
+        if name in ("buffer", "detach"):  # these would bypass `printable`
             raise AttributeError(name)
         return getattr(self.rich_proxied_file, name)
 
 
 @contextlib.contextmanager
 def plain_output() -> Iterator[None]:
-    """Standard output and error are PlainStreams within. Bars of libraries need a carriage return on standard error."""
+    """Make standard output and error PlainStreams. Libraries' progress bars need carriage returns on standard error."""
     before = sys.stdout, sys.stderr
     sys.stdout = cast(TextIO, PlainStream(sys.stdout, LINES))
     sys.stderr = cast(TextIO, PlainStream(sys.stderr, LINES + "\r"))
@@ -85,8 +84,13 @@ def plain_output() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def this_program(*words: str) -> list[str]:
+    """The command that runs `weftrain WORDS` in another process of this Python."""
+    return [sys.executable, "-m", "weftrain.cli", *words]
+
+
 class Bar:
-    """`with Bar(console, total) as bar: bar.update(done, "loss 4.2")`; time left comes from the bar's own rate."""
+    """`with Bar(console, "train", total) as bar: bar.update(done, "loss 4.2")`; the bar estimates the time left."""
 
     def __init__(self, console: Console, description: str, total: int, done: int = 0) -> None:
         self._console, self._description, self._total = console, printable(description), total
@@ -119,13 +123,13 @@ class Bar:
             )
         elif time.monotonic() - self._last_line_s > QUIET_SECONDS:
             self._last_line_s = time.monotonic()
-            self._console.print(f"{self._description} {done:,}/{self._total:,} {note}", markup=False)
+            self._console.print(f"{self._description} {done:,}/{self._total:,} {note}")
 
     def note(self, words: str) -> None:
-        """What is being done now, beside the bar; nothing without a terminal."""
+        """Show what is being done now, beside the bar; without a terminal, nothing."""
         if self._progress is not None:
             self._progress.update(self._task, note=printable(words))
 
     def say(self, line: str) -> None:
-        """A line that stays, above the bar."""
-        (self._progress.console if self._progress is not None else self._console).print(line, markup=False)
+        """Print a line that stays, above the bar."""
+        (self._progress.console if self._progress is not None else self._console).print(line)

@@ -145,13 +145,11 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
     from weftrain.core.backend import Job, Plan, prepare_run
     from weftrain.core.errors import DataError
 
-    console = Console(highlight=False, soft_wrap=True, stderr=as_json)
-    path = newest_or_named(run, lambda line: console.print(line, markup=False))
+    console = Console(stderr=as_json)
+    path = newest_or_named(run, lambda line: console.print(line))
     state, manifest = checkpoint.load(path, verified=path != run)
     own = [f"log.evaluate_rows={rows or 2**40}", "batch.replicas=1"]
-    file = recipe_of_checkpoint(
-        path, manifest, [*overrides, *own], backend, lambda line: console.print(line, markup=False)
-    )
+    file = recipe_of_checkpoint(path, manifest, [*overrides, *own], backend, lambda line: console.print(line))
     chosen, options = backend_options(file)
     _, heldout = open_data(file.recipe)
     if not heldout:

@@ -34,12 +34,12 @@ def evaluate_records(run: Path, overrides: Sequence[str], options: dict[str, Any
     from weftrain.analysis.evaluation.watcher import watch
     from weftrain.cli.assembly import newest_or_named
 
-    console = Console(highlight=False, soft_wrap=True, stderr=options["as_json"])
+    console = Console(stderr=options["as_json"])
     settings = _settings(options)
     console.print(f"on {settings.device} in {settings.precision}, {settings.batch_size} sequences at once")
 
     def say(line: str) -> None:
-        console.print(line, markup=False)
+        console.print(line)
 
     def evaluate(path: Path, verified: bool = False) -> None:
         opened = _Checkpoint(path, overrides, settings, options["tokenizer"], verified)

@@ -1,8 +1,7 @@
-"""`weftrain kernels`: who implements which op, whether it is right, whether it compiles, how fast it is.
+"""`weftrain kernels`: the implementations of each op: are they correct, do they compile, how fast are they.
 
-What a reader would get wrong: `check` and `bench` run in this process on what can run here; `--interpret` starts
-another one, because Triton decides when it is imported whether it interprets, and an interpreting process cannot
-compile.
+`check` and `bench` run what can run in this process. `--interpret` starts another one, because Triton decides at its
+import whether it interprets, and a process that interprets cannot compile.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from weftrain.cli.display import Bar, Console
+from weftrain.cli.display import Bar, Console, this_program
 
 if TYPE_CHECKING:
     from weftrain.analysis.kernel_bench import Measurement, Report
@@ -62,15 +61,9 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
     found = {device: table(device, getattr(torch, dtype)) for device in devices or ("cpu", "cuda")}
     if as_json:
         rows = [
-            {
-                "op": row.op,
-                "source": row.source,
-                "version": row.version,
-                "device": device,
-                "dtype": dtype,
-                "reason": row.reason,
-            }
+            {**{name: getattr(row, name) for name in ("op", "source", "version", "reason")}, **where}
             for device, by_op in found.items()
+            for where in ({"device": device, "dtype": dtype},)
             for row in by_op
         ]
         click.echo(json.dumps({"schema_version": 1, "preferences": list(DEFAULT_PREFERENCES), "rows": rows}, indent=1))
@@ -89,12 +82,11 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
         previous = first.op
     _print_table(shown)
     for reason, number in reasons.items():
-        console.print(f"({number}) {reason}", markup=False)
-    console.print(f"asked in this order unless a recipe says otherwise: {', '.join(DEFAULT_PREFERENCES)}", markup=False)
+        console.print(f"({number}) {reason}")
+    console.print(f"tried in this order unless a recipe says otherwise: {', '.join(DEFAULT_PREFERENCES)}")
 
 
-# ---- check
-# ----------------------------------------------------------------------------------------------------
+# check
 
 
 @kernels.command("check")
@@ -146,16 +138,15 @@ def check(
     for reason in dict.fromkeys(
         f"{item.op} {item.source}: {item.reason}" for item in report.skipped if item.check == "*"
     ):
-        console.print(f"skipped {reason}", markup=False)
+        console.print(f"skipped {reason}")
     for finding in report.failed:
         where = f"{finding.op} {finding.source} {finding.check} {finding.example} {finding.dtype}"
-        console.print(f"FAILED {where}: {finding.detail}", markup=False)
+        console.print(f"FAILED {where}: {finding.detail}")
     console.print(
-        f"{len(report) - len(report.failed)} passed, {len(report.failed)} failed, {len(report.skipped)} skipped",
-        markup=False,
+        f"{len(report) - len(report.failed)} passed, {len(report.failed)} failed, {len(report.skipped)} skipped"
     )
     if not report:
-        console.print("nothing was checked: no implementation that was asked for is available here", markup=False)
+        console.print("nothing was checked: no implementation that was asked for is available here")
     sys.exit(1 if report.failed or not report else 0)
 
 
@@ -174,8 +165,7 @@ def _findings_table(findings: Sequence[Finding]) -> Table:
     return shown
 
 
-# ---- compile
-# ----------------------------------------------------------------------------------------------------
+# compile
 
 
 @kernels.command("compile")
@@ -225,35 +215,22 @@ def compile_(
     for row in rows:
         if not row.ok:
             kind = "FAILED" if row.default else "candidate fails"
-            console.print(f"{kind} {row.op} {row.source} {row.name} {row.target}: {row.reason}", markup=False)
+            console.print(f"{kind} {row.op} {row.source} {row.name} {row.target}: {row.reason}")
     if old is not None:
         changes = diff(old, rows)
         for line in changes or ["nothing changed"]:
-            console.print(line, markup=False)
+            console.print(line)
     excluded = sum(row.excluded is not None for row in rows)
     candidates = sum(not row.ok and not row.default for row in rows)
     console.print(
-        f"{len(rows)} configurations x targets: {len(failed)} failed, {candidates} candidates fail, {excluded} "
-        "excluded",
-        markup=False,
+        f"{len(rows)} configurations x targets: {len(failed)} failed, {candidates} candidates fail, {excluded} excluded"
     )
     sys.exit(1 if failed else 0)
 
 
 def _rows_table(rows: Sequence[Row]) -> Table:
-    headings = (
-        "op",
-        "source",
-        "kernel",
-        "target",
-        "state",
-        "registers",
-        "spills",
-        "shared / limit KiB",
-        "matrix",
-        "binary KiB",
-    )
-    shown = Table(*headings, box=None, pad_edge=False)
+    headings = "op,source,kernel,target,state,registers,spills,shared / limit KiB,matrix,binary KiB"
+    shown = Table(*headings.split(","), box=None, pad_edge=False)
     for row in rows:
         state = "excluded" if row.excluded else "ok" if row.ok else "FAILED"
         spills = "-" if row.spill_instructions is None else str(row.spill_instructions)
@@ -268,8 +245,7 @@ def _rows_table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-# ---- bench
-# ----------------------------------------------------------------------------------------------------
+# bench
 
 
 @kernels.command("bench")
@@ -301,7 +277,7 @@ def _rows_table(rows: Sequence[Row]) -> Table:
     "plot_path",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Draw the shares of the roofline.",
+    help="Draw the roofline shares.",
 )
 def bench(
     ops: tuple[str, ...],
@@ -315,7 +291,7 @@ def bench(
     json_path: Path | None,
     plot_path: Path | None,
 ) -> None:
-    """Time every source of an op in turns: median, interval, GB/s, FLOP/s, share of this machine's roofline."""
+    """Time the sources of each op, interleaved: median, interval, GB/s, FLOP/s, share of this machine's roofline."""
     if interpret:
         if device != "cpu":
             raise click.BadParameter("the interpreter runs on the CPU", param_hint="--interpret")
@@ -342,16 +318,16 @@ def bench(
 
         plot(report, plot_path)
     for line in machine_lines(report):
-        console.print(line, markup=False)
+        console.print(line)
     _print_table(bench_table(report))
     for reason in dict.fromkeys(
         _why_skipped(item.op, item.example, item.source, item.reason) for item in report.skipped
     ):
-        console.print(reason, markup=False)
+        console.print(reason)
 
 
 def machine_lines(report: Report) -> list[str]:
-    """What the table was measured on, and against."""
+    """The machine, and the peaks that the table is measured against."""
     env = report.environment
 
     def figure(name: str, unit: str) -> str:
@@ -389,21 +365,8 @@ def bench_table(report: Report) -> Table:
     eager = {
         (one.op, one.example, one.direction): one.median_ms for one in report.measurements if one.source == "reference"
     }
-    headings = (
-        "op",
-        "example",
-        "direction",
-        "source",
-        "ms (median)",
-        "interval",
-        "x eager",
-        "GB/s",
-        "GFLOP/s",
-        "roofline",
-        "bound",
-        "",
-    )
-    shown = Table(*headings, box=None, pad_edge=False)
+    headings = "op,example,direction,source,ms (median),interval,x eager,GB/s,GFLOP/s,roofline,bound,"
+    shown = Table(*headings.split(","), box=None, pad_edge=False)
     for one in report.measurements:
         shown.add_row(*_cells(one, eager.get((one.op, one.example, one.direction))))
     return shown
@@ -416,37 +379,26 @@ def _cells(one: Measurement, eager_ms: float | None) -> list[str]:
     share = "unknown" if one.roofline_share is None else f"{one.roofline_share:.1%}"
     rates = [f"{one.gb_per_second:.3g}", f"{one.gflop_per_second:.4g}"]
     source = names.get(one.source, one.source)
-    return [
-        one.op,
-        one.example,
-        one.direction,
-        source,
-        f"{one.median_ms:.4g}",
-        interval,
-        times,
-        *rates,
-        share,
-        one.bound or "-",
-        one.note,
-    ]
+    median = f"{one.median_ms:.4g}"
+    where = [one.op, one.example, one.direction, source]
+    return [*where, median, interval, times, *rates, share, one.bound or "-", one.note]
 
 
 def _why_skipped(op: str, example: str, source: str, reason: str) -> str:
     return f"not measured: {' '.join(part for part in (op, example, source) if part)}: {reason}"
 
 
-# ---- the parts
-# ----------------------------------------------------------------------------------------------------
+# the parts
 
 
 def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    return Console()
 
 
 def _print_table(table: Table) -> None:
-    """As wide as it is: a column cut to the terminal, or to 80 in a pipe, loses what was asked for."""
+    """Print at full width: columns cut to the terminal, or to 80 characters in a pipe, would lose figures."""
     measuring = Console(width=10_000)
-    Console(highlight=False, width=measuring.measure(table).maximum).print(table, crop=False)
+    Console(soft_wrap=False, width=measuring.measure(table).maximum).print(table, crop=False)
 
 
 def _progress(bar: Bar) -> Callable[[int, int, str], None]:
@@ -462,22 +414,12 @@ def _repeated(**values: Sequence[str]) -> list[str]:
 
 def _interpreted(verb: str, options: Sequence[str], json_path: Path | None) -> int:
     """Run this command once more in a process whose Triton interprets; its exit code."""
-    command = [
-        sys.executable,
-        "-m",
-        "weftrain.cli",
-        "kernels",
-        verb,
-        *options,
-        *(["--json", str(json_path)] if json_path else []),
-    ]
+    command = this_program("kernels", verb, *options, *(["--json", str(json_path)] if json_path else []))
     return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
 
 
 def _mend_the_interpreter() -> None:
-    """In a process that interprets Triton, make its bf16 right before anything is run. Elsewhere there is nothing to
-    do.
-    """
+    """Where Triton interprets, correct its bfloat16 arithmetic before anything is run."""
     if importlib.util.find_spec("triton") is None:
         return
     import triton

@@ -38,7 +38,7 @@ def log(run: Path, samples: int | None, as_json: bool) -> None:
         for entry in entries:
             click.echo(canonical_json(entry).decode())
         return
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
     line = lineage(entries)
     if samples is not None:
         try:

@@ -46,7 +46,7 @@ def lower(recipe: str, overrides: tuple[str, ...], output: Path | None, mode: Li
             f"weftrain lower is for the system's compiler: leave backend.options.target={options.target} out"
         )
     output = Path("lowered") / resolved.name if output is None else output
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     with Bar(console, f"lowering {resolved.name}", 100) as bar:
         job = worker_job(resolved, options, mode)
         lowered = lower(job, output, options.silence_s, lambda words, share: bar.update(round(100 * share), words))
@@ -80,7 +80,7 @@ def lower(recipe: str, overrides: tuple[str, ...], output: Path | None, mode: Li
             ", ".join(f"{element} {count:,}" for element, count in sorted(report.precision[kind].items())),
         )
     console.print(ops)
-    console.print(f"artifacts    {lowered.folder}  ({REPORT}, {GENERIC}, executors/000001/cirh.mlir)", markup=False)
+    console.print(f"artifacts    {lowered.folder}  ({REPORT}, {GENERIC}, executors/000001/cirh.mlir)")
     console.print(
         "What this does not show: whether a system's memory holds it, how fast it runs, and how the hardware rounds."
     )

@@ -72,7 +72,7 @@ def memorize(
     from weftrain.core.formats import fsops
     from weftrain.core.formats.canonical import canonical_json
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     parameters = Parameters(
         prompt_tokens=prompt_tokens, continuation_tokens=continuation_tokens, samples=samples, seed=seed
     )
@@ -97,14 +97,14 @@ def memorize(
             bar.say,
             lambda done, total, note: bar.update(done, note, None, total),
         )
-    console.print("\n".join(_table(results, parameters)), markup=False)
+    console.print("\n".join(_table(results, parameters)))
     _warn_of_repeats(results, console)
     place = folder / parameters.folder_name
     fsops.write_bytes(place / "summary.json", canonical_json(summary(results, parameters)) + b"\n")
-    console.print(f"summary   {place / 'summary.json'}", markup=False)
+    console.print(f"summary   {place / 'summary.json'}")
     if plots:
         for path in draw(results, place):
-            console.print(f"picture   {path}", markup=False)
+            console.print(f"picture   {path}")
 
 
 def _checkpoints(run: Path, console: Console) -> tuple[Manifests, int | None]:
@@ -125,7 +125,7 @@ def _checkpoints(run: Path, console: Console) -> tuple[Manifests, int | None]:
                 manifest = read_manifest(path)
                 found[manifest["step"]] = (path, manifest)
             except (OSError, ValueError) as error:
-                console.print(f"warning: passed over {path}: manifest.json: {error}", markup=False)
+                console.print(f"warning: passed over {path}: manifest.json: {error}")
     if folder is inside:
         if not found:
             raise CheckpointError(
@@ -227,6 +227,5 @@ def _warn_of_repeats(results: list[Result], console: Console) -> None:
     for chunk, (repeated, rows) in repeats.items():
         console.print(
             f"warning: {chunk}: {repeated:,} of {rows:,} rows come in a second epoch or later: seen before, though not "
-            "there",
-            markup=False,
+            "there"
         )

@@ -38,5 +38,5 @@ def openness(release: Path, as_json: bool) -> None:
     for item in items:
         prevents = "" if item.status == "present" else item.prevents
         table.add_row(item.name, Text(item.status, _COLOURS[item.status]), item.evidence, prevents)
-    Console(highlight=False).print(table)
+    Console(soft_wrap=False).print(table)
     raise SystemExit(int(repeats(items)))

@@ -91,10 +91,10 @@ def plan(
     if devices is not None and backend is None:
         backend = "cuda"
     found = resolve(recipe, overrides, backend)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     given = found.recipe.backend.options.items()
     options = " ".join(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given)
-    console.print(f"backend          {found.backend.name}{': ' if options else ''}{options}", markup=False)
+    console.print(f"backend          {found.backend.name}{': ' if options else ''}{options}")
     prediction = (
         _here(console, found, disk, link_gb)
         if devices is None
@@ -119,9 +119,9 @@ def _here(console: Console, found: Resolved, disk: Path, link_gb: float | None) 
     peak = measured_matmul_peak(device, getattr(torch, recipe.precision.compute))
     memory = measured_bandwidth(torch.device("cpu"))
     speed = measured_disk(disk)
-    console.print(f"matrix multiply  {peak}", markup=False)
-    console.print(f"memory           {memory}", markup=False)
-    console.print(f"disk of {disk}     {speed}", markup=False)
+    console.print(f"matrix multiply  {peak}")
+    console.print(f"memory           {memory}")
+    console.print(f"disk of {disk}     {speed}")
     assert peak.flops is not None
     assert memory.bytes_per_second is not None
     speeds = Speeds(peak.flops, memory.bytes_per_second, speed.mixed, link, link)
@@ -147,7 +147,7 @@ def _by_name(
         raise BackendError(
             f"the {backend.name} backend does not compute what fits a {device.name}: --backend cuda does"
         )
-    console.print(f"{count} x {device.name}, {machine.devices_per_node} a node: {device.source}", markup=False)
+    console.print(f"{count} x {device.name}, {machine.devices_per_node} a node: {device.source}")
     table = _table(recipe, prediction)
     table.add_row("largest micro-batch", f"{most} sequences of {recipe.data.sequence_length}" if most else "none fits")
     tokens_per_second = recipe.tokens_per_step / prediction.step_s

@@ -36,7 +36,7 @@ def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
     from weftrain.data_prep.prep_recipe import is_prep_recipe, load_prep_recipe
     from weftrain.data_prep.publish import check_address, is_remote, staging_folder
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     if not output.strip():
         raise click.UsageError(
             f"--output is {output!r}, as a variable of the shell is that is not set: name the folder of datasets"

@@ -110,7 +110,7 @@ def filtered(job: Job, quality: Quality, folder: Path, workers: int, console: Co
     target = folder / f"{job.name}.filtered"
     kept = filter_inputs(job.inputs, quality, target, workers)
     counts = ", ".join(f"{step} {count:,}" for step, count in kept.dropped.items())
-    console.print(f"filtered {job.name}: dropped by {counts}; what is left lies in {target}", markup=False)
+    console.print(f"filtered {job.name}: dropped by {counts}; what is left lies in {target}")
     return replace(job, inputs=kept.inputs)
 
 

@@ -65,7 +65,7 @@ def release(
     from weftrain.exchange.release.signature import sign
     from weftrain.exchange.release.verify import verify as verify_release
 
-    console = Console(highlight=False, soft_wrap=True, stderr=True)
+    console = Console(stderr=True)
     dtype = getattr(torch, weights_dtype)
 
     def write_weights(folder: Path, weights: Mapping[str, Any], recipe: Recipe) -> None:
@@ -93,7 +93,7 @@ def release(
             write_weights=write_weights,
             check=lambda folder: verify_release(folder, signature=False),
             root=data_root,
-            progress=lambda words: console.print(words, markup=False),
+            progress=lambda words: console.print(words),
         )
     if key is not None:
         public = sign(target / SIGNATURE, made.root, key)
@@ -192,7 +192,7 @@ def replay(
     from weftrain.exchange.release.replay import DEFAULT_TOLERANCE, chosen_links, replay_link
     from weftrain.exchange.release.verify import verify as verify_release
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     verified = verify_release(release)
     if verified.release.data == "manifest" and data_root is None:
         raise ReleaseError(
@@ -220,7 +220,7 @@ def replay(
             notes += _notes(report)
     console.print(table)
     for note in dict.fromkeys(notes):
-        console.print(note, markup=False)
+        console.print(note)
     if failed:
         raise SystemExit(3)
 

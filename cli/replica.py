@@ -54,8 +54,8 @@ def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
         return Job(found.recipe, Plan(0, found.recipe.schedule.steps), backend_options(found)[1], folder=run, stop=stop)
 
     backend, _ = backend_options(file())
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"joining {run}", markup=False)
+    console = Console()
+    console.print(f"joining {run}")
     with stop:
         backend.follow(read, lambda job: open_data(job.recipe)[0], wait_s)
-    console.print("left the run" if stop.requested() else "the run ended", markup=False)
+    console.print("left the run" if stop.requested() else "the run ended")

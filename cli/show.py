@@ -36,7 +36,7 @@ def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...],
 
     RECIPE is a built-in name or the path of a .yaml file; without it, the built-in recipes are listed.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     if recipe is None:
         table = Table("recipe", "what it is", box=None)
         for name in builtin_recipes():
@@ -50,9 +50,9 @@ def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...],
     ]
     if beyond:
         raise click.BadParameter(f"step {beyond[0]} lies beyond the learning-rate schedule", param_hint="--step")
-    console.print(dump_yaml(resolved_recipe.model_dump(mode="json")), markup=False)
+    console.print(dump_yaml(resolved_recipe.model_dump(mode="json")))
     for line in arithmetic(resolved_recipe):
-        console.print(line, markup=False)
+        console.print(line)
     console.print(_parameter_table(resolved_recipe))
     console.print(_learning_rate_table(resolved_recipe, steps))
     if (counts := _samples_table(resolved_recipe, steps)) is not None:
@@ -60,7 +60,7 @@ def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...],
     if backend is not None:
         chosen, options = backend_options(file)
         for line in chosen.outline(resolved_recipe, options):
-            console.print(line, markup=False)
+            console.print(line)
 
 
 def arithmetic(recipe: Recipe) -> list[str]:

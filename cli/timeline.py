@@ -43,15 +43,14 @@ def timeline(run: Path) -> None:
     for track in TRACKS:
         share = f"{figures[track] / whole:.1%}" if whole else "-"
         table.add_row(track, f"{figures[track]:,.1f}", share, f"{sum(one.track == track for one in slices):,}")
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     console.print(table)
     moved = any(figures[track] for track in MOVING)
     overlap = (
         f"{figures[OVERLAP]:.1%} of the time of reads, writes and spools lies under computation that was not stalled"
     )
     console.print(
-        f"whole        {whole:,.1f} ms\noverlap      {overlap if moved else 'nothing was read, written or spooled'}",
-        markup=False,
+        f"whole        {whole:,.1f} ms\noverlap      {overlap if moved else 'nothing was read, written or spooled'}"
     )
     add_to_tensorboard(draw(slices, picture), run)
     lines = [
@@ -59,4 +58,4 @@ def timeline(run: Path) -> None:
         f"tensorboard  tensorboard --logdir {run / TENSORBOARD}   (Images)",
         f"by hand      open {trace} at https://ui.perfetto.dev",
     ]
-    console.print("\n".join(lines), markup=False)
+    console.print("\n".join(lines))

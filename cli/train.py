@@ -76,7 +76,7 @@ def train(
     """
     from weftrain.cli.resolve import backend_options, resolve_recipe
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     file = resolve_recipe(recipe, overrides, backend)
     name = run_name or file.recipe.name
     try:
@@ -183,7 +183,7 @@ def _train(
     backend, options = backend_options(file)
     source, heldout = open_data(recipe)
     with open_run(runs / name, recipe.model_dump(mode="json")) as folder, contextlib.ExitStack() as ending:
-        say = partial(console.print, markup=False)
+        say = partial(console.print)
         names = [held.name for held in heldout]
         start = decide(
             folder, recipe, source, backend, options, runs, allow=allow | decided, say=say, heldout=names, **asked
@@ -289,7 +289,7 @@ def _with_decisions(console: Console, file: RecipeFile, folder: Path) -> tuple[R
         return file, set()
     for entry in skip[own:]:
         done = "deferred" if entry["action"] == "defer" else "dropped"
-        console.print(f"chunk {entry['chunk']} is {done}, as the ledger says: {entry['reason']}", markup=False)
+        console.print(f"chunk {entry['chunk']} is {done}, as the ledger says: {entry['reason']}")
     tree = file.recipe.model_dump(mode="json")
     tree["data"]["skip"] = skip
     keys = {f"data.skip.{number}" for number in range(own, len(skip))}
@@ -328,22 +328,20 @@ class _Progress:
 def _announce(
     console: Console, recipe: Recipe, fingerprint: Fingerprint, peak: object, folder: Path, first: int
 ) -> None:
-    console.print(f"{recipe.name}: {recipe.description}", markup=False)
+    console.print(f"{recipe.name}: {recipe.description}")
     for line in arithmetic(recipe):
-        console.print(line, markup=False)
+        console.print(line)
     where = f"{fingerprint.backend} on {fingerprint.device}"
     threads = f", {fingerprint.threads} threads" if fingerprint.device_type == "cpu" and fingerprint.threads else ""
-    console.print(
-        f"backend      {where}{threads}, {recipe.precision.compute}; matrix-multiply peak {peak}", markup=False
-    )
+    console.print(f"backend      {where}{threads}, {recipe.precision.compute}; matrix-multiply peak {peak}")
     chosen: dict[str, set[str]] = {}
     for op, entries in fingerprint.kernels.get("ops", {}).items():
         for entry in entries:
             chosen.setdefault(entry["source"], set()).add(op)
     kernels = "; ".join(f"{source}: {', '.join(sorted(ops))}" for source, ops in sorted(chosen.items()))
-    console.print(f"kernels      {kernels or 'none'}", markup=False)
+    console.print(f"kernels      {kernels or 'none'}")
     for origin, reason in fingerprint.kernels.get("broken_plugins", {}).items():
-        console.print(f"warning: kernels: {origin} was passed over: {reason}", markup=False)
+        console.print(f"warning: kernels: {origin} was passed over: {reason}")
     if recipe.precision.numerics == "replayable":
         micro_batches = recipe.batch.accumulation_steps
         sums = (micro_batches & -micro_batches).bit_length()
@@ -351,16 +349,15 @@ def _announce(
         console.print(
             f"numerics     replayable: {micro_batches} micro-batches a process in a fixed tree, at most {sums} fp32 "
             "sums of the "
-            f"gradients = {size / 1e6:,.0f} MB",
-            markup=False,
+            f"gradients = {size / 1e6:,.0f} MB"
         )
-    console.print(f"run          {folder}{f', resumed after step {first}' if first else ''}", markup=False)
+    console.print(f"run          {folder}{f', resumed after step {first}' if first else ''}")
 
 
 def _summarize(console: Console, folder: Path, more: str) -> None:
     summary = summarize(folder)
     if summary is None:
-        console.print(f"no steps were logged; the run lies in {folder}", markup=False)
+        console.print(f"no steps were logged; the run lies in {folder}")
         return
     used, peak = summary.model_flops_utilization, summary.peak_flops
     share = (
@@ -381,4 +378,4 @@ def _summarize(console: Console, folder: Path, more: str) -> None:
         f"             weftrain eval {folder}",
         f"             {more}",
     ]
-    console.print("\n".join(lines), markup=False)
+    console.print("\n".join(lines))
