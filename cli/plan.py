@@ -17,7 +17,7 @@ from weftrain.cli.resolve import Resolved, resolve
 from weftrain.core.config import Recipe
 
 if TYPE_CHECKING:
-    from weftrain.core.backend import Prediction
+    from weftrain.core.prediction import Prediction
 
 _HERE, _BY_NAME = ("disk", "link_gb"), ("per_node", "network_gb")  # options without and with --devices
 
@@ -109,7 +109,7 @@ def _here(console: Console, found: Resolved, disk: Path, link_gb: float | None) 
 
     from weftrain.analysis.machine.disk import measured_disk
     from weftrain.analysis.peak import measured_bandwidth, measured_matmul_peak
-    from weftrain.core.backend import Speeds
+    from weftrain.core.prediction import Speeds
 
     recipe, backend, options = found
     link = None if link_gb is None else link_gb * 1e9
@@ -140,7 +140,7 @@ def _by_name(
     count, device = parse_devices(devices)
     machine = speeds(count, device, per_node)
     if network_gb is not None:
-        machine = dataclasses.replace(machine, link_bytes=network_gb * 1e9)
+        machine = dataclasses.replace(machine, link_bandwidth=network_gb * 1e9)
     prediction = _predicted(backend.name, backend.predict(recipe, options, machine))
     most = backend.largest_micro_batch(recipe, options, machine, device.memory_bytes)
     if most is None or prediction.capacity_bytes is None:

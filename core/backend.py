@@ -22,6 +22,7 @@ from weftrain.core.errors import BackendError
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.formats.dataset_manifest import SourceCursor
 from weftrain.core.formats.strict_model import StrictModel
+from weftrain.core.prediction import Prediction, Speeds
 from weftrain.core.stop import StopRequest
 
 
@@ -202,53 +203,6 @@ class EvalResult:
 
     loss: float
     tokens: int
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """What a machine was measured at, or its data sheet says, for predictions. None: not measured, or not there."""
-
-    matmul_flops: float  # FLOP/s of a matrix multiply in the compute dtype
-    memory_bytes: float  # bytes/s of main memory
-    disk_bytes: float | None = None  # bytes/s of the disk, reading and writing at once
-    link_bytes: float | None = None  # bytes/s that a device sends to one of another node, or a replica to another
-    node_link_bytes: float | None = None  # bytes/s that a device sends to others of its node
-    devices: int | None = None  # that the run is for; None: as many as the recipe asks for
-    devices_per_node: int = 1
-    capacity_bytes: float | None = None  # memory of a device; None: that of this machine, which the backend finds out
-    # of matmul_flops that a long run's matrix multiplies reach; None: the backend's own assumption
-    matmul_share: float | None = None
-    attention_share: float | None = None  # of matmul_flops that attention reaches
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Bytes of memory by part, and of disk, that a run takes on one machine."""
-
-    memory_bytes: Mapping[str, int]
-    disk_bytes: int
-
-    @property
-    def total_memory_bytes(self) -> int:
-        return sum(self.memory_bytes.values())
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A step's time, predicted: `limit` names the slowest of what runs at once, `parts` seconds of each by itself."""
-
-    step_s: float
-    limit: str
-    parts: Mapping[str, float]
-    needs: Needs
-    sent_bytes: Mapping[str, int] = field(default_factory=dict)  # by one device in a step, by what for
-    capacity_bytes: float | None = None  # of the memory that `needs` is held against; None: unknown
-    remedies: tuple[str, ...] = ()  # where it does not fit: settings with which it would, and what else helps
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether the memory holds what the run needs; None where the memory is unknown."""
-        return None if self.capacity_bytes is None else self.needs.total_memory_bytes <= self.capacity_bytes
 
 
 @dataclass(frozen=True)

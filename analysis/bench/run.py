@@ -193,7 +193,7 @@ def _peak(recipe: Recipe, device: torch.device, backend: Backend) -> Peak:
 
 
 def _predicted_memory(recipe: Recipe, backend: Backend, options: StrictModel) -> Any:
-    from weftrain.core.backend import Speeds
+    from weftrain.core.prediction import Speeds
 
     try:
         # memory does not depend on speeds

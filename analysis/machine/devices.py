@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from weftrain.core.backend import Speeds
 from weftrain.core.errors import WeftrainError
+from weftrain.core.prediction import Speeds
 
 
 class DeviceError(WeftrainError):
@@ -25,10 +25,10 @@ class Device:
     name: str
     memory_bytes: int
     bf16_flops: float | None  # dense, fp32 accumulation
-    memory_bandwidth_bytes: float
+    memory_bandwidth: float
     devices_per_node: int
-    node_link_bytes: float | None  # a device to the others of its node
-    network_bytes: float | None  # a device to other nodes, in the maker's reference node
+    node_link_bandwidth: float | None  # a device to the others of its node
+    network_bandwidth: float | None  # a device to other nodes, in the maker's reference node
     source: str
     # of bf16_flops; calibrated where published runs of 7-8 B models allow it (docs/train-on-a-cluster.md)
     matmul_share: float = 0.50
@@ -127,9 +127,9 @@ def speeds(count: int, device: Device, per_node: int | None = None) -> Speeds:
     node = min(count, per_node or device.devices_per_node)
     return Speeds(
         device.bf16_flops,
-        device.memory_bandwidth_bytes,
-        link_bytes=device.network_bytes,
-        node_link_bytes=device.node_link_bytes,
+        device.memory_bandwidth,
+        link_bandwidth=device.network_bandwidth,
+        node_link_bandwidth=device.node_link_bandwidth,
         devices=count,
         devices_per_node=node,
         capacity_bytes=device.memory_bytes,

@@ -36,8 +36,6 @@ from weftrain.core.backend import (
     Fingerprint,
     Job,
     Plan,
-    Prediction,
-    Speeds,
     State,
     StepResult,
 )
@@ -50,6 +48,7 @@ from weftrain.core.formats.strict_model import PositiveInt, StrictModel
 from weftrain.core.model import kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.parameters import parameter_specs
+from weftrain.core.prediction import Prediction, Speeds
 from weftrain.kernels import select
 
 NOT_RUN = "written to the vendor's API and never run on a system"

@@ -20,13 +20,14 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from weftrain.core.backend import Batch, BatchSource, Fingerprint, Job, Kept, Prediction, Speeds
+from weftrain.core.backend import Batch, BatchSource, Fingerprint, Job, Kept
 from weftrain.core.config import MAX_THREADS, OptimizerConfig, Recipe
 from weftrain.core.errors import BackendError, CheckpointError
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.model import Decoder, rotary_tables
 from weftrain.core.optim import ParameterGroup
 from weftrain.core.parameters import Role, parameter_specs
+from weftrain.core.prediction import Prediction, Speeds
 from weftrain.kernels.host_memory import use_huge_pages
 
 FP32_ROLES = (Role.NORM_WEIGHT, Role.NORM_BIAS)  # never copied to bf16: norms compute in fp32

@@ -16,10 +16,10 @@ import psutil
 
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees, degrees
-from weftrain.core.backend import Needs, Prediction, Speeds
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.parameters import Role, flops_per_token, parameter_specs
+from weftrain.core.prediction import Needs, Prediction, Speeds
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +184,7 @@ def predict(
     )
     passes *= (_COMPILED if options.compile else 1.0) * (1 + 0.4 * (options.activation_checkpointing != "none"))
     owned = (blocks + outer) / (1 if options.parallel == "ddp" else shape.shard * shape.sequence)
-    bandwidth = speeds.memory_bytes * BANDWIDTH_SHARE
+    bandwidth = speeds.memory_bandwidth * BANDWIDTH_SHARE
     sent = traffic(recipe, options, shape)
     parts = {
         "matrix products": products / (speeds.matmul_flops * (speeds.matmul_share or MATMUL_SHARE)),
@@ -228,12 +228,12 @@ def _link(name: str, shape: Degrees, speeds: Speeds) -> float | None:
         "sum over replicas": shape.size,
     }
     reaches = ranks.get(name, shape.size if name == "sum gradients" else shape.shard * shape.sequence)
-    node = speeds.node_link_bytes or speeds.link_bytes
-    if reaches <= speeds.devices_per_node or speeds.link_bytes is None:
+    node = speeds.node_link_bandwidth or speeds.link_bandwidth
+    if reaches <= speeds.devices_per_node or speeds.link_bandwidth is None:
         return node
     if name == "sum over replicas":
-        return speeds.link_bytes
-    through = speeds.link_bytes * speeds.devices_per_node
+        return speeds.link_bandwidth
+    through = speeds.link_bandwidth * speeds.devices_per_node
     return through if node is None else min(node, through)
 
 

@@ -18,11 +18,12 @@ from weftrain.backends.common.step import PlainBackend, ask_for_huge_pages, refu
 from weftrain.backends.streaming.planner import needs, predict, remedies
 from weftrain.backends.streaming.schedule import Scheduler, draw
 from weftrain.backends.streaming.store.layout import FormatName, Layout, make_layout
-from weftrain.core.backend import BatchSource, Job, Kept, Needs, Prediction, Speeds
+from weftrain.core.backend import BatchSource, Job, Kept
 from weftrain.core.config import CompileOption, Recipe, Threads, TimeoutS
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.canonical import sha256_json
 from weftrain.core.formats.strict_model import Count, PositiveInt, StrictModel
+from weftrain.core.prediction import Needs, Prediction, Speeds
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from weftrain.backends.streaming.schedule import Scheduler
 from weftrain.backends.streaming.store.layout import ITEM_BYTES, Layout
-from weftrain.core.backend import Needs, Prediction, Speeds
 from weftrain.core.config import Recipe
 from weftrain.core.parameters import flops_per_token
+from weftrain.core.prediction import Needs, Prediction, Speeds
 
 if TYPE_CHECKING:
     from weftrain.backends.streaming import StreamingOptions
@@ -73,15 +73,15 @@ def predict(
     passes = 28.0 + (40.0 if layout.format.name != "fp32" else 0.0) + (36.0 if options.tier == "mapped" else 0.0)
     times = {
         "compute": flops * again / (speeds.matmul_flops * _EFFICIENCY),
-        "memory": size * passes / speeds.memory_bytes,
+        "memory": size * passes / speeds.memory_bandwidth,
     }
-    if options.tier == "direct" and speeds.disk_bytes:
-        times["disk"] = (schedule.bytes_read + schedule.bytes_written) / speeds.disk_bytes
+    if options.tier == "direct" and speeds.disk_bandwidth:
+        times["disk"] = (schedule.bytes_read + schedule.bytes_written) / speeds.disk_bandwidth
         first = next(event for event in schedule.events if event.kind == "update")
-        times["first record"] = first.bytes_read / speeds.disk_bytes
-    if recipe.batch.replicas > 1 and speeds.link_bytes:
+        times["first record"] = first.bytes_read / speeds.disk_bandwidth
+    if recipe.batch.replicas > 1 and speeds.link_bandwidth:
         weights = sum(record.compute_bytes for record in layout.records)
-        times["link"] = (2 * weights + 4 * size) / speeds.link_bytes
+        times["link"] = (2 * weights + 4 * size) / speeds.link_bandwidth
     working = times["compute"] + times["memory"]
     slowest = {"compute": working, "disk": times.get("disk", 0.0), "link": times.get("link", 0.0)}
     limit = max(slowest, key=lambda name: slowest[name])

@@ -110,7 +110,7 @@ def test_memory_of_this_machine(weftrain: Run, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("weftrain.analysis.peak.measured_matmul_peak", lambda *_: pytest.fail("measured"))
     assert weftrain(*command, "--devices", "8xH100").exit_code == 2
     found = resolve("bench_70m", command[4:], "streaming")
-    from weftrain.core.backend import Speeds
+    from weftrain.core.prediction import Speeds
 
     prediction = found.backend.predict(found.recipe, found.options, Speeds(1e12, 1e10, 1e9))
     assert prediction is not None

@@ -120,7 +120,7 @@ def test_against_published_runs(
 def test_what_changes_a_prediction() -> None:
     base = predict(amber(), options(), Degrees(1, 224, 1, 1), speeds(224, DEVICES["A100-80GB"]))
     assert base.limit == "matrix products"
-    slow = dataclasses.replace(speeds(224, DEVICES["A100-80GB"]), link_bytes=1e9)
+    slow = dataclasses.replace(speeds(224, DEVICES["A100-80GB"]), link_bandwidth=1e9)
     assert predict(amber(), options(), Degrees(1, 224, 1, 1), slow).limit == "communication"
     keeps = predict(
         amber(), options(activation_checkpointing="none"), Degrees(1, 224, 1, 1), speeds(224, DEVICES["A100-80GB"])

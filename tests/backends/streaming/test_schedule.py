@@ -13,8 +13,8 @@ from streaming_runs import SIX_LAYERS, source_of, streaming
 from weftrain.backends.streaming import StreamingOptions, layer_slots, layout_of
 from weftrain.backends.streaming.planner import needs, predict, remedies
 from weftrain.backends.streaming.schedule import BRINGING, Scheduler, draw
-from weftrain.core.backend import Speeds
 from weftrain.core.config import Recipe
+from weftrain.core.prediction import Speeds
 from weftrain.core.recipe_file import load_recipe
 
 Tiny = Callable[..., Recipe]
@@ -112,14 +112,14 @@ def test_the_limit_of_a_prediction_is_the_slowest() -> None:
     layout = layout_of(recipe, chosen)
 
     def limit(**changes: float) -> str:
-        speeds = Speeds(**{"matmul_flops": 4e11, "memory_bytes": 5e10, "disk_bytes": 5e9, **changes})
+        speeds = Speeds(**{"matmul_flops": 4e11, "memory_bandwidth": 5e10, "disk_bandwidth": 5e9, **changes})
         found = predict(recipe, layout, chosen, 3, 1 << 28, speeds)
         assert found.step_s >= max(value for name, value in found.parts.items() if name != "first record")
         return found.limit
 
     assert limit() == "compute"
-    assert limit(disk_bytes=1e8) == "disk"
-    assert limit(matmul_flops=1e15, memory_bytes=1e9, disk_bytes=1e12) == "memory"
+    assert limit(disk_bandwidth=1e8) == "disk"
+    assert limit(matmul_flops=1e15, memory_bandwidth=1e9, disk_bandwidth=1e12) == "memory"
     compute = predict(recipe, layout, chosen, 3, 1 << 28, Speeds(4e11, 5e10, 5e9)).parts["compute"]
     assert compute == pytest.approx(363_724_800 * 1024 / (4e11 * 0.75))
 
