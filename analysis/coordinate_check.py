@@ -21,7 +21,7 @@ from torch import Tensor
 
 from weftrain.core.config import Initialization, ModelConfig, Mup
 from weftrain.core.model import Decoder, initialize, kernel_specs
-from weftrain.core.mup import resolved
+from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role, parameter_specs
 from weftrain.kernels import select
 
@@ -190,7 +190,7 @@ def _groups(model: Decoder, config: ModelConfig, learning_rate: float) -> list[d
     return [
         {
             "params": [p for name, p in named if name in matrices],
-            "lr": learning_rate * resolved(config).matrix_learning_rate_multiplier,
+            "lr": learning_rate * resolve_scales(config).matrix_learning_rate_multiplier,
         },
         {"params": [p for name, p in named if name not in matrices], "lr": learning_rate},
     ]

@@ -160,7 +160,9 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
     with tempfile.TemporaryDirectory(prefix="weftrain-eval-") as folder:  # for a backend that keeps state on disk
         prepared = prepare_run(
             chosen,
-            Job(file.recipe, Plan(state.step, state.step), options, weights, folder=Path(folder), kept="replace"),
+            Job(
+                file.recipe, Plan(state.step, state.step), options, weights, folder=Path(folder), stored_state="replace"
+            ),
         )
         for held in heldout:
             result = prepared.evaluate(held)

@@ -13,7 +13,7 @@ from rich.tree import Tree
 from weftrain.cli.display import Console
 
 if TYPE_CHECKING:
-    from weftrain.core.backend import Kept
+    from weftrain.core.backend import StoredState
 
 _FILE_WIDTH = 1000  # of a line that goes into a file or a pipe, which nobody wraps
 RunPath = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -42,14 +42,14 @@ def log(run: Path, samples: int | None, as_json: bool) -> None:
     line = lineage(entries)
     if samples is not None:
         try:
-            stretch, (first, stop), span = line.origin(samples)
+            segment, (first, stop), span = line.origin(samples)
         except ValueError as error:
             raise RunFolderError(f"{run / LEDGER}: {error}") from error
         chunk = "" if span is None else f", chunk {span.chunk} at place {span.place}"
-        console.print(f"step {samples}: samples {first}..{stop - 1}{chunk}, of dataset {stretch.dataset_id}")
+        console.print(f"step {samples}: samples {first}..{stop - 1}{chunk}, of dataset {segment.dataset_id}")
         console.print(
-            f"trained in the stretch of line {stretch.entry}, which began at step {stretch.first_step} from "
-            f"{stretch.parent}"
+            f"trained in the segment of line {segment.entry}, which began at step {segment.first_step} from "
+            f"{segment.parent}"
         )
         return
     _print_tree(console, run, entries, {point.entry for point in line.checkpoints})
@@ -57,18 +57,18 @@ def log(run: Path, samples: int | None, as_json: bool) -> None:
 
 def _print_tree(console: Console, run: Path, entries: list[dict[str, Any]], on_line: set[int]) -> None:
     tree = Tree(str(run))
-    stretch = tree
+    segment = tree
     for entry in entries:
         kind, step = entry["kind"], entry["step"]
         words = _words(entry)
         if kind in ("start", "resume"):
-            stretch = tree.add(f"step {step:>6}  {words}")
+            segment = tree.add(f"step {step:>6}  {words}")
         elif kind in ("rollback", "defer", "recipe"):
             tree.add(f"step {step:>6}  {words}")
         elif kind == "checkpoint" and entry["n"] not in on_line:
-            stretch.add(f"step {step:>6}  {words} (left)")
+            segment.add(f"step {step:>6}  {words} (left)")
         else:
-            stretch.add(f"step {step:>6}  {words}")
+            segment.add(f"step {step:>6}  {words}")
     console.print(tree)
 
 
@@ -131,7 +131,7 @@ def rollback(run: Path, step: int, reason: str) -> None:
 
     with held_run(run):
         try:
-            kept = _kept_state(run)
+            kept = _stored_state(run)
         except (
             WeftrainError
         ) as error:  # where later checkpoints say that there is something to go back from, it does not matter
@@ -144,7 +144,7 @@ def rollback(run: Path, step: int, reason: str) -> None:
     )
 
 
-def _kept_state(run: Path) -> Kept | None:
+def _stored_state(run: Path) -> StoredState | None:
     """State that the backend of the run in `run` keeps by itself. Raises RunFolderError, RecipeError, BackendError."""
     from weftrain.cli.resolve import backend_options, resolve_recorded
     from weftrain.core.run.run_folder import RECIPE, stored_recipe
@@ -154,7 +154,7 @@ def _kept_state(run: Path) -> Kept | None:
         return None
     file = resolve_recorded(tree, str(run / RECIPE))
     backend, options = backend_options(file)
-    return backend.kept_state(file.recipe, options, run)
+    return backend.stored_state(file.recipe, options, run)
 
 
 @click.command("defer")
@@ -176,7 +176,7 @@ def defer(run: Path, chunk: int, drop: bool, reason: str) -> None:
     with held_run(run):
         recipe = recorded_recipe(stored_recipe(run), str(run / RECIPE)).recipe
         action: Literal["defer", "drop"] = "drop" if drop else "defer"
-        entry = put_off(run, Ledger(run), recipe, chunk, action, reason, _kept_state(run))
+        entry = put_off(run, Ledger(run), recipe, chunk, action, reason, _stored_state(run))
     click.echo(
         f"{run}: chunk {chunk} is {'dropped' if drop else 'deferred'} from step {entry['step']} on; train goes on with "
         "it"

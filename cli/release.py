@@ -275,6 +275,8 @@ def _prepare(
             wanted = fingerprint.get("threads")
             threads = wanted if type(wanted) is int and wanted > 0 else None
             own = Path(folder) / str(plan.start_step)  # for a backend that keeps state on disk
-            return prepare_run(chosen, Job(file.recipe, plan, options, folder=own, threads=threads, kept="replace"))
+            return prepare_run(
+                chosen, Job(file.recipe, plan, options, folder=own, threads=threads, stored_state="replace")
+            )
 
         yield (lambda recipe: training_source(placed(recipe).recipe)), prepare

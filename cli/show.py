@@ -12,7 +12,7 @@ from weftrain.cli.display import Console
 from weftrain.cli.resolve import backend_options, resolve_recipe
 from weftrain.core.config import Recipe, Skip
 from weftrain.core.formats.strict_yaml import dump_yaml
-from weftrain.core.mup import resolved
+from weftrain.core.mup import resolve_scales
 from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_groups
 from weftrain.core.order.mixture import make_mixture, source_shares
 from weftrain.core.order.rows import timeline
@@ -32,7 +32,7 @@ from weftrain.core.recipe_file import builtin_recipes, load_recipe
 )
 @click.option("--backend", help="Also what a step of this backend will do (streaming: its timeline, with every byte).")
 def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...], backend: str | None) -> None:
-    """Print a recipe, resolved, with its arithmetic: parameters, tokens, steps, learning rates, bytes.
+    """Print a recipe, resolve_scales, with its arithmetic: parameters, tokens, steps, learning rates, bytes.
 
     RECIPE is a built-in name or the path of a .yaml file; without it, the built-in recipes are listed.
     """
@@ -69,7 +69,7 @@ def arithmetic(recipe: Recipe) -> list[str]:
     parameters = sum(spec.size for spec in parameter_specs(recipe.model))
     tokens = recipe.tokens_per_step
     flops = flops_per_token(recipe.model, data.sequence_length)
-    scales = resolved(recipe.model)
+    scales = resolve_scales(recipe.model)
     copies = f"; bf16 copies 2 B = {_bytes(2 * parameters)}" if recipe.precision.compute == "bfloat16" else ""
     lines = [
         f"parameters   {parameters:,}",

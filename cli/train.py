@@ -203,7 +203,15 @@ def _train(
         plan = start.plan
         with _Progress(console) as told:
             job = Job(
-                recipe, plan, options, start.weights, told, folder.path, stop, stretch=start.stretch, kept=start.kept
+                recipe,
+                plan,
+                options,
+                start.weights,
+                told,
+                folder.path,
+                stop,
+                segment=start.segment,
+                stored_state=start.stored_state,
             )
             run = prepare_run(backend, job)
             # also after an error: what a backend keeps on disk becomes durable, and others learn of the end

@@ -179,22 +179,22 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredState:
     """State that a backend keeps on disk by itself: where it stands, who trained it, and what the last step was.
 
-    stretch: Job.stretch of the process that completed that step. result: of the 0-based step `step - 1`, for a record
+    segment: Job.segment of the process that completed that step. result: of the 0-based step `step - 1`, for a record
     that lacks it.
     """
 
     step: int
-    stretch: str
+    segment: str
     where: Path
     dataset_id: str | None
     result: StepResult | None
 
 
 # What becomes of such state: the run goes on from it; it is overwritten; or it is kept under another name, beside.
-KeptUse = Literal["continue", "replace", "set_aside"]
+StoredStateUse = Literal["continue", "replace", "set_aside"]
 
 
 @dataclass(frozen=True)
@@ -226,9 +226,9 @@ class Job:
     # CPU threads of this process, before what the options say; Fingerprint.threads tells what came of it
     threads: int | None = None
     # names this start in the run's ledger; a backend that keeps state notes it with each step that it completes
-    stretch: str = ""
+    segment: str = ""
     # what becomes of the state that the backend itself keeps; one that is behind plan.start_step is replaced
-    kept: KeptUse = "continue"
+    stored_state: StoredStateUse = "continue"
 
 
 @dataclass(frozen=True)
@@ -327,12 +327,12 @@ class Backend(Protocol):
 
     def prepare(self, job: Job) -> Run: ...
 
-    def kept_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> Kept | None:
+    def stored_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> StoredState | None:
         """The state that the backend itself keeps on disk for the run in `folder`; None where it keeps none, or none
         that was trained.
 
-        Nothing is written. Whether it belongs to the run is for core/run/kept.py to decide. Raises BackendError for
-        state that cannot be used: damaged, or of another shape than this recipe's.
+        Nothing is written. core/resume.py decides whether it belongs to the run. Raises BackendError for state that
+        cannot be used: damaged, or of another shape than this recipe's.
         """
         ...
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from weftrain.core.config import ModelConfig
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, dropout
-from weftrain.core.mup import resolved
+from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
 from weftrain.kernels import Selection, Spec
 
@@ -102,7 +102,7 @@ class Embedding(nn.Module):
     def __init__(self, config: ModelConfig, residual_dtype: torch.dtype | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.scale = resolved(config).embedding_scale
+        self.scale = resolve_scales(config).embedding_scale
         self.residual_dtype = residual_dtype
         self.dropout = config.dropout
 
@@ -157,7 +157,7 @@ class Head(nn.Module):
         super().__init__()
         self.final_norm = final_norm
         self.head = head
-        self.logits_scale = resolved(config).logits_scale
+        self.logits_scale = resolve_scales(config).logits_scale
         self.linear_cross_entropy = selection.function("linear_cross_entropy", "head")
 
     def forward(self, x: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -300,7 +300,7 @@ def kernel_specs(
     head = {
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
-        "logits_scale": resolved(config).logits_scale,
+        "logits_scale": resolve_scales(config).logits_scale,
         "z_loss": 0.0,
     }
     norm_dtype = residual_dtype or dtype
@@ -331,7 +331,7 @@ def draw(spec: ParameterSpec, config: ModelConfig, seed: int) -> Tensor:
         return torch.ones(spec.shape)
     if spec.role in (Role.NORM_BIAS, Role.BIAS):
         return torch.zeros(spec.shape)
-    scales = resolved(config)
+    scales = resolve_scales(config)
     std = {
         Role.EMBEDDING: scales.embedding_std,
         Role.HEAD: scales.head_std,

@@ -39,7 +39,7 @@ class Resolved:
     output_matrix_std: float
 
 
-def resolved(config: ModelConfig) -> Resolved:
+def resolve_scales(config: ModelConfig) -> Resolved:
     """The scales and standard deviations of either kind of config; without muP, those written there and a multiplier of
     1.
     """
@@ -79,7 +79,7 @@ def fold(config: ModelConfig, weights: Mapping[str, Tensor]) -> tuple[ModelConfi
     its learning-rate groups are gone, and its `initialization` only records the standard deviations of the folded
     embedding and matrices.
     """
-    scales = resolved(config)
+    scales = resolve_scales(config)
     embedding = weights["embedding.weight"]
     head = embedding if config.tie_embeddings else weights["head.weight"]
     folded = dict(weights)

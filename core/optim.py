@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from weftrain.core.config import ModelConfig, OptimizerConfig, ScheduleConfig
-from weftrain.core.mup import resolved
+from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role, parameter_specs
 
 # The parameter group of each role. The muP learning-rate multiplier applies to decoder matrices alone: CrystalCoder
@@ -47,7 +47,7 @@ def parameter_groups(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[Pa
     members: dict[str, list[str]] = {name: [] for name in ("embeddings", "decoder_matrices", "norms_and_biases")}
     for spec in parameter_specs(model):
         members[GROUP_OF_ROLE[spec.role]].append(spec.name)
-    matrix_multiplier = resolved(model).matrix_learning_rate_multiplier
+    matrix_multiplier = resolve_scales(model).matrix_learning_rate_multiplier
     return tuple(
         ParameterGroup(
             name=name,

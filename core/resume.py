@@ -4,8 +4,8 @@ Between the two stand `Backend.prepare` and `Run.import_state`, which can refuse
 run's folder, just before training begins, so a start that is refused leaves the folder as it was.
 
     start = decide(folder, recipe, source, backend, options, runs, allow=.., say=..)   # raises; writes nothing
-    run = prepare_run(backend, Job(start.resolved, start.plan, weights=start.weights, stretch=start.stretch,
-    kept=start.kept))
+    run = prepare_run(backend, Job(start.resolved, start.plan, weights=start.weights, segment=start.segment,
+    stored_state=start.stored_state))
     if start.state is not None: run.import_state(start.state)
     ledger = commit(start, environment)                                                # then train from
     start.first_step
@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from weftrain.core import checkpoint
-from weftrain.core.backend import Backend, BatchSource, Kept, KeptUse, Plan, State
+from weftrain.core.backend import Backend, BatchSource, Plan, State, StoredState, StoredStateUse
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
@@ -30,12 +30,21 @@ from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.run.adoption import Standing, check_from_scratch, standing
 from weftrain.core.run.continuation import check_amounts, cursors_of, data_of_start, recipe_of
 from weftrain.core.run.fit_of_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
-from weftrain.core.run.kept import Measured, Unfinished, completed, is_unfinished, judge, made_by
-from weftrain.core.run.ledger import LEDGER, TORN, Ledger, Stretch, lineage, read_ledger, tokens_before, torn_bytes
+from weftrain.core.run.ledger import (
+    LEDGER,
+    TORN,
+    Ledger,
+    TrainingSegment,
+    lineage,
+    read_ledger,
+    tokens_before,
+    torn_bytes,
+)
 from weftrain.core.run.metrics import METRICS, damaged_lines, effective_records, repair
 from weftrain.core.run.metrics import TORN as METRICS_TORN
 from weftrain.core.run.rollback import finish_rollback
 from weftrain.core.run.run_folder import ABSENT, RecipeCheck, RunFolder, blamed, differences, follows, with_defaults
+from weftrain.core.run.stored_state import Measured, Unfinished, completed, is_unfinished, judge, made_by
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,8 @@ class Start:
     own: Standing  # what its checkpoints and its ledger say together
     damaged_metrics: tuple[int, ...]  # lines of metrics.jsonl by number, which are moved aside
     decided: Mapping[str, Any]  # what the ledger's line says beside: see ledger_lines.Begin
-    stretch: str  # a new name for what is trained from here on, for the ledger and for state that the backend keeps
-    kept: KeptUse  # what becomes of the state that the backend itself keeps
+    segment: str  # a new name for what is trained from here on, for the ledger and for state that the backend keeps
+    stored_state: StoredStateUse  # what becomes of the state that the backend itself keeps
     unfinished: Unfinished | None  # the last step of such a state, where the record lacks what the plan wants of it
     # what was recorded since the checkpoint before it, where the run goes on from such a state
     measured: Measured | None
@@ -109,18 +118,18 @@ def decide(
     entries = read_ledger(folder.path / LEDGER)
     damaged = _tell_repairs(folder.path, say)
     own = standing(folder.path, entries, repair_ledger, say)
-    kept = backend.kept_state(recipe, options, folder.path)
-    begun = own.newest is None and completed(kept, entries) > 0  # so what it started from may have gone, or gone on
+    stored = backend.stored_state(recipe, options, folder.path)
+    begun = own.newest is None and completed(stored, entries) > 0  # so what it started from may have gone, or gone on
     found = None if begun else starting_state(recipe, own.newest, runs, lambda line: say(f"warning: {line}"))
     first = 0 if found is None else found.state.step
-    verdict = judge(kept, entries, first, backend.name)
+    verdict = judge(stored, entries, first, backend.name)
     if verdict.said:
         say(verdict.said)
     manifest = None if found is None else found.manifest
     checked = _check_changes(folder, found, source.dataset_id, allow)
     unfinished = measured = made = None
-    if goes_on := kept if verdict.use == "continue" else None:
-        _check_kept_data(goes_on, source.dataset_id, allow)
+    if goes_on := stored if verdict.use == "continue" else None:
+        _check_stored_data(goes_on, source.dataset_id, allow)
         since = 0 if manifest is None else first  # step of the run's own newest checkpoint
         first = goes_on.step
         made = made_by(goes_on, entries)
@@ -148,7 +157,7 @@ def decide(
             say(f"recipe changed at step {first}: {key}: {old} -> {new}")
     for line in (*continued.notes, *check_amounts(continued.recipe, continued.source)):
         say(line)
-    stretch = secrets.token_hex(16)
+    segment = secrets.token_hex(16)
     return Start(
         plan=plan_of(recipe, first),
         state=found.state if found is not None and found.has_optimizer and goes_on is None else None,
@@ -165,11 +174,11 @@ def decide(
             "drawn": {} if first else drawn,
             "from_scratch": from_scratch and bool(own.passed_over),
             "repaired": repair_ledger and own.newest is not None and (not entries or len(own.to_enter) > 1),
-            "stretch": stretch,
+            "stretch": segment,
             "continues": verdict.continues,
         },
-        stretch=stretch,
-        kept=verdict.use,
+        segment=segment,
+        stored_state=verdict.use,
         unfinished=unfinished,
         measured=measured,
         folder=folder,
@@ -210,10 +219,10 @@ def plan_of(recipe: Recipe, first_step: int) -> Plan:
     )
 
 
-def _check_kept_data(kept: Kept, dataset_id: str, allow: Set[str]) -> None:
-    if kept.dataset_id not in (None, dataset_id) and "data" not in allow:
+def _check_stored_data(stored: StoredState, dataset_id: str, allow: Set[str]) -> None:
+    if stored.dataset_id not in (None, dataset_id) and "data" not in allow:
         raise CheckpointError(
-            f"{kept.where}: was trained on dataset {str(kept.dataset_id)[:12]}, the recipe's is {dataset_id[:12]}: "
+            f"{stored.where}: was trained on dataset {str(stored.dataset_id)[:12]}, the recipe's is {dataset_id[:12]}: "
             "restore the dataset, or "
             "continue on the other one with --allow data"
         )
@@ -221,7 +230,7 @@ def _check_kept_data(kept: Kept, dataset_id: str, allow: Set[str]) -> None:
 
 def _recorded(
     measured: Iterable[Mapping[str, Any]],
-    kept: Kept,
+    stored: StoredState,
     before: Recipe,
     since: int,
     entries: Sequence[Mapping[str, Any]],
@@ -231,23 +240,23 @@ def _recorded(
     `since`.
     """
     records = list(measured)
-    plan = plan_of(before, kept.step)
+    plan = plan_of(before, stored.step)
     unfinished = None
-    if is_unfinished(kept, plan, since, entries, records, heldout):
-        assert kept.result is not None
-        unfinished = Unfinished(kept.result, before, plan, kept.dataset_id or "", {})
-    last = kept.step - (unfinished is not None)
+    if is_unfinished(stored, plan, since, entries, records, heldout):
+        assert stored.result is not None
+        unfinished = Unfinished(stored.result, before, plan, stored.dataset_id or "", {})
+    last = stored.step - (unfinished is not None)
     found = [
         record for record in records if record["kind"] in ("step", "evaluation") and since < record["step"] <= last
     ]
     return unfinished, Measured(since, found)
 
 
-def _parent(found: Found | None, entries: Sequence[Mapping[str, Any]], made: Stretch | None) -> str | None:
+def _parent(found: Found | None, entries: Sequence[Mapping[str, Any]], made: TrainingSegment | None) -> str | None:
     """Root of the checkpoint before what is trained next.
 
-    Where the backend's own state holds, which the stretch `made` trained, that is the last one of the ledger's line,
-    also if its folder is damaged or gone, or else what that stretch began from; unless `found` is one that the ledger
+    Where the backend's own state holds, which the segment `made` trained, that is the last one of the ledger's line,
+    also if its folder is damaged or gone, or else what that segment began from; unless `found` is one that the ledger
     does not list yet.
     """
     points = lineage(entries).checkpoints

@@ -21,11 +21,11 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import NonFiniteError
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.order.rows import recipe_timeline
-from weftrain.core.run.kept import Measured, Unfinished, skip_is_entered
 from weftrain.core.run.ledger import Ledger, lineage
 from weftrain.core.run.metrics import Digest, MetricsWriter
 from weftrain.core.run.skips import SkipLimits
 from weftrain.core.run.speed import Speed
+from weftrain.core.run.stored_state import Measured, Unfinished, skip_is_entered
 
 
 @dataclass(frozen=True)

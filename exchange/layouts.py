@@ -21,7 +21,7 @@ from torch import Tensor
 
 from weftrain.core.config import Initialization, ModelConfig, Mup
 from weftrain.core.errors import CheckpointError, RecipeError
-from weftrain.core.mup import resolved
+from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
 
 Layout = Literal["llama", "crystalcoder", "cerebras"]
@@ -490,7 +490,7 @@ def _proxy_width(hidden: int, scale: float) -> int:
 
 
 def _to_crystalcoder(config: ModelConfig) -> dict[str, Any]:
-    scales, mup = resolved(config), config.mup
+    scales, mup = resolve_scales(config), config.mup
     return {
         "model_type": "crystalcoder",
         "architectures": ["CrystalCoderLMHeadModel"],

@@ -195,12 +195,12 @@ def _token_count(recipe: Recipe, line: Lineage | None) -> tuple[Callable[[int], 
     """step -> tokens seen after it, and the arithmetic in words."""
     batch, length = recipe.batch.global_batch_size, recipe.data.sequence_length
     words = f"step x {batch:,} x {length:,} = step x {batch * length:,}"
-    stretches = line.stretches if line is not None else ()
-    rates = [one.tokens_per_step for one in stretches]
+    segments = line.segments if line is not None else ()
+    rates = [one.tokens_per_step for one in segments]
     if line is None or set(rates) <= {batch * length}:
         return lambda step: step * batch * length, words
     pieces = ", ".join(
-        f"{rate:,} a step from step {one.first_step:,}" for rate, one in zip(rates, stretches, strict=True)
+        f"{rate:,} a step from step {one.first_step:,}" for rate, one in zip(rates, segments, strict=True)
     )
     return line.tokens_read, f"by the ledger, whose recipe changed: {pieces}"
 
@@ -214,8 +214,8 @@ def _checkpoints(reading: _Reading) -> tuple[dict[str, int], dict[int, Path], st
     """
     line = reading.line
     roots = {point.root: point.step for point in line.checkpoints} if line is not None else {}
-    dataset_id = line.stretches[-1].dataset_id if line is not None and line.stretches else None
-    begins = line.stretches[0].first_step if line is not None and line.stretches else math.inf
+    dataset_id = line.segments[-1].dataset_id if line is not None and line.segments else None
+    begins = line.segments[0].first_step if line is not None and line.segments else math.inf
     places: dict[int, Path] = {}
     inside = reading.folder / "checkpoints"
     for path in sorted(inside.iterdir()) if inside.is_dir() else ():

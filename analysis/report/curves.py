@@ -68,7 +68,7 @@ class Trace:
 
 @dataclass
 class _Part:
-    """The measurements of the line that counts, or of one stretch that was left."""
+    """The measurements of the line that counts, or of one segment that was left."""
 
     training: dict[str, Points] = field(default_factory=lambda: {key: Points() for key in _DRAWN})
     rates: dict[str, Points] = field(default_factory=dict)

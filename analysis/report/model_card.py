@@ -126,7 +126,7 @@ def _training(run: Path, line: Lineage, recipe: Recipe) -> list[str]:
             f"{last['step']}."
         )
     found.append(
-        f"Trained in {len(line.stretches)} stretches, with {len(line.branches)} rollbacks and {len(line.skips)} "
+        f"Trained in {len(line.segments)} segments, with {len(line.branches)} rollbacks and {len(line.skips)} "
         "skipped steps."
     )
     found += [f"Rolled back to step {branch.step}: {plain(branch.reason)}" for branch in line.branches]

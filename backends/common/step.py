@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from weftrain.core.backend import Batch, BatchSource, Fingerprint, Job, Kept
+from weftrain.core.backend import Batch, BatchSource, Fingerprint, Job, StoredState
 from weftrain.core.config import MAX_THREADS, OptimizerConfig, Recipe
 from weftrain.core.errors import BackendError, CheckpointError
 from weftrain.core.formats.strict_model import StrictModel
@@ -390,7 +390,7 @@ class PlainBackend:
     def unavailable(self) -> str | None:
         return None
 
-    def kept_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> Kept | None:
+    def stored_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> StoredState | None:
         return None
 
     def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:

@@ -18,7 +18,7 @@ from weftrain.backends.common.step import PlainBackend, ask_for_huge_pages, refu
 from weftrain.backends.streaming.planner import needs, predict, remedies
 from weftrain.backends.streaming.schedule import Scheduler, draw
 from weftrain.backends.streaming.store.layout import FormatName, Layout, make_layout
-from weftrain.core.backend import BatchSource, Job, Kept
+from weftrain.core.backend import BatchSource, Job, StoredState
 from weftrain.core.config import CompileOption, Recipe, Threads, TimeoutS
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.canonical import sha256_json
@@ -224,8 +224,8 @@ class StreamingBackend(PlainBackend):
         finally:
             run.close()
 
-    def kept_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> Kept | None:
-        """See Backend.kept_state: the store of a file tier."""
+    def stored_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> StoredState | None:
+        """See Backend.stored_state: the store of a file tier."""
         from weftrain.backends.streaming.store.mapped import kept_in
 
         assert isinstance(options, StreamingOptions)

@@ -96,11 +96,13 @@ class StreamingRun:
         self._measured: dict[str, float] = {}
         self._dataset_id: str | None = None
         self._stop = job.stop
-        self._stretch, self._sets_aside = job.stretch, job.kept == "set_aside"
+        self._stretch, self._sets_aside = job.segment, job.stored_state == "set_aside"
         self._trace_path = None if job.folder is None or not options.trace_steps else job.folder / "trace.json"
 
         if fabric.rank == 0 and (
-            job.kept != "continue" or not self._all_stand(store.commit) or self._standing().step < job.plan.start_step
+            job.stored_state != "continue"
+            or not self._all_stand(store.commit)
+            or self._standing().step < job.plan.start_step
         ):
             self._fill(initial(job), job.plan.start_step, 0)
 

@@ -113,7 +113,7 @@ def _to_enter(
     """
     path = present[newest["step"]]
     last = line.checkpoints[-1] if line.checkpoints else None
-    expected = last.root if last is not None else line.stretches[-1].parent if line.stretches else None
+    expected = last.root if last is not None else line.segments[-1].parent if line.segments else None
     older: dict[str, Manifest] = {}
     for step, place in present.items():
         if step < newest["step"]:
@@ -153,16 +153,16 @@ def _why_foreign(chain: Sequence[Manifest], expected: str | None, line: Lineage)
         return (
             f"its parent is {_short(first['parent'])}, and the ledger's last checkpoint, {where}, is {_short(expected)}"
         )
-    for manifest in chain if line.stretches else ():
+    for manifest in chain if line.segments else ():
         # a later start may have begun right there
-        made = [stretch for stretch in line.stretches if stretch.first_step < manifest["step"]]
-        stretch = made[-1] if made else line.stretches[0]
-        changes = differences(with_defaults(stretch.recipe), with_defaults(manifest["recipe"]))
+        made = [segment for segment in line.segments if segment.first_step < manifest["step"]]
+        segment = made[-1] if made else line.segments[0]
+        changes = differences(with_defaults(segment.recipe), with_defaults(manifest["recipe"]))
         if changes:
             listed = ", ".join(f"{key}: {shown(old)} -> {shown(new)}" for key, old, new in changes[:4])
             return f"it was made with another recipe ({listed}{' ..' if len(changes) > 4 else ''})"
-        if manifest["dataset_id"] != stretch.dataset_id:
-            return f"it was trained on dataset {manifest['dataset_id'][:12]}, and this run on {stretch.dataset_id[:12]}"
+        if manifest["dataset_id"] != segment.dataset_id:
+            return f"it was trained on dataset {manifest['dataset_id'][:12]}, and this run on {segment.dataset_id[:12]}"
     return ""
 
 

@@ -28,7 +28,7 @@ from weftrain.core.errors import CheckpointError, DataError
 from weftrain.core.formats.dataset_manifest import SourceCursor
 from weftrain.core.order.kept_rows import without
 from weftrain.core.order.rows import RowOrder, Timeline, recipe_timeline
-from weftrain.core.run.ledger import Stretch, going_back
+from weftrain.core.run.ledger import TrainingSegment, going_back
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,12 @@ def data_of_start(
     step: int,
     manifest: Mapping[str, Any] | None,
     foreign: Mapping[str, Any] | None,
-    made: Stretch | None,
+    made: TrainingSegment | None,
 ) -> Continued:
     """The recipe and the rows with which the run in `folder` goes on after `step` completed steps, or begins.
 
     source: of the recipe asked for. manifest: of the checkpoint that it resumes from; foreign: of another run's, by
-    start_from. made: the stretch that made the state which the backend itself keeps, where the run goes on from that.
+    start_from. made: the segment that made the state which the backend itself keeps, where the run goes on from that.
     Raises DataError for data that cannot go on, CheckpointError for a record that cannot be read.
     """
     if manifest is not None and manifest["step"] == step:

@@ -15,7 +15,7 @@ import torch
 from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError
 from weftrain.core.model import draw
-from weftrain.core.mup import resolved
+from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role, parameter_specs
 from weftrain.core.recipe_file import recorded_recipe
 
@@ -98,7 +98,7 @@ def _differences(manifest: Mapping[str, Any], model: ModelConfig, where: str) ->
     recorded = recorded_recipe(dict(manifest["recipe"]), f"{where}: recipe").recipe.model
     keys = [key for key in ModelConfig.model_fields if key not in _NOT_THE_FUNCTION and not key.endswith("_scale")]
     pairs = {key: (getattr(recorded, key), getattr(model, key)) for key in [*keys, "attention_scale"]}
-    scales = resolved(recorded), resolved(model)
+    scales = resolve_scales(recorded), resolve_scales(model)
     pairs["embedding_scale"] = (scales[0].embedding_scale, scales[1].embedding_scale)
     pairs["logits_scale"] = (scales[0].logits_scale, scales[1].logits_scale)
     return {key: f"model.{key}: {old} -> {new}" for key, (old, new) in pairs.items() if old != new}

@@ -176,11 +176,11 @@ class Ledger:
         last = self._entries[-1] if self._entries else None
         if last is not None and last["kind"] == "checkpoint":
             line = lineage(self._entries)
-            if not line.stretches:  # a new ledger, of which a crash left only the checkpoint that it was to begin with
+            if not line.segments:  # a new ledger, of which a crash left only the checkpoint that it was to begin with
                 return
-            stretch = line.stretch_of(last["step"])
-            recipe = recorded_recipe(dict(stretch.recipe), f"{LEDGER}:{stretch.entry + 1}").recipe
-            self._chunk_end(recipe, stretch.dataset_id, last["step"], last["root"])
+            segment = line.segment_of(last["step"])
+            recipe = recorded_recipe(dict(segment.recipe), f"{LEDGER}:{segment.entry + 1}").recipe
+            self._chunk_end(recipe, segment.dataset_id, last["step"], last["root"])
 
     def _chunk_end(self, recipe: Recipe, dataset_id: str, step: int, root: str) -> None:
         span = span_of(recipe, step - 1) if step else None
@@ -244,7 +244,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class TrainingSegment:
     """Steps trained in one go, [first_step, stop_step): by one recipe, on one dataset, in one environment. stop_step
     None: so far.
     """
@@ -264,7 +264,7 @@ class Stretch:
 
     @property
     def tokens_per_step(self) -> int:
-        """Positions read by each step of this stretch."""
+        """Positions read by each step of this segment."""
         return int(self.recipe["batch"]["global_batch_size"]) * int(self.recipe["data"]["sequence_length"])
 
 
@@ -283,54 +283,54 @@ class Lineage:
     """What a ledger says, read from its start to its end."""
 
     checkpoints: tuple[Point, ...]
-    stretches: tuple[Stretch, ...]
+    segments: tuple[TrainingSegment, ...]
     branches: tuple[Branch, ...]
     decisions: tuple[Mapping[str, Any], ...]  # the `defer` entries that hold
     # ascending: completed steps after each that was left out, for its loss or gradient was not finite
     skips: tuple[int, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)  # that it told last, as it was written
 
-    def stretch_at(self, step: int) -> Stretch:
-        """The stretch in which the 0-based step `step` was made. Raises ValueError for a step that the ledger does not
+    def segment_at(self, step: int) -> TrainingSegment:
+        """The segment in which the 0-based step `step` was made. Raises ValueError for a step that the ledger does not
         have.
         """
-        place = bisect_right(self.stretches, step, key=lambda stretch: stretch.first_step) - 1
-        stretch = self.stretches[place] if place >= 0 else None
-        if stretch is None or (stretch.stop_step is not None and step >= stretch.stop_step):
+        place = bisect_right(self.segments, step, key=lambda segment: segment.first_step) - 1
+        segment = self.segments[place] if place >= 0 else None
+        if segment is None or (segment.stop_step is not None and step >= segment.stop_step):
             raise ValueError(f"step {step} is not in the ledger")
-        return stretch
+        return segment
 
-    def stretch_of(self, completed: int) -> Stretch:
-        """The stretch that made a checkpoint of so many completed steps, also where a later one has begun right there.
+    def segment_of(self, completed: int) -> TrainingSegment:
+        """The segment that made a checkpoint of so many completed steps, also where a later one has begun right there.
 
         Raises ValueError for one that the ledger does not have.
         """
-        return self.stretch_at(completed - 1) if completed else self.stretches[0]
+        return self.segment_at(completed - 1) if completed else self.segments[0]
 
-    def origin(self, step: int) -> tuple[Stretch, list[int], Span | None]:
-        """How the 0-based step `step` was made, on the line that counts: its stretch, its samples [first, stop), its
+    def origin(self, step: int) -> tuple[TrainingSegment, list[int], Span | None]:
+        """How the 0-based step `step` was made, on the line that counts: its segment, its samples [first, stop), its
         chunk.
 
         The samples' rows follow from recipe and dataset alone (core/data.py). Raises ValueError for a step that the
         ledger does not have.
         """
-        stretch = self.stretch_at(step)
-        recipe = recorded_recipe(dict(stretch.recipe), f"{LEDGER}:{stretch.entry + 1}").recipe
+        segment = self.segment_at(step)
+        recipe = recorded_recipe(dict(segment.recipe), f"{LEDGER}:{segment.entry + 1}").recipe
         times = recipe_timeline(recipe)
-        return stretch, [times.sample(step), times.sample(step + 1)], span_of(recipe, step)
+        return segment, [times.sample(step), times.sample(step + 1)], span_of(recipe, step)
 
     def tokens_read(self, step: int) -> int:
-        """Positions read in the first `step` steps: each step by its own stretch's recipe, what lies before the first
-        stretch by that one.
+        """Positions read in the first `step` steps: each step by its own segment's recipe, what lies before the first
+        segment by that one.
 
-        0 where the ledger has no stretch.
+        0 where the ledger has no segment.
         """
-        if not self.stretches:
+        if not self.segments:
             return 0
-        starts = [stretch.first_step for stretch in self.stretches]
+        starts = [segment.first_step for segment in self.segments]
         edges = [0, *starts[1:], max(step, starts[-1])]
-        parts = zip(self.stretches, edges, edges[1:], strict=False)
-        return sum(stretch.tokens_per_step * max(0, min(step, stop) - first) for stretch, first, stop in parts)
+        parts = zip(self.segments, edges, edges[1:], strict=False)
+        return sum(segment.tokens_per_step * max(0, min(step, stop) - first) for segment, first, stop in parts)
 
 
 def tokens_before(step: int, manifest: Mapping[str, Any] | None, line: Lineage) -> int:
@@ -354,7 +354,7 @@ def lineage(entries: Sequence[Mapping[str, Any]]) -> Lineage:
         getattr(line, f"on_{entry['kind']}", line.on_other)(entry)
     return Lineage(
         tuple(line.checkpoints),
-        tuple(line.stretches),
+        tuple(line.segments),
         tuple(line.branches),
         tuple(line.decisions),
         tuple(line.skips),
@@ -365,14 +365,14 @@ def lineage(entries: Sequence[Mapping[str, Any]]) -> Lineage:
 @dataclass
 class _Line:
     checkpoints: list[Point] = field(default_factory=list)
-    stretches: list[Stretch] = field(default_factory=list)
+    segments: list[TrainingSegment] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
     decisions: list[Mapping[str, Any]] = field(default_factory=list)
     skips: list[int] = field(default_factory=list)
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def on_start(self, entry: Mapping[str, Any]) -> None:
-        if self.stretches:
+        if self.segments:
             raise RunFolderError(
                 f"{LEDGER}:{entry['n'] + 1}: starts a run that was started before: two ledgers were put together"
             )
@@ -413,8 +413,8 @@ class _Line:
         self.skips.append(entry["step"])
 
     def on_end(self, entry: Mapping[str, Any]) -> None:
-        if self.stretches:
-            self.stretches[-1] = _until(self.stretches[-1], entry["step"])
+        if self.segments:
+            self.segments[-1] = _until(self.segments[-1], entry["step"])
 
     def on_other(self, entry: Mapping[str, Any]) -> None:
         pass
@@ -427,22 +427,22 @@ class _Line:
             self.skips.pop()
         while self.checkpoints and self.checkpoints[-1].step > step:
             self.checkpoints.pop()
-        while self.stretches and self.stretches[-1].first_step >= step:
-            self.stretches.pop()
-        if self.stretches:
-            self.stretches[-1] = _until(self.stretches[-1], step)
+        while self.segments and self.segments[-1].first_step >= step:
+            self.segments.pop()
+        if self.segments:
+            self.segments[-1] = _until(self.segments[-1], step)
 
     def _go_on(self, entry: Mapping[str, Any]) -> None:
-        if self.stretches:
-            self.stretches[-1] = _until(self.stretches[-1], entry["step"])
+        if self.segments:
+            self.segments[-1] = _until(self.segments[-1], entry["step"])
         where = (entry["dataset_id"], entry["environment"], entry["parent"], entry["n"])
-        self.stretches.append(Stretch(entry["step"], None, self.recipe, *where))
+        self.segments.append(TrainingSegment(entry["step"], None, self.recipe, *where))
 
 
-def _until(stretch: Stretch, step: int) -> Stretch:
-    stop = step if stretch.stop_step is None else min(step, stretch.stop_step)
-    return Stretch(
-        stretch.first_step, stop, stretch.recipe, stretch.dataset_id, stretch.environment, stretch.parent, stretch.entry
+def _until(segment: TrainingSegment, step: int) -> TrainingSegment:
+    stop = step if segment.stop_step is None else min(step, segment.stop_step)
+    return TrainingSegment(
+        segment.first_step, stop, segment.recipe, segment.dataset_id, segment.environment, segment.parent, segment.entry
     )
 
 

@@ -22,7 +22,7 @@ Change = Annotated[tuple[str, Any, Any], Field(strict=False)]  # key, old value,
 # step and root of a checkpoint on a branch
 Left = Annotated[tuple[Count, Sha256 | Literal["damaged"]], Field(strict=False)]
 PassedOver = Annotated[tuple[Count, Literal["damaged", "missing"]], Field(strict=False)]
-StretchName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+SegmentName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class Line(StrictModel):
@@ -49,8 +49,8 @@ class Begin(Line):
     from_scratch: bool = False  # no whole checkpoint was left, and to begin at step 0 again was asked for
     # parameter -> rows [first, stop) drawn, the others are start_from's
     drawn: dict[str, Samples] = Field(default_factory=dict)
-    stretch: StretchName | None = None  # names what is trained from here on; a backend that keeps state notes it there
-    continues: StretchName | None = None  # whose state, kept by the backend, it goes on from
+    stretch: SegmentName | None = None  # names what is trained from here on; a backend that keeps state notes it there
+    continues: SegmentName | None = None  # whose state, kept by the backend, it goes on from
     repaired: bool = False  # the ledger had lost lines, and to go on all the same was asked for
 
 

@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from weftrain.core import checkpoint
-from weftrain.core.backend import Kept
+from weftrain.core.backend import StoredState
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER, folder_name, read_manifest
 from weftrain.core.formats.names import path_below
 from weftrain.core.order.rows import chunk_order
-from weftrain.core.run.kept import completed
 from weftrain.core.run.ledger import BRANCHES, Branch, Ledger, going_back, lineage
+from weftrain.core.run.stored_state import completed
 
 
-def rollback(run: Path, ledger: Ledger, step: int, reason: str, kept: Kept | None = None) -> Branch:
+def rollback(run: Path, ledger: Ledger, step: int, reason: str, kept: StoredState | None = None) -> Branch:
     """Make the checkpoint of `step` the one that the run in `run` goes on from. The run's lock must be held.
 
     kept: state that the run's backend keeps by itself, which may be beyond the newest checkpoint. It stays where it is:
-    by the ledger's new line the run does not go on from it (core/run/kept.py). Every byte of that checkpoint is
+    by the ledger's new line the run does not go on from it (core/run/stored_state.py). Every byte of that checkpoint is
     verified first. Raises CheckpointError or RunFolderError, nothing changed.
     """
     finish_rollback(run, ledger)  # or what an earlier one left half done would be counted to this one
@@ -93,7 +93,7 @@ def put_off(
     chunk: int,
     action: Literal["defer", "drop"],
     reason: str,
-    kept: Kept | None = None,
+    kept: StoredState | None = None,
 ) -> Mapping[str, Any]:
     """Enter that `chunk` comes after all others, or never; `ledger.with_decisions` lays it over the recipe. The new
     line.

@@ -1,8 +1,8 @@
-"""The training rows of a whole run, whatever changed in it: each step reads by the recipe of its own stretch in the
+"""The training rows of a whole run, whatever changed in it: each step reads by the recipe of its own segment in the
 ledger.
 
 A recipe with `data.continues` gives the rows from there on; the rows before follow from the recipes that the ledger
-names. Training and replay need one stretch at a time; verbs that ask about any step of a run use this module.
+names. Training and replay need one segment at a time; verbs that ask about any step of a run use this module.
 """
 
 from __future__ import annotations
@@ -81,17 +81,17 @@ class RunSource:
 def run_source(recipe: Recipe, line: Lineage | None) -> RunSource:
     """The rows of a run that stands at `recipe`. line: its ledger's; without one, those of the recipe alone.
 
-    The datasets of earlier stretches are looked for below the recipe's data.root.
+    The datasets of earlier segments are looked for below the recipe's data.root.
     """
     first = 0 if recipe.data.continues is None else recipe.data.continues.step
     found: list[tuple[int, Recipe]] = []
-    for stretch in () if line is None else line.stretches:
-        if stretch.first_step >= first:
+    for segment in () if line is None else line.segments:
+        if segment.first_step >= first:
             break
-        read = Recipe.from_record(stretch.recipe)
+        read = Recipe.from_record(segment.recipe)
         read = read.model_copy(update={"data": read.data.model_copy(update={"root": recipe.data.root})})
         if not found or _reads(found[-1][1]) != _reads(read):
-            found.append((stretch.first_step, read))
+            found.append((segment.first_step, read))
     return RunSource(tuple(_piece(first_step, one) for first_step, one in [*found, (first, recipe)]))
 
 

@@ -40,7 +40,7 @@ from weftrain.core.formats.tensor_file import (
     tensor_bytes,
     tensor_memory,
 )
-from weftrain.core.mup import resolved
+from weftrain.core.mup import resolve_scales
 from weftrain.exchange.huggingface.files import modeling_files
 from weftrain.exchange.layouts import (
     Layout,
@@ -148,8 +148,8 @@ def config_differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
 
 
 def _function(config: ModelConfig) -> dict[str, Any]:
-    """What decides a model's outputs, muP resolved to the scales that it means."""
-    scales = resolved(config)
+    """What decides a model's outputs, muP resolve_scales to the scales that it means."""
+    scales = resolve_scales(config)
     fields = config.model_dump(exclude={"initialization", "mup", "max_position_embeddings"})
     return fields | {"embedding_scale": scales.embedding_scale, "logits_scale": scales.logits_scale}
 

@@ -28,7 +28,7 @@ from weftrain.core.config import Initialization, ModelConfig, Recipe
 from weftrain.core.errors import RecipeError
 from weftrain.core.formats.strict_model import Count, NonNegative, Positive, PositiveInt, Scalar, StrictModel
 from weftrain.core.formats.strict_yaml import LineMap, Location, dotted, parse, read_text, validate
-from weftrain.core.mup import resolved
+from weftrain.core.mup import resolve_scales
 from weftrain.core.order.mixture import source_shares
 from weftrain.core.recipe_file import recorded_recipe
 
@@ -520,7 +520,7 @@ def _shortest(quotient: float, divisor: float) -> float:
 
 def _difference(config: ModelConfig, given: ModelSection, multiplier: float) -> str | None:
     """The first number of the file that muP does not give, or None."""
-    scales = resolved(config)
+    scales = resolve_scales(config)
     for key, ours, theirs in (
         ("optimizer.adjust_learning_rate.decoder_kernel", scales.matrix_learning_rate_multiplier, multiplier),
         ("model.embeddings_scale", scales.embedding_scale, given.embeddings_scale),
@@ -774,7 +774,7 @@ def _check_exportable(recipe: Recipe) -> None:
 
 
 def _model_params(recipe: Recipe) -> dict[str, Any]:
-    model, scales, on = recipe.model, resolved(recipe.model), DTYPE_OF_PRECISION[recipe.precision.compute]
+    model, scales, on = recipe.model, resolve_scales(recipe.model), DTYPE_OF_PRECISION[recipe.precision.compute]
     positions = recipe.objective.normalizer == "all_positions"
 
     def initializer(std: float) -> dict[str, Any]:
@@ -843,7 +843,9 @@ def _optimizer_params(recipe: Recipe) -> dict[str, Any]:
         "learning_rate": schedules,
     }
     if recipe.model.mup is not None:
-        params["adjust_learning_rate"] = {"decoder_kernel": resolved(recipe.model).matrix_learning_rate_multiplier}
+        params["adjust_learning_rate"] = {
+            "decoder_kernel": resolve_scales(recipe.model).matrix_learning_rate_multiplier
+        }
     return params
 
 

@@ -127,10 +127,10 @@ def links_of(line: Lineage, recipe: Recipe) -> list[tuple[Link, Point]]:
     timelines: dict[int, Timeline] = {}
 
     def timeline_at(step: int) -> Timeline:
-        stretch = line.stretch_at(step)
-        if stretch.entry not in timelines:
-            timelines[stretch.entry] = recipe_timeline(Recipe.from_record(stretch.recipe))
-        return timelines[stretch.entry]
+        segment = line.segment_at(step)
+        if segment.entry not in timelines:
+            timelines[segment.entry] = recipe_timeline(Recipe.from_record(segment.recipe))
+        return timelines[segment.entry]
 
     links = []
     for number, (before, after) in enumerate(pairwise(points), 1):
@@ -154,7 +154,7 @@ def links_of(line: Lineage, recipe: Recipe) -> list[tuple[Link, Point]]:
 
 def _starts_itself(line: Lineage) -> bool:
     """Whether the run began from its seed, so that its first link needs no checkpoint to begin from."""
-    return bool(line.stretches) and line.stretches[0].first_step == 0 and line.stretches[0].parent is None
+    return bool(line.segments) and line.segments[0].first_step == 0 and line.segments[0].parent is None
 
 
 def build(
@@ -210,7 +210,7 @@ def build(
                 weights_dtype=weights_dtype,
                 licences=Licences(weights=licence, data=licences),
                 data=kind,
-                dataset_id=line.stretches[-1].dataset_id,
+                dataset_id=line.segments[-1].dataset_id,
                 recipe_sha256=sha256_json(recipe_json),
                 ledger=entries[-1]["hash"],
                 links=tuple(link for link, _ in links),
@@ -296,7 +296,7 @@ def _recipes_of(line: Lineage, links: Sequence[Link], recipe: Recipe) -> list[Re
     """
     first, stop = min(link.first_step for link in links), max(link.stop_step for link in links)
     found = {
-        sha256_json(stretch.recipe): stretch.recipe for stretch in line.stretches if stretch.trained_within(first, stop)
+        sha256_json(segment.recipe): segment.recipe for segment in line.segments if segment.trained_within(first, stop)
     }
     return [recipe, *(Recipe.from_record(one) for one in found.values())]
 

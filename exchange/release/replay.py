@@ -142,18 +142,18 @@ def _train(
 ) -> tuple[State, dict[str, Any], dict[int, tuple[float, float]]]:
     """The state after the link, the fingerprint of its last piece, and loss and gradient norm by completed steps.
 
-    A link that the record trained in several stretches (resumed, with changed keys perhaps) is trained in the same
+    A link that the record trained in several segments (resumed, with changed keys perhaps) is trained in the same
     pieces.
     """
     state, losses, step = start, {}, link.first_step
     fingerprint: dict[str, Any] = {}
     while step < link.stop_step:
         try:
-            stretch = line.stretch_at(step)
+            segment = line.segment_at(step)
         except ValueError as error:
             raise ReleaseError(f"link {link.link}: {error}: nothing says how it was trained") from error
-        stop = link.stop_step if stretch.stop_step is None else min(stretch.stop_step, link.stop_step)
-        recipe = recorded_recipe(dict(stretch.recipe), LEDGER).recipe
+        stop = link.stop_step if segment.stop_step is None else min(segment.stop_step, link.stop_step)
+        recipe = recorded_recipe(dict(segment.recipe), LEDGER).recipe
         run = prepare(recipe, Plan(step, stop, log_every_steps=recipe.log.every_steps), wanted)
         try:
             if state is not None:

@@ -102,11 +102,11 @@ def _check_record(folder: Path, release: Release, manifests: Mapping[str, dict[s
             f"{folder / LEDGER}: does not end in the line that release.json names: lines were removed or added"
         )
     line = lineage(entries)
-    if not line.stretches:
+    if not line.segments:
         raise ReleaseError(f"{folder / LEDGER}: has no line of kind start: lines were removed")
     recipe = read_json(folder / RECIPE)
-    if sha256_json(recipe) != release.recipe_sha256 or sha256_json(recipe) != sha256_json(line.stretches[-1].recipe):
-        raise ReleaseError(f"{folder / RECIPE}: is not the recipe of the ledger's last stretch: one was altered")
+    if sha256_json(recipe) != release.recipe_sha256 or sha256_json(recipe) != sha256_json(line.segments[-1].recipe):
+        raise ReleaseError(f"{folder / RECIPE}: is not the recipe of the ledger's last segment: one was altered")
     expected = tuple(link for link, _ in links_of(line, recorded_recipe(recipe, str(folder / RECIPE)).recipe))
     if release.links != expected:
         raise ReleaseError(
@@ -121,13 +121,13 @@ def _check_record(folder: Path, release: Release, manifests: Mapping[str, dict[s
     for root, manifest in manifests.items():
         point, step = points[root], manifest["step"]
         try:
-            stretch = line.stretch_of(step)
+            segment = line.segment_of(step)
         except ValueError as error:
             raise ReleaseError(
                 f"{folder / LEDGER}: {error}, and a checkpoint of step {step} is there: lines were removed"
             ) from error
         told = (manifest["parent"], step, manifest["recipe_sha256"], manifest["dataset_id"])
-        if told != (point.parent, point.step, sha256_json(stretch.recipe), stretch.dataset_id):
+        if told != (point.parent, point.step, sha256_json(segment.recipe), segment.dataset_id):
             raise ReleaseError(
                 f"{folder / 'checkpoints' / folder_name(step)}: parent, step, recipe or dataset are not the ledger's: "
                 "one was altered"

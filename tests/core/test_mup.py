@@ -12,7 +12,7 @@ from model_cases import amber, crystal, decoder, large_weights, tokens
 
 from weftrain.core.config import ModelConfig
 from weftrain.core.model import draw
-from weftrain.core.mup import fold, resolved
+from weftrain.core.mup import fold, resolve_scales
 from weftrain.core.parameters import Role, parameter_specs
 from weftrain.core.recipe_file import load_recipe
 
@@ -22,7 +22,7 @@ def test_crystalcoder_7b_numbers_come_out(phase: int) -> None:
     """Released params files: embeddings_scale, output_logits_scale, adjust_learning_rate.decoder_kernel and the three
     initialisers.
     """
-    derived = resolved(load_recipe(f"crystalcoder_7b_phase{phase}").recipe.model)
+    derived = resolve_scales(load_recipe(f"crystalcoder_7b_phase{phase}").recipe.model)
     assert derived.embedding_scale == 14.6
     assert derived.logits_scale == 0.13875
     assert derived.matrix_learning_rate_multiplier == 0.0625
@@ -33,20 +33,20 @@ def test_crystalcoder_7b_numbers_come_out(phase: int) -> None:
 
 
 def test_the_proxy_itself_is_unscaled_but_for_depth() -> None:
-    derived = resolved(crystal(base_hidden_size=64))
+    derived = resolve_scales(crystal(base_hidden_size=64))
     assert (derived.logits_scale, derived.matrix_learning_rate_multiplier, derived.matrix_std) == (2.22, 1.0, 0.073)
     assert derived.output_matrix_std == pytest.approx(0.073 / 6**0.5)  # 2 x 3 layers
 
 
 def test_an_untied_head_starts_and_learns_like_the_embedding() -> None:
     config = crystal(tie_embeddings=False)
-    assert resolved(config).head_std == resolved(config).embedding_std == 0.073
+    assert resolve_scales(config).head_std == resolve_scales(config).embedding_std == 0.073
     head = next(spec for spec in parameter_specs(config) if spec.role is Role.HEAD)
     assert draw(head, config, 0).std().item() == pytest.approx(0.073 * 0.8796, rel=0.05)
 
 
 def test_without_mup_the_written_values_hold() -> None:
-    derived = resolved(amber(embedding_scale=2.0))
+    derived = resolve_scales(amber(embedding_scale=2.0))
     assert (derived.embedding_scale, derived.logits_scale, derived.matrix_learning_rate_multiplier) == (2.0, 1.0, 1.0)
     assert (derived.embedding_std, derived.matrix_std, derived.head_std) == (0.02, 0.02, 0.02)
 
@@ -64,7 +64,7 @@ def test_folding_keeps_the_logits(build: Callable[[], ModelConfig]) -> None:
     weights, ids = large_weights(config), tokens(config, 2, 33)
     kept = {name: tensor.clone() for name, tensor in weights.items()}
     plain, folded = fold(config, weights)
-    scales = resolved(plain)
+    scales = resolve_scales(plain)
     assert (scales.embedding_scale, scales.logits_scale, scales.matrix_learning_rate_multiplier) == (1.0, 1.0, 1.0)
     assert plain.attention_scale == "inverse_sqrt_head_dim"
     assert list(folded) == [spec.name for spec in parameter_specs(plain)]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from places import SHARED
 
-from weftrain.core.mup import resolved
+from weftrain.core.mup import resolve_scales
 from weftrain.core.optim import group_learning_rates, learning_rate, parameter_groups
 from weftrain.core.parameters import flops_per_token, parameter_count
 from weftrain.core.recipe_file import load_recipe
@@ -41,7 +41,7 @@ def test_bench_70m_counts_what_the_bare_loop_counts() -> None:
 
 
 def test_crystalcoder_mup_numbers() -> None:
-    scales = resolved(load_recipe("crystalcoder_7b_phase1").recipe.model)
+    scales = resolve_scales(load_recipe("crystalcoder_7b_phase1").recipe.model)
     assert scales.embedding_std == 0.073
     assert scales.matrix_std == pytest.approx(0.01825, rel=1e-12)
     assert scales.output_matrix_std == pytest.approx(0.00228125, rel=1e-12)
@@ -84,7 +84,7 @@ def released(phase: int) -> dict[str, Any]:
 @pytest.mark.parametrize("phase", [1, 2, 3])
 def test_crystalcoder_equals_the_released_params(phase: int) -> None:
     params, recipe = released(phase), load_recipe(PHASES[phase - 1]).recipe
-    model, theirs, scales = recipe.model, params["model"], resolved(recipe.model)
+    model, theirs, scales = recipe.model, params["model"], resolve_scales(recipe.model)
     ours = (
         "hidden_size",
         "num_layers",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError, RecipeError
-from weftrain.core.mup import fold, resolved
+from weftrain.core.mup import fold, resolve_scales
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import load_recipe
 from weftrain.exchange.layouts import (
@@ -226,7 +226,7 @@ def test_a_width_scale_without_a_proxy_is_refused(scale: float) -> None:
 @pytest.mark.parametrize("scale", [1 / 3, 0.125, 1.0, 3.0, 1 / 96])
 def test_the_logits_scale_is_what_the_config_says(scale: float) -> None:
     written = {**config_to_huggingface(crystal()), "n_embd": 96, "n_head": 3, "rotary_dim": 8, "mup_width_scale": scale}
-    found = resolved(config_from_huggingface(written)).logits_scale
+    found = resolve_scales(config_from_huggingface(written)).logits_scale
     assert found == pytest.approx(written["mup_output_alpha"] * scale, rel=1e-12)
 
 
@@ -299,5 +299,5 @@ def test_a_folded_crystalcoder_keeps_its_scales_in_the_weights() -> None:
     config = crystal()
     plain, folded = fold(config, large_weights(config))
     exported = dict(export_weights(folded, plain, "cerebras"))
-    scaled = large_weights(config)["embedding.weight"] * resolved(config).logits_scale
+    scaled = large_weights(config)["embedding.weight"] * resolve_scales(config).logits_scale
     assert torch.equal(exported["model.lm_head.weight"], scaled)

@@ -51,7 +51,7 @@ class Pending:
 
 @dataclass(frozen=True)
 class Completed:
-    """A step that is complete. `step` counts it. stretch: Job.stretch. result: of the step, as JSON: see state.py."""
+    """A step that is complete. `step` counts it. stretch: Job.segment. result: of the step, as JSON: see state.py."""
 
     step: int
     optimizer_updates: int
@@ -80,7 +80,7 @@ class Commit:
     pending: Pending | None
     filled_step: int  # where it stood when it was filled: what is beyond is training that no checkpoint need have
     dataset_id: str | None = None
-    stretch: str = ""  # Job.stretch of the process that completed the last step,
+    stretch: str = ""  # Job.segment of the process that completed the last step,
     before: str = ""  # and of the one before that
     result: dict[str, Any] | None = None  # of the last step, as JSON: see state.py
     sequence: int = 0

@@ -27,7 +27,7 @@ from weftrain.backends.streaming.state import result_from_json
 from weftrain.backends.streaming.store.base import DTYPES, Commit, Part, Pending, Planes, Store, typed
 from weftrain.backends.streaming.store.checksums import ENTRY_BYTES, MAX_PLANES, Running, Sums, checksum, packed
 from weftrain.backends.streaming.store.layout import PAGE_BYTES, Layout, Record, Tile
-from weftrain.core.backend import Kept
+from weftrain.core.backend import StoredState
 from weftrain.core.errors import BackendError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json
@@ -434,7 +434,7 @@ class MappedStore(FileStore):
         super().close()
 
 
-def kept_in(layout: Layout, folder: Path) -> Kept | None:
+def kept_in(layout: Layout, folder: Path) -> StoredState | None:
     """The state of the store in `folder`; None where there is none, an unfinished one, or one that was filled and not
     trained.
 
@@ -443,4 +443,4 @@ def kept_in(layout: Layout, folder: Path) -> Kept | None:
     commit = None if check_identity(layout, folder) else read_commit(folder)
     if commit is None or commit.step == commit.filled_step:
         return None
-    return Kept(commit.step, commit.stretch, folder, commit.dataset_id, result_from_json(commit.result))
+    return StoredState(commit.step, commit.stretch, folder, commit.dataset_id, result_from_json(commit.result))

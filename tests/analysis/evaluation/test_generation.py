@@ -13,7 +13,7 @@ from weftrain.analysis.evaluation import generation
 from weftrain.analysis.evaluation.generation import Generator, load_model, sample
 from weftrain.core.config import ModelConfig, Recipe
 from weftrain.core.errors import CheckpointError, DataError, NonFiniteError
-from weftrain.core.mup import resolved
+from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role, parameter_specs
 
 FAMILIES = ("amber", "crystal")
@@ -78,7 +78,7 @@ def exact_logits(config: ModelConfig, weights: dict[str, Tensor], ids: list[int]
         x[..., first], x[..., second] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
         return x
 
-    scales = resolved(config)
+    scales = resolve_scales(config)
     x = w["embedding.weight"][ids] * scales.embedding_scale
     for layer in range(config.num_layers):
         name = f"layers.{layer}"

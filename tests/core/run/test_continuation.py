@@ -34,7 +34,7 @@ from weftrain.core.run.continuation import (
     continue_data,
     continue_from,
 )
-from weftrain.core.run.ledger import Lineage, Stretch
+from weftrain.core.run.ledger import Lineage, TrainingSegment
 from weftrain.core.run.run_source import run_source
 
 
@@ -346,11 +346,11 @@ def test_a_run_of_chunks_is_extended_without_repeating_a_sample(root: Path, defe
 def test_any_step_of_a_run_is_found_by_the_recipe_of_its_stretch(root: Path) -> None:
     before = changed(root, {})
     source, found = go_on(changed(root, {"batch": 4, "weights": {"a": 0.5, "b": 0.5}}), before, 5)
-    stretches = [
-        Stretch(first, stop, one.model_dump(mode="json"), "", {}, None, 0)
+    segments = [
+        TrainingSegment(first, stop, one.model_dump(mode="json"), "", {}, None, 0)
         for first, stop, one in ((0, 3, before), (3, 5, before), (5, None, found.recipe))
     ]
-    run = run_source(found.recipe, Lineage((), tuple(stretches), (), ()))
+    run = run_source(found.recipe, Lineage((), tuple(segments), (), ()))
     assert [run.sample(step) for step in (0, 4, 5, 6)] == [0, 32, 40, 44]
     assert [run.step_of(sample) for sample in (0, 39, 40, 47)] == [(0, 0), (4, 7), (5, 0), (6, 3)]
     assert len(run.pieces) == 2

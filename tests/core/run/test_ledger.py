@@ -174,16 +174,16 @@ def test_every_step_follows_after_any_interruptions(
     recipe = load_recipe("crystal_demo", [SOURCE, "schedule.steps=240", "data.chunks=6"]).recipe
     ledger = started(tmp_path_factory.mktemp("run"), recipe)
     held: dict[int, str] = {}  # step -> root, as the run's folder has them
-    made = [0] * 240  # which stretch made each step last
+    made = [0] * 240  # which segment made each step last
     step = 0
     for _ in range(data.draw(st.integers(1, 10))):
-        stretch = len([entry for entry in ledger.entries if entry["kind"] in ("start", "resume")])
+        segment = len([entry for entry in ledger.entries if entry["kind"] in ("start", "resume")])
         stop = data.draw(st.integers(step, 240))
         for number in range(step, stop):
-            made[number] = stretch
+            made[number] = segment
             if (number + 1) % 20 == 0:
                 held = {at: root for at, root in held.items() if at <= number}
-                held[number + 1] = saved(ledger, recipe, number + 1, held.get(max(held, default=0)), str(stretch))
+                held[number + 1] = saved(ledger, recipe, number + 1, held.get(max(held, default=0)), str(segment))
         if held and data.draw(st.booleans()):
             target = data.draw(st.sampled_from(sorted(held)))
             gone = [[at, root] for at, root in held.items() if at > target]
@@ -198,12 +198,12 @@ def test_every_step_follows_after_any_interruptions(
         entry["n"]: index for index, entry in enumerate(e for e in ledger.entries if e["kind"] in ("start", "resume"))
     }
     for number in range(step):
-        stretch, samples, span = line.origin(number)
+        segment, samples, span = line.origin(number)
         assert samples == [number * 16, number * 16 + 16]
         assert span is not None
         assert span.chunk == number // 40
-        assert numbers[stretch.entry] == made[number] - 1
-    assert line.origin(step)[0].entry == max(numbers)  # what comes next is the last stretch's
+        assert numbers[segment.entry] == made[number] - 1
+    assert line.origin(step)[0].entry == max(numbers)  # what comes next is the last segment's
 
 
 def test_chunks_of_a_deferred_run_stand_where_they_are_trained(tiny_recipe: Tiny) -> None:
@@ -356,7 +356,7 @@ class CountedStep(int):
 
 
 def test_following_a_ledger_takes_time_in_proportion_to_its_lines() -> None:
-    """Each checkpoint and stretch is entered once and taken off at most once, however many restarts there are."""
+    """Each checkpoint and segment is entered once and taken off at most once, however many restarts there are."""
     entries: list[dict[str, Any]] = [{"kind": "start", "n": 0, "step": CountedStep(0), **GOOD["start"]}]
     for step in range(1, 2001):
         root, at = f"{step:064x}", CountedStep(step)
@@ -366,5 +366,5 @@ def test_following_a_ledger_takes_time_in_proportion_to_its_lines() -> None:
     line = lineage(entries)
     assert CountedStep.comparisons < 10 * len(entries)
     assert len(line.checkpoints) == 2000
-    assert line.stretch_at(1500).entry == 3000
+    assert line.segment_at(1500).entry == 3000
     assert CountedStep.comparisons < 11 * len(entries)
