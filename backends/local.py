@@ -19,31 +19,30 @@ import psutil
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from weftrain.backends.common.base import (
+    PlainBackend,
+    ask_for_huge_pages,
+    device_fingerprint,
+    torch_device,
+    use_threads,
+)
+from weftrain.backends.common.phase_clock import PhaseClock
+from weftrain.backends.common.state_snapshot import SnapshotOwner, StateSnapshot, check_state
 from weftrain.backends.common.step import (
     HEAD_USE,
-    Lender,
-    LentTensors,
     LossScale,
-    PhaseClock,
-    PlainBackend,
-    TreeSum,
-    ask_for_huge_pages,
     bind_parameters,
     call,
-    check_state,
     clip_coefficient,
-    device_fingerprint,
     global_norm,
     non_finite_message,
     present,
     slice_rows,
     to_device,
-    torch_device,
-    tree_sum,
     update,
     update_sets,
-    use_threads,
 )
+from weftrain.backends.common.tree_sum import TreeSum, tree_sum
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
 from weftrain.core.config import CompileOption, RecomputeOption, Threads
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, row_keys
@@ -109,7 +108,7 @@ class LocalRun:
         self._run_head = torch.compile(call, dynamic=False) if options.compile else call
         self._accumulated: dict[str, torch.Tensor] = {}
         self._tree = TreeSum(recipe.batch.accumulation_steps) if recipe.precision.numerics == "replayable" else None
-        self._lender = Lender()
+        self._snapshots = SnapshotOwner()
         self._clock = PhaseClock(device, job.time_phases)
 
     # -- the step
@@ -119,7 +118,7 @@ class LocalRun:
         """See Run.train. One host synchronisation a step: the check that loss and norm are finite."""
         recipe = self._recipe
         while self._step < self._plan.last_step:
-            self._lender.let_go()
+            self._snapshots.detach()
             start, step = time.perf_counter(), self._step
             losses, loss_scale, data_wait_s = self._forward_backward(partial(source.rows, step))
             gradients = self._gradients()
@@ -267,7 +266,7 @@ class LocalRun:
         """
         held = {f"{plane}/{name}": tensor for plane, group in self._planes.items() for name, tensor in group.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
-        tensors = self._lender.lend(LentTensors(shapes, lambda name: held[name].detach().to("cpu", copy=True)))
+        tensors = self._snapshots.track(StateSnapshot(shapes, lambda name: held[name].detach().to("cpu", copy=True)))
         return State(self._step, self._optimizer_updates, tensors)
 
     def import_state(self, state: State) -> None:
@@ -276,7 +275,7 @@ class LocalRun:
         """
         mine = {f"{plane}/{name}": tensor for plane, group in self._planes.items() for name, tensor in group.items()}
         check_state(state.tensors, {name: tuple(tensor.shape) for name, tensor in mine.items()})
-        self._lender.let_go()
+        self._snapshots.detach()
         for name in mine:  # one at a time: a lazy state never is in memory as a whole
             mine[name].copy_(state.tensors[name])
         self._step, self._optimizer_updates = state.step, state.optimizer_updates
@@ -308,7 +307,7 @@ class LocalRun:
 
     def close(self) -> None:
         """Let go of every tensor."""
-        self._lender.let_go()
+        self._snapshots.detach()
         self._clear_gradients()
         for held in (self._weights, self._exp_avg, self._exp_avg_sq, self._parameters, self._copies, self._leaves):
             held.clear()
@@ -319,7 +318,7 @@ class LocalBackend(PlainBackend):
     name = "local"
     summary = "one process, one device (cpu or cuda), fp32 or bf16 with fp32 weights"
     options = LocalOptions
-    trains = True
+    returns_gradients = True
     portable_options = frozenset({"compile", "activation_checkpointing"})
 
     def prepare(self, job: Job) -> LocalRun:

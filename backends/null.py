@@ -1,7 +1,6 @@
 """The backend that does nothing: it satisfies the protocol, reads every row and computes nothing.
 
-It tests the core without arithmetic and measures the data path alone. What a reader would get wrong: its loss is 0
-because it has none; `trains` is False, so the command line says so and the conformance suite asks it for no gradients.
+It tests the core without arithmetic, and measures the data path alone. Its loss is always 0.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from weftrain.backends.common.step import PlainBackend
+from weftrain.backends.common.base import PlainBackend
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.model import draw
@@ -81,7 +80,7 @@ class NullBackend(PlainBackend):
     name = "null"
     summary = "computes nothing: tests the core, measures the data path alone"
     options = NullOptions
-    trains = False
+    returns_gradients = False
 
     def prepare(self, job: Job) -> NullRun:
         return NullRun(job)

@@ -79,7 +79,7 @@ def run_speed(recipe: Recipe, backend: Backend, run: Run, metrics: Path) -> Spee
     for a backend that computes nothing here.
     """
     per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
-    if not backend.trains:
+    if not backend.returns_gradients:
         return Speed(per_token, Peak(None, f"the {backend.name} backend does not compute here"))
     fingerprint = run.fingerprint()
     machine = machine_name(fingerprint, recipe.precision.compute)

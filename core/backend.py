@@ -316,7 +316,7 @@ class Backend(Protocol):
     summary: str  # one line for `weftrain backends`
     options: type[StrictModel]  # schema of the recipe's backend.options
     # False for one that hands out no gradients (null, cerebras): the conformance suite has nothing to compare
-    trains: bool
+    returns_gradients: bool
     # Options that replay, eval and the like take from a recipe that may be a stranger's: those that decide numbers or
     # memory. Never a path, a device, an address or a time to wait.
     portable_options: Set[str]

@@ -59,7 +59,7 @@ def reference_losses(recipe: Recipe, backend: Backend, local: Backend, steps: in
     """The first losses that reference kernels give in one process, and if none, why not."""
     if steps == 0:
         return [], "not asked for (--check-steps 0)"
-    if not backend.trains:
+    if not backend.returns_gradients:
         return [], f"the {backend.name} backend does not compute the model here, so its losses are not checked"
     if parameter_count(recipe.model) > LARGEST_CHECKED:
         return [], f"the model has more than {LARGEST_CHECKED:,} parameters: a reference run in one process is not made"
@@ -187,7 +187,7 @@ def _empty(folder: Path) -> Path:
 
 
 def _peak(recipe: Recipe, device: torch.device, backend: Backend) -> Peak:
-    if not backend.trains:
+    if not backend.returns_gradients:
         return Peak(None, f"the {backend.name} backend does not compute here")
     return measured_matmul_peak(device, getattr(torch, recipe.precision.compute))
 

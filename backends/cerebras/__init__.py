@@ -26,7 +26,9 @@ from weftrain.backends.cerebras.job import Job as WorkerJob
 from weftrain.backends.cerebras.job import save_state
 from weftrain.backends.cerebras.process import ROOT, Worker
 from weftrain.backends.cerebras.program import check_mask
-from weftrain.backends.common.step import LossScale, PlainBackend, check_state, refuse_numerics
+from weftrain.backends.common.base import PlainBackend, refuse_numerics
+from weftrain.backends.common.state_snapshot import check_state
+from weftrain.backends.common.step import LossScale
 from weftrain.core import checkpoint as checkpoints  # this package has a module of that name
 from weftrain.core.backend import (
     Batch,
@@ -308,7 +310,9 @@ class CerebrasBackend(PlainBackend):
     portable_options = frozenset(
         {"target", "execution_strategy", "micro_batch", "precision_level", "activation_checkpointing"}
     )
-    trains = False  # not by gradients that anybody could ask for, which is what the conformance suite compares
+    returns_gradients = (
+        False  # not by gradients that anybody could ask for, which is what the conformance suite compares
+    )
 
     def unavailable(self) -> str | None:
         return environment.missing()

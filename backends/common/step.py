@@ -1,59 +1,27 @@
-"""What backends on torch devices have in common: rows to a device, the global norm, the clip coefficient, who they are,
-and what they say.
+"""The arithmetic of a step that two backends share: rows to a device, loss scale, gradient norm, clipping, update.
 
-What a reader would get wrong: this is no backend. A function stands here because two backends must give the same bits,
-or the same words.
+A function stands here because two backends must give the same bits, or the same words.
 """
 
 from __future__ import annotations
 
 import math
-import platform
-import time
-import warnings
-import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from weftrain.core.backend import Batch, BatchSource, Fingerprint, Job, StoredState
-from weftrain.core.config import MAX_THREADS, OptimizerConfig, Recipe
-from weftrain.core.errors import BackendError, CheckpointError
-from weftrain.core.formats.strict_model import StrictModel
+from weftrain.core.backend import Batch, BatchSource
+from weftrain.core.config import OptimizerConfig, Recipe
+from weftrain.core.errors import BackendError
 from weftrain.core.model import Decoder, rotary_tables
 from weftrain.core.optim import ParameterGroup
 from weftrain.core.parameters import Role, parameter_specs
-from weftrain.core.prediction import Prediction, Speeds
-from weftrain.kernels.host_memory import use_huge_pages
 
 FP32_ROLES = (Role.NORM_WEIGHT, Role.NORM_BIAS)  # never copied to bf16: norms compute in fp32
 HEAD_USE = "embedding.weight as the head"  # a tied weight's second use; no parameter has such a name
 _NAMES_IN_MESSAGE = 16
-
-
-def torch_device(wanted: str) -> torch.device:
-    """'auto', 'cpu' or 'cuda' -> a device. Raises BackendError for cuda where there is none."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise BackendError(
-            "backend.options.device is cuda and torch sees no CUDA device: install a CUDA build of torch, or set "
-            "device=cpu"
-        )
-    return torch.device(wanted)
-
-
-def ask_for_huge_pages() -> None:
-    """kernels/host_memory.py, and a warning where the system refuses."""
-    if reason := use_huge_pages():
-        warnings.warn(
-            f"no huge pages, so steps are slower: {reason}; backend.options.huge_pages=false asks for none",
-            stacklevel=3,
-        )
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -164,64 +132,6 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMES_IN_MESSAGE]) + more
 
 
-class TreeSum:
-    """The sum of `count` contributions a name, added in a tree that depends on `count` alone: fp32, in the order they
-    come.
-
-    count = m 2^k with m odd: runs of m are added one after another, and these sums in a balanced binary tree. So the
-    sum in one process is that of 2, 4, .. processes that each have an equal run of contributions and then add in pairs.
-    It keeps at most k + 1 partial sums.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._run = count // (count & -count)
-        self._sums: dict[str, list[tuple[int, torch.Tensor]]] = {}  # name -> (contributions, their sum), large to small
-
-    def add(self, name: str, part: torch.Tensor) -> None:
-        """The next contribution of `name`; it is kept, and must not be changed."""
-        stack = self._sums.setdefault(name, [])
-        if stack and stack[-1][0] < self._run:
-            count, partial = stack.pop()
-            stack.append((count + 1, partial + part))
-        else:
-            stack.append((1, part.float()))
-        while len(stack) > 1 and stack[-1][0] == stack[-2][0] >= self._run:
-            (count, right), (_, left) = stack.pop(), stack.pop()
-            stack.append((2 * count, left + right))
-
-    def totals(self) -> dict[str, torch.Tensor]:
-        """Name -> sum, after the last contribution. Empty where none came."""
-        assert all(len(stack) == 1 for stack in self._sums.values())
-        return {name: stack[0][1] for name, stack in self._sums.items()}
-
-    def clear(self) -> None:
-        self._sums = {}
-
-
-def tree_sum(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of values as `TreeSum` adds them."""
-    tree = TreeSum(len(values))
-    for value in values:
-        tree.add("", value)
-    return tree.totals()[""]
-
-
-def refuse_numerics(recipe: Recipe, backend: str, reason: str) -> None:
-    """For a backend that has no dropout and no reduction in a fixed tree. Raises BackendError for a recipe that asks
-    for one.
-    """
-    if recipe.precision.numerics == "replayable":
-        raise BackendError(
-            f"precision.numerics is replayable and the {backend} backend {reason}: use the local or cuda backend, or "
-            "numerics=fast"
-        )
-    if recipe.model.dropout:
-        raise BackendError(
-            f"model.dropout is {recipe.model.dropout} and the {backend} backend has no dropout: use local or cuda, or "
-            "dropout=0"
-        )
-
-
 # a group's names, and their compute copies or None
 UpdateSets = list[tuple[ParameterGroup, list[str], list[torch.Tensor] | None]]
 
@@ -296,187 +206,6 @@ def update(
         )
 
 
-class PhaseClock:
-    """The parts of a step, one after another: each moment belongs to the part that was named last. Off, it does
-    nothing.
-
-    On a CUDA device parts are bounded by events in the stream, which cost the host nothing, and are read at the end of
-    the step.
-    """
-
-    def __init__(self, device: torch.device, on: bool) -> None:
-        self._cuda, self._on = device.type == "cuda", on
-        self._marks: list[tuple[str, Any]] = []
-
-    def to(self, part: str) -> None:
-        """What follows is `part`."""
-        if self._on:
-            self._marks.append((part, self._mark()))
-
-    def stop(self) -> dict[str, float] | None:
-        """Part -> ms since the first mark; None where the clock is off."""
-        if not self._on:
-            return None
-        self.to("")
-        if self._cuda:
-            torch.cuda.synchronize()
-        found: dict[str, float] = {}
-        for (part, start), (_, end) in pairwise(self._marks):
-            found[part] = found.get(part, 0.0) + (start.elapsed_time(end) if self._cuda else (end - start) * 1e3)
-        self._marks = []
-        return found
-
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
 def call(segment: torch.nn.Module, *arguments: Any) -> torch.Tensor:
     """What torch.compile is given: a module's parameters are then inputs of the graph, and all blocks share one."""
     return segment(*arguments)
-
-
-def use_threads(job: Job, option: int) -> None:
-    """Give torch the CPU threads that the job asks for, or else the backend's option; 0 and None leave torch's own
-    choice.
-
-    Raises BackendError for more than any machine has: a replay's come from a fingerprint, which may be a stranger's.
-    """
-    if threads := job.threads or option:
-        if threads > MAX_THREADS:
-            raise BackendError(
-                f"{threads:,} CPU threads are more than the {MAX_THREADS:,} that a process may have: set "
-                "backend.options.threads"
-            )
-        torch.set_num_threads(threads)
-
-
-def device_fingerprint(
-    backend: str,
-    device: torch.device,
-    kernels: Mapping[str, Any],
-    more: Mapping[str, Any],
-    *,
-    ranks: int | None = None,
-    recomputes: Literal["none", "selective", "full"],
-) -> Fingerprint:
-    """The fingerprint of a run on a torch device: what of device and libraries can change a bit, and `more` of the
-    backend's own.
-    """
-    cuda = device.type == "cuda"
-    libraries = {
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if cuda else None,
-        "python": platform.python_version(),
-    }
-    name = torch.cuda.get_device_name(device) if cuda else platform.machine()
-    threads = torch.get_num_threads()
-    return Fingerprint(backend, device.type, name, threads, ranks, kernels, {**libraries, **more}, recomputes)
-
-
-class PlainBackend:
-    """The answers of a backend that runs anywhere, keeps no state of its own on disk, and has nothing to say before it
-    starts.
-    """
-
-    name: str
-    portable_options: Set[str] = frozenset()
-
-    def unavailable(self) -> str | None:
-        return None
-
-    def stored_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> StoredState | None:
-        return None
-
-    def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
-        return []
-
-    def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction | None:
-        return None
-
-    def largest_micro_batch(
-        self, recipe: Recipe, options: StrictModel, speeds: Speeds, capacity_bytes: float
-    ) -> int | None:
-        return None
-
-    def follows(self) -> bool:
-        return False
-
-    def follow(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
-        raise BackendError(f"the {self.name} backend has no replicas that join: --backend streaming does")
-
-    def nothing_to_lead(self, job: Job) -> None:
-        pass
-
-
-def check_state(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises CheckpointError for a missing, unknown or misshapen tensor; a lazy state's `meta` is asked, and nothing is
-    read.
-    """
-    missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
-    if missing or unknown:
-        raise CheckpointError(
-            f"state does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}; is it of another recipe?"
-        )
-    described = getattr(tensors, "meta", tensors.__getitem__)
-    for name, shape in shapes.items():
-        tensor = described(name)
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-            found, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"torch.float32 {list(shape)}"
-            raise CheckpointError(f"tensor {name} is {found}, the model's is {wanted}; is it of another recipe?")
-
-
-class LentTensors(Mapping[str, torch.Tensor]):
-    """A run's state, each tensor copied when it is asked for, so that saving it needs no second copy of the model.
-
-    A run that trains on calls `let_go` first: whoever still holds the state then gets all of it as it was.
-    """
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> None:
-        self._shapes, self._read = shapes, read
-        self._copies: dict[str, torch.Tensor] | None = None
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._shapes:
-            raise KeyError(name)
-        return self._read(name) if self._copies is None else self._copies[name]
-
-    def meta(self, name: str) -> torch.Tensor:
-        """A tensor of the same dtype and shape without data."""
-        return torch.empty(self._shapes[name], dtype=torch.float32, device="meta")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def take_copies(self) -> None:
-        self._copies = {name: self._read(name) for name in self._shapes}
-
-
-_Lent = TypeVar("_Lent", bound=LentTensors)
-
-
-class Lender:
-    """Remembers the last state that was lent, as long as somebody holds it."""
-
-    def __init__(self) -> None:
-        self._lent: Callable[[], LentTensors | None] = lambda: None
-
-    def lend(self, tensors: _Lent) -> _Lent:
-        self.let_go()
-        self._lent = weakref.ref(tensors)
-        return tensors
-
-    def let_go(self) -> None:
-        """The state is about to change."""
-        lent = self._lent()
-        if lent is not None:
-            lent.take_copies()
-        self._lent = lambda: None

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from weftrain.backends.common.step import PlainBackend, ask_for_huge_pages, torch_device, use_threads
+from weftrain.backends.common.base import PlainBackend, ask_for_huge_pages, torch_device, use_threads
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.core.backend import BatchSource, Job
 from weftrain.core.config import Recipe
@@ -33,7 +33,7 @@ class CudaBackend(PlainBackend):
         "or bf16"
     )
     options = CudaOptions
-    trains = True
+    returns_gradients = True
     portable_options = frozenset(CudaOptions.model_fields) - {"device", "threads", "huge_pages", "timeout_s", "stall_s"}
 
     def unavailable(self) -> str | None:

@@ -21,20 +21,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from weftrain.backends.common.base import device_fingerprint
+from weftrain.backends.common.phase_clock import PhaseClock
+from weftrain.backends.common.state_snapshot import check_state
 from weftrain.backends.common.step import (
     LossScale,
-    PhaseClock,
-    TreeSum,
-    check_state,
     clip_coefficient,
-    device_fingerprint,
     non_finite_message,
     slice_rows,
     to_device,
-    tree_sum,
     update,
     update_sets,
 )
+from weftrain.backends.common.tree_sum import TreeSum, tree_sum
 from weftrain.backends.cuda.models import RankModel, Replicated, Sharded
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Meshes, compile_blocks, degrees, split_sequences, split_tensors, use_float8
@@ -153,7 +152,7 @@ class CudaRun:
             pass
         try:
             while self.step_number < self._plan.last_step:
-                self.writer.let_go()
+                self.writer.detach()
                 with self._together(do="step", step=self.step_number):
                     result = self.step(source)
                 self._world.doing = "log, evaluate and save between two steps"
@@ -349,7 +348,7 @@ class CudaRun:
             f"{plane}/{spec.name}": spec.shape for plane in PLANES for spec in parameter_specs(self._recipe.model)
         }
         tensors = RankedTensors(shapes, self._ask_for, self._begin_save, self._world.size)
-        return State(self.step_number, self._optimizer_updates, self.writer.lend(tensors))
+        return State(self.step_number, self._optimizer_updates, self.writer.track(tensors))
 
     def _ask_for(self, name: str) -> Tensor:
         with self._together(do="whole", name=name):
@@ -376,7 +375,7 @@ class CudaRun:
             state.tensors,
             {f"{plane}/{spec.name}": spec.shape for plane in PLANES for spec in parameter_specs(self._recipe.model)},
         )
-        self.writer.let_go()
+        self.writer.detach()
         for plane in PLANES:
             for spec in parameter_specs(self._recipe.model):
                 whole = state.tensors[f"{plane}/{spec.name}"]  # before the order: to read it may take orders of its own
@@ -439,7 +438,7 @@ class CudaRun:
             return
         with contextlib.suppress(BackendError):  # an end is an end: the error that led here is being raised already
             self._world.order(do="close", run=self.number)
-        self.let_go()
+        self.release()
 
     @contextlib.contextmanager
     def _together(self, **what: Any) -> Iterator[None]:
@@ -455,7 +454,7 @@ class CudaRun:
             self._world.break_off(str(error) or type(error).__name__)
             raise
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         self._closed = True
         self.writer.close()
         for plane in self._planes.values():

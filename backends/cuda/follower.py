@@ -77,7 +77,7 @@ class Follower:
             case "stand":
                 run.stand(order["step"], order["optimizer_updates"])
             case "close":
-                self._runs.pop(number).let_go()
+                self._runs.pop(number).release()
                 self._sources.pop(number, None)
             case other:
                 raise BackendError(

@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from weftrain.backends.common.step import Lender, LentTensors
+from weftrain.backends.common.state_snapshot import SnapshotOwner, StateSnapshot
 from weftrain.backends.cuda.world import World
 from weftrain.core import checkpoint
 from weftrain.core.errors import CheckpointError, WeftrainError
@@ -28,7 +28,7 @@ Parts = Mapping[str, checkpoint.Part]  # file -> tensor -> dtype, shape
 _Copies = dict[str, dict[str, Tensor]]
 
 
-class RankedTensors(LentTensors):
+class RankedTensors(StateSnapshot):
     """A run's state over many ranks. `begin_files` and `writers`: how core.checkpoint has every rank write its
     share.
     """
@@ -49,18 +49,17 @@ class Writer:
 
     def __init__(self, world: World, run: int) -> None:
         self._world, self._run = world, run
-        self._lender = Lender()
+        self._snapshots = SnapshotOwner()
         self._thread: threading.Thread | None = None
         self._number = 0
         self.stall_ms: float | None = None  # of the last save
 
-    def lend(self, tensors: RankedTensors) -> RankedTensors:
-        self._lender.lend(tensors)
-        return tensors
+    def track(self, tensors: RankedTensors) -> RankedTensors:
+        return self._snapshots.track(tensors)
 
-    def let_go(self) -> None:
-        """The state is about to change: who still holds one that was lent gets a copy."""
-        self._lender.let_go()
+    def detach(self) -> None:
+        """The state is about to change: whoever still holds a snapshot gets a copy."""
+        self._snapshots.detach()
 
     def begin(
         self, folder: Path, files: Parts, whole: Callable[[str, bool], Tensor | None]

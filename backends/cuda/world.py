@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from weftrain.backends.common.step import torch_device
+from weftrain.backends.common.base import torch_device
 from weftrain.core.errors import BackendError, EverywhereError, WeftrainError
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.stop import StopRequest

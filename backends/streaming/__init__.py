@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from weftrain.backends.common.step import PlainBackend, ask_for_huge_pages, refuse_numerics, torch_device, use_threads
+from weftrain.backends.common.base import PlainBackend, ask_for_huge_pages, refuse_numerics, torch_device, use_threads
 from weftrain.backends.streaming.planner import needs, predict, remedies
 from weftrain.backends.streaming.schedule import Scheduler, draw
 from weftrain.backends.streaming.store.layout import FormatName, Layout, make_layout
@@ -148,7 +148,7 @@ class StreamingBackend(PlainBackend):
     name = "streaming"
     summary = "weight streaming: state in RAM or on disk, one layer at a time on the device; fp32 or bf16, exact"
     options = StreamingOptions
-    trains = True
+    returns_gradients = True
     portable_options = frozenset(
         {
             "compile",

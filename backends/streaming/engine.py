@@ -20,14 +20,12 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from weftrain.backends.common.base import device_fingerprint
+from weftrain.backends.common.state_snapshot import SnapshotOwner, StateSnapshot, check_state
 from weftrain.backends.common.step import (
-    Lender,
-    LentTensors,
     LossScale,
     call,
-    check_state,
     clip_coefficient,
-    device_fingerprint,
     global_norm,
     non_finite_message,
     slice_rows,
@@ -92,7 +90,7 @@ class StreamingRun:
         self._micro_batches = recipe.batch.global_batch_size // recipe.batch.micro_batch_size
         self._leaves: dict[int, dict[str, nn.Parameter]] = {}  # of the records that are there
         self._work = Work()
-        self._lender = Lender()
+        self._snapshots = SnapshotOwner()
         self._measured: dict[str, float] = {}
         self._dataset_id: str | None = None
         self._stop = job.stop
@@ -115,7 +113,7 @@ class StreamingRun:
         trace = Trace()
         traced = self._standing().step + self._options.trace_steps if self._trace_path is not None else 0
         while self._standing().step < self._plan.last_step:
-            self._lender.let_go()
+            self._snapshots.detach()
             start, step = time.perf_counter(), self._standing().step
             self._measured = {}
             self._store.trace = trace if step < traced else no_trace
@@ -518,13 +516,13 @@ class StreamingRun:
         """See Run.export_state. Each tensor is read when it is asked for, and what is still held before the run trains
         on.
         """
-        self._lender.let_go()
+        self._snapshots.detach()
         self._flush()
         reader = Reader(self._store, self._fabric)
         return State(
             self._standing().step,
             self._standing().optimizer_updates,
-            self._lender.lend(LentTensors(reader.shapes(), reader.read)),
+            self._snapshots.track(StateSnapshot(reader.shapes(), reader.read)),
         )
 
     def _flush(self) -> None:
@@ -539,7 +537,7 @@ class StreamingRun:
         whole.
         """
         check_state(state.tensors, Reader(self._store, self._fabric).shapes())
-        self._lender.let_go()
+        self._snapshots.detach()
         tensors = state.tensors
         self._fill(lambda plane, spec: tensors[f"{plane}/{spec.name}"], state.step, state.optimizer_updates)
 
@@ -572,7 +570,7 @@ class StreamingRun:
     def close(self) -> None:
         """Close the store: durable, and free for the next process."""
         try:
-            self._lender.let_go()
+            self._snapshots.detach()
             self._fabric.close()
         finally:
             self._leaves.clear()

@@ -160,9 +160,9 @@ def _train(
                 run.import_state(state)
             for result in run.train(open_source(recipe)):
                 losses[result.step + 1] = (float(result.loss), float(result.grad_norm))
-            lent = run.export_state()
+            snapshot = run.export_state()
             # the run is about to end
-            state = replace(lent, tensors={name: lent.tensors[name] for name in lent.tensors})
+            state = replace(snapshot, tensors={name: snapshot.tensors[name] for name in snapshot.tensors})
             fingerprint = run.fingerprint().as_json()
         finally:
             run.close()

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from weftrain.backends.common.base import refuse_numerics
 from weftrain.backends.common.registry import find_backends
-from weftrain.backends.common.step import TreeSum, refuse_numerics, tree_sum
+from weftrain.backends.common.tree_sum import TreeSum, tree_sum
 from weftrain.core.backend import BatchSource, Job, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import at_place, dropout, row_keys, squares

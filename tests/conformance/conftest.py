@@ -10,7 +10,9 @@ import pytest
 
 from weftrain.backends.common.registry import find_backends
 
-TRAINERS = sorted(name for name, backend in find_backends().items() if backend.trains and backend.unavailable() is None)
+TRAINERS = sorted(
+    name for name, backend in find_backends().items() if backend.returns_gradients and backend.unavailable() is None
+)
 
 
 @pytest.fixture(scope="module", params=[*TRAINERS, "cuda-2", pytest.param("cuda-4", marks=pytest.mark.prove)])

@@ -1,0 +1,78 @@
+"""A run's state as `export_state` hands it out: read tensor by tensor, and copied only if the run changes it while
+somebody still holds it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+import torch
+
+from weftrain.core.errors import CheckpointError
+
+
+def check_state(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError for a missing, unknown or misshapen tensor. Nothing of a lazy state is read."""
+    missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    if missing or unknown:
+        raise CheckpointError(
+            f"state does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}; is it of another recipe?"
+        )
+    described = getattr(tensors, "meta", tensors.__getitem__)
+    for name, shape in shapes.items():
+        tensor = described(name)
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            found, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"torch.float32 {list(shape)}"
+            raise CheckpointError(f"tensor {name} is {found}, the model's is {wanted}; is it of another recipe?")
+
+
+class StateSnapshot(Mapping[str, torch.Tensor]):
+    """The state of a run at one step. Until it is detached each access reads the run's own tensor, so that saving it
+    needs no second copy of the model.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> None:
+        self._shapes, self._read = shapes, read
+        self._copies: dict[str, torch.Tensor] | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._shapes:
+            raise KeyError(name)
+        return self._read(name) if self._copies is None else self._copies[name]
+
+    def meta(self, name: str) -> torch.Tensor:
+        """A tensor of the same dtype and shape without data."""
+        return torch.empty(self._shapes[name], dtype=torch.float32, device="meta")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def detach(self) -> None:
+        """Copy every tensor: the run's own ones are about to change."""
+        self._copies = {name: self._read(name) for name in self._shapes}
+
+
+_Snapshot = TypeVar("_Snapshot", bound=StateSnapshot)
+
+
+class SnapshotOwner:
+    """A run's side: remembers the last snapshot for as long as somebody holds it."""
+
+    def __init__(self) -> None:
+        self._last: Callable[[], StateSnapshot | None] = lambda: None
+
+    def track(self, snapshot: _Snapshot) -> _Snapshot:
+        self.detach()
+        self._last = weakref.ref(snapshot)
+        return snapshot
+
+    def detach(self) -> None:
+        """To be called before the state changes."""
+        if (snapshot := self._last()) is not None:
+            snapshot.detach()
+        self._last = lambda: None
