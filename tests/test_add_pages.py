@@ -82,6 +82,8 @@ def changed(text: str, diff: str, name: str) -> str:
 
 def run(command: str, copy: Path | None) -> str:
     words = shlex.split(command)
+    if words[0] == "grep":
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert words[0] == "weftrain", command
     if copy is None:
         result = CliRunner().invoke(main, words[1:])
