@@ -31,7 +31,7 @@ HEAD_DIM = 16
 
 
 @dataclass(frozen=True)
-class Point:
+class ActivationSize:
     """One segment's output at one width after so many steps: mean |x|, and mean |x - x at initialisation|, over one
     fixed batch.
     """
@@ -50,7 +50,7 @@ def coordinate_check(
     steps: int = 4,
     learning_rate: float = 0.005,
     seeds: int = 2,
-) -> list[Point]:
+) -> list[ActivationSize]:
     """Train at every width on one repeated random batch, and measure before each step and after the last; CPU, fp32,
     some seconds.
 
@@ -67,7 +67,7 @@ def coordinate_check(
                     change = (
                         sum((run[step][activation] - run[0][activation]).abs().mean().item() for run in runs) / seeds
                     )
-                    points.append(Point(parametrization, width, step, activation, scale, change))
+                    points.append(ActivationSize(parametrization, width, step, activation, scale, change))
     return points
 
 
@@ -116,7 +116,7 @@ def proxy_config(parametrization: Parametrization, width: int, base_width: int) 
     )
 
 
-def growth(points: Sequence[Point], parametrization: Parametrization, activation: str, step: int) -> float:
+def growth(points: Sequence[ActivationSize], parametrization: Parametrization, activation: str, step: int) -> float:
     """The exponent p of change ~ width^p over all widths, by least squares on logarithms: 0 is flat, 0.5 grows as the
     square root.
     """
@@ -127,7 +127,7 @@ def growth(points: Sequence[Point], parametrization: Parametrization, activation
     return float((x * y).sum() / (x * x).sum())
 
 
-def plot(points: Sequence[Point], path: Path) -> None:
+def plot(points: Sequence[ActivationSize], path: Path) -> None:
     """PNG: change of each segment's output against width (both axes logarithmic), one panel a parametrisation, one line
     a segment and step.
 

@@ -20,7 +20,7 @@ from weftrain.cli.kernels import bench as kernels_bench
 from weftrain.cli.resolve import Resolved, resolve, resolve_recipe
 
 if TYPE_CHECKING:
-    from weftrain.analysis.bench.run import Wishes
+    from weftrain.analysis.bench.run import BenchRequest
 
 
 @click.group()
@@ -124,9 +124,9 @@ def bench_train(
         return
     if ranks > 1 and "RANK" not in os.environ:
         _launch(ranks, threads or 1)
-    from weftrain.analysis.bench.run import Wishes
+    from weftrain.analysis.bench.run import BenchRequest
 
-    wishes = Wishes(steps, rounds, check_steps, profile_folder, threads=threads)
+    wishes = BenchRequest(steps, rounds, check_steps, profile_folder, threads=threads)
     _bench(resolve(recipe, overrides, backend), wishes, report_folder, mllog, default_threads=2 if ranks == 1 else 1)
 
 
@@ -138,7 +138,7 @@ def _launch(ranks: int, threads: int) -> None:
 
 
 def _bench(
-    resolved: Resolved, wishes: Wishes, report_folder: Path | None, mllog: Path | None, default_threads: int = 2
+    resolved: Resolved, wishes: BenchRequest, report_folder: Path | None, mllog: Path | None, default_threads: int = 2
 ) -> None:
     """Measure, and print the RESULT line. default_threads: CPU threads of a process if neither --threads nor the
     backend's options set them.
@@ -246,7 +246,7 @@ def bench_stream(
 
     Its replicas join by `weftrain replica`, so --ranks other than 1 is refused.
     """
-    from weftrain.analysis.bench.run import Wishes
+    from weftrain.analysis.bench.run import BenchRequest
 
     if ranks != 1:
         raise click.BadParameter(
@@ -254,7 +254,7 @@ def bench_stream(
         )
     _bench(
         resolve(recipe, overrides, "streaming"),
-        Wishes(steps, rounds, check_steps, threads=threads),
+        BenchRequest(steps, rounds, check_steps, threads=threads),
         report_folder,
         None,
     )

@@ -149,14 +149,14 @@ def _measured(
     console: Console,
 ) -> tuple[list[Series], list[str]]:
     """The series with what was measured, and notes."""
-    from weftrain.analysis.compare.measure import Wanted, measure_series, open_held, open_sample
-    from weftrain.analysis.evaluation.records import Settings
+    from weftrain.analysis.compare.measure import MeasureRequest, measure_series, open_held, open_sample
+    from weftrain.analysis.evaluation.records import EvaluationSettings
     from weftrain.cli.display import Bar
 
-    wanted = Wanted(
+    wanted = MeasureRequest(
         tuple(open_held(path, rows) for path in loss_on), tuple(open_sample(path, max_rows) for path in samples)
     )
-    settings = Settings(batch_size=batch_size, device=device)
+    settings = EvaluationSettings(batch_size=batch_size, device=device)
     measured, notes, done = [], [], 0
     with Bar(console, "compare", sum(len(one.places) for one in opened)) as bar:
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from weftrain.analysis.evaluation.records import Record, Settings, Subject
+from weftrain.analysis.evaluation.records import EvaluatedCheckpoint, EvaluationRecord, EvaluationSettings
 from weftrain.analysis.evaluation.tasks import PRESETS, TaskRequest
 from weftrain.cli.display import Bar, Console
 from weftrain.core.errors import CheckpointError, DataError
@@ -58,13 +58,13 @@ def evaluate_records(run: Path, overrides: Sequence[str], options: dict[str, Any
     evaluate(path, verified=path != run)
 
 
-def _settings(options: dict[str, Any]) -> Settings:
+def _settings(options: dict[str, Any]) -> EvaluationSettings:
     import torch
 
     device = options["device"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Settings(
+    return EvaluationSettings(
         options["batch_size"], options["seed"], options["limit"], options["precision"], device, options["include"]
     )
 
@@ -75,7 +75,7 @@ class _Checkpoint:
     """
 
     def __init__(
-        self, path: Path, overrides: Sequence[str], settings: Settings, tokenizer: Path | None, verified: bool
+        self, path: Path, overrides: Sequence[str], settings: EvaluationSettings, tokenizer: Path | None, verified: bool
     ) -> None:
         from weftrain.cli.assembly import recipe_of_checkpoint
         from weftrain.core.formats.checkpoint_manifest import read_manifest
@@ -144,7 +144,9 @@ def _requests(options: dict[str, Any]) -> list[TaskRequest]:
     ]
 
 
-def _records(opened: _Checkpoint, settings: Settings, options: dict[str, Any], console: Console) -> list[Record]:
+def _records(
+    opened: _Checkpoint, settings: EvaluationSettings, options: dict[str, Any], console: Console
+) -> list[EvaluationRecord]:
     """Every score that was asked for, of one checkpoint: read where its record is there, else computed and kept."""
     from weftrain.analysis.evaluation.records import records_folder
     from weftrain.analysis.evaluation.tasks import attend_within_documents, run_heldout, run_tasks
@@ -152,7 +154,7 @@ def _records(opened: _Checkpoint, settings: Settings, options: dict[str, Any], c
     from weftrain.core.formats.tokenizer_file import panics_refused
 
     folder, requests = records_folder(opened.path), _requests(options)
-    records: list[Record] = []
+    records: list[EvaluationRecord] = []
     with Bar(console, f"step {opened.step}", 1) as bar:
         if requests:
             tokenizer, sha256, eos_id = opened.tokenizer
@@ -170,7 +172,7 @@ def _records(opened: _Checkpoint, settings: Settings, options: dict[str, Any], c
                     report=lambda done, total, what: bar.update(done, what, total=total),
                 )
 
-            subject = Subject(opened.root, opened.step, sha256)
+            subject = EvaluatedCheckpoint(opened.root, opened.step, sha256)
             with panics_refused(str(opened.tokenizer_file[0])):
                 records += run_tasks(requests, subject, settings, model, folder, bar.say)
         if options["code"]:
@@ -193,11 +195,15 @@ def _records(opened: _Checkpoint, settings: Settings, options: dict[str, Any], c
                     attend_within_documents(opened.decoder)
                 return opened.decoder
 
-            records += run_heldout(sets, Subject(opened.root, opened.step), settings, decoder, folder, bar.say)
+            records += run_heldout(
+                sets, EvaluatedCheckpoint(opened.root, opened.step), settings, decoder, folder, bar.say
+            )
     return records
 
 
-def _code(opened: _Checkpoint, settings: Settings, options: dict[str, Any], folder: Path, bar: Bar) -> Record:
+def _code(
+    opened: _Checkpoint, settings: EvaluationSettings, options: dict[str, Any], folder: Path, bar: Bar
+) -> EvaluationRecord:
     from weftrain.analysis.evaluation.code import CodeSettings, run_code
 
     try:
@@ -209,7 +215,7 @@ def _code(opened: _Checkpoint, settings: Settings, options: dict[str, Any], fold
     return run_code(
         options["code"],
         code,
-        Subject(opened.root, opened.step, sha256),
+        EvaluatedCheckpoint(opened.root, opened.step, sha256),
         settings,
         tokenizer,
         eos_id,
@@ -221,7 +227,7 @@ def _code(opened: _Checkpoint, settings: Settings, options: dict[str, Any], fold
     )
 
 
-def _show(records: Sequence[Record], opened: _Checkpoint, as_json: bool, console: Console) -> None:
+def _show(records: Sequence[EvaluationRecord], opened: _Checkpoint, as_json: bool, console: Console) -> None:
     from weftrain.core.formats.canonical import canonical_json
 
     if as_json:

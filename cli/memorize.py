@@ -16,7 +16,7 @@ from weftrain.cli.display import Console
 
 if TYPE_CHECKING:
     from weftrain.analysis.evaluation.generation import Generator
-    from weftrain.analysis.memorization.scores import Chunk, Parameters, Result
+    from weftrain.analysis.memorization.scores import Chunk, MemorizationResult, Parameters
     from weftrain.core.config import ModelConfig, Recipe
 
 Manifests = dict[int, tuple[Path, dict[str, Any]]]  # step -> checkpoint's folder, manifest
@@ -66,7 +66,7 @@ def memorize(
     KEY.SUB=VALUE lays a value over the recorded recipe, e.g. data.root=/other/place.
     """
     from weftrain.analysis.memorization.report import draw, summary
-    from weftrain.analysis.memorization.scores import Parameters, Snapshot, measure, sample_chunk
+    from weftrain.analysis.memorization.scores import LazyCheckpoint, Parameters, measure, sample_chunk
     from weftrain.cli.assembly import recipe_of_checkpoint
     from weftrain.cli.display import Bar
     from weftrain.core.formats import fsops
@@ -84,7 +84,7 @@ def memorize(
     whole = run if own is None else run.absolute().parent.parent
     chunks = _chunks(whole, recipe, list(all_of_run)) if sample is None else [sample_chunk(sample, parameters)]
     snapshots = [
-        Snapshot(step, all_of_run[step][1]["root"], partial(_load, all_of_run[step][0], recipe.model, device))
+        LazyCheckpoint(step, all_of_run[step][1]["root"], partial(_load, all_of_run[step][0], recipe.model, device))
         for step in sorted(wanted)
     ]
     folder = to or whole / "analyses" / "memorization"
@@ -191,7 +191,7 @@ def _load(path: Path, config: ModelConfig, device: str) -> Generator:
     return Generator(load_model(checkpoint.Weights(state.tensors), config, device))
 
 
-def _table(results: list[Result], parameters: Parameters) -> list[str]:
+def _table(results: list[MemorizationResult], parameters: Parameters) -> list[str]:
     """Chunks down, checkpoints across. Plain lines: a table of many checkpoints must not be folded to a terminal's
     width.
     """
@@ -218,7 +218,7 @@ def _table(results: list[Result], parameters: Parameters) -> list[str]:
     ]
 
 
-def _warn_of_repeats(results: list[Result], console: Console) -> None:
+def _warn_of_repeats(results: list[MemorizationResult], console: Console) -> None:
     repeats = {
         result.chunk: (result.repeated, len(result.matches))
         for result in results

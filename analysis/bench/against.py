@@ -18,7 +18,7 @@ SAME_LOSS = 1e-3  # losses that are as near are of the same training: bf16 parts
 
 
 @dataclass(frozen=True)
-class Losses:
+class LossComparison:
     """The largest difference over the rounds at step `step`, the last one that both have; missing: why it is not a
     later one, or empty.
     """
@@ -49,14 +49,14 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Against:
+class ProgramComparison:
     """ratios: of tokens/s, ours over theirs, a round. speed: the same with its interval; None where no interval can be
     had.
     """
 
     ratios: tuple[float, ...]
     speed: Difference | None
-    losses: Losses
+    losses: LossComparison
 
     @property
     def ratio(self) -> float:
@@ -74,7 +74,7 @@ class Against:
         return self.speed.verdict
 
 
-def against(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Against:
+def against(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> ProgramComparison:
     """Compare RESULT lines of as many rounds each, of which the k-th were made one after the other."""
     pairs = list(zip(ours, theirs, strict=True))
     ratios = tuple(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
@@ -82,7 +82,7 @@ def against(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any
     if len(pairs) > 1 or all("step_times_ms" in one for one in (*ours, *theirs)):
         names = (str(ours[0]["name"]), str(theirs[0]["name"]))
         speed = difference([_ms_per_token(one) for one in ours], [_ms_per_token(one) for one in theirs], names=names)
-    return Against(ratios, speed, _losses(pairs))
+    return ProgramComparison(ratios, speed, _losses(pairs))
 
 
 def _ms_per_token(result: Mapping[str, Any]) -> list[float]:
@@ -92,13 +92,13 @@ def _ms_per_token(result: Mapping[str, Any]) -> list[float]:
     return [middle * value / statistics.median(times) for value in times]
 
 
-def _losses(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Losses:
+def _losses(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> LossComparison:
     told = [(_by_step(a), _by_step(b)) for a, b in pairs]
     step = max(set.intersection(*({*a} & {*b} for a, b in told)))
     apart = [abs(a[step] - b[step]) for a, b in told]
     worst = next((value for value in apart if value != value), max(apart))  # max() passes over NaN
     ours, theirs = told[-1]
-    return Losses(step, worst, ours[step], theirs[step], _missing(pairs[-1], (max(ours), max(theirs)), step))
+    return LossComparison(step, worst, ours[step], theirs[step], _missing(pairs[-1], (max(ours), max(theirs)), step))
 
 
 def _by_step(result: Mapping[str, Any]) -> dict[int, float]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from weftrain.analysis.bench.report import PARTS, Report, ReportError
+from weftrain.analysis.bench.report import STEP_PARTS, BenchReport, ReportError
 from weftrain.core.formats import fsops
 
 _COLOURS = (
@@ -41,7 +41,7 @@ def _rate(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value / 1e12:,.3f} TFLOP/s"
 
 
-def tables(report: Report) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def tables(report: BenchReport) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """(title, rows of name and value)."""
     speed, efficiency = report.speed, report.efficiency
     yield (
@@ -129,7 +129,7 @@ def _bytes(value: Any) -> str:
     return f"{value / 2**20:,.0f} MiB" if isinstance(value, int | float) else str(value)
 
 
-def markdown(report: Report) -> str:
+def markdown(report: BenchReport) -> str:
     lines = [f"# {report.name}", "", f"{report.made_at}", ""]
     lines += [f"> warning: {warning}" for warning in report.warnings] + [""]
     for title, rows in tables(report):
@@ -144,7 +144,7 @@ def markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
-def flat(report: Report) -> dict[str, Any]:
+def flat(report: BenchReport) -> dict[str, Any]:
     """What a row of a table of benchmarks holds."""
     row: dict[str, Any] = {
         "name": report.name,
@@ -162,7 +162,7 @@ def flat(report: Report) -> dict[str, Any]:
         for key, value in report.efficiency.model_dump().items()
         if key.startswith(("mfu", "hfu", "flops_per_second"))
     }
-    row |= {f"{part.replace(' ', '_')}_ms": round(report.breakdown_ms.get(part, 0.0), 3) for part in PARTS}
+    row |= {f"{part.replace(' ', '_')}_ms": round(report.breakdown_ms.get(part, 0.0), 3) for part in STEP_PARTS}
     return row | {"peak_memory_bytes": report.memory["measured_peak_bytes"], "correct": report.correctness.passed}
 
 
@@ -176,7 +176,7 @@ def csv_text(rows: list[dict[str, Any]], header: bool = True) -> str:
     return buffer.getvalue()
 
 
-def plots(report: Report) -> bytes:
+def plots(report: BenchReport) -> bytes:
     """Step times of every round, and the parts of the mean step: PNG. Needs matplotlib (`pip install
     'weftrain[plot]'`).
     """
@@ -197,7 +197,7 @@ def plots(report: Report) -> bytes:
     times.set_ylabel("ms")
     times.legend(fontsize="small")
     below = 0.0
-    for part, colour in zip(PARTS, _COLOURS, strict=True):
+    for part, colour in zip(STEP_PARTS, _COLOURS, strict=True):
         value = max(0.0, report.breakdown_ms.get(part, 0.0))
         if value:
             parts.bar(0, value, bottom=below, color=colour, label=part)
@@ -222,7 +222,7 @@ img { max-width: 100%; background: white; }
 """
 
 
-def html_page(report: Report, picture: bytes) -> str:
+def html_page(report: BenchReport, picture: bytes) -> str:
     """One page, no network: style and picture are in it."""
     parts = [f"<h1>{html.escape(report.name)}</h1>", f"<p>{html.escape(report.made_at)}</p>"]
     parts += [f'<p class="warning">{html.escape(warning)}</p>' for warning in report.warnings]
@@ -237,7 +237,7 @@ def html_page(report: Report, picture: bytes) -> str:
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
-def mllog_lines(report: Report, started_ms: int, ended_ms: int) -> Iterator[str]:
+def mllog_lines(report: BenchReport, started_ms: int, ended_ms: int) -> Iterator[str]:
     """MLPerf's log form (`:::MLLOG {json}`): what a throughput run has of a result's keys."""
 
     def line(kind: str, time_ms: int, key: str, value: Any, **metadata: Any) -> str:
@@ -274,7 +274,7 @@ def mllog_lines(report: Report, started_ms: int, ended_ms: int) -> Iterator[str]
     yield line("INTERVAL_END", ended_ms, "run_stop", None, status=status)
 
 
-def write_report(report: Report, folder: Path) -> list[Path]:
+def write_report(report: BenchReport, folder: Path) -> list[Path]:
     """report.json, report.md, report.csv, report.png and report.html in a folder. What was written. Raises ReportError,
     OSError.
     """

@@ -23,7 +23,7 @@ from weftrain.core.parameters import Role, flops_per_token, parameter_count, par
 
 VERSION = 1
 UNKNOWN: Literal["unknown"] = "unknown"
-PARTS = (
+STEP_PARTS = (
     "data wait",
     "copy",
     "forward",
@@ -45,7 +45,7 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Speed(_Model):
+class StepSpeed(_Model):
     """Of the steps after the warm-up. Rates from the median step."""
 
     tokens_per_second: float
@@ -90,7 +90,7 @@ class Correctness(_Model):
     words: str
 
 
-class Report(_Model):
+class BenchReport(_Model):
     """report.json. Times in ms unless a name says otherwise; mappings hold JSON values."""
 
     schema_version: Literal[1] = 1
@@ -100,7 +100,7 @@ class Report(_Model):
     environment: dict[str, Any]
     warnings: list[str]
     shape: dict[str, Any]  # model, batch, devices, precision, backend
-    speed: Speed
+    speed: StepSpeed
     efficiency: Efficiency
     breakdown_ms: dict[str, float]  # means over the counted steps; they add up to step_ms_mean
     breakdown_note: str
@@ -136,7 +136,7 @@ class Report(_Model):
         return [values[self.speed.warm_up_steps :] for values in self.rounds]
 
 
-class Measured(_Model):
+class BenchRound(_Model):
     """What one round gives: of every step, in order."""
 
     step_ms: list[float]  # from result to result
@@ -148,7 +148,7 @@ class Measured(_Model):
     probe_ms: list[float] = []  # of the machine's yardstick, before the first step and after each
 
 
-def speed_of(rounds: Sequence[Measured], tokens_per_step: int, devices: int) -> Speed:
+def speed_of(rounds: Sequence[BenchRound], tokens_per_step: int, devices: int) -> StepSpeed:
     """Raises ReportError for fewer than two counted steps."""
     warm = max(warm_up_steps(measured.step_ms) for measured in rounds)
     counted = [measured.step_ms[warm:] for measured in rounds]
@@ -157,7 +157,7 @@ def speed_of(rounds: Sequence[Measured], tokens_per_step: int, devices: int) -> 
         raise ReportError(f"{warm} warm-up steps leave too few to measure: give more --steps")
     middle, interval = statistics.median(steps), median_interval(counted)
     mean = statistics.fmean(steps)
-    return Speed(
+    return StepSpeed(
         tokens_per_second=tokens_per_step / middle * 1e3,
         tokens_per_second_per_device=tokens_per_step / middle * 1e3 / devices,
         step_ms_min=min(steps),
@@ -174,11 +174,11 @@ def speed_of(rounds: Sequence[Measured], tokens_per_step: int, devices: int) -> 
     )
 
 
-def breakdown_of(rounds: Sequence[Measured], warm: int) -> tuple[dict[str, float], str]:
+def breakdown_of(rounds: Sequence[BenchRound], warm: int) -> tuple[dict[str, float], str]:
     """Mean ms of each part over the counted steps; the parts add up to the mean step. And what there is to say about
     it.
     """
-    totals = dict.fromkeys(PARTS, 0.0)
+    totals = dict.fromkeys(STEP_PARTS, 0.0)
     steps, timed = 0, True
     for measured in rounds:
         rows = zip(measured.step_ms, measured.phases_ms, measured.inside_ms, measured.data_wait_ms, strict=True)
@@ -294,7 +294,7 @@ def shape_of(recipe: Recipe, devices: int) -> dict[str, Any]:
     }
 
 
-def configuration_differences(a: Report, b: Report) -> list[str]:
+def configuration_differences(a: BenchReport, b: BenchReport) -> list[str]:
     """What two reports do not have in common of recipe, shape, kernels and machine: a ratio between them is about all
     of it.
     """
@@ -321,11 +321,11 @@ def _chosen(kernels: Mapping[str, Any]) -> dict[str, list[str]]:
     return {op: sorted({entry["source"] for entry in entries}) for op, entries in kernels.get("ops", {}).items()}
 
 
-def read_report(path: Path) -> Report:
+def read_report(path: Path) -> BenchReport:
     """report.json, or the folder that holds it. Raises ReportError."""
     path = path / "report.json" if path.is_dir() else path
     try:
-        return Report.model_validate_json(read_plain(path, "record"))
+        return BenchReport.model_validate_json(read_plain(path, "record"))
     except FileNotFoundError:
         raise ReportError(f"{path}: is not there: `weftrain bench train RECIPE --report FOLDER` makes one") from None
     except ValidationError as error:

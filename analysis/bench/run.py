@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from weftrain.analysis.bench.report import (
-    Measured,
-    Report,
+    BenchReport,
+    BenchRound,
     breakdown_of,
     correctness_of,
     efficiency_of,
@@ -29,7 +29,7 @@ from weftrain.analysis.bench.report import (
     speed_of,
 )
 from weftrain.analysis.bench.train import BenchError, bench_source, plain_weights, take_steps
-from weftrain.analysis.machine.surroundings import Energy, environment, identity, load, now, warnings
+from weftrain.analysis.machine.environment import Energy, environment, identity, load, now, warnings
 from weftrain.analysis.peak import measured_matmul_peak, speed_probe, table_peak
 from weftrain.core.backend import Backend, Job, Plan, Run, prepare_run
 from weftrain.core.config import Recipe
@@ -44,7 +44,7 @@ LARGEST_CHECKED = 1 << 30  # parameters: beyond it a reference run in one proces
 
 
 @dataclass(frozen=True)
-class Wishes:
+class BenchRequest:
     """What the command line asks for."""
 
     steps: int
@@ -78,14 +78,14 @@ def bench(
     backend: Backend,
     options: StrictModel,
     local: Backend,
-    wishes: Wishes,
+    wishes: BenchRequest,
     tell: Callable[[int, int, float], None] = lambda number, step, ms: None,
-) -> Report:
+) -> BenchReport:
     """Measure; tell(round, step, ms) as it goes. Raises BenchError, and whatever the backend raises."""
     load_before = load()
     reference, why_not = reference_losses(recipe, backend, local, min(wishes.check_steps, wishes.steps))
     source, plan = bench_source(recipe), Plan(0, wishes.steps)
-    found: list[Measured] = []
+    found: list[BenchRound] = []
     peaks: list[Peak] = []
     device = torch.device("cpu")
     with tempfile.TemporaryDirectory(prefix="weftrain-bench-") as folder:  # for a backend that keeps state on disk
@@ -132,7 +132,7 @@ def bench(
     used_flops = hardware_flops_per_token(recipe, fingerprint.recomputes) * speed.tokens_per_second
     best = best.raised(used_flops, lambda: _peak(recipe, device, backend).of(devices))
     sourced = table_peak(device, getattr(torch, recipe.precision.compute)).of(devices)
-    surroundings = environment(device)
+    machine = environment(device)
     threads = fingerprint.threads or 1
     resolved = recipe.model_dump(mode="json")
     memory: dict[str, Any] = {"measured_peak_bytes": device_peak if device_peak is not None else peak_resident_bytes()}
@@ -141,7 +141,7 @@ def bench(
         if device_peak is not None
         else "resident memory of this process, rank 0"
     )
-    return Report(
+    return BenchReport(
         name=f"{recipe.name}-{backend.name}-{recipe.precision.compute}{'-compile' if recipe.backend.options.get('compile') else ''}",
         made_at=now(),
         identity={
@@ -151,8 +151,8 @@ def bench(
             "dataset_id": source.dataset_id,
             "seed": recipe.seed,
         },
-        environment={**surroundings, "load_before": load_before, "load_after": load(), "threads": threads},
-        warnings=warnings(surroundings, load_before, threads * (devices if device.type == "cpu" else 1)),
+        environment={**machine, "load_before": load_before, "load_after": load(), "threads": threads},
+        warnings=warnings(machine, load_before, threads * (devices if device.type == "cpu" else 1)),
         shape=shape_of(recipe, devices),
         speed=speed,
         efficiency=efficiency_of(

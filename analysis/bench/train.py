@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weftrain.analysis.bench.report import Measured, Report
+from weftrain.analysis.bench.report import BenchReport, BenchRound
 from weftrain.core.backend import BatchSource, Run
 from weftrain.core.config import ModelConfig, Recipe
 from weftrain.core.errors import WeftrainError
@@ -125,13 +125,13 @@ def take_steps(
     source: BatchSource,
     tell: Callable[[int, float], None] = lambda step, ms: None,
     probe: Callable[[], float] | None = None,
-) -> Measured:
+) -> BenchRound:
     """Train to the plan's end. The clock runs from result to result, and reading the loss is in it, as in any loop that
     logs.
 
     probe: called between two steps, while the clock stands; it tells how fast the machine is just then.
     """
-    found = Measured(step_ms=[], losses=[], phases_ms=[], inside_ms=[], data_wait_ms=[], stats={}, probe_ms=[])
+    found = BenchRound(step_ms=[], losses=[], phases_ms=[], inside_ms=[], data_wait_ms=[], stats={}, probe_ms=[])
     if probe is not None:
         found.probe_ms.append(probe())
     start = time.perf_counter()
@@ -154,7 +154,7 @@ def take_steps(
     return found.model_copy(update={"stats": dict(run.stats())})
 
 
-def plain_result(measured: Measured, tokens_per_step: int, warmup: int, name: str) -> dict[str, Any]:
+def plain_result(measured: BenchRound, tokens_per_step: int, warmup: int, name: str) -> dict[str, Any]:
     """A RESULT line without a report, for a program that is compared with: the median step after `warmup` of them."""
     step_ms = statistics.median(measured.step_ms[warmup:])
     return {
@@ -171,7 +171,7 @@ def plain_result(measured: Measured, tokens_per_step: int, warmup: int, name: st
     }
 
 
-def result_line(report: Report) -> dict[str, Any]:
+def result_line(report: BenchReport) -> dict[str, Any]:
     """What a program under comparison prints after RESULT: medians, and the losses by which two programs are told to
     train alike.
     """

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weftrain.analysis.compare.series import Point, Series
+from weftrain.analysis.compare.series import Series, SeriesPoint
 from weftrain.analysis.evaluation.generation import load_model
 from weftrain.core.checkpoint import Weights
 from weftrain.core.errors import CheckpointError, DataError, NonFiniteError, one_line
@@ -109,7 +109,7 @@ def read_huggingface(folder: Path, name: str, tokens_per_step: int | None) -> Se
         name=name,
         kind="huggingface",
         folder=folder,
-        points=tuple(Point(step, step * tokens_per_step, revisions[step].name, {}) for step in sorted(revisions)),
+        points=tuple(SeriesPoint(step, step * tokens_per_step, revisions[step].name, {}) for step in sorted(revisions)),
         tokens_words=f"step x {tokens_per_step:,}",
         places={step: path.relative_to(folder) for step, path in revisions.items()},
         vocab_size=first["vocab_size"],

@@ -18,11 +18,18 @@ from typing import Any, cast
 import numpy as np
 
 from weftrain.analysis.compare.huggingface import TOKENIZER, TransformersModel, load_revision, revision_root
-from weftrain.analysis.compare.series import Column, Point, Series, memorization_values, record_value, with_values
+from weftrain.analysis.compare.series import Column, Series, SeriesPoint, memorization_values, record_value, with_values
 from weftrain.analysis.evaluation.generation import Generator, load_model
-from weftrain.analysis.evaluation.records import Settings, Subject
+from weftrain.analysis.evaluation.records import EvaluatedCheckpoint, EvaluationSettings
 from weftrain.analysis.evaluation.tasks import RaggedRows, run_heldout
-from weftrain.analysis.memorization.scores import Chunk, Parameters, Snapshot, measure, read_released, sample_chunk
+from weftrain.analysis.memorization.scores import (
+    Chunk,
+    LazyCheckpoint,
+    Parameters,
+    measure,
+    read_released,
+    sample_chunk,
+)
 from weftrain.core import checkpoint
 from weftrain.core.backend import EvaluationSource
 from weftrain.core.data import HeldOut
@@ -42,7 +49,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class HeldTokens:
+class HeldoutTokens:
     """Tokens to measure a loss over. vocab_size: ids lie below it. tokenizer: the file, and its SHA-256; None:
     unknown.
     """
@@ -62,14 +69,14 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MeasureRequest:
     """All that is to be measured."""
 
-    losses: tuple[HeldTokens, ...] = ()
+    losses: tuple[HeldoutTokens, ...] = ()
     samples: tuple[Sample, ...] = ()
 
 
-def open_held(path: Path, rows: int | None = None) -> HeldTokens:
+def open_held(path: Path, rows: int | None = None) -> HeldoutTokens:
     """The held-out set of a prepared dataset's folder, or the rows of an ids.jsonl: a JSON list of ids a line, or
     {"ids": [..]}.
 
@@ -79,9 +86,9 @@ def open_held(path: Path, rows: int | None = None) -> HeldTokens:
         manifest, shards = open_set(path, "heldout")
         count = shards.num_rows if rows is None else min(rows, shards.num_rows)
         source = HeldOut(real_path(path).name, shards, count)  # attention across documents, as any model can
-        return HeldTokens(source, manifest.vocab_size, (path / TOKENIZER, manifest.tokenizer_sha256))
+        return HeldoutTokens(source, manifest.vocab_size, (path / TOKENIZER, manifest.tokenizer_sha256))
     found = _read_ids(path, _MAX_ROWS if rows is None else rows)
-    return HeldTokens(RaggedRows(path.stem, found, fsops.sha256_file(path)), 1 + max(map(max, found)), None)
+    return HeldoutTokens(RaggedRows(path.stem, found, fsops.sha256_file(path)), 1 + max(map(max, found)), None)
 
 
 def _read_ids(path: Path, rows: int) -> list[list[int]]:
@@ -119,7 +126,7 @@ def open_sample(path: Path, samples: int = SAMPLES) -> Sample:
 # Which series can be measured
 
 
-def why_not(series: Series, held: HeldTokens) -> str | None:
+def why_not(series: Series, held: HeldoutTokens) -> str | None:
     """Why the tokens mean nothing to the series' models; None where they fit, as far as is known."""
     if (problem := _too_large(series, held.vocab_size, held.source.sequence_length)) is not None:
         return problem
@@ -168,9 +175,9 @@ class _Opened:
 
 def measure_series(
     series: Series,
-    wanted: Wanted,
+    wanted: MeasureRequest,
     folder: Path,
-    settings: Settings,
+    settings: EvaluationSettings,
     say: Say = lambda line: None,
     progress: Callable[[str], None] = lambda note: None,
 ) -> tuple[Series, list[str]]:
@@ -219,11 +226,11 @@ def _noted(notes: list[str], series: Series, what: str, why: str | None) -> bool
 
 def _measure_point(
     series: Series,
-    point: Point,
-    losses: Sequence[HeldTokens],
+    point: SeriesPoint,
+    losses: Sequence[HeldoutTokens],
     samples: Sequence[Sample],
     folder: Path,
-    settings: Settings,
+    settings: EvaluationSettings,
     say: Say,
 ) -> dict[Column, float]:
     """A function of its own so that its end drops the model, before the next is loaded."""
@@ -234,10 +241,10 @@ def _measure_point(
     values: dict[Column, float] = {}
     sources = [held.source for held in losses]
     records = run_heldout(
-        sources, Subject(root, point.step), settings, lambda: load().decoder, folder / "evaluations", say
+        sources, EvaluatedCheckpoint(root, point.step), settings, lambda: load().decoder, folder / "evaluations", say
     )
     values.update(record_value(record, within_documents=False) for record in records)
-    snapshot = Snapshot(point.step, root, lambda: load().generator)
+    snapshot = LazyCheckpoint(point.step, root, lambda: load().generator)
     for sample in samples:
         results = measure(folder / "memorization", [snapshot], [sample.chunk], sample.parameters, say)
         values.update(memorization_values(results))

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 from weftrain.analysis.evaluation.records import FOLDER as EVALUATIONS
-from weftrain.analysis.evaluation.records import Record, read_record
-from weftrain.analysis.memorization.scores import Result, figures
+from weftrain.analysis.evaluation.records import EvaluationRecord, read_record
+from weftrain.analysis.memorization.scores import MemorizationResult, figures
 from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError, ReleaseError, RunFolderError, one_line
 from weftrain.core.formats import fsops
@@ -63,7 +63,7 @@ TRAIN_LOSS = Column("train loss", "train", "loss")
 
 
 @dataclass(frozen=True)
-class Point:
+class SeriesPoint:
     """After `step` completed steps, `tokens` of training. checkpoint: its root, or a revision's name; None where only
     metrics exist.
     """
@@ -90,7 +90,7 @@ class Series:
     name: str
     kind: Kind
     folder: Path
-    points: tuple[Point, ...]
+    points: tuple[SeriesPoint, ...]
     tokens_words: str
     places: Mapping[int, Path]
     vocab_size: int | None = None
@@ -150,7 +150,9 @@ def read_run(folder: Path, name: str) -> Series:
         name=name,
         kind="run" if release is None else "release",
         folder=folder,
-        points=tuple(Point(step, tokens_of(step), named.get(step), reading.values.get(step, {})) for step in steps),
+        points=tuple(
+            SeriesPoint(step, tokens_of(step), named.get(step), reading.values.get(step, {})) for step in steps
+        ),
         tokens_words=tokens_words,
         places=places,
         vocab_size=recipe.model.vocab_size,
@@ -322,7 +324,7 @@ def _record_files(reading: _Reading, folder: Path, pattern: str) -> list[Path]:
 
 
 def _scores(reading: _Reading, roots: Mapping[str, int]) -> None:
-    found: dict[tuple[int, Column], list[tuple[Record, float]]] = {}
+    found: dict[tuple[int, Column], list[tuple[EvaluationRecord, float]]] = {}
     for path in _record_files(reading, EVALUATIONS, "[0-9]*.json"):
         try:
             record = read_record(path)
@@ -359,7 +361,7 @@ def _foreign(reading: _Reading, path: Path, root: str, step: int, roots: Mapping
     return True
 
 
-def record_value(record: Record, within_documents: bool) -> tuple[Column, float]:
+def record_value(record: EvaluationRecord, within_documents: bool) -> tuple[Column, float]:
     """The column that an evaluation's record belongs to, and its value: in percent where the metric is a share of
     one.
     """
@@ -382,10 +384,10 @@ def record_value(record: Record, within_documents: bool) -> tuple[Column, float]
 
 
 def _memorization(reading: _Reading, roots: Mapping[str, int]) -> None:
-    results: dict[int, list[Result]] = {}
+    results: dict[int, list[MemorizationResult]] = {}
     for path in _record_files(reading, MEMORIZATION, "k*_l*_samples*_seed*/step_*/*.json"):
         try:
-            result = Result.model_validate(parse_json(read_plain(path, "record")))
+            result = MemorizationResult.model_validate(parse_json(read_plain(path, "record")))
         except (OSError, ValueError) as error:
             reading.left_out.append(
                 f"{reading.name}: {path.relative_to(reading.folder)}: damaged: {one_line(error, 120)}"
@@ -404,13 +406,13 @@ def _memorization(reading: _Reading, roots: Mapping[str, int]) -> None:
         )
 
 
-def memorization_values(results: Sequence[Result]) -> dict[Column, float]:
+def memorization_values(results: Sequence[MemorizationResult]) -> dict[Column, float]:
     """Of one checkpoint: extractible percent and mean score over all rows it was trained on, over those it was not, of
     each other set.
 
     Chunks that it has seen in part are in none of them.
     """
-    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[Result]] = {}
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[MemorizationResult]] = {}
     for result in results:
         parameters = result.parameters
         details = {

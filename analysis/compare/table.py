@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from weftrain.analysis.compare.huggingface import is_series, read_huggingface
-from weftrain.analysis.compare.series import TRAIN_LOSS, Column, Point, Series, read_run
+from weftrain.analysis.compare.series import TRAIN_LOSS, Column, Series, SeriesPoint, read_run
 from weftrain.analysis.compare.window import default_window, logged_steps, windowed
 from weftrain.analysis.evaluation.records import number
 from weftrain.core.errors import RunFolderError
@@ -45,7 +45,7 @@ class Comparison:
     notes: tuple[str, ...]
     window_steps: int
 
-    def rows(self) -> list[tuple[Series, Point]]:
+    def rows(self) -> list[tuple[Series, SeriesPoint]]:
         """What the table shows, by tokens and then in the order the series were named in."""
         shown = set(self.positions)
         found = [(series, point) for series in self.series for point in series.points if point.tokens in shown]
@@ -299,7 +299,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     same bytes.
     """
 
-    def values(point: Point) -> dict[str, float | str]:
+    def values(point: SeriesPoint) -> dict[str, float | str]:
         return {column.key: number(value) for column, value in point.values.items()}
 
     return {

@@ -9,7 +9,7 @@ from weftrain.analysis.compare.table import Comparison, headings, plain, shown
 
 
 @dataclass(frozen=True)
-class Block:
+class MeasureTable:
     """One measure of all series: a row for each number of tokens, in `rows` (tokens, a cell a series)."""
 
     title: str
@@ -17,7 +17,7 @@ class Block:
     rows: tuple[tuple[int, tuple[str, ...]], ...]
 
 
-def blocks(comparison: Comparison) -> list[Block]:
+def blocks(comparison: Comparison) -> list[MeasureTable]:
     """The table a measure at a time, with a column for each series that has the measure: narrow, however many measures
     there are.
     """
@@ -33,7 +33,7 @@ def blocks(comparison: Comparison) -> list[Block]:
             (tokens, tuple(shown(column, values.get((name, tokens))) for name in names)) for tokens in positions
         )
         if rows:
-            found.append(Block(title, tuple(map(plain, names)), rows))
+            found.append(MeasureTable(title, tuple(map(plain, names)), rows))
     return found
 
 

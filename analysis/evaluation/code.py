@@ -17,8 +17,15 @@ from tokenizers import Tokenizer
 
 from weftrain.analysis.evaluation.continuation import TokenModel, continue_in_pieces, derived_seed
 from weftrain.analysis.evaluation.pass_at_k import pass_at_k, read_problems, score
-from weftrain.analysis.evaluation.records import Record, Say, Settings, Subject, inputs_of, once
-from weftrain.analysis.evaluation.sandbox import Limits
+from weftrain.analysis.evaluation.records import (
+    EvaluatedCheckpoint,
+    EvaluationRecord,
+    EvaluationSettings,
+    Say,
+    inputs_of,
+    once,
+)
+from weftrain.analysis.evaluation.sandbox import SandboxLimits
 from weftrain.analysis.evaluation.sandbox_judge import JUDGE
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
@@ -49,8 +56,8 @@ class CodeSettings:
 def run_code(
     path: Path,
     code: CodeSettings,
-    subject: Subject,
-    settings: Settings,
+    subject: EvaluatedCheckpoint,
+    settings: EvaluationSettings,
     tokenizer: Tokenizer,
     eos_id: int,
     max_length: int,
@@ -58,7 +65,7 @@ def run_code(
     folder: Path,
     say: Say = print,
     progress: Callable[[int, int], None] | None = None,
-) -> Record:
+) -> EvaluationRecord:
     """The record of a file of problems (pass_at_k.read_problems); settings.limit: of its first problems alone.
 
     max_length: positions of the model. open_model: called when there is something to write. Raises DataError, and
@@ -70,7 +77,7 @@ def run_code(
             "positions: lower it"
         )
     problems = read_problems(path)
-    limits = Limits()
+    limits = SandboxLimits()
     settled = asdict(code) | {"ks": sorted(set(code.ks))}
     own = {
         "problems": path.stem,
@@ -80,7 +87,7 @@ def run_code(
         "judge": JUDGE,
     }
 
-    def measure() -> Record:
+    def measure() -> EvaluationRecord:
         chosen = problems[: settings.limit]
         stops = {problem.prompt: problem.stops for problem in chosen}
 
@@ -122,7 +129,7 @@ def _completions(
     stops: Sequence[str],
     samples: int,
     code: CodeSettings,
-    settings: Settings,
+    settings: EvaluationSettings,
 ) -> list[str]:
     """`samples` texts that follow a prompt, which is cut from the left where it leaves no room."""
     ids: list[int] = tokenizer.encode(prompt).ids[-(max_length - code.max_new_tokens) :] or [eos_id]

@@ -26,7 +26,7 @@ from weftrain.core.errors import DataError
 DEFAULT_NEW_TOKENS = 256  # lm-eval's own, for a task that states none
 _CALLS_PER_REPORT = 4  # batches between two words of progress
 
-Report = Callable[[int, int, str], None]  # done, of how many, what
+ReportProgress = Callable[[int, int, str], None]  # done, of how many, what
 Row = tuple[Sequence[int], Sequence[int]]  # context, continuation
 
 
@@ -52,7 +52,7 @@ class CheckpointLM(TemplateLM):
         *,
         batch_size: int = 16,
         seed: int = 0,
-        report: Report = lambda done, total, what: None,
+        report: ReportProgress = lambda done, total, what: None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer  # type: ignore[assignment]

@@ -6,7 +6,7 @@ affair.
 
 What a reader would get wrong: pass@k from k samples alone (did one of them pass?) varies far more than the estimate
 from n > k samples, and 1 - (1 - c/n)^k, which looks the same, is biased low. And a share is not a percentage:
-`pass_at_k` is in 0..1, `Report` in 0..100.
+`pass_at_k` is in 0..1, `PassAtK` in 0..100.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from weftrain.analysis.evaluation.sandbox import STATUSES, Limits, Outcome, SandboxError, reason_unavailable
+from weftrain.analysis.evaluation.sandbox import STATUSES, Outcome, SandboxError, SandboxLimits, reason_unavailable
 from weftrain.analysis.evaluation.sandbox_judge import ProblemTests, given_by, imports_of, judge, names_under_test
 from weftrain.core.errors import DataError, WeftrainError
 from weftrain.core.formats.canonical import parse_json
@@ -72,7 +72,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Solved:
+class ProblemScore:
     """One problem's result: how many of its samples passed, and how they ended."""
 
     task_id: str
@@ -84,14 +84,14 @@ class Solved:
 
 
 @dataclass(frozen=True)
-class Report:
+class PassAtK:
     """pass_at_k_percent: k -> mean over problems, 0..100. outcomes: status -> samples, over all problems."""
 
     samples_per_problem: int
     pass_at_k_percent: dict[int, float]
-    problems: tuple[Solved, ...]
+    problems: tuple[ProblemScore, ...]
     outcomes: dict[str, int]
-    limits: Limits
+    limits: SandboxLimits
 
     def as_json(self) -> dict[str, Any]:
         """Of text, numbers, lists and dicts with text keys alone, as canonical_json takes it."""
@@ -218,9 +218,9 @@ def score(
     complete: Callable[[str, int], list[str]],
     samples: int,
     ks: Sequence[int],
-    limits: Limits | None = None,
+    limits: SandboxLimits | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
+) -> PassAtK:
     """Have `samples` completions written for each problem, run each against the tests, and report pass@k for each k of
     `ks`.
 
@@ -231,7 +231,7 @@ def score(
     Raises ValueError (no problem, a k outside 1..samples) and SandboxError (nothing can be confined here) before
     anything is generated, CompletionError for a generator that gives another number of texts.
     """
-    limits = limits or Limits()
+    limits = limits or SandboxLimits()
     if not problems or not ks or not all(1 <= k <= samples for k in ks):
         raise ValueError(
             f"score: {len(problems)} problems, ks={list(ks)}; needs a problem, and each k within 1..samples={samples}"
@@ -275,10 +275,10 @@ def score(
         k: 100 * math.fsum(pass_at_k(samples, one.correct, k) for one in solved) / len(solved) for k in sorted(set(ks))
     }
     outcomes: dict[str, int] = {status: sum(one.outcomes[status] for one in solved) for status in STATUSES}
-    return Report(samples, percent, tuple(solved), outcomes, limits)
+    return PassAtK(samples, percent, tuple(solved), outcomes, limits)
 
 
-def judged(program: str, tests: ProblemTests, limits: Limits) -> Outcome:
+def judged(program: str, tests: ProblemTests, limits: SandboxLimits) -> Outcome:
     """One program's verdict, with the last line alone of what was said on standard error."""
     outcome = judge(program, tests, limits)
     return replace(outcome, stderr_tail=outcome.stderr_tail.strip().rsplit("\n", 1)[-1][:_LONGEST_LINE])
@@ -293,7 +293,7 @@ def _completions(problem: Problem, complete: Callable[[str, int], list[str]], sa
     return texts
 
 
-def _solved(problem: Problem, outcomes: Sequence[Outcome]) -> Solved:
+def _solved(problem: Problem, outcomes: Sequence[Outcome]) -> ProblemScore:
     counted = Counter(outcome.status for outcome in outcomes)
     failures = [
         f"{one.reason}: {one.stderr_tail}" if one.stderr_tail else one.reason
@@ -301,4 +301,4 @@ def _solved(problem: Problem, outcomes: Sequence[Outcome]) -> Solved:
         if one.status != "passed"
     ]
     by_status: dict[str, int] = {status: counted[status] for status in STATUSES}
-    return Solved(problem.task_id, len(outcomes), counted["passed"], by_status, failures[0] if failures else "")
+    return ProblemScore(problem.task_id, len(outcomes), counted["passed"], by_status, failures[0] if failures else "")

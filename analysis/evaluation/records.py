@@ -26,12 +26,12 @@ VERSION = 1
 FOLDER = Path("analyses", "evaluations")
 SEED = 1234  # lm-eval's own for drawing few-shot examples, so that its published scores see the same ones
 
-Record = dict[str, Any]
+EvaluationRecord = dict[str, Any]
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedCheckpoint:
     """What is evaluated. root: the checkpoint's. tokenizer_sha256: of tokenizer.json, None where no text is
     involved.
     """
@@ -42,7 +42,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """How it is evaluated. limit: documents (problems, rows) of each task, None: all. include: a folder of task
     files.
     """
@@ -55,7 +55,7 @@ class Settings:
     include: Path | None = None
 
 
-def inputs_of(kind: str, subject: Subject, settings: Settings) -> dict[str, Any]:
+def inputs_of(kind: str, subject: EvaluatedCheckpoint, settings: EvaluationSettings) -> dict[str, Any]:
     """What every kind of evaluation depends on; its own inputs are added to it."""
     return {
         "kind": kind,
@@ -70,7 +70,9 @@ def inputs_of(kind: str, subject: Subject, settings: Settings) -> dict[str, Any]
     }
 
 
-def once(folder: Path, inputs: dict[str, Any], name: str, measure: Callable[[], Record], say: Say) -> Record:
+def once(
+    folder: Path, inputs: dict[str, Any], name: str, measure: Callable[[], EvaluationRecord], say: Say
+) -> EvaluationRecord:
     """The record of these inputs: the one that is there, or a new one, written whole. Raises what `measure` raises, and
     OSError.
 
@@ -88,7 +90,7 @@ def once(folder: Path, inputs: dict[str, Any], name: str, measure: Callable[[], 
     data = canonical_json(record | {"root": sha256_json(record)})
     fsops.make_dirs(folder)
     fsops.write_bytes(folder / f"{_stem(inputs, name, record['shots'])}.json", data + b"\n")
-    result: Record = parse_json(data)
+    result: EvaluationRecord = parse_json(data)
     return result
 
 
@@ -98,7 +100,7 @@ def _stem(inputs: Mapping[str, Any], name: str, shots: Any) -> str:
     return f"{inputs['step']:08d}-{shown}-{shots}-{sha256_json(dict(inputs))[:16]}"
 
 
-def stored(folder: Path, inputs: dict[str, Any], name: str, say: Say) -> Record | None:
+def stored(folder: Path, inputs: dict[str, Any], name: str, say: Say) -> EvaluationRecord | None:
     """The record of these inputs, if it is there and whole."""
     for path in sorted(folder.glob(f"{_stem(inputs, name, '*')}.json")):
         try:
@@ -108,7 +110,7 @@ def stored(folder: Path, inputs: dict[str, Any], name: str, say: Say) -> Record 
     return None
 
 
-def read_record(path: Path, inputs: Mapping[str, Any] | None = None) -> Record:
+def read_record(path: Path, inputs: Mapping[str, Any] | None = None) -> EvaluationRecord:
     """A record, checked in itself and, where given, against its inputs. Raises DataError."""
     try:
         data = read_plain(path, "record", follow=False)
@@ -125,7 +127,7 @@ def read_record(path: Path, inputs: Mapping[str, Any] | None = None) -> Record:
     return record
 
 
-def read_records(folder: Path) -> Iterator[Record]:
+def read_records(folder: Path) -> Iterator[EvaluationRecord]:
     """Every record of a folder, in the order of step and task. Raises DataError for one that is damaged."""
     for path in sorted(folder.glob("[0-9]*.json")):
         yield read_record(path)

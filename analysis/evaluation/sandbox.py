@@ -53,7 +53,7 @@ class SandboxError(WeftrainError):
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """What a program may use. memory_bytes: address space of each process, of which there may be `processes` (threads
     count).
     """
@@ -90,12 +90,17 @@ def run_untrusted(
     standard output is thrown away. All of its processes are dead on return. Raises SandboxError where the machine
     cannot confine it, ValueError for limits out of range.
     """
-    limits = Limits(timeout_s, memory_bytes, disk_bytes, processes)
+    limits = SandboxLimits(timeout_s, memory_bytes, disk_bytes, processes)
     return outcome_of(start_stage(program, tests, limits), limits)
 
 
 def start_stage(
-    program: str, tests: str, limits: Limits, *, driver: str | None = None, channel: tuple[int, int] | None = None
+    program: str,
+    tests: str,
+    limits: SandboxLimits,
+    *,
+    driver: str | None = None,
+    channel: tuple[int, int] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Begin to run a program as run_untrusted does; `outcome_of` waits for its end, `end_stage` ends it at once. One of
     them must follow.
@@ -144,7 +149,7 @@ def start_stage(
     return process
 
 
-def outcome_of(process: subprocess.Popen[bytes], limits: Limits) -> Outcome:
+def outcome_of(process: subprocess.Popen[bytes], limits: SandboxLimits) -> Outcome:
     """How the program of a stage ended, once it has. Raises SandboxError where the stage could not confine it."""
     assert process.stdout is not None
     said = b""

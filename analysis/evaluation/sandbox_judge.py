@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weftrain.analysis.evaluation import sandbox_wire
-from weftrain.analysis.evaluation.sandbox import Limits, Outcome, end_stage, outcome_of, start_stage
+from weftrain.analysis.evaluation.sandbox import Outcome, SandboxLimits, end_stage, outcome_of, start_stage
 
 # Bound to every record of a score: a change of what passes is another measurement.
 JUDGE = "tests in a process of their own, 1"
@@ -40,7 +40,7 @@ class ProblemTests:
     imports: str = ""
 
 
-def judge(program: str, tests: ProblemTests, limits: Limits) -> Outcome:
+def judge(program: str, tests: ProblemTests, limits: SandboxLimits) -> Outcome:
     """Run a program and its tests, each in a sandbox with these limits. Blocks; safe to call from threads.
 
     Raises SandboxError where the machine cannot confine them, ValueError for limits out of range.

@@ -24,10 +24,10 @@ from tokenizers import Tokenizer, processors
 
 from weftrain.analysis.evaluation.generation import PREFERENCES
 from weftrain.analysis.evaluation.records import (
-    Record,
+    EvaluatedCheckpoint,
+    EvaluationRecord,
+    EvaluationSettings,
     Say,
-    Settings,
-    Subject,
     inputs_of,
     number,
     once,
@@ -179,12 +179,12 @@ def _tensors(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Te
 
 def run_heldout(
     sources: Sequence[EvaluationSource],
-    subject: Subject,
-    settings: Settings,
+    subject: EvaluatedCheckpoint,
+    settings: EvaluationSettings,
     open_model: Callable[[], Decoder],
     folder: Path,
     say: Say = print,
-) -> list[Record]:
+) -> list[EvaluationRecord]:
     """A record of each held-out set, `settings.limit` rows of it at most: loss and perplexity. The model is opened if
     one is missing.
     """
@@ -196,7 +196,7 @@ def run_heldout(
             "rows": source.num_rows,
         }
 
-        def measure(source: EvaluationSource = source) -> Record:
+        def measure(source: EvaluationSource = source) -> EvaluationRecord:
             found = perplexity(open_model(), source, settings.batch_size)
             metrics = {
                 name: {"value": number(value)}
@@ -284,12 +284,12 @@ def end_of_text_id(tokenizer: Tokenizer, path: Path, dataset: Manifest | None = 
 
 def run_tasks(
     requests: Sequence[TaskRequest],
-    subject: Subject,
-    settings: Settings,
+    subject: EvaluatedCheckpoint,
+    settings: EvaluationSettings,
     open_model: Callable[[], CheckpointLM],
     folder: Path,
     say: Say = print,
-) -> list[Record]:
+) -> list[EvaluationRecord]:
     """A record of each task of lm-eval, of each group that has a score of its own, and of each member of one that has
     none.
 
@@ -325,15 +325,17 @@ def run_tasks(
     return records
 
 
-def _task_inputs(request: TaskRequest, subject: Subject, settings: Settings, include: str | None) -> dict[str, Any]:
+def _task_inputs(
+    request: TaskRequest, subject: EvaluatedCheckpoint, settings: EvaluationSettings, include: str | None
+) -> dict[str, Any]:
     own = {"task": request.task, "shots": request.shots, "metric": request.metric, "include_sha256": include}
     return inputs_of("task", subject, settings) | own | {"lm_eval": version_of("lm_eval")}
 
 
 def _measuring(
-    harness: _Harness, request: TaskRequest, settings: Settings, model: Callable[[], CheckpointLM]
-) -> Callable[[], Record]:
-    def measure() -> Record:
+    harness: _Harness, request: TaskRequest, settings: EvaluationSettings, model: Callable[[], CheckpointLM]
+) -> Callable[[], EvaluationRecord]:
+    def measure() -> EvaluationRecord:
         loaded = harness.load(request, settings.seed)
         return _task_record(request, settings, harness.evaluate(loaded, model(), settings), loaded)
 
@@ -402,7 +404,7 @@ class _Harness:
                 )
         return loaded
 
-    def evaluate(self, loaded: Any, model: CheckpointLM, settings: Settings) -> Any:
+    def evaluate(self, loaded: Any, model: CheckpointLM, settings: EvaluationSettings) -> Any:
         from lm_eval.evaluator import evaluate
 
         random.seed(settings.seed)  # a task's own code may draw from either
@@ -411,7 +413,7 @@ class _Harness:
         return evaluate(model, loaded, limit=settings.limit, bootstrap_iters=BOOTSTRAP_ROUNDS, log_samples=False)
 
 
-def _task_record(request: TaskRequest, settings: Settings, results: Any, loaded: Any) -> Record:
+def _task_record(request: TaskRequest, settings: EvaluationSettings, results: Any, loaded: Any) -> EvaluationRecord:
     name = request.task
     found = results["results"][name]
     metrics = _metrics(found)
@@ -441,7 +443,7 @@ def _task_record(request: TaskRequest, settings: Settings, results: Any, loaded:
     }
 
 
-def _metrics(found: Mapping[str, Any]) -> dict[str, Record]:
+def _metrics(found: Mapping[str, Any]) -> dict[str, EvaluationRecord]:
     """lm-eval's {"acc,none": 0.5, "acc_stderr,none": 0.1} -> {"acc": {value, value_percent, stderr,
     stderr_percent}}.
     """
@@ -455,7 +457,7 @@ def _metrics(found: Mapping[str, Any]) -> dict[str, Record]:
     return metrics
 
 
-def _score(value: float, stderr: Any, metric: str) -> Record:
+def _score(value: float, stderr: Any, metric: str) -> EvaluationRecord:
     deviation = float(stderr) if isinstance(stderr, (int, float, np.floating)) and math.isfinite(stderr) else None
     share = is_share(metric)
     return {

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from weftrain.analysis.machine.disk import measured_disk
-from weftrain.analysis.machine.surroundings import environment
+from weftrain.analysis.machine.environment import environment
 from weftrain.analysis.peak import measured_bandwidth, measured_matmul_peak, table_peak
 
 OUTLIER = 0.9  # of the median

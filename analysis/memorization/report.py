@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from weftrain.analysis.memorization.scores import FORMAT, Parameters, Relation, Result, figures
+from weftrain.analysis.memorization.scores import FORMAT, MemorizationResult, Parameters, Relation, figures
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.strict_model import StrictModel
@@ -26,7 +26,7 @@ RELATIONS: tuple[Relation, ...] = ("just seen", "earlier", "partly seen", "unsee
 PICTURES = ("distribution.png", "matrix_score.png", "matrix_extractible.png", "correlation.png", "seen.png")
 
 
-def distribution(results: Sequence[Result]) -> list[int]:
+def distribution(results: Sequence[MemorizationResult]) -> list[int]:
     """How many rows have 0, 1, ... l matches: l + 1 counts. results: at least one, all of one l."""
     matches = np.concatenate([np.asarray(result.matches, dtype=np.int64) for result in results])
     counts: list[int] = np.bincount(matches, minlength=results[0].parameters.continuation_tokens + 1).tolist()
@@ -34,14 +34,14 @@ def distribution(results: Sequence[Result]) -> list[int]:
 
 
 def correlation(
-    results: Sequence[Result], value: Literal["scores", "extractible"]
+    results: Sequence[MemorizationResult], value: Literal["scores", "extractible"]
 ) -> tuple[list[int], list[list[float | None]]]:
     """Steps of the checkpoints, and between each two of them the Pearson correlation over the rows of all chunks that
     every one has.
 
     None where it is undefined: a checkpoint at which all rows are alike.
     """
-    by_step: dict[int, dict[str, Result]] = {}
+    by_step: dict[int, dict[str, MemorizationResult]] = {}
     for result in results:
         by_step.setdefault(result.step, {})[result.chunk] = result
     common = [chunk for chunk in next(iter(by_step.values()), {}) if all(chunk in found for found in by_step.values())]
@@ -64,7 +64,7 @@ def _pearson(a: np.ndarray, b: np.ndarray) -> float | None:
     return float(np.clip(a @ b / np.sqrt((a @ a) * (b @ b)), -1, 1))
 
 
-class Mean(StrictModel):
+class MemorizationMean(StrictModel):
     """Over all rows of some chunks."""
 
     mean_score: float
@@ -72,23 +72,23 @@ class Mean(StrictModel):
     rows: int
 
 
-def by_relation(results: Sequence[Result]) -> dict[int, dict[Relation, Mean]]:
+def by_relation(results: Sequence[MemorizationResult]) -> dict[int, dict[Relation, MemorizationMean]]:
     """Step -> what the checkpoint has seen of a chunk -> the means over the rows of all such chunks; without those
     there are none of.
     """
-    found: dict[int, dict[Relation, list[Result]]] = {}
+    found: dict[int, dict[Relation, list[MemorizationResult]]] = {}
     for result in results:
         found.setdefault(result.step, {}).setdefault(result.relation, []).append(result)
     return {step: {name: _mean(chosen) for name, chosen in groups.items()} for step, groups in found.items()}
 
 
-def _mean(results: Sequence[Result]) -> Mean:
+def _mean(results: Sequence[MemorizationResult]) -> MemorizationMean:
     matches = [match for result in results for match in result.matches]
     score, percent = figures(matches, results[0].parameters.continuation_tokens)
-    return Mean(mean_score=score, extractible_percent=percent, rows=len(matches))
+    return MemorizationMean(mean_score=score, extractible_percent=percent, rows=len(matches))
 
 
-def summary(results: Sequence[Result], parameters: Parameters) -> dict[str, Any]:
+def summary(results: Sequence[MemorizationResult], parameters: Parameters) -> dict[str, Any]:
     """All of it as JSON values: the matrix of checkpoint x chunk, means by what was seen, distributions and
     correlations.
     """
@@ -124,7 +124,7 @@ def summary(results: Sequence[Result], parameters: Parameters) -> dict[str, Any]
 # Pictures
 
 
-def draw(results: Sequence[Result], folder: Path) -> list[Path]:
+def draw(results: Sequence[MemorizationResult], folder: Path) -> list[Path]:
     """Write PICTURES into `folder`, which exists; their paths. Raises DataError without matplotlib (`pip install
     weftrain[plot]`).
     """
@@ -156,7 +156,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _distribution_figure(results: Sequence[Result], steps: Sequence[int]) -> Figure:
+def _distribution_figure(results: Sequence[MemorizationResult], steps: Sequence[int]) -> Figure:
     """A line a checkpoint: per cent of all rows that it was trained on by their number of matches; where there are
     none, of all rows.
     """
@@ -181,7 +181,7 @@ def _distribution_figure(results: Sequence[Result], steps: Sequence[int]) -> Fig
 
 
 def _matrix_figure(
-    results: Sequence[Result], value: Literal["mean_score", "extractible_percent"], title: str
+    results: Sequence[MemorizationResult], value: Literal["mean_score", "extractible_percent"], title: str
 ) -> Figure:
     """Checkpoint x chunk; an outline is around what each checkpoint had seen by then."""
     from matplotlib.patches import Rectangle
@@ -223,7 +223,7 @@ def _correlation_figure(steps: Sequence[int], tables: dict[str, list[list[float 
     return figure
 
 
-def _seen_figure(results: Sequence[Result], steps: Sequence[int]) -> Figure:
+def _seen_figure(results: Sequence[MemorizationResult], steps: Sequence[int]) -> Figure:
     """Lines over checkpoints: the chunk just seen, earlier ones, unseen ones."""
     figure, means = _figure(10, 4), by_relation(results)
     for place, (value, title) in enumerate(

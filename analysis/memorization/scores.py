@@ -63,7 +63,7 @@ class Parameters(StrictModel):
         return self.prompt_tokens + self.continuation_tokens
 
 
-class Result(StrictModel):
+class MemorizationResult(StrictModel):
     """The file of one (checkpoint, chunk). matches[i], in 0..l: how many tokens of row `sample_numbers[i]`'s
     continuation are right.
 
@@ -91,7 +91,7 @@ class Result(StrictModel):
     extractible_percent: Annotated[float, Field(ge=0, le=100)]
 
     @model_validator(mode="after")
-    def _check(self) -> Result:
+    def _check(self) -> MemorizationResult:
         if len(self.matches) != len(self.sample_numbers):
             raise ValueError(f"{len(self.matches)} matches of {len(self.sample_numbers)} samples")
         if max(self.matches) > self.parameters.continuation_tokens:
@@ -152,7 +152,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class LazyCheckpoint:
     """A checkpoint to be measured. load: a model with its weights, made anew at each call and kept by nobody else."""
 
     step: int
@@ -308,19 +308,19 @@ def result_path(folder: Path, parameters: Parameters, step: int, chunk_name: str
 
 def measure(
     folder: Path,
-    snapshots: Sequence[Snapshot],
+    snapshots: Sequence[LazyCheckpoint],
     chunks: Sequence[Chunk],
     parameters: Parameters,
     report: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
-) -> list[Result]:
+) -> list[MemorizationResult]:
     """Every (checkpoint, chunk), in that order; those whose files are there and of the same inputs are read, not
     measured again.
 
     A checkpoint is loaded when it is needed and dropped before the next. report gets a line for a file that is measured
     anew, progress (done, of how many, what). Raises DataError, CheckpointError, OSError.
     """
-    results: list[Result] = []
+    results: list[MemorizationResult] = []
     total = len(snapshots) * len(chunks)
     for snapshot in snapshots:
         for result in _of_snapshot(folder, snapshot, chunks, parameters, report):
@@ -334,8 +334,12 @@ def measure(
 
 
 def _of_snapshot(
-    folder: Path, snapshot: Snapshot, chunks: Sequence[Chunk], parameters: Parameters, report: Callable[[str], None]
-) -> Iterator[Result]:
+    folder: Path,
+    snapshot: LazyCheckpoint,
+    chunks: Sequence[Chunk],
+    parameters: Parameters,
+    report: Callable[[str], None],
+) -> Iterator[MemorizationResult]:
     """A function of its own so that its end drops the model, before the next is loaded."""
     generator: Generator | None = None
     for chunk in chunks:
@@ -363,7 +367,9 @@ def _of_snapshot(
         yield result
 
 
-def _write(path: Path, inputs: dict[str, Any], matches: list[int], repeated: int, parameters: Parameters) -> Result:
+def _write(
+    path: Path, inputs: dict[str, Any], matches: list[int], repeated: int, parameters: Parameters
+) -> MemorizationResult:
     mean_score, extractible_percent = figures(matches, parameters.continuation_tokens)
     software = {"weftrain": importlib.metadata.version("weftrain"), "torch": torch.__version__}
     found: dict[str, Any] = {"matches": matches, "mean_score": mean_score, "extractible_percent": extractible_percent}
@@ -372,14 +378,14 @@ def _write(path: Path, inputs: dict[str, Any], matches: list[int], repeated: int
     )
     fsops.make_dirs(path.parent)
     fsops.write_bytes(path, data + b"\n")
-    return Result.model_validate(parse_json(data))
+    return MemorizationResult.model_validate(parse_json(data))
 
 
-def _stored(path: Path, inputs: dict[str, Any], report: Callable[[str], None]) -> Result | None:
+def _stored(path: Path, inputs: dict[str, Any], report: Callable[[str], None]) -> MemorizationResult | None:
     """The result that lies there, if it is of these inputs; None where it must be measured."""
     try:
         tree = parse_json(read_plain(path, "record"))
-        result = Result.model_validate(tree)
+        result = MemorizationResult.model_validate(tree)
     except FileNotFoundError:
         return None
     except ValueError as error:

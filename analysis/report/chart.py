@@ -85,7 +85,7 @@ _HIDDEN = re.compile(
 )
 
 
-def safe(value: object) -> str:
+def escape(value: object) -> str:
     """Text for a page: escaped, and control characters, lone surrogates and direction overrides made visible."""
     return html.escape(_HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", str(value)))
 
@@ -195,18 +195,18 @@ def chart_html(chart: Chart) -> str:
     every = np.concatenate([columns(curve.points)[1] for curve in chart.curves] or [np.empty(0)])
     finite = every[drawable(every)]
     if not len(finite):
-        return f'<figure class="chart"><figcaption>{safe(chart.title)}</figcaption><p class="absent">No finite value was logged.</p></figure>'
+        return f'<figure class="chart"><figcaption>{escape(chart.title)}</figcaption><p class="absent">No finite value was logged.</p></figure>'
     scale = _scale(finite if chart.level is None else np.append(finite, chart.level[0]), chart.from_zero)
     parts = [_bands(chart), _grid(scale)]
     parts += [_curve(curve, scale, chart) for curve in sorted(chart.curves, key=lambda curve: curve.left is None)]
     parts += [_level(chart, scale), _marks(chart), *(_not_finite(curve, chart) for curve in chart.curves)]
     unit = f"{chart.unit}, logarithmic" if scale.logarithmic else chart.unit
     picture = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{safe(_described(chart))}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(_described(chart))}">'
         f"{''.join(parts)}</svg>"
     )
     return (
-        f'<figure class="chart"><figcaption><b>{safe(chart.title)}</b> <span class="soft">{safe(unit)}</span></figcaption>'
+        f'<figure class="chart"><figcaption><b>{escape(chart.title)}</b> <span class="soft">{escape(unit)}</span></figcaption>'
         f'{_legend(chart)}<div class="plot">{_mark_labels(chart)}{picture}{_labels(chart, scale)}</div></figure>'
     )
 
@@ -223,7 +223,7 @@ def _curve(curve: Curve, scale: _Scale, chart: Chart) -> str:
         return ""
     gaps = steps[~shown].tolist()
     kind = "left" if curve.left is not None else ""
-    title = f"<title>{safe(curve.name if curve.left is None else f'{curve.name}: {curve.left}')}</title>"
+    title = f"<title>{escape(curve.name if curve.left is None else f'{curve.name}: {curve.left}')}</title>"
     smooth = curve.smooth and len(finite.steps) >= _SMOOTH_FROM
     drawn = f'<path class="line c{curve.colour} {kind}{" raw" if smooth else ""}" d="{_path(thinned(finite), gaps, scale, chart)}"/>'
     if smooth:
@@ -263,7 +263,7 @@ def _not_finite(curve: Curve, chart: Chart) -> str:
         places.setdefault(round(_x(step, chart) / 3), []).append((step, value))
     return "".join(
         f'<path class="dots bad{"" if curve.left is None else " left"}" d="M{_x(found[0][0], chart):.1f} 5h0">'
-        f"<title>{safe(f'step {found[0][0]:,}: {curve.name} is {found[0][1]}')}{safe(_more(len(found) - 1))}</title></path>"
+        f"<title>{escape(f'step {found[0][0]:,}: {curve.name} is {found[0][1]}')}{escape(_more(len(found) - 1))}</title></path>"
         for found in places.values()
     )
 
@@ -282,7 +282,7 @@ def _bands(chart: Chart) -> str:
         return ""
     return "".join(
         f'<rect class="band{" odd" if number % 2 else ""}" x="{_x(band.first_step, chart):.2f}" y="0" height="{HEIGHT}" '
-        f'width="{_x(band.stop_step, chart) - _x(band.first_step, chart):.2f}"><title>{safe(band.words)}</title></rect>'
+        f'width="{_x(band.stop_step, chart) - _x(band.first_step, chart):.2f}"><title>{escape(band.words)}</title></rect>'
         for number, band in enumerate(chart.bands)
     )
 
@@ -290,7 +290,7 @@ def _bands(chart: Chart) -> str:
 def _level(chart: Chart, scale: _Scale) -> str:
     if chart.level is None:
         return ""
-    return f'<path class="level" d="M0 {_y(chart.level[0], scale):.1f}H{WIDTH}"><title>{safe(chart.level[1])}</title></path>'
+    return f'<path class="level" d="M0 {_y(chart.level[0], scale):.1f}H{WIDTH}"><title>{escape(chart.level[1])}</title></path>'
 
 
 def _placed(chart: Chart) -> list[tuple[float, list[Mark]]]:
@@ -318,7 +318,7 @@ def _marks(chart: Chart) -> str:
 
 def _mark_words(found: Sequence[Mark]) -> str:
     lines = [f"step {mark.step:,}: {mark.words}{' (left)' if mark.left else ''}" for mark in found[:8]]
-    return safe("\n".join([*lines, *([f"and {len(found) - 8:,} more"] if len(found) > 8 else [])]))
+    return escape("\n".join([*lines, *([f"and {len(found) - 8:,} more"] if len(found) > 8 else [])]))
 
 
 def _mark_labels(chart: Chart) -> str:
@@ -339,7 +339,7 @@ def _mark_labels(chart: Chart) -> str:
 def _labels(chart: Chart, scale: _Scale) -> str:
     """Figures of both axes, and the names of chunks where they have room."""
     up = "".join(
-        f'<span style="top:{1 - scale.place(value):.2%}">{safe(chart.show(value))}</span>' for value in scale.ticks()
+        f'<span style="top:{1 - scale.place(value):.2%}">{escape(chart.show(value))}</span>' for value in scale.ticks()
     )
     steps = [round(step) for step in even_ticks(0, chart.last_step, 6) if step == round(step)]
     across = ""
@@ -355,14 +355,14 @@ def _labels(chart: Chart, scale: _Scale) -> str:
     level = ""
     if chart.level is not None:
         value, name = chart.level
-        level = f'<div class="over" aria-hidden="true"><span style="top:{1 - scale.place(value):.2%}">{safe(name)}</span></div>'
+        level = f'<div class="over" aria-hidden="true"><span style="top:{1 - scale.place(value):.2%}">{escape(name)}</span></div>'
     return f'<div class="up" aria-hidden="true">{up}</div><div class="across" aria-hidden="true">{across}</div>{names}{level}'
 
 
 def _legend(chart: Chart) -> str:
     """Curves by name, what was left once, and the letters that occur."""
     shown = [
-        f'<li><i class="c{curve.colour}"></i>{safe(curve.name)}</li>' for curve in chart.curves if curve.left is None
+        f'<li><i class="c{curve.colour}"></i>{escape(curve.name)}</li>' for curve in chart.curves if curve.left is None
     ]
     if any(curve.left is not None for curve in chart.curves):
         shown.append('<li><i class="left"></i>left, does not count</li>')
@@ -402,5 +402,5 @@ def lanes_html(lanes: Sequence[tuple[str, int, int, int, str]], last_step: int) 
         start, middle, end = (min(max(step / last_step, 0.0), 1.0) for step in (first, kept, reached))
         bar = f'<i class="kept" style="left:{start:.2%};width:{middle - start:.2%}"></i>'
         bar += f'<i class="gone" style="left:{middle:.2%};width:{end - middle:.2%}"></i>' if end > middle else ""
-        rows.append(f'<li title="{safe(words)}"><span>{safe(name)}</span><div>{bar}</div></li>')
+        rows.append(f'<li title="{escape(words)}"><span>{escape(name)}</span><div>{bar}</div></li>')
     return f'<ol class="lanes">{"".join(rows)}</ol>'

@@ -19,16 +19,16 @@ from weftrain.analysis.evaluation.records import read_record, records_folder
 from weftrain.analysis.report.curves import Curves, Trace, read_curves
 from weftrain.analysis.report.ledger import (
     Band,
-    Begun,
-    Entered,
     Entry,
+    LedgerLine,
     Mark,
-    Saved,
+    RunStart,
+    SavedCheckpoint,
     bands,
-    begun,
-    entered,
+    ledger_lines,
     marks,
-    saved,
+    run_starts,
+    saved_checkpoints,
     whole,
 )
 from weftrain.core.config import Recipe
@@ -87,9 +87,9 @@ class RunReport:
     tokens_per_second_p50: float | None
     marks: tuple[Mark, ...]
     bands: tuple[Band, ...]
-    saved: tuple[Saved, ...]
-    begun: tuple[Begun, ...]
-    entered: tuple[Entered, ...]
+    checkpoints: tuple[SavedCheckpoint, ...]
+    starts: tuple[RunStart, ...]
+    ledger: tuple[LedgerLine, ...]
     memorization: tuple[Matrix, ...]
     evaluations: tuple[Record, ...]
     warnings: tuple[str, ...]
@@ -112,8 +112,8 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
     line = lineage(entries)
     recipe = _recipe(recipe_json, warnings)
     curves = read_curves(folder, entries, [entry["time"] for entry in entries if entry["kind"] in ("start", "resume")])
-    starts = begun(entries, curves.starts)
-    points = saved(entries, folder)
+    starts = run_starts(entries, curves.starts)
+    points = saved_checkpoints(entries, folder)
     p50 = curves.tokens_per_second()
     planned = None if recipe is None else recipe.schedule.steps
     reached = max([0, curves.reached, *(point.step for point in points), *(one.reached for one in starts)])
@@ -137,9 +137,9 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
         tokens_per_second_p50=p50,
         marks=tuple(found_marks),
         bands=tuple(bands(entries)),
-        saved=tuple(points),
-        begun=tuple(starts),
-        entered=tuple(entered(entries)),
+        checkpoints=tuple(points),
+        starts=tuple(starts),
+        ledger=tuple(ledger_lines(entries)),
         memorization=tuple(read_matrices(folder / MEMORIZATION, warnings)),
         evaluations=tuple(_evaluations(folder, warnings)),
         warnings=tuple(warnings),
@@ -187,7 +187,7 @@ def _identity(
     recipe_json: Mapping[str, Any] | None,
     recipe: Recipe | None,
     entries: Sequence[Entry],
-    points: Sequence[Saved],
+    points: Sequence[SavedCheckpoint],
 ) -> list[tuple[str, str]]:
     starts = [entry for entry in entries if entry["kind"] in ("start", "resume")]
     versions = dict.fromkeys(str(entry["environment"].get("weftrain", "?")) for entry in starts)
@@ -280,12 +280,12 @@ def read_matrices(folder: Path, warnings: list[str]) -> list[Matrix]:
     paths = sorted(folder.glob("k*_l*/step_*/*.json"))
     if not paths:
         return []
-    from weftrain.analysis.memorization.scores import Result, result_path  # brings torch
+    from weftrain.analysis.memorization.scores import MemorizationResult, result_path  # brings torch
 
-    sets: dict[str, list[Result]] = {}
+    sets: dict[str, list[MemorizationResult]] = {}
     for path in paths:
         try:
-            result = Result.model_validate(parse_json(read_plain(path, "record", follow=False)))
+            result = MemorizationResult.model_validate(parse_json(read_plain(path, "record", follow=False)))
             if path != result_path(folder, result.parameters, result.step, result.chunk):
                 raise ValueError("is of other inputs than its name says")
             sets.setdefault(result.parameters.folder_name, []).append(result)

@@ -67,7 +67,7 @@ class Trace:
 
 
 @dataclass
-class _Part:
+class _Measurements:
     """The measurements of the line that counts, or of one segment that was left."""
 
     training: dict[str, Points] = field(default_factory=lambda: {key: Points() for key in _DRAWN})
@@ -97,8 +97,8 @@ class Curves:
     """
 
     lines: int = 0
-    own: _Part = field(default_factory=_Part)
-    left: list[tuple[str, _Part]] = field(default_factory=list)  # why, oldest first
+    own: _Measurements = field(default_factory=_Measurements)
+    left: list[tuple[str, _Measurements]] = field(default_factory=list)  # why, oldest first
     last_step: Record | None = None
     restarts: list[int] = field(default_factory=list)
     skips: list[int] = field(default_factory=list)
@@ -115,7 +115,7 @@ class Curves:
         return tuple(trace for trace in found if len(trace.points))
 
     def heldout(self) -> tuple[Trace, ...]:
-        parts: list[tuple[str | None, _Part]] = [(None, self.own), *self.left]
+        parts: list[tuple[str | None, _Measurements]] = [(None, self.own), *self.left]
         return tuple(
             Trace(f"held-out {name}", points, why)
             for why, part in parts
@@ -147,7 +147,7 @@ def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float]
     begins = list(itertools.accumulate(started, max))
     pending = _pending(entries)
     rollbacks = [entry for entry in entries if entry["kind"] == "rollback"]
-    parts: dict[int, _Part] = {}
+    parts: dict[int, _Measurements] = {}
     words: dict[int, str] = {}
     for number, record, left_by in counted_lines(folder / METRICS):
         kind = record["kind"]
@@ -159,9 +159,9 @@ def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float]
             if kind == "resume" and number in parts:
                 words[number] = _why(rollbacks, record, parts[number].last_time)
         elif left_by > 0:
-            parts.setdefault(left_by, _Part()).add(record)
+            parts.setdefault(left_by, _Measurements()).add(record)
         elif left_by == 0 and pending is not None and record["step"] > pending[0]:
-            parts.setdefault(_PENDING, _Part()).add(record)
+            parts.setdefault(_PENDING, _Measurements()).add(record)
             words[_PENDING] = pending[1]
         elif left_by == 0:
             found.own.add(record)

@@ -44,7 +44,7 @@ class Band:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """A checkpoint that was entered. samples: [first, stop) since its parent, None where the batch size is not known.
 
     place: its folder below the run's, as relative path, None where it is not there any more. left: the words for why it
@@ -63,7 +63,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Begun:
+class RunStart:
     """A start or resume: it reached `reached`, and [first_step, kept] counts. facts: environment, recipe and dataset,
     one level deep.
     """
@@ -78,7 +78,7 @@ class Begun:
 
 
 @dataclass(frozen=True)
-class Entered:
+class LedgerLine:
     """One line of the ledger in words. root: a checkpoint's, where the line names one that lies in the folder."""
 
     number: int
@@ -133,7 +133,7 @@ def bands(entries: Sequence[Entry]) -> list[Band]:
     return [found[first] for first in sorted(found) if found[first].stop_step > first]
 
 
-def saved(entries: Sequence[Entry], run: Path) -> list[Saved]:
+def saved_checkpoints(entries: Sequence[Entry], run: Path) -> list[SavedCheckpoint]:
     """Every checkpoint in the order of the ledger, those that were left too."""
     abandoned = {
         root: (entry["branch"], entry["reason"])
@@ -173,7 +173,9 @@ def saved(entries: Sequence[Entry], run: Path) -> list[Saved]:
                 stops[root] = numbered(step)
                 samples = (stops.get(parent or "", min(numbered(first), stops[root])), stops[root])
             place = _place(run, step, branch if left else None)
-            found.append(Saved(step, first, samples, chunk, root, parent, entry["metrics_sha256"], place, why))
+            found.append(
+                SavedCheckpoint(step, first, samples, chunk, root, parent, entry["metrics_sha256"], place, why)
+            )
     return found
 
 
@@ -190,14 +192,17 @@ def _numbered(recipe: Any) -> Callable[[int], int] | None:
     does not tell.
     """
     try:
-        batch, begun = recipe["batch"]["global_batch_size"], recipe["data"].get("continues") or {"step": 0, "sample": 0}
-        step, sample = begun["step"], begun["sample"]
+        batch, run_starts = (
+            recipe["batch"]["global_batch_size"],
+            recipe["data"].get("continues") or {"step": 0, "sample": 0},
+        )
+        step, sample = run_starts["step"], run_starts["sample"]
         return lambda asked: max(0, int(sample) + (asked - int(step)) * int(batch))
     except (KeyError, TypeError, AttributeError, ValueError):
         return None
 
 
-def begun(entries: Sequence[Entry], measured: Sequence[int]) -> list[Begun]:
+def run_starts(entries: Sequence[Entry], measured: Sequence[int]) -> list[RunStart]:
     """Every start and resume. measured: for each of them the completed steps that its metrics got to, -1 for none."""
     starts = [index for index, entry in enumerate(entries) if entry["kind"] in ("start", "resume")]
     lowest = _lowest_later(entries)
@@ -208,7 +213,7 @@ def begun(entries: Sequence[Entry], measured: Sequence[int]) -> list[Begun]:
         saved_at = (other["step"] for other in entries[index:stop] if other["kind"] in ("checkpoint", "skip", "end"))
         reached = max([first, measured[number - 1], *saved_at])
         kept = max(first, min(reached, lowest[index]))
-        found.append(Begun(number, first, kept, reached, when(entry), entry["parent"], _facts(entry)))
+        found.append(RunStart(number, first, kept, reached, when(entry), entry["parent"], _facts(entry)))
     return found
 
 
@@ -246,10 +251,10 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
         yield key, value if isinstance(value, str) else canonical_json(value).decode()
 
 
-def entered(entries: Sequence[Entry]) -> list[Entered]:
+def ledger_lines(entries: Sequence[Entry]) -> list[LedgerLine]:
     flags = left_flags(entries)
     return [
-        Entered(n, one["step"], one["kind"], when(one), words(one), left)
+        LedgerLine(n, one["step"], one["kind"], when(one), words(one), left)
         for n, (one, left) in enumerate(zip(entries, flags, strict=True))
     ]
 

@@ -1,7 +1,7 @@
 """A run's page: one HTML file with style and pictures in it, no script, and nothing that asks the network.
 
 What a reader would get wrong: every text in it may be a stranger's (a release's names and reasons), so it goes through
-`safe` where it enters the markup, and the page's Content-Security-Policy would run no script even so. Equal records
+`escape` where it enters the markup, and the page's Content-Security-Policy would run no script even so. Equal records
 give equal bytes: no clock is read.
 """
 
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from weftrain.analysis.report.chart import Chart, Curve, chart_html, lanes_html, safe
+from weftrain.analysis.report.chart import Chart, Curve, chart_html, escape, lanes_html
 from weftrain.analysis.report.collect import Cell, Matrix, RunReport, Trace
-from weftrain.analysis.report.ledger import Begun, Saved, text, whole
+from weftrain.analysis.report.ledger import RunStart, SavedCheckpoint, text, whole
 from weftrain.analysis.report.style import STYLE
 from weftrain.core.formats import fsops
 from weftrain.core.formats.plain_file import real_path
@@ -59,18 +59,18 @@ def page_html(report: RunReport, place: Path) -> str:
         for key, title, part in sections
     )
     tiles = "".join(
-        f"<div><dt>{safe(name)}</dt><dd>{safe(value)}</dd><dd>{safe(what)}</dd></div>"
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd>{escape(what)}</dd></div>"
         for name, value, what in report.tiles
     )
-    warnings = "".join(f"<li>{safe(words)}</li>" for words in report.warnings)
+    warnings = "".join(f"<li>{escape(words)}</li>" for words in report.warnings)
     warnings = f'<ul class="warnings" role="note" aria-label="warnings">{warnings}</ul>' if warnings else ""
-    description = f'<p class="soft">{safe(report.description)}</p>' if report.description else ""
+    description = f'<p class="soft">{escape(report.description)}</p>' if report.description else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">'
-        f'<link rel="icon" href="data:,"><title>{safe(report.name)}: run report</title><style>{STYLE}</style></head><body>'
-        f'<header><h1>{safe(report.name)}</h1><p><span class="status">{safe(report.status)}</span></p>{description}'
+        f'<link rel="icon" href="data:,"><title>{escape(report.name)}: run report</title><style>{STYLE}</style></head><body>'
+        f'<header><h1>{escape(report.name)}</h1><p><span class="status">{escape(report.status)}</span></p>{description}'
         f'<dl class="tiles">{tiles}</dl>{warnings}<nav aria-label="sections"><ul>{links}</ul></nav></header><main>{body}</main>'
         "<footer>Everything here is read from the run's own record; nothing was trained, loaded or verified to write "
         "it. "
@@ -81,12 +81,12 @@ def page_html(report: RunReport, place: Path) -> str:
 
 
 def _absent(words: str, command: str = "") -> str:
-    return f'<p class="absent">{safe(words)}{f": <code>{safe(command)}</code>" if command else "."}</p>'
+    return f'<p class="absent">{escape(words)}{f": <code>{escape(command)}</code>" if command else "."}</p>'
 
 
 def _pairs(pairs: Sequence[tuple[str, str]], *, code: bool = False) -> str:
     rows = (
-        f"<dt>{safe(name)}</dt><dd>{f'<code>{safe(value)}</code>' if code and _is_hash(value) else safe(value)}</dd>"
+        f"<dt>{escape(name)}</dt><dd>{f'<code>{escape(value)}</code>' if code and _is_hash(value) else escape(value)}</dd>"
         for name, value in pairs
     )
     return f'<dl class="pairs">{"".join(rows)}</dl>'
@@ -100,9 +100,9 @@ def _table(caption: str, head: Sequence[tuple[str, bool]], rows: Sequence[str], 
     """head: (name, whether its column holds figures). rows: <tr> markup. caption: text. It scrolls within its own
     box.
     """
-    cells = "".join(f'<th scope="col"{" class=n" if figures else ""}>{safe(name)}</th>' for name, figures in head)
+    cells = "".join(f'<th scope="col"{" class=n" if figures else ""}>{escape(name)}</th>' for name, figures in head)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{safe(label)}"><table><caption><span>{safe(caption)}</span></caption>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table><caption><span>{escape(caption)}</span></caption>'
         f"<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -179,7 +179,7 @@ def _figure(value: float) -> str:
 
 
 def _checkpoints(report: RunReport, place: Path) -> str:
-    if not report.saved:
+    if not report.checkpoints:
         return _absent(
             "No checkpoint was entered in a ledger: set checkpoint.every_steps, or data.chunks, and train on"
         )
@@ -193,11 +193,11 @@ def _checkpoints(report: RunReport, place: Path) -> str:
         ("metrics", False),
         ("", False),
     ]
-    shown, hidden = _ends(report.saved)
+    shown, hidden = _ends(report.checkpoints)
     rows = [_checkpoint(report, saved, place) for saved in shown]
-    left = sum(saved.left is not None for saved in report.saved)
+    left = sum(saved.left is not None for saved in report.checkpoints)
     caption = (
-        f"{len(report.saved) - left:,} checkpoints on the line that counts{f', {left:,} left' if left else ''}"
+        f"{len(report.checkpoints) - left:,} checkpoints on the line that counts{f', {left:,} left' if left else ''}"
         f"{f', of which {hidden:,} in the middle are not shown' if hidden else ''}. Each was reached from its parent "
         "by the steps and samples named; metrics is the digest of the measurements between them. Hashes are whole in "
         "their tooltips."
@@ -211,23 +211,23 @@ def _ends(items: Sequence[T]) -> tuple[Sequence[T], int]:
     return ([*items[: MAX_LINES // 2], *items[-(MAX_LINES // 2) :]] if hidden else items), hidden
 
 
-def _checkpoint(report: RunReport, saved: Saved, place: Path) -> str:
+def _checkpoint(report: RunReport, saved: SavedCheckpoint, place: Path) -> str:
     root = _hash(saved.root)
     if saved.place is not None:
-        root = f'<a href="{safe(relative_link(report.folder / saved.place, place))}">{root}</a>'
+        root = f'<a href="{escape(relative_link(report.folder / saved.place, place))}">{root}</a>'
     samples = "?" if saved.samples is None else _span(*saved.samples)
     note = "; ".join([*([saved.left] if saved.left else []), *([] if saved.place else ["its folder is not here"])])
-    chunk = safe(saved.chunk or _NONE)
+    chunk = escape(saved.chunk or _NONE)
     return (
         f'<tr{" class=left" if saved.left else ""}><th scope="row" class="n">{saved.step:,}</th><td class="n">{chunk}</td>'
         f'<td class="n">{_span(saved.first_step, saved.step)}</td><td class="n">{samples}</td><td>{root}</td>'
         f"<td>{_hash(saved.parent) if saved.parent else 'the seed'}</td><td>{_hash(saved.metrics_sha256)}</td>"
-        f"<td{' class=words' if note else ''}>{safe(note)}</td></tr>"
+        f"<td{' class=words' if note else ''}>{escape(note)}</td></tr>"
     )
 
 
 def _hash(value: str) -> str:
-    return f'<code title="{safe(value)}">{safe(value[:12])}</code>'
+    return f'<code title="{escape(value)}">{escape(value[:12])}</code>'
 
 
 def _span(first: int, stop: int) -> str:
@@ -278,7 +278,7 @@ def _cell(cell: Cell | None, where: str) -> str:
     )
     sign = _RELATIONS.get(cell.relation, "?")
     return (
-        f'<td class="heat" style="--v:{cell.mean_score:.3f}" title="{safe(title)}"><b>{cell.extractible_percent:.2f} %</b> '
+        f'<td class="heat" style="--v:{cell.mean_score:.3f}" title="{escape(title)}"><b>{cell.extractible_percent:.2f} %</b> '
         f"{cell.mean_score:.4f}{f' {sign}' if sign else ''}</td>"
     )
 
@@ -302,7 +302,7 @@ def _evaluations(report: RunReport) -> str:
         ("value", True),
         ("samples", True),
     ]
-    counted = {saved.root for saved in report.saved if saved.left is None}
+    counted = {saved.root for saved in report.checkpoints if saved.left is None}
     rows = [_evaluation(record, counted) for record in report.evaluations]
     caption = (
         "Each row is a record under analyses/evaluations, checked against its own hash. ± is the standard error where "
@@ -332,10 +332,10 @@ def _evaluation(record: Mapping[str, Any], counted: set[str]) -> str:
         step,
     )
     cells = "".join(
-        f"<td{'' if place == 2 else ' class=n'}>{safe(figure)}</td>" for place, figure in enumerate(figures)
+        f"<td{'' if place == 2 else ' class=n'}>{escape(figure)}</td>" for place, figure in enumerate(figures)
     )
-    head = f'<th scope="row">{safe(record.get("task"))}</th>'
-    return f"<tr{' class=left' if left else ''}>{head}{cells}<td>{_hash(root)}</td><td>{safe(note)}</td></tr>"
+    head = f'<th scope="row">{escape(record.get("task"))}</th>'
+    return f"<tr{' class=left' if left else ''}>{head}{cells}<td>{_hash(root)}</td><td>{escape(note)}</td></tr>"
 
 
 def _or_none(value: Any) -> Any:
@@ -354,14 +354,14 @@ def _real(value: Any) -> float | None:
 
 
 def _environment(report: RunReport) -> str:
-    if not report.begun:
+    if not report.starts:
         return _absent("No start was entered in a ledger, so no environment is known")
-    keys = dict.fromkeys(key for start in report.begun for key in start.facts)
-    differing = [key for key in keys if len({start.facts.get(key) for start in report.begun}) > 1]
-    same = [(key, report.begun[0].facts[key]) for key in keys if key not in differing]
-    lanes = [(f"start {one.number}", one.first_step, one.kept, one.reached, _lane_words(one)) for one in report.begun]
+    keys = dict.fromkeys(key for start in report.starts for key in start.facts)
+    differing = [key for key in keys if len({start.facts.get(key) for start in report.starts}) > 1]
+    same = [(key, report.starts[0].facts[key]) for key in keys if key not in differing]
+    lanes = [(f"start {one.number}", one.first_step, one.kept, one.reached, _lane_words(one)) for one in report.starts]
     rows = [
-        _start(before, start, differing) for before, start in zip([None, *report.begun], report.begun, strict=False)
+        _start(before, start, differing) for before, start in zip([None, *report.starts], report.starts, strict=False)
     ]
     head = [
         ("start", True),
@@ -378,41 +378,41 @@ def _environment(report: RunReport) -> str:
         else "All starts were made in one environment."
     )
     table = _table(caption, [*head, *((key, False) for key in differing)], rows, "starts")
-    pairs = "".join(f"<div><dt>{safe(key)}</dt><dd>{safe(value)}</dd></div>" for key, value in same)
+    pairs = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in same)
     common = f'<h3>The same in every start</h3><dl class="pairs many">{pairs}</dl>' if same else ""
     note = '<p class="soft">Bars run from the step at which training began to the one it reached; dashed: what does not count.</p>'
     return f"{lanes_html(lanes, report.last_step)}{note}{table}{common}"
 
 
-def _lane_words(start: Begun) -> str:
+def _lane_words(start: RunStart) -> str:
     gone = f"; steps {start.kept:,} to {start.reached:,} do not count" if start.reached > start.kept else ""
     return f"start {start.number}, {start.when} UTC: from step {start.first_step:,} to {start.reached:,}{gone}"
 
 
-def _start(before: Begun | None, start: Begun, differing: Sequence[str]) -> str:
+def _start(before: RunStart | None, start: RunStart, differing: Sequence[str]) -> str:
     cells = []
     for key in differing:
         value = start.facts.get(key, "(absent)")
         changed = before is not None and before.facts.get(key, "(absent)") != value
-        cells.append(f'<td class="changed">now {safe(value)}</td>' if changed else f"<td>{safe(value)}</td>")
+        cells.append(f'<td class="changed">now {escape(value)}</td>' if changed else f"<td>{escape(value)}</td>")
     return (
         f'<tr><th scope="row" class="n">{start.number}</th><td class="n">{start.first_step:,}</td><td class="n">{start.kept:,}</td>'
-        f'<td class="n">{start.reached:,}</td><td>{safe(start.when)}</td><td>{_hash(start.parent) if start.parent else "from scratch"}</td>'
+        f'<td class="n">{start.reached:,}</td><td>{escape(start.when)}</td><td>{_hash(start.parent) if start.parent else "from scratch"}</td>'
         f"{''.join(cells)}</tr>"
     )
 
 
 def _ledger(report: RunReport) -> str:
-    if not report.entered:
+    if not report.ledger:
         return _absent(
             "The run has no ledger.jsonl: it was made before there was one, so nothing ties its checkpoints to their "
             "data"
         )
-    lines = report.entered
+    lines = report.ledger
     shown, hidden = _ends(lines)
     items = "".join(
-        f'<li class="{safe(one.kind)}"><span{" class=left" if one.left else ""}>step {one.step:,}</span><time>{safe(one.when)}</time>'
-        f"<span{' class=left' if one.left else ''}>{safe(one.words)}{' (left)' if one.left else ''}</span></li>"
+        f'<li class="{escape(one.kind)}"><span{" class=left" if one.left else ""}>step {one.step:,}</span><time>{escape(one.when)}</time>'
+        f"<span{' class=left' if one.left else ''}>{escape(one.words)}{' (left)' if one.left else ''}</span></li>"
         for one in shown
     )
     note = f", of which {hidden:,} in the middle are not shown" if hidden else ""

@@ -6,41 +6,41 @@ from pathlib import Path
 
 import pytest
 
-from weftrain.analysis.coordinate_check import Point, coordinate_check, growth, plot
+from weftrain.analysis.coordinate_check import ActivationSize, coordinate_check, growth, plot
 
 STEPS = 3
 OUTPUTS = ("layers.0", "layers.1", "logits")
 
 
 @pytest.fixture(scope="module")
-def points() -> list[Point]:
+def points() -> list[ActivationSize]:
     return coordinate_check(steps=STEPS)
 
 
-def test_activations_change_alike_at_every_width_with_mup(points: list[Point]) -> None:
+def test_activations_change_alike_at_every_width_with_mup(points: list[ActivationSize]) -> None:
     for activation in ("embedding", *OUTPUTS):
         for step in range(1, STEPS + 1):
             assert abs(growth(points, "mup", activation, step)) < 0.25, (activation, step)
 
 
-def test_activations_change_the_more_the_wider_without_mup(points: list[Point]) -> None:
+def test_activations_change_the_more_the_wider_without_mup(points: list[ActivationSize]) -> None:
     for activation in OUTPUTS:
         for step in range(1, STEPS + 1):
             assert growth(points, "standard", activation, step) > 0.6, (activation, step)
 
 
-def test_both_start_with_flat_block_outputs(points: list[Point]) -> None:
+def test_both_start_with_flat_block_outputs(points: list[ActivationSize]) -> None:
     for activation in ("embedding", "layers.0", "layers.1"):
         scales = [point.scale for point in points if point.activation == activation and point.step == 0]
         assert max(scales) < 1.1 * min(scales)
 
 
 def test_growth_is_the_exponent() -> None:
-    made_up = [Point("mup", width, 1, "logits", 0.0, 3 * width**0.7) for width in (64, 128, 512)]
+    made_up = [ActivationSize("mup", width, 1, "logits", 0.0, 3 * width**0.7) for width in (64, 128, 512)]
     assert growth(made_up, "mup", "logits", 1) == pytest.approx(0.7)
 
 
-def test_plot_is_a_png(points: list[Point], tmp_path: Path) -> None:
+def test_plot_is_a_png(points: list[ActivationSize], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot(points, tmp_path / "check.png")
     assert (tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")

@@ -18,8 +18,8 @@ from weftrain.analysis.bench import run as bench_run
 from weftrain.analysis.bench import train as bench_train
 from weftrain.analysis.bench.pages import csv_text, flat, html_page, markdown, mllog_lines, write_report
 from weftrain.analysis.bench.report import (
-    Measured,
-    Report,
+    BenchReport,
+    BenchRound,
     ReportError,
     breakdown_of,
     configuration_differences,
@@ -28,7 +28,7 @@ from weftrain.analysis.bench.report import (
     read_report,
     speed_of,
 )
-from weftrain.analysis.bench.run import Wishes, bench
+from weftrain.analysis.bench.run import BenchRequest, bench
 from weftrain.analysis.bench.sweep import combinations, run_sweep
 from weftrain.analysis.bench.train import BenchError, bench_source, take_steps
 from weftrain.backends.common.registry import get_backend
@@ -76,7 +76,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def measured(clock: Clock, recipe: Recipe, ms: list[float]) -> Measured:
+def measured(clock: Clock, recipe: Recipe, ms: list[float]) -> BenchRound:
     return take_steps(InventedRun(clock, ms), bench_source(recipe))  # type: ignore[arg-type]
 
 
@@ -160,17 +160,17 @@ def test_too_few_steps(clock: Clock, tiny_recipe: Tiny) -> None:
 
 
 @pytest.fixture(scope="module")
-def report() -> Report:
+def report() -> BenchReport:
     from weftrain.core.recipe_file import load_recipe
 
     recipe = load_recipe(
         "bench_70m", ["model.num_layers=1", "model.vocab_size=300", "data.sequence_length=32", "backend.options={}"]
     ).recipe
     local = get_backend("local")
-    return bench(recipe, local, local.options(), local, Wishes(steps=6, rounds=2))
+    return bench(recipe, local, local.options(), local, BenchRequest(steps=6, rounds=2))
 
 
-def test_a_real_report(report: Report, tmp_path: Path) -> None:
+def test_a_real_report(report: BenchReport, tmp_path: Path) -> None:
     """Of a small model: the parts explain the step, the losses are the reference's, and every page says what
     report.json says.
     """
@@ -193,14 +193,14 @@ def test_a_real_report(report: Report, tmp_path: Path) -> None:
     assert float(row["tokens_per_second"]) == report.speed.tokens_per_second
 
 
-def test_steps_in_units_of_the_yardstick(report: Report) -> None:
+def test_steps_in_units_of_the_yardstick(report: BenchReport) -> None:
     speed = report.speed.model_copy(update={"warm_up_steps": 1})
     changes = {"speed": speed, "rounds": [[99.0, 10.0, 15.0, 20.0]], "probes": [[4.0, 4.0, 4.0, 8.0, 8.0]]}
     assert report.model_copy(update=changes).in_probes == [[2.5, 2.5, 2.5]]
     assert report.model_copy(update=changes | {"probes": [[]]}).in_probes is None
 
 
-def test_mllog(report: Report) -> None:
+def test_mllog(report: BenchReport) -> None:
     lines = list(mllog_lines(report, 1, 2))
     assert all(line.startswith(":::MLLOG {") for line in lines)
     entries = [json.loads(line.removeprefix(":::MLLOG ")) for line in lines]
@@ -209,7 +209,7 @@ def test_mllog(report: Report) -> None:
     assert entries[-2]["value"]["throughput"] == pytest.approx(report.speed.tokens_per_second / 32)
 
 
-def test_differences_of_configuration(report: Report) -> None:
+def test_differences_of_configuration(report: BenchReport) -> None:
     assert configuration_differences(report, report) == []
     recipe = {**report.identity["recipe"], "seed": 7}
     other = report.model_copy(update={"identity": {**report.identity, "recipe": recipe}, "kernels": {}})
@@ -237,7 +237,7 @@ def test_files_that_are_no_reports(text: bytes, words: str, tmp_path: Path) -> N
 # Sweeps
 
 
-def test_sweep_goes_on_and_records_what_fails(report: Report, tmp_path: Path) -> None:
+def test_sweep_goes_on_and_records_what_fails(report: BenchReport, tmp_path: Path) -> None:
     """By a program that fails as a benchmark does: refused, out of memory, killed, too slow; what was measured is not
     measured again.
     """
@@ -288,14 +288,14 @@ def test_combinations() -> None:
 # Mutations: a benchmark that is wrong in one of these ways must not give the same report.
 
 
-def test_mutation_a_wrong_peak_is_seen(report: Report, monkeypatch: pytest.MonkeyPatch, tiny_recipe: Tiny) -> None:
+def test_mutation_a_wrong_peak_is_seen(report: BenchReport, monkeypatch: pytest.MonkeyPatch, tiny_recipe: Tiny) -> None:
     """The peak in a report is what was measured: half of it doubles the utilisation, and its origin is told."""
     local = get_backend("local")
     recipe = tiny_recipe("amber")
     shares = []
     for peak in (1e12, 5e11):
         monkeypatch.setattr(bench_run, "measured_matmul_peak", lambda device, dtype, peak=peak: Peak(peak, "planted"))
-        found = bench(recipe, local, local.options(), local, Wishes(steps=5, check_steps=0))
+        found = bench(recipe, local, local.options(), local, BenchRequest(steps=5, check_steps=0))
         shares.append(float(found.efficiency.mfu_measured) / found.efficiency.flops_per_second)
         assert found.efficiency.measured_peak_origin == "planted"
     assert shares[1] == pytest.approx(2 * shares[0])
@@ -339,5 +339,5 @@ def test_mutation_wrong_losses_fail_the_benchmark(monkeypatch: pytest.MonkeyPatc
 
             return local.prepare(dataclasses.replace(job, recipe=recipe.model_copy(update={"batch": small})))
 
-    found = bench(recipe, Half(), local.options(), local, Wishes(steps=5))  # type: ignore[arg-type]
+    found = bench(recipe, Half(), local.options(), local, BenchRequest(steps=5))  # type: ignore[arg-type]
     assert found.correctness.passed is False

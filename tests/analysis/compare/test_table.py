@@ -18,13 +18,13 @@ import torch
 
 from weftrain.analysis.compare import huggingface as compare_huggingface
 from weftrain.analysis.compare.huggingface import check_revision, load_revision, read_huggingface, revision_root
-from weftrain.analysis.compare.measure import Wanted, measure_series, open_held, open_sample, why_not
+from weftrain.analysis.compare.measure import MeasureRequest, measure_series, open_held, open_sample, why_not
 from weftrain.analysis.compare.plot import plot
 from weftrain.analysis.compare.series import (
     TRAIN_LOSS,
     Column,
-    Point,
     Series,
+    SeriesPoint,
     heldout_column,
     memorization_values,
     read_run,
@@ -32,9 +32,9 @@ from weftrain.analysis.compare.series import (
 from weftrain.analysis.compare.table import as_json, as_markdown, cells, compare, headings, names_of, read_series
 from weftrain.analysis.compare.text import as_text
 from weftrain.analysis.compare.window import default_window, smoothed_at, smoothed_curve, windowed
-from weftrain.analysis.evaluation.records import Settings, Subject, inputs_of, once
+from weftrain.analysis.evaluation.records import EvaluatedCheckpoint, EvaluationSettings, inputs_of, once
 from weftrain.analysis.evaluation.tasks import Perplexity
-from weftrain.analysis.memorization.scores import Result
+from weftrain.analysis.memorization.scores import MemorizationResult
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe
@@ -47,7 +47,7 @@ from weftrain.core.run.metrics import MetricsWriter
 
 transformers = pytest.importorskip("transformers")
 
-SETTINGS = Settings(batch_size=2)
+SETTINGS = EvaluationSettings(batch_size=2)
 PYTHIA_TOKENS_PER_STEP = 2_097_152  # 1024 x 2048, arXiv 2304.01373
 
 
@@ -87,7 +87,7 @@ def make_run(
 def score(folder: Path, root: str, step: int, value: float, **other: Any) -> None:
     """A record of a task's score in a run's folder."""
     inputs = (
-        inputs_of("task", Subject(root, step, "t" * 64), SETTINGS)
+        inputs_of("task", EvaluatedCheckpoint(root, step, "t" * 64), SETTINGS)
         | {"task": "arc", "include_sha256": None}
         | other.pop("inputs", {})
     )
@@ -110,7 +110,7 @@ def score(folder: Path, root: str, step: int, value: float, **other: Any) -> Non
 
 
 def series(name: str, values: Mapping[int, Mapping[Column, float]], **other: Any) -> Series:
-    points = tuple(Point(step, 10 * step, "c", some) for step, some in values.items())
+    points = tuple(SeriesPoint(step, 10 * step, "c", some) for step, some in values.items())
     return Series(name, "run", Path(name), points, "step x 10", {}, **other)
 
 
@@ -295,7 +295,7 @@ def result_file(folder: Path, root: str, step: int, chunk: str, matches: list[in
     return path
 
 
-def result(root: str, step: int, chunk: str, matches: list[int], **other: Any) -> Result:
+def result(root: str, step: int, chunk: str, matches: list[int], **other: Any) -> MemorizationResult:
     fields: dict[str, Any] = {
         "kind": "training",
         "first_step": 0,
@@ -304,7 +304,7 @@ def result(root: str, step: int, chunk: str, matches: list[int], **other: Any) -
         "repeated": 0,
         **other,
     }
-    return Result(
+    return MemorizationResult(
         format="weftrain-memorization",
         version=1,
         software={},
@@ -602,7 +602,7 @@ def test_a_series_is_measured_and_a_restart_loads_no_model(
     neox: Path, ids: Path, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = read_huggingface(neox, "pythia", 10)
-    wanted = Wanted((open_held(ids),), (open_sample(sample),))
+    wanted = MeasureRequest((open_held(ids),), (open_sample(sample),))
     done: list[str] = []
     measured, notes = measure_series(found, wanted, tmp_path / "to", SETTINGS, progress=done.append)
     assert done == ["pythia, step 1000", "pythia, step 2000"]
@@ -679,7 +679,7 @@ def test_one_model_is_in_memory_at_a_time(
         return model
 
     monkeypatch.setattr("weftrain.analysis.compare.measure.load_revision", load)
-    measure_series(read_huggingface(neox, "pythia", 10), Wanted((open_held(ids),)), tmp_path / "to", SETTINGS)
+    measure_series(read_huggingface(neox, "pythia", 10), MeasureRequest((open_held(ids),)), tmp_path / "to", SETTINGS)
     assert len(alive) == 2
 
 
@@ -687,7 +687,7 @@ def test_runs_are_measured_on_the_same_tokens(tmp_path: Path, recipe: Recipe, ne
     make_run(tmp_path / "run", recipe)
     rows = tmp_path / "short.jsonl"
     rows.write_text(json.dumps([1, 2, 3, 4]) + "\n")
-    wanted = Wanted((open_held(rows),), (open_sample(sample),))
+    wanted = MeasureRequest((open_held(rows),), (open_sample(sample),))
     both = [read_run(tmp_path / "run", "run"), read_huggingface(neox, "pythia", 26)]
     measured = [measure_series(one, wanted, tmp_path / "to", SETTINGS)[0] for one in both]
     columns = [{column for column in one.points[0].values if column != TRAIN_LOSS} for one in measured]
@@ -702,7 +702,7 @@ def test_tokens_that_a_series_cannot_read_are_left_out_and_said(neox: Path, tmp_
         path.write_text(json.dumps(row) + "\n")
         held = open_held(path)
         assert words in str(why_not(found, held))
-        measured, notes = measure_series(found, Wanted((held,)), tmp_path / "to", SETTINGS)
+        measured, notes = measure_series(found, MeasureRequest((held,)), tmp_path / "to", SETTINGS)
         assert not measured.points[0].values
         assert any("not measured" in note and words in note for note in notes)
     assert not (tmp_path / "to").exists()

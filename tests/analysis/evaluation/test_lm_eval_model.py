@@ -221,10 +221,10 @@ sys.modules["lm_eval"] = None
 from pathlib import Path
 import weftrain.cli.evaluate_tasks
 from weftrain.analysis.evaluation.tasks import TaskRequest, run_tasks
-from weftrain.analysis.evaluation.records import Settings, Subject
+from weftrain.analysis.evaluation.records import EvaluatedCheckpoint, EvaluationSettings
 from weftrain.core.errors import DataError
 try:
-    run_tasks([TaskRequest("x")], Subject("a", 1), Settings(), lambda: None, Path("absent"))
+    run_tasks([TaskRequest("x")], EvaluatedCheckpoint("a", 1), EvaluationSettings(), lambda: None, Path("absent"))
 except DataError as error:
     assert "pip install 'weftrain[eval]'" in str(error), error
 else:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from weftrain.analysis.evaluation import pass_at_k as module
 from weftrain.analysis.evaluation.pass_at_k import CompletionError, Problem, pass_at_k, read_problems, score, truncate
-from weftrain.analysis.evaluation.sandbox import Limits, Outcome, SandboxError, reason_unavailable
+from weftrain.analysis.evaluation.sandbox import Outcome, SandboxError, SandboxLimits, reason_unavailable
 from weftrain.analysis.evaluation.sandbox_judge import ProblemTests
 from weftrain.core.errors import DataError
 from weftrain.core.formats.canonical import canonical_json, parse_json
@@ -178,7 +178,7 @@ def test_published_solutions_pass_and_a_score_counts(tmp_path: Path) -> None:
         lambda prompt, samples: answers[prompt][:samples],
         4,
         [1, 2, 4],
-        Limits(4.0, 256 << 20, 1 << 20, 2),
+        SandboxLimits(4.0, 256 << 20, 1 << 20, 2),
         lambda *told: heard.append(told),
     )
     assert [(one.task_id, one.samples, one.correct) for one in report.problems] == [("T/0", 4, 1), ("MBPP/11", 4, 2)]
@@ -206,7 +206,7 @@ def test_as_many_sandboxes_as_processors_at_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     together, lock, now, most = threading.Barrier(3), threading.Lock(), 0, 0
 
-    def run(program: str, tests: ProblemTests, limits: Limits) -> Outcome:
+    def run(program: str, tests: ProblemTests, limits: SandboxLimits) -> Outcome:
         nonlocal now, most
         with lock:
             now += 1

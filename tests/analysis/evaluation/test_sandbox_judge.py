@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weftrain.analysis.evaluation import sandbox_wire
-from weftrain.analysis.evaluation.sandbox import Limits, Outcome, reason_unavailable
+from weftrain.analysis.evaluation.sandbox import Outcome, SandboxLimits, reason_unavailable
 from weftrain.analysis.evaluation.sandbox_judge import ProblemTests, given_by, imports_of, judge, names_under_test
 from weftrain.analysis.evaluation.sandbox_wire import decode, encode
 
 UNAVAILABLE = reason_unavailable()
 confined = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
-LIMITS = Limits(timeout_s=20.0, memory_bytes=256 << 20, disk_bytes=1 << 20, processes=3)
+LIMITS = SandboxLimits(timeout_s=20.0, memory_bytes=256 << 20, disk_bytes=1 << 20, processes=3)
 
 
 def judged(program: str, tests: str, *names: str, **more: Any) -> Outcome:
@@ -315,7 +315,7 @@ def test_what_cannot_be_judged_fails_and_says_so(program: str, tests: str, words
 
 @confined
 def test_time_is_up_on_either_side() -> None:
-    limits = Limits(0.7, 256 << 20, 1 << 20, 2)
+    limits = SandboxLimits(0.7, 256 << 20, 1 << 20, 2)
     sides = (("def f():\n    while True: pass", "f()"), ("f = 1", "while True: pass"))
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda side: judge(side[0], ProblemTests(side[1], ("f",)), limits), sides))

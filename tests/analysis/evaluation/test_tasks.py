@@ -17,7 +17,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from weftrain.analysis.evaluation.generation import load_model
-from weftrain.analysis.evaluation.records import Settings, Subject, read_record, read_records, records_folder
+from weftrain.analysis.evaluation.records import (
+    EvaluatedCheckpoint,
+    EvaluationSettings,
+    read_record,
+    read_records,
+    records_folder,
+)
 from weftrain.analysis.evaluation.tasks import (
     PRESETS,
     RaggedRows,
@@ -58,7 +64,7 @@ WORDS = [
     "a",
     "b",
 ]
-SUBJECT = Subject("a" * 64, 40, "b" * 64)
+SUBJECT = EvaluatedCheckpoint("a" * 64, 40, "b" * 64)
 
 
 def say_nothing(line: str) -> None:
@@ -278,13 +284,13 @@ def test_held_out_record(tiny_recipe: Callable[..., Recipe], ragged: list[list[i
         opened.append(1)
         return model
 
-    def run(settings: Settings) -> dict[str, Any]:
+    def run(settings: EvaluationSettings) -> dict[str, Any]:
         (record,) = run_heldout(
             [RaggedRows("my set/1", ragged, "id")], SUBJECT, settings, open_model, tmp_path, say_nothing
         )
         return record
 
-    record = run(Settings(batch_size=2))
+    record = run(EvaluationSettings(batch_size=2))
     assert (
         record["value"] == record["metrics"]["loss"]["value"] == pytest.approx(loss_in_float64(model, ragged), rel=1e-6)
     )
@@ -295,9 +301,9 @@ def test_held_out_record(tiny_recipe: Callable[..., Recipe], ragged: list[list[i
         "a" * 64,
         58,
     )
-    assert run(Settings(batch_size=2)) == record
+    assert run(EvaluationSettings(batch_size=2)) == record
     assert len(opened) == 1
-    assert run(Settings(batch_size=3))["batch_size"] == 3
+    assert run(EvaluationSettings(batch_size=3))["batch_size"] == 3
     assert len(opened) == 2
     assert sorted(path.name.rpartition("-")[0] for path in tmp_path.iterdir()) == ["00000040-heldout_my_set_1-0"] * 2
 
@@ -310,7 +316,7 @@ def test_tasks_of_a_model_whose_answers_are_known(
 ) -> None:
     """It says blue always: two of four are right, and its text "is -> blue , ..." ends at the stop word."""
     model = KnownModel({"is": "blue", "blue": ",", ",": "red"})
-    settings, folder = Settings(batch_size=2, include=task_folder), tmp_path / "records"
+    settings, folder = EvaluationSettings(batch_size=2, include=task_folder), tmp_path / "records"
     requests = [TaskRequest("stub_colours"), TaskRequest("stub_answers")]
     choice, text = run_tasks(requests, SUBJECT, settings, lambda: make_lm(model), folder, say_nothing)
     for record, metric, version, kind in (
@@ -334,7 +340,10 @@ def test_what_is_there_is_not_computed_again(task_folder: Path, tmp_path: Path, 
     models = 0
 
     def run(
-        settings: Settings, subject: Subject = SUBJECT, shots: int | None = 1, say: Callable[[str], None] = say_nothing
+        settings: EvaluationSettings,
+        subject: EvaluatedCheckpoint = SUBJECT,
+        shots: int | None = 1,
+        say: Callable[[str], None] = say_nothing,
     ) -> Any:
         nonlocal models
 
@@ -346,7 +355,7 @@ def test_what_is_there_is_not_computed_again(task_folder: Path, tmp_path: Path, 
         (record,) = run_tasks([TaskRequest("stub_colours", shots)], subject, settings, open_model, folder, say)
         return record
 
-    settings = Settings(include=task_folder)
+    settings = EvaluationSettings(include=task_folder)
     first = run(settings)
     assert (first["shots"], first["value_percent"]) == (1, 25.0)
     (path,) = folder.iterdir()
@@ -366,9 +375,9 @@ def test_what_is_there_is_not_computed_again(task_folder: Path, tmp_path: Path, 
 
     # Each of these is another evaluation.
     run(settings, shots=0)
-    run(Settings(include=task_folder, limit=2))
-    run(settings, Subject("c" * 64, 40, "b" * 64))
-    run(settings, Subject("a" * 64, 40, "d" * 64))
+    run(EvaluationSettings(include=task_folder, limit=2))
+    run(settings, EvaluatedCheckpoint("c" * 64, 40, "b" * 64))
+    run(settings, EvaluatedCheckpoint("a" * 64, 40, "d" * 64))
     (task_folder / "colours.jsonl").write_text((task_folder / "colours.jsonl").read_text().replace("grass", "sea"))
     run(settings)
     assert (models, len(list(folder.iterdir()))) == (7, 6)
@@ -376,7 +385,7 @@ def test_what_is_there_is_not_computed_again(task_folder: Path, tmp_path: Path, 
 
 def test_limited_is_partial(task_folder: Path, tmp_path: Path, make_lm: Callable[..., Any]) -> None:
     def run(limit: int) -> Any:
-        settings, model = Settings(include=task_folder, limit=limit), KnownModel({"is": "blue"})
+        settings, model = EvaluationSettings(include=task_folder, limit=limit), KnownModel({"is": "blue"})
         (record,) = run_tasks(
             [TaskRequest("stub_colours")], SUBJECT, settings, lambda: make_lm(model), tmp_path / "r", say_nothing
         )
@@ -392,7 +401,7 @@ def test_groups(task_folder: Path, tmp_path: Path, make_lm: Callable[..., Any]) 
     model = KnownModel({"is": "blue", "blue": ","})
 
     def run(name: str) -> Any:
-        settings = Settings(include=task_folder)
+        settings = EvaluationSettings(include=task_folder)
         return run_tasks([TaskRequest(name)], SUBJECT, settings, lambda: make_lm(model), tmp_path / "r", say_nothing)
 
     assert [record["task"] for record in run("stub_both")] == ["stub_colours", "stub_answers"]
@@ -405,7 +414,7 @@ def test_tasks_that_cannot_be(task_folder: Path, tmp_path: Path, make_lm: Callab
     def run(request: TaskRequest, include: Path = task_folder) -> Any:
         model = KnownModel({})
         return run_tasks(
-            [request], SUBJECT, Settings(include=include), lambda: make_lm(model), tmp_path / "r", say_nothing
+            [request], SUBJECT, EvaluationSettings(include=include), lambda: make_lm(model), tmp_path / "r", say_nothing
         )
 
     with pytest.raises(DataError, match="no metric 'acc_norm'; it has acc"):

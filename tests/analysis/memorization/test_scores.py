@@ -20,7 +20,7 @@ from places import SHARED
 from weftrain.analysis.evaluation.generation import Generator, load_model
 from weftrain.analysis.memorization import scores as memorization
 from weftrain.analysis.memorization.report import PICTURES, by_relation, correlation, distribution, draw, summary
-from weftrain.analysis.memorization.scores import Chunk, Parameters, Result, Snapshot
+from weftrain.analysis.memorization.scores import Chunk, LazyCheckpoint, MemorizationResult, Parameters
 from weftrain.core.config import ModelConfig, Recipe
 from weftrain.core.data import TokenSource
 from weftrain.core.errors import DataError
@@ -78,7 +78,7 @@ def chunk_of(rows: np.ndarray, name: str, **fields: Any) -> Chunk:
 
 def result_of(
     step: int, matches: list[int], name: str = "c", first: int | None = 0, stop: int | None = 1, **changes: Any
-) -> Result:
+) -> MemorizationResult:
     score, percent = memorization.figures(matches, L)
     fields: dict[str, Any] = {
         "format": "weftrain-memorization",
@@ -96,7 +96,7 @@ def result_of(
         "parameters": PARAMETERS,
     }
     fields |= {"sample_numbers": list(range(len(matches))), "repeated": 0, "rows_sha256": "0" * 64, "matches": matches}
-    return Result(**{**fields, "mean_score": score, "extractible_percent": percent, **changes})
+    return MemorizationResult(**{**fields, "mean_score": score, "extractible_percent": percent, **changes})
 
 
 # Scores
@@ -107,7 +107,7 @@ def test_known_rows_score_one_and_others_about_chance(trained: Generator, rows: 
         chunk_of(rows[:8], "known", first_step=0, stop_step=5),
         chunk_of(rows[8:], "new", first_step=5, stop_step=9),
     ]
-    known, new = memorization.measure(tmp_path, [Snapshot(5, ROOTS[0], lambda: trained)], chunks, PARAMETERS)
+    known, new = memorization.measure(tmp_path, [LazyCheckpoint(5, ROOTS[0], lambda: trained)], chunks, PARAMETERS)
     assert (known.mean_score, known.extractible_percent, known.relation) == (1.0, 100.0, "just seen")
     assert known.matches == (L,) * 8
     assert new.mean_score < 0.2
@@ -218,15 +218,15 @@ def test_a_heldout_set_is_a_chunk_and_its_name_a_file_of_its_own() -> None:
 
 
 @pytest.fixture
-def measuring(config: ModelConfig, rows: np.ndarray) -> Callable[..., list[Result]]:
+def measuring(config: ModelConfig, rows: np.ndarray) -> Callable[..., list[MemorizationResult]]:
     """measuring(folder): two random checkpoints, three chunks."""
     chunks = [chunk_of(rows[i : i + 4], f"chunk_{i}", first_step=i, stop_step=i + 4, number=10 * i) for i in (0, 4, 8)]
     snapshots = [
-        Snapshot(step, root, lambda seed=step: random_generator(config, seed))
+        LazyCheckpoint(step, root, lambda seed=step: random_generator(config, seed))
         for step, root in ((4, ROOTS[0]), (8, ROOTS[1]))
     ]
 
-    def run(folder: Path, **changes: Any) -> list[Result]:
+    def run(folder: Path, **changes: Any) -> list[MemorizationResult]:
         return memorization.measure(
             folder, **{"snapshots": snapshots, "chunks": chunks, "parameters": PARAMETERS, **changes}
         )
@@ -239,7 +239,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_stopped_measurement_goes_on_and_gives_the_same_files(
-    measuring: Callable[..., list[Result]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    measuring: Callable[..., list[MemorizationResult]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = measuring(tmp_path / "whole")
     expected = files_of(tmp_path / "whole")
@@ -266,7 +266,7 @@ def test_a_stopped_measurement_goes_on_and_gives_the_same_files(
 
 
 def test_what_is_there_is_not_measured_again_unless_it_is_of_other_inputs(
-    measuring: Callable[..., list[Result]],
+    measuring: Callable[..., list[MemorizationResult]],
     rows: np.ndarray,
     tmp_path: Path,
     config: ModelConfig,
@@ -278,7 +278,9 @@ def test_what_is_there_is_not_measured_again_unless_it_is_of_other_inputs(
     count_matches = memorization.count_matches
     monkeypatch.setattr(memorization, "count_matches", lambda *given: counted.append(1) or count_matches(*given))
     lines: list[str] = []
-    no_loading = [Snapshot(step, root, lambda: pytest.fail("loaded")) for step, root in ((4, ROOTS[0]), (8, ROOTS[1]))]
+    no_loading = [
+        LazyCheckpoint(step, root, lambda: pytest.fail("loaded")) for step, root in ((4, ROOTS[0]), (8, ROOTS[1]))
+    ]
     assert measuring(tmp_path, snapshots=no_loading, report=lines.append) == first
     assert (counted, lines) == ([], [])
 
@@ -292,13 +294,15 @@ def test_what_is_there_is_not_measured_again_unless_it_is_of_other_inputs(
     assert (len(counted), files_of(tmp_path)) == (3, before)
 
     changed = chunk_of(rows[:4] + 1 - 2 * (rows[:4] == 96), "chunk_0", first_step=0, stop_step=4)
-    snapshot = Snapshot(4, ROOTS[1], lambda: random_generator(config, 4))
+    snapshot = LazyCheckpoint(4, ROOTS[1], lambda: random_generator(config, 4))
     measuring(tmp_path, chunks=[changed], snapshots=[snapshot], report=lines.append)
     assert lines[0].endswith("of another root and rows_sha256, measured anew")
     assert json.loads(memorization.result_path(tmp_path, PARAMETERS, 4, "chunk_0").read_bytes())["root"] == ROOTS[1]
 
 
-def test_a_file_says_what_was_measured_on_what(measuring: Callable[..., list[Result]], tmp_path: Path) -> None:
+def test_a_file_says_what_was_measured_on_what(
+    measuring: Callable[..., list[MemorizationResult]], tmp_path: Path
+) -> None:
     results = measuring(tmp_path)
     stored = json.loads(memorization.result_path(tmp_path, PARAMETERS, 8, "chunk_4").read_bytes())
     assert (stored["root"], stored["dataset_id"], stored["first_step"], stored["stop_step"]) == (
@@ -310,7 +314,7 @@ def test_a_file_says_what_was_measured_on_what(measuring: Callable[..., list[Res
     assert stored["sample_numbers"] == [40, 41, 42, 43]
     assert stored["parameters"] == {"prompt_tokens": K, "continuation_tokens": L, "samples": 8, "seed": 0}
     assert set(stored["software"]) == {"weftrain", "torch"}
-    assert Result.model_validate(stored) == results[4]
+    assert MemorizationResult.model_validate(stored) == results[4]
 
 
 def test_one_model_is_alive_at_a_time(config: ModelConfig, rows: np.ndarray, tmp_path: Path) -> None:
@@ -327,7 +331,9 @@ def test_one_model_is_alive_at_a_time(config: ModelConfig, rows: np.ndarray, tmp
         return generator
 
     chunks = [chunk_of(rows[:4], "a"), chunk_of(rows[4:8], "b")]
-    results = memorization.measure(tmp_path, [Snapshot(step, ROOTS[0], load) for step in range(5)], chunks, PARAMETERS)
+    results = memorization.measure(
+        tmp_path, [LazyCheckpoint(step, ROOTS[0], load) for step in range(5)], chunks, PARAMETERS
+    )
     assert (len(results), loads) == (10, 5)
     gc.collect()
     assert not list(alive)
@@ -378,7 +384,7 @@ def test_correlation_is_pearsons_over_the_rows_that_all_checkpoints_have() -> No
     assert found[0][1] == pytest.approx(expected)
 
 
-def test_summary_and_pictures(measuring: Callable[..., list[Result]], tmp_path: Path) -> None:
+def test_summary_and_pictures(measuring: Callable[..., list[MemorizationResult]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     results = measuring(tmp_path / "results")
     found = json.loads(json.dumps(summary(results, PARAMETERS), allow_nan=False))
@@ -463,7 +469,7 @@ def test_the_released_amber_sample_scores_chance_with_a_random_model(
     parameters = Parameters(samples=40)
     chunk = memorization.sample_chunk(released, parameters)
     (result,) = memorization.measure(
-        tmp_path, [Snapshot(1, ROOTS[0], lambda: random_generator(config, 0))], [chunk], parameters
+        tmp_path, [LazyCheckpoint(1, ROOTS[0], lambda: random_generator(config, 0))], [chunk], parameters
     )
     assert len(result.matches) == 40
     assert result.mean_score < 0.02

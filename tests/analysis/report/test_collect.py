@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from weftrain.analysis.evaluation.records import FOLDER, Settings, Subject, inputs_of, once
+from weftrain.analysis.evaluation.records import FOLDER, EvaluatedCheckpoint, EvaluationSettings, inputs_of, once
 from weftrain.analysis.memorization.scores import FORMAT, Parameters, figures, result_path
-from weftrain.analysis.report.chart import MAX_POINTS, Chart, Curve, chart_html, even_ticks, medians, safe, thinned
+from weftrain.analysis.report.chart import MAX_POINTS, Chart, Curve, chart_html, escape, even_ticks, medians, thinned
 from weftrain.analysis.report.collect import RunReport, collect
 from weftrain.analysis.report.curves import read_curves
 from weftrain.analysis.report.ledger import Mark
@@ -190,7 +190,7 @@ def test_every_event_is_marked(eventful: Made) -> None:
         ("defer", 12, False),
         ("restart", 12, False),
     ]
-    told = [(one.kind, one.step) for one in report.entered if one.left]
+    told = [(one.kind, one.step) for one in report.ledger if one.left]
     # Of the crash, then of the rollback: a chunk that begins at the step to which the run went back is begun again.
     assert told == [
         ("chunk_begin", 6),
@@ -213,7 +213,7 @@ def test_every_event_is_marked(eventful: Made) -> None:
 
 
 def test_chunks_and_checkpoints(eventful: Made) -> None:
-    saved = report_of(eventful.run).saved
+    saved = report_of(eventful.run).checkpoints
     batch, roots = eventful.batch, eventful.roots
     told = [(one.step, one.first_step, one.samples, one.chunk, one.place, one.left is None) for one in saved]
     assert told == [
@@ -236,21 +236,21 @@ def test_chunks_and_checkpoints(eventful: Made) -> None:
 def test_a_checkpoint_within_a_chunk_and_one_without_chunks(tmp_path: Path) -> None:
     made = Made(tmp_path / "chunks")
     made.go(0, 8, save=[4, 6, 8])
-    assert [(one.step, one.chunk) for one in report_of(made.run).saved] == [
+    assert [(one.step, one.chunk) for one in report_of(made.run).checkpoints] == [
         (4, "0, in part"),
         (6, "0"),
         (8, "1, in part"),
     ]
     made.roll_back(4, 1, "back into chunk 0")
     made.go(4, 5, save=[5])
-    assert [(one.step, one.chunk) for one in report_of(made.run).saved][3:] == [(5, "0, in part")]
+    assert [(one.step, one.chunk) for one in report_of(made.run).checkpoints][3:] == [(5, "0, in part")]
     plain = Made(tmp_path / "plain", chunks=None)
     plain.go(0, 8, save=[4])
-    assert [(one.step, one.chunk) for one in report_of(plain.run).saved] == [(4, "")]
+    assert [(one.step, one.chunk) for one in report_of(plain.run).checkpoints] == [(4, "")]
 
 
 def test_starts_tell_what_counts_and_what_differs(eventful: Made) -> None:
-    begun = report_of(eventful.run).begun
+    begun = report_of(eventful.run).starts
     assert [(one.first_step, one.kept, one.reached) for one in begun] == [(0, 6, 8), (6, 12, 18), (12, 24, 24)]
     page = page_of(eventful.run)
     assert re.findall(r'<td class="changed">([^<]*)</td>', page) == ["now other", "now triton"]
@@ -331,7 +331,7 @@ def test_memorization_is_a_matrix_with_its_figures_written_out(eventful: Made) -
 
 
 def evaluate(run: Path, step: int, root: str, name: str, **found: Any) -> Path:
-    inputs = {**inputs_of("task", Subject(root, step), Settings()), "task": name}
+    inputs = {**inputs_of("task", EvaluatedCheckpoint(root, step), EvaluationSettings()), "task": name}
     measured = {"task": name, "task_version": 1.0, "shots": 5, "metric": "acc", "value": 0.25, "value_percent": 25.0}
     more = {"stderr": 0.01, "stderr_percent": 1.5, "samples": 40, "samples_available": 40, "decoding": None, **found}
     once(run / FOLDER, inputs, name, lambda: {**measured, **more}, print)
@@ -670,7 +670,7 @@ def test_links_are_relative_and_never_a_scheme(tmp_path: Path) -> None:
 
 
 def test_hidden_characters_are_made_visible() -> None:
-    assert safe("a\u202eb\x1b\ud800<&'\"\n") == "a\\u202eb\\u001b\\ud800&lt;&amp;&#x27;&quot;\n"
+    assert escape("a\u202eb\x1b\ud800<&'\"\n") == "a\\u202eb\\u001b\\ud800&lt;&amp;&#x27;&quot;\n"
 
 
 # How it reads
@@ -744,6 +744,6 @@ def test_a_long_run_is_kept_as_numbers_alone(tmp_path: Path) -> None:
 
 def test_very_many_checkpoints_are_shown_from_both_ends(eventful: Made) -> None:
     report = report_of(eventful.run)
-    page = page_html(replace(report, saved=report.saved * 1000), eventful.run)
-    assert f"of which {len(report.saved) * 1000 - 3000:,} in the middle are not shown" in page
+    page = page_html(replace(report, checkpoints=report.checkpoints * 1000), eventful.run)
+    assert f"of which {len(report.checkpoints) * 1000 - 3000:,} in the middle are not shown" in page
     assert page.count('<th scope="row" class="n">') < 3200

@@ -76,19 +76,19 @@ def load() -> float:
     return os.getloadavg()[0]
 
 
-def warnings(surroundings: dict[str, Any], load_before: float, threads: int) -> list[str]:
+def warnings(environment: dict[str, Any], load_before: float, threads: int) -> list[str]:
     """What makes a figure less worth."""
     found = []
     cores = os.cpu_count() or 1
     if load_before > 0.5 * cores:
         found.append(f"the machine was busy before the benchmark: load {load_before:.1f} on {cores} cores")
-    if surroundings["virtualisation"] not in ("none", NOT_AVAILABLE):
+    if environment["virtualisation"] not in ("none", NOT_AVAILABLE):
         found.append(
-            f"a virtual machine or container ({surroundings['virtualisation']}): its neighbours are not seen, and "
+            f"a virtual machine or container ({environment['virtualisation']}): its neighbours are not seen, and "
             "clocks may change"
         )
-    if surroundings["governor"] not in ("performance", NOT_AVAILABLE):
-        found.append(f"the CPU's governor is {surroundings['governor']}, not performance")
+    if environment["governor"] not in ("performance", NOT_AVAILABLE):
+        found.append(f"the CPU's governor is {environment['governor']}, not performance")
     if threads > cores:
         found.append(f"{threads} threads on {cores} cores")
     return found
