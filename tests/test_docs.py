@@ -181,8 +181,8 @@ def test_every_file_and_function_that_a_page_names_exists() -> None:
     """`path.py` and `path.py:function` or `path.py:Class.method`, from the root or beside the page; a bare name
     anywhere.
     """
-    ours = [path for path in ROOT.glob("*/**/*.py") if not path.relative_to(ROOT).parts[0].startswith(".")]
-    for page in PAGES:
+    ours = [path for folder in ROOT.glob("[a-z]*/") for path in folder.rglob("*.py")]
+    for page in [*PAGES, *ROOT.glob("[a-z]*/README.md")]:
         text = page.read_text()
         made = re.findall(r"^```\w+ (\S+)$", text, re.MULTILINE)  # files that the page has its reader write
         for path, function in NAMED.findall(text):
