@@ -41,11 +41,11 @@ from weftrain.backends.cuda.planner import check_memory
 from weftrain.backends.cuda.save import Parts, RankedTensors, Writer
 from weftrain.backends.cuda.world import RESTS, World
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
-from weftrain.core.checkpoint import Written
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import row_keys
 from weftrain.core.errors import BackendError, NonFiniteError, WeftrainError
 from weftrain.core.formats.canonical import sha256_json
+from weftrain.core.formats.checkpoint_files import Written
 from weftrain.core.model import Decoder, draw, kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.parameters import parameter_specs

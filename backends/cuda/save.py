@@ -21,10 +21,10 @@ from torch import Tensor
 
 from weftrain.backends.common.state_snapshot import SnapshotOwner, StateSnapshot
 from weftrain.backends.cuda.world import World
-from weftrain.core import checkpoint
 from weftrain.core.errors import CheckpointError, WeftrainError
+from weftrain.core.formats import checkpoint_files
 
-Parts = Mapping[str, checkpoint.Part]  # file -> tensor -> dtype, shape
+Parts = Mapping[str, checkpoint_files.Part]  # file -> tensor -> dtype, shape
 _Copies = dict[str, dict[str, Tensor]]
 
 
@@ -37,7 +37,7 @@ class RankedTensors(StateSnapshot):
         self,
         shapes: Mapping[str, tuple[int, ...]],
         read: Callable[[str], Tensor],
-        begin: Callable[[Path, Parts], Callable[[], checkpoint.Written]],
+        begin: Callable[[Path, Parts], Callable[[], checkpoint_files.Written]],
         writers: int,
     ) -> None:
         super().__init__(shapes, read)
@@ -63,7 +63,7 @@ class Writer:
 
     def begin(
         self, folder: Path, files: Parts, whole: Callable[[str, bool], Tensor | None]
-    ) -> Callable[[], checkpoint.Written]:
+    ) -> Callable[[], checkpoint_files.Written]:
         """Copy this rank's files' tensors and write them in a thread. whole(name, keep): a collective; the tensor where
         it is kept.
 
@@ -93,7 +93,7 @@ class Writer:
         told: dict[str, Any] = {"files": {}}
         try:
             for file in list(copies):
-                told["files"][file] = checkpoint.write_file(folder / file, files[file], copies.pop(file))
+                told["files"][file] = checkpoint_files.write_file(folder / file, files[file], copies.pop(file))
         except FileNotFoundError as error:
             told = {
                 "error": f"{error.filename}: is not there: the run's folder must lie on a file system that all nodes share"
@@ -108,7 +108,7 @@ class Writer:
 
     def _written(
         self, thread: threading.Thread, number: int, ranks: int, found: dict[int, dict[str, Any]]
-    ) -> checkpoint.Written:
+    ) -> checkpoint_files.Written:
         thread.join()
         if ranks > 1:
             store = self._world.own_store()

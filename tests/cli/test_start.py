@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from weftrain.core import checkpoint
+from weftrain.core.formats import checkpoint_files
 from weftrain.core.formats.canonical import canonical_json, sha256_json
 from weftrain.core.formats.checkpoint_manifest import read_manifest
 from weftrain.core.run.ledger import LEDGER, TORN, Ledger, lineage, read_ledger
@@ -249,7 +249,7 @@ def test_an_unreadable_checkpoint_is_not_a_damaged_one(
     train_tiny: Train, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that fails, or permissions: nobody knows whether it is whole, so nothing older takes its place."""
-    opened = checkpoint.open_regular
+    opened = checkpoint_files.open_regular
 
     def fails(path: Path) -> object:
         if path.parent.name == "step_00000006":
@@ -258,7 +258,7 @@ def test_an_unreadable_checkpoint_is_not_a_damaged_one(
 
     before = tree(run)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "open_regular", fails)
+        patch.setattr(checkpoint_files, "open_regular", fails)
         refused(train_tiny(*MORE), "step_00000006", "cannot be read: Input/output error")
     assert tree(run) == before
 

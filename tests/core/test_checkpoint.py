@@ -21,7 +21,7 @@ from weftrain.core import checkpoint
 from weftrain.core.backend import State
 from weftrain.core.checkpoint import CheckpointInfo
 from weftrain.core.errors import CheckpointError
-from weftrain.core.formats import fsops, tensor_file
+from weftrain.core.formats import checkpoint_files, fsops, tensor_file
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.formats.checkpoint_manifest import root_of
 
@@ -119,9 +119,9 @@ def test_the_same_state_has_the_same_bytes_whatever_the_order_of_its_mapping(tmp
     assert save(tmp_path / "c", 3, fingerprint={"torch": "2", "threads": 1}).root != save(tmp_path / "a", 3).root
 
 
-def test_tensors_are_dealt_to_files_under_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 160)
-    monkeypatch.setattr(checkpoint, "HASH_BACKLOG_BYTES", 100)
+def test_tensors_are_divided_among_files_under_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_files, "MAX_FILE_BYTES", 160)
+    monkeypatch.setattr(checkpoint_files, "HASH_BACKLOG_BYTES", 100)
     path = save(tmp_path, 3).path
     names = sorted(file.name for file in path.glob("*.safetensors"))
     assert names == [f"state-{i:05d}-of-{len(names):05d}.safetensors" for i in range(1, len(names) + 1)]

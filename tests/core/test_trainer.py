@@ -17,6 +17,7 @@ from weftrain.core import checkpoint
 from weftrain.core.backend import Fingerprint, Plan, State, StepResult
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
+from weftrain.core.formats import checkpoint_files
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.metrics import MetricsWriter, read_metrics
 from weftrain.core.run.speed import Peak, Speed
@@ -35,14 +36,16 @@ class Lent(dict[str, torch.Tensor]):
         super().__init__({f"weights/{name}": torch.full((8,), value) for name in ("a", "b")})
         self._gate, self._error = gate, error
 
-    def begin_files(self, folder: Path, parts: Mapping[str, checkpoint.Part]) -> Callable[[], checkpoint.Written]:
+    def begin_files(
+        self, folder: Path, parts: Mapping[str, checkpoint_files.Part]
+    ) -> Callable[[], checkpoint_files.Written]:
         copies = {name: tensor.clone() for name, tensor in self.items()}
 
-        def written() -> checkpoint.Written:
+        def written() -> checkpoint_files.Written:
             assert self._gate.wait(20)
             if self._error:
                 raise CheckpointError(self._error)
-            return {name: checkpoint.write_file(folder / name, part, copies) for name, part in parts.items()}
+            return {name: checkpoint_files.write_file(folder / name, part, copies) for name, part in parts.items()}
 
         return written
 

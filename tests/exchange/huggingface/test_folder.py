@@ -445,13 +445,14 @@ from pathlib import Path
 import torch
 from model_cases import amber
 from weftrain.core import checkpoint
+from weftrain.core.formats import checkpoint_files
 from weftrain.core.backend import State
 from weftrain.exchange.huggingface.folder import HuggingFaceWeights, state_tensors, write_huggingface
 from weftrain.core.parameters import parameter_specs
 
 torch.set_num_threads(1)
 folder, layers = Path(sys.argv[1]), int(sys.argv[2])
-checkpoint.HASH_BACKLOG_BYTES = 32 << 20  # what a slow hash may leave in memory, which is 512 MiB of any model
+checkpoint_files.HASH_BACKLOG_BYTES = 32 << 20  # what a slow hash may leave in memory, which is 512 MiB of any model
 config = amber(num_layers=layers, hidden_size=1024, num_heads=8, rotary_dim=128, intermediate_size=2816, vocab_size=2048)
 shapes = {spec.name: spec.shape for spec in parameter_specs(config)}
 

@@ -1,0 +1,269 @@
+"""The tensor files of a checkpoint: written and hashed at once, and read so that no byte is believed before its hash.
+
+Writing: `split` divides tensors among files, `write_file` writes one of them. Reading: `read_structure` holds manifest
+and files against each other, `read_verified` hashes every byte besides, and `read_tensor_verified` reads one tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from weftrain.core.errors import CheckpointError, UnreadableError
+from weftrain.core.formats import fsops
+from weftrain.core.formats.checkpoint_manifest import MANIFEST, read_manifest
+from weftrain.core.formats.plain_file import UnreadableFileError
+from weftrain.core.formats.tensor_file import (
+    DTYPE_NAMES,
+    TensorLayout,
+    check_name,
+    file_order,
+    header_bytes,
+    open_regular,
+    pack_header,
+    read_header,
+    read_tensor,
+    tensor_bytes,
+    tensor_memory,
+)
+
+MAX_FILE_BYTES = 4 << 30  # of tensors in one file; a single larger tensor has a file of its own
+HASH_BACKLOG_BYTES = 512 << 20  # written and not yet hashed: bounds what a lazy state keeps in memory
+REMEDY = "move the folder away, or restore it from a copy"
+_HASH_THREADS = max(2, min(8, os.cpu_count() or 1))
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # the file is not there, or is no file
+
+Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, shape
+Part = Mapping[str, Spec]  # the tensors of one file
+Layouts = dict[str, dict[str, TensorLayout]]  # file -> tensor -> its place
+WrittenFile = tuple[dict[str, Any], dict[str, dict[str, Any]]]  # a file's entry in the manifest, and its tensors'
+Written = Mapping[str, WrittenFile]  # by file name
+
+
+# Writing
+
+
+def spec_of(name: str, tensor: torch.Tensor) -> Spec:
+    """dtype and shape of a tensor that is to be stored. Raises ValueError for a name or dtype that cannot be."""
+    check_name(name)
+    if tensor.dtype not in DTYPE_NAMES:
+        raise ValueError(f"dtype {tensor.dtype} cannot be stored")
+    return DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+
+
+def split(specs: Mapping[str, Spec], writers: int) -> dict[str, Part]:
+    """Divide tensors among files of at most MAX_FILE_BYTES, at least about `writers` of them.
+
+    The result depends on names, dtypes, shapes and `writers` alone.
+    """
+    limit = min(MAX_FILE_BYTES, -(-sum(tensor_bytes(*spec) for spec in specs.values()) // writers))
+    files: list[dict[str, Spec]] = [{}]
+    filled = 0
+    for name in file_order(specs):
+        size = tensor_bytes(*specs[name])
+        if files[-1] and filled + size > limit:
+            files.append({})
+            filled = 0
+        files[-1][name] = specs[name]
+        filled += size
+    return {f"state-{index:05d}-of-{len(files):05d}.safetensors": part for index, part in enumerate(files, 1)}
+
+
+def write_file(path: Path, part: Part, tensors: Mapping[str, torch.Tensor]) -> WrittenFile:
+    """Write and sync one tensor file; its entry and its tensors' in the manifest. Raises CheckpointError, OSError."""
+    with fsops.FileWriter(path) as file, _Hashes() as hashes:
+        header = pack_header(part)
+        file.write(header)
+        for name, spec in part.items():
+            tensor = tensors[name]
+            if (DTYPE_NAMES.get(tensor.dtype), tuple(tensor.shape)) != spec:
+                raise CheckpointError(
+                    f"{path.parent}: tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, announced as {spec[0]} "
+                    f"{list(spec[1])}"
+                )
+            hashes.add(name, memory := tensor_memory(tensor))
+            file.write(memory)
+        file.sync()  # the hashes are still being computed meanwhile
+        of_tensors = hashes.results()
+    entries = {
+        name: {"dtype": dtype, "shape": list(shape), "file": path.name, "sha256": of_tensors[name]}
+        for name, (dtype, shape) in part.items()
+    }
+    return {"size": path.stat().st_size, "header_sha256": hashlib.sha256(header).hexdigest()}, entries
+
+
+class _Hashes:
+    """SHA-256 of each tensor of a file, on threads, while the caller writes the same bytes: they are read from memory
+    once, while they are in the cache.
+    """
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_HASH_THREADS)
+        self._tensors: dict[str, Future[str]] = {}
+        self._backlog: deque[tuple[int, Future[str]]] = deque()
+        self._backlog_bytes = 0
+
+    def add(self, name: str, memory: memoryview) -> None:
+        """Begin to hash `memory`, once no more than HASH_BACKLOG_BYTES are being hashed."""
+        while self._backlog and self._backlog_bytes + len(memory) > HASH_BACKLOG_BYTES:
+            size, under_way = self._backlog.popleft()
+            under_way.result()
+            self._backlog_bytes -= size
+        self._tensors[name] = self._threads.submit(lambda: hashlib.sha256(memory).hexdigest())
+        self._backlog.append((len(memory), self._tensors[name]))
+        self._backlog_bytes += len(memory)
+
+    def results(self) -> dict[str, str]:
+        return {name: job.result() for name, job in self._tensors.items()}
+
+    def __enter__(self) -> _Hashes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+
+# Reading
+
+
+def read_structure(path: Path) -> tuple[dict[str, Any], Layouts]:
+    """Manifest and file layouts of the checkpoint folder `path`, all their claims checked against each other and the
+    folder; tensor bytes are not hashed yet. Raises CheckpointError.
+    """
+    with _blamed(path, MANIFEST):
+        manifest = read_manifest(path)
+    present = {entry.name for entry in entries_of(path)} - {MANIFEST}
+    for name in sorted(present ^ set(manifest["files"])):
+        what = "is missing" if name in manifest["files"] else "does not belong there"
+        raise CheckpointError(f"{path}: {name}: {what}: {REMEDY}")
+    layouts: Layouts = {}
+    for name, entry in manifest["files"].items():
+        with _blamed(path, name), open_regular(path / name) as file:
+            if (size := (path / name).stat().st_size) != entry["size"]:
+                raise ValueError(f"holds {size} bytes, the manifest says {entry['size']}")
+            layouts[name] = read_header(file)
+            claimed = {key: item for key, item in manifest["tensors"].items() if item["file"] == name}
+            _compare_layout(layouts[name], claimed)
+    for name, entry in manifest["tensors"].items():
+        if entry["file"] not in layouts:
+            raise CheckpointError(f"{path}: {MANIFEST}: tensor '{name[:80]}' lies in no file of the manifest: {REMEDY}")
+    return manifest, layouts
+
+
+def read_verified(path: Path) -> tuple[dict[str, Any], Layouts]:
+    """What `read_structure` gives, after every file and every tensor was hashed. Raises CheckpointError."""
+    manifest, layouts = read_structure(path)
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashlib releases the GIL
+        jobs = [pool.submit(_damage_outside_tensors, path, name, entry) for name, entry in manifest["files"].items()]
+        jobs += [
+            pool.submit(_damaged_tensors, path, name, share, manifest["tensors"])
+            for name, layout in layouts.items()
+            for share in _shares(layout, _HASH_THREADS)
+        ]
+    damage = [line for job in jobs if (line := job.result())]
+    if damage:
+        raise CheckpointError(f"{path}: {'; '.join(damage)}: {REMEDY}")
+    return manifest, layouts
+
+
+def read_tensor_verified(path: Path, name: str, claimed: Mapping[str, Any], layouts: Layouts) -> torch.Tensor:
+    """Tensor `name` of the checkpoint folder `path` as new memory, its bytes hashed. claimed: its entry in the
+    manifest. Raises CheckpointError.
+    """
+    file_name = claimed["file"]
+    with _blamed(path, file_name), open_regular(path / file_name) as file:
+        tensor = read_tensor(file, layouts[file_name][name])
+        if hashlib.sha256(tensor_memory(tensor)).hexdigest() != claimed["sha256"]:
+            raise ValueError(f"tensor '{name}' has changed since it was written (SHA-256 differs)")
+    return tensor
+
+
+def entries_of(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing where there is none. Raises UnreadableError."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UnreadableError(
+            f"{folder}: cannot be listed: {error.strerror}: check the folder and its permissions"
+        ) from error
+
+
+@contextlib.contextmanager
+def _blamed(path: Path, name: str) -> Iterator[None]:
+    """Turn whatever is wrong with one file into a CheckpointError that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DAMAGE or isinstance(error, UnreadableFileError):
+            raise CheckpointError(f"{path}: {name}: {error.strerror or error}: {REMEDY}") from error
+        raise UnreadableError(
+            f"{path}: {name}: cannot be read: {error.strerror or error}: check the disk and its permissions, or "
+            f"{REMEDY} to go on from an older one"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {name}: {error}: {REMEDY}") from error
+
+
+def _compare_layout(layout: Mapping[str, TensorLayout], claimed: Mapping[str, dict[str, Any]]) -> None:
+    for name in sorted(set(layout) ^ set(claimed)):
+        raise ValueError(f"tensor '{name[:80]}' is {'missing' if name in claimed else 'not in the manifest'}")
+    for name, place in layout.items():
+        found, said = (place.dtype, list(place.shape)), (claimed[name]["dtype"], claimed[name]["shape"])
+        if found != said:
+            raise ValueError(f"tensor '{name}' is {found[0]} {found[1]}, the manifest says {said[0]} {said[1]}")
+
+
+def _damage_outside_tensors(path: Path, name: str, entry: Mapping[str, Any]) -> str:
+    """What is wrong with a file's header, which no tensor's hash covers; by a manifest of version 1, with the file."""
+    with _blamed(path, name):
+        if "sha256" in entry:
+            found, wanted = fsops.sha256_file(path / name), entry["sha256"]
+        else:
+            with open_regular(path / name) as file:
+                found, wanted = hashlib.sha256(header_bytes(file)).hexdigest(), entry["header_sha256"]
+        return "" if found == wanted else f"{name} has changed since it was written (SHA-256 differs)"
+
+
+def _damaged_tensors(
+    path: Path, name: str, layout: Mapping[str, TensorLayout], claimed: Mapping[str, dict[str, Any]]
+) -> str:
+    with _blamed(path, name), open_regular(path / name) as file:
+        damaged = [key for key, place in layout.items() if _sha256_of(file, place) != claimed[key]["sha256"]]
+    return f"{name}: damaged tensor {_listed(damaged)}" if damaged else ""
+
+
+def _shares(layout: Mapping[str, TensorLayout], count: int) -> list[dict[str, TensorLayout]]:
+    """A file's tensors in `count` shares of about equal size, the largest assigned first."""
+    shares: list[dict[str, TensorLayout]] = [{} for _ in range(count)]
+    sizes = [0] * count
+    for name in sorted(layout, key=lambda name: layout[name].begin - layout[name].end):
+        least = sizes.index(min(sizes))
+        shares[least][name] = layout[name]
+        sizes[least] += layout[name].end - layout[name].begin
+    return shares
+
+
+def _sha256_of(file: BinaryIO, place: TensorLayout) -> str:
+    digest = hashlib.sha256()
+    file.seek(place.begin)
+    left = place.end - place.begin
+    while left and (block := file.read(min(left, 1 << 22))):
+        digest.update(block)
+        left -= len(block)
+    return digest.hexdigest()
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, *rest = [f"'{name}'" for name in names]
+    return first if not rest else f"{first} and {len(rest)} more"
