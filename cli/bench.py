@@ -149,14 +149,14 @@ def _bench(
     from weftrain.analysis.bench.run import bench, milliseconds
     from weftrain.analysis.bench.train import RESULT_PREFIX, bench_source, result_line
     from weftrain.backends.common.registry import get_backend
-    from weftrain.core.backend import Job, Plan
+    from weftrain.core.backend import Follower, Job, Plan
     from weftrain.core.formats import fsops
 
     recipe, backend, options = resolved
     torch.set_num_threads(wishes.threads or default_threads)
-    if backend.follows():
+    if isinstance(backend, Follower) and backend.follows():
         job = Job(recipe, Plan(0, wishes.steps), options, threads=wishes.threads)
-        backend.follow(lambda: job, lambda job: bench_source(job.recipe), 0)
+        backend.run_worker(lambda: job, lambda job: bench_source(job.recipe), 0)
         return
     console = Console(stderr=True)
     started = milliseconds()

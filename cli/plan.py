@@ -17,7 +17,8 @@ from weftrain.cli.resolve import Resolved, resolve
 from weftrain.core.config import Recipe
 
 if TYPE_CHECKING:
-    from weftrain.core.prediction import Prediction
+    from weftrain.core.backend import Backend
+    from weftrain.core.prediction import Prediction, Predictor
 
 _HERE, _BY_NAME = ("disk", "link_gb"), ("per_node", "network_gb")  # options without and with --devices
 
@@ -113,8 +114,9 @@ def _here(console: Console, found: Resolved, disk: Path, link_gb: float | None) 
 
     recipe, backend, options = found
     link = None if link_gb is None else link_gb * 1e9
+    predictor = _predictor(backend)
     # refuse, then measure
-    _predicted(backend.name, backend.predict(recipe, options, Speeds(1.0, 1.0, 1.0, link, link)))
+    predictor.predict(recipe, options, Speeds(1.0, 1.0, 1.0, link, link))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = measured_matmul_peak(device, getattr(torch, recipe.precision.compute))
     memory = measured_bandwidth(torch.device("cpu"))
@@ -125,7 +127,7 @@ def _here(console: Console, found: Resolved, disk: Path, link_gb: float | None) 
     assert peak.flops is not None
     assert memory.bytes_per_second is not None
     speeds = Speeds(peak.flops, memory.bytes_per_second, speed.mixed, link, link)
-    prediction = _predicted(backend.name, backend.predict(recipe, options, speeds))
+    prediction = predictor.predict(recipe, options, speeds)
     console.print(_table(recipe, prediction))
     return prediction
 
@@ -141,8 +143,8 @@ def _by_name(
     machine = speeds(count, device, per_node)
     if network_gb is not None:
         machine = dataclasses.replace(machine, link_bandwidth=network_gb * 1e9)
-    prediction = _predicted(backend.name, backend.predict(recipe, options, machine))
-    most = backend.largest_micro_batch(recipe, options, machine, device.memory_bytes)
+    prediction = _predictor(backend).predict(recipe, options, machine)
+    most = prediction.largest_micro_batch
     if most is None or prediction.capacity_bytes is None:
         raise BackendError(
             f"the {backend.name} backend does not compute what fits a {device.name}: --backend cuda does"
@@ -171,12 +173,13 @@ def _utilization(recipe: Recipe, tokens_per_second: float, peak: float) -> str:
     return f"{share:.1%} MFU of the data sheet's {peak / 1e12:,.1f} TFLOP/s"
 
 
-def _predicted(name: str, found: Prediction | None) -> Prediction:
+def _predictor(backend: Backend) -> Predictor:
     from weftrain.core.errors import BackendError
+    from weftrain.core.prediction import Predictor
 
-    if found is None:
-        raise BackendError(f"the {name} backend predicts nothing: --backend streaming and --backend cuda do")
-    return found
+    if not isinstance(backend, Predictor):
+        raise BackendError(f"the {backend.name} backend predicts nothing: --backend streaming and --backend cuda do")
+    return backend
 
 
 def _refuse(prediction: Prediction) -> None:

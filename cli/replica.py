@@ -27,7 +27,7 @@ def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
 
     from weftrain.cli.assembly import open_data
     from weftrain.cli.resolve import backend_options
-    from weftrain.core.backend import Job, Plan
+    from weftrain.core.backend import Follower, Job, Plan
     from weftrain.core.errors import BackendError
     from weftrain.core.run.run_folder import LOCK, asked_recipe
     from weftrain.core.stop import StopRequest
@@ -54,8 +54,10 @@ def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
         return Job(found.recipe, Plan(0, found.recipe.schedule.steps), backend_options(found)[1], folder=run, stop=stop)
 
     backend, _ = backend_options(file())
+    if not isinstance(backend, Follower):
+        raise BackendError(f"the {backend.name} backend has no replicas that join: --backend streaming does")
     console = Console()
     console.print(f"joining {run}")
     with stop:
-        backend.follow(read, lambda job: open_data(job.recipe)[0], wait_s)
+        backend.run_worker(read, lambda job: open_data(job.recipe)[0], wait_s)
     console.print("left the run" if stop.requested() else "the run ended")

@@ -17,6 +17,7 @@ from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_g
 from weftrain.core.order.mixture import make_mixture, source_shares
 from weftrain.core.order.rows import timeline
 from weftrain.core.parameters import flops_per_token, parameter_specs
+from weftrain.core.prediction import Predictor
 from weftrain.core.recipe_file import builtin_recipes, load_recipe
 
 
@@ -59,7 +60,7 @@ def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...],
         console.print(counts)
     if backend is not None:
         chosen, options = backend_options(file)
-        for line in chosen.outline(resolved_recipe, options):
+        for line in chosen.outline(resolved_recipe, options) if isinstance(chosen, Predictor) else ():
             console.print(line)
 
 

@@ -31,7 +31,8 @@ from weftrain.core.run.metrics import heldout_label
 from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
-    from weftrain.core.backend import BatchSource, Fingerprint
+    from weftrain.core.backend import BatchSource, Fingerprint, Follower
+    from weftrain.core.formats.strict_model import StrictModel
     from weftrain.core.trainer import Progress
 
 
@@ -75,6 +76,7 @@ def train(
     exit (143, 130).
     """
     from weftrain.cli.resolve import backend_options, resolve_recipe
+    from weftrain.core.backend import Follower
 
     console = Console()
     file = resolve_recipe(recipe, overrides, backend)
@@ -87,8 +89,9 @@ def train(
         ) from error
     again = _Command(recipe, overrides, backend, runs, run_name)
     with StopRequest() as stop:
-        if backend_options(file)[0].follows():
-            _follow(file, runs / name, stop)
+        chosen, options = backend_options(file)
+        if isinstance(chosen, Follower) and chosen.follows():
+            _run_worker(chosen, options, file.recipe, runs / name, stop)
         else:
             _train(console, file, runs, name, set(allow), stop, again, **asked)
     if stop.number:
@@ -143,17 +146,13 @@ def _this_program() -> str:
     return "with the torchrun and its options that started this run, on every node: -m weftrain.cli train"
 
 
-def _follow(file: RecipeFile, folder: Path, stop: StopRequest) -> None:
-    """This process is one of several that were started with the same command, and another one leads: take part, and say
-    nothing.
-    """
+def _run_worker(backend: Follower, options: StrictModel, recipe: Recipe, folder: Path, stop: StopRequest) -> None:
+    """Take part, silently, in the run that another process started by the same command leads."""
     from weftrain.cli.assembly import open_data
-    from weftrain.cli.resolve import backend_options
     from weftrain.core.backend import Job, Plan
 
-    backend, options = backend_options(file)
-    job = Job(file.recipe, Plan(0, file.recipe.schedule.steps), options, folder=folder, stop=stop)
-    backend.follow(lambda: job, lambda job: open_data(job.recipe)[0], 0)
+    job = Job(recipe, Plan(0, recipe.schedule.steps), options, folder=folder, stop=stop)
+    backend.run_worker(lambda: job, lambda job: open_data(job.recipe)[0], 0)
 
 
 def _train(
@@ -171,7 +170,7 @@ def _train(
     """
     from weftrain.cli.assembly import open_data, run_speed
     from weftrain.cli.resolve import backend_options
-    from weftrain.core.backend import Job, prepare_run
+    from weftrain.core.backend import Follower, Job, prepare_run
     from weftrain.core.resume import commit, decide, settle
     from weftrain.core.run.ledger import LEDGER
     from weftrain.core.run.metrics import METRICS, MetricsWriter
@@ -198,7 +197,8 @@ def _train(
                     "with --repair-ledger"
                 )
             _summarize(console, runs / name, again.to_continue(recipe, source, runs / name, start.first_step))
-            backend.nothing_to_lead(Job(recipe, start.plan, options, folder=folder.path, stop=stop))
+            if isinstance(backend, Follower):
+                backend.nothing_to_lead(Job(recipe, start.plan, options, folder=folder.path, stop=stop))
             return
         plan = start.plan
         with _Progress(console) as told:

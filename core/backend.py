@@ -22,7 +22,6 @@ from weftrain.core.errors import BackendError
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.formats.dataset_manifest import SourceCursor
 from weftrain.core.formats.strict_model import StrictModel
-from weftrain.core.prediction import Prediction, Speeds
 from weftrain.core.stop import StopRequest
 
 
@@ -336,46 +335,25 @@ class Backend(Protocol):
         """
         ...
 
-    def largest_micro_batch(
-        self, recipe: Recipe, options: StrictModel, speeds: Speeds, capacity_bytes: float
-    ) -> int | None:
-        """Sequences of the largest micro-batch that fits a device of so much memory; 0: none; None where it is not
-        computed.
-        """
-        ...
+
+@runtime_checkable
+class Follower(Protocol):
+    """What a backend also has if a run of it may span several processes, of which one leads and the others follow."""
 
     def follows(self) -> bool:
-        """Whether this process was started to follow another one that leads the run: then `follow` is called, and
-        `prepare` never.
-        """
+        """Whether this process was started to follow: then `run_worker` is called, and `prepare` never."""
         ...
 
-    def follow(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
+    def run_worker(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
         """Take part in a run that another process leads, until it ends.
 
-        read: the job as this process knows it now; its `stop` is this process's wish to go. wait_s: how long to wait
-        for a run. Raises BackendError, also for a backend whose runs nobody can join.
+        read: the job as this process knows it now; its `stop` is this process's request to leave. wait_s: how long to
+        wait for a run. Raises BackendError.
         """
         ...
 
     def nothing_to_lead(self, job: Job) -> None:
-        """Called where this process was to lead a run that is complete: it ends the processes that were started to
-        follow.
-        """
-        ...
-
-    def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
-        """What a step will do, as lines for `weftrain show --backend`; empty where there is nothing to say beyond the
-        recipe.
-        """
-        ...
-
-    def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction | None:
-        """A step's time and needs before anything is started, and what would fit if this does not; None: nothing is
-        predicted.
-
-        Raises BackendError for devices that the backend predicts nothing for.
-        """
+        """This process was to lead a run that is already complete: release the processes that wait to follow it."""
         ...
 
 

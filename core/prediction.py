@@ -1,12 +1,16 @@
 """What a step will take, before anything is started: speeds of the machine, needs of the run, and the prediction.
 
-A backend that can plan implements `predict(recipe, options, speeds)` (core/backend.py); `weftrain plan` prints it.
+A backend that can plan implements `Predictor`; `weftrain plan` prints the prediction, `weftrain show` the outline.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from weftrain.core.config import Recipe
+from weftrain.core.formats.strict_model import StrictModel
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,23 @@ class Prediction:
     needs: Needs
     sent_bytes: Mapping[str, int] = field(default_factory=dict)  # by one device in a step, by what for
     capacity_bytes: float | None = None  # of the memory that `needs` is held against; None: unknown
+    largest_micro_batch: int | None = None  # sequences that fit `capacity_bytes`, 0: none; None: not computed
     remedies: tuple[str, ...] = ()  # where it does not fit: settings with which it would, and what else helps
 
     @property
     def fits(self) -> bool | None:
         """Whether the memory holds what the run needs; None where the memory is unknown."""
         return None if self.capacity_bytes is None else self.needs.total_memory_bytes <= self.capacity_bytes
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """What a backend also has if it can tell what a step will take."""
+
+    def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
+        """What a step will do, as lines for `weftrain show --backend`."""
+        ...
+
+    def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction:
+        """A step's time and needs, and what would fit if this does not. Raises BackendError where it cannot be told."""
+        ...

@@ -32,11 +32,12 @@ from weftrain.analysis.bench.train import BenchError, bench_source, plain_weight
 from weftrain.analysis.machine.environment import Energy, environment, identity, load, now, warnings
 from weftrain.analysis.peak import measured_matmul_peak, speed_probe, table_peak
 from weftrain.core.backend import Backend, Job, Plan, Run, prepare_run
-from weftrain.core.config import Recipe
+from weftrain.core.config import CompileOption, Recipe
 from weftrain.core.errors import WeftrainError
 from weftrain.core.formats.canonical import sha256_json
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.parameters import parameter_count
+from weftrain.core.prediction import Predictor, Speeds
 from weftrain.core.run.speed import Peak
 from weftrain.kernels.host_memory import peak_resident_bytes
 
@@ -141,8 +142,9 @@ def bench(
         if device_peak is not None
         else "resident memory of this process, rank 0"
     )
+    compiled = "-compile" if isinstance(options, CompileOption) and options.compile else ""
     return BenchReport(
-        name=f"{recipe.name}-{backend.name}-{recipe.precision.compute}{'-compile' if recipe.backend.options.get('compile') else ''}",
+        name=f"{recipe.name}-{backend.name}-{recipe.precision.compute}{compiled}",
         made_at=now(),
         identity={
             **identity(),
@@ -193,18 +195,14 @@ def _peak(recipe: Recipe, device: torch.device, backend: Backend) -> Peak:
 
 
 def _predicted_memory(recipe: Recipe, backend: Backend, options: StrictModel) -> Any:
-    from weftrain.core.prediction import Speeds
-
+    if not isinstance(backend, Predictor):
+        return "not predicted"
     try:
         # memory does not depend on speeds
         prediction = backend.predict(recipe, options, Speeds(1.0, 1.0, 1.0, 1.0, 1.0))
     except WeftrainError as error:
         return str(error)
-    return (
-        "not predicted"
-        if prediction is None
-        else dict(prediction.needs.memory_bytes) | {"total": prediction.needs.total_memory_bytes}
-    )
+    return dict(prediction.needs.memory_bytes) | {"total": prediction.needs.total_memory_bytes}
 
 
 # Profiles

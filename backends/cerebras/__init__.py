@@ -337,8 +337,8 @@ class CerebrasBackend(PlainBackend):
             "came of it"
         ]
 
-    def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction | None:
-        return None  # only the vendor's cluster compiler knows
+    def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction:
+        raise BackendError("the cerebras backend predicts nothing: run `weftrain lower` to learn more")
 
 
 BACKEND = CerebrasBackend()

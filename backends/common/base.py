@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from weftrain.core.backend import BatchSource, Fingerprint, Job, StoredState
+from weftrain.core.backend import Fingerprint, Job, StoredState
 from weftrain.core.config import MAX_THREADS, Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.strict_model import StrictModel
-from weftrain.core.prediction import Prediction, Speeds
 from weftrain.kernels.host_memory import use_huge_pages
 
 
@@ -96,11 +95,8 @@ def device_fingerprint(
 
 
 class PlainBackend:
-    """The answers of a backend that runs anywhere, keeps no state of its own on disk, and has nothing to say before it
-    starts.
-    """
+    """The answers of a backend that runs anywhere and keeps no state of its own on disk."""
 
-    name: str
     portable_options: Set[str] = frozenset()
 
     def unavailable(self) -> str | None:
@@ -108,23 +104,3 @@ class PlainBackend:
 
     def stored_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> StoredState | None:
         return None
-
-    def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
-        return []
-
-    def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction | None:
-        return None
-
-    def largest_micro_batch(
-        self, recipe: Recipe, options: StrictModel, speeds: Speeds, capacity_bytes: float
-    ) -> int | None:
-        return None
-
-    def follows(self) -> bool:
-        return False
-
-    def follow(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
-        raise BackendError(f"the {self.name} backend has no replicas that join: --backend streaming does")
-
-    def nothing_to_lead(self, job: Job) -> None:
-        pass

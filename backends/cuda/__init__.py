@@ -42,9 +42,7 @@ class CudaBackend(PlainBackend):
         return None if dist.is_available() else "this torch was built without torch.distributed: install another build"
 
     def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
-        """See Backend.outline: how the model lies over the ranks that the recipe asks for, what each holds and what it
-        sends.
-        """
+        """See Predictor.outline: the degrees of parallelism, and what a device holds and sends."""
         from weftrain.backends.cuda.planner import degrees_of, needs, traffic
 
         assert isinstance(options, CudaOptions)
@@ -63,27 +61,23 @@ class CudaBackend(PlainBackend):
         ]
 
     def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction:
-        """See Backend.predict. Raises BackendError for numbers that do not divide."""
-        import dataclasses
+        """See Predictor.predict. Raises BackendError for numbers that do not divide."""
+        from dataclasses import replace
 
-        from weftrain.backends.cuda.planner import available, degrees_of, predict, remedies
+        from weftrain.backends.cuda.planner import available, degrees_of, largest_micro_batch, predict, remedies
 
         assert isinstance(options, CudaOptions)
         shape, capacity, device_type = degrees_of(recipe, options, speeds), speeds.capacity_bytes, "cuda"
         if capacity is None and speeds.devices is None:
             device = torch_device(options.device)
             (capacity, _), device_type = available(device, shape.size), device.type
-        found = dataclasses.replace(predict(recipe, options, shape, speeds, device_type), capacity_bytes=capacity)
+        found = replace(predict(recipe, options, shape, speeds, device_type), capacity_bytes=capacity)
+        if speeds.capacity_bytes is not None:
+            most = largest_micro_batch(recipe, options, shape, speeds.capacity_bytes)
+            found = replace(found, largest_micro_batch=most)
         if capacity is not None and found.fits is False:
-            found = dataclasses.replace(found, remedies=remedies(recipe, options, shape, device_type, capacity))
+            found = replace(found, remedies=remedies(recipe, options, shape, device_type, capacity))
         return found
-
-    def largest_micro_batch(self, recipe: Recipe, options: StrictModel, speeds: Speeds, capacity_bytes: float) -> int:
-        """See Backend.largest_micro_batch."""
-        from weftrain.backends.cuda.planner import degrees_of, largest_micro_batch
-
-        assert isinstance(options, CudaOptions)
-        return largest_micro_batch(recipe, options, degrees_of(recipe, options, speeds), capacity_bytes)
 
     def follows(self) -> bool:
         from weftrain.backends.cuda.world import launched
@@ -104,15 +98,15 @@ class CudaBackend(PlainBackend):
         return CudaRun(job, options, world, job.weights is not None)
 
     def nothing_to_lead(self, job: Job) -> None:
-        """See Backend.nothing_to_lead: the others wait to meet rank 0, and end with this process."""
+        """See Follower.nothing_to_lead: the others wait to meet rank 0, and end with this process."""
         from weftrain.backends.cuda.world import launched, meet
 
         if launched():
             options = _set_up(job)
             meet(options.device, options.timeout_s, job.stop)
 
-    def follow(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
-        """Ranks above 0. See Backend.follow; a rank leaves when rank 0 ends the run."""
+    def run_worker(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
+        """Ranks above 0. See Follower.run_worker; a rank leaves when rank 0 ends the run."""
         from weftrain.backends.cuda.follower import Follower
         from weftrain.backends.cuda.world import meet
 

@@ -196,7 +196,13 @@ class StreamingBackend(PlainBackend):
             store.close()
             raise
 
-    def follow(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
+    def follows(self) -> bool:
+        return False  # a replica is started by `weftrain replica`, never by a launcher
+
+    def nothing_to_lead(self, job: Job) -> None:
+        pass
+
+    def run_worker(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
         """Be a replica of a run until it ends, or until this process is asked to stop and rank 0 lets go.
 
         read: the run's job, as its folder tells it now. Raises BackendError where no run lets this process in within
@@ -233,7 +239,7 @@ class StreamingBackend(PlainBackend):
         return None if where is None else kept_in(layout_of(recipe, options, (0, shares(recipe, options))), where)
 
     def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
-        """See Backend.outline: the timeline of a step, with every byte that the store moves."""
+        """See Predictor.outline: the timeline of a step, with every byte that the store moves."""
         assert isinstance(options, StreamingOptions)
         layout = layout_of(recipe, options, (0, shares(recipe, options)))
         ring, buffer_bytes = layer_slots(recipe, options), buffer_bytes_of(layout, options)
@@ -251,7 +257,7 @@ class StreamingBackend(PlainBackend):
         ]
 
     def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction:
-        """See Backend.predict: of a machine's memory and disk, so not for devices by name."""
+        """See Predictor.predict: of a machine's memory and disk, so not for devices by name."""
         import dataclasses
 
         assert isinstance(options, StreamingOptions)

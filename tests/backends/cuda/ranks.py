@@ -110,7 +110,7 @@ def world_of(size: int) -> Iterator[None]:
 def main() -> None:
     recipe = load_recipe("crystal_demo", ["data.sources=[]", "data.synthetic_rows=4"]).recipe
     job = Job(recipe, Plan(0, 1), BACKEND.options(device="cpu", timeout_s=60, threads=1), folder=None)
-    BACKEND.follow(lambda: job, lambda job: source_of(job.recipe), 60)
+    BACKEND.run_worker(lambda: job, lambda job: source_of(job.recipe), 60)
 
 
 if __name__ == "__main__":
