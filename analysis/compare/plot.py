@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weftrain.analysis.compare.series import Column, Series
+from weftrain.analysis.compare.series import KINDS, Column, Series
 from weftrain.analysis.compare.table import Comparison, headings, plain, train_loss_words
 from weftrain.core.errors import DataError
 
@@ -49,9 +49,8 @@ def plot(comparison: Comparison, path: Path) -> bool:
     from matplotlib.figure import Figure
 
     named = dict(zip(comparison.columns, headings(comparison.columns, comparison.window_steps), strict=True))
-    kinds = (("held-out loss", "loss, nats per token"), ("score", "score"), ("memorization", "memorization"))
     panels = []
-    for kind, label in kinds:
+    for kind, label in ((kind, about.axis) for kind, about in KINDS.items() if about.axis):
         chosen = {column: heading for column, heading in named.items() if column.kind == kind}
         with_curves = kind == "held-out loss" and any(len(one.curve) > 1 for one in comparison.series)
         if with_curves or any(_finite(one, column) for one in comparison.series for column in chosen):

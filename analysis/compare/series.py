@@ -39,6 +39,23 @@ Kind = Literal["run", "release", "huggingface"]
 ColumnKind = Literal["train loss", "held-out loss", "score", "memorization"]
 
 
+@dataclass(frozen=True)
+class KindOfMeasure:
+    """differing: the note where columns of one name differ in details. axis: label of its panel, "" for none."""
+
+    differing: str
+    axis: str
+
+
+# In the order in which their columns stand in a table.
+KINDS: dict[ColumnKind, KindOfMeasure] = {
+    "train loss": KindOfMeasure("", ""),
+    "held-out loss": KindOfMeasure("held-out losses are over different sets", "loss, nats per token"),
+    "score": KindOfMeasure("scores are of different tasks or settings", "score"),
+    "memorization": KindOfMeasure("memorization is of different rows or lengths", "memorization"),
+}
+
+
 @dataclass(frozen=True, order=True)
 class Column:
     """What a number is: `measure` of `name`, and in `details` (name, text) whatever must be equal for two numbers to be

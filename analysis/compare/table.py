@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from weftrain.analysis.compare.huggingface import is_series, read_huggingface
-from weftrain.analysis.compare.series import TRAIN_LOSS, Column, Series, SeriesPoint, read_run
+from weftrain.analysis.compare.series import KINDS, TRAIN_LOSS, Column, ColumnKind, Series, SeriesPoint, read_run
 from weftrain.analysis.compare.window import default_window, logged_steps, windowed
 from weftrain.analysis.evaluation.records import number
 from weftrain.core.errors import RunFolderError
@@ -30,7 +30,6 @@ from weftrain.exchange.release.release import RELEASE
 FORMAT = "weftrain-comparison"
 VERSION = 1
 MISSING = "-"
-_ORDER = ("train loss", "held-out loss", "score", "memorization")
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def compare(
 
 
 def _place(column: Column) -> tuple[int, Column]:
-    return _ORDER.index(column.kind), column
+    return list(KINDS).index(column.kind), column
 
 
 def _positions(series: Sequence[Series], every_position: bool) -> tuple[list[int], list[str]]:
@@ -184,25 +183,18 @@ def _own_rows(column: Column) -> bool:
     return column.kind == "memorization" and not column.detail("dataset_id")
 
 
-def _alike(columns: Sequence[Column]) -> dict[tuple[str, str], list[Column]]:
+def _alike(columns: Sequence[Column]) -> dict[tuple[ColumnKind, str], list[Column]]:
     """Columns of one kind and name, of which there is more than one; of memorization's two measures the first stands
     for both.
     """
-    groups: dict[tuple[str, str], list[Column]] = {}
+    groups: dict[tuple[ColumnKind, str], list[Column]] = {}
     for column in columns:
         if column.measure != "mean score":
             groups.setdefault((column.kind, column.name), []).append(column)
     return {key: group for key, group in groups.items() if len(group) > 1}
 
 
-_WORDS: Mapping[str, str] = {
-    "held-out loss": "held-out losses are over different sets",
-    "score": "scores are of different tasks or settings",
-    "memorization": "memorization is of different rows or lengths",
-}
-
-
-def _differing(series: Sequence[Series], kind: str, name: str, alike: Sequence[Column]) -> list[str]:
+def _differing(series: Sequence[Series], kind: ColumnKind, name: str, alike: Sequence[Column]) -> list[str]:
     keys = [key for key, _ in alike[0].details if len({column.detail(key) for column in alike}) > 1]
     pieces = []
     for column in alike:
@@ -210,7 +202,7 @@ def _differing(series: Sequence[Series], kind: str, name: str, alike: Sequence[C
         shown = ", ".join(f"{key} {_short(column.detail(key))}" for key in keys)
         measure = f"{column.measure}, " if len({one.measure for one in alike}) > 1 else ""
         pieces.append(f"{owners}: {measure}{shown}".rstrip(" ,"))
-    words = _WORDS[kind]
+    words = KINDS[kind].differing
     if kind == "held-out loss" and "dataset_id" not in keys:
         words = "held-out losses are over other rows of one set, or with another attention"
     return [f"{words}: {name}: {'; '.join(pieces)}"]

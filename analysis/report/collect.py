@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from weftrain.analysis.evaluation.records import read_record, records_folder
-from weftrain.analysis.report.curves import Curves, Trace, read_curves
+from weftrain.analysis.report.curves import METRIC_CHARTS, Curves, MetricChart, Trace, read_curves
 from weftrain.analysis.report.ledger import (
     Band,
     Entry,
@@ -68,6 +68,15 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A chart of the step records' figures, its lines, and the median of the line that counts."""
+
+    chart: MetricChart
+    traces: tuple[Trace, ...]
+    median: float | None
+
+
+@dataclass(frozen=True)
 class RunReport:
     """All that the page shows. Pairs are (name, value) as they are read; tiles are the few figures at its head."""
 
@@ -81,10 +90,8 @@ class RunReport:
     last_step: int
     loss: tuple[Trace, ...]
     heldout: tuple[Trace, ...]
-    gradient_norm: tuple[Trace, ...]
     learning_rate: tuple[Trace, ...]
-    throughput: tuple[Trace, ...]
-    tokens_per_second_p50: float | None
+    metrics: tuple[Metric, ...]
     marks: tuple[Mark, ...]
     bands: tuple[Band, ...]
     checkpoints: tuple[SavedCheckpoint, ...]
@@ -114,7 +121,7 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
     curves = read_curves(folder, entries, [entry["time"] for entry in entries if entry["kind"] in ("start", "resume")])
     starts = run_starts(entries, curves.starts)
     points = saved_checkpoints(entries, folder)
-    p50 = curves.tokens_per_second()
+    p50 = curves.median("tokens_per_second")
     planned = None if recipe is None else recipe.schedule.steps
     reached = max([0, curves.reached, *(point.step for point in points), *(one.reached for one in starts)])
     found_marks = marks(entries) if entries else _marks_of_metrics(curves)
@@ -131,10 +138,10 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
         last_step=max(reached, 1),
         loss=curves.traces("loss", "training"),
         heldout=curves.heldout(),
-        gradient_norm=curves.traces("grad_norm", "gradient norm"),
         learning_rate=curves.learning_rates(),
-        throughput=curves.traces("tokens_per_second", "tokens/s"),
-        tokens_per_second_p50=p50,
+        metrics=tuple(
+            Metric(chart, curves.traces(chart.key, chart.name), curves.median(chart.key)) for chart in METRIC_CHARTS
+        ),
         marks=tuple(found_marks),
         bands=tuple(bands(entries)),
         checkpoints=tuple(points),

@@ -24,8 +24,26 @@ from weftrain.core.run.metrics_lines import Record, counted_lines
 from weftrain.core.run.speed import RunUtilization
 
 Entry = Mapping[str, Any]
-_DRAWN = ("loss", "grad_norm", "tokens_per_second")
+_LARGEST = 1e300  # JSON may hold integers that no float does
 _PENDING = 1 << 62  # the "line" of a resume that did not come yet: behind all others
+
+
+@dataclass(frozen=True)
+class MetricChart:
+    """One chart of the report page: the figure that step records hold under `key`, drawn as a line called `name`."""
+
+    key: str
+    title: str
+    unit: str
+    name: str
+    rate: bool = False  # the axis begins at zero, numbers have SI prefixes, and the run's median is drawn
+
+
+# A figure that the trainer logs gets a chart by an entry here and nothing else: docs/add-a-metric.md.
+METRIC_CHARTS = (
+    MetricChart("grad_norm", "Gradient norm", "before clipping", "gradient norm"),
+    MetricChart("tokens_per_second", "Throughput", "tokens/s", "tokens/s", rate=True),
+)
 
 
 class Points:
@@ -70,7 +88,7 @@ class Trace:
 class _Measurements:
     """The measurements of the line that counts, or of one segment that was left."""
 
-    training: dict[str, Points] = field(default_factory=lambda: {key: Points() for key in _DRAWN})
+    training: dict[str, Points] = field(default_factory=lambda: {key: Points() for key in _keys()})
     rates: dict[str, Points] = field(default_factory=dict)
     heldout: dict[str, Points] = field(default_factory=dict)
     last_time: float = -math.inf
@@ -82,12 +100,19 @@ class _Measurements:
             self.heldout.setdefault(heldout_label(record), Points()).add(step, record["loss"])
             return
         for key, points in self.training.items():
-            if key in record:
-                points.add(step, record[key])
+            value = record.get(key)
+            # a key that no reader checks may hold anything
+            if isinstance(value, float) or (type(value) is int and abs(value) < _LARGEST):
+                points.add(step, value)
         for name, rate in record.get("learning_rate", {}).items():
             if name not in self.rates:
                 self.rates[name] = Points()
             self.rates[name].add(step, rate)
+
+
+def _keys() -> Iterator[str]:
+    yield "loss"
+    yield from (chart.key for chart in METRIC_CHARTS)
 
 
 @dataclass
@@ -129,9 +154,9 @@ class Curves:
             alike.setdefault((points.steps.tobytes(), points.values.tobytes()), []).append(name)
         return tuple(Trace(", ".join(names), self.own.rates[names[0]]) for names in alike.values())
 
-    def tokens_per_second(self) -> float | None:
-        """As analysis/report/summary.py defines it: the median over the logged steps after the first tenth."""
-        speeds = self.own.training["tokens_per_second"].values
+    def median(self, key: str) -> float | None:
+        """Median over the logged steps after the first tenth, as analysis/report/summary.py defines tokens/s."""
+        speeds = self.own.training[key].values
         warm = speeds[len(speeds) // 10 :]
         warm = warm[np.isfinite(warm)]
         return float(np.median(warm)) if len(warm) else None

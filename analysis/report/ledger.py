@@ -192,11 +192,9 @@ def _numbered(recipe: Any) -> Callable[[int], int] | None:
     does not tell.
     """
     try:
-        batch, run_starts = (
-            recipe["batch"]["global_batch_size"],
-            recipe["data"].get("continues") or {"step": 0, "sample": 0},
-        )
-        step, sample = run_starts["step"], run_starts["sample"]
+        batch = recipe["batch"]["global_batch_size"]
+        origin = recipe["data"].get("continues") or {"step": 0, "sample": 0}
+        step, sample = origin["step"], origin["sample"]
         return lambda asked: max(0, int(sample) + (asked - int(step)) * int(batch))
     except (KeyError, TypeError, AttributeError, ValueError):
         return None

@@ -119,35 +119,19 @@ def _recipe(report: RunReport) -> str:
 def _curves(report: RunReport) -> str:
     if not (report.loss or report.heldout):
         return _absent("No step was logged", "weftrain train RECIPE")
+    losses = [*_named(report.loss, smooth=True), *_named(report.heldout, first=1, dots=True)]
+    rates = _named(report.learning_rate)
     charts = [
-        _chart(
-            report,
-            "Loss",
-            "nats a token",
-            [*_named(report.loss, smooth=True), *_named(report.heldout, first=1, dots=True)],
-        )
+        _chart(report, "Loss", "nats a token", losses),
+        _chart(report, "Learning rate", "by parameter group", rates, from_zero=True, key=False),
     ]
-    for title, unit, traces, zero in (
-        ("Learning rate", "by parameter group", report.learning_rate, True),
-        ("Gradient norm", "before clipping", report.gradient_norm, False),
-    ):
-        charts.append(
-            _chart(report, title, unit, _named(traces, smooth=title == "Gradient norm"), from_zero=zero, key=False)
-        )
-    p50 = report.tokens_per_second_p50
-    level = None if p50 is None else (p50, f"p50 {p50:,.0f}")
-    charts.append(
-        _chart(
-            report,
-            "Throughput",
-            "tokens/s",
-            _named(report.throughput, smooth=True),
-            from_zero=True,
-            level=level,
-            show=_figure,
-            key=False,
-        )
-    )
+    for metric in report.metrics:
+        more: dict[str, Any] = {}
+        if metric.chart.rate:
+            level = None if metric.median is None else (metric.median, f"p50 {metric.median:,.0f}")
+            more = {"from_zero": True, "level": level, "show": _figure}
+        curves = _named(metric.traces, smooth=True)
+        charts.append(_chart(report, metric.chart.title, metric.chart.unit, curves, key=False, **more))
     held = (
         ""
         if report.heldout

@@ -19,6 +19,8 @@ import pytest
 
 from weftrain.analysis.evaluation.records import FOLDER, EvaluatedCheckpoint, EvaluationSettings, inputs_of, once
 from weftrain.analysis.memorization.scores import FORMAT, Parameters, figures, result_path
+from weftrain.analysis.report import collect as collected
+from weftrain.analysis.report import curves
 from weftrain.analysis.report.chart import MAX_POINTS, Chart, Curve, chart_html, escape, even_ticks, medians, thinned
 from weftrain.analysis.report.collect import RunReport, collect
 from weftrain.analysis.report.curves import read_curves
@@ -262,8 +264,25 @@ def test_starts_tell_what_counts_and_what_differs(eventful: Made) -> None:
 def test_p50_is_the_summary_s(eventful: Made) -> None:
     summary = summarize(eventful.run)
     assert summary is not None
-    assert report_of(eventful.run).tokens_per_second_p50 == summary.tokens_per_second
+    throughput = next(one for one in report_of(eventful.run).metrics if one.chart.key == "tokens_per_second")
+    assert throughput.median == summary.tokens_per_second
     assert f"p50 {summary.tokens_per_second:,.0f}" in page_of(eventful.run)
+
+
+def test_an_entry_in_the_table_of_charts_draws_a_figure(eventful: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    charts = (*curves.METRIC_CHARTS, curves.MetricChart("words", "Words", "none", "words"))
+    monkeypatch.setattr(curves, "METRIC_CHARTS", charts)
+    monkeypatch.setattr(collected, "METRIC_CHARTS", charts)
+    lines = eventful.run / "metrics.jsonl"
+    before = lines.read_text()
+    try:
+        lines.write_text(before.replace('"kind": "step",', '"kind": "step", "words": 7,'))
+        metric = report_of(eventful.run).metrics[-1]
+        assert set(metric.traces[0].points.values.tolist()) == {7.0}
+        lines.write_text(before.replace('"kind": "step",', '"kind": "step", "words": "seven",'))
+        assert report_of(eventful.run).metrics[-1].traces == ()
+    finally:
+        lines.write_text(before)
 
 
 def test_equal_learning_rates_are_one_curve(eventful: Made) -> None:
