@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from weftrain.analysis.peak import machine_name, measured_matmul_peak
+from weftrain.analysis.machine.peak import measured_peak
 from weftrain.cli.resolve import resolve_foreign
 from weftrain.core import checkpoint
 from weftrain.core.backend import Backend, BatchSource, EvaluationSource, Run
@@ -24,7 +24,7 @@ from weftrain.core.formats.plain_file import real_path
 from weftrain.core.parameters import flops_per_token
 from weftrain.core.recipe_file import RecipeFile
 from weftrain.core.run.fit_of_weights import check_fit
-from weftrain.core.run.speed import Peak, Speed, recorded_peak
+from weftrain.core.run.speed import Peak, Speed, machine_name, recorded_peak
 from weftrain.exchange.release.release import RELEASE
 
 
@@ -86,6 +86,6 @@ def run_speed(recipe: Recipe, backend: Backend, run: Run, metrics: Path) -> Spee
     device, dtype = torch.device(fingerprint.device_type), getattr(torch, recipe.precision.compute)
 
     def measure() -> Peak:
-        return dataclasses.replace(measured_matmul_peak(device, dtype).of(fingerprint.ranks or 1), machine=machine)
+        return dataclasses.replace(measured_peak(device, dtype).of(fingerprint.ranks or 1), machine=machine)
 
     return Speed(per_token, recorded_peak(metrics, machine) or measure(), measure)

@@ -21,7 +21,7 @@ from rich.table import Table
 from weftrain.cli.display import Bar, Console, this_program
 
 if TYPE_CHECKING:
-    from weftrain.analysis.kernel_bench import Measurement, Report
+    from weftrain.kernels.bench.measure import Measurement, Report
     from weftrain.kernels.checks import Finding
     from weftrain.kernels.checks.compile_gate import Row
 
@@ -301,20 +301,20 @@ def bench(
         sys.exit(_interpreted("bench", rest, json_path))
     import torch
 
-    from weftrain.analysis import kernel_bench
+    from weftrain.kernels.bench import measure
 
     _mend_the_interpreter()
     if threads is not None:
         torch.set_num_threads(threads)
     console = _console()
     with Bar(console, "benchmarks", 1) as bar:
-        report = kernel_bench.bench(
+        report = measure.bench(
             ops or None, sources or None, suite, getattr(torch, dtype), device, repeats, progress=_progress(bar)
         )
     if json_path is not None:
         json_path.write_text(report.to_json())
     if plot_path is not None:
-        from weftrain.analysis.kernel_bench_plot import plot
+        from weftrain.kernels.bench.plot import plot
 
         plot(report, plot_path)
     for line in machine_lines(report):

@@ -109,8 +109,8 @@ def _here(console: Console, found: Resolved, disk: Path, link_gb: float | None) 
     import torch
 
     from weftrain.analysis.machine.disk import measured_disk
-    from weftrain.analysis.peak import measured_bandwidth, measured_matmul_peak
     from weftrain.core.prediction import Speeds
+    from weftrain.kernels.bench.roofline import measured_bandwidth, measured_matmul_peak
 
     recipe, backend, options = found
     link = None if link_gb is None else link_gb * 1e9
@@ -124,9 +124,9 @@ def _here(console: Console, found: Resolved, disk: Path, link_gb: float | None) 
     console.print(f"matrix multiply  {peak}")
     console.print(f"memory           {memory}")
     console.print(f"disk of {disk}     {speed}")
-    assert peak.flops is not None
-    assert memory.bytes_per_second is not None
-    speeds = Speeds(peak.flops, memory.bytes_per_second, speed.mixed, link, link)
+    assert peak.per_second is not None
+    assert memory.per_second is not None
+    speeds = Speeds(peak.per_second, memory.per_second, speed.mixed, link, link)
     prediction = predictor.predict(recipe, options, speeds)
     console.print(_table(recipe, prediction))
     return prediction

@@ -1,7 +1,7 @@
 """Kernels: one op = one reference and N implementations. This folder imports nothing else of weftrain's."""
 
-from weftrain.kernels.contract import Implementation, KernelError, Spec, available_everywhere
-from weftrain.kernels.ops import OPS, Op
+from weftrain.kernels.contract import Implementation, KernelError, Op, Spec, available_everywhere
+from weftrain.kernels.ops import OPS
 from weftrain.kernels.registry import (
     DEFAULT_PREFERENCES,
     ENTRY_POINT_GROUP,

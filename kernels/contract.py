@@ -1,7 +1,6 @@
-"""The words that kernels are described in: what a use is, what an implementation is, and the one error.
+"""The terms that kernels are described in: an op, a use of it by a module, an implementation, and the one error.
 
-What a reader would get wrong: a Spec describes a *use* and not an op. The same op in two modules is two uses, and each
-may get another implementation.
+A Spec describes a *use*, not an op: the same op in two modules is two uses, and each may get another implementation.
 """
 
 from __future__ import annotations
@@ -13,9 +12,50 @@ from typing import Any
 
 import torch
 
+Arguments = dict[str, Any]  # one call's arguments by name
+
 
 class KernelError(ValueError):
     """A kernel choice that cannot be honoured. One line: what was asked, why not, and what there is instead."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: its specification, example calls, and what a call must at least cost.
+
+    Costs are of the *op*, whatever an implementation does: every input read once, every output written once, a
+    multiply-add as two flops. An implementation that moves more bytes reaches a smaller share of the roofline.
+    """
+
+    function: Callable[..., Any]  # the specification: a function of kernels/reference.py
+    exact: Callable[..., Any]  # the same in float64 on a CPU, written independently: the truth that errors refer to
+    differentiable: tuple[str, ...]  # arguments that receive gradients
+    examples: Mapping[str, Callable[[str, torch.dtype], Arguments]]  # name -> (device, dtype) -> arguments of a call
+    bytes_moved: Callable[[Arguments], int]  # forward alone
+    flops: Callable[[Arguments], int]  # forward alone
+    backward_cost: Callable[[Arguments], tuple[int, int]] | None = None  # (bytes, flops) of the backward alone
+    in_place: tuple[str, ...] = ()  # arguments that the op overwrites
+    attributes: Mapping[str, int | float | bool | str] = field(default_factory=dict)  # of a typical use, for the table
+    # of one call, as a Spec has them
+    attributes_of: Callable[[Arguments], dict[str, int | float | bool | str]] = lambda arguments: {}
+
+    def __post_init__(self) -> None:
+        if self.differentiable and self.backward_cost is None:
+            raise KernelError(f"op {self.name}: has gradients and no backward_cost: state its bytes and flops")
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def small(self) -> tuple[str, ...]:
+        """The examples that `kernels check` runs: odd sizes, and sizes at the edge of a block."""
+        return tuple(name for name in self.examples if name.startswith(("odd", "edge")))
+
+    @property
+    def smallest(self) -> str:
+        """The example for questions that are asked many times."""
+        return "odd_small" if "odd_small" in self.examples else "odd"
 
 
 @dataclass(frozen=True)

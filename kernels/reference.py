@@ -1,15 +1,15 @@
-"""Every op as plain torch: the specification that all other sources are held to.
+"""Every op as plain torch: the specification that all implementations are held to.
 
-What a reader would get wrong: these are written to be *right*, not fast, and in fp32 their forward equals Hugging
-Face's eager Llama bit for bit, so the order of multiplications below is part of the contract. Layouts: activations
-[..., hidden], heads [B, T, H, D]. Everything is differentiated by autograd; what that saves is noted at each op.
-Tensors may be non-contiguous. What cannot be meant is refused with a KernelError by the op's check in
-kernels/arguments.py.
+These are written to be correct, not fast. In fp32 their forward equals Hugging Face's eager Llama bit for bit, so the
+order of multiplications is part of the contract. Layouts: activations [..., hidden], heads [B, T, H, D]. Autograd
+differentiates them; what it saves is noted at each op. Tensors may be non-contiguous. Invalid arguments raise
+KernelError, by the op's check in kernels/arguments.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ from weftrain.kernels.arguments import (
     check_rope,
     check_swiglu,
 )
-from weftrain.kernels.contract import Implementation
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -190,17 +189,14 @@ def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-IMPLEMENTATIONS = [
-    Implementation(function.__name__, "reference", function)
-    for function in (
-        rms_norm,
-        layer_norm,
-        rope,
-        swiglu,
-        attention,
-        cross_entropy,
-        linear_cross_entropy,
-        adamw,
-        grad_norm,
-    )
-]
+FUNCTIONS: tuple[Callable[..., Any], ...] = (
+    rms_norm,
+    layer_norm,
+    rope,
+    swiglu,
+    attention,
+    cross_entropy,
+    linear_cross_entropy,
+    adamw,
+    grad_norm,
+)

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from weftrain.kernels import reference
 from weftrain.kernels.contract import Implementation, KernelError, Spec
 from weftrain.kernels.ops import OPS
 from weftrain.kernels.plugins import guarded, load_plugins
@@ -77,7 +76,7 @@ def load_catalog() -> Catalog:
     named in the catalog.
     """
     catalog = Catalog()
-    _add(catalog, reference.IMPLEMENTATIONS, "kernels/reference.py")
+    _add(catalog, [Implementation(op.name, "reference", op.function) for op in OPS.values()], "kernels/reference.py")
     package = importlib.import_module(__package__ or "weftrain.kernels")
     for folder in pkgutil.iter_modules(package.__path__):
         if not (folder.ispkg and folder.name.endswith("_ops")):

@@ -35,9 +35,7 @@ LONG = ("add-an-op.md", "add-a-metric.md")
 def test_following_the_page_works(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # the two seconds in which a run measures the machine
-    monkeypatch.setattr(
-        "weftrain.cli.assembly.measured_matmul_peak", lambda device, dtype: Peak(1e11, "known in tests")
-    )
+    monkeypatch.setattr("weftrain.cli.assembly.measured_peak", lambda device, dtype: Peak(1e11, "known in tests"))
     torch.set_num_threads(1)
     blocks = BLOCK.findall(page.read_text())
     assert any(language == "bash" for language, _, _ in blocks), "a page ends with commands that show that it works"

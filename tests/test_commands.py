@@ -26,12 +26,12 @@ from places import ROOT
 from weftrain.analysis.bench import fsdp2_loop
 from weftrain.analysis.compare import same_state
 from weftrain.analysis.machine.disk import DiskSpeed
-from weftrain.analysis.peak import Bandwidth
 from weftrain.cli.main import main
 from weftrain.cli.resolve import resolve
 from weftrain.core.errors import WeftrainError
 from weftrain.core.recipe_file import builtin_recipes
 from weftrain.core.run.speed import Peak
+from weftrain.kernels.bench.roofline import Rate
 
 PAGES = [
     ROOT / "README.md",
@@ -234,9 +234,13 @@ SMALL += " model.max_position_embeddings=32 data.sequence_length=16 precision.co
 @pytest.fixture
 def _known_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `plan` and `train` measure of this machine for some seconds."""
-    monkeypatch.setattr("weftrain.cli.assembly.measured_matmul_peak", lambda *_: Peak(1e11, "known in tests"))
-    monkeypatch.setattr("weftrain.analysis.peak.measured_matmul_peak", lambda *_: Peak(1e11, "known in tests"))
-    monkeypatch.setattr("weftrain.analysis.peak.measured_bandwidth", lambda *_: Bandwidth(1e10, "known in tests"))
+    monkeypatch.setattr("weftrain.cli.assembly.measured_peak", lambda *_: Peak(1e11, "known in tests"))
+    monkeypatch.setattr(
+        "weftrain.kernels.bench.roofline.measured_matmul_peak", lambda *_: Rate(1e11, "known in tests", "FLOP")
+    )
+    monkeypatch.setattr(
+        "weftrain.kernels.bench.roofline.measured_bandwidth", lambda *_: Rate(1e10, "known in tests", "B")
+    )
     monkeypatch.setattr("weftrain.analysis.machine.disk.measured_disk", lambda *_: DiskSpeed(1e9, 1e9, 1e9))
 
 

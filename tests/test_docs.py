@@ -97,9 +97,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_page(page: Path, folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, vendor: bool) -> None:
     monkeypatch.chdir(folder)
     # A run measures the machine's matrix-multiply peak twice, a second each: no command of these pages is about that.
-    monkeypatch.setattr(
-        "weftrain.cli.assembly.measured_matmul_peak", lambda device, dtype: Peak(1e11, "known in tests")
-    )
+    monkeypatch.setattr("weftrain.cli.assembly.measured_peak", lambda device, dtype: Peak(1e11, "known in tests"))
     shutil.copytree(corpus, folder, dirs_exist_ok=True)
     # models are too small for more, and two threads wait for each other where the machine is busy
     torch.set_num_threads(1)

@@ -51,7 +51,7 @@ def expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         kept.extractall(folder, filter="data")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("weftrain.cli.assembly.measured_matmul_peak", lambda device, dtype: Peak(1e11, "known in tests"))
+        patch.setattr("weftrain.cli.assembly.measured_peak", lambda device, dtype: Peak(1e11, "known in tests"))
         patch.setattr("sys.argv", ["weftrain"])
         yield json.loads((HERE / request.param / "expected.json").read_text())
 

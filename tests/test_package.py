@@ -142,7 +142,7 @@ def test_every_folder_with_code_is_a_declared_package() -> None:
 def install_check(environment: dict[str, str], cwd: Path) -> dict[str, str]:
     program = """
 import importlib, importlib.metadata, importlib.resources, json
-names = ["cli.main", "backends.local", "core.model", "kernels", "analysis.peak", "data_prep"]
+names = ["cli.main", "backends.local", "core.model", "kernels", "kernels.bench.roofline", "data_prep"]
 out = {name: importlib.import_module("weftrain." + name).__file__ for name in names}
 from weftrain.core.recipe_file import builtin_recipes
 out["recipes"] = ",".join(builtin_recipes())

@@ -30,7 +30,7 @@ from weftrain.analysis.bench.report import (
 )
 from weftrain.analysis.bench.train import BenchError, bench_source, plain_weights, take_steps
 from weftrain.analysis.machine.environment import Energy, environment, identity, load, now, warnings
-from weftrain.analysis.peak import measured_matmul_peak, speed_probe, table_peak
+from weftrain.analysis.machine.peak import measured_peak, sourced_peak
 from weftrain.core.backend import Backend, Job, Plan, Run, prepare_run
 from weftrain.core.config import CompileOption, Recipe
 from weftrain.core.errors import WeftrainError
@@ -39,6 +39,7 @@ from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.parameters import parameter_count
 from weftrain.core.prediction import Predictor, Speeds
 from weftrain.core.run.speed import Peak
+from weftrain.kernels.bench.roofline import speed_probe
 from weftrain.kernels.host_memory import peak_resident_bytes
 
 LARGEST_CHECKED = 1 << 30  # parameters: beyond it a reference run in one process is another benchmark
@@ -132,7 +133,7 @@ def bench(
     # A peak that the run itself beats was measured on a busy machine: no share of it means anything.
     used_flops = hardware_flops_per_token(recipe, fingerprint.recomputes) * speed.tokens_per_second
     best = best.raised(used_flops, lambda: _peak(recipe, device, backend).of(devices))
-    sourced = table_peak(device, getattr(torch, recipe.precision.compute)).of(devices)
+    sourced = sourced_peak(device, getattr(torch, recipe.precision.compute)).of(devices)
     machine = environment(device)
     threads = fingerprint.threads or 1
     resolved = recipe.model_dump(mode="json")
@@ -191,7 +192,7 @@ def _empty(folder: Path) -> Path:
 def _peak(recipe: Recipe, device: torch.device, backend: Backend) -> Peak:
     if not backend.returns_gradients:
         return Peak(None, f"the {backend.name} backend does not compute here")
-    return measured_matmul_peak(device, getattr(torch, recipe.precision.compute))
+    return measured_peak(device, getattr(torch, recipe.precision.compute))
 
 
 def _predicted_memory(recipe: Recipe, backend: Backend, options: StrictModel) -> Any:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from weftrain.analysis.machine.disk import measured_disk
 from weftrain.analysis.machine.environment import environment
-from weftrain.analysis.peak import measured_bandwidth, measured_matmul_peak, table_peak
+from weftrain.kernels.bench.roofline import measured_bandwidth, measured_matmul_peak, table_peak
 
 OUTLIER = 0.9  # of the median
 _REPEATS = 5
@@ -59,19 +59,19 @@ def measure_ranks(ranks: int, largest_mib: int, disk: Path | None) -> dict[str, 
         speed = measured_disk(disk)
         found["disk_bytes_per_s"] = {"folder": str(disk), "read": speed.read, "write": speed.write, "both": speed.mixed}
     sourced = table_peak(device, torch.bfloat16)
-    found["sourced_peak"] = {"bf16_flops": sourced.flops, "origin": sourced.origin}
+    found["sourced_peak"] = {"bf16_flops": sourced.per_second, "origin": sourced.origin}
     return found
 
 
 def _own_figures(device: torch.device) -> dict[str, Any]:
     flops = {}
     for name in ("float32", "bfloat16", *(("float16",) if device.type == "cuda" else ())):
-        flops[name] = measured_matmul_peak(device, getattr(torch, name)).flops or 0.0
+        flops[name] = measured_matmul_peak(device, getattr(torch, name)).per_second or 0.0
     return {
         "rank": int(os.environ.get("RANK", "0")),
         "host": socket.gethostname(),
         "matmul_flops": flops,
-        "memory_bytes_per_s": measured_bandwidth(device).bytes_per_second or 0.0,
+        "memory_bytes_per_s": measured_bandwidth(device).per_second or 0.0,
     }
 
 

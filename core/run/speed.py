@@ -11,16 +11,20 @@ line, and no line says more than 100 %.
 from __future__ import annotations
 
 import math
+import platform
 import statistics
 from array import array
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from weftrain.core.formats.canonical import parse_json
+from weftrain.core.formats.canonical import parse_json, sha256_json
 from weftrain.core.formats.plain_file import plain_lines
 from weftrain.core.run.metrics_lines import check_record
+
+if TYPE_CHECKING:
+    from weftrain.core.backend import Fingerprint
 
 UNKNOWN = "unknown"
 EVENTS = ("start", "peak", "end")  # `end` had a second measurement in earlier versions
@@ -57,6 +61,14 @@ class Peak:
         if again.flops is not None and again.flops >= achieved_flops:
             return again
         return replace(self, flops=achieved_flops, origin=f"achieved by a step itself; {again}")
+
+
+def machine_name(fingerprint: Fingerprint, compute: str) -> str:
+    """A name for what a measured peak depends on: host, device, threads, ranks and dtype. A hash, so that records name
+    no host.
+    """
+    device = [fingerprint.device_type, fingerprint.device, fingerprint.threads, fingerprint.ranks]
+    return sha256_json([platform.node(), platform.processor(), *device, compute])[:16]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from weftrain.kernels.checks.evaluation import evaluate, far
 from weftrain.kernels.checks.findings import Case, Check, Subject, Verdict
-from weftrain.kernels.contract import KernelError, Spec
-from weftrain.kernels.ops import OPS, Arguments
+from weftrain.kernels.contract import Arguments, KernelError, Spec
+from weftrain.kernels.ops import OPS
 
 Change = Callable[[Arguments], Arguments]
 

@@ -31,8 +31,7 @@ from weftrain.kernels.checks.evaluation import (
     tensors_of,
 )
 from weftrain.kernels.checks.findings import Case, Check, NotHere, Subject, Verdict
-from weftrain.kernels.contract import KernelError
-from weftrain.kernels.ops import Arguments, Op
+from weftrain.kernels.contract import Arguments, KernelError, Op
 
 _OWN_NAMESPACES = (
     "aten",

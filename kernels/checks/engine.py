@@ -47,7 +47,7 @@ def run_checks(
     """Ask every question of every implementation (of the catalog, or of those given) that `ops` and `sources` leave.
     None: all.
 
-    examples: names of kernels/ops.py, or of calls, that alone are asked about; a name that nothing has leaves nothing.
+    examples: names of kernels/ops/, or of calls, that alone are asked about; a name that nothing has leaves nothing.
 
     Raises KernelError for an unknown op, source or check. What is unavailable is in the report's `skipped`, with its
     reason.

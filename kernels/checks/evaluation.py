@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftrain.kernels.ops import Arguments, Op
+from weftrain.kernels.contract import Arguments, Op
 
 Results = dict[str, Tensor]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from weftrain.kernels.contract import Implementation, Spec
-from weftrain.kernels.ops import OPS, Arguments, Op
+from weftrain.kernels.contract import Arguments, Implementation, Op, Spec
+from weftrain.kernels.ops import OPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,7 +26,7 @@ class Finding:
     op: str
     source: str
     check: str
-    example: str  # of kernels/ops.py, or the name of a call
+    example: str  # of kernels/ops/, or the name of a call
     dtype: str  # "float32", "bfloat16", "float16"
     ok: bool
     detail: str  # one line

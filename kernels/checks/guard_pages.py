@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from weftrain.kernels.checks.evaluation import map_tensors
-from weftrain.kernels.contract import KernelError
-from weftrain.kernels.ops import Arguments
+from weftrain.kernels.contract import Arguments, KernelError
 
 _PATTERN = 0xA5
 _UNWRITTEN = 0xFF  # NaN in every float dtype: what an implementation allocates and does not write shows

@@ -23,9 +23,9 @@ from weftrain.kernels.checks.evaluation import (
     incoming,
     tensors_of,
 )
-from weftrain.kernels.checks.exact import EXACT
 from weftrain.kernels.checks.findings import Case, Check, Subject, Verdict, name_of
-from weftrain.kernels.ops import OPS, Arguments, Op
+from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.ops import OPS
 
 # What the reference itself may err. fp32: 8 roundings of 2^-23. bf16: 2.5 roundings of 2^-8; fp16: the same of 2^-11,
 # since the chains of roundings are the same and no example comes near fp16's range.
@@ -46,7 +46,7 @@ _SMALLEST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14}
 def _exact(op_name: str, example: str, dtype: torch.dtype) -> Results:
     """In float64 on the CPU; examples draw the same numbers for every device."""
     op = OPS[op_name]
-    return evaluate(op, EXACT[op_name], exact_arguments(op.examples[example]("cpu", dtype)))
+    return evaluate(op, OPS[op_name].exact, exact_arguments(op.examples[example]("cpu", dtype)))
 
 
 @functools.cache
@@ -181,7 +181,7 @@ def _judge_exact_logits(subject: Subject, case: Case) -> Verdict:
         arguments["hidden"] = torch.eye(width, dtype=case.dtype, device=subject.device)[
             torch.arange(rows, device=subject.device) % width
         ]
-    truth = EXACT[subject.op.name](**exact_arguments(arguments))
+    truth = subject.op.exact(**exact_arguments(arguments))
     with torch.no_grad():
         loss = subject.implementation.function(**arguments).cpu().double()
     found = float((loss - truth).norm() / truth.norm())
@@ -220,7 +220,7 @@ def _judge_offset(subject: Subject, case: Case) -> Verdict:
         if case.dtype == torch.float32
         else torch.zeros_like(arguments[name].float())
     )
-    truth = evaluate(op, EXACT[op.name], exact_arguments({**arguments, name: steps}))
+    truth = evaluate(op, op.exact, exact_arguments({**arguments, name: steps}))
     got = evaluate(op, subject.implementation.function, {**arguments, name: (steps + _OFFSET).to(case.dtype)})
     # Not grad_hidden: it is a product with the weight, in which the offset stands itself.
     keys = [key for key in truth if key != "grad_hidden"] if case.dtype == torch.float32 else ["output"]
@@ -272,7 +272,7 @@ def _judge_non_finite(subject: Subject, case: Case) -> Verdict:
     faults = []
     for name in _non_finite_inputs(op, case.build()):
         for word, value in values.items():
-            exact = evaluate(op, EXACT[op.name], exact_arguments(_spoiled(op, case.build(), name, value)))
+            exact = evaluate(op, op.exact, exact_arguments(_spoiled(op, case.build(), name, value)))
             reference = evaluate(op, op.function, _spoiled(op, case.build(), name, value))
             got = evaluate(op, subject.implementation.function, _spoiled(op, case.build(), name, value))
             kept = _promised(op, exact)
@@ -321,7 +321,7 @@ def _incoming_nan(subject: Subject, case: Case) -> list[str]:
         gradient.view(-1)[_place(op, case.build(), output) if output.dim() else 0] = float("nan")
         return gradient
 
-    exact = evaluate(op, EXACT[op.name], exact_arguments(case.build()), gradient=spoiled)
+    exact = evaluate(op, op.exact, exact_arguments(case.build()), gradient=spoiled)
     got = evaluate(op, subject.implementation.function, case.build(), gradient=spoiled)
     everywhere: Mapping[str, Tensor] = {name: torch.full_like(tensor, float("nan")) for name, tensor in exact.items()}
     return _visible({**got, "output": exact["output"].to(got["output"].dtype)}, _promised(op, exact), dict(everywhere))

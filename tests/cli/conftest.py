@@ -19,9 +19,7 @@ def _known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run measures the machine's matrix-multiply peak twice, a second each; what it does with it needs no measurement
     here.
     """
-    monkeypatch.setattr(
-        "weftrain.cli.assembly.measured_matmul_peak", lambda device, dtype: Peak(1e11, "known in tests")
-    )
+    monkeypatch.setattr("weftrain.cli.assembly.measured_peak", lambda device, dtype: Peak(1e11, "known in tests"))
 
 
 @pytest.fixture

@@ -62,9 +62,7 @@ def trainer(folder: Path) -> Callable[..., Result]:
 
     def train(*arguments: str) -> Result:
         with pytest.MonkeyPatch.context() as patch:  # a fixture that is wider than a test trains too
-            patch.setattr(
-                "weftrain.cli.assembly.measured_matmul_peak", lambda device, dtype: Peak(1e11, "known in tests")
-            )
+            patch.setattr("weftrain.cli.assembly.measured_peak", lambda device, dtype: Peak(1e11, "known in tests"))
             return weftrain(
                 "train", "crystal_demo", *CUT, f"data.root={folder / 'datasets'}", "--runs", folder / "runs", *arguments
             )

@@ -13,11 +13,11 @@ import pytest
 import torch
 from click.testing import Result
 
-from weftrain.analysis import kernel_bench
-from weftrain.analysis.kernel_bench import Measurement, Report, Skipped
 from weftrain.cli import kernels as verbs
 from weftrain.cli.kernels import bench_table, machine_lines
 from weftrain.kernels import OPS, checks, load_catalog
+from weftrain.kernels.bench import measure
+from weftrain.kernels.bench.measure import Measurement, Report, Skipped
 from weftrain.kernels.checks import Finding
 from weftrain.kernels.checks import Report as Findings
 
@@ -363,7 +363,7 @@ def test_bench_writes_json_and_a_plot(
         progress(0, 1, "rope")
         return Report(ENVIRONMENT, [measurement()], [Skipped("rope", "amber_7b", "apex", "needs a tape drive")])
 
-    monkeypatch.setattr(kernel_bench, "bench", bench)
+    monkeypatch.setattr(measure, "bench", bench)
     options = ["--op", "rope", "--suite", "7b", "--dtype", "float32", "--threads", "1", "--repeats", "9"]
     result = weftrain("kernels", "bench", *options, "--json", tmp_path / "b.json", "--plot", tmp_path / "b.png")
     assert result.exit_code == 0, result.output

@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(weftrain: Run) -> No
 def test_memory_of_this_machine(weftrain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Streaming: held against the limit that the run itself would be, before anything is measured."""
     command = ["plan", "bench_70m", "--backend", "streaming", "backend.options.memory_limit_mib=600"]
-    monkeypatch.setattr("weftrain.analysis.peak.measured_matmul_peak", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("weftrain.kernels.bench.roofline.measured_matmul_peak", lambda *_: pytest.fail("measured"))
     assert weftrain(*command, "--devices", "8xH100").exit_code == 2
     found = resolve("bench_70m", command[4:], "streaming")
     from weftrain.core.prediction import Speeds

@@ -342,7 +342,7 @@ def test_a_later_start_keeps_the_peak_of_the_first(
     def measured_again(device: object, dtype: object) -> None:
         raise AssertionError("the machine has not changed")
 
-    monkeypatch.setattr("weftrain.cli.assembly.measured_matmul_peak", measured_again)
+    monkeypatch.setattr("weftrain.cli.assembly.measured_peak", measured_again)
     result = train_tiny("schedule.steps=3", "--allow", "schedule.steps")
     assert result.exit_code == 0, result.output
     records = read_metrics(tmp_path / "runs" / "crystal_demo")

@@ -12,9 +12,8 @@ import torch
 
 from weftrain.kernels import OPS, Implementation, Spec, load_catalog
 from weftrain.kernels.checks.evaluation import Results, distance, evaluate, exact_arguments
-from weftrain.kernels.checks.exact import EXACT
 from weftrain.kernels.checks.numerics import CAP
-from weftrain.kernels.ops import Arguments
+from weftrain.kernels.contract import Arguments
 
 CATALOG = load_catalog()
 
@@ -25,7 +24,7 @@ def usable_sources(op: str, dtype: torch.dtype, **attributes: int | bool) -> lis
 
 
 def exact(op: str, arguments: Arguments) -> Results:
-    return evaluate(OPS[op], EXACT[op], exact_arguments(arguments))
+    return evaluate(OPS[op], OPS[op].exact, exact_arguments(arguments))
 
 
 def largest_error(got: Results, truth: Results) -> float:

@@ -294,7 +294,7 @@ def test_mutation_a_wrong_peak_is_seen(report: BenchReport, monkeypatch: pytest.
     recipe = tiny_recipe("amber")
     shares = []
     for peak in (1e12, 5e11):
-        monkeypatch.setattr(bench_run, "measured_matmul_peak", lambda device, dtype, peak=peak: Peak(peak, "planted"))
+        monkeypatch.setattr(bench_run, "measured_peak", lambda device, dtype, peak=peak: Peak(peak, "planted"))
         found = bench(recipe, local, local.options(), local, BenchRequest(steps=5, check_steps=0))
         shares.append(float(found.efficiency.mfu_measured) / found.efficiency.flops_per_second)
         assert found.efficiency.measured_peak_origin == "planted"

@@ -8,10 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
-from weftrain.analysis import peak
 from weftrain.analysis.report.summary import summarize
 
 
@@ -62,18 +58,3 @@ def test_unknown_stays_unknown(tmp_path: Path) -> None:
     found = summarize(tmp_path)
     assert found is not None
     assert found.model_flops_utilization is None
-
-
-def test_measured_peak_counts_2n3(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(100))  # each reading a second later: each product takes one second
-    monkeypatch.setattr(peak.time, "perf_counter", lambda: float(next(clock)))
-    found = peak.measured_matmul_peak(torch.device("cpu"), torch.float32, size=64, repeats=3)
-    assert found.flops == 2 * 64**3
-    assert "measured: 64 x 64" in str(found)
-
-
-def test_a_device_without_a_source_is_unknown() -> None:
-    found = peak.table_peak(torch.device("cpu"), torch.bfloat16)
-    assert found.flops is None
-    assert str(found) == "unknown"
-    assert all(flops > 1e13 and source for flops, source in peak.BF16_PEAK_FLOPS.values())

@@ -180,7 +180,7 @@ def test_no_orphan_of_a_killed_launcher(trains: bool, overrides: list[str], tmp_
 KNOWN_PEAK = """
 import weftrain.cli.assembly
 from weftrain.core.run.speed import Peak
-weftrain.cli.assembly.measured_matmul_peak = lambda *_, **__: Peak(1e11, "known in tests")
+weftrain.cli.assembly.measured_peak = lambda *_, **__: Peak(1e11, "known in tests")
 from weftrain.cli.main import main
 main()
 """

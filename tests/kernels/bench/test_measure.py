@@ -12,28 +12,28 @@ from typing import Any
 import pytest
 import torch
 
-from weftrain.analysis import kernel_bench, peak
-from weftrain.analysis.kernel_bench import (
+from weftrain.kernels import OPS, Implementation, KernelError, Spec
+from weftrain.kernels.bench import measure
+from weftrain.kernels.bench.measure import (
     COMPILED,
     Report,
     bench,
     examples_of,
     median_interval,
     roofline_ms,
-    time_in_turns,
+    time_interleaved,
 )
-from weftrain.analysis.kernel_bench_plot import bars, plot
-from weftrain.analysis.kernel_costs import backward_costs
-from weftrain.analysis.machine.measured import Machine, larger, last_level_cache
-from weftrain.analysis.peak import Bandwidth, measured_bandwidth, measured_matmul_peak, table_bandwidth
-from weftrain.core.run.speed import Peak
-from weftrain.kernels import OPS, Implementation, KernelError, Spec
+from weftrain.kernels.bench.plot import bars, plot
+from weftrain.kernels.bench.roofline import (
+    Machine,
+    Rate,
+)
 
 KNOWN = Machine(
-    Peak(1e12, "by hand"),
-    Bandwidth(1e10, "by hand"),
-    Peak(4e12, "sheet"),
-    Bandwidth(2e10, "sheet"),
+    Rate(1e12, "by hand", "FLOP"),
+    Rate(1e10, "by hand", "B"),
+    Rate(4e12, "sheet", "FLOP"),
+    Rate(2e10, "sheet", "B"),
     4096,
     "by hand",
     "cpu",
@@ -58,7 +58,7 @@ def catalog(**sources: Implementation) -> Callable[[], dict[str, dict[str, list[
 def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """rms_norm, x [3, 5, 77] and weight [77] in fp32: 1155 + 77 elements."""
     ours = Implementation("rms_norm", "ours", OPS["rms_norm"].function, version="ours 1.0")
-    monkeypatch.setattr(kernel_bench, "load_catalog", catalog(ours=ours))
+    monkeypatch.setattr(measure, "load_catalog", catalog(ours=ours))
     # warm-up, forward; warm-up, forward + backward
     durations = [9.0] * 3 + [2.0, 1.0, 4.0] + [9.0] * 3 + [10.0, 20.0, 30.0]
     report = bench(["rms_norm"], ["ours"], "small", torch.float32, repeats=3, machine=KNOWN, clock=in_ms(*durations))
@@ -94,7 +94,7 @@ def test_sources_take_turns_and_copies_go_round() -> None:
         call()
         return float(next(ticks))
 
-    samples = time_in_turns(calls, 4, 5, clock)  # type: ignore[arg-type]
+    samples = time_interleaved(calls, 4, 5, clock)  # type: ignore[arg-type]
     order = "".join(name for name, _ in seen)
     assert order == "abcbcacab" + "abcbcacababc"  # 3 rounds of warm-up, then 4 that count, each beginning with another
     assert [copy for _, copy in seen] == [i % 5 for i in range(21)]
@@ -119,18 +119,18 @@ def test_few_samples_say_what_they_are_worth() -> None:
 
 
 def test_the_roofline() -> None:
-    ms, bound = roofline_ms(10**9, 10**9, Peak(1e12, ""), Bandwidth(1e11, ""))
+    ms, bound = roofline_ms(10**9, 10**9, Rate(1e12, "", "FLOP"), Rate(1e11, "", "B"))
     assert (ms, bound) == (pytest.approx(10.0), "memory")
-    ms, bound = roofline_ms(10**6, 10**12, Peak(1e12, ""), Bandwidth(1e11, ""))
+    ms, bound = roofline_ms(10**6, 10**12, Rate(1e12, "", "FLOP"), Rate(1e11, "", "B"))
     assert (ms, bound) == (pytest.approx(1000.0), "compute")
-    assert roofline_ms(1, 1, Peak(None, ""), Bandwidth(1e11, "")) == (None, None)
-    assert roofline_ms(1, 1, Peak(1e12, ""), Bandwidth(None, "")) == (None, None)
+    assert roofline_ms(1, 1, Rate(None, "", "FLOP"), Rate(1e11, "", "B")) == (None, None)
+    assert roofline_ms(1, 1, Rate(1e12, "", "FLOP"), Rate(None, "", "B")) == (None, None)
 
 
 def test_an_unknown_peak_is_unknown_in_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = Implementation("rms_norm", "ours", OPS["rms_norm"].function)
-    monkeypatch.setattr(kernel_bench, "load_catalog", catalog(ours=ours))
-    unknown = replace(KNOWN, sourced_peak=Peak(None, "?"), sourced_bandwidth=Bandwidth(None, "?"))
+    monkeypatch.setattr(measure, "load_catalog", catalog(ours=ours))
+    unknown = replace(KNOWN, sourced_peak=Rate(None, "?", "FLOP"), sourced_bandwidth=Rate(None, "?", "B"))
     (forward, _) = bench(["rms_norm"], ["ours"], "small", torch.float32, repeats=1, machine=unknown).measurements
     assert forward.roofline_share is not None
     assert forward.sourced_roofline_share is None
@@ -149,20 +149,20 @@ def test_an_unknown_peak_is_unknown_in_the_figures(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_backward_costs(op: str, bytes_moved: int, flops: int) -> None:
-    assert backward_costs(op, OPS[op].examples["odd"]("cpu", torch.float32)) == (bytes_moved, flops)
+    cost = OPS[op].backward_cost
+    assert cost is not None
+    assert cost(OPS[op].examples["odd"]("cpu", torch.float32)) == (bytes_moved, flops)
 
 
-def test_every_op_with_gradients_has_backward_costs() -> None:
-    for op in OPS.values():
-        if op.differentiable:
-            moved, flops = backward_costs(op.name, op.examples["odd"]("cpu", torch.bfloat16))
-            assert moved > 0
-            assert flops > 0
+def test_an_op_with_gradients_must_state_what_its_backward_costs() -> None:
+    assert [op.name for op in OPS.values() if op.backward_cost is None] == ["adamw", "grad_norm"]
+    with pytest.raises(KernelError, match="rope: has gradients and no backward_cost"):
+        replace(OPS["rope"], backward_cost=None)
 
 
 def test_an_interpreted_kernel_has_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Implementation("rms_norm", "triton", OPS["rms_norm"].function, version="triton 3.7.1, interpreted")
-    monkeypatch.setattr(kernel_bench, "load_catalog", catalog(triton=slow))
+    monkeypatch.setattr(measure, "load_catalog", catalog(triton=slow))
     report = bench(["rms_norm"], ["triton"], "small", torch.float32, repeats=1, machine=KNOWN)
     assert {one.note for one in report.measurements} == {"plumbing only"}
     assert {one.roofline_share for one in report.measurements} == {None}
@@ -181,10 +181,10 @@ def test_what_is_unavailable_or_fails_is_said_and_the_rest_is_measured(monkeypat
         "broken": Implementation("rms_norm", "broken", fails),
         "picky": Implementation("rms_norm", "picky", fails, needs_77),
     }
-    monkeypatch.setattr(kernel_bench, "load_catalog", catalog(**sources))
+    monkeypatch.setattr(measure, "load_catalog", catalog(**sources))
     report = bench(["rms_norm", "grad_norm"], list(sources), "70m", torch.float32, repeats=1, machine=KNOWN)
     assert {(item.op, item.reason) for item in report.skipped} >= {
-        ("grad_norm", "kernels/ops.py has no example of suite 70m for it")
+        ("grad_norm", "kernels/ops/grad_norm.py has no example of suite 70m")
     }
     report = bench(["rms_norm"], list(sources), "small", torch.float32, repeats=1, machine=KNOWN)
     assert {one.source for one in report.measurements} == {"reference"}
@@ -233,32 +233,6 @@ def test_json_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(document["measurements"]) == 2
 
 
-def test_the_larger_of_two_measurements_counts() -> None:
-    busy = replace(KNOWN, measured_peak=Peak(5e11, "busy"), measured_bandwidth=Bandwidth(3e10, "idle"))
-    found = larger(busy, KNOWN)
-    assert (found.measured_peak, found.measured_bandwidth) == (KNOWN.measured_peak, busy.measured_bandwidth)
-
-
-def test_the_cache_is_read_from_the_system(tmp_path: Path) -> None:
-    for index, size in enumerate(("32K", "1024K", "33M")):
-        (tmp_path / f"index{index}").mkdir()
-        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
-    assert last_level_cache(torch.device("cpu"), tmp_path) == (33 * 2**20, "largest cache of cpu0")
-    size, origin = last_level_cache(torch.device("cpu"), tmp_path / "none")
-    assert (size, origin) == (256 * 2**20, "unknown; assumed to be at most this")
-
-
-def test_bandwidth_counts_what_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each pattern takes 1 ms of an invented clock: a triad moves three arrays, a copy two."""
-    now = iter(i * 1e-3 for i in range(1000))
-    monkeypatch.setattr(peak.time, "perf_counter", lambda: next(now))
-    found = measured_bandwidth(torch.device("cpu"), size_bytes=2**20, repeats=2)
-    assert found.bytes_per_second == pytest.approx(3 * 2**20 / 1e-3)
-    assert found.origin == "measured: triad of 1 MiB arrays, best of 2"
-    assert str(found) == "3.1 GB/s (measured: triad of 1 MiB arrays, best of 2)"
-    assert str(table_bandwidth(torch.device("cpu"))) == "unknown"
-
-
 def test_the_plot_draws_what_was_measured(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     report = bench(["swiglu", "grad_norm"], ["reference", "torch"], "small", torch.float32, repeats=2, machine=KNOWN)
@@ -274,21 +248,12 @@ def test_the_plot_draws_what_was_measured(tmp_path: Path) -> None:
     plot(Report(report.environment), tmp_path / "empty.svg")
 
 
-def test_the_real_machine_has_figures() -> None:
-    found = measured_matmul_peak(torch.device("cpu"), torch.float32, size=256, repeats=3)
-    assert found.flops is not None
-    assert found.flops > 1e8
-    bandwidth = measured_bandwidth(torch.device("cpu"), size_bytes=2**24, repeats=2)
-    assert bandwidth.bytes_per_second is not None
-    assert 1e7 < bandwidth.bytes_per_second < 1e13
-
-
 def test_both_ends_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = iter(
         [
             KNOWN,
             Machine(
-                Peak(3e12, "later"),
+                Rate(3e12, "later", "FLOP"),
                 KNOWN.measured_bandwidth,
                 KNOWN.sourced_peak,
                 KNOWN.sourced_bandwidth,
@@ -298,13 +263,13 @@ def test_both_ends_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
             ),
         ]
     )
-    monkeypatch.setattr(kernel_bench, "measure_machine", lambda *_: next(ends))
+    monkeypatch.setattr(measure, "measure_machine", lambda *_: next(ends))
     report = bench(["swiglu"], ["reference"], "small", torch.float32, repeats=1)
     assert report.environment["measured_peak_origin"] == "later"
 
 
 def test_a_limit_that_was_beaten_is_no_limit() -> None:
     """A peak that was measured on a busy machine, or data that lay in the cache: no share above 100 % of it."""
-    from weftrain.analysis.kernel_bench import _share
+    from weftrain.kernels.bench.measure import _share
 
     assert (_share(1.0, 2.0), _share(2.0, 2.0), _share(2.001, 2.0), _share(None, 2.0)) == (0.5, 1.0, None, None)

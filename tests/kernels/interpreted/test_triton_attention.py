@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weftrain.kernels import OPS, reference
-from weftrain.kernels.checks.exact import EXACT
 from weftrain.kernels.contract import TARGETS
 
 NAN = float("nan")
@@ -83,7 +82,7 @@ def test_ugly_lengths_and_heads(T: int, D: int) -> None:
     little is left.
     """
     arguments = example(T, D, B=1, H=2)
-    exact = results(EXACT["attention"], wide(arguments))
+    exact = results(OPS["attention"].exact, wide(arguments))
     for name, got, truth in zip("oqkv", results(module().attention, arguments), exact, strict=True):
         assert relative_error(got, truth) < 1e-6, name
 
@@ -103,7 +102,7 @@ KINDS = (
 def test_documents(kind: str) -> None:
     """141 tokens: more than two tiles either way, and the last is cut."""
     arguments = example(141, 20, documents(kind, 141))
-    exact = results(EXACT["attention"], wide(arguments))
+    exact = results(OPS["attention"].exact, wide(arguments))
     for name, got, truth in zip("oqkv", results(module().attention, arguments), exact, strict=True):
         assert relative_error(got, truth) < 5e-7, name
 
@@ -114,7 +113,7 @@ def test_every_tile_that_a_launch_takes_anywhere(kind: str, monkeypatch: pytest.
     fp32.
     """
     arguments = example(141, 8, documents(kind, 141, B=1), B=1)
-    exact = results(EXACT["attention"], wide(arguments))
+    exact = results(OPS["attention"].exact, wide(arguments))
     made = (line for lines in module().CONFIGURATIONS.values() for line in lines.values())
     for shape in sorted({(line.block_m, line.block_n) for line in made}):
         monkeypatch.setattr(module(), "configuration", lambda *_, shape=shape: module().Configuration(*shape, 4, 1))
@@ -148,7 +147,7 @@ def test_what_the_forward_saves(dtype: torch.dtype) -> None:
     assert lse.dtype == torch.float32
     assert float((lse - scores.logsumexp(-1) / math.log(2)).abs().max()) < 2e-6  # 2^-24 of scores about 10, twice
     bound = {torch.float32: 3e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
-    assert relative_error(out, EXACT["attention"](**wide(arguments))) < bound
+    assert relative_error(out, OPS["attention"].exact(**wide(arguments))) < bound
 
 
 def test_a_query_with_one_key_moves_neither_it_nor_the_key() -> None:
@@ -212,7 +211,7 @@ def test_without_documents_the_future_is_not_visited() -> None:
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0])
 def test_any_scale(scale: float) -> None:
     arguments = {**example(65, 8), "scale": scale}
-    exact = results(EXACT["attention"], wide(arguments))
+    exact = results(OPS["attention"].exact, wide(arguments))
     for name, got, truth in zip("oqkv", results(module().attention, arguments), exact, strict=True):
         if truth.any():
             assert relative_error(got, truth) < 1e-6, name

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weftrain.kernels import OPS, KernelError
-from weftrain.kernels.checks.exact import EXACT
 
 DIFFERENTIABLE = ("rms_norm", "layer_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy")
 NAN, INF = float("nan"), float("inf")
@@ -298,7 +297,7 @@ def test_the_gradient_of_a_norms_weight_is_one_fixed_sum(op: str) -> None:
     incoming = normal(300, 5, seed=7)
     got = results(triton_op(op), {**arguments, "eps": 1e-5}, names, incoming)
     wide = {name: value.double().requires_grad_() for name, value in arguments.items()}
-    exact = EXACT[op](**wide, eps=1e-5)
+    exact = OPS[op].exact(**wide, eps=1e-5)
     exact_gradients = torch.autograd.grad(exact, list(wide.values()), incoming.double())
     for name, a, b in zip(names, got[1:], exact_gradients, strict=True):
         assert relative_error(a, b) < 1e-6, name
@@ -485,7 +484,7 @@ def test_norms_around_the_block_size(op: str, n: int) -> None:
     incoming = normal(3, n, seed=7)
     got = results(triton_op(op), {**arguments, "eps": 0.1}, names, incoming)
     wide = {name: value.double().requires_grad_() for name, value in arguments.items()}
-    exact = EXACT[op](**wide, eps=0.1)
+    exact = OPS[op].exact(**wide, eps=0.1)
     exact_gradients = torch.autograd.grad(exact, list(wide.values()), incoming.double())
     for name, a, b in zip(("output", *names), got, (exact.detach(), *exact_gradients), strict=True):
         # of one column, layer_norm's dx is 0

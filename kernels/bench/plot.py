@@ -1,20 +1,17 @@
 """The picture of a kernel benchmark: the share of the roofline that each source reaches, op by op.
 
-What a reader would get wrong: a bar is a share of what *this* machine could do, so bars of two machines say nothing
-about which is faster.
+A bar is a share of what *this* machine could do, so bars of two machines do not say which is faster.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from weftrain.analysis.kernel_bench import Measurement, Report
+from weftrain.kernels.bench.measure import Measurement, Report
 
 
 def bars(report: Report) -> dict[str, dict[str, Measurement]]:
-    """ "op example" -> source -> what is drawn: with the backward where there is one, and only where the share is
-    known.
-    """
+    """Op and example -> source -> what is drawn: with the backward if there is one, and only known shares."""
     drawn: dict[str, dict[str, Measurement]] = {}
     for one in report.measurements:
         if one.roofline_share is None:

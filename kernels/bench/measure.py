@@ -1,9 +1,9 @@
 """How fast each implementation of an op is, against what the machine could do: `weftrain kernels bench`.
 
-What a reader would get wrong: all sources of one op are timed in turns, call by call, in one run, on inputs that were
-not just used. A source timed alone meets another clock frequency, and inputs in the cache measure the cache. "Ideal"
-counts each input and output of the *op* once, whatever an implementation moves, so the share of the roofline falls when
-a kernel moves more than it must.
+All sources of one op are timed interleaved, call by call, in one run, on inputs that were not just used: a source timed
+alone meets another clock frequency, and inputs in the cache measure the cache. "Ideal" counts each input and output of
+the *op* once, whatever an implementation moves, so a kernel that moves more than it must reaches a smaller share of the
+roofline.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftrain.analysis.kernel_costs import backward_costs
-from weftrain.analysis.machine.measured import Machine, environment, larger, measure_machine
-from weftrain.analysis.peak import Bandwidth
-from weftrain.core.run.speed import Peak
-from weftrain.kernels import OPS, Implementation, KernelError, Op, Spec, load_catalog
+from weftrain.kernels.bench.roofline import Machine, Rate, environment, larger, measure_machine
+from weftrain.kernels.contract import Implementation, KernelError, Op, Spec
+from weftrain.kernels.ops import OPS
+from weftrain.kernels.registry import load_catalog
 
 SCHEMA_VERSION = 1
 COMPILED = "torch.compile"  # the source name of the reference under torch.compile; source "reference" is torch eager
-SUITES: Mapping[str, tuple[str, ...]] = {  # suite -> how the names of its examples in kernels/ops.py begin
+SUITES: Mapping[str, tuple[str, ...]] = {  # suite -> how the names of its examples in kernels/ops/ begin
     "small": (),  # the one called "odd": a try, not a measurement
     "70m": ("bench_70m",),
     "7b": ("amber_7b", "crystalcoder_7b"),
@@ -115,7 +114,7 @@ def event_clock(device: torch.device, cache_bytes: int) -> Clock:
     return clock
 
 
-def time_in_turns(
+def time_interleaved(
     calls: Mapping[str, Callable[[int], Any]], repeats: int, copies: int, clock: Clock
 ) -> dict[str, list[float]]:
     """Samples of every call in ms: A B C, B C A, C A B ... after a warm-up; call(i) works on copy i of the inputs.
@@ -179,7 +178,7 @@ def bench(
     work = [(op, example) for op in ops or OPS for example in examples_of(OPS[op], suite)]
     timed: list[_Timed] = []
     skipped = [
-        Skipped(op, "", "", f"kernels/ops.py has no example of suite {suite} for it")
+        Skipped(op, "", "", f"kernels/ops/{op}.py has no example of suite {suite}")
         for op in ops or OPS
         if op not in {o for o, _ in work}
     ]
@@ -285,8 +284,8 @@ def _time_example(
     inputs = [original, *(_copied(original) for _ in range(copies - 1))]
     forward_bytes, forward_flops = op.bytes_moved(original), op.flops(original)
     directions = {"forward": (forward_bytes, forward_flops)}
-    if op.differentiable:
-        more_bytes, more_flops = backward_costs(op.name, original)
+    if op.backward_cost is not None:
+        more_bytes, more_flops = op.backward_cost(original)
         directions["forward+backward"] = (forward_bytes + more_bytes, forward_flops + more_flops)
     timed = []
     for direction, (moved, flops) in directions.items():
@@ -298,7 +297,7 @@ def _time_example(
                 calls[source] = call
             else:
                 skipped.append(Skipped(op.name, example, source, f"{direction}: {reason}"))
-        samples = time_in_turns(calls, repeats, copies, clock) if calls else {}
+        samples = time_interleaved(calls, repeats, copies, clock) if calls else {}
         timed += [
             _Timed(op, example, usable[name], dtype, direction, found, moved, flops, copies, copies * size, cache_bytes)
             for name, found in samples.items()
@@ -390,13 +389,13 @@ def _share(ideal_ms: float | None, median_ms: float) -> float | None:
     return None if ideal_ms is None or ideal_ms > median_ms else ideal_ms / median_ms
 
 
-def roofline_ms(bytes_moved: int, flops: int, peak: Peak, bandwidth: Bandwidth) -> tuple[float | None, str | None]:
+def roofline_ms(bytes_moved: int, flops: int, peak: Rate, bandwidth: Rate) -> tuple[float | None, str | None]:
     """The least time that the machine could take, and which limit sets it: max(flops / peak, bytes / bandwidth). None:
     unknown.
     """
-    if peak.flops is None or bandwidth.bytes_per_second is None:
+    if peak.per_second is None or bandwidth.per_second is None:
         return None, None
-    compute, memory = flops / peak.flops * 1e3, bytes_moved / bandwidth.bytes_per_second * 1e3
+    compute, memory = flops / peak.per_second * 1e3, bytes_moved / bandwidth.per_second * 1e3
     return (compute, "compute") if compute > memory else (memory, "memory")
 
 

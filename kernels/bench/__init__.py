@@ -1,0 +1,1 @@
+"""Measuring kernels: how fast each implementation is, against what the machine could do."""

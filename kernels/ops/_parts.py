@@ -1,0 +1,95 @@
+"""Parts of an op's entry: seeded example tensors, and the sizes that costs are counted in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weftrain.kernels.contract import Arguments
+
+ODD_SIZES = ((33, 17), (17,), (129,), (1,), (5, 7))
+EDGE_SIZES = ((1024,), (1025,), (2, 4096), (8193,))
+LAYER_7B = (*((4096, 4096),) * 4, *((11008, 4096),) * 3, (4096,), (4096,))
+
+
+class Draw:
+    """Seeded random tensors of one device and dtype, so that an example is the same at every call."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return (torch.randn(*shape, generator=self.generator) * std).to(self.device, dtype or self.dtype)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self.generator).to(self.device)
+
+    def labels(self, rows: int, vocab: int) -> Tensor:
+        """int64 [rows] in 0..vocab-1; every seventh is ignored (-100)."""
+        labels = self.integers(vocab, rows)
+        labels[::7] = -100
+        return labels
+
+
+def norm(
+    rows: tuple[int, ...], hidden: int, *, bias: bool, eps: float, weight_dtype: torch.dtype | None = None
+) -> Callable[[str, torch.dtype], Arguments]:
+    def build(device: str, dtype: torch.dtype) -> Arguments:
+        draw = Draw(device, dtype)
+        arguments: Arguments = {
+            "x": draw.normal(*rows, hidden),
+            "weight": 1 + draw.normal(hidden, std=0.1, dtype=weight_dtype),
+        }
+        if bias:
+            arguments["bias"] = draw.normal(hidden, std=0.1, dtype=weight_dtype)
+        return {**arguments, "eps": eps}
+
+    return build
+
+
+def norm_examples(*, bias: bool) -> dict[str, Callable[[str, torch.dtype], Arguments]]:
+    """eps = 0.1 is large enough that leaving it out shows."""
+    return {
+        "odd": norm((3, 5), 77, bias=bias, eps=0.1),
+        "odd_rows": norm((301,), 33, bias=bias, eps=1e-5),
+        "odd_fp32_weight": norm((3, 5), 77, bias=bias, eps=1e-5, weight_dtype=torch.float32),
+        "odd_bf16_weight": norm((3, 5), 77, bias=bias, eps=1e-5, weight_dtype=torch.bfloat16),
+        "edge": norm((2, 8), 128, bias=bias, eps=1e-5),
+        "edge_above": norm((9,), 1025, bias=bias, eps=1e-5),
+    }
+
+
+def size_bytes(value: Any) -> int:
+    """Bytes of a tensor, or of all tensors of a list."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(size_bytes(item) for item in value) if isinstance(value, (list, tuple)) else 0
+
+
+def read_all(arguments: Arguments) -> int:
+    return sum(size_bytes(value) for value in arguments.values())
+
+
+def read_all_write_like(name: str) -> Callable[[Arguments], int]:
+    """Every argument read, one output of the size of argument `name` written."""
+    return lambda arguments: read_all(arguments) + size_bytes(arguments[name])
+
+
+def elements(name: str, per_element: int) -> Callable[[Arguments], int]:
+    return lambda arguments: per_element * arguments[name].numel()
+
+
+def total_elements(name: str, per_element: int) -> Callable[[Arguments], int]:
+    return lambda arguments: per_element * sum(tensor.numel() for tensor in arguments[name])
+
+
+def norm_attributes(arguments: Arguments) -> dict[str, int | float | bool | str]:
+    return {"hidden_size": arguments["x"].shape[-1], "eps": arguments["eps"]}
+
+
+def loss_attributes(arguments: Arguments) -> dict[str, int | float | bool | str]:
+    return {name: arguments.get(name, default) for name, default in (("logits_scale", 1.0), ("z_loss", 0.0))}

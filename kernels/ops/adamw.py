@@ -1,0 +1,107 @@
+"""One AdamW update of a parameter group. The formula is `kernels/reference.py:adamw`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from weftrain.kernels import reference
+from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.ops._parts import EDGE_SIZES, LAYER_7B, ODD_SIZES, Draw, size_bytes, total_elements
+
+
+def example(
+    sizes: tuple[tuple[int, ...], ...],
+    eps_placement: str,
+    *,
+    copies: torch.dtype | None = torch.bfloat16,
+    **changed: float,
+) -> Callable[[str, torch.dtype], Arguments]:
+    def build(device: str, dtype: torch.dtype) -> Arguments:
+        draw = Draw(device, dtype)
+        parameters = [draw.normal(*size, std=0.02, dtype=torch.float32) for size in sizes]
+        return {
+            "parameters": parameters,
+            "gradients": [draw.normal(*size, std=1e-3) for size in sizes],
+            "exp_avgs": [draw.normal(*size, std=1e-4, dtype=torch.float32) for size in sizes],
+            "exp_avg_sqs": [draw.normal(*size, std=1e-3, dtype=torch.float32).square() for size in sizes],
+            "copies": [parameter.to(copies) for parameter in parameters] if copies else None,
+            "learning_rate": 3e-4,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "eps": 1e-8,
+            "weight_decay": 0.1,
+            "update_index": 3,
+            "eps_placement": eps_placement,
+            "gradient_scale": torch.tensor(0.7, device=device),
+            **changed,
+        }
+
+    return build
+
+
+def bytes_moved(arguments: Arguments) -> int:
+    state = sum(size_bytes(arguments[name]) for name in ("parameters", "exp_avgs", "exp_avg_sqs"))
+    return 2 * state + size_bytes(arguments["gradients"]) + size_bytes(arguments["copies"])
+
+
+def exact(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor] | None,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    update_index: int,
+    eps_placement: str,
+    gradient_scale: Tensor,
+) -> None:
+    """In place, as the two papers' pseudo-code and cerebras_pytorch's source have it."""
+    for index, (p, m, v) in enumerate(zip(parameters, exp_avgs, exp_avg_sqs, strict=True)):
+        g = gradients[index] * gradient_scale
+        new_m = beta1 * m + (1 - beta1) * g
+        new_v = beta2 * v + (1 - beta2) * g**2
+        if eps_placement == "after_bias_correction":
+            update = (new_m / (1 - beta1**update_index)) / ((new_v / (1 - beta2**update_index)).sqrt() + eps)
+        else:
+            update = new_m / (new_v.sqrt() + eps) * (1 - beta2**update_index) ** 0.5 / (1 - beta1**update_index)
+        p.copy_(p - learning_rate * (update + weight_decay * p))
+        m.copy_(new_m)
+        v.copy_(new_v)
+        if copies is not None:
+            copies[index].copy_(p)
+
+
+OP = Op(
+    reference.adamw,
+    exact,
+    differentiable=(),
+    examples={
+        "odd": example(ODD_SIZES, "after_bias_correction"),
+        "odd_before": example(ODD_SIZES, "before_bias_correction"),
+        "odd_no_copies": example(ODD_SIZES, "after_bias_correction", copies=None),
+        # A large eps makes its placement visible; at that rate a wrong update is not lost when the parameter is
+        # rounded.
+        "odd_large_eps": example(ODD_SIZES, "after_bias_correction", eps=1e-3, learning_rate=0.1, update_index=1),
+        "odd_before_large_eps": example(
+            ODD_SIZES, "before_bias_correction", copies=torch.float16, eps=1e-3, learning_rate=0.1
+        ),
+        "edge": example(EDGE_SIZES, "after_bias_correction", learning_rate=0.1),
+        "amber_7b_layer": example(LAYER_7B, "after_bias_correction"),
+    },
+    bytes_moved=bytes_moved,
+    flops=total_elements("parameters", 16),
+    in_place=("parameters", "exp_avgs", "exp_avg_sqs", "copies"),
+    attributes={"eps_placement": "after_bias_correction", "copies": True},
+    attributes_of=lambda arguments: {
+        "eps_placement": arguments["eps_placement"],
+        "copies": arguments["copies"] is not None,
+    },
+)

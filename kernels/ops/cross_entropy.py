@@ -1,0 +1,58 @@
+"""Token losses of logits. The formula is `kernels/reference.py:cross_entropy`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from weftrain.kernels import reference
+from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.ops._parts import Draw, elements, loss_attributes, read_all, size_bytes
+
+
+def example(rows: int, vocab: int, *, std: float = 3.0, **statics: float) -> Callable[[str, torch.dtype], Arguments]:
+    def build(device: str, dtype: torch.dtype) -> Arguments:
+        draw = Draw(device, dtype)
+        return {"logits": draw.normal(rows, vocab, std=std), "labels": draw.labels(rows, vocab), **statics}
+
+    return build
+
+
+def backward_cost(arguments: Arguments) -> tuple[int, int]:
+    """logits, labels, dloss fp32 -> dlogits. A logit: scale, minus logsumexp, exp, times dloss scale."""
+    logits, labels = arguments["logits"], arguments["labels"]
+    return 2 * size_bytes(logits) + size_bytes(labels) + 4 * labels.numel(), 4 * logits.numel()
+
+
+def exact(
+    logits: Tensor, labels: Tensor, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
+    losses = []
+    for row, label in zip(logits * logits_scale, labels.tolist(), strict=True):
+        if label == ignore_index:
+            losses.append(row.new_zeros(()))
+            continue
+        log_sum = row.exp().sum().log()
+        losses.append(log_sum - row[label] + (z_loss * log_sum**2 if z_loss else 0))
+    return torch.stack(losses)
+
+
+OP = Op(
+    reference.cross_entropy,
+    exact,
+    differentiable=("logits",),
+    examples={
+        "odd": example(29, 101),
+        "odd_scaled": example(29, 101, logits_scale=0.13875, z_loss=1e-2),
+        "edge": example(9, 1024, std=1.0),
+        "edge_above": example(16, 8193, std=1.0, logits_scale=0.7, z_loss=1e-3),
+        "amber_7b": example(2048, 32000),
+    },
+    bytes_moved=lambda arguments: read_all(arguments) + 4 * arguments["labels"].numel(),
+    flops=elements("logits", 4),
+    backward_cost=backward_cost,
+    attributes={"vocab_size": 32000, "logits_scale": 1.0, "z_loss": 0.0},
+    attributes_of=lambda arguments: {"vocab_size": arguments["logits"].shape[1], **loss_attributes(arguments)},
+)

@@ -1,0 +1,38 @@
+"""The global L2 norm of gradients. The formula is `kernels/reference.py:grad_norm`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from weftrain.kernels import reference
+from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.ops._parts import EDGE_SIZES, LAYER_7B, ODD_SIZES, Draw, read_all, total_elements
+
+
+def example(sizes: tuple[tuple[int, ...], ...]) -> Callable[[str, torch.dtype], Arguments]:
+    def build(device: str, dtype: torch.dtype) -> Arguments:
+        draw = Draw(device, dtype)
+        return {"gradients": [draw.normal(*size, std=1e-3) for size in sizes]}
+
+    return build
+
+
+def exact(gradients: Sequence[Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients]).square().sum().sqrt()
+
+
+OP = Op(
+    reference.grad_norm,
+    exact,
+    differentiable=(),
+    examples={
+        "odd": example(ODD_SIZES),
+        "edge": example((*EDGE_SIZES, (3, 4099))),
+        "amber_7b_layer": example(LAYER_7B),
+    },
+    bytes_moved=lambda arguments: read_all(arguments) + 4,
+    flops=total_elements("gradients", 2),
+)

@@ -1,0 +1,69 @@
+"""The sum of token losses, from hidden states and the head's weight.
+
+The formula is `kernels/reference.py:linear_cross_entropy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weftrain.kernels import reference
+from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.ops import cross_entropy
+from weftrain.kernels.ops._parts import Draw, loss_attributes, read_all, size_bytes
+
+
+def example(rows: int, hidden: int, vocab: int, **statics: float) -> Callable[[str, torch.dtype], Arguments]:
+    def build(device: str, dtype: torch.dtype) -> Arguments:
+        draw = Draw(device, dtype)
+        return {
+            "hidden": draw.normal(rows, hidden),
+            "weight": draw.normal(vocab, hidden, std=3 * hidden**-0.5),
+            "labels": draw.labels(rows, vocab),
+            **statics,
+        }
+
+    return build
+
+
+def backward_cost(arguments: Arguments) -> tuple[int, int]:
+    """hidden, weight, labels -> dhidden, dweight: two products of the forward's size, and a logit's four; logits taken
+    as kept on chip.
+    """
+    hidden, weight, labels = arguments["hidden"], arguments["weight"], arguments["labels"]
+    pairs = hidden.shape[0] * weight.shape[0]
+    return 2 * (size_bytes(hidden) + size_bytes(weight)) + size_bytes(labels), pairs * (4 * hidden.shape[1] + 4)
+
+
+def exact(hidden: Tensor, weight: Tensor, labels: Tensor, **statics: Any) -> Tensor:
+    return cross_entropy.exact(hidden @ weight.mT, labels, **statics).sum()
+
+
+OP = Op(
+    reference.linear_cross_entropy,
+    exact,
+    differentiable=("hidden", "weight"),
+    examples={
+        "odd": example(29, 24, 101),
+        "odd_scaled": example(29, 24, 101, logits_scale=0.13875, z_loss=1e-2),
+        "odd_chunks": example(201, 24, 101),
+        "edge": example(64, 32, 128, logits_scale=0.7, z_loss=1e-3),
+        "bench_70m": example(1024, 512, 32000),
+        "crystalcoder_7b": example(2048, 4096, 32032, logits_scale=0.13875),
+    },
+    bytes_moved=lambda arguments: read_all(arguments) + 4,
+    flops=lambda arguments: (
+        arguments["hidden"].shape[0] * arguments["weight"].shape[0] * (2 * arguments["hidden"].shape[1] + 4)
+    ),
+    backward_cost=backward_cost,
+    attributes={"hidden_size": 4096, "vocab_size": 32000, "logits_scale": 1.0, "z_loss": 0.0},
+    attributes_of=lambda arguments: {
+        "hidden_size": arguments["weight"].shape[1],
+        "vocab_size": arguments["weight"].shape[0],
+        **loss_attributes(arguments),
+    },
+)

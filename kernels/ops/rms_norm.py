@@ -1,0 +1,34 @@
+"""RMS normalisation over the last dimension. The formula is `kernels/reference.py:rms_norm`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from weftrain.kernels import reference
+from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.ops._parts import elements, norm, norm_attributes, norm_examples, read_all_write_like, size_bytes
+
+
+def backward_cost(arguments: Arguments) -> tuple[int, int]:
+    """x, dy, weight -> dx, dweight. An element: x r, dy w, their product summed (2), dx = r (dy w - x r c) (3), dweight
+    (2).
+    """
+    x, weight = arguments["x"], arguments["weight"]
+    return 3 * size_bytes(x) + 2 * size_bytes(weight), 9 * x.numel()
+
+
+def exact(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt() * weight
+
+
+OP = Op(
+    reference.rms_norm,
+    exact,
+    differentiable=("x", "weight"),
+    examples={**norm_examples(bias=False), "amber_7b": norm((2048,), 4096, bias=False, eps=1e-6)},
+    bytes_moved=read_all_write_like("x"),
+    flops=elements("x", 4),
+    backward_cost=backward_cost,
+    attributes={"hidden_size": 4096, "eps": 1e-6},
+    attributes_of=norm_attributes,
+)

@@ -1,0 +1,50 @@
+"""The gated activation silu(gate) * up. The formula is `kernels/reference.py:swiglu`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from weftrain.kernels import reference
+from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.ops._parts import Draw, elements, read_all_write_like, size_bytes
+
+
+def example(rows: int, hidden: int) -> Callable[[str, torch.dtype], Arguments]:
+    def build(device: str, dtype: torch.dtype) -> Arguments:
+        draw = Draw(device, dtype)
+        return {"gate": draw.normal(rows, hidden), "up": draw.normal(rows, hidden)}
+
+    return build
+
+
+def backward_cost(arguments: Arguments) -> tuple[int, int]:
+    """gate, up, dy -> dgate, dup. An element: sigmoid (3), silu, dup = dy silu, dgate = dy up s (1 + gate (1 - s))
+    (6).
+    """
+    return 5 * size_bytes(arguments["gate"]), 11 * arguments["gate"].numel()
+
+
+def exact(gate: Tensor, up: Tensor) -> Tensor:
+    return gate / (1 + (-gate).exp()) * up
+
+
+OP = Op(
+    reference.swiglu,
+    exact,
+    differentiable=("gate", "up"),
+    examples={
+        "odd": example(15, 77),
+        "edge": example(8, 128),
+        "edge_above": example(1, 4097),
+        "crystalcoder_7b": example(2048, 10922),
+        "amber_7b": example(2048, 11008),
+    },
+    bytes_moved=read_all_write_like("gate"),
+    flops=elements("gate", 5),
+    backward_cost=backward_cost,
+    attributes={"intermediate_size": 11008},
+    attributes_of=lambda arguments: {"intermediate_size": arguments["gate"].shape[-1]},
+)

@@ -1,0 +1,81 @@
+"""Peaks of the machine: counted as stated, from an invented clock; unknown where no source says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from weftrain.kernels.bench import roofline
+from weftrain.kernels.bench.roofline import (
+    Machine,
+    Rate,
+    larger,
+    last_level_cache,
+    measured_bandwidth,
+    measured_matmul_peak,
+    table_bandwidth,
+    table_peak,
+)
+
+KNOWN = Machine(
+    Rate(1e12, "by hand", "FLOP"),
+    Rate(1e10, "by hand", "B"),
+    Rate(4e12, "sheet", "FLOP"),
+    Rate(2e10, "sheet", "B"),
+    4096,
+    "by hand",
+    "cpu",
+)
+
+
+def test_measured_peak_counts_2n3(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))  # each reading a second later: each product takes one second
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: float(next(clock)))
+    found = measured_matmul_peak(torch.device("cpu"), torch.float32, size=64, repeats=3)
+    assert found.per_second == 2 * 64**3
+    assert "measured: 64 x 64" in str(found)
+
+
+def test_a_device_without_a_source_is_unknown() -> None:
+    found = table_peak(torch.device("cpu"), torch.bfloat16)
+    assert found.per_second is None
+    assert str(found) == "unknown"
+    assert all(flops > 1e13 and source for flops, source in roofline.BF16_PEAK_FLOPS.values())
+
+
+def test_the_larger_of_two_measurements_counts() -> None:
+    busy = replace(KNOWN, measured_peak=Rate(5e11, "busy", "FLOP"), measured_bandwidth=Rate(3e10, "idle", "B"))
+    found = larger(busy, KNOWN)
+    assert (found.measured_peak, found.measured_bandwidth) == (KNOWN.measured_peak, busy.measured_bandwidth)
+
+
+def test_the_cache_is_read_from_the_system(tmp_path: Path) -> None:
+    for index, size in enumerate(("32K", "1024K", "33M")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
+    assert last_level_cache(torch.device("cpu"), tmp_path) == (33 * 2**20, "largest cache of cpu0")
+    size, origin = last_level_cache(torch.device("cpu"), tmp_path / "none")
+    assert (size, origin) == (256 * 2**20, "unknown; assumed to be at most this")
+
+
+def test_bandwidth_counts_what_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pattern takes 1 ms of an invented clock: a triad moves three arrays, a copy two."""
+    now = iter(i * 1e-3 for i in range(1000))
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: next(now))
+    found = measured_bandwidth(torch.device("cpu"), size_bytes=2**20, repeats=2)
+    assert found.per_second == pytest.approx(3 * 2**20 / 1e-3)
+    assert found.origin == "measured: triad of 1 MiB arrays, best of 2"
+    assert str(found) == "3.1 GB/s (measured: triad of 1 MiB arrays, best of 2)"
+    assert str(table_bandwidth(torch.device("cpu"))) == "unknown"
+
+
+def test_the_real_machine_has_figures() -> None:
+    found = measured_matmul_peak(torch.device("cpu"), torch.float32, size=256, repeats=3)
+    assert found.per_second is not None
+    assert found.per_second > 1e8
+    bandwidth = measured_bandwidth(torch.device("cpu"), size_bytes=2**24, repeats=2)
+    assert bandwidth.per_second is not None
+    assert 1e7 < bandwidth.per_second < 1e13
