@@ -23,8 +23,8 @@ from weftrain.core.errors import CheckpointError
 from weftrain.core.formats.plain_file import real_path
 from weftrain.core.parameters import flops_per_token
 from weftrain.core.recipe_file import RecipeFile
-from weftrain.core.run.fit_of_weights import check_fit
 from weftrain.core.run.speed import Peak, Speed, machine_name, recorded_peak
+from weftrain.core.run.start_weights import check_fit
 from weftrain.exchange.release.release import RELEASE
 
 

@@ -17,8 +17,9 @@ from weftrain.cli.display import Bar, Console
 from weftrain.core.errors import DataError
 
 if TYPE_CHECKING:
-    from weftrain.core.formats.dataset import Manifest, ShardSet
-    from weftrain.core.formats.shard_reader import Stretch
+    from weftrain.core.formats.dataset_manifest import DatasetManifest
+    from weftrain.core.formats.shard_reader import DocumentSpan
+    from weftrain.core.formats.shard_set import ShardSet
     from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path))
@@ -56,10 +57,11 @@ def verify(folder: Path) -> None:
     """Check every hash of the dataset in FOLDER: manifest, lists, tokenizer, every block and file of every shard, the
     dataset ids.
     """
-    from weftrain.core.formats.dataset import ShardSet, read_manifest, verify_tables
+    from weftrain.core.formats.dataset import read_dataset_manifest, verify_tables
+    from weftrain.core.formats.shard_set import ShardSet
 
     console = _console()
-    manifest = read_manifest(folder)
+    manifest = read_dataset_manifest(folder)
     verify_tables(folder, manifest)
     for name, entry in manifest.sets.items():
         shards = ShardSet(folder, manifest, name)
@@ -84,7 +86,7 @@ def _megabytes(bar: Bar, done: int, total: int) -> None:
 )
 def head(folder: Path, set_name: str, rows: int, first: int) -> None:
     """Print rows of the dataset in FOLDER as text, document by document."""
-    from weftrain.core.formats.dataset import open_set
+    from weftrain.core.formats.shard_set import open_set
 
     console = _console()
     manifest, shards = open_set(folder, set_name)
@@ -99,11 +101,11 @@ def head(folder: Path, set_name: str, rows: int, first: int) -> None:
 
 def _encoder(folder: Path, fim_tokens: str | None = None) -> TextEncoder:
     """The dataset's tokenizer with the tokens that it was prepared with. fim_tokens: instead of those recorded."""
-    from weftrain.core.formats.dataset import TOKENIZER, read_manifest
+    from weftrain.core.formats.dataset import TOKENIZER, read_dataset_manifest
     from weftrain.data_prep.tokens.markers import fim_names, recorded_markers
     from weftrain.data_prep.tokens.tokenization import load_encoder
 
-    markers = recorded_markers(read_manifest(folder))
+    markers = recorded_markers(read_dataset_manifest(folder))
     return load_encoder(
         folder / TOKENIZER, replace(markers, fim=fim_names(fim_tokens) or markers.fim), engine="tokenizers"
     )
@@ -112,30 +114,30 @@ def _encoder(folder: Path, fim_tokens: str | None = None) -> TextEncoder:
 class _Origins:
     """Where documents came from, in words; the tables of inputs and sources are opened once."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: DatasetManifest) -> None:
         from weftrain.core.formats.dataset import open_inputs, open_sources
 
         self._inputs, self._sources = open_inputs(folder, manifest), open_sources(folder, manifest)
 
-    def line(self, stretch: Stretch) -> str:
+    def line(self, span: DocumentSpan) -> str:
         from weftrain.core.formats.dataset import source_name
 
-        place = "padding" if stretch.file < 0 else f"{self._inputs[stretch.file].name}:{stretch.record + 1}"
+        place = "padding" if span.file < 0 else f"{self._inputs[span.file].name}:{span.record + 1}"
         form = (
             ""
-            if stretch.fim is None or not stretch.fim[0]
-            else f", {('', 'PSM', 'SPM')[stretch.fim[0]]} cut at {list(stretch.fim[1:])}"
+            if span.fim is None or not span.fim[0]
+            else f", {('', 'PSM', 'SPM')[span.fim[0]]} cut at {list(span.fim[1:])}"
         )
-        source = source_name(self._sources, stretch.source)
-        return f"inputs {stretch.first}..{stretch.last}  {place}  source {source}, document {stretch.id.hex()}{form}"
+        source = source_name(self._sources, span.source)
+        return f"inputs {span.first}..{span.last}  {place}  source {source}, document {span.id.hex()}{form}"
 
 
 def _print_row(console: Console, origins: _Origins, shards: ShardSet, encoder: TextEncoder, row: int) -> None:
     """The row's documents, each with its origin, and what of it is in the row."""
     ids, mask = shards.rows(np.array([row]))
-    for stretch in shards.stretches(row):
-        console.print(f"  {origins.line(stretch)}")
-        text = encoder.decode(ids[0, stretch.first : stretch.last + 1])
+    for span in shards.document_spans(row):
+        console.print(f"  {origins.line(span)}")
+        text = encoder.decode(ids[0, span.first : span.last + 1])
         console.print("".join(f"    | {_visible(line)}\n" for line in text.split("\n")), end="")
     if mask is not None and not mask.all():
         console.print(f"  {int((~mask).sum())} of {mask.size} labels bear no loss")
@@ -159,9 +161,11 @@ def where(recipe: str, overrides: tuple[str, ...], step: int, row: int) -> None:
     RECIPE: a built-in name, the path of a .yaml file, or a run's folder.
     """
     from weftrain.core.data import TokenSource
-    from weftrain.core.formats.dataset import read_manifest
+    from weftrain.core.formats.dataset import read_dataset_manifest
     from weftrain.core.recipe_file import load_recipe
-    from weftrain.core.run.ledger import LEDGER, lineage, read_ledger
+    from weftrain.core.run.ledger import read_ledger
+    from weftrain.core.run.ledger_schema import LEDGER
+    from weftrain.core.run.lineage import lineage
     from weftrain.core.run.run_source import run_source
 
     run = Path(recipe) / "recipe.yaml"
@@ -178,7 +182,7 @@ def where(recipe: str, overrides: tuple[str, ...], step: int, row: int) -> None:
     run_chunk = "" if found.run_chunk is None else f", chunk {found.run_chunk} of the run"
     console.print(f"step {step}, row {row}{run_chunk}: source {found.source}, epoch {found.epoch}{chunk}")
     console.print(f"  {found.folder / found.file}  row {found.row_in_shard}  (row {found.row_in_set} of the set)")
-    manifest = read_manifest(found.folder)
+    manifest = read_dataset_manifest(found.folder)
     _print_row(console, _Origins(found.folder, manifest), component.shards, _encoder(found.folder), found.row_in_set)
 
 
@@ -247,7 +251,7 @@ def fim_report(folder: Path, rate: float, spm_share: float, documents: int, fim_
     """
     from itertools import islice
 
-    from weftrain.core.formats.dataset import open_set
+    from weftrain.core.formats.shard_set import open_set
     from weftrain.data_prep.fim.damage import damage_lines, fim_damage
     from weftrain.data_prep.interchange import whole_documents
 

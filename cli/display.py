@@ -19,7 +19,7 @@ import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from weftrain.core.formats.printable import printable
+from weftrain.core.errors import printable
 
 LINES = "\n\t"  # control characters that shape text and stay
 QUIET_SECONDS = 15.0  # between two plain lines where there is no terminal

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from weftrain.analysis.evaluation.generation import Generator
     from weftrain.analysis.evaluation.lm_eval_model import CheckpointLM
-    from weftrain.core.formats.dataset import Manifest
+    from weftrain.core.formats.dataset_manifest import DatasetManifest
     from weftrain.core.model import Decoder
 
 
@@ -78,10 +78,10 @@ class _Checkpoint:
         self, path: Path, overrides: Sequence[str], settings: EvaluationSettings, tokenizer: Path | None, verified: bool
     ) -> None:
         from weftrain.cli.assembly import recipe_of_checkpoint
-        from weftrain.core.formats.checkpoint_manifest import read_manifest
+        from weftrain.core.formats.checkpoint_manifest import read_checkpoint_manifest
 
         try:
-            manifest = read_manifest(path)
+            manifest = read_checkpoint_manifest(path)
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: manifest.json: {error}: name a run folder or a checkpoint's folder"
@@ -110,13 +110,13 @@ class _Checkpoint:
         return Generator(self.decoder)
 
     @functools.cached_property
-    def tokenizer_file(self) -> tuple[Path, tuple[Path, Manifest] | None]:
+    def tokenizer_file(self) -> tuple[Path, tuple[Path, DatasetManifest] | None]:
         """Which file the tokenizer is read from, and the dataset that must agree with it: its folder and manifest."""
-        from weftrain.core.formats.dataset import TOKENIZER, read_manifest
+        from weftrain.core.formats.dataset import TOKENIZER, read_dataset_manifest
 
         data = self.recipe.data
         folder = Path(data.root) / data.sources[0].path if data.sources else None
-        dataset = None if folder is None or not folder.is_dir() else (folder, read_manifest(folder))
+        dataset = None if folder is None or not folder.is_dir() else (folder, read_dataset_manifest(folder))
         path = self._given_tokenizer or (None if dataset is None else dataset[0] / TOKENIZER)
         if path is None:
             where = "the recipe names no dataset" if folder is None else f"{folder} is not there"

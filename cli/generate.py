@@ -72,7 +72,7 @@ def generate(
     from weftrain.analysis.evaluation.tasks import open_tokenizer
     from weftrain.cli.assembly import newest_or_named, recipe_of_checkpoint
     from weftrain.core import checkpoint
-    from weftrain.core.formats.dataset import read_manifest
+    from weftrain.core.formats.dataset import read_dataset_manifest
     from weftrain.core.formats.tokenizer_file import panics_refused
 
     path = newest_or_named(run, lambda line: click.echo(line, err=True))
@@ -81,7 +81,7 @@ def generate(
     encoder = None
     if given is None:
         file = tokenizer or default_tokenizer(recipe)
-        dataset = None if tokenizer is not None else (file.parent, read_manifest(file.parent))
+        dataset = None if tokenizer is not None else (file.parent, read_dataset_manifest(file.parent))
         encoder, _ = open_tokenizer(file, recipe.model.vocab_size, dataset)
         with panics_refused(str(file)):
             # then every text that was trained on began with it

@@ -29,7 +29,9 @@ def log(run: Path, samples: int | None, as_json: bool) -> None:
     """Print the ledger of RUN, a run's or a release's folder, as a tree: starts, chunks, checkpoints, branches."""
     from weftrain.core.errors import RunFolderError
     from weftrain.core.formats.canonical import canonical_json
-    from weftrain.core.run.ledger import LEDGER, lineage, read_ledger
+    from weftrain.core.run.ledger import read_ledger
+    from weftrain.core.run.ledger_schema import LEDGER
+    from weftrain.core.run.lineage import lineage
 
     entries = read_ledger(run / LEDGER)
     if not entries:
@@ -170,13 +172,13 @@ def defer(run: Path, chunk: int, drop: bool, reason: str) -> None:
     """
     from weftrain.core.recipe_file import recorded_recipe
     from weftrain.core.run.ledger import Ledger
-    from weftrain.core.run.rollback import put_off
+    from weftrain.core.run.rollback import defer_chunk
     from weftrain.core.run.run_folder import RECIPE, held_run, stored_recipe
 
     with held_run(run):
         recipe = recorded_recipe(stored_recipe(run), str(run / RECIPE)).recipe
         action: Literal["defer", "drop"] = "drop" if drop else "defer"
-        entry = put_off(run, Ledger(run), recipe, chunk, action, reason, _stored_state(run))
+        entry = defer_chunk(run, Ledger(run), recipe, chunk, action, reason, _stored_state(run))
     click.echo(
         f"{run}: chunk {chunk} is {'dropped' if drop else 'deferred'} from step {entry['step']} on; train goes on with "
         "it"

@@ -16,8 +16,7 @@ from typing import Any
 import click
 
 from weftrain.cli.display import LINES, plain_output
-from weftrain.core.errors import EverywhereError, RecipeError, WeftrainError
-from weftrain.core.formats.printable import printable
+from weftrain.core.errors import EverywhereError, RecipeError, WeftrainError, printable
 from weftrain.core.stop import sigterm_unwinds
 
 # verb -> (module, attribute): loaded when the verb is asked for.

@@ -114,7 +114,7 @@ def _checkpoints(run: Path, console: Console) -> tuple[Manifests, int | None]:
     Only manifests are read here; every byte of a checkpoint is verified when it is loaded.
     """
     from weftrain.core.errors import CheckpointError
-    from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER, read_manifest
+    from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER, read_checkpoint_manifest
 
     inside = run / "checkpoints"
     folder = inside if inside.is_dir() else run.absolute().parent
@@ -122,7 +122,7 @@ def _checkpoints(run: Path, console: Console) -> tuple[Manifests, int | None]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if STEP_FOLDER.fullmatch(path.name):
             try:
-                manifest = read_manifest(path)
+                manifest = read_checkpoint_manifest(path)
                 found[manifest["step"]] = (path, manifest)
             except (OSError, ValueError) as error:
                 console.print(f"warning: passed over {path}: manifest.json: {error}")
@@ -174,7 +174,9 @@ def _check_lengths(recipe: Recipe, parameters: Parameters, from_rows: bool) -> N
 def _chunks(run: Path, recipe: Recipe, checkpoint_steps: list[int]) -> list[Chunk]:
     from weftrain.analysis.memorization.scores import heldout_chunk, training_chunks
     from weftrain.core.data import open_heldout
-    from weftrain.core.run.ledger import LEDGER, lineage, read_ledger
+    from weftrain.core.run.ledger import read_ledger
+    from weftrain.core.run.ledger_schema import LEDGER
+    from weftrain.core.run.lineage import lineage
     from weftrain.core.run.run_source import run_source
 
     chunks = training_chunks(

@@ -16,7 +16,7 @@ from rich.filesize import decimal
 
 from weftrain.cli.display import Console
 from weftrain.core.config import Recipe
-from weftrain.core.formats.dataset_manifest import Manifest
+from weftrain.core.formats.dataset_manifest import DatasetManifest
 from weftrain.core.recipe_file import builtin_recipes, load_recipe
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _count(number: int, one: str, several: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else several or f'{one}s'}"
 
 
-def epoch_lines(manifest: Manifest) -> list[str]:
+def epoch_lines(manifest: DatasetManifest) -> list[str]:
     """Steps of an epoch at the batch size of the chunks, of the recipe that is printed, and of each built-in recipe
     that the rows fit.
     """
@@ -123,7 +123,7 @@ def epoch_lines(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _fits(recipe: Recipe, manifest: Manifest) -> bool:
+def _fits(recipe: Recipe, manifest: DatasetManifest) -> bool:
     return (recipe.model.vocab_size, recipe.data.sequence_length) == (manifest.vocab_size, manifest.sequence_length)
 
 

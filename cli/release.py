@@ -57,7 +57,7 @@ def release(
 
     from weftrain.analysis.report.model_card import model_card, revision_card
     from weftrain.core.config import Recipe
-    from weftrain.core.formats.dataset import read_manifest, read_tokenizer
+    from weftrain.core.formats.dataset import read_dataset_manifest, read_tokenizer
     from weftrain.core.run.run_folder import held_run
     from weftrain.exchange.huggingface.files import tokenizer_files
     from weftrain.exchange.huggingface.folder import write_huggingface
@@ -73,7 +73,7 @@ def release(
         ids: dict[str, Any] = {}
         if recipe.data.sources:
             source = (Path(recipe.data.root) if data_root is None else data_root) / recipe.data.sources[0].path
-            prepared = read_manifest(source)
+            prepared = read_dataset_manifest(source)
             place = f"{source}: tokenizer.json"
             beside, ids = tokenizer_files(
                 read_tokenizer(source), prepared.separator_id, prepared.bos_id, recipe.model, place

@@ -15,7 +15,7 @@ from weftrain.core.formats.strict_yaml import dump_yaml
 from weftrain.core.mup import resolve_scales
 from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_groups
 from weftrain.core.order.mixture import make_mixture, source_shares
-from weftrain.core.order.rows import timeline
+from weftrain.core.order.timeline import timeline
 from weftrain.core.parameters import flops_per_token, parameter_specs
 from weftrain.core.prediction import Predictor
 from weftrain.core.recipe_file import builtin_recipes, load_recipe

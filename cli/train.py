@@ -24,7 +24,7 @@ from weftrain.analysis.report.summary import summarize
 from weftrain.cli.display import Bar, Console
 from weftrain.cli.show import arithmetic
 from weftrain.core.config import Recipe
-from weftrain.core.formats.names import checked_segment
+from weftrain.core.formats.safe_names import checked_segment
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 from weftrain.core.run.metrics import heldout_label
@@ -113,9 +113,9 @@ class _Command:
         one.
         """
         from weftrain.cli.resolve import resolve_recipe
-        from weftrain.core.run.extension import extension
+        from weftrain.core.run.longer_run import longer_run
 
-        found = extension(
+        found = longer_run(
             folder,
             recipe,
             source,
@@ -172,7 +172,7 @@ def _train(
     from weftrain.cli.resolve import backend_options
     from weftrain.core.backend import Follower, Job, prepare_run
     from weftrain.core.resume import commit, decide, settle
-    from weftrain.core.run.ledger import LEDGER
+    from weftrain.core.run.ledger_schema import LEDGER
     from weftrain.core.run.metrics import METRICS, MetricsWriter
     from weftrain.core.run.run_folder import open_run
     from weftrain.core.trainer import fit
@@ -288,7 +288,9 @@ def _shown(steps: Iterator[Progress], bar: Bar, first: int) -> int:
 
 def _with_decisions(console: Console, file: RecipeFile, folder: Path) -> tuple[RecipeFile, set[str]]:
     """The recipe with the chunks that the run's ledger defers or drops, and the keys of data.skip that they add."""
-    from weftrain.core.run.ledger import LEDGER, lineage, read_ledger, with_decisions
+    from weftrain.core.run.ledger import read_ledger
+    from weftrain.core.run.ledger_schema import LEDGER
+    from weftrain.core.run.lineage import lineage, with_decisions
 
     decisions = lineage(read_ledger(folder / LEDGER)).decisions
     own = len(file.recipe.data.skip)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from weftrain.core.formats.dataset_manifest import Fim, SourceCursor, Subset
-from weftrain.core.formats.names import PlainName, RelativePath
+from weftrain.core.formats.safe_names import PlainName, RelativePath
 from weftrain.core.formats.strict_model import MAX_COUNT, Count, NonNegative, Positive, PositiveInt, Scalar, StrictModel
 
 RunName = Annotated[PlainName, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it is a folder's

@@ -1,10 +1,10 @@
 """What is read when: the mixture of sources, the order within each, and position, which is one integer.
 
-The timeline (core/order/rows.py) says which sample of the run a row of a step is, and where that stands in the stream
-when chunks are deferred; the mixture (core/order/mixture.py) of which source it is, and its index k within that source;
-the source's order which row that is. All of it is a pure function of (datasets, recipe, step, row): nothing is stored,
-and any number of readers share the work. Where a run went on with other data, `data.continues` says how far each source
-had been read (core/run/continuation.py).
+The timeline (core/order/timeline.py) says which sample of the run a row of a step is, and where that stands in the
+stream when chunks are deferred; the mixture (core/order/mixture.py) of which source it is, and its index k within that
+source; the source's order (core/order/row_order.py) which row that is. All of it is a pure function of (datasets,
+recipe, step, row): nothing is stored, and any number of readers share the work. Where a run went on with other data,
+`data.continues` says how far each source had been read (core/run/continuation.py).
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ import numpy as np
 from weftrain.core.backend import Batch, BatchSource
 from weftrain.core.config import DataConfig, Recipe, Source
 from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset import SetName, ShardSet, merkle_root, read_manifest
-from weftrain.core.formats.dataset_manifest import SourceCursor, Subset
+from weftrain.core.formats.dataset import read_dataset_manifest
+from weftrain.core.formats.dataset_manifest import SetName, SourceCursor, Subset, merkle_root
 from weftrain.core.formats.shard_reader import ShardReader, read_document_starts, read_rows
-from weftrain.core.order.kept_rows import Range, merged, without
+from weftrain.core.formats.shard_set import ShardSet
 from weftrain.core.order.mixture import CerebrasOrder, Mixture, SampleOrder, make_mixture, source_shares
-from weftrain.core.order.rows import ChunkOrder, ResumedOrder, RowOrder, Stretch, Timeline, stretches, timeline
+from weftrain.core.order.row_order import ResumedOrder, RowOrder, RowRange, row_ranges
+from weftrain.core.order.row_selection import Range, merged, without
+from weftrain.core.order.timeline import ChunkOrder, Timeline, timeline
 from weftrain.core.synthetic import synthetic_source
 
 __all__ = [
@@ -387,13 +389,13 @@ def pass_order(
     None: all.
     """
     chunk_rows = None if shards.manifest.chunks is None else shards.manifest.chunks.rows
-    parts: list[Stretch] = []
+    parts: list[RowRange] = []
     covered: tuple[Range, ...] = ()
     for index, subset in enumerate(subsets):
         ranges = subset_rows(source.name, shards, subset, rows[index] if index < len(rows) else None)
         for epoch, whole in enumerate(ranges):
             for first, stop in without([whole], covered):
-                parts += stretches([(first, stop - first)], chunk_rows, epoch)
+                parts += row_ranges([(first, stop - first)], chunk_rows, epoch)
         covered = merged([*covered, *ranges])
     outside = without(covered, subset_rows(source.name, shards, source.subset, size))
     return RowOrder(
@@ -461,7 +463,7 @@ def _open_set(
             f"{folder}: no dataset for source '{source.name}'; make it with `weftrain prep INPUTS {options}` (no "
             "INPUTS: embedded corpus)"
         )
-    manifest = read_manifest(folder)
+    manifest = read_dataset_manifest(folder)
     if manifest.sequence_length != data.sequence_length:
         raise DataError(
             f"{folder}: prepared with sequence_length {manifest.sequence_length}, the recipe says "

@@ -3,6 +3,8 @@
 The command line prints the message alone and exits with `exit_code`; a traceback means a defect of ours.
 """
 
+import re
+
 
 class WeftrainError(Exception):
     """Base of every expected failure. The message is one line and names file, field and remedy."""
@@ -53,3 +55,17 @@ def one_line(error: BaseException, most: int = 300) -> str:
     none.
     """
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+# Control characters, line and paragraph separators, marks that change the direction of writing, invisible ones, lone
+# surrogates.
+_ACTING = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with every such character written as its escape, `\\x1b` for one. keep: those that may stay, as
+    "\\n\\t".
+    """
+    return _ACTING.sub(lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(), text)

@@ -27,23 +27,17 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.formats.strict_model import StrictModel
-from weftrain.core.run.adoption import Standing, check_from_scratch, standing
-from weftrain.core.run.continuation import check_amounts, cursors_of, data_of_start, recipe_of
-from weftrain.core.run.fit_of_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
-from weftrain.core.run.ledger import (
-    LEDGER,
-    TORN,
-    Ledger,
-    TrainingSegment,
-    lineage,
-    read_ledger,
-    tokens_before,
-    torn_bytes,
-)
+from weftrain.core.run.continuation import check_amounts, data_of_start, recipe_of
+from weftrain.core.run.ledger import TORN, Ledger, read_ledger, torn_bytes
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import TrainingSegment, lineage, tokens_before
 from weftrain.core.run.metrics import METRICS, damaged_lines, effective_records, repair
 from weftrain.core.run.metrics import TORN as METRICS_TORN
+from weftrain.core.run.own_checkpoints import Standing, check_from_scratch, standing
 from weftrain.core.run.rollback import finish_rollback
 from weftrain.core.run.run_folder import ABSENT, RecipeCheck, RunFolder, blamed, differences, follows, with_defaults
+from weftrain.core.run.source_cursors import cursors_of
+from weftrain.core.run.start_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
 from weftrain.core.run.stored_state import Measured, Unfinished, completed, is_unfinished, judge, made_by
 
 

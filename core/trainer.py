@@ -20,10 +20,11 @@ from weftrain.core.backend import BatchSource, EvaluationSource, Plan, Run, Step
 from weftrain.core.config import Recipe
 from weftrain.core.errors import NonFiniteError
 from weftrain.core.formats.checkpoint_manifest import folder_name
-from weftrain.core.order.rows import recipe_timeline
-from weftrain.core.run.ledger import Ledger, lineage
+from weftrain.core.order.timeline import recipe_timeline
+from weftrain.core.run.ledger import Ledger
+from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import Digest, MetricsWriter
-from weftrain.core.run.skips import SkipLimits
+from weftrain.core.run.skip_limits import SkipLimits
 from weftrain.core.run.speed import Speed
 from weftrain.core.run.stored_state import Measured, Unfinished, skip_is_entered
 
@@ -57,7 +58,7 @@ def fit(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress]:
     """Train to plan.last_step, or to the end of the step in which should_stop() becomes true or too many were skipped
-    (core/run/skips.py); then the state is saved first.
+    (core/run/skip_limits.py); then the state is saved first.
 
     parent: root hash of the checkpoint that the run started from. tokens_read: positions that the run read before
     plan.start_step. unfinished: the last step that the backend's own state had completed, where its process ended

@@ -12,7 +12,9 @@ from itertools import islice
 from pathlib import Path
 
 from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset import MANIFEST, Manifest, ShardSet, open_inputs, read_manifest
+from weftrain.core.formats.dataset import MANIFEST, open_inputs, read_dataset_manifest
+from weftrain.core.formats.dataset_manifest import DatasetManifest
+from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.growth import joined, parent_manifest
 from weftrain.data_prep.readers.shares import share_sha256
 from weftrain.data_prep.stages.plan import NOT_STATED, Plan, Progress, preparation
@@ -22,13 +24,13 @@ _REMEDY = "give another --name, or remove it"
 
 def compare_existing(
     folder: Path, plan: Plan, max_failures: int, progress: Progress
-) -> tuple[Manifest, tuple[str, ...]]:
+) -> tuple[DatasetManifest, tuple[str, ...]]:
     """The manifest of a folder that is what was asked for, and what else differs. Raises DataError where it is another,
     or damaged.
     """
     if not (folder / MANIFEST).exists():
         raise DataError(f"{folder}: exists and is no dataset; {_REMEDY}")
-    manifest = read_manifest(folder)
+    manifest = read_dataset_manifest(folder)
     wanted = preparation(plan.settings, plan.inputs)
     del wanted["heldout_rule"]  # a dataset keeps the one that it was made by, and stays what it is
     for key, value in wanted.items():
@@ -56,7 +58,7 @@ def compare_existing(
     return manifest, tuple(_differences(manifest, plan, {} if before is None else before.inputs_skipped))
 
 
-def _parent(folder: Path, manifest: Manifest, plan: Plan) -> Manifest | None:
+def _parent(folder: Path, manifest: DatasetManifest, plan: Plan) -> DatasetManifest | None:
     """The manifest of what the dataset grew from. Raises DataError where that is not what was named with --grow."""
     grew_from = manifest.parents[-1] if manifest.parents else None
     if plan.parent is None or grew_from is None or grew_from.root != plan.parent.root:
@@ -76,7 +78,7 @@ def _parent(folder: Path, manifest: Manifest, plan: Plan) -> Manifest | None:
     return parent_manifest(plan)
 
 
-def _differences(manifest: Manifest, plan: Plan, before: Mapping[str, int]) -> Iterator[str]:
+def _differences(manifest: DatasetManifest, plan: Plan, before: Mapping[str, int]) -> Iterator[str]:
     """What is recorded otherwise than asked for, and changes no token."""
     engine = manifest.tokenization.engine
     if plan.engine not in ("auto", engine):
@@ -91,7 +93,7 @@ def _differences(manifest: Manifest, plan: Plan, before: Mapping[str, int]) -> I
         yield f"files skipped: {now}; when it was prepared: {then}"
 
 
-def _compare_inputs(folder: Path, manifest: Manifest, plan: Plan, progress: Progress) -> None:
+def _compare_inputs(folder: Path, manifest: DatasetManifest, plan: Plan, progress: Progress) -> None:
     """Raises DataError where the plan's files are not those that the dataset was made of."""
     files, first = plan.inputs.files, 0 if plan.parent is None else plan.parent.files
     if manifest.corpus.files - first != len(files):

@@ -22,22 +22,24 @@ from weftrain.core.formats import fsops
 from weftrain.core.formats.dataset import (
     FAILURES,
     MANIFEST,
-    Ancestor,
-    AncestorSet,
-    Corpus,
-    DocumentCounts,
-    InputEntry,
-    Manifest,
-    SetEntry,
-    ShardSet,
-    SourceEntry,
-    Tokenization,
     manifest_root,
     open_inputs,
     open_sources,
-    read_manifest,
+    read_dataset_manifest,
+)
+from weftrain.core.formats.dataset_manifest import (
+    Ancestor,
+    AncestorSet,
+    Corpus,
+    DatasetManifest,
+    DocumentCounts,
+    InputEntry,
+    SetEntry,
+    SourceEntry,
+    Tokenization,
 )
 from weftrain.core.formats.plain_file import open_plain, real_path
+from weftrain.core.formats.shard_set import ShardSet
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.data_prep.stages.plan import Parent, Plan, Settings, power_of_two, preparation
 
@@ -48,7 +50,7 @@ _MAX_PARTITIONS = 256  # files that are open at once
 _FREE = {"tokenizer", "tokenizer_vocab_size", "reading_sha256", "quality", "heldout_rule"}
 
 
-def open_parent(folder: Path) -> tuple[Manifest, Parent]:
+def open_parent(folder: Path) -> tuple[DatasetManifest, Parent]:
     """A dataset that is to grow, and what a plan keeps of it. Raises DataError for one that cannot."""
     manifest = _read(folder)
     if len(manifest.train.epochs) > 1 or manifest.chunks is not None:
@@ -65,7 +67,7 @@ def open_parent(folder: Path) -> tuple[Manifest, Parent]:
     return manifest, Parent(str(real_path(folder)), manifest_root(folder), files, manifest.num_sources, shards, heldout)
 
 
-def _read(folder: Path) -> Manifest:
+def _read(folder: Path) -> DatasetManifest:
     if re.match("[a-z][a-z0-9+.-]*:/", str(folder)):
         raise DataError(
             f"--grow {folder}: is an address: copy the dataset to this machine with `weftrain data fetch`, and name "
@@ -73,10 +75,10 @@ def _read(folder: Path) -> Manifest:
         )
     if not (folder / MANIFEST).exists():
         raise DataError(f"--grow {folder}: holds no dataset; name the folder of one")
-    return read_manifest(folder)
+    return read_dataset_manifest(folder)
 
 
-def as_parent(settings: Settings, manifest: Manifest, rows_per_shard: int | None) -> Settings:
+def as_parent(settings: Settings, manifest: DatasetManifest, rows_per_shard: int | None) -> Settings:
     """The settings with what nobody chooses: the rule by which the parent held out, and its shards' size where none is
     asked for.
     """
@@ -85,7 +87,7 @@ def as_parent(settings: Settings, manifest: Manifest, rows_per_shard: int | None
     return replace(settings, heldout_rule=manifest.heldout_rule, rows_per_shard=rows)
 
 
-def check_growth(manifest: Manifest, plan: Plan, target: Path) -> None:
+def check_growth(manifest: DatasetManifest, plan: Plan, target: Path) -> None:
     """Raises DataError where the inputs or settings of a plan contradict its parent's, or the target is the parent."""
     assert plan.parent is not None
     folder, settings = plan.parent.folder, plan.settings
@@ -122,7 +124,7 @@ def parents_options(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in manifest.preparation.items() if key not in _FREE}
 
 
-def parent_manifest(plan: Plan) -> Manifest:
+def parent_manifest(plan: Plan) -> DatasetManifest:
     """The manifest of the plan's parent. Raises DataError where it is not the one that was planned with."""
     assert plan.parent is not None
     folder = Path(plan.parent.folder)
@@ -131,7 +133,7 @@ def parent_manifest(plan: Plan) -> Manifest:
             f"{folder}: is another dataset than when this was begun; put it back, or remove {plan.folder} and prepare "
             "again"
         )
-    return read_manifest(folder)
+    return read_dataset_manifest(folder)
 
 
 # -- inputs and sources, numbered on
@@ -201,7 +203,7 @@ def index_documents(plan: Plan) -> None:
             fsops.remove_file(path)
 
 
-def _identities(folder: Path, manifest: Manifest) -> Iterator[np.ndarray]:
+def _identities(folder: Path, manifest: DatasetManifest) -> Iterator[np.ndarray]:
     """Of each shard uint64 [n, 2]: the identities of its documents."""
     for set_name in manifest.sets:
         for reader in ShardSet(folder, manifest, set_name).readers():
@@ -278,7 +280,7 @@ class Added:
     parents: tuple[Ancestor, ...] = ()
 
 
-def with_parents(plan: Plan, before: Manifest, own: Added) -> Added:
+def with_parents(plan: Plan, before: DatasetManifest, own: Added) -> Added:
     """The same of the parent and the new inputs together."""
     assert plan.parent is not None
     parent = Ancestor(

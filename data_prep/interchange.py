@@ -16,8 +16,9 @@ import numpy as np
 
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
-from weftrain.core.formats.dataset import Manifest, ShardSet, open_set
-from weftrain.core.formats.shard_reader import token_dtype
+from weftrain.core.formats.dataset_manifest import DatasetManifest
+from weftrain.core.formats.shard_format import token_dtype
+from weftrain.core.formats.shard_set import ShardSet, open_set
 from weftrain.data_prep.stages.plan import Progress, no_progress
 
 _ROWS_AT_ONCE = 512
@@ -90,7 +91,9 @@ def export_megatron(folder: Path, set_name: str, to: Path, progress: Progress = 
     return paths
 
 
-def whole_documents(manifest: Manifest, shards: ShardSet, progress: Progress = no_progress) -> Iterator[np.ndarray]:
+def whole_documents(
+    manifest: DatasetManifest, shards: ShardSet, progress: Progress = no_progress
+) -> Iterator[np.ndarray]:
     """The tokens of each document of a set, in order, put together where shards cut them, and in best-fit rows where
     rows did not.
 

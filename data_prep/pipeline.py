@@ -17,9 +17,9 @@ from typing import Any
 
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
-from weftrain.core.formats.dataset import TOKENIZER, Manifest
-from weftrain.core.formats.dataset_manifest import Fim
-from weftrain.core.formats.names import path_below
+from weftrain.core.formats.dataset import TOKENIZER
+from weftrain.core.formats.dataset_manifest import DatasetManifest, Fim
+from weftrain.core.formats.safe_names import path_below
 from weftrain.data_prep.existing import compare_existing
 from weftrain.data_prep.fim.exact import check_markers
 from weftrain.data_prep.growth import as_parent, check_growth, open_parent
@@ -63,7 +63,7 @@ class Prepared:
     """
 
     folder: Path
-    manifest: Manifest
+    manifest: DatasetManifest
     up_to_date: bool
     fallback: str | None = None
     notes: tuple[str, ...] = ()

@@ -16,12 +16,12 @@ from weftrain.core.formats.dataset import (
     FAILURES,
     MANIFEST,
     TOKENIZER,
-    Manifest,
-    ShardSet,
     described_by,
-    read_manifest,
+    read_dataset_manifest,
     verify_tables,
 )
+from weftrain.core.formats.dataset_manifest import DatasetManifest
+from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.inputs.files import file_system
 from weftrain.data_prep.inputs.remote import RemoteSystem
 from weftrain.data_prep.stages.plan import Progress, no_progress
@@ -55,7 +55,7 @@ def check_address(address: str) -> None:
         ) from error
 
 
-def publish(folder: Path, manifest: Manifest, address: str, progress: Progress = no_progress) -> None:
+def publish(folder: Path, manifest: DatasetManifest, address: str, progress: Progress = no_progress) -> None:
     """Copy a complete dataset to an address.
 
     Where the same dataset lies there already, only files that are missing or of another size are copied; where no
@@ -86,7 +86,7 @@ def publish(folder: Path, manifest: Manifest, address: str, progress: Progress =
         ) from error
 
 
-def fetch(address: str, folder: Path, progress: Progress = no_progress) -> Manifest:
+def fetch(address: str, folder: Path, progress: Progress = no_progress) -> DatasetManifest:
     """Copy a dataset from an address into a local folder that does not exist yet; checked before it is there. Raises
     DataError.
 
@@ -102,7 +102,7 @@ def fetch(address: str, folder: Path, progress: Progress = no_progress) -> Manif
     try:
         for name in (MANIFEST, TOKENIZER):
             _fetch_file(system, f"{root}/{name}", partial / name)
-        manifest = read_manifest(partial)
+        manifest = read_dataset_manifest(partial)
         sizes = {shard.file: shard.num_bytes for entry in manifest.sets.values() for shard in entry.shards}
         total, done = sum(sizes.values()), 0
         optional = [FAILURES] if system.exists(f"{root}/{FAILURES}") else []
@@ -121,7 +121,7 @@ def fetch(address: str, folder: Path, progress: Progress = no_progress) -> Manif
     return manifest
 
 
-def _files(manifest: Manifest) -> list[str]:
+def _files(manifest: DatasetManifest) -> list[str]:
     return [*described_by(manifest), *(shard.file for entry in manifest.sets.values() for shard in entry.shards)]
 
 

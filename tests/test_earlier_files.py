@@ -70,7 +70,7 @@ def same_tensors(ours: State, theirs: State, prefix: str = "") -> bool:
 @pytest.mark.parametrize("name", ["prose", "code"])
 def test_datasets(expected: dict[str, Any], name: str) -> None:
     ids = expected["dataset_ids"][name]
-    found = make.read_manifest(Path("datasets", name))
+    found = make.read_dataset_manifest(Path("datasets", name))
     assert (found.train.id, found.heldout.id) == (ids["train"], ids["heldout"])
     assert f"whole, id {ids['train']}" in make.command("data", "verify", f"datasets/{name}")
 

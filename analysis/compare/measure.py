@@ -36,8 +36,8 @@ from weftrain.core.data import HeldOut
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_json
-from weftrain.core.formats.dataset import open_set
 from weftrain.core.formats.plain_file import open_plain, read_plain, real_path
+from weftrain.core.formats.shard_set import open_set
 from weftrain.core.formats.tokenizer_file import tokenizer_from
 from weftrain.core.model import Decoder
 from weftrain.core.recipe_file import recorded_recipe

@@ -23,12 +23,14 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError, ReleaseError, RunFolderError, one_line
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
-from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER, read_manifest
-from weftrain.core.formats.dataset import merkle_root
-from weftrain.core.formats.dataset import read_manifest as read_data_manifest
+from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER, read_checkpoint_manifest
+from weftrain.core.formats.dataset import read_dataset_manifest
+from weftrain.core.formats.dataset_manifest import merkle_root
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.recipe_file import recorded_recipe
-from weftrain.core.run.ledger import LEDGER, Lineage, lineage, read_ledger
+from weftrain.core.run.ledger import read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import Lineage, lineage
 from weftrain.core.run.metrics import METRICS, effective_records, rows_label
 from weftrain.core.run.run_folder import RECIPE, stored_recipe
 from weftrain.exchange.release.release import RELEASE, Release, checked_name, read_release
@@ -241,7 +243,7 @@ def _checkpoints(reading: _Reading) -> tuple[dict[str, int], dict[int, Path], st
         if not STEP_FOLDER.fullmatch(path.name):
             continue
         try:
-            manifest = read_manifest(path)
+            manifest = read_checkpoint_manifest(path)
         except (OSError, ValueError) as error:
             reading.left_out.append(f"{reading.name}: {path.name}: manifest.json: {error}")
             continue
@@ -269,7 +271,7 @@ def _heldout_ids(reading: _Reading, dataset_id: str | None) -> tuple[dict[str, s
         folders = [root / checked_name(source.path) for source in data.sources]
         if missing := [folder for folder in folders if not folder.is_dir()]:
             raise DataError(f"{missing[0]} is not there")
-        manifests = [read_data_manifest(folder) for folder in folders]
+        manifests = [read_dataset_manifest(folder) for folder in folders]
         ids = [manifest.train.id for manifest in manifests]
         if dataset_id not in (None, ids[0] if len(ids) == 1 else merkle_root(ids)):
             raise DataError(f"{root} holds other data by now than the run was trained on")

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from weftrain.core.formats.dataset import Manifest, open_set, open_sources
+from weftrain.core.formats.dataset import open_sources
+from weftrain.core.formats.dataset_manifest import DatasetManifest
+from weftrain.core.formats.shard_set import open_set
 
 LENGTH_EDGES = np.concatenate([[0], 2 ** np.arange(0, 27)])  # tokens
 SHOWN_SOURCES = 20  # a dataset may have a million
@@ -27,7 +29,7 @@ class DatasetStats:
     how many sources more there are, and what they hold together. bytes_per_token: of the files, end to end.
     """
 
-    manifest: Manifest
+    manifest: DatasetManifest
     set_name: str
     documents: int
     tokens_by_source: dict[str, int]
@@ -141,7 +143,7 @@ def stats_lines(stats: DatasetStats) -> list[str]:
     return lines
 
 
-def _markers(manifest: Manifest) -> str:
+def _markers(manifest: DatasetManifest) -> str:
     """With which ids documents begin and end. Rows that were packed elsewhere hold what they hold."""
     ends = [
         f"{what} with id {index}"

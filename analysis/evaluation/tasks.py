@@ -38,7 +38,7 @@ from weftrain.core.backend import Batch, EvaluationSource
 from weftrain.core.errors import DataError, one_line
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import sha256_json
-from weftrain.core.formats.dataset import Manifest
+from weftrain.core.formats.dataset_manifest import DatasetManifest
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.tokenizer_file import tokenizer_from
 from weftrain.core.model import Decoder, kernel_specs
@@ -222,7 +222,9 @@ def run_heldout(
 # Tokenizers
 
 
-def open_tokenizer(path: Path, vocab_size: int, dataset: tuple[Path, Manifest] | None = None) -> tuple[Tokenizer, str]:
+def open_tokenizer(
+    path: Path, vocab_size: int, dataset: tuple[Path, DatasetManifest] | None = None
+) -> tuple[Tokenizer, str]:
     """A tokenizer.json that fits a model of `vocab_size` ids and the dataset that the model was trained on; and its
     SHA-256.
 
@@ -265,7 +267,7 @@ def _begin_texts(tokenizer: Tokenizer, bos_id: int) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(["BEGIN", "$A"], ["BEGIN", "$A", "$B"], [begin])
 
 
-def end_of_text_id(tokenizer: Tokenizer, path: Path, dataset: Manifest | None = None) -> int:
+def end_of_text_id(tokenizer: Tokenizer, path: Path, dataset: DatasetManifest | None = None) -> int:
     """The id that ends a document: the dataset's, else that of </s> or <|endoftext|>. Raises DataError where there is
     none.
     """

@@ -35,7 +35,9 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError, RunFolderError, one_line
 from weftrain.core.formats.canonical import parse_json, sha256_json
 from weftrain.core.formats.plain_file import read_plain, real_path
-from weftrain.core.run.ledger import LEDGER, lineage, read_ledger
+from weftrain.core.run.ledger import read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import METRICS
 from weftrain.core.run.run_folder import stored_recipe
 

@@ -21,9 +21,9 @@ import yaml
 
 from weftrain.analysis.evaluation.records import read_records, records_folder
 from weftrain.core.config import Recipe
-from weftrain.core.formats.printable import printable
+from weftrain.core.errors import printable
 from weftrain.core.parameters import parameter_specs
-from weftrain.core.run.ledger import Lineage
+from weftrain.core.run.lineage import Lineage
 from weftrain.core.run.metrics import effective_records, heldout_label
 from weftrain.exchange.huggingface.files import MODELING
 from weftrain.exchange.huggingface.folder import layout_of

@@ -20,7 +20,7 @@ import torch
 
 from weftrain.core.errors import CheckpointError, UnreadableError
 from weftrain.core.formats import fsops
-from weftrain.core.formats.checkpoint_manifest import MANIFEST, read_manifest
+from weftrain.core.formats.checkpoint_manifest import MANIFEST, read_checkpoint_manifest
 from weftrain.core.formats.plain_file import UnreadableFileError
 from weftrain.core.formats.tensor_file import (
     DTYPE_NAMES,
@@ -140,7 +140,7 @@ def read_structure(path: Path) -> tuple[dict[str, Any], Layouts]:
     folder; tensor bytes are not hashed yet. Raises CheckpointError.
     """
     with _blamed(path, MANIFEST):
-        manifest = read_manifest(path)
+        manifest = read_checkpoint_manifest(path)
     present = {entry.name for entry in entries_of(path)} - {MANIFEST}
     for name in sorted(present ^ set(manifest["files"])):
         what = "is missing" if name in manifest["files"] else "does not belong there"

@@ -84,7 +84,7 @@ def root_of(manifest: dict[str, Any]) -> str:
     return sha256_json({key: value for key, value in manifest.items() if key != "root"})
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_checkpoint_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the checkpoint folder `path`, consistent in itself. Raises ValueError saying what is wrong, or
     OSError.
     """

@@ -169,7 +169,7 @@ class Ancestor(StrictModel):
     heldout: AncestorSet | None
 
 
-class Manifest(StrictModel):
+class DatasetManifest(StrictModel):
     """manifest.json, consistent in itself. `preparation` holds the settings that, with the corpus, determine every
     byte.
 
@@ -204,7 +204,7 @@ class Manifest(StrictModel):
     heldout: SetEntry | None
 
     @model_validator(mode="after")
-    def _check(self) -> Manifest:
+    def _check(self) -> DatasetManifest:
         for set_name, entry in self.sets.items():
             if [shard.file for shard in entry.shards] != [
                 shard_file(set_name, index) for index in range(len(entry.shards))

@@ -18,38 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from weftrain.core.formats.shard_bytes import MappedStreams, streams_of
-from weftrain.core.formats.shard_file import open_shard, refusal
+from weftrain.core.formats.shard_file import MappedStreams, open_shard, refusal, streams_of
 from weftrain.core.formats.shard_format import (
     BLOCK_BYTES,
-    ID_BYTES,
     INTEGERS_2,
-    PADDING,
     Documents,
-    FimRecord,
-    ShardInfo,
     block_digest,
-    num_tokens,
-    token_dtype,
-    write_shard,
 )
-
-__all__ = [
-    "BLOCK_BYTES",
-    "ID_BYTES",
-    "PADDING",
-    "Documents",
-    "FimRecord",
-    "ShardInfo",
-    "ShardReader",
-    "Stretch",
-    "cumulative_lengths",
-    "num_tokens",
-    "read_document_starts",
-    "read_rows",
-    "token_dtype",
-    "write_shard",
-]
 
 _GATHERED_ROWS = 64  # at a time, and so many files may be mapped at once beyond MAX_MAPPED
 _GATHERED_TOKENS = 1 << 18  # at a time: they stay in the processor's cache until they are widened to int64
@@ -59,7 +34,7 @@ _MAX_THREADS = 16  # of each process that reads, of which a machine may have sev
 
 
 @dataclass(frozen=True)
-class Stretch:
+class DocumentSpan:
     """A document's part of one row: inputs first..last of the row (the label of the last input is in neither), and
     where it came from.
 
@@ -166,7 +141,7 @@ class ShardReader:
             return np.frombuffer(self.streams["doc_end"], "<i8")
         return _document_ends(self.path, self.digest)
 
-    def stretches(self, row: int) -> list[Stretch]:
+    def document_spans(self, row: int) -> list[DocumentSpan]:
         """The documents of a row's inputs, in order. Raises IndexError, DataError."""
         _verify({self}, [self], self._positions(np.array([row])))
         table, first = self.documents(), row * self.row_stride
@@ -183,7 +158,9 @@ class ShardReader:
             last = min(int(table.end[index]) - 1 - first, self.sequence_length - 1)
             place = (int(table.file[index]), int(table.record[index]))
             found.append(
-                Stretch(table.id[index].tobytes(), int(table.source[index]), *place, max(begin - first, 0), last, fim)
+                DocumentSpan(
+                    table.id[index].tobytes(), int(table.source[index]), *place, max(begin - first, 0), last, fim
+                )
             )
         return found
 

@@ -7,14 +7,14 @@ are cut or padded. Shards and scores hold ids for good: the first is refused, th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from weftrain.core.errors import DataError, one_line
 from weftrain.core.formats.canonical import parse_json
-from weftrain.core.formats.tokenizer_patterns import check_patterns
 
 # Settings of a model's section by which encoding draws: BPE's dropout, Unigram's sampling of segmentations.
 _DRAWN = ("dropout", "alpha", "nbest_size")
@@ -68,3 +68,57 @@ def tokenizer_from(data: bytes, where: str, remedy: str = "name a Hugging Face t
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+MAX_PATTERN_CHARACTERS = 8192  # ten times the longest that is published
+
+
+_TOKEN = re.compile(
+    r"\\(?:[pPx]\{[^}]*\}|.)"  # an escape
+    r"|\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]"  # a character class
+    r"|\(\?#[^)]*\)|\((?:\?(?:<?[=!]|[a-zA-Z-]*:|>|<\w+>))?|\)"  # a group's two ends
+    r"|\{\d*,?\d*\}|[*+?]|.",
+    re.DOTALL,
+)
+
+
+def check_patterns(tree: Mapping[str, Any]) -> None:
+    """tree: a tokenizer.json. Raises ValueError for a pattern in it that is too long or repeats a repetition."""
+    for pattern in _patterns([tree.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]):
+        if len(pattern) > MAX_PATTERN_CHARACTERS:
+            raise ValueError(f"has a pattern of {len(pattern):,} characters, more than {MAX_PATTERN_CHARACTERS:,}")
+        if repeats_a_repetition(pattern):
+            raise ValueError(f"its pattern {pattern[:40]!r} repeats a repetition, which can take time without end")
+
+
+def _patterns(tree: Any) -> Iterator[str]:
+    found = [tree]
+    while found:
+        value = found.pop()
+        if isinstance(value, dict):
+            if isinstance(pattern := value.get("Regex"), str):
+                yield pattern
+            found += value.values()
+        elif isinstance(value, list):
+            found += value
+
+
+def repeats_a_repetition(pattern: str) -> bool:
+    """Whether a group that holds a repetition without bound is itself repeated without bound."""
+    inside = [False]  # for each open group: whether it holds such a repetition
+    closed = False  # whether the token before ended a group that does
+    for token in _TOKEN.findall(pattern):
+        if token[0] == "(" and not token.startswith("(?#"):
+            inside.append(False)
+            closed = False
+        elif token == ")":
+            closed = inside.pop() if len(inside) > 1 else False
+            inside[-1] |= closed
+        elif token in ("*", "+") or (token[0] == "{" and token.endswith(",}")):
+            if closed:
+                return True
+            inside[-1] = True
+        else:
+            # (..)?+ and (..)?*, which Oniguruma takes for repetitions of the optional group
+            closed = closed and token == "?"
+    return False

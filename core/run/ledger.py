@@ -11,54 +11,23 @@ those that were left, and `Lineage.origin` tells any step's samples.
 from __future__ import annotations
 
 import contextlib
-import shlex
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from weftrain.core.config import DataConfig, Recipe
+from weftrain.core.config import Recipe
 from weftrain.core.errors import RunFolderError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.formats.plain_file import plain_lines, read_plain
-from weftrain.core.order.rows import chunk_order, recipe_timeline
 from weftrain.core.recipe_file import recorded_recipe
-from weftrain.core.run.ledger_lines import check_line
+from weftrain.core.run.ledger_schema import LEDGER, check_line
+from weftrain.core.run.lineage import chunk_span, lineage
 from weftrain.core.run.metrics import digest
 
-LEDGER = "ledger.jsonl"
 TORN = "ledger.torn"
 BRANCHES = "branches"
-
-
-@dataclass(frozen=True)
-class Span:
-    """A chunk of a run, as it is trained: at `place` (0-based) stands `chunk`; steps [first_step, stop_step)."""
-
-    place: int
-    chunk: int
-    first_step: int
-    stop_step: int
-
-    def samples(self, recipe: Recipe) -> list[int]:
-        """[first, stop) sample numbers of the run; the first that `recipe` reads where it took over within the
-        chunk.
-        """
-        times = recipe_timeline(recipe)
-        return [times.sample(max(self.first_step, times.first_step)), times.sample(self.stop_step)]
-
-
-def span_of(recipe: Recipe, step: int) -> Span | None:
-    """The chunk that the 0-based step `step` is of; None where the recipe has no chunks."""
-    if recipe.data.chunks is None:
-        return None
-    steps = recipe.schedule.steps // recipe.data.chunks
-    place = step // steps
-    order = chunk_order(recipe.data, recipe.schedule.steps, recipe.batch.global_batch_size)
-    return Span(place, order.chunk_at(place), place * steps, (place + 1) * steps)
 
 
 class Ledger:
@@ -140,7 +109,7 @@ class Ledger:
         """Say that the chunk which begins at `step` begins from the checkpoint `parent`; nothing where none begins
         there.
         """
-        span = span_of(recipe, step)
+        span = chunk_span(recipe, step)
         if span is not None and span.first_step == step:
             where = {"chunk": span.chunk, "place": span.place, "samples": span.samples(recipe)}
             self.add("chunk_begin", step=step, dataset_id=dataset_id, parent=parent, **where)
@@ -183,7 +152,7 @@ class Ledger:
             self._chunk_end(recipe, segment.dataset_id, last["step"], last["root"])
 
     def _chunk_end(self, recipe: Recipe, dataset_id: str, step: int, root: str) -> None:
-        span = span_of(recipe, step - 1) if step else None
+        span = chunk_span(recipe, step - 1) if step else None
         if span is not None and span.stop_step == step:
             first, stop = span.samples(recipe)
             begun = [
@@ -203,7 +172,7 @@ class Ledger:
         how: Literal["resume", "repair"] = "resume",
     ) -> None:
         """Enter the run's own checkpoint that a crash left out, between its rename and its line here;
-        core/run/adoption.py says which is.
+        core/run/own_checkpoints.py says which is.
 
         records: the run's measurements, as `metrics.effective_records` gives them before the resume.
         """
@@ -227,247 +196,6 @@ class Ledger:
             metrics_sha256=digest(measured),
             entered=how,
         )
-
-
-@dataclass(frozen=True)
-class Point:
-    """A checkpoint on a line. metrics_after: completed steps after which the measurements begin that metrics_sha256
-    covers.
-    """
-
-    step: int
-    root: str
-    parent: str | None
-    metrics_after: int
-    metrics_sha256: str
-    entry: int  # the line's number
-
-
-@dataclass(frozen=True)
-class TrainingSegment:
-    """Steps trained in one go, [first_step, stop_step): by one recipe, on one dataset, in one environment. stop_step
-    None: so far.
-    """
-
-    first_step: int
-    stop_step: int | None
-    recipe: Mapping[str, Any]
-    dataset_id: str
-    environment: Mapping[str, Any]
-    parent: str | None
-    entry: int
-
-    def trained_within(self, first_step: int, stop_step: int) -> bool:
-        """Whether it trained any of the steps [first_step, stop_step)."""
-        stop = stop_step if self.stop_step is None else min(self.stop_step, stop_step)
-        return max(self.first_step, first_step) < stop
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Positions read by each step of this segment."""
-        return int(self.recipe["batch"]["global_batch_size"]) * int(self.recipe["data"]["sequence_length"])
-
-
-@dataclass(frozen=True)
-class Branch:
-    """What a rollback left: its number, the checkpoints on it, and where it left the line."""
-
-    number: int
-    step: int
-    reason: str
-    abandoned: tuple[tuple[int, str], ...]
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """What a ledger says, read from its start to its end."""
-
-    checkpoints: tuple[Point, ...]
-    segments: tuple[TrainingSegment, ...]
-    branches: tuple[Branch, ...]
-    decisions: tuple[Mapping[str, Any], ...]  # the `defer` entries that hold
-    # ascending: completed steps after each that was left out, for its loss or gradient was not finite
-    skips: tuple[int, ...] = ()
-    recipe: Mapping[str, Any] = field(default_factory=dict)  # that it told last, as it was written
-
-    def segment_at(self, step: int) -> TrainingSegment:
-        """The segment in which the 0-based step `step` was made. Raises ValueError for a step that the ledger does not
-        have.
-        """
-        place = bisect_right(self.segments, step, key=lambda segment: segment.first_step) - 1
-        segment = self.segments[place] if place >= 0 else None
-        if segment is None or (segment.stop_step is not None and step >= segment.stop_step):
-            raise ValueError(f"step {step} is not in the ledger")
-        return segment
-
-    def segment_of(self, completed: int) -> TrainingSegment:
-        """The segment that made a checkpoint of so many completed steps, also where a later one has begun right there.
-
-        Raises ValueError for one that the ledger does not have.
-        """
-        return self.segment_at(completed - 1) if completed else self.segments[0]
-
-    def origin(self, step: int) -> tuple[TrainingSegment, list[int], Span | None]:
-        """How the 0-based step `step` was made, on the line that counts: its segment, its samples [first, stop), its
-        chunk.
-
-        The samples' rows follow from recipe and dataset alone (core/data.py). Raises ValueError for a step that the
-        ledger does not have.
-        """
-        segment = self.segment_at(step)
-        recipe = recorded_recipe(dict(segment.recipe), f"{LEDGER}:{segment.entry + 1}").recipe
-        times = recipe_timeline(recipe)
-        return segment, [times.sample(step), times.sample(step + 1)], span_of(recipe, step)
-
-    def tokens_read(self, step: int) -> int:
-        """Positions read in the first `step` steps: each step by its own segment's recipe, what lies before the first
-        segment by that one.
-
-        0 where the ledger has no segment.
-        """
-        if not self.segments:
-            return 0
-        starts = [segment.first_step for segment in self.segments]
-        edges = [0, *starts[1:], max(step, starts[-1])]
-        parts = zip(self.segments, edges, edges[1:], strict=False)
-        return sum(segment.tokens_per_step * max(0, min(step, stop) - first) for segment, first, stop in parts)
-
-
-def tokens_before(step: int, manifest: Mapping[str, Any] | None, line: Lineage) -> int:
-    """Positions read before `step`, where a run starts: its checkpoint's count, and by the ledger those of the steps
-    since.
-
-    manifest: of the checkpoint of this run that it resumes from, or None. A backend that keeps its own state may stand
-    beyond it.
-    """
-    if manifest is None:
-        return line.tokens_read(step)
-    return int(manifest["tokens"]) + line.tokens_read(step) - line.tokens_read(manifest["step"])
-
-
-def lineage(entries: Sequence[Mapping[str, Any]]) -> Lineage:
-    """Follow a ledger. Raises RunFolderError for one that contradicts itself: a resume from a checkpoint that it does
-    not have.
-    """
-    line = _Line()
-    for entry in entries:
-        getattr(line, f"on_{entry['kind']}", line.on_other)(entry)
-    return Lineage(
-        tuple(line.checkpoints),
-        tuple(line.segments),
-        tuple(line.branches),
-        tuple(line.decisions),
-        tuple(line.skips),
-        line.recipe,
-    )
-
-
-@dataclass
-class _Line:
-    checkpoints: list[Point] = field(default_factory=list)
-    segments: list[TrainingSegment] = field(default_factory=list)
-    branches: list[Branch] = field(default_factory=list)
-    decisions: list[Mapping[str, Any]] = field(default_factory=list)
-    skips: list[int] = field(default_factory=list)
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-
-    def on_start(self, entry: Mapping[str, Any]) -> None:
-        if self.segments:
-            raise RunFolderError(
-                f"{LEDGER}:{entry['n'] + 1}: starts a run that was started before: two ledgers were put together"
-            )
-        self.recipe = entry["recipe"]
-        self._go_on(entry)
-
-    def on_recipe(self, entry: Mapping[str, Any]) -> None:
-        self.recipe = entry["recipe"]
-
-    def on_resume(self, entry: Mapping[str, Any]) -> None:
-        step, root = entry["step"], entry["parent"]
-        self._cut(-1 if entry.get("from_scratch") else step)
-        if self.checkpoints and self.checkpoints[-1].root != root and (root is not None or step > 0):
-            raise RunFolderError(
-                f"{LEDGER}:{entry['n'] + 1}: resumes from checkpoint {str(root)[:12]}, and the last before it is "
-                "another: was the ledger "
-                "of another run put here?"
-            )
-        self._go_on(entry)
-
-    def on_checkpoint(self, entry: Mapping[str, Any]) -> None:
-        while self.checkpoints and self.checkpoints[-1].step >= entry["step"]:
-            self.checkpoints.pop()
-        after, digest = entry["metrics_after"], entry["metrics_sha256"]
-        self.checkpoints.append(Point(entry["step"], entry["root"], entry["parent"], after, digest, entry["n"]))
-
-    def on_rollback(self, entry: Mapping[str, Any]) -> None:
-        abandoned = tuple((step, root) for step, root in entry["abandoned"])
-        self.branches.append(Branch(entry["branch"], entry["step"], entry["reason"], abandoned))
-        self._cut(entry["step"])
-
-    def on_defer(self, entry: Mapping[str, Any]) -> None:
-        self.decisions.append(entry)
-
-    def on_skip(self, entry: Mapping[str, Any]) -> None:
-        while self.skips and self.skips[-1] >= entry["step"]:
-            self.skips.pop()
-        self.skips.append(entry["step"])
-
-    def on_end(self, entry: Mapping[str, Any]) -> None:
-        if self.segments:
-            self.segments[-1] = _until(self.segments[-1], entry["step"])
-
-    def on_other(self, entry: Mapping[str, Any]) -> None:
-        pass
-
-    def _cut(self, step: int) -> None:
-        """Take what lies beyond `step` off the ends of the lists, whose steps ascend: each entry is added and removed
-        once.
-        """
-        while self.skips and self.skips[-1] > step:
-            self.skips.pop()
-        while self.checkpoints and self.checkpoints[-1].step > step:
-            self.checkpoints.pop()
-        while self.segments and self.segments[-1].first_step >= step:
-            self.segments.pop()
-        if self.segments:
-            self.segments[-1] = _until(self.segments[-1], step)
-
-    def _go_on(self, entry: Mapping[str, Any]) -> None:
-        if self.segments:
-            self.segments[-1] = _until(self.segments[-1], entry["step"])
-        where = (entry["dataset_id"], entry["environment"], entry["parent"], entry["n"])
-        self.segments.append(TrainingSegment(entry["step"], None, self.recipe, *where))
-
-
-def _until(segment: TrainingSegment, step: int) -> TrainingSegment:
-    stop = step if segment.stop_step is None else min(step, segment.stop_step)
-    return TrainingSegment(
-        segment.first_step, stop, segment.recipe, segment.dataset_id, segment.environment, segment.parent, segment.entry
-    )
-
-
-def going_back(step: int, run: str = "RUN") -> str:
-    """How one goes back to `step`, in words. No run has a checkpoint of its beginning to go back to."""
-    if step == 0:
-        return "begin another run, with another --run"
-    return f"go back first, with `weftrain rollback {shlex.quote(run)} --to {step} --reason WHY`"
-
-
-def with_decisions(data: DataConfig, decisions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """data.skip with the chunks that the ledger defers or drops, each once, as JSON values."""
-    skip = [entry.model_dump(mode="json") for entry in data.skip]
-    named = {entry["chunk"] for entry in skip if entry["chunk"] is not None}
-    for entry in decisions:
-        if entry["chunk"] not in named:
-            found = {
-                "reason": entry["reason"],
-                "chunk": entry["chunk"],
-                "action": entry["action"],
-                "source": None,
-                "rows": None,
-            }
-            skip.append(found)
-    return skip
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:

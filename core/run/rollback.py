@@ -18,10 +18,11 @@ from weftrain.core.backend import StoredState
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.formats import fsops
-from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER, folder_name, read_manifest
-from weftrain.core.formats.names import path_below
-from weftrain.core.order.rows import chunk_order
-from weftrain.core.run.ledger import BRANCHES, Branch, Ledger, going_back, lineage
+from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER, folder_name, read_checkpoint_manifest
+from weftrain.core.formats.safe_names import path_below
+from weftrain.core.order.timeline import chunk_order
+from weftrain.core.run.ledger import BRANCHES, Ledger
+from weftrain.core.run.lineage import Branch, going_back, lineage
 from weftrain.core.run.stored_state import completed
 
 
@@ -86,7 +87,7 @@ def _last_rollback(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | 
     return relevant[-1] if relevant and relevant[-1]["kind"] == "rollback" else None
 
 
-def put_off(
+def defer_chunk(
     run: Path,
     ledger: Ledger,
     recipe: Recipe,
@@ -132,6 +133,6 @@ def _steps(folder: Path) -> dict[int, Path]:
 
 def _root(path: Path) -> str:
     try:
-        return str(read_manifest(path)["root"])
+        return str(read_checkpoint_manifest(path)["root"])
     except (OSError, ValueError):
         return "damaged"  # it is moved all the same: a damaged checkpoint is evidence too

@@ -16,8 +16,8 @@ from weftrain.core.backend import BatchSource
 from weftrain.core.config import Recipe
 from weftrain.core.data import TokenSource, training_source
 from weftrain.core.errors import DataError
-from weftrain.core.order.rows import ChunkOrder, Timeline, recipe_timeline
-from weftrain.core.run.ledger import Lineage
+from weftrain.core.order.timeline import ChunkOrder, Timeline, recipe_timeline
+from weftrain.core.run.lineage import Lineage
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from weftrain.core.backend import Plan, StepResult, StoredState, StoredStateUse
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.dataset_manifest import SourceCursor
-from weftrain.core.run.ledger import TrainingSegment, lineage
+from weftrain.core.run.lineage import TrainingSegment, lineage
 
 Whose = Literal["current", "behind", "left", "foreign"]
 

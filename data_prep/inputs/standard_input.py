@@ -15,7 +15,7 @@ from typing import IO
 
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
-from weftrain.core.formats.names import path_below
+from weftrain.core.formats.safe_names import path_below
 from weftrain.data_prep.inputs.files import BLOCK_BYTES
 
 _MODIFIED_NS = 0

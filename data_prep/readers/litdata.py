@@ -23,8 +23,8 @@ import numpy as np
 
 from weftrain.core.errors import DataError, one_line
 from weftrain.core.formats.canonical import parse_json
-from weftrain.core.formats.names import path_below
 from weftrain.core.formats.plain_file import open_plain
+from weftrain.core.formats.safe_names import path_below
 from weftrain.data_prep.inputs.files import is_local
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, local_only
 from weftrain.data_prep.readers.documents import InputFile, Share

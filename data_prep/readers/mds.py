@@ -18,7 +18,7 @@ import numpy as np
 
 from weftrain.core.errors import DataError
 from weftrain.core.formats.canonical import parse_json
-from weftrain.core.formats.names import checked_path
+from weftrain.core.formats.safe_names import checked_path
 from weftrain.data_prep.inputs.compression import compression_of, open_decompressed
 from weftrain.data_prep.inputs.files import exists, open_address
 from weftrain.data_prep.readers.contract import Probe, Reader, Records

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from weftrain.core.errors import DataError
 from weftrain.core.formats.line_table import Lines
-from weftrain.core.formats.shard_reader import PADDING
+from weftrain.core.formats.shard_format import PADDING
 from weftrain.data_prep.inputs.compression import CUT, compression_of
 from weftrain.data_prep.inputs.files import check_unchanged, range_sha256
 from weftrain.data_prep.readers.contract import Records

@@ -16,7 +16,7 @@ import numpy as np
 
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
-from weftrain.core.formats.shard_reader import ID_BYTES
+from weftrain.core.formats.shard_format import ID_BYTES
 from weftrain.data_prep import marks
 from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.fim.context import Draws, context_pieces, context_tokens, filled_rows

@@ -23,7 +23,8 @@ import numpy as np
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json
-from weftrain.core.formats.dataset import FAILURES, InputEntry, merkle_root, write_inputs
+from weftrain.core.formats.dataset import FAILURES, write_inputs
+from weftrain.core.formats.dataset_manifest import InputEntry, merkle_root
 from weftrain.core.formats.line_table import write_lines
 from weftrain.data_prep.growth import index_documents, parents_failures, parents_inputs, parents_sources
 from weftrain.data_prep.stages.part_notes import in_blocks, read_failures, read_note

@@ -13,25 +13,23 @@ import numpy as np
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
-from weftrain.core.formats.dataset import (
-    VERSION,
+from weftrain.core.formats.dataset import VERSION, write_dataset_manifest, write_sources
+from weftrain.core.formats.dataset_manifest import (
     Chunks,
     Corpus,
+    DatasetManifest,
     DocumentCounts,
     FimPrepared,
-    Manifest,
     SetEntry,
     ShardEntry,
-    ShardSet,
     SourceEntry,
     Tokenization,
     merkle_root,
     shard_file,
-    write_manifest,
-    write_sources,
 )
 from weftrain.core.formats.line_table import LineTable
-from weftrain.core.formats.shard_reader import Documents, FimRecord, num_tokens, write_shard
+from weftrain.core.formats.shard_format import Documents, FimRecord, num_tokens, write_shard
+from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.growth import Added, parent_manifest, parents_sources, put_parents_shards, with_parents
 from weftrain.data_prep.stages.order import HELDOUT, STREAM_COLUMNS, Stream, stream_names, with_padding
@@ -243,7 +241,7 @@ def _released(plan: Plan, cut: Stream, first: int, rows: int, encoder: TextEncod
     return with_padding(cut, joined, None if mask.all() else mask, np.array(lengths), np.array(of_document))
 
 
-def finish(plan: Plan, name: str) -> Manifest:
+def finish(plan: Plan, name: str) -> DatasetManifest:
     """The manifest, once every shard is there; the whole set is opened before anybody else sees it. Raises
     DataError.
     """
@@ -261,7 +259,7 @@ def finish(plan: Plan, name: str) -> Manifest:
     if before is not None:
         added = with_parents(plan, before, added)
         put_parents_shards(plan)
-    manifest = Manifest(
+    manifest = DatasetManifest(
         format="weftrain-dataset",
         version=VERSION,
         name=name,
@@ -288,7 +286,7 @@ def finish(plan: Plan, name: str) -> Manifest:
     )
     if HELDOUT not in sets:
         fsops.remove_tree(plan.dataset / HELDOUT)
-    write_manifest(plan.dataset, manifest)
+    write_dataset_manifest(plan.dataset, manifest)
     for set_name in manifest.sets:
         ShardSet(plan.dataset, manifest, set_name)
     return manifest

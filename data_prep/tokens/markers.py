@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset import Manifest
+from weftrain.core.formats.dataset_manifest import DatasetManifest
 
 EOS_CANDIDATES = ("</s>", "<|endoftext|>")
 NO_EOS = "none"
@@ -111,7 +111,7 @@ def marker_ids(tokenizer: Tokenizer, markers: Markers, where: str) -> MarkerIds:
     return ids
 
 
-def recorded_markers(manifest: Manifest) -> Markers:
+def recorded_markers(manifest: DatasetManifest) -> Markers:
     """The markers that a dataset was prepared with."""
     recorded = manifest.preparation
     eos, bos, fim = (None if recorded.get(key) is None else str(recorded[key]) for key in ("eos", "bos", "fim_tokens"))

@@ -25,7 +25,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from weftrain.core.errors import DataError, one_line
 from weftrain.core.formats.plain_file import read_plain
-from weftrain.core.formats.shard_reader import token_dtype
+from weftrain.core.formats.shard_format import token_dtype
 from weftrain.core.formats.tokenizer_file import is_panic, library_stopped, tokenizer_from
 from weftrain.data_prep.heldout import ASCII_SPACE
 from weftrain.data_prep.tokens.added_tokens import may_hold_added_token

@@ -28,7 +28,7 @@ from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError, RecipeError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
-from weftrain.core.formats.names import checked_segment
+from weftrain.core.formats.safe_names import checked_segment
 from weftrain.core.formats.tensor_file import (
     DTYPE_NAMES,
     DTYPES,

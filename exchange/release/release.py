@@ -39,14 +39,15 @@ from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.formats.dataset import MANIFEST as DATA_MANIFEST
-from weftrain.core.formats.dataset import TOKENIZER, described_by
-from weftrain.core.formats.dataset import read_manifest as read_data_manifest
-from weftrain.core.formats.names import checked_path
+from weftrain.core.formats.dataset import TOKENIZER, described_by, read_dataset_manifest
 from weftrain.core.formats.plain_file import read_plain
+from weftrain.core.formats.safe_names import checked_path
 from weftrain.core.formats.strict_model import Count, Sha256, StrictModel
-from weftrain.core.order.rows import Timeline, chunk_order, recipe_timeline
+from weftrain.core.order.timeline import Timeline, chunk_order, recipe_timeline
 from weftrain.core.recipe_file import recorded_recipe
-from weftrain.core.run.ledger import LEDGER, Lineage, Point, lineage, read_ledger
+from weftrain.core.run.ledger import read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import CheckpointEntry, Lineage, lineage
 from weftrain.core.run.metrics import METRICS
 from weftrain.core.run.run_folder import ENVIRONMENT, READABLE_RECIPE, RECIPE
 
@@ -108,13 +109,13 @@ class Release(StrictModel):
 WriteWeights = Callable[[Path, Mapping[str, Any], Recipe], None]
 
 
-def links_of(line: Lineage, recipe: Recipe) -> list[tuple[Link, Point]]:
+def links_of(line: Lineage, recipe: Recipe) -> list[tuple[Link, CheckpointEntry]]:
     """The links of a run's line with the checkpoint each ends in: per chunk where the run has chunks, else per
     checkpoint.
 
     Raises ReleaseError where a chunk's checkpoint is not there.
     """
-    points: list[Point | None] = [None] if _starts_itself(line) else []
+    points: list[CheckpointEntry | None] = [None] if _starts_itself(line) else []
     chunk_steps, order = None, None
     if recipe.data.chunks is not None:
         chunk_steps = recipe.schedule.steps // recipe.data.chunks
@@ -313,7 +314,7 @@ def _copy_data(
     licences: dict[str, str] = {}
     for source in (source for recipe in recipes for source in recipe.data.sources):
         folder = (Path(recipes[0].data.root) if root is None else root) / source.path
-        manifest = read_data_manifest(folder)
+        manifest = read_dataset_manifest(folder)
         known = licences.setdefault(source.name, manifest.corpus.licence)
         if known != manifest.corpus.licence:  # of another dataset, which the source of that name read before
             licences[source.path] = manifest.corpus.licence

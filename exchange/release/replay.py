@@ -28,7 +28,8 @@ from weftrain.core.model import draw
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.continuation import check_recorded_order
-from weftrain.core.run.ledger import LEDGER, Lineage
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import Lineage
 from weftrain.core.run.metrics import effective_records
 from weftrain.core.run.run_folder import differences
 from weftrain.exchange.release.release import Link

@@ -20,10 +20,13 @@ from weftrain.core import checkpoint
 from weftrain.core.errors import ReleaseError
 from weftrain.core.formats.canonical import sha256_json
 from weftrain.core.formats.checkpoint_manifest import folder_name
-from weftrain.core.formats.dataset import merkle_root, open_set
-from weftrain.core.formats.dataset import read_manifest as read_data_manifest
+from weftrain.core.formats.dataset import read_dataset_manifest
+from weftrain.core.formats.dataset_manifest import merkle_root
+from weftrain.core.formats.shard_set import open_set
 from weftrain.core.recipe_file import recorded_recipe
-from weftrain.core.run.ledger import LEDGER, Lineage, going_back, lineage, read_ledger
+from weftrain.core.run.ledger import read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import Lineage, going_back, lineage
 from weftrain.core.run.metrics import METRICS, Digest, effective_records
 from weftrain.core.run.metrics_lines import MEASURED
 from weftrain.core.run.run_folder import RECIPE
@@ -211,7 +214,7 @@ def _check_revisions(folder: Path, release: Release) -> None:
 def _train_id(folder: Path, whole: bool) -> str:
     if whole:
         open_set(folder, "train")  # every shard's digest is the manifest's
-    return read_data_manifest(folder).train.id
+    return read_dataset_manifest(folder).train.id
 
 
 def _checkpoints(release: Release) -> list[str]:

@@ -17,7 +17,7 @@ from weftrain.core.backend import State
 from weftrain.core.config import Recipe
 from weftrain.core.formats.canonical import canonical_json, sha256_json
 from weftrain.core.formats.fsops import sha256_file
-from weftrain.core.run.ledger import lineage
+from weftrain.core.run.lineage import lineage
 from weftrain.exchange.huggingface.folder import write_huggingface
 from weftrain.exchange.release.release import links_of, read_release, revisions
 

@@ -14,7 +14,7 @@ import torch
 from record_runs import done, prepare, trainer, weftrain
 
 from weftrain.core.formats.canonical import canonical_json
-from weftrain.core.formats.dataset import read_manifest
+from weftrain.core.formats.dataset import read_dataset_manifest
 from weftrain.core.run.metrics import read_metrics
 
 TOKENS_PER_STEP = 4 * 13
@@ -83,7 +83,7 @@ def test_runs_and_a_release_in_one_table(made: Path) -> None:
         ("release", "release"),
     ]
     assert value["positions"] == [2 * TOKENS_PER_STEP, 4 * TOKENS_PER_STEP, 6 * TOKENS_PER_STEP]
-    heldout_id = read_manifest(made / "datasets" / "words").sets["heldout"].id
+    heldout_id = read_dataset_manifest(made / "datasets" / "words").sets["heldout"].id
     measured = {
         (record["step"], record["kind"]): record["loss"] for record in read_metrics(paths[0]) if "loss" in record
     }
@@ -125,7 +125,7 @@ def test_runs_and_a_release_in_one_table(made: Path) -> None:
 
 def test_other_datasets_of_one_name_are_other_columns(made: Path) -> None:
     value = compared(made / "runs" / "longer", made / "runs" / "other")
-    ids = {name: read_manifest(made / name / "words").sets["heldout"].id for name in ("datasets", "elsewhere")}
+    ids = {name: read_dataset_manifest(made / name / "words").sets["heldout"].id for name in ("datasets", "elsewhere")}
     assert ids["datasets"] != ids["elsewhere"]
     rows = [value["rows"][name, 104] for name in ("longer", "other")]
     headings = [[heading for heading in row if heading.startswith("held-out")] for row in rows]

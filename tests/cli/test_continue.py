@@ -17,8 +17,10 @@ from click.testing import Result
 from tests.core.run.test_continuation import ancestor_of
 from tests.core.test_data import VOCAB, S, make_dataset
 from weftrain.core.config import Recipe
-from weftrain.core.formats.checkpoint_manifest import read_manifest
-from weftrain.core.run.ledger import LEDGER, lineage, read_ledger
+from weftrain.core.formats.checkpoint_manifest import read_checkpoint_manifest
+from weftrain.core.run.ledger import read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import lineage
 from weftrain.core.run.run_source import run_source
 
 Weftrain = Callable[..., Result]
@@ -79,7 +81,9 @@ def test_the_printed_command_continues_chunks_and_schedule_twice_over(
     assert "recipe changed at step 12: data.chunks: 6 -> 12" in third.output
     rows = rows_read(tmp_path / "runs" / "crystal_demo", 24)
     assert len(set(rows)) == len(rows) == 48
-    manifest: dict[str, Any] = read_manifest(tmp_path / "runs" / "crystal_demo" / "checkpoints" / "step_00000024")
+    manifest: dict[str, Any] = read_checkpoint_manifest(
+        tmp_path / "runs" / "crystal_demo" / "checkpoints" / "step_00000024"
+    )
     assert manifest["sources"]["a"] == {
         "dataset_id": manifest["dataset_id"],
         "place": 48,
@@ -107,7 +111,7 @@ def test_a_run_goes_on_with_the_dataset_that_its_own_grew_into(train: Train, tmp
     )
     rows = rows_read(tmp_path / "runs" / "crystal_demo", 9)
     assert len(set(rows)) == len(rows) == 18
-    manifest = read_manifest(tmp_path / "runs" / "crystal_demo" / "checkpoints" / "step_00000009")
+    manifest = read_checkpoint_manifest(tmp_path / "runs" / "crystal_demo" / "checkpoints" / "step_00000009")
     assert (manifest["sources"]["a"]["place"], manifest["sources"]["a"]["rows"]) == (18, [2000])
 
 
@@ -149,7 +153,7 @@ def test_another_batch_size_reads_on_in_the_same_stream(train: Train, weftrain: 
     )
     assert result.exit_code == 0, result.output
     run = tmp_path / "runs" / "crystal_demo"
-    assert read_manifest(run / "checkpoints" / "step_00000006")["position"] == 4 * 2 + 2 * 6
+    assert read_checkpoint_manifest(run / "checkpoints" / "step_00000006")["position"] == 4 * 2 + 2 * 6
     assert "step 5: samples 14..19" in weftrain("log", run, "--samples", "5").output
     assert "step 3: samples 6..7" in weftrain("log", run, "--samples", "3").output
     again = train("schedule.steps=6", "batch.global_batch_size=6")

@@ -17,7 +17,7 @@ from rich.tree import Tree
 
 from weftrain.cli.display import Bar, Console, plain_output
 from weftrain.cli.main import VERBS, Failure, main
-from weftrain.core.formats.printable import printable
+from weftrain.core.errors import printable
 from weftrain.core.run.ledger import Ledger
 
 CLI = ROOT / "cli"

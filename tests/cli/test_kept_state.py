@@ -16,7 +16,9 @@ from record_runs import done, prepare, trainer, weftrain
 from weftrain.backends.streaming.store.mapped import read_commit
 from weftrain.core import checkpoint
 from weftrain.core import trainer as training
-from weftrain.core.run.ledger import LEDGER, Ledger, lineage, read_ledger
+from weftrain.core.run.ledger import Ledger, read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import MetricsWriter, read_metrics
 from weftrain.exchange.release.verify import verify
 

@@ -12,7 +12,9 @@ from click.testing import Result
 from record_runs import done, prepare, trainer, weftrain
 
 from weftrain.core import checkpoint
-from weftrain.core.run.ledger import LEDGER, lineage, read_ledger
+from weftrain.core.run.ledger import read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import digest, read_metrics
 
 Train = Callable[..., Result]

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from weftrain.cli.main import main
 from weftrain.cli.prep import prep
 from weftrain.cli.prep_report import epoch_lines
-from weftrain.core.formats.dataset import read_manifest
+from weftrain.core.formats.dataset import read_dataset_manifest
 from weftrain.core.formats.dataset_manifest import Chunks
 from weftrain.data_prep.inputs.standard_input import forget, spool
 
@@ -143,7 +143,7 @@ def test_the_command_that_prep_prints_trains_as_it_is(weftrain: Weftrain, texts:
         made = weftrain("prep", texts, "--output", tmp_path / "data sets", *arguments)
         assert made.exit_code == 0, made.output
         assert state in made.output
-        manifest = read_manifest(tmp_path / "data sets" / "sets" / "2024")
+        manifest = read_dataset_manifest(tmp_path / "data sets" / "sets" / "2024")
         lines = {line.split()[0]: line for line in made.output.splitlines() if line.startswith("  ")}
         assert (
             f"{manifest.documents.read:,} documents, {manifest.documents.duplicates} duplicates dropped, 0 failed"
@@ -213,7 +213,7 @@ def test_lines_are_whole_at_any_width_and_without_colour(
 
 
 def test_steps_an_epoch_of_each_recipe_that_the_rows_fit(dataset: Path) -> None:
-    manifest = read_manifest(dataset)
+    manifest = read_dataset_manifest(dataset)
     rows = manifest.train.epochs[0]
     assert epoch_lines(manifest) == [f"{rows // 16:,} steps of 16 rows (amber_demo)"]
     large = manifest.model_copy(update={"vocab_size": 32_000, "sequence_length": 2048})
@@ -235,7 +235,7 @@ def test_standard_input(weftrain: Weftrain, tmp_path: Path) -> None:
         piped = CliRunner().invoke(main, ["prep", address, *map(str, common), "--name", "piped"], input=lines)
         assert piped.exit_code == 0, piped.output
         assert state in piped.output
-    assert read_manifest(tmp_path / "piped").train.id == read_manifest(tmp_path / "file").train.id
+    assert read_dataset_manifest(tmp_path / "piped").train.id == read_dataset_manifest(tmp_path / "file").train.id
     other = CliRunner().invoke(
         main, ["prep", "-", *map(str, common), "--name", "piped"], input=lines.replace("words", "texts")
     )

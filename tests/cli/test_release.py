@@ -19,7 +19,7 @@ from record_runs import done, prepare, trainer, weftrain
 
 from weftrain.core import checkpoint
 from weftrain.core.formats.canonical import canonical_json, sha256_json
-from weftrain.core.formats.dataset import read_manifest
+from weftrain.core.formats.dataset import read_dataset_manifest
 from weftrain.core.formats.fsops import sha256_file
 
 
@@ -176,8 +176,8 @@ def test_reordered_rows_consistently_hashed_fail_replay(release: Path, tmp_path:
         "</s>",
     ]
     done(weftrain("prep", tmp_path / "texts", "--output", datasets, *options, "--seed", "7"))
-    new_id = read_manifest(datasets / "words").train.id
-    assert new_id != read_manifest(own).train.id
+    new_id = read_dataset_manifest(datasets / "words").train.id
+    assert new_id != read_dataset_manifest(own).train.id
     shutil.rmtree(own)
     shutil.copytree(datasets / "words", own, ignore=shutil.ignore_patterns("failures.jsonl"))
     forge(release, dataset_id=new_id)
@@ -322,7 +322,7 @@ def truncate_ledger(release: Path) -> None:
         (outside, "'../../etc/passwd' is not a path within the folder"),
         (swap_chunks_in_release, "links are not the 3 that follow from the ledger"),
         (change_metrics, "measurements up to step 2 are not those of the ledger"),
-        (change_recipe, "recipe.json: is not the recipe of the ledger's last stretch"),
+        (change_recipe, "recipe.json: is not the recipe of the ledger's last segment"),
         (change_hub_weights, "ckpt_002: weight .* is not that of step 4"),
         (another_tokenizer, "tokenizer.json: SHA-256 .* the shards were made with another tokenizer"),
         (another_dataset, "data: holds dataset .* step . was trained on"),
@@ -471,7 +471,7 @@ def test_every_revision_is_a_folder_that_transformers_opens_with_its_tokenizer_a
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     import transformers
 
-    end = read_manifest(release / "data" / "words").eos_id
+    end = read_dataset_manifest(release / "data" / "words").eos_id
     card = (release / "README.md").read_text()
     assert "library_name" not in card.split("---")[1]  # no library opens the folder of the whole release
     for number, folder in enumerate(sorted((release / "revisions").iterdir()), 1):

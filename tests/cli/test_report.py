@@ -21,7 +21,9 @@ import torch
 from record_runs import done, prepare, trainer, weftrain
 
 from weftrain.core.formats.canonical import canonical_json, parse_json
-from weftrain.core.run.ledger import LEDGER, lineage, read_ledger
+from weftrain.core.run.ledger import read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import METRICS
 
 REASON = "the loss rose </style><script>alert(1)</script><img src=x onerror=alert(2)>"

@@ -13,8 +13,10 @@ from click.testing import Result
 
 from weftrain.core.formats import checkpoint_files
 from weftrain.core.formats.canonical import canonical_json, sha256_json
-from weftrain.core.formats.checkpoint_manifest import read_manifest
-from weftrain.core.run.ledger import LEDGER, TORN, Ledger, lineage, read_ledger
+from weftrain.core.formats.checkpoint_manifest import read_checkpoint_manifest
+from weftrain.core.run.ledger import TORN, Ledger, read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import read_metrics
 from weftrain.core.run.run_folder import RunFolder
 
@@ -123,7 +125,7 @@ def test_a_foreign_checkpoint_is_refused_and_named(train_tiny: Train, run: Path)
     before = tree(run)
     place = foreign(train_tiny, run)
     refused(train_tiny(*MORE), str(place), "its parent is", "move the folder away")
-    last = read_manifest(run / "checkpoints" / "step_00000006")
+    last = read_checkpoint_manifest(run / "checkpoints" / "step_00000006")
     forged(place, parent=last["root"], recipe=last["recipe"] | {"seed": 77})
     refused(train_tiny(*MORE), "made with another recipe (seed: ")
     forged(place, recipe=last["recipe"], dataset_id="e" * 64)
@@ -354,7 +356,7 @@ def test_an_override_that_asks_for_another_model_is_refused(run: Path, weftrain:
         weftrain("generate", run, "model.intermediate_size=72", "--prompt", "a"), "model.intermediate_size: 70 -> 72"
     )
     place = run / "checkpoints" / "step_00000006"
-    recipe = read_manifest(place)["recipe"]
+    recipe = read_checkpoint_manifest(place)["recipe"]
     forged(place, recipe=recipe | {"model": recipe["model"] | {"num_layers": 1}})
     refused(
         weftrain("convert", "to-huggingface", run, tmp_path / "hf", "--dtype", "float32"),

@@ -18,7 +18,7 @@ from click.testing import Result
 from weftrain.analysis.compare.series import read_run
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
-from weftrain.core.formats.checkpoint_manifest import read_manifest
+from weftrain.core.formats.checkpoint_manifest import read_checkpoint_manifest
 from weftrain.core.run.metrics import read_metrics
 
 Train = Callable[..., Result]
@@ -99,7 +99,7 @@ def test_tokens_are_counted_as_they_were_read(train_tiny: Train, tmp_path: Path)
     series = read_run(folder, "run")
     assert series.points[-1].tokens == 304
     for step in (4, 8):
-        assert read_manifest(folder / "checkpoints" / f"step_{step:08d}")["tokens"] == wanted[step - 1]
+        assert read_checkpoint_manifest(folder / "checkpoints" / f"step_{step:08d}")["tokens"] == wanted[step - 1]
 
 
 def test_too_many_skipped_steps_stop_the_run(train_tiny: Train, tmp_path: Path) -> None:

@@ -26,18 +26,14 @@ from weftrain.core.formats.dataset import (
     MANIFEST,
     TOKENIZER,
     VERSION,
-    InputEntry,
-    Manifest,
-    ShardSet,
-    SourceEntry,
-    merkle_root,
-    read_manifest,
-    shard_file,
+    read_dataset_manifest,
+    write_dataset_manifest,
     write_inputs,
-    write_manifest,
     write_sources,
 )
-from weftrain.core.formats.shard_reader import Documents, num_tokens, write_shard
+from weftrain.core.formats.dataset_manifest import DatasetManifest, InputEntry, SourceEntry, merkle_root, shard_file
+from weftrain.core.formats.shard_format import Documents, num_tokens, write_shard
+from weftrain.core.formats.shard_set import ShardSet
 from weftrain.core.order.mixture import MAX_MIXTURE_BLOCK, MIXTURE_BLOCK, Mixture, largest_remainder, make_mixture
 
 S = 8
@@ -128,7 +124,7 @@ def make_dataset(
         "train": write_set(folder, "train", rows, first_id, tokenizer_sha256, masked),
         "heldout": write_set(folder, "heldout", heldout, 50_000, tokenizer_sha256, masked) if heldout else None,
     }
-    write_manifest(folder, Manifest.model_validate(value | changes))
+    write_dataset_manifest(folder, DatasetManifest.model_validate(value | changes))
 
 
 def config(root: Path, *sources: dict[str, Any], seed: int = 1, sequence_length: int = S) -> DataConfig:
@@ -309,7 +305,7 @@ def test_rows_of_a_shard_without_mask_bear_loss_beside_masked_ones(tmp_path: Pat
         value["train"]["id"] = merkle_root([shard["digest"] for shard in value["train"]["shards"]])
 
     change_manifest(tmp_path / "a", change)
-    ids, mask = ShardSet(tmp_path / "a", read_manifest(tmp_path / "a"), "train").rows(np.array([7, 0, 4]))
+    ids, mask = ShardSet(tmp_path / "a", read_dataset_manifest(tmp_path / "a"), "train").rows(np.array([7, 0, 4]))
     assert mask is not None
     assert mask[1].all()
     assert np.array_equal(mask[[0, 2]], ids[[0, 2], 1:] % 3 > 0)
@@ -317,7 +313,7 @@ def test_rows_of_a_shard_without_mask_bear_loss_beside_masked_ones(tmp_path: Pat
 
 def test_names_say_where_a_row_lies(mixed: TokenSource, tmp_path: Path) -> None:
     ids, names = mixed.rows(3, 0, 37).ids, mixed.sample_names(3, 0, 37)
-    sets = {name: ShardSet(tmp_path / name, read_manifest(tmp_path / name), "train") for name in ("a", "b")}
+    sets = {name: ShardSet(tmp_path / name, read_dataset_manifest(tmp_path / name), "train") for name in ("a", "b")}
     for row, name in zip(ids, names, strict=True):
         place, number = name.split(":")
         dataset, file = place.split("/", 1)
@@ -346,7 +342,7 @@ def test_heldout_is_read_in_order_and_cut(tmp_path: Path) -> None:
     (whole,) = open_heldout(data, VOCAB, 100)
     assert (whole.name, whole.num_rows, whole.sequence_length) == ("a", 9, S)
     assert np.array_equal(whole.rows(2, 5).ids[:, 0], 50_000 + S * np.arange(2, 7))
-    assert whole.dataset_id == read_manifest(tmp_path / "a").heldout.id  # type: ignore[union-attr]
+    assert whole.dataset_id == read_dataset_manifest(tmp_path / "a").heldout.id  # type: ignore[union-attr]
     (cut,) = open_heldout(data, VOCAB, 4)
     assert cut.num_rows == 4
     with pytest.raises(ValueError, match="of 4"):
@@ -358,7 +354,7 @@ def test_dataset_ids(tmp_path: Path) -> None:
     make_dataset(tmp_path / "a", [4, 2, 3])
     make_dataset(tmp_path / "b", [4], first_id=100)
     ids = [open_training(config(tmp_path, {"name": name}), 1, vocab_size=VOCAB).dataset_id for name in "ab"]
-    digests = [shard.digest for shard in read_manifest(tmp_path / "a").train.shards]
+    digests = [shard.digest for shard in read_dataset_manifest(tmp_path / "a").train.shards]
 
     def leaf(text: str) -> bytes:
         return hashlib.sha256(b"\0" + bytes.fromhex(text)).digest()
@@ -526,8 +522,8 @@ def test_a_damaged_token_is_named_when_it_is_read(tmp_path: Path) -> None:
 
 def test_the_manifest_written_is_the_manifest_read(tmp_path: Path) -> None:
     make_dataset(tmp_path / "a", [5], heldout=[2])
-    manifest = read_manifest(tmp_path / "a")
+    manifest = read_dataset_manifest(tmp_path / "a")
     assert list(manifest.sets) == ["train", "heldout"]
     before = (tmp_path / "a" / MANIFEST).read_bytes()
-    datasets.write_manifest(tmp_path / "a", manifest)
+    datasets.write_dataset_manifest(tmp_path / "a", manifest)
     assert (tmp_path / "a" / MANIFEST).read_bytes() == before

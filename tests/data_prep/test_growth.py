@@ -23,8 +23,9 @@ from weftrain.cli.main import main
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, sha256_json
-from weftrain.core.formats.dataset import ShardSet, open_inputs, open_set, open_sources, read_manifest, verify_tables
+from weftrain.core.formats.dataset import open_inputs, open_sources, read_dataset_manifest, verify_tables
 from weftrain.core.formats.dataset_manifest import Fim
+from weftrain.core.formats.shard_set import ShardSet, open_set
 from weftrain.data_prep import growth
 from weftrain.data_prep.heldout import RULE, is_held_out
 from weftrain.data_prep.pipeline import Prepared, prepare
@@ -83,7 +84,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 def documents_of(folder: Path) -> dict[str, list[tuple[bytes, str, str, int, np.ndarray]]]:
     """Of each set every piece of a document: identity, source, file, line, tokens."""
-    manifest = read_manifest(folder)
+    manifest = read_dataset_manifest(folder)
     sources = [source.name for source in open_sources(folder, manifest)]
     files = [entry.name for entry in open_inputs(folder, manifest)]
     found: dict[str, list[tuple[bytes, str, str, int, np.ndarray]]] = {}
@@ -314,7 +315,7 @@ def test_a_dataset_of_format_2_grows_by_the_command(tmp_path: Path, monkeypatch:
     arguments = ["prep", "c.jsonl", "--source-key", "kind", "--grow", "old", "--output", ".", "--workers", "1"]
     grown = weftrain(*arguments, "--name", "grown", "--licence", "MIT")
     assert "licence CC0-1.0; MIT" in grown.output
-    manifest = read_manifest(Path("grown"))
+    manifest = read_dataset_manifest(Path("grown"))
     assert (manifest.heldout_rule, manifest.documents.duplicates, manifest.version) == (1, 1 + 24, 3)
     assert "grew     from old, dataset id f0194621ebe868f9: " in grown.output
     assert "grew from    old: its 32 training rows are the first" in weftrain("data", "stats", "grown").output

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weftrain.cli.main import main
-from weftrain.core.formats.dataset import ShardSet, read_manifest, write_manifest
+from weftrain.core.formats.dataset import read_dataset_manifest, write_dataset_manifest
+from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep import heldout
 from weftrain.data_prep.heldout import is_held_out, text_hash
 from weftrain.data_prep.interchange import export_megatron
@@ -126,11 +127,11 @@ def test_a_dataset_of_rule_1_is_still_up_to_date_and_says_so(tmp_path: Path, doc
     result = CliRunner().invoke(main, command)
     assert "is up to date" in result.output
     assert "by rule" not in result.output
-    manifest = read_manifest(tmp_path / "out" / "a")
+    manifest = read_dataset_manifest(tmp_path / "out" / "a")
     assert manifest.heldout_rule == 2
     old = {key: value for key, value in manifest.preparation.items() if key != "heldout_rule"}
-    write_manifest(tmp_path / "out" / "a", manifest.model_copy(update={"preparation": old}))
-    assert read_manifest(tmp_path / "out" / "a").heldout_rule == 1
+    write_dataset_manifest(tmp_path / "out" / "a", manifest.model_copy(update={"preparation": old}))
+    assert read_dataset_manifest(tmp_path / "out" / "a").heldout_rule == 1
     result = CliRunner().invoke(main, command)
     assert "is up to date" in result.output
     assert "held out by rule 1" in result.output

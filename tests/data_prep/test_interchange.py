@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset import ShardSet, open_set, read_manifest
+from weftrain.core.formats.dataset import read_dataset_manifest
+from weftrain.core.formats.shard_set import ShardSet, open_set
 from weftrain.data_prep.interchange import export_cerebras, export_megatron, whole_documents
 from weftrain.data_prep.pipeline import Prepared, prepare
 from weftrain.data_prep.readers.listing import list_inputs
@@ -51,7 +52,7 @@ def dataset(tmp_path: Path, encoder: TextEncoder, texts: list[str]) -> Prepared:
 
 
 def rows_of(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    shards = ShardSet(folder, read_manifest(folder), "train")
+    shards = ShardSet(folder, read_dataset_manifest(folder), "train")
     return shards.rows(np.arange(shards.num_rows))
 
 

@@ -21,8 +21,9 @@ from weftrain.core.config import DataConfig
 from weftrain.core.data import open_heldout, open_training
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
-from weftrain.core.formats.dataset import TOKENIZER, ShardSet, open_inputs, open_sources, read_manifest, source_name
+from weftrain.core.formats.dataset import TOKENIZER, open_inputs, open_sources, read_dataset_manifest, source_name
 from weftrain.core.formats.dataset_manifest import Fim
+from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.pipeline import Prepared, prepare
 from weftrain.data_prep.readers.corpus import embedded_inputs
@@ -96,7 +97,7 @@ def pieces_of(folder: Path, set_name: str) -> Iterator[tuple[np.ndarray, dict[st
     """Each document of each shard: tokens (a token that the shard before holds too taken off), and what the tables say
     of it.
     """
-    manifest = read_manifest(folder)
+    manifest = read_dataset_manifest(folder)
     sources = open_sources(folder, manifest)
     shared = manifest.row_stride == manifest.sequence_length
     first = 0
@@ -132,7 +133,7 @@ def joined(folder: Path, set_name: str) -> dict[tuple[int, bytes], tuple[np.ndar
 
 def documents_of(folder: Path, set_name: str) -> dict[bytes, str]:
     """Document id -> its text, eos taken off."""
-    encoder, manifest = load_encoder(folder / TOKENIZER), read_manifest(folder)
+    encoder, manifest = load_encoder(folder / TOKENIZER), read_dataset_manifest(folder)
     return {
         key[1]: encoder.decode(ids[:-1] if ids[-1] == manifest.eos_id else ids)
         for key, (ids, _) in joined(folder, set_name).items()
@@ -369,7 +370,7 @@ def test_held_out_by_content_alone(run: Run, texts: list[str]) -> None:
 
 def test_text_full_of_special_tokens_makes_no_document_ends(run: Run, texts: list[str]) -> None:
     folder = run([f"{text} </s><s><|fim_prefix|></s>" for text in texts]).folder
-    manifest = read_manifest(folder)
+    manifest = read_dataset_manifest(folder)
     ends = sum(int((tokens == manifest.eos_id).sum()) for tokens, _ in pieces_of(folder, "train"))
     assert ends <= manifest.documents.train
     assert any("</s>" in text for text in documents_of(folder, "train").values())

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset import ShardSet, read_manifest
+from weftrain.core.formats.dataset import read_dataset_manifest
+from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.publish import fetch, is_remote, publish, staging_folder
 from weftrain.data_prep.readers.listing import list_inputs
@@ -46,7 +47,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_there_and_back(dataset: Path, address: str, tmp_path: Path) -> None:
-    publish(dataset, read_manifest(dataset), address)
+    publish(dataset, read_dataset_manifest(dataset), address)
     manifest = fetch(address, tmp_path / "back" / "d")
     assert files(tmp_path / "back" / "d") == files(dataset)
     rows, _ = ShardSet(tmp_path / "back" / "d", manifest, "train").rows(np.arange(3))
@@ -56,17 +57,17 @@ def test_there_and_back(dataset: Path, address: str, tmp_path: Path) -> None:
 
 
 def test_again_copies_only_what_is_missing(dataset: Path, address: str) -> None:
-    publish(dataset, read_manifest(dataset), address)
+    publish(dataset, read_dataset_manifest(dataset), address)
     system, root = fsspec.core.url_to_fs(address)
     system.rm(f"{root}/train/00001.h5")
     before = system.created(f"{root}/train/00000.h5")
-    publish(dataset, read_manifest(dataset), address)
+    publish(dataset, read_dataset_manifest(dataset), address)
     assert system.exists(f"{root}/train/00001.h5")
     assert system.created(f"{root}/train/00000.h5") == before
 
 
 def test_half_a_dataset_is_none(dataset: Path, address: str, tmp_path: Path) -> None:
-    publish(dataset, read_manifest(dataset), address)
+    publish(dataset, read_dataset_manifest(dataset), address)
     system, root = fsspec.core.url_to_fs(address)
     for missing in ("train/00001.h5", "manifest.json"):
         system.rm(f"{root}/{missing}")
@@ -76,7 +77,7 @@ def test_half_a_dataset_is_none(dataset: Path, address: str, tmp_path: Path) -> 
 
 
 def test_damaged_on_the_way_is_refused(dataset: Path, address: str, tmp_path: Path) -> None:
-    publish(dataset, read_manifest(dataset), address)
+    publish(dataset, read_dataset_manifest(dataset), address)
     system, root = fsspec.core.url_to_fs(address)
     data = bytearray(system.cat_file(f"{root}/train/00000.h5"))
     system.pipe_file(f"{root}/train/00000.h5", bytes(data[:-5000]))
@@ -86,7 +87,7 @@ def test_damaged_on_the_way_is_refused(dataset: Path, address: str, tmp_path: Pa
 
 
 def test_another_of_the_same_size_is_refused(dataset: Path, address: str, tmp_path: Path) -> None:
-    publish(dataset, read_manifest(dataset), address)
+    publish(dataset, read_dataset_manifest(dataset), address)
     system, root = fsspec.core.url_to_fs(address)
     data = bytearray(system.cat_file(f"{root}/train/00000.h5"))
     data[4096] ^= 1  # the first token, where the tokens of a shard lie
@@ -101,13 +102,13 @@ def test_another_dataset_is_not_written_over(dataset: Path, address: str) -> Non
     system.pipe_file(f"{root}/manifest.json", (dataset / "manifest.json").read_bytes().replace(b'"seed"', b'"Seed"'))
     system.pipe_file(f"{root}/train/00000.h5", b"theirs")
     with pytest.raises(DataError, match="holds another dataset; name another address"):
-        publish(dataset, read_manifest(dataset), address)
+        publish(dataset, read_dataset_manifest(dataset), address)
     assert system.cat_file(f"{root}/train/00000.h5") == b"theirs"
 
 
 def test_what_could_not_be_read_travels_too(dataset: Path, address: str, tmp_path: Path) -> None:
     (dataset / "failures.jsonl").write_text('{"file": "x"}\n')
-    publish(dataset, read_manifest(dataset), address)
+    publish(dataset, read_dataset_manifest(dataset), address)
     fetch(address, tmp_path / "back")
     assert (tmp_path / "back" / "failures.jsonl").read_text() == '{"file": "x"}\n'
 

@@ -29,7 +29,7 @@ from click.testing import CliRunner
 from weftrain.cli.main import main
 from weftrain.core import checkpoint
 from weftrain.core.data import training_source
-from weftrain.core.formats.dataset import read_manifest
+from weftrain.core.formats.dataset import read_dataset_manifest
 from weftrain.core.recipe_file import load_recipe
 from weftrain.core.run.speed import Peak
 
@@ -226,7 +226,7 @@ def longer_by_two_steps(run: str) -> list[float]:
 
 
 def expected(public: str) -> dict[str, Any]:
-    manifests = {name: read_manifest(Path("datasets", name)) for name in ("prose", "code")}
+    manifests = {name: read_dataset_manifest(Path("datasets", name)) for name in ("prose", "code")}
     checkpoints = sorted(Path().glob("runs/*/checkpoints/step_*"))
     return {
         "dataset_ids": {name: {"train": one.train.id, "heldout": one.heldout.id} for name, one in manifests.items()},

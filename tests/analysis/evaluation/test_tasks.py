@@ -40,7 +40,7 @@ from weftrain.analysis.evaluation.tasks import (
 from weftrain.core.backend import Batch
 from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset import Manifest
+from weftrain.core.formats.dataset_manifest import DatasetManifest
 from weftrain.core.model import Decoder, draw
 from weftrain.core.parameters import parameter_specs
 
@@ -478,7 +478,7 @@ def test_texts_begin_and_end_as_the_documents_that_were_trained_on(stub_tokenize
     stub_tokenizer.save(str(path))
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     plain, begun = (
-        Manifest.model_construct(tokenizer_sha256=sha256, eos_id=eos_id, bos_id=bos_id)
+        DatasetManifest.model_construct(tokenizer_sha256=sha256, eos_id=eos_id, bos_id=bos_id)
         for eos_id, bos_id in ((3, None), (None, 2))
     )
     ids = stub_tokenizer.encode(f"{WORDS[4]} {WORDS[5]}").ids

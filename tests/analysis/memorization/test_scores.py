@@ -26,7 +26,7 @@ from weftrain.core.data import TokenSource
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.model import draw as initial_value
-from weftrain.core.order.rows import ChunkOrder, Timeline
+from weftrain.core.order.timeline import ChunkOrder, Timeline
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.run.run_source import whole_run
 from weftrain.core.synthetic import synthetic_source

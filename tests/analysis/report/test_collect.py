@@ -33,7 +33,8 @@ from weftrain.core.errors import RunFolderError
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.recipe_file import load_recipe
-from weftrain.core.run.ledger import LEDGER, Ledger
+from weftrain.core.run.ledger import Ledger
+from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.metrics import METRICS, read_metrics
 
 DATASET = "d" * 64

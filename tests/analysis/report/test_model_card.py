@@ -7,8 +7,7 @@ import re
 import pytest
 
 from weftrain.analysis.report.model_card import hub_licence, plain
-from weftrain.core.errors import ReleaseError
-from weftrain.core.formats.printable import printable
+from weftrain.core.errors import ReleaseError, printable
 from weftrain.exchange.release.release import checked_licence
 
 HOSTILE = [

@@ -18,7 +18,7 @@ from places import ROOT
 
 from weftrain.core.errors import WeftrainError
 from weftrain.core.formats import fsops
-from weftrain.core.formats.checkpoint_manifest import MANIFEST, read_manifest
+from weftrain.core.formats.checkpoint_manifest import MANIFEST, read_checkpoint_manifest
 from weftrain.core.formats.dataset import read_tokenizer
 from weftrain.core.formats.plain_file import (
     LIMIT_BYTES,
@@ -31,7 +31,8 @@ from weftrain.core.formats.plain_file import (
     real_path,
 )
 from weftrain.core.recipe_file import load_recipe
-from weftrain.core.run.ledger import LEDGER, Ledger, read_ledger
+from weftrain.core.run.ledger import Ledger, read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.metrics import METRICS, read_metrics
 from weftrain.core.run.run_folder import RECIPE, stored_recipe
 from weftrain.exchange.huggingface.files import MODELING, is_known_modeling
@@ -92,7 +93,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "ledger for writing": (LEDGER, lambda path: Ledger(path.parent)),
     "metrics": (METRICS, lambda path: read_metrics(path.parent)),
     "recorded recipe": (RECIPE, lambda path: stored_recipe(path.parent)),
-    "checkpoint": (MANIFEST, lambda path: read_manifest(path.parent)),
+    "checkpoint": (MANIFEST, lambda path: read_checkpoint_manifest(path.parent)),
     "release": (RELEASE, lambda path: read_release(path.parent)),
     "release's recipe": (RECIPE, read_json),
     "tokenizer": ("tokenizer.json", lambda path: read_tokenizer(path.parent)),

@@ -17,18 +17,9 @@ from weftrain.core import data
 from weftrain.core.config import DataConfig
 from weftrain.core.data import TokenSource, open_heldout, open_training
 from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset import (
-    VERSION,
-    InputEntry,
-    Manifest,
-    SourceEntry,
-    merkle_root,
-    shard_file,
-    write_inputs,
-    write_manifest,
-    write_sources,
-)
-from weftrain.core.formats.shard_reader import Documents, num_tokens, write_shard
+from weftrain.core.formats.dataset import VERSION, write_dataset_manifest, write_inputs, write_sources
+from weftrain.core.formats.dataset_manifest import DatasetManifest, InputEntry, SourceEntry, merkle_root, shard_file
+from weftrain.core.formats.shard_format import Documents, num_tokens, write_shard
 
 S, VOCAB = 8, 500
 
@@ -103,7 +94,7 @@ def write(
         "chunks": chunks,
         **sets,
     }
-    write_manifest(folder, Manifest.model_validate(value))
+    write_dataset_manifest(folder, DatasetManifest.model_validate(value))
 
 
 def opened(root: Path, *, batch: int = 4, steps: int | None = None, **changes: Any) -> TokenSource:

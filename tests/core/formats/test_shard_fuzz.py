@@ -15,7 +15,8 @@ import random, resource, sys
 from pathlib import Path
 import numpy as np
 from weftrain.core.errors import DataError
-from weftrain.core.formats.shard_reader import Documents, ShardReader, num_tokens, write_shard
+from weftrain.core.formats.shard_format import Documents, num_tokens, write_shard
+from weftrain.core.formats.shard_reader import ShardReader
 
 folder, seed, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 rng, numbers = random.Random(seed), np.random.default_rng(seed)

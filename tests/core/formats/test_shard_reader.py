@@ -22,18 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.errors import DataError
-from weftrain.core.formats import fsops, shard_bytes, shard_format
+from weftrain.core.formats import fsops, shard_file, shard_format
 from weftrain.core.formats import shard_reader as shards
-from weftrain.core.formats.shard_reader import (
-    Documents,
-    FimRecord,
-    ShardReader,
-    cumulative_lengths,
-    num_tokens,
-    read_document_starts,
-    read_rows,
-    write_shard,
-)
+from weftrain.core.formats.shard_format import Documents, FimRecord, num_tokens, write_shard
+from weftrain.core.formats.shard_reader import ShardReader, cumulative_lengths, read_document_starts, read_rows
 
 TOKENIZER = "ab" * 32
 
@@ -121,7 +113,7 @@ def assert_holds(reader: ShardReader, tokens: np.ndarray, documents: Documents, 
 
 
 def check_boundaries(reader: ShardReader, documents: Documents) -> None:
-    """document_starts, cumulative_lengths and stretches, each from the definition, token by token."""
+    """document_starts, cumulative_lengths and spans, each from the definition, token by token."""
     of_position = np.searchsorted(documents.end, np.arange(documents.end[-1]), side="right")
     rows = np.arange(reader.num_rows)
     starts = reader.document_starts(rows)
@@ -134,18 +126,16 @@ def check_boundaries(reader: ShardReader, documents: Documents) -> None:
         assert starts[row].tolist() == expected
         parts = [lengths.pop(0) for _ in np.unique(inside)]
         assert parts == [int((inside == document).sum()) for document in np.unique(inside)]
-        stretches = reader.stretches(row)
-        assert [stretch.id for stretch in stretches] == [
-            documents.id[document].tobytes() for document in np.unique(inside)
-        ]
-        assert [(stretch.first, stretch.last) for stretch in stretches] == [
+        spans = reader.document_spans(row)
+        assert [span.id for span in spans] == [documents.id[document].tobytes() for document in np.unique(inside)]
+        assert [(span.first, span.last) for span in spans] == [
             (int(np.flatnonzero(inside == document)[0]), int(np.flatnonzero(inside == document)[-1]))
             for document in np.unique(inside)
         ]
         assert documents.fim is not None
-        for stretch, document in zip(stretches, np.unique(inside), strict=True):
-            assert (stretch.file, stretch.record) == (documents.file[document], documents.record[document])
-            assert stretch.fim == (documents.fim.mode[document], *documents.fim.split[document])
+        for span, document in zip(spans, np.unique(inside), strict=True):
+            assert (span.file, span.record) == (documents.file[document], documents.record[document])
+            assert span.fim == (documents.fim.mode[document], *documents.fim.split[document])
     assert not lengths
 
 
@@ -717,7 +707,7 @@ def test_a_rechunked_shard_is_read_through_h5py_and_says_so(
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_bytes, "_mapping", lru_cache(maxsize=4)(shard_bytes._mapping.__wrapped__))
+    monkeypatch.setattr(shard_file, "_mapping", lru_cache(maxsize=4)(shard_file._mapping.__wrapped__))
     tokens, _, _ = make(tmp_path / "0.h5")
     for index in range(1, 20):
         os.link(tmp_path / "0.h5", tmp_path / f"{index}.h5")

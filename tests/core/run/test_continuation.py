@@ -23,8 +23,10 @@ from weftrain.core import data as datasets
 from weftrain.core.config import Recipe
 from weftrain.core.data import TokenSource, training_source
 from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset import SetName, ShardSet, read_manifest
-from weftrain.core.order.rows import recipe_timeline
+from weftrain.core.formats.dataset import read_dataset_manifest
+from weftrain.core.formats.dataset_manifest import SetName
+from weftrain.core.formats.shard_set import ShardSet
+from weftrain.core.order.timeline import recipe_timeline
 from weftrain.core.recipe_file import load_recipe
 from weftrain.core.run.continuation import (
     Continued,
@@ -34,7 +36,7 @@ from weftrain.core.run.continuation import (
     continue_data,
     continue_from,
 )
-from weftrain.core.run.ledger import Lineage, TrainingSegment
+from weftrain.core.run.lineage import Lineage, TrainingSegment
 from weftrain.core.run.run_source import run_source
 
 
@@ -46,27 +48,27 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_dataset(folder / "long", [2000], first_id=30_000)
     make_dataset(folder / "other", [97], first_id=50_000)
     make_dataset(folder / "grown", [97, 40], parents=[ancestor_of(folder / "a")])
-    parents = [one.model_dump() for one in read_manifest(folder / "grown").parents]
+    parents = [one.model_dump() for one in read_dataset_manifest(folder / "grown").parents]
     make_dataset(folder / "grown_twice", [97, 40, 23], parents=[*parents, ancestor_of(folder / "grown")])
     return folder
 
 
 def ancestor_of(folder: Path) -> dict[str, Any]:
-    entry = read_manifest(folder).train
+    entry = read_dataset_manifest(folder).train
     train = {"id": entry.id, "n_examples": entry.n_examples, "shards": len(entry.shards)}
     return {"name": folder.name, "root": "0" * 64, "files": 1, "num_sources": 1, "train": train, "heldout": None}
 
 
 @functools.cache
 def _shards(folder: Path, name: SetName) -> ShardSet:
-    return ShardSet(folder, read_manifest(folder), name)
+    return ShardSet(folder, read_dataset_manifest(folder), name)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _opened_once() -> Iterator[None]:
     """A dataset is opened at each change; here each is opened once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "read_manifest", functools.cache(read_manifest))
+        patch.setattr(datasets, "read_dataset_manifest", functools.cache(read_dataset_manifest))
         patch.setattr(datasets, "ShardSet", lambda folder, manifest, name: _shards(folder, name))
         yield
 

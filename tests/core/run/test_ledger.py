@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RunFolderError
 from weftrain.core.formats.canonical import canonical_json, sha256_json
-from weftrain.core.run.ledger import LEDGER, TORN, Ledger, lineage, read_ledger, span_of, tokens_before, with_decisions
+from weftrain.core.run.ledger import TORN, Ledger, read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import chunk_span, lineage, tokens_before, with_decisions
 from weftrain.core.run.metrics import digest
 
 Tiny = Callable[..., Recipe]
@@ -208,7 +210,7 @@ def test_every_step_follows_after_any_interruptions(
 
 def test_chunks_of_a_deferred_run_stand_where_they_are_trained(tiny_recipe: Tiny) -> None:
     recipe = chunked(tiny_recipe, "data.skip=[{chunk: 1, action: defer, reason: spike}]")
-    found = [span_of(recipe, step) for step in range(6)]
+    found = [chunk_span(recipe, step) for step in range(6)]
     assert [(span.place, span.chunk) for span in found if span is not None] == [
         (0, 0),
         (0, 0),
@@ -217,7 +219,7 @@ def test_chunks_of_a_deferred_run_stand_where_they_are_trained(tiny_recipe: Tiny
         (2, 1),
         (2, 1),
     ]
-    assert span_of(tiny_recipe("crystal"), 3) is None
+    assert chunk_span(tiny_recipe("crystal"), 3) is None
 
 
 def test_decisions_are_laid_over_the_recipe_once(tiny_recipe: Tiny) -> None:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset import ShardSet, read_manifest
+from weftrain.core.formats.dataset import read_dataset_manifest
+from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.marks import BEGINS, LOSS, spans
 from weftrain.data_prep.pipeline import Prepared, prepare
 from weftrain.data_prep.readers import cerebras
@@ -73,7 +74,7 @@ def make(tmp_path: Path, encoder: TextEncoder, path: Path, name: str = "d", **ch
 
 
 def rows_of(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    shards = ShardSet(folder, read_manifest(folder), "train")
+    shards = ShardSet(folder, read_dataset_manifest(folder), "train")
     ids, mask = shards.rows(np.arange(shards.num_rows))
     return ids, np.ones_like(ids[:, 1:]) if mask is None else mask
 

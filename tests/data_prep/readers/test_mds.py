@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from weftrain.cli.main import main
 from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset import ShardSet, read_manifest
+from weftrain.core.formats.dataset import read_dataset_manifest
+from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.readers import sample_table
 from weftrain.data_prep.readers.documents import Document, Failure
 from weftrain.data_prep.readers.listing import list_inputs
@@ -298,7 +299,7 @@ def test_options_of_the_command_and_of_a_recipe(tmp_path: Path, encoder: TextEnc
         assert done.exit_code == 0, done.output
     stream = np.concatenate([np.append(ids, encoder.eos_id) for ids in DOCUMENTS])
     for name in ("command", "recipe"):
-        shards = ShardSet(tmp_path / "out" / name, read_manifest(tmp_path / "out" / name), "train")
+        shards = ShardSet(tmp_path / "out" / name, read_dataset_manifest(tmp_path / "out" / name), "train")
         ids, _ = shards.rows(np.arange(shards.num_rows))
         assert shards.num_rows == (len(stream) - 1) // 8
         assert all(np.array_equal(row, stream[place * 8 : place * 8 + 9]) for place, row in enumerate(ids))

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset import ShardSet
+from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.readers import npy
 from weftrain.data_prep.readers.documents import Document, Failure

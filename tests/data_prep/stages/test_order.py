@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from weftrain.cli.main import main
 from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset import ShardSet, open_inputs, open_sources, verify_tables
+from weftrain.core.formats.dataset import open_inputs, open_sources, verify_tables
+from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.readers.documents import Skipped
 from weftrain.data_prep.readers.listing import list_inputs

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 from weftrain.cli.main import main
 from weftrain.core.errors import DataError
 from weftrain.core.formats.canonical import canonical_json, sha256_json
-from weftrain.core.formats.dataset import ShardSet, open_set, read_manifest
+from weftrain.core.formats.dataset import read_dataset_manifest
 from weftrain.core.formats.dataset_manifest import Fim
+from weftrain.core.formats.shard_set import ShardSet, open_set
 from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.interchange import export_megatron, whole_documents
 from weftrain.data_prep.pipeline import Prepared, prepare
@@ -264,7 +265,7 @@ def test_the_commands_know_them(tokenizer: Path, texts: list[str]) -> None:
     for state in ("is ready", "is up to date"):
         result = CliRunner().invoke(main, command)
         assert state in result.output
-    assert read_manifest(out / "d").preparation["fim_tokens"] == ",".join(ANGLES)
+    assert read_dataset_manifest(out / "d").preparation["fim_tokens"] == ",".join(ANGLES)
     result = CliRunner().invoke(main, ["data", "head", str(out / "d"), "--rows", "1"])
     assert f"| <bos>{texts[0]}\n" in result.output
     result = CliRunner().invoke(main, ["data", "fim-report", str(out / "d"), "--documents", "30"])
@@ -285,9 +286,9 @@ def test_the_commands_know_them(tokenizer: Path, texts: list[str]) -> None:
     )
     result = CliRunner().invoke(main, ["prep", str(recipe), "--inputs", str(tokenizer.parent), "--output", str(out)])
     assert result.exit_code == 0, result.output
-    assert read_manifest(out / "r").train.id == read_manifest(out / "d").train.id
+    assert read_dataset_manifest(out / "r").train.id == read_dataset_manifest(out / "d").train.id
     with pytest.raises(ValueError, match="documents have neither"):
-        type(manifest := read_manifest(out / "d")).model_validate(manifest.model_dump() | {"bos_id": None})
+        type(manifest := read_dataset_manifest(out / "d")).model_validate(manifest.model_dump() | {"bos_id": None})
 
 
 def test_an_old_manifest_has_no_start_token(tokenizer: Path, texts: list[str]) -> None:
@@ -298,7 +299,7 @@ def test_an_old_manifest_has_no_start_token(tokenizer: Path, texts: list[str]) -
     old["preparation"] = {key: entry for key, entry in value["preparation"].items() if key not in new}
     data = canonical_json(old | {"root": sha256_json(old)}) + b"\n"
     (prepared.folder / "manifest.json").write_bytes(data)
-    assert read_manifest(prepared.folder).bos_id is None
+    assert read_dataset_manifest(prepared.folder).bos_id is None
     assert make(tokenizer, tokenizer.parent / "t.jsonl", "d", bos=None).up_to_date
     with pytest.raises(DataError, match="prepared with bos None, not '<bos>'"):
         make(tokenizer, tokenizer.parent / "t.jsonl", "d")

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.config import DataConfig
-from weftrain.core.order import feistel, kept_rows
+from weftrain.core.order import feistel, row_selection
 from weftrain.core.order.mixture import CerebrasOrder, make_mixture
-from weftrain.core.order.rows import ChunkOrder, RowOrder, chunk_order, sample_counts, stretches
+from weftrain.core.order.row_order import RowOrder, row_ranges
+from weftrain.core.order.timeline import ChunkOrder, chunk_order, sample_counts
 
 
 @st.composite
@@ -32,7 +33,7 @@ def orders(draw: st.DrawFn) -> tuple[RowOrder, list[tuple[int, int]]]:
     chunk_rows = draw(st.none() | st.integers(1, 15))
     edges = sorted(draw(st.sets(st.integers(0, first), max_size=6)))
     skipped = tuple(zip(edges[::2], edges[1::2], strict=False))
-    order = RowOrder(draw(st.integers(0, 9)), "source", stretches(epochs, chunk_rows), skipped)
+    order = RowOrder(draw(st.integers(0, 9)), "source", row_ranges(epochs, chunk_rows), skipped)
     return order, epochs
 
 
@@ -67,10 +68,10 @@ def digest(numbers: np.ndarray) -> str:
 @pytest.mark.parametrize(
     ("order", "samples", "expected"),
     [
-        (RowOrder(1, "a", stretches([(0, 1000)], None)), 3500, "eb7a28c90ab03835"),
-        (RowOrder(1, "a", stretches([(0, 500), (500, 700)], None)), 3000, "be5b04e4dd6335d8"),
-        (RowOrder(2, "b", stretches([(0, 60), (60, 60)], 20)), 300, "0aa08abc9ee8f296"),
-        (RowOrder(2, "b", stretches([(10, 40)], None)), 300, "92f4fab87fff3b1c"),
+        (RowOrder(1, "a", row_ranges([(0, 1000)], None)), 3500, "eb7a28c90ab03835"),
+        (RowOrder(1, "a", row_ranges([(0, 500), (500, 700)], None)), 3000, "be5b04e4dd6335d8"),
+        (RowOrder(2, "b", row_ranges([(0, 60), (60, 60)], 20)), 300, "0aa08abc9ee8f296"),
+        (RowOrder(2, "b", row_ranges([(10, 40)], None)), 300, "92f4fab87fff3b1c"),
     ],
 )
 def test_the_order_without_skipped_rows_is_pinned(order: RowOrder, samples: int, expected: str) -> None:
@@ -80,8 +81,8 @@ def test_the_order_without_skipped_rows_is_pinned(order: RowOrder, samples: int,
 
 def test_a_skipped_row_moves_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the places left out are counted by blocks instead of listed."""
-    plain = RowOrder(1, "source", stretches([(3, 9000), (9003, 5000)], None))
-    skipped = RowOrder(1, "source", plain.stretches, ((0, 17), (40, 6000), (10_000, 13_001)))
+    plain = RowOrder(1, "source", row_ranges([(3, 9000), (9003, 5000)], None))
+    skipped = RowOrder(1, "source", plain.row_ranges, ((0, 17), (40, 6000), (10_000, 13_001)))
     kept = [
         row
         for row in plain.rows(np.arange(28_000)).tolist()
@@ -93,17 +94,17 @@ def test_a_skipped_row_moves_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = [skipped.samples_before(turn, place) for turn, place in places]
     passed = skipped.num_passed(skipped.skipped, 0, 12_000)
     assert counts == list(range(0, 6000, 499))
-    monkeypatch.setattr(kept_rows, "MAX_LISTED", 10)
-    kept_rows.kept_places.cache_clear()
+    monkeypatch.setattr(row_selection, "MAX_LISTED", 10)
+    row_selection.kept_places.cache_clear()
     assert skipped.rows(k).tolist() == kept
     assert [skipped.place(number) for number in range(0, 6000, 499)] == places
     assert [skipped.samples_before(turn, place) for turn, place in places] == counts
     assert skipped.num_passed(skipped.skipped, 0, 12_000) == passed == 12_000 - skipped.samples_before(0, 12_000)
-    kept_rows.kept_places.cache_clear()
+    row_selection.kept_places.cache_clear()
 
 
 def test_chunks_are_ranges_of_samples() -> None:
-    order = RowOrder(3, "source", stretches([(0, 60)], 20))
+    order = RowOrder(3, "source", row_ranges([(0, 60)], 20))
     for epoch in range(2):
         for chunk in range(3):
             k = epoch * 60 + chunk * 20 + np.arange(20)
@@ -115,7 +116,7 @@ def test_chunks_are_ranges_of_samples() -> None:
 
 def test_memory_does_not_grow_with_the_rows() -> None:
     """10^12 rows, and samples far into them, in less than a megabyte."""
-    order = RowOrder(0, "source", stretches([(0, 10**12)], None), ((5, 9), (10**9, 10**9 + 7)))
+    order = RowOrder(0, "source", row_ranges([(0, 10**12)], None), ((5, 9), (10**9, 10**9 + 7)))
     tracemalloc.start()
     rows = order.rows(np.arange(10**11, 10**11 + 64))
     _, peak = tracemalloc.get_traced_memory()
@@ -135,7 +136,7 @@ def test_far_into_a_run_costs_what_the_beginning_does(monkeypatch: pytest.Monkey
         return permute(*arguments)
 
     monkeypatch.setattr(feistel, "permute", counted)
-    order = RowOrder(1, "counted", stretches([(0, 10**12)], None))
+    order = RowOrder(1, "counted", row_ranges([(0, 10**12)], None))
     costs = []
     for start in (0, 10**9 // 4096 * 4096):
         calls = 0
@@ -216,7 +217,7 @@ def test_the_model_zoos_order() -> None:
     assert np.array_equal(k_again, k)
     assert order.counts(sum(counts)) == counts
     assert order.counts(1000) == [int((order.locate(np.arange(1000))[0] == index).sum()) for index in range(3)]
-    rows = RowOrder(5, "c", stretches([(100, 9)], None), sequential=True).rows(k[component == 2])
+    rows = RowOrder(5, "c", row_ranges([(100, 9)], None), sequential=True).rows(k[component == 2])
     assert rows.tolist() == [100 + number % 9 for number in range(counts[2])]
 
 
@@ -273,7 +274,7 @@ def _read(arguments: tuple[bytes, int, int, int]) -> np.ndarray:
 
 @pytest.mark.parametrize("readers", [1, 4])
 def test_other_processes_compute_the_same_rows(readers: int, tmp_path: Path) -> None:
-    order = RowOrder(1, "source", stretches([(0, 5000)], 500), ((7, 90),))
+    order = RowOrder(1, "source", row_ranges([(0, 5000)], 500), ((7, 90),))
     expected = order.rows(np.arange(24 * 6))
     data = pickle.dumps(order)
     with multiprocessing.get_context("fork").Pool(readers) as pool:

@@ -13,14 +13,16 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import WeftrainError
 from weftrain.core.formats.canonical import canonical_json, parse_json
 from weftrain.core.run.continuation import check_amounts, continue_data
-from weftrain.core.run.ledger import LEDGER, lineage, read_ledger, with_decisions
+from weftrain.core.run.ledger import read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import lineage, with_decisions
 from weftrain.core.run.run_folder import RunFolder, differences, follows
 
 Load = Callable[[Sequence[str]], Recipe]  # overrides -> the recipe that `train` would make of them
 
 
 @dataclass(frozen=True)
-class Extension:
+class LongerRun:
     """steps: of the longer run. overrides: of the whole command; allow: keys of the recipe that change with them."""
 
     steps: int
@@ -28,9 +30,9 @@ class Extension:
     allow: tuple[str, ...]
 
 
-def extension(
+def longer_run(
     folder: Path, recipe: Recipe, source: BatchSource, done: int, overrides: Sequence[str], load: Load
-) -> Extension | str:
+) -> LongerRun | str:
     """How the run in `folder`, complete after `done` steps by `recipe`, trains twice as long; or, in words, what must
     be decided first.
 
@@ -66,4 +68,4 @@ def extension(
         RunFolder(folder, then).check_recipe(set(allow))
     except (WeftrainError, ValueError) as error:
         return f"more steps need another recipe: {error}"
-    return Extension(steps, tuple(given), allow)
+    return LongerRun(steps, tuple(given), allow)

@@ -13,7 +13,7 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
 from weftrain.core.model import draw
 from weftrain.core.parameters import parameter_specs
-from weftrain.core.run.fit_of_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
+from weftrain.core.run.start_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
 
 Tiny = Callable[..., Recipe]
 

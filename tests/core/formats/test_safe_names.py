@@ -13,10 +13,11 @@ from pydantic import TypeAdapter
 from weftrain.core.errors import WeftrainError
 from weftrain.core.formats.canonical import canonical_json, sha256_json
 from weftrain.core.formats.checkpoint_manifest import FileName
-from weftrain.core.formats.dataset import ShardEntry
-from weftrain.core.formats.names import MAX_SEGMENT_BYTES, checked_path, checked_segment, path_below
+from weftrain.core.formats.dataset_manifest import ShardEntry
+from weftrain.core.formats.safe_names import MAX_SEGMENT_BYTES, checked_path, checked_segment, path_below
 from weftrain.core.recipe_file import load_recipe
-from weftrain.core.run.ledger import LEDGER, read_ledger
+from weftrain.core.run.ledger import read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.exchange.huggingface.folder import INDEX, read_index
 from weftrain.exchange.release.release import checked_name
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from weftrain.core.config import Recipe
-from weftrain.core.run.skips import SkipLimits
+from weftrain.core.run.skip_limits import SkipLimits
 
 Tiny = Callable[..., Recipe]
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from weftrain.core import checkpoint
 from weftrain.core.errors import CheckpointError, RunFolderError
-from weftrain.core.formats.checkpoint_manifest import read_manifest
-from weftrain.core.run.ledger import LEDGER, Lineage, lineage
+from weftrain.core.formats.checkpoint_manifest import read_checkpoint_manifest
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import Lineage, lineage
 from weftrain.core.run.rollback import abandoned
 from weftrain.core.run.run_folder import differences, shown, with_defaults
 
@@ -50,7 +51,7 @@ def standing(
     folder, line, left = run / "checkpoints", lineage(entries), set(abandoned(run, entries))
     present = {step: path for step, path in checkpoint.step_folders(folder).items() if path not in left}
     newest = checkpoint.newest(folder, lambda text: say(f"warning: {text}"), left)
-    manifest = None if newest is None else read_manifest(newest)
+    manifest = None if newest is None else read_checkpoint_manifest(newest)
     reached = -1 if manifest is None else manifest["step"]
     passed = {step: "damaged" for step in present if step > reached}
     for point in line.checkpoints:
@@ -118,7 +119,7 @@ def _to_enter(
     for step, place in present.items():
         if step < newest["step"]:
             with contextlib.suppress(OSError, ValueError):  # a damaged one is no link
-                found = read_manifest(place)
+                found = read_checkpoint_manifest(place)
                 older[found["root"]] = found
     chain = [newest]
     while chain[0]["parent"] != expected and chain[0]["parent"] in older:

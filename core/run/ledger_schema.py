@@ -13,6 +13,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from weftrain.core.formats.strict_model import Count, PositiveInt, Sha256, StrictModel
 
+LEDGER = "ledger.jsonl"
+
 Reason = Annotated[str, Field(min_length=1, max_length=10_000)]  # words of a person, who may paste a log
 DatasetId = Annotated[str, Field(min_length=1, max_length=200)]
 # since 1970, to the end of the year 9999
