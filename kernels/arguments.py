@@ -1,9 +1,9 @@
 """What the arguments of each op must be: one check an op, the first line of every implementation, so all refuse the
 same in the same words.
 
-What a reader would get wrong: *values* (labels, document starts) are looked at only where looking is free: on a CPU,
-outside compiled graphs. Elsewhere it would cost a synchronisation; there a label outside the vocabulary makes its
-token's loss NaN, and the step does not happen. No implementation reads out of bounds for it.
+Values (labels, document starts) are checked only where that is free: on a CPU, outside compiled graphs.
+Elsewhere it would cost a synchronisation; there a label outside the vocabulary makes its token's loss NaN, and the step
+does not happen. No implementation reads out of bounds for it.
 """
 
 from __future__ import annotations

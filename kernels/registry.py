@@ -1,8 +1,7 @@
 """Who implements which op for which module: chosen once, when the model is built, and written down.
 
-What a reader would get wrong: there is no dispatch. `select` runs before the first step and hands out plain callables;
-a *preference* may fall through to the next source (the manifest says why), a *pin* never does. Nothing here reads the
-environment or patches a module.
+There is no dispatch. `select` runs before the first step and hands out plain callables; a *preference* may fall through
+to the next source (the manifest says why), a *pin* never does. Nothing here reads the environment or patches a module.
 
 Implementations are found in three places: kernels/reference.py, every module of every `kernels/*_ops/` folder (each
 defines `IMPLEMENTATION`, one or a list of variants tried in order; those that begin with an underscore are helpers),
@@ -299,10 +298,11 @@ def _entry(
     hashes: tuple[str | None, dict[str, str]],
 ) -> dict[str, Any]:
     sha256, files = hashes
+    name = getattr(chosen.function, "__qualname__", type(chosen.function).__name__)
     return {
         "modules": [spec.module],
         "source": chosen.source,
-        "function": f"{module_of(chosen.function)}:{getattr(chosen.function, '__qualname__', type(chosen.function).__name__)}",
+        "function": f"{module_of(chosen.function)}:{name}",
         "sha256": sha256,
         "files": files,
         "version": chosen.version,

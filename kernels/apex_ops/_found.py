@@ -1,8 +1,7 @@
 """Whether NVIDIA's apex is here, with the CUDA extension that an op needs.
 
-What a reader would get wrong: the `apex` of the package index is an unrelated web toolkit, and NVIDIA's own, built
-without `--cuda_ext`, imports well and has no kernels. So the extension modules are looked for, and nothing is imported
-to find them out.
+The `apex` of the package index is an unrelated web toolkit, and NVIDIA's own, built without `--cuda_ext`, imports well
+and has no kernels. So the extension modules are looked for, and nothing is imported to find them out.
 """
 
 from __future__ import annotations

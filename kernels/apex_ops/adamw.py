@@ -1,11 +1,11 @@
 """adamw by NVIDIA apex's multi-tensor kernel: one launch for many tensors, with a pass before it and one after.
 
-What a reader would get wrong: the kernel takes gradients, parameters and moments of *one* dtype without looking, folds
-in no clip coefficient (its capturable variants do, and write the scaled gradient back, which our contract forbids) and
-refreshes no bf16 copies. So a scaled fp32 gradient is made first and the copies are refreshed afterwards: 12 to 20
-bytes a parameter more than one pass needs. Betas reach it as fp32, so 1 - beta is off by 2e-7 at 0.95 and by 1e-5 at
-0.999, in exp_avg_sq as in its correction, where it cancels. Read in apex/optimizers/fused_adam.py and
-csrc/multi_tensor_adam.cu of NVIDIA/apex, commit 004da4e.
+The kernel takes gradients, parameters and moments of *one* dtype without looking, folds in no clip coefficient (its
+capturable variants do, and write the scaled gradient back, which our contract forbids) and refreshes no bf16 copies. So
+a scaled fp32 gradient is made first and the copies are refreshed afterwards: 12 to 20 bytes a parameter more than one
+pass needs. Betas reach it as fp32, so 1 - beta is off by 2e-7 at 0.95 and by 1e-5 at 0.999, in exp_avg_sq as in its
+correction, where it cancels. Read in apex/optimizers/fused_adam.py and csrc/multi_tensor_adam.cu of NVIDIA/apex, commit
+004da4e.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """layer_norm by NVIDIA apex's fused kernel, given fp32 weight and bias.
 
-What a reader would get wrong: as in rms_norm.py, apex computes the affine map and its result in the dtype of weight and
-bias. With both in fp32 nothing is rounded before the cast below. Read in NVIDIA/apex, commit 014f30f.
+As in rms_norm.py, apex computes the affine map and its result in the dtype of weight and bias. With both in fp32
+nothing is rounded before the cast below. Read in NVIDIA/apex, commit 014f30f.
 """
 
 from __future__ import annotations

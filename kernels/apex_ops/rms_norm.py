@@ -1,10 +1,10 @@
 """rms_norm by NVIDIA apex's fused kernel, given an fp32 weight.
 
-What a reader would get wrong: apex rounds the normalised row to the *weight's* dtype before it multiplies, and its
-result has the weight's dtype. With a weight as coarse as x that is two roundings, which is not the contract. With an
-fp32 weight (the "mixed dtype" function) all is fp32, and the one rounding is the cast below; the price is an fp32
-output in between, 12 bytes an element instead of 4. Read in apex/normalization/fused_layer_norm.py and
-csrc/layer_norm_cuda_kernel.cu of NVIDIA/apex, commit 014f30f.
+Apex rounds the normalised row to the *weight's* dtype before it multiplies, and its result has the weight's dtype. With
+a weight as coarse as x that is two roundings, which is not the contract. With an fp32 weight (the "mixed dtype"
+function) all is fp32, and the one rounding is the cast below; the price is an fp32 output in between, 12 bytes an
+element instead of 4. Read in apex/normalization/fused_layer_norm.py and csrc/layer_norm_cuda_kernel.cu of NVIDIA/apex,
+commit 014f30f.
 """
 
 from __future__ import annotations

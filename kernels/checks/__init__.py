@@ -1,8 +1,7 @@
 """`weftrain kernels check`: is an implementation right, does it compose, is it safe.
 
-What a reader would get wrong: nothing here knows an implementation by name. What holds for the reference, the op's
-contract (kernels/arguments.py) and the formula in float64 is asked of whatever the registry offers, third parties'
-included.
+Nothing here knows an implementation by name. What holds for the reference, the op's contract (kernels/arguments.py) and
+the formula in float64 is asked of whatever the registry offers, third parties' included.
 """
 
 from weftrain.kernels.checks.engine import CHECKS, run_checks, summary

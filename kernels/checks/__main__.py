@@ -1,7 +1,7 @@
 """`python -m weftrain.kernels.checks`: every check in a process of its own, without the command line's dependencies.
 
-What a reader would get wrong: TRITON_INTERPRET=1 must be in the environment before Python starts; then the
-interpreter's bfloat16 is mended first. The exit code is 1 if a finding failed or nothing was checked.
+TRITON_INTERPRET=1 must be in the environment before Python starts; then the interpreter's bfloat16 is mended first. The
+exit code is 1 if a finding failed or nothing was checked.
 """
 
 from __future__ import annotations

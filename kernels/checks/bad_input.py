@@ -1,9 +1,8 @@
 """Calls that cannot be meant, and calls at the edge of what can: the reference's error in the same words, or the
 reference's result.
 
-What a reader would get wrong: labels and document starts are *values*. On a CPU a wrong one is refused; on an
-accelerator and in a compiled graph nobody looks at it, and a label outside the vocabulary makes its token's loss NaN
-and no other's.
+Labels and document starts are *values*. On a CPU a wrong one is refused; on an accelerator and in a compiled graph
+nobody looks at it, and a label outside the vocabulary makes its token's loss NaN and no other's.
 """
 
 from __future__ import annotations

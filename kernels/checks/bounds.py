@@ -1,10 +1,10 @@
 """Memory: inputs that end or begin exactly at a page that cannot be touched, and outputs too where the implementation
 allocates in Python.
 
-What a reader would get wrong: an access out of bounds is a *signal*, so each case runs in a process of its own, forked
-from a server that has imported everything and computed nothing. Only names cross over: the child finds the function by
-module and name. On an accelerator there are no guard pages; there, NaN lies around every tensor instead, in place of
-the pages, and must be neither seen nor changed.
+An access out of bounds is a *signal*, so each case runs in a process of its own, forked from a server that has imported
+everything and computed nothing. Only names cross over: the child finds the function by module and name. On an
+accelerator there are no guard pages; there, NaN lies around every tensor instead, in place of the pages, and must be
+neither seen nor changed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Compiles every Triton kernel of the catalog for every target, with no GPU present, and says what the machine code
 needs.
 
-What a reader would get wrong: this is not the interpreter's process. The interpreter accepts kernels that the compiler
-refuses, so both must run, and TRITON_INTERPRET turns kernels into something that cannot be compiled: such a process is
-refused. Nor are threads used: Triton sets options of LLVM that belong to the whole process, and two threads that
-compile at once give PTX that no launch would get.
+This is not the interpreter's process. The interpreter accepts kernels that the compiler refuses, so both must run, and
+TRITON_INTERPRET turns kernels into something that cannot be compiled: such a process is refused. Nor are threads used:
+Triton sets options of LLVM that belong to the whole process, and two threads that compile at once give PTX that no
+launch would get.
 """
 
 from __future__ import annotations

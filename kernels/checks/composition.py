@@ -1,9 +1,8 @@
 """Does it compose: opcheck, one graph under torch.compile, checkpointing, strides, unwanted gradients, and twenty times
 the same bits.
 
-What a reader would get wrong: the custom operators are not declared by anybody. They are *seen*, by running the
-implementation under a dispatch mode that notes each operator outside torch's own namespaces with its arguments; a third
-party's are found the same way.
+The custom operators are not declared by anybody. They are *seen*, by running the implementation under a dispatch mode
+that notes each operator outside torch's own namespaces with its arguments; a third party's are found the same way.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """run_checks: every check of every implementation, as a list of findings.
 
-What a reader would get wrong: an exception out of an implementation is a finding that failed, not an error of the run.
-That is the one place here where every exception is caught, because what somebody else's kernel raises is exactly what
-is asked.
+An exception out of an implementation is a finding that failed, not an error of the run. That is the one place here
+where every exception is caught, because what somebody else's kernel raises is exactly what is examined.
 """
 
 from __future__ import annotations

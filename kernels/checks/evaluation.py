@@ -1,9 +1,8 @@
 """Running one implementation: its results by name ("output", "grad_x", or for an in-place op "parameters", "exp_avgs",
 ...).
 
-What a reader would get wrong: `evaluate` keeps the strides and the storage of the arguments it is given (guard pages
-and strided views depend on it); only what an op updates in place is copied first, unless `in_place` says that the
-arguments themselves are to change.
+`evaluate` keeps the strides and the storage of the arguments it is given (guard pages and strided views depend on it);
+only what an op updates in place is copied first, unless `in_place` says that the arguments themselves are to change.
 """
 
 from __future__ import annotations

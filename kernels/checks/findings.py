@@ -1,8 +1,7 @@
 """What a check is asked about, and what it answers.
 
-What a reader would get wrong: a check that raises has *failed*. Code under test may raise anything, so the engine turns
-every exception into a finding; only what is unavailable, by the implementation's own words or this machine's lack, is
-skipped.
+A check that raises has *failed*. Code under test may raise anything, so the engine turns every exception into a
+finding; only what is unavailable, by the implementation's own words or this machine's lack, is skipped.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Memory between two pages that cannot be touched (Linux): tensors placed there, and torch.empty made to place its
 tensors there.
 
-What a reader would get wrong: a tensor's size is no multiple of a page, so only one of its sides can lie at a guard
-page. The slack on the other side is filled with a pattern that must survive, and everything runs twice, once for each
-side.
+A tensor's size is no multiple of a page, so only one of its sides can lie at a guard page. The slack on the other side
+is filled with a pattern that must survive, and everything runs twice, once for each side.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The process that cases of kernels/checks/bounds.py are forked from: `python -m`, a line of JSON in for each case, a
 line out.
 
-What a reader would get wrong: no arithmetic on more than one thread may happen here before a fork. A forked child does
-not inherit the pool of threads, and would wait for it for ever.
+No arithmetic on more than one thread may happen here before a fork. A forked child does not inherit the pool of
+threads, and would wait for it for ever.
 """
 
 from __future__ import annotations

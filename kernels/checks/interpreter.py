@@ -1,10 +1,10 @@
 """Triton's interpreter made to compute bfloat16, for checks only: version 3.7.1 adds and multiplies its *bit patterns*
 as integers.
 
-What a reader would get wrong: this replaces private methods of one exact version of Triton, so any other version is
-refused, and what was installed is tested by running kernels. One operation is done in fp32 and rounded once to nearest
-even. A sum or a dot of bf16 is therefore rounded once, whereas a GPU that accumulates in bf16 rounds at every step: the
-interpreter cannot show that error.
+It replaces private methods of one exact version of Triton, so any other version is refused, and what was installed is
+tested by running kernels. One operation is done in fp32 and rounded once to nearest even. A sum or a dot of bf16 is
+therefore rounded once, whereas a GPU that accumulates in bf16 rounds at every step: the interpreter cannot show that
+error.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What a compiled kernel needs of a GPU, read from its machine code: registers, stack, spills, matrix instructions.
 
-What a reader would get wrong: nothing here is what the compiler *says*. NVIDIA's figures come from disassembling the
-cubin with the cuobjdump that Triton brings along; AMD's from the metadata and the instructions of the assembly that was
-assembled.
+Nothing here is taken from the compiler's own report. NVIDIA's figures come from disassembling the cubin with the
+cuobjdump that Triton brings along; AMD's from the metadata and the instructions of the assembly that was assembled.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Errors against float64, of the forward and of every gradient; results rounded once where the op says so; NaN and Inf
 that stay visible.
 
-What a reader would get wrong: the bound is not a tolerance somebody chose. An implementation may err 2x (forward) or 3x
-(gradients) as much as the reference does in that dtype, and the reference itself must stay below a cap. Errors are
-relative Frobenius norms, so one wrong element of a small tensor shows.
+The bound is not a tolerance somebody chose. An implementation may err 2x (forward) or 3x (gradients) as much as the
+reference does in that dtype, and the reference itself must stay below a cap. Errors are relative Frobenius norms, so
+one wrong element of a small tensor shows.
 """
 
 from __future__ import annotations

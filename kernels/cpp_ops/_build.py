@@ -1,9 +1,9 @@
 """Compiles the C++ of this folder once for each source, compiler and set of flags, and loads it.
 
-What a reader would get wrong: this is no torch extension. The code sees pointers and sizes alone, so it compiles in
-seconds, without torch's headers, and one library serves every torch version. It is written aside and renamed, so an
-interrupted build leaves nothing behind (torch.utils.cpp_extension waits for ever on the lock file of a build that was
-killed). OpenMP is torch's own: the library asks for libgomp.so.1, and that name is already loaded.
+This is no torch extension. The code sees pointers and sizes alone, so it compiles in seconds, without torch's headers,
+and one library serves every torch version. It is written aside and renamed, so an interrupted build leaves nothing
+behind (torch.utils.cpp_extension waits for ever on the lock file of a build that was killed). OpenMP is torch's own:
+the library asks for libgomp.so.1, and that name is already loaded.
 """
 
 from __future__ import annotations

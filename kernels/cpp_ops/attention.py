@@ -1,8 +1,8 @@
 """attention for a CPU: each thread takes a head, packs its keys and values once, and goes through blocks of queries.
 
-What a reader would get wrong: it is not a flash kernel. The scores of 64 queries against all their keys fit the
-second-level cache, so softmax is the plain one and the backward subtracts the row sums of the very probabilities that
-it multiplies with: where a query sees one key, its gradient is exactly zero.
+It is not a flash kernel. The scores of 64 queries against all their keys fit the second-level cache, so softmax is the
+plain one and the backward subtracts the row sums of the very probabilities that it multiplies with: where a query sees
+one key, its gradient is exactly zero.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def _backward(
     grad, q, k, v = _rows(grad), _rows(q), _rows(k), _rows(v)
     start = None if document_start is None else document_start.contiguous()
     library().weftrain_attention_backward(
-        *map(pointer, (grad, q, k, v)), strides(grad, q, k, v), pointer(start), pointer(logsumexp), *map(pointer, gradients),
+        *map(pointer, (grad, q, k, v)), strides(grad, q, k, v), pointer(start), pointer(logsumexp), *map(pointer,
+        gradients),
         *map(ctypes.c_int64, q.shape), ctypes.c_float(scale), threads(),
     )  # fmt: skip
     return gradients

@@ -1,7 +1,6 @@
 """grad_norm: sums of squares in blocks of 16,384 elements, blocks added in double and in order.
 
-What a reader would get wrong: the bits do not depend on the number of threads, unlike those of
-torch.linalg.vector_norm.
+The bits do not depend on the number of threads, unlike those of torch.linalg.vector_norm.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """linear_cross_entropy for a CPU: products by torch, chunk by chunk; one pass turns bf16 logits into their gradient in
 place.
 
-What a reader would get wrong: as in torch_ops, the gradients are computed in the *forward* and the backward only scales
-them. The chunk of logits is the only large tensor, 2 bytes an element: it is overwritten by its gradient, never
-widened.
+As in torch_ops, the gradients are computed in the *forward* and the backward only scales them. The chunk of logits is
+the only large tensor, 2 bytes an element: it is overwritten by its gradient, never widened.
 """
 
 from __future__ import annotations
@@ -121,8 +120,10 @@ def _loss_and_gradients(
     for index, chunk in enumerate(chunks):
         logits = F.linear(hidden[chunk], weight)
         library().weftrain_softmax_loss(
-            pointer(logits), pointer(labels[chunk]), ctypes.c_int64(logits.shape[0]), ctypes.c_int64(vocab), ctypes.c_float(logits_scale),
-            ctypes.c_int64(ignore_index), ctypes.c_float(z_loss), ctypes.c_int(wants_hidden or wants_weight), pointer(loss[chunk]),
+            pointer(logits), pointer(labels[chunk]), ctypes.c_int64(logits.shape[0]), ctypes.c_int64(vocab),
+            ctypes.c_float(logits_scale),
+            ctypes.c_int64(ignore_index), ctypes.c_float(z_loss), ctypes.c_int(wants_hidden or wants_weight),
+            pointer(loss[chunk]),
             pointer(row_scale[chunk]), threads(),
         )  # fmt: skip
         if wants_hidden:

@@ -1,9 +1,9 @@
 """attention by Dao-AILab's flash-attn: version 3 on Hopper where it is there, else version 2.
 
-What a reader would get wrong: flash-attn's backward adds into dq with float atomics unless it is told not to. Source
-`flash_attn` always passes deterministic=True; source `flash_attn_atomic` is the faster backward whose bits differ from
-run to run, and nobody gets it without naming it. Read in flash_attn/flash_attn_interface.py, commit 0053002, and
-hopper/flash_attn_interface.py, commit 01afd16.
+The backward of flash-attn adds into dq with float atomics unless it is told not to. Source `flash_attn` always passes
+deterministic=True; source `flash_attn_atomic` is the faster backward whose bits differ from run to run, and nobody gets
+it without naming it. Read in flash_attn/flash_attn_interface.py, commit 0053002, and hopper/flash_attn_interface.py,
+commit 01afd16.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Whether liger-kernel is here and new enough, and the row of an op whose numerics or side effects are not the
 contract's.
 
-What a reader would get wrong: "liger has that op" is not enough. Where it overwrites its inputs, rounds earlier or
-waits for the device, the op is named in the table with that reason, and cannot be chosen. Read in liger-kernel 0.8.5.
+That liger has an op is not enough. Where it overwrites its inputs, rounds earlier or waits for the device, the op is
+named in the table with that reason, and cannot be chosen. Read in liger-kernel 0.8.5.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """linear_cross_entropy by Liger's fused function, summed, its weight gradient accumulated in fp32.
 
-What a reader would get wrong: it reads the logit of a label without looking whether there is one, gives no weight
-gradient where the hidden state wants none, accumulates dweight in the weight's dtype unless told otherwise, and waits
-for the device once a call (it counts the labels). The first three are mended here; the last is the price, and why
-torch.compile cannot take it into one graph.
+liger's kernel reads the logit of a label without looking whether there is one, gives no weight gradient where the
+hidden state wants none, accumulates dweight in the weight's dtype unless told otherwise, and waits for the device once
+a call (it counts the labels). The first three are mended here; the last is the price, and why torch.compile cannot take
+it into one graph.
 """
 
 from __future__ import annotations

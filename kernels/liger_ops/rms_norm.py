@@ -1,8 +1,8 @@
 """rms_norm by Liger's Triton kernel in its "gemma" casting mode.
 
-What a reader would get wrong: its default mode, "llama", rounds the normalised row to x.dtype *before* it multiplies by
-the weight, which is Hugging Face's order and not Amber's. "gemma" stays in fp32 to the end; Gemma's other trait, weight
-+ 1, is the offset, here 0.
+The default mode of liger's, "llama", rounds the normalised row to x.dtype *before* it multiplies by the weight, which
+is Hugging Face's order and not Amber's. "gemma" stays in fp32 to the end; Gemma's other trait, weight + 1, is the
+offset, here 0.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """adamw in one generated pass a tensor: moments, weight and its bf16 copy are read once and written once.
 
-What a reader would get wrong: the pass is compiled by itself (even where the model is not), once for each dtype of
-gradient, presence of copies and placement of epsilon. Learning rate and step are *tensor elements*, and sizes are
-dynamic: none of them compiles anything anew.
+The pass is compiled by itself (even where the model is not), once for each dtype of gradient, presence of copies and
+placement of epsilon. Learning rate and step are *tensor elements*, and sizes are dynamic: none of them compiles
+anything anew.
 """
 
 from __future__ import annotations

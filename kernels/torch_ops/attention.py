@@ -1,10 +1,10 @@
 """attention: blocks of queries on a CPU (source `torch`), and scaled_dot_product_attention for who names it (source
 `sdpa`).
 
-What a reader would get wrong: the CPU version is not a flash kernel. At training lengths the fused CPU kernel is slower
-than plain batched matrix products: a block of queries meets only the prefix of keys that it can see, so half of the
-square is never computed, and the products run at the machine's peak. Its backward is written out below, so it is the
-same with torch.compile and without.
+The CPU version is not a flash kernel. At training lengths the fused CPU kernel is slower than plain batched matrix
+products: a block of queries meets only the prefix of keys that it can see, so half of the square is never computed, and
+the products run at the machine's peak. Its backward is written out below, so it is the same with torch.compile and
+without.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """grad_norm in one generated pass a tensor, summed in rows of 4096: faster than torch's norm of bf16, and nearer the
 truth.
 
-What a reader would get wrong: torch.linalg.vector_norm in fp32 adds millions of squares into one accumulator a vector
-lane, and is off by 4e-4 for 16 M elements; this is off by 4e-8, and therefore *not* bit for bit the norm of
-torch.nn.utils.clip_grad_norm_.
+`torch.linalg.vector_norm` in fp32 adds millions of squares into one accumulator a vector lane, and is off by 4e-4 for
+16 M elements; this is off by 4e-8, and therefore *not* bit for bit the norm of torch.nn.utils.clip_grad_norm_.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """linear_cross_entropy, chunked over tokens: neither all logits nor their gradient ever exist at once.
 
-What a reader would get wrong: the gradients are computed in the *forward*, chunk by chunk, while the chunk's logits are
-at hand; the backward only multiplies them by the incoming scalar. Where no gradient is wanted (evaluation), none is
-computed.
+The gradients are computed in the *forward*, chunk by chunk, while the chunk's logits are at hand; the backward only
+multiplies them by the incoming scalar. Where no gradient is wanted (evaluation), none is computed.
 """
 
 from __future__ import annotations

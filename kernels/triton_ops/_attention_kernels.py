@@ -1,9 +1,9 @@
 """The Triton kernels of causal attention: forward, row sums, gradients of keys and values, gradient of queries.
 
-What a reader would get wrong: a loop over blocks is three loops. Blocks that every row of the tile sees whole carry no
-mask; those that the diagonal or a document's start cuts do. Blocks that no row sees are not visited. Scores live in
-base 2: `scale_log2` is the scale times log2(e), and `lse` is the base-2 logarithm of a row's sum of exponentials. No
-atomics: each output tile has one program.
+A loop over blocks is three loops. Blocks that every row of the tile sees whole carry no mask; those that the diagonal
+or a document's start cuts do. Blocks that no row sees are not visited. Scores live in base 2: `scale_log2` is the scale
+times log2(e), and `lse` is the base-2 logarithm of a row's sum of exponentials. No atomics: each output tile has one
+program.
 
 Every program takes one tile of one head; tiles of one head are neighbours, so its keys and values stay in the L2 cache.
 Offsets within a tile are 32-bit, the way to a tile is 64-bit.
@@ -128,7 +128,8 @@ def forward(
         seen = tl.min(start, 0) // BLOCK_N * BLOCK_N
         whole = tl.cdiv(tl.max(tl.where(query < T, start, 0), 0), BLOCK_N) * BLOCK_N
         acc, row_sum, row_max = _forward_blocks(
-            acc, row_sum, row_max, q_tile, k_base, v_base, k_token, v_token, query, start, seen, tl.minimum(whole, diagonal), T,
+            acc, row_sum, row_max, q_tile, k_base, v_base, k_token, v_token, query, start, seen, tl.minimum(whole,
+            diagonal), T,
             scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, False, True,
         )  # fmt: skip
     acc, row_sum, row_max = _forward_blocks(
@@ -136,7 +137,8 @@ def forward(
         scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, False, False,
     )  # fmt: skip
     acc, row_sum, row_max = _forward_blocks(
-        acc, row_sum, row_max, q_tile, k_base, v_base, k_token, v_token, query, start, diagonal, tl.minimum(first + BLOCK_M, T), T,
+        acc, row_sum, row_max, q_tile, k_base, v_base, k_token, v_token, query, start, diagonal,
+        tl.minimum(first + BLOCK_M, T), T,
         scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, True, DOCUMENTS,
     )  # fmt: skip
     tl.store(lse + batch_head.to(tl.int64) * T + query, row_max + tl.math.log2(row_sum), mask=query < T)
@@ -180,7 +182,8 @@ def row_sums(
 
 @triton.jit
 def _key_blocks(
-    dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token, dout_token, key, low, high, T, scale_log2,
+    dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token, dout_token, key,
+    low, high, T, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -271,7 +274,8 @@ def backward_keys(
     )  # fmt: skip
     if DOCUMENTS:
         dk_acc, dv_acc = _key_blocks(
-            dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token, dout_token, key,
+            dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token, dout_token,
+            key,
             cut, end, T, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, False, True,
         )  # fmt: skip
     offset = (batch * T + first) * H * HEAD_DIM + head * HEAD_DIM
@@ -281,7 +285,8 @@ def backward_keys(
 
 @triton.jit
 def _query_blocks(
-    acc, q_tile, dout_tile, row_lse, row_delta, k_base, v_base, k_token, v_token, query, start, low, high, T, scale_log2,
+    acc, q_tile, dout_tile, row_lse, row_delta, k_base, v_base, k_token, v_token, query, start, low, high, T,
+    scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip

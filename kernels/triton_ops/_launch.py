@@ -1,10 +1,9 @@
 """What every Triton op here shares: when it can run, on which target, and how its launches become torch operators.
 
-What a reader would get wrong: a launch is hidden from torch.compile behind an operator (`torch.ops.weftrain.*`), one
-for the forward and one for the backward, joined by an autograd.Function. So graphs stay whole, fake tensors have
-shapes, and selective checkpointing can name the operator. Nothing is tuned at run time: a configuration is a function
-of target, dtype and shape, so it cannot change a bit from one run to the next, and `weftrain kernels compile` sees
-exactly what a launch takes.
+A launch is hidden from torch.compile behind an operator (`torch.ops.weftrain.*`), one for the forward and one for the
+backward, joined by an autograd.Function. So graphs stay whole, fake tensors have shapes, and selective checkpointing
+can name the operator. Nothing is tuned at run time: a configuration is a function of target, dtype and shape, so
+results do not change from one run to the next, and `weftrain kernels compile` sees exactly what a launch takes.
 """
 
 from __future__ import annotations

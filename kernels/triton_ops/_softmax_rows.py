@@ -1,8 +1,7 @@
 """The softmax of one row that does not fit a program: what cross_entropy and linear_cross_entropy share.
 
-What a reader would get wrong: the maximum is one number a row and not one a lane, so an element costs one exponential;
-the sum is kept in lanes and added once at the end, so that an fp32 sum of 32,000 terms is a tree over lanes of a few
-terms each.
+The maximum is one number a row and not one a lane, so an element costs one exponential; the sum is kept in lanes and
+added once at the end, so that an fp32 sum of 32,000 terms is a tree over lanes of a few terms each.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """adamw: one launch a tensor; moments, weight and its compute copy are read once and written once.
 
-What a reader would get wrong: step, learning rate and betas become a few fp32 numbers, each rounded once after
-arithmetic in double on the host; they are plain kernel arguments, so no step compiles anything anew. The clip
-coefficient stays on the device and is loaded there.
+Step, learning rate and betas become a few fp32 numbers, each rounded once after arithmetic in double on the host; they
+are plain kernel arguments, so no step compiles anything anew. The clip coefficient stays on the device and is loaded
+there.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def _launch(
     elements = parameter.numel()
     if elements:
         _step[(triton.cdiv(elements, _BLOCK),)](
-            parameter, gradient, exp_avg, exp_avg_sq, parameter if copy is None else copy, gradient_scale, elements, *scalars,
+            parameter, gradient, exp_avg, exp_avg_sq, parameter if copy is None else copy, gradient_scale, elements,
+            *scalars,
             EPS_AFTER=eps_after, HAS_COPY=copy is not None, BLOCK=_BLOCK, num_warps=_NUM_WARPS,
         )  # fmt: skip
 

@@ -1,8 +1,7 @@
 """attention: causal flash attention for training, forward and a deterministic backward, with document boundaries.
 
-What a reader would get wrong: the configuration is looked up, not tuned: CONFIGURATIONS has one line per kernel,
-target, element size and head width, each proven by `weftrain kernels compile`. The kernels themselves are in
-_attention_kernels.py.
+The configuration is looked up, not tuned: CONFIGURATIONS has one line per kernel, target, element size and head width,
+each proven by `weftrain kernels compile`. The kernels themselves are in _attention_kernels.py.
 """
 
 from __future__ import annotations

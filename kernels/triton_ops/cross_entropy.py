@@ -1,9 +1,9 @@
 """cross_entropy: one program a row, one pass over its vocabulary forward and one backward; no [N, V] probabilities are
 saved.
 
-What a reader would get wrong: the maximum and the sum are saved apart, not as one logsumexp. Of logits near 1000 a
-logsumexp has lost four digits that the gradient needs. An ignored row gives loss 0 and gradient 0, and as in the
-reference a gradient of NaN where it holds a NaN.
+The maximum and the sum are saved apart, not as one logsumexp. Of logits near 1000 a logsumexp has lost four digits that
+the gradient needs. An ignored row gives loss 0 and gradient 0, and as in the reference a gradient of NaN where it holds
+a NaN.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dloss, logits, labels, maximum, total, dlogits, row_stride, columns, scale, z_loss, ignore_index, BLOCK: tl.constexpr
+    dloss, logits, labels, maximum, total, dlogits, row_stride, columns, scale, z_loss, ignore_index,
+    BLOCK: tl.constexpr
 ):  # fmt: skip
     """One row: dlogits = dloss scale (softmax (1 + 2 z_loss logsumexp) - onehot), in fp32, rounded once."""
     row = tl.program_id(0).to(tl.int64)
@@ -93,7 +94,8 @@ def _launch_backward(
     if rows:
         block, warps = row_block(columns)
         _backward[(rows,)](
-            dloss, logits, labels, maximum, total, dlogits, logits.stride(0), columns, logits_scale, z_loss, ignore_index,
+            dloss, logits, labels, maximum, total, dlogits, logits.stride(0), columns, logits_scale, z_loss,
+            ignore_index,
             BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return dlogits

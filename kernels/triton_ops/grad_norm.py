@@ -1,9 +1,9 @@
 """grad_norm in two stages: a sum of squares for every 65,536 elements, then one program that adds those and takes the
 root.
 
-What a reader would get wrong: no atomics, and no norm of each tensor on the way: the partial sums of all tensors lie in
-one list, whose order is that of the gradients, so the bits depend on nothing else. Nothing waits for the device; a NaN
-or Inf anywhere is in the result.
+No atomics, and no norm of each tensor on the way: the partial sums of all tensors lie in one list, whose order is that
+of the gradients, so the bits depend on nothing else. Nothing waits for the device; a NaN or Inf anywhere is in the
+result.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """layer_norm: one program a row forward; backward in a fixed number of programs, each with its own partial sums for
 weight and bias.
 
-What a reader would get wrong: the variance is of the centred row (two passes over registers, no E[x^2] - E[x]^2), and
-there are no atomics: partial sums are [programs, n] and added by one more pass, so the bits do not depend on the order
-in which programs run.
+The variance is of the centred row (two passes over registers, no E[x^2] - E[x]^2), and there are no atomics: partial
+sums are [programs, n] and added by one more pass, so the bits do not depend on the order in which programs run.
 """
 
 from __future__ import annotations

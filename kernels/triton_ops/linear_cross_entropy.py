@@ -1,10 +1,9 @@
 """linear_cross_entropy, chunked over tokens: a chunk's logits are turned in place into their gradient, and never are
 there more.
 
-What a reader would get wrong: the gradients are computed in the *forward*, while the chunk's logits are at hand; the
-backward only multiplies them by the incoming scalar. The gradient of the logits is rounded to hidden.dtype as the
-reference rounds it, without factors to stretch its range: a factor that saves an fp16 probability of 1e-8 overflows an
-fp16 product of rows with one label.
+The gradients are computed in the *forward*, while the chunk's logits are at hand; the backward only multiplies them by
+the incoming scalar. The gradient of the logits is rounded to hidden.dtype as the reference rounds it, without factors
+to stretch its range: a factor that saves an fp16 probability of 1e-8 overflows an fp16 product of rows with one label.
 """
 
 from __future__ import annotations

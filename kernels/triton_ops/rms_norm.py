@@ -1,8 +1,8 @@
 """rms_norm: one program a row forward; backward in a fixed number of programs, each with its own partial sum of the
 weight's gradient.
 
-What a reader would get wrong: no atomics. Partial sums are [PROGRAMS, n], added by one more pass, so the bits do not
-depend on the order in which programs run, nor on how many processors the GPU has.
+No atomics. Partial sums are [PROGRAMS, n], added by one more pass, so the bits do not depend on the order in which
+programs run, nor on how many processors the GPU has.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """rope: one program turns a few heads of one token, read once and written once; the backward is the same kernel,
 turning back.
 
-What a reader would get wrong: cos and sin are rounded to x.dtype first, as the contract says, but the products are
-taken in fp32 and rounded once. x may be a view (q of a fused q, k, v): its strides are taken as they are. What is
-returned is contiguous.
+cos and sin are rounded to x.dtype first, as the contract says, but the products are taken in fp32 and rounded once. x
+may be a view (q of a fused q, k, v): its strides are taken as they are. What is returned is contiguous.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ _MAX_HEAD_DIM = 1024
 @triton.jit
 def _turn(
     x, cos, sin, y, batch_stride, token_stride, head_stride, tokens, heads, head_dim, half,
-    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """Heads block of one token: pairs (a, b) -> (a cos - b sin, b cos + a sin); INVERSE turns by the negative angle.
     The rest passes.

@@ -1,8 +1,7 @@
 """swiglu: one pass forward and one backward, which makes silu(gate) anew instead of saving it.
 
-What a reader would get wrong: contiguous inputs are one long row, whatever their shape, so that an awkward width
-(CrystalCoder's 10922) costs no aligned loads; rows are taken by their stride only where the inputs are views, as two
-halves of one product are.
+Contiguous inputs are one long row, whatever their shape, so that an awkward width (CrystalCoder's 10922) costs no
+aligned loads; rows are taken by their stride only where the inputs are views, as two halves of one product are.
 """
 
 from __future__ import annotations
