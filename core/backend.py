@@ -143,8 +143,8 @@ class State:
     """The neutral training state: saved by any backend, loaded by any other.
 
     tensors: '<plane>/<canonical parameter name>' -> whole tensor in host memory, fp32; planes are 'weights', and for
-    AdamW 'exp_avg' and 'exp_avg_sq'. The mapping may be lazy (a checkpoint's is); one that is may offer meta(name), a
-    meta tensor, to tell dtype and shape without reading. step: completed steps. optimizer_updates: updates made, which
+    AdamW 'exp_avg' and 'exp_avg_sq'. The mapping may be lazy (`core.formats.lazy_tensors.LazyTensors`), as a
+    checkpoint's is. step: completed steps. optimizer_updates: updates made, which
     is less than step where steps were skipped; it is AdamW's t.
     """
 

@@ -22,8 +22,9 @@ from weftrain.core.backend import State
 from weftrain.core.errors import CheckpointError, UnreadableError
 from weftrain.core.formats import checkpoint_files, fsops
 from weftrain.core.formats.canonical import canonical_json, sha256_json
-from weftrain.core.formats.checkpoint_files import Layouts, Spec, Written
+from weftrain.core.formats.checkpoint_files import Spec, WritesItself, Written
 from weftrain.core.formats.checkpoint_manifest import FORMAT, MANIFEST, STEP_FOLDER, VERSION, folder_name, root_of
+from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of
 from weftrain.core.formats.tensor_file import DTYPES, tensor_bytes
 
 MANIFEST_ALLOWANCE_BYTES = 1 << 20  # manifest, headers and folder entries, in the estimate of what a save needs
@@ -90,12 +91,10 @@ def begin(
     """Start to write `folder/step_NNNNNNNN`; it appears whole and durable, or not at all. All dicts hold JSON values.
 
     position: number of the next sample. sources: how far each source has been read, if that is known. parent: root of
-    the checkpoint that this run continued from. A mapping `state.tensors` that is lazy is read tensor by tensor; its
-    method `meta(name)`, if it has one, gives a tensor's dtype and shape without reading it. One that lies in several
-    processes writes itself: `writers` of them, and `begin_files(folder, parts)` copies what is to be written and
-    returns what waits for it. A whole checkpoint of this step with the same root is kept as it is; any other is moved
-    to `*.superseded-N` or `*.damaged-N`. Raises CheckpointError if the disk is full or fails (older checkpoints are
-    untouched), or if a name or dtype cannot be stored.
+    the checkpoint that this run continued from. `state.tensors` is read tensor by tensor, unless it is spread over
+    several processes and writes itself (`checkpoint_files.WritesItself`). A whole checkpoint of this step with the same
+    root is kept as it is; any other is moved to `*.superseded-N` or `*.damaged-N`. Raises CheckpointError if the disk
+    is full or fails (older checkpoints are untouched), or if a name or dtype cannot be stored.
     """
     target = folder / folder_name(state.step)
     specs = {name: _spec(target, name, state.tensors) for name in state.tensors}
@@ -121,10 +120,11 @@ def begin(
         if (free := fsops.free_bytes(folder)) < needed:
             raise CheckpointError(_no_space(target, needed, free))
         fsops.make_dirs(temporary)
-        parts = checkpoint_files.split(specs, getattr(state.tensors, "writers", 1))
-        begin_files = getattr(state.tensors, "begin_files", None)
-        if begin_files is not None:
-            return Saving(target, temporary, claims, needed, begin_files(temporary, parts), in_background=True)
+        if isinstance(state.tensors, WritesItself):
+            parts = checkpoint_files.split(specs, state.tensors.writers)
+            written = state.tensors.begin_files(temporary, parts)
+            return Saving(target, temporary, claims, needed, written, in_background=True)
+        parts = checkpoint_files.split(specs, 1)
 
     def write_files() -> Written:
         return {name: checkpoint_files.write_file(temporary / name, parts[name], state.tensors) for name in parts}
@@ -145,7 +145,11 @@ def load(path: Path, *, verified: bool = False) -> tuple[State, dict[str, Any]]:
     so that nothing altered in between reaches a model. Raises CheckpointError.
     """
     manifest, layouts = checkpoint_files.read_structure(path) if verified else checkpoint_files.read_verified(path)
-    tensors = _Tensors(path, manifest["tensors"], layouts)
+    claimed = manifest["tensors"]
+    tensors = LazyTensors(
+        {name: meta(entry["shape"], DTYPES[entry["dtype"]]) for name, entry in claimed.items()},
+        lambda name: checkpoint_files.read_tensor_verified(path, name, claimed[name], layouts),
+    )
     return State(manifest["step"], manifest["optimizer_updates"], tensors), manifest
 
 
@@ -183,64 +187,19 @@ def newest(folder: Path, report: Callable[[str], None], without: Set[Path] = fro
     return None
 
 
-class _Tensors(Mapping[str, torch.Tensor]):
-    """A checkpoint's tensors by name, in sorted order; each access reads and hashes one."""
-
-    def __init__(self, path: Path, claimed: dict[str, Any], layouts: Layouts) -> None:
-        self._path, self._claimed, self._layouts = path, claimed, layouts
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return checkpoint_files.read_tensor_verified(self._path, name, self._claimed[name], self._layouts)
-
-    def meta(self, name: str) -> torch.Tensor:
-        """A tensor of the same dtype and shape without data."""
-        return torch.empty(self._claimed[name]["shape"], dtype=DTYPES[self._claimed[name]["dtype"]], device="meta")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._claimed)
-
-    def __len__(self) -> int:
-        return len(self._claimed)
-
-
-class Plane(Mapping[str, torch.Tensor]):
-    """The tensors of one plane of a state, by their full names, each read when it is asked for."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], plane: str) -> None:
-        self._tensors, self._names = tensors, [name for name in tensors if name.startswith(f"{plane}/")]
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-class Weights(Mapping[str, torch.Tensor]):
-    """The weights of a state by canonical name, without the optimizer's tensors; each is read when it is asked for."""
+class Weights(LazyTensors):
+    """The weights of a state by canonical name, without the optimizer's tensors."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[f"weights/{name}"]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix("weights/") for name in self._tensors if name.startswith("weights/"))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+        found = [name.removeprefix("weights/") for name in tensors if name.startswith("weights/")]
+        super().__init__(
+            {name: meta_of(tensors, f"weights/{name}") for name in found}, lambda name: tensors[f"weights/{name}"]
+        )
 
 
 def _spec(target: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> Spec:
-    meta = getattr(tensors, "meta", None)
     try:
-        return checkpoint_files.spec_of(name, tensors[name] if meta is None else meta(name))
+        return checkpoint_files.spec_of(name, meta_of(tensors, name))
     except ValueError as error:
         raise CheckpointError(f"{target}: tensor '{name[:80]}': {error}: rename or convert it before saving") from error
 

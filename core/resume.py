@@ -26,6 +26,7 @@ from weftrain.core.backend import Backend, BatchSource, Plan, State, StoredState
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.formats.lazy_tensors import select
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.run.continuation import check_amounts, data_of_start, recipe_of
 from weftrain.core.run.ledger import TORN, Ledger, read_ledger, torn_bytes
@@ -369,5 +370,10 @@ def starting_state(recipe: Recipe, newest: Path | None, runs: Path, report: Call
         )
     state, manifest = checkpoint.load(newest, verified=True)
     if recipe.start_from.state == "weights":
-        return Found(State(0, 0, checkpoint.Plane(state.tensors, "weights")), manifest["root"], None, manifest)
+        return Found(
+            State(0, 0, select(state.tensors, {name: name for name in state.tensors if name.startswith("weights/")})),
+            manifest["root"],
+            None,
+            manifest,
+        )
     return Found(replace(state, step=0), manifest["root"], None, manifest)

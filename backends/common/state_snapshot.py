@@ -5,12 +5,13 @@ somebody still holds it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
 
 from weftrain.core.errors import CheckpointError
+from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of
 
 
 def check_state(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -20,41 +21,24 @@ def check_state(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[
         raise CheckpointError(
             f"state does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}; is it of another recipe?"
         )
-    described = getattr(tensors, "meta", tensors.__getitem__)
     for name, shape in shapes.items():
-        tensor = described(name)
+        tensor = meta_of(tensors, name)
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
             found, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"torch.float32 {list(shape)}"
             raise CheckpointError(f"tensor {name} is {found}, the model's is {wanted}; is it of another recipe?")
 
 
-class StateSnapshot(Mapping[str, torch.Tensor]):
-    """The state of a run at one step. Until it is detached each access reads the run's own tensor, so that saving it
-    needs no second copy of the model.
+class StateSnapshot(LazyTensors):
+    """The state of a run at one step, fp32. Until it is detached each access reads the run's own tensor, so that saving
+    it needs no second copy of the model.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> None:
-        self._shapes, self._read = shapes, read
-        self._copies: dict[str, torch.Tensor] | None = None
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._shapes:
-            raise KeyError(name)
-        return self._read(name) if self._copies is None else self._copies[name]
-
-    def meta(self, name: str) -> torch.Tensor:
-        """A tensor of the same dtype and shape without data."""
-        return torch.empty(self._shapes[name], dtype=torch.float32, device="meta")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
+        super().__init__({name: meta(shape) for name, shape in shapes.items()}, read)
 
     def detach(self) -> None:
         """Copy every tensor: the run's own ones are about to change."""
-        self._copies = {name: self._read(name) for name in self._shapes}
+        self._read = {name: self._read(name) for name in self}.__getitem__
 
 
 _Snapshot = TypeVar("_Snapshot", bound=StateSnapshot)

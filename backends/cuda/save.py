@@ -23,25 +23,27 @@ from weftrain.backends.common.state_snapshot import SnapshotOwner, StateSnapshot
 from weftrain.backends.cuda.world import World
 from weftrain.core.errors import CheckpointError, WeftrainError
 from weftrain.core.formats import checkpoint_files
+from weftrain.core.formats.checkpoint_files import Part, Written
 
-Parts = Mapping[str, checkpoint_files.Part]  # file -> tensor -> dtype, shape
+Parts = Mapping[str, Part]  # file -> tensor -> dtype, shape
 _Copies = dict[str, dict[str, Tensor]]
 
 
 class RankedTensors(StateSnapshot):
-    """A run's state over many ranks. `begin_files` and `writers`: how core.checkpoint has every rank write its
-    share.
-    """
+    """A run's state over many ranks, each of which writes its share (`checkpoint_files.WritesItself`)."""
 
     def __init__(
         self,
         shapes: Mapping[str, tuple[int, ...]],
         read: Callable[[str], Tensor],
-        begin: Callable[[Path, Parts], Callable[[], checkpoint_files.Written]],
+        begin: Callable[[Path, Parts], Callable[[], Written]],
         writers: int,
     ) -> None:
         super().__init__(shapes, read)
-        self.begin_files, self.writers = begin, writers
+        self._begin, self.writers = begin, writers
+
+    def begin_files(self, folder: Path, parts: Parts) -> Callable[[], Written]:
+        return self._begin(folder, parts)
 
 
 class Writer:
@@ -61,9 +63,7 @@ class Writer:
         """The state is about to change: whoever still holds a snapshot gets a copy."""
         self._snapshots.detach()
 
-    def begin(
-        self, folder: Path, files: Parts, whole: Callable[[str, bool], Tensor | None]
-    ) -> Callable[[], checkpoint_files.Written]:
+    def begin(self, folder: Path, files: Parts, whole: Callable[[str, bool], Tensor | None]) -> Callable[[], Written]:
         """Copy this rank's files' tensors and write them in a thread. whole(name, keep): a collective; the tensor where
         it is kept.
 
@@ -106,9 +106,7 @@ class Writer:
         if not self._world.leads:
             self._world.own_store().set(f"saved/{self._run}/{number}/{self._world.rank}", json.dumps(told))
 
-    def _written(
-        self, thread: threading.Thread, number: int, ranks: int, found: dict[int, dict[str, Any]]
-    ) -> checkpoint_files.Written:
+    def _written(self, thread: threading.Thread, number: int, ranks: int, found: dict[int, dict[str, Any]]) -> Written:
         thread.join()
         if ranks > 1:
             store = self._world.own_store()

@@ -11,10 +11,10 @@ import errno
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import torch
 
@@ -47,6 +47,18 @@ Part = Mapping[str, Spec]  # the tensors of one file
 Layouts = dict[str, dict[str, TensorLayout]]  # file -> tensor -> its place
 WrittenFile = tuple[dict[str, Any], dict[str, dict[str, Any]]]  # a file's entry in the manifest, and its tensors'
 Written = Mapping[str, WrittenFile]  # by file name
+
+
+@runtime_checkable
+class WritesItself(Protocol):
+    """Tensors that are spread over several processes, each of which writes its share of a checkpoint's files."""
+
+    @property
+    def writers(self) -> int: ...
+
+    def begin_files(self, folder: Path, parts: Mapping[str, Part]) -> Callable[[], Written]:
+        """Copy what is to be written, and return what waits until all of it is. parts: file name -> its tensors."""
+        ...
 
 
 # Writing

@@ -7,13 +7,14 @@ another run is named by key in `start_from`: `grow` for more rows of the vocabul
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
 from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError
+from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of
 from weftrain.core.model import draw
 from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role, parameter_specs
@@ -114,24 +115,21 @@ def grown_rows(manifest: Mapping[str, Any], model: ModelConfig) -> dict[str, tup
     return found
 
 
-class GrownWeights(Mapping[str, torch.Tensor]):
-    """Weights by canonical name, each read when it is asked for; rows that are not there are drawn from the seed."""
+class GrownWeights(LazyTensors):
+    """Weights by canonical name, each read when it is asked for; rows that are missing are drawn from the seed."""
 
     def __init__(
         self, weights: Mapping[str, torch.Tensor], rows: Mapping[str, tuple[int, int]], model: ModelConfig, seed: int
     ) -> None:
-        self._weights, self._rows, self._model, self._seed = weights, rows, model, seed
-        self._specs = {spec.name: spec for spec in parameter_specs(model)}
+        specs = {spec.name: spec for spec in parameter_specs(model)}
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._rows:
-            return self._weights[name]
-        tensor = draw(self._specs[name], self._model, self._seed)
-        tensor[: self._rows[name][0]] = self._weights[name]
-        return tensor
+        def read(name: str) -> torch.Tensor:
+            if name not in rows:
+                return weights[name]
+            tensor = draw(specs[name], model, seed)
+            tensor[: rows[name][0]] = weights[name]
+            return tensor
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
+        super().__init__(
+            {name: meta(specs[name].shape) if name in rows else meta_of(weights, name) for name in weights}, read
+        )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from weftrain.core.errors import CheckpointError
 from weftrain.core.formats import checkpoint_files, fsops, tensor_file
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.formats.checkpoint_manifest import root_of
+from weftrain.core.formats.lazy_tensors import LazyTensors
 
 RECIPE = {"name": "tiny", "optimizer": {"eps": 1e-08, "betas": [0.9, 0.95]}, "note": "größer"}
 
@@ -132,24 +133,16 @@ def test_tensors_are_divided_among_files_under_the_cap(tmp_path: Path, monkeypat
         checkpoint.verify(path)
 
 
-class Lazy(Mapping[str, torch.Tensor]):
+class Lazy(LazyTensors):
     """Counts how often each tensor is read."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.tensors, self.reads = tensors, dict.fromkeys(tensors, 0)
+        super().__init__({name: tensor.to("meta") for name, tensor in tensors.items()}, self.counted)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def counted(self, name: str) -> torch.Tensor:
         self.reads[name] += 1
         return self.tensors[name].clone()
-
-    def meta(self, name: str) -> torch.Tensor:
-        return self.tensors[name].to("meta")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
 
 
 def test_a_lazy_state_is_read_once_and_a_loaded_one_can_be_saved_again(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""Tensors by name that are read one at a time, and whose dtypes and shapes are known before.
+
+A checkpoint, a run's state and a foreign file are given as `LazyTensors`, so that no model is in memory as a whole only
+to be copied. Other lazy mappings derive from it, or are made of it by `select`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+
+
+class LazyTensors(Mapping[str, torch.Tensor]):
+    """Name -> tensor, read as new memory at each access.
+
+    metas: name -> what `read` gives for it, as a tensor on the device `meta`: dtype and shape without data.
+    """
+
+    def __init__(self, metas: Mapping[str, torch.Tensor], read: Callable[[str], torch.Tensor]) -> None:
+        self._metas, self._read = metas, read
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._metas:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._metas)
+
+    def __len__(self) -> int:
+        return len(self._metas)
+
+    def meta(self, name: str) -> torch.Tensor:
+        """A tensor's dtype and shape, without reading it."""
+        return self._metas[name]
+
+
+def meta(shape: Iterable[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor of this dtype and shape without data."""
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+
+def meta_of(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A tensor to ask for dtype and shape: of a lazy mapping nothing is read."""
+    return tensors.meta(name) if isinstance(tensors, LazyTensors) else tensors[name].to("meta")
+
+
+def select(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> LazyTensors:
+    """Some tensors under other names. names: new name -> name in `tensors`."""
+    return LazyTensors({new: meta_of(tensors, name) for new, name in names.items()}, lambda new: tensors[names[new]])
