@@ -1,10 +1,8 @@
-"""Coordinate check: does the size of activations, and of their change in training, depend on the width? With muP it
-must not.
+"""Coordinate check: do the sizes of activations and of their changes depend on the width? Under muP they must not.
 
-A few AdamW steps are made at several widths, with muP from the narrowest and with the standard parametrisation (same
-proxy, same learning rate, nothing derived), and the mean absolute value of every segment's output is recorded (arXiv
-2203.03466, appendix D.1). What a reader would get wrong: block outputs at initialisation are as flat without muP; it is
-their *change* in training that grows with width.
+A few AdamW steps at several widths, with muP from the narrowest and with the standard parametrization (same proxy, same
+learning rate), recording the mean absolute value of every segment's output (arXiv 2203.03466, appendix D.1). Block
+outputs at initialization are flat without muP too; it is their change in training that grows with width.
 """
 
 from __future__ import annotations
@@ -32,9 +30,7 @@ HEAD_DIM = 16
 
 @dataclass(frozen=True)
 class ActivationSize:
-    """One segment's output at one width after so many steps: mean |x|, and mean |x - x at initialisation|, over one
-    fixed batch.
-    """
+    """One segment's output at one width and step: mean |x|, and mean |x - x at initialization|, over a fixed batch."""
 
     parametrization: Parametrization
     width: int
@@ -51,10 +47,9 @@ def coordinate_check(
     learning_rate: float = 0.005,
     seeds: int = 2,
 ) -> list[ActivationSize]:
-    """Train at every width on one repeated random batch, and measure before each step and after the last; CPU, fp32,
-    some seconds.
+    """Train at every width on one random batch; measure before each step and after the last (CPU, fp32, seconds).
 
-    learning_rate: of the narrowest width, which is muP's proxy. seeds: models averaged into each point.
+    learning_rate: of the narrowest width, muP's proxy. seeds: models averaged into each point.
     """
     points = []
     for parametrization in parametrizations:
@@ -72,11 +67,10 @@ def coordinate_check(
 
 
 def proxy_config(parametrization: Parametrization, width: int, base_width: int) -> ModelConfig:
-    """A small CrystalCoder of that width; both parametrisations are the same model at `base_width` but for the
-    attention scale.
+    """A small CrystalCoder; at `base_width` both parametrizations agree except for the attention scale.
 
-    Standard: matrices start at base_std / sqrt(width / base_width), as fan-in initialisation has it; scales and
-    learning rate stay.
+    Standard: matrices start at base_std / sqrt(width / base_width), as in fan-in initialization; scales and learning
+    rate stay.
     """
     base_std = 0.073
     mup = Mup(
@@ -117,9 +111,7 @@ def proxy_config(parametrization: Parametrization, width: int, base_width: int) 
 
 
 def growth(points: Sequence[ActivationSize], parametrization: Parametrization, activation: str, step: int) -> float:
-    """The exponent p of change ~ width^p over all widths, by least squares on logarithms: 0 is flat, 0.5 grows as the
-    square root.
-    """
+    """The exponent p of change ~ width^p, by least squares on logarithms: 0 is flat, 0.5 a square root."""
     chosen = [p for p in points if (p.parametrization, p.activation, p.step) == (parametrization, activation, step)]
     x = torch.tensor([math.log(point.width) for point in chosen], dtype=torch.float64)
     y = torch.tensor([math.log(point.change) for point in chosen], dtype=torch.float64)
@@ -128,8 +120,7 @@ def growth(points: Sequence[ActivationSize], parametrization: Parametrization, a
 
 
 def plot(points: Sequence[ActivationSize], path: Path) -> None:
-    """PNG: change of each segment's output against width (both axes logarithmic), one panel a parametrisation, one line
-    a segment and step.
+    """Write a PNG: change of each segment's output against width, log-log, one panel a parametrization.
 
     Needs matplotlib (`pip install weftrain[plot]`).
     """
@@ -184,7 +175,7 @@ def _train(config: ModelConfig, steps: int, learning_rate: float, seed: int) -> 
 
 
 def _groups(model: Decoder, config: ModelConfig, learning_rate: float) -> list[dict[str, object]]:
-    """Decoder matrices at the muP learning rate, all else at the full one."""
+    """Decoder matrices at the muP learning rate, everything else at the full one."""
     matrices = {spec.name for spec in parameter_specs(config) if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX)}
     named = list(model.named_parameters())
     return [

@@ -1,8 +1,7 @@
-"""Two programs that were run one after the other, round by round: which is faster, how sure that is, and whether they
-trained alike.
+"""Two programs, run alternately round by round: which is faster, how certain that is, and whether they trained alike.
 
-Speeds are compared as `bench compare` does: a ratio, its 95 % interval over the rounds, and a verdict. Losses are
-compared at the same number of steps only, the largest that both programs report.
+Speeds are compared as in `bench compare`: a ratio, its 95 % interval over the rounds, and a verdict. Losses are
+compared at the last step that both programs report.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ SAME_LOSS = 1e-3  # losses that are as near are of the same training: bf16 parts
 
 @dataclass(frozen=True)
 class LossComparison:
-    """The largest difference over the rounds at step `step`, the last one that both have; missing: why it is not a
-    later one, or empty.
-    """
+    """Largest loss difference of any round at `step`, the last step both report; `missing`: why not later, or ""."""
 
     step: int
     difference: float
@@ -50,9 +47,7 @@ class LossComparison:
 
 @dataclass(frozen=True)
 class ProgramComparison:
-    """ratios: of tokens/s, ours over theirs, a round. speed: the same with its interval; None where no interval can be
-    had.
-    """
+    """ratios: tokens/s of ours over theirs, one a round. speed: the same with its interval; None without one."""
 
     ratios: tuple[float, ...]
     speed: Difference | None
@@ -86,7 +81,7 @@ def against(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any
 
 
 def _ms_per_token(result: Mapping[str, Any]) -> list[float]:
-    """Of each counted step, where the program tells; the median step gives the program's own tokens/s."""
+    """Milliseconds per token of each counted step, scaled so that the median gives the program's tokens/s."""
     middle = 1e3 / result["tokens_per_second"]
     times = result.get("step_times_ms", [1.0])
     return [middle * value / statistics.median(times) for value in times]
@@ -102,7 +97,7 @@ def _losses(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Los
 
 
 def _by_step(result: Mapping[str, Any]) -> dict[int, float]:
-    """Number of a step, from 1 -> its loss, of the steps that the program reports."""
+    """Step number, from 1 -> loss, for the steps that the program reports."""
     if "losses" in result:
         return dict(enumerate(map(float, result["losses"]), 1))
     found = {1: float(result["loss_first"])}

@@ -1,8 +1,6 @@
-"""How fast batches are read: through the data path as a run reads them, and the same number of rows through h5py, row
-by row.
+"""Time to read batches: through the data path of a run, and the same number of rows through h5py, row by row.
 
-The two are interleaved and each reads steps of its own, so neither finds rows that the other has just brought into the
-cache.
+The two are interleaved and read different steps, so neither finds rows that the other has just cached.
 """
 
 from __future__ import annotations
@@ -26,10 +24,9 @@ def batch_times_ms(source: BatchSource, steps: int) -> list[float]:
 
 
 def beside_h5py_ms(source: TokenSource, steps: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of each batch, through the data path and by `dataset[start:stop]` of open HDF5 files into an int64
-    batch.
+    """Milliseconds of each batch: through the data path, and by `dataset[start:stop]` of open HDF5 files into int64.
 
-    Every shard is verified before, so that both are warm. Raises DataError, and OSError where h5py cannot open a shard.
+    Every shard is verified first, so both start warm. Raises DataError, and OSError where h5py cannot open a shard.
     """
     ours, theirs = [], []
     for component in source.components:
@@ -52,14 +49,14 @@ def beside_h5py_ms(source: TokenSource, steps: int) -> tuple[list[float], list[f
 def row_places(
     source: TokenSource, step: int, opened: Callable[[Path], h5py.Dataset]
 ) -> list[tuple[h5py.Dataset, int]]:
-    """Where the rows of a step begin: in which dataset, at which position."""
+    """The dataset and position where each row of a step begins."""
     strides = {component.name: component.shards.manifest.row_stride for component in source.components}
     found = [source.locate(step, row) for row in range(source.global_batch_size)]
     return [(opened(row.folder / row.file), row.row_in_shard * strides[row.source]) for row in found]
 
 
 def rows_by_h5py(places: list[tuple[h5py.Dataset, int]], width: int) -> np.ndarray:
-    """int64 [n, width]: as a reader without weftrain would read them."""
+    """int64 [n, width], read as a program without weftrain would."""
     ids = np.empty((len(places), width), dtype=np.int64)
     for row, (dataset, start) in enumerate(places):
         ids[row] = dataset[start : start + width]

@@ -1,20 +1,17 @@
-"""The same model trained by PyTorch's own FSDP2 in a plain loop, as a program for `weftrain bench train RECIPE
---against`.
+"""The same model trained by PyTorch's own FSDP2 in a plain loop, for `weftrain bench train RECIPE --against`.
 
     weftrain bench train RECIPE --against "analysis/bench/fsdp2_loop.py RECIPE"
-    (one process, CPU offload)
     weftrain bench train RECIPE --ranks 2 --against "analysis/bench/fsdp2_loop.py RECIPE --ranks 2 --no-offload"
-    (two, by torchrun)
 
-`bench train` hands its own numbers to no other program: what is not the default (overrides, --steps, --warmup,
---threads) is said twice. On the CPU. `fully_shard` on every Block and on the root, fused AdamW: what a user of torch
-would write. Model, kernels, weights, rows and schedule are those of the local backend; of `backend.options` only
-`compile` is read.
+The first is one process with CPU offload, the second two processes under torchrun. `bench train` passes nothing on:
+give overrides, --steps, --warmup and --threads to both programs. On the CPU: `fully_shard` on every Block and on the
+root, fused AdamW, as a user of torch would write it. Model, kernels, weights, rows and schedule are those of the local
+backend; of `backend.options` only `compile` is read.
 
-What a reader would get wrong: with one process nothing is gathered or reduced, and from the CPU to the CPU nothing is
-offloaded. What remains of FSDP2 is its schedule and its copies: a block's weights are copied before its forward and
-again before its backward, its gradients twice after it. The fp32 state stays in memory, so the figure says nothing of a
-slower link or of a model larger than memory. Needs torch 2.6 or newer; written with 2.13.
+With one process nothing is gathered or reduced, and offload from CPU to CPU moves nothing. What remains of FSDP2 is its
+schedule and its copies: a block's weights are copied before its forward and again before its backward, its gradients
+twice after it. The fp32 state stays in memory, so the figure says nothing about a slower link or a model larger than
+memory. Needs torch 2.6 or newer; written with 2.13.
 """
 
 from __future__ import annotations
@@ -46,7 +43,7 @@ from weftrain.kernels.host_memory import use_huge_pages
 
 
 def refuse_what_differs(recipe: Recipe) -> None:
-    """Raise BackendError for a recipe that this program would train otherwise than our backends do."""
+    """Raise BackendError for a recipe that this program would train differently from our backends."""
     placement = recipe.optimizer.eps_placement
     if placement != "after_bias_correction":
         raise BackendError(
@@ -63,9 +60,7 @@ def refuse_what_differs(recipe: Recipe) -> None:
 
 
 def build(recipe: Recipe) -> Decoder:
-    """The local backend's model on the CPU with fp32 weights: a plain program's where there are any, else drawn from
-    the seed.
-    """
+    """The local backend's model in fp32 on the CPU, with `plain_weights` where they exist, else drawn from the seed."""
     compute = getattr(torch, recipe.precision.compute)
     uses = kernel_specs(recipe.model, "cpu", compute, residual_dtype=torch.float32)
     # Of no use here, but a recipe may pin them.
@@ -84,9 +79,7 @@ def build(recipe: Recipe) -> Decoder:
 
 
 def shard(model: Decoder, compute: torch.dtype, offload: bool) -> None:
-    """FSDP2 over CPU processes, in place: a group for each Block, one for the root, and in bf16 one for norms, which
-    stay fp32.
-    """
+    """FSDP2 over CPU processes: a group for each Block and the root, and in bf16 one for the norms, which stay fp32."""
     policies: dict[str, Any] = {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))}
     if offload:
         policies["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
@@ -108,7 +101,7 @@ def shard(model: Decoder, compute: torch.dtype, offload: bool) -> None:
 
 
 class Fsdp2Run:
-    """As much of a Run as `take_steps` uses."""
+    """The part of the Run protocol that `take_steps` uses."""
 
     def __init__(self, recipe: Recipe, steps: int, offload: bool) -> None:
         self._recipe, self._steps = recipe, steps

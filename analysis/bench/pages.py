@@ -1,8 +1,6 @@
-"""A benchmark report as people read it: Markdown, a row of CSV, plots, one HTML page with all in it, and MLPerf's
-result lines.
+"""A benchmark report as Markdown, a CSV row, plots, one HTML page, and MLPerf result lines.
 
-What a reader would get wrong: nothing is computed here. Every number is a field of report.json, so that no page can say
-another one.
+Every number is a field of report.json; nothing is computed here, so no page can contradict another.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ def _rate(value: float | str) -> str:
 
 
 def tables(report: BenchReport) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(title, rows of name and value)."""
+    """(title, rows of name and value) of each section."""
     speed, efficiency = report.speed, report.efficiency
     yield (
         "Speed",
@@ -145,7 +143,7 @@ def markdown(report: BenchReport) -> str:
 
 
 def flat(report: BenchReport) -> dict[str, Any]:
-    """What a row of a table of benchmarks holds."""
+    """The values of one row in a table of benchmarks."""
     row: dict[str, Any] = {
         "name": report.name,
         "made_at": report.made_at,
@@ -177,9 +175,7 @@ def csv_text(rows: list[dict[str, Any]], header: bool = True) -> str:
 
 
 def plots(report: BenchReport) -> bytes:
-    """Step times of every round, and the parts of the mean step: PNG. Needs matplotlib (`pip install
-    'weftrain[plot]'`).
-    """
+    """Step times of every round and the breakdown of the mean step, as PNG. Needs matplotlib (`weftrain[plot]`)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -223,7 +219,7 @@ img { max-width: 100%; background: white; }
 
 
 def html_page(report: BenchReport, picture: bytes) -> str:
-    """One page, no network: style and picture are in it."""
+    """One self-contained page: style and picture are embedded."""
     parts = [f"<h1>{html.escape(report.name)}</h1>", f"<p>{html.escape(report.made_at)}</p>"]
     parts += [f'<p class="warning">{html.escape(warning)}</p>' for warning in report.warnings]
     parts.append(
@@ -238,7 +234,7 @@ def html_page(report: BenchReport, picture: bytes) -> str:
 
 
 def mllog_lines(report: BenchReport, started_ms: int, ended_ms: int) -> Iterator[str]:
-    """MLPerf's log form (`:::MLLOG {json}`): what a throughput run has of a result's keys."""
+    """MLPerf's log format (`:::MLLOG {json}`), with the result keys that apply to a throughput run."""
 
     def line(kind: str, time_ms: int, key: str, value: Any, **metadata: Any) -> str:
         entry = {
@@ -275,9 +271,7 @@ def mllog_lines(report: BenchReport, started_ms: int, ended_ms: int) -> Iterator
 
 
 def write_report(report: BenchReport, folder: Path) -> list[Path]:
-    """report.json, report.md, report.csv, report.png and report.html in a folder. What was written. Raises ReportError,
-    OSError.
-    """
+    """Write report.json, .md, .csv, .png and .html into a folder; their paths. Raises ReportError, OSError."""
     try:
         picture = plots(report)
     except ImportError as error:

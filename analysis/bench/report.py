@@ -1,8 +1,7 @@
-"""The report of a training benchmark: one schema with a version, and how each figure in it is computed.
+"""The report of a training benchmark: one versioned schema, and how each figure in it is computed.
 
-What a reader would get wrong: the breakdown is of the *wall time from result to result*, and its parts add up: what no
-part accounts for is called the remainder, and is there to be looked at. Utilisation is against a peak that was measured
-here or has a source; else "unknown".
+The breakdown divides the wall time between two results; what no part accounts for is the remainder. Utilization is
+relative to a peak that was measured here or has a source; otherwise it is "unknown".
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ STEP_PARTS = (
 
 
 class ReportError(WeftrainError):
-    """A report that is missing, of another version, or not one."""
+    """A report that is missing, invalid, or of another version."""
 
 
 class _Model(BaseModel):
@@ -46,7 +45,7 @@ class _Model(BaseModel):
 
 
 class StepSpeed(_Model):
-    """Of the steps after the warm-up. Rates from the median step."""
+    """Over the steps after the warm-up. Rates follow from the median step."""
 
     tokens_per_second: float
     tokens_per_second_per_device: float
@@ -64,9 +63,7 @@ class StepSpeed(_Model):
 
 
 class Efficiency(_Model):
-    """FLOP/s = flops_per_token x tokens/s. MFU: over a peak. HFU: with what is computed again; null where no whole
-    block is.
-    """
+    """FLOP/s = flops_per_token x tokens/s. MFU: share of a peak. HFU: with recomputation, null unless it is full."""
 
     flops_per_token: int
     flops_formula: str
@@ -81,7 +78,7 @@ class Efficiency(_Model):
 
 
 class Correctness(_Model):
-    """Losses against the reference. checked: how many first steps were compared; 0: none, and why in `words`."""
+    """Losses against the reference. checked_steps: first steps that were compared; 0: none, for the reason in `words`."""
 
     checked_steps: int
     largest_relative_difference: float | None
@@ -91,7 +88,7 @@ class Correctness(_Model):
 
 
 class BenchReport(_Model):
-    """report.json. Times in ms unless a name says otherwise; mappings hold JSON values."""
+    """report.json. Times are in ms unless a name says otherwise; mappings hold JSON values."""
 
     schema_version: Literal[1] = 1
     name: str
@@ -117,9 +114,7 @@ class BenchReport(_Model):
 
     @property
     def in_probes(self) -> list[list[float]] | None:
-        """The rounds without their warm-up, each step in units of the yardstick around it, so that a machine's drift is
-        not in them.
-        """
+        """Step times without the warm-up, in units of the probe around each step, which removes the machine's drift."""
         if not all(self.probes):
             return None
         warm = self.speed.warm_up_steps
@@ -132,12 +127,12 @@ class BenchReport(_Model):
 
     @property
     def counted(self) -> list[list[float]]:
-        """The rounds without their warm-up."""
+        """Step times of each round without the warm-up."""
         return [values[self.speed.warm_up_steps :] for values in self.rounds]
 
 
 class BenchRound(_Model):
-    """What one round gives: of every step, in order."""
+    """Measurements of one round, one entry a step."""
 
     step_ms: list[float]  # from result to result
     losses: list[float]
@@ -149,7 +144,7 @@ class BenchRound(_Model):
 
 
 def speed_of(rounds: Sequence[BenchRound], tokens_per_step: int, devices: int) -> StepSpeed:
-    """Raises ReportError for fewer than two counted steps."""
+    """The speed over all rounds. Raises ReportError for fewer than two counted steps."""
     warm = max(warm_up_steps(measured.step_ms) for measured in rounds)
     counted = [measured.step_ms[warm:] for measured in rounds]
     steps = [value for values in counted for value in values]
@@ -175,9 +170,7 @@ def speed_of(rounds: Sequence[BenchRound], tokens_per_step: int, devices: int) -
 
 
 def breakdown_of(rounds: Sequence[BenchRound], warm: int) -> tuple[dict[str, float], str]:
-    """Mean ms of each part over the counted steps; the parts add up to the mean step. And what there is to say about
-    it.
-    """
+    """Mean ms of each part over the counted steps, adding up to the mean step, and a note on how to read them."""
     totals = dict.fromkeys(STEP_PARTS, 0.0)
     steps, timed = 0, True
     for measured in rounds:
@@ -202,9 +195,7 @@ def breakdown_of(rounds: Sequence[BenchRound], warm: int) -> tuple[dict[str, flo
 
 
 def hardware_flops_per_token(recipe: Recipe, recomputes: str | None) -> float:
-    """Of matrix products and attention, with what is computed again: every block's forward once more is a third of what
-    it takes.
-    """
+    """Matrix products and attention, with recomputation: a second forward of every block adds a third."""
     model, length = recipe.model, recipe.data.sequence_length
     again = 0.0
     if recomputes == "full":
@@ -220,9 +211,7 @@ def efficiency_of(
     sourced: tuple[float | None, str],
     recomputes: str | None,
 ) -> Efficiency:
-    """measured, sourced: a peak of all devices in FLOP/s and its origin. recomputes: Fingerprint.recomputes of the
-    run.
-    """
+    """measured, sourced: FLOP/s of all devices and where the figure comes from. recomputes: as in Fingerprint."""
     per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
     rate = per_token * tokens_per_second
 
@@ -251,9 +240,7 @@ def efficiency_of(
 def correctness_of(
     losses: Sequence[float], reference: Sequence[float] | None, compute: str, why_not: str = ""
 ) -> Correctness:
-    """Compare first losses with the reference's. fp32: 1e-4 relative; bf16: 2e-2, eight bits of mantissa over a model's
-    depth.
-    """
+    """Compare the first losses with the reference's: within 1e-4 relative in fp32, 2e-2 in bf16 (8-bit mantissa)."""
     tolerance = {"float32": 1e-4, "bfloat16": 2e-2}[compute]
     if not reference:
         return Correctness(
@@ -295,9 +282,7 @@ def shape_of(recipe: Recipe, devices: int) -> dict[str, Any]:
 
 
 def configuration_differences(a: BenchReport, b: BenchReport) -> list[str]:
-    """What two reports do not have in common of recipe, shape, kernels and machine: a ratio between them is about all
-    of it.
-    """
+    """Differences of recipe, kernels and machine between two reports; a ratio of speeds covers all of them."""
     from weftrain.core.run.run_folder import differences
 
     found = []
@@ -322,7 +307,7 @@ def _chosen(kernels: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def read_report(path: Path) -> BenchReport:
-    """report.json, or the folder that holds it. Raises ReportError."""
+    """Read report.json, or the folder that holds it. Raises ReportError."""
     path = path / "report.json" if path.is_dir() else path
     try:
         return BenchReport.model_validate_json(read_plain(path, "record"))

@@ -1,8 +1,7 @@
 """One benchmark from a recipe to its report: reference losses, rounds, peaks, energy, profile.
 
-What a reader would get wrong: a round here is a run prepared anew in this process, which compiles once and allocates
-again. How much the same program varies between processes is what `--against` and `bench compare` of reports made one
-after another are for.
+A round is a run prepared anew in this process, which compiles once and allocates again. Use `--against`, or `bench
+compare` of reports made one after another, to see how much a program varies between processes.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class BenchRequest:
 
 
 def reference_losses(recipe: Recipe, backend: Backend, local: Backend, steps: int) -> tuple[list[float], str]:
-    """The first losses that reference kernels give in one process, and if none, why not."""
+    """The first losses that reference kernels give in one process, or [] and the reason."""
     if steps == 0:
         return [], "not asked for (--check-steps 0)"
     if not backend.returns_gradients:
@@ -83,7 +82,7 @@ def bench(
     wishes: BenchRequest,
     tell: Callable[[int, int, float], None] = lambda number, step, ms: None,
 ) -> BenchReport:
-    """Measure; tell(round, step, ms) as it goes. Raises BenchError, and whatever the backend raises."""
+    """Measure; tell(round, step, ms) reports progress. Raises BenchError, and what the backend raises."""
     load_before = load()
     reference, why_not = reference_losses(recipe, backend, local, min(wishes.check_steps, wishes.steps))
     source, plan = bench_source(recipe), Plan(0, wishes.steps)
@@ -210,13 +209,10 @@ def _predicted_memory(recipe: Recipe, backend: Backend, options: StrictModel) ->
 
 
 def profile(run: Run, source: Any, folder: Path, skip: int = 2, steps: int = 3) -> None:
-    """Into a folder: trace.json for Perfetto, operators.md with each operator's share, memory.pickle where the device
-    is a GPU.
+    """Write trace.json (Perfetto), operators.md with each operator's share, and memory.pickle on a GPU into a folder.
 
-    That file's form is torch's own and the only one it has; it is written for pytorch.org/memory_viz, and nothing here
-    reads it.
-
-    The plan has at least skip + steps steps. The run is closed.
+    torch writes memory.pickle in the only format it has, for pytorch.org/memory_viz; nothing here reads it. Needs a
+    plan of at least skip + steps steps. Closes the run.
     """
     from torch.profiler import ProfilerActivity
 
@@ -247,7 +243,7 @@ def profile(run: Run, source: Any, folder: Path, skip: int = 2, steps: int = 3) 
 
 
 def operator_table(recorded: Any, cuda: bool, most: int = 40) -> str:
-    """Each operator's own time and share, largest first."""
+    """Each operator's own time and share, largest first, as Markdown."""
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
     averages = sorted(recorded.key_averages(), key=lambda event: -getattr(event, key))
     total = sum(getattr(event, key) for event in averages) or 1
@@ -260,9 +256,7 @@ def operator_table(recorded: Any, cuda: bool, most: int = 40) -> str:
 
 @contextlib.contextmanager
 def snapshot_when_out_of_memory(device: torch.device, folder: Path | None) -> Iterator[None]:
-    """What a GPU held when it ran out: memory-out.pickle in the profile's folder, and one line instead of a trace.
-    Raises BenchError.
-    """
+    """Turn an out-of-memory error into a BenchError; on a GPU write what was allocated to memory-out.pickle."""
     if device.type == "cuda" and folder is not None:
         torch.cuda.memory._record_memory_history()
     try:

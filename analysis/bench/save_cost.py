@@ -1,9 +1,8 @@
-"""What a checkpoint costs beside plain safetensors: `python -m weftrain.analysis.bench.save_cost FOLDER [--mib 960]
-[--rounds 15]`.
+"""Cost of a checkpoint over plain safetensors: `python -m weftrain.analysis.bench.save_cost FOLDER`.
 
-In turns, on the disk of FOLDER: safetensors' `save_file` with fsync of file and folder, and `core.checkpoint.save`,
-which also hashes every tensor and writes a manifest. What a reader would get wrong: the disk's own cache decides single
-rounds, so only the median ratio counts, and the first round, which meets cold files, is not counted.
+Interleaved, on the disk of FOLDER: safetensors' `save_file` with fsync of file and folder, and `core.checkpoint.save`,
+which also hashes every tensor and writes a manifest. The disk's cache decides single rounds, so the result is the
+median ratio, without the first round, which meets cold files.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ from weftrain.core.formats import fsops
 
 
 def rounds_of(folder: Path, mib: int, rounds: int) -> Iterator[tuple[float, float, float]]:
-    """Seconds of plain safetensors, of a checkpoint, and of its verification, for each of `rounds` rounds after a
-    first.
-    """
+    """Seconds of plain safetensors, of a checkpoint and of its verification, for each round after a warm-up round."""
     generator = torch.Generator().manual_seed(1)
     tensors = {
         f"weights/layers.{layer}": torch.randn(-(-mib // 32), 1 << 18, generator=generator) for layer in range(32)

@@ -1,9 +1,7 @@
-"""Many benchmarks, one CSV: all combinations of some values, each in a process of its own, so that none leaves anything
-to the next.
+"""Many benchmarks, one CSV: all combinations of some values, each in its own process, so that none affects the next.
 
-What a reader would get wrong: a combination that fails is a result. That it ran out of memory, or was refused before it
-started, is in its row, and a sweep that is started again does not try it once more; remove the row to have it run
-again.
+A failed combination is a result: out of memory or refused is recorded in its row and not tried again when the sweep
+resumes. Remove the row to run it again.
 """
 
 from __future__ import annotations
@@ -26,9 +24,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "killed by the syste
 
 
 def combinations(vary: Sequence[str]) -> list[Combination]:
-    """['a=1,2', 'b=[x,y],[z]'] -> (('a', '1'), ('b', '[x,y]')), ...; a comma within brackets does not divide. Raises
-    BenchError.
-    """
+    """['a=1,2', 'b=[x,y]'] -> [(('a', '1'), ('b', '[x,y]')), ...]; brackets protect commas. Raises BenchError."""
     keys: dict[str, list[str]] = {}
     for item in vary:
         key, equals, values = item.partition("=")
@@ -48,9 +44,7 @@ def run_sweep(
     timeout_s: float,
     tell: Callable[[int, str], None],
 ) -> list[dict[str, Any]]:
-    """The rows of sweep.csv, one a combination, in their order. What is there already is not run again. Raises
-    BenchError, OSError.
-    """
+    """Run what sweep.csv does not hold yet; its rows, one a combination, in order. Raises BenchError, OSError."""
     fsops.make_dirs(folder)
     table = folder / "sweep.csv"
     rows: list[dict[str, Any]] = []

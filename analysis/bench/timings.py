@@ -1,9 +1,7 @@
-"""What a row of step times says, and what it does not: percentiles, where the warm-up ends, intervals, and whether two
-rows differ.
+"""Statistics of step times: percentiles, the end of the warm-up, intervals, and whether two sets of rounds differ.
 
-What a reader would get wrong: steps of one process resemble each other more than two processes do. An interval from one
-process is about that process; only several rounds, each in a process of its own, tell how much the same program varies.
-So rounds are resampled first, and steps within them.
+Steps of one process resemble each other more than two processes do, so an interval from one process describes that
+process only. Rounds, each a process of its own, are resampled first, and steps within them.
 """
 
 from __future__ import annotations
@@ -20,11 +18,10 @@ _LEAST_NOISE = 0.005  # of a step's time: below it a difference is not worth a s
 
 
 def warm_up_steps(step_ms: Sequence[float]) -> int:
-    """How many first steps are not yet at the level of the rest: at least one (the first compiles and allocates), at
-    most half.
+    """Number of first steps that are not yet at the level of the rest: at least one, at most half.
 
-    The change point k that leaves the least deviation of the log times after it from their median, where each step
-    given up costs three standard deviations of the second half: so a slow step is left out, and noise is not.
+    The change point k that minimizes the absolute deviation of the later log times from their median, where each step
+    given up costs three standard deviations of the second half. A slow step is excluded; noise is not.
     """
     logs = np.log(np.asarray(step_ms, dtype=np.float64))
     if len(logs) < 4:
@@ -40,13 +37,13 @@ def warm_up_steps(step_ms: Sequence[float]) -> int:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Linear between the two nearest, as numpy's default."""
+    """Linear interpolation between the two nearest values."""
     return float(np.quantile(np.asarray(values, dtype=np.float64), share))
 
 
 @dataclass(frozen=True)
 class Interval:
-    """95 % by the bootstrap, of a median; rounds: from how many processes."""
+    """95 % bootstrap interval of a median; rounds: number of processes it comes from."""
 
     low: float
     high: float
@@ -54,10 +51,9 @@ class Interval:
 
 
 def _medians(rounds: Sequence[Sequence[float]], generator: np.random.Generator) -> np.ndarray:
-    """Medians of RESAMPLES resamples: rounds with replacement, and blocks of neighbouring steps within each, since
-    neighbours resemble.
+    """RESAMPLES medians: rounds are resampled, and blocks of neighbouring steps within each.
 
-    Of the rounds' medians, so that a round counts once however many steps it has.
+    They are medians of the rounds' medians, so a round counts once however many steps it has.
     """
     number = len(rounds)
     of_round = np.stack(
@@ -77,16 +73,14 @@ def _resampled_medians(values: np.ndarray, shape: tuple[int, int], generator: np
 
 
 def median_interval(rounds: Sequence[Sequence[float]], seed: int = 0) -> Interval:
-    """Of the median step time over rounds."""
+    """Interval of the median step time over rounds."""
     low, high = np.quantile(_medians(rounds, np.random.default_rng(seed)), (0.025, 0.975))
     return Interval(float(low), float(high), len(rounds))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much slower B is than A: the ratio of step times (above 1: B is slower), its 95 % interval, and what that
-    allows to say.
-    """
+    """The ratio of step times of B to A (above 1: B is slower), its 95 % interval, and the verdict these allow."""
 
     ratio: float
     low: float
@@ -97,8 +91,7 @@ class Difference:
 def difference(
     a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], seed: int = 0, names: tuple[str, str] = ("A", "B")
 ) -> Difference:
-    """Compare rounds of step times. Of equally many rounds the k-th of each are taken as neighbours in time, and as a
-    pair.
+    """Compare rounds of step times; with equally many rounds, the k-th of each were made together and form a pair.
 
     names: of A and B in the verdict.
     """

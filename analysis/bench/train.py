@@ -1,9 +1,7 @@
-"""Training throughput of a run on fixed random rows, as one RESULT line, and a comparison with any program that prints
-the same.
+"""Training throughput on fixed random rows as one RESULT line, and a comparison with any program that prints one.
 
-What a reader would get wrong: two programs are compared in turns (A B A B ...), each round in processes of their own,
-and the figure is the ratio; one figure alone means nothing on a machine whose clock drifts. Both start from the same
-weights and rows, so that the losses say whether they trained the same model.
+Programs are interleaved (A B A B ...), each round in processes of its own, and the result is the ratio, since the clock
+of a machine drifts. Both start from the same weights and rows, so the losses show whether they trained the same model.
 """
 
 from __future__ import annotations
@@ -63,13 +61,11 @@ _EXPECTED = {
 
 
 class BenchError(WeftrainError):
-    """A program under comparison that failed or printed no RESULT line."""
+    """A program under comparison that failed or printed no valid RESULT line."""
 
 
 def bench_source(recipe: Recipe, seed: int = 0) -> SyntheticSource:
-    """The rows of the comparison: torch.randint under torch.Generator().manual_seed(seed), four of them unless the
-    recipe says.
-    """
+    """Rows from torch.randint with manual_seed(seed): two batches unless the recipe sets synthetic_rows."""
     generator = torch.Generator().manual_seed(seed)
     rows = recipe.data.synthetic_rows or 2 * recipe.batch.global_batch_size
     ids = torch.randint(0, recipe.model.vocab_size, (rows, recipe.data.sequence_length + 1), generator=generator)
@@ -80,8 +76,8 @@ def plain_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]
     """The weights that an ordinary LLaMA-like torch.nn program of this shape has after torch.manual_seed(seed).
 
     Such a program builds nn.Embedding, then per layer nn.Linear q-k-v in one, o, gate, up and down, then the head, each
-    drawing its default initialisation, and then draws every matrix anew, in that order, from N(0, std). None for a
-    model that is not LLaMA-like.
+    drawing its default initialization, and then redraws every matrix, in that order, from N(0, std). None for a model
+    that is not LLaMA-like.
     """
     given = config.initialization
     if (
@@ -126,10 +122,9 @@ def take_steps(
     tell: Callable[[int, float], None] = lambda step, ms: None,
     probe: Callable[[], float] | None = None,
 ) -> BenchRound:
-    """Train to the plan's end. The clock runs from result to result, and reading the loss is in it, as in any loop that
-    logs.
+    """Train to the plan's end. The clock runs from result to result and includes reading the loss.
 
-    probe: called between two steps, while the clock stands; it tells how fast the machine is just then.
+    probe: called between steps while the clock is stopped; returns how long a fixed amount of work takes just now.
     """
     found = BenchRound(step_ms=[], losses=[], phases_ms=[], inside_ms=[], data_wait_ms=[], stats={}, probe_ms=[])
     if probe is not None:
@@ -155,7 +150,7 @@ def take_steps(
 
 
 def plain_result(measured: BenchRound, tokens_per_step: int, warmup: int, name: str) -> dict[str, Any]:
-    """A RESULT line without a report, for a program that is compared with: the median step after `warmup` of them."""
+    """The RESULT line of a program without a report: the median step after `warmup` steps."""
     step_ms = statistics.median(measured.step_ms[warmup:])
     return {
         "name": name,
@@ -172,9 +167,7 @@ def plain_result(measured: BenchRound, tokens_per_step: int, warmup: int, name: 
 
 
 def result_line(report: BenchReport) -> dict[str, Any]:
-    """What a program under comparison prints after RESULT: medians, and the losses by which two programs are told to
-    train alike.
-    """
+    """The RESULT line of a report: medians, and the losses that show whether two programs train alike."""
     speed, efficiency = report.speed, report.efficiency
     return {
         "name": report.name,
@@ -198,7 +191,7 @@ def result_line(report: BenchReport) -> dict[str, Any]:
 
 
 def run_program(command: Sequence[str], timeout_s: float) -> dict[str, Any]:
-    """Run a program to its end and return its RESULT line. Raises BenchError with the program's last words."""
+    """Run a program to its end and return its RESULT line. Raises BenchError with the program's last line of output."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except FileNotFoundError:

@@ -1,11 +1,10 @@
-"""A series of Hugging Face checkpoints (Pythia's, a release's revisions): a folder with a sub-folder a revision, by
-transformers.
+"""A series of Hugging Face checkpoints (Pythia's, a release's revisions): a folder with one sub-folder a revision.
 
-The step is the number in a sub-folder's name (`step1000`, `ckpt_001`), and tokens are that number times what the caller
-says: 2,097,152 (1024 x 2048) a step for Pythia, arXiv 2304.01373. What a reader would get wrong: transformers *warns*
-of a weight that a file lacks and draws it at random; here that is an error. Nothing pickled is opened, no code of a
-model is run, and nothing is fetched: a folder that would need any of it is refused before a model is built. A
-CrystalCoder that carries weftrain's own modelling code needs none of it: it is computed by weftrain's decoder.
+The step is the number in a sub-folder's name (`step1000`, `ckpt_001`); the caller gives the tokens of a step, for
+Pythia 2,097,152 = 1024 x 2048 (arXiv 2304.01373). A weight that a file lacks is an error here, while transformers only
+warns and draws it at random. No pickle is opened, no code of a model is run and nothing is fetched: a folder that needs
+any of it is refused before a model is built. A CrystalCoder with weftrain's own modelling code is computed by
+weftrain's decoder.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ _LOGITS_AT_ONCE = 1 << 27  # fp32 values: 512 MiB
 
 
 def is_series(folder: Path) -> bool:
-    """Whether a folder holds a revision at least: a sub-folder with a number in its name and a config.json in it."""
+    """Whether a folder holds at least one revision: a sub-folder with a number in its name and a config.json in it."""
     return any((path / CONFIG).exists() for path in _numbered(folder).values())
 
 
@@ -71,11 +70,9 @@ def step_of(name: str) -> int:
 
 
 def read_huggingface(folder: Path, name: str, tokens_per_step: int | None) -> Series:
-    """The series of a folder of revisions, each of which is checked as far as can be without reading weights; it has no
-    values yet.
+    """The series of a folder of revisions, each checked without reading weights; its points have no values yet.
 
-    Raises DataError without tokens_per_step or transformers, CheckpointError naming the file of a revision that is not
-    read here.
+    Raises DataError without tokens_per_step or transformers, CheckpointError naming the file that is refused.
     """
     if tokens_per_step is None:
         raise DataError(f"{folder}: how many tokens is a step? Give --tokens-per-step N (Pythia: 2097152)")
@@ -124,9 +121,7 @@ def _positions(config: dict[str, Any]) -> int | None:
 
 
 def check_revision(path: Path) -> dict[str, Any]:
-    """config.json of a revision that can be read without trust: a known architecture, whole safetensors. Raises
-    CheckpointError.
-    """
+    """Read config.json; require a known architecture and whole safetensors. Raises CheckpointError."""
     try:
         with open_regular(path / CONFIG) as file:
             config = parse_json(file.read(MAX_CONFIG_BYTES + 1))
@@ -170,9 +165,7 @@ def check_revision(path: Path) -> dict[str, Any]:
 
 
 def is_own(path: Path, config: dict[str, Any]) -> bool:
-    """Whether a revision is a CrystalCoder whose `auto_map` names weftrain's own modelling code: it is computed here
-    without that code.
-    """
+    """Whether `auto_map` names weftrain's own CrystalCoder code: it is computed here without that code."""
     try:
         return config.get("auto_map") == AUTO_MAP and is_known_modeling(path / MODELING)
     except OSError as error:
@@ -197,9 +190,7 @@ def _check_weights(path: Path) -> None:
 
 
 def weight_files(path: Path) -> list[str]:
-    """Names of the safetensors files of a revision. Raises CheckpointError where there are none: pickles are never
-    loaded.
-    """
+    """Names of a revision's safetensors files. Raises CheckpointError where there are none; pickles are refused."""
     if (path / SINGLE).exists():
         return [SINGLE]
     if (path / INDEX).exists():
@@ -217,9 +208,7 @@ def _refused(path: Path, name: str, what: object, remedy: str) -> CheckpointErro
 
 
 def revision_root(path: Path) -> str:
-    """What a measurement of a revision is kept under: a hash over config.json and every weight file, each read to its
-    end.
-    """
+    """The key of a revision's measurements: a hash over config.json and every weight file, read to the end."""
     return sha256_json({name: fsops.sha256_file(path / name) for name in (CONFIG, *weight_files(path))})
 
 
@@ -227,8 +216,7 @@ def revision_root(path: Path) -> str:
 
 
 class TransformersModel:
-    """What perplexity and memorization need of a model, by a transformers model in fp32: the sum of losses, and greedy
-    continuations.
+    """A transformers model in fp32 with what perplexity and memorization need: summed loss and greedy continuation.
 
     Called as a Decoder is: ids int64 [B, T], labels int64 [B, T] (-100: no loss), document_start None.
     """
@@ -239,9 +227,7 @@ class TransformersModel:
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, labels: Tensor, document_start: Tensor | None) -> Tensor:
-        """The sum of the losses of all labels, fp64 []. Pads stand on the right, where causal attention never sees
-        them.
-        """
+        """The sum of the losses of all labels, fp64 []. Padding on the right is never seen by causal attention."""
         if document_start is not None:
             raise DataError(
                 "a transformers model does not attend within documents: take a set whose attention crosses them"
@@ -259,9 +245,7 @@ class TransformersModel:
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, batch_size: int = 64
     ) -> list[list[int]]:
-        """The new tokens of prompts of one length, greedily, the lowest id among equals. Raises DataError,
-        NonFiniteError.
-        """
+        """Greedy continuations of prompts of one length, lowest id first. Raises DataError, NonFiniteError."""
         ids = torch.from_numpy(np.asarray(prompts, dtype=np.int64)).to(self.embedding.weight.device)
         if ids.dim() != 2 or not ids.numel() or int(ids.min()) < 0 or int(ids.max()) >= self.embedding.weight.shape[0]:
             raise DataError(
@@ -270,9 +254,7 @@ class TransformersModel:
         return [row for part in ids.split(batch_size) for row in self._continued(part, max_new_tokens)]
 
     def _continued(self, ids: Tensor, max_new_tokens: int) -> list[list[int]]:
-        """ids [B, T] -> B rows of new tokens; the keys and values of what was read are kept by transformers' own
-        cache.
-        """
+        """ids [B, T] -> B rows of new tokens, with transformers' own KV cache."""
         chosen: list[Tensor] = []
         cache = None
         for _ in range(max_new_tokens):
@@ -287,10 +269,10 @@ class TransformersModel:
 
 
 def load_revision(path: Path, device: str = "cpu") -> TransformersModel | Decoder:
-    """A revision's model in fp32 on `device`, weftrain's own where the revision is (is_own).
+    """A revision's model in fp32 on `device`; weftrain's own where `is_own`.
 
-    Raises CheckpointError for what check_revision refuses, or weights that do not fit, RecipeError for a config that is
-    not computed here.
+    Raises CheckpointError for what check_revision refuses or weights that do not fit, RecipeError for a config that is
+    not supported.
     """
     if is_own(path, check_revision(path)):
         model = read_config(path)

@@ -1,10 +1,8 @@
-"""What is computed for a comparison on request: the loss over given tokens and the memorization of given rows, of every
-series alike.
+"""Measurements for a comparison: the loss over given tokens and the memorization of given rows, for every series.
 
-Each number is kept in the folder it was asked for under, named by the hash of what it follows from, so that a
-comparison that was stopped goes on where it stopped. What a reader would get wrong: a loss over *tokens* means
-something only where an id is the same text to both; a series with another tokenizer is left out and named, and where
-nobody says which tokenizer a model has, that is said too.
+Each number is stored under the hash of its inputs, so an interrupted comparison resumes. A loss over tokens is
+comparable only where an id means the same text to both models: a series with another tokenizer is left out, and an
+unknown tokenizer is reported.
 """
 
 from __future__ import annotations
@@ -50,9 +48,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class HeldoutTokens:
-    """Tokens to measure a loss over. vocab_size: ids lie below it. tokenizer: the file, and its SHA-256; None:
-    unknown.
-    """
+    """Tokens for a loss. Ids lie below vocab_size. tokenizer: its file and SHA-256; None: unknown."""
 
     source: EvaluationSource
     vocab_size: int
@@ -61,7 +57,7 @@ class HeldoutTokens:
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows whose recital is measured, and with which k and l."""
+    """Rows to continue, with the prompt and continuation lengths (k and l)."""
 
     chunk: Chunk
     parameters: Parameters
@@ -70,17 +66,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class MeasureRequest:
-    """All that is to be measured."""
+    """Everything that is to be measured."""
 
     losses: tuple[HeldoutTokens, ...] = ()
     samples: tuple[Sample, ...] = ()
 
 
 def open_held(path: Path, rows: int | None = None) -> HeldoutTokens:
-    """The held-out set of a prepared dataset's folder, or the rows of an ids.jsonl: a JSON list of ids a line, or
-    {"ids": [..]}.
+    """The held-out set of a dataset's folder, or the rows of an ids.jsonl: a JSON list of ids or {"ids": [..]} a line.
 
-    rows: the first so many at most. Raises DataError.
+    rows: at most that many, from the first. Raises DataError.
     """
     if path.is_dir():
         manifest, shards = open_set(path, "heldout")
@@ -167,7 +162,7 @@ def _vocabulary(path: Path) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A model in memory, as the one and the other measurement know it."""
+    """A loaded model, as each of the two measurements uses it."""
 
     decoder: Decoder
     generator: Generator
@@ -181,12 +176,10 @@ def measure_series(
     say: Say = lambda line: None,
     progress: Callable[[str], None] = lambda note: None,
 ) -> tuple[Series, list[str]]:
-    """The series with what is wanted at each of its points whose weights are here, and notes on what was left out, and
-    why.
+    """The series with everything requested, at each point whose weights are here, and notes on what was left out.
 
-    folder: where results are kept, by checkpoint: one that two series share is measured once. One model is in memory at
-    a time, and none where all results are there. progress: called after each point. Raises CheckpointError, DataError,
-    NonFiniteError, OSError.
+    folder: results by checkpoint, so one that two series share is measured once. At most one model is in memory.
+    progress: called after each point. Raises CheckpointError, DataError, NonFiniteError, OSError.
     """
     notes: list[str] = []
     losses = [
@@ -233,7 +226,7 @@ def _measure_point(
     settings: EvaluationSettings,
     say: Say,
 ) -> dict[Column, float]:
-    """A function of its own so that its end drops the model, before the next is loaded."""
+    """A function of its own so that the model is freed before the next is loaded."""
     path = series.folder / series.places[point.step]
     root = revision_root(path) if series.kind == "huggingface" else str(point.checkpoint)
     folder = folder / root[:16]

@@ -1,7 +1,6 @@
-"""The picture of a comparison: loss, scores and memorization over tokens seen, a colour a series.
+"""The plot of a comparison: loss, scores and memorization over tokens seen, one colour a series.
 
-What a reader would get wrong: a line between two markers is drawn for the eye. Only the train loss is a curve, and it
-is smoothed over the window that its label states.
+Lines between markers only guide the eye; the train loss alone is a curve, smoothed over the window in its label.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _MAX_CURVE_POINTS = 4000
 
 
 def check_plotting() -> None:
-    """Raises DataError without matplotlib, before anything is computed."""
+    """Raise DataError where matplotlib is missing, before anything is computed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -40,9 +39,9 @@ def check_plotting() -> None:
 
 
 def plot(comparison: Comparison, path: Path) -> bool:
-    """Write the picture: a panel for each kind of measure that there is. False, and no picture, where there is none.
+    """Write one panel for each kind of measure; False, and no file, where there is nothing to draw.
 
-    Its format is the suffix's (.png, .svg). Raises DataError without matplotlib.
+    The path's suffix sets the format (.png, .svg). Raises DataError without matplotlib.
     """
     check_plotting()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -75,7 +74,7 @@ def plot(comparison: Comparison, path: Path) -> bool:
 
 
 def _finite(series: Series, column: Column) -> list[tuple[int, float]]:
-    """(tokens, value) of a column that can be drawn."""
+    """(tokens, value) of a column's finite values."""
     return [
         (one.tokens, one.values[column])
         for one in series.points
@@ -92,9 +91,7 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
 
 
 def _measured(axes: Axes, series: Sequence[Series], columns: Mapping[Column, str], label: str) -> None:
-    """Percents against the left axis; what is none, of scores and memorization, as 100 times itself where it is a mean
-    score of 0..1.
-    """
+    """Plot percentages as they are, and mean scores of 0..1 times 100."""
     axes.set_ylabel(f"{label}, %" if any(column.measure.endswith("%") for column in columns) else label)
     for index, one in enumerate(series):
         for number, (column, heading) in enumerate(columns.items()):

@@ -1,7 +1,7 @@
-"""Whether two runs hold the same state, bit for bit: `python -m weftrain.analysis.compare.same_state RUN RUN`.
+"""Whether two runs hold bitwise identical state: `python -m weftrain.analysis.compare.same_state RUN RUN`.
 
-Compares the newest checkpoints by the hashes of their tensors, and the losses of the steps that both have. What a
-reader would get wrong: the checkpoints' roots differ, since their manifests say on which backend each was made.
+Compares the tensor hashes of the newest checkpoints, and the losses of the steps that both have. The checkpoints' roots
+differ all the same, since a manifest names the backend that made it.
 """
 
 from __future__ import annotations

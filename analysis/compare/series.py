@@ -1,11 +1,9 @@
-"""A series: one training as points over tokens seen, each with what is recorded of it; read from a run's folder or a
-release's.
+"""A series: one training as points over tokens seen, each with its recorded measures; read from a run or a release.
 
-Everything comes from the record: metrics.jsonl (losses), analyses/evaluations (scores), analyses/memorization. Nothing
-is computed here but means that say over what. What a reader would get wrong: a value belongs to a `Column`, and a
-column is more than a name: two held-out sets that are both called "words" and have different dataset ids, or one task
-at 0 and at 5 shots, are two columns and never share one. And tokens seen are counted by the ledger where there is one,
-because a run may have been continued with another batch size.
+Everything comes from the record: metrics.jsonl (losses), analyses/evaluations (scores), analyses/memorization; only
+means are computed. A value belongs to a `Column`, which is more than a name: two held-out sets called "words" with
+different dataset ids, or one task at 0 and at 5 shots, are two columns. Tokens seen follow the ledger where there is
+one, because a run may have resumed with another batch size.
 """
 
 from __future__ import annotations
@@ -60,9 +58,7 @@ KINDS: dict[ColumnKind, KindOfMeasure] = {
 
 @dataclass(frozen=True, order=True)
 class Column:
-    """What a number is: `measure` of `name`, and in `details` (name, text) whatever must be equal for two numbers to be
-    compared.
-    """
+    """What a number is: `measure` of `name`; `details` (name, text) must be equal for two numbers to be comparable."""
 
     kind: ColumnKind
     name: str
@@ -71,7 +67,7 @@ class Column:
 
     @property
     def key(self) -> str:
-        """Unique text, the column's name in compare.json."""
+        """Unique text: the column's name in compare.json."""
         return canonical_json([self.kind, self.name, self.measure, dict(self.details)]).decode()
 
     def detail(self, name: str) -> str:
@@ -83,9 +79,7 @@ TRAIN_LOSS = Column("train loss", "train", "loss")
 
 @dataclass(frozen=True)
 class SeriesPoint:
-    """After `step` completed steps, `tokens` of training. checkpoint: its root, or a revision's name; None where only
-    metrics exist.
-    """
+    """After `step` steps and `tokens` tokens. checkpoint: root or revision; None where only metrics exist."""
 
     step: int
     tokens: int
@@ -99,11 +93,10 @@ class SeriesPoint:
 
 @dataclass(frozen=True)
 class Series:
-    """One training. places: step -> folder with that checkpoint's weights, below `folder`. losses: (step, tokens, loss)
-    of training.
+    """One training. places: step -> that checkpoint's weights, a path below `folder`. losses: (step, tokens, loss).
 
-    curve: (tokens, smoothed train loss). tokens_words: how tokens follow from steps. positions: the most that the model
-    takes; None: not stated. left_out, remarks: for people.
+    curve: (tokens, smoothed train loss). tokens_words: how tokens follow from steps. positions: the model's maximum;
+    None: not stated. left_out, remarks: notes for people.
     """
 
     name: str
@@ -125,7 +118,7 @@ class Series:
 
 @dataclass
 class _Reading:
-    """What is gathered about a run or release while it is read."""
+    """What is gathered while a run or release is read."""
 
     folder: Path
     name: str
@@ -142,11 +135,10 @@ class _Reading:
 
 
 def read_run(folder: Path, name: str) -> Series:
-    """The series of a run's folder, or of a release's, whose files that are read here are held to the hashes in
-    release.json.
+    """The series of a run or a release; a release's files that are read are checked against release.json.
 
-    Its points have no train loss yet (compare_window.py). Raises RunFolderError, ReleaseError, DataError for what is
-    damaged; a record that belongs to no checkpoint of the series is left out and named.
+    Its points have no train loss yet (window.py). Raises RunFolderError, ReleaseError, DataError for damage; a record
+    that belongs to no checkpoint of the series is left out and named.
     """
     release = read_release(folder) if (folder / RELEASE).exists() else None
     _hold_to_hashes(folder, release, [folder / file for file in (RECIPE, LEDGER, METRICS)])
@@ -186,7 +178,7 @@ def read_run(folder: Path, name: str) -> Series:
 
 
 def _hold_to_hashes(folder: Path, release: Release | None, paths: Iterable[Path]) -> list[Path]:
-    """Those of the files that release.json does not name. Raises ReleaseError for one that has changed."""
+    """The files that release.json does not name. Raises ReleaseError for one that has changed."""
     unlisted = []
     for path in paths if release is not None else ():
         entry = release.files.get(path.relative_to(folder).as_posix()) if release is not None else None
@@ -227,11 +219,9 @@ def _token_count(recipe: Recipe, line: Lineage | None) -> tuple[Callable[[int], 
 
 
 def _checkpoints(reading: _Reading) -> tuple[dict[str, int], dict[int, Path], str | None]:
-    """root -> step of the series' checkpoints, step -> folder of those whose weights are here, and the id of the
-    training data.
+    """Root -> step of the checkpoints, step -> folder of those whose weights are here, and the training data's id.
 
-    The ledger's line says which count; a checkpoint that is older than the ledger counts by its manifest. Weights are
-    not read.
+    The ledger says which count; a checkpoint older than the ledger counts by its manifest. Weights are not read.
     """
     line = reading.line
     roots = {point.root: point.step for point in line.checkpoints} if line is not None else {}
@@ -260,9 +250,7 @@ def _checkpoints(reading: _Reading) -> tuple[dict[str, int], dict[int, Path], st
 
 
 def _heldout_ids(reading: _Reading, dataset_id: str | None) -> tuple[dict[str, str], str | None]:
-    """Source -> id of its held-out set, and the tokenizer's SHA-256; only of datasets that are still what the run was
-    trained on.
-    """
+    """Source -> id of its held-out set, and the tokenizer's SHA-256; only while the datasets are unchanged."""
     data = reading.recipe.data
     if not data.sources:
         return {}, None
@@ -293,9 +281,7 @@ def _heldout_ids(reading: _Reading, dataset_id: str | None) -> tuple[dict[str, s
 def heldout_column(
     name: str, dataset_id: str, tokens: int, within_documents: bool, rows: object = None, available: object = None
 ) -> Column:
-    """The loss over `tokens` tokens of a held-out set: over other rows of it, or with another attention mask, it is
-    another column.
-    """
+    """Held-out loss over `tokens` tokens; other rows or another attention mask make another column."""
     details = {
         "dataset_id": dataset_id,
         "rows": rows_label(rows, available),
@@ -306,9 +292,7 @@ def heldout_column(
 
 
 def _losses(reading: _Reading, ids: Mapping[str, str]) -> list[tuple[int, float]]:
-    """Put the held-out losses; (step, loss) of training, in the order of steps, without steps that were skipped or are
-    not finite.
-    """
+    """Store the held-out losses; return (step, loss) of training without skipped or non-finite steps."""
     losses, unknown = [], False
     for record in effective_records(reading.folder):
         if record["kind"] == "step" and not record.get("skipped") and math.isfinite(record["loss"]):
@@ -370,7 +354,7 @@ def _scores(reading: _Reading, roots: Mapping[str, int]) -> None:
 
 
 def _foreign(reading: _Reading, path: Path, root: str, step: int, roots: Mapping[str, int]) -> bool:
-    """Whether a record is of no checkpoint of the series; then it is named."""
+    """Whether a record belongs to no checkpoint of the series; it is then noted as left out."""
     if roots.get(root) == step:
         return False
     where = path.relative_to(reading.folder)
@@ -381,9 +365,7 @@ def _foreign(reading: _Reading, path: Path, root: str, step: int, roots: Mapping
 
 
 def record_value(record: EvaluationRecord, within_documents: bool) -> tuple[Column, float]:
-    """The column that an evaluation's record belongs to, and its value: in percent where the metric is a share of
-    one.
-    """
+    """The column of an evaluation's record, and its value: in percent where the metric is a share of one."""
     if record["kind"] == "heldout":
         rows = (record["samples"], record.get("samples_available"))
         column = heldout_column(record["set"], record["dataset_id"], record["tokens"], within_documents, *rows)
@@ -426,10 +408,9 @@ def _memorization(reading: _Reading, roots: Mapping[str, int]) -> None:
 
 
 def memorization_values(results: Sequence[MemorizationResult]) -> dict[Column, float]:
-    """Of one checkpoint: extractible percent and mean score over all rows it was trained on, over those it was not, of
-    each other set.
+    """For one checkpoint: extractible percent and mean score over rows trained on, not yet seen, and of other sets.
 
-    Chunks that it has seen in part are in none of them.
+    Chunks that it has partly seen are in none of them.
     """
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[MemorizationResult]] = {}
     for result in results:

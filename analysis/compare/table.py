@@ -1,9 +1,8 @@
-"""Several trainings side by side, by tokens seen: one table, what about it cannot be compared, and all of it as JSON
-and Markdown.
+"""Several trainings side by side by tokens seen: a table, notes on what is not comparable, as JSON and Markdown.
 
-What a reader would get wrong: nothing is interpolated. A row is a number of tokens at which a series has a checkpoint
-or a measurement, a cell is what was measured there, and `-` says that nothing was. And a note under the table is part
-of the result: two models may be compared by scores and, with different tokenizers, not by loss.
+Nothing is interpolated: a row is a number of tokens at which a series has a checkpoint or a measurement, and `-` means
+none was made there. The notes are part of the result: models with different tokenizers may be compared by score, not by
+loss.
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ MISSING = "-"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Series, the columns that any of them has, the token positions that are shown, and notes: a line each, for
-    people.
-    """
+    """Series, the columns that any of them has, the token positions shown, and notes, one line each."""
 
     series: tuple[Series, ...]
     columns: tuple[Column, ...]
@@ -45,16 +42,14 @@ class Comparison:
     window_steps: int
 
     def rows(self) -> list[tuple[Series, SeriesPoint]]:
-        """What the table shows, by tokens and then in the order the series were named in."""
+        """The table's rows by tokens, then in the order the series were named."""
         shown = set(self.positions)
         found = [(series, point) for series in self.series for point in series.points if point.tokens in shown]
         return sorted(found, key=lambda row: row[1].tokens)
 
 
 def read_series(path: Path, name: str, tokens_per_step: int | None = None) -> Series:
-    """A run's folder, a release's, or one of Hugging Face revisions. Raises RunFolderError where it is none of them,
-    WeftrainError.
-    """
+    """Read a run, a release or a folder of Hugging Face revisions. Raises WeftrainError."""
     if any((path / file).exists() for file in (RELEASE, RECIPE, METRICS)):
         return read_run(path, name)
     if is_series(path):
@@ -70,9 +65,7 @@ def read_series(path: Path, name: str, tokens_per_step: int | None = None) -> Se
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """A name for each path, all different: the folder's own, with as many of those above it as tell it from the
-    others.
-    """
+    """A distinct name for each path: the folder's own, with as many parent folders as needed."""
     parts = [real_path(path).parts for path in paths]
     for length in range(1, 1 + max(map(len, parts), default=0)):
         names = ["/".join(part[-length:]) for part in parts]
@@ -89,10 +82,9 @@ def compare(
     every_position: bool = False,
     notes: Iterable[str] = (),
 ) -> Comparison:
-    """Put series side by side. every_position: rows for all token positions, not for those alone that all series have.
+    """Put series side by side. every_position: show all token positions, not only those that all series have.
 
-    window_steps: that train losses are means over; None: compare_window.default_window. notes: more of them, from
-    measuring.
+    window_steps: of the train loss's mean; None: window.default_window. notes: further ones, from measuring.
     """
     window_steps = window_steps or default_window(series)
     series = [windowed(one, window_steps) if one.losses else one for one in series]
@@ -147,7 +139,7 @@ def _arithmetic(series: Sequence[Series], window_steps: int) -> list[str]:
 
 
 def _comparability(series: Sequence[Series], columns: Sequence[Column]) -> list[str]:
-    """A line for each way in which columns that look alike are not, or one column is of models that differ."""
+    """A line for each way in which similar columns differ, or one column covers models that differ."""
     losing = [one for one in series if any(point.of("train loss") or point.of("held-out loss") for point in one.points)]
     lines = []
     for what, values in (
@@ -184,9 +176,7 @@ def _own_rows(column: Column) -> bool:
 
 
 def _alike(columns: Sequence[Column]) -> dict[tuple[ColumnKind, str], list[Column]]:
-    """Columns of one kind and name, of which there is more than one; of memorization's two measures the first stands
-    for both.
-    """
+    """Groups of columns with one kind and name, without mean scores, which repeat the other memorization measure."""
     groups: dict[tuple[ColumnKind, str], list[Column]] = {}
     for column in columns:
         if column.measure != "mean score":
@@ -217,7 +207,7 @@ def _listed(values: Mapping[str, str]) -> str:
 
 
 def _short(text: str | None) -> str:
-    """A hash by its first digits; nothing known as such."""
+    """The first digits of a hash; "unknown" for None."""
     if not text:
         return "unknown" if text is None else "none"
     return text[:12] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
@@ -227,7 +217,7 @@ def _short(text: str | None) -> str:
 
 
 def headings(columns: Sequence[Column], window_steps: int) -> list[str]:
-    """A text for each column, all different: what most readers need, and the details by which alike ones differ."""
+    """A distinct heading for each column: what most readers need, and the details by which similar ones differ."""
     texts = [_heading(column, window_steps) for column in columns]
     clashes = {text for text, count in Counter(texts).items() if count > 1}
     for index, column in enumerate(columns):
@@ -263,7 +253,7 @@ def shown(column: Column, value: float | None) -> str:
 
 
 def cells(comparison: Comparison) -> list[list[str]]:
-    """The table as text, its first row the headings."""
+    """The table as text, headings first."""
     table = [["series", "step", "tokens seen", *headings(comparison.columns, comparison.window_steps)]]
     for series, point in comparison.rows():
         values = [shown(column, point.values.get(column)) for column in comparison.columns]
@@ -272,12 +262,12 @@ def cells(comparison: Comparison) -> list[list[str]]:
 
 
 def plain(text: str) -> str:
-    """Text from a record without what would move a terminal's cursor or end a line."""
+    """Text from a record without control characters."""
     return "".join("?" if unicodedata.category(letter).startswith("C") else letter for letter in text)
 
 
 def as_markdown(comparison: Comparison, picture: str | None) -> str:
-    """compare.md: the table, the notes, and the picture where there is one."""
+    """compare.md: the table, the notes, and the plot where there is one."""
     table = [[cell.replace("\\", "\\\\").replace("|", "\\|") for cell in row] for row in cells(comparison)]
     rule = ["---", *["---:"] * (len(table[0]) - 1)]
     lines = ["# Comparison", "", *("| " + " | ".join(row) + " |" for row in (table[0], rule, *table[1:])), ""]
@@ -287,9 +277,7 @@ def as_markdown(comparison: Comparison, picture: str | None) -> str:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """compare.json: every point of every series, shown or not. No clock and no path is in it: the same inputs give the
-    same bytes.
-    """
+    """compare.json: every point of every series. No clock and no path: equal inputs give equal bytes."""
 
     def values(point: SeriesPoint) -> dict[str, float | str]:
         return {column.key: number(value) for column, value in point.values.items()}

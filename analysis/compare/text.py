@@ -10,7 +10,7 @@ from weftrain.analysis.compare.table import Comparison, headings, plain, shown
 
 @dataclass(frozen=True)
 class MeasureTable:
-    """One measure of all series: a row for each number of tokens, in `rows` (tokens, a cell a series)."""
+    """One measure of all series: a row (tokens, one cell a series) for each number of tokens."""
 
     title: str
     series: tuple[str, ...]
@@ -18,9 +18,7 @@ class MeasureTable:
 
 
 def blocks(comparison: Comparison) -> list[MeasureTable]:
-    """The table a measure at a time, with a column for each series that has the measure: narrow, however many measures
-    there are.
-    """
+    """One table a measure, with a column for each series that has it: narrow, however many measures there are."""
     found = []
     shown_rows = comparison.rows()
     for column, title in zip(comparison.columns, headings(comparison.columns, comparison.window_steps), strict=True):
@@ -38,9 +36,7 @@ def blocks(comparison: Comparison) -> list[MeasureTable]:
 
 
 def as_text(comparison: Comparison, width: int) -> str:
-    """The blocks for a terminal of so many columns: series under their names, or under letters where those are too
-    long.
-    """
+    """The tables for a terminal of `width` columns; series get letters where their names are too long."""
     names = [plain(one.name) for one in comparison.series]
     letters = {name: _letter(number) for number, name in enumerate(names)}
     edge = 1 + max([len("tokens seen"), *(len(f"{position:,}") for position in comparison.positions)])
@@ -65,7 +61,7 @@ def _letter(number: int) -> str:
 
 
 def _that_fit(sizes: Sequence[int], width: int) -> list[list[int]]:
-    """Places of neighbouring columns that fit side by side, at least one at a time."""
+    """Groups of neighbouring columns that fit side by side, at least one each."""
     groups: list[list[int]] = [[]]
     for place in range(len(sizes)):
         if groups[-1] and sum(sizes[one] for one in groups[-1]) + sizes[place] > width:

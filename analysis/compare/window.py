@@ -1,8 +1,7 @@
-"""The train loss of a comparison: the mean over a window of steps, the same for all series, and only where the whole
-window was trained.
+"""The train loss of a comparison: the mean over a window of steps, equal for all series, only for complete windows.
 
-A mean over fewer steps than it says would be another figure: early losses are high, and a run of 24 steps has no mean
-of 100.
+A mean over an incomplete window would be another figure: early losses are high, and a run of 24 steps has no mean of
+100.
 """
 
 from __future__ import annotations
@@ -21,14 +20,12 @@ Loss = tuple[int, int, float]  # step, tokens seen, loss
 
 
 def logged_steps(series: Series) -> int:
-    """Steps that the series' logged losses are of."""
+    """Number of steps that the logged losses span."""
     return series.losses[-1][0] - series.losses[0][0] + 1 if series.losses else 0
 
 
 def default_window(series: Sequence[Series]) -> int:
-    """A tenth of the shortest series' steps, at most 100, and not less than its log's interval: so that it lies within
-    each of them.
-    """
+    """A tenth of the shortest series' steps, at most 100 and at least the logging interval, within every series."""
     spans = [logged_steps(one) for one in series if one.losses]
     every = max((one.log_every_steps for one in series if one.losses), default=1)
     shortest = min(spans, default=1)
@@ -36,7 +33,7 @@ def default_window(series: Sequence[Series]) -> int:
 
 
 def windowed(series: Series, window_steps: int) -> Series:
-    """The series with its train loss at each point and its curve, as means over so many steps."""
+    """The series with its train loss at each point and its curve, as means over `window_steps`."""
     at = {
         point.step: smoothed_at(series.losses, point.step, window_steps, series.log_every_steps)
         for point in series.points
@@ -49,10 +46,9 @@ def windowed(series: Series, window_steps: int) -> Series:
 
 
 def smoothed_at(losses: Sequence[Loss], step: int, window_steps: int, every_steps: int) -> float | None:
-    """Mean of the losses of steps (step - window_steps, step].
+    """Mean loss of steps (step - window_steps, step].
 
-    None where the window begins before the first logged step, or where the newest loss in it is older than the log's
-    own interval.
+    None where the window begins before the first logged step, or its newest loss is older than the logging interval.
     """
     last = bisect_right(losses, (step, math.inf, math.inf))
     first = bisect_right(losses, (step - window_steps, math.inf, math.inf))
@@ -62,9 +58,7 @@ def smoothed_at(losses: Sequence[Loss], step: int, window_steps: int, every_step
 
 
 def smoothed_curve(losses: Sequence[Loss], window_steps: int) -> list[tuple[int, float]]:
-    """(tokens seen, mean over the window that ends there) of every logged step whose whole window was logged; in the
-    time of one pass.
-    """
+    """(tokens seen, mean over the window ending there) of each logged step with a complete window, in one pass."""
     curve, first, total = [], 0, 0.0
     for last, (step, tokens, loss) in enumerate(losses):
         total += loss

@@ -1,7 +1,6 @@
-"""A dataset's report: one HTML file that asks the network for nothing, drawn from dataset_stats.
+"""A dataset's report: one self-contained HTML page without script, drawn from DatasetStats.
 
-Names and tokens come from the text and are escaped here, once, where they enter the page. There is no
-script in it, so the page looks the same wherever it is opened.
+Names and tokens come from the text and are escaped where they enter the page.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a prepared dataset holds, in numbers: counted from its shards, one after the other, and from its manifest.
 
-Document lengths are those of the pieces in the shards, so a document that a shard's end cuts counts as
-two; the manifest's own counts, which are printed beside them, are of whole documents.
+Lengths are of document pieces as stored, so a document cut at a shard's end counts twice; the manifest's counts,
+printed beside them, are of whole documents.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ SHOWN_SOURCES = 20  # a dataset may have a million
 
 @dataclass(frozen=True)
 class DatasetStats:
-    """Of one set. length_counts: documents by length, int64, in LENGTH_EDGES. token_counts: int64 [vocab_size]. fim:
-    documents by mode.
+    """Counts of one set. length_counts: documents by length in LENGTH_EDGES. token_counts: int64 [vocab_size].
 
-    tokens_by_source: of what lies in the shards, padding apart: the SHOWN_SOURCES largest. other_sources, other_tokens:
-    how many sources more there are, and what they hold together. bytes_per_token: of the files, end to end.
+    tokens_by_source: the SHOWN_SOURCES largest, without padding; other_sources, other_tokens: the rest. fim: documents
+    by mode. bytes_per_token: of the files, everything included.
     """
 
     manifest: DatasetManifest
@@ -46,9 +45,7 @@ class DatasetStats:
 def dataset_stats(
     folder: Path, set_name: str = "train", progress: Callable[[int, int], None] | None = None
 ) -> DatasetStats:
-    """Count a set, a shard in memory at a time; every block is verified on the way. progress(shards so far, shards).
-    Raises DataError.
-    """
+    """Count a set and verify it, one shard in memory at a time. progress(shards done, all). Raises DataError."""
     manifest, shards = open_set(folder, set_name)
     lengths: list[np.ndarray] = []
     by_source = np.zeros(manifest.num_sources, np.int64)
@@ -97,7 +94,7 @@ def dataset_stats(
 
 
 def stats_lines(stats: DatasetStats) -> list[str]:
-    """The numbers as lines of text, those of the sources apart."""
+    """The numbers as lines of text, without the sources."""
     manifest, entry = stats.manifest, stats.manifest.sets["train" if stats.set_name == "train" else "heldout"]
     counts, corpus = manifest.documents, manifest.corpus
     lines = [
@@ -144,7 +141,7 @@ def stats_lines(stats: DatasetStats) -> list[str]:
 
 
 def _markers(manifest: DatasetManifest) -> str:
-    """With which ids documents begin and end. Rows that were packed elsewhere hold what they hold."""
+    """The ids with which documents begin and end. Rows that were packed elsewhere hold what they hold."""
     ends = [
         f"{what} with id {index}"
         for what, index in (("begin", manifest.bos_id), ("end", manifest.eos_id))
@@ -154,7 +151,7 @@ def _markers(manifest: DatasetManifest) -> str:
 
 
 def source_lines(stats: DatasetStats) -> list[str]:
-    """The largest sources as lines of text, and what the others hold."""
+    """The largest sources as lines of text, and the rest together."""
     total = sum(stats.tokens_by_source.values()) + stats.other_tokens
     rows = [(name, count) for name, count in stats.tokens_by_source.items()]
     if stats.other_sources:

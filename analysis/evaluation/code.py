@@ -1,8 +1,7 @@
 """pass@k of a checkpoint on a file of programming problems, as a record beside those of tasks.
 
-What a reader would get wrong: a program is `prompt + completion`, and white space at their seam is Python. Many
-tokenizers, Llama's among them, leave out the first space of what they decode; so a completion is what the two say
-together, without what the prompt says.
+A program is `prompt + completion`, and white space between the two is Python. Many tokenizers, Llama's among them, drop
+the first space of what they decode, so a completion is the decoded whole minus the decoded prompt.
 """
 
 from __future__ import annotations
@@ -66,10 +65,10 @@ def run_code(
     say: Say = print,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationRecord:
-    """The record of a file of problems (pass_at_k.read_problems); settings.limit: of its first problems alone.
+    """The record of a file of problems (pass_at_k.read_problems); settings.limit: only the first problems.
 
-    max_length: positions of the model. open_model: called when there is something to write. Raises DataError, and
-    SandboxError where programs cannot be confined, before any is written.
+    max_length: positions of the model. open_model: called when something is to be generated. Raises DataError, and
+    SandboxError where programs cannot be confined, before any is generated.
     """
     if code.max_new_tokens >= max_length:
         raise DataError(

@@ -1,9 +1,8 @@
-"""Text that goes on until a stop word, from a model that knows tokens alone.
+"""Continue text until a stop word, from a model that knows only tokens.
 
-A model stops at ids, a task at words. So a row is continued piece by piece, each twice as long as the last, and its
-text looked at in between: a row that has said its stop word costs no more than twice what it needed. What a reader
-would get wrong: rows that ended drop out, and a sampled row depends on its number among the prompts; so samples of one
-prompt may be drawn in pieces, but not rows of different ones.
+A row is continued piece by piece, each twice as long as the last, and its text is checked in between, so a row costs at
+most twice the tokens it needed. Finished rows drop out of the batch, and a sampled row depends on its number among the
+prompts: samples of one prompt may be drawn in pieces, but not rows of different prompts.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ FIRST_PIECE = 32  # tokens
 
 
 class TokenModel(Protocol):
-    """What is asked of a model: weftrain.analysis.evaluation.generation.Generator, or a test's own."""
+    """What is needed of a model: weftrain.analysis.evaluation.generation.Generator, or a test's own."""
 
     def log_likelihoods(
         self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 16
@@ -52,9 +51,9 @@ def continue_in_pieces(
     top_p: float | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
-    """At most `count` new tokens of each prompt, until has_ended(its number, its new tokens so far) or one of stop_ids.
+    """At most `count` new tokens of each prompt, until has_ended(its number, its new tokens) or one of stop_ids.
 
-    The last piece of a row that ended may go on behind its end. Raises what the model raises.
+    The last piece of a row may run past its end. Raises what the model raises.
     """
     rows: list[list[int]] = [[] for _ in prompts]
     going, piece, made = list(range(len(prompts))), FIRST_PIECE, 0
@@ -81,6 +80,6 @@ def continue_in_pieces(
 
 
 def derived_seed(seed: int, *of: object) -> int:
-    """A seed in 0..2^63-1 that is a function of another and of what it is for."""
+    """A seed in 0..2^63-1 derived from another and from its purpose."""
     digest = hashlib.sha256(repr((seed, *of)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

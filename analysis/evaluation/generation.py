@@ -1,14 +1,11 @@
-"""Text from a model: greedy or sampled continuations with a KV cache, and the log-likelihood of continuations that are
-given.
+"""Text from a model: greedy or sampled continuations with a KV cache, and log-likelihoods of given continuations.
 
-The model's own modules and kernels do the work; only the attention of one new query to the keys before it is written
-here. What a reader would get wrong: prompts of unequal length are padded on the *right*. A pad lies after all that is
-real, so causal attention never shows it, and each row goes on at its own position, over its pads. And a sampled row
-depends on (seed, its number among the prompts) alone: batch size and the other prompts change nothing but a logit's
-last bits.
+The model's own modules and kernels do the work; only the attention of one new query to the cached keys is written here.
+Prompts of unequal length are padded on the right, where causal attention never sees the padding, and each row continues
+at its own position, over its padding. A sampled row depends only on (seed, its number among the prompts): batch size
+and other prompts change nothing but a logit's last bits.
 
-Letters for shapes: B sequences, T tokens, S positions in the cache, C hidden size, H heads, D head dimension, V
-vocabulary.
+Shapes: B sequences, T tokens, S positions in the cache, C hidden size, H heads, D head dimension, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,12 +33,11 @@ PAD = 0  # any id would do: nobody sees it
 def load_model(
     weights: Mapping[str, Tensor], config: ModelConfig, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Decoder:
-    """A Decoder with these weights (canonical names, `checkpoint.Weights` for one), in eval mode, without gradients, on
-    `device`.
+    """A Decoder with these weights (canonical names, e.g. `checkpoint.Weights`), in eval mode without gradients.
 
-    It is built without memory and filled one tensor at a time, so a lazy mapping costs the model and one tensor. In
-    another dtype than fp32 the residual stream stays fp32, as in training. Raises CheckpointError for names or shapes
-    that are not the model's.
+    It is built on the meta device and filled tensor by tensor, so a lazy mapping costs the model and one tensor. In
+    other dtypes than fp32 the residual stream stays fp32, as in training. Raises CheckpointError for wrong names or
+    shapes.
     """
     residual_dtype = None if dtype == torch.float32 else torch.float32
     selection = select(kernel_specs(config, torch.device(device).type, dtype, residual_dtype), PREFERENCES)
@@ -71,9 +67,7 @@ def load_model(
 
 @dataclass(frozen=True)
 class _Cache:
-    """kv: [layers, 2, B, S, H, D], turned keys and values. lengths: int64 [B], of the prompts; `longest` of them;
-    `even`: all alike.
-    """
+    """kv: [layers, 2, B, S, H, D], rotated keys, values. lengths: int64 [B], of prompts; even: all equal `longest`."""
 
     kv: Tensor
     lengths: Tensor
@@ -82,9 +76,7 @@ class _Cache:
 
 
 class Generator:
-    """Continues token sequences with a model: a Decoder with weights in it, in eval mode, on its device, computed in
-    its own dtype.
-    """
+    """Continues token sequences with a Decoder in eval mode, on its device and in its dtype."""
 
     def __init__(self, model: Decoder) -> None:
         self.model = model
@@ -103,14 +95,12 @@ class Generator:
         stop_ids: Collection[int] = (),
         batch_size: int = 64,
     ) -> list[list[int]]:
-        """The new tokens of each prompt, at most `max_new_tokens`. A row ends *before* the first of `stop_ids`, which
-        is not in it.
+        """The new tokens of each prompt, at most `max_new_tokens`; a row ends before the first of `stop_ids`.
 
-        temperature 0: greedy, the lowest id among equals. Otherwise logits are divided by it, then the top_k most
-        likely are kept, then the fewest of those that together have probability top_p. The random number of prompt i's
-        t-th new token is a function of (seed, i, t). Raises DataError, before anything is computed, for an empty
-        prompt, an id outside the vocabulary, more positions than the model has or a setting out of range;
-        NonFiniteError where the model gives no number.
+        temperature 0: greedy, the lowest id among equals. Otherwise logits are divided by it, then limited to the top_k
+        most likely, then to the fewest with joint probability top_p. The random number of prompt i's t-th new token is
+        a function of (seed, i, t). Raises DataError, before anything is computed, for an empty prompt, an id outside
+        the vocabulary, too many positions or a setting out of range; NonFiniteError for logits that are not finite.
         """
         self._check_settings(max_new_tokens, temperature, top_k, top_p, seed, batch_size)
         for index, prompt in enumerate(prompts):
@@ -144,11 +134,10 @@ class Generator:
     def log_likelihoods(
         self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 16
     ) -> list[tuple[float, bool]]:
-        """(context, continuation) -> the sum of ln p(token | all before it) over the continuation, and whether greedy
-        decoding gives it.
+        """(context, continuation) -> sum of ln p(token | all before) over the continuation, and whether it is greedy.
 
         Log-softmax in fp32, summed in fp64. Raises DataError for an empty context or continuation, an id outside the
-        vocabulary, or more positions than the model has (the last token takes none); NonFiniteError.
+        vocabulary, or too many positions (the last token takes none); NonFiniteError.
         """
         for index, (context, continuation) in enumerate(rows):
             for part, name in ((context, "context"), (continuation, "continuation")):
@@ -196,9 +185,7 @@ class Generator:
         return self._logits(hidden[torch.arange(len(prompts), device=self._device), cache.lengths - 1])
 
     def _hidden(self, ids: Tensor, kv: Tensor | None = None) -> Tensor:
-        """ids [B, T] from position 0 -> the residual stream before the head, [B, T, C]; turned k, and v, go into
-        kv[layer].
-        """
+        """ids [B, T] from position 0 -> residual stream before the head, [B, T, C]. Fills kv[layer] where given."""
         T = ids.shape[1]
         cos, sin = self.model.rotary(T)
         x: Tensor = self.model.embedding(ids)
@@ -214,7 +201,7 @@ class Generator:
         return x
 
     def _decode(self, tokens: Tensor, t: int, cache: _Cache) -> Tensor:
-        """Read the t-th new tokens, int64 [B], each at its row's own position; the logits of the next, [B, V]."""
+        """Read the t-th new tokens, int64 [B], each at its row's position; the logits of the next, [B, V]."""
         positions, seen = cache.lengths + t, cache.longest + t + 1
         cos, sin = self.model.cos[positions], self.model.sin[positions]  # [B, rotary_dim / 2]
         rows = torch.arange(len(tokens), device=self._device)
@@ -239,7 +226,7 @@ class Generator:
         return cast(Head, self.model.segments()[-1]).logits(hidden, self.model.tied_weight())
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """int64 [B, T], pads on the right."""
+        """int64 [B, T], padded on the right."""
         ids = np.full((len(rows), max(map(len, rows))), PAD, dtype=np.int64)
         for place, row in enumerate(rows):
             ids[place, : len(row)] = row
@@ -286,9 +273,7 @@ class Generator:
 def sample(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """logits [B, V], uniform fp64 [B] in [0, 1) -> int64 [B]: the ids at which the cumulated probabilities, largest
-    first, pass uniform.
-    """
+    """logits [B, V], uniform fp64 [B] in [0, 1) -> ids int64 [B], by the cumulative probability, largest first."""
     ordered, ids = torch.sort(logits.float(), dim=-1, descending=True, stable=True)
     ordered, ids = ordered[:, :top_k], ids[:, :top_k]
     probabilities = (ordered.double() / temperature).softmax(-1)
@@ -304,18 +289,14 @@ def sample(
 
 
 def _uniforms(seed: int, batch: Sequence[int], count: int) -> np.ndarray:
-    """fp64 [B, count]: row i's t-th is a function of (seed, batch[i], t), by a counter-based generator keyed with the
-    first two.
-    """
+    """fp64 [B, count]: row i's t-th is a function of (seed, batch[i], t), from a counter-based generator."""
     return np.stack(
         [np.random.Generator(np.random.Philox(key=np.array([seed, i], dtype=np.uint64))).random(count) for i in batch]
     )
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Row numbers in batches of rows of like length, longest first, so that what does not fit in memory fails at
-    once.
-    """
+    """Row numbers in batches of similar length, longest first, so that what does not fit in memory fails at once."""
     ordered = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
 

@@ -1,12 +1,9 @@
-"""Our checkpoints as a model of the EleutherAI `lm-eval` harness: log-likelihoods, rolling log-likelihoods and
-generated text.
+"""Checkpoints as a model of the EleutherAI `lm-eval` harness: log-likelihoods, rolling log-likelihoods, generated text.
 
-It counts, cuts and joins tokens as lm-eval's own Hugging Face model does, so that a score is comparable: context and
-continuation are encoded together and split by the context's length, and what does not fit is cut from the *left*. What
-a reader would get wrong: the model has room for `max_length` inputs and the last token is never an input, so context
-and continuation together may have one token more.
-
-Import this module only where lm-eval is asked for: it is an optional dependency, the pip extra `eval`.
+Tokens are counted, cut and joined as in lm-eval's own Hugging Face model, so that scores are comparable: context and
+continuation are encoded together and split at the context's length, and what does not fit is cut from the left. The
+last token is never an input, so context and continuation together may hold max_length + 1 tokens. Import this module
+only where lm-eval is used: it is the optional dependency `eval`.
 """
 
 from __future__ import annotations
@@ -31,17 +28,13 @@ Row = tuple[Sequence[int], Sequence[int]]  # context, continuation
 
 
 def prefix_id(tokenizer: Tokenizer, eos_id: int) -> int:
-    """What stands before a text that has no context: what the tokenizer itself puts in front of one (Llama's <s>), else
-    eos_id.
-    """
+    """The token before a text without context: what the tokenizer puts in front (Llama's <s>), else eos_id."""
     added: list[int] = tokenizer.encode("", add_special_tokens=True).ids
     return added[0] if added else eos_id
 
 
 class CheckpointLM(TemplateLM):
-    """lm-eval's view of a checkpoint. max_length: inputs that the model takes. report: told of progress, in
-    requests.
-    """
+    """lm-eval's view of a checkpoint. max_length: inputs that the model takes. report: progress, in requests."""
 
     def __init__(
         self,
@@ -71,9 +64,7 @@ class CheckpointLM(TemplateLM):
         return self._prefix_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; with the tokenizer's own prefix unless the text spells it already. add_special_tokens: yes or
-        no instead.
-        """
+        """Ids of a text, with the tokenizer's prefix unless the text spells it; add_special_tokens overrides that."""
         if add_special_tokens is None:
             prefix = self._encoder.id_to_token(self._prefix_id)
             add_special_tokens = prefix is None or not string.startswith(prefix)
@@ -94,9 +85,7 @@ class CheckpointLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """((context, continuation), their ids, ids) each -> (sum of ln p over the continuation, whether greedy decoding
-        gives it).
-        """
+        """((context, continuation), their ids, ids) each -> (sum of ln p of the continuation, whether it is greedy)."""
         rows = [self._fitted(texts, context, continuation) for texts, context, continuation in requests]
         places: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
         for index, (context, continuation) in enumerate(rows):
@@ -115,9 +104,7 @@ class CheckpointLM(TemplateLM):
         return results
 
     def _fitted(self, texts: Any, context: Sequence[int], continuation: Sequence[int]) -> Row:
-        """A pair cut from the left to max_length inputs. Raises DataError where the continuation alone does not fit, or
-        is nothing.
-        """
+        """A pair cut from the left to max_length inputs. Raises DataError for an empty or too long continuation."""
         if not continuation or len(continuation) > self.max_length:
             shown = repr(texts[1][:60]) if texts else "of a text"
             what = (
@@ -131,7 +118,7 @@ class CheckpointLM(TemplateLM):
         return whole[: -len(continuation)], list(continuation)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """ln p of each whole text, in windows of max_length, each token predicted once."""
+        """ln p of each whole text, in windows of max_length; each token is predicted once."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
@@ -148,9 +135,7 @@ class CheckpointLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """The text that follows each context, without the stop words of the request. Raises DataError for settings that
-        are not known.
-        """
+        """The text that follows each context, without stop words. Raises DataError for unknown settings."""
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)

@@ -1,12 +1,9 @@
-"""pass@k: of k programs that a model writes for a problem, how likely is it that one passes the problem's tests.
+"""pass@k: the probability that at least one of k programs that a model writes for a problem passes its tests.
 
 The estimator is that of Chen et al. 2021, "Evaluating Large Language Models Trained on Code" (arXiv 2107.03374),
-section 2.1. The programs are judged by analysis/evaluation/sandbox_judge.py; how they are generated is the caller's
-affair.
-
-What a reader would get wrong: pass@k from k samples alone (did one of them pass?) varies far more than the estimate
-from n > k samples, and 1 - (1 - c/n)^k, which looks the same, is biased low. And a share is not a percentage:
-`pass_at_k` is in 0..1, `PassAtK` in 0..100.
+section 2.1. sandbox_judge.py judges the programs; the caller generates them. The estimate from n > k samples varies far
+less than one from k samples, and 1 - (1 - c/n)^k, which looks the same, is biased low. `pass_at_k` is in 0..1,
+`PassAtK` in percent.
 """
 
 from __future__ import annotations
@@ -38,16 +35,15 @@ _SHAPES = "HumanEval's task_id, prompt, entry_point, test; or MBPP's task_id, te
 
 
 class CompletionError(WeftrainError):
-    """A generator that did not give what was asked: another number of completions, or something other than text."""
+    """A generator that does not give the completions it was asked for."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """prompt: what the model continues. tests: Python source that raises where the solution is wrong. entry_point: ""
-    where there is none.
+    """prompt: what the model continues. tests: Python source that raises for a wrong solution. setup: runs before it.
 
-    continues: the program under test is prompt + completion, else the completion alone. solution: the published one, ""
-    where none. setup: Python source that runs before the tests.
+    entry_point, solution: "" where there is none. continues: the program is prompt + completion, else the completion
+    alone.
     """
 
     task_id: str
@@ -100,10 +96,9 @@ class PassAtK:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The unbiased estimate 1 - C(n-c, k) / C(n, k), in 0..1, of n samples of which c are correct.
+    """The unbiased estimate 1 - C(n-c, k) / C(n, k), in 0..1, from n samples of which c are correct.
 
-    By exact integers and one division, so the result is the nearest float whatever the size. Raises ValueError where
-    not 0 <= c <= n or not 1 <= k <= n.
+    Exact integers and one division give the nearest float. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
     if not 0 <= correct <= samples:
         raise ValueError(f"pass_at_k: correct={correct} is not within 0..samples={samples}")
@@ -122,10 +117,10 @@ def truncate(completion: str, stops: Sequence[str]) -> str:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """A JSON-lines file (or .gz of one) of HumanEval's or MBPP's rows, as published. Further keys of a row are ignored.
+    """Read HumanEval's or MBPP's published rows from JSON lines (or .gz); further keys are ignored.
 
-    Raises DataError with file and line: not readable, not JSON, a key missing or of another type, a task twice, no
-    problem at all.
+    Raises DataError with file and line: unreadable, not JSON, a key missing or of another type, a task twice, no
+    problem.
     """
     problems: list[Problem] = []
     seen: dict[str, int] = {}
@@ -221,15 +216,12 @@ def score(
     limits: SandboxLimits | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PassAtK:
-    """Have `samples` completions written for each problem, run each against the tests, and report pass@k for each k of
-    `ks`.
+    """Generate `samples` completions of each problem, run each against the tests, and report pass@k for each of `ks`.
 
-    complete(prompt, samples) returns that many texts that follow the prompt; it runs in the calling thread, while up to
-    os.cpu_count() programs are being tested, each in a sandbox and its tests in another. progress is told (samples
-    tested, samples in all).
-
-    Raises ValueError (no problem, a k outside 1..samples) and SandboxError (nothing can be confined here) before
-    anything is generated, CompletionError for a generator that gives another number of texts.
+    complete(prompt, samples) returns that many texts; it runs in the calling thread while up to os.cpu_count() programs
+    are tested, each in a sandbox and its tests in another. progress(samples tested, all samples). Raises ValueError (no
+    problem, a k outside 1..samples) and SandboxError before anything is generated, CompletionError for a wrong number
+    of texts.
     """
     limits = limits or SandboxLimits()
     if not problems or not ks or not all(1 <= k <= samples for k in ks):
@@ -279,7 +271,7 @@ def score(
 
 
 def judged(program: str, tests: ProblemTests, limits: SandboxLimits) -> Outcome:
-    """One program's verdict, with the last line alone of what was said on standard error."""
+    """One program's verdict, with only the last line of standard error."""
     outcome = judge(program, tests, limits)
     return replace(outcome, stderr_tail=outcome.stderr_tail.strip().rsplit("\n", 1)[-1][:_LONGEST_LINE])
 

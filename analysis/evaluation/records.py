@@ -1,9 +1,7 @@
-"""An evaluation's record: canonical JSON under RUN/analyses/evaluations, named by the hash of its inputs, written whole
-or not at all.
+"""An evaluation's record: canonical JSON under RUN/analyses/evaluations, named by the hash of its inputs.
 
-What is there is done and is not computed again. What a reader would get wrong: a record holds no clock and no path, so
-the same evaluation gives the same bytes; and another batch size, precision or device is another evaluation, for it
-gives other last digits.
+What is there is not computed again. A record holds no clock and no path, so equal evaluations give equal bytes. Another
+batch size, precision or device is another evaluation, since it changes the last digits.
 """
 
 from __future__ import annotations
@@ -32,9 +30,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class EvaluatedCheckpoint:
-    """What is evaluated. root: the checkpoint's. tokenizer_sha256: of tokenizer.json, None where no text is
-    involved.
-    """
+    """root: the checkpoint's. tokenizer_sha256: of tokenizer.json, None where no text is involved."""
 
     root: str
     step: int
@@ -43,9 +39,7 @@ class EvaluatedCheckpoint:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How it is evaluated. limit: documents (problems, rows) of each task, None: all. include: a folder of task
-    files.
-    """
+    """limit: documents (problems, rows) of each task; None: all. include: a folder of task files."""
 
     batch_size: int = 16
     seed: int = SEED
@@ -56,7 +50,7 @@ class EvaluationSettings:
 
 
 def inputs_of(kind: str, subject: EvaluatedCheckpoint, settings: EvaluationSettings) -> dict[str, Any]:
-    """What every kind of evaluation depends on; its own inputs are added to it."""
+    """The inputs that every kind of evaluation depends on; each kind adds its own."""
     return {
         "kind": kind,
         "checkpoint": subject.root,
@@ -73,11 +67,10 @@ def inputs_of(kind: str, subject: EvaluatedCheckpoint, settings: EvaluationSetti
 def once(
     folder: Path, inputs: dict[str, Any], name: str, measure: Callable[[], EvaluationRecord], say: Say
 ) -> EvaluationRecord:
-    """The record of these inputs: the one that is there, or a new one, written whole. Raises what `measure` raises, and
-    OSError.
+    """The record of these inputs: the stored one, or a new one. Raises what `measure` raises, and OSError.
 
-    measure: gives task, task_version, shots, metric, value, value_percent, stderr, stderr_percent, samples and decoding
-    at least; with samples_available a record of fewer is partial.
+    measure: returns task, task_version, shots, metric, value, value_percent, stderr, stderr_percent, samples and
+    decoding at least; a record of fewer than samples_available is partial.
     """
     if (found := stored(folder, inputs, name, say)) is not None:
         return found
@@ -101,7 +94,7 @@ def _stem(inputs: Mapping[str, Any], name: str, shots: Any) -> str:
 
 
 def stored(folder: Path, inputs: dict[str, Any], name: str, say: Say) -> EvaluationRecord | None:
-    """The record of these inputs, if it is there and whole."""
+    """The record of these inputs, if it exists and is intact."""
     for path in sorted(folder.glob(f"{_stem(inputs, name, '*')}.json")):
         try:
             return read_record(path, inputs)
@@ -111,7 +104,7 @@ def stored(folder: Path, inputs: dict[str, Any], name: str, say: Say) -> Evaluat
 
 
 def read_record(path: Path, inputs: Mapping[str, Any] | None = None) -> EvaluationRecord:
-    """A record, checked in itself and, where given, against its inputs. Raises DataError."""
+    """A record, checked in itself and against its inputs where they are given. Raises DataError."""
     try:
         data = read_plain(path, "record", follow=False)
         record = parse_json(data)
@@ -128,22 +121,20 @@ def read_record(path: Path, inputs: Mapping[str, Any] | None = None) -> Evaluati
 
 
 def read_records(folder: Path) -> Iterator[EvaluationRecord]:
-    """Every record of a folder, in the order of step and task. Raises DataError for one that is damaged."""
+    """Every record of a folder, by step and task. Raises DataError for a damaged one."""
     for path in sorted(folder.glob("[0-9]*.json")):
         yield read_record(path)
 
 
 def records_folder(run: Path) -> Path:
-    """Where the records of a run folder, or of one checkpoint's, belong: never inside a checkpoint, which holds nothing
-    else.
-    """
+    """The folder for records of a run or of one of its checkpoints; a checkpoint's own folder holds none."""
     if (run / "manifest.json").exists():
         run = real_path(run).parent.parent if real_path(run).parent.name == "checkpoints" else real_path(run).parent
     return run / FOLDER
 
 
 def number(value: float) -> float | str:
-    """JSON has no infinity: as in metrics.jsonl, it is the string 'inf'."""
+    """The value for JSON, which has no infinity: "inf", "-inf" and "nan", as in metrics.jsonl."""
     return float(value) if math.isfinite(value) else ("nan" if math.isnan(value) else "inf" if value > 0 else "-inf")
 
 

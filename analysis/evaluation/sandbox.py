@@ -1,15 +1,13 @@
-"""Run one Python program that nobody has read, such as a model's completion, so that it can hurt nothing and leaves
-nothing behind.
+"""Run one untrusted Python program, such as a model's completion, so that it can do no harm and leaves nothing behind.
 
-The work is done by analysis/evaluation/sandbox_stage.py in processes of its own: new user, PID, mount, network, IPC and
-UTS namespaces, a root of the interpreter alone (read-only), one small tmpfs to write to, a system-call filter, and
-limits on time, memory, files and processes. Linux only. Where the kernel refuses any part of it, nothing is run at all.
+sandbox_stage.py does the work in processes of its own: new user, PID, mount, network, IPC and UTS namespaces, a
+read-only root with only the interpreter, one small tmpfs, a system-call filter, and limits on time, memory, files and
+processes. Linux only. If the kernel refuses any part, nothing is run.
 
-An exit status of 0 is not a pass. A program may leave before its tests; so a pass is witnessed by a random token, which
-is not in the program's file, arguments or environment, and which is written when the last line of the tests has run.
-But a program that shares its process with its tests can read the token and the tests there: `passed` of run_untrusted
-is no verdict about a program that wants to pass. analysis/evaluation/sandbox_judge.py gives one, with the tests in a
-second sandbox.
+Exit status 0 is not a pass, as a program may leave before its tests. A pass is witnessed by a random token that lies in
+no file, argument or environment and is written after the last line of the tests. But a program that shares its process
+with its tests can read the token: `passed` of run_untrusted is no verdict on a program that wants to cheat.
+sandbox_judge.py gives one, with the tests in a second sandbox.
 """
 
 from __future__ import annotations
@@ -49,14 +47,12 @@ _REMEDY = (
 
 
 class SandboxError(WeftrainError):
-    """A machine that cannot confine a program. Says which part, and what to do."""
+    """A machine that cannot confine a program; says which part is missing and what to do."""
 
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """What a program may use. memory_bytes: address space of each process, of which there may be `processes` (threads
-    count).
-    """
+    """memory_bytes: address space of each process, of which there may be `processes` (threads count)."""
 
     timeout_s: float = 5.0
     memory_bytes: int = 1 << 30
@@ -66,11 +62,10 @@ class SandboxLimits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """passed: it ran to the end of its tests. failed: it ended otherwise. timed_out: it was stopped. killed: by a
-    signal.
+    """passed: ran to the end of its tests. failed: ended otherwise. timed_out: was stopped. killed: by a signal.
 
-    stderr_tail: the last 4096 bytes or fewer of its standard error; bytes that are no UTF-8 are escaped. exit_status:
-    None where a signal or we ended it.
+    stderr_tail: at most the last 4096 bytes of standard error; invalid UTF-8 is escaped. exit_status: None where a
+    signal or this process ended it.
     """
 
     status: Status
@@ -82,13 +77,12 @@ class Outcome:
 def run_untrusted(
     program: str, *, timeout_s: float, memory_bytes: int, disk_bytes: int, processes: int, tests: str = ""
 ) -> Outcome:
-    """Run `program`, then `tests` in the same namespace (both Python source), and say how it ended. Blocks; safe to
-    call from threads.
+    """Run `program`, then `tests` in the same namespace (both Python source). Blocks; safe to call from threads.
 
-    tests is compiled on its own, so that a program that ends within a string or a bracket does not swallow it. The
-    program has the standard library and no installed package, no network, no environment, an empty standard input;
-    standard output is thrown away. All of its processes are dead on return. Raises SandboxError where the machine
-    cannot confine it, ValueError for limits out of range.
+    tests is compiled separately, so a program that ends within a string or bracket does not swallow it. The program has
+    the standard library, no installed package, no network, no environment, an empty standard input; standard output is
+    discarded. All of its processes are dead on return. Raises SandboxError where it cannot be confined, ValueError for
+    limits out of range.
     """
     limits = SandboxLimits(timeout_s, memory_bytes, disk_bytes, processes)
     return outcome_of(start_stage(program, tests, limits), limits)
@@ -102,11 +96,10 @@ def start_stage(
     driver: str | None = None,
     channel: tuple[int, int] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Begin to run a program as run_untrusted does; `outcome_of` waits for its end, `end_stage` ends it at once. One of
-    them must follow.
+    """Start a program as run_untrusted does; follow with `outcome_of`, which waits, or `end_stage`, which kills it.
 
     driver: Python source that becomes the program's process, instead of sandbox_stage.DRIVER. channel: two descriptors
-    (to read, to write) that it has as 3 and 4, and this process still has. Raises SandboxError, ValueError.
+    (to read, to write) that it sees as 3 and 4. Raises SandboxError, ValueError.
     """
     if not (math.isfinite(limits.timeout_s) and limits.timeout_s > 0):
         raise ValueError(f"run_untrusted: timeout_s={limits.timeout_s} must be above 0 and finite")
@@ -150,7 +143,7 @@ def start_stage(
 
 
 def outcome_of(process: subprocess.Popen[bytes], limits: SandboxLimits) -> Outcome:
-    """How the program of a stage ended, once it has. Raises SandboxError where the stage could not confine it."""
+    """Wait for the program of a stage. Raises SandboxError where the stage could not confine it."""
     assert process.stdout is not None
     said = b""
     try:
@@ -169,9 +162,7 @@ def outcome_of(process: subprocess.Popen[bytes], limits: SandboxLimits) -> Outco
 
 
 def end_stage(process: subprocess.Popen[bytes]) -> None:
-    """Kill what a stage still runs, and reap the stage. Its standard input is open until here; closing it tells the
-    stage to stop.
-    """
+    """Kill what a stage still runs, and reap the stage; closing its standard input tells it to stop."""
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(BrokenPipeError):
@@ -185,7 +176,7 @@ def end_stage(process: subprocess.Popen[bytes]) -> None:
 
 
 def reason_unavailable() -> str | None:
-    """None where programs can be confined here, otherwise what is missing and what to do. Tries it: some 0.1 s."""
+    """None where programs can be confined here, otherwise what is missing and what to do. Tries it: about 0.1 s."""
     try:
         found = run_untrusted("pass", timeout_s=30.0, memory_bytes=256 << 20, disk_bytes=1 << 20, processes=1)
     except SandboxError as error:
@@ -233,7 +224,7 @@ def _signal_name(number: int) -> str:
 
 
 def _read_all(descriptor: int, patience_s: float) -> bytes:
-    """Up to the end of the pipe, or what there is when patience ends."""
+    """Read to the end of the pipe, or until patience_s is over."""
     waiting, end, said = select.poll(), time.monotonic() + patience_s, b""
     waiting.register(descriptor, select.POLLIN)
     while waiting.poll(max(0, math.ceil((end - time.monotonic()) * 1000))):

@@ -1,14 +1,13 @@
 """Judge an untrusted program: its tests run in another process than the program, and that process gives the verdict.
 
-Two sandboxes with two pipes between them: one runs the program and has nothing of the tests, not as file, memory or
-descriptor; the other has the tests and what the problem itself defines, and nothing of the program. Where a test calls
-a function of the program, the call crosses the pipes as data (analysis/evaluation/sandbox_wire.py), and what comes back
-is compared where the program cannot reach. So a program knows of a test what the test hands it: the arguments of calls,
-never the value that is expected.
+Two sandboxes are joined by two pipes: one runs the program and has nothing of the tests, not as file, memory or
+descriptor; the other has the tests and the problem's own definitions, and nothing of the program. A call of the
+program's functions crosses the pipes as data (sandbox_wire.py), and its result is compared where the program cannot
+reach it. So a program learns the arguments of calls, never the expected value.
 
-What cannot be judged fails, with its reason: a comparison of an object that is not data; a test that gives the program
-a function of its own or an instance of its own class; a class of the program in `isinstance` or `except`; a test that
-reads the program's source.
+What cannot be judged fails with its reason: a comparison of an object that is not data; a test that passes a function
+or an instance of its own class to the program; a class of the program in `isinstance` or `except`; a test that reads
+the program's source.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ JUDGE = "tests in a process of their own, 1"
 
 @dataclass(frozen=True)
 class ProblemTests:
-    """What a program is held to. All are Python source but `names`: the names in `tests` that stand for the program's.
+    """Tests of a program, as Python source; `names`: the names in `tests` that stand for the program's.
 
-    given: what the problem defines, run before the tests. tests: raises where the program is wrong. imports: lines that
-    the tests' set-up imports, which the program may rely on.
+    given: what the problem defines, run before the tests. tests: raises for a wrong program. imports: imports of the
+    tests' set-up, on which the program may rely.
     """
 
     tests: str
@@ -76,11 +75,10 @@ def judge(program: str, tests: ProblemTests, limits: SandboxLimits) -> Outcome:
 
 
 def names_under_test(tests: str, solution: str) -> tuple[str, ...]:
-    """The names that the tests take from the program: those that a published solution defines at its top level and the
-    tests read.
+    """The names that the tests take from the program: those the published solution defines and the tests read.
 
-    Where there is no solution, or none of them: what the tests read, do not set, and Python does not have. Built-in
-    names count only where the solution defines them, or a program could bring an `abs` of its own.
+    Without a solution, or any such name: what the tests read, do not set, and Python does not define. Built-in names
+    count only where the solution defines them, or a program could replace `abs`.
     """
     read, own = _names(tests)
     defined: set[str] = set()
@@ -95,16 +93,14 @@ def names_under_test(tests: str, solution: str) -> tuple[str, ...]:
 
 
 def imports_of(source: str) -> str:
-    """The import statements at the top level of a source; "" where it is no Python 3."""
+    """The import statements at the top level of a source; "" where it is not Python 3."""
     tree = _parsed(source)
     body = [] if tree is None else tree.body
     return "".join(f"{ast.unparse(node)}\n" for node in body if isinstance(node, ast.Import | ast.ImportFrom))
 
 
 def given_by(prompt: str) -> str:
-    """What a prompt that a completion continues defines by itself; its last function may lack a body. "" where it is no
-    Python 3.
-    """
+    """Definitions in a prompt that a completion continues; its last function may lack a body. "" if not Python 3."""
     return next((text for text in (prompt, f"{prompt}\n    pass\n") if _parsed(text) is not None), "")
 
 
@@ -116,7 +112,7 @@ def _parsed(source: str) -> ast.Module | None:
 
 
 def _names(source: str) -> tuple[set[str], set[str]]:
-    """(names that a source reads, names that it sets at its top level or as an argument)."""
+    """(names that a source reads, names that it sets at top level or as arguments)."""
     read: set[str] = set()
     own: set[str] = set()
     for node in ast.walk(_parsed(source) or ast.Module([], [])):

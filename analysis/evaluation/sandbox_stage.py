@@ -1,15 +1,13 @@
-"""The confining stage of analysis/evaluation/sandbox.py: a file run by path (`python -I -S`), which reads one request,
-runs one program and answers.
+"""The confining stage of sandbox.py, run by path (`python -I -S`): reads one request, runs one program, answers.
 
 Three processes: this one (the warden) stays outside and keeps the time; its child is process 1 of a new PID namespace
-(the init), whose death is the death of everything within; the init's child becomes the untrusted program by execve. The
-program sees a new root: the interpreter and the libraries it needs, read-only, and one small tmpfs at /work, /tmp,
-/var/tmp and /dev/shm. There is no /proc, no /home.
+(the init), whose death kills everything within; the init's child becomes the untrusted program by execve. The program
+sees a new root: the interpreter and its libraries, read-only, and one small tmpfs at /work, /tmp, /var/tmp and
+/dev/shm. There is no /proc and no /home.
 
-What a reader would get wrong: the order. Mounts, then the unprivileged user, then (or, where we never were root, first
-of all) the user namespace: RLIMIT_NPROC binds only a user that is not root, and counts per user namespace. Nothing here
-may print or import ours: it runs without site-packages, and its standard output is the answer. (Hence one file, longer
-than our files are: it cannot import a second.)
+Order matters: mounts, then the unprivileged user, then (or first, if never root) the user namespace, because
+RLIMIT_NPROC binds only a user that is not root and counts per user namespace. This file runs without site-packages and
+cannot import weftrain, so it stays one file; its standard output is the answer, so it must not print.
 """
 
 from __future__ import annotations
@@ -138,7 +136,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class SetupError(Exception):
-    """A step of the confinement that the kernel refused: its name, and errno's words."""
+    """A step of the confinement that the kernel refused: its name and errno's message."""
 
 
 def _checked(result: int, step: str) -> int:
@@ -166,9 +164,7 @@ def _prctl(option: int, value: Any, step: str, third: Any = 0) -> None:
 
 
 def _become_namespace_user(proc: int) -> None:
-    """A user namespace of one user and one group, NOBODY within, ours without. `proc` is a descriptor of the folder
-    /proc.
-    """
+    """Enter a user namespace with one user and group: NOBODY inside, ours outside. proc: descriptor of /proc."""
     uid, gid = os.getuid(), os.getgid()
     _unshare("user")
     for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
@@ -181,7 +177,7 @@ def _become_namespace_user(proc: int) -> None:
 
 
 def interpreter_paths() -> tuple[str, list[str]]:
-    """The interpreter's real path, and the folders and files that it and its libraries need, none within another."""
+    """The interpreter's real path, and the folders and files that it and its libraries need, none nested."""
     executable = os.path.realpath("/proc/self/exe")
     wanted = {os.path.realpath(path) for path in (sys.base_prefix, sys.base_exec_prefix)}
     folder = os.path.dirname(executable)
@@ -208,7 +204,7 @@ def interpreter_paths() -> tuple[str, list[str]]:
 
 
 def _place(path: str, root: str) -> str:
-    """Make `path` below `root`, as a folder or an empty file after what it is, and bind it there."""
+    """Create `path` below `root`, as a folder or an empty file, and bind the original there."""
     target = root + path
     if os.path.isdir(path):
         os.makedirs(target, 0o755, exist_ok=True)
@@ -220,7 +216,7 @@ def _place(path: str, root: str) -> str:
 
 
 def build_root(request: dict[str, Any]) -> str:
-    """The new root of this mount namespace, and the program in it. Returns the interpreter's path."""
+    """Build the new root of this mount namespace with the program in it. Returns the interpreter's path."""
     executable, paths = interpreter_paths()
     sources = [text.encode("utf-8", "surrogatepass") for text in (request["program"], request["tests"])]
     root = next(
@@ -309,7 +305,7 @@ def _refuse_system_calls() -> None:
 
 
 def _become_program(request: dict[str, Any], executable: str, token: int, errors: int) -> None:
-    """Of the init's child: put on every limit and become the interpreter. Returns only by an exception."""
+    """In the init's child: apply every limit and become the interpreter. Returns only by an exception."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1, "no_new_privs")
     os.setsid()
     nothing = os.open("/dev/null", os.O_RDWR)
@@ -337,9 +333,7 @@ def _become_program(request: dict[str, Any], executable: str, token: int, errors
 
 
 def _init(request: dict[str, Any], executable: str, alive: int, status: int, errors: int) -> None:
-    """Process 1: starts the program, buries whatever is orphaned, and ends with the program, whereupon the kernel kills
-    all the rest.
-    """
+    """Process 1: starts the program, reaps orphans, and ends with the program, whereupon the kernel kills the rest."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, "death signal of the init")
     watch = select.poll()
     watch.register(alive, 0)
@@ -387,9 +381,7 @@ class _Errors:
 
 
 def _watch(init: int, errors: _Errors, timeout_s: float) -> bool:
-    """Until the init, and with it all of its namespace, is dead; kills it when time is up or our caller has gone. True:
-    time was up.
-    """
+    """Wait until the init is dead; kill it when time is up or the caller is gone. True: time was up."""
     handle = os.pidfd_open(init)
     waiting = select.poll()
     for descriptor in (handle, errors.descriptor):
@@ -416,9 +408,7 @@ def _watch(init: int, errors: _Errors, timeout_s: float) -> bool:
 
 
 def confine_and_run(request: dict[str, Any]) -> dict[str, Any]:
-    """The answer: {"unavailable": words} or {"result": wait status or null, "timed_out", "witnessed", "tail" (latin-1
-    text of bytes)}.
-    """
+    """{"unavailable": words}, or {"result": wait status or null, "timed_out", "witnessed", "tail": latin-1 text}."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, "death signal")
     if os.getppid() != request["parent"]:
         raise SetupError("the process that asked has gone")
@@ -468,9 +458,7 @@ def confine_and_run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_request() -> dict[str, Any]:
-    """Eight bytes of length, then that many of JSON; standard input stays open behind them, and hangs up when our
-    caller dies.
-    """
+    """Read eight bytes of length and as many of JSON; standard input stays open and hangs up when the caller dies."""
 
     def exactly(count: int) -> bytes:
         data = b""

@@ -1,13 +1,10 @@
-"""Calls from one process into another by messages of data: the two programs of analysis/evaluation/sandbox_judge.py,
-whose text runs in its sandboxes.
+"""Calls between two processes as messages of data: the two programs of sandbox_judge.py, which run in its sandboxes.
 
-`serve` runs the program under test and answers questions about it; `check` runs the tests, in which each name under
-test stands for the program's. A message is JSON, never code and never a pickle: None, bool, numbers of any size, text,
-bytes, lists, tuples, sets, dicts, and some types of the standard library. What is none of these (an instance, a
-function, a generator) stays in its process, and the tests hold a `Remote` that can call it and read its parts. It
-cannot be compared: an object that decides itself what it equals would pass any test.
-
-Standard library only: it runs without site-packages.
+`serve` runs the program under test and answers questions about it; `check` runs the tests, where each name under test
+stands for the program's. A message is JSON, never code or a pickle: None, bool, numbers of any size, text, bytes,
+lists, tuples, sets, dicts, and some types of the standard library. Anything else (an instance, a function, a generator)
+stays in its process, and the tests hold a `Remote` that can be called and read but not compared: an object that decides
+what it equals would pass any test. Standard library only: it runs without site-packages.
 """
 
 from __future__ import annotations
@@ -70,10 +67,10 @@ class UnsendableError(Exception):
 
 
 def encode(value: Any, refer: Refer) -> Any:
-    """A value as JSON: None, bool, text and small integers as they are, all else a list of a tag and its content.
+    """A value as JSON: None, bool, text and small integers as they are, everything else as [tag, content].
 
-    refer: called with what is no data; returns the content of a reference, or raises UnsendableError. A value of a
-    subclass is sent as one of its base.
+    refer: called for what is no data; returns the content of a reference, or raises UnsendableError. A value of a
+    subclass is sent as its base.
     """
     if value is None or value is True or value is False:
         return value
@@ -206,9 +203,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def serve() -> NoReturn:
-    """Run /program.py, then /tests.py (imports that the tests' own set-up makes), and answer questions until the other
-    side closes.
-    """
+    """Run /program.py, then /tests.py (imports of the tests' set-up), and answer until the other side closes."""
     os.read(0, 64)  # the token of this process, which says nothing: standard input is empty from here on
     kept = _Kept()
     output = sys.stdout = io.TextIOWrapper(io.BufferedWriter(kept), encoding="utf-8", errors="backslashreplace")
@@ -331,9 +326,7 @@ def _exception(names: Sequence[str], said: Any, text: str, _: Any) -> Exception:
 
 
 def _take_over(old: Any, new: Any) -> Any:
-    """Change what the program changed in the arguments of a call, in place. Returns what stands in the old value's
-    place.
-    """
+    """Apply in place what the program changed in a call's arguments. Returns the replacement of the old value."""
     if type(old) is not type(new):
         return new
     if isinstance(old, list):
@@ -359,9 +352,7 @@ def _take_over(old: Any, new: Any) -> Any:
 
 
 class Remote:
-    """An object that stayed in the program's process: it can be called, read, iterated and handed back, and not
-    compared.
-    """
+    """An object in the program's process: it can be called, read, iterated and passed back, not compared."""
 
     __slots__ = ("_reference",)
     _reference: list[Any]  # its number and the name of its class
@@ -407,9 +398,7 @@ class Remote:
 
 
 def check(names: Sequence[str]) -> NoReturn:
-    """Run /program.py (what the problem itself defines), take `names` from the program, run /tests.py, and witness its
-    end.
-    """
+    """Run /program.py (the problem's definitions), take `names` from the program, run /tests.py, witness its end."""
     token, own = os.read(0, 64), os.getpid()
     module = _main_module()
     _execute(module, "/program.py")

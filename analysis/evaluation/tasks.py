@@ -1,11 +1,7 @@
-"""Scores of a checkpoint: held-out perplexity, tasks of lm-eval, code that passes its tests; each a record that names
-what made it.
+"""Scores of a checkpoint: held-out perplexity and tasks of lm-eval, each as a record (records.py).
 
-A record is canonical JSON under RUN/analyses/evaluations, named by the hash of its inputs and written whole or not at
-all: what is there is done and is not computed again. It holds no clock and no path, so the same evaluation gives the
-same bytes. What a reader would get wrong: perplexity is exp of the mean over *tokens*, which is neither the mean of the
-batches' means nor exp(loss / batch size); and lm-eval gives shares of one, so 0.4257 there is 42.57 in `value_percent`
-here, and a metric that is no share has no `value_percent` at all.
+Perplexity is exp of the mean loss over tokens, which is neither the mean of batch means nor exp(loss / batch size).
+lm-eval gives shares: its 0.4257 is 42.57 in `value_percent` here, and a metric that is no share has no `value_percent`.
 """
 
 from __future__ import annotations
@@ -55,9 +51,7 @@ _MAX_INCLUDE_FILES = 10_000
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """A task of lm-eval. shots: None, the task's own number. metric: None, the task's first. published: model ->
-    percent.
-    """
+    """A task of lm-eval. shots, metric: None, the task's own. published: model -> percent."""
 
     task: str
     shots: int | None = None
@@ -83,7 +77,7 @@ PRESETS: dict[str, tuple[TaskRequest, ...]] = {
 
 @dataclass(frozen=True)
 class Perplexity:
-    """loss: mean over tokens, in nats. tokens: that bore a loss."""
+    """loss: mean over tokens, in nats. tokens: those with a loss."""
 
     loss: float
     tokens: int
@@ -100,9 +94,7 @@ def perplexity_of(loss: float) -> float:
 
 @dataclass(frozen=True)
 class RaggedRows:
-    """Implements EvaluationSource over token rows of unequal length, at least two ids each: padded on the right, pads
-    bear no loss.
-    """
+    """An EvaluationSource over rows of two or more ids, padded on the right without loss."""
 
     name: str
     token_rows: Sequence[Sequence[int]]
@@ -135,10 +127,9 @@ class RaggedRows:
 def perplexity(
     model: Decoder, source: EvaluationSource, batch_size: int, progress: Callable[[int, int], None] | None = None
 ) -> Perplexity:
-    """Mean loss over the tokens of a held-out set that bear one, whatever the batch size. progress: rows done, of how
-    many.
+    """Mean loss over a held-out set's tokens that have one, whatever the batch size. progress(rows done, rows).
 
-    Raises DataError where no token bears a loss or batch_size is below 1.
+    Raises DataError where no token has a loss or batch_size is below 1.
     """
     if batch_size < 1:
         raise DataError(f"batch size {batch_size}: it must be at least 1")
@@ -158,9 +149,7 @@ def perplexity(
 
 
 def attend_within_documents(model: Decoder) -> None:
-    """Give a model that load_model made an attention that takes `document_start`, which its own need not: for such
-    held-out sets.
-    """
+    """Give a model of load_model attention that takes `document_start`, for held-out sets that need it."""
     weight = model.embedding.weight
     selection = select(kernel_specs(model.config, weight.device.type, weight.dtype, documents=True), PREFERENCES)
     for index, block in enumerate(model.layers):
@@ -185,9 +174,7 @@ def run_heldout(
     folder: Path,
     say: Say = print,
 ) -> list[EvaluationRecord]:
-    """A record of each held-out set, `settings.limit` rows of it at most: loss and perplexity. The model is opened if
-    one is missing.
-    """
+    """A record of loss and perplexity for each held-out set. The model is opened only if a record is missing."""
     records = []
     for source in sources:
         inputs = inputs_of("heldout", subject, settings) | {
@@ -225,8 +212,7 @@ def run_heldout(
 def open_tokenizer(
     path: Path, vocab_size: int, dataset: tuple[Path, DatasetManifest] | None = None
 ) -> tuple[Tokenizer, str]:
-    """A tokenizer.json that fits a model of `vocab_size` ids and the dataset that the model was trained on; and its
-    SHA-256.
+    """A tokenizer.json that fits a model of `vocab_size` ids and the dataset it was trained on; and its SHA-256.
 
     Raises DataError naming the file and the remedy.
     """
@@ -257,10 +243,9 @@ def open_tokenizer(
 
 
 def _begin_texts(tokenizer: Tokenizer, bos_id: int) -> None:
-    """Make the tokenizer put the start token, with which every document that was trained on began, before each text,
-    and nothing else.
+    """Make the tokenizer put the start token, with which training documents began, before each text, and nothing else.
 
-    It does so where special tokens are asked for; many a tokenizer does it by itself.
+    It does so where special tokens are requested; many tokenizers do it by themselves.
     """
     token = tokenizer.id_to_token(bos_id)
     begin = {"id": "BEGIN", "ids": [bos_id], "tokens": [token]}
@@ -268,9 +253,7 @@ def _begin_texts(tokenizer: Tokenizer, bos_id: int) -> None:
 
 
 def end_of_text_id(tokenizer: Tokenizer, path: Path, dataset: DatasetManifest | None = None) -> int:
-    """The id that ends a document: the dataset's, else that of </s> or <|endoftext|>. Raises DataError where there is
-    none.
-    """
+    """The id that ends a document: the dataset's, else that of </s> or <|endoftext|>. Raises DataError for none."""
     if dataset is not None:
         return dataset.separator_id
     for token in EOS_CANDIDATES:
@@ -292,11 +275,10 @@ def run_tasks(
     folder: Path,
     say: Say = print,
 ) -> list[EvaluationRecord]:
-    """A record of each task of lm-eval, of each group that has a score of its own, and of each member of one that has
-    none.
+    """A record of each task of lm-eval, of each group with a score of its own, and of each member of other groups.
 
-    open_model: called when a record is missing, at most once. folder: where records are kept. Raises DataError for a
-    task that is not there, whose data cannot be had, or that wants what is not done here.
+    open_model: called at most once, when a record is missing. folder: of the records. Raises DataError for a task that
+    is unknown, unsupported, or whose data cannot be loaded.
     """
     harness: list[_Harness] = []
     models: list[CheckpointLM] = []
@@ -345,9 +327,7 @@ def _measuring(
 
 
 class _Harness:
-    """lm-eval's tasks. Its own 14,000 take seconds to list, so they are only where `include` does not hold every
-    name.
-    """
+    """lm-eval's tasks. Its own 14,000 take seconds to list, so they are left out where `include` holds every name."""
 
     def __init__(self, include: Path | None, names: Sequence[str]) -> None:
         try:
@@ -446,9 +426,7 @@ def _task_record(request: TaskRequest, settings: EvaluationSettings, results: An
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, EvaluationRecord]:
-    """lm-eval's {"acc,none": 0.5, "acc_stderr,none": 0.1} -> {"acc": {value, value_percent, stderr,
-    stderr_percent}}.
-    """
+    """{"acc,none": 0.5, "acc_stderr,none": 0.1} -> {"acc": {value, value_percent, stderr, stderr_percent}}."""
     metrics = {}
     for key, value in found.items():
         name, comma, filtered = key.partition(",")
@@ -471,9 +449,7 @@ def _score(value: float, stderr: Any, metric: str) -> EvaluationRecord:
 
 
 def is_share(metric: str) -> bool:
-    """Whether lm-eval's metric of this name is a share of one. Of others (bleu: a percentage already; perplexity)
-    nothing is assumed.
-    """
+    """Whether lm-eval's metric of this name is a share of one; bleu (a percentage) and perplexity are not."""
     return metric in ("acc", "exact_match") or metric.startswith(("acc_", "pass@"))
 
 

@@ -1,9 +1,8 @@
-"""Follows a run and evaluates its checkpoints as they appear, each once, the oldest first, until the run has ended.
+"""Follow a run and evaluate each checkpoint once as it appears, the oldest first, until the run has ended.
 
-What a reader would get wrong: nothing is remembered on disk here. What is done is what `evaluate` finds done, since a
-record appears whole or not at all; a watcher that was killed is started again and goes on. The end is asked for
-*before* the checkpoints are listed: a run writes its last checkpoint first and its "end" after it, so a checkpoint that
-the listing lacks cannot be one of an ended run.
+Nothing is stored here: `evaluate` finds existing records, so a killed watcher can be restarted. The end is checked
+before the checkpoints are listed: a run writes its last checkpoint before its "end", so an ended run has no checkpoint
+that the listing lacks.
 """
 
 from __future__ import annotations
@@ -30,13 +29,11 @@ def watch(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[int]:
-    """Call `evaluate` for each checkpoint of a run folder, the oldest first, and wait for more. The steps that were
-    evaluated.
+    """Call `evaluate` for each checkpoint of a run, the oldest first, and wait for more; the steps evaluated.
 
-    evaluate: raises CheckpointError for a checkpoint that is damaged, which is passed over with one line, and looked at
-    again only when another takes its place; any other error ends the watch. It ends when the run's metrics say so and
-    all is done, or when a checkpoint of `until_step` or of a later step is there and all up to it are done.
-    every_seconds: between two looks; a look that takes longer is followed by the next at once.
+    evaluate: raises CheckpointError for a damaged checkpoint, which is reported and skipped until another takes its
+    place; any other error ends the watch. It ends when the metrics record the run's end, or a checkpoint at or beyond
+    `until_step` exists, and all up to it are done. every_seconds: between the starts of two looks.
     """
     seen: set[_Identity] = set()
     steps: list[int] = []
@@ -73,9 +70,7 @@ def watch(
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of what bears a checkpoint's name, the oldest first. Temporary names and what was set aside have
-    others.
-    """
+    """(step, folder) of the checkpoints, the oldest first, without temporary names and those moved aside."""
     try:
         entries = list(folder.iterdir())
     except FileNotFoundError:
@@ -92,7 +87,7 @@ def _identity(path: Path) -> _Identity | None:
 
 
 def _has_ended(run: Path, say: Say) -> bool:
-    """Whether the last that the run's metrics tell of its beginnings and ends is an end."""
+    """Whether the last start, resume or end in the run's metrics is an end."""
     last = None
     try:
         for record in effective_records(run):

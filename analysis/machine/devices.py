@@ -1,8 +1,7 @@
-"""Accelerators by name, for predictions: what their data sheets say, each with its source.
+"""Accelerators by name, for predictions: figures of their data sheets, each with its source.
 
-What a reader would get wrong: these are the makers' figures, not what a program reaches; the share that it does is the
-planner's matter (backends/cuda/planner.py). A figure that no public source gives is None, and then nothing is predicted
-from it.
+These are the makers' figures; backends/cuda/planner.py applies the share that a program reaches. A figure without a
+public source is None, and nothing is predicted from it.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from weftrain.core.prediction import Speeds
 
 
 class DeviceError(WeftrainError):
-    """A device that is not in the table, or a number of them that is none."""
+    """An unknown device, or an invalid number of devices."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator in the node that it is sold in. Rates in units a second, each direction by itself."""
+    """One accelerator in its usual node. Rates are per second, each direction by itself."""
 
     name: str
     memory_bytes: int
@@ -104,9 +103,7 @@ DEVICES = {device.name: device for device in _ALL}
 
 
 def parse_devices(text: str) -> tuple[int, Device]:
-    """'224xA100-80GB' -> (224, that device); 'H100' is one of them. Raises DeviceError with the names that there
-    are.
-    """
+    """'224xA100-80GB' -> (224, that device); 'H100' is one device. Raises DeviceError with the known names."""
     match = re.fullmatch(r"(?:([0-9]{1,7})[xX])?([A-Za-z][A-Za-z0-9-]*)", text)
     names = {name.lower(): device for name, device in DEVICES.items()}
     count = 0 if match is None else int(match[1] or 1)
@@ -119,9 +116,7 @@ def parse_devices(text: str) -> tuple[int, Device]:
 
 
 def speeds(count: int, device: Device, per_node: int | None = None) -> Speeds:
-    """What a prediction is made from. per_node: devices of a node, where it is not the maker's. Raises DeviceError
-    where nothing can be.
-    """
+    """The speeds for a prediction. per_node: if not the maker's. Raises DeviceError without a FLOP rate."""
     if device.bf16_flops is None:
         raise DeviceError(f"{device.name}: no step can be predicted: {device.source}")
     node = min(count, per_node or device.devices_per_node)

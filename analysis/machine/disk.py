@@ -1,8 +1,7 @@
-"""How fast the disk of a folder reads and writes past the page cache, measured: what weight streaming lives on.
+"""How fast a folder's disk reads and writes past the page cache, which weight streaming depends on.
 
-What a reader would get wrong: one figure of one kind is not enough. A disk that reads and writes at once is neither as
-fast as the sum nor as slow as one of the two, and streaming does both at once; so that is measured too, and is the
-figure a prediction uses.
+Streaming reads and writes at once, and a disk that does both is neither as fast as the sum nor as slow as one of the
+two; so that is measured too, and is the figure that a prediction uses.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class DiskError(WeftrainError):
 
 @dataclass(frozen=True)
 class DiskSpeed:
-    """Bytes a second, each direction alone and both at once (their sum), with direct I/O in blocks of 32 MiB."""
+    """Bytes per second with direct I/O in 32 MiB blocks: each direction alone, and the sum of both at once."""
 
     read: float
     write: float
@@ -38,10 +37,9 @@ class DiskSpeed:
 
 
 def measured_disk(folder: Path, size_bytes: int = 1 << 30) -> DiskSpeed:
-    """Write, read and do both in a temporary file of `size_bytes` in `folder`, which is removed. About 2 s on a fast
-    disk.
+    """Read, write and do both in a temporary file of `size_bytes` in `folder`. About 2 s on a fast disk.
 
-    Raises DiskError where there is no room, or no direct I/O.
+    Raises DiskError where there is no room or no direct I/O.
     """
     blocks = max(4, size_bytes // _BLOCK_BYTES)
     where = folder

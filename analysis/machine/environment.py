@@ -1,8 +1,6 @@
-"""Where and of what a benchmark was made: version and commit, device, clocks, CPU, load. What cannot be read says so.
+"""The conditions of a benchmark: version and commit, device, clocks, CPU, load.
 
-What a reader would get wrong: nothing here is guessed. A governor that is not there, a GPU tool that is not installed,
-an energy counter that may not be read is 'not available', for a page that leaves a line out looks the same as one that
-found nothing.
+Nothing is guessed: what cannot be read is 'not available', since a missing line would look like one that found nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ _RAPL = Path("/sys/class/powercap")
 
 
 def identity() -> dict[str, Any]:
-    """Version, commit of the checkout that the code lies in, whether it was changed since, and the command."""
+    """Version, commit of the checkout, whether it was changed since, and the command."""
     return {
         "version": importlib.metadata.version("weftrain"),
         **_commit(Path(__file__).parent),
@@ -72,12 +70,12 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def load() -> float:
-    """Processes that want to run, averaged over the last minute."""
+    """Load average of the last minute."""
     return os.getloadavg()[0]
 
 
 def warnings(environment: dict[str, Any], load_before: float, threads: int) -> list[str]:
-    """What makes a figure less worth."""
+    """Conditions that make a figure less reliable."""
     found = []
     cores = os.cpu_count() or 1
     if load_before > 0.5 * cores:
@@ -117,7 +115,7 @@ class Energy:
         self._start = self._counters()
 
     def stop(self) -> dict[str, Any]:
-        """`joules` and `source`, or 'not available' and why."""
+        """`joules` and `source`; 'not available' and the reason where there is no counter."""
         if self._handle is not None:
             import pynvml
 
@@ -187,7 +185,7 @@ def _nvidia_smi(*arguments: str) -> str | None:
 
 
 def _gpu() -> Any:
-    """Clocks, power limit, temperature and driver of every GPU, as nvidia-smi tells them."""
+    """Clocks, power limit, temperature and driver of every GPU, from nvidia-smi."""
     fields = (
         "index",
         "clocks.sm",

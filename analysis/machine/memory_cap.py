@@ -1,9 +1,9 @@
-"""Run a command with its memory capped by the kernel: `python -m weftrain.analysis.machine.memory_cap 8192 -- weftrain
-train ...` (MiB).
+"""Run a command under a memory limit: `python -m weftrain.analysis.machine.memory_cap 8192 -- weftrain train ...`
+(MiB).
 
-A cgroup of its own (version 2 or 1) counts resident memory and page cache; a process that needs more is killed, so one
-that ends well stayed below. What a reader would get wrong: without the right to make a cgroup nothing is capped, and
-the last line says so; the peak resident memory of the largest process is measured and printed in either case.
+A cgroup (version 2 or 1) counts resident memory and page cache, and the kernel kills a process that needs more. Without
+the right to make a cgroup nothing is limited, and the last line says so; the peak resident memory of the largest
+process is printed in either case.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _V2, _V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")
 
 
 def make_group(limit_bytes: int) -> Path | str:
-    """A new cgroup with that limit and no swap, or why there is none."""
+    """A new cgroup with that limit and no swap, or the reason why there is none."""
     base, name = (_V2, "memory.max") if (_V2 / "cgroup.controllers").exists() else (_V1, "memory.limit_in_bytes")
     group = base / f"weftrain-{os.getpid()}"
     try:
@@ -37,7 +37,7 @@ def make_group(limit_bytes: int) -> Path | str:
 
 
 def peak_bytes(group: Path) -> int | None:
-    """The largest that the group was, page cache included; None where the kernel does not tell."""
+    """The group's peak, page cache included; None where the kernel does not record it."""
     for name in ("memory.peak", "memory.max_usage_in_bytes"):
         if (group / name).exists():
             return int((group / name).read_text())
@@ -45,7 +45,7 @@ def peak_bytes(group: Path) -> int | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code of the command, 128 + signal where one ended it."""
+    """Run the command; its exit code, or 128 + signal."""
     if len(arguments) < 3 or not arguments[0].isdigit() or arguments[1] != "--":
         print("usage: python -m weftrain.analysis.machine.memory_cap MIB -- COMMAND ...", file=sys.stderr)
         return 2

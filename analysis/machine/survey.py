@@ -1,7 +1,7 @@
-"""What a machine can do, on every rank of it: matrix multiplies by dtype, memory, disk, and collectives by size.
+"""What every rank of a machine can do: matrix multiplies by dtype, memory, disk, and collectives by size.
 
-What a reader would get wrong: a mean hides the one slow device that a whole cluster waits for. Every rank is measured
-by itself, at the same time as the others, and one that is more than a tenth below the median of all is named.
+A mean would hide the one slow device that a whole cluster waits for, so all ranks are measured at the same time, each
+by itself, and one more than a tenth below the median is named.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _REPEATS = 5
 
 
 def measure_ranks(ranks: int, largest_mib: int, disk: Path | None) -> dict[str, Any] | None:
-    """All figures, on rank 0; None on the others. Started by torchrun where there are several."""
+    """All figures on rank 0, None on the others; run under torchrun for several ranks."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if ranks == 1:
@@ -76,7 +76,7 @@ def _own_figures(device: torch.device) -> dict[str, Any]:
 
 
 def _collectives(device: torch.device, largest_mib: int) -> list[dict[str, Any]]:
-    """Of each operation and size: the median time of every rank, and the bus bandwidth as NCCL's tests define it."""
+    """For each operation and size: every rank's median time, and the bus bandwidth as defined by NCCL's tests."""
     size, ranks = 64 << 10, dist.get_world_size()
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -124,7 +124,7 @@ def outliers(values: dict[int, float]) -> list[int]:
 
 
 def machine_lines(found: dict[str, Any]) -> Iterator[str]:
-    """As a person reads it."""
+    """The figures as lines of text."""
     about, ranks = found["environment"], found["ranks"]
     torch_version = about["libraries"]["torch"]
     yield f"{about['device']}; {about['cpu_count']} CPU cores, {about['memory_bytes'] / 2**30:,.0f} GiB; torch {torch_version}"

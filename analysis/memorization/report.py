@@ -1,8 +1,6 @@
-"""What memorization results say together: means by what a checkpoint had seen, distributions, correlations; as JSON and
-as pictures.
+"""Summaries of memorization results: means by what a checkpoint had seen, distributions, correlations; JSON and plots.
 
-What a reader would get wrong: a correlation is between two *checkpoints*, over the same rows, and not between two
-chunks.
+A correlation is between two checkpoints over the same rows, not between two chunks.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ PICTURES = ("distribution.png", "matrix_score.png", "matrix_extractible.png", "c
 
 
 def distribution(results: Sequence[MemorizationResult]) -> list[int]:
-    """How many rows have 0, 1, ... l matches: l + 1 counts. results: at least one, all of one l."""
+    """The number of rows with 0, 1, ... l matches. results: at least one, all with the same l."""
     matches = np.concatenate([np.asarray(result.matches, dtype=np.int64) for result in results])
     counts: list[int] = np.bincount(matches, minlength=results[0].parameters.continuation_tokens + 1).tolist()
     return counts
@@ -36,8 +34,7 @@ def distribution(results: Sequence[MemorizationResult]) -> list[int]:
 def correlation(
     results: Sequence[MemorizationResult], value: Literal["scores", "extractible"]
 ) -> tuple[list[int], list[list[float | None]]]:
-    """Steps of the checkpoints, and between each two of them the Pearson correlation over the rows of all chunks that
-    every one has.
+    """Steps of the checkpoints, and the Pearson correlation of each pair over the rows of their common chunks.
 
     None where it is undefined: a checkpoint at which all rows are alike.
     """
@@ -57,7 +54,7 @@ def correlation(
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> float | None:
-    """fp64 [n] twice; None where either is the same throughout."""
+    """fp64 [n] twice; None where either is constant."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     a, b = a - a.mean(), b - b.mean()
@@ -73,9 +70,7 @@ class MemorizationMean(StrictModel):
 
 
 def by_relation(results: Sequence[MemorizationResult]) -> dict[int, dict[Relation, MemorizationMean]]:
-    """Step -> what the checkpoint has seen of a chunk -> the means over the rows of all such chunks; without those
-    there are none of.
-    """
+    """Step -> what the checkpoint had seen of a chunk -> the means over the rows of all such chunks, if any."""
     found: dict[int, dict[Relation, list[MemorizationResult]]] = {}
     for result in results:
         found.setdefault(result.step, {}).setdefault(result.relation, []).append(result)
@@ -89,9 +84,7 @@ def _mean(results: Sequence[MemorizationResult]) -> MemorizationMean:
 
 
 def summary(results: Sequence[MemorizationResult], parameters: Parameters) -> dict[str, Any]:
-    """All of it as JSON values: the matrix of checkpoint x chunk, means by what was seen, distributions and
-    correlations.
-    """
+    """Everything as JSON values: the matrix of checkpoint x chunk, means, distributions and correlations."""
     cells = [
         {
             **result.model_dump(
@@ -125,9 +118,7 @@ def summary(results: Sequence[MemorizationResult], parameters: Parameters) -> di
 
 
 def draw(results: Sequence[MemorizationResult], folder: Path) -> list[Path]:
-    """Write PICTURES into `folder`, which exists; their paths. Raises DataError without matplotlib (`pip install
-    weftrain[plot]`).
-    """
+    """Write PICTURES into `folder`, which exists; their paths. Raises DataError without matplotlib (weftrain[plot])."""
     steps, scores = correlation(results, "scores")
     extractible = correlation(results, "extractible")[1]
     figures_ = (
@@ -157,9 +148,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _distribution_figure(results: Sequence[MemorizationResult], steps: Sequence[int]) -> Figure:
-    """A line a checkpoint: per cent of all rows that it was trained on by their number of matches; where there are
-    none, of all rows.
-    """
+    """One line a checkpoint: percentage of rows by matches, over rows trained on, or over all if there are none."""
     figure = _figure(8, 4.5)
     axes = figure.add_subplot()
     trained = [result for result in results if result.relation in ("just seen", "earlier")]
@@ -183,7 +172,7 @@ def _distribution_figure(results: Sequence[MemorizationResult], steps: Sequence[
 def _matrix_figure(
     results: Sequence[MemorizationResult], value: Literal["mean_score", "extractible_percent"], title: str
 ) -> Figure:
-    """Checkpoint x chunk; an outline is around what each checkpoint had seen by then."""
+    """Checkpoint x chunk; what a checkpoint had seen is outlined."""
     from matplotlib.patches import Rectangle
 
     steps, chunks = list(dict.fromkeys(one.step for one in results)), list(dict.fromkeys(one.chunk for one in results))
@@ -209,7 +198,7 @@ def _matrix_figure(
 
 
 def _correlation_figure(steps: Sequence[int], tables: dict[str, list[list[float | None]]]) -> Figure:
-    """Checkpoint x checkpoint, twice; grey where it is undefined."""
+    """Checkpoint x checkpoint, for scores and extractibility; grey where undefined."""
     figure = _figure(11, 4.8)
     for place, (name, table) in enumerate(tables.items(), 1):
         axes = figure.add_subplot(1, 2, place)

@@ -1,13 +1,12 @@
-"""How much of its training data a model can recite: the score of each chunk of a run at each of its checkpoints.
+"""How much of its training data a model can recite: the score of each chunk of a run at each checkpoint.
 
 The first k tokens of a training row are the prompt, l tokens are decoded greedily, and the score is the share of the l
-that stand where the row has them; a row of score 1 is k-extractible (as in arXiv 2312.06550, Amber: k = l = 32, 1,000
-rows a chunk). What a reader would get wrong: common text is continued well by a model that never saw it, so a chunk's
-score means something only beside that of rows which the checkpoint did not see. And "unseen" is said of the run's
-steps: where the data repeats, an unseen chunk holds rows of an earlier epoch; `repeated` counts them.
+that match the row; a row of score 1 is k-extractible (arXiv 2312.06550, Amber: k = l = 32, 1,000 rows a chunk). A model
+continues common text well without having seen it, so compare a chunk's score with that of unseen rows. "Unseen" refers
+to the run's steps: with repeated data, an unseen chunk holds rows of an earlier epoch, which `repeated` counts.
 
-One file holds one (checkpoint, chunk) and is written whole, so a measurement that was stopped goes on where it stopped;
-one checkpoint is in memory at a time, however many there are.
+One file holds one (checkpoint, chunk) and is written whole, so an interrupted measurement resumes. One checkpoint is in
+memory at a time.
 """
 
 from __future__ import annotations
@@ -64,12 +63,11 @@ class Parameters(StrictModel):
 
 
 class MemorizationResult(StrictModel):
-    """The file of one (checkpoint, chunk). matches[i], in 0..l: how many tokens of row `sample_numbers[i]`'s
-    continuation are right.
+    """The file of one (checkpoint, chunk). matches[i]: correct tokens, 0..l, of row `sample_numbers[i]`'s continuation.
 
-    sample_numbers: of the run's order for a training chunk (core/run/run_source.py), else the row's number in its set
-    or file. rows_sha256: of the rows' first k + l ids, little-endian int64. repeated: rows that the run had read in an
-    earlier epoch.
+    sample_numbers: positions in the run's order for a training chunk (core/run/run_source.py), else row numbers in the
+    set or file. rows_sha256: of the rows' first k + l ids, little-endian int64. repeated: rows read in an earlier
+    epoch.
     """
 
     format: Literal["weftrain-memorization"]
@@ -116,18 +114,17 @@ class MemorizationResult(StrictModel):
 
 
 def figures(matches: Sequence[int], continuation_tokens: int) -> tuple[float, float]:
-    """Mean score in 0..1, and per cent of rows that are right in every token, in 0..100."""
+    """Mean score in 0..1, and the percentage of rows that are right in every token."""
     whole = sum(match == continuation_tokens for match in matches)
     return sum(matches) / (continuation_tokens * len(matches)), 100 * whole / len(matches)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that a checkpoint may have been trained on. first_step, stop_step: when the run reads them; None for what it
-    never does.
+    """Rows that a checkpoint may have been trained on. first_step, stop_step: when the run reads them; None for never.
 
-    read: rows of the chunk counted from 0, int64 [n] -> ids int64 [n, at least k + l]. number: of its row 0
-    (Result.sample_numbers). repeated: how many of the rows the run had read in an earlier epoch.
+    read: rows of the chunk counted from 0, int64 [n] -> ids int64 [n, at least k + l]. number: sample number of row 0.
+    repeated: how many of the rows the run had read in an earlier epoch.
     """
 
     name: str
@@ -141,10 +138,9 @@ class Chunk:
     repeated: Callable[[np.ndarray], int] | None = None
 
     def sample(self, parameters: Parameters) -> np.ndarray:
-        """Which rows of the chunk are measured, int64, ascending: a function of (seed, name, dataset id, rows, samples)
-        alone.
+        """The rows to measure, int64, ascending: a function of (seed, name, dataset id, rows, samples).
 
-        The first of a keyed permutation, so that more samples are the same ones and others besides.
+        The first of a keyed permutation, so a larger sample contains the smaller.
         """
         key = feistel.derive_key("memorization", parameters.seed, self.dataset_id, self.name)
         places = np.arange(min(parameters.samples, self.num_rows), dtype=np.int64)
@@ -153,7 +149,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class LazyCheckpoint:
-    """A checkpoint to be measured. load: a model with its weights, made anew at each call and kept by nobody else."""
+    """A checkpoint to be measured. load: builds a model with its weights at each call."""
 
     step: int
     root: str
@@ -161,9 +157,7 @@ class LazyCheckpoint:
 
 
 def relation(step: int, kind: Kind, first_step: int | None, stop_step: int | None) -> Relation:
-    """What a checkpoint after `step` completed steps has seen of a chunk that the run reads in steps [first_step,
-    stop_step).
-    """
+    """What a checkpoint after `step` steps has seen of a chunk that the run reads in steps [first_step, stop_step)."""
     if kind == "sample":
         return "unknown"
     if first_step is None or stop_step is None or first_step >= step:
@@ -177,10 +171,9 @@ def relation(step: int, kind: Kind, first_step: int | None, stop_step: int | Non
 
 
 def training_chunks(run: RunSource, steps: int, checkpoint_steps: Sequence[int]) -> list[Chunk]:
-    """The run's chunks in the order it reads them: the recipe's, where it has some, else the spans between consecutive
-    checkpoints.
+    """The run's chunks in reading order: the recipe's, else the intervals between consecutive checkpoints.
 
-    steps: of the whole run; what lies beyond the last checkpoint is a chunk that no checkpoint saw. checkpoint_steps:
+    steps: of the whole run; what lies beyond the last checkpoint is a chunk no checkpoint has seen. checkpoint_steps:
     all of the run's.
     """
     chunks = run.chunks
@@ -239,7 +232,7 @@ def sample_chunk(path: Path, parameters: Parameters) -> Chunk:
 
 
 def _file_name(name: str) -> str:
-    """A name as part of a file's: what might lead elsewhere is replaced, and then a hash keeps two names apart."""
+    """A name as part of a file's name: other characters are replaced, and a hash keeps two names apart."""
     plain = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:80]
     return plain if plain == name else f"{plain}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
@@ -248,7 +241,7 @@ def _file_name(name: str) -> str:
 
 
 class ReleasedRow(StrictModel):
-    """A line of a released sample: where the row was from, its first k tokens and the l after them."""
+    """A row of a released sample: its origin, its first k tokens and the l after them."""
 
     source: str
     prompt: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)]
@@ -256,7 +249,7 @@ class ReleasedRow(StrictModel):
 
 
 def read_released(path: Path) -> list[ReleasedRow]:
-    """A released sample, JSON Lines, all rows of one k and one l. Raises DataError naming the line, OSError."""
+    """Read a released sample, JSON Lines with one k and one l. Raises DataError naming the line, OSError."""
     rows: list[ReleasedRow] = []
     with open_plain(path) as file:
         for number in itertools.count(1):
@@ -289,10 +282,9 @@ def _one_line(error: ValueError) -> str:
 
 
 def count_matches(generator: Generator, ids: np.ndarray, parameters: Parameters) -> list[int]:
-    """ids int64 [n, at least k + l] -> for each row, how many of the l greedily decoded tokens stand where the row has
-    them.
+    """ids int64 [n, at least k + l] -> for each row, how many of the l greedily decoded tokens match the row.
 
-    Raises DataError for rows that are shorter, or ids and lengths that the model does not take.
+    Raises DataError for rows that are too short, or ids and lengths that the model does not take.
     """
     k, end = parameters.prompt_tokens, parameters.row_tokens
     if ids.shape[1] < end:
@@ -302,7 +294,7 @@ def count_matches(generator: Generator, ids: np.ndarray, parameters: Parameters)
 
 
 def result_path(folder: Path, parameters: Parameters, step: int, chunk_name: str) -> Path:
-    """Where the result of one (checkpoint, chunk) lies: folder/<parameters>/step_NNNNNNNN/<chunk>.json."""
+    """The file of one (checkpoint, chunk): folder/<parameters>/step_NNNNNNNN/<chunk>.json."""
     return folder / parameters.folder_name / folder_name(step) / f"{chunk_name}.json"
 
 
@@ -314,11 +306,10 @@ def measure(
     report: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> list[MemorizationResult]:
-    """Every (checkpoint, chunk), in that order; those whose files are there and of the same inputs are read, not
-    measured again.
+    """Every (checkpoint, chunk), in that order; existing files of the same inputs are read, not measured again.
 
-    A checkpoint is loaded when it is needed and dropped before the next. report gets a line for a file that is measured
-    anew, progress (done, of how many, what). Raises DataError, CheckpointError, OSError.
+    A checkpoint is loaded when it is needed and dropped before the next. report: a line for each file measured anew;
+    progress(done, of how many, what). Raises DataError, CheckpointError, OSError.
     """
     results: list[MemorizationResult] = []
     total = len(snapshots) * len(chunks)
@@ -340,7 +331,7 @@ def _of_snapshot(
     parameters: Parameters,
     report: Callable[[str], None],
 ) -> Iterator[MemorizationResult]:
-    """A function of its own so that its end drops the model, before the next is loaded."""
+    """A function of its own so that the model is freed before the next is loaded."""
     generator: Generator | None = None
     for chunk in chunks:
         path = result_path(folder, parameters, snapshot.step, chunk.name)
@@ -382,7 +373,7 @@ def _write(
 
 
 def _stored(path: Path, inputs: dict[str, Any], report: Callable[[str], None]) -> MemorizationResult | None:
-    """The result that lies there, if it is of these inputs; None where it must be measured."""
+    """The stored result of these inputs; None where it must be measured."""
     try:
         tree = parse_json(read_plain(path, "record"))
         result = MemorizationResult.model_validate(tree)

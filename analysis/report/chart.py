@@ -1,10 +1,8 @@
-"""Charts of a run as inline SVG: curves over completed steps with marks, chunk bands and a level. Markup in, markup
-out; no script.
+"""Charts of a run as inline SVG: curves over completed steps with marks, chunk bands and a level; no script.
 
-What a reader would get wrong: the picture is stretched to whatever width the page has (preserveAspectRatio="none"), and
-only strokes keep their width. So nothing in it may be a circle or text: dots are strokes of no length with round ends,
-and labels are HTML laid over it in per cent. A curve is thinned to the least and greatest of each bucket, never to a
-mean, so that a spike stays.
+The picture is stretched to the page's width (preserveAspectRatio="none"), and only strokes keep their width, so it
+holds no circle and no text: dots are strokes of no length with round ends, labels are HTML laid over it. A curve is
+thinned to the minimum and maximum of each bucket, so that a spike remains visible.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ MARK_NAMES = {
 
 
 class Columns(Protocol):
-    """Points that are kept as columns, for there may be millions."""
+    """Points stored as columns, since there may be millions."""
 
     @property
     def steps(self) -> np.ndarray: ...
@@ -50,9 +48,7 @@ Points = Sequence[tuple[int, float]] | Columns  # (completed steps, value), asce
 
 @dataclass(frozen=True)
 class Curve:
-    """colour: 0..5, of the page's. left: why it does not count: it is drawn faintly. dots: a dot a point, and a line
-    through them.
-    """
+    """colour: 0..5, of the page's. abandoned: why it does not count; drawn faintly. dots: a dot a point, and a line."""
 
     name: str
     points: Points
@@ -64,9 +60,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn. unit: of the values. last_step: right end of the axis. level: a value with a name, drawn
-    across.
-    """
+    """What is drawn. unit: of the values. last_step: right end of the axis. level: a named value drawn across."""
 
     title: str
     unit: str
@@ -86,19 +80,17 @@ _HIDDEN = re.compile(
 
 
 def escape(value: object) -> str:
-    """Text for a page: escaped, and control characters, lone surrogates and direction overrides made visible."""
+    """Text for a page: escaped, with control characters, lone surrogates and direction overrides made visible."""
     return html.escape(_HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", str(value)))
 
 
 def drawable(values: np.ndarray) -> np.ndarray:
-    """Which values have a place on an axis: finite, and small enough that differences are finite too. float64 [n] ->
-    bool [n]
-    """
+    """Which values have a place on an axis: finite, with finite differences. float64 [n] -> bool [n]"""
     return np.abs(values) < 1e100  # false for nan
 
 
 def columns(points: Points) -> tuple[np.ndarray, np.ndarray]:
-    """Steps int64 [n] and values float64 [n] of the points."""
+    """The points' steps int64 [n] and values float64 [n]."""
     if not isinstance(points, Sequence):
         return points.steps, points.values
     return np.array([step for step, _ in points], dtype=np.int64), np.array(
@@ -107,9 +99,7 @@ def columns(points: Points) -> tuple[np.ndarray, np.ndarray]:
 
 
 def thinned(points: Points, limit: int = MAX_POINTS) -> list[tuple[int, float]]:
-    """At most `limit` of finite points, in their order: the first, the last, and of each of equal buckets the least and
-    the greatest.
-    """
+    """At most `limit` finite points: the first, the last, and the minimum and maximum of each of equal buckets."""
     steps, values = columns(points)
     kept: Any = np.arange(len(values))
     if len(values) > limit:
@@ -122,7 +112,7 @@ def thinned(points: Points, limit: int = MAX_POINTS) -> list[tuple[int, float]]:
 
 
 def medians(points: Points, buckets: int = 150) -> list[tuple[int, float]]:
-    """Of each of equal buckets of finite points: its middle step, its median value."""
+    """The middle step and median value of each of equal buckets of finite points."""
     steps, values = columns(points)
     edges = (len(values) * np.arange(buckets + 1) // buckets).tolist()
     return [
@@ -142,7 +132,7 @@ class _Scale:
     logarithmic: bool
 
     def place(self, value: float) -> float:
-        """0 at the bottom .. 1 at the top."""
+        """The position of a value: 0 at the bottom, 1 at the top."""
         if self.logarithmic:
             value, low, high = math.log(max(value, self.low)), math.log(self.low), math.log(self.high)
         else:
@@ -166,7 +156,7 @@ class _Scale:
 
 
 def _scale(values: np.ndarray, from_zero: bool) -> _Scale:
-    """Logarithmic where a few values are far above the others, so that a spike does not press the rest flat."""
+    """Logarithmic where a few values are far above the others, so that a spike does not flatten the rest."""
     low, high = float(values.min()), float(values.max())
     if not from_zero and low > 1e-100 and high > 6 * float(np.median(values)):
         return _Scale(low / 1.1, high * 1.1, True)
@@ -191,7 +181,7 @@ def even_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def chart_html(chart: Chart) -> str:
-    """The chart as a <figure>; a sentence instead where there is nothing to draw."""
+    """The chart as a <figure>; a sentence where there is nothing to draw."""
     every = np.concatenate([columns(curve.points)[1] for curve in chart.curves] or [np.empty(0)])
     finite = every[drawable(every)]
     if not len(finite):
@@ -245,7 +235,7 @@ class _Finite:
 
 
 def _path(points: Sequence[tuple[int, float]], gaps: Sequence[int], scale: _Scale, chart: Chart) -> str:
-    """A line through the points, broken where a value that is not finite lies between two."""
+    """A line through the points, broken at each value that is not finite."""
     drawn, before = [], None
     for step, value in points:
         broken = before is None or bisect.bisect_right(gaps, before) != bisect.bisect_left(gaps, step)
@@ -255,7 +245,7 @@ def _path(points: Sequence[tuple[int, float]], gaps: Sequence[int], scale: _Scal
 
 
 def _not_finite(curve: Curve, chart: Chart) -> str:
-    """A dot at the top edge for each value that is nan or infinite; those that fall together are one."""
+    """A dot at the top edge for each nan or infinite value; those at one place are drawn once."""
     places: dict[int, list[tuple[int, float]]] = {}
     steps, values = columns(curve.points)
     hidden = ~drawable(values)
@@ -294,7 +284,7 @@ def _level(chart: Chart, scale: _Scale) -> str:
 
 
 def _placed(chart: Chart) -> list[tuple[float, list[Mark]]]:
-    """Marks that fall on one place of the page are one: (x in 0..WIDTH, those marks), from left to right."""
+    """Marks grouped by their place on the page: (x in 0..WIDTH, marks), from left to right."""
     places: dict[int, list[Mark]] = {}
     for mark in chart.marks:
         places.setdefault(round(_x(mark.step, chart) / 2.5), []).append(mark)
@@ -322,7 +312,7 @@ def _mark_words(found: Sequence[Mark]) -> str:
 
 
 def _mark_labels(chart: Chart) -> str:
-    """Letters over the picture; where two would touch, the later one is left out, on narrow pages sooner."""
+    """Letters over the picture; of two that would overlap, the later is left out, on narrow pages sooner."""
     labels, last, last_wide = [], -math.inf, -math.inf
     for x, found in _placed(chart):
         letters = "".join(letter for kind, letter in _LETTERS.items() if any(mark.kind == kind for mark in found))
@@ -337,7 +327,7 @@ def _mark_labels(chart: Chart) -> str:
 
 
 def _labels(chart: Chart, scale: _Scale) -> str:
-    """Figures of both axes, and the names of chunks where they have room."""
+    """Tick labels of both axes, and the chunks' names where they have room."""
     up = "".join(
         f'<span style="top:{1 - scale.place(value):.2%}">{escape(chart.show(value))}</span>' for value in scale.ticks()
     )
@@ -360,7 +350,7 @@ def _labels(chart: Chart, scale: _Scale) -> str:
 
 
 def _legend(chart: Chart) -> str:
-    """Curves by name, what was left once, and the letters that occur."""
+    """The curves by name, abandoned ones once, and the letters that occur."""
     shown = [
         f'<li><i class="c{curve.colour}"></i>{escape(curve.name)}</li>' for curve in chart.curves if curve.left is None
     ]
@@ -374,7 +364,7 @@ def _legend(chart: Chart) -> str:
 
 
 def _described(chart: Chart) -> str:
-    """For who does not see it."""
+    """The chart in words, for screen readers."""
     told = []
     for curve in chart.curves:
         steps, values = columns(curve.points)
@@ -394,9 +384,7 @@ def _described(chart: Chart) -> str:
 
 
 def lanes_html(lanes: Sequence[tuple[str, int, int, int, str]], last_step: int) -> str:
-    """Starts as bars over steps, oldest on top. lanes: (name, first step, step up to which it counts, step it reached,
-    words).
-    """
+    """Starts as bars over steps, oldest first. lanes: (name, first step, step it counts to, step it reached, words)."""
     rows = []
     for name, first, kept, reached, words in lanes:
         start, middle, end = (min(max(step / last_step, 0.0), 1.0) for step in (first, kept, reached))

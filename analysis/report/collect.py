@@ -1,8 +1,7 @@
-"""What a run's folder, or a release's, says of the run, collected for one page (run_page.py): nothing is trained,
-loaded or verified.
+"""Everything that one page says of a run or release, collected from its folder; nothing is trained, loaded or verified.
 
-The folder may be a stranger's: ledger and metrics are refused by their readers where a value is of another type than it
-should have, and an analysis that is damaged is left out with a warning.
+The folder may be untrusted: the readers of ledger and metrics refuse values of wrong types, and a damaged analysis is
+left out with a warning.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """How much of a chunk a checkpoint recites: extractible in per cent, mean score in 0..1, over `rows` rows."""
+    """How much of a chunk a checkpoint recites, over `rows` rows: extractible percentage, mean score in 0..1."""
 
     extractible_percent: float
     mean_score: float
@@ -59,9 +58,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Memorization of one set of parameters. rows: (step, root); cells: (root, chunk) -> Cell, with holes where nothing
-    was measured.
-    """
+    """Memorization for one set of parameters. rows: (step, root); cells: (root, chunk) -> Cell, where measured."""
 
     words: str
     rows: tuple[tuple[int, str], ...]
@@ -71,7 +68,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Metric:
-    """A chart of the step records' figures, its lines, and the median of the line that counts."""
+    """A chart of figures in the step records, its lines, and the median of the effective one."""
 
     chart: MetricChart
     traces: tuple[Trace, ...]
@@ -80,7 +77,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class RunReport:
-    """All that the page shows. Pairs are (name, value) as they are read; tiles are the few figures at its head."""
+    """Everything that the page shows. Pairs are (name, value); tiles are the few figures at its head."""
 
     name: str
     description: str
@@ -105,11 +102,9 @@ class RunReport:
 
 
 def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunReport:
-    """Read the run or release in `folder`. arithmetic: a recipe's derived quantities, a line each ("tokens       52 x 6
-    = 312").
+    """Read the run or release in `folder`. arithmetic: a recipe's derived quantities, "tokens  52 x 6 = 312" a line.
 
-    Raises RunFolderError where the folder holds no run, or its ledger or metrics are damaged; ReleaseError where
-    release.json is. An analysis that is damaged is left out, and `warnings` says so.
+    Raises RunFolderError where there is no run, or its ledger or metrics are damaged; ReleaseError for release.json.
     """
     entries = read_ledger(folder / LEDGER)
     recipe_json = stored_recipe(folder, missing_ok=True)
@@ -156,7 +151,7 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
 
 
 def _marks_of_metrics(curves: Curves) -> list[Mark]:
-    """A run without a ledger: its metrics tell of restarts and skipped steps."""
+    """Restarts and skipped steps of a run without a ledger."""
     found = [Mark(step, "restart", "restarted") for step in curves.restarts]
     found += [Mark(step, "skip", "step skipped") for step in curves.skips]
     return sorted(found, key=lambda mark: mark.step)
@@ -270,7 +265,7 @@ def _short(value: float) -> str:
 
 
 def _evaluations(folder: Path, warnings: list[str]) -> list[Record]:
-    """The records that are whole, in the order of task and step."""
+    """The intact records by task and step."""
     found = []
     for path in sorted(records_folder(folder).glob("[0-9]*.json")):
         try:
@@ -283,9 +278,7 @@ def _evaluations(folder: Path, warnings: list[str]) -> list[Record]:
 
 
 def read_matrices(folder: Path, warnings: list[str]) -> list[Matrix]:
-    """The results under analyses/memorization, a matrix for each set of parameters. A damaged one is left out, with a
-    warning.
-    """
+    """A matrix for each set of parameters under analyses/memorization; damaged results are left out with a warning."""
     paths = sorted(folder.glob("k*_l*/step_*/*.json"))
     if not paths:
         return []
@@ -304,9 +297,7 @@ def read_matrices(folder: Path, warnings: list[str]) -> list[Matrix]:
 
 
 def _matrix(results: Sequence[Any]) -> Matrix:
-    """results: of one set of parameters. Chunks in the order in which the run reads them, then held-out sets and
-    samples.
-    """
+    """results: of one set of parameters. Chunks in the run's reading order, then held-out sets and samples."""
     used = results[0].parameters
     order = sorted({(one.first_step is None, one.first_step or 0, one.chunk) for one in results})
     cells = {

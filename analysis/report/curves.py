@@ -1,9 +1,7 @@
-"""A run's measurements as curves, in one pass over metrics.jsonl: the line that counts, and what the run went back
-behind.
+"""A run's measurements as curves, in one pass over metrics.jsonl: the effective line, and what a rollback abandoned.
 
-Nothing of a record is kept but its numbers, sixteen bytes a point, so that a run of millions of logged steps takes some
-hundred megabytes. `counted_lines` says which records count; those that do not are drawn faintly, with the reason that
-the ledger gives.
+Only numbers are kept, sixteen bytes a point, so a run of millions of logged steps takes some hundred megabytes.
+`counted_lines` says which records count; the others are drawn faintly, with the ledger's reason.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ METRIC_CHARTS = (
 
 
 class Points:
-    """(completed steps, value) in the order of the file, a column each. A value may be nan or infinite."""
+    """(completed steps, value) in the file's order, stored as columns. A value may be nan or infinite."""
 
     def __init__(self, points: Iterable[tuple[int, float]] = ()) -> None:
         self._steps, self._values = array("q"), array("d")
@@ -77,7 +75,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Trace:
-    """One line of a chart. left: why it does not count (a branch); None for the line that does."""
+    """One line of a chart. abandoned: why it does not count (a branch); None for the effective line."""
 
     name: str
     points: Points
@@ -86,7 +84,7 @@ class Trace:
 
 @dataclass
 class _Measurements:
-    """The measurements of the line that counts, or of one segment that was left."""
+    """The measurements of the effective line, or of one abandoned segment."""
 
     training: dict[str, Points] = field(default_factory=lambda: {key: Points() for key in _keys()})
     rates: dict[str, Points] = field(default_factory=dict)
@@ -117,9 +115,7 @@ def _keys() -> Iterator[str]:
 
 @dataclass
 class Curves:
-    """What the file tells. starts: completed steps that each of the times asked about was followed by, before the next;
-    -1: none.
-    """
+    """Contents of the file. starts: for each start asked about, the last completed step before the next; -1: none."""
 
     lines: int = 0
     own: _Measurements = field(default_factory=_Measurements)
@@ -132,7 +128,7 @@ class Curves:
     starts: list[int] = field(default_factory=list)
 
     def traces(self, key: str, name: str) -> tuple[Trace, ...]:
-        """The line that counts first, if it has a point; then what was left."""
+        """The effective line first, if it has a point, then the abandoned ones."""
         found = [
             Trace(name, self.own.training[key]),
             *(Trace(name, part.training[key], why) for why, part in self.left),
@@ -148,7 +144,7 @@ class Curves:
         )
 
     def learning_rates(self) -> tuple[Trace, ...]:
-        """A trace for each parameter group; groups of equal rates throughout are one."""
+        """A trace for each parameter group; groups with identical rates are one."""
         alike: dict[tuple[bytes, bytes], list[str]] = {}
         for name, points in self.own.rates.items():
             alike.setdefault((points.steps.tobytes(), points.values.tobytes()), []).append(name)
@@ -163,9 +159,9 @@ class Curves:
 
 
 def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float] = ()) -> Curves:
-    """Read the metrics of the run in `folder`. started: times of its starts, in seconds since 1970; see Curves.starts.
+    """Read the metrics of the run in `folder`. started: times of its starts, seconds since 1970; see Curves.starts.
 
-    entries: the ledger's, which tell a rollback from a crash, and of rollbacks after which the run did not go on yet.
+    entries: the ledger's, which distinguish rollbacks from crashes and include rollbacks not yet followed by a resume.
     Raises RunFolderError for a damaged line.
     """
     found = Curves(starts=[-1] * len(started))
@@ -200,7 +196,7 @@ def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float]
 
 
 def _note_start(found: Curves, begins: Sequence[float], record: Record) -> None:
-    """How far the start got that the record was made after. A clock that was set back is taken to have stood still."""
+    """Note how far the start before this record got. A clock that was set back is treated as having stopped."""
     found.reached = max(found.reached, record["step"])
     place = bisect_right(begins, record.get("time", -math.inf)) - 1
     if place >= 0 and found.starts[place] < record["step"]:
@@ -214,7 +210,7 @@ def _event(found: Curves, record: Record) -> None:
 
 
 def _pending(entries: Sequence[Entry]) -> tuple[int, str] | None:
-    """Step and words of the rollbacks since the last start, which no resume in metrics.jsonl tells of yet."""
+    """Step and words of the rollbacks since the last start, for which metrics.jsonl has no resume yet."""
     found = None
     for entry in entries:
         if entry["kind"] in ("start", "resume"):

@@ -1,9 +1,7 @@
-"""A ledger's lines as a page shows them: marks on the step axis, chunks, checkpoints, starts, and what each line says
-in words.
+"""A ledger's lines as a page shows them: marks on the step axis, chunks, checkpoints, starts, and each line in words.
 
-A line counts only until a later rollback or resume goes back behind its step; what lies beyond was *left*, and it is
-shown all the same. `read_ledger` checked the chain and every field's type; what a recorded recipe or environment holds
-may still be anything.
+A line counts until a later rollback or resume returns to an earlier step; what lies beyond is abandoned, but still
+shown. `read_ledger` has checked the chain and every field's type; a recorded recipe or environment may hold anything.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ MARKED = {"resume": "restart", "rollback": "rollback", "skip": "skip", "recipe":
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that happened at a completed step. kind: a value of MARKED. left: on a branch that does not count."""
+    """An event after a completed step. kind: a value of MARKED. abandoned: on a branch that does not count."""
 
     step: int
     kind: str
@@ -35,7 +33,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Band:
-    """A chunk on the step axis, of the line that counts: completed steps first_step to stop_step."""
+    """An effective chunk on the step axis: completed steps first_step to stop_step."""
 
     chunk: int
     first_step: int
@@ -45,10 +43,9 @@ class Band:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint that was entered. samples: [first, stop) since its parent, None where the batch size is not known.
+    """A recorded checkpoint. samples: [first, stop) since its parent, None where the batch size is unknown.
 
-    place: its folder below the run's, as relative path, None where it is not there any more. left: the words for why it
-    does not count.
+    place: its folder relative to the run, None where it is gone. abandoned: why it does not count.
     """
 
     step: int
@@ -64,9 +61,7 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True)
 class RunStart:
-    """A start or resume: it reached `reached`, and [first_step, kept] counts. facts: environment, recipe and dataset,
-    one level deep.
-    """
+    """A start or resume: it reached `reached`; steps [first_step, kept] count. facts: environment, recipe, dataset."""
 
     number: int
     first_step: int
@@ -79,7 +74,7 @@ class RunStart:
 
 @dataclass(frozen=True)
 class LedgerLine:
-    """One line of the ledger in words. root: a checkpoint's, where the line names one that lies in the folder."""
+    """One line of the ledger in words."""
 
     number: int
     step: int
@@ -90,9 +85,7 @@ class LedgerLine:
 
 
 def left_flags(entries: Sequence[Entry]) -> list[bool]:
-    """For each entry, whether a later rollback or resume went back behind its step. Rollback and defer lines themselves
-    always stand.
-    """
+    """For each entry, whether a later rollback or resume went behind its step. Rollbacks and defers always stand."""
     flags, lowest = [False] * len(entries), None
     for index in range(len(entries) - 1, -1, -1):
         entry = entries[index]
@@ -104,7 +97,7 @@ def left_flags(entries: Sequence[Entry]) -> list[bool]:
 
 
 def _behind(entry: Entry) -> float:
-    """A line about the steps that follow it (a chunk that begins, a start) is left as soon as those are."""
+    """A line about the steps that follow it (a chunk that begins, a start) is abandoned together with them."""
     return entry["step"] + (0.5 if entry["kind"] in ("chunk_begin", "start", "resume") else 0)
 
 
@@ -117,7 +110,7 @@ def marks(entries: Sequence[Entry]) -> list[Mark]:
 
 
 def bands(entries: Sequence[Entry]) -> list[Band]:
-    """The chunks of the line that counts, those that were trained to their ends."""
+    """The effective chunks that were trained to their ends."""
     begins: dict[int, int] = {}
     found: dict[int, Band] = {}
     for entry, left in zip(entries, left_flags(entries), strict=True):
@@ -134,7 +127,7 @@ def bands(entries: Sequence[Entry]) -> list[Band]:
 
 
 def saved_checkpoints(entries: Sequence[Entry], run: Path) -> list[SavedCheckpoint]:
-    """Every checkpoint in the order of the ledger, those that were left too."""
+    """Every checkpoint in the ledger's order, abandoned ones included."""
     abandoned = {
         root: (entry["branch"], entry["reason"])
         for entry in entries
@@ -180,17 +173,13 @@ def saved_checkpoints(entries: Sequence[Entry], run: Path) -> list[SavedCheckpoi
 
 
 def _place(run: Path, step: int, branch: int | None) -> str | None:
-    """Where the checkpoint lies, relative to the run. Whether it is the one of that root is for `weftrain verify` to
-    say.
-    """
+    """Where the checkpoint lies, relative to the run; `weftrain verify` checks that it is the one of that root."""
     name = f"checkpoints/{folder_name(step)}" if branch is None else f"{BRANCHES}/{branch}/{folder_name(step)}"
     return name if (run / name).is_dir() else None
 
 
 def _numbered(recipe: Any) -> Callable[[int], int] | None:
-    """Step -> the number in the run of its first sample, from the step on at which the recipe took over; None where it
-    does not tell.
-    """
+    """Step -> number of its first sample in the run, from where this recipe took over; None if not recorded."""
     try:
         batch = recipe["batch"]["global_batch_size"]
         origin = recipe["data"].get("continues") or {"step": 0, "sample": 0}
@@ -201,7 +190,7 @@ def _numbered(recipe: Any) -> Callable[[int], int] | None:
 
 
 def run_starts(entries: Sequence[Entry], measured: Sequence[int]) -> list[RunStart]:
-    """Every start and resume. measured: for each of them the completed steps that its metrics got to, -1 for none."""
+    """Every start and resume. measured: for each, the completed steps that its metrics reached, -1 for none."""
     starts = [index for index, entry in enumerate(entries) if entry["kind"] in ("start", "resume")]
     lowest = _lowest_later(entries)
     found = []
@@ -216,7 +205,7 @@ def run_starts(entries: Sequence[Entry], measured: Sequence[int]) -> list[RunSta
 
 
 def _lowest_later(entries: Sequence[Entry]) -> list[float]:
-    """For each entry, the lowest step that a rollback or resume after it goes back to."""
+    """For each entry, the lowest step that a later rollback or resume returns to."""
     found, lowest = [math.inf] * len(entries), math.inf
     for index in range(len(entries) - 1, -1, -1):
         found[index] = lowest
@@ -226,7 +215,7 @@ def _lowest_later(entries: Sequence[Entry]) -> list[float]:
 
 
 def _facts(entry: Entry) -> dict[str, str]:
-    """Environment as dotted keys; of the kernels only which source each op came from, for their reasons fill pages."""
+    """The environment as dotted keys; of the kernels only each op's source."""
     environment = dict(entry["environment"])
     kernels = environment.pop("kernels", None)
     found = dict(_flat("", environment))
@@ -258,7 +247,7 @@ def ledger_lines(entries: Sequence[Entry]) -> list[LedgerLine]:
 
 
 def words(entry: Entry) -> str:
-    """What a line says, without its step and time."""
+    """A line in words, without its step and time."""
     kind = entry["kind"]
     if kind in ("start", "resume"):
         where = entry["environment"]
@@ -303,7 +292,7 @@ def when(entry: Entry) -> str:
 
 
 def whole(value: Any) -> int | None:
-    """A count as it is, None for anything else."""
+    """A count as it is; None for anything else."""
     return value if type(value) is int and 0 <= value < 1 << 80 else None
 
 

@@ -1,12 +1,8 @@
-"""The model cards of a release, README.md files with the Hugging Face hub's front matter: every line from the record,
-none typed by hand.
+"""The model cards of a release: README.md files with the Hugging Face hub's front matter, entirely from the record.
 
-A score stands here only as the record of an evaluation that names its checkpoint's root. Recipe, ledger, datasets and
-evaluations may hold any text, and a card is shown as a page: every value passes `plain`, by which it can be neither
-markup nor HTML.
-
-The card of the whole release names no library, since no library opens that folder. Each revision's card does: it lies
-beside weights that transformers loads.
+A score is the record of an evaluation that names its checkpoint's root. Recipe, ledger, datasets and evaluations may
+hold any text, so every value passes `plain`, which removes markup and HTML. The release's card names no library, since
+none opens that folder; each revision's card lies beside weights that transformers loads.
 """
 
 from __future__ import annotations
@@ -63,7 +59,7 @@ def revision_card(release: Release, name: str, step: int, recipe: Recipe) -> str
 
 
 def plain(value: Any) -> str:
-    """A value as one line of Markdown that shows its text, and nothing else."""
+    """A value as one line of Markdown that shows its text and nothing else."""
     text = html.escape(printable(" ".join(str(value).split())), quote=False)
     text = re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", text)
     return re.sub(r"^(?=[-+=])", r"\\", text)  # at the beginning of a line: a list, a rule, a heading
@@ -75,9 +71,7 @@ def _front_matter(release: Release, **more: str) -> str:
 
 
 def hub_licence(expression: str) -> dict[str, str]:
-    """The hub's keys of an SPDX expression: it lists single licences in lower case, and calls all else 'other' with a
-    name.
-    """
+    """The hub's keys for an SPDX expression: single licences in lower case, anything else as 'other' with a name."""
     if re.fullmatch(r"[A-Za-z0-9.+-]+", expression) and not expression.startswith("LicenseRef-"):
         return {"license": expression.lower()}
     return {"license": "other", "license_name": expression}

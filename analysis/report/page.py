@@ -1,8 +1,7 @@
-"""A run's page: one HTML file with style and pictures in it, no script, and nothing that asks the network.
+"""A run's page: one self-contained HTML file without script, style and pictures embedded.
 
-What a reader would get wrong: every text in it may be a stranger's (a release's names and reasons), so it goes through
-`escape` where it enters the markup, and the page's Content-Security-Policy would run no script even so. Equal records
-give equal bytes: no clock is read.
+Any text in it may be untrusted (a release's names and reasons), so it goes through `escape` where it enters the markup,
+and the page's Content-Security-Policy forbids scripts. No clock is read: equal records give equal bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _RELATIONS = {"just seen": "*", "earlier": "+", "partly seen": "~", "unseen": ""
 
 
 def write_page(report: RunReport, path: Path) -> None:
-    """Write the page; its links to checkpoints are relative to where it lies. Raises OSError."""
+    """Write the page; links to checkpoints are relative to its folder. Raises OSError."""
     fsops.write_bytes(path, page_html(report, real_path(path).parent).encode())
 
 
@@ -97,9 +96,7 @@ def _is_hash(value: str) -> bool:
 
 
 def _table(caption: str, head: Sequence[tuple[str, bool]], rows: Sequence[str], label: str) -> str:
-    """head: (name, whether its column holds figures). rows: <tr> markup. caption: text. It scrolls within its own
-    box.
-    """
+    """head: (name, whether its column holds figures). rows: <tr> markup. The table scrolls within its own box."""
     cells = "".join(f'<th scope="col"{" class=n" if figures else ""}>{escape(name)}</th>' for name, figures in head)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table><caption><span>{escape(caption)}</span></caption>'
@@ -145,7 +142,7 @@ def _chart(report: RunReport, title: str, unit: str, curves: Sequence[Curve], **
 
 
 def _named(traces: Sequence[Trace], *, first: int = 0, dots: bool = False, smooth: bool = False) -> list[Curve]:
-    """Traces as curves, a colour for each name; what was left has that of its name."""
+    """Traces as curves, a colour for each name; abandoned ones have the colour of their name."""
     colours: dict[str, int] = {}
     for trace in traces:
         colours.setdefault(trace.name, (first + len(colours)) % 6)
@@ -220,7 +217,7 @@ def _span(first: int, stop: int) -> str:
 
 
 def relative_link(target: Path, place: Path) -> str:
-    """A folder as a relative URL from the folder `place`; never one that a browser takes for a scheme."""
+    """A folder as a relative URL from `place`, never one that a browser takes for a scheme."""
     relative = quote(os.path.relpath(real_path(target), real_path(place)))
     return (relative if relative.startswith(".") else f"./{relative}") + "/"
 
@@ -232,7 +229,7 @@ def _memorization(report: RunReport) -> str:
 
 
 def _matrix(matrix: Matrix) -> str:
-    """Extractible per cent and mean score; the shade is the mean score's, and every figure is written out."""
+    """Extractible percentage and mean score; the shade shows the score, and every figure is written out."""
     rows, chunks = _thin(matrix.rows), _thin(matrix.chunks)
     lines = []
     for step, root in rows:

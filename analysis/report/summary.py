@@ -1,8 +1,7 @@
 """A finished run in a few lines, computed from its metrics.jsonl alone.
 
-What a reader would get wrong: tokens per second is the median over the logged steps after the first tenth, so a slow
-start (compilation, cold caches) does not stand in it, and nothing is averaged over wall time that includes evaluation
-and checkpoints.
+Tokens per second is the median over the logged steps after the first tenth: a slow start (compilation, cold caches),
+evaluation and checkpoints are not in it.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ from weftrain.core.run.speed import RunUtilization
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run came to. Losses are means over the tokens that bear one; heldout maps a set and its rows to (first,
-    last).
-    """
+    """What a run reached. Losses are means over tokens; heldout maps a set and its rows to (first, last)."""
 
     steps: int  # completed
     skipped: int  # of them, left out because loss or gradient norm was not finite: the others are updates

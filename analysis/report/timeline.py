@@ -1,10 +1,8 @@
-"""A recorded timeline (trace.json of a streaming run): how busy each track was, and a picture of it, also for
-TensorBoard.
+"""A recorded timeline (trace.json of a streaming run): how busy each track was, and a plot, also for TensorBoard.
 
-What a reader would get wrong: a slice of the move track is an event from its start to its end, and that includes
-waiting for the disk ("fetch layers.3" is mostly that). So `busy` gives the slices' time as it stands, while
-`overlap_share` takes the stalls out first: computation that waits for a read does not overlap it. A stall does not say
-which track waited, so it counts against both.
+A slice of the move track includes waiting for the disk ("fetch layers.3" is mostly that). `busy` counts slices as
+recorded; `overlap_share` first removes stalls, because computation that waits for a read does not overlap it. A stall
+does not say which track waited, so it counts against both.
 """
 
 from __future__ import annotations
@@ -54,7 +52,7 @@ Span = tuple[float, float]
 
 
 class TimelineError(WeftrainError):
-    """A trace that is missing or no trace of ours, or a picture that cannot be drawn here."""
+    """A missing or invalid trace, or a plot that cannot be drawn here."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,7 @@ class Slice:
 
     @property
     def kind(self) -> str:
-        """Kind of work, a key of COLOURS: the verb on the compute and move tracks, and on every other track the
-        track.
-        """
+        """Kind of work, a key of COLOURS: the verb on the compute and move tracks, elsewhere the track."""
         if self.track not in COMPUTING:
             return self.track
         verb = self.name.partition(" ")[0]
@@ -82,15 +78,13 @@ class Slice:
 
     @property
     def record(self) -> str:
-        """What it was done to: the name without its verb."""
+        """What was worked on: the name without its verb."""
         verb, _, rest = self.name.partition(" ")
         return rest if rest and self.track in COMPUTING and verb in COLOURS else self.name
 
 
 def read_trace(path: Path) -> list[Slice]:
-    """The slices of a trace, in the order of the file. Raises TimelineError for a file that is missing or not such a
-    trace.
-    """
+    """The slices of a trace, in file order. Raises TimelineError for a missing or invalid trace."""
     try:
         data = read_plain(path, "trace")
     except (FileNotFoundError, NotADirectoryError):
@@ -117,8 +111,7 @@ def read_trace(path: Path) -> list[Slice]:
 def busy(slices: Sequence[Slice]) -> dict[str, float]:
     """Milliseconds that each track was busy, overlapping slices counted once, and `overlap_share`.
 
-    overlap_share: of the time that something was read, written or spooled, the share during which compute or move was
-    running and not stalled; 1.0 where nothing was moved, as computation then waited for nothing.
+    overlap_share: share of the I/O time during which compute or move was running and not stalled; 1.0 without I/O.
     """
     spans = {track: _union((one.start_ms, one.end_ms) for one in slices if one.track == track) for track in TRACKS}
     computing = _union(span for track in COMPUTING for span in spans[track])
@@ -129,8 +122,7 @@ def busy(slices: Sequence[Slice]) -> dict[str, float]:
 
 
 def draw(slices: Sequence[Slice], path: Path | None = None) -> Figure:
-    """The figure: a lane a track, a bar a slice. With `path` it is written too; the format is the suffix's (.png,
-    .svg).
+    """The figure: one lane a track, one bar a slice; written too where `path` is given, in its suffix's format.
 
     Raises TimelineError without matplotlib (`pip install weftrain[plot]`).
     """
@@ -180,9 +172,7 @@ def add_to_tensorboard(figure: Figure, folder: Path) -> None:
 
 
 def _read_event(event: Any, tracks: dict[int, str], slices: list[Slice]) -> None:
-    """Add what one event says to `tracks` (number -> name) or `slices`. Raises ValueError for anything that a trace of
-    ours has not.
-    """
+    """Add one event to `tracks` (number -> name) or `slices`. Raises ValueError for other events."""
     if not isinstance(event, dict):
         raise ValueError("not an object")
     thread, name = event.get("tid"), event.get("name")
@@ -218,7 +208,7 @@ def _milliseconds(event: dict[str, Any], key: str) -> float:
 
 
 def _union(spans: Iterable[Span]) -> list[Span]:
-    """The same points of time as spans in order that do not touch."""
+    """The same time as sorted spans that do not touch."""
     merged: list[Span] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
@@ -229,7 +219,7 @@ def _union(spans: Iterable[Span]) -> list[Span]:
 
 
 def _without(spans: Sequence[Span], holes: Sequence[Span]) -> list[Span]:
-    """What is left of `spans` outside `holes`; both as `_union` gives them."""
+    """The parts of `spans` outside `holes`; both as from `_union`."""
     left: list[Span] = []
     first = 0
     for start, end in spans:
@@ -258,7 +248,7 @@ def _title(slices: Sequence[Slice]) -> str:
 
 
 def _label(figure: Figure, axes: Axes, slices: Sequence[Slice]) -> None:
-    """Write the record into every bar that has the room, which is known once the layout is."""
+    """Write the record into every bar with enough room, which is known after the layout."""
     figure.draw_without_rendering()
     points_per_ms = axes.bbox.width * 72 / figure.dpi / axes.get_xlim()[1]
     for one in slices:
