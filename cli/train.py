@@ -33,7 +33,7 @@ from weftrain.core.stop import StopRequest
 if TYPE_CHECKING:
     from weftrain.core.backend import BatchSource, Fingerprint, Follower
     from weftrain.core.formats.strict_model import StrictModel
-    from weftrain.core.trainer import Progress
+    from weftrain.core.trainer import TrainedStep
 
 
 @click.command()
@@ -175,6 +175,7 @@ def _train(
     from weftrain.core.run.ledger_schema import LEDGER
     from weftrain.core.run.metrics import METRICS, MetricsWriter
     from weftrain.core.run.run_folder import open_run
+    from weftrain.core.saving import History
     from weftrain.core.trainer import fit
 
     file, decided = _with_decisions(console, file, runs / name)
@@ -242,10 +243,7 @@ def _train(
                 metrics,
                 ledger,
                 speed=speed,
-                parent=start.parent,
-                tokens_read=start.tokens,
-                unfinished=start.unfinished,
-                measured=start.measured,
+                history=History(start.parent, start.tokens, start.unfinished, start.measured),
                 should_stop=stop.requested,
             )
             done = _shown(steps, bar, start.first_step)
@@ -258,7 +256,7 @@ def _train(
         _summarize(console, runs / name, again.to_continue(recipe, source, runs / name, done))
 
 
-def _shown(steps: Iterator[Progress], bar: Bar, first: int) -> int:
+def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int) -> int:
     """Train, which is what iterating does, and show each step on the bar. How many steps are complete."""
     loss, done = "", first
     for progress in steps:

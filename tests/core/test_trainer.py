@@ -22,7 +22,7 @@ from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.metrics import MetricsWriter, read_metrics
 from weftrain.core.run.speed import Peak, Speed
 from weftrain.core.synthetic import synthetic_source
-from weftrain.core.trainer import Progress, fit
+from weftrain.core.trainer import TrainedStep, fit
 
 Tiny = Callable[..., Recipe]
 
@@ -74,7 +74,7 @@ class Counting:
         return {}
 
 
-def steps_of(run: Counting, recipe: Recipe, folder: Path, metrics: MetricsWriter) -> Iterator[Progress]:
+def steps_of(run: Counting, recipe: Recipe, folder: Path, metrics: MetricsWriter) -> Iterator[TrainedStep]:
     plan = Plan(0, run.steps, checkpoint_every_steps=2)
     source = synthetic_source(97, 13, 12, 4, seed=5)
     return fit(

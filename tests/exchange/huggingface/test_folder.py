@@ -481,7 +481,7 @@ print(json.dumps({"size": written.size_bytes, "write": after_write - before, "re
 
 def measured(folder: Path, layers: int) -> dict[str, int]:
     folder.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "core")}
     command = [sys.executable, "-c", MEMORY_PROGRAM, str(folder), str(layers)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from click.testing import Result
 from record_runs import done, prepare, trainer, weftrain
 
 from weftrain.backends.streaming.store.mapped import read_commit
-from weftrain.core import checkpoint
+from weftrain.core import checkpoint, saving
 from weftrain.core import trainer as training
 from weftrain.core.run.ledger import Ledger, read_ledger
 from weftrain.core.run.ledger_schema import LEDGER
@@ -80,8 +80,8 @@ def story(run: Path) -> Any:
 
 PLACES = {
     "before the log line": (MetricsWriter, "step", lambda writer, record: record["step"]),
-    "before the evaluation": (training, "_evaluate", lambda run, held, completed: completed),
-    "before the checkpoint": (training.checkpoint, "begin", lambda folder, state, **named: state.step),
+    "before the evaluation": (training._Recorder, "_evaluate", lambda recorder, held, completed: completed),
+    "before the checkpoint": (saving.checkpoint, "begin", lambda folder, state, **named: state.step),
     "before the ledger's line": (Ledger, "checkpoint", lambda *fields, step, **named: step),
 }
 
@@ -156,7 +156,7 @@ def test_a_state_beyond_the_newest_checkpoint_is_rolled_back_and_nothing_is_defe
 ) -> None:
     run = tmp_path / "runs" / "crystal_demo"
     with pytest.MonkeyPatch.context() as patch:
-        killed_at(patch, training.checkpoint, "begin", lambda folder, state, **named: state.step == 4)
+        killed_at(patch, saving.checkpoint, "begin", lambda folder, state, **named: state.step == 4)
         with pytest.raises(Killed):
             train(*MAPPED)
     early = weftrain("defer", run, "--chunk", "1", "--reason", "a spike")
@@ -216,7 +216,7 @@ def test_of_two_copies_of_a_run_only_the_one_that_trained_on_has_its_state(train
 
 def test_other_data_is_refused_unless_it_is_allowed(train: Train, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        killed_at(patch, training.checkpoint, "begin", lambda folder, state, **named: state.step == 2)
+        killed_at(patch, saving.checkpoint, "begin", lambda folder, state, **named: state.step == 2)
         with pytest.raises(Killed):
             train(*MAPPED)
     shutil.copytree(tmp_path / "datasets", tmp_path / "real")
@@ -234,14 +234,14 @@ def test_other_data_is_refused_unless_it_is_allowed(train: Train, tmp_path: Path
     assert manifests[0]["dataset_id"] != manifests[1]["dataset_id"]
 
 
-@pytest.mark.parametrize("place", [(training.checkpoint, "begin"), (Ledger, "checkpoint")])
+@pytest.mark.parametrize("place", [(saving.checkpoint, "begin"), (Ledger, "checkpoint")])
 def test_what_is_made_up_for_is_recorded_as_it_was_made(place: tuple[Any, str], train: Train, tmp_path: Path) -> None:
     """The process that goes on with another recipe dies too, before it records the step or before the ledger has its
     checkpoint.
     """
     plain = (*MAPPED, "data.chunks=null", "checkpoint.every_steps=3", "log.evaluate_every_steps=0")
     skip = "data.skip=[{source: words, rows: [0, 20], reason: bad}]"
-    for dies_at, more in (((training.checkpoint, "begin"), ()), (place, (skip, "--allow", "data.skip.0"))):
+    for dies_at, more in (((saving.checkpoint, "begin"), ()), (place, (skip, "--allow", "data.skip.0"))):
         with pytest.MonkeyPatch.context() as patch:
             killed_at(patch, *dies_at, lambda *fields, **named: True)
             with pytest.raises(Killed):

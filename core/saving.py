@@ -1,0 +1,148 @@
+"""When and how a run's state becomes a checkpoint: `Saver`, which `fit` (core/trainer.py) tells to begin one.
+
+A backend may copy its state and train on while the copy is written (`checkpoint.Saving.in_background`); then one
+checkpoint is under way in a thread, and the next one begins after it, because it is the next one's parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weftrain.core import checkpoint
+from weftrain.core.backend import BatchSource, Plan, Run
+from weftrain.core.checkpoint import CheckpointInfo
+from weftrain.core.config import Recipe
+from weftrain.core.formats.checkpoint_manifest import folder_name
+from weftrain.core.order.timeline import recipe_timeline
+from weftrain.core.run.ledger import Ledger
+from weftrain.core.run.metrics import Digest, MetricsWriter
+from weftrain.core.run.stored_state import Measured, Unfinished
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run did before plan.start_step, as far as its record has to go on from it.
+
+    parent: root hash of the checkpoint that the run continues from. tokens_read: positions read before plan.start_step.
+    unfinished: the last step of a backend's stored state, if the process before ended while it was being recorded.
+    measured: what was recorded since the checkpoint before such a state.
+    """
+
+    parent: str | None = None
+    tokens_read: int = 0
+    unfinished: Unfinished | None = None
+    measured: Measured | None = None
+
+
+class Saver:
+    """Saves a run's state into the folder `checkpoints`, one checkpoint after the other, and enters each in metrics and
+    ledger. However its `with` block ends, a checkpoint that was begun is finished.
+
+    tokens_read: positions read since the run began, to be counted up by the caller (batch and sequence length may have
+    changed at a resume).
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        plan: Plan,
+        recipe: Recipe,
+        source: BatchSource,
+        checkpoints: Path,
+        metrics: MetricsWriter,
+        ledger: Ledger,
+        history: History,
+    ) -> None:
+        self._run, self._plan, self._recipe, self._source, self._folder = run, plan, recipe, source, checkpoints
+        self._metrics, self._ledger = metrics, ledger
+        self._parent, self._unfinished = history.parent, history.unfinished
+        self.tokens_read = history.tokens_read - (self._unfinished.result.tokens if self._unfinished else 0)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._under_way: tuple[Future[CheckpointInfo], dict[str, Any]] | None = None
+        self._finished: CheckpointInfo | None = None
+        self._measured_after = plan.start_step if history.measured is None else history.measured.after
+        self._measured = Digest()  # of the records since the last checkpoint was begun
+        for record in () if history.measured is None else history.measured.records:
+            self._measured.add(record)
+
+    def __enter__(self) -> Saver:
+        """Enter the first chunk in the ledger, unless the checkpoint of an unfinished step does."""
+        if self._unfinished is None or not self._unfinished.plan.wants_state(self._plan.start_step):
+            starts = self._plan.start_step == 0 and self._recipe.start_from is not None
+            # A run of chunks that starts from another run's state keeps that state: its first link begins there.
+            if starts and self._recipe.data.chunks is not None and not (self._folder / folder_name(0)).exists():
+                self.begin()
+                self._enter_finished(wait=True)
+            else:
+                self._ledger.chunk_begin(self._plan.start_step, self._recipe, self._source.dataset_id, self._parent)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+        self._enter_finished(wait=True)
+
+    def measured(self, kind: str, record: Mapping[str, Any]) -> None:
+        """Count a record of metrics.jsonl into the digest that the next checkpoint's ledger line has."""
+        self._measured.add({"kind": kind, **record})
+
+    def begin(self, unfinished: Unfinished | None = None) -> None:
+        """Start to save the run's state. unfinished: the step that made it, if the process before did not record it.
+
+        Raises CheckpointError, also if the checkpoint before, which is finished first, failed.
+        """
+        self._metrics.flush()  # so that a resume from this checkpoint finds every line up to it
+        self._enter_finished(wait=True)
+        state, fingerprint = self._run.export_state(), self._run.fingerprint()
+        recipe, dataset_id = self._recipe, self._source.dataset_id
+        if unfinished is None:
+            cursors = self._source.cursors(state.step)
+        else:
+            recipe, dataset_id, cursors = unfinished.recipe, unfinished.dataset_id, unfinished.sources
+        saving = checkpoint.begin(
+            self._folder,
+            state,
+            recipe=recipe.model_dump(mode="json"),
+            dataset_id=dataset_id,
+            fingerprint=fingerprint.as_json(),
+            tokens=self.tokens_read,
+            position=recipe_timeline(recipe).sample(state.step),
+            sources={name: cursor.model_dump(mode="json") for name, cursor in cursors.items()},
+            parent=self._parent,
+            kernels=dict(fingerprint.kernels),
+        )
+        entry = {
+            "recipe": recipe,
+            "dataset_id": dataset_id,
+            "parent": self._parent,
+            "metrics_after": self._measured_after,
+            "metrics_sha256": self._measured.hexdigest(),
+        }
+        self._measured_after, self._measured = state.step, Digest()
+        if saving.in_background:
+            self._under_way = self._thread.submit(saving.finish), entry
+        else:
+            self._enter(saving.finish(), entry)
+
+    def finished(self, wait: bool) -> CheckpointInfo | None:
+        """The checkpoint that became durable since the last call. wait: for the one under way. Raises
+        CheckpointError.
+        """
+        self._enter_finished(wait)
+        finished, self._finished = self._finished, None
+        return finished
+
+    def _enter_finished(self, wait: bool) -> None:
+        if self._under_way is not None and (wait or self._under_way[0].done()):
+            (under_way, entry), self._under_way = self._under_way, None  # a failure is raised once
+            self._enter(under_way.result(), entry)
+
+    def _enter(self, saved: CheckpointInfo, entry: dict[str, Any]) -> None:
+        self._finished, self._parent = saved, saved.root
+        self._metrics.event("checkpoint", step=saved.step, root=saved.root)
+        self._ledger.checkpoint(step=saved.step, root=saved.root, **entry)
+        if saved.step < self._plan.last_step:
+            self._ledger.chunk_begin(saved.step, self._recipe, self._source.dataset_id, saved.root)
