@@ -105,7 +105,7 @@ def recipe_from_params(
 def params_from_recipe(recipe: str, overrides: tuple[str, ...]) -> None:
     """Print RECIPE as a Model Zoo 1.9 params file. What that form cannot say is refused by name."""
     from weftrain.core.recipe_file import load_recipe
-    from weftrain.exchange.modelzoo.params_import import dump, export_params
+    from weftrain.exchange.modelzoo.params_export import dump, export_params
 
     click.echo(dump(export_params(load_recipe(recipe, overrides).recipe)), nl=False)
 
@@ -164,7 +164,7 @@ def checkpoint_from_cerebras(
     from weftrain.core.formats.fsops import sha256_file
     from weftrain.core.recipe_file import load_recipe
     from weftrain.exchange.layouts import in_float32
-    from weftrain.exchange.modelzoo.checkpoint_writer import read_checkpoint
+    from weftrain.exchange.modelzoo.checkpoint_reader import read_checkpoint
 
     loaded = load_recipe(recipe, overrides).recipe
     tensors = read_checkpoint(file, loaded.model, optimizer=not weights_only)

@@ -68,6 +68,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.fixture(scope="session")
+def vendor() -> Path:
+    """The Python of the Cerebras vendor's environment, for tests marked `cerebras`. Without one they are skipped."""
+    from weftrain.backends.cerebras import environment
+
+    if reason := environment.missing():
+        pytest.skip(f"the cerebras backend cannot run here: {reason}")
+    return environment.python()
+
+
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)

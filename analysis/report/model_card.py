@@ -21,8 +21,8 @@ from weftrain.core.errors import printable
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.run.lineage import Lineage
 from weftrain.core.run.metrics import effective_records, heldout_label
+from weftrain.exchange.huggingface.config import layout_of
 from weftrain.exchange.huggingface.files import MODELING
-from weftrain.exchange.huggingface.folder import layout_of
 from weftrain.exchange.release.release import Release
 
 

@@ -41,11 +41,9 @@ from weftrain.core.formats.tensor_file import (
     tensor_memory,
 )
 from weftrain.core.mup import resolve_scales
+from weftrain.exchange.huggingface.config import config_from_huggingface, config_to_huggingface, layout_of
 from weftrain.exchange.huggingface.files import modeling_files
 from weftrain.exchange.layouts import (
-    Layout,
-    config_from_huggingface,
-    config_to_huggingface,
     entries,
     export_weights,
     imported,
@@ -124,11 +122,6 @@ class HuggingFaceWeights(Mapping[str, Tensor]):
         return sorted(name for name in self if is_buffer(name))
 
 
-def layout_of(config: ModelConfig) -> Layout:
-    """The Hugging Face layout that a model of this kind has."""
-    return "llama" if config.norm == "rms_norm" else "crystalcoder"
-
-
 def state_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> Mapping[str, Tensor]:
     """A folder's weights as a State's: 'weights/<canonical name>' -> fp32 tensor, lazy, exact.
 
@@ -148,7 +141,7 @@ def config_differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
 
 
 def _function(config: ModelConfig) -> dict[str, Any]:
-    """What decides a model's outputs, muP resolve_scales to the scales that it means."""
+    """What decides a model's outputs, muP resolved to the scales that it means."""
     scales = resolve_scales(config)
     fields = config.model_dump(exclude={"initialization", "mup", "max_position_embeddings"})
     return fields | {"embedding_scale": scales.embedding_scale, "logits_scale": scales.logits_scale}

@@ -30,8 +30,9 @@ from weftrain.core.run.lineage import Lineage, going_back, lineage
 from weftrain.core.run.metrics import METRICS, Digest, effective_records
 from weftrain.core.run.metrics_lines import MEASURED
 from weftrain.core.run.run_folder import RECIPE
+from weftrain.exchange.huggingface.config import layout_of
 from weftrain.exchange.huggingface.files import check_no_other_code
-from weftrain.exchange.huggingface.folder import HuggingFaceWeights, layout_of
+from weftrain.exchange.huggingface.folder import HuggingFaceWeights
 from weftrain.exchange.layouts import import_weights
 from weftrain.exchange.release.release import (
     RELEASE,

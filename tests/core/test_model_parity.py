@@ -16,7 +16,8 @@ from model_cases import amber, crystal, decoder, large_weights, tokens
 from torch import Tensor
 
 from weftrain.core.config import ModelConfig
-from weftrain.exchange.layouts import config_to_huggingface, export_weights
+from weftrain.exchange.huggingface.config import config_to_huggingface
+from weftrain.exchange.layouts import export_weights
 
 Weights = dict[str, Tensor]
 SHAPES = [(2, 33), (1, 1), (3, 64), (1, 7)]

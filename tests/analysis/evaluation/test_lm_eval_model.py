@@ -19,7 +19,8 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError
 from weftrain.core.model import draw
 from weftrain.core.parameters import parameter_specs
-from weftrain.exchange.layouts import config_to_huggingface, export_weights
+from weftrain.exchange.huggingface.config import config_to_huggingface
+from weftrain.exchange.layouts import export_weights
 
 pytest.importorskip("lm_eval")
 TEXT = [

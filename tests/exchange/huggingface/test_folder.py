@@ -23,6 +23,7 @@ from torch import Tensor
 
 from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError, RecipeError
+from weftrain.exchange.huggingface.config import config_to_huggingface
 from weftrain.exchange.huggingface.files import MODELING
 from weftrain.exchange.huggingface.folder import (
     CONFIG,
@@ -35,7 +36,7 @@ from weftrain.exchange.huggingface.folder import (
     state_tensors,
     write_huggingface,
 )
-from weftrain.exchange.layouts import config_to_huggingface, export_weights
+from weftrain.exchange.layouts import export_weights
 
 FAMILIES = pytest.mark.parametrize("build", [amber, crystal])
 Build = Callable[..., ModelConfig]
