@@ -172,7 +172,7 @@ def checkpoint_from_cerebras(
     with _new_checkpoints(runs, run_name) as folder:
         info = checkpoints.save(
             folder,
-            State(step, tensors.optimizer_updates or 0, in_float32(tensors, loaded.model)),
+            State(step, tensors.optimizer_updates or 0, in_float32(tensors)),
             recipe=loaded.model_dump(mode="json"),
             dataset_id=f"unknown: imported from {sha256_file(file)}",
             fingerprint={"backend": "cerebras", "imported_from": file.name},
@@ -181,8 +181,8 @@ def checkpoint_from_cerebras(
             parent=None,
             kernels={},
         )
-    for name in tensors.passed_over:
-        click.echo(f"passed over: {name}", err=True)
+    for name in tensors.ignored:
+        click.echo(f"ignored: {name}", err=True)
     click.echo(
         f"{info.path}: step {step}, {info.size_bytes:,} bytes; start from it with start_from={{run: {run_name}, state: "
         f"weights}}"
@@ -245,7 +245,7 @@ def from_huggingface(
             kernels={},
         )
         for name in weights.buffers:
-            click.echo(f"passed over: {name}", err=True)
+            click.echo(f"ignored: {name}", err=True)
     click.echo(
         f"{info.path}: {info.size_bytes:,} bytes; start from it with start_from={{run: {run_name}, state: weights}}"
     )

@@ -1,11 +1,12 @@
-"""Weights and configs between the canonical names of core/parameters.py and three foreign layouts: names in, names out,
-bits unchanged.
+"""Weights in three foreign layouts from and to the canonical names of core/parameters.py, bit for bit.
 
-Layouts: `llama` (Hugging Face LlamaForCausalLM: Amber), `crystalcoder` (Hugging Face CrystalCoder) and `cerebras`
-(Model Zoo 1.9). What a reader would get wrong: Hugging Face CrystalCoder's linear maps are Conv1D, stored [in, out],
-with q, k and v side by side in one c_attn, and `c_fc` is *up*, `c_fc2` *gate*; Cerebras rotates interleaved pairs only,
-so there the rows of a rotate-half model's q and k stand in another order. Tensors stream one at a time: this module
-never holds either side whole.
+The layouts are `llama` (Hugging Face LlamaForCausalLM: Amber), `crystalcoder` (Hugging Face CrystalCoder) and
+`cerebras` (Model Zoo 1.9). `import_weights` and `export_weights` give one tensor at a time, so a model is never in
+memory as a whole; `import_lazily` reads a tensor when it is asked for.
+
+What a reader would get wrong: CrystalCoder's linear maps are Conv1D, stored [in, out], with q, k and v side by side in
+one c_attn, and its `c_fc` is the *up* projection, `c_fc2` the *gate*. Cerebras rotates interleaved pairs only, so the
+rows of a rotate-half model's q and k stand in another order there.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError
+from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of
 from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
 
 Layout = Literal["llama", "crystalcoder", "cerebras"]
 
-# Canonical module -> foreign module, within a layer and outside of one. A layout without an entry has no such module.
+# Canonical module -> foreign module, within a layer and outside of the layers.
 _LAYER: dict[str, dict[str, str]] = {
     "llama": {
         "attention_norm": "input_layernorm",
@@ -59,7 +61,7 @@ _LAYER: dict[str, dict[str, str]] = {
         "ffn.down_proj": "ffn.ffn.1.linear_layer",
     },
 }
-_OUTSIDE: dict[str, dict[str, str]] = {
+_TOP_LEVEL: dict[str, dict[str, str]] = {
     "llama": {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"},
     "crystalcoder": {"embedding": "transformer.wte", "final_norm": "transformer.ln_f", "head": "lm_head"},
     "cerebras": {
@@ -68,15 +70,15 @@ _OUTSIDE: dict[str, dict[str, str]] = {
         "head": "model.lm_head",
     },
 }
-# The Model Zoo registers its last norm in the decoder as well, so its checkpoints hold it twice.
-_ALSO = {"cerebras": {"final_norm": "model.transformer_decoder.norm"}}
+# The Model Zoo registers its last norm in the decoder too, so its checkpoints hold it twice.
+_SECOND_NAMES = {"cerebras": {"final_norm": "model.transformer_decoder.norm"}}
 _LAYER_PREFIX = {
     "llama": "model.layers",
     "crystalcoder": "transformer.h",
     "cerebras": "model.transformer_decoder.layers",
 }
-# Buffers, not weights: causal masks of CrystalCoder's attention, rotary frequencies of old Llama files.
-_IGNORED = {
+# Not weights: causal masks of CrystalCoder's attention, rotary frequencies of old Llama files.
+_BUFFERS = {
     "llama": ("self_attn.rotary_emb.inv_freq",),
     "crystalcoder": ("attn.bias", "attn.masked_bias"),
     "cerebras": (),
@@ -84,15 +86,15 @@ _IGNORED = {
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One foreign tensor and the canonical parameters in it: several stand side by side along the output axis."""
+class ForeignTensor:
+    """A tensor of a foreign file and the canonical parameters in it; several lie side by side along the output axis."""
 
     name: str
     parameters: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]  # canonical, [out, in] or [out]
     transposed: bool  # stored [in, out]
-    rotated_heads: int  # number of heads whose rows go from rotate-half to interleaved order; 0: rows as they are
-    copies: tuple[str, ...]  # other names under which the same tensor may stand
+    rotated_heads: int  # heads whose rows are reordered from rotate-half to interleaved pairs; 0: none
+    copies: tuple[str, ...]  # other names under which the file may hold the same tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,24 +102,24 @@ class Entry:
         return outputs[::-1] if self.transposed else outputs
 
 
-def entries(config: ModelConfig, layout: Layout) -> tuple[Entry, ...]:
-    """Every tensor of a foreign file of this model, in execution order. Raises CheckpointError if the layout cannot
+def foreign_tensors(config: ModelConfig, layout: Layout) -> tuple[ForeignTensor, ...]:
+    """Every tensor of a foreign file of this model, in execution order. Raises CheckpointError where the layout cannot
     hold the model.
     """
     check_fit(config, layout)
-    parts: dict[str, list[ParameterSpec]] = {}
+    found: dict[str, list[ParameterSpec]] = {}
     for spec in parameter_specs(config):
-        module, _, part = spec.name.rpartition(".")
-        parts.setdefault(f"{_foreign_module(module, layout)}.{part}", []).append(spec)
-    also = dict(_ALSO.get(layout, {}))
+        module, _, kind = spec.name.rpartition(".")  # kind: weight or bias
+        found.setdefault(f"{_foreign_module(module, layout)}.{kind}", []).append(spec)
+    second_names = dict(_SECOND_NAMES.get(layout, {}))
     if config.tie_embeddings:
-        also["embedding"] = _OUTSIDE[layout]["head"]
+        second_names["embedding"] = _TOP_LEVEL[layout]["head"]
     result = []
-    for name, specs in parts.items():
-        module, _, part = specs[0].name.rpartition(".")
+    for name, specs in found.items():
+        module, _, kind = specs[0].name.rpartition(".")
         rotates = module.endswith((".attention.q_proj", ".attention.k_proj"))
         result.append(
-            Entry(
+            ForeignTensor(
                 name=name,
                 parameters=tuple(spec.name for spec in specs),
                 shapes=tuple(spec.shape for spec in specs),
@@ -125,7 +127,7 @@ def entries(config: ModelConfig, layout: Layout) -> tuple[Entry, ...]:
                 rotated_heads=config.num_heads
                 if layout == "cerebras" and rotates and not config.rotary_interleaved
                 else 0,
-                copies=(f"{also[module]}.{part}",) if module in also else (),
+                copies=(f"{second_names[module]}.{kind}",) if module in second_names else (),
             )
         )
     return tuple(result)
@@ -134,108 +136,102 @@ def entries(config: ModelConfig, layout: Layout) -> tuple[Entry, ...]:
 def import_weights(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Foreign tensors -> (canonical name, tensor), each read once, in execution order.
 
-    weights may be lazy. Buffers (`attn.bias`, `attn.masked_bias`, `rotary_emb.inv_freq`) are passed over; copies of one
-    tensor under a second name (a tied head) must be equal. Raises CheckpointError at once for names that are unknown or
-    missing, and on the way for a shape that differs or a copy that does.
+    Buffers (`attn.bias`, `attn.masked_bias`, `rotary_emb.inv_freq`) are skipped; copies of one tensor under a second
+    name (a tied head) must be equal. Raises CheckpointError at once for unknown and missing names, and while reading
+    for a wrong shape or a copy that differs.
     """
-    return (pair for entry in _wanted(weights, config, layout) for pair in import_entry(entry, weights))
+    return (pair for foreign in _expected(weights, config, layout) for pair in import_tensor(foreign, weights))
 
 
-def imported(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> Mapping[str, Tensor]:
-    """The same as a mapping canonical name -> tensor, which reads a foreign tensor when one in it is asked for.
-
-    weights may offer meta(name): then every shape is checked now, before anything is read. Raises CheckpointError as
-    `import_weights` does.
+def import_lazily(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> LazyTensors:
+    """Canonical name -> tensor; each access reads the foreign tensor that holds it. Raises CheckpointError at once for
+    wrong names and shapes, and while reading for a copy that differs.
     """
-    return _Imported(weights, _wanted(weights, config, layout))
+    metas, places = {}, {}
+    for foreign in _expected(weights, config, layout):
+        for name in (foreign.name, *(copy for copy in foreign.copies if copy in weights)):
+            _check_shape(name, meta_of(weights, name), foreign.shape)
+        dtype = meta_of(weights, foreign.name).dtype
+        for index, (name, shape) in enumerate(zip(foreign.parameters, foreign.shapes, strict=True)):
+            metas[name], places[name] = meta(shape, dtype), (foreign, index)
+
+    def read(name: str) -> Tensor:
+        foreign, index = places[name]
+        return _parameter(foreign, index, _outputs(foreign, weights))
+
+    return LazyTensors(metas, read)
+
+
+def in_float32(tensors: LazyTensors) -> LazyTensors:
+    """The same tensors, each converted to fp32 when it is read; exact from bf16, fp16 and fp32."""
+    return LazyTensors({name: meta(tensors.meta(name).shape) for name in tensors}, lambda name: tensors[name].float())
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a foreign tensor is one that no layout counts as a weight, whatever its dtype."""
-    return any(name.endswith(f".{buffer}") for buffers in _IGNORED.values() for buffer in buffers)
+    """Whether a foreign tensor is a buffer, which no layout counts as a weight."""
+    return any(name.endswith(f".{buffer}") for buffers in _BUFFERS.values() for buffer in buffers)
 
 
 def export_weights(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Canonical tensors -> (foreign name, tensor), in execution order; only the Cerebras layout repeats a tensor under
-    its second name.
-
-    weights may be lazy. Raises CheckpointError as `import_weights` does.
+    """Canonical tensors -> (foreign name, tensor), in execution order. Only the Cerebras layout repeats a tensor under
+    its second name. Raises CheckpointError as `import_weights` does.
     """
-    wanted = entries(config, layout)
-    _check_names(set(weights), {name for entry in wanted for name in entry.parameters}, "canonical weights")
-    return (pair for entry in wanted for pair in _export(entry, weights, repeat=layout == "cerebras"))
+    wanted = foreign_tensors(config, layout)
+    _check_names(set(weights), {name for foreign in wanted for name in foreign.parameters}, "canonical weights")
+    return (pair for foreign in wanted for pair in _export(foreign, weights, repeat=layout == "cerebras"))
 
 
-class _Imported(Mapping[str, Tensor]):
-    def __init__(self, weights: Mapping[str, Tensor], wanted: tuple[Entry, ...]) -> None:
-        self._weights = weights
-        self._places = {name: (entry, index) for entry in wanted for index, name in enumerate(entry.parameters)}
-        meta = getattr(weights, "meta", None)
-        if meta is not None:
-            for entry in wanted:
-                for name in (entry.name, *(copy for copy in entry.copies if copy in weights)):
-                    _check_shape(name, meta(name), entry.shape)
-
-    def __getitem__(self, name: str) -> Tensor:
-        entry, index = self._places[name]
-        return _part(entry, index, _outputs(entry, self._weights))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-def _wanted(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> tuple[Entry, ...]:
-    """The entries of this model, after every name was found in its place."""
-    wanted = entries(config, layout)
-    optional = {copy for entry in wanted for copy in entry.copies}
+def _expected(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> tuple[ForeignTensor, ...]:
+    """The foreign tensors of this model. Raises CheckpointError unless `weights` holds exactly their names."""
+    wanted = foreign_tensors(config, layout)
+    optional = {copy for foreign in wanted for copy in foreign.copies}
     _check_names(
-        set(weights) - _ignored(config, layout) - optional, {entry.name for entry in wanted}, f"{layout} weights"
+        set(weights) - _buffers(config, layout) - optional, {foreign.name for foreign in wanted}, f"{layout} weights"
     )
     return wanted
 
 
-def import_entry(entry: Entry, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    outputs = _outputs(entry, weights)
-    for index, name in enumerate(entry.parameters):
-        yield name, _part(entry, index, outputs)
+def import_tensor(foreign: ForeignTensor, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The (canonical name, tensor) pairs of one foreign tensor."""
+    outputs = _outputs(foreign, weights)
+    for index, name in enumerate(foreign.parameters):
+        yield name, _parameter(foreign, index, outputs)
 
 
-def _outputs(entry: Entry, weights: Mapping[str, Tensor]) -> Tensor:
-    """A foreign tensor as [out, in], equal to its copies."""
-    tensor = weights[entry.name]
-    _check_shape(entry.name, tensor, entry.shape)
-    for copy in entry.copies:
+def _outputs(foreign: ForeignTensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """A foreign tensor as [out, in]. Raises CheckpointError where its shape is wrong or a copy differs."""
+    tensor = weights[foreign.name]
+    _check_shape(foreign.name, tensor, foreign.shape)
+    for copy in foreign.copies:
         if copy in weights and not torch.equal(weights[copy], tensor):
             raise CheckpointError(
-                f"tensor '{copy}' differs from '{entry.name}', which it should repeat; is the file of an untied model?"
+                f"tensor '{copy}' differs from '{foreign.name}', which it should repeat; is the file of an untied "
+                "model?"
             )
-    return tensor.t() if entry.transposed else tensor
+    return tensor.t() if foreign.transposed else tensor
 
 
-def _part(entry: Entry, index: int, outputs: Tensor) -> Tensor:
-    part = outputs.split([shape[0] for shape in entry.shapes])[index]
-    return _swap_pairs(part, entry.rotated_heads, to_interleaved=False).contiguous()
+def _parameter(foreign: ForeignTensor, index: int, outputs: Tensor) -> Tensor:
+    rows = outputs.split([shape[0] for shape in foreign.shapes])[index]
+    return _swap_pairs(rows, foreign.rotated_heads, to_interleaved=False).contiguous()
 
 
-def _export(entry: Entry, weights: Mapping[str, Tensor], repeat: bool) -> Iterator[tuple[str, Tensor]]:
-    parts = []
-    for name, shape in zip(entry.parameters, entry.shapes, strict=True):
-        part = weights[name]
-        _check_shape(name, part, shape)
-        parts.append(_swap_pairs(part, entry.rotated_heads, to_interleaved=True))
-    outputs = torch.cat(parts) if len(parts) > 1 else parts[0]
-    tensor = (outputs.t() if entry.transposed else outputs).contiguous()
-    yield entry.name, tensor
+def _export(foreign: ForeignTensor, weights: Mapping[str, Tensor], repeat: bool) -> Iterator[tuple[str, Tensor]]:
+    rows = []
+    for name, shape in zip(foreign.parameters, foreign.shapes, strict=True):
+        parameter = weights[name]
+        _check_shape(name, parameter, shape)
+        rows.append(_swap_pairs(parameter, foreign.rotated_heads, to_interleaved=True))
+    outputs = torch.cat(rows) if len(rows) > 1 else rows[0]
+    tensor = (outputs.t() if foreign.transposed else outputs).contiguous()
+    yield foreign.name, tensor
     if repeat:
-        for copy in entry.copies:
+        for copy in foreign.copies:
             yield copy, tensor
 
 
 def _swap_pairs(rows: Tensor, heads: int, to_interleaved: bool) -> Tensor:
-    """Rows [H D, ...] of q or k: rotate-half's order (first halves, then second halves) to interleaved pairs, or
+    """Rows [H D, ...] of q or k from rotate-half order (first halves, then second halves) to interleaved pairs, or
     back.
     """
     if not heads:
@@ -248,17 +244,17 @@ def _foreign_module(module: str, layout: Layout) -> str:
     if module.startswith("layers."):
         _, layer, inner = module.split(".", 2)
         return f"{_LAYER_PREFIX[layout]}.{layer}.{_LAYER[layout][inner]}"
-    return _OUTSIDE[layout][module]
+    return _TOP_LEVEL[layout][module]
 
 
-def _ignored(config: ModelConfig, layout: Layout) -> set[str]:
+def _buffers(config: ModelConfig, layout: Layout) -> set[str]:
     return {
-        f"{_LAYER_PREFIX[layout]}.{layer}.{name}" for layer in range(config.num_layers) for name in _IGNORED[layout]
+        f"{_LAYER_PREFIX[layout]}.{layer}.{name}" for layer in range(config.num_layers) for name in _BUFFERS[layout]
     }
 
 
 def check_fit(config: ModelConfig, layout: Layout) -> None:
-    """Refuse a model that the foreign code would compute differently."""
+    """Raises CheckpointError for a model that the foreign code would compute differently."""
     if layout not in _LAYER:
         raise CheckpointError(f"unknown layout '{layout}'; there is {', '.join(_LAYER)}")
     scales = (config.mup, config.embedding_scale, config.logits_scale)
@@ -304,27 +300,3 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
             f"tensor '{name}' has shape {list(tensor.shape)}, the config makes it {list(shape)}; is this the right "
             "model?"
         )
-
-
-class _InFloat32(Mapping[str, Tensor]):
-    def __init__(self, tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
-        self._tensors = tensors
-        self._shapes = {spec.name: spec.shape for spec in parameter_specs(config)}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].to(torch.float32)
-
-    def meta(self, name: str) -> Tensor:
-        """A meta tensor, to tell dtype and shape without reading."""
-        return torch.empty(self._shapes[name.partition("/")[2]], device="meta")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-def in_float32(tensors: Mapping[str, Tensor], config: ModelConfig) -> Mapping[str, Tensor]:
-    """'<plane>/<canonical name>' -> tensor, each read and made fp32 when it is asked for: exact for bf16 and fp32."""
-    return _InFloat32(tensors, config)

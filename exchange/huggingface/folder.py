@@ -28,6 +28,7 @@ from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError, RecipeError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.formats.lazy_tensors import LazyTensors, meta, select
 from weftrain.core.formats.safe_names import checked_segment
 from weftrain.core.formats.tensor_file import (
     DTYPE_NAMES,
@@ -44,9 +45,9 @@ from weftrain.core.mup import resolve_scales
 from weftrain.exchange.huggingface.config import config_from_huggingface, config_to_huggingface, layout_of
 from weftrain.exchange.huggingface.files import modeling_files
 from weftrain.exchange.layouts import (
-    entries,
     export_weights,
-    imported,
+    foreign_tensors,
+    import_lazily,
     in_float32,
     is_buffer,
 )
@@ -81,13 +82,12 @@ def read_config(folder: Path) -> ModelConfig:
     return model
 
 
-class HuggingFaceWeights(Mapping[str, Tensor]):
-    """A folder's tensors by their foreign names, in its own dtypes (F32, BF16, F16), each read into new memory when it
-    is asked for.
+class HuggingFaceWeights(LazyTensors):
+    """A folder's tensors by their foreign names, in their own dtypes (F32, BF16, F16).
 
     Everything but the tensors' bytes is checked at once: file names, the index against the shards, every header against
-    its file's size, dtypes. Buffers (core.convert.is_buffer) may have any dtype. Raises CheckpointError naming file,
-    tensor and remedy.
+    its file's size, dtypes. Buffers (layouts.is_buffer) may have any dtype. Raises CheckpointError naming file, tensor
+    and remedy.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -100,34 +100,28 @@ class HuggingFaceWeights(Mapping[str, Tensor]):
                 _check_layout(layout, wanted)
             self._places |= {tensor: (name, place) for tensor, place in layout.items()}
 
-    def __getitem__(self, name: str) -> Tensor:
+        super().__init__(
+            {name: meta(place.shape, DTYPES[place.dtype]) for name, (_, place) in self._places.items()}, self._load
+        )
+
+    def _load(self, name: str) -> Tensor:
         file_name, place = self._places[name]
         with _blamed(self._folder, file_name), open_regular(self._folder / file_name) as file:
             return read_tensor(file, place)
 
-    def meta(self, name: str) -> Tensor:
-        """A tensor of the same dtype and shape without data."""
-        place = self._places[name][1]
-        return torch.empty(place.shape, dtype=DTYPES[place.dtype], device="meta")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
     @property
     def buffers(self) -> list[str]:
-        """Names of the tensors that are no weights and are passed over, sorted."""
+        """Names of the tensors that are not weights and are skipped, sorted."""
         return sorted(name for name in self if is_buffer(name))
 
 
-def state_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> Mapping[str, Tensor]:
-    """A folder's weights as a State's: 'weights/<canonical name>' -> fp32 tensor, lazy, exact.
+def state_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> LazyTensors:
+    """A folder's weights as those of a State: 'weights/<canonical name>' -> fp32 tensor, exact.
 
-    Names and shapes are checked against the config at once. Raises CheckpointError.
+    Raises CheckpointError, at once for names and shapes that are not the config's.
     """
-    return in_float32(_UnderWeights(imported(weights, config, layout_of(config))), config)
+    imported = import_lazily(weights, config, layout_of(config))
+    return in_float32(select(imported, {f"weights/{name}": name for name in imported}))
 
 
 def config_differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
@@ -152,23 +146,6 @@ def _same(a: Any, b: Any) -> bool:
         # a scale that was divided by a width on one side and multiplied on the other
         return math.isclose(a, b, rel_tol=1e-12)
     return bool(a == b)
-
-
-class _UnderWeights(Mapping[str, Tensor]):
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        plane, _, rest = name.partition("/")
-        if plane != "weights":
-            raise KeyError(name)
-        return self._tensors[rest]
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"weights/{name}" for name in self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 def _weight_files(folder: Path) -> dict[str, set[str] | None]:
@@ -291,7 +268,7 @@ def write_huggingface(
     config_json = _config_json(folder, config, dtype, keys, extra_config or {})
     layout = layout_of(config)
     stream = export_weights(weights, config, layout)  # raises for unknown and missing names
-    specs = {entry.name: (DTYPE_NAMES[dtype], entry.shape) for entry in entries(config, layout)}
+    specs = {foreign.name: (DTYPE_NAMES[dtype], foreign.shape) for foreign in foreign_tensors(config, layout)}
     shards = _split(specs, max_shard_bytes)
     total = sum(tensor_bytes(*spec) for spec in specs.values())
     small = {CONFIG: config_json, **code, **(beside or {})}
@@ -362,7 +339,7 @@ def _write_shard(
         file.write(pack_header(part))
         for wanted in part:
             name, tensor = next(stream)
-            assert name == wanted  # both follow core.convert.entries
+            assert name == wanted  # both follow exchange.layouts.foreign_tensors
             if not tensor.is_floating_point():
                 raise CheckpointError(f"tensor '{name}' is {tensor.dtype}: weights are floating-point numbers")
             file.write(tensor_memory(tensor.to(dtype)))

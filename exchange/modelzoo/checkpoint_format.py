@@ -36,7 +36,7 @@ APPLIANCE_DTYPES = {torch.float32: 11, torch.bfloat16: 15}  # as `rtfx_dtypes` n
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A leaf with a dataset."""
+    """A leaf that has a dataset of its own."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -48,13 +48,13 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Link:
-    """A leaf that is another one."""
+    """A leaf that is another name of the leaf `key`."""
 
     key: str
 
 
 def flatten(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(key joined with dots, leaf), in order."""
+    """(key, leaf) of a state dict in order; the names on the way to a leaf are joined with dots."""
     if not isinstance(tree, dict | list | tuple):
         yield key, tree
         return

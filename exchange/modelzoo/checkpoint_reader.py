@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -24,7 +25,8 @@ from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.hdf5 import HDF5_ERRORS, UntrustedFileError
-from weftrain.exchange.layouts import Entry, entries, import_entry
+from weftrain.core.formats.lazy_tensors import LazyTensors, meta
+from weftrain.exchange.layouts import ForeignTensor, foreign_tensors, import_tensor
 from weftrain.exchange.modelzoo.checkpoint_format import FORMAT_VERSION, LINK, MOMENTS
 from weftrain.exchange.modelzoo.lz4 import LZ4, lz4_frame
 
@@ -32,23 +34,21 @@ _MAX_CHUNK_BYTES = 64 << 20
 _REMEDY = "take another copy of the file, or write it again"
 
 
-def read_checkpoint(path: Path, config: ModelConfig, *, optimizer: bool = False) -> Tensors:
-    """A checkpoint of this model: '<plane>/<canonical name>' -> tensor, each read and checked when it is asked for.
+def read_checkpoint(path: Path, config: ModelConfig, *, optimizer: bool = False) -> ModelZooCheckpoint:
+    """A checkpoint of this model: '<plane>/<canonical name>' -> tensor.
 
-    Reads format versions up to 0.5, thus also those of release 1.9. optimizer: the planes 'exp_avg' and 'exp_avg_sq'
-    too, which needs a file whose parameter groups name their parameters (`param_names`): numbers alone would be a
-    guess. Raises CheckpointError, now, for names and links and, later, for a tensor: half-written, truncated or altered
-    file, missing or unknown tensor, a link that leaves the file, another shape or dtype, a second copy with other bits.
-    Values are not looked at: NaN is one.
+    Reads format versions up to 0.5, thus also those of release 1.9. optimizer: read the planes 'exp_avg' and
+    'exp_avg_sq' too; the file's parameter groups must name their parameters (`param_names`), because numbers alone
+    would be a guess. Raises CheckpointError: at once for a half-written file, missing, unknown or linked names and
+    wrong dtypes; while reading for a wrong shape, a truncated file or a second copy with other bits. Any value is
+    accepted, NaN too.
     """
-    return Tensors(path, config, optimizer)
+    return ModelZooCheckpoint(path, config, optimizer)
 
 
-class Tensors(Mapping[str, Tensor]):
-    """The tensors of a checkpoint file, one at a time; see read_checkpoint.
-
-    step: `global_step`, None where the file has none. optimizer_updates: as recorded, else `step`. passed_over: what
-    else the file holds at its top level, and this program does not read.
+class ModelZooCheckpoint(LazyTensors):
+    """See read_checkpoint. step: `global_step`, None where the file has none. optimizer_updates: as recorded, else
+    `step`. ignored: what else the file holds at its top level.
     """
 
     def __init__(self, path: Path, config: ModelConfig, optimizer: bool) -> None:
@@ -56,11 +56,7 @@ class Tensors(Mapping[str, Tensor]):
         with _blamed(path), _opened(path) as (file, _):
             keys = _hard_links(file)
             version = _checked_version(file)
-            linked = {
-                key: target
-                for key in _link_keys(file, keys, version)
-                if (target := _link_target(file, key)) is not None
-            }
+            linked = {key: _link_target(file, key) for key in _link_keys(file, keys, version)}
             before = "model." if any(key.startswith("model.model.") for key in (*keys, *linked)) else ""
             self._places = {f"weights/{name}": place for name, place in _weights(config, keys, linked, before).items()}
             if optimizer:
@@ -69,73 +65,61 @@ class Tensors(Mapping[str, Tensor]):
             updates = _number(file, keys, "optimizer_updates")
             self.optimizer_updates = self.step if updates is None else updates
             known = {"model", "global_step", "optimizer_updates"} | ({"optimizer"} if optimizer else set())
-            self.passed_over = tuple(sorted({key.partition(".")[0] for key in keys} - known))
+            self.ignored = tuple(sorted({key.partition(".")[0] for key in keys} - known))
+            metas = {
+                name: meta(place.foreign.shapes[0], _dtype(_dataset(file, place.key), place.key))
+                for name, place in self._places.items()
+            }
+        super().__init__(metas, self._load)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def _load(self, name: str) -> Tensor:
         place = self._places[name]
         with _blamed(self.path), _opened(self.path) as (file, size):
-            tensor = _read(file, place.key, place.entry.shape, size)
+            tensor = _read(file, place.key, place.foreign.shape, size)
             for copy in place.copies:
-                if not torch.equal(_bits(_read(file, copy, place.entry.shape, size)), _bits(tensor)):
+                if not torch.equal(_bits(_read(file, copy, place.foreign.shape, size)), _bits(tensor)):
                     raise UntrustedFileError(
                         copy, f"differs from '{place.key}', which it should repeat; is the file of an untied model?"
                     )
-            # one canonical parameter in each entry of this layout
-            return next(tensor for _, tensor in import_entry(place.entry, {place.entry.name: tensor}))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
+            # This layout has one canonical parameter in each foreign tensor.
+            return next(tensor for _, tensor in import_tensor(place.foreign, {place.foreign.name: tensor}))
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies: its dataset, others that must hold the same, and what it is."""
+    """Where a tensor is stored: its dataset, and other datasets that must hold the same."""
 
     key: str
     copies: tuple[str, ...]
-    entry: Entry
+    foreign: ForeignTensor
 
 
-class _blamed:  # noqa: N801 - used as a function, as contextmanager's are
-    """Turn whatever is wrong with the file into a CheckpointError that names it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, UntrustedFileError):
-            raise CheckpointError(f"{self._path}: {error.field}: {error.problem}; {_REMEDY}") from error
-        if isinstance(error, HDF5_ERRORS):
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"{self._path}: cannot be read as HDF5: {reason}; {_REMEDY}") from error
+@contextlib.contextmanager
+def _blamed(path: Path) -> Iterator[None]:
+    """Raise a CheckpointError that names the file for whatever is wrong with it."""
+    try:
+        yield
+    except UntrustedFileError as error:
+        raise CheckpointError(f"{path}: {error.field}: {error.problem}; {_REMEDY}") from error
+    except HDF5_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read as HDF5: {reason}; {_REMEDY}") from error
 
 
-class _opened:  # noqa: N801 - used as a function
-    """The HDF5 file of a regular file, and the file's size in bytes."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.exists() and not path.is_symlink():
-            raise UntrustedFileError("file", "is missing")
-        status = os.lstat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise UntrustedFileError("file", "is a symbolic link or no plain file")
-        self._file, self._size = h5py.File(path, "r", locking=False), status.st_size
-
-    def __enter__(self) -> tuple[h5py.File, int]:
-        return self._file, self._size
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[h5py.File, int]]:
+    """The HDF5 file at `path`, which must be a regular file, and its size in bytes."""
+    if not path.exists() and not path.is_symlink():
+        raise UntrustedFileError("file", "is missing")
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise UntrustedFileError("file", "is a symbolic link or no plain file")
+    with h5py.File(path, "r", locking=False) as file:
+        yield file, status.st_size
 
 
 def _hard_links(file: h5py.File) -> set[str]:
-    """The root's names, all of which must be objects of this file."""
+    """The names in the root. Raises UntrustedFileError for a link that may leave the file."""
     keys = set(file)
     for key in sorted(keys):
         if file.id.links.get_info(key.encode()).type != h5l.TYPE_HARD:
@@ -144,7 +128,7 @@ def _hard_links(file: h5py.File) -> set[str]:
 
 
 def _checked_version(file: h5py.File) -> float:
-    version = float(_attribute(file, "__version__", 0.1))  # the first releases wrote none
+    version = float(_attribute(file, "__version__", 0.1))  # the first releases had no such attribute
     if not 0 < version <= FORMAT_VERSION:
         raise UntrustedFileError("__version__", f"is {version}, this program reads up to {FORMAT_VERSION}")
     if version >= FORMAT_VERSION and not bool(_attribute(file, "__SUCCESS__", False)):
@@ -162,7 +146,7 @@ def _attribute(holder: Any, name: str, default: Any) -> Any:
 
 
 def _leaf(file: h5py.File, key: str) -> dict[str, Any] | None:
-    """What the JSON of `KEY.__metadata__` says of the leaf; None where there is none."""
+    """The description of a leaf in the JSON of `KEY.__metadata__`; None where there is none."""
     name = f"{key}.__metadata__"
     text = _attribute(file, name, None)
     if text is None:
@@ -187,7 +171,7 @@ def _link_keys(file: h5py.File, keys: set[str], version: float) -> list[str]:
     return [name for name in names if name.startswith("model.") and name not in keys]
 
 
-def _link_target(file: h5py.File, key: str) -> str | None:
+def _link_target(file: h5py.File, key: str) -> str:
     own = _leaf(file, key)
     if own is None or own.get("__TYPE__") != LINK:
         kind = None if own is None else own.get("__TYPE__")
@@ -201,21 +185,21 @@ def _link_target(file: h5py.File, key: str) -> str | None:
 
 
 def _weights(config: ModelConfig, keys: set[str], linked: Mapping[str, str], before: str) -> dict[str, _Place]:
-    """Canonical name -> place. Every name of the model must be there, as a dataset or as a link to its first name, and
-    no other.
+    """Canonical name -> place. Raises UntrustedFileError unless exactly the names of the model are there, each as a
+    dataset or as a link to another name of the same tensor.
     """
-    wanted = entries(config, "cerebras")
-    known = {before + name for entry in wanted for name in (entry.name, *entry.copies)}
+    wanted = foreign_tensors(config, "cerebras")
+    known = {before + name for foreign in wanted for name in (foreign.name, *foreign.copies)}
     present = {key for key in keys if key.startswith("model.")} | set(linked)
-    required = {before + entry.name for entry in wanted}
+    required = {before + foreign.name for foreign in wanted}
     for problem, names in (("missing", required - present), ("unknown", present - known)):
         if names:
             shown = sorted(names)
             more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
             raise UntrustedFileError(", ".join(shown[:4]) + more, f"{problem}; is the file of this model?")
     places = {}
-    for entry in wanted:
-        same = [before + name for name in (entry.name, *entry.copies)]
+    for foreign in wanted:
+        same = [before + name for name in (foreign.name, *foreign.copies)]
         held = [name for name in same if name in keys]
         for name in same:
             if name in linked and linked[name] not in held:
@@ -224,14 +208,12 @@ def _weights(config: ModelConfig, keys: set[str], linked: Mapping[str, str], bef
                 )
         if not held:
             raise UntrustedFileError(same[0], "is missing; is the file of this model?")
-        places[entry.parameters[0]] = _Place(held[0], tuple(held[1:]), entry)
+        places[foreign.parameters[0]] = _Place(held[0], tuple(held[1:]), foreign)
     return places
 
 
 def _moments(file: h5py.File, config: ModelConfig, keys: set[str]) -> dict[str, _Place]:
-    """'<plane>/<canonical name>' -> place of the optimizer's tensors, by the names that the parameter groups give
-    them.
-    """
+    """'<plane>/<canonical name>' -> place of the optimizer's tensors, which the parameter groups name."""
     numbers: dict[str, int] = {}
     pattern = re.compile(r"(optimizer\.param_groups\.\d+)\.param_names\.(\d+)\.__metadata__")
     for match in filter(None, map(pattern.fullmatch, file.attrs)):
@@ -244,22 +226,22 @@ def _moments(file: h5py.File, config: ModelConfig, keys: set[str]) -> dict[str, 
             "optimizer.param_groups", "do not name their parameters (param_names): read the weights alone"
         )
     places = {}
-    for entry in entries(config, "cerebras"):
+    for foreign in foreign_tensors(config, "cerebras"):
         for plane in MOMENTS:
-            key = f"optimizer.state.{numbers.get(entry.name)}.{plane}"
+            key = f"optimizer.state.{numbers.get(foreign.name)}.{plane}"
             if key not in keys:
-                raise UntrustedFileError(key, f"is missing, {plane} of '{entry.name}'; is the file of this model?")
-            places[f"{plane}/{entry.parameters[0]}"] = _Place(key, (), entry)
+                raise UntrustedFileError(key, f"is missing, {plane} of '{foreign.name}'; is the file of this model?")
+            places[f"{plane}/{foreign.parameters[0]}"] = _Place(key, (), foreign)
     return places
 
 
 def _scalar(file: h5py.File, key: str) -> Any:
-    """A number or text that stands in the JSON; None where there is none. Equal ones of Python's small objects are
-    links to one another.
+    """A number or text from the JSON; None where there is none. The vendor stores equal small values once and links to
+    them.
     """
     own = _leaf(file, key)
     if own is not None and own.get("__TYPE__") == LINK and isinstance(own.get("key"), str):
-        own = _leaf(file, own["key"])  # the vendor links to a first name, never to another link
+        own = _leaf(file, own["key"])  # always a first name, never another link
     return None if own is None else own.get("scalar_value", own.get("string_value"))
 
 
@@ -281,15 +263,13 @@ def _number(file: h5py.File, keys: set[str], key: str) -> int | None:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """For a comparison in which NaN equals itself."""
+    """The tensor as integers, so that NaN equals itself in a comparison."""
     return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
 
 
 def _read(file: h5py.File, key: str, shape: tuple[int, ...], file_bytes: int) -> Tensor:
-    """One tensor. The shape is the config's, so nothing that the file claims decides how much memory is taken."""
-    dataset = file[key]
-    if not isinstance(dataset, h5py.Dataset):
-        raise UntrustedFileError(key, "is not a dataset")
+    """One tensor. The shape is the config's, so no claim of the file decides how much memory is used."""
+    dataset = _dataset(file, key)
     plist = dataset.id.get_create_plist()
     layout = plist.get_layout()
     if layout not in (h5d.CONTIGUOUS, h5d.CHUNKED) or plist.get_external_count():
@@ -312,24 +292,31 @@ def _read(file: h5py.File, key: str, shape: tuple[int, ...], file_bytes: int) ->
     else:
         array = _read_chunks(dataset, key, plist)
     tensor = torch.from_numpy(np.ascontiguousarray(array).reshape(shape))
-    return tensor.view(torch.bfloat16) if dtype.kind == "i" else tensor
+    return tensor.view(dtype)
 
 
-def _dtype(dataset: h5py.Dataset, key: str) -> np.dtype[Any]:
-    """float32, or int16 for bfloat16."""
+def _dataset(file: h5py.File, key: str) -> h5py.Dataset:
+    dataset = file[key]
+    if not isinstance(dataset, h5py.Dataset):
+        raise UntrustedFileError(key, "is not a dataset")
+    return dataset
+
+
+def _dtype(dataset: h5py.Dataset, key: str) -> torch.dtype:
+    """float32, or bfloat16, which is stored as int16."""
     kind = dataset.id.get_type()
     if kind == h5t.IEEE_F32LE:
-        return np.dtype("<f4")
+        return torch.float32
     if kind in (h5t.STD_I16LE, h5t.STD_U16LE):
         named = dataset.attrs.get("dtypes", ())
         of_old = "is_bfloat16" in dataset.attrs and bool(_attribute(dataset, "is_bfloat16", False))
         if of_old or [str(name) for name in np.asarray(named).reshape(-1)[:2]] == ["torch.bfloat16"]:
-            return np.dtype("<i2")
+            return torch.bfloat16
     raise UntrustedFileError(key, f"holds {dataset.dtype} (and no mark of bfloat16), not float32 or bfloat16")
 
 
 def _read_chunks(dataset: h5py.Dataset, key: str, plist: Any) -> np.ndarray:
-    """A chunked dataset, every chunk of it there."""
+    """A chunked dataset. Raises UntrustedFileError where a chunk is missing."""
     filters = [plist.get_filter(index)[0] for index in range(plist.get_nfilters())]
     chunk_bytes = dataset.dtype.itemsize * math.prod(dataset.chunks)
     grid = [range(0, extent, step) for extent, step in zip(dataset.shape, dataset.chunks, strict=True)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,10 @@ from torch import Tensor
 from weftrain.core.config import ModelConfig, OptimizerConfig
 from weftrain.core.errors import CheckpointError
 from weftrain.core.formats import fsops
+from weftrain.core.formats.lazy_tensors import LazyTensors, select
 from weftrain.core.formats.tensor_file import tensor_memory
 from weftrain.core.optim import beta_power, parameter_groups
-from weftrain.exchange.layouts import Entry, entries, export_weights
+from weftrain.exchange.layouts import ForeignTensor, export_weights, foreign_tensors
 from weftrain.exchange.modelzoo.checkpoint_format import (
     APPLIANCE_DTYPES,
     FORMAT_VERSION,
@@ -46,8 +47,8 @@ _WRITE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """AdamW's state beside the weights. learning_rate: the base rate of the next step, recorded for the vendor's
-    parameter groups.
+    """What AdamW's state needs besides the moments. learning_rate: the base rate of the next step, which goes into the
+    vendor's parameter groups.
     """
 
     config: OptimizerConfig
@@ -64,14 +65,14 @@ def write_checkpoint(
     optimizer: OptimizerState | None = None,
     prefix: Prefix = "model",
 ) -> int:
-    """Write a new checkpoint file; it appears whole and durable, or not at all. Equal arguments give equal bytes. Its
-    size in bytes.
+    """Write a new checkpoint file and return its size in bytes. It appears whole and durable, or not at all; equal
+    arguments give equal bytes.
 
-    tensors: '<plane>/<canonical name>' as in core.backend.State, planes 'weights' and, with `optimizer`, 'exp_avg' and
-    'exp_avg_sq'; or plain canonical names, which are weights. fp32 or bf16, each read when its turn comes; a lazy
-    mapping may offer meta(name). optimizer: parameters are numbered by weftrain's groups (core.optim.parameter_groups),
-    and each group carries their names. Raises CheckpointError: the file exists, the disk is full or fails, a tensor is
-    missing, of another shape or dtype.
+    tensors: '<plane>/<canonical name>' as in core.backend.State, with the planes 'weights' and, where `optimizer` is
+    given, 'exp_avg' and 'exp_avg_sq'; or plain canonical names, which are weights. fp32 or bf16, read one at a time.
+    optimizer: parameters are numbered by weftrain's groups (core.optim.parameter_groups), and each group holds their
+    names. Raises CheckpointError: the file exists, the disk is full or fails, or a tensor is missing or has the wrong
+    shape or dtype.
     """
     planes = _planes(config, tensors, optimizer, path)
     state = _state_dict(config, planes, step, optimizer, prefix)
@@ -92,80 +93,66 @@ def write_checkpoint(
     return image.size
 
 
-class _Plane(Mapping[str, Tensor]):
-    """Canonical name -> tensor of one plane of `tensors`; `dtypes` of all of them, from meta(name) where the mapping
-    offers it.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], before: str) -> None:
-        self._tensors, self._before = tensors, before
-        meta: Callable[[str], Tensor] = getattr(tensors, "meta", tensors.__getitem__)
-        self.dtypes = {name: meta(before + name).dtype for name in self}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._before + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self._before) for name in self._tensors if name.startswith(self._before))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
 def _planes(
     config: ModelConfig, tensors: Mapping[str, Tensor], optimizer: OptimizerState | None, path: Path
-) -> dict[str, _Plane]:
-    """The planes to write, every tensor of each there and of a dtype that the file can hold."""
+) -> dict[str, LazyTensors]:
+    """Plane -> canonical name -> tensor. Raises CheckpointError for a missing tensor and a dtype that has no form."""
     in_planes = any("/" in name for name in tensors)
     wanted = ("weights", *MOMENTS) if optimizer is not None else ("weights",)
-    planes = {
-        plane: _Plane(tensors, f"{plane}/" if in_planes else "") for plane in (wanted if in_planes else wanted[:1])
-    }
+    planes = {}
+    for plane in wanted if in_planes else wanted[:1]:
+        prefix = f"{plane}/" if in_planes else ""
+        names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+        planes[plane] = select(tensors, names)
     if missing := [plane for plane in wanted if not len(planes.get(plane, ()))]:
         raise CheckpointError(
             f"{path}: no tensors '{missing[0]}/...' were given: leave the optimizer out, or give its state"
         )
     for plane, content in planes.items():
         export_weights(content, config, "cerebras")  # raises for missing and unknown names
-        for name, dtype in content.dtypes.items():
-            if dtype not in APPLIANCE_DTYPES:
+        for name in content:
+            if (dtype := content.meta(name).dtype) not in APPLIANCE_DTYPES:
                 raise CheckpointError(
-                    f"{path}: tensor '{plane}/{name}' is {dtype}: the form holds float32 and bfloat16, convert it"
+                    f"{path}: tensor '{plane}/{name}' is {dtype}: the format holds float32 and bfloat16, convert it"
                 )
     return planes
 
 
 def _state_dict(
-    config: ModelConfig, planes: Mapping[str, _Plane], step: int, optimizer: OptimizerState | None, prefix: Prefix
+    config: ModelConfig, planes: Mapping[str, LazyTensors], step: int, optimizer: OptimizerState | None, prefix: Prefix
 ) -> dict[str, Any]:
     """The state dict that the file holds, with StoredTensor and Link for tensors, in the vendor's order."""
     inner = "" if prefix == "model" else "model."
-    names = {entry.parameters[0]: entry for entry in entries(config, "cerebras")}
+    names = {foreign.parameters[0]: foreign for foreign in foreign_tensors(config, "cerebras")}
     model: dict[str, Any] = {}
-    for name, entry in names.items():
-        bare = inner + entry.name.removeprefix("model.")
-        model[bare] = StoredTensor(planes["weights"].dtypes[name], entry.shape)
-        model |= {inner + copy.removeprefix("model."): Link(f"model.{bare}") for copy in entry.copies}
+    for name, foreign in names.items():
+        bare = inner + foreign.name.removeprefix("model.")
+        model[bare] = StoredTensor(planes["weights"].meta(name).dtype, foreign.shape)
+        model |= {inner + copy.removeprefix("model."): Link(f"model.{bare}") for copy in foreign.copies}
     state: dict[str, Any] = {"model": model}
     if optimizer is not None:
         state["optimizer"] = _optimizer_dict(config, planes, optimizer, names)
-        # ours: the vendor's own state holds it as powers of beta, which run out
+        # Not a key of the vendor's: its own state has powers of beta instead, which underflow.
         state["optimizer_updates"] = optimizer.updates
     state["global_step"] = step
     return state
 
 
 def _optimizer_dict(
-    config: ModelConfig, planes: Mapping[str, _Plane], optimizer: OptimizerState, names: Mapping[str, Entry]
+    config: ModelConfig,
+    planes: Mapping[str, LazyTensors],
+    optimizer: OptimizerState,
+    names: Mapping[str, ForeignTensor],
 ) -> dict[str, Any]:
-    """What the vendor's AdamW gives as its state dict, and `param_names` (torch's own key for it) in each group."""
+    """The state dict of the vendor's AdamW, with `param_names` (torch's own key for it) in each group."""
     settings = optimizer.config
     states: dict[int, Any] = {}
     groups = []
     for group in parameter_groups(config, settings):
         numbers = tuple(range(len(states), len(states) + len(group.parameters)))
         for number, name in zip(numbers, group.parameters, strict=True):
-            states[number] = {plane: StoredTensor(planes[plane].dtypes[name], names[name].shape) for plane in MOMENTS}
+            shape = names[name].shape
+            states[number] = {plane: StoredTensor(planes[plane].meta(name).dtype, shape) for plane in MOMENTS}
             states[number] |= {power: StoredTensor(torch.float32, ()) for power in ("beta1_power", "beta2_power")}
         groups.append(
             {
@@ -184,10 +171,8 @@ def _optimizer_dict(
 
 
 def _datasets(config: ModelConfig, optimizer: OptimizerState | None, prefix: Prefix) -> Iterator[tuple[str, str, str]]:
-    """(key, plane, canonical name) of every dataset in the order in which they lie in the file: that in which tensors
-    are read.
-    """
-    names = {entry.parameters[0]: entry.name for entry in entries(config, "cerebras")}
+    """(key, plane, canonical name) of every dataset, in the order of the file, which is that of reading."""
+    names = {foreign.parameters[0]: foreign.name for foreign in foreign_tensors(config, "cerebras")}
     yield from ((f"{prefix}.{foreign.removeprefix('model.')}", "weights", name) for name, foreign in names.items())
     if optimizer is not None:
         numbered = [name for group in parameter_groups(config, optimizer.config) for name in group.parameters]
@@ -196,10 +181,10 @@ def _datasets(config: ModelConfig, optimizer: OptimizerState | None, prefix: Pre
 
 
 def _values(
-    config: ModelConfig, planes: Mapping[str, _Plane], optimizer: OptimizerState | None, prefix: Prefix
+    config: ModelConfig, planes: Mapping[str, LazyTensors], optimizer: OptimizerState | None, prefix: Prefix
 ) -> Iterator[tuple[str, Tensor]]:
-    """Key -> tensor in the order of _datasets, each tensor read when it is asked for."""
-    first_names = {entry.name for entry in entries(config, "cerebras")}
+    """(key, tensor) in the order of _datasets, each tensor read when its turn comes."""
+    first_names = {foreign.name for foreign in foreign_tensors(config, "cerebras")}
     powers: dict[str, Tensor] = {}
     if optimizer is not None:
         for plane, beta in (("beta1_power", optimizer.config.beta1), ("beta2_power", optimizer.config.beta2)):
@@ -210,17 +195,15 @@ def _values(
     }
     for key, plane, name in _datasets(config, optimizer, prefix):
         tensor = powers[plane] if plane in powers else next(streams[plane])
-        if plane in planes and tensor.dtype != planes[plane].dtypes[name]:
+        if plane in planes and tensor.dtype != planes[plane].meta(name).dtype:
             raise CheckpointError(
-                f"tensor '{plane}/{name}' is {tensor.dtype}, announced as {planes[plane].dtypes[name]}"
+                f"tensor '{plane}/{name}' is {tensor.dtype}, announced as {planes[plane].meta(name).dtype}"
             )
         yield key, tensor
 
 
 class _Pages:
-    """What the HDF5 library takes for a file, in memory. It is shown no tensor, so this holds its own structures
-    alone.
-    """
+    """A file in memory for the HDF5 library. It is given no tensor, so only its own structures are here."""
 
     def __init__(self) -> None:
         self.pages: dict[int, bytearray] = {}
@@ -271,10 +254,10 @@ class _Pages:
 
 
 class _Image:
-    """The finished file without its tensors: HDF5's structures, and where in between each tensor's bytes belong."""
+    """The finished file without its tensors: HDF5's structures, and the places of the tensors' bytes between them."""
 
     def __init__(self, state: Mapping[str, Any], order: list[str]) -> None:
-        """order: the keys of the datasets, as they shall lie in the file."""
+        """order: the keys of the datasets in the order of the file."""
         pages, leaves = _Pages(), dict(flatten(state))
         self.offsets: dict[str, tuple[int, int]] = {}  # dataset -> first byte, number of bytes
         with h5py.File(pages, "w", libver=("earliest", "v110")) as file:
@@ -293,7 +276,7 @@ class _Image:
         self.size = max(pages.size, *(first + count for first, count in self.offsets.values()))
 
     def structures(self, first: int, end: int) -> Iterator[bytes]:
-        """The library's own bytes [first, end)."""
+        """Bytes [first, end) of the HDF5 structures."""
         while first < end:
             page, at = divmod(first, _PAGE)
             count = min(end - first, _PAGE - at)
@@ -302,10 +285,10 @@ class _Image:
 
 
 def _create(file: h5py.File, key: str, leaf: StoredTensor) -> int:
-    """A contiguous dataset whose place is reserved and not written to; the place's first byte."""
+    """Create a contiguous dataset whose bytes are reserved and not written; returns the offset of the first."""
     plist = h5p.create(h5p.DATASET_CREATE)
     plist.set_layout(h5d.CONTIGUOUS)
-    plist.set_alloc_time(h5d.ALLOC_TIME_EARLY)  # and no fill value is set, so the library writes nothing there
+    plist.set_alloc_time(h5d.ALLOC_TIME_EARLY)  # no fill value is set, so nothing is written there
     plist.set_obj_track_times(False)
     kind = h5t.STD_I16LE if leaf.dtype == torch.bfloat16 else h5t.IEEE_F32LE
     space = h5s.create_simple(leaf.shape) if leaf.shape else h5s.create(h5s.SCALAR)
@@ -317,7 +300,7 @@ def _create(file: h5py.File, key: str, leaf: StoredTensor) -> int:
 
 
 def _write(path: Path, image: _Image, values: Iterator[tuple[str, Tensor]]) -> None:
-    """The file front to back: structures and, in their places, tensors. OSError where the disk says so."""
+    """Write the file front to back: structures and, in their places, tensors. Raises OSError."""
     temporary = fsops.temporary_beside(path)
     try:
         with fsops.FileWriter(temporary) as file:

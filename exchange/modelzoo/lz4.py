@@ -13,10 +13,8 @@ LZ4 = 32004  # registered filter number
 
 
 def lz4_frame(stored: bytes, size: int) -> bytes:
-    """HDF5's LZ4 frame of `size` bytes: their number (8 bytes, big-endian), the block size (4), and each block behind
-    its length (4).
-
-    A block as long as it is uncompressed is stored. Raises UntrustedFileError.
+    """The `size` bytes of one of HDF5's LZ4 frames: their number (8 bytes, big-endian), the block size (4), then each
+    block after its length (4). A block that is as long as its contents is stored as it is. Raises UntrustedFileError.
     """
     total, block_size = int.from_bytes(stored[:8], "big"), int.from_bytes(stored[8:12], "big")
     if len(stored) < 12 or total != size or block_size == 0:
@@ -38,10 +36,8 @@ def lz4_frame(stored: bytes, size: int) -> bytes:
 
 
 def lz4_block(data: bytes, size: int) -> bytearray:
-    """One LZ4 block of `size` bytes (github.com/lz4/lz4, lz4_Block_format): literals, then a match, until the last
-    literals.
-
-    Raises UntrustedFileError where it is not one.
+    """The `size` bytes of one LZ4 block (github.com/lz4/lz4, lz4_Block_format): literals and a match in turn, literals
+    last. Raises UntrustedFileError.
     """
     result, at = bytearray(), 0
     try:
@@ -66,7 +62,7 @@ def lz4_block(data: bytes, size: int) -> bytearray:
                 raise UntrustedFileError("LZ4", "a match leaves its block")
             start = len(result) - distance
             piece = result[start : start + match]
-            result += (piece * (match // len(piece) + 1))[:match]  # a match may reach into itself: the piece repeats
+            result += (piece * (match // len(piece) + 1))[:match]  # a match may overlap what it writes: then it repeats
     except IndexError:
         raise UntrustedFileError("LZ4", "a block ends in the middle") from None
     if len(result) != size:
@@ -75,7 +71,7 @@ def lz4_block(data: bytes, size: int) -> bytearray:
 
 
 def _lz4_length(data: bytes, at: int, length: int) -> tuple[int, int]:
-    """A length that goes on in bytes of 255, and the position behind it."""
+    """A length that continues in further bytes, the last below 255; and the position after it."""
     while (byte := data[at]) == 255:
         length, at = length + 255, at + 1
     return length + byte, at + 1

@@ -21,8 +21,8 @@ from weftrain.core.mup import fold, resolve_scales
 from weftrain.core.parameters import parameter_specs
 from weftrain.exchange.huggingface.config import config_to_huggingface
 from weftrain.exchange.layouts import (
-    entries,
     export_weights,
+    foreign_tensors,
     import_weights,
 )
 
@@ -149,7 +149,7 @@ def test_buffers_and_equal_copies_are_passed_over(build: Build, layout: str) -> 
     config = build()
     weights = large_weights(config)
     exported = dict(export_weights(weights, config, layout))
-    exported |= {copy: exported[entry.name] for entry in entries(config, layout) for copy in entry.copies}
+    exported |= {copy: exported[entry.name] for entry in foreign_tensors(config, layout) for copy in entry.copies}
     ignored = {
         "llama": ["model.layers.2.self_attn.rotary_emb.inv_freq"],
         "crystalcoder": ["transformer.h.0.attn.bias", "transformer.h.2.attn.masked_bias"],
@@ -172,12 +172,12 @@ def test_missing_unknown_and_misshapen_tensors_are_named(build: Build, layout: s
     config = build()
     weights = large_weights(config)
     exported = dict(export_weights(weights, config, layout))
-    for entry in entries(config, layout):
+    for entry in foreign_tensors(config, layout):
         with pytest.raises(CheckpointError, match=rf"missing tensors {entry.name};"):
             import_weights({name: tensor for name, tensor in exported.items() if name != entry.name}, config, layout)
     with pytest.raises(CheckpointError, match=r"unknown tensors surprise\.weight"):
         import_weights({**exported, "surprise.weight": torch.zeros(1)}, config, layout)
-    name = entries(config, layout)[-1].name
+    name = foreign_tensors(config, layout)[-1].name
     with pytest.raises(CheckpointError, match=rf"'{name}' has shape \[3\]"):
         list(import_weights({**exported, name: torch.zeros(3)}, config, layout))
     with pytest.raises(CheckpointError, match=r"unknown tensors layers\.9\.ffn"):

@@ -14,7 +14,7 @@ from modelzoo_checkpoints import ADAMW, EMBEDDING, HEAD, NORM, NORM_AGAIN, asser
 
 from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError
-from weftrain.exchange.layouts import entries
+from weftrain.exchange.layouts import foreign_tensors
 from weftrain.exchange.modelzoo.checkpoint_reader import read_checkpoint
 from weftrain.exchange.modelzoo.checkpoint_writer import OptimizerState, write_checkpoint
 
@@ -201,7 +201,7 @@ def test_a_file_of_release_1_9_is_read(tmp_path: Path, dtype: torch.dtype) -> No
     with h5py.File(path, "w") as file:
         file.attrs["__version__"] = 0.3
         file.attrs["__spec__"] = b"cos\nsystem\n(S'exit 1'\ntR.".hex()
-        for entry in entries(config, "cerebras"):
+        for entry in foreign_tensors(config, "cerebras"):
             tensor = state[f"weights/{entry.parameters[0]}"]
             for name in (entry.name, *entry.copies):
                 dataset = file.create_dataset(
@@ -213,7 +213,7 @@ def test_a_file_of_release_1_9_is_read(tmp_path: Path, dtype: torch.dtype) -> No
         file.create_dataset("lr_scheduler.last_epoch", data=np.int64(12))
     back = read_checkpoint(path, config)
     assert_same_state(back, state)
-    assert (back.step, back.optimizer_updates, back.passed_over) == (12, 12, ("lr_scheduler",))
+    assert (back.step, back.optimizer_updates, back.ignored) == (12, 12, ("lr_scheduler",))
     change(path, HEAD, None)
     assert_same_state(read_checkpoint(path, config), state)  # copies may be absent
     assert_refused(path, "do not name their parameters", optimizer=True)

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,11 @@ from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.fsops import TEMPORARY_PREFIX
+from weftrain.core.formats.lazy_tensors import LazyTensors, meta
 from weftrain.core.optim import beta_power
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import load_recipe
-from weftrain.exchange.layouts import entries, import_entry
+from weftrain.exchange.layouts import foreign_tensors, import_tensor
 from weftrain.exchange.modelzoo.checkpoint_format import MOMENTS
 from weftrain.exchange.modelzoo.checkpoint_reader import read_checkpoint
 from weftrain.exchange.modelzoo.checkpoint_writer import (
@@ -84,11 +84,11 @@ def test_round_trip_is_bit_exact(
         back = read_checkpoint(path, config, optimizer=with_optimizer)
         assert_same_state(back, state)
         assert (back.step, back.optimizer_updates) == (7, updates if with_optimizer else 7)
-        assert back.passed_over == ()
+        assert back.ignored == ()
         if with_optimizer:
             weights = read_checkpoint(path, config)
             assert set(weights) == {name for name in state if name.startswith("weights/")}
-            assert weights.passed_over == ("optimizer",)
+            assert weights.ignored == ("optimizer",)
 
 
 def test_plain_names_are_weights(tmp_path: Path) -> None:
@@ -111,24 +111,15 @@ def test_tensors_stream_one_at_a_time(tmp_path: Path, family: Build) -> None:
     """Each tensor of a lazy mapping is asked for once, and no two are held while the file is written."""
     config = small(family)
     state = random_state(config, planes=("weights", "exp_avg", "exp_avg_sq"))
-    read: list[str] = []
+    asked: list[str] = []
 
-    class Lazy(Mapping[str, Tensor]):
-        def __getitem__(self, name: str) -> Tensor:
-            read.append(name)
-            return state[name]
+    def read(name: str) -> Tensor:
+        asked.append(name)
+        return state[name]
 
-        def meta(self, name: str) -> Tensor:
-            return state[name].to("meta")
-
-        def __iter__(self) -> Iterator[str]:
-            return iter(state)
-
-        def __len__(self) -> int:
-            return len(state)
-
-    write_checkpoint(tmp_path / "lazy", config, Lazy(), step=3, optimizer=OptimizerState(ADAMW, 3))
-    assert read == list(state)  # in execution order, plane by plane
+    lazy = LazyTensors({name: tensor.to("meta") for name, tensor in state.items()}, read)
+    write_checkpoint(tmp_path / "lazy", config, lazy, step=3, optimizer=OptimizerState(ADAMW, 3))
+    assert asked == list(state)  # in execution order, plane by plane
     write_checkpoint(tmp_path / "eager", config, state, step=3, optimizer=OptimizerState(ADAMW, 3))
     assert (tmp_path / "lazy").read_bytes() == (tmp_path / "eager").read_bytes()
 
@@ -139,7 +130,7 @@ def test_names_in_the_file(tmp_path: Path) -> None:
     state = random_state(config, torch.bfloat16, planes=("weights", "exp_avg", "exp_avg_sq"))
     write_checkpoint(tmp_path / "a", config, state, step=3, optimizer=OptimizerState(ADAMW, 4, 0.5))
     with h5py.File(tmp_path / "a") as file:
-        names = {entry.name for entry in entries(config, "cerebras")}
+        names = {entry.name for entry in foreign_tensors(config, "cerebras")}
         parts = ("exp_avg", "exp_avg_sq", "beta1_power", "beta2_power")
         assert set(file) == names | {
             f"optimizer.state.{number}.{part}" for number in range(len(names)) for part in parts
@@ -169,23 +160,14 @@ def test_the_layout_of_a_7b_model_takes_no_memory_for_its_tensors() -> None:
     """
     config = load_recipe("crystalcoder_7b_phase1").recipe.model
 
-    class Meta(Mapping[str, Tensor]):
-        names = tuple(f"{plane}/{spec.name}" for plane in ("weights", *MOMENTS) for spec in parameter_specs(config))
+    def read(name: str) -> Tensor:
+        raise AssertionError(f"{name} was read")
 
-        def __getitem__(self, name: str) -> Tensor:
-            raise AssertionError(f"{name} was read")
-
-        def meta(self, name: str) -> Tensor:
-            return torch.empty(0, device="meta")
-
-        def __iter__(self) -> Iterator[str]:
-            return iter(self.names)
-
-        def __len__(self) -> int:
-            return len(self.names)
-
+    metas = {
+        f"{plane}/{spec.name}": meta(spec.shape) for plane in ("weights", *MOMENTS) for spec in parameter_specs(config)
+    }
     optimizer = OptimizerState(ADAMW, 1)
-    planes = _planes(config, Meta(), optimizer, Path("x"))
+    planes = _planes(config, LazyTensors(metas, read), optimizer, Path("x"))
     state = _state_dict(config, planes, 1, optimizer, "model")
     image = _Image(state, [key for key, _, _ in _datasets(config, optimizer, "model")])
     tensors = 3 * 6_575_278_720 * 4
@@ -209,7 +191,7 @@ def test_what_the_form_cannot_hold_is_refused(tmp_path: Path) -> None:
         (
             half,
             None,
-            r"checkpoint\.mdl: tensor 'weights/final_norm\.bias' is torch\.float16: the form holds float32 and bfloat16",
+            r"checkpoint\.mdl: tensor 'weights/final_norm\.bias' is torch\.float16: the format holds float32 and bfloat16",
         ),
         (wrong, None, r"tensor 'final_norm\.bias' has shape \[5\]"),
         (less, None, r"missing tensors final_norm\.bias"),
@@ -324,7 +306,7 @@ def test_the_vendor_loads_it(vendor: Path, tmp_path: Path, family: Build, dtype:
     names = {
         number: name for group in groups for number, name in zip(group["params"], group["param_names"], strict=True)
     }
-    by_name = {entry.name: entry for entry in entries(config, "cerebras")}
+    by_name = {entry.name: entry for entry in foreign_tensors(config, "cerebras")}
     assert sorted(names.values()) == sorted(by_name)
     for number, name in names.items():
         of_parameter = loaded["optimizer"]["state"][number]
@@ -333,7 +315,7 @@ def test_the_vendor_loads_it(vendor: Path, tmp_path: Path, family: Build, dtype:
             ("weights", loaded["model"][name.removeprefix("model.")]),
             *((p, of_parameter[p]) for p in MOMENTS),
         ):
-            canonical = next(import_entry(entry, {name: tensor}))[1]
+            canonical = next(import_tensor(entry, {name: tensor}))[1]
             assert same(canonical, state[f"{plane}/{entry.parameters[0]}"]), (plane, name)
         for copy in entry.copies:
             assert same(loaded["model"][copy.removeprefix("model.")], loaded["model"][name.removeprefix("model.")])
