@@ -203,9 +203,8 @@ class Decoder(nn.Module):
         # In a tuple a module is not registered: the last segment owns nothing, it joins the two modules above under
         # their own names.
         self._last_segment = (Head(config, selection, self.final_norm, self.head),)
-        cos, sin = rotary_tables(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
+            self.register_buffer(name, table.to(self.embedding.weight.device), persistent=False)
 
     def forward(
         self,
@@ -247,7 +246,7 @@ class Decoder(nn.Module):
 
     def reset_rotary_tables(self) -> None:
         """Fill the rotary tables again, in place: `to_empty` leaves them undefined, as it does the weights."""
-        for buffer, table in zip((self.cos, self.sin), rotary_tables(self.config, torch.device("cpu")), strict=True):
+        for buffer, table in zip((self.cos, self.sin), rotary_tables(self.config), strict=True):
             buffer.copy_(table)
 
     def _residual_stream(
@@ -269,15 +268,16 @@ def attention_scale(config: ModelConfig) -> float:
     return 1 / config.head_dim if config.attention_scale == "inverse_head_dim" else 1 / math.sqrt(config.head_dim)
 
 
-def rotary_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin, fp32 [max_position_embeddings, rotary_dim / 2]: position x theta^(-2i / rotary_dim), all in fp32.
 
     The reciprocal is taken last, as Hugging Face's Llama and the Cerebras Model Zoo do: theta^(-x) differs in the last
-    bit.
+    bit. On the CPU whatever the default device is: so they are the same everywhere, and `arange` on the meta device
+    would import torch's compiler, a second at each start.
     """
-    exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=device) / config.rotary_dim
+    exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device="cpu") / config.rotary_dim
     frequency = 1.0 / config.rope_theta**exponent
-    angle = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device), frequency)
+    angle = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32, device="cpu"), frequency)
     return angle.cos(), angle.sin()
 
 

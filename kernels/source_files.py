@@ -7,10 +7,11 @@ its imports within its own package is found by reading the files; what is not Py
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,26 +74,26 @@ def _closure(module: str, root: str, top: Path) -> set[Path]:
             continue
         found[name] = path
         if path.suffix == ".py":
-            waiting += _imports(path, name)
+            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+            waiting += _imports(path.read_bytes(), path, package)
     return set(found.values())
 
 
-def _imports(path: Path, name: str) -> Iterator[str]:
-    """What a file may name as modules in its import statements, those within functions too: `from a.b import c` names
-    a.b and a.b.c.
+@functools.lru_cache(maxsize=1024)
+def _imports(source: bytes, path: Path, package: str) -> tuple[str, ...]:
+    """What a file of `package` may name as modules in its import statements, those within functions too:
+    `from a.b import c` names a.b and a.b.c. Cached by content: each kernel of a selection asks for much the same files.
     """
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source, str(path))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = (
-                importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-                if node.level
-                else node.module or ""
-            )
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            base = node.module or ""
+            if node.level:
+                base = importlib.util.resolve_name("." * node.level + base, package)
+            names += (base, *(f"{base}.{alias.name}" for alias in node.names))
+    return tuple(names)
 
 
 def _file(module: str, root: str, top: Path) -> Path | None:

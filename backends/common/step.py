@@ -152,7 +152,7 @@ def bind_parameters(
             copies[spec.name] = parameter.detach()
         owner, _, attribute = spec.name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, parameter)
-    for name, table in zip(("cos", "sin"), rotary_tables(model.config, torch.device("cpu")), strict=True):
+    for name, table in zip(("cos", "sin"), rotary_tables(model.config), strict=True):
         model.register_buffer(name, table.to(device), persistent=False)
     return parameters, copies
 

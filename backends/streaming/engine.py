@@ -72,7 +72,7 @@ class StreamingRun:
         self._grad_norm = self._selection.function("grad_norm", "optimizer")
         with torch.device("meta"):  # weights are bound when a record is there
             self._model = Decoder(recipe.model, self._selection, residual_dtype=torch.float32)
-        for name, table in zip(("cos", "sin"), rotary_tables(recipe.model, torch.device("cpu")), strict=True):
+        for name, table in zip(("cos", "sin"), rotary_tables(recipe.model), strict=True):
             self._model.register_buffer(name, table.to(device), persistent=False)
         self._segments = self._model.segments()
         self._run_block = torch.compile(call, dynamic=False) if options.compile else call
