@@ -1,1 +1,1 @@
-"""The command line: the composition root, the only place that knows everybody."""
+"""The command line: the one place that imports every package and puts them together."""

@@ -1,8 +1,4 @@
-"""What several verbs put together alike: the backend with its checked options, the data, the peak.
-
-What a reader would get wrong: everything here fails before step 0. A wrong option names its line in the recipe, a
-missing shard its file.
-"""
+"""What several verbs need before step 0: the data, a recorded recipe and checkpoint, and the peak of MFU."""
 
 from __future__ import annotations
 
@@ -37,10 +33,10 @@ def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
 
 
 def newest_or_named(path: Path, say: Callable[[str], None]) -> Path:
-    """The newest whole checkpoint of a run's or a release's folder, every byte of it verified; or `path` itself, a
-    checkpoint's.
+    """The newest whole checkpoint of a run or release, with every byte verified; or `path` if it is a checkpoint's
+    folder.
 
-    say: gets a line for each damaged one passed over. Raises CheckpointError where there is none.
+    say: called with a line for each damaged checkpoint that is passed over. Raises CheckpointError if there is none.
     """
     if not (path / "checkpoints").is_dir():
         return path
@@ -57,11 +53,10 @@ def recipe_of_checkpoint(
     backend: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> RecipeFile:
-    """The recipe that the checkpoint in `path` was made by, with overrides, to compute with it here: see
-    resolve.resolve_foreign.
+    """The recipe of the checkpoint in `path`, with overrides, to compute with here: see resolve.resolve_foreign.
 
-    A release's data are looked for in the release, and elsewhere only where an override says so. Raises RecipeError,
-    ReleaseError; CheckpointError where an override asks for a model of other shapes.
+    A release's data are read from the release unless an override says otherwise. Raises RecipeError, ReleaseError, and
+    CheckpointError if an override asks for a model of other shapes.
     """
     tree, release = copy.deepcopy(manifest["recipe"]), real_path(path).parent.parent
     if real_path(path).parent.name == "checkpoints" and (release / RELEASE).exists():
@@ -72,11 +67,11 @@ def recipe_of_checkpoint(
 
 
 def run_speed(recipe: Recipe, backend: Backend, run: Run, metrics: Path) -> Speed:
-    """What the run's MFU is computed from: FLOPs of a token, and the matrix-multiply peak of its devices in its compute
+    """What the run's MFU is computed from: FLOPs of a token, and its devices' matrix-multiply peak in the compute
     dtype.
 
-    The peak is the one that `metrics`, the run's metrics.jsonl, has for this machine, or is measured now; it is unknown
-    for a backend that computes nothing here.
+    The peak is read from `metrics`, the run's metrics.jsonl, if that has one for this machine, else measured now. It is
+    unknown for a backend that computes nothing here.
     """
     per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
     if not backend.returns_gradients:

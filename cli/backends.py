@@ -1,4 +1,4 @@
-"""`weftrain backends`: which backends there are, why one cannot run here, and how that is mended."""
+"""`weftrain backends`: which backends there are, why one cannot run here, and what to do about it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,9 @@ def backends(context: click.Context) -> None:
 
 @backends.command()
 @click.argument("name", type=click.Choice(["cerebras"]))
-@click.option(
-    "--python", type=click.Path(path_type=Path), help="The CPython 3.11 to make it with; one is looked for otherwise."
-)
+@click.option("--python", type=click.Path(path_type=Path), help="The CPython 3.11 to use.  [default: found on PATH]")
 def setup(name: str, python: Path | None) -> None:
-    """Make the environment of its own that a backend needs, once, in the user's cache folder."""
+    """Create the separate environment that a backend needs, once, in the user's cache folder."""
     from weftrain.backends.cerebras import environment
 
     with Bar(Console(stderr=True), f"setting up {name}", 100) as bar:

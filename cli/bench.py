@@ -62,7 +62,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
                 type=click.IntRange(min=0),
                 default=2,
                 show_default=True,
-                help="First losses held to the reference.",
+                help="First losses that are compared with the reference.",
             ),
         )
     ):
@@ -73,7 +73,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
 @bench.command("train")
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@click.option("--backend", help="Another backend than the recipe's.")
+@click.option("--backend", help="Backend instead of the recipe's.")
 @_run_options
 @click.option(
     "--report",

@@ -1,7 +1,6 @@
 """`weftrain compare`: runs, releases and Hugging Face series side by side, by tokens seen.
 
-What a reader would get wrong: without --loss-on and --sample nothing is computed; the table holds what was recorded,
-and `-` for the rest.
+The table holds what was recorded, and `-` for the rest; only --loss-on and --sample compute anything.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ if TYPE_CHECKING:
 @click.option(
     "--to",
     type=click.Path(path_type=Path),
-    help="Folder for compare.json, compare.md, compare.png and what is measured.",
+    help="Folder for compare.json, compare.md, compare.png and measurements.",
 )
 @click.option(
     "--window",
     type=click.IntRange(min=1),
-    help="Steps that a train loss is the mean of.  [default: a tenth of the shortest series' steps, at most 100]",
+    help="Steps over which a training loss is averaged.  [default: a tenth of the shortest series' steps, at most 100]",
 )
 @click.option(
     "--tokens-per-step",
     multiple=True,
     metavar="[NAME=]N",
-    help="Of a Hugging Face series (Pythia: 2097152); once, or for each.",
+    help="Tokens a step of a Hugging Face series (Pythia: 2097152); once, or for each.",
 )
 @click.option(
     "--loss-on",
@@ -52,14 +51,16 @@ if TYPE_CHECKING:
 )
 @click.option("--max-rows", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows of each --sample.")
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences at once, for --loss-on."
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Sequences in a batch, for --loss-on.",
 )
 @click.option(
     "--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N: where --loss-on and --sample are computed."
 )
-@click.option(
-    "--all-positions", is_flag=True, help="Rows for every number of tokens, not for those alone that all series have."
-)
+@click.option("--all-positions", is_flag=True, help="Show every number of tokens, not only those that all series have.")
 @click.option(
     "--plot/--no-plot", default=True, show_default=True, help="Draw compare.png under --to; needs weftrain[plot]."
 )
@@ -81,9 +82,8 @@ def compare(
 ) -> None:
     """Compare A, B, ... by tokens seen: losses, scores, memorization.
 
-    Each is a run's folder, a release's, or a folder with a sub-folder a revision (step1000, step2000, ...; ckpt_001,
-    ...) of a Hugging Face model in safetensors. --loss-on and --sample measure every series, and keep the results under
-    --to.
+    Each is a run, a release, or a folder with one sub-folder for each revision (step1000, step2000, ...; ckpt_001, ...)
+    of a Hugging Face model in safetensors. --loss-on and --sample measure every series and keep the results in --to.
     """
     if (loss_on or samples) and to is None:
         raise click.UsageError("--loss-on and --sample need --to FOLDER, where what is measured is kept")
@@ -121,7 +121,7 @@ def compare(
 
 
 def _rates(given: tuple[str, ...], names: list[str]) -> dict[str, int]:
-    """Series -> tokens a step: the number without a name is for all that are not named."""
+    """Series -> tokens a step. A number without a name applies to all series that are not named."""
     rates: dict[str, int] = {}
     for one in sorted(given, key=lambda text: "=" in text):  # those with a name last
         name, equals, digits = one.rpartition("=")
@@ -148,7 +148,7 @@ def _measured(
     device: str,
     console: Console,
 ) -> tuple[list[Series], list[str]]:
-    """The series with what was measured, and notes."""
+    """The series with their measurements, and notes."""
     from weftrain.analysis.compare.measure import MeasureRequest, measure_series, open_held, open_sample
     from weftrain.analysis.evaluation.records import EvaluationSettings
     from weftrain.cli.display import Bar

@@ -1,8 +1,8 @@
-"""`weftrain convert`: recipes and checkpoints from and to the forms of the Cerebras Model Zoo, without the vendor's
-package, and weights from and to Hugging Face folders.
+"""`weftrain convert`: recipes and checkpoints from and to Cerebras Model Zoo files, and weights from and to Hugging
+Face.
 
-What a reader would get wrong: what comes from elsewhere becomes a checkpoint at step 0 of a run that never trained;
-another run starts from it with start_from, and nothing resumes it.
+The vendor's package is not needed. Foreign weights become a checkpoint at step 0 of a run that never trained: another
+run starts from it with start_from, and nothing resumes it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ExistingFolder = click.Path(path_type=Path, exists=True, file_okay=False)
 
 
 def _load(checkpoint: Path) -> tuple[Recipe, State, dict[str, Any]]:
-    """The recipe, state and manifest of a run's newest whole checkpoint or of the one named. Raises CheckpointError,
+    """The recipe, state and manifest of a run's newest whole checkpoint, or of the one named. Raises CheckpointError,
     RecipeError.
     """
     from weftrain.cli.assembly import newest_or_named, recipe_of_checkpoint
@@ -36,7 +36,7 @@ def _load(checkpoint: Path) -> tuple[Recipe, State, dict[str, Any]]:
 
 @contextlib.contextmanager
 def _new_checkpoints(runs: Path, run_name: str) -> Iterator[Path]:
-    """The `checkpoints` folder of a run that is not there yet; where the block raises, no empty folder is left. Raises
+    """The `checkpoints` folder of a new run; if the block raises, no empty folder is left. Raises
     CheckpointError.
     """
     from weftrain.core.errors import CheckpointError
@@ -56,7 +56,7 @@ def _new_checkpoints(runs: Path, run_name: str) -> Iterator[Path]:
 
 @click.group()
 def convert() -> None:
-    """Convert recipes and checkpoints from and to the forms of Hugging Face and of the Cerebras Model Zoo."""
+    """Convert recipes and checkpoints from and to Hugging Face and the Cerebras Model Zoo."""
 
 
 @convert.command("recipe-from-params")
@@ -66,12 +66,10 @@ def convert() -> None:
 @click.option(
     "--micro-batch-size",
     type=click.IntRange(min=1),
-    help="Sequences; the file seldom knows.  [default: no accumulation]",
+    help="Sequences in a micro-batch, which the file seldom states.  [default: no accumulation]",
 )
-@click.option("--start-from", help="The run whose weights the first step starts from, where the file asks for one.")
-@click.option(
-    "--data-root", help="The folder above which every data_dir lies.  [default: only their last part is kept]"
-)
+@click.option("--start-from", help="The run to start from, if the file asks for initial weights.")
+@click.option("--data-root", help="The folder that holds every data_dir.  [default: only their last part is kept]")
 def recipe_from_params(
     params: Path,
     overrides: tuple[str, ...],
@@ -80,7 +78,7 @@ def recipe_from_params(
     start_from: str | None,
     data_root: str | None,
 ) -> None:
-    """Print PARAMS, a Model Zoo 1.9 params file, as a recipe. What a recipe does not hold is named on stderr; an
+    """Print PARAMS, a Model Zoo 1.9 params file, as a recipe. Keys without a counterpart are named on stderr; an
     unknown key is refused.
     """
     from weftrain.core.formats.strict_yaml import dump_yaml
@@ -103,7 +101,7 @@ def recipe_from_params(
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 def params_from_recipe(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Print RECIPE as a Model Zoo 1.9 params file. What that form cannot say is refused by name."""
+    """Print RECIPE as a Model Zoo 1.9 params file. What that format cannot express is refused by name."""
     from weftrain.core.recipe_file import load_recipe
     from weftrain.exchange.modelzoo.params_export import dump, export_params
 
@@ -152,13 +150,13 @@ def checkpoint_to_cerebras(checkpoint: Path, output: Path, weights_only: bool, p
     "--run",
     "run_name",
     required=True,
-    help="Name of the run that the checkpoint is to be of; start_from names it then.",
+    help="Name of the new run, for start_from.",
 )
-@click.option("--weights-only", is_flag=True, help="Leave the optimizer's state out, as for a file without it.")
+@click.option("--weights-only", is_flag=True, help="Ignore the optimizer state.")
 def checkpoint_from_cerebras(
     file: Path, recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str, weights_only: bool
 ) -> None:
-    """Read FILE, a checkpoint of a Cerebras system for RECIPE's model, into the folder of a run; each bit is kept."""
+    """Read FILE, a checkpoint of a Cerebras system for RECIPE's model, into the folder of a run, bit for bit."""
     from weftrain.core import checkpoint as checkpoints
     from weftrain.core.backend import State
     from weftrain.core.formats.fsops import sha256_file
@@ -206,7 +204,7 @@ def checkpoint_from_cerebras(
     "--allow-pickle",
     "unpickle",
     is_flag=True,
-    help="Read pytorch_model.bin where there are no safetensors, in a process of its own.",
+    help="Read pytorch_model.bin, in a separate process, if there are no safetensors.",
 )
 def from_huggingface(
     folder: Path, recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str, unpickle: bool
@@ -258,13 +256,11 @@ def from_huggingface(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
     required=True,
-    help="What weights are stored as; float32 is exact.",
+    help="Dtype of the weights; float32 is exact.",
 )
-@click.option("--tokenizer", type=ExistingFile, help="The dataset's tokenizer.json, to stand beside the weights.")
-@click.option(
-    "--eos", help="The token that ends a document.  [default: the first that --tokenizer knows of the usual ones]"
-)
-@click.option("--bos", help="The token that begins a document.  [default: <s> where --tokenizer has it]")
+@click.option("--tokenizer", type=ExistingFile, help="The dataset's tokenizer.json, to write beside the weights.")
+@click.option("--eos", help="The token that ends a document.  [default: the first usual one in --tokenizer]")
+@click.option("--bos", help="The token that begins a document.  [default: <s> if --tokenizer has it]")
 def to_huggingface(
     checkpoint: Path, output: Path, dtype: str, tokenizer: Path | None, eos: str | None, bos: str | None
 ) -> None:

@@ -1,6 +1,4 @@
-"""`weftrain data`: look into prepared datasets, check them, find where a sample came from, and hand them to other
-programs.
-"""
+"""`weftrain data`: inspect and verify prepared datasets, trace samples to their inputs, export to other programs."""
 
 from __future__ import annotations
 
@@ -24,13 +22,18 @@ if TYPE_CHECKING:
 
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 _SET = click.option(
-    "--set", "set_name", type=click.Choice(["train", "heldout"]), default="train", show_default=True, help="Which set."
+    "--set",
+    "set_name",
+    type=click.Choice(["train", "heldout"]),
+    default="train",
+    show_default=True,
+    help="Set of the dataset.",
 )
 
 
 @click.group()
 def data() -> None:
-    """Look into prepared datasets, check them, trace samples, export them."""
+    """Inspect, verify and export prepared datasets; trace a sample to its inputs."""
 
 
 def _console() -> Console:
@@ -54,8 +57,8 @@ def stats(folder: Path, set_name: str) -> None:
 @data.command()
 @_FOLDER
 def verify(folder: Path) -> None:
-    """Check every hash of the dataset in FOLDER: manifest, lists, tokenizer, every block and file of every shard, the
-    dataset ids.
+    """Check every hash of the dataset in FOLDER: manifest, lists, tokenizer, blocks and files of the shards, dataset
+    ids.
     """
     from weftrain.core.formats.dataset import read_dataset_manifest, verify_tables
     from weftrain.core.formats.shard_set import ShardSet
@@ -80,7 +83,7 @@ def _megabytes(bar: Bar, done: int, total: int) -> None:
 @data.command()
 @_FOLDER
 @_SET
-@click.option("--rows", type=click.IntRange(min=1), default=2, show_default=True, help="How many.")
+@click.option("--rows", type=click.IntRange(min=1), default=2, show_default=True, help="Number of rows.")
 @click.option(
     "--from", "first", type=click.IntRange(min=0), default=0, show_default=True, help="The first row's number."
 )
@@ -100,7 +103,7 @@ def head(folder: Path, set_name: str, rows: int, first: int) -> None:
 
 
 def _encoder(folder: Path, fim_tokens: str | None = None) -> TextEncoder:
-    """The dataset's tokenizer with the tokens that it was prepared with. fim_tokens: instead of those recorded."""
+    """The dataset's tokenizer with its control tokens. fim_tokens: names to use instead of the recorded ones."""
     from weftrain.core.formats.dataset import TOKENIZER, read_dataset_manifest
     from weftrain.data_prep.tokens.markers import fim_names, recorded_markers
     from weftrain.data_prep.tokens.tokenization import load_encoder
@@ -112,7 +115,7 @@ def _encoder(folder: Path, fim_tokens: str | None = None) -> TextEncoder:
 
 
 class _Origins:
-    """Where documents came from, in words; the tables of inputs and sources are opened once."""
+    """Describes where documents came from; the tables of inputs and sources are opened once."""
 
     def __init__(self, folder: Path, manifest: DatasetManifest) -> None:
         from weftrain.core.formats.dataset import open_inputs, open_sources
@@ -133,7 +136,7 @@ class _Origins:
 
 
 def _print_row(console: Console, origins: _Origins, shards: ShardSet, encoder: TextEncoder, row: int) -> None:
-    """The row's documents, each with its origin, and what of it is in the row."""
+    """Print the documents of a row, each with its origin and the part of it that the row holds."""
     ids, mask = shards.rows(np.array([row]))
     for span in shards.document_spans(row):
         console.print(f"  {origins.line(span)}")
@@ -144,7 +147,7 @@ def _print_row(console: Console, origins: _Origins, shards: ShardSet, encoder: T
 
 
 def _visible(text: str) -> str:
-    """Text that a terminal only shows: control characters as their escapes."""
+    """Text with control characters as escapes."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
@@ -154,9 +157,9 @@ def _visible(text: str) -> str:
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--step", type=click.IntRange(min=0), required=True, help="The 0-based step.")
-@click.option("--row", type=click.IntRange(min=0), required=True, help="The row of its batch, from 0.")
+@click.option("--row", type=click.IntRange(min=0), required=True, help="The row within the batch, from 0.")
 def where(recipe: str, overrides: tuple[str, ...], step: int, row: int) -> None:
-    """Say where a training sample came from: shard, row, documents, input files and lines, and its text.
+    """Show where a training sample came from: shard, row, documents, input files and lines, and its text.
 
     RECIPE: a built-in name, the path of a .yaml file, or a run's folder.
     """
@@ -191,11 +194,15 @@ def where(recipe: str, overrides: tuple[str, ...], step: int, row: int) -> None:
 @_FOLDER
 @click.argument("to", type=click.Path(path_type=Path))
 @_SET
-@click.option("--rows-per-file", type=click.IntRange(min=1), default=65_536, show_default=True, help="Of cerebras.")
+@click.option(
+    "--rows-per-file",
+    type=click.IntRange(min=1),
+    default=65_536,
+    show_default=True,
+    help="Rows of a file, for cerebras.",
+)
 def export(form: str, folder: Path, to: Path, set_name: str, rows_per_file: int) -> None:
-    """Write the dataset in FOLDER for another program: (N, 3, S) HDF5 files into the folder TO, or TO.bin and
-    TO.idx.
-    """
+    """Export the dataset in FOLDER: (N, 3, S) HDF5 files in the folder TO, or TO.bin and TO.idx (megatron)."""
     from weftrain.data_prep.interchange import export_cerebras, export_megatron
 
     console = _console()
@@ -217,7 +224,7 @@ def export(form: str, folder: Path, to: Path, set_name: str, rows_per_file: int)
 @_SET
 @click.option("--to", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="The page.")
 def report(folder: Path, set_name: str, to: Path) -> None:
-    """Write a page about the dataset in FOLDER: one HTML file that needs no network."""
+    """Write one self-contained HTML page about the dataset in FOLDER."""
     from weftrain.analysis.dataset.report import write_report
     from weftrain.analysis.dataset.stats import dataset_stats
 
@@ -236,9 +243,15 @@ def _decoder(encoder: TextEncoder) -> Callable[[int], str]:
 @data.command("fim-report")
 @_FOLDER
 @click.option("--rate", type=float, default=0.9, show_default=True, help="Share of documents that are transformed.")
-@click.option("--spm-share", type=float, default=0.5, show_default=True, help="Of those, how many suffix first.")
 @click.option(
-    "--documents", type=click.IntRange(min=1), default=500, show_default=True, help="How many of the training set."
+    "--spm-share", type=float, default=0.5, show_default=True, help="Share of those that have the suffix first."
+)
+@click.option(
+    "--documents",
+    type=click.IntRange(min=1),
+    default=500,
+    show_default=True,
+    help="Documents of the training set to look at.",
 )
 @click.option(
     "--fim-tokens",
@@ -246,8 +259,8 @@ def _decoder(encoder: TextEncoder) -> Callable[[int], str]:
     help="Control tokens.  [default: those that the dataset was prepared with, or <|fim_prefix|> and so on]",
 )
 def fim_report(folder: Path, rate: float, spm_share: float, documents: int, fim_tokens: str | None) -> None:
-    """What fill-in-the-middle would damage in the dataset in FOLDER, prepared without it: the released scripts' way and
-    the exact one.
+    """Count what fill-in-the-middle would damage in the dataset in FOLDER, by the released scripts and by the exact
+    method.
     """
     from itertools import islice
 
@@ -268,9 +281,7 @@ def fim_report(folder: Path, rate: float, spm_share: float, documents: int, fim_
 @click.argument("address")
 @click.argument("folder", type=click.Path(path_type=Path))
 def fetch(address: str, folder: Path) -> None:
-    """Copy a dataset from an fsspec ADDRESS (`s3://…`) to a local FOLDER, checked before it is there: training maps
-    local files.
-    """
+    """Copy a dataset from an fsspec ADDRESS (`s3://…`) to a local FOLDER and verify it: training maps local files."""
     from weftrain.data_prep.publish import fetch as copy
 
     console = _console()

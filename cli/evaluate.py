@@ -1,8 +1,6 @@
-"""`weftrain eval`: held-out loss and perplexity of a checkpoint on its own recipe's sets; tasks of lm-eval; code that
-passes its tests.
+"""`weftrain eval`: held-out loss and perplexity of a checkpoint, lm-eval tasks, and pass@k of generated programs.
 
-What a reader would get wrong: held-out loss alone runs on the run's backend and leaves no record; all else is in
-cli/evaluate_tasks.py.
+Held-out loss alone runs on the run's backend and leaves no record; everything else is in cli/evaluate_tasks.py.
 """
 
 from __future__ import annotations
@@ -22,53 +20,63 @@ from weftrain.cli.display import Console
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--rows", type=click.IntRange(min=1), help="Rows of each held-out set.  [default: all]")
-@click.option("--backend", help="Another backend than the run's, with its own default options: held-out loss alone.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a score instead of a table.")
-@click.option("--tasks", help="Tasks or groups of lm-eval by name, with commas between them.")
+@click.option("--backend", help="Backend instead of the run's, with its default options; for held-out loss alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each score instead of a table.")
+@click.option("--tasks", help="lm-eval tasks or groups, separated by commas.")
 @click.option(
     "--preset",
     type=click.Choice(["llm360"]),
-    help="The tasks, shots and metrics of the LLM360 paper, beside its scores.",
+    help="Tasks, shots and metrics of the LLM360 paper, with its scores for comparison.",
 )
 @click.option(
     "--shots",
     type=click.IntRange(min=0),
-    help="Examples before each question of --tasks.  [default: the task's own number]",
+    help="Few-shot examples for --tasks.  [default: the task's own number]",
 )
 @click.option(
-    "--include", type=click.Path(path_type=Path), help="A folder of task YAML files. Python that they name is run."
+    "--include",
+    type=click.Path(path_type=Path),
+    help="Folder of task YAML files; the Python that they name is executed.",
 )
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
-    help="Documents of each task, or problems of --code: a record then is partial.",
+    help="Documents of each task, or problems of --code; the record says that it is partial.",
 )
 @click.option(
     "--code",
     type=click.Path(path_type=Path),
-    help="Problems to write programs for, JSON lines; pass@k by running their tests.",
+    help="Programming problems, JSON lines; computes pass@k by running their tests.",
 )
 @click.option(
     "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Programs for each problem of --code."
 )
+@click.option("--k", "ks", default="1", show_default=True, help="k of pass@k, separated by commas, at most --samples.")
 @click.option(
-    "--k", "ks", default="1", show_default=True, help="For pass@k, with commas between them: none above --samples."
-)
-@click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Of the programs; 0: greedy."
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature of programs; 0: greedy.",
 )
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
-    help="Of the programs: nucleus sampling.  [default: all]",
+    help="Nucleus sampling of programs.  [default: off]",
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of each program.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a program at most."
+)
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json.  [default: of the recipe's first source]"
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences at once.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences in a batch.")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=1234, show_default=True, help="Of few-shot examples and of sampling."
+    "--seed",
+    type=click.IntRange(min=0),
+    default=1234,
+    show_default=True,
+    help="Seed of few-shot examples and sampling.",
 )
 @click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -80,22 +88,23 @@ from weftrain.cli.display import Console
     type=click.FloatRange(min=0.1),
     default=30.0,
     show_default=True,
-    help="Between two looks of --watch.",
+    help="Seconds between two looks of --watch.",
 )
 @click.option(
     "--until-step",
     type=click.IntRange(min=1),
-    help="End --watch when a checkpoint of this step or a later one is there.",
+    help="End --watch at the first checkpoint of this step or a later one.",
 )
 @click.pass_context
 def evaluate(context: click.Context, run: Path, overrides: tuple[str, ...], **options: Any) -> None:
-    """Measure held-out loss and perplexity per set. RUN is a run folder (its newest whole checkpoint) or one
-    checkpoint's folder.
+    """Measure held-out loss and perplexity of each set. RUN is a run (its newest whole checkpoint) or a checkpoint's
+    folder.
 
-    With --tasks, --preset or --code: scores of tasks instead. Each is a record in RUN/analyses/evaluations; one that is
-    there is not computed again. With --watch: records of every checkpoint, of held-out loss where no tasks are named.
+    With --tasks, --preset or --code: scores of tasks instead. Each becomes a record in RUN/analyses/evaluations, and an
+    existing record is not computed again. With --watch: records of every checkpoint, of held-out loss if no task is
+    named.
 
-    KEY.SUB=VALUE lays a value over the recorded recipe, e.g. data.root=/other/place.
+    KEY.SUB=VALUE overrides a value of the recorded recipe, e.g. data.root=/other/place.
     """
     _check(context, options)
     if any(options[name] for name in ("tasks", "preset", "code", "watch")):

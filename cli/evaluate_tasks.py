@@ -1,8 +1,6 @@
-"""What `weftrain eval` does beside held-out loss on the run's backend: scores that are kept as records, once or as
-checkpoints appear.
+"""Scores of `weftrain eval` that are kept as records: lm-eval tasks, generated programs, and --watch.
 
-What a reader would get wrong: a checkpoint is opened only when a record is missing. Its manifest, which names it, is
-read always.
+A checkpoint's manifest, which names it, is always read; its weights only if a record is missing.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_records(run: Path, overrides: Sequence[str], options: dict[str, Any]) -> None:
-    """The verb's work: `options` are its own, checked. Raises WeftrainError."""
+    """Run the verb. options: the command's, already checked. Raises WeftrainError."""
     from weftrain.analysis.evaluation.watcher import watch
     from weftrain.cli.assembly import newest_or_named
 
@@ -70,7 +68,7 @@ def _settings(options: dict[str, Any]) -> EvaluationSettings:
 
 
 class _Checkpoint:
-    """A checkpoint, whose weights are read and verified when they are asked for. Raises CheckpointError, DataError,
+    """A checkpoint whose weights are read and verified on first use. Raises CheckpointError, DataError,
     RecipeError.
     """
 
@@ -147,7 +145,7 @@ def _requests(options: dict[str, Any]) -> list[TaskRequest]:
 def _records(
     opened: _Checkpoint, settings: EvaluationSettings, options: dict[str, Any], console: Console
 ) -> list[EvaluationRecord]:
-    """Every score that was asked for, of one checkpoint: read where its record is there, else computed and kept."""
+    """Every requested score of one checkpoint: read from its record, or computed and recorded."""
     from weftrain.analysis.evaluation.records import records_folder
     from weftrain.analysis.evaluation.tasks import attend_within_documents, run_heldout, run_tasks
     from weftrain.core.data import open_heldout

@@ -1,7 +1,7 @@
 """`weftrain generate`: continue a prompt with a run's newest checkpoint, or with one that is named.
 
-The prompt begins as the texts of the run's dataset do: with its start token where it was prepared with `--bos`, else as
-it stands. With `--tokenizer`, which says nothing of the dataset, nothing is put in front.
+The prompt begins as the documents of the run's dataset do: with the start token if the dataset was prepared with
+`--bos`. With `--tokenizer`, which says nothing about a dataset, nothing is added.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--prompt", help="Text to continue.")
-@click.option(
-    "--ids", help="Token ids to continue, such as 1,2,3; the ids that follow are printed, and no tokenizer is needed."
-)
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="How many at most.")
+@click.option("--ids", help="Token ids to continue, such as 1,2,3; prints ids, and needs no tokenizer.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="New tokens at most.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="0: always the most likely token.",
+    help="Sampling temperature; 0: always the most likely token.",
 )
-@click.option("--top-k", type=click.IntRange(min=1), help="Draw from so many of the most likely tokens.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Sample among this many of the most likely tokens.")
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
-    help="Draw from the most likely tokens of this probability.",
+    help="Sample among the most likely tokens with this total probability.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of drawing.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Sampling seed.")
 @click.option(
-    "--stop-id", "stop_ids", type=click.IntRange(min=0), multiple=True, help="End before this id; may be given again."
+    "--stop-id", "stop_ids", type=click.IntRange(min=0), multiple=True, help="Stop before this id (repeatable)."
 )
 @click.option(
-    "--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json.  [default: of the recipe's first dataset]"
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="A tokenizer.json.  [default: that of the recipe's first dataset]",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 def generate(
@@ -58,9 +58,9 @@ def generate(
     tokenizer: Path | None,
     device: str,
 ) -> None:
-    """Continue a prompt. RUN is a run folder (its newest whole checkpoint) or one checkpoint's folder.
+    """Continue a prompt. RUN is a run (its newest whole checkpoint) or a checkpoint's folder.
 
-    KEY.SUB=VALUE lays a value over the recorded recipe, e.g. data.root=/other/place.
+    KEY.SUB=VALUE overrides a value of the recorded recipe, e.g. data.root=/other/place.
     """
     if (prompt is None) == (ids is None):
         raise click.UsageError("give one of --prompt and --ids")
@@ -120,7 +120,7 @@ def default_tokenizer(recipe: Recipe) -> Path:
 
 
 def _visible(text: str) -> str:
-    """Text that a terminal only shows: control characters as their escapes, lines and tabs as they are."""
+    """Text with control characters as escapes, except line ends and tabs."""
     return "".join(
         char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
     )

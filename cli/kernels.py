@@ -32,7 +32,7 @@ _DEVICE = click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device type."
 )
 _FILE = click.Path(dir_okay=False, path_type=Path)
-_JSON = click.option("--json", "json_path", type=_FILE, metavar="FILE", help="Write the result there.")
+_JSON = click.option("--json", "json_path", type=_FILE, metavar="FILE", help="File for the result.")
 
 
 @click.group(invoke_without_command=True)
@@ -104,7 +104,7 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
 @click.option(
     "--interpret",
     is_flag=True,
-    help="Run Triton kernels on the CPU, under Triton's interpreter, in a process of its own.",
+    help="Run Triton kernels on the CPU, under Triton's interpreter, in a separate process.",
 )
 @_JSON
 def check(
@@ -116,7 +116,9 @@ def check(
     interpret: bool,
     json_path: Path | None,
 ) -> None:
-    """Hold implementations to the contract: numerics, composition, bounds, bad input. Exit code 1 if one fails."""
+    """Check implementations against the contract: numerics, composition, bounds, bad input. Exit code 1 if one
+    fails.
+    """
     if interpret:
         if device != "cpu":
             raise click.BadParameter("the interpreter runs on the CPU", param_hint="--interpret")
@@ -151,7 +153,7 @@ def check(
 
 
 def _findings_table(findings: Sequence[Finding]) -> Table:
-    """op x source, and for each check how many of its questions were answered well."""
+    """op x source; for each check, how many of its questions passed."""
     names = list(dict.fromkeys(finding.check for finding in findings))
     shown = Table("op", "source", *names, box=None, pad_edge=False)
     for op, source in dict.fromkeys((finding.op, finding.source) for finding in findings):
@@ -178,14 +180,14 @@ def _findings_table(findings: Sequence[Finding]) -> Table:
     metavar="TARGET",
     help="Only this target (repeatable): sm_80, sm_90, sm_100, gfx942.",
 )
-@click.option("--defaults-only", is_flag=True, help="Leave out the candidates that a launch does not take.")
+@click.option("--defaults-only", is_flag=True, help="Leave out candidates that no launch uses.")
 @_JSON
 @click.option(
     "--diff",
     "old_path",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="OLD",
-    help="Compare with this JSON.",
+    help="Earlier --json file to compare with.",
 )
 def compile_(
     ops: tuple[str, ...],
@@ -258,18 +260,18 @@ def _rows_table(rows: Sequence[Row]) -> Table:
     help="Only this source (repeatable); 'reference' is torch eager.",
 )
 @click.option(
-    "--suite", type=click.Choice(["small", "70m", "7b"]), default="small", show_default=True, help="Which shapes."
+    "--suite", type=click.Choice(["small", "70m", "7b"]), default="small", show_default=True, help="Shapes to measure."
 )
 @click.option(
     "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Dtype of the activations."
 )
 @_DEVICE
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's.")
-@click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Samples of each source.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
+@click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Samples for each source.")
 @click.option(
     "--interpret",
     is_flag=True,
-    help="Run Triton kernels under its interpreter: plumbing only, in a process of its own.",
+    help="Run Triton kernels under its interpreter, in a separate process: times mean nothing.",
 )
 @_JSON
 @click.option(
@@ -361,7 +363,7 @@ def machine_lines(report: Report) -> list[str]:
 
 
 def bench_table(report: Report) -> Table:
-    """One line a measurement; 'x eager' is the reference's median over this one."""
+    """One line for each measurement; 'x eager' is the reference's median over this one."""
     eager = {
         (one.op, one.example, one.direction): one.median_ms for one in report.measurements if one.source == "reference"
     }
@@ -413,7 +415,7 @@ def _repeated(**values: Sequence[str]) -> list[str]:
 
 
 def _interpreted(verb: str, options: Sequence[str], json_path: Path | None) -> int:
-    """Run this command once more in a process whose Triton interprets; its exit code."""
+    """Run this command in a process whose Triton interprets, and return its exit code."""
     command = this_program("kernels", verb, *options, *(["--json", str(json_path)] if json_path else []))
     return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
 

@@ -1,8 +1,7 @@
-"""A process that torchrun started ends with torchrun, from its first moment on: also while it imports, or waits for
-other ranks.
+"""Ends a process when the torchrun that started it ends, even while it imports or waits for other ranks.
 
-A thread asks who the parent is. Linux could send a signal instead (PR_SET_PDEATHSIG), but that is tied to the *thread*
-that forked, and a signal can be ignored.
+A thread polls the parent's process id. The alternative, PR_SET_PDEATHSIG, is tied to the *thread* that forked, and a
+signal can be ignored.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ _INTERVAL_S = 1.0
 
 
 def end_with_launcher() -> None:
-    """Start to watch the parent where torchrun is the parent. Ranks that were started by hand may outlive their
-    shell.
-    """
+    """Watch the parent process if it is torchrun. Ranks started by hand may outlive their shell."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_watch, args=(os.getppid(),), name="weftrain-launcher", daemon=True).start()
 

@@ -22,9 +22,9 @@ RunPath = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.command("log")
 @click.argument("run", type=RunPath)
 @click.option(
-    "--samples", type=click.IntRange(min=0), metavar="STEP", help="Tell how the 0-based step STEP was made instead."
+    "--samples", type=click.IntRange(min=0), metavar="STEP", help="Show how the 0-based step STEP was trained instead."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the ledger's lines as they are.")
+@click.option("--json", "as_json", is_flag=True, help="Print the ledger's lines unchanged.")
 def log(run: Path, samples: int | None, as_json: bool) -> None:
     """Print the ledger of RUN, a run's or a release's folder, as a tree: starts, chunks, checkpoints, branches."""
     from weftrain.core.errors import RunFolderError
@@ -121,9 +121,9 @@ def _words(entry: dict[str, Any]) -> str:
 @click.command("rollback")
 @click.argument("run", type=RunPath)
 @click.option(
-    "--to", "step", type=click.IntRange(min=0), required=True, help="Completed steps of the checkpoint to go on from."
+    "--to", "step", type=click.IntRange(min=0), required=True, help="Completed steps of the checkpoint to go back to."
 )
-@click.option("--reason", required=True, help="Why: it stands in the ledger for good.")
+@click.option("--reason", required=True, help="Reason, recorded in the ledger.")
 def rollback(run: Path, step: int, reason: str) -> None:
     """Go back to an earlier checkpoint of RUN. Nothing is deleted: later checkpoints become a branch of the ledger."""
     from weftrain.core.errors import WeftrainError
@@ -164,12 +164,10 @@ def _stored_state(run: Path) -> StoredState | None:
 @click.option(
     "--chunk", type=click.IntRange(min=0), required=True, help="Chunk of the run, counted from 0 (data.chunks)."
 )
-@click.option("--drop", is_flag=True, help="Never train on it, instead of after all others.")
-@click.option("--reason", required=True, help="Why: it stands in the ledger for good.")
+@click.option("--drop", is_flag=True, help="Never train on it.")
+@click.option("--reason", required=True, help="Reason, recorded in the ledger.")
 def defer(run: Path, chunk: int, drop: bool, reason: str) -> None:
-    """Put off a chunk of RUN that is not trained yet: it comes after all others. `weftrain train` then goes on as the
-    ledger says.
-    """
+    """Defer a chunk of RUN that is not trained yet to the end. `weftrain train` then follows the ledger."""
     from weftrain.core.recipe_file import recorded_recipe
     from weftrain.core.run.ledger import Ledger
     from weftrain.core.run.rollback import defer_chunk

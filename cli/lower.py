@@ -1,6 +1,4 @@
-"""`weftrain lower`: the recipe's whole step through the Cerebras compiler's front end, with a report of what came of
-it.
-"""
+"""`weftrain lower`: lower a recipe's whole step with the Cerebras compiler's front end, and report on the graph."""
 
 from __future__ import annotations
 
@@ -19,20 +17,19 @@ from weftrain.cli.display import Bar, Console
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="Folder of the artifacts and report.json; lowered/RECIPE otherwise.",
+    help="Folder of the artifacts and report.json.  [default: lowered/RECIPE]",
 )
 @click.option(
     "--mode",
     type=click.Choice(["validate", "compile"]),
     default="validate",
     show_default=True,
-    help="validate: the front end alone, anywhere. compile: the cluster's compiler too (written to the vendor's API, never run on one).",
+    help="validate: the front end, anywhere. compile: the cluster's compiler too (never run on one).",
 )
 def lower(recipe: str, overrides: tuple[str, ...], output: Path | None, mode: Literal["validate", "compile"]) -> None:
-    """Lower RECIPE's training step, forward, backward, clip, update and schedule, and check the graph against the
-    recipe.
+    """Lower RECIPE's training step (forward, backward, clip, update, schedule) and check the graph against the recipe.
 
-    No cluster is needed. The vendor's package has an environment of its own: weftrain backends setup cerebras.
+    No cluster is needed. The vendor's package has a separate environment: weftrain backends setup cerebras.
     """
     from weftrain.backends.cerebras import CerebrasOptions, worker_job
     from weftrain.backends.cerebras.lowered.lowering import GENERIC, REPORT, lower

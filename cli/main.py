@@ -1,8 +1,7 @@
-"""`weftrain`: one small file a group of verbs, and here only how they are put together and how they fail.
+"""`weftrain`: finds the verbs, each in a small file, and turns errors into messages.
 
-What a reader would get wrong: every expected failure is one line on stderr and its own exit code; a traceback means a
-defect of ours. Verbs import what they need when they run, so that `weftrain --help` and `weftrain show` do not wait for
-torch.
+Every expected failure is one line on stderr with its own exit code; a traceback means a defect of weftrain. Verbs
+import what they need when they run, so that `weftrain --help` and `weftrain show` do not wait for torch.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ VERBS = {
 
 
 def _follows() -> bool:
-    """Whether a launcher started this process beside others, as one that does not lead."""
+    """Whether a launcher started this process as a rank other than 0."""
     return os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
 
 

@@ -1,7 +1,6 @@
 """`weftrain memorize`: how much of each chunk of its training data a run can recite, at each of its checkpoints.
 
-What a reader would get wrong: nothing is measured twice. What lies in the folder and is of the same checkpoint, rows
-and parameters is read again, so a stopped command is simply given once more.
+Results of the same checkpoint, rows and parameters are read from the folder, so an interrupted command resumes.
 """
 
 from __future__ import annotations
@@ -25,9 +24,11 @@ Manifests = dict[int, tuple[Path, dict[str, Any]]]  # step -> checkpoint's folde
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@click.option("--samples", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows of each chunk.")
 @click.option(
-    "--k", "prompt_tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens of a row as prompt."
+    "--samples", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows sampled from each chunk."
+)
+@click.option(
+    "--k", "prompt_tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Prompt tokens of a row."
 )
 @click.option(
     "--l",
@@ -35,9 +36,9 @@ Manifests = dict[int, tuple[Path, dict[str, Any]]]  # step -> checkpoint's folde
     type=click.IntRange(min=1),
     default=32,
     show_default=True,
-    help="Tokens decoded after them.",
+    help="Tokens to generate after the prompt.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the choice of rows.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the choice of rows.")
 @click.option("--checkpoints", "chosen", default="all", show_default=True, help="Steps, such as 40,80.")
 @click.option("--to", type=click.Path(path_type=Path), help="Folder of results.  [default: RUN/analyses/memorization]")
 @click.option(
@@ -46,7 +47,7 @@ Manifests = dict[int, tuple[Path, dict[str, Any]]]  # step -> checkpoint's folde
     help="Measure this released sample (JSON Lines) instead of the run's chunks.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--plots/--no-plots", default=True, show_default=True, help="Draw the pictures; needs weftrain[plot].")
+@click.option("--plots/--no-plots", default=True, show_default=True, help="Draw plots; needs weftrain[plot].")
 def memorize(
     run: Path,
     overrides: tuple[str, ...],
@@ -60,10 +61,9 @@ def memorize(
     device: str,
     plots: bool,
 ) -> None:
-    """Score each chunk of RUN's data, and its held-out sets, at each checkpoint. RUN is a run folder or one
-    checkpoint's folder.
+    """Score each chunk of RUN's data, and its held-out sets, at each checkpoint. RUN is a run or a checkpoint's folder.
 
-    KEY.SUB=VALUE lays a value over the recorded recipe, e.g. data.root=/other/place.
+    KEY.SUB=VALUE overrides a value of the recorded recipe, e.g. data.root=/other/place.
     """
     from weftrain.analysis.memorization.report import draw, summary
     from weftrain.analysis.memorization.scores import LazyCheckpoint, Parameters, measure, sample_chunk
@@ -108,7 +108,7 @@ def memorize(
 
 
 def _checkpoints(run: Path, console: Console) -> tuple[Manifests, int | None]:
-    """The checkpoints of a run by step, and the one step that was named, where a checkpoint's folder was. Raises
+    """The checkpoints of a run by step; and the step of the one named, if `run` is a checkpoint's folder. Raises
     CheckpointError.
 
     Only manifests are read here; every byte of a checkpoint is verified when it is loaded.
@@ -157,7 +157,7 @@ def _wanted(run: Path, chosen: str, steps: Any) -> list[int]:
 
 
 def _check_lengths(recipe: Recipe, parameters: Parameters, from_rows: bool) -> None:
-    """Before any checkpoint is read. Raises DataError."""
+    """Refuse lengths that no row has, before any checkpoint is read. Raises DataError."""
     from weftrain.core.errors import DataError
 
     need = parameters.row_tokens
@@ -194,9 +194,7 @@ def _load(path: Path, config: ModelConfig, device: str) -> Generator:
 
 
 def _table(results: list[MemorizationResult], parameters: Parameters) -> list[str]:
-    """Chunks down, checkpoints across. Plain lines: a table of many checkpoints must not be folded to a terminal's
-    width.
-    """
+    """Lines with a row for each chunk and a column for each checkpoint, not folded to the terminal's width."""
     marks = {"just seen": "*", "earlier": "+", "partly seen": "~", "unseen": " ", "unknown": "?"}
     cells = {
         (one.chunk, one.step): f"{one.extractible_percent:.2f} / {one.mean_score:.4f} {marks[one.relation]}"

@@ -19,9 +19,10 @@ _COLOURS = {"present": "green", "partial": "yellow", "absent": "red"}
 @click.argument("release", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def openness(release: Path, as_json: bool) -> None:
-    """Say what RELEASE, one of ours or a model's folder from the Hugging Face hub, has, and what each absence prevents.
+    """Show what RELEASE, a weftrain release or a model from the Hugging Face hub, contains, and what each absence
+    prevents.
 
-    Two revisions with the same weights are an error of the series: exit status 1.
+    Exit code 1 if two revisions have the same weights, which is an error of the series.
     """
     from weftrain.exchange.release.openness import openness as judge
     from weftrain.exchange.release.openness import repeats

@@ -1,5 +1,5 @@
-"""`weftrain plan`: what a run will need, how long a step will take, and what limits it, before it is started: here, or
-on named devices.
+"""`weftrain plan`: what a run will need, how long a step takes and what limits it, here or on named devices, before it
+starts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Rate(click.ParamType):
 @click.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@click.option("--backend", help="Another backend than the recipe's, as for `train`.  [default with --devices: cuda]")
+@click.option("--backend", help="Backend instead of the recipe's, as for `train`.  [default with --devices: cuda]")
 @click.option(
     "--devices", metavar="COUNTxNAME", help="Predict from data sheets, e.g. 224xA100-80GB; nothing is measured."
 )
@@ -76,12 +76,10 @@ def plan(
     disk: Path,
     link_gb: float | None,
 ) -> None:
-    """Predict a step of RECIPE: measures this machine's matrix multiply, memory and disk for some seconds, and computes
-    the rest.
+    """Predict a step of RECIPE from this machine's measured matrix multiply, memory and disk, which takes some seconds.
 
-    With --devices the speeds come from a table of data sheets, and nothing is run. The same overrides and --backend
-    give the same options as `train` has. Where the run does not fit, it names settings that would, and the exit code is
-    2.
+    With --devices the speeds come from data sheets, and nothing is run. Overrides and --backend mean what they mean for
+    `train`. If the run does not fit, it names settings that would, with exit code 2.
     """
     for name in _HERE if devices is not None else _BY_NAME:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     params=[click.Argument(["inputs"], nargs=-1), *(option for options in GROUPS.values() for option in options)],
 )
 def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
-    """Prepare datasets of INPUTS: files, folders, patterns, addresses (s3://…), `-`; or one preparation recipe.
+    """Prepare datasets from INPUTS: files, folders, patterns, addresses (s3://…), `-`; or one preparation recipe.
 
     Text, JSON, Parquet, Arrow and WARC are encoded; token files of Megatron, MDS, litdata, OLMo, datatrove and Cerebras
     keep their ids.
 
     Without INPUTS: the Python standard library of the interpreter that runs this (licence PSF-2.0), no download.
-    Run again with the same inputs it says that the dataset is up to date; interrupted, it goes on where it was.
+    A second run with the same inputs reports that the dataset is up to date; an interrupted run resumes.
     """
     from weftrain.data_prep.inputs.files import local_path
     from weftrain.data_prep.inputs.standard_input import forget
@@ -64,7 +64,7 @@ def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
 
 
 def _make(job: Job, folder: Path, output: str, executor: Executor, stage: str | None, console: Console) -> None:
-    """Make one dataset in `folder`, say what became of it, and copy it to `output` where that is an address."""
+    """Make one dataset in `folder`, report on it, and copy it to `output` if that is an address."""
     from weftrain.cli.prep_report import report
     from weftrain.data_prep.pipeline import prepare
     from weftrain.data_prep.publish import is_remote, publish
@@ -85,7 +85,7 @@ def _make(job: Job, folder: Path, output: str, executor: Executor, stage: str | 
 
 
 def _say_what_is_text(console: Console, job: Job) -> None:
-    """Before the work begins, so that whoever meant records can stop it."""
+    """Announce JSON that is read as text before the work begins, so that the user can stop it."""
     if job.json_texts:
         names = ", ".join(job.json_texts[:4]) + (", …" if len(job.json_texts) > 4 else "")
         key = job.inputs.options.text_key
@@ -119,7 +119,7 @@ def _executor(options: dict[str, Any], output: str) -> Executor:
 
 
 def _shown(bar: Bar) -> Callable[[str, int, int | None, str], None]:
-    """Progress in megabytes with their rate, where a stage counts bytes."""
+    """Progress in megabytes and MB/s for a stage that counts bytes."""
     began: dict[str, tuple[float, int]] = {}
 
     def show(stage: str, done: int, total: int | None, unit: str) -> None:

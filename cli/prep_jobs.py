@@ -1,6 +1,4 @@
-"""What `weftrain prep` is to make: the datasets that its arguments or a preparation recipe ask for, their inputs
-listed.
-"""
+"""The datasets that `weftrain prep` makes, from its arguments or a preparation recipe, with their inputs listed."""
 
 from __future__ import annotations
 
@@ -49,7 +47,9 @@ class Job:
 
 
 def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Path, console: Console) -> Job:
-    """The dataset of INPUTS, or of the embedded corpus without any. folder: of datasets. Raises DataError."""
+    """The dataset of INPUTS, or of the embedded corpus if there are none. folder: that of datasets. Raises
+    DataError.
+    """
     from weftrain.data_prep.readers.corpus import embedded_inputs
     from weftrain.data_prep.readers.listing import STANDARD_INPUT, Wanted
     from weftrain.data_prep.stages.plan import Inputs
@@ -102,8 +102,8 @@ def jobs_of_recipe(recipe: PrepRecipe, options: dict[str, Any], console: Console
 
 
 def filtered(job: Job, quality: Quality, folder: Path, workers: int, console: Console) -> Job:
-    """The job over what the recipe's filters leave, which stays beside the dataset: its lines say where each document
-    came from.
+    """The job on what the recipe's filters keep. The filtered text stays beside the dataset; its lines say where each
+    document came from.
     """
     from weftrain.data_prep.datatrove_bridge import filter_inputs
 
@@ -159,7 +159,7 @@ def _below(root: str | None, address: str) -> str:
 
 
 def _standard_input(inputs: tuple[str, ...], options: dict[str, Any], folder: Path) -> Path | None:
-    """The file that holds standard input, where it is one of the inputs."""
+    """The file that holds standard input, if that is one of the inputs."""
     from weftrain.data_prep.inputs.standard_input import spool
     from weftrain.data_prep.readers.listing import STANDARD_INPUT
 
@@ -181,8 +181,8 @@ def _standard_input(inputs: tuple[str, ...], options: dict[str, Any], folder: Pa
 
 
 def _of_parent(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with the settings of the dataset that grows, but for those that the command gives: they must be
-    equal.
+    """The options, completed with the settings of the dataset that grows; those given on the command line must equal
+    them.
     """
     from weftrain.data_prep.growth import parents_options
 
@@ -201,7 +201,7 @@ def _of_parent(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_options(values: dict[str, Any]) -> ReadOptions:
-    """Of the command's options or a recipe's keys, which have the same names."""
+    """ReadOptions from the command's options or a recipe's keys, which have the same names."""
     from weftrain.data_prep.readers.read_options import ReadOptions
 
     keys = ("text_key", "source_key", "tokens_key", "tokens_dtype", "sequence_length")

@@ -14,13 +14,13 @@ _COUNT = click.IntRange(min=1)
 
 _DATASET = [
     click.Option(
-        ["--name"], help="Name of the dataset's folder.  [default: python_stdlib without INPUTS, else needed]"
+        ["--name"], help="Name of the dataset's folder.  [default: python_stdlib without INPUTS, else required]"
     ),
     click.Option(
         ["--output"],
         default="datasets",
         show_default=True,
-        help="Folder of datasets, or an fsspec address that they are copied to.",
+        help="Folder of datasets, or an fsspec address to copy them to.",
     ),
     click.Option(
         ["--grow"], type=_PATH, help="A dataset that INPUTS are added to; the result is a folder of its own, --name."
@@ -43,16 +43,16 @@ _READING = [
     click.Option(
         ["--tokens-dtype"],
         type=click.Choice(["uint16", "uint32", "int32", "int64"]),
-        help="Type of ids that do not say theirs (.npy, MDS bytes).  [default: by the vocabulary; MDS: int64]",
+        help="Type of ids in files that do not state it (.npy, MDS bytes).  [default: by the vocabulary; MDS: int64]",
     ),
     click.Option(
         ["--format", "format_"],
-        help="Format of all INPUTS; a wrong name lists all.  [default: told by name and content]",
+        help="Format of all INPUTS; an unknown name lists all.  [default: by name and content]",
     ),
     click.Option(
         ["--suffix", "suffixes"],
         multiple=True,
-        help="Of a folder, read only names that end so, as .jsonl.gz (repeatable).  [default: all]",
+        help="Within folders, read only names with this ending, e.g. .jsonl.gz (repeatable).  [default: all]",
     ),
     click.Option(["--licence"], default="not stated", show_default=True, help="Licence of INPUTS, for the manifest."),
 ]
@@ -67,7 +67,7 @@ _DOCUMENTS = [
         type=click.IntRange(min=0),
         default=0,
         show_default=True,
-        help="Documents that may be unreadable.",
+        help="Unreadable documents that are allowed.",
     ),
     click.Option(
         ["--heldout-fraction"],
@@ -99,20 +99,20 @@ _TOKENS = [
     ),
 ]
 _ROWS = [
-    click.Option(["--sequence-length"], type=_COUNT, default=256, show_default=True, help="Tokens of a row."),
+    click.Option(["--sequence-length"], type=_COUNT, default=256, show_default=True, help="Sequence length in tokens."),
     click.Option(
         ["--packing"],
         type=click.Choice(["concatenate", "best_fit"]),
         default="concatenate",
         show_default=True,
-        help="One stream cut into rows, or whole documents and padding.",
+        help="How documents fill rows: one stream cut into rows, or whole documents and padding.",
     ),
     click.Option(
         ["--order"],
         type=click.Choice(["shuffled", "as_read"]),
         default="shuffled",
         show_default=True,
-        help="Order of documents; as_read keeps duplicates too.",
+        help="Document order; as_read also keeps duplicates.",
     ),
     click.Option(
         ["--seed"],
@@ -122,45 +122,49 @@ _ROWS = [
         help="Seed of the order and of fill-in-the-middle.",
     ),
     click.Option(
-        ["--epochs"], type=_COUNT, default=1, show_default=True, help="How often each document comes, FIM drawn anew."
+        ["--epochs"],
+        type=_COUNT,
+        default=1,
+        show_default=True,
+        help="Passes over the documents, with FIM drawn anew in each.",
     ),
-    click.Option(["--chunks"], type=_COUNT, help="Cut the training rows into so many equal chunks."),
+    click.Option(["--chunks"], type=_COUNT, help="Number of equal chunks of the training rows."),
     click.Option(
         ["--global-batch-size"],
         type=_COUNT,
-        help="Rows of a step of the run to come, so that each chunk is whole steps.",
+        help="Global batch size of the run, so that each chunk is a whole number of steps.",
     ),
     click.Option(["--rows-per-shard"], type=_COUNT, help="Rows of a shard file.  [default: 64 MiB of tokens]"),
 ]
 _FIM = [
     click.Option(
-        ["--fim-rate"], type=float, help="Share of documents that are turned into fill-in-the-middle.  [default: none]"
+        ["--fim-rate"], type=float, help="Share of documents that fill-in-the-middle transforms.  [default: none]"
     ),
     click.Option(
         ["--fim-spm-share"],
         type=float,
         default=0.5,
         show_default=True,
-        help="Share of these that have the suffix first.",
+        help="Share of those that have the suffix first.",
     ),
     click.Option(
         ["--fim-mode"],
         type=click.Choice(["exact", "context", "released"]),
         default="exact",
         show_default=True,
-        help="exact: whole documents; context: their pieces in each row; released: as CrystalCoder's scripts.",
+        help="exact: whole documents; context: their pieces within each row; released: as CrystalCoder's scripts did.",
     ),
     click.Option(
         ["--fim-tokens"],
         metavar="PREFIX,MIDDLE,SUFFIX[,PAD]",
-        help="The tokenizer's control tokens for it.  [default: <|fim_prefix|> or <fim_prefix> and so on]",
+        help="The tokenizer's control tokens for FIM.  [default: <|fim_prefix|> or <fim_prefix> and so on]",
     ),
 ]
 _RECIPE = [
     click.Option(["--inputs", "root"], help="The folder or address that holds the recipe's inputs and tokenizer."),
     click.Option(["--only"], multiple=True, help="Make only the dataset of this name (repeatable)."),
     click.Option(
-        ["--set", "overrides"], multiple=True, metavar="KEY.SUB=VALUE", help="Lay a value over the recipe (repeatable)."
+        ["--set", "overrides"], multiple=True, metavar="KEY.SUB=VALUE", help="Override a recipe value (repeatable)."
     ),
 ]
 _PROCESSES = [
@@ -172,10 +176,10 @@ _PROCESSES = [
         show_default=True,
         help="Processes of this machine, one member of a job array, or a Ray cluster.",
     ),
-    click.Option(["--index"], type=click.IntRange(min=0), help="Of a task: which member of the array this is, from 0."),
-    click.Option(["--of"], type=_COUNT, help="Of a task: how many members the array has."),
-    click.Option(["--stage"], type=click.Choice(STAGES), help="Of a task: do this stage only and stop."),
-    click.Option(["--ray-address"], help="Of ray: the cluster's address.  [default: one is started here]"),
+    click.Option(["--index"], type=click.IntRange(min=0), help="For task: this member of the array, from 0."),
+    click.Option(["--of"], type=_COUNT, help="For task: members of the array."),
+    click.Option(["--stage"], type=click.Choice(STAGES), help="For task: do only this stage."),
+    click.Option(["--ray-address"], help="For ray: the cluster's address.  [default: start one here]"),
 ]
 GROUPS = {
     "Dataset": _DATASET,
@@ -206,8 +210,8 @@ class GroupedCommand(click.Command):
 
 
 def given(names: Collection[str], *, but: bool = False) -> str | None:
-    """The first option on the command line that is one of `names`, as it is spelled; with `but`, the first that is none
-    of them.
+    """The first option given on the command line that is one of `names`, as spelled there; with `but`, the first that
+    is not one of them.
     """
     context = click.get_current_context()
     for option in context.command.params:

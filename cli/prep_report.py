@@ -1,5 +1,4 @@
-"""What `weftrain prep` says at its end: what was read and what was not, the sets, steps an epoch, and the command that
-trains on them.
+"""What `weftrain prep` prints at its end: what was read and skipped, the sets, steps of an epoch, and a train command.
 
 Lines are wrapped by the terminal alone, so that a command or a path can be copied from any width.
 """
@@ -27,7 +26,7 @@ DEMO = "amber_demo"  # the recipe that is cut to any dataset: it trains in minut
 
 
 def report(console: Console, prepared: Prepared, skipped: Sequence[Skipped]) -> None:
-    """The dataset, in a dozen lines."""
+    """Print the dataset in about a dozen lines."""
     manifest = prepared.manifest
     state = "is up to date" if prepared.up_to_date else "is ready"
     console.print(
@@ -103,9 +102,7 @@ def _count(number: int, one: str, several: str | None = None) -> str:
 
 
 def epoch_lines(manifest: DatasetManifest) -> list[str]:
-    """Steps of an epoch at the batch size of the chunks, of the recipe that is printed, and of each built-in recipe
-    that the rows fit.
-    """
+    """Steps of an epoch at the batch size of the chunks, the printed recipe, and each built-in recipe that fits."""
     rows = manifest.train.epochs[0]
     chunks = manifest.chunks
     lines = []
@@ -133,9 +130,7 @@ def _steps(rows: int, batch_size: int) -> str:
 
 
 def train_command(prepared: Prepared) -> str:
-    """A command that trains on the dataset as it is: the demonstration's small model, with the dataset's vocabulary and
-    rows.
-    """
+    """A command that trains the demonstration's small model on the dataset, with its vocabulary and rows."""
     manifest, recipe = prepared.manifest, load_recipe(DEMO).recipe
     leaf, tokens = manifest.name.rpartition("/")[2], manifest.sequence_length
     root = prepared.folder
@@ -167,7 +162,5 @@ def train_command(prepared: Prepared) -> str:
 
 
 def _yaml(value: str | int) -> str:
-    """A value as an override spells it: a name such as 2024 or `yes` in quotes, because YAML takes it for something
-    else.
-    """
+    """A value as an override spells it. A name such as 2024 or `yes` is quoted, because YAML would read another type."""
     return str(value) if yaml.safe_load(str(value)) == value else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""`weftrain release`, `verify`, `replay`, `sign`: a run for others, and others' proof that it is what it says."""
+"""`weftrain release`, `verify`, `replay`, `sign`: publish a run, and check what others published."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ ReleasePath = click.Path(path_type=Path, exists=True, file_okay=False)
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="Of revisions/.",
+    help="Dtype of the weights in revisions/.",
 )
 @click.option(
     "--data",
     type=click.Choice(["shards", "manifest"]),
     default="shards",
     show_default=True,
-    help="Whole datasets, or their hashes.",
+    help="Include whole datasets, or only their hashes.",
 )
 @click.option(
     "--data-root", type=click.Path(path_type=Path), help="The folder of datasets.  [default: the recipe's data.root]"
@@ -50,8 +50,8 @@ def release(
     data_root: Path | None,
     key: Path | None,
 ) -> None:
-    """Write the release of RUN: checkpoints, weights, data, metrics, recipe, ledger and a model card, all of it from
-    the record.
+    """Write a release of RUN: checkpoints, weights, data, metrics, recipe, ledger and a model card, all from the
+    record.
     """
     import torch
 
@@ -107,9 +107,9 @@ def release(
 @click.option(
     "--key", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Ed25519 private key in PEM."
 )
-@click.option("--new-key", is_flag=True, help="Make the key first.")
+@click.option("--new-key", is_flag=True, help="Generate the key first.")
 def sign(release: Path | None, key: Path, new_key: bool) -> None:
-    """Sign RELEASE's root, after every byte of it was verified; or, without RELEASE, only make a key."""
+    """Sign the root of RELEASE after verifying every byte; without RELEASE, only generate a key."""
     from weftrain.exchange.release.release import SIGNATURE
     from weftrain.exchange.release.signature import new_key as make_key
     from weftrain.exchange.release.signature import sign as sign_root
@@ -125,7 +125,7 @@ def sign(release: Path | None, key: Path, new_key: bool) -> None:
 
 @click.command("verify")
 @click.argument("path", type=ReleasePath)
-@click.option("--key", metavar="HEX", help="The public key that must have signed it.")
+@click.option("--key", metavar="HEX", help="The public key that must have signed the release.")
 def verify(path: Path, key: str | None) -> None:
     """Read every byte of PATH, a release or one checkpoint's folder, and check every hash and every claim in it."""
     from weftrain.core import checkpoint
@@ -154,19 +154,21 @@ def verify(path: Path, key: str | None) -> None:
 
 @click.command("replay")
 @click.argument("release", type=ReleasePath)
-@click.option("--link", "links", type=int, multiple=True, help="Number of a link, from 1 (repeatable).  [default: all]")
-@click.option("--sample", "share", type=float, metavar="P", help="A random share of the links instead, e.g. 0.1.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of --sample.")
-@click.option("--backend", help="Another backend than the run's; then bits may differ, and the fingerprint says where.")
+@click.option("--link", "links", type=int, multiple=True, help="Link to replay, from 1 (repeatable).  [default: all]")
+@click.option(
+    "--sample", "share", type=float, metavar="P", help="Random share of the links to replay instead, e.g. 0.1."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of --sample.")
+@click.option("--backend", help="Backend instead of the run's; bits may then differ, and the fingerprint says why.")
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
-    help="Largest distance as a share of the movement, under another fingerprint.",
+    help="Largest difference allowed under another fingerprint, as a share of the weights' change.",
 )
 @click.option(
     "--data-root",
     type=click.Path(path_type=Path, exists=True),
-    help="Datasets of a release that has only their hashes.",
+    help="Folder of datasets, for a release that has only their hashes.",
 )
 @click.option(
     "--device",
@@ -246,11 +248,9 @@ def _notes(report: Any) -> Iterator[str]:
 def _prepare(
     release: Path, data_root: Path | None, backend: str | None, device: str, say: Callable[[str], None]
 ) -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
-    """How a link's source is opened and its run prepared: on the release's own data, with the threads of its
-    fingerprint.
+    """How a link's source is opened and its run prepared: on the release's data, with the threads of its fingerprint.
 
-    Of the release's backend.options only portable ones are taken, and whatever a backend keeps on disk lies in a
-    temporary folder.
+    Only portable backend.options are taken from the release, and a backend's files go to a temporary folder.
     """
     from weftrain.backends.common.registry import find_backends
     from weftrain.cli.resolve import backend_options, resolve_foreign

@@ -1,6 +1,4 @@
-"""`weftrain replica`: join a run that another process leads, until it ends; Ctrl-C or SIGTERM leaves between two
-steps.
-"""
+"""`weftrain replica`: join a run that another process leads. Ctrl-C and SIGTERM leave it between two steps."""
 
 from __future__ import annotations
 
@@ -16,12 +14,17 @@ from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[backend.options.KEY=VALUE]...")
 @click.option(
-    "--wait", "wait_s", type=click.IntRange(min=0), default=600, show_default=True, help="Seconds to wait to be let in."
+    "--wait",
+    "wait_s",
+    type=click.IntRange(min=0),
+    default=600,
+    show_default=True,
+    help="Seconds to wait for admission.",
 )
 def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
-    """Be one more replica of the run in folder RUN: its recipe, its data, its orders. It may be started before the run.
+    """Join the run in folder RUN as one more replica. It may be started before the run.
 
-    What may differ on this machine is given as backend.options, e.g. backend.options.threads=8.
+    Only backend.options may differ on this machine, e.g. backend.options.threads=8.
     """
     import time
 

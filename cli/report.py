@@ -1,7 +1,7 @@
 """`weftrain report`: one HTML page about a run or a release.
 
-What a reader would get wrong: the page is written from the record and verifies nothing. A release's folder is never
-written into, for then it would hold a file that release.json does not name: its page lies beside it.
+The page is written from the record and verifies nothing. The page of a release lies beside its folder, because the
+folder may hold only what release.json names.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ import click
     help="The page, *.html.  [default: RUN/report.html; beside a release: RUN.report.html]",
 )
 def report(run: Path, to: Path | None) -> None:
-    """Write one self-contained HTML page about RUN, a run's or a release's folder: curves, checkpoints, evaluations,
-    ledger.
-    """
+    """Write one self-contained HTML page about RUN, a run or a release: curves, checkpoints, evaluations, ledger."""
     from weftrain.analysis.report.collect import collect
     from weftrain.analysis.report.page import write_page
     from weftrain.cli.show import arithmetic

@@ -1,6 +1,6 @@
-"""What a command line means: recipe, overrides and --backend to one checked recipe, backend and options.
+"""Resolves recipe, overrides and --backend to one checked recipe, backend and options.
 
-show, plan, train, bench and lower all come through here, so that what one of them computes is what another one runs.
+show, plan, train, bench and lower all use it, so that what one of them computes is what another one runs.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Resolved(NamedTuple):
 
 
 def resolve_recipe(recipe: str, overrides: Iterable[str] = (), backend: str | None = None) -> RecipeFile:
-    """The recipe by name or path with overrides. backend: another than the recipe's own.
+    """The recipe by name or path, with overrides. backend: to use instead of the recipe's.
 
-    Its options mean nothing to another backend, but for those that both take from core.config.SHARED_OPTIONS: they are
-    kept. Raises RecipeError, BackendError.
+    Of the recipe's backend.options, another backend keeps those that both declare from core.config.SHARED_OPTIONS.
+    Raises RecipeError, BackendError.
     """
     overrides = tuple(overrides)
     if backend is None:
@@ -55,12 +55,11 @@ def resolve_foreign(
     backend: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> RecipeFile:
-    """`resolve_recorded` for verbs that compute with a record which anybody may have written: replay, eval, generate,
-    memorize.
+    """`resolve_recorded` for verbs that compute with a record of unknown origin: replay, eval, generate, memorize.
 
-    Of backend.options it takes those that the backend declares portable (`Backend.portable_options`), so a record
-    chooses no path, device or address here; overrides may give the others. say: told what was not taken. Raises
-    RecipeError, BackendError.
+    It takes only those backend.options that the backend declares portable (`Backend.portable_options`), so that a
+    record chooses no path, device or address; overrides may give the others. say: called with what was not taken.
+    Raises RecipeError, BackendError.
     """
     from weftrain.backends.common.registry import find_backends
 

@@ -1,4 +1,4 @@
-"""`weftrain show`: a recipe as a whole, with its arithmetic. No hardware, no allocation, no torch."""
+"""`weftrain show`: a resolved recipe with its arithmetic, without hardware, allocation or torch."""
 
 from __future__ import annotations
 
@@ -31,9 +31,11 @@ from weftrain.core.recipe_file import builtin_recipes, load_recipe
     multiple=True,
     help="Learning rates and samples read at this 0-based step (repeatable).",
 )
-@click.option("--backend", help="Also what a step of this backend will do (streaming: its timeline, with every byte).")
+@click.option(
+    "--backend", help="Also show what a step of this backend does (streaming: its schedule, with every byte)."
+)
 def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...], backend: str | None) -> None:
-    """Print a recipe, resolve_scales, with its arithmetic: parameters, tokens, steps, learning rates, bytes.
+    """Print a resolved recipe with its arithmetic: parameters, tokens, steps, learning rates, bytes.
 
     RECIPE is a built-in name or the path of a .yaml file; without it, the built-in recipes are listed.
     """
@@ -65,7 +67,7 @@ def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...],
 
 
 def arithmetic(recipe: Recipe) -> list[str]:
-    """The derived quantities of a recipe, each as the sum that gives it. The start of a run prints them too."""
+    """The derived quantities of a recipe, each with its calculation. The start of a run prints them too."""
     batch, data, schedule = recipe.batch, recipe.data, recipe.schedule
     parameters = sum(spec.size for spec in parameter_specs(recipe.model))
     tokens = recipe.tokens_per_step
@@ -141,7 +143,7 @@ def _parameter_table(recipe: Recipe) -> Table:
 
 
 def _samples_table(recipe: Recipe, asked: Sequence[int]) -> Table | None:
-    """How many samples of each source have been read before a step: exact, without any dataset, unless shares are in
+    """Samples of each source that are read before a step, exactly and without any dataset; None if shares are in
     epochs.
     """
     data, steps, batch = recipe.data, recipe.schedule.steps, recipe.batch.global_batch_size

@@ -1,8 +1,7 @@
-"""`weftrain timeline`: what a streaming run's first steps spent their time on, as a table, a picture and a TensorBoard
+"""`weftrain timeline`: where a streaming run's first steps spent their time, as a table, a picture and a TensorBoard
 image.
 
-What a reader would get wrong: nothing is measured here. The run must have recorded its trace.json, which it does only
-when asked to.
+Nothing is measured here: the run must have recorded trace.json, which it does only when asked to.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from weftrain.cli.display import Console
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def timeline(run: Path) -> None:
-    """Show how busy compute, disk and stalls were in RUN, a run folder with a trace.json (backend.options.trace_steps=3
-    records one).
+    """Show how busy compute and disk were in RUN, and for how long it stalled, from its trace.json.
+
+    backend.options.trace_steps=3 records one.
     """
     from weftrain.analysis.report.timeline import (
         MOVING,
