@@ -162,5 +162,5 @@ def train_command(prepared: Prepared) -> str:
 
 
 def _yaml(value: str | int) -> str:
-    """A value as an override spells it. A name such as 2024 or `yes` is quoted, because YAML would read another type."""
+    """A value as an override spells it. A name such as 2024 or `yes` is quoted, because YAML reads another type."""
     return str(value) if yaml.safe_load(str(value)) == value else json.dumps(value, ensure_ascii=False)
