@@ -12,9 +12,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +30,9 @@ from weftrain.core.run.metrics import heldout_label
 from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
-    from weftrain.core.backend import BatchSource, Fingerprint, Follower
+    from weftrain.core.backend import Backend, BatchSource, EvaluationSource, Fingerprint, Follower, Job, Run
     from weftrain.core.formats.strict_model import StrictModel
+    from weftrain.core.resume import Start
     from weftrain.core.trainer import TrainedStep
 
 
@@ -165,95 +165,109 @@ def _train(
     again: _Command,
     **asked: bool,
 ) -> None:
-    """Decide how the run starts, prepare the backend, record the start, and train. Until it is recorded, nothing is
-    written.
-    """
-    from weftrain.cli.assembly import open_data, run_speed
+    """Decide how the run starts, prepare the backend, and train. Nothing is written before training begins."""
+    from weftrain.cli.assembly import open_data
     from weftrain.cli.resolve import backend_options
-    from weftrain.core.backend import Follower, Job, prepare_run
-    from weftrain.core.resume import commit, decide, settle
-    from weftrain.core.run.ledger_schema import LEDGER
-    from weftrain.core.run.metrics import METRICS, MetricsWriter
+    from weftrain.core.backend import prepare_run
+    from weftrain.core.resume import decide
     from weftrain.core.run.run_folder import open_run
-    from weftrain.core.saving import History
-    from weftrain.core.trainer import fit
 
     file, decided = _with_decisions(console, file, runs / name)
-    recipe = file.recipe
     backend, options = backend_options(file)
-    source, heldout = open_data(recipe)
-    with open_run(runs / name, recipe.model_dump(mode="json")) as folder, contextlib.ExitStack() as ending:
-        say = partial(console.print)
-        names = [held.name for held in heldout]
+    source, heldout = open_data(file.recipe)
+    with open_run(runs / name, file.recipe.model_dump(mode="json")) as folder, contextlib.ExitStack() as ending:
         start = decide(
-            folder, recipe, source, backend, options, runs, allow=allow | decided, say=say, heldout=names, **asked
+            folder,
+            file.recipe,
+            source,
+            backend,
+            options,
+            runs,
+            allow=allow | decided,
+            say=console.print,
+            heldout=[held.name for held in heldout],
+            **asked,
         )
-        recipe, source = start.resolved, start.source
         if start.complete:
-            ledger = settle(start)
-            console.print(f"run {folder.path} is complete: {start.first_step} of {start.last_step} steps")
-            if not ledger.entries:
-                say(
-                    f"warning: {runs / name / LEDGER} is still missing: a new one begins when the run is continued "
-                    "with --repair-ledger"
-                )
-            _summarize(console, runs / name, again.to_continue(recipe, source, runs / name, start.first_step))
-            if isinstance(backend, Follower):
-                backend.nothing_to_lead(Job(recipe, start.plan, options, folder=folder.path, stop=stop))
+            _say_complete(console, start, backend, start.job(options, stop=stop), again)
             return
-        plan = start.plan
-        with _Progress(console) as told:
-            job = Job(
-                recipe,
-                plan,
-                options,
-                start.weights,
-                told,
-                folder.path,
-                stop,
-                segment=start.segment,
-                stored_state=start.stored_state,
-            )
-            run = prepare_run(backend, job)
-            # also after an error: what a backend keeps on disk becomes durable, and others learn of the end
+        with _PreparationBar(console) as told:
+            run = prepare_run(backend, start.job(options, progress=told, stop=stop))
+            # also after an error: what a backend stores becomes durable, and other processes learn of the end
             ending.callback(run.close)
             if start.state is not None:
                 run.import_state(start.state)
         if stop.number:  # there is nothing to save yet, and the first step may take longer than the grace period
             console.print("stopped before the first step; the same command starts again")
             return
-        fingerprint = run.fingerprint()
-        environment = {**fingerprint.as_json(), "weftrain": importlib.metadata.version("weftrain")}
-        ledger = commit(start, environment)
-        speed = run_speed(recipe, backend, run, folder.path / METRICS)
-        _announce(console, recipe, fingerprint, speed.peak, folder.path, start.first_step)
-        with (
-            MetricsWriter(folder.path, recipe.log.tensorboard, start.resumed_step, repaired=True) as metrics,
-            Bar(console, name, plan.last_step, start.first_step) as bar,
-        ):
-            metrics.event("start", step=start.first_step, kernels=dict(fingerprint.kernels), **speed.as_record())
-            told.bar = bar
-            steps = fit(
-                run,
-                plan,
-                recipe,
-                source,
-                heldout,
-                folder.checkpoints,
-                metrics,
-                ledger,
-                speed=speed,
-                history=History(start.parent, start.tokens, start.unfinished, start.measured),
-                should_stop=stop.requested,
-            )
-            done = _shown(steps, bar, start.first_step)
-            if not stop.number:
-                metrics.event("end", step=done)
-                ledger.add("end", step=done)
+        done = _fit(console, start, backend, run, heldout, stop, told)
     if stop.number:
         console.print(f"stopped after step {done} and saved; the same command resumes")
     else:
-        _summarize(console, runs / name, again.to_continue(recipe, source, runs / name, done))
+        _summarize(console, runs / name, again.to_continue(start.recipe, start.source, runs / name, done))
+
+
+def _fit(
+    console: Console,
+    start: Start,
+    backend: Backend,
+    run: Run,
+    heldout: Sequence[EvaluationSource],
+    stop: StopRequest,
+    told: _PreparationBar,
+) -> int:
+    """Record the start, train with `fit`, and record the end. How many steps are complete."""
+    from weftrain.cli.assembly import run_speed
+    from weftrain.core.resume import commit
+    from weftrain.core.run.metrics import METRICS, MetricsWriter
+    from weftrain.core.trainer import fit
+
+    recipe, plan, folder, first = start.recipe, start.plan, start.folder, start.plan.start_step
+    fingerprint = run.fingerprint()
+    ledger = commit(start, {**fingerprint.as_json(), "weftrain": importlib.metadata.version("weftrain")})
+    speed = run_speed(recipe, backend, run, folder.path / METRICS)
+    _announce(console, recipe, fingerprint, speed.peak, folder.path, first)
+    with (
+        MetricsWriter(folder.path, recipe.log.tensorboard, start.resumed_step, repaired=True) as metrics,
+        Bar(console, folder.path.name, plan.last_step, first) as bar,
+    ):
+        metrics.event("start", step=first, kernels=dict(fingerprint.kernels), **speed.as_record())
+        told.bar = bar
+        steps = fit(
+            run,
+            plan,
+            recipe,
+            start.source,
+            heldout,
+            folder.checkpoints,
+            metrics,
+            ledger,
+            speed=speed,
+            history=start.history,
+            should_stop=stop.requested,
+        )
+        done = _shown(steps, bar, first)
+        if not stop.number:
+            metrics.event("end", step=done)
+            ledger.add("end", step=done)
+    return done
+
+
+def _say_complete(console: Console, start: Start, backend: Backend, job: Job, again: _Command) -> None:
+    from weftrain.core.backend import Follower
+    from weftrain.core.resume import settle
+    from weftrain.core.run.ledger_schema import LEDGER
+
+    run, done = start.folder.path, start.plan.start_step
+    ledger = settle(start)
+    console.print(f"run {run} is complete: {done} of {start.plan.last_step} steps")
+    if not ledger.entries:
+        console.print(
+            f"warning: {run / LEDGER} is still missing: a new one begins when the run is continued with --repair-ledger"
+        )
+    _summarize(console, run, again.to_continue(start.recipe, start.source, run, done))
+    if isinstance(backend, Follower):
+        backend.nothing_to_lead(job)
 
 
 def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int) -> int:
@@ -304,7 +318,7 @@ def _with_decisions(console: Console, file: RecipeFile, folder: Path) -> tuple[R
     return recorded_recipe(tree, f"{folder / LEDGER}: with the chunks it defers"), keys
 
 
-class _Progress:
+class _PreparationBar:
     """What a backend says it is doing: on the bar of its own before step 0, and beside the step on the run's."""
 
     def __init__(self, console: Console) -> None:
@@ -324,7 +338,7 @@ class _Progress:
             self._own = Bar(self._console, "preparing", 1000).__enter__()
         self._own.update(int(share * 1000), words)
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> _PreparationBar:
         return self
 
     def __exit__(self, *error: Any) -> None:

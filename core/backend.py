@@ -66,6 +66,19 @@ class Plan:
         return completed in (self.start_step + 1, self.last_step) or _due(completed, self.log_every_steps)
 
 
+def plan_of(recipe: Recipe, first_step: int) -> Plan:
+    """The recipe's plan from `first_step` completed steps on, which may lie beyond its end."""
+    return Plan(
+        first_step,
+        max(first_step, recipe.schedule.steps),
+        checkpoint_every_steps=recipe.checkpoint.every_steps,
+        evaluate_every_steps=recipe.log.evaluate_every_steps,
+        log_every_steps=recipe.log.every_steps,
+        checkpoint_at_end=recipe.checkpoint.at_end,
+        chunk_steps=0 if recipe.data.chunks is None else recipe.schedule.steps // recipe.data.chunks,
+    )
+
+
 def _due(completed: int, every: int) -> bool:
     return every > 0 and completed % every == 0
 

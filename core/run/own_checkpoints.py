@@ -78,24 +78,6 @@ def standing(
     )
 
 
-def check_from_scratch(run: Path, own: Standing, first_step: int, from_scratch: bool) -> None:
-    """Refuse to begin at step 0 where the run had checkpoints, unless it was asked for; and to give up a whole
-    checkpoint.
-    """
-    if from_scratch and (own.newest is not None or first_step):
-        raise RunFolderError(
-            f"{run}: stands at step {first_step}, and --from-scratch is for runs without a whole checkpoint: leave it "
-            "out"
-        )
-    if own.newest is None and first_step == 0 and own.passed_over and not from_scratch and not own.began_again:
-        listed = ", ".join(f"step {step}: {what}" for step, what in own.passed_over)
-        raise CheckpointError(
-            f"{run / 'checkpoints'}: no whole checkpoint is left of those that the run had ({listed}): restore one "
-            "from a copy, name "
-            "another --run, or begin again at step 0 with --from-scratch, which the ledger records"
-        )
-
-
 def _check_no_ledger(run: Path, newest: Manifest, repair: bool) -> None:
     if not repair:
         raise RunFolderError(

@@ -22,7 +22,7 @@ from weftrain.core.checkpoint import Weights
 from weftrain.core.errors import CheckpointError
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import load_recipe
-from weftrain.core.resume import starting_state
+from weftrain.core.run.starting_checkpoint import other_checkpoint
 from weftrain.exchange.huggingface import pickled_worker
 from weftrain.exchange.huggingface.folder import HuggingFaceWeights, write_huggingface
 from weftrain.exchange.huggingface.pickled import open_weights
@@ -138,10 +138,9 @@ def test_a_run_starts_from_a_folder(weftrain: Weftrain, tmp_path: Path, tiny_ove
         follower = load_recipe(
             "crystal_demo", [*tiny_overrides, f"start_from={{run: {source}, state: weights}}"]
         ).recipe
-        start = starting_state(follower, None, tmp_path / "runs", print)
-        assert start is not None
+        start = other_checkpoint(follower, tmp_path / "runs", print)
         assert start.state.step == 0
-        starts.append(start.weights() or {})
+        starts.append(start.weights(follower, {}) or {})
     assert starts[0].keys() == starts[1].keys() == {spec.name for spec in parameter_specs(recipe.model)}
     assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
 

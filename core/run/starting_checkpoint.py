@@ -1,0 +1,88 @@
+"""The checkpoint that a start reads: the run's own newest one, or by `start_from` that of another run, at step 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from weftrain.core import checkpoint
+from weftrain.core.backend import State
+from weftrain.core.config import Recipe
+from weftrain.core.errors import CheckpointError
+from weftrain.core.formats.lazy_tensors import select
+from weftrain.core.run.start_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
+
+
+@dataclass(frozen=True)
+class StartingCheckpoint:
+    """A checkpoint to start from: its state, its root hash and its manifest. own: of the run itself."""
+
+    state: State
+    manifest: Mapping[str, Any]
+    own: bool
+
+    @property
+    def root(self) -> str:
+        return str(self.manifest["root"])
+
+    @property
+    def has_optimizer(self) -> bool:
+        return any(not name.startswith("weights/") for name in self.state.tensors)
+
+    def check_model(self, recipe: Recipe, say: Callable[[str], None]) -> dict[str, tuple[int, int]]:
+        """Refuse tensors that are not those of the recipe's model. Rows [first, stop) of each parameter that
+        start_from.grow leaves to be drawn.
+
+        Keys of the model without a shape are compared here for another run's checkpoint alone: a resume compares all
+        keys of the recipe. Raises CheckpointError.
+        """
+        planes = WHOLE_STATE if self.has_optimizer else ("weights",)
+        if self.own:
+            check_fit(self.manifest, recipe.model, f"the run's checkpoint of step {self.state.step}", planes)
+            return {}
+        assert recipe.start_from is not None
+        where = f"start_from: step {self.manifest['step']} of run '{recipe.start_from.run}'"
+        check_fit(self.manifest, recipe.model, where, planes, recipe.start_from.grow)
+        for line in check_function(self.manifest, recipe.model, where, recipe.start_from.change):
+            say(f"{where}: {line}")
+        drawn = grown_rows(self.manifest, recipe.model)
+        for name, (first, stop) in drawn.items():
+            say(f"{where}: rows {first}..{stop - 1} of {name} are drawn from seed {recipe.seed}")
+        return drawn
+
+    def weights(self, recipe: Recipe, drawn: Mapping[str, tuple[int, int]]) -> Mapping[str, Tensor] | None:
+        """Canonical name -> weight, if weights are all there is to start from; None if the whole state is imported."""
+        if self.has_optimizer:
+            return None
+        weights = checkpoint.Weights(self.state.tensors)
+        return GrownWeights(weights, drawn, recipe.model, recipe.seed) if drawn else weights
+
+
+def own_checkpoint(newest: Path) -> StartingCheckpoint:
+    """The run's own checkpoint in `newest`, which the caller has just verified. Raises CheckpointError."""
+    state, manifest = checkpoint.load(newest, verified=True)
+    return StartingCheckpoint(state, manifest, own=True)
+
+
+def other_checkpoint(recipe: Recipe, runs: Path, report: Callable[[str], None]) -> StartingCheckpoint:
+    """The newest whole checkpoint of the run below `runs` that the recipe's start_from names, at step 0.
+
+    report: gets one line for each damaged checkpoint passed over. Raises CheckpointError if there is no whole one.
+    """
+    assert recipe.start_from is not None
+    other = runs / recipe.start_from.run / "checkpoints"
+    newest = checkpoint.newest(other, report)
+    if newest is None:
+        raise CheckpointError(
+            f"{other}: no whole checkpoint, and start_from needs one: train '{recipe.start_from.run}' first, or remove "
+            "start_from"
+        )
+    state, manifest = checkpoint.load(newest, verified=True)
+    if recipe.start_from.state == "weights":
+        names = {name: name for name in state.tensors if name.startswith("weights/")}
+        state = State(0, 0, select(state.tensors, names))
+    return StartingCheckpoint(replace(state, step=0), manifest, own=False)
