@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "core": ("core", "kernels"),
     "kernels": ("kernels",),
 }
-CIRCLES_LEFT = ("backends.cuda", "backends.streaming")
+CIRCLES_LEFT = ("backends.streaming",)
 FORBIDDEN_CALLS = {"eval", "exec", "os.system", "torch.load", "torch.save", "yaml.load", "numpy.load", "np.load"}
 # The one program that unpickles, in a process of its own, and that nobody imports: see exchange/huggingface/pickled.py.
 UNPICKLES = ROOT / "exchange" / "huggingface" / "pickled_worker.py"

@@ -80,7 +80,7 @@ class CudaBackend(PlainBackend):
         return found
 
     def follows(self) -> bool:
-        from weftrain.backends.cuda.world import launched
+        from weftrain.backends.cuda.rendezvous import launched
 
         return launched() and os.environ["RANK"] != "0"
 
@@ -89,30 +89,31 @@ class CudaBackend(PlainBackend):
         too little memory.
         """
         from weftrain.backends.cuda.engine import CudaRun
-        from weftrain.backends.cuda.world import meet
+        from weftrain.backends.cuda.rendezvous import rendezvous
 
         options = _set_up(job)
-        world = meet(options.device, options.timeout_s, job.stop)
+        world = rendezvous(options.device, options.timeout_s, job.stop)
         plan = {name: getattr(job.plan, name) for name in ("start_step", "last_step")}
-        world.order(do="prepare", recipe=job.recipe.model_dump(mode="json"), plan=plan, weights=job.weights is not None)
-        return CudaRun(job, options, world, job.weights is not None)
+        given = job.weights is not None
+        world.command(do="prepare", recipe=job.recipe.model_dump(mode="json"), plan=plan, weights=given)
+        return CudaRun(job, options, world, given)
 
     def nothing_to_lead(self, job: Job) -> None:
         """See Follower.nothing_to_lead: the others wait to meet rank 0, and end with this process."""
-        from weftrain.backends.cuda.world import launched, meet
+        from weftrain.backends.cuda.rendezvous import launched, rendezvous
 
         if launched():
             options = _set_up(job)
-            meet(options.device, options.timeout_s, job.stop)
+            rendezvous(options.device, options.timeout_s, job.stop)
 
     def run_worker(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
         """Ranks above 0. See Follower.run_worker; a rank leaves when rank 0 ends the run."""
-        from weftrain.backends.cuda.follower import Follower
-        from weftrain.backends.cuda.world import meet
+        from weftrain.backends.cuda.rendezvous import rendezvous
+        from weftrain.backends.cuda.worker import Worker
 
         job = read()
         options = _set_up(job)
-        Follower(meet(options.device, options.timeout_s, job.stop), job, open_source).follow()
+        Worker(rendezvous(options.device, options.timeout_s, job.stop), job, open_source).run()
 
 
 def _set_up(job: Job) -> CudaOptions:

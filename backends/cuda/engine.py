@@ -39,7 +39,7 @@ from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Meshes, compile_blocks, degrees, split_sequences, split_tensors, use_float8
 from weftrain.backends.cuda.planner import check_memory
 from weftrain.backends.cuda.save import Parts, RankedTensors, Writer
-from weftrain.backends.cuda.world import RESTS, World
+from weftrain.backends.cuda.world import IDLE, World
 from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import row_keys
@@ -76,14 +76,13 @@ class CudaRun:
             "kernels": sha256_json(self._selection.manifest),
         }
         world.same_everywhere(chosen)
-        with world.together("lay the model over the ranks"):
+        with world.together("shard the model across ranks"):
             self._build(job.recipe, options)
         self._fill(job.weights if given else None, given)
         self.writer = Writer(world, self.number)
         self._closed = False
         self._clock = PhaseClock(world.device, job.time_phases)
-        if world.watch is not None:
-            world.watch.stall_s, world.watch.folder = options.stall_s, job.folder or Path()
+        world.stall_s, world.folder = options.stall_s, job.folder or Path()
 
     def _choose(self, recipe: Recipe, options: CudaOptions) -> None:
         """Everything that one rank can find wrong by itself."""
@@ -158,7 +157,7 @@ class CudaRun:
                 self._world.doing = "log, evaluate and save between two steps"
                 yield result
         finally:
-            self._world.doing = RESTS
+            self._world.doing = IDLE
 
     def step(self, source: BatchSource) -> StepResult:
         recipe, start, step = self._recipe, time.perf_counter(), self.step_number
@@ -293,7 +292,7 @@ class CudaRun:
         whole = self._share_rows(batch)
         losses, scale, _ = self._forward_backward(lambda first, count: slice_rows(whole, first, count))
         self._clock.stop()
-        self._world.doing = RESTS
+        self._world.doing = IDLE
         with self._world.together("add gradients"):
             gradients = self._model.gradients()
             loss, _ = self._over_all_ranks(losses, scale, gradients)
@@ -437,7 +436,7 @@ class CudaRun:
         if self._closed:
             return
         with contextlib.suppress(BackendError):  # an end is an end: the error that led here is being raised already
-            self._world.order(do="close", run=self.number)
+            self._world.command(do="close", run=self.number)
         self.release()
 
     @contextlib.contextmanager
@@ -445,13 +444,13 @@ class CudaRun:
         """Rank 0: order something, and do it too. Where that fails the others wait in a collective, and no order
         reaches them any more.
         """
-        self._world.order(run=self.number, **what)
+        self._world.command(run=self.number, **what)
         try:
             yield
         except NonFiniteError:
             raise  # on every rank
         except BaseException as error:
-            self._world.break_off(str(error) or type(error).__name__)
+            self._world.abort(str(error) or type(error).__name__)
             raise
 
     def release(self) -> None:

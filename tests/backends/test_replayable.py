@@ -197,7 +197,7 @@ def test_the_same_bits_on_one_rank_and_on_several_and_across_a_resume(
     """Dropout on; the number changes in the middle, both ways; loss and norm too."""
     from ranks import source_of, world_of
 
-    from weftrain.backends.cuda.world import leave
+    from weftrain.backends.cuda.rendezvous import leave
 
     def train(
         recipe: Recipe, start: int, stop: int, state: State | None = None

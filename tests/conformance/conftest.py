@@ -22,7 +22,7 @@ def name(request: pytest.FixtureRequest) -> Iterator[str]:
     """
     from ranks import world_of
 
-    from weftrain.backends.cuda.world import leave
+    from weftrain.backends.cuda.rendezvous import leave
 
     wanted: str = request.param
     _, _, ranks = wanted.partition("-")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from weftrain.backends.cuda import BACKEND
-from weftrain.backends.cuda.world import leave, meet
+from weftrain.backends.cuda.rendezvous import leave, rendezvous
 from weftrain.core.backend import Batch, BatchSource, Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.recipe_file import load_recipe
@@ -93,9 +93,9 @@ def world_of(size: int) -> Iterator[None]:
     leave()
     torch.set_num_threads(1)
     try:
-        meet("cpu", 60)
+        rendezvous("cpu", 60)
         yield
-        meet("cpu", 60).order(do="end")
+        rendezvous("cpu", 60).command(do="end")
         for process in others:
             process.wait(timeout=30)
     finally:

@@ -12,7 +12,7 @@ import torch
 from ranks import source_of
 
 from weftrain.backends.common.registry import get_backend
-from weftrain.backends.cuda.world import leave
+from weftrain.backends.cuda.rendezvous import leave
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 

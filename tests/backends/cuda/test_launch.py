@@ -116,7 +116,7 @@ def test_a_killed_rank_ends_all_and_torchrun_starts_them_again(overrides: list[s
             time.monotonic() - start
         )
         output = finished(process)
-    assert "another rank was lost" in output
+    assert "another rank failed" in output
     with started(torchrun(2, tmp_path / "straight", overrides)) as process:
         finished(process)
     killed, straight = state(tmp_path / "killed"), state(tmp_path / "straight")
@@ -220,9 +220,9 @@ def test_a_stalled_rank_is_named_with_its_stack(overrides: list[str], tmp_path: 
             line = leader.stdout.readline()
             assert line, told
             told += line
-    assert "rank 1 is to read rows" in told
+    assert "wait for rank 1, which should read rows" in told
     assert "slow_rows" in told
-    assert "rank 0 is to" not in told
+    assert "rank 0, which" not in told
     assert (tmp_path / "r" / "flight-recorder-rank0.json").stat().st_size > 100
 
 

@@ -7,7 +7,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-from weftrain.backends.cuda.watch import Watch
+from weftrain.backends.cuda.hang_detector import HangDetector
 from weftrain.backends.cuda.world import World
 from weftrain.core.stop import StopRequest
 
@@ -22,14 +22,14 @@ class OneStore(World):
 def test_a_signal_at_any_rank_reaches_rank_0() -> None:
     store = dist.HashStore()
     worlds = [OneStore(torch.device("cpu"), store, rank, 3, 1.0, StopRequest()) for rank in range(3)]
-    watches = [Watch(world) for world in worlds]
-    for watch in watches:
-        watch.close()
-    for watch in watches:
-        watch.pass_on_stop()
+    detectors = [HangDetector(world) for world in worlds]
+    for detector in detectors:
+        detector.close()
+    for detector in detectors:
+        detector.pass_on_stop()
     assert not any(world.stop.requested() for world in worlds)
     worlds[2].stop.ask(signal.SIGTERM)
-    for watch in (watches[2], watches[1], watches[0]):
-        watch.pass_on_stop()
-    # Rank 1 goes on: it stops when rank 0 orders no more steps, so that all stop after the same one.
+    for detector in (detectors[2], detectors[1], detectors[0]):
+        detector.pass_on_stop()
+    # Rank 1 goes on: it stops when rank 0 commands no more steps, so that all stop after the same one.
     assert [world.stop.number for world in worlds] == [signal.SIGTERM, 0, signal.SIGTERM]

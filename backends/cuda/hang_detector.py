@@ -1,9 +1,7 @@
-"""Who holds all up: every rank tells now and then what it is at, and where nothing moves, rank 0 names the rank that is
-not waiting.
+"""Detects a stalled rank: if nothing moves, rank 0 names the rank that the others wait for, with its Python stack.
 
-A thread a rank, over the store by which the ranks met, so that it works while every collective hangs. What a reader
-would get wrong: a rank that waits is not stalled. The one at fault is the one that is *not* in a collective, and its
-Python stack says where it is.
+Each rank has a thread that notes what its main thread is doing in the store by which the ranks met, so that it works
+while every collective hangs. A rank that waits in a collective is not the stalled one.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from weftrain.backends.cuda.world import RESTS, World
+from weftrain.backends.cuda.world import IDLE, World
 from weftrain.core.formats import fsops
 
 _BEAT_S = 1.0
@@ -29,19 +27,18 @@ _GRACE_S = 5.0  # from the loss of the store to the end of a process that may ha
 _LONGEST_STACK = 4000
 
 
-class Watch:
-    """Of a world, from its start to its end. stall_s and folder: of the run that was prepared last."""
+class HangDetector:
+    """Of a world, from its start to its end."""
 
     def __init__(self, world: World) -> None:
         if not faulthandler.is_enabled():
-            faulthandler.enable()  # a rank that crashes in native code says where its threads stood
+            faulthandler.enable()  # a rank that crashes in native code prints the stacks of its threads
         self._world = world
-        self.stall_s, self.folder = 60.0, Path()
         self._main = threading.main_thread().ident
         self._end = threading.Event()
-        self._told = False  # that this process was asked to stop
+        self._stop_sent = False
         self._store = world.own_store()
-        self._thread = threading.Thread(target=self._run, name="weftrain-watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="weftrain-hang-detector", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -52,7 +49,7 @@ class Watch:
         last, since, named = None, time.monotonic(), False
         while not self._end.wait(_BEAT_S):
             now = (self._world.step, self._world.doing)
-            if now != last or now[1] == RESTS:
+            if now != last or now[1] == IDLE:
                 last, since, named = now, time.monotonic(), False
             held_s = time.monotonic() - since
             beat = {"step": now[0], "doing": now[1], "waiting": self._world.waiting}
@@ -60,16 +57,14 @@ class Watch:
                 self.pass_on_stop()
                 self._store.set(f"beat/{self._world.rank}", json.dumps(beat))
                 self._answer()
-                if self._world.leads and held_s > self.stall_s and not named:
+                if self._world.leads and held_s > self._world.stall_s and not named:
                     named = True
-                    self._name_who_stalls(held_s)
+                    self._name_stalled(held_s)
             except (RuntimeError, dist.DistError):
                 self._leave_if_alone()
 
     def _leave_if_alone(self) -> None:
-        """End this process where the store, and so rank 0 or the launcher's agent, is gone: it may hang in a collective
-        for ever.
-        """
+        """The store, and so rank 0 or the launcher, is gone: end this process, which may hang in a collective."""
         if self._end.wait(_GRACE_S):
             return
         sys.stderr.write(
@@ -79,13 +74,13 @@ class Watch:
         os._exit(128 + self._world.stop.number if self._world.stop.number else 1)
 
     def pass_on_stop(self) -> None:
-        """A signal may reach any one rank. Rank 0 alone decides after which step the run stops, so it has to know."""
+        """A signal may reach any one rank, and rank 0 alone decides after which step the run stops: tell it."""
         stop = self._world.stop
         if self._world.leads:
             if self._store.check(["stop"]):
                 stop.ask(int(self._store.get("stop")))
-        elif stop.number and not self._told:
-            self._told = True
+        elif stop.number and not self._stop_sent:
+            self._stop_sent = True
             self._store.set("stop", str(stop.number))
 
     def _stack(self) -> str:
@@ -93,28 +88,27 @@ class Watch:
         return "" if frame is None else "".join(traceback.format_stack(frame))[-_LONGEST_STACK:]
 
     def _answer(self) -> None:
-        """Another rank is asked for its stack through the store."""
+        """Give this rank's stack, if rank 0 asked for it."""
         if self._store.check([f"ask/{self._world.rank}"]):
             self._store.delete_key(f"ask/{self._world.rank}")
             self._store.set(f"stack/{self._world.rank}", self._stack())
 
-    def _name_who_stalls(self, held_s: float) -> None:
+    def _name_stalled(self, held_s: float) -> None:
         beats = {rank: self._beat(rank) for rank in range(self._world.size)}
         for rank in sorted(beats):
             beat = beats[rank]
             if beat is not None and beat["waiting"]:
                 continue
-            what = "has said nothing yet" if beat is None else f"is to {beat['doing']}"
+            what = (
+                "which has not reported yet" if beat is None else f"which should {beat['doing']}, step {beat['step']}"
+            )
             sys.stderr.write(
-                f"weftrain: nothing has moved for {held_s:.0f} s: rank {rank} {what} (step "
-                f"{beat['step'] if beat else '?'}), the others "
-                f"wait for it; its stack:\n{self._stack_of(rank)}\n"
+                f"weftrain: no progress for {held_s:.0f} s: the other ranks wait for rank {rank}, {what}; its stack:\n"
+                f"{self._stack_of(rank)}\n"
             )
         if all(beat is not None and beat["waiting"] for beat in beats.values()):
             told = ", ".join(f"rank {rank}: {beat['doing']}" for rank, beat in beats.items() if beat)
-            sys.stderr.write(
-                f"weftrain: nothing has moved for {held_s:.0f} s and every rank waits in a collective ({told})\n"
-            )
+            sys.stderr.write(f"weftrain: no progress for {held_s:.0f} s: every rank waits in a collective ({told})\n")
         sys.stderr.flush()
         self._dump_flights()
 
@@ -131,16 +125,16 @@ class Watch:
             if self._store.check([f"stack/{rank}"]):
                 return self._store.get(f"stack/{rank}").decode()
             time.sleep(_BEAT_S / 10)
-        return "(it does not answer: the process is stopped, swapped out, or its machine is gone)"
+        return "(no answer: the process is stopped or swapped out, or its machine is gone)"
 
     def _dump_flights(self) -> None:
         """torch's flight recorder of this rank, the last collectives and their states, into the run's folder."""
         import torch._C._distributed_c10d as c10d
 
-        if self.folder == Path():
+        if self._world.folder == Path():
             return
         with contextlib.suppress(OSError, RuntimeError):
-            path = self.folder / f"flight-recorder-rank{self._world.rank}.json"
+            path = self._world.folder / f"flight-recorder-rank{self._world.rank}.json"
             data = c10d._dump_fr_trace_json()  # type: ignore[attr-defined]
             fsops.write_bytes(path, data if isinstance(data, bytes) else data.encode())
             sys.stderr.write(f"weftrain: the last collectives of rank {self._world.rank} are in {path}\n")

@@ -1,7 +1,7 @@
-"""What ranks above 0 do: carry out rank 0's orders, each of which names its run, until it ends the world.
+"""What ranks above 0 do: carry out rank 0's commands, each of which names its run, until it ends the world.
 
-What a reader would get wrong: a follower decides nothing and prints nothing. What fails on it alone it leaves in the
-store as its last words, and the others, who then miss it in a collective, say them.
+A worker decides nothing and prints nothing. If it fails on its own it leaves the reason in the store, and the other
+ranks report it when they miss this one in a collective.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 
 from weftrain.backends.cuda.engine import CudaRun
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.world import World, leave
+from weftrain.backends.cuda.rendezvous import leave
+from weftrain.backends.cuda.world import World
 from weftrain.core.backend import BatchSource, Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError, NonFiniteError, WeftrainError
 
 
-class Follower:
+class Worker:
     """A rank above 0. open_source: how it opens the rows of a run's recipe on its machine."""
 
     def __init__(self, world: World, own: Job, open_source: Callable[[Job], BatchSource]) -> None:
@@ -26,56 +27,56 @@ class Follower:
         self._runs: dict[int, CudaRun] = {}
         self._sources: dict[int, BatchSource] = {}
 
-    def follow(self) -> None:
+    def run(self) -> None:
         """Until rank 0 ends the world. Raises BackendError, also where this rank fails: the others learn why."""
-        while (order := self._world.next_order())["do"] != "end":
+        while (command := self._world.next_command())["do"] != "end":
             try:
-                self._carry_out(order)
+                self._carry_out(command)
             except NonFiniteError:
                 continue  # rank 0 raised the same, and decides what becomes of the run
             except (WeftrainError, OSError) as error:
-                if order["do"] == "prepare" and isinstance(error, BackendError):
+                if command["do"] == "prepare" and isinstance(error, BackendError):
                     continue  # every rank was told; rank 0 decides
-                self._world.say_last_words(str(error))
+                self._world.report_failure(str(error))
                 raise
-        self._world.stop.ask(order.get("signal", 0))  # so that every rank ends with the same exit code
+        self._world.stop.ask(command.get("signal", 0))  # so that every rank ends with the same exit code
         leave()
 
-    def _carry_out(self, order: dict[str, Any]) -> None:
-        if order["do"] == "prepare":
-            recipe = Recipe.model_validate(order["recipe"])
+    def _carry_out(self, command: dict[str, Any]) -> None:
+        if command["do"] == "prepare":
+            recipe = Recipe.model_validate(command["recipe"])
             options = CudaOptions.model_validate(recipe.backend.options)
-            job = Job(recipe, Plan(**order["plan"]), options, folder=self._own.folder)
-            run = CudaRun(job, options, self._world, order["weights"])
+            job = Job(recipe, Plan(**command["plan"]), options, folder=self._own.folder)
+            run = CudaRun(job, options, self._world, command["weights"])
             self._runs[run.number] = run
             return
-        number = order["run"]
+        number = command["run"]
         run = self._runs[number]
-        match order["do"]:
+        match command["do"]:
             case "train":
                 source = self._sources[number] = self._open_source(run.job)
-                if source.dataset_id != order["dataset_id"]:
-                    mine, other = source.dataset_id[:12], order["dataset_id"][:12]
+                if source.dataset_id != command["dataset_id"]:
+                    mine, other = source.dataset_id[:12], command["dataset_id"][:12]
                     raise BackendError(f"reads dataset {mine}, rank 0 reads {other}: give all nodes the same data")
             case "step":
-                run.step_number = order["step"]
+                run.step_number = command["step"]
                 run.step(self._sources[number])
             case "gradients":
                 run.gradients_of(None)
             case "evaluate":
-                run.evaluate_rounds(order["rounds"], lambda round_number: None)
+                run.evaluate_rounds(command["rounds"], lambda round_number: None)
             case "whole":
-                run.whole(order["name"], keep=False)
+                run.whole(command["name"], keep=False)
             case "save":
                 files = {
                     name: {key: (dtype, tuple(shape)) for key, (dtype, shape) in part.items()}
-                    for name, part in order["files"].items()
+                    for name, part in command["files"].items()
                 }
-                run.writer.begin(Path(order["folder"]), files, run.whole)
+                run.writer.begin(Path(command["folder"]), files, run.whole)
             case "place":
-                run.place(order["plane"], order["name"], tuple(order["shape"]), None, 0)
+                run.place(command["plane"], command["name"], tuple(command["shape"]), None, 0)
             case "stand":
-                run.stand(order["step"], order["optimizer_updates"])
+                run.stand(command["step"], command["optimizer_updates"])
             case "close":
                 self._runs.pop(number).release()
                 self._sources.pop(number, None)
