@@ -1,22 +1,22 @@
-"""What a run will need and how long a step will take, before anything is started.
+"""What a run needs and how long a step takes, computed before anything starts.
 
-What a reader would get wrong: needs are computed and hold; times are a *prediction* from speeds that were measured (or
-named), and say so. Which of them is the limit is the part to trust: a step is as long as the slowest of what runs at
-once, and the first record's way in.
+Memory and disk follow from the layout and are bounds to rely on. Times are a prediction from measured (or assumed)
+speeds: a step takes as long as the slowest of what runs at once, plus the first record's way in.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
-from weftrain.backends.streaming.schedule import Scheduler
+import psutil
+
+from weftrain.backends.streaming.options import StreamingOptions, buffer_bytes, layer_slots, layout_of
+from weftrain.backends.streaming.schedule import Schedule, Scheduler
 from weftrain.backends.streaming.store.layout import ITEM_BYTES, Layout
 from weftrain.core.config import Recipe
+from weftrain.core.errors import BackendError
 from weftrain.core.parameters import flops_per_token
 from weftrain.core.prediction import Needs, Prediction, Speeds
-
-if TYPE_CHECKING:
-    from weftrain.backends.streaming import StreamingOptions
 
 _BASE_BYTES = 400 << 20  # the interpreter, torch and generated code; importing torch alone takes 220 MiB
 _LOGIT_CHUNK_BYTES = 6 << 24  # of a chunked head: 2^24 logits, in bf16 and in fp32
@@ -24,16 +24,18 @@ _LOGIT_CHUNK_BYTES = 6 << 24  # of a chunked head: 2^24 logits, in bf16 and in f
 _EFFICIENCY = 0.75
 
 
-def needs(recipe: Recipe, layout: Layout, options: StreamingOptions, ring: int, buffer_bytes: int) -> Needs:
-    """Memory and disk of one process. ring: layers whose weights have places of their own."""
+def needs(recipe: Recipe, options: StreamingOptions, layout: Layout) -> Needs:
+    """Memory and disk of one process."""
     model, compute, recompute = recipe.model, recipe.precision.compute, options.activations == "recompute"
-    item, ram = ITEM_BYTES[compute], options.tier == "ram"
+    item, ram, slots = ITEM_BYTES[compute], options.tier == "ram", layer_slots(recipe, options)
     micro = recipe.batch.micro_batch_size * recipe.data.sequence_length
     tokens = recipe.batch.global_batch_size * recipe.data.sequence_length
     layers = layout.records[1:-1]
     largest = max(record.size for record in layers)
     stream = tokens * model.hidden_size * 4
-    block = micro * _block_bytes_a_token(recipe, item)
+    # What autograd keeps of a block, a token: the stream twice and the norms' results in fp32, q k v before and after
+    # rotation, and the FFN.
+    block = micro * (16 * model.hidden_size + item * (7 * model.hidden_size + 3 * model.intermediate_size))
     accumulated = 4 if recipe.batch.global_batch_size > recipe.batch.micro_batch_size else item
     head = layout.records[0] if model.tie_embeddings else layout.records[-1]
     vocabulary = model.vocab_size * model.hidden_size
@@ -44,32 +46,32 @@ def needs(recipe: Recipe, layout: Layout, options: StreamingOptions, ring: int, 
         "gradients of a layer": 2 * largest * accumulated,
         "head": vocabulary * (4 + 2 * accumulated) + _LOGIT_CHUNK_BYTES,
     }
-    if ring:
-        parts["weights"] = ring * max(record.compute_bytes for record in layers) + layout.records[0].compute_bytes
+    if slots:
+        parts["weights"] = slots * max(record.compute_bytes for record in layers) + layout.records[0].compute_bytes
         parts["weights"] += 0 if head is layout.records[0] else head.compute_bytes
     if options.tier == "direct":
-        parts["buffers"] = 2 * buffer_bytes
+        parts["buffers"] = 2 * buffer_bytes(layout, options)
     if ram:
         parts["store"] = sum(tile.bytes + tile.gradient_bytes for tile in layout.tiles)
     return Needs(parts, 0 if ram else layout.file_bytes)
 
 
-def _block_bytes_a_token(recipe: Recipe, item: int) -> int:
-    """What autograd keeps of a block, a token: the stream twice and the norms' results, q k v before and after
-    rotation, and the FFN.
-    """
-    hidden, inner = recipe.model.hidden_size, recipe.model.intermediate_size
-    return 2 * 4 * hidden + 2 * 4 * hidden + 7 * item * hidden + 3 * item * inner
+def middle_step(recipe: Recipe, options: StreamingOptions, layout: Layout) -> Schedule:
+    """A step in the middle of a run, which makes the update of the step before."""
+    scheduler = Scheduler(layout, options.tier, layer_slots(recipe, options), buffer_bytes(layout, options))
+    return scheduler.step(first_update=0)
 
 
-def predict(
-    recipe: Recipe, layout: Layout, options: StreamingOptions, ring: int, buffer_bytes: int, speeds: Speeds
-) -> Prediction:
-    """A step in the middle of a run: with the update of the one before."""
-    schedule = Scheduler(layout, options.tier, ring, buffer_bytes).step(first_update=0)
+def predict(recipe: Recipe, options: StreamingOptions, speeds: Speeds) -> Prediction:
+    """See Predictor.predict: for this machine's memory and disk. Raises BackendError if devices are named."""
+    if speeds.devices is not None:
+        raise BackendError(
+            "the streaming backend predicts for this machine, with its memory and disk: leave the devices out"
+        )
+    layout = layout_of(recipe, options)
+    schedule, size = middle_step(recipe, options, layout), sum(record.size for record in layout.records)
     flops = flops_per_token(recipe.model, recipe.data.sequence_length) * recipe.tokens_per_step
     again = 4 / 3 if options.activations == "recompute" else 1.0
-    size = sum(record.size for record in layout.records)
     passes = 28.0 + (40.0 if layout.format.name != "fp32" else 0.0) + (36.0 if options.tier == "mapped" else 0.0)
     times = {
         "compute": flops * again / (speeds.matmul_flops * _EFFICIENCY),
@@ -87,27 +89,40 @@ def predict(
     limit = max(slowest, key=lambda name: slowest[name])
     if limit == "compute" and times["memory"] > times["compute"]:
         limit = "memory"
-    return Prediction(
-        max(slowest.values()) + times.get("first record", 0.0),
-        limit,
-        times,
-        needs(recipe, layout, options, ring, buffer_bytes),
-    )
+    step_s = max(slowest.values()) + times.get("first record", 0.0)
+    capacity = _available_memory(options)[0] if speeds.capacity_bytes is None else speeds.capacity_bytes
+    found = Prediction(step_s, limit, times, needs(recipe, options, layout), capacity_bytes=capacity)
+    return found if found.fits else replace(found, remedies=(remedies(recipe, options),))
+
+
+def check_memory(recipe: Recipe, options: StreamingOptions, layout: Layout) -> None:
+    """Raises BackendError for a run that does not fit this machine's memory, with what would make it fit."""
+    wanted = needs(recipe, options, layout)
+    available, limited_by = _available_memory(options)
+    if wanted.total_memory_bytes > available:
+        parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in wanted.memory_bytes.items())
+        raise BackendError(
+            f"the run needs about {wanted.total_memory_bytes / 2**20:,.0f} MiB of memory ({parts}), "
+            f"{available / 2**20:,.0f} MiB {limited_by}: {remedies(recipe, options)}"
+        )
+
+
+def _available_memory(options: StreamingOptions) -> tuple[int, str]:
+    """Bytes of memory that a run may take, and the words that say what limits them."""
+    if options.memory_limit_mib:
+        return options.memory_limit_mib << 20, "backend.options.memory_limit_mib allows"
+    return psutil.virtual_memory().available, "are available"
 
 
 def remedies(recipe: Recipe, options: StreamingOptions) -> str:
-    """What would make it fit, in the order of what it costs."""
-    found = []
-    if options.tier == "ram":
-        found.append("backend.options.tier=direct (state on disk)")
-    if options.activations == "keep":
-        found.append("backend.options.activations=recompute (a third more arithmetic)")
-    if options.layer_slots > 2:
-        found.append("backend.options.layer_slots=2")
-    if options.tier == "direct" and not options.buffer_mib:
-        found.append("a smaller backend.options.tile_elements")
-    if recipe.batch.micro_batch_size > 1:
-        found.append("batch.micro_batch_size=1")
-    if recipe.precision.compute == "float32":
-        found.append("precision.compute=bfloat16")
+    """What would make a run fit, the cheapest first."""
+    choices = {
+        "backend.options.tier=direct (state on disk)": options.tier == "ram",
+        "backend.options.activations=recompute (a third more arithmetic)": options.activations == "keep",
+        "backend.options.layer_slots=2": options.layer_slots > 2,
+        "a smaller backend.options.tile_elements": options.tier == "direct" and not options.buffer_mib,
+        "batch.micro_batch_size=1": recipe.batch.micro_batch_size > 1,
+        "precision.compute=bfloat16": recipe.precision.compute == "float32",
+    }
+    found = [remedy for remedy, helps in choices.items() if helps]
     return ", ".join(found) or "a smaller model, or a machine with more memory"

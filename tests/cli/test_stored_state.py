@@ -13,7 +13,7 @@ import pytest
 from click.testing import Result
 from record_runs import done, prepare, trainer, weftrain
 
-from weftrain.backends.streaming.store.mapped import read_commit
+from weftrain.backends.streaming.store.file import read_commit
 from weftrain.core import checkpoint, saving
 from weftrain.core import trainer as training
 from weftrain.core.run.ledger import Ledger, read_ledger

@@ -263,7 +263,7 @@ def make(target: Path) -> None:
         patch.setattr(platform, "node", lambda: "loom")
         patch.setattr(platform, "platform", lambda: "Linux")
         patch.setattr("weftrain.cli.assembly.measured_peak", lambda device, dtype: Peak(1e11, "invented"))
-        patch.setattr("weftrain.backends.streaming.store.mapped._boot_id", lambda: "")
+        patch.setattr("weftrain.backends.streaming.store.file.boot_id", lambda: "")
         write_datasets()
         write_runs()
         public = write_releases_and_exports(keys)

@@ -1,1 +1,1 @@
-"""Where parameters, optimizer state and gradients are kept between visits of a layer."""
+"""Where weights, optimizer state and gradients are kept between two visits of a layer."""

@@ -1,10 +1,10 @@
 """Checksums of what a store's files hold: one for each plane of each tile, and one for each spooled gradient. No torch.
 
 The words of each page are added modulo 2^64, and the sums of the pages, in order, are hashed (BLAKE2b, 8 bytes)
-together with which tile, plane and version they are of. That runs at the speed of memory (a CRC of everything takes
-several times as long) and finds what damages a file: a changed bit, a zeroed or stale or misplaced page, a tile of
-another version. It is no signature, and two changes within one page whose sum is zero are not seen: a checkpoint's
-hashes prove that nothing was altered.
+together with the tile, plane and rotation that they are of. That runs at the speed of memory (a CRC takes several times
+as long) and detects what damages a file: a changed bit, a zeroed, stale or misplaced page, a tile of another rotation.
+It is no signature, and two changes within one page that cancel out are not detected: a checkpoint's hashes prove that
+nothing was altered.
 """
 
 from __future__ import annotations
@@ -23,17 +23,13 @@ Sums = Sequence[int]
 
 
 class Running:
-    """The checksum of one plane, given in parts that begin on a page of the plane. of: which tile, which plane, which
-    version.
-    """
+    """The checksum of one plane, given in parts that begin on a page of the plane. of: tile, plane and rotation."""
 
     def __init__(self, *of: int) -> None:
         self._hash = hashlib.blake2b(struct.pack(f"<{len(of)}q", *of), digest_size=8)
 
     def add(self, part: np.ndarray) -> None:
-        """part: uint8 [n], n a multiple of 8, in memory on a multiple of 8; of all parts only the last may end within a
-        page.
-        """
+        """part: uint8 [n], n a multiple of 8, aligned to 8 bytes; only the last part may end within a page."""
         words = part.view(np.uint64)
         whole = len(words) // PAGE_WORDS * PAGE_WORDS
         self._hash.update(np.add.reduce(words[:whole].reshape(-1, PAGE_WORDS), axis=1))
@@ -46,13 +42,13 @@ class Running:
 
 
 def checksum(part: np.ndarray, *of: int) -> int:
-    """Of a whole plane."""
+    """The checksum of a whole plane."""
     running = Running(*of)
     running.add(part)
     return running.value
 
 
 def packed(sums: Iterable[int]) -> bytes:
-    """As they lie in the file."""
+    """Checksums as they lie in the file."""
     values = list(sums)
     return struct.pack(f"<{len(values)}Q", *values)

@@ -1,7 +1,7 @@
-"""The tier past the page cache: one thread reads ahead, one writes behind, buffers are used again.
+"""The tier past the page cache: one thread reads ahead, one writes behind, buffers are reused.
 
-What a reader would get wrong: writes are done in the order in which they were asked for, and after one that failed none
-is done. The order of tiles, gradients and commits on the disk is what makes a step a transaction (store.py).
+Writes are done in the order in which they were requested, and after one that failed none is done: the order of tiles,
+gradients and commits on the disk is what makes a step a transaction (base.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import mmap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,32 +20,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftrain.backends.streaming.store.base import DTYPES, Part, Planes, typed
+from weftrain.backends.streaming.store.base import DTYPES, Part, Planes, copy_gradients, typed
 from weftrain.backends.streaming.store.checksums import checksum
+from weftrain.backends.streaming.store.file import FileStore, as_bytes, state_sums
 from weftrain.backends.streaming.store.layout import PAGE_BYTES, Layout, Record, Tile, ahead_tiles
-from weftrain.backends.streaming.store.mapped import FileStore, state_sums
 from weftrain.core.errors import BackendError
 
 STALL_WARNING_S = 15.0
 
 
 def aligned(size_bytes: int) -> Tensor:
-    """uint8 [size], on page boundaries, of anonymous memory that huge pages may back; returned to the system with the
-    tensor.
-    """
+    """uint8 [size] of anonymous, page-aligned memory, in huge pages if there are any; freed with the tensor."""
     memory = mmap.mmap(-1, max(size_bytes, PAGE_BYTES))
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # the system never gives huge pages
+        with contextlib.suppress(OSError):  # the system has no huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)[:size_bytes]
 
 
-class _Pool:
-    """Aligned buffers that are used again, up to a number of bytes in use at once. A first buffer is always given,
-    whatever its size.
+def _view(memory: Tensor) -> memoryview:
+    return memory.view(torch.uint8).numpy().data
 
-    A free buffer serves requests down to half its size: tiles of like sizes share, and no page is mapped anew from step
-    to step.
+
+class _Pool:
+    """Aligned, reused buffers with a limit on the bytes in use. A first buffer is always given, whatever its size.
+
+    A free buffer serves requests down to half its size: tiles of similar sizes share, and no step maps new pages.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -88,21 +88,17 @@ class _Pool:
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """Nothing will come back any more: raise this wherever somebody waits, or will."""
+        """No buffer will be returned any more: raise `error` in every `take` that waits, or will."""
         with self._changed:
             self._failed = error
             self._changed.notify_all()
 
 
 class DirectStore(FileStore):
-    """One thread reads ahead and one writes behind; both wait in the kernel while the disk works, and touch no number
-    themselves.
-
-    buffer_bytes: of state on its way in and out, and as much again of gradients.
-    """
+    """buffer_bytes: for state in flight, and as much again for gradients."""
 
     tier = "direct"
-    _writer: ThreadPoolExecutor | None = None  # None: still being opened, what is written then is written at once
+    _writer: ThreadPoolExecutor | None = None  # None while the store is opened: writes are then done at once
 
     def __init__(self, layout: Layout, folder: Path, buffer_bytes: int) -> None:
         super().__init__(layout, folder, direct=True)
@@ -123,61 +119,55 @@ class DirectStore(FileStore):
     def prefetch(self, record: Record, slot: Tensor | None, with_state: bool) -> None:
         assert slot is not None
         for tile in record.tiles:
-            first = tile.compute_offset + tile.owned.start // max(len(tile.owned), 1) * tile.compute_bytes
-            plane = slot[first : first + tile.compute_bytes]
+            plane = slot[tile.slot_offset : tile.slot_offset + tile.compute_bytes]
             update = with_state and self.needs_update(tile)
             ahead = self._ahead.pop(tile.index, None) if update else None
-            leaving = self._leaving(slot, record)
-            step = self.standing().step
+            # First what was written before, to the same place on disk or out of the same memory.
+            earlier = [*self._writes_from(slot, record), self._writes.get(tile.index)]
+            earlier += [self._spools.get(tile.index)] if update else []
+            rotation, step = self.rotation(tile), self.committed.step
             self._reads[tile.index] = self._reader.submit(
-                self._read, tile, plane, self.rotation(tile), step, update, leaving, ahead
+                self._read_tile, tile, plane, rotation, step, update, earlier, ahead
             )
             self.bytes_read += tile.compute_bytes if ahead is not None or not update else tile.bytes
             self.bytes_read += tile.gradient_bytes if update else 0
         self._occupants[slot.data_ptr()] = record
 
-    def _leaving(self, slot: Tensor, record: Record) -> list[Future[None]]:
+    def _writes_from(self, slot: Tensor, record: Record) -> list[Future[None]]:
         """Writes out of the same memory by the record that was there before."""
         before = self._occupants.get(slot.data_ptr())
-        return (
-            []
-            if before is None or before is record
-            else [self._writes[tile.index] for tile in before.tiles if tile.index in self._writes]
-        )
+        tiles = () if before is None or before is record else before.tiles
+        return [self._writes[tile.index] for tile in tiles if tile.index in self._writes]
 
-    def _read(
+    def _read_tile(
         self,
         tile: Tile,
         plane: Tensor,
         rotation: int,
         step: int,
         with_state: bool,
-        leaving: list[Future[None]],
+        earlier: list[Future[None] | None],
         ahead: Future[Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        # First what was written before, to the same place on disk or out of the same memory.
-        for earlier in (*leaving, self._writes.get(tile.index), self._spools.get(tile.index) if with_state else None):
-            if earlier is not None:
-                earlier.result()
+        for write in earlier:
+            if write is not None:
+                write.result()
         offset, state_bytes, rest = self.layout.offset(tile, rotation), tile.bytes - tile.compute_bytes, None
         if with_state:
             rest = self._buffers.take(state_bytes + tile.gradient_bytes) if ahead is None else ahead.result()
         start = time.perf_counter()
-        if rest is None or ahead is not None:
-            self._state.read_at(offset, self._part(plane))
-        else:
-            self._state.read_at(offset, self._part(plane), self._part(rest[:state_bytes]))
+        state = [] if rest is None or ahead is not None else [rest[:state_bytes]]
+        self._state.read_at(offset, *map(_view, (plane, *state)))
         if rest is not None:
-            self._state.read_at(self.layout.gradient_offset(tile), self._part(rest[state_bytes:]))
-        self._busy("read", tile, start)
+            self._state.read_at(self.layout.gradient_offset(tile), _view(rest[state_bytes:]))
+        self._record_io("read", tile, start)
         self._check_planes(tile, rotation, self._typed(tile, plane, rest if ahead is None else None))
         if rest is not None:
-            gradient = rest[state_bytes:].numpy()
-            self._check_gradient(tile, step, checksum(gradient, tile.index, -1, step))
+            self._check_gradient(tile, step, checksum(as_bytes(rest[state_bytes:]), tile.index, -1, step))
         return plane, rest
 
     def _typed(self, tile: Tile, plane: Tensor | None, rest: Tensor | None) -> Planes:
-        """Views of what is there of a tile: its compute plane, and the rest of its state."""
+        """Views of what was read of a tile: its compute plane, and the rest of its state."""
         found = {} if plane is None else {tile.planes[0].name: plane.view(DTYPES[tile.planes[0].dtype])}
         for name, (offset, item) in list(tile.plane_offsets().items())[1:] if rest is not None else []:
             assert rest is not None
@@ -192,8 +182,8 @@ class DirectStore(FileStore):
             state_bytes = tile.bytes - tile.compute_bytes
             rest = self._buffers.take(state_bytes + tile.gradient_bytes)
             start = time.perf_counter()
-            self._state.read_at(offset, self._part(rest[:state_bytes]))
-            self._busy("read", tile, start)
+            self._state.read_at(offset, _view(rest[:state_bytes]))
+            self._record_io("read", tile, start)
             self._check_planes(tile, rotation, self._typed(tile, None, rest))
             return rest
 
@@ -203,16 +193,16 @@ class DirectStore(FileStore):
             self.bytes_read += tile.bytes - tile.compute_bytes
 
     @property
-    def ahead(self) -> bool:  # type: ignore[override]
+    def has_read_ahead(self) -> bool:  # type: ignore[override]
         return bool(self._ahead)
 
     def drop_ahead(self) -> None:
         while self._ahead:
             self._buffers.give(self._wait(self._ahead.popitem()[1], None, "read"))
 
-    def _busy(self, what: str, tile: Tile, start: float) -> None:
+    def _record_io(self, what: str, tile: Tile, start: float) -> None:
         end = time.perf_counter()
-        with self._lock:  # the two threads add to one figure
+        with self._lock:  # both threads add to io_s
             self.io_s += end - start
         self.trace(what, self.layout.records[tile.record].name, start, end)
 
@@ -232,8 +222,8 @@ class DirectStore(FileStore):
 
         def write() -> None:
             start = time.perf_counter()
-            self._state.write_at(self.layout.offset(tile, rotation), self._part(plane), self._part(rest[:state_bytes]))
-            self._busy("write", tile, start)
+            self._state.write_at(self.layout.offset(tile, rotation), _view(plane), _view(rest[:state_bytes]))
+            self._record_io("write", tile, start)
             self._note_state(tile, rotation, state_sums(tile, planes, rotation))
             self._buffers.give(rest)
 
@@ -241,16 +231,16 @@ class DirectStore(FileStore):
         self._writes[tile.index] = self._submit(write)
         self._updated(tile)
 
-    def spool(self, tile: Tile, gradient: Callable[[Tensor], None]) -> None:
-        with self._blamed("written"):
+    def spool(self, tile: Tile, gradients: Mapping[str, Tensor]) -> None:
+        with self._reported("written"):
             buffer = self._gradient_buffers.take(tile.gradient_bytes)
-        gradient(buffer.view(DTYPES[tile.gradient_dtype]))
-        step = self.standing().step + 1
+        copy_gradients(tile, gradients, buffer.view(DTYPES[tile.gradient_dtype]))
+        step = self.committed.step + 1
 
         def write() -> None:
             start = time.perf_counter()
-            self._state.write_at(self.layout.gradient_offset(tile), self._part(buffer))
-            self._busy("spool", tile, start)
+            self._state.write_at(self.layout.gradient_offset(tile), _view(buffer))
+            self._record_io("spool", tile, start)
             self._note_gradient(tile, step, buffer)
             self._gradient_buffers.give(buffer)
 
@@ -261,14 +251,14 @@ class DirectStore(FileStore):
         self.drain()
         memory = aligned(tile.bytes)
         rotation = self.rotation(tile)
-        with self._blamed("read"):
-            self._state.read_at(self.layout.offset(tile, rotation), self._part(memory))
+        with self._reported("read"):
+            self._state.read_at(self.layout.offset(tile, rotation), _view(memory))
         planes = typed(memory, tile)
         self._check_planes(tile, rotation, planes)
         return planes
 
     def write_state(self, tile: Tile, planes: Planes) -> None:
-        with self._blamed("written"):
+        with self._reported("written"):
             buffer = self._buffers.take(tile.bytes)
         buffer.zero_()
         target = typed(buffer, tile)
@@ -276,16 +266,14 @@ class DirectStore(FileStore):
             plane.copy_(planes[name])
 
         def write() -> None:
-            self._state.write_at(self.layout.offset(tile, 0), self._part(buffer))
+            self._state.write_at(self.layout.offset(tile, 0), _view(buffer))
             self._note_state(tile, 0, state_sums(tile, target, 0))
             self._buffers.give(buffer)
 
         self._submit(write)
 
     def _submit(self, job: Callable[[], None]) -> Future[None]:
-        """Behind all that was submitted before. After a failure nothing more is written: the next tile would overwrite
-        a good one.
-        """
+        """Run a job after all earlier ones. After a failure none runs: the next tile would overwrite a good one."""
 
         def run() -> None:
             if self._failed is not None:
@@ -318,14 +306,14 @@ class DirectStore(FileStore):
         self._jobs = []
 
     def _wait(self, future: Future[Any], record: Record | None, what: str) -> Any:
-        """A result, with the time that it was waited for. A disk that takes long is reported while it does."""
+        """A result; the wait counts as a stall, and a long one is reported while it lasts."""
         start, name = time.perf_counter(), "the end of the step" if record is None else record.name
         while not concurrent.futures.wait((future,), STALL_WARNING_S).done:
             waited = time.perf_counter() - start
             warnings.warn(
                 f"{self.folder}: {waited:.0f} s waited for {name} to be {what}: the disk is slow or hangs", stacklevel=2
             )
-        with self._blamed(what):
+        with self._reported(what):
             result = future.result()
         end = time.perf_counter()
         self.stall_s += end - start
@@ -334,7 +322,7 @@ class DirectStore(FileStore):
         return result
 
     def close(self) -> None:
-        # a read that waits for room would wait for ever
+        # a read that waits for a buffer would wait for ever
         self._buffers.fail(BackendError(f"{self.folder}: the store was closed"))
         self._reader.shutdown(cancel_futures=True)
         try:

@@ -1,16 +1,15 @@
 """Where everything lies in the store, computed from the recipe alone: records, tiles, planes and byte offsets. No
 tensor and no torch.
 
-    record   what is fetched together: the embedding, one layer, the final norm with an untied head
-    tile     what is read, updated and written at once: whole tensors of a record, or an equal part of one that is too
-             large
+    record   what is loaded together: the embedding, one layer, the final norm with an untied head
+    tile     what is read, updated and written at once: whole tensors of a record, or an equal part of a large one
     plane    one kind of number for all elements of a tile (weights, exp_avg, ...); the first is the weights in the
              compute dtype
 
-What a reader would get wrong: an updated tile is never written where it was. Tiles of one size form a class of n, with
-n + 1 places; after u updates tile k of the class lies in place (k - u) mod (n + 1). So update u + 1 of tile 0 goes to
-the free place, that of tile 1 to where tile 0 was, and so on: one spare place makes every update of every tile a copy
-beside the old one, and the number of tiles updated so far (`cursor`) is all that a restart after a crash needs to know.
+An updated tile is never written where it was. Tiles of one size form a class of n, with n + 1 places; after u updates
+tile k of the class lies in place (k - u) mod (n + 1). So update u + 1 of tile 0 goes to the free place, that of tile 1
+to where tile 0 was, and so on: one spare place makes every update of every tile a copy beside the old one, and the
+number of tiles updated so far (`cursor`) is all that a restart after a crash needs to know.
 """
 
 from __future__ import annotations
@@ -53,13 +52,11 @@ class StateFormat:
 
     name: FormatName
     exact: str
-    split: bool  # of a bf16 tile: the weight as high plane (bf16) and low plane (the 16 bits that are missing to fp32)
+    split: bool  # a bf16 tile keeps a weight as high plane (bf16) and low plane (the rest of fp32)
     moments: tuple[Plane, ...]
 
     def planes(self, compute: str) -> tuple[Plane, ...]:
-        """Planes of a tile that computes in `compute`, in the order in which they lie; the first is what forward and
-        backward read.
-        """
+        """Planes, in order, of a tile that computes in `compute`; the first is what forward and backward read."""
         if compute == "float32":
             master: tuple[Plane, ...] = (Plane("weights", "float32"),)
         elif self.split:
@@ -80,19 +77,17 @@ _INT8_MOMENTS = (
     Plane("exp_avg_scale", "float32", MOMENT_BLOCK),
     Plane("exp_avg_root_scale", "float32", MOMENT_BLOCK),
 )
+_EXACT = "weights, moments and every step, bit for bit"
 _TIES = (
-    "weights and moments, bit for bit; a bf16 weight whose missing bits are exactly half rounds away from zero, not to "
-    "even"
+    "weights and moments, bit for bit; a bf16 weight exactly between two neighbours rounds away from zero, not to even"
 )
+_BF16 = "weights alone; moments are rounded to bf16 at each update"
+_INT8 = "weights alone; moments are rounded to 8 bits at each update"
 FORMATS: dict[str, StateFormat] = {
-    "fp32": StateFormat("fp32", "weights, moments and every step, bit for bit", False, _FP32_MOMENTS),
+    "fp32": StateFormat("fp32", _EXACT, False, _FP32_MOMENTS),
     "split": StateFormat("split", _TIES, True, _FP32_MOMENTS),
-    "bf16_moments": StateFormat(
-        "bf16_moments", "weights alone; moments are rounded to bf16 at each update", True, _BF16_MOMENTS
-    ),
-    "int8_moments": StateFormat(
-        "int8_moments", "weights alone; moments are rounded to 8 bits at each update", True, _INT8_MOMENTS
-    ),
+    "bf16_moments": StateFormat("bf16_moments", _BF16, True, _BF16_MOMENTS),
+    "int8_moments": StateFormat("int8_moments", _INT8, True, _INT8_MOMENTS),
 }
 
 
@@ -109,15 +104,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Tile:
-    """`index` counts over the whole store, in the order of updates. `elements` includes padding; `owned` is this rank's
-    share.
-    """
+    """`index` counts over the whole store, in the order of updates."""
 
     index: int
     record: int
     compute: str
     pieces: tuple[Piece, ...]
-    elements: int
+    elements: int  # padding included
     owned: range  # elements whose state this store keeps: all of them, or one of N equal parts
     planes: tuple[Plane, ...]
     gradient_dtype: str
@@ -136,6 +129,11 @@ class Tile:
     def gradient_bytes(self) -> int:
         return len(self.owned) * ITEM_BYTES[self.gradient_dtype]
 
+    @property
+    def slot_offset(self) -> int:
+        """Bytes from the start of the record's slot to the owned weights."""
+        return self.compute_offset + self.owned.start // max(len(self.owned), 1) * self.compute_bytes
+
     def plane_offsets(self) -> dict[str, tuple[int, Plane]]:
         """plane -> (byte offset in the tile, plane)."""
         offsets, offset = {}, 0
@@ -144,10 +142,17 @@ class Tile:
             offset += -(-plane.bytes(len(self.owned)) // 64) * 64
         return offsets
 
+    def owned_part(self, piece: Piece) -> tuple[slice, slice]:
+        """The owned elements of a piece: their place among the tile's owned ones, and in the flattened parameter."""
+        first = max(piece.offset, self.owned.start)
+        last = max(first, min(piece.offset + piece.stop - piece.start, self.owned.stop))
+        shift = piece.start - piece.offset
+        return slice(first - self.owned.start, last - self.owned.start), slice(first + shift, last + shift)
+
 
 @dataclass(frozen=True)
 class Record:
-    """What is fetched together. `name`: 'embedding', 'layers.0', ..., 'head'."""
+    """What is loaded together. `name`: 'embedding', 'layers.0', ..., 'head'."""
 
     index: int
     name: str
@@ -160,7 +165,7 @@ class Record:
 
     @property
     def compute_bytes(self) -> int:
-        """Of the whole record's weights in the compute dtype, padding included."""
+        """Bytes of the whole record's weights in the compute dtype, padding included."""
         last = self.tiles[-1]
         return last.compute_offset + last.planes[0].bytes(last.elements)
 
@@ -217,7 +222,7 @@ class Layout:
 
     @cached_property
     def _first_places(self) -> tuple[list[int], int]:
-        """For each tile the number of its class's first place, over the whole store; and how many places there are."""
+        """For each tile the number, over the whole store, of its class's first place; and how many places there are."""
         starts = sorted({(start, places) for start, _, places in self._places[0]})
         numbers, count = {}, 0
         for start, places in starts:
@@ -231,7 +236,7 @@ class Layout:
         return self._first_places[1]
 
     def place(self, tile: Tile, rotation: int) -> int:
-        """Number of the place, from 0, that `offset` is the start of."""
+        """The number, from 0, of the place at `offset(tile, rotation)`."""
         _, number, places = self._places[0][tile.index]
         return self._first_places[0][tile.index] + (number - rotation) % places
 
@@ -241,9 +246,7 @@ class Layout:
 
 
 def ahead_tiles(record: Record, buffer_bytes: int) -> list[Tile]:
-    """The tiles whose state may be read before anybody waits for it: what half of the buffers hold, so that the rest
-    gets through.
-    """
+    """The tiles whose state is read ahead: what half of the buffers hold, so that the rest gets through."""
     found, held = [], 0
     for tile in record.tiles:
         held += tile.bytes - tile.compute_bytes + tile.gradient_bytes
@@ -264,7 +267,7 @@ def make_layout(
     """The layout of a recipe's store.
 
     tile_elements: a tile takes tensors until it holds so many. split_above: a larger tensor is cut into tiles of this
-    many elements; None: never (where weights are used in place, a tensor must lie in one piece).
+    many elements; None: never (weights that are used in the store's memory must be contiguous).
     """
     form, world = FORMATS[state_format], shard[1]
     micro_batches = recipe.batch.global_batch_size // recipe.batch.micro_batch_size
@@ -287,11 +290,9 @@ def make_layout(
             share = elements // world
             owned = range(shard[0] * share, (shard[0] + 1) * share)
             gradient_dtype = "float32" if micro_batches > 1 else compute
-            tile = Tile(
-                count, number, compute, tuple(pieces), elements, owned, form.planes(compute), gradient_dtype, offset
-            )
-            tiles.append(tile)
-            offset += tile.planes[0].bytes(elements)
+            planes = form.planes(compute)
+            tiles.append(Tile(count, number, compute, tuple(pieces), elements, owned, planes, gradient_dtype, offset))
+            offset += planes[0].bytes(elements)
             count += 1
         records.append(Record(number, name, tuple(specs), tuple(tiles)))
     identity = {
@@ -315,10 +316,9 @@ def _cut(
     """
     found: list[tuple[str, list[Piece]]] = []
     large = [spec for spec in specs if limit is not None and spec.size > limit]
+    small = [spec for spec in specs if spec not in large]
     filled = 0
-    for spec in sorted(
-        (spec for spec in specs if spec not in large), key=lambda spec: _dtype(spec, compute) != "float32"
-    ):
+    for spec in sorted(small, key=lambda spec: _dtype(spec, compute) != "float32"):
         dtype, group = _dtype(spec, compute), GROUP_OF_ROLE[spec.role]
         if not found or found[-1][0] != dtype or filled + spec.size > tile_elements:
             found.append((dtype, []))

@@ -20,18 +20,17 @@ _HALF = 0x8000
 
 
 class Work:
-    """fp32 buffers for one tile's update, kept from tile to tile; planes that are fp32 are updated where they lie."""
+    """fp32 buffers for one tile's update, reused for the next; planes that are fp32 are updated in place."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def load(self, planes: Planes, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, exp_avg and exp_avg_sq of a part of a tile (in multiples of MOMENT_BLOCK), fp32."""
-        weights = (
-            planes["weights"][part]
-            if "weights" in planes
-            else join(planes["high"][part], planes["low"][part], self._buffer("weights", part))
-        )
+        if "weights" in planes:
+            weights = planes["weights"][part]
+        else:
+            weights = join(planes["high"][part], planes["low"][part], self._buffer("weights", part))
         moments = []
         for name in ("exp_avg", "exp_avg_sq"):
             if name in planes and planes[name].dtype == torch.float32:
@@ -43,7 +42,7 @@ class Work:
         return weights, moments[0], moments[1]
 
     def save(self, planes: Planes, part: slice, weights: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-        """Write back what `load` gave copies of; the bf16 copy of fp32 weights is AdamW's own business."""
+        """Write back what `load` copied; the bf16 copy of fp32 weights is written by AdamW itself."""
         if "weights" not in planes:
             split(weights, planes["high"][part], planes["low"][part])
         for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
@@ -84,9 +83,7 @@ def _widened(planes: Planes, name: str, part: slice, out: Tensor) -> Tensor:
 
 
 def _narrow(planes: Planes, name: str, part: slice, moment: Tensor) -> None:
-    """Linear in each block of 256; the root is rounded up, so that no second moment becomes 0 while the first does
-    not.
-    """
+    """Linear in each block of 256; the root is rounded up, so that no second moment becomes 0 before the first does."""
     stored, most = ("exp_avg", 127.0) if name == "exp_avg" else ("exp_avg_root", 255.0)
     values = (moment if name == "exp_avg" else moment.sqrt_()).view(-1, MOMENT_BLOCK)
     scale = planes[f"{stored}_scale"][part.start // MOMENT_BLOCK : part.stop // MOMENT_BLOCK]

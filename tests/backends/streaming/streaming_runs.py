@@ -57,7 +57,7 @@ def assert_same(found: State, wanted: State) -> None:
 
 def abandon(run: Any) -> None:
     """What remains of a process that died: its locks and files are closed, nothing is flushed."""
-    store = run._store
+    store = run.store
     if hasattr(store, "_fail"):
         store._fail(RuntimeError("abandoned"))
     for name in ("_reader", "_writer"):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from weftrain.backends.streaming.fabric import Follower, Leader, join_run
+from weftrain.backends.streaming.replicas.leader import Leader
+from weftrain.backends.streaming.replicas.worker import Worker, join_run
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.formats.strict_model import StrictModel
@@ -32,7 +33,7 @@ def test_waiting_for_replicas_ends_by_a_signal(tmp_path: Path) -> None:
 def test_waiting_for_a_run_ends_by_a_signal(tiny_recipe: type[Recipe], tmp_path: Path) -> None:
     job = Job(tiny_recipe(), Plan(0, 1), StrictModel(), folder=tmp_path, stop=asked())
     with pytest.raises(SystemExit) as ended:
-        join_run(lambda: job, lambda job: "agreement", lambda job, meeting: Follower(meeting, CPU, False, 600.0), 600.0)
+        join_run(lambda: job, lambda job: CPU, 600.0)
     assert ended.value.code == 143
 
 
@@ -43,13 +44,13 @@ def test_a_replica_that_leaves_a_sharded_store_stops_the_run(
     """Its part of the state would be missing; without shards the run goes on without it."""
     stop, orders = StopRequest(), []
     leader = Leader(tmp_path, "agreement", 1, CPU, sharded, 600.0, stop)
-    monkeypatch.setattr(leader, "order", lambda **what: orders.append(what["do"]))
+    monkeypatch.setattr(leader, "command", lambda **what: orders.append(what["do"]))
     monkeypatch.setattr(leader, "_form", lambda *of: None)
-    (meeting,) = tmp_path.glob("meeting-*")
-    follower = Follower(meeting, CPU, sharded, 600.0)
+    (rendezvous,) = tmp_path.glob("meeting-*")
+    worker = Worker(rendezvous, CPU, sharded, 600.0)
     leader._admit()
     leader.regroup()
     assert (stop.number, orders) == (0, [])
-    follower.leave(signal.SIGTERM)
+    worker.ask_to_leave(signal.SIGTERM)
     leader.regroup()
     assert (stop.number, orders) == ((signal.SIGTERM, []) if sharded else (0, ["regroup"]))

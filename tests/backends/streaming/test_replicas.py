@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner
 
 from weftrain.analysis.compare.same_state import compare
-from weftrain.backends.streaming.fabric import Alone
+from weftrain.backends.streaming.communicator import Communicator
 from weftrain.cli.assembly import open_data
 from weftrain.cli.main import main
 from weftrain.cli.resolve import backend_options
@@ -261,7 +261,7 @@ def test_a_replica_without_a_run_says_so(tmp_path: Path) -> None:
 
 
 def test_contiguous_shares_of_any_number_of_ranks() -> None:
-    alone = Alone()
+    alone = Communicator()
     for count in range(1, 20):
         for size in range(1, count + 1):
             shares = []

@@ -10,9 +10,10 @@ import pytest
 from pydantic import ValidationError
 from streaming_runs import SIX_LAYERS, source_of, streaming
 
-from weftrain.backends.streaming import StreamingOptions, layer_slots, layout_of
+from weftrain.backends.streaming.options import StreamingOptions, layout_of
+from weftrain.backends.streaming.outline import draw
 from weftrain.backends.streaming.planner import needs, predict, remedies
-from weftrain.backends.streaming.schedule import BRINGING, Scheduler, draw
+from weftrain.backends.streaming.schedule import LOADING, Scheduler
 from weftrain.core.config import Recipe
 from weftrain.core.prediction import Speeds
 from weftrain.core.recipe_file import load_recipe
@@ -39,7 +40,7 @@ def test_every_computation_has_its_weights(tier: str, slots: int, tiny_recipe: T
                 slot = event.record.index if slots == 0 else scheduler.slot(event.record)
                 if event.kind == "resident":
                     assert slots == 0 or there[slot] == event.record.index
-                if event.kind in BRINGING:
+                if event.kind in LOADING:
                     there[slot] = event.record.index
                 elif event.kind in ("forward", "loss") or (event.kind == "backward" and event.record.index > 0):
                     assert there[slot] == event.record.index
@@ -78,7 +79,7 @@ def test_a_step_moves_what_show_prints(tier: str, tiny_recipe: Tiny, tmp_path: P
     run = streaming(recipe, tmp_path, tier)
     moved = [(run.stats()["store_in_bytes"], run.stats()["store_out_bytes"]) for _ in run.train(source_of(recipe))]
     ring = 2 if tier == "direct" else 0
-    layout = run._layout
+    layout = run.store.layout
     schedule = Scheduler(layout, tier, ring, 1 << 30).step(first_update=0)
     assert moved[2] == moved[3] == (schedule.bytes_read, schedule.bytes_written)
     text = "\n".join(draw(schedule))
@@ -92,13 +93,12 @@ def test_needs_follow_the_options() -> None:
 
     def total(**chosen: Any) -> int:
         chosen_options = StreamingOptions.model_validate(chosen)
-        ring = layer_slots(recipe, chosen_options)
-        return needs(recipe, layout_of(recipe, chosen_options), chosen_options, ring, 64 << 20).total_memory_bytes
+        return needs(recipe, chosen_options, layout_of(recipe, chosen_options)).total_memory_bytes
 
     assert total(tier="direct") < total(tier="ram") - 600e6
     assert total(tier="direct", activations="recompute") < total(tier="direct")
     assert total(tier="direct", layer_slots=2) < total(tier="direct", layer_slots=6)
-    assert needs(recipe, layout_of(recipe, options()), options(), 0, 0).disk_bytes == 0
+    assert needs(recipe, options(), layout_of(recipe, options())).disk_bytes == 0
     assert "tier=direct" in remedies(recipe, options())
     assert remedies(
         load_recipe("bench_70m", ["batch.micro_batch_size=1"]).recipe,
@@ -109,18 +109,17 @@ def test_needs_follow_the_options() -> None:
 def test_the_limit_of_a_prediction_is_the_slowest() -> None:
     recipe = load_recipe("bench_70m").recipe
     chosen = StreamingOptions(tier="direct")
-    layout = layout_of(recipe, chosen)
 
     def limit(**changes: float) -> str:
         speeds = Speeds(**{"matmul_flops": 4e11, "memory_bandwidth": 5e10, "disk_bandwidth": 5e9, **changes})
-        found = predict(recipe, layout, chosen, 3, 1 << 28, speeds)
+        found = predict(recipe, chosen, speeds)
         assert found.step_s >= max(value for name, value in found.parts.items() if name != "first record")
         return found.limit
 
     assert limit() == "compute"
     assert limit(disk_bandwidth=1e8) == "disk"
     assert limit(matmul_flops=1e15, memory_bandwidth=1e9, disk_bandwidth=1e12) == "memory"
-    compute = predict(recipe, layout, chosen, 3, 1 << 28, Speeds(4e11, 5e10, 5e9)).parts["compute"]
+    compute = predict(recipe, chosen, Speeds(4e11, 5e10, 5e9)).parts["compute"]
     assert compute == pytest.approx(363_724_800 * 1024 / (4e11 * 0.75))
 
 

@@ -22,10 +22,10 @@ from fault_injection import Death, Faults, injected
 from streaming_runs import abandon, assert_same, prepare, source_of, streaming, trained
 
 from weftrain.backends.streaming.store import direct as direct_store
-from weftrain.backends.streaming.store import mapped as file_store
+from weftrain.backends.streaming.store import file as file_store
 from weftrain.backends.streaming.store.checksums import Running, checksum
+from weftrain.backends.streaming.store.file import read_commit
 from weftrain.backends.streaming.store.layout import PAGE_BYTES
-from weftrain.backends.streaming.store.mapped import read_commit
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe
@@ -44,7 +44,7 @@ def small(tiny_recipe: Tiny) -> Recipe:
 def resumed(recipe: Recipe, folder: Path, tier: str, steps: int = 3) -> tuple[int, State]:
     """Where a restart finds the store, and the state at the end of what it then trains."""
     run = streaming(recipe, folder, tier, steps, poison_freed_slots=False)
-    stood = run._standing().step
+    stood = run.store.committed.step
     list(run.train(source_of(recipe)))
     state = run.export_state()
     held = State(state.step, state.optimizer_updates, {name: state.tensors[name] for name in state.tensors})
@@ -253,10 +253,10 @@ def test_a_stop_of_the_machine_is_noticed(tiny_recipe: Tiny, tmp_path: Path, mon
     run = streaming(recipe, tmp_path, "mapped", 2)
     list(run.train(source_of(recipe)))
     run.close()
-    monkeypatch.setattr(file_store, "_boot_id", lambda: "another boot")
+    monkeypatch.setattr(file_store, "boot_id", lambda: "another boot")
     run = streaming(recipe, tmp_path, "mapped", 3)  # closed: nothing was lost
     abandon(run)
-    monkeypatch.setattr(file_store, "_boot_id", lambda: "a third")
+    monkeypatch.setattr(file_store, "boot_id", lambda: "a third")
     with pytest.raises(BackendError, match="the machine stopped while the store was open"):
         streaming(recipe, tmp_path, "mapped", 3)
 
@@ -380,14 +380,14 @@ def test_a_halted_step_leaves_the_last_one(tier: str, tiny_recipe: Tiny, tmp_pat
 def test_bytes_that_the_schedule_does_not_know_are_an_error(tiny_recipe: Tiny, tmp_path: Path) -> None:
     recipe = small(tiny_recipe)
     run = streaming(recipe, tmp_path, "direct", 2)
-    original = run._store.spool
+    original = run.store.spool
 
     def twice(tile: Any, gradient: Any) -> None:
         original(tile, gradient)
         if tile.index == 0:
             original(tile, gradient)
 
-    run._store.spool = twice
+    run.store.spool = twice
     with pytest.raises(BackendError, match="the schedule says"):
         list(run.train(source_of(recipe)))
     run.close()
@@ -513,7 +513,7 @@ def test_a_changed_bit_is_seen_or_changes_nothing(
 
 
 def abandon_after_drain(run: Any) -> None:
-    run._store.drain()
+    run.store.drain()
     abandon(run)
 
 
@@ -525,14 +525,14 @@ def test_damage_is_named(tier: str, what: str, tiny_recipe: Tiny, tmp_path: Path
     run = streaming(recipe, tmp_path, tier, 3)
     steps = run.train(source_of(recipe))
     next(steps), next(steps)
-    run._store.drain()
+    run.store.drain()
     tile = next(
         tile
-        for tile in run._layout.tiles
+        for tile in run.store.layout.tiles
         if any(piece.name == "layers.1.attention.q_proj.weight" for piece in tile.pieces)
     )
-    offset = run._layout.offset(tile, run._store.rotation(tile)) + tile.plane_offsets().get(what, (0, None))[0]
-    offset = run._layout.gradient_offset(tile) if what == "gradient" else offset
+    offset = run.store.layout.offset(tile, run.store.rotation(tile)) + tile.plane_offsets().get(what, (0, None))[0]
+    offset = run.store.layout.gradient_offset(tile) if what == "gradient" else offset
     abandon(run)
     with open(tmp_path / "store" / "state", "r+b") as file:
         file.seek(offset)

@@ -1,0 +1,84 @@
+"""The options of the streaming backend, and what follows from them and a recipe: the store's layout and folder, the
+number of layer slots and the size of the I/O buffers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from weftrain.backends.streaming.store.layout import FormatName, Layout, make_layout
+from weftrain.core.config import CompileOption, Recipe, Threads, TimeoutS
+from weftrain.core.formats.strict_model import Count, PositiveInt
+
+
+class StreamingOptions(CompileOption):
+    """backend.options of the streaming backend."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Threads = 0  # CPU threads; 0: torch's own choice
+    # on a CPU: activations in huge pages that the process keeps; false: less memory, slower, bitwise the same results
+    huge_pages: bool = True
+    # recompute: only a block's input is kept, and the block runs again in backward
+    activations: Literal["keep", "recompute"] = "keep"
+    # with activations=keep on a CUDA device: what autograd saves is kept in host memory
+    offload_activations: bool = False
+    tier: Literal["ram", "mapped", "direct"] = "ram"  # where the state lies: see store/base.py
+    store: str | None = None  # folder of a file tier; null: `store` in the run's folder
+    state_format: FormatName = "fp32"
+    layer_slots: Annotated[int, Field(ge=2)] = 3  # tier direct: layers whose weights are in memory at once
+    # tier direct: buffers for state in flight, and as much again for gradients; 0: enough for layer_slots layers
+    buffer_mib: Count = 0
+    tile_elements: PositiveInt = 1 << 23  # parameters that are read and written at once
+    memory_limit_mib: Count = 0  # refuse to start what would need more; 0: the machine's available memory
+    trace_steps: Count = 0  # first steps whose timeline goes to trace.json in the run's folder
+    open_to_replicas: bool = False  # let replicas join while it trains, even if batch.replicas is 1
+    # who owns the store. central: rank 0; sharded: each rank owns a part of every tile
+    fabric: Literal["central", "sharded"] = "central"
+    timeout_s: TimeoutS = 600  # how long to wait for another rank
+    poison_freed_slots: bool = False  # for tests and debugging: fill each slot with NaN when its weights are freed
+
+    @model_validator(mode="after")
+    def _check(self) -> StreamingOptions:
+        if self.offload_activations and self.activations == "recompute":
+            raise ValueError(
+                "offload_activations needs activations=keep: recompute keeps nothing that could be offloaded"
+            )
+        return self
+
+    @property
+    def sharded(self) -> bool:
+        return self.fabric == "sharded"
+
+
+def layout_of(recipe: Recipe, options: StreamingOptions, rank: int = 0) -> Layout:
+    """The layout of the store that one rank keeps."""
+    split_above = options.tile_elements if options.tier == "direct" else None
+    shard = (rank, recipe.batch.replicas if options.sharded else 1)
+    return make_layout(
+        recipe, options.state_format, split_above=split_above, tile_elements=options.tile_elements, shard=shard
+    )
+
+
+def store_folder(options: StreamingOptions, folder: Path | None, name: str = "store") -> Path | None:
+    """Where a file tier keeps its state. None for tier ram, or if the run has no folder."""
+    if options.tier == "ram":
+        return None
+    if options.store is not None:
+        return Path(options.store)
+    return None if folder is None else folder / name
+
+
+def layer_slots(recipe: Recipe, options: StreamingOptions) -> int:
+    """Slots that layers share on a CPU; 0: weights are used in the store's own memory."""
+    copied = options.tier == "direct" or recipe.batch.replicas > 1 or options.open_to_replicas
+    return min(options.layer_slots, recipe.model.num_layers) if copied else 0
+
+
+def buffer_bytes(layout: Layout, options: StreamingOptions) -> int:
+    """Buffers for state in flight: the option, or `layer_slots` layers' (at least four tiles, at most 1 GiB)."""
+    layers = [sum(tile.bytes + tile.gradient_bytes for tile in record.tiles) for record in layout.records[1:-1]]
+    tile = max(tile.bytes + tile.gradient_bytes for tile in layout.tiles)
+    return options.buffer_mib << 20 or max(4 * tile, min(options.layer_slots * max(layers), 1 << 30))

@@ -1,0 +1,120 @@
+"""Any rank but 0: joins a run, carries out rank 0's commands, and leaves between two steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weftrain.backends.streaming.engine import StreamingRun
+from weftrain.backends.streaming.options import StreamingOptions
+from weftrain.backends.streaming.replicas import shards
+from weftrain.backends.streaming.replicas.group import ProcessGroup
+from weftrain.backends.streaming.replicas.rendezvous import agreement, read_note
+from weftrain.backends.streaming.state import Reader
+from weftrain.backends.streaming.store.base import Completed
+from weftrain.core.backend import BatchSource, Job
+from weftrain.core.errors import BackendError
+from weftrain.core.stop import StopRequest
+
+
+class Worker(ProcessGroup):
+    """Draws a number at the rendezvous and waits until rank 0 admits it."""
+
+    def __init__(self, rendezvous: Path, device: torch.device, sharded: bool, timeout_s: float) -> None:
+        super().__init__(rendezvous, device, sharded, timeout_s)
+        self._number, self._generation = int(self._store.add("drawn", 1)), 0
+
+    def join(self, stop: StopRequest) -> bool:
+        """Join the group if rank 0 has admitted this process; False: not yet."""
+        first = f"first/{self._number}"
+        if not self._store.check([first]):
+            return False
+        self._generation = int(self._store.get(first))
+        with stop.ends_at_once():
+            self._rejoin()
+        return True
+
+    def _rejoin(self) -> bool:
+        """Take this generation's rank. False: rank 0 has granted this process to leave."""
+        with self._reporting("get a rank"):
+            seat = self._store.get(f"seat/{self._number}/{self._generation}").decode()
+        if seat == "left":
+            self._dissolve()
+            return False
+        rank, size = seat.split()
+        self._form(self._generation, int(rank), int(size))
+        return True
+
+    def ask_to_leave(self, signal_number: int) -> None:
+        """After a signal; rank 0 grants it between two steps, or with a sharded store stops the whole run."""
+        self._store.set(f"leaving/{self._number}", str(signal_number))
+
+    def next_command(self) -> dict[str, Any] | None:
+        """What rank 0 says comes next; None if this rank has left or the run ended."""
+        while (command := self._receive_command())["do"] == "regroup":
+            self._generation += 1
+            if not self._rejoin():
+                return None
+        return None if command["do"] == "end" else command
+
+
+def join_run(read: Callable[[], Job], device: Callable[[Job], torch.device], timeout_s: float) -> tuple[Job, Worker]:
+    """Wait until a run admits this process. read: the job, as the run's folder tells it now. device: prepares this
+    process for a job.
+
+    The note of a run that was killed stays behind until the next one is started, and the folder's recipe with it: so a
+    number is drawn only if both agree, and again if the note changes. Raises BackendError after timeout_s.
+    """
+    deadline, job, worker, rendezvous = time.monotonic() + timeout_s, read(), None, None
+    assert job.folder is not None
+    folder, why = job.folder, "no run waits for replicas there"
+    while worker is None or not worker.join(job.stop):
+        job.stop.leave_if_requested()
+        note = read_note(folder)
+        if note is not None and note[0] != rendezvous:
+            job = read()
+            options = job.options
+            assert isinstance(options, StreamingOptions)
+            if note[1] == agreement(job):
+                why = "its run did not let this replica in: it may be computing a step, or be dead"
+                rendezvous = note[0]
+                worker = Worker(rendezvous, device(job), options.sharded, options.timeout_s)
+            else:
+                differing = "(fabric, tier, tile_elements, state_format)"
+                why = f"its run has another recipe, or other backend.options {differing}, than this replica"
+        if time.monotonic() > deadline:
+            raise BackendError(
+                f"{folder}: after {timeout_s:.0f} s {why}; a run is started with `weftrain train RECIPE --backend "
+                "streaming batch.replicas=N`"
+            )
+        time.sleep(0.05)
+    return job, worker
+
+
+def carry_out_commands(run: StreamingRun, worker: Worker, source: BatchSource) -> None:
+    """Carry out rank 0's commands until the run ends or this rank has left. Raises BackendError if rank 0 is lost."""
+    store, stop = run.store, run.job.stop
+    while (command := worker.next_command()) is not None:
+        if stop.requested():
+            worker.ask_to_leave(stop.number)
+        match command["do"]:
+            case "step":
+                run.own_share(source, command["step"])
+                shards.wait_until_spooled(worker, store)
+            case "complete":
+                store.complete_step(Completed.from_json(command["completed"]))
+            case "pass":
+                name = command["name"]
+                run.executor.carry_out(run.executor.schedule(name), None, shared=name != "flush")
+                store.drain()
+            case "compare":
+                shards.compare(worker, store, command["commit"])
+            case "fill":
+                step, updates, aside = command["step"], command["updates"], command["set_aside"]
+                shards.fill_from_rank_0(worker, store, None, step, updates, run.job.progress, aside)
+            case "part":
+                Reader(store, worker).part(command["name"])

@@ -1,0 +1,320 @@
+"""Stores that are files: a folder with `lock`, `layout.json` (what the store was made for, written last), `commit`,
+`state`, and `checksums` of the state: an entry for each place of a tile, then one for each spooled gradient.
+
+`commit` has two pages, written alternately. Each carries its own hash, so a torn one is noticed and the other counts. A
+checksum is written after the data it covers and before the commit that counts it, beside the checksum of the version
+before: it can be torn only if its data can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weftrain.backends.streaming.store.base import Commit, Planes, Store
+from weftrain.backends.streaming.store.checksums import ENTRY_BYTES, MAX_PLANES, Sums, checksum, packed
+from weftrain.backends.streaming.store.layout import PAGE_BYTES, Layout, Tile
+from weftrain.core.errors import BackendError
+from weftrain.core.formats import fsops
+from weftrain.core.formats.canonical import canonical_json, parse_json
+from weftrain.core.formats.plain_file import read_plain
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_FILES = {"lock", "state", "commit", "checksums"}
+_DAMAGED = "the store was damaged from outside: remove its folder, and the run continues from its newest checkpoint"
+
+
+class FileStore(Store):
+    """What the tiers `mapped` and `direct` share."""
+
+    def __init__(self, layout: Layout, folder: Path, *, direct: bool) -> None:
+        super().__init__(layout)
+        self.folder, self._direct = folder, direct
+        self._open()
+
+    def _open(self) -> None:
+        self._sequence = 0  # of the last commit
+        self._on_disk: Commit | None = None  # what a restart would find
+        self._stack = contextlib.ExitStack()
+        try:
+            with self._reported("opened"):
+                self._take_lock()
+                new = holds_no_store(self.layout, self.folder)
+                self._state = self._file("state", direct=self._direct)
+                self._commits, self._checksums = self._file("commit"), self._file("checksums")
+                if new:
+                    self._create()
+                self._sums, self._gradient_sums = self._read_checksums(new)
+                found = None if new else read_commit(self.folder)
+                if found is not None:
+                    self._sequence = found.sequence
+                    self._write_commit(found)  # opened, and not closed
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _take_lock(self) -> None:
+        fsops.make_dirs(self.folder)
+        path, holder = self.folder / "lock", canonical_json({"process": os.getpid()}) + b"\n"
+        try:
+            self._stack.enter_context(fsops.held_lock(path, holder))
+        except BlockingIOError:
+            said = read_plain(path, "record")[:200].decode(errors="replace").strip()
+            raise BackendError(
+                f"{self.folder}: the store is in use ({said}): wait for that process, or give another "
+                "backend.options.store"
+            ) from None
+
+    def _file(self, name: str, *, direct: bool = False) -> fsops.PositionedFile:
+        file = fsops.PositionedFile(self.folder / name, direct=direct)
+        self._stack.callback(file.close)
+        return file
+
+    def _create(self) -> None:
+        needed, free = self.layout.file_bytes, fsops.free_bytes(self.folder)
+        have = (self.folder / "state").stat().st_blocks * 512  # what an interrupted creation has reserved
+        if needed > free + have:
+            raise BackendError(
+                f"{self.folder}: the store needs {needed:,} bytes on disk ({self.layout.format.name}: "
+                f"{self.layout.state_bytes:,} of state and {self.layout.gradient_bytes:,} of gradients), "
+                f"{free + have:,} are free: make room{_superseded_stores(self.folder)}, put backend.options.store on "
+                "another disk, or take a smaller backend.options.state_format"
+            )
+        self._state.allocate(needed)
+        self._commits.allocate(2 * PAGE_BYTES)
+        self._checksums.allocate(self._checksum_bytes)
+        self._write_commit(None)
+        fsops.write_bytes(self.folder / "layout.json", canonical_json(self.layout.identity) + b"\n")
+
+    # -- checksums
+
+    @property
+    def _checksum_bytes(self) -> int:
+        return self.layout.num_places * ENTRY_BYTES + len(self.layout.tiles) * 8
+
+    def _read_checksums(self, new: bool) -> tuple[list[list[int]], list[int]]:
+        """For each place the checksums of a tile's planes; for each tile that of its gradient."""
+        end = self.layout.num_places * MAX_PLANES
+        if new:
+            return [[0] * MAX_PLANES for _ in range(self.layout.num_places)], [0] * len(self.layout.tiles)
+        for name, wanted in (("state", self.layout.file_bytes), ("checksums", self._checksum_bytes)):
+            if (found := (self.folder / name).stat().st_size) != wanted:
+                raise BackendError(
+                    f"{self.folder / name}: holds {found:,} bytes, the layout says {wanted:,}: {_DAMAGED}"
+                )
+        values = struct.unpack(f"<{self._checksum_bytes // 8}Q", (self.folder / "checksums").read_bytes())
+        return [list(values[start : start + MAX_PLANES]) for start in range(0, end, MAX_PLANES)], list(values[end:])
+
+    def _note_state(self, tile: Tile, rotation: int, sums: Sums) -> None:
+        """Keep the checksums of a tile's planes, in the order of `tile.planes`: after the state was written, in the
+        order of writes.
+        """
+        place = self.layout.place(tile, rotation)
+        self._sums[place][: len(sums)] = sums
+        self._checksums.write_at(place * ENTRY_BYTES, memoryview(packed(sums)))
+
+    def _note_gradient(self, tile: Tile, step: int, gradient: Tensor) -> None:
+        """The same for the gradient of a tile that makes `step` steps complete."""
+        value = self._gradient_sums[tile.index] = checksum(as_bytes(gradient), tile.index, -1, step)
+        self._checksums.write_at(self.layout.num_places * ENTRY_BYTES + tile.index * 8, memoryview(packed([value])))
+
+    def _check_planes(self, tile: Tile, rotation: int, planes: Planes) -> None:
+        """Raises BackendError for planes that were read and are not those that were written."""
+        for number, plane in enumerate(tile.planes):
+            if plane.name in planes:
+                found = checksum(as_bytes(planes[plane.name]), tile.index, number, rotation)
+                self._check(tile, rotation, number, found)
+
+    def _check(self, tile: Tile, rotation: int, number: int, found: int) -> None:
+        if found != self._sums[self.layout.place(tile, rotation)][number]:
+            raise self._damaged(tile, tile.planes[number].name)
+
+    def _check_gradient(self, tile: Tile, step: int, found: int) -> None:
+        if found != self._gradient_sums[tile.index]:
+            raise self._damaged(tile, f"the gradient of step {step - 1}")
+
+    def _damaged(self, tile: Tile, what: str) -> BackendError:
+        step = "" if self.commit is None else f" as of {self.commit.step} completed steps"
+        more = f" and {len(tile.pieces) - 3} more" if len(tile.pieces) > 3 else ""
+        names = ", ".join(piece.name for piece in tile.pieces[:3]) + more
+        return BackendError(
+            f"{self.folder}/state: {what} of {names} (tile {tile.index}){step} is not what was written: {_DAMAGED}"
+        )
+
+    # -- commits, and the end
+
+    def _write_commit(self, commit: Commit | None) -> None:
+        if commit is None:
+            self.commit, pages = None, [(page, bytes(PAGE_BYTES)) for page in (0, 1)]
+        else:
+            self._sequence += 1
+            self.commit = replace(commit, sequence=self._sequence, boot_id=boot_id(), closed=False)
+            pages = [(self._sequence % 2, _page(self.commit))]
+        written = self.commit
+
+        def write() -> None:
+            for page, contents in pages:
+                self._commits.write_at(page * PAGE_BYTES, memoryview(contents))
+            self._on_disk = written
+
+        self._in_order(write)
+
+    def _in_order(self, job: Callable[[], None]) -> None:
+        """Run a job after every write so far."""
+        with self._reported("written"):
+            job()
+
+    def set_aside(self) -> None:
+        """Rename the folder, whole, to the first free `<name>.superseded-N` beside it, and begin with a new one."""
+        names = (f"{self.folder.name}.superseded-{number}" for number in itertools.count(1))
+        free = next(path for name in names if not (path := self.folder.with_name(name)).exists())
+        with self._reported("set aside"):
+            self._mark_closed()
+            fsops.rename(self.folder, free)  # the lock is held until it has its new name
+        self._stack.close()
+        self.commit = None
+        self._open()
+
+    def close(self) -> None:
+        """Make everything durable and mark the store closed: only then does it survive a stop of the machine."""
+        try:
+            with contextlib.suppress(BackendError):  # what failed was reported when it failed
+                self.drain()
+                with self._reported("closed"):
+                    self._mark_closed()
+        finally:
+            self._stack.close()
+
+    def _mark_closed(self) -> None:
+        self._state.sync()
+        self._checksums.sync()
+        if self._on_disk is not None:
+            page = _page(replace(self._on_disk, sequence=self._sequence + 1, closed=True))
+            self._commits.write_at((self._sequence + 1) % 2 * PAGE_BYTES, memoryview(page))
+        self._commits.sync()
+
+    @contextlib.contextmanager
+    def _reported(self, what: str) -> Iterator[None]:
+        """Turns an OSError into a BackendError that says which file cannot be `what`, where a restart would go on, and
+        the remedy.
+        """
+        try:
+            yield
+        except OSError as error:
+            done = "" if self._on_disk is None else f"; the store stands at {self._on_disk.step} completed steps"
+            remedy = "check the disk, then resume"
+            if what == "set aside":
+                remedy = "move its files away by hand, or choose another backend.options.store"
+            if self._direct and what == "opened" and error.errno == errno.EINVAL:
+                other = "backend.options.tier=mapped, or another backend.options.store"
+                remedy = f"this file system has no direct I/O: take {other}"
+            where = error.filename or self.folder
+            raise BackendError(f"{where}: cannot be {what}: {error.strerror or error}{done}: {remedy}") from error
+
+
+def _superseded_stores(folder: Path) -> str:
+    """Words about stores that were set aside; empty if there are none."""
+    found = sorted(path.name for path in folder.parent.glob(f"{folder.name}.superseded-*"))
+    return f" (nothing reads {', '.join(found)} in {folder.parent} any more)" if found else ""
+
+
+def holds_no_store(layout: Layout, folder: Path) -> bool:
+    """Whether the folder holds no whole store yet. Raises BackendError for a store of another recipe or format, and for
+    other files.
+    """
+    try:
+        found = parse_json(read_plain(folder / "layout.json", "record"))
+    except FileNotFoundError:
+        strange = sorted({entry.name for entry in folder.iterdir()} - _FILES) if folder.is_dir() else []
+        if not all(name.startswith(fsops.TEMPORARY_PREFIX) for name in strange):
+            raise BackendError(
+                f"{folder}: holds '{strange[0]}', so it is no store: give an empty or new folder as "
+                "backend.options.store"
+            ) from None
+        return True
+    except ValueError as error:
+        raise BackendError(f"{folder}/layout.json: {error}: {_DAMAGED}") from None
+    wanted = parse_json(canonical_json(layout.identity))
+    if found == wanted:
+        return False
+    found = found if isinstance(found, dict) else {}
+    version = found.get("version")
+    if type(version) is int and version != wanted["version"]:
+        raise BackendError(
+            f"{folder}: the store is of format {version}, and this version of weftrain reads {wanted['version']}: "
+            "finish the run with the version that made it, or rename the folder: the run then continues from its "
+            "newest checkpoint"
+        )
+    changed = [key for key in wanted if found.get(key) != wanted[key]]
+    if changed[:1] == ["model"] and isinstance(model := found.get("model"), dict):
+        changed = [f"model.{key}" for key in wanted["model"] if model.get(key) != wanted["model"][key]] or changed
+    raise BackendError(
+        f"{folder}: the store was made for another recipe or format ({', '.join(changed) or 'it has keys of its own'} "
+        "differ): give backend.options.store another folder, or remove this one"
+    )
+
+
+def read_commit(folder: Path) -> Commit | None:
+    """Where a store stands; None if it was not filled. Raises BackendError for one that was damaged, or that was open
+    when the machine stopped.
+    """
+    pages = read_plain(folder / "commit", "record") if (folder / "commit").exists() else b""
+    if len(pages) != 2 * PAGE_BYTES:
+        raise BackendError(f"{folder}/commit: is missing or cut: {_DAMAGED}")
+    found: list[Commit] = []
+    for page in (pages[:PAGE_BYTES], pages[PAGE_BYTES:]):
+        text = page[64:].rstrip(b" ")
+        if hashlib.sha256(text).hexdigest().encode() == page[:64]:
+            try:
+                found.append(Commit.from_json(json.loads(text)))
+            except (ValueError, TypeError, KeyError) as error:
+                raise BackendError(
+                    f"{folder}/commit: is of another version ({error}), or no store's: {_DAMAGED}"
+                ) from error
+    if not found:
+        if any(pages):
+            raise BackendError(f"{folder}/commit: neither page is whole: {_DAMAGED}")
+        return None
+    newest = max(found, key=lambda commit: commit.sequence)
+    if not newest.closed and newest.boot_id != boot_id():
+        raise BackendError(
+            f"{folder}: the machine stopped while the store was open, so its last writes may be lost: remove the "
+            "folder, and the run continues from its newest checkpoint"
+        )
+    return newest
+
+
+def _page(commit: Commit) -> bytes:
+    text = canonical_json(asdict(commit))
+    if len(text) > PAGE_BYTES - 64:
+        raise BackendError("the store's commit does not fit its page: fewer parameter groups are needed")
+    return (hashlib.sha256(text).hexdigest().encode() + text).ljust(PAGE_BYTES)
+
+
+def boot_id() -> str:
+    """A word that changes when the machine starts; empty if the system has none."""
+    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+
+
+def state_sums(tile: Tile, planes: Planes, rotation: int) -> list[int]:
+    """Checksums of a tile's planes in their order."""
+    return [
+        checksum(as_bytes(planes[plane.name]), tile.index, number, rotation) for number, plane in enumerate(tile.planes)
+    ]
+
+
+def as_bytes(memory: Tensor) -> np.ndarray:
+    """A tensor's memory as uint8 [n]."""
+    return memory.view(torch.uint8).numpy()
