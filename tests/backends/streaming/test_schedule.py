@@ -92,7 +92,7 @@ def test_needs_follow_the_options() -> None:
     recipe = load_recipe("bench_70m", ["precision.compute=float32"]).recipe
 
     def total(**chosen: Any) -> int:
-        chosen_options = StreamingOptions.model_validate(chosen)
+        chosen_options = StreamingOptions.model_validate({"buffer_mib": 64, **chosen})
         return needs(recipe, chosen_options, layout_of(recipe, chosen_options)).total_memory_bytes
 
     assert total(tier="direct") < total(tier="ram") - 600e6
