@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 Arguments = dict[str, Any]  # one call's arguments by name
+Change = Callable[[Arguments], Arguments]  # another call, made of an example's
 
 
 class KernelError(ValueError):
@@ -38,6 +39,11 @@ class Op:
     attributes: Mapping[str, int | float | bool | str] = field(default_factory=dict)  # of a typical use, for the table
     # of one call, as a Spec has them
     attributes_of: Callable[[Arguments], dict[str, int | float | bool | str]] = lambda arguments: {}
+    wrong: Mapping[str, Change] = field(
+        default_factory=dict
+    )  # calls that cannot be meant; every implementation refuses
+    wrong_values: Mapping[str, Change] = field(default_factory=dict)  # the same, where values are looked at: on a CPU
+    edges: Mapping[str, Change] = field(default_factory=dict)  # calls at the edge of what can be meant
 
     def __post_init__(self) -> None:
         if self.differentiable and self.backward_cost is None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from weftrain.kernels import reference
 from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.ops._changes import empty_tensor, first_replaced, not_contiguous, on_meta, replaced, shorter
 from weftrain.kernels.ops._parts import EDGE_SIZES, LAYER_7B, ODD_SIZES, Draw, size_bytes, total_elements
 
 
@@ -103,5 +104,28 @@ OP = Op(
     attributes_of=lambda arguments: {
         "eps_placement": arguments["eps_placement"],
         "copies": arguments["copies"] is not None,
+    },
+    wrong={
+        "unknown eps_placement": replaced("eps_placement", lambda _: "nowhere"),
+        "update_index 0": replaced("update_index", lambda _: 0),
+        "gradient_scale of rank 1": replaced("gradient_scale", lambda scale: scale[None]),
+        "gradient_scale of bf16": replaced("gradient_scale", torch.Tensor.bfloat16),
+        "gradient_scale on another device": replaced("gradient_scale", on_meta),
+        "a gradient too few": replaced("gradients", lambda tensors: tensors[:-1]),
+        "a moment too many": replaced("exp_avgs", lambda tensors: [*tensors, tensors[0]]),
+        "a copy too few": replaced("copies", lambda tensors: tensors[:-1]),
+        "a gradient of another shape": first_replaced("gradients", shorter),
+        "a moment of another shape": first_replaced("exp_avg_sqs", shorter),
+        "a gradient of integers": first_replaced("gradients", torch.Tensor.int),
+        "a gradient on another device": first_replaced("gradients", on_meta),
+        "a parameter of bf16": first_replaced("parameters", torch.Tensor.bfloat16),
+        "a moment of fp16": first_replaced("exp_avgs", torch.Tensor.half),
+        "a copy of fp32": first_replaced("copies", torch.Tensor.float),
+        "a parameter that is not contiguous": first_replaced("parameters", not_contiguous),
+        "a copy that is not contiguous": first_replaced("copies", not_contiguous),
+    },
+    edges={
+        "a tensor without elements": empty_tensor,
+        "a scale of zero": replaced("gradient_scale", torch.zeros_like),
     },
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from weftrain.kernels import reference
 from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.ops._changes import element_set, no_rows, on_meta, other_dtype, replaced, shorter, so_many_tokens
 from weftrain.kernels.ops._parts import Draw, read_all_write_like, size_bytes
 
 
@@ -87,5 +88,29 @@ OP = Op(
         "head_dim": arguments["q"].shape[-1],
         "scale": arguments["scale"],
         "document_start": arguments["document_start"] is not None,
+    },
+    wrong={
+        "q of rank 3": replaced("q", lambda q: q[0]),
+        "k of fewer tokens": replaced("k", lambda k: k[:, :-1]),
+        "v of fewer heads": replaced("v", lambda v: v[:, :, :-1]),
+        "k of another dtype": replaced("k", other_dtype),
+        "k on another device": replaced("k", on_meta),
+        "document_start of int64": replaced("document_start", torch.Tensor.long),
+        "document_start of too few tokens": replaced("document_start", shorter),
+        "document_start on another device": replaced("document_start", on_meta),
+    },
+    wrong_values={
+        "document_start in the future": replaced("document_start", element_set((0, 3), 4)),
+        "document_start negative": replaced("document_start", element_set((0, 3), -1)),
+    },
+    edges={
+        "no tokens": so_many_tokens(0),
+        "one token": so_many_tokens(1),
+        "two tokens": so_many_tokens(2),
+        "no batch": no_rows("q", "k", "v", "document_start"),
+        "no documents": replaced("document_start", lambda _: None),
+        "every token a document": replaced(
+            "document_start", lambda start: torch.arange(start.shape[1], device=start.device).int().expand(start.shape)
+        ),
     },
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from weftrain.kernels import reference
 from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.ops._changes import LOSS_EDGES, WRONG_LABEL_VALUES, WRONG_LABELS, no_rows, replaced
 from weftrain.kernels.ops._parts import Draw, elements, loss_attributes, read_all, size_bytes
 
 
@@ -55,4 +56,17 @@ OP = Op(
     backward_cost=backward_cost,
     attributes={"vocab_size": 32000, "logits_scale": 1.0, "z_loss": 0.0},
     attributes_of=lambda arguments: {"vocab_size": arguments["logits"].shape[1], **loss_attributes(arguments)},
+    wrong={
+        "logits of rank 3": replaced("logits", lambda logits: logits[None]),
+        "logits of integers": replaced("logits", torch.Tensor.int),
+        "an empty vocabulary": replaced("logits", lambda logits: logits[:, :0]),
+        **WRONG_LABELS,
+    },
+    wrong_values=WRONG_LABEL_VALUES,
+    edges={
+        "no rows": no_rows("logits", "labels"),
+        "one row": lambda a: {**a, "logits": a["logits"][1:2], "labels": a["labels"][1:2]},
+        "a vocabulary of one": lambda a: {**a, "logits": a["logits"][:, :1], "labels": a["labels"].clamp(max=0)},
+        **LOSS_EDGES,
+    },
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from weftrain.kernels import reference
 from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.ops._changes import empty_tensor, first_replaced, on_meta, replaced
 from weftrain.kernels.ops._parts import EDGE_SIZES, LAYER_7B, ODD_SIZES, Draw, read_all, total_elements
 
 
@@ -35,4 +36,14 @@ OP = Op(
     },
     bytes_moved=lambda arguments: read_all(arguments) + 4,
     flops=total_elements("gradients", 2),
+    wrong={
+        "no gradients": replaced("gradients", lambda _: []),
+        "a gradient of integers": first_replaced("gradients", torch.Tensor.int),
+        "a gradient on another device": replaced("gradients", lambda tensors: [*tensors[:-1], on_meta(tensors[-1])]),
+    },
+    edges={
+        "a tensor without elements": empty_tensor,
+        "zeros only": replaced("gradients", lambda tensors: [torch.zeros_like(tensor) for tensor in tensors]),
+        "one element": replaced("gradients", lambda tensors: [tensors[0].flatten()[:1]]),
+    },
 )

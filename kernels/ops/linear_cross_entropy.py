@@ -14,6 +14,17 @@ from torch import Tensor
 from weftrain.kernels import reference
 from weftrain.kernels.contract import Arguments, Op
 from weftrain.kernels.ops import cross_entropy
+from weftrain.kernels.ops._changes import (
+    LOSS_EDGES,
+    WRONG_LABEL_VALUES,
+    WRONG_LABELS,
+    no_rows,
+    on_meta,
+    one_column,
+    other_dtype,
+    replaced,
+    shorter,
+)
 from weftrain.kernels.ops._parts import Draw, loss_attributes, read_all, size_bytes
 
 
@@ -65,5 +76,21 @@ OP = Op(
         "hidden_size": arguments["weight"].shape[1],
         "vocab_size": arguments["weight"].shape[0],
         **loss_attributes(arguments),
+    },
+    wrong={
+        "hidden of rank 3": replaced("hidden", lambda hidden: hidden[None]),
+        "weight too narrow": replaced("weight", shorter),
+        "weight of another dtype": replaced("weight", other_dtype),
+        "weight on another device": replaced("weight", on_meta),
+        "an empty vocabulary": replaced("weight", lambda weight: weight[:0]),
+        **WRONG_LABELS,
+    },
+    wrong_values=WRONG_LABEL_VALUES,
+    edges={
+        "no rows": no_rows("hidden", "labels"),
+        "one row": lambda a: {**a, "hidden": a["hidden"][1:2], "labels": a["labels"][1:2]},
+        "a vocabulary of one": lambda a: {**a, "weight": a["weight"][:1], "labels": a["labels"].clamp(max=0)},
+        "one feature": one_column("hidden", "weight"),
+        **LOSS_EDGES,
     },
 )

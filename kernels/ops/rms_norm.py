@@ -6,6 +6,7 @@ from torch import Tensor
 
 from weftrain.kernels import reference
 from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.ops._changes import NORM_EDGES, WRONG_NORM, one_column
 from weftrain.kernels.ops._parts import elements, norm, norm_attributes, norm_examples, read_all_write_like, size_bytes
 
 
@@ -31,4 +32,6 @@ OP = Op(
     backward_cost=backward_cost,
     attributes={"hidden_size": 4096, "eps": 1e-6},
     attributes_of=norm_attributes,
+    wrong=WRONG_NORM,
+    edges={**NORM_EDGES, "one column": one_column("x", "weight")},
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from weftrain.kernels import reference
 from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.ops._changes import no_rows, on_meta, replaced, shorter, so_many_tokens
 from weftrain.kernels.ops._parts import Draw, read_all_write_like, size_bytes
 
 
@@ -68,5 +69,22 @@ OP = Op(
         "head_dim": arguments["x"].shape[-1],
         "rotary_dim": arguments["rotary_dim"],
         "interleaved": arguments["interleaved"],
+    },
+    wrong={
+        "x of rank 3": replaced("x", lambda x: x[0]),
+        "x of integers": replaced("x", torch.Tensor.int),
+        "rotary_dim odd": replaced("rotary_dim", lambda dim: dim - 1),
+        "rotary_dim beyond the head": replaced("rotary_dim", lambda dim: dim + 100),
+        "rotary_dim 0": replaced("rotary_dim", lambda dim: 0),
+        "cos of too few tokens": replaced("cos", lambda cos: cos[:-1]),
+        "sin too narrow": replaced("sin", shorter),
+        "sin on another device": replaced("sin", on_meta),
+    },
+    edges={
+        "no tokens": so_many_tokens(0),
+        "one token": so_many_tokens(1),
+        "three tokens": so_many_tokens(3),
+        "no batch": no_rows("x"),
+        "one pair turns": lambda a: {**a, "rotary_dim": 2, "cos": a["cos"][:, :1], "sin": a["sin"][:, :1]},
     },
 )

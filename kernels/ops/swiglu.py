@@ -9,6 +9,7 @@ from torch import Tensor
 
 from weftrain.kernels import reference
 from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.ops._changes import no_rows, on_meta, other_dtype, replaced, shorter
 from weftrain.kernels.ops._parts import Draw, elements, read_all_write_like, size_bytes
 
 
@@ -47,4 +48,16 @@ OP = Op(
     backward_cost=backward_cost,
     attributes={"intermediate_size": 11008},
     attributes_of=lambda arguments: {"intermediate_size": arguments["gate"].shape[-1]},
+    wrong={
+        "up too short": replaced("up", shorter),
+        "up of another dtype": replaced("up", other_dtype),
+        "gate of integers": replaced("gate", torch.Tensor.int),
+        "up on another device": replaced("up", on_meta),
+    },
+    edges={
+        "no rows": no_rows("gate", "up"),
+        "one element": lambda a: {name: a[name][:1, :1] for name in ("gate", "up")},
+        "rank 1": lambda a: {name: a[name][0] for name in ("gate", "up")},
+        "rank 4": lambda a: {name: a[name][None, :, None] for name in ("gate", "up")},
+    },
 )
