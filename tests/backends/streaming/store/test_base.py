@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import streaming_runs
 import torch
 from fault_injection import Death, Faults, injected
 from streaming_runs import abandon, assert_same, prepare, source_of, streaming, trained
@@ -418,7 +419,7 @@ def assert_same_bits_after_kills(tier: str, kills: int, recipe_overrides: list[s
         sys.executable,
         "-c",
         KILLED,
-        str(Path(__file__).parent),
+        str(Path(streaming_runs.__file__).parent),
         str(tmp_path),
         tier,
         json.dumps(recipe_overrides),
