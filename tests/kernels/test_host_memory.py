@@ -66,9 +66,9 @@ def test_where_there_are_none_there_is_a_reason(
 def test_address_space_that_is_not_lent_is_a_reason_and_changes_nothing() -> None:
     program = """
 import resource, psutil
+from weftrain.kernels.host_memory import use_huge_pages
 used = psutil.Process().memory_info().vms
 resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 20),) * 2)
-from weftrain.kernels.host_memory import use_huge_pages
 print(use_huge_pages())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
