@@ -48,8 +48,9 @@ def rendezvous(wanted_device: str, timeout_s: float, stop: StopRequest | None = 
     device = _own_device(wanted_device)
     store, rank, size = _join(device, datetime.timedelta(seconds=timeout_s), stop)
     world = World(device, store, rank, size, timeout_s, stop)
-    _joined["world"] = world, HangDetector(world) if size > 1 else None
+    _joined["world"] = world, None  # `leave` finds it from here on
     try:
+        _joined["world"] = world, HangDetector(world) if size > 1 else None
         if size > 1 and world.leads:
             # Several runs may be prepared one after another: the world ends with the process, not with a run.
             atexit.register(_end)

@@ -1,0 +1,22 @@
+"""A world that cannot be completed is taken down again, so that another can be made."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from weftrain.backends.cuda import rendezvous as module
+
+
+def test_a_hang_detector_that_cannot_start_leaves_no_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(world: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    left = []
+    monkeypatch.setattr(module, "_joined", {})
+    monkeypatch.setattr(module, "_join", lambda *arguments: (dist.HashStore(), 0, 2))
+    monkeypatch.setattr(module, "HangDetector", refuse)
+    monkeypatch.setattr(module, "leave", lambda: left.append(module._joined.pop("world")))
+    with pytest.raises(RuntimeError, match="new thread"):
+        module.rendezvous("cpu", 5.0)
+    assert [detector for _, detector in left] == [None]
