@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,17 @@ _KERNELS = Path(weftrain.kernels.__path__[0])
 _NUMBERS = itertools.count()
 
 
+def in_any_layout(text: str) -> re.Pattern[str]:
+    """A pattern for `text` however a formatter lays it out: broken between words and within brackets."""
+    words = re.sub(r"(?<=[^\s\\])\\ (?=\S)", r"\\s+", re.escape(text))  # indentation stays as it is
+    return re.compile(words.replace(r"\(", r"\(\s*").replace(r"\)", r",?\s*\)"))
+
+
+def is_there(folder: str, file: str, text: str) -> bool:
+    """Whether the source under mutation still has the text that a fault replaces."""
+    return in_any_layout(text).search((_KERNELS / folder / file).read_text()) is not None
+
+
 def mutant(folder: str, op: str, file: str, old: str, new: str, into: Path) -> ModuleType:
     """The module of `op` in a copy of kernels/<folder> with `old` replaced in `file`. Raises AssertionError where it is
     not there.
@@ -32,8 +44,8 @@ def mutant(folder: str, op: str, file: str, old: str, new: str, into: Path) -> M
     for path in (path for path in (_KERNELS / folder).iterdir() if path.suffix in (".py", ".cpp", ".h")):
         text = path.read_text()
         if path.name == file:
-            assert old in text, f"kernels/{folder}/{file} no longer has this text; write the fault anew: {old}"
-            text = text.replace(old, new)
+            text, found = in_any_layout(old).subn(lambda _: new, text)
+            assert found, f"kernels/{folder}/{file} no longer has this text; write the fault anew: {old}"
         text = text.replace(f"weftrain.kernels.{folder}", name)
         for operators in ('Library("weftrain"', 'f"weftrain::', "torch.ops.weftrain"):
             text = text.replace(operators, operators.replace("weftrain", name))

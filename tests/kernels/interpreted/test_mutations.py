@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.prove  # minutes: make prove
 BF16 = torch.bfloat16
 _STATISTIC = "r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum({0} * {0}, 0) / n + eps))"
 _ONE_LOAD = "tl.load(x + row * row_stride + column, mask=inside, other=0.0)"
@@ -117,6 +116,7 @@ FAULTS: list[tuple[str, str, str, str, str, str, str, torch.dtype]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.prove  # minutes
 @pytest.mark.parametrize("fault", FAULTS, ids=[f"{fault[0]}-{fault[2].replace(' ', '_')}" for fault in FAULTS])
 def test_a_planted_fault_is_found(fault: Any, tmp_path: Path, examine: Callable[..., Any]) -> None:
     op, file, _, check, example, old, new, dtype = fault
@@ -125,6 +125,7 @@ def test_a_planted_fault_is_found(fault: Any, tmp_path: Path, examine: Callable[
     assert not any(finding.detail.startswith("raised") for finding in report), report
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize(
     ("op", "check"), [("rms_norm", "bounds"), ("swiglu", "numerics"), ("cross_entropy", "rounded_once")]
 )
@@ -138,3 +139,9 @@ def test_every_triton_file_has_two_faults() -> None:
     from weftrain.kernels import OPS
 
     assert all(sum(fault[0] == op for fault in FAULTS) >= 2 for op in OPS)
+
+
+def test_every_fault_finds_the_text_that_it_replaces() -> None:
+    from mutants import is_there
+
+    assert [fault[5] for fault in FAULTS if not is_there("triton_ops", fault[1], fault[5])] == []
