@@ -7,10 +7,11 @@ import what they need when they run, so that `weftrain --help` and `weftrain sho
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import importlib.metadata
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -18,33 +19,80 @@ from weftrain.cli.display import LINES, plain_output
 from weftrain.core.errors import EverywhereError, RecipeError, WeftrainError, printable
 from weftrain.core.stop import sigterm_unwinds
 
-# verb -> (module, attribute): loaded when the verb is asked for.
+
+class Verb(NamedTuple):
+    """Where a verb's command is, loaded when it is asked for, and its line in `weftrain --help`."""
+
+    module: str
+    attribute: str
+    summary: str
+
+
 VERBS = {
-    "prep": ("weftrain.cli.prep", "prep"),
-    "train": ("weftrain.cli.train", "train"),
-    "replica": ("weftrain.cli.replica", "replica"),
-    "eval": ("weftrain.cli.evaluate", "evaluate"),
-    "show": ("weftrain.cli.show", "show"),
-    "backends": ("weftrain.cli.backends", "backends"),
-    "kernels": ("weftrain.cli.kernels", "kernels"),
-    "bench": ("weftrain.cli.bench", "bench"),
-    "plan": ("weftrain.cli.plan", "plan"),
-    "timeline": ("weftrain.cli.timeline", "timeline"),
-    "lower": ("weftrain.cli.lower", "lower"),
-    "convert": ("weftrain.cli.convert", "convert"),
-    "data": ("weftrain.cli.data", "data"),
-    "generate": ("weftrain.cli.generate", "generate"),
-    "memorize": ("weftrain.cli.memorize", "memorize"),
-    "log": ("weftrain.cli.ledger", "log"),
-    "rollback": ("weftrain.cli.ledger", "rollback"),
-    "defer": ("weftrain.cli.ledger", "defer"),
-    "release": ("weftrain.cli.release", "release"),
-    "sign": ("weftrain.cli.release", "sign"),
-    "verify": ("weftrain.cli.release", "verify"),
-    "replay": ("weftrain.cli.release", "replay"),
-    "openness": ("weftrain.cli.openness", "openness"),
-    "compare": ("weftrain.cli.compare", "compare"),
-    "report": ("weftrain.cli.report", "report"),
+    "Prepare": {
+        "prep": Verb("prep", "prep", "turn text or token ids into a shuffled, packed dataset"),
+        "data": Verb("data", "data", "inspect, verify and export datasets; trace a sample"),
+        "recipe": Verb("recipe", "recipe", "print a built-in recipe, to copy and change"),
+        "show": Verb("show", "show", "print a resolved recipe and its arithmetic"),
+        "plan": Verb("plan", "plan", "predict time, memory and disk of a step"),
+    },
+    "Train": {
+        "train": Verb("train", "train", "train a recipe; the same command resumes it"),
+        "replica": Verb("replica", "replica", "join a weight-streaming run as one more replica"),
+        "rollback": Verb("ledger", "rollback", "go back to an earlier checkpoint of a run"),
+        "defer": Verb("ledger", "defer", "move a chunk that is not trained yet to the end"),
+    },
+    "Look": {
+        "runs": Verb("runs", "runs", "list runs with state, step, loss, last activity"),
+        "report": Verb("report", "report", "write one HTML page about a run or release"),
+        "log": Verb("ledger", "log", "print a run's ledger: how each step was made"),
+        "eval": Verb("evaluate", "evaluate", "measure held-out loss, or tasks, of a checkpoint"),
+        "generate": Verb("generate", "generate", "continue a prompt"),
+        "memorize": Verb("memorize", "memorize", "measure what checkpoints know by heart"),
+        "timeline": Verb("timeline", "timeline", "show compute, disk and stalls of a streamed run"),
+    },
+    "Compare": {
+        "compare": Verb("compare", "compare", "compare runs and model series by tokens seen"),
+        "bench": Verb("bench", "bench", "measure speed: training, data, kernels, machine"),
+    },
+    "Record": {
+        "release": Verb("release", "release", "write a release that a stranger can verify"),
+        "sign": Verb("release", "sign", "sign the root of a release"),
+        "verify": Verb("release", "verify", "check every byte and claim of a release"),
+        "replay": Verb("release", "replay", "train links of a release again, compare bits"),
+        "openness": Verb("openness", "openness", "show what a release gives and lacks"),
+        "convert": Verb("convert", "convert", "from and to Hugging Face and Model Zoo files"),
+    },
+    "Machines": {
+        "backends": Verb("backends", "backends", "list backends, their options, what each needs"),
+        "kernels": Verb("kernels", "kernels", "list, check, compile and time kernels"),
+        "lower": Verb("lower", "lower", "lower a training step for a Cerebras system"),
+    },
+}
+
+# What other programs call these verbs.
+OTHER_WORDS = {
+    "resume": "train",
+    "pretrain": "train",
+    "continue": "train",
+    "tokenize": "prep",
+    "prepare": "prep",
+    "preprocess": "prep",
+    "evaluate": "eval",
+    "test": "eval",
+    "benchmark": "bench",
+    "profile": "bench",
+    "sample": "generate",
+    "chat": "generate",
+    "export": "convert",
+    "import": "convert",
+    "ls": "runs",
+    "list": "runs",
+    "status": "runs",
+    "config": "show",
+    "init": "recipe",
+    "doctor": "backends",
+    "devices": "backends",
 }
 
 
@@ -74,14 +122,34 @@ class Verbs(click.Group):
             return super().__call__(*arguments, **named)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
+        return [name for verbs in VERBS.values() for name in verbs]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            return None
-        module, attribute = VERBS[cmd_name]
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
+        for verbs in VERBS.values():
+            if (verb := verbs.get(cmd_name)) is not None:
+                command: click.Command = getattr(importlib.import_module(f"weftrain.cli.{verb.module}"), verb.attribute)
+                return command
+        return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.exceptions.NoSuchCommand as error:
+            word = error.command_name
+            like = (
+                [OTHER_WORDS[word]] if word in OTHER_WORDS else difflib.get_close_matches(word, self.list_commands(ctx))
+            )
+            meant = f"; did you mean `weftrain {' or '.join(like)}`?" if like else ":"
+            ctx.fail(f"no verb '{word}'{meant} `weftrain --help` lists all verbs")
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A section a group; no verb is imported."""
+        width = max(map(len, self.list_commands(ctx)))
+        for group, verbs in VERBS.items():
+            with formatter.section(group):
+                formatter.write_dl([(f"{name:{width}}", verb.summary) for name, verb in verbs.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
