@@ -1,9 +1,8 @@
-"""prepare(): inputs in, a complete dataset folder out, or nothing under its name.
+"""prepare() turns inputs into a complete dataset folder; if it fails, nothing stands under the dataset's name.
 
-list -> plan -> tokenize -> survey -> merge (of very much data) -> order -> lay out -> write -> manifest -> rename. Same
-inputs and settings give the same bytes, whoever does the tasks, in whichever order, however often it is interrupted. An
-interrupted run leaves its work in `.NAME.partial`, on purpose; the same command goes on from there, another one starts
-anew.
+list -> plan -> tokenize -> survey -> merge (very large inputs only) -> order -> lay out -> write -> manifest -> rename.
+The same inputs and settings give the same bytes, whatever the executor, the order of tasks and the interruptions. An
+interrupted run keeps its work in `.NAME.partial`: the same command resumes it, a different one starts afresh.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from weftrain.data_prep.stages.plan import (
     Inputs,
     Order,
     Packing,
+    Parent,
     Plan,
     Progress,
     Settings,
@@ -48,7 +48,8 @@ from weftrain.data_prep.stages.sample import training_texts
 from weftrain.data_prep.stages.survey import check_failures, survey
 from weftrain.data_prep.stages.write import finish, lay_out
 from weftrain.data_prep.tokens.markers import Markers
-from weftrain.data_prep.tokens.tokenization import TextEncoder, load_encoder, train_encoder
+from weftrain.data_prep.tokens.tokenization import TextEncoder, load_encoder
+from weftrain.data_prep.tokens.training import train_encoder
 
 DEFAULT_VOCAB_SIZE = 8192
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*")
@@ -56,10 +57,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dataset folder that is complete. up_to_date: it was before, and nothing was done.
+    """A complete dataset folder. up_to_date: it was complete before, and nothing was done.
 
-    fallback: what made the reference encode everything under --engine auto, if anything did. notes: what is recorded
-    otherwise than was asked for, and changes no token.
+    fallback: why the reference encoded everything under --engine auto, if it did. notes: differences between what is
+    recorded and what was asked for that change no token.
     """
 
     folder: Path
@@ -96,29 +97,20 @@ def prepare(
     only_stage: str | None = None,
     progress: Progress = no_progress,
 ) -> Prepared | None:
-    """Make output/name. Without `tokenizer` one of `vocab_size` ids (8192) and 32 special ids more is trained on the
-    text.
+    """Make output/name. Without `tokenizer` one of `vocab_size` ids (8192) and 32 special ids is trained on the text.
 
-    eos: the tokenizer's end-of-document token, else `</s>` or `<|endoftext|>`; 'none': none. bos: a token before each
-    document. fim_tokens: names of prefix, middle, suffix and perhaps pad, else `<|fim_prefix|>` and so on.
-    rows_per_shard: else 64 MiB of tokens. max_failures: how many documents may be unreadable. grow: a dataset that the
-    inputs are added to; the settings must be its own (growth.py). only_stage: do that stage and stop, with None where
-    the dataset is not complete then. Raises DataError; nothing is then left under the dataset's name.
+    grow: a dataset that the inputs are added to (growth.py). only_stage: do only this stage, and return None unless it
+    completes the dataset. The other settings: stages/plan.py. Raises DataError, leaving nothing under the name.
     """
-    executor = executor or LocalExecutor()
     folder = _folder_of(output, name)
-    if tokenizer is not None and vocab_size is not None:
-        raise DataError("--vocab-size is for training a tokenizer, and --tokenizer names one: give only one of them")
     if sequence_length < 1 or not 0 <= heldout_fraction < 1 or (rows_per_shard is not None and rows_per_shard < 1):
         raise DataError(
             "--sequence-length and --rows-per-shard must be at least 1, --heldout-fraction at least 0 and below 1"
         )
-    before, parent = (None, None) if grow is None else open_parent(grow)
+    grown = None if grow is None else open_parent(grow)
     if grow is not None and tokenizer is None and vocab_size is None:
         tokenizer = grow / TOKENIZER
-    markers = Markers(eos, bos, fim_tokens)
-    given = None if tokenizer is None else load_encoder(tokenizer, markers, engine=engine)
-    check_markers(markers, given, None if fim is None else fim.mode)
+    given = _given_encoder(tokenizer, vocab_size, Markers(eos, bos, fim_tokens), engine, fim)
     settings = Settings(
         tokenizer="trained" if given is None else given.sha256,
         tokenizer_vocab_size=vocab_size or DEFAULT_VOCAB_SIZE if given is None else None,
@@ -136,32 +128,12 @@ def prepare(
         global_batch_size=global_batch_size,
         fim=fim,
     )
-    if before is not None:
-        settings = as_parent(settings, before, rows_per_shard)
-    check_inputs(inputs, settings)
-    inputs = _of_tokenizer(inputs, given)
-    plan = replace(make_plan(folder.parent / f".{folder.name}.partial", inputs, settings, engine), parent=parent)
-    if before is not None:
-        check_growth(before, plan, folder)
-    try:
-        fsops.make_dirs(folder.parent)
-        if not executor.alone:
-            return _prepare(folder, plan, given, name, executor, only_stage, max_failures, progress)
-        with fsops.held_lock(folder.parent / f".{folder.name}.lock", b""):
-            return _prepare(folder, plan, given, name, executor, only_stage, max_failures, progress)
-    except BlockingIOError:
-        raise DataError(
-            f"{folder}: is being prepared by another process; wait for it, or give another --name"
-        ) from None
-    except OSError as error:
-        place = f"{error.filename or folder}: {error.strerror or error}"
-        raise DataError(
-            f"{place}; free space or choose another folder for the datasets; run again and it goes on"
-        ) from error
+    plan = _plan(folder, inputs, settings, given, engine, grown, rows_per_shard)
+    return _Run(folder, name, given, executor or LocalExecutor(), only_stage, max_failures, progress).locked(plan)
 
 
 def _folder_of(output: Path, name: str) -> Path:
-    """Raises DataError for a name that is no folder's."""
+    """Raises DataError for a name that cannot be a folder's."""
     if not _NAME.fullmatch(name):
         raise DataError(
             f"--name {name!r}: use letters, digits, '_', '.', '-', and '/' for folders within the datasets' folder"
@@ -172,9 +144,41 @@ def _folder_of(output: Path, name: str) -> Path:
         raise DataError(f"--name: {error}") from error
 
 
+def _given_encoder(
+    tokenizer: Path | None, vocab_size: int | None, markers: Markers, engine: str, fim: Fim | None
+) -> TextEncoder | None:
+    """The named tokenizer; None: one is trained. Raises DataError where it lacks a token that the dataset needs."""
+    if tokenizer is not None and vocab_size is not None:
+        raise DataError("--vocab-size is for training a tokenizer, and --tokenizer names one: give only one of them")
+    given = None if tokenizer is None else load_encoder(tokenizer, markers, engine=engine)
+    check_markers(markers, given, None if fim is None else fim.mode)
+    return given
+
+
+def _plan(
+    folder: Path,
+    inputs: Inputs,
+    settings: Settings,
+    given: TextEncoder | None,
+    engine: str,
+    grown: tuple[DatasetManifest, Parent] | None,
+    rows_per_shard: int | None,
+) -> Plan:
+    """The plan of a dataset, which must continue `grown` where it is given. Raises DataError."""
+    if grown is not None:
+        settings = as_parent(settings, grown[0], rows_per_shard)
+    check_inputs(inputs, settings)
+    inputs = _of_tokenizer(inputs, given)
+    plan = make_plan(folder.parent / f".{folder.name}.partial", inputs, settings, engine)
+    if grown is not None:
+        plan = replace(plan, parent=grown[1])
+        check_growth(grown[0], plan, folder)
+    return plan
+
+
 def _of_tokenizer(inputs: Inputs, given: TextEncoder | None) -> Inputs:
-    """The inputs, with what streams of ids need of the tokenizer that they are of. Raises DataError where it has no end
-    token.
+    """The inputs, with the tokenizer's end token where a stream of ids is split by it. Raises DataError where it has
+    none.
     """
     if given is None or not any(READERS[file.format].by_end_token for file in inputs.files):
         return inputs
@@ -185,133 +189,135 @@ def _of_tokenizer(inputs: Inputs, given: TextEncoder | None) -> Inputs:
     return replace(inputs, options=inputs.options.of_tokenizer(given.vocab_size, given.eos_id))
 
 
-def _prepare(
-    folder: Path,
-    plan: Plan,
-    given: TextEncoder | None,
-    name: str,
-    executor: Executor,
-    only_stage: str | None,
-    max_failures: int,
-    progress: Progress,
-) -> Prepared | None:
-    if folder.exists():
-        manifest, notes = compare_existing(folder, plan, max_failures, progress)
-        fsops.remove_tree(plan.folder)  # what a run left that was killed after the rename
-        return Prepared(folder, manifest, up_to_date=True, notes=notes)
-    if executor.leads:
-        save_plan(plan)
-        plan = load_plan(plan.folder)  # whose tables are files
-    else:
-        executor.wait_until(lambda: is_saved(plan) or folder.exists(), f"{plan.folder}")
-    try:
-        plan = _do_stages(plan, given, executor, only_stage, max_failures, progress)
-    except DataError:
-        if not executor.leads and folder.exists():  # member 0 was faster and has tidied up
-            return None
-        raise
-    if only_stage not in (None, "finish") or not executor.leads:
-        return None
-    missing = STAGES["write"].pending(plan)
-    if missing:
-        raise DataError(
-            f"{plan.folder}: {len(missing)} shards are not written yet, the first is task {missing[0]} of stage write"
-        )
-    for place in (plan.dataset, plan.dataset / "train", plan.dataset / "heldout"):
-        fsops.remove_leftovers(place)  # of a process that was killed while it wrote a shard
-    manifest, fallback = finish(plan, name), fallback_reason(plan)
-    fsops.rename(plan.dataset, folder)
-    fsops.remove_tree(plan.folder)
-    return Prepared(folder, manifest, up_to_date=False, fallback=fallback)
+@dataclass(frozen=True)
+class _Run:
+    """How the plan of one dataset is carried out. given: the tokenizer that was named; None: one is trained."""
 
+    folder: Path
+    name: str
+    given: TextEncoder | None
+    executor: Executor
+    only_stage: str | None
+    max_failures: int
+    progress: Progress
 
-def _do_stages(
-    plan: Plan,
-    given: TextEncoder | None,
-    executor: Executor,
-    only_stage: str | None,
-    max_failures: int,
-    progress: Progress,
-) -> Plan:
-    """Every stage, or the one asked for; from the first one anew where a task found that the engines differ. Returns
-    the plan done.
-    """
-    while True:
-        plan = settled(plan)
-        _do_steps(plan, given, executor, only_stage, max_failures, progress)
-        if not fell_back(plan):
-            return plan
-        if only_stage not in (None, "tokenize"):
+    def locked(self, plan: Plan) -> Prepared | None:
+        """Make the dataset; nobody else does at the same time, unless the executor shares the work."""
+        folder = self.folder
+        try:
+            fsops.make_dirs(folder.parent)
+            if not self.executor.alone:
+                return self.make(plan)
+            with fsops.held_lock(folder.parent / f".{folder.name}.lock", b""):
+                return self.make(plan)
+        except BlockingIOError:
             raise DataError(
-                f"{fallback_reason(settled(plan))}, which encodes everything from here on: run again from stage "
-                "tokenize on"
+                f"{folder}: is being prepared by another process; wait for it, or give another --name"
+            ) from None
+        except OSError as error:
+            place = f"{error.filename or folder}: {error.strerror or error}"
+            raise DataError(
+                f"{place}; free space or choose another folder for the datasets; run again and it goes on"
+            ) from error
+
+    def make(self, plan: Plan) -> Prepared | None:
+        folder, executor = self.folder, self.executor
+        if folder.exists():
+            manifest, notes = compare_existing(folder, plan, self.max_failures, self.progress)
+            fsops.remove_tree(plan.folder)  # left by a run that was killed after the rename
+            return Prepared(folder, manifest, up_to_date=True, notes=notes)
+        if executor.leads:
+            save_plan(plan)
+            plan = load_plan(plan.folder)  # its tables are now files
+        else:
+            executor.wait_until(lambda: is_saved(plan) or folder.exists(), f"{plan.folder}")
+        try:
+            plan = self._do_stages(plan)
+        except DataError:
+            if not executor.leads and folder.exists():  # member 0 has finished and tidied up
+                return None
+            raise
+        if self.only_stage not in (None, "finish") or not executor.leads:
+            return None
+        if missing := STAGES["write"].pending(plan):
+            raise DataError(
+                f"{plan.folder}: {len(missing)} shards are not written yet, the first is task {missing[0]} of stage "
+                "write"
             )
+        for place in (plan.dataset, plan.dataset / "train", plan.dataset / "heldout"):
+            fsops.remove_leftovers(place)  # of a process that was killed while it wrote a shard
+        manifest, fallback = finish(plan, self.name), fallback_reason(plan)
+        fsops.rename(plan.dataset, folder)
+        fsops.remove_tree(plan.folder)
+        return Prepared(folder, manifest, up_to_date=False, fallback=fallback)
 
+    def _do_stages(self, plan: Plan) -> Plan:
+        """Do every stage, or the one asked for; start again where a task found that the engines differ. Returns the
+        plan that was done.
+        """
+        while True:
+            plan = settled(plan)
+            self._do_steps(plan)
+            if not fell_back(plan):
+                return plan
+            if self.only_stage not in (None, "tokenize"):
+                raise DataError(
+                    f"{fallback_reason(settled(plan))}, which encodes everything from here on: run again from stage "
+                    "tokenize on"
+                )
 
-def _do_steps(
-    plan: Plan,
-    given: TextEncoder | None,
-    executor: Executor,
-    only_stage: str | None,
-    max_failures: int,
-    progress: Progress,
-) -> None:
-    """Every stage, or the one asked for, and what stands between it and the one before; up to a task that falls
-    back.
-    """
-    # a stage, and what comes after it: its file, what makes it
-    steps: list[tuple[Stage | None, list[tuple[Path, Callable[[], Any]]]]] = [
-        (
-            STAGES["sample"] if given is None else None,
-            [(plan.tokenizer_file, lambda: _make_tokenizer(plan, given, max_failures, progress))],
-        ),
-        (STAGES["tokenize"], [(plan.survey_file, lambda: survey(plan, max_failures))]),
-        (STAGES["merge"], []),
-        (STAGES["order"], [(plan.layout_file, lambda: lay_out(plan))]),
-        (STAGES["write"], []),
-    ]
-    before: list[Callable[[], None]] = []
-    for stage, after in steps:
-        if stage is not None and only_stage not in (None, stage.name):
-            before.append(functools.partial(_check_done, plan, stage))
-        elif stage is not None:
-            for act in before:
-                act()
-            before = []
-            executor.run(plan, stage, _counting(plan, stage, progress))
-            if fell_back(plan):
-                return
-        before += [functools.partial(_between, executor, made, make) for made, make in after]
+    def _do_steps(self, plan: Plan) -> None:
+        """Do every stage, or the one asked for, and the single steps between them; stop where a task falls back."""
+        # a stage, then the single steps after it: the file of each, and what makes it
+        steps: list[tuple[Stage | None, list[tuple[Path, Callable[[], Any]]]]] = [
+            (STAGES["sample"] if self.given is None else None, [(plan.tokenizer_file, lambda: self._tokenizer(plan))]),
+            (STAGES["tokenize"], [(plan.survey_file, lambda: survey(plan, self.max_failures))]),
+            (STAGES["merge"], []),
+            (STAGES["order"], [(plan.layout_file, lambda: lay_out(plan))]),
+            (STAGES["write"], []),
+        ]
+        before: list[Callable[[], None]] = []
+        for stage, after in steps:
+            if stage is not None and self.only_stage not in (None, stage.name):
+                before.append(functools.partial(_check_done, plan, stage))
+            elif stage is not None:
+                for act in before:
+                    act()
+                before = []
+                self.executor.run(plan, stage, _counting(plan, stage, self.progress))
+                if fell_back(plan):
+                    return
+            before += [functools.partial(self._single_step, made, make) for made, make in after]
+
+    def _single_step(self, made: Path, make: Callable[[], Any]) -> None:
+        """What one process does between two stages; the others wait for its file."""
+        if made.exists():
+            return
+        if self.executor.leads:
+            make()
+        else:
+            self.executor.wait_until(made.exists, str(made))
+
+    def _tokenizer(self, plan: Plan) -> None:
+        """Write the tokenizer's file, trained first where none was given."""
+        encoder = self.given
+        if encoder is None:
+            check_failures(plan, "samples", self.max_failures)
+            texts = list(training_texts(plan))
+            total = sum(map(len, texts))
+            self.progress("train tokenizer", 0, total, "characters")
+            encoder = train_encoder(texts, plan.settings.tokenizer_vocab_size or DEFAULT_VOCAB_SIZE)
+            self.progress("train tokenizer", total, total, "characters")
+        fsops.write_bytes(plan.tokenizer_file, encoder.data)
 
 
 def _check_done(plan: Plan, stage: Stage) -> None:
-    """Raises DataError where an earlier stage than the one that was asked for is not done."""
+    """Raises DataError where a stage before the one that was asked for is not done."""
     if missing := stage.pending(plan):
         raise DataError(
             f"{plan.folder}: {len(missing)} tasks of --stage {stage.name} are not done, the first is task "
             f"{missing[0]}; do it first"
         )
-
-
-def _between(executor: Executor, made: Path, make: Callable[[], Any]) -> None:
-    """What one process does between two stages; the others wait for its file."""
-    if made.exists():
-        return
-    if executor.leads:
-        make()
-    else:
-        executor.wait_until(made.exists, str(made))
-
-
-def _make_tokenizer(plan: Plan, given: TextEncoder | None, max_failures: int, progress: Progress) -> None:
-    if given is None:
-        check_failures(plan, "samples", max_failures)
-        texts = list(training_texts(plan))
-        total = sum(map(len, texts))
-        progress("train tokenizer", 0, total, "characters")
-        given = train_encoder(texts, plan.settings.tokenizer_vocab_size or DEFAULT_VOCAB_SIZE)
-        progress("train tokenizer", total, total, "characters")
-    fsops.write_bytes(plan.tokenizer_file, given.data)
 
 
 def _counting(plan: Plan, stage: Stage, progress: Progress) -> Callable[[int], None]:

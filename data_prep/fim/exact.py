@@ -23,8 +23,9 @@ import hashlib
 import numpy as np
 
 from weftrain.core.errors import DataError
+from weftrain.data_prep.tokens.control_tokens import CONTROL_TOKENS, CRYSTALCODER_TOKENS
 from weftrain.data_prep.tokens.markers import FimIds, Markers
-from weftrain.data_prep.tokens.tokenization import CONTROL_TOKENS, CRYSTALCODER_TOKENS, TextEncoder
+from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 PLAIN, PSM, SPM = 0, 1, 2
 MODES = ("plain", "psm", "spm")

@@ -1,8 +1,8 @@
-"""Stage 1, a task a part: documents read, hashed and encoded, and left in the order of the shuffle.
+"""Stage 1, one task per part: documents are read, hashed, encoded and sorted into the order of the shuffle.
 
-A part writes as many pieces as its documents need, each of a bounded size, and lastly its own file, which says that it
-is done. Only equal documents of one piece are dropped here: of the others the next stages decide, which see all parts.
-A document that cannot be read is noted with its place, and whether the run goes on is decided when all parts are known.
+A part is written as pieces of bounded size and then a file of its own, which marks it done. Duplicates across pieces
+are dropped by later stages. A document that cannot be read is recorded; whether the run continues is decided once all
+parts are known.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _ENCODE_BYTES, _ENCODE_DOCUMENTS = 4 << 20, 1 << 15  # texts encoded at once
 
 @dataclass
 class _Rows:
-    """What a piece holds, a list a column, in reading order. sources: of this piece, numbered as they come."""
+    """A piece as one list per column, in reading order. sources: numbers of the piece's sources, by first use."""
 
     tokens: list[np.ndarray] = field(default_factory=list)
-    marks: list[np.ndarray] = field(default_factory=list)  # none, or of each document
+    marks: list[np.ndarray] = field(default_factory=list)  # empty, or one per document
     content: list[bytes] = field(default_factory=list)
     heldout: list[bool] = field(default_factory=list)
     source: list[int] = field(default_factory=list)
@@ -46,9 +46,7 @@ class _Rows:
 
 
 class _Text(NamedTuple):
-    """A document that waits to be encoded. record: within the part. content, num_bytes: SHA-256 and size of its
-    text.
-    """
+    """A document waiting to be encoded. content: SHA-256 of its text."""
 
     document: Document
     record: int
@@ -57,37 +55,10 @@ class _Text(NamedTuple):
 
 
 def tokenize_part(plan: Plan, index: int) -> None:
-    """Read and encode part `index` into its pieces. Raises DataError for inputs that changed or ids outside the
-    vocabulary, OSError.
-    """
-    encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.markers, plan.engine)
-    rows, counts, shares = _Rows(), Counts(), Shares()
-    waiting: list[_Text] = []
-    documents = pieces = 0
-
-    def encode() -> None:
-        encoded = encoder.encode_each(
-            [text.document.text or "" for text in waiting],
-            _Places(plan, waiting),
-            [text.content for text in waiting],
-            counts,
-        )
-        for (document, record, content, num_bytes), ids in zip(waiting, encoded, strict=True):
-            if isinstance(ids, str):
-                failures.add(Failure(document.file, record, ids))
-            else:
-                _take(rows, document, record, content, num_bytes, plan, encoder)
-                rows.tokens.append(ids)
-        waiting.clear()
-
-    def flush() -> None:
-        nonlocal rows, documents, pieces
-        _write(plan, index, pieces, rows, encoder, documents)
-        documents, pieces = documents + len(rows.content), pieces + 1
-        rows = _Rows()
-
+    """Read and encode part `index` into its pieces. Raises DataError for inputs that changed, OSError."""
+    shares = Shares()
     with FailureList(plan.failures_file("parts", index)) as failures:
-        waiting_bytes = 0
+        writer = _PartWriter(plan, index, failures)
         for item in read_part(plan.inputs.files, plan.parts[index], plan.inputs.options):
             if isinstance(item, FileRead):
                 shares.add(item)
@@ -95,34 +66,76 @@ def tokenize_part(plan: Plan, index: int) -> None:
             record = item.record + shares.before(item.file)
             if isinstance(item, Failure):
                 failures.add(Failure(item.file, record, item.reason))
-            elif item.tokens is not None:
-                encode()  # columns stay in reading order
-                waiting_bytes = 0
-                _take_tokens(rows, item, record, encoder, plan, failures)
             else:
-                waiting.append(_Text(item, record, *text_sha256(item.text or "")))
-                waiting_bytes += waiting[-1].num_bytes
-                del item  # a text may be as long as memory allows once
-            full = (
-                rows.held_bytes + waiting_bytes >= plan.limits.piece_bytes
-                or len(rows.content) + len(waiting) >= plan.limits.piece_documents
-            )
-            if full or waiting_bytes >= _ENCODE_BYTES or len(waiting) >= _ENCODE_DOCUMENTS:
-                encode()
-                waiting_bytes = 0
-            if full and rows.content:
-                flush()
-        encode()
-        if rows.content:
-            flush()
+                writer.add(item, record)
+            del item  # memory may hold a text only once
+            writer.write_full()
+        writer.finish()
     note = {
-        "pieces": pieces,
-        "documents": documents,
+        "pieces": writer.pieces,
+        "documents": writer.documents,
         "shares": shares.listed,
         "failed": failures.count,
-        "encoded": asdict(counts),
+        "encoded": asdict(writer.counts),
     }
     fsops.write_bytes(plan.part_file(index), canonical_json(note) + b"\n")
+
+
+class _PartWriter:
+    """Encodes the documents of a part in batches and writes a piece whenever it has its size."""
+
+    def __init__(self, plan: Plan, part: int, failures: FailureList) -> None:
+        self._plan, self._part, self._failures = plan, part, failures
+        self._encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.markers, plan.engine)
+        self._rows = _Rows()
+        self._waiting: list[_Text] = []
+        self._waiting_bytes = 0
+        self.counts = Counts()
+        self.documents = self.pieces = 0
+
+    def add(self, document: Document, record: int) -> None:
+        if document.tokens is not None:
+            self._encode()  # columns stay in reading order
+            _take_tokens(self._rows, document, record, self._encoder, self._plan, self._failures)
+        else:
+            self._waiting.append(_Text(document, record, *text_sha256(document.text or "")))
+            self._waiting_bytes += self._waiting[-1].num_bytes
+
+    def write_full(self) -> None:
+        """Write a piece if it is full, and encode the waiting documents if there are enough."""
+        limits, rows = self._plan.limits, self._rows
+        full = (
+            rows.held_bytes + self._waiting_bytes >= limits.piece_bytes
+            or len(rows.content) + len(self._waiting) >= limits.piece_documents
+        )
+        if full:
+            self.finish()
+        elif self._waiting_bytes >= _ENCODE_BYTES or len(self._waiting) >= _ENCODE_DOCUMENTS:
+            self._encode()
+
+    def finish(self) -> None:
+        """Encode what waits, and write a piece of what has not been written yet."""
+        self._encode()
+        if self._rows.content:
+            _write(self._plan, self._part, self.pieces, self._rows, self._encoder, self.documents)
+            self.documents, self.pieces = self.documents + len(self._rows.content), self.pieces + 1
+            self._rows = _Rows()
+
+    def _encode(self) -> None:
+        encoded = self._encoder.encode_each(
+            [text.document.text or "" for text in self._waiting],
+            _Places(self._plan, self._waiting),
+            [text.content for text in self._waiting],
+            self.counts,
+        )
+        for (document, record, content, num_bytes), ids in zip(self._waiting, encoded, strict=True):
+            if isinstance(ids, str):
+                self._failures.add(Failure(document.file, record, ids))
+            else:
+                _take(self._rows, document, record, content, num_bytes, self._plan, self._encoder)
+                self._rows.tokens.append(ids)
+        self._waiting.clear()
+        self._waiting_bytes = 0
 
 
 def _take(
@@ -144,9 +157,7 @@ def _take(
 def _take_tokens(
     rows: _Rows, document: Document, record: int, encoder: TextEncoder, plan: Plan, failures: FailureList
 ) -> None:
-    """A document that was tokenised elsewhere: ids within the vocabulary, start and end token of a whole document taken
-    off.
-    """
+    """Take a document that was tokenised elsewhere; a whole document loses its start and end token."""
     tokens = document.tokens
     assert tokens is not None
     if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < encoder.vocab_size:
@@ -175,7 +186,7 @@ def _take_tokens(
 
 
 def _write(plan: Plan, part: int, piece: int, columns: _Rows, encoder: TextEncoder, first_place: int) -> None:
-    """A piece of a part. first_place: how many documents the part's pieces before hold."""
+    """Write a piece. first_place: number of documents in the part's earlier pieces."""
     count, settings = len(columns.content), plan.settings
     rows = np.zeros(count, DOCUMENT)
     keys = [order_key(settings, content) for content in columns.content]
@@ -196,7 +207,7 @@ def _write(plan: Plan, part: int, piece: int, columns: _Rows, encoder: TextEncod
 
 
 class _Places(Sequence[str]):
-    """Where documents lie, said only where a message asks."""
+    """Where documents lie, formatted only when a message needs it."""
 
     def __init__(self, plan: Plan, texts: Sequence[_Text]) -> None:
         self._plan, self._texts = plan, texts

@@ -1,7 +1,7 @@
-"""Between stages 2 and 3 the layout of all rows; then stage 3, a task a shard; then the manifest.
+"""The layout of all rows, made between stages 2 and 3; stage 3, one task per shard; and then the manifest.
 
-Where a shard's tokens lie follows from how many tokens each bucket holds, so a shard can be written, and
-written again, by itself. A shard never crosses the end of an epoch or of a chunk.
+Where a shard's tokens lie follows from the token counts of the buckets, so each shard can be written, or rewritten, by
+itself. A shard never crosses the end of an epoch or of a chunk.
 """
 
 from __future__ import annotations
@@ -40,55 +40,20 @@ from weftrain.data_prep.tokens.tokenization import DIFFERED, TextEncoder, encode
 
 
 def lay_out(plan: Plan) -> dict[str, Any]:
-    """Which rows each shard holds, written as layout.json. Raises DataError where a set has no row.
+    """Decide which rows each shard holds, and write layout.json. Raises DataError where a set has no row.
 
-    `shards`: (set, number within it, stream, first row of the stream, rows). `ends`: of each stream the tokens up to
-    each bucket's end.
+    `shards`: (set, number within it, stream, first row of the stream, rows). `ends`: for each stream, the tokens up to
+    the end of each bucket.
     """
     found = load_json(plan.survey_file)
     notes = [Table(plan.bucket_file(index)).note for index in range(found["buckets"])]
     ends = {name: np.cumsum([note["tokens"][name] for note in notes]).tolist() for name in stream_names(plan)}
-    rows = {name: _rows(plan, ends[name][-1]) for name in ends}
     shards: list[list[Any]] = []
     sets: dict[str, dict[str, Any]] = {}
     for set_name in ("train", HELDOUT):
-        streams = [name for name in ends if name.startswith(set_name)]
-        if not streams:
-            continue
-        documents = sum(note["documents"][streams[0]] for note in notes)
-        total = ends[streams[0]][-1]
-        held_before = (
-            0
-            if plan.parent is None
-            else plan.parent.train_shards
-            if set_name == "train"
-            else plan.parent.heldout_shards
-        )
-        if not all(rows[name] for name in streams) and not (set_name == HELDOUT and held_before):
-            new = "" if plan.parent is None else " that the dataset which grows does not hold yet"
-            raise DataError(
-                f"{plan.inputs.description}: the {documents} {set_name} documents{new} hold {total} tokens, fewer than "
-                "one row of "
-                f"{plan.settings.sequence_length} + 1; give more text, a shorter --sequence-length, or another "
-                "--heldout-fraction (0: none)"
-            )
-        sections = [(name, 0, rows[name]) for name in streams]
-        if set_name == "train" and plan.settings.chunks is not None:
-            each = _chunk_rows(plan, rows["train.0"])
-            sections = [("train.0", chunk * each, each) for chunk in range(plan.settings.chunks)]
-        number = held_before
-        for name, first, count in sections:
-            for start in range(first, first + count, plan.settings.rows_per_shard):
-                shards.append([set_name, number, name, start, min(plan.settings.rows_per_shard, first + count - start)])
-                number += 1
-        used = sum(count for _, _, count in sections)
-        sets[set_name] = {
-            "documents": documents,
-            "epochs": [rows[name] for name in streams] if len(streams) > 1 else [used],
-            "dropped_tokens": sum(ends[name][-1] for name in streams)
-            - (_tokens_used(plan, used, len(streams)) if used else 0),
-            "padding_tokens": sum(note["padding"][name] for note in notes for name in streams),
-        }
+        if streams := [name for name in ends if name.startswith(set_name)]:
+            sets[set_name], set_shards = _lay_out_set(plan, set_name, streams, notes)
+            shards += set_shards
     layout = {
         "ends": ends,
         "shards": shards,
@@ -100,8 +65,43 @@ def lay_out(plan: Plan) -> dict[str, Any]:
     return layout
 
 
+def _lay_out_set(
+    plan: Plan, set_name: str, streams: list[str], notes: list[dict[str, Any]]
+) -> tuple[dict[str, Any], list[list[Any]]]:
+    """What the manifest counts of a set, and its shards. notes: of each bucket. Raises DataError."""
+    tokens = {name: sum(note["tokens"][name] for note in notes) for name in streams}
+    documents = sum(note["documents"][streams[0]] for note in notes)
+    rows = {name: _rows(plan, tokens[name]) for name in streams}
+    parent, settings = plan.parent, plan.settings
+    held_before = 0 if parent is None else parent.train_shards if set_name == "train" else parent.heldout_shards
+    if not all(rows.values()) and not (set_name == HELDOUT and held_before):
+        new = "" if parent is None else " that the dataset which grows does not hold yet"
+        raise DataError(
+            f"{plan.inputs.description}: the {documents} {set_name} documents{new} hold {tokens[streams[0]]} tokens, "
+            f"fewer than one row of {settings.sequence_length} + 1; give more text, a shorter --sequence-length, or "
+            "another --heldout-fraction (0: none)"
+        )
+    sections = [(name, 0, rows[name]) for name in streams]
+    if set_name == "train" and settings.chunks is not None:
+        each = _chunk_rows(plan, rows["train.0"])
+        sections = [("train.0", chunk * each, each) for chunk in range(settings.chunks)]
+    shards: list[list[Any]] = []
+    for name, first, count in sections:
+        for start in range(first, first + count, settings.rows_per_shard):
+            number = held_before + len(shards)
+            shards.append([set_name, number, name, start, min(settings.rows_per_shard, first + count - start)])
+    used = sum(count for _, _, count in sections)
+    counts = {
+        "documents": documents,
+        "epochs": list(rows.values()) if len(streams) > 1 else [used],
+        "dropped_tokens": sum(tokens.values()) - (_tokens_used(plan, used, len(streams)) if used else 0),
+        "padding_tokens": sum(note["padding"][name] for note in notes for name in streams),
+    }
+    return counts, shards
+
+
 def _write_sources(plan: Plan, found: dict[str, Any]) -> str:
-    """Write sources.jsonl: the names with the counts of all buckets. Returns its SHA-256."""
+    """Write sources.jsonl: names with the counts over all buckets. Returns its SHA-256."""
     totals = np.zeros((found["num_sources"], 3), np.int64)
     for bucket in range(found["buckets"]):
         counts = Table(plan.bucket_file(bucket))["sources"]
@@ -117,8 +117,8 @@ def _write_sources(plan: Plan, found: dict[str, Any]) -> str:
 
 
 def _cut_stride(plan: Plan) -> int:
-    """Between the first tokens of neighbouring rows of a stream. (Released FIM cuts rows that overlap, and makes rows
-    that do not.)
+    """Distance between the first tokens of neighbouring rows of a stream. (Released FIM cuts overlapping rows and makes
+    rows that share no token.)
     """
     released = plan.settings.fim is not None and plan.settings.fim.mode == "released"
     return plan.settings.sequence_length if released else plan.row_stride
@@ -130,12 +130,12 @@ def _rows(plan: Plan, tokens: int) -> int:
 
 
 def _tokens_used(plan: Plan, rows: int, streams: int) -> int:
-    """Of all streams together, the token that neighbouring rows share counted once."""
+    """Tokens of all streams together; a token that neighbouring rows share counts once."""
     return rows * _cut_stride(plan) + (streams if _cut_stride(plan) == plan.settings.sequence_length else 0)
 
 
 def _chunk_rows(plan: Plan, rows: int) -> int:
-    """Rows of each chunk: equal, and whole steps where the batch size is known."""
+    """Rows of each chunk: all equal, and whole steps where the batch size is known."""
     chunks, step_rows = plan.settings.chunks or 1, plan.settings.global_batch_size or 1
     each = rows // chunks // step_rows * step_rows
     if not each:
@@ -182,7 +182,7 @@ def write_one_shard(plan: Plan, index: int) -> None:
 
 
 def _cut(plan: Plan, name: str, ends: list[int], start: int, stop: int) -> Stream:
-    """Tokens start..stop-1 of a stream, from the buckets that hold them; `end` counts from `start`."""
+    """Tokens start..stop-1 of a stream, read from the buckets that hold them; `end` counts from `start`."""
     tokens: np.ndarray | None = None
     mask: np.ndarray | None = None
     columns: dict[str, list[np.ndarray]] = {}
@@ -212,14 +212,12 @@ def _cut(plan: Plan, name: str, ends: list[int], start: int, stop: int) -> Strea
 
 
 def _released(plan: Plan, cut: Stream, first: int, rows: int, encoder: TextEncoder) -> Stream:
-    """Rows as the released scripts transformed them, each by itself. A row's pieces are its documents', in their
-    order.
-    """
+    """Rows transformed one by one, as the released scripts did."""
     from weftrain.data_prep.fim.released import released_row
 
     settings, ids = plan.settings, fim.fim_ids(encoder)
     assert settings.fim is not None
-    tokens, masks, lengths, of_document = [], [], [], []  # of_document: which document a piece is of, -1 for padding
+    tokens, masks, lengths, of_document = [], [], [], []  # of_document: index, -1 for padding
     for row in range(rows):
         start = row * settings.sequence_length
         window = cut.tokens[start : start + settings.row_tokens]
@@ -242,9 +240,7 @@ def _released(plan: Plan, cut: Stream, first: int, rows: int, encoder: TextEncod
 
 
 def finish(plan: Plan, name: str) -> DatasetManifest:
-    """The manifest, once every shard is there; the whole set is opened before anybody else sees it. Raises
-    DataError.
-    """
+    """Write the manifest once every shard is there, and open each set as a reader would. Raises DataError."""
     layout, found = load_json(plan.layout_file), load_json(plan.survey_file)
     encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.markers, plan.engine)
     settings = plan.settings
@@ -293,7 +289,7 @@ def finish(plan: Plan, name: str) -> DatasetManifest:
 
 
 def _added(plan: Plan, found: dict[str, Any], layout: dict[str, Any], encoder: TextEncoder) -> Added:
-    """What the manifest counts of the new inputs."""
+    """Counts of the new inputs, for the manifest."""
     inputs = found["inputs"]
     return Added(
         Corpus(
@@ -346,7 +342,7 @@ def _set_entry(
     name: str,
     before: SetEntry | None,
 ) -> SetEntry:
-    """A set of the layout; before: the parent's, whose shards come first."""
+    """A set of the layout. before: the parent's set, whose shards come first."""
     own = tuple(record for record, (set_name, *_) in zip(records, layout["shards"], strict=True) if set_name == name)
     shards = own if before is None else before.shards + own
     rows = sum(shard.n_examples for shard in shards)

@@ -1,5 +1,4 @@
-"""Tokenizers: train a byte-level BPE or load any tokenizer.json, and encode text so that no text ever becomes a control
-token.
+"""Load any tokenizer.json, and encode text so that no text ever becomes a control token.
 
 Two engines give the same ids: Hugging Face `tokenizers`, the reference, and `gigatoken`, some ten times faster, which
 is compared with the reference in every run. A document that holds the characters `</s>` must not end there. Control
@@ -13,51 +12,26 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from weftrain.core.errors import DataError, one_line
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.shard_format import token_dtype
 from weftrain.core.formats.tokenizer_file import is_panic, library_stopped, tokenizer_from
 from weftrain.data_prep.heldout import ASCII_SPACE
-from weftrain.data_prep.tokens.added_tokens import may_hold_added_token
 from weftrain.data_prep.tokens.compact_text import CompactTable, compact_table
+from weftrain.data_prep.tokens.control_tokens import CONTROL_NAMES, leaves_out, misread_as_control, unknown_id
 from weftrain.data_prep.tokens.engines import Gigatoken, Reference, TextTooLongError, open_gigatoken
-from weftrain.data_prep.tokens.markers import EOS_CANDIDATES, MarkerIds, Markers, marker_ids, token_names
+from weftrain.data_prep.tokens.markers import MarkerIds, Markers, marker_ids, token_names
 from weftrain.data_prep.tokens.packing import split
 from weftrain.data_prep.tokens.sentencepiece_model import is_sentencepiece, tokenizer_json
 
-CONTROL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as LLaMA's and so Amber's and CrystalCoder's
-# CrystalCoder's ids 32000.. in their order, spelled as in its released tokenizer; the ten last are unused there too.
-CRYSTALCODER_TOKENS = (
-    *(f"<|fim_{name}|>" for name in ("prefix", "middle", "suffix", "pad")),
-    *("<|filename|>", "<|gh_stars|>"),
-    *(f"<|issue_{name}|>" for name in ("start", "comment", "closed")),
-    *(f"<|jupyter_{name}|>" for name in ("start", "text", "code", "output")),
-    "<|empty_output|>",
-    *(f"<|commit_{name}|>" for name in ("before", "msg", "after")),
-    *("<|reponame|>", "<|im_start|>", "<|im_end|>", "<|sys_start|>", "<|sys_end|>"),
-    *(f"<|unused_{index}|>" for index in range(22, 32)),
-)
-# No text becomes one of these, whether the tokenizer calls them special or not; each in both of its spellings.
-CONTROL_NAMES = frozenset(
-    [
-        *CONTROL_TOKENS,
-        *EOS_CANDIDATES,
-        "<pad>",
-        "<|pad|>",
-        *CRYSTALCODER_TOKENS,
-        *(f"<{name[2:-2]}>" for name in CRYSTALCODER_TOKENS),
-    ]
-)
 DIFFERED = "gigatoken and the reference differed on a document of the sample"
 _CHECKED = 2  # of 256: documents whose hash begins with a smaller byte are encoded by both engines
 _LARGE_CHARACTERS = 1 << 16  # of a text that is compared; of a longer one only so much is
@@ -66,7 +40,6 @@ _UNSPELLED = "\ue000unspelled"  # stands for what a BPE without an unknown token
 _KEEP = "use a tokenizer with an unknown token or with bytes"
 _SPELL = "use a tokenizer that can spell its special tokens out"
 DEFAULT_MARKERS = Markers()
-MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 
 
 @dataclass
@@ -115,13 +88,13 @@ class TextEncoder:
         self.control_ids = np.array(sorted(control - {self.unknown_id}))
         self._is_control = np.zeros(self.vocab_size + 1, np.bool_)  # the last: for _UNSPELLED
         self._is_control[[*self.control_ids, self.vocab_size]] = True
-        self._misread = _misread(tree)
+        self._misread = misread_as_control(tree)
         listed = tree.get("added_tokens") or []
         as_called = all(token["special"] == (token["id"] in control) for token in listed)
         for token in listed:
             token["special"] = token["id"] in control  # so that it is spelled out, whatever the file calls it
         opened: Gigatoken | str | None
-        if _leaves_out(tree):
+        if leaves_out(tree):
             spelling = tree["model"] | {
                 "vocab": tree["model"]["vocab"] | {_UNSPELLED: self.vocab_size},
                 "unk_token": _UNSPELLED,
@@ -321,65 +294,10 @@ def _first_difference(ids: np.ndarray | str, others: np.ndarray | str) -> int | 
     return int(np.argmax(np.append(ids[:length] != others[:length], True)))
 
 
-def _misread(tree: dict[str, Any]) -> Callable[[str], bool] | None:
-    """Which texts hold what a Unigram model takes for a token though it only spells its name: `<unk>` and `<0x41>`.
-    None: no text.
-
-    The library finds every entry of a Unigram vocabulary in text; BPE and WordPiece only make what their merges and
-    words are.
-    """
-    model = tree["model"]
-    if model.get("type") != "Unigram":
-        return None
-    names = [piece for piece, _ in model["vocab"]]
-    unknown = [] if model.get("unk_id") is None else [names[model["unk_id"]]]
-    spelled = unknown + [name for name in names if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", name)]
-    return may_hold_added_token(
-        {
-            "normalizer": tree.get("normalizer"),
-            "added_tokens": [{"content": name, "special": False, "normalized": True} for name in spelled],
-        }
-    )
-
-
 def _slices(text: str) -> Iterator[str]:
     """A text in bounded slices that overlap by more than a token's name."""
     for start in range(0, max(1, len(text)), _BLOCK_TOKENS):
         yield text[start : start + _BLOCK_TOKENS + 64]
-
-
-def _leaves_out(tree: dict[str, Any]) -> bool:
-    """Whether a tokenizer drops text that its vocabulary cannot spell: a BPE with neither an unknown token nor all
-    bytes.
-    """
-    model = tree["model"]
-    if model.get("type") != "BPE" or model.get("unk_token") is not None:
-        return False
-    if model.get("byte_fallback") and all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)):
-        return False
-    steps = json.dumps([tree.get("normalizer"), tree.get("pre_tokenizer")])
-    return '"type": "ByteLevel"' not in steps or not set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys()
-
-
-def unknown_id(tree: dict[str, Any], tokenizer: Tokenizer) -> int | None:
-    """The id that a tokenizer's model gives for text that its vocabulary cannot spell.
-
-    None where there is none, where every byte is in the vocabulary, or where the id has another meaning, as the end of
-    a text in GPT-2's.
-    """
-    model = tree["model"]
-    vocab = model.get("vocab") or {}
-    if (
-        model.get("byte_fallback")
-        and isinstance(vocab, dict)
-        and all(f"<0x{byte:02X}>" in vocab for byte in range(256))
-    ):
-        return None
-    token = model.get("unk_token")
-    index = model.get("unk_id") if token is None else tokenizer.token_to_id(token)
-    if index is None or tokenizer.id_to_token(index) in CONTROL_NAMES - {"<unk>"}:
-        return None
-    return int(index)
 
 
 def _sample(texts: Sequence[str], fast: Sequence[int], hashes: Sequence[bytes] | None) -> list[int]:
@@ -424,33 +342,3 @@ def load_encoder(path: Path, markers: Markers = DEFAULT_MARKERS, *, engine: str 
         return encoder_for(data, markers, engine)  # the one that the tasks of this process use
     except DataError as error:
         raise DataError(str(error).replace("the tokenizer", str(path), 1)) from error
-
-
-def train_encoder(texts: Iterable[str], vocab_size: int) -> TextEncoder:
-    """Train a byte-level BPE of `vocab_size` ids (control tokens, 256 bytes, merges); CrystalCoder's 32 special ids
-    follow them.
-
-    The same texts give the same bytes. Raises DataError where the texts are too few for that many merges.
-    """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise DataError(
-            f"vocab_size {vocab_size} has no room for 256 bytes and {len(CONTROL_TOKENS)} control tokens: give "
-            f"{MIN_VOCAB_SIZE} or more"
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(CONTROL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() != vocab_size:
-        raise DataError(
-            f"the text yields {tokenizer.get_vocab_size()} tokens, not {vocab_size}: give more text, a smaller "
-            "--vocab-size, or a tokenizer"
-        )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CRYSTALCODER_TOKENS])
-    return make_encoder(tokenizer.to_str().encode(), "the trained tokenizer")

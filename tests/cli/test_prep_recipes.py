@@ -29,7 +29,7 @@ datasets:
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    from weftrain.data_prep.tokens.tokenization import train_encoder
+    from weftrain.data_prep.tokens.training import train_encoder
 
     words = [
         "the",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from weftrain.data_prep.tokens.tokenization import TextEncoder, train_encoder
+from weftrain.data_prep.tokens.tokenization import TextEncoder
+from weftrain.data_prep.tokens.training import train_encoder
 
 WORDS = "the weft is carried across a warp by hand and the loom keeps every thread in its place"
 

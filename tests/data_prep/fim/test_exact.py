@@ -22,7 +22,8 @@ from weftrain.data_prep.readers.corpus import embedded_inputs
 from weftrain.data_prep.readers.documents import Document
 from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.readers.shares import read_part, split_parts
-from weftrain.data_prep.tokens.tokenization import TextEncoder, make_encoder, train_encoder
+from weftrain.data_prep.tokens.tokenization import TextEncoder, make_encoder
+from weftrain.data_prep.tokens.training import train_encoder
 
 IDS = FimIds(1000, 1001, 1002, 1003)
 

@@ -19,16 +19,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from weftrain.core.errors import DataError
 from weftrain.data_prep.tokens import engines, tokenization
+from weftrain.data_prep.tokens.control_tokens import CRYSTALCODER_TOKENS
 from weftrain.data_prep.tokens.long_texts import cutting_of
 from weftrain.data_prep.tokens.markers import Markers
-from weftrain.data_prep.tokens.tokenization import (
-    CRYSTALCODER_TOKENS,
-    Counts,
-    EnginesDifferError,
-    TextEncoder,
-    make_encoder,
-    train_encoder,
-)
+from weftrain.data_prep.tokens.tokenization import Counts, EnginesDifferError, TextEncoder, make_encoder
+from weftrain.data_prep.tokens.training import train_encoder
 
 HAS_GIGATOKEN = engines.open_gigatoken({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}) != engines.MISSING
 ENGINES = [

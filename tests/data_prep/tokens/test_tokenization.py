@@ -13,16 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from weftrain.core.errors import DataError
+from weftrain.data_prep.tokens.control_tokens import CONTROL_TOKENS, CRYSTALCODER_TOKENS
 from weftrain.data_prep.tokens.markers import Markers
-from weftrain.data_prep.tokens.tokenization import (
-    CONTROL_TOKENS,
-    CRYSTALCODER_TOKENS,
-    Counts,
-    TextEncoder,
-    load_encoder,
-    make_encoder,
-    train_encoder,
-)
+from weftrain.data_prep.tokens.tokenization import Counts, TextEncoder, load_encoder, make_encoder
+from weftrain.data_prep.tokens.training import train_encoder
 
 # Ids above the base vocabulary, from the published order of CrystalCoder's special tokens (32000 + these).
 PUBLISHED = {
