@@ -17,7 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from weftrain.analysis.figure import new_figure, picture
 from weftrain.core.config import Initialization, ModelConfig, Mup
+from weftrain.core.formats import fsops
 from weftrain.core.model import Decoder, initialize, kernel_specs
 from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role, parameter_specs
@@ -124,15 +126,11 @@ def plot(points: Sequence[ActivationSize], path: Path) -> None:
 
     Needs matplotlib (`pip install weftrain[plot]`).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = list(dict.fromkeys(point.parametrization for point in points))
     activations = list(dict.fromkeys(point.activation for point in points))
     widths = list(dict.fromkeys(point.width for point in points))
     last = max(point.step for point in points)
-    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5 * len(panels), 4)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
         for index, activation in enumerate(activations):
@@ -153,7 +151,7 @@ def plot(points: Sequence[ActivationSize], path: Path) -> None:
         axis.minorticks_off()
     axes[0].set_ylabel("mean |x - x at initialisation|")
     axes[0].legend(fontsize="small", title=f"darkest: step {last}", title_fontsize="small")
-    figure.savefig(path, dpi=150)
+    fsops.write_bytes(path, picture(figure, path.suffix))
 
 
 def _train(config: ModelConfig, steps: int, learning_rate: float, seed: int) -> list[Mapping[str, Tensor]]:

@@ -88,13 +88,13 @@ def compare(
     if (loss_on or samples) and to is None:
         raise click.UsageError("--loss-on and --sample need --to FOLDER, where what is measured is kept")
     from weftrain.analysis.compare import table as comparing
-    from weftrain.analysis.compare.plot import check_plotting
     from weftrain.analysis.compare.plot import plot as draw
+    from weftrain.analysis.figure import new_figure
     from weftrain.core.formats import fsops
     from weftrain.core.formats.canonical import canonical_json
 
     if to is not None and plot:
-        check_plotting()
+        new_figure(1, 1)  # refused before anything is computed
     console = Console(stderr=as_json_)
     names = comparing.names_of(series)
     rates = _rates(tokens_per_step, names)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import base64
 import csv
-import html
 import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from weftrain.analysis.bench.report import STEP_PARTS, BenchReport, ReportError
+from weftrain.analysis.bench.report import STEP_PARTS, BenchReport
+from weftrain.analysis.figure import new_figure, picture
+from weftrain.analysis.markup import document, escape
 from weftrain.core.formats import fsops
 
 _COLOURS = (
@@ -176,11 +177,7 @@ def csv_text(rows: list[dict[str, Any]], header: bool = True) -> str:
 
 def plots(report: BenchReport) -> bytes:
     """Step times of every round and the breakdown of the mean step, as PNG. Needs matplotlib (`weftrain[plot]`)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4.2)
     times, parts = figure.subplots(1, 2, width_ratios=(3, 1))
     for number, values in enumerate(report.rounds, 1):
         times.plot(range(1, len(values) + 1), values, ".-", linewidth=0.8, label=f"round {number}")
@@ -202,9 +199,7 @@ def plots(report: BenchReport) -> bytes:
     parts.set_ylabel("ms of the mean step")
     parts.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(f"{report.name}: {report.speed.tokens_per_second:,.0f} tokens/s")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+    return picture(figure, dpi=130)
 
 
 _STYLE = """
@@ -218,19 +213,16 @@ img { max-width: 100%; background: white; }
 """
 
 
-def html_page(report: BenchReport, picture: bytes) -> str:
+def html_page(report: BenchReport, plot: bytes) -> str:
     """One self-contained page: style and picture are embedded."""
-    parts = [f"<h1>{html.escape(report.name)}</h1>", f"<p>{html.escape(report.made_at)}</p>"]
-    parts += [f'<p class="warning">{html.escape(warning)}</p>' for warning in report.warnings]
-    parts.append(
-        f'<img alt="step times and parts of a step" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-    )
+    parts = [f"<h1>{escape(report.name)}</h1>", f"<p>{escape(report.made_at)}</p>"]
+    parts += [f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings]
+    encoded = base64.b64encode(plot).decode()
+    parts.append(f'<img alt="step times and parts of a step" src="data:image/png;base64,{encoded}">')
     for title, rows in tables(report):
-        cells = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows)
-        parts.append(f"<h2>{html.escape(title)}</h2><table>{cells}</table>")
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(report.name)}</title>'
-    head += f"<style>{_STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+        cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
+        parts.append(f"<h2>{escape(title)}</h2><table>{cells}</table>")
+    return document(report.name, _STYLE, "".join(parts))
 
 
 def mllog_lines(report: BenchReport, started_ms: int, ended_ms: int) -> Iterator[str]:
@@ -271,17 +263,14 @@ def mllog_lines(report: BenchReport, started_ms: int, ended_ms: int) -> Iterator
 
 
 def write_report(report: BenchReport, folder: Path) -> list[Path]:
-    """Write report.json, .md, .csv, .png and .html into a folder; their paths. Raises ReportError, OSError."""
-    try:
-        picture = plots(report)
-    except ImportError as error:
-        raise ReportError(f"a report's pictures need matplotlib ({error}): pip install 'weftrain[plot]'") from error
+    """Write report.json, .md, .csv, .png and .html into a folder; their paths. Raises DataError, OSError."""
+    plot = plots(report)
     files = {
         "report.json": report.model_dump_json(indent=1).encode() + b"\n",
         "report.md": markdown(report).encode(),
         "report.csv": csv_text([flat(report)]).encode(),
-        "report.png": picture,
-        "report.html": html_page(report, picture).encode(),
+        "report.png": plot,
+        "report.html": html_page(report, plot).encode(),
     }
     fsops.make_dirs(folder)
     for name, data in files.items():

@@ -14,7 +14,8 @@ import numpy as np
 
 from weftrain.analysis.compare.series import KINDS, Column, Series
 from weftrain.analysis.compare.table import Comparison, headings, plain, train_loss_words
-from weftrain.core.errors import DataError
+from weftrain.analysis.figure import new_figure, picture
+from weftrain.core.formats import fsops
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,25 +29,11 @@ _LOGARITHMIC_FROM = 50  # last over first position
 _MAX_CURVE_POINTS = 4000
 
 
-def check_plotting() -> None:
-    """Raise DataError where matplotlib is missing, before anything is computed."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise DataError(
-            "matplotlib is not installed, which draws the picture; pip install 'weftrain[plot]', or give --no-plot"
-        ) from None
-
-
 def plot(comparison: Comparison, path: Path) -> bool:
     """Write one panel for each kind of measure; False, and no file, where there is nothing to draw.
 
     The path's suffix sets the format (.png, .svg). Raises DataError without matplotlib.
     """
-    check_plotting()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     named = dict(zip(comparison.columns, headings(comparison.columns, comparison.window_steps), strict=True))
     panels = []
     for kind, label in ((kind, about.axis) for kind, about in KINDS.items() if about.axis):
@@ -56,8 +43,7 @@ def plot(comparison: Comparison, path: Path) -> bool:
             panels.append((chosen, label, with_curves))
     if not panels:
         return False
-    figure = Figure(figsize=(12, 4 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 4 * len(panels))
     for place, (chosen, label, with_curves) in zip(
         figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True
     ):
@@ -69,7 +55,7 @@ def plot(comparison: Comparison, path: Path) -> bool:
             place.set_xscale("log")
         # beside the panel: it may be long
         place.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    figure.savefig(path, dpi=150)
+    fsops.write_bytes(path, picture(figure, path.suffix))
     return True
 
 

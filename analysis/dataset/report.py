@@ -6,12 +6,12 @@ Names and tokens come from the text and are escaped where they enter the page.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from weftrain.analysis.dataset.stats import LENGTH_EDGES, DatasetStats, stats_lines
+from weftrain.analysis.markup import document, escape
 from weftrain.core.formats import fsops
 
 _STYLE = """
@@ -56,11 +56,8 @@ def report_html(stats: DatasetStats, decode: Callable[[int], str]) -> str:
         _section("Commonest tokens", _commonest(stats, decode)),
         _section("Chain", _chain(stats)),
     ]
-    title = escape(f"{manifest.name}: {stats.set_name}")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>{''.join(sections)}</body></html>\n"
-    )
+    title = f"{manifest.name}: {stats.set_name}"
+    return document(title, _STYLE, f"<h1>{escape(title)}</h1>{''.join(sections)}")
 
 
 def _section(title: str, body: str) -> str:

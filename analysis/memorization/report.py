@@ -5,15 +5,14 @@ A correlation is between two checkpoints over the same rows, not between two chu
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from weftrain.analysis.figure import new_figure, picture
 from weftrain.analysis.memorization.scores import FORMAT, MemorizationResult, Parameters, Relation, figures
-from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.strict_model import StrictModel
 
@@ -130,26 +129,13 @@ def draw(results: Sequence[MemorizationResult], folder: Path) -> list[Path]:
     )
     paths = [folder / name for name in PICTURES]
     for figure, path in zip(figures_, paths, strict=True):
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=150)
-        fsops.write_bytes(path, picture.getvalue())  # not by matplotlib: it would write through a link of that name
+        fsops.write_bytes(path, picture(figure))
     return paths
-
-
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DataError("matplotlib is not installed, which draws the pictures; pip install 'weftrain[plot]'") from None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _distribution_figure(results: Sequence[MemorizationResult], steps: Sequence[int]) -> Figure:
     """One line a checkpoint: percentage of rows by matches, over rows trained on, or over all if there are none."""
-    figure = _figure(8, 4.5)
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     trained = [result for result in results if result.relation in ("just seen", "earlier")]
     for step in steps:
@@ -176,7 +162,7 @@ def _matrix_figure(
     from matplotlib.patches import Rectangle
 
     steps, chunks = list(dict.fromkeys(one.step for one in results)), list(dict.fromkeys(one.chunk for one in results))
-    figure = _figure(max(5.0, 0.7 * len(chunks) + 2.5), max(3.0, 0.45 * len(steps) + 2.0))
+    figure = new_figure(max(5.0, 0.7 * len(chunks) + 2.5), max(3.0, 0.45 * len(steps) + 2.0))
     axes = figure.add_subplot()
     table = np.full((len(steps), len(chunks)), np.nan)
     for one in results:
@@ -199,7 +185,7 @@ def _matrix_figure(
 
 def _correlation_figure(steps: Sequence[int], tables: dict[str, list[list[float | None]]]) -> Figure:
     """Checkpoint x checkpoint, for scores and extractibility; grey where undefined."""
-    figure = _figure(11, 4.8)
+    figure = new_figure(11, 4.8)
     for place, (name, table) in enumerate(tables.items(), 1):
         axes = figure.add_subplot(1, 2, place)
         axes.set_facecolor("lightgrey")
@@ -214,7 +200,7 @@ def _correlation_figure(steps: Sequence[int], tables: dict[str, list[list[float 
 
 def _seen_figure(results: Sequence[MemorizationResult], steps: Sequence[int]) -> Figure:
     """Lines over checkpoints: the chunk just seen, earlier ones, unseen ones."""
-    figure, means = _figure(10, 4), by_relation(results)
+    figure, means = new_figure(10, 4), by_relation(results)
     for place, (value, title) in enumerate(
         (("mean_score", "mean score"), ("extractible_percent", "extractible, %")), 1
     ):

@@ -8,9 +8,7 @@ thinned to the minimum and maximum of each bucket, so that a spike remains visib
 from __future__ import annotations
 
 import bisect
-import html
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from weftrain.analysis.markup import escape
 from weftrain.analysis.report.ledger import Band, Mark
 
 WIDTH, HEIGHT = 1000, 240
@@ -72,16 +71,6 @@ class Chart:
     from_zero: bool = False
     key: bool = True  # whether the letters of the marks are explained, and chunks named
     show: Callable[[float], str] = "{:.4g}".format
-
-
-_HIDDEN = re.compile(
-    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufffe\\uffff]"
-)
-
-
-def escape(value: object) -> str:
-    """Text for a page: escaped, with control characters, lone surrogates and direction overrides made visible."""
-    return html.escape(_HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", str(value)))
 
 
 def drawable(values: np.ndarray) -> np.ndarray:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from weftrain.analysis.report.chart import Chart, Curve, chart_html, escape, lanes_html
+from weftrain.analysis.markup import document, escape
+from weftrain.analysis.report.chart import Chart, Curve, chart_html, lanes_html
 from weftrain.analysis.report.collect import Cell, Matrix, RunReport, Trace
 from weftrain.analysis.report.ledger import RunStart, SavedCheckpoint, text, whole
 from weftrain.analysis.report.style import STYLE
 from weftrain.core.formats import fsops
 from weftrain.core.formats.plain_file import real_path
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 T = TypeVar("T")
 MAX_CELLS_A_SIDE = 64  # of a memorization matrix; what is between is left out, and said
 MAX_LINES = 3000  # of the ledger and of the checkpoints: the first and the last
@@ -30,6 +30,11 @@ _READING = (
     "that no spike is lost, and the strong line is their medians. A red dot at the top edge is a value that is not "
     "finite; the curve is "
     "broken there. What a mark means is in its tooltip, and in the ledger below."
+)
+_FOOTER = (
+    "<footer>Everything here is read from the run's own record; nothing was trained, loaded or verified to write it. "
+    "<code>weftrain verify</code> checks a release's bytes, <code>weftrain replay</code> that they were trained "
+    "so.</footer>"
 )
 _NONE = "-"
 _RELATIONS = {"just seen": "*", "earlier": "+", "partly seen": "~", "unseen": "", "unknown": "?"}
@@ -64,18 +69,12 @@ def page_html(report: RunReport, place: Path) -> str:
     warnings = "".join(f"<li>{escape(words)}</li>" for words in report.warnings)
     warnings = f'<ul class="warnings" role="note" aria-label="warnings">{warnings}</ul>' if warnings else ""
     description = f'<p class="soft">{escape(report.description)}</p>' if report.description else ""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">'
-        f'<link rel="icon" href="data:,"><title>{escape(report.name)}: run report</title><style>{STYLE}</style></head><body>'
-        f'<header><h1>{escape(report.name)}</h1><p><span class="status">{escape(report.status)}</span></p>{description}'
-        f'<dl class="tiles">{tiles}</dl>{warnings}<nav aria-label="sections"><ul>{links}</ul></nav></header><main>{body}</main>'
-        "<footer>Everything here is read from the run's own record; nothing was trained, loaded or verified to write "
-        "it. "
-        "<code>weftrain verify</code> checks a release's bytes, <code>weftrain replay</code> that they were trained "
-        "so.</footer>"
-        "</body></html>\n"
+    head = f'<h1>{escape(report.name)}</h1><p><span class="status">{escape(report.status)}</span></p>{description}'
+    sections_nav = f'<nav aria-label="sections"><ul>{links}</ul></nav>'
+    return document(
+        f"{report.name}: run report",
+        STYLE,
+        f'<header>{head}<dl class="tiles">{tiles}</dl>{warnings}{sections_nav}</header><main>{body}</main>{_FOOTER}',
     )
 
 

@@ -7,13 +7,13 @@ does not say which track waited, so it counts against both.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weftrain.analysis.figure import new_figure, picture
 from weftrain.core.errors import WeftrainError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_json
@@ -52,7 +52,7 @@ Span = tuple[float, float]
 
 
 class TimelineError(WeftrainError):
-    """A missing or invalid trace, or a plot that cannot be drawn here."""
+    """A missing or invalid trace file."""
 
 
 @dataclass(frozen=True)
@@ -124,19 +124,11 @@ def busy(slices: Sequence[Slice]) -> dict[str, float]:
 def draw(slices: Sequence[Slice], path: Path | None = None) -> Figure:
     """The figure: one lane a track, one bar a slice; written too where `path` is given, in its suffix's format.
 
-    Raises TimelineError without matplotlib (`pip install weftrain[plot]`).
+    Raises DataError without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError:
-        raise TimelineError(
-            "matplotlib is not installed, which draws the timeline; pip install 'weftrain[plot]'"
-        ) from None
+    figure = new_figure(14, 4.5)
+    from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(14, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     bars: dict[tuple[str, str], list[Span]] = {}
     for one in slices:
@@ -156,9 +148,7 @@ def draw(slices: Sequence[Slice], path: Path | None = None) -> Figure:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize="small")
     _label(figure, axes, slices)
     if path is not None:
-        picture = io.BytesIO()
-        figure.savefig(picture, format=path.suffix.removeprefix(".") or "png", dpi=150)
-        fsops.write_bytes(path, picture.getbuffer())
+        fsops.write_bytes(path, picture(figure, path.suffix))
     return figure
 
 

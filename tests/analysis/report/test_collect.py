@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 from weftrain.analysis.evaluation.records import FOLDER, EvaluatedCheckpoint, EvaluationSettings, inputs_of, once
+from weftrain.analysis.markup import escape
 from weftrain.analysis.memorization.scores import FORMAT, Parameters, figures, result_path
 from weftrain.analysis.report import collect as collected
 from weftrain.analysis.report import curves
-from weftrain.analysis.report.chart import MAX_POINTS, Chart, Curve, chart_html, escape, even_ticks, medians, thinned
+from weftrain.analysis.report.chart import MAX_POINTS, Chart, Curve, chart_html, even_ticks, medians, thinned
 from weftrain.analysis.report.collect import RunReport, collect
 from weftrain.analysis.report.curves import read_curves
 from weftrain.analysis.report.ledger import Mark
