@@ -21,9 +21,9 @@ import torch
 from weftrain.core.backend import State
 from weftrain.core.errors import CheckpointError, UnreadableError
 from weftrain.core.formats import checkpoint_files, fsops
-from weftrain.core.formats.canonical import canonical_json, sha256_json
+from weftrain.core.formats.canonical import root_of, sealed, sha256_json
 from weftrain.core.formats.checkpoint_files import Spec, WritesItself, Written
-from weftrain.core.formats.checkpoint_manifest import FORMAT, MANIFEST, STEP_FOLDER, VERSION, folder_name, root_of
+from weftrain.core.formats.checkpoint_manifest import FORMAT, MANIFEST, STEP_FOLDER, VERSION, folder_name
 from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of
 from weftrain.core.formats.tensor_file import DTYPES, tensor_bytes
 
@@ -66,7 +66,7 @@ class Saving:
             }
             root = root_of(manifest)
             # Last, and its rename syncs the folder's entries.
-            fsops.write_bytes(self.temporary / MANIFEST, canonical_json(manifest | {"root": root}) + b"\n")
+            fsops.write_bytes(self.temporary / MANIFEST, sealed(manifest))
             set_aside = _make_way(self.target, self.temporary, root)
             if self.temporary.exists():
                 fsops.rename(self.temporary, self.target)

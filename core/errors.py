@@ -3,7 +3,11 @@
 The command line prints the message alone and exits with `exit_code`; a traceback means a defect of ours.
 """
 
+from __future__ import annotations
+
+import contextlib
 import re
+from collections.abc import Iterator
 
 
 class WeftrainError(Exception):
@@ -51,21 +55,37 @@ class ReleaseError(WeftrainError):
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """The message of a library's error without line breaks, at most so many characters of it; its type where it has
-    none.
-    """
+    """The first `most` characters of an error's message, without line breaks; its type if it has no message."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
-# Control characters, line and paragraph separators, marks that change the direction of writing, invisible ones, lone
-# surrogates.
-_ACTING = re.compile(
+def file_problem(error: OSError | ValueError) -> str:
+    """Why a file could not be read or written, in one line: the operating system's words where there are any."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+
+
+@contextlib.contextmanager
+def os_errors_as(kind: type[WeftrainError], problem: str, remedy: str) -> Iterator[None]:
+    """Raise an OSError of the block as `kind`: "problem: what the system says (which file): remedy"."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename and str(error.filename) not in problem else ""
+        raise kind(f"{problem}: {file_problem(error)}{where}: {remedy}") from error
+
+
+# control characters, line and paragraph separators, direction marks, invisible characters, lone surrogates
+_CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with every such character written as its escape, `\\x1b` for one. keep: those that may stay, as
-    "\\n\\t".
+    """Text from a file, made safe to display: each character that controls a terminal becomes its escape, as `\\x1b`.
+
+    A reason in a ledger or the name of a file or tensor can hold escape sequences that erase lines or reverse the
+    direction of writing. Whatever a command prints passes through here. keep: characters that may stay, as "\\n\\t".
     """
-    return _ACTING.sub(lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(), text)
+    return _CONTROLS.sub(
+        lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(), text
+    )

@@ -32,7 +32,15 @@ from weftrain.core.run.lineage import TrainingSegment, lineage, tokens_before
 from weftrain.core.run.metrics import effective_records, repair
 from weftrain.core.run.own_checkpoints import Standing
 from weftrain.core.run.rollback import finish_rollback
-from weftrain.core.run.run_folder import ABSENT, RecipeCheck, RunFolder, blamed, differences, follows, with_defaults
+from weftrain.core.run.run_folder import (
+    ABSENT,
+    RecipeCheck,
+    RunFolder,
+    differences,
+    folder_errors,
+    follows,
+    with_defaults,
+)
 from weftrain.core.run.situation import Situation, examine
 from weftrain.core.run.starting_checkpoint import StartingCheckpoint, other_checkpoint
 from weftrain.core.saving import History
@@ -268,7 +276,7 @@ def settle(start: Start) -> Ledger:
     folder = start.folder
     ledger = Ledger(folder.path)
     finish_rollback(folder.path, ledger)
-    with blamed(folder.path):
+    with folder_errors(folder.path):
         repair(folder.path, start.damaged_metrics)
     ledger.finish_chunk()
     for manifest in start.own.to_enter:

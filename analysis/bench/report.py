@@ -18,6 +18,7 @@ from weftrain.analysis.bench.timings import median_interval, percentile, warm_up
 from weftrain.core.config import Recipe
 from weftrain.core.errors import WeftrainError
 from weftrain.core.formats.plain_file import read_plain
+from weftrain.core.formats.strict_model import first_problem
 from weftrain.core.parameters import Role, flops_per_token, parameter_count, parameter_specs
 
 VERSION = 1
@@ -314,6 +315,4 @@ def read_report(path: Path) -> BenchReport:
     except FileNotFoundError:
         raise ReportError(f"{path}: is not there: `weftrain bench train RECIPE --report FOLDER` makes one") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ReportError(f"{path}: {where or 'file'}: {first['msg']}: it is no report of version {VERSION}") from error
+        raise ReportError(f"{path}: {first_problem(error)}: it is no report of version {VERSION}") from error

@@ -20,11 +20,11 @@ from weftrain.analysis.memorization.scores import MemorizationResult, figures
 from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError, ReleaseError, RunFolderError, one_line
 from weftrain.core.formats import fsops
-from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.formats.canonical import canonical_json, sha256_json
 from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER, read_checkpoint_manifest
 from weftrain.core.formats.dataset import read_dataset_manifest
 from weftrain.core.formats.dataset_manifest import merkle_root
-from weftrain.core.formats.plain_file import read_plain
+from weftrain.core.formats.strict_model import read_json_model
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.ledger import read_ledger
 from weftrain.core.run.ledger_schema import LEDGER
@@ -388,7 +388,7 @@ def _memorization(reading: _Reading, roots: Mapping[str, int]) -> None:
     results: dict[int, list[MemorizationResult]] = {}
     for path in _record_files(reading, MEMORIZATION, "k*_l*_samples*_seed*/step_*/*.json"):
         try:
-            result = MemorizationResult.model_validate(parse_json(read_plain(path, "record")))
+            result = read_json_model(path, MemorizationResult, "record")
         except (OSError, ValueError) as error:
             reading.left_out.append(
                 f"{reading.name}: {path.relative_to(reading.folder)}: damaged: {one_line(error, 120)}"

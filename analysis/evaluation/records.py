@@ -16,7 +16,7 @@ from typing import Any
 
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
-from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.formats.canonical import parse_json, parse_sealed, sealed, sha256_json
 from weftrain.core.formats.plain_file import read_plain, real_path
 
 FORMAT = "weftrain-evaluation"
@@ -80,9 +80,9 @@ def once(
     software = {package: version_of(package) for package in ("weftrain", "lm_eval", "torch", "tokenizers")}
     record = {"format": FORMAT, "version": VERSION, **inputs, **measured, "software": software, "inputs": inputs}
     record |= {"partial": True} if partial else {}
-    data = canonical_json(record | {"root": sha256_json(record)})
+    data = sealed(record)
     fsops.make_dirs(folder)
-    fsops.write_bytes(folder / f"{_stem(inputs, name, record['shots'])}.json", data + b"\n")
+    fsops.write_bytes(folder / f"{_stem(inputs, name, record['shots'])}.json", data)
     result: EvaluationRecord = parse_json(data)
     return result
 
@@ -106,13 +106,7 @@ def stored(folder: Path, inputs: dict[str, Any], name: str, say: Say) -> Evaluat
 def read_record(path: Path, inputs: Mapping[str, Any] | None = None) -> EvaluationRecord:
     """A record, checked in itself and against its inputs where they are given. Raises DataError."""
     try:
-        data = read_plain(path, "record", follow=False)
-        record = parse_json(data)
-        if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
-            raise ValueError(f"is no {FORMAT} record of version {VERSION}")
-        hashed = {key: value for key, value in record.items() if key != "root"}
-        if canonical_json(record) + b"\n" != data or sha256_json(hashed) != record.get("root"):
-            raise ValueError("does not hash to its root, so it was altered")
+        record = parse_sealed(read_plain(path, "record", follow=False), FORMAT, (VERSION,))
         if inputs is not None and record.get("inputs") != inputs:
             raise ValueError("is of other inputs than its name says")
     except (OSError, ValueError) as error:

@@ -22,17 +22,17 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from weftrain.analysis.evaluation.generation import Generator
 from weftrain.core.backend import EvaluationSource
 from weftrain.core.data import TokenSource
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, one_line
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.formats.plain_file import open_plain, read_plain
-from weftrain.core.formats.strict_model import Count, PositiveInt, StrictModel
+from weftrain.core.formats.strict_model import Count, PositiveInt, StrictModel, validated
 from weftrain.core.order import feistel
 from weftrain.core.run.run_source import RunSource
 
@@ -259,23 +259,16 @@ def read_released(path: Path) -> list[ReleasedRow]:
             try:
                 if len(line) > MAX_LINE_BYTES:
                     raise ValueError(f"is longer than {MAX_LINE_BYTES:,} bytes")
-                row = ReleasedRow.model_validate(parse_json(line))
+                row = validated(ReleasedRow, parse_json(line))
                 lengths, wanted = ((len(one.prompt), len(one.continuation)) for one in (row, rows[0] if rows else row))
                 if lengths != wanted:
                     raise ValueError(f"has {lengths[0]} + {lengths[1]} tokens, line 1 has {wanted[0]} + {wanted[1]}")
             except ValueError as error:
-                raise DataError(f"{path}:{number}: {_one_line(error)}; correct the line or remove it") from error
+                raise DataError(f"{path}:{number}: {one_line(error)}; correct the line or remove it") from error
             rows.append(row)
     if not rows:
         raise DataError(f"{path}: holds no rows; name a JSON Lines file of source, prompt and continuation")
     return rows
-
-
-def _one_line(error: ValueError) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"key '{'.'.join(map(str, first['loc']))[:80]}': {first['msg']}"
-    return " ".join(str(error).split())
 
 
 # Measurement
@@ -376,11 +369,11 @@ def _stored(path: Path, inputs: dict[str, Any], report: Callable[[str], None]) -
     """The stored result of these inputs; None where it must be measured."""
     try:
         tree = parse_json(read_plain(path, "record"))
-        result = MemorizationResult.model_validate(tree)
+        result = validated(MemorizationResult, tree)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        report(f"{path}: damaged, measured anew: {_one_line(error)}")
+        report(f"{path}: damaged, measured anew: {one_line(error)}")
         return None
     if differs := [name for name, value in inputs.items() if tree[name] != value]:
         report(f"{path}: of another {' and '.join(differs)}, measured anew")

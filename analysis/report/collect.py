@@ -32,8 +32,9 @@ from weftrain.analysis.report.ledger import (
 )
 from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError, RunFolderError, one_line
-from weftrain.core.formats.canonical import parse_json, sha256_json
-from weftrain.core.formats.plain_file import read_plain, real_path
+from weftrain.core.formats.canonical import sha256_json
+from weftrain.core.formats.plain_file import real_path
+from weftrain.core.formats.strict_model import first_problem, read_json_model
 from weftrain.core.run.ledger import read_ledger
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.lineage import lineage
@@ -166,11 +167,7 @@ def _recipe(value: Mapping[str, Any] | None, warnings: list[str]) -> Recipe | No
     try:
         return Recipe.from_record(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        warnings.append(
-            f"recipe.json is not one that this version understands: key '{'.'.join(map(str, first['loc']))}': "
-            f"{first['msg']}"
-        )
+        warnings.append(f"recipe.json is not one that this version understands: {first_problem(error)}")
         return None
 
 
@@ -287,7 +284,7 @@ def read_matrices(folder: Path, warnings: list[str]) -> list[Matrix]:
     sets: dict[str, list[MemorizationResult]] = {}
     for path in paths:
         try:
-            result = MemorizationResult.model_validate(parse_json(read_plain(path, "record", follow=False)))
+            result = read_json_model(path, MemorizationResult, "record", follow=False)
             if path != result_path(folder, result.parameters, result.step, result.chunk):
                 raise ValueError("is of other inputs than its name says")
             sets.setdefault(result.parameters.folder_name, []).append(result)

@@ -1,8 +1,12 @@
-"""Canonical JSON: one value, one byte string, so that a hash of it means something; and a reader that refuses what is
-ambiguous.
+"""Canonical JSON: each value has one byte string, so that a hash of it identifies the value.
 
-Canonical here is: keys sorted, no spaces, UTF-8, no NaN or infinity, numbers as Python prints them (shortest that reads
-back the same). What a reader would get wrong: `json.loads` keeps the last of two equal keys; `parse_json` refuses them.
+Canonical means: keys sorted, no spaces, UTF-8, no NaN or infinity, numbers as Python prints them (the shortest text
+that reads back the same). `parse_json` reads any JSON and refuses what is ambiguous: `json.loads` silently keeps the
+last of two equal keys.
+
+A *sealed* file is an object with the keys `format`, `version` and `root`, where `root` is the hash of all other keys:
+`sealed` makes its bytes, `parse_sealed` checks them. A root shows that nothing was altered since it was computed; it
+does not show who computed it.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import Any
 
 _CONTAINERS = (dict, list, tuple)
@@ -33,17 +38,47 @@ def parse_json(data: bytes) -> Any:
     """Read JSON. Raises ValueError for anything malformed: duplicate keys, NaN, bad UTF-8, nesting too deep."""
     text = data.decode()
     try:
-        value, end = _DECODER.scan_once(text, 0)  # what decode() does, without looking for white space at both ends
+        value, end = _DECODER.scan_once(text, 0)  # as decode() does, without looking for white space at both ends
         if end == len(text):
             return value
     except (StopIteration, ValueError):
-        pass  # decode() says what is wrong
+        pass  # decode() below says what is wrong
     except RecursionError:
         raise ValueError("nested too deeply") from None
     try:
         return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def root_of(value: Mapping[str, Any]) -> str:
+    """The hash of an object without its key `root`, which must hold it."""
+    return sha256_json({key: item for key, item in value.items() if key != "root"})
+
+
+def sealed(value: Mapping[str, Any]) -> bytes:
+    """The bytes of a sealed file: canonical JSON of the object with its root, and a line break."""
+    return canonical_json({**value, "root": root_of(value)}) + b"\n"
+
+
+def parse_sealed(data: bytes, format: str, versions: Collection[int]) -> dict[str, Any]:
+    """The object that a sealed file's bytes hold, its root included. Raises ValueError for anything altered or foreign.
+
+    Every byte counts: a file that holds the same value with other white space is refused too.
+    """
+    value = parse_json(data)
+    if not isinstance(value, dict) or value.get("format") != format:
+        raise ValueError(f"is not a file of the format {format}")
+    if value.get("version") not in versions:
+        known = ", ".join(map(str, sorted(versions)))
+        raise ValueError(
+            f"version {value.get('version')!r} is not one that this program reads ({known}): use a newer weftrain"
+        )
+    if canonical_json(value) + b"\n" != data:
+        raise ValueError("is not in canonical form, so it was altered")
+    if root_of(value) != value.get("root"):
+        raise ValueError("does not hash to its root, so it was altered")
+    return value
 
 
 def _check_keys(value: Any) -> None:
@@ -71,5 +106,5 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-# made once: json.loads would make one a call
+# made once: json.loads would make one for each call
 _DECODER: Any = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)

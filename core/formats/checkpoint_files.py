@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import torch
 
-from weftrain.core.errors import CheckpointError, UnreadableError
+from weftrain.core.errors import CheckpointError, UnreadableError, file_problem
 from weftrain.core.formats import fsops
 from weftrain.core.formats.checkpoint_manifest import MANIFEST, read_checkpoint_manifest
 from weftrain.core.formats.plain_file import UnreadableFileError
@@ -218,9 +218,9 @@ def _blamed(path: Path, name: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _DAMAGE or isinstance(error, UnreadableFileError):
-            raise CheckpointError(f"{path}: {name}: {error.strerror or error}: {REMEDY}") from error
+            raise CheckpointError(f"{path}: {name}: {file_problem(error)}: {REMEDY}") from error
         raise UnreadableError(
-            f"{path}: {name}: cannot be read: {error.strerror or error}: check the disk and its permissions, or "
+            f"{path}: {name}: cannot be read: {file_problem(error)}: check the disk and its permissions, or "
             f"{REMEDY} to go on from an older one"
         ) from error
     except ValueError as error:

@@ -40,7 +40,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, os_errors_as
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
 
@@ -166,12 +166,8 @@ def write_shard(
         tables[FIM] = np.ascontiguousarray(np.column_stack([documents.fim.mode, documents.fim.split]), dtype="<i4")
     header["digest"] = shard_digest(header, tables, mask is not None)
     image = _hdf5_image(header, {"data": data, **tables} | ({} if mask is None else {"loss_mask": mask}))
-    try:
+    with os_errors_as(DataError, f"{path}: the shard cannot be written", "make room, or choose another folder"):
         fsops.write_bytes(path, image)
-    except OSError as error:
-        raise DataError(
-            f"{path}: the shard cannot be written: {error.strerror}; free space or choose another folder"
-        ) from error
     return ShardInfo(len(image), hashlib.sha256(image).hexdigest(), header["digest"], num_rows)
 
 

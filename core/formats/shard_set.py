@@ -1,4 +1,8 @@
-"""The rows of one set of a prepared dataset, numbered through its shards."""
+"""The rows of one set (`train` or `heldout`) of a prepared dataset, numbered across its shards.
+
+manifest, train = open_set(folder, "train")
+ids, loss_mask = train.rows(np.array([0, 7]))
+"""
 
 from __future__ import annotations
 
@@ -36,12 +40,11 @@ def _shard_size(entry: os.DirEntry[str], folder: Path) -> int:
 
 
 class ShardSet:
-    """The rows of one set, numbered through its shards. Picklable: a copy opens the shards it needs, when it needs
-    them.
+    """The rows of one set. Picklable: a copy opens shards again when it needs them.
 
-    Opening checks that every shard's file is there, in its size, and opens the first EAGER_SHARDS of them, so that ten
-    thousand take no minute. Any other is opened, and each block of it verified, when it is first touched: no unverified
-    token is ever handed out.
+    Opening checks that every shard's file exists and has its recorded size, and opens the first EAGER_SHARDS of them;
+    opening ten thousand would take a minute. Any other shard is opened at its first access, and so is each block of
+    tokens verified: no unverified token is ever returned.
     """
 
     def __init__(self, folder: Path, manifest: DatasetManifest, set_name: SetName) -> None:
@@ -59,8 +62,8 @@ class ShardSet:
             self.reader(index)
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """int64 [n] -> ids int64 [n, S + 1], and loss mask bool [n, S], or None where none of these rows has one.
-        Raises DataError.
+        """int64 [n] -> ids int64 [n, S + 1], and loss mask bool [n, S], or None if none of these rows has one. Raises
+        IndexError, DataError.
         """
         ids = np.empty((len(indices), self.manifest.sequence_length + 1), dtype=np.int64)
         return ids, read_rows(ids, *self._found(indices))
@@ -92,14 +95,12 @@ class ShardSet:
         return self.reader(int(shard[0])).document_spans(int(row[0]))
 
     def readers(self) -> Iterator[ShardReader]:
-        """All shards, in order, each opened when it is its turn."""
+        """All shards in order, each opened when the iterator reaches it."""
         return (self.reader(index) for index in range(len(self.entry.shards)))
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Check every block of every shard, and every file's SHA-256. progress(bytes so far, bytes). Raises DataError
-        for the first damage.
-
-        Two threads: hashing leaves the interpreter to others.
+        """Check every block of every shard, and every file's SHA-256. progress(bytes so far, bytes in all). Raises
+        DataError for the first damage.
         """
         total = sum(shard.num_bytes for shard in self.entry.shards)
         done = 0
@@ -111,7 +112,7 @@ class ShardSet:
 
     def _verify_shard(self, index: int) -> int:
         entry = self.entry.shards[index]
-        reader = self._open_reader(index)  # of its own: a thread must not push another's reader out
+        reader = self._open_reader(index)  # not a shared one, since it is closed below
         reader.verify()
         files = int(reader.documents().file.max()) + 1
         reader.close()
@@ -126,15 +127,15 @@ class ShardSet:
         return entry.num_bytes
 
     def _former_names(self, count: int) -> tuple[str, ...]:
-        """The names of the first sources, for shards of format 2, which hold them and are then of the dataset's
-        beginning.
+        """The names of the first `count` sources. Shards of format 2 hold the names themselves; in a dataset that has
+        grown they are the first shards.
         """
         if len(self._names) != count:
             self._names = tuple(entry.name for entry in islice(open_sources(self.folder, self.manifest), count))
         return self._names
 
     def _check_files(self, set_name: str) -> None:
-        """Every shard's file, by one reading of their folder: there, a file, and as large as the manifest says."""
+        """Check, by one listing of the folder, that every shard exists, is a file and has its recorded size."""
         place = self.folder / set_name
         try:
             inside_folder(self.folder, set_name)
@@ -151,13 +152,12 @@ class ShardSet:
             if size != entry.num_bytes:
                 raise DataError(
                     f"{self.folder / entry.file}: the shard has {size:,} bytes, the manifest says {entry.num_bytes:,}: "
-                    "it is truncated or "
-                    f"was replaced; {RESTORE}"
+                    f"it is truncated or was replaced; {RESTORE}"
                 )
 
     def reader(self, index: int) -> ShardReader:
-        """A shard's reader, kept, for it knows which blocks are verified: a few kilobytes, and no open file where the
-        shard is mapped.
+        """The reader of a shard, made once: it remembers which blocks are verified. It takes a few kilobytes, and holds
+        no open file if the shard is mapped.
         """
         if index not in self._readers:
             self._readers[index] = self._open_reader(index)
@@ -177,11 +177,11 @@ class ShardSet:
         for field, value in expected.items():
             if getattr(reader, field) != value:
                 raise DataError(
-                    f"{reader.path}: {field} is {getattr(reader, field)!r}, the manifest says {value!r}: the shard is "
-                    "of another "
-                    "dataset; put its own back, or remove the dataset and prepare it again"
+                    f"{reader.path}: {field} is {getattr(reader, field)!r}, the manifest says {value!r}: the shard "
+                    f"belongs to another dataset; "
+                    f"put the right one back, or remove the dataset and prepare it again"
                 )
-        if reader.num_sources > manifest.num_sources:  # of a dataset that grew, the older shards know fewer
+        if reader.num_sources > manifest.num_sources:  # fewer is fine: shards from before a dataset grew
             raise DataError(
                 f"{reader.path}: num_sources is {reader.num_sources:,}, the dataset has {manifest.num_sources:,}; "
                 f"{RESTORE}"

@@ -25,6 +25,7 @@ from weftrain.core.backend import BatchSource
 from weftrain.core.config import Continuation, DataConfig, Recipe, Source
 from weftrain.core.data import Component, TokenSource, skipped_rows, training_source
 from weftrain.core.errors import CheckpointError, DataError
+from weftrain.core.formats.strict_model import first_problem
 from weftrain.core.order.timeline import Timeline, recipe_timeline
 from weftrain.core.run.lineage import TrainingSegment, going_back
 from weftrain.core.run.source_cursors import continued_sources, cursors_of
@@ -163,7 +164,7 @@ def recipe_of(recipe: Mapping[str, Any], folder: Path) -> Recipe:
         raise CheckpointError(
             f"{folder}: the recipe that the run was made with is not one that this version reads, so its data cannot "
             "go on "
-            f"({error.errors()[0]['msg']}): continue it with the version that made it"
+            f"({first_problem(error)}): continue it with the version that made it"
         ) from error
 
 

@@ -10,14 +10,14 @@ those that were left, and `Lineage.origin` tells any step's samples.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 from weftrain.core.config import Recipe
-from weftrain.core.errors import RunFolderError
+from weftrain.core.errors import RunFolderError, os_errors_as
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.formats.plain_file import plain_lines, read_plain
@@ -39,9 +39,12 @@ class Ledger:
 
     def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._path, self._clock = Path(folder) / LEDGER, clock
-        with _blamed(self._path):
+        with self._writing():
             self._torn_bytes = _repair(self._path)
         self._entries = read_ledger(self._path)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return os_errors_as(RunFolderError, f"{self._path}: cannot be written", "make room or check it, then resume")
 
     @property
     def entries(self) -> Sequence[Mapping[str, Any]]:
@@ -65,7 +68,7 @@ class Ledger:
         entry["hash"] = sha256_json(entry)
         _check_entry(entry, self._entries)
         try:
-            with _blamed(self._path):
+            with self._writing():
                 fsops.append_line(self._path, canonical_json(entry).decode(), sync=True)
                 if not self._entries:
                     fsops.sync_dir(self._path.parent)
@@ -203,24 +206,26 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     naming the line.
     """
     entries: list[dict[str, Any]] = []
-    try:
-        for number, line in enumerate(plain_lines(path, "ledger"), 1):
-            try:
-                entry = parse_json(line)
-                if canonical_json(entry) != line:
-                    raise ValueError("is not in canonical form, so it was altered")
-                _check_entry(entry, entries)
-            except ValueError as error:
-                raise RunFolderError(
-                    f"{path}:{number}: {error}: restore the ledger from a copy; what follows a broken line proves "
-                    "nothing"
-                ) from error
-            entries.append(entry)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be read: {error.strerror}: check the file and its permissions") from error
+    with os_errors_as(RunFolderError, f"{path}: cannot be read", "check the file and its permissions"):
+        try:
+            for number, line in enumerate(plain_lines(path, "ledger"), 1):
+                entries.append(_parsed(path, number, line, entries))
+        except FileNotFoundError:
+            return []
     return entries
+
+
+def _parsed(path: Path, number: int, line: bytes, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    try:
+        entry: dict[str, Any] = parse_json(line)
+        if canonical_json(entry) != line:
+            raise ValueError("is not in canonical form, so it was altered")
+        _check_entry(entry, before)
+    except ValueError as error:
+        raise RunFolderError(
+            f"{path}:{number}: {error}: restore the ledger from a copy; the lines after a broken one prove nothing"
+        ) from error
+    return entry
 
 
 def _check_entry(entry: Any, before: Sequence[Mapping[str, Any]]) -> None:
@@ -250,13 +255,3 @@ def _repair(path: Path) -> int:
         fsops.write_bytes(beside, kept + torn + b"\n")
         fsops.write_bytes(path, whole)
     return len(torn)
-
-
-@contextlib.contextmanager
-def _blamed(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunFolderError(
-            f"{path}: cannot be written: {error.strerror or error}: make room or check it, then resume"
-        ) from error

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weftrain.core.errors import RunFolderError
+from weftrain.core.errors import RunFolderError, os_errors_as
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.formats.plain_file import open_plain, read_plain
@@ -52,7 +52,7 @@ class MetricsWriter:
         self._path = Path(folder) / METRICS
         self._clock = clock
         self._board: SummaryWriter | None = None
-        with self._blamed():
+        with self._writing():
             if not repaired:
                 repair(self._path.parent, clock=clock)
             if resume_step is None and self._path.exists() and self._path.stat().st_size:
@@ -87,7 +87,7 @@ class MetricsWriter:
         """Make every line durable and TensorBoard's view complete: to be called before a checkpoint, which resume
         trusts.
         """
-        with self._blamed():
+        with self._writing():
             if self._path.exists():
                 fsops.sync_file(self._path)
             if self._board is not None:
@@ -107,25 +107,18 @@ class MetricsWriter:
     def _append(self, kind: str, fields: Mapping[str, Any]) -> None:
         self._time = self._clock()
         line = json.dumps({"kind": kind, "time": self._time, **_finite(fields)}, allow_nan=False, ensure_ascii=False)
-        with self._blamed():
+        with self._writing():
             fsops.append_line(self._path, line)
 
     def _mirror(self, tag: str, record: Mapping[str, Any]) -> None:
         if self._board is None:
             return
-        with self._blamed():
+        with self._writing():
             for name, value in _scalars(tag, record):
                 self._board.add_scalar(name, value, record["step"], walltime=self._time)
 
-    @contextlib.contextmanager
-    def _blamed(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            where = error.filename or self._path
-            raise RunFolderError(
-                f"{where}: cannot be written: {error.strerror or error}: make room or check it, then resume"
-            ) from error
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return os_errors_as(RunFolderError, f"{self._path}: cannot be written", "make room or check it, then resume")
 
 
 _MEASURED = {

@@ -31,7 +31,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from weftrain.core.config import Recipe
-from weftrain.core.errors import RunFolderError
+from weftrain.core.errors import RunFolderError, os_errors_as
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json
 from weftrain.core.formats.plain_file import read_plain
@@ -113,7 +113,7 @@ class RunFolder:
         """Record this recipe, and an earlier one that it replaces as recipe.<step>.json. step: where the run
         continues.
         """
-        with blamed(self.path):
+        with folder_errors(self.path):
             fsops.make_dirs(self.checkpoints)
             written = stored_recipe(self.path, missing_ok=True)
             if written is not None and canonical_json(written) == canonical_json(self.recipe):
@@ -129,7 +129,7 @@ class RunFolder:
         """Record where the run is being started: JSON values only. The record of each start that made a checkpoint lies
         in its manifest.
         """
-        with blamed(self.path):
+        with folder_errors(self.path):
             fsops.write_bytes(self.path / ENVIRONMENT, canonical_json(environment) + b"\n")
 
     def _unused_name(self, step: int) -> Path:
@@ -188,7 +188,7 @@ def held_run(folder: Path) -> Iterator[None]:
     if not (folder / RECIPE).exists():
         raise RunFolderError(f"{folder / RECIPE}: is missing: name the folder of a run that was started")
     with contextlib.ExitStack() as stack:
-        with blamed(folder):
+        with folder_errors(folder):
             _take_lock(stack, folder)
         yield
 
@@ -205,7 +205,7 @@ def open_run(folder: Path, recipe: dict[str, Any]) -> Iterator[RunFolder]:
     folder = Path(folder)
     made = fsops.missing_folders(folder)
     with contextlib.ExitStack() as stack:
-        with blamed(folder):
+        with folder_errors(folder):
             fsops.make_dirs(folder)
             _take_lock(stack, folder, recipe=recipe)
             run = RunFolder(folder, parse_json(canonical_json(recipe)))  # as it will read back: tuples become lists
@@ -289,14 +289,7 @@ def _holder(lock: Path) -> str:
         return "another process"  # it holds the lock and has not written its name yet
 
 
-@contextlib.contextmanager
-def blamed(folder: Path) -> Iterator[None]:
-    """Turn a failing file operation into a RunFolderError that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise RunFolderError(
-            f"run folder {folder} cannot be used: {error.strerror}{where}: make room, check its permissions, or choose "
-            "another folder"
-        ) from error
+def folder_errors(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Raise a failing file operation of the block as a RunFolderError that names the folder."""
+    remedy = "make room, check its permissions, or choose another folder"
+    return os_errors_as(RunFolderError, f"run folder {folder} cannot be used", remedy)

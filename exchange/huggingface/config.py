@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from weftrain.core.config import Initialization, ModelConfig, Mup
 from weftrain.core.errors import RecipeError
+from weftrain.core.formats.strict_model import first_problem
 from weftrain.core.mup import resolve_scales
 from weftrain.exchange.layouts import Layout, check_fit
 
@@ -39,9 +40,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
     try:
         return readers[model_type](config)
     except ValidationError as error:  # of our own field, whose name says which of theirs it is
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        raise RecipeError(f"config.json: {where}: {first['msg']}; is the file damaged?") from error
+        raise RecipeError(f"config.json: {first_problem(error)}; is the file damaged?") from error
 
 
 def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from weftrain.core.config import ModelConfig
-from weftrain.core.errors import CheckpointError, RecipeError
+from weftrain.core.errors import CheckpointError, RecipeError, file_problem
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.formats.lazy_tensors import LazyTensors, meta, select
@@ -218,8 +218,7 @@ def _blamed(folder: Path, name: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         linked = (folder / name).is_symlink()
         remedy = "copy the files themselves (cp -rL), or download them with --local-dir" if linked else _REMEDY
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise CheckpointError(f"{folder}: {name}: {reason}: {remedy}") from error
+        raise CheckpointError(f"{folder}: {name}: {file_problem(error)}: {remedy}") from error
 
 
 def files_sha256(folder: Path, names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from weftrain.core.errors import CheckpointError
+from weftrain.core.errors import CheckpointError, file_problem
 from weftrain.core.formats import fsops
 from weftrain.core.formats.plain_file import real_path
 from weftrain.core.formats.tensor_file import open_regular
@@ -77,8 +77,9 @@ def pickled_files(folder: Path) -> dict[str, set[str] | None]:
         try:
             open_regular(folder / name).close()
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise CheckpointError(f"{folder}: {name}: {reason}: take another copy of the folder") from error
+            raise CheckpointError(
+                f"{folder}: {name}: {file_problem(error)}: take another copy of the folder"
+            ) from error
     return files
 
 

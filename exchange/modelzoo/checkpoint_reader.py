@@ -22,7 +22,7 @@ from h5py import h5d, h5l, h5s, h5t, h5z
 from torch import Tensor
 
 from weftrain.core.config import ModelConfig
-from weftrain.core.errors import CheckpointError
+from weftrain.core.errors import CheckpointError, one_line
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.hdf5 import HDF5_ERRORS, UntrustedFileError
 from weftrain.core.formats.lazy_tensors import LazyTensors, meta
@@ -102,8 +102,7 @@ def _blamed(path: Path) -> Iterator[None]:
     except UntrustedFileError as error:
         raise CheckpointError(f"{path}: {error.field}: {error.problem}; {_REMEDY}") from error
     except HDF5_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read as HDF5: {reason}; {_REMEDY}") from error
+        raise CheckpointError(f"{path}: cannot be read as HDF5: {one_line(error)}; {_REMEDY}") from error
 
 
 @contextlib.contextmanager

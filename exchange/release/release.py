@@ -30,19 +30,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from weftrain.core import checkpoint
 from weftrain.core.config import Recipe
-from weftrain.core.errors import ReleaseError, RunFolderError, WeftrainError
+from weftrain.core.errors import ReleaseError, RunFolderError, WeftrainError, file_problem
 from weftrain.core.formats import fsops
-from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.formats.canonical import parse_json, parse_sealed, sealed, sha256_json
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.formats.dataset import MANIFEST as DATA_MANIFEST
 from weftrain.core.formats.dataset import TOKENIZER, described_by, read_dataset_manifest
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.safe_names import checked_path
-from weftrain.core.formats.strict_model import Count, Sha256, StrictModel
+from weftrain.core.formats.strict_model import Count, Sha256, StrictModel, validated
 from weftrain.core.order.timeline import Timeline, chunk_order, recipe_timeline
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.ledger import read_ledger
@@ -235,9 +235,7 @@ def build(
             progress("hashes")
             files = hash_files({name: temporary / name for name in sorted(files_below(temporary))})
             value = draft.model_dump(mode="json") | {"files": files}
-            del value["root"]
-            value["root"] = sha256_json(value)
-            fsops.write_bytes(temporary / RELEASE, canonical_json(value) + b"\n")
+            fsops.write_bytes(temporary / RELEASE, sealed(value))
             progress("verifying")
             try:
                 check(temporary)
@@ -356,25 +354,9 @@ def read_release(folder: Path) -> Release:
     """release.json of a folder, consistent in itself. No other file is looked at. Raises ReleaseError."""
     path = folder / RELEASE
     try:
-        data = read_plain(path, "release", follow=False)
-        value = parse_json(data)
-        if isinstance(value, dict) and value.get("format") == FORMAT and value.get("version") != VERSION:
-            raise ValueError(
-                f"version {value.get('version')!r} is not the one this program reads ({VERSION}): use a newer weftrain"
-            )
-        release = Release.model_validate(value)
-        if canonical_json(value) + b"\n" != data:
-            raise ValueError("is not in canonical form, so it was altered")
-        if sha256_json({key: item for key, item in value.items() if key != "root"}) != release.root:
-            raise ValueError("does not hash to its root, so it was altered")
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ReleaseError(
-            f"{path}: key '{'.'.join(map(str, first['loc']))[:80]}': {first['msg']}: is it a release's?"
-        ) from error
+        release = validated(Release, parse_sealed(read_plain(path, "release", follow=False), FORMAT, (VERSION,)))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ReleaseError(f"{path}: {reason}: name a release's folder, or fetch it again") from error
+        raise ReleaseError(f"{path}: {file_problem(error)}: name a release's folder, or fetch it again") from error
     for name in release.files:
         checked_name(name)
     return release

@@ -111,8 +111,7 @@ def foreign(train_tiny: Train, run: Path, *more: str) -> Path:
 
 def forged(place: Path, **claims: object) -> Path:
     """A checkpoint with other claims in its manifest, consistent in itself."""
-    from weftrain.core.formats.canonical import sha256_json
-    from weftrain.core.formats.checkpoint_manifest import root_of
+    from weftrain.core.formats.canonical import root_of, sha256_json
 
     manifest = json.loads((place / "manifest.json").read_bytes()) | claims
     manifest["recipe_sha256"] = sha256_json(manifest["recipe"])

@@ -22,8 +22,7 @@ from weftrain.core.backend import State
 from weftrain.core.checkpoint import CheckpointInfo
 from weftrain.core.errors import CheckpointError
 from weftrain.core.formats import checkpoint_files, fsops, tensor_file
-from weftrain.core.formats.canonical import canonical_json
-from weftrain.core.formats.checkpoint_manifest import root_of
+from weftrain.core.formats.canonical import canonical_json, root_of
 from weftrain.core.formats.lazy_tensors import LazyTensors
 
 RECIPE = {"name": "tiny", "optimizer": {"eps": 1e-08, "betas": [0.9, 0.95]}, "note": "größer"}
@@ -465,8 +464,8 @@ def set_tensor(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 HOSTILE_MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer version": (lambda m: m.update(version=3), "version 3 is not the one"),
-    "another format": (lambda m: m.update(format="x"), "key 'format'"),
+    "newer version": (lambda m: m.update(version=3), "version 3 is not one"),
+    "another format": (lambda m: m.update(format="x"), "is not a file of the format"),
     "missing key": (lambda m: m.pop("position"), "key 'position'"),
     "extra key": (lambda m: m.update(extra=1), "key 'extra'"),
     "string for a number": (lambda m: m.update(step="1"), "key 'step'"),
@@ -511,7 +510,7 @@ def test_manifest_text_is_canonical_and_small(tmp_path: Path) -> None:
         "not in canonical form": json.dumps(json.loads(good), indent=1).encode(),
         "NaN is not a JSON number": good.replace(b'"threads":2', b'"threads":NaN'),
         "nested too deeply|Expecting": b"[" * 200_000,
-        "key ''": b"[]\n",
+        "not a file of the format": b"[]\n",
         "codec can't decode": b"\xff" + good,
         "Exceeds the limit": good.replace(b'"step":1', b'"step":' + b"1" * 5000),
     }

@@ -413,7 +413,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: truncate(folder / "train/00001.h5"),
         r"00001\.h5: the shard has .* the manifest says .*truncated",
     ),
-    "a shard of another dataset": (swap_for_another_valid_shard, r"00001\.h5: digest is .* of another dataset"),
+    "a shard of another dataset": (swap_for_another_valid_shard, r"00001\.h5: digest is .* belongs to another dataset"),
     "a damaged shard": (alter_a_table, r"00000\.h5: digest: "),
     "shards elsewhere": (link_out, r"a/train: leads out of the dataset's folder through a symbolic link"),
     "a folder for a file": (

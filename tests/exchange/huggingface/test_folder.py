@@ -334,7 +334,7 @@ def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path: Path) -> N
         ({"hidden_size": "64"}, RecipeError, "hidden_size is '64'"),
         ({"num_attention_heads": 0}, RecipeError, "num_attention_heads is 0"),
         ({"vocab_size": -1}, RecipeError, "vocab_size"),
-        ({"num_hidden_layers": 10**12}, RecipeError, "num_layers: Input should be less than or equal to 10000"),
+        ({"num_hidden_layers": 10**12}, RecipeError, "key 'num_layers': Input should be less than or equal to 10000"),
         ({"rope_parameters": [1]}, RecipeError, "rope_parameters is not an object"),
         ({"rms_norm_eps": "1e-6"}, RecipeError, "norm_eps"),
     ],
