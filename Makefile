@@ -65,8 +65,9 @@ types: $(INSTALLED)  ## mypy sees the folders under their installed names throug
 	for folder in core kernels data_prep exchange backends analysis cli; do ln -sfn ../../$$folder .typecheck/weftrain/$$folder; done
 	cd .typecheck && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p weftrain.core -p weftrain.kernels -p weftrain.backends -p weftrain.data_prep -p weftrain.exchange -p weftrain.analysis -p weftrain.cli
 
-docs: $(INSTALLED)  ## docs/architecture.svg, drawn from the imports
+docs: $(INSTALLED)  ## the documentation as a site in build/site; a broken link is an error
 	$(BIN)/python docs/draw_architecture.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Made anew when what is installed changes; a set-up that was interrupted is not marked and runs again.
 $(INSTALLED): pyproject.toml constraints.txt

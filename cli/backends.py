@@ -1,30 +1,55 @@
-"""`weftrain backends`: which backends there are, why one cannot run here, and what to do about it."""
+"""`weftrain backends`: which backends there are, why one cannot run here, and what their options mean."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
-from rich.table import Table
+from rich.table import Column, Table
 
 from weftrain.cli.display import Bar, Console
 
 
 @click.group(invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.pass_context
-def backends(context: click.Context) -> None:
-    """List the backends found, with what each is and the reason where it cannot run here."""
+def backends(context: click.Context, as_json: bool) -> None:
+    """List the backends found: what each is, why it cannot run here, its options and their meaning.
+
+    \b
+    Fields of --json: name, summary, unavailable (null, or the reason), options (name, type, default, meaning).
+    """
     if context.invoked_subcommand is not None:
         return
     from weftrain.backends.common.registry import find_backends, unavailable_reason
+    from weftrain.cli.reference import keys
 
-    table = Table("backend", "what it is", "here", "options (backend.options)", box=None)
     found = find_backends()
-    for name, backend in sorted(found.items()):
-        reason = unavailable_reason(backend)
-        options = ", ".join(f"{key}={field.default}" for key, field in backend.options.model_fields.items())
-        table.add_row(name, backend.summary, "available" if reason is None else reason, options)
-    Console(soft_wrap=False).print(table)
+    reasons = {name: unavailable_reason(backend) for name, backend in sorted(found.items())}
+    if as_json:
+        rows = [
+            {
+                "name": name,
+                "summary": found[name].summary,
+                "unavailable": reason,
+                "options": [key._asdict() for key in keys(found[name].options)],
+            }
+            for name, reason in reasons.items()
+        ]
+        click.echo(json.dumps(rows, indent=1))
+    else:
+        console = Console(soft_wrap=False)
+        for name, reason in reasons.items():
+            console.print(f"{name}: {found[name].summary}", style="bold")
+            console.print(f"  {'available' if reason is None else f'not here: {reason}'}")
+            table = Table(Column(overflow="fold"), Column(), box=None, padding=(0, 2), show_header=False)
+            for key in keys(found[name].options):
+                meaning = f"{key.meaning} ({key.type})" if key.meaning else key.type
+                table.add_row(f"{key.name}={key.default}", meaning)
+            if table.row_count:
+                console.print(table)
+        console.print("an option is given as backend.options.NAME=VALUE")
     for origin, reason in found.broken_plugins.items():
         click.echo(f"warning: {origin} was passed over: {reason}", err=True)
 

@@ -181,13 +181,16 @@ def select(
 
 
 def table(device: str, dtype: torch.dtype) -> list[TableRow]:
-    """Every op x source with its state on `device` for `dtype`, at each op's example attributes."""
+    """Every op x source with its state on `device` for `dtype`, at each op's example attributes. An implementation
+    whose device torch does not see is not usable.
+    """
+    absent = f"torch sees no {device.upper()} device" if device == "cuda" and not torch.cuda.is_available() else None
     rows = []
     for op, sources in load_catalog().items():
         spec = Spec(op, "example", device, dtype, OPS[op].attributes)
         for source, variants in sources.items():
             usable, reason = _first_usable(variants, spec)
-            rows.append(TableRow(op, source, (usable or variants[0]).version, reason))
+            rows.append(TableRow(op, source, (usable or variants[0]).version, reason or absent))
     return rows
 
 
