@@ -91,8 +91,7 @@ def _say_what_is_text(console: Console, job: Job) -> None:
         key = job.inputs.options.text_key
         console.print(
             f"JSON without a field {key!r} is read as text, a file a document ({len(job.json_texts):,}): {names}; "
-            "where it holds records, "
-            "name their field with --text-key"
+            "where it holds records, name their field with --text-key"
         )
 
 

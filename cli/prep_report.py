@@ -71,9 +71,8 @@ def _notes(prepared: Prepared) -> list[str]:
     manifest, notes = prepared.manifest, list(prepared.notes)
     if manifest.heldout is not None and manifest.heldout_rule == 1:  # an old dataset, or one that grew from one
         notes.append(
-            "held out by rule 1, each text's exact bytes: a copy with other white space, or a tokenised one, may be in "
-            "another dataset's "
-            "training set; to hold out by rule 2, give another --name"
+            "held out by rule 1, each text's exact bytes: a copy with other white space, or a tokenised one, may be "
+            "in another dataset's training set; to hold out by rule 2, give another --name"
         )
     if (reason := prepared.fallback or manifest.tokenization.reason) is not None:
         notes.append(f"encoded by the reference, tokenizers {manifest.tokenization.engine_version}, since {reason}")

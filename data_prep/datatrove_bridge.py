@@ -1,10 +1,8 @@
-"""datatrove's filters and deduplication between our readers and our writer: steps that anybody's datatrove pipeline can
-use.
+"""datatrove's filters and deduplication between our readers and our writer, as steps of a datatrove pipeline.
 
-`WeftrainReader` yields the documents of parts, in every format that `weftrain prep` reads; `WeftrainWriter` writes what
-is left as JSON lines that `weftrain prep` reads, with the file and line each came from. Rank r of a pipeline does part
-r, so the result does not depend on how many workers there are; `filter_inputs` gives a pipeline as many tasks as there
-are parts.
+`WeftrainReader` yields the documents of parts in every format that `weftrain prep` reads; `WeftrainWriter` writes JSON
+lines that record the file and line of each document. Rank r of a pipeline does part r, so the result does not depend on
+the number of workers.
 """
 
 from __future__ import annotations
@@ -43,9 +41,7 @@ _READ = ReadOptions(text_key="text", source_key="source")
 
 
 class WeftrainReader(PipelineStep):  # type: ignore[misc]
-    """Yields the documents of part `rank`, with source, file and record as metadata. A document that cannot be read is
-    an error.
-    """
+    """Yields the documents of part `rank`, with source, file and record as metadata. Raises DataError for a failure."""
 
     type = "weft - READER"
     name = "weftrain"
@@ -72,9 +68,7 @@ class WeftrainReader(PipelineStep):  # type: ignore[misc]
 
 
 class WeftrainWriter(PipelineStep):  # type: ignore[misc]
-    """Writes what reaches it as `folder/NNNNN.jsonl`, a file a rank, whole or not at all: text, source, from_file,
-    from_record.
-    """
+    """Writes `folder/NNNNN.jsonl`, one file per rank, atomically: text, source, from_file, from_record."""
 
     type = "weft - WRITER"
     name = "weftrain"
@@ -101,18 +95,14 @@ class WeftrainWriter(PipelineStep):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Filtered:
-    """The inputs that are left, and how many documents each step dropped."""
+    """The remaining inputs, and how many documents each step dropped."""
 
     inputs: Inputs
     dropped: dict[str, int]
 
 
 def filter_inputs(inputs: Inputs, quality: Quality, folder: Path, workers: int = 1) -> Filtered:
-    """Run the steps over text inputs; what is left lies in `folder` as JSON lines. Done already for the same inputs, it
-    is not done again.
-
-    Raises DataError.
-    """
+    """Filter text inputs into JSON lines in `folder`, unless it holds the result for these inputs. Raises DataError."""
     parts = tuple(split_parts(inputs.files, _PART_BYTES))
     against = _evaluation_sets(quality)
     listed = [list(dataclasses.asdict(file).values()) for file in (*inputs.files, *against)]
@@ -133,7 +123,7 @@ def filter_inputs(inputs: Inputs, quality: Quality, folder: Path, workers: int =
 
 
 def _written(folder: Path, tasks: int) -> tuple[InputFile, ...]:
-    """What a pass wrote: a file a task, some of them empty."""
+    """The files that a pass wrote, one per task; some are empty."""
     names = [f"{index:05d}.jsonl" for index in range(tasks)]
     return tuple(local_file(str(folder / name), name, name, "jsonl") for name in names)
 
@@ -141,7 +131,7 @@ def _written(folder: Path, tasks: int) -> tuple[InputFile, ...]:
 def _run_steps(
     reader: WeftrainReader, tasks: int, quality: Quality, folder: Path, scratch: Path, workers: int
 ) -> dict[str, int]:
-    """Filters, then MinHash in its four passes where it is asked for; the last pass writes into `folder`."""
+    """Run the filters, then MinHash in its four passes if asked for; the last pass writes into `folder`."""
     from datatrove.pipeline.dedup import (
         MinhashDedupBuckets,
         MinhashDedupCluster,
@@ -188,9 +178,7 @@ def _run_steps(
 
 
 class _Origins(PipelineStep):  # type: ignore[misc]
-    """Puts back where each document first came from: the file in between, `folder/NNNNN.jsonl` of the rank, says so on
-    its line.
-    """
+    """Restores the origin of each document, which the intermediate file `folder/NNNNN.jsonl` records."""
 
     type = "weft - ORIGINS"
     name = "weftrain"
@@ -237,9 +225,7 @@ def _filters(quality: Quality, scratch: Path) -> list[Any]:
 
 
 def _evaluation_sets(quality: Quality) -> tuple[InputFile, ...]:
-    """The files to decontaminate against. Raises DataError where one of a folder is not read as records: it would be
-    missed.
-    """
+    """The files to decontaminate against. Raises DataError where a file would be missed."""
     if quality.decontaminate is None:
         return ()
     listed = find_inputs([Wanted(quality.decontaminate.against)])
@@ -262,7 +248,7 @@ def _named(name: str, step: Any) -> Any:
 def _decontamination(quality: Quality, folder: Path) -> Any:
     """datatrove's filter over an index of the evaluation sets' n-grams, hashed as it hashes a document's.
 
-    Its own indexer is for evaluation sets of another library's registry; ours are files.
+    datatrove's own indexer is for another library's registry of evaluation sets; ours are files.
     """
     from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
     from datatrove.utils.hashing import HashConfig, create_hash_func
@@ -293,7 +279,7 @@ def _decontamination(quality: Quality, folder: Path) -> Any:
 
 
 def _run(pipeline: list[Any], tasks: int, log: Path, workers: int) -> dict[str, int]:
-    """One pass; documents that each of its named filters dropped."""
+    """Run one pass. Returns how many documents each named filter dropped."""
     from datatrove.executor import LocalPipelineExecutor
     from loguru import logger
 

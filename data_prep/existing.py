@@ -1,7 +1,7 @@
-"""A dataset that is there already, compared with what is asked for: it is that, or the difference is named.
+"""An existing dataset is compared with what was asked for: either it is that dataset, or the difference is an error.
 
-Whatever determines its bytes must be equal. So must what it says of itself and of the documents that may be missing;
-what cannot change a token, such as which implementation encoded, is reported.
+Whatever determines bytes must be equal, and so must the licence and the failure budget. A difference that cannot change
+a token, such as the engine that encoded, is only reported.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ _REMEDY = "give another --name, or remove it"
 def compare_existing(
     folder: Path, plan: Plan, max_failures: int, progress: Progress
 ) -> tuple[DatasetManifest, tuple[str, ...]]:
-    """The manifest of a folder that is what was asked for, and what else differs. Raises DataError where it is another,
-    or damaged.
-    """
+    """The manifest of a folder that is what was asked for, and other differences. Raises DataError where it is not."""
     if not (folder / MANIFEST).exists():
         raise DataError(f"{folder}: exists and is no dataset; {_REMEDY}")
     manifest = read_dataset_manifest(folder)
@@ -49,8 +47,7 @@ def compare_existing(
     if failed > max_failures:
         raise DataError(
             f"{folder}: {failed:,} documents could not be read when it was prepared ({folder / 'failures.jsonl'}), "
-            "--max-failures allows "
-            f"{max_failures:,}: allow them, or {_REMEDY}"
+            f"--max-failures allows {max_failures:,}: allow them, or {_REMEDY}"
         )
     _compare_inputs(folder, manifest, plan, progress)
     for set_name in manifest.sets:
@@ -59,7 +56,7 @@ def compare_existing(
 
 
 def _parent(folder: Path, manifest: DatasetManifest, plan: Plan) -> DatasetManifest | None:
-    """The manifest of what the dataset grew from. Raises DataError where that is not what was named with --grow."""
+    """The manifest of the parent. Raises DataError where it is not the dataset named with --grow."""
     grew_from = manifest.parents[-1] if manifest.parents else None
     if plan.parent is None or grew_from is None or grew_from.root != plan.parent.root:
         if plan.parent is None and grew_from is None:
@@ -79,7 +76,7 @@ def _parent(folder: Path, manifest: DatasetManifest, plan: Plan) -> DatasetManif
 
 
 def _differences(manifest: DatasetManifest, plan: Plan, before: Mapping[str, int]) -> Iterator[str]:
-    """What is recorded otherwise than asked for, and changes no token."""
+    """What is recorded differently from what was asked for, but changes no token."""
     engine = manifest.tokenization.engine
     if plan.engine not in ("auto", engine):
         yield f"its documents were encoded by {engine}, not by {plan.engine}; the ids are the same"

@@ -1,9 +1,8 @@
-"""Growing a dataset: new inputs become more shards of a dataset that is there, in a folder of its own.
+"""Growing a dataset: new inputs become additional shards of an existing dataset, in a folder of its own.
 
-The parent's shards come first, unchanged: the same files, by hard links where the file system has them. Documents that
-the parent holds are dropped from the new inputs, its settings and tokenizer are used, and inputs and sources are
-numbered on from its own. The parent is only read, so an interruption leaves it whole; the manifest records what the
-dataset grew from, and a run that read the parent goes on.
+The parent's shards come first, unchanged and hard-linked where possible. Documents that the parent holds are dropped,
+its settings and tokenizer are used, and the numbering of inputs and sources continues. The parent is only read; the
+manifest records what the dataset grew from.
 """
 
 from __future__ import annotations
@@ -51,16 +50,15 @@ _FREE = {"tokenizer", "tokenizer_vocab_size", "reading_sha256", "quality", "held
 
 
 def open_parent(folder: Path) -> tuple[DatasetManifest, Parent]:
-    """A dataset that is to grow, and what a plan keeps of it. Raises DataError for one that cannot."""
+    """The manifest of a dataset to grow, and what a plan keeps of it. Raises DataError for one that cannot grow."""
     manifest = _read(folder)
     if len(manifest.train.epochs) > 1 or manifest.chunks is not None:
         what = (
             f"{manifest.chunks.count} chunks" if manifest.chunks is not None else f"{len(manifest.train.epochs)} epochs"
         )
         raise DataError(
-            f"{folder}: was prepared in {what}, which rows at the end would break: prepare the new inputs as a dataset "
-            "of their own, and "
-            "name both in data.sources"
+            f"{folder}: was prepared in {what}, which rows at the end would break: prepare the new inputs as a "
+            "dataset of their own, and name both in data.sources"
         )
     heldout = 0 if manifest.heldout is None else len(manifest.heldout.shards)
     files, shards = manifest.corpus.files, len(manifest.train.shards)
@@ -79,16 +77,14 @@ def _read(folder: Path) -> DatasetManifest:
 
 
 def as_parent(settings: Settings, manifest: DatasetManifest, rows_per_shard: int | None) -> Settings:
-    """The settings with what nobody chooses: the rule by which the parent held out, and its shards' size where none is
-    asked for.
-    """
+    """The settings with the parent's held-out rule, and its shard size unless one was given."""
     recorded = manifest.preparation.get("rows_per_shard")
     rows = recorded if rows_per_shard is None and isinstance(recorded, int) else settings.rows_per_shard
     return replace(settings, heldout_rule=manifest.heldout_rule, rows_per_shard=rows)
 
 
 def check_growth(manifest: DatasetManifest, plan: Plan, target: Path) -> None:
-    """Raises DataError where the inputs or settings of a plan contradict its parent's, or the target is the parent."""
+    """Raises DataError where the plan contradicts its parent's inputs or settings, or the target is the parent."""
     assert plan.parent is not None
     folder, settings = plan.parent.folder, plan.settings
     if real_path(target) == Path(folder):
@@ -105,8 +101,7 @@ def check_growth(manifest: DatasetManifest, plan: Plan, target: Path) -> None:
             option = f"--{key.replace('_', '-')}"
             raise DataError(
                 f"--grow {folder}: was prepared with {key} {manifest.preparation.get(key)!r}, not {value!r}: leave "
-                f"{option} out, and its "
-                "own is taken"
+                f"{option} out, and its own is taken"
             )
     if plan.fixed_rows != (manifest.packing == "rows") or plan.row_stride != manifest.row_stride:
         kinds = "rows that are packed already", "documents to be packed"
@@ -117,15 +112,13 @@ def check_growth(manifest: DatasetManifest, plan: Plan, target: Path) -> None:
 
 
 def parents_options(folder: Path) -> dict[str, Any]:
-    """The settings of a dataset by the names that `preparation` gives them, which are those of the options of `weftrain
-    prep`.
-    """
+    """A dataset's settings as options of `weftrain prep`, under the names that `preparation` records."""
     manifest = _read(folder)
     return {key: value for key, value in manifest.preparation.items() if key not in _FREE}
 
 
 def parent_manifest(plan: Plan) -> DatasetManifest:
-    """The manifest of the plan's parent. Raises DataError where it is not the one that was planned with."""
+    """The manifest of the plan's parent. Raises DataError where it has changed since the plan was made."""
     assert plan.parent is not None
     folder = Path(plan.parent.folder)
     if manifest_root(folder) != plan.parent.root:
@@ -140,7 +133,7 @@ def parent_manifest(plan: Plan) -> DatasetManifest:
 
 
 def parents_inputs(plan: Plan) -> tuple[Iterator[InputEntry], Iterator[InputEntry]]:
-    """The files that the parent read, and those that it skipped: two streams."""
+    """Two streams: files that the parent read, and files that it skipped."""
     if plan.parent is None:
         return iter(()), iter(())
     manifest = parent_manifest(plan)
@@ -149,13 +142,12 @@ def parents_inputs(plan: Plan) -> tuple[Iterator[InputEntry], Iterator[InputEntr
 
 
 def parents_sources(plan: Plan) -> Iterator[SourceEntry]:
-    """The parent's sources in order."""
     if plan.parent is not None:
         yield from open_sources(Path(plan.parent.folder), parent_manifest(plan))
 
 
 def parents_failures(plan: Plan) -> Iterator[bytes]:
-    """The lines that say what the parent could not read, in blocks. Raises DataError."""
+    """The parent's failure records, in blocks. Raises DataError."""
     if plan.parent is None or not (path := Path(plan.parent.folder) / FAILURES).exists():
         return
     try:
@@ -170,10 +162,10 @@ def parents_failures(plan: Plan) -> Iterator[bytes]:
 
 
 def index_documents(plan: Plan) -> None:
-    """Write the identities of all the parent's documents, sorted by their first half, for `is_known`.
+    """Write the sorted identities of the parent's documents, for `is_known`.
 
-    They are first distributed over files by their first bits, then each file is sorted. Memory: a shard's tables and
-    _BLOCK identities. Raises DataError, OSError.
+    They are distributed over files by their leading bits, and then each file is sorted. Memory: the tables of one shard
+    and _BLOCK identities. Raises DataError, OSError.
     """
     if plan.parent is None or plan.settings.order == "as_read":
         return
@@ -204,7 +196,7 @@ def index_documents(plan: Plan) -> None:
 
 
 def _identities(folder: Path, manifest: DatasetManifest) -> Iterator[np.ndarray]:
-    """Of each shard uint64 [n, 2]: the identities of its documents."""
+    """For each shard, the identities of its documents as uint64 [n, 2]."""
     for set_name in manifest.sets:
         for reader in ShardSet(folder, manifest, set_name).readers():
             table = reader.documents()
@@ -212,15 +204,14 @@ def _identities(folder: Path, manifest: DatasetManifest) -> Iterator[np.ndarray]
 
 
 def _numbers(identities: np.ndarray) -> np.ndarray:
-    """uint8 [n, 16] -> uint64 [n, 2], which sort as the bytes do."""
+    """uint8 [n, 16] -> uint64 [n, 2] in the same sort order."""
     return np.ascontiguousarray(identities).view(">u8").astype(np.uint64)
 
 
 def is_known(plan: Plan, content: np.ndarray) -> np.ndarray:
-    """uint8 [n, 32], SHA-256 of documents -> bool [n]: whether the parent holds them, by the 16 bytes that its shards
-    keep of each.
+    """Whether the parent holds documents: SHA-256 uint8 [n, 32] -> bool [n].
 
-    The sorted identities are read a block at a time, as far as they can hold any of these.
+    Compares the 16 bytes that shards keep of each hash, and reads only the blocks of identities that can match.
     """
     known = np.zeros(len(content), np.bool_)
     if plan.parent is None or plan.settings.order == "as_read" or not len(content):
@@ -243,7 +234,7 @@ def is_known(plan: Plan, content: np.ndarray) -> np.ndarray:
 
 
 def _contained(needles: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """uint64 [n, 2] -> bool [n]: which of them are among (high, low), sorted by high."""
+    """Which needles, uint64 [n, 2], are among (high, low), which are sorted by high."""
     found = np.zeros(len(needles), np.bool_)
     at = np.searchsorted(high, needles[:, 0], "left")
     open_ones = np.flatnonzero(at < len(high))
@@ -260,7 +251,7 @@ def _contained(needles: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.nda
 
 
 def put_parents_shards(plan: Plan) -> None:
-    """The parent's shards in the new dataset's folder: the same files, or copies. Raises DataError, OSError."""
+    """Link or copy the parent's shards into the new dataset. Raises DataError, OSError."""
     assert plan.parent is not None
     manifest, folder = parent_manifest(plan), Path(plan.parent.folder)
     for set_name, entry in manifest.sets.items():
@@ -272,7 +263,7 @@ def put_parents_shards(plan: Plan) -> None:
 
 @dataclass(frozen=True)
 class Added:
-    """What the manifest counts of the new inputs alone, but for the corpus' files, bytes and root, which are of all."""
+    """Counts of the new inputs for the manifest; the corpus' files, bytes and root already cover all inputs."""
 
     corpus: Corpus
     documents: DocumentCounts
@@ -281,7 +272,7 @@ class Added:
 
 
 def with_parents(plan: Plan, before: DatasetManifest, own: Added) -> Added:
-    """The same of the parent and the new inputs together."""
+    """The counts of parent and new inputs together."""
     assert plan.parent is not None
     parent = Ancestor(
         name=before.name,
@@ -313,5 +304,5 @@ def _ancestor_set(entry: SetEntry) -> AncestorSet:
 
 
 def joined(before: str, added: str) -> str:
-    """A description or licence of both: each part once."""
+    """Descriptions or licences of both, each part once."""
     return before if added in before.split("; ") else f"{before}; {added}"

@@ -1,10 +1,9 @@
-"""Which documents are held out: decided by a document's content alone, so that a copy of it elsewhere stands on the
-same side.
+"""Which documents are held out: a function of their content alone, so that copies of a text are on the same side.
 
-Rule 2 hashes the text without its white space, in NFC. A copy with other line ends, an added newline or trailing blanks
-has the same hash, and so has a copy that was tokenised, of which the decoded ids are hashed. Rule 1, of datasets that
-record none, hashes the bytes of the text, or of the ids. A document is held out if its hash lies below the fraction, so
-what is held out at one fraction is held out at any larger one.
+Rule 2 hashes the text without white space, in NFC: copies with other line ends or trailing blanks have the same hash,
+and so have tokenised copies, whose ids are decoded. Rule 1, used by datasets that record none, hashes the bytes of the
+text or of the ids. A document is held out if its hash lies below the fraction, so a larger fraction holds out a
+superset.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ class Decoder(Protocol):
 
 
 def text_hash(text: str) -> bytes:
-    """Rule 2's SHA-256: of the text without white space (ASCII, Unicode, byte order mark), in NFC, as UTF-8.
+    """SHA-256 of rule 2: the text without white space (ASCII, Unicode, byte order mark), in NFC, as UTF-8.
 
-    White space goes first, for NFC composes across a place where some was. A long text is hashed a piece at a time.
+    White space is removed first, because NFC may then compose across it. Long texts are hashed in pieces.
     """
     digest, in_nfc = hashlib.sha256(), True
     for piece in _pieces(text):
@@ -54,9 +53,7 @@ def text_hash(text: str) -> bytes:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A text cut before characters that NFC never joins to what precedes them, nor any mark run reaches across: letters
-    and digits.
-    """
+    """A text cut before letters and digits that NFC never joins to what precedes them."""
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:
         found = _STARTER.search(text, start + _PIECE_CHARACTERS)
@@ -75,9 +72,9 @@ def _without_space(text: str) -> bytes:
 
 
 def is_held_out(document: Document, content: bytes, rule: int, fraction: float, decoder: Decoder | None = None) -> bool:
-    """Whether a document is held out: by its content, or that of the text that it belongs to, and nothing else.
+    """Whether a document is held out, by its own content or by that of the text it belongs to.
 
-    content: SHA-256 of its bytes, or of its ids where it came tokenised, in which case `decoder` is needed.
+    content: SHA-256 of its bytes, or of the ids of a tokenised document, which needs `decoder`.
     """
     return bool(fraction) and _is_below(_owner(document, content, rule, decoder), fraction)
 

@@ -1,8 +1,7 @@
-"""Datasets in the forms of others: Cerebras' (N, 3, S) HDF5 and Megatron's .bin and .idx. (readers/ reads them.)
+"""Exports of a dataset: Cerebras' (N, 3, S) HDF5, and Megatron's .bin and .idx. The importers are in readers/.
 
-Nothing is shuffled or cut anew. A Cerebras file holds the rows of a set as they lie, a Megatron pair its documents,
-joined where a shard's end had cut them. A shard of ours needs no export for a Cerebras "corpus" reader: `data` is that
-form.
+Rows and documents keep their order. A Cerebras file holds the rows of a set, a Megatron pair its documents, rejoined
+where a shard cut them. Cerebras "corpus" readers need no export: `data` of our shards has that form.
 """
 
 from __future__ import annotations
@@ -28,10 +27,9 @@ _MEGATRON_CODES = {"<u2": 8, "<i4": 4}
 def export_cerebras(
     folder: Path, set_name: str, to: Path, rows_per_file: int = 65_536, progress: Progress = no_progress
 ) -> list[Path]:
-    """Write a set as `data` (N, 3, S) int32, gzip, in chunks of a row, with `n_examples`: input ids, loss mask, labels
-    shifted by one.
+    """Write a set as `data` (N, 3, S) int32, gzip: input ids, loss mask, labels; with the attribute `n_examples`.
 
-    Returns the files, NNNNN.h5 in `to`, which must not hold any yet. Raises DataError, OSError.
+    Returns the files, NNNNN.h5 in `to`, which must hold none yet. Raises DataError, OSError.
     """
     manifest, shards = open_set(folder, set_name)
     _check_empty(to)
@@ -62,11 +60,10 @@ def export_cerebras(
 
 
 def export_megatron(folder: Path, set_name: str, to: Path, progress: Progress = no_progress) -> tuple[Path, Path]:
-    """Write a set as to.bin and to.idx (version 1), a sequence a document, each with its start and end token as it lies
-    in the shards.
+    """Write a set as to.bin and to.idx (version 1), one sequence per document with its start and end token.
 
-    The last document is as long as the rows are: what the dataset dropped is not in it. Padding is left out. Raises
-    DataError, OSError.
+    What the dataset dropped at its end is missing from the last document, and padding is left out. Raises DataError,
+    OSError.
     """
     manifest, shards = open_set(folder, set_name)
     paths = (to.with_name(f"{to.name}.bin"), to.with_name(f"{to.name}.idx"))
@@ -94,11 +91,9 @@ def export_megatron(folder: Path, set_name: str, to: Path, progress: Progress = 
 def whole_documents(
     manifest: DatasetManifest, shards: ShardSet, progress: Progress = no_progress
 ) -> Iterator[np.ndarray]:
-    """The tokens of each document of a set, in order, put together where shards cut them, and in best-fit rows where
-    rows did not.
+    """The tokens of each document of a set, in order, rejoined where shards or concatenated rows cut them.
 
-    A piece of a long document in a best-fit row, or in a context of FIM, is a document here, for these rows stand
-    alone.
+    In rows that stand alone (best fit, FIM by context) each piece of a long document counts as a document.
     """
     shared = manifest.row_stride == manifest.sequence_length
     held: list[np.ndarray] = []

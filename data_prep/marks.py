@@ -1,9 +1,7 @@
-"""What is known of each token of a fixed row besides its id, one byte a token, so that it passes through every stage
-with the tokens.
+"""What is known of each token of a fixed row besides its id, as one byte per token.
 
-A row that arrives packed may hold several documents and end in padding. The stages carry the marks as one uint8 array;
-where rows are laid out, `spans` tells the row's documents apart, and a shard keeps them in `doc_end`, which document
-attention reads.
+A row that arrives packed may hold several documents and padding. Its marks pass through all stages; when rows are laid
+out, `spans` separates the documents, and a shard keeps their ends in `doc_end`.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ PADDING = 4  # the token is no text
 
 
 class Span(NamedTuple):
-    """Tokens start..stop-1 of a row: a document of it, or its padding."""
+    """Tokens start..stop-1 of a row: one document, or the padding."""
 
     start: int
     stop: int

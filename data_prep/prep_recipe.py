@@ -1,7 +1,7 @@
-"""Preparation recipes: which datasets are made, of what, how; YAML by the same strict rules as training recipes.
+"""Preparation recipes: which datasets are made from which files, and how; YAML with the same strict rules as recipes.
 
-A preparation recipe names files that you have, under the folder or address given with `--inputs`. It holds
-no data; the LLM360 corpora are not redistributed here, and each recipe says where their parts come from.
+The files are found below the folder or address given with `--inputs`. Recipes hold no data: the LLM360 corpora are not
+redistributed, and each recipe says where their parts come from.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ def _known_format(name: str) -> str:
 
 
 class InputSection(StrictModel):
-    """Files of one kind. addresses: below `--inputs`, or absolute, or of another file system (`s3://…`); patterns are
-    the shell's.
+    """Files of one kind. addresses: below `--inputs`, absolute, or of another file system (`s3://…`); may be patterns.
 
-    source: what their documents are counted as; none: the folder's or file's name. suffixes: of a folder, only names
-    that end so.
+    source: the name their documents are counted under; default: the folder's or file's name. suffixes: endings of names
+    to read in folders.
     """
 
     addresses: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
@@ -42,14 +41,14 @@ class InputSection(StrictModel):
 
 
 class ChunksSection(StrictModel):
-    """N equal chunks of rows. global_batch_size: of the run that reads them, so that a chunk is whole steps."""
+    """N equal chunks of rows. global_batch_size: makes each chunk a whole number of steps."""
 
     count: PositiveInt
     global_batch_size: PositiveInt | None = None
 
 
 class DatasetSection(StrictModel):
-    """One dataset: its folder's name, what goes in, and what differs from the recipe's other datasets."""
+    """One dataset: its folder's name, its inputs, and its own settings."""
 
     name: Annotated[str, Field(min_length=1)]
     inputs: Annotated[tuple[InputSection, ...], Field(min_length=1, strict=False)]
@@ -60,10 +59,9 @@ class DatasetSection(StrictModel):
 
 
 class PrepRecipe(StrictModel):
-    """A whole preparation. tokenizer: a tokenizer.json below `--inputs`; null: one of vocab_size ids is trained on the
-    text.
+    """A preparation. tokenizer: a tokenizer.json below `--inputs`; null: train one of vocab_size ids.
 
-    eos, bos, fim_tokens: names of the tokenizer's tokens, as the options of `weftrain prep`.
+    eos, bos, fim_tokens: names of the tokenizer's tokens, as for `weftrain prep`.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -104,19 +102,16 @@ class PrepRecipe(StrictModel):
 
 
 def builtin_prep_recipes() -> list[str]:
-    """Names of the preparation recipes that ship with weftrain, sorted."""
     return builtin_names("weftrain.data_prep")
 
 
 def is_prep_recipe(name: str) -> bool:
-    """Whether an argument of `weftrain prep` names a recipe rather than an input: a built-in one, or a .yaml file."""
+    """Whether an argument of `weftrain prep` names a recipe: a built-in one, or a .yaml file."""
     return name.endswith((".yaml", ".yml")) or (name in builtin_prep_recipes() and not Path(name).exists())
 
 
 def load_prep_recipe(name: str, overrides: Iterable[str] = ()) -> PrepRecipe:
-    """A preparation recipe by built-in name or by the path of a .yaml file. Raises RecipeError naming file, line, key
-    and remedy.
-    """
+    """A recipe by built-in name or path. Raises RecipeError naming file, line, key and remedy."""
     if name.endswith((".yaml", ".yml")):
         return read_as(PrepRecipe, name, read_text(Path(name)), overrides)
     text = read_builtin("weftrain.data_prep", name, "preparation recipe")

@@ -1,7 +1,7 @@
-"""Datasets to and from any fsspec address (`s3://…`, `gs://…`, `memory://…`): whole, or not to be seen.
+"""Copying datasets to and from fsspec addresses (`s3://…`, `gs://…`, `memory://…`).
 
-Training maps files, so a dataset is fetched to a local folder before it is trained on. The manifest is
-copied last and read first: an address without one holds no dataset yet, whatever lies there.
+Training maps files, so a remote dataset is fetched to a local folder first. The manifest is copied last and read first:
+an address without one holds no dataset.
 """
 
 from __future__ import annotations
@@ -35,17 +35,13 @@ def is_remote(address: str) -> bool:
 
 
 def staging_folder(address: str) -> Path:
-    """Where a dataset for that address is made before it is copied: in the user's cache, the same place for the same
-    address.
-    """
+    """Where a dataset for an address is made before it is copied: a fixed place in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "weftrain" / "datasets" / hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
 def check_address(address: str) -> None:
-    """Raises DataError where a dataset cannot be published: no such file system, or one that does not answer. For
-    before the work.
-    """
+    """Raises DataError where the address cannot be reached, before any work is done."""
     system, root = file_system(address.rstrip("/"))
     try:
         system.exists(f"{root}/{MANIFEST}")
@@ -58,9 +54,8 @@ def check_address(address: str) -> None:
 def publish(folder: Path, manifest: DatasetManifest, address: str, progress: Progress = no_progress) -> None:
     """Copy a complete dataset to an address.
 
-    Where the same dataset lies there already, only files that are missing or of another size are copied; where no
-    manifest does, all are, for a file of an interrupted copy cannot be told from another dataset's. Another dataset's
-    address is refused. Raises DataError.
+    If the same dataset is there, only missing files and files of another size are copied; without a manifest, all are.
+    Another dataset's address is refused. Raises DataError.
     """
     system, root = file_system(address.rstrip("/"))
     optional = [name for name in (FAILURES,) if (folder / name).exists()]
@@ -87,10 +82,9 @@ def publish(folder: Path, manifest: DatasetManifest, address: str, progress: Pro
 
 
 def fetch(address: str, folder: Path, progress: Progress = no_progress) -> DatasetManifest:
-    """Copy a dataset from an address into a local folder that does not exist yet; checked before it is there. Raises
-    DataError.
+    """Copy a dataset from an address into a new local folder, verified before it appears there. Raises DataError.
 
-    Names come from the manifest after it was checked, so nothing is written outside the folder.
+    File names come from the checked manifest, so nothing is written outside the folder.
     """
     if folder.exists():
         raise DataError(f"{folder}: exists already; name another folder, or remove it")
@@ -126,7 +120,7 @@ def _files(manifest: DatasetManifest) -> list[str]:
 
 
 def _is_there(system: RemoteSystem, root: str, address: str, manifest: bytes) -> bool:
-    """Whether this dataset lies at the address; False where none does. Raises DataError for another."""
+    """Whether this dataset lies at the address. Raises DataError if another one does."""
     if not system.exists(f"{root}/{MANIFEST}"):
         return False
     if system.cat_file(f"{root}/{MANIFEST}") != manifest:

@@ -1,7 +1,7 @@
-"""What a preparation recipe may ask for before tokenisation: filters, near-duplicate removal, decontamination, all of
-it datatrove's.
+"""What a preparation recipe may ask for before tokenisation, done by datatrove: filters, near-duplicates,
+decontamination.
 
-Exact duplicates are not here; the pipeline drops them by content hash whatever is asked for.
+Exact duplicates are always dropped by the pipeline.
 """
 
 from __future__ import annotations
@@ -14,25 +14,21 @@ from weftrain.core.formats.strict_model import Count, Positive, PositiveInt, Str
 
 
 class LengthFilter(StrictModel):
-    """Documents of fewer or more words are dropped."""
+    """Drops documents of fewer or more words."""
 
     min_words: PositiveInt | None = None
     max_words: PositiveInt | None = None
 
 
 class LanguageFilter(StrictModel):
-    """Documents in none of these languages (ISO 639-1) are dropped. datatrove downloads its fastText model when it is
-    first used.
-    """
+    """Drops documents in other languages (ISO 639-1), by datatrove's fastText model, downloaded on first use."""
 
     languages: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
     threshold: Positive = 0.65
 
 
 class MinHash(StrictModel):
-    """Near-duplicates, by MinHash over word n-grams in `buckets` of `hashes` (Broder, 1997): one of each cluster
-    stays.
-    """
+    """Keeps one of each cluster of near-duplicates, by MinHash over word n-grams (Broder, 1997)."""
 
     ngrams: PositiveInt = 5
     buckets: PositiveInt = 14
@@ -41,16 +37,14 @@ class MinHash(StrictModel):
 
 
 class Decontaminate(StrictModel):
-    """Documents that share an n-gram of words with an evaluation set are dropped. against: JSON lines with a field
-    `text`.
-    """
+    """Drops documents that share a word n-gram with an evaluation set. against: JSON lines with a field `text`."""
 
     against: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
     ngrams: PositiveInt = 12
 
 
 class Quality(StrictModel):
-    """The steps, in this order. language: of the text, for splitting it into words."""
+    """The steps, in this order. language: how text is split into words."""
 
     language: str = "eng"
     length: LengthFilter | None = None

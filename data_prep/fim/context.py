@@ -1,14 +1,12 @@
-"""Fill-in-the-middle at the level of contexts: each document's piece in a row is drawn and transformed by itself, and
-is whole there.
+"""Fill-in-the-middle by context: each document's piece in a row is drawn and transformed by itself.
 
-Documents are laid into rows one after the other. A piece with its three control tokens fits what is left of the row:
-where a document does not, it is cut so that it does, and goes on in the next row as a piece of its own. So no row
-overflows, no token is lost, every transformed piece has its prefix, suffix and middle in one row, and (mode, a, b) of
-each piece gives the document back. Whether and where a piece is cut is a function of (seed, the document's hash, epoch,
-where in the document the piece begins, its length).
+Documents are laid into rows one after the other. A document that does not fit the rest of a row, with its three control
+tokens, is cut there and continues in the next row as a piece of its own. So no row overflows, no token is lost, each
+transformed piece lies in one row, and (mode, a, b) restores it. The draw is a function of seed, document hash, epoch,
+start and length.
 
-Source: Bavarian et al. (2022), section 4, "context-level FIM", and StarCoder's training code: there a row is cut into
-contexts first and what the control tokens push out of it is lost.
+Source: Bavarian et al. (2022), section 4, "context-level FIM", and StarCoder's training code, which cuts rows first and
+loses what the control tokens push out.
 """
 
 from __future__ import annotations
@@ -34,9 +32,7 @@ class Draws:
 
 
 class ContextPiece(NamedTuple):
-    """Own tokens start..stop-1 of a document, cut by (mode, a, b); a and b count from `start`. begins, ends: with bos,
-    with eos.
-    """
+    """Own tokens start..stop-1 of a document, cut by (mode, a, b) from `start`. begins, ends: with bos, with eos."""
 
     document: int
     start: int
@@ -48,7 +44,7 @@ class ContextPiece(NamedTuple):
     ends: bool
 
     def length(self, bos: int, eos: int) -> int:
-        """Tokens in the row. bos, eos: tokens that stand before and after a document, 0 or 1."""
+        """Tokens in the row. bos, eos: tokens around a document, 0 or 1."""
         sentinels = fim.NUM_SENTINELS if self.mode != fim.PLAIN else 0
         return self.begins * bos + sentinels + self.stop - self.start + self.ends * eos
 
@@ -56,10 +52,10 @@ class ContextPiece(NamedTuple):
 def context_pieces(
     lengths: Sequence[int], contents: Sequence[bytes], width: int, draws: Draws, bos: int, eos: int, *, together: bool
 ) -> list[ContextPiece]:
-    """The pieces of documents of these own lengths, each no longer than `width`, in order.
+    """The pieces, each at most `width` long, of documents with these numbers of own tokens, in order.
 
-    together: the pieces one after the other fill rows of `width`, all but the last. Else each document begins a row of
-    its own, and the caller packs the pieces.
+    together: the pieces in sequence fill rows of `width`. Else each document begins a row, and the caller packs the
+    pieces.
     """
     pieces: list[ContextPiece] = []
     left = width
@@ -75,7 +71,7 @@ def context_pieces(
 def _document(
     document: int, length: int, content: bytes, width: int, left: int, draws: Draws, bos: int, eos: int
 ) -> Iterator[ContextPiece]:
-    """One document's pieces. left: tokens that are left of the row it begins in, at least 1."""
+    """One document's pieces. left: tokens left in the row where it begins, at least 1."""
     start, begins = 0, True
     while True:
         head = bos if begins else 0
@@ -95,7 +91,7 @@ def _document(
 
 
 def filled_rows(sizes: np.ndarray, width: int) -> list[list[int]]:
-    """The numbers of pieces of these sizes, int64 [n], that `together` laid one after the other, a list a row."""
+    """The indices of pieces laid one after the other, one list per row. sizes: int64 [n]."""
     row_of = (np.cumsum(sizes) - 1) // width
     return (
         [numbers.tolist() for numbers in np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(row_of)) + 1)]
@@ -107,6 +103,6 @@ def filled_rows(sizes: np.ndarray, width: int) -> list[list[int]]:
 def context_tokens(
     tokens: np.ndarray, piece: ContextPiece, bos: np.ndarray, eos: np.ndarray, ids: FimIds
 ) -> list[np.ndarray]:
-    """The parts of a piece as it stands in its row. tokens: the document's own [n]. bos, eos: [0 or 1]."""
+    """The parts of a piece as it stands in its row. tokens: the document's own."""
     made = fim.transform(tokens[piece.start : piece.stop], piece.mode, piece.a, piece.b, ids)
     return [*([bos] if piece.begins else []), made, *([eos] if piece.ends else [])]

@@ -1,7 +1,6 @@
-"""What fill-in-the-middle does to a text, counted: the released way and the exact one, on the same documents.
+"""Measures what fill-in-the-middle does to a text, with the released scripts' method and the exact one.
 
-The exact way's zeros are counted too. Each document is transformed, packed, found again in the stream and
-restored, and compared with what it was.
+The exact method is measured too: each document is transformed, packed, found in the stream, restored and compared.
 """
 
 from __future__ import annotations
@@ -24,11 +23,9 @@ RELEASED_SHARES = (0.39, 0.96, 0.02)
 
 @dataclass(frozen=True)
 class FimDamage:
-    """segments: documents, or pieces of them in a row, that were transformed; changed: of these, whose tokens are
-    others than they were.
+    """segments: transformed documents or pieces; changed: those whose own tokens cannot be restored.
 
-    rows, overflowed: packed rows, and those of which something was cut off. lost_middle: segments whose fim_middle was
-    cut off.
+    rows, overflowed: packed rows, and those that were cut. lost_middle: segments whose fim_middle was cut off.
     """
 
     mode: str
@@ -40,7 +37,7 @@ class FimDamage:
 
     @property
     def shares(self) -> tuple[float, float, float]:
-        """(changed, overflowed, lost_middle) as shares of segments, rows, segments."""
+        """changed, overflowed and lost_middle as shares."""
         segments = max(1, self.segments)
         return self.changed / segments, self.overflowed / max(1, self.rows), self.lost_middle / segments
 
@@ -53,9 +50,7 @@ def fim_damage(
     spm_share: float,
     seed: int = 0,
 ) -> tuple[FimDamage, FimDamage]:
-    """(released, exact) over token ids [n] of documents without start and end tokens. Raises DataError for fewer tokens
-    than a row.
-    """
+    """(released, exact) over documents without start and end tokens. Raises DataError for less than one row."""
     bos, eos = encoder.around()
     stream = np.concatenate([part for tokens in documents for part in (bos, tokens.astype(encoder.dtype), eos)])
     rows = (len(stream) - 1) // sequence_length
@@ -101,7 +96,7 @@ def _exact(
     spm_share: float,
     seed: int,
 ) -> FimDamage:
-    """Transform, join, cut into rows, join the rows again, and restore every document from what the rows hold."""
+    """Transform, join, cut into rows, join again, and restore every document."""
     ids, (bos, eos) = fim.fim_ids(encoder), encoder.around()
     draws, pieces = [], []
     for tokens in documents:
@@ -126,7 +121,7 @@ def _exact(
 
 
 def damage_lines(released: FimDamage, exact: FimDamage) -> list[str]:
-    """The table, the released scripts' own figures beside ours."""
+    """A table with the released scripts' own figures beside ours."""
     names = ("segments encoded otherwise", "rows that are cut", "segments without their fim_middle")
     lines = [f"{'':<34}{'released, theirs':>18}{'released, here':>16}{'exact':>8}"]
     for name, theirs, ours, none in zip(names, RELEASED_SHARES, released.shares, exact.shares, strict=True):

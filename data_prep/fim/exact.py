@@ -1,10 +1,8 @@
-"""Fill-in-the-middle, exact: a document's tokens cut at two positions and rearranged, before packing, so that it can be
-put back.
+"""Exact fill-in-the-middle: a document's tokens are cut at two positions and rearranged, before packing, reversibly.
 
-The cuts lie between tokens of the document as it was encoded. Nothing is decoded or encoded again, so a transformed
-document has exactly its own tokens and three control tokens more, and (mode, a, b) with the tokens give it back. The
-draw is a function of (seed, content, epoch) alone: no process, order or earlier draw changes it. By rows instead of
-documents: fim_context.py. What the released scripts did: fim_released.py.
+Cuts lie between tokens as encoded. Nothing is decoded or encoded again, so a transformed document has its own tokens
+and three control tokens, and (mode, a, b) restores it. The draw is a function of (seed, content, epoch) alone. By rows:
+context.py; as the released scripts did: released.py.
 
 | mode  | tokens, with P, S, M the control tokens fim_prefix, fim_suffix, fim_middle |
 |-------|----------------------------------------------------------------------------|
@@ -33,25 +31,20 @@ NUM_SENTINELS = 3  # tokens that a transformed document has more
 
 
 def fim_ids(encoder: TextEncoder) -> FimIds:
-    """The tokens that --fim-tokens names, else those spelled `<|fim_prefix|>` or `<fim_prefix>`. Raises DataError where
-    one is missing.
-    """
+    """The tokens named by --fim-tokens, else `<|fim_prefix|>` or `<fim_prefix>` and so on. Raises DataError."""
     if encoder.markers.fim is not None:
         return encoder.markers.fim
     prefix, middle, suffix, pad = (encoder.special_id(f"fim_{name}") for name in FimIds._fields)
     if prefix is None or middle is None or suffix is None:
         raise DataError(
-            "the tokenizer has no tokens <|fim_prefix|>, <|fim_middle|> and <|fim_suffix|>, or <fim_prefix> and so on: "
-            "name its own with "
-            f"--fim-tokens prefix,middle,suffix; {encoder.special_tokens()}"
+            "the tokenizer has no tokens <|fim_prefix|>, <|fim_middle|> and <|fim_suffix|>, or <fim_prefix> and so "
+            f"on: name its own with --fim-tokens prefix,middle,suffix; {encoder.special_tokens()}"
         )
     return FimIds(prefix, middle, suffix, pad)
 
 
 def check_markers(markers: Markers, encoder: TextEncoder | None, fim_mode: str | None) -> None:
-    """Raises DataError for tokens that a dataset needs and the tokenizer lacks. encoder: None where one is trained
-    here.
-    """
+    """Raises DataError for tokens that the tokenizer lacks. encoder: None where one will be trained."""
     if encoder is not None:
         if fim_mode is not None:
             ids = fim_ids(encoder)
@@ -63,14 +56,13 @@ def check_markers(markers: Markers, encoder: TextEncoder | None, fim_mode: str |
     if missing:
         shown = [name for name in known if "unused" not in name]
         raise DataError(
-            f"{missing[0]!r} is no token of the tokenizer that is trained here, which has {', '.join(shown)}; name one "
-            "of these "
-            "with --bos, --eos and --fim-tokens, or a tokenizer.json with --tokenizer"
+            f"{missing[0]!r} is no token of the tokenizer that is trained here, which has {', '.join(shown)}; name "
+            "one of these with --bos, --eos and --fim-tokens, or a tokenizer.json with --tokenizer"
         )
 
 
 def pad_id(ids: FimIds) -> int:
-    """The token with which fim_released.py fills short rows. Raises DataError where the tokenizer has none."""
+    """The token that fills short rows in released.py. Raises DataError where there is none."""
     if ids.pad is None:
         raise DataError(
             "--fim-mode released fills rows with a token fim_pad, which the tokenizer lacks: name one as the fourth of "
@@ -80,19 +72,18 @@ def pad_id(ids: FimIds) -> int:
 
 
 def draw(seed: int, content: bytes, epoch: int, rate: float, spm_share: float, num_tokens: int) -> tuple[int, int, int]:
-    """(mode, a, b) of a document: prefix [0, a), middle [a, b), suffix [b, num_tokens); (PLAIN, 0, 0) for the share 1 -
-    rate.
+    """(mode, a, b) of a document: prefix [0, a), middle [a, b), suffix [b, num_tokens). (PLAIN, 0, 0) for 1 - rate.
 
-    content: the document's hash. The digest SHA-256("fim <seed> <epoch> " + content) is four numbers below 2^64:
-    whether, SPM or PSM, and two positions of 0..num_tokens, each as likely as another (to num_tokens / 2^64), sorted.
-    Any of the three pieces may be empty. A document of no tokens stays plain; there is no other least length.
+    content: the document's hash. SHA-256("fim <seed> <epoch> " + content) gives four numbers below 2^64: whether, SPM
+    or PSM, and two positions of 0..num_tokens, uniform to num_tokens / 2^64, sorted. Parts may be empty. A document of
+    no tokens stays plain; there is no other minimum length.
     """
     mode, first, second = numbers(b"fim %d %d " % (seed, epoch) + content, rate, spm_share)
     return (PLAIN, 0, 0) if not num_tokens else (mode, *cuts(mode, first, second, num_tokens))
 
 
 def numbers(text: bytes, rate: float, spm_share: float) -> tuple[int, int, int]:
-    """The mode, and two numbers below 2^64 for the positions."""
+    """The mode, and two numbers below 2^64 from which positions follow."""
     digest = hashlib.sha256(text).digest()
     whether, which, first, second = (int.from_bytes(digest[start : start + 8]) for start in range(0, 32, 8))
     if whether >= rate * 2.0**64:
@@ -108,9 +99,7 @@ def cuts(mode: int, first: int, second: int, num_tokens: int) -> tuple[int, int]
 
 
 def transform(tokens: np.ndarray, mode: int, a: int, b: int, ids: FimIds) -> np.ndarray:
-    """Tokens [n] of a document without its end token -> [n + 3] in the same dtype; the same array for PLAIN. Raises
-    DataError.
-    """
+    """Tokens [n] without the end token -> [n + 3] in the same dtype; unchanged for PLAIN. Raises DataError."""
     if mode == PLAIN:
         return tokens
     _check(mode, a, b, len(tokens), tokens.dtype, ids)
@@ -120,10 +109,9 @@ def transform(tokens: np.ndarray, mode: int, a: int, b: int, ids: FimIds) -> np.
 
 
 def restore(tokens: np.ndarray, mode: int, a: int, b: int, ids: FimIds) -> np.ndarray:
-    """The document's own tokens [n], of [n + 3] as `transform` left them, its parts joined and the end token taken off.
+    """The document's own tokens [n], from the [n + 3] that `transform` made.
 
-    Raises DataError where they are not a document that was cut so: too short, or a control token is not where it must
-    be.
+    Raises DataError where they are too short, or a control token is not in its place.
     """
     if mode == PLAIN:
         return tokens
@@ -135,8 +123,7 @@ def restore(tokens: np.ndarray, mode: int, a: int, b: int, ids: FimIds) -> np.nd
         if tokens[place] != getattr(ids, name):
             raise DataError(
                 f"FIM record ({MODES[mode]}, {a}, {b}): token {place} is {tokens[place]}, not fim_{name} "
-                f"({getattr(ids, name)}): "
-                "give the whole document that the record is of, without its end token"
+                f"({getattr(ids, name)}): give the whole document that the record is of, without its end token"
             )
     _, s, m = places
     if mode == PSM:
@@ -149,8 +136,7 @@ def _check(mode: int, a: int, b: int, num_tokens: int, dtype: np.dtype, ids: Fim
     if mode not in (PSM, SPM) or not 0 <= a <= b <= num_tokens:
         raise DataError(
             f"FIM record ({mode}, {a}, {b}): is not of a document of {num_tokens} tokens: the mode must be {PLAIN}, "
-            f"{PSM} or {SPM} "
-            "and the cuts rise within it; give the whole document that the record is of"
+            f"{PSM} or {SPM} and the cuts rise within it; give the whole document that the record is of"
         )
     if (largest := max(ids[:3])) > np.iinfo(dtype).max:
         raise DataError(

@@ -1,28 +1,23 @@
-"""Fill-in-the-middle as CrystalCoder's data was really made, row by row after packing: for comparison, not for training
-anything new.
+"""Fill-in-the-middle as CrystalCoder's data was made, row by row after packing: for comparison, not for new training.
 
-Reproduces `fim_hdf5*.py` of LLM360/crystalcoder-data-prep, itself after EleutherAI/gpt-neox's branch FIM-clean. What a
-reader would get wrong: the repository's README says token level, its code cuts at characters; and Model Zoo's own later
-FIM, which saves the control tokens by cutting suffixes, was not used. Read in the released code, and done here
-- A row's S *inputs* are transformed; the last label, which is the next row's first input, is thrown away and made anew.
+Reproduces `fim_hdf5*.py` of LLM360/crystalcoder-data-prep, itself after EleutherAI/gpt-neox's branch FIM-clean. That
+repository's README says token level, but its code cuts at characters; Model Zoo's own later FIM, which saves the
+control tokens by cutting suffixes, was not used. As in the released code:
+- A row's S *inputs* are transformed; the last label, the next row's first input, is thrown away and made anew.
 - The inputs are split at eos. Each piece is transformed with probability `rate`: decoded, cut at two of its len(text) +
-  1 positions, and
-  its three parts encoded again, each by itself. So ids differ from the document's around a cut, and where a row begins
-  inside a character.
+  1 positions, and its three parts are encoded separately. So ids differ around a cut, and where a row begins inside a
+  character.
 - An empty piece between two ends loses its eos too. The piece after the last eos may be transformed though it is empty.
-- An eos follows the whole. The result is cut to S inputs and their labels: what is over is lost, and it is the row's
-  last document's
-  middle, the part to be filled in. A shorter result is filled up with fim_pad, which bears no loss.
-- So an unchanged row's last label is eos, though the text goes on.
+- An eos follows the whole, and the result is cut to S inputs and labels. What is lost is the end of the row's last
+  document: its middle, the part to be filled in. A shorter result is filled up with fim_pad, which bears no loss.
+- So an unchanged row's last label is eos, although the text continues.
 
-Ours, and not theirs
-- They seeded NumPy's global generator with seed + the number of a process or of a file in directory order, so the
-  result depended on how
-  many there were. Here the caller gives a generator for each row, and the draws are the same in distribution only.
-- They matched control tokens in text; here text that spells one stays text (tokenization.py).
+Different here:
+- They seeded NumPy's global generator with seed + a process or file number, so results depended on their number. Here
+  the caller gives a generator for each row; the draws have the same distribution only.
+- They matched control tokens in text; here text that spells one stays text (tokens/tokenization.py).
 - Where padding begins they have the label eos but the input fim_pad. A row here is one sequence, so that input is eos
-  as well: no
-  label that bears loss comes after it.
+  as well; no label that bears loss follows it.
 """
 
 from __future__ import annotations
@@ -40,10 +35,10 @@ from weftrain.data_prep.tokens.tokenization import TextEncoder
 class ReleasedRow(NamedTuple):
     """tokens [S + 1], the last `padding` of them fim_pad and without loss; and what happened to the row's documents.
 
-    document_lengths: tokens of each document that the S + 1 given tokens reach into, in order, 0 where nothing is left
-    of it; with padding they are S + 1. overflowed: there was more than S + 1, and it is lost. segments: pieces that FIM
-    was drawn for. segments_changed: of these, whose own tokens cannot be put together again from the row, being encoded
-    otherwise (segments_encoded_anew) or cut. lost_middle: of these, whose fim_middle was cut off.
+    document_lengths: tokens left of each document in the row, in order; with padding they sum to S + 1. overflowed: the
+    row was cut. segments: pieces that FIM was drawn for; segments_changed: those that cannot be restored from the row,
+    because they were encoded differently (segments_encoded_anew) or cut; lost_middle: those whose fim_middle was cut
+    off.
     """
 
     tokens: np.ndarray
@@ -57,9 +52,7 @@ class ReleasedRow(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    """A piece of the row's inputs between ends. parts: texts of prefix, middle and suffix where FIM was drawn for
-    it.
-    """
+    """A piece of a row's inputs between ends. parts: prefix, middle and suffix as text, where FIM was drawn."""
 
     tokens: np.ndarray
     ends: bool  # with eos, which is not among the tokens
@@ -70,9 +63,7 @@ class _Segment(NamedTuple):
 def released_row(
     tokens: np.ndarray, encoder: TextEncoder, ids: FimIds, rate: float, spm_share: float, random: np.random.Generator
 ) -> ReleasedRow:
-    """One packed row of tokens [S + 1] -> the row that the released scripts make of it. random: seeded by (seed, row).
-    Raises DataError.
-    """
+    """Transform one packed row [S + 1] as the released scripts do. random: seeded by (seed, row). Raises DataError."""
     pad = pad_id(ids)
     end = encoder.markers.separator
     segments = [_drawn(piece, ends, encoder, rate, spm_share, random) for piece, ends in _pieces(tokens[:-1], end)]
@@ -106,9 +97,7 @@ def released_row(
 
 
 def _pieces(inputs: np.ndarray, eos_id: int) -> Iterator[tuple[np.ndarray, bool]]:
-    """What lies between the ends of inputs [S], and whether an end follows; last what follows the last end, perhaps
-    nothing.
-    """
+    """The pieces between the ends in inputs [S], and whether an end follows each; the last may be empty."""
     start = 0
     for end in np.flatnonzero(inputs == eos_id).tolist():
         yield inputs[start:end], True
@@ -119,7 +108,7 @@ def _pieces(inputs: np.ndarray, eos_id: int) -> Iterator[tuple[np.ndarray, bool]
 def _drawn(
     tokens: np.ndarray, ends: bool, encoder: TextEncoder, rate: float, spm_share: float, random: np.random.Generator
 ) -> _Segment:
-    """Whether, where and in which order, drawn in this order; nothing is drawn for an empty piece that has an end."""
+    """Draw whether, where and in which order; nothing is drawn for an empty piece that has an end."""
     if (ends and not len(tokens)) or random.random() >= rate:
         return _Segment(tokens, ends, (), False)
     text = encoder.decode(tokens)

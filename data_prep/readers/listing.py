@@ -167,9 +167,8 @@ def _list_path(system: FileSystem, path: str, address: str, wanted: Wanted, foun
         _take(system, entry, entry.name, wanted.source or entry.name, wanted, found, below=False)
     elif entry is not None:
         raise DataError(
-            f"{rules.printable_name(address)}: is not a regular file, and inputs are read several times; write it to a "
-            "file first, or pipe "
-            "it into `weftrain prep -`"
+            f"{rules.printable_name(address)}: is not a regular file, and inputs are read several times; write it to "
+            "a file first, or pipe it into `weftrain prep -`"
         )
     elif is_pattern(path):
         fixed = fixed_folder(path)
@@ -193,8 +192,7 @@ def _list_folder(system: FileSystem, path: str, name: str, address: str, wanted:
     if holds_dataset(system.address(path)):
         raise DataError(
             f"{rules.printable_name(system.address(path))}: is a dataset that weftrain made; add inputs to it with "
-            "--grow, or name its "
-            "folder train to prepare its rows again"
+            "--grow, or name its folder train to prepare its rows again"
         )
     suffixes = tuple(rules.spelled_suffix(suffix) for suffix in wanted.suffixes)
     source = wanted.source or name.rpartition("/")[2]
@@ -256,16 +254,14 @@ def _reason_by_name(entry: Entry, address: str, suffixes: tuple[str, ...]) -> st
     if suffix in rules.UNFINISHED:
         if rules.looks_like_data(last[: -len(suffix)]):
             raise DataError(
-                f"{rules.printable_name(address)}: looks like an unfinished download or copy; finish it, remove it, or "
-                "say with --suffix "
-                "which files are read"
+                f"{rules.printable_name(address)}: looks like an unfinished download or copy; finish it, remove it, "
+                "or say with --suffix which files are read"
             )
         return "unfinished file"
     if suffix in rules.ARCHIVES and rules.looks_like_data(last[: -len(suffix)]):
         raise DataError(
-            f"{rules.printable_name(address)}: holds data in a compression that is not read; decompress it (or use .gz "
-            "or .zst), or say "
-            "with --suffix which files are read"
+            f"{rules.printable_name(address)}: holds data in a compression that is not read; decompress it (or use "
+            ".gz or .zst), or say with --suffix which files are read"
         )
     return None
 
@@ -343,8 +339,7 @@ def _check_json(where: str, text_key: str, content: JsonContent, kind: str, belo
     elif not below:
         raise DataError(
             f"{where}: is JSON without a field {text_key!r}{fields}; say what it is: --format jsonl (an object a "
-            "line), json "
-            "(an array of objects) or text (one text as it is), or name the field with --text-key"
+            "line), json (an array of objects) or text (one text as it is), or name the field with --text-key"
         )
 
 

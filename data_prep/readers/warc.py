@@ -70,8 +70,7 @@ def warc_records(index: int, file: InputFile, share: Share, options: ReadOptions
             if kind in _HTML:
                 raise DataError(
                     f"{file.address}: record {number:,} holds HTML, whose text is not extracted here; name the WET "
-                    "file of the same pages, "
-                    "or extract the text first, with datatrove's Trafilatura for instance"
+                    "file of the same pages, or extract the text first, with datatrove's Trafilatura for instance"
                 )
             documents += 1
             try:

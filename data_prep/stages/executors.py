@@ -135,8 +135,7 @@ class LocalExecutor:
             self.close()
             raise DataError(
                 f"stage {stage.name}: a worker process died, most likely for want of memory; run again with fewer "
-                "--workers: "
-                "what was done is kept"
+                "--workers: what was done is kept"
             ) from None
         except BaseException:  # an error or a signal: the other workers' results are not needed any more
             for child in multiprocessing.active_children():
@@ -200,9 +199,8 @@ class TaskExecutor:
             elif time.monotonic() - seen > self.patience_s:
                 members = sorted({index % self.of for index in left})
                 raise DataError(
-                    f"stage {stage.name}: waited {self.patience_s:g} s for {len(left)} tasks of members {members[:8]}: "
-                    "start these again "
-                    f"(--index), what was done is kept in {plan.folder}"
+                    f"stage {stage.name}: waited {self.patience_s:g} s for {len(left)} tasks of members "
+                    f"{members[:8]}: start these again (--index), what was done is kept in {plan.folder}"
                 )
             else:
                 time.sleep(_POLL_SECONDS)

@@ -88,8 +88,7 @@ def marker_ids(tokenizer: Tokenizer, markers: Markers, where: str) -> MarkerIds:
         if eos is None:
             raise DataError(
                 f"{where}: has no token {' or '.join(EOS_CANDIDATES)} to end a document with; name its end token with "
-                "--eos "
-                f"(--eos {NO_EOS} --bos TOKEN: documents begin with a token and have no other); "
+                f"--eos (--eos {NO_EOS} --bos TOKEN: documents begin with a token and have no other); "
                 f"{token_names(tokenizer)}"
             )
     elif markers.eos != NO_EOS:
