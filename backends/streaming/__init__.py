@@ -1,9 +1,9 @@
-"""Weight streaming: trains what fits neither the device's memory nor the machine's, with exactly the numbers of
-ordinary training.
+"""Weight streaming: trains models that do not fit the device's memory, or the machine's, with the results of ordinary
+training.
 
 A schedule of our own for any torch device (docs/weight-streaming.md); its speed says nothing about any vendor's system.
-With a file tier the *store* is the run's state: it stands at the last completed step whatever killed the process, and a
-run continues from it; checkpoints are exports.
+With a file tier the *store* is the run's state: after a crash the run continues from its last completed step;
+checkpoints are exports.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class StreamingBackend(PlainBackend):
         """Raises BackendError: no such device, too little room, a store in use, damaged or of another recipe."""
         from weftrain.backends.streaming.communicator import Communicator
         from weftrain.backends.streaming.engine import StreamingRun
-        from weftrain.backends.streaming.replicas.leader import Leader
+        from weftrain.backends.streaming.replicas.leader import ReplicaLeader
         from weftrain.backends.streaming.replicas.rendezvous import agreement
 
         refuse_numerics(job.recipe, self.name, "adds what its replicas send, in their order")
@@ -64,9 +64,11 @@ class StreamingBackend(PlainBackend):
             communicator = Communicator()
             if replicas > 1 or options.open_to_replicas:
                 if job.folder is None:
-                    raise BackendError("replicas meet in the run's folder, and this run has none: set batch.replicas=1")
+                    raise BackendError(
+                        "replicas find each other in the run's folder, and this run has none: set batch.replicas=1"
+                    )
                 sharded, timeout_s = options.sharded, options.timeout_s
-                communicator = Leader(job.folder, agreement(job), replicas, device, sharded, timeout_s, job.stop)
+                communicator = ReplicaLeader(job.folder, agreement(job), replicas, device, sharded, timeout_s, job.stop)
             return StreamingRun(job, options, device, store, communicator)
         except BaseException:
             store.close()
@@ -79,9 +81,9 @@ class StreamingBackend(PlainBackend):
         pass
 
     def run_worker(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
-        """Be a replica of a run until it ends, or until this process is asked to stop and rank 0 grants it.
+        """Be a replica of a run until it ends, or until this process is asked to stop and rank 0 lets it leave.
 
-        Raises BackendError if no run admits this process within wait_s, or if rank 0 is lost.
+        Raises BackendError if no run admits this process within wait_s, or if rank 0 fails.
         """
         from weftrain.backends.streaming.engine import StreamingRun
         from weftrain.backends.streaming.replicas.worker import carry_out_commands, join_run
@@ -101,7 +103,7 @@ class StreamingBackend(PlainBackend):
             run.close()
 
     def stored_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> StoredState | None:
-        """See Backend.stored_state: that of a file tier's store, unless it was only filled."""
+        """See Backend.stored_state: that of a file tier's store, if it has been trained since it was filled."""
         from weftrain.backends.streaming.state import result_from_json
         from weftrain.backends.streaming.store.file import holds_no_store, read_commit
 
@@ -136,7 +138,7 @@ def _options(job: Job) -> StreamingOptions:
 
 
 def _prepared_device(job: Job) -> torch.device:
-    """The device that the options name, after this process was given its threads and allocator."""
+    """The device that the options name; also sets this process's threads and allocator."""
     from weftrain.kernels.host_memory import return_freed_memory
 
     options = _options(job)

@@ -1,38 +1,63 @@
-"""What a CUDA device needs beside its computation: copies on streams of their own, and activations kept in the host's
-memory.
+"""Copies between the device and the host: none on a CPU; on a CUDA device they run beside the computation.
 
-Not run on any GPU yet. What a reader would get wrong: the host runs ahead of the device. So a slot is written only
-after the device has used it (`used` to `copying`), and host memory is read into again only after it was copied
+The CUDA part has not been run on a GPU yet. There the host runs ahead of the device, so a slot is overwritten only
+after the device has used it (`used` to `copying`), and the host memory that it was filled from only after the copy
 (`wait_until_copied`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from weftrain.backends.streaming.communicator import Gradients
 
-class Streams:
-    """Weights come in on one stream, gradients leave on another."""
+
+class Copies:
+    """For a CPU: weights and gradients are in host memory already."""
+
+    def pinned(self, memory: Tensor) -> Tensor:
+        """Host memory, locked in place if a device copies from it."""
+        return memory
+
+    def copying(self, slot: int) -> AbstractContextManager[None]:
+        """Around copies into a slot: they follow its last use, and later computation waits for them."""
+        return contextlib.nullcontext()
+
+    def used(self, slot: int) -> None:
+        """All computation that reads the slot has been requested."""
+
+    def wait_until_copied(self, slot: int) -> None:
+        """Wait until the host memory that the slot was filled from may be overwritten."""
+
+    def to_host(self, gradients: Gradients, write: Callable[[Gradients], None]) -> None:
+        """Call `write` with the gradients in host memory, at once or later."""
+        write(gradients)
+
+    def finish(self) -> None:
+        """Wait until all gradients have been written."""
+
+
+class CudaCopies(Copies):
+    """Weights arrive on one stream, gradients leave on another."""
 
     def __init__(self, device: torch.device) -> None:
         self._incoming, self._outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._used: dict[int, torch.cuda.Event] = {}
         self._copied: dict[int, torch.cuda.Event] = {}
+        self._leaving: list[tuple[Gradients, torch.cuda.Event, Callable[[Gradients], None]]] = []
 
-    def pin(self, memory: Tensor) -> None:
-        """Lock host memory in place, so that copies from it run beside the computation. Raises RuntimeError where CUDA
-        refuses.
-        """
+    def pinned(self, memory: Tensor) -> Tensor:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        return memory
 
     @contextlib.contextmanager
     def copying(self, slot: int) -> Iterator[None]:
-        """Copies into a slot, after its last use; computation that is enqueued later waits for them."""
         if slot in self._used:
             self._incoming.wait_event(self._used[slot])
         with torch.cuda.stream(self._incoming):
@@ -42,34 +67,38 @@ class Streams:
         torch.cuda.current_stream().wait_event(self._copied[slot])
 
     def used(self, slot: int) -> None:
-        """All that reads the slot has been enqueued."""
         self._used[slot] = torch.cuda.Event()
         self._used[slot].record()
 
     def wait_until_copied(self, slot: int) -> None:
-        """The host memory that the slot was filled from may be overwritten."""
         if slot in self._copied:
             self._copied[slot].synchronize()
 
-    def to_host(self, gradients: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event]:
-        """Pinned copies of gradients on the host, and the event after which they are there."""
+    def to_host(self, gradients: Gradients, write: Callable[[Gradients], None]) -> None:
+        """Written one call later, so that the copy runs beside the next record's backward."""
         self._outgoing.wait_stream(torch.cuda.current_stream())
-        arrived = torch.cuda.Event()
+        arrived, found = torch.cuda.Event(), {}
         with torch.cuda.stream(self._outgoing):
-            found = {}
             for name, gradient in gradients.items():
-                found[name] = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True).copy_(
-                    gradient, non_blocking=True
-                )
+                pinned = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True)
+                found[name] = pinned.copy_(gradient, non_blocking=True)
                 gradient.record_stream(self._outgoing)
             arrived.record(self._outgoing)
-        return found, arrived
+        self._leaving.append((found, arrived, write))
+        self._finish(keep=1)
+
+    def finish(self) -> None:
+        self._finish(keep=0)
+
+    def _finish(self, keep: int) -> None:
+        while len(self._leaving) > keep:
+            gradients, arrived, write = self._leaving.pop(0)
+            arrived.synchronize()
+            write(gradients)
 
 
 class Offload(torch.autograd.graph.saved_tensors_hooks):
-    """Keeps what autograd saves in the host's memory, except weights: a view of a slot is true again when the layer is
-    back.
-    """
+    """Keeps what autograd saves in host memory, except weights: views of a slot are valid again when its layer is."""
 
     def __init__(self, slots: set[int]) -> None:
         def pack(tensor: Tensor) -> tuple[Any, Tensor]:

@@ -1,5 +1,6 @@
-"""A training run over a store: weights come and go, activations stay, gradients leave, updates happen where the state
-is. A step is a schedule (schedule.py) that the executor carries out (executor.py) while a pass computes (passes.py).
+"""A training run over a store: one layer's weights at a time are on the device, activations stay there, gradients go to
+the store, and updates are made in the store's memory. A step is a schedule (schedule.py) that the executor carries out
+(executor.py) while a pass computes (passes.py).
 
 Results are bitwise those of the local backend because every operation is the same: the same kernels on the same shapes,
 micro-batches added in order, one norm for each parameter, AdamW element by element.
@@ -28,11 +29,11 @@ from weftrain.backends.common.step import (
     to_device,
 )
 from weftrain.backends.streaming.communicator import Communicator, Gradients
-from weftrain.backends.streaming.executor import Executor
+from weftrain.backends.streaming.executor import PassExecutor
 from weftrain.backends.streaming.options import StreamingOptions
 from weftrain.backends.streaming.passes import Computation, Pass
 from weftrain.backends.streaming.replicas import shards
-from weftrain.backends.streaming.state import Reader, TensorSource, initial_tensors, result_json
+from weftrain.backends.streaming.state import StateReader, TensorSource, initial_tensors, result_json
 from weftrain.backends.streaming.store.base import Completed, Pending, Store, no_trace
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.backends.streaming.trace import Trace
@@ -62,12 +63,12 @@ class StreamingRun:
             Spec("grad_norm", "optimizer", device.type, compute, attributes),
         ]
         self._selection = select(uses, recipe.kernels.preferences, recipe.kernels.pins)
-        with torch.device("meta"):  # the executor binds a record's weights when they are present
+        with torch.device("meta"):  # the executor binds a record's weights when it has loaded them
             model = Decoder(recipe.model, self._selection, residual_dtype=torch.float32)
         for name, table in zip(("cos", "sin"), rotary_tables(recipe.model), strict=True):
             model.register_buffer(name, table.to(device), persistent=False)
         adamw = self._selection.function("adamw", "optimizer")
-        self.executor = Executor(recipe, options, device, store, communicator, model, adamw, job.progress)
+        self.executor = PassExecutor(recipe, options, device, store, communicator, model, adamw, job.progress)
         self._micro_batches = recipe.batch.global_batch_size // recipe.batch.micro_batch_size
         self._computation = Computation(
             model,
@@ -125,8 +126,8 @@ class StreamingRun:
             yield replace(result, step_ms=(time.perf_counter() - start) * 1e3)
 
     def own_share(self, source: BatchSource, step: int) -> tuple[list[Tensor], dict[str, Tensor], LossScale, float]:
-        """This rank's micro-batches of a step. Returns the losses of all ranks' micro-batches, the gradients' norms if
-        this rank stores them, what the losses were divided by, and the seconds waited for rows.
+        """Compute this rank's micro-batches of a step. Returns the losses of all ranks' micro-batches, the gradients'
+        norms if this rank stores them, the loss scale, and the seconds waited for rows.
         """
         micro, begin = self._recipe.batch.micro_batch_size, time.perf_counter()
         mine = self.communicator.micro_batches(self._micro_batches)
@@ -134,18 +135,18 @@ class StreamingRun:
         waited_s = time.perf_counter() - begin
         scale = LossScale.of(self._recipe, self.communicator.sum(sum(batch.bearing_tokens for batch in batches)))
         rows = [to_device(batch, self._device) for batch in batches]
-        work = Pass(self._computation, rows, self.communicator, self.executor.spool, scale.divisor)
+        model_pass = Pass(self._computation, rows, self.communicator, self.executor.spool, scale.divisor)
         schedule = self.executor.schedule("step", read_ahead=step + 1 < self.job.plan.last_step)
-        self.executor.carry_out(schedule, work, shared=True)
-        return self.communicator.gather_losses(work.losses), work.norms, scale, waited_s
+        self.executor.carry_out(schedule, model_pass, shared=True)
+        return self.communicator.gather_losses(model_pass.losses), model_pass.norms, scale, waited_s
 
     # -- what rank 0 computes alone
 
-    def _lead(self, name: str, work: Pass | None) -> None:
-        """A pass in which rank 0 alone computes; ranks that own parts of the state bring them, or flush their own."""
+    def _lead(self, name: str, model_pass: Pass | None) -> None:
+        """A pass in which only rank 0 computes; ranks that own parts of the state provide them, or flush their own."""
         self.communicator.command_owners(do="pass", name=name)
         shared = self.communicator.sharded and name != "flush"
-        self.executor.carry_out(self.executor.schedule(name), work, shared=shared)
+        self.executor.carry_out(self.executor.schedule(name), model_pass, shared=shared)
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, Tensor]]:
         """See Run.gradients."""
@@ -158,9 +159,9 @@ class StreamingRun:
         parts = [slice_rows(batch, number * micro, micro) for number in range(self._micro_batches)]
         rows = [to_device(part, self._device) for part in parts]
         scale = LossScale.of(self._recipe, batch.bearing_tokens)
-        work = Pass(self._computation, rows, Communicator(), keep, scale.divisor)
-        self._lead("gradients", work)
-        loss = float(scale.mean(torch.stack(work.losses).sum()))
+        model_pass = Pass(self._computation, rows, Communicator(), keep, scale.divisor)
+        self._lead("gradients", model_pass)
+        loss = float(scale.mean(torch.stack(model_pass.losses).sum()))
         return loss, {spec.name: found[spec.name] for spec in parameter_specs(self._recipe.model)}
 
     def evaluate(self, source: EvaluationSource) -> EvalResult:
@@ -171,9 +172,9 @@ class StreamingRun:
             end = min(start + span, source.num_rows)
             batches = [source.rows(first, min(micro, end - first)) for first in range(start, end, micro)]
             rows = [to_device(batch, self._device) for batch in batches]
-            work = Pass(self._computation, rows, Communicator())
-            self._lead("evaluation", work)
-            total = sum((float(loss) for loss in work.losses), total)
+            model_pass = Pass(self._computation, rows, Communicator())
+            self._lead("evaluation", model_pass)
+            total = sum((float(loss) for loss in model_pass.losses), total)
             tokens += sum(int((labels >= 0).sum()) for _, labels, _ in rows)
         if tokens == 0:
             raise BackendError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
@@ -182,26 +183,24 @@ class StreamingRun:
     # -- state
 
     def export_state(self) -> State:
-        """See Run.export_state. Each tensor is read when it is asked for; what a caller still holds is read before the
-        run trains on.
-        """
+        """See Run.export_state. Each tensor is read on access, or before the run trains on."""
         self._snapshots.detach()
         self._flush()
-        reader, commit = Reader(self.store, self.communicator), self.store.committed
+        reader, commit = StateReader(self.store, self.communicator), self.store.committed
         tensors = self._snapshots.track(StateSnapshot(reader.shapes(), reader.read))
         return State(commit.step, commit.optimizer_updates, tensors)
 
     def _flush(self) -> None:
-        """Make the pending update on every tile, and wait until all is written."""
+        """Make the pending update on every tile, and wait until it is written."""
         # after a crash the ranks may stand at different tiles
         if self.communicator.sharded or self.executor.first_update() is not None:
             self._lead("flush", None)
         self.store.drain()
 
     def import_state(self, state: State) -> None:
-        """See Run.import_state. Parameters are read one at a time: a lazy state is never in memory as a whole."""
+        """See Run.import_state. Parameters are read one at a time, so a lazy state is never in memory as a whole."""
         tensors = state.tensors
-        check_state(tensors, Reader(self.store, self.communicator).shapes())
+        check_state(tensors, StateReader(self.store, self.communicator).shapes())
         self._snapshots.detach()
         self._fill(lambda plane, spec: tensors[f"{plane}/{spec.name}"], state.step, state.optimizer_updates)
 
@@ -224,11 +223,9 @@ class StreamingRun:
         return device_fingerprint("streaming", self._device, self._selection.manifest, more, recomputes=recomputes)
 
     def stats(self) -> dict[str, float]:
-        """Resident memory; and of the last step and what followed it, what the store moved and how long that was waited
-        for.
-        """
+        """Resident memory; and since the last step began, the bytes that the store moved, its time and the stalls."""
         measured = self.executor.measured
-        io_ms = measured.get("store_io_ms", 0.0)  # if nothing was moved, no share of it overlapped computation
+        io_ms = measured.get("store_io_ms", 0.0)  # 0: nothing was moved, so there is no overlap_share
         return {
             "memory_bytes": float(psutil.Process().memory_info().rss),
             "huge_page_bytes": float(huge_page_bytes()),
@@ -237,7 +234,7 @@ class StreamingRun:
         }
 
     def close(self) -> None:
-        """Close the store: durable, and free for the next process."""
+        """Make the store durable, and release it for the next process."""
         try:
             self._snapshots.detach()
             self.communicator.close()

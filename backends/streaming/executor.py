@@ -1,8 +1,8 @@
-"""Carries out a schedule: loads each record's weights, makes its pending updates, has the pass compute with it, spools
+"""Carries out a schedule: loads each record's weights, makes its pending update, has the pass compute with it, spools
 its gradients and frees its slot.
 
-A layer always comes back to the same memory, so nothing that autograd saved of its weights is packed or rebound: it is
-valid again when the layer's backward runs. Between `free` and the next load it is not.
+A layer's weights always return to the same memory, so views of them that autograd saved are valid again when the
+layer's backward runs. Between `free` and the next load they are not.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch import Tensor, nn
 
 from weftrain.backends.common.step import update
 from weftrain.backends.streaming.communicator import Communicator, Gradients
-from weftrain.backends.streaming.device import Offload, Streams
+from weftrain.backends.streaming.device import Copies, CudaCopies, Offload
 from weftrain.backends.streaming.options import StreamingOptions
 from weftrain.backends.streaming.passes import Pass
-from weftrain.backends.streaming.schedule import COMPUTING, LOADING, Event, Schedule, Scheduler
+from weftrain.backends.streaming.schedule import COMPUTING, LOADING, Event, PassSchedule, PassScheduler
 from weftrain.backends.streaming.state import PLANES, Progress
-from weftrain.backends.streaming.store.base import DTYPES, Store
+from weftrain.backends.streaming.store.base import Store
 from weftrain.backends.streaming.store.direct import aligned
 from weftrain.backends.streaming.store.layout import Record, Tile
-from weftrain.backends.streaming.store.planes import Work
+from weftrain.backends.streaming.store.planes import DTYPES, UpdateBuffers
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.model import Decoder
 from weftrain.core.optim import parameter_groups
 
 
-class Executor:
-    """For one store and one model. measured: bytes and times of the passes since it was last emptied."""
+class PassExecutor:
+    """For one store and one model. measured: bytes and times, summed over the passes since it was last cleared."""
 
     def __init__(
         self,
@@ -51,15 +51,14 @@ class Executor:
         self._options, self._device, self._communicator = options, device, communicator
         self._model, self._adamw, self._optimizer, self._progress = model, adamw, recipe.optimizer, progress
         self._groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer)}
-        # Weights that come from a disk, another rank or another device need a slot; others are used where they lie.
+        # Weights that come from a disk, another rank or another device need a slot; others are used in the store.
         copied = store.tier == "direct" or communicator.several or device.type != "cpu"
         self._layer_slots = min(options.layer_slots, len(store.layout.records) - 2) if copied else 0
-        self._scheduler = Scheduler(store.layout, store.tier, self._layer_slots, store.buffer_bytes)
+        self._scheduler = PassScheduler(store.layout, store.tier, self._layer_slots, store.buffer_bytes)
         self._slots: dict[int, Tensor] = {}
         self._host_slots: dict[int, Tensor] = {}
-        self._streams = Streams(device) if device.type == "cuda" else None
-        self._leaving: list[tuple[Record, Gradients, Any]] = []  # gradients on their way from a CUDA device
-        self._work = Work()
+        self._copies = CudaCopies(device) if device.type == "cuda" else Copies()
+        self._buffers = UpdateBuffers()
 
     # -- a pass
 
@@ -71,8 +70,8 @@ class Executor:
         self.store.drop_ahead()
         return None
 
-    def schedule(self, name: str, read_ahead: bool = False) -> Schedule:
-        """Of the next pass: a 'step', its 'gradients' alone, an 'evaluation', or a 'flush' of the pending update."""
+    def schedule(self, name: str, read_ahead: bool = False) -> PassSchedule:
+        """Of the next pass, by name: step, gradients (of a step, not stored), evaluation, flush (pending updates)."""
         first, self._scheduler.came_ahead = self.first_update(), self.store.has_read_ahead
         if name == "evaluation":
             return self._scheduler.evaluation(first)
@@ -80,14 +79,14 @@ class Executor:
             return self._scheduler.flush(first)
         return self._scheduler.step(first, spooling=name == "step", read_ahead=read_ahead)
 
-    def carry_out(self, schedule: Schedule, work: Pass | None, *, shared: bool) -> None:
-        """Do what a schedule says, in order, and check the bytes that the store moved. work: what computes; None on a
-        rank that only provides weights. shared: every rank takes part and gets the weights.
+    def carry_out(self, schedule: PassSchedule, model_pass: Pass | None, *, shared: bool) -> None:
+        """Carry out the events in order, and check the bytes that the store moved. model_pass: None if nothing is
+        computed on this rank. shared: every rank takes part and gets the weights.
         """
         store, begin = self.store, time.perf_counter()
         before = (store.bytes_read, store.bytes_written, store.io_s, store.stall_s)
         try:
-            computing_s = self._do(schedule, work, shared)
+            computing_s = self._do(schedule, model_pass, shared)
         except BaseException:
             self._communicator.abort()  # no rank may wait for this one
             raise
@@ -100,13 +99,13 @@ class Executor:
             "store_in_bytes": float(read),
             "store_out_bytes": float(written),
             "store_io_ms": io_s * 1e3,  # summed over reads and writes
-            "stall_ms": stall_s * 1e3,  # the part of it that computation waited for
+            "stall_ms": stall_s * 1e3,  # the part of it for which computation waited
             "compute_ms": computing_s * 1e3,
             "pass_ms": (time.perf_counter() - begin) * 1e3,
         }
         self.measured = {name: value + self.measured.get(name, 0.0) for name, value in found.items()}
 
-    def _do(self, schedule: Schedule, work: Pass | None, shared: bool) -> float:
+    def _do(self, schedule: PassSchedule, model_pass: Pass | None, shared: bool) -> float:
         """Returns the seconds of computation. A record is requested as soon as its slot is free."""
         to_request = deque(event for event in schedule.events if event.kind in ("update", "fetch"))
         occupied: set[int] = set()
@@ -116,8 +115,7 @@ class Executor:
             while to_request and (slot := self._scheduler.slot(to_request[0].record)) not in occupied:
                 occupied.add(slot)
                 self._request(to_request.popleft(), slot)
-            # everything else has been requested, and the first record has been updated
-            if ahead and not to_request and event.kind == "backward":
+            if ahead and not to_request and event.kind == "backward":  # all of this pass has been requested
                 ahead = False
                 self.store.read_ahead(self.store.layout.records[0])
             start = time.perf_counter()
@@ -126,22 +124,21 @@ class Executor:
             elif event.kind == "free":
                 occupied.discard(self._scheduler.slot(event.record))
                 self._free(event.record)
-            elif work is not None:
-                work(event)
+            elif model_pass is not None:
+                model_pass(event)
             end, computes = time.perf_counter(), event.kind in COMPUTING
             computing_s += end - start if computes else 0.0
             if event.kind != "free":
                 self.store.trace("compute" if computes else "move", str(event), start, end)
-        if work is not None:
-            work.end()
-        while self._leaving:
-            self._spool_oldest()
+        if model_pass is not None:
+            model_pass.end()
+        self._copies.finish()
         return computing_s
 
     # -- where weights are
 
     def _slot(self, record: Record) -> Tensor | None:
-        """The device memory for a record's weights, the same each time; None: they are used in the store's memory."""
+        """The device memory for a record's weights, always the same; None: they are used in the store's memory."""
         return None if self._layer_slots == 0 else self._memory(record, self._slots, self._device)
 
     def _target(self, record: Record) -> Tensor | None:
@@ -156,9 +153,7 @@ class Executor:
             sharing = [other for other in self.store.layout.records if self._scheduler.slot(other) == number]
             size = max(other.compute_bytes for other in sharing)
             if device.type == "cpu":
-                slots[number] = aligned(size)
-                if self._streams is not None:
-                    self._streams.pin(slots[number])
+                slots[number] = self._copies.pinned(aligned(size))
             else:
                 slots[number] = torch.empty(size, dtype=torch.uint8, device=device)
         return slots[number]
@@ -172,12 +167,11 @@ class Executor:
     # -- a record's visit
 
     def _request(self, event: Event, slot: int) -> None:
-        if self._streams is not None:
-            self._streams.wait_until_copied(slot)
+        self._copies.wait_until_copied(slot)
         self.store.prefetch(event.record, self._target(event.record), event.kind == "update")
 
     def _load(self, event: Event, shared: bool) -> None:
-        """Make a record's weights current and present; on all ranks if the pass is shared."""
+        """Update a record and bind its weights to the model; on all ranks if the pass is shared."""
         record, slot = event.record, self._slot(event.record)
         if event.kind == "resident" and slot is not None:
             return
@@ -193,7 +187,7 @@ class Executor:
 
     def _copy(self, record: Record, planes: list[Tensor], slot: Tensor) -> None:
         """Host to slot; on a CUDA device beside the computation of the record before."""
-        with contextlib.nullcontext() if self._streams is None else self._streams.copying(self._scheduler.slot(record)):
+        with self._copies.copying(self._scheduler.slot(record)):
             for tile, plane in zip(record.tiles, planes, strict=False):  # a rank without a store has none
                 place = slot[tile.slot_offset : tile.slot_offset + tile.compute_bytes]
                 place.copy_(plane.view(torch.uint8), non_blocking=True)
@@ -203,14 +197,14 @@ class Executor:
         specs = {spec.name: spec for spec in record.specs}
         for number, tile in enumerate(record.tiles):
             plane = planes[number] if slot is None else slot[tile.compute_offset :].view(DTYPES[tile.compute])
-            for piece in tile.pieces:
-                if piece.start:
+            for fragment in tile.fragments:
+                if fragment.start:
                     continue  # the rest of a tensor that began in an earlier tile: contiguous with it in the slot
-                spec = specs[piece.name]
-                # .data has a version counter of its own. Autograd's would say that the memory was written since a
-                # weight was saved, and it was, by another layer and then by this one again; that the weights are the
-                # same again is what the schedule ensures.
-                weight = plane[piece.offset : piece.offset + spec.size].view(spec.shape).data
+                spec = specs[fragment.name]
+                # .data has a version counter of its own. Autograd's counter would report that the memory was written
+                # after a weight was saved: by another layer, then by this one again. The schedule ensures that the
+                # weights are the same ones.
+                weight = plane[fragment.offset : fragment.offset + spec.size].view(spec.shape).data
                 parameter = self._model.get_parameter(spec.name)
                 if parameter.is_meta:
                     owner, _, attribute = spec.name.rpartition(".")
@@ -226,54 +220,43 @@ class Executor:
         scale = torch.tensor(pending.gradient_scale, dtype=torch.float32)
         for start, stop, stored, gradient in self.store.updating(tile):
             part = slice(start, stop)
-            numbers = self._work.load(stored, part)
-            flat = {**dict(zip(PLANES, numbers, strict=True)), "gradient": gradient}
+            fp32 = self._buffers.load(stored, part)
+            flat = {**dict(zip(PLANES, fp32, strict=True)), "gradient": gradient}
             if "copy" in stored:
                 flat["copy"] = stored["copy"][part]
             views: dict[str, dict[str, Tensor]] = {name: {} for name in flat}
             groups: dict[str, list[str]] = {}
-            for piece in tile.pieces:
-                here, _ = tile.owned_part(piece)
+            for fragment in tile.fragments:
+                here, _ = tile.owned_part(fragment)
                 first, last = max(here.start, start) - start, min(here.stop, stop) - start
                 if first < last:
-                    groups.setdefault(piece.group, []).append(piece.name)
-                    for name, numbers_of in flat.items():
-                        views[name][piece.name] = numbers_of[first:last]
+                    groups.setdefault(fragment.group, []).append(fragment.name)
+                    for name, tensor in flat.items():
+                        views[name][fragment.name] = tensor[first:last]
+            copies = views.get("copy")
             sets = [
-                (self._groups[group], names, [views["copy"][name] for name in names] if "copy" in views else None)
+                (self._groups[group], names, None if copies is None else [copies[name] for name in names])
                 for group, names in groups.items()
             ]
             rates, index = pending.learning_rates, pending.update_index
             update(self._adamw, sets, views, views["gradient"], self._optimizer, rates, index, scale)
-            self._work.save(stored, part, *numbers)
+            self._buffers.save(stored, part, *fp32)
 
     def spool(self, record: Record, gradients: Gradients) -> None:
-        """Send a record's gradients to the store; from a CUDA device one record later, so that the copy runs beside the
-        next record's backward.
-        """
-        if self._streams is None:
-            self._write_gradients(record, gradients)
-            return
-        self._leaving.append((record, *self._streams.to_host(gradients)))
-        while len(self._leaving) > 1:
-            self._spool_oldest()
+        """Send a record's gradients to the store."""
 
-    def _spool_oldest(self) -> None:
-        record, gradients, arrived = self._leaving.pop(0)
-        arrived.synchronize()
-        self._write_gradients(record, gradients)
+        def write(gradients: Gradients) -> None:
+            for tile in record.tiles:
+                self.store.spool(tile, gradients)
 
-    def _write_gradients(self, record: Record, gradients: Gradients) -> None:
-        for tile in record.tiles:
-            self.store.spool(tile, gradients)
+        self._copies.to_host(gradients, write)
 
     def _free(self, record: Record) -> None:
-        """The slot may be reused; poison_freed_slots makes sure that nothing reads it any more."""
+        """The slot may be reused; poison_freed_slots shows if anything still reads it."""
         slot = self._slot(record)
-        if self._streams is not None:
-            self._streams.used(self._scheduler.slot(record))
+        self._copies.used(self._scheduler.slot(record))
         if self._options.poison_freed_slots and slot is not None:
-            self.store.drain()  # what is still being written from the slot
+            self.store.drain()  # writes out of the slot
             slot.fill_(0xFF)  # NaN in every float type
 
     def close(self) -> None:

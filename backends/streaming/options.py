@@ -1,5 +1,5 @@
-"""The options of the streaming backend, and what follows from them and a recipe: the store's layout and folder, the
-number of layer slots and the size of the I/O buffers.
+"""The options of the streaming backend, and what a recipe and they determine: the store's layout and folder, the number
+of layer slots and the size of the I/O buffers.
 """
 
 from __future__ import annotations
@@ -9,30 +9,29 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from weftrain.backends.streaming.store.layout import FormatName, Layout, make_layout
+from weftrain.backends.streaming.store.layout import Layout, make_layout
+from weftrain.backends.streaming.store.state_format import FormatName
 from weftrain.core.config import CompileOption, Recipe, Threads, TimeoutS
 from weftrain.core.formats.strict_model import Count, PositiveInt
 
 
 class StreamingOptions(CompileOption):
-    """backend.options of the streaming backend."""
-
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Threads = 0  # CPU threads; 0: torch's own choice
-    # on a CPU: activations in huge pages that the process keeps; false: less memory, slower, bitwise the same results
+    # on a CPU: activations in huge pages that the process keeps; false: less memory, slower, bitwise identical results
     huge_pages: bool = True
     # recompute: only a block's input is kept, and the block runs again in backward
     activations: Literal["keep", "recompute"] = "keep"
     # with activations=keep on a CUDA device: what autograd saves is kept in host memory
     offload_activations: bool = False
-    tier: Literal["ram", "mapped", "direct"] = "ram"  # where the state lies: see store/base.py
+    tier: Literal["ram", "mapped", "direct"] = "ram"  # where the state is kept: see store/base.py
     store: str | None = None  # folder of a file tier; null: `store` in the run's folder
     state_format: FormatName = "fp32"
     layer_slots: Annotated[int, Field(ge=2)] = 3  # tier direct: layers whose weights are in memory at once
-    # tier direct: buffers for state in flight, and as much again for gradients; 0: enough for layer_slots layers
+    # tier direct: I/O buffers for state, and as much again for gradients; 0: enough for layer_slots layers
     buffer_mib: Count = 0
     tile_elements: PositiveInt = 1 << 23  # parameters that are read and written at once
-    memory_limit_mib: Count = 0  # refuse to start what would need more; 0: the machine's available memory
+    memory_limit_mib: Count = 0  # a run that would need more is refused; 0: the machine's available memory
     trace_steps: Count = 0  # first steps whose timeline goes to trace.json in the run's folder
     open_to_replicas: bool = False  # let replicas join while it trains, even if batch.replicas is 1
     # who owns the store. central: rank 0; sharded: each rank owns a part of every tile
@@ -78,7 +77,7 @@ def layer_slots(recipe: Recipe, options: StreamingOptions) -> int:
 
 
 def buffer_bytes(layout: Layout, options: StreamingOptions) -> int:
-    """Buffers for state in flight: the option, or `layer_slots` layers' (at least four tiles, at most 1 GiB)."""
+    """I/O buffers for state: as the option says, or `layer_slots` layers (at least four tiles, at most 1 GiB)."""
     layers = [sum(tile.bytes + tile.gradient_bytes for tile in record.tiles) for record in layout.records[1:-1]]
     tile = max(tile.bytes + tile.gradient_bytes for tile in layout.tiles)
     return options.buffer_mib << 20 or max(4 * tile, min(options.layer_slots * max(layers), 1 << 30))

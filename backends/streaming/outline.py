@@ -1,5 +1,5 @@
-"""What `weftrain show --backend streaming` prints: the options, what they take, and the timeline of a step with every
-byte that the store moves.
+"""What `weftrain show --backend streaming` prints: options, sizes, and a step's events with the bytes that the store
+moves.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from weftrain.backends.streaming.options import StreamingOptions, layout_of
 from weftrain.backends.streaming.planner import middle_step, needs
-from weftrain.backends.streaming.schedule import Event, Schedule
+from weftrain.backends.streaming.schedule import Event, PassSchedule
 from weftrain.core.config import Recipe
 
 _LABELS = {"update": "update and forward", "resident": "in place"}
@@ -29,8 +29,8 @@ def outline(recipe: Recipe, options: StreamingOptions) -> list[str]:
     ]
 
 
-def draw(schedule: Schedule, width: int = 100) -> Iterator[str]:
-    """The timeline as text: one line for each run of like events, with the bytes that the store moves during it."""
+def draw(schedule: PassSchedule, width: int = 100) -> Iterator[str]:
+    """The schedule as text: one line for consecutive events of a kind, with the bytes that the store moves."""
     most = max((event.bytes_read + event.bytes_written for event in schedule.events), default=0) or 1
     marks_are = "one mark a record: # state and gradient, + weights, = gradient, . nothing"
     yield f"{'':24}{'read':>12} {'written':>12}   {marks_are}"
@@ -38,7 +38,7 @@ def draw(schedule: Schedule, width: int = 100) -> Iterator[str]:
     for event in schedule.events:
         name = event.record.name.partition(".")[0]
         if event.kind in ("free", "forward", "spool") or (event.kind == "backward" and name == "layers"):
-            continue  # drawn with the event that loaded the record, or beside it
+            continue  # drawn in the line of the event that loaded the record
         label = f"{_LABELS.get(event.kind, event.kind)} {name}"
         if not lines or lines[-1][0] != label:
             lines.append((label, []))

@@ -1,8 +1,7 @@
-"""What one pass over the model computes with a record while its weights are present. The executor loads the records and
-calls the pass by event.
+"""What one pass over the model computes. The executor loads the records' weights and calls the pass with each event.
 
-The graph is cut at every block: a block's input is a leaf of its own and its backward is requested by itself, so its
-weights need to be present only then.
+The autograd graph is cut at every block: a block's input is a leaf, and its backward is a call of its own, so its
+weights need to be present only during that call.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ class Computation:
 
     model: Decoder
     segments: Sequence[nn.Module]  # one a record
-    segment: Callable[..., Tensor]  # how a block or the head is called in training: as it is, or compiled
+    call: Callable[..., Tensor]  # calls a block or the head in training: plain or compiled
     grad_norm: Callable[..., Any]
-    keep_activations: bool  # False: a block's input is kept, and the block runs again in backward
+    keep_activations: bool  # False: only a block's input is kept, and the block runs again in backward
     accumulate: bool  # the global batch has several micro-batches: their gradients are added in fp32
-    saved_tensors: Callable[[], AbstractContextManager[Any]]  # where autograd keeps what it saves of a block
+    saved_tensors: Callable[[], AbstractContextManager[Any]]  # decides where autograd keeps what it saves of a block
 
 
 class Pass:
-    """One pass. finish: gets each record's gradients; None: evaluation, without gradients.
+    """One pass. finish: receives each record's gradients; None: an evaluation, without gradients.
 
-    divisor: of the sum of token losses, in training. The losses of an evaluation are sums.
+    divisor: in training, what the sum of token losses is divided by. The losses of an evaluation are sums.
     """
 
     def __init__(
@@ -53,10 +52,10 @@ class Pass:
     ) -> None:
         self._with, self._rows, self._communicator, self._divisor = computation, rows, communicator, divisor
         self._store_gradients, self._training = finish, finish is not None
-        self._x: list[Tensor] = []  # of each micro-batch: the residual stream, and in backward its gradient
-        # record -> (input, output, or None to compute it again) of each micro-batch
+        self._x: list[Tensor] = []  # for each micro-batch: the residual stream, and in backward its gradient
+        # record -> for each micro-batch (input, output); the output is None if it is recomputed
         self._graphs: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {}
-        # Of the current record: the sum so far; on a rank that adds to another's sum, each micro-batch by itself.
+        # The current record's gradients: the sum so far, or on ranks above 0 each micro-batch's own.
         self._parts: list[Gradients] = []
         self._head_use: Tensor | None = None
         self.losses: list[Tensor] = []
@@ -105,7 +104,7 @@ class Pass:
             tied = leaves[HEAD_USE] = nn.Parameter(tied.detach())
         for number, (_, labels, _) in enumerate(self._rows):
             x_in = self._x[number].detach().requires_grad_()
-            loss = self._with.segment(head, x_in, labels, tied) / self._divisor
+            loss = self._with.call(head, x_in, labels, tied) / self._divisor
             self._x[number] = self._differentiate(loss, x_in, leaves, None)
             self.losses.append(loss.detach())
 
@@ -126,7 +125,7 @@ class Pass:
         self._communicator.reduce(record, parts, self._finish)
 
     def _finish(self, record: Record, gradients: Gradients) -> None:
-        """With the sum over all micro-batches."""
+        """Store the sum over all micro-batches, and its norms."""
         if HEAD_USE in gradients:
             self._head_use = gradients.pop(HEAD_USE)
         if record.index == 0 and self._head_use is not None:
@@ -139,14 +138,14 @@ class Pass:
         return {spec.name: self._with.model.get_parameter(spec.name) for spec in record.specs}
 
     def _block(self, record: Record, x: Tensor, rows: Rows) -> Tensor:
-        segment = self._with.segment if self._training else call
-        return segment(self._with.segments[record.index], x, *self._with.model.rotary(x.shape[1]), rows[2])
+        run = self._with.call if self._training else call
+        return run(self._with.segments[record.index], x, *self._with.model.rotary(x.shape[1]), rows[2])
 
     def _differentiate(
         self, output: Tensor, x: Tensor | None, leaves: dict[str, Tensor], gradient: Tensor | None
     ) -> Tensor:
-        """The gradient of x. Those of `leaves` are added up, in the order of micro-batches, or kept until the sum of
-        the ranks before arrives.
+        """Returns the gradient of x. Those of `leaves` are added to the sum, in the order of micro-batches, or kept
+        apart until the sum of the ranks before this one arrives.
         """
         inputs = [*([] if x is None else [x]), *leaves.values()]
         found = list(torch.autograd.grad(output, inputs, gradient, allow_unused=True))

@@ -1,7 +1,7 @@
-"""What a run needs and how long a step takes, computed before anything starts.
+"""The memory and disk that a run needs and how long a step takes, computed before it starts.
 
-Memory and disk follow from the layout and are bounds to rely on. Times are a prediction from measured (or assumed)
-speeds: a step takes as long as the slowest of what runs at once, plus the first record's way in.
+Memory and disk follow from the layout and are upper bounds. Times are predicted from measured (or assumed) speeds: a
+step takes as long as the slowest of computation, disk and link, which overlap, plus the first record's read.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import replace
 import psutil
 
 from weftrain.backends.streaming.options import StreamingOptions, buffer_bytes, layer_slots, layout_of
-from weftrain.backends.streaming.schedule import Schedule, Scheduler
-from weftrain.backends.streaming.store.layout import ITEM_BYTES, Layout
+from weftrain.backends.streaming.schedule import PassSchedule, PassScheduler
+from weftrain.backends.streaming.store.layout import Layout
+from weftrain.backends.streaming.store.state_format import ITEM_BYTES
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.parameters import flops_per_token
@@ -33,8 +34,8 @@ def needs(recipe: Recipe, options: StreamingOptions, layout: Layout) -> Needs:
     layers = layout.records[1:-1]
     largest = max(record.size for record in layers)
     stream = tokens * model.hidden_size * 4
-    # What autograd keeps of a block, a token: the stream twice and the norms' results in fp32, q k v before and after
-    # rotation, and the FFN.
+    # Kept by autograd for each block and token: the residual stream twice and the norms' results in fp32, q k v before
+    # and after rotation, and the FFN.
     block = micro * (16 * model.hidden_size + item * (7 * model.hidden_size + 3 * model.intermediate_size))
     accumulated = 4 if recipe.batch.global_batch_size > recipe.batch.micro_batch_size else item
     head = layout.records[0] if model.tie_embeddings else layout.records[-1]
@@ -56,9 +57,9 @@ def needs(recipe: Recipe, options: StreamingOptions, layout: Layout) -> Needs:
     return Needs(parts, 0 if ram else layout.file_bytes)
 
 
-def middle_step(recipe: Recipe, options: StreamingOptions, layout: Layout) -> Schedule:
+def middle_step(recipe: Recipe, options: StreamingOptions, layout: Layout) -> PassSchedule:
     """A step in the middle of a run, which makes the update of the step before."""
-    scheduler = Scheduler(layout, options.tier, layer_slots(recipe, options), buffer_bytes(layout, options))
+    scheduler = PassScheduler(layout, options.tier, layer_slots(recipe, options), buffer_bytes(layout, options))
     return scheduler.step(first_update=0)
 
 
@@ -96,7 +97,7 @@ def predict(recipe: Recipe, options: StreamingOptions, speeds: Speeds) -> Predic
 
 
 def check_memory(recipe: Recipe, options: StreamingOptions, layout: Layout) -> None:
-    """Raises BackendError for a run that does not fit this machine's memory, with what would make it fit."""
+    """Raises BackendError for a run that does not fit this machine's memory, with remedies."""
     wanted = needs(recipe, options, layout)
     available, limited_by = _available_memory(options)
     if wanted.total_memory_bytes > available:
@@ -108,7 +109,7 @@ def check_memory(recipe: Recipe, options: StreamingOptions, layout: Layout) -> N
 
 
 def _available_memory(options: StreamingOptions) -> tuple[int, str]:
-    """Bytes of memory that a run may take, and the words that say what limits them."""
+    """Bytes of memory that a run may take, and for a message what limits them."""
     if options.memory_limit_mib:
         return options.memory_limit_mib << 20, "backend.options.memory_limit_mib allows"
     return psutil.virtual_memory().available, "are available"

@@ -1,9 +1,12 @@
-"""The order of events of a pass over the model, computed before it runs: which records are loaded, computed with and
-sent away, and how many bytes the store moves for each. No torch.
+"""The order of events of a pass over the model, computed before it runs, with the bytes that the store moves for each.
+No torch.
 
-    update    load a record with its state and gradient, apply the pending update, write the state back
-    fetch     load a record's weights alone       (resident: they are still there, or are used in the store's memory)
-    forward   loss   backward      compute         spool: write the gradient away      free: the slot may be reused
+    update      load a record's weights, state and gradient, make the pending update, write the state back
+    fetch       load a record's weights
+    resident    nothing to load: the weights are still in their slot, or are used in the store's memory
+    forward, loss, backward    compute with the record's weights
+    spool       write the record's gradient to the store
+    free        the record's slot may be reused
 
 The executor checks that each pass moves exactly the bytes of its schedule.
 """
@@ -33,13 +36,11 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Events in order: every `update`, `fetch` or `resident` before the computation that needs it, every `free` after
-    it.
-    """
+class PassSchedule:
+    """The events of one pass, in order."""
 
     events: tuple[Event, ...]
-    ahead_bytes: int = 0  # of the first record's state, read for the next step once everything else was requested
+    ahead_bytes: int = 0  # of the first record's state, read for the next step after all other requests
 
     @cached_property
     def bytes_read(self) -> int:
@@ -50,11 +51,11 @@ class Schedule:
         return sum(event.bytes_written for event in self.events)
 
 
-class Scheduler:
+class PassScheduler:
     """Builds the schedules of one layout.
 
-    layer_slots: slots that layers share; 0: weights are used in the store's memory. buffer_bytes: of tier direct, for
-    state in flight. came_ahead: the first record's state was read during the pass before.
+    layer_slots: slots that layers share; 0: weights are used in the store's memory. buffer_bytes: see Store.
+    came_ahead: the first record's state was read during the pass before.
     """
 
     def __init__(self, layout: Layout, tier: str, layer_slots: int, buffer_bytes: int) -> None:
@@ -64,20 +65,19 @@ class Scheduler:
         self.came_ahead = False
 
     def slot(self, record: Record) -> int:
-        """The number of a record's slot: embedding and head have one each, layers share the others in turn.
-
-        It never changes, so what autograd saved of a weight is valid again as soon as the record is back.
+        """The number of a record's slot, which never changes: embedding and head have one each, layers share the
+        others in turn.
         """
         if record.index in (0, len(self._layout.records) - 1):
             return min(record.index, 1)
         return 2 + (record.index - 1) % max(self._layer_slots, 1)
 
-    def step(self, first_update: int | None, spooling: bool = True, read_ahead: bool = False) -> Schedule:
-        """One training step. first_update: the first tile that still needs the last step's update. spooling: gradients
+    def step(self, first_update: int | None, spooling: bool = True, read_ahead: bool = False) -> PassSchedule:
+        """One training step. first_update: the first tile whose update by the last step is pending. spooling: gradients
         go to the store.
         """
         embedding, *layers, head = self._layout.records
-        last_freed = len(layers) - self._layer_slots  # later layers stay for their backward
+        last_freed = len(layers) - self._layer_slots  # later layers stay in their slots until their backward
         events: list[Event] = []
         for record in (embedding, *layers):
             events += [self._load(record, first_update), Event("forward", record)]
@@ -90,21 +90,21 @@ class Scheduler:
             events += [Event("resident", record) if stayed else self._load(record, None), Event("backward", record)]
             events += [self._spool(record, spooling), Event("free", record)]
         events += [Event("backward", embedding), self._spool(embedding, spooling), Event("free", embedding)]
-        return Schedule(tuple(events), sum(self._ahead.values()) if read_ahead else 0)
+        return PassSchedule(tuple(events), sum(self._ahead.values()) if read_ahead else 0)
 
-    def evaluation(self, first_update: int | None) -> Schedule:
+    def evaluation(self, first_update: int | None) -> PassSchedule:
         """A forward pass with the loss."""
         embedding, *layers, head = self._layout.records
         events = [self._load(embedding, first_update), Event("forward", embedding)]
         for record in layers:
             events += [self._load(record, first_update), Event("forward", record), Event("free", record)]
         events += [self._load(head, first_update), Event("loss", head), Event("free", head), Event("free", embedding)]
-        return Schedule(tuple(events))
+        return PassSchedule(tuple(events))
 
-    def flush(self, first_update: int | None) -> Schedule:
+    def flush(self, first_update: int | None) -> PassSchedule:
         """The pending update of every record that needs it, and no computation."""
         pairs = [(self._load(record, first_update), Event("free", record)) for record in self._layout.records]
-        return Schedule(tuple(event for load, free in pairs if load.kind == "update" for event in (load, free)))
+        return PassSchedule(tuple(event for load, free in pairs if load.kind == "update" for event in (load, free)))
 
     def _load(self, record: Record, first_update: int | None) -> Event:
         due = [tile for tile in record.tiles if first_update is not None and tile.index >= first_update]

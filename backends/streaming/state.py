@@ -1,6 +1,4 @@
-"""State in and out of a store: fp32 tensors by canonical name on one side, tiles on the other, never the whole model at
-once.
-"""
+"""State in and out of a store: from and to fp32 tensors by canonical name, never the whole model at once."""
 
 from __future__ import annotations
 
@@ -12,9 +10,9 @@ import torch
 from torch import Tensor
 
 from weftrain.backends.streaming.communicator import Communicator
-from weftrain.backends.streaming.store.base import DTYPES, Store
-from weftrain.backends.streaming.store.layout import Piece, Tile
-from weftrain.backends.streaming.store.planes import Work
+from weftrain.backends.streaming.store.base import Store
+from weftrain.backends.streaming.store.layout import Fragment, Tile
+from weftrain.backends.streaming.store.planes import DTYPES, Planes, UpdateBuffers
 from weftrain.core.backend import Job, StepResult
 from weftrain.core.model import draw
 from weftrain.core.parameters import ParameterSpec
@@ -39,8 +37,8 @@ def initial_tensors(job: Job) -> TensorSource:
 def fill(
     store: Store, source: TensorSource, step: int, optimizer_updates: int, progress: Progress, *, set_aside: bool
 ) -> None:
-    """Write every tile, one after the other; each parameter is requested once. A crash midway leaves a store that holds
-    no state. set_aside: keep a trained state that the store holds under another name.
+    """Write every tile; each parameter is requested once. A crash midway leaves a store that holds no state. set_aside:
+    see Store.begin_filling.
     """
     store.begin_filling(set_aside=set_aside)
     for record in store.layout.records:
@@ -48,44 +46,44 @@ def fill(
         specs = {spec.name: spec for spec in record.specs}
         name, tensors = "", dict.fromkeys(PLANES, torch.empty(0))
         for tile in record.tiles:
-            numbers = {plane: torch.zeros(len(tile.owned), dtype=torch.float32) for plane in PLANES}
-            for piece in tile.pieces:
-                if piece.name != name:
-                    name = piece.name
+            fp32 = {plane: torch.zeros(len(tile.owned)) for plane in PLANES}
+            for fragment in tile.fragments:
+                if fragment.name != name:
+                    name = fragment.name
                     found = {plane: source(plane, specs[name]) for plane in PLANES}
                     tensors = {plane: item.detach().reshape(-1) for plane, item in found.items() if item is not None}
-                here, there = tile.owned_part(piece)
+                here, there = tile.owned_part(fragment)
                 for plane, tensor in tensors.items():
-                    numbers[plane][here].copy_(tensor[there])
-            store.write_state(tile, _planes(tile, numbers))
+                    fp32[plane][here].copy_(tensor[there])
+            store.write_state(tile, _planes(tile, fp32))
     store.end_filling(step, optimizer_updates)
 
 
-def _planes(tile: Tile, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A tile's planes from the fp32 weights and moments of its owned elements, which are used up."""
+def _planes(tile: Tile, fp32: dict[str, Tensor]) -> Planes:
+    """A tile's planes from the fp32 weights and moments of its owned elements, which are overwritten."""
     planes = {
         plane.name: torch.empty(len(tile.owned) // plane.elements_per_item, dtype=DTYPES[plane.dtype])
         for plane in tile.planes
     }
     for name in PLANES:
         if name in planes and planes[name].dtype == torch.float32:
-            planes[name].copy_(numbers[name])
+            planes[name].copy_(fp32[name])
     if "copy" in planes:
-        planes["copy"].copy_(numbers["weights"])
-    Work().save(planes, slice(0, len(tile.owned)), *(numbers[name] for name in PLANES))
+        planes["copy"].copy_(fp32["weights"])
+    UpdateBuffers().save(planes, slice(0, len(tile.owned)), *(fp32[name] for name in PLANES))
     return planes
 
 
-class Reader:
+class StateReader:
     """Reads a store's state as fp32 tensors by '<plane>/<parameter>'."""
 
     def __init__(self, store: Store, communicator: Communicator) -> None:
-        self._store, self._communicator, self._work = store, communicator, Work()
+        self._store, self._communicator, self._buffers = store, communicator, UpdateBuffers()
         self._specs = {spec.name: spec for record in store.layout.records for spec in record.specs}
-        self._tiles: dict[str, list[tuple[Tile, Piece]]] = {}
+        self._tiles: dict[str, list[tuple[Tile, Fragment]]] = {}
         for tile in store.layout.tiles:
-            for piece in tile.pieces:
-                self._tiles.setdefault(piece.name, []).append((tile, piece))
+            for fragment in tile.fragments:
+                self._tiles.setdefault(fragment.name, []).append((tile, fragment))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {f"{plane}/{name}": spec.shape for plane in PLANES for name, spec in self._specs.items()}
@@ -100,15 +98,15 @@ class Reader:
         """This store's part of a tensor, joined on rank 0 with the parts of all ranks."""
         plane, _, parameter = name.partition("/")
         found = torch.zeros(self._specs[parameter].size, dtype=torch.float32)
-        for tile, piece in self._tiles[parameter]:
-            numbers = self._work.load(self._store.read_state(tile), slice(0, len(tile.owned)))[PLANES.index(plane)]
-            here, there = tile.owned_part(piece)
-            found[there].copy_(numbers[here])
+        for tile, fragment in self._tiles[parameter]:
+            fp32 = self._buffers.load(self._store.read_state(tile), slice(0, len(tile.owned)))
+            here, there = tile.owned_part(fragment)
+            found[there].copy_(fp32[PLANES.index(plane)][here])
         return self._communicator.join_parts(found).view(self._specs[parameter].shape)
 
 
 def result_json(result: StepResult) -> dict[str, Any]:
-    """A step's result as JSON values; a number that is not finite as its name."""
+    """A step's result as JSON values; a number that is not finite as a string."""
 
     def plain(value: Any) -> Any:
         if value is None or isinstance(value, bool | int | str):

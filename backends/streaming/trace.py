@@ -1,8 +1,7 @@
 """A timeline of the first steps in the Chrome trace format: chrome://tracing and https://ui.perfetto.dev open it.
 
-One process, one track a kind of work: what the engine computes, what it moves or updates (with the waiting for it),
-what the disk reads and writes meanwhile, and `stall`, where the engine waited. One slice an event, named by what was
-done to which record.
+One track for each kind of work: `compute`; `move` (loads and updates, with waiting); `read`, `write` and `spool` of the
+disk; `stall`, where the engine waited. One slice for each event, named by its kind and record.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ TRACKS = ("compute", "move", "read", "write", "spool", "stall")
 
 
 class Trace:
-    """Collects slices from any thread; a list's append is atomic."""
+    """Collects slices from any thread: a list's append is atomic."""
 
     def __init__(self) -> None:
         self._slices: list[tuple[str, str, float, float]] = []
@@ -25,7 +24,7 @@ class Trace:
         self._slices.append((track, name, start_s, end_s))
 
     def save(self, path: Path) -> None:
-        """Write what was collected; microseconds from the first slice on."""
+        """Write all slices, in microseconds from the first one on."""
         slices = sorted(self._slices, key=lambda item: item[2])
         first = slices[0][2] if slices else 0.0
         events: list[dict[str, object]] = [

@@ -1,12 +1,12 @@
-"""A group of processes: weights go out, gradients come in, in an order that gives the bits of one process.
+"""The communication of a group of replicas. Results are bitwise those of one process.
 
-    central   rank 0 owns the store; the others hold nothing and may join or leave between two steps
+    central   rank 0 owns the store; the others hold no state and may join or leave between two steps
     sharded   every rank's store owns one part of N of every tile; the group is fixed
 
-A gradient travels down the ranks: rank r adds its micro-batches, in order, to the sum that rank r - 1 passed on. So the
-sum is the one that a single process makes, whatever the number of ranks, and each link carries every gradient once.
-Rank 0 leads: it alone counts steps, writes metrics and decides. Before each pass it sends a command (JSON, never a
-pickle), and the others carry it out.
+Gradients are summed along a chain: rank r adds its micro-batches, in order, to the sum that it receives from rank
+r - 1. So the order of additions does not depend on the number of ranks, and each link carries every gradient once.
+Only rank 0 counts steps, writes metrics and decides. Before each pass it sends a command (JSON, never a pickle), and
+the others carry it out.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ from weftrain.backends.streaming.communicator import Communicator, Finish, Gradi
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.core.errors import BackendError
 
-# the new name, and the one before it
+# the name in newer versions of torch, and in older ones
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class ProcessGroup(Communicator):
-    """What rank 0 and the others have in common. rendezvous: a file that all can open, through which they find each
-    other.
-    """
+class ReplicaGroup(Communicator):
+    """What rank 0 and the others have in common. rendezvous: a file that all of them can open."""
 
     several = True
 
@@ -43,7 +41,7 @@ class ProcessGroup(Communicator):
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._store = dist.FileStore(str(rendezvous), -1)
         self._store.set_timeout(self._timeout)
-        # sums that are still being received, with what they are for; and what is still being sent
+        # sums that are being received, each with its record and what is called with it; tensors that are being sent
         self._receiving: list[tuple[Record, Gradients, Any, Finish]] = []
         self._sending: list[tuple[Any, Tensor]] = []
 
@@ -53,20 +51,20 @@ class ProcessGroup(Communicator):
         if size > 1:
             store = dist.PrefixStore(f"group/{generation}", self._store)
             with self._reporting("form the group"):
-                # Weights and gradients are sent from where they are, commands and losses between the hosts.
+                # weights and gradients are sent from the device, commands and losses from the host
                 backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
                 dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=self._timeout)
 
     def _dissolve(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
-            # Its threads end with the last reference; one that is left to the interpreter's exit can abort the process.
+            # Its threads end with the last reference; a thread that runs at exit can abort the process.
             self._sending, self._receiving = [], []
             gc.collect()
 
     @contextlib.contextmanager
     def _reporting(self, what: str) -> Iterator[None]:
-        """Turns what torch.distributed raises when a peer is gone into one line."""
+        """Turns an error of torch.distributed, raised when another rank has failed, into one line."""
         try:
             yield
         except BackendError:
@@ -76,7 +74,7 @@ class ProcessGroup(Communicator):
             rank, first = self.rank, str(error).strip().splitlines()[0][:160]
             self.abort()
             raise BackendError(
-                f"rank {rank}: {who} was lost while this process tried to {what} ({first}): the last completed step is "
+                f"rank {rank}: {who} failed while this process tried to {what} ({first}): the last completed step is "
                 "intact; start the run again, with as many replicas as there are"
             ) from error
 
@@ -138,18 +136,18 @@ class ProcessGroup(Communicator):
             self._pass_on(record, flat, shapes, finish)
 
     def _pass_on(self, record: Record, flat: Tensor, shapes: dict[str, torch.Size], finish: Finish) -> None:
-        """The sum to the next rank; from the last rank, as the sum of all, to the ranks that store it."""
+        """Send the sum to the next rank, or from the last rank to those that store it."""
         last = self.size - 1
         self._sending = [(work, kept) for work, kept in self._sending if not work.is_completed()]
         targets = [self.rank + 1] if self.rank < last else range(last) if self.sharded else [0]
         self._sending += [(dist.isend(flat, rank), flat) for rank in targets]
         if self.rank > 0 and not self.sharded:
             return
-        # flat is being sent while `finish` adds to its own
+        # a copy, because `finish` changes it while flat is being sent
         whole = flat.clone() if self.rank == last else torch.empty_like(flat)
         arriving = None if self.rank == last else dist.irecv(whole, last)
         self._receiving.append((record, _views(whole, shapes), arriving, finish))
-        while len(self._receiving) > 1:  # one record later: the others are still adding to the newest
+        while len(self._receiving) > 1:  # one record later, since the other ranks are still adding to the newest
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:
@@ -166,7 +164,7 @@ class ProcessGroup(Communicator):
                 work.wait()
         self._sending = []
 
-    # -- small things
+    # -- losses, counts and parts of tensors
 
     def gather_losses(self, own: list[Tensor]) -> list[Tensor]:
         if self.size == 1:
@@ -205,6 +203,6 @@ class ProcessGroup(Communicator):
 
 
 def _views(flat: Tensor, shapes: dict[str, torch.Size]) -> Gradients:
-    """Tensors of these shapes, one after the other in a flat one."""
-    pieces = flat.split([shape.numel() for shape in shapes.values()])
-    return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+    """Views of a flat tensor with these shapes, one after the other."""
+    flats = flat.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), flats, strict=True)}

@@ -1,5 +1,5 @@
 """Where the processes of a run find each other: a file in the run's folder, named by a note that rank 0 writes beside
-it. The note also says what they must agree on, as a hash.
+it. The note also holds a hash of what they must agree on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NOTE = "replicas.json"
 
 
 def agreement(job: Job) -> str:
-    """A hash of what all ranks must have in common; the other backend.options each may choose for its machine."""
+    """A hash of what all ranks must have in common. Each may choose other backend.options for its own machine."""
     assert isinstance(job.options, StreamingOptions)
     return sha256_json(
         {
@@ -31,15 +31,15 @@ def agreement(job: Job) -> str:
 
 
 def open_rendezvous(folder: Path, agreed: str) -> Path:
-    """For rank 0: a new file through which the ranks find each other, and the note that names it."""
-    name = f"meeting-{secrets.token_hex(8)}"
-    fsops.write_bytes(folder / _NOTE, canonical_json({"meeting": name, "agreement": agreed}) + b"\n")
+    """For rank 0: name a new rendezvous file, and write the note that leads the others to it."""
+    name = f"rendezvous-{secrets.token_hex(8)}"
+    fsops.write_bytes(folder / _NOTE, canonical_json({"rendezvous": name, "agreement": agreed}) + b"\n")
     return folder / name
 
 
 def read_note(folder: Path) -> tuple[Path, str] | None:
-    """For the others: the rendezvous and the agreement that rank 0 wrote; None if there is no note. A file's name is
-    accepted only in the form that `open_rendezvous` gives it.
+    """For the others: rank 0's rendezvous and agreement; None if there is no note. Only a name that `open_rendezvous`
+    can have made is accepted.
     """
     try:
         note = parse_json(read_plain(folder / _NOTE, "record"))
@@ -47,15 +47,15 @@ def read_note(folder: Path) -> tuple[Path, str] | None:
         return None
     if not isinstance(note, dict) or "agreement" not in note:
         note = {}
-    if not re.fullmatch(r"meeting-[0-9a-f]{16}", name := str(note.get("meeting"))):
+    if not re.fullmatch(r"rendezvous-[0-9a-f]{16}", name := str(note.get("rendezvous"))):
         raise BackendError(f"{folder / _NOTE}: names no rendezvous: remove it and start the run again")
     return folder / name, str(note["agreement"])
 
 
 def remove_rendezvous(folder: Path) -> None:
-    """When the run ends: also the files of runs that were killed. Not earlier: a process that waits at one of them
-    would wait for a file that is gone, not for the next note.
+    """At the end of the run: also what killed runs left. A process that waits at an old file would not notice the next
+    note, so nothing is removed earlier.
     """
-    for path in (folder / _NOTE, *folder.glob("meeting-*")):
+    for path in (folder / _NOTE, *folder.glob("rendezvous-*")):
         if path.exists():
             fsops.remove_file(path)

@@ -1,6 +1,6 @@
-"""What a store that is divided over the ranks adds: all parts are filled, completed and continued together.
+"""Stores that are sharded across ranks: all parts are filled, completed and continued together.
 
-Each function does the same as without shards if the communicator is not sharded.
+If the communicator is not sharded, each function acts on rank 0's store alone.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def complete_step(communicator: Communicator, store: Store, completed: Completed
     wait_until_spooled(communicator, store)
     store.complete_step(completed)
     if communicator.sharded:
-        store.drain()  # a rank may be a step behind rank 0, never ahead of it
+        store.drain()  # first on rank 0: another rank may be one step behind it, never ahead
         communicator.command(do="complete", completed=asdict(completed))
 
 
 def wait_until_spooled(communicator: Communicator, store: Store) -> None:
-    """No rank may count a step as complete before every rank has the gradients of that step."""
+    """Before any rank counts a step as complete, every rank must have stored the gradients of that step."""
     if communicator.sharded:
         store.drain()
         communicator.barrier()
@@ -44,7 +44,7 @@ def fill_from_rank_0(
     progress: Progress,
     set_aside: bool,
 ) -> None:
-    """Fill every rank's store from rank 0's `source`; on the other ranks that is None."""
+    """Fill every rank's store from rank 0's `source`, which is None on the other ranks."""
     communicator.command_owners(do="fill", step=step, updates=updates, set_aside=set_aside)
 
     def broadcast(plane: str, spec: ParameterSpec) -> Tensor:
@@ -57,7 +57,7 @@ def fill_from_rank_0(
 
 
 def hold_one_state(communicator: Communicator, store: Store) -> bool:
-    """For rank 0: whether its store holds a state. Raises BackendError if another rank's part is of another state."""
+    """For rank 0: whether its store holds a state. Raises BackendError if another rank's store holds another state."""
     if store.commit is not None and communicator.sharded:
         commit = asdict(store.commit)
         communicator.command(do="compare", commit=commit)
@@ -66,8 +66,8 @@ def hold_one_state(communicator: Communicator, store: Store) -> bool:
 
 
 def compare(communicator: Communicator, store: Store, leading: Mapping[str, Any]) -> None:
-    """Compare every rank's store with rank 0's commit. A rank that missed the last `complete` has spooled the gradients
-    of that step: it completes the step now.
+    """Compare every rank's store with rank 0's commit. A rank that missed the last command `complete` has stored that
+    step's gradients, and completes the step now.
     """
     own = store.commit
     if own is not None and own.step == leading["step"] - 1 and own.pending is None and communicator.rank > 0:

@@ -1,4 +1,4 @@
-"""Any rank but 0: joins a run, carries out rank 0's commands, and leaves between two steps."""
+"""Every rank but 0: joins a run, carries out rank 0's commands, and leaves between two steps."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 from weftrain.backends.streaming.engine import StreamingRun
 from weftrain.backends.streaming.options import StreamingOptions
 from weftrain.backends.streaming.replicas import shards
-from weftrain.backends.streaming.replicas.group import ProcessGroup
+from weftrain.backends.streaming.replicas.group import ReplicaGroup
 from weftrain.backends.streaming.replicas.rendezvous import agreement, read_note
-from weftrain.backends.streaming.state import Reader
+from weftrain.backends.streaming.state import StateReader
 from weftrain.backends.streaming.store.base import Completed
 from weftrain.core.backend import BatchSource, Job
 from weftrain.core.errors import BackendError
 from weftrain.core.stop import StopRequest
 
 
-class Worker(ProcessGroup):
-    """Draws a number at the rendezvous and waits until rank 0 admits it."""
+class ReplicaWorker(ReplicaGroup):
+    """Takes a ticket at the rendezvous and waits until rank 0 admits it."""
 
     def __init__(self, rendezvous: Path, device: torch.device, sharded: bool, timeout_s: float) -> None:
         super().__init__(rendezvous, device, sharded, timeout_s)
-        self._number, self._generation = int(self._store.add("drawn", 1)), 0
+        self._ticket, self._generation = int(self._store.add("tickets", 1)), 0
 
     def join(self, stop: StopRequest) -> bool:
         """Join the group if rank 0 has admitted this process; False: not yet."""
-        first = f"first/{self._number}"
+        first = f"first/{self._ticket}"
         if not self._store.check([first]):
             return False
         self._generation = int(self._store.get(first))
@@ -39,22 +39,22 @@ class Worker(ProcessGroup):
         return True
 
     def _rejoin(self) -> bool:
-        """Take this generation's rank. False: rank 0 has granted this process to leave."""
+        """Take this generation's rank. False: rank 0 has let this process leave."""
         with self._reporting("get a rank"):
-            seat = self._store.get(f"seat/{self._number}/{self._generation}").decode()
-        if seat == "left":
+            assigned = self._store.get(f"rank/{self._ticket}/{self._generation}").decode()
+        if assigned == "left":
             self._dissolve()
             return False
-        rank, size = seat.split()
+        rank, size = assigned.split()
         self._form(self._generation, int(rank), int(size))
         return True
 
     def ask_to_leave(self, signal_number: int) -> None:
-        """After a signal; rank 0 grants it between two steps, or with a sharded store stops the whole run."""
-        self._store.set(f"leaving/{self._number}", str(signal_number))
+        """After a signal. Rank 0 grants it between two steps; with a sharded store it stops the whole run."""
+        self._store.set(f"leaving/{self._ticket}", str(signal_number))
 
     def next_command(self) -> dict[str, Any] | None:
-        """What rank 0 says comes next; None if this rank has left or the run ended."""
+        """Rank 0's next command; None if this rank has left or the run has ended."""
         while (command := self._receive_command())["do"] == "regroup":
             self._generation += 1
             if not self._rejoin():
@@ -62,12 +62,14 @@ class Worker(ProcessGroup):
         return None if command["do"] == "end" else command
 
 
-def join_run(read: Callable[[], Job], device: Callable[[Job], torch.device], timeout_s: float) -> tuple[Job, Worker]:
-    """Wait until a run admits this process. read: the job, as the run's folder tells it now. device: prepares this
-    process for a job.
+def join_run(
+    read: Callable[[], Job], device: Callable[[Job], torch.device], timeout_s: float
+) -> tuple[Job, ReplicaWorker]:
+    """Wait until a run admits this process. read: the job as the run's folder describes it now. device: prepares this
+    process for a job. Raises BackendError after timeout_s.
 
-    The note of a run that was killed stays behind until the next one is started, and the folder's recipe with it: so a
-    number is drawn only if both agree, and again if the note changes. Raises BackendError after timeout_s.
+    A run that was killed leaves its note and recipe in the folder until the next run is started. So a ticket is taken
+    only if note and recipe agree, and another one when the note changes.
     """
     deadline, job, worker, rendezvous = time.monotonic() + timeout_s, read(), None, None
     assert job.folder is not None
@@ -80,9 +82,9 @@ def join_run(read: Callable[[], Job], device: Callable[[Job], torch.device], tim
             options = job.options
             assert isinstance(options, StreamingOptions)
             if note[1] == agreement(job):
-                why = "its run did not let this replica in: it may be computing a step, or be dead"
+                why = "its run has not admitted this replica: it may be computing a step, or have died"
                 rendezvous = note[0]
-                worker = Worker(rendezvous, device(job), options.sharded, options.timeout_s)
+                worker = ReplicaWorker(rendezvous, device(job), options.sharded, options.timeout_s)
             else:
                 differing = "(fabric, tier, tile_elements, state_format)"
                 why = f"its run has another recipe, or other backend.options {differing}, than this replica"
@@ -95,8 +97,8 @@ def join_run(read: Callable[[], Job], device: Callable[[Job], torch.device], tim
     return job, worker
 
 
-def carry_out_commands(run: StreamingRun, worker: Worker, source: BatchSource) -> None:
-    """Carry out rank 0's commands until the run ends or this rank has left. Raises BackendError if rank 0 is lost."""
+def carry_out_commands(run: StreamingRun, worker: ReplicaWorker, source: BatchSource) -> None:
+    """Carry out rank 0's commands until the run ends or this rank has left. Raises BackendError if rank 0 fails."""
     store, stop = run.store, run.job.stop
     while (command := worker.next_command()) is not None:
         if stop.requested():
@@ -117,4 +119,4 @@ def carry_out_commands(run: StreamingRun, worker: Worker, source: BatchSource) -
                 step, updates, aside = command["step"], command["updates"], command["set_aside"]
                 shards.fill_from_rank_0(worker, store, None, step, updates, run.job.progress, aside)
             case "part":
-                Reader(store, worker).part(command["name"])
+                StateReader(store, worker).part(command["name"])

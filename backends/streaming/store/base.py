@@ -1,9 +1,8 @@
-"""The store: weights, optimizer state and spooled gradients off the device, and the transaction that each step is.
+"""The store: weights, optimizer state and spooled gradients in host memory or in a file. Each step is a transaction.
 
-    ram      tensors of this process; updated in place; nothing survives the process (ram.py)
-    mapped   a file mapped into memory: weights are used where they lie, in the page cache (mapped.py)
-    direct   a file read and written past the page cache, through reused buffers: no more memory than the schedule asks
-             for (direct.py)
+    ram      tensors of this process, updated in place; nothing survives the process (ram.py)
+    mapped   a file mapped into memory: weights are used in the page cache, without a copy (mapped.py)
+    direct   a file read and written past the page cache through reused buffers, so memory is bounded (direct.py)
 
 There is no undo and no log. An update writes a tile beside its old version (layout.py), a gradient has a place of its
 own until every tile was updated with it, and the `Commit` says how many steps are complete and how many tiles have had
@@ -15,30 +14,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-import torch
 from torch import Tensor
 
 from weftrain.backends.streaming.store.layout import Layout, Record, Tile
+from weftrain.backends.streaming.store.planes import Planes
 from weftrain.core.errors import BackendError
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "int16": torch.int16,
-    "int8": torch.int8,
-    "uint8": torch.uint8,
-}
 
-Planes = dict[str, Tensor]
-# A part of a tile to update: first and last of its owned elements, planes to change in place, the elements' gradient.
-Part = tuple[int, int, Planes, Tensor]
+class UpdateRange(NamedTuple):
+    """Owned elements start..stop of a tile, to be updated at once."""
+
+    start: int
+    stop: int
+    planes: Planes  # the whole tile's, changed in place
+    gradient: Tensor  # [stop - start]
 
 
 @dataclass(frozen=True)
 class Pending:
-    """The update that follows from the last step: decided, and not yet made on every tile."""
+    """The update by the last step's gradients: decided, but not yet made on every tile."""
 
     gradient_scale: float
     learning_rates: dict[str, float]
@@ -47,14 +43,14 @@ class Pending:
 
 @dataclass(frozen=True)
 class Completed:
-    """A completed step; `step` counts it. stretch: Job.segment. result: the StepResult as JSON, see state.py."""
+    """What rank 0 says of a completed step."""
 
-    step: int
+    step: int  # this one included
     optimizer_updates: int
     pending: Pending | None
-    dataset_id: str | None
-    stretch: str
-    result: dict[str, Any] | None
+    dataset_id: str | None = None
+    stretch: str = ""  # Job.segment of the process that completed the step
+    result: dict[str, Any] | None = None  # the StepResult as JSON, see state.py
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -65,17 +61,14 @@ class Completed:
 
 @dataclass(frozen=True)
 class Commit(Completed):
-    """Where the store stands. `cursor` tiles have had the pending update; `rotation` counts those that all tiles have
-    had.
+    """The store's position: its last completed step, and how far the pending update has come. The fields are the keys
+    of the commit page on disk.
     """
 
-    dataset_id: str | None = None
-    stretch: str = ""  # of the process that completed the last step,
-    before: str = ""  # and of the one before that
-    result: dict[str, Any] | None = None
-    rotation: int = 0
-    cursor: int = 0
-    filled_step: int = 0  # where it stood when it was filled: what is beyond is training that no checkpoint need have
+    before: str = ""  # `stretch` of the process before the one that completed the last step
+    rotation: int = 0  # updates that every tile has had
+    cursor: int = 0  # tiles that have had the pending update as well
+    filled_step: int = 0  # the step at which the store was filled: later steps may be in no checkpoint
     sequence: int = 0
     boot_id: str = ""
     closed: bool = False
@@ -86,18 +79,17 @@ def no_trace(track: str, name: str, start_s: float, end_s: float) -> None:
 
 
 class Store(ABC):
-    """What the three tiers share. All memory is the host's."""
+    """What the three tiers have in common."""
 
     tier = ""
     buffer_bytes = 0  # for state in flight
-    # whether what the first record's next update needs, beyond weights and gradient, is here or on its way
-    has_read_ahead = False
+    has_read_ahead = False  # the first record's state for its next update has been requested
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.commit: Commit | None = None  # None: holds no state yet
         self.bytes_read = self.bytes_written = 0  # requested, in total
-        self.stall_s = self.io_s = 0.0  # waited for by the executor; spent by the disk, summed over reads and writes
+        self.stall_s = self.io_s = 0.0  # the executor's wait for the disk; the disk's time, summed over all requests
         self.trace: Callable[[str, str, float, float], None] = no_trace  # track, name, start and end in seconds
 
     # -- what differs from tier to tier
@@ -106,7 +98,7 @@ class Store(ABC):
         """Begin to load a record: its weights, and if with_state all that an update needs."""
 
     def read_ahead(self, record: Record) -> None:
-        """Begin to load the first record's state for the step after this one, while this one still computes."""
+        """Begin to load the first record's state for the next step while this one still computes."""
 
     def drop_ahead(self) -> None:
         """No update follows: release what was read ahead."""
@@ -116,10 +108,8 @@ class Store(ABC):
         """For each tile of a loaded record its owned weights in the compute dtype, flat."""
 
     @abstractmethod
-    def updating(self, tile: Tile) -> Iterator[Part]:
-        """The parts of a tile, to be updated in place one by one; the tile counts as updated when the iterator is
-        exhausted.
-        """
+    def updating(self, tile: Tile) -> Iterator[UpdateRange]:
+        """The ranges of a tile, each updated before the next is requested; the tile counts as updated at the end."""
 
     @abstractmethod
     def spool(self, tile: Tile, gradients: Mapping[str, Tensor]) -> None:
@@ -127,17 +117,17 @@ class Store(ABC):
 
     @abstractmethod
     def read_state(self, tile: Tile) -> Planes:
-        """Every plane of a tile as it is now (no update may be pending)."""
+        """Every plane of a tile. No update may be pending."""
 
     @abstractmethod
     def write_state(self, tile: Tile, planes: Planes) -> None:
-        """Set a tile as it is before any update (rotation 0). Between `begin_filling` and `end_filling`."""
+        """Write a tile's initial state (rotation 0), between `begin_filling` and `end_filling`."""
 
     def set_aside(self) -> None:
-        """Keep what the store holds under another name, and begin anew."""
+        """Keep the store's contents under another name, and begin an empty one."""
 
     def drain(self) -> None:
-        """Wait until all that was written is in the operating system's hands. Raises BackendError for what failed."""
+        """Wait until every write has been handed to the operating system. Raises BackendError if one failed."""
 
     def close(self) -> None:
         """Release files and memory; the store can be opened again."""
@@ -154,7 +144,7 @@ class Store(ABC):
         return self.commit
 
     def begin_filling(self, *, set_aside: bool) -> None:
-        """Until `end_filling` the store holds no state. set_aside: keep a trained state that it holds now."""
+        """Until `end_filling` the store holds no state. set_aside: keep a trained state under another name."""
         self.drain()
         if set_aside and self.commit is not None and self.commit.step != self.commit.filled_step:
             self.set_aside()
@@ -165,7 +155,7 @@ class Store(ABC):
         self.drain()
 
     def complete_step(self, completed: Completed) -> None:
-        """The gradients of a step are spooled; all earlier updates have been made."""
+        """Commit a step: its gradients are spooled, and all earlier updates have been made."""
         last = self.committed
         before = last.before if completed.stretch == last.stretch else last.stretch
         self._write_commit(replace(last, before=before, **vars(completed)))
@@ -190,20 +180,12 @@ class Store(ABC):
             self._write_commit(replace(commit, cursor=tile.index + 1))
 
     def _write_commit(self, commit: Commit | None) -> None:
-        """The new commit: for this process at once, for a restart once all that was written before it has arrived."""
+        """The new commit takes effect at once in this process; on disk after every earlier write."""
         self.commit = commit
-
-
-def typed(memory: Tensor, tile: Tile) -> Planes:
-    """Planes as views of a tile's bytes."""
-    return {
-        name: memory[offset : offset + plane.bytes(len(tile.owned))].view(DTYPES[plane.dtype])
-        for name, (offset, plane) in tile.plane_offsets().items()
-    }
 
 
 def copy_gradients(tile: Tile, gradients: Mapping[str, Tensor], target: Tensor) -> None:
     """Fill a flat tensor of a tile's owned elements from whole gradients by parameter name."""
-    for piece in tile.pieces:
-        here, there = tile.owned_part(piece)
-        target[here].copy_(gradients[piece.name].reshape(-1)[there])
+    for fragment in tile.fragments:
+        here, there = tile.owned_part(fragment)
+        target[here].copy_(gradients[fragment.name].reshape(-1)[there])

@@ -1,17 +1,16 @@
-"""Checksums of what a store's files hold: one for each plane of each tile, and one for each spooled gradient. No torch.
+"""Checksums of a store's files: one for each plane of each tile, and one for each spooled gradient. No torch.
 
 The words of each page are added modulo 2^64, and the sums of the pages, in order, are hashed (BLAKE2b, 8 bytes)
-together with the tile, plane and rotation that they are of. That runs at the speed of memory (a CRC takes several times
-as long) and detects what damages a file: a changed bit, a zeroed, stale or misplaced page, a tile of another rotation.
-It is no signature, and two changes within one page that cancel out are not detected: a checkpoint's hashes prove that
-nothing was altered.
+together with the tile, plane and rotation. That runs at the speed of memory (a CRC takes several times as long) and
+detects the usual damage: a changed bit, a zeroed, stale or misplaced page, a tile of another rotation. It is no
+signature, and two changes within one page that cancel out are not detected.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,7 +22,7 @@ Sums = Sequence[int]
 
 
 class Running:
-    """The checksum of one plane, given in parts that begin on a page of the plane. of: tile, plane and rotation."""
+    """The checksum of one plane that is given in parts, each beginning on a page. of: tile, plane and rotation."""
 
     def __init__(self, *of: int) -> None:
         self._hash = hashlib.blake2b(struct.pack(f"<{len(of)}q", *of), digest_size=8)
@@ -48,7 +47,6 @@ def checksum(part: np.ndarray, *of: int) -> int:
     return running.value
 
 
-def packed(sums: Iterable[int]) -> bytes:
+def packed(sums: Sums) -> bytes:
     """Checksums as they lie in the file."""
-    values = list(sums)
-    return struct.pack(f"<{len(values)}Q", *values)
+    return struct.pack(f"<{len(sums)}Q", *sums)

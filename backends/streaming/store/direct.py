@@ -1,6 +1,6 @@
-"""The tier past the page cache: one thread reads ahead, one writes behind, buffers are reused.
+"""Tier `direct`: direct I/O past the page cache. One thread reads ahead, one writes behind, and buffers are reused.
 
-Writes are done in the order in which they were requested, and after one that failed none is done: the order of tiles,
+Writes are done in the order in which they were requested, and none is done after one that failed: the order of tiles,
 gradients and commits on the disk is what makes a step a transaction (base.py).
 """
 
@@ -20,20 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftrain.backends.streaming.store.base import DTYPES, Part, Planes, copy_gradients, typed
+from weftrain.backends.streaming.store.base import UpdateRange, copy_gradients
 from weftrain.backends.streaming.store.checksums import checksum
 from weftrain.backends.streaming.store.file import FileStore, as_bytes, state_sums
 from weftrain.backends.streaming.store.layout import PAGE_BYTES, Layout, Record, Tile, ahead_tiles
+from weftrain.backends.streaming.store.planes import DTYPES, Planes, planes_in
 from weftrain.core.errors import BackendError
 
 STALL_WARNING_S = 15.0
 
 
 def aligned(size_bytes: int) -> Tensor:
-    """uint8 [size] of anonymous, page-aligned memory, in huge pages if there are any; freed with the tensor."""
+    """uint8 [size_bytes] of page-aligned memory, in huge pages if the system has them; freed with the tensor."""
     memory = mmap.mmap(-1, max(size_bytes, PAGE_BYTES))
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # the system has no huge pages
+        with contextlib.suppress(OSError):  # no huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)[:size_bytes]
 
@@ -43,62 +44,57 @@ def _view(memory: Tensor) -> memoryview:
 
 
 class _Pool:
-    """Aligned, reused buffers with a limit on the bytes in use. A first buffer is always given, whatever its size.
+    """Aligned, reused buffers with a limit on the bytes in use. A request is always met if no buffer is in use.
 
     A free buffer serves requests down to half its size: tiles of similar sizes share, and no step maps new pages.
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit, self._used = limit_bytes, 0
+        self._limit, self._used_bytes = limit_bytes, 0
         self._free: list[Tensor] = []
-        self._lent: dict[int, Tensor] = {}  # address -> the whole buffer
+        self._in_use: dict[int, Tensor] = {}  # address -> the whole buffer
         self._changed = threading.Condition()
         self._failed: BaseException | None = None
 
-    def take(self, size_bytes: int) -> Tensor:
+    def acquire(self, size_bytes: int) -> Tensor:
         with self._changed:
             self._changed.wait_for(
-                lambda: self._failed is not None or self._used == 0 or self._used + size_bytes <= self._limit
+                lambda: self._failed or self._used_bytes == 0 or self._used_bytes + size_bytes <= self._limit
             )
             if self._failed is not None:
                 raise self._failed
-            self._used += size_bytes
-            fitting = [buffer for buffer in self._free if size_bytes <= buffer.numel() <= 2 * size_bytes]
-            found = min(fitting, key=Tensor.numel, default=None)
-            if found is None:
-                held = sum(buffer.numel() for buffer in (*self._free, *self._lent.values()))
-                for buffer in sorted(self._free, key=Tensor.numel, reverse=True):  # other sizes make way
-                    if held + size_bytes <= 2 * self._limit:
-                        break
-                    self._remove(buffer)
-                    held -= buffer.numel()
+            self._used_bytes += size_bytes
+            self._free.sort(key=Tensor.numel)
+            fitting = (n for n, buffer in enumerate(self._free) if size_bytes <= buffer.numel() <= 2 * size_bytes)
+            number = next(fitting, None)
+            if number is None:
+                held = sum(buffer.numel() for buffer in (*self._free, *self._in_use.values()))
+                while self._free and held + size_bytes > 2 * self._limit:  # free buffers of other sizes
+                    held -= self._free.pop().numel()
                 found = aligned(size_bytes)
             else:
-                self._remove(found)
-            self._lent[found.data_ptr()] = found
+                found = self._free.pop(number)
+            self._in_use[found.data_ptr()] = found
             return found[:size_bytes]
 
-    def _remove(self, buffer: Tensor) -> None:
-        self._free = [other for other in self._free if other is not buffer]
-
-    def give(self, buffer: Tensor) -> None:
+    def release(self, buffer: Tensor) -> None:
         with self._changed:
-            self._used -= buffer.numel()
-            self._free.append(self._lent.pop(buffer.data_ptr()))
+            self._used_bytes -= buffer.numel()
+            self._free.append(self._in_use.pop(buffer.data_ptr()))
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """No buffer will be returned any more: raise `error` in every `take` that waits, or will."""
+        """No buffer will be released any more: raise `error` in every `acquire` that waits, or will."""
         with self._changed:
             self._failed = error
             self._changed.notify_all()
 
 
 class DirectStore(FileStore):
-    """buffer_bytes: for state in flight, and as much again for gradients."""
+    """buffer_bytes: for state being read or written, and as much again for gradients."""
 
     tier = "direct"
-    _writer: ThreadPoolExecutor | None = None  # None while the store is opened: writes are then done at once
+    _writer: ThreadPoolExecutor | None = None  # None while the store is being opened: writes are then done at once
 
     def __init__(self, layout: Layout, folder: Path, buffer_bytes: int) -> None:
         super().__init__(layout, folder, direct=True)
@@ -110,10 +106,10 @@ class DirectStore(FileStore):
         self._writes: dict[int, Future[None]] = {}  # tile -> the last write of its state
         self._spools: dict[int, Future[None]] = {}  # tile -> the last write of its gradient
         self._fetched: dict[int, Tensor] = {}
-        self._occupants: dict[int, Record] = {}  # address of a slot -> the record last asked for into it
+        self._occupants: dict[int, Record] = {}  # address of a slot -> the record that was last requested into it
         self._ahead: dict[int, Future[Tensor]] = {}  # tile -> the rest of its state
         self._lock = threading.Lock()
-        self._jobs: list[Future[None]] = []
+        self._queued: list[Future[None]] = []  # writes
         self._failed: BaseException | None = None
 
     def prefetch(self, record: Record, slot: Tensor | None, with_state: bool) -> None:
@@ -122,7 +118,7 @@ class DirectStore(FileStore):
             plane = slot[tile.slot_offset : tile.slot_offset + tile.compute_bytes]
             update = with_state and self.needs_update(tile)
             ahead = self._ahead.pop(tile.index, None) if update else None
-            # First what was written before, to the same place on disk or out of the same memory.
+            # These writes must end first: to the same place on disk, or out of the same memory.
             earlier = [*self._writes_from(slot, record), self._writes.get(tile.index)]
             earlier += [self._spools.get(tile.index)] if update else []
             rotation, step = self.rotation(tile), self.committed.step
@@ -134,7 +130,7 @@ class DirectStore(FileStore):
         self._occupants[slot.data_ptr()] = record
 
     def _writes_from(self, slot: Tensor, record: Record) -> list[Future[None]]:
-        """Writes out of the same memory by the record that was there before."""
+        """Writes out of a slot by the record that occupied it before."""
         before = self._occupants.get(slot.data_ptr())
         tiles = () if before is None or before is record else before.tiles
         return [self._writes[tile.index] for tile in tiles if tile.index in self._writes]
@@ -154,7 +150,7 @@ class DirectStore(FileStore):
                 write.result()
         offset, state_bytes, rest = self.layout.offset(tile, rotation), tile.bytes - tile.compute_bytes, None
         if with_state:
-            rest = self._buffers.take(state_bytes + tile.gradient_bytes) if ahead is None else ahead.result()
+            rest = self._buffers.acquire(state_bytes + tile.gradient_bytes) if ahead is None else ahead.result()
         start = time.perf_counter()
         state = [] if rest is None or ahead is not None else [rest[:state_bytes]]
         self._state.read_at(offset, *map(_view, (plane, *state)))
@@ -180,7 +176,7 @@ class DirectStore(FileStore):
             if tile.index in self._writes:
                 self._writes[tile.index].result()
             state_bytes = tile.bytes - tile.compute_bytes
-            rest = self._buffers.take(state_bytes + tile.gradient_bytes)
+            rest = self._buffers.acquire(state_bytes + tile.gradient_bytes)
             start = time.perf_counter()
             self._state.read_at(offset, _view(rest[:state_bytes]))
             self._record_io("read", tile, start)
@@ -198,7 +194,7 @@ class DirectStore(FileStore):
 
     def drop_ahead(self) -> None:
         while self._ahead:
-            self._buffers.give(self._wait(self._ahead.popitem()[1], None, "read"))
+            self._buffers.release(self._wait(self._ahead.popitem()[1], None, "read"))
 
     def _record_io(self, what: str, tile: Tile, start: float) -> None:
         end = time.perf_counter()
@@ -212,20 +208,20 @@ class DirectStore(FileStore):
                 self._fetched[tile.index] = self._wait(self._reads.pop(tile.index), record, "read")[0]
         return [self._fetched[tile.index].view(DTYPES[tile.planes[0].dtype]) for tile in record.tiles]
 
-    def updating(self, tile: Tile) -> Iterator[Part]:
+    def updating(self, tile: Tile) -> Iterator[UpdateRange]:
         plane, rest = self._wait(self._reads.pop(tile.index), self.layout.records[tile.record], "read")
         assert rest is not None
         self._fetched[tile.index] = plane
         state_bytes = tile.bytes - tile.compute_bytes
         planes, rotation = self._typed(tile, plane, rest), self.rotation(tile) + 1
-        yield 0, len(tile.owned), planes, rest[state_bytes:].view(DTYPES[tile.gradient_dtype])
+        yield UpdateRange(0, len(tile.owned), planes, rest[state_bytes:].view(DTYPES[tile.gradient_dtype]))
 
         def write() -> None:
             start = time.perf_counter()
             self._state.write_at(self.layout.offset(tile, rotation), _view(plane), _view(rest[:state_bytes]))
             self._record_io("write", tile, start)
             self._note_state(tile, rotation, state_sums(tile, planes, rotation))
-            self._buffers.give(rest)
+            self._buffers.release(rest)
 
         self.bytes_written += tile.bytes
         self._writes[tile.index] = self._submit(write)
@@ -233,7 +229,7 @@ class DirectStore(FileStore):
 
     def spool(self, tile: Tile, gradients: Mapping[str, Tensor]) -> None:
         with self._reported("written"):
-            buffer = self._gradient_buffers.take(tile.gradient_bytes)
+            buffer = self._gradient_buffers.acquire(tile.gradient_bytes)
         copy_gradients(tile, gradients, buffer.view(DTYPES[tile.gradient_dtype]))
         step = self.committed.step + 1
 
@@ -242,7 +238,7 @@ class DirectStore(FileStore):
             self._state.write_at(self.layout.gradient_offset(tile), _view(buffer))
             self._record_io("spool", tile, start)
             self._note_gradient(tile, step, buffer)
-            self._gradient_buffers.give(buffer)
+            self._gradient_buffers.release(buffer)
 
         self.bytes_written += tile.gradient_bytes
         self._spools[tile.index] = self._submit(write)
@@ -253,40 +249,40 @@ class DirectStore(FileStore):
         rotation = self.rotation(tile)
         with self._reported("read"):
             self._state.read_at(self.layout.offset(tile, rotation), _view(memory))
-        planes = typed(memory, tile)
+        planes = planes_in(memory, tile)
         self._check_planes(tile, rotation, planes)
         return planes
 
     def write_state(self, tile: Tile, planes: Planes) -> None:
         with self._reported("written"):
-            buffer = self._buffers.take(tile.bytes)
+            buffer = self._buffers.acquire(tile.bytes)
         buffer.zero_()
-        target = typed(buffer, tile)
+        target = planes_in(buffer, tile)
         for name, plane in target.items():
             plane.copy_(planes[name])
 
         def write() -> None:
             self._state.write_at(self.layout.offset(tile, 0), _view(buffer))
             self._note_state(tile, 0, state_sums(tile, target, 0))
-            self._buffers.give(buffer)
+            self._buffers.release(buffer)
 
         self._submit(write)
 
-    def _submit(self, job: Callable[[], None]) -> Future[None]:
-        """Run a job after all earlier ones. After a failure none runs: the next tile would overwrite a good one."""
+    def _submit(self, write: Callable[[], None]) -> Future[None]:
+        """Write after all earlier writes. None is done after one that failed: it could overwrite a good tile."""
 
         def run() -> None:
             if self._failed is not None:
                 raise self._failed
             try:
-                job()
+                write()
             except BaseException as error:
                 self._fail(error)
                 raise
 
         assert self._writer is not None
         future = self._writer.submit(run)
-        self._jobs = [job for job in self._jobs if not job.done() or job.exception() is not None] + [future]
+        self._queued = [item for item in self._queued if not item.done() or item.exception() is not None] + [future]
         return future
 
     def _fail(self, error: BaseException) -> None:
@@ -294,19 +290,19 @@ class DirectStore(FileStore):
         for pool in (self._buffers, self._gradient_buffers):
             pool.fail(error)
 
-    def _in_order(self, job: Callable[[], None]) -> None:
+    def _in_order(self, write: Callable[[], None]) -> None:
         if self._writer is None:
-            super()._in_order(job)
+            super()._in_order(write)
         else:
-            self._submit(job)
+            self._submit(write)
 
     def drain(self) -> None:
-        for job in self._jobs:
-            self._wait(job, None, "written")
-        self._jobs = []
+        for future in self._queued:
+            self._wait(future, None, "written")
+        self._queued = []
 
     def _wait(self, future: Future[Any], record: Record | None, what: str) -> Any:
-        """A result; the wait counts as a stall, and a long one is reported while it lasts."""
+        """A result. The wait counts as a stall; a long one is reported while it lasts."""
         start, name = time.perf_counter(), "the end of the step" if record is None else record.name
         while not concurrent.futures.wait((future,), STALL_WARNING_S).done:
             waited = time.perf_counter() - start
@@ -322,7 +318,7 @@ class DirectStore(FileStore):
         return result
 
     def close(self) -> None:
-        # a read that waits for a buffer would wait for ever
+        # otherwise a read that waits for a buffer would never end
         self._buffers.fail(BackendError(f"{self.folder}: the store was closed"))
         self._reader.shutdown(cancel_futures=True)
         try:

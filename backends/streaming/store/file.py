@@ -1,9 +1,9 @@
-"""Stores that are files: a folder with `lock`, `layout.json` (what the store was made for, written last), `commit`,
-`state`, and `checksums` of the state: an entry for each place of a tile, then one for each spooled gradient.
+"""Stores in a folder: `lock`, `layout.json` (what the store was made for, written last), `commit`, `state`, and
+`checksums`: an entry for each place of a tile, then one for each spooled gradient.
 
-`commit` has two pages, written alternately. Each carries its own hash, so a torn one is noticed and the other counts. A
-checksum is written after the data it covers and before the commit that counts it, beside the checksum of the version
-before: it can be torn only if its data can.
+`commit` has two pages, written alternately. Each carries its own hash, so a torn page is noticed and the other one
+counts. A checksum is written after the data it covers and before the commit that counts that data. It has a place of
+its own for each version of a tile, so a crash can tear it only where it can tear the tile.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weftrain.backends.streaming.store.base import Commit, Planes, Store
+from weftrain.backends.streaming.store.base import Commit, Store
 from weftrain.backends.streaming.store.checksums import ENTRY_BYTES, MAX_PLANES, Sums, checksum, packed
 from weftrain.backends.streaming.store.layout import PAGE_BYTES, Layout, Tile
+from weftrain.backends.streaming.store.planes import Planes
 from weftrain.core.errors import BackendError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json
@@ -37,7 +38,7 @@ _DAMAGED = "the store was damaged from outside: remove its folder, and the run c
 
 
 class FileStore(Store):
-    """What the tiers `mapped` and `direct` share."""
+    """What the tiers `mapped` and `direct` have in common: folder, lock, commits and checksums."""
 
     def __init__(self, layout: Layout, folder: Path, *, direct: bool) -> None:
         super().__init__(layout)
@@ -46,7 +47,7 @@ class FileStore(Store):
 
     def _open(self) -> None:
         self._sequence = 0  # of the last commit
-        self._on_disk: Commit | None = None  # what a restart would find
+        self._on_disk: Commit | None = None  # what a restart finds
         self._stack = contextlib.ExitStack()
         try:
             with self._reported("opened"):
@@ -60,7 +61,7 @@ class FileStore(Store):
                 found = None if new else read_commit(self.folder)
                 if found is not None:
                     self._sequence = found.sequence
-                    self._write_commit(found)  # opened, and not closed
+                    self._write_commit(found)  # now marked as open
         except BaseException:
             self._stack.close()
             raise
@@ -72,10 +73,8 @@ class FileStore(Store):
             self._stack.enter_context(fsops.held_lock(path, holder))
         except BlockingIOError:
             said = read_plain(path, "record")[:200].decode(errors="replace").strip()
-            raise BackendError(
-                f"{self.folder}: the store is in use ({said}): wait for that process, or give another "
-                "backend.options.store"
-            ) from None
+            remedy = "wait for that process, or give another backend.options.store"
+            raise BackendError(f"{self.folder}: the store is in use ({said}): {remedy}") from None
 
     def _file(self, name: str, *, direct: bool = False) -> fsops.PositionedFile:
         file = fsops.PositionedFile(self.folder / name, direct=direct)
@@ -84,7 +83,7 @@ class FileStore(Store):
 
     def _create(self) -> None:
         needed, free = self.layout.file_bytes, fsops.free_bytes(self.folder)
-        have = (self.folder / "state").stat().st_blocks * 512  # what an interrupted creation has reserved
+        have = (self.folder / "state").stat().st_blocks * 512  # reserved by a creation that was interrupted
         if needed > free + have:
             raise BackendError(
                 f"{self.folder}: the store needs {needed:,} bytes on disk ({self.layout.format.name}: "
@@ -106,32 +105,28 @@ class FileStore(Store):
 
     def _read_checksums(self, new: bool) -> tuple[list[list[int]], list[int]]:
         """For each place the checksums of a tile's planes; for each tile that of its gradient."""
-        end = self.layout.num_places * MAX_PLANES
-        if new:
-            return [[0] * MAX_PLANES for _ in range(self.layout.num_places)], [0] * len(self.layout.tiles)
-        for name, wanted in (("state", self.layout.file_bytes), ("checksums", self._checksum_bytes)):
-            if (found := (self.folder / name).stat().st_size) != wanted:
-                raise BackendError(
-                    f"{self.folder / name}: holds {found:,} bytes, the layout says {wanted:,}: {_DAMAGED}"
-                )
-        values = struct.unpack(f"<{self._checksum_bytes // 8}Q", (self.folder / "checksums").read_bytes())
-        return [list(values[start : start + MAX_PLANES]) for start in range(0, end, MAX_PLANES)], list(values[end:])
+        end, values = self.layout.num_places * MAX_PLANES, [0] * (self._checksum_bytes // 8)
+        if not new:
+            for name, wanted in (("state", self.layout.file_bytes), ("checksums", self._checksum_bytes)):
+                path = self.folder / name
+                if (found := path.stat().st_size) != wanted:
+                    raise BackendError(f"{path}: holds {found:,} bytes, the layout says {wanted:,}: {_DAMAGED}")
+            values = list(struct.unpack(f"<{len(values)}Q", (self.folder / "checksums").read_bytes()))
+        return [values[start : start + MAX_PLANES] for start in range(0, end, MAX_PLANES)], values[end:]
 
     def _note_state(self, tile: Tile, rotation: int, sums: Sums) -> None:
-        """Keep the checksums of a tile's planes, in the order of `tile.planes`: after the state was written, in the
-        order of writes.
-        """
+        """Record the checksums of `tile.planes`, in their order, after the state was written."""
         place = self.layout.place(tile, rotation)
         self._sums[place][: len(sums)] = sums
         self._checksums.write_at(place * ENTRY_BYTES, memoryview(packed(sums)))
 
     def _note_gradient(self, tile: Tile, step: int, gradient: Tensor) -> None:
-        """The same for the gradient of a tile that makes `step` steps complete."""
+        """The same for a tile's gradient. step: the number of steps that it completes."""
         value = self._gradient_sums[tile.index] = checksum(as_bytes(gradient), tile.index, -1, step)
         self._checksums.write_at(self.layout.num_places * ENTRY_BYTES + tile.index * 8, memoryview(packed([value])))
 
     def _check_planes(self, tile: Tile, rotation: int, planes: Planes) -> None:
-        """Raises BackendError for planes that were read and are not those that were written."""
+        """Raises BackendError if planes that were read are not those that were written."""
         for number, plane in enumerate(tile.planes):
             if plane.name in planes:
                 found = checksum(as_bytes(planes[plane.name]), tile.index, number, rotation)
@@ -147,8 +142,8 @@ class FileStore(Store):
 
     def _damaged(self, tile: Tile, what: str) -> BackendError:
         step = "" if self.commit is None else f" as of {self.commit.step} completed steps"
-        more = f" and {len(tile.pieces) - 3} more" if len(tile.pieces) > 3 else ""
-        names = ", ".join(piece.name for piece in tile.pieces[:3]) + more
+        more = f" and {len(tile.fragments) - 3} more" if len(tile.fragments) > 3 else ""
+        names = ", ".join(fragment.name for fragment in tile.fragments[:3]) + more
         return BackendError(
             f"{self.folder}/state: {what} of {names} (tile {tile.index}){step} is not what was written: {_DAMAGED}"
         )
@@ -171,10 +166,10 @@ class FileStore(Store):
 
         self._in_order(write)
 
-    def _in_order(self, job: Callable[[], None]) -> None:
-        """Run a job after every write so far."""
+    def _in_order(self, write: Callable[[], None]) -> None:
+        """Write after every earlier write."""
         with self._reported("written"):
-            job()
+            write()
 
     def set_aside(self) -> None:
         """Rename the folder, whole, to the first free `<name>.superseded-N` beside it, and begin with a new one."""
@@ -182,15 +177,15 @@ class FileStore(Store):
         free = next(path for name in names if not (path := self.folder.with_name(name)).exists())
         with self._reported("set aside"):
             self._mark_closed()
-            fsops.rename(self.folder, free)  # the lock is held until it has its new name
+            fsops.rename(self.folder, free)  # while the lock is held
         self._stack.close()
         self.commit = None
         self._open()
 
     def close(self) -> None:
-        """Make everything durable and mark the store closed: only then does it survive a stop of the machine."""
+        """Make everything durable and mark the store closed: only a closed store survives a stop of the machine."""
         try:
-            with contextlib.suppress(BackendError):  # what failed was reported when it failed
+            with contextlib.suppress(BackendError):  # was reported when it happened
                 self.drain()
                 with self._reported("closed"):
                     self._mark_closed()
@@ -207,9 +202,7 @@ class FileStore(Store):
 
     @contextlib.contextmanager
     def _reported(self, what: str) -> Iterator[None]:
-        """Turns an OSError into a BackendError that says which file cannot be `what`, where a restart would go on, and
-        the remedy.
-        """
+        """Turns an OSError into a BackendError: which file cannot be `what`, where a restart goes on, the remedy."""
         try:
             yield
         except OSError as error:
@@ -225,14 +218,14 @@ class FileStore(Store):
 
 
 def _superseded_stores(folder: Path) -> str:
-    """Words about stores that were set aside; empty if there are none."""
+    """For a message: the stores that were set aside; empty if there are none."""
     found = sorted(path.name for path in folder.parent.glob(f"{folder.name}.superseded-*"))
     return f" (nothing reads {', '.join(found)} in {folder.parent} any more)" if found else ""
 
 
 def holds_no_store(layout: Layout, folder: Path) -> bool:
-    """Whether the folder holds no whole store yet. Raises BackendError for a store of another recipe or format, and for
-    other files.
+    """Whether no store was completely made in the folder. Raises BackendError for a store of another recipe or format,
+    and if there are other files.
     """
     try:
         found = parse_json(read_plain(folder / "layout.json", "record"))
@@ -267,7 +260,7 @@ def holds_no_store(layout: Layout, folder: Path) -> bool:
 
 
 def read_commit(folder: Path) -> Commit | None:
-    """Where a store stands; None if it was not filled. Raises BackendError for one that was damaged, or that was open
+    """The last commit of a store; None if it was not filled. Raises BackendError if the store is damaged, or was open
     when the machine stopped.
     """
     pages = read_plain(folder / "commit", "record") if (folder / "commit").exists() else b""
@@ -304,15 +297,14 @@ def _page(commit: Commit) -> bytes:
 
 
 def boot_id() -> str:
-    """A word that changes when the machine starts; empty if the system has none."""
+    """An identifier that changes when the machine starts; empty if the system has none."""
     return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
 
 
 def state_sums(tile: Tile, planes: Planes, rotation: int) -> list[int]:
-    """Checksums of a tile's planes in their order."""
-    return [
-        checksum(as_bytes(planes[plane.name]), tile.index, number, rotation) for number, plane in enumerate(tile.planes)
-    ]
+    """Checksums of `tile.planes`, in their order."""
+    names = [plane.name for plane in tile.planes]
+    return [checksum(as_bytes(planes[name]), tile.index, number, rotation) for number, name in enumerate(names)]
 
 
 def as_bytes(memory: Tensor) -> np.ndarray:

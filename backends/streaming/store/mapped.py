@@ -1,5 +1,5 @@
-"""The tier that maps its file into memory. Weights are views of the map; no access to it can run out of disk, since all
-blocks were reserved when the file was made.
+"""Tier `mapped`: the state file is mapped into memory, and weights are views of the map. All blocks are reserved when
+the file is made, so no access to the map can run out of disk.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weftrain.backends.streaming.store.base import DTYPES, Part, Planes, copy_gradients, typed
+from weftrain.backends.streaming.store.base import UpdateRange, copy_gradients
 from weftrain.backends.streaming.store.checksums import Running
 from weftrain.backends.streaming.store.file import FileStore, as_bytes, state_sums
 from weftrain.backends.streaming.store.layout import Layout, Record, Tile
+from weftrain.backends.streaming.store.planes import DTYPES, Planes, planes_in
 
-_CHUNK_ELEMENTS = 1 << 19  # of a tile: copied to its new place and updated there while it is in the last-level cache
+_RANGE_ELEMENTS = 1 << 19  # copied to their new place and updated there while they are in the last-level cache
 
 
 class MappedStore(FileStore):
@@ -30,13 +31,13 @@ class MappedStore(FileStore):
         super()._open()
         self._map = mmap.mmap(self._state.descriptor, self.layout.file_bytes, mmap.MAP_SHARED)
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
-        # tile -> the rotation at which this process wrote or checked it: its compute plane, and all of it
-        self._known: dict[int, int] = {}
-        self._read: dict[int, int] = {}
+        # tile -> the rotation at which this process wrote or verified its compute plane, and all of its planes
+        self._weights_verified: dict[int, int] = {}
+        self._verified: dict[int, int] = {}
 
     def _planes(self, tile: Tile, rotation: int) -> Planes:
         offset = self.layout.offset(tile, rotation)
-        return typed(self._memory[offset : offset + tile.bytes], tile)
+        return planes_in(self._memory[offset : offset + tile.bytes], tile)
 
     def _gradient(self, tile: Tile) -> Tensor:
         offset = self.layout.gradient_offset(tile)
@@ -47,26 +48,26 @@ class MappedStore(FileStore):
         for tile in record.tiles:
             rotation, name = self.rotation(tile), tile.planes[0].name
             found.append(self._planes(tile, rotation)[name])
-            if self._known.get(tile.index) != rotation:
+            if self._weights_verified.get(tile.index) != rotation:
                 self._check_planes(tile, rotation, {name: found[-1]})
-                self._known[tile.index] = rotation
+                self._weights_verified[tile.index] = rotation
         return found
 
-    def updating(self, tile: Tile) -> Iterator[Part]:
+    def updating(self, tile: Tile) -> Iterator[UpdateRange]:
         before, step, numbers = self.rotation(tile), self.committed.step, range(len(tile.planes))
         old, new = self._planes(tile, before), self._planes(tile, before + 1)
         old_sums = [Running(tile.index, number, before) for number in numbers]
         new_sums = [Running(tile.index, number, before + 1) for number in numbers]
         gradient, gradient_sum = self._gradient(tile), Running(tile.index, -1, step)
-        for start in range(0, len(tile.owned), _CHUNK_ELEMENTS):
-            stop = min(start + _CHUNK_ELEMENTS, len(tile.owned))
+        for start in range(0, len(tile.owned), _RANGE_ELEMENTS):
+            stop = min(start + _RANGE_ELEMENTS, len(tile.owned))
             parts = [slice(start // plane.elements_per_item, stop // plane.elements_per_item) for plane in tile.planes]
             for plane, part, running in zip(tile.planes, parts, old_sums, strict=True):
                 running.add(as_bytes(old[plane.name][part]))
                 if plane.name != "copy":
                     new[plane.name][part].copy_(old[plane.name][part])
             gradient_sum.add(as_bytes(gradient[start:stop]))
-            yield start, stop, new, gradient[start:stop]
+            yield UpdateRange(start, stop, new, gradient[start:stop])
             for plane, part, running in zip(tile.planes, parts, new_sums, strict=True):
                 running.add(as_bytes(new[plane.name][part]))
         for number, running in enumerate(old_sums):
@@ -74,7 +75,7 @@ class MappedStore(FileStore):
         self._check_gradient(tile, step, gradient_sum.value)
         with self._reported("written"):
             self._note_state(tile, before + 1, [running.value for running in new_sums])
-        self._known[tile.index] = before + 1
+        self._weights_verified[tile.index] = before + 1
         self.bytes_read += tile.bytes + tile.gradient_bytes
         self.bytes_written += tile.bytes
         self._updated(tile)
@@ -88,9 +89,9 @@ class MappedStore(FileStore):
     def read_state(self, tile: Tile) -> Planes:
         rotation = self.rotation(tile)
         planes = self._planes(tile, rotation)
-        if self._read.get(tile.index) != rotation:  # an export asks for each parameter by itself
+        if self._verified.get(tile.index) != rotation:  # an export reads a tile once for each of its tensors
             self._check_planes(tile, rotation, planes)
-            self._read[tile.index] = rotation
+            self._verified[tile.index] = rotation
         return planes
 
     def write_state(self, tile: Tile, planes: Planes) -> None:
@@ -99,10 +100,10 @@ class MappedStore(FileStore):
             plane.copy_(planes[name])
         with self._reported("written"):
             self._note_state(tile, 0, state_sums(tile, target, 0))
-        self._known[tile.index] = 0
+        self._weights_verified[tile.index] = 0
 
     def close(self) -> None:
-        with contextlib.suppress(ValueError):  # closed before
+        with contextlib.suppress(ValueError):  # the map is closed already
             self._map.flush()
         self._memory = torch.empty(0, dtype=torch.uint8)
         super().close()

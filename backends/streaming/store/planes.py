@@ -1,26 +1,40 @@
 """From stored planes to the fp32 weights and moments that AdamW updates, and back. All tensors are flat, one tile or a
 part of one.
 
-What a reader would get wrong: `low` is not the low half of the fp32 weight. It is that half plus 0x8000 (mod 2^16), and
-`high` is the upper half after the same addition: the sum is one to one over all 2^32 patterns, and rounds to nearest,
-ties away from zero. (Ties to even cannot be undone from 16 bits: both neighbours of an even number round to it.)
+`low` is not the low half of the fp32 weight: it is that half plus 0x8000 (mod 2^16), and `high` is the upper half after
+the same addition. So `high` is the weight rounded to nearest, ties away from zero, and both restore every bit pattern.
+(Ties to even could not be undone from 16 bits: both neighbours of an even number round to it.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from weftrain.backends.streaming.store.layout import MOMENT_BLOCK
+from weftrain.backends.streaming.store.layout import Tile
+from weftrain.backends.streaming.store.state_format import MOMENT_BLOCK
 
-Planes = Mapping[str, Tensor]
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+}
+Planes = dict[str, Tensor]
 _HALF = 0x8000
 
 
-class Work:
-    """fp32 buffers for one tile's update, reused for the next; planes that are fp32 are updated in place."""
+def planes_in(memory: Tensor, tile: Tile) -> Planes:
+    """A tile's planes as views of its bytes, uint8 [tile.bytes]."""
+    return {
+        name: memory[offset : offset + plane.bytes(len(tile.owned))].view(DTYPES[plane.dtype])
+        for name, (offset, plane) in tile.plane_offsets().items()
+    }
+
+
+class UpdateBuffers:
+    """fp32 buffers for a tile's update, reused for the next tile; planes that are fp32 are updated in place."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -68,7 +82,7 @@ def join(high: Tensor, low: Tensor, out: Tensor) -> Tensor:
 
 
 def split(weights: Tensor, high: Tensor, low: Tensor) -> None:
-    """high bf16 [n] and low int16 [n] from fp32 [n], which is used up."""
+    """high bf16 [n] and low int16 [n] from fp32 [n], which is overwritten."""
     weights.view(torch.int32).add_(_HALF)
     halves = weights.view(torch.int16).view(-1, 2)
     low.copy_(halves[:, 0])

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from weftrain.backends.streaming.store.base import DTYPES, Part, Planes, Store, copy_gradients
+from weftrain.backends.streaming.store.base import Store, UpdateRange, copy_gradients
 from weftrain.backends.streaming.store.layout import Layout, Record, Tile
+from weftrain.backends.streaming.store.planes import DTYPES, Planes
 
 
 class RamStore(Store):
@@ -22,8 +23,8 @@ class RamStore(Store):
     def compute_planes(self, record: Record) -> list[Tensor]:
         return [self._planes[tile.index][tile.planes[0].name] for tile in record.tiles]
 
-    def updating(self, tile: Tile) -> Iterator[Part]:
-        yield 0, len(tile.owned), self._planes[tile.index], self._gradients[tile.index]
+    def updating(self, tile: Tile) -> Iterator[UpdateRange]:
+        yield UpdateRange(0, len(tile.owned), self._planes[tile.index], self._gradients[tile.index])
         self._updated(tile)
 
     def spool(self, tile: Tile, gradients: Mapping[str, Tensor]) -> None:
@@ -48,7 +49,7 @@ class RamStore(Store):
 
 
 class EmptyStore(RamStore):
-    """Of a rank that holds no state: others send it the weights, and it sends them gradients."""
+    """For a rank that holds no state: it receives weights and sends gradients."""
 
     def compute_planes(self, record: Record) -> list[Tensor]:
         return []

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from weftrain.backends.streaming.replicas.leader import Leader
-from weftrain.backends.streaming.replicas.worker import Worker, join_run
+from weftrain.backends.streaming.replicas.leader import ReplicaLeader
+from weftrain.backends.streaming.replicas.worker import ReplicaWorker, join_run
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.formats.strict_model import StrictModel
@@ -26,7 +26,7 @@ def asked() -> StopRequest:
 
 def test_waiting_for_replicas_ends_by_a_signal(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
-        Leader(tmp_path, "agreement", 2, CPU, False, 600.0, asked())
+        ReplicaLeader(tmp_path, "agreement", 2, CPU, False, 600.0, asked())
     assert ended.value.code == 143
 
 
@@ -43,11 +43,11 @@ def test_a_replica_that_leaves_a_sharded_store_stops_the_run(
 ) -> None:
     """Its part of the state would be missing; without shards the run goes on without it."""
     stop, orders = StopRequest(), []
-    leader = Leader(tmp_path, "agreement", 1, CPU, sharded, 600.0, stop)
+    leader = ReplicaLeader(tmp_path, "agreement", 1, CPU, sharded, 600.0, stop)
     monkeypatch.setattr(leader, "command", lambda **what: orders.append(what["do"]))
     monkeypatch.setattr(leader, "_form", lambda *of: None)
-    (rendezvous,) = tmp_path.glob("meeting-*")
-    worker = Worker(rendezvous, CPU, sharded, 600.0)
+    (rendezvous,) = tmp_path.glob("rendezvous-*")
+    worker = ReplicaWorker(rendezvous, CPU, sharded, 600.0)
     leader._admit()
     leader.regroup()
     assert (stop.number, orders) == (0, [])

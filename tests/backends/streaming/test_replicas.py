@@ -236,7 +236,7 @@ def test_a_killed_replica_is_reported_and_the_last_step_is_intact(overrides: lis
         replica.kill()
         output, _ = leader.communicate(timeout=60)
     assert leader.returncode != 0
-    assert "a replica was lost" in output
+    assert "a replica failed" in output
     assert "the last completed step is intact" in output
     steps = [record["step"] for record in read_metrics(tmp_path / "run") if record["kind"] == "step"]
     stopped = [item if item != "batch.replicas=2" else "batch.replicas=1" for item in options]

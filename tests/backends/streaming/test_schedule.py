@@ -13,7 +13,7 @@ from streaming_runs import SIX_LAYERS, source_of, streaming
 from weftrain.backends.streaming.options import StreamingOptions, layout_of
 from weftrain.backends.streaming.outline import draw
 from weftrain.backends.streaming.planner import needs, predict, remedies
-from weftrain.backends.streaming.schedule import LOADING, Scheduler
+from weftrain.backends.streaming.schedule import LOADING, PassScheduler
 from weftrain.core.config import Recipe
 from weftrain.core.prediction import Speeds
 from weftrain.core.recipe_file import load_recipe
@@ -32,7 +32,7 @@ def test_every_computation_has_its_weights(tier: str, slots: int, tiny_recipe: T
     if (tier == "direct") != (slots > 0):
         pytest.skip("slots belong to tier direct")
     layout = layout_of(tiny_recipe("amber", SIX_LAYERS), options(tier=tier))
-    scheduler = Scheduler(layout, tier, slots, 1 << 30)
+    scheduler = PassScheduler(layout, tier, slots, 1 << 30)
     for first in (None, 0, len(layout.tiles) // 2):
         for schedule in (scheduler.step(first), scheduler.evaluation(first)):
             there: dict[int, int] = {}
@@ -56,7 +56,7 @@ def test_every_computation_has_its_weights(tier: str, slots: int, tiny_recipe: T
 
 def test_bytes_are_those_of_the_layout(tiny_recipe: Tiny) -> None:
     layout = layout_of(tiny_recipe("amber", SIX_LAYERS), options(tier="direct"))
-    scheduler = Scheduler(layout, "direct", 2, 1 << 30)
+    scheduler = PassScheduler(layout, "direct", 2, 1 << 30)
     state = sum(tile.bytes for tile in layout.tiles)
     gradients = sum(tile.gradient_bytes for tile in layout.tiles)
     # four of six layers are gone when their backward comes
@@ -80,7 +80,7 @@ def test_a_step_moves_what_show_prints(tier: str, tiny_recipe: Tiny, tmp_path: P
     moved = [(run.stats()["store_in_bytes"], run.stats()["store_out_bytes"]) for _ in run.train(source_of(recipe))]
     ring = 2 if tier == "direct" else 0
     layout = run.store.layout
-    schedule = Scheduler(layout, tier, ring, 1 << 30).step(first_update=0)
+    schedule = PassScheduler(layout, tier, ring, 1 << 30).step(first_update=0)
     assert moved[2] == moved[3] == (schedule.bytes_read, schedule.bytes_written)
     text = "\n".join(draw(schedule))
     assert "update and forward layers" in text

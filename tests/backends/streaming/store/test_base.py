@@ -530,7 +530,7 @@ def test_damage_is_named(tier: str, what: str, tiny_recipe: Tiny, tmp_path: Path
     tile = next(
         tile
         for tile in run.store.layout.tiles
-        if any(piece.name == "layers.1.attention.q_proj.weight" for piece in tile.pieces)
+        if any(fragment.name == "layers.1.attention.q_proj.weight" for fragment in tile.fragments)
     )
     offset = run.store.layout.offset(tile, run.store.rotation(tile)) + tile.plane_offsets().get(what, (0, None))[0]
     offset = run.store.layout.gradient_offset(tile) if what == "gradient" else offset

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weftrain.backends.streaming.store.layout import FORMATS, GRANULE, PAGE_BYTES, Layout, make_layout
+from weftrain.backends.streaming.store.layout import GRANULE, PAGE_BYTES, Layout, make_layout
+from weftrain.backends.streaming.store.state_format import FORMATS
 from weftrain.core.config import Recipe
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import load_recipe
@@ -32,10 +34,10 @@ def test_every_element_lies_in_one_place(family: str, compute: str, tiny_recipe:
         found: dict[str, list[tuple[int, int]]] = {}
         for tile in layout.tiles:
             end = 0
-            for piece in tile.pieces:
-                assert piece.offset >= end
-                end = piece.offset + piece.stop - piece.start
-                found.setdefault(piece.name, []).append((piece.start, piece.stop))
+            for fragment in tile.fragments:
+                assert fragment.offset >= end
+                end = fragment.offset + fragment.stop - fragment.start
+                found.setdefault(fragment.name, []).append((fragment.start, fragment.stop))
             assert end <= tile.elements
             assert tile.elements % (GRANULE * layout.shard[1]) == 0
             assert tile.bytes % PAGE_BYTES == tile.compute_bytes % PAGE_BYTES == tile.compute_offset % PAGE_BYTES == 0
@@ -52,11 +54,11 @@ def test_a_cut_tensor_lies_in_one_piece_in_its_slot(family: str, tiny_recipe: Ti
     for record in layout.records:
         ends: dict[str, int] = {}
         for tile in record.tiles:
-            for piece in tile.pieces:
-                first = tile.compute_offset + 4 * piece.offset
-                cut += piece.start > 0
-                assert ends.get(piece.name, first) == first
-                ends[piece.name] = first + 4 * (piece.stop - piece.start)
+            for fragment in tile.fragments:
+                first = tile.compute_offset + 4 * fragment.offset
+                cut += fragment.start > 0
+                assert ends.get(fragment.name, first) == first
+                ends[fragment.name] = first + 4 * (fragment.stop - fragment.start)
     assert cut > 3
 
 
@@ -103,7 +105,7 @@ def test_disk_of_the_whole_crystalcoder() -> None:
     }  # fmt: skip
 
 
-def test_the_hash_names_all_that_matters(tiny_recipe: Tiny) -> None:
+def test_the_identity_names_all_that_matters(tiny_recipe: Tiny) -> None:
     base = make_layout(tiny_recipe(), "fp32", split_above=None, tile_elements=4096)
     others = [
         make_layout(tiny_recipe("crystal", "model.num_layers=3"), "fp32", split_above=None, tile_elements=4096),
@@ -114,4 +116,4 @@ def test_the_hash_names_all_that_matters(tiny_recipe: Tiny) -> None:
         make_layout(tiny_recipe(), "fp32", split_above=None, tile_elements=8192),
         make_layout(tiny_recipe(), "fp32", split_above=None, tile_elements=4096, shard=(1, 2)),
     ]
-    assert len({base.hash, *(other.hash for other in others)}) == 1 + len(others)
+    assert len({json.dumps(layout.identity) for layout in (base, *others)}) == 1 + len(others)

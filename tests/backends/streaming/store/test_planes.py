@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weftrain.backends.streaming.store.base import DTYPES
-from weftrain.backends.streaming.store.layout import FORMATS, MOMENT_BLOCK
-from weftrain.backends.streaming.store.planes import Work, join, split
+from weftrain.backends.streaming.store.planes import DTYPES, UpdateBuffers, join, split
+from weftrain.backends.streaming.store.state_format import FORMATS, MOMENT_BLOCK
 
 
 def through(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,7 +51,7 @@ def test_save_then_load(name: str) -> None:
     exp_avg_sq = torch.randn(elements, generator=generator).square() * 10.0 ** torch.randint(
         -6, 3, (elements,), generator=generator
     )
-    planes, work, part = planes_of(name, elements), Work(), slice(0, elements)
+    planes, work, part = planes_of(name, elements), UpdateBuffers(), slice(0, elements)
     if "weights" in planes:
         planes["weights"].copy_(weights)
     for plane, value in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
@@ -84,14 +83,14 @@ def test_parts_of_a_tile_are_the_tile() -> None:
     generator = torch.Generator().manual_seed(5)
     values = [torch.rand(elements, generator=generator) for _ in range(3)]
     whole, parts = planes_of("int8_moments", elements), planes_of("int8_moments", elements)
-    Work().save(whole, slice(0, elements), *(value.clone() for value in values))
+    UpdateBuffers().save(whole, slice(0, elements), *(value.clone() for value in values))
     for start in range(0, elements, 2 * MOMENT_BLOCK):
         part = slice(start, start + 2 * MOMENT_BLOCK)
-        Work().save(parts, part, *(value[part].clone() for value in values))
+        UpdateBuffers().save(parts, part, *(value[part].clone() for value in values))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_zero_moments_stay_zero() -> None:
     planes, part = planes_of("int8_moments", MOMENT_BLOCK), slice(0, MOMENT_BLOCK)
-    Work().save(planes, part, *(torch.zeros(MOMENT_BLOCK) for _ in range(3)))
-    assert all(not tensor.any() for tensor in Work().load(planes, part))
+    UpdateBuffers().save(planes, part, *(torch.zeros(MOMENT_BLOCK) for _ in range(3)))
+    assert all(not tensor.any() for tensor in UpdateBuffers().load(planes, part))
