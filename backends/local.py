@@ -43,12 +43,13 @@ from weftrain.backends.common.step import (
     update_sets,
 )
 from weftrain.backends.common.tree_sum import TreeSum, tree_sum
-from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
+from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
 from weftrain.core.config import CompileOption, RecomputeOption, Threads
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, row_keys
 from weftrain.core.errors import BackendError, NonFiniteError
 from weftrain.core.model import Decoder, draw, kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
+from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 from weftrain.core.parameters import parameter_specs
 from weftrain.kernels import Spec, select
 from weftrain.kernels.host_memory import huge_page_bytes

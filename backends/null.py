@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import torch
 
 from weftrain.backends.common.base import PlainBackend
-from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
+from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.model import draw
 from weftrain.core.optim import group_learning_rates, parameter_groups
+from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 from weftrain.core.parameters import parameter_specs
 
 

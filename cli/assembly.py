@@ -13,10 +13,11 @@ import torch
 from weftrain.analysis.machine.peak import measured_peak
 from weftrain.cli.resolve import resolve_foreign
 from weftrain.core import checkpoint
-from weftrain.core.backend import Backend, BatchSource, EvaluationSource, Run
+from weftrain.core.backend import Backend, Run
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
 from weftrain.core.formats.plain_file import real_path
+from weftrain.core.order.batch import BatchSource, EvaluationSource
 from weftrain.core.parameters import flops_per_token
 from weftrain.core.recipe_file import RecipeFile
 from weftrain.core.run.speed import Peak, Speed, machine_name, recorded_peak

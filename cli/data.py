@@ -179,7 +179,7 @@ def where(recipe: str, overrides: tuple[str, ...], step: int, row: int) -> None:
     if row >= source.global_batch_size:
         raise click.BadParameter(f"a batch has rows 0..{source.global_batch_size - 1}", param_hint="--row")
     found = source.locate(step, row)
-    component = next(component for component in source.components if component.name == found.source)
+    component = next(component for component in source.sources if component.name == found.source)
     console = _console()
     chunk = "" if found.chunk is None else f", chunk {found.chunk} of the dataset"
     run_chunk = "" if found.run_chunk is None else f", chunk {found.run_chunk} of the run"

@@ -10,10 +10,11 @@ from rich.table import Table
 
 from weftrain.cli.display import Console
 from weftrain.cli.resolve import backend_options, resolve_recipe
-from weftrain.core.config import Recipe, Skip
+from weftrain.core.config import Recipe
 from weftrain.core.formats.strict_yaml import dump_yaml
 from weftrain.core.mup import resolve_scales
 from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_groups
+from weftrain.core.order.data_section import SkipRule
 from weftrain.core.order.mixture import make_mixture, source_shares
 from weftrain.core.order.timeline import timeline
 from weftrain.core.parameters import flops_per_token, parameter_specs
@@ -115,7 +116,7 @@ def arithmetic(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _skipped(entry: Skip) -> str:
+def _skipped(entry: SkipRule) -> str:
     if entry.chunk is not None:
         return f"chunk {entry.chunk} is {'deferred' if entry.action == 'defer' else 'dropped'}"
     return f"rows {list(entry.rows or ())} of {entry.source}"

@@ -30,8 +30,9 @@ from weftrain.core.run.metrics import heldout_label
 from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
-    from weftrain.core.backend import Backend, BatchSource, EvaluationSource, Fingerprint, Follower, Job, Run
+    from weftrain.core.backend import Backend, Fingerprint, Follower, Job, Run
     from weftrain.core.formats.strict_model import StrictModel
+    from weftrain.core.order.batch import BatchSource, EvaluationSource
     from weftrain.core.resume import Start
     from weftrain.core.trainer import TrainedStep
 

@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, SupportsFloat, runtime_checkable
 
-import numpy as np
 import torch
 
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.canonical import canonical_json
-from weftrain.core.formats.dataset_manifest import SourceCursor
 from weftrain.core.formats.strict_model import StrictModel
+from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 from weftrain.core.stop import StopRequest
 
 
@@ -81,74 +80,6 @@ def plan_of(recipe: Recipe, first_step: int) -> Plan:
 
 def _due(completed: int, every: int) -> bool:
     return every > 0 and completed % every == 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one batch. ids: int64 [rows, sequence_length + 1], inputs are ids[:, :-1] and labels ids[:, 1:].
-
-    loss_mask: bool [rows, sequence_length], False where a label bears no loss; None where all do. document_start: int32
-    [rows, sequence_length], for each input the index within its row of its document's first token, so that attention
-    from query t reaches keys document_start[t]..t; None where attention crosses documents.
-    """
-
-    ids: np.ndarray
-    loss_mask: np.ndarray | None = None
-    document_start: np.ndarray | None = None
-
-    @property
-    def bearing_tokens(self) -> int:
-        """How many labels bear a loss."""
-        rows, length = self.ids.shape
-        return rows * (length - 1) if self.loss_mask is None else int(np.count_nonzero(self.loss_mask))
-
-
-class BatchSource(Protocol):
-    """Picklable and stateless: row r of step s is a pure function of (dataset, seed, s, r)."""
-
-    @property
-    def sequence_length(self) -> int: ...
-    @property
-    def global_batch_size(self) -> int: ...
-    @property
-    def dataset_id(self) -> str:
-        """Merkle root over the shards' hashes."""
-        ...
-
-    def rows(self, step: int, first: int, count: int) -> Batch:
-        """Rows first..first+count-1 of the batch of 0-based step `step`."""
-        ...
-
-    def sample_names(self, step: int, first: int, count: int) -> list[str]:
-        """For messages: where each of those rows lies, as 'set/shard.h5:row'."""
-        ...
-
-    def cursors(self, step: int) -> Mapping[str, SourceCursor]:
-        """For the record: how far each source has been read after `step` steps."""
-        ...
-
-
-class EvaluationSource(Protocol):
-    """A held-out set, read in order, once."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def sequence_length(self) -> int: ...
-    @property
-    def num_rows(self) -> int:
-        """That are read."""
-        ...
-
-    @property
-    def rows_available(self) -> int:
-        """That the set has: a loss over fewer of them is another figure."""
-        ...
-
-    @property
-    def dataset_id(self) -> str: ...
-
-    def rows(self, first: int, count: int) -> Batch: ...
 
 
 @dataclass(frozen=True)

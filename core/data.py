@@ -9,11 +9,9 @@ recipe, step, row): nothing is stored, and any number of readers share the work.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -21,68 +19,24 @@ from typing import Any
 
 import numpy as np
 
-from weftrain.core.backend import Batch, BatchSource
-from weftrain.core.config import DataConfig, Recipe, Source
+from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import read_dataset_manifest
-from weftrain.core.formats.dataset_manifest import SetName, SourceCursor, Subset, merkle_root
+from weftrain.core.formats.dataset_manifest import SetName, SourceCursor, merkle_root
 from weftrain.core.formats.shard_reader import ShardReader, read_document_starts, read_rows
 from weftrain.core.formats.shard_set import ShardSet
-from weftrain.core.order.mixture import CerebrasOrder, Mixture, SampleOrder, make_mixture, source_shares
-from weftrain.core.order.row_order import ResumedOrder, RowOrder, RowRange, row_ranges
-from weftrain.core.order.row_selection import Range, merged, without
+from weftrain.core.order.batch import Batch, BatchSource
+from weftrain.core.order.data_section import DataConfig, SourceConfig
+from weftrain.core.order.mixture import CerebrasOrder, SampleOrder, make_mixture, source_shares
+from weftrain.core.order.row_selection import Range
+from weftrain.core.order.source_order import OrderedSource, ordered_source
+from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.order.timeline import ChunkOrder, Timeline, timeline
-from weftrain.core.synthetic import synthetic_source
-
-__all__ = [
-    "Component",
-    "HeldOut",
-    "Located",
-    "Mixture",
-    "TokenSource",
-    "make_mixture",
-    "open_heldout",
-    "open_training",
-    "training_source",
-]
 
 MIN_PLAN_ROWS, MAX_PLAN_ROWS = (
     64,
     4096,
 )  # numpy takes a microsecond for a call, and ten of them a source: so rows are located thousands at once
-
-
-@dataclass(frozen=True)
-class Component:
-    """One source: a set, and the order of its rows. cursor: how far it had been read when the order begins."""
-
-    name: str
-    shards: ShardSet
-    order: RowOrder | ResumedOrder
-    subset: Subset
-    cursor: SourceCursor | None = None
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that come before the first comes again."""
-        return self.order.num_rows
-
-    def row_numbers(self, k: np.ndarray) -> np.ndarray:
-        """int64 [n], the source's k-th samples -> row numbers of the set. Every row comes once in each epoch."""
-        return self.order.rows(k)
-
-    def cursor_at(self, k: int) -> SourceCursor:
-        """How far the source has been read when its k-th sample comes next."""
-        before = self.cursor
-        if k == 0 and before is not None:
-            return before
-        turn, place = self.order.place(k - 1) if k else (0, -1)
-        same_pass = isinstance(self.order, ResumedOrder) and k > 0 and self.order.in_current(k - 1)
-        subsets, rows = (before.subsets, before.rows) if same_pass and before is not None else ((self.subset,), ())
-        read = k + (0 if before is None else before.read)
-        return SourceCursor(
-            dataset_id=self.shards.entry.id, read=read, turn=turn, place=place + 1, subsets=subsets, rows=rows
-        )
 
 
 @dataclass(frozen=True)
@@ -111,7 +65,7 @@ class TokenSource:
 
     sequence_length: int
     dataset_id: str
-    components: tuple[Component, ...]
+    sources: tuple[OrderedSource, ...]
     mixture: SampleOrder
     timeline: Timeline
     document_attention: bool = False
@@ -150,7 +104,7 @@ class TokenSource:
         source, k = self._locate(step, first, count)
         names = []
         for index, number in zip(source.tolist(), k.tolist(), strict=True):
-            component = self.components[index]
+            component = self.sources[index]
             file, row = component.shards.locate(int(component.row_numbers(np.array([number]))[0]))
             names.append(f"{component.name}/{file}:{row}")
         return names
@@ -158,7 +112,7 @@ class TokenSource:
     def locate(self, step: int, row: int) -> Located:
         """Where row `row` of the batch of `step` comes from. Raises ValueError outside the batch."""
         source, k = (int(array[0]) for array in self._locate(step, row, 1))
-        component = self.components[source]
+        component = self.sources[source]
         number = int(component.row_numbers(np.array([k]))[0])
         file, row_in_shard = component.shards.locate(number)
         order = component.order
@@ -181,9 +135,9 @@ class TokenSource:
     def counts(self, step: int) -> dict[str, int]:
         """Samples of each source in the first `step` steps."""
         counts = self.timeline.counts(self.mixture, step)
-        before = (0 if component.cursor is None else component.cursor.read for component in self.components)
+        before = (0 if component.cursor is None else component.cursor.read for component in self.sources)
         return {
-            component.name: read + count for component, read, count in zip(self.components, before, counts, strict=True)
+            component.name: read + count for component, read, count in zip(self.sources, before, counts, strict=True)
         }
 
     def cursors(self, step: int) -> dict[str, SourceCursor]:
@@ -194,7 +148,7 @@ class TokenSource:
         reads = self.counts(step)
         return {
             component.name: component.cursor_at(k).model_copy(update={"read": reads[component.name]})
-            for component, k in zip(self.components, next_k, strict=True)
+            for component, k in zip(self.sources, next_k, strict=True)
         }
 
     def _locate(self, step: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -212,18 +166,18 @@ class TokenSource:
         """Of how many samples the rows are computed at once: fewer where that would be the same rows again and
         again.
         """
-        return min(MAX_PLAN_ROWS, max(MIN_PLAN_ROWS, sum(component.num_rows for component in self.components)))
+        return min(MAX_PLAN_ROWS, max(MIN_PLAN_ROWS, sum(component.num_rows for component in self.sources)))
 
     @cached_property
     def _plan(self) -> Callable[[int], _Plan]:
         """The block-th plan, of samples [block * _plan_rows, (block + 1) * _plan_rows) of the stream; the latest are
         kept.
         """
-        return lru_cache(maxsize=8)(partial(_make_plan, self.components, self.mixture, self._plan_rows))
+        return lru_cache(maxsize=8)(partial(_make_plan, self.sources, self.mixture, self._plan_rows))
 
     @cached_property
     def _readers(self) -> _Readers:
-        return _Readers([component.shards for component in self.components])
+        return _Readers([component.shards for component in self.sources])
 
     def __getstate__(self) -> dict[str, Any]:
         # and no plans, which are computed again
@@ -254,7 +208,7 @@ class _Plan:
     positions: list[int]
 
 
-def _make_plan(components: tuple[Component, ...], mixture: SampleOrder, rows: int, block: int) -> _Plan:
+def _make_plan(components: tuple[OrderedSource, ...], mixture: SampleOrder, rows: int, block: int) -> _Plan:
     source, k = mixture.locate(np.arange(block * rows, (block + 1) * rows, dtype=np.int64))
     shard, position = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.int64)
     first_shard = 0
@@ -318,7 +272,7 @@ def open_training(
     """
     opened = [_open_set(data, source, "train", root, vocab_size) for source in data.sources]
     components = [
-        _component(data, source, shards)
+        ordered_source(data, source, shards)
         for source, shards in zip(data.sources, opened, strict=True)
         if shards is not None
     ]
@@ -336,98 +290,6 @@ def open_training(
         timeline(data, steps, global_batch_size),
         data.document_attention,
     )
-
-
-def _component(data: DataConfig, source: Source, shards: ShardSet) -> Component:
-    """A source's rows in order: the subset of each prepared epoch, in the dataset's chunks, without skipped rows."""
-    skipped = skipped_rows(data, source.name)
-    if skipped and skipped[-1][1] > shards.num_rows:
-        raise DataError(
-            f"data.skip: rows {list(skipped[-1])} of source '{source.name}' lie beyond its {shards.num_rows:,} rows: "
-            "correct them"
-        )
-    order = pass_order(data, source, shards, (source.subset,))
-    if not order.num_rows:
-        raise DataError(f"data.skip: every row of source '{source.name}' is skipped; leave the source out instead")
-    cursor = None if data.continues is None else data.continues.sources.get(source.name)
-    if cursor is None:
-        return Component(source.name, shards, order, source.subset)
-    if cursor.dataset_id != shards.entry.id:
-        raise DataError(
-            f"{shards.folder}: dataset {shards.entry.id[:12]}, and data.continues of source '{source.name}' is of "
-            f"{cursor.dataset_id[:12]}: restore that dataset, or resume the run, which finds out what goes on"
-        )
-    as_now = cursor.subsets == (source.subset,) and not cursor.rows
-    current = order if as_now else pass_order(data, source, shards, cursor.subsets, cursor.rows)
-    if cursor.place > current.num_places:
-        raise DataError(
-            f"data.continues: source '{source.name}' has {current.num_places:,} rows a pass, and stood at "
-            f"{cursor.place:,}"
-        )
-    return Component(
-        source.name, shards, ResumedOrder(current, order, cursor.turn, cursor.place), source.subset, cursor
-    )
-
-
-def skipped_rows(data: DataConfig, source: str) -> tuple[Range, ...]:
-    """The rows of a source that data.skip names, as sorted ranges [first, stop)."""
-    return merged([entry.rows for entry in data.skip if entry.source == source and entry.rows is not None])
-
-
-def pass_order(
-    data: DataConfig,
-    source: Source,
-    shards: ShardSet,
-    subsets: Sequence[Subset],
-    rows: Sequence[int] = (),
-    size: int | None = None,
-) -> RowOrder:
-    """A pass over the first of `subsets`, then over what each later one adds; what the source's subset does not hold is
-    stepped over.
-
-    rows: how many rows the set had under each of the first subsets, where it has grown since. size: how many it has;
-    None: all.
-    """
-    chunk_rows = None if shards.manifest.chunks is None else shards.manifest.chunks.rows
-    parts: list[RowRange] = []
-    covered: tuple[Range, ...] = ()
-    for index, subset in enumerate(subsets):
-        ranges = subset_rows(source.name, shards, subset, rows[index] if index < len(rows) else None)
-        for epoch, whole in enumerate(ranges):
-            for first, stop in without([whole], covered):
-                parts += row_ranges([(first, stop - first)], chunk_rows, epoch)
-        covered = merged([*covered, *ranges])
-    outside = without(covered, subset_rows(source.name, shards, source.subset, size))
-    return RowOrder(
-        data.shuffle_seed,
-        source.name,
-        tuple(parts),
-        merged([*skipped_rows(data, source.name), *outside]),
-        data.order == "cerebras",
-    )
-
-
-def subset_rows(name: str, shards: ShardSet, subset: Subset, rows: int | None = None) -> list[Range]:
-    """The rows [first, stop) that a subset has of each prepared epoch; rows: when the set had only so many, in one
-    epoch.
-
-    Raises DataError where that is none.
-    """
-    if rows is not None and (len(shards.entry.epochs) > 1 or rows > shards.num_rows):
-        raise DataError(
-            f"{shards.folder}: data.continues of source '{name}' counts {rows:,} rows, which it has not: restore the "
-            "dataset"
-        )
-    ranges, first = [], 0
-    for count in shards.entry.epochs if rows is None else (rows,):
-        low, high = (math.floor(Fraction(repr(bound)) * count) for bound in subset)
-        if high == low:
-            raise DataError(
-                f"{shards.folder}: subset {list(subset)} of source '{name}' holds no row of {count}: widen it"
-            )
-        ranges.append((first + low, first + high))
-        first += count
-    return ranges
 
 
 def training_source(recipe: Recipe) -> BatchSource:
@@ -452,7 +314,7 @@ def open_heldout(data: DataConfig, vocab_size: int, rows: int, root: Path | None
 
 
 def _open_set(
-    data: DataConfig, source: Source, set_name: SetName, root: Path | None, vocab_size: int
+    data: DataConfig, source: SourceConfig, set_name: SetName, root: Path | None, vocab_size: int
 ) -> ShardSet | None:
     """A source's set, fit for the recipe; None where it has no such set."""
     parent = Path(data.root) if root is None else root

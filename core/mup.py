@@ -14,14 +14,13 @@ With m = hidden_size / base_hidden_size (Tensor Programs V, arXiv 2203.03466, ta
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from weftrain.core.config import Initialization, ModelConfig
+from weftrain.core.config import ModelConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 @dataclass(frozen=True)
@@ -68,39 +67,3 @@ def resolve_scales(config: ModelConfig) -> Resolved:
         matrix_std=mup.base_std / math.sqrt(width),
         output_matrix_std=mup.base_std / math.sqrt(2 * width * config.num_layers),
     )
-
-
-def fold(config: ModelConfig, weights: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The same function as a plain model: no embedding or logits scale, attention by 1/sqrt(d), an untied head.
-
-    weights: canonical name -> tensor, all of them. Changed are the embedding (x embedding_scale), the head (head or
-    tied embedding x logits_scale) and, where attention scales by 1/d, W_k and b_k (/ sqrt(head_dim)); the others are
-    passed on, not copied. Logits agree to rounding (2.4e-7 in fp32). The folded model is for use, not for training on:
-    its learning-rate groups are gone, and its `initialization` only records the standard deviations of the folded
-    embedding and matrices.
-    """
-    scales = resolve_scales(config)
-    embedding = weights["embedding.weight"]
-    head = embedding if config.tie_embeddings else weights["head.weight"]
-    folded = dict(weights)
-    folded["embedding.weight"] = embedding * scales.embedding_scale
-    if config.attention_scale == "inverse_head_dim":
-        for layer in range(config.num_layers):
-            for part in ("weight", "bias") if config.linear_bias else ("weight",):
-                name = f"layers.{layer}.attention.k_proj.{part}"
-                folded[name] = weights[name] / math.sqrt(config.head_dim)
-    folded["head.weight"] = head * scales.logits_scale
-    initialization = Initialization(
-        distribution=scales.distribution,
-        embedding_std=scales.embedding_std * scales.embedding_scale,
-        matrix_std=scales.matrix_std,
-        output_matrix_std=scales.output_matrix_std,
-    )
-    removed = {"mup": None, "embedding_scale": None, "logits_scale": None, "tie_embeddings": False}
-    plain = {
-        **config.model_dump(),
-        **removed,
-        "attention_scale": "inverse_sqrt_head_dim",
-        "initialization": initialization,
-    }
-    return ModelConfig.model_validate(plain), folded

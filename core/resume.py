@@ -21,11 +21,12 @@ from typing import Any
 
 from torch import Tensor
 
-from weftrain.core.backend import Backend, BatchSource, Job, Plan, State, StoredState, StoredStateUse, plan_of
+from weftrain.core.backend import Backend, Job, Plan, State, StoredState, StoredStateUse, plan_of
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.formats.strict_model import StrictModel
+from weftrain.core.order.batch import BatchSource
 from weftrain.core.run.continuation import check_amounts, data_of_start
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import TrainingSegment, lineage, tokens_before

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from weftrain.core import checkpoint
-from weftrain.core.backend import BatchSource, Plan, Run
+from weftrain.core.backend import Plan, Run
 from weftrain.core.checkpoint import CheckpointInfo
 from weftrain.core.config import Recipe
 from weftrain.core.formats.checkpoint_manifest import folder_name
-from weftrain.core.order.timeline import recipe_timeline
+from weftrain.core.order.batch import BatchSource
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.metrics import Digest, MetricsWriter
 from weftrain.core.run.stored_state import Measured, Unfinished
@@ -109,7 +109,7 @@ class Saver:
             dataset_id=dataset_id,
             fingerprint=fingerprint.as_json(),
             tokens=self.tokens_read,
-            position=recipe_timeline(recipe).sample(state.step),
+            position=recipe.timeline.sample(state.step),
             sources={name: cursor.model_dump(mode="json") for name, cursor in cursors.items()},
             parent=self._parent,
             kernels=dict(fingerprint.kernels),

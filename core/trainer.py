@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weftrain.core.backend import BatchSource, EvaluationSource, Plan, Run, StepResult
+from weftrain.core.backend import Plan, Run, StepResult
 from weftrain.core.checkpoint import CheckpointInfo
 from weftrain.core.config import Recipe
 from weftrain.core.errors import NonFiniteError
-from weftrain.core.order.timeline import recipe_timeline
+from weftrain.core.order.batch import BatchSource, EvaluationSource
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import MetricsWriter
@@ -92,7 +92,7 @@ def _steps(
 
 
 def _enter_skip(ledger: Ledger, recipe: Recipe, completed: int) -> None:
-    first = recipe_timeline(recipe).sample(completed - 1)
+    first = recipe.timeline.sample(completed - 1)
     ledger.add("skip", step=completed, samples=[first, first + recipe.batch.global_batch_size])
 
 

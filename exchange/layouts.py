@@ -263,9 +263,9 @@ def check_fit(config: ModelConfig, layout: Layout) -> None:
             "norm: rms_norm": config.norm == "rms_norm",
             f"rotary_dim: {config.head_dim}": config.rotary_dim == config.head_dim,
             "rotary_interleaved: false": not config.rotary_interleaved,
-            "attention_scale: inverse_sqrt_head_dim (see weftrain.core.mup.fold)": config.attention_scale
+            "attention_scale: inverse_sqrt_head_dim (see weftrain.exchange.fold_mup.fold)": config.attention_scale
             == "inverse_sqrt_head_dim",
-            "no mup and no scales (see weftrain.core.mup.fold)": all(scale is None for scale in scales),
+            "no mup and no scales (see weftrain.exchange.fold_mup.fold)": all(scale is None for scale in scales),
         },
         "crystalcoder": {
             "norm: layer_norm": config.norm == "layer_norm",

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "exchange": ("exchange", "core"),
     "data_prep": ("data_prep", "core.formats", "core.errors"),
     "core": ("core", "kernels"),
-    "core.order": ("core.order", "core.formats", "core.errors", "core.config"),
+    "core.order": ("core.order", "core.formats", "core.errors"),
     "core.formats": ("core.formats", "core.errors"),
     "core.errors": (),
     "kernels": ("kernels",),

@@ -14,8 +14,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from weftrain.core.backend import BatchSource
 from weftrain.core.data import TokenSource
+from weftrain.core.order.batch import BatchSource
 
 
 def batch_times_ms(source: BatchSource, steps: int) -> list[float]:
@@ -29,7 +29,7 @@ def beside_h5py_ms(source: TokenSource, steps: int) -> tuple[list[float], list[f
     Every shard is verified first, so both start warm. Raises DataError, and OSError where h5py cannot open a shard.
     """
     ours, theirs = [], []
-    for component in source.components:
+    for component in source.sources:
         for reader in component.shards.readers():
             reader.verify()
     rows = source.global_batch_size
@@ -50,7 +50,7 @@ def row_places(
     source: TokenSource, step: int, opened: Callable[[Path], h5py.Dataset]
 ) -> list[tuple[h5py.Dataset, int]]:
     """The dataset and position where each row of a step begins."""
-    strides = {component.name: component.shards.manifest.row_stride for component in source.components}
+    strides = {component.name: component.shards.manifest.row_stride for component in source.sources}
     found = [source.locate(step, row) for row in range(source.global_batch_size)]
     return [(opened(row.folder / row.file), row.row_in_shard * strides[row.source]) for row in found]
 

@@ -32,11 +32,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from weftrain.analysis.bench.train import RESULT_PREFIX, bench_source, plain_result, plain_weights, take_steps
-from weftrain.core.backend import BatchSource, Run, StepResult
+from weftrain.core.backend import Run, StepResult
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError, NonFiniteError, WeftrainError
 from weftrain.core.model import Block, Decoder, initialize, kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
+from weftrain.core.order.batch import BatchSource
 from weftrain.core.recipe_file import load_recipe
 from weftrain.kernels import KernelError, Spec, select
 from weftrain.kernels.host_memory import use_huge_pages

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from weftrain.analysis.bench.report import BenchReport, BenchRound
-from weftrain.core.backend import BatchSource, Run
+from weftrain.core.backend import Run
 from weftrain.core.config import ModelConfig, Recipe
 from weftrain.core.errors import WeftrainError
-from weftrain.core.synthetic import SyntheticSource
+from weftrain.core.order.batch import BatchSource
+from weftrain.core.order.synthetic import SyntheticSource
 from weftrain.kernels.host_memory import peak_resident_bytes
 
 RESULT_PREFIX = "RESULT "

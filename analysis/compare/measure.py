@@ -29,7 +29,6 @@ from weftrain.analysis.memorization.scores import (
     sample_chunk,
 )
 from weftrain.core import checkpoint
-from weftrain.core.backend import EvaluationSource
 from weftrain.core.data import HeldOut
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
@@ -38,6 +37,7 @@ from weftrain.core.formats.plain_file import open_plain, read_plain, real_path
 from weftrain.core.formats.shard_set import open_set
 from weftrain.core.formats.tokenizer_file import tokenizer_from
 from weftrain.core.model import Decoder
+from weftrain.core.order.batch import EvaluationSource
 from weftrain.core.recipe_file import recorded_recipe
 
 SAMPLES = 1000

@@ -30,7 +30,6 @@ from weftrain.analysis.evaluation.records import (
     stored,
     version_of,
 )
-from weftrain.core.backend import Batch, EvaluationSource
 from weftrain.core.errors import DataError, one_line
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import sha256_json
@@ -38,6 +37,7 @@ from weftrain.core.formats.dataset_manifest import DatasetManifest
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.tokenizer_file import tokenizer_from
 from weftrain.core.model import Decoder, kernel_specs
+from weftrain.core.order.batch import Batch, EvaluationSource
 from weftrain.kernels import select
 
 if TYPE_CHECKING:

@@ -25,7 +25,6 @@ import torch
 from pydantic import Field, model_validator
 
 from weftrain.analysis.evaluation.generation import Generator
-from weftrain.core.backend import EvaluationSource
 from weftrain.core.data import TokenSource
 from weftrain.core.errors import DataError, one_line
 from weftrain.core.formats import fsops
@@ -34,6 +33,7 @@ from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.formats.plain_file import open_plain, read_plain
 from weftrain.core.formats.strict_model import Count, PositiveInt, StrictModel, validated
 from weftrain.core.order import feistel
+from weftrain.core.order.batch import EvaluationSource
 from weftrain.core.run.run_source import RunSource
 
 FORMAT = "weftrain-memorization"

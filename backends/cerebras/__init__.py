@@ -30,17 +30,7 @@ from weftrain.backends.common.base import PlainBackend, refuse_numerics
 from weftrain.backends.common.state_snapshot import check_state
 from weftrain.backends.common.step import LossScale
 from weftrain.core import checkpoint as checkpoints  # this package has a module of that name
-from weftrain.core.backend import (
-    Batch,
-    BatchSource,
-    EvalResult,
-    EvaluationSource,
-    Fingerprint,
-    Job,
-    Plan,
-    State,
-    StepResult,
-)
+from weftrain.core.backend import EvalResult, Fingerprint, Job, Plan, State, StepResult
 from weftrain.core.config import Recipe
 from weftrain.core.data import training_source
 from weftrain.core.errors import BackendError, NonFiniteError
@@ -49,6 +39,7 @@ from weftrain.core.formats.plain_file import real_path
 from weftrain.core.formats.strict_model import PositiveInt, StrictModel
 from weftrain.core.model import kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
+from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.prediction import Prediction, Speeds
 from weftrain.kernels import select

@@ -22,12 +22,13 @@ import torch
 
 from weftrain.backends.cerebras.job import Job, save_state
 from weftrain.core import checkpoint
-from weftrain.core.backend import Batch, BatchSource, State
+from weftrain.core.backend import State
 from weftrain.core.config import Recipe, Segment
 from weftrain.core.data import training_source
 from weftrain.core.errors import BackendError, DataError, NonFiniteError
 from weftrain.core.model import Decoder, draw, kernel_specs
 from weftrain.core.optim import beta_power, parameter_groups
+from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.parameters import parameter_specs
 from weftrain.kernels import Selection, reference
 from weftrain.kernels.host_memory import peak_resident_bytes

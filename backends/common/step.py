@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from weftrain.core.backend import Batch, BatchSource
 from weftrain.core.config import OptimizerConfig, Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.model import Decoder, rotary_tables
 from weftrain.core.optim import ParameterGroup
+from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.parameters import Role, parameter_specs
 
 FP32_ROLES = (Role.NORM_WEIGHT, Role.NORM_BIAS)  # never copied to bf16: norms compute in fp32

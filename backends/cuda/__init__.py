@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from weftrain.backends.common.base import PlainBackend, ask_for_huge_pages, torch_device, use_threads
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.core.backend import BatchSource, Job
+from weftrain.core.backend import Job
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.strict_model import StrictModel
+from weftrain.core.order.batch import BatchSource
 from weftrain.core.prediction import Prediction, Speeds
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ from weftrain.backends.cuda.parallel import Meshes, compile_blocks, degrees, spl
 from weftrain.backends.cuda.planner import check_memory
 from weftrain.backends.cuda.save import Parts, RankedTensors, Writer
 from weftrain.backends.cuda.world import IDLE, World
-from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
+from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import row_keys
 from weftrain.core.errors import BackendError, NonFiniteError, WeftrainError
@@ -48,6 +48,7 @@ from weftrain.core.formats.canonical import sha256_json
 from weftrain.core.formats.checkpoint_files import Written
 from weftrain.core.model import Decoder, draw, kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
+from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 from weftrain.core.parameters import parameter_specs
 from weftrain.kernels import Spec, select
 from weftrain.kernels.host_memory import huge_page_bytes

@@ -14,9 +14,10 @@ from weftrain.backends.cuda.engine import CudaRun
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.rendezvous import leave
 from weftrain.backends.cuda.world import World
-from weftrain.core.backend import BatchSource, Job, Plan
+from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError, NonFiniteError, WeftrainError
+from weftrain.core.order.batch import BatchSource
 
 
 class Worker:

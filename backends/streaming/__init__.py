@@ -16,10 +16,11 @@ import torch
 
 from weftrain.backends.common.base import PlainBackend, ask_for_huge_pages, refuse_numerics, torch_device, use_threads
 from weftrain.backends.streaming.options import StreamingOptions, buffer_bytes, layout_of, store_folder
-from weftrain.core.backend import BatchSource, Job, StoredState
+from weftrain.core.backend import Job, StoredState
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.strict_model import StrictModel
+from weftrain.core.order.batch import BatchSource
 from weftrain.core.prediction import Prediction, Speeds
 
 if TYPE_CHECKING:

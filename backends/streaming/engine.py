@@ -37,10 +37,11 @@ from weftrain.backends.streaming.state import StateReader, TensorSource, initial
 from weftrain.backends.streaming.store.base import Completed, Pending, Store, no_trace
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.backends.streaming.trace import Trace
-from weftrain.core.backend import Batch, BatchSource, EvalResult, EvaluationSource, Fingerprint, Job, State, StepResult
+from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
 from weftrain.core.errors import BackendError, NonFiniteError
 from weftrain.core.model import Decoder, kernel_specs, rotary_tables
 from weftrain.core.optim import group_learning_rates, parameter_groups
+from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 from weftrain.core.parameters import parameter_specs
 from weftrain.kernels import Spec, select
 from weftrain.kernels.host_memory import huge_page_bytes

@@ -16,9 +16,9 @@ from typing import Protocol
 
 import numpy as np
 
-from weftrain.core.config import Source
 from weftrain.core.errors import DataError
 from weftrain.core.order import feistel
+from weftrain.core.order.data_section import SourceConfig
 
 MIXTURE_BLOCK = 4096
 MAX_MIXTURE_BLOCK = 1 << 20
@@ -107,7 +107,7 @@ def _mixture_table(mixture: Mixture, block: int) -> tuple[np.ndarray, np.ndarray
     return source, k
 
 
-def source_shares(sources: Sequence[Source], rows: Sequence[int] | None = None) -> list[Fraction]:
+def source_shares(sources: Sequence[SourceConfig], rows: Sequence[int] | None = None) -> list[Fraction]:
     """The shares of a recipe's sources: their weights as written in decimal, their tokens, or epochs times `rows`.
     Raises DataError.
 
@@ -122,7 +122,7 @@ def source_shares(sources: Sequence[Source], rows: Sequence[int] | None = None) 
     return [Fraction(repr(source.epochs)) * count for source, count in zip(sources, rows, strict=True)]
 
 
-def make_mixture(sources: tuple[Source, ...], seed: int, rows: Sequence[int] | None = None) -> Mixture:
+def make_mixture(sources: tuple[SourceConfig, ...], seed: int, rows: Sequence[int] | None = None) -> Mixture:
     """The mixture of a recipe's sources. rows: see source_shares. Raises DataError for a share below 2^-20.
 
     A block holds at least one sample of each source: then no source's count ever falls from one block's end to the
@@ -179,7 +179,7 @@ class CerebrasOrder:
 
 @lru_cache(maxsize=2)
 def _cerebras_table(order: CerebrasOrder) -> tuple[np.ndarray, np.ndarray]:
-    """Component uint16 [epoch] and k int64 [epoch] of each sample."""
+    """Source uint16 [epoch] and k int64 [epoch] of each sample."""
     total_weight = sum(order.weights)
     weights = [weight / total_weight for weight in order.weights]
     epoch = max(rows / weight for rows, weight in zip(order.rows, weights, strict=True) if weight > 0.05)

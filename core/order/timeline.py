@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from weftrain.core.config import Continuation, DataConfig, Recipe
+from weftrain.core.order.data_section import Continuation, DataConfig
 from weftrain.core.order.mixture import SampleOrder
 from weftrain.core.order.row_selection import Range
 
@@ -156,11 +156,6 @@ def timeline(data: DataConfig, steps: int | None, global_batch_size: int) -> Tim
         return Timeline(global_batch_size, chunks=chunks)
     begun = data.continues
     return Timeline(global_batch_size, begun.step, begun.sample, begun.base_sample, chunks)
-
-
-def recipe_timeline(recipe: Recipe) -> Timeline:
-    """Of a whole recipe."""
-    return timeline(recipe.data, recipe.schedule.steps, recipe.batch.global_batch_size)
 
 
 def sample_counts(mixture: SampleOrder, chunks: ChunkOrder | None, samples: int, first: int = 0) -> list[int]:

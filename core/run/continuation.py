@@ -21,12 +21,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from weftrain.core.backend import BatchSource
-from weftrain.core.config import Continuation, DataConfig, Recipe, Source
-from weftrain.core.data import Component, TokenSource, skipped_rows, training_source
+from weftrain.core.config import Recipe
+from weftrain.core.data import TokenSource, training_source
 from weftrain.core.errors import CheckpointError, DataError
 from weftrain.core.formats.strict_model import first_problem
-from weftrain.core.order.timeline import Timeline, recipe_timeline
+from weftrain.core.order.batch import BatchSource
+from weftrain.core.order.data_section import Continuation, DataConfig, SourceConfig
+from weftrain.core.order.source_order import OrderedSource, skipped_rows
+from weftrain.core.order.timeline import Timeline
 from weftrain.core.run.lineage import TrainingSegment, going_back
 from weftrain.core.run.source_cursors import continued_sources, cursors_of
 
@@ -43,7 +45,7 @@ class Continued:
 
     def position(self, step: int) -> int:
         """Number of the first sample of `step`."""
-        return recipe_timeline(self.recipe).sample(step)
+        return self.recipe.timeline.sample(step)
 
 
 def continue_data(
@@ -55,7 +57,7 @@ def continue_data(
     records it; None: it is computed from the datasets. Raises DataError for what cannot go on, with a remedy.
     """
     asked = _with(asked, None)
-    times = recipe_timeline(before)
+    times = before.timeline
     _check_chunks(asked, before, times, step)
     fresh = training_source(asked)
     if _stream(asked) == _stream(before) and dataset_id in (None, fresh.dataset_id):
@@ -98,7 +100,7 @@ def continue_from(asked: Recipe, run: str, other: Mapping[str, Any]) -> Continue
     before = Recipe.from_record(other["recipe"])
     found = cursors_of(asked, before, other["step"], other["dataset_id"], other.get("sources") or None) or {}
     known = {cursor.dataset_id: cursor for cursor in found.values()}
-    components = fresh.components if isinstance(fresh, TokenSource) else ()
+    components = fresh.sources if isinstance(fresh, TokenSource) else ()
     shared = {
         component.name: known[one]
         for component in components
@@ -201,13 +203,12 @@ def check_amounts(recipe: Recipe, source: BatchSource) -> Iterator[str]:
     data, steps, size = recipe.data, recipe.schedule.steps, source.global_batch_size
     samples, counts = source.timeline.sample(steps), source.counts(steps)
     stated = [
-        _stated_samples(data, given, component)
-        for given, component in zip(data.sources, source.components, strict=True)
+        _stated_samples(data, given, component) for given, component in zip(data.sources, source.sources, strict=True)
     ]
     total = sum(count for count in stated if count is not None)
     if None not in stated and data.continues is None and samples - total >= size:
         kind = data.sources[0].share_kind
-        most = max(source.components, key=lambda component: counts[component.name] / component.num_rows)
+        most = max(source.sources, key=lambda component: counts[component.name] / component.num_rows)
         passes = (
             f"'{most.name}': {counts[most.name]:,} of its {most.num_rows:,} rows, "
             f"{counts[most.name] / most.num_rows:.3g} passes"
@@ -217,7 +218,7 @@ def check_amounts(recipe: Recipe, source: BatchSource) -> Iterator[str]:
             f"{samples:,} ({passes}): "
             f"set schedule.steps to at most {-(-total // size)}, state more {kind}, or give weight instead"
         )
-    for component in source.components:
+    for component in source.sources:
         name, rows, count = component.name, component.num_rows, counts[component.name]
         if rows < (each := count / samples * size):
             yield (
@@ -229,7 +230,7 @@ def check_amounts(recipe: Recipe, source: BatchSource) -> Iterator[str]:
             yield f"source '{name}': {count:,} samples are {count / rows:.1f} passes over its {rows:,} rows"
 
 
-def _stated_samples(data: DataConfig, source: Source, component: Component) -> int | None:
+def _stated_samples(data: DataConfig, source: SourceConfig, component: OrderedSource) -> int | None:
     if source.tokens is not None:
         return -(-source.tokens // data.sequence_length)
     if source.epochs is not None:
@@ -255,7 +256,7 @@ def _same_stream(asked: Recipe, before: Recipe, times: Timeline, step: int, fres
     """The stream goes on as it is; the batch size and the order of chunks may be others from here on."""
     carried = before.data.continues
     recipe = _with(asked, carried)
-    now = recipe_timeline(recipe)
+    now = recipe.timeline
     if now.sample(step) != times.sample(step) or now.read_chunks(step) != times.read_chunks(step):
         base = Continuation(step=step, sample=times.sample(step)) if carried is None else carried
         update = {"step": step, "sample": times.sample(step), "chunks": times.read_chunks(step)}

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from weftrain.core.config import DataConfig, Recipe
+from weftrain.core.config import Recipe
 from weftrain.core.errors import RunFolderError
-from weftrain.core.order.timeline import chunk_order, recipe_timeline
+from weftrain.core.order.data_section import DataConfig
+from weftrain.core.order.timeline import chunk_order
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.ledger_schema import LEDGER
 
@@ -28,7 +29,7 @@ class ChunkSpan:
         """[first, stop) sample numbers of the run; the first that `recipe` reads where it took over within the
         chunk.
         """
-        times = recipe_timeline(recipe)
+        times = recipe.timeline
         return [times.sample(max(self.first_step, times.first_step)), times.sample(self.stop_step)]
 
 
@@ -129,7 +130,7 @@ class Lineage:
         """
         segment = self.segment_at(step)
         recipe = recorded_recipe(dict(segment.recipe), f"{LEDGER}:{segment.entry + 1}").recipe
-        times = recipe_timeline(recipe)
+        times = recipe.timeline
         return segment, [times.sample(step), times.sample(step + 1)], chunk_span(recipe, step)
 
     def tokens_read(self, step: int) -> int:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weftrain.core.backend import BatchSource
 from weftrain.core.config import Recipe
 from weftrain.core.errors import WeftrainError
 from weftrain.core.formats.canonical import canonical_json, parse_json
+from weftrain.core.order.batch import BatchSource
 from weftrain.core.run.continuation import check_amounts, continue_data
 from weftrain.core.run.ledger import read_ledger
 from weftrain.core.run.ledger_schema import LEDGER

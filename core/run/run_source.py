@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from weftrain.core.backend import BatchSource
 from weftrain.core.config import Recipe
 from weftrain.core.data import TokenSource, training_source
 from weftrain.core.errors import DataError
-from weftrain.core.order.timeline import ChunkOrder, Timeline, recipe_timeline
+from weftrain.core.order.batch import BatchSource
+from weftrain.core.order.timeline import ChunkOrder, Timeline
 from weftrain.core.run.lineage import Lineage
 
 
@@ -101,7 +101,7 @@ def whole_run(source: BatchSource, timeline: Timeline) -> RunSource:
 
 
 def _piece(first_step: int, recipe: Recipe) -> Piece:
-    return Piece(first_step, recipe_timeline(recipe), lambda: training_source(recipe))
+    return Piece(first_step, recipe.timeline, lambda: training_source(recipe))
 
 
 def _reads(recipe: Recipe) -> tuple[object, ...]:

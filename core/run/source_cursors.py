@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from weftrain.core.backend import BatchSource
-from weftrain.core.config import DataConfig, Recipe, Source
-from weftrain.core.data import Component, TokenSource, pass_order, training_source
+from weftrain.core.config import Recipe
+from weftrain.core.data import TokenSource, training_source
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset_manifest import SourceCursor
+from weftrain.core.order.batch import BatchSource
+from weftrain.core.order.data_section import DataConfig, SourceConfig
 from weftrain.core.order.row_order import RowOrder
 from weftrain.core.order.row_selection import without
+from weftrain.core.order.source_order import OrderedSource, pass_order
 
 
 def cursors_of(
@@ -46,7 +48,7 @@ def continued_sources(
     notes: list[str] = []
     old_sources = {source.name: source for source in before.data.sources}
     same_order = (asked.data.shuffle_seed, asked.data.order) == (before.data.shuffle_seed, before.data.order)
-    for given, component in zip(asked.data.sources, fresh.components, strict=True):
+    for given, component in zip(asked.data.sources, fresh.sources, strict=True):
         name, old = given.name, found.get(given.name)
         size = None if old is None else component.shards.manifest.rows_of_ancestor(old.dataset_id)
         if old is not None and size is not None and same_order:
@@ -106,9 +108,9 @@ def _of_grown(cursor: SourceCursor, dataset_id: str, rows: int) -> SourceCursor:
 def _told_of_rows(
     data: DataConfig,
     before: DataConfig,
-    source: Source,
-    former: Source,
-    component: Component,
+    source: SourceConfig,
+    former: SourceConfig,
+    component: OrderedSource,
     cursor: SourceCursor,
     size: int | None,
 ) -> Iterator[str]:
@@ -137,7 +139,12 @@ def _told_of_rows(
 
 
 def _come_again(
-    data: DataConfig, old: DataConfig, source: Source, former: Source, component: Component, cursor: SourceCursor
+    data: DataConfig,
+    old: DataConfig,
+    source: SourceConfig,
+    former: SourceConfig,
+    component: OrderedSource,
+    cursor: SourceCursor,
 ) -> int:
     """How many rows that the pass under way has read come once more because the source begins again."""
     was = pass_order(old, former, component.shards, cursor.subsets, cursor.rows)

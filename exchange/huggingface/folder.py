@@ -259,7 +259,7 @@ def write_huggingface(
     keys of config.json. beside: file name -> bytes of further files, such as tokenizer.json
     (exchange/huggingface/files.py). A CrystalCoder's folder also has the code that transformers needs for it. Raises
     CheckpointError: the folder exists, the disk is full or fails, tensors do not fit the config, or the layout cannot
-    hold the model (muP in Llama: see core.mup.fold).
+    hold the model (muP in Llama: see exchange.fold_mup.fold).
     """
     if dtype not in WRITTEN_DTYPES:
         raise CheckpointError(f"{folder}: dtype {dtype} is not written; there is {', '.join(map(str, WRITTEN_DTYPES))}")

@@ -43,7 +43,7 @@ from weftrain.core.formats.dataset import TOKENIZER, described_by, read_dataset_
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.safe_names import checked_path
 from weftrain.core.formats.strict_model import Count, Sha256, StrictModel, validated
-from weftrain.core.order.timeline import Timeline, chunk_order, recipe_timeline
+from weftrain.core.order.timeline import Timeline, chunk_order
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.ledger import read_ledger
 from weftrain.core.run.ledger_schema import LEDGER
@@ -130,7 +130,7 @@ def links_of(line: Lineage, recipe: Recipe) -> list[tuple[Link, CheckpointEntry]
     def timeline_at(step: int) -> Timeline:
         segment = line.segment_at(step)
         if segment.entry not in timelines:
-            timelines[segment.entry] = recipe_timeline(Recipe.from_record(segment.recipe))
+            timelines[segment.entry] = Recipe.from_record(segment.recipe).timeline
         return timelines[segment.entry]
 
     links = []

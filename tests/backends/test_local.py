@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from weftrain.backends.common.registry import get_backend
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
-from weftrain.core.synthetic import synthetic_source
+from weftrain.core.order.synthetic import synthetic_source
 
 
 def gradients(recipe: Recipe) -> tuple[float, dict[str, torch.Tensor]]:

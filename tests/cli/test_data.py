@@ -237,8 +237,8 @@ def test_no_dataset(weftrain: Weftrain, tmp_path: Path) -> None:
 
 def test_the_data_path_is_measured_beside_h5py_which_reads_the_same_rows(weftrain: Weftrain, root: Path) -> None:
     from weftrain.analysis.bench.data import row_places, rows_by_h5py
-    from weftrain.core.config import DataConfig
     from weftrain.core.data import open_training
+    from weftrain.core.order.data_section import DataConfig
 
     fim = {"rate": 0.5, "spm_share": 0.5, "mode": "exact"}
     data = {"root": str(root / "datasets"), "sequence_length": 32, "shuffle_seed": 1}

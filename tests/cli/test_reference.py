@@ -9,8 +9,9 @@ from pydantic import Field
 
 from weftrain.cli import reference
 from weftrain.cli.main import VERBS
-from weftrain.core.config import DataConfig, OptimizerConfig, Recipe, Segment
+from weftrain.core.config import OptimizerConfig, Recipe, Segment
 from weftrain.core.formats.strict_model import Positive, StrictModel
+from weftrain.core.order.data_section import DataConfig
 
 
 class Base(StrictModel):

@@ -16,12 +16,13 @@ import torch
 from ranks import source_of
 
 from weftrain.backends.common.registry import find_backends, get_backend
-from weftrain.core.backend import Backend, Batch, Job, Plan, Run, State
+from weftrain.core.backend import Backend, Job, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import row_keys
 from weftrain.core.errors import BackendError, CheckpointError, NonFiniteError
 from weftrain.core.model import Decoder, draw, kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
+from weftrain.core.order.batch import Batch
 from weftrain.core.parameters import parameter_specs
 from weftrain.kernels import select
 

@@ -17,7 +17,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weftrain.core.config import DataConfig
 from weftrain.core.data import TokenSource, open_heldout, open_training
 from weftrain.core.errors import DataError
 from weftrain.core.formats import dataset as datasets
@@ -34,6 +33,7 @@ from weftrain.core.formats.dataset import (
 from weftrain.core.formats.dataset_manifest import DatasetManifest, InputEntry, SourceEntry, merkle_root, shard_file
 from weftrain.core.formats.shard_format import Documents, num_tokens, write_shard
 from weftrain.core.formats.shard_set import ShardSet
+from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.mixture import MAX_MIXTURE_BLOCK, MIXTURE_BLOCK, Mixture, largest_remainder, make_mixture
 
 S = 8
@@ -496,7 +496,7 @@ def test_a_dataset_that_is_not_the_recipes(tmp_path: Path) -> None:
     make_dataset(tmp_path / "fim", [5], fim={"rate": 0.9, "spm_share": 0.5, "mode": "exact", "seed": 0})
     with pytest.raises(DataError, match="says None"):
         open_heldout(config(tmp_path, {"name": "fim"}), VOCAB, 4)
-    assert open_training(config(tmp_path, {"name": "a"}), 2, vocab_size=VOCAB + 9).components[0].num_rows == 5
+    assert open_training(config(tmp_path, {"name": "a"}), 2, vocab_size=VOCAB + 9).sources[0].num_rows == 5
 
 
 @pytest.mark.parametrize(
@@ -505,7 +505,7 @@ def test_a_dataset_that_is_not_the_recipes(tmp_path: Path) -> None:
 def test_subsets_are_cut_as_written_in_decimal(tmp_path: Path, subset: list[float], rows: int) -> None:
     """0.3 x 10 is 3, though the double next to 0.3 lies below it."""
     make_dataset(tmp_path / "a", [10])
-    component = open_training(config(tmp_path, {"name": "a", "subset": subset}), 2, vocab_size=VOCAB).components[0]
+    component = open_training(config(tmp_path, {"name": "a", "subset": subset}), 2, vocab_size=VOCAB).sources[0]
     assert component.num_rows == rows
 
 

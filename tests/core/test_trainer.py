@@ -18,10 +18,10 @@ from weftrain.core.backend import Fingerprint, Plan, State, StepResult
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
 from weftrain.core.formats import checkpoint_files
+from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.metrics import MetricsWriter, read_metrics
 from weftrain.core.run.speed import Peak, Speed
-from weftrain.core.synthetic import synthetic_source
 from weftrain.core.trainer import TrainedStep, fit
 
 Tiny = Callable[..., Recipe]

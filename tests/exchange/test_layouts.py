@@ -17,8 +17,9 @@ from torch import Tensor
 
 from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError
-from weftrain.core.mup import fold, resolve_scales
+from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import parameter_specs
+from weftrain.exchange.fold_mup import fold
 from weftrain.exchange.huggingface.config import config_to_huggingface
 from weftrain.exchange.layouts import (
     export_weights,

@@ -16,8 +16,9 @@ from weftrain.backends.streaming.replicas.group import ReplicaGroup
 from weftrain.backends.streaming.replicas.rendezvous import agreement, read_note
 from weftrain.backends.streaming.state import StateReader
 from weftrain.backends.streaming.store.base import Completed
-from weftrain.core.backend import BatchSource, Job
+from weftrain.core.backend import Job
 from weftrain.core.errors import BackendError
+from weftrain.core.order.batch import BatchSource
 from weftrain.core.stop import StopRequest
 
 

@@ -37,11 +37,11 @@ from weftrain.analysis.evaluation.tasks import (
     run_heldout,
     run_tasks,
 )
-from weftrain.core.backend import Batch
 from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset_manifest import DatasetManifest
 from weftrain.core.model import Decoder, draw
+from weftrain.core.order.batch import Batch
 from weftrain.core.parameters import parameter_specs
 
 WORDS = [

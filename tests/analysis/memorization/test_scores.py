@@ -26,10 +26,10 @@ from weftrain.core.data import TokenSource
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.model import draw as initial_value
+from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.order.timeline import ChunkOrder, Timeline
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.run.run_source import whole_run
-from weftrain.core.synthetic import synthetic_source
 
 K, L = 6, 8
 PARAMETERS = Parameters(prompt_tokens=K, continuation_tokens=L, samples=8, seed=0)

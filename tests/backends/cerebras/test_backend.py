@@ -16,9 +16,10 @@ from weftrain.backends.cerebras import CerebrasOptions, check_expressible, envir
 from weftrain.backends.cerebras.program import check_mask
 from weftrain.backends.common.registry import find_backends
 from weftrain.cli.main import main
-from weftrain.core.backend import Batch, Job, Plan
+from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError, RecipeError
+from weftrain.core.order.batch import Batch
 from weftrain.core.recipe_file import load_recipe
 
 Tiny = Callable[..., Recipe]

@@ -19,10 +19,11 @@ from weftrain.backends.cerebras.lowered.lowering import Lowered, LoweringError, 
 from weftrain.backends.cerebras.process import ROOT, NoClusterError
 from weftrain.backends.common.registry import get_backend
 from weftrain.cli.main import main
-from weftrain.core.backend import Batch, Job, Plan, Run, State
+from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.data import training_source
 from weftrain.core.errors import BackendError, NonFiniteError
+from weftrain.core.order.batch import Batch
 from weftrain.core.recipe_file import load_recipe
 
 pytestmark = [pytest.mark.cerebras, pytest.mark.usefixtures("vendor")]

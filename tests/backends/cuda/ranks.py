@@ -20,10 +20,11 @@ import torch
 
 from weftrain.backends.cuda import BACKEND
 from weftrain.backends.cuda.rendezvous import leave, rendezvous
-from weftrain.core.backend import Batch, BatchSource, Job, Plan
+from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
+from weftrain.core.order.batch import Batch, BatchSource
+from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.recipe_file import load_recipe
-from weftrain.core.synthetic import synthetic_source
 
 
 @dataclass(frozen=True)

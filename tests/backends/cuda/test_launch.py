@@ -187,7 +187,7 @@ main()
 STALL = """
 import sys, time
 sys.path[:0] = []
-from weftrain.core.synthetic import SyntheticSource
+from weftrain.core.order.synthetic import SyntheticSource
 rows = SyntheticSource.rows
 def slow_rows(self, step, first, count):
     if step == 3:

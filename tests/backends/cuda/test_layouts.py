@@ -13,9 +13,10 @@ import torch
 from ranks import source_of
 
 from weftrain.backends.common.registry import get_backend
-from weftrain.core.backend import Batch, Job, Plan, Run, State
+from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.model import draw
+from weftrain.core.order.batch import Batch
 from weftrain.core.parameters import parameter_specs
 
 Tiny = Callable[..., Recipe]

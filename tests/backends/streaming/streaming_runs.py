@@ -11,7 +11,7 @@ import torch
 from weftrain.backends.common.registry import get_backend
 from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
-from weftrain.core.synthetic import SyntheticSource, synthetic_source
+from weftrain.core.order.synthetic import SyntheticSource, synthetic_source
 
 TIERS = ("ram", "mapped", "direct")
 SIX_LAYERS = "model.num_layers=6"  # more than the ring holds

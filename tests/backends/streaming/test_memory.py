@@ -26,7 +26,7 @@ from weftrain.core.recipe_file import load_recipe
 from weftrain.backends.common.registry import get_backend
 from weftrain.core.backend import Job, Plan
 from weftrain.kernels.host_memory import peak_resident_bytes
-from weftrain.core.synthetic import synthetic_source
+from weftrain.core.order.synthetic import synthetic_source
 torch.set_num_threads(2)
 recipe = load_recipe("amber_demo", json.loads(sys.argv[2])).recipe
 backend = get_backend("streaming")

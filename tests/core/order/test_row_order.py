@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weftrain.core.config import DataConfig
 from weftrain.core.order import feistel, row_selection
+from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.mixture import CerebrasOrder, make_mixture
 from weftrain.core.order.row_order import RowOrder, row_ranges
 from weftrain.core.order.timeline import ChunkOrder, chunk_order, sample_counts

@@ -26,7 +26,6 @@ from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import read_dataset_manifest
 from weftrain.core.formats.dataset_manifest import SetName
 from weftrain.core.formats.shard_set import ShardSet
-from weftrain.core.order.timeline import recipe_timeline
 from weftrain.core.recipe_file import load_recipe
 from weftrain.core.run.continuation import (
     Continued,
@@ -93,7 +92,7 @@ def read(source: TokenSource, first: int, stop: int) -> dict[str, list[int]]:
     """The rows of each source that the steps first..stop-1 read, in order."""
     numbers = np.arange(source.timeline.sample(first), source.timeline.sample(stop))
     of, k = source.mixture.locate(source.timeline.numbers(numbers))
-    return {one.name: one.row_numbers(k[of == index]).tolist() for index, one in enumerate(source.components)}
+    return {one.name: one.row_numbers(k[of == index]).tolist() for index, one in enumerate(source.sources)}
 
 
 def opened(asked: Recipe) -> TokenSource:
@@ -297,7 +296,7 @@ def test_chunks_are_put_off_dropped_and_added_and_no_sample_comes_twice(root: Pa
     assert len(set(rows)) == len(rows)
     cursor, times = source.cursors(last)["long"], source.timeline
     assert times.chunks is not None
-    skipped = 2000 - source.components[0].num_rows
+    skipped = 2000 - source.sources[0].num_rows
     dropped = sum(
         4 * 3 for entry in entries if entry["action"] == "drop" and entry["chunk"] not in times.read_chunks(last)
     )
@@ -546,7 +545,7 @@ def test_a_recipe_of_a_runs_middle_is_refused_at_a_beginning(root: Path) -> None
     with pytest.raises(DataError, match=r"goes on at step 5 .* add data\.continues=null"):
         check_beginning(found.recipe)
     with pytest.raises(ValueError, match=r"step 4 lies before step 5"):
-        recipe_timeline(found.recipe).sample(4)
+        found.recipe.timeline.sample(4)
 
 
 def test_rows_skipped_in_the_order_of_an_earlier_version_are_refused(root: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 
 from weftrain.core.backend import Fingerprint, Plan, State, StepResult
 from weftrain.core.config import Recipe
+from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.metrics import METRICS, MetricsWriter, read_metrics
 from weftrain.core.run.speed import Peak, Speed, recorded_peak, run_utilization
-from weftrain.core.synthetic import synthetic_source
 from weftrain.core.trainer import fit
 
 FLOPS_PER_TOKEN, TOKENS = 1000.0, 52

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weftrain.core.config import DataConfig
 from weftrain.core.data import open_training
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset_manifest import Fim
 from weftrain.core.formats.shard_set import ShardSet
+from weftrain.core.order.data_section import DataConfig
 from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.fim.context import ContextPiece, Draws, context_pieces, context_tokens
 from weftrain.data_prep.pipeline import Prepared, prepare

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from weftrain.backends.local import LocalBackend, LocalOptions
-from weftrain.core.backend import Batch, Job, Plan
+from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
-from weftrain.core.synthetic import synthetic_source
+from weftrain.core.order.batch import Batch
+from weftrain.core.order.synthetic import synthetic_source
 
 
 def step(recipe: Recipe) -> tuple[dict[str, torch.Tensor], Mapping[str, torch.Tensor], set[str]]:

@@ -39,12 +39,13 @@ from weftrain.backends.cerebras.lowered.graph import (
 )
 from weftrain.backends.cerebras.process import Worker
 from weftrain.backends.common.registry import get_backend
-from weftrain.core.backend import Batch, Job, Plan
+from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.model import draw
 from weftrain.core.optim import group_learning_rates, parameter_groups
+from weftrain.core.order.batch import Batch
+from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.parameters import Role, parameter_specs
-from weftrain.core.synthetic import synthetic_source
 
 Tiny = Callable[..., Recipe]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from weftrain.core.backend import Batch
 from weftrain.core.formats.dataset_manifest import SourceCursor
+from weftrain.core.order.batch import Batch
 
 
 @dataclass(frozen=True)
