@@ -1,10 +1,9 @@
-"""Compressed input files as streams of bytes, in bounded memory: `.gz`, `.bz2`, `.xz` and `.zst` or `.zstd`, of one
-frame or of several.
+"""Compressed input files (`.gz`, `.bz2`, `.xz`, `.zst`, `.zstd`, of one or several frames) as streams in bounded
+memory.
 
-A file that is cut off, or goes on with something else after its last frame, is an error and never the end of the file.
-Every byte of the decompressed stream has a position in the file as it lies: where the block of the file began whose
-decompression yielded it. Blocks have a fixed size, so positions are a function of the file alone, and a large file can
-be cut into shares by them.
+A truncated file, or other bytes after the last frame, is an error and never the end of the file. Each byte of the
+stream has a position in the file: the start of the fixed-size block whose decompression yielded it. So positions depend
+on the file alone, and a large file can be cut into shares by them.
 """
 
 from __future__ import annotations
@@ -28,13 +27,12 @@ MAX_WINDOW_BYTES = 1 << 31  # zstd --long=31, and the dictionary of .xz: memory 
 
 
 class BrokenArchive(DataError):  # noqa: N818 - as the library's EOFError is named
-    """A compressed file that is damaged, cut off, or followed by something else. The message names it."""
+    """A compressed file that is damaged, truncated, or followed by something else. The message names it."""
 
 
 @dataclass(frozen=True)
 class _Format:
-    """new: a decompressor of one frame, with decompress(data, limit), eof and unused_data. magic: what a frame begins
-    with.
+    """new: a decompressor of one frame, with decompress(data, limit), eof and unused_data. magic: start of a frame.
 
     padding: zero bytes may follow a frame. slice_bytes: given to the decompressor at once.
     """
@@ -97,15 +95,13 @@ CUT = (".gz", ".zst", ".zstd")  # what is decompressed quickly enough that a lat
 
 
 def compression_of(name: str) -> str | None:
-    """The suffix of a compressed file's name, in lower case, or None."""
+    """The suffix of a compressed file's name in lower case, or None."""
     suffix = name[name.rfind(".") :].lower()
     return suffix if suffix in _FORMATS else None
 
 
 def begins_compressed(head: bytes) -> str | None:
-    """What is wrong with bytes that should be text and begin as a compressed file does, and the remedy; None for
-    others.
-    """
+    """Problem and remedy for bytes that should be text but begin like a compressed file; None for others."""
     suffix = next((suffix for suffix, kind in _FORMATS.items() if head.startswith(kind.magic)), None)
     if suffix is None or head[:64].isascii():
         return None
@@ -113,14 +109,11 @@ def begins_compressed(head: bytes) -> str | None:
 
 
 def plain_name(name: str) -> str:
-    """A file's name without the suffix of its compression."""
     return name[: len(name) - len(compression_of(name) or "")]
 
 
 def open_decompressed(address: str) -> IO[bytes]:
-    """The file's bytes, decompressed where its name says so. Raises DataError; a read raises BrokenArchive or
-    OSError.
-    """
+    """The file's bytes, decompressed by its suffix. Raises DataError; a read raises BrokenArchive or OSError."""
     if compression_of(address) is not None:
         return io.BufferedReader(Decompressed(address), BLOCK_BYTES)
     raw = open_address(address)
@@ -128,7 +121,7 @@ def open_decompressed(address: str) -> IO[bytes]:
 
 
 class Decompressed(io.RawIOBase):
-    """The decompressed stream of an address; keep_positions: where `position` will be asked.
+    """The decompressed stream of an address. keep_positions: needed for `position`.
 
     Raises DataError at once; a read raises BrokenArchive, or OSError from the file itself.
     """
@@ -164,13 +157,13 @@ class Decompressed(io.RawIOBase):
         return count
 
     def position(self, offset: int) -> int:
-        """The position of byte `offset` of the stream, which has been read. Offsets asked for never fall."""
+        """The position of byte `offset` of the stream, which has been read. Offsets must not decrease between calls."""
         while self._blocks[0][0] <= offset:
             self._blocks.popleft()
         return self._blocks[0][1]
 
     def chunks_before(self, position: int) -> Iterator[bytes]:
-        """Reads what lies before a position, in pieces; the next read begins there."""
+        """Reads what lies before a position, in pieces; the next read continues there."""
         while data := self._next():
             if self._block >= position:
                 self._output, self._at = data, 0

@@ -1,8 +1,7 @@
-"""Looking into folders: one small interface over this machine's folders and any fsspec address, so that both have the
-same rules.
+"""Looking into folders: one interface for local folders and fsspec addresses, so that both follow the same rules.
 
-A `file://` address is a path of this machine. Links are followed: a folder is entered once, however many links lead to
-it, and a link to a folder that holds the link is reported as a loop.
+Links are followed: a folder is entered once, however many links lead to it, and a link to a folder that contains the
+link is reported as a loop.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ Kind = Literal["file", "folder", "special", "broken link", "link loop", "same fo
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Something that a folder holds. path: what the file system calls it. name: below the folder that is listed, with
-    `/`.
+    """Something in a folder. path: as the file system spells it. name: below the listed folder, with `/`.
 
-    modified_ns: None where the file system knows no time. identity: equal for two paths of one file. linked: reached
-    through a symbolic link. has_other_names: whether it has several hard links.
+    modified_ns: None if unknown. identity: equal for two paths of one file. linked: reached through a symbolic link.
+    has_other_names: has several hard links.
     """
 
     path: str
@@ -41,26 +39,25 @@ class Entry:
 
 
 class FileSystem(Protocol):
-    """Where addresses lead. All methods raise OSError."""
+    """The file system that an address belongs to. All methods raise OSError."""
 
     def look(self, path: str) -> Entry | None:
-        """What is at a path, named by its last component; None: nothing."""
+        """What is at a path, named by its last component, or None."""
 
     def scan(self, folder: str) -> Iterator[Entry]:
-        """What a folder holds, in any order; links are followed."""
+        """The contents of a folder, in any order; links are followed."""
 
     def below(self, folder: str, leave_out: Callable[[str], bool]) -> Iterator[Entry]:
-        """All files below a folder, and those folders that are not entered: `leave_out` says so of a folder's name; and
-        datasets.
+        """All files below a folder, sorted by name, those behind links to folders last.
 
-        In the order of their names; what is reached through links to folders comes last.
+        Also yields folders that are not entered: datasets, and those for whose name `leave_out` is true.
         """
 
     def address(self, path: str) -> str:
         """The address at which the file is opened."""
 
     def heads(self, paths: Sequence[str], num_bytes: int) -> dict[str, bytes]:
-        """The first bytes of files, where asking for many at once is faster than one by one; else nothing."""
+        """The first bytes of files, if asking for many at once is faster; else nothing."""
 
 
 def open_file_system(address: str) -> tuple[FileSystem, str]:
@@ -81,7 +78,7 @@ def identity_of(address: str) -> tuple[int, int] | str:
 
 
 def holds_dataset(address: str) -> bool:
-    """Whether a folder is a dataset that weftrain made, and so no folder of inputs."""
+    """Whether a folder is a dataset that weftrain made."""
     try:
         return is_dataset(read_head(f"{address.rstrip('/')}/{MANIFEST}", MANIFEST_HEAD_BYTES))
     except DataError:  # none, or none that may be read
@@ -134,7 +131,7 @@ class LocalFiles:
 
 @dataclass
 class _Walk:
-    """Which folders were entered, and the links to folders that are still to be followed."""
+    """Folders that were entered, and links to folders that are still to be followed."""
 
     leave_out: Callable[[str], bool]
     entered: set[tuple[int, int]] = field(default_factory=set)
@@ -142,9 +139,7 @@ class _Walk:
     linked: bool = False
 
     def real(self, folder: str, prefix: str) -> Iterator[Entry]:
-        """Everything below a folder that is reached without another link. prefix: before names, empty or ending in
-        `/`.
-        """
+        """Everything below a folder that is reached without another link. prefix: of names, empty or ending in `/`."""
         linked = self.linked
         stack = [_children(folder, prefix, linked)]
         while stack:
@@ -168,9 +163,7 @@ class _Walk:
 
 
 def _children(folder: str, prefix: str, linked: bool) -> list[tuple[Entry, bool]]:
-    """What a folder holds, and whether each is a link, the last name first; a folder stands where the names below it
-    do.
-    """
+    """A folder's entries and whether each is a link, in reverse order; a folder sorts as the names below it."""
     with os.scandir(folder) as found:
         entries = [(_scanned(item, prefix + item.name, linked), item.is_symlink()) for item in found]
     return sorted(
@@ -179,7 +172,7 @@ def _children(folder: str, prefix: str, linked: bool) -> list[tuple[Entry, bool]
 
 
 def _leads_back(link: str) -> bool:
-    """Whether a link leads to a folder that holds it."""
+    """Whether a link leads to a folder that contains it."""
     target, place = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
     return os.path.commonpath((target, place)) == target
 
@@ -205,7 +198,7 @@ def _as(entry: Entry, kind: Kind) -> Entry:
 
 
 class RemoteFiles:
-    """An fsspec file system. Object stores have no links, and one flat listing is far cheaper there than a request a
+    """An fsspec file system. Object stores have no links, and one flat listing is far cheaper than a request per
     folder.
     """
 

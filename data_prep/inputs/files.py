@@ -1,4 +1,4 @@
-"""Opening input files: local paths and any fsspec address, and telling whether one is still what was listed."""
+"""Opening input files at local paths and fsspec addresses, and checking that they are still what was listed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK_BYTES = 1 << 20
 
 
 def local_path(address: str) -> str:
-    """The path of a `file://` address; any other address or path as it is."""
+    """The path of a `file://` address; other addresses and paths unchanged."""
     return next(
         (address.removeprefix(protocol) for protocol in ("file://", "local://") if address.startswith(protocol)),
         address,
@@ -38,7 +38,7 @@ def file_system(address: str) -> tuple[RemoteSystem, str]:
 
 
 def local_file(path: str, name: str, source: str, format: str) -> InputFile:
-    """A file of this machine as an input. Raises OSError."""
+    """A local file as an input. Raises OSError."""
     status = os.stat(path)
     return InputFile(path, name, source, format, status.st_size, status.st_mtime_ns)
 
@@ -68,7 +68,7 @@ def read_head(address: str, num_bytes: int) -> bytes:
 
 
 def exists(address: str) -> bool:
-    """Whether a file lies at a local path or an address. Raises DataError for a file system that cannot be asked."""
+    """Whether a file is at a local path or an address. Raises DataError where the file system cannot be reached."""
     if is_local(address):
         return os.path.isfile(address)
     system, path = file_system(address)
@@ -98,9 +98,7 @@ def changed(file: InputFile) -> DataError:
 
 
 def range_sha256(file: InputFile, begin: int, end: int, beside: Sequence[str] = ()) -> str:
-    """SHA-256 of the files `beside` followed by bytes [begin, end) of a file, in hexadecimal. Raises DataError where it
-    ends before.
-    """
+    """Hex SHA-256 of the files `beside`, then bytes [begin, end) of a file. Raises DataError where it ends early."""
     digest = hashlib.sha256()
     try:
         for address in beside:

@@ -1,7 +1,6 @@
-"""Which files of a folder are read, by their names and their first bytes. docs/data-formats.md states these rules.
+"""Which files of a folder are read, by name and first bytes. docs/data-formats.md states these rules.
 
-A file that a person names, or a pattern matches, is judged by its content alone: the rules for names hold below folders
-only.
+Rules for names apply below folders only: a file that is named, or matched by a pattern, is judged by its content.
 """
 
 from __future__ import annotations
@@ -19,37 +18,10 @@ MARKER_FILES = """
 MARKER_FOLDERS = ("_temporary", "__MACOSX")
 MANIFEST = "manifest.json"  # of a dataset that weftrain prep made
 MANIFEST_HEAD_BYTES = 1 << 16
-UNFINISHED = (
-    ".part",
-    ".partial",
-    ".tmp",
-    ".temp",
-    ".crdownload",
-    ".download",
-    ".incomplete",
-    ".filepart",
-    ".aria2",
-    ".unfinished",
-)
-# Archives and compressions that are not read.
-ARCHIVES = (
-    ".zip",
-    ".7z",
-    ".rar",
-    ".tar",
-    ".tgz",
-    ".tbz2",
-    ".txz",
-    ".jar",
-    ".whl",
-    ".lz4",
-    ".lz",
-    ".lzma",
-    ".lzo",
-    ".br",
-    ".snappy",
-    ".z",
-)
+_UNFINISHED = ".part .partial .tmp .temp .crdownload .download .incomplete .filepart .aria2 .unfinished"
+UNFINISHED = frozenset(_UNFINISHED.split())
+_ARCHIVES = ".zip .7z .rar .tar .tgz .tbz2 .txz .jar .whl .lz4 .lz .lzma .lzo .br .snappy .z"
+ARCHIVES = frozenset(_ARCHIVES.split())  # and compressions that are not read
 JSON = (".jsonl", ".ndjson", ".json")
 BINARY_FORMATS = (".parquet", ".arrow", ".feather", ".orc", ".avro", ".warc", ".wet", ".h5", ".hdf5", ".npy")
 PLAIN_TEXT = (".txt", ".text", ".csv", ".tsv")
@@ -82,17 +54,16 @@ _MAGIC = (*_ARCHIVE_MAGIC, b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\x7fELF", b"O
 
 
 def skips_folder(name: str) -> bool:
-    """Whether a folder is not entered."""
     return name.startswith(".") or name in MARKER_FOLDERS
 
 
 def folder_reason(name: str) -> str:
-    """Why a folder is not entered, as a summary counts it."""
+    """Why a folder is not entered, as counted in summaries."""
     return "hidden folder" if name.startswith(".") else "marker folder"
 
 
 def is_dataset(manifest: bytes) -> bool:
-    """Whether a folder is a dataset of weftrain: by the first bytes of its manifest.json, which is canonical JSON."""
+    """Whether a folder is a dataset, by the first bytes of its manifest.json, which is canonical JSON."""
     return manifest.startswith(b"{") and b'"format":"weftrain-dataset"' in manifest
 
 
@@ -101,40 +72,37 @@ def is_marker(name: str) -> bool:
 
 
 def suffix_of(name: str) -> str:
-    """The last suffix of a file's name in lower case, or nothing; of the last component, and not of a hidden file's
-    whole name.
-    """
+    """The last suffix of the last component in lower case, or ''; a hidden file's whole name is no suffix."""
     base = name.rpartition("/")[2].lower()
     stem, dot, suffix = base.rpartition(".")
     return f".{suffix}" if dot and stem else ""
 
 
 def is_archive(name: str) -> bool:
-    """Whether the name is of an archive or a compressed file of a kind that is not read."""
+    """Whether the name is of an archive or compression that is not read."""
     return suffix_of(name) in ARCHIVES or suffix_of(plain_name(name.lower())) in ARCHIVES
 
 
 def looks_like_data(name: str) -> bool:
-    """Whether the suffix is that of a format or of text, with or without a compression's."""
+    """Whether the suffix is of a format or of text, compressed or not."""
     suffix = suffix_of(name)
     return suffix in _TEXT_OR_DATA or (suffix in COMPRESSED and looks_like_data(name[: -len(suffix)]))
 
 
 def is_source_text(name: str) -> bool:
-    """Whether the suffix is that of a programming or markup language. name: without a compression's suffix."""
+    """Whether the suffix is of a programming or markup language. name: without a compression suffix."""
     return suffix_of(name) in _SOURCE_TEXT
 
 
 def may_hold_json(name: str) -> bool:
-    """Whether a file is looked into for JSON. name: without a compression's suffix."""
+    """Whether a file is searched for JSON. name: without a compression suffix."""
     return suffix_of(name) not in _NOT_JSON
 
 
 def is_binary(head: bytes) -> bool:
-    """Whether the first bytes of a file, of no known suffix, are not text: a NUL, a known beginning, or control
-    characters in no UTF-8.
+    """Whether first bytes are not text: a NUL, a known magic number, or control characters outside UTF-8.
 
-    Text in another encoding than UTF-8 is text: whoever reads it says that it must be converted.
+    Text in another encoding counts as text: its reader says that it must be converted.
     """
     if head.startswith(_MAGIC):
         return True
@@ -163,7 +131,7 @@ def is_utf8_name(name: str) -> bool:
 
 
 def spelled_suffix(suffix: str) -> str:
-    """A `--suffix` as names are compared with it: in lower case, with its dot. Raises DataError for an empty one."""
+    """A `--suffix` in lower case with its dot. Raises DataError for an empty one."""
     if not suffix.strip("."):
         raise DataError(f"--suffix {suffix!r}: give an ending of names, such as .py or .jsonl.gz")
     return suffix.lower() if suffix.startswith(".") else f".{suffix.lower()}"

@@ -1,8 +1,7 @@
-"""Patterns of paths as the shell has them: `*`, `?`, `[a-z]`, `[!a-z]`, `**`, `{a,b}`, `{1..9}`; the same for every
-file system.
+"""Shell patterns of paths for every file system: `*`, `?`, `[a-z]`, `[!a-z]`, `**`, `{a,b}`, `{1..9}`.
 
-A name that begins with a dot is matched only by a pattern that does. `**` is any number of folders, none of them hidden
-or a link; a pattern with `**` matches files alone. Each alternative of a brace must match something.
+Hidden names need a pattern that begins with a dot. `**` is any number of folders, none hidden or a link; patterns with
+`**` match files only. Each alternative of a brace must match something.
 """
 
 from __future__ import annotations
@@ -25,15 +24,13 @@ def is_pattern(path: str) -> bool:
 
 
 def fixed_folder(pattern: str) -> str:
-    """What precedes the first component that matches more than one name: empty, or ending in `/`."""
+    """What precedes the first component with a wildcard: empty, or ending in `/`."""
     magic = _MAGIC.search(pattern)
     return pattern[: pattern.rfind("/", 0, magic.start() if magic is not None else len(pattern)) + 1]
 
 
 def matching(system: FileSystem, pattern: str, shown: str) -> list[Entry]:
-    """Files and folders that match, each once, sorted by path. shown: the pattern in messages. Raises DataError for
-    none, OSError.
-    """
+    """Matching files and folders, each once, by path. shown: the pattern in messages. Raises DataError, OSError."""
     found: dict[str, Entry] = {}
     for word in expand_braces(pattern):
         files_only = "**" in word.split("/")
@@ -47,9 +44,7 @@ def matching(system: FileSystem, pattern: str, shown: str) -> list[Entry]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The words that a pattern's braces make, in order. Braces without a comma or a range of numbers stand for
-    themselves.
-    """
+    """The words that a pattern's braces make, in order. Braces without a comma or a number range are literal."""
     words = _expanded(pattern)
     if len(words) > _MAX_WORDS:
         raise DataError(f"{pattern}: its braces make more than {_MAX_WORDS:,} names; use * instead")
@@ -85,7 +80,7 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def _closing(pattern: str, begin: int) -> tuple[int | None, list[int]]:
-    """Where the brace that opens at `begin` closes, and the commas directly within it."""
+    """Where the brace that opens at `begin` closes, and the commas directly inside it."""
     depth, commas = 0, []
     for place in range(begin, len(pattern)):
         if pattern[place] == "{":

@@ -1,8 +1,7 @@
 """File systems behind fsspec, with one kind of error.
 
-Each library that fsspec calls has exceptions of its own: botocore's of a server that cannot be reached are no OSErrors,
-and would pass every handler of the readers. Whatever a method of a file system or of an open file raises is an OSError
-when it leaves this module.
+The libraries behind fsspec have exceptions of their own, such as botocore's, which would pass every handler of OSError.
+Whatever a method of a file system or open file raises leaves this module as an OSError.
 """
 
 from __future__ import annotations
@@ -29,9 +28,7 @@ def _os_errors() -> Iterator[None]:
 
 
 class RemoteSystem:
-    """An fsspec file system: its methods, called by their names there. `open` gives a buffered file for reading
-    bytes.
-    """
+    """An fsspec file system with its methods; `open` gives a buffered file for reading bytes."""
 
     def __init__(self, system: Any) -> None:
         self._system = system
@@ -41,12 +38,11 @@ class RemoteSystem:
         return functools.partial(_called, value) if callable(value) else value
 
     def open(self, path: str) -> IO[bytes]:
-        """Raises OSError."""
         with _os_errors():
             return io.BufferedReader(_RemoteFile(self._system.open(path, "rb")), _BUFFER_BYTES)
 
     def size_now(self, path: str) -> int:
-        """Bytes of a file as the server has it now; listings are kept, and so is the size in them. Raises OSError."""
+        """The file's current size on the server; fsspec caches listings and the sizes in them. Raises OSError."""
         with _os_errors():
             self._system.invalidate_cache(path)
             return int(self._system.size(path))

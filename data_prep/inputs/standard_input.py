@@ -1,7 +1,7 @@
 """Standard input as an input: copied to a file beside the work folder, since inputs are read several times.
 
-The file is named by its content's hash and has a fixed time, so the same bytes make the same plan: an interrupted run
-goes on where it was when the same text is piped in again.
+The file is named by its content's hash and has a fixed time, so the same bytes give the same plan, and an interrupted
+run resumes when the same text is piped in again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ _MODIFIED_NS = 0
 
 
 def spool(stream: IO[bytes], output: Path, name: str) -> Path:
-    """Copy a stream to the end into a file beside dataset `name` of folder `output`; files of other texts are removed.
-    Raises DataError.
-    """
+    """Copy a stream into a file beside dataset `name` of `output`, replacing earlier copies. Raises DataError."""
     try:
         folder = path_below(output, name)
     except ValueError as error:
@@ -60,9 +58,7 @@ def spool(stream: IO[bytes], output: Path, name: str) -> Path:
 
 
 def forget(output: Path, name: str) -> None:
-    """Remove what was kept of standard input for a dataset, unless an interrupted run is to go on from it. Raises
-    OSError.
-    """
+    """Remove the copy of standard input, unless an interrupted run needs it to resume. Raises OSError."""
     try:
         dataset = path_below(output, name)
     except ValueError:

@@ -15,8 +15,6 @@ _MAX_ROW_BYTES = 16 << 20  # a million ids; as Python's numbers they take some t
 
 
 def amber_rows(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """`{"token_ids": [sequence_length + 1 ints], "source": "c4"}` a line."""
-
     def row(number: int, line: bytes | None) -> Document | Failure:
         return _row(index, number, line, file, options)
 

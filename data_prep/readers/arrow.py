@@ -1,7 +1,7 @@
-"""Arrow files and streams (`.arrow`, `.feather`), and with them the folders that Hugging Face's `datasets` saves.
+"""Arrow files and streams (`.arrow`, `.feather`), including folders saved by Hugging Face's `datasets`.
 
-A local file is mapped, and its pages are given back as reading goes on, so memory follows neither the file nor a record
-batch. A share is a range of rows. A stream must end as its format says, or it was cut off.
+A local file is mapped, and its pages are released while reading, so memory grows with neither the file nor a record
+batch. A share is a range of rows. A stream without its end marker was cut off.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class _Opened:
-    """A file whose readers can be made anew. mapped: of a local file."""
+    """A file that can be read several times. mapped: for a local file."""
 
     library: Any
     raw: Any
@@ -39,10 +39,9 @@ class _Opened:
     is_stream: bool
 
     def reader(self, fields: list[int] | None = None) -> Any:
-        """A RecordBatchFileReader or RecordBatchStreamReader. fields: the top-level columns to read; None: all.
+        """A RecordBatchFileReader or RecordBatchStreamReader. fields: top-level columns to read; None: all.
 
-        Of a mapped file all are there without being read, while the library would copy a batch to choose among its
-        columns.
+        A mapped file offers all columns unread, while selecting some would copy each batch.
         """
         ipc = self.library.ipc
         options = (
@@ -64,14 +63,14 @@ class _Opened:
                 yield reader.get_batch(number)
 
     def release(self) -> None:
-        """Gives back the pages that were read; what still needs them maps them again."""
+        """Releases the pages that were read; they are mapped again when needed."""
         if self.mapped is not None:
             self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager
 def open_arrow(file: InputFile) -> Iterator[_Opened]:
-    """Raises DataError, for damage that shows later too."""
+    """Raises DataError, also for damage found later."""
     try:
         import pyarrow
         import pyarrow.ipc
@@ -104,7 +103,6 @@ def open_arrow(file: InputFile) -> Iterator[_Opened]:
 
 
 def arrow_rows(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """Rows of an Arrow file or stream, the text in the column options.text_key."""
     state = _state(file.address)
     if state is not None and state.get("_indices_data_files"):
         raise DataError(
@@ -154,7 +152,7 @@ def _beside(address: str, name: str) -> str:
 
 
 def _state(address: str) -> dict[str, Any] | None:
-    """What `datasets` says of the files in a folder that it saved; None where it did not. Raises DataError."""
+    """What `datasets` says of the files in a folder that it saved, or None. Raises DataError."""
     state = _beside(address, STATE)
     if not exists(state):
         return None
@@ -167,14 +165,14 @@ def _state(address: str) -> dict[str, Any] | None:
 
 
 def _belongs_to_folder(probe: Probe) -> bool:
-    """Whether a JSON file describes a folder that `datasets` saved, as each of the three does that it writes."""
+    """Whether a JSON file describes a folder saved by `datasets`; there are three such files."""
     name = probe.name.rpartition("/")[2]
     key = {STATE: b'"_data_files"', "dataset_info.json": b'"features"', "dataset_dict.json": b'"splits"'}.get(name)
     return key is not None and key in probe.head
 
 
 def _not_data(probe: Probe) -> str | None:
-    """Why an Arrow file in such a folder holds no part of the dataset."""
+    """Why an Arrow file in such a folder is not part of the dataset."""
     name = probe.address.rpartition("/")[2]
     if not name.endswith(".arrow"):
         return None

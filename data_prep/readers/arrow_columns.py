@@ -1,9 +1,7 @@
-"""Columns of text in Arrow batches, which Parquet and Arrow files have in common: finding them, and the documents of
-their rows.
+"""Text columns of Arrow batches, for Parquet and Arrow files: finding them, and making documents of their rows.
 
-A key is a column's name, or leads into structs by dots unless a column is called so as it stands. Text is any of
-Arrow's string types, bytes that are UTF-8, or a dictionary of either. Nothing of an input file is trusted: offsets are
-validated, and UTF-8 row by row.
+A key is a column's name, or a path of struct fields with dots. Text is any Arrow string type, UTF-8 bytes, or a
+dictionary of either. Input files are not trusted: offsets are validated, and UTF-8 row by row.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ _SHOWN_NAMES = 20
 
 @dataclass(frozen=True)
 class Column:
-    """key: as it was asked for. path: names of fields, from the top down."""
+    """key: as asked for. path: field names from the top down."""
 
     key: str
     path: tuple[str, ...]
@@ -35,7 +33,7 @@ class Column:
 
 @dataclass(frozen=True)
 class TextColumns:
-    """The column of texts, and that of sources where one was asked for."""
+    """The column of texts, and that of sources if asked for."""
 
     text: Column
     source: Column | None
@@ -46,7 +44,7 @@ class TextColumns:
 
 
 def find_columns(file: InputFile, schema: Any, options: ReadOptions) -> TextColumns:
-    """Raises DataError for a key without a column, of several, or of one that holds no text."""
+    """Raises DataError for a key without a column, with several, or with one that holds no text."""
     text = _find(file, schema, options.text_key, "--text-key")
     return TextColumns(
         text, None if options.source_key is None else _find(file, schema, options.source_key, "--source-key")
@@ -54,16 +52,14 @@ def find_columns(file: InputFile, schema: Any, options: ReadOptions) -> TextColu
 
 
 def batch_rows(num_bytes: int, num_rows: int) -> int:
-    """How many rows to read at once of `num_rows` that take `num_bytes`."""
+    """How many rows to read at once, of `num_rows` that take `num_bytes`."""
     return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(1, num_bytes)))
 
 
 def documents_of(
     index: int, first: int, batch: Any, columns: TextColumns, file: InputFile, options: ReadOptions
 ) -> Iterator[Document | Failure]:
-    """The documents of a batch whose rows are records from `first` on. The batch holds the columns, under the names of
-    the file.
-    """
+    """The documents of a batch whose rows are records from `first` on."""
     texts = _values(file, batch, columns.text)
     sources = None if columns.source is None else _values(file, batch, columns.source)
     for row in range(len(texts)):
@@ -103,7 +99,7 @@ def _find(file: InputFile, schema: Any, key: str, option: str) -> Column:
 
 
 def _path(fields: list[Any], key: str) -> tuple[str, ...]:
-    """Where a key leads; empty where there is no such field. Raises ValueError for a name that several have."""
+    """Where a key leads; empty if nowhere. Raises ValueError for an ambiguous name."""
     names = [field.name for field in fields]
     for end in (len(key), *(place for place, character in enumerate(key) if character == ".")):
         if names.count(key[:end]) > 1:
@@ -121,9 +117,7 @@ def _path(fields: list[Any], key: str) -> tuple[str, ...]:
 
 
 def _values(file: InputFile, batch: Any, column: Column) -> Any:
-    """The column of a batch as an array, of strings, bytes or a dictionary. Raises DataError for offsets that lead
-    astray.
-    """
+    """The column of a batch: strings, bytes or a dictionary. Raises DataError for invalid offsets."""
     import pyarrow
     import pyarrow.compute
 
@@ -144,7 +138,7 @@ def _values(file: InputFile, batch: Any, column: Column) -> Any:
 
 
 def _text(scalar: Any, key: str) -> str:
-    """Raises ValueError for null, what is too long, and bytes that are not UTF-8."""
+    """Raises ValueError for null, too long a text, and bytes that are not UTF-8."""
     if scalar.is_valid and hasattr(scalar, "dictionary"):
         scalar = scalar.value
     if not scalar.is_valid:

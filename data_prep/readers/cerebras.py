@@ -1,17 +1,14 @@
 """Cerebras HDF5: rows of (N, 3, S), packed rows of variable lengths (N, 5, S), and a "corpus" of rank 1.
 
-The planes are input ids, loss mask, labels, and of (N, 5, S) attention_span and position_ids, as the Model Zoo's
+The planes are input ids, loss mask, labels, and in (N, 5, S) attention_span and position_ids, as the Model Zoo's
 data_preprocessing writes them. A row becomes the S + 1 ids whose inputs and labels are the planes':
 
-- Padding is the end of a row where no label bears loss and ids and labels are all one id.
-- Before it, every label that bears loss must be the next id; where a label bears none, ids and labels are not compared,
-  and the ids stand.
-- The last label before the padding is kept: it is the text's last token, in whose place the input ids have padding
-  already. No loss
-  depends on the padding id that it replaces.
-- A document of (N, 5, S) begins where position_ids is 0, and attention_span falls to 0 where it ends. Files whose two
-  planes hold zeros
-  alone tell no documents apart.
+- Padding is the end of a row where no label bears loss, and ids and labels are all one id.
+- Before it, every label that bears loss must be the next id. Where a label bears none, the ids stand unchecked.
+- The last label before the padding is kept: it is the text's last token, where the input ids already have padding. No
+  loss depends on the padding id that it replaces.
+- In (N, 5, S) a document begins where position_ids is 0, and attention_span falls to 0 where it ends. If both planes
+  are all zeros, they separate no documents.
 
 The files are read without trust, through core/formats/hdf5.py.
 """
@@ -90,7 +87,6 @@ class _Hdf5:
 
 
 def cerebras_rows(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """Rows of (N, 3, S) or (N, 5, S)."""
     with _Hdf5(file.address) as data:
         begin, end = share.begin, share.end if share.end != -1 else data.shape[0]
         if (wrong := wrong_length(data.shape[2] + 1, options)) is not None:
@@ -109,9 +105,7 @@ def cerebras_rows(index: int, file: InputFile, share: Share, options: ReadOption
 
 
 def _row(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray | None] | str:
-    """Planes int64 [3 or 5, S] -> int32 [S + 1] ids and their marks, None where every token bears loss; or what is
-    wrong.
-    """
+    """Planes int64 [3 or 5, S] -> ids int32 [S + 1] and marks (None: every token bears loss); or what is wrong."""
     ids, mask, labels = planes[:3]
     if mask.min() < 0 or mask.max() > 1:
         return "holds a loss mask other than 0 and 1"
@@ -141,14 +135,14 @@ def _row(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray | None] | str:
 
 
 def _text_length(planes: np.ndarray) -> int:
-    """How many of a row's inputs stand before its padding."""
+    """The number of a row's inputs before its padding."""
     ids, mask, labels = planes[:3]
     padding = (mask == 0) & (ids == ids[-1]) & (labels == ids[-1]) & (planes[3:] == 0).all(axis=0)
     return len(ids) - int(np.argmin(padding[::-1])) if not padding.all() else 0
 
 
 def _begins(planes: np.ndarray, text: int) -> np.ndarray | str | None:
-    """Where documents begin, rising from 0; None where the planes tell none apart; or what is wrong with them."""
+    """Where documents begin; None where the planes separate none; or what is wrong with them."""
     span, position = planes[3, :text], planes[4, :text]
     if not text or not (span.any() or position.any()):
         return None
@@ -164,9 +158,7 @@ def _begins(planes: np.ndarray, text: int) -> np.ndarray | str | None:
 
 
 def corpus_rows(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """Windows of sequence_length + 1 at stride sequence_length of rank-1 `data`; a tail that fills none is left out, as
-    Cerebras does.
-    """
+    """Windows of sequence_length + 1 at stride sequence_length; an incomplete tail is left out, as Cerebras does."""
     length = options.sequence_length
     assert length is not None
     with _Hdf5(file.address) as data:
@@ -197,7 +189,7 @@ def _num_rows(file: InputFile) -> int:
 
 
 def _rank(probe: Probe) -> int | None:
-    """The rank of `data`; None for a file that is not named as HDF5. Raises DataError."""
+    """The rank of `data`; None for a file not named as HDF5. Raises DataError."""
     if not probe.plain_name.endswith((".h5", ".hdf5")):
         return None
     with _Hdf5(probe.address) as data:

@@ -1,7 +1,6 @@
-"""What a format is: how a file of it is told from others, how it is cut into shares, and how the documents of a share
-are read.
+"""What a format is: how its files are recognised, cut into shares, and read as documents.
 
-A new format is one module that makes a `Reader`, and one line in registry.py.
+A new format is one module that makes a `Reader`, and its name in registry.py.
 """
 
 from __future__ import annotations
@@ -27,11 +26,9 @@ HEAD_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Probe:
-    """A file whose format is asked for. name: as messages have it, below the folder it was found in. address: where it
-    is opened.
+    """A file whose format is asked for. name: as in messages, below the folder it was found in.
 
-    text_key: the field that holds the text of JSON records, by which they are told from other JSON. known_head: the
-    first HEAD_BYTES of the file as it lies, where they have been read already.
+    text_key: tells JSON records from other JSON. known_head: the first HEAD_BYTES of the raw file, if already read.
     """
 
     name: str
@@ -41,12 +38,11 @@ class Probe:
 
     @property
     def base(self) -> str:
-        """The last component of the name."""
         return self.name.rpartition("/")[2]
 
     @cached_property
     def plain_name(self) -> str:
-        """The name in lower case, without the suffix of its compression."""
+        """The name in lower case, without a compression suffix."""
         return plain_name(self.name.lower())
 
     @property
@@ -55,9 +51,7 @@ class Probe:
 
     @cached_property
     def head(self) -> bytes:
-        """The first HEAD_BYTES, decompressed; what can be read of a damaged archive. Raises DataError for a file that
-        cannot be opened.
-        """
+        """The first HEAD_BYTES, decompressed; as far as readable in a damaged archive. Raises DataError."""
         if not self.compressed:
             return read_head(self.address, HEAD_BYTES) if self.known_head is None else self.known_head
         with open_decompressed(self.address) as opened:
@@ -68,15 +62,13 @@ class Probe:
 
     @cached_property
     def json(self) -> JsonContent | None:
-        """What JSON the content is; None for other content, and where the name's suffix is that of something else, as
-        `.py`.
-        """
+        """The kind of JSON; None for other content, or a name that says otherwise, such as `.py`."""
         if not may_hold_json(self.plain_name):
             return None
         return json_content(self.head, whole=len(self.head) < HEAD_BYTES)
 
     def has_beside(self, suffix: str) -> bool:
-        """Whether a file of the same name with another suffix, or none, lies beside."""
+        """Whether the file with this suffix instead of its own exists."""
         return exists(with_suffix(self.address, suffix))
 
 
@@ -112,18 +104,17 @@ def with_suffix(address: str, suffix: str) -> str:
 
 @dataclass(frozen=True)
 class Reader:
-    """A format. name: as in `--format NAME`. holds: text to encode; token ids of documents; or rows of sequence_length
-    + 1 ids.
+    """A format. name: for `--format`. holds: text to encode; token ids of documents; or rows of sequence_length + 1
+    ids.
 
-    detect(probe): whether a file is of this format. goes_with(probe): whether it belongs to another file of this
-    format, and is read with it. not_data(probe): why a file of this format in a folder is no input, as a summary counts
-    it, or None. by_bytes: a share counts bytes, and a record belongs to the share that it begins in; else shares count
-    num_units(file), which is 1 where a file cannot be cut. cuts(file, pieces): the units at which about so many shares
-    end; None: in equal shares. read: the documents of a share, in order; it may raise OSError, and DataError for a file
-    damaged as a whole. records_before(file, begin): how many records precede a share that begins there. beside(file):
-    addresses of the files that are read with it; they are hashed before its first share. by_end_token: documents are
-    told apart by the tokenizer's end token, and ids without a header are as wide as its vocabulary asks:
-    ReadOptions.of_tokenizer.
+    detect(probe): whether a file has this format. goes_with(probe): whether a file is read with another of this format.
+    not_data(probe): why a file of this format in a folder is no input, as counted in summaries, or None. by_bytes:
+    shares count bytes, and a record belongs to the share that it begins in; otherwise shares count num_units(file), 1
+    if a file cannot be cut. cuts(file, pieces): the units at which about so many shares end; None: equal shares. read:
+    the documents of a share, in order, returning the number of records; may raise OSError, and DataError for a file
+    damaged as a whole. records_before(file, begin): records that precede a share beginning there. beside(file): files
+    that are read with it, hashed before its first share. by_end_token: documents end with the tokenizer's end token,
+    and ids without a header have the width of its vocabulary (ReadOptions.of_tokenizer).
     """
 
     name: str

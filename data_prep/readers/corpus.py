@@ -1,8 +1,7 @@
-"""The embedded corpus: the running interpreter's standard library, its sources and, as prose, its documentation
-strings.
+"""The embedded corpus: the running interpreter's standard library, as sources and, as prose, documentation strings.
 
-The library differs in every Python version, so the manifest's corpus hash, not this code, says what was read.
-Licence: the Python Software Foundation License (https://docs.python.org/3/license.html).
+It differs with the Python version; the manifest's corpus hash says what was read. Licence: the Python Software
+Foundation License (https://docs.python.org/3/license.html).
 """
 
 from __future__ import annotations
@@ -38,9 +37,7 @@ SKIPPED_PREFIX = "_sysconfigdata"  # generated on the machine that built the int
 
 
 def embedded_inputs(folder: Path | None = None) -> tuple[list[InputFile], str, str]:
-    """The standard library's modules, sorted, a description, the licence; `folder` instead of where it is installed.
-    Raises DataError.
-    """
+    """The library's modules, sorted, a description, the licence. folder: another library. Raises DataError."""
     root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
     files = []
     for path in sorted(_source_files(root), key=lambda found: found.relative_to(root).as_posix()):
@@ -85,7 +82,7 @@ def _source_files(root: Path) -> Iterator[Path]:
 
 
 def source_text(data: bytes, where: str) -> str:
-    """Text in the encoding that a source file declares (PEP 263), line ends as they are. Raises DataError."""
+    """Text in the encoding that a source file declares (PEP 263), line ends unchanged. Raises DataError."""
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         return data.decode(encoding)

@@ -1,7 +1,6 @@
-"""datatrove's .ds of ids, with the documents' ends in .ds.index and, where it was asked for, a loss mask in .ds.loss.
+"""datatrove's .ds of ids, with the documents' ends in .ds.index and an optional loss mask in .ds.loss.
 
-An id takes 2 or 4 bytes: the index's last entry is how many ids there are, and .ds.metadata, where it lies beside, must
-agree.
+Ids have 2 or 4 bytes: the index ends with the number of ids, and .ds.metadata, if present, must agree.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def _check_there(address: str) -> None:
 
 
 def _layout(file: InputFile) -> _Layout:
-    """What the files beside a .ds say, held against its size. Raises DataError."""
+    """What the files beside a .ds say, checked against its size. Raises DataError."""
     _check_there(file.address)
     index = file.address + _INDEX
     num_bytes = os.stat(index).st_size
@@ -72,7 +71,7 @@ def _layout(file: InputFile) -> _Layout:
 
 
 def _width_said(file: InputFile) -> int | None:
-    """Bytes of an id by .ds.metadata, whose first line is `tokenizer|bytes`."""
+    """Bytes per id by .ds.metadata, whose first line is `tokenizer|bytes`."""
     if not exists(file.address + _METADATA):
         return None
     with open(file.address + _METADATA, "rb") as opened:
@@ -82,7 +81,6 @@ def _width_said(file: InputFile) -> int | None:
 
 
 def datatrove_documents(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """The documents that the index tells apart."""
     layout = _layout(file)
     begin, end = share.begin, share.end if share.end != -1 else layout.documents
     name = file.address + _INDEX

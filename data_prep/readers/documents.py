@@ -1,9 +1,7 @@
-"""What passes between readers and the pipeline: documents, what could not be read, and the shares of files that are
-read.
+"""What readers hand to the pipeline: documents, failures, and the shares of files.
 
-A document's `record` counts within its share of the file, because a share in the middle of a large file does not know
-how many lines precede it. The pipeline adds what the shares before it hold, so that shards and messages name real
-lines.
+A document's `record` counts within its share, because a share in the middle of a large file does not know how many
+lines precede it. The pipeline adds the records of earlier shares, so that shards and messages name real lines.
 """
 
 from __future__ import annotations
@@ -19,9 +17,9 @@ _HASHED_CHARACTERS = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One file. address: where fsspec opens it. name: in messages and the record. num_bytes: its size when listed.
+    """One file. address: where fsspec opens it. name: in messages and the manifest. num_bytes: when listed.
 
-    source: which kind of text it is, kept for every token. modified_ns: None where the file system knows no time.
+    source: the kind of text, recorded for every token. modified_ns: None if unknown.
     """
 
     address: str
@@ -34,9 +32,7 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A file that was found and is not read. reason: why, in a few words that count together in a summary, as 'hidden
-    file'.
-    """
+    """A file that was found but is not read. reason: a few words to count by, such as 'hidden file'."""
 
     name: str
     num_bytes: int
@@ -44,11 +40,7 @@ class Skipped:
 
 
 class Share(NamedTuple):
-    """[begin, end) of one file, which counts bytes of JSON lines as the file lies, compressed or not; else the units of
-    its reader.
-
-    0, -1: all of it.
-    """
+    """[begin, end) of a file: bytes of the raw file for JSON lines, else units of its reader. (0, -1): all of it."""
 
     file: int  # index into the list of inputs
     begin: int
@@ -57,10 +49,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one task reads: shares in order. A function of the inputs alone, never of how many processes there are.
-
-    num_bytes: about how many bytes of input that are.
-    """
+    """What one task reads: shares in order, about num_bytes of input; a function of the inputs alone."""
 
     shares: tuple[Share, ...]
     num_bytes: int = 0
@@ -68,11 +57,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or token ids where the input was tokenised already. record: see the module's docstring.
+    """A text, or token ids where the input was tokenised. record: within its share.
 
-    source: of this document, which a reader may know better than the file's name. tokens: int32 or int64 [n], without
-    an added eos; marks: uint8 [n], what marks.py says of each token; None: every token bears loss. belongs_to: the text
-    on whose side, training or held-out, this one must be, because it repeats parts of it.
+    source: may differ from the file's. tokens: int32 or int64 [n], without an added eos. marks: uint8 [n] (marks.py);
+    None: every token bears loss. belongs_to: a text that this one repeats parts of, so both are on the same side of the
+    held-out split.
     """
 
     file: int
@@ -86,7 +75,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Failure:
-    """A document that could not be read. reason: what is wrong and the remedy, to stand after 'file:line: '."""
+    """A document that could not be read. reason: problem and remedy, to follow 'file:line: '."""
 
     file: int
     record: int
@@ -95,9 +84,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class FileRead:
-    """The end of a share. records: how many lines or rows it holds, failed and empty ones too. sha256: of its raw
-    bytes, in hexadecimal.
-    """
+    """The end of a share. records: lines or rows, failed and empty ones too. sha256: of its raw bytes, in hex."""
 
     share: Share
     records: int
@@ -105,7 +92,7 @@ class FileRead:
 
 
 def text_sha256(text: str) -> tuple[bytes, int]:
-    """SHA-256 and number of bytes of a text's UTF-8, without a copy of a long one."""
+    """SHA-256 and size of a text's UTF-8, without copying a long text."""
     digest, num_bytes = hashlib.sha256(), 0
     for start in range(0, len(text), _HASHED_CHARACTERS):
         data = text[start : start + _HASHED_CHARACTERS].encode()

@@ -1,4 +1,4 @@
-"""What readers of tokenised files have in common: reading arrays at an offset, and making a document of ids."""
+"""Shared by readers of tokenised files: reading arrays at an offset, and making a document of ids."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ _MAX_JSON_BYTES = 16 << 20  # as Python's numbers its ids take some twenty times
 
 
 def read_array(opened: IO[bytes], name: str, offset: int, count: int, dtype: np.dtype[Any]) -> np.ndarray:
-    """`count` numbers at a byte offset; the caller has held both against the file's size. Raises DataError where it
-    ends before.
-    """
+    """`count` numbers at a byte offset, both checked against the file's size by the caller. Raises DataError."""
     opened.seek(offset)
     data = opened.read(count * dtype.itemsize)
     if len(data) != count * dtype.itemsize:
@@ -36,9 +34,7 @@ def read_array(opened: IO[bytes], name: str, offset: int, count: int, dtype: np.
 def ids_document(
     index: int, record: int, source: str, ids: np.ndarray, bears_loss: np.ndarray | None = None
 ) -> Document | Failure:
-    """A document of integers [n], of any integer type; a Failure where one of them is no id. bears_loss: bool [n];
-    None: all do.
-    """
+    """A document of integers [n]; a Failure where one is no id. bears_loss: bool [n]; None: all do."""
     if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) <= MAX_ID):
         return Failure(
             index, record, f"holds ids {ids.min()}..{ids.max()}, and each must be one of 0..{MAX_ID}; repair it"
@@ -52,10 +48,9 @@ def too_long(index: int, record: int, length: int) -> Failure:
 
 
 def read_stream(opened: IO[bytes], name: str, count: int, keep: bool = True) -> bytes:
-    """The next `count` bytes of a stream, or b"" where they are only passed over. Memory grows with what is there, not
-    with `count`.
+    """The next `count` bytes, or b"" if they are only skipped. Memory grows with what exists, not with `count`.
 
-    Raises DataError where the stream ends before.
+    Raises DataError where the stream ends early.
     """
     data, left = bytearray(), count
     while left:
@@ -69,7 +64,7 @@ def read_stream(opened: IO[bytes], name: str, count: int, keep: bool = True) -> 
 
 
 def ids_of_bytes(data: bytes, options: ReadOptions) -> np.ndarray | str:
-    """The ids of bytes that do not say their type: int64, or options.tokens_dtype."""
+    """Ids of bytes that do not state their type: int64, or options.tokens_dtype."""
     dtype = np.dtype(options.tokens_dtype or "int64").newbyteorder("<")
     if len(data) % dtype.itemsize:
         return f"has {len(data):,} bytes, which are no {dtype.name} ids; give another --tokens-dtype"
@@ -77,12 +72,12 @@ def ids_of_bytes(data: bytes, options: ReadOptions) -> np.ndarray | str:
 
 
 def are_ids(value: object) -> bool:
-    """Whether a value of JSON is a list of token ids."""
+    """Whether a JSON value is a list of token ids."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_ID for item in value)
 
 
 def ids_of_list(data: bytes) -> np.ndarray | str:
-    """The ids of a JSON list of integers, int64 [n], or what is wrong with it."""
+    """The ids of a JSON list, int64 [n], or what is wrong with it."""
     if len(data) > _MAX_JSON_BYTES:
         return (
             f"has {len(data):,} bytes of JSON, more than the {_MAX_JSON_BYTES:,} that a list of ids may take; split it"
@@ -99,10 +94,9 @@ def ids_of_list(data: bytes) -> np.ndarray | str:
 def choose_field(
     name: str, key: str | None, fields: Mapping[str, str], certain: Sequence[str], possible: Sequence[str]
 ) -> str:
-    """Which field holds the ids: `key`; else `tokens` or `input_ids`; else the only one that certainly does. Raises
-    DataError.
+    """The field of ids: `key`; else `tokens` or `input_ids`; else the only certain one. Raises DataError.
 
-    fields: each with its encoding. possible: those of an encoding that may be ids as well as something else.
+    fields: each with its encoding. possible: those whose encoding can hold ids.
     """
     have = ", ".join(f"{field} ({encoding})" for field, encoding in fields.items())
     if key is not None:

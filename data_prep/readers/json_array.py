@@ -1,8 +1,7 @@
-"""JSON that is not lines: an array of objects, or objects one after the other over any number of lines, read as a
-stream.
+"""JSON that is not lines: an array of objects, or objects in sequence over any number of lines, read as a stream.
 
-A window of the text slides over the file; it holds one object and about a block more. A syntax error ends the file,
-since nothing tells where the next object would begin; a value that is no document is a failure of its own.
+A sliding window holds one object and about a block more. A syntax error ends the file, since the start of the next
+object is unknown; a value that is no document is a failure of its own.
 """
 
 from __future__ import annotations
@@ -37,9 +36,7 @@ class _Window:
         self.extend(without_mark(file, opened.read(BLOCK_BYTES)))
 
     def extend(self, data: bytes | None = None) -> None:
-        """Reads on, at least as much as the window holds: what it holds is then parsed again, which takes twice the
-        time at most.
-        """
+        """Read on, at least as much as the window holds, so that parsing it again at most doubles the time."""
         if data is None:
             data = self._opened.read(max(BLOCK_BYTES, len(self.text) - self.place))
         self.ended = not data
@@ -47,7 +44,7 @@ class _Window:
         self.text, self.place = self.text[self.place :] + self._decoder.decode(data, final=self.ended), 0
 
     def next_character(self) -> str:
-        """The character at the next place that is not white space; empty at the end."""
+        """The next character that is not white space, which stays unread; empty at the end."""
         while True:
             match = _SPACE.match(self.text, self.place)
             assert match is not None
@@ -86,7 +83,6 @@ class _Window:
 
 
 def json_objects(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """Each object of an array, or of several values one after the other, the text under options.text_key."""
     number = 0
     with open_decompressed(file.address) as opened:
         window = _Window(file, opened)
@@ -121,9 +117,7 @@ def json_objects(index: int, file: InputFile, share: Share, options: ReadOptions
 
 
 def _holds_objects(probe: Probe) -> bool:
-    """An array of objects; or objects over several lines, which are told from a configuration file by the field of
-    texts.
-    """
+    """An array of objects; or objects over several lines that have the text field, unlike a configuration file."""
     content = probe.json
     return content is not None and (
         content.layout == "array" or (content.layout == "object" and content.has_field(probe.text_key))

@@ -1,6 +1,6 @@
-"""Telling JSON by the first bytes of a file: lines of objects, an array of objects, one object, or another value.
+"""Recognising JSON by a file's first bytes: lines of objects, an array of objects, one object, or another value.
 
-Only the head is parsed, and leniently: whether a line is sound is for the reader to say.
+Only the head is parsed, leniently; the reader decides whether a line is valid.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ _DECODER = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class JsonContent:
-    """layout: 'lines': an object a line, two or more; 'line': one object on one line; 'array': of objects; 'object':
-    one, over several lines, or several so; 'value': an array of other values. first: the first object where the head
-    holds all of it. head: the text.
+    """layout: 'lines': two or more objects, one per line; 'line': one object on one line; 'array': of objects;
+    'object': over several lines, one or more; 'value': an array of other values.
+
+    first: the first object if the head holds all of it. head: the text.
     """
 
     layout: Literal["lines", "line", "array", "object", "value"]
@@ -28,9 +29,7 @@ class JsonContent:
     head: str
 
     def has_field(self, key: str) -> bool:
-        """Whether the first object has a field, `outer.inner` where they are nested; a guess where the head does not
-        hold all of it.
-        """
+        """Whether the first object has a field, `outer.inner` if nested; a guess if the head is too short."""
         if self.first is None:
             last = key.rpartition(".")[2]
             return any(re.search(rf'"{re.escape(name)}"\s*:', self.head) is not None for name in (key, last))
@@ -38,12 +37,12 @@ class JsonContent:
 
     @property
     def is_records(self) -> bool:
-        """Whether it holds several objects, so that it cannot be a document or a configuration file."""
+        """Whether it holds several objects, and so is no document or configuration file."""
         return self.layout in ("lines", "array")
 
 
 def json_content(head: bytes, whole: bool) -> JsonContent | None:
-    """What JSON a file begins as; None for another text. whole: whether `head` is all of the file."""
+    """The JSON that a file begins with, or None. whole: whether `head` is all of the file."""
     data = head.removeprefix(_BOM).lstrip()
     if data[:1] not in (b"{", b"["):
         return None
@@ -81,9 +80,7 @@ def _array(text: str, whole: bool) -> JsonContent | None:
 
 
 def _parse(text: str) -> tuple[Any, int]:
-    """A value at the beginning of a text and where it ends; (None, len(text)) for one that goes on beyond it, (None, 0)
-    for no JSON.
-    """
+    """A value at the beginning of a text and its end; (None, len(text)) if it is cut; (None, 0) for no JSON."""
     try:
         return _DECODER.raw_decode(text)
     except json.JSONDecodeError as error:

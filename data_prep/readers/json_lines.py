@@ -12,10 +12,9 @@ SUFFIXES = (".jsonl", ".ndjson")
 
 
 def holds_lines(probe: Probe) -> bool:
-    """Whether a file holds JSON lines: by its name, or by its content whatever its name; one object alone only with the
-    field of texts.
+    """Whether a file holds JSON lines, by name or content; a single object only if it has the text field.
 
-    What is called so and begins as an array of objects, or as an object of texts over several lines, cannot be lines.
+    A file named so that begins as an array, or as a multi-line object with the text field, does not.
     """
     content = probe.json
     if probe.plain_name.endswith(SUFFIXES):
@@ -28,8 +27,6 @@ def holds_lines(probe: Probe) -> bool:
 
 
 def json_lines(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """One JSON object a line, the text under options.text_key."""
-
     def document(number: int, line: bytes | None) -> Document | Failure:
         value = parse_object(line)
         return (

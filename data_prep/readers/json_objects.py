@@ -1,9 +1,7 @@
-"""JSON objects of a document each: parsing them, and their text and source under keys that may lead into nested
-objects.
+"""JSON objects of one document each: parsing, and their text and source under keys that may lead into nested objects.
 
-Only the fields that are asked for must be unambiguous. What stands elsewhere in an object, NaN, a key that comes twice,
-an integer of any length, does not hinder reading it; `core.canonical.parse_json`, for the project's own records,
-refuses all of that.
+Only requested fields must be unambiguous: NaN, repeated keys or long integers elsewhere in an object do no harm.
+`core.formats.canonical.parse_json`, for the project's own records, refuses all of that.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ _WIDE_ESCAPE = re.compile(rb"\\u(?!00[0-7])")  # of a character that is no singl
 
 
 class _WithRepeats(dict[str, Any]):
-    """An object in which keys come twice."""
+    """An object with repeated keys."""
 
     repeated: frozenset[str]
 
@@ -45,7 +43,7 @@ _LONG_INTEGERS: Any = json.JSONDecoder(object_pairs_hook=_object, parse_int=floa
 
 
 def decode_at(text: str, begin: int) -> tuple[Any, int]:
-    """The JSON value at text[begin:], and where it ends. Raises ValueError; json.JSONDecodeError has the place."""
+    """The JSON value at text[begin:], and its end. Raises ValueError; json.JSONDecodeError has the place."""
     try:
         try:
             result: tuple[Any, int] = _DECODER.raw_decode(text, begin)
@@ -59,7 +57,7 @@ def decode_at(text: str, begin: int) -> tuple[Any, int]:
 
 
 def parse_object(line: bytes | None) -> dict[str, Any] | str:
-    """The object of a line, or what is wrong with it. None: of a line that is too long."""
+    """The object of a line, or what is wrong with it. None: the line is too long."""
     if line is None:
         return f"the line is longer than {ReadOptions.max_line_bytes:,} bytes; split the document"
     try:
@@ -77,11 +75,9 @@ def parse_object(line: bytes | None) -> dict[str, Any] | str:
 
 
 def _parse_long(line: bytes) -> dict[str, Any] | None:
-    """The object of a long line whose text would take two or four bytes a character because of a few; None: of any
-    other line.
+    """The object of a long line in which a few characters would make the text take two or four bytes each; else None.
 
-    It is parsed as Latin-1, in which characters and bytes are the same, and its strings are decoded afterwards. Raises
-    ValueError.
+    It is parsed as Latin-1, where characters are bytes, and its strings are decoded afterwards. Raises ValueError.
     """
     if line.isascii() or _WIDE_ESCAPE.search(line) is not None or not _is_utf8(line):
         return None
@@ -109,7 +105,7 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def _decoded(value: Any) -> Any:
-    """A value whose strings hold bytes of UTF-8, with their text."""
+    """A value whose strings hold the bytes of UTF-8, decoded."""
     if isinstance(value, str):
         return value if value.isascii() else value.encode("latin-1").decode()
     if isinstance(value, list):
@@ -128,9 +124,9 @@ def _decoded(value: Any) -> Any:
 
 
 def field(value: dict[str, Any], key: str) -> Any:
-    """What stands under a key, or MISSING. A key with dots leads into nested objects unless it is a key as it stands.
+    """The value under a key, or MISSING. Dots lead into nested objects unless the key exists as it stands.
 
-    Raises ValueError for a key on the way that comes twice.
+    Raises ValueError for a repeated key on the way.
     """
     if key in value:
         if isinstance(value, _WithRepeats) and key in value.repeated:
@@ -146,7 +142,7 @@ def field(value: dict[str, Any], key: str) -> Any:
 def text_document(
     index: int, number: int, value: dict[str, Any], file: InputFile, options: ReadOptions
 ) -> Document | Failure:
-    """The document of an object: its text under options.text_key, its source under options.source_key."""
+    """The document of an object, from options.text_key and options.source_key."""
     try:
         text = field(value, options.text_key)
         source = file.source if options.source_key is None else field(value, options.source_key)

@@ -1,4 +1,4 @@
-"""Lines of a share of a file: what readers of JSON lines have in common."""
+"""Lines of a share of a file, for readers of JSON lines."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Convert = Callable[[int, bytes | None], Document | Failure]
 
 
 class LineSource:
-    """The lines of a file that begin at position `begin` or after it, and before `end` where it is not None.
+    """The lines of a file that begin at `begin` or later, and before `end` unless it is None.
 
-    Positions are bytes of the file as it lies: see compression.py. Used in a `with`. Raises DataError, OSError.
+    Positions are bytes of the raw file (compression.py). Used in a `with`. Raises DataError, OSError.
     """
 
     def __init__(self, address: str, begin: int, end: int | None) -> None:
@@ -47,13 +47,13 @@ class LineSource:
         self._opened.close()
 
     def read_line(self, limit: int) -> bytes:
-        """The next line, or its first `limit` bytes; empty where there is none."""
+        """The next line, or its first `limit` bytes; empty at the end."""
         if self._end is not None and self._position(self._end) >= self._end:
             return b""
         return self._read(limit)
 
     def skip_line(self) -> None:
-        """Passes over the rest of a line."""
+        """Skips the rest of a line."""
         while (rest := self._read(_SKIP_BYTES)) and not rest.endswith(b"\n"):
             pass
 
@@ -70,11 +70,11 @@ class LineSource:
 
 
 def read_lines(file: InputFile, share: Share, convert: Convert) -> Generator[Document | Failure, None, int]:
-    """convert(line number within the share, the line) of each line that begins within the share and is not blank.
+    """convert(line number within the share, the line) for each line that begins in the share and is not blank.
 
-    A line that is too long is given as None. A byte order mark at the start of the file is left out. Neither a line nor
-    what was made of it is held here while it is used. Returns how many lines there are. Raises DataError where the file
-    cannot be read to its end, or begins as UTF-16 or a compressed file.
+    The line is None if it is too long. A leading byte order mark is removed. No line or document is held here while the
+    caller uses it. Returns the number of lines. Raises DataError where the file cannot be read to its end, or begins as
+    UTF-16 or a compressed file.
     """
     number, limit = 0, ReadOptions.max_line_bytes
     end = None if share.end in (-1, file.num_bytes) else share.end
@@ -115,9 +115,7 @@ def _bytes_before(file: InputFile, position: int) -> Iterator[bytes]:
 
 
 def without_mark(file: InputFile, data: bytes) -> bytes:
-    """What a file begins with, without a byte order mark. Raises DataError for UTF-16, UTF-32 and what is
-    compressed.
-    """
+    """The beginning of a file without a byte order mark. Raises DataError for UTF-16, UTF-32 and compressed data."""
     if (compressed := begins_compressed(data)) is not None:
         raise DataError(f"{file.address}: {compressed}")
     if data.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):

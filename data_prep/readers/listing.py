@@ -1,8 +1,7 @@
-"""Which input files there are, at local paths and any fsspec address, the format of each, and which files beside them
-are not read.
+"""Which input files exist at local paths and fsspec addresses, their formats, and which files beside them are skipped.
 
-The list is sorted by name, and names do not depend on where a folder lies: the same files in another place, listed in
-another order, are the same dataset. Nothing is skipped without an entry that says why.
+The list is sorted by name, and names do not depend on where a folder is, so the same files elsewhere are the same
+dataset. Every skipped file has an entry with a reason.
 """
 
 from __future__ import annotations
@@ -39,11 +38,10 @@ _AT_ONCE = 256  # entries of a folder whose first bytes are asked for together
 
 @dataclass(frozen=True)
 class Wanted:
-    """Addresses and how they are read. source: what their documents are counted as; None: the folder's name, or the
-    file's.
+    """Addresses and how to read them. source: the name documents count under; None: the folder's or file's name.
 
-    suffixes: of a folder, only files whose names end so, in upper or lower case. format: of all of them; None: told by
-    name and content. text_key: the field that holds a record's text, by which JSON records are told from other JSON.
+    suffixes: endings of names to read in folders, in any case. format: of all files; None: detected. text_key: the
+    field that distinguishes JSON records from other JSON.
     """
 
     addresses: tuple[str, ...]
@@ -55,9 +53,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Listed:
-    """files: in order. skipped: what was found beside them. json_texts: names of JSON files in folders that are read as
-    text.
-    """
+    """skipped: files found beside the inputs. json_texts: names of JSON files in folders that are read as text."""
 
     files: tuple[InputFile, ...]
     skipped: tuple[Skipped, ...]
@@ -67,11 +63,10 @@ class Listed:
 def find_inputs(
     sections: Sequence[Wanted], standard_input: Path | None = None, progress: Callable[[int], None] = lambda count: None
 ) -> Listed:
-    """The files of all sections, and what is skipped. standard_input: the file that holds it, where `-` is one of the
-    addresses. progress: called with the number of entries looked at so far.
+    """The files of all sections, and skipped ones. standard_input: the file that holds it, if `-` is an address.
 
-    An address is a path, folder or pattern (patterns.py) of this machine or of any fsspec file system (`s3://…`,
-    `memory://…`). A file that is reached twice is read once, by the name that needs no link, else by the first. Raises
+    An address is a path, folder or pattern (patterns.py), local or of any fsspec file system. A file reached twice is
+    read once, under the name that needs no link, else the first. progress: gets the number of entries so far. Raises
     DataError.
     """
     found = _Found(progress)
@@ -99,17 +94,17 @@ def find_inputs(
 def list_inputs(
     addresses: Sequence[str], *, source: str | None, suffixes: Sequence[str] = (), format: str | None = None
 ) -> list[InputFile]:
-    """The files of find_inputs alone, for callers that name each file themselves. Raises DataError."""
+    """The files of find_inputs alone, for callers that name each file. Raises DataError."""
     return list(find_inputs([Wanted(tuple(addresses), source, tuple(suffixes), format)]).files)
 
 
 def counted(skipped: Iterable[Skipped]) -> dict[str, int]:
-    """How many files were skipped for each reason, sorted by reason."""
+    """How many files were skipped for each reason, sorted."""
     return dict(sorted(Counter(entry.reason for entry in skipped).items()))
 
 
 def by_reason(skipped: Sequence[Skipped]) -> list[str]:
-    """Skipped files, a line a reason, with how many there are and the first names."""
+    """Skipped files, one line per reason, with their number and the first names."""
     lines = []
     for reason, count in counted(skipped).items():
         names = ", ".join(
@@ -121,9 +116,7 @@ def by_reason(skipped: Sequence[Skipped]) -> list[str]:
 
 @dataclass
 class _Found:
-    """What is found so far. linked: addresses of files that are reached through a symbolic link. other_names: whether
-    hard links are.
-    """
+    """What is found so far. linked: addresses reached through symbolic links. other_names: whether hard links exist."""
 
     progress: Callable[[int], None]
     files: list[InputFile] = field(default_factory=list)
@@ -230,9 +223,7 @@ def _not_read(skipped: Sequence[Skipped]) -> str:
 
 
 def _reason_by_name(entry: Entry, address: str, suffixes: tuple[str, ...]) -> str | None:
-    """Why an entry of a folder is skipped, told by what it is called; None where its content decides. Raises
-    DataError.
-    """
+    """Why an entry of a folder is skipped by its name; None if its content decides. Raises DataError."""
     last = entry.name.rpartition("/")[2]
     if entry.kind == "folder":
         return rules.folder_reason(last)
@@ -277,9 +268,7 @@ def _take(
     below: bool,
     head: bytes | None = None,
 ) -> None:
-    """Add a file in its format, or why it is skipped. below: whether it was found in a folder or by a pattern, and not
-    named itself.
-    """
+    """Add a file, or why it is skipped. below: it was found in a folder or by a pattern, not named."""
     shown, address = rules.printable_name(name), system.address(entry.path)
     if entry.kind != "file":
         found.skipped.append(Skipped(shown, 0, "broken link" if entry.kind == "broken link" else "not a regular file"))
@@ -303,7 +292,7 @@ def _take(
 def _format(
     probe: Probe, entry: Entry, wanted: Wanted, found: _Found, below: bool, where: str
 ) -> tuple[str | None, str | None]:
-    """A file's format, or why it is skipped; neither for one that is read with another. Raises DataError."""
+    """A file's format, or why it is skipped; neither if it is read with another. Raises DataError."""
     if goes_with_another(probe):
         return None, None
     if not entry.num_bytes:
@@ -330,7 +319,7 @@ def _format(
 
 
 def _check_json(where: str, text_key: str, content: JsonContent, kind: str, below: bool) -> None:
-    """Raises DataError for JSON, told by its content, that is no records with a text, and no document either."""
+    """Raises DataError for JSON that is neither records with a text nor a document."""
     fields = "" if not content.first else f" but {', '.join(map(repr, list(content.first)[:8]))}"
     remedy = "name it with --text-key, or read each file as one text with --format text"
     if kind != "text" or content.is_records:
@@ -344,7 +333,7 @@ def _check_json(where: str, text_key: str, content: JsonContent, kind: str, belo
 
 
 def _without_repetitions(found: _Found) -> list[InputFile]:
-    """The files, each once: a second path to one is skipped. Without links, and of one address, there is none."""
+    """The files, each once; a second path to one is skipped."""
     if found.addresses == 1 and not found.linked and not found.other_names:
         return found.files
     try:

@@ -1,9 +1,8 @@
-"""litdata's chunks `chunk-*.bin`, named by an index.json beside them, of ids or of text; compressed with zstd or not.
+"""litdata's chunks `chunk-*.bin`, described by index.json beside them, with ids or text, optionally zstd-compressed.
 
-A chunk is the number of items (uint32), where each begins and the last ends (uint32), and the items. index.json says
-what an item is: with TokensLoader the ids alone, with PyTreeLoader the sizes of its leaves (uint32) and the leaves.
-Only the leaf that is asked for is decoded, so pickled ones are never opened; one that is asked for is refused.
-Encrypted chunks, and rows that newer versions keep as Arrow, are refused.
+A chunk is the number of items (uint32), the starts of the items and the end of the last (uint32), and the items. By
+index.json an item is ids alone (TokensLoader), or the sizes of its leaves (uint32) and the leaves (PyTreeLoader). Only
+the requested leaf is decoded, never a pickled one. Encrypted chunks, and rows kept as Arrow, are refused.
 """
 
 from __future__ import annotations
@@ -54,9 +53,7 @@ _NUMPY = {0: "<i1", 1: "<i2", 2: "<i4", 3: "<i8", 4: "<u1", 5: "<u2", 6: "<u4", 
 
 @dataclass(frozen=True)
 class _Index:
-    """columns: of an item; bare: without sizes before them. compression: of whole files, of frames within them, or
-    None. chunks: items.
-    """
+    """columns: of an item; bare: without sizes before them. compression: 'chunk', 'batch', None. chunks: items."""
 
     columns: tuple[Column, ...]
     bare: bool
@@ -65,7 +62,7 @@ class _Index:
 
 
 def _index_of(address: str) -> _Index | None:
-    """The index beside a chunk; None where there is none, or another's. Raises DataError."""
+    """The index beside a chunk, or None. Raises DataError."""
     path = str(PurePosixPath(address).with_name(_INDEX))
     if not is_local(address) or not os.path.isfile(path):
         return None
@@ -125,7 +122,7 @@ def _checked(path: str, config: dict[str, Any], chunks: list[Any]) -> _Index:
 
 
 def _leaf_names(spec: Any, count: int) -> list[str]:
-    """The keys of a dictionary of leaves; the numbers of the leaves for anything else."""
+    """The keys if the leaves form a dictionary, else their numbers."""
     tree = parse_json(spec.encode()) if isinstance(spec, str) else None
     node = tree[1] if isinstance(tree, list) and len(tree) == 2 and isinstance(tree[1], dict) else {}
     keys = (
@@ -139,7 +136,7 @@ def _leaf_names(spec: Any, count: int) -> list[str]:
 
 
 def _dtype(encoding: str) -> np.dtype[Any] | None:
-    """Of leaves that are integers of one dimension."""
+    """The type of leaves that are integers of one dimension, or None."""
     kind, _, number = encoding.partition(":")
     types = {"no_header_tensor": _TORCH, "no_header_numpy": _NUMPY}.get(kind, {})
     found = types.get(int(number)) if number.isascii() and number.isdigit() and len(number) < 4 else None
@@ -155,7 +152,7 @@ def _may_hold_ids(column: Column) -> bool:
 
 
 class _Unzipped:
-    """The stream of zstd frames that begins where a file stands."""
+    """A stream of zstd frames, from the current position of a file."""
 
     def __init__(self, opened: IO[bytes], name: str) -> None:
         try:
@@ -181,7 +178,7 @@ def _unnamed(address: str) -> DataError:
 
 @contextmanager
 def _chunk(address: str, index: _Index | None) -> Iterator[tuple[IO[bytes], SampleTable]]:
-    """An opened chunk and where its items lie. Raises DataError."""
+    """An opened chunk and where its items are. Raises DataError."""
     local_only(address, "litdata's chunks")
     name = PurePosixPath(address).name
     if index is None or name not in index.chunks:
@@ -208,7 +205,7 @@ def _chunk(address: str, index: _Index | None) -> Iterator[tuple[IO[bytes], Samp
 
 
 def _framed_starts(opened: IO[bytes], name: str, num_bytes: int) -> np.ndarray:
-    """Of a chunk whose items are compressed in batches; the file then stands at the first frame."""
+    """For a chunk with items compressed in batches; leaves the file at the first frame."""
     magic, version, _, items, _, frames = _FRAMED_HEAD.unpack(read_stream(opened, name, _FRAMED_HEAD.size))
     if magic != _FRAMED or version != 1 or _FRAMED_HEAD.size + 4 * (items + 1) + _FRAME_BYTES * frames > num_bytes:
         raise DataError(f"{name}: does not begin as a chunk of compressed batches does; copy it again")
@@ -237,7 +234,7 @@ def _documents(as_rows: bool, number: int, file: InputFile, share: Share, option
 
 
 def litdata_text(number: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """An item, a document: the leaf options.text_key, or the only one, of encoding str."""
+    """One document per item: the leaf options.text_key, or the only one, of encoding str."""
     with _chunk(file.address, _index_of(file.address)) as (opened, table):
         only = len(table.columns) == 1 and table.columns[0].name == "0"  # an item that is a string, not a dictionary
         return (
@@ -268,9 +265,7 @@ def _num_items(file: InputFile) -> int:
 
 
 def _kind(probe: Probe) -> str | None:
-    """'litdata' or 'litdata_text'; None for what no index names. Raises DataError for a chunk of both, or of packed
-    rows or documents.
-    """
+    """'litdata', 'litdata_text' or None. Raises DataError for a chunk with both, or if rows look like documents."""
     if not probe.name.endswith(".bin"):
         return None
     index = _index_of(probe.address)
@@ -295,7 +290,7 @@ def _kind(probe: Probe) -> str | None:
 
 
 def _belongs(probe: Probe) -> bool:
-    """Whether a file is the index of chunks, all of which must be there. Raises DataError."""
+    """Whether a file is the index of chunks, all of which must exist. Raises DataError."""
     if probe.base != _INDEX:
         return False
     if not is_local(probe.address) and b'"data_format"' in probe.head:
@@ -309,9 +304,7 @@ def _belongs(probe: Probe) -> bool:
 
 
 def _beside(file: InputFile) -> tuple[str, ...]:
-    """The index goes with the first chunk that it names: with each, hashing it would take the square of their
-    number.
-    """
+    """The index goes with the first chunk: with each, hashing would take quadratic time."""
     index, path = _index_of(file.address), PurePosixPath(file.address)
     return (str(path.with_name(_INDEX)),) if index is not None and path.name == next(iter(index.chunks), None) else ()
 

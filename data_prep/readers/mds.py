@@ -1,10 +1,8 @@
-"""MosaicML Streaming's MDS: shards `.mds`, compressed or not, of ids or of text. A shard says itself which columns it
-has.
+"""MosaicML Streaming's MDS: shards `.mds` of ids or text, optionally compressed; each shard states its own columns.
 
-A shard is the number of samples (uint32), where each begins and the last ends (uint32), its columns as JSON, and the
-samples: the sizes of the columns that have no fixed one, and the columns. Only the column that is asked for is decoded,
-so pickled ones are never opened; one that is asked for is refused. `index.json` is read only to see that no shard is
-missing.
+A shard is the number of samples (uint32), the starts of the samples and the end of the last (uint32), its columns as
+JSON, and the samples: the sizes of columns without a fixed one, and the columns. Only the requested column is decoded,
+never a pickled one. `index.json` only serves to see that no shard is missing.
 """
 
 from __future__ import annotations
@@ -55,9 +53,7 @@ def _may_hold_ids(column: Column) -> bool:
 
 
 def _open_shard(address: str, opened: IO[bytes], num_bytes: int | None) -> SampleTable:
-    """The head of a shard; what follows in `opened` are the samples. num_bytes: of a file that is not compressed.
-    Raises DataError.
-    """
+    """The head of a shard; `opened` is left at the samples. num_bytes: if not compressed. Raises DataError."""
     starts = read_starts(opened, address, num_bytes)
     config_bytes = int(starts[0]) - 4 - 4 * len(starts)
     if not 0 < config_bytes <= _MAX_COLUMNS_BYTES:
@@ -94,7 +90,7 @@ def _documents(as_rows: bool, index: int, file: InputFile, share: Share, options
 
 
 def mds_text(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """A sample, a document: the column options.text_key, of encoding str."""
+    """One document per sample: the column options.text_key, of encoding str."""
     with open_decompressed(file.address) as opened:
         shard = _open_shard(file.address, opened, _plain_bytes(file))
         return (yield from text_documents(opened, shard, options.text_key, index, file, share, options))
@@ -108,9 +104,7 @@ def _decode(encoding: str, options: ReadOptions, data: bytes) -> np.ndarray | st
 
 
 def _array(encoding: str, data: bytes) -> np.ndarray | str:
-    """An `ndarray[:type[:shape]]`; what the encoding does not fix stands before the values: a byte for the type, then
-    the shape.
-    """
+    """An `ndarray[:type[:shape]]`; bytes for type and shape precede the values unless the encoding fixes them."""
     _, _, rest = encoding.partition(":")
     name, _, shape_said = rest.partition(":")
     at = 0
@@ -151,9 +145,7 @@ def _num_samples(file: InputFile) -> int:
 
 
 def _kind(probe: Probe) -> str | None:
-    """'mds', 'mds_rows' or 'mds_text'; None for what is no shard. Raises DataError for one that could be more than one
-    of them.
-    """
+    """'mds', 'mds_rows', 'mds_text' or None. Raises DataError for an ambiguous one."""
     if probe.plain_name.endswith(tuple(_SUFFIX + suffix for suffix in _UNSUPPORTED)):
         raise DataError(
             f"{probe.address}: is compressed as {PurePosixPath(probe.name).suffix}; decompress it, or write the shards "
@@ -175,9 +167,7 @@ def _kind(probe: Probe) -> str | None:
 
 
 def _belongs(probe: Probe) -> bool:
-    """Whether a file is the index of shards. Raises DataError where one of them is missing, or is there compressed and
-    uncompressed.
-    """
+    """Whether a file is the index of shards. Raises DataError where a shard is missing or exists twice."""
     if compression_of(probe.name) is not None and probe.plain_name.endswith(_SUFFIX):
         if exists(probe.address[: -len(compression_of(probe.name) or "")]):
             raise DataError(f"{probe.address}: is there uncompressed too; remove one of the two")
@@ -194,9 +184,7 @@ def _belongs(probe: Probe) -> bool:
 
 
 def _indexed(address: str) -> list[list[str]] | None:
-    """The names that an index.json has for each of its shards, uncompressed and compressed; None for another's index.
-    Raises DataError.
-    """
+    """The names of each shard in an index.json, uncompressed and compressed; None for others. Raises DataError."""
     try:
         with open_address(address) as opened:
             data = opened.read(_MAX_INDEX_BYTES + 1)

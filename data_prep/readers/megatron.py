@@ -1,8 +1,6 @@
-"""Megatron's .bin of ids and .idx that tells sequences and documents apart (version 1, `indexed_dataset.py` of
-Megatron-LM).
+"""Megatron's .bin of ids and .idx of sequences and documents (version 1, `indexed_dataset.py` of Megatron-LM).
 
-The index is never in memory as a whole: a share reads, and holds against the .bin's size, the part that its documents
-need.
+The index is never in memory as a whole: a share reads, and checks against the .bin's size, only what it needs.
 """
 
 from __future__ import annotations
@@ -33,9 +31,7 @@ _SIZE, _POINTER, _MODE = np.dtype("<i4"), np.dtype("<i8"), np.dtype("<i1")
 
 @dataclass(frozen=True)
 class _Index:
-    """An opened .idx: sizes int32 [sequences] in ids, pointers int64 [sequences] in bytes, first int64 [documents + 1]
-    sequences.
-    """
+    """An opened .idx: sizes int32 and pointers int64 (bytes) of sequences, first int64 [documents + 1] sequences."""
 
     opened: IO[bytes]
     path: str
@@ -58,7 +54,7 @@ class _Index:
 
 
 def _open_index(file: InputFile) -> _Index:
-    """The index beside a .bin, its header held against both files' sizes. Raises DataError."""
+    """The index beside a .bin, its header checked against both files' sizes. Raises DataError."""
     path = with_suffix(file.address, ".idx")
     local_only(file.address, "Megatron files")
     try:
@@ -99,7 +95,6 @@ def _checked(opened: IO[bytes], path: str, file: InputFile) -> _Index:
 
 
 def megatron_documents(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """The documents that the index tells apart, each the sequences it is made of, joined."""
     table = _open_index(file)
     with table.opened, open(file.address, "rb") as opened:
         begin, end = share.begin, share.end if share.end != -1 else table.documents
@@ -127,7 +122,7 @@ def megatron_documents(index: int, file: InputFile, share: Share, options: ReadO
 
 
 def _sequences(table: _Index, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """(size in ids, position in bytes) of sequences begin..end-1, within the .bin. Raises DataError."""
+    """(size in ids, position in bytes) of sequences begin..end-1 of the .bin. Raises DataError."""
     for first in range(begin, end, TABLE_ROWS):
         last = min(first + TABLE_ROWS, end)
         sizes, pointers = table.sizes(first, last), table.pointers(first, last)
@@ -144,9 +139,7 @@ def _num_documents(file: InputFile) -> int:
 
 
 def _is_bin(probe: Probe) -> bool:
-    """Whether a .bin has its index beside. Raises DataError for one of another file system, which would be read by
-    single seeks.
-    """
+    """Whether a .bin has its index beside it. Raises DataError for a remote one, which would need many small reads."""
     if not probe.name.endswith(".bin") or not probe.has_beside(".idx"):
         return False
     local_only(probe.address, "Megatron files")

@@ -1,6 +1,6 @@
-"""Changes to text that a preparation may ask for by name. Without it no character is changed.
+"""Changes to text that a preparation may ask for by name; without them no character changes.
 
-A document's hash, and so its side, its place and whether it is a duplicate, is of the text *after* these.
+They come before hashing, so they affect a document's side, its place and whether it is a duplicate.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _LONG_RUN = re.compile(r"[^\w\x00-\x7f]{257,}")  # no combining mark is a word c
 
 
 def unicode_form(form: Literal["NFC", "NFKC"], text: str) -> str:
-    """unicodedata.normalize, without its quadratic time: it sorts each run of combining marks by insertion.
+    """unicodedata.normalize without its quadratic time for runs of combining marks, which it sorts by insertion.
 
-    Long runs, which no language writes but anybody can, are sorted here first, as the standard does: stably, by
-    combining class.
+    Long runs, which no language has but anybody can write, are first sorted stably by combining class, as the standard
+    does.
     """
     if _LONG_RUN.search(text):
         decomposed: Literal["NFD", "NFKD"] = "NFD" if form == "NFC" else "NFKD"
@@ -47,14 +47,14 @@ NORMALISATIONS: dict[str, Callable[[str], str]] = {
 
 
 def check_normalisations(names: Sequence[str]) -> None:
-    """Raises DataError for a name that there is none of."""
+    """Raises DataError for an unknown name."""
     for name in names:
         if name not in NORMALISATIONS:
             raise DataError(f"--normalise {name}: there is {', '.join(NORMALISATIONS)}")
 
 
 def normalise(text: str, names: Sequence[str]) -> str:
-    """The text after each of these, in the order given."""
+    """The text after each of these, in order."""
     for name in names:
         text = NORMALISATIONS[name](text)
     return text

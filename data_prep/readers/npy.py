@@ -1,9 +1,8 @@
-"""OLMo's .npy: one stream of ids without a header, as dolma's tokenizer and `np.memmap` write it; and arrays that
-`np.save` wrote.
+"""OLMo's .npy: one stream of ids without a header, as written by dolma's tokenizer and `np.memmap`; and `np.save`
+arrays.
 
-A document ends with the tokenizer's end token, or where dolma's .csv.gz beside says. A file without a header does not
-say how wide an id is: it is by default the narrowest of 2 and 4 bytes that holds the vocabulary, as OLMo has it, or
-what --tokens-dtype says.
+A document ends with the tokenizer's end token, or where dolma's .csv.gz beside the file says. Without a header, ids
+have 2 or 4 bytes, the fewest that hold the vocabulary as in OLMo, or the type in --tokens-dtype.
 """
 
 from __future__ import annotations
@@ -36,19 +35,19 @@ _LOOK_IDS = 1 << 15
 
 @dataclass(frozen=True)
 class _Stream:
-    """ids of `dtype` from a byte `offset` on."""
+    """ids of `dtype` from byte `offset` on."""
 
     dtype: np.dtype[Any]
     offset: int
     ids: int
 
     def id_at(self, byte: int) -> int:
-        """Which id a byte of the file is the beginning of, or lies in."""
+        """The id that a byte of the file belongs to."""
         return max(0, byte - self.offset) // self.dtype.itemsize
 
 
 def _stream(file: InputFile, opened: IO[bytes], options: ReadOptions) -> _Stream:
-    """What a file holds, held against its size. Raises DataError."""
+    """What a file holds, checked against its size. Raises DataError."""
     if opened.read(len(_MAGIC)) == _MAGIC:
         return _with_header(file, opened)
     if options.stream_dtype is None:
@@ -71,7 +70,7 @@ def _stream(file: InputFile, opened: IO[bytes], options: ReadOptions) -> _Stream
 
 
 def _with_header(file: InputFile, opened: IO[bytes]) -> _Stream:
-    """The form of `np.save`: magic, version, length of the header, and a header that is matched, not evaluated."""
+    """The form of `np.save`: magic, version, header length, and a header that is matched, not evaluated."""
     version = opened.read(2)
     if version not in (b"\1\0", b"\2\0"):
         raise DataError(
@@ -120,9 +119,7 @@ def _document(index: int, number: int, file: InputFile, ids: np.ndarray | int) -
 def _by_end_token(
     file: InputFile, opened: IO[bytes], stream: _Stream, begin: int, end: int, end_id: int | None
 ) -> Iterator[np.ndarray | int]:
-    """The ids of each document that begins at begin..end-1, with its end token; how many there are of one that is too
-    long.
-    """
+    """The ids of each document that begins at begin..end-1, with its end token; only their number if too many."""
     if end_id is None:
         raise DataError(
             f"{file.address}: its documents are told apart by the tokenizer's end token: name a tokenizer with "

@@ -1,8 +1,7 @@
-"""Parquet: a row a document, its text in a column.
+"""Parquet: one document per row, its text in a column.
 
-A page is read at a time, so memory does not follow the size of a row group. A share is a range of rows: of whole row
-groups, or part of one that is large. A share within a row group decodes what precedes it there, so a row group is cut
-into a few only.
+Pages are read one at a time, so memory does not grow with the row group. A share is a range of rows: whole row groups,
+or part of a large one. A share within a row group decodes what precedes it, so a group is cut into a few only.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ MAX_CUTS = 8  # of one row group
 
 @contextmanager
 def open_parquet(file: InputFile) -> Iterator[Any]:
-    """A pyarrow ParquetFile. Raises DataError, for damage that shows later too."""
+    """A pyarrow ParquetFile. Raises DataError, also for damage found later."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -46,7 +45,6 @@ def open_parquet(file: InputFile) -> Iterator[Any]:
 
 
 def parquet_rows(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """Rows of a Parquet file, the text in the column options.text_key."""
     with open_parquet(file) as opened:
         columns = find_columns(file, opened.schema_arrow, options)
         sizes = _group_rows(opened)

@@ -8,12 +8,10 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """text_key, source_key: of JSON lines and Parquet. normalise: as normalisation.py has it. sequence_length: of rows
-    packed already.
+    """text_key, source_key: fields of records. normalise: see normalisation.py. sequence_length: of packed rows.
 
-    tokens_key: the field of tokenised records that holds the ids. tokens_dtype: NumPy's name of the type of ids that do
-    not say theirs. stream_dtype, end_id: of streams of ids without a header: what a tokenizer's vocabulary asks for,
-    and the id that ends a document.
+    tokens_key: the field of ids. tokens_dtype: NumPy's name for the type of ids that do not state theirs. stream_dtype,
+    end_id: for streams of ids without a header, the type that the vocabulary needs and the id that ends a document.
     """
 
     text_key: str = "text"
@@ -27,17 +25,13 @@ class ReadOptions:
     max_line_bytes: ClassVar[int] = 256 << 20
 
     def of_tokenizer(self, vocab_size: int, end_id: int) -> ReadOptions:
-        """For streams of ids that a tokenizer made: its end token, and ids of 2 or 4 bytes where nothing else is
-        said.
-        """
+        """For streams of ids of a tokenizer: its end token, and ids of 2 or 4 bytes unless stated."""
         return replace(
             self, stream_dtype=self.tokens_dtype or ("uint16" if vocab_size <= 1 << 16 else "uint32"), end_id=end_id
         )
 
     def record(self) -> dict[str, Any]:
-        """What a preparation records: keys that came after the first datasets only where they are given, so that those
-        stay the same.
-        """
+        """What a preparation records; later keys only where they are given, so that old datasets stay the same."""
         tree = asdict(self)
         return {key: value for key, value in tree.items() if key not in _LATER or value is not None}
 

@@ -1,4 +1,4 @@
-"""The formats that are read: telling which one a file is of, and finding its reader."""
+"""The formats that are read: recognising the format of a file, and finding its reader."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _WITH_OTHER_FILES = tuple(reader for reader in READERS.values() if reader.not_da
 
 
 def reader_named(name: str) -> Reader:
-    """Raises DataError for a format that there is none of."""
+    """Raises DataError for an unknown format."""
     if name not in READERS:
         raise DataError(f"--format {name}: there is {', '.join(READERS)}")
     return READERS[name]
@@ -64,7 +64,7 @@ def goes_with_another(probe: Probe) -> bool:
 
 
 def reason_not_data(probe: Probe) -> str | None:
-    """Why a file of a known format, found in a folder, is no input; None for one that may be."""
+    """Why a file of a known format in a folder is no input, or None."""
     return next((reason for reader in _WITH_OTHER_FILES if (reason := reader.not_data(probe)) is not None), None)
 
 

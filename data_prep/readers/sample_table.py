@@ -1,8 +1,6 @@
-"""Files of samples that MDS and litdata write alike: how many, where each lies, and in each the columns, one after the
-other.
+"""The file layout that MDS and litdata share: the number of samples, their places, and in each its columns in sequence.
 
-Only the columns that are asked for are read, the rest is passed over. Places and sizes are held against each other
-before anything is read.
+Only requested columns are read. Places and sizes are checked against each other first.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ _PICKLED = ("pkl", "pickle")
 
 @dataclass(frozen=True)
 class Column:
-    """size: in bytes where it is fixed. Else its size stands at the beginning of each sample."""
+    """size: in bytes, if fixed; otherwise each sample states it."""
 
     name: str
     encoding: str
@@ -38,11 +36,9 @@ class Column:
 
 @dataclass(frozen=True)
 class SampleTable:
-    """name: of messages. starts: uint32 [samples + 1], bytes of the stream. columns: in the order in which a sample has
-    them.
+    """starts: uint32 [samples + 1], bytes of the stream. columns: in a sample's order.
 
-    seekable: whether the stream is the file itself; else it is read forwards. bare: a sample is its one column, without
-    its size.
+    name: in messages. seekable: the stream is the file itself. bare: a sample is its one column, without its size.
     """
 
     name: str
@@ -70,9 +66,7 @@ def read_count(opened: IO[bytes], name: str) -> int:
 
 
 def read_starts(opened: IO[bytes], name: str, num_bytes: int | None, samples: int | None = None) -> np.ndarray:
-    """uint32 [samples + 1] places, after their count where it is not given. num_bytes: of the stream, if known. Raises
-    DataError.
-    """
+    """uint32 [samples + 1] places, after their count unless given. num_bytes: of the stream. Raises DataError."""
     samples = read_count(opened, name) if samples is None else samples
     if samples > _MAX_SAMPLES or (num_bytes is not None and 4 * (samples + 2) > num_bytes):
         raise DataError(
@@ -87,10 +81,9 @@ def read_starts(opened: IO[bytes], name: str, num_bytes: int | None, samples: in
 def read_samples(
     opened: IO[bytes], table: SampleTable, wanted: tuple[str, ...], share: Share
 ) -> Iterator[tuple[bytes, ...] | str]:
-    """The wanted columns' bytes of each sample of a share, or what is wrong with the sample. `opened` is at the first
-    sample.
+    """The wanted columns' bytes of each sample of a share, or what is wrong with it. Raises DataError.
 
-    Raises DataError.
+    `opened` is at the first sample.
     """
     begin, end = share.begin, share.end if share.end != -1 else table.samples
     variable = 0 if table.bare else sum(column.size is None for column in table.columns)
@@ -124,7 +117,7 @@ def read_samples(
 
 
 def _move(opened: IO[bytes], table: SampleTable, at: int, to: int) -> int:
-    """Goes on from byte `at` to byte `to`, which is not before it where the stream is read forwards."""
+    """Go from byte `at` to byte `to`, which must not precede it unless the stream is seekable."""
     if table.seekable:
         opened.seek(to)
     else:
@@ -138,10 +131,9 @@ def tokens_column(
     holds_ids: Callable[[Column], bool],
     may_hold_ids: Callable[[Column], bool],
 ) -> Column:
-    """The column of ids: options.tokens_key, or the one that holds them. Raises DataError where no column, or none
-    alone, can.
+    """The column of ids: options.tokens_key, or the one that holds them. Raises DataError.
 
-    holds_ids: whether the encoding alone says so. may_hold_ids: whether such ids can be read.
+    holds_ids: the encoding alone says so. may_hold_ids: such ids can be read.
     """
     certain = [column.name for column in table.columns if holds_ids(column)]
     possible = [column.name for column in table.columns if may_hold_ids(column)]
@@ -169,7 +161,7 @@ def ids_documents(
     share: Share,
     row_options: ReadOptions | None,
 ) -> Records:
-    """A sample, a document of the ids that `decode` makes of a column. row_options: where each must be a packed row."""
+    """One document per sample, by `decode`. row_options: where each must be a packed row."""
     for number, found in enumerate(read_samples(opened, table, (column.name,), share)):
         ids = found if isinstance(found, str) else decode(found[0])
         if isinstance(found, str) or isinstance(ids, str):
@@ -190,9 +182,7 @@ def text_documents(
     share: Share,
     options: ReadOptions,
 ) -> Records:
-    """A sample, a document of a column of text; its source is another where options.source_key names one. Raises
-    DataError.
-    """
+    """One document per sample from a text column; options.source_key may name its source. Raises DataError."""
     wanted = (text_column,) if options.source_key is None else (text_column, options.source_key)
     for name, option in zip(wanted, ("--text-key", "--source-key"), strict=False):
         if not any(column.name == name and column.encoding == "str" for column in table.columns):
@@ -217,9 +207,7 @@ def _text_document(
 
 
 def check_lengths_differ(opened: IO[bytes], table: SampleTable, column: str, format: str) -> None:
-    """Raises DataError where the first samples of a column are all of one length: packed rows, or documents, and nobody
-    can tell which.
-    """
+    """Raises DataError where the first samples have equal lengths: they may be packed rows or documents."""
     if table.samples < 2:
         return
     share = Share(0, 0, min(table.samples, _LOOK_SAMPLES))

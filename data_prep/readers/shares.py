@@ -1,7 +1,6 @@
-"""How inputs are cut into shares and parts, and reading a part: documents in order, what could not be read, what each
-share held.
+"""Cutting inputs into shares and parts, and reading a part: documents in order, failures, and what each share held.
 
-A part is a function of the files' names and sizes, and of the number of units in those that are not cut by bytes.
+Parts are a function of the files' names and sizes, and of the number of units in files that are not cut by bytes.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ MAX_PART_SHARES = 1 << 13
 
 
 def is_cut_by_bytes(file: InputFile) -> bool:
-    """Whether shares of the file count its bytes, of an archive the compressed ones. bz2 and xz are decompressed too
-    slowly for that.
-    """
+    """Whether shares count bytes of the raw file. bz2 and xz decompress too slowly for that."""
     return READERS[file.format].by_bytes and compression_of(file.address) in (None, *CUT)
 
 
@@ -40,9 +37,7 @@ def _num_units(file: InputFile) -> int:
 
 
 def split_parts(files: Iterable[InputFile], part_bytes: int) -> list[Part]:
-    """Files in order, as parts of about `part_bytes`: small ones together, large ones that can be cut as several.
-    Raises DataError.
-    """
+    """Files in order, as parts of about `part_bytes`: small ones together, large ones cut. Raises DataError."""
     parts: list[Part] = []
     shares: list[Share] = []
     held = 0
@@ -80,10 +75,9 @@ def records_before(file: InputFile, share: Share) -> int:
 
 
 def share_sha256(file: InputFile, share: Share) -> str:
-    """SHA-256 of a share's raw bytes: the range itself, or the same proportion of the file's bytes where a share counts
-    something else.
+    """SHA-256 of a share's raw bytes, or of the same proportion of the file where a share counts something else.
 
-    What is read beside the file, as Megatron's index, goes with the first share. Raises DataError.
+    Files that are read beside it go with the first share. Raises DataError.
     """
     begin, end, reader = share.begin, share.end, READERS[file.format]
     beside = reader.beside(file) if begin == 0 else ()
@@ -94,9 +88,7 @@ def share_sha256(file: InputFile, share: Share) -> str:
 
 
 def _well_named(items: Records) -> Records:
-    """The items, a document whose source's name cannot be one as a Failure: a field of text taken for a name would fill
-    the memory.
-    """
+    """The items, with a Failure for a document whose source is no name, such as a text, which would fill the memory."""
     while True:
         try:
             yield _named(next(items))  # kept by no name here, for a text may be as long as memory allows once
@@ -115,9 +107,7 @@ def _named(item: Document | Failure) -> Document | Failure:
 
 
 def read_part(files: Lines[InputFile], part: Part, options: ReadOptions) -> Iterator[Document | Failure | FileRead]:
-    """Everything of a part, in order; a FileRead ends each share. Raises DataError for a file that cannot be read, or
-    that changed.
-    """
+    """Everything in a part, in order; a FileRead ends each share. Raises DataError for unreadable or changed files."""
     check_normalisations(options.normalise)
     for share in part.shares:
         file = files[share.file]

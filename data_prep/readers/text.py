@@ -1,4 +1,4 @@
-"""Plain text, a file a document; and the modules of the embedded corpus."""
+"""Plain text, one document per file; and the modules of the embedded corpus."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from weftrain.data_prep.readers.read_options import ReadOptions
 
 
 def plain_text(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """A file, a document."""
     yield _document(index, file, options)
     return 1
 
@@ -36,7 +35,7 @@ def _document(index: int, file: InputFile, options: ReadOptions) -> Document | F
 
 
 def python_source(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """A module of the embedded corpus: its source, and its documentation strings where they are long enough."""
+    """A module of the embedded corpus: its source, and its documentation strings if they are long enough."""
     with open_address(file.address) as opened:
         text = corpus.source_text(opened.read(), file.address)
     yield Document(index, 0, corpus.SOURCES, text)

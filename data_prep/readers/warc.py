@@ -1,8 +1,7 @@
-"""WARC: the texts of a web archive, a record a document.
+"""WARC: one document per record of a web archive.
 
-Records of type conversion (Common Crawl's WET files), resource and response are documents where they hold plain text.
-HTML is refused: to extract its text is a filter's business, with choices of its own. Records of other types are counted
-and hold no document.
+Records of type conversion (Common Crawl's WET files), resource and response are documents if they hold plain text. HTML
+is refused, because extracting its text is a filter's task. Records of other types are only counted.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _HTML = ("text/html", "application/xhtml+xml")
 
 @contextmanager
 def _records(file: InputFile) -> Iterator[Iterator[Any]]:
-    """warcio's records of a file. Raises DataError, for damage that shows later too."""
+    """warcio's records of a file. Raises DataError, also for damage found later."""
     try:
         from warcio.archiveiterator import ArchiveIterator
     except ImportError:
@@ -58,7 +57,7 @@ def _records(file: InputFile) -> Iterator[Iterator[Any]]:
 
 
 def warc_records(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
-    """Each record with plain text. The source is the file's, or what the record's header options.source_key says."""
+    """Each record with plain text. The source is the file's, or the record's header options.source_key."""
     number, documents = 0, 0
     kinds: Counter[str] = Counter()
     with _records(file) as records:
@@ -91,7 +90,7 @@ def warc_records(index: int, file: InputFile, share: Share, options: ReadOptions
 
 
 def _content_type(record: Any) -> tuple[str, str]:
-    """Type and charset of a record's payload, of an HTTP response what the server said."""
+    """Type and charset of a record's payload; for an HTTP response as the server declared them."""
     headers = (
         record.http_headers if record.rec_type == "response" and record.http_headers is not None else record.rec_headers
     )
@@ -104,7 +103,7 @@ def _content_type(record: Any) -> tuple[str, str]:
 
 
 def _content(record: Any) -> bytes:
-    """The payload. Raises ValueError for one that is too long, EOFError for one that is cut off."""
+    """The payload. Raises ValueError if it is too long, EOFError if it is cut off."""
     stream, pieces, size = record.content_stream(), [], 0
     while data := stream.read(BLOCK_BYTES):
         pieces.append(data)

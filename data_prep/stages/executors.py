@@ -1,8 +1,7 @@
-"""Who does the tasks: processes of this machine, one member of a job array, or a Ray cluster. The result is the same
-bytes.
+"""Who carries out the tasks: local processes, one member of a job array, or a Ray cluster; the bytes are the same.
 
-An executor decides nothing. Which tasks there are is in the plan, each has one output file, and what is
-there already is not done again; so a task that two do, or that one does twice, is harmless.
+An executor decides nothing: the plan lists the tasks, each has one output file, and existing outputs are kept. A task
+that is done twice is therefore harmless.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import functools
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Stage:
-    """Tasks 0..count(plan)-1 that do not wait for each other. output: the file that says that a task is done."""
+    """Independent tasks 0..count(plan)-1. output: the file that marks a task done."""
 
     name: str
     count: Callable[[Plan], int]
@@ -58,10 +57,10 @@ STAGES = {
 
 
 def run_task(folder: Path, stage: str, by_reference: bool, index: int) -> int:
-    """One task of the plan in `folder`, in any process; returns its index. Raises DataError, OSError.
+    """Do one task of the plan in `folder` and return its index. Raises DataError, OSError.
 
-    by_reference: of the plan that the task was taken from. Where the engines have differed since, nothing is done: see
-    plan.fall_back.
+    by_reference: as in the plan that the task was taken from. If the engines have differed since, nothing is done
+    (plan.fall_back).
     """
     plan, chosen = load_plan(folder), STAGES[stage]
     if plan.by_reference == by_reference and not chosen.output(plan, index).exists():
@@ -75,8 +74,8 @@ def run_task(folder: Path, stage: str, by_reference: bool, index: int) -> int:
 
 
 class Executor(Protocol):
-    """leads: does what is between stages too (one process in all). alone: no other process takes part, so a lock can
-    say so.
+    """leads: also does the single steps between stages (one process does). alone: no other process takes part, so a
+    lock is taken.
     """
 
     @property
@@ -86,16 +85,14 @@ class Executor(Protocol):
     def alone(self) -> bool: ...
 
     def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
-        """Return when every task of the stage is done, whoever did it, or when one fell back (plan.fell_back).
-        on_done(index) for each as it becomes known.
-        """
+        """Return when every task of the stage is done, or one fell back. on_done(index) reports each."""
 
     def wait_until(self, there: Callable[[], bool], what: str) -> None:
-        """Return when what the leading process makes is there."""
+        """Return when the leading process has made `what`."""
 
 
 class LocalExecutor:
-    """`workers` processes of this machine, kept from stage to stage; 1: this process itself."""
+    """`workers` local processes, kept from stage to stage; 1: this process itself."""
 
     leads = True
     alone = True
@@ -105,19 +102,15 @@ class LocalExecutor:
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
     def close(self) -> None:
-        """Let the processes go.
-
-        Waits for the pool's own thread: at the interpreter's end it would close its pipe while Python's exit handler
-        writes to it, which prints "Exception ignored in ... Bad file descriptor".
+        """End the processes, and wait for the pool's own thread, with which Python's exit handler would race for a
+        pipe.
         """
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
     def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
-        pending = stage.pending(plan)
-        on_done = _unless_fell_back(plan, on_done)
-        _report_done(plan, stage, pending, on_done)
+        pending, on_done = _begin(plan, stage, on_done)
         if min(self.workers, len(pending)) <= 1:
             for index in pending:
                 on_done(run_task(plan.folder, stage.name, plan.by_reference, index))
@@ -148,9 +141,7 @@ class LocalExecutor:
 
 
 def _begin_worker(parent: int) -> None:
-    """In a worker, before anything is loaded: the tokenizers' thread pool knows no other setting, and each core has its
-    process.
-    """
+    """In a worker, before anything is loaded: one thread each, because every core has a process of its own."""
     end_with(parent)
     os.environ["RAYON_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -158,11 +149,10 @@ def _begin_worker(parent: int) -> None:
 
 @dataclass(frozen=True)
 class TaskExecutor:
-    """Member `index` of `of` that share the work folder, as the members of a SLURM array do: every `of`-th task is its
-    own.
+    """Member `index` of `of` that share the work folder, as in a SLURM array: every `of`-th task is its own.
 
-    Between stages it waits for the others; patience_s without anything new, and it says what is missing. Raises
-    DataError.
+    Between stages it waits for the others. After patience_s without progress it raises DataError naming what is
+    missing.
     """
 
     index: int
@@ -181,9 +171,7 @@ class TaskExecutor:
         return self.index == 0
 
     def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
-        pending = stage.pending(plan)
-        on_done = _unless_fell_back(plan, on_done)
-        _report_done(plan, stage, pending, on_done)
+        pending, on_done = _begin(plan, stage, on_done)
         for index in [index for index in pending if index % self.of == self.index]:
             on_done(run_task(plan.folder, stage.name, plan.by_reference, index))
         left = [index for index in pending if index % self.of != self.index]
@@ -217,7 +205,7 @@ class TaskExecutor:
 
 @dataclass(frozen=True)
 class RayExecutor:
-    """A Ray cluster whose nodes see the work folder under the same path. address: None starts one of `workers` here."""
+    """A Ray cluster whose nodes see the work folder under the same path. address: None starts `workers` here."""
 
     address: str | None = None
     workers: int | None = None
@@ -227,9 +215,7 @@ class RayExecutor:
     def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
         from weftrain.data_prep.stages.ray_executor import run_on_ray
 
-        pending = stage.pending(plan)
-        on_done = _unless_fell_back(plan, on_done)
-        _report_done(plan, stage, pending, on_done)
+        pending, on_done = _begin(plan, stage, on_done)
         task = functools.partial(run_task, plan.folder, stage.name, plan.by_reference)
         run_on_ray(task, pending, address=self.address, workers=self.workers, on_done=on_done)
 
@@ -237,19 +223,17 @@ class RayExecutor:
         pass
 
 
-def _unless_fell_back(plan: Plan, on_done: OnDone) -> OnDone:
-    """on_done for tasks that have an output: once a task fell back, those left of the stage return without one."""
+def _begin(plan: Plan, stage: Stage, on_done: OnDone) -> tuple[list[int], OnDone]:
+    """The tasks that are left, after those an earlier run did were reported; and how to report the others.
+
+    Nothing is reported once a task fell back, because the rest of the stage then returns without an output.
+    """
 
     def report(index: int) -> None:
         if not fell_back(plan):
             on_done(index)
 
-    return report
-
-
-def _report_done(plan: Plan, stage: Stage, pending: Sequence[int], on_done: OnDone) -> None:
-    """What an earlier run did counts as done."""
-    left = set(pending)
-    for index in range(stage.count(plan)):
-        if index not in left:
-            on_done(index)
+    pending = stage.pending(plan)
+    for index in sorted(set(range(stage.count(plan))).difference(pending)):
+        report(index)
+    return pending, report

@@ -1,9 +1,8 @@
-"""Stage 2, a task a bucket: one slice of the shuffle, gathered from every piece. Before it, where there are many
-pieces, their merging.
+"""Stage 2, one task per bucket: one slice of the shuffle, gathered from every piece; before it, the merging of pieces.
 
-A bucket is a range of order keys. Equal texts have equal keys, so duplicates meet in one bucket, and the buckets one
-after the other are the shuffled stream. A bucket's streams hold the documents as they will be trained on, with FIM,
-start and end tokens and, in rows that stand alone, padding: a file an epoch, and one of the held-out side.
+A bucket is a range of order keys. Equal texts have equal keys, so duplicates meet in one bucket, and the buckets in
+sequence are the shuffled stream. A bucket's streams, one file per epoch and one for the held-out set, hold documents as
+they are trained on: with FIM, start and end tokens and, in rows that stand alone, padding.
 """
 
 from __future__ import annotations
@@ -33,11 +32,10 @@ HELDOUT = "heldout"
 
 @dataclass
 class Stream:
-    """Documents as they are trained on. tokens [length]; mask uint8 [length] or None: of rows that came packed their
-    marks, until `_split_rows`. Of each document (padding is one too):
+    """Documents as they are trained on. tokens [length]; mask uint8 [length] or None (marks, until `_split_rows`).
 
-    end int64 [n], id uint8 [n, 16], source, file and record int64 [n], fim int32 [n, 3] (mode and the two cuts) or
-    None.
+    Per document, with padding as one: end int64 [n], id uint8 [n, 16], source, file and record int64 [n], fim int32 [n,
+    3] (mode and the two cuts) or None.
     """
 
     tokens: np.ndarray
@@ -57,15 +55,13 @@ STREAM_COLUMNS = ("end", "id", "source", "file", "record", "fim")  # a value a d
 
 
 def stream_names(plan: Plan) -> list[str]:
-    """The token streams of a dataset: one an epoch, and the held-out documents."""
+    """The token streams of a dataset: one per epoch, and the held-out documents."""
     streams = [f"train.{epoch}" for epoch in range(plan.settings.epochs)]
     return streams + ([HELDOUT] if plan.settings.heldout_fraction else [])
 
 
 def merge_run(plan: Plan, index: int) -> None:
-    """Merge run `index`: its pieces' documents in the order of keys, a range of keys a file. Raises DataError,
-    OSError.
-    """
+    """Merge the pieces of run `index` in key order, one file per range of keys. Raises DataError, OSError."""
     found = load_json(plan.survey_file)
     pieces = pieces_of(plan, index * found["run_pieces"], (index + 1) * found["run_pieces"])
     for key_range in range(found["run_slices"]):
@@ -116,9 +112,9 @@ def _pieces(plan: Plan, found: dict[str, Any], index: int) -> list[Piece]:
 
 
 def _source_counts(rows: np.ndarray, source: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Of each source that the bucket's training documents have, int64 [n, 4]: its number, documents, bytes, and tokens.
+    """Number, documents, bytes and tokens of each source in the bucket's training documents, int64 [n, 4].
 
-    rows: DOCUMENT [documents]. source, lengths: of each document of the stream that they make, -1 for padding.
+    rows: DOCUMENT [documents]. source, lengths: of each document of their stream, -1 for padding.
     """
     names, places = np.unique(rows["source"], return_inverse=True)
     real = source >= 0
@@ -163,7 +159,7 @@ def _transformed(plan: Plan, gathered: Gathered, chosen: np.ndarray, epoch: int,
 
 
 def _between(before: np.ndarray, pieces: list[np.ndarray], after: np.ndarray) -> list[np.ndarray]:
-    """Each piece with what stands before and after it, where that is anything."""
+    """Each piece with what stands before and after it, unless that is empty."""
     columns = [[part] * len(pieces) for part in (before, after) if len(part)]
     columns.insert(int(len(before) > 0), pieces)
     return [part for row in zip(*columns, strict=True) for part in row]
@@ -198,9 +194,7 @@ def _best_fit(plan: Plan, stream: Stream, encoder: TextEncoder) -> Stream:
 
 
 def _in_context(plan: Plan, gathered: Gathered, chosen: np.ndarray, epoch: int, encoder: TextEncoder) -> Stream:
-    """The chosen documents with start and end tokens in rows that stand alone, FIM in each row, the last row or all
-    padded.
-    """
+    """The chosen documents with start and end tokens, in rows that stand alone, with FIM in each row and padding."""
     settings, rows, width = plan.settings, gathered.rows[chosen], plan.settings.row_tokens
     assert settings.fim is not None
     ids, around = fim.fim_ids(encoder), encoder.around()
@@ -244,15 +238,15 @@ def _in_context(plan: Plan, gathered: Gathered, chosen: np.ndarray, epoch: int, 
 
 
 def _origins(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """id, source, file and record of DOCUMENT [n], as a Stream has them."""
+    """id, source, file and record of DOCUMENT [n]."""
     source, file, record = (rows[name].astype(np.int64) for name in ("source", "file", "record"))
     return np.ascontiguousarray(rows["content"][:, :ID_BYTES]), source, file, record
 
 
 def _split_rows(stream: Stream) -> Stream:
-    """Rows as they are, with the documents and the padding that their marks tell apart as entries of their own.
+    """Fixed rows with the documents and padding that their marks separate as entries of their own.
 
-    A document that shares its row with others has the SHA-256 of its own ids, as int32, for its identity.
+    A document that shares its row has the SHA-256 of its own ids, as int32, as identity.
     """
     assert stream.mask is not None
     lengths: list[int] = []
@@ -281,9 +275,7 @@ def _split_rows(stream: Stream) -> Stream:
 def with_padding(
     stream: Stream, tokens: np.ndarray, mask: np.ndarray | None, lengths: np.ndarray, documents: np.ndarray
 ) -> Stream:
-    """Tokens that pieces of a stream's documents and padding make. lengths, documents: of each piece, int64 [n];
-    document -1 is padding.
-    """
+    """A stream of these tokens. lengths, documents: of each of its pieces, int64 [n]; document -1 is padding."""
     return Stream(
         tokens,
         mask,

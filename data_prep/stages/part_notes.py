@@ -1,7 +1,6 @@
-"""What a part says besides its documents: the shares that it read, and the documents that it could not read.
+"""What a part records besides its documents: the shares it read, and the documents it could not read.
 
-Both are written and read a part at a time, and failures a line at a time, so that neither the number of files nor a
-damaged input of millions of lines fills the memory.
+Both are written and read in a bounded buffer, so that neither many files nor millions of damaged lines fill the memory.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 class Shares:
-    """The shares of a part that were read: [file, begin, records, SHA-256] each, in order."""
+    """The shares that a part has read, in order: [file, begin, records, SHA-256]."""
 
     def __init__(self) -> None:
         self.listed: list[list[Any]] = []
@@ -31,14 +30,12 @@ class Shares:
         self.listed.append([read.share.file, read.share.begin, read.records, read.sha256])
 
     def before(self, file: int) -> int:
-        """How many records the part's earlier shares of this file hold."""
+        """Records in the part's earlier shares of this file."""
         return self._records if self._file == file else 0
 
 
 class FailureList:
-    """A part's failures as they come, in a file that is there, whole, when the block ends and there was one. count: so
-    far.
-    """
+    """A part's failures, in a file that appears when the block ends, if there are any. count: so far."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
@@ -74,7 +71,7 @@ class FailureList:
 
 
 def read_failures(path: Path) -> Iterator[Failure]:
-    """Of a part, with records that count from where the part begins. Raises DataError."""
+    """A part's failures; records count from where the part begins. Raises DataError."""
     try:
         with open(path, "rb") as file:
             for line in file:
@@ -84,7 +81,7 @@ def read_failures(path: Path) -> Iterator[Failure]:
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """What a part says when it is done. Raises DataError."""
+    """What a part recorded when it was done. Raises DataError."""
     try:
         note: dict[str, Any] = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -93,7 +90,7 @@ def read_note(path: Path) -> dict[str, Any]:
 
 
 def in_blocks(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines joined to blocks of about a megabyte."""
+    """Lines joined into blocks of about a megabyte."""
     buffer = bytearray()
     for line in lines:
         buffer += line

@@ -1,9 +1,7 @@
-"""Documents between the stages: pieces of parts, and the slices of runs that pieces are merged into. Both are tables of
-one form.
+"""Documents between the stages: pieces of parts, and slices of runs that pieces are merged into, in one table form.
 
-`rows` has a DOCUMENT each, in the order of keys (as read, where documents stay in their order), `tokens` their ids one
-after the other, `marks` (only where a document has them, see marks.py) one byte a token. Of equal texts a table holds
-the one that was read first.
+`rows` has a DOCUMENT each, in key order (or as read), `tokens` their ids in sequence, and `marks`, where any document
+has them (marks.py), one byte per token. Of equal texts a table holds the one that was read first.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ _ROWS_AT_ONCE = 1 << 10
 
 @dataclass
 class Gathered:
-    """Documents in order: rows DOCUMENT [n], whose `end` counts through `tokens` [length]; marks uint8 [length] or
+    """Documents in order: rows DOCUMENT [n] with `end` counting through `tokens` [length]; marks uint8 [length] or
     None.
     """
 
@@ -56,10 +54,9 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Piece:
-    """A table of documents. sources: reads the number among all inputs' of each of its sources; None: its rows have
-    those already.
+    """A table of documents. sources: reads the dataset's number of each of its sources; None: rows have those already.
 
-    base: what its records of file base_file count from, where the part begins in the middle of that file.
+    base: the part begins at this record of file base_file.
     """
 
     path: Path
@@ -77,7 +74,7 @@ def write_piece(path: Path, gathered: Gathered, note: dict[str, Any]) -> None:
 
 
 def sorted_places(rows: np.ndarray) -> np.ndarray:
-    """DOCUMENT [n] -> int64 [kept]: which rows, in the order of keys; of equal texts the one that was read first."""
+    """DOCUMENT [n] -> int64 [kept]: rows in key order; of equal texts the one that was read first."""
     first = rows["key"][:, 0].astype(np.uint64)
     order = np.argsort(first, kind="stable")
     if len(rows) > 1 and (np.diff(first[order]) == 0).any():  # equal texts, or one of a billion chances
@@ -89,10 +86,9 @@ def sorted_places(rows: np.ndarray) -> np.ndarray:
 
 
 def gather(pieces: Sequence[Piece], index: int, count: int, *, as_read: bool = False) -> Gathered:
-    """The documents of all pieces whose keys lie in range `index` of `count` equal ones. as_read: all of one piece, as
-    they are.
+    """The documents of all pieces with keys in range `index` of `count` equal ones. as_read: one whole piece, unsorted.
 
-    Rows are read and sorted first, then the tokens of those that are kept, a piece at a time.
+    Rows are read and sorted first, then the tokens of the kept rows, piece by piece.
     """
     found = [_rows(piece, index, count, as_read) for piece in pieces]
     rows = np.concatenate([of_piece for of_piece, _ in found])
@@ -135,7 +131,7 @@ def _scatter(target: np.ndarray, source: np.ndarray, places: list[tuple[int, int
 
 
 def _rows(piece: Piece, index: int, count: int, as_read: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A piece's rows in a range of keys, with sources and records of all inputs; and where the tokens of each begin."""
+    """A piece's rows in a range of keys, with sources and records of all inputs; and where their tokens begin."""
     table = Table(piece.path)
     low, high = 0, table.length("rows")
     if not as_read:
@@ -152,9 +148,7 @@ def _rows(piece: Piece, index: int, count: int, as_read: bool) -> tuple[np.ndarr
 
 
 def _first_at(table: Table, key: int, low: int, high: int) -> int:
-    """The first of a table's rows low..high-1, sorted by key, whose key begins with `key` or more; `high` where there
-    is none.
-    """
+    """The first of rows low..high-1, sorted by key, whose key begins with `key` or more; else `high`."""
     while high - low > _ROWS_AT_ONCE:  # a binary search that reads a row a step
         middle = (low + high) // 2
         if int(table.slice("rows", middle, middle + 1)["key"][0, 0]) < key:

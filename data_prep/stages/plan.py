@@ -1,9 +1,8 @@
-"""What is to be made, cut into tasks: a function of inputs and settings alone, never of how many processes work on it.
+"""The plan: what is to be made, cut into tasks, as a function of inputs and settings alone.
 
-A plan is a JSON file in the work folder, `.NAME.partial` beside the dataset, so that any process on any machine that
-sees the folder can take a task by its number, and a run that was interrupted goes on. A task is done when its output
-file is there, whole; nothing else remembers it. Two processes that do the same task write the same bytes under the same
-name.
+A plan is a JSON file in the work folder, `.NAME.partial` beside the dataset. Any process that sees the folder can take
+a task by its number, and an interrupted run resumes. A task is done when its output file exists; nothing else records
+it, and two processes doing the same task write the same bytes.
 """
 
 from __future__ import annotations
@@ -42,14 +41,12 @@ Order = Literal["shuffled", "as_read"]
 
 
 def no_progress(stage: str, done: int, total: int | None, unit: str) -> None:
-    """Says nothing."""
+    """Reports nothing."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Files, how to read them, and what the manifest says about them. skipped: files beside them that are not read, and
-    why.
-    """
+    """Files, how to read them, and what the manifest says about them. skipped: files found beside them but not read."""
 
     files: Lines[InputFile]
     description: str
@@ -61,12 +58,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Settings:
-    """What, with the inputs, determines every byte; the manifest's `preparation`. tokenizer: 'trained', or the given
-    file's SHA-256.
+    """What, with the inputs, determines every byte; the manifest's `preparation`.
 
-    packing: 'concatenate' cuts one stream, 'best_fit' fills rows with whole documents. order: 'shuffled' by content, or
-    'as_read', which keeps duplicates too. epochs: how often each document comes, with FIM drawn anew.
-    global_batch_size: makes a chunk whole steps. heldout_rule: see heldout.py. eos, bos, fim_tokens: see markers.py.
+    tokenizer: 'trained', or the given file's SHA-256. packing: 'concatenate' cuts one stream, 'best_fit' fills rows
+    with whole documents. order: 'shuffled' by content, or 'as_read', which keeps duplicates. epochs: how often each
+    document appears, with FIM drawn anew. global_batch_size: makes each chunk whole steps. heldout_rule: heldout.py.
+    eos, bos, fim_tokens: markers.py.
     """
 
     tokenizer: str
@@ -87,7 +84,6 @@ class Settings:
     fim_tokens: tuple[str, ...] = ()
 
     def tree(self) -> dict[str, Any]:
-        """As plain values."""
         return asdict(replace(self, fim=None)) | {"fim": None if self.fim is None else self.fim.model_dump()}
 
     @property
@@ -101,12 +97,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds the memory of a task and the number of files that are opened; in the plan, so that every process has
-    the same.
+    """Bounds on a task's memory and on open files; in the plan, so that every process has the same.
 
-    piece_bytes, piece_documents: a part's documents are written as soon as they are so many bytes of text or ids, or so
-    many. bucket_bytes: least and most of the ids and columns that a bucket holds. file_opens: pieces x buckets from
-    which pieces are merged.
+    piece_bytes, piece_documents: size at which a part's piece is written. bucket_bytes: range of a bucket's size in ids
+    and columns. file_opens: pieces x buckets from which pieces are merged.
     """
 
     piece_bytes: int
@@ -117,9 +111,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Parent:
-    """A dataset that grows: where it lies, its manifest's root, and how many inputs, sources and shards it has, which
-    come first.
-    """
+    """The dataset that grows: its folder, its manifest's root, and how many inputs, sources and shards come first."""
 
     folder: str
     root: str
@@ -131,10 +123,7 @@ class Parent:
 
 @dataclass(frozen=True)
 class Plan:
-    """folder: the work folder. fixed_rows: the inputs are rows that stand alone already, and stay so.
-
-    by_reference: the engines differed, see fall_back. parent: what the inputs are added to.
-    """
+    """folder: the work folder. by_reference: the engines differed (fall_back). parent: what the inputs are added to."""
 
     folder: Path
     inputs: Inputs
@@ -147,12 +136,14 @@ class Plan:
 
     @property
     def work(self) -> Path:
-        """Where the outputs of tasks lie: elsewhere, and so done anew, once the reference engine encodes for both."""
+        """Where task outputs lie; another folder once the reference engine encodes everything, so that all tasks are
+        redone.
+        """
         return self.folder / _REFERENCE if self.by_reference else self.folder
 
     @functools.cached_property
     def header(self) -> bytes:
-        """What plan.json holds: the plan, with the hashes of its tables."""
+        """Contents of plan.json: the plan, with the hashes of its tables."""
         return canonical_json(_header(self)) + b"\n"
 
     @property
@@ -170,25 +161,25 @@ class Plan:
         return self.folder / "samples" / f"{index:05d}.table"
 
     def part_file(self, index: int) -> Path:
-        """What a part says when it is done; its documents are in its pieces."""
+        """Marks a part done; its documents are in its pieces."""
         return self.work / "parts" / f"{index:05d}.json"
 
     def piece_file(self, part: int, piece: int) -> Path:
         return self.work / "parts" / f"{part:05d}-{piece:05d}.table"
 
     def failures_file(self, stage: str, part: int) -> Path:
-        """What could not be read of a part, a line each, where there is any. stage: 'samples' or 'parts'."""
+        """Documents of a part that could not be read, one per line, if any. stage: 'samples' or 'parts'."""
         return (self.folder if stage == "samples" else self.work) / stage / f"{part:05d}.failures.jsonl"
 
     def run_file(self, index: int) -> Path:
-        """What a merge says when it is done; its documents are in its slices, one a range of keys."""
+        """Marks a merge done; its documents are in its slices, one per range of keys."""
         return self.work / "runs" / f"{index:05d}.json"
 
     def run_slice_file(self, run: int, key_range: int) -> Path:
         return self.work / "runs" / f"{run:05d}-{key_range:05d}.table"
 
     def bucket_file(self, index: int) -> Path:
-        """What a bucket says when it is done; its documents are in its streams."""
+        """Marks a bucket done; its documents are in its streams."""
         return self.work / "buckets" / f"{index:05d}.table"
 
     def stream_file(self, stream: str, bucket: int) -> Path:
@@ -203,12 +194,12 @@ class Plan:
 
     @property
     def names_file(self) -> Path:
-        """The sources' names, a JSON string a line, in the order of their numbers."""
+        """The sources' names in order, one JSON string per line."""
         return self.work / "names.jsonl"
 
     @property
     def pieces_file(self) -> Path:
-        """All pieces, in the order of reading: written with the survey."""
+        """All pieces in reading order, written with the survey."""
         return self.work / "pieces.table"
 
     @property
@@ -221,12 +212,12 @@ class Plan:
 
     @property
     def dataset(self) -> Path:
-        """The dataset as it grows, renamed when it is complete."""
+        """The dataset under construction, renamed when it is complete."""
         return self.folder / "dataset"
 
 
 def check_inputs(inputs: Inputs, settings: Settings) -> None:
-    """Raises DataError for inputs that cannot be in one dataset, or for settings that mean nothing for them."""
+    """Raises DataError for inputs that cannot be in one dataset, or settings that do not apply to them."""
     if not inputs.files:
         raise DataError(f"{inputs.description}: holds no file to read; name other files")
     formats = {file.format for file in inputs.files}
@@ -260,7 +251,7 @@ def check_inputs(inputs: Inputs, settings: Settings) -> None:
 
 
 def make_plan(folder: Path, inputs: Inputs, settings: Settings, engine: str) -> Plan:
-    """Parts of 4 to 64 MiB of input: some sixty, until they are as large as memory allows."""
+    """A plan with some 64 parts of 4 to 64 MiB of input, or more of 64 MiB."""
     total = sum(file.num_bytes for file in inputs.files)
     parts = tuple(split_parts(inputs.files, clamped(total // 64, 4 * _MEBI, 64 * _MEBI)))
     limits = Limits(64 * _MEBI, _PIECE_DOCUMENTS, (4 * _MEBI, 64 * _MEBI), _FILE_OPENS)
@@ -278,10 +269,8 @@ def power_of_two(value: int) -> int:
 
 
 def save_plan(plan: Plan) -> bool:
-    """Write the plan, unless the work folder holds the same one: then True, and its tasks' outputs are good. Another's
-    are removed.
-
-    Raises OSError.
+    """Write the plan. Returns True if it was there already, with valid outputs; another plan's are removed. Raises
+    OSError.
     """
     if is_saved(plan):
         return True
@@ -295,11 +284,9 @@ def save_plan(plan: Plan) -> bool:
 
 
 def fall_back(plan: Plan, reason: str) -> None:
-    """Say in the work folder that from now on, and for every part, the reference engine encodes: what tasks did before
-    does not count.
+    """Record that the reference engine encodes every part from now on; earlier outputs do not count. Raises OSError.
 
-    Any process may find that the engines differ, on any document of the sample; the ids must not depend on which.
-    Raises OSError.
+    Any process may find that the engines differ, on any sampled document; the ids must not depend on which.
     """
     for folder in _TASK_FOLDERS:
         fsops.make_dirs(plan.folder / _REFERENCE / folder)
@@ -312,12 +299,12 @@ def fell_back(plan: Plan) -> bool:
 
 
 def settled(plan: Plan) -> Plan:
-    """The plan as it is after fall_back, if a process has called it."""
+    """The plan after fall_back, if a process has called it."""
     return replace(plan, engine="tokenizers", by_reference=True) if fell_back(plan) else plan
 
 
 def fallback_reason(plan: Plan) -> str | None:
-    """What the process that fell back last found."""
+    """Why the last process fell back, if one did."""
     return str(parse_json((plan.folder / _FELL_BACK).read_bytes())) if plan.by_reference else None
 
 
@@ -328,9 +315,7 @@ def is_saved(plan: Plan) -> bool:
 
 
 def load_plan(folder: Path) -> Plan:
-    """The plan in a work folder; kept until it is another, since every task of a process asks for it. Raises
-    DataError.
-    """
+    """The plan in a work folder, cached because every task asks for it. Raises DataError."""
     try:
         return settled(_loaded(folder, (folder / PLAN).stat().st_mtime_ns))
     except OSError as error:
@@ -371,7 +356,7 @@ def _part(entry: Any) -> Part:
 
 
 def _tables(plan: Plan) -> dict[str, Iterator[list[Any]]]:
-    """What may have millions of lines: each is a file of its own, of which a task reads the lines that it needs."""
+    """Tables that may have millions of lines, in files of their own, from which a task reads only what it needs."""
     return {
         "files": ([getattr(file, name) for name in InputFile.__dataclass_fields__] for file in plan.inputs.files),
         "skipped": ([file.name, file.num_bytes, file.reason] for file in plan.inputs.skipped),
@@ -397,7 +382,7 @@ def _header(plan: Plan) -> dict[str, Any]:
 
 
 def order_key(settings: Settings, content: bytes) -> bytes:
-    """Where a document stands in the shuffle: 32 bytes, by its text and the seed alone."""
+    """A document's 32-byte key in the shuffle, by its content and the seed alone."""
     return hashlib.sha256(b"order %d " % settings.seed + content).digest()
 
 

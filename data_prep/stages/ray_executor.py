@@ -1,8 +1,7 @@
-"""Tasks on a Ray cluster. Ray decides where; a task that a lost node took with it is given out again, which its
-idempotence allows.
+"""Tasks on a Ray cluster.
 
-Nothing but task numbers travels. The nodes read and write the work folder, so all of them must see it under
-the same path, and have weftrain installed.
+Only task numbers travel. All nodes must see the work folder under the same path and have weftrain installed. A task
+that was lost with its node is retried, which is safe because tasks are idempotent.
 """
 
 from __future__ import annotations
@@ -23,11 +22,9 @@ def run_on_ray(
     workers: int | None,
     on_done: Callable[[int], None],
 ) -> None:
-    """Call function(index) for each index on the cluster at `address`, or on one of `workers` CPUs that is started here
-    and stopped.
+    """Call function(index) for each index on the cluster at `address`, or on a local one of `workers` CPUs.
 
-    Raises DataError where Ray is missing or cannot be reached, and the error of the first task that fails, as it was
-    raised there.
+    Raises DataError where Ray is missing or unreachable, and the error of the first task that fails.
     """
     try:
         import ray
@@ -52,7 +49,7 @@ def run_on_ray(
 
 
 def _results(function: Callable[[int], object], indices: Sequence[int]) -> Iterator[int]:
-    """Indices as their tasks end; a bounded number of tasks is handed out at once."""
+    """Indices as their tasks end; a bounded number of tasks is submitted at once."""
     import ray
 
     @ray.remote(max_retries=_RETRIES)

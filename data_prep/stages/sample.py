@@ -1,7 +1,6 @@
-"""The stage before the first, where a tokenizer is yet to be trained: from each part the training documents of the
-lowest keys.
+"""The stage that precedes the others when a tokenizer is trained: a bounded sample of the training documents.
 
-What is kept is bounded in bytes and in documents, for a part and for all of them together.
+Each part, and then all of them together, keep the documents with the lowest keys.
 """
 
 from __future__ import annotations
@@ -26,9 +25,7 @@ _PIECE_CHARACTERS = 1 << 20
 
 
 class _Lowest:
-    """Of what is added, the entries of the lowest keys, each key once, that hold TRAINING_BYTES together or are
-    _TRAINING_DOCUMENTS.
-    """
+    """Keeps the entries with the lowest keys, each key once, up to TRAINING_BYTES or _TRAINING_DOCUMENTS."""
 
     def __init__(self) -> None:
         # key with its order turned round, place, bytes, what: the highest key on top
@@ -57,12 +54,12 @@ class _Lowest:
 
 
 def _turned(key: bytes) -> bytes:
-    """A key whose order is the other way round: Python's heap has the smallest on top."""
+    """The key in reverse order, because Python's heap has the smallest on top."""
     return bytes(255 - byte for byte in key)
 
 
 def sample_part(plan: Plan, index: int) -> None:
-    """The training documents of the lowest keys of part `index`. Raises DataError for inputs that changed, OSError."""
+    """Sample part `index`. Raises DataError for inputs that changed, OSError."""
     kept, shares = _Lowest(), Shares()
     with FailureList(plan.failures_file("samples", index)) as failures:
         for place, (document, content) in enumerate(_texts(plan, index, shares, failures)):
@@ -80,7 +77,7 @@ def sample_part(plan: Plan, index: int) -> None:
 
 
 def _texts(plan: Plan, index: int, shares: Shares, failures: FailureList) -> Iterator[tuple[Document, bytes]]:
-    """The document and its content hash of each text; failures and shares are noted."""
+    """Each text document with its content hash; failures and shares are recorded."""
     for item in read_part(plan.inputs.files, plan.parts[index], plan.inputs.options):
         if isinstance(item, Failure):
             failures.add(Failure(item.file, item.record + shares.before(item.file), item.reason))
@@ -91,9 +88,7 @@ def _texts(plan: Plan, index: int, shares: Shares, failures: FailureList) -> Ite
 
 
 def training_texts(plan: Plan) -> Iterator[str]:
-    """The texts to train a tokenizer on: of all samples those of the lowest keys, each once, in reading order, long
-    ones in pieces.
-    """
+    """The texts to train a tokenizer on, each once, in reading order, long ones in pieces."""
     lowest = _Lowest()
     place = 0
     for part in range(len(plan.parts)):
@@ -111,7 +106,7 @@ def training_texts(plan: Plan) -> Iterator[str]:
 
 
 def _cut(text: str) -> Iterator[str]:
-    """A text in pieces that end with a line where they can."""
+    """A text in pieces that end at a line break if possible."""
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:
         end = text.rfind("\n", start, start + _PIECE_CHARACTERS) + 1 or start + _PIECE_CHARACTERS

@@ -1,8 +1,7 @@
-"""Between stages 1 and 2, by one process: what all parts hold together, and from that how the order stages are cut.
+"""Between stages 1 and 2, one process sums up all parts and decides how the order stages are cut.
 
-How many buckets there are follows from the tokens that were counted, not from the size of the inputs, which may be
-compressed. Where pieces x buckets would be too many files to open, the pieces are merged into runs first, so that
-memory and file opens stay bounded.
+The number of buckets follows from the tokens counted, not from the size of the inputs, which may be compressed. Where
+pieces x buckets would mean too many file opens, pieces are merged into runs first.
 """
 
 from __future__ import annotations
@@ -37,11 +36,10 @@ _SHOWN_FAILURES = 8
 
 
 def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
-    """What all parts hold together, written as survey.json. Raises DataError where more documents failed than the
-    budget allows.
+    """Write survey.json, inputs.jsonl, the sources' names and the list of pieces. Raises DataError for too many
+    failures.
 
-    `inputs`: of inputs.jsonl, which is written here, as the sources' names are and the list of all pieces. `read`:
-    documents. `buckets` and what follows: see `arrangement`.
+    `inputs`: what the manifest says of inputs.jsonl. `read`: documents. `buckets` and what follows: see `arrangement`.
     """
     failed = check_failures(plan, "parts", max_failures)
     index_documents(plan)
@@ -68,14 +66,14 @@ def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
 
 
 def _write_inputs(plan: Plan) -> dict[str, Any]:
-    """Write inputs.jsonl: the files that were read, then those that were skipped; of each the parent's first.
+    """Write inputs.jsonl: files that were read, then files that were skipped, the parent's first in each group.
 
     Returns what the manifest says of it.
     """
     num_bytes, skipped = 0, Counter[str]()
 
     def hashes() -> Iterator[tuple[str, ...]]:
-        """Of each file its shares' SHA-256, a file at a time: parts hold files in order."""
+        """The SHA-256 of each file's shares; parts hold files in order."""
         shares = (share for note, _, _ in part_notes(plan, "parts") for share in note["shares"])
         for _, of_file in itertools.groupby(shares, key=operator.itemgetter(0)):
             yield tuple(sha256 for _, _, _, sha256 in of_file)
@@ -108,11 +106,10 @@ def _write_inputs(plan: Plan) -> dict[str, Any]:
 
 
 def arrangement(limits: Limits, pieces: int, num_bytes: int, *, as_read: bool) -> dict[str, int]:
-    """How the documents are ordered: `buckets`, a power of two, or a piece each where documents stay as read.
+    """How documents are ordered: `buckets`, a power of two, or one per piece where documents stay as read.
 
-    `runs`: into how many the pieces are merged before, 0: not at all; `run_pieces` of each, which `run_slices` files
-    hold, a power of two that divides `buckets`. Merging groups of about sqrt(pieces) needs about pieces^1.5 file opens,
-    not pieces^2.
+    `runs`: merges before that, 0 for none, of `run_pieces` pieces into `run_slices` files, a power of two that divides
+    `buckets`. Merging groups of about sqrt(pieces) needs about pieces^1.5 file opens instead of pieces^2.
     """
     if as_read:
         return {"buckets": pieces, "runs": 0, "run_pieces": 0, "run_slices": 0}
@@ -126,10 +123,9 @@ def arrangement(limits: Limits, pieces: int, num_bytes: int, *, as_read: bool) -
 
 
 class _Pieces:
-    """All pieces in the order of reading: which part's, where its records count from, and its sources, of which there
-    may be millions.
+    """All pieces in reading order: their part, where their records count from, and their sources.
 
-    Some 50 bytes a source of a piece are in memory, which are fewer than the names themselves have.
+    Memory: about 50 bytes per source of a piece, less than the names, of which there may be millions.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -149,9 +145,7 @@ class _Pieces:
         self.num_bytes += table.num_bytes
 
     def write(self, plan: Plan) -> int:
-        """Number all sources in order of appearance; write their names, and all pieces. Returns how many sources there
-        are.
-        """
+        """Number the sources by first appearance; write their names and all pieces. Returns the number of sources."""
         numbers = _numbers(np.concatenate([self._inherited, *self._identities]))[len(self._inherited) :]
         ends = np.cumsum([len(identities) for identities in self._identities])
 
@@ -174,12 +168,12 @@ class _Pieces:
 
 
 def _identities(names: Iterable[str]) -> np.ndarray:
-    """uint64 [n, 2]: what tells the names apart, 16 bytes each, from their SHA-256."""
+    """16 bytes of each name's SHA-256, as uint64 [n, 2]."""
     return np.frombuffer(b"".join(hashlib.sha256(name.encode()).digest()[:16] for name in names), "<u8").reshape(-1, 2)
 
 
 def _numbers(identities: np.ndarray) -> np.ndarray:
-    """uint64 [n, 2] -> int32 [n]: equal ones have equal numbers, in order of appearance."""
+    """uint64 [n, 2] -> int32 [n]: equal rows get equal numbers, by first appearance."""
     order = np.lexsort((identities[:, 1], identities[:, 0]))  # stable: of equal names the first one leads
     fresh = np.append(True, (identities[order[1:]] != identities[order[:-1]]).any(axis=1))
     leaders = order[fresh]
@@ -191,7 +185,7 @@ def _numbers(identities: np.ndarray) -> np.ndarray:
 
 
 def pieces_of(plan: Plan, first: int, stop: int | None = None) -> list[Piece]:
-    """Pieces first..stop-1 of all (to the last one: None), as the survey listed them. Raises DataError."""
+    """Pieces first..stop-1, or to the last, as the survey listed them. Raises DataError."""
     table = Table(plan.pieces_file)
     stop = table.length("part") if stop is None else min(stop, table.length("part"))
     columns = [table.slice(name, first, stop).tolist() for name in ("part", "piece", "base_file", "base", "source_end")]
@@ -206,8 +200,8 @@ def pieces_of(plan: Plan, first: int, stop: int | None = None) -> list[Piece]:
 
 
 def part_notes(plan: Plan, stage: str) -> Iterator[tuple[dict[str, Any], int, int]]:
-    """Of each part what it says, its first file, and how many records of that file the parts before hold. stage:
-    'samples' or 'parts'.
+    """Each part's note, its first file, and how many records of that file earlier parts hold. stage: 'samples' or
+    'parts'.
     """
     last, records = -1, 0
     for part in range(len(plan.parts)):
@@ -219,9 +213,7 @@ def part_notes(plan: Plan, stage: str) -> Iterator[tuple[dict[str, Any], int, in
 
 
 def check_failures(plan: Plan, stage: str, max_failures: int) -> int:
-    """How many documents of all parts could not be read; all of them in a file. Too many are an error that names the
-    first: DataError.
-    """
+    """Write failures.jsonl and return the number of failures. Raises DataError naming the first if too many."""
     path, shown, count = plan.dataset / FAILURES, [], 0
 
     def lines() -> Iterator[bytes]:
@@ -246,7 +238,7 @@ def check_failures(plan: Plan, stage: str, max_failures: int) -> int:
 
 
 def _placed_failures(plan: Plan, stage: str) -> Iterator[dict[str, str]]:
-    """All failures with their real lines."""
+    """All failures with their line in the file."""
     for part, (note, base_file, base) in enumerate(part_notes(plan, stage)):
         if note["failed"]:
             for failure in read_failures(plan.failures_file(stage, part)):
@@ -255,7 +247,7 @@ def _placed_failures(plan: Plan, stage: str) -> Iterator[dict[str, str]]:
 
 
 def load_json(path: Path) -> Any:
-    """A file that a stage left; kept, since every task of a process asks for it. Raises DataError."""
+    """A file that a stage left, cached because every task asks for it. Raises DataError."""
     try:
         return _parsed(path, path.stat().st_mtime_ns)
     except (OSError, ValueError) as error:

@@ -1,9 +1,8 @@
-"""The files that stages hand on: named numpy arrays and a JSON note in one file, written whole, read in slices.
+"""The files that stages hand on: named numpy arrays and a JSON note in one file, written atomically, read in slices.
 
-These are the work folder's own files, made and read by the same program, and removed at the end. They are never what a
-dataset is made of. Layout: the header's length (8 bytes, little-endian), the header (JSON: the note, and each array's
-type, shape and offset), and then the arrays' bytes. Slices are read, not mapped: what a process holds is what it asked
-for.
+They belong to the work folder, are made and read by the same program, and are removed at the end. Layout: the header's
+length (8 bytes, little-endian), the header (JSON: the note, and each array's type, shape and offset), the arrays.
+Slices are read, not mapped, so a process holds only what it asked for.
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ _ALIGNMENT = 64
 
 
 def write_table(path: Path, arrays: Mapping[str, np.ndarray], note: Mapping[str, Any]) -> None:
-    """Write atomically; equal arguments give equal bytes, and no array is copied that lies in one piece. Raises
-    OSError.
-    """
+    """Write atomically; equal arguments give equal bytes. Contiguous arrays are not copied. Raises OSError."""
     ready = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     places, end = {}, 0
     for name, array in ready.items():
@@ -61,9 +58,7 @@ def _dtype(description: Any) -> np.dtype[Any]:
 
 
 class Table:
-    """A file that `write_table` made, open for reading until the object goes. `note`: what was given. Raises DataError,
-    by file.
-    """
+    """A file made by `write_table`, open until the object is collected. Raises DataError naming the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -83,7 +78,6 @@ class Table:
             raise self._damaged(error) from error
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The whole array."""
         return self.slice(name, 0, self.length(name))
 
     def __contains__(self, name: str) -> bool:
@@ -91,29 +85,24 @@ class Table:
 
     @property
     def num_bytes(self) -> int:
-        """Of all arrays together."""
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape, _ in self._arrays.values())
 
     def length(self, name: str) -> int:
-        """Of an array, along the first axis."""
+        """Along the first axis."""
         return int(self._arrays[name][1][0])
 
     def dtype(self, name: str) -> np.dtype[Any]:
         return self._arrays[name][0]
 
     def slice(self, name: str, start: int, stop: int) -> np.ndarray:
-        """array[start:stop] along the first axis, without reading the rest; 0 <= start, stop <= length. Raises
-        DataError.
-        """
+        """array[start:stop] along the first axis, reading no more; 0 <= start, stop <= length. Raises DataError."""
         dtype, (_, *inner), _ = self._arrays[name]
         array = np.empty((max(0, stop - start), *inner), dtype)
         self.read_into(array, name, start)
         return array
 
     def read_into(self, array: np.ndarray, name: str, start: int) -> None:
-        """array[...] = what is there from `start` on, as far as it takes; contiguous, of the same type. Raises
-        DataError.
-        """
+        """Fill a contiguous array of the same type from `start` on. Raises DataError."""
         dtype, (length, *_), offset = self._arrays[name]
         if array.dtype != dtype or not 0 <= start <= start + len(array) <= length:
             raise IndexError(f"{self.path}: {name}[{start}:{start + len(array)}] of {length}, {dtype}")

@@ -1,11 +1,9 @@
-"""Which documents may hold an added token that is text: an engine that does not know added tokens must leave these to
-the reference.
+"""Which documents may contain an added token as text: an engine that ignores added tokens leaves them to the reference.
 
-`tokenizers` looks for an added token in the raw text, or, where the token says `normalized`, in what the tokenizer's
-normalizer makes of the text: `cafe` + U+0301 holds the token `café` once NFC has composed it. So the search is made in
-both forms. It may find too much (a token that wants to stand as a word of its own), never too little. The normalised
-form of a text is only made where it could matter; where a step of the normalizer has an exact equivalent in Python that
-one is used, for the library's takes a second for every 7 MB.
+`tokenizers` matches an added token in the raw text or, if the token is `normalized`, in the normalised text: `cafe` +
+U+0301 holds the token `café` after NFC. So both forms are searched, which may find too much but never too little.
+Normalising is skipped where it cannot matter, and uses an exact Python equivalent where one exists, because the library
+takes a second for every 7 MB.
 """
 
 from __future__ import annotations
@@ -24,11 +22,7 @@ _FORMS: tuple[Literal["NFC", "NFD", "NFKC", "NFKD"], ...] = ("NFC", "NFD", "NFKC
 
 
 def may_hold_added_token(tree: dict[str, Any]) -> Test | None:
-    """A test for texts in which a token of `added_tokens` that is not special could be matched; None where there is no
-    such token.
-
-    tree: the contents of a tokenizer.json.
-    """
+    """A test for texts in which a non-special added token could match, or None. tree: tokenizer.json."""
     added = [token for token in tree.get("added_tokens") or [] if not token["special"]]
     if not added:
         return None
@@ -44,7 +38,7 @@ def may_hold_added_token(tree: dict[str, Any]) -> Test | None:
 
 
 def normalizers_of(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """The normalizers that a text goes through, one after the other."""
+    """The normalizers that a text passes through, in order."""
     waiting, found = [tree.get("normalizer")], []
     while waiting:
         normalizer = waiting.pop(0)
@@ -94,9 +88,7 @@ def _library_step(normalizer: dict[str, Any]) -> Step:
 
 
 def _contains_any(contents: Iterable[str]) -> Test:
-    """Whether a text holds one of `contents`. Of a thousand with the same beginning, as `<unused17>`, only that is
-    looked for at first.
-    """
+    """A test for texts that contain one of `contents`; many with a common beginning are searched by that first."""
     needles: list[str] = []
     for content in sorted(set(contents), key=len):
         if not any(needle in content for needle in needles):  # what holds a shorter one is found with it

@@ -1,9 +1,7 @@
-"""The text of token ids without ASCII white space, as UTF-8: what held-out rule 2 hashes of documents that come
-tokenised.
+"""The text of token ids without ASCII white space, as UTF-8, which held-out rule 2 hashes of tokenised documents.
 
-A tokenizer's own `decode` takes 100 ns a token, several times what reading the ids takes. Where every token stands for
-bytes of its own, as in byte-level BPE and in SentencePiece models with byte fallback, the bytes are gathered from a
-table instead, some 30 ns a token. Elsewhere there is no table, and `decode` it is.
+Where each token stands for bytes of its own (byte-level BPE, SentencePiece with byte fallback), the bytes come from a
+table, at about 30 ns per token. The tokenizer's own `decode` takes 100 ns, and is used for all others.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class CompactTable:
-    """Bytes of each id. ids without any: control ids and those of no token."""
+    """Bytes of each id. Control ids and unused ids have none."""
 
     def __init__(self, of_id: Mapping[int, bytes], size: int) -> None:
         self._long = {index: data for index, data in of_id.items() if len(data) > _WIDTH}
@@ -32,9 +30,7 @@ class CompactTable:
         self._table = np.frombuffer(fixed, f"V{_WIDTH}")
 
     def utf8(self, ids: np.ndarray) -> bytes:
-        """Bytes of ids [n] together, ASCII white space left out. They need not be UTF-8: ids may begin or end within a
-        character.
-        """
+        """Bytes of ids [n] without ASCII white space. Not always UTF-8: ids may begin or end within a character."""
         parts: list[bytes] = []
         start = 0
         for place in np.flatnonzero(self._is_long[ids]).tolist():
@@ -45,10 +41,9 @@ class CompactTable:
 
 
 def compact_table(decoder: Any, tokens: Mapping[int, str], size: int) -> CompactTable | None:
-    """The table of a tokenizer, by the `decoder` of its tokenizer.json; None where a token's text depends on its
-    neighbours.
+    """The table of a tokenizer with this `decoder`; None where a token's text depends on its neighbours.
 
-    tokens: those that are to have text. size: one more than the largest id.
+    tokens: those that have text. size: one more than the largest id.
     """
     steps = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
     kinds = [step.get("type") for step in steps]

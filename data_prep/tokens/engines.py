@@ -1,5 +1,5 @@
-"""The two engines that turn text into ids: Hugging Face `tokenizers` and `gigatoken`. Neither makes a control token of
-text.
+"""The two engines that turn text into ids: Hugging Face `tokenizers` and `gigatoken`. Neither makes text a control
+token.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ _FRESH_BYTES = 128 << 20
 
 
 class Reference:
-    """Hugging Face tokenizers, on all threads that it is given.
+    """Hugging Face tokenizers, on all threads available. tree: tokenizer.json; opened: the same, opened.
 
-    tree: the contents of a tokenizer.json; opened: the same, opened. dtype: of the ids.
-
-    Its memory is bounded: it encodes some megabyte of text at once, and long texts in pieces where that is exact
+    Memory is bounded: about a megabyte of text is encoded at once, and long texts in pieces where that is exact
     (long_texts.py).
     """
 
@@ -48,7 +46,6 @@ class Reference:
         self._most_characters = 4 * _PIECE_CHARACTERS if tree.get("pre_tokenizer") is None else _BATCH_CHARACTERS
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text. Raises TextTooLongError."""
         short = [text for text in texts if len(text) <= self._most_characters]
         encoded = (ids for batch in _batches(short) for ids in _ids(self._tokenizer, batch, self._dtype))
         return [next(encoded) if len(text) <= self._most_characters else self._encode_long(text) for text in texts]
@@ -68,7 +65,7 @@ class Reference:
 
 
 class TextTooLongError(Exception):
-    """A text that the reference could only encode as a whole, with memory that follows its length."""
+    """A text that the reference could only encode as a whole, using memory proportional to its length."""
 
 
 def _short(piece: str, text: str) -> str:
@@ -82,7 +79,7 @@ def _short(piece: str, text: str) -> str:
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts one after the other, up to a number of characters together, or a longer one alone."""
+    """Texts in batches of a bounded number of characters; a longer text alone."""
     batch: list[str] = []
     length = 0
     for text in texts:
@@ -111,7 +108,7 @@ def _spelling_out(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def open_gigatoken(tree: dict[str, Any], dtype: np.dtype[Any] = _DTYPE) -> Gigatoken | str:
-    """gigatoken with the tokenizer of a tokenizer.json's contents, or why it cannot encode with it."""
+    """gigatoken with a tokenizer.json's contents, or why it cannot be used."""
     try:
         from gigatoken.gigatoken_rs import load_hf_json
     except ImportError:
@@ -131,11 +128,9 @@ def open_gigatoken(tree: dict[str, Any], dtype: np.dtype[Any] = _DTYPE) -> Gigat
 
 
 class Gigatoken:
-    """gigatoken on the calling thread, since processes share the work. tree: the contents of a tokenizer.json. load:
-    opens such contents.
+    """gigatoken on the calling thread, since processes share the work. tree: tokenizer.json. load: opens such a tree.
 
-    It is given no added token at all, for it would match them in text; texts that may hold one that text may become
-    need the reference.
+    It is given no added tokens, because it would match them in text; texts that may contain one need the reference.
     """
 
     def __init__(self, tree: dict[str, Any], load: Callable[[dict[str, Any]], Any], dtype: np.dtype[Any]) -> None:
@@ -146,11 +141,11 @@ class Gigatoken:
         self._encoded_bytes = 0
 
     def needs_reference(self, text: str) -> bool:
-        """Whether the engines need not agree about a text."""
+        """Whether the engines might disagree about a text."""
         return any(test(text) for test in self._tests)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, uint32, or of a long one in dtype."""
+        """Ids of each text, uint32, or in dtype for a long one."""
         # encode_batch forgets the words it has seen, and is a third slower.
         encoded = [
             self._backend.encode(text) if len(text) <= _BATCH_CHARACTERS else self._encode_long(text) for text in texts
@@ -161,7 +156,7 @@ class Gigatoken:
         return encoded
 
     def _encode_long(self, text: str) -> np.ndarray:
-        """In pieces where it may be cut: the library makes several copies of what it encodes."""
+        """In pieces where the text may be cut, because the library makes several copies."""
         cutting = self._cutting
         if cutting is None or not cutting.may_cut(text):
             return np.asarray(self._backend.encode(text))
@@ -172,12 +167,11 @@ class Gigatoken:
 
 
 def _reference_tests(tree: dict[str, Any]) -> list[Callable[[str], bool]]:
-    """Each finds texts about which the engines need not agree.
+    """Tests for texts on which the engines might disagree.
 
-    These may hold an added token; or a character that one library's version of Unicode does not know, where a class of
-    characters or a normalizer decides; or they are not normalised yet. The reference's tables for the latter are so old
-    (combining marks of Unicode 11 and later have no class there) that only text that stays as it is has the same form
-    in both.
+    These may contain an added token; a character that is new to one library's Unicode tables, where classes or a
+    normalizer matter; or text that is not normalised yet: the reference's tables are so old that only text which is
+    already normalised has the same form in both.
     """
     tests: list[Callable[[str], bool]] = []
     for normalizer in normalizers_of(tree):

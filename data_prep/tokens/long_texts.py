@@ -1,19 +1,14 @@
-"""Where a long text may be cut so that the ids of the pieces, one after the other, are exactly those of the whole.
+r"""Where a long text may be cut so that the ids of its pieces, in sequence, are exactly those of the whole.
 
-The reference keeps some 130 bytes for each byte of text that it encodes at once, and takes a whole text for one word
-where a tokenizer has no pre-tokenizer, as LLaMA's. So long texts are cut, but only at places where that is provably
-without effect:
+The reference keeps some 130 bytes for each byte that it encodes at once, and takes a whole text for one word where a
+tokenizer has no pre-tokenizer, as LLaMA's. So long texts are cut, only where that is provably without effect:
 
-- Pre-tokenizers that split by classes of characters always split between a letter or digit and the white space or
-  punctuation after it
-  (but an apostrophe, which begins `'s`), nothing looks back, and what looks ahead (`\\s+(?!\\S)`) stands at white
-  space. This is proven for
-  each alternative of a pattern in `_ALTERNATIVES`; a pattern with another one is not cut.
-- BPE without a pre-tokenizer may be cut before a space (or newline) that follows something else, where no entry of the
-  vocabulary has one
-  inside: merges only ever make entries.
-- Normalizers must do the same to both sides: none of those admitted here joins a letter with the space or punctuation
-  after it.
+- Pre-tokenizers that split by character class always split between a letter or digit and the white space or punctuation
+  after it (except an apostrophe, which begins `'s`), nothing looks back, and what looks ahead (`\s+(?!\S)`) stands at
+  white space. This is proven for each pattern in `_ALTERNATIVES`; a pattern with any other alternative is not cut.
+- BPE without a pre-tokenizer may be cut before a space (or newline) that follows something else, if no vocabulary entry
+  has one inside: merges only ever make entries.
+- Normalizers must do the same to both sides: none admitted here joins a letter to the space or punctuation after it.
 - Added tokens that text may become must not touch the cut.
 """
 
@@ -92,9 +87,10 @@ _LOCAL_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents",
 
 @dataclass(frozen=True)
 class Cutting:
-    """How the texts of a tokenizer are cut. places: matches, of which each may begin a piece. continuing: the
-    tokenizer.json for all pieces but the first. may_cut: whether this text may be cut at all. blocked: whether an added
-    token touches this place of a text.
+    """How a tokenizer's texts are cut. places: each match may begin a piece. continuing: tokenizer.json for later
+    pieces.
+
+    may_cut: whether this text may be cut at all. blocked: whether an added token touches this place.
     """
 
     places: re.Pattern[str]
@@ -103,7 +99,7 @@ class Cutting:
     blocked: Callable[[str, int], bool]
 
     def pieces(self, text: str, length: int) -> Iterator[str]:
-        """The text in pieces of some `length` characters, or more where there is no place to cut."""
+        """The text in pieces of about `length` characters, or more where there is no place to cut."""
         start = 0
         while len(text) - start > length:
             cut = self._next(text, start + length)
@@ -122,9 +118,7 @@ class Cutting:
 
 
 def cutting_of(tree: dict[str, Any]) -> Cutting | None:
-    """How long texts are cut for a tokenizer; None where nothing is known to be exact. tree: the contents of a
-    tokenizer.json.
-    """
+    """How long texts are cut; None where no way is known to be exact. tree: tokenizer.json."""
     places = _places_without_splitter(tree) if tree.get("pre_tokenizer") is None else _places_of_splitter(tree)
     if places is None:
         return None
@@ -165,9 +159,7 @@ def _places_without_splitter(tree: dict[str, Any]) -> re.Pattern[str] | None:
 
 
 def _never_inside(model: dict[str, Any], character: str) -> bool:
-    """Whether no entry of a vocabulary has the character after another one, and it can be spelled at all (unknown ones
-    may be fused).
-    """
+    """Whether no vocabulary entry has the character after another one, and it can be spelled at all."""
     vocab = model["vocab"]
     spelled = [f"<0x{byte:02X}>" for byte in character.encode()]
     inside = re.compile(f"[^{character}]{character}")
@@ -180,9 +172,7 @@ def _never_inside(model: dict[str, Any], character: str) -> bool:
 
 
 def _places_of_splitter(tree: dict[str, Any]) -> re.Pattern[str] | None:
-    """Before a space after a letter or digit; where nothing but classes of characters counts, before newlines and
-    punctuation too.
-    """
+    """Before a space after a letter or digit; by character class also before newlines and punctuation."""
     steps = flat(tree["pre_tokenizer"])
     if not all(map(_is_local, steps)) or not all(map(_keeps_letters_apart, normalizers_of(tree))):
         return None
@@ -210,7 +200,7 @@ def _is_local(step: dict[str, Any]) -> bool:
 
 
 def _splits_at(step: dict[str, Any], kinds: set[str]) -> bool:
-    """Whether a step ends every run of letters (or numbers) by a split."""
+    """Whether a step splits after every run of letters (or numbers)."""
     if step["type"] == "Split":
         return bool(set(alternatives(step["pattern"]["Regex"])) & kinds)
     return step["type"] in _CLASS_SPLITTERS or (step["type"] == "ByteLevel" and step.get("use_regex", True))
@@ -228,7 +218,7 @@ def _keeps_letters_apart(normalizer: dict[str, Any]) -> bool:
 
 
 def alternatives(pattern: str) -> list[str]:
-    """A pattern's alternatives, without what is in groups."""
+    """A pattern's top-level alternatives."""
     found, depth, in_class, start, place = [], 0, False, 0, 0
     while place < len(pattern):
         sign = pattern[place]

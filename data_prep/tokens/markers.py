@@ -1,9 +1,7 @@
-"""The tokens that a dataset puts around its documents and into them: a start token, an end token, those of
-fill-in-the-middle.
+"""The tokens that a dataset puts around and into documents: start, end, and those of fill-in-the-middle.
 
-`Markers` are their names, as options give them; `marker_ids` finds them in a tokenizer. A document in a shard is bos,
-its own tokens, eos, where bos or eos may be missing but not both. In text a marker's name stays text, for markers are
-control ids (tokenization.py).
+`Markers` are names, as options give them; `marker_ids` finds them in a tokenizer. A document in a shard is bos, its own
+tokens, eos, where one of bos and eos may be missing. A marker's name in text stays text (tokenization.py).
 """
 
 from __future__ import annotations
@@ -24,9 +22,7 @@ _SHOWN_TOKENS = 40
 
 
 class FimIds(NamedTuple):
-    """Ids of the control tokens of fill-in-the-middle. pad: only fim_released.py writes it; None where the tokenizer
-    has none.
-    """
+    """Ids of the FIM control tokens. pad: written by fim/released.py alone; None if missing."""
 
     prefix: int
     middle: int
@@ -36,10 +32,9 @@ class FimIds(NamedTuple):
 
 @dataclass(frozen=True)
 class Markers:
-    """Names of tokens. eos: None for the first of EOS_CANDIDATES that there is, NO_EOS for no end token. bos: None for
-    no start token.
+    """Names of tokens. eos: None for the first of EOS_CANDIDATES, NO_EOS for none. bos: None for none.
 
-    fim: prefix, middle, suffix and perhaps pad; () for `<|fim_prefix|>` or `<fim_prefix>` and the like.
+    fim: prefix, middle, suffix and perhaps pad; () for `<|fim_prefix|>` or `<fim_prefix>` and so on.
     """
 
     eos: str | None = None
@@ -48,7 +43,6 @@ class Markers:
 
     @property
     def named(self) -> tuple[str, ...]:
-        """All that are named."""
         return tuple(
             name for name in (self.bos, None if self.eos == NO_EOS else self.eos, *self.fim) if name is not None
         )
@@ -56,7 +50,7 @@ class Markers:
 
 @dataclass(frozen=True)
 class MarkerIds:
-    """Ids of Markers: eos and bos None where documents have none, fim None where Markers name none."""
+    """Ids of Markers; eos or bos None where documents have none, fim None where no names are given."""
 
     eos: int | None
     bos: int | None = None
@@ -64,7 +58,7 @@ class MarkerIds:
 
     @property
     def separator(self) -> int:
-        """The id that tells documents apart, and that fills rows: the end token, else the start token."""
+        """The id that separates documents and fills rows: the end token, else the start token."""
         found = self.bos if self.eos is None else self.eos
         assert found is not None
         return found
@@ -118,12 +112,12 @@ def recorded_markers(manifest: DatasetManifest) -> Markers:
 
 
 def fim_names(text: str | None) -> tuple[str, ...]:
-    """prefix,middle,suffix[,pad] as one string, as --fim-tokens and the manifest have it."""
+    """From prefix,middle,suffix[,pad] as --fim-tokens and the manifest have it."""
     return () if text is None else tuple(text.split(","))
 
 
 def check_fim_names(names: tuple[str, ...]) -> None:
-    """Raises DataError for other than three or four names."""
+    """Raises DataError unless there are three or four names."""
     if len(names) not in (3, 4) or not all(names):
         raise DataError(
             f"--fim-tokens {','.join(names)}: give three or four names with commas between: prefix,middle,suffix[,pad]"
@@ -138,7 +132,7 @@ def _named(tokenizer: Tokenizer, name: str, option: str, where: str) -> int:
 
 
 def token_names(tokenizer: Tokenizer, near: str | None = None) -> str:
-    """What special tokens a tokenizer has, those that are spelled like `near` first, for an error's text."""
+    """A tokenizer's special tokens, those spelled like `near` first, for an error's text."""
     has = sorted(token.content for token in tokenizer.get_added_tokens_decoder().values())
     alike = [] if near is None else difflib.get_close_matches(near, has, 3)
     shown = [*alike, *(token for token in has if token not in alike)][:_SHOWN_TOKENS]

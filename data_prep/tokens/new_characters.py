@@ -1,10 +1,9 @@
-"""Characters whose properties two libraries may know differently, because Unicode has added them lately, or may yet.
+"""Characters whose class two libraries may not agree on, because Unicode added them recently or has not assigned them.
 
-Pre-tokenizers split by classes of characters (letters, numbers), and each library brings the tables of its own version
-of Unicode: between tokenizers 0.23 and gigatoken 0.10 it is the letters of version 17 that differ. Text with a
-character that Unicode 14 (2021) did not assign is therefore left to the reference. Of the planes above the first the
-scripts of few texts are included as a whole; emoji are not, which no published pattern distinguishes from what is not
-assigned.
+Pre-tokenizers split by classes of characters, with each library's own Unicode tables: tokenizers 0.23 and gigatoken
+0.10 differ in the letters of version 17. Text with a character that Unicode 14 (2021) did not assign is therefore left
+to the reference. Above the first plane, whole scripts of rare texts are included; emoji are not, since no published
+pattern separates them from unassigned characters.
 """
 
 from __future__ import annotations

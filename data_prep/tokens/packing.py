@@ -1,9 +1,8 @@
-"""Best-fit packing: whole documents into rows of row_tokens tokens, so that few documents are cut and little is padded.
+"""Best-fit packing: whole documents into rows of row_tokens tokens, with few cuts and little padding.
 
-Concatenation needs no packing at all, a row is a window of the stream (see core/formats/shard_reader.py). Here rows
-stand alone. A document longer than a row is cut into full rows and a rest; rests and documents are then placed, longest
-first, each into the fullest row that still takes it (best-fit decreasing; Johnson, "Near-optimal bin packing
-algorithms", 1973). Nothing is dropped.
+A document longer than a row is cut into full rows and a rest. Rests and documents are then placed, longest first, each
+into the fullest row that has room (best-fit decreasing; Johnson, "Near-optimal bin packing algorithms", 1973). Nothing
+is dropped. Concatenated rows need no packing: they are windows of the stream.
 """
 
 from __future__ import annotations
@@ -22,15 +21,13 @@ class Piece(NamedTuple):
 
 
 def split(array: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
-    """Views of an array up to each of the rising ends; np.split takes ten times as long a piece."""
+    """Views of an array up to each of the rising ends; ten times as fast as np.split."""
     stops: list[int] = ends.tolist()
     return [array[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
 
 
 def best_fit_rows(lengths: np.ndarray, row_tokens: int) -> list[list[Piece]]:
-    """int64 [documents] lengths -> the pieces of each row, in document order within a row; a function of the lengths
-    alone.
-    """
+    """int64 [documents] lengths -> the pieces of each row, in document order; a function of the lengths alone."""
     pieces = [
         Piece(document, start, min(start + row_tokens, length))
         for document, length in enumerate(lengths.tolist())

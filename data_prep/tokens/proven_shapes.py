@@ -1,9 +1,8 @@
-"""Which tokenizers gigatoken encodes exactly as the reference does, told by their settings.
+"""Which tokenizers gigatoken encodes exactly as the reference does, judged by their settings.
 
-gigatoken passes over settings that it does not know instead of refusing them: a suffix of words, what a split does with
-what it finds, a second split. Where texts on which that counts are rare, a sample finds them by chance alone. So only
-settings are left to it that were compared with the reference setting by setting, and anything else goes to the
-reference. (Which patterns of splits it knows it says itself.)
+gigatoken ignores settings that it does not know instead of refusing them, and texts on which they matter may be too
+rare for a sample. So it is used only for settings that were compared with the reference one by one. (Which split
+patterns it knows, it says itself.)
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _BYTE_CHARACTERS = frozenset(pre_tokenizers.ByteLevel.alphabet())
 
 
 def not_proven(tree: dict[str, Any]) -> str | None:
-    """Which setting of a tokenizer.json's contents was not compared; None where all were."""
+    """A setting of tokenizer.json that was not compared; None if all were."""
     model, steps = tree["model"], flat(tree.get("pre_tokenizer"))
     for setting in ("end_of_word_suffix", "continuing_subword_prefix"):
         if model.get(setting):
@@ -61,7 +60,7 @@ def _byte_level(steps: list[dict[str, Any]], vocab: dict[str, int]) -> str | Non
 
 
 def flat(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a pre-tokenizer, one after the other."""
+    """The steps of a pre-tokenizer, in order."""
     if pre_tokenizer is None:
         return []
     if pre_tokenizer["type"] == "Sequence":

@@ -1,12 +1,10 @@
-"""SentencePiece models (`tokenizer.model`) as a tokenizer.json, whose ids are compared with SentencePiece's own before
-it is used.
+"""SentencePiece models (`tokenizer.model`) as a tokenizer.json, compared with SentencePiece's own ids before use.
 
-The model file is read by SentencePiece's protocol buffers. What of a model has no exact counterpart in `tokenizers` is
-refused, and so is a model for which the two give other ids for one of some thousand texts: sentences of the
-vocabulary's own pieces, awkward white space, long repetitions, and source code. Two differences remain, both of Unigram
-models. Where two orders of the same pieces have the same score (in a run of one character), each library's rounding
-decides, so these may come in another order. And where a text spells a control, unknown or byte piece, `tokenizers`
-takes it for that piece: such documents become failures (tokenization.py), never other ids.
+Features without an exact counterpart in `tokenizers` are refused, and so is a model that gives other ids for one of
+some thousand texts: sentences of its own pieces, unusual white space, long repetitions, source code. Two differences
+remain, both of Unigram models. Among orders of the same pieces with the same score (runs of one character), rounding
+decides. And text that spells a control, unknown or byte piece is taken for that piece by `tokenizers`: such documents
+become failures (tokenization.py), never other ids.
 """
 
 from __future__ import annotations
@@ -46,12 +44,12 @@ _CODE_FILES = ("decoder.py", "encoder.py", "scanner.py")
 
 
 def is_sentencepiece(path: Path, data: bytes) -> bool:
-    """Whether a tokenizer's file is a SentencePiece model by its name, and no JSON."""
+    """Whether a tokenizer's file is a SentencePiece model by its name, and not JSON."""
     return path.suffix == ".model" and data.lstrip()[:1] != b"{"
 
 
 def tokenizer_json(data: bytes, where: str) -> bytes:
-    """The tokenizer.json of a SentencePiece model's bytes. Raises DataError, which begins with `where`."""
+    """The tokenizer.json of a SentencePiece model. Raises DataError, which begins with `where`."""
     try:
         import sentencepiece
 
@@ -137,9 +135,7 @@ def _converted(proto: Any) -> Tokenizer:
 
 
 def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two others, best scores first. SentencePiece joins any two symbols that
-    make a piece.
-    """
+    """All pairs of pieces that join to a piece, best scores first: SentencePiece joins any two that make one."""
     normal = {piece for piece, _, kind in pieces if kind in (_NORMAL, _USER_DEFINED)}
     if missing := {character for piece, _, kind in pieces if kind == _NORMAL for character in piece} - normal:
         raise ValueError(
@@ -156,7 +152,7 @@ def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
 
 
 def _prove(original: Any, tokenizer: Tokenizer, proto: Any) -> None:
-    """Raises ValueError where a text of the sample has other ids in SentencePiece."""
+    """Raises ValueError where a sample text has other ids in SentencePiece."""
     tokenizer.encode_special_tokens = True
     for text in _sample(proto):
         ids, wanted = tokenizer.encode(text, add_special_tokens=False).ids, original.encode(text)
@@ -174,9 +170,7 @@ def _prove(original: Any, tokenizer: Tokenizer, proto: Any) -> None:
 
 
 def _sample(proto: Any) -> Iterable[str]:
-    """Texts of the vocabulary's own pieces and of source code: the same for the same model, but for the interpreter's
-    library.
-    """
+    """Texts of the vocabulary's own pieces and of source code; the same for the same model and interpreter."""
     normal = [piece.piece for piece in proto.pieces if piece.type == _NORMAL]
     draw = random.Random(0)
     yield from _PROBES

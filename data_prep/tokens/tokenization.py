@@ -1,9 +1,9 @@
 """Load any tokenizer.json, and encode text so that no text ever becomes a control token.
 
-Two engines give the same ids: Hugging Face `tokenizers`, the reference, and `gigatoken`, some ten times faster, which
-is compared with the reference in every run. A document that holds the characters `</s>` must not end there. Control
-tokens in text are spelled out, and should one of their ids come out all the same, that is an error. Document ends come
-from `doc_end`, never from an id.
+Two engines give the same ids: Hugging Face `tokenizers`, the reference, and `gigatoken`, about ten times faster and
+compared with the reference in every run. A document that contains the characters `</s>` must not end there: control
+tokens in text are spelled out, and one of their ids in the result is an error. Document ends come from `doc_end`, never
+from an id.
 """
 
 from __future__ import annotations
@@ -44,10 +44,9 @@ DEFAULT_MARKERS = Markers()
 
 @dataclass
 class Counts:
-    """Documents: encoded by the reference and by the fast engine, and how many of the latter by both, to compare;
-    unknown: tokens.
+    """Numbers of documents encoded by the reference, by the fast engine, and by both to compare; `encode` adds to them.
 
-    `encode` adds to it. An unknown token is what the tokenizer's model gives for text that its vocabulary cannot spell.
+    unknown: tokens for text that the vocabulary cannot spell.
     """
 
     reference: int = 0
@@ -57,17 +56,14 @@ class Counts:
 
 
 class EnginesDifferError(DataError):
-    """The fast engine gave other ids than the reference, or none. Under --engine auto the reference then encodes
-    everything anew.
-    """
+    """The fast engine gave other ids, or none. Under --engine auto the reference then encodes everything anew."""
 
 
 class TextEncoder:
-    """A tokenizer as the pipeline uses it. data: the bytes of tokenizer.json. vocab_size: one more than the largest id.
+    """A tokenizer as the pipeline uses it. data: tokenizer.json. vocab_size: one more than the largest id.
 
-    markers: ids of the tokens around documents. engine, engine_version: who encodes. engine_reason: why not gigatoken,
-    or None. control_ids: sorted ids that no text may become. unknown_id: what text becomes that the vocabulary cannot
-    spell; None where it can spell all text, or where the id means something else.
+    engine_reason: why not gigatoken, or None. control_ids: sorted ids that no text may become. unknown_id: for text
+    that the vocabulary cannot spell; None where it can spell all text, or the id has another meaning.
     """
 
     def __init__(self, data: bytes, tokenizer: Tokenizer, markers: MarkerIds, engine: str, where: str) -> None:
@@ -123,7 +119,7 @@ class TextEncoder:
         hashes: Sequence[bytes] | None = None,
         counts: Counts | None = None,
     ) -> list[np.ndarray]:
-        """encode_each, where every text must have ids. Raises DataError, by `names`, for the first that has none."""
+        """encode_each, where every text must have ids. Raises DataError naming the first that has none."""
         encoded = self.encode_each(texts, names, hashes, counts)
         for ids, name in zip(encoded, names, strict=True):
             if isinstance(ids, str):
@@ -137,10 +133,9 @@ class TextEncoder:
         hashes: Sequence[bytes] | None = None,
         counts: Counts | None = None,
     ) -> list[np.ndarray | str]:
-        """Ids of each text, without eos, in the shards' dtype; or why it has none, and the remedy: a control id, a
-        failing library.
+        """Ids of each text, without eos, in the shards' dtype; or why it has none, with the remedy.
 
-        hashes: of the texts, by which those to be compared are chosen. Raises EnginesDifferError, by `names`.
+        hashes: of the texts, which decide what is compared. Raises EnginesDifferError with one of `names`.
         """
         counts = Counts() if counts is None else counts
         if self._fast is None:
@@ -176,9 +171,7 @@ class TextEncoder:
         return result
 
     def _control_hits(self, ids: np.ndarray, ends: np.ndarray, counts: Counts) -> list[int]:
-        """Where the first control id of each text stands that has one. ends: of the texts. Counts the unknown
-        tokens.
-        """
+        """Where the first control id of each affected text is. ends: of the texts. Also counts unknown tokens."""
         hits = []
         for start in range(0, len(ids), _BLOCK_TOKENS):
             block = ids[start : start + _BLOCK_TOKENS]
@@ -190,7 +183,7 @@ class TextEncoder:
         return [int(hit) for hit in found[first]]
 
     def _by_reference(self, texts: Sequence[str]) -> list[np.ndarray | str]:
-        """Of each text its ids, or why the library gives none."""
+        """For each text its ids, or why the library gives none."""
         try:
             return [*self._reference.encode(texts)]
         except BaseException as error:
@@ -208,9 +201,7 @@ class TextEncoder:
         hashes: Sequence[bytes] | None,
         counts: Counts,
     ) -> list[np.ndarray | str]:
-        """Those about which the engines need not agree by the reference, the rest by the fast engine; a sample by
-        both.
-        """
+        """Texts on which the engines may disagree go to the reference, others to the fast engine, a sample to both."""
         apart = [index for index, text in enumerate(texts) if fast.needs_reference(text)]
         together = sorted(set(range(len(texts))) - set(apart)) if apart else range(len(texts))
         encoded: list[np.ndarray | str] = [""] * len(texts)
@@ -248,16 +239,14 @@ class TextEncoder:
         return np.array(bos, self.dtype), np.array(eos, self.dtype)
 
     def special_id(self, name: str) -> int | None:
-        """The id of a special token, as 'fim_prefix', in either spelling; None where there is none."""
+        """The id of a special token such as 'fim_prefix', in either spelling, or None."""
         found = (self._tokenizer.token_to_id(spelling) for spelling in (f"<|{name}|>", f"<{name}>"))
         return next((int(index) for index in found if index is not None), None)
 
     def special_tokens(self) -> str:
-        """The names of its special tokens, for an error's text."""
         return token_names(self._tokenizer)
 
     def names_of(self, ids: Iterable[int]) -> tuple[str, ...]:
-        """The tokens of these ids."""
         return tuple(str(self._tokenizer.id_to_token(index)) for index in ids)
 
     def decode(self, ids: np.ndarray) -> str:
@@ -265,9 +254,7 @@ class TextEncoder:
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
 
     def compact_utf8(self, ids: np.ndarray) -> bytes:
-        """Text of ids without control ids and ASCII white space, as UTF-8; ids outside the vocabulary are an
-        IndexError.
-        """
+        """Text of ids as UTF-8 without control ids and ASCII white space. Raises IndexError for an unknown id."""
         if self._compact is not None:
             data = self._compact.utf8(ids)
             if data.isascii():
@@ -285,7 +272,7 @@ class TextEncoder:
 
 
 def _first_difference(ids: np.ndarray | str, others: np.ndarray | str) -> int | None:
-    """The first token in which two encodings of a text differ; 0 where one of them failed."""
+    """The first token in which two encodings differ; 0 where one of them failed."""
     if isinstance(ids, str) or isinstance(others, str):
         return 0
     if np.array_equal(ids, others):
@@ -301,9 +288,7 @@ def _slices(text: str) -> Iterator[str]:
 
 
 def _sample(texts: Sequence[str], fast: Sequence[int], hashes: Sequence[bytes] | None) -> list[int]:
-    """Which of the documents that the fast engine encoded are compared: by their hashes, so the same whoever encodes;
-    at least one.
-    """
+    """Which documents of the fast engine are compared: chosen by hash, so always the same; at least one."""
     if not fast:
         return []
     if hashes is None:
@@ -316,9 +301,9 @@ def _sample(texts: Sequence[str], fast: Sequence[int], hashes: Sequence[bytes] |
 
 
 def make_encoder(data: bytes, where: str, markers: Markers = DEFAULT_MARKERS, *, engine: str = "auto") -> TextEncoder:
-    """The tokenizer of a tokenizer.json's bytes. markers: the tokens around documents. Raises DataError.
+    """The tokenizer of a tokenizer.json. markers: the tokens around documents. Raises DataError.
 
-    engine: 'tokenizers' (the reference), 'gigatoken', or 'auto': gigatoken where it is installed and can.
+    engine: 'tokenizers' (the reference), 'gigatoken', or 'auto': gigatoken where it is installed and applicable.
     """
     tokenizer = tokenizer_from(data, where)
     return TextEncoder(data, tokenizer, marker_ids(tokenizer, markers, where), engine, where)
@@ -326,7 +311,7 @@ def make_encoder(data: bytes, where: str, markers: Markers = DEFAULT_MARKERS, *,
 
 @functools.lru_cache(maxsize=2)
 def encoder_for(data: bytes, markers: Markers, engine: str) -> TextEncoder:
-    """make_encoder, kept: a worker process makes it once."""
+    """make_encoder, cached: a worker process makes it once."""
     return make_encoder(data, "the tokenizer", markers, engine=engine)
 
 
