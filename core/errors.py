@@ -65,13 +65,13 @@ def file_problem(error: OSError | ValueError) -> str:
 
 
 @contextlib.contextmanager
-def os_errors_as(kind: type[WeftrainError], problem: str, remedy: str) -> Iterator[None]:
+def os_errors_as(kind: type[WeftrainError], problem: str, remedy: str = "") -> Iterator[None]:
     """Raise an OSError of the block as `kind`: "problem: what the system says (which file): remedy"."""
     try:
         yield
     except OSError as error:
         where = f" ({error.filename})" if error.filename and str(error.filename) not in problem else ""
-        raise kind(f"{problem}: {file_problem(error)}{where}: {remedy}") from error
+        raise kind(f"{problem}: {file_problem(error)}{where}{remedy and ': ' + remedy}") from error
 
 
 # control characters, line and paragraph separators, direction marks, invisible characters, lone surrogates

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, file_problem
 from weftrain.core.formats import fsops
 from weftrain.core.formats.dataset import TOKENIZER
 from weftrain.core.formats.dataset_manifest import DatasetManifest, Fim
@@ -215,7 +215,7 @@ class _Run:
                 f"{folder}: is being prepared by another process; wait for it, or give another --name"
             ) from None
         except OSError as error:
-            place = f"{error.filename or folder}: {error.strerror or error}"
+            place = f"{error.filename or folder}: {file_problem(error)}"
             raise DataError(
                 f"{place}; free space or choose another folder for the datasets; run again and it goes on"
             ) from error

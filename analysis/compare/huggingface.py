@@ -22,7 +22,7 @@ from torch import Tensor
 from weftrain.analysis.compare.series import Series, SeriesPoint
 from weftrain.analysis.evaluation.generation import load_model
 from weftrain.core.checkpoint import Weights
-from weftrain.core.errors import CheckpointError, DataError, NonFiniteError, one_line
+from weftrain.core.errors import CheckpointError, DataError, NonFiniteError, file_problem, one_line
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_json, sha256_json
 from weftrain.core.formats.tensor_file import open_regular, read_header
@@ -96,7 +96,7 @@ def read_huggingface(folder: Path, name: str, tokens_per_step: int | None) -> Se
     try:
         groups = repeated({path.name: [path / file for file in weight_files(path)] for path in revisions.values()})
     except OSError as error:
-        raise CheckpointError(f"{error.filename}: {error.strerror}: take another copy of the folder") from error
+        raise CheckpointError(f"{error.filename}: {file_problem(error)}: take another copy of the folder") from error
     if groups:
         raise CheckpointError(
             f"{folder}: several steps have the same weights: {told(groups)}: fetch them again, or move one away"
@@ -169,7 +169,7 @@ def is_own(path: Path, config: dict[str, Any]) -> bool:
     try:
         return config.get("auto_map") == AUTO_MAP and is_known_modeling(path / MODELING)
     except OSError as error:
-        raise _refused(path, MODELING, error.strerror, "take another copy of the folder") from error
+        raise _refused(path, MODELING, file_problem(error), "take another copy of the folder") from error
 
 
 def _architectures() -> Any:

@@ -30,7 +30,7 @@ from weftrain.analysis.memorization.scores import (
 )
 from weftrain.core import checkpoint
 from weftrain.core.data import HeldOut
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, file_problem
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import open_plain, read_plain, real_path
@@ -150,7 +150,7 @@ def _vocabulary(path: Path) -> dict[str, int]:
     try:
         data = read_plain(path, "tokenizer")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; put the model's own there") from error
+        raise DataError(f"{path}: cannot be read: {file_problem(error)}; put the model's own there") from error
     found: dict[str, int] = tokenizer_from(data, str(path), "put the model's own there").get_vocab(
         with_added_tokens=True
     )

@@ -30,7 +30,7 @@ from weftrain.analysis.evaluation.records import (
     stored,
     version_of,
 )
-from weftrain.core.errors import DataError, one_line
+from weftrain.core.errors import DataError, file_problem, one_line
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import sha256_json
 from weftrain.core.formats.dataset_manifest import DatasetManifest
@@ -220,7 +220,8 @@ def open_tokenizer(
         data = read_plain(path, "tokenizer")
     except OSError as error:
         raise DataError(
-            f"{path}: cannot read the tokenizer: {error.strerror}: name the model's tokenizer.json with --tokenizer"
+            f"{path}: cannot read the tokenizer: {file_problem(error)}: name the model's tokenizer.json with "
+            "--tokenizer"
         ) from error
     tokenizer = tokenizer_from(data, str(path), "name the right file with --tokenizer")
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)

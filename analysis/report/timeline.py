@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weftrain.analysis.figure import new_figure, picture
-from weftrain.core.errors import WeftrainError
+from weftrain.core.errors import WeftrainError, file_problem
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import read_plain
@@ -90,7 +90,7 @@ def read_trace(path: Path) -> list[Slice]:
     except (FileNotFoundError, NotADirectoryError):
         raise TimelineError(f"{path}: no trace here; {_RECORD}") from None
     except OSError as error:
-        raise TimelineError(f"{path}: cannot be read ({error.strerror}); mend that, or {_RECORD}") from None
+        raise TimelineError(f"{path}: cannot be read ({file_problem(error)}); mend that, or {_RECORD}") from None
     try:
         trace = parse_json(data)
     except ValueError as error:

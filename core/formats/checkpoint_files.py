@@ -151,7 +151,7 @@ def read_structure(path: Path) -> tuple[dict[str, Any], Layouts]:
     """Manifest and file layouts of the checkpoint folder `path`, all their claims checked against each other and the
     folder; tensor bytes are not hashed yet. Raises CheckpointError.
     """
-    with _blamed(path, MANIFEST):
+    with _file_errors(path, MANIFEST):
         manifest = read_checkpoint_manifest(path)
     present = {entry.name for entry in entries_of(path)} - {MANIFEST}
     for name in sorted(present ^ set(manifest["files"])):
@@ -159,7 +159,7 @@ def read_structure(path: Path) -> tuple[dict[str, Any], Layouts]:
         raise CheckpointError(f"{path}: {name}: {what}: {REMEDY}")
     layouts: Layouts = {}
     for name, entry in manifest["files"].items():
-        with _blamed(path, name), open_regular(path / name) as file:
+        with _file_errors(path, name), open_regular(path / name) as file:
             if (size := (path / name).stat().st_size) != entry["size"]:
                 raise ValueError(f"holds {size} bytes, the manifest says {entry['size']}")
             layouts[name] = read_header(file)
@@ -192,7 +192,7 @@ def read_tensor_verified(path: Path, name: str, claimed: Mapping[str, Any], layo
     manifest. Raises CheckpointError.
     """
     file_name = claimed["file"]
-    with _blamed(path, file_name), open_regular(path / file_name) as file:
+    with _file_errors(path, file_name), open_regular(path / file_name) as file:
         tensor = read_tensor(file, layouts[file_name][name])
         if hashlib.sha256(tensor_memory(tensor)).hexdigest() != claimed["sha256"]:
             raise ValueError(f"tensor '{name}' has changed since it was written (SHA-256 differs)")
@@ -207,12 +207,12 @@ def entries_of(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise UnreadableError(
-            f"{folder}: cannot be listed: {error.strerror}: check the folder and its permissions"
+            f"{folder}: cannot be listed: {file_problem(error)}: check the folder and its permissions"
         ) from error
 
 
 @contextlib.contextmanager
-def _blamed(path: Path, name: str) -> Iterator[None]:
+def _file_errors(path: Path, name: str) -> Iterator[None]:
     """Turn whatever is wrong with one file into a CheckpointError that names it."""
     try:
         yield
@@ -238,7 +238,7 @@ def _compare_layout(layout: Mapping[str, TensorLayout], claimed: Mapping[str, di
 
 def _damage_outside_tensors(path: Path, name: str, entry: Mapping[str, Any]) -> str:
     """What is wrong with a file's header, which no tensor's hash covers; by a manifest of version 1, with the file."""
-    with _blamed(path, name):
+    with _file_errors(path, name):
         if "sha256" in entry:
             found, wanted = fsops.sha256_file(path / name), entry["sha256"]
         else:
@@ -250,7 +250,7 @@ def _damage_outside_tensors(path: Path, name: str, entry: Mapping[str, Any]) -> 
 def _damaged_tensors(
     path: Path, name: str, layout: Mapping[str, TensorLayout], claimed: Mapping[str, dict[str, Any]]
 ) -> str:
-    with _blamed(path, name), open_regular(path / name) as file:
+    with _file_errors(path, name), open_regular(path / name) as file:
         damaged = [key for key, place in layout.items() if _sha256_of(file, place) != claimed[key]["sha256"]]
     return f"{name}: damaged tensor {_listed(damaged)}" if damaged else ""
 

@@ -21,6 +21,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -325,16 +326,8 @@ def _is_abandoned(folder: Path) -> bool:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file's bytes; the target appears whole, durable, under its name, or not at all."""
-    temporary = temporary_beside(target)
-    try:
-        with open_plain(source) as read, FileWriter(temporary) as file:
-            while block := read.read(1 << 24):
-                file.write(block)
-            file.sync()
-        rename(temporary, target)
-    except OSError:
-        _unlink_if_possible(temporary)
-        raise
+    with open_plain(source) as file:
+        write_blocks(target, iter(partial(file.read, 1 << 24), b""))
 
 
 def link_or_copy(source: Path, target: Path) -> None:

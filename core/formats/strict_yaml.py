@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from weftrain.core.errors import RecipeError
+from weftrain.core.errors import RecipeError, file_problem
 from weftrain.core.formats.plain_file import read_plain
 
 MAX_DEPTH = 12
@@ -109,7 +109,7 @@ def read_text(path: Path) -> str:
     try:
         return read_plain(path, "recipe").decode()
     except OSError as error:
-        raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from None
+        raise RecipeError(f"{path}: cannot read the recipe: {file_problem(error)}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text at byte {error.start}") from None
 

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from weftrain.core.errors import RunFolderError
+from weftrain.core.errors import RunFolderError, file_problem
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import UnreadableFileError, plain_lines
 
@@ -88,7 +88,9 @@ def counted_lines(path: Path, without: Collection[int] = ()) -> Iterator[Counted
     except FileNotFoundError:
         return
     except OSError as error:
-        raise RunFolderError(f"{path}: cannot be read: {error.strerror}: check the file and its permissions") from error
+        raise RunFolderError(
+            f"{path}: cannot be read: {file_problem(error)}: check the file and its permissions"
+        ) from error
 
 
 def _checked(data: bytes) -> Record:

@@ -31,7 +31,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from weftrain.core.config import Recipe
-from weftrain.core.errors import RunFolderError, os_errors_as
+from weftrain.core.errors import RunFolderError, file_problem, os_errors_as
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json
 from weftrain.core.formats.plain_file import read_plain
@@ -163,7 +163,9 @@ def stored_recipe(folder: Path, *, missing_ok: bool = False) -> dict[str, Any] |
             return None
         raise RunFolderError(f"{path}: is missing: name the folder of a run that was started") from error
     except OSError as error:
-        raise RunFolderError(f"{path}: cannot be read: {error.strerror}: check the disk and its permissions") from error
+        raise RunFolderError(
+            f"{path}: cannot be read: {file_problem(error)}: check the disk and its permissions"
+        ) from error
     except ValueError as error:
         raise RunFolderError(
             f"{path}: damaged: {error}: restore it from the newest checkpoint's manifest, key 'recipe'"

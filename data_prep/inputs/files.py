@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import IO
 
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, file_problem, os_errors_as
 from weftrain.data_prep.inputs.remote import RemoteSystem
 from weftrain.data_prep.readers.documents import InputFile
 
 BLOCK_BYTES = 1 << 20
+
+
+def reading(address: str) -> AbstractContextManager[None]:
+    """Raise an OSError of the block as a DataError that names the input file."""
+    return os_errors_as(DataError, f"{address}: cannot be read")
 
 
 def local_path(address: str) -> str:
@@ -45,13 +51,9 @@ def local_file(path: str, name: str, source: str, format: str) -> InputFile:
 
 def open_address(address: str) -> IO[bytes]:
     """The raw bytes of a local path or an address. Raises DataError."""
-    try:
-        if is_local(address):
-            return open(address, "rb")
-        system, path = file_system(address)
-        return system.open(path)
-    except OSError as error:
-        raise DataError(f"{address}: cannot be read: {error.strerror or error}") from error
+    with reading(address):
+        system = None if is_local(address) else file_system(address)
+        return open(address, "rb") if system is None else system[0].open(system[1])
 
 
 def read_head(address: str, num_bytes: int) -> bytes:
@@ -64,7 +66,7 @@ def read_head(address: str, num_bytes: int) -> bytes:
         head: bytes = system.cat_file(path, start=0, end=num_bytes)
         return head
     except (OSError, ValueError) as error:
-        raise DataError(f"{address}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise DataError(f"{address}: cannot be read: {file_problem(error)}") from error
 
 
 def exists(address: str) -> bool:
@@ -72,23 +74,20 @@ def exists(address: str) -> bool:
     if is_local(address):
         return os.path.isfile(address)
     system, path = file_system(address)
-    try:
-        return bool(system.isfile(path))
-    except OSError as error:
-        raise DataError(f"{address}: cannot be read: {error.strerror or error}") from error
+    with reading(address):
+        found = bool(system.isfile(path))
+    return found
 
 
 def check_unchanged(file: InputFile) -> None:
     """Raises DataError where a file is no longer what was listed."""
-    try:
+    with reading(file.address):
         if is_local(file.address):
             status = os.stat(file.address)
             same = (status.st_size, status.st_mtime_ns) == (file.num_bytes, file.modified_ns)
         else:
             system, path = file_system(file.address)
             same = system.size_now(path) == file.num_bytes
-    except OSError as error:
-        raise DataError(f"{file.address}: cannot be read: {error.strerror or error}") from error
     if not same:
         raise changed(file)
 
@@ -100,7 +99,7 @@ def changed(file: InputFile) -> DataError:
 def range_sha256(file: InputFile, begin: int, end: int, beside: Sequence[str] = ()) -> str:
     """Hex SHA-256 of the files `beside`, then bytes [begin, end) of a file. Raises DataError where it ends early."""
     digest = hashlib.sha256()
-    try:
+    with reading(file.address):
         for address in beside:
             with open_address(address) as opened:
                 while block := opened.read(BLOCK_BYTES):
@@ -111,8 +110,6 @@ def range_sha256(file: InputFile, begin: int, end: int, beside: Sequence[str] = 
             while left and (block := opened.read(min(left, BLOCK_BYTES))):
                 digest.update(block)
                 left -= len(block)
-    except OSError as error:
-        raise DataError(f"{file.address}: cannot be read: {error.strerror or error}") from error
     if left:
         raise changed(file)
     return digest.hexdigest()

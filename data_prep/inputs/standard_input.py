@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, file_problem
 from weftrain.core.formats import fsops
 from weftrain.core.formats.safe_names import path_below
 from weftrain.data_prep.inputs.files import BLOCK_BYTES
@@ -50,7 +50,7 @@ def spool(stream: IO[bytes], output: Path, name: str) -> Path:
             f"{folder}: is being prepared by another process; wait for it, or give another --name"
         ) from None
     except OSError as error:
-        place = f"{error.filename or folder}: {error.strerror or error}"
+        place = f"{error.filename or folder}: {file_problem(error)}"
         raise DataError(
             f"standard input cannot be kept: {place}; free space or choose another folder for the datasets"
         ) from error

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, file_problem
 from weftrain.core.formats.plain_file import real_path
 from weftrain.data_prep.inputs import listing_rules as rules
 from weftrain.data_prep.inputs.compression import compression_of
@@ -147,9 +147,7 @@ def _list_address(address: str, wanted: Wanted, found: _Found, standard_input: P
         raise
     except (OSError, ValueError) as error:
         where = getattr(error, "filename", None) or address
-        raise DataError(
-            f"{rules.printable_name(str(where))}: cannot be listed: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        raise DataError(f"{rules.printable_name(str(where))}: cannot be listed: {file_problem(error)}") from error
 
 
 def _list_path(system: FileSystem, path: str, address: str, wanted: Wanted, found: _Found) -> None:
@@ -340,7 +338,7 @@ def _without_repetitions(found: _Found) -> list[InputFile]:
         identities = [identity_of(file.address) for file in found.files]
     except OSError as error:
         raise DataError(
-            f"{error.filename}: cannot be read: {error.strerror}; run again when nobody writes there"
+            f"{error.filename}: cannot be read: {file_problem(error)}; run again when nobody writes there"
         ) from error
     first: dict[tuple[int, int] | str, int] = {}
     for place, (identity, file) in enumerate(zip(identities, found.files, strict=True)):

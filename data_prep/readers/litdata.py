@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from weftrain.core.errors import DataError, one_line
+from weftrain.core.errors import DataError, file_problem, one_line
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import open_plain
 from weftrain.core.formats.safe_names import path_below
@@ -88,7 +88,7 @@ def _parsed(path: str, num_bytes: int, modified_ns: int) -> _Index | None:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: is no index of litdata's chunks: {one_line(error)}; copy it again") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path}: cannot be read: {file_problem(error)}") from error
 
 
 def _checked(path: str, config: dict[str, Any], chunks: list[Any]) -> _Index:

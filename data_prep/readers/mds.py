@@ -14,7 +14,7 @@ from typing import IO
 
 import numpy as np
 
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, file_problem
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.safe_names import checked_path
 from weftrain.data_prep.inputs.compression import compression_of, open_decompressed
@@ -206,7 +206,7 @@ def _indexed(address: str) -> list[list[str]] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{address}: is no index of MDS shards: {error}; copy it again") from error
     except OSError as error:
-        raise DataError(f"{address}: cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{address}: cannot be read: {file_problem(error)}") from error
 
 
 READER = Reader(

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from weftrain.core.errors import DataError
+from weftrain.core.errors import DataError, file_problem
 from weftrain.core.formats.plain_file import open_plain
 from weftrain.data_prep.readers.contract import Probe, Reader, Records, local_only, with_suffix
 from weftrain.data_prep.readers.documents import InputFile, Share
@@ -60,7 +60,7 @@ def _open_index(file: InputFile) -> _Index:
     try:
         opened = open_plain(Path(path))
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; a Megatron .bin needs its index beside it") from error
+        raise DataError(f"{path}: {file_problem(error)}; a Megatron .bin needs its index beside it") from error
     try:
         return _checked(opened, path, file)
     except (OSError, ValueError) as error:

@@ -9,11 +9,10 @@ import functools
 import itertools
 from collections.abc import Iterable, Iterator
 
-from weftrain.core.errors import DataError
 from weftrain.core.formats.line_table import Lines
 from weftrain.core.formats.shard_format import PADDING
 from weftrain.data_prep.inputs.compression import CUT, compression_of
-from weftrain.data_prep.inputs.files import check_unchanged, range_sha256
+from weftrain.data_prep.inputs.files import check_unchanged, range_sha256, reading
 from weftrain.data_prep.readers.contract import Records
 from weftrain.data_prep.readers.documents import Document, Failure, FileRead, InputFile, Part, Share
 from weftrain.data_prep.readers.normalisation import check_normalisations
@@ -112,10 +111,8 @@ def read_part(files: Lines[InputFile], part: Part, options: ReadOptions) -> Iter
     for share in part.shares:
         file = files[share.file]
         check_unchanged(file)
-        try:
+        with reading(file.address):
             records = yield from _well_named(READERS[file.format].read(share.file, file, share, options))
-        except OSError as error:
-            raise DataError(f"{file.address}: cannot be read: {error.strerror or error}") from error
         sha256 = share_sha256(file, share)
         check_unchanged(file)
         yield FileRead(share, records, sha256)

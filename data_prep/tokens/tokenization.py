@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from weftrain.core.errors import DataError, one_line
+from weftrain.core.errors import DataError, file_problem, one_line
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.shard_format import token_dtype
 from weftrain.core.formats.tokenizer_file import is_panic, library_stopped, tokenizer_from
@@ -320,7 +320,9 @@ def load_encoder(path: Path, markers: Markers = DEFAULT_MARKERS, *, engine: str 
     try:
         data = read_plain(path, "tokenizer")
     except OSError as error:
-        raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}; name a tokenizer.json") from error
+        raise DataError(
+            f"{path}: the tokenizer cannot be read: {file_problem(error)}; name a tokenizer.json"
+        ) from error
     try:
         if is_sentencepiece(path, data):
             data = tokenizer_json(data, "the tokenizer")

@@ -12,7 +12,6 @@ them first, and only when it is asked to.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from weftrain.core.config import ModelConfig
-from weftrain.core.errors import CheckpointError, RecipeError, file_problem
+from weftrain.core.errors import CheckpointError, RecipeError, file_problem, os_errors_as
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.formats.lazy_tensors import LazyTensors, meta, select
@@ -71,7 +70,7 @@ def read_config(folder: Path) -> ModelConfig:
     """The model that the folder's config.json describes. Raises CheckpointError for a file that cannot be read,
     RecipeError for a model that this decoder does not compute, another architecture by name.
     """
-    with _blamed(folder, CONFIG):
+    with _file_errors(folder, CONFIG):
         config = parse_json(_small_file(folder / CONFIG, MAX_CONFIG_BYTES))
         if not isinstance(config, dict):
             raise ValueError("is not a JSON object")
@@ -95,7 +94,7 @@ class HuggingFaceWeights(LazyTensors):
         self._places: dict[str, tuple[str, TensorLayout]] = {}
         self.files = _weight_files(folder)
         for name, wanted in self.files.items():
-            with _blamed(folder, name), open_regular(folder / name) as file:
+            with _file_errors(folder, name), open_regular(folder / name) as file:
                 layout = read_header(file, foreign=True)
                 _check_layout(layout, wanted)
             self._places |= {tensor: (name, place) for tensor, place in layout.items()}
@@ -106,7 +105,7 @@ class HuggingFaceWeights(LazyTensors):
 
     def _load(self, name: str) -> Tensor:
         file_name, place = self._places[name]
-        with _blamed(self._folder, file_name), open_regular(self._folder / file_name) as file:
+        with _file_errors(self._folder, file_name), open_regular(self._folder / file_name) as file:
             return read_tensor(file, place)
 
     @property
@@ -169,7 +168,7 @@ def read_index(folder: Path, name: str, suffix: str) -> dict[str, set[str]]:
     """File name -> names of the tensors in it, from an index file. File names are plain and end in `suffix`. Raises
     CheckpointError.
     """
-    with _blamed(folder, name):
+    with _file_errors(folder, name):
         index = parse_json(_small_file(folder / name, MAX_INDEX_BYTES))
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
@@ -211,7 +210,7 @@ def _small_file(path: Path, limit: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _blamed(folder: Path, name: str) -> Iterator[None]:
+def _file_errors(folder: Path, name: str) -> Iterator[None]:
     """Turn whatever is wrong with one file into a CheckpointError that names it."""
     try:
         yield
@@ -225,7 +224,7 @@ def files_sha256(folder: Path, names: Sequence[str]) -> str:
     """One hash for several files: SHA-256 of the canonical JSON of name -> SHA-256. Raises CheckpointError."""
     hashes = {}
     for name in names:
-        with _blamed(folder, name):
+        with _file_errors(folder, name):
             hashes[name] = fsops.sha256_file(folder / name)
     return sha256_json(hashes)
 
@@ -285,7 +284,8 @@ def write_huggingface(
         raise CheckpointError(
             f"{folder}: the disk is full: {total:,} bytes needed, {free:,} free: make room, then write again"
         )
-    with _full_disk_told(folder, total), fsops.temporary_tree(folder) as temporary:
+    written = os_errors_as(CheckpointError, f"{folder}: cannot be written", "check the disk and its permissions")
+    with written, fsops.temporary_tree(folder) as temporary:
         for file_name, part in shards.items():
             _write_shard(temporary / file_name, part, stream, dtype)
         for name, data in small.items():
@@ -343,18 +343,3 @@ def _write_shard(
                 raise CheckpointError(f"tensor '{name}' is {tensor.dtype}: weights are floating-point numbers")
             file.write(tensor_memory(tensor.to(dtype)))
         file.sync()
-
-
-@contextlib.contextmanager
-def _full_disk_told(folder: Path, needed: int) -> Iterator[None]:
-    """Says as a CheckpointError why a file could not be written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(
-                f"{folder}: the disk is full: {needed:,} bytes needed: make room, then write again"
-            ) from error
-        raise CheckpointError(
-            f"{folder}: cannot be written: {error.strerror or error}: check the disk and its permissions"
-        ) from error

@@ -53,7 +53,7 @@ class ModelZooCheckpoint(LazyTensors):
 
     def __init__(self, path: Path, config: ModelConfig, optimizer: bool) -> None:
         self.path = path
-        with _blamed(path), _opened(path) as (file, _):
+        with _file_errors(path), _opened(path) as (file, _):
             keys = _hard_links(file)
             version = _checked_version(file)
             linked = {key: _link_target(file, key) for key in _link_keys(file, keys, version)}
@@ -74,7 +74,7 @@ class ModelZooCheckpoint(LazyTensors):
 
     def _load(self, name: str) -> Tensor:
         place = self._places[name]
-        with _blamed(self.path), _opened(self.path) as (file, size):
+        with _file_errors(self.path), _opened(self.path) as (file, size):
             tensor = _read(file, place.key, place.foreign.shape, size)
             for copy in place.copies:
                 if not torch.equal(_bits(_read(file, copy, place.foreign.shape, size)), _bits(tensor)):
@@ -95,7 +95,7 @@ class _Place:
 
 
 @contextlib.contextmanager
-def _blamed(path: Path) -> Iterator[None]:
+def _file_errors(path: Path) -> Iterator[None]:
     """Raise a CheckpointError that names the file for whatever is wrong with it."""
     try:
         yield

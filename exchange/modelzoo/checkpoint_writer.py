@@ -21,7 +21,7 @@ from h5py import h5d, h5p, h5s, h5t
 from torch import Tensor
 
 from weftrain.core.config import ModelConfig, OptimizerConfig
-from weftrain.core.errors import CheckpointError
+from weftrain.core.errors import CheckpointError, os_errors_as
 from weftrain.core.formats import fsops
 from weftrain.core.formats.lazy_tensors import LazyTensors, select
 from weftrain.core.formats.tensor_file import tensor_memory
@@ -76,7 +76,7 @@ def write_checkpoint(
     """
     planes = _planes(config, tensors, optimizer, path)
     state = _state_dict(config, planes, step, optimizer, prefix)
-    try:
+    with os_errors_as(CheckpointError, f"{path}: cannot be written", "check the disk and its permissions"):
         image = _Image(state, [key for key, _, _ in _datasets(config, optimizer, prefix)])
         if path.exists() or path.is_symlink():
             raise CheckpointError(f"{path}: exists: choose another name, or move it away")
@@ -86,10 +86,6 @@ def write_checkpoint(
                 f"{path}: the disk is full: {image.size:,} bytes needed, {free:,} free: make room, then write again"
             )
         _write(path, image, _values(config, planes, optimizer, prefix))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written: {error.strerror or error}: check the disk and its permissions"
-        ) from error
     return image.size
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from weftrain.core.errors import RecipeError, ReleaseError
+from weftrain.core.errors import RecipeError, ReleaseError, file_problem
 from weftrain.core.formats.plain_file import LIMIT_BYTES, read_plain
 from weftrain.core.formats.strict_yaml import LineMap, parse_mapping
 from weftrain.exchange.release.distinct_revisions import repeated, told
@@ -202,7 +202,7 @@ def _distinct(folder: Path, weights: list[str]) -> tuple[Status, str]:
     try:
         groups = repeated(revisions)
     except OSError as error:
-        raise ReleaseError(f"{error.filename}: {error.strerror}: fetch it again") from error
+        raise ReleaseError(f"{error.filename}: {file_problem(error)}: fetch it again") from error
     return ("absent", f"{_SAME}{told(groups)}") if groups else ("present", f"{len(revisions)} revisions, no two alike")
 
 

@@ -34,7 +34,7 @@ from pydantic import Field
 
 from weftrain.core import checkpoint
 from weftrain.core.config import Recipe
-from weftrain.core.errors import ReleaseError, RunFolderError, WeftrainError, file_problem
+from weftrain.core.errors import ReleaseError, RunFolderError, WeftrainError, file_problem, os_errors_as
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_json, parse_sealed, sealed, sha256_json
 from weftrain.core.formats.checkpoint_manifest import folder_name
@@ -195,57 +195,53 @@ def build(
     if not links:
         raise ReleaseError(f"{run}: no link: the run needs a checkpoint that training led to: train it further")
     _check_listed(run, line)
-    try:
-        with fsops.temporary_tree(target) as temporary:
-            for name in (RECIPE, READABLE_RECIPE, ENVIRONMENT, LEDGER, METRICS):
-                if (run / name).exists():
-                    fsops.copy_file(run / name, temporary / name)
-            progress("data")
-            licences, kind = _copy_data(_recipes_of(line, [link for link, _ in links], recipe), temporary, data, root)
-            _copy_analyses(run, temporary)
-            draft = Release(
-                format="weftrain-release",
-                version=1,
-                name=recipe.name,
-                weftrain=version,
-                weights_dtype=weights_dtype,
-                licences=Licences(weights=licence, data=licences),
-                data=kind,
-                dataset_id=line.segments[-1].dataset_id,
-                recipe_sha256=sha256_json(recipe_json),
-                ledger=entries[-1]["hash"],
-                links=tuple(link for link, _ in links),
-                files={},
-                root="0" * 64,
+    written = os_errors_as(ReleaseError, f"{target}: cannot be written", "make room or check it, then again")
+    with written, fsops.temporary_tree(target) as temporary:
+        for name in (RECIPE, READABLE_RECIPE, ENVIRONMENT, LEDGER, METRICS):
+            if (run / name).exists():
+                fsops.copy_file(run / name, temporary / name)
+        progress("data")
+        licences, kind = _copy_data(_recipes_of(line, [link for link, _ in links], recipe), temporary, data, root)
+        _copy_analyses(run, temporary)
+        draft = Release(
+            format="weftrain-release",
+            version=1,
+            name=recipe.name,
+            weftrain=version,
+            weights_dtype=weights_dtype,
+            licences=Licences(weights=licence, data=licences),
+            data=kind,
+            dataset_id=line.segments[-1].dataset_id,
+            recipe_sha256=sha256_json(recipe_json),
+            ledger=entries[-1]["hash"],
+            links=tuple(link for link, _ in links),
+            files={},
+            root="0" * 64,
+        )
+        steps = {point.root: point.step for point in line.checkpoints}
+        fsops.make_dirs(temporary / "revisions")
+        for name, checkpoint_root in revisions(draft):
+            progress(f"{name} (step {steps[checkpoint_root]})")
+            _copy_checkpoint(run, temporary, steps[checkpoint_root], checkpoint_root)
+            state, manifest = checkpoint.load(
+                temporary / "checkpoints" / folder_name(steps[checkpoint_root]), verified=True
             )
-            steps = {point.root: point.step for point in line.checkpoints}
-            fsops.make_dirs(temporary / "revisions")
-            for name, checkpoint_root in revisions(draft):
-                progress(f"{name} (step {steps[checkpoint_root]})")
-                _copy_checkpoint(run, temporary, steps[checkpoint_root], checkpoint_root)
-                state, manifest = checkpoint.load(
-                    temporary / "checkpoints" / folder_name(steps[checkpoint_root]), verified=True
-                )
-                then = recorded_recipe(manifest["recipe"], folder_name(state.step)).recipe
-                write_weights(temporary / "revisions" / name, checkpoint.Weights(state.tensors), then)
-                fsops.write_bytes(
-                    temporary / "revisions" / name / CARD, revision_card(draft, name, state.step, then).encode()
-                )
-            fsops.write_bytes(temporary / CARD, card(draft, line, recipe).encode())
-            progress("hashes")
-            files = hash_files({name: temporary / name for name in sorted(files_below(temporary))})
-            value = draft.model_dump(mode="json") | {"files": files}
-            fsops.write_bytes(temporary / RELEASE, sealed(value))
-            progress("verifying")
-            try:
-                check(temporary)
-            except WeftrainError as error:
-                raise ReleaseError(f"{str(error).replace(str(temporary), str(run))}: nothing was released") from error
-            fsops.rename(temporary, target)
-    except OSError as error:
-        raise ReleaseError(
-            f"{target}: cannot be written: {error.strerror or error}: make room or check it, then again"
-        ) from error
+            then = recorded_recipe(manifest["recipe"], folder_name(state.step)).recipe
+            write_weights(temporary / "revisions" / name, checkpoint.Weights(state.tensors), then)
+            fsops.write_bytes(
+                temporary / "revisions" / name / CARD, revision_card(draft, name, state.step, then).encode()
+            )
+        fsops.write_bytes(temporary / CARD, card(draft, line, recipe).encode())
+        progress("hashes")
+        files = hash_files({name: temporary / name for name in sorted(files_below(temporary))})
+        value = draft.model_dump(mode="json") | {"files": files}
+        fsops.write_bytes(temporary / RELEASE, sealed(value))
+        progress("verifying")
+        try:
+            check(temporary)
+        except WeftrainError as error:
+            raise ReleaseError(f"{str(error).replace(str(temporary), str(run))}: nothing was released") from error
+        fsops.rename(temporary, target)
     return read_release(target)
 
 

@@ -237,7 +237,7 @@ def _row(op: str, source: str, compilation: Compilation, target: str) -> Row:
         TypeError,
         AssertionError,
     ) as error:  # what Triton's stages raise for a kernel
-        reason = f"does not compile: {_one_line(error)}"
+        reason = f"does not compile: {_compiler_message(error)}"
         return dataclasses.replace(row, ok=False, reason=reason, compile_s=time.perf_counter() - started)
     compile_s = time.perf_counter() - started
     code = machine_code.read(compiled.asm, target)
@@ -286,7 +286,7 @@ def _why_not(row: Row, matrix_instructions: bool) -> str | None:
     return "; ".join(reasons) or None
 
 
-def _one_line(error: BaseException) -> str:
+def _compiler_message(error: BaseException) -> str:
     """The message that says why: Triton's errors carry it last, after the source line and a caret."""
     cause = error
     while cause.__cause__ is not None:

@@ -25,6 +25,7 @@ from weftrain.kernels.checks.findings import (
 )
 from weftrain.kernels.contract import Implementation, KernelError
 from weftrain.kernels.ops import OPS
+from weftrain.kernels.plugins import one_line
 from weftrain.kernels.registry import load_catalog
 
 CHECKS: dict[str, Check] = {
@@ -110,16 +111,11 @@ def _ask(subject: Subject, check: Check, case: Case, report: Report) -> None:
     try:
         answer = check.judge(subject, case)
     except Exception as error:  # code under test raised it: that is the finding
-        answer = Verdict(False, f"raised {type(error).__name__}: {_one_line(error)}")
+        answer = Verdict(False, f"raised {one_line(error)}")
     if isinstance(answer, NotHere):
         report.skipped.append(Skipped(op, source, check.name, case.example, dtype, answer.reason))
     else:
         report.append(Finding(op, source, check.name, case.example, dtype, answer.ok, answer.detail, answer.figures))
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else f"{text[:400]} ..."
 
 
 def summary(report: Report) -> Iterator[str]:

@@ -21,7 +21,7 @@ from weftrain.backends.cerebras.job import Job
 from weftrain.backends.cerebras.lowered.graph import GraphError, read_graph
 from weftrain.backends.cerebras.lowered.report import Report, make_report
 from weftrain.backends.cerebras.process import ROOT, NoClusterError, Worker, WorkerError
-from weftrain.core.errors import BackendError
+from weftrain.core.errors import BackendError, file_problem
 from weftrain.core.formats import fsops
 
 REPORT = "report.json"
@@ -88,7 +88,7 @@ def lower(
         ) from None
     except OSError as error:
         raise BackendError(
-            f"{output}: the artifacts cannot be written: {error.strerror}: check the disk and its permissions"
+            f"{output}: the artifacts cannot be written: {file_problem(error)}: check the disk and its permissions"
         ) from error
     if output.exists():
         fsops.remove_tree(output)

@@ -27,7 +27,7 @@ from weftrain.backends.streaming.store.base import Commit, Store
 from weftrain.backends.streaming.store.checksums import ENTRY_BYTES, MAX_PLANES, Sums, checksum, packed
 from weftrain.backends.streaming.store.layout import PAGE_BYTES, Layout, Tile
 from weftrain.backends.streaming.store.planes import Planes
-from weftrain.core.errors import BackendError
+from weftrain.core.errors import BackendError, file_problem
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json
 from weftrain.core.formats.plain_file import read_plain
@@ -214,7 +214,7 @@ class FileStore(Store):
                 other = "backend.options.tier=mapped, or another backend.options.store"
                 remedy = f"this file system has no direct I/O: take {other}"
             where = error.filename or self.folder
-            raise BackendError(f"{where}: cannot be {what}: {error.strerror or error}{done}: {remedy}") from error
+            raise BackendError(f"{where}: cannot be {what}: {file_problem(error)}{done}: {remedy}") from error
 
 
 def _superseded_stores(folder: Path) -> str:
