@@ -147,7 +147,7 @@ def _check(context: click.Context, options: dict[str, Any]) -> None:
 
 
 def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: str | None, as_json: bool) -> None:
-    from weftrain.analysis.evaluation.tasks import perplexity_of
+    from weftrain.analysis.evaluation.heldout import perplexity_of
     from weftrain.cli.assembly import newest_or_named, open_data, recipe_of_checkpoint
     from weftrain.cli.resolve import backend_options
     from weftrain.core import checkpoint

@@ -127,7 +127,7 @@ class _Checkpoint:
     @functools.cached_property
     def tokenizer(self) -> tuple[Tokenizer, str, int]:
         """The tokenizer, its SHA-256, and the id that ends a text."""
-        from weftrain.analysis.evaluation.tasks import end_of_text_id, open_tokenizer
+        from weftrain.analysis.evaluation.tokenizer import end_of_text_id, open_tokenizer
 
         path, dataset = self.tokenizer_file
         tokenizer, sha256 = open_tokenizer(path, self.recipe.model.vocab_size, dataset)
@@ -146,8 +146,9 @@ def _records(
     opened: _Checkpoint, settings: EvaluationSettings, options: dict[str, Any], console: Console
 ) -> list[EvaluationRecord]:
     """Every requested score of one checkpoint: read from its record, or computed and recorded."""
+    from weftrain.analysis.evaluation.heldout import attend_within_documents, run_heldout
     from weftrain.analysis.evaluation.records import records_folder
-    from weftrain.analysis.evaluation.tasks import attend_within_documents, run_heldout, run_tasks
+    from weftrain.analysis.evaluation.tasks import run_tasks
     from weftrain.core.data import open_heldout
     from weftrain.core.formats.tokenizer_file import panics_refused
 

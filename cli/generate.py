@@ -69,7 +69,7 @@ def generate(
     given = None if ids is None else parse_ids(ids)
 
     from weftrain.analysis.evaluation.generation import Generator, load_model
-    from weftrain.analysis.evaluation.tasks import open_tokenizer
+    from weftrain.analysis.evaluation.tokenizer import open_tokenizer
     from weftrain.cli.assembly import newest_or_named, recipe_of_checkpoint
     from weftrain.core import checkpoint
     from weftrain.core.formats.dataset import read_dataset_manifest

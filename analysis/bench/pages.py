@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from weftrain.analysis.bench.report import STEP_PARTS, BenchReport
+from weftrain.analysis.bench.report import STEP_PARTS, BenchReport, Efficiency
 from weftrain.analysis.figure import new_figure, picture
 from weftrain.analysis.markup import document, escape
 from weftrain.core.formats import fsops
@@ -40,86 +40,65 @@ def _rate(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value / 1e12:,.3f} TFLOP/s"
 
 
-def tables(report: BenchReport) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+Rows = list[tuple[str, str]]
+
+
+def tables(report: BenchReport) -> Iterator[tuple[str, Rows]]:
     """(title, rows of name and value) of each section."""
-    speed, efficiency = report.speed, report.efficiency
-    yield (
-        "Speed",
-        [
-            ("tokens/s", f"{speed.tokens_per_second:,.1f}"),
-            ("tokens/s a device", f"{speed.tokens_per_second_per_device:,.1f}"),
-            (
-                "step, median",
-                f"{speed.step_ms_p50:,.2f} ms (95 %: {speed.step_ms_p50_low:,.2f} to {speed.step_ms_p50_high:,.2f})",
-            ),
-            (
-                "step, min / p90 / p99 / mean",
-                f"{speed.step_ms_min:,.2f} / {speed.step_ms_p90:,.2f} / {speed.step_ms_p99:,.2f} / "
-                f"{speed.step_ms_mean:,.2f} ms",
-            ),
-            ("variation", f"{speed.step_ms_variation:.1%}"),
-            (
-                "steps",
-                f"{speed.counted_steps} counted in {len(report.rounds)} rounds, after {speed.warm_up_steps} of warm-up "
-                "in each",
-            ),
-            ("compilation and first step", f"{speed.compile_s:,.2f} s"),
-        ],
-    )
-    rows = [
-        ("FLOP/s", _rate(efficiency.flops_per_second)),
-        ("FLOPs a token", f"{efficiency.flops_per_token:,} = {efficiency.flops_formula}"),
-        (
-            "MFU, measured peak",
-            f"{_share(efficiency.mfu_measured)} of {_rate(efficiency.measured_peak_flops)} "
-            f"({efficiency.measured_peak_origin})",
-        ),
-        (
-            "MFU, data sheet",
-            f"{_share(efficiency.mfu_sourced)} of {_rate(efficiency.sourced_peak_flops)} "
-            f"({efficiency.sourced_peak_origin})",
-        ),
-    ]
-    if efficiency.hfu_measured is not None:
-        rows.append(("HFU, measured peak", f"{_share(efficiency.hfu_measured)}, with what is computed again"))
-    yield "Efficiency", rows
+    yield "Speed", _speed_rows(report)
+    yield "Efficiency", _efficiency_rows(report.efficiency)
     total = sum(report.breakdown_ms.values())
     parts = [(part, f"{value:,.2f} ms, {value / total:.1%}") for part, value in report.breakdown_ms.items()]
     yield f"A step of {total:,.2f} ms", [*parts, ("note", report.breakdown_note)]
     yield "Memory", [(key.replace("_", " "), _bytes(value)) for key, value in report.memory.items()]
     if report.backend_stats:
-        yield "What the backend tells", [(key, f"{value:,.1f}") for key, value in report.backend_stats.items()]
-    joules = report.energy["joules"]
-    per_token = (
-        ""
-        if isinstance(joules, str)
-        else f", {joules / (report.shape['tokens_per_step'] * report.speed.counted_steps) * 1e3:,.3f} mJ a token"
-    )
-    yield (
-        "Energy",
-        [
-            (
-                "energy",
-                f"{joules if isinstance(joules, str) else f'{joules:,.1f} J'}{per_token} ({report.energy['source']})",
-            )
-        ],
-    )
-    yield (
-        "Correctness",
-        [
-            ("verdict", {True: "passed", False: "FAILED", None: "not checked"}[report.correctness.passed]),
-            ("what", report.correctness.words),
-        ],
-    )
+        yield "Figures of the backend", [(key, f"{value:,.1f}") for key, value in report.backend_stats.items()]
+    yield "Energy", [("energy", _energy(report))]
+    verdict = {True: "passed", False: "FAILED", None: "not checked"}[report.correctness.passed]
+    yield "Correctness", [("verdict", verdict), ("compared", report.correctness.words)]
     yield "Shape", [(key, str(value)) for key, value in report.shape.items()]
-    chosen = report.kernels.get("ops", {})
-    yield (
-        "Kernels",
-        [(op, ", ".join(sorted({entry["source"] for entry in entries}))) for op, entries in sorted(chosen.items())]
-        or [("none", "-")],
-    )
+    ops = sorted(report.kernels.get("ops", {}).items())
+    kernels = [(op, ", ".join(sorted({entry["source"] for entry in entries}))) for op, entries in ops]
+    yield "Kernels", kernels or [("none", "-")]
     yield "Identity", [(key, str(value)) for key, value in report.identity.items() if key != "recipe"]
     yield "Environment", [(key, str(value)) for key, value in report.environment.items()]
+
+
+def _speed_rows(report: BenchReport) -> Rows:
+    speed, rounds = report.speed, len(report.rounds)
+    interval = f"95 %: {speed.step_ms_p50_low:,.2f} to {speed.step_ms_p50_high:,.2f}"
+    spread = (speed.step_ms_min, speed.step_ms_p90, speed.step_ms_p99, speed.step_ms_mean)
+    return [
+        ("tokens/s", f"{speed.tokens_per_second:,.1f}"),
+        ("tokens/s a device", f"{speed.tokens_per_second_per_device:,.1f}"),
+        ("step, median", f"{speed.step_ms_p50:,.2f} ms ({interval})"),
+        ("step, min / p90 / p99 / mean", " / ".join(f"{value:,.2f}" for value in spread) + " ms"),
+        ("variation", f"{speed.step_ms_variation:.1%}"),
+        ("steps", f"{speed.counted_steps} in {rounds} rounds, each after {speed.warm_up_steps} warm-up steps"),
+        ("compilation and first step", f"{speed.compile_s:,.2f} s"),
+    ]
+
+
+def _efficiency_rows(found: Efficiency) -> Rows:
+    measured = f"{_share(found.mfu_measured)} of {_rate(found.measured_peak_flops)} ({found.measured_peak_origin})"
+    sourced = f"{_share(found.mfu_sourced)} of {_rate(found.sourced_peak_flops)} ({found.sourced_peak_origin})"
+    rows = [
+        ("FLOP/s", _rate(found.flops_per_second)),
+        ("FLOPs a token", f"{found.flops_per_token:,} = {found.flops_formula}"),
+        ("MFU, measured peak", measured),
+        ("MFU, data sheet", sourced),
+    ]
+    if found.hfu_measured is not None:
+        rows.append(("HFU, measured peak", f"{_share(found.hfu_measured)}, recomputation included"))
+    return rows
+
+
+def _energy(report: BenchReport) -> str:
+    joules, source = report.energy["joules"], report.energy["source"]
+    if isinstance(joules, str):
+        return f"{joules} ({source})"
+    per_token_mj = joules / (report.shape["tokens_per_step"] * report.speed.counted_steps) * 1e3
+    return f"{joules:,.1f} J, {per_token_mj:,.3f} mJ a token ({source})"
 
 
 def _bytes(value: Any) -> str:
@@ -132,35 +111,19 @@ def markdown(report: BenchReport) -> str:
     lines = [f"# {report.name}", "", f"{report.made_at}", ""]
     lines += [f"> warning: {warning}" for warning in report.warnings] + [""]
     for title, rows in tables(report):
-        lines += [
-            f"## {title}",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {name} | {value.replace('|', '/')} |" for name, value in rows),
-            "",
-        ]
+        table = (f"| {name} | {value.replace('|', '/')} |" for name, value in rows)
+        lines += [f"## {title}", "", "| | |", "|---|---|", *table, ""]
     return "\n".join(lines)
 
 
 def flat(report: BenchReport) -> dict[str, Any]:
     """The values of one row in a table of benchmarks."""
-    row: dict[str, Any] = {
-        "name": report.name,
-        "made_at": report.made_at,
-        "commit": report.identity["commit"],
-        "dirty": report.identity["dirty"],
-    }
-    row |= {
-        key: report.shape[key]
-        for key in ("backend", "devices", "compute", "global_batch_size", "micro_batch_size", "sequence_length")
-    }
+    row: dict[str, Any] = {"name": report.name, "made_at": report.made_at}
+    row |= {key: report.identity[key] for key in ("commit", "dirty")}
+    shape = ("backend", "devices", "compute", "global_batch_size", "micro_batch_size", "sequence_length")
+    row |= {key: report.shape[key] for key in shape}
     row |= report.speed.model_dump()
-    row |= {
-        key: value
-        for key, value in report.efficiency.model_dump().items()
-        if key.startswith(("mfu", "hfu", "flops_per_second"))
-    }
+    row |= report.efficiency.model_dump(include={"mfu_measured", "mfu_sourced", "hfu_measured", "flops_per_second"})
     row |= {f"{part.replace(' ', '_')}_ms": round(report.breakdown_ms.get(part, 0.0), 3) for part in STEP_PARTS}
     return row | {"peak_memory_bytes": report.memory["measured_peak_bytes"], "correct": report.correctness.passed}
 
@@ -229,15 +192,8 @@ def mllog_lines(report: BenchReport, started_ms: int, ended_ms: int) -> Iterator
     """MLPerf's log format (`:::MLLOG {json}`), with the result keys that apply to a throughput run."""
 
     def line(kind: str, time_ms: int, key: str, value: Any, **metadata: Any) -> str:
-        entry = {
-            "namespace": "",
-            "time_ms": time_ms,
-            "event_type": kind,
-            "key": key,
-            "value": value,
-            "metadata": metadata,
-        }
-        return ":::MLLOG " + json.dumps(entry)
+        entry = {"namespace": "", "time_ms": time_ms, "event_type": kind, "key": key}
+        return ":::MLLOG " + json.dumps(entry | {"value": value, "metadata": metadata})
 
     shape = report.shape
     for key, value in (
@@ -250,14 +206,9 @@ def mllog_lines(report: BenchReport, started_ms: int, ended_ms: int) -> Iterator
     ):
         yield line("POINT_IN_TIME", started_ms, key, value)
     yield line("INTERVAL_START", started_ms, "run_start", None)
-    samples = report.speed.tokens_per_second / shape["sequence_length"]
-    yield line(
-        "POINT_IN_TIME",
-        ended_ms,
-        "tracked_stats",
-        {"throughput": samples, "step_ms": report.speed.step_ms_p50},
-        unit="samples/s",
-    )
+    samples_per_s = report.speed.tokens_per_second / shape["sequence_length"]
+    tracked = {"throughput": samples_per_s, "step_ms": report.speed.step_ms_p50}
+    yield line("POINT_IN_TIME", ended_ms, "tracked_stats", tracked, unit="samples/s")
     status = {True: "success", False: "aborted", None: "unchecked"}[report.correctness.passed]
     yield line("INTERVAL_END", ended_ms, "run_stop", None, status=status)
 

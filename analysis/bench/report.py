@@ -20,9 +20,13 @@ from weftrain.core.errors import WeftrainError
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.strict_model import first_problem
 from weftrain.core.parameters import Role, flops_per_token, parameter_count, parameter_specs
+from weftrain.core.run.speed import Peak
 
 VERSION = 1
 UNKNOWN: Literal["unknown"] = "unknown"
+FLOPS_FORMULA = (
+    "6 x parameters in matrix products + 12 x layers x hidden x sequence (PaLM, appendix B; arXiv 2204.02311)"
+)
 STEP_PARTS = (
     "data wait",
     "copy",
@@ -79,7 +83,7 @@ class Efficiency(_Model):
 
 
 class Correctness(_Model):
-    """Losses against the reference. checked_steps: first steps that were compared; 0: none, for the reason in `words`."""
+    """Losses against the reference. checked_steps: how many first steps were compared; if 0, `words` says why."""
 
     checked_steps: int
     largest_relative_difference: float | None
@@ -208,32 +212,30 @@ def hardware_flops_per_token(recipe: Recipe, recomputes: str | None) -> float:
 def efficiency_of(
     recipe: Recipe,
     tokens_per_second: float,
-    measured: tuple[float | None, str],
-    sourced: tuple[float | None, str],
+    measured: Peak,
+    sourced: Peak,
     recomputes: str | None,
 ) -> Efficiency:
-    """measured, sourced: FLOP/s of all devices and where the figure comes from. recomputes: as in Fingerprint."""
+    """measured, sourced: of all devices together. recomputes: as in Fingerprint."""
     per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
     rate = per_token * tokens_per_second
 
     def share(flops: float, peak: float | None) -> float | Literal["unknown"]:
-        if peak is None:
-            return UNKNOWN
-        return flops / peak
+        return UNKNOWN if peak is None else flops / peak
 
     hfu: float | Literal["unknown"] | None = UNKNOWN if recomputes is None else None
     if recomputes == "full":
-        hfu = share(hardware_flops_per_token(recipe, recomputes) * tokens_per_second, measured[0])
+        hfu = share(hardware_flops_per_token(recipe, recomputes) * tokens_per_second, measured.flops)
     return Efficiency(
         flops_per_token=per_token,
-        flops_formula="6 x parameters in matrix products + 12 x layers x hidden x sequence (PaLM, appendix B; arXiv 2204.02311)",
+        flops_formula=FLOPS_FORMULA,
         flops_per_second=rate,
-        mfu_measured=share(rate, measured[0]),
-        measured_peak_flops=measured[0] or UNKNOWN,
-        measured_peak_origin=measured[1],
-        mfu_sourced=share(rate, sourced[0]),
-        sourced_peak_flops=sourced[0] or UNKNOWN,
-        sourced_peak_origin=sourced[1],
+        mfu_measured=share(rate, measured.flops),
+        measured_peak_flops=measured.flops or UNKNOWN,
+        measured_peak_origin=measured.origin,
+        mfu_sourced=share(rate, sourced.flops),
+        sourced_peak_flops=sourced.flops or UNKNOWN,
+        sourced_peak_origin=sourced.origin,
         hfu_measured=hfu,
     )
 
@@ -244,22 +246,17 @@ def correctness_of(
     """Compare the first losses with the reference's: within 1e-4 relative in fp32, 2e-2 in bf16 (8-bit mantissa)."""
     tolerance = {"float32": 1e-4, "bfloat16": 2e-2}[compute]
     if not reference:
-        return Correctness(
-            checked_steps=0,
-            largest_relative_difference=None,
-            tolerance=tolerance,
-            passed=None,
-            words=why_not or "not asked for",
-        )
+        found: dict[str, Any] = {"checked_steps": 0, "largest_relative_difference": None, "passed": None}
+        return Correctness(**found, tolerance=tolerance, words=why_not or "not asked for")
     apart = [abs(found - wanted) / abs(wanted) for found, wanted in zip(losses, reference, strict=False)]
     worst = next((value for value in apart if math.isnan(value)), max(apart))  # max() passes over NaN
-    passed = worst <= tolerance
-    words = (
-        f"losses of the first {len(reference)} steps against the reference kernels in one process: {worst:.2g} apart "
-        "at most"
-    )
+    what = f"losses of the first {len(reference)} steps against the reference kernels in one process"
     return Correctness(
-        checked_steps=len(reference), largest_relative_difference=worst, tolerance=tolerance, passed=passed, words=words
+        checked_steps=len(reference),
+        largest_relative_difference=worst,
+        tolerance=tolerance,
+        passed=worst <= tolerance,
+        words=f"{what}: {worst:.2g} apart at most",
     )
 
 

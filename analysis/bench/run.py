@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,11 +31,12 @@ from weftrain.analysis.bench.report import (
 from weftrain.analysis.bench.train import BenchError, bench_source, plain_weights, take_steps
 from weftrain.analysis.machine.environment import Energy, environment, identity, load, now, warnings
 from weftrain.analysis.machine.peak import measured_peak, sourced_peak
-from weftrain.core.backend import Backend, Job, Plan, Run, prepare_run
+from weftrain.core.backend import Backend, Fingerprint, Job, Plan, Run, prepare_run
 from weftrain.core.config import CompileOption, Recipe
 from weftrain.core.errors import WeftrainError
 from weftrain.core.formats.canonical import sha256_json
 from weftrain.core.formats.strict_model import StrictModel
+from weftrain.core.order.batch import BatchSource
 from weftrain.core.parameters import parameter_count
 from weftrain.core.prediction import Predictor, Speeds
 from weftrain.core.run.speed import Peak
@@ -74,106 +76,123 @@ def reference_losses(recipe: Recipe, backend: Backend, local: Backend, steps: in
         run.close()
 
 
+@dataclass
+class _Ran:
+    """What the rounds of one benchmark gave; peaks of one device, before the first round and after the last."""
+
+    fingerprint: Fingerprint
+    rounds: list[BenchRound]
+    peaks: list[Peak]
+    energy: dict[str, Any]
+    memory: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.fingerprint.device_type)
+
+
 def bench(
     recipe: Recipe,
     backend: Backend,
     options: StrictModel,
     local: Backend,
-    wishes: BenchRequest,
+    request: BenchRequest,
     tell: Callable[[int, int, float], None] = lambda number, step, ms: None,
 ) -> BenchReport:
     """Measure; tell(round, step, ms) reports progress. Raises BenchError, and what the backend raises."""
     load_before = load()
-    reference, why_not = reference_losses(recipe, backend, local, min(wishes.check_steps, wishes.steps))
-    source, plan = bench_source(recipe), Plan(0, wishes.steps)
-    found: list[BenchRound] = []
-    peaks: list[Peak] = []
-    device = torch.device("cpu")
+    reference = reference_losses(recipe, backend, local, min(request.check_steps, request.steps))
+    source, weights = bench_source(recipe), plain_weights(recipe.model)
     with tempfile.TemporaryDirectory(prefix="weftrain-bench-") as folder:  # for a backend that keeps state on disk
         job = Job(
             recipe,
-            plan,
+            Plan(0, request.steps),
             options,
-            plain_weights(recipe.model),
-            time_phases=wishes.time_phases,
+            weights,
+            time_phases=request.time_phases,
             folder=Path(folder),
-            threads=wishes.threads,
+            threads=request.threads,
         )
-        for number in range(1, wishes.rounds + 1):
-            run = prepare_run(backend, dataclasses.replace(job, folder=_empty(Path(folder) / str(number))))
-            with contextlib.ExitStack() as ending:
-                ending.callback(run.close)
-                if not found:
-                    fingerprint = run.fingerprint()
-                    _check_threads(backend, wishes.threads, fingerprint.threads)
-                    device = torch.device(fingerprint.device_type)
-                    peaks.append(_peak(recipe, device, backend))
-                    energy = Energy(device)
-                    energy.start()
-                with snapshot_when_out_of_memory(device, wishes.profile):
-                    probe = speed_probe(device, getattr(torch, recipe.precision.compute))
-                    found.append(take_steps(run, source, lambda step, ms, number=number: tell(number, step, ms), probe))  # type: ignore[misc]
-                if number == wishes.rounds:
-                    used = energy.stop()
-                    peaks.append(_peak(recipe, device, backend))
-                    device_peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        if wishes.profile is not None:
-            profile(
-                prepare_run(
-                    backend, dataclasses.replace(job, time_phases=False, folder=_empty(Path(folder) / "profile"))
-                ),
-                source,
-                wishes.profile,
-            )
+        ran = _run_rounds(backend, job, source, request, tell)
+        if request.profile is not None:
+            own = dataclasses.replace(job, time_phases=False, folder=_empty(Path(folder) / "profile"))
+            profile(prepare_run(backend, own), source, request.profile)
+    return _report(recipe, backend, options, source.dataset_id, ran, reference, load_before)
+
+
+def _run_rounds(
+    backend: Backend, job: Job, source: BatchSource, request: BenchRequest, tell: Callable[[int, int, float], None]
+) -> _Ran:
+    """Prepare and train a run for each round, one after the other."""
+    recipe, rounds, peaks = job.recipe, list[BenchRound](), list[Peak]()
+    for number in range(1, request.rounds + 1):
+        run = prepare_run(backend, dataclasses.replace(job, folder=_empty(Path(str(job.folder)) / str(number))))
+        with contextlib.closing(run):
+            if not rounds:
+                fingerprint = run.fingerprint()
+                _check_threads(backend, request.threads, fingerprint.threads)
+                device = torch.device(fingerprint.device_type)
+                peaks.append(_peak(recipe, device, backend))
+                energy = Energy(device)
+                energy.start()
+            with snapshot_when_out_of_memory(device, request.profile):
+                probe = speed_probe(device, getattr(torch, recipe.precision.compute))
+                rounds.append(take_steps(run, source, functools.partial(tell, number), probe))
+            if number == request.rounds:
+                used = energy.stop()
+                peaks.append(_peak(recipe, device, backend))
+                memory = _measured_memory(device)
+    return _Ran(fingerprint, rounds, peaks, used, memory)
+
+
+def _measured_memory(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        how = "what torch allocated on rank 0's device"
+        return {"measured_peak_bytes": torch.cuda.max_memory_allocated(device), "measured_as": how}
+    return {"measured_peak_bytes": peak_resident_bytes(), "measured_as": "resident memory of this process, rank 0"}
+
+
+def _report(
+    recipe: Recipe,
+    backend: Backend,
+    options: StrictModel,
+    dataset_id: str,
+    ran: _Ran,
+    reference: tuple[list[float], str],
+    load_before: float,
+) -> BenchReport:
+    fingerprint, device, compute = ran.fingerprint, ran.device, recipe.precision.compute
     devices = fingerprint.ranks or recipe.batch.replicas
-    speed = speed_of(found, recipe.tokens_per_step, devices)
-    breakdown, note = breakdown_of(found, speed.warm_up_steps)
-    best = max(peaks, key=lambda peak: peak.flops or 0.0).of(devices)
+    speed = speed_of(ran.rounds, recipe.tokens_per_step, devices)
+    breakdown, note = breakdown_of(ran.rounds, speed.warm_up_steps)
+    best = max(ran.peaks, key=lambda peak: peak.flops or 0.0).of(devices)
     # A peak that the run itself beats was measured on a busy machine: no share of it means anything.
     used_flops = hardware_flops_per_token(recipe, fingerprint.recomputes) * speed.tokens_per_second
     best = best.raised(used_flops, lambda: _peak(recipe, device, backend).of(devices))
-    sourced = sourced_peak(device, getattr(torch, recipe.precision.compute)).of(devices)
-    machine = environment(device)
-    threads = fingerprint.threads or 1
-    resolved = recipe.model_dump(mode="json")
-    memory: dict[str, Any] = {"measured_peak_bytes": device_peak if device_peak is not None else peak_resident_bytes()}
-    memory["measured_as"] = (
-        "what torch allocated on rank 0's device"
-        if device_peak is not None
-        else "resident memory of this process, rank 0"
-    )
+    sourced = sourced_peak(device, getattr(torch, compute)).of(devices)
+    machine, threads, resolved = environment(device), fingerprint.threads or 1, recipe.model_dump(mode="json")
+    about_recipe = {"recipe": resolved, "recipe_sha256": sha256_json(resolved)}
     compiled = "-compile" if isinstance(options, CompileOption) and options.compile else ""
+    losses = ran.rounds[0].losses
     return BenchReport(
-        name=f"{recipe.name}-{backend.name}-{recipe.precision.compute}{compiled}",
+        name=f"{recipe.name}-{backend.name}-{compute}{compiled}",
         made_at=now(),
-        identity={
-            **identity(),
-            "recipe": resolved,
-            "recipe_sha256": sha256_json(resolved),
-            "dataset_id": source.dataset_id,
-            "seed": recipe.seed,
-        },
+        identity={**identity(), **about_recipe, "dataset_id": dataset_id, "seed": recipe.seed},
         environment={**machine, "load_before": load_before, "load_after": load(), "threads": threads},
         warnings=warnings(machine, load_before, threads * (devices if device.type == "cpu" else 1)),
         shape=shape_of(recipe, devices),
         speed=speed,
-        efficiency=efficiency_of(
-            recipe,
-            speed.tokens_per_second,
-            (best.flops, best.origin),
-            (sourced.flops, sourced.origin),
-            fingerprint.recomputes,
-        ),
+        efficiency=efficiency_of(recipe, speed.tokens_per_second, best, sourced, fingerprint.recomputes),
         breakdown_ms=breakdown,
         breakdown_note=note,
-        memory=memory | {"predicted": _predicted_memory(recipe, backend, options)},
-        backend_stats=found[-1].stats,
+        memory=ran.memory | {"predicted": _predicted_memory(recipe, backend, options)},
+        backend_stats=ran.rounds[-1].stats,
         kernels=dict(fingerprint.kernels),
-        energy=used,
-        correctness=correctness_of(found[0].losses, reference, recipe.precision.compute, why_not),
-        rounds=[measured.step_ms for measured in found],
-        probes=[measured.probe_ms for measured in found],
-        losses=found[0].losses,
+        energy=ran.energy,
+        correctness=correctness_of(losses, reference[0], compute, reference[1]),
+        rounds=[one.step_ms for one in ran.rounds],
+        probes=[one.probe_ms for one in ran.rounds],
+        losses=losses,
     )
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from weftrain.analysis.compare.huggingface import TOKENIZER, TransformersModel, load_revision, revision_root
 from weftrain.analysis.compare.series import Column, Series, SeriesPoint, memorization_values, record_value, with_values
 from weftrain.analysis.evaluation.generation import Generator, load_model
+from weftrain.analysis.evaluation.heldout import RaggedRows, run_heldout
 from weftrain.analysis.evaluation.records import EvaluatedCheckpoint, EvaluationSettings
-from weftrain.analysis.evaluation.tasks import RaggedRows, run_heldout
 from weftrain.analysis.memorization.scores import (
     Chunk,
     LazyCheckpoint,

@@ -105,8 +105,7 @@ def stats_lines(stats: DatasetStats) -> list[str]:
         f"{manifest.tokenization.engine_version}, {manifest.tokenization.checked_documents:,} documents compared with "
         "the reference",
         f"documents    {counts.read:,} read, {counts.failed:,} failed, {counts.duplicates:,} duplicates; "
-        f"{counts.train:,} train, "
-        f"{counts.heldout:,} held out",
+        f"{counts.train:,} train, {counts.heldout:,} held out",
         f"markers      {_markers(manifest)}; held out by rule {manifest.heldout_rule}",
         f"{stats.set_name:<12} {entry.n_examples:,} rows x {manifest.sequence_length}, {manifest.packing}; "
         f"{stats.padding_tokens:,} tokens "

@@ -11,11 +11,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from weftrain.analysis.evaluation.continuation import TokenModel, continue_in_pieces, derived_seed
-from weftrain.analysis.evaluation.pass_at_k import pass_at_k, read_problems, score
+from weftrain.analysis.evaluation.pass_at_k import PassAtK, pass_at_k, read_problems, score
 from weftrain.analysis.evaluation.records import (
     EvaluatedCheckpoint,
     EvaluationRecord,
@@ -78,13 +79,8 @@ def run_code(
     problems = read_problems(path)
     limits = SandboxLimits()
     settled = asdict(code) | {"ks": sorted(set(code.ks))}
-    own = {
-        "problems": path.stem,
-        "problems_sha256": fsops.sha256_file(path),
-        "code": settled,
-        "sandbox": asdict(limits),
-        "judge": JUDGE,
-    }
+    own: dict[str, Any] = {"problems": path.stem, "problems_sha256": fsops.sha256_file(path)}
+    own |= {"code": settled, "sandbox": asdict(limits), "judge": JUDGE}
 
     def measure() -> EvaluationRecord:
         chosen = problems[: settings.limit]
@@ -96,12 +92,7 @@ def run_code(
             )
 
         report = score(chosen, complete, code.samples, code.ks, limits, progress)
-        metrics = {}
-        for k, percent in report.pass_at_k_percent.items():
-            each = [100 * pass_at_k(one.samples, one.correct, k) for one in report.problems]
-            error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None  # of a mean over problems
-            shares = {"value": percent / 100, "stderr": None if error is None else error / 100}
-            metrics[f"pass@{k}"] = {**shares, "value_percent": percent, "stderr_percent": error}
+        metrics = {f"pass@{k}": _metric(report, k) for k in report.pass_at_k_percent}
         metric = f"pass@{min(report.pass_at_k_percent)}"
         return {
             "task": path.stem,
@@ -117,6 +108,15 @@ def run_code(
         }
 
     return once(folder, inputs_of("code", subject, settings) | own, path.stem, measure, say)
+
+
+def _metric(report: PassAtK, k: int) -> EvaluationRecord:
+    """pass@k as a share and in percent, each with the standard error of a mean over problems."""
+    percent = report.pass_at_k_percent[k]
+    each = [100 * pass_at_k(one.samples, one.correct, k) for one in report.problems]
+    error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None
+    shares = {"value": percent / 100, "stderr": None if error is None else error / 100}
+    return {**shares, "value_percent": percent, "stderr_percent": error}
 
 
 def _completions(

@@ -162,8 +162,7 @@ class CheckpointLM(TemplateLM):
         if not 0 < count < self.max_length:
             raise DataError(
                 f"generation_kwargs: max_gen_toks {count} leaves no room for a question in the model's "
-                f"{self.max_length} positions: "
-                f"set it to less than {self.max_length} in the task's file"
+                f"{self.max_length} positions: set it to less than {self.max_length} in the task's file"
             )
         stops = [*([until] if isinstance(until, str) else until), self._encoder.id_to_token(self._eos_id)]
         room = self.max_length - count

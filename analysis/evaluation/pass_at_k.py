@@ -231,6 +231,23 @@ def score(
     reason = reason_unavailable()
     if reason is not None:
         raise SandboxError(reason)
+    outcomes_of = _judge_all(problems, complete, samples, limits, progress or (lambda done, total: None))
+    solved = [_solved(problem, outcomes) for problem, outcomes in zip(problems, outcomes_of, strict=True)]
+    percent = {
+        k: 100 * math.fsum(pass_at_k(samples, one.correct, k) for one in solved) / len(solved) for k in sorted(set(ks))
+    }
+    outcomes: dict[str, int] = {status: sum(one.outcomes[status] for one in solved) for status in STATUSES}
+    return PassAtK(samples, percent, tuple(solved), outcomes, limits)
+
+
+def _judge_all(
+    problems: Sequence[Problem],
+    complete: Callable[[str, int], list[str]],
+    samples: int,
+    limits: SandboxLimits,
+    progress: Callable[[int, int], None],
+) -> list[list[Outcome]]:
+    """The outcomes of each problem's samples. Programs of earlier problems are tested while later ones are written."""
     total = len(problems) * samples
     pending: set[Future[Outcome]] = set()
     futures: list[list[Future[Outcome]]] = []
@@ -241,7 +258,7 @@ def score(
             done, pending = wait(pending, None if until_all else 0, FIRST_COMPLETED)
             for future in done:
                 future.result()  # where the sandbox itself failed, say so now
-            if progress is not None and done:
+            if done:
                 progress(sum(map(len, futures)) - len(pending), total)
             if not until_all:
                 return
@@ -249,10 +266,8 @@ def score(
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="sandbox") as pool:
         try:
             for problem in problems:
-                sources = [
-                    problem.program(truncate(text, problem.stops)) for text in _completions(problem, complete, samples)
-                ]
-                tests = problem.held_to()
+                texts, tests = _completions(problem, complete, samples), problem.held_to()
+                sources = [problem.program(truncate(text, problem.stops)) for text in texts]
                 futures.append([pool.submit(judged, source, tests, limits) for source in sources])
                 pending.update(futures[-1])
                 collect(until_all=False)
@@ -260,14 +275,7 @@ def score(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    solved = [
-        _solved(problem, [future.result() for future in row]) for problem, row in zip(problems, futures, strict=True)
-    ]
-    percent = {
-        k: 100 * math.fsum(pass_at_k(samples, one.correct, k) for one in solved) / len(solved) for k in sorted(set(ks))
-    }
-    outcomes: dict[str, int] = {status: sum(one.outcomes[status] for one in solved) for status in STATUSES}
-    return PassAtK(samples, percent, tuple(solved), outcomes, limits)
+    return [[future.result() for future in row] for row in futures]
 
 
 def judged(program: str, tests: ProblemTests, limits: SandboxLimits) -> Outcome:

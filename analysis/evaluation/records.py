@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -130,6 +131,23 @@ def records_folder(run: Path) -> Path:
 def number(value: float) -> float | str:
     """The value for JSON, which has no infinity: "inf", "-inf" and "nan", as in metrics.jsonl."""
     return float(value) if math.isfinite(value) else ("nan" if math.isnan(value) else "inf" if value > 0 else "-inf")
+
+
+def score_fields(value: float, stderr: Any, metric: str) -> EvaluationRecord:
+    """The fields of one score; in percent too where the metric is a share. stderr: whatever the harness states."""
+    deviation = float(stderr) if isinstance(stderr, numbers.Real) and math.isfinite(stderr) else None
+    share = is_share(metric)
+    return {
+        "value": number(value),
+        "value_percent": round(100 * value, 6) if share else None,
+        "stderr": deviation,
+        "stderr_percent": round(100 * deviation, 6) if share and deviation is not None else None,
+    }
+
+
+def is_share(metric: str) -> bool:
+    """Whether lm-eval's metric of this name is a share of one; bleu (a percentage) and perplexity are not."""
+    return metric in ("acc", "exact_match") or metric.startswith(("acc_", "pass@"))
 
 
 def version_of(package: str) -> str | None:

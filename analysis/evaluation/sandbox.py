@@ -28,21 +28,42 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from weftrain.analysis.evaluation.sandbox_stage import ARCHITECTURES
+from weftrain.analysis.evaluation.sandbox_filter import ARCHITECTURES, filter_program
 from weftrain.core.errors import WeftrainError
 from weftrain.core.formats.canonical import parse_json
 
 Status = Literal["passed", "failed", "timed_out", "killed"]
 STATUSES: tuple[Status, ...] = ("passed", "failed", "timed_out", "killed")
+# What becomes the program. The token is read from a pipe before any line of the program runs and lies in no file,
+# argument or environment; it is written only where both parts ran to their end, in the process that began.
+DRIVER = """
+import sys
+from importlib.machinery import SourceFileLoader
+from os import _exit, getpid, read, write
+def run():
+    token, own = read(0, 64), getpid()
+    flush = sys.stderr.flush
+    sys.argv[:] = ["/program.py"]  # and standard input is a pipe that is empty for ever
+    module = type(sys)("__main__")
+    sys.modules["__main__"] = module
+    for path in ("/program.py", "/tests.py"):
+        module.__file__ = path
+        SourceFileLoader("__main__", path).exec_module(module)
+    flush()
+    if getpid() == own:
+        write(2, token)
+    _exit(0)
+run()
+"""
+
 _SMALLEST = {"memory_bytes": 32 << 20, "disk_bytes": 4096, "processes": 1}
 # beyond a program's own time, for a machine so busy that the stage's start or the burial takes that long
 _GRACE_S = 60.0
 _REMEDY = (
     "as root in a container give it CAP_SYS_ADMIN and a seccomp profile that allows unshare and mount; as a user allow "
-    "user namespaces "
-    "(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone=1, "
-    "kernel.apparmor_restrict_unprivileged_userns=0), "
-    "or use a machine that has them: generated code is never run unconfined"
+    "user namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone=1, "
+    "kernel.apparmor_restrict_unprivileged_userns=0), or use a machine that has them: generated code is never run "
+    "unconfined"
 )
 
 
@@ -93,12 +114,12 @@ def start_stage(
     tests: str,
     limits: SandboxLimits,
     *,
-    driver: str | None = None,
+    driver: str = DRIVER,
     channel: tuple[int, int] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a program as run_untrusted does; follow with `outcome_of`, which waits, or `end_stage`, which kills it.
 
-    driver: Python source that becomes the program's process, instead of sandbox_stage.DRIVER. channel: two descriptors
+    driver: Python source that becomes the program's process, instead of DRIVER. channel: two descriptors
     (to read, to write) that it sees as 3 and 4. Raises SandboxError, ValueError.
     """
     if not (math.isfinite(limits.timeout_s) and limits.timeout_s > 0):
@@ -109,14 +130,16 @@ def start_stage(
     missing = _unsupported()
     if missing is not None:
         raise SandboxError(f"sandbox: {missing}; {_REMEDY}")
-    request: dict[str, Any] = {
+    request = {
         **asdict(limits),
         "program": program,
         "tests": tests,
+        "driver": driver,
+        "filter": filter_program(platform.machine()).hex(),
         "parent": os.getpid(),
         "channel": list(channel or ()),
+        "token": secrets.token_hex(24),
     }
-    request |= {"token": secrets.token_hex(24)} | ({} if driver is None else {"driver": driver})
     # not canonical: a completion may hold lone surrogates, which only an escape can carry
     body = json.dumps(request).encode()
     command = [sys.executable, "-I", "-S", "-B", str(Path(__file__).with_name("sandbox_stage.py"))]
@@ -153,9 +176,8 @@ def outcome_of(process: subprocess.Popen[bytes], limits: SandboxLimits) -> Outco
     try:
         answer: dict[str, Any] = parse_json(said)
     except ValueError:
-        answer = {
-            "unavailable": f"the stage ended with status {process.returncode} and said {said[-300:].decode(errors='replace')!r}"
-        }
+        shown = said[-300:].decode(errors="replace")
+        answer = {"unavailable": f"the stage ended with status {process.returncode} and said {shown!r}"}
     if "unavailable" in answer:
         raise SandboxError(f"sandbox: {answer['unavailable']}; {_REMEDY}")
     return _outcome(answer, limits.timeout_s)

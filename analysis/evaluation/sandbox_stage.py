@@ -7,7 +7,8 @@ sees a new root: the interpreter and its libraries, read-only, and one small tmp
 
 Order matters: mounts, then the unprivileged user, then (or first, if never root) the user namespace, because
 RLIMIT_NPROC binds only a user that is not root and counts per user namespace. This file runs without site-packages and
-cannot import weftrain, so it stays one file; its standard output is the answer, so it must not print.
+cannot import weftrain, so the driver and the system-call filter come with the request; its standard output is the
+answer, so it must not print.
 """
 
 from __future__ import annotations
@@ -40,92 +41,11 @@ _CLONE = {
     "PID": 0x20000000,
     "network": 0x40000000,
 }
-_ANY_NAMESPACE = 0x7E020000  # the six above and CLONE_NEWCGROUP
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 _MNT_DETACH = 2
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _MOUNT_SETATTR = 442  # the same number on every architecture, as of all calls since 424
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
-
-# (x86_64, aarch64). Refused to the program: sockets of every family; memory that neither the address-space limit nor
-# the tmpfs counts (memfd, System V shared memory, message queues, keys); everything that looks into or alters other
-# processes, mounts or the kernel.
-_REFUSED = {
-    "socket": (41, 198),
-    "shmget": (29, 194),
-    "semget": (64, 190),
-    "msgget": (68, 186),
-    "mq_open": (240, 180),
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "kcmp": (312, 272),
-    "pidfd_getfd": (438, 438),
-    "process_madvise": (440, 440),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "chroot": (161, 51),
-    "open_tree": (428, 428),
-    "move_mount": (429, 429),
-    "fsopen": (430, 430),
-    "fsconfig": (431, 431),
-    "fsmount": (432, 432),
-    "fspick": (433, 433),
-    "mount_setattr": (442, 442),
-    "open_by_handle_at": (304, 265),
-    "fanotify_init": (300, 262),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "io_uring_setup": (425, 425),
-    "io_uring_enter": (426, 426),
-    "io_uring_register": (427, 427),
-    "personality": (135, 92),
-    "init_module": (175, 105),
-    "finit_module": (313, 273),
-    "delete_module": (176, 106),
-    "kexec_load": (246, 104),
-    "kexec_file_load": (320, 294),
-    "reboot": (169, 142),
-    "swapon": (167, 224),
-    "swapoff": (168, 225),
-    "acct": (163, 89),
-    "syslog": (103, 116),
-    "quotactl": (179, 60),
-}
-_CLONE_CALL, _CLONE3 = (56, 220), 435
-_AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-ARCHITECTURES = tuple(_AUDIT_ARCHITECTURE)
-
-# What becomes the program. The token is read from a pipe before any line of the program runs and lies in no file,
-# argument or environment; it is written only where both parts ran to their end, in the process that began.
-DRIVER = """
-import sys
-from importlib.machinery import SourceFileLoader
-from os import _exit, getpid, read, write
-def run():
-    token, own = read(0, 64), getpid()
-    flush = sys.stderr.flush
-    sys.argv[:] = ["/program.py"]  # and standard input is a pipe that is empty for ever
-    module = type(sys)("__main__")
-    sys.modules["__main__"] = module
-    for path in ("/program.py", "/tests.py"):
-        module.__file__ = path
-        SourceFileLoader("__main__", path).exec_module(module)
-    flush()
-    if getpid() == own:
-        write(2, token)
-    _exit(0)
-run()
-"""
 
 # Descriptors of two pipes to another sandbox, where the request names some ("channel": [read, write]): the program has
 # them as 3 and 4.
@@ -275,31 +195,9 @@ def build_root(request: dict[str, Any]) -> str:
     return executable
 
 
-def _filter_program() -> bytes:
-    """The seccomp filter as classic BPF: one struct (code u16, jt u8, jf u8, k u32) an instruction."""
-    machine = platform.machine()
-    column = ARCHITECTURES.index(machine)
-    load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, kill, refuse, absent = 0x7FFF0000, 0x80000000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
-    numbers = sorted(pair[column] for pair in _REFUSED.values())
-    rows = [(load, 0, 0, 4), (equal, 1, 0, _AUDIT_ARCHITECTURE[machine]), (give, 0, 0, kill), (load, 0, 0, 0)]
-    rows += [(at_least, 0, 1, 0x40000000), (give, 0, 0, kill)]  # x32: other numbers for the same calls
-    # its flags lie in memory, out of a filter's sight; libc then uses clone
-    rows += [(equal, 0, 1, _CLONE3), (give, 0, 0, absent)]
-    for number in numbers:
-        rows += [(equal, 0, 1, number), (give, 0, 0, refuse)]
-    rows += [
-        (equal, 0, 3, _CLONE_CALL[column]),
-        (load, 0, 0, 16),
-        (any_bit, 0, 1, _ANY_NAMESPACE),
-        (give, 0, 0, refuse),
-        (give, 0, 0, allow),
-    ]
-    return b"".join(struct.pack("=HBBI", *row) for row in rows)
-
-
-def _refuse_system_calls() -> None:
-    program = ctypes.create_string_buffer(_filter_program())
+def _refuse_system_calls(filter_hex: str) -> None:
+    """filter_hex: sandbox_filter.filter_program, in hexadecimal."""
+    program = ctypes.create_string_buffer(bytes.fromhex(filter_hex))
     header = struct.pack("@HP", len(program.raw[:-1]) // 8, ctypes.addressof(program))
     _prctl(_PR_SET_SECCOMP, 2, "seccomp filter", header)
 
@@ -328,7 +226,7 @@ def _become_program(request: dict[str, Any], executable: str, token: int, errors
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
     for which, value in limits.items():
         resource.setrlimit(which, (value, value))
-    _refuse_system_calls()
+    _refuse_system_calls(request["filter"])
     os.execve(executable, [executable, "-I", "-S", "-B", "-c", request["driver"]], {})
 
 
@@ -472,7 +370,7 @@ def _read_request() -> dict[str, Any]:
     (length,) = struct.unpack("<Q", exactly(8))
     if length > _LARGEST_REQUEST:
         raise SetupError("the request is too long")
-    request: dict[str, Any] = {"driver": DRIVER, "channel": [], **json.loads(exactly(length))}
+    request: dict[str, Any] = json.loads(exactly(length))
     return request
 
 

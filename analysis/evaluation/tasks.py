@@ -1,13 +1,10 @@
-"""Scores of a checkpoint: held-out perplexity and tasks of lm-eval, each as a record (records.py).
+"""Tasks of lm-eval on a checkpoint, each score as a record (records.py).
 
-Perplexity is exp of the mean loss over tokens, which is neither the mean of batch means nor exp(loss / batch size).
 lm-eval gives shares: its 0.4257 is 42.57 in `value_percent` here, and a metric that is no share has no `value_percent`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,36 +12,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from tokenizers import Tokenizer, processors
 
-from weftrain.analysis.evaluation.generation import PREFERENCES
 from weftrain.analysis.evaluation.records import (
     EvaluatedCheckpoint,
     EvaluationRecord,
     EvaluationSettings,
     Say,
     inputs_of,
-    number,
     once,
+    score_fields,
     stored,
     version_of,
 )
-from weftrain.core.errors import DataError, file_problem, one_line
+from weftrain.core.errors import DataError, one_line
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import sha256_json
-from weftrain.core.formats.dataset_manifest import DatasetManifest
-from weftrain.core.formats.plain_file import read_plain
-from weftrain.core.formats.tokenizer_file import tokenizer_from
-from weftrain.core.model import Decoder, kernel_specs
-from weftrain.core.order.batch import Batch, EvaluationSource
-from weftrain.kernels import select
 
 if TYPE_CHECKING:
     from weftrain.analysis.evaluation.lm_eval_model import CheckpointLM
 
 BOOTSTRAP_ROUNDS = 1000  # for the standard error of what is no mean
-EOS_CANDIDATES = ("</s>", "<|endoftext|>")
 MISSING = "lm-eval is not installed, which --tasks and --preset need: pip install 'weftrain[eval]'"
 _MAX_INCLUDE_FILES = 10_000
 
@@ -70,202 +57,6 @@ PRESETS: dict[str, tuple[TaskRequest, ...]] = {
         TaskRequest("winogrande", 5, "acc", {"amber": 64.35}),
     )
 }
-
-
-# Perplexity
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """loss: mean over tokens, in nats. tokens: those with a loss."""
-
-    loss: float
-    tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        return perplexity_of(self.loss)
-
-
-def perplexity_of(loss: float) -> float:
-    """exp(loss), infinite where a float cannot hold it."""
-    return math.exp(loss) if loss < 709 else math.inf
-
-
-@dataclass(frozen=True)
-class RaggedRows:
-    """An EvaluationSource over rows of two or more ids, padded on the right without loss."""
-
-    name: str
-    token_rows: Sequence[Sequence[int]]
-    dataset_id: str = ""
-
-    @property
-    def sequence_length(self) -> int:
-        return max(map(len, self.token_rows)) - 1
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.token_rows)
-
-    @property
-    def rows_available(self) -> int:
-        return len(self.token_rows)
-
-    def rows(self, first: int, count: int) -> Batch:
-        part = self.token_rows[first : first + count]
-        longest = max(map(len, part))
-        ids = np.zeros((len(part), longest), dtype=np.int64)
-        mask = np.zeros((len(part), longest - 1), dtype=np.bool_)
-        for place, row in enumerate(part):
-            ids[place, : len(row)] = row
-            mask[place, : len(row) - 1] = True
-        return Batch(ids, mask)
-
-
-@torch.no_grad()
-def perplexity(
-    model: Decoder, source: EvaluationSource, batch_size: int, progress: Callable[[int, int], None] | None = None
-) -> Perplexity:
-    """Mean loss over a held-out set's tokens that have one, whatever the batch size. progress(rows done, rows).
-
-    Raises DataError where no token has a loss or batch_size is below 1.
-    """
-    if batch_size < 1:
-        raise DataError(f"batch size {batch_size}: it must be at least 1")
-    device = model.embedding.weight.device
-    sums, tokens = [], 0
-    for first in range(0, source.num_rows, batch_size):
-        batch = source.rows(first, min(batch_size, source.num_rows - first))
-        ids, labels, starts = _tensors(batch, device)
-        # the sum over tokens: batches of unequal numbers of tokens add up
-        sums.append(float(model(ids, labels, starts)))
-        tokens += int((labels >= 0).sum())
-        if progress is not None:
-            progress(min(first + batch_size, source.num_rows), source.num_rows)
-    if not tokens:
-        raise DataError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
-    return Perplexity(math.fsum(sums) / tokens, tokens)
-
-
-def attend_within_documents(model: Decoder) -> None:
-    """Give a model of load_model attention that takes `document_start`, for held-out sets that need it."""
-    weight = model.embedding.weight
-    selection = select(kernel_specs(model.config, weight.device.type, weight.dtype, documents=True), PREFERENCES)
-    for index, block in enumerate(model.layers):
-        block.attention.attention = selection.function("attention", f"layers.{index}.attention")  # type: ignore[union-attr]
-
-
-def _tensors(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """ids, labels int64 [B, T] (-100: no loss), document_start int32 [B, T] or None."""
-    ids = torch.from_numpy(batch.ids).to(device)
-    labels = ids[:, 1:]
-    if batch.loss_mask is not None:
-        labels = labels.masked_fill(~torch.from_numpy(batch.loss_mask).to(device), -100)
-    starts = None if batch.document_start is None else torch.from_numpy(batch.document_start).to(device)
-    return ids[:, :-1], labels, starts
-
-
-def run_heldout(
-    sources: Sequence[EvaluationSource],
-    subject: EvaluatedCheckpoint,
-    settings: EvaluationSettings,
-    open_model: Callable[[], Decoder],
-    folder: Path,
-    say: Say = print,
-) -> list[EvaluationRecord]:
-    """A record of loss and perplexity for each held-out set. The model is opened only if a record is missing."""
-    records = []
-    for source in sources:
-        inputs = inputs_of("heldout", subject, settings) | {
-            "set": source.name,
-            "dataset_id": source.dataset_id,
-            "rows": source.num_rows,
-        }
-
-        def measure(source: EvaluationSource = source) -> EvaluationRecord:
-            found = perplexity(open_model(), source, settings.batch_size)
-            metrics = {
-                name: {"value": number(value)}
-                for name, value in (("loss", found.loss), ("perplexity", found.perplexity))
-            }
-            return {
-                "task": f"heldout/{source.name}",
-                "task_version": source.dataset_id,
-                "metric": "loss",
-                **_score(found.loss, None, "loss"),
-                "metrics": metrics,
-                "samples": source.num_rows,
-                "samples_available": source.rows_available,
-                "tokens": found.tokens,
-                "shots": 0,
-                "decoding": {"kind": "none"},
-            }
-
-        records.append(once(folder, inputs, f"heldout-{source.name}", measure, say))
-    return records
-
-
-# Tokenizers
-
-
-def open_tokenizer(
-    path: Path, vocab_size: int, dataset: tuple[Path, DatasetManifest] | None = None
-) -> tuple[Tokenizer, str]:
-    """A tokenizer.json that fits a model of `vocab_size` ids and the dataset it was trained on; and its SHA-256.
-
-    Raises DataError naming the file and the remedy.
-    """
-    try:
-        data = read_plain(path, "tokenizer")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot read the tokenizer: {file_problem(error)}: name the model's tokenizer.json with "
-            "--tokenizer"
-        ) from error
-    tokenizer = tokenizer_from(data, str(path), "name the right file with --tokenizer")
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= vocab_size:
-        raise DataError(
-            f"{path}: its largest id {largest} is outside the model's vocabulary of {vocab_size}: it is another "
-            "model's; "
-            "name this model's with --tokenizer"
-        )
-    sha256 = hashlib.sha256(data).hexdigest()
-    if dataset is not None and sha256 != dataset[1].tokenizer_sha256:
-        raise DataError(
-            f"{path}: SHA-256 {sha256[:12]}… is not the {dataset[1].tokenizer_sha256[:12]}… that {dataset[0]} was "
-            "prepared with: "
-            f"use {dataset[0] / 'tokenizer.json'}, or leave --tokenizer out"
-        )
-    if dataset is not None and dataset[1].bos_id is not None:
-        _begin_texts(tokenizer, dataset[1].bos_id)
-    return tokenizer, sha256
-
-
-def _begin_texts(tokenizer: Tokenizer, bos_id: int) -> None:
-    """Make the tokenizer put the start token, with which training documents began, before each text, and nothing else.
-
-    It does so where special tokens are requested; many tokenizers do it by themselves.
-    """
-    token = tokenizer.id_to_token(bos_id)
-    begin = {"id": "BEGIN", "ids": [bos_id], "tokens": [token]}
-    tokenizer.post_processor = processors.TemplateProcessing(["BEGIN", "$A"], ["BEGIN", "$A", "$B"], [begin])
-
-
-def end_of_text_id(tokenizer: Tokenizer, path: Path, dataset: DatasetManifest | None = None) -> int:
-    """The id that ends a document: the dataset's, else that of </s> or <|endoftext|>. Raises DataError for none."""
-    if dataset is not None:
-        return dataset.separator_id
-    for token in EOS_CANDIDATES:
-        if (found := tokenizer.token_to_id(token)) is not None:
-            return int(found)
-    raise DataError(
-        f"{path}: has no token {' or '.join(EOS_CANDIDATES)} to end a text with; use the model's own tokenizer.json"
-    )
-
-
-# Tasks
 
 
 def run_tasks(
@@ -370,8 +161,7 @@ class _Harness:
             why = one_line(error)
             raise DataError(
                 f"task '{request.task}': it cannot be loaded: {type(error).__name__}: {why}; its data comes from the "
-                "Hugging Face hub or "
-                "from the files that its own file names: check the network, HF_HOME, or data_files"
+                "Hugging Face hub or from the files that its own file names: check the network, HF_HOME, or data_files"
             ) from error
         for name, task in loaded["tasks"].items():
             own = task.get_config("num_fewshot")
@@ -434,24 +224,8 @@ def _metrics(found: Mapping[str, Any]) -> dict[str, EvaluationRecord]:
         if not comma or name.endswith("_stderr") or isinstance(value, str):
             continue
         shown = name if filtered == "none" else key
-        metrics[shown] = _score(float(value), found.get(f"{name}_stderr,{filtered}"), name)
+        metrics[shown] = score_fields(float(value), found.get(f"{name}_stderr,{filtered}"), name)
     return metrics
-
-
-def _score(value: float, stderr: Any, metric: str) -> EvaluationRecord:
-    deviation = float(stderr) if isinstance(stderr, (int, float, np.floating)) and math.isfinite(stderr) else None
-    share = is_share(metric)
-    return {
-        "value": number(value),
-        "value_percent": round(100 * value, 6) if share else None,
-        "stderr": deviation,
-        "stderr_percent": round(100 * deviation, 6) if share and deviation is not None else None,
-    }
-
-
-def is_share(metric: str) -> bool:
-    """Whether lm-eval's metric of this name is a share of one; bleu (a percentage) and perplexity are not."""
-    return metric in ("acc", "exact_match") or metric.startswith(("acc_", "pass@"))
 
 
 def _folder_sha256(folder: Path) -> str:

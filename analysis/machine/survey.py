@@ -11,6 +11,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,10 @@ def _collectives(device: torch.device, largest_mib: int) -> list[dict[str, Any]]
         whole, part = torch.ones(count, device=device), torch.ones(count // ranks, device=device)
         into = torch.empty_like(whole)
         operations: dict[str, tuple[Callable[[], Any], float]] = {
-            "all_reduce": (lambda tensor=whole: dist.all_reduce(tensor), 2 * (ranks - 1) / ranks),  # type: ignore[misc]
-            "all_gather": (lambda into=into, part=part: gather(into, part), (ranks - 1) / ranks),  # type: ignore[misc]
-            "reduce_scatter": (lambda part=part, whole=whole: scatter(part, whole), (ranks - 1) / ranks),  # type: ignore[misc]
-            "all_to_all": (lambda into=into, whole=whole: dist.all_to_all_single(into, whole), (ranks - 1) / ranks),  # type: ignore[misc]
+            "all_reduce": (partial(dist.all_reduce, whole), 2 * (ranks - 1) / ranks),
+            "all_gather": (partial(gather, into, part), (ranks - 1) / ranks),
+            "reduce_scatter": (partial(scatter, part, whole), (ranks - 1) / ranks),
+            "all_to_all": (partial(dist.all_to_all_single, into, whole), (ranks - 1) / ranks),
         }
         for name, (operation, factor) in operations.items():
             own = torch.tensor([_seconds(operation, device)], device=device)
@@ -127,7 +128,8 @@ def machine_lines(found: dict[str, Any]) -> Iterator[str]:
     """The figures as lines of text."""
     about, ranks = found["environment"], found["ranks"]
     torch_version = about["libraries"]["torch"]
-    yield f"{about['device']}; {about['cpu_count']} CPU cores, {about['memory_bytes'] / 2**30:,.0f} GiB; torch {torch_version}"
+    memory_gib = about["memory_bytes"] / 2**30
+    yield f"{about['device']}; {about['cpu_count']} CPU cores, {memory_gib:,.0f} GiB; torch {torch_version}"
     for name in ranks[0]["matmul_flops"]:
         yield from _rate_lines(
             f"matrix multiply {name}", {one["rank"]: one["matmul_flops"][name] for one in ranks}, "GFLOP/s"

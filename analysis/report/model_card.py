@@ -160,8 +160,7 @@ def _scores(run: Path) -> list[str]:
         value = f"{record['value']}" if record["value_percent"] is None else f"{record['value_percent']:.2f} %"
         rows.append(
             f"| {plain(record['step'])} | {plain(record['task'])}{partial} | {plain(record['task_version'])} | "
-            f"{plain(record['shots'])} "
-            f"| {plain(record['metric'])} | {plain(value)} | "
+            f"{plain(record['shots'])} | {plain(record['metric'])} | {plain(value)} | "
             f"`{re.sub('[^0-9a-f]', '', str(record['checkpoint']))[:16]}` |"
         )
     return [*rows, ""]

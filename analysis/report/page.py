@@ -26,10 +26,8 @@ MAX_CELLS_A_SIDE = 64  # of a memorization matrix; what is between is left out, 
 MAX_LINES = 3000  # of the ledger and of the checkpoints: the first and the last
 _READING = (
     "Steps are completed steps; shaded bands are chunks. A long curve is drawn by the least and the greatest of each "
-    "of its parts, so "
-    "that no spike is lost, and the strong line is their medians. A red dot at the top edge is a value that is not "
-    "finite; the curve is "
-    "broken there. What a mark means is in its tooltip, and in the ledger below."
+    "of its parts, so that no spike is lost, and the strong line is their medians. A red dot at the top edge is a "
+    "value that is not finite; the curve is broken there. What a mark means is in its tooltip, and in the ledger below."
 )
 _FOOTER = (
     "<footer>Everything here is read from the run's own record; nothing was trained, loaded or verified to write it. "
@@ -237,9 +235,8 @@ def _matrix(matrix: Matrix) -> str:
     left_out = len(matrix.rows) * len(matrix.chunks) - len(rows) * len(chunks)
     caption = (
         f"{matrix.words}. In each cell: rows recited whole, in per cent, and the mean score from 0 to 1, which the "
-        "shade shows. "
-        "* just seen, + seen earlier, ~ seen in part, ? not known; without a sign: never seen by that checkpoint."
-        f"{f' {left_out:,} cells are left out, at even distances.' if left_out else ''}"
+        "shade shows. * just seen, + seen earlier, ~ seen in part, ? not known; without a sign: never seen by that "
+        f"checkpoint.{f' {left_out:,} cells are left out, at even distances.' if left_out else ''}"
     )
     return _table(
         caption,

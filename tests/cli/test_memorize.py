@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from weftrain.analysis.evaluation.generation import Generator, load_model
-from weftrain.analysis.evaluation.tasks import open_tokenizer
+from weftrain.analysis.evaluation.tokenizer import open_tokenizer
 from weftrain.cli.generate import default_tokenizer, generate
 from weftrain.cli.memorize import memorize
 from weftrain.core import checkpoint

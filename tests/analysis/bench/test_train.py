@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from invented_runs import Clock, InventedRun, Tiny
 from places import SHARED
 
-from weftrain.analysis.bench.train import BenchError, bench_source, plain_weights, run_program
+from weftrain.analysis.bench.train import BenchError, bench_source, plain_weights, run_program, take_steps
 from weftrain.backends.common.registry import get_backend
-from weftrain.core.backend import Job, Plan
+from weftrain.core.backend import Job, Plan, StepResult
 from weftrain.core.recipe_file import load_recipe
 
 BARE_LOOP = SHARED / "bench" / "plain_loop.py"
@@ -108,3 +110,51 @@ def test_the_bare_loop_trains_the_same_model(compute: str, steps: int, tolerance
         adamw.step()
         adamw.zero_grad()
         assert float(result.loss) == pytest.approx(loss.item(), abs=tolerance), result.step
+
+
+def test_the_yardstick_stands_beside_the_step_and_not_in_it(clock: Clock, tiny_recipe: Tiny) -> None:
+    """The machine slows down to half: a step takes twice as long, and as many yardsticks as before."""
+    pace = iter([1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+
+    def probe() -> float:
+        ms = 4.0 * next(pace)
+        clock.now += ms / 1e3
+        return ms
+
+    run = InventedRun(clock, [10.0, 10.0, 15.0, 20.0, 20.0, 20.0], gap_ms=0.0)
+    found = take_steps(run, bench_source(tiny_recipe()), probe=probe)  # type: ignore[arg-type]
+    assert found.step_ms == pytest.approx([10.0, 10.0, 15.0, 20.0, 20.0, 20.0])
+    assert found.probe_ms == pytest.approx([4.0, 4.0, 4.0, 8.0, 8.0, 8.0, 8.0])
+
+
+def test_a_skipped_step_has_no_speed(clock: Clock, tiny_recipe: Tiny) -> None:
+    class Skips(InventedRun):
+        def train(self, source: Any) -> Iterator[StepResult]:
+            for result in super().train(source):
+                yield StepResult(result.step + (result.step > 1), 1.0, 1.0, {}, 52, 52, 1.0, 0.0)
+
+    with pytest.raises(BenchError, match="step 3 was skipped or is out of order"):
+        take_steps(Skips(clock, [1.0] * 4), bench_source(tiny_recipe()))  # type: ignore[arg-type]
+
+
+def test_mutation_a_missing_synchronisation_is_seen(clock: Clock, tiny_recipe: Tiny) -> None:
+    """On a device that computes while the host runs on, only reading the loss waits: without that a step would take
+    nothing.
+    """
+
+    class Late:
+        def __init__(self) -> None:
+            self.read = False
+
+        def __float__(self) -> float:
+            clock.now += 0.040
+            return 5.0
+
+    class Asynchronous(InventedRun):
+        def train(self, source: Any) -> Iterator[StepResult]:
+            for step in range(4):
+                clock.now += 0.001
+                yield StepResult(step, Late(), 1.0, {}, 52, 52, 1.0, 0.0)
+
+    found = take_steps(Asynchronous(clock, []), bench_source(tiny_recipe()))  # type: ignore[arg-type]
+    assert found.step_ms == pytest.approx([41.0] * 4)

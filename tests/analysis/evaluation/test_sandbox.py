@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import secrets
 import shutil
 import signal
@@ -22,7 +23,7 @@ from typing import Any
 import pytest
 from places import ROOT
 
-from weftrain.analysis.evaluation import sandbox, sandbox_stage
+from weftrain.analysis.evaluation import sandbox, sandbox_filter, sandbox_stage
 from weftrain.analysis.evaluation.sandbox import Outcome, SandboxError, reason_unavailable, run_untrusted
 
 UNAVAILABLE = reason_unavailable()
@@ -314,7 +315,7 @@ def test_namespaces_hold_without_the_filter(monkeypatch: pytest.MonkeyPatch, tmp
     be altered.
     """
     source = Path(sandbox_stage.__file__).read_text()
-    line = "    _refuse_system_calls()\n"
+    line = '    _refuse_system_calls(request["filter"])\n'
     assert source.count(line) == 1
     (tmp_path / "sandbox_stage.py").write_text(source.replace(line, ""))
     monkeypatch.setattr(sandbox, "__file__", str(tmp_path / "sandbox.py"))
@@ -486,8 +487,13 @@ def test_as_a_user_who_is_not_root() -> None:
         "processes": 2,
         "token": "ab" * 24,
         "program": program,
+        "tests": "",
+        "driver": sandbox.DRIVER,
+        "filter": sandbox_filter.filter_program(platform.machine()).hex(),
+        "channel": [],
+        "parent": os.getpid(),
     }
-    body = json.dumps({**request, "tests": "", "parent": os.getpid()}).encode()
+    body = json.dumps(request).encode()
     process = subprocess.Popen(
         [interpreter, "-I", "-S", "-c", source],
         stdin=-1,
@@ -514,9 +520,10 @@ def test_as_a_user_who_is_not_root() -> None:
 def test_where_the_kernel_refuses_nothing_is_run(tmp_path: Path) -> None:
     """In a process that may not unshare: the reason in advance, and an error instead of a run."""
     program = f"""
-from weftrain.analysis.evaluation import sandbox, sandbox_stage
+import platform
+from weftrain.analysis.evaluation import sandbox, sandbox_filter, sandbox_stage
 sandbox_stage._prctl(38, 1, "")
-sandbox_stage._refuse_system_calls()
+sandbox_stage._refuse_system_calls(sandbox_filter.filter_program(platform.machine()).hex())
 print(sandbox.reason_unavailable())
 try:
     sandbox.run_untrusted("open({str(tmp_path / "ran")!r}, 'w')", timeout_s=5, memory_bytes=1 << 29, disk_bytes=1 << 20, processes=1)

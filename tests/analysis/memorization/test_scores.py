@@ -15,48 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from memorization_cases import PARAMETERS, ROOTS, K, L, chunk_of, random_generator, result_of
 from places import SHARED
 
-from weftrain.analysis.evaluation.generation import Generator, load_model
+from weftrain.analysis.evaluation.generation import Generator
 from weftrain.analysis.memorization import scores as memorization
-from weftrain.analysis.memorization.report import PICTURES, by_relation, correlation, distribution, draw, summary
 from weftrain.analysis.memorization.scores import Chunk, LazyCheckpoint, MemorizationResult, Parameters
 from weftrain.core.config import ModelConfig, Recipe
 from weftrain.core.data import TokenSource
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
-from weftrain.core.model import draw as initial_value
 from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.order.timeline import ChunkOrder, Timeline
-from weftrain.core.parameters import parameter_specs
 from weftrain.core.run.run_source import whole_run
 
-K, L = 6, 8
-PARAMETERS = Parameters(prompt_tokens=K, continuation_tokens=L, samples=8, seed=0)
 RELEASED = SHARED / "data" / "amber" / "memorization_sample.jsonl"
-ROOTS = ("a" * 64, "b" * 64)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads: None) -> None:
-    torch.set_num_threads(1)  # so small a model gains nothing from a second
-
-
-def random_generator(config: ModelConfig, seed: int) -> Generator:
-    return Generator(
-        load_model({spec.name: initial_value(spec, config, seed) for spec in parameter_specs(config)}, config)
-    )
-
-
-@pytest.fixture(scope="module")
-def rows() -> np.ndarray:
-    """16 random rows; the first 8 will be known."""
-    return np.random.default_rng(1).integers(0, 97, (16, K + L + 2))
-
-
-@pytest.fixture
-def config(tiny_recipe: Callable[..., Recipe]) -> ModelConfig:
-    return tiny_recipe("amber").model
 
 
 @pytest.fixture
@@ -70,36 +43,6 @@ def trained(config: ModelConfig, rows: np.ndarray) -> Generator:
         model(ids[:, :-1], ids[:, 1:]).div(ids[:, 1:].numel()).backward()
         optimizer.step()
     return Generator(model.eval().requires_grad_(False))
-
-
-def chunk_of(rows: np.ndarray, name: str, **fields: Any) -> Chunk:
-    return Chunk(name, fields.pop("kind", "training"), "d" * 64, len(rows), lambda numbers: rows[numbers], **fields)
-
-
-def result_of(
-    step: int, matches: list[int], name: str = "c", first: int | None = 0, stop: int | None = 1, **changes: Any
-) -> MemorizationResult:
-    score, percent = memorization.figures(matches, L)
-    fields: dict[str, Any] = {
-        "format": "weftrain-memorization",
-        "version": 1,
-        "software": {},
-        "step": step,
-        "root": "a" * 64,
-    }
-    fields |= {
-        "chunk": name,
-        "kind": "training",
-        "first_step": first,
-        "stop_step": stop,
-        "dataset_id": "d",
-        "parameters": PARAMETERS,
-    }
-    fields |= {"sample_numbers": list(range(len(matches))), "repeated": 0, "rows_sha256": "0" * 64, "matches": matches}
-    return MemorizationResult(**{**fields, "mean_score": score, "extractible_percent": percent, **changes})
-
-
-# Scores
 
 
 def test_known_rows_score_one_and_others_about_chance(trained: Generator, rows: np.ndarray, tmp_path: Path) -> None:
@@ -145,9 +88,6 @@ def test_percentages_are_of_a_hundred_and_scores_of_one() -> None:
 def test_rows_too_short_are_refused(config: ModelConfig, rows: np.ndarray) -> None:
     with pytest.raises(DataError, match=r"rows have 13 tokens, k \+ l = 14"):
         memorization.count_matches(random_generator(config, 0), rows[:, :13], PARAMETERS)
-
-
-# Which rows
 
 
 def test_the_sample_is_a_function_of_seed_chunk_and_dataset() -> None:
@@ -212,26 +152,6 @@ def test_a_heldout_set_is_a_chunk_and_its_name_a_file_of_its_own() -> None:
     assert chunk.read(np.array([0, 2]))[:, 0].tolist() == [0, 2]
     Held.name = "../a_b"
     assert memorization.heldout_chunk(Held()).name != chunk.name  # type: ignore[arg-type]
-
-
-# Files
-
-
-@pytest.fixture
-def measuring(config: ModelConfig, rows: np.ndarray) -> Callable[..., list[MemorizationResult]]:
-    """measuring(folder): two random checkpoints, three chunks."""
-    chunks = [chunk_of(rows[i : i + 4], f"chunk_{i}", first_step=i, stop_step=i + 4, number=10 * i) for i in (0, 4, 8)]
-    snapshots = [
-        LazyCheckpoint(step, root, lambda seed=step: random_generator(config, seed))
-        for step, root in ((4, ROOTS[0]), (8, ROOTS[1]))
-    ]
-
-    def run(folder: Path, **changes: Any) -> list[MemorizationResult]:
-        return memorization.measure(
-            folder, **{"snapshots": snapshots, "chunks": chunks, "parameters": PARAMETERS, **changes}
-        )
-
-    return run
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -337,73 +257,6 @@ def test_one_model_is_alive_at_a_time(config: ModelConfig, rows: np.ndarray, tmp
     assert (len(results), loads) == (10, 5)
     gc.collect()
     assert not list(alive)
-
-
-# Together
-
-
-def test_distribution_counts_every_number_of_matches() -> None:
-    found = distribution([result_of(1, [0, 0, L, 3]), result_of(1, [3, 1, 0, 0], "d")])
-    assert found == [4, 1, 0, 2, 0, 0, 0, 0, 1]
-
-
-def test_means_by_what_was_seen_weigh_rows_and_not_chunks() -> None:
-    results = [
-        result_of(8, [L, L], "a", 0, 4),
-        result_of(8, [0, 0, 0, 0, 0, L], "b", 2, 6),
-        result_of(8, [4, 4], "c", 6, 8),
-        result_of(8, [1, 0], "d", 8, 12),
-        result_of(8, [0, 0], "h", None, None, kind="heldout"),
-    ]
-    (means,) = by_relation(results).values()
-    assert {name: (mean.mean_score, mean.extractible_percent, mean.rows) for name, mean in means.items()} == {
-        "earlier": (3 / 8, 37.5, 8),
-        "just seen": (0.5, 0.0, 2),
-        "unseen": (1 / 32, 0.0, 4),
-    }
-
-
-def test_correlation_is_pearsons_over_the_rows_that_all_checkpoints_have() -> None:
-    generator = np.random.default_rng(0)
-    matches = {step: generator.integers(0, L + 1, 60).tolist() for step in (2, 4)}
-    matches[6] = [L - match for match in matches[2]]
-    matches[8] = [3] * 60
-    results = [
-        result_of(step, found[i : i + 30], name) for step, found in matches.items() for i, name in ((0, "a"), (30, "b"))
-    ]
-    results.append(result_of(2, [1, 2], "of_one_only"))
-    steps, found = correlation(results, "scores")
-    assert steps == [2, 4, 6, 8]
-    expected = np.corrcoef(matches[2], matches[4])[0, 1]
-    assert found[0][1] == found[1][0] == pytest.approx(expected)
-    assert found[0][0] == pytest.approx(1)
-    assert found[0][2] == pytest.approx(-1)
-    assert found[3] == [None] * 4
-    _, found = correlation(results, "extractible")
-    expected = np.corrcoef(np.array(matches[2]) == L, np.array(matches[4]) == L)[0, 1]
-    assert found[0][1] == pytest.approx(expected)
-
-
-def test_summary_and_pictures(measuring: Callable[..., list[MemorizationResult]], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    results = measuring(tmp_path / "results")
-    found = json.loads(json.dumps(summary(results, PARAMETERS), allow_nan=False))
-    assert [(cell["step"], cell["chunk"]) for cell in found["matrix"]] == [
-        (s, f"chunk_{c}") for s in (4, 8) for c in (0, 4, 8)
-    ]
-    relations = [cell["relation"] for cell in found["matrix"]]
-    assert relations == ["just seen", "unseen", "unseen", "earlier", "just seen", "unseen"]
-    assert {step: sum(counts) for step, counts in found["distribution"].items()} == {"4": 12, "8": 12}
-    paths = draw(results, tmp_path)
-    assert [path.name for path in paths] == list(PICTURES)
-    for path in paths:
-        assert path.read_bytes().startswith(b"\x89PNG")
-    # one checkpoint, nothing correlates, nothing was trained on
-    sample = [result_of(1, [0, 0], "s", None, None, kind="sample")]
-    draw(sample, tmp_path)
-
-
-# Released samples
 
 
 def line_of(**changes: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from weftrain.analysis.evaluation.tasks import open_tokenizer
+from weftrain.analysis.evaluation.tokenizer import open_tokenizer
 from weftrain.core.errors import DataError
 from weftrain.core.formats.tokenizer_file import (
     MAX_PATTERN_CHARACTERS,
