@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Column, Table
 
+from weftrain.cli import arguments
 from weftrain.cli.display import Bar, Console, this_program
 from weftrain.cli.kernels import bench as kernels_bench
 from weftrain.cli.resolve import Resolved, resolve, resolve_recipe
@@ -71,8 +72,8 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @bench.command("train")
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@arguments.recipe
+@arguments.overrides
 @click.option("--backend", help="Backend instead of the recipe's.")
 @_run_options
 @click.option(
@@ -223,8 +224,8 @@ def _alternate(ours_command: list[str], program: str, rounds: int, timeout_s: fl
 
 
 @bench.command("stream")
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@arguments.recipe
+@arguments.overrides
 @_run_options
 @click.option(
     "--report",
@@ -261,8 +262,8 @@ def bench_stream(
 
 
 @bench.command("data")
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@arguments.recipe
+@arguments.overrides
 @click.option("--steps", type=click.IntRange(min=2), default=50, show_default=True, help="Batches that are read.")
 @click.option(
     "--h5py", "beside_h5py", is_flag=True, help="Read as many rows through h5py, interleaved, and print the ratio."
@@ -338,8 +339,8 @@ def bench_compare(reports: tuple[Path, ...], fail_above: float | None) -> None:
 
 
 @bench.command("sweep")
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@arguments.recipe
+@arguments.overrides
 @click.option(
     "--vary",
     multiple=True,

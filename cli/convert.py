@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from weftrain.cli import arguments
+
 if TYPE_CHECKING:
     from weftrain.core.backend import State
     from weftrain.core.config import Recipe
@@ -61,7 +63,7 @@ def convert() -> None:
 
 @convert.command("recipe-from-params")
 @click.argument("params", type=ExistingFile)
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@arguments.overrides
 @click.option("--name", required=True, help="The recipe's name.")
 @click.option(
     "--micro-batch-size",
@@ -98,8 +100,8 @@ def recipe_from_params(
 
 
 @convert.command("params-from-recipe")
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@arguments.recipe
+@arguments.overrides
 def params_from_recipe(recipe: str, overrides: tuple[str, ...]) -> None:
     """Print RECIPE as a Model Zoo 1.9 params file. What that format cannot express is refused by name."""
     from weftrain.core.recipe_file import load_recipe
@@ -141,11 +143,9 @@ def checkpoint_to_cerebras(checkpoint: Path, output: Path, weights_only: bool, p
 
 @convert.command("checkpoint-from-cerebras")
 @click.argument("file", type=ExistingFile)
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@click.option(
-    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of runs."
-)
+@arguments.recipe
+@arguments.overrides
+@arguments.runs_folder
 @click.option(
     "--run",
     "run_name",
@@ -189,11 +189,9 @@ def checkpoint_from_cerebras(
 
 @convert.command("from-huggingface")
 @click.argument("folder", type=ExistingFolder)
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@click.option(
-    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of runs."
-)
+@arguments.recipe
+@arguments.overrides
+@arguments.runs_folder
 @click.option(
     "--run",
     "run_name",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
+from weftrain.cli import arguments
 from weftrain.cli.display import Bar, Console
 from weftrain.core.errors import DataError
 
@@ -154,8 +155,8 @@ def _visible(text: str) -> str:
 
 
 @data.command()
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@arguments.recipe
+@arguments.overrides
 @click.option("--step", type=click.IntRange(min=0), required=True, help="The 0-based step.")
 @click.option("--row", type=click.IntRange(min=0), required=True, help="The row within the batch, from 0.")
 def where(recipe: str, overrides: tuple[str, ...], step: int, row: int) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import click
 from rich.table import Table
 
+from weftrain.cli import arguments
 from weftrain.cli.display import Console
 
 
 @click.command("eval")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@arguments.run
+@arguments.overrides
 @click.option("--rows", type=click.IntRange(min=1), help="Rows of each held-out set.  [default: all]")
 @click.option("--backend", help="Backend instead of the run's, with its default options; for held-out loss alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each score instead of a table.")

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from weftrain.cli import arguments
+
 if TYPE_CHECKING:
     from weftrain.core.config import Recipe
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@arguments.run
+@arguments.overrides
 @click.option("--prompt", help="Text to continue.")
 @click.option("--ids", help="Token ids to continue, such as 1,2,3; prints ids, and needs no tokenizer.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="New tokens at most.")

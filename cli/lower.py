@@ -8,12 +8,13 @@ from typing import Literal
 import click
 from rich.table import Column, Table
 
+from weftrain.cli import arguments
 from weftrain.cli.display import Bar, Console
 
 
 @click.command()
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@arguments.recipe
+@arguments.overrides
 @click.option(
     "--output",
     type=click.Path(path_type=Path),

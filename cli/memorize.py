@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from weftrain.cli import arguments
 from weftrain.cli.display import Console
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ Manifests = dict[int, tuple[Path, dict[str, Any]]]  # step -> checkpoint's folde
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@arguments.run
+@arguments.overrides
 @click.option(
     "--samples", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows sampled from each chunk."
 )

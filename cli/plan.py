@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
+from weftrain.cli import arguments
 from weftrain.cli.display import Console
 from weftrain.cli.resolve import Resolved, resolve
 from weftrain.core.config import Recipe
@@ -39,8 +40,8 @@ class _Rate(click.ParamType):
 
 
 @click.command()
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@arguments.recipe
+@arguments.overrides
 @click.option("--backend", help="Backend instead of the recipe's, as for `train`.  [default with --devices: cuda]")
 @click.option(
     "--devices", metavar="COUNTxNAME", help="Predict from data sheets, e.g. 224xA100-80GB; nothing is measured."

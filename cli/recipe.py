@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
+from weftrain.cli import arguments
+
 
 @click.command("recipe")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=arguments.complete_recipes)
 def recipe(name: str | None) -> None:
     """Print the built-in recipe NAME with its comments; without NAME, the names of all.
 

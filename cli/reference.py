@@ -128,6 +128,18 @@ def _models_in(annotation: Any, step: str = "") -> Iterator[tuple[type[BaseModel
             yield from _models_in(argument, step + inner)
 
 
+def recipe_keys() -> list[tuple[str, str]]:
+    """(dotted key, meaning) of every key of a recipe that an override can name; items of lists are left out."""
+    from weftrain.core.config import Recipe
+
+    return [
+        (f"{path}.{key.name}" if path else key.name, key.meaning)
+        for path, model in _sections(Recipe)
+        if "[]" not in path and "*" not in path
+        for key in keys(model)
+    ]
+
+
 def key_table(model: type[BaseModel]) -> str:
     """The keys of a section as a Markdown table."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import click
 
+from weftrain.cli import arguments
+
 
 @click.command("report")
-@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument(
+    "run", type=click.Path(path_type=Path, exists=True, file_okay=False), shell_complete=arguments.complete_runs
+)
 @click.option(
     "--to",
     type=click.Path(path_type=Path, dir_okay=False),

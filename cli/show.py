@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import click
 from rich.table import Table
 
+from weftrain.cli import arguments
 from weftrain.cli.display import Console
 from weftrain.cli.resolve import backend_options, resolve_recipe
 from weftrain.core.config import Recipe
@@ -23,8 +24,8 @@ from weftrain.core.recipe_file import builtin_recipes, load_recipe
 
 
 @click.command()
-@click.argument("recipe", required=False)
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.argument("recipe", required=False, shell_complete=arguments.complete_recipes)
+@arguments.overrides
 @click.option(
     "--step",
     "steps",

@@ -66,7 +66,7 @@ def click_context(words: list[str], whole: bool) -> click.Context:
     command: click.Command = main
     while isinstance(command, click.Group):
         if not words or words[0].startswith("-"):
-            if whole and words != ["--help"] and not command.invoke_without_command:
+            if whole and words not in (["--help"], ["--version"]) and not command.invoke_without_command:
                 raise click.UsageError(f"'{command.name}' needs a command")
             return context
         name, words = words[0], words[1:]
@@ -84,7 +84,8 @@ def click_context(words: list[str], whole: bool) -> click.Context:
 
 def check(command: str, whole: bool) -> None:
     words = [STANDS_FOR.get(word, word) for word in shlex.split(command.removeprefix("time "))]
-    words = words[: words.index("...")] if "..." in words else words
+    for end in ("...", ">"):  # a redirection is the shell's
+        words = words[: words.index(end)] if end in words else words
     match words:
         case ["weftrain", *rest]:
             context = click_context(rest, whole)
