@@ -1,7 +1,7 @@
-"""The tensor files of a checkpoint: written and hashed at once, and read so that no byte is believed before its hash.
+"""The tensor files of a checkpoint: hashed while they are written, and verified before anything read is used.
 
-Writing: `split` divides tensors among files, `write_file` writes one of them. Reading: `read_structure` holds manifest
-and files against each other, `read_verified` hashes every byte besides, and `read_tensor_verified` reads one tensor.
+Writing: `split` divides tensors among files, `write_file` writes one of them. Reading: `read_structure` compares
+manifest and files, `read_verified` also hashes every byte, and `read_tensor_verified` reads one tensor.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from weftrain.core.formats.tensor_file import (
 )
 
 MAX_FILE_BYTES = 4 << 30  # of tensors in one file; a single larger tensor has a file of its own
-HASH_BACKLOG_BYTES = 512 << 20  # written and not yet hashed: bounds what a lazy state keeps in memory
+HASH_BACKLOG_BYTES = 512 << 20  # written and not yet hashed: bounds the memory of a lazy state
 REMEDY = "move the folder away, or restore it from a copy"
 _HASH_THREADS = max(2, min(8, os.cpu_count() or 1))
-_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # the file is not there, or is no file
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # missing, or not a file
 
 Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, shape
 Part = Mapping[str, Spec]  # the tensors of one file
@@ -57,7 +57,7 @@ class WritesItself(Protocol):
     def writers(self) -> int: ...
 
     def begin_files(self, folder: Path, parts: Mapping[str, Part]) -> Callable[[], Written]:
-        """Copy what is to be written, and return what waits until all of it is. parts: file name -> its tensors."""
+        """Snapshot the tensors, and return a function that waits until all are written. parts: file name -> tensors."""
         ...
 
 
@@ -65,7 +65,7 @@ class WritesItself(Protocol):
 
 
 def spec_of(name: str, tensor: torch.Tensor) -> Spec:
-    """dtype and shape of a tensor that is to be stored. Raises ValueError for a name or dtype that cannot be."""
+    """dtype and shape of a tensor to store. Raises ValueError for a name or dtype that cannot be stored."""
     check_name(name)
     if tensor.dtype not in DTYPE_NAMES:
         raise ValueError(f"dtype {tensor.dtype} cannot be stored")
@@ -73,10 +73,7 @@ def spec_of(name: str, tensor: torch.Tensor) -> Spec:
 
 
 def split(specs: Mapping[str, Spec], writers: int) -> dict[str, Part]:
-    """Divide tensors among files of at most MAX_FILE_BYTES, at least about `writers` of them.
-
-    The result depends on names, dtypes, shapes and `writers` alone.
-    """
+    """Divide tensors among about `writers` files or more, each of at most MAX_FILE_BYTES. Deterministic."""
     limit = min(MAX_FILE_BYTES, -(-sum(tensor_bytes(*spec) for spec in specs.values()) // writers))
     files: list[dict[str, Spec]] = [{}]
     filled = 0
@@ -91,7 +88,7 @@ def split(specs: Mapping[str, Spec], writers: int) -> dict[str, Part]:
 
 
 def write_file(path: Path, part: Part, tensors: Mapping[str, torch.Tensor]) -> WrittenFile:
-    """Write and sync one tensor file; its entry and its tensors' in the manifest. Raises CheckpointError, OSError."""
+    """Write and sync a tensor file. Returns its and its tensors' manifest entries. Raises CheckpointError, OSError."""
     with fsops.FileWriter(path) as file, _Hashes() as hashes:
         header = pack_header(part)
         file.write(header)
@@ -114,9 +111,7 @@ def write_file(path: Path, part: Part, tensors: Mapping[str, torch.Tensor]) -> W
 
 
 class _Hashes:
-    """SHA-256 of each tensor of a file, on threads, while the caller writes the same bytes: they are read from memory
-    once, while they are in the cache.
-    """
+    """SHA-256 of each tensor of a file, computed on threads while the caller writes the same, cached bytes."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_HASH_THREADS)
@@ -125,7 +120,7 @@ class _Hashes:
         self._backlog_bytes = 0
 
     def add(self, name: str, memory: memoryview) -> None:
-        """Begin to hash `memory`, once no more than HASH_BACKLOG_BYTES are being hashed."""
+        """Begin to hash `memory`, waiting first while more than HASH_BACKLOG_BYTES are unhashed."""
         while self._backlog and self._backlog_bytes + len(memory) > HASH_BACKLOG_BYTES:
             size, under_way = self._backlog.popleft()
             under_way.result()
@@ -148,8 +143,8 @@ class _Hashes:
 
 
 def read_structure(path: Path) -> tuple[dict[str, Any], Layouts]:
-    """Manifest and file layouts of the checkpoint folder `path`, all their claims checked against each other and the
-    folder; tensor bytes are not hashed yet. Raises CheckpointError.
+    """Manifest and file layouts of a checkpoint folder, checked against each other and the folder; tensor bytes are not
+    hashed yet. Raises CheckpointError.
     """
     with _file_errors(path, MANIFEST):
         manifest = read_checkpoint_manifest(path)
@@ -172,7 +167,7 @@ def read_structure(path: Path) -> tuple[dict[str, Any], Layouts]:
 
 
 def read_verified(path: Path) -> tuple[dict[str, Any], Layouts]:
-    """What `read_structure` gives, after every file and every tensor was hashed. Raises CheckpointError."""
+    """`read_structure`, and every byte hashed. Raises CheckpointError."""
     manifest, layouts = read_structure(path)
     with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashlib releases the GIL
         jobs = [pool.submit(_damage_outside_tensors, path, name, entry) for name, entry in manifest["files"].items()]
@@ -188,9 +183,7 @@ def read_verified(path: Path) -> tuple[dict[str, Any], Layouts]:
 
 
 def read_tensor_verified(path: Path, name: str, claimed: Mapping[str, Any], layouts: Layouts) -> torch.Tensor:
-    """Tensor `name` of the checkpoint folder `path` as new memory, its bytes hashed. claimed: its entry in the
-    manifest. Raises CheckpointError.
-    """
+    """A tensor, read into new memory and hashed. claimed: its manifest entry. Raises CheckpointError."""
     file_name = claimed["file"]
     with _file_errors(path, file_name), open_regular(path / file_name) as file:
         tensor = read_tensor(file, layouts[file_name][name])
@@ -200,7 +193,7 @@ def read_tensor_verified(path: Path, name: str, claimed: Mapping[str, Any], layo
 
 
 def entries_of(folder: Path) -> list[Path]:
-    """What lies in a folder; nothing where there is none. Raises UnreadableError."""
+    """The entries of a folder; none if it does not exist. Raises UnreadableError."""
     try:
         return list(folder.iterdir())
     except FileNotFoundError:
@@ -213,7 +206,7 @@ def entries_of(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _file_errors(path: Path, name: str) -> Iterator[None]:
-    """Turn whatever is wrong with one file into a CheckpointError that names it."""
+    """Raise an OSError or ValueError of the block as a CheckpointError that names the file."""
     try:
         yield
     except OSError as error:
@@ -237,7 +230,7 @@ def _compare_layout(layout: Mapping[str, TensorLayout], claimed: Mapping[str, di
 
 
 def _damage_outside_tensors(path: Path, name: str, entry: Mapping[str, Any]) -> str:
-    """What is wrong with a file's header, which no tensor's hash covers; by a manifest of version 1, with the file."""
+    """What is wrong with a file's header, which no tensor's hash covers; with version 1, with the whole file."""
     with _file_errors(path, name):
         if "sha256" in entry:
             found, wanted = fsops.sha256_file(path / name), entry["sha256"]

@@ -73,9 +73,7 @@ def folder_name(step: int) -> str:
 
 
 def read_checkpoint_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint folder `path`, consistent in itself. Raises ValueError saying what is wrong, or
-    OSError.
-    """
+    """The manifest of the checkpoint folder `path`, consistent in itself. Raises ValueError, OSError."""
     if path.is_symlink():
         raise ValueError("the checkpoint's folder is a symbolic link; name the folder itself")
     manifest = parse_sealed(read_plain(path / MANIFEST, "manifest", follow=False), FORMAT, (1, VERSION))

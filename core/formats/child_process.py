@@ -1,4 +1,4 @@
-"""For a child process that must not outlive its parent, however the parent ends."""
+"""Ends a child process with its parent, however the parent dies."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel kill this process when process `parent`, which started it, dies, by SIGKILL too. Linux; elsewhere
-    nothing happens.
+    """Have Linux kill this process when its parent process dies; elsewhere nothing happens.
 
     The kernel watches the thread that started the process: that thread must live as long as the child is needed.
     """

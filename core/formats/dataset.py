@@ -20,12 +20,7 @@ from typing import Any, Literal
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_sealed, sealed
-from weftrain.core.formats.dataset_manifest import (
-    DatasetManifest,
-    InputEntry,
-    SourceEntry,
-    merkle_root,
-)
+from weftrain.core.formats.dataset_manifest import DatasetManifest, InputEntry, SourceEntry, merkle_root
 from weftrain.core.formats.line_table import Lines, LineTable, WrittenLines, lines_sha256, write_lines
 from weftrain.core.formats.plain_file import Kind, read_plain, real_path
 from weftrain.core.formats.shard_format import PADDING
@@ -80,9 +75,7 @@ def _manifest_value(folder: Path) -> dict[str, Any]:
 
 
 def _with_counted_sources(value: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of version 2, which lists the sources, in the form of version 3, which counts and hashes them. Raises
-    ValueError.
-    """
+    """A manifest of version 2, which lists the sources, as version 3, which counts and hashes them: or ValueError."""
     if {"num_sources", "sources_sha256"} & value.keys() or not isinstance(value.get("sources"), list):
         raise ValueError("key 'sources': is missing or no list")
     entries = [SourceEntry.model_validate(entry).model_dump(mode="json") for entry in value["sources"]]

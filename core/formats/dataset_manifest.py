@@ -1,6 +1,4 @@
-"""What manifest.json, inputs.jsonl and sources.jsonl of a dataset say: sections that check themselves, and the dataset
-id's Merkle tree.
-"""
+"""The schemas of a dataset's manifest.json, inputs.jsonl and sources.jsonl, and the Merkle tree of the dataset id."""
 
 from __future__ import annotations
 
@@ -20,10 +18,9 @@ Subset = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, F
 
 
 class InputEntry(StrictModel):
-    """A line of inputs.jsonl: a file that was read, or, after all of those, one that was not.
+    """A line of inputs.jsonl: first the files that were read, then those that were not.
 
-    sha256: of each share that was read, in order; one for most files. skipped: why the file was not read; None: it was
-    read.
+    sha256: of each share that was read, in order; most files are one share. skipped: why the file was not read, if so.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -47,7 +44,7 @@ class SetEntry(StrictModel):
     documents: PositiveInt
     dropped_tokens: Count  # the tail that fills no row, or no chunk
     padding_tokens: Count  # tokens that only fill a row
-    # rows of each prepared epoch, one after the other
+    # rows of each prepared epoch
     epochs: Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)]
     shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1, strict=False)]
 
@@ -79,9 +76,7 @@ class DocumentCounts(StrictModel):
 
 
 class SourceEntry(StrictModel):
-    """A line of sources.jsonl: what of the training set one source is, in one epoch. tokens: with start and end
-    tokens.
-    """
+    """A line of sources.jsonl: a source's part of one epoch of the training set. tokens: with start and end tokens."""
 
     name: str
     documents: Count
@@ -90,7 +85,7 @@ class SourceEntry(StrictModel):
 
 
 class Fim(StrictModel):
-    """Fill-in-the-middle of a dataset; of a training recipe's source, what its dataset's manifest must record.
+    """Fill-in-the-middle settings: of a dataset, or required of a recipe's source.
 
     mode (docs/fill-in-the-middle.md): `exact` transforms documents before they are packed, `context` their pieces in
     each row; both cut between tokens and lose none. `released` does what CrystalCoder's scripts did.
@@ -102,25 +97,22 @@ class Fim(StrictModel):
 
 
 class FimPrepared(Fim):
-    """Fill-in-the-middle as it was applied. tokens: its control tokens prefix, middle, suffix and perhaps pad; () in
-    old datasets.
-    """
+    """Fill-in-the-middle as applied. tokens: prefix, middle, suffix and perhaps pad; () in old datasets."""
 
     seed: Count
     tokens: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
     @property
     def settings(self) -> Fim:
-        """What a training recipe says of it."""
+        """The settings as a training recipe states them."""
         return Fim(rate=self.rate, spm_share=self.spm_share, mode=self.mode)
 
 
 class Tokenization(StrictModel):
-    """Who encoded. The ids are the same whoever does. checked_documents: encoded twice and compared with the
-    reference's.
+    """Tokenizer implementation, which never changes the ids. checked_documents: encoded by both and compared.
 
-    unknown_tokens: of the documents read, those that the tokenizer gives for text that its vocabulary cannot spell.
-    reason: why the reference encoded everything, where the fast engine was allowed.
+    unknown_tokens: how many stand for text that the vocabulary cannot spell. reason: why the reference implementation
+    encoded everything although the fast one was allowed.
     """
 
     engine: Literal["tokenizers", "gigatoken"]
@@ -132,16 +124,14 @@ class Tokenization(StrictModel):
 
 
 class Chunks(StrictModel):
-    """Chunk c is rows [c * rows, (c + 1) * rows) of the training set and, where the batch size is known, whole
-    steps.
-    """
+    """Chunk c is rows [c * rows, (c + 1) * rows) of the training set; with a known batch size, whole steps."""
 
     count: PositiveInt
     rows: PositiveInt
     global_batch_size: PositiveInt | None
 
     def steps(self, chunk: int) -> tuple[int, int] | None:
-        """First step of a chunk and first step after it, for a run that reads this set alone."""
+        """The steps [first, stop) of a chunk, in a run that reads this set alone."""
         if self.global_batch_size is None:
             return None
         each = self.rows // self.global_batch_size
@@ -149,7 +139,7 @@ class Chunks(StrictModel):
 
 
 class AncestorSet(StrictModel):
-    """A set of a dataset that another grew from. shards: how many; they are the first of the grown set."""
+    """A set of an ancestor. shards: their number; they are the first of the grown set."""
 
     id: Sha256
     n_examples: PositiveInt
@@ -157,9 +147,7 @@ class AncestorSet(StrictModel):
 
 
 class Ancestor(StrictModel):
-    """A dataset that this one grew from. root: of its manifest. files, num_sources: how many it had, which are this
-    one's first.
-    """
+    """A dataset that this one grew from; its files and sources are the first of this one. root: of its manifest."""
 
     name: Annotated[str, Field(min_length=1)]
     root: Sha256
@@ -170,13 +158,11 @@ class Ancestor(StrictModel):
 
 
 class DatasetManifest(StrictModel):
-    """manifest.json, consistent in itself. `preparation` holds the settings that, with the corpus, determine every
-    byte.
+    """manifest.json, consistent in itself. preparation: the settings that, with the corpus, determine every byte.
 
-    eos_id, bos_id: the tokens after and before each document, None where there is none; there is one of them.
-    inputs_skipped: how many files were skipped, by reason; inputs.jsonl names them after the corpus.files that were
-    read. parents: what the dataset grew from, each from the one before; the last is its own parent. version 2 had the
-    sources in the manifest itself, and no file was said to be skipped.
+    eos_id, bos_id: the tokens after and before each document; at least one is set. inputs_skipped: number of skipped
+    files by reason; inputs.jsonl lists them after the corpus.files that were read. parents: the datasets that this one
+    grew from, oldest first. Version 2 listed the sources here and recorded no skipped files.
     """
 
     format: Literal["weftrain-dataset"]
@@ -206,9 +192,8 @@ class DatasetManifest(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> DatasetManifest:
         for set_name, entry in self.sets.items():
-            if [shard.file for shard in entry.shards] != [
-                shard_file(set_name, index) for index in range(len(entry.shards))
-            ]:
+            files = [shard_file(set_name, index) for index in range(len(entry.shards))]
+            if [shard.file for shard in entry.shards] != files:
                 raise ValueError(f"{set_name}: the shards' files do not count up from {shard_file(set_name, 0)}")
         if self.eos_id is None and self.bos_id is None:
             raise ValueError("eos_id and bos_id: documents have neither, so nothing tells them apart")
@@ -227,55 +212,43 @@ class DatasetManifest(StrictModel):
         return self
 
     def rows_of_ancestor(self, train_id: str) -> int | None:
-        """How many of the training rows, which are the first, are those of the ancestor with that dataset id; None
-        where it is none.
-        """
+        """The number of training rows of the ancestor with that dataset id, which are the first here; else None."""
         return next((parent.train.n_examples for parent in self.parents if parent.train.id == train_id), None)
 
     @property
     def separator_id(self) -> int:
-        """The token that tells documents apart, at which a generated text ends: the end token, else the start token."""
+        """The token between documents, which also ends generated texts: the end token, else the start token."""
         found = self.bos_id if self.eos_id is None else self.eos_id
         assert found is not None
         return found
 
     @property
     def heldout_rule(self) -> int:
-        """The rule that decided each document's side, see data_prep/heldout.py. Datasets of before there were two
-        record none.
-        """
+        """The rule that split off held-out documents, see data_prep/heldout.py. The oldest datasets record none."""
         return int(self.preparation.get("heldout_rule") or 1)
 
     @property
     def sets(self) -> dict[SetName, SetEntry]:
-        """'train', and 'heldout' where documents were held out."""
-        sets: dict[SetName, SetEntry] = {"train": self.train}
-        if self.heldout is not None:
-            sets["heldout"] = self.heldout
-        return sets
+        """'train', and 'heldout' if documents were held out."""
+        return {"train": self.train} if self.heldout is None else {"train": self.train, "heldout": self.heldout}
 
 
 def _begins_with(entry: SetEntry, before: AncestorSet) -> bool:
     shards = entry.shards[: before.shards]
     rows = sum(shard.n_examples for shard in shards)
-    return (merkle_root(shard.digest for shard in shards), rows, len(shards)) == (
-        before.id,
-        before.n_examples,
-        before.shards,
-    )
+    first = AncestorSet(id=merkle_root(shard.digest for shard in shards), n_examples=rows, shards=len(shards))
+    return first == before
 
 
 def shard_file(set_name: str, index: int) -> str:
-    """A shard's place in the folder."""
+    """A shard's path in the dataset's folder."""
     return f"{set_name}/{index:05d}.h5"
 
 
 def merkle_root(leaves: Iterable[str]) -> str:
-    """Root, in hexadecimal, over hexadecimal leaves, by RFC 6962 section 2.1: leaf = H(0 || x), node = H(1 || left ||
-    right).
+    """The Merkle root of RFC 6962, section 2.1, over hexadecimal leaves: leaf H(0 || x), node H(1 || left || right).
 
-    The left half of a split is the largest power of two below the number of leaves. Leaves may be a stream: only the
-    roots of complete subtrees are kept, at most one of each size.
+    Leaves may be a stream: only the roots of complete subtrees are kept, at most one of each size.
     """
     roots: list[tuple[int, bytes]] = []  # (leaves, root) of complete subtrees, each larger than the next
     for leaf in leaves:
@@ -293,19 +266,17 @@ def merkle_root(leaves: Iterable[str]) -> str:
 
 
 class SourceCursor(StrictModel):
-    """How far a source had been read: `place` rows of its pass number `turn` were read or stepped over.
+    """How far a source had been read: `place` rows of its pass number `turn` were read or skipped.
 
-    rows: where the dataset has grown since, how many rows it had under each of the first subsets. It is recorded only
-    there.
+    subsets: that of the pass's beginning, then each that the recipe changed to since. rows: only if the dataset has
+    grown since: how many rows it had under each of the first subsets.
     """
 
     dataset_id: Annotated[str, Field(min_length=1)]
-    read: Count  # samples of it since the run began
+    read: Count  # its samples since the run began
     turn: Count
     place: Count
-    subsets: Annotated[
-        tuple[Subset, ...], Field(min_length=1, strict=False)
-    ]  # the one that the pass began with, then each that the recipe changed to since
+    subsets: Annotated[tuple[Subset, ...], Field(min_length=1, strict=False)]
     rows: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
 
     @model_serializer(mode="wrap")

@@ -1,12 +1,10 @@
-"""Every file operation of the product that changes anything, so that a test can make any one of them fail.
+"""Every file operation of the product that changes the disk, so that a test can make any one of them fail.
 
-Each primitive (one system call that alters the disk) passes through `_perform`, which only calls it. A test replaces
-`_perform` to fail the k-th operation with ENOSPC, EIO or EROFS, or to die before or after it. What a reader would get
-wrong: clean-up stands in `except OSError` and never in `finally`, because a process that dies does not clean up, and
-the tests die by exception.
+Each primitive (one system call) passes through `_perform`, which only calls it. A test replaces `_perform` to fail the
+k-th operation with ENOSPC, EIO or EROFS, or to die before or after it. Clean-up stands in `except` clauses and never in
+`finally`: a killed process does not clean up, and the tests simulate its death by an exception.
 
-Errors are plain OSError: the caller knows what the file was for and says so. The one exception to the rule that all
-changes come through here is TensorBoard, which writes its own files.
+Errors are plain OSError; the caller knows what the file is for and adds that. Only TensorBoard writes files otherwise.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from weftrain.core.formats.plain_file import open_plain
+from weftrain.core.formats.plain_file import open_plain, real_path
 
 T = TypeVar("T")
 BytesLike = bytes | bytearray | memoryview
@@ -34,17 +32,13 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 def _perform(name: str, path: Path, action: Callable[[], T]) -> T:
-    """The one point that every change passes. `name` is the kind of operation and `path` its object, for tests and
-    messages.
-    """
+    """The one point that every change passes. name: the kind of operation. path: its object."""
     return action()
 
 
 def open_own(path: str | os.PathLike[str], flags: int) -> int:
-    """Open a file of ours under its fixed name, to change it in place. Returns the descriptor.
-
-    A run's folder may come from elsewhere, and what stands under that name there may be a link to any file of the user,
-    or a FIFO. Raises OSError for what is no plain file, at once; what `os.open` raises.
+    """Open a file with a fixed name to change it in place, and return its descriptor. Raises OSError, at once, for
+    anything but a plain file: in a run folder from elsewhere, the name may be a FIFO or a link to any file of the user.
     """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -61,7 +55,7 @@ def open_own(path: str | os.PathLike[str], flags: int) -> int:
 
 
 class FileWriter:
-    """A new file written from front to back. It must not exist. Not durable before `sync` has returned."""
+    """A new file, written front to back; it must not exist. Durable once `sync` has returned."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,11 +82,10 @@ class FileWriter:
 
 
 class PositionedFile:
-    """A file of fixed size that is read and written in place, at byte offsets, by one process.
+    """A file of fixed size that one process reads and writes in place, at byte offsets.
 
-    direct: past the page cache (O_DIRECT); offsets, lengths and memory are then multiples of 4096 bytes. What was
-    written is in the system's hands when `write_at` returns, thus safe from the death of the process, and durable after
-    `sync`.
+    direct: bypass the page cache (O_DIRECT); offsets, lengths and addresses must then be multiples of 4096 bytes. Data
+    survives the death of the process once `write_at` has returned, and a power failure once `sync` has.
     """
 
     def __init__(self, path: Path, *, direct: bool = False) -> None:
@@ -105,9 +98,7 @@ class PositionedFile:
         _perform("allocate", self.path, lambda: os.posix_fallocate(self.descriptor, 0, size_bytes))
 
     def read_at(self, offset: int, *memory: memoryview) -> None:
-        """Fill the pieces of memory, one after the other, from `offset` on. Raises OSError where the file ends
-        before.
-        """
+        """Fill the pieces of memory one after the other, from `offset` on. Raises OSError if the file is too short."""
         for part, at in _consecutive(memory, offset):
             while part:
                 count = _perform("read", self.path, lambda part=part, at=at: os.preadv(self.descriptor, [part], at))  # type: ignore[misc]
@@ -116,7 +107,7 @@ class PositionedFile:
                 part, at = part[count:], at + count
 
     def write_at(self, offset: int, *memory: memoryview) -> None:
-        """Write the pieces of memory, one after the other, from `offset` on."""
+        """Write the pieces of memory one after the other, from `offset` on."""
         for part, at in _consecutive(memory, offset):
             while part:
                 count = _perform("write_at", self.path, lambda part=part, at=at: os.pwrite(self.descriptor, part, at))  # type: ignore[misc]
@@ -146,9 +137,7 @@ def write_bytes(path: Path, data: BytesLike) -> None:
 
 
 def write_blocks(path: Path, blocks: Iterable[BytesLike]) -> None:
-    """Like write_bytes, with the blocks one after the other; whatever error their iterator raises leaves the old file
-    as it was.
-    """
+    """`write_bytes` of all blocks in order. An error from their iterator leaves the old file as it was."""
     temporary = temporary_beside(path)
     try:
         with FileWriter(temporary) as file:
@@ -162,10 +151,9 @@ def write_blocks(path: Path, blocks: Iterable[BytesLike]) -> None:
 
 
 def append_line(path: Path, text: str, *, sync: bool = False) -> None:
-    """Append one line in a single write. A line that does not fit is taken back whole, so the file never keeps part of
-    one.
+    """Append one line in a single write. A line that was only partly written is removed again.
 
-    Raises ValueError where `text` holds a line break, OSError (ENOSPC) where the disk took only part of the line.
+    Raises ValueError for a line break in `text`, OSError (ENOSPC) if the line does not fit on the disk.
     """
     if "\n" in text:
         raise ValueError("append_line: the text holds a line break")
@@ -184,7 +172,7 @@ def append_line(path: Path, text: str, *, sync: bool = False) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make the contents of a file that another library wrote durable."""
+    """Make a file that another library wrote durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         _perform("sync_file", path, lambda: os.fsync(descriptor))
@@ -206,9 +194,7 @@ def sync_dir(path: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename durably: within one file system, replacing a file (never a folder that holds something), both parents
-    synced.
-    """
+    """Rename within one file system and sync both parents. A file is replaced, a folder only if it is empty."""
     _perform("rename", target, lambda: os.replace(source, target))
     sync_dir(target.parent)
     if source.parent != target.parent:
@@ -216,9 +202,7 @@ def rename(source: Path, target: Path) -> None:
 
 
 def make_dirs(path: Path) -> None:
-    """Make a folder and its missing parents, durably. An existing folder is fine; FileExistsError where a file stands
-    in the way.
-    """
+    """Make a folder and its missing parents, durably. Raises FileExistsError if a file is in the way."""
     if path.is_dir():
         return
     if path.parent != path:
@@ -256,12 +240,12 @@ def remove_tree(path: Path) -> None:
 
 
 def missing_folders(path: Path) -> list[Path]:
-    """`path` and those of its parents that are not there, the innermost first: what `make_dirs` would make."""
+    """The folders that `make_dirs` would make, innermost first."""
     return [place for place in (path, *path.parents) if not place.exists()]
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove folders, the innermost first, as far as they are empty. For clean-up: an error is passed over."""
+    """Remove those of `folders` that are empty, innermost first. For clean-up: errors are ignored."""
     with contextlib.suppress(OSError):
         for folder in folders:
             if folder.is_dir():
@@ -269,9 +253,7 @@ def remove_empty(folders: Sequence[Path]) -> None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what dead processes left under temporary names in `folder`, and say what. Only for the owner of the
-    folder's lock.
-    """
+    """Remove what dead processes left under temporary names, and return it. The caller holds the folder's lock."""
     leftovers = sorted(folder.glob(f"{TEMPORARY_PREFIX}*"))
     for path in leftovers:
         if path.is_dir() and not path.is_symlink():
@@ -283,11 +265,10 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def temporary_tree(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, to be filled and renamed to it; what is left of it is removed when the block ends,
-    also by an error.
+    """A new folder beside `target`, to be filled and renamed to it; an error in the block removes it.
 
-    A folder that an earlier, killed process left for the same target is removed first: the process that fills a folder
-    holds a lock on it (flock), which ends with the process.
+    Folders that killed processes left for the same target are removed first: whoever fills one holds a lock on it
+    (flock), which ends with the process.
     """
     make_dirs(target.parent)
     for path in sorted(target.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(target.name)}-*-*")):
@@ -299,15 +280,11 @@ def temporary_tree(target: Path) -> Iterator[Path]:
             make_dirs(path)
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, descriptor)
-            # a file system without locks: a later process then leaves the folder alone
+            # without locks in the file system, a later process leaves the folder alone
             with contextlib.suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield path
-        except (
-            Exception,
-            KeyboardInterrupt,
-            SystemExit,
-        ):  # not every BaseException: a test's simulated death cleans up as little as a real one
+        except (Exception, KeyboardInterrupt, SystemExit):  # a simulated death is another BaseException
             with contextlib.suppress(OSError):
                 remove_tree(path)
             raise
@@ -331,13 +308,11 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, or a copy where the file system has no hard links; a target that is
-    there is left.
+    """Hard-link `target` to `source`, or copy it if that is impossible; an existing target stays as it is.
 
-    For files that nobody changes in place. It appears whole or not at all, and a link is durable once `sync_dir` has
-    seen its folder.
+    For files that nobody changes in place. A link is durable after `sync_dir` of its folder.
     """
-    real = Path(os.path.realpath(source))  # a symbolic link would be linked itself
+    real = real_path(source)  # otherwise a symbolic link would itself be linked
     try:
         _perform("link", target, lambda: os.link(real, target))
     except FileExistsError:
@@ -350,11 +325,10 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def held_lock(path: Path, contents: bytes) -> Iterator[None]:
-    """Hold an exclusive advisory lock (flock) on `path`, with `contents` in the file for whoever is refused.
+    """Hold an exclusive advisory lock (flock) on `path`; the file's contents tell others who holds it.
 
-    The lock ends with the process whatever kills it; the file stays and its stale contents mean nothing. It belongs to
-    the open file, so a forked child that outlives its parent holds it too. Raises BlockingIOError, at once, where
-    another process holds it.
+    The lock ends with the process however it dies; the file stays, and its old contents mean nothing. A forked child
+    that outlives its parent keeps the lock. Raises BlockingIOError, at once, if another process holds it.
     """
     descriptor = _perform("open_lock", path, lambda: open_own(path, os.O_RDWR | os.O_CREAT))
     try:
@@ -377,7 +351,7 @@ def sha256_file(path: Path) -> str:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes an ordinary user may still write on the file system that holds `path`, which need not exist yet."""
+    """Free bytes for an ordinary user on the file system of `path`, which need not exist yet."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free

@@ -1,8 +1,7 @@
-"""HDF5 read without trust: datasets and attributes that lie in the file itself, are what they should be, and fit into
-it.
+"""HDF5 read without trust: only datasets and attributes in the file itself, of the expected type and size.
 
-What a reader would get wrong: opening and indexing is not safe. The library follows external links and external raw
-storage out of the file, gives zeros for a virtual dataset whose source is missing, and believes a 1,400-byte file that
+What a reader would get wrong: opening and indexing with h5py is not safe. It follows external links and external
+storage out of the file, reads zeros for a virtual dataset without its source, and believes a 1,400-byte file that
 declares 2 TiB.
 """
 
@@ -16,7 +15,7 @@ import h5py
 import numpy as np
 from h5py import h5a, h5d, h5l, h5s, h5t, h5z
 
-# What h5py raises for a file that is not what it seems.
+# what h5py raises for damaged and hostile files
 HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
 _TYPES = {"<u2": h5t.STD_U16LE, "<i4": h5t.STD_I32LE, "<u4": h5t.STD_U32LE, "<i8": h5t.STD_I64LE, "|u1": h5t.STD_U8LE}
 _MAX_CHUNK_BYTES = 64 << 20
@@ -24,7 +23,7 @@ _GZIP_MAX_RATIO = 1040  # deflate cannot reach more than 1032
 
 
 class UntrustedFileError(Exception):
-    """field: the dataset or attribute. problem: what is wrong with it, to stand after its name."""
+    """field: the dataset or attribute. problem: what is wrong with it; it follows the name in messages."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
@@ -56,8 +55,7 @@ def read_attributes(file: h5py.File, integers: tuple[str, ...], strings: Mapping
 
 
 def open_dataset(file: h5py.File, name: str, dtype: np.dtype[Any], rank: int, file_bytes: int) -> h5py.Dataset:
-    """A dataset of the root: contiguous or chunked (gzip at most), of that type and rank, no larger than the file can
-    hold.
+    """A dataset of the root: contiguous or chunked (at most gzip), of that type and rank, no larger than the file.
 
     Raises UntrustedFileError, or one of HDF5_ERRORS.
     """

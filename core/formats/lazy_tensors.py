@@ -1,7 +1,7 @@
-"""Tensors by name that are read one at a time, and whose dtypes and shapes are known before.
+"""Tensors by name that are read one at a time, with dtypes and shapes known beforehand.
 
-A checkpoint, a run's state and a foreign file are given as `LazyTensors`, so that no model is in memory as a whole only
-to be copied. Other lazy mappings derive from it, or are made of it by `select`.
+Checkpoints, a run's state and foreign files are passed as `LazyTensors`, so that copying a model never holds all of it
+in memory. Other lazy mappings derive from it, or come from `select`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 class LazyTensors(Mapping[str, torch.Tensor]):
     """Name -> tensor, read as new memory at each access.
 
-    metas: name -> what `read` gives for it, as a tensor on the device `meta`: dtype and shape without data.
+    metas: name -> the dtype and shape that `read` returns, as a tensor on the device `meta`.
     """
 
     def __init__(self, metas: Mapping[str, torch.Tensor], read: Callable[[str], torch.Tensor]) -> None:
@@ -42,7 +42,7 @@ def meta(shape: Iterable[int], dtype: torch.dtype = torch.float32) -> torch.Tens
 
 
 def meta_of(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """A tensor to ask for dtype and shape: of a lazy mapping nothing is read."""
+    """A tensor's dtype and shape, on the device `meta`; nothing is read."""
     return tensors.meta(name) if isinstance(tensors, LazyTensors) else tensors[name].to("meta")
 
 

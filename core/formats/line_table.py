@@ -1,9 +1,8 @@
 """Tables of canonical JSON lines: written as a stream, hashed once when opened, read entry by entry.
 
-`inputs.jsonl` and `sources.jsonl` of a dataset are such tables, and may have millions of lines: nothing here holds more
-of a file than one block of it and 8 bytes a line. Entries are read from the open file, not through a memory map,
-because a scan of mapped pages counts as the process's memory and a file that is truncated meanwhile would kill the
-process.
+`inputs.jsonl` and `sources.jsonl` of a dataset are such tables and may have millions of lines, so at most one block
+of the file and 8 bytes a line are in memory. Entries are not read through a memory map: mapped pages count as the
+process's memory, and truncating the file would kill the process.
 
     written = write_lines(path, ({"name": name} for name in names))
     table = LineTable(path, Entry.model_validate, sha256=written.sha256)
@@ -44,7 +43,7 @@ class WrittenLines:
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> WrittenLines:
-    """Write each value as a line of canonical JSON; the file appears whole, durable, under its name, or not at all.
+    """Write each value as a line of canonical JSON, atomically.
 
     Raises OSError, ValueError for a value that is not JSON or a line that LineTable would not read.
     """
@@ -70,7 +69,7 @@ def write_lines(path: Path, values: Iterable[Any]) -> WrittenLines:
 
 
 def lines_sha256(values: Iterable[Any]) -> str:
-    """What write_lines would return for the values, without writing them."""
+    """The SHA-256 of the file that write_lines would write."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(_line(value))
@@ -95,11 +94,11 @@ class Lines(Protocol[T_co]):
 
 
 class LineTable(Generic[T]):
-    """The lines of a file, each parsed when it is asked for. Safe to read from several threads.
+    """The lines of a file, each parsed when it is accessed. Safe to read from several threads.
 
-    parse: makes an entry from the JSON value of a line; a ValueError that it raises is told with the line's number.
-    sha256: what the file must hash to; None: anything. remedy: ends every message. Raises DataError for a file that is
-    missing, has another hash, no final line break, too long a line or too many.
+    parse: makes an entry from a line's JSON value; its ValueErrors are reported with the line number. sha256: the
+    file's required hash, if any. remedy: ends every message. Raises DataError for a file that is missing, has another
+    hash, no final line break, too long a line or too many.
     """
 
     def __init__(
@@ -128,9 +127,7 @@ class LineTable(Generic[T]):
         return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> T:
-        """Entry `index`, from 0. Raises DataError also for an index that no line has: it comes from another file, such
-        as a shard.
-        """
+        """Entry `index`, from 0. Raises DataError, for an unknown index too: indices come from other files."""
         if not 0 <= index < len(self):
             raise self._error(f"has {len(self):,} lines, and line {index + 1:,} is asked for")
         start, stop = int(self._starts[index]), int(self._starts[index + 1])
@@ -154,11 +151,11 @@ class LineTable(Generic[T]):
         self.close()
 
     def close(self) -> None:
-        """Close the file; its entries cannot be read after."""
+        """Close the file: entries can no longer be read."""
         self._file.close()
 
     def _scan(self) -> tuple[str, np.ndarray]:
-        """The file's SHA-256, and int64 [lines + 1]: where each line begins, and the file's end."""
+        """The file's SHA-256, and int64 [lines + 1]: the offset of each line, and of the file's end."""
         digest, size, lines, last = hashlib.sha256(), 0, 0, 0
         starts = [np.zeros(1, np.int64)]
         while block := self._file.read(_BLOCK_BYTES):

@@ -1,8 +1,7 @@
-"""Reading files that may be a stranger's: opened without blocking, only if they are regular files, and read up to a
-limit.
+"""Reading files that may come from anyone: opened without blocking, only if regular, and read up to a limit.
 
-Opening a FIFO blocks until a writer comes, a device has no end, and a sparse file can claim terabytes. So every
-reader of a file that may come from outside opens it here. LIMIT_BYTES is the one table of how large each kind may be.
+Opening a FIFO blocks until a writer comes, a device has no end, and a sparse file can claim terabytes. So every such
+file is opened here. LIMIT_BYTES is the one table of how large each kind may be.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ Kind = Literal[
     "card",
 ]
 
-# Bytes. Each is ten times and more what the largest run or model known here has, and small enough to be parsed in
-# memory.
+# Bytes: each at least ten times what the largest known run or model needs, and small enough to parse in memory.
 LIMIT_BYTES: dict[Kind, int] = {
     "recipe": 256 << 10,  # YAML, which PyYAML parses at some hundred kilobytes a second
     "record": 16 << 20,  # a recipe, environment or evaluation as it was recorded: canonical JSON
@@ -51,9 +49,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 class UnreadableFileError(io.UnsupportedOperation):
-    """What is no plain file, or larger than its kind may be. It is an OSError and a ValueError, so that it is caught
-    wherever either is.
-    """
+    """Not a plain file, or larger than its kind may be. Both an OSError and a ValueError: caught wherever either is."""
 
     def __init__(self, reason: str, path: Path) -> None:
         super().__init__(errno.EINVAL, reason, str(path))
@@ -63,35 +59,30 @@ class UnreadableFileError(io.UnsupportedOperation):
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:
-    """The path without symbolic links, as far as they lead somewhere. A link that leads to itself stays, and whoever
-    opens it is told.
-
-    Path.resolve raises RuntimeError for one, which no handler of file errors takes.
+    """The path with its symbolic links resolved. A link to itself stays, and opening it raises OSError; Path.resolve
+    would raise RuntimeError.
     """
     return Path(os.path.realpath(path))
 
 
 def open_plain(path: Path, *, follow: bool = True, buffering: int = -1) -> BinaryIO:
-    """Open a plain file for reading. follow: whether the path may be a symbolic link, to a plain file.
+    """Open a plain file for reading. follow: whether the path may be a symbolic link to one.
 
     Raises UnreadableFileError, at once, for a FIFO, device, socket or folder; other OSErrors as `open` does.
     """
-    # Without O_NONBLOCK the open of a FIFO waits for its writer. What was opened is what is looked at, whatever the
-    # name becomes.
+    # Without O_NONBLOCK, opening a FIFO waits for its writer. The check is of the open file, whatever the name becomes.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    problem = "is not a regular file" if follow else "is a symbolic link or not a regular file"
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
-        if error.errno == errno.ELOOP and not follow:
-            raise UnreadableFileError("is a symbolic link or not a regular file", path) from None
-        if error.errno in (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP):  # a socket, or a device without a driver
-            raise UnreadableFileError("is not a regular file", path) from None
+        sockets = (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)  # and devices without a driver
+        if error.errno in sockets or (error.errno == errno.ELOOP and not follow):
+            raise UnreadableFileError(problem, path) from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UnreadableFileError(
-            "is not a regular file" if follow else "is a symbolic link or not a regular file", path
-        )
+        raise UnreadableFileError(problem, path)
     return cast(BinaryIO, os.fdopen(descriptor, "rb", buffering=buffering))
 
 
@@ -108,8 +99,7 @@ def read_plain(path: Path, kind: Kind, *, follow: bool = True) -> bytes:
 
 
 def plain_lines(path: Path, kind: Kind) -> Iterator[bytes]:
-    """The lines of a plain file without their line breaks, read as they are asked for; what follows the last line break
-    is left out.
+    """The lines of a plain file without their line breaks, read lazily; an unfinished last line is left out.
 
     Raises UnreadableFileError for a file beyond LIMIT_BYTES[kind] or a line beyond MAX_LINE_BYTES, OSError.
     """
@@ -123,6 +113,6 @@ def plain_lines(path: Path, kind: Kind) -> Iterator[bytes]:
 
 
 def check_size(path: Path, kind: Kind, size_bytes: int) -> None:
-    """Raises UnreadableFileError where a file of this kind may not be so large."""
+    """Raises UnreadableFileError if a file of this kind may not be so large."""
     if size_bytes > LIMIT_BYTES[kind]:
         raise UnreadableFileError(f"holds more than the {LIMIT_BYTES[kind]:,} bytes that a {kind} file may", path)

@@ -1,8 +1,7 @@
-"""Names that become paths. Every name that was read from a file and is joined to a folder passes `checked_path` or
-`path_below`.
+"""Names that become paths: every name read from a file and joined to a folder passes `checked_path` or `path_below`.
 
-Segments are plain: `/` parts them, and none is empty, `.` or `..`, so that no name leads out of the folder it is joined
-to. Symbolic links are another matter: the code that opens the file decides whether one may be followed.
+No segment is empty, `.` or `..`, so no name leads out of its folder. Whether symbolic links are followed is decided
+where the file is opened.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ MAX_PATH_BYTES = 1024
 
 
 def checked_path(name: object) -> str:
-    """A relative path of plain segments, as it is. Raises ValueError for anything that could lead elsewhere or names no
-    file.
-    """
+    """`name`, if it is a relative path of plain segments. Raises ValueError for anything else."""
     if not isinstance(name, str):
         raise ValueError(f"{type(name).__name__} is not a name")
     shown = ascii(name[:80])
@@ -35,12 +32,8 @@ def checked_path(name: object) -> str:
             raise ValueError(f"{shown} is not a path within the folder: no segment may be empty, '.' or '..'")
         if len(part.encode()) > MAX_SEGMENT_BYTES:
             raise ValueError(f"{shown} has a segment of more than {MAX_SEGMENT_BYTES} bytes")
-        if (
-            part != part.strip(" ")
-            or part.endswith(".")
-            or "\\" in part
-            or any(unicodedata.category(one)[0] == "C" for one in part)
-        ):
+        bad_end = part != part.strip(" ") or part.endswith(".")
+        if bad_end or "\\" in part or any(unicodedata.category(one)[0] == "C" for one in part):
             raise ValueError(
                 f"{shown} has a segment with a control character, a backslash, a space at either end or a dot at its "
                 "end"
@@ -49,7 +42,7 @@ def checked_path(name: object) -> str:
 
 
 def checked_segment(name: object) -> str:
-    """One plain name, as it is: a path without `/`. Raises ValueError."""
+    """`name`, if it is one plain segment. Raises ValueError."""
     if isinstance(name, str) and "/" in name:
         raise ValueError(f"{name[:80]!a} is a path where one plain name is meant")
     return checked_path(name)

@@ -1,6 +1,4 @@
-"""Opening a shard's HDF5 file without trust: everything in it but the tokens is checked. core/formats/shard_reader.py
-reads those.
-"""
+"""Opening a shard without trust: everything but the tokens is checked. core/formats/shard_reader.py reads those."""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ from weftrain.core.formats.shard_format import (
 
 
 class Identity(NamedTuple):
-    """What tells a file from another put in its place."""
+    """Distinguishes a file from another that replaces it."""
 
     device: int
     inode: int
@@ -50,7 +48,7 @@ class Identity(NamedTuple):
 
 @dataclass(frozen=True)
 class OpenShard:
-    """What `open_shard` has checked: all but the contents of `streams`, 'data' and perhaps 'loss_mask'."""
+    """A shard of which everything is checked but the contents of `streams`: 'data' and perhaps 'loss_mask'."""
 
     file: h5py.File
     identity: Identity
@@ -129,9 +127,7 @@ def _header(file: h5py.File) -> dict[str, Any]:
 
 
 def _sources(header: dict[str, Any], source: np.ndarray) -> tuple[tuple[str, ...] | None, int, np.ndarray]:
-    """The names of a shard of format 2, how many sources there are, and `doc_source` as format 3 has it: -1 for
-    padding.
-    """
+    """The source names of a shard of format 2, the number of sources, and `doc_source` with -1 for padding."""
     if "sources" not in header:
         return None, header["num_sources"], source
     try:
@@ -159,11 +155,9 @@ MAX_MAPPED = 256
 
 
 class MappedStreams:
-    """Streams that lie contiguously in their file, which is mapped when it is read; at most MAX_MAPPED files are at
-    once.
+    """Streams stored contiguously: their file is mapped when it is read, at most MAX_MAPPED files at once.
 
-    A mapping lives as long as something holds its views: `_mapping`, which keeps the latest, or a reader in the middle
-    of its work.
+    A mapping lives as long as its views are referenced: by the cache of `_mapping`, or by a read in progress.
     """
 
     access = "mapped"
@@ -174,7 +168,7 @@ class MappedStreams:
         self._views: Callable[[], _Views | None] = _no_views  # a weak reference, once the file was mapped
 
     def __getitem__(self, name: str) -> memoryview:
-        """A stream's bytes. Raises DataError where the file cannot be mapped, or is another than was opened."""
+        """A stream's bytes. Raises DataError if the file cannot be mapped or has been replaced."""
         views = self._views()
         if views is None:
             try:
@@ -189,7 +183,7 @@ class MappedStreams:
 
 
 class _Views(dict[str, memoryview]):
-    """A mapped file's streams by name. A class of its own, since a dict cannot be referred to weakly."""
+    """A mapped file's streams by name. A subclass because a plain dict takes no weak reference."""
 
 
 def _no_views() -> None:
@@ -198,7 +192,7 @@ def _no_views() -> None:
 
 @lru_cache(maxsize=MAX_MAPPED)
 def _mapping(path: Path, identity: Identity, places: tuple[tuple[str, int, int], ...]) -> _Views:
-    """The file, mapped read-only. Cached, and so bounded in number, because each mapping holds a file descriptor."""
+    """The file, mapped read-only. The cache bounds their number, since each mapping holds a file descriptor."""
     with open(path, "rb") as file:
         if identity_of(os.fstat(file.fileno())) != identity:
             raise ValueError("the file changed since it was opened")
@@ -207,7 +201,7 @@ def _mapping(path: Path, identity: Identity, places: tuple[tuple[str, int, int],
 
 
 class ChunkedStreams:
-    """Streams of which one is chunked, perhaps compressed: read through h5py from a file that stays open."""
+    """Streams of which at least one is chunked: read through h5py from a file that stays open."""
 
     def __init__(self, path: Path, file: h5py.File, streams: dict[str, h5py.Dataset]) -> None:
         self._file: h5py.File = file
@@ -223,14 +217,14 @@ class ChunkedStreams:
 
 
 class ChunkedStream:
-    """An HDF5 dataset, sliced by bytes as a memoryview is."""
+    """An HDF5 dataset, sliced by byte offsets as a memoryview is."""
 
     def __init__(self, path: Path, stream: h5py.Dataset) -> None:
         self._path, self._name, self._stream = path, stream.name[1:], stream
         self._itemsize = stream.dtype.itemsize
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """Raises DataError where the library cannot read them."""
+        """Raises DataError."""
         start, stop = part.start // self._itemsize, part.stop // self._itemsize
         try:
             return np.ascontiguousarray(self._stream[start:stop])
@@ -244,7 +238,7 @@ Streams = MappedStreams | ChunkedStreams
 
 
 def streams_of(path: Path, file: h5py.File, identity: Identity, streams: dict[str, h5py.Dataset]) -> Streams:
-    """Closes `file` where it need not stay open."""
+    """How to read the streams; closes `file` unless it is needed."""
     if any(stream.chunks is not None for stream in streams.values()):
         return ChunkedStreams(path, file, streams)
     mapped = MappedStreams(path, identity, streams)

@@ -1,32 +1,28 @@
-"""The token-shard file: its layout, what may not contradict what, and the one writer. core/formats/shard_reader.py has
-the one reader.
+"""The token-shard file: its layout, its consistency rules and its one writer. core/formats/shard_reader.py reads it.
 
-Rank-1 `data` holds the token stream; row i is data[i*row_stride : i*row_stride + sequence_length + 1], inputs and the
-label of the last one. Rows of stride sequence_length share a token with the next row; rows of stride sequence_length +
-1 are independent, as Amber's.
+Rank-1 `data` holds the token stream. Row i is data[i*row_stride : i*row_stride + sequence_length + 1]: its inputs, and
+the label of the last one. At stride sequence_length a row shares a token with the next row; at stride sequence_length
++ 1, as in Amber's data, rows are independent.
 
-| dataset        | type                              | meaning |
-|----------------|-----------------------------------|---------------------------------------------------------------------------|
-| `data`         | uint16 (vocab <= 65,536) or int32 | token ids, contiguous and page-aligned, so that they can be
-mapped        | | `doc_end`      | int64 [documents]                 | one past each document's last token here; the
-last equals len(data)       | | `doc_id`       | uint8 [documents, 16]             | head of the SHA-256 of the
-document's text                                | | `doc_source`   | int32 [documents]                 | line of the
-dataset's `sources.jsonl`, from 0; -1: padding                | | `doc_file`     | int32 [documents]                 |
-line of the dataset's `inputs.jsonl`, from 0: the file it came from       | | `doc_record`   | int64 [documents] | which
-line or row of that file, from 0                                    | | `doc_fim`      | int32 [documents, 3], optional
-| FIM mode and the two cuts, see FimRecord                                  | | `loss_mask`    | uint8 [len(data)],
-optional       | 1 where the token, as a label, bears loss                                 | | `block_digest` | uint8
-[blocks, 32]                | SHA-256 of each 1 MiB of `data`, followed by its part of `loss_mask`      |
+| dataset        | type                              | meaning                                                         |
+|----------------|-----------------------------------|-----------------------------------------------------------------|
+| `data`         | uint16 (vocab <= 65,536) or int32 | token ids; contiguous and page-aligned, so it can be mapped     |
+| `doc_end`      | int64 [documents]                 | end of each document's tokens here; the last equals len(data)   |
+| `doc_id`       | uint8 [documents, 16]             | first 16 bytes of the SHA-256 of the document's text            |
+| `doc_source`   | int32 [documents]                 | line of the dataset's `sources.jsonl`, from 0; -1 for padding   |
+| `doc_file`     | int32 [documents]                 | line of the dataset's `inputs.jsonl`, from 0                    |
+| `doc_record`   | int64 [documents]                 | line or row of that input file, from 0                          |
+| `doc_fim`      | int32 [documents, 3], optional    | FIM mode and the two cuts, see FimRecord                        |
+| `loss_mask`    | uint8 [len(data)], optional       | 1 where the token, as a label, bears loss                       |
+| `block_digest` | uint8 [blocks, 32]                | SHA-256 of each 1 MiB of `data` and its part of `loss_mask`     |
 
-The attribute `num_sources` says how many sources the dataset had when the shard was written, so that the index is
-checked; their names and counts stand once in the dataset. HDF5 checks none of this: it follows links out of the file,
-invents zeros for what is missing and lets a flipped bit through. So everything but `data` is checked against the
-attribute `digest` when a shard is opened, and each block of `data` against its digest, and against the vocabulary, when
-first touched. A document cut by a shard's end goes on in the next, under the same id. Padding is a document too: id of
-zeros, source, file and record -1, its tokens masked.
+HDF5 verifies nothing: it follows links out of the file, reads zeros for missing data and passes on flipped bits. So
+opening a shard checks everything but `data` against the attribute `digest`, and each block of `data` is checked against
+its own digest and the vocabulary at its first access. The attribute `num_sources` is the dataset's number of sources
+when the shard was written; it bounds `doc_source`. A document cut by a shard's end continues in the next under the same
+id. Padding is a document too: id of zeros, source, file and record -1, its tokens masked.
 
-Shards of format 2 stay readable: they hold the sources' names, in the attribute `sources`, and count padding as the
-last of them.
+Shards of format 2 stay readable: they hold the sources' names in the attribute `sources`, padding as the last of them.
 """
 
 from __future__ import annotations
@@ -70,9 +66,9 @@ OPTIONAL = {"loss_mask", FIM}
 class FimRecord:
     """How each document was turned into fill-in-the-middle. mode uint8 [n]: 0 not, 1 PSM, 2 SPM.
 
-    split int32 [n, 2]: prefix [0, a), middle [a, b), suffix [b, ...) in tokens of the document as it was, without start
-    and end tokens. It is the whole document's, also where a shard holds only a part of it. In a dataset whose FIM is in
-    contexts, each piece of a document in a row has its own, which count from the piece's first token.
+    split int32 [n, 2]: prefix [0, a), middle [a, b), suffix [b, ...), in tokens of the whole original document without
+    start and end tokens, even if the shard holds only a part of it. In a dataset with FIM mode `context`, each piece of
+    a document in a row has its own cuts, counted from the piece's first token.
     """
 
     mode: np.ndarray
@@ -98,9 +94,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What was written. sha256: of the file. digest: the attribute, which commits to every token, document, mask and
-    attribute.
-    """
+    """What was written. sha256: of the file. digest: the attribute `digest`, which commits to all contents."""
 
     num_bytes: int
     sha256: str
@@ -109,7 +103,7 @@ class ShardInfo:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """uint16 where every id fits, else int32; little-endian."""
+    """uint16 if every id fits, else int32; little-endian."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<i4")
 
 
@@ -129,10 +123,10 @@ def write_shard(
     tokenizer_sha256: str,
     loss_mask: np.ndarray | None = None,
 ) -> ShardInfo:
-    """Write a shard atomically; equal arguments give equal bytes. The file is built in memory, beside the arguments.
+    """Write a shard atomically; equal arguments give equal bytes. The whole file is first built in memory.
 
     tokens: integers [length], length = num_tokens(rows, ...) for some rows >= 1. loss_mask: bool or uint8 [length].
-    Raises ValueError for arguments that contradict each other, DataError where the file cannot be written.
+    Raises ValueError for inconsistent arguments, DataError if the file cannot be written.
     """
     num_rows = 1 + (len(tokens) - sequence_length - 1) // row_stride
     header: dict[str, Any] = {
@@ -154,13 +148,17 @@ def write_shard(
     mask = None if loss_mask is None else np.ascontiguousarray(loss_mask, dtype=np.uint8)
     if mask is not None and (mask.shape != data.shape or mask.max() > 1):
         raise ValueError(f"{path.name}: loss_mask must be [{len(data)}] of 0 and 1")
+    arrays = (
+        documents.end,
+        documents.id,
+        documents.source,
+        documents.file,
+        documents.record,
+        _block_digests(data, mask),
+    )
     tables = {
-        "doc_end": np.ascontiguousarray(documents.end, dtype="<i8"),
-        "doc_id": np.ascontiguousarray(documents.id, dtype="|u1"),
-        "doc_source": np.ascontiguousarray(documents.source, dtype="<i4"),
-        "doc_file": np.ascontiguousarray(documents.file, dtype="<i4"),
-        "doc_record": np.ascontiguousarray(documents.record, dtype="<i8"),
-        "block_digest": _block_digests(data, mask),
+        name: np.ascontiguousarray(array, dtype)
+        for (name, (dtype, _)), array in zip(TABLES.items(), arrays, strict=True)
     }
     if documents.fim is not None:
         tables[FIM] = np.ascontiguousarray(np.column_stack([documents.fim.mode, documents.fim.split]), dtype="<i4")
@@ -172,10 +170,8 @@ def write_shard(
 
 
 def _hdf5_image(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> memoryview:
-    """The file's bytes, made in memory: then writing is one atomic operation whose errors are the operating system's
-    own.
-    """
-    image = io.BytesIO()  # HDF5's own driver for files in memory needs three times the file's size, and this one once
+    """The file's bytes, built in memory, so that writing is atomic and its errors are the operating system's own."""
+    image = io.BytesIO()  # takes the file's size once; HDF5's own in-memory driver takes it three times
     with h5py.File(image, "w", libver="latest", alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT) as file:
         for name, array in arrays.items():
             file.create_dataset(name, data=array, track_times=False)
@@ -219,10 +215,8 @@ def contradiction(header: dict[str, Any], length: int, documents: Documents) -> 
     if not 1 <= header["vocab_size"] <= 1 << 31:
         return "vocab_size", f"{header['vocab_size']} lies outside 1..2^31"
     if rows < 1 or num_tokens(rows, sequence_length, stride) != length:
-        return (
-            "n_examples",
-            f"{rows} rows of {sequence_length} + 1 tokens at stride {stride} are not the {length} tokens of 'data'",
-        )
+        rows_of = f"{rows} rows of {sequence_length} + 1 tokens at stride {stride}"
+        return "n_examples", f"{rows_of} are not the {length} tokens of 'data'"
     end, source = documents.end, documents.source
     columns = (source, documents.file, documents.record)
     if (
@@ -231,10 +225,8 @@ def contradiction(header: dict[str, Any], length: int, documents: Documents) -> 
         or any(column.shape != (len(end),) for column in columns)
     ):
         shapes = [array.shape for array in (end, documents.id, *columns)]
-        return (
-            "doc_end",
-            f"doc_end, doc_id, doc_source, doc_file, doc_record have shapes {shapes}, not [n], [n, 16], [n], [n], [n]",
-        )
+        names = ", ".join(list(TABLES)[:5])
+        return "doc_end", f"{names} have shapes {shapes}, not [n], [n, 16], [n], [n], [n]"
     if len(end) == 0 or end[0] < 1 or end[-1] != length or np.any(np.diff(end) < 1):
         return "doc_end", f"document ends do not rise from 1 to {length}"
     if source.min() < -1 or source.max() >= documents.num_sources:

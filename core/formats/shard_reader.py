@@ -1,8 +1,8 @@
-"""Reading token shards: mapped, and without trust. core/formats/shard_format.py says what lies in them and writes them.
+"""Reading token shards through memory maps and without trust. core/formats/shard_format.py describes and writes them.
 
-Opening a shard checks all but the tokens (core/formats/shard_file.py); each block of these is checked against its
-digest, and against the vocabulary, when it is first touched. No token is handed out before. `read_rows` gathers rows of
-any number of shards; what reads rows of one shard or one set is made of it.
+Opening a shard checks everything but the tokens (core/formats/shard_file.py). Each block of tokens is checked against
+its digest and the vocabulary at its first access, before any of it is returned. `read_rows` gathers rows from any
+number of shards; all other row reading builds on it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ from typing import Any
 import numpy as np
 
 from weftrain.core.formats.shard_file import MappedStreams, open_shard, refusal, streams_of
-from weftrain.core.formats.shard_format import (
-    BLOCK_BYTES,
-    INTEGERS_2,
-    Documents,
-    block_digest,
-)
+from weftrain.core.formats.shard_format import BLOCK_BYTES, INTEGERS_2, Documents, block_digest
 
 _GATHERED_ROWS = 64  # at a time, and so many files may be mapped at once beyond MAX_MAPPED
 _GATHERED_TOKENS = 1 << 18  # at a time: they stay in the processor's cache until they are widened to int64
@@ -35,8 +30,7 @@ _MAX_THREADS = 16  # of each process that reads, of which a machine may have sev
 
 @dataclass(frozen=True)
 class DocumentSpan:
-    """A document's part of one row: inputs first..last of the row (the label of the last input is in neither), and
-    where it came from.
+    """A document's part of one row: its inputs first..last, without the label of the last; and where it came from.
 
     source, file: lines of the dataset's `sources.jsonl` and `inputs.jsonl`, from 0; -1 for padding.
     """
@@ -51,12 +45,10 @@ class DocumentSpan:
 
 
 class ShardReader:
-    """A shard, checked and open for reading. Holds no HDF5 file where `data` is contiguous: the file is mapped when it
-    is read.
+    """A shard, checked and open for reading.
 
-    Raises DataError naming file, field and remedy: on opening for all but the tokens, on first touch for each block of
-    these. access: 'mapped', or 'h5py' with the reason why not. source_names: of a shard of format 2, which holds them,
-    else None.
+    Raises DataError naming file, field and remedy: at opening for all but the tokens, at first access for each block of
+    tokens. access: 'mapped', or 'h5py' with the reason. source_names: those that a shard of format 2 holds, else None.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,9 +74,7 @@ class ShardReader:
         self.access = self.streams.access
 
     def close(self) -> None:
-        """Close the HDF5 file of a chunked shard, whose rows cannot be read after; a mapped shard has nothing to
-        close.
-        """
+        """Close the HDF5 file of a chunked shard, which then cannot be read. A mapped shard has nothing to close."""
         self.streams.close()
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
@@ -95,9 +85,7 @@ class ShardReader:
         return ids
 
     def loss_mask(self, indices: np.ndarray) -> np.ndarray | None:
-        """int64 [n] row numbers -> bool [n, sequence_length], False where a label bears no loss; None where the shard
-        has no mask.
-        """
+        """int64 [n] row numbers -> bool [n, sequence_length], False for labels without loss; None without a mask."""
         if not self.has_loss_mask:
             return None
         mask = np.ones((len(indices), self.sequence_length), dtype=np.bool_)
@@ -120,18 +108,10 @@ class ShardReader:
 
     def documents(self) -> Documents:
         """The document tables, read again: a reader does not keep them, since a large dataset has billions."""
-        shard = open_shard(self.path)
-        shard.file.close()
-        if shard.header["digest"] != self.digest:
-            raise refusal(self.path, "digest", "changed since the shard was opened")
-        return shard.documents
+        return _documents(self.path, self.digest)
 
     def document_starts(self, indices: np.ndarray) -> np.ndarray:
-        """int64 [n] row numbers -> int32 [n, sequence_length]: for each input the index within its row of its
-        document's first token.
-
-        0 where the document began before the row. Raises IndexError, DataError.
-        """
+        """`read_document_starts` of these rows, int64 [n]. Raises IndexError, DataError."""
         positions = self._positions(indices)
         return read_document_starts(self.sequence_length, [self] * len(positions), positions)
 
@@ -150,11 +130,7 @@ class ShardReader:
             begin = int(table.end[index - 1]) if index else 0
             if begin >= first + self.sequence_length:
                 break
-            fim = (
-                None
-                if table.fim is None
-                else (int(table.fim.mode[index]), int(table.fim.split[index, 0]), int(table.fim.split[index, 1]))
-            )
+            fim = None if table.fim is None else (int(table.fim.mode[index]), *map(int, table.fim.split[index]))
             last = min(int(table.end[index]) - 1 - first, self.sequence_length - 1)
             place = (int(table.file[index]), int(table.record[index]))
             found.append(
@@ -165,41 +141,33 @@ class ShardReader:
         return found
 
     def unverified(self, start: int, stop: int) -> list[int]:
-        """The blocks that positions start..stop-1 of `data` reach into and that were not yet verified."""
+        """The unverified blocks of positions start..stop-1 of `data`."""
         first, last = start // self._block_tokens, (stop - 1) // self._block_tokens + 1
         if self._verified.find(0, first, last) < 0:
             return []
         return [block for block in range(first, last) if not self._verified[block]]
 
     def verify_block(self, block: int) -> None:
-        """Check a block, unless it was checked before. Threads may do so at once. Raises DataError."""
+        """Check a block, unless it was checked before; safe from several threads. Raises DataError."""
         if self._verified[block]:
             return
         start, stop = block * self._block_tokens, min((block + 1) * self._block_tokens, self._num_tokens)
         data = self._slice("data", start, stop)
         mask = self._slice("loss_mask", start, stop) if self.has_loss_mask else None
-        first, last = (
-            max(0, start - self.sequence_length) // self.row_stride,
-            min(self.num_rows - 1, (stop - 1) // self.row_stride),
-        )
         if block_digest(data, mask) != self._block_digest[block].tobytes():
-            raise refusal(
-                self.path,
-                "data",
-                f"block {block} (rows {first}..{last}) does not hash to its digest, so it was altered or damaged",
-            )
+            first = max(0, start - self.sequence_length) // self.row_stride
+            last = min(self.num_rows - 1, (stop - 1) // self.row_stride)
+            problem = f"block {block} (rows {first}..{last}) does not hash to its digest, so it was altered or damaged"
+            raise refusal(self.path, "data", problem)
         unsigned = data.view(f"<u{data.itemsize}")  # so that a negative id is too large
         if unsigned.max() >= self.vocab_size:
             within = int(np.argmax(unsigned >= self.vocab_size))
             row = min((start + within) // self.row_stride, self.num_rows - 1)
-            raise refusal(
-                self.path,
-                "data",
-                f"row {row} holds token id {data[within]}, beyond the vocabulary of {self.vocab_size}",
-            )
+            problem = f"row {row} holds token id {data[within]}, beyond the vocabulary of {self.vocab_size}"
+            raise refusal(self.path, "data", problem)
         self._verified[block] = 1
         if self._verified.find(0) < 0:
-            self.is_verified = True  # never set to False, for another thread may have verified the last one meanwhile
+            self.is_verified = True  # never set to False: another thread may have verified the last block meanwhile
 
     def _positions(self, indices: np.ndarray) -> list[int]:
         """Where rows begin in `data`. Raises IndexError."""
@@ -208,17 +176,16 @@ class ShardReader:
         return (indices * self.row_stride).tolist()
 
     def _slice(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Positions start..stop-1 of a stream, unchecked; a view of the mapped file where there is one."""
+        """Positions start..stop-1 of a stream, unchecked; a view of the file if it is mapped."""
         dtype = self.dtype if name == "data" else np.dtype(np.uint8)
         return np.frombuffer(self.streams[name][start * dtype.itemsize : stop * dtype.itemsize], dtype)
 
 
 def read_rows(ids: np.ndarray, readers: Sequence[ShardReader], positions: Sequence[int]) -> np.ndarray | None:
-    """ids[i] = the row of readers[i] that begins at positions[i] of its `data`: int64 [n, S + 1], and n each.
+    """Fill ids, int64 [n, S + 1]: ids[i] is the row of readers[i] that begins at positions[i] of its `data`.
 
-    Returns their loss mask, bool [n, S], or None where no shard among them has one. The readers are of one sequence
-    length, of any set and dtype. The caller answers for the positions; blocks are verified on first touch. Raises
-    DataError.
+    Returns the loss mask, bool [n, S], or None if none of the shards has one. The readers have one sequence length and
+    any set and dtype. Positions are not checked; blocks are verified. Raises DataError.
     """
     masked = True in {reader.has_loss_mask for reader in set(readers)}
     mask = np.ones((len(ids), ids.shape[1] - 1), dtype=np.bool_) if masked else None
@@ -236,10 +203,9 @@ def read_rows(ids: np.ndarray, readers: Sequence[ShardReader], positions: Sequen
 
 
 def _verify(fresh: set[ShardReader], readers: Sequence[ShardReader], positions: Sequence[int]) -> None:
-    """Verify every block of the readers in `fresh` that rows reach into and that was not yet, several at once where
-    they are many.
+    """Verify the unverified blocks of the readers in `fresh` that these rows lie in, on threads if there are many.
 
-    Raises DataError for the first in the rows' order that is damaged.
+    Raises DataError for the first damaged block in the rows' order.
     """
     reached = [(reader, at) for reader, at in zip(readers, positions, strict=True) if reader in fresh]
     blocks = dict.fromkeys(
@@ -249,7 +215,7 @@ def _verify(fresh: set[ShardReader], readers: Sequence[ShardReader], positions: 
         for reader, block in blocks:
             reader.verify_block(block)
         return
-    # hashing leaves the interpreter to others
+    # hashing releases the GIL
     with ThreadPoolExecutor(min(len(blocks), os.cpu_count() or 1, _MAX_THREADS)) as pool:
         for _ in pool.map(lambda found: found[0].verify_block(found[1]), blocks):
             pass
@@ -258,10 +224,8 @@ def _verify(fresh: set[ShardReader], readers: Sequence[ShardReader], positions: 
 def _gather(
     rows: np.ndarray, stream: str, distinct: set[ShardReader], readers: Sequence[ShardReader], positions: Sequence[int]
 ) -> None:
-    """rows[i] = its part of a stream, converted to the array's type; of `loss_mask` without the first, which belongs to
-    no label.
-
-    distinct: the readers, each once. Rows of shards without the stream stay as they are.
+    """Fill rows[i] with its part of a stream, converted to the array's type; of `loss_mask` without the first element,
+    which belongs to no label. distinct: the set of readers. Rows of shards without the stream stay as they are.
     """
     itemsizes = {reader.itemsizes[stream] for reader in distinct}
     if len(itemsizes) > 1:
@@ -284,10 +248,9 @@ def _gather(
 
 
 def read_document_starts(sequence_length: int, readers: Sequence[ShardReader], positions: Sequence[int]) -> np.ndarray:
-    """For each input of the rows that `read_rows` reads, the index within its row of its document's first token: int32
-    [n, S].
+    """For each input of the rows that `read_rows` reads, where in its row its document begins: int32 [n, S].
 
-    0 where the document began before the row. Raises DataError.
+    0 if the document began before the row. Raises DataError.
     """
     if not len(positions):
         return np.empty((0, sequence_length), dtype=np.int32)
@@ -309,23 +272,25 @@ def read_document_starts(sequence_length: int, readers: Sequence[ShardReader], p
     return np.repeat(within.astype(np.int32), lengths).reshape(len(cuts), sequence_length)
 
 
-@lru_cache(maxsize=64)  # 8 bytes a document: some 300 KB for a shard of 64 MiB of ordinary text
-def _document_ends(path: Path, digest: str) -> np.ndarray:
-    """`doc_end` of a shard that is not mapped, checked."""
+def _documents(path: Path, digest: str) -> Documents:
     shard = open_shard(path)
     shard.file.close()
     if shard.header["digest"] != digest:
         raise refusal(path, "digest", "changed since the shard was opened")
-    shard.documents.end.flags.writeable = False
-    return shard.documents.end
+    return shard.documents
+
+
+@lru_cache(maxsize=64)  # 8 bytes a document: some 300 KB for a shard of 64 MiB of ordinary text
+def _document_ends(path: Path, digest: str) -> np.ndarray:
+    """`doc_end` of a shard that is not mapped, checked."""
+    ends = _documents(path, digest).end
+    ends.flags.writeable = False
+    return ends
 
 
 def cumulative_lengths(document_start: np.ndarray) -> np.ndarray:
-    """int32 [rows, S] of `document_starts` -> int32 [documents + 1]: where each document's part begins in the flattened
-    batch, and its end.
-
-    The form that varlen attention kernels take as cu_seqlens. A row always begins a part, for attention does not cross
-    rows.
+    """int32 [rows, S] of `document_starts` -> int32 [documents + 1]: where each document begins in the flattened batch,
+    and the batch's end: the cu_seqlens of varlen attention kernels. Each row begins anew, since attention stays in it.
     """
     positions = np.arange(document_start.shape[1], dtype=np.int32)
     begins = np.flatnonzero((document_start == positions).reshape(-1))

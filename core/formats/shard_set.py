@@ -19,10 +19,7 @@ import numpy as np
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.dataset import RESTORE, inside_folder, open_sources, read_dataset_manifest
-from weftrain.core.formats.dataset_manifest import (
-    DatasetManifest,
-    SetName,
-)
+from weftrain.core.formats.dataset_manifest import DatasetManifest, SetName
 from weftrain.core.formats.plain_file import real_path
 from weftrain.core.formats.shard_reader import DocumentSpan, ShardReader, read_document_starts, read_rows
 
@@ -178,8 +175,7 @@ class ShardSet:
             if getattr(reader, field) != value:
                 raise DataError(
                     f"{reader.path}: {field} is {getattr(reader, field)!r}, the manifest says {value!r}: the shard "
-                    f"belongs to another dataset; "
-                    f"put the right one back, or remove the dataset and prepare it again"
+                    "belongs to another dataset; put the right one back, or remove the dataset and prepare it again"
                 )
         if reader.num_sources > manifest.num_sources:  # fewer is fine: shards from before a dataset grew
             raise DataError(

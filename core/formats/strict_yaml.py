@@ -65,9 +65,7 @@ for _tag, _pattern, _first in (
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    """Decimal, 0o octal or 0x hexadecimal. PyYAML's own constructor reads 010 as octal, as in YAML 1.1, and fails on
-    09.
-    """
+    """Decimal, 0o octal or 0x hexadecimal. PyYAML's own constructor reads 010 as octal and fails on 09."""
     text = node.value
     if len(text) > MAX_NUMBER_CHARACTERS:
         raise yaml.constructor.ConstructorError(None, None, f"an integer of {len(text)} characters", node.start_mark)
@@ -75,7 +73,7 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 
 
 def _represent_str(dumper: _CoreSchemaDumper, text: str) -> yaml.ScalarNode:
-    """In double quotes, with escapes, if the text has Unicode line breaks: PyYAML writes them raw and reads spaces."""
+    """Escaped if the text has Unicode line breaks, which PyYAML would write raw and read as spaces."""
     style = '"' if set(text) & set("\x85\u2028\u2029\ufeff") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
 
@@ -97,7 +95,7 @@ class LineMap:
     marks: dict[Location, str] = field(default_factory=dict)  # location -> 'file:line'
 
     def at(self, location: Location) -> str:
-        """'file:line' of the value, or of the nearest one around it that was given."""
+        """'file:line' of the value, or of the innermost given one around it."""
         for end in range(len(location), -1, -1):
             if location[:end] in self.marks:
                 return self.marks[location[:end]]
@@ -152,8 +150,8 @@ def parse_mapping(text: str, lines: LineMap) -> dict[str, Any]:
 def parse(text: str, lines: LineMap, *, empty_is_null: bool = False) -> Any:
     """The tree of any YAML text, at most MAX_DEPTH levels deep, with the line of each value in `lines`.
 
-    empty_is_null: for files of other programs. In a recipe, an empty value mostly is a variable that was never set, and
-    null turns things off: it is refused. Raises RecipeError.
+    empty_is_null: for other programs' files. In a recipe an empty value is refused: it usually comes from an unset
+    variable, and null would turn something off. Raises RecipeError.
     """
     try:
         depth = 0
@@ -254,7 +252,7 @@ def validate(model: type[Model], tree: Any, at: Callable[[Location], str]) -> Mo
         return model.model_validate(tree)
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        # An unknown key often is the missing one misspelled: name it first.
+        # name an unknown key first: it often is a misspelling of the missing one
         problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise RecipeError(_explain(model, problems[0], at) + more) from None
@@ -286,7 +284,7 @@ def _explain(model: type[BaseModel], problem: Any, at: Callable[[Location], str]
     return f"{where}: {key}: {message}, not {given}"
 
 
-# pydantic's names of errors whose value has the right kind and is too small or too large
+# pydantic's errors for values of the right type outside the bounds
 _BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 
 
@@ -295,7 +293,7 @@ def _generic(location: Iterable[str | int]) -> str:
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every dotted key of a model with a word on its type; list items stand as '*'."""
+    """Every dotted key of a model and its type in a word; '*' stands for list items."""
     for name, info in model.model_fields.items():
         yield prefix + name, str(getattr(info.annotation, "__name__", info.annotation)).replace("typing.", "")
         for inner, step in _models(info.annotation):

@@ -3,8 +3,8 @@
 Layout: 8 bytes little-endian header length; a JSON header `{"name": {"dtype", "shape", "data_offsets": [begin, end]}}`,
 padded with spaces to a multiple of 8; the tensors' bytes, row-major, without gaps
 (https://github.com/huggingface/safetensors#format). Why not the library: its writer holds a second copy of the state,
-and its reader takes duplicate names and names like `../../x`. What a reader would get wrong: offsets count from the end
-of the header, and the header must be complete before the first tensor.
+and its reader takes duplicate names and names like `../../x`. Offsets count from the end of the header, which must be
+complete before the first tensor.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ _LIBRARY_MARK = {"format": "pt"}  # the metadata by which other programs know a 
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """A tensor's place in a file: dtype as safetensors names it, shape, first byte and end counted from the start of
-    the file.
-    """
+    """A tensor's place in a file: dtype as safetensors names it, shape, first byte and end from the file's start."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -57,25 +55,22 @@ class TensorLayout:
 
 
 def check_name(name: str) -> None:
-    """A tensor's name is words of letters, digits and _ joined by `/`, `.` or `-`: never a path out of a folder. Raises
-    ValueError.
-    """
+    """Raises ValueError unless the name is words of letters, digits and _ joined by `/`, `.` or `-`."""
     if len(name) > MAX_NAME_CHARACTERS or not _NAME.fullmatch(name):
         raise ValueError(f"tensor name {name[:80]!r} is not words of letters, digits and _ joined by / . -")
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor's elements."""
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
 def file_order(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
-    """Names as they lie in a file: larger elements first, so that each tensor is aligned to its own, then by name."""
+    """Names in file order: larger elements first, so that every tensor is aligned, then by name."""
     return sorted(specs, key=lambda name: (-DTYPES[specs[name][0]].itemsize, name))
 
 
 def pack_header(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """Length and header of a file that holds `specs` (name -> dtype, shape) in that order."""
+    """The header, with its length, of a file that holds `specs` (name -> dtype, shape) in that order."""
     header: dict[str, Any] = {"__metadata__": _LIBRARY_MARK}
     offset = 0
     for name, (dtype, shape) in specs.items():
@@ -93,11 +88,9 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_header(file: BinaryIO, *, foreign: bool = False) -> dict[str, TensorLayout]:
-    """The layout of an open file, every claim in it checked against the file's size. Raises ValueError saying what is
-    wrong.
+    """The layout of an open file, checked against the file's size. Raises ValueError.
 
-    foreign: another program's file, whose metadata may be any text under any names; its header is held to
-    MAX_FOREIGN_HEADER_BYTES.
+    foreign: another program's file: its metadata may be any text, its header at most MAX_FOREIGN_HEADER_BYTES.
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
@@ -126,9 +119,7 @@ def read_header(file: BinaryIO, *, foreign: bool = False) -> dict[str, TensorLay
 
 
 def header_bytes(file: BinaryIO) -> bytes:
-    """Length and header of an open file that `read_header` accepted, as they stand in it. Raises ValueError where it
-    became shorter.
-    """
+    """Length and header of a file that `read_header` accepted, as stored. Raises ValueError if it became shorter."""
     file.seek(0)
     length = _read_exactly(file, 8)
     return length + _read_exactly(file, min(int.from_bytes(length, "little"), MAX_HEADER_BYTES))
@@ -157,12 +148,12 @@ def _are_counts(value: Any) -> bool:
 
 
 def tensor_memory(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes, row-major, without a copy where it is contiguous. The tensor lies in host memory."""
+    """The bytes of a tensor in host memory, row-major; without a copy if it is contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_tensor(file: BinaryIO, place: TensorLayout) -> torch.Tensor:
-    """Read one tensor into memory of its own. Raises ValueError where the file has become shorter."""
+    """Read one tensor into new memory. Raises ValueError if the file has become shorter."""
     raw = torch.empty(place.end - place.begin, dtype=torch.uint8)
     memory = raw.numpy().data
     file.seek(place.begin)

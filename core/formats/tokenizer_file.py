@@ -1,7 +1,7 @@
-"""A tokenizer.json from outside, opened so that the same text gives the same ids, and all of them.
+"""A tokenizer.json from anyone, opened so that equal texts get equal and complete ids.
 
-A file may ask for merges that are left out at random (a regularisation for training on the fly) and for sequences that
-are cut or padded. Shards and scores hold ids for good: the first is refused, the second switched off.
+A file may request random segmentation (a regularisation during training), truncation or padding. Shards and scores
+store ids permanently, so the first is refused and the others are switched off.
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ from tokenizers import Tokenizer
 from weftrain.core.errors import DataError, one_line
 from weftrain.core.formats.canonical import parse_json
 
-# Settings of a model's section by which encoding draws: BPE's dropout, Unigram's sampling of segmentations.
+# settings that make encoding random: BPE's dropout, Unigram's sampling of segmentations
 _DRAWN = ("dropout", "alpha", "nbest_size")
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether an error is the panic of a library written in Rust, which is no Exception: `except Exception` lets it
-    pass.
-    """
+    """Whether an error is the panic of a Rust library: `except Exception` does not catch it."""
     return type(error).__module__ == "pyo3_runtime"
 
 
 def library_stopped(error: BaseException) -> str:
-    """What an error or a panic of the library means, and the remedy, in one line."""
+    """An error or panic of the tokenizer library as one line with the remedy."""
     why = one_line(error, 120)
     if is_panic(error):
         return f"the tokenizer's library stopped ({why}): a pattern in it takes too long; use another tokenizer"
@@ -37,8 +35,8 @@ def library_stopped(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def panics_refused(where: str) -> Iterator[None]:
-    """While a tokenizer encodes: a pattern that takes more steps than its library allows is a DataError, which begins
-    with `where`.
+    """Around encoding: a panic, as of a pattern that takes too many steps, becomes a DataError that begins with
+    `where`.
     """
     try:
         yield

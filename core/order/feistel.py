@@ -1,14 +1,14 @@
-"""A keyed permutation of 0..n-1 that needs no table: any n, constant memory, any index at once.
+"""A keyed permutation of 0..n-1 without a table: any n, constant memory, random access.
 
 A Feistel network of ten rounds over the smallest 2^b >= n (at least 64), with cycle walking back into 0..n-1 (Black &
-Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). What a reader would get wrong: it costs about 50 ns an index
-only in blocks of thousands, since one numpy call costs a microsecond at any size. So `lookup` computes blocks of 4096
-and keeps the latest of them: callers read neighbours.
+Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). An index costs about 50 ns, but only in blocks of thousands,
+since each numpy call costs a microsecond. So `lookup` computes blocks of 4096 and caches them: callers read neighbours.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -28,37 +28,36 @@ def derive_key(*parts: str | int) -> bytes:
 
 
 def permute(indices: np.ndarray, size: int, key: bytes) -> np.ndarray:
-    """The images, int64, of int64 `indices` within 0..size-1, in their shape. Raises ValueError for a size outside
+    """int64 `indices` within 0..size-1 -> their images, int64, in the same shape. Raises ValueError for a size outside
     1..2^62.
     """
+    return _walked(_network, indices, size, key)
+
+
+def invert(images: np.ndarray, size: int, key: bytes) -> np.ndarray:
+    """The inverse of `permute`."""
+    return _walked(_inverse_network, images, size, key)
+
+
+def _walked(
+    network: Callable[[np.ndarray, int, np.ndarray], np.ndarray], indices: np.ndarray, size: int, key: bytes
+) -> np.ndarray:
+    """The network applied until every value lies below `size` (cycle walking)."""
     if not 1 <= size <= MAX_SIZE:
         raise ValueError(f"a permutation's size must lie in 1..2^62, not {size}")
     bits = max((size - 1).bit_length(), _MIN_BITS)
     keys = np.frombuffer(key, dtype="<u8")
-    values = _network(indices.astype(np.uint64).reshape(-1), bits, keys)
+    values = network(indices.astype(np.uint64).reshape(-1), bits, keys)
     outside = np.flatnonzero(values >= size)
     while outside.size:  # fewer than half are outside, each time, once size > 64
-        walked = _network(values[outside], bits, keys)
+        walked = network(values[outside], bits, keys)
         values[outside] = walked
         outside = outside[walked >= size]
     return values.astype(np.int64).reshape(indices.shape)
 
 
-def invert(images: np.ndarray, size: int, key: bytes) -> np.ndarray:
-    """The indices, int64, whose images under `permute` are int64 `images` within 0..size-1, in their shape."""
-    bits = max((size - 1).bit_length(), _MIN_BITS)
-    keys = np.frombuffer(key, dtype="<u8")
-    values = _inverse_network(images.astype(np.uint64).reshape(-1), bits, keys)
-    outside = np.flatnonzero(values >= size)
-    while outside.size:
-        walked = _inverse_network(values[outside], bits, keys)
-        values[outside] = walked
-        outside = outside[walked >= size]
-    return values.astype(np.int64).reshape(images.shape)
-
-
 def lookup(indices: np.ndarray, size: int, key: bytes) -> np.ndarray:
-    """As `permute`, through the cache of whole blocks: for indices that lie close together."""
+    """`permute` through a cache of whole blocks, for indices that lie close together."""
     blocks = indices // BLOCK
     result = np.empty(indices.shape, dtype=np.int64)
     for block in np.unique(blocks).tolist():
@@ -76,7 +75,7 @@ def _block(size: int, key: bytes, block: int) -> np.ndarray:
 
 
 def _network(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-    """One pass over uint64 values below 2^bits: (left, right) -> (right, left ^ f(right)), ROUNDS times; the halves may
+    """(left, right) -> (right, left ^ f(right)), ROUNDS times, for uint64 values below 2^bits. The halves' widths may
     differ by a bit.
     """
     left_bits, right_bits = bits // 2, bits - bits // 2

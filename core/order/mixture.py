@@ -1,8 +1,7 @@
 """Which source each sample is of: by counts that follow the weights exactly, or in the Model Zoo's order.
 
-What a reader would get wrong: weights are honoured by count and not by chance. After each block of samples every source
-has its share of all samples so far, rounded up or down to a whole number by largest remainder; only the order inside a
-block is random.
+Weights are met by count, not on average: after each block of samples every source has its share of all samples so far,
+rounded up or down by largest remainder. Only the order within a block is random.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class SampleOrder(Protocol):
     """Which source each sample is of."""
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [n] sample numbers -> source index [n], and k [n]: it is that source's k-th sample, from 0."""
+        """int64 [n] sample numbers -> source index [n], and the sample's index k within that source [n], from 0."""
 
     def counts(self, samples: int) -> list[int]:
         """How many of the first `samples` are of each source."""
@@ -48,9 +47,7 @@ class Mixture:
     key: bytes
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [n] sample numbers -> source index [n], and k [n]: it is that source's k-th sample, from 0, in the
-        order of n.
-        """
+        """See SampleOrder."""
         if len(self.shares) == 1:
             return np.zeros(len(samples), dtype=np.int64), samples
         source, k = np.empty(len(samples), dtype=np.int64), np.empty(len(samples), dtype=np.int64)
@@ -63,15 +60,12 @@ class Mixture:
         return source, k
 
     def counts(self, samples: int) -> list[int]:
-        """How many of the first `samples` are of each source."""
+        """See SampleOrder."""
         if len(self.shares) == 1:
             return [samples]
         block, rest = divmod(samples, self.block)
         within = np.bincount(_mixture_table(self, block)[0][:rest], minlength=len(self.shares))
-        return [
-            quota + int(more)
-            for quota, more in zip(largest_remainder(self.shares, block * self.block), within, strict=True)
-        ]
+        return [int(count) for count in within + np.array(largest_remainder(self.shares, block * self.block))]
 
     def next_k(self, samples: int) -> list[int]:
         """See SampleOrder."""
@@ -79,9 +73,7 @@ class Mixture:
 
 
 def largest_remainder(shares: tuple[int, ...], total: int) -> list[int]:
-    """`total` split in the proportions of `shares`, each part its exact quota rounded down or up (Hamilton's method),
-    exact at any size.
-    """
+    """`total` split in the proportions of `shares`: each exact quota rounded down or up (Hamilton's method)."""
     whole = sum(shares)
     quotas = [divmod(total * share, whole) for share in shares]
     parts = [quotient for quotient, _ in quotas]
@@ -108,10 +100,9 @@ def _mixture_table(mixture: Mixture, block: int) -> tuple[np.ndarray, np.ndarray
 
 
 def source_shares(sources: Sequence[SourceConfig], rows: Sequence[int] | None = None) -> list[Fraction]:
-    """The shares of a recipe's sources: their weights as written in decimal, their tokens, or epochs times `rows`.
-    Raises DataError.
+    """The exact shares of a recipe's sources: their weights, their tokens, or epochs times `rows`. Raises DataError.
 
-    rows: of each source, which only shares in epochs need.
+    rows: of each source; only shares in epochs need them.
     """
     if sources[0].weight is not None:
         return [Fraction(repr(source.weight)) for source in sources]
@@ -125,8 +116,7 @@ def source_shares(sources: Sequence[SourceConfig], rows: Sequence[int] | None = 
 def make_mixture(sources: tuple[SourceConfig, ...], seed: int, rows: Sequence[int] | None = None) -> Mixture:
     """The mixture of a recipe's sources. rows: see source_shares. Raises DataError for a share below 2^-20.
 
-    A block holds at least one sample of each source: then no source's count ever falls from one block's end to the
-    next.
+    A block holds at least one sample of each source, so that no source's count ever falls at a block's end.
     """
     weights = source_shares(sources, rows)
     unit = Fraction(
@@ -146,13 +136,12 @@ def make_mixture(sources: tuple[SourceConfig, ...], seed: int, rows: Sequence[in
 
 @dataclass(frozen=True)
 class CerebrasOrder:
-    """The order of Cerebras' Model Zoo for a mixture with `shuffle: false`, as its `Mixture` with `interleave` has it.
+    """The order of Cerebras' Model Zoo for a mixture with `shuffle: false` (its `Mixture` with `interleave`).
 
-    Read there (data/common/h5_map_dataset/readers.py, release 2.x): weights are normalised; an epoch has max(rows /
+    As in its data/common/h5_map_dataset/readers.py, release 2.x: weights are normalised; an epoch has max(rows /
     weight) samples over the components of more than 5 %; a component gives int(epoch x weight) of them, its rows in
-    order and from the first again; which component comes next is a shuffle of all by numpy's default_rng(seed). Every
-    epoch is the same. Ours: the position, which is `sample mod epoch`. What a reader would get wrong: as there, the
-    whole order is a table in memory, of 10 bytes a sample.
+    order and cyclically; numpy's default_rng(seed) shuffles the components. Every epoch is the same, and `sample mod
+    epoch` is the position in it. As there, the whole order is a table in memory, of 10 bytes a sample.
     """
 
     weights: tuple[float, ...]
@@ -160,7 +149,7 @@ class CerebrasOrder:
     seed: int
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See SampleOrder. k begins at 0 again in each epoch."""
+        """See SampleOrder. k restarts at 0 in each epoch."""
         component, k = _cerebras_table(self)
         place = samples % len(component)
         return component[place].astype(np.int64), k[place]
@@ -172,7 +161,7 @@ class CerebrasOrder:
         return [int(count) for count in epochs * whole + np.bincount(component[:rest], minlength=len(self.rows))]
 
     def next_k(self, samples: int) -> list[int]:
-        """See SampleOrder. k begins at 0 again in each epoch."""
+        """See SampleOrder. k restarts at 0 in each epoch."""
         component, _ = _cerebras_table(self)
         return [int(count) for count in np.bincount(component[: samples % len(component)], minlength=len(self.rows))]
 

@@ -1,7 +1,7 @@
-"""The order of a source's rows: each epoch is a keyed permutation of all of them, or of the chunks one by one.
+"""The order of a source's rows: a keyed permutation of each epoch's rows, or of each chunk's.
 
 The order is not stored. The row of sample k is computed from k, the seed, a few numbers for each epoch and chunk, and
-the places of skipped rows (core/order/row_selection.py), so a set of 10^12 rows costs as much memory as one of ten, and
+the places of skipped rows (core/order/row_selection.py): a set of 10^12 rows takes no more memory than one of ten, and
 a position is one integer.
 """
 
@@ -24,9 +24,7 @@ _Number = TypeVar("_Number", int, np.ndarray)
 
 @dataclass(frozen=True)
 class RowRange:
-    """Rows first..first + count - 1 of a set, of one epoch, permuted among themselves. chunk: of the dataset, or
-    None.
-    """
+    """Rows first..first + count - 1 of a set: those of one epoch, or of one of its chunks. Permuted as a whole."""
 
     first: int
     count: int
@@ -36,12 +34,11 @@ class RowRange:
 
 @dataclass(frozen=True)
 class RowOrder:
-    """The order of a source's rows: its row ranges one after the other, and from the first again, each time in another
-    order.
+    """The order of a source's rows: its row ranges one after the other, cyclically, permuted anew in each pass.
 
-    skipped: ranges [first, stop) of rows that never come, sorted and apart. Their places in the order are stepped over,
-    so that a row that is skipped moves no other row. sequential: the rows as they lie, always. A *pass* is all
-    row ranges once; a *place* is a row's number in a pass, skipped rows counted.
+    skipped: sorted, separate ranges [first, stop) of rows that are left out; their places are stepped over, so skipping
+    moves no other row. sequential: rows in stored order. A *pass* (number `turn`) is all row ranges once; a *place* is
+    an index within a pass, skipped rows included.
     """
 
     seed: int
@@ -52,23 +49,23 @@ class RowOrder:
 
     @cached_property
     def _left_out(self) -> tuple[tuple[Range, ...], ...]:
-        """Of each range_: the ranges of its rows that are skipped, counted from its first row."""
+        """For each row range: its skipped rows as ranges, counted from its first row."""
         return tuple(within(self.skipped, range_.first, range_.first + range_.count) for range_ in self.row_ranges)
 
     @cached_property
     def _ends(self) -> list[int]:
-        """Kept rows of the pass up to the end of each range_."""
+        """Kept rows of a pass up to the end of each row range."""
         left_out = [sum(stop - first for first, stop in ranges) for ranges in self._left_out]
         return list(accumulate(range_.count - count for range_, count in zip(self.row_ranges, left_out, strict=True)))
 
     @property
     def num_rows(self) -> int:
-        """Rows that come before the first comes again."""
+        """Rows of a pass without the skipped ones."""
         return self._ends[-1]
 
     @cached_property
     def num_places(self) -> int:
-        """Rows of a pass, skipped ones counted."""
+        """Rows of a pass with the skipped ones."""
         return sum(range_.count for range_ in self.row_ranges)
 
     @cached_property
@@ -76,13 +73,13 @@ class RowOrder:
         return 1 + max(range_.epoch for range_ in self.row_ranges)
 
     def rows(self, k: np.ndarray) -> np.ndarray:
-        """int64 [n], the source's k-th samples -> row numbers of the set, [n]."""
+        """int64 [n], sample indices within the source -> row numbers of the set, [n]."""
         if not len(k):
             return np.empty(0, dtype=np.int64)
         low, high = int(k.min()), int(k.max())
         turn, within_pass = divmod(low, self.num_rows)
         number = bisect_right(self._ends, within_pass)
-        if high - low < self._ends[number] - within_pass:  # nearly always: all of one range_ of one pass
+        if high - low < self._ends[number] - within_pass:  # nearly always: all in one row range of one pass
             return self._rows_of(turn, number, k - (low - within_pass + self._start(number)))
         rows = np.empty(k.shape, dtype=np.int64)
         turns, within_passes = np.divmod(k, self.num_rows)
@@ -94,7 +91,7 @@ class RowOrder:
         return rows
 
     def _rows_of(self, turn: int, number: int, kept: np.ndarray) -> np.ndarray:
-        """int64 [n], numbers of kept rows of a range_ in the order of pass `turn` -> row numbers of the set, [n]."""
+        """int64 [n], indices among a row range's kept rows in pass `turn` -> row numbers of the set, [n]."""
         range_ = self.row_ranges[number]
         if self._left_out[number]:
             kept = self._kept(turn, number).places(kept)
@@ -103,7 +100,7 @@ class RowOrder:
         )
 
     def place(self, k: int) -> tuple[int, int]:
-        """The pass in which the k-th sample comes, from 0, and its place there."""
+        """The pass of the source's sample k, from 0, and its place there."""
         turn, within_pass = divmod(k, self.num_rows)
         number = bisect_right(self._ends, within_pass)
         local = within_pass - self._start(number)
@@ -112,9 +109,7 @@ class RowOrder:
         return turn, sum(range_.count for range_ in self.row_ranges[:number]) + local
 
     def samples_before(self, turn: int, place: int) -> int:
-        """How many samples come before `place` of pass `turn`: the first kept row from there on is the sample of that
-        number.
-        """
+        """The number of samples before `place` of pass `turn`: the index of the first kept row from there on."""
         count = turn * self.num_rows
         for number, range_ in enumerate(self.row_ranges):
             local = min(place, range_.count)
@@ -127,7 +122,7 @@ class RowOrder:
         return count
 
     def num_passed(self, ranges: Sequence[Range], turn: int, place: int) -> int:
-        """How many of the rows in `ranges` stand before `place` of pass `turn`."""
+        """How many rows of `ranges` come before `place` in pass `turn`."""
         count = 0
         for range_ in self.row_ranges:
             if place <= 0:
@@ -143,12 +138,12 @@ class RowOrder:
         return count
 
     def epoch(self, k: int) -> int:
-        """Which time, from 0, the k-th sample's document comes."""
+        """How often the document of sample k was read before."""
         turn, within_pass = divmod(k, self.num_rows)
         return turn * self.num_epochs + self.row_ranges[bisect_right(self._ends, within_pass)].epoch
 
     def chunk(self, k: int) -> int | None:
-        """Which of the dataset's chunks the k-th sample is of, where it has chunks."""
+        """The dataset's chunk that sample k belongs to, if the dataset has chunks."""
         return self.row_ranges[bisect_right(self._ends, k % self.num_rows)].chunk
 
     def _start(self, number: int) -> int:
@@ -166,10 +161,8 @@ class RowOrder:
 
 @dataclass(frozen=True)
 class ResumedOrder:
-    """A source's order that goes on in mid-pass: first what is left of pass `turn` of `current` from `place` on, then
-    `then`'s passes.
-
-    The two differ where the source's subset has changed since the pass began. k counts from where it goes on.
+    """A source's order resumed within a pass: the rest of pass `turn` of `current` from place `at` on, then the passes
+    of `then`. The two differ if the source's subset has changed since that pass began. k counts from the resumption.
     """
 
     current: RowOrder
@@ -230,7 +223,7 @@ def _row_key(seed: int, name: str, epoch: int, chunk: int | None) -> bytes:
 
 
 def row_ranges(epochs: Sequence[tuple[int, int]], chunk_rows: int | None, first_epoch: int = 0) -> tuple[RowRange, ...]:
-    """(first row, rows) of each epoch, cut at the ends of the dataset's chunks where it has them."""
+    """The row ranges of epochs given as (first row, rows), cut at the ends of the dataset's chunks, if any."""
     result = []
     for epoch, (first, count) in enumerate(epochs, first_epoch):
         if chunk_rows is None:

@@ -1,7 +1,6 @@
-"""Which places of a permutation are kept when some rows are left out: from the j-th kept row to its place in the
-permutation, and back.
+"""Permutations with rows left out: from the j-th kept row to its place in the permutation, and back.
 
-The permutation is of all rows, so leaving rows out never moves another one: a reader steps over their places. Memory: 8
+All rows are permuted and the places of those left out are stepped over, so leaving a row out moves no other. Memory: 8
 bytes for each row left out, up to 2^20 of them; beyond that 8 bytes for each block of 4096 rows. Time: 60 ns for each
 row left out, once a permutation.
 """
@@ -23,10 +22,10 @@ Range = tuple[int, int]  # [first, stop)
 
 @dataclass(frozen=True)
 class KeptPlaces:
-    """Of a permutation of 0..size-1 without the rows in `left_out` (sorted ranges). key: the permutation's; None: the
-    rows as they lie.
+    """The places that a permutation of 0..size-1 keeps without the rows in `left_out` (sorted ranges).
 
-    listed: the places left out, sorted; or None, and then `kept_before` counts the kept places before each block.
+    key: the permutation's; None: rows in stored order. listed: the places left out, sorted; if it is None,
+    `kept_before` counts the kept places before each block.
     """
 
     size: int
@@ -36,7 +35,7 @@ class KeptPlaces:
     kept_before: np.ndarray | None
 
     def places(self, j: np.ndarray) -> np.ndarray:
-        """int64 [n], numbers of kept rows in the order of the permutation -> their places in it, [n]."""
+        """int64 [n], indices among the kept rows in permuted order -> their places, [n]."""
         if self.listed is not None:
             result: np.ndarray = j + np.searchsorted(self.listed - np.arange(len(self.listed)), j, side="right")
             return result
@@ -50,7 +49,7 @@ class KeptPlaces:
         return places
 
     def before(self, place: int) -> int:
-        """How many kept rows stand before `place`, which may be `size`."""
+        """How many kept rows come before `place`, which may be `size`."""
         if self.listed is not None:
             return place - int(np.searchsorted(self.listed, place))
         assert self.kept_before is not None
@@ -68,7 +67,7 @@ class KeptPlaces:
 
 @lru_cache(maxsize=8)  # at most 8 MiB each up to 2^32 rows
 def kept_places(size: int, key: bytes | None, left_out: tuple[Range, ...]) -> KeptPlaces:
-    """The table of one permutation. left_out: sorted ranges of rows that do not touch, within 0..size."""
+    """The kept places of one permutation. left_out: sorted ranges within 0..size that do not touch."""
     count = sum(stop - first for first, stop in left_out)
     if count <= MAX_LISTED:
         listed = np.concatenate([*_places_of(left_out, size, key), np.empty(0, dtype=np.int64)])
@@ -85,7 +84,7 @@ def kept_places(size: int, key: bytes | None, left_out: tuple[Range, ...]) -> Ke
 
 
 def count_before(place: int, ranges: Sequence[Range], size: int, key: bytes | None) -> int:
-    """How many of the rows in `ranges` stand before `place` of the permutation."""
+    """How many rows of `ranges` come before `place` in the permutation."""
     return sum(int((places < place).sum()) for places in _places_of(ranges, size, key))
 
 
@@ -97,7 +96,7 @@ def _places_of(ranges: Sequence[Range], size: int, key: bytes | None) -> Iterato
 
 
 def merged(ranges: Sequence[Range]) -> tuple[Range, ...]:
-    """The same rows as sorted ranges that neither overlap nor touch; empty ranges fall away."""
+    """The same rows as sorted, non-empty ranges that neither overlap nor touch."""
     result: list[Range] = []
     for first, stop in sorted(ranges):
         if first == stop:
@@ -110,7 +109,7 @@ def merged(ranges: Sequence[Range]) -> tuple[Range, ...]:
 
 
 def without(ranges: Sequence[Range], removed: Sequence[Range]) -> tuple[Range, ...]:
-    """The rows of `ranges` that are in none of `removed`, as `merged` gives them."""
+    """The rows of `ranges` that are not in `removed`, merged."""
     result = []
     for first, stop in merged(ranges):
         for low, high in merged(removed):

@@ -15,12 +15,10 @@ from weftrain.core.order.row_selection import Range
 
 @dataclass(frozen=True)
 class ChunkOrder:
-    """Chunks of a run, each `samples` samples; `order`: which chunk's samples stand at each place, deferred ones last,
-    dropped ones not.
-
-    After the last of `order` the stream goes on behind the last chunk, so that a run that drops a chunk is as long as
-    it was. first_sample: number of the sample with which place 0 would begin at the present batch size. shift: numbers
-    of the stream that lie before the sample from which it is counted.
+    """The order of a run's chunks of `samples` samples each. order: the chunk at each place: deferred ones come last,
+    dropped ones are missing. After them the stream continues behind the last chunk, so that dropping a chunk does not
+    shorten the run. first_sample: the sample at which place 0 would begin at the present batch size. shift: the
+    stream's sample 0 as a number in the order without a skip list.
     """
 
     count: int
@@ -37,7 +35,7 @@ class ChunkOrder:
         return self.order[place] if place < len(self.order) else self._beyond + place - len(self.order)
 
     def renumber(self, samples: np.ndarray) -> np.ndarray:
-        """int64 [n] numbers in the run's order -> in the order without a skip list."""
+        """int64 [n] sample numbers in the run's order -> numbers in the order without a skip list."""
         if self.order == tuple(range(self._beyond)):
             return samples - self.first_sample - self.shift
         places, inside = np.divmod(samples - self.first_sample, self.samples)
@@ -48,9 +46,7 @@ class ChunkOrder:
         return result
 
     def spans(self, first: int, stop: int) -> Iterator[Range]:
-        """The samples first..stop-1 of the run's order as ranges [first, stop) of numbers in the order without a skip
-        list.
-        """
+        """The run's samples first..stop-1 as ranges [first, stop) in the order without a skip list."""
         while first < stop:
             place, inside = divmod(first - self.first_sample, self.samples)
             start = self.chunk_at(place) * self.samples + inside - self.shift
@@ -60,9 +56,9 @@ class ChunkOrder:
 
 
 def chunk_order(data: DataConfig, steps: int, global_batch_size: int) -> ChunkOrder:
-    """The chunks of a run of so many steps, with its skip list. data.chunks divides the steps; Recipe has checked it.
+    """The chunks of a run of `steps` steps with its skip list. data.chunks divides the steps; Recipe has checked it.
 
-    Chunks that were begun before the section stay where they were read; the others follow, deferred ones last.
+    Chunks that were begun before the data section keep their places; the others follow, deferred ones last.
     """
     assert data.chunks is not None
     begun = Continuation(step=0, sample=0) if data.continues is None else data.continues
@@ -82,8 +78,7 @@ def chunk_order(data: DataConfig, steps: int, global_batch_size: int) -> ChunkOr
 
 @dataclass(frozen=True)
 class Timeline:
-    """Which samples a step reads. A sample has a number in the run, which counts what was read, and one in the stream
-    of its data section.
+    """Which samples a step reads. A sample has a number in the run and one in the stream of its data section.
 
     first_step, first_sample: where the section begins. base_sample: the run's number of the stream's sample 0.
     """
@@ -95,9 +90,7 @@ class Timeline:
     chunks: ChunkOrder | None = None
 
     def sample(self, step: int) -> int:
-        """The number in the run of the first sample of 0-based step `step`. Raises ValueError for a step before the
-        section.
-        """
+        """The number in the run of the first sample of step `step`, from 0. ValueError for one before the section."""
         if step < self.first_step:
             raise ValueError(
                 f"step {step} lies before step {self.first_step}, where this data section begins (data.continues)"
@@ -105,7 +98,7 @@ class Timeline:
         return self.first_sample + (step - self.first_step) * self.global_batch_size
 
     def chunk_at(self, step: int) -> int | None:
-        """Which of the run's chunks the batch of `step` is of; None where the run has none."""
+        """The chunk that the batch of `step` belongs to, if the run has chunks."""
         chunks = self.chunks
         return None if chunks is None else chunks.chunk_at((self.sample(step) - chunks.first_sample) // chunks.samples)
 
@@ -114,23 +107,21 @@ class Timeline:
         return samples - self.base_sample if self.chunks is None else self.chunks.renumber(samples)
 
     def spans(self, first: int, stop: int) -> Iterator[Range]:
-        """The run's samples first..stop-1 as ranges [first, stop) of numbers in the stream, in the order in which they
-        are read.
-        """
+        """The run's samples first..stop-1 as ranges [first, stop) of the stream, in reading order."""
         if self.chunks is None:
             yield first - self.base_sample, stop - self.base_sample
         else:
             yield from self.chunks.spans(first, stop)
 
     def read_chunks(self, step: int) -> tuple[int, ...]:
-        """The run's chunks that were begun before `step`, in the order in which they were read."""
+        """The run's chunks that were begun before `step`, in reading order."""
         if self.chunks is None:
             return ()
         places = -(-(self.sample(step) - self.chunks.first_sample) // self.chunks.samples)
         return tuple(self.chunks.chunk_at(place) for place in range(places))
 
     def front(self, step: int) -> tuple[int, int]:
-        """Of a run with chunks: the chunk, and the sample in it, behind all that was read before `step`."""
+        """The chunk, and the sample within it, after everything read before `step`; the run has chunks."""
         assert self.chunks is not None
         within_chunk = (self.sample(step) - self.chunks.first_sample) % self.chunks.samples
         read = self.read_chunks(step)
@@ -138,7 +129,7 @@ class Timeline:
         return (last, within_chunk) if within_chunk and read[-1] == last else (last + 1, 0)
 
     def next_number(self, step: int) -> int:
-        """The number in the stream behind all that was read before `step`."""
+        """The stream's number after everything read before `step`."""
         if self.chunks is None:
             return self.sample(step) - self.base_sample
         chunk, within_chunk = self.front(step)
