@@ -119,7 +119,7 @@ class StreamingBackend(PlainBackend):
 
     def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
         """See Predictor.outline: the timeline of a step, with every byte that the store moves."""
-        from weftrain.backends.streaming.outline import outline
+        from weftrain.backends.streaming.planner import outline
 
         assert isinstance(options, StreamingOptions)
         return outline(recipe, options)

@@ -83,17 +83,15 @@ class PassExecutor:
         """Carry out the events in order, and check the bytes that the store moved. model_pass: None if nothing is
         computed on this rank. shared: every rank takes part and gets the weights.
         """
-        store, begin = self.store, time.perf_counter()
-        before = (store.bytes_read, store.bytes_written, store.io_s, store.stall_s)
+        before, begin = self._counters(), time.perf_counter()
         try:
             computing_s = self._do(schedule, model_pass, shared)
         except BaseException:
             self._communicator.abort()  # no rank may wait for this one
             raise
-        after = (store.bytes_read, store.bytes_written, store.io_s, store.stall_s)
-        read, written, io_s, stall_s = (now - then for now, then in zip(after, before, strict=True))
-        if (read, written) != (schedule.bytes_read, schedule.bytes_written):
-            wanted = schedule.bytes_read, schedule.bytes_written
+        read, written, io_s, stall_s = (now - then for now, then in zip(self._counters(), before, strict=True))
+        wanted = (schedule.bytes_read, schedule.bytes_written)
+        if (read, written) != wanted:
             raise BackendError(f"the store moved {read, written} bytes in and out, the schedule says {wanted}")
         found = {
             "store_in_bytes": float(read),
@@ -104,6 +102,9 @@ class PassExecutor:
             "pass_ms": (time.perf_counter() - begin) * 1e3,
         }
         self.measured = {name: value + self.measured.get(name, 0.0) for name, value in found.items()}
+
+    def _counters(self) -> tuple[float, ...]:
+        return self.store.bytes_read, self.store.bytes_written, self.store.io_s, self.store.stall_s
 
     def _do(self, schedule: PassSchedule, model_pass: Pass | None, shared: bool) -> float:
         """Returns the seconds of computation. A record is requested as soon as its slot is free."""

@@ -1,4 +1,4 @@
-"""The memory and disk that a run needs and how long a step takes, computed before it starts.
+"""The memory and disk that a run needs, how long a step takes and what it moves, computed before it starts.
 
 Memory and disk follow from the layout and are upper bounds. Times are predicted from measured (or assumed) speeds: a
 step takes as long as the slowest of computation, disk and link, which overlap, plus the first record's read.
@@ -6,12 +6,13 @@ step takes as long as the slowest of computation, disk and link, which overlap, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import psutil
 
 from weftrain.backends.streaming.options import StreamingOptions, buffer_bytes, layer_slots, layout_of
-from weftrain.backends.streaming.schedule import PassSchedule, PassScheduler
+from weftrain.backends.streaming.schedule import Event, PassSchedule, PassScheduler
 from weftrain.backends.streaming.store.layout import Layout
 from weftrain.backends.streaming.store.state_format import ITEM_BYTES
 from weftrain.core.config import Recipe
@@ -23,6 +24,7 @@ _BASE_BYTES = 400 << 20  # the interpreter, torch and generated code; importing 
 _LOGIT_CHUNK_BYTES = 6 << 24  # of a chunked head: 2^24 logits, in bf16 and in fp32
 # Model FLOP/s over the measured peak, in the steps of bench_70m on two cores: 0.79 in bf16, 0.74 in fp32.
 _EFFICIENCY = 0.75
+_LABELS = {"update": "update and forward", "resident": "in place"}
 
 
 def needs(recipe: Recipe, options: StreamingOptions, layout: Layout) -> Needs:
@@ -101,7 +103,7 @@ def check_memory(recipe: Recipe, options: StreamingOptions, layout: Layout) -> N
     wanted = needs(recipe, options, layout)
     available, limited_by = _available_memory(options)
     if wanted.total_memory_bytes > available:
-        parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in wanted.memory_bytes.items())
+        parts = ", ".join(_mebibytes(wanted))
         raise BackendError(
             f"the run needs about {wanted.total_memory_bytes / 2**20:,.0f} MiB of memory ({parts}), "
             f"{available / 2**20:,.0f} MiB {limited_by}: {remedies(recipe, options)}"
@@ -127,3 +129,53 @@ def remedies(recipe: Recipe, options: StreamingOptions) -> str:
     }
     found = [remedy for remedy, helps in choices.items() if helps]
     return ", ".join(found) or "a smaller model, or a machine with more memory"
+
+
+def _mebibytes(wanted: Needs) -> list[str]:
+    return [f"{name} {size / 2**20:,.0f}" for name, size in wanted.memory_bytes.items()]
+
+
+def outline(recipe: Recipe, options: StreamingOptions) -> list[str]:
+    """See Predictor.outline."""
+    layout = layout_of(recipe, options)
+    wanted, form = needs(recipe, options, layout), layout.format
+    memory = " + ".join(_mebibytes(wanted))
+    return [
+        f"streaming    tier {options.tier}, activations {options.activations}; {form.name}: "
+        f"{form.bytes_per_parameter(recipe.precision.compute):.4g} B a parameter; exact: {form.exact}",
+        f"store        {layout.state_bytes / 1e9:,.2f} GB of state and {layout.gradient_bytes / 1e9:,.2f} GB of "
+        f"spooled gradients in {len(layout.tiles)} tiles of {len(layout.records)} records",
+        f"memory       {memory} = {wanted.total_memory_bytes / 2**20:,.0f} MiB",
+        *draw(middle_step(recipe, options, layout)),
+    ]
+
+
+def draw(schedule: PassSchedule, width: int = 100) -> Iterator[str]:
+    """The schedule as text: one line for consecutive events of a kind, with the bytes that the store moves."""
+    most = max((event.bytes_read + event.bytes_written for event in schedule.events), default=0)
+    marks_are = "one mark a record: # state and gradient, + weights, = gradient, . nothing"
+    yield f"{'':24}{'read':>12} {'written':>12}   {marks_are}"
+    lines: list[tuple[str, list[Event]]] = []
+    for event in schedule.events:
+        name = event.record.name.partition(".")[0]
+        if event.kind in ("free", "forward", "spool") or (event.kind == "backward" and name == "layers"):
+            continue  # drawn in the line of the event that loaded the record
+        label = f"{_LABELS.get(event.kind, event.kind)} {name}"
+        if not lines or lines[-1][0] != label:
+            lines.append((label, []))
+        lines[-1][1].append(event)
+    spooled = {event.record.index: event.bytes_written for event in schedule.events if event.kind == "spool"}
+    in_backward = False
+    for label, events in lines:
+        in_backward = in_backward or label.startswith("loss")
+        read = sum(event.bytes_read for event in events)
+        written = sum(event.bytes_written for event in events)
+        marks = "".join("#" if event.kind == "update" else "+" if event.bytes_read else "." for event in events)
+        sent = sum(spooled.get(event.record.index, 0) for event in events) if in_backward else 0
+        yield f"{label:24}{_size(read)} {_size(written + sent)}   {marks[:width]}{'=' if sent else ''}"
+    total = f"{_size(schedule.bytes_read)} {_size(schedule.bytes_written)}"
+    yield f"{'a step':24}{total}   largest event {_size(most).strip()}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:8.2f} GiB" if count >= 2**30 else f"{count / 2**20:8.1f} MiB"

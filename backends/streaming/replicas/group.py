@@ -15,7 +15,7 @@ import contextlib
 import datetime
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,27 +179,25 @@ class ReplicaGroup(Communicator):
 
     def sum(self, number: int) -> int:
         found = torch.tensor(number, dtype=torch.int64)
-        if self.size > 1:
-            with self._reporting("count the tokens that bear a loss"):
-                dist.all_reduce(found)
+        self._collective("count the tokens that bear a loss", dist.all_reduce, found)
         return int(found)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        if self.size > 1:
-            with self._reporting("send to all"):
-                dist.broadcast(tensor, 0)
+        self._collective("send to all", dist.broadcast, tensor, 0)
         return tensor
 
     def join_parts(self, tensor: Tensor) -> Tensor:
-        if self.sharded and self.size > 1:
-            with self._reporting("join a tensor"):
-                dist.reduce(tensor.view(torch.int32), 0)  # bit patterns: adding 0.0 to -0.0 would change its sign
+        if self.sharded:  # bit patterns are added: adding 0.0 to -0.0 would change its sign
+            self._collective("join a tensor", dist.reduce, tensor.view(torch.int32), 0)
         return tensor
 
     def barrier(self) -> None:
+        self._collective("wait for all", dist.barrier)
+
+    def _collective(self, what: str, operation: Callable[..., Any], *arguments: Any) -> None:
         if self.size > 1:
-            with self._reporting("wait for all"):
-                dist.barrier()
+            with self._reporting(what):
+                operation(*arguments)
 
 
 def _views(flat: Tensor, shapes: dict[str, torch.Size]) -> Gradients:

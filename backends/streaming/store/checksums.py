@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
 
 import numpy as np
 
 PAGE_WORDS = 512  # 8 bytes each
 MAX_PLANES = 8  # of a tile, in an entry of fixed size
-ENTRY_BYTES = 8 * MAX_PLANES
-
-Sums = Sequence[int]
 
 
 class Running:
@@ -45,8 +41,3 @@ def checksum(part: np.ndarray, *of: int) -> int:
     running = Running(*of)
     running.add(part)
     return running.value
-
-
-def packed(sums: Sums) -> bytes:
-    """Checksums as they lie in the file."""
-    return struct.pack(f"<{len(sums)}Q", *sums)

@@ -14,8 +14,7 @@ import hashlib
 import itertools
 import json
 import os
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from weftrain.backends.streaming.store.base import Commit, Store
-from weftrain.backends.streaming.store.checksums import ENTRY_BYTES, MAX_PLANES, Sums, checksum, packed
+from weftrain.backends.streaming.store.checksums import MAX_PLANES, checksum
 from weftrain.backends.streaming.store.layout import PAGE_BYTES, Layout, Tile
 from weftrain.backends.streaming.store.planes import Planes
 from weftrain.core.errors import BackendError, file_problem
@@ -55,9 +54,9 @@ class FileStore(Store):
                 new = holds_no_store(self.layout, self.folder)
                 self._state = self._file("state", direct=self._direct)
                 self._commits, self._checksums = self._file("commit"), self._file("checksums")
-                if new:
-                    self._create()
-                self._sums, self._gradient_sums = self._read_checksums(new)
+                self._sums = np.zeros((self.layout.num_places, MAX_PLANES), np.dtype("<u8"))
+                self._gradient_sums = np.zeros(len(self.layout.tiles), self._sums.dtype)
+                self._create() if new else self._read_checksums()
                 found = None if new else read_commit(self.folder)
                 if found is not None:
                     self._sequence = found.sequence
@@ -93,37 +92,33 @@ class FileStore(Store):
             )
         self._state.allocate(needed)
         self._commits.allocate(2 * PAGE_BYTES)
-        self._checksums.allocate(self._checksum_bytes)
+        self._checksums.allocate(self._sums.nbytes + self._gradient_sums.nbytes)
         self._write_commit(None)
         fsops.write_bytes(self.folder / "layout.json", canonical_json(self.layout.identity) + b"\n")
 
     # -- checksums
 
-    @property
-    def _checksum_bytes(self) -> int:
-        return self.layout.num_places * ENTRY_BYTES + len(self.layout.tiles) * 8
+    def _read_checksums(self) -> None:
+        """`_sums` [place, plane] and `_gradient_sums` [tile]."""
+        wanted = {"state": self.layout.file_bytes, "checksums": self._sums.nbytes + self._gradient_sums.nbytes}
+        for name, size in wanted.items():
+            if (found := (self.folder / name).stat().st_size) != size:
+                raise BackendError(f"{self.folder / name}: holds {found:,} bytes, the layout says {size:,}: {_DAMAGED}")
+        values = np.fromfile(self.folder / "checksums", self._sums.dtype)
+        self._sums[:] = values[: self._sums.size].reshape(self._sums.shape)
+        self._gradient_sums[:] = values[self._sums.size :]
 
-    def _read_checksums(self, new: bool) -> tuple[list[list[int]], list[int]]:
-        """For each place the checksums of a tile's planes; for each tile that of its gradient."""
-        end, values = self.layout.num_places * MAX_PLANES, [0] * (self._checksum_bytes // 8)
-        if not new:
-            for name, wanted in (("state", self.layout.file_bytes), ("checksums", self._checksum_bytes)):
-                path = self.folder / name
-                if (found := path.stat().st_size) != wanted:
-                    raise BackendError(f"{path}: holds {found:,} bytes, the layout says {wanted:,}: {_DAMAGED}")
-            values = list(struct.unpack(f"<{len(values)}Q", (self.folder / "checksums").read_bytes()))
-        return [values[start : start + MAX_PLANES] for start in range(0, end, MAX_PLANES)], values[end:]
-
-    def _note_state(self, tile: Tile, rotation: int, sums: Sums) -> None:
+    def _note_state(self, tile: Tile, rotation: int, sums: Sequence[int]) -> None:
         """Record the checksums of `tile.planes`, in their order, after the state was written."""
-        place = self.layout.place(tile, rotation)
-        self._sums[place][: len(sums)] = sums
-        self._checksums.write_at(place * ENTRY_BYTES, memoryview(packed(sums)))
+        entry = self._sums[(place := self.layout.place(tile, rotation)), : len(sums)]
+        entry[:] = sums
+        self._checksums.write_at(place * self._sums[0].nbytes, memoryview(entry.tobytes()))
 
     def _note_gradient(self, tile: Tile, step: int, gradient: Tensor) -> None:
         """The same for a tile's gradient. step: the number of steps that it completes."""
-        value = self._gradient_sums[tile.index] = checksum(as_bytes(gradient), tile.index, -1, step)
-        self._checksums.write_at(self.layout.num_places * ENTRY_BYTES + tile.index * 8, memoryview(packed([value])))
+        value = checksum(as_bytes(gradient), tile.index, -1, step)
+        self._gradient_sums[tile.index] = value
+        self._checksums.write_at(self._sums.nbytes + tile.index * 8, memoryview(value.to_bytes(8, "little")))
 
     def _check_planes(self, tile: Tile, rotation: int, planes: Planes) -> None:
         """Raises BackendError if planes that were read are not those that were written."""

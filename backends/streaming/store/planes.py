@@ -12,15 +12,9 @@ import torch
 from torch import Tensor
 
 from weftrain.backends.streaming.store.layout import Tile
-from weftrain.backends.streaming.store.state_format import MOMENT_BLOCK
+from weftrain.backends.streaming.store.state_format import ITEM_BYTES, MOMENT_BLOCK
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "int16": torch.int16,
-    "int8": torch.int8,
-    "uint8": torch.uint8,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 Planes = dict[str, Tensor]
 _HALF = 0x8000
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,23 @@ def abandon(run: Any) -> None:
             with contextlib.suppress(BaseException):
                 getattr(store, name).shutdown(cancel_futures=True)
     store._stack.close()
+
+
+def small(tiny_recipe: Callable[..., Recipe]) -> Recipe:
+    return tiny_recipe("crystal", "model.num_layers=3", "schedule.steps=3")
+
+
+def resumed(recipe: Recipe, folder: Path, tier: str, steps: int = 3) -> tuple[int, State]:
+    """Where a restart finds the store, and the state at the end of what it then trains."""
+    run = streaming(recipe, folder, tier, steps, poison_freed_slots=False)
+    stood = run.store.committed.step
+    list(run.train(source_of(recipe)))
+    state = run.export_state()
+    held = State(state.step, state.optimizer_updates, {name: state.tensors[name] for name in state.tensors})
+    run.close()
+    return stood, held
+
+
+def abandon_after_drain(run: Any) -> None:
+    run.store.drain()
+    abandon(run)

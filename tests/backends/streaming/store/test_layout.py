@@ -100,9 +100,6 @@ def test_disk_of_the_whole_crystalcoder() -> None:
     assert sizes["bf16_moments"] <= 66e9
     assert sizes["int8_moments"] <= 53e9
     assert sizes["split"] < sizes["fp32"]
-    assert {name: FORMATS[name].bytes_per_parameter("bfloat16") for name in FORMATS} == {
-        "fp32": 14, "split": 12, "bf16_moments": 8, "int8_moments": 6.03125,
-    }  # fmt: skip
 
 
 def test_the_identity_names_all_that_matters(tiny_recipe: Tiny) -> None:

@@ -1,4 +1,4 @@
-"""Whoever waits for a run of replicas, or for its replicas, can be told to stop."""
+"""Rank 0 of a group: it waits for workers, admits them and lets them leave."""
 
 from __future__ import annotations
 
@@ -7,33 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from replica_runs import asked
 
 from weftrain.backends.streaming.replicas.leader import ReplicaLeader
-from weftrain.backends.streaming.replicas.worker import ReplicaWorker, join_run
-from weftrain.core.backend import Job, Plan
-from weftrain.core.config import Recipe
-from weftrain.core.formats.strict_model import StrictModel
+from weftrain.backends.streaming.replicas.worker import ReplicaWorker
 from weftrain.core.stop import StopRequest
 
 CPU = torch.device("cpu")
 
 
-def asked() -> StopRequest:
-    stop = StopRequest()
-    stop.ask(signal.SIGTERM)
-    return stop
-
-
 def test_waiting_for_replicas_ends_by_a_signal(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         ReplicaLeader(tmp_path, "agreement", 2, CPU, False, 600.0, asked())
-    assert ended.value.code == 143
-
-
-def test_waiting_for_a_run_ends_by_a_signal(tiny_recipe: type[Recipe], tmp_path: Path) -> None:
-    job = Job(tiny_recipe(), Plan(0, 1), StrictModel(), folder=tmp_path, stop=asked())
-    with pytest.raises(SystemExit) as ended:
-        join_run(lambda: job, lambda job: CPU, 600.0)
     assert ended.value.code == 143
 
 

@@ -1,0 +1,54 @@
+"""Ranks above 0: they wait for a run, join and leave it."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from replica_runs import asked, command, finished, started, train, wait_for
+
+from weftrain.backends.streaming.replicas.worker import join_run
+from weftrain.core.backend import Job, Plan, State
+from weftrain.core.config import Recipe
+from weftrain.core.formats.strict_model import StrictModel
+from weftrain.core.run.metrics import read_metrics
+
+CPU = torch.device("cpu")
+
+
+def test_waiting_for_a_run_ends_by_a_signal(tiny_recipe: type[Recipe], tmp_path: Path) -> None:
+    job = Job(tiny_recipe(), Plan(0, 1), StrictModel(), folder=tmp_path, stop=asked())
+    with pytest.raises(SystemExit) as ended:
+        join_run(lambda: job, lambda job: CPU, 600.0)
+    assert ended.value.code == 143
+
+
+def test_a_replica_without_a_run_says_so(tmp_path: Path) -> None:
+    with started(command("replica", str(tmp_path / "nowhere"), "--wait", "0")) as (process,):
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "no run there" in output
+
+
+@pytest.mark.prove
+def test_replicas_join_and_leave_between_steps(
+    overrides: list[str], single: tuple[State, list[float]], tmp_path: Path
+) -> None:
+    """One is there from the start and leaves, another joins while it trains; no bit changes."""
+    long = [item for item in overrides if not item.startswith("schedule.steps=")] + ["schedule.steps=400"]
+    short = tmp_path / "run" / "metrics.jsonl"
+    with started(train(tmp_path, "run", [*long, "batch.replicas=2"]), command("replica", str(tmp_path / "run"))) as (
+        leader,
+        first,
+    ):
+        wait_for(lambda: short.exists() and short.read_text().count('"kind": "step"') > 5, leader)
+        with started(command("replica", str(tmp_path / "run"))) as (second,):
+            first.send_signal(signal.SIGTERM)
+            assert "left the run" in first.communicate(timeout=60)[0]
+            output = finished(leader)
+            assert "the run ended" in finished(second)
+    assert "400 steps" in output
+    losses = [record["loss"] for record in read_metrics(tmp_path / "run") if record["kind"] == "step"]
+    assert losses[:6] == single[1]

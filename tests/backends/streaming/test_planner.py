@@ -1,0 +1,51 @@
+"""What a run needs and how long a step takes, and what the outline draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from weftrain.backends.streaming.options import StreamingOptions, layout_of
+from weftrain.backends.streaming.planner import needs, predict, remedies
+from weftrain.core.prediction import Speeds
+from weftrain.core.recipe_file import load_recipe
+
+
+def options(**chosen: Any) -> StreamingOptions:
+    return StreamingOptions.model_validate({"tile_elements": 4096, **chosen})
+
+
+def test_needs_follow_the_options() -> None:
+    recipe = load_recipe("bench_70m", ["precision.compute=float32"]).recipe
+
+    def total(**chosen: Any) -> int:
+        chosen_options = StreamingOptions.model_validate({"buffer_mib": 64, **chosen})
+        return needs(recipe, chosen_options, layout_of(recipe, chosen_options)).total_memory_bytes
+
+    assert total(tier="direct") < total(tier="ram") - 600e6
+    assert total(tier="direct", activations="recompute") < total(tier="direct")
+    assert total(tier="direct", layer_slots=2) < total(tier="direct", layer_slots=6)
+    assert needs(recipe, options(), layout_of(recipe, options())).disk_bytes == 0
+    assert "tier=direct" in remedies(recipe, options())
+    assert remedies(
+        load_recipe("bench_70m", ["batch.micro_batch_size=1"]).recipe,
+        options(tier="direct", activations="recompute", layer_slots=2, buffer_mib=1),
+    ) == ("a smaller model, or a machine with more memory")
+
+
+def test_the_limit_of_a_prediction_is_the_slowest() -> None:
+    recipe = load_recipe("bench_70m").recipe
+    chosen = StreamingOptions(tier="direct")
+
+    def limit(**changes: float) -> str:
+        speeds = Speeds(**{"matmul_flops": 4e11, "memory_bandwidth": 5e10, "disk_bandwidth": 5e9, **changes})
+        found = predict(recipe, chosen, speeds)
+        assert found.step_s >= max(value for name, value in found.parts.items() if name != "first record")
+        return found.limit
+
+    assert limit() == "compute"
+    assert limit(disk_bandwidth=1e8) == "disk"
+    assert limit(matmul_flops=1e15, memory_bandwidth=1e9, disk_bandwidth=1e12) == "memory"
+    compute = predict(recipe, chosen, Speeds(4e11, 5e10, 5e9)).parts["compute"]
+    assert compute == pytest.approx(363_724_800 * 1024 / (4e11 * 0.75))
