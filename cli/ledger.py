@@ -68,7 +68,7 @@ def _print_tree(console: Console, run: Path, entries: list[dict[str, Any]], on_l
         elif kind in ("rollback", "defer", "recipe"):
             tree.add(f"step {step:>6}  {words}")
         elif kind == "checkpoint" and entry["n"] not in on_line:
-            segment.add(f"step {step:>6}  {words} (left)")
+            segment.add(f"step {step:>6}  {words} (abandoned)")
         else:
             segment.add(f"step {step:>6}  {words}")
     console.print(tree)

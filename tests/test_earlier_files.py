@@ -98,7 +98,7 @@ def test_the_record_of_a_run(expected: dict[str, Any]) -> None:
         "resume from",
         "rolled back",
         "on branch 1: the loss of step 3 looked odd",
-        "(left)",
+        "(abandoned)",
     ):
         assert words in log
     root = expected["checkpoints"]["runs/crystal/checkpoints/step_00000004"]["root"]

@@ -16,10 +16,17 @@ from typing import Any, cast
 import numpy as np
 
 from weftrain.analysis.compare.huggingface import TOKENIZER, TransformersModel, load_revision, revision_root
-from weftrain.analysis.compare.series import Column, Series, SeriesPoint, memorization_values, record_value, with_values
+from weftrain.analysis.compare.series import (
+    MeasureColumn,
+    Series,
+    SeriesPoint,
+    memorization_values,
+    record_value,
+    with_values,
+)
 from weftrain.analysis.evaluation.generation import Generator, load_model
 from weftrain.analysis.evaluation.heldout import RaggedRows, run_heldout
-from weftrain.analysis.evaluation.records import EvaluatedCheckpoint, EvaluationSettings
+from weftrain.analysis.evaluation.records import EvaluatedCheckpoint, EvaluationSettings, Say
 from weftrain.analysis.memorization.scores import (
     Chunk,
     LazyCheckpoint,
@@ -43,7 +50,6 @@ from weftrain.core.recipe_file import recorded_recipe
 SAMPLES = 1000
 _MAX_LINE_BYTES = 16 << 20
 _MAX_ROWS = 1_000_000
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ def _vocabulary(path: Path) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _LoadedModel:
     """A loaded model, as each of the two measurements uses it."""
 
     decoder: Decoder
@@ -198,7 +204,7 @@ def measure_series(
                 f"{series.name}: loss on {held.source.name}: no tokenizer is known to compare, so only the ids' range "
                 "was checked"
             )
-    found: dict[int, Mapping[Column, float]] = {}
+    found: dict[int, Mapping[MeasureColumn, float]] = {}
     if losses or samples:
         for point in series.points:
             if point.step in series.places:
@@ -225,13 +231,13 @@ def _measure_point(
     folder: Path,
     settings: EvaluationSettings,
     say: Say,
-) -> dict[Column, float]:
+) -> dict[MeasureColumn, float]:
     """A function of its own so that the model is freed before the next is loaded."""
     path = series.folder / series.places[point.step]
     root = revision_root(path) if series.kind == "huggingface" else str(point.checkpoint)
     folder = folder / root[:16]
     load = functools.cache(functools.partial(_load, series, path, settings.device))
-    values: dict[Column, float] = {}
+    values: dict[MeasureColumn, float] = {}
     sources = [held.source for held in losses]
     records = run_heldout(
         sources, EvaluatedCheckpoint(root, point.step), settings, lambda: load().decoder, folder / "evaluations", say
@@ -244,14 +250,14 @@ def _measure_point(
     return values
 
 
-def _load(series: Series, path: Path, device: str) -> _Opened:
+def _load(series: Series, path: Path, device: str) -> _LoadedModel:
     if series.kind == "huggingface":
         model: Any = load_revision(path, device)
         if isinstance(model, Decoder):
-            return _Opened(model, Generator(model))
+            return _LoadedModel(model, Generator(model))
         # It does what both are asked for here: TransformersModel's own words say what that is.
-        return _Opened(cast(Decoder, model), cast(Generator, cast(TransformersModel, model)))
+        return _LoadedModel(cast(Decoder, model), cast(Generator, cast(TransformersModel, model)))
     state, manifest = checkpoint.load(path)
     recipe = recorded_recipe(manifest["recipe"], f"checkpoint of step {manifest['step']}").recipe
     decoder = load_model(checkpoint.Weights(state.tensors), recipe.model, device)
-    return _Opened(decoder, Generator(decoder))
+    return _LoadedModel(decoder, Generator(decoder))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weftrain.analysis.compare.series import KINDS, Column, Series
+from weftrain.analysis.compare.series import KINDS, MeasureColumn, Series
 from weftrain.analysis.compare.table import Comparison, headings, plain, train_loss_words
 from weftrain.analysis.figure import new_figure, picture
 from weftrain.core.formats import fsops
@@ -59,7 +59,7 @@ def plot(comparison: Comparison, path: Path) -> bool:
     return True
 
 
-def _finite(series: Series, column: Column) -> list[tuple[int, float]]:
+def _finite(series: Series, column: MeasureColumn) -> list[tuple[int, float]]:
     """(tokens, value) of a column's finite values."""
     return [
         (one.tokens, one.values[column])
@@ -76,7 +76,7 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
             axes.plot(*zip(*thinned, strict=True), color=_colour(index), linewidth=1, alpha=0.7, label=label)
 
 
-def _measured(axes: Axes, series: Sequence[Series], columns: Mapping[Column, str], label: str) -> None:
+def _measured(axes: Axes, series: Sequence[Series], columns: Mapping[MeasureColumn, str], label: str) -> None:
     """Plot percentages as they are, and mean scores of 0..1 times 100."""
     axes.set_ylabel(f"{label}, %" if any(column.measure.endswith("%") for column in columns) else label)
     for index, one in enumerate(series):

@@ -1,7 +1,7 @@
 """A series: one training as points over tokens seen, each with its recorded measures; read from a run or a release.
 
 Everything comes from the record: metrics.jsonl (losses), analyses/evaluations (scores), analyses/memorization; only
-means are computed. A value belongs to a `Column`, which is more than a name: two held-out sets called "words" with
+means are computed. A `MeasureColumn` is more than a name: two held-out sets called "words" with
 different dataset ids, or one task at 0 and at 5 shots, are two columns. Tokens seen follow the ledger where there is
 one, because a run may have resumed with another batch size.
 """
@@ -36,7 +36,7 @@ from weftrain.exchange.release.release import RELEASE, Release, checked_name, re
 MEMORIZATION = Path("analyses", "memorization")
 
 Kind = Literal["run", "release", "huggingface"]
-ColumnKind = Literal["train loss", "held-out loss", "score", "memorization"]
+MeasureKind = Literal["train loss", "held-out loss", "score", "memorization"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class KindOfMeasure:
 
 
 # In the order in which their columns stand in a table.
-KINDS: dict[ColumnKind, KindOfMeasure] = {
+KINDS: dict[MeasureKind, KindOfMeasure] = {
     "train loss": KindOfMeasure("", ""),
     "held-out loss": KindOfMeasure("held-out losses are over different sets", "loss, nats per token"),
     "score": KindOfMeasure("scores are of different tasks or settings", "score"),
@@ -57,10 +57,10 @@ KINDS: dict[ColumnKind, KindOfMeasure] = {
 
 
 @dataclass(frozen=True, order=True)
-class Column:
+class MeasureColumn:
     """What a number is: `measure` of `name`; `details` (name, text) must be equal for two numbers to be comparable."""
 
-    kind: ColumnKind
+    kind: MeasureKind
     name: str
     measure: str
     details: tuple[tuple[str, str], ...] = ()
@@ -74,7 +74,7 @@ class Column:
         return dict(self.details).get(name, "")
 
 
-TRAIN_LOSS = Column("train loss", "train", "loss")
+TRAIN_LOSS = MeasureColumn("train loss", "train", "loss")
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class SeriesPoint:
     step: int
     tokens: int
     checkpoint: str | None
-    values: Mapping[Column, float]
+    values: Mapping[MeasureColumn, float]
 
-    def of(self, kind: ColumnKind) -> dict[Column, float]:
+    def of(self, kind: MeasureKind) -> dict[MeasureColumn, float]:
         """The values of one kind: loss, scores or memorization."""
         return {column: value for column, value in self.values.items() if column.kind == kind}
 
@@ -125,12 +125,12 @@ class _Reading:
     release: Release | None
     recipe: Recipe
     line: Lineage | None
-    values: dict[int, dict[Column, float]] = field(default_factory=dict)
+    values: dict[int, dict[MeasureColumn, float]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     no_ids: str = ""  # why the ids of held-out sets cannot be had from the datasets
 
-    def put(self, step: int, values: Mapping[Column, float]) -> None:
+    def put(self, step: int, values: Mapping[MeasureColumn, float]) -> None:
         self.values.setdefault(step, {}).update(values)
 
 
@@ -280,7 +280,7 @@ def _heldout_ids(reading: _Reading, dataset_id: str | None) -> tuple[dict[str, s
 
 def heldout_column(
     name: str, dataset_id: str, tokens: int, within_documents: bool, rows: object = None, available: object = None
-) -> Column:
+) -> MeasureColumn:
     """Held-out loss over `tokens` tokens; other rows or another attention mask make another column."""
     details = {
         "dataset_id": dataset_id,
@@ -288,7 +288,7 @@ def heldout_column(
         "tokens": f"{tokens:,}",
         "attention": "within documents" if within_documents else "across documents",
     }
-    return Column("held-out loss", name, "loss", tuple(details.items()))
+    return MeasureColumn("held-out loss", name, "loss", tuple(details.items()))
 
 
 def _losses(reading: _Reading, ids: Mapping[str, str]) -> list[tuple[int, float]]:
@@ -327,7 +327,7 @@ def _record_files(reading: _Reading, folder: Path, pattern: str) -> list[Path]:
 
 
 def _scores(reading: _Reading, roots: Mapping[str, int]) -> None:
-    found: dict[tuple[int, Column], list[tuple[EvaluationRecord, float]]] = {}
+    found: dict[tuple[int, MeasureColumn], list[tuple[EvaluationRecord, float]]] = {}
     for path in _record_files(reading, EVALUATIONS, "[0-9]*.json"):
         try:
             record = read_record(path)
@@ -364,7 +364,7 @@ def _foreign(reading: _Reading, path: Path, root: str, step: int, roots: Mapping
     return True
 
 
-def record_value(record: EvaluationRecord, within_documents: bool) -> tuple[Column, float]:
+def record_value(record: EvaluationRecord, within_documents: bool) -> tuple[MeasureColumn, float]:
     """The column of an evaluation's record, and its value: in percent where the metric is a share of one."""
     if record["kind"] == "heldout":
         rows = (record["samples"], record.get("samples_available"))
@@ -379,7 +379,7 @@ def record_value(record: EvaluationRecord, within_documents: bool) -> tuple[Colu
         "include": str(record.get("include_sha256") or ""),
     }
     measure = f"{record['metric']}, %" if percent is not None else record["metric"]
-    return Column("score", record["task"], measure, tuple(details.items())), float(
+    return MeasureColumn("score", record["task"], measure, tuple(details.items())), float(
         record["value"] if percent is None else percent
     )
 
@@ -407,7 +407,7 @@ def _memorization(reading: _Reading, roots: Mapping[str, int]) -> None:
         )
 
 
-def memorization_values(results: Sequence[MemorizationResult]) -> dict[Column, float]:
+def memorization_values(results: Sequence[MemorizationResult]) -> dict[MeasureColumn, float]:
     """For one checkpoint: extractible percent and mean score over rows trained on, not yet seen, and of other sets.
 
     Chunks that it has partly seen are in none of them.
@@ -430,12 +430,12 @@ def memorization_values(results: Sequence[MemorizationResult]) -> dict[Column, f
     for (name, details_), some in groups.items():
         matches = [match for result in some for match in result.matches]
         score, percent = figures(matches, some[0].parameters.continuation_tokens)
-        values[Column("memorization", name, "extractible, %", details_)] = percent
-        values[Column("memorization", name, "mean score", details_)] = score
+        values[MeasureColumn("memorization", name, "extractible, %", details_)] = percent
+        values[MeasureColumn("memorization", name, "mean score", details_)] = score
     return values
 
 
-def with_values(series: Series, values: Mapping[int, Mapping[Column, float]]) -> Series:
+def with_values(series: Series, values: Mapping[int, Mapping[MeasureColumn, float]]) -> Series:
     """The series with further values of its points, by step."""
     points = tuple(replace(point, values={**point.values, **values.get(point.step, {})}) for point in series.points)
     return replace(series, points=points)

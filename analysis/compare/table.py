@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from weftrain.analysis.compare.huggingface import is_series, read_huggingface
-from weftrain.analysis.compare.series import KINDS, TRAIN_LOSS, Column, ColumnKind, Series, SeriesPoint, read_run
+from weftrain.analysis.compare.series import (
+    KINDS,
+    TRAIN_LOSS,
+    MeasureColumn,
+    MeasureKind,
+    Series,
+    SeriesPoint,
+    read_run,
+)
 from weftrain.analysis.compare.window import default_window, logged_steps, windowed
 from weftrain.analysis.evaluation.records import number
 from weftrain.core.errors import RunFolderError
@@ -36,7 +44,7 @@ class Comparison:
     """Series, the columns that any of them has, the token positions shown, and notes, one line each."""
 
     series: tuple[Series, ...]
-    columns: tuple[Column, ...]
+    columns: tuple[MeasureColumn, ...]
     positions: tuple[int, ...]
     notes: tuple[str, ...]
     window_steps: int
@@ -99,7 +107,7 @@ def compare(
     return Comparison(tuple(series), tuple(columns), tuple(positions), tuple(map(plain, found)), window_steps)
 
 
-def _place(column: Column) -> tuple[int, Column]:
+def _place(column: MeasureColumn) -> tuple[int, MeasureColumn]:
     return list(KINDS).index(column.kind), column
 
 
@@ -138,7 +146,7 @@ def _arithmetic(series: Sequence[Series], window_steps: int) -> list[str]:
 # What cannot be compared
 
 
-def _comparability(series: Sequence[Series], columns: Sequence[Column]) -> list[str]:
+def _comparability(series: Sequence[Series], columns: Sequence[MeasureColumn]) -> list[str]:
     """A line for each way in which similar columns differ, or one column covers models that differ."""
     losing = [one for one in series if any(point.of("train loss") or point.of("held-out loss") for point in one.points)]
     lines = []
@@ -171,20 +179,20 @@ def _comparability(series: Sequence[Series], columns: Sequence[Column]) -> list[
     return lines
 
 
-def _own_rows(column: Column) -> bool:
+def _own_rows(column: MeasureColumn) -> bool:
     return column.kind == "memorization" and not column.detail("dataset_id")
 
 
-def _alike(columns: Sequence[Column]) -> dict[tuple[ColumnKind, str], list[Column]]:
+def _alike(columns: Sequence[MeasureColumn]) -> dict[tuple[MeasureKind, str], list[MeasureColumn]]:
     """Groups of columns with one kind and name, without mean scores, which repeat the other memorization measure."""
-    groups: dict[tuple[ColumnKind, str], list[Column]] = {}
+    groups: dict[tuple[MeasureKind, str], list[MeasureColumn]] = {}
     for column in columns:
         if column.measure != "mean score":
             groups.setdefault((column.kind, column.name), []).append(column)
     return {key: group for key, group in groups.items() if len(group) > 1}
 
 
-def _differing(series: Sequence[Series], kind: ColumnKind, name: str, alike: Sequence[Column]) -> list[str]:
+def _differing(series: Sequence[Series], kind: MeasureKind, name: str, alike: Sequence[MeasureColumn]) -> list[str]:
     keys = [key for key, _ in alike[0].details if len({column.detail(key) for column in alike}) > 1]
     pieces = []
     for column in alike:
@@ -198,7 +206,7 @@ def _differing(series: Sequence[Series], kind: ColumnKind, name: str, alike: Seq
     return [f"{words}: {name}: {'; '.join(pieces)}"]
 
 
-def _has(series: Series, columns: Sequence[Column]) -> bool:
+def _has(series: Series, columns: Sequence[MeasureColumn]) -> bool:
     return any(column in point.values for point in series.points for column in columns)
 
 
@@ -216,7 +224,7 @@ def _short(text: str | None) -> str:
 # Showing
 
 
-def headings(columns: Sequence[Column], window_steps: int) -> list[str]:
+def headings(columns: Sequence[MeasureColumn], window_steps: int) -> list[str]:
     """A distinct heading for each column: what most readers need, and the details by which similar ones differ."""
     texts = [_heading(column, window_steps) for column in columns]
     clashes = {text for text, count in Counter(texts).items() if count > 1}
@@ -233,7 +241,7 @@ def train_loss_words(window_steps: int) -> str:
     return f"train loss, mean of {window_steps:,} steps" if window_steps > 1 else "train loss of the step"
 
 
-def _heading(column: Column, window_steps: int) -> str:
+def _heading(column: MeasureColumn, window_steps: int) -> str:
     if column.kind == "train loss":
         return train_loss_words(window_steps)
     if column.kind == "held-out loss":
@@ -245,7 +253,7 @@ def _heading(column: Column, window_steps: int) -> str:
     return f"memorized {column.name}, k {column.detail('k')} l {column.detail('l')}, {column.measure}"
 
 
-def shown(column: Column, value: float | None) -> str:
+def shown(column: MeasureColumn, value: float | None) -> str:
     """A cell: percents with two digits after the point, all else with four; what is missing as `-`."""
     if value is None:
         return MISSING

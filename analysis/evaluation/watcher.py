@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from weftrain.analysis.evaluation.records import Say
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER
 from weftrain.core.run.metrics import effective_records
 
-Say = Callable[[str], None]
 _Identity = tuple[str, int, int]  # name, inode, time of last change: a folder that took another's place is another one
 
 

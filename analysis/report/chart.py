@@ -52,7 +52,7 @@ class Curve:
     name: str
     points: Points
     colour: int = 0
-    left: str | None = None
+    abandoned: str | None = None
     dots: bool = False
     smooth: bool = False  # where it has many points, their medians are drawn over it
 
@@ -177,7 +177,7 @@ def chart_html(chart: Chart) -> str:
         return f'<figure class="chart"><figcaption>{escape(chart.title)}</figcaption><p class="absent">No finite value was logged.</p></figure>'
     scale = _scale(finite if chart.level is None else np.append(finite, chart.level[0]), chart.from_zero)
     parts = [_bands(chart), _grid(scale)]
-    parts += [_curve(curve, scale, chart) for curve in sorted(chart.curves, key=lambda curve: curve.left is None)]
+    parts += [_curve(curve, scale, chart) for curve in sorted(chart.curves, key=lambda curve: curve.abandoned is None)]
     parts += [_level(chart, scale), _marks(chart), *(_not_finite(curve, chart) for curve in chart.curves)]
     unit = f"{chart.unit}, logarithmic" if scale.logarithmic else chart.unit
     picture = (
@@ -201,8 +201,8 @@ def _curve(curve: Curve, scale: _Scale, chart: Chart) -> str:
     if not shown.any():
         return ""
     gaps = steps[~shown].tolist()
-    kind = "left" if curve.left is not None else ""
-    title = f"<title>{escape(curve.name if curve.left is None else f'{curve.name}: {curve.left}')}</title>"
+    kind = "left" if curve.abandoned is not None else ""
+    title = f"<title>{escape(curve.name if curve.abandoned is None else f'{curve.name}: {curve.abandoned}')}</title>"
     smooth = curve.smooth and len(finite.steps) >= _SMOOTH_FROM
     drawn = f'<path class="line c{curve.colour} {kind}{" raw" if smooth else ""}" d="{_path(thinned(finite), gaps, scale, chart)}"/>'
     if smooth:
@@ -241,7 +241,7 @@ def _not_finite(curve: Curve, chart: Chart) -> str:
     for step, value in zip(steps[hidden].tolist(), values[hidden].tolist(), strict=True):
         places.setdefault(round(_x(step, chart) / 3), []).append((step, value))
     return "".join(
-        f'<path class="dots bad{"" if curve.left is None else " left"}" d="M{_x(found[0][0], chart):.1f} 5h0">'
+        f'<path class="dots bad{"" if curve.abandoned is None else " left"}" d="M{_x(found[0][0], chart):.1f} 5h0">'
         f"<title>{escape(f'step {found[0][0]:,}: {curve.name} is {found[0][1]}')}{escape(_more(len(found) - 1))}</title></path>"
         for found in places.values()
     )
@@ -287,7 +287,7 @@ def _marks(chart: Chart) -> str:
     drawn = []
     for x, found in _placed(chart):
         kind = next(kind for kind in _GRAVEST if any(mark.kind == kind for mark in found))
-        left = " left" if all(mark.left for mark in found) else ""
+        left = " left" if all(mark.abandoned for mark in found) else ""
         line = f"M{x:.1f} 0V{HEIGHT}"
         drawn.append(
             f'<g class="mark {kind}{left}"><title>{_mark_words(found)}</title><path d="{line}"/><path class="hit" d="{line}"/></g>'
@@ -296,7 +296,7 @@ def _marks(chart: Chart) -> str:
 
 
 def _mark_words(found: Sequence[Mark]) -> str:
-    lines = [f"step {mark.step:,}: {mark.words}{' (left)' if mark.left else ''}" for mark in found[:8]]
+    lines = [f"step {mark.step:,}: {mark.words}{' (abandoned)' if mark.abandoned else ''}" for mark in found[:8]]
     return escape("\n".join([*lines, *([f"and {len(found) - 8:,} more"] if len(found) > 8 else [])]))
 
 
@@ -341,10 +341,12 @@ def _labels(chart: Chart, scale: _Scale) -> str:
 def _legend(chart: Chart) -> str:
     """The curves by name, abandoned ones once, and the letters that occur."""
     shown = [
-        f'<li><i class="c{curve.colour}"></i>{escape(curve.name)}</li>' for curve in chart.curves if curve.left is None
+        f'<li><i class="c{curve.colour}"></i>{escape(curve.name)}</li>'
+        for curve in chart.curves
+        if curve.abandoned is None
     ]
-    if any(curve.left is not None for curve in chart.curves):
-        shown.append('<li><i class="left"></i>left, does not count</li>')
+    if any(curve.abandoned is not None for curve in chart.curves):
+        shown.append('<li><i class="left"></i>abandoned, does not count</li>')
     kinds = {mark.kind for mark in chart.marks} if chart.key else set()
     shown += [
         f'<li><b class="key {kind}">{_LETTERS[kind]}</b>{MARK_NAMES[kind]}</li>' for kind in _LETTERS if kind in kinds
@@ -358,7 +360,7 @@ def _described(chart: Chart) -> str:
     for curve in chart.curves:
         steps, values = columns(curve.points)
         shown = drawable(values)
-        if curve.left is None and shown.any():
+        if curve.abandoned is None and shown.any():
             steps, values = steps[shown], values[shown]
             (first, start), (last, end), (low_step, low), (high_step, high) = (
                 (int(steps[place]), float(values[place])) for place in (0, -1, values.argmin(), values.argmax())

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from weftrain.analysis.evaluation.records import read_record, records_folder
-from weftrain.analysis.report.curves import METRIC_CHARTS, Curves, MetricChart, Trace, read_curves
+from weftrain.analysis.evaluation.records import EvaluationRecord, read_record, records_folder
+from weftrain.analysis.report.curves import METRIC_CHARTS, Curves, LoggedCurve, MetricChart, read_curves
 from weftrain.analysis.report.ledger import (
     Band,
     Entry,
@@ -44,8 +44,6 @@ from weftrain.core.run.run_folder import stored_recipe
 RELEASE = "release.json"
 MEMORIZATION = Path("analyses", "memorization")
 
-Record = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -72,7 +70,7 @@ class Metric:
     """A chart of figures in the step records, its lines, and the median of the effective one."""
 
     chart: MetricChart
-    traces: tuple[Trace, ...]
+    curves: tuple[LoggedCurve, ...]
     median: float | None
 
 
@@ -88,9 +86,9 @@ class RunReport:
     tiles: tuple[tuple[str, str, str], ...]  # name, value, what it is
     arithmetic: tuple[tuple[str, str], ...]
     last_step: int
-    loss: tuple[Trace, ...]
-    heldout: tuple[Trace, ...]
-    learning_rate: tuple[Trace, ...]
+    loss: tuple[LoggedCurve, ...]
+    heldout: tuple[LoggedCurve, ...]
+    learning_rate: tuple[LoggedCurve, ...]
     metrics: tuple[Metric, ...]
     marks: tuple[Mark, ...]
     bands: tuple[Band, ...]
@@ -98,7 +96,7 @@ class RunReport:
     starts: tuple[RunStart, ...]
     ledger: tuple[LedgerLine, ...]
     memorization: tuple[Matrix, ...]
-    evaluations: tuple[Record, ...]
+    evaluations: tuple[EvaluationRecord, ...]
     warnings: tuple[str, ...]
 
 
@@ -134,11 +132,11 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
         tiles=tuple(_tiles(curves, p50, found_marks)),
         arithmetic=tuple(_split(words) for words in arithmetic(recipe)) if recipe is not None else (),
         last_step=max(reached, 1),
-        loss=curves.traces("loss", "training"),
+        loss=curves.logged("loss", "training"),
         heldout=curves.heldout(),
         learning_rate=curves.learning_rates(),
         metrics=tuple(
-            Metric(chart, curves.traces(chart.key, chart.name), curves.median(chart.key)) for chart in METRIC_CHARTS
+            Metric(chart, curves.logged(chart.key, chart.name), curves.median(chart.key)) for chart in METRIC_CHARTS
         ),
         marks=tuple(found_marks),
         bands=tuple(bands(entries)),
@@ -193,7 +191,7 @@ def _identity(
     starts = [entry for entry in entries if entry["kind"] in ("start", "resume")]
     versions = dict.fromkeys(str(entry["environment"].get("weftrain", "?")) for entry in starts)
     datasets = dict.fromkeys(entry["dataset_id"] for entry in starts)
-    counted = [point for point in points if point.left is None]
+    counted = [point for point in points if point.abandoned is None]
     found = [("run", real_path(folder).name)]
     if recipe is not None:
         found.append(("recipe", recipe.name))
@@ -239,7 +237,7 @@ def _tiles(curves: Curves, p50: float | None, found: Sequence[Mark]) -> list[tup
                 ("MFU", f"{share:.2%}", f"of {(peak.flops or 0) / 1e12:,.3g} TFLOP/s, the highest peak measured")
             )
     # A skipped step that a rollback or restart went back behind is none of the run's steps.
-    counted = [mark.kind for mark in found if not (mark.kind == "skip" and mark.left)]
+    counted = [mark.kind for mark in found if not (mark.kind == "skip" and mark.abandoned)]
     counts = {kind: counted.count(kind) for kind in ("restart", "rollback", "skip")}
     tiles.append(
         (
@@ -261,7 +259,7 @@ def _short(value: float) -> str:
 # Analyses
 
 
-def _evaluations(folder: Path, warnings: list[str]) -> list[Record]:
+def _evaluations(folder: Path, warnings: list[str]) -> list[EvaluationRecord]:
     """The intact records by task and step."""
     found = []
     for path in sorted(records_folder(folder).glob("[0-9]*.json")):

@@ -74,12 +74,12 @@ class Points:
 
 
 @dataclass(frozen=True)
-class Trace:
+class LoggedCurve:
     """One line of a chart. abandoned: why it does not count (a branch); None for the effective line."""
 
     name: str
     points: Points
-    left: str | None = None
+    abandoned: str | None = None
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Curves:
 
     lines: int = 0
     own: _Measurements = field(default_factory=_Measurements)
-    left: list[tuple[str, _Measurements]] = field(default_factory=list)  # why, oldest first
+    abandoned: list[tuple[str, _Measurements]] = field(default_factory=list)  # why, oldest first
     last_step: Record | None = None
     restarts: list[int] = field(default_factory=list)
     skips: list[int] = field(default_factory=list)
@@ -127,28 +127,28 @@ class Curves:
     reached: int = 0
     starts: list[int] = field(default_factory=list)
 
-    def traces(self, key: str, name: str) -> tuple[Trace, ...]:
+    def logged(self, key: str, name: str) -> tuple[LoggedCurve, ...]:
         """The effective line first, if it has a point, then the abandoned ones."""
         found = [
-            Trace(name, self.own.training[key]),
-            *(Trace(name, part.training[key], why) for why, part in self.left),
+            LoggedCurve(name, self.own.training[key]),
+            *(LoggedCurve(name, part.training[key], why) for why, part in self.abandoned),
         ]
-        return tuple(trace for trace in found if len(trace.points))
+        return tuple(curve for curve in found if len(curve.points))
 
-    def heldout(self) -> tuple[Trace, ...]:
-        parts: list[tuple[str | None, _Measurements]] = [(None, self.own), *self.left]
+    def heldout(self) -> tuple[LoggedCurve, ...]:
+        parts: list[tuple[str | None, _Measurements]] = [(None, self.own), *self.abandoned]
         return tuple(
-            Trace(f"held-out {name}", points, why)
+            LoggedCurve(f"held-out {name}", points, why)
             for why, part in parts
             for name, points in sorted(part.heldout.items())
         )
 
-    def learning_rates(self) -> tuple[Trace, ...]:
-        """A trace for each parameter group; groups with identical rates are one."""
+    def learning_rates(self) -> tuple[LoggedCurve, ...]:
+        """A curve for each parameter group; groups with identical rates are one."""
         alike: dict[tuple[bytes, bytes], list[str]] = {}
         for name, points in self.own.rates.items():
             alike.setdefault((points.steps.tobytes(), points.values.tobytes()), []).append(name)
-        return tuple(Trace(", ".join(names), self.own.rates[names[0]]) for names in alike.values())
+        return tuple(LoggedCurve(", ".join(names), self.own.rates[names[0]]) for names in alike.values())
 
     def median(self, key: str) -> float | None:
         """Median over the logged steps after the first tenth, as analysis/report/summary.py defines tokens/s."""
@@ -191,7 +191,7 @@ def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float]
                 found.last_step = record
                 if record.get("skipped"):
                     found.skips.append(record["step"])
-    found.left = [(words[line], parts[line]) for line in sorted(parts)]
+    found.abandoned = [(words[line], parts[line]) for line in sorted(parts)]
     return found
 
 
@@ -218,7 +218,7 @@ def _pending(entries: Sequence[Entry]) -> tuple[int, str] | None:
         elif entry["kind"] == "rollback" and (found is None or entry["step"] < found[0]):
             found = (
                 entry["step"],
-                f"branch {entry['branch']}, left by the rollback to step {entry['step']:,}: {entry['reason']}",
+                f"branch {entry['branch']}, abandoned by the rollback to step {entry['step']:,}: {entry['reason']}",
             )
     return found
 
@@ -226,5 +226,5 @@ def _pending(entries: Sequence[Entry]) -> tuple[int, str] | None:
 def _why(rollbacks: Sequence[Entry], resume: Record, last: float) -> str:
     for entry in rollbacks:
         if entry["step"] == resume["step"] and last <= entry["time"] <= resume.get("time", math.inf):
-            return f"branch {entry['branch']}, left by the rollback to step {entry['step']:,}: {entry['reason']}"
+            return f"branch {entry['branch']}, abandoned by the rollback to step {entry['step']:,}: {entry['reason']}"
     return f"made again after the restart at step {resume['step']:,}"

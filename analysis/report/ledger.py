@@ -28,7 +28,7 @@ class Mark:
     step: int
     kind: str
     words: str
-    left: bool = False
+    abandoned: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class SavedCheckpoint:
     parent: str | None
     metrics_sha256: str
     place: str | None
-    left: str | None
+    abandoned: str | None
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class LedgerLine:
     kind: str
     when: str
     words: str
-    left: bool
+    abandoned: bool
 
 
 def left_flags(entries: Sequence[Entry]) -> list[bool]:
@@ -159,7 +159,7 @@ def saved_checkpoints(entries: Sequence[Entry], run: Path) -> list[SavedCheckpoi
                 if not left
                 else "made again after a restart"
                 if branch is None
-                else f"left on branch {branch}: {reason}"
+                else f"abandoned on branch {branch}: {reason}"
             )
             samples = None
             if numbered is not None:

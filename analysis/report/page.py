@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from weftrain.analysis.markup import document, escape
 from weftrain.analysis.report.chart import Chart, Curve, chart_html, lanes_html
-from weftrain.analysis.report.collect import Cell, Matrix, RunReport, Trace
+from weftrain.analysis.report.collect import Cell, LoggedCurve, Matrix, RunReport
 from weftrain.analysis.report.ledger import RunStart, SavedCheckpoint, text, whole
 from weftrain.analysis.report.style import STYLE
 from weftrain.core.formats import fsops
@@ -124,7 +124,7 @@ def _curves(report: RunReport) -> str:
         if metric.chart.rate:
             level = None if metric.median is None else (metric.median, f"p50 {metric.median:,.0f}")
             more = {"from_zero": True, "level": level, "show": _figure}
-        curves = _named(metric.traces, smooth=True)
+        curves = _named(metric.curves, smooth=True)
         charts.append(_chart(report, metric.chart.title, metric.chart.unit, curves, key=False, **more))
     held = (
         ""
@@ -138,12 +138,12 @@ def _chart(report: RunReport, title: str, unit: str, curves: Sequence[Curve], **
     return chart_html(Chart(title, unit, curves, report.last_step, report.marks, report.bands, **more))
 
 
-def _named(traces: Sequence[Trace], *, first: int = 0, dots: bool = False, smooth: bool = False) -> list[Curve]:
+def _named(curves: Sequence[LoggedCurve], *, first: int = 0, dots: bool = False, smooth: bool = False) -> list[Curve]:
     """Traces as curves, a colour for each name; abandoned ones have the colour of their name."""
     colours: dict[str, int] = {}
-    for trace in traces:
-        colours.setdefault(trace.name, (first + len(colours)) % 6)
-    return [Curve(trace.name, trace.points, colours[trace.name], trace.left, dots, smooth) for trace in traces]
+    for curve in curves:
+        colours.setdefault(curve.name, (first + len(colours)) % 6)
+    return [Curve(curve.name, curve.points, colours[curve.name], curve.abandoned, dots, smooth) for curve in curves]
 
 
 def _figure(value: float) -> str:
@@ -173,9 +173,9 @@ def _checkpoints(report: RunReport, place: Path) -> str:
     ]
     shown, hidden = _ends(report.checkpoints)
     rows = [_checkpoint(report, saved, place) for saved in shown]
-    left = sum(saved.left is not None for saved in report.checkpoints)
+    left = sum(saved.abandoned is not None for saved in report.checkpoints)
     caption = (
-        f"{len(report.checkpoints) - left:,} checkpoints on the line that counts{f', {left:,} left' if left else ''}"
+        f"{len(report.checkpoints) - left:,} checkpoints on the line that counts{f', {left:,} abandoned' if left else ''}"
         f"{f', of which {hidden:,} in the middle are not shown' if hidden else ''}. Each was reached from its parent "
         "by the steps and samples named; metrics is the digest of the measurements between them. Hashes are whole in "
         "their tooltips."
@@ -194,10 +194,12 @@ def _checkpoint(report: RunReport, saved: SavedCheckpoint, place: Path) -> str:
     if saved.place is not None:
         root = f'<a href="{escape(relative_link(report.folder / saved.place, place))}">{root}</a>'
     samples = "?" if saved.samples is None else _span(*saved.samples)
-    note = "; ".join([*([saved.left] if saved.left else []), *([] if saved.place else ["its folder is not here"])])
+    note = "; ".join(
+        [*([saved.abandoned] if saved.abandoned else []), *([] if saved.place else ["its folder is not here"])]
+    )
     chunk = escape(saved.chunk or _NONE)
     return (
-        f'<tr{" class=left" if saved.left else ""}><th scope="row" class="n">{saved.step:,}</th><td class="n">{chunk}</td>'
+        f'<tr{" class=left" if saved.abandoned else ""}><th scope="row" class="n">{saved.step:,}</th><td class="n">{chunk}</td>'
         f'<td class="n">{_span(saved.first_step, saved.step)}</td><td class="n">{samples}</td><td>{root}</td>'
         f"<td>{_hash(saved.parent) if saved.parent else 'the seed'}</td><td>{_hash(saved.metrics_sha256)}</td>"
         f"<td{' class=words' if note else ''}>{escape(note)}</td></tr>"
@@ -279,7 +281,7 @@ def _evaluations(report: RunReport) -> str:
         ("value", True),
         ("samples", True),
     ]
-    counted = {saved.root for saved in report.checkpoints if saved.left is None}
+    counted = {saved.root for saved in report.checkpoints if saved.abandoned is None}
     rows = [_evaluation(record, counted) for record in report.evaluations]
     caption = (
         "Each row is a record under analyses/evaluations, checked against its own hash. ± is the standard error where "
@@ -388,13 +390,13 @@ def _ledger(report: RunReport) -> str:
     lines = report.ledger
     shown, hidden = _ends(lines)
     items = "".join(
-        f'<li class="{escape(one.kind)}"><span{" class=left" if one.left else ""}>step {one.step:,}</span><time>{escape(one.when)}</time>'
-        f"<span{' class=left' if one.left else ''}>{escape(one.words)}{' (left)' if one.left else ''}</span></li>"
+        f'<li class="{escape(one.kind)}"><span{" class=left" if one.abandoned else ""}>step {one.step:,}</span><time>{escape(one.when)}</time>'
+        f"<span{' class=left' if one.abandoned else ''}>{escape(one.words)}{' (abandoned)' if one.abandoned else ''}</span></li>"
         for one in shown
     )
     note = f", of which {hidden:,} in the middle are not shown" if hidden else ""
     return (
         f'<p class="soft">{len(lines):,} lines, each chained to the one before by SHA-256, and the chain was checked{note}. Times are UTC. '
-        f'"(left)": does not count, for the run went back behind it.</p>'
+        f'"(abandoned)": does not count, because the run later returned to an earlier step.</p>'
         f'<ol class="timeline" tabindex="0" aria-label="ledger">{items}</ol>'
     )

@@ -126,7 +126,7 @@ def test_a_rollback_and_a_deferred_chunk(train: Train, tmp_path: Path) -> None:
         "rolled back to",
         "2 checkpoints on branch 1: the loss rose in chunk 1",
         "chunk 1 deferred: the loss rose",
-        "(left)",
+        "(abandoned)",
     ):
         assert words in printed
     done(weftrain("rollback", run, "--to", "4", "--reason", "once more"))

@@ -69,7 +69,7 @@ def test_the_page_of_a_run_tells_its_whole_story(run: Path) -> None:
         "complete: 6 steps",
         "<dt>tokens</dt><dd>52 x 6 steps = 312 tokens</dd>",
         line.segments[-1].dataset_id,
-        "left on branch 1: the loss rose &lt;/style&gt;&lt;script&gt;",
+        "abandoned on branch 1: the loss rose &lt;/style&gt;&lt;script&gt;",
         "chunk 1 deferred: a spike",
         "chunk_00002",
         "No evaluation was recorded",

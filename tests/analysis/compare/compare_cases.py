@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from weftrain.analysis.compare.series import (
-    Column,
+    MeasureColumn,
     Series,
     SeriesPoint,
 )
@@ -77,7 +77,7 @@ def score(folder: Path, root: str, step: int, value: float, **other: Any) -> Non
     once(folder / "analyses" / "evaluations", inputs, "arc", lambda: measured | other, print)
 
 
-def series(name: str, values: Mapping[int, Mapping[Column, float]], **other: Any) -> Series:
+def series(name: str, values: Mapping[int, Mapping[MeasureColumn, float]], **other: Any) -> Series:
     points = tuple(SeriesPoint(step, 10 * step, "c", some) for step, some in values.items())
     return Series(name, "run", Path(name), points, "step x 10", {}, **other)
 

@@ -10,7 +10,7 @@ from compare_cases import series
 
 from weftrain.analysis.compare.plot import plot
 from weftrain.analysis.compare.series import (
-    Column,
+    MeasureColumn,
     heldout_column,
 )
 from weftrain.analysis.compare.table import compare
@@ -23,7 +23,10 @@ def test_the_picture_has_no_empty_panel(tmp_path: Path) -> None:
     def size(path: Path) -> tuple[int, ...]:
         return struct.unpack(">II", path.read_bytes()[16:24])
 
-    held, task = heldout_column("words", "1" * 64, 52, False), Column("score", "arc", "acc, %", (("shots", "5"),))
+    held, task = (
+        heldout_column("words", "1" * 64, 52, False),
+        MeasureColumn("score", "arc", "acc, %", (("shots", "5"),)),
+    )
     assert plot(compare([series("a", {1: {held: 2.0}, 2: {held: 1.0}})]), tmp_path / "one.png")
     assert plot(compare([series("a", {1: {held: 2.0, task: 40.0}})]), tmp_path / "two.png")
     assert (size(tmp_path / "one.png"), size(tmp_path / "two.png")) == ((1800, 600), (1800, 1200))

@@ -13,7 +13,7 @@ from compare_cases import series
 from weftrain.analysis.compare.plot import plot
 from weftrain.analysis.compare.series import (
     TRAIN_LOSS,
-    Column,
+    MeasureColumn,
     heldout_column,
 )
 from weftrain.analysis.compare.table import as_json, as_markdown, cells, compare, headings, names_of, read_series
@@ -39,8 +39,8 @@ def test_names_tell_the_series_apart(tmp_path: Path) -> None:
 
 def test_other_sets_versions_and_shots_are_other_columns() -> None:
     one, two = heldout_column("words", "1" * 64, 52, False), heldout_column("words", "2" * 64, 52, False)
-    task = Column("score", "arc", "acc, %", (("version", "1"), ("shots", "5")))
-    other = Column("score", "arc", "acc, %", (("version", "2"), ("shots", "5")))
+    task = MeasureColumn("score", "arc", "acc, %", (("version", "1"), ("shots", "5")))
+    other = MeasureColumn("score", "arc", "acc, %", (("version", "2"), ("shots", "5")))
     found = compare([series("A", {1: {one: 2.0, task: 40.0}}), series("B", {1: {two: 3.0, other: 50.0}})])
     table = cells(found)
     assert len(table[0]) == 3 + 4
@@ -73,7 +73,7 @@ def test_one_set_over_other_rows_or_another_mask_is_another_column() -> None:
 
 def test_what_differs_between_models_is_said() -> None:
     held = heldout_column("words", "1" * 64, 52, False)
-    seen = Column("memorization", "trained on", "extractible, %", (("k", "5"), ("l", "6")))
+    seen = MeasureColumn("memorization", "trained on", "extractible, %", (("k", "5"), ("l", "6")))
     values = {1: {held: 2.0, TRAIN_LOSS: 2.0, seen: 1.0}}
     a = series("A", values, tokenizer_sha256="a" * 64, vocab_size=100, dataset_id="c" * 64)
     b = series("B", values, tokenizer_sha256="b" * 64, vocab_size=200, dataset_id="d" * 64)
@@ -107,7 +107,7 @@ def test_rows_are_the_common_positions_and_nothing_is_interpolated() -> None:
 
 
 def test_json_and_markdown(tmp_path: Path) -> None:
-    task = Column("score", "a|rc\x1b[2J", "acc, %", (("shots", "5"),))
+    task = MeasureColumn("score", "a|rc\x1b[2J", "acc, %", (("shots", "5"),))
     found = compare([series("A", {1: {task: 0.0, TRAIN_LOSS: math.inf}})])
     value = json.loads(canonical_json(as_json(found)))
     (point,) = value["series"][0]["points"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from compare_cases import series
 
 from weftrain.analysis.compare.series import (
-    Column,
+    MeasureColumn,
     heldout_column,
 )
 from weftrain.analysis.compare.table import compare
@@ -16,7 +16,7 @@ from weftrain.analysis.compare.text import as_text
 
 def test_the_table_fits_a_terminal(tmp_path: Path) -> None:
     one, two = heldout_column("words", "1" * 64, 52, False, 4, 9), heldout_column("words", "1" * 64, 117, False, 9, 9)
-    task = Column("score", "arc_challenge_with_a_long_name", "acc_norm, %", (("version", "1"), ("shots", "25")))
+    task = MeasureColumn("score", "arc_challenge_with_a_long_name", "acc_norm, %", (("version", "1"), ("shots", "25")))
     names = [f"a_run_with_a_rather_long_name_{number}" for number in range(12)]
     some = [series(name, {1: {one: 2.0, task: 40.0}, 2_000_000_000: {one: 1.5}}) for name in names[:11]]
     found = compare([*some, series(names[11], {1: {two: 3.0}})], every_position=True)

@@ -55,7 +55,7 @@ def test_a_run_without_a_ledger_still_has_its_curves_and_marks(eventful: Made) -
     (eventful.run / LEDGER).unlink()
     report = report_of(eventful.run)
     assert [(mark.kind, mark.step) for mark in report.marks] == [("restart", 6), ("skip", 9), ("restart", 12)]
-    assert [trace.left for trace in report.loss] == [
+    assert [curve.abandoned for curve in report.loss] == [
         None,
         "made again after the restart at step 6",
         "made again after the restart at step 12",

@@ -26,10 +26,10 @@ def test_what_was_left_is_apart_from_what_counts(eventful: Made) -> None:
     assert [step for step, _ in own.points] == list(range(1, 25)) == [step for step, _ in kept]
     assert [value for step, value in own.points if step != 9] == [value for step, value in kept if step != 9]
     assert math.isnan(dict(own.points)[9])
-    assert ([step for step, _ in lost.points], lost.left) == ([7, 8], "made again after the restart at step 6")
+    assert ([step for step, _ in lost.points], lost.abandoned) == ([7, 8], "made again after the restart at step 6")
     assert [step for step, _ in branch.points] == [13, 14, 15, 16, 17, 18]
-    assert branch.left == "branch 1, left by the rollback to step 12: the loss rose"
-    held = [(trace.name, trace.left is None, [step for step, _ in trace.points]) for trace in report.heldout]
+    assert branch.abandoned == "branch 1, abandoned by the rollback to step 12: the loss rose"
+    held = [(curve.name, curve.abandoned is None, [step for step, _ in curve.points]) for curve in report.heldout]
     assert held == [
         ("held-out words (4 of 9 rows)", True, [6, 12, 18, 24]),
         ("held-out words (4 of 9 rows)", False, [18]),
@@ -43,8 +43,8 @@ def test_a_rollback_counts_before_the_run_goes_on(tmp_path: Path) -> None:
     made.roll_back(6, 2, "then further")
     report = report_of(made.run)
     assert [step for step, _ in report.loss[0].points] == [1, 2, 3, 4, 5, 6]
-    assert [(step, trace.left) for trace in report.loss[1:] for step, _ in list(trace.points)[:1]] == [
-        (7, "branch 2, left by the rollback to step 6: then further")
+    assert [(step, curve.abandoned) for curve in report.loss[1:] for step, _ in list(curve.points)[:1]] == [
+        (7, "branch 2, abandoned by the rollback to step 6: then further")
     ]
     assert report.status == "not finished: 6 of 24 steps done"
 
@@ -66,15 +66,15 @@ def test_an_entry_in_the_table_of_charts_draws_a_figure(eventful: Made, monkeypa
     try:
         lines.write_text(before.replace('"kind": "step",', '"kind": "step", "words": 7,'))
         metric = report_of(eventful.run).metrics[-1]
-        assert set(metric.traces[0].points.values.tolist()) == {7.0}
+        assert set(metric.curves[0].points.values.tolist()) == {7.0}
         lines.write_text(before.replace('"kind": "step",', '"kind": "step", "words": "seven",'))
-        assert report_of(eventful.run).metrics[-1].traces == ()
+        assert report_of(eventful.run).metrics[-1].curves == ()
     finally:
         lines.write_text(before)
 
 
 def test_equal_learning_rates_are_one_curve(eventful: Made) -> None:
-    assert [trace.name for trace in report_of(eventful.run).learning_rate] == ["embeddings, norms", "matrices"]
+    assert [curve.name for curve in report_of(eventful.run).learning_rate] == ["embeddings, norms", "matrices"]
 
 
 def test_metrics_of_odd_types_are_refused_by_line_and_key(eventful: Made) -> None:
@@ -122,7 +122,7 @@ def test_a_long_run_is_kept_as_numbers_alone(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert [
-        len(one.points) for key in ("loss", "grad_norm", "tokens_per_second") for one in curves.traces(key, key)
+        len(one.points) for key in ("loss", "grad_norm", "tokens_per_second") for one in curves.logged(key, key)
     ] == [6000] * 3
     assert size < 6000 * 120
     assert peak < 6000 * 180

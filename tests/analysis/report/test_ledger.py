@@ -15,7 +15,7 @@ from weftrain.core.run.ledger_schema import LEDGER
 
 def test_every_event_is_marked(eventful: Made) -> None:
     report = report_of(eventful.run)
-    marks = [(mark.kind, mark.step, mark.left) for mark in report.marks]
+    marks = [(mark.kind, mark.step, mark.abandoned) for mark in report.marks]
     assert marks == [
         ("restart", 6, False),
         ("skip", 9, False),
@@ -24,7 +24,7 @@ def test_every_event_is_marked(eventful: Made) -> None:
         ("defer", 12, False),
         ("restart", 12, False),
     ]
-    told = [(one.kind, one.step) for one in report.ledger if one.left]
+    told = [(one.kind, one.step) for one in report.ledger if one.abandoned]
     # Of the crash, then of the rollback: a chunk that begins at the step to which the run went back is begun again.
     assert told == [
         ("chunk_begin", 6),
@@ -37,7 +37,7 @@ def test_every_event_is_marked(eventful: Made) -> None:
     page = page_of(eventful.run)
     for words in (
         "step 9: step skipped",
-        "step 14: step skipped, samples 208 to 223 (left)",
+        "step 14: step skipped, samples 208 to 223 (abandoned)",
         "step 6: restarted from checkpoint",
     ):
         assert page.count(words) >= 4, words  # in each of the charts
@@ -49,7 +49,7 @@ def test_every_event_is_marked(eventful: Made) -> None:
 def test_chunks_and_checkpoints(eventful: Made) -> None:
     saved = report_of(eventful.run).checkpoints
     batch, roots = eventful.batch, eventful.roots
-    told = [(one.step, one.first_step, one.samples, one.chunk, one.place, one.left is None) for one in saved]
+    told = [(one.step, one.first_step, one.samples, one.chunk, one.place, one.abandoned is None) for one in saved]
     assert told == [
         (6, 0, (0, 6 * batch), "0", "checkpoints/step_00000006", True),
         (12, 6, (6 * batch, 12 * batch), "1", "checkpoints/step_00000012", True),
@@ -58,7 +58,7 @@ def test_chunks_and_checkpoints(eventful: Made) -> None:
         (24, 18, (18 * batch, 24 * batch), "3", "checkpoints/step_00000024", True),
     ]
     assert [one.parent for one in saved] == [None, roots[6], roots[12], roots[12], roots[18]]
-    assert saved[2].left == "left on branch 1: the loss rose"
+    assert saved[2].abandoned == "abandoned on branch 1: the loss rose"
     assert saved[-1].metrics_sha256 == sha256_json(["metrics", 24, 1.0])
     page = page_of(eventful.run)
     assert '<a href="./checkpoints/step_00000024/">' in page
