@@ -2,76 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from checkpoint_cases import RECIPE, assert_same, header_sha256, save, state_of
 from fault_injection import DEATHS, KINDS, Death, Faults, injected
-from safetensors.torch import load_file
 
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
-from weftrain.core.checkpoint import CheckpointInfo
 from weftrain.core.errors import CheckpointError
-from weftrain.core.formats import checkpoint_files, fsops, tensor_file
-from weftrain.core.formats.canonical import canonical_json, root_of
+from weftrain.core.formats import fsops, tensor_file
+from weftrain.core.formats.canonical import root_of
 from weftrain.core.formats.lazy_tensors import LazyTensors
-
-RECIPE = {"name": "tiny", "optimizer": {"eps": 1e-08, "betas": [0.9, 0.95]}, "note": "größer"}
-
-
-def state_of(step: int) -> State:
-    """A small state, a function of the step, with odd sizes, special values and every dtype that a plane may have."""
-    generator = torch.Generator().manual_seed(step)
-    tensors = {
-        "weights/layers.0.q.weight": torch.randn(7, 5, generator=generator),
-        "exp_avg/layers.0.q.weight": torch.randn(5, 7, generator=generator).T,  # not contiguous
-        "weights/norm.weight": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
-        "weights/scale": torch.tensor(3.5),
-        "weights/empty": torch.empty(0, 3),
-        "high/head.weight": torch.randn(3, 3, generator=generator).bfloat16(),
-        "low/head.weight": torch.arange(9, dtype=torch.int16),
-        "count/updates": torch.tensor([step, 2**40]),
-        "mask/used": torch.tensor([True, False, True]),
-    }
-    return State(step, max(step - 1, 0), tensors)
-
-
-def save(folder: Path, step: int, state: State | None = None, **changes: Any) -> CheckpointInfo:
-    arguments: dict[str, Any] = {
-        "recipe": RECIPE,
-        "dataset_id": "d" * 64,
-        "fingerprint": {"torch": "2", "threads": 2},
-        "tokens": step * 640,
-        "position": step * 10,
-        "parent": None,
-        "kernels": {"attention": "reference"},
-    }
-    return checkpoint.save(folder, state or state_of(step), **arguments | changes)
-
-
-def assert_same(path: Path, step: int) -> None:
-    """The checkpoint holds state_of(step), bit for bit."""
-    loaded, manifest = checkpoint.load(path)
-    expected = state_of(step)
-    assert (loaded.step, loaded.optimizer_updates, manifest["position"]) == (
-        step,
-        expected.optimizer_updates,
-        step * 10,
-    )
-    assert set(loaded.tensors) == set(expected.tensors)
-    for name, tensor in expected.tensors.items():
-        found = loaded.tensors[name]
-        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
-        assert tensor_file.tensor_memory(found) == tensor_file.tensor_memory(tensor), name
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -84,10 +32,6 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 # What a checkpoint is
-
-
-def header_sha256(data: bytes) -> str:
-    return hashlib.sha256(data[: 8 + int.from_bytes(data[:8], "little")]).hexdigest()
 
 
 def test_round_trip_and_manifest(tmp_path: Path) -> None:
@@ -106,30 +50,11 @@ def test_round_trip_and_manifest(tmp_path: Path) -> None:
     assert info.size_bytes == sum(entry["size"] for entry in manifest["files"].values())
 
 
-def test_other_programs_read_the_tensors(tmp_path: Path) -> None:
-    read = load_file(save(tmp_path, 3).path / "state-00001-of-00001.safetensors")
-    for name, tensor in state_of(3).tensors.items():
-        assert tensor_file.tensor_memory(read[name]) == tensor_file.tensor_memory(tensor)
-
-
 def test_the_same_state_has_the_same_bytes_whatever_the_order_of_its_mapping(tmp_path: Path) -> None:
     state = state_of(3)
     reversed_state = State(3, 2, dict(reversed(state.tensors.items())))
     assert contents(save(tmp_path / "a", 3, state).path) == contents(save(tmp_path / "b", 3, reversed_state).path)
     assert save(tmp_path / "c", 3, fingerprint={"torch": "2", "threads": 1}).root != save(tmp_path / "a", 3).root
-
-
-def test_tensors_are_divided_among_files_under_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_files, "MAX_FILE_BYTES", 160)
-    monkeypatch.setattr(checkpoint_files, "HASH_BACKLOG_BYTES", 100)
-    path = save(tmp_path, 3).path
-    names = sorted(file.name for file in path.glob("*.safetensors"))
-    assert names == [f"state-{i:05d}-of-{len(names):05d}.safetensors" for i in range(1, len(names) + 1)]
-    assert len(names) == 3  # 16 + 140 bytes, 140 + 0 + 16 + 4, and the rest
-    assert_same(path, 3)
-    (path / names[1]).unlink()
-    with pytest.raises(CheckpointError, match=f"{names[1]}: is missing"):
-        checkpoint.verify(path)
 
 
 class Lazy(LazyTensors):
@@ -150,11 +75,6 @@ def test_a_lazy_state_is_read_once_and_a_loaded_one_can_be_saved_again(tmp_path:
     assert set(lazy.reads.values()) == {1}
     loaded, _ = checkpoint.load(info.path)
     assert save(tmp_path / "b", 3, loaded).root == info.root
-
-
-def test_writing_does_not_copy_a_contiguous_tensor() -> None:
-    tensor = torch.randn(5, 3)
-    assert np.shares_memory(np.frombuffer(tensor_file.tensor_memory(tensor), np.uint8), tensor.numpy())
 
 
 # Never overwritten
@@ -373,176 +293,6 @@ def test_what_is_no_checkpoint_does_not_count(tmp_path: Path) -> None:
     found, lines = newest(tmp_path)
     assert found == path
     assert "renamed" in lines[0]
-
-
-def as_version_1(path: Path) -> None:
-    """Make the manifest what an earlier version wrote: the hash of each whole file."""
-    manifest = json.loads((path / "manifest.json").read_text()) | {"version": 1}
-    manifest["files"] = {
-        name: {"size": entry["size"], "sha256": fsops.sha256_file(path / name)}
-        for name, entry in manifest["files"].items()
-    }
-    (path / "manifest.json").write_bytes(canonical_json(manifest | {"root": root_of(manifest)}) + b"\n")
-
-
-def test_a_checkpoint_of_version_1_is_read_and_checked(tmp_path: Path) -> None:
-    path = save(tmp_path, 3).path
-    as_version_1(path)
-    assert_same(path, 3)
-    file = path / "state-00001-of-00001.safetensors"
-    data = bytearray(file.read_bytes())
-    data[10] ^= 32  # in the header, which no tensor's hash covers
-    file.write_bytes(data)
-    with pytest.raises(CheckpointError):
-        checkpoint.verify(path)
-    manifest = json.loads((path / "manifest.json").read_text()) | {"version": 2}
-    (path / "manifest.json").write_bytes(canonical_json(manifest | {"root": root_of(manifest)}) + b"\n")
-    with pytest.raises(CheckpointError, match="its hash is not the kind that version 2 has"):
-        checkpoint.verify(path)
-
-
-# Malice: the manifest is made to agree with whatever was altered, so that no hash gives it away
-
-
-def forge(path: Path, alter: Callable[[dict[str, Any]], None], data: bytes | None = None) -> None:
-    file = path / "state-00001-of-00001.safetensors"
-    if data is not None:
-        file.write_bytes(data)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"][file.name] = {"size": file.stat().st_size, "header_sha256": header_sha256(file.read_bytes())}
-    alter(manifest)
-    (path / "manifest.json").write_bytes(canonical_json(manifest | {"root": root_of(manifest)}) + b"\n")
-
-
-def header(text: str, data: bytes = b"", length: int | None = None) -> bytes:
-    return (len(text) if length is None else length).to_bytes(8, "little") + text.encode() + data
-
-
-def entry(begin: int = 0, end: int = 4, dtype: str = "F32", shape: str = "[1]") -> str:
-    return f'{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{begin},{end}]}}'
-
-
-HOSTILE_FILES = {
-    "duplicate name": (header(f'{{"a":{entry()},"a":{entry(4, 8)}}}', bytes(8)), "'a' appears twice"),
-    "path as a name": (header(f'{{"../../x":{entry()}}}', bytes(4)), r"tensor name '\.\./\.\./x'"),
-    "header larger than the file": (header("{}", length=2**62), "claims a header"),
-    "header larger than allowed": (header("{}", length=10**8 + 1), "claims a header"),
-    "not JSON": (header("{"), "Expecting|delimiter|property name"),
-    "not an object": (header("[]"), "not (one this program writes|a JSON object)"),
-    "nested": (header("[" * 100_000), "nested too deeply|Expecting"),
-    "foreign metadata": (header('{"__metadata__":{"x":"y"}}'), "not (one this program writes|a JSON object)"),
-    "unknown dtype": (header(f'{{"a":{entry(dtype="F1024")}}}', bytes(4)), "unknown dtype"),
-    "size that does not fit the shape": (header(f'{{"a":{entry(shape="[2]")}}}', bytes(4)), "do not hold"),
-    "shape bomb": (header(f'{{"a":{entry(shape="[9999999999999999999999]")}}}', bytes(4)), "short lists of numbers"),
-    "negative shape": (header(f'{{"a":{entry(shape="[-1,-1]")}}}', bytes(4)), "short lists of numbers"),
-    "shape of floats": (header(f'{{"a":{entry(shape="[1.0]")}}}', bytes(4)), "short lists of numbers"),
-    "overlap": (header(f'{{"a":{entry()},"b":{entry()}}}', bytes(4)), "begins at byte"),
-    "hole": (header(f'{{"a":{entry()},"b":{entry(8, 12)}}}', bytes(12)), "begins at byte"),
-    "beyond the end": (header(f'{{"a":{entry()},"b":{entry(4, 8)}}}', bytes(4)), "the tensors end at"),
-    "bytes after the end": (header(f'{{"a":{entry()}}}', bytes(5)), "the tensors end at"),
-    "extra key": (
-        header('{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0],"x":1}}'),
-        "not dtype, shape and data_offsets",
-    ),
-    "other tensors": (header(f'{{"a":{entry()}}}', bytes(4)), "is missing|not in the manifest"),
-}
-
-
-@pytest.mark.parametrize("case", HOSTILE_FILES)
-def test_hostile_tensor_files_are_refused(tmp_path: Path, case: str) -> None:
-    data, message = HOSTILE_FILES[case]
-    path = save(tmp_path, 1).path
-    forge(path, lambda manifest: None, data)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        checkpoint.verify(path)
-    assert "\n" not in str(caught.value)
-    assert "state-00001" in str(caught.value)
-
-
-def set_tensor(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda manifest: manifest["tensors"]["weights/scale"].update({key: value})
-
-
-HOSTILE_MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer version": (lambda m: m.update(version=3), "version 3 is not one"),
-    "another format": (lambda m: m.update(format="x"), "is not a file of the format"),
-    "missing key": (lambda m: m.pop("position"), "key 'position'"),
-    "extra key": (lambda m: m.update(extra=1), "key 'extra'"),
-    "string for a number": (lambda m: m.update(step="1"), "key 'step'"),
-    "true for a number": (lambda m: m.update(step=True), "key 'step'"),
-    "negative step": (lambda m: m.update(step=-1), "key 'step'"),
-    "another step": (lambda m: m.update(step=2), "renamed"),
-    "another recipe": (lambda m: m["recipe"].update(name="other"), "recipe_sha256"),
-    "wrong dtype": (set_tensor("dtype", "I32"), "is F32 .*says I32"),
-    "wrong shape": (set_tensor("shape", [1]), r"is F32 \[\].*says F32 \[1\]"),
-    "wrong hash": (set_tensor("sha256", "0" * 64), "damaged tensor 'weights/scale'"),
-    "path out of the folder": (set_tensor("file", "../../x.safetensors"), "weights/scale.file"),
-    "file that is not there": (
-        set_tensor("file", "state-00002-of-00002.safetensors"),
-        "'weights/scale' is not in the manifest",
-    ),
-    "tensor too many": (lambda m: m["tensors"].update(x=m["tensors"]["weights/scale"]), "tensor 'x' is missing"),
-    "tensor too few": (lambda m: m["tensors"].pop("weights/scale"), "'weights/scale' is not in the manifest"),
-    "file elsewhere": (
-        lambda m: m["files"].update({"../x": m["files"]["state-00001-of-00001.safetensors"]}),
-        r"files\.\.\./x",
-    ),
-    "no files": (lambda m: m["files"].clear(), "does not belong there"),
-}
-
-
-@pytest.mark.parametrize("case", HOSTILE_MANIFESTS)
-def test_hostile_manifests_are_refused(tmp_path: Path, case: str) -> None:
-    alter, message = HOSTILE_MANIFESTS[case]
-    path = save(tmp_path, 1).path
-    forge(path, alter)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        checkpoint.verify(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_manifest_text_is_canonical_and_small(tmp_path: Path) -> None:
-    path = save(tmp_path, 1).path
-    file = path / "manifest.json"
-    good = file.read_bytes()
-    altered = {
-        "appears twice": good.replace(b'"step":1', b'"step":1,"step":1'),
-        "not in canonical form": json.dumps(json.loads(good), indent=1).encode(),
-        "NaN is not a JSON number": good.replace(b'"threads":2', b'"threads":NaN'),
-        "nested too deeply|Expecting": b"[" * 200_000,
-        "not a file of the format": b"[]\n",
-        "codec can't decode": b"\xff" + good,
-        "Exceeds the limit": good.replace(b'"step":1', b'"step":' + b"1" * 5000),
-    }
-    for message, data in altered.items():
-        file.write_bytes(data)
-        with pytest.raises(CheckpointError, match=message):
-            checkpoint.verify(path)
-    file.write_bytes(b"")
-    os.truncate(file, 65 << 20)  # sparse
-    with pytest.raises(CheckpointError, match="more than the"):
-        checkpoint.verify(path)
-
-
-def test_links_and_foreign_files_are_refused(tmp_path: Path) -> None:
-    path = save(tmp_path / "checkpoints", 1).path
-    outside = tmp_path / "outside"
-    for name in ("manifest.json", "state-00001-of-00001.safetensors"):
-        shutil.move(path / name, outside)
-        (path / name).symlink_to(outside)
-        with pytest.raises(CheckpointError, match=f"{name}: is a symbolic link"):
-            checkpoint.load(path)
-        (path / name).unlink()
-        shutil.move(outside, path / name)
-    (path / "payload.pkl").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"payload\.pkl: does not belong there"):
-        checkpoint.verify(path)
-    (path / "payload.pkl").unlink()
-    (tmp_path / "step_00000001").symlink_to(path)
-    with pytest.raises(CheckpointError, match="symbolic link"):
-        checkpoint.verify(tmp_path / "step_00000001")
-    with pytest.raises(CheckpointError, match="No such file"):
-        checkpoint.verify(tmp_path / "step_00000002")
 
 
 def test_deaths_are_simulated_truly(tmp_path: Path) -> None:

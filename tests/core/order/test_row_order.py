@@ -1,6 +1,4 @@
-"""The order of rows: exact epochs, chunks that are ranges of samples, rows and chunks that are skipped, the Model Zoo's
-order.
-"""
+"""The order of rows: exact epochs, chunks that are ranges of samples, and the same rows in every process."""
 
 from __future__ import annotations
 
@@ -13,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_configs import config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weftrain.core.order import feistel, row_selection
-from weftrain.core.order.data_section import DataConfig
-from weftrain.core.order.mixture import CerebrasOrder, make_mixture
+from weftrain.core.order import feistel
+from weftrain.core.order.mixture import make_mixture
 from weftrain.core.order.row_order import RowOrder, row_ranges
-from weftrain.core.order.timeline import ChunkOrder, chunk_order, sample_counts
+from weftrain.core.order.timeline import chunk_order
 
 
 @st.composite
@@ -77,30 +75,6 @@ def digest(numbers: np.ndarray) -> str:
 def test_the_order_without_skipped_rows_is_pinned(order: RowOrder, samples: int, expected: str) -> None:
     """Recorded runs read by it: one epoch, two, chunks, a subset."""
     assert digest(order.rows(np.arange(samples))) == expected
-
-
-def test_a_skipped_row_moves_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the places left out are counted by blocks instead of listed."""
-    plain = RowOrder(1, "source", row_ranges([(3, 9000), (9003, 5000)], None))
-    skipped = RowOrder(1, "source", plain.row_ranges, ((0, 17), (40, 6000), (10_000, 13_001)))
-    kept = [
-        row
-        for row in plain.rows(np.arange(28_000)).tolist()
-        if not any(low <= row < high for low, high in skipped.skipped)
-    ]
-    k = np.arange(2 * skipped.num_rows)
-    assert skipped.rows(k).tolist() == kept
-    places = [skipped.place(number) for number in range(0, 6000, 499)]
-    counts = [skipped.samples_before(turn, place) for turn, place in places]
-    passed = skipped.num_passed(skipped.skipped, 0, 12_000)
-    assert counts == list(range(0, 6000, 499))
-    monkeypatch.setattr(row_selection, "MAX_LISTED", 10)
-    row_selection.kept_places.cache_clear()
-    assert skipped.rows(k).tolist() == kept
-    assert [skipped.place(number) for number in range(0, 6000, 499)] == places
-    assert [skipped.samples_before(turn, place) for turn, place in places] == counts
-    assert skipped.num_passed(skipped.skipped, 0, 12_000) == passed == 12_000 - skipped.samples_before(0, 12_000)
-    row_selection.kept_places.cache_clear()
 
 
 def test_chunks_are_ranges_of_samples() -> None:
@@ -162,106 +136,6 @@ def test_the_permutation_is_uniform_and_uncorrelated(seed: int) -> None:
         assert abs(np.corrcoef(first[:-lag], first[lag:])[0, 1]) < 6 / np.sqrt(size)
     assert abs(np.corrcoef(first, second)[0, 1]) < 6 / np.sqrt(size)
     assert (first == second).sum() < 12  # one is expected
-
-
-# -- chunks of a run
-
-
-def config(**changes: Any) -> DataConfig:
-    sources = [{"name": "a", "path": "a", "weight": 0.75}, {"name": "b", "path": "b", "weight": 0.25}]
-    return DataConfig.model_validate({"sequence_length": 8, "shuffle_seed": 1, "sources": sources} | changes)
-
-
-def test_deferred_chunks_come_last_and_dropped_ones_make_room() -> None:
-    skip = [
-        {"chunk": 1, "action": "defer", "reason": "loss spike"},
-        {"chunk": 3, "action": "drop", "reason": "poisoned"},
-    ]
-    order = chunk_order(config(chunks=5, skip=skip), 50, 4)  # a chunk is 10 steps of 4
-    assert order == ChunkOrder(5, 40, (0, 2, 4, 1))
-    assert [order.chunk_at(place) for place in range(7)] == [0, 2, 4, 1, 5, 6, 7]
-    renumbered = order.renumber(np.arange(280))
-    assert renumbered.tolist() == [chunk * 40 + within for chunk in (0, 2, 4, 1, 5, 6, 7) for within in range(40)]
-    none = chunk_order(config(chunks=5), 50, 4)
-    assert none.renumber(np.arange(280)).tolist() == list(range(280))
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 1200), st.permutations(range(4)), st.integers(0, 2))
-def test_counts_are_what_is_read(samples: int, order: list[int], dropped: int) -> None:
-    data = config()
-    mixture = make_mixture(data.sources, 1)
-    chunks = ChunkOrder(4, 250, tuple(order[dropped:]))
-    source, _ = mixture.locate(chunks.renumber(np.arange(samples)))
-    assert sample_counts(mixture, chunks, samples) == [int((source == index).sum()) for index in (0, 1)]
-
-
-# -- the Model Zoo's order
-
-
-def test_the_model_zoos_order() -> None:
-    """From the definition: counts by int(epoch x weight), rows in order and again, which comes next by numpy's
-    shuffle.
-    """
-    order = CerebrasOrder((0.7, 0.26, 0.04), (700, 400, 90), seed=5)
-    epoch = 400 / 0.26  # b would last longest; c has less than 5 %
-    counts = [int(epoch * weight) for weight in (0.7, 0.26, 0.04)]
-    component, k = order.locate(np.arange(sum(counts)))
-    indices = np.arange(sum(counts))
-    np.random.default_rng(5).shuffle(indices)
-    assert component.tolist() == [int(np.searchsorted(np.cumsum(counts), index, side="right")) for index in indices]
-    for index, count in enumerate(counts):
-        assert k[component == index].tolist() == list(range(count))
-    again, k_again = order.locate(sum(counts) + np.arange(sum(counts)))
-    assert np.array_equal(again, component)
-    assert np.array_equal(k_again, k)
-    assert order.counts(sum(counts)) == counts
-    assert order.counts(1000) == [int((order.locate(np.arange(1000))[0] == index).sum()) for index in range(3)]
-    rows = RowOrder(5, "c", row_ranges([(100, 9)], None), sequential=True).rows(k[component == 2])
-    assert rows.tolist() == [100 + number % 9 for number in range(counts[2])]
-
-
-def test_weights_are_normalised_as_there() -> None:
-    assert np.array_equal(
-        CerebrasOrder((3.0, 1.0), (30, 30), 1).locate(np.arange(40))[0],
-        CerebrasOrder((0.75, 0.25), (30, 30), 1).locate(np.arange(40))[0],
-    )
-
-
-# -- what is refused
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sources": [{"name": "a", "path": "a", "weight": 0.5}]}, "weights add up to 0.5, not to 1"),
-        (
-            {"sources": [{"name": "a", "path": "a", "weight": 0.5}, {"name": "b", "path": "b", "tokens": 5}]},
-            "different kinds",
-        ),
-        (
-            {"sources": [{"name": "a", "path": "a", "weight": 1.0, "epochs": 2.0}]},
-            "exactly one of 'weight', 'tokens' and 'epochs'",
-        ),
-        ({"sources": [{"name": "a", "path": "a"}]}, "exactly one of 'weight', 'tokens' and 'epochs'"),
-        ({"skip": [{"chunk": 0, "action": "drop", "reason": "x"}]}, "there is no chunk 0 of none"),
-        ({"chunks": 2, "skip": [{"chunk": 2, "action": "drop", "reason": "x"}]}, "there is no chunk 2 of 2"),
-        ({"chunks": 4, "skip": [{"chunk": 2, "action": "drop", "reason": "x"}] * 2}, "two entries name chunk 2"),
-        ({"chunks": 1, "skip": [{"chunk": 0, "action": "drop", "reason": "x"}]}, "every chunk is dropped"),
-        ({"skip": [{"chunk": 0, "reason": "x"}]}, "give 'chunk' and 'action', or 'source' and 'rows'"),
-        ({"skip": [{"source": "a", "reason": "x"}]}, "give 'chunk' and 'action', or 'source' and 'rows'"),
-        ({"skip": [{"source": "a", "rows": [4, 4], "reason": "x"}]}, "are none"),
-        ({"skip": [{"source": "z", "rows": [0, 4], "reason": "x"}]}, "there is no source 'z'"),
-        (
-            {"skip": [{"source": "a", "rows": rows, "reason": "x"} for rows in ([0, 4], [3, 5])]},
-            "two entries name row 3 of source 'a'",
-        ),
-        ({"sources": [], "synthetic_rows": 4, "chunks": 2}, "synthetic rows have no"),
-    ],
-)
-def test_what_a_recipe_cannot_say(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        config(**change)
 
 
 # -- any number of readers
