@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weftrain.cli.display import Bar, Console
-from weftrain.cli.prep_jobs import Job, filtered, job_of_options, jobs_of_recipe
+from weftrain.cli.prep_jobs import PrepJob, filtered, job_of_options, jobs_of_recipe
 from weftrain.cli.prep_options import GROUPS, GroupedCommand
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def prep(inputs: tuple[str, ...], output: str, **options: Any) -> None:
             forget(folder, options["name"])
 
 
-def _make(job: Job, folder: Path, output: str, executor: Executor, stage: str | None, console: Console) -> None:
+def _make(job: PrepJob, folder: Path, output: str, executor: Executor, stage: str | None, console: Console) -> None:
     """Make one dataset in `folder`, report on it, and copy it to `output` if that is an address."""
     from weftrain.cli.prep_report import report
     from weftrain.data_prep.pipeline import prepare
@@ -84,7 +84,7 @@ def _make(job: Job, folder: Path, output: str, executor: Executor, stage: str | 
         console.print(f"  copied   to {address}")
 
 
-def _say_what_is_text(console: Console, job: Job) -> None:
+def _say_what_is_text(console: Console, job: PrepJob) -> None:
     """Announce JSON that is read as text before the work begins, so that the user can stop it."""
     if job.json_texts:
         names = ", ".join(job.json_texts[:4]) + (", …" if len(job.json_texts) > 4 else "")

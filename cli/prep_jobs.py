@@ -17,7 +17,7 @@ from weftrain.cli.prep_options import BESIDE_RECIPE, OF_INPUTS, OF_RECIPE, given
 from weftrain.core.errors import DataError
 
 if TYPE_CHECKING:
-    from weftrain.core.formats.dataset_manifest import Fim
+    from weftrain.core.formats.dataset_manifest import FimSettings
     from weftrain.data_prep.prep_recipe import DatasetSection, PrepRecipe
     from weftrain.data_prep.quality import Quality
     from weftrain.data_prep.readers.listing import Listed, Wanted
@@ -32,7 +32,7 @@ _OF_PREPARE = (
 
 
 @dataclass(frozen=True)
-class Job:
+class PrepJob:
     """One dataset to make: its inputs and the arguments of prepare(). json_texts: names of JSON files that are read as
     text.
     """
@@ -46,7 +46,7 @@ class Job:
         return str(self.arguments["name"])
 
 
-def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Path, console: Console) -> Job:
+def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Path, console: Console) -> PrepJob:
     """The dataset of INPUTS, or of the embedded corpus if there are none. folder: that of datasets. Raises
     DataError.
     """
@@ -85,10 +85,10 @@ def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Pat
         "fim": _fim(options),
         "fim_tokens": fim_names(options["fim_tokens"]),
     }
-    return Job(chosen, arguments, json_texts)
+    return PrepJob(chosen, arguments, json_texts)
 
 
-def jobs_of_recipe(recipe: PrepRecipe, options: dict[str, Any], console: Console) -> list[Job]:
+def jobs_of_recipe(recipe: PrepRecipe, options: dict[str, Any], console: Console) -> list[PrepJob]:
     """The recipe's datasets, or those named by --only. Options that the recipe decides are refused. Raises
     DataError.
     """
@@ -101,7 +101,7 @@ def jobs_of_recipe(recipe: PrepRecipe, options: dict[str, Any], console: Console
     return [_job_of_section(recipe, dataset, options["root"], console) for dataset in chosen]
 
 
-def filtered(job: Job, quality: Quality, folder: Path, workers: int, console: Console) -> Job:
+def filtered(job: PrepJob, quality: Quality, folder: Path, workers: int, console: Console) -> PrepJob:
     """The job on what the recipe's filters keep. The filtered text stays beside the dataset; its lines say where each
     document came from.
     """
@@ -121,7 +121,7 @@ def _listed(words: str, sections: Sequence[Wanted], console: Console, standard_i
         return find_inputs(sections, standard_input, lambda count: bar.note(f"{count:,} files"))
 
 
-def _job_of_section(recipe: PrepRecipe, dataset: DatasetSection, root: str | None, console: Console) -> Job:
+def _job_of_section(recipe: PrepRecipe, dataset: DatasetSection, root: str | None, console: Console) -> PrepJob:
     from weftrain.data_prep.readers.listing import Wanted
     from weftrain.data_prep.stages.plan import Inputs
 
@@ -147,7 +147,7 @@ def _job_of_section(recipe: PrepRecipe, dataset: DatasetSection, root: str | Non
     }
     read, licence = _read_options(recipe.model_dump()), dataset.licence or recipe.licence
     chosen = Inputs(listed.files, f"{recipe.name}: {dataset.name}", licence, read, skipped=listed.skipped)
-    return Job(chosen, arguments, listed.json_texts)
+    return PrepJob(chosen, arguments, listed.json_texts)
 
 
 def _below(root: str | None, address: str) -> str:
@@ -208,8 +208,8 @@ def _read_options(values: dict[str, Any]) -> ReadOptions:
     return ReadOptions(**{key: values[key] for key in keys}, normalise=tuple(values["normalise"]))
 
 
-def _fim(options: dict[str, Any]) -> Fim | None:
-    from weftrain.core.formats.dataset_manifest import Fim
+def _fim(options: dict[str, Any]) -> FimSettings | None:
+    from weftrain.core.formats.dataset_manifest import FimSettings
 
     rate, spm_share = options["fim_rate"], options["fim_spm_share"]
     if rate is None:
@@ -220,4 +220,4 @@ def _fim(options: dict[str, Any]) -> Fim | None:
         return None
     if not 0 < rate <= 1 or not 0 <= spm_share <= 1:
         raise DataError(f"--fim-rate {rate:g} must lie in (0, 1], and --fim-spm-share {spm_share:g} in [0, 1]")
-    return Fim(rate=rate, spm_share=spm_share, mode=options["fim_mode"])
+    return FimSettings(rate=rate, spm_share=spm_share, mode=options["fim_mode"])

@@ -20,12 +20,12 @@ from weftrain.core.recipe_file import builtin_recipes, load_recipe
 
 if TYPE_CHECKING:
     from weftrain.data_prep.pipeline import Prepared
-    from weftrain.data_prep.readers.documents import Skipped
+    from weftrain.data_prep.readers.documents import SkippedFile
 
 DEMO = "amber_demo"  # the recipe that is cut to any dataset: it trains in minutes on a CPU
 
 
-def report(console: Console, prepared: Prepared, skipped: Sequence[Skipped]) -> None:
+def report(console: Console, prepared: Prepared, skipped: Sequence[SkippedFile]) -> None:
     """Print the dataset in about a dozen lines."""
     manifest = prepared.manifest
     state = "is up to date" if prepared.up_to_date else "is ready"
@@ -79,7 +79,7 @@ def _notes(prepared: Prepared) -> list[str]:
     return notes
 
 
-def _skipped(console: Console, skipped: Sequence[Skipped]) -> None:
+def _skipped(console: Console, skipped: Sequence[SkippedFile]) -> None:
     from weftrain.data_prep.readers.listing import by_reason
 
     if skipped:

@@ -17,13 +17,13 @@ from weftrain.core.formats.dataset_manifest import DatasetManifest
 from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.growth import joined, parent_manifest
 from weftrain.data_prep.readers.shares import share_sha256
-from weftrain.data_prep.stages.plan import NOT_STATED, Plan, Progress, preparation
+from weftrain.data_prep.stages.plan import NOT_STATED, PrepPlan, Progress, preparation
 
 _REMEDY = "give another --name, or remove it"
 
 
 def compare_existing(
-    folder: Path, plan: Plan, max_failures: int, progress: Progress
+    folder: Path, plan: PrepPlan, max_failures: int, progress: Progress
 ) -> tuple[DatasetManifest, tuple[str, ...]]:
     """The manifest of a folder that is what was asked for, and other differences. Raises DataError where it is not."""
     if not (folder / MANIFEST).exists():
@@ -55,7 +55,7 @@ def compare_existing(
     return manifest, tuple(_differences(manifest, plan, {} if before is None else before.inputs_skipped))
 
 
-def _parent(folder: Path, manifest: DatasetManifest, plan: Plan) -> DatasetManifest | None:
+def _parent(folder: Path, manifest: DatasetManifest, plan: PrepPlan) -> DatasetManifest | None:
     """The manifest of the parent. Raises DataError where it is not the dataset named with --grow."""
     grew_from = manifest.parents[-1] if manifest.parents else None
     if plan.parent is None or grew_from is None or grew_from.root != plan.parent.root:
@@ -75,7 +75,7 @@ def _parent(folder: Path, manifest: DatasetManifest, plan: Plan) -> DatasetManif
     return parent_manifest(plan)
 
 
-def _differences(manifest: DatasetManifest, plan: Plan, before: Mapping[str, int]) -> Iterator[str]:
+def _differences(manifest: DatasetManifest, plan: PrepPlan, before: Mapping[str, int]) -> Iterator[str]:
     """What is recorded differently from what was asked for, but changes no token."""
     engine = manifest.tokenization.engine
     if plan.engine not in ("auto", engine):
@@ -90,7 +90,7 @@ def _differences(manifest: DatasetManifest, plan: Plan, before: Mapping[str, int
         yield f"files skipped: {now}; when it was prepared: {then}"
 
 
-def _compare_inputs(folder: Path, manifest: DatasetManifest, plan: Plan, progress: Progress) -> None:
+def _compare_inputs(folder: Path, manifest: DatasetManifest, plan: PrepPlan, progress: Progress) -> None:
     """Raises DataError where the plan's files are not those that the dataset was made of."""
     files, first = plan.inputs.files, 0 if plan.parent is None else plan.parent.files
     if manifest.corpus.files - first != len(files):

@@ -40,7 +40,7 @@ from weftrain.core.formats.dataset_manifest import (
 from weftrain.core.formats.plain_file import open_plain, real_path
 from weftrain.core.formats.shard_set import ShardSet
 from weftrain.core.formats.strict_model import StrictModel
-from weftrain.data_prep.stages.plan import Parent, Plan, Settings, power_of_two, preparation
+from weftrain.data_prep.stages.plan import Parent, PrepPlan, Settings, power_of_two, preparation
 
 _KNOWN = "known"  # folder of the work folder: what tells the parent's documents apart, sorted
 _BLOCK = 1 << 22  # documents whose identities are in memory at once
@@ -83,7 +83,7 @@ def as_parent(settings: Settings, manifest: DatasetManifest, rows_per_shard: int
     return replace(settings, heldout_rule=manifest.heldout_rule, rows_per_shard=rows)
 
 
-def check_growth(manifest: DatasetManifest, plan: Plan, target: Path) -> None:
+def check_growth(manifest: DatasetManifest, plan: PrepPlan, target: Path) -> None:
     """Raises DataError where the plan contradicts its parent's inputs or settings, or the target is the parent."""
     assert plan.parent is not None
     folder, settings = plan.parent.folder, plan.settings
@@ -117,7 +117,7 @@ def parents_options(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in manifest.preparation.items() if key not in _FREE}
 
 
-def parent_manifest(plan: Plan) -> DatasetManifest:
+def parent_manifest(plan: PrepPlan) -> DatasetManifest:
     """The manifest of the plan's parent. Raises DataError where it has changed since the plan was made."""
     assert plan.parent is not None
     folder = Path(plan.parent.folder)
@@ -132,7 +132,7 @@ def parent_manifest(plan: Plan) -> DatasetManifest:
 # -- inputs and sources, numbered on
 
 
-def parents_inputs(plan: Plan) -> tuple[Iterator[InputEntry], Iterator[InputEntry]]:
+def parents_inputs(plan: PrepPlan) -> tuple[Iterator[InputEntry], Iterator[InputEntry]]:
     """Two streams: files that the parent read, and files that it skipped."""
     if plan.parent is None:
         return iter(()), iter(())
@@ -141,12 +141,12 @@ def parents_inputs(plan: Plan) -> tuple[Iterator[InputEntry], Iterator[InputEntr
     return islice(open_inputs(folder, manifest), files), islice(open_inputs(folder, manifest), files, None)
 
 
-def parents_sources(plan: Plan) -> Iterator[SourceEntry]:
+def parents_sources(plan: PrepPlan) -> Iterator[SourceEntry]:
     if plan.parent is not None:
         yield from open_sources(Path(plan.parent.folder), parent_manifest(plan))
 
 
-def parents_failures(plan: Plan) -> Iterator[bytes]:
+def parents_failures(plan: PrepPlan) -> Iterator[bytes]:
     """The parent's failure records, in blocks. Raises DataError."""
     if plan.parent is None or not (path := Path(plan.parent.folder) / FAILURES).exists():
         return
@@ -161,7 +161,7 @@ def parents_failures(plan: Plan) -> Iterator[bytes]:
 # -- documents that the parent holds
 
 
-def index_documents(plan: Plan) -> None:
+def index_documents(plan: PrepPlan) -> None:
     """Write the sorted identities of the parent's documents, for `is_known`.
 
     They are distributed over files by their leading bits, and then each file is sorted. Memory: the tables of one shard
@@ -208,7 +208,7 @@ def _numbers(identities: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(identities).view(">u8").astype(np.uint64)
 
 
-def is_known(plan: Plan, content: np.ndarray) -> np.ndarray:
+def is_known(plan: PrepPlan, content: np.ndarray) -> np.ndarray:
     """Whether the parent holds documents: SHA-256 uint8 [n, 32] -> bool [n].
 
     Compares the 16 bytes that shards keep of each hash, and reads only the blocks of identities that can match.
@@ -250,7 +250,7 @@ def _contained(needles: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.nda
 # -- the manifest
 
 
-def put_parents_shards(plan: Plan) -> None:
+def put_parents_shards(plan: PrepPlan) -> None:
     """Link or copy the parent's shards into the new dataset. Raises DataError, OSError."""
     assert plan.parent is not None
     manifest, folder = parent_manifest(plan), Path(plan.parent.folder)
@@ -271,7 +271,7 @@ class Added:
     parents: tuple[Ancestor, ...] = ()
 
 
-def with_parents(plan: Plan, before: DatasetManifest, own: Added) -> Added:
+def with_parents(plan: PrepPlan, before: DatasetManifest, own: Added) -> Added:
     """The counts of parent and new inputs together."""
     assert plan.parent is not None
     parent = Ancestor(

@@ -17,7 +17,7 @@ from typing import Any
 from weftrain.core.errors import DataError, file_problem
 from weftrain.core.formats import fsops
 from weftrain.core.formats.dataset import TOKENIZER
-from weftrain.core.formats.dataset_manifest import DatasetManifest, Fim
+from weftrain.core.formats.dataset_manifest import DatasetManifest, FimSettings
 from weftrain.core.formats.safe_names import path_below
 from weftrain.data_prep.existing import compare_existing
 from weftrain.data_prep.fim.exact import check_markers
@@ -31,7 +31,7 @@ from weftrain.data_prep.stages.plan import (
     Order,
     Packing,
     Parent,
-    Plan,
+    PrepPlan,
     Progress,
     Settings,
     check_inputs,
@@ -90,7 +90,7 @@ def prepare(
     epochs: int = 1,
     chunks: int | None = None,
     global_batch_size: int | None = None,
-    fim: Fim | None = None,
+    fim: FimSettings | None = None,
     max_failures: int = 0,
     grow: Path | None = None,
     executor: Executor | None = None,
@@ -145,7 +145,7 @@ def _folder_of(output: Path, name: str) -> Path:
 
 
 def _given_encoder(
-    tokenizer: Path | None, vocab_size: int | None, markers: Markers, engine: str, fim: Fim | None
+    tokenizer: Path | None, vocab_size: int | None, markers: Markers, engine: str, fim: FimSettings | None
 ) -> TextEncoder | None:
     """The named tokenizer; None: one is trained. Raises DataError where it lacks a token that the dataset needs."""
     if tokenizer is not None and vocab_size is not None:
@@ -163,7 +163,7 @@ def _plan(
     engine: str,
     grown: tuple[DatasetManifest, Parent] | None,
     rows_per_shard: int | None,
-) -> Plan:
+) -> PrepPlan:
     """The plan of a dataset, which must continue `grown` where it is given. Raises DataError."""
     if grown is not None:
         settings = as_parent(settings, grown[0], rows_per_shard)
@@ -201,7 +201,7 @@ class _Run:
     max_failures: int
     progress: Progress
 
-    def locked(self, plan: Plan) -> Prepared | None:
+    def locked(self, plan: PrepPlan) -> Prepared | None:
         """Make the dataset; nobody else does at the same time, unless the executor shares the work."""
         folder = self.folder
         try:
@@ -220,7 +220,7 @@ class _Run:
                 f"{place}; free space or choose another folder for the datasets; run again and it goes on"
             ) from error
 
-    def make(self, plan: Plan) -> Prepared | None:
+    def make(self, plan: PrepPlan) -> Prepared | None:
         folder, executor = self.folder, self.executor
         if folder.exists():
             manifest, notes = compare_existing(folder, plan, self.max_failures, self.progress)
@@ -251,7 +251,7 @@ class _Run:
         fsops.remove_tree(plan.folder)
         return Prepared(folder, manifest, up_to_date=False, fallback=fallback)
 
-    def _do_stages(self, plan: Plan) -> Plan:
+    def _do_stages(self, plan: PrepPlan) -> PrepPlan:
         """Do every stage, or the one asked for; start again where a task found that the engines differ. Returns the
         plan that was done.
         """
@@ -266,7 +266,7 @@ class _Run:
                     "tokenize on"
                 )
 
-    def _do_steps(self, plan: Plan) -> None:
+    def _do_steps(self, plan: PrepPlan) -> None:
         """Do every stage, or the one asked for, and the single steps between them; stop where a task falls back."""
         # a stage, then the single steps after it: the file of each, and what makes it
         steps: list[tuple[Stage | None, list[tuple[Path, Callable[[], Any]]]]] = [
@@ -298,7 +298,7 @@ class _Run:
         else:
             self.executor.wait_until(made.exists, str(made))
 
-    def _tokenizer(self, plan: Plan) -> None:
+    def _tokenizer(self, plan: PrepPlan) -> None:
         """Write the tokenizer's file, trained first where none was given."""
         encoder = self.given
         if encoder is None:
@@ -311,7 +311,7 @@ class _Run:
         fsops.write_bytes(plan.tokenizer_file, encoder.data)
 
 
-def _check_done(plan: Plan, stage: Stage) -> None:
+def _check_done(plan: PrepPlan, stage: Stage) -> None:
     """Raises DataError where a stage before the one that was asked for is not done."""
     if missing := stage.pending(plan):
         raise DataError(
@@ -320,7 +320,7 @@ def _check_done(plan: Plan, stage: Stage) -> None:
         )
 
 
-def _counting(plan: Plan, stage: Stage, progress: Progress) -> Callable[[int], None]:
+def _counting(plan: PrepPlan, stage: Stage, progress: Progress) -> Callable[[int], None]:
     """Progress of a stage: megabytes of input where it reads them, with the documents so far; else tasks."""
     count = stage.count(plan)
     by_bytes = stage.name in ("sample", "tokenize")

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from weftrain.core.formats.dataset_manifest import Fim
+from weftrain.core.formats.dataset_manifest import FimSettings
 from weftrain.core.formats.strict_model import Count, PositiveInt, StrictModel
 from weftrain.core.formats.strict_yaml import builtin_names, read_as, read_builtin, read_text
 from weftrain.data_prep.quality import Quality
@@ -27,7 +27,7 @@ def _known_format(name: str) -> str:
     return name
 
 
-class InputSection(StrictModel):
+class FilesSection(StrictModel):
     """Files of one kind. addresses: below `--inputs`, absolute, or of another file system (`s3://…`); may be patterns.
 
     source: the name their documents are counted under; default: the folder's or file's name. suffixes: endings of names
@@ -51,8 +51,8 @@ class DatasetSection(StrictModel):
     """One dataset: its folder's name, its inputs, and its own settings."""
 
     name: Annotated[str, Field(min_length=1)]
-    inputs: Annotated[tuple[InputSection, ...], Field(min_length=1, strict=False)]
-    fim: Fim | None = None
+    inputs: Annotated[tuple[FilesSection, ...], Field(min_length=1, strict=False)]
+    fim: FimSettings | None = None
     epochs: PositiveInt = 1
     chunks: ChunksSection | None = None
     licence: str | None = None

@@ -84,7 +84,7 @@ class SourceEntry(StrictModel):
     tokens: Count
 
 
-class Fim(StrictModel):
+class FimSettings(StrictModel):
     """Fill-in-the-middle settings: of a dataset, or required of a recipe's source.
 
     mode (docs/fill-in-the-middle.md): `exact` transforms documents before they are packed, `context` their pieces in
@@ -96,16 +96,16 @@ class Fim(StrictModel):
     mode: Literal["exact", "context", "released"] = "exact"
 
 
-class FimPrepared(Fim):
+class AppliedFim(FimSettings):
     """Fill-in-the-middle as applied. tokens: prefix, middle, suffix and perhaps pad; () in old datasets."""
 
     seed: Count
     tokens: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
     @property
-    def settings(self) -> Fim:
+    def settings(self) -> FimSettings:
         """The settings as a training recipe states them."""
-        return Fim(rate=self.rate, spm_share=self.spm_share, mode=self.mode)
+        return FimSettings(rate=self.rate, spm_share=self.spm_share, mode=self.mode)
 
 
 class Tokenization(StrictModel):
@@ -176,7 +176,7 @@ class DatasetManifest(StrictModel):
     sequence_length: PositiveInt
     row_stride: PositiveInt
     packing: Literal["concatenate", "best_fit", "rows"]
-    fim: FimPrepared | None
+    fim: AppliedFim | None
     corpus: Corpus
     inputs_sha256: Sha256  # of inputs.jsonl
     inputs_skipped: Annotated[dict[str, PositiveInt], Field(default_factory=dict)]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from weftrain.core.formats.dataset_manifest import Fim, SourceCursor, Subset
+from weftrain.core.formats.dataset_manifest import FimSettings, SourceCursor, Subset
 from weftrain.core.formats.safe_names import RelativePath
 from weftrain.core.formats.strict_model import Count, Positive, PositiveInt, Seed, StrictModel
 
@@ -31,7 +31,7 @@ class SourceConfig(StrictModel):
     tokens: PositiveInt | None = None
     epochs: Positive | None = None
     subset: Subset = (0.0, 1.0)
-    fim: Fim | None = None
+    fim: FimSettings | None = None
 
     @property
     def share_kind(self) -> str:

@@ -54,6 +54,8 @@ def _holds_token_ids(probe: Probe) -> bool:
     )
 
 
-READER = Reader(
-    name="amber", holds="rows", read=amber_rows, detect=_holds_token_ids, by_bytes=True, records_before=lines_before
+READERS = (
+    Reader(
+        name="amber", holds="rows", read=amber_rows, detect=_holds_token_ids, by_bytes=True, records_before=lines_before
+    ),
 )

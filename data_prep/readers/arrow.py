@@ -184,12 +184,14 @@ def _not_data(probe: Probe) -> str | None:
     return None
 
 
-READER = Reader(
-    name="arrow",
-    holds="text",
-    read=arrow_rows,
-    detect=_is_arrow,
-    goes_with=_belongs_to_folder,
-    not_data=_not_data,
-    num_units=_num_rows,
+READERS = (
+    Reader(
+        name="arrow",
+        holds="text",
+        read=arrow_rows,
+        detect=_is_arrow,
+        goes_with=_belongs_to_folder,
+        not_data=_not_data,
+        num_units=_num_rows,
+    ),
 )

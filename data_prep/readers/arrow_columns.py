@@ -24,7 +24,7 @@ _SHOWN_NAMES = 20
 
 
 @dataclass(frozen=True)
-class Column:
+class ArrowColumn:
     """key: as asked for. path: field names from the top down."""
 
     key: str
@@ -35,8 +35,8 @@ class Column:
 class TextColumns:
     """The column of texts, and that of sources if asked for."""
 
-    text: Column
-    source: Column | None
+    text: ArrowColumn
+    source: ArrowColumn | None
 
     @property
     def paths(self) -> list[tuple[str, ...]]:
@@ -77,7 +77,7 @@ def documents_of(
             yield Document(index, first + row, source, normalise(text, options.normalise))
 
 
-def _find(file: InputFile, schema: Any, key: str, option: str) -> Column:
+def _find(file: InputFile, schema: Any, key: str, option: str) -> ArrowColumn:
     try:
         path = _path([schema.field(place) for place in range(len(schema.names))], key)
     except UnicodeDecodeError:
@@ -95,7 +95,7 @@ def _find(file: InputFile, schema: Any, key: str, option: str) -> Column:
     held = str(getattr(kind, "value_type", "")) if str(kind).startswith("dictionary") else str(kind)
     if held not in _TEXT:
         raise DataError(f"{file.address}: column '{key}' holds {kind}, not text; name another with {option}")
-    return Column(key, path)
+    return ArrowColumn(key, path)
 
 
 def _path(fields: list[Any], key: str) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ def _path(fields: list[Any], key: str) -> tuple[str, ...]:
     return ()
 
 
-def _values(file: InputFile, batch: Any, column: Column) -> Any:
+def _values(file: InputFile, batch: Any, column: ArrowColumn) -> Any:
     """The column of a batch: strings, bytes or a dictionary. Raises DataError for invalid offsets."""
     import pyarrow
     import pyarrow.compute

@@ -201,3 +201,4 @@ ROWS = Reader(
 )
 # One unit, since how many rows there are depends on their length.
 CORPUS = Reader(name="cerebras_corpus", holds="rows", read=corpus_rows, detect=lambda probe: _rank(probe) == 1)
+READERS = (ROWS, CORPUS)

@@ -128,12 +128,14 @@ def _is_ds(probe: Probe) -> bool:
     return True
 
 
-READER = Reader(
-    name="datatrove",
-    holds="tokens",
-    read=datatrove_documents,
-    detect=_is_ds,
-    goes_with=_belongs,
-    num_units=lambda file: _layout(file).documents,
-    beside=_beside,
+READERS = (
+    Reader(
+        name="datatrove",
+        holds="tokens",
+        read=datatrove_documents,
+        detect=_is_ds,
+        goes_with=_belongs,
+        num_units=lambda file: _layout(file).documents,
+        beside=_beside,
+    ),
 )

@@ -31,7 +31,7 @@ class InputFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
+class SkippedFile:
     """A file that was found but is not read. reason: a few words to count by, such as 'hidden file'."""
 
     name: str

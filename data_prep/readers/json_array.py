@@ -124,4 +124,4 @@ def _holds_objects(probe: Probe) -> bool:
     )
 
 
-READER = Reader(name="json", holds="text", read=json_objects, detect=_holds_objects)
+READERS = (Reader(name="json", holds="text", read=json_objects, detect=_holds_objects),)

@@ -38,6 +38,6 @@ def json_lines(index: int, file: InputFile, share: Share, options: ReadOptions) 
     return (yield from read_lines(file, share, document))
 
 
-READER = Reader(
-    name="jsonl", holds="text", read=json_lines, detect=holds_lines, by_bytes=True, records_before=lines_before
+READERS = (
+    Reader(name="jsonl", holds="text", read=json_lines, detect=holds_lines, by_bytes=True, records_before=lines_before),
 )

@@ -26,7 +26,7 @@ from weftrain.data_prep.inputs.file_systems import (
 )
 from weftrain.data_prep.inputs.patterns import fixed_folder, is_pattern, matching
 from weftrain.data_prep.readers.contract import HEAD_BYTES, Probe
-from weftrain.data_prep.readers.documents import InputFile, Skipped
+from weftrain.data_prep.readers.documents import InputFile, SkippedFile
 from weftrain.data_prep.readers.json_content import JsonContent
 from weftrain.data_prep.readers.registry import detect, goes_with_another, reader_named, reason_not_data
 
@@ -56,7 +56,7 @@ class Listed:
     """skipped: files found beside the inputs. json_texts: names of JSON files in folders that are read as text."""
 
     files: tuple[InputFile, ...]
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[SkippedFile, ...]
     json_texts: tuple[str, ...] = ()
 
 
@@ -98,13 +98,13 @@ def list_inputs(
     return list(find_inputs([Wanted(tuple(addresses), source, tuple(suffixes), format)]).files)
 
 
-def counted(skipped: Iterable[Skipped]) -> dict[str, int]:
+def counted(skipped: Iterable[SkippedFile]) -> dict[str, int]:
     """How many files were skipped for each reason, sorted."""
     return dict(sorted(Counter(entry.reason for entry in skipped).items()))
 
 
-def by_reason(skipped: Sequence[Skipped]) -> list[str]:
-    """Skipped files, one line per reason, with their number and the first names."""
+def by_reason(skipped: Sequence[SkippedFile]) -> list[str]:
+    """SkippedFile files, one line per reason, with their number and the first names."""
     lines = []
     for reason, count in counted(skipped).items():
         names = ", ".join(
@@ -120,7 +120,7 @@ class _Found:
 
     progress: Callable[[int], None]
     files: list[InputFile] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
+    skipped: list[SkippedFile] = field(default_factory=list)
     json_texts: list[str] = field(default_factory=list)
     linked: set[str] = field(default_factory=set)
     other_names: bool = False
@@ -200,7 +200,7 @@ def _list_folder(system: FileSystem, path: str, name: str, address: str, wanted:
             else:
                 size = 0 if entry.kind == "folder" else entry.num_bytes
                 shown = f"{full}/" if entry.kind in ("folder", "same folder", "link loop", "dataset") else full
-                found.skipped.append(Skipped(rules.printable_name(shown), size, reason))
+                found.skipped.append(SkippedFile(rules.printable_name(shown), size, reason))
         found.progress(len(found.files) + len(found.skipped))
     ending = f"file ending in {', '.join(suffixes)}" if suffixes else "text file"
     # all but what links lead to is
@@ -216,7 +216,7 @@ def _needs_head(name: str) -> bool:
     return compression_of(name) is None and rules.may_hold_json(name.lower())
 
 
-def _not_read(skipped: Sequence[Skipped]) -> str:
+def _not_read(skipped: Sequence[SkippedFile]) -> str:
     return f"; not read: {'; '.join(by_reason(skipped))}" if skipped else ""
 
 
@@ -269,12 +269,14 @@ def _take(
     """Add a file, or why it is skipped. below: it was found in a folder or by a pattern, not named."""
     shown, address = rules.printable_name(name), system.address(entry.path)
     if entry.kind != "file":
-        found.skipped.append(Skipped(shown, 0, "broken link" if entry.kind == "broken link" else "not a regular file"))
+        found.skipped.append(
+            SkippedFile(shown, 0, "broken link" if entry.kind == "broken link" else "not a regular file")
+        )
         return
     where = shown if name == _STDIN else rules.printable_name(address)
-    kind, reason = _format(Probe(name, address, wanted.text_key, head), entry, wanted, found, below, where)
-    if reason is not None:
-        found.skipped.append(Skipped(shown, entry.num_bytes, reason))
+    kind, why = _format(Probe(name, address, wanted.text_key, head), entry, wanted, found, below, where)
+    if why is not None:
+        found.skipped.append(SkippedFile(shown, entry.num_bytes, why))
     elif kind is None:
         if not below:
             raise DataError(f"{where}: is read with the file that it belongs to; name that one")
@@ -350,5 +352,5 @@ def _without_repetitions(found: _Found) -> list[InputFile]:
         if first[identity] == place:
             kept.append(file)
         else:
-            found.skipped.append(Skipped(file.name, file.num_bytes, "read under another name"))
+            found.skipped.append(SkippedFile(file.name, file.num_bytes, "read under another name"))
     return kept

@@ -30,7 +30,7 @@ from weftrain.data_prep.readers.documents import InputFile, Share
 from weftrain.data_prep.readers.ids import ids_of_bytes, ids_of_list, read_stream
 from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.readers.sample_table import (
-    Column,
+    SampleColumn,
     SampleTable,
     check_lengths_differ,
     ids_documents,
@@ -55,7 +55,7 @@ _NUMPY = {0: "<i1", 1: "<i2", 2: "<i4", 3: "<i8", 4: "<u1", 5: "<u2", 6: "<u4", 
 class _Index:
     """columns: of an item; bare: without sizes before them. compression: 'chunk', 'batch', None. chunks: items."""
 
-    columns: tuple[Column, ...]
+    columns: tuple[SampleColumn, ...]
     bare: bool
     compression: str | None
     chunks: dict[str, int]
@@ -115,7 +115,7 @@ def _checked(path: str, config: dict[str, Any], chunks: list[Any]) -> _Index:
     if not isinstance(encodings, list) or not encodings or not all(isinstance(encoding, str) for encoding in encodings):
         raise ValueError("'data_format' is no list of encodings")
     names = _leaf_names(config.get("data_spec"), len(encodings))
-    columns = tuple(Column(name, encoding) for name, encoding in zip(names, encodings, strict=True))
+    columns = tuple(SampleColumn(name, encoding) for name, encoding in zip(names, encodings, strict=True))
     if loader == "TokensLoader" and (len(columns) != 1 or _dtype(columns[0].encoding) is None):
         raise ValueError(f"its items are of TokensLoader, and their format {encodings} is not one of ids")
     return _Index(columns, loader == "TokensLoader", None if compression is None else level or "chunk", counts)
@@ -143,11 +143,11 @@ def _dtype(encoding: str) -> np.dtype[Any] | None:
     return None if found is None else np.dtype(found)
 
 
-def _holds_ids(column: Column) -> bool:
+def _holds_ids(column: SampleColumn) -> bool:
     return _dtype(column.encoding) is not None
 
 
-def _may_hold_ids(column: Column) -> bool:
+def _may_hold_ids(column: SampleColumn) -> bool:
     return _holds_ids(column) or column.encoding in ("bytes", "json")
 
 
@@ -334,3 +334,4 @@ TEXT = Reader(
     num_units=_num_items,
     beside=_beside,
 )
+READERS = (READER, ROWS, TEXT)

@@ -24,7 +24,7 @@ from weftrain.data_prep.readers.documents import InputFile, Share
 from weftrain.data_prep.readers.ids import ids_of_bytes, ids_of_list, read_stream
 from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.readers.sample_table import (
-    Column,
+    SampleColumn,
     SampleTable,
     check_lengths_differ,
     ids_documents,
@@ -42,13 +42,13 @@ _VALUES = {8: "<u1", 9: "<i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64: "
 _NAMES = {np.dtype(dtype).name: dtype for dtype in _VALUES.values()}
 
 
-def _holds_ids(column: Column) -> bool:
+def _holds_ids(column: SampleColumn) -> bool:
     """Whether the encoding alone says that a column holds integers."""
     kind, _, rest = column.encoding.partition(":")
     return kind == "ndarray" and (not rest or rest.partition(":")[0] in _NAMES)
 
 
-def _may_hold_ids(column: Column) -> bool:
+def _may_hold_ids(column: SampleColumn) -> bool:
     return _holds_ids(column) or column.encoding in ("bytes", "json")
 
 
@@ -62,7 +62,7 @@ def _open_shard(address: str, opened: IO[bytes], num_bytes: int | None) -> Sampl
     return SampleTable(address, starts, columns, compression_of(address) is None)
 
 
-def _columns(name: str, data: bytes) -> tuple[Column, ...]:
+def _columns(name: str, data: bytes) -> tuple[SampleColumn, ...]:
     try:
         tree = parse_json(data)
         if not isinstance(tree, dict) or (tree.get("version"), tree.get("format")) != (2, "mds"):
@@ -74,7 +74,7 @@ def _columns(name: str, data: bytes) -> tuple[Column, ...]:
             raise ValueError("has columns without a name, or two of one")
         if not all(size is None or (type(size) is int and 0 < size < 1 << 32) for size in sizes):
             raise ValueError("has a column whose size is none")
-        return tuple(Column(*column) for column in zip(names, encodings, sizes, strict=True))
+        return tuple(SampleColumn(*column) for column in zip(names, encodings, sizes, strict=True))
     except ValueError as error:
         raise DataError(f"{name}: its head cannot be read: {error}; copy it again") from error
 
@@ -227,3 +227,4 @@ TEXT = Reader(
     detect=lambda probe: _kind(probe) == "mds_text",
     num_units=_num_samples,
 )
+READERS = (READER, ROWS, TEXT)

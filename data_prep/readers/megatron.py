@@ -146,12 +146,14 @@ def _is_bin(probe: Probe) -> bool:
     return True
 
 
-READER = Reader(
-    name="megatron",
-    holds="tokens",
-    read=megatron_documents,
-    detect=_is_bin,
-    goes_with=lambda probe: probe.name.endswith(".idx") and probe.has_beside(".bin"),
-    num_units=_num_documents,
-    beside=lambda file: (with_suffix(file.address, ".idx"),),
+READERS = (
+    Reader(
+        name="megatron",
+        holds="tokens",
+        read=megatron_documents,
+        detect=_is_bin,
+        goes_with=lambda probe: probe.name.endswith(".idx") and probe.has_beside(".bin"),
+        num_units=_num_documents,
+        beside=lambda file: (with_suffix(file.address, ".idx"),),
+    ),
 )

@@ -198,13 +198,17 @@ def _metadata(file: InputFile) -> str:
     return file.address.removesuffix(".npy") + _METADATA
 
 
-READER = Reader(
-    name="npy",
-    holds="tokens",
-    read=npy_documents,
-    detect=lambda probe: probe.name.endswith(".npy"),
-    goes_with=lambda probe: probe.name.endswith(_METADATA) and exists(probe.address.removesuffix(_METADATA) + ".npy"),
-    num_units=lambda file: file.num_bytes,
-    beside=lambda file: (_metadata(file),) if exists(_metadata(file)) else (),
-    by_end_token=True,
+READERS = (
+    Reader(
+        name="npy",
+        holds="tokens",
+        read=npy_documents,
+        detect=lambda probe: probe.name.endswith(".npy"),
+        goes_with=lambda probe: (
+            probe.name.endswith(_METADATA) and exists(probe.address.removesuffix(_METADATA) + ".npy")
+        ),
+        num_units=lambda file: file.num_bytes,
+        beside=lambda file: (_metadata(file),) if exists(_metadata(file)) else (),
+        by_end_token=True,
+    ),
 )

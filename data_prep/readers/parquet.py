@@ -111,4 +111,6 @@ def _is_parquet(probe: Probe) -> bool:
     return probe.plain_name.endswith((".parquet", ".pq")) or (probe.head.startswith(b"PAR1") and b"\0" in probe.head)
 
 
-READER = Reader(name="parquet", holds="text", read=parquet_rows, detect=_is_parquet, num_units=_num_rows, cuts=_cuts)
+READERS = (
+    Reader(name="parquet", holds="text", read=parquet_rows, detect=_is_parquet, num_units=_num_rows, cuts=_cuts),
+)

@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
+
 from weftrain.core.errors import DataError
-from weftrain.data_prep.readers import (
-    amber,
-    arrow,
-    cerebras,
-    datatrove,
-    json_array,
-    json_lines,
-    litdata,
-    mds,
-    megatron,
-    npy,
-    parquet,
-    text,
-    warc,
-)
 from weftrain.data_prep.readers.contract import Probe, Reader, always_data, goes_with_none
 
-# In the order in which they are asked whether a file is theirs.
+# Modules of this package, in the order in which their READERS are asked whether a file is theirs.
+_MODULES = (
+    "amber",
+    "json_lines",
+    "json_array",
+    "parquet",
+    "arrow",
+    "warc",
+    "cerebras",
+    "megatron",
+    "datatrove",
+    "npy",
+    "mds",
+    "litdata",
+    "text",
+)
 READERS: dict[str, Reader] = {
     reader.name: reader
-    for reader in (
-        amber.READER,
-        json_lines.READER,
-        json_array.READER,
-        parquet.READER,
-        arrow.READER,
-        warc.READER,
-        cerebras.ROWS,
-        cerebras.CORPUS,
-        megatron.READER,
-        datatrove.READER,
-        npy.READER,
-        mds.READER,
-        mds.ROWS,
-        mds.TEXT,
-        litdata.READER,
-        litdata.ROWS,
-        litdata.TEXT,
-        text.PYTHON,
-        text.TEXT,
-    )
+    for module in _MODULES
+    for reader in importlib.import_module(f"weftrain.data_prep.readers.{module}").READERS
 }
-
-
 _WITH_OTHERS = tuple(reader for reader in READERS.values() if reader.goes_with is not goes_with_none)
 _WITH_OTHER_FILES = tuple(reader for reader in READERS.values() if reader.not_data is not always_data)
 

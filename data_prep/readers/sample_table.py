@@ -26,7 +26,7 @@ _PICKLED = ("pkl", "pickle")
 
 
 @dataclass(frozen=True)
-class Column:
+class SampleColumn:
     """size: in bytes, if fixed; otherwise each sample states it."""
 
     name: str
@@ -43,7 +43,7 @@ class SampleTable:
 
     name: str
     starts: np.ndarray
-    columns: tuple[Column, ...]
+    columns: tuple[SampleColumn, ...]
     seekable: bool
     bare: bool = False
 
@@ -51,7 +51,7 @@ class SampleTable:
     def samples(self) -> int:
         return len(self.starts) - 1
 
-    def column(self, name: str) -> Column:
+    def column(self, name: str) -> SampleColumn:
         return next(column for column in self.columns if column.name == name)
 
     def shown(self) -> str:
@@ -128,9 +128,9 @@ def _move(opened: IO[bytes], table: SampleTable, at: int, to: int) -> int:
 def tokens_column(
     table: SampleTable,
     options: ReadOptions,
-    holds_ids: Callable[[Column], bool],
-    may_hold_ids: Callable[[Column], bool],
-) -> Column:
+    holds_ids: Callable[[SampleColumn], bool],
+    may_hold_ids: Callable[[SampleColumn], bool],
+) -> SampleColumn:
     """The column of ids: options.tokens_key, or the one that holds them. Raises DataError.
 
     holds_ids: the encoding alone says so. may_hold_ids: such ids can be read.
@@ -154,7 +154,7 @@ def tokens_column(
 def ids_documents(
     opened: IO[bytes],
     table: SampleTable,
-    column: Column,
+    column: SampleColumn,
     decode: Callable[[bytes], np.ndarray | str],
     index: int,
     file: InputFile,

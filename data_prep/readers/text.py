@@ -48,3 +48,4 @@ def python_source(index: int, file: InputFile, share: Share, options: ReadOption
 # What no other format claims is text; nothing is told to be a module of the embedded corpus, whose list names them.
 TEXT = Reader(name="text", holds="text", read=plain_text, detect=lambda probe: True)
 PYTHON = Reader(name="python", holds="text", read=python_source, detect=lambda probe: False)
+READERS = (PYTHON, TEXT)

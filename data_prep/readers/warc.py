@@ -128,4 +128,4 @@ def _is_warc(probe: Probe) -> bool:
     return probe.plain_name.endswith(_SUFFIXES) or probe.head.startswith((b"WARC/1.", b"WARC/0."))
 
 
-READER = Reader(name="warc", holds="text", read=warc_records, detect=_is_warc)
+READERS = (Reader(name="warc", holds="text", read=warc_records, detect=_is_warc),)

@@ -20,7 +20,7 @@ from typing import Protocol
 from weftrain.core.errors import DataError
 from weftrain.core.formats.child_process import end_with
 from weftrain.data_prep.stages.order import merge_run, order_bucket
-from weftrain.data_prep.stages.plan import Plan, fall_back, fell_back, load_plan
+from weftrain.data_prep.stages.plan import PrepPlan, fall_back, fell_back, load_plan
 from weftrain.data_prep.stages.sample import sample_part
 from weftrain.data_prep.stages.survey import load_json
 from weftrain.data_prep.stages.tokenize import tokenize_part
@@ -36,22 +36,22 @@ class Stage:
     """Independent tasks 0..count(plan)-1. output: the file that marks a task done."""
 
     name: str
-    count: Callable[[Plan], int]
-    do: Callable[[Plan, int], None]
-    output: Callable[[Plan, int], Path]
+    count: Callable[[PrepPlan], int]
+    do: Callable[[PrepPlan, int], None]
+    output: Callable[[PrepPlan, int], Path]
 
-    def pending(self, plan: Plan) -> list[int]:
+    def pending(self, plan: PrepPlan) -> list[int]:
         return [index for index in range(self.count(plan)) if not self.output(plan, index).exists()]
 
 
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("sample", lambda plan: len(plan.parts), sample_part, Plan.sample_file),
-        Stage("tokenize", lambda plan: len(plan.parts), tokenize_part, Plan.part_file),
-        Stage("merge", lambda plan: load_json(plan.survey_file)["runs"], merge_run, Plan.run_file),
-        Stage("order", lambda plan: load_json(plan.survey_file)["buckets"], order_bucket, Plan.bucket_file),
-        Stage("write", lambda plan: len(load_json(plan.layout_file)["shards"]), write_one_shard, Plan.shard_record),
+        Stage("sample", lambda plan: len(plan.parts), sample_part, PrepPlan.sample_file),
+        Stage("tokenize", lambda plan: len(plan.parts), tokenize_part, PrepPlan.part_file),
+        Stage("merge", lambda plan: load_json(plan.survey_file)["runs"], merge_run, PrepPlan.run_file),
+        Stage("order", lambda plan: load_json(plan.survey_file)["buckets"], order_bucket, PrepPlan.bucket_file),
+        Stage("write", lambda plan: len(load_json(plan.layout_file)["shards"]), write_one_shard, PrepPlan.shard_record),
     )
 }
 
@@ -84,7 +84,7 @@ class Executor(Protocol):
     @property
     def alone(self) -> bool: ...
 
-    def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
+    def run(self, plan: PrepPlan, stage: Stage, on_done: OnDone) -> None:
         """Return when every task of the stage is done, or one fell back. on_done(index) reports each."""
 
     def wait_until(self, there: Callable[[], bool], what: str) -> None:
@@ -109,7 +109,7 @@ class LocalExecutor:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
-    def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
+    def run(self, plan: PrepPlan, stage: Stage, on_done: OnDone) -> None:
         pending, on_done = _begin(plan, stage, on_done)
         if min(self.workers, len(pending)) <= 1:
             for index in pending:
@@ -170,7 +170,7 @@ class TaskExecutor:
     def leads(self) -> bool:
         return self.index == 0
 
-    def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
+    def run(self, plan: PrepPlan, stage: Stage, on_done: OnDone) -> None:
         pending, on_done = _begin(plan, stage, on_done)
         for index in [index for index in pending if index % self.of == self.index]:
             on_done(run_task(plan.folder, stage.name, plan.by_reference, index))
@@ -212,7 +212,7 @@ class RayExecutor:
     leads = True
     alone = True
 
-    def run(self, plan: Plan, stage: Stage, on_done: OnDone) -> None:
+    def run(self, plan: PrepPlan, stage: Stage, on_done: OnDone) -> None:
         from weftrain.data_prep.stages.ray_executor import run_on_ray
 
         pending, on_done = _begin(plan, stage, on_done)
@@ -223,7 +223,7 @@ class RayExecutor:
         pass
 
 
-def _begin(plan: Plan, stage: Stage, on_done: OnDone) -> tuple[list[int], OnDone]:
+def _begin(plan: PrepPlan, stage: Stage, on_done: OnDone) -> tuple[list[int], OnDone]:
     """The tasks that are left, after those an earlier run did were reported; and how to report the others.
 
     Nothing is reported once a task fell back, because the rest of the stage then returns without an output.

@@ -21,7 +21,7 @@ from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.fim.context import Draws, context_pieces, context_tokens, filled_rows
 from weftrain.data_prep.growth import is_known
 from weftrain.data_prep.stages.pieces import Gathered, Piece, gather, write_piece
-from weftrain.data_prep.stages.plan import Plan
+from weftrain.data_prep.stages.plan import PrepPlan
 from weftrain.data_prep.stages.survey import load_json, pieces_of
 from weftrain.data_prep.stages.table_file import write_table
 from weftrain.data_prep.tokens.packing import best_fit_rows
@@ -54,13 +54,13 @@ class Stream:
 STREAM_COLUMNS = ("end", "id", "source", "file", "record", "fim")  # a value a document, in the order of Stream's fields
 
 
-def stream_names(plan: Plan) -> list[str]:
+def stream_names(plan: PrepPlan) -> list[str]:
     """The token streams of a dataset: one per epoch, and the held-out documents."""
     streams = [f"train.{epoch}" for epoch in range(plan.settings.epochs)]
     return streams + ([HELDOUT] if plan.settings.heldout_fraction else [])
 
 
-def merge_run(plan: Plan, index: int) -> None:
+def merge_run(plan: PrepPlan, index: int) -> None:
     """Merge the pieces of run `index` in key order, one file per range of keys. Raises DataError, OSError."""
     found = load_json(plan.survey_file)
     pieces = pieces_of(plan, index * found["run_pieces"], (index + 1) * found["run_pieces"])
@@ -69,7 +69,7 @@ def merge_run(plan: Plan, index: int) -> None:
     fsops.write_bytes(plan.run_file(index), canonical_json({"pieces": len(pieces)}) + b"\n")
 
 
-def order_bucket(plan: Plan, index: int) -> None:
+def order_bucket(plan: PrepPlan, index: int) -> None:
     """Gather, deduplicate, transform and lay out bucket `index`. Raises DataError, OSError."""
     found = load_json(plan.survey_file)
     encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.markers, plan.engine)
@@ -101,7 +101,7 @@ def order_bucket(plan: Plan, index: int) -> None:
     write_table(plan.bucket_file(index), {"sources": sources}, note)
 
 
-def _pieces(plan: Plan, found: dict[str, Any], index: int) -> list[Piece]:
+def _pieces(plan: PrepPlan, found: dict[str, Any], index: int) -> list[Piece]:
     """The tables that hold documents of bucket `index`."""
     if plan.settings.order == "as_read":
         return pieces_of(plan, index, index + 1)
@@ -125,7 +125,7 @@ def _source_counts(rows: np.ndarray, source: np.ndarray, lengths: np.ndarray) ->
     return np.column_stack([names.astype(np.int64), documents, num_bytes, tokens])
 
 
-def _transformed(plan: Plan, gathered: Gathered, chosen: np.ndarray, epoch: int, encoder: TextEncoder) -> Stream:
+def _transformed(plan: PrepPlan, gathered: Gathered, chosen: np.ndarray, epoch: int, encoder: TextEncoder) -> Stream:
     """The chosen documents with FIM, start and end tokens."""
     settings, rows = plan.settings, gathered.rows[chosen]
     stops, lengths = rows["end"], gathered.lengths[chosen]
@@ -165,7 +165,7 @@ def _between(before: np.ndarray, pieces: list[np.ndarray], after: np.ndarray) ->
     return [part for row in zip(*columns, strict=True) for part in row]
 
 
-def _best_fit(plan: Plan, stream: Stream, encoder: TextEncoder) -> Stream:
+def _best_fit(plan: PrepPlan, stream: Stream, encoder: TextEncoder) -> Stream:
     """The stream as rows that stand alone, each padded to its end."""
     width = plan.settings.row_tokens
     begins = (stream.end - np.diff(stream.end, prepend=0)).tolist()
@@ -193,7 +193,7 @@ def _best_fit(plan: Plan, stream: Stream, encoder: TextEncoder) -> Stream:
     return with_padding(stream, joined, mask, lengths, np.array(documents, np.int64))
 
 
-def _in_context(plan: Plan, gathered: Gathered, chosen: np.ndarray, epoch: int, encoder: TextEncoder) -> Stream:
+def _in_context(plan: PrepPlan, gathered: Gathered, chosen: np.ndarray, epoch: int, encoder: TextEncoder) -> Stream:
     """The chosen documents with start and end tokens, in rows that stand alone, with FIM in each row and padding."""
     settings, rows, width = plan.settings, gathered.rows[chosen], plan.settings.row_tokens
     assert settings.fim is not None

@@ -17,10 +17,10 @@ from typing import Any, Literal
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
-from weftrain.core.formats.dataset_manifest import Fim
+from weftrain.core.formats.dataset_manifest import FimSettings
 from weftrain.core.formats.line_table import Lines, LineTable, lines_sha256, write_lines
 from weftrain.data_prep import heldout
-from weftrain.data_prep.readers.documents import InputFile, Part, Share, Skipped
+from weftrain.data_prep.readers.documents import InputFile, Part, Share, SkippedFile
 from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.readers.registry import READERS
 from weftrain.data_prep.readers.shares import split_parts
@@ -53,7 +53,7 @@ class Inputs:
     licence: str = NOT_STATED
     options: ReadOptions = ReadOptions()  # noqa: RUF009 - frozen itself
     quality: str | None = None  # what filtered them before, canonical JSON
-    skipped: Lines[Skipped] = ()
+    skipped: Lines[SkippedFile] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Settings:
     epochs: int = 1
     chunks: int | None = None
     global_batch_size: int | None = None
-    fim: Fim | None = None
+    fim: FimSettings | None = None
     heldout_rule: int = heldout.RULE
     bos: str | None = None
     fim_tokens: tuple[str, ...] = ()
@@ -122,7 +122,7 @@ class Parent:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PrepPlan:
     """folder: the work folder. by_reference: the engines differed (fall_back). parent: what the inputs are added to."""
 
     folder: Path
@@ -250,12 +250,12 @@ def check_inputs(inputs: Inputs, settings: Settings) -> None:
         raise DataError("--global-batch-size makes chunks of whole steps: give --chunks too, or leave it out")
 
 
-def make_plan(folder: Path, inputs: Inputs, settings: Settings, engine: str) -> Plan:
+def make_plan(folder: Path, inputs: Inputs, settings: Settings, engine: str) -> PrepPlan:
     """A plan with some 64 parts of 4 to 64 MiB of input, or more of 64 MiB."""
     total = sum(file.num_bytes for file in inputs.files)
     parts = tuple(split_parts(inputs.files, clamped(total // 64, 4 * _MEBI, 64 * _MEBI)))
     limits = Limits(64 * _MEBI, _PIECE_DOCUMENTS, (4 * _MEBI, 64 * _MEBI), _FILE_OPENS)
-    return Plan(folder, inputs, settings, engine, parts, limits)
+    return PrepPlan(folder, inputs, settings, engine, parts, limits)
 
 
 def clamped(value: int, low: int, high: int) -> int:
@@ -268,7 +268,7 @@ def power_of_two(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
-def save_plan(plan: Plan) -> bool:
+def save_plan(plan: PrepPlan) -> bool:
     """Write the plan. Returns True if it was there already, with valid outputs; another plan's are removed. Raises
     OSError.
     """
@@ -283,7 +283,7 @@ def save_plan(plan: Plan) -> bool:
     return False
 
 
-def fall_back(plan: Plan, reason: str) -> None:
+def fall_back(plan: PrepPlan, reason: str) -> None:
     """Record that the reference engine encodes every part from now on; earlier outputs do not count. Raises OSError.
 
     Any process may find that the engines differ, on any sampled document; the ids must not depend on which.
@@ -293,28 +293,28 @@ def fall_back(plan: Plan, reason: str) -> None:
     fsops.write_bytes(plan.folder / _FELL_BACK, canonical_json(reason) + b"\n")
 
 
-def fell_back(plan: Plan) -> bool:
+def fell_back(plan: PrepPlan) -> bool:
     """Whether a process has called fall_back since this plan was read."""
     return not plan.by_reference and (plan.folder / _FELL_BACK).exists()
 
 
-def settled(plan: Plan) -> Plan:
+def settled(plan: PrepPlan) -> PrepPlan:
     """The plan after fall_back, if a process has called it."""
     return replace(plan, engine="tokenizers", by_reference=True) if fell_back(plan) else plan
 
 
-def fallback_reason(plan: Plan) -> str | None:
+def fallback_reason(plan: PrepPlan) -> str | None:
     """Why the last process fell back, if one did."""
     return str(parse_json((plan.folder / _FELL_BACK).read_bytes())) if plan.by_reference else None
 
 
-def is_saved(plan: Plan) -> bool:
+def is_saved(plan: PrepPlan) -> bool:
     """Whether the work folder holds this very plan."""
     path = plan.folder / PLAN
     return path.is_file() and path.read_bytes() == plan.header
 
 
-def load_plan(folder: Path) -> Plan:
+def load_plan(folder: Path) -> PrepPlan:
     """The plan in a work folder, cached because every task asks for it. Raises DataError."""
     try:
         return settled(_loaded(folder, (folder / PLAN).stat().st_mtime_ns))
@@ -323,12 +323,12 @@ def load_plan(folder: Path) -> Plan:
 
 
 @functools.lru_cache(maxsize=4)
-def _loaded(folder: Path, modified_ns: int) -> Plan:
+def _loaded(folder: Path, modified_ns: int) -> PrepPlan:
     try:
         tree = parse_json((folder / PLAN).read_bytes())
         inputs, settings = tree["inputs"], dict(tree["settings"])
         if settings["fim"] is not None:
-            settings["fim"] = Fim(**settings["fim"])
+            settings["fim"] = FimSettings(**settings["fim"])
         settings["fim_tokens"] = tuple(settings["fim_tokens"])
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in inputs["options"].items()
@@ -339,13 +339,13 @@ def _loaded(folder: Path, modified_ns: int) -> Plan:
             folder / "files.jsonl", lambda entry: InputFile(*entry), sha256=hashes["files"], remedy=remedy
         )
         skipped = LineTable(
-            folder / "skipped.jsonl", lambda entry: Skipped(*entry), sha256=hashes["skipped"], remedy=remedy
+            folder / "skipped.jsonl", lambda entry: SkippedFile(*entry), sha256=hashes["skipped"], remedy=remedy
         )
         parts = LineTable(folder / "parts.jsonl", _part, sha256=hashes["parts"], remedy=remedy)
         read = Inputs(files, inputs["description"], inputs["licence"], options, inputs["quality"], skipped)
         limits = Limits(**tree["limits"] | {"bucket_bytes": tuple(tree["limits"]["bucket_bytes"])})
         parent = None if tree["parent"] is None else Parent(**tree["parent"])
-        return Plan(folder, read, Settings(**settings), tree["engine"], parts, limits, parent=parent)
+        return PrepPlan(folder, read, Settings(**settings), tree["engine"], parts, limits, parent=parent)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / PLAN}: cannot be read: {error}; remove {folder} and prepare again") from error
 
@@ -355,7 +355,7 @@ def _part(entry: Any) -> Part:
     return Part(tuple(Share(*share) for share in shares), num_bytes)
 
 
-def _tables(plan: Plan) -> dict[str, Iterator[list[Any]]]:
+def _tables(plan: PrepPlan) -> dict[str, Iterator[list[Any]]]:
     """Tables that may have millions of lines, in files of their own, from which a task reads only what it needs."""
     return {
         "files": ([getattr(file, name) for name in InputFile.__dataclass_fields__] for file in plan.inputs.files),
@@ -364,7 +364,7 @@ def _tables(plan: Plan) -> dict[str, Iterator[list[Any]]]:
     }
 
 
-def _header(plan: Plan) -> dict[str, Any]:
+def _header(plan: PrepPlan) -> dict[str, Any]:
     return {
         "version": VERSION,
         "inputs": {

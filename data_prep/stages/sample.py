@@ -15,7 +15,7 @@ from weftrain.data_prep.heldout import is_held_out
 from weftrain.data_prep.readers.documents import Document, Failure, FileRead, text_sha256
 from weftrain.data_prep.readers.shares import read_part
 from weftrain.data_prep.stages.part_notes import FailureList, Shares
-from weftrain.data_prep.stages.plan import Plan, order_key
+from weftrain.data_prep.stages.plan import PrepPlan, order_key
 from weftrain.data_prep.stages.table_file import Table, write_table
 
 TRAINING_BYTES = 32 << 20  # text that a tokenizer is trained on: the training documents of the lowest keys
@@ -58,7 +58,7 @@ def _turned(key: bytes) -> bytes:
     return bytes(255 - byte for byte in key)
 
 
-def sample_part(plan: Plan, index: int) -> None:
+def sample_part(plan: PrepPlan, index: int) -> None:
     """Sample part `index`. Raises DataError for inputs that changed, OSError."""
     kept, shares = _Lowest(), Shares()
     with FailureList(plan.failures_file("samples", index)) as failures:
@@ -76,7 +76,7 @@ def sample_part(plan: Plan, index: int) -> None:
     write_table(plan.sample_file(index), arrays, {"shares": shares.listed, "failed": failures.count})
 
 
-def _texts(plan: Plan, index: int, shares: Shares, failures: FailureList) -> Iterator[tuple[Document, bytes]]:
+def _texts(plan: PrepPlan, index: int, shares: Shares, failures: FailureList) -> Iterator[tuple[Document, bytes]]:
     """Each text document with its content hash; failures and shares are recorded."""
     for item in read_part(plan.inputs.files, plan.parts[index], plan.inputs.options):
         if isinstance(item, Failure):
@@ -87,7 +87,7 @@ def _texts(plan: Plan, index: int, shares: Shares, failures: FailureList) -> Ite
             yield item, text_sha256(item.text or "")[0]
 
 
-def training_texts(plan: Plan) -> Iterator[str]:
+def training_texts(plan: PrepPlan) -> Iterator[str]:
     """The texts to train a tokenizer on, each once, in reading order, long ones in pieces."""
     lowest = _Lowest()
     place = 0

@@ -28,14 +28,14 @@ from weftrain.core.formats.line_table import write_lines
 from weftrain.data_prep.growth import index_documents, parents_failures, parents_inputs, parents_sources
 from weftrain.data_prep.stages.part_notes import in_blocks, read_failures, read_note
 from weftrain.data_prep.stages.pieces import Piece
-from weftrain.data_prep.stages.plan import Limits, Plan, clamped, power_of_two
+from weftrain.data_prep.stages.plan import Limits, PrepPlan, clamped, power_of_two
 from weftrain.data_prep.stages.table_file import Table, write_table
 from weftrain.data_prep.tokens.packing import split
 
 _SHOWN_FAILURES = 8
 
 
-def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
+def survey(plan: PrepPlan, max_failures: int) -> dict[str, Any]:
     """Write survey.json, inputs.jsonl, the sources' names and the list of pieces. Raises DataError for too many
     failures.
 
@@ -44,7 +44,7 @@ def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
     failed = check_failures(plan, "parts", max_failures)
     index_documents(plan)
     encoded: Counter[str] = Counter()
-    pieces = _Pieces(plan)
+    pieces = _PieceList(plan)
     for part, (note, base_file, base) in enumerate(part_notes(plan, "parts")):
         encoded.update(note["encoded"])
         for piece in range(note["pieces"]):
@@ -65,7 +65,7 @@ def survey(plan: Plan, max_failures: int) -> dict[str, Any]:
     return found
 
 
-def _write_inputs(plan: Plan) -> dict[str, Any]:
+def _write_inputs(plan: PrepPlan) -> dict[str, Any]:
     """Write inputs.jsonl: files that were read, then files that were skipped, the parent's first in each group.
 
     Returns what the manifest says of it.
@@ -122,13 +122,13 @@ def arrangement(limits: Limits, pieces: int, num_bytes: int, *, as_read: bool) -
     return {"buckets": buckets, "runs": runs, "run_pieces": run_pieces, "run_slices": run_slices}
 
 
-class _Pieces:
+class _PieceList:
     """All pieces in reading order: their part, where their records count from, and their sources.
 
     Memory: about 50 bytes per source of a piece, less than the names, of which there may be millions.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: PrepPlan) -> None:
         self.read = self.num_bytes = 0
         self._inherited = _identities(entry.name for entry in parents_sources(plan))
         self._columns: dict[str, array[int]] = {name: array("q") for name in ("part", "piece", "base_file", "base")}
@@ -144,7 +144,7 @@ class _Pieces:
         self.read += table.note["read"]
         self.num_bytes += table.num_bytes
 
-    def write(self, plan: Plan) -> int:
+    def write(self, plan: PrepPlan) -> int:
         """Number the sources by first appearance; write their names and all pieces. Returns the number of sources."""
         numbers = _numbers(np.concatenate([self._inherited, *self._identities]))[len(self._inherited) :]
         ends = np.cumsum([len(identities) for identities in self._identities])
@@ -184,7 +184,7 @@ def _numbers(identities: np.ndarray) -> np.ndarray:
     return numbers
 
 
-def pieces_of(plan: Plan, first: int, stop: int | None = None) -> list[Piece]:
+def pieces_of(plan: PrepPlan, first: int, stop: int | None = None) -> list[Piece]:
     """Pieces first..stop-1, or to the last, as the survey listed them. Raises DataError."""
     table = Table(plan.pieces_file)
     stop = table.length("part") if stop is None else min(stop, table.length("part"))
@@ -199,7 +199,7 @@ def pieces_of(plan: Plan, first: int, stop: int | None = None) -> list[Piece]:
     return pieces
 
 
-def part_notes(plan: Plan, stage: str) -> Iterator[tuple[dict[str, Any], int, int]]:
+def part_notes(plan: PrepPlan, stage: str) -> Iterator[tuple[dict[str, Any], int, int]]:
     """Each part's note, its first file, and how many records of that file earlier parts hold. stage: 'samples' or
     'parts'.
     """
@@ -212,7 +212,7 @@ def part_notes(plan: Plan, stage: str) -> Iterator[tuple[dict[str, Any], int, in
             last, records = file, (records if file == last else 0) + count
 
 
-def check_failures(plan: Plan, stage: str, max_failures: int) -> int:
+def check_failures(plan: PrepPlan, stage: str, max_failures: int) -> int:
     """Write failures.jsonl and return the number of failures. Raises DataError naming the first if too many."""
     path, shown, count = plan.dataset / FAILURES, [], 0
 
@@ -237,7 +237,7 @@ def check_failures(plan: Plan, stage: str, max_failures: int) -> int:
     return count
 
 
-def _placed_failures(plan: Plan, stage: str) -> Iterator[dict[str, str]]:
+def _placed_failures(plan: PrepPlan, stage: str) -> Iterator[dict[str, str]]:
     """All failures with their line in the file."""
     for part, (note, base_file, base) in enumerate(part_notes(plan, stage)):
         if note["failed"]:

@@ -23,7 +23,7 @@ from weftrain.data_prep.readers.documents import Document, Failure, FileRead, te
 from weftrain.data_prep.readers.shares import read_part
 from weftrain.data_prep.stages.part_notes import FailureList, Shares
 from weftrain.data_prep.stages.pieces import DOCUMENT, Gathered, sorted_places, write_piece
-from weftrain.data_prep.stages.plan import Plan, order_key
+from weftrain.data_prep.stages.plan import PrepPlan, order_key
 from weftrain.data_prep.tokens.tokenization import Counts, TextEncoder, encoder_for
 
 _ENCODE_BYTES, _ENCODE_DOCUMENTS = 4 << 20, 1 << 15  # texts encoded at once
@@ -54,7 +54,7 @@ class _Text(NamedTuple):
     num_bytes: int
 
 
-def tokenize_part(plan: Plan, index: int) -> None:
+def tokenize_part(plan: PrepPlan, index: int) -> None:
     """Read and encode part `index` into its pieces. Raises DataError for inputs that changed, OSError."""
     shares = Shares()
     with FailureList(plan.failures_file("parts", index)) as failures:
@@ -84,7 +84,7 @@ def tokenize_part(plan: Plan, index: int) -> None:
 class _PartWriter:
     """Encodes the documents of a part in batches and writes a piece whenever it has its size."""
 
-    def __init__(self, plan: Plan, part: int, failures: FailureList) -> None:
+    def __init__(self, plan: PrepPlan, part: int, failures: FailureList) -> None:
         self._plan, self._part, self._failures = plan, part, failures
         self._encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.markers, plan.engine)
         self._rows = _Rows()
@@ -139,7 +139,7 @@ class _PartWriter:
 
 
 def _take(
-    rows: _Rows, document: Document, record: int, content: bytes, num_bytes: int, plan: Plan, encoder: TextEncoder
+    rows: _Rows, document: Document, record: int, content: bytes, num_bytes: int, plan: PrepPlan, encoder: TextEncoder
 ) -> None:
     rows.content.append(content)
     settings = plan.settings
@@ -155,7 +155,7 @@ def _take(
 
 
 def _take_tokens(
-    rows: _Rows, document: Document, record: int, encoder: TextEncoder, plan: Plan, failures: FailureList
+    rows: _Rows, document: Document, record: int, encoder: TextEncoder, plan: PrepPlan, failures: FailureList
 ) -> None:
     """Take a document that was tokenised elsewhere; a whole document loses its start and end token."""
     tokens = document.tokens
@@ -185,7 +185,7 @@ def _take_tokens(
         rows.marks.append(np.full(len(tokens), LOSS, np.uint8) if marks is None else marks.astype(np.uint8))
 
 
-def _write(plan: Plan, part: int, piece: int, columns: _Rows, encoder: TextEncoder, first_place: int) -> None:
+def _write(plan: PrepPlan, part: int, piece: int, columns: _Rows, encoder: TextEncoder, first_place: int) -> None:
     """Write a piece. first_place: number of documents in the part's earlier pieces."""
     count, settings = len(columns.content), plan.settings
     rows = np.zeros(count, DOCUMENT)
@@ -209,7 +209,7 @@ def _write(plan: Plan, part: int, piece: int, columns: _Rows, encoder: TextEncod
 class _Places(Sequence[str]):
     """Where documents lie, formatted only when a message needs it."""
 
-    def __init__(self, plan: Plan, texts: Sequence[_Text]) -> None:
+    def __init__(self, plan: PrepPlan, texts: Sequence[_Text]) -> None:
         self._plan, self._texts = plan, texts
 
     def __len__(self) -> int:

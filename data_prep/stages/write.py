@@ -15,11 +15,11 @@ from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.formats.dataset import VERSION, write_dataset_manifest, write_sources
 from weftrain.core.formats.dataset_manifest import (
+    AppliedFim,
     Chunks,
     Corpus,
     DatasetManifest,
     DocumentCounts,
-    FimPrepared,
     SetEntry,
     ShardEntry,
     SourceEntry,
@@ -33,13 +33,13 @@ from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.growth import Added, parent_manifest, parents_sources, put_parents_shards, with_parents
 from weftrain.data_prep.stages.order import HELDOUT, STREAM_COLUMNS, Stream, stream_names, with_padding
-from weftrain.data_prep.stages.plan import Plan, preparation
+from weftrain.data_prep.stages.plan import PrepPlan, preparation
 from weftrain.data_prep.stages.survey import load_json
 from weftrain.data_prep.stages.table_file import Table
 from weftrain.data_prep.tokens.tokenization import DIFFERED, TextEncoder, encoder_for
 
 
-def lay_out(plan: Plan) -> dict[str, Any]:
+def lay_out(plan: PrepPlan) -> dict[str, Any]:
     """Decide which rows each shard holds, and write layout.json. Raises DataError where a set has no row.
 
     `shards`: (set, number within it, stream, first row of the stream, rows). `ends`: for each stream, the tokens up to
@@ -66,7 +66,7 @@ def lay_out(plan: Plan) -> dict[str, Any]:
 
 
 def _lay_out_set(
-    plan: Plan, set_name: str, streams: list[str], notes: list[dict[str, Any]]
+    plan: PrepPlan, set_name: str, streams: list[str], notes: list[dict[str, Any]]
 ) -> tuple[dict[str, Any], list[list[Any]]]:
     """What the manifest counts of a set, and its shards. notes: of each bucket. Raises DataError."""
     tokens = {name: sum(note["tokens"][name] for note in notes) for name in streams}
@@ -100,7 +100,7 @@ def _lay_out_set(
     return counts, shards
 
 
-def _write_sources(plan: Plan, found: dict[str, Any]) -> str:
+def _write_sources(plan: PrepPlan, found: dict[str, Any]) -> str:
     """Write sources.jsonl: names with the counts over all buckets. Returns its SHA-256."""
     totals = np.zeros((found["num_sources"], 3), np.int64)
     for bucket in range(found["buckets"]):
@@ -116,7 +116,7 @@ def _write_sources(plan: Plan, found: dict[str, Any]) -> str:
         return write_sources(plan.dataset, entries).sha256
 
 
-def _cut_stride(plan: Plan) -> int:
+def _cut_stride(plan: PrepPlan) -> int:
     """Distance between the first tokens of neighbouring rows of a stream. (Released FIM cuts overlapping rows and makes
     rows that share no token.)
     """
@@ -124,17 +124,17 @@ def _cut_stride(plan: Plan) -> int:
     return plan.settings.sequence_length if released else plan.row_stride
 
 
-def _rows(plan: Plan, tokens: int) -> int:
+def _rows(plan: PrepPlan, tokens: int) -> int:
     stride = _cut_stride(plan)
     return max(0, 1 + (tokens - plan.settings.row_tokens) // stride) if tokens else 0
 
 
-def _tokens_used(plan: Plan, rows: int, streams: int) -> int:
+def _tokens_used(plan: PrepPlan, rows: int, streams: int) -> int:
     """Tokens of all streams together; a token that neighbouring rows share counts once."""
     return rows * _cut_stride(plan) + (streams if _cut_stride(plan) == plan.settings.sequence_length else 0)
 
 
-def _chunk_rows(plan: Plan, rows: int) -> int:
+def _chunk_rows(plan: PrepPlan, rows: int) -> int:
     """Rows of each chunk: all equal, and whole steps where the batch size is known."""
     chunks, step_rows = plan.settings.chunks or 1, plan.settings.global_batch_size or 1
     each = rows // chunks // step_rows * step_rows
@@ -146,7 +146,7 @@ def _chunk_rows(plan: Plan, rows: int) -> int:
     return each
 
 
-def write_one_shard(plan: Plan, index: int) -> None:
+def write_one_shard(plan: PrepPlan, index: int) -> None:
     """Write shard `index` of the layout and then its record. Raises DataError, OSError."""
     layout, found = load_json(plan.layout_file), load_json(plan.survey_file)
     set_name, number, name, first, rows = layout["shards"][index]
@@ -181,7 +181,7 @@ def write_one_shard(plan: Plan, index: int) -> None:
     fsops.write_bytes(plan.shard_record(index), canonical_json(entry.model_dump(mode="json")) + b"\n")
 
 
-def _cut(plan: Plan, name: str, ends: list[int], start: int, stop: int) -> Stream:
+def _cut(plan: PrepPlan, name: str, ends: list[int], start: int, stop: int) -> Stream:
     """Tokens start..stop-1 of a stream, read from the buckets that hold them; `end` counts from `start`."""
     tokens: np.ndarray | None = None
     mask: np.ndarray | None = None
@@ -211,7 +211,7 @@ def _cut(plan: Plan, name: str, ends: list[int], start: int, stop: int) -> Strea
     return Stream(tokens, mask, *rest)  # type: ignore[arg-type]
 
 
-def _released(plan: Plan, cut: Stream, first: int, rows: int, encoder: TextEncoder) -> Stream:
+def _released(plan: PrepPlan, cut: Stream, first: int, rows: int, encoder: TextEncoder) -> Stream:
     """Rows transformed one by one, as the released scripts did."""
     from weftrain.data_prep.fim.released import released_row
 
@@ -239,7 +239,7 @@ def _released(plan: Plan, cut: Stream, first: int, rows: int, encoder: TextEncod
     return with_padding(cut, joined, None if mask.all() else mask, np.array(lengths), np.array(of_document))
 
 
-def finish(plan: Plan, name: str) -> DatasetManifest:
+def finish(plan: PrepPlan, name: str) -> DatasetManifest:
     """Write the manifest once every shard is there, and open each set as a reader would. Raises DataError."""
     layout, found = load_json(plan.layout_file), load_json(plan.survey_file)
     encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.markers, plan.engine)
@@ -288,7 +288,7 @@ def finish(plan: Plan, name: str) -> DatasetManifest:
     return manifest
 
 
-def _added(plan: Plan, found: dict[str, Any], layout: dict[str, Any], encoder: TextEncoder) -> Added:
+def _added(plan: PrepPlan, found: dict[str, Any], layout: dict[str, Any], encoder: TextEncoder) -> Added:
     """Counts of the new inputs, for the manifest."""
     inputs = found["inputs"]
     return Added(
@@ -317,25 +317,25 @@ def _added(plan: Plan, found: dict[str, Any], layout: dict[str, Any], encoder: T
     )
 
 
-def _chunks(plan: Plan, train: SetEntry) -> Chunks | None:
+def _chunks(plan: PrepPlan, train: SetEntry) -> Chunks | None:
     count = plan.settings.chunks
     if count is None:
         return None
     return Chunks(count=count, rows=train.n_examples // count, global_batch_size=plan.settings.global_batch_size)
 
 
-def _fim_prepared(plan: Plan, encoder: TextEncoder) -> FimPrepared | None:
+def _fim_prepared(plan: PrepPlan, encoder: TextEncoder) -> AppliedFim | None:
     settings = plan.settings.fim
     if settings is None:
         return None
     tokens = encoder.names_of(index for index in fim.fim_ids(encoder) if index is not None)
-    return FimPrepared(
+    return AppliedFim(
         rate=settings.rate, spm_share=settings.spm_share, mode=settings.mode, seed=plan.settings.seed, tokens=tokens
     )
 
 
 def _set_entry(
-    plan: Plan,
+    plan: PrepPlan,
     entry: dict[str, Any],
     layout: dict[str, Any],
     records: list[ShardEntry],

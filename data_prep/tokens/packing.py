@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Piece(NamedTuple):
+class PackedPiece(NamedTuple):
     """Tokens start..stop-1 of a document."""
 
     document: int
@@ -26,15 +26,15 @@ def split(array: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
     return [array[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
 
 
-def best_fit_rows(lengths: np.ndarray, row_tokens: int) -> list[list[Piece]]:
+def best_fit_rows(lengths: np.ndarray, row_tokens: int) -> list[list[PackedPiece]]:
     """int64 [documents] lengths -> the pieces of each row, in document order; a function of the lengths alone."""
     pieces = [
-        Piece(document, start, min(start + row_tokens, length))
+        PackedPiece(document, start, min(start + row_tokens, length))
         for document, length in enumerate(lengths.tolist())
         for start in range(0, length, row_tokens)
     ]
     pieces.sort(key=lambda piece: (piece.start - piece.stop, piece.document, piece.start))
-    rows: list[list[Piece]] = []
+    rows: list[list[PackedPiece]] = []
     by_room: dict[int, list[int]] = {}  # tokens left -> rows with that room, the newest last
     # bit r is set where by_room[r] holds a row: the lowest set bit from `length` on is the fullest row that fits
     rooms = 0

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from weftrain.cli.main import main
 from weftrain.core.errors import DataError
 from weftrain.data_prep.pipeline import Prepared, prepare
-from weftrain.data_prep.readers.documents import Skipped
+from weftrain.data_prep.readers.documents import SkippedFile
 from weftrain.data_prep.readers.listing import list_inputs
 from weftrain.data_prep.stages.plan import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
@@ -40,7 +40,7 @@ def prepared(folder: Path, encoder: TextEncoder, arguments: dict[str, Any] | Non
 
 def test_what_is_asked_for_and_recorded_otherwise(tmp_path: Path, encoder: TextEncoder) -> None:
     """Licence and failures are refused with what can be done; the engine and other files skipped are said."""
-    skipped = (Skipped("in/.x", 3, "hidden file"),)
+    skipped = (SkippedFile("in/.x", 3, "hidden file"),)
     first = prepared(tmp_path, encoder, {"engine": "tokenizers"}, licence="MIT", skipped=skipped)
     assert (first.up_to_date, first.manifest.corpus.licence) == (False, "MIT")
     for arguments, licence, notes in (

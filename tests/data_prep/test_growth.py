@@ -24,7 +24,7 @@ from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, sha256_json
 from weftrain.core.formats.dataset import open_inputs, open_sources, read_dataset_manifest, verify_tables
-from weftrain.core.formats.dataset_manifest import Fim
+from weftrain.core.formats.dataset_manifest import FimSettings
 from weftrain.core.formats.shard_set import ShardSet, open_set
 from weftrain.data_prep import growth
 from weftrain.data_prep.heldout import RULE, is_held_out
@@ -210,8 +210,8 @@ def test_the_same_bytes_by_several_processes(made: Prepare, texts: list[str], tm
     "settings",
     [
         {"packing": "best_fit"},
-        {"fim": Fim(rate=0.5, spm_share=0.5, mode="context")},
-        {"fim": Fim(rate=0.5, spm_share=0.5, mode="released")},
+        {"fim": FimSettings(rate=0.5, spm_share=0.5, mode="context")},
+        {"fim": FimSettings(rate=0.5, spm_share=0.5, mode="released")},
         {"order": "as_read"},
     ],
 )

@@ -21,7 +21,7 @@ from weftrain.core.data import open_heldout, open_training
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.dataset import TOKENIZER, open_inputs, open_sources, read_dataset_manifest, source_name
-from weftrain.core.formats.dataset_manifest import Fim
+from weftrain.core.formats.dataset_manifest import FimSettings
 from weftrain.core.formats.shard_set import ShardSet
 from weftrain.core.order.data_section import DataConfig
 from weftrain.data_prep.fim import exact as fim
@@ -39,7 +39,7 @@ from weftrain.data_prep.tokens.tokenization import TextEncoder, load_encoder
 Run = Callable[..., Prepared]
 
 
-CONTEXT = Fim(rate=0.5, spm_share=0.5, mode="context")
+CONTEXT = FimSettings(rate=0.5, spm_share=0.5, mode="context")
 
 
 def write_lines(path: Path, texts: list[str]) -> Path:
@@ -218,7 +218,7 @@ def test_any_number_of_processes_gives_the_same_bytes(run: Run) -> None:
     "settings",
     [
         {},
-        {"packing": "best_fit", "fim": Fim(rate=0.5, spm_share=0.5), "epochs": 2},
+        {"packing": "best_fit", "fim": FimSettings(rate=0.5, spm_share=0.5), "epochs": 2},
         {"fim": CONTEXT},
         {"order": "as_read"},
     ],
@@ -317,7 +317,7 @@ def test_run_again_it_is_up_to_date_and_other_settings_are_refused(run: Run, tex
         ({"sequence_length": 8}, "prepared with sequence_length 16, not 8"),
         ({"heldout_fraction": 0.1}, "prepared with heldout_fraction"),
         ({"tokenizer": None, "vocab_size": 300}, "prepared with tokenizer"),
-        ({"fim": Fim(rate=0.5, spm_share=0.5)}, "prepared with fim_rate None, not 0.5"),
+        ({"fim": FimSettings(rate=0.5, spm_share=0.5)}, "prepared with fim_rate None, not 0.5"),
         ({"packing": "best_fit"}, "prepared with packing 'concatenate'"),
         ({"inputs": texts[:-1]}, "was prepared from other text"),
         ({"inputs": [texts[0].upper(), *texts[1:]]}, "was prepared from other text"),
@@ -402,7 +402,7 @@ def test_best_fit_rows_hold_every_token_and_mask_the_padding(run: Run, texts: li
 
 
 def test_fim_is_recorded_and_every_document_comes_back(run: Run, texts: list[str], encoder: TextEncoder) -> None:
-    prepared = run(fim=Fim(rate=0.9, spm_share=0.5), epochs=2)
+    prepared = run(fim=FimSettings(rate=0.9, spm_share=0.5), epochs=2)
     manifest = prepared.manifest
     assert len(manifest.train.epochs) == 2
     assert sum(manifest.train.epochs) == manifest.train.n_examples
@@ -420,12 +420,12 @@ def test_fim_is_recorded_and_every_document_comes_back(run: Run, texts: list[str
     assert {fim.PSM, fim.SPM} <= set(transformed)
     assert modes[0] != modes[1]
     assert tree(prepared.folder) == tree(
-        run(output="again", fim=Fim(rate=0.9, spm_share=0.5), epochs=2, executor=LocalExecutor(2)).folder
+        run(output="again", fim=FimSettings(rate=0.9, spm_share=0.5), epochs=2, executor=LocalExecutor(2)).folder
     )
 
 
 def test_released_fim_is_the_same_on_any_number_of_processes(run: Run) -> None:
-    settings: dict[str, Any] = {"fim": Fim(rate=0.9, spm_share=0.5, mode="released"), "sequence_length": 48}
+    settings: dict[str, Any] = {"fim": FimSettings(rate=0.9, spm_share=0.5, mode="released"), "sequence_length": 48}
     one, two = run(output="a", **settings), run(output="b", **settings, executor=LocalExecutor(2))
     assert tree(one.folder) == tree(two.folder)
     assert one.manifest.row_stride == 49

@@ -42,7 +42,7 @@ from weftrain.data_prep.readers.listing import list_inputs
 from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.stages import plan
 from weftrain.data_prep.stages.executors import Executor, LocalExecutor, RayExecutor, Stage, run_task
-from weftrain.data_prep.stages.plan import Inputs, Plan
+from weftrain.data_prep.stages.plan import Inputs, PrepPlan
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 EOS = "</s>"
@@ -347,7 +347,7 @@ class OutOfOrder:
     leads = True
     alone = True
 
-    def run(self, plan: Plan, stage: Stage, on_done: Callable[[int], None]) -> None:
+    def run(self, plan: PrepPlan, stage: Stage, on_done: Callable[[int], None]) -> None:
         pending = stage.pending(plan)
         for index in set(range(stage.count(plan))) - set(pending):
             on_done(index)

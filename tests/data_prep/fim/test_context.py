@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from weftrain.core.data import open_training
 from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset_manifest import Fim
+from weftrain.core.formats.dataset_manifest import FimSettings
 from weftrain.core.formats.shard_set import ShardSet
 from weftrain.core.order.data_section import DataConfig
 from weftrain.data_prep.fim import exact as fim
@@ -110,7 +110,7 @@ def test_no_document_is_no_piece(together: bool) -> None:
 # -- through prepare()
 
 S = 24
-CONTEXT = Fim(rate=0.9, spm_share=0.5, mode="context")
+CONTEXT = FimSettings(rate=0.9, spm_share=0.5, mode="context")
 
 
 @pytest.fixture

@@ -203,7 +203,7 @@ def peak():
 before = peak()
 for path in sys.argv[1:]:
     file = InputFile(path, "t", "s", "arrow", os.path.getsize(path), None)
-    assert sum(isinstance(item, Document) for item in arrow.READER.read(0, file, Share(0, 0, -1), ReadOptions())) == 400
+    assert sum(isinstance(item, Document) for item in arrow.READERS[0].read(0, file, Share(0, 0, -1), ReadOptions())) == 400
 print(peak() - before)
 """
     paths = [str(tmp_path / "file.arrow"), str(tmp_path / "stream.arrow")]

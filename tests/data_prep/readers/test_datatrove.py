@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset_manifest import Fim
+from weftrain.core.formats.dataset_manifest import FimSettings
 from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.readers.documents import Document, Failure
@@ -83,7 +83,7 @@ def test_a_loss_mask_and_fill_in_the_middle_do_not_go_together(tmp_path: Path, e
     path = write(tmp_path / "in", loss=[1, 0, 1, 1, 1, 0, 0, 1])
     (tmp_path / "tokenizer.json").write_bytes(encoder.data)
     inputs = Inputs(tuple(list_inputs([str(path)], source=None)), "ids", "none", ReadOptions(sequence_length=4))
-    fim = Fim.model_validate({"rate": 1.0, "spm_share": 0.5, "mode": mode})
+    fim = FimSettings.model_validate({"rate": 1.0, "spm_share": 0.5, "mode": mode})
     with pytest.raises(DataError, match=r"_unshuffled\.ds:1: has a loss mask.* leave --fim-rate or the mask out"):
         prepare(inputs, tmp_path / "out", name="d", tokenizer=tmp_path / "tokenizer.json", sequence_length=4, fim=fim)
 

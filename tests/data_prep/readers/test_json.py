@@ -206,7 +206,7 @@ def test_a_long_line_is_held_once(tmp_path: Path) -> None:
     path.write_text('{"text": "' + "x" * size + '\U0001f600"}\n{"text": "b"}\n', encoding="utf-8")
     status = path.stat()
     file = InputFile(str(path), path.name, "s", "jsonl", status.st_size, status.st_mtime_ns)
-    items = json_lines.READER.read(0, file, Share(0, 0, -1), ReadOptions())
+    items = json_lines.READERS[0].read(0, file, Share(0, 0, -1), ReadOptions())
     tracemalloc.start()
     first = next(items)
     held_bytes = tracemalloc.get_traced_memory()[0]
@@ -234,4 +234,4 @@ def test_a_large_array_is_read_in_a_window(tmp_path: Path, read_all: Read) -> No
 def _stream(path: Path) -> Any:
     status = path.stat()
     file = InputFile(str(path), path.name, "s", "json", status.st_size, status.st_mtime_ns)
-    return json_array.READER.read(0, file, Share(0, 0, -1), ReadOptions())
+    return json_array.READERS[0].read(0, file, Share(0, 0, -1), ReadOptions())

@@ -158,9 +158,9 @@ import sys
 import pyarrow
 from weftrain.data_prep.readers.documents import Document, InputFile, Share
 from weftrain.data_prep.readers.read_options import ReadOptions
-from weftrain.data_prep.readers.parquet import READER
+from weftrain.data_prep.readers.parquet import READERS
 file = InputFile(sys.argv[1], "t", "s", "parquet", 0, None)
-print(sum(isinstance(item, Document) for item in READER.read(0, file, Share(0, 0, -1), ReadOptions())))
+print(sum(isinstance(item, Document) for item in READERS[0].read(0, file, Share(0, 0, -1), ReadOptions())))
 print(pyarrow.default_memory_pool().max_memory())
 """
     done = subprocess.run(

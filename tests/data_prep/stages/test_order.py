@@ -14,7 +14,7 @@ from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import open_inputs, open_sources, verify_tables
 from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.pipeline import prepare
-from weftrain.data_prep.readers.documents import Skipped
+from weftrain.data_prep.readers.documents import SkippedFile
 from weftrain.data_prep.readers.listing import list_inputs
 from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.stages import plan
@@ -84,9 +84,9 @@ def test_files_that_were_left_out_are_listed_and_counted(tmp_path: Path, encoder
     """After the files that were read, so that no document's number of a file changes."""
     (tmp_path / "tokenizer.json").write_bytes(encoder.data)
     skipped = (
-        Skipped("in/.x", 3, "hidden file"),
-        Skipped("in/a.gz.part", 9, "unfinished download"),
-        Skipped("in/.y", 0, "hidden file"),
+        SkippedFile("in/.x", 3, "hidden file"),
+        SkippedFile("in/a.gz.part", 9, "unfinished download"),
+        SkippedFile("in/.y", 0, "hidden file"),
     )
     inputs = inputs_of(tmp_path / "t.jsonl", [{"text": "the weft " * 9, "url": "a"}], skipped=skipped)
     arguments = {"name": "d", "tokenizer": tmp_path / "tokenizer.json", "sequence_length": 16, "heldout_fraction": 0.0}

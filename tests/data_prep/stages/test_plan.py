@@ -11,17 +11,17 @@ from fault_injection import DEATHS, Death, Faults, injected
 from weftrain.core.errors import DataError
 from weftrain.core.formats.line_table import LineTable
 from weftrain.data_prep.readers import shares
-from weftrain.data_prep.readers.documents import InputFile, Skipped
-from weftrain.data_prep.stages.plan import PLAN, Inputs, Plan, Settings, is_saved, load_plan, make_plan, save_plan
+from weftrain.data_prep.readers.documents import InputFile, SkippedFile
+from weftrain.data_prep.stages.plan import PLAN, Inputs, PrepPlan, Settings, is_saved, load_plan, make_plan, save_plan
 
 SETTINGS = Settings("x" * 64, None, None, 16, 0.1, 100, 0)
 
 
-def plan_of(folder: Path, files: int) -> Plan:
+def plan_of(folder: Path, files: int) -> PrepPlan:
     listed = tuple(
         InputFile(f"/in/{index:07d}.txt", f"in/{index:07d}.txt", "in", "text", 300, index) for index in range(files)
     )
-    skipped = (Skipped("in/.hidden", 3, "hidden file"),)
+    skipped = (SkippedFile("in/.hidden", 3, "hidden file"),)
     return make_plan(folder / "work", Inputs(listed, "many", skipped=skipped), SETTINGS, "auto")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset_manifest import Fim
+from weftrain.core.formats.dataset_manifest import FimSettings
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.readers.listing import list_inputs
 from weftrain.data_prep.stages import plan
@@ -43,7 +43,7 @@ def test_a_local_cluster_of_two_workers_gives_the_same_bytes(
         "sequence_length": 16,
         "heldout_fraction": 0.2,
     }
-    settings |= {"rows_per_shard": 20, "fim": Fim(rate=0.5, spm_share=0.5)}
+    settings |= {"rows_per_shard": 20, "fim": FimSettings(rate=0.5, spm_share=0.5)}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         done: list[tuple[str, int]] = []

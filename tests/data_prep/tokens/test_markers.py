@@ -17,7 +17,7 @@ from weftrain.cli.main import main
 from weftrain.core.errors import DataError
 from weftrain.core.formats.canonical import canonical_json, sha256_json
 from weftrain.core.formats.dataset import read_dataset_manifest
-from weftrain.core.formats.dataset_manifest import Fim
+from weftrain.core.formats.dataset_manifest import FimSettings
 from weftrain.core.formats.shard_set import ShardSet, open_set
 from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.interchange import export_megatron, whole_documents
@@ -204,7 +204,7 @@ def test_tokenised_documents_carry_their_tokens_once(tokenizer: Path, texts: lis
 
 @pytest.mark.parametrize("around", AROUND)
 def test_named_fim_tokens_are_used_and_recorded(tokenizer: Path, texts: list[str], around: dict[str, Any]) -> None:
-    settings: dict[str, Any] = {"fim": Fim(rate=0.9, spm_share=0.5), "fim_tokens": ANGLES, "order": "as_read"}
+    settings: dict[str, Any] = {"fim": FimSettings(rate=0.9, spm_share=0.5), "fim_tokens": ANGLES, "order": "as_read"}
     prepared = make(tokenizer, lines(tokenizer.parent / "t.jsonl", texts), "d", **settings, **around)
     assert prepared.manifest.fim is not None
     assert prepared.manifest.fim.tokens == ANGLES
@@ -227,9 +227,9 @@ def fim_records(reader: Any) -> list[tuple[int, int, int]]:
 
 
 def test_what_is_refused_before_anything_is_read(tokenizer: Path, texts: list[str]) -> None:
-    path, released = lines(tokenizer.parent / "t.jsonl", texts), Fim(rate=0.5, spm_share=0.5, mode="released")
+    path, released = lines(tokenizer.parent / "t.jsonl", texts), FimSettings(rate=0.5, spm_share=0.5, mode="released")
     for changes, message in (
-        ({"fim": Fim(rate=0.5, spm_share=0.5)}, "name its own with --fim-tokens"),
+        ({"fim": FimSettings(rate=0.5, spm_share=0.5)}, "name its own with --fim-tokens"),
         ({"fim": released, "fim_tokens": ANGLES, "bos": None}, "name one as the fourth of --fim-tokens"),
         ({"fim": released, "fim_tokens": (*ANGLES, "<unk>")}, "give no --bos and no --eos none"),
         ({"fim_tokens": ANGLES[:2]}, "three or four names"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weftrain.data_prep.tokens.packing import Piece, best_fit_rows
+from weftrain.data_prep.tokens.packing import PackedPiece, best_fit_rows
 
 
 @settings(deadline=None, max_examples=200)
@@ -35,14 +35,14 @@ def test_the_fullest_row_that_fits_is_taken() -> None:
     fills the 7.
     """
     rows = best_fit_rows(np.array([7, 3, 6, 4]), 10)
-    assert rows == [[Piece(0, 0, 7), Piece(1, 0, 3)], [Piece(2, 0, 6), Piece(3, 0, 4)]]
+    assert rows == [[PackedPiece(0, 0, 7), PackedPiece(1, 0, 3)], [PackedPiece(2, 0, 6), PackedPiece(3, 0, 4)]]
 
 
 def test_long_documents_fill_whole_rows_and_their_rests_are_placed() -> None:
     assert best_fit_rows(np.array([25, 5]), 10) == [
-        [Piece(0, 0, 10)],
-        [Piece(0, 10, 20)],
-        [Piece(0, 20, 25), Piece(1, 0, 5)],
+        [PackedPiece(0, 0, 10)],
+        [PackedPiece(0, 10, 20)],
+        [PackedPiece(0, 20, 25), PackedPiece(1, 0, 5)],
     ]
 
 
