@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -44,13 +45,17 @@ def _console() -> Console:
 @data.command()
 @_FOLDER
 @_SET
-def stats(folder: Path, set_name: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (docs/json-output.md) instead of lines.")
+def stats(folder: Path, set_name: str, as_json: bool) -> None:
     """Print what the dataset in FOLDER holds: tokens by source, lengths, padding, FIM, duplicates."""
-    from weftrain.analysis.dataset.stats import dataset_stats, source_lines, stats_lines
+    from weftrain.analysis.dataset.stats import dataset_stats, source_lines, stats_json, stats_lines
 
-    console = _console()
+    console = Console(stderr=as_json)
     with Bar(console, "count", 1) as bar:
         found = dataset_stats(folder, set_name, lambda done, total: bar.update(done, "shards", None, total))
+    if as_json:
+        click.echo(json.dumps(stats_json(found), indent=1))
+        return
     for line in [*stats_lines(found), *source_lines(found)]:
         console.print(line)
 

@@ -5,6 +5,7 @@ starts.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +66,7 @@ class _Rate(click.ParamType):
     help="Folder whose disk is measured.",
 )
 @click.option("--link", "link_gb", type=_Rate(), help="GB/s between replicas, if the run has any (without --devices).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (docs/json-output.md) instead of tables.")
 @click.pass_context
 def plan(
     context: click.Context,
@@ -76,6 +78,7 @@ def plan(
     network_gb: float | None,
     disk: Path,
     link_gb: float | None,
+    as_json: bool,
 ) -> None:
     """Predict a step of RECIPE from this machine's measured matrix multiply, memory and disk, which takes some seconds.
 
@@ -91,7 +94,7 @@ def plan(
     if devices is not None and backend is None:
         backend = "cuda"
     found = resolve(recipe, overrides, backend)
-    console = Console()
+    console = Console(quiet=as_json)
     given = found.recipe.backend.options.items()
     options = " ".join(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given)
     console.print(f"backend          {found.backend.name}{': ' if options else ''}{options}")
@@ -100,8 +103,33 @@ def plan(
         if devices is None
         else _by_name(console, found, devices, per_node, network_gb)
     )
+    if as_json:
+        click.echo(json.dumps(_as_json(found, prediction), indent=1))
     if prediction.fits is False:
         _refuse(prediction)
+
+
+def _as_json(found: Resolved, prediction: Prediction) -> dict[str, object]:
+    recipe = found.recipe
+    return {
+        "schema_version": 1,
+        "recipe": recipe.name,
+        "backend": found.backend.name,
+        "options": dict(recipe.backend.options),
+        "step_s": prediction.step_s,
+        "tokens_per_second": recipe.tokens_per_step / prediction.step_s,
+        "run_s": recipe.schedule.steps * prediction.step_s,
+        "limit": prediction.limit,
+        "parts_s": dict(prediction.parts),
+        "memory_bytes": dict(prediction.needs.memory_bytes),
+        "total_memory_bytes": prediction.needs.total_memory_bytes,
+        "disk_bytes": prediction.needs.disk_bytes,
+        "sent_bytes": dict(prediction.sent_bytes),
+        "capacity_bytes": prediction.capacity_bytes,
+        "fits": prediction.fits,
+        "largest_micro_batch": prediction.largest_micro_batch,
+        "remedies": list(prediction.remedies),
+    }
 
 
 def _here(console: Console, found: Resolved, disk: Path, link_gb: float | None) -> Prediction:

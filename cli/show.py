@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_g
 from weftrain.core.order.data_section import SkipRule
 from weftrain.core.order.mixture import make_mixture, source_shares
 from weftrain.core.order.timeline import timeline
-from weftrain.core.parameters import flops_per_token, parameter_specs
+from weftrain.core.parameters import flops_per_token, parameter_count, parameter_specs
 from weftrain.core.prediction import Predictor
 from weftrain.core.recipe_file import builtin_recipes, load_recipe
 
@@ -36,13 +37,20 @@ from weftrain.core.recipe_file import builtin_recipes, load_recipe
 @click.option(
     "--backend", help="Also show what a step of this backend does (streaming: its schedule, with every byte)."
 )
-def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...], backend: str | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (docs/json-output.md) instead of tables.")
+def show(
+    recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...], backend: str | None, as_json: bool
+) -> None:
     """Print a resolved recipe with its arithmetic: parameters, tokens, steps, learning rates, bytes.
 
     RECIPE is a built-in name or the path of a .yaml file; without it, the built-in recipes are listed.
     """
     console = Console()
     if recipe is None:
+        if as_json:
+            names = {name: load_recipe(name).recipe.description for name in builtin_recipes()}
+            click.echo(json.dumps({"schema_version": 1, "recipes": names}, indent=1))
+            return
         table = Table("recipe", "what it is", box=None)
         for name in builtin_recipes():
             table.add_row(name, load_recipe(name).recipe.description)
@@ -55,6 +63,9 @@ def show(recipe: str | None, overrides: tuple[str, ...], steps: tuple[int, ...],
     ]
     if beyond:
         raise click.BadParameter(f"step {beyond[0]} lies beyond the learning-rate schedule", param_hint="--step")
+    if as_json:
+        click.echo(json.dumps(_as_json(resolved_recipe, steps), indent=1))
+        return
     console.print(dump_yaml(resolved_recipe.model_dump(mode="json")))
     for line in arithmetic(resolved_recipe):
         console.print(line)
@@ -115,6 +126,23 @@ def arithmetic(recipe: Recipe) -> list[str]:
                 f"source       {source.name:<14} {part:8.4%} = {part * tokens * schedule.steps / 1e9:,.2f} B tokens"
             )
     return lines
+
+
+def _as_json(recipe: Recipe, steps: Sequence[int]) -> dict[str, object]:
+    groups = parameter_groups(recipe.model, recipe.optimizer)
+    parameters, tokens = parameter_count(recipe.model), recipe.tokens_per_step
+    return {
+        "schema_version": 1,
+        "recipe": recipe.model_dump(mode="json"),
+        "parameters": parameters,
+        "tokens_per_step": tokens,
+        "tokens": tokens * recipe.schedule.steps,
+        "flops_per_token": flops_per_token(recipe.model, recipe.data.sequence_length),
+        "weight_bytes": 4 * parameters,
+        "gradient_bytes": 4 * parameters,
+        "optimizer_bytes": 8 * parameters,
+        "learning_rates": {str(step): group_learning_rates(groups, recipe.schedule, step) for step in (0, *steps)},
+    }
 
 
 def _skipped(entry: SkipRule) -> str:

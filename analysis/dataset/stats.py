@@ -139,6 +139,34 @@ def stats_lines(stats: DatasetStats) -> list[str]:
     return lines
 
 
+def stats_json(stats: DatasetStats) -> dict[str, object]:
+    """The numbers for programs (docs/json-output.md); length_counts has an entry for each LENGTH_EDGES interval."""
+    manifest, entry = stats.manifest, stats.manifest.sets["train" if stats.set_name == "train" else "heldout"]
+    return {
+        "schema_version": 1,
+        "dataset": manifest.name,
+        "set": stats.set_name,
+        "dataset_id": entry.id,
+        "rows": entry.n_examples,
+        "sequence_length": manifest.sequence_length,
+        "tokens": entry.tokens,
+        "documents": stats.documents,
+        "padding_tokens": stats.padding_tokens,
+        "dropped_tokens": entry.dropped_tokens,
+        "unknown_tokens": manifest.tokenization.unknown_tokens,
+        "bytes_per_token": stats.bytes_per_token,
+        "tokens_by_source": stats.tokens_by_source,
+        "other_sources": stats.other_sources,
+        "other_tokens": stats.other_tokens,
+        "lengths": stats.length_quantiles,
+        "length_edges": LENGTH_EDGES.tolist(),
+        "length_counts": stats.length_counts.tolist(),
+        "fim": stats.fim,
+        "vocab_size": manifest.vocab_size,
+        "token_ids_used": int(np.count_nonzero(stats.token_counts)),
+    }
+
+
 def _markers(manifest: DatasetManifest) -> str:
     """The ids with which documents begin and end. Rows that were packed elsewhere hold what they hold."""
     ends = [

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import pytest
 from click.testing import Result
+from json_page import documented
 from places import ROOT
 
 Weftrain = Callable[..., Result]
@@ -72,8 +73,11 @@ def test_stats(weftrain: Weftrain, root: Path) -> None:
     assert "121 read, 0 failed, 0 duplicates" in output
     assert re.search(r"fim +exact, rate 0.5, SPM share 0.5: plain \d\d\.\d\d%, PSM", output)
     assert re.search(r"source +<b>s</b> +[\d,]+ tokens 100.000%", output)
-    held = weftrain("data", "stats", root / "datasets" / "d", "--set", "heldout")
+    held = weftrain("data", "stats", root / "datasets" / "d", "--set", "heldout", "--json")
     assert held.exit_code == 0
+    found = json.loads(held.stdout)
+    assert set(found) - {"schema_version"} == documented("data stats FOLDER")
+    assert found["tokens_by_source"] == {"<b>s</b>": found["tokens"] - found["padding_tokens"]}
 
 
 def test_head_names_documents_and_shows_control_characters_as_escapes(weftrain: Weftrain, root: Path) -> None:
