@@ -61,7 +61,8 @@ def release(
     from weftrain.core.run.run_folder import held_run
     from weftrain.exchange.huggingface.files import tokenizer_files
     from weftrain.exchange.huggingface.folder import write_huggingface
-    from weftrain.exchange.release.release import SIGNATURE, build
+    from weftrain.exchange.release.build import Writers, build
+    from weftrain.exchange.release.release import SIGNATURE
     from weftrain.exchange.release.signature import sign
     from weftrain.exchange.release.verify import verify as verify_release
 
@@ -84,15 +85,17 @@ def release(
         made = build(
             run,
             target,
+            Writers(
+                card=lambda draft, line, recipe: model_card(run, draft, line, recipe),
+                revision_card=revision_card,
+                weights=write_weights,
+            ),
             version=importlib.metadata.version("weftrain"),
             weights_dtype=weights_dtype,
             licence=licence,
             data=data,
-            card=lambda draft, line, recipe: model_card(run, draft, line, recipe),
-            revision_card=revision_card,
-            write_weights=write_weights,
             check=lambda folder: verify_release(folder, signature=False),
-            root=data_root,
+            data_root=data_root,
             progress=lambda words: console.print(words),
         )
     if key is not None:

@@ -8,7 +8,7 @@ import pytest
 
 from weftrain.analysis.report.model_card import hub_licence, plain
 from weftrain.core.errors import ReleaseError, printable
-from weftrain.exchange.release.release import checked_licence
+from weftrain.exchange.release.build import checked_licence
 
 HOSTILE = [
     "<script>alert(1)</script>",
