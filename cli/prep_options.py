@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import get_args
 
 import click
 from click.core import ParameterSource
 
-STAGES = ("sample", "tokenize", "merge", "order", "write", "finish")
+from weftrain.data_prep.choices import NOT_STATED, STAGE_NAMES, Engine, Order, Packing, TokensDtype
+
 _PATH = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
 
@@ -42,7 +44,7 @@ _READING = [
     ),
     click.Option(
         ["--tokens-dtype"],
-        type=click.Choice(["uint16", "uint32", "int32", "int64"]),
+        type=click.Choice(get_args(TokensDtype)),
         help="Type of ids in files that do not state it (.npy, MDS bytes).  [default: by the vocabulary; MDS: int64]",
     ),
     click.Option(
@@ -54,7 +56,7 @@ _READING = [
         multiple=True,
         help="Within folders, read only names with this ending, e.g. .jsonl.gz (repeatable).  [default: all]",
     ),
-    click.Option(["--licence"], default="not stated", show_default=True, help="Licence of INPUTS, for the manifest."),
+    click.Option(["--licence"], default=NOT_STATED, show_default=True, help="Licence of INPUTS, for the manifest."),
 ]
 _DOCUMENTS = [
     click.Option(
@@ -92,7 +94,7 @@ _TOKENS = [
     click.Option(["--bos"], help="The token before each document, such as <s>.  [default: none]"),
     click.Option(
         ["--engine"],
-        type=click.Choice(["auto", "tokenizers", "gigatoken"]),
+        type=click.Choice(get_args(Engine)),
         default="auto",
         show_default=True,
         help="Library that encodes; auto: gigatoken where its ids are known to be those of tokenizers.",
@@ -102,14 +104,14 @@ _ROWS = [
     click.Option(["--sequence-length"], type=_COUNT, default=256, show_default=True, help="Sequence length in tokens."),
     click.Option(
         ["--packing"],
-        type=click.Choice(["concatenate", "best_fit"]),
+        type=click.Choice(get_args(Packing)),
         default="concatenate",
         show_default=True,
         help="How documents fill rows: one stream cut into rows, or whole documents and padding.",
     ),
     click.Option(
         ["--order"],
-        type=click.Choice(["shuffled", "as_read"]),
+        type=click.Choice(get_args(Order)),
         default="shuffled",
         show_default=True,
         help="Document order; as_read also keeps duplicates.",
@@ -178,7 +180,7 @@ _PROCESSES = [
     ),
     click.Option(["--index"], type=click.IntRange(min=0), help="For task: this member of the array, from 0."),
     click.Option(["--of"], type=_COUNT, help="For task: members of the array."),
-    click.Option(["--stage"], type=click.Choice(STAGES), help="For task: do only this stage."),
+    click.Option(["--stage"], type=click.Choice([*STAGE_NAMES, "finish"]), help="For task: do only this stage."),
     click.Option(["--ray-address"], help="For ray: the cluster's address.  [default: start one here]"),
 ]
 GROUPS = {

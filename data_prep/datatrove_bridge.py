@@ -246,9 +246,8 @@ def _named(name: str, step: Any) -> Any:
 
 
 def _decontamination(quality: Quality, folder: Path) -> Any:
-    """datatrove's filter over an index of the evaluation sets' n-grams, hashed as it hashes a document's.
-
-    datatrove's own indexer is for another library's registry of evaluation sets; ours are files.
+    """datatrove's filter over an index of the evaluation sets' n-grams, hashed as it hashes a document's. datatrove's
+    own indexer is for another library's registry of evaluation sets; ours are files.
     """
     from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
     from datatrove.utils.hashing import HashConfig, create_hash_func

@@ -15,9 +15,10 @@ from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import MANIFEST, open_inputs, read_dataset_manifest
 from weftrain.core.formats.dataset_manifest import DatasetManifest
 from weftrain.core.formats.shard_set import ShardSet
+from weftrain.data_prep.choices import NOT_STATED
 from weftrain.data_prep.growth import joined, parent_manifest
 from weftrain.data_prep.readers.shares import share_sha256
-from weftrain.data_prep.stages.plan import NOT_STATED, PrepPlan, Progress, preparation
+from weftrain.data_prep.stages.plan import PrepPlan, Progress, preparation
 
 _REMEDY = "give another --name, or remove it"
 

@@ -209,9 +209,8 @@ def _numbers(identities: np.ndarray) -> np.ndarray:
 
 
 def is_known(plan: PrepPlan, content: np.ndarray) -> np.ndarray:
-    """Whether the parent holds documents: SHA-256 uint8 [n, 32] -> bool [n].
-
-    Compares the 16 bytes that shards keep of each hash, and reads only the blocks of identities that can match.
+    """Whether the parent holds documents: SHA-256 uint8 [n, 32] -> bool [n]. Compares the 16 bytes that shards keep of
+    each hash, and reads only the blocks of identities that can match.
     """
     known = np.zeros(len(content), np.bool_)
     if plan.parent is None or plan.settings.order == "as_read" or not len(content):

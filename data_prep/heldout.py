@@ -35,9 +35,8 @@ class Decoder(Protocol):
 
 
 def text_hash(text: str) -> bytes:
-    """SHA-256 of rule 2: the text without white space (ASCII, Unicode, byte order mark), in NFC, as UTF-8.
-
-    White space is removed first, because NFC may then compose across it. Long texts are hashed in pieces.
+    """SHA-256 of rule 2: the text without white space (ASCII, Unicode, byte order mark), in NFC, as UTF-8. White space
+    is removed first, because NFC may then compose across it. Long texts are hashed in pieces.
     """
     digest, in_nfc = hashlib.sha256(), True
     for piece in _pieces(text):
@@ -72,9 +71,8 @@ def _without_space(text: str) -> bytes:
 
 
 def is_held_out(document: Document, content: bytes, rule: int, fraction: float, decoder: Decoder | None = None) -> bool:
-    """Whether a document is held out, by its own content or by that of the text it belongs to.
-
-    content: SHA-256 of its bytes, or of the ids of a tokenised document, which needs `decoder`.
+    """Whether a document is held out, by its own content or by that of the text it belongs to. content: SHA-256 of its
+    bytes, or of the ids of a tokenised document, which needs `decoder`.
     """
     return bool(fraction) and _is_below(_owner(document, content, rule, decoder), fraction)
 

@@ -28,7 +28,6 @@ def export_cerebras(
     folder: Path, set_name: str, to: Path, rows_per_file: int = 65_536, progress: Progress = no_progress
 ) -> list[Path]:
     """Write a set as `data` (N, 3, S) int32, gzip: input ids, loss mask, labels; with the attribute `n_examples`.
-
     Returns the files, NNNNN.h5 in `to`, which must hold none yet. Raises DataError, OSError.
     """
     manifest, shards = open_set(folder, set_name)
@@ -60,10 +59,8 @@ def export_cerebras(
 
 
 def export_megatron(folder: Path, set_name: str, to: Path, progress: Progress = no_progress) -> tuple[Path, Path]:
-    """Write a set as to.bin and to.idx (version 1), one sequence per document with its start and end token.
-
-    What the dataset dropped at its end is missing from the last document, and padding is left out. Raises DataError,
-    OSError.
+    """Write a set as to.bin and to.idx (version 1), one sequence per document with its start and end token. What the
+    dataset dropped at its end is missing from the last document, and padding is left out. Raises DataError, OSError.
     """
     manifest, shards = open_set(folder, set_name)
     paths = (to.with_name(f"{to.name}.bin"), to.with_name(f"{to.name}.idx"))
@@ -91,9 +88,8 @@ def export_megatron(folder: Path, set_name: str, to: Path, progress: Progress = 
 def whole_documents(
     manifest: DatasetManifest, shards: ShardSet, progress: Progress = no_progress
 ) -> Iterator[np.ndarray]:
-    """The tokens of each document of a set, in order, rejoined where shards or concatenated rows cut them.
-
-    In rows that stand alone (best fit, FIM by context) each piece of a long document counts as a document.
+    """The tokens of each document of a set, in order, rejoined where shards or concatenated rows cut them. In rows that
+    stand alone (best fit, FIM by context) each piece of a long document counts as a document.
     """
     shared = manifest.row_stride == manifest.sequence_length
     held: list[np.ndarray] = []

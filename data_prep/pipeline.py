@@ -19,6 +19,7 @@ from weftrain.core.formats import fsops
 from weftrain.core.formats.dataset import TOKENIZER
 from weftrain.core.formats.dataset_manifest import DatasetManifest, FimSettings
 from weftrain.core.formats.safe_names import path_below
+from weftrain.data_prep.choices import Order, Packing
 from weftrain.data_prep.existing import compare_existing
 from weftrain.data_prep.fim.exact import check_markers
 from weftrain.data_prep.growth import as_parent, check_growth, open_parent
@@ -28,8 +29,6 @@ from weftrain.data_prep.stages.part_notes import read_note
 from weftrain.data_prep.stages.plan import (
     SHARD_TOKENS,
     Inputs,
-    Order,
-    Packing,
     Parent,
     PrepPlan,
     Progress,

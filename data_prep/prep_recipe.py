@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
 from weftrain.core.formats.dataset_manifest import FimSettings
 from weftrain.core.formats.strict_model import Count, PositiveInt, StrictModel
 from weftrain.core.formats.strict_yaml import builtin_names, read_as, read_builtin, read_text
+from weftrain.data_prep.choices import NOT_STATED, Engine, Order, Packing, TokensDtype
 from weftrain.data_prep.quality import Quality
 from weftrain.data_prep.readers.registry import READERS
 
@@ -59,28 +60,27 @@ class DatasetSection(StrictModel):
 
 
 class PrepRecipe(StrictModel):
-    """A preparation. tokenizer: a tokenizer.json below `--inputs`; null: train one of vocab_size ids.
-
-    eos, bos, fim_tokens: names of the tokenizer's tokens, as for `weftrain prep`.
+    """A preparation. tokenizer: a tokenizer.json below `--inputs`; null: train one of vocab_size ids. eos, bos,
+    fim_tokens: names of the tokenizer's tokens, as for `weftrain prep`.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     description: str
-    licence: str = "not stated"
+    licence: str = NOT_STATED
     tokenizer: str | None = None
     vocab_size: PositiveInt | None = None
     eos: str | None = None
     bos: str | None = None
     fim_tokens: Annotated[tuple[str, ...], Field(strict=False)] = ()  # prefix, middle, suffix and perhaps pad
-    engine: Literal["auto", "tokenizers", "gigatoken"] = "auto"
+    engine: Engine = "auto"
     text_key: str = "text"
     source_key: str | None = None
     tokens_key: str | None = None
-    tokens_dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None
+    tokens_dtype: TokensDtype | None = None
     normalise: Annotated[tuple[str, ...], Field(strict=False)] = ()
     sequence_length: PositiveInt
-    packing: Literal["concatenate", "best_fit"] = "concatenate"
-    order: Literal["shuffled", "as_read"] = "shuffled"
+    packing: Packing = "concatenate"
+    order: Order = "shuffled"
     heldout_fraction: Fraction = 0.0
     rows_per_shard: PositiveInt | None = None
     seed: Count = 0

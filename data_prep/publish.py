@@ -52,10 +52,8 @@ def check_address(address: str) -> None:
 
 
 def publish(folder: Path, manifest: DatasetManifest, address: str, progress: Progress = no_progress) -> None:
-    """Copy a complete dataset to an address.
-
-    If the same dataset is there, only missing files and files of another size are copied; without a manifest, all are.
-    Another dataset's address is refused. Raises DataError.
+    """Copy a complete dataset to an address. If the same dataset is there, only missing files and files of another size
+    are copied; without a manifest, all are. Another dataset's address is refused. Raises DataError.
     """
     system, root = file_system(address.rstrip("/"))
     optional = [name for name in (FAILURES,) if (folder / name).exists()]
@@ -82,9 +80,8 @@ def publish(folder: Path, manifest: DatasetManifest, address: str, progress: Pro
 
 
 def fetch(address: str, folder: Path, progress: Progress = no_progress) -> DatasetManifest:
-    """Copy a dataset from an address into a new local folder, verified before it appears there. Raises DataError.
-
-    File names come from the checked manifest, so nothing is written outside the folder.
+    """Copy a dataset from an address into a new local folder, verified before it appears there. Raises DataError. File
+    names come from the checked manifest, so nothing is written outside the folder.
     """
     if folder.exists():
         raise DataError(f"{folder}: exists already; name another folder, or remove it")

@@ -52,10 +52,8 @@ class ContextPiece(NamedTuple):
 def context_pieces(
     lengths: Sequence[int], contents: Sequence[bytes], width: int, draws: Draws, bos: int, eos: int, *, together: bool
 ) -> list[ContextPiece]:
-    """The pieces, each at most `width` long, of documents with these numbers of own tokens, in order.
-
-    together: the pieces in sequence fill rows of `width`. Else each document begins a row, and the caller packs the
-    pieces.
+    """The pieces, each at most `width` long, of documents with these numbers of own tokens, in order. together: the
+    pieces in sequence fill rows of `width`. Else each document begins a row, and the caller packs the pieces.
     """
     pieces: list[ContextPiece] = []
     left = width

@@ -23,9 +23,8 @@ RELEASED_SHARES = (0.39, 0.96, 0.02)
 
 @dataclass(frozen=True)
 class FimDamage:
-    """segments: transformed documents or pieces; changed: those whose own tokens cannot be restored.
-
-    rows, overflowed: packed rows, and those that were cut. lost_middle: segments whose fim_middle was cut off.
+    """segments: transformed documents or pieces; changed: those whose own tokens cannot be restored. rows, overflowed:
+    packed rows, and those that were cut. lost_middle: segments whose fim_middle was cut off.
     """
 
     mode: str

@@ -109,9 +109,8 @@ def transform(tokens: np.ndarray, mode: int, a: int, b: int, ids: FimIds) -> np.
 
 
 def restore(tokens: np.ndarray, mode: int, a: int, b: int, ids: FimIds) -> np.ndarray:
-    """The document's own tokens [n], from the [n + 3] that `transform` made.
-
-    Raises DataError where they are too short, or a control token is not in its place.
+    """The document's own tokens [n], from the [n + 3] that `transform` made. Raises DataError where they are too short,
+    or a control token is not in its place.
     """
     if mode == PLAIN:
         return tokens

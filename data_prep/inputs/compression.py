@@ -33,7 +33,6 @@ class BrokenArchive(DataError):  # noqa: N818 - as the library's EOFError is nam
 @dataclass(frozen=True)
 class _Format:
     """new: a decompressor of one frame, with decompress(data, limit), eof and unused_data. magic: start of a frame.
-
     padding: zero bytes may follow a frame. slice_bytes: given to the decompressor at once.
     """
 
@@ -121,9 +120,8 @@ def open_decompressed(address: str) -> IO[bytes]:
 
 
 class Decompressed(io.RawIOBase):
-    """The decompressed stream of an address. keep_positions: needed for `position`.
-
-    Raises DataError at once; a read raises BrokenArchive, or OSError from the file itself.
+    """The decompressed stream of an address. keep_positions: needed for `position`. Raises DataError at once; a read
+    raises BrokenArchive, or OSError from the file itself.
     """
 
     def __init__(self, address: str, keep_positions: bool = False) -> None:

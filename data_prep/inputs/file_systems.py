@@ -48,9 +48,8 @@ class FileSystem(Protocol):
         """The contents of a folder, in any order; links are followed."""
 
     def below(self, folder: str, leave_out: Callable[[str], bool]) -> Iterator[Entry]:
-        """All files below a folder, sorted by name, those behind links to folders last.
-
-        Also yields folders that are not entered: datasets, and those for whose name `leave_out` is true.
+        """All files below a folder, sorted by name, those behind links to folders last. Also yields folders that are
+        not entered: datasets, and those for whose name `leave_out` is true.
         """
 
     def address(self, path: str) -> str:

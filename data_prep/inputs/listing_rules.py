@@ -100,9 +100,8 @@ def may_hold_json(name: str) -> bool:
 
 
 def is_binary(head: bytes) -> bool:
-    """Whether first bytes are not text: a NUL, a known magic number, or control characters outside UTF-8.
-
-    Text in another encoding counts as text: its reader says that it must be converted.
+    """Whether first bytes are not text: a NUL, a known magic number, or control characters outside UTF-8. Text in
+    another encoding counts as text: its reader says that it must be converted.
     """
     if head.startswith(_MAGIC):
         return True

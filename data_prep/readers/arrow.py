@@ -39,9 +39,8 @@ class _Opened:
     is_stream: bool
 
     def reader(self, fields: list[int] | None = None) -> Any:
-        """A RecordBatchFileReader or RecordBatchStreamReader. fields: top-level columns to read; None: all.
-
-        A mapped file offers all columns unread, while selecting some would copy each batch.
+        """A RecordBatchFileReader or RecordBatchStreamReader. fields: top-level columns to read; None: all. A mapped
+        file offers all columns unread, while selecting some would copy each batch.
         """
         ipc = self.library.ipc
         options = (

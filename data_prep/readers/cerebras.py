@@ -88,7 +88,7 @@ class _Hdf5:
 
 def cerebras_rows(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
     with _Hdf5(file.address) as data:
-        begin, end = share.begin, share.end if share.end != -1 else data.shape[0]
+        begin, end = share.bounds(data.shape[0])
         if (wrong := wrong_length(data.shape[2] + 1, options)) is not None:
             raise DataError(f"{file.address}: {wrong}")
         step = max(1, _READ_BYTES // max(1, data.dtype.itemsize * data.shape[1] * data.shape[2]))
@@ -163,7 +163,7 @@ def corpus_rows(index: int, file: InputFile, share: Share, options: ReadOptions)
     assert length is not None
     with _Hdf5(file.address) as data:
         total = max(0, (data.shape[0] - 1) // length)
-        begin, end = share.begin, share.end if share.end != -1 else total
+        begin, end = share.bounds(total)
         step = max(1, _READ_BYTES // (data.dtype.itemsize * length))
         for first in range(begin, end, step):
             last = min(first + step, end)

@@ -26,9 +26,8 @@ HEAD_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Probe:
-    """A file whose format is asked for. name: as in messages, below the folder it was found in.
-
-    text_key: tells JSON records from other JSON. known_head: the first HEAD_BYTES of the raw file, if already read.
+    """A file whose format is asked for. name: as in messages, below the folder it was found in. text_key: tells JSON
+    records from other JSON. known_head: the first HEAD_BYTES of the raw file, if already read.
     """
 
     name: str

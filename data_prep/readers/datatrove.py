@@ -82,7 +82,7 @@ def _width_said(file: InputFile) -> int | None:
 
 def datatrove_documents(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
     layout = _layout(file)
-    begin, end = share.begin, share.end if share.end != -1 else layout.documents
+    begin, end = share.bounds(layout.documents)
     name = file.address + _INDEX
     with contextlib.ExitStack() as files:
         opened, ends = files.enter_context(open(file.address, "rb")), files.enter_context(open(name, "rb"))

@@ -17,9 +17,8 @@ _HASHED_CHARACTERS = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One file. address: where fsspec opens it. name: in messages and the manifest. num_bytes: when listed.
-
-    source: the kind of text, recorded for every token. modified_ns: None if unknown.
+    """One file. address: where fsspec opens it. name: in messages and the manifest. num_bytes: when listed. source: the
+    kind of text, recorded for every token. modified_ns: None if unknown.
     """
 
     address: str
@@ -45,6 +44,10 @@ class Share(NamedTuple):
     file: int  # index into the list of inputs
     begin: int
     end: int
+
+    def bounds(self, units: int) -> tuple[int, int]:
+        """Begin and end of the share in a file of so many units."""
+        return self.begin, units if self.end == -1 else self.end
 
 
 @dataclass(frozen=True, slots=True)

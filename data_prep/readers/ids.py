@@ -48,9 +48,8 @@ def too_long(index: int, record: int, length: int) -> Failure:
 
 
 def read_stream(opened: IO[bytes], name: str, count: int, keep: bool = True) -> bytes:
-    """The next `count` bytes, or b"" if they are only skipped. Memory grows with what exists, not with `count`.
-
-    Raises DataError where the stream ends early.
+    """The next `count` bytes, or b"" if they are only skipped. Memory grows with what exists, not with `count`. Raises
+    DataError where the stream ends early.
     """
     data, left = bytearray(), count
     while left:
@@ -94,9 +93,8 @@ def ids_of_list(data: bytes) -> np.ndarray | str:
 def choose_field(
     name: str, key: str | None, fields: Mapping[str, str], certain: Sequence[str], possible: Sequence[str]
 ) -> str:
-    """The field of ids: `key`; else `tokens` or `input_ids`; else the only certain one. Raises DataError.
-
-    fields: each with its encoding. possible: those whose encoding can hold ids.
+    """The field of ids: `key`; else `tokens` or `input_ids`; else the only certain one. Raises DataError. fields: each
+    with its encoding. possible: those whose encoding can hold ids.
     """
     have = ", ".join(f"{field} ({encoding})" for field, encoding in fields.items())
     if key is not None:

@@ -12,9 +12,8 @@ SUFFIXES = (".jsonl", ".ndjson")
 
 
 def holds_lines(probe: Probe) -> bool:
-    """Whether a file holds JSON lines, by name or content; a single object only if it has the text field.
-
-    A file named so that begins as an array, or as a multi-line object with the text field, does not.
+    """Whether a file holds JSON lines, by name or content; a single object only if it has the text field. A file named
+    so that begins as an array, or as a multi-line object with the text field, does not.
     """
     content = probe.json
     if probe.plain_name.endswith(SUFFIXES):

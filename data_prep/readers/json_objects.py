@@ -76,7 +76,6 @@ def parse_object(line: bytes | None) -> dict[str, Any] | str:
 
 def _parse_long(line: bytes) -> dict[str, Any] | None:
     """The object of a long line in which a few characters would make the text take two or four bytes each; else None.
-
     It is parsed as Latin-1, where characters are bytes, and its strings are decoded afterwards. Raises ValueError.
     """
     if line.isascii() or _WIDE_ESCAPE.search(line) is not None or not _is_utf8(line):
@@ -124,9 +123,8 @@ def _decoded(value: Any) -> Any:
 
 
 def field(value: dict[str, Any], key: str) -> Any:
-    """The value under a key, or MISSING. Dots lead into nested objects unless the key exists as it stands.
-
-    Raises ValueError for a repeated key on the way.
+    """The value under a key, or MISSING. Dots lead into nested objects unless the key exists as it stands. Raises
+    ValueError for a repeated key on the way.
     """
     if key in value:
         if isinstance(value, _WithRepeats) and key in value.repeated:

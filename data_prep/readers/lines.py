@@ -17,9 +17,8 @@ Convert = Callable[[int, bytes | None], Document | Failure]
 
 
 class LineSource:
-    """The lines of a file that begin at `begin` or later, and before `end` unless it is None.
-
-    Positions are bytes of the raw file (compression.py). Used in a `with`. Raises DataError, OSError.
+    """The lines of a file that begin at `begin` or later, and before `end` unless it is None. Positions are bytes of
+    the raw file (compression.py). Used in a `with`. Raises DataError, OSError.
     """
 
     def __init__(self, address: str, begin: int, end: int | None) -> None:

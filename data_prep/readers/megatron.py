@@ -97,7 +97,7 @@ def _checked(opened: IO[bytes], path: str, file: InputFile) -> _Index:
 def megatron_documents(index: int, file: InputFile, share: Share, options: ReadOptions) -> Records:
     table = _open_index(file)
     with table.opened, open(file.address, "rb") as opened:
-        begin, end = share.begin, share.end if share.end != -1 else table.documents
+        begin, end = share.bounds(table.documents)
         for first in range(begin, end, TABLE_ROWS):
             bounds = table.first(first, min(first + TABLE_ROWS, end) + 1).tolist()
             if (

@@ -16,10 +16,8 @@ _LONG_RUN = re.compile(r"[^\w\x00-\x7f]{257,}")  # no combining mark is a word c
 
 
 def unicode_form(form: Literal["NFC", "NFKC"], text: str) -> str:
-    """unicodedata.normalize without its quadratic time for runs of combining marks, which it sorts by insertion.
-
-    Long runs, which no language has but anybody can write, are first sorted stably by combining class, as the standard
-    does.
+    """unicodedata.normalize without its quadratic time for runs of combining marks, which it sorts by insertion. Long
+    runs, which no language has but anybody can write, are first sorted stably by combining class, as the standard does.
     """
     if _LONG_RUN.search(text):
         decomposed: Literal["NFD", "NFKD"] = "NFD" if form == "NFC" else "NFKD"

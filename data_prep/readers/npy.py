@@ -96,7 +96,7 @@ def npy_documents(index: int, file: InputFile, share: Share, options: ReadOption
     number = 0
     with open_address(file.address) as opened:
         stream = _stream(file, opened, options)
-        begin, end = stream.id_at(share.begin), stream.id_at(share.end if share.end != -1 else file.num_bytes)
+        begin, end = map(stream.id_at, share.bounds(file.num_bytes))
         if begin >= end:
             return 0
         if exists(_metadata(file)):

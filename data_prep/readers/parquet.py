@@ -48,7 +48,7 @@ def parquet_rows(index: int, file: InputFile, share: Share, options: ReadOptions
     with open_parquet(file) as opened:
         columns = find_columns(file, opened.schema_arrow, options)
         sizes = _group_rows(opened)
-        end = share.end if share.end != -1 else sum(sizes)
+        _, end = share.bounds(sum(sizes))
         first = 0  # of the row group
         for group, num_rows in enumerate(sizes):
             begin, stop = max(share.begin, first), min(end, first + num_rows)

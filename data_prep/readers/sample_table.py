@@ -36,9 +36,8 @@ class SampleColumn:
 
 @dataclass(frozen=True)
 class SampleTable:
-    """starts: uint32 [samples + 1], bytes of the stream. columns: in a sample's order.
-
-    name: in messages. seekable: the stream is the file itself. bare: a sample is its one column, without its size.
+    """starts: uint32 [samples + 1], bytes of the stream. columns: in a sample's order. name: in messages. seekable: the
+    stream is the file itself. bare: a sample is its one column, without its size.
     """
 
     name: str
@@ -81,11 +80,10 @@ def read_starts(opened: IO[bytes], name: str, num_bytes: int | None, samples: in
 def read_samples(
     opened: IO[bytes], table: SampleTable, wanted: tuple[str, ...], share: Share
 ) -> Iterator[tuple[bytes, ...] | str]:
-    """The wanted columns' bytes of each sample of a share, or what is wrong with it. Raises DataError.
-
-    `opened` is at the first sample.
+    """The wanted columns' bytes of each sample of a share, or what is wrong with it. Raises DataError. `opened` is at
+    the first sample.
     """
-    begin, end = share.begin, share.end if share.end != -1 else table.samples
+    begin, end = share.bounds(table.samples)
     variable = 0 if table.bare else sum(column.size is None for column in table.columns)
     at = int(table.starts[0])
     for start, stop in zip(table.starts[begin:end].tolist(), table.starts[begin + 1 : end + 1].tolist(), strict=True):
@@ -131,9 +129,8 @@ def tokens_column(
     holds_ids: Callable[[SampleColumn], bool],
     may_hold_ids: Callable[[SampleColumn], bool],
 ) -> SampleColumn:
-    """The column of ids: options.tokens_key, or the one that holds them. Raises DataError.
-
-    holds_ids: the encoding alone says so. may_hold_ids: such ids can be read.
+    """The column of ids: options.tokens_key, or the one that holds them. Raises DataError. holds_ids: the encoding
+    alone says so. may_hold_ids: such ids can be read.
     """
     certain = [column.name for column in table.columns if holds_ids(column)]
     possible = [column.name for column in table.columns if may_hold_ids(column)]

@@ -74,9 +74,8 @@ def records_before(file: InputFile, share: Share) -> int:
 
 
 def share_sha256(file: InputFile, share: Share) -> str:
-    """SHA-256 of a share's raw bytes, or of the same proportion of the file where a share counts something else.
-
-    Files that are read beside it go with the first share. Raises DataError.
+    """SHA-256 of a share's raw bytes, or of the same proportion of the file where a share counts something else. Files
+    that are read beside it go with the first share. Raises DataError.
     """
     begin, end, reader = share.begin, share.end, READERS[file.format]
     beside = reader.beside(file) if begin == 0 else ()

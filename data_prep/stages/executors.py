@@ -57,10 +57,8 @@ STAGES = {
 
 
 def run_task(folder: Path, stage: str, by_reference: bool, index: int) -> int:
-    """Do one task of the plan in `folder` and return its index. Raises DataError, OSError.
-
-    by_reference: as in the plan that the task was taken from. If the engines have differed since, nothing is done
-    (plan.fall_back).
+    """Do one task of the plan in `folder` and return its index. Raises DataError, OSError. by_reference: as in the plan
+    that the task was taken from. If the engines have differed since, nothing is done (plan.fall_back).
     """
     plan, chosen = load_plan(folder), STAGES[stage]
     if plan.by_reference == by_reference and not chosen.output(plan, index).exists():
@@ -149,10 +147,8 @@ def _begin_worker(parent: int) -> None:
 
 @dataclass(frozen=True)
 class TaskExecutor:
-    """Member `index` of `of` that share the work folder, as in a SLURM array: every `of`-th task is its own.
-
-    Between stages it waits for the others. After patience_s without progress it raises DataError naming what is
-    missing.
+    """Member `index` of `of` that share the work folder, as in a SLURM array: every `of`-th task is its own. Between
+    stages it waits for the others. After patience_s without progress it raises DataError naming what is missing.
     """
 
     index: int
@@ -224,9 +220,8 @@ class RayExecutor:
 
 
 def _begin(plan: PrepPlan, stage: Stage, on_done: OnDone) -> tuple[list[int], OnDone]:
-    """The tasks that are left, after those an earlier run did were reported; and how to report the others.
-
-    Nothing is reported once a task fell back, because the rest of the stage then returns without an output.
+    """The tasks that are left, after those an earlier run did were reported; and how to report the others. Nothing is
+    reported once a task fell back, because the rest of the stage then returns without an output.
     """
 
     def report(index: int) -> None:

@@ -112,9 +112,8 @@ def _pieces(plan: PrepPlan, found: dict[str, Any], index: int) -> list[Piece]:
 
 
 def _source_counts(rows: np.ndarray, source: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Number, documents, bytes and tokens of each source in the bucket's training documents, int64 [n, 4].
-
-    rows: DOCUMENT [documents]. source, lengths: of each document of their stream, -1 for padding.
+    """Number, documents, bytes and tokens of each source in the bucket's training documents, int64 [n, 4]. rows:
+    DOCUMENT [documents]. source, lengths: of each document of their stream, -1 for padding.
     """
     names, places = np.unique(rows["source"], return_inverse=True)
     real = source >= 0
@@ -244,9 +243,8 @@ def _origins(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 
 
 def _split_rows(stream: Stream) -> Stream:
-    """Fixed rows with the documents and padding that their marks separate as entries of their own.
-
-    A document that shares its row has the SHA-256 of its own ids, as int32, as identity.
+    """Fixed rows with the documents and padding that their marks separate as entries of their own. A document that
+    shares its row has the SHA-256 of its own ids, as int32, as identity.
     """
     assert stream.mask is not None
     lengths: list[int] = []

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json
 from weftrain.data_prep.readers.documents import Failure, FileRead
+from weftrain.data_prep.stages.table_file import damaged
 
 _BUFFER_BYTES = 1 << 20
 
@@ -77,7 +77,7 @@ def read_failures(path: Path) -> Iterator[Failure]:
             for line in file:
                 yield Failure(*parse_json(line))
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; remove {path.parent.parent} and prepare again") from error
+        raise damaged(path, error, path.parent.parent) from error
 
 
 def read_note(path: Path) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def read_note(path: Path) -> dict[str, Any]:
     try:
         note: dict[str, Any] = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; remove {path.parent.parent} and prepare again") from error
+        raise damaged(path, error, path.parent.parent) from error
     return note
 
 

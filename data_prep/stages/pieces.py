@@ -55,7 +55,6 @@ class Gathered:
 @dataclass(frozen=True)
 class Piece:
     """A table of documents. sources: reads the dataset's number of each of its sources; None: rows have those already.
-
     base: the part begins at this record of file base_file.
     """
 
@@ -87,7 +86,6 @@ def sorted_places(rows: np.ndarray) -> np.ndarray:
 
 def gather(pieces: Sequence[Piece], index: int, count: int, *, as_read: bool = False) -> Gathered:
     """The documents of all pieces with keys in range `index` of `count` equal ones. as_read: one whole piece, unsorted.
-
     Rows are read and sorted first, then the tokens of the kept rows, piece by piece.
     """
     found = [_rows(piece, index, count, as_read) for piece in pieces]

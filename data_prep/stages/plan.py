@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
@@ -20,10 +20,12 @@ from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_j
 from weftrain.core.formats.dataset_manifest import FimSettings
 from weftrain.core.formats.line_table import Lines, LineTable, lines_sha256, write_lines
 from weftrain.data_prep import heldout
+from weftrain.data_prep.choices import NOT_STATED, Order, Packing
 from weftrain.data_prep.readers.documents import InputFile, Part, Share, SkippedFile
 from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.readers.registry import READERS
 from weftrain.data_prep.readers.shares import split_parts
+from weftrain.data_prep.stages.table_file import damaged
 from weftrain.data_prep.tokens.markers import NO_EOS, Markers
 
 PLAN, PLANNED_TOKENIZER = "plan.json", "tokenizer.json"
@@ -32,12 +34,9 @@ _REFERENCE, _FELL_BACK = "reference", "reference.json"
 _TASK_FOLDERS = ("parts", "runs", "buckets", "shards")
 SHARD_TOKENS = 1 << 25  # 64 MiB of uint16
 _MEBI = 1 << 20
-NOT_STATED = "not stated"  # the licence that nobody named
 _PIECE_DOCUMENTS = 1 << 18
 _FILE_OPENS = 1 << 20
 Progress = Callable[[str, int, int | None, str], None]  # stage, done, total if known, unit
-Packing = Literal["concatenate", "best_fit"]
-Order = Literal["shuffled", "as_read"]
 
 
 def no_progress(stage: str, done: int, total: int | None, unit: str) -> None:
@@ -285,7 +284,6 @@ def save_plan(plan: PrepPlan) -> bool:
 
 def fall_back(plan: PrepPlan, reason: str) -> None:
     """Record that the reference engine encodes every part from now on; earlier outputs do not count. Raises OSError.
-
     Any process may find that the engines differ, on any sampled document; the ids must not depend on which.
     """
     for folder in _TASK_FOLDERS:
@@ -319,7 +317,7 @@ def load_plan(folder: Path) -> PrepPlan:
     try:
         return settled(_loaded(folder, (folder / PLAN).stat().st_mtime_ns))
     except OSError as error:
-        raise DataError(f"{folder / PLAN}: cannot be read: {error}; remove {folder} and prepare again") from error
+        raise damaged(folder / PLAN, error, folder) from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -347,7 +345,7 @@ def _loaded(folder: Path, modified_ns: int) -> PrepPlan:
         parent = None if tree["parent"] is None else Parent(**tree["parent"])
         return PrepPlan(folder, read, Settings(**settings), tree["engine"], parts, limits, parent=parent)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / PLAN}: cannot be read: {error}; remove {folder} and prepare again") from error
+        raise damaged(folder / PLAN, error, folder) from error
 
 
 def _part(entry: Any) -> Part:

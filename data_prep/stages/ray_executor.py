@@ -22,9 +22,8 @@ def run_on_ray(
     workers: int | None,
     on_done: Callable[[int], None],
 ) -> None:
-    """Call function(index) for each index on the cluster at `address`, or on a local one of `workers` CPUs.
-
-    Raises DataError where Ray is missing or unreachable, and the error of the first task that fails.
+    """Call function(index) for each index on the cluster at `address`, or on a local one of `workers` CPUs. Raises
+    DataError where Ray is missing or unreachable, and the error of the first task that fails.
     """
     try:
         import ray

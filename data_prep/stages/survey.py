@@ -29,7 +29,7 @@ from weftrain.data_prep.growth import index_documents, parents_failures, parents
 from weftrain.data_prep.stages.part_notes import in_blocks, read_failures, read_note
 from weftrain.data_prep.stages.pieces import Piece
 from weftrain.data_prep.stages.plan import Limits, PrepPlan, clamped, power_of_two
-from weftrain.data_prep.stages.table_file import Table, write_table
+from weftrain.data_prep.stages.table_file import Table, damaged, write_table
 from weftrain.data_prep.tokens.packing import split
 
 _SHOWN_FAILURES = 8
@@ -66,9 +66,8 @@ def survey(plan: PrepPlan, max_failures: int) -> dict[str, Any]:
 
 
 def _write_inputs(plan: PrepPlan) -> dict[str, Any]:
-    """Write inputs.jsonl: files that were read, then files that were skipped, the parent's first in each group.
-
-    Returns what the manifest says of it.
+    """Write inputs.jsonl: files that were read, then files that were skipped, the parent's first in each group. Returns
+    what the manifest says of it.
     """
     num_bytes, skipped = 0, Counter[str]()
 
@@ -123,9 +122,8 @@ def arrangement(limits: Limits, pieces: int, num_bytes: int, *, as_read: bool) -
 
 
 class _PieceList:
-    """All pieces in reading order: their part, where their records count from, and their sources.
-
-    Memory: about 50 bytes per source of a piece, less than the names, of which there may be millions.
+    """All pieces in reading order: their part, where their records count from, and their sources. Memory: about 50
+    bytes per source of a piece, less than the names, of which there may be millions.
     """
 
     def __init__(self, plan: PrepPlan) -> None:
@@ -251,7 +249,7 @@ def load_json(path: Path) -> Any:
     try:
         return _parsed(path, path.stat().st_mtime_ns)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; remove {path.parent} and prepare again") from error
+        raise damaged(path, error, path.parent) from error
 
 
 @functools.lru_cache(maxsize=4)

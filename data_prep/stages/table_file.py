@@ -23,6 +23,11 @@ from weftrain.core.formats.canonical import canonical_json, parse_json
 _ALIGNMENT = 64
 
 
+def damaged(path: Path, error: Exception, work: Path) -> DataError:
+    """The error for a file of the work folder `work` that cannot be read."""
+    return DataError(f"{path}: cannot be read: {error}; remove {work} and prepare again")
+
+
 def write_table(path: Path, arrays: Mapping[str, np.ndarray], note: Mapping[str, Any]) -> None:
     """Write atomically; equal arguments give equal bytes. Contiguous arrays are not copied. Raises OSError."""
     ready = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -127,4 +132,4 @@ class Table:
             memory, offset = memory[count:], offset + count
 
     def _damaged(self, error: Exception) -> DataError:
-        return DataError(f"{self.path}: cannot be read: {error}; remove {self.path.parent.parent} and prepare again")
+        return damaged(self.path, error, self.path.parent.parent)

@@ -41,9 +41,8 @@ class CompactTable:
 
 
 def compact_table(decoder: Any, tokens: Mapping[int, str], size: int) -> CompactTable | None:
-    """The table of a tokenizer with this `decoder`; None where a token's text depends on its neighbours.
-
-    tokens: those that have text. size: one more than the largest id.
+    """The table of a tokenizer with this `decoder`; None where a token's text depends on its neighbours. tokens: those
+    that have text. size: one more than the largest id.
     """
     steps = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
     kinds = [step.get("type") for step in steps]

@@ -38,7 +38,6 @@ CONTROL_NAMES = frozenset(
 
 def misread_as_control(tree: dict[str, Any]) -> Test | None:
     """A test for texts that spell `<unk>` or `<0x41>`, which a Unigram model takes for that token; None: no text can.
-
     The library matches every entry of a Unigram vocabulary in text; BPE and WordPiece only produce merges and words.
     """
     model = tree["model"]
@@ -65,10 +64,8 @@ def leaves_out(tree: dict[str, Any]) -> bool:
 
 
 def unknown_id(tree: dict[str, Any], tokenizer: Tokenizer) -> int | None:
-    """The id for text that the vocabulary cannot spell.
-
-    None where there is none, where every byte is in the vocabulary, or where the id has another meaning too, such as
-    the end of a text in GPT-2.
+    """The id for text that the vocabulary cannot spell. None where there is none, where every byte is in the
+    vocabulary, or where the id has another meaning too, such as the end of a text in GPT-2.
     """
     model = tree["model"]
     if _has_all_bytes(model):

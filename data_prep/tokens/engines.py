@@ -31,10 +31,8 @@ _FRESH_BYTES = 128 << 20
 
 
 class Reference:
-    """Hugging Face tokenizers, on all threads available. tree: tokenizer.json; opened: the same, opened.
-
-    Memory is bounded: about a megabyte of text is encoded at once, and long texts in pieces where that is exact
-    (long_texts.py).
+    """Hugging Face tokenizers, on all threads available. tree: tokenizer.json; opened: the same, opened. Memory is
+    bounded: about a megabyte of text is encoded at once, and long texts in pieces where that is exact (long_texts.py).
     """
 
     def __init__(self, tree: dict[str, Any], dtype: np.dtype[Any] = _DTYPE, opened: Tokenizer | None = None) -> None:
@@ -129,7 +127,6 @@ def open_gigatoken(tree: dict[str, Any], dtype: np.dtype[Any] = _DTYPE) -> Gigat
 
 class Gigatoken:
     """gigatoken on the calling thread, since processes share the work. tree: tokenizer.json. load: opens such a tree.
-
     It is given no added tokens, because it would match them in text; texts that may contain one need the reference.
     """
 

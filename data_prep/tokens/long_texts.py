@@ -88,9 +88,7 @@ _LOCAL_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents",
 @dataclass(frozen=True)
 class Cutting:
     """How a tokenizer's texts are cut. places: each match may begin a piece. continuing: tokenizer.json for later
-    pieces.
-
-    may_cut: whether this text may be cut at all. blocked: whether an added token touches this place.
+    pieces. may_cut: whether this text may be cut at all. blocked: whether an added token touches this place.
     """
 
     places: re.Pattern[str]

@@ -32,9 +32,8 @@ class FimIds(NamedTuple):
 
 @dataclass(frozen=True)
 class Markers:
-    """Names of tokens. eos: None for the first of EOS_CANDIDATES, NO_EOS for none. bos: None for none.
-
-    fim: prefix, middle, suffix and perhaps pad; () for `<|fim_prefix|>` or `<fim_prefix>` and so on.
+    """Names of tokens. eos: None for the first of EOS_CANDIDATES, NO_EOS for none. bos: None for none. fim: prefix,
+    middle, suffix and perhaps pad; () for `<|fim_prefix|>` or `<fim_prefix>` and so on.
     """
 
     eos: str | None = None

@@ -45,7 +45,6 @@ DEFAULT_MARKERS = Markers()
 @dataclass
 class Counts:
     """Numbers of documents encoded by the reference, by the fast engine, and by both to compare; `encode` adds to them.
-
     unknown: tokens for text that the vocabulary cannot spell.
     """
 
@@ -133,9 +132,8 @@ class TextEncoder:
         hashes: Sequence[bytes] | None = None,
         counts: Counts | None = None,
     ) -> list[np.ndarray | str]:
-        """Ids of each text, without eos, in the shards' dtype; or why it has none, with the remedy.
-
-        hashes: of the texts, which decide what is compared. Raises EnginesDifferError with one of `names`.
+        """Ids of each text, without eos, in the shards' dtype; or why it has none, with the remedy. hashes: of the
+        texts, which decide what is compared. Raises EnginesDifferError with one of `names`.
         """
         counts = Counts() if counts is None else counts
         if self._fast is None:
@@ -301,9 +299,8 @@ def _sample(texts: Sequence[str], fast: Sequence[int], hashes: Sequence[bytes] |
 
 
 def make_encoder(data: bytes, where: str, markers: Markers = DEFAULT_MARKERS, *, engine: str = "auto") -> TextEncoder:
-    """The tokenizer of a tokenizer.json. markers: the tokens around documents. Raises DataError.
-
-    engine: 'tokenizers' (the reference), 'gigatoken', or 'auto': gigatoken where it is installed and applicable.
+    """The tokenizer of a tokenizer.json. markers: the tokens around documents. Raises DataError. engine: 'tokenizers'
+    (the reference), 'gigatoken', or 'auto': gigatoken where it is installed and applicable.
     """
     tokenizer = tokenizer_from(data, where)
     return TextEncoder(data, tokenizer, marker_ids(tokenizer, markers, where), engine, where)

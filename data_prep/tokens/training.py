@@ -15,7 +15,6 @@ MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 
 def train_encoder(texts: Iterable[str], vocab_size: int) -> TextEncoder:
     """Train a BPE of `vocab_size` ids (control tokens, 256 bytes, merges); CrystalCoder's 32 special ids follow them.
-
     The same texts give the same bytes. Raises DataError where the texts are too few for that many merges.
     """
     if vocab_size < MIN_VOCAB_SIZE:
