@@ -77,7 +77,11 @@ def test_stats(weftrain: Weftrain, root: Path) -> None:
     assert held.exit_code == 0
     found = json.loads(held.stdout)
     assert set(found) - {"schema_version"} == documented("data stats FOLDER")
-    assert found["tokens_by_source"] == {"<b>s</b>": found["tokens"] - found["padding_tokens"]}
+    assert found["tokens_by_source"] == {"<b>s</b>": sum(found["tokens_by_source"].values())}
+    assert (
+        f"{found['tokens_by_source']['<b>s</b>']:,} tokens 100.000%"
+        in weftrain("data", "stats", root / "datasets" / "d", "--set", "heldout").output
+    )
 
 
 def test_head_names_documents_and_shows_control_characters_as_escapes(weftrain: Weftrain, root: Path) -> None:
@@ -204,7 +208,7 @@ def test_report(weftrain: Weftrain, root: Path, tmp_path: Path) -> None:
     page = (tmp_path / "r.html").read_text()
     assert "<script" not in page
     assert "&lt;b&gt;s&lt;/b&gt;" in page
-    assert "http" not in page
+    assert "http:" not in page
     assert page.count("<section>") == 8
     assert re.search(r"PSM</td>.*SPM</td>", page)
 
