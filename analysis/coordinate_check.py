@@ -136,16 +136,9 @@ def plot(points: Sequence[ActivationSize], path: Path) -> None:
         for index, activation in enumerate(activations):
             for step in range(1, last + 1):
                 line = [p for p in points if (p.parametrization, p.activation, p.step) == (panel, activation, step)]
+                style = {"color": f"C{index}", "alpha": 0.25 + 0.75 * step / last}
                 label = activation if step == last else None
-                opacity = 0.25 + 0.75 * step / last
-                axis.plot(
-                    [p.width for p in line],
-                    [p.change for p in line],
-                    "o-",
-                    color=f"C{index}",
-                    alpha=opacity,
-                    label=label,
-                )
+                axis.plot([p.width for p in line], [p.change for p in line], "o-", label=label, **style)
         axis.set(title=panel, xlabel="width", xscale="log", yscale="log")
         axis.set_xticks(widths, [str(width) for width in widths])
         axis.minorticks_off()

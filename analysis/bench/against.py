@@ -13,7 +13,7 @@ from typing import Any
 
 from weftrain.analysis.bench.timings import Difference, difference
 
-SAME_LOSS = 1e-3  # losses that are as near are of the same training: bf16 parts in the third digit within some steps
+SAME_LOSS = 1e-3  # closer losses are of the same training: in bf16 the third digit differs after a few steps
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class StepSpeed(_Model):
     step_ms_variation: float  # standard deviation over mean
     step_ms_p50_low: float  # 95 % bootstrap interval of the median
     step_ms_p50_high: float
-    warm_up_steps: int  # found by the change of level, of each round the most
+    warm_up_steps: int  # found by the change of level; the largest of all rounds
     counted_steps: int
     compile_s: float  # the first step beyond an ordinary one: compilation, allocation, first reads
 

@@ -37,27 +37,23 @@ def _positive(value: Any) -> bool:
     return _number(value) and 0 < value < math.inf
 
 
-# What a RESULT line may hold beside other keys. losses: of each step from the first; last_step: the number, from 1, of
-# the step that loss_last is of; step_times_ms: of the steps that were counted.
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "name": lambda value: isinstance(value, str) and bool(value),
-    "tokens_per_second": _positive,
-    "step_ms": _positive,
-    "loss_first": _number,
-    "loss_last": _number,
-    "losses": lambda value: isinstance(value, list) and bool(value) and all(map(_number, value)),
-    "last_step": lambda value: type(value) is int and value >= 1,
-    "step_times_ms": lambda value: isinstance(value, list) and bool(value) and all(map(_positive, value)),
-}
-_EXPECTED = {
-    "name": "a text",
-    "tokens_per_second": "a number above 0",
-    "step_ms": "a number above 0",
-    "loss_first": "a number",
-    "loss_last": "a number",
-    "losses": "the loss of each step, from the first",
-    "last_step": "the number of the step, from 1, that loss_last is of",
-    "step_times_ms": "numbers above 0",
+def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and bool(value) and all(map(check, value))
+
+
+# What a RESULT line may hold beside other keys, each with its check and the check in words.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda value: isinstance(value, str) and bool(value), "a text"),
+    "tokens_per_second": (_positive, "a number above 0"),
+    "step_ms": (_positive, "a number above 0"),
+    "loss_first": (_number, "a number"),
+    "loss_last": (_number, "a number"),
+    "losses": (_list_of(_number), "the loss of each step, from the first"),
+    "last_step": (
+        lambda value: type(value) is int and value >= 1,
+        "the number of the step, from 1, that loss_last is of",
+    ),
+    "step_times_ms": (_list_of(_positive), "numbers above 0, one for each counted step"),
 }
 
 
@@ -81,13 +77,9 @@ def plain_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]
     that is not LLaMA-like.
     """
     given = config.initialization
-    if (
-        given is None
-        or given.distribution != "normal"
-        or config.linear_bias
-        or config.tie_embeddings
-        or config.norm != "rms_norm"
-    ):
+    if given is None or given.distribution != "normal":
+        return None
+    if config.linear_bias or config.tie_embeddings or config.norm != "rms_norm":
         return None
     hidden, inner = config.hidden_size, config.intermediate_size
     with torch.random.fork_rng(devices=[]):
@@ -214,7 +206,7 @@ def run_program(command: Sequence[str], timeout_s: float) -> dict[str, Any]:
     missing = [key for key in REQUIRED if key not in found] if isinstance(found, dict) else list(REQUIRED)
     if missing:
         raise BenchError(f"{' '.join(command)}: its RESULT line lacks {', '.join(missing)}")
-    if wrong := [key for key, fits in _FIELDS.items() if key in found and not fits(found[key])]:
+    if wrong := [key for key, (fits, _) in _FIELDS.items() if key in found and not fits(found[key])]:
         shown = json.dumps(found[wrong[0]])[:80]
-        raise BenchError(f"{' '.join(command)}: its RESULT line has {wrong[0]} = {shown}: {_EXPECTED[wrong[0]]}")
+        raise BenchError(f"{' '.join(command)}: its RESULT line has {wrong[0]} = {shown}: {_FIELDS[wrong[0]][1]}")
     return dict(found)

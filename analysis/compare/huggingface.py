@@ -131,33 +131,23 @@ def check_revision(path: Path) -> dict[str, Any]:
         raise _refused(
             path, CONFIG, error, "name a folder whose sub-folders are models, downloaded with --local-dir"
         ) from error
-    own = is_own(path, config)
+    own, model_type = is_own(path, config), config.get("model_type")
     if "auto_map" in config and not own:
-        raise _refused(
-            path,
-            CONFIG,
-            "'auto_map' asks for code of the model's own, which is never run here",
-            "take a revision without it",
-        )
+        what = "'auto_map' asks for code of the model's own, which is never run here"
+        raise _refused(path, CONFIG, what, "take a revision without it")
     if "quantization_config" in config:
-        raise _refused(
-            path, CONFIG, "'quantization_config': quantized weights are another model", "take the unquantized revision"
-        )
+        what = "'quantization_config': quantized weights are another model"
+        raise _refused(path, CONFIG, what, "take the unquantized revision")
     if (path / "adapter_config.json").exists():
-        raise _refused(
-            path, "adapter_config.json", "is an adapter for weights that lie elsewhere", "merge it into them first"
-        )
-    model_type, known = config.get("model_type"), _architectures()
+        what = "is an adapter for weights that lie elsewhere"
+        raise _refused(path, "adapter_config.json", what, "merge it into them first")
+    known = _architectures()
     if not own and (not isinstance(model_type, str) or model_type not in known):
         import transformers
 
-        raise _refused(
-            path,
-            CONFIG,
-            f"model_type {str(model_type)[:60]!r} is no causal language model that transformers "
-            f"{transformers.__version__} knows",
-            "upgrade transformers, or leave this series out",
-        )
+        version, shown = transformers.__version__, str(model_type)[:60]
+        what = f"model_type {shown!r} is no causal language model that transformers {version} knows"
+        raise _refused(path, CONFIG, what, "upgrade transformers, or leave this series out")
     if type(config.get("vocab_size")) is not int or config["vocab_size"] < 1:
         raise _refused(path, CONFIG, "has no vocab_size", "take another copy of the folder")
     _check_weights(path)

@@ -149,34 +149,28 @@ def _arithmetic(series: Sequence[Series], window_steps: int) -> list[str]:
 def _comparability(series: Sequence[Series], columns: Sequence[MeasureColumn]) -> list[str]:
     """A line for each way in which similar columns differ, or one column covers models that differ."""
     losing = [one for one in series if any(point.of("train loss") or point.of("held-out loss") for point in one.points)]
+    sizes = {one.name: "unknown" if one.vocab_size is None else f"{one.vocab_size:,} ids" for one in series}
+    own_rows = [column for column in columns if _own_rows(column)]
     lines = []
     for what, values in (
         (
             "tokenizers differ or are unknown, so losses per token may not be comparable",
             {one.name: _short(one.tokenizer_sha256) for one in losing},
         ),
-        (
-            "vocabularies differ",
-            {one.name: "unknown" if one.vocab_size is None else f"{one.vocab_size:,} ids" for one in series},
-        ),
-        (
-            "train losses are over different data",
-            {one.name: _short(one.dataset_id) for one in series if _has(one, [TRAIN_LOSS])},
-        ),
-        (
-            "memorization of training rows is of different data",
-            {
-                one.name: _short(one.dataset_id)
-                for one in series
-                if _has(one, [column for column in columns if _own_rows(column)])
-            },
-        ),
+        ("vocabularies differ", sizes),
+        ("train losses are over different data", _datasets(series, [TRAIN_LOSS])),
+        ("memorization of training rows is of different data", _datasets(series, own_rows)),
     ):
         if len(set(values.values())) > 1:
             lines.append(f"{what}: {_listed(values)}")
     for (kind, name), alike in _alike(columns).items():
         lines += _differing(series, kind, name, alike)
     return lines
+
+
+def _datasets(series: Sequence[Series], columns: Sequence[MeasureColumn]) -> dict[str, str]:
+    """The training data of each series that has one of the columns."""
+    return {one.name: _short(one.dataset_id) for one in series if _has(one, columns)}
 
 
 def _own_rows(column: MeasureColumn) -> bool:
@@ -287,48 +281,35 @@ def as_markdown(comparison: Comparison, picture: str | None) -> str:
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """compare.json: every point of every series. No clock and no path: equal inputs give equal bytes."""
 
-    def values(point: SeriesPoint) -> dict[str, float | str]:
-        return {column.key: number(value) for column, value in point.values.items()}
-
+    named = zip(comparison.columns, headings(comparison.columns, comparison.window_steps), strict=True)
     return {
         "format": FORMAT,
         "version": VERSION,
         "software": {"weftrain": importlib.metadata.version("weftrain")},
         "window_steps": comparison.window_steps,
         "columns": [
-            {
-                "key": column.key,
-                "heading": heading,
-                "kind": column.kind,
-                "name": column.name,
-                "measure": column.measure,
-                "details": dict(column.details),
-            }
-            for column, heading in zip(
-                comparison.columns, headings(comparison.columns, comparison.window_steps), strict=True
-            )
+            {"key": one.key, "heading": heading, "kind": one.kind, "name": one.name, "measure": one.measure}
+            | {"details": dict(one.details)}
+            for one, heading in named
         ],
-        "series": [
-            {
-                "name": one.name,
-                "kind": one.kind,
-                "tokens": one.tokens_words,
-                "vocab_size": one.vocab_size,
-                "tokenizer_sha256": one.tokenizer_sha256,
-                "dataset_id": one.dataset_id,
-                "points": [
-                    {
-                        "step": point.step,
-                        "tokens": point.tokens,
-                        "checkpoint": point.checkpoint,
-                        "values": values(point),
-                    }
-                    for point in one.points
-                ],
-                "left_out": [plain(line) for line in one.left_out],
-            }
-            for one in comparison.series
-        ],
+        "series": [_series_json(one) for one in comparison.series],
         "positions": list(comparison.positions),
         "notes": list(comparison.notes),
+    }
+
+
+def _series_json(series: Series) -> dict[str, Any]:
+    points = []
+    for point in series.points:
+        values = {column.key: number(value) for column, value in point.values.items()}
+        points.append({"step": point.step, "tokens": point.tokens, "checkpoint": point.checkpoint, "values": values})
+    return {
+        "name": series.name,
+        "kind": series.kind,
+        "tokens": series.tokens_words,
+        "vocab_size": series.vocab_size,
+        "tokenizer_sha256": series.tokenizer_sha256,
+        "dataset_id": series.dataset_id,
+        "points": points,
+        "left_out": [plain(line) for line in series.left_out],
     }

@@ -24,10 +24,10 @@ from weftrain.core.errors import CheckpointError, DataError, NonFiniteError
 from weftrain.core.model import Attention, Block, Decoder, Head, kernel_specs
 from weftrain.kernels import select
 
-# Nothing here goes backward, so the fused attention that training leaves out for its atomic backward is as good as any.
+# Without a backward, fused attention is deterministic; training leaves it out because its backward uses atomics.
 PREFERENCES = ("flash_attn", "torch", "sdpa", "triton", "reference")
 _LOGITS_AT_ONCE = 1 << 25  # of log_likelihoods: fp32 values, 128 MiB
-PAD = 0  # any id would do: nobody sees it
+PAD = 0  # any id would do: causal attention never sees padding on the right
 
 
 def load_model(

@@ -57,7 +57,7 @@ run()
 """
 
 _SMALLEST = {"memory_bytes": 32 << 20, "disk_bytes": 4096, "processes": 1}
-# beyond a program's own time, for a machine so busy that the stage's start or the burial takes that long
+# beyond a program's own time: on a busy machine the stage may take that long to start or to clean up
 _GRACE_S = 60.0
 _REMEDY = (
     "as root in a container give it CAP_SYS_ADMIN and a seccomp profile that allows unshare and mount; as a user allow "

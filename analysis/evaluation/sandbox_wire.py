@@ -29,25 +29,9 @@ _LARGEST_MESSAGE_BYTES = 1 << 26
 _KEPT_OUTPUT_BYTES = 1 << 20  # of what one call prints
 
 # Types and functions that are sent by name. Nothing here runs text, opens files or imports.
-_NAMED = (
-    *(
-        "bool",
-        "bytearray",
-        "bytes",
-        "complex",
-        "dict",
-        "float",
-        "frozenset",
-        "int",
-        "list",
-        "object",
-        "range",
-        "set",
-        "str",
-        "tuple",
-    ),
-    *("type", "abs", "all", "any", "chr", "divmod", "len", "max", "min", "ord", "pow", "round", "sorted", "sum", "zip"),
-)
+_TYPES = "bool bytearray bytes complex dict float frozenset int list object range set str tuple type"
+_FUNCTIONS = "abs all any chr divmod len max min ord pow round sorted sum zip"
+_NAMED = frozenset(f"{_TYPES} {_FUNCTIONS}".split())
 # module, type -> its parts, from which the type makes it again
 _LIBRARY: dict[tuple[str, str], Callable[[Any], list[Any]]] = {
     ("collections", "Counter"): lambda value: [dict(value)],
@@ -173,7 +157,7 @@ def _main_module() -> ModuleType:
 
 
 class _Kept(io.RawIOBase):
-    """Standard output of one call: its beginning is kept, and the rest is lost."""
+    """Standard output of one call: the first _KEPT_OUTPUT_BYTES are kept, the rest is discarded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,13 +203,8 @@ def serve() -> NoReturn:
 
     def answer(operation: str, data: Any) -> Any:
         if operation == "name":
-            return [
-                "value",
-                encode(vars(module)[data], refer) if data in vars(module) else None,
-                data in vars(module),
-                "",
-                None,
-            ]
+            found = data in vars(module)
+            return ["value", encode(vars(module)[data], refer) if found else None, found, "", None]
         values, named = decode(data, lambda content: objects[content[0]])
         try:
             result = _OPERATIONS[operation](*values, **named)

@@ -31,7 +31,7 @@ from weftrain.core.formats.canonical import sha256_json
 if TYPE_CHECKING:
     from weftrain.analysis.evaluation.lm_eval_model import CheckpointLM
 
-BOOTSTRAP_ROUNDS = 1000  # for the standard error of what is no mean
+BOOTSTRAP_ROUNDS = 1000  # for the standard error of metrics that are not means
 MISSING = "lm-eval is not installed, which --tasks and --preset need: pip install 'weftrain[eval]'"
 _MAX_INCLUDE_FILES = 10_000
 

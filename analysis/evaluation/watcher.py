@@ -16,7 +16,7 @@ from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER
 from weftrain.core.run.metrics import effective_records
 
-_Identity = tuple[str, int, int]  # name, inode, time of last change: a folder that took another's place is another one
+_Identity = tuple[str, int, int]  # name, inode, time of last change: a replaced folder is another one
 
 
 def watch(

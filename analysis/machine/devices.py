@@ -35,68 +35,19 @@ class Device:
 
 
 _GB = 10**9
-_NVIDIA_H = "half of 1,979 TFLOP/s with sparsity, NVLink 900 GB/s both ways, 400 Gb/s of network a GPU (DGX)"
+_A100 = "NVIDIA A100 data sheet (SXM): 312 TFLOP/s dense, NVLink 600 GB/s both ways, 200 Gb/s of network a GPU (DGX)"
+_H = "half of 1,979 TFLOP/s with sparsity, NVLink 900 GB/s both ways, 400 Gb/s of network a GPU (DGX)"
+_B200 = "half of 36 PFLOP/s with sparsity, 64 TB/s, 1,440 GB; NVLink 1.8 TB/s; 400 Gb/s a GPU"
+_MI300X = "1,307.4 TFLOP/s dense, 5.3 TB/s, 7 links of 128 GB/s both ways; 400 Gb/s of network a GPU"
+_CS2 = "40 GB on the wafer, 20 PB/s, 1.2 Tb/s of network; it gives no dense 16-bit rate"
 _ALL = (
-    Device(
-        "A100-80GB",
-        80 * _GB,
-        312e12,
-        2039e9,
-        8,
-        300e9,
-        25e9,
-        "NVIDIA A100 data sheet (SXM): 312 TFLOP/s dense, 2,039 GB/s, NVLink 600 GB/s both ways; 200 Gb/s of network a "
-        "GPU (DGX)",
-        0.65,
-        0.50,
-    ),
-    Device(
-        "A100-40GB",
-        40 * _GB,
-        312e12,
-        1555e9,
-        8,
-        300e9,
-        25e9,
-        "NVIDIA A100 data sheet (SXM): 312 TFLOP/s dense, 1,555 GB/s, NVLink 600 GB/s both ways; 200 Gb/s of network a "
-        "GPU (DGX)",
-        0.65,
-        0.50,
-    ),
-    Device("H100", 80 * _GB, 989.4e12, 3350e9, 8, 450e9, 50e9, f"NVIDIA H100 data sheet (SXM): 3.35 TB/s, {_NVIDIA_H}"),
-    Device("H200", 141 * _GB, 989.4e12, 4800e9, 8, 450e9, 50e9, f"NVIDIA H200 data sheet (SXM): 4.8 TB/s, {_NVIDIA_H}"),
-    Device(
-        "B200",
-        180 * _GB,
-        2250e12,
-        8000e9,
-        8,
-        900e9,
-        50e9,
-        "NVIDIA DGX B200 data sheet, an eighth of it: half of 36 PFLOP/s with sparsity, 64 TB/s, 1,440 GB; NVLink 1.8 "
-        "TB/s; 400 Gb/s a GPU",
-    ),
-    Device(
-        "MI300X",
-        192 * _GB,
-        1307.4e12,
-        5300e9,
-        8,
-        448e9,
-        50e9,
-        "AMD Instinct MI300X data sheet: 1,307.4 TFLOP/s dense, 5.3 TB/s, 7 links of 128 GB/s both ways; 400 Gb/s of "
-        "network a GPU",
-    ),
-    Device(
-        "CS-2",
-        40 * _GB,
-        None,
-        20e15,
-        1,
-        None,
-        150e9,
-        "Cerebras CS-2 data sheet: 40 GB on the wafer, 20 PB/s, 1.2 Tb/s of network; it gives no dense 16-bit rate",
-    ),
+    Device("A100-80GB", 80 * _GB, 312e12, 2039e9, 8, 300e9, 25e9, f"{_A100}, 2,039 GB/s", 0.65, 0.50),
+    Device("A100-40GB", 40 * _GB, 312e12, 1555e9, 8, 300e9, 25e9, f"{_A100}, 1,555 GB/s", 0.65, 0.50),
+    Device("H100", 80 * _GB, 989.4e12, 3350e9, 8, 450e9, 50e9, f"NVIDIA H100 data sheet (SXM): 3.35 TB/s, {_H}"),
+    Device("H200", 141 * _GB, 989.4e12, 4800e9, 8, 450e9, 50e9, f"NVIDIA H200 data sheet (SXM): 4.8 TB/s, {_H}"),
+    Device("B200", 180 * _GB, 2250e12, 8000e9, 8, 900e9, 50e9, f"NVIDIA DGX B200 data sheet, an eighth of it: {_B200}"),
+    Device("MI300X", 192 * _GB, 1307.4e12, 5300e9, 8, 448e9, 50e9, f"AMD Instinct MI300X data sheet: {_MI300X}"),
+    Device("CS-2", 40 * _GB, None, 20e15, 1, None, 150e9, f"Cerebras CS-2 data sheet: {_CS2}"),
 )
 MOST_DEVICES = 1_000_000
 DEVICES = {device.name: device for device in _ALL}

@@ -1,5 +1,4 @@
-"""Run a command under a memory limit: `python -m weftrain.analysis.machine.memory_cap 8192 -- weftrain train ...`
-(MiB).
+"""Run a command under a memory limit in MiB: `python -m weftrain.analysis.machine.memory_cap 8192 -- COMMAND ...`.
 
 A cgroup (version 2 or 1) counts resident memory and page cache, and the kernel kills a process that needs more. Without
 the right to make a cgroup nothing is limited, and the last line says so; the peak resident memory of the largest

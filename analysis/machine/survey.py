@@ -1,7 +1,7 @@
 """What every rank of a machine can do: matrix multiplies by dtype, memory, disk, and collectives by size.
 
-A mean would hide the one slow device that a whole cluster waits for, so all ranks are measured at the same time, each
-by itself, and one more than a tenth below the median is named.
+A mean would hide the one slow device that a whole cluster waits for, so each rank is measured by itself, all at the
+same time, and every rank more than a tenth below the median is named.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from weftrain.core.order.batch import EvaluationSource
 from weftrain.core.run.run_source import RunSource
 
 FORMAT = "weftrain-memorization"
-BATCH_SIZE = 128  # rows decoded together; it touches a logit's last bits, so it is not the user's to change
+BATCH_SIZE = 128  # rows decoded together; not an option, because it changes the last bits of logits
 MAX_LINE_BYTES = 1 << 20
 
 Kind = Literal["training", "heldout", "sample"]

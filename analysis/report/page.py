@@ -92,9 +92,9 @@ def _is_hash(value: str) -> bool:
     return len(value) >= 32 and all(letter in "0123456789abcdef" for letter in value)
 
 
-def _table(caption: str, head: Sequence[tuple[str, bool]], rows: Sequence[str], label: str) -> str:
-    """head: (name, whether its column holds figures). rows: <tr> markup. The table scrolls within its own box."""
-    cells = "".join(f'<th scope="col"{" class=n" if figures else ""}>{escape(name)}</th>' for name, figures in head)
+def _table(caption: str, head: Sequence[str], rows: Sequence[str], label: str, figures: Sequence[str]) -> str:
+    """rows: <tr> markup. figures: the columns of `head` that hold figures. The table scrolls within its own box."""
+    cells = "".join(f'<th scope="col"{" class=n" if name in figures else ""}>{escape(name)}</th>' for name in head)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table><caption><span>{escape(caption)}</span></caption>'
         f"<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -161,16 +161,7 @@ def _checkpoints(report: RunReport, place: Path) -> str:
         return _absent(
             "No checkpoint was entered in a ledger: set checkpoint.every_steps, or data.chunks, and train on"
         )
-    head = [
-        ("step", True),
-        ("chunk", True),
-        ("steps", True),
-        ("samples", True),
-        ("root", False),
-        ("parent", False),
-        ("metrics", False),
-        ("", False),
-    ]
+    head = ("step", "chunk", "steps", "samples", "root", "parent", "metrics", "")
     shown, hidden = _ends(report.checkpoints)
     rows = [_checkpoint(report, saved, place) for saved in shown]
     left = sum(saved.abandoned is not None for saved in report.checkpoints)
@@ -180,7 +171,7 @@ def _checkpoints(report: RunReport, place: Path) -> str:
         "by the steps and samples named; metrics is the digest of the measurements between them. Hashes are whole in "
         "their tooltips."
     )
-    return _table(caption, head, rows, "checkpoints and the chunks they end")
+    return _table(caption, head, rows, "checkpoints and the chunks they end", head[:4])
 
 
 def _ends(items: Sequence[T]) -> tuple[Sequence[T], int]:
@@ -240,12 +231,8 @@ def _matrix(matrix: Matrix) -> str:
         "shade shows. * just seen, + seen earlier, ~ seen in part, ? not known; without a sign: never seen by that "
         f"checkpoint.{f' {left_out:,} cells are left out, at even distances.' if left_out else ''}"
     )
-    return _table(
-        caption,
-        [("step", True), ("root", False), *((chunk, True) for chunk in chunks)],
-        lines,
-        f"memorization, {matrix.words}",
-    )
+    head = ("step", "root", *chunks)
+    return _table(caption, head, lines, f"memorization, {matrix.words}", ("step", *chunks))
 
 
 def _cell(cell: Cell | None, where: str) -> str:
@@ -272,22 +259,15 @@ def _thin(items: Sequence[Any]) -> Sequence[Any]:
 def _evaluations(report: RunReport) -> str:
     if not report.evaluations:
         return _absent("No evaluation was recorded", "weftrain eval RUN --tasks ...")
-    head = [
-        ("task", False),
-        ("version", True),
-        ("shots", True),
-        ("metric", False),
-        ("percent", True),
-        ("value", True),
-        ("samples", True),
-    ]
+    figures = ("version", "shots", "percent", "value", "samples", "step")
+    head = ("task", "version", "shots", "metric", "percent", "value", "samples", "step", "root", "")
     counted = {saved.root for saved in report.checkpoints if saved.abandoned is None}
     rows = [_evaluation(record, counted) for record in report.evaluations]
     caption = (
         "Each row is a record under analyses/evaluations, checked against its own hash. ± is the standard error where "
         "the task states one."
     )
-    return _table(caption, [*head, ("step", True), ("root", False), ("", False)], rows, "evaluations")
+    return _table(caption, head, rows, "evaluations", figures)
 
 
 def _evaluation(record: Mapping[str, Any], counted: set[str]) -> str:
@@ -342,21 +322,15 @@ def _environment(report: RunReport) -> str:
     rows = [
         _start(before, start, differing) for before, start in zip([None, *report.starts], report.starts, strict=False)
     ]
-    head = [
-        ("start", True),
-        ("from step", True),
-        ("counts to", True),
-        ("reached", True),
-        ("when (UTC)", False),
-        ("parent", False),
-    ]
+    figures = ("start", "from step", "counts to", "reached")
+    head = (*figures, "when (UTC)", "parent", *differing)
     caption = (
         "What differs between starts has a column; a cell that is marked, and says 'now', differs from the start "
         "before. "
         if differing
         else "All starts were made in one environment."
     )
-    table = _table(caption, [*head, *((key, False) for key in differing)], rows, "starts")
+    table = _table(caption, head, rows, "starts", figures)
     pairs = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in same)
     common = f'<h3>The same in every start</h3><dl class="pairs many">{pairs}</dl>' if same else ""
     note = '<p class="soft">Bars run from the step at which training began to the one it reached; dashed: what does not count.</p>'

@@ -1,7 +1,6 @@
-"""The style of a run's page: one string of CSS, light and dark, narrow and wide, and on paper.
+"""The style of a run's page: one string of CSS, for light and dark, narrow and wide screens, and paper.
 
-What a reader would get wrong: the page has no script and no picture from elsewhere, so all of its looks is here; and
-whatever is wide (a table) scrolls within its own box, never the page.
+The page has no script and loads nothing, so its whole appearance is here. Wide tables scroll within their own box.
 """
 
 from __future__ import annotations

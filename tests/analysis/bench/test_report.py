@@ -103,9 +103,9 @@ def test_differences_of_configuration(report: BenchReport) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (b"{}", "name: Field required"),
+        (b"{}", "key 'name': Field required"),
         (b"no", "Invalid JSON"),
-        (b'{"schema_version": 2}', "schema_version: Input should be 1"),
+        (b'{"schema_version": 2}', "key 'schema_version': Input should be 1"),
     ],
 )
 def test_files_that_are_no_reports(text: bytes, words: str, tmp_path: Path) -> None:
