@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 
 from weftrain.backends.common.base import PlainBackend
+from weftrain.backends.common.decoder import initial_planes, state_tensors
 from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
 from weftrain.core.formats.strict_model import StrictModel
-from weftrain.core.model import draw
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 from weftrain.core.parameters import parameter_specs
@@ -28,15 +28,8 @@ class NullRun:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        recipe = job.recipe
-        self._groups = parameter_groups(recipe.model, recipe.optimizer)
-        tensors: dict[str, torch.Tensor] = {}
-        for spec in parameter_specs(recipe.model):
-            given = job.weights[spec.name] if job.weights is not None else draw(spec, recipe.model, recipe.seed)
-            tensors[f"weights/{spec.name}"] = given.clone()
-            tensors[f"exp_avg/{spec.name}"] = torch.zeros_like(given)
-            tensors[f"exp_avg_sq/{spec.name}"] = torch.zeros_like(given)
-        self._state = State(job.plan.start_step, 0, tensors)
+        self._groups = parameter_groups(job.recipe.model, job.recipe.optimizer)
+        self._state = State(job.plan.start_step, 0, state_tensors(initial_planes(job, torch.device("cpu"))))
 
     def train(self, source: BatchSource) -> Iterator[StepResult]:
         recipe, micro = self._job.recipe, self._job.recipe.batch.micro_batch_size

@@ -251,6 +251,11 @@ class Run(Protocol):
     def close(self) -> None: ...
 
 
+# What a recipe may ask for that a backend need not have: dropout, sums in a fixed tree (precision.numerics:
+# replayable), or several processes (batch.replicas).
+Feature = Literal["dropout", "replayable", "replicas"]
+
+
 @runtime_checkable
 class Backend(Protocol):
     """A way to run training. One file or folder in backends/ defines `BACKEND`, an instance."""
@@ -263,6 +268,8 @@ class Backend(Protocol):
     # Options that replay, eval and the like take from a recipe that may be a stranger's: those that decide numbers or
     # memory. Never a path, a device, an address or a time to wait.
     portable_options: Set[str]
+    # A recipe that asks for one of these is refused before the backend sees it
+    unsupported: Set[Feature]
 
     def unavailable(self) -> str | None:
         """None, or the reason a person can act on."""
@@ -307,6 +314,7 @@ def prepare_run(backend: Backend, job: Job) -> Run:
 
     Raises BackendError naming the backend and what is missing, and whatever the backend raises; the run is closed then.
     """
+    refuse_unsupported(backend.name, backend.unsupported, job.recipe)
     run = backend.prepare(job)
     try:
         _check_fingerprint(backend.name, run.fingerprint)
@@ -314,6 +322,26 @@ def prepare_run(backend: Backend, job: Job) -> Run:
         run.close()
         raise
     return run
+
+
+def refuse_unsupported(name: str, unsupported: Set[Feature], recipe: Recipe) -> None:
+    """Raises BackendError for a recipe that asks for what the backend of that name does not support."""
+    batch = recipe.batch
+    if "replayable" in unsupported and recipe.precision.numerics == "replayable":
+        raise BackendError(
+            f"precision.numerics is replayable and the {name} backend does not add in a fixed tree: use the local or "
+            "cuda backend, or numerics=fast"
+        )
+    if "dropout" in unsupported and recipe.model.dropout:
+        raise BackendError(
+            f"model.dropout is {recipe.model.dropout} and the {name} backend has no dropout: use local or cuda, or "
+            "dropout=0"
+        )
+    if "replicas" in unsupported and batch.replicas != 1:
+        raise BackendError(
+            f"batch.replicas is {batch.replicas} and the {name} backend is one process: set batch.replicas=1 (the same "
+            f"batch in {batch.global_batch_size // batch.micro_batch_size} accumulation steps)"
+        )
 
 
 def _check_fingerprint(name: str, ask: Callable[[], object]) -> None:

@@ -26,11 +26,11 @@ from weftrain.backends.cerebras.job import Job as WorkerJob
 from weftrain.backends.cerebras.job import save_state
 from weftrain.backends.cerebras.process import ROOT, Worker
 from weftrain.backends.cerebras.program import check_mask
-from weftrain.backends.common.base import PlainBackend, refuse_numerics
+from weftrain.backends.common.base import PlainBackend, options_of
 from weftrain.backends.common.state_snapshot import check_state
 from weftrain.backends.common.step import LossScale
 from weftrain.core import checkpoint as checkpoints  # this package has a module of that name
-from weftrain.core.backend import EvalResult, Fingerprint, Job, Plan, State, StepResult
+from weftrain.core.backend import EvalResult, Fingerprint, Job, Plan, State, StepResult, refuse_unsupported
 from weftrain.core.config import Recipe
 from weftrain.core.data import training_source
 from weftrain.core.errors import BackendError, NonFiniteError
@@ -82,7 +82,7 @@ def check_expressible(recipe: Recipe, options: CerebrasOptions) -> None:
                 "the source "
                 "'reference' is one there: remove the pin"
             )
-    refuse_numerics(recipe, "cerebras", "reduces as the system does")
+    refuse_unsupported(BACKEND.name, BACKEND.unsupported, recipe)
     if "reference" not in recipe.kernels.preferences:
         raise BackendError(
             "kernels.preferences: the compiler traces the reference ops, which are not among them: add 'reference'"
@@ -301,18 +301,15 @@ class CerebrasBackend(PlainBackend):
     portable_options = frozenset(
         {"target", "execution_strategy", "micro_batch", "precision_level", "activation_checkpointing"}
     )
-    returns_gradients = (
-        False  # not by gradients that anybody could ask for, which is what the conformance suite compares
-    )
+    returns_gradients = False  # a system hands out state at planned steps only
+    unsupported = frozenset({"dropout", "replayable"})
 
     def unavailable(self) -> str | None:
         return environment.missing()
 
     def prepare(self, job: Job) -> CerebrasRun:
         """Raises BackendError for a recipe that cannot be expressed, or where no cluster is reached."""
-        options = job.options
-        if not isinstance(options, CerebrasOptions):
-            raise BackendError(f"the cerebras backend was given {type(options).__name__}; it takes CerebrasOptions")
+        options = options_of(job, CerebrasOptions)
         check_expressible(job.recipe, options)
         if options.target == "csx" and job.plan.evaluate_every_steps:
             raise BackendError(

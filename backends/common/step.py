@@ -12,15 +12,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from weftrain.core.backend import EvalResult
 from weftrain.core.config import OptimizerConfig, Recipe
 from weftrain.core.errors import BackendError
-from weftrain.core.model import Decoder, rotary_tables
 from weftrain.core.optim import ParameterGroup
-from weftrain.core.order.batch import Batch, BatchSource
-from weftrain.core.parameters import Role, parameter_specs
+from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 
-FP32_ROLES = (Role.NORM_WEIGHT, Role.NORM_BIAS)  # never copied to bf16: norms compute in fp32
-HEAD_USE = "embedding.weight as the head"  # a tied weight's second use; no parameter has such a name
 _NAMES_IN_MESSAGE = 16
 
 
@@ -62,6 +59,27 @@ class LossScale:
         if self.divisor == self.bearing_tokens:
             return loss  # without a bearing token 0 / 0 made it NaN already
         return loss * (self.divisor / self.bearing_tokens if self.bearing_tokens else math.nan)
+
+
+def evaluate_rows(
+    loss: Callable[..., torch.Tensor], source: EvaluationSource, micro_batch_size: int, device: torch.device
+) -> EvalResult:
+    """Held-out loss of a model on one device. loss(ids, labels, document_start): the sum over the tokens, 0-dim."""
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for first in range(0, source.num_rows, micro_batch_size):
+            rows = source.rows(first, min(micro_batch_size, source.num_rows - first))
+            ids, labels, document_start = to_device(rows, device)
+            total += float(loss(ids, labels, document_start))
+            tokens += int((labels >= 0).sum())
+    return mean_loss(source, total, tokens)
+
+
+def mean_loss(source: EvaluationSource, total: float, tokens: int) -> EvalResult:
+    """Raises BackendError where no token of the set bears a loss."""
+    if tokens == 0:
+        raise BackendError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
+    return EvalResult(total / tokens, tokens)
 
 
 def slice_rows(batch: Batch, first: int, count: int) -> Batch:
@@ -136,27 +154,6 @@ def _some(names: Sequence[str]) -> str:
 UpdateSets = list[tuple[ParameterGroup, list[str], list[torch.Tensor] | None]]
 
 
-def bind_parameters(
-    model: Decoder, weights: Mapping[str, torch.Tensor], compute_dtype: torch.dtype, device: torch.device
-) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.Tensor]]:
-    """Give a model built on `meta` its parameters and rotary tables: the master tensors themselves in fp32 (and for
-    norms), compute copies of them otherwise. The parameters in execution order, and which of them are copies.
-    """
-    parameters: dict[str, torch.nn.Parameter] = {}
-    copies: dict[str, torch.Tensor] = {}
-    for spec in parameter_specs(model.config):
-        master = weights[spec.name]
-        shared = compute_dtype == torch.float32 or spec.role in FP32_ROLES
-        parameter = parameters[spec.name] = torch.nn.Parameter(master if shared else master.to(compute_dtype))
-        if not shared:
-            copies[spec.name] = parameter.detach()
-        owner, _, attribute = spec.name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, parameter)
-    for name, table in zip(("cos", "sin"), rotary_tables(model.config), strict=True):
-        model.register_buffer(name, table.to(device), persistent=False)
-    return parameters, copies
-
-
 def update_sets(
     groups: Sequence[ParameterGroup], copies: Mapping[str, torch.Tensor], held: Container[str] | None = None
 ) -> UpdateSets:
@@ -204,8 +201,3 @@ def update(
             eps_placement=config.eps_placement,
             gradient_scale=gradient_scale,
         )
-
-
-def call(segment: torch.nn.Module, *arguments: Any) -> torch.Tensor:
-    """What torch.compile is given: a module's parameters are then inputs of the graph, and all blocks share one."""
-    return segment(*arguments)

@@ -14,11 +14,11 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from weftrain.backends.common.base import PlainBackend, ask_for_huge_pages, torch_device, use_threads
+from weftrain.backends.common.base import PlainBackend
+from weftrain.backends.common.device import prepare_process, torch_device
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.core.backend import Job
 from weftrain.core.config import Recipe
-from weftrain.core.errors import BackendError
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.order.batch import BatchSource
 from weftrain.core.prediction import Prediction, Speeds
@@ -92,7 +92,7 @@ class CudaBackend(PlainBackend):
         from weftrain.backends.cuda.engine import CudaRun
         from weftrain.backends.cuda.rendezvous import rendezvous
 
-        options = _set_up(job)
+        options, _ = prepare_process(job, CudaOptions)
         world = rendezvous(options.device, options.timeout_s, job.stop)
         plan = {name: getattr(job.plan, name) for name in ("start_step", "last_step")}
         given = job.weights is not None
@@ -104,7 +104,7 @@ class CudaBackend(PlainBackend):
         from weftrain.backends.cuda.rendezvous import launched, rendezvous
 
         if launched():
-            options = _set_up(job)
+            options, _ = prepare_process(job, CudaOptions)
             rendezvous(options.device, options.timeout_s, job.stop)
 
     def run_worker(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
@@ -113,19 +113,8 @@ class CudaBackend(PlainBackend):
         from weftrain.backends.cuda.worker import Worker
 
         job = read()
-        options = _set_up(job)
+        options, _ = prepare_process(job, CudaOptions)
         Worker(rendezvous(options.device, options.timeout_s, job.stop), job, open_source).run()
-
-
-def _set_up(job: Job) -> CudaOptions:
-    options = job.options
-    if not isinstance(options, CudaOptions):
-        raise BackendError(f"the cuda backend was given {type(options).__name__}; it takes CudaOptions")
-    device = torch_device(options.device)
-    use_threads(job, options.threads)
-    if options.huge_pages and device.type == "cpu":
-        ask_for_huge_pages()
-    return options
 
 
 BACKEND: Any = CudaBackend()

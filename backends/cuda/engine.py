@@ -16,17 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from weftrain.backends.common.base import device_fingerprint
+from weftrain.backends.common.decoder import (
+    PLANES,
+    compute_dtype,
+    decoder_on_meta,
+    initial_weight,
+    select_kernels,
+)
+from weftrain.backends.common.device import device_fingerprint, memory_stats
 from weftrain.backends.common.phase_clock import PhaseClock
 from weftrain.backends.common.state_snapshot import check_state
 from weftrain.backends.common.step import (
     LossScale,
     clip_coefficient,
+    mean_loss,
     non_finite_message,
     slice_rows,
     to_device,
@@ -46,14 +53,9 @@ from weftrain.core.dropout import row_keys
 from weftrain.core.errors import BackendError, NonFiniteError, WeftrainError
 from weftrain.core.formats.canonical import sha256_json
 from weftrain.core.formats.checkpoint_files import Written
-from weftrain.core.model import Decoder, draw, kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 from weftrain.core.parameters import parameter_specs
-from weftrain.kernels import Spec, select
-from weftrain.kernels.host_memory import huge_page_bytes
-
-PLANES = ("weights", "exp_avg", "exp_avg_sq")
 
 
 class CudaRun:
@@ -74,12 +76,12 @@ class CudaRun:
         world.agree(error)  # before the first collective of the set-up: a rank that failed would not come to it
         chosen = {
             "recipe": sha256_json(job.recipe.model_dump(mode="json")),
-            "kernels": sha256_json(self._selection.manifest),
+            "kernels": sha256_json(self._kernels.manifest),
         }
         world.same_everywhere(chosen)
         with world.together("shard the model across ranks"):
             self._build(job.recipe, options)
-        self._fill(job.weights if given else None, given)
+        self._fill(given)
         self.writer = Writer(world, self.number)
         self._closed = False
         self._clock = PhaseClock(world.device, job.time_phases)
@@ -89,35 +91,28 @@ class CudaRun:
         """Everything that one rank can find wrong by itself."""
         world, device = self._world, self._world.device
         self._degrees = degrees(options, recipe, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
-        compute_dtype = getattr(torch, recipe.precision.compute)
-        documents = recipe.data.document_attention
-        uses = kernel_specs(recipe.model, device.type, compute_dtype, torch.float32, documents)
-        attributes = {"eps_placement": recipe.optimizer.eps_placement}
-        at = "cpu" if options.cpu_offload else device.type  # where the optimizer runs
-        uses += [Spec(op, "optimizer", at, compute_dtype, attributes) for op in ("adamw", "grad_norm")]
-        self._selection = select(uses, recipe.kernels.preferences, recipe.kernels.pins)
-        self._adamw = self._selection.function("adamw", "optimizer")
-        self._grad_norm = self._selection.function("grad_norm", "optimizer")
+        # with offloading the optimizer runs on the host
+        where = "cpu" if options.cpu_offload else device.type
+        self._kernels = select_kernels(recipe, device.type, adamw_on=where, grad_norm_on=where)
         check_memory(recipe, options, self._degrees, device)
 
     def _build(self, recipe: Recipe, options: CudaOptions) -> None:
-        device, compute_dtype = self._world.device, getattr(torch, recipe.precision.compute)
+        device, dtype = self._world.device, compute_dtype(recipe)
         meshes = Meshes.of(self._degrees, device.type)
-        with torch.device("meta"):
-            model = Decoder(recipe.model, self._selection, residual_dtype=torch.float32)
+        model = decoder_on_meta(recipe, self._kernels)
         if meshes.context is not None:
             split_sequences(model, meshes.context)
         if options.float8:
             use_float8(model)
         if meshes.tensor is not None:
-            split_tensors(model, meshes.tensor, compute_dtype)
+            split_tensors(model, meshes.tensor, dtype)
         compile_blocks(model, options)
         self._decoder = model
         if options.parallel == "ddp":
             tree = TreeSum(recipe.batch.accumulation_steps) if recipe.precision.numerics == "replayable" else None
-            self._model: RankModel = Replicated(model, options, compute_dtype, device, tree)
+            self._model: RankModel = Replicated(model, options, dtype, device, tree)
         else:
-            self._model = Sharded(model, meshes, options, compute_dtype, device)
+            self._model = Sharded(model, meshes, options, dtype, device)
         weights = self._model.weights
         zeros = {plane: {name: torch.zeros_like(tensor) for name, tensor in weights.items()} for plane in PLANES[1:]}
         self._planes: dict[str, dict[str, Tensor]] = {"weights": weights, **zeros}
@@ -125,13 +120,11 @@ class CudaRun:
         self._held = {name for name, tensor in weights.items() if tensor.numel()}
         self._sets = update_sets(self._groups, self._model.copies, self._held)
 
-    def _fill(self, weights: Mapping[str, Tensor] | None, given: bool) -> None:
+    def _fill(self, given: bool) -> None:
         """Initial weights, one at a time: rank 0's where they are given, else each tensor drawn by one of the ranks."""
         for index, spec in enumerate(parameter_specs(self._recipe.model)):
             source = 0 if given else index % self._world.size
-            whole = None
-            if self._world.rank == source:
-                whole = weights[spec.name] if weights is not None else draw(spec, self._recipe.model, self._recipe.seed)
+            whole = initial_weight(self.job, spec) if self._world.rank == source else None
             self.place("weights", spec.name, spec.shape, whole, source)
         self._model.refresh()
 
@@ -175,7 +168,8 @@ class CudaRun:
             scale = clip_coefficient(norm, recipe.optimizer.clip_norm)
             index = self._optimizer_updates + 1
             at = next(iter(self._planes["weights"].values())).device
-            update(self._adamw, self._sets, self._planes, gradients, recipe.optimizer, rates, index, scale.to(at))
+            adamw, scale = self._kernels.adamw, scale.to(at)
+            update(adamw, self._sets, self._planes, gradients, recipe.optimizer, rates, index, scale)
             self._optimizer_updates = index
         self._model.clear_gradients()
         del gradients
@@ -250,7 +244,7 @@ class CudaRun:
         """
         self._clock.to("clip")
         squares = [
-            self._grad_norm([gradients[name]]).double() ** 2 / self._model.owners(name)
+            self._kernels.grad_norm([gradients[name]]).double() ** 2 / self._model.owners(name)
             for name in gradients
             if name in self._held
         ]
@@ -320,9 +314,7 @@ class CudaRun:
         rounds = -(-source.num_rows // rows)
         with self._together(do="evaluate", rounds=rounds):
             loss, tokens = self.evaluate_rounds(rounds, lambda number: _padded(source, number * rows, rows))
-        if tokens == 0:
-            raise BackendError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
-        return EvalResult(loss / tokens, tokens)
+        return mean_loss(source, loss, tokens)
 
     def evaluate_rounds(self, rounds: int, read: Callable[[int], Batch | None]) -> tuple[float, int]:
         total = torch.zeros(2, dtype=torch.float64, device=self._world.device)
@@ -413,7 +405,7 @@ class CudaRun:
             if self._recipe.precision.numerics == "replayable"
             else f"micro-batches added in order, ranks by the collective library, {self._options.reduce}",
         }
-        recomputes, kernels = self._options.activation_checkpointing, self._selection.manifest
+        recomputes, kernels = self._options.activation_checkpointing, self._kernels.manifest
         return device_fingerprint(
             "cuda", self._world.device, kernels, more, ranks=self._world.size, recomputes=recomputes
         )
@@ -422,12 +414,7 @@ class CudaRun:
         """Of rank 0: resident memory now, the peak on its device, and how long the last save kept the run from
         training.
         """
-        stats = {
-            "memory_bytes": float(psutil.Process(os.getpid()).memory_info().rss),
-            "huge_page_bytes": float(huge_page_bytes()),
-        }
-        if self._world.device.type == "cuda":
-            stats["device_peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(self._world.device))
+        stats = memory_stats(self._world.device)
         if self.writer.stall_ms is not None:
             stats["checkpoint_stall_ms"] = self.writer.stall_ms
         return stats

@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from weftrain.backends.common.step import FP32_ROLES, bind_parameters, present
+from weftrain.backends.common.decoder import FP32_ROLES, bind_parameters
+from weftrain.backends.common.step import present
 from weftrain.backends.common.tree_sum import TreeSum
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Meshes, shard

@@ -1,4 +1,4 @@
-"""backend.options of the cuda backend, and which of them contradict each other. Imports no torch."""
+"""backend.options of the cuda backend, and which of them contradict each other."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from weftrain.core.config import CompileOption, RecomputeOption, Threads, TimeoutS
+from weftrain.backends.common.device import DeviceOptions
+from weftrain.core.config import CompileOption, RecomputeOption, TimeoutS
 from weftrain.core.formats.strict_model import Count, PositiveInt
 
 
-class CudaOptions(CompileOption, RecomputeOption):
+class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
     """backend.options of the cuda backend."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
     parallel: Literal["fsdp", "hsdp", "ddp"] = "fsdp"  # ddp: every rank holds the whole model
     shard_group: Count = 0  # hsdp: data-parallel ranks that share one sharded copy; 0: those of a node
     tensor_parallel: PositiveInt = 1  # ranks that share a block's linear maps, and the row's tokens between them
@@ -25,8 +25,6 @@ class CudaOptions(CompileOption, RecomputeOption):
     cuda_graphs: bool = False  # compile's mode reduce-overhead; parallel=ddp alone, where weights stay where they are
     cpu_offload: bool = False  # fsdp: sharded weights and state in the host's memory
     float8: bool = False  # the blocks' linear maps through torchao
-    threads: Threads = 0  # CPU threads of a process; 0: torch's own choice
-    huge_pages: bool = True  # on a CPU: kernels/host_memory.py; no bit changes
     timeout_s: TimeoutS = 600  # waiting for another rank
     stall_s: TimeoutS = 60  # after so long without progress the rank that holds all up is named, with its stack
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from weftrain.backends.common.step import FP32_ROLES
+from weftrain.backends.common.decoder import FP32_ROLES
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from weftrain.backends.common.base import torch_device
+from weftrain.backends.common.device import torch_device
 from weftrain.backends.cuda.hang_detector import HangDetector
 from weftrain.backends.cuda.world import World
 from weftrain.core.errors import BackendError

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weftrain.backends.common.base import PlainBackend, ask_for_huge_pages, refuse_numerics, torch_device, use_threads
+from weftrain.backends.common.base import PlainBackend, options_of
+from weftrain.backends.common.device import prepare_process
 from weftrain.backends.streaming.options import StreamingOptions, buffer_bytes, layout_of, store_folder
 from weftrain.core.backend import Job, StoredState
 from weftrain.core.config import Recipe
@@ -33,6 +34,7 @@ class StreamingBackend(PlainBackend):
     summary = "weight streaming: state in RAM or on disk, one layer at a time on the device; fp32 or bf16, exact"
     options = StreamingOptions
     returns_gradients = True
+    unsupported = frozenset({"dropout", "replayable"})
     portable_options = frozenset(
         {
             "compile",
@@ -53,8 +55,7 @@ class StreamingBackend(PlainBackend):
         from weftrain.backends.streaming.replicas.leader import ReplicaLeader
         from weftrain.backends.streaming.replicas.rendezvous import agreement
 
-        refuse_numerics(job.recipe, self.name, "adds what its replicas send, in their order")
-        options, device = _options(job), _prepared_device(job)
+        options, device = options_of(job, StreamingOptions), _prepared_device(job)
         replicas = job.recipe.batch.replicas
         if replicas * job.recipe.batch.micro_batch_size > job.recipe.batch.global_batch_size:
             raise BackendError(
@@ -91,7 +92,7 @@ class StreamingBackend(PlainBackend):
         from weftrain.backends.streaming.store.ram import EmptyStore
 
         job, worker = join_run(read, _prepared_device, wait_s)
-        options = _options(job)
+        options = options_of(job, StreamingOptions)
         if worker.sharded:
             folder = store_folder(options, job.folder, f"store-{worker.rank}")
             store = _open_store(job.recipe, options, folder, worker.rank)
@@ -132,23 +133,13 @@ class StreamingBackend(PlainBackend):
         return predict(recipe, options, speeds)
 
 
-def _options(job: Job) -> StreamingOptions:
-    if not isinstance(job.options, StreamingOptions):
-        raise BackendError(f"the streaming backend was given {type(job.options).__name__}; it takes StreamingOptions")
-    return job.options
-
-
 def _prepared_device(job: Job) -> torch.device:
     """The device that the options name; also sets this process's threads and allocator."""
     from weftrain.kernels.host_memory import return_freed_memory
 
-    options = _options(job)
-    device = torch_device(options.device)
-    use_threads(job, options.threads)
+    options, device = prepare_process(job, StreamingOptions)
     if not options.huge_pages:
         return_freed_memory()
-    elif device.type == "cpu":
-        ask_for_huge_pages()
     return device
 
 

@@ -13,17 +13,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
-import psutil
 import torch
 from torch import Tensor
 
-from weftrain.backends.common.base import device_fingerprint
+from weftrain.backends.common.decoder import call, decoder_on_meta, select_kernels
+from weftrain.backends.common.device import device_fingerprint, memory_stats
 from weftrain.backends.common.state_snapshot import SnapshotOwner, StateSnapshot, check_state
 from weftrain.backends.common.step import (
     LossScale,
-    call,
     clip_coefficient,
     global_norm,
+    mean_loss,
     non_finite_message,
     slice_rows,
     to_device,
@@ -38,13 +38,11 @@ from weftrain.backends.streaming.store.base import Completed, Pending, Store, no
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.backends.streaming.trace import Trace
 from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
-from weftrain.core.errors import BackendError, NonFiniteError
-from weftrain.core.model import Decoder, kernel_specs, rotary_tables
+from weftrain.core.errors import NonFiniteError
+from weftrain.core.model import rotary_tables
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 from weftrain.core.parameters import parameter_specs
-from weftrain.kernels import Spec, select
-from weftrain.kernels.host_memory import huge_page_bytes
 
 
 class StreamingRun:
@@ -56,26 +54,18 @@ class StreamingRun:
         recipe = job.recipe
         self.job, self.store, self.communicator = job, store, communicator
         self._recipe, self._options, self._device = recipe, options, device
-        compute = getattr(torch, recipe.precision.compute)
-        uses = kernel_specs(recipe.model, device.type, compute, torch.float32, recipe.data.document_attention)
-        attributes = {"eps_placement": recipe.optimizer.eps_placement}
-        uses += [
-            Spec("adamw", "optimizer", "cpu", compute, attributes),
-            Spec("grad_norm", "optimizer", device.type, compute, attributes),
-        ]
-        self._selection = select(uses, recipe.kernels.preferences, recipe.kernels.pins)
-        with torch.device("meta"):  # the executor binds a record's weights when it has loaded them
-            model = Decoder(recipe.model, self._selection, residual_dtype=torch.float32)
+        self._kernels = select_kernels(recipe, device.type, adamw_on="cpu")
+        model = decoder_on_meta(recipe, self._kernels)  # the executor binds a record's weights when it has loaded them
         for name, table in zip(("cos", "sin"), rotary_tables(recipe.model), strict=True):
             model.register_buffer(name, table.to(device), persistent=False)
-        adamw = self._selection.function("adamw", "optimizer")
+        adamw = self._kernels.adamw
         self.executor = PassExecutor(recipe, options, device, store, communicator, model, adamw, job.progress)
         self._micro_batches = recipe.batch.global_batch_size // recipe.batch.micro_batch_size
         self._computation = Computation(
             model,
             model.segments(),
             torch.compile(call, dynamic=False) if options.compile else call,
-            self._selection.function("grad_norm", "optimizer"),
+            self._kernels.grad_norm,
             keep_activations=options.activations == "keep",
             accumulate=self._micro_batches > 1,
             saved_tensors=self.executor.saved_tensors,
@@ -177,9 +167,7 @@ class StreamingRun:
             self._lead("evaluation", model_pass)
             total = sum((float(loss) for loss in model_pass.losses), total)
             tokens += sum(int((labels >= 0).sum()) for _, labels, _ in rows)
-        if tokens == 0:
-            raise BackendError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
-        return EvalResult(total / tokens, tokens)
+        return mean_loss(source, total, tokens)
 
     # -- state
 
@@ -221,15 +209,14 @@ class StreamingRun:
             "reduction": "micro-batches added in order, fp32",
         }
         recomputes: Literal["none", "full"] = "full" if self._options.activations == "recompute" else "none"
-        return device_fingerprint("streaming", self._device, self._selection.manifest, more, recomputes=recomputes)
+        return device_fingerprint("streaming", self._device, self._kernels.manifest, more, recomputes=recomputes)
 
     def stats(self) -> dict[str, float]:
         """Resident memory; and since the last step began, the bytes that the store moved, its time and the stalls."""
         measured = self.executor.measured
         io_ms = measured.get("store_io_ms", 0.0)  # 0: nothing was moved, so there is no overlap_share
         return {
-            "memory_bytes": float(psutil.Process().memory_info().rss),
-            "huge_page_bytes": float(huge_page_bytes()),
+            **memory_stats(self._device),
             **measured,
             **({"overlap_share": max(0.0, 1 - measured["stall_ms"] / io_ms)} if io_ms else {}),
         }

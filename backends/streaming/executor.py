@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weftrain.backends.common.decoder import PLANES
 from weftrain.backends.common.step import update
 from weftrain.backends.streaming.communicator import Communicator, Gradients
 from weftrain.backends.streaming.device import Copies, CudaCopies, Offload
 from weftrain.backends.streaming.options import StreamingOptions
 from weftrain.backends.streaming.passes import Pass
 from weftrain.backends.streaming.schedule import COMPUTING, LOADING, Event, PassSchedule, PassScheduler
-from weftrain.backends.streaming.state import PLANES, Progress
+from weftrain.backends.streaming.state import Progress
 from weftrain.backends.streaming.store.base import Store
 from weftrain.backends.streaming.store.direct import aligned
 from weftrain.backends.streaming.store.layout import Record, Tile

@@ -9,15 +9,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from weftrain.backends.common.device import DeviceOptions
 from weftrain.backends.streaming.store.layout import Layout, make_layout
 from weftrain.backends.streaming.store.state_format import FormatName
-from weftrain.core.config import CompileOption, Recipe, Threads, TimeoutS
+from weftrain.core.config import CompileOption, Recipe, TimeoutS
 from weftrain.core.formats.strict_model import Count, PositiveInt
 
 
-class StreamingOptions(CompileOption):
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Threads = 0  # CPU threads; 0: torch's own choice
+class StreamingOptions(DeviceOptions, CompileOption):
     # on a CPU: activations in huge pages that the process keeps; false: less memory, slower, bitwise identical results
     huge_pages: bool = True
     # recompute: only a block's input is kept, and the block runs again in backward

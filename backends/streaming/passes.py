@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weftrain.backends.common.step import HEAD_USE, call, present
+from weftrain.backends.common.decoder import HEAD_USE, call
+from weftrain.backends.common.step import present
 from weftrain.backends.streaming.communicator import Communicator, Finish, Gradients
 from weftrain.backends.streaming.schedule import Event
 from weftrain.backends.streaming.store.layout import Record

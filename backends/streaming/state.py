@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weftrain.backends.common.decoder import PLANES, initial_weight
 from weftrain.backends.streaming.communicator import Communicator
 from weftrain.backends.streaming.store.base import Store
 from weftrain.backends.streaming.store.layout import Fragment, Tile
 from weftrain.backends.streaming.store.planes import DTYPES, Planes, UpdateBuffers
 from weftrain.core.backend import Job, StepResult
-from weftrain.core.model import draw
 from weftrain.core.parameters import ParameterSpec
 
-PLANES = ("weights", "exp_avg", "exp_avg_sq")
 Progress = Callable[[str, float], None]
 TensorSource = Callable[[str, ParameterSpec], Tensor | None]  # (plane, parameter) -> fp32, or None for zeros
 
@@ -28,7 +27,7 @@ def initial_tensors(job: Job) -> TensorSource:
     def tensor(plane: str, spec: ParameterSpec) -> Tensor | None:
         if plane != "weights":
             return None
-        return job.weights[spec.name] if job.weights is not None else draw(spec, job.recipe.model, job.recipe.seed)
+        return initial_weight(job, spec)
 
     return tensor
 

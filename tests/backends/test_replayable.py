@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from weftrain.backends.common.base import refuse_numerics
 from weftrain.backends.common.registry import find_backends
 from weftrain.backends.common.tree_sum import TreeSum, tree_sum
-from weftrain.core.backend import Job, Plan, Run, State
+from weftrain.core.backend import Job, Plan, Run, State, prepare_run
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import at_place, dropout, row_keys, squares
 from weftrain.core.errors import BackendError
@@ -99,14 +98,13 @@ def test_a_step_leaves_nothing_in_the_tree_of_the_next(tiny_recipe: Tiny) -> Non
     assert all(torch.equal(gradient, second[1][name]) for name, gradient in first[1].items())
 
 
-def test_a_backend_without_it_refuses_it(tiny_recipe: Tiny) -> None:
-    streaming = find_backends()["streaming"]
+@pytest.mark.parametrize("name", ["streaming", "cerebras"])
+def test_a_backend_without_it_refuses_it(name: str, tiny_recipe: Tiny) -> None:
+    backend = find_backends()[name]
     for override, words in (("precision.numerics=replayable", "numerics=fast"), ("model.dropout=0.1", "dropout=0")):
         recipe = tiny_recipe("crystal", override)
         with pytest.raises(BackendError, match=words):
-            streaming.prepare(Job(recipe, Plan(0, 1), streaming.options()))
-        with pytest.raises(BackendError, match=words):
-            refuse_numerics(recipe, "cerebras", "reduces as the system does")
+            prepare_run(backend, Job(recipe, Plan(0, 1), backend.options()))
 
 
 def test_fsdp_refuses_it(tiny_recipe: Tiny) -> None:
@@ -170,7 +168,7 @@ def test_evaluation_drops_nothing_and_training_does(tiny_recipe: Tiny) -> None:
     dropping, plain = prepare("local", recipe), prepare("local", without)
     assert dropping.gradients(batch)[0] != plain.gradients(batch)[0]
     assert dropping.gradients(batch)[0] == dropping.gradients(batch)[0]
-    logits = [run._model.logits(torch.from_numpy(batch.ids[:, :-1])) for run in (dropping, plain)]  # type: ignore[attr-defined]
+    logits = [run.model.logits(torch.from_numpy(batch.ids[:, :-1])) for run in (dropping, plain)]  # type: ignore[attr-defined]
     assert torch.equal(*logits)
 
 

@@ -58,7 +58,7 @@ def test_a_backend_of_another_package_is_found(offer: Callable[[Any], None]) -> 
         (SystemExit(3), "cannot be loaded: SystemExit: 3"),
         (
             object(),
-            "BACKEND lacks name, summary, options, returns_gradients, portable_options, unavailable, prepare, stored_state",
+            "BACKEND lacks name, summary, options, returns_gradients, portable_options, unsupported, unavailable, prepare, stored_state",
         ),
         (NULL, "a second backend named 'null'"),
     ],

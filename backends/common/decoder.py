@@ -1,0 +1,104 @@
+"""What a run computes with: the recipe's kernels, fp32 master weights and moments, and the model whose parameters are
+the masters or their compute copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from weftrain.core.backend import Job
+from weftrain.core.config import Recipe
+from weftrain.core.model import Decoder, draw, kernel_specs, rotary_tables
+from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
+from weftrain.kernels import Selection, Spec, select
+
+PLANES = ("weights", "exp_avg", "exp_avg_sq")
+FP32_ROLES = (Role.NORM_WEIGHT, Role.NORM_BIAS)  # never copied to bf16: norms compute in fp32
+HEAD_USE = "embedding.weight as the head"  # a tied weight's second use; no parameter has such a name
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    found: torch.dtype = getattr(torch, recipe.precision.compute)
+    return found
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The chosen implementations: those of the model within `selection`, and the optimizer's."""
+
+    selection: Selection
+    adamw: Callable[..., Any]
+    grad_norm: Callable[..., torch.Tensor]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.selection.manifest
+
+
+def select_kernels(
+    recipe: Recipe, device_type: str, adamw_on: str | None = None, grad_norm_on: str | None = None
+) -> Kernels:
+    """adamw_on, grad_norm_on: device types of the optimizer's ops where they are others than the model's."""
+    compute, attributes = compute_dtype(recipe), {"eps_placement": recipe.optimizer.eps_placement}
+    # The residual stream stays fp32 in bf16 compute, as it does under autocast: its sums are where bf16 loses most.
+    uses = kernel_specs(recipe.model, device_type, compute, torch.float32, recipe.data.document_attention)
+    for op, where in (("adamw", adamw_on), ("grad_norm", grad_norm_on)):
+        uses.append(Spec(op, "optimizer", where or device_type, compute, attributes))
+    selection = select(uses, recipe.kernels.preferences, recipe.kernels.pins)
+    return Kernels(selection, selection.function("adamw", "optimizer"), selection.function("grad_norm", "optimizer"))
+
+
+def decoder_on_meta(recipe: Recipe, kernels: Kernels) -> Decoder:
+    """The model without memory of its own; its parameters are bound to others afterwards."""
+    with torch.device("meta"):
+        return Decoder(recipe.model, kernels.selection, residual_dtype=torch.float32)
+
+
+def initial_weight(job: Job, spec: ParameterSpec) -> torch.Tensor:
+    """The job's, else drawn from the seed."""
+    return job.weights[spec.name] if job.weights is not None else draw(spec, job.recipe.model, job.recipe.seed)
+
+
+def initial_planes(job: Job, device: torch.device) -> dict[str, dict[str, torch.Tensor]]:
+    """plane -> parameter -> fp32 tensor, in execution order: initial weights, and moments of zero."""
+    planes: dict[str, dict[str, torch.Tensor]] = {plane: {} for plane in PLANES}
+    for spec in parameter_specs(job.recipe.model):
+        weight = initial_weight(job, spec).detach().to(device, torch.float32, copy=True)
+        for plane in PLANES:
+            planes[plane][spec.name] = weight if plane == "weights" else torch.zeros_like(weight)
+    return planes
+
+
+def state_tensors(planes: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """'<plane>/<parameter>' -> tensor, as `State.tensors` names them."""
+    return {f"{plane}/{name}": tensor for plane, group in planes.items() for name, tensor in group.items()}
+
+
+def bind_parameters(
+    model: Decoder, weights: Mapping[str, torch.Tensor], compute: torch.dtype, device: torch.device
+) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.Tensor]]:
+    """Give a model built on `meta` its parameters and rotary tables: the master tensors themselves in fp32 (and for
+    norms), compute copies of them otherwise. The parameters in execution order, and which of them are copies.
+    """
+    parameters: dict[str, torch.nn.Parameter] = {}
+    copies: dict[str, torch.Tensor] = {}
+    for spec in parameter_specs(model.config):
+        master = weights[spec.name]
+        shared = compute == torch.float32 or spec.role in FP32_ROLES
+        parameter = parameters[spec.name] = torch.nn.Parameter(master if shared else master.to(compute))
+        if not shared:
+            copies[spec.name] = parameter.detach()
+        owner, _, attribute = spec.name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, parameter)
+    for name, table in zip(("cos", "sin"), rotary_tables(model.config), strict=True):
+        model.register_buffer(name, table.to(device), persistent=False)
+    return parameters, copies
+
+
+def call(segment: torch.nn.Module, *arguments: Any) -> torch.Tensor:
+    """What torch.compile is given: a module's parameters are then inputs of the graph, and all blocks share one."""
+    return segment(*arguments)

@@ -1,0 +1,106 @@
+"""A process that computes on a torch device: its options, threads and memory, and what is recorded of them."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+import psutil
+import torch
+
+from weftrain.backends.common.base import options_of
+from weftrain.core.backend import Fingerprint, Job
+from weftrain.core.config import MAX_THREADS, Threads
+from weftrain.core.errors import BackendError
+from weftrain.core.formats.strict_model import StrictModel
+from weftrain.kernels.host_memory import huge_page_bytes, use_huge_pages
+
+
+class DeviceOptions(StrictModel):
+    """backend.options of every backend that computes with torch in processes of its own."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one, else cpu; the choice is printed
+    threads: Threads = 0  # CPU threads of a process; 0: torch's own choice
+    # on a CPU: tensors in huge pages that the process keeps (kernels/host_memory.py); the results are bitwise the same
+    huge_pages: bool = True
+
+
+Options = TypeVar("Options", bound=DeviceOptions)
+
+
+def prepare_process(job: Job, wanted: type[Options]) -> tuple[Options, torch.device]:
+    """The job's options and device, after this process was given its threads and allocator."""
+    options = options_of(job, wanted)
+    device = torch_device(options.device)
+    use_threads(job, options.threads)
+    if options.huge_pages and device.type == "cpu" and (reason := use_huge_pages()):
+        warnings.warn(
+            f"no huge pages, so steps are slower: {reason}; backend.options.huge_pages=false asks for none",
+            stacklevel=3,
+        )
+    return options, device
+
+
+def torch_device(wanted: str) -> torch.device:
+    """'auto', 'cpu' or 'cuda' -> a device. Raises BackendError for cuda where there is none."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise BackendError(
+            "backend.options.device is cuda and torch sees no CUDA device: install a CUDA build of torch, or set "
+            "device=cpu"
+        )
+    return torch.device(wanted)
+
+
+def use_threads(job: Job, option: int) -> None:
+    """Give torch the CPU threads that the job asks for, or else the backend's option; 0 and None leave torch's own
+    choice.
+
+    Raises BackendError for more than any machine has: a replay's come from a fingerprint, which may be a stranger's.
+    """
+    if threads := job.threads or option:
+        if threads > MAX_THREADS:
+            raise BackendError(
+                f"{threads:,} CPU threads are more than the {MAX_THREADS:,} that a process may have: set "
+                "backend.options.threads"
+            )
+        torch.set_num_threads(threads)
+
+
+def device_fingerprint(
+    backend: str,
+    device: torch.device,
+    kernels: Mapping[str, Any],
+    more: Mapping[str, Any],
+    *,
+    ranks: int | None = None,
+    recomputes: Literal["none", "selective", "full"],
+) -> Fingerprint:
+    """The fingerprint of a run on a torch device: what of device and libraries can change a bit, and `more` of the
+    backend's own.
+    """
+    cuda = device.type == "cuda"
+    libraries = {
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "python": platform.python_version(),
+    }
+    name = torch.cuda.get_device_name(device) if cuda else platform.machine()
+    threads = torch.get_num_threads()
+    return Fingerprint(backend, device.type, name, threads, ranks, kernels, {**libraries, **more}, recomputes)
+
+
+def memory_stats(device: torch.device) -> dict[str, float]:
+    """Resident memory of this process now, and of it what lies in huge pages; on cuda the peak that torch allocated."""
+    stats = {
+        "memory_bytes": float(psutil.Process().memory_info().rss),
+        "huge_page_bytes": float(huge_page_bytes()),
+    }
+    if device.type == "cuda":
+        stats["device_peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(device))
+    return stats

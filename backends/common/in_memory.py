@@ -1,0 +1,81 @@
+"""What two backends share whose model lies whole on one device: state in and out, the update, held-out loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from weftrain.backends.common.decoder import (
+    bind_parameters,
+    compute_dtype,
+    decoder_on_meta,
+    initial_planes,
+    select_kernels,
+    state_tensors,
+)
+from weftrain.backends.common.device import memory_stats
+from weftrain.backends.common.state_snapshot import SnapshotOwner, StateSnapshot, check_state
+from weftrain.backends.common.step import clip_coefficient, evaluate_rows, update, update_sets
+from weftrain.core.backend import EvalResult, Job, State
+from weftrain.core.optim import parameter_groups
+from weftrain.core.order.batch import EvaluationSource
+
+
+class InMemoryRun:
+    """The part of a run that is no step. Who derives from it calls `snapshots.detach` before each step."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        recipe = job.recipe
+        self.recipe, self.plan, self.device = recipe, job.plan, device
+        self.step_number, self.optimizer_updates = job.plan.start_step, 0
+        self.kernels, self.planes = select_kernels(recipe, device.type), initial_planes(job, device)
+        self.model, compute = decoder_on_meta(recipe, self.kernels), compute_dtype(recipe)
+        self.parameters, self.copies = bind_parameters(self.model, self.planes["weights"], compute, device)
+        self.groups = parameter_groups(recipe.model, recipe.optimizer)
+        self.snapshots = SnapshotOwner()
+        self._sets = update_sets(self.groups, self.copies)
+
+    def update(self, gradients: Mapping[str, torch.Tensor], norm: torch.Tensor, rates: Mapping[str, float]) -> None:
+        """Clip and update. norm: of the gradients, 0-dim fp32."""
+        optimizer, self.optimizer_updates = self.recipe.optimizer, self.optimizer_updates + 1
+        scale, count = clip_coefficient(norm, optimizer.clip_norm), self.optimizer_updates
+        update(self.kernels.adamw, self._sets, self.planes, gradients, optimizer, rates, count, scale)
+
+    def evaluate(self, source: EvaluationSource) -> EvalResult:
+        """Mean held-out loss over tokens, in the compute dtype; eager, so that no second graph is compiled for it."""
+        return evaluate_rows(self.model, source, self.recipe.batch.micro_batch_size, self.device)
+
+    def export_state(self) -> State:
+        """See Run.export_state. Each tensor is copied when it is asked for, and what is still held before the run
+        trains on.
+        """
+        held = state_tensors(self.planes)
+        shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
+        tensors = self.snapshots.track(StateSnapshot(shapes, lambda name: held[name].detach().to("cpu", copy=True)))
+        return State(self.step_number, self.optimizer_updates, tensors)
+
+    def import_state(self, state: State) -> None:
+        """See Run.import_state. Raises CheckpointError, before anything is changed, for a missing, unknown or misshapen
+        tensor.
+        """
+        mine = state_tensors(self.planes)
+        check_state(state.tensors, {name: tuple(tensor.shape) for name, tensor in mine.items()})
+        self.snapshots.detach()
+        for name in mine:  # one at a time: a lazy state never is in memory as a whole
+            mine[name].copy_(state.tensors[name])
+        self.step_number, self.optimizer_updates = state.step, state.optimizer_updates
+        for name, copy in self.copies.items():
+            copy.copy_(self.planes["weights"][name])
+
+    def stats(self) -> dict[str, float]:
+        return memory_stats(self.device)
+
+    def close(self) -> None:
+        """Let go of every tensor."""
+        self.snapshots.detach()
+        for plane in self.planes.values():
+            plane.clear()
+        self.parameters.clear()
+        self.copies.clear()
+        self._sets = []
