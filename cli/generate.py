@@ -6,6 +6,8 @@ The prompt begins as the documents of the run's dataset do: with the start token
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,14 +92,56 @@ def generate(
             begins = dataset is not None and dataset[1].bos_id is not None
             given = encoder.encode(prompt, add_special_tokens=begins).ids
     generator = Generator(load_model(checkpoint.Weights(state.tensors), recipe.model, device))
-    (found,) = generator.generate(
-        [given or []], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop_ids=stop_ids
+    decode = None if encoder is None else partial(encoder.decode, skip_special_tokens=False)
+    output = _Stream(given or [], decode)
+    generator.generate(
+        [given or []],
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_ids=stop_ids,
+        told=lambda row, token: output.add(token),
     )
-    if encoder is None:
-        click.echo(",".join(map(str, found)))
-    else:
-        # Together, and not the new tokens alone: a character may lie across the end of the prompt.
-        click.echo(_visible(encoder.decode([*(given or []), *found], skip_special_tokens=False)))
+    output.end()
+
+
+class _Stream:
+    """Prints a continuation as its tokens come: as text after its prompt, or, without `decode`, as ids.
+
+    Prompt and new tokens are decoded together, and only what can no longer change is printed: a character may take
+    several tokens, and may begin within the prompt.
+    """
+
+    def __init__(self, prompt: Sequence[int], decode: Callable[[Sequence[int]], str] | None) -> None:
+        self._ids, self._decode, self._printed = list(prompt), decode, ""
+        self._first = True
+        if decode is not None:
+            self._print(decode(self._ids))
+
+    def add(self, token: int) -> None:
+        self._ids.append(token)
+        if self._decode is None:
+            click.echo(f"{'' if self._first else ','}{token}", nl=False)
+            self._first = False
+        else:
+            self._print(self._decode(self._ids))
+
+    def end(self) -> None:
+        if self._decode is not None:
+            text = self._decode(self._ids)
+            if not text.startswith(self._printed):  # a later token changed what earlier ones mean: the whole text again
+                click.echo()
+                self._printed = ""
+            self._print(text, whole=True)
+        click.echo()
+
+    def _print(self, text: str, whole: bool = False) -> None:
+        whole = whole or not text.endswith("\N{REPLACEMENT CHARACTER}")
+        if whole and text.startswith(self._printed):
+            click.echo(_visible(text[len(self._printed) :]), nl=False)
+            self._printed = text
 
 
 def parse_ids(text: str) -> list[int]:

@@ -10,7 +10,7 @@ Shapes: B sequences, T tokens, S positions in the cache, C hidden size, H heads,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -94,8 +94,11 @@ class Generator:
         seed: int = 0,
         stop_ids: Collection[int] = (),
         batch_size: int = 64,
+        told: Callable[[int, int], None] = lambda row, token: None,
     ) -> list[list[int]]:
         """The new tokens of each prompt, at most `max_new_tokens`; a row ends before the first of `stop_ids`.
+
+        told(prompt's number, token) is called with each new token as it is chosen.
 
         temperature 0: greedy, the lowest id among equals. Otherwise logits are divided by it, then limited to the top_k
         most likely, then to the fewest with joint probability top_p. The random number of prompt i's t-th new token is
@@ -125,6 +128,7 @@ class Generator:
                         ended.add(index)
                     if index not in ended:
                         results[index].append(token)
+                        told(index, token)
                 if len(ended) == len(batch) or t == max_new_tokens - 1:
                     break
                 logits = self._decode(chosen, t, cache)
