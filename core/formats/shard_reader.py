@@ -286,12 +286,3 @@ def _document_ends(path: Path, digest: str) -> np.ndarray:
     ends = _documents(path, digest).end
     ends.flags.writeable = False
     return ends
-
-
-def cumulative_lengths(document_start: np.ndarray) -> np.ndarray:
-    """int32 [rows, S] of `document_starts` -> int32 [documents + 1]: where each document begins in the flattened batch,
-    and the batch's end: the cu_seqlens of varlen attention kernels. Each row begins anew, since attention stays in it.
-    """
-    positions = np.arange(document_start.shape[1], dtype=np.int32)
-    begins = np.flatnonzero((document_start == positions).reshape(-1))
-    return np.append(begins, document_start.size).astype(np.int32)

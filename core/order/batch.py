@@ -1,4 +1,4 @@
-"""What a backend reads: rows of a batch, the training rows as a function of the step, and a held-out set."""
+"""What a backend reads: batches of training rows as a function of the step, and rows of a held-out set."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from weftrain.core.formats.dataset_manifest import SourceCursor
 class Batch:
     """Rows of one batch. ids: int64 [rows, sequence_length + 1], inputs are ids[:, :-1] and labels ids[:, 1:].
 
-    loss_mask: bool [rows, sequence_length], False where a label bears no loss; None where all do. document_start: int32
-    [rows, sequence_length], for each input the index within its row of its document's first token, so that attention
-    from query t reaches keys document_start[t]..t; None where attention crosses documents.
+    loss_mask: bool [rows, sequence_length], False for labels without loss; None if all have it. document_start: int32
+    [rows, sequence_length], where in its row each input's document begins: query t attends to keys
+    document_start[t]..t. None if attention crosses documents.
     """
 
     ids: np.ndarray
@@ -26,7 +26,7 @@ class Batch:
 
     @property
     def bearing_tokens(self) -> int:
-        """How many labels bear a loss."""
+        """The number of labels with loss."""
         rows, length = self.ids.shape
         return rows * (length - 1) if self.loss_mask is None else int(np.count_nonzero(self.loss_mask))
 
@@ -44,15 +44,15 @@ class BatchSource(Protocol):
         ...
 
     def rows(self, step: int, first: int, count: int) -> Batch:
-        """Rows first..first+count-1 of the batch of 0-based step `step`."""
+        """Rows first..first+count-1 of the batch of step `step`, from 0."""
         ...
 
     def sample_names(self, step: int, first: int, count: int) -> list[str]:
-        """For messages: where each of those rows lies, as 'set/shard.h5:row'."""
+        """Where each of those rows is stored, as 'set/shard.h5:row'; for messages."""
         ...
 
     def cursors(self, step: int) -> Mapping[str, SourceCursor]:
-        """For the record: how far each source has been read after `step` steps."""
+        """How far each source has been read after `step` steps; for the record."""
         ...
 
 
@@ -65,12 +65,12 @@ class EvaluationSource(Protocol):
     def sequence_length(self) -> int: ...
     @property
     def num_rows(self) -> int:
-        """That are read."""
+        """Rows that are read."""
         ...
 
     @property
     def rows_available(self) -> int:
-        """That the set has: a loss over fewer of them is another figure."""
+        """Rows in the set: a loss over fewer of them is another figure."""
         ...
 
     @property

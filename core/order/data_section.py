@@ -1,5 +1,5 @@
-"""The recipe's `data` section: which sources, how much of each, in which order, what is skipped, and where a run that
-changed its data in mid-run reads on. It is a part of the recipe (core/config.py) and obeys the same rules.
+"""The recipe's `data` section (see core/config.py): the sources, their shares, their order, what is skipped, and where
+a run that changed its data continues.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from weftrain.core.formats.dataset_manifest import FimSettings, SourceCursor, Su
 from weftrain.core.formats.safe_names import RelativePath
 from weftrain.core.formats.strict_model import Count, Positive, PositiveInt, Seed, StrictModel
 
-# A model has tables by position: ten times and more what the largest published model has.
+# bounds tables by position: at least ten times the largest published model's
 Positions = Annotated[int, Field(gt=0, le=1 << 26)]
 
 
 class SourceConfig(StrictModel):
     """One component of the mixture: a prepared dataset folder, its share of the samples, and which part of it.
 
-    The share is one of three, the same for all sources: `weight`, a fraction of all samples; `tokens`, of which the run
-    reads so many, or so much of it as its steps allow; `epochs` of the prepared rows.
+    The share is given in one of three ways, the same for all sources: `weight`, a fraction of all samples; `tokens`,
+    the number to read if the steps suffice; or `epochs` of the prepared rows.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -47,17 +47,15 @@ class SourceConfig(StrictModel):
 
 
 _SHARES = ("weight", "tokens", "epochs")
-_WEIGHTS_TOLERANCE = 1e-9  # of their sum from 1: sums of released decimals differ in the last digits
+_WEIGHTS_TOLERANCE = 1e-9  # released decimals add up to 1 but for the last digits
 
 
 class SkipRule(StrictModel):
-    """What is not read, or read later: a chunk of the run (`chunk`, `action`), or rows [first, stop) of a source
-    (`source`, `rows`).
-    """
+    """What is skipped or deferred: a chunk of the run (chunk, action), or rows [first, stop) of a source."""
 
     reason: Annotated[str, Field(min_length=1)]
     chunk: Count | None = None
-    action: Literal["defer", "drop"] | None = None  # defer: after all others; drop: what follows takes its place
+    action: Literal["defer", "drop"] | None = None  # deferred chunks come last; later chunks take a dropped one's place
     source: str | None = None
     rows: tuple[Count, Count] | None = Field(default=None, strict=False)
 
@@ -74,39 +72,36 @@ class SkipRule(StrictModel):
 
 
 class Continuation(StrictModel):
-    """Where a run's data stood when this data section took over in mid-run. `train` writes it (docs/data-order.md).
+    """The position of a run's data where this data section took over. `train` writes it (docs/data-order.md).
 
-    The section's stream of samples, in which the mixture counts, begins at the run's sample `base_sample`; in a run
-    with chunks that is sample `base_within` of chunk `base_chunk`.
+    The section's stream of samples, which the mixture counts in, begins at the run's sample `base_sample`: with chunks,
+    sample `base_within` of chunk `base_chunk`.
     """
 
     step: Count  # the first step that reads by this section
     sample: Count  # the number of its first sample
-    # begun before `step`, in the order in which they were read
+    # begun before `step`, in reading order
     chunks: Annotated[tuple[Count, ...], Field(strict=False)] = ()
     base_sample: Count = 0
     base_chunk: Count = 0
     base_within: Count = 0
-    # at base_sample; a source that is not listed begins at its first row
+    # at base_sample; sources that are not listed begin at their first row
     sources: dict[str, SourceCursor] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Continuation:
         if self.base_sample > self.sample or len(set(self.chunks)) < len(self.chunks):
-            raise ValueError(
-                "this is not what `train` writes: take the recipe from the run's folder again, or set data.continues "
-                "to null"
-            )
+            wanted = "take the recipe from the run's folder again, or set data.continues to null"
+            raise ValueError(f"this is not what `train` writes: {wanted}")
         return self
 
 
 class DataConfig(StrictModel):
-    """What is read: prepared `sources`, or `synthetic_rows` random rows that repeat (to measure speed without any
-    dataset).
+    """What is read: prepared `sources`, or `synthetic_rows` repeating random rows, to measure speed without a dataset.
 
-    The order is a pure function of (datasets, this section, step, row). `order`: `feistel`, or `cerebras`, the Model
-    Zoo's for a mixture that is not shuffled. `document_attention`: no query sees keys of another document. `chunks`: of
-    the run, equal numbers of steps.
+    The order is a pure function of (datasets, this section, step, row). order: `feistel`, or `cerebras`, the Model
+    Zoo's for an unshuffled mixture. document_attention: no query sees keys of another document. chunks: of the run,
+    with equal numbers of steps.
     """
 
     root: Annotated[str, Field(min_length=1)] = "datasets"
@@ -114,7 +109,7 @@ class DataConfig(StrictModel):
     shuffle_seed: Seed
     order: Literal["feistel", "cerebras"] = "feistel"
     document_attention: bool = False
-    # their order is a list, made whenever a run is opened
+    # bounded because opening a run lists their order
     chunks: Annotated[int, Field(gt=0, le=1_000_000)] | None = None
     continues: Continuation | None = None  # written by `train` when a run goes on with other data or another batch size
     skip: Annotated[tuple[SkipRule, ...], Field(strict=False)] = ()
@@ -140,10 +135,8 @@ class DataConfig(StrictModel):
             raise ValueError(
                 f"the sources' shares are of different kinds: {shown}; give weight, tokens or epochs for all of them"
             )
-        if (
-            "weight" in kinds
-            and abs((total := sum(source.weight or 0 for source in self.sources)) - 1) > _WEIGHTS_TOLERANCE
-        ):
+        total = sum(source.weight or 0 for source in self.sources)
+        if "weight" in kinds and abs(total - 1) > _WEIGHTS_TOLERANCE:
             raise ValueError(
                 f"the sources' weights add up to {total:.12g}, not to 1; correct them, or give tokens instead of weight"
             )
@@ -159,11 +152,8 @@ class DataConfig(StrictModel):
                 )
             if count > 1:
                 raise ValueError(f"skip: two entries name chunk {chunk}")
-        if (
-            self.chunks is not None
-            and len(chunks) == self.chunks
-            and all(entry.action == "drop" for entry in self.skip if entry.action)
-        ):
+        dropped = [entry.chunk for entry in self.skip if entry.action == "drop"]
+        if self.chunks is not None and len(dropped) == self.chunks:
             raise ValueError("skip: every chunk is dropped")
         ranges = sorted((entry.source or "", *entry.rows) for entry in self.skip if entry.rows is not None)
         for source, _, _ in ranges:

@@ -1,6 +1,4 @@
-"""A source of the mixture and the order of its rows: which rows its subset holds, which are skipped, and where it goes
-on after the run's data has changed.
-"""
+"""A source of the mixture: the rows of its subset in order, without skipped ones, resumed after a change of data."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from weftrain.core.order.row_selection import Range, merged, without
 
 @dataclass(frozen=True)
 class OrderedSource:
-    """One source: a set, and the order of its rows. cursor: how far it had been read when the order begins."""
+    """A set of a dataset and the order of its rows. cursor: how far it had been read where the order begins."""
 
     name: str
     shards: ShardSet
@@ -31,15 +29,15 @@ class OrderedSource:
 
     @property
     def num_rows(self) -> int:
-        """Rows that come before the first comes again."""
+        """Rows of a pass without the skipped ones."""
         return self.order.num_rows
 
     def row_numbers(self, k: np.ndarray) -> np.ndarray:
-        """int64 [n], the source's k-th samples -> row numbers of the set. Every row comes once in each epoch."""
+        """int64 [n], sample indices within the source -> row numbers of the set. Each epoch has every row once."""
         return self.order.rows(k)
 
     def cursor_at(self, k: int) -> SourceCursor:
-        """How far the source has been read when its k-th sample comes next."""
+        """How far the source has been read before its sample k."""
         before = self.cursor
         if k == 0 and before is not None:
             return before
@@ -96,11 +94,8 @@ def pass_order(
     rows: Sequence[int] = (),
     size: int | None = None,
 ) -> RowOrder:
-    """A pass over the first of `subsets`, then over what each later one adds; what the source's subset does not hold is
-    stepped over.
-
-    rows: how many rows the set had under each of the first subsets, where it has grown since. size: how many it has;
-    None: all.
+    """A pass over the first of `subsets`, then over what each later one adds; rows outside the source's own subset are
+    skipped. rows: the set's size under each of the first subsets, if it has grown since. size: its size now, or all.
     """
     chunk_rows = None if shards.manifest.chunks is None else shards.manifest.chunks.rows
     parts: list[RowRange] = []
@@ -122,10 +117,8 @@ def pass_order(
 
 
 def subset_rows(name: str, shards: ShardSet, subset: Subset, rows: int | None = None) -> list[Range]:
-    """The rows [first, stop) that a subset has of each prepared epoch; rows: when the set had only so many, in one
-    epoch.
-
-    Raises DataError where that is none.
+    """The rows [first, stop) of a subset in each prepared epoch. rows: the set's earlier size, in one epoch. Raises
+    DataError if a range is empty.
     """
     if rows is not None and (len(shards.entry.epochs) > 1 or rows > shards.num_rows):
         raise DataError(

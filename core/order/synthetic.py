@@ -1,7 +1,6 @@
-"""A batch source without a dataset: a few rows of uniform random ids that repeat, for measuring speed. The loss on them
-must fall.
+"""A batch source without a dataset: a few rows of uniform random ids that repeat, for measuring speed.
 
-What a reader would get wrong: this is data of a recipe that says `synthetic_rows`; nothing ever falls back to it.
+Only a recipe with `synthetic_rows` uses it; nothing falls back to it. The loss on such rows must fall.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from weftrain.core.order.batch import Batch
 
 @dataclass(frozen=True)
 class SyntheticSource:
-    """Implements BatchSource over `ids`, int64 [rows, sequence_length + 1], read in order and again.
+    """Implements BatchSource over `ids`, int64 [rows, sequence_length + 1], read in order, cyclically.
 
-    first_sample: of step `first_step`, where a run went on with another batch size.
+    first_sample: that of step `first_step`, from which a run continues with another batch size.
     """
 
     ids: np.ndarray
@@ -44,7 +43,7 @@ class SyntheticSource:
         return [f"synthetic:{index % len(self.ids)}" for index in range(start, start + count)]
 
     def cursors(self, step: int) -> dict[str, SourceCursor]:
-        """None: rows that follow from the seed need no record of how far they were read beside the position."""
+        """Empty: rows that follow from the seed need only the run's position."""
         return {}
 
     def _sample(self, step: int) -> int:
