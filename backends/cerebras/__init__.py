@@ -22,9 +22,8 @@ import torch
 from pydantic import Field, field_validator
 
 from weftrain.backends.cerebras import environment
-from weftrain.backends.cerebras.job import Job as WorkerJob
-from weftrain.backends.cerebras.job import save_state
-from weftrain.backends.cerebras.process import ROOT, Worker
+from weftrain.backends.cerebras.job import WorkerJob, save_state
+from weftrain.backends.cerebras.process import ROOT, WorkerProcess
 from weftrain.backends.cerebras.program import check_mask
 from weftrain.backends.common.base import PlainBackend, options_of
 from weftrain.backends.common.state_snapshot import check_state
@@ -154,7 +153,7 @@ class CerebrasRun:
             fsops.remove_tree(folder)  # of an earlier process: its executors' artifacts; state is in checkpoints
         self._folder, self._step, self._busy = folder, job.plan.start_step, False
         job.progress("starting the worker", 0.0)
-        self._worker = Worker(worker_job(job.recipe, options, "train")(folder), options.silence_s)
+        self._worker = WorkerProcess(worker_job(job.recipe, options, "train")(folder), options.silence_s)
         ready = [event for event in self._worker.events() if event["event"] == "ready"][-1]
         self._versions = {"vendor": ready["vendor"], "torch": ready["torch"]}
         if job.weights is not None:
@@ -225,8 +224,8 @@ class CerebrasRun:
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
         raise BackendError(
-            "a system hands out no gradients; the oracle (tests/backends/cerebras) compares them through the first "
-            "moments"
+            "a system hands out no gradients: ask another backend for them (--backend local), or read them from the "
+            "first moments of a checkpoint after one step: exp_avg is (1 - beta1) times the clipped gradient"
         )
 
     def evaluate(self, source: EvaluationSource) -> EvalResult:

@@ -23,7 +23,7 @@ PROTOCOL = 1
 ENDS = {"lowered", "compiled", "trained", "evaluated", "exported", "imported", "failed"}
 
 
-class Job(StrictModel):
+class WorkerJob(StrictModel):
     """What the worker builds once.
 
     mode: `validate` stops after the front end, `compile` after the cluster's compiler, `train` answers commands.

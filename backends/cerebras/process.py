@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from weftrain.backends.cerebras import environment
-from weftrain.backends.cerebras.job import ENDS, Job, decode, encode
+from weftrain.backends.cerebras.job import ENDS, WorkerJob, decode, encode
 from weftrain.core.errors import BackendError, NonFiniteError
 from weftrain.core.formats import fsops
 
@@ -54,10 +54,10 @@ _NO_CLUSTER = (
 )
 
 
-class Worker:
+class WorkerProcess:
     """One job in one process. silence_s: how long it may say nothing. root: the source it imports."""
 
-    def __init__(self, job: Job, silence_s: float, python: Path | None = None, root: Path = ROOT) -> None:
+    def __init__(self, job: WorkerJob, silence_s: float, python: Path | None = None, root: Path = ROOT) -> None:
         self.folder, self.silence_s = Path(job.artifacts), silence_s
         self.log = self.folder / LOG
         self.seconds: dict[str, float] = {}  # phase -> when it began, counted from the start
@@ -115,7 +115,7 @@ class Worker:
             os.close(self._events)
             self._events = -1
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> WorkerProcess:
         return self
 
     def __exit__(

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from weftrain.backends.cerebras.job import Job, save_state
+from weftrain.backends.cerebras.job import WorkerJob, save_state
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe, Segment
@@ -39,7 +39,7 @@ IGNORED_LABEL = -100
 
 def run(job_line: str, commands: Iterator[Mapping[str, Any]], send: Send) -> None:
     """Do one job: build, then answer commands until there are no more."""
-    job = Job.model_validate_json(job_line)
+    job = WorkerJob.model_validate_json(job_line)
     send("phase", name="loading the vendor's package")
     try:
         import cerebras.pytorch as cstorch
@@ -77,7 +77,7 @@ def run(job_line: str, commands: Iterator[Mapping[str, Any]], send: Send) -> Non
 class Program:
     """Model, optimizer and schedule of a recipe on one of the vendor's backends."""
 
-    def __init__(self, job: Job, cstorch: Any, send: Send) -> None:
+    def __init__(self, job: WorkerJob, cstorch: Any, send: Send) -> None:
         self.job, self.cs, self.send = job, cstorch, send
         recipe = self.recipe = job.recipe
         if recipe.precision.compute == "bfloat16":

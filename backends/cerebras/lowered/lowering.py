@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from weftrain.backends.cerebras import environment
-from weftrain.backends.cerebras.job import Job
-from weftrain.backends.cerebras.lowered.graph import GraphError, read_graph
-from weftrain.backends.cerebras.lowered.report import Report, make_report
-from weftrain.backends.cerebras.process import ROOT, NoClusterError, Worker, WorkerError
+from weftrain.backends.cerebras.job import WorkerJob
+from weftrain.backends.cerebras.lowered.graph import GraphError
+from weftrain.backends.cerebras.lowered.mlir_text import read_graph
+from weftrain.backends.cerebras.lowered.report import LoweringReport, make_report
+from weftrain.backends.cerebras.process import ROOT, NoClusterError, WorkerError, WorkerProcess
 from weftrain.core.errors import BackendError, file_problem
 from weftrain.core.formats import fsops
 
@@ -55,11 +56,11 @@ class LoweringError(BackendError):
 @dataclass(frozen=True)
 class Lowered:
     folder: Path
-    report: Report
+    report: LoweringReport
 
 
 def lower(
-    job: Callable[[Path], Job],
+    job: Callable[[Path], WorkerJob],
     output: Path,
     silence_s: float,
     progress: Progress = lambda words, share: None,
@@ -96,11 +97,11 @@ def lower(
     return Lowered(output, report)
 
 
-def _lower(job: Job, python: Path, silence_s: float, progress: Progress, root: Path) -> Report:
+def _lower(job: WorkerJob, python: Path, silence_s: float, progress: Progress, root: Path) -> LoweringReport:
     names: list[str] = []
     seconds, peak = 0.0, 0
     try:
-        with Worker(job, silence_s, python, root) as worker:
+        with WorkerProcess(job, silence_s, python, root) as worker:
             for event in _until_done(worker, progress):
                 names = event.get("parameters", names)
                 seconds, peak = event.get("seconds", seconds), event.get("peak_bytes", peak)
@@ -133,7 +134,7 @@ def _lower(job: Job, python: Path, silence_s: float, progress: Progress, root: P
     return report
 
 
-def _until_done(worker: Worker, progress: Progress) -> Iterator[dict[str, Any]]:
+def _until_done(worker: WorkerProcess, progress: Progress) -> Iterator[dict[str, Any]]:
     shares = {"loading the vendor's package": 0.02, "building the model": 0.1, "tracing and lowering the step": 0.25}
     for _ in range(2):  # until it is ready, and until it is done
         for event in worker.events():

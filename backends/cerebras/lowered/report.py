@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from weftrain.backends.cerebras.lowered.graph import STATE_PREFIX, Dense, Graph, Op
+from weftrain.backends.cerebras.lowered.graph import STATE_PREFIX, Dense, Graph, GraphOp
 from weftrain.core.config import Recipe
 from weftrain.core.parameters import flops_per_token, parameter_count, parameter_specs
 
@@ -52,7 +52,7 @@ class ParameterUse:
 
 
 @dataclass
-class Work:
+class PassWork:
     """FLOPs of matrix products; bytes if every op read its operands and wrote its results (a compiler fuses: it is an
     upper bound).
     """
@@ -63,14 +63,14 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Report:
+class LoweringReport:
     recipe: str
     vendor_version: str
     structure: str  # hash of what would run
     histogram: Mapping[str, int]
     parameters: tuple[ParameterUse, ...]
     parameter_count: int
-    work: Mapping[str, Mapping[str, Work]]  # part of the model -> pass -> work
+    work: Mapping[str, Mapping[str, PassWork]]  # part of the model -> pass -> work
     flops: int
     formula_flops: int
     precision: Mapping[str, Mapping[str, int]]  # kind -> element type of the result -> ops
@@ -108,7 +108,7 @@ class Report:
 
 def make_report(
     graph: Graph, recipe: Recipe, parameter_names: Sequence[str], vendor_version: str, **measured: Any
-) -> Report:
+) -> LoweringReport:
     """Count and check. parameter_names: in the order of the optimizer's state, which names its tensors by number."""
     uses = tuple(_uses(graph, parameter_names))
     work = _work(graph)
@@ -118,7 +118,7 @@ def make_report(
     for op in graph.ops:
         precision[op.kind][op.result_types[0].element] += 1
     named = tuple(sorted(graph.output_names.values()))
-    return Report(
+    return LoweringReport(
         recipe=recipe.name,
         vendor_version=vendor_version,
         structure=graph.structure_hash(),
@@ -155,7 +155,10 @@ def _problems(graph: Graph, recipe: Recipe, uses: Sequence[ParameterUse], flops:
         if not use.updated:
             yield f"parameter {use.name}, or one of its moments, is handed back as it came: the update is missing"
     if flops != formula:
-        yield f"matrix products have {flops:,} FLOPs; 6 x parameters in products + 12 x layers x hidden x sequence gives {formula:,}"
+        yield (
+            f"matrix products have {flops:,} FLOPs; 6 x parameters in products + 12 x layers x hidden x sequence "
+            f"gives {formula:,}"
+        )
     counts = Counter(op.kind for op in graph.ops)
     for kind, number, why in (
         ("Softmax", model.num_layers, "one a layer"),
@@ -193,7 +196,7 @@ def _layers(graph: Graph) -> dict[int, Counter[str]]:
     return dict(layers)
 
 
-def part_of(op: Op) -> tuple[str, str]:
+def part_of(op: GraphOp) -> tuple[str, str]:
     """(part of the model, pass) of an op, by the scope that it was traced in; program.py names those outside of
     modules.
     """
@@ -208,8 +211,8 @@ def part_of(op: Op) -> tuple[str, str]:
     return scope or "loss", "update" if scope in ("clip", "update", "schedule") else "forward"
 
 
-def _work(graph: Graph) -> dict[str, dict[str, Work]]:
-    work: dict[str, dict[str, Work]] = defaultdict(lambda: defaultdict(Work))
+def _work(graph: Graph) -> dict[str, dict[str, PassWork]]:
+    work: dict[str, dict[str, PassWork]] = defaultdict(lambda: defaultdict(PassWork))
     for op in graph.ops:
         part, name = part_of(op)
         entry = work[part][name]
@@ -222,7 +225,7 @@ def _work(graph: Graph) -> dict[str, dict[str, Work]]:
     return {part: dict(work[part]) for part in sorted(work, key=lambda part: (order.get(part, len(order)), part))}
 
 
-def product_flops(op: Op) -> int:
+def product_flops(op: GraphOp) -> int:
     """Two for each multiply-add of a matrix product, 0 for every other op."""
     if op.kind == "MatMul":
         left = op.operand_types[0].shape
@@ -239,7 +242,7 @@ def product_flops(op: Op) -> int:
 
 
 def _uses(graph: Graph, parameter_names: Sequence[str]) -> Iterator[ParameterUse]:
-    readers: dict[str, list[Op]] = defaultdict(list)
+    readers: dict[str, list[GraphOp]] = defaultdict(list)
     for op in graph.ops:
         for operand in set(op.operands):
             readers[operand].append(op)
@@ -270,7 +273,7 @@ def _uses(graph: Graph, parameter_names: Sequence[str]) -> Iterator[ParameterUse
         )
 
 
-def _through_casts(value: str, readers: Mapping[str, Sequence[Op]]) -> Iterator[Op]:
+def _through_casts(value: str, readers: Mapping[str, Sequence[GraphOp]]) -> Iterator[GraphOp]:
     for op in readers[value]:
         if op.kind == "Cast":
             yield from _through_casts(op.results[0], readers)

@@ -7,19 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from weftrain.backends import cerebras
 from weftrain.backends.cerebras import CerebrasOptions, check_expressible, environment, worker_job
-from weftrain.backends.cerebras.program import check_mask
 from weftrain.backends.common.registry import find_backends
 from weftrain.cli.main import main
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError, RecipeError
-from weftrain.core.order.batch import Batch
 from weftrain.core.recipe_file import load_recipe
 
 Tiny = Callable[..., Recipe]
@@ -72,23 +69,6 @@ def test_what_cannot_be_expressed_is_refused_by_key(
         worker_job(recipe, CerebrasOptions.model_validate(options), "validate")
 
 
-def test_a_loss_mask_that_a_constant_divisor_would_not_follow_is_refused() -> None:
-    """A traced step divides by all positions: the same thing where nothing is masked, and else only what all_positions
-    asks for.
-    """
-    ids, mask = np.zeros((2, 5), np.int64), np.ones((2, 4), bool)
-    masked = mask.copy()
-    masked[1, 0] = False
-    for batch in (Batch(ids), Batch(ids, mask)):
-        check_mask(batch, 3, "bearing_tokens")
-    check_mask(Batch(ids, masked), 3, "all_positions")
-    with pytest.raises(
-        BackendError,
-        match=r"step 3: objective\.normalizer is bearing_tokens .* set objective\.normalizer=all_positions",
-    ):
-        check_mask(Batch(ids, masked), 3, "bearing_tokens")
-
-
 def test_every_shipped_recipe_can_be_expressed() -> None:
     for name in ("amber_7b", "amber_demo", "crystal_demo", *(f"crystalcoder_7b_phase{phase}" for phase in (1, 2, 3))):
         check_expressible(load_recipe(name, (), "cerebras").recipe, CerebrasOptions())
@@ -129,7 +109,7 @@ def test_evaluation_on_a_system_is_refused_before_anything_is_started(
     def started(*_: object) -> None:
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(cerebras, "Worker", started)
+    monkeypatch.setattr(cerebras, "WorkerProcess", started)
     with pytest.raises(BackendError, match=r"log\.evaluate_every_steps: .* set it to 0"):
         cerebras.BACKEND.prepare(Job(tiny_recipe(), Plan(0, 4, evaluate_every_steps=2), CerebrasOptions()))
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from weftrain.backends.cerebras.lowered.graph import Graph, parse_graph
+from weftrain.backends.cerebras.lowered.graph import Graph
+from weftrain.backends.cerebras.lowered.mlir_text import parse_graph
 from weftrain.core.config import Recipe
 
 STORED = Path(__file__).with_name("graphs")

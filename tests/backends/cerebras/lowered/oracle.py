@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from weftrain.backends.cerebras.lowered.graph import MODEL_PREFIX, Dense, Graph, GraphError, Op, TensorType
+from weftrain.backends.cerebras.lowered.graph import MODEL_PREFIX, Dense, Graph, GraphError, GraphOp, TensorType
 from weftrain.core.config import ModelConfig, OptimizerConfig
 from weftrain.core.model import rotary_tables
 from weftrain.core.optim import parameter_groups
@@ -174,7 +174,7 @@ def _last_uses(graph: Graph) -> dict[str, int]:
     return last | {name: len(graph.ops) for name in graph.outputs}
 
 
-def _results(op: Op, operands: list[Tensor], float64: bool) -> Iterator[tuple[str, Tensor]]:
+def _results(op: GraphOp, operands: list[Tensor], float64: bool) -> Iterator[tuple[str, Tensor]]:
     """Evaluates an op and checks each result against its declared type: (name of the value, value)."""
     if op.kind not in _OPS:
         raise _refuse(op, "the oracle does not know this op")
@@ -198,18 +198,18 @@ def _results(op: Op, operands: list[Tensor], float64: bool) -> Iterator[tuple[st
         yield name, result
 
 
-def _refuse(op: Op, what: str) -> GraphError:
+def _refuse(op: GraphOp, what: str) -> GraphError:
     return GraphError(f"line {op.line}: {op.kind}: {what}")
 
 
-def _numbers(op: Op, name: str) -> list[int]:
+def _numbers(op: GraphOp, name: str) -> list[int]:
     value = op.attributes[name]
     if not isinstance(value, Dense):
         raise _refuse(op, f"'{name}' is not a tensor of numbers")
     return [int(number) for number in value.as_tuple()]
 
 
-def _only(op: Op, **wanted: object) -> None:
+def _only(op: GraphOp, **wanted: object) -> None:
     """Attributes of which one value alone is known."""
     for name, value in wanted.items():
         if op.attributes[name] != value:
@@ -220,7 +220,7 @@ def _only(op: Op, **wanted: object) -> None:
 # ----------------------------------------------------------------------------------------------------
 
 
-def _const(op: Op) -> Tensor:
+def _const(op: GraphOp) -> Tensor:
     value, spelled = op.attributes["value"], op.result_types[0]
     if not isinstance(value, Dense) or value.type.shape != spelled.shape:
         raise _refuse(op, "its value is not a tensor of its shape")
@@ -229,7 +229,7 @@ def _const(op: Op) -> Tensor:
     return held.reshape(()).expand(spelled.shape) if len(value.values) == 1 else held.reshape(spelled.shape)
 
 
-def _cast(op: Op, x: Tensor) -> Tensor:
+def _cast(op: GraphOp, x: Tensor) -> Tensor:
     _only(op, Truncate=False)
     dtype = _DTYPES[op.result_types[0].element]
     if x.is_floating_point() and not dtype.is_floating_point:
@@ -237,11 +237,11 @@ def _cast(op: Op, x: Tensor) -> Tensor:
     return x.to(dtype)
 
 
-def _transpose(op: Op, x: Tensor, order: Tensor) -> Tensor:
+def _transpose(op: GraphOp, x: Tensor, order: Tensor) -> Tensor:
     return x.permute(order.tolist())
 
 
-def _broadcast(op: Op, x: Tensor) -> Tensor:
+def _broadcast(op: GraphOp, x: Tensor) -> Tensor:
     """Axis i of x becomes axis dimensions[i] of the result; all others, and those of size 1, are repeated."""
     shape, dimensions = op.result_types[0].shape, _numbers(op, "broadcast_dimensions")
     if len(dimensions) != x.dim() or sorted(set(dimensions)) != dimensions:
@@ -252,32 +252,32 @@ def _broadcast(op: Op, x: Tensor) -> Tensor:
     return x.reshape(placed).expand(shape)
 
 
-def _slice(op: Op, x: Tensor, begin: Tensor, size: Tensor) -> Tensor:
+def _slice(op: GraphOp, x: Tensor, begin: Tensor, size: Tensor) -> Tensor:
     end = (begin + size).tolist()
     return _stepped(op, x, begin.tolist(), end, [1] * x.dim())
 
 
-def _strided_slice(op: Op, x: Tensor, begin: Tensor, end: Tensor, stride: Tensor) -> Tensor:
+def _strided_slice(op: GraphOp, x: Tensor, begin: Tensor, end: Tensor, stride: Tensor) -> Tensor:
     _only(op, begin_mask=0, end_mask=0, ellipsis_mask=0, new_axis_mask=0, shrink_axis_mask=0)
     return _stepped(op, x, begin.tolist(), end.tolist(), stride.tolist())
 
 
-def _stepped(op: Op, x: Tensor, begin: list[int], end: list[int], stride: list[int]) -> Tensor:
+def _stepped(op: GraphOp, x: Tensor, begin: list[int], end: list[int], stride: list[int]) -> Tensor:
     if any(not 0 <= first <= last <= size for first, last, size in zip(begin, end, x.shape, strict=True)):
         raise _refuse(op, f"{begin} to {end} lies outside of {list(x.shape)}")
     return x[tuple(slice(*bounds) for bounds in zip(begin, end, stride, strict=True))]
 
 
-def _concat(op: Op, *parts: Tensor) -> Tensor:
+def _concat(op: GraphOp, *parts: Tensor) -> Tensor:
     return torch.cat(parts, op.attributes["axis"])
 
 
-def _split(op: Op, x: Tensor) -> tuple[Tensor, ...]:
+def _split(op: GraphOp, x: Tensor) -> tuple[Tensor, ...]:
     parts: tuple[Tensor, ...] = torch.split(x, _numbers(op, "split_sizes"), op.attributes["axis"])
     return parts
 
 
-def _pad(op: Op, x: Tensor) -> Tensor:
+def _pad(op: GraphOp, x: Tensor) -> Tensor:
     """low, then the elements with `interior` more between each two of them, then high."""
     _only(op, padding_mode="CONSTANT")
     fill = op.attributes["constant_values"]
@@ -300,13 +300,13 @@ def _pad(op: Op, x: Tensor) -> Tensor:
     return padded
 
 
-def _gather(op: Op, table: Tensor, indices: Tensor) -> Tensor:
+def _gather(op: GraphOp, table: Tensor, indices: Tensor) -> Tensor:
     _only(op, axis=0, batch_dims=0, is_sparse=False)
     _check_range(op, indices, table.shape[0])
     return table[indices]
 
 
-def _scatter(op: Op, base: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+def _scatter(op: GraphOp, base: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
     """indices [..., k]: each row names an element of the first k axes of base, to which its row of updates is
     *added*.
     """
@@ -316,7 +316,7 @@ def _scatter(op: Op, base: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
     return base.clone().index_put_(columns, updates, accumulate=True)
 
 
-def _check_range(op: Op, indices: Tensor, size: int) -> None:
+def _check_range(op: GraphOp, indices: Tensor, size: int) -> None:
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
         raise _refuse(
             op,
@@ -325,20 +325,20 @@ def _check_range(op: Op, indices: Tensor, size: int) -> None:
         )
 
 
-def _check_internal(op: Op) -> None:
+def _check_internal(op: GraphOp) -> None:
     """What the compiler notes for itself on a product: an id, which means nothing here."""
     if noted := op.attributes["cs.internal"].keys() - {"cs.dotgeneral_id"}:
         raise _refuse(op, f"the oracle does not know the note '{min(noted)}'")
 
 
-def _matmul(op: Op, a: Tensor, b: Tensor) -> Tensor:
+def _matmul(op: GraphOp, a: Tensor, b: Tensor) -> Tensor:
     _check_internal(op)
     if a.dim() != 2 or b.dim() != 2:
         raise _refuse(op, "of other than two matrices")
     return torch.mm(a.T if op.attributes["transpose_a"] else a, b.T if op.attributes["transpose_b"] else b)
 
 
-def _dot_general(op: Op, a: Tensor, b: Tensor) -> Tensor:
+def _dot_general(op: GraphOp, a: Tensor, b: Tensor) -> Tensor:
     """Batching axes first, then the free axes of a, then those of b; summed over the contracting ones."""
     _check_internal(op)
     sides = []
@@ -359,7 +359,7 @@ def _flat(sizes: list[int]) -> int:
     return int(torch.Size(sizes).numel())
 
 
-def _reduce(op: Op, x: Tensor) -> Tensor:
+def _reduce(op: GraphOp, x: Tensor) -> Tensor:
     _only(op, reduce_kind="ADD")
     dimensions, kept = _numbers(op, "dimensions"), _numbers(op, "keep_dims")
     if not dimensions or kept not in ([], dimensions):
@@ -367,15 +367,15 @@ def _reduce(op: Op, x: Tensor) -> Tensor:
     return x.sum(dimensions, keepdim=bool(kept))
 
 
-def _l2_norm(op: Op, x: Tensor) -> Tensor:
+def _l2_norm(op: GraphOp, x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=_numbers(op, "dims"), keepdim=op.attributes["keepdim"])
 
 
-def _clamp(op: Op, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _clamp(op: GraphOp, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return x.clamp(low, high)
 
 
-def _select(op: Op, condition: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
+def _select(op: GraphOp, condition: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
     if not condition.shape == chosen.shape == other.shape or condition.dtype != torch.bool:
         raise _refuse(op, "operands of different shapes, or no condition")
     return torch.where(condition, chosen, other)
@@ -391,7 +391,7 @@ _DIRECTIONS = {
 }
 
 
-def _compare(op: Op, a: Tensor, b: Tensor) -> Tensor:
+def _compare(op: GraphOp, a: Tensor, b: Tensor) -> Tensor:
     direction = op.attributes["comparison_direction"]
     if direction not in _DIRECTIONS:
         raise _refuse(op, f"the oracle does not know the direction '{direction}'")
@@ -399,16 +399,16 @@ def _compare(op: Op, a: Tensor, b: Tensor) -> Tensor:
     return found
 
 
-def _arange(op: Op, start: Tensor, stop: Tensor, step: Tensor) -> Tensor:
+def _arange(op: GraphOp, start: Tensor, stop: Tensor, step: Tensor) -> Tensor:
     _only(op, dim=0)
     return torch.arange(int(start), int(stop), int(step), dtype=start.dtype)
 
 
-def _softmax(op: Op, x: Tensor) -> Tensor:
+def _softmax(op: GraphOp, x: Tensor) -> Tensor:
     return torch.softmax(x, op.attributes["axis"])
 
 
-def _cross_entropy(op: Op, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(op: GraphOp, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """logits [N, V], labels [N] -> loss [N] and its gradient [N, V], both 0 where the label is -100.
 
     No attribute says so. But the compiler makes this op of torch's nll_loss where ignore_index is -100, and writes a
@@ -431,12 +431,12 @@ def _statistics(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     return centred * scale, scale
 
 
-def _layer_norm(op: Op, x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
+def _layer_norm(op: GraphOp, x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
     return _statistics(x, op.attributes["epsilon"])[0] * weight + bias
 
 
 def _layer_norm_grad(
-    op: Op, gradient: Tensor, x: Tensor, bias: Tensor, weight: Tensor
+    op: GraphOp, gradient: Tensor, x: Tensor, bias: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     normed, scale = _statistics(x, op.attributes["epsilon"])
     weighted = gradient * weight
@@ -449,7 +449,7 @@ def _layer_norm_grad(
 def _elementwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Of one or two operands, which must agree in shape and dtype: every broadcast is an op of its own."""
 
-    def apply(op: Op, *operands: Tensor) -> Tensor:
+    def apply(op: GraphOp, *operands: Tensor) -> Tensor:
         if any((operand.shape, operand.dtype) != (operands[0].shape, operands[0].dtype) for operand in operands):
             raise _refuse(op, f"operands of different types: {', '.join(map(str, op.operand_types))}")
         return function(*operands)

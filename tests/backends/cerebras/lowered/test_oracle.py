@@ -26,18 +26,18 @@ from lowered_graphs import GRAPHS, STORED, recipe_of_graph, stored_graph
 from torch import Tensor
 
 from weftrain.backends.cerebras import environment
-from weftrain.backends.cerebras.job import Job as JobOfWorker
+from weftrain.backends.cerebras.job import WorkerJob
 from weftrain.backends.cerebras.lowered.graph import (
     Argument,
     Dense,
     Graph,
     GraphError,
+    GraphOp,
     Location,
-    Op,
     TensorType,
-    parse_graph,
 )
-from weftrain.backends.cerebras.process import Worker
+from weftrain.backends.cerebras.lowered.mlir_text import parse_graph
+from weftrain.backends.cerebras.process import WorkerProcess
 from weftrain.backends.common.registry import get_backend
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
@@ -275,7 +275,7 @@ def test_a_masked_label_bears_no_loss(name: str, recipe_of: Callable[[str], Reci
 # -------------------------------------------------------------------------------------------------
 
 
-def edited(graph: Graph, choose: Callable[[Op], bool], change: Callable[[Op], Op], count: int) -> Graph:
+def edited(graph: Graph, choose: Callable[[GraphOp], bool], change: Callable[[GraphOp], GraphOp], count: int) -> Graph:
     """The graph with `count` ops changed: no more and no fewer are chosen."""
     chosen = [op for op in graph.ops if choose(op)]
     assert len(chosen) == count, [str(op)[:200] for op in chosen]
@@ -285,7 +285,7 @@ def edited(graph: Graph, choose: Callable[[Op], bool], change: Callable[[Op], Op
 def constant(graph: Graph, value: float, other: float, rank: int) -> Graph:
     """The graph with its one constant of this value and rank replaced."""
 
-    def choose(op: Op) -> bool:
+    def choose(op: GraphOp) -> bool:
         if op.kind != "Const" or len(op.result_types[0].shape) != rank:
             return False
         return op.attributes["value"].values == (pytest.approx(value, rel=1e-6),)
@@ -296,7 +296,7 @@ def constant(graph: Graph, value: float, other: float, rank: int) -> Graph:
 
 
 def mask_direction(graph: Graph, direction: str) -> Graph:
-    def choose(op: Op) -> bool:
+    def choose(op: GraphOp) -> bool:
         return op.kind == "Compare" and op.result_types[0].shape == (13, 13)
 
     return edited(graph, choose, lambda op: replace(op, attributes={"comparison_direction": direction}), 1)
@@ -306,15 +306,17 @@ def one_token_ahead(graph: Graph) -> Graph:
     """A query sees the key after its own: hidden where key > query + 1."""
     (compare_op,) = [op for op in graph.ops if op.kind == "Compare" and op.result_types[0].shape == (13, 13)]
     spelled = compare_op.operand_types[1]
-    one = Op("Const", ("%one",), (), {"value": Dense(spelled, (1,))}, (), (spelled,), Location(), 0)
-    later = Op("Add", ("%later",), (compare_op.operands[1], "%one"), {}, (spelled, spelled), (spelled,), Location(), 0)
+    one = GraphOp("Const", ("%one",), (), {"value": Dense(spelled, (1,))}, (), (spelled,), Location(), 0)
+    later = GraphOp(
+        "Add", ("%later",), (compare_op.operands[1], "%one"), {}, (spelled, spelled), (spelled,), Location(), 0
+    )
     moved = replace(compare_op, operands=(compare_op.operands[0], "%later"))
     at = graph.ops.index(compare_op)
     return replace(graph, ops=(*graph.ops[:at], one, later, moved, *graph.ops[at + 1 :]))
 
 
 def larger_norm_eps(graph: Graph) -> Graph:
-    def choose(op: Op) -> bool:
+    def choose(op: GraphOp) -> bool:
         return op.kind in ("LayerNorm", "LayerNormGrad")
 
     return edited(graph, choose, lambda op: replace(op, attributes={"epsilon": 1e-3}), 10)
@@ -422,7 +424,7 @@ def evaluate(
     arguments = tuple(Argument(f"%arg{index}", item, input_name=f"input_{index}") for index, item in enumerate(types))
     names = ("%0",) if len(results) == 1 else tuple(f"%0#{index}" for index in range(len(results)))
     attributes = {name.replace("cs_internal", "cs.internal"): value for name, value in attributes.items()}
-    op = Op(kind, names, tuple(argument.name for argument in arguments), attributes, types, results, Location(), 7)
+    op = GraphOp(kind, names, tuple(argument.name for argument in arguments), attributes, types, results, Location(), 7)
     graph = Graph(arguments, (op,), names, results, dict(enumerate(names)))
     return tuple(oracle.run_step(graph, {}, inputs, float64=float64).outputs.values())
 
@@ -600,7 +602,7 @@ def test_a_value_is_let_go_after_its_last_use(monkeypatch: pytest.MonkeyPatch) -
     made: list[weakref.ref[Tensor]] = []
     most = 0
 
-    def sigmoid(op: Op, x: Tensor) -> Tensor:
+    def sigmoid(op: GraphOp, x: Tensor) -> Tensor:
         nonlocal most
         result = torch.sigmoid(x)
         made.append(weakref.ref(result))
@@ -611,7 +613,7 @@ def test_a_value_is_let_go_after_its_last_use(monkeypatch: pytest.MonkeyPatch) -
     item = TensorType((3,), "f32")
     names = [f"%{index}" for index in range(20)]
     ops = tuple(
-        Op("Sigmoid", (b,), (a,), {}, (item,), (item,), Location(), 0)
+        GraphOp("Sigmoid", (b,), (a,), {}, (item,), (item,), Location(), 0)
         for a, b in zip(["%arg0", *names], names, strict=False)
     )
     graph = Graph((Argument("%arg0", item, input_name="x"),), ops, (names[-1],), (item,), {0: "y"})
@@ -779,14 +781,14 @@ def test_lowering_again_gives_the_stored_graph(name: str, recipe_of: Callable[[s
     """Needs the vendor's environment. A graph that was deleted is stored again."""
     if reason := environment.missing():
         pytest.skip(reason)
-    job = JobOfWorker(
+    job = WorkerJob(
         mode="validate",
         target="csx",
         recipe=recipe_of(name),
         artifacts=str(tmp_path),
         vendor_version=environment.pinned("cerebras-pytorch"),
     )
-    with Worker(job, silence_s=100) as worker:
+    with WorkerProcess(job, silence_s=100) as worker:
         events = [event["event"] for event in (*worker.events(), *worker.events())]
     assert events[-1] == "lowered"
     # the vendor links the newest under a second name

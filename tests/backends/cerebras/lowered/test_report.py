@@ -11,7 +11,7 @@ from lowered_graphs import recipe_of_graph, stored_graph
 from oracle import parameter_order
 
 from weftrain.backends.cerebras.lowered.graph import Graph
-from weftrain.backends.cerebras.lowered.report import Report, make_report, part_of, product_flops
+from weftrain.backends.cerebras.lowered.report import LoweringReport, make_report, part_of, product_flops
 from weftrain.core.config import Recipe
 from weftrain.core.parameters import flops_per_token, parameter_count
 
@@ -19,7 +19,7 @@ NAMES = ("crystal_float32", "crystal_bfloat16", "amber_float32", "amber_bfloat16
 Tiny = Callable[..., Recipe]
 
 
-def report_of(graph: Graph, recipe: Recipe) -> Report:
+def report_of(graph: Graph, recipe: Recipe) -> LoweringReport:
     return make_report(graph, recipe, parameter_order(recipe.model, recipe.optimizer), "2.10.0")
 
 
