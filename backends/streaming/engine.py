@@ -64,6 +64,7 @@ class StreamingRun:
         self._computation = Computation(
             model,
             model.segments(),
+            self.executor.parameters,
             torch.compile(call, dynamic=False) if options.compile else call,
             self._kernels.grad_norm,
             keep_activations=options.activations == "keep",

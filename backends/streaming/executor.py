@@ -35,7 +35,9 @@ from weftrain.core.optim import parameter_groups
 
 
 class PassExecutor:
-    """For one store and one model. measured: bytes and times, summed over the passes since it was last cleared."""
+    """For one store and one model. parameters: by name, those that have been loaded once. measured: bytes and times,
+    summed over the passes since it was last cleared.
+    """
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class PassExecutor:
         progress: Progress,
     ) -> None:
         self.store, self.measured = store, dict[str, float]()
+        self.parameters: dict[str, nn.Parameter] = {}
         self._options, self._device, self._communicator = options, device, communicator
         self._model, self._adamw, self._optimizer, self._progress = model, adamw, recipe.optimizer, progress
         self._groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer)}
@@ -207,12 +210,12 @@ class PassExecutor:
                 # after a weight was saved: by another layer, then by this one again. The schedule ensures that the
                 # weights are the same ones.
                 weight = plane[fragment.offset : fragment.offset + spec.size].view(spec.shape).data
-                parameter = self._model.get_parameter(spec.name)
-                if parameter.is_meta:
-                    owner, _, attribute = spec.name.rpartition(".")
-                    setattr(self._model.get_submodule(owner), attribute, nn.Parameter(weight))
+                if spec.name in self.parameters:
+                    self.parameters[spec.name].data = weight
                 else:
-                    parameter.data = weight
+                    owner, _, attribute = spec.name.rpartition(".")
+                    parameter = self.parameters[spec.name] = nn.Parameter(weight)
+                    setattr(self._model.get_submodule(owner), attribute, parameter)
 
     @torch.no_grad()
     def _update(self, tile: Tile) -> None:

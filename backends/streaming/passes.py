@@ -6,7 +6,7 @@ weights need to be present only during that call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,7 @@ class Computation:
 
     model: Decoder
     segments: Sequence[nn.Module]  # one a record
+    parameters: Mapping[str, nn.Parameter]  # the executor's
     call: Callable[..., Tensor]  # calls a block or the head in training: plain or compiled
     grad_norm: Callable[..., Any]
     keep_activations: bool  # False: only a block's input is kept, and the block runs again in backward
@@ -136,7 +137,7 @@ class Pass:
         self._store_gradients(record, gradients)
 
     def _leaves(self, record: Record) -> dict[str, Tensor]:
-        return {spec.name: self._with.model.get_parameter(spec.name) for spec in record.specs}
+        return {spec.name: self._with.parameters[spec.name] for spec in record.specs}
 
     def _block(self, record: Record, x: Tensor, rows: Rows) -> Tensor:
         run = self._with.call if self._training else call

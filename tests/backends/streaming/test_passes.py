@@ -32,7 +32,8 @@ def test_gradients_are_those_of_the_local_backend(keep_activations: bool, tiny_r
     for spec in parameter_specs(recipe.model):
         model.get_parameter(spec.name).data = draw(spec, recipe.model, recipe.seed)
     norm = selection.function("grad_norm", "optimizer")
-    computation = Computation(model, model.segments(), call, norm, keep_activations, True, nullcontext)
+    parameters = dict(model.named_parameters())
+    computation = Computation(model, model.segments(), parameters, call, norm, keep_activations, True, nullcontext)
     found: Gradients = {}
 
     def keep(record: Record, gradients: Gradients) -> None:
