@@ -541,6 +541,13 @@ except sandbox.SandboxError as error:
     assert not (tmp_path / "ran").exists()
 
 
+@confined
+def test_without_a_system_call_filter_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "filter_program", lambda machine: b"")
+    with pytest.raises(SandboxError, match="seccomp filter"):
+        run("pass")
+
+
 def test_other_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for changes, words in (
         ({"system": "darwin"}, "needs Linux, and this is darwin"),
