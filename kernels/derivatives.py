@@ -1,9 +1,7 @@
-"""What every backward that is written by hand shares: it gives first derivatives, refuses second ones, and ignores
-autocast.
+"""What hand-written backward passes share: they give first derivatives, refuse second ones, and ignore autocast.
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    @arguments_decide_dtypes
     def forward(ctx, gate, up): ...
 
     @staticmethod

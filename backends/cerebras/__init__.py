@@ -5,7 +5,7 @@ runs here and in CI. *Compile* and *train* on a system: written to the vendor's 
 without a cluster. `target: cpu` runs the same training script on the vendor's CPU backend, in fp32: it shows that the
 script trains, and nothing about speed.
 
-What a reader would get wrong: weights and optimizer live in another process, and on a system in another building. State
+Weights and optimizer live in another process, and on a system in another building. State
 is handed out only at the steps that the plan named before step one.
 """
 

@@ -1,6 +1,6 @@
 """The environment in which the vendor's package lives: where it is, whether it is whole, and how it is made.
 
-What a reader would get wrong: it is not this process's environment and cannot be. The package pins CPython 3.11, torch
+It is not this process's environment and cannot be. The package pins CPython 3.11, torch
 2.4.0 and numpy 1.25.0, so it gets a virtual environment of its own in the user's cache folder, named by a hash of the
 pins: other pins, another folder. A marker file is written last; a folder without it was interrupted and is made anew.
 """

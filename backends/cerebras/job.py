@@ -2,7 +2,7 @@
 both sides.
 
 The first line to the worker is the job; then commands, one at a time. Each command is answered by events, the last of
-which ends it (`ENDS`). What a reader would get wrong: nothing else crosses. No pickle, no tensor in JSON: held-out rows
+which ends it (`ENDS`). Nothing else crosses: no pickle, no tensor in JSON: held-out rows
 and state go through folders in the checkpoint format, and the vendor's own chatter goes to a log, never into this
 stream.
 """

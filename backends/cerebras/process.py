@@ -1,7 +1,7 @@
 """The other process: starts the worker in the vendor's environment, speaks with it, and never waits for it without an
 end.
 
-What a reader would get wrong: the vendor's packages write to stdout and stderr as they like, so both go to a log file
+The vendor's packages write to stdout and stderr as they like, so both go to a log file
 and events have a pipe of their own. A worker that dies, or says nothing for too long, is an error of one line that
 names the log.
 """

@@ -1,7 +1,7 @@
 """Runs in the vendor's environment: `python -I worker.py ROOT EVENTS PARENT`, job and commands on stdin, events to file
 descriptor EVENTS. It ends when process PARENT does.
 
-What a reader would get wrong: weftrain is not installed in that environment. Its source, the very files that the main
+The package weftrain is not installed in that environment. Its source, the very files that the main
 process runs, is made importable from ROOT, the folder that holds core/, kernels/ and backends/; so a graph can never
 come from another version.
 """

@@ -50,6 +50,7 @@ def install() -> None:
     if not triton.knobs.runtime.interpret:
         raise KernelError("Triton does not interpret in this process: set TRITON_INTERPRET=1 before Triton is imported")
     _patch_builder(interpreter.InterpreterBuilder, interpreter.TensorHandle, interpreter._get_np_dtype, tl)
+    _widen_methods(interpreter.InterpreterBuilder, interpreter.TensorHandle, tl)
     _patch_reductions(interpreter.ReduceScanOpInterface, interpreter.TensorHandle, tl)
     self_test()
 
@@ -94,34 +95,26 @@ def _truncate(values: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------
 
 
+def _is_bfloat16(operand: Any, tl: Any) -> bool:
+    return bool(operand.dtype.scalar == tl.bfloat16 and operand.data.dtype == np.uint16)
+
+
 def _patch_builder(builder: Any, handle: Any, numpy_dtype: Callable[[Any], Any], tl: Any) -> None:
-    """Every method of the interpreter's builder that computes: operands widened, the result rounded where it is
-    bfloat16.
+    """The methods of the interpreter's builder that compute and have rules of their own: operands widened, the result
+    rounded where it is bfloat16. `_widen_methods` does the others.
     """
     originals = {
         name: getattr(builder, name) for name in ("binary_op", "cast_impl", "create_fp_to_fp", "create_atomic_rmw")
     }
 
     def is_bf16(operand: Any) -> bool:
-        return operand.dtype.scalar == tl.bfloat16 and operand.data.dtype == np.uint16
+        return _is_bfloat16(operand, tl)
 
     def values(operand: Any) -> np.ndarray:
         return _widen(operand.data) if is_bf16(operand) else operand.data
 
     def result(data: np.ndarray, dtype: Any) -> Any:
         return handle(_round(data) if dtype == tl.bfloat16 else data, dtype)
-
-    def widened(method: Callable[..., Any], arguments: int) -> Callable[..., Any]:
-        """`method` on operands in fp32; the result has the dtype of the last of them."""
-
-        def call(self: Any, *operands: Any, **rest: Any) -> Any:
-            tensors, others = operands[:arguments], operands[arguments:]
-            if not any(is_bf16(tensor) for tensor in tensors):
-                return method(self, *operands, **rest)
-            wide = [handle(values(tensor), tl.float32) if is_bf16(tensor) else tensor for tensor in tensors]
-            return result(method(self, *wide, *others, **rest).data, tensors[-1].dtype.scalar)
-
-        return call
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
         if not (is_bf16(lhs) or is_bf16(rhs)):
@@ -157,15 +150,36 @@ def _patch_builder(builder: Any, handle: Any, numpy_dtype: Callable[[Any], Any],
 
     for function in (binary_op, cast_impl, create_fp_to_fp, create_atomic_rmw, get_bf16):
         setattr(builder, function.__name__, function)
-    for name, arguments in (
-        ("unary_op", 1),
-        ("create_erf", 1),
-        ("create_rsqrt", 1),
-        ("create_fma", 3),
-        ("create_clampf", 3),
-    ):
-        setattr(builder, name, widened(getattr(builder, name), arguments))
-    builder.create_dot = widened(builder.create_dot, 3)
+
+
+def _widen_methods(builder: Any, handle: Any, tl: Any) -> None:
+    """The methods that need no more than operands in fp32; their result has the dtype of the last operand."""
+
+    def widened(method: Callable[..., Any], arguments: int) -> Callable[..., Any]:
+        def call(self: Any, *operands: Any, **rest: Any) -> Any:
+            tensors, others = operands[:arguments], operands[arguments:]
+            narrow = [_is_bfloat16(tensor, tl) for tensor in tensors]
+            if not any(narrow):
+                return method(self, *operands, **rest)
+            wide = [
+                handle(_widen(tensor.data), tl.float32) if is_narrow else tensor
+                for tensor, is_narrow in zip(tensors, narrow, strict=True)
+            ]
+            data, dtype = method(self, *wide, *others, **rest).data, tensors[-1].dtype.scalar
+            return handle(_round(data) if dtype == tl.bfloat16 else data, dtype)
+
+        return call
+
+    arguments = {
+        "unary_op": 1,
+        "create_erf": 1,
+        "create_rsqrt": 1,
+        "create_fma": 3,
+        "create_clampf": 3,
+        "create_dot": 3,
+    }
+    for name, count in arguments.items():
+        setattr(builder, name, widened(getattr(builder, name), count))
 
 
 def _patch_reductions(interface: Any, handle: Any, tl: Any) -> None:

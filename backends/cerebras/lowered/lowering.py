@@ -1,7 +1,7 @@
 """From a recipe to artifacts and a report that can be trusted, or to one line that says what does not lower, where, and
 what to do.
 
-What a reader would get wrong: everything is made in a folder of another name beside the one that was asked for, and
+Everything is made in a folder of another name beside the one that was asked for, and
 gets its name last. A lowering that failed stays under `NAME.failed` for whoever wants to read it; nothing half made
 ever stands where a whole one should.
 """

@@ -1,6 +1,6 @@
 """What a lowered graph holds, counted, and held against what the recipe says it must hold.
 
-What a reader would get wrong: the compiler may exit with 0 and leave half a step. So a graph is taken for whole only
+The compiler may exit with 0 and leave half a step. So a graph is taken for whole only
 after its matrix products have exactly the FLOPs of our own formula, each layer has the ops of every other, and every
 parameter is read and replaced.
 """
