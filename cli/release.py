@@ -139,7 +139,7 @@ def verify(path: Path, key: str | None) -> None:
     if not (path / RELEASE).exists() and (path / "manifest.json").exists():
         manifest = checkpoint.verify(path)
         click.echo(
-            f"{path}: step {manifest['step']}, {len(manifest['tensors'])} tensors, root {manifest['root']}: whole"
+            f"{path}: step {manifest['step']}, {len(manifest['tensors'])} tensors, root {manifest['root']}: complete"
         )
         return
     verified = verify_release(path)
@@ -148,11 +148,11 @@ def verify(path: Path, key: str | None) -> None:
         raise ReleaseError(f"{path}: is signed by {signer}, not by {key}: fetch it from whoever holds that key")
     release = verified.release
     click.echo(
-        f"{path}: {len(release.files):,} files, {verified.num_bytes:,} bytes, {len(release.links)} links: whole, and "
-        "of one story"
+        f"{path}: {len(release.files):,} files, {verified.num_bytes:,} bytes, {len(release.links)} links: complete and "
+        "consistent"
     )
     click.echo(f"root {release.root}, " + ("not signed" if verified.signer is None else f"signed by {verified.signer}"))
-    click.echo("that the states were trained as it says is shown by: weftrain replay")
+    click.echo("to check that the states were trained as recorded: weftrain replay")
 
 
 @click.command("replay")

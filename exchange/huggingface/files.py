@@ -1,5 +1,4 @@
-"""What stands beside a model's weights in a Hugging Face folder: its tokenizer, its end token, and CrystalCoder's
-modelling code.
+"""The files beside a model's weights in a Hugging Face folder: tokenizer, end token, and CrystalCoder's modelling code.
 
 A folder without tokenizer_config.json loads with no end token, and one whose config.json names none gets Llama's
 default, id 2, whatever that is in this vocabulary. So both are written wherever a tokenizer is known, and null where
@@ -80,7 +79,7 @@ def is_known_modeling(path: Path) -> bool:
 
 
 def check_no_other_code(folder: Path, names: set[str], config: ModelConfig) -> None:
-    """Of a model's folder from outside: it brings no code but ours, and names none elsewhere. names: its files.
+    """Check that a downloaded model's folder brings no code but ours, and names none elsewhere. names: its files.
 
     transformers runs the files that `auto_map` names, from this folder or from another repository. Raises
     CheckpointError.

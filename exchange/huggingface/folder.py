@@ -3,10 +3,9 @@ whole or not at all.
 
 A folder holds `model.safetensors`, or shards that `model.safetensors.index.json` deals the tensors out to. Names,
 layouts and configs are exchange/layouts.py's; this module knows files. Tensors go through one at a time, so memory does
-not grow with the model. What a reader would get wrong: a downloaded model's weights are read only where every file is a
-plain one inside the folder; the hub's own cache holds symbolic links to elsewhere, so download with `--local-dir`.
-Files made by pickling (`pytorch_model.bin`) are not read here: exchange/huggingface/pickled.py makes safetensors of
-them first, and only when it is asked to.
+not grow with the model. Every file must be a regular file inside the folder: the hub's own cache holds symbolic links,
+so download with `--local-dir`. Pickled files (`pytorch_model.bin`) are not read here: exchange/huggingface/pickled.py
+converts them to safetensors first, if it is asked to.
 """
 
 from __future__ import annotations
@@ -124,10 +123,9 @@ def state_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> LazyTen
 
 
 def config_differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """In what two models compute different functions of the same weights, as 'key: ours -> theirs'.
+    """Where two models compute different functions of the same weights, as 'key: ours -> theirs'.
 
-    What only starts or trains a model (initialisation, learning-rate multipliers) does not count, nor how many
-    positions are allowed.
+    Initialization, learning-rate multipliers and the number of allowed positions do not count.
     """
     one, other = _function(ours), _function(theirs)
     return [f"{key}: {value!r} -> {other[key]!r}" for key, value in one.items() if not _same(value, other[key])]

@@ -1,10 +1,10 @@
-"""Pickled weights (`pytorch_model.bin`, or shards with an index) made safetensors in a temporary folder, by a process
-of its own.
+"""Converts pickled weights (`pytorch_model.bin`, or shards with an index) to safetensors in a temporary folder, in a
+separate process.
 
 Nothing is unpickled in this process: exchange/huggingface/pickled_worker.py does it with
-`torch.load(weights_only=True)` and writes plain tensors, which exchange/huggingface/folder.py then reads with the same
-distrust as any other folder. What a reader would get wrong: this is for those who asked for it (`--allow-pickle`); a
-folder that has safetensors files as well is read from those.
+`torch.load(weights_only=True)` and writes plain tensors, which exchange/huggingface/folder.py then checks like any
+other folder. This happens only where `--allow-pickle` was given; a folder that has safetensors files too is read from
+those.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def open_weights(folder: Path, *, unpickle: bool, scratch: Path) -> Iterator[Hug
         weights = HuggingFaceWeights(temporary)
         weights.files = dict.fromkeys(sources)
         yield weights
-    finally:  # not a file of a run: there is nothing here to keep for a look after a death
+    finally:  # nothing here is worth keeping after a failure
         with contextlib.suppress(OSError):
             fsops.remove_tree(temporary)
 

@@ -1,10 +1,10 @@
-"""What a release gives a stranger, item by item: present, partial or absent, by what file one sees it, and what an
+"""What a release lets others do, item by item: present, partial or absent, with the files that show it and what an
 absence prevents.
 
 The items are those by which LLM360 compared releases (arXiv 2312.06550, table 1), with order, record and environment
 added. A folder is either a release of ours or one in the style of the Hugging Face hub: weights, a card, a folder or
-git branch a checkpoint. What a reader would get wrong: this looks at names and headers, and believes them. That a file
-is what it says, only `verify` and `replay` show, and only for ours.
+git branch for each checkpoint. Only names and headers are read, and they are believed: whether a file is what it says
+is shown by `verify` and `replay` alone, for releases of ours.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Item:
     name: str
     status: Status
     evidence: str
-    prevents: str  # what nobody can do where it is absent
+    prevents: str  # what cannot be done if it is absent
 
 
 DISTINCT = "distinct revisions"
@@ -124,7 +124,10 @@ _WEIGHTS = (r"(^|/)(model|pytorch_model)[^/]*\.(safetensors|bin)$",)
 _OPTIMIZER = r"(^|/)(optimizer[^/]*\.(pt|bin|safetensors)|[^/]*optim_states\.pt|exp_avg[^/]*)$"
 _REVISION = re.compile(r"(^|.*[/_-])(step|ckpt|checkpoint|global_step|iter)[-_]?([0-9]+)[^/]*")
 _DATA = r"\.(h5|parquet|arrow|bin\.idx|idx|mds|npy|jsonl\.zst)$"
-_METRICS = r"(^|/)(metrics\.jsonl|trainer_state\.json|events\.out\.tfevents[^/]*|wandb[^/]*|[^/]*train[^/]*log[^/]*\.(csv|jsonl|txt))$"
+_METRICS = (
+    r"(^|/)(metrics\.jsonl|trainer_state\.json|events\.out\.tfevents[^/]*|wandb[^/]*"
+    r"|[^/]*train[^/]*log[^/]*\.(csv|jsonl|txt))$"
+)
 _CONFIGS = r"(^|/)(training_args\.(json|bin)|recipe\.(json|yaml)|hparams[^/]*|[^/]*config[^/]*\.ya?ml|[^/]*\.gin)$"
 _CODE = r"(^|/)(train[^/]*\.py|pretrain[^/]*\.py|modeling_[^/]*\.py)$"
 _RESULTS = r"(^|/)(eval[^/]*|results?)([/_-][^/]*)*\.json$"

@@ -1,10 +1,10 @@
 """Replay: train a link of a release again, and compare the state it ends in with the one that was released, bit for
 bit.
 
-What a reader would get wrong: a hash shows that nothing was altered since; only this shows that the state was *trained*
-as the record says. Equal bits can be asked for under the same fingerprint alone (versions, instruction set, threads,
-kernels, reduction). Where it differs, the answer is a tolerance report: how far apart the two states are, as a share of
-how far training moved, and what differs in the fingerprint.
+A hash shows that nothing was altered since the release was made; only replay shows that the state was *trained* as the
+record says. Results can be bitwise identical only under the same fingerprint (versions, instruction set, threads,
+kernels, reduction). Under another one, replay reports how far the two states are apart, relative to the distance that
+training moved the weights, and which entries of the fingerprint differ.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from weftrain.core.run.run_folder import differences
 from weftrain.exchange.release.release import Link
 from weftrain.exchange.release.verify import Verified
 
-# of the distance that training moved: other kernels and thread counts stay an order of magnitude below
+# As a share of the distance that the link moved the weights. Other kernels and thread counts stay ten times below it.
 DEFAULT_TOLERANCE = 0.05
 
-# a run by this recipe, as near to this fingerprint as the machine allows
+# Prepares a run of this recipe, as close to this fingerprint as the machine allows.
 Prepare = Callable[[Recipe, Plan, Mapping[str, Any]], Run]
 OpenSource = Callable[[Recipe], BatchSource]
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One tensor that did not come out the same. ulps: largest distance in units of the last place. relative: L2, of
-    its movement.
+    """A tensor whose replay is not bitwise identical. ulps: largest distance in units in the last place. largest:
+    largest absolute difference.
     """
 
     name: str
@@ -59,8 +59,8 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class LinkReport:
-    """What came of one link. relative: L2 distance of replayed and released weights over the distance that the link
-    moved them.
+    """Result of replaying one link. relative: L2 distance between replayed and released weights, divided by the
+    distance that the link moved them.
     """
 
     link: Link
@@ -82,8 +82,8 @@ class LinkReport:
 
 
 def chosen_links(links: Sequence[Link], numbers: Sequence[int], share: float | None, seed: int) -> list[Link]:
-    """The links asked for by number, or a random share of them (at least one), or all. Raises ReleaseError for a number
-    that is none.
+    """The links with these numbers, else a random share of them (at least one), else all. Raises ReleaseError for a
+    link that does not exist.
     """
     known = {link.link: link for link in links}
     for number in numbers:
@@ -107,9 +107,7 @@ def replay_link(
     prepare: Prepare,
     tolerance: float = DEFAULT_TOLERANCE,
 ) -> LinkReport:
-    """Train `link` again from the state it begins from. The release was verified just before. Raises what training and
-    loading raise.
-    """
+    """Train `link` again from its starting state, and compare. The release must have been verified just before."""
     released, manifest = checkpoint.load(folder / "checkpoints" / folder_name(link.stop_step), verified=True)
     start: State | None = None
     if link.start is not None:

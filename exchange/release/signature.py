@@ -1,9 +1,8 @@
-"""Who stands for a release: an Ed25519 signature of its root (RFC 8032), made and checked by the `cryptography`
-package.
+"""Signs a release: an Ed25519 signature (RFC 8032) of its root, made and checked with the `cryptography` package.
 
 signature.json: {"algorithm", "public_key", "root", "signature"}, hexadecimal. The signed bytes are DOMAIN followed by
-the root's 32 bytes. What a reader would get wrong: a valid signature says that the holder of *that key* signed. Whose
-key it is, the reader must know from elsewhere, and name it (`weftrain verify --key`).
+the root's 32 bytes. A valid signature proves that the holder of this key signed. Whose key it is must be known from
+elsewhere: `weftrain verify --key` names the key that is expected.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ def new_key(path: Path) -> str:
 
 
 def sign(path: Path, root: str, key_file: Path) -> str:
-    """Write the signature of `root` to `path`; returns the public key in hexadecimal. Raises ReleaseError for what is
-    no such key.
+    """Write the signature of `root` to `path`; returns the public key in hexadecimal. Raises ReleaseError for a file
+    that is not a private Ed25519 key.
     """
     ed25519, serialization = _cryptography()
     try:

@@ -105,7 +105,7 @@ def test_a_release_is_told_and_never_written_into(made: Path, tmp_path: Path) ->
     assert "signature.json is absent" in page
     assert '<a href="./release/checkpoints/step_00000006/">' in page
     assert "its folder is not here" in page  # the branch's checkpoints are not released
-    assert "whole, and of one story" in done(weftrain("verify", release))
+    assert "complete and consistent" in done(weftrain("verify", release))
     refused = weftrain("report", release, "--to", release / "analyses" / "page.html")
     assert refused.exit_code == 2
     assert "lies in the release" in refused.output

@@ -20,7 +20,7 @@ def test_a_third_party_verifies_replays_resumes_and_evaluates(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     output = done(weftrain("verify", release))
-    assert "3 links: whole, and of one story" in output
+    assert "3 links: complete and consistent" in output
     assert "not signed" in output
     assert verdicts(weftrain("replay", release)) == ["equal"] * 3
     sampled = done(weftrain("replay", release, "--sample", "0.3", "--seed", "1"))
