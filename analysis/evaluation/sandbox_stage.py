@@ -197,7 +197,7 @@ def build_root(request: dict[str, Any]) -> str:
 
 def _refuse_system_calls(filter_hex: str) -> None:
     """filter_hex: sandbox_filter.filter_program, in hexadecimal."""
-    if not filter_hex:  # some kernels accept an empty filter, which refuses nothing
+    if not filter_hex:
         raise SetupError("seccomp filter: the request has none")
     program = ctypes.create_string_buffer(bytes.fromhex(filter_hex))
     header = struct.pack("@HP", len(program.raw[:-1]) // 8, ctypes.addressof(program))
