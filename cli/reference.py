@@ -12,16 +12,14 @@ import io
 import json
 import textwrap
 import tokenize
-import types
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import NamedTuple
 
 import click
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-_TYPE_WORDS = {int: "integer", float: "number", str: "text", bool: "true or false"}
-_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+from weftrain.core.formats.type_words import models_in, type_words
 
 
 class Key(NamedTuple):
@@ -40,37 +38,6 @@ def keys(model: type[BaseModel]) -> list[Key]:
         Key(name, type_words(field.annotation, field.metadata), _default(field), comments.get(name, ""))
         for name, field in model.model_fields.items()
     ]
-
-
-def type_words(annotation: Any, metadata: Any = ()) -> str:
-    """A type as its user knows it: 'integer > 0', 'list of Segment', 'one of a, b'; never a Python type's name."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return type_words(arguments[0], [item for item in arguments[1:] for item in _flat(item)] + list(metadata))
-    if origin in (Union, types.UnionType):
-        words = [type_words(argument, metadata) for argument in arguments if argument is not type(None)]
-        return " or ".join([*words, *(["null"] if type(None) in arguments else [])])
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
-    if origin in (tuple, list):
-        if arguments[-1] is Ellipsis or origin is list:
-            return f"list of {type_words(arguments[0])}"
-        return f"list of {len(arguments)}: {', '.join(map(type_words, arguments))}"
-    if origin is dict:
-        return f"mapping of {type_words(arguments[0])} to {type_words(arguments[1])}"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation.__name__.removesuffix("Config")
-    bounds = [
-        f"{sign} {limit}"
-        for item in metadata
-        for name, sign in _BOUNDS.items()
-        if (limit := getattr(item, name, None)) is not None and abs(limit) < 1 << 53
-    ]
-    return " ".join([_TYPE_WORDS.get(annotation, "value"), *[", ".join(bounds)][: len(bounds)]])
-
-
-def _flat(item: Any) -> list[Any]:
-    return list(item.metadata) if isinstance(item, FieldInfo) else [item]
 
 
 def _default(field: FieldInfo) -> str:
@@ -112,20 +79,11 @@ def _field_comments(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """(dotted path, section) of a model and of every section below it; a list's items are `path[]`."""
-    yield path, model
+    """(dotted path, section) of a model and of every section below it; '*' stands for a list's items."""
+    yield path.removesuffix("."), model
     for name, field in model.model_fields.items():
-        for inner, step in _models_in(field.annotation):
-            yield from _sections(inner, f"{path}.{name}{step}" if path else f"{name}{step}")
-
-
-def _models_in(annotation: Any, step: str = "") -> Iterator[tuple[type[BaseModel], str]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation, step
-    for argument in get_args(annotation):
-        if get_origin(annotation) is not Literal:
-            inner = {tuple: "[]", list: "[]", dict: ".*"}.get(get_origin(annotation), "")
-            yield from _models_in(argument, step + inner)
+        for inner, step in models_in(field.annotation):
+            yield from _sections(inner, f"{path}{name}.{step}")
 
 
 def recipe_keys() -> list[tuple[str, str]]:
@@ -135,7 +93,7 @@ def recipe_keys() -> list[tuple[str, str]]:
     return [
         (f"{path}.{key.name}" if path else key.name, key.meaning)
         for path, model in _sections(Recipe)
-        if "[]" not in path and "*" not in path
+        if "*" not in path
         for key in keys(model)
     ]
 

@@ -24,6 +24,26 @@ from weftrain.core.formats.strict_yaml import (
     validate,
 )
 
+# What other trainers call a key -> the key here.
+OTHER_NAMES = {
+    **dict.fromkeys(("lr", "learning_rate", "max_lr", "warmup_steps", "lr_scheduler"), "schedule.learning_rate"),
+    **dict.fromkeys(("max_steps", "train_steps", "train_iters", "num_steps"), "schedule.steps"),
+    **dict.fromkeys(("batch_size", "global_bs", "train_batch_size"), "batch.global_batch_size"),
+    **dict.fromkeys(("micro_batch", "per_device_train_batch_size", "local_batch_size"), "batch.micro_batch_size"),
+    **dict.fromkeys(("n_layers", "n_layer", "num_hidden_layers", "layers"), "model.num_layers"),
+    **dict.fromkeys(("dim", "n_embd", "d_model", "embed_dim"), "model.hidden_size"),
+    **dict.fromkeys(("n_heads", "n_head", "num_attention_heads"), "model.num_heads"),
+    **dict.fromkeys(("ffn_hidden_size", "mlp_hidden_size", "filter_size"), "model.intermediate_size"),
+    **dict.fromkeys(("seq_len", "seq_length", "block_size", "max_sequence_length"), "data.sequence_length"),
+    **dict.fromkeys(("grad_clip", "clip_grad", "max_grad_norm", "gradient_clip_val"), "optimizer.clip_norm"),
+    **dict.fromkeys(("dtype", "mixed_precision", "bf16"), "precision.compute"),
+    **dict.fromkeys(("save_every", "save_interval", "save_steps"), "checkpoint.every_steps"),
+    **dict.fromkeys(("eval_every", "eval_interval", "eval_steps"), "log.evaluate_every_steps"),
+    **dict.fromkeys(("log_every", "log_interval", "logging_steps"), "log.every_steps"),
+    **dict.fromkeys(("activation_checkpoint", "gradient_checkpointing"), "backend.options.activation_checkpointing"),
+    **{name: f"backend.options.{name}" for name in ("device", "compile", "threads", "tensor_parallel")},
+}
+
 
 @dataclass(frozen=True)
 class RecipeFile:
@@ -84,4 +104,4 @@ def _checked(
         tree["backend"] = {"name": backend, **({"options": kept} if kept else {})}
     for each in overrides:
         override(tree, each, lines)
-    return RecipeFile(validate(Recipe, tree, lines.at), lines.at)
+    return RecipeFile(validate(Recipe, tree, lines.at, OTHER_NAMES), lines.at)

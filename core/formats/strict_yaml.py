@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
-import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
@@ -27,6 +26,7 @@ from pydantic import BaseModel, ValidationError
 
 from weftrain.core.errors import RecipeError, file_problem
 from weftrain.core.formats.plain_file import read_plain
+from weftrain.core.formats.type_words import keys
 
 MAX_DEPTH = 12
 MAX_NUMBER_CHARACTERS = 100
@@ -246,8 +246,13 @@ def override(tree: dict[str, Any], text: str, lines: LineMap) -> None:
         raise RecipeError(f"{origin}: '{dotted(parts)}' is {kind_of(target)}, it has no key '{last}'")
 
 
-def validate(model: type[Model], tree: Any, at: Callable[[Location], str]) -> Model:
-    """`tree` as `model`, or a RecipeError that names the first wrong key at `at(location)` and counts the others."""
+def validate(
+    model: type[Model], tree: Any, at: Callable[[Location], str], other_names: Mapping[str, str] = MappingProxyType({})
+) -> Model:
+    """`tree` as `model`, or a RecipeError that names the first wrong key at `at(location)` and counts the others.
+
+    other_names: what other programs call a key -> the key that means it.
+    """
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -255,7 +260,7 @@ def validate(model: type[Model], tree: Any, at: Callable[[Location], str]) -> Mo
         # name an unknown key first: it often is a misspelling of the missing one
         problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise RecipeError(_explain(model, problems[0], at) + more) from None
+        raise RecipeError(_explain(model, problems[0], at, other_names) + more) from None
 
 
 def dotted(location: Iterable[str | int]) -> str:
@@ -263,25 +268,31 @@ def dotted(location: Iterable[str | int]) -> str:
     return ".".join(str(part) for part in location)
 
 
-def _explain(model: type[BaseModel], problem: Any, at: Callable[[Location], str]) -> str:
+def _explain(
+    model: type[BaseModel], problem: Any, at: Callable[[Location], str], other_names: Mapping[str, str]
+) -> str:
     location: Location = tuple(problem["loc"])
     key, where = dotted(location), at(location)
     if problem["type"] == "extra_forbidden":
-        names = dict(_keys(model))
+        names = dict(keys(model))
         siblings = [name for name in names if name.rpartition(".")[0] == _generic(location[:-1])]
         wrong = _generic(location)
-        near = difflib.get_close_matches(wrong, siblings, 1, 0.5) or difflib.get_close_matches(wrong, names, 1, 0.6)
+        meant = other_names.get(str(location[-1]))
+        near = [meant] if meant else difflib.get_close_matches(wrong, siblings, 1, 0.5)
+        near = near or difflib.get_close_matches(wrong, names, 1, 0.6)
         valid = ", ".join(name.rpartition(".")[2] for name in siblings)
         return f"{where}: unknown key '{key}'; " + (f"did you mean '{near[0]}'?" if near else f"valid here: {valid}")
+    wanted = dict(keys(model)).get(_generic(location))
     if problem["type"] == "missing":
-        wanted = dict(_keys(model)).get(_generic(location), "a value")
-        return f"{where}: missing key '{key}' ({wanted}); add it"
+        return f"{where}: missing key '{key}' ({wanted or 'a value'}); add it"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if problem["type"] == "value_error":
         return f"{where}: {key + ': ' if key else ''}{message}"
     given = repr(problem["input"]) if problem["type"] in _BOUNDS else kind_of(problem["input"])
-    return f"{where}: {key}: {message}, not {given}"
+    if problem["type"].endswith("_type") and wanted is not None:
+        message = f"should be {wanted}"
+    return f"{where}: {key}: {message.replace('valid tuple', 'list')}, not {given}"
 
 
 # pydantic's errors for values of the right type outside the bounds
@@ -290,25 +301,6 @@ _BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal",
 
 def _generic(location: Iterable[str | int]) -> str:
     return dotted("*" if isinstance(part, int) else part for part in location)
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every dotted key of a model and its type in a word; '*' stands for list items."""
-    for name, info in model.model_fields.items():
-        yield prefix + name, str(getattr(info.annotation, "__name__", info.annotation)).replace("typing.", "")
-        for inner, step in _models(info.annotation):
-            yield from _keys(inner, f"{prefix}{name}.{step}")
-
-
-def _models(annotation: Any, step: str = "") -> Iterator[tuple[type[BaseModel], str]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation, step
-    origin = typing.get_origin(annotation)
-    for argument in typing.get_args(annotation):
-        if origin in (typing.Union, types.UnionType, typing.Annotated):
-            yield from _models(argument, step)
-        elif origin is tuple and argument is not Ellipsis:
-            yield from _models(argument, step + "*.")
 
 
 def kind_of(value: Any) -> str:

@@ -14,7 +14,8 @@ from recipe_texts import TEXT, line_of, refused
 
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RecipeError
-from weftrain.core.recipe_file import builtin_recipes, load_recipe, recorded_recipe
+from weftrain.core.formats.type_words import keys
+from weftrain.core.recipe_file import OTHER_NAMES, builtin_recipes, load_recipe, recorded_recipe
 
 
 def test_an_empty_value_is_not_null(tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_missing_key(tmp_path: Path) -> None:
         (
             "num_layers: 12",
             "num_layers: twelve",
-            "model.num_layers: input should be a valid integer, not a string ('twelve')",
+            "model.num_layers: should be integer > 0, <= 10000, not a string ('twelve')",
         ),
         ("num_layers: 12", "num_layers: '12'", "not a string ('12')"),
         ("num_layers: 12", "num_layers: 12.0", "not a number (12.0)"),
@@ -64,7 +65,7 @@ def test_missing_key(tmp_path: Path) -> None:
         ("steps: 1000\n  learning", "steps: 2000\n  learning", "learning_rate covers 1000 steps of 2000"),
         ("micro_batch_size: 2", "micro_batch_size: 3", "global_batch_size 2 is not a multiple"),
         ("sequence_length: 512", "sequence_length: 513", "exceeds"),
-        ("tie_embeddings: false", "tie_embeddings: no", "valid boolean, not a string ('no')"),
+        ("tie_embeddings: false", "tie_embeddings: no", "should be true or false, not a string ('no')"),
         ("norm_eps: 1e-6", "norm_eps: .nan", "norm_eps"),
     ],
 )
@@ -160,3 +161,30 @@ def test_sizes_have_bounds(override: str, words: str) -> None:
 def test_what_was_recorded_is_a_recipe_or_refused_in_words(recorded: object) -> None:
     with pytest.raises(RecipeError, match="somewhere: "):
         recorded_recipe(recorded, "somewhere")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("optimizer.lr", "schedule.learning_rate"),
+        ("batch.batch_size", "batch.global_batch_size"),
+        ("model.n_layers", "model.num_layers"),
+        ("device", "backend.options.device"),
+        ("optimizer.beta3", "optimizer.beta"),
+    ],
+)
+def test_a_key_of_another_trainer_is_answered_with_ours(given: str, meant: str) -> None:
+    with pytest.raises(RecipeError, match=f"unknown key '{given}'; did you mean '{meant}"):
+        load_recipe("crystal_demo", [f"{given}=1"])
+
+
+def test_other_names_lead_to_keys() -> None:
+    known = {key for key, _ in keys(Recipe)}
+    for name, key in OTHER_NAMES.items():
+        assert key in known or key.startswith("backend.options."), name
+        assert name not in known
+
+
+def test_types_are_told_in_words() -> None:
+    with pytest.raises(RecipeError, match="learning_rate: should be list of Segment sections, not an integer"):
+        load_recipe("crystal_demo", ["schedule.learning_rate=5"])
