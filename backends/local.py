@@ -1,9 +1,8 @@
 """One process, one device (cpu or cuda): the plainest correct backend, the specification of all others.
 
 The fp32 master weights and AdamW's moments live in canonical-name dictionaries. In bf16 the model runs on bf16 copies
-of the matrices, refreshed in the optimizer's own pass once a step; norms stay fp32 and are shared. What a reader would
-get wrong: the model's parameters are therefore not always the weights. `export_state` gives the master, and `_refresh`
-is the one place that writes the copies from it.
+of the matrices, refreshed in the optimizer's own pass once a step; norms stay fp32 and are shared. So the model's
+parameters are not always the weights: `export_state` gives the masters.
 """
 
 from __future__ import annotations
@@ -158,8 +157,8 @@ class LocalRun(InMemoryRun):
             leaf.grad = None
 
     def _gradients(self) -> dict[str, torch.Tensor]:
-        """Parameter -> gradient of the step, in execution order. A parameter that the loss did not reach is a defect,
-        not a zero.
+        """Parameter -> gradient of the step, in execution order. A parameter that the loss did not reach is an
+        error; never treated as zero.
         """
         summed = self._accumulated if self._tree is None else self._tree.totals()
         found: Mapping[str, torch.Tensor | None] = summed or {name: leaf.grad for name, leaf in self._leaves.items()}

@@ -1,8 +1,7 @@
 """Finds backends: every module or package of this folder that defines `BACKEND`, and the entry points of group
 `weftrain.backends`.
 
-What a reader would get wrong: a backend that cannot run here is still found and listed, with its reason; only
-`get_backend` refuses it.
+A backend that cannot run here is found and listed too, with its reason; `get_backend` refuses it.
 """
 
 from __future__ import annotations

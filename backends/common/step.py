@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from weftrain.core.backend import EvalResult
@@ -87,6 +88,18 @@ def slice_rows(batch: Batch, first: int, count: int) -> Batch:
     rows = slice(first, first + count)
     mask, start = batch.loss_mask, batch.document_start
     return Batch(batch.ids[rows], None if mask is None else mask[rows], None if start is None else start[rows])
+
+
+def padded_rows(source: EvaluationSource, first: int, count: int) -> Batch:
+    """Rows first..first+count-1, or fewer and then copies of the first of them that bear no loss."""
+    there = min(count, source.num_rows - first)
+    batch = source.rows(first, there)
+    mask = np.ones(batch.ids[:, 1:].shape, bool) if batch.loss_mask is None else batch.loss_mask
+    more = np.zeros(count - there, np.int64)
+    keep = np.concatenate([np.arange(there), more])
+    mask = np.concatenate([mask, np.zeros((len(more), mask.shape[1]), bool)])
+    start = batch.document_start
+    return Batch(batch.ids[keep], mask, None if start is None else start[keep])
 
 
 def present(found: Mapping[str, torch.Tensor | None], names: Iterable[str]) -> dict[str, torch.Tensor]:

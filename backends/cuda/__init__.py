@@ -3,9 +3,8 @@ on CPUs.
 
     torchrun --standalone --nproc-per-node 2 -m weftrain.cli train RECIPE --backend cuda batch.replicas=2
 
-What a reader would get wrong: nothing here shards or launches. torchrun starts the ranks, fully_shard and DTensor plans
-lay the model over them (parallel.py), and what is ours is the step, the order in which ranks act, and what is said when
-one of them fails.
+torchrun starts the ranks, and fully_shard and DTensor plans shard the model across them (parallel.py). This package has
+the step, the commands by which rank 0 leads the others, and the messages when a rank fails.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One training run over many ranks: the step, and what rank 0 asks of the others.
 
-Every public method of a run is called on rank 0, by the core. It sends an order, and then all ranks do the same thing:
-`step`, `gradients_of`, `evaluate_rounds`, `whole`, `place`. What a reader would get wrong: loss and gradient norm are
-sums over all ranks before anyone looks at them, so every rank decides alike whether a step happens.
+The core calls the public methods of a run on rank 0. Each sends a command, and then all ranks do the same: `step`,
+`gradients_of`, `evaluate_rounds`, `whole`, `place`. Loss and gradient norm are summed over all ranks before they are
+tested, so every rank decides alike whether a step happens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,6 +34,7 @@ from weftrain.backends.common.step import (
     clip_coefficient,
     mean_loss,
     non_finite_message,
+    padded_rows,
     slice_rows,
     to_device,
     update,
@@ -313,7 +313,7 @@ class CudaRun:
         rows = self._degrees.data * self._recipe.batch.micro_batch_size
         rounds = -(-source.num_rows // rows)
         with self._together(do="evaluate", rounds=rounds):
-            loss, tokens = self.evaluate_rounds(rounds, lambda number: _padded(source, number * rows, rows))
+            loss, tokens = self.evaluate_rounds(rounds, lambda number: padded_rows(source, number * rows, rows))
         return mean_loss(source, loss, tokens)
 
     def evaluate_rounds(self, rounds: int, read: Callable[[int], Batch | None]) -> tuple[float, int]:
@@ -336,11 +336,12 @@ class CudaRun:
         """See Run.export_state. A tensor is put together when it is asked for; `checkpoint.begin` has every rank write
         its share.
         """
-        shapes = {
-            f"{plane}/{spec.name}": spec.shape for plane in PLANES for spec in parameter_specs(self._recipe.model)
-        }
-        tensors = RankedTensors(shapes, self._ask_for, self._begin_save, self._world.size)
+        tensors = RankedTensors(self._shapes(), self._ask_for, self._begin_save, self._world.size)
         return State(self.step_number, self._optimizer_updates, self.writer.track(tensors))
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        specs = parameter_specs(self._recipe.model)
+        return {f"{plane}/{spec.name}": spec.shape for plane in PLANES for spec in specs}
 
     def _ask_for(self, name: str) -> Tensor:
         with self._together(do="whole", name=name):
@@ -363,14 +364,11 @@ class CudaRun:
         """See Run.import_state. Rank 0 reads tensor by tensor and every rank keeps its part. Raises CheckpointError,
         nothing changed.
         """
-        check_state(
-            state.tensors,
-            {f"{plane}/{spec.name}": spec.shape for plane in PLANES for spec in parameter_specs(self._recipe.model)},
-        )
+        check_state(state.tensors, self._shapes())
         self.writer.detach()
         for plane in PLANES:
             for spec in parameter_specs(self._recipe.model):
-                whole = state.tensors[f"{plane}/{spec.name}"]  # before the order: to read it may take orders of its own
+                whole = state.tensors[f"{plane}/{spec.name}"]  # first: reading it may send commands
                 with self._together(do="place", plane=plane, name=spec.name, shape=spec.shape):
                     self.place(plane, spec.name, spec.shape, whole, 0)
         with self._together(do="stand", step=state.step, optimizer_updates=state.optimizer_updates):
@@ -429,8 +427,8 @@ class CudaRun:
 
     @contextlib.contextmanager
     def _together(self, **what: Any) -> Iterator[None]:
-        """Rank 0: order something, and do it too. Where that fails the others wait in a collective, and no order
-        reaches them any more.
+        """Rank 0: send a command, and carry it out too. If that fails, the other ranks wait in a collective that no
+        command reaches, so the world is aborted.
         """
         self._world.command(run=self.number, **what)
         try:
@@ -446,15 +444,3 @@ class CudaRun:
         self.writer.close()
         for plane in self._planes.values():
             plane.clear()
-
-
-def _padded(source: EvaluationSource, first: int, count: int) -> Batch:
-    """Rows first..first+count-1, or fewer and then copies of the first of them that bear no loss."""
-    there = min(count, source.num_rows - first)
-    batch = source.rows(first, there)
-    mask = np.ones(batch.ids[:, 1:].shape, bool) if batch.loss_mask is None else batch.loss_mask
-    more = np.zeros(count - there, np.int64)
-    keep = np.concatenate([np.arange(there), more])
-    mask = np.concatenate([mask, np.zeros((len(more), mask.shape[1]), bool)])
-    start = batch.document_start
-    return Batch(batch.ids[keep], mask, None if start is None else start[keep])

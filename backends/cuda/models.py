@@ -2,7 +2,7 @@
 Replicated (DDP).
 
 Both hold fp32 master weights by canonical name, as much of each as this rank owns, and hand out gradients of the same
-shapes, summed over all ranks. What a reader would get wrong: the engine never sees a DTensor. What a rank owns is a
+shapes, summed over all ranks. The engine never sees a DTensor: what a rank owns is a
 plain tensor, and `whole` and `part` are the only ways between it and the neutral form.
 """
 

@@ -18,15 +18,15 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
     shard_group: Count = 0  # hsdp: data-parallel ranks that share one sharded copy; 0: those of a node
     tensor_parallel: PositiveInt = 1  # ranks that share a block's linear maps, and the row's tokens between them
     context_parallel: PositiveInt = 1  # ranks that share a row's tokens
-    # fsdp: let go of a block's gathered weights after forward, and gather them again for backward
+    # fsdp: free a block's gathered weights after forward, and gather them again for backward
     reshard_after_forward: bool = True
-    reduce: Literal["float32", "bfloat16"] = "float32"  # dtype in which gradients are added over the ranks
-    reduce_every_micro_batch: bool = False  # fsdp: smallest memory with accumulation, at more communication
+    reduce: Literal["float32", "bfloat16"] = "float32"  # dtype of gradients when they are reduced across ranks
+    reduce_every_micro_batch: bool = False  # fsdp: least memory with accumulation, more communication
     cuda_graphs: bool = False  # compile's mode reduce-overhead; parallel=ddp alone, where weights stay where they are
     cpu_offload: bool = False  # fsdp: sharded weights and state in the host's memory
     float8: bool = False  # the blocks' linear maps through torchao
     timeout_s: TimeoutS = 600  # waiting for another rank
-    stall_s: TimeoutS = 60  # after so long without progress the rank that holds all up is named, with its stack
+    stall_s: TimeoutS = 60  # after so long without progress the stalled rank is named, with its stack
 
     @model_validator(mode="after")
     def _check(self) -> CudaOptions:
@@ -43,5 +43,5 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
                 "graph holds"
             )
         if self.shard_group and self.parallel != "hsdp":
-            raise ValueError("shard_group is of parallel=hsdp")
+            raise ValueError("shard_group needs parallel=hsdp")
         return self

@@ -1,8 +1,8 @@
 """What a rank needs, what it sends, and how long a step takes, before anything is allocated or started.
 
-What a reader would get wrong: memory and traffic are computed from what the backend does and hold; a step's time is a
-*prediction* from speeds that were measured or stand in a data sheet, by a model with few constants, each with its
-reason (docs/train-on-a-cluster.md).
+Memory and traffic are computed from what the backend does; a step's time is predicted from speeds that
+were measured or come from a data sheet, by a model with few constants, each with its reason
+(docs/train-on-a-cluster.md).
 """
 
 from __future__ import annotations
@@ -163,6 +163,32 @@ def predict(
     """A step on `shape.size` devices: arithmetic, memory passes, optimizer, and the communication that does not fit
     beside them.
     """
+    sent, parts = traffic(recipe, options, shape), _computing_parts(recipe, options, shape, speeds)
+    working = sum(parts.values())
+    hidden_s, exposed_s = 0.0, 0.0
+    for name, size in sent.items():
+        # a block cannot go on before they are there
+        waits = name in ("tokens between tensor ranks", "heads between context ranks")
+        link = _link(name, shape, speeds)
+        if link is None:
+            raise BackendError("a prediction for several devices needs the speed of the links between them")
+        seconds = size / (link * LINK_SHARE)
+        if waits:
+            exposed_s += seconds
+        else:
+            hidden_s += seconds  # beside the arithmetic, but for the first gather and the last scatter
+    parts["communication"] = hidden_s + exposed_s
+    edge = hidden_s / max(1, recipe.model.num_layers * recipe.batch.accumulation_steps)
+    step_s = max(working, hidden_s) + exposed_s + edge
+    if hidden_s > working:
+        limit = "communication"
+    else:
+        limit = max(("matrix products", "attention", "memory passes", "optimizer"), key=lambda name: parts[name])
+    return Prediction(step_s, limit, parts, needs(recipe, options, shape, device_type), sent)
+
+
+def _computing_parts(recipe: Recipe, options: CudaOptions, shape: Degrees, speeds: Speeds) -> dict[str, float]:
+    """Seconds of a step by part, without communication."""
     model = recipe.model
     tokens = recipe.tokens_per_step / shape.size  # of a rank
     item = _ITEM[recipe.precision.compute]
@@ -185,7 +211,6 @@ def predict(
     passes *= (_COMPILED if options.compile else 1.0) * (1 + 0.4 * (options.activation_checkpointing != "none"))
     owned = (blocks + outer) / (1 if options.parallel == "ddp" else shape.shard * shape.sequence)
     bandwidth = speeds.memory_bandwidth * BANDWIDTH_SHARE
-    sent = traffic(recipe, options, shape)
     parts = {
         "matrix products": products / (speeds.matmul_flops * (speeds.matmul_share or MATMUL_SHARE)),
         "attention": attention / (speeds.matmul_flops * (speeds.attention_share or ATTENTION_SHARE)),
@@ -195,27 +220,7 @@ def predict(
     if not options.compile:
         launches = _LAUNCH_S * _LAUNCHES_A_BLOCK * model.num_layers * 3 * recipe.batch.accumulation_steps
         parts["launches"] = max(0.0, launches - sum(parts.values()))
-    working = sum(parts.values())
-    hidden_s, exposed_s = 0.0, 0.0
-    for name, size in sent.items():
-        # a block cannot go on before they are there
-        waits = name in ("tokens between tensor ranks", "heads between context ranks")
-        link = _link(name, shape, speeds)
-        if link is None:
-            raise BackendError("a prediction for several devices needs the speed of the links between them")
-        seconds = size / (link * LINK_SHARE)
-        if waits:
-            exposed_s += seconds
-        else:
-            hidden_s += seconds  # beside the arithmetic, but for the first gather and the last scatter
-    parts["communication"] = hidden_s + exposed_s
-    edge = hidden_s / max(1, model.num_layers * recipe.batch.accumulation_steps)
-    step_s = max(working, hidden_s) + exposed_s + edge
-    if hidden_s > working:
-        limit = "communication"
-    else:
-        limit = max(("matrix products", "attention", "memory passes", "optimizer"), key=lambda name: parts[name])
-    return Prediction(step_s, limit, parts, needs(recipe, options, shape, device_type), sent)
+    return parts
 
 
 def _link(name: str, shape: Degrees, speeds: Speeds) -> float | None:

@@ -1,9 +1,9 @@
 """Checkpoints of many ranks: each copies its share of the state into host memory, whole tensors of the neutral form,
 and writes it aside.
 
-The run waits for the copies alone (`stall_ms`); hashing, writing and syncing are a thread's work on every rank, and
-what it wrote goes to rank 0 over the store. What a reader would get wrong: a file of a checkpoint is one rank's, and a
-tensor lies in one file, so between them the ranks hold the state once, and no rank holds all of it.
+The run waits for the copies alone (`stall_ms`). A thread on every rank hashes, writes and syncs, and tells rank 0 over
+the store what it wrote. Each file of a checkpoint is written by one rank and each tensor lies in one file, so the ranks
+together hold one copy of the state, and no rank holds all of it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class Writer:
                 told["files"][file] = checkpoint_files.write_file(folder / file, files[file], copies.pop(file))
         except FileNotFoundError as error:
             told = {
-                "error": f"{error.filename}: is not there: the run's folder must lie on a file system that all nodes share"
+                "error": f"{error.filename}: is not there: the run's folder must lie on a file system that all nodes "
+                "share"
             }
         except OSError as error:
             told = {"error": f"{error.filename or folder}: {error.strerror}"}
