@@ -110,9 +110,7 @@ class _Command:
     run_name: str | None
 
     def to_continue(self, recipe: Recipe, source: BatchSource, folder: Path, done: int) -> str:
-        """The command that trains a complete run twice as long, checked; or what must be decided before there can be
-        one.
-        """
+        """The checked command that trains a complete run twice as long, or what must be decided before that."""
         from weftrain.cli.resolve import resolve_recipe
         from weftrain.core.run.longer_run import longer_run
 
@@ -136,9 +134,7 @@ class _Command:
 
 
 def _this_program() -> str:
-    """How `train` was called: by itself, or in every process that torchrun started, on one node or on each of
-    several.
-    """
+    """How `train` was called: alone, or in every process that torchrun started, on one node or on several."""
     ranks, each = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if ranks == "1":
         return "weftrain train"

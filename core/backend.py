@@ -26,9 +26,7 @@ from weftrain.core.stop import StopRequest
 
 @dataclass(frozen=True)
 class Plan:
-    """When somebody will look, known before step one. All numbers count completed steps; an interval of 0 means
-    never.
-    """
+    """When somebody will look, known before step one. All numbers count completed steps; an interval of 0 is never."""
 
     start_step: int
     last_step: int
@@ -46,9 +44,7 @@ class Plan:
                 raise ValueError(f"plan: {name} must not be negative")
 
     def wants_state(self, completed: int) -> bool:
-        """True where a checkpoint is due: at each multiple of the interval, after each chunk and, unless it was
-        declined, at the end.
-        """
+        """Whether a checkpoint is due: at each multiple, after each chunk and, unless declined, at the end."""
         at_end = self.checkpoint_at_end and completed == self.last_step
         return at_end or _due(completed, self.checkpoint_every_steps) or _due(completed, self.chunk_steps)
 
@@ -59,9 +55,7 @@ class Plan:
         )
 
     def wants_log(self, completed: int) -> bool:
-        """True where the loss is read (on an accelerator: a synchronisation): the first step, each multiple, the
-        end.
-        """
+        """Whether the loss is read, which synchronises an accelerator: the first step, each multiple, the end."""
         return completed in (self.start_step + 1, self.last_step) or _due(completed, self.log_every_steps)
 
 
@@ -150,9 +144,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a backend is told. `options` is the recipe's backend.options, checked by the backend's own `Options`
-    model.
-    """
+    """All that a backend is told. `options`: the recipe's backend.options, checked by the backend's own schema."""
 
     recipe: Recipe
     plan: Plan
@@ -205,9 +197,7 @@ class Fingerprint:
             raise ValueError(f"fingerprint: {twice[0]} is in `more`, and is a field of its own")
 
     def as_json(self) -> dict[str, Any]:
-        """One flat mapping, as it is recorded in manifests, ledger and environment.json. What is None or empty is left
-        out.
-        """
+        """One flat mapping, as manifests, ledger and environment.json record it. None and empty values are left out."""
         named = {name: getattr(self, name) for name in sorted(_NAMED)}
         return {**self.more, **{name: value for name, value in named.items() if value not in (None, {})}}
 

@@ -32,9 +32,7 @@ MANIFEST_ALLOWANCE_BYTES = 1 << 20  # manifest, headers and folder entries, in t
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A saved checkpoint. set_aside: where another or a damaged checkpoint of the same step was moved, if there was
-    one.
-    """
+    """A saved checkpoint. set_aside: where another or damaged checkpoint of the same step was moved."""
 
     path: Path
     step: int
@@ -45,9 +43,7 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class Saving:
-    """A checkpoint that is being written. in_background: `finish` may run in a thread while the run that gave the state
-    trains on.
-    """
+    """A checkpoint being written. in_background: `finish` may run in a thread while the run trains on."""
 
     target: Path
     temporary: Path
@@ -154,9 +150,7 @@ def load(path: Path, *, verified: bool = False) -> tuple[State, dict[str, Any]]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Read every byte of a checkpoint and return its manifest. Raises CheckpointError naming file, tensor and
-    remedy.
-    """
+    """Read every byte of a checkpoint and return its manifest. Raises CheckpointError naming file and remedy."""
     return checkpoint_files.read_verified(path)[0]
 
 

@@ -57,9 +57,7 @@ SHARED_OPTIONS: tuple[type[StrictModel], ...] = (CompileOption, RecomputeOption)
 
 
 class Initialization(StrictModel):
-    """Standard deviations by role. `truncated_normal` cuts at two standard deviations, as CrystalCoder's initialisers
-    do.
-    """
+    """Standard deviations by role. `truncated_normal` cuts at two of them, as CrystalCoder's initialisers do."""
 
     distribution: Literal["normal", "truncated_normal"]
     embedding_std: Positive
@@ -68,9 +66,7 @@ class Initialization(StrictModel):
 
 
 class Mup(StrictModel):
-    """Maximal-update parametrisation from a proxy of width `base_hidden_size` (arXiv 2203.03466); core/mup.py derives
-    the rest.
-    """
+    """Maximal-update parametrisation from a proxy of width `base_hidden_size` (arXiv 2203.03466); see core/mup.py."""
 
     base_hidden_size: Width
     distribution: Literal["normal", "truncated_normal"]
@@ -80,9 +76,7 @@ class Mup(StrictModel):
 
 
 class ModelConfig(StrictModel):
-    """One decoder; Amber and CrystalCoder differ by these fields only. Give `mup`, or `initialization` with the two
-    scales.
-    """
+    """One decoder; Amber and CrystalCoder differ by these fields only. Give `mup`, or `initialization` and scales."""
 
     vocab_size: Width
     hidden_size: Width
@@ -139,9 +133,7 @@ class ObjectiveConfig(StrictModel):
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW. `eps_placement` names where epsilon stands: `after_bias_correction` is torch's, `before_bias_correction`
-    Cerebras's.
-    """
+    """AdamW. `eps_placement`: `after_bias_correction` is torch's, `before_bias_correction` is Cerebras's."""
 
     name: Literal["adamw"]
     beta1: Annotated[float, Field(ge=0, lt=1)]
@@ -159,9 +151,7 @@ class OptimizerConfig(StrictModel):
 
 
 class Segment(StrictModel):
-    """One piece of the learning-rate schedule, from `start` (its first step) toward `end` (reached one step after its
-    last).
-    """
+    """One part of the learning-rate schedule, from `start` at its first step to `end`, one step after its last."""
 
     shape: Literal["linear", "cosine", "constant"]
     steps: PositiveInt
@@ -176,9 +166,7 @@ class Segment(StrictModel):
 
 
 class ScheduleConfig(StrictModel):
-    """How long, and the base learning rate at each step. The segments may outlast `steps` (a schedule cut short), not
-    fall short.
-    """
+    """Length and base learning rate of each step. The segments may be longer than `steps`, not shorter."""
 
     steps: PositiveInt
     learning_rate: Annotated[tuple[Segment, ...], Field(min_length=1, strict=False)]
@@ -230,9 +218,7 @@ class BatchConfig(StrictModel):
 
 
 class KernelsConfig(StrictModel):
-    """Who implements the ops. A preference may fall through to the next; a pin (`op`, or `op@module-name-glob`) never
-    does.
-    """
+    """Who implements the ops. A preference may fall through to the next; a pin (`op`, `op@module-glob`) never does."""
 
     preferences: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = (
         "flash_attn",
@@ -266,9 +252,7 @@ class LogConfig(StrictModel):
 
 
 class StartFrom(StrictModel):
-    """Another run whose newest checkpoint the first step starts from: all of its state, or the weights with a fresh
-    optimizer.
-    """
+    """Another run whose newest checkpoint the first step starts from: all of its state, or its weights alone."""
 
     run: RunName
     state: Literal["all", "weights"]

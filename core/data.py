@@ -59,9 +59,7 @@ class Located:
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Implements BatchSource. Picklable and stateless; `dataset_id` is the one source's id, or the Merkle root of all
-    sources' ids.
-    """
+    """Implements BatchSource. Picklable and stateless. dataset_id: the one source's, or the Merkle root of all."""
 
     sequence_length: int
     dataset_id: str
@@ -79,9 +77,7 @@ class TokenSource:
         return self.timeline.chunks
 
     def rows(self, step: int, first: int, count: int) -> Batch:
-        """Rows first..first+count-1 of the batch of `step`. Raises DataError for a damaged shard, ValueError outside
-        the batch.
-        """
+        """Rows first..first+count-1 of the batch of `step`. Raises DataError for a damaged shard, ValueError."""
         low, high = self._samples(step, first, count)
         shards: list[int] = []
         positions: list[int] = []
@@ -101,25 +97,25 @@ class TokenSource:
 
     def sample_names(self, step: int, first: int, count: int) -> list[str]:
         """'source/train/00003.h5:17' for each row."""
-        source, k = self._locate(step, first, count)
+        of_source, k = self._locate(step, first, count)
         names = []
-        for index, number in zip(source.tolist(), k.tolist(), strict=True):
-            component = self.sources[index]
-            file, row = component.shards.locate(int(component.row_numbers(np.array([number]))[0]))
-            names.append(f"{component.name}/{file}:{row}")
+        for index, number in zip(of_source.tolist(), k.tolist(), strict=True):
+            source = self.sources[index]
+            file, row = source.shards.locate(int(source.row_numbers(np.array([number]))[0]))
+            names.append(f"{source.name}/{file}:{row}")
         return names
 
     def locate(self, step: int, row: int) -> Located:
         """Where row `row` of the batch of `step` comes from. Raises ValueError outside the batch."""
-        source, k = (int(array[0]) for array in self._locate(step, row, 1))
-        component = self.sources[source]
-        number = int(component.row_numbers(np.array([k]))[0])
-        file, row_in_shard = component.shards.locate(number)
-        order = component.order
+        index, k = (int(array[0]) for array in self._locate(step, row, 1))
+        source = self.sources[index]
+        number = int(source.row_numbers(np.array([k]))[0])
+        file, row_in_shard = source.shards.locate(number)
+        order = source.order
         run_chunk = self.chunk_of(step)
         return Located(
-            component.name,
-            component.shards.folder,
+            source.name,
+            source.shards.folder,
             file,
             row_in_shard,
             number,
@@ -135,20 +131,16 @@ class TokenSource:
     def counts(self, step: int) -> dict[str, int]:
         """Samples of each source in the first `step` steps."""
         counts = self.timeline.counts(self.mixture, step)
-        before = (0 if component.cursor is None else component.cursor.read for component in self.sources)
-        return {
-            component.name: read + count for component, read, count in zip(self.sources, before, counts, strict=True)
-        }
+        before = (0 if source.cursor is None else source.cursor.read for source in self.sources)
+        return {source.name: read + count for source, read, count in zip(self.sources, before, counts, strict=True)}
 
     def cursors(self, step: int) -> dict[str, SourceCursor]:
-        """How far each source has been read after `step` steps; deferred chunks that are still to come count as
-        read.
-        """
+        """How far each source has been read after `step` steps; deferred chunks still to come count as read."""
         next_k = self.mixture.next_k(self.timeline.next_number(step))
         reads = self.counts(step)
         return {
-            component.name: component.cursor_at(k).model_copy(update={"read": reads[component.name]})
-            for component, k in zip(self.sources, next_k, strict=True)
+            source.name: source.cursor_at(k).model_copy(update={"read": reads[source.name]})
+            for source, k in zip(self.sources, next_k, strict=True)
         }
 
     def _locate(self, step: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -163,21 +155,17 @@ class TokenSource:
 
     @cached_property
     def _plan_rows(self) -> int:
-        """Of how many samples the rows are computed at once: fewer where that would be the same rows again and
-        again.
-        """
-        return min(MAX_PLAN_ROWS, max(MIN_PLAN_ROWS, sum(component.num_rows for component in self.sources)))
+        """How many samples are located at once: fewer where that would only repeat the same rows."""
+        return min(MAX_PLAN_ROWS, max(MIN_PLAN_ROWS, sum(source.num_rows for source in self.sources)))
 
     @cached_property
     def _plan(self) -> Callable[[int], _Plan]:
-        """The block-th plan, of samples [block * _plan_rows, (block + 1) * _plan_rows) of the stream; the latest are
-        kept.
-        """
+        """The block-th plan, for samples [block * _plan_rows, (block + 1) * _plan_rows); the latest are kept."""
         return lru_cache(maxsize=8)(partial(_make_plan, self.sources, self.mixture, self._plan_rows))
 
     @cached_property
     def _readers(self) -> _Readers:
-        return _Readers([component.shards for component in self.sources])
+        return _Readers([source.shards for source in self.sources])
 
     def __getstate__(self) -> dict[str, Any]:
         # and no plans, which are computed again
@@ -200,23 +188,21 @@ class _Readers(dict[int, ShardReader]):
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where the rows of consecutive samples of the stream lie: in which shard, numbered through all sources, and where
-    in it.
-    """
+    """Where the rows of consecutive samples lie: the shard, numbered through all sources, and the position in it."""
 
     shards: list[int]
     positions: list[int]
 
 
-def _make_plan(components: tuple[OrderedSource, ...], mixture: SampleOrder, rows: int, block: int) -> _Plan:
-    source, k = mixture.locate(np.arange(block * rows, (block + 1) * rows, dtype=np.int64))
+def _make_plan(sources: tuple[OrderedSource, ...], mixture: SampleOrder, rows: int, block: int) -> _Plan:
+    of_source, k = mixture.locate(np.arange(block * rows, (block + 1) * rows, dtype=np.int64))
     shard, position = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.int64)
     first_shard = 0
-    for index, component in enumerate(components):
-        chosen = np.flatnonzero(source == index)
-        of_shard, row = component.shards.places(component.row_numbers(k[chosen]))
-        shard[chosen], position[chosen] = of_shard + first_shard, row * component.shards.manifest.row_stride
-        first_shard += len(component.shards.entry.shards)
+    for index, source in enumerate(sources):
+        chosen = np.flatnonzero(of_source == index)
+        of_shard, row = source.shards.places(source.row_numbers(k[chosen]))
+        shard[chosen], position[chosen] = of_shard + first_shard, row * source.shards.manifest.row_stride
+        first_shard += len(source.shards.entry.shards)
     return _Plan(shard.tolist(), position.tolist())
 
 
@@ -271,21 +257,21 @@ def open_training(
     chunks.
     """
     opened = [_open_set(data, source, "train", root, vocab_size) for source in data.sources]
-    components = [
-        ordered_source(data, source, shards)
-        for source, shards in zip(data.sources, opened, strict=True)
+    sources = [
+        ordered_source(data, given, shards)
+        for given, shards in zip(data.sources, opened, strict=True)
         if shards is not None
     ]
-    ids = [component.shards.entry.id for component in components]
-    rows = [component.order.num_rows // component.order.num_epochs for component in components]
+    ids = [source.shards.entry.id for source in sources]
+    rows = [source.order.num_rows // source.order.num_epochs for source in sources]
     mixture: SampleOrder = make_mixture(data.sources, data.shuffle_seed, rows)
     if data.order == "cerebras":
         weights = tuple(float(share) for share in source_shares(data.sources, rows))
-        mixture = CerebrasOrder(weights, tuple(component.order.num_rows for component in components), data.shuffle_seed)
+        mixture = CerebrasOrder(weights, tuple(source.order.num_rows for source in sources), data.shuffle_seed)
     return TokenSource(
         data.sequence_length,
         ids[0] if len(ids) == 1 else merkle_root(ids),
-        tuple(components),
+        tuple(sources),
         mixture,
         timeline(data, steps, global_batch_size),
         data.document_attention,

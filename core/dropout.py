@@ -58,9 +58,7 @@ def dropout(x: Tensor, keys: Tensor | None, use: int, probability: float) -> Ten
 
 
 def squares(counters: Tensor, keys: Tensor) -> Tensor:
-    """32-bit numbers, uniform in 0 .. 2^32 - 1, as int64: Squares32 of `counters` under `keys`, broadcast. 64-bit
-    products wrap.
-    """
+    """Squares32 of `counters` under `keys`, broadcast: uniform in 0 .. 2^32 - 1, as int64. 64-bit products wrap."""
     x = counters * keys
     y, z = x, x + keys
     x = _rotated(x * x + y)
@@ -70,7 +68,5 @@ def squares(counters: Tensor, keys: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor) -> Tensor:
-    """The two halves of each 64-bit number exchanged; the shift of a signed number is arithmetic, so the low half is
-    masked.
-    """
+    """The two halves of each 64-bit number exchanged; the low half is masked, because signed shifts are arithmetic."""
     return ((x >> 32) & _LOW) | (x << 32)

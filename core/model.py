@@ -93,9 +93,7 @@ class FeedForward(nn.Module):
 
 
 class Embedding(nn.Module):
-    """First segment: ids int64 [B, T] -> the residual stream [B, T, C], in `residual_dtype` or else in the weight's
-    dtype.
-    """
+    """First segment: ids int64 [B, T] -> the residual stream [B, T, C], in `residual_dtype` or the weight's dtype."""
 
     prefix = "embedding."
 
@@ -147,9 +145,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Last segment: final norm and head. `weight` is the embedding's [V, C] where embeddings are tied, None where the
-    head has its own.
-    """
+    """Last segment: final norm and head. `weight`: the embedding's [V, C] where embeddings are tied, else None."""
 
     prefix = ""
 

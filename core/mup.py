@@ -39,9 +39,7 @@ class Resolved:
 
 
 def resolve_scales(config: ModelConfig) -> Resolved:
-    """The scales and standard deviations of either kind of config; without muP, those written there and a multiplier of
-    1.
-    """
+    """The scales and standard deviations: derived from muP, or those in the recipe with a multiplier of 1."""
     if config.mup is None:
         assert config.initialization is not None  # ModelConfig holds exactly one of the two
         given = config.initialization

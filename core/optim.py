@@ -84,9 +84,7 @@ def group_learning_rates(
 
 
 def beta_power(beta: float, updates: int) -> np.float32:
-    """beta ** (updates + 1) as the vendor's AdamW holds it: multiplied up in fp32, one rounding a step, ready for the
-    next update.
-    """
+    """beta ** (updates + 1) as the vendor's AdamW holds it: multiplied up in fp32, one rounding a step."""
     factor = power = np.float32(beta)
     for _ in range(updates):
         following = power * factor

@@ -27,7 +27,7 @@ from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.order.batch import BatchSource
-from weftrain.core.run.continuation import check_amounts, data_of_start
+from weftrain.core.run.continuation import Continued, check_amounts, data_of_start
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import TrainingSegment, lineage, tokens_before
 from weftrain.core.run.metrics import effective_records, repair
@@ -60,9 +60,7 @@ class OriginKind(Enum):
 
 @dataclass(frozen=True)
 class Origin:
-    """What a start goes on from, after `step` completed steps; what becomes of the stored state, and a line about it
-    for the user, or "".
-    """
+    """What a start goes on from. said: a line about the backend's stored state, or ""; reason: of a refusal."""
 
     kind: OriginKind
     step: int = 0
@@ -204,13 +202,8 @@ def decide(
     foreign = None if start is None or start.own else start.manifest
     made = found.made if goes_on else None
     continued = data_of_start(folder.path, recipe, source, step, manifest, foreign, made)
-    folder = replace(folder, recipe=parse_json(canonical_json(continued.recipe.model_dump(mode="json"))))
-    checked = folder.check_recipe(allow, None if manifest is None else manifest["recipe"])
-    for key, old, new in checked.changes:
-        if not follows(key):
-            say(f"recipe changed at step {step}: {key}: {old} -> {new}")
-    for line in (*continued.notes, *check_amounts(continued.recipe, continued.source)):
-        say(line)
+    folder, checked = _check_continued(folder, continued, step, manifest, allow, say)
+    segment = secrets.token_hex(16)
     return Start(
         origin,
         plan_of(recipe, step),
@@ -228,17 +221,37 @@ def decide(
         checked=checked,
         own=found.own,
         damaged_metrics=found.damaged_metrics,
-        segment=(segment := secrets.token_hex(16)),
+        segment=segment,
         entry=found.entry(segment, {} if step else drawn, goes_on, from_scratch, repair_ledger),
     )
+
+
+def _check_continued(
+    folder: RunFolder,
+    continued: Continued,
+    step: int,
+    manifest: Mapping[str, Any] | None,
+    allow: Set[str],
+    say: Callable[[str], None],
+) -> tuple[RunFolder, RecipeCheck]:
+    """The folder with the recipe whose data goes on, and how that differs from the run's. Tells the user what changes.
+
+    manifest: of the run's own checkpoint. Raises RunFolderError, DataError.
+    """
+    folder = replace(folder, recipe=parse_json(canonical_json(continued.recipe.model_dump(mode="json"))))
+    checked = folder.check_recipe(allow, None if manifest is None else manifest["recipe"])
+    for key, old, new in checked.changes:
+        if not follows(key):
+            say(f"recipe changed at step {step}: {key}: {old} -> {new}")
+    for line in (*continued.notes, *check_amounts(continued.recipe, continued.source)):
+        say(line)
+    return folder, checked
 
 
 def _check_changes(
     folder: RunFolder, own: StartingCheckpoint | None, stored: StoredState | None, dataset_id: str, allow: Set[str]
 ) -> None:
-    """Refuse a recipe or a dataset that has changed without being allowed to, both at once. Raises RunFolderError,
-    CheckpointError.
-    """
+    """Refuse a recipe or dataset that changed without permission. Raises RunFolderError, CheckpointError."""
     trained = {} if own is None else {f"step {own.state.step}": own.manifest["dataset_id"]}
     if stored is not None and stored.dataset_id is not None:
         trained[str(stored.where)] = stored.dataset_id

@@ -128,9 +128,7 @@ class Saver:
             self._enter(saving.finish(), entry)
 
     def finished(self, wait: bool) -> CheckpointInfo | None:
-        """The checkpoint that became durable since the last call. wait: for the one under way. Raises
-        CheckpointError.
-        """
+        """The checkpoint that became durable since the last call. wait: for one under way. Raises CheckpointError."""
         self._enter_finished(wait)
         finished, self._finished = self._finished, None
         return finished

@@ -76,9 +76,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def ends_at_once(self) -> Iterator[None]:
-        """In this block a signal has its default effect and ends the process: before there is anything to save, around
-        native code.
-        """
+        """In this block a signal ends the process at once: around native code, before there is anything to save."""
         for number in self._before:
             signal.signal(number, signal.SIG_DFL)
         try:

@@ -35,9 +35,7 @@ from weftrain.core.run.source_cursors import continued_sources, cursors_of
 
 @dataclass(frozen=True)
 class Continued:
-    """recipe: the one asked for, with data.continues where it needs one. source: its rows. notes: lines for the user,
-    about the change.
-    """
+    """The recipe asked for, with data.continues where it needs one; its rows; lines for the user about the change."""
 
     recipe: Recipe
     source: BatchSource
@@ -90,9 +88,7 @@ def continue_data(
 
 
 def continue_from(asked: Recipe, run: str, other: Mapping[str, Any]) -> Continued:
-    """How the data of a new run begins that starts from the checkpoint of another `run`. other: that checkpoint's
-    manifest.
-    """
+    """How the data of a run begins that starts from another `run`'s checkpoint. other: that checkpoint's manifest."""
     assert asked.start_from is not None
     goes_on = asked.start_from.data == "continue"
     asked = _with(asked, None)
@@ -157,9 +153,7 @@ def data_of_start(
 
 
 def recipe_of(recipe: Mapping[str, Any], folder: Path) -> Recipe:
-    """A recipe that the record of the run in `folder` holds. Raises CheckpointError for one that this version does not
-    read.
-    """
+    """A recipe recorded by the run in `folder`. Raises CheckpointError if this version cannot read it."""
     try:
         return Recipe.from_record(recipe)
     except ValidationError as error:
@@ -181,9 +175,7 @@ def check_beginning(recipe: Recipe) -> None:
 
 
 def check_recorded_order(manifest: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose run skipped rows in the order of an earlier version, which was another. Raises
-    DataError.
-    """
+    """Refuse a checkpoint that skipped rows in an earlier version's order. Raises DataError."""
     if manifest.get("sources") is None and any(
         entry.get("rows") for entry in manifest["recipe"]["data"].get("skip", ())
     ):
@@ -195,9 +187,7 @@ def check_recorded_order(manifest: Mapping[str, Any]) -> None:
 
 
 def check_amounts(recipe: Recipe, source: BatchSource) -> Iterator[str]:
-    """Compare what the run will read with what there is: a line for each thing to know. Raises DataError for more than
-    is stated.
-    """
+    """Compare what the run will read with what exists, in lines for the user. Raises DataError if it reads too much."""
     if not isinstance(source, TokenSource):
         return
     data, steps, size = recipe.data, recipe.schedule.steps, source.global_batch_size

@@ -51,9 +51,7 @@ class Ledger:
         return self._entries
 
     def add(self, kind: str, *, step: int, **fields: Any) -> Mapping[str, Any]:
-        """Append a line and make it durable. Fields are JSON values. Raises RunFolderError; then the ledger is whole
-        all the same.
-        """
+        """Append a line of JSON values and make it durable. Raises RunFolderError; the ledger stays whole."""
         torn = {"torn_bytes": self._torn_bytes} if self._torn_bytes else {}
         entry = {
             "n": len(self._entries),
@@ -109,9 +107,7 @@ class Ledger:
             self.add("start", step=step, recipe=recipe, **where)
 
     def chunk_begin(self, step: int, recipe: Recipe, dataset_id: str, parent: str | None) -> None:
-        """Say that the chunk which begins at `step` begins from the checkpoint `parent`; nothing where none begins
-        there.
-        """
+        """If a chunk begins at `step`, record that it begins from the checkpoint `parent`."""
         span = chunk_span(recipe, step)
         if span is not None and span.first_step == step:
             where = {"chunk": span.chunk, "place": span.place, "samples": span.samples(recipe)}
@@ -142,9 +138,7 @@ class Ledger:
         self._chunk_end(recipe, dataset_id, step, root)
 
     def finish_chunk(self) -> None:
-        """Say that a chunk ends with the checkpoint in the ledger's last line, where a crash came between the two
-        lines.
-        """
+        """Record that a chunk ends with the last line's checkpoint, if a crash came between the two lines."""
         last = self._entries[-1] if self._entries else None
         if last is not None and last["kind"] == "checkpoint":
             line = lineage(self._entries)
@@ -202,9 +196,7 @@ class Ledger:
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Every entry of a ledger, its types and the chain checked. Empty where there is no file. Raises RunFolderError
-    naming the line.
-    """
+    """Every entry, types and chain checked; empty if there is no file. Raises RunFolderError naming the line."""
     entries: list[dict[str, Any]] = []
     with os_errors_as(RunFolderError, f"{path}: cannot be read", "check the file and its permissions"):
         try:

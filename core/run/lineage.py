@@ -26,9 +26,7 @@ class ChunkSpan:
     stop_step: int
 
     def samples(self, recipe: Recipe) -> list[int]:
-        """[first, stop) sample numbers of the run; the first that `recipe` reads where it took over within the
-        chunk.
-        """
+        """[first, stop) sample numbers of the run; `recipe` may have taken over within the chunk."""
         times = recipe.timeline
         return [times.sample(max(self.first_step, times.first_step)), times.sample(self.stop_step)]
 
@@ -45,9 +43,7 @@ def chunk_span(recipe: Recipe, step: int) -> ChunkSpan | None:
 
 @dataclass(frozen=True)
 class CheckpointEntry:
-    """A checkpoint on a line. metrics_after: completed steps after which the measurements begin that metrics_sha256
-    covers.
-    """
+    """A checkpoint on the line. metrics_sha256 covers the measurements after `metrics_after` completed steps."""
 
     step: int
     root: str
@@ -59,9 +55,7 @@ class CheckpointEntry:
 
 @dataclass(frozen=True)
 class TrainingSegment:
-    """Steps trained in one go, [first_step, stop_step): by one recipe, on one dataset, in one environment. stop_step
-    None: so far.
-    """
+    """Steps [first_step, stop_step) with one recipe, dataset and environment. stop_step None: still open."""
 
     first_step: int
     stop_step: int | None
@@ -105,9 +99,7 @@ class Lineage:
     recipe: Mapping[str, Any] = field(default_factory=dict)  # that it told last, as it was written
 
     def segment_at(self, step: int) -> TrainingSegment:
-        """The segment in which the 0-based step `step` was made. Raises ValueError for a step that the ledger does not
-        have.
-        """
+        """The segment that made the 0-based step `step`. Raises ValueError for a step that the ledger does not have."""
         place = bisect_right(self.segments, step, key=lambda segment: segment.first_step) - 1
         segment = self.segments[place] if place >= 0 else None
         if segment is None or (segment.stop_step is not None and step >= segment.stop_step):
@@ -160,9 +152,7 @@ def tokens_before(step: int, manifest: Mapping[str, Any] | None, line: Lineage) 
 
 
 def lineage(entries: Sequence[Mapping[str, Any]]) -> Lineage:
-    """Follow a ledger. Raises RunFolderError for one that contradicts itself: a resume from a checkpoint that it does
-    not have.
-    """
+    """Follow a ledger. Raises RunFolderError if it contradicts itself: a resume from a checkpoint it does not list."""
     line = _Line()
     for entry in entries:
         getattr(line, f"on_{entry['kind']}", line.on_other)(entry)
@@ -236,9 +226,7 @@ class _Line:
         pass
 
     def _cut(self, step: int) -> None:
-        """Take what lies beyond `step` off the ends of the lists, whose steps ascend: each entry is added and removed
-        once.
-        """
+        """Remove what lies beyond `step` from the ends of the lists, whose steps ascend."""
         while self.skips and self.skips[-1] > step:
             self.skips.pop()
         while self.checkpoints and self.checkpoints[-1].step > step:

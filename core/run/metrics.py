@@ -63,30 +63,22 @@ class MetricsWriter:
             self.event("resume", step=resume_step)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """One log line of training; `record` has `step`. Numbers go to TensorBoard as train/<name>, groups as
-        train/<name>/<group>.
-        """
+        """A log line of training. Numbers go to TensorBoard as train/<name>, groups as train/<name>/<group>."""
         self._append("step", record)
         self._mirror("train", record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """One held-out measurement; `record` has `step` and `set`. Numbers go to TensorBoard as
-        heldout/<set>/<name>.
-        """
+        """A held-out measurement; `record` has `step` and `set`. In TensorBoard it is heldout/<set>/<name>."""
         self._append("evaluation", record)
         self._mirror(f"heldout/{record['set']}", record)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Something that happened (`step` among its fields): a checkpoint, a resume, a skipped step. All lines so far
-        become durable.
-        """
+        """Something that happened, such as a checkpoint or a resume. All lines so far become durable."""
         self._append(kind, fields)
         self.flush()
 
     def flush(self) -> None:
-        """Make every line durable and TensorBoard's view complete: to be called before a checkpoint, which resume
-        trusts.
-        """
+        """Make every line durable and TensorBoard's view complete: before a checkpoint, which a resume trusts."""
         with self._writing():
             if self._path.exists():
                 fsops.sync_file(self._path)
@@ -138,9 +130,7 @@ def rows_label(rows: object, available: object) -> str:
 
 
 def heldout_label(record: Mapping[str, Any]) -> str:
-    """'words (64 of 1,024 rows)': the set of an evaluation's record and how much of it was read, since losses over
-    other rows differ.
-    """
+    """'words (64 of 1,024 rows)': the set, and how much of it was read, since losses over other rows differ."""
     return f"{record['set']} ({rows_label(record.get('rows'), record.get('rows_available'))})"
 
 
@@ -192,9 +182,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def damaged_lines(folder: Path) -> list[int]:
-    """Numbers of the lines, from 1, that are whole and no metrics lines. What follows the last line break is not
-    counted.
-    """
+    """Numbers, from 1, of the damaged lines. What follows the last line break is not counted."""
     path = folder / METRICS
     return [line.number for line in metrics_lines(path) if line.record is None] if path.exists() else []
 

@@ -39,9 +39,7 @@ class MetricsLine(NamedTuple):
 
 
 class CountedLine(NamedTuple):
-    """A checked line. left_by: the number of the resume's line that went back behind it; 0: it counts; -1: it was
-    measured again.
-    """
+    """A checked line. left_by: line of the resume that went behind it; 0: it counts; -1: it was measured again."""
 
     number: int
     record: Record
@@ -105,9 +103,7 @@ def measurement(record: Record) -> tuple[Any, ...]:
 
 
 def _survey(path: Path) -> tuple[_Cuts, dict[tuple[Any, ...], int], int]:
-    """The file's resumes, the last line of each measurement that stands more than once between two of them, and the
-    number of lines.
-    """
+    """The file's resumes, the last line of each measurement repeated between two of them, and the number of lines."""
     resumes: list[tuple[int, int]] = []
     reached: dict[Any, int] = {}  # series -> the step after which its measurements are new
     again: dict[tuple[Any, ...], int] = {}
@@ -162,9 +158,7 @@ class _Cuts:
             self._jumps.append([last[target] for target in last])
 
     def first_behind(self, line: int, step: int) -> int:
-        """The line of the first resume after `line` from a step before `step`; 0: none. Lines are asked for in
-        ascending order.
-        """
+        """Line of the first resume after `line` from before `step`; 0: none. Ask for lines in ascending order."""
         while self._next < len(self.lines) and self.lines[self._next] < line:
             self._next += 1
         index = self._next
@@ -250,9 +244,7 @@ _STEP_LINE = re.compile(rb'\{"kind": "step", "time": [0-9.e+]{1,30}, "step": ([0
 
 
 def check_record(record: Any) -> None:
-    """Raises ValueError, naming the key, for what is no line of metrics. Events of an unknown kind are lines, whatever
-    else they hold.
-    """
+    """Raises ValueError, naming the key, for what is no line of metrics. Unknown kinds of events are lines."""
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         raise ValueError("it has no kind")
     kind = record["kind"]

@@ -91,9 +91,7 @@ def _check_no_ledger(run: Path, newest: Manifest, repair: bool) -> None:
 def _to_enter(
     run: Path, newest: Manifest, present: Mapping[int, Path], line: Lineage, repair: bool
 ) -> tuple[Manifest, ...]:
-    """The unlisted checkpoints that end in `newest` and follow the line's last one. Raises RunFolderError,
-    CheckpointError.
-    """
+    """The unlisted checkpoints that lead from the line's last to `newest`. Raises CheckpointError, RunFolderError."""
     path = present[newest["step"]]
     last = line.checkpoints[-1] if line.checkpoints else None
     expected = last.root if last is not None else line.segments[-1].parent if line.segments else None

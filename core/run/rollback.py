@@ -57,9 +57,7 @@ def rollback(run: Path, ledger: Ledger, step: int, reason: str, kept: StoredStat
 
 
 def abandoned(run: Path, entries: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """The checkpoints that the last rollback left and a crash did not let it move to their branch. Nothing is
-    written.
-    """
+    """Checkpoints that the last rollback left and that a crash kept from moving to their branch."""
     last = _last_rollback(entries)
     if last is None:
         return []
@@ -80,9 +78,7 @@ def finish_rollback(run: Path, ledger: Ledger) -> list[Path]:
 
 
 def _last_rollback(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The rollback that ends the ledger's line; None where the run went on since, so that what lies beyond the step is
-    its own.
-    """
+    """The rollback that ends the ledger's line; None if the run has gone on since."""
     relevant = [entry for entry in entries if entry["kind"] in ("rollback", "resume", "start")]
     return relevant[-1] if relevant and relevant[-1]["kind"] == "rollback" else None
 

@@ -57,9 +57,7 @@ ABSENT = _Absent()
 
 @dataclass(frozen=True)
 class RecipeCheck:
-    """What came of comparing the recipe asked for with the one that the run was made with: every change is an allowed
-    one.
-    """
+    """The recipe that the run was made with, and how the one asked for differs; every change is allowed."""
 
     stored: Mapping[str, Any] | None  # None: the run is new
     changes: tuple[Difference, ...]
@@ -67,9 +65,7 @@ class RecipeCheck:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """An open run folder: its lock is held by this process. `recipe` is the resolved recipe that this start asks
-    for.
-    """
+    """An open run folder, whose lock this process holds. `recipe`: the resolved recipe that this start asks for."""
 
     path: Path
     recipe: dict[str, Any]
@@ -110,9 +106,7 @@ class RunFolder:
         return RecipeCheck(stored, tuple(changes))
 
     def record_recipe(self, check: RecipeCheck, step: int = 0) -> None:
-        """Record this recipe, and an earlier one that it replaces as recipe.<step>.json. step: where the run
-        continues.
-        """
+        """Record this recipe, and the one it replaces as recipe.<step>.json. step: where the run continues."""
         with folder_errors(self.path):
             fsops.make_dirs(self.checkpoints)
             written = stored_recipe(self.path, missing_ok=True)
@@ -126,9 +120,7 @@ class RunFolder:
             fsops.write_bytes(self.path / RECIPE, canonical_json(self.recipe) + b"\n")
 
     def write_environment(self, environment: dict[str, Any]) -> None:
-        """Record where the run is being started: JSON values only. The record of each start that made a checkpoint lies
-        in its manifest.
-        """
+        """Record where the run is being started, as JSON values. A checkpoint's manifest has that of its own start."""
         with folder_errors(self.path):
             fsops.write_bytes(self.path / ENVIRONMENT, canonical_json(environment) + b"\n")
 
@@ -141,9 +133,7 @@ class RunFolder:
 
 
 def follows(key: str) -> bool:
-    """Whether a recipe's key follows from its other keys and the checkpoint (core/run/continuation.py): a change of it
-    needs no --allow.
-    """
+    """Whether a recipe's key follows from others and the checkpoint (core/run/continuation.py): it needs no --allow."""
     return key.split(".")[:2] == ["data", "continues"]
 
 

@@ -21,7 +21,7 @@ from weftrain.core.run.lineage import Lineage
 
 
 @dataclass(frozen=True)
-class Piece:
+class RecipeSpan:
     """Steps from `first_step` on read by one recipe. open: its rows, once they are asked for."""
 
     first_step: int
@@ -35,47 +35,47 @@ class Piece:
 
 @dataclass(frozen=True)
 class RunSource:
-    """The pieces of a run, in order, from its first step on. Raises DataError for a step or sample before it."""
+    """The spans of a run, in order, from its first step on. Raises DataError for a step or sample before it."""
 
-    pieces: tuple[Piece, ...]
+    spans: tuple[RecipeSpan, ...]
 
     def at(self, step: int) -> BatchSource:
         """The rows of the 0-based step `step`. Raises DataError where their dataset is not there any more."""
-        return self._piece(step).source
+        return self._span(step).source
 
     def sample(self, step: int) -> int:
         """The number in the run of the first sample of `step`."""
-        return self._piece(step).timeline.sample(step)
+        return self._span(step).timeline.sample(step)
 
     def step_of(self, sample: int) -> tuple[int, int]:
         """The step that reads sample number `sample` of the run, and the row of its batch."""
-        place = bisect_right(self.pieces, sample, key=lambda piece: piece.timeline.sample(piece.first_step)) - 1
+        place = bisect_right(self.spans, sample, key=lambda span: span.timeline.sample(span.first_step)) - 1
         if place < 0:
             raise DataError(
                 f"sample {sample} was read by an earlier recipe, which only the run's ledger holds: put the run's "
                 "ledger.jsonl "
                 "beside its recipe"
             )
-        piece = self.pieces[place]
-        steps, row = divmod(sample - piece.timeline.sample(piece.first_step), piece.timeline.global_batch_size)
-        return piece.first_step + steps, row
+        span = self.spans[place]
+        steps, row = divmod(sample - span.timeline.sample(span.first_step), span.timeline.global_batch_size)
+        return span.first_step + steps, row
 
     @property
     def chunks(self) -> ChunkOrder | None:
         """The run's chunks as they were read and will be; None where it has none."""
-        source = self.pieces[-1].source
+        source = self.spans[-1].source
         return source.chunks if isinstance(source, TokenSource) else None
 
-    def _piece(self, step: int) -> Piece:
-        place = bisect_right(self.pieces, step, key=lambda piece: piece.first_step) - 1
+    def _span(self, step: int) -> RecipeSpan:
+        place = bisect_right(self.spans, step, key=lambda span: span.first_step) - 1
         if place < 0:
-            first = self.pieces[0].first_step
+            first = self.spans[0].first_step
             raise DataError(
                 f"step {step} was read by a recipe from before step {first}, which only the run's ledger holds: put "
                 "the run's ledger.jsonl "
                 "beside its recipe"
             )
-        return self.pieces[place]
+        return self.spans[place]
 
 
 def run_source(recipe: Recipe, line: Lineage | None) -> RunSource:
@@ -92,16 +92,16 @@ def run_source(recipe: Recipe, line: Lineage | None) -> RunSource:
         read = read.model_copy(update={"data": read.data.model_copy(update={"root": recipe.data.root})})
         if not found or _reads(found[-1][1]) != _reads(read):
             found.append((segment.first_step, read))
-    return RunSource(tuple(_piece(first_step, one) for first_step, one in [*found, (first, recipe)]))
+    return RunSource(tuple(_span(first_step, one) for first_step, one in [*found, (first, recipe)]))
 
 
 def whole_run(source: BatchSource, timeline: Timeline) -> RunSource:
     """One source as that of a whole run."""
-    return RunSource((Piece(timeline.first_step, timeline, lambda: source),))
+    return RunSource((RecipeSpan(timeline.first_step, timeline, lambda: source),))
 
 
-def _piece(first_step: int, recipe: Recipe) -> Piece:
-    return Piece(first_step, recipe.timeline, lambda: training_source(recipe))
+def _span(first_step: int, recipe: Recipe) -> RecipeSpan:
+    return RecipeSpan(first_step, recipe.timeline, lambda: training_source(recipe))
 
 
 def _reads(recipe: Recipe) -> tuple[object, ...]:

@@ -16,9 +16,7 @@ WINDOW_STEPS = 100  # that optimizer.max_skip_share is a share of; all steps of 
 
 
 class SkipLimits:
-    """Follows the steps of a run from start_step on. skipped: the line's skipped steps, ascending; those after
-    start_step do not count.
-    """
+    """Follows the steps of a run from start_step on. skipped: the steps skipped, ascending; later ones do not count."""
 
     def __init__(self, recipe: Recipe, start_step: int, skipped: Sequence[int]) -> None:
         self._most_in_a_row = recipe.optimizer.max_consecutive_skips
@@ -31,9 +29,7 @@ class SkipLimits:
             self._in_a_row += 1
 
     def exceeded(self, completed: int, skipped: bool) -> str | None:
-        """Take note of the step after which `completed` are complete. Which limit it exceeds, in words; None for
-        none.
-        """
+        """Count the step that completed `completed` steps. Which limit it exceeds, in words; None for none."""
         self._in_a_row = self._in_a_row + 1 if skipped else 0
         if not skipped:
             return None

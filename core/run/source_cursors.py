@@ -41,66 +41,71 @@ def continued_sources(
     if found is None:
         return {}, [
             "warning: the datasets read before are missing and the record does not say how far they were read: every "
-            "source "
-            "begins at its first row"
+            "source begins at its first row"
         ]
     sources: dict[str, SourceCursor] = {}
     notes: list[str] = []
-    old_sources = {source.name: source for source in before.data.sources}
-    same_order = (asked.data.shuffle_seed, asked.data.order) == (before.data.shuffle_seed, before.data.order)
-    for given, component in zip(asked.data.sources, fresh.sources, strict=True):
-        name, old = given.name, found.get(given.name)
-        size = None if old is None else component.shards.manifest.rows_of_ancestor(old.dataset_id)
-        if old is not None and size is not None and same_order:
-            old = _of_grown(old, component.shards.entry.id, size)
-            added = component.shards.num_rows - size
-            notes.append(
-                f"source '{name}' has grown by {added:,} rows"
-                + (": they come at the end of the pass under way" if old.place else "")
-            )
-        if old is not None and old.dataset_id == component.shards.entry.id and same_order:
-            goes_on = old.subsets[-1] == given.subset and len(old.rows) < len(old.subsets)
-            subsets = old.subsets if goes_on else (*old.subsets, given.subset)
+    for given, source in zip(asked.data.sources, fresh.sources, strict=True):
+        sources[given.name], told = _continued_source(asked.data, before.data, given, source, found)
+        notes += told
+    gone = [old.name for old in before.data.sources if old.name not in sources and old.name in found]
+    return sources, notes + [f"source '{name}' is no longer read, after {found[name].read:,} samples" for name in gone]
+
+
+def _continued_source(
+    data: DataConfig,
+    before: DataConfig,
+    given: SourceConfig,
+    source: OrderedSource,
+    found: Mapping[str, SourceCursor],
+) -> tuple[SourceCursor, list[str]]:
+    """Where one source goes on, in the pass under way if its dataset and order are the same; and what is to be said."""
+    name, dataset_id, old, notes = given.name, source.shards.entry.id, found.get(given.name), list[str]()
+    if old is not None and (data.shuffle_seed, data.order) == (before.shuffle_seed, before.order):
+        size = source.shards.manifest.rows_of_ancestor(old.dataset_id)
+        if size is not None:
+            old = _of_grown(old, dataset_id, size)
+            where = ": they come at the end of the pass under way" if old.place else ""
+            notes.append(f"source '{name}' has grown by {source.shards.num_rows - size:,} rows{where}")
+        if old.dataset_id == dataset_id:
+            same_subset = old.subsets[-1] == given.subset and len(old.rows) < len(old.subsets)
+            subsets = old.subsets if same_subset else (*old.subsets, given.subset)
             update = {"subsets": subsets} if old.place else {"subsets": (given.subset,), "rows": ()}
-            sources[name] = old.model_copy(update=update)
-            notes += _told_of_rows(asked.data, before.data, given, old_sources.get(name, given), component, old, size)
-            continue
-        start = SourceCursor(
-            dataset_id=component.shards.entry.id,
-            read=0 if old is None else old.read,
-            turn=0,
-            place=0,
-            subsets=(given.subset,),
+            former = next((one for one in before.sources if one.name == name), given)
+            notes += _told_of_rows(data, before, given, former, source, old, size)
+            return old.model_copy(update=update), notes
+    read = 0 if old is None else old.read
+    start = SourceCursor(dataset_id=dataset_id, read=read, turn=0, place=0, subsets=(given.subset,))
+    return start, [_why_from_first_row(data, before, given, source, found)]
+
+
+def _why_from_first_row(
+    data: DataConfig,
+    before: DataConfig,
+    given: SourceConfig,
+    source: OrderedSource,
+    found: Mapping[str, SourceCursor],
+) -> str:
+    """Why a source begins at its first row, and which of its rows come again."""
+    name, old = given.name, found.get(given.name)
+    asked = {one.name for one in data.sources}
+    same = {one.name: one for one in before.sources if one.name in found}
+    same = {key: one for key, one in same.items() if found[key].dataset_id == source.shards.entry.id}
+    known = name if name in same else next((one for one in found if one in same and one not in asked), None)
+    if known is not None:
+        again = _come_again(data, before, given, same[known], source, found[known])
+        why = "in another order" if known == name else f"under another name than before ('{known}')"
+        return f"warning: source '{name}' is read {why}: {again:,} rows of the pass under way come again"
+    if old is not None:
+        return (
+            f"warning: source '{name}' is another dataset than before: it begins at its first row; of the former one "
+            f"{old.read:,} samples were read, and rows that are in both come again"
         )
-        sources[name] = start
-        same = [one for one in found if found[one].dataset_id == start.dataset_id and one in old_sources]
-        known = (
-            name
-            if name in same
-            else next((one for one in same if one not in {source.name for source in asked.data.sources}), None)
-        )
-        if known is not None:
-            again = _come_again(asked.data, before.data, given, old_sources[known], component, found[known])
-            why = "in another order" if known == name else f"under another name than before ('{known}')"
-            notes.append(f"warning: source '{name}' is read {why}: {again:,} rows of the pass under way come again")
-        elif old is not None:
-            notes.append(
-                f"warning: source '{name}' is another dataset than before: it begins at its first row; of the former "
-                f"one {old.read:,} "
-                "samples were read, and rows that are in both come again"
-            )
-        else:
-            notes.append(f"source '{name}' is new: it begins at its first row")
-    gone = [name for name in old_sources if name not in sources]
-    return sources, notes + [
-        f"source '{name}' is no longer read, after {found[name].read:,} samples" for name in gone if name in found
-    ]
+    return f"source '{name}' is new: it begins at its first row"
 
 
 def _of_grown(cursor: SourceCursor, dataset_id: str, rows: int) -> SourceCursor:
-    """A cursor into a dataset of so many rows, as one into the dataset that grew from it: its rows are the first
-    there.
-    """
+    """A cursor into a dataset of `rows` rows, as one into the dataset that grew from it by adding rows at the end."""
     counts = (*cursor.rows, *[rows] * (len(cursor.subsets) - len(cursor.rows)))
     return cursor.model_copy(update={"dataset_id": dataset_id, "rows": counts})
 
@@ -110,20 +115,18 @@ def _told_of_rows(
     before: DataConfig,
     source: SourceConfig,
     former: SourceConfig,
-    component: OrderedSource,
+    ordered: OrderedSource,
     cursor: SourceCursor,
     size: int | None,
 ) -> Iterator[str]:
-    """What the pass under way still holds of a source that goes on. size: how many rows its dataset had, where it has
-    grown.
-    """
-    name, order = source.name, component.order
+    """What the pass under way still holds of a source that goes on. size: the rows of its dataset before it grew."""
+    name, order = source.name, ordered.order
     assert isinstance(order, RowOrder)
     if cursor.place:
-        order = pass_order(data, source, component.shards, (*cursor.subsets, source.subset), cursor.rows)
+        order = pass_order(data, source, ordered.shards, (*cursor.subsets, source.subset), cursor.rows)
         now, was = (
             order.skipped,
-            pass_order(before, former, component.shards, cursor.subsets, cursor.rows, size).skipped,
+            pass_order(before, former, ordered.shards, cursor.subsets, cursor.rows, size).skipped,
         )
         for ranges, told in (
             (without(now, was), "that are left out from now on were read before"),
@@ -143,12 +146,12 @@ def _come_again(
     old: DataConfig,
     source: SourceConfig,
     former: SourceConfig,
-    component: OrderedSource,
+    ordered: OrderedSource,
     cursor: SourceCursor,
 ) -> int:
     """How many rows that the pass under way has read come once more because the source begins again."""
-    was = pass_order(old, former, component.shards, cursor.subsets, cursor.rows)
-    now = pass_order(data, source, component.shards, (source.subset,))
+    was = pass_order(old, former, ordered.shards, cursor.subsets, cursor.rows)
+    now = pass_order(data, source, ordered.shards, (source.subset,))
     held = without([(rows.first, rows.first + rows.count) for rows in now.row_ranges], now.skipped)
     return was.num_passed(held, cursor.turn, cursor.place) - was.num_passed(
         _overlap(held, was.skipped), cursor.turn, cursor.place

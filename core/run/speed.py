@@ -32,9 +32,7 @@ EVENTS = ("start", "peak", "end")  # `end` had a second measurement in earlier v
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s and where the figure comes from; flops None: unknown. machine: a name for all that it depends on; empty:
-    not recorded.
-    """
+    """FLOP/s (None: unknown) and where the figure comes from. machine: names all it depends on; empty: not recorded."""
 
     flops: float | None
     origin: str
@@ -52,9 +50,7 @@ class Peak:
         )
 
     def raised(self, achieved_flops: float, measure: Callable[[], Peak] | None = None) -> Peak:
-        """This peak, unless more FLOP/s than that were achieved: then the larger of a new measurement and what was
-        achieved.
-        """
+        """This peak or, if more FLOP/s were achieved, the larger of a new measurement and what was achieved."""
         if self.flops is None or not self.flops < achieved_flops < math.inf:
             return self
         again = self if measure is None else replace(measure(), machine=self.machine)
@@ -64,18 +60,14 @@ class Peak:
 
 
 def machine_name(fingerprint: Fingerprint, compute: str) -> str:
-    """A name for what a measured peak depends on: host, device, threads, ranks and dtype. A hash, so that records name
-    no host.
-    """
+    """A name for what a peak depends on: host, device, threads, ranks, dtype. A hash: records name no host."""
     device = [fingerprint.device_type, fingerprint.device, fingerprint.threads, fingerprint.ranks]
     return sha256_json([platform.node(), platform.processor(), *device, compute])[:16]
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What turns tokens per second into MFU. A peak that is unknown makes it 'unknown', never guessed. measure: takes
-    the peak again.
-    """
+    """Turns tokens per second into MFU, which an unknown peak makes 'unknown'. measure: takes the peak again."""
 
     flops_per_token: float
     peak: Peak

@@ -69,9 +69,7 @@ def owner_of(stored: StoredState, entries: Sequence[Mapping[str, Any]]) -> Owner
 
 
 def made_by(stored: StoredState, entries: Sequence[Mapping[str, Any]]) -> TrainingSegment:
-    """The segment that completed the last step of a `current` state; a later one may have begun, and ended before its
-    first step.
-    """
+    """The segment that completed the last step of a `current` state; a later one may have begun without a step."""
     segments = lineage(entries).segments
     return next(segment for segment in reversed(segments) if entries[segment.entry].get("stretch") == stored.segment)
 

@@ -354,7 +354,7 @@ def test_any_step_of_a_run_is_found_by_the_recipe_of_its_stretch(root: Path) -> 
     run = run_source(found.recipe, Lineage((), tuple(segments), (), ()))
     assert [run.sample(step) for step in (0, 4, 5, 6)] == [0, 32, 40, 44]
     assert [run.step_of(sample) for sample in (0, 39, 40, 47)] == [(0, 0), (4, 7), (5, 0), (6, 3)]
-    assert len(run.pieces) == 2
+    assert len(run.spans) == 2
     assert run.at(4) == run.at(0) != run.at(5)
     assert [run.at(5).sample_names(5, row, 1) for row in range(4)] == [
         source.sample_names(5, row, 1) for row in range(4)
