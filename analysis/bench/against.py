@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weftrain.analysis.bench.timings import Difference, difference
+from weftrain.analysis.bench.train import BenchError
 
 SAME_LOSS = 1e-3  # closer losses are of the same training: in bf16 the third digit differs after a few steps
 
@@ -70,14 +71,44 @@ class ProgramComparison:
 
 
 def against(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> ProgramComparison:
-    """Compare RESULT lines of as many rounds each, of which the k-th were made one after the other."""
+    """Compare RESULT lines of as many rounds each, of which the k-th were made one after the other.
+
+    Raises BenchError for different numbers of steps.
+    """
     pairs = list(zip(ours, theirs, strict=True))
+    for pair in pairs:
+        check_steps(*pair)
     ratios = tuple(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
     speed = None
     if len(pairs) > 1 or all("step_times_ms" in one for one in (*ours, *theirs)):
         names = (str(ours[0]["name"]), str(theirs[0]["name"]))
         speed = difference([_ms_per_token(one) for one in ours], [_ms_per_token(one) for one in theirs], names=names)
     return ProgramComparison(ratios, speed, _losses(pairs))
+
+
+def steps_made(result: Mapping[str, Any]) -> int | None:
+    """Steps that a program made, warm-up included; None if its RESULT line does not say."""
+    if "losses" in result:
+        return len(result["losses"])
+    if "last_step" in result:
+        return int(result["last_step"])
+    counted, warm_up = result.get("steps"), result.get("warm_up_steps")
+    return counted + warm_up if type(counted) is int and type(warm_up) is int else None
+
+
+def check_steps(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Raise BenchError if two programs made different numbers of steps; if one does not say how many, that in words."""
+    for one in (ours, theirs):
+        if steps_made(one) is None:
+            wanted = "have its RESULT line print `losses`, `last_step`, or `steps` and `warm_up_steps`"
+            return f"{one['name']} does not say how many steps it made, so they may differ: {wanted}"
+    a, b = steps_made(ours), steps_made(theirs)
+    if a != b:
+        raise BenchError(
+            f"{ours['name']} made {a} steps and {theirs['name']} {b}: compare the same number: --steps {b} for "
+            f"{ours['name']}, or {a} steps in the other program"
+        )
+    return ""
 
 
 def _ms_per_token(result: Mapping[str, Any]) -> list[float]:
@@ -93,7 +124,7 @@ def _losses(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Los
     apart = [abs(a[step] - b[step]) for a, b in told]
     worst = next((value for value in apart if value != value), max(apart))  # max() passes over NaN
     ours, theirs = told[-1]
-    return LossComparison(step, worst, ours[step], theirs[step], _missing(pairs[-1], (max(ours), max(theirs)), step))
+    return LossComparison(step, worst, ours[step], theirs[step], _missing(pairs[-1], max(*ours, *theirs), step))
 
 
 def _by_step(result: Mapping[str, Any]) -> dict[int, float]:
@@ -104,10 +135,8 @@ def _by_step(result: Mapping[str, Any]) -> dict[int, float]:
     return found | {result["last_step"]: float(result["loss_last"])} if "last_step" in result else found
 
 
-def _missing(pair: tuple[Mapping[str, Any], Mapping[str, Any]], last: tuple[int, int], step: int) -> str:
+def _missing(pair: tuple[Mapping[str, Any], Mapping[str, Any]], last: int, step: int) -> str:
     silent = [str(one["name"]) for one in pair if "losses" not in one and "last_step" not in one]
     if silent:
         return f"{silent[0]} does not report which step its loss_last is of: have it print `losses` or `last_step`"
-    if last[0] != last[1]:
-        return f"{pair[0]['name']} reports {last[0]} steps, {pair[1]['name']} {last[1]}"
-    return "" if step == last[0] else "one of them reports the losses of single steps only"
+    return "" if step == last else "one of them reports the losses of single steps only"

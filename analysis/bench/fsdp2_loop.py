@@ -156,7 +156,7 @@ class Fsdp2Run:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@click.option("--steps", type=click.IntRange(min=2), default=14, show_default=True, help="Steps, warm-up included.")
+@click.option("--steps", type=click.IntRange(min=2), default=20, show_default=True, help="Steps, warm-up included.")
 @click.option(
     "--warmup", type=click.IntRange(min=1), default=4, show_default=True, help="First steps that are not counted."
 )

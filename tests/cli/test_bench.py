@@ -39,6 +39,16 @@ def test_a_program_that_fails_is_named(weftrain: Callable[..., Result], tmp_path
     assert "its last words: no such model" in result.output
 
 
+def test_a_program_of_other_length_is_refused_after_one_round(weftrain: Callable[..., Result], tmp_path: Path) -> None:
+    theirs = {"name": "theirs", "tokens_per_second": 1.0, "step_ms": 1.0, "loss_first": 1.0, "loss_last": 0.0}
+    program = tmp_path / "longer.py"
+    program.write_text(f"print('RESULT ' + {json.dumps(theirs | {'last_step': 9})!r})\n")
+    result = weftrain("bench", "train", *NULL, "--against", str(program))
+    assert result.exit_code == 2
+    assert "made 5 steps and theirs 9: compare the same number: --steps 9" in result.output
+    assert "round 2" not in result.output
+
+
 @pytest.mark.prove
 def test_a_report_with_profile_and_mllog_and_its_comparison(weftrain: Callable[..., Result], tmp_path: Path) -> None:
     for name in ("a", "b"):

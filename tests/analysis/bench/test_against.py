@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from weftrain.analysis.bench.against import against
+from weftrain.analysis.bench.against import against, check_steps, steps_made
 from weftrain.analysis.bench.timings import difference
+from weftrain.analysis.bench.train import BenchError
 
 
 def result(speed: float, curve: list[float], name: str = "ours", **more: Any) -> dict[str, Any]:
@@ -26,22 +27,41 @@ def result(speed: float, curve: list[float], name: str = "ours", **more: Any) ->
 TEN = [6.0 - 0.1 * step for step in range(10)]
 
 
-def test_losses_are_compared_at_the_last_step_of_both() -> None:
-    """20 steps against 10 of the same training: their last losses are 1.0 apart, and the training is the same."""
-    twenty = [*TEN, *(5.0 - 0.1 * step for step in range(10))]
-    losses = against([result(10, twenty, losses=twenty)], [result(10, TEN, "theirs", losses=TEN)]).losses
+def test_losses_are_compared_at_the_last_step() -> None:
+    losses = against([result(10, TEN, losses=TEN)], [result(10, TEN, "theirs", losses=TEN)]).losses
     assert (losses.step, losses.difference) == (10, 0.0)
     assert (losses.ours, losses.theirs) == (TEN[9], TEN[9])
-    assert (
-        "losses at step 10, the last that both report (ours reports 20 steps, theirs 10), differ by at most 0: "
-        in losses.verdict
-    )
-    assert losses.verdict.endswith("the same training")
+    assert losses.verdict == ("losses at step 10, the last that both report, differ by at most 0: the same training")
     other = [*TEN[:9], TEN[9] + 0.01]
     assert (
         "NOT the same training"
-        in against([result(10, twenty, losses=twenty)], [result(10, other, losses=other)]).losses.verdict
+        in against([result(10, TEN, losses=TEN)], [result(10, other, losses=other)]).losses.verdict
     )
+
+
+@pytest.mark.parametrize(
+    ("more", "made"),
+    [
+        ({"losses": TEN}, 10),
+        ({"last_step": 10}, 10),
+        ({"steps": 8, "warm_up_steps": 2}, 10),
+        ({"losses": TEN, "last_step": 3}, 10),
+        ({"steps": 8}, None),
+        ({"steps": "8", "warm_up_steps": 2}, None),
+        ({}, None),
+    ],
+)
+def test_steps_that_a_result_says(more: dict[str, Any], made: int | None) -> None:
+    assert steps_made(result(10, TEN, **more)) == made
+
+
+def test_another_number_of_steps_is_refused() -> None:
+    """The median of 20 steps holds later, other steps than that of 10, and their last losses are of other steps."""
+    twenty = [*TEN, *(5.0 - 0.1 * step for step in range(10))]
+    with pytest.raises(BenchError, match="ours made 20 steps and theirs 10: compare the same number: --steps 10"):
+        against([result(10, twenty, losses=twenty)], [result(10, TEN, "theirs", losses=TEN)])
+    silent = check_steps(result(10, TEN, losses=TEN), result(10, TEN, "theirs"))
+    assert silent.startswith("theirs does not say how many steps it made")
 
 
 def test_a_program_that_tells_two_losses() -> None:
@@ -53,8 +73,6 @@ def test_a_program_that_tells_two_losses() -> None:
     )
     assert losses.verdict.endswith("the same start")
     assert against([ours], [result(10, TEN, "theirs", last_step=10)]).losses.step == 10
-    assert against([ours], [result(10, [TEN[0], TEN[7]], "theirs", last_step=8)]).losses.difference == 0
-    assert against([ours], [result(10, TEN, "theirs", last_step=11)]).losses.step == 1
 
 
 def test_a_loss_that_is_not_finite_is_not_the_same() -> None:
