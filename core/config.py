@@ -1,8 +1,8 @@
 """The recipe: every key a typed, checked, frozen field. A recipe describes; code builds.
 
-What a reader would get wrong: nothing here coerces. `3` is not accepted where a string is meant nor `"3"` where a
-number is, an unknown key is an error, and a missing key is an error unless the field shows a default. Files are read by
-core/recipe_file.py, which knows lines.
+Nothing is coerced: `3` is not accepted where a string is meant nor `"3"` where a number is, an unknown key is an error,
+and a missing key is an error unless the field shows a default. Files are read by core/recipe_file.py, which knows
+lines.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 So a row loses the same elements whichever process, micro-batch or order it is computed in, again when a block is
 recomputed, and again in a replay. The generator is Squares (Widynski, arXiv 2004.06278): counter-based, four rounds of
-64-bit arithmetic. What a reader would get wrong: there is no generator state, hence nothing to save in a checkpoint;
-the key of a row is hashed from the sample's number in the run.
+64-bit arithmetic. There is no generator state, hence nothing to save in a checkpoint: the key of a row is hashed from
+the sample's number in the run.
 """
 
 from __future__ import annotations

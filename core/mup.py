@@ -1,26 +1,22 @@
-"""muP: scales, standard deviations and the learning-rate multiplier of a wide model, derived from a narrow proxy; and
-their removal.
+"""muP: scales, standard deviations and the learning-rate multiplier of a wide model, derived from a narrow proxy.
 
 With m = hidden_size / base_hidden_size (Tensor Programs V, arXiv 2203.03466, table 8, for Adam):
-  decoder matrices     learning rate / m, std base_std / sqrt(m); the two into the residual stream base_std / sqrt(2 m
-  num_layers)
+  decoder matrices     learning rate / m, std base_std / sqrt(m); o and down base_std / sqrt(2 m num_layers)
   embedding and head   full learning rate, std base_std; logits x base_logits_scale / m
-  attention            1/d instead of 1/sqrt(d): the config's `attention_scale`, not derived here What a reader would
-                       get wrong: norms and *all* biases train at the full learning rate, and so does an untied head,
-                       whose width is paid for by the logits scale. CrystalCoder-7B's released numbers (0.0625, 0.13875,
-                       0.01825, 0.00228125) come out of these formulas.
+  attention            1/d instead of 1/sqrt(d): the config's `attention_scale`, not derived here
+
+What a reader would get wrong: norms and *all* biases train at the full learning rate, and so does an untied head, whose
+width is paid for by the logits scale. CrystalCoder-7B's released numbers (0.0625, 0.13875, 0.01825, 0.00228125) come
+out of these formulas.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from weftrain.core.config import ModelConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

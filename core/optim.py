@@ -1,9 +1,8 @@
 """Optimizer and schedule as data: parameter groups by role, the learning rate as a pure function of the step, the clip
 coefficient.
 
-The update itself is the op `adamw` in kernels/. What a reader would get wrong: `learning_rate(schedule, step)` takes
-the 0-based index of the step about to be made, so a warm-up from 0 makes its first update with a learning rate of
-exactly 0, as both models did.
+The update itself is the op `adamw` in kernels/. `learning_rate(schedule, step)` takes the 0-based index of the step
+about to be made, so a warm-up from 0 makes its first update with a learning rate of exactly 0, as both models did.
 """
 
 from __future__ import annotations

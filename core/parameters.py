@@ -1,7 +1,7 @@
 """The decoder's parameters as data: canonical name, shape and role, in execution order, with no tensor and no torch.
 
-What a reader would get wrong: what a parameter *is* (its role) is decided here once, where its name is made. Nothing
-downstream looks into names: parameter groups, initialisation and conversion all read `role`.
+What a parameter is (its role) is decided here once, where its name is made. Nothing else looks into names: parameter
+groups, initialisation and conversion all read `role`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from weftrain.core.backend import Backend, Job, Plan, State, StoredState, StoredStateUse, plan_of
+from weftrain.core.backend import Backend, Job, Plan, State, StoredStateUse, plan_of
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
@@ -31,7 +31,6 @@ from weftrain.core.run.continuation import Continued, check_amounts, data_of_sta
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import TrainingSegment, lineage, tokens_before
 from weftrain.core.run.metrics import effective_records, repair
-from weftrain.core.run.own_checkpoints import Standing
 from weftrain.core.run.rollback import finish_rollback
 from weftrain.core.run.run_folder import (
     ABSENT,
@@ -42,7 +41,7 @@ from weftrain.core.run.run_folder import (
     follows,
     with_defaults,
 )
-from weftrain.core.run.situation import Situation, examine
+from weftrain.core.run.situation import FoundRun, Situation, examine
 from weftrain.core.run.starting_checkpoint import StartingCheckpoint, other_checkpoint
 from weftrain.core.saving import History
 
@@ -133,10 +132,9 @@ class Start:
     source: BatchSource  # the rows of that recipe
     folder: RunFolder  # with that recipe
     checked: RecipeCheck
-    own: Standing  # what the run's checkpoints and its ledger say together
-    damaged_metrics: tuple[int, ...]  # numbers of the lines of metrics.jsonl that are moved aside
+    found: FoundRun  # what lies in the folder
     segment: str  # a new name for what is trained from here on, for the ledger and the backend's stored state
-    entry: Mapping[str, Any]  # what the ledger's line says besides: see ledger_schema.Begin
+    entry: Mapping[str, Any]  # what the ledger's line says besides: see ledger_schema.BeginLine
 
     @property
     def complete(self) -> bool:
@@ -189,75 +187,71 @@ def decide(
         raise RunFolderError(f"{folder.path}: {origin.reason}")
     if origin.said:
         say(origin.said)
-    goes_on = origin.stored_state == "continue"
+    if origin.stored_state != "continue":
+        found = found.without_stored_state()
     start, step = found.checkpoint, origin.step
     if origin.kind is OriginKind.START_FROM:
         start = other_checkpoint(recipe, runs, lambda line: say(f"warning: {line}"))
-    _check_changes(folder, found.checkpoint, found.stored if goes_on else None, source.dataset_id, allow)
+    _check_changes(folder, found, source.dataset_id, allow)
     drawn = {} if start is None else start.check_model(recipe, say)
-    unfinished = found.told_unfinished(recipe) if goes_on else None
-    if unfinished is not None:
-        say(f"the process before ended while step {step} was being recorded: what its record lacks is recorded now")
-    manifest = None if found.checkpoint is None else found.checkpoint.manifest
-    foreign = None if start is None or start.own else start.manifest
-    made = found.made if goes_on else None
-    continued = data_of_start(folder.path, recipe, source, step, manifest, foreign, made)
-    folder, checked = _check_continued(folder, continued, step, manifest, allow, say)
+    history = _history(found, start, step, recipe, say)
+    continued = data_of_start(
+        folder.path,
+        recipe,
+        source,
+        step,
+        found.manifest,
+        None if start is None or start.own else start.manifest,
+        found.made,
+    )
+    folder = replace(folder, recipe=parse_json(canonical_json(continued.recipe.model_dump(mode="json"))))
+    checked = folder.check_recipe(allow, None if found.manifest is None else found.manifest["recipe"])
+    _tell_changes(checked, continued, step, say)
     segment = secrets.token_hex(16)
     return Start(
         origin,
         plan_of(recipe, step),
-        state=start.state if start is not None and start.has_optimizer and not goes_on else None,
+        state=start.state if start is not None and start.has_optimizer and found.made is None else None,
         weights=None if start is None else start.weights(recipe, drawn),
-        history=History(
-            _parent(start, found.entries, made),
-            tokens_before(step, manifest, lineage(found.entries)),
-            unfinished,
-            found.measured if goes_on else None,
-        ),
+        history=history,
         recipe=continued.recipe,
         source=continued.source,
         folder=folder,
         checked=checked,
-        own=found.own,
-        damaged_metrics=found.damaged_metrics,
+        found=found,
         segment=segment,
-        entry=found.entry(segment, {} if step else drawn, goes_on, from_scratch, repair_ledger),
+        entry=found.entry(segment, {} if step else drawn, from_scratch, repair_ledger),
     )
 
 
-def _check_continued(
-    folder: RunFolder,
-    continued: Continued,
-    step: int,
-    manifest: Mapping[str, Any] | None,
-    allow: Set[str],
-    say: Callable[[str], None],
-) -> tuple[RunFolder, RecipeCheck]:
-    """The folder with the recipe whose data goes on, and how that differs from the run's. Tells the user what changes.
+def _history(
+    found: FoundRun, start: StartingCheckpoint | None, step: int, recipe: Recipe, say: Callable[[str], None]
+) -> History:
+    unfinished = found.told_unfinished(recipe)
+    if unfinished is not None:
+        say(f"the process before ended while step {step} was being recorded: what its record lacks is recorded now")
+    tokens = tokens_before(step, found.manifest, lineage(found.entries))
+    return History(_parent(start, found.entries, found.made), tokens, unfinished, found.measured)
 
-    manifest: of the run's own checkpoint. Raises RunFolderError, DataError.
-    """
-    folder = replace(folder, recipe=parse_json(canonical_json(continued.recipe.model_dump(mode="json"))))
-    checked = folder.check_recipe(allow, None if manifest is None else manifest["recipe"])
+
+def _tell_changes(checked: RecipeCheck, continued: Continued, step: int, say: Callable[[str], None]) -> None:
+    """Tell the user what changes in recipe and data. Raises DataError if the run would read more than there is."""
     for key, old, new in checked.changes:
         if not follows(key):
             say(f"recipe changed at step {step}: {key}: {old} -> {new}")
     for line in (*continued.notes, *check_amounts(continued.recipe, continued.source)):
         say(line)
-    return folder, checked
 
 
-def _check_changes(
-    folder: RunFolder, own: StartingCheckpoint | None, stored: StoredState | None, dataset_id: str, allow: Set[str]
-) -> None:
+def _check_changes(folder: RunFolder, found: FoundRun, dataset_id: str, allow: Set[str]) -> None:
     """Refuse a recipe or dataset that changed without permission. Raises RunFolderError, CheckpointError."""
-    trained = {} if own is None else {f"step {own.state.step}": own.manifest["dataset_id"]}
+    manifest, stored = found.manifest, found.stored
+    trained = {} if manifest is None else {f"step {manifest['step']}": manifest["dataset_id"]}
     if stored is not None and stored.dataset_id is not None:
         trained[str(stored.where)] = stored.dataset_id
     other = {} if "data" in allow else {where: id for where, id in trained.items() if id != dataset_id}
     try:
-        folder.check_recipe(allow, None if own is None else own.manifest["recipe"])
+        folder.check_recipe(allow, None if manifest is None else manifest["recipe"])
     except RunFolderError as error:
         raise RunFolderError(f"{error}{' --allow data' if other else ''}") from None
     for where, trained_on in other.items():
@@ -291,9 +285,9 @@ def settle(start: Start) -> Ledger:
     ledger = Ledger(folder.path)
     finish_rollback(folder.path, ledger)
     with folder_errors(folder.path):
-        repair(folder.path, start.damaged_metrics)
+        repair(folder.path, start.found.damaged_metrics)
     ledger.finish_chunk()
-    for manifest in start.own.to_enter:
+    for manifest in start.found.own.to_enter:
         ledger.adopt(manifest, effective_records(folder.path), "repair" if start.entry["repaired"] else "resume")
     return ledger
 

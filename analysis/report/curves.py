@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from weftrain.core.run.metrics import METRICS, heldout_label
-from weftrain.core.run.metrics_lines import Record, counted_lines
+from weftrain.core.run.metrics_lines import MetricsRecord, counted_lines
 from weftrain.core.run.speed import RunUtilization
 
 Entry = Mapping[str, Any]
@@ -91,7 +91,7 @@ class _Measurements:
     heldout: dict[str, Points] = field(default_factory=dict)
     last_time: float = -math.inf
 
-    def add(self, record: Record) -> None:
+    def add(self, record: MetricsRecord) -> None:
         step = record["step"]
         self.last_time = record.get("time", self.last_time)
         if record["kind"] == "evaluation":
@@ -120,7 +120,7 @@ class Curves:
     lines: int = 0
     own: _Measurements = field(default_factory=_Measurements)
     abandoned: list[tuple[str, _Measurements]] = field(default_factory=list)  # why, oldest first
-    last_step: Record | None = None
+    last_step: MetricsRecord | None = None
     restarts: list[int] = field(default_factory=list)
     skips: list[int] = field(default_factory=list)
     utilization: RunUtilization = field(default_factory=RunUtilization)
@@ -195,7 +195,7 @@ def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float]
     return found
 
 
-def _note_start(found: Curves, begins: Sequence[float], record: Record) -> None:
+def _note_start(found: Curves, begins: Sequence[float], record: MetricsRecord) -> None:
     """Note how far the start before this record got. A clock that was set back is treated as having stopped."""
     found.reached = max(found.reached, record["step"])
     place = bisect_right(begins, record.get("time", -math.inf)) - 1
@@ -203,7 +203,7 @@ def _note_start(found: Curves, begins: Sequence[float], record: Record) -> None:
         found.starts[place] = record["step"]
 
 
-def _event(found: Curves, record: Record) -> None:
+def _event(found: Curves, record: MetricsRecord) -> None:
     if record["kind"] == "resume":
         found.restarts.append(record["step"])
     found.utilization.add(record)
@@ -223,7 +223,7 @@ def _pending(entries: Sequence[Entry]) -> tuple[int, str] | None:
     return found
 
 
-def _why(rollbacks: Sequence[Entry], resume: Record, last: float) -> str:
+def _why(rollbacks: Sequence[Entry], resume: MetricsRecord, last: float) -> str:
     for entry in rollbacks:
         if entry["step"] == resume["step"] and last <= entry["time"] <= resume.get("time", math.inf):
             return f"branch {entry['branch']}, abandoned by the rollback to step {entry['step']:,}: {entry['reason']}"

@@ -3,9 +3,9 @@
 One canonical JSON object a line: `n` counts up, `previous` is the `hash` of the line before, `hash` covers all the
 rest. What is in it: where the run started and went on, on which data and environment; where each chunk began and ended,
 with its sample range; each checkpoint's root with a digest of the metrics up to it; skipped steps; rollbacks with the
-branch that was left; changed recipes; deferred chunks. What a reader would get wrong: a line that was written is never
-changed. A resume or rollback makes what lies beyond its step a *branch*: `lineage` tells the line that counts from
-those that were left, and `Lineage.origin` tells any step's samples.
+branch that was left; changed recipes; deferred chunks. A line that was written is never changed. A resume or rollback
+makes what lies beyond its step a *branch*: `lineage` tells the line that counts from those that were left, and
+`Lineage.origin` tells any step's samples.
 """
 
 from __future__ import annotations
@@ -86,11 +86,10 @@ class Ledger:
         parent: str | None,
         **decided: Any,
     ) -> None:
-        """Say where training begins: `start` in a new ledger, `resume` in another. parent: root of the checkpoint it
-        begins from.
+        """Say where training begins: `start` in a new ledger, `resume` in another.
 
-        decided: optional keys of such a line (ledger_lines.Begin) that say what else was decided; a false value is left
-        out.
+        parent: root of the checkpoint that it begins from. decided: optional keys of ledger_schema.BeginLine that say
+        what else was decided; a false value is left out.
         """
         where = {
             "recipe_sha256": sha256_json(recipe),

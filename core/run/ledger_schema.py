@@ -27,7 +27,7 @@ PassedOver = Annotated[tuple[Count, Literal["damaged", "missing"]], Field(strict
 SegmentName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
-class Line(StrictModel):
+class LedgerLine(StrictModel):
     """What every line has. step: completed steps."""
 
     n: Count
@@ -39,7 +39,7 @@ class Line(StrictModel):
     torn_bytes: PositiveInt | None = None  # how much of a torn line before this one was moved to ledger.torn
 
 
-class Begin(Line):
+class BeginLine(LedgerLine):
     """What both lines have that say where training begins, and what was decided there beyond the ordinary."""
 
     recipe_sha256: Sha256
@@ -56,23 +56,23 @@ class Begin(Line):
     repaired: bool = False  # the ledger had lost lines, and to go on all the same was asked for
 
 
-class Start(Begin):
+class StartLine(BeginLine):
     kind: Literal["start"]
     recipe: dict[str, Any]
 
 
-class Resume(Begin):
+class ResumeLine(BeginLine):
     kind: Literal["resume"]
 
 
-class RecipeChange(Line):
+class RecipeLine(LedgerLine):
     kind: Literal["recipe"]
     changes: Annotated[tuple[Change, ...], Field(strict=False)]
     recipe: dict[str, Any]
     recipe_sha256: Sha256
 
 
-class ChunkBegin(Line):
+class ChunkBeginLine(LedgerLine):
     kind: Literal["chunk_begin"]
     chunk: Count
     place: Count
@@ -81,7 +81,7 @@ class ChunkBegin(Line):
     parent: Sha256 | None
 
 
-class ChunkEnd(Line):
+class ChunkEndLine(LedgerLine):
     kind: Literal["chunk_end"]
     chunk: Count
     place: Count
@@ -90,7 +90,7 @@ class ChunkEnd(Line):
     root: Sha256
 
 
-class Checkpoint(Line):
+class CheckpointLine(LedgerLine):
     kind: Literal["checkpoint"]
     root: Sha256
     parent: Sha256 | None
@@ -99,12 +99,12 @@ class Checkpoint(Line):
     entered: Literal["resume", "repair"] | None = None  # by a later start, because a crash or lost lines left it out
 
 
-class Skip(Line):
+class SkipLine(LedgerLine):
     kind: Literal["skip"]
     samples: Samples
 
 
-class Rollback(Line):
+class RollbackLine(LedgerLine):
     kind: Literal["rollback"]
     root: Sha256
     branch: Annotated[int, Field(ge=1, le=1_000_000_000)]  # it names a folder
@@ -112,18 +112,29 @@ class Rollback(Line):
     reason: Reason
 
 
-class Defer(Line):
+class DeferLine(LedgerLine):
     kind: Literal["defer"]
     chunk: Count
     action: Literal["defer", "drop"]
     reason: Reason
 
 
-class End(Line):
+class EndLine(LedgerLine):
     kind: Literal["end"]
 
 
-_LINES = (Start, Resume, RecipeChange, ChunkBegin, ChunkEnd, Checkpoint, Skip, Rollback, Defer, End)
+_LINES = (
+    StartLine,
+    ResumeLine,
+    RecipeLine,
+    ChunkBeginLine,
+    ChunkEndLine,
+    CheckpointLine,
+    SkipLine,
+    RollbackLine,
+    DeferLine,
+    EndLine,
+)
 _SCHEMAS: dict[str, TypeAdapter[Any]] = {
     line.model_fields["kind"].annotation.__args__[0]: TypeAdapter(line)  # type: ignore[union-attr]
     for line in _LINES

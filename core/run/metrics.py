@@ -2,8 +2,8 @@
 
 One JSON object a line, with `kind` (step, evaluation, or an event's name), `step` (completed steps) and `time` (seconds
 since 1970). Lines are only ever appended; a resume from step k appends {"kind": "resume", "step": k}, and
-`read_metrics` then leaves out what came before it and lies beyond k. What a reader would get wrong: JSON has no NaN, so
-non-finite numbers are the strings "nan", "inf" and "-inf" in the file; `read_metrics` makes them floats again.
+`read_metrics` then leaves out what came before it and lies beyond k. JSON has no NaN, so non-finite numbers are the
+strings "nan", "inf" and "-inf" in the file; `read_metrics` makes them floats again.
 """
 
 from __future__ import annotations

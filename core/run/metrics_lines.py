@@ -17,7 +17,7 @@ from weftrain.core.errors import RunFolderError, file_problem
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import UnreadableFileError, plain_lines
 
-Record = dict[str, Any]
+MetricsRecord = dict[str, Any]
 MEASURED = ("step", "evaluation")
 # JSON has no such numbers; they are these strings in the file
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -34,7 +34,7 @@ class MetricsLine(NamedTuple):
 
     number: int
     data: bytes
-    record: Record | None
+    record: MetricsRecord | None
     error: str = ""
 
 
@@ -42,7 +42,7 @@ class CountedLine(NamedTuple):
     """A checked line. left_by: line of the resume that went behind it; 0: it counts; -1: it was measured again."""
 
     number: int
-    record: Record
+    record: MetricsRecord
     left_by: int
 
 
@@ -91,13 +91,13 @@ def counted_lines(path: Path, without: Collection[int] = ()) -> Iterator[Counted
         ) from error
 
 
-def _checked(data: bytes) -> Record:
+def _checked(data: bytes) -> MetricsRecord:
     record = parse_json(data)
     check_record(record)
     return _restored(record) if b'nan"' in data or b'inf"' in data else record
 
 
-def measurement(record: Record) -> tuple[Any, ...]:
+def measurement(record: MetricsRecord) -> tuple[Any, ...]:
     """What a step or evaluation record measured: of two with the same, the later one counts."""
     return ("step", record["step"]) if record["kind"] == "step" else ("evaluation", record["step"], record["set"])
 

@@ -1,10 +1,9 @@
 """Going back to an earlier checkpoint, and putting a chunk off: what one does after a loss spike, as commands and lines
 of the ledger.
 
-What a reader would get wrong: nothing is deleted. What lies beyond the step becomes a branch: its checkpoints move to
-`branches/<number>/`, its measurements stay in metrics.jsonl, and the ledger keeps every root. The line in the ledger
-comes first and the checkpoints move after it, so a crash in between is finished by whoever opens the run next
-(`finish_rollback`).
+Nothing is deleted. What lies beyond the step becomes a branch: its checkpoints move to `branches/<number>/`, its
+measurements stay in metrics.jsonl, and the ledger keeps every root. The line in the ledger comes first and the
+checkpoints move after it, so a crash in between is finished by whoever opens the run next (`finish_rollback`).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from weftrain.core.run.stored_state import Measured, Owner, Unfinished, is_unfin
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredFacts:
     """The state that a backend stores, as far as it matters for a start. words: its name in messages. unfinished: the
     record lacks something of its last step. left_by: what of the ledger left it, if the owner is "left".
     """
@@ -47,7 +47,7 @@ class Situation:
     checkpoint: int | None = None  # completed steps of the run's newest whole checkpoint
     lost: tuple[tuple[int, str], ...] = ()  # newer checkpoints: step, and "damaged" or "missing"
     gave_up_lost: bool = False  # the run's last start was one from scratch, which accepted that loss
-    stored: Stored | None = None
+    stored: StoredFacts | None = None
     start_from: bool = False  # the recipe names another run to start from
     from_scratch: bool = False  # the user asks to begin at step 0 although checkpoints are lost
 
@@ -61,10 +61,19 @@ class FoundRun:
     own: Standing
     checkpoint: StartingCheckpoint | None
     stored: StoredState | None
-    facts: Stored | None
+    facts: StoredFacts | None
     made: TrainingSegment | None
     unfinished: Unfinished | None
     measured: Measured | None
+
+    @property
+    def manifest(self) -> Mapping[str, Any] | None:
+        """Of the run's own checkpoint."""
+        return None if self.checkpoint is None else self.checkpoint.manifest
+
+    def without_stored_state(self) -> FoundRun:
+        """For a start that does not go on from the backend's stored state."""
+        return replace(self, stored=None, facts=None, made=None, unfinished=None, measured=None)
 
     def situation(self, recipe: Recipe, from_scratch: bool) -> Situation:
         return Situation(
@@ -85,9 +94,8 @@ class FoundRun:
         sources = cursors_of(recipe, self.unfinished.recipe, step, dataset_id) or {}
         return replace(self.unfinished, dataset_id=dataset_id, sources=sources)
 
-    def entry(
-        self, segment: str, drawn: Mapping[str, Any], goes_on: bool, from_scratch: bool, repair_ledger: bool
-    ) -> dict[str, Any]:
+    def entry(self, segment: str, drawn: Mapping[str, Any], from_scratch: bool, repair_ledger: bool) -> dict[str, Any]:
+        """What the ledger's line says besides where training begins: see ledger_schema.BeginLine."""
         repaired = self.own.newest is not None and (not self.entries or len(self.own.to_enter) > 1)
         return {
             "passed_over": self.own.passed_over,
@@ -95,7 +103,7 @@ class FoundRun:
             "from_scratch": from_scratch and bool(self.own.passed_over),
             "repaired": repair_ledger and repaired,
             "stretch": segment,
-            "continues": self.stored.segment if goes_on and self.stored is not None else None,
+            "continues": None if self.stored is None else self.stored.segment,
         }
 
 
@@ -130,7 +138,7 @@ def examine(
             measured = Measured(since, records)
         words = f"the {backend.name} backend's own state in {stored.where}"
         left = left_by(entries) if owner == "left" else ""
-        facts = Stored(stored.step, owner, unfinished is not None, words, stored.where.name, left)
+        facts = StoredFacts(stored.step, owner, unfinished is not None, words, stored.where.name, left)
     return FoundRun(entries, damaged, own, own_newest, stored, facts, made, unfinished, measured)
 
 

@@ -19,7 +19,7 @@ from weftrain.core.resume import Origin, OriginKind, Start, commit, decide, find
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.metrics import MetricsWriter
 from weftrain.core.run.run_folder import open_run
-from weftrain.core.run.situation import Situation, Stored
+from weftrain.core.run.situation import Situation, StoredFacts
 from weftrain.core.run.speed import Peak, Speed
 from weftrain.core.trainer import fit
 
@@ -40,26 +40,26 @@ LOST = ((4, "damaged"), (6, "missing"))
         ({"checkpoint": 4, "lost": LOST}, CHECKPOINT, 4, "replace"),
         ({"checkpoint": 8}, COMPLETE, 8, "replace"),
         ({"checkpoint": 9}, COMPLETE, 9, "replace"),
-        ({"stored": Stored(6, "current")}, STORED, 6, "continue"),
-        ({"stored": Stored(6, "current"), "start_from": True}, STORED, 6, "continue"),
-        ({"checkpoint": 4, "stored": Stored(6, "current")}, STORED, 6, "continue"),
-        ({"checkpoint": 4, "stored": Stored(4, "current")}, STORED, 4, "continue"),
-        ({"checkpoint": 4, "stored": Stored(2, "current")}, CHECKPOINT, 4, "replace"),
-        ({"checkpoint": 4, "stored": Stored(2, "behind")}, CHECKPOINT, 4, "replace"),
-        ({"checkpoint": 4, "stored": Stored(6, "behind")}, CHECKPOINT, 4, "set_aside"),
-        ({"checkpoint": 4, "stored": Stored(2, "left")}, CHECKPOINT, 4, "set_aside"),
-        ({"stored": Stored(2, "left"), "start_from": True}, START_FROM, 0, "set_aside"),
-        ({"stored": Stored(8, "current")}, COMPLETE, 8, "continue"),
-        ({"stored": Stored(8, "current", unfinished=True)}, STORED, 8, "continue"),
-        ({"stored": Stored(6, "current"), "lost": LOST}, STORED, 6, "continue"),
-        ({"stored": Stored(2, "foreign")}, REFUSED, 0, "replace"),
-        ({"checkpoint": 4, "stored": Stored(2, "foreign")}, REFUSED, 0, "replace"),
+        ({"stored": StoredFacts(6, "current")}, STORED, 6, "continue"),
+        ({"stored": StoredFacts(6, "current"), "start_from": True}, STORED, 6, "continue"),
+        ({"checkpoint": 4, "stored": StoredFacts(6, "current")}, STORED, 6, "continue"),
+        ({"checkpoint": 4, "stored": StoredFacts(4, "current")}, STORED, 4, "continue"),
+        ({"checkpoint": 4, "stored": StoredFacts(2, "current")}, CHECKPOINT, 4, "replace"),
+        ({"checkpoint": 4, "stored": StoredFacts(2, "behind")}, CHECKPOINT, 4, "replace"),
+        ({"checkpoint": 4, "stored": StoredFacts(6, "behind")}, CHECKPOINT, 4, "set_aside"),
+        ({"checkpoint": 4, "stored": StoredFacts(2, "left")}, CHECKPOINT, 4, "set_aside"),
+        ({"stored": StoredFacts(2, "left"), "start_from": True}, START_FROM, 0, "set_aside"),
+        ({"stored": StoredFacts(8, "current")}, COMPLETE, 8, "continue"),
+        ({"stored": StoredFacts(8, "current", unfinished=True)}, STORED, 8, "continue"),
+        ({"stored": StoredFacts(6, "current"), "lost": LOST}, STORED, 6, "continue"),
+        ({"stored": StoredFacts(2, "foreign")}, REFUSED, 0, "replace"),
+        ({"checkpoint": 4, "stored": StoredFacts(2, "foreign")}, REFUSED, 0, "replace"),
         ({"lost": LOST}, REFUSED, 0, "replace"),
         ({"lost": LOST, "start_from": True}, REFUSED, 0, "replace"),
         ({"lost": LOST, "from_scratch": True}, FRESH, 0, "replace"),
         ({"lost": LOST, "gave_up_lost": True}, FRESH, 0, "replace"),
         ({"checkpoint": 4, "from_scratch": True}, REFUSED, 0, "replace"),
-        ({"stored": Stored(6, "current"), "from_scratch": True}, REFUSED, 0, "replace"),
+        ({"stored": StoredFacts(6, "current"), "from_scratch": True}, REFUSED, 0, "replace"),
     ],
 )
 def test_what_a_start_goes_on_from(situation: dict[str, Any], kind: OriginKind, step: int, use: str) -> None:
@@ -73,7 +73,7 @@ def situations() -> Iterator[Situation]:
     """Every combination: each fact takes each kind of value that it can have."""
     steps, flags = (None, 0, 2, 4, 8, 9), (False, True)
     owners = ("current", "behind", "left", "foreign")
-    stored = [None, *(Stored(*one) for one in itertools.product((2, 4, 8), owners, flags))]
+    stored = [None, *(StoredFacts(*one) for one in itertools.product((2, 4, 8), owners, flags))]
     for values in itertools.product(steps, ((), LOST), flags, stored, flags, flags):
         yield Situation(8, *values)
 
