@@ -1,12 +1,12 @@
 """The Cerebras backend: the recipe's whole step for the vendor's compiler, in the vendor's own environment.
 
-Three levels, named honestly. *Lower*: the compiler's front end, with no cluster (`weftrain lower`, lowering.py); it
-runs here and in CI. *Compile* and *train* on a system: written to the vendor's API and run only as far as one gets
-without a cluster. `target: cpu` runs the same training script on the vendor's CPU backend, in fp32: it shows that the
-script trains, and nothing about speed.
+It has three levels. *Lower* runs the compiler's front end without a cluster (`weftrain lower`, lowered/lowering.py),
+here and in CI. *Compile* and *train* on a system are written to the vendor's API and were run only as far as is
+possible without a cluster. `target: cpu` runs the same training script on the vendor's CPU backend in fp32: it shows
+that the script trains, and nothing about speed.
 
-Weights and optimizer live in another process, and on a system in another building. State
-is handed out only at the steps that the plan named before step one.
+Weights and optimizer state live in another process, and on a system on other machines. State can be read only at the
+steps that the plan names before the first step.
 """
 
 from __future__ import annotations
@@ -53,33 +53,31 @@ class CerebrasOptions(StrictModel):
     execution_strategy: Literal["weight_streaming"] = "weight_streaming"  # the only one that release 2.10 has
     micro_batch: Literal["recipe", "auto"] = "recipe"  # auto: the cluster's compiler chooses
     precision_level: Annotated[int, Field(ge=0, le=2)] = 1  # the vendor's precision_opt_level
-    silence_s: PositiveInt = 600  # the worker is given up when it says nothing for so long
-    management_address: str | None = None  # of the cluster; the vendor's own configuration file otherwise
-    management_namespace: str | None = None
-    credentials_path: str | None = None
-    activation_checkpointing: str = "none"
+    silence_s: PositiveInt = 600  # seconds without a message after which the worker is ended
+    management_address: str | None = None  # of the cluster; null: from the vendor's configuration file
+    management_namespace: str | None = None  # of the cluster; null: from the vendor's configuration file
+    credentials_path: str | None = (
+        None  # file with the cluster's TLS certificate; null: from the vendor's configuration
+    )
+    activation_checkpointing: str = "none"  # only none: the compiler decides what is recomputed
 
     @field_validator("activation_checkpointing")
     @classmethod
     def _none(cls, value: str) -> str:
         if value != "none":
             raise ValueError(
-                "torch.utils.checkpoint cannot be traced, and what to recompute is the system's compiler's choice: "
-                "leave it out"
+                "torch.utils.checkpoint cannot be traced, and the compiler decides what is recomputed: leave it out"
             )
         return value
 
 
 def check_expressible(recipe: Recipe, options: CerebrasOptions) -> None:
-    """Raises BackendError for a recipe that the vendor's package cannot be asked to run, with the key and what to set
-    instead.
-    """
+    """Raises BackendError, naming the key and the remedy, for a recipe that the vendor's package cannot run."""
     for key, source in recipe.kernels.pins.items():
         if source != "reference":
             raise BackendError(
-                f"kernels.pins '{key}' = '{source}': a system runs what its compiler makes of the traced ops, so only "
-                "the source "
-                "'reference' is one there: remove the pin"
+                f"kernels.pins '{key}' = '{source}': the compiler traces the reference ops, and no other source exists "
+                "on a system: remove the pin"
             )
     refuse_unsupported(BACKEND.name, BACKEND.unsupported, recipe)
     if "reference" not in recipe.kernels.preferences:
@@ -88,12 +86,12 @@ def check_expressible(recipe: Recipe, options: CerebrasOptions) -> None:
         )
     if recipe.data.document_attention:
         raise BackendError(
-            "data.document_attention: the training script hands the system ids and labels, and no document boundaries: "
-            "set it to false"
+            "data.document_attention: the training script passes ids and labels, and no document boundaries: set it to "
+            "false"
         )
     if recipe.optimizer.non_finite == "skip":
         raise BackendError(
-            "optimizer.non_finite: a step that is traced cannot be skipped by what came out of it: set it to halt"
+            "optimizer.non_finite: a traced step cannot be skipped because of its own result: set it to halt"
         )
     if options.target == "cpu":
         if recipe.precision.compute != "float32":
@@ -110,7 +108,7 @@ def check_expressible(recipe: Recipe, options: CerebrasOptions) -> None:
 def worker_job(
     recipe: Recipe, options: CerebrasOptions, mode: Literal["validate", "compile", "train"]
 ) -> Callable[[Path], WorkerJob]:
-    """The worker's job but for the folder it works in. Raises BackendError for a recipe that cannot be expressed."""
+    """Makes the worker's job from the folder it is to work in. Raises BackendError for a recipe that cannot run."""
     check_expressible(recipe, options)
     root = str(real_path(recipe.data.root))  # the worker is started elsewhere
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
@@ -134,7 +132,7 @@ def worker_job(
 
 
 class CerebrasRun:
-    """A run whose state lives in the worker. See Run in core/backend.py."""
+    """A run whose state lives in the worker process. See Run in core/backend.py."""
 
     def __init__(self, job: Job, options: CerebrasOptions) -> None:
         self._recipe, self._plan, self._options = job.recipe, job.plan, options
@@ -162,17 +160,18 @@ class CerebrasRun:
             self.import_state(State(job.plan.start_step, 0, {**zeros, **weights}))
 
     def train(self, source: BatchSource) -> Iterator[StepResult]:
-        """See Run.train. On a system a result comes only for the steps that the plan wants to see, and counts the
-        tokens since the last.
+        """See Run.train. On a system there are results only for the steps that the plan logs, each with the tokens
+        since the one before.
 
-        The rows are read by the worker, or on a system by the cluster's input workers, from the recipe's own data.
-        Raises BackendError for a source that is not the recipe's.
+        The worker, or on a system the cluster's input workers, read the rows from the recipe's own data. Raises
+        BackendError for a source that is not the recipe's.
         """
         recipe, plan = self._recipe, self._plan
         wanted = training_source(recipe).dataset_id
         if source.dataset_id != wanted:
             raise BackendError(
-                f"the worker reads the recipe's data ({wanted[:16]}) and was handed other ({source.dataset_id[:16]})"
+                f"the worker reads the recipe's data ({wanted[:16]}), but the source is other data "
+                f"({source.dataset_id[:16]})"
             )
         if self._step < plan.last_step:  # later rows are checked where they are read
             check_mask(
@@ -196,8 +195,7 @@ class CerebrasRun:
                     why = "" if bearing else " (no token of the global batch bears a loss)"
                     raise NonFiniteError(
                         f"step {event['step']}: loss {loss}{why}, gradient norm {event['grad_norm']}: a system makes "
-                        "the update before "
-                        "anybody can look; go back to the newest checkpoint"
+                        "the update before the loss can be checked: go back to the newest checkpoint"
                     )
                 self._step = completed
                 self._busy = completed < first + count
@@ -218,13 +216,13 @@ class CerebrasRun:
             raise NonFiniteError(f"step {step}: {error}; the step did not happen; its samples: {shown}") from None
 
     def _finish(self) -> None:
-        """Take the event that ends a command whose last step has been handed out."""
+        """Read the event that ends a command whose last step has been yielded."""
         for _ in self._worker.events():
             pass
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
         raise BackendError(
-            "a system hands out no gradients: ask another backend for them (--backend local), or read them from the "
+            "a system gives no gradients: use another backend for them (--backend local), or read them from the "
             "first moments of a checkpoint after one step: exp_avg is (1 - beta1) times the clipped gradient"
         )
 
@@ -243,8 +241,8 @@ class CerebrasRun:
         return EvalResult(event["loss"], event["tokens"])
 
     def export_state(self) -> State:
-        """See Run.export_state: read lazily from files of the worker's, which last until the next export."""
-        self._check_idle("hand out state")
+        """See Run.export_state. Tensors are read lazily from the worker's files, which exist until the next export."""
+        self._check_idle("export state")
         folder = self._folder / "state"
         fsops.remove_tree(folder)
         state, _ = checkpoints.load(Path(self._worker.one("export", path=str(folder))["path"]))
@@ -252,7 +250,7 @@ class CerebrasRun:
 
     def import_state(self, state: State) -> None:
         check_state(state.tensors, self._shapes)
-        self._check_idle("take in state")
+        self._check_idle("import state")
         folder = self._folder / "import"
         self._worker.one("import", path=str(save_state(folder, state)))
         fsops.remove_tree(folder)
@@ -280,13 +278,13 @@ class CerebrasRun:
     def _check_idle(self, what: str) -> None:
         if self._busy:
             raise BackendError(
-                f"step {self._step}: a system can {what} only at the steps named beforehand (checkpoint.every_steps, "
-                "log.evaluate_every_steps, the last): ask there"
+                f"step {self._step}: a system can {what} only at the planned steps (checkpoint.every_steps, "
+                "log.evaluate_every_steps, the last): do it there"
             )
 
 
 def _next_look(plan: Plan, step: int) -> int:
-    """The next number of completed steps at which somebody wants more than a log line."""
+    """The next number of completed steps at which state or an evaluation is wanted."""
     looks = (
         done for done in range(step + 1, plan.last_step + 1) if plan.wants_state(done) or plan.wants_evaluation(done)
     )
@@ -295,33 +293,32 @@ def _next_look(plan: Plan, step: int) -> int:
 
 class CerebrasBackend(PlainBackend):
     name = "cerebras"
-    summary = "the vendor's compiler and systems, from an environment of its own; `weftrain lower` needs no cluster"
+    summary = "the vendor's compiler and systems, in an environment of their own; `weftrain lower` needs no cluster"
     options = CerebrasOptions
     portable_options = frozenset(
         {"target", "execution_strategy", "micro_batch", "precision_level", "activation_checkpointing"}
     )
-    returns_gradients = False  # a system hands out state at planned steps only
+    returns_gradients = False  # a system exports state, and at planned steps only
     unsupported = frozenset({"dropout", "replayable"})
 
     def unavailable(self) -> str | None:
         return environment.missing()
 
     def prepare(self, job: Job) -> CerebrasRun:
-        """Raises BackendError for a recipe that cannot be expressed, or where no cluster is reached."""
+        """Raises BackendError for a recipe that cannot run there, or if no cluster is reached."""
         options = options_of(job, CerebrasOptions)
         check_expressible(job.recipe, options)
         if options.target == "csx" and job.plan.evaluate_every_steps:
             raise BackendError(
-                "log.evaluate_every_steps: on a system evaluation needs a trace of its own, which is not written: set "
-                "it to 0 and run "
-                "`weftrain eval RUN --backend local` on the checkpoints"
+                "log.evaluate_every_steps: evaluation on a system needs a separate trace, which is not implemented: "
+                "set it to 0 and run `weftrain eval RUN --backend local` on the checkpoints"
             )
         return CerebrasRun(job, options)
 
     def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
         return [
-            f"cerebras     `weftrain lower {recipe.name}` lowers this step with the vendor's compiler and reports what "
-            "came of it"
+            f"cerebras     `weftrain lower {recipe.name}` lowers this step with the vendor's compiler and reports the "
+            "result"
         ]
 
     def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction:

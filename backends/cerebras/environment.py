@@ -1,8 +1,8 @@
-"""The environment in which the vendor's package lives: where it is, whether it is whole, and how it is made.
+"""The Python environment of the vendor's package: where it is, whether it is complete, and how it is made.
 
-It is not this process's environment and cannot be. The package pins CPython 3.11, torch
-2.4.0 and numpy 1.25.0, so it gets a virtual environment of its own in the user's cache folder, named by a hash of the
-pins: other pins, another folder. A marker file is written last; a folder without it was interrupted and is made anew.
+The package pins CPython 3.11, torch 2.4.0 and numpy 1.25.0, so it cannot share this process's environment. It has a
+virtual environment in the user's cache folder, named by a hash of the pins, so that other pins make another folder. A
+marker file is written last; a folder without it was interrupted and is made again.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 from weftrain.core.errors import BackendError
 from weftrain.core.formats import fsops
 
-# the Python of an environment that is there already, on a cluster's user node for instance
+# names the Python of an existing environment, for instance on a cluster's user node
 PYTHON_VARIABLE = "WEFTRAIN_CEREBRAS_PYTHON"
 PYTHON_VERSION = (3, 11)
-NEEDED_BYTES = 8 << 30  # 5.3 GB installed, and the downloads beside it
+NEEDED_BYTES = 8 << 30  # 5.3 GB installed, and the downloads
 SETUP_COMMAND = "weftrain backends setup cerebras"
 _MARKER = "complete.json"
 Progress = Callable[[str, float], None]
@@ -45,31 +45,31 @@ def pinned(package: str) -> str:
 
 
 def environment_folder() -> Path:
-    """Where the environment of these pins lies, or would."""
+    """The folder of the environment with these pins, whether it exists or not."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "weftrain" / f"cerebras-{hashlib.sha256(pins().encode()).hexdigest()[:12]}"
 
 
 def missing() -> str | None:
-    """None, or what is missing and the command that mends it. Looks at files only; what the environment holds is asked
-    of the worker.
+    """None, or what is missing and the command that repairs it. It looks at files only; the worker checks the
+    versions.
     """
     named = os.environ.get(PYTHON_VARIABLE)
     if named is not None:
         return (
             None
             if os.access(named, os.X_OK)
-            else f"{PYTHON_VARIABLE}={named} is no program that can be run: correct it, or unset it"
+            else f"{PYTHON_VARIABLE}={named} is not an executable file: correct it, or unset it"
         )
     folder = environment_folder()
     if not (folder / _MARKER).is_file():
-        state = "was not made to the end" if folder.exists() else "is not there"
+        state = "is incomplete" if folder.exists() else "is not installed"
         return (
             f"its own environment (cerebras-pytorch {pinned('cerebras-pytorch')}, 5.3 GB) {state}: run "
             f"`{SETUP_COMMAND}`"
         )
     if not os.access(folder / "bin" / "python", os.X_OK):
-        return f"{folder}: its Python is gone: remove the folder and run `{SETUP_COMMAND}`"
+        return f"{folder}: its Python is missing: remove the folder and run `{SETUP_COMMAND}`"
     return None
 
 
@@ -100,16 +100,17 @@ def find_python_3_11(candidates: tuple[str, ...] = (sys.executable, "python3.11"
             return Path(path)
         seen.append(f"{path} ({' '.join(answer) or 'does not start'})")
     raise BackendError(
-        f"cerebras-pytorch {pinned('cerebras-pytorch')} is built for CPython 3.11 alone and there is none on PATH "
+        f"cerebras-pytorch {pinned('cerebras-pytorch')} needs CPython 3.11, and there is none on PATH "
         f"(found {', '.join(dict.fromkeys(seen)) or 'no Python'}): install Python 3.11, or name one with --python"
     )
 
 
 def make(progress: Progress, interpreter: Path | None = None) -> Path:
-    """Make the environment where it is not there, and return its Python.
+    """Make the environment if it does not exist, and return its Python.
 
-    progress: told what is being installed and the share that is done. Raises BackendError: another process makes it, no
-    Python 3.11, no room, a package that cannot be had; what was half made is not taken for whole, then or later.
+    progress: called with what is being installed and the share done. Raises BackendError if another process is making
+    it, for no Python 3.11, too little disk space, or a package that cannot be installed. An incomplete environment is
+    never used.
     """
     folder = environment_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -122,12 +123,11 @@ def make(progress: Progress, interpreter: Path | None = None) -> Path:
         free = fsops.free_bytes(folder.parent)
         if free < NEEDED_BYTES:
             raise BackendError(
-                f"{folder.parent}: {free / 1e9:.1f} GB are free and the environment needs {NEEDED_BYTES / 1e9:.1f} GB "
-                "while it is made: "
-                "free some, or set XDG_CACHE_HOME to a folder on another disk"
+                f"{folder.parent}: {free / 1e9:.1f} GB are free and making the environment needs "
+                f"{NEEDED_BYTES / 1e9:.1f} GB: free some, or set XDG_CACHE_HOME to a folder on another disk"
             )
         if folder.exists():
-            fsops.remove_tree(folder)  # interrupted, or its Python is gone
+            fsops.remove_tree(folder)  # interrupted, or its Python is missing
         log = folder.with_suffix(".log")
         progress("making a virtual environment", 0.0)
         _run([str(base), "-m", "venv", str(folder)], log, "w", lambda line: None)
@@ -160,8 +160,8 @@ def make(progress: Progress, interpreter: Path | None = None) -> Path:
 
 
 def _run(command: list[str], log: Path, mode: str, watch: Callable[[str], None]) -> None:
-    """Run a command with its output in `log`, line by line shown to `watch`. Raises BackendError with its last
-    words.
+    """Run a command, its output written to `log` and passed to `watch` line by line. Raises BackendError with its last
+    line.
     """
     last = ""
     with (
@@ -179,8 +179,7 @@ def _run(command: list[str], log: Path, mode: str, watch: Callable[[str], None])
             raise
     if process.returncode:
         raise BackendError(
-            f"{' '.join(command[1:4])} failed: {last[:300]}; the whole output is in {log}; then run `{SETUP_COMMAND}` "
-            "again"
+            f"{' '.join(command[1:4])} failed: {last[:300]}; its output is in {log}; then run `{SETUP_COMMAND}` again"
         )
 
 

@@ -1,10 +1,8 @@
-"""What is sent to the worker and what comes back: one JSON object a line, each with the same few fields, checked on
-both sides.
+"""The messages between the main process and the worker: one JSON object a line, checked on both sides.
 
-The first line to the worker is the job; then commands, one at a time. Each command is answered by events, the last of
-which ends it (`ENDS`). Nothing else crosses: no pickle, no tensor in JSON: held-out rows
-and state go through folders in the checkpoint format, and the vendor's own chatter goes to a log, never into this
-stream.
+The first line to the worker is the job; commands follow, one at a time. Each command is answered by events, the last of
+which ends it (`ENDS`). Held-out rows and state go through folders in the checkpoint format, never as pickle or in JSON,
+and the output of the vendor's packages goes to a log.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ ENDS = {"lowered", "compiled", "trained", "evaluated", "exported", "imported", "
 
 
 class WorkerJob(StrictModel):
-    """What the worker builds once.
+    """What the worker builds, once.
 
     mode: `validate` stops after the front end, `compile` after the cluster's compiler, `train` answers commands.
     """
@@ -34,7 +32,7 @@ class WorkerJob(StrictModel):
     target: Literal["csx", "cpu"]
     recipe: Recipe
     artifacts: str  # folder of this job alone
-    vendor_version: str  # of cerebras-pytorch, to be refused where it is another
+    vendor_version: str  # of cerebras-pytorch; the worker refuses another
     micro_batch: Literal["recipe", "auto"] = "recipe"
     precision_level: Count = 1  # the vendor's precision optimization level
     management_address: str | None = None
@@ -44,7 +42,7 @@ class WorkerJob(StrictModel):
 
 
 def encode(message: dict[str, Any]) -> str:
-    """One line. Floats that are not finite are written as JSON cannot: as the words that Python reads back."""
+    """One line. Floats that are not finite are NaN and Infinity, which Python's json reads back."""
     return json.dumps(message, separators=(",", ":")) + "\n"
 
 
@@ -60,7 +58,7 @@ def decode(line: str, origin: str) -> dict[str, Any]:
 
 
 def save_state(folder: Path, state: State) -> Path:
-    """A state on its way between the two processes: a checkpoint whose record says nothing but the step."""
+    """Write a state for the other process, as a checkpoint whose record has the step alone. Returns its folder."""
     info = checkpoint.save(
         folder, state, recipe={}, dataset_id="", fingerprint={}, tokens=0, position=0, parent=None, kernels={}
     )

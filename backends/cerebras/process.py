@@ -1,9 +1,7 @@
-"""The other process: starts the worker in the vendor's environment, speaks with it, and never waits for it without an
-end.
+"""Starts the worker process in the vendor's environment and exchanges messages with it, with a time limit.
 
-The vendor's packages write to stdout and stderr as they like, so both go to a log file
-and events have a pipe of their own. A worker that dies, or says nothing for too long, is an error of one line that
-names the log.
+The vendor's packages write to stdout and stderr, so both go to a log file, and events have a pipe of their own. A
+worker that dies, or sends nothing for too long, is an error of one line that names the log.
 """
 
 from __future__ import annotations
@@ -30,9 +28,7 @@ LOG = "vendor.log"
 
 
 class WorkerError(BackendError):
-    """What the worker could not do. frames: lines of weftrain's own source that the failure passed through, innermost
-    first.
-    """
+    """A failure in the worker. frames: the lines of weftrain's source in its traceback, innermost first."""
 
     def __init__(self, message: str, kind: str = "", frames: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -43,7 +39,7 @@ class NoClusterError(WorkerError):
     """The job needs systems, and none could be reached."""
 
 
-# Exceptions of the vendor's packages that say so, by name: its configuration, its gRPC calls, its name resolution.
+# Names of exceptions that mean it, from the vendor's configuration, its gRPC calls and name resolution.
 _NO_CLUSTER = (
     "ClusterConfigError",
     "InactiveRpcError",
@@ -55,7 +51,7 @@ _NO_CLUSTER = (
 
 
 class WorkerProcess:
-    """One job in one process. silence_s: how long it may say nothing. root: the source it imports."""
+    """One job in one process. silence_s: longest time between two messages. root: folder of the source it imports."""
 
     def __init__(self, job: WorkerJob, silence_s: float, python: Path | None = None, root: Path = ROOT) -> None:
         self.folder, self.silence_s = Path(job.artifacts), silence_s
@@ -72,8 +68,8 @@ class WorkerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=(write,),
-                cwd=self.folder,  # the vendor leaves files where it is started
-                start_new_session=True,  # so that what it starts can be ended with it
+                cwd=self.folder,  # the vendor's packages write files into the working folder
+                start_new_session=True,  # so that its child processes can be ended with it
             )
         os.close(write)
         os.set_blocking(read, False)
@@ -91,8 +87,8 @@ class WorkerProcess:
         return last
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Events until one that ends a command. Raises WorkerError for a failure, a death or a silence; NonFiniteError
-        as the run's.
+        """Events until one that ends a command. Raises WorkerError if the worker fails, dies or sends nothing for too
+        long, and NonFiniteError if it reports that.
         """
         while True:
             event = decode(self._line(), "the worker")
@@ -103,7 +99,7 @@ class WorkerProcess:
                 return
 
     def close(self) -> None:
-        """End the process: by closing its input, and if that does not help by force."""
+        """End the process by closing its input, and after 10 s by a signal."""
         with contextlib.suppress(OSError):
             if self._process.stdin is not None:
                 self._process.stdin.close()
@@ -146,8 +142,7 @@ class WorkerProcess:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     self._kill()
                     raise WorkerError(
-                        f"the worker said nothing for {self.silence_s:g} s and was ended; what it printed is in "
-                        f"{self.log}; "
+                        f"the worker sent nothing for {self.silence_s:g} s and was ended; its output is in {self.log}; "
                         "raise backend.options.silence_s if the machine is slow"
                     )
                 part = os.read(self._events, 1 << 16)
@@ -165,7 +160,7 @@ class WorkerProcess:
             code = -signal.SIGKILL
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         out_of_memory = " (out of memory?)" if code == -signal.SIGKILL else ""
-        raise WorkerError(f"the worker {how}{out_of_memory}: {self.last_words()}; the whole output is in {self.log}")
+        raise WorkerError(f"the worker {how}{out_of_memory}: {self.last_words()}; its output is in {self.log}")
 
     def _fail(self, event: dict[str, Any]) -> None:
         message, frames = str(event.get("message", "")), tuple(event.get("frames", ()))
@@ -173,9 +168,9 @@ class WorkerProcess:
             raise NonFiniteError(message)
         if any(name in str(event.get("kind")) for name in _NO_CLUSTER):
             raise NoClusterError(
-                f"a Cerebras cluster is needed for this and none was reached ({_first_line(message)}): on a cluster's "
-                "user node set "
-                "backend.options.management_address, or use its configuration file; `weftrain lower` needs none"
+                f"this needs a Cerebras cluster and none was reached ({_first_line(message)}): on a cluster's user "
+                "node set backend.options.management_address, or use its configuration file; `weftrain lower` needs "
+                "none"
             )
         raise WorkerError(message, str(event.get("kind", "")), frames)
 

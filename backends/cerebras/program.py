@@ -1,5 +1,5 @@
-"""The training script for the vendor's package: runs in its environment only, the same for its CPU backend, its
-compiler and its systems.
+"""The training script for the vendor's package. It runs in that package's environment only; the same script serves its
+CPU backend, its compiler and its systems.
 
 What a reader would get wrong: on a system `step` is traced once and never runs in Python. So it has no condition on a
 value, its loss is the global batch's, which is traced at the global batch size however many systems share it, and what
@@ -38,22 +38,21 @@ IGNORED_LABEL = -100
 
 
 def run(job_line: str, commands: Iterator[Mapping[str, Any]], send: Send) -> None:
-    """Do one job: build, then answer commands until there are no more."""
+    """Run one job: build the program, then answer commands until standard input ends."""
     job = WorkerJob.model_validate_json(job_line)
     send("phase", name="loading the vendor's package")
     try:
         import cerebras.pytorch as cstorch
     except ImportError as error:
         raise BackendError(
-            f"{sys.executable}: no cerebras-pytorch that can be imported ({error}): run `weftrain backends setup "
-            "cerebras`, or correct "
-            "WEFTRAIN_CEREBRAS_PYTHON"
+            f"{sys.executable}: cerebras-pytorch cannot be imported ({error}): run `weftrain backends setup cerebras`, "
+            "or correct WEFTRAIN_CEREBRAS_PYTHON"
         ) from error
 
     if cstorch.__version__ != job.vendor_version:
         raise BackendError(
-            f"this environment holds cerebras-pytorch {cstorch.__version__} and {job.vendor_version} is wanted: make "
-            "it anew"
+            f"this environment has cerebras-pytorch {cstorch.__version__}, but {job.vendor_version} is required: "
+            "set it up again"
         )
     program = Program(job, cstorch, send)
     send("ready", vendor=cstorch.__version__, torch=torch.__version__, parameters=program.parameter_names)
@@ -83,7 +82,7 @@ class Program:
         if recipe.precision.compute == "bfloat16":
             cstorch.amp.set_half_dtype("bfloat16")
         else:
-            # Once a process, before the backend does it: without the casts that a system's backend would install.
+            # Once a process and before the backend does so, which would install the casts of a system.
             cstorch.amp._amp_state.handle = cstorch.amp.init(enabled=False)
         self.backend = self._backend()
         send("phase", name="building the model")
@@ -112,7 +111,7 @@ class Program:
         cs.backends.csx.performance.micro_batch_size = batch.micro_batch_size if job.micro_batch == "recipe" else "auto"
         cluster = cs.distributed.ClusterConfig(
             num_csx=batch.replicas,
-            num_workers_per_csx=1,  # so that a streamer's rank says which rows of a batch are its
+            num_workers_per_csx=1,  # so that a streamer's rank tells which rows of a batch it reads
             mgmt_address=job.management_address,
             mgmt_namespace=job.management_namespace,
             credentials_path=job.credentials_path,
@@ -162,9 +161,6 @@ class Program:
             whole = lr_scheduler.SequentialLR(optimizer, pieces, milestones)
         return lr_scheduler.ScalePerParamLR(optimizer, whole)
 
-    # -- one step
-    # ----------------------------------------------------------------------------------------------------
-
     def step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """ids, labels int32 [global batch, T] -> mean loss and gradient norm before clipping. Traced on a system."""
         ids, labels = batch
@@ -199,7 +195,7 @@ class Program:
         )
 
     def _hand_out(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Have loss and norm come out of the step under these names, at the steps that were asked for."""
+        """Report loss and gradient norm from the traced step, at the steps that were requested."""
 
         @self.cs.step_closure  # type: ignore[untyped-decorator]
         def report(loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
@@ -211,11 +207,8 @@ class Program:
 
         report(loss, norm)
 
-    # -- a run
-    # ----------------------------------------------------------------------------------------------------
-
     def train(self, command: Mapping[str, Any]) -> None:
-        """`count` steps from where the state stands; loss and norm of every `every`-th, and of the last, come back as
+        """Train `count` steps from the current state. Loss and norm of each `every`-th step and of the last are
         events.
         """
         data = self.cs.utils.data
@@ -235,7 +228,7 @@ class Program:
         """Mean loss over the tokens of the rows in a folder: ids int64 [rows, T + 1] and mask bool [rows, T]."""
         if self.job.target != "cpu":
             raise BackendError(
-                "a system needs a trace of its own for evaluation, which is not written: run `weftrain eval RUN "
+                "evaluation on a system needs a separate trace, which is not implemented: run `weftrain eval RUN "
                 "--backend local`"
             )
         rows, _ = checkpoint.load(Path(command["path"]))
@@ -247,7 +240,9 @@ class Program:
         self.send("evaluated", loss=total / int(mask.sum()), tokens=int(mask.sum()))
 
     def export(self, path: Path) -> None:
-        """The neutral state as a checkpoint folder. On a system the vendor fetches each tensor as it is asked for."""
+        """Write the state as a checkpoint folder. On a system the vendor's package fetches each tensor as it is
+        read.
+        """
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state[parameter]
@@ -262,7 +257,7 @@ class Program:
 
     @torch.no_grad()
     def restore(self, path: Path) -> None:
-        """State from such a folder, and with it where the schedule and the bias correction stand."""
+        """Load the state from such a folder, and set the schedule and the bias correction to its step."""
         state, _ = checkpoint.load(path)
         config = self.recipe.optimizer
         for name, parameter in self.model.named_parameters():
@@ -270,7 +265,7 @@ class Program:
             parameter.copy_(state.tensors[f"weights/{name}"])
             for plane in ("exp_avg", "exp_avg_sq"):
                 held[plane].copy_(state.tensors[f"{plane}/{name}"])
-            # The vendor keeps beta^t of the update to come.
+            # The vendor's optimizer keeps beta^t of the next update.
             for power, beta in (("beta1_power", config.beta1), ("beta2_power", config.beta2)):
                 held[power].fill_(float(beta_power(beta, state.optimizer_updates)))
         self.step_count, self.skipped = state.step, state.step - state.optimizer_updates
@@ -278,7 +273,7 @@ class Program:
         self.send("imported")
 
     def _set_schedule(self, step: int) -> None:
-        """Have the schedule stand before 0-based step `step`."""
+        """Set the schedule to just before 0-based step `step`."""
         self.scheduler.last_epoch.fill_(step)
         whole = self.scheduler._scheduler_nested
         whole.last_epoch.fill_(step)
@@ -291,12 +286,12 @@ class Program:
 
 
 def _peak_bytes() -> int:
-    """Of this process, or of the compiler that it starts, whichever was larger."""
+    """Peak resident bytes of this process or of the compiler that it started, whichever is larger."""
     return max(peak_resident_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10)
 
 
 def _zeros(shape: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """One batch of the right shape, in memory of one row: a front end that only traces never reads it."""
+    """One batch of the right shape in the memory of one row, because tracing never reads its values."""
     return [
         (
             torch.zeros(1, shape[1], dtype=torch.int32).expand(shape),
@@ -306,7 +301,7 @@ def _zeros(shape: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def to_inputs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 ids and labels [rows, T], as the vendor's loader takes them; a label without loss is -100."""
+    """int32 ids and labels [rows, T], as the vendor's loader takes them; a label that bears no loss is -100."""
     labels = batch.ids[:, 1:].copy()
     if batch.loss_mask is not None:
         labels[~batch.loss_mask] = IGNORED_LABEL
@@ -314,21 +309,20 @@ def to_inputs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check_mask(batch: Batch, step: int, normalizer: str) -> None:
-    """Raises BackendError for rows with a loss mask where the recipe wants the loss divided by bearing tokens."""
+    """Raises BackendError for rows with a loss mask if the recipe divides the loss by bearing tokens."""
     if normalizer == "bearing_tokens" and batch.bearing_tokens != batch.ids[:, 1:].size:
         raise BackendError(
-            f"step {step}: objective.normalizer is bearing_tokens and rows of this step have a loss mask: the traced "
-            "step divides by a "
-            "constant, all positions: set objective.normalizer=all_positions, or use another backend"
+            f"step {step}: objective.normalizer is bearing_tokens, but rows of this step have a loss mask, and the "
+            "traced step divides by a constant number of positions: set objective.normalizer=all_positions, or use "
+            "another backend"
         )
 
 
-class _Rows(torch.utils.data.IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Batch after batch from step `first` on: all rows on the user's node, this task's share where a task feeds a
-    system.
+class _TrainingRows(torch.utils.data.IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Batches from step `first` on: all rows on the user's node, and this task's share of them on an input worker.
 
-    Raises BackendError for a loss mask that the traced step's divisor would not follow, NonFiniteError for a batch that
-    bears no loss.
+    Raises BackendError for a loss mask that the traced step's divisor does not follow, NonFiniteError for a batch in
+    which no token bears a loss.
     """
 
     def __init__(self, source: BatchSource, first: int, normalizer: str) -> None:
@@ -348,8 +342,8 @@ class _Rows(torch.utils.data.IterableDataset[tuple[torch.Tensor, torch.Tensor]])
 
 
 def training_rows(recipe: str, dataset_id: str, first: int) -> Any:
-    """The vendor's `input_fn`: a torch DataLoader over the recipe's own order. Raises DataError where the data is not
-    the job's.
+    """The vendor's `input_fn`: a torch DataLoader over the recipe's order. Raises DataError if the data here is not the
+    job's.
     """
     checked = Recipe.model_validate_json(recipe)
     source = training_source(checked)
@@ -358,12 +352,12 @@ def training_rows(recipe: str, dataset_id: str, first: int) -> Any:
             f"the recipe's data here is {source.dataset_id}, the job's is {dataset_id}: point data.root at the same "
             "datasets"
         )
-    return torch.utils.data.DataLoader(_Rows(source, first, checked.objective.normalizer), batch_size=None)
+    return torch.utils.data.DataLoader(_TrainingRows(source, first, checked.objective.normalizer), batch_size=None)
 
 
 def _adamw_after_correction(cstorch: Any) -> Any:
-    """torch's placement of epsilon as an optimizer of the vendor's kind, which can be traced; its own has the other
-    placement only.
+    """The vendor's AdamW with torch's placement of epsilon, traceable. The vendor's own has only the other
+    placement.
     """
 
     class AdamWAfterCorrection(cstorch.optim.AdamW):  # type: ignore[misc]

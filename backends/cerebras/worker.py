@@ -1,9 +1,8 @@
 """Runs in the vendor's environment: `python -I worker.py ROOT EVENTS PARENT`, job and commands on stdin, events to file
 descriptor EVENTS. It ends when process PARENT does.
 
-The package weftrain is not installed in that environment. Its source, the very files that the main
-process runs, is made importable from ROOT, the folder that holds core/, kernels/ and backends/; so a graph can never
-come from another version.
+weftrain is not installed in that environment. The source files that the main process runs are made importable from
+ROOT, the folder that holds core/, kernels/ and backends/, so that a graph cannot come from another version.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 
 
 def main(root: str, descriptor: int, parent: int) -> int:
-    # as process.py starts it: a group of its own, in which the vendor's processes are, too
+    # process.py starts it in a process group of its own, which also holds the vendor's processes
     if os.getpgrp() == os.getpid():
         threading.Thread(target=_end_with, args=(parent,), name="weftrain-parent", daemon=True).start()
     package = types.ModuleType("weftrain")
@@ -47,9 +46,9 @@ def main(root: str, descriptor: int, parent: int) -> int:
 
 
 def _end_with(parent: int) -> None:
-    """The main process may be killed while the compiler works for an hour: nothing goes on without it.
+    """End this process group when the main process ends, which may be killed while the compiler works for an hour.
 
-    parent: as the main process gave it, not as it is found here, for by then another may have taken over.
+    parent: as the main process gave it; by now this process may already have been given to another parent.
     """
     while os.getppid() == parent:
         time.sleep(1.0)

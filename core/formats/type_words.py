@@ -35,7 +35,7 @@ def type_words(annotation: Any, metadata: Any = ()) -> str:
     if origin is dict:
         return f"mapping of {type_words(arguments[0])} to {type_words(arguments[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"{annotation.__name__.removesuffix('Config')} section"
+        return f"{annotation.__name__.removesuffix('Config').removesuffix('Section')} section"
     bounds = [
         f"{sign} {limit}"
         for item in metadata

@@ -43,6 +43,6 @@ def test_what_the_worker_could_not_do_keeps_its_kind(
 
 def test_a_python_without_the_vendors_package_is_said(tmp_path: Path, tiny_recipe: Tiny) -> None:
     job = worker_job(tiny_recipe(), CerebrasOptions(), "validate")(tmp_path / "work")
-    words = r"no cerebras-pytorch .*: run `weftrain backends setup cerebras`"
+    words = r"cerebras-pytorch cannot be imported .*: run `weftrain backends setup cerebras`"
     with pytest.raises(WorkerError, match=words), WorkerProcess(job, 60, Path(sys.executable)) as worker:
         list(worker.events())

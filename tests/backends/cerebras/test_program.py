@@ -28,6 +28,6 @@ def test_a_loss_mask_that_a_constant_divisor_would_not_follow_is_refused() -> No
     check_mask(Batch(ids, masked), 3, "all_positions")
     with pytest.raises(
         BackendError,
-        match=r"step 3: objective\.normalizer is bearing_tokens .* set objective\.normalizer=all_positions",
+        match=r"step 3: objective\.normalizer is bearing_tokens, .* set objective\.normalizer=all_positions",
     ):
         check_mask(Batch(ids, masked), 3, "bearing_tokens")

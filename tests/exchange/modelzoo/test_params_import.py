@@ -171,8 +171,8 @@ def test_a_file_of_ours_is_imported_and_its_numbers_are_muP(tmp_path: Path) -> N
         ("runconfig.checkpoint_path", "/some/where", "checkpoint_path starts from another run: say which"),
         ("runconfig.max_step", 5, "unknown key 'runconfig.max_step'; did you mean 'runconfig.max_steps'"),
         ("sparsity.type", "static", "unknown key 'sparsity'"),
-        ("runconfig.max_steps", "many", "runconfig.max_steps: input should be a valid integer, not a string"),
-        ("runconfig.max_steps", ..., r"missing key 'runconfig.max_steps' \(int\); add it"),
+        ("runconfig.max_steps", "many", "runconfig.max_steps: should be integer > 0, not a string"),
+        ("runconfig.max_steps", ..., r"missing key 'runconfig.max_steps' \(integer > 0\); add it"),
         ("model.layer_norm_epsilon", ..., "missing key 'model.layer_norm_epsilon'"),
         ("optimizer.correct_bias", ..., "missing key 'optimizer.correct_bias'"),
         ("model", ..., "missing key 'model'"),
@@ -258,7 +258,7 @@ def test_the_strict_loader_reads_it(tmp_path: Path) -> None:
         (lambda: text.replace("beta1: 0.9", "beta1: &a 0.9").replace("beta2: 0.95", "beta2: *a"), "alias"),
         (lambda: "- 1\n", "a params file is a mapping"),
         (lambda: "", "a params file is a mapping"),
-        (lambda: "optimizer: 3\n", r"missing key 'model' \(ModelSection\); add it"),
+        (lambda: "optimizer: 3\n", r"missing key 'model' \(Model section\); add it"),
     ):
         with pytest.raises(RecipeError, match=reason):
             import_params(written(tmp_path, change()), name="x")

@@ -83,7 +83,7 @@ callsite(\\"swiglu\\"(\\"ROOT/kernels/reference.py\\":74:0)"]}""".replace("\n", 
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ({"kind": "silent", "silence_s": 0.5}, "said nothing for 0.5 s"),
+        ({"kind": "silent", "silence_s": 0.5}, "sent nothing for 0.5 s"),
         ({"kind": "killed"}, "was killed by SIGKILL"),
         ({"kind": "code"}, "ended with code 7: the last words"),
         ({"kind": "garbage"}, "a line that is not JSON"),
