@@ -316,9 +316,13 @@ def bench(
     if json_path is not None:
         json_path.write_text(report.to_json())
     if plot_path is not None:
-        from weftrain.kernels.bench.plot import plot
+        from weftrain.analysis.figure import new_figure, picture
+        from weftrain.core.formats import fsops
+        from weftrain.kernels.bench.plot import draw_shares
 
-        plot(report, plot_path)
+        figure = new_figure(6, 4.5)
+        draw_shares(report, figure)
+        fsops.write_bytes(plot_path, picture(figure, plot_path.suffix))
     for line in machine_lines(report):
         console.print(line)
     _print_table(bench_table(report))

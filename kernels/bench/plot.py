@@ -5,9 +5,12 @@ A bar is a share of what *this* machine could do, so bars of two machines do not
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from weftrain.kernels.bench.measure import Measurement, Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def bars(report: Report) -> dict[str, dict[str, Measurement]]:
@@ -22,16 +25,12 @@ def bars(report: Report) -> dict[str, dict[str, Measurement]]:
     return drawn
 
 
-def plot(report: Report, path: Path) -> None:
-    """Write the picture; its format is the suffix's (.png, .svg). Needs matplotlib (`pip install weftrain[plot]`)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def draw_shares(report: Report, figure: Figure) -> None:
+    """Draw the bars into an empty figure, whose size follows from their number."""
     drawn = bars(report)
     sources = sorted({source for by_source in drawn.values() for source in by_source})
     width = 0.8 / max(len(sources), 1)
-    figure = Figure(figsize=(max(6.0, 1.6 * len(drawn)), 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure.set_size_inches(max(6.0, 1.6 * len(drawn)), 4.5)
     axes = figure.add_subplot()
     for index, source in enumerate(sources):
         places, shares, below, above = [], [], [], []
@@ -54,4 +53,3 @@ def plot(report: Report, path: Path) -> None:
     )
     if sources:
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)

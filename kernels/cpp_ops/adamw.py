@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from weftrain.kernels.adamw_scalars import adamw_scalars
 from weftrain.kernels.arguments import check_adamw
 from weftrain.kernels.contract import Implementation
 from weftrain.kernels.cpp_ops._build import FILES, library, pointer, refuse_unless, threads, unavailable, version
@@ -40,14 +41,18 @@ def adamw(
     check_adamw(parameters, gradients, exp_avgs, exp_avg_sqs, copies, update_index, eps_placement, gradient_scale)
     for parameter in parameters:
         refuse_unless("adamw", True, "float32", parameter)
-    correction1 = 1 - beta1**update_index
-    correction2_sqrt = (1 - beta2**update_index) ** 0.5
+    *moments, eps, correction, step_size, decay = adamw_scalars(
+        eps_placement,
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        update_index=update_index,
+    )
     after = eps_placement == "after_bias_correction"
-    if after:
-        statics = (1 / correction2_sqrt, learning_rate / correction1, 1 - learning_rate * weight_decay)
-    else:
-        statics = (correction2_sqrt / correction1, learning_rate, weight_decay)
-    constants = (ctypes.c_float * 7)(1 - beta1, beta2, 1 - beta2, eps, *statics)
+    # the kernel multiplies by the correction where the formula divides by it
+    constants = (ctypes.c_float * 7)(*moments, eps, 1 / correction if after else correction, step_size, decay)
     step = library().weftrain_adamw
     for index, (parameter, gradient, exp_avg, exp_avg_sq) in enumerate(
         zip(parameters, gradients, exp_avgs, exp_avg_sqs, strict=True)

@@ -27,6 +27,7 @@ from weftrain.kernels.cpp_ops._build import (
     version,
 )
 from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
+from weftrain.kernels.operators import define_operator
 
 _LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
 _HEAD_DIMS = 32  # the head dimension is a multiple of this
@@ -53,7 +54,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None) -> Tensor:
-        output, logsumexp = torch.ops.weftrain.cpp_attention_forward(q, k, v, scale, document_start)
+        output, logsumexp = _FORWARD(q, k, v, scale, document_start)
         ctx.save_for_backward(q, k, v, document_start, logsumexp)
         ctx.scale = scale
         return output
@@ -63,7 +64,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, document_start, logsumexp = ctx.saved_tensors
         return (
-            *torch.ops.weftrain.cpp_attention_backward(grad, q, k, v, logsumexp, ctx.scale, document_start),
+            *_BACKWARD(grad, q, k, v, logsumexp, ctx.scale, document_start),
             None,
             None,
         )
@@ -115,24 +116,17 @@ def _fake_backward(
     return first, second, third
 
 
-def _define(schema: str, function: Any, fake: Any) -> None:
-    name = schema.split("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, function, "CPU")
-    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # _Attention is what is differentiated
-    torch.library.register_fake(f"weftrain::{name}", fake, lib=_LIBRARY)
-
-
-_define(
+_FORWARD = define_operator(
+    _LIBRARY,
     "cpp_attention_forward(Tensor q, Tensor k, Tensor v, float scale, Tensor? document_start) -> (Tensor, Tensor)",
-    _forward,
+    {"CPU": _forward},
     _fake_forward,
 )
-_define(
-    "cpp_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor logsumexp, float scale, Tensor? "
-    "document_start)"
-    " -> (Tensor, Tensor, Tensor)",
-    _backward,
+_BACKWARD = define_operator(
+    _LIBRARY,
+    "cpp_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor logsumexp, float scale, "
+    "Tensor? document_start) -> (Tensor, Tensor, Tensor)",
+    {"CPU": _backward},
     _fake_backward,
 )
 

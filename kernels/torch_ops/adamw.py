@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from weftrain.kernels.adamw_scalars import adamw_scalars
 from weftrain.kernels.arguments import check_adamw
 from weftrain.kernels.contract import Implementation
 from weftrain.kernels.torch_ops._generated import needs_compiler
@@ -42,15 +43,16 @@ def adamw(
     check_adamw(parameters, gradients, exp_avgs, exp_avg_sqs, copies, update_index, eps_placement, gradient_scale)
     if not parameters:
         return
-    correction1 = 1 - beta1**update_index
-    correction2_sqrt = (1 - beta2**update_index) ** 0.5
-    if eps_placement == "after_bias_correction":
-        statics = [correction2_sqrt, learning_rate / correction1, 1 - learning_rate * weight_decay]
-    else:
-        statics = [correction2_sqrt / correction1, learning_rate, weight_decay]
-    scalars = torch.tensor(  # each rounded to fp32 once, after arithmetic in double
-        [1 - beta1, beta2, 1 - beta2, eps, *statics], dtype=torch.float32, device=parameters[0].device
+    scalars = adamw_scalars(
+        eps_placement,
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        update_index=update_index,
     )
+    on_device = torch.tensor(scalars, dtype=torch.float32, device=parameters[0].device)
     compiled = _compiled(eps_placement)
     for index, (parameter, gradient, exp_avg, exp_avg_sq) in enumerate(
         zip(parameters, gradients, exp_avgs, exp_avg_sqs, strict=True)
@@ -64,7 +66,7 @@ def adamw(
             _flat(exp_avg_sq),
             None if copies is None else _flat(copies[index]),
             gradient_scale,
-            scalars,
+            on_device,
         )
 
 

@@ -6,15 +6,14 @@ multiplies them by the incoming scalar. Where no gradient is wanted (evaluation)
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from weftrain.kernels.arguments import check_linear_cross_entropy
 from weftrain.kernels.contract import Implementation
-from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
+from weftrain.kernels.derivatives import outside_autocast
+from weftrain.kernels.gradients_in_forward import differentiable_loss
 from weftrain.kernels.reference import cross_entropy
 
 # Logits held at once, in elements. 2^24 x bf16 = 32 MiB lets the CPU's matrix multiplies run at peak (one product of
@@ -41,7 +40,7 @@ def linear_cross_entropy(
     """
     check_linear_cross_entropy(hidden, weight, labels, ignore_index)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LossAndGradients.apply(hidden, weight, labels, logits_scale, ignore_index, z_loss)
+        return _DIFFERENTIABLE(hidden, weight, labels, logits_scale, ignore_index, z_loss)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for rows in _chunks(hidden, weight):
         logits = F.linear(hidden[rows], weight)
@@ -50,34 +49,31 @@ def linear_cross_entropy(
     return total
 
 
-class _LossAndGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float
-    ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        grad_hidden, grad_weight = [], None
-        for rows in _chunks(hidden, weight):
-            chunk = hidden[rows]  # [n, D]
-            loss, slope, row_scale = _chunk(chunk, weight, labels[rows], logits_scale, ignore_index, z_loss)
-            total = total + loss
-            if wants_hidden:
-                grad_hidden.append(((slope @ weight) * row_scale).to(hidden.dtype))
-            if wants_weight:
-                partial = slope.t() @ (chunk * row_scale).to(chunk.dtype)  # [V, D]
-                grad_weight = partial if grad_weight is None else grad_weight.float() + partial
-        ctx.save_for_backward(torch.cat(grad_hidden) if wants_hidden else None, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        return total
+def _loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    logits_scale: float,
+    ignore_index: int,
+    z_loss: float,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    grad_hidden, grad_weight = [], None
+    for rows in _chunks(hidden, weight):
+        chunk = hidden[rows]  # [n, D]
+        loss, slope, row_scale = _chunk(chunk, weight, labels[rows], logits_scale, ignore_index, z_loss)
+        total = total + loss
+        if wants_hidden:
+            grad_hidden.append(((slope @ weight) * row_scale).to(hidden.dtype))
+        if wants_weight:
+            partial = slope.t() @ (chunk * row_scale).to(chunk.dtype)  # [V, D]
+            grad_weight = partial if grad_weight is None else grad_weight.float() + partial
+    return total, torch.cat(grad_hidden) if wants_hidden else None, grad_weight
 
-    @staticmethod
-    @first_derivatives_only("linear_cross_entropy", "torch")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scaled_hidden = None if grad_hidden is None else (grad_hidden.float() * grad).to(grad_hidden.dtype)
-        scaled_weight = None if grad_weight is None else (grad_weight.float() * grad).to(ctx.weight_dtype)
-        return scaled_hidden, scaled_weight, None, None, None, None
+
+_DIFFERENTIABLE = differentiable_loss("torch", _loss_and_gradients)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

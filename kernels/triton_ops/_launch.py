@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from weftrain.kernels.contract import TARGETS, Implementation, Spec
+from weftrain.kernels.operators import define_operator
 
 VERSION = f"triton {triton.__version__}"
 TRITON_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # as signatures spell them
@@ -80,19 +81,9 @@ def target(device: torch.device) -> str:
     return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def operator(schema: str, launch: Callable[..., Any], fake: Callable[..., Any] | None = None) -> Any:
-    """Define `weftrain::<schema>` and return it. launch: runs it on cuda and cpu tensors; fake: allocates what launch
-    returns.
-    """
-    name = schema.split("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, launch, "CPU")
-    _LIBRARY.impl(name, _on_the_device_of_its_tensors(launch), "CUDA")
-    # the autograd.Function around it is what is differentiated
-    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    if fake is not None:
-        torch.library.register_fake(f"weftrain::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.weftrain, name).default
+def operator(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The torch operator that runs `launch` on tensors of a GPU, and on those of a CPU when interpreted."""
+    return define_operator(_LIBRARY, schema, {"CPU": launch, "CUDA": _on_the_device_of_its_tensors(launch)}, fake)
 
 
 def _on_the_device_of_its_tensors(launch: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from weftrain.kernels.adamw_scalars import adamw_scalars
 from weftrain.kernels.arguments import check_adamw
 from weftrain.kernels.contract import Compilation
 from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, operator
@@ -28,7 +29,7 @@ def _step(
     one_minus_beta1, beta2, one_minus_beta2, eps, correction, step_size, decay,
     EPS_AFTER: tl.constexpr, HAS_COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block, in fp32. correction, step_size and decay mean what _scalars says for each placement of eps."""
+    """One block, in fp32. correction, step_size and decay are those of kernels/adamw_scalars.py."""
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < elements
     g = tl.load(gradient + offset, mask=inside, other=0.0).to(tl.float32) * tl.load(gradient_scale)
@@ -104,7 +105,15 @@ def adamw(
     """
     check_adamw(parameters, gradients, exp_avgs, exp_avg_sqs, copies, update_index, eps_placement, gradient_scale)
     after = eps_placement == "after_bias_correction"
-    scalars = _scalars(after, learning_rate, beta1, beta2, eps, weight_decay, update_index)
+    scalars = adamw_scalars(
+        eps_placement,
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        update_index=update_index,
+    )
     for index, parameter in enumerate(parameters):
         copy = None if copies is None else copies[index]
         gradient = gradients[index].contiguous()
@@ -113,23 +122,6 @@ def adamw(
     if not torch.compiler.is_compiling():
         written = (*parameters, *exp_avgs, *exp_avg_sqs, *(copies or ()))
         torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
-
-
-def _scalars(
-    after: bool, learning_rate: float, beta1: float, beta2: float, eps: float, weight_decay: float, update_index: int
-) -> list[float]:
-    """[1 - beta1, beta2, 1 - beta2, eps, correction, step_size, decay], in double.
-
-    eps after the correction: sqrt(v) is divided by `correction`, the weight multiplied by `decay`. Before: the update
-    is multiplied by `correction`, and `decay` is added as a rate.
-    """
-    correction1 = 1 - beta1**update_index
-    correction2_sqrt = (1 - beta2**update_index) ** 0.5
-    if after:
-        own = [correction2_sqrt, learning_rate / correction1, 1 - learning_rate * weight_decay]
-    else:
-        own = [correction2_sqrt / correction1, learning_rate, weight_decay]
-    return [float(scalar) for scalar in (1 - beta1, beta2, 1 - beta2, eps, *own)]
 
 
 def _compilations() -> list[Compilation]:

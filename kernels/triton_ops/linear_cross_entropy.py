@@ -8,8 +8,6 @@ to stretch its range: a factor that saves an fp16 probability of 1e-8 overflows 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +15,8 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_linear_cross_entropy
 from weftrain.kernels.contract import Compilation
-from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
+from weftrain.kernels.derivatives import outside_autocast
+from weftrain.kernels.gradients_in_forward import SIGNATURE, differentiable_loss, empty_results
 from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, operator
 from weftrain.kernels.triton_ops._softmax_rows import block_gradient, row_block, row_factors, row_loss, row_statistics
 
@@ -104,40 +103,11 @@ def _fake(
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss = torch.empty((), dtype=torch.float32, device=hidden.device)
-    grad_hidden = torch.empty(hidden.shape if wants_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
-    grad_weight = torch.empty(weight.shape if wants_weight else (0,), dtype=weight.dtype, device=weight.device)
-    return loss, grad_hidden, grad_weight
+    return empty_results(hidden, weight, wants_hidden, wants_weight, weight.dtype)
 
 
-_LOSS_AND_GRADIENTS = operator(
-    "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor labels, float logits_scale, int ignore_index, "
-    "float z_loss, "
-    "bool wants_hidden, bool wants_weight) -> (Tensor, Tensor, Tensor)",
-    _launch,
-    _fake,
-)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float
-    ) -> Tensor:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        loss, grad_hidden, grad_weight = _LOSS_AND_GRADIENTS(
-            hidden, weight, labels, logits_scale, ignore_index, z_loss, wants_hidden, wants_weight
-        )
-        ctx.save_for_backward(grad_hidden if wants_hidden else None, grad_weight if wants_weight else None)
-        return loss
-
-    @staticmethod
-    @first_derivatives_only("linear_cross_entropy", "triton")
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight = (
-            None if saved is None else (saved.float() * incoming).to(saved.dtype) for saved in ctx.saved_tensors
-        )
-        return hidden, weight, None, None, None, None
+_LOSS_AND_GRADIENTS = operator(f"linear_cross_entropy_forward{SIGNATURE}", _launch, _fake)
+_DIFFERENTIABLE = differentiable_loss("triton", _LOSS_AND_GRADIENTS)
 
 
 @outside_autocast
@@ -160,7 +130,7 @@ def linear_cross_entropy(
     check_linear_cross_entropy(hidden, weight, labels, ignore_index)
     statics = (float(logits_scale), ignore_index, float(z_loss))
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, labels.contiguous(), *statics)
+        return _DIFFERENTIABLE(hidden, weight, labels.contiguous(), *statics)
     return _LOSS_AND_GRADIENTS(hidden, weight, labels.contiguous(), *statics, False, False)[0]
 
 

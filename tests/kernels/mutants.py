@@ -47,8 +47,7 @@ def mutant(folder: str, op: str, file: str, old: str, new: str, into: Path) -> M
             text, found = in_any_layout(old).subn(lambda _: new, text)
             assert found, f"kernels/{folder}/{file} no longer has this text; write the fault anew: {old}"
         text = text.replace(f"weftrain.kernels.{folder}", name)
-        for operators in ('Library("weftrain"', 'f"weftrain::', "torch.ops.weftrain"):
-            text = text.replace(operators, operators.replace("weftrain", name))
+        text = text.replace('Library("weftrain"', f'Library("{name}"')
         (package / path.name).write_text(text)
     sys.path.append(str(into))
     try:

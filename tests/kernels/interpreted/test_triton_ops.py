@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weftrain.kernels import OPS, KernelError
+from weftrain.kernels.adamw_scalars import adamw_scalars
+from weftrain.kernels.arguments import EPS_PLACEMENTS
 
 DIFFERENTIABLE = ("rms_norm", "layer_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy")
 NAN, INF = float("nan"), float("inf")
@@ -577,10 +579,10 @@ def test_adamw_of_no_parameters_does_nothing() -> None:
 
 def test_what_changes_from_step_to_step_is_a_float() -> None:
     """Triton compiles anew for another integer that is 1 or a multiple of 16, and never for another float."""
-    scalars = module("adamw")._scalars
-    for after in (True, False):
+    zeros = dict.fromkeys(("beta1", "beta2", "eps", "weight_decay"), 0)
+    for placement in EPS_PLACEMENTS:
         for update_index in (1, 16):
-            values = scalars(after, 1, 0, 0, 0, 0, update_index)
+            values = adamw_scalars(placement, learning_rate=1, **zeros, update_index=update_index)
             assert [type(value) for value in values] == [float] * 7
 
 
