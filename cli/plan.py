@@ -180,15 +180,25 @@ def _by_name(
     table = _table(recipe, prediction)
     table.add_row("largest micro-batch", f"{most} sequences of {recipe.data.sequence_length}" if most else "none fits")
     tokens_per_second = recipe.tokens_per_step / prediction.step_s
-    days = recipe.schedule.steps * prediction.step_s / 86400
+    tokens = recipe.schedule.steps * recipe.tokens_per_step
     table.add_row(
-        "whole run, predicted",
-        f"{days:,.1f} days for {recipe.schedule.steps * recipe.tokens_per_step / 1e9:,.1f} B tokens",
+        "whole run, predicted", f"{_duration(recipe.schedule.steps * prediction.step_s)} for {_tokens(tokens)}"
     )
     share = _utilization(recipe, tokens_per_second / count, machine.matmul_flops)
     table.add_row("a device, predicted", f"{tokens_per_second / count:,.0f} tokens/s, {share}")
     console.print(table)
     return prediction
+
+
+def _duration(seconds: float) -> str:
+    """90 -> '1.5 minutes'."""
+    limits = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (120, 60, "minutes"), (0, 1, "s"))
+    unit, name = next((unit, name) for least, unit, name in limits if seconds >= least)
+    return f"{seconds / unit:,.1f} {name}"
+
+
+def _tokens(count: int) -> str:
+    return f"{count / 1e9:,.1f} B tokens" if count >= 1e9 else f"{count / 1e6:,.1f} M tokens"
 
 
 def _utilization(recipe: Recipe, tokens_per_second: float, peak: float) -> str:

@@ -33,7 +33,8 @@ SEVEN_BILLION = re.compile(r"\b(amber_7b|crystalcoder_7b_phase\d)\b")
 
 def commands(page: Path) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
-    return [line.split("   #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    lines = (line for block in blocks for line in block.replace("\\\n", " ").splitlines())
+    return [line.split("   #")[0].strip() for line in lines if line.strip()]
 
 
 # Pages whose commands train for some seconds each.
