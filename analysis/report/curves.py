@@ -34,21 +34,27 @@ class MetricChart:
     title: str
     unit: str
     name: str
-    rate: bool = False  # the axis begins at zero, numbers have SI prefixes, and the run's median is drawn
+    rate: bool = False  # the axis begins at zero, and the run's median is drawn
+    scale: float = 1.0  # what a logged figure is divided by
 
 
 # A figure that the trainer logs gets a chart by an entry here and nothing else: docs/add-a-metric.md.
 METRIC_CHARTS = (
     MetricChart("grad_norm", "Gradient norm", "before clipping", "gradient norm"),
     MetricChart("tokens_per_second", "Throughput", "tokens/s", "tokens/s", rate=True),
+    MetricChart("step_ms", "Time of a step", "ms", "step", rate=True),
+    MetricChart("data_wait_ms", "Waiting for data", "ms a step", "data wait"),
+    MetricChart("checkpoint_stall_ms", "Waiting for a checkpoint", "ms, of the last save", "checkpoint stall"),
+    MetricChart("memory_bytes", "Resident memory", "GiB", "resident memory", scale=2**30),
+    MetricChart("device_peak_memory_bytes", "Peak device memory", "GiB", "device memory", scale=2**30),
 )
 
 
 class Points:
     """(completed steps, value) in the file's order, stored as columns. A value may be nan or infinite."""
 
-    def __init__(self, points: Iterable[tuple[int, float]] = ()) -> None:
-        self._steps, self._values = array("q"), array("d")
+    def __init__(self, points: Iterable[tuple[int, float]] = (), scale: float = 1.0) -> None:
+        self._steps, self._values, self._scale = array("q"), array("d"), scale
         for step, value in points:
             self.add(step, value)
 
@@ -63,14 +69,14 @@ class Points:
 
     @property
     def values(self) -> np.ndarray:
-        """float64 [n]"""
-        return np.array(self._values, dtype=np.float64)
+        """float64 [n], divided by `scale`"""
+        return np.array(self._values, dtype=np.float64) / self._scale
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
-        return zip(self._steps, self._values, strict=True)
+        return zip(self.steps.tolist(), self.values.tolist(), strict=True)
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class LoggedCurve:
 class _Measurements:
     """The measurements of the effective line, or of one abandoned segment."""
 
-    training: dict[str, Points] = field(default_factory=lambda: {key: Points() for key in _keys()})
+    training: dict[str, Points] = field(default_factory=lambda: {key: Points(scale=scale) for key, scale in _keys()})
     rates: dict[str, Points] = field(default_factory=dict)
     heldout: dict[str, Points] = field(default_factory=dict)
     last_time: float = -math.inf
@@ -108,9 +114,9 @@ class _Measurements:
             self.rates[name].add(step, rate)
 
 
-def _keys() -> Iterator[str]:
-    yield "loss"
-    yield from (chart.key for chart in METRIC_CHARTS)
+def _keys() -> Iterator[tuple[str, float]]:
+    yield "loss", 1.0
+    yield from ((chart.key, chart.scale) for chart in METRIC_CHARTS)
 
 
 @dataclass

@@ -1,7 +1,8 @@
-"""A run's page: one self-contained HTML file without script, style and pictures embedded.
+"""A run's page: one self-contained HTML file, with style, charts and the scripts that draw them in it.
 
 Any text in it may be untrusted (a release's names and reasons), so it goes through `escape` where it enters the markup,
-and the page's Content-Security-Policy forbids scripts. No clock is read: equal records give equal bytes.
+and the page's Content-Security-Policy permits no script but the constant ones. No clock is read: equal records give
+equal bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from weftrain.analysis.markup import document, escape
-from weftrain.analysis.report.chart import Chart, Curve, chart_html, lanes_html
+from weftrain.analysis.report.chart import Chart, Curve, chart_html, data_html, figures, scripts
 from weftrain.analysis.report.collect import Cell, LoggedCurve, Matrix, RunReport
 from weftrain.analysis.report.ledger import RunStart, SavedCheckpoint, text, whole
 from weftrain.analysis.report.style import STYLE
@@ -25,9 +26,18 @@ T = TypeVar("T")
 MAX_CELLS_A_SIDE = 64  # of a memorization matrix; what is between is left out, and said
 MAX_LINES = 3000  # of the ledger and of the checkpoints: the first and the last
 _READING = (
-    "Steps are completed steps; shaded bands are chunks. A long curve is drawn by the least and the greatest of each "
-    "of its parts, so that no spike is lost, and the strong line is their medians. A red dot at the top edge is a "
-    "value that is not finite; the curve is broken there. What a mark means is in its tooltip, and in the ledger below."
+    "Steps are completed steps; shaded bands are chunks. Drag to zoom into a box, hold Ctrl and turn the wheel to zoom "
+    "along both axes; the circular arrow shows everything again. A click on a name hides its curve. A long curve is "
+    "drawn by the least and the greatest of each of its parts, so that no spike is lost; smoothing is a mean of their "
+    "means, whose weights halve with each half-life of distance. A vertical line says in its tooltip what it marks, as does the ledger below."
+)
+_WITHOUT_BOKEH = "Bokeh, which draws the curves, was not installed where this page was written: pip install bokeh"
+_CONTROLS = (
+    '<form class="controls"><label>Axis <select id="axis"><option value="automatic">automatic</option>'
+    '<option value="linear">linear</option><option value="log">logarithmic</option>'
+    '<option value="clipped">without the outer 1 %</option></select></label>'
+    '<label>Smoothing <input id="smoothing" type="range" min="0" max="10" value="3"> <output id="smoothed"></output>'
+    "</label></form>"
 )
 _FOOTER = (
     "<footer>Everything here is read from the run's own record; nothing was trained, loaded or verified to write it. "
@@ -45,14 +55,20 @@ def write_page(report: RunReport, path: Path) -> None:
 
 def page_html(report: RunReport, place: Path) -> str:
     """The page as text. place: the folder in which it will lie."""
+    charts, embedded = _charts(report), scripts()
+    tiles = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd>{escape(what)}</dd></div>"
+        for name, value, what in report.tiles
+    )
     sections = [
-        ("identity", "Identity", _pairs(report.identity, code=True)),
+        ("curves", "Curves", _curves(report, charts, embedded is not None)),
+        ("summary", "Summary", f'<dl class="tiles">{tiles}</dl>{_pairs(report.identity, code=True)}'),
+        ("step", "A step: time and memory", _step(report, charts)),
+        ("environment", "Machine and starts", _environment(report)),
         ("recipe", "Recipe arithmetic", _recipe(report)),
-        ("curves", "Curves", _curves(report)),
-        ("checkpoints", "Chunks and checkpoints", _checkpoints(report, place)),
+        ("checkpoints", "Data: chunks and checkpoints", _checkpoints(report, place)),
         ("memorization", "Memorization", _memorization(report)),
         ("evaluations", "Evaluations", _evaluations(report)),
-        ("environment", "Starts and environment", _environment(report)),
         ("ledger", "Ledger", _ledger(report)),
     ]
     links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in sections)
@@ -60,20 +76,14 @@ def page_html(report: RunReport, place: Path) -> str:
         f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{title}</h2>{part}</section>'
         for key, title, part in sections
     )
-    tiles = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd>{escape(what)}</dd></div>"
-        for name, value, what in report.tiles
-    )
     warnings = "".join(f"<li>{escape(words)}</li>" for words in report.warnings)
     warnings = f'<ul class="warnings" role="note" aria-label="warnings">{warnings}</ul>' if warnings else ""
     description = f'<p class="soft">{escape(report.description)}</p>' if report.description else ""
     head = f'<h1>{escape(report.name)}</h1><p><span class="status">{escape(report.status)}</span></p>{description}'
     sections_nav = f'<nav aria-label="sections"><ul>{links}</ul></nav>'
-    return document(
-        f"{report.name}: run report",
-        STYLE,
-        f'<header>{head}<dl class="tiles">{tiles}</dl>{warnings}{sections_nav}</header><main>{body}</main>{_FOOTER}',
-    )
+    data = "" if embedded is None else data_html(charts)
+    body = f"<header>{head}{warnings}{sections_nav}</header><main>{body}</main>{_FOOTER}{data}"
+    return document(f"{report.name}: run report", STYLE, body, embedded or ())
 
 
 def _absent(words: str, command: str = "") -> str:
@@ -110,32 +120,67 @@ def _recipe(report: RunReport) -> str:
 # Curves
 
 
-def _curves(report: RunReport) -> str:
+def _charts(report: RunReport) -> list[Chart]:
+    """Loss and learning rate, and a chart of each other figure that was logged."""
     if not (report.loss or report.heldout):
-        return _absent("No step was logged", "weftrain train RECIPE")
+        return []
     losses = [*_named(report.loss, smooth=True), *_named(report.heldout, first=1, dots=True)]
-    rates = _named(report.learning_rate)
     charts = [
         _chart(report, "Loss", "nats a token", losses),
-        _chart(report, "Learning rate", "by parameter group", rates, from_zero=True, key=False),
+        _chart(report, "Learning rate", "by parameter group", _named(report.learning_rate), from_zero=True),
     ]
     for metric in report.metrics:
-        more: dict[str, Any] = {}
-        if metric.chart.rate:
-            level = None if metric.median is None else (metric.median, f"p50 {metric.median:,.0f}")
-            more = {"from_zero": True, "level": level, "show": _figure}
+        rate = metric.chart.rate
+        level = (metric.median, f"median {metric.median:,.5g}") if rate and metric.median is not None else None
         curves = _named(metric.curves, smooth=True)
-        charts.append(_chart(report, metric.chart.title, metric.chart.unit, curves, key=False, **more))
+        if curves:
+            charts.append(_chart(report, metric.chart.title, metric.chart.unit, curves, from_zero=rate, level=level))
+    return charts
+
+
+def _curves(report: RunReport, charts: Sequence[Chart], drawn: bool) -> str:
+    if not charts:
+        return _absent("No step was logged", "weftrain train RECIPE")
     held = (
         ""
         if report.heldout
         else _absent("No held-out loss was measured: set log.evaluate_every_steps and data with held-out rows")
     )
-    return f'<div class="charts">{"".join(charts)}</div>{held}<p class="soft">{_READING}</p>'
+    if not drawn:
+        return _absent(_WITHOUT_BOKEH) + held
+    plots = "".join(chart_html(chart, number) for number, chart in enumerate(charts))
+    return f'{_CONTROLS}<div class="charts">{plots}</div>{held}<p class="soft">{_READING}</p>'
 
 
-def _chart(report: RunReport, title: str, unit: str, curves: Sequence[Curve], **more: Any) -> str:
-    return chart_html(Chart(title, unit, curves, report.last_step, report.marks, report.bands, **more))
+def _chart(report: RunReport, title: str, unit: str, curves: Sequence[Curve], **more: Any) -> Chart:
+    return Chart(title, unit, curves, report.last_step, report.marks, report.bands, **more)
+
+
+def _step(report: RunReport, charts: Sequence[Chart]) -> str:
+    """What a step took, and every curve in figures."""
+    medians = {metric.chart.key: metric.median for metric in report.metrics if metric.median is not None}
+    if not charts:
+        return _absent("No step was logged, so nothing is known of its time")
+    pairs = []
+    step_ms = medians.get("step_ms")
+    if step_ms is not None:
+        pairs.append(("a step", f"{step_ms:,.4g} ms, median after the first tenth"))
+    for key, name in (("data_wait_ms", "of it waiting for data"), ("stall_ms", "of it waiting for the store")):
+        if key in medians and step_ms:
+            pairs.append((name, f"{medians[key]:,.4g} ms, {medians[key] / step_ms:.1%}"))
+    if "checkpoint_stall_ms" in medians:
+        pairs.append(("a checkpoint keeps training waiting", f"{medians['checkpoint_stall_ms']:,.4g} ms"))
+    for metric in report.metrics:
+        if metric.chart.unit == "GiB" and (values := [one.points.values.max() for one in metric.curves]):
+            pairs.append((f"{metric.chart.name}, greatest", f"{max(values):,.2f} GiB"))
+    head = ("curve", "first", "at step", "last", "at step ", "least", "at step  ", "greatest", "at step   ")
+    rows = [
+        f'<tr><th scope="row">{escape(chart.title)}: {escape(name)}</th>'
+        f"{''.join(f'<td class=n>{word}</td>' for word in words)}</tr>"
+        for chart in charts
+        for name, *words in figures(chart)
+    ]
+    return _pairs(pairs) + _table("The curves in figures, of what counts.", head, rows, "curves in figures", head[1:])
 
 
 def _named(curves: Sequence[LoggedCurve], *, first: int = 0, dots: bool = False, smooth: bool = False) -> list[Curve]:
@@ -144,13 +189,6 @@ def _named(curves: Sequence[LoggedCurve], *, first: int = 0, dots: bool = False,
     for curve in curves:
         colours.setdefault(curve.name, (first + len(colours)) % 6)
     return [Curve(curve.name, curve.points, colours[curve.name], curve.abandoned, dots, smooth) for curve in curves]
-
-
-def _figure(value: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.4g} {letter}"
-    return f"{value:.4g}"
 
 
 # Tables
@@ -334,7 +372,18 @@ def _environment(report: RunReport) -> str:
     pairs = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in same)
     common = f'<h3>The same in every start</h3><dl class="pairs many">{pairs}</dl>' if same else ""
     note = '<p class="soft">Bars run from the step at which training began to the one it reached; dashed: what does not count.</p>'
-    return f"{lanes_html(lanes, report.last_step)}{note}{table}{common}"
+    return f"{_lanes(lanes, report.last_step)}{note}{table}{common}"
+
+
+def _lanes(lanes: Sequence[tuple[str, int, int, int, str]], last_step: int) -> str:
+    """Starts as bars over steps, oldest first. lanes: (name, first step, step it counts to, step it reached, words)."""
+    rows = []
+    for name, first, kept, reached, words in lanes:
+        start, middle, end = (min(max(step / last_step, 0.0), 1.0) for step in (first, kept, reached))
+        bar = f'<i class="kept" style="left:{start:.2%};width:{middle - start:.2%}"></i>'
+        bar += f'<i class="gone" style="left:{middle:.2%};width:{end - middle:.2%}"></i>' if end > middle else ""
+        rows.append(f'<li title="{escape(words)}"><span>{escape(name)}</span><div>{bar}</div></li>')
+    return f'<ol class="lanes">{"".join(rows)}</ol>'
 
 
 def _lane_words(start: RunStart) -> str:

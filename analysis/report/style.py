@@ -1,6 +1,7 @@
 """The style of a run's page: one string of CSS, for light and dark, narrow and wide screens, and paper.
 
-The page has no script and loads nothing, so its whole appearance is here. Wide tables scroll within their own box.
+The page loads nothing, so its whole appearance is here; charts.js takes the colours of curves and marks from the
+variables. Wide tables scroll within their own box.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1d1c1a; --soft: #5f5c55; --paper: #faf9f5; --card: #ffffff; --line: #dedacf; --grid: #ebe8df;
   --band: #f1eee5; --heat: #2c7a7b; --changed: #fdf0cf; --changed-edge: #b7791f;
   --c0: #1f6f78; --c1: #b4530a; --c2: #6b3fa0; --c3: #2457a6; --c4: #8a1f4d; --c5: #4d6b12;
-  --restart: #4a6fa5; --rollback: #b3261e; --skip: #8a5d00; --recipe: #6b3fa0; --defer: #5f5c55; }
+  --restart: #4a6fa5; --rollback: #b3261e; --skip: #8a5d00; --recipe: #6b3fa0; --defer: #5f5c55; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e5dc; --soft: #a8a499; --paper: #191918; --card: #212120; --line: #3b3a36;
   --grid: #2d2c2a; --band: #262624; --heat: #3f9c98; --changed: #43360f; --changed-edge: #d9a441;
   --c0: #62b6b7; --c1: #ef9a55; --c2: #b794e6; --c3: #7fa8ea; --c4: #e887ad; --c5: #a7c957;
-  --restart: #8fb0de; --rollback: #ff8a80; --skip: #e0b34d; --recipe: #b794e6; --defer: #a8a499; } }
+  --restart: #8fb0de; --rollback: #ff8a80; --skip: #e0b34d; --recipe: #b794e6; --defer: #a8a499; --bad: #ff8a80; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
@@ -46,48 +47,13 @@ nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; ma
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
 .charts .chart:first-child { grid-column: 1 / -1; }
 .chart { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem 1rem .6rem; min-width: 0; }
-.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 0 1rem; margin: .15rem 0 .3rem; padding: 0; font-size: .8rem;
-  color: var(--soft); }
-.legend i { display: inline-block; width: 1.3rem; height: 0; border-width: 2.5px 0 0; border-style: solid; margin-right: .35rem;
-  vertical-align: middle; }
-.legend i.c1 { border-style: dashed; } .legend i.c2 { border-style: dotted; }
-.legend i.left { border-width: 1.5px 0 0; border-style: dashed; opacity: .6; }
-.legend .key { margin-right: .35rem; }
-.plot { position: relative; margin: 0 .9rem 1.5rem 3.1rem; padding-top: 1.05rem; font-size: .74rem; color: var(--soft);
-  font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-.plot svg { display: block; width: 100%; height: 13rem; overflow: visible; }
-.charts .chart:first-child svg { height: 19rem; }
-.up, .over { position: absolute; top: 1.05rem; bottom: 0; pointer-events: none; }
-.up { right: calc(100% + .4rem); width: 3.4rem; } .over { left: 0; right: 0; }
-.over span { position: absolute; right: .2rem; transform: translateY(-105%); color: var(--ink);
-  background: color-mix(in srgb, var(--card) 75%, transparent); padding: 0 .2rem; font-weight: 600; }
-.up span { position: absolute; right: 0; transform: translateY(-50%); white-space: nowrap; }
-.across { position: absolute; left: 0; right: 0; top: calc(100% + .15rem); height: 1.2rem; }
-.across span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
-.across .end { transform: translateX(-75%); }
-.chunks { position: absolute; left: 0; right: 0; bottom: .1rem; height: 1.1rem; pointer-events: none; opacity: .8; }
-.chunks span { position: absolute; transform: translateX(-50%); font-size: .68rem; }
-.letters { position: absolute; left: 0; right: 0; top: 0; height: 1rem; }
-.letters span { position: absolute; transform: translateX(-50%); font-weight: 700; font-size: .68rem; cursor: help; }
-svg path { fill: none; vector-effect: non-scaling-stroke; stroke-linejoin: round; stroke-linecap: round; }
-.c0 { stroke: var(--c0); border-color: var(--c0); } .c1 { stroke: var(--c1); border-color: var(--c1); }
-.c2 { stroke: var(--c2); border-color: var(--c2); } .c3 { stroke: var(--c3); border-color: var(--c3); }
-.c4 { stroke: var(--c4); border-color: var(--c4); } .c5 { stroke: var(--c5); border-color: var(--c5); }
-.line { stroke-width: 1.7; } .line.raw { stroke-width: 1; opacity: .38; stroke-dasharray: none; }
-.line.left { stroke-width: 1.2; stroke-dasharray: 4 3; opacity: .6; }
-.line.left.raw { stroke-width: 1; stroke-dasharray: none; opacity: .2; }
-.line.c1 { stroke-dasharray: 7 4; } .line.c2 { stroke-dasharray: 2 4; }
-.dots { stroke-width: 6; } .dots.left { opacity: .4; } .dots.bad { stroke: var(--rollback); }
-.grid { stroke: var(--grid); stroke-width: 1; } .axis { stroke: var(--line); stroke-width: 1; }
-.band { fill: transparent; } .band.odd { fill: var(--band); }
-.level { stroke: var(--ink); stroke-width: 1; stroke-dasharray: 2 3; }
-.mark path { stroke-width: 1.2; opacity: .8; } .mark .hit { stroke: transparent; stroke-width: 11; pointer-events: stroke; }
-.mark.left { opacity: .45; }
-.mark.restart path:first-of-type { stroke: var(--restart); } .mark.rollback path:first-of-type { stroke: var(--rollback); }
-.mark.skip path:first-of-type { stroke: var(--skip); } .mark.recipe path:first-of-type { stroke: var(--recipe); }
-.mark.defer path:first-of-type { stroke: var(--defer); }
-.key.restart { color: var(--restart); } .key.rollback { color: var(--rollback); } .key.skip { color: var(--skip); }
-.key.recipe { color: var(--recipe); } .key.defer { color: var(--defer); }
+.plot { height: 15rem; margin-top: .3rem; }
+.charts .chart:first-child .plot { height: 24rem; }
+.controls { display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; margin: 0 0 .7rem; font-size: .88rem; color: var(--soft); }
+.controls label { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem .5rem; }
+.controls select { font: inherit; color: var(--ink); background: var(--card); border: 1px solid var(--line); border-radius: .3rem;
+  padding: .1rem .3rem; }
+.controls input { accent-color: var(--c0); }
 .scroll { overflow: auto; max-height: 34rem; border: 1px solid var(--line); border-radius: .5rem; background: var(--card);
   position: relative; container-type: inline-size; }
 table { border-collapse: separate; border-spacing: 0; min-width: 100%; font-variant-numeric: tabular-nums; font-size: .86rem;
@@ -124,8 +90,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .84rem; border-top: 1p
 @media (max-width: 40rem) {
   body { padding: 1rem .8rem 3rem; } h1 { font-size: 1.4rem; }
   .wide { display: none; }
-  .chart { padding: .6rem .6rem .4rem; } .plot { margin-left: 2.7rem; margin-right: .6rem; } .plot svg { height: 11rem; }
-  .charts .chart:first-child svg { height: 13rem; }
+  .chart { padding: .6rem .4rem .4rem; } .plot { height: 13rem; } .charts .chart:first-child .plot { height: 18rem; }
   .pairs { grid-template-columns: minmax(0, 1fr); } .pairs dt { margin-top: .35rem; max-width: none; font-size: .84rem; }
   .tiles { grid-template-columns: 1fr 1fr; }
   th, td { padding: .28rem .55rem; }

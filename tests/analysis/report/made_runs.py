@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -10,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from weftrain.analysis.evaluation.records import FOLDER, EvaluatedCheckpoint, EvaluationSettings, inputs_of, once
+from weftrain.analysis.markup import POLICY
 from weftrain.analysis.memorization.scores import FORMAT, Parameters, figures, result_path
+from weftrain.analysis.report.chart import scripts
 from weftrain.analysis.report.collect import RunReport, collect
 from weftrain.analysis.report.page import page_html
 from weftrain.core.config import Recipe
@@ -115,6 +119,13 @@ def page_of(run: Path) -> str:
     return page_html(report_of(run), run)
 
 
+def data_of(page: str) -> dict[str, Any]:
+    """What the page's charts are drawn from."""
+    (text,) = re.findall(r'<script type="application/json" id="charts">(.*?)</script>', page)
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
 def memorize(run: Path, step: int, root: str, chunk: str, matches: list[int], stop: int | None) -> Path:
     parameters = Parameters(prompt_tokens=4, continuation_tokens=4, samples=len(matches))
     mean, extractible = figures(matches, 4)
@@ -163,7 +174,7 @@ class Markup(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link"):
+        if tag not in ("meta", "link", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -196,7 +207,8 @@ ALLOWED_TAGS = {
         "p",
     ),
     *("span", "b", "i", "a", "code", "time", "ul", "ol", "li", "dl", "dt", "dd", "div", "figure", "figcaption"),
-    *("table", "caption", "thead", "tbody", "tr", "th", "td", "svg", "g", "path", "rect"),
+    *("table", "caption", "thead", "tbody", "tr", "th", "td"),
+    *("script", "form", "label", "select", "option", "input", "output"),
 }
 
 
@@ -211,9 +223,13 @@ def check_markup(page: str) -> Markup:
     for attributes in markup.all("a"):
         assert re.match(r"(#[a-z]+|\.{1,2}/.*/)$", attributes["href"] or ""), attributes
     policies = [one["content"] for one in markup.all("meta") if one.get("http-equiv") == "Content-Security-Policy"]
-    assert policies == [
-        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-    ]
+    found = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert tuple(found) in ((), scripts())
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in found)
+    allowed = "".join(f" 'sha256-{digest}'" for digest in digests)
+    assert policies == [f"{POLICY}; script-src{allowed}" if found else POLICY]
+    kinds = [attributes for attributes in markup.all("script") if attributes]
+    assert kinds in ([], [{"type": "application/json", "id": "charts"}])
     return markup
 
 

@@ -54,7 +54,7 @@ def test_p50_is_the_summary_s(eventful: Made) -> None:
     assert summary is not None
     throughput = next(one for one in report_of(eventful.run).metrics if one.chart.key == "tokens_per_second")
     assert throughput.median == summary.tokens_per_second
-    assert f"p50 {summary.tokens_per_second:,.0f}" in page_of(eventful.run)
+    assert f"median {summary.tokens_per_second:,.5g}" in page_of(eventful.run)
 
 
 def test_an_entry_in_the_table_of_charts_draws_a_figure(eventful: Made, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_runs import Made, check_markup, evaluate, memorize, page_of, report_of
+from made_runs import Made, check_markup, data_of, evaluate, memorize, page_of, report_of
 
 from weftrain.analysis.report.collect import collect
 from weftrain.analysis.report.page import page_html, relative_link, write_page
@@ -72,9 +73,13 @@ def test_a_stranger_s_words_stay_words(tmp_path: Path) -> None:
     markup = check_markup(page)
     page.encode()
     assert page.count("&lt;script&gt;alert(1)") > 10
+    names = [curve["name"] for chart in data_of(page)["charts"] for curve in chart["curves"]]
+    assert sum("<script>alert(1)" in name for name in names) >= 2  # as data, in a block that no browser runs
+    assert "<script>alert(1)" not in page
     assert "\u202e" not in page
     assert "\\u202e" in page
-    assert list(markup.all("script")) == list(markup.all("img")) == []
+    assert list(markup.all("img")) == []
+    assert len(list(markup.all("script"))) == 4
 
 
 def test_links_are_relative_and_never_a_scheme(tmp_path: Path) -> None:
@@ -92,10 +97,10 @@ def test_the_page_is_in_order(eventful: Made) -> None:
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
-    assert len(list(markup.all("caption"))) == len(list(markup.all("table"))) == 4
-    pictures = list(markup.all("svg"))
+    assert len(list(markup.all("caption"))) == len(list(markup.all("table"))) == 5
+    pictures = [one for one in markup.all("div") if one.get("role") == "img"]
     assert len(pictures) == 4
-    assert all(one["role"] == "img" and len(one["aria-label"] or "") > 30 for one in pictures)
+    assert all(len(one["aria-label"] or "") > 30 for one in pictures)
     assert all(one.get("scope") in ("row", "col") for one in markup.all("th"))
     identities = [attributes["id"] for _, attributes in markup.tags if "id" in attributes]
     assert len(identities) == len(set(identities))
@@ -109,3 +114,14 @@ def test_very_many_checkpoints_are_shown_from_both_ends(eventful: Made) -> None:
     page = page_html(replace(report, checkpoints=report.checkpoints * 1000), eventful.run)
     assert f"of which {len(report.checkpoints) * 1000 - 3000:,} in the middle are not shown" in page
     assert page.count('<th scope="row" class="n">') < 3200
+
+
+def test_without_bokeh_the_tables_are_written_and_the_remedy_named(
+    eventful: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bokeh", None)
+    page = page_of(eventful.run)
+    markup = check_markup(page)
+    assert list(markup.all("script")) == []
+    assert "pip install bokeh" in page
+    assert "Loss: training" in page
