@@ -27,7 +27,8 @@ from weftrain.exchange.release.release import RELEASE
 
 def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
     """The training rows and the held-out sets of a recipe. Raises DataError."""
-    from weftrain.core.data import open_heldout, training_source
+    from weftrain.core.data import training_source
+    from weftrain.core.order.source_sets import open_heldout
 
     source = training_source(recipe)
     return source, open_heldout(recipe.data, recipe.model.vocab_size, recipe.log.evaluate_rows)

@@ -149,8 +149,8 @@ def _records(
     from weftrain.analysis.evaluation.heldout import attend_within_documents, run_heldout
     from weftrain.analysis.evaluation.records import records_folder
     from weftrain.analysis.evaluation.tasks import run_tasks
-    from weftrain.core.data import open_heldout
     from weftrain.core.formats.tokenizer_file import panics_refused
+    from weftrain.core.order.source_sets import open_heldout
 
     folder, requests = records_folder(opened.path), _requests(options)
     records: list[EvaluationRecord] = []

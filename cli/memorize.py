@@ -174,7 +174,7 @@ def _check_lengths(recipe: Recipe, parameters: Parameters, from_rows: bool) -> N
 
 def _chunks(run: Path, recipe: Recipe, checkpoint_steps: list[int]) -> list[Chunk]:
     from weftrain.analysis.memorization.scores import heldout_chunk, training_chunks
-    from weftrain.core.data import open_heldout
+    from weftrain.core.order.source_sets import open_heldout
     from weftrain.core.run.ledger import read_ledger
     from weftrain.core.run.ledger_schema import LEDGER
     from weftrain.core.run.lineage import lineage

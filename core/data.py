@@ -20,31 +20,26 @@ from typing import Any
 import numpy as np
 
 from weftrain.core.config import Recipe
-from weftrain.core.errors import DataError
-from weftrain.core.formats.dataset import read_dataset_manifest
-from weftrain.core.formats.dataset_manifest import SetName, SourceCursor, merkle_root
+from weftrain.core.formats.dataset_manifest import SourceCursor, merkle_root
 from weftrain.core.formats.shard_reader import ShardReader, read_document_starts, read_rows
 from weftrain.core.formats.shard_set import ShardSet
 from weftrain.core.order.batch import Batch, BatchSource
-from weftrain.core.order.data_section import DataConfig, SourceConfig
+from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.mixture import CerebrasOrder, SampleOrder, make_mixture, source_shares
 from weftrain.core.order.row_selection import Range
 from weftrain.core.order.source_order import OrderedSource, ordered_source
+from weftrain.core.order.source_sets import open_set
 from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.order.timeline import ChunkOrder, Timeline, timeline
 
-MIN_PLAN_ROWS, MAX_PLAN_ROWS = (
-    64,
-    4096,
-)  # numpy takes a microsecond for a call, and ten of them a source: so rows are located thousands at once
+# A call of numpy takes a microsecond, and each source needs ten: so thousands of rows are located at once.
+MIN_PLAN_ROWS, MAX_PLAN_ROWS = 64, 4096
 
 
 @dataclass(frozen=True)
 class Located:
-    """Where a training sample comes from. file: the shard, in `folder`. row_in_shard, row_in_set: from 0. epoch: the
-    how-maniest time.
-
-    chunk: of the dataset, run_chunk: of the run; None where there are none.
+    """Where a training sample comes from. file: the shard, in `folder`. row_in_shard, row_in_set, epoch: from 0.
+    chunk: of the dataset, run_chunk: of the run; None if there are none.
     """
 
     source: str
@@ -88,12 +83,10 @@ class TokenSource:
                 positions += plan.positions[part]
         readers = [self._readers[number] for number in shards]
         ids = np.empty((count, self.sequence_length + 1), dtype=np.int64)
-        mask = read_rows(ids, readers, positions)
-        return Batch(
-            ids,
-            mask,
-            read_document_starts(self.sequence_length, readers, positions) if self.document_attention else None,
-        )
+        mask, starts = read_rows(ids, readers, positions), None
+        if self.document_attention:
+            starts = read_document_starts(self.sequence_length, readers, positions)
+        return Batch(ids, mask, starts)
 
     def sample_names(self, step: int, first: int, count: int) -> list[str]:
         """'source/train/00003.h5:17' for each row."""
@@ -111,18 +104,8 @@ class TokenSource:
         source = self.sources[index]
         number = int(source.row_numbers(np.array([k]))[0])
         file, row_in_shard = source.shards.locate(number)
-        order = source.order
-        run_chunk = self.chunk_of(step)
-        return Located(
-            source.name,
-            source.shards.folder,
-            file,
-            row_in_shard,
-            number,
-            order.epoch(k),
-            order.chunk(k),
-            run_chunk,
-        )
+        folder, epoch, chunk = source.shards.folder, source.order.epoch(k), source.order.chunk(k)
+        return Located(source.name, folder, file, row_in_shard, number, epoch, chunk, self.chunk_of(step))
 
     def chunk_of(self, step: int) -> int | None:
         """Which of the run's chunks the batch of `step` is of; None where the run has none."""
@@ -168,7 +151,7 @@ class TokenSource:
         return _Readers([source.shards for source in self.sources])
 
     def __getstate__(self) -> dict[str, Any]:
-        # and no plans, which are computed again
+        # without plans and readers, which a process makes for itself
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -216,47 +199,15 @@ def _parts(samples: Range, size: int) -> Iterator[tuple[int, slice]]:
         first += high - low
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Implements EvaluationSource: the first num_rows rows of a source's held-out set, in the order they lie."""
-
-    name: str
-    shards: ShardSet
-    num_rows: int
-    document_attention: bool = False
-
-    @property
-    def sequence_length(self) -> int:
-        return self.shards.manifest.sequence_length
-
-    @property
-    def rows_available(self) -> int:
-        return self.shards.num_rows
-
-    @property
-    def dataset_id(self) -> str:
-        return self.shards.entry.id
-
-    def rows(self, first: int, count: int) -> Batch:
-        """Rows first..first+count-1. Raises DataError for a damaged shard, ValueError outside the set."""
-        if first < 0 or count < 0 or first + count > self.num_rows:
-            raise ValueError(f"held-out set {self.name}: rows {first}..{first + count - 1} of {self.num_rows}")
-        numbers = np.arange(first, first + count, dtype=np.int64)
-        return Batch(
-            *self.shards.rows(numbers), self.shards.document_starts(numbers) if self.document_attention else None
-        )
-
-
 def open_training(
     data: DataConfig, global_batch_size: int, root: Path | None = None, *, vocab_size: int, steps: int | None = None
 ) -> TokenSource:
-    """The training rows of a recipe that names `sources`, everything checked that can be before step 0. Raises
-    DataError.
+    """The training rows of a recipe that names `sources`, everything checked that can be before step 0.
 
-    root: instead of data.root. vocab_size: the model's, which may exceed the datasets'. steps: of the run, where it has
-    chunks.
+    root: instead of data.root. vocab_size: the model's, which may exceed the datasets'. steps: of the run, needed where
+    it has chunks. Raises DataError.
     """
-    opened = [_open_set(data, source, "train", root, vocab_size) for source in data.sources]
+    opened = [open_set(data, source, "train", root, vocab_size) for source in data.sources]
     sources = [
         ordered_source(data, given, shards)
         for given, shards in zip(data.sources, opened, strict=True)
@@ -287,47 +238,3 @@ def training_source(recipe: Recipe) -> BatchSource:
             recipe.model.vocab_size, data.sequence_length, data.synthetic_rows, batch_size, data.shuffle_seed, *start
         )
     return open_training(data, batch_size, vocab_size=recipe.model.vocab_size, steps=recipe.schedule.steps)
-
-
-def open_heldout(data: DataConfig, vocab_size: int, rows: int, root: Path | None = None) -> list[HeldOut]:
-    """The held-out set of each source that has one, cut to `rows` rows. Raises DataError."""
-    opened = [(source.name, _open_set(data, source, "heldout", root, vocab_size)) for source in data.sources]
-    return [
-        HeldOut(name, shards, min(rows, shards.num_rows), data.document_attention)
-        for name, shards in opened
-        if shards is not None
-    ]
-
-
-def _open_set(
-    data: DataConfig, source: SourceConfig, set_name: SetName, root: Path | None, vocab_size: int
-) -> ShardSet | None:
-    """A source's set, fit for the recipe; None where it has no such set."""
-    parent = Path(data.root) if root is None else root
-    folder = parent / source.path
-    if not folder.is_dir():
-        options = f"--name {source.path} --sequence-length {data.sequence_length} --output {parent}"
-        raise DataError(
-            f"{folder}: no dataset for source '{source.name}'; make it with `weftrain prep INPUTS {options}` (no "
-            "INPUTS: embedded corpus)"
-        )
-    manifest = read_dataset_manifest(folder)
-    if manifest.sequence_length != data.sequence_length:
-        raise DataError(
-            f"{folder}: prepared with sequence_length {manifest.sequence_length}, the recipe says "
-            f"{data.sequence_length}: "
-            f"set data.sequence_length={manifest.sequence_length}, or prepare the dataset again"
-        )
-    if manifest.vocab_size > vocab_size:
-        raise DataError(
-            f"{folder}: prepared with a vocabulary of {manifest.vocab_size}, the model has {vocab_size}: "
-            f"set model.vocab_size to at least {manifest.vocab_size}, or use the model's tokenizer"
-        )
-    recorded = None if manifest.fim is None else manifest.fim.settings
-    if recorded != source.fim:
-        said = (None if fim is None else fim.model_dump() for fim in (recorded, source.fim))
-        raise DataError(
-            f"{folder}: prepared with fim {next(said)}, the recipe's source '{source.name}' says {next(said)}: make "
-            "them equal"
-        )
-    return ShardSet(folder, manifest, set_name) if set_name in manifest.sets else None

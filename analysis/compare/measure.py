@@ -36,7 +36,6 @@ from weftrain.analysis.memorization.scores import (
     sample_chunk,
 )
 from weftrain.core import checkpoint
-from weftrain.core.data import HeldOut
 from weftrain.core.errors import DataError, file_problem
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_json
@@ -45,6 +44,7 @@ from weftrain.core.formats.shard_set import open_set
 from weftrain.core.formats.tokenizer_file import tokenizer_from
 from weftrain.core.model import Decoder
 from weftrain.core.order.batch import EvaluationSource
+from weftrain.core.order.source_sets import HeldOut
 from weftrain.core.recipe_file import recorded_recipe
 
 SAMPLES = 1000

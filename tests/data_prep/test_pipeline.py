@@ -17,13 +17,14 @@ import pytest
 from fault_injection import DEATHS, Death, Faults, injected
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from weftrain.core.data import open_heldout, open_training
+from weftrain.core.data import open_training
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.dataset import TOKENIZER, open_inputs, open_sources, read_dataset_manifest, source_name
 from weftrain.core.formats.dataset_manifest import FimSettings
 from weftrain.core.formats.shard_set import ShardSet
 from weftrain.core.order.data_section import DataConfig
+from weftrain.core.order.source_sets import open_heldout
 from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.pipeline import Prepared, prepare
 from weftrain.data_prep.readers.corpus import embedded_inputs

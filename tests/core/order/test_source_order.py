@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from weftrain.core import data
-from weftrain.core.data import TokenSource, open_heldout, open_training
+from weftrain.core.data import TokenSource, open_training
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import VERSION, write_dataset_manifest, write_inputs, write_sources
 from weftrain.core.formats.dataset_manifest import DatasetManifest, InputEntry, SourceEntry, merkle_root, shard_file
 from weftrain.core.formats.shard_format import Documents, num_tokens, write_shard
 from weftrain.core.order.data_section import DataConfig
+from weftrain.core.order.source_sets import open_heldout
 
 S, VOCAB = 8, 500
 

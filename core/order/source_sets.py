@@ -1,0 +1,90 @@
+"""The sets of a recipe's sources, opened and held against the recipe; the held-out ones are what evaluation reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from weftrain.core.errors import DataError
+from weftrain.core.formats.dataset import read_dataset_manifest
+from weftrain.core.formats.dataset_manifest import SetName
+from weftrain.core.formats.shard_set import ShardSet
+from weftrain.core.order.batch import Batch
+from weftrain.core.order.data_section import DataConfig, SourceConfig
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Implements EvaluationSource: the first num_rows rows of a source's held-out set, in the order they lie."""
+
+    name: str
+    shards: ShardSet
+    num_rows: int
+    document_attention: bool = False
+
+    @property
+    def sequence_length(self) -> int:
+        return self.shards.manifest.sequence_length
+
+    @property
+    def rows_available(self) -> int:
+        return self.shards.num_rows
+
+    @property
+    def dataset_id(self) -> str:
+        return self.shards.entry.id
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Rows first..first+count-1. Raises DataError for a damaged shard, ValueError outside the set."""
+        if first < 0 or count < 0 or first + count > self.num_rows:
+            raise ValueError(f"held-out set {self.name}: rows {first}..{first + count - 1} of {self.num_rows}")
+        numbers = np.arange(first, first + count, dtype=np.int64)
+        return Batch(
+            *self.shards.rows(numbers), self.shards.document_starts(numbers) if self.document_attention else None
+        )
+
+
+def open_heldout(data: DataConfig, vocab_size: int, rows: int, root: Path | None = None) -> list[HeldOut]:
+    """The held-out set of each source that has one, cut to `rows` rows. Raises DataError."""
+    opened = [(source.name, open_set(data, source, "heldout", root, vocab_size)) for source in data.sources]
+    return [
+        HeldOut(name, shards, min(rows, shards.num_rows), data.document_attention)
+        for name, shards in opened
+        if shards is not None
+    ]
+
+
+def open_set(
+    data: DataConfig, source: SourceConfig, set_name: SetName, root: Path | None, vocab_size: int
+) -> ShardSet | None:
+    """A source's set, fit for the recipe; None where it has no such set."""
+    parent = Path(data.root) if root is None else root
+    folder = parent / source.path
+    if not folder.is_dir():
+        options = f"--name {source.path} --sequence-length {data.sequence_length} --output {parent}"
+        raise DataError(
+            f"{folder}: no dataset for source '{source.name}'; make it with `weftrain prep INPUTS {options}` (no "
+            "INPUTS: embedded corpus)"
+        )
+    manifest = read_dataset_manifest(folder)
+    if manifest.sequence_length != data.sequence_length:
+        raise DataError(
+            f"{folder}: prepared with sequence_length {manifest.sequence_length}, the recipe says "
+            f"{data.sequence_length}: "
+            f"set data.sequence_length={manifest.sequence_length}, or prepare the dataset again"
+        )
+    if manifest.vocab_size > vocab_size:
+        raise DataError(
+            f"{folder}: prepared with a vocabulary of {manifest.vocab_size}, the model has {vocab_size}: "
+            f"set model.vocab_size to at least {manifest.vocab_size}, or use the model's tokenizer"
+        )
+    recorded = None if manifest.fim is None else manifest.fim.settings
+    if recorded != source.fim:
+        said = (None if fim is None else fim.model_dump() for fim in (recorded, source.fim))
+        raise DataError(
+            f"{folder}: prepared with fim {next(said)}, the recipe's source '{source.name}' says {next(said)}: make "
+            "them equal"
+        )
+    return ShardSet(folder, manifest, set_name) if set_name in manifest.sets else None
