@@ -152,8 +152,9 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
     from weftrain.cli.assembly import newest_or_named, open_data, recipe_of_checkpoint
     from weftrain.cli.resolve import backend_options
     from weftrain.core import checkpoint
-    from weftrain.core.backend import Job, Plan, prepare_run
+    from weftrain.core.backend import Job, Plan
     from weftrain.core.errors import DataError
+    from weftrain.core.run.prepare import prepare_run
 
     console = Console(stderr=as_json)
     path = newest_or_named(run, lambda line: console.print(line))

@@ -257,9 +257,10 @@ def _prepare(
     """
     from weftrain.backends.common.registry import find_backends
     from weftrain.cli.resolve import backend_options, resolve_foreign
-    from weftrain.core.backend import Job, prepare_run
+    from weftrain.core.backend import Job
     from weftrain.core.data import training_source
     from weftrain.core.recipe_file import RecipeFile
+    from weftrain.core.run.prepare import prepare_run
 
     root = release / "data" if data_root is None else data_root
     with tempfile.TemporaryDirectory(prefix="weftrain-replay-") as folder:

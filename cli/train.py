@@ -165,8 +165,8 @@ def _train(
     """Decide how the run starts, prepare the backend, and train. Nothing is written before training begins."""
     from weftrain.cli.assembly import open_data
     from weftrain.cli.resolve import backend_options
-    from weftrain.core.backend import prepare_run
     from weftrain.core.resume import decide
+    from weftrain.core.run.prepare import prepare_run
     from weftrain.core.run.run_folder import open_run
 
     file, decided = _with_decisions(console, file, runs / name)

@@ -1,8 +1,8 @@
-"""The Backend protocol: words and types, and the one check that every prepared run passes (`prepare_run`).
+"""The Backend protocol: what the core tells a backend, and what it gets back. backends/README.md has the smallest one.
 
 The seam is the training run, not the device: a backend drives its own steps and the core consumes results. A wafer
 traces the whole step once and hands values out only at steps named in advance (`Plan`); a weight-streaming engine
-interleaves backward with update. The one thing a reader would get wrong: steps are counted by what is *completed*.
+interleaves backward with update. What a reader would get wrong: steps are counted by what is *completed*.
 `StepResult.step` is the 0-based index of the step just made, so after it `step + 1` steps are complete, and that number
 is the one in `Plan`, `State.step` and checkpoint names.
 """
@@ -17,8 +17,6 @@ from typing import Any, Literal, Protocol, SupportsFloat, runtime_checkable
 import torch
 
 from weftrain.core.config import Recipe
-from weftrain.core.errors import BackendError
-from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 from weftrain.core.stop import StopRequest
@@ -81,9 +79,8 @@ class State:
     """The neutral training state: saved by any backend, loaded by any other.
 
     tensors: '<plane>/<canonical parameter name>' -> whole tensor in host memory, fp32; planes are 'weights', and for
-    AdamW 'exp_avg' and 'exp_avg_sq'. The mapping may be lazy (`core.formats.lazy_tensors.LazyTensors`), as a
-    checkpoint's is. step: completed steps. optimizer_updates: updates made, which
-    is less than step where steps were skipped; it is AdamW's t.
+    AdamW 'exp_avg' and 'exp_avg_sq'. The mapping may be lazy (core/formats/lazy_tensors.py), as a checkpoint's is.
+    step: completed steps. optimizer_updates: AdamW's t, which is less than step where steps were skipped.
     """
 
     step: int
@@ -93,13 +90,11 @@ class State:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step was. loss and grad_norm may live on the device: float() of them may synchronise, so only log lines
-    do it.
+    """What one step was. loss and grad_norm may live on the device, and float() may synchronise: only log lines do it.
 
     loss: mean over the tokens of the global batch that bear a loss, before the update; NaN where none does. grad_norm:
-    global norm before clipping, of the gradient as the recipe's objective.normalizer has it. tokens: positions read.
-    bearing_tokens: those that bear a loss. skipped: the step did not happen (non-finite loss or norm under the `skip`
-    policy); weights and optimizer state are untouched.
+    global norm before clipping, of the gradient as objective.normalizer divides it. tokens: positions read.
+    bearing_tokens: those that bear a loss. skipped: loss or norm was not finite, and nothing was updated.
     """
 
     step: int
@@ -111,16 +106,15 @@ class StepResult:
     step_ms: float
     data_wait_ms: float
     skipped: bool = False
-    # where Job.time_phases asks: part of the step -> its time; a part of none is absent
+    # with Job.time_phases: part of the step -> its time
     phases_ms: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
 class StoredState:
-    """State that a backend keeps on disk by itself: where it stands, who trained it, and what the last step was.
+    """State that a backend keeps on disk by itself.
 
-    segment: Job.segment of the process that completed that step. result: of the 0-based step `step - 1`, for a record
-    that lacks it.
+    segment: Job.segment of the process that completed the last step. result: of that step, for a record that lacks it.
     """
 
     step: int
@@ -130,13 +124,13 @@ class StoredState:
     result: StepResult | None
 
 
-# What becomes of such state: the run goes on from it; it is overwritten; or it is kept under another name, beside.
+# What becomes of such state: the run goes on from it; it is overwritten; or it is renamed and kept.
 StoredStateUse = Literal["continue", "replace", "set_aside"]
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Held-out loss: the mean over tokens (not over batches), and how many tokens that was."""
+    """Held-out loss, the mean over `tokens` (not over batches)."""
 
     loss: float
     tokens: int
@@ -149,21 +143,14 @@ class Job:
     recipe: Recipe
     plan: Plan
     options: StrictModel
-    # initial weights by canonical name; None: drawn from the seed
-    weights: Mapping[str, torch.Tensor] | None = field(default=None)
-    # told what is being done and how much of it is (0..1); for a bar
-    progress: Callable[[str, float], None] = lambda words, share: None
-    # the run's, where a backend may keep files of its own in a folder of its own name; None: there is none
-    folder: Path | None = None
+    weights: Mapping[str, torch.Tensor] | None = None  # initial ones by canonical name; None: drawn from the seed
+    progress: Callable[[str, float], None] = lambda words, share: None  # is told what is done, and its share (0..1)
+    folder: Path | None = None  # the run's: a backend may keep files in a folder of its own name there
     stop: StopRequest = field(default_factory=StopRequest)  # whether this process was asked to stop
-    # time the parts of each step; on an accelerator this waits for the device at the end of every step
-    time_phases: bool = False
-    # CPU threads of this process, before what the options say; Fingerprint.threads tells what came of it
-    threads: int | None = None
-    # names this start in the run's ledger; a backend that keeps state notes it with each step that it completes
-    segment: str = ""
-    # what becomes of the state that the backend itself keeps; one that is behind plan.start_step is replaced
-    stored_state: StoredStateUse = "continue"
+    time_phases: bool = False  # time the parts of each step: waits for an accelerator at the end of every step
+    threads: int | None = None  # CPU threads of this process, instead of what the options say
+    segment: str = ""  # names this start in the ledger; a backend that keeps state notes it with each completed step
+    stored_state: StoredStateUse = "continue"  # of the backend's own; what is behind plan.start_step is replaced
 
 
 @dataclass(frozen=True)
@@ -178,12 +165,10 @@ class Fingerprint:
     device_type: str  # 'cpu' or 'cuda' as torch has them, or a vendor's own word
     device: str  # the device's name
     threads: int | None = None  # CPU threads of a process; None: the run does not compute with threads of this process
-    # processes that compute side by side, each on a device like this one; None: this process alone
-    ranks: int | None = None
+    ranks: int | None = None  # processes that compute side by side, each on such a device; None: this process alone
     kernels: Mapping[str, Any] = field(default_factory=dict)  # the manifest of kernels.select; empty: none was selected
     more: Mapping[str, Any] = field(default_factory=dict)
-    # How much of the forward pass backward computes again, which HFU counts; None: not declared. Not recorded: the
-    # options in `more` are.
+    # How much of the forward pass backward computes again, for HFU; None: not declared. Not recorded itself.
     recomputes: Literal["none", "selective", "full"] | None = None
 
     def __post_init__(self) -> None:
@@ -217,8 +202,7 @@ class Run(Protocol):
         ...
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
-        """Loss and the fp32 gradient of every parameter for one global batch, unclipped, nothing updated (for
-        conformance).
+        """For the conformance suite: loss and the unclipped fp32 gradient of every parameter for one global batch.
 
         The loss is the mean over bearing tokens; the gradient is divided as objective.normalizer says.
         """
@@ -230,9 +214,7 @@ class Run(Protocol):
 
     def import_state(self, state: State) -> None: ...
 
-    def fingerprint(self) -> Fingerprint:
-        """All that can change a bit: versions, instruction set, threads, kernels, reduction order."""
-        ...
+    def fingerprint(self) -> Fingerprint: ...
 
     def stats(self) -> dict[str, float]:
         """Memory, bytes moved, stalls; the unit is in each name."""
@@ -268,11 +250,10 @@ class Backend(Protocol):
     def prepare(self, job: Job) -> Run: ...
 
     def stored_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> StoredState | None:
-        """The state that the backend itself keeps on disk for the run in `folder`; None where it keeps none, or none
-        that was trained.
+        """The trained state that the backend itself keeps on disk for the run in `folder`, if any. Nothing is written.
 
-        Nothing is written. core/resume.py decides whether it belongs to the run. Raises BackendError for state that
-        cannot be used: damaged, or of another shape than this recipe's.
+        core/resume.py decides whether it belongs to the run. Raises BackendError for state that is damaged, or of
+        another shape than this recipe's.
         """
         ...
 
@@ -296,65 +277,3 @@ class Follower(Protocol):
     def nothing_to_lead(self, job: Job) -> None:
         """This process was to lead a run that is already complete: release the processes that wait to follow it."""
         ...
-
-
-def prepare_run(backend: Backend, job: Job) -> Run:
-    """backend.prepare(job), held to what its callers rely on: a whole fingerprint, so that a backend without one is
-    refused before step 0.
-
-    Raises BackendError naming the backend and what is missing, and whatever the backend raises; the run is closed then.
-    """
-    refuse_unsupported(backend.name, backend.unsupported, job.recipe)
-    run = backend.prepare(job)
-    try:
-        _check_fingerprint(backend.name, run.fingerprint)
-    except BaseException:
-        run.close()
-        raise
-    return run
-
-
-def refuse_unsupported(name: str, unsupported: Set[Feature], recipe: Recipe) -> None:
-    """Raises BackendError for a recipe that asks for what the backend of that name does not support."""
-    batch = recipe.batch
-    if "replayable" in unsupported and recipe.precision.numerics == "replayable":
-        raise BackendError(
-            f"precision.numerics is replayable and the {name} backend does not add in a fixed tree: use the local or "
-            "cuda backend, or numerics=fast"
-        )
-    if "dropout" in unsupported and recipe.model.dropout:
-        raise BackendError(
-            f"model.dropout is {recipe.model.dropout} and the {name} backend has no dropout: use local or cuda, or "
-            "dropout=0"
-        )
-    if "replicas" in unsupported and batch.replicas != 1:
-        raise BackendError(
-            f"batch.replicas is {batch.replicas} and the {name} backend is one process: set batch.replicas=1 (the same "
-            f"batch in {batch.global_batch_size // batch.micro_batch_size} accumulation steps)"
-        )
-
-
-def _check_fingerprint(name: str, ask: Callable[[], object]) -> None:
-    whose = f"the {name} backend: Run.fingerprint()"
-    try:
-        found = ask()
-    except (TypeError, ValueError) as error:  # Fingerprint itself refuses what it is given
-        raise BackendError(f"{whose} failed: {error}") from error
-    if not isinstance(found, Fingerprint):
-        keys = found.keys() if isinstance(found, Mapping) else ()
-        missing = [key for key in ("backend", "device_type", "device") if key not in keys]
-        lacks = f" without {', '.join(missing)}" if missing else ""
-        raise BackendError(
-            f"{whose} gave a {type(found).__name__}{lacks}: it must return weftrain.core.backend.Fingerprint with "
-            "these fields"
-        )
-    if found.backend != name:
-        raise BackendError(
-            f"{whose} names the backend '{found.backend}': it must be the name that the recipe gives, '{name}'"
-        )
-    try:
-        canonical_json(found.as_json())
-    except (TypeError, ValueError) as error:
-        raise BackendError(
-            f"{whose} holds what JSON cannot: {error}: give texts, numbers, lists and mappings in `more`"
-        ) from None

@@ -31,7 +31,7 @@ from weftrain.analysis.bench.report import (
 from weftrain.analysis.bench.train import BenchError, bench_source, plain_weights, take_steps
 from weftrain.analysis.machine.environment import Energy, environment, identity, load, now, warnings
 from weftrain.analysis.machine.peak import measured_peak, sourced_peak
-from weftrain.core.backend import Backend, Fingerprint, Job, Plan, Run, prepare_run
+from weftrain.core.backend import Backend, Fingerprint, Job, Plan, Run
 from weftrain.core.config import CompileOption, Recipe
 from weftrain.core.errors import WeftrainError
 from weftrain.core.formats.canonical import sha256_json
@@ -39,6 +39,7 @@ from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.order.batch import BatchSource
 from weftrain.core.parameters import parameter_count
 from weftrain.core.prediction import Predictor, Speeds
+from weftrain.core.run.prepare import prepare_run
 from weftrain.core.run.speed import Peak
 from weftrain.kernels.bench.roofline import speed_probe
 from weftrain.kernels.host_memory import peak_resident_bytes

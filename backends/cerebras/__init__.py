@@ -29,7 +29,7 @@ from weftrain.backends.common.base import PlainBackend, options_of
 from weftrain.backends.common.state_snapshot import check_state
 from weftrain.backends.common.step import LossScale
 from weftrain.core import checkpoint as checkpoints  # this package has a module of that name
-from weftrain.core.backend import EvalResult, Fingerprint, Job, Plan, State, StepResult, refuse_unsupported
+from weftrain.core.backend import EvalResult, Fingerprint, Job, Plan, State, StepResult
 from weftrain.core.config import Recipe
 from weftrain.core.data import training_source
 from weftrain.core.errors import BackendError, NonFiniteError
@@ -41,6 +41,7 @@ from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.prediction import Prediction, Speeds
+from weftrain.core.run.prepare import refuse_unsupported
 from weftrain.kernels import select
 
 NOT_RUN = "written to the vendor's API and never run on a system"

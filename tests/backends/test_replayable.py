@@ -12,12 +12,13 @@ import torch
 
 from weftrain.backends.common.registry import find_backends
 from weftrain.backends.common.tree_sum import TreeSum, tree_sum
-from weftrain.core.backend import Job, Plan, Run, State, prepare_run
+from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import at_place, dropout, row_keys, squares
 from weftrain.core.errors import BackendError
 from weftrain.core.order.batch import BatchSource
 from weftrain.core.order.synthetic import synthetic_source
+from weftrain.core.run.prepare import prepare_run
 
 Tiny = Callable[..., Recipe]
 CPU = torch.device("cpu")

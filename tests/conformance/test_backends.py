@@ -16,7 +16,7 @@ import torch
 from ranks import source_of
 
 from weftrain.backends.common.registry import find_backends, get_backend
-from weftrain.core.backend import Backend, Job, Plan, Run, State, prepare_run
+from weftrain.core.backend import Backend, Job, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import row_keys
 from weftrain.core.errors import BackendError, CheckpointError, NonFiniteError
@@ -24,6 +24,7 @@ from weftrain.core.model import Decoder, draw, kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch
 from weftrain.core.parameters import parameter_specs
+from weftrain.core.run.prepare import prepare_run
 from weftrain.kernels import select
 
 FOUND = find_backends()

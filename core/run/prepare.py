@@ -1,0 +1,71 @@
+"""`prepare_run`: the one way from a backend and a job to a run, with the checks that every backend has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+
+from weftrain.core.backend import Backend, Feature, Fingerprint, Job, Run
+from weftrain.core.config import Recipe
+from weftrain.core.errors import BackendError
+from weftrain.core.formats.canonical import canonical_json
+
+
+def prepare_run(backend: Backend, job: Job) -> Run:
+    """backend.prepare(job), if the backend supports the recipe and its run has a whole fingerprint.
+
+    Raises BackendError naming the backend and what is missing, and whatever the backend raises; the run is closed then.
+    """
+    refuse_unsupported(backend.name, backend.unsupported, job.recipe)
+    run = backend.prepare(job)
+    try:
+        _check_fingerprint(backend.name, run.fingerprint)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def refuse_unsupported(name: str, unsupported: Set[Feature], recipe: Recipe) -> None:
+    """Raises BackendError for a recipe that asks for what the backend of that name does not support."""
+    batch = recipe.batch
+    if "replayable" in unsupported and recipe.precision.numerics == "replayable":
+        raise BackendError(
+            f"precision.numerics is replayable and the {name} backend does not add in a fixed tree: use the local or "
+            "cuda backend, or numerics=fast"
+        )
+    if "dropout" in unsupported and recipe.model.dropout:
+        raise BackendError(
+            f"model.dropout is {recipe.model.dropout} and the {name} backend has no dropout: use local or cuda, or "
+            "dropout=0"
+        )
+    if "replicas" in unsupported and batch.replicas != 1:
+        raise BackendError(
+            f"batch.replicas is {batch.replicas} and the {name} backend is one process: set batch.replicas=1 (the same "
+            f"batch in {batch.global_batch_size // batch.micro_batch_size} accumulation steps)"
+        )
+
+
+def _check_fingerprint(name: str, ask: Callable[[], object]) -> None:
+    whose = f"the {name} backend: Run.fingerprint()"
+    try:
+        found = ask()
+    except (TypeError, ValueError) as error:  # Fingerprint itself refuses what it is given
+        raise BackendError(f"{whose} failed: {error}") from error
+    if not isinstance(found, Fingerprint):
+        keys = found.keys() if isinstance(found, Mapping) else ()
+        missing = [key for key in ("backend", "device_type", "device") if key not in keys]
+        lacks = f" without {', '.join(missing)}" if missing else ""
+        raise BackendError(
+            f"{whose} gave a {type(found).__name__}{lacks}: it must return weftrain.core.backend.Fingerprint with "
+            "these fields"
+        )
+    if found.backend != name:
+        raise BackendError(
+            f"{whose} names the backend '{found.backend}': it must be the name that the recipe gives, '{name}'"
+        )
+    try:
+        canonical_json(found.as_json())
+    except (TypeError, ValueError) as error:
+        raise BackendError(
+            f"{whose} holds what JSON cannot: {error}: give texts, numbers, lists and mappings in `more`"
+        ) from None
