@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 from pathlib import Path
 
 import click
 from rich.table import Table
 
 from weftrain.cli import arguments
+from weftrain.cli.bench_reports import bench_compare
 from weftrain.cli.bench_train import bench_train, launch, measure, run_options
 from weftrain.cli.display import Bar, Console, this_program
 from weftrain.cli.kernels import bench as kernels_bench
@@ -107,40 +107,7 @@ def bench_data(recipe: str, overrides: tuple[str, ...], steps: int, beside_h5py:
         )
 
 
-@bench.command("compare")
-@click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--fail-above", type=float, metavar="PERCENT", help="Exit code 5 where B is slower by more than this, at 95 %."
-)
-def bench_compare(reports: tuple[Path, ...], fail_above: float | None) -> None:
-    """Compare reports A B: ratio of step times, its interval, a verdict at 95 %, and every difference of configuration.
-
-    Several interleaved reports are compared round by round: A1 B1 A2 B2 ...
-    """
-    from weftrain.analysis.bench.report import configuration_differences, read_report
-    from weftrain.analysis.bench.timings import difference
-
-    if len(reports) % 2:
-        raise click.BadParameter("give reports in pairs: A B, or A1 B1 A2 B2 ...")
-    found = [read_report(path) for path in reports]
-    a, b = found[0::2], found[1::2]
-    for line in configuration_differences(a[0], b[0]):
-        click.echo(f"differs: {line}")
-    for title, ones in (("A", a), ("B", b)):
-        speeds = statistics.median(one.speed.tokens_per_second for one in ones)
-        click.echo(f"{title}: {ones[0].name}: {speeds:,.1f} tokens/s")
-    raw = difference([values for one in a for values in one.counted], [values for one in b for values in one.counted])
-    click.echo(f"step time B / A = {raw.ratio:.4f} (95 %: {raw.low:.4f} to {raw.high:.4f}), in wall-clock time")
-    result = raw
-    in_probes = [[one.in_probes for one in ones] for ones in (a, b)]
-    if all(values is not None for ones in in_probes for values in ones):
-        x, y = ([values for rounds in ones if rounds is not None for values in rounds] for ones in in_probes)
-        result = difference(x, y)
-        words = "in units of a fixed matrix product timed beside each step"
-        click.echo(f"step time B / A = {result.ratio:.4f} (95 %: {result.low:.4f} to {result.high:.4f}), {words}")
-    click.echo(result.verdict)
-    if fail_above is not None and result.low - 1 > fail_above / 100:
-        sys.exit(5)
+bench.add_command(bench_compare)
 
 
 @bench.command("sweep")

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from weftrain.analysis.bench.timings import median_interval, percentile, warm_up_steps
 from weftrain.core.config import Recipe
 from weftrain.core.errors import WeftrainError
+from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.strict_model import first_problem
 from weftrain.core.parameters import Role, flops_per_token, parameter_count, parameter_specs
@@ -308,8 +309,42 @@ def read_report(path: Path) -> BenchReport:
     """Read report.json, or the folder that holds it. Raises ReportError."""
     path = path / "report.json" if path.is_dir() else path
     try:
-        return BenchReport.model_validate_json(read_plain(path, "record"))
+        return report_of(read_plain(path, "record"))
     except FileNotFoundError:
         raise ReportError(f"{path}: is not there: `weftrain bench train RECIPE --report FOLDER` makes one") from None
-    except ValidationError as error:
-        raise ReportError(f"{path}: {first_problem(error)}: it is no report of version {VERSION}") from error
+    except ValueError as error:
+        words = first_problem(error) if isinstance(error, ValidationError) else error
+        raise ReportError(f"{path}: {words}: it is no report of version {VERSION}") from error
+
+
+# The keys that every report has in its mappings, and what they hold.
+_KEYS: dict[str, dict[str, Any]] = {
+    "identity": {"recipe": dict, "recipe_sha256": str, "commit": str, "dirty": (bool, str), "seed": int},
+    "environment": {"device": str, "cpu": str, "cpu_count": int, "memory_bytes": int},
+    "shape": dict.fromkeys(("devices", "tokens_per_step", "sequence_length", "global_batch_size"), int)
+    | {"micro_batch_size": int, "backend": str, "compute": str},
+    "memory": {"measured_peak_bytes": int},
+    "energy": {"joules": (int, float, str), "source": str},
+}
+
+
+def report_of(data: bytes) -> BenchReport:
+    """The report that JSON holds. Raises ValueError for one that is malformed or whose steps cannot be counted."""
+    report = BenchReport.model_validate(parse_json(data))
+    for field, keys in _KEYS.items():
+        found = getattr(report, field)
+        for key, kind in keys.items():
+            if not isinstance(found.get(key), kind):
+                raise ValueError(f"key '{field}.{key}' is missing or of another type")
+    if not isinstance(report.identity["recipe"].get("name"), str):
+        raise ValueError("key 'identity.recipe.name' is missing or of another type")
+    for key in ("devices", "tokens_per_step"):
+        if report.shape[key] < 1:
+            raise ValueError(f"key 'shape.{key}' is below 1")
+    if not report.rounds or not all(report.counted) or not report.speed.warm_up_steps > 0:
+        raise ValueError("key 'rounds' holds no step after the warm-up")
+    if not all(0 < ms < math.inf for values in (*report.rounds, *report.probes) for ms in values):
+        raise ValueError("key 'rounds' or 'probes' holds a time that is not above 0")
+    if len(report.probes) != len(report.rounds):
+        raise ValueError("key 'probes' is of another number of rounds")
+    return report
