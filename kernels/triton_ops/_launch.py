@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from weftrain.kernels.contract import TARGETS, Implementation, Spec
+from weftrain.kernels.contract import TARGETS, Compilation, Implementation, Spec
 from weftrain.kernels.operators import define_operator
 
 VERSION = f"triton {triton.__version__}"
@@ -111,6 +111,20 @@ def implementation(
 
     version = f"{VERSION}, interpreted" if interpreting() else VERSION
     return Implementation(op, "triton", function, reason, version, compilations)
+
+
+def compilation(
+    name: str,
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    num_warps: int,
+    num_stages: int = 3,
+    **more: Any,
+) -> Compilation:
+    """The Compilation of `kernel`, whose runtime arguments have the `types` of their names; other types are ignored."""
+    signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
+    return Compilation(name, kernel, signature, constants, num_warps, num_stages, **more)
 
 
 def next_power_of_2(n: int) -> int:

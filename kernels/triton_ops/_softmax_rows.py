@@ -9,9 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from weftrain.kernels.triton_ops._launch import next_power_of_2
+from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, next_power_of_2
 
 _MAX_BLOCK = 4096  # columns in one step: 16 elements a thread
+
+# ---- for the compile gate: arguments that every kernel of a loss takes, and (dtype, name, type of the size)
+LOSS_TYPES = {"labels": "*i64:16", "scale": "fp32", "z_loss": "fp32", "ignore_index": "i32"}
+# 32000 and 32032 (Amber's, CrystalCoder's) are multiples of 16; an odd vocabulary is not.
+VOCABULARIES = (*((dtype, "v32000", "i32:16") for dtype in TRITON_DTYPES.values()), ("fp32", "v50257", "i32"))
 
 
 @triton.jit

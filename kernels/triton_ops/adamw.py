@@ -17,7 +17,7 @@ from torch import Tensor
 from weftrain.kernels.adamw_scalars import adamw_scalars
 from weftrain.kernels.arguments import check_adamw
 from weftrain.kernels.contract import Compilation
-from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, operator
+from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, compilation, implementation, operator
 
 _BLOCK = 1024
 _NUM_WARPS = 4
@@ -133,13 +133,12 @@ def _compilations() -> list[Compilation]:
         ("fp16", "fp16", True),
     ]
     for dtype, copy, after in cases:
-        state = "*fp32:16"
-        signature = {"parameter": state, "gradient": f"*{dtype}:16", "exp_avg": state, "exp_avg_sq": state}
-        signature |= {"copy": f"*{copy}:16" if copy else state, "gradient_scale": "*fp32", "elements": "i32:16"}
-        signature |= dict.fromkeys(names, "fp32")
+        types = dict.fromkeys(("parameter", "exp_avg", "exp_avg_sq"), "*fp32:16") | dict.fromkeys(names, "fp32")
+        types |= {"gradient": f"*{dtype}:16", "copy": f"*{copy or 'fp32'}:16"}
+        types |= {"gradient_scale": "*fp32", "elements": "i32:16"}
         constants = {"EPS_AFTER": after, "HAS_COPY": copy is not None, "BLOCK": _BLOCK}
         name = f"{dtype} copy {copy or 'none'} eps {'after' if after else 'before'}"
-        found.append(Compilation(name, _step, signature, constants, num_warps=_NUM_WARPS, num_stages=3))
+        found.append(compilation(name, _step, types, constants, _NUM_WARPS))
     return found
 
 

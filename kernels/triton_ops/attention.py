@@ -16,7 +16,7 @@ from weftrain.kernels.arguments import check_attention
 from weftrain.kernels.contract import TARGETS, Compilation, Spec
 from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 from weftrain.kernels.triton_ops import _attention_kernels as kernels
-from weftrain.kernels.triton_ops._launch import implementation, next_power_of_2, operator, target
+from weftrain.kernels.triton_ops._launch import compilation, implementation, next_power_of_2, operator, target
 
 _MAX_HEAD_DIM = 256
 _LOG2_E = 1 / math.log(2)
@@ -263,53 +263,23 @@ _ELEMENT_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _GATE_HEAD_DIMS = (64, 128, 256)
 
 
-def _signature(kernel: str, dtype: str, documents: bool) -> dict[str, str]:
-    """The types of a launch's runtime arguments at aligned strides; without documents, document_start is the constant
-    None.
-    """
-    x, fp32 = f"*{dtype}:16", "*fp32:16"
-    tensors = {
-        "forward": {"q": x, "k": x, "v": x, "document_start": "*i32:16", "out": x, "lse": fp32},
-        "row_sums": {"out": x, "dout": x, "delta": fp32},
-        "backward_keys": {
-            "q": x,
-            "k": x,
-            "v": x,
-            "document_start": "*i32:16",
-            "dout": x,
-            "lse": fp32,
-            "delta": fp32,
-            "dk": x,
-            "dv": x,
-        },
-        "backward_queries": {
-            "q": x,
-            "k": x,
-            "v": x,
-            "document_start": "*i32:16",
-            "dout": x,
-            "lse": fp32,
-            "delta": fp32,
-            "dq": x,
-        },
-    }[kernel]
-    if not documents:
-        tensors.pop("document_start", None)
-    strided = [name for name in ("q", "k", "v", "dout") if name in tensors]
-    strides = {f"{name}_{axis}": "i32:16" for name in strided for axis in ("batch", "token", "head")}
-    scales = {"row_sums": {}, "forward": {"scale_log2": "fp32"}}.get(kernel, {"scale": "fp32", "scale_log2": "fp32"})
-    return {**tensors, **strides, "T": "i32", "H": "i32", **scales}
+def _types(dtype: str) -> dict[str, str]:
+    """Of every runtime argument of the kernels, at aligned strides."""
+    types = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), f"*{dtype}:16")
+    types |= dict.fromkeys(("lse", "delta"), "*fp32:16") | {"document_start": "*i32:16", "T": "i32", "H": "i32"}
+    strides = (f"{name}_{axis}" for name in ("q", "k", "v", "dout") for axis in ("batch", "token", "head"))
+    return types | dict.fromkeys(strides, "i32:16") | dict.fromkeys(("scale", "scale_log2"), "fp32")
 
 
 def _compilation(
     kernel: str, dtype: str, head_dim: int, found: Configuration, documents: bool, **how: Any
 ) -> Compilation:
     name = f"{kernel} {dtype} d{head_dim} {found.block_m}x{found.block_n}w{found.num_warps}s{found.num_stages}"
-    constants = _common(head_dim, found, documents) | ({} if documents else {"document_start": None})
     name += " documents" * documents + " candidate" * (not how.get("default", True))
-    return Compilation(
-        name, getattr(kernels, kernel), _signature(kernel, dtype, documents),
-        constants | ({"SCAN": kernels.SCAN} if kernel == "backward_keys" else {}), found.num_warps, found.num_stages,
+    constants = _common(head_dim, found, documents) | ({} if documents else {"document_start": None})
+    constants |= {"SCAN": kernels.SCAN} if kernel == "backward_keys" else {}
+    return compilation(
+        name, getattr(kernels, kernel), _types(dtype), constants, found.num_warps, found.num_stages,
         matrix_instructions=dtype != "fp32", **how,
     )  # fmt: skip
 
@@ -320,12 +290,7 @@ def _compilations() -> list[Compilation]:
     for dtype, element_size in _ELEMENT_SIZES.items():
         for head_dim in _GATE_HEAD_DIMS:
             constants = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_M": _ROW_SUMS_BLOCK}
-            signature = _signature("row_sums", dtype, False)
-            made.append(
-                Compilation(
-                    f"row_sums {dtype} d{head_dim}", kernels.row_sums, signature, constants, num_warps=4, num_stages=3
-                )
-            )
+            made.append(compilation(f"row_sums {dtype} d{head_dim}", kernels.row_sums, _types(dtype), constants, 4))
             for kernel in ("forward", "backward_keys", "backward_queries"):
                 lines = CONFIGURATIONS[kernel, element_size, head_dim]
                 for found in dict.fromkeys(lines.values()):

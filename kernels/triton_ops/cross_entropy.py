@@ -18,8 +18,16 @@ from torch import Tensor
 from weftrain.kernels.arguments import check_cross_entropy
 from weftrain.kernels.contract import Compilation
 from weftrain.kernels.derivatives import first_derivatives_only
-from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, operator, rows_of
-from weftrain.kernels.triton_ops._softmax_rows import block_gradient, row_block, row_factors, row_loss, row_statistics
+from weftrain.kernels.triton_ops._launch import compilation, implementation, operator, rows_of
+from weftrain.kernels.triton_ops._softmax_rows import (
+    LOSS_TYPES,
+    VOCABULARIES,
+    block_gradient,
+    row_block,
+    row_factors,
+    row_loss,
+    row_statistics,
+)
 
 
 @triton.jit
@@ -90,7 +98,7 @@ def _launch_backward(
     z_loss: float,
 ) -> Tensor:
     rows, columns = logits.shape
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dlogits = _fake_backward(dloss, logits)
     if rows:
         block, warps = row_block(columns)
         _backward[(rows,)](
@@ -151,27 +159,14 @@ def cross_entropy(
 def _compilations() -> list[Compilation]:
     found = []
     block, warps = row_block(32000)
-    # 32000 and 32032 (Amber's, CrystalCoder's) are multiples of 16; an odd vocabulary is not.
-    shapes = [(dtype, "v32000", "i32:16") for dtype in TRITON_DTYPES.values()]
-    for dtype, width, size in (*shapes, ("fp32", "v50257", "i32")):
-        x, f32 = f"*{dtype}:16", "*fp32:16"
-        common = {"row_stride": size, "columns": size, "scale": "fp32", "z_loss": "fp32", "ignore_index": "i32"}
-        forward = {"logits": x, "labels": "*i64:16", "loss": f32, "maximum": f32, "total": f32, **common}
-        backward = {
-            "dloss": f32,
-            "logits": x,
-            "labels": "*i64:16",
-            "maximum": f32,
-            "total": f32,
-            "dlogits": x,
-            **common,
-        }
-        for name, kernel, signature in (("forward", _forward, forward), ("backward", _backward, backward)):
-            found.append(
-                Compilation(
-                    f"{name} {dtype} {width}", kernel, signature, {"BLOCK": block}, num_warps=warps, num_stages=3
-                )
-            )
+    for dtype, width, size in VOCABULARIES:
+        types = dict.fromkeys(("logits", "dlogits"), f"*{dtype}:16")
+        types |= dict.fromkeys(("loss", "dloss", "maximum", "total"), "*fp32:16") | LOSS_TYPES
+        types |= dict.fromkeys(("row_stride", "columns"), size)
+        found += [
+            compilation(f"{name} {dtype} {width}", kernel, types, {"BLOCK": block}, warps)
+            for name, kernel in (("forward", _forward), ("backward", _backward))
+        ]
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_grad_norm
 from weftrain.kernels.contract import Compilation
-from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, operator
+from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, compilation, implementation, operator
 
 _BLOCK = 4096
 _STEPS = 16  # blocks that one program adds, lane by lane, before the lanes are added
@@ -86,15 +86,12 @@ def _compilations() -> list[Compilation]:
     found = []
     sizes = [(dtype, "a multiple of 16", "i32:16") for dtype in TRITON_DTYPES.values()]
     for dtype, elements, size in (*sizes, ("fp32", "any count", "i32"), ("bf16", "2^31 and more", "i64:16")):
-        signature = {"gradient": f"*{dtype}:16", "partials": "*fp32", "elements": size}
+        types = {"gradient": f"*{dtype}:16", "partials": "*fp32", "elements": size}
         constants = {"STEPS": _STEPS, "BLOCK": _BLOCK}
         name = f"squares {dtype} {elements}"
-        found.append(Compilation(name, _sums_of_squares, signature, constants, num_warps=_NUM_WARPS, num_stages=3))
+        found.append(compilation(name, _sums_of_squares, types, constants, _NUM_WARPS))
     finish = {"partials": "*fp32:16", "norm": "*fp32:16", "count": "i32"}
-    found.append(
-        Compilation("finish", _root_of_sum, finish, {"BLOCK": _FINISH_BLOCK}, num_warps=_NUM_WARPS, num_stages=3)
-    )
-    return found
+    return [*found, compilation("finish", _root_of_sum, finish, {"BLOCK": _FINISH_BLOCK}, _NUM_WARPS)]
 
 
 IMPLEMENTATION = implementation("grad_norm", grad_norm, _compilations)

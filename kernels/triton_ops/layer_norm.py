@@ -1,8 +1,6 @@
-"""layer_norm: one program a row forward; backward in a fixed number of programs, each with its own partial sums for
-weight and bias.
+"""layer_norm: one program a row forward; backward in a fixed number of programs (`_norm_rows.py`).
 
-The variance is of the centred row (two passes over registers, no E[x^2] - E[x]^2), and there are no atomics: partial
-sums are [programs, n] and added by one more pass, so the bits do not depend on the order in which programs run.
+The variance is of the centred row: two passes over registers, no E[x^2] - E[x]^2.
 """
 
 from __future__ import annotations
@@ -15,14 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from weftrain.kernels.arguments import check_layer_norm
-from weftrain.kernels.contract import Compilation, Spec
 from weftrain.kernels.derivatives import first_derivatives_only
-from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, next_power_of_2, operator, rows_of
-
-# of the backward: two waves on a large GPU; constant, so that the same rows meet in the same partial sum everywhere
-_PROGRAMS = 256
-_MAX_HIDDEN_SIZE = 8192  # one program holds a whole row in registers; 16384 spills
-_MAX_ANY_HIDDEN_SIZE = 4096  # of sizes that are no multiple of 16: their addresses take registers too
+from weftrain.kernels.triton_ops import _norm_rows
+from weftrain.kernels.triton_ops._launch import implementation, operator, rows_of
+from weftrain.kernels.triton_ops._norm_rows import PROGRAMS, row_launch
 
 
 @triton.jit
@@ -76,16 +70,11 @@ def _backward(
     tl.store(dbias_partial + program * n + column, db, mask=inside)
 
 
-def _num_warps(block: int) -> int:
-    return min(max(block // 512, 1), 16)
-
-
 def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, n = x.shape
     y, mean, rstd = _fake_forward(x, weight, bias, eps)
     if rows:
-        block = next_power_of_2(n)
-        _forward[(rows,)](x, weight, bias, y, mean, rstd, x.stride(0), n, eps, BLOCK=block, num_warps=_num_warps(block))
+        _forward[(rows,)](x, weight, bias, y, mean, rstd, x.stride(0), n, eps, **row_launch(n))
     return y, mean, rstd
 
 
@@ -100,13 +89,12 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, n = x.shape
     dx = torch.empty((rows, n), dtype=x.dtype, device=x.device)
-    programs = min(rows, _PROGRAMS)  # of few rows, each has a program of its own
+    programs = min(rows, PROGRAMS)  # of few rows, each has a program of its own
     partials = torch.empty((2, programs, n), dtype=torch.float32, device=x.device)
     if rows:
-        block = next_power_of_2(n)
         _backward[(programs,)](
             dy, x, weight, mean, rstd, dx, partials[0], partials[1], dy.stride(0), x.stride(0), rows, n,
-            PROGRAMS=_PROGRAMS, BLOCK=block, num_warps=_num_warps(block),
+            PROGRAMS=PROGRAMS, **row_launch(n),
         )  # fmt: skip
     return dx, partials[0].sum(0).to(weight.dtype), partials[1].sum(0).to(bias.dtype)
 
@@ -155,53 +143,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor
     return _LayerNorm.apply(rows_of(x), weight.contiguous(), bias.contiguous(), eps).view(x.shape)
 
 
-def _needs(spec: Spec) -> str | None:
-    n = int(spec.attributes["hidden_size"])
-    if n <= _MAX_ANY_HIDDEN_SIZE or (n <= _MAX_HIDDEN_SIZE and n % 16 == 0):
-        return None
-    return f"needs hidden_size <= {_MAX_HIDDEN_SIZE}, and a multiple of 16 beyond {_MAX_ANY_HIDDEN_SIZE}; this is {n}"
-
-
-def _compilations() -> list[Compilation]:
-    found = []
-    # CrystalCoder's; in fp32, which takes most registers: the largest of any size, where nothing is aligned, and the
-    # largest offered
-    shapes = [(dtype, 4096, "i32:16") for dtype in TRITON_DTYPES.values()]
-    for dtype, n, size in (*shapes, ("fp32", _MAX_ANY_HIDDEN_SIZE - 1, "i32"), ("fp32", _MAX_HIDDEN_SIZE, "i32:16")):
-        block = next_power_of_2(n)
-        x, w, f32 = f"*{dtype}:16", "*fp32:16", "*fp32:16"
-        forward = {
-            "x": x,
-            "weight": w,
-            "bias": w,
-            "y": x,
-            "mean": f32,
-            "rstd": f32,
-            "row_stride": size,
-            "n": size,
-            "eps": "fp32",
-        }
-        backward = {
-            "dy": x,
-            "x": x,
-            "weight": w,
-            "mean": f32,
-            "rstd": f32,
-            "dx": x,
-            "dweight_partial": f32,
-            "dbias_partial": f32,
-        }
-        backward |= {"dy_row_stride": size, "x_row_stride": size, "rows": size, "n": size}
-        for name, kernel, signature, constants in (
-            ("forward", _forward, forward, {"BLOCK": block}),
-            ("backward", _backward, backward, {"PROGRAMS": _PROGRAMS, "BLOCK": block}),
-        ):
-            found.append(
-                Compilation(
-                    f"{name} {dtype} n{n}", kernel, signature, constants, num_warps=_num_warps(block), num_stages=3
-                )
-            )
-    return found
-
-
-IMPLEMENTATION = implementation("layer_norm", layer_norm, _compilations, _needs)
+IMPLEMENTATION = implementation(
+    "layer_norm", layer_norm, lambda: _norm_rows.compilations(_forward, _backward), _norm_rows.needs
+)

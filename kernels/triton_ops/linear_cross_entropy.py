@@ -17,8 +17,16 @@ from weftrain.kernels.arguments import check_linear_cross_entropy
 from weftrain.kernels.contract import Compilation
 from weftrain.kernels.derivatives import outside_autocast
 from weftrain.kernels.gradients_in_forward import SIGNATURE, differentiable_loss, empty_results
-from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, operator
-from weftrain.kernels.triton_ops._softmax_rows import block_gradient, row_block, row_factors, row_loss, row_statistics
+from weftrain.kernels.triton_ops._launch import compilation, implementation, operator
+from weftrain.kernels.triton_ops._softmax_rows import (
+    LOSS_TYPES,
+    VOCABULARIES,
+    block_gradient,
+    row_block,
+    row_factors,
+    row_loss,
+    row_statistics,
+)
 
 # logits held at once: 1024 rows of 32000, 64 MiB in bf16; enough rows for the products to run at their peak
 _CHUNK_ELEMENTS = 1 << 25
@@ -137,15 +145,12 @@ def linear_cross_entropy(
 def _compilations() -> list[Compilation]:
     found = []
     block, warps = row_block(32000)
-    # 32000 and 32032 (Amber's, CrystalCoder's) are multiples of 16; an odd vocabulary is not.
-    shapes = [(dtype, "v32000", "i32:16") for dtype in TRITON_DTYPES.values()]
-    for dtype, width, size in (*shapes, ("fp32", "v50257", "i32")):
-        signature = {"logits": f"*{dtype}:16", "labels": "*i64:16", "loss": "*fp32:16", "columns": size}
-        signature |= {"scale": "fp32", "z_loss": "fp32", "ignore_index": "i32"}
+    for dtype, width, size in VOCABULARIES:
+        types = {"logits": f"*{dtype}:16", "loss": "*fp32:16", "columns": size, **LOSS_TYPES}
         for gradient in (False, True):
             constants = {"GRADIENT": gradient, "BLOCK": block}
             name = f"{'loss and gradient' if gradient else 'loss'} {dtype} {width}"
-            found.append(Compilation(name, _loss_and_gradient, signature, constants, num_warps=warps, num_stages=3))
+            found.append(compilation(name, _loss_and_gradient, types, constants, warps))
     return found
 
 

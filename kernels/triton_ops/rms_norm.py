@@ -1,9 +1,4 @@
-"""rms_norm: one program a row forward; backward in a fixed number of programs, each with its own partial sum of the
-weight's gradient.
-
-No atomics. Partial sums are [PROGRAMS, n], added by one more pass, so the bits do not depend on the order in which
-programs run, nor on how many processors the GPU has.
-"""
+"""rms_norm: one program a row forward; backward in a fixed number of programs (`_norm_rows.py`)."""
 
 from __future__ import annotations
 
@@ -15,14 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from weftrain.kernels.arguments import check_rms_norm
-from weftrain.kernels.contract import Compilation, Spec
 from weftrain.kernels.derivatives import first_derivatives_only
-from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, next_power_of_2, operator, rows_of
-
-# of the backward: two waves on a large GPU; constant, so that the same rows meet in the same partial sum everywhere
-_PROGRAMS = 256
-_MAX_HIDDEN_SIZE = 8192  # one program holds a whole row in registers; 16384 spills
-_MAX_ANY_HIDDEN_SIZE = 4096  # of sizes that are no multiple of 16: their addresses take registers too
+from weftrain.kernels.triton_ops import _norm_rows
+from weftrain.kernels.triton_ops._launch import implementation, operator, rows_of
+from weftrain.kernels.triton_ops._norm_rows import PROGRAMS, row_launch
 
 
 @triton.jit
@@ -40,19 +31,9 @@ def _forward(x, weight, y, rstd, row_stride, n, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _backward(
-    dy,
-    x,
-    weight,
-    rstd,
-    dx,
-    dweight_partial,
-    dy_row_stride,
-    x_row_stride,
-    rows,
-    n,
-    PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    dy, x, weight, rstd, dx, dweight_partial, dy_row_stride, x_row_stride, rows, n,
+    PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Rows program, program + PROGRAMS, ...: dx = rstd * (g - xhat * mean(g xhat)) with g = dy weight, xhat = x
     rstd.
     """
@@ -75,17 +56,11 @@ def _backward(
     tl.store(dweight_partial + program * n + column, dw, mask=inside)
 
 
-def _num_warps(block: int) -> int:
-    return min(max(block // 512, 1), 16)
-
-
 def _launch_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rows, n = x.shape
-    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    y, rstd = _fake_forward(x, weight, eps)
     if rows:
-        block = next_power_of_2(n)
-        _forward[(rows,)](x, weight, y, rstd, x.stride(0), n, eps, BLOCK=block, num_warps=_num_warps(block))
+        _forward[(rows,)](x, weight, y, rstd, x.stride(0), n, eps, **row_launch(n))
     return y, rstd
 
 
@@ -98,13 +73,11 @@ def _fake_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
 def _launch_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     rows, n = x.shape
     dx = torch.empty((rows, n), dtype=x.dtype, device=x.device)
-    programs = min(rows, _PROGRAMS)  # of few rows, each has a program of its own
+    programs = min(rows, PROGRAMS)  # of few rows, each has a program of its own
     partial = torch.empty((programs, n), dtype=torch.float32, device=x.device)
     if rows:
-        block = next_power_of_2(n)
         _backward[(programs,)](
-            dy, x, weight, rstd, dx, partial, dy.stride(0), x.stride(0), rows, n,
-            PROGRAMS=_PROGRAMS, BLOCK=block, num_warps=_num_warps(block),
+            dy, x, weight, rstd, dx, partial, dy.stride(0), x.stride(0), rows, n, PROGRAMS=PROGRAMS, **row_launch(n)
         )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
 
@@ -148,34 +121,6 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     return _RMSNorm.apply(rows_of(x), weight.contiguous(), eps).view(x.shape)
 
 
-def _needs(spec: Spec) -> str | None:
-    n = int(spec.attributes["hidden_size"])
-    if n <= _MAX_ANY_HIDDEN_SIZE or (n <= _MAX_HIDDEN_SIZE and n % 16 == 0):
-        return None
-    return f"needs hidden_size <= {_MAX_HIDDEN_SIZE}, and a multiple of 16 beyond {_MAX_ANY_HIDDEN_SIZE}; this is {n}"
-
-
-def _compilations() -> list[Compilation]:
-    found = []
-    # Amber's; in fp32, which takes most registers: the largest of any size, where nothing is aligned, and the largest
-    # that is offered
-    shapes = [(dtype, 4096, "i32:16") for dtype in TRITON_DTYPES.values()]
-    for dtype, n, size in (*shapes, ("fp32", _MAX_ANY_HIDDEN_SIZE - 1, "i32"), ("fp32", _MAX_HIDDEN_SIZE, "i32:16")):
-        block = next_power_of_2(n)
-        x, w, f32 = f"*{dtype}:16", "*fp32:16", "*fp32:16"
-        forward = {"x": x, "weight": w, "y": x, "rstd": f32, "row_stride": size, "n": size, "eps": "fp32"}
-        backward = {"dy": x, "x": x, "weight": w, "rstd": f32, "dx": x, "dweight_partial": f32}
-        backward |= {"dy_row_stride": size, "x_row_stride": size, "rows": size, "n": size}
-        for name, kernel, signature, constants in (
-            ("forward", _forward, forward, {"BLOCK": block}),
-            ("backward", _backward, backward, {"PROGRAMS": _PROGRAMS, "BLOCK": block}),
-        ):
-            found.append(
-                Compilation(
-                    f"{name} {dtype} n{n}", kernel, signature, constants, num_warps=_num_warps(block), num_stages=3
-                )
-            )
-    return found
-
-
-IMPLEMENTATION = implementation("rms_norm", rms_norm, _compilations, _needs)
+IMPLEMENTATION = implementation(
+    "rms_norm", rms_norm, lambda: _norm_rows.compilations(_forward, _backward), _norm_rows.needs
+)

@@ -17,7 +17,7 @@ from torch import Tensor
 from weftrain.kernels.arguments import check_rope
 from weftrain.kernels.contract import Compilation, Spec
 from weftrain.kernels.derivatives import first_derivatives_only
-from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, next_power_of_2, operator
+from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, compilation, implementation, next_power_of_2, operator
 
 _BLOCK_ELEMENTS = 2048  # elements that one program turns, where the heads suffice: 16 a thread
 _NUM_WARPS = 4
@@ -72,7 +72,7 @@ def _blocks(heads: int, head_dim: int, rotary_dim: int) -> dict[str, int]:
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, inverse: bool) -> Tensor:
     batch, tokens, heads, head_dim = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = _fake(x, cos, sin, rotary_dim, interleaved, inverse)
     if y.numel():
         blocks = _blocks(heads, head_dim, rotary_dim)
         _turn[(batch * tokens, triton.cdiv(heads, blocks["BLOCK_HEADS"]))](
@@ -132,14 +132,14 @@ def _compilations() -> list[Compilation]:
     # Amber's, CrystalCoder's, and the largest that is offered
     shapes = [(dtype, *shape) for dtype in TRITON_DTYPES.values() for shape in ((128, 128, False), (128, 32, True))]
     for dtype, head_dim, rotary_dim, interleaved in (*shapes, ("fp32", _MAX_HEAD_DIM, _MAX_HEAD_DIM, True)):
-        x, table = f"*{dtype}:16", "*fp32:16"
+        types = dict.fromkeys(("x", "y"), f"*{dtype}:16") | dict.fromkeys(("cos", "sin"), "*fp32:16")
         sizes = ("batch_stride", "token_stride", "head_stride", "tokens", "heads", "head_dim", "half")
-        signature = {"x": x, "cos": table, "sin": table, "y": x, **dict.fromkeys(sizes, "i32:16")}
+        types |= dict.fromkeys(sizes, "i32:16")
         for inverse in (False, True):
             constants = {"INTERLEAVED": interleaved, "INVERSE": inverse, **_blocks(32, head_dim, rotary_dim)}
             pairs = "interleaved" if interleaved else "rotate-half"
             name = f"{'backward' if inverse else 'forward'} {dtype} d{head_dim} {pairs} {rotary_dim}"
-            found.append(Compilation(name, _turn, signature, constants, num_warps=_NUM_WARPS, num_stages=3))
+            found.append(compilation(name, _turn, types, constants, _NUM_WARPS))
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from weftrain.kernels.arguments import check_swiglu
 from weftrain.kernels.contract import Compilation
 from weftrain.kernels.derivatives import first_derivatives_only
-from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, implementation, operator, rows_of
+from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, compilation, implementation, operator, rows_of
 
 _BLOCK = 1024
 _NUM_WARPS = 4
@@ -67,7 +67,7 @@ def _grid_and_width(*inputs: Tensor) -> tuple[tuple[int], int]:
 
 
 def _launch_forward(gate: Tensor, up: Tensor) -> Tensor:
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    y = _fake_forward(gate, up)
     if y.numel():
         grid, n = _grid_and_width(gate, up)
         _forward[grid](gate, up, y, gate.stride(0), up.stride(0), n, BLOCK=_BLOCK, num_warps=_NUM_WARPS)
@@ -125,16 +125,12 @@ def _compilations() -> list[Compilation]:
     # A multiple of 16: contiguous inputs, and 11008. Not one: rows of 10922 in a product of both halves.
     shapes = [(dtype, "flat and n11008", "i32:16") for dtype in TRITON_DTYPES.values()]
     for dtype, width, size in (*shapes, ("fp32", "rows of n10922", "i32"), ("bf16", "rows of n10922", "i32")):
-        x = f"*{dtype}:16"
-        forward = {"gate": x, "up": x, "y": x, "gate_row_stride": size, "up_row_stride": size, "n": size}
-        backward = {"dy": x, "gate": x, "up": x, "dgate": x, "dup": x, "dy_row_stride": size, "gate_row_stride": size}
-        backward |= {"up_row_stride": size, "n": size}
-        for name, kernel, signature in (("forward", _forward, forward), ("backward", _backward, backward)):
-            found.append(
-                Compilation(
-                    f"{name} {dtype} {width}", kernel, signature, {"BLOCK": _BLOCK}, num_warps=_NUM_WARPS, num_stages=3
-                )
-            )
+        types = dict.fromkeys(("gate", "up", "y", "dy", "dgate", "dup"), f"*{dtype}:16")
+        types |= dict.fromkeys(("gate_row_stride", "up_row_stride", "dy_row_stride", "n"), size)
+        found += [
+            compilation(f"{name} {dtype} {width}", kernel, types, {"BLOCK": _BLOCK}, _NUM_WARPS)
+            for name, kernel in (("forward", _forward), ("backward", _backward))
+        ]
     return found
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from weftrain.kernels import OPS, KernelError
 from weftrain.kernels.adamw_scalars import adamw_scalars
 from weftrain.kernels.arguments import EPS_PLACEMENTS
+from weftrain.kernels.gradients_in_forward import differentiable_loss
 
 DIFFERENTIABLE = ("rms_norm", "layer_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy")
 NAN, INF = float("nan"), float("inf")
@@ -364,6 +365,7 @@ def _in_the_operator(monkeypatch: pytest.MonkeyPatch) -> LargestTensor:
     """A dispatch mode does not look into an operator, so its launch is called in the operator's place."""
     lce = module("linear_cross_entropy")
     monkeypatch.setattr(lce, "_LOSS_AND_GRADIENTS", lce._launch)
+    monkeypatch.setattr(lce, "_DIFFERENTIABLE", differentiable_loss("triton", lce._launch))
     return LargestTensor()
 
 
