@@ -278,6 +278,10 @@ def _explain(
         siblings = [name for name in names if name.rpartition(".")[0] == _generic(location[:-1])]
         wrong = _generic(location)
         meant = other_names.get(str(location[-1]))
+        if meant is None and isinstance(problem["input"], dict) and len(problem["input"]) == 1:  # training.seq_len=..
+            (inner,) = problem["input"]
+            if meant := other_names.get(str(inner)):
+                key = f"{key}.{inner}"
         near = [meant] if meant else difflib.get_close_matches(wrong, siblings, 1, 0.5)
         near = near or difflib.get_close_matches(wrong, names, 1, 0.6)
         valid = ", ".join(name.rpartition(".")[2] for name in siblings)

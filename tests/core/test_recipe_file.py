@@ -170,6 +170,8 @@ def test_what_was_recorded_is_a_recipe_or_refused_in_words(recorded: object) -> 
         ("batch.batch_size", "batch.global_batch_size"),
         ("model.n_layers", "model.num_layers"),
         ("device", "backend.options.device"),
+        ("training.seq_len", "data.sequence_length"),
+        ("parallelism.tensor_parallel_degree", "backend.options.tensor_parallel"),
         ("optimizer.beta3", "optimizer.beta"),
     ],
 )
