@@ -60,15 +60,14 @@ class Saving:
                 "files": {name: entry for name, (entry, _) in files.items()},
                 "tensors": {tensor: entry for _, tensors in files.values() for tensor, entry in tensors.items()},
             }
-            root = root_of(manifest)
-            # Last, and its rename syncs the folder's entries.
-            fsops.write_bytes(self.temporary / MANIFEST, sealed(manifest))
+            root, size = root_of(manifest), sum(entry["size"] for entry, _ in files.values())
+            fsops.write_bytes(
+                self.temporary / MANIFEST, sealed(manifest)
+            )  # last: its rename syncs the folder's entries
             set_aside = _make_way(self.target, self.temporary, root)
             if self.temporary.exists():
                 fsops.rename(self.temporary, self.target)
-            return CheckpointInfo(
-                self.target, self.claims["step"], root, sum(entry["size"] for entry, _ in files.values()), set_aside
-            )
+            return CheckpointInfo(self.target, self.claims["step"], root, size, set_aside)
 
 
 def begin(
@@ -86,11 +85,11 @@ def begin(
 ) -> Saving:
     """Start to write `folder/step_NNNNNNNN`; it appears whole and durable, or not at all. All dicts hold JSON values.
 
-    position: number of the next sample. sources: how far each source has been read, if that is known. parent: root of
-    the checkpoint that this run continued from. `state.tensors` is read tensor by tensor, unless it is spread over
-    several processes and writes itself (`checkpoint_files.WritesItself`). A whole checkpoint of this step with the same
-    root is kept as it is; any other is moved to `*.superseded-N` or `*.damaged-N`. Raises CheckpointError if the disk
-    is full or fails (older checkpoints are untouched), or if a name or dtype cannot be stored.
+    position: number of the next sample. sources: how far each source has been read, if known. parent: root of the
+    checkpoint that this run continued from. `state.tensors` is read tensor by tensor, or writes itself if it is spread
+    over several processes (`checkpoint_files.WritesItself`). A whole checkpoint of this step with the same root is
+    kept; any other is moved to `*.superseded-N` or `*.damaged-N`. Raises CheckpointError if the disk is full or fails
+    (older checkpoints are untouched), or if a name or dtype cannot be stored.
     """
     target = folder / folder_name(state.step)
     specs = {name: _spec(target, name, state.tensors) for name in state.tensors}
@@ -134,8 +133,7 @@ def save(folder: Path, state: State, **claims: Any) -> CheckpointInfo:
 
 
 def load(path: Path, *, verified: bool = False) -> tuple[State, dict[str, Any]]:
-    """A checkpoint's state and manifest. Every byte is verified first, unless the caller has just done so
-    (`verified=True`).
+    """A checkpoint's state and manifest. Every byte is verified first, unless the caller has just done so (`verified`).
 
     The state's tensors are lazy: each is read when it is asked for, as new memory, and its hash is checked once more,
     so that nothing altered in between reaches a model. Raises CheckpointError.

@@ -26,33 +26,26 @@ from weftrain.core.formats.strict_model import (
 from weftrain.core.order.data_section import DataConfig, Positions
 from weftrain.core.order.timeline import Timeline, timeline
 
-RunName = Annotated[PlainName, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it is a folder's
-MAX_THREADS = 1024  # of a process: torch makes them all at once, and the largest machines have some hundreds of CPUs
+RunName = Annotated[PlainName, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # names a folder
+MAX_THREADS = 1024  # of a process: torch makes them all at once
 Threads = Annotated[int, Field(ge=0, le=MAX_THREADS)]
-# a month: the clocks of torch.distributed do not take what Python does
-TimeoutS = Annotated[int, Field(gt=0, le=30 * 86_400)]
-# Sizes of a model. They bound what is made before a single number is computed: the list of parameters, a name and a
-# shape for each, and tables by position. Each is ten times and more what the largest published model has.
+TimeoutS = Annotated[int, Field(gt=0, le=30 * 86_400)]  # at most a month: torch.distributed takes no more
+# Bounds of a model's sizes, at least ten times those of the largest published model: lists of parameters and tables by
+# position are made before anything is computed.
 Layers = Annotated[int, Field(gt=0, le=10_000)]
 Width = Annotated[int, Field(gt=0, le=1 << 22)]
 
 
 class CompileOption(StrictModel):
-    """A backend option: see SHARED_OPTIONS."""
-
     compile: bool = False  # torch.compile, one graph for all blocks
 
 
 class RecomputeOption(StrictModel):
-    """A backend option: see SHARED_OPTIONS."""
-
-    # Of the activations in backward. selective: keep matrix products and attention; full: keep each block's input
-    # alone.
+    # selective: keep matrix products and attention for backward; full: keep each block's input alone
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
 
-# Options that mean the same in every backend whose options derive from their class: choosing another backend keeps
-# them.
+# Options that mean the same in every backend that derives its options from them: choosing another backend keeps them.
 SHARED_OPTIONS: tuple[type[StrictModel], ...] = (CompileOption, RecomputeOption)
 
 
@@ -119,13 +112,11 @@ class ModelConfig(StrictModel):
 
 
 class ObjectiveConfig(StrictModel):
-    """What training minimises: `next_token`, the sum of the tokens' cross entropies over the global batch, divided by
-    `normalizer`.
+    """What training minimises: the tokens' cross entropies, summed over the global batch and divided by `normalizer`.
 
-    bearing_tokens: the number of tokens that bear a loss. all_positions: all positions of the batch (sequences x
-    length), so that a batch with many masked tokens makes a smaller step. Where no row has a loss mask the two are
-    equal. Gradient, its norm and the clipping follow this; the loss that is logged is the mean over bearing tokens in
-    either case, as that of an evaluation is.
+    bearing_tokens: the number of tokens that bear a loss. all_positions: sequences x length, so that a batch with many
+    masked tokens makes a smaller step. Gradient, norm and clipping follow this; the loss that is logged is the mean
+    over bearing tokens in either case.
     """
 
     name: Literal["next_token"] = "next_token"
@@ -143,10 +134,9 @@ class OptimizerConfig(StrictModel):
     weight_decay: NonNegative
     decay: Literal["all", "matrices_and_embeddings"]  # the second skips biases and norms
     clip_norm: Positive | None  # global gradient norm; null: no clipping
-    # what a loss or gradient norm that is not finite does: stop, or leave the step out
-    non_finite: Literal["halt", "skip"] = "halt"
-    max_consecutive_skips: PositiveInt = 10  # `skip` stops the run where more steps in a row,
-    # or more of the last 100 steps (of a shorter run: of all) are left out
+    non_finite: Literal["halt", "skip"] = "halt"  # if loss or gradient norm is not finite: stop, or leave the step out
+    # `skip` stops the run when more steps in a row, or a larger share of the last 100, were left out
+    max_consecutive_skips: PositiveInt = 10
     max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.1
 
 
@@ -217,16 +207,15 @@ class BatchConfig(StrictModel):
         return self
 
 
-class KernelsConfig(StrictModel):
-    """Who implements the ops. A preference may fall through to the next; a pin (`op`, `op@module-glob`) never does."""
+DEFAULT_PREFERENCES = ("flash_attn", "cpp", "torch", "triton", "reference")
 
-    preferences: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = (
-        "flash_attn",
-        "cpp",
-        "torch",
-        "triton",
-        "reference",
-    )
+
+class KernelsConfig(StrictModel):
+    """Which implementations of the ops are selected. A preference may fall through to the next; a pin (`op`,
+    `op@module-glob`) never does.
+    """
+
+    preferences: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = DEFAULT_PREFERENCES
     pins: dict[str, str] = Field(default_factory=dict)
 
 
@@ -251,32 +240,29 @@ class LogConfig(StrictModel):
     tensorboard: bool = True
 
 
+# keys of the model that change what the same weights compute, and no tensor's shape
+ChangeableKey = Literal[
+    "num_heads",
+    "norm_eps",
+    "rotary_dim",
+    "rotary_interleaved",
+    "rope_theta",
+    "attention_scale",
+    "embedding_scale",
+    "logits_scale",
+]
+
+
 class StartFrom(StrictModel):
     """Another run whose newest checkpoint the first step starts from: all of its state, or its weights alone."""
 
     run: RunName
     state: Literal["all", "weights"]
-    # continue: read on behind the rows that the other run has read
-    data: Literal["from_start", "continue"] = "from_start"
-    # Keys of the model in which this run may be larger than that one; the rows that are added are drawn from the seed.
+    data: Literal["from_start", "continue"] = "from_start"  # continue: after the rows that the other run has read
+    # keys of the model in which this run may be larger; the rows that are added are drawn from the seed
     grow: Annotated[tuple[Literal["vocab_size"], ...], Field(strict=False)] = ()
-    # Keys of the model that may differ although they change what the same weights compute, and have no shape.
-    change: Annotated[
-        tuple[
-            Literal[
-                "num_heads",
-                "norm_eps",
-                "rotary_dim",
-                "rotary_interleaved",
-                "rope_theta",
-                "attention_scale",
-                "embedding_scale",
-                "logits_scale",
-            ],
-            ...,
-        ],
-        Field(strict=False),
-    ] = ()
+    # keys of the model that may differ, though the same weights then compute something else
+    change: Annotated[tuple[ChangeableKey, ...], Field(strict=False)] = ()
 
     @model_validator(mode="after")
     def _check_grow(self) -> StartFrom:
@@ -306,7 +292,7 @@ class Recipe(StrictModel):
 
     @classmethod
     def from_record(cls, tree: Any) -> Recipe:
-        """A recipe as a run or checkpoint recorded it. Raises pydantic's ValidationError."""
+        """As a run or checkpoint recorded it. Raises pydantic's ValidationError."""
         return cls.model_validate(with_earlier_keys(tree) if isinstance(tree, Mapping) else tree)
 
     @property
@@ -338,5 +324,5 @@ class Recipe(StrictModel):
 
 
 def with_earlier_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded recipe, with what runs did before a key existed whose default in a recipe's file is something else."""
+    """A recorded recipe with the keys that it is older than, where the default of today is not what it did."""
     return {"objective": {"normalizer": "all_positions"}} | dict(tree)

@@ -9,11 +9,9 @@ recipe, step, row): nothing is stored, and any number of readers share the work.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache, partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +19,16 @@ import numpy as np
 
 from weftrain.core.config import Recipe
 from weftrain.core.formats.dataset_manifest import SourceCursor, merkle_root
-from weftrain.core.formats.shard_reader import ShardReader, read_document_starts, read_rows
-from weftrain.core.formats.shard_set import ShardSet
+from weftrain.core.formats.shard_reader import read_document_starts, read_rows
 from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.mixture import CerebrasOrder, SampleOrder, make_mixture, source_shares
+from weftrain.core.order.row_plan import RowPlan, ShardReaders, block_parts, block_size, make_plan
 from weftrain.core.order.row_selection import Range
 from weftrain.core.order.source_order import OrderedSource, ordered_source
 from weftrain.core.order.source_sets import open_set
 from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.order.timeline import ChunkOrder, Timeline, timeline
-
-# A call of numpy takes a microsecond, and each source needs ten: so thousands of rows are located at once.
-MIN_PLAN_ROWS, MAX_PLAN_ROWS = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class TokenSource:
         shards: list[int] = []
         positions: list[int] = []
         for samples in self.timeline.spans(low, high):
-            for block, part in _parts(samples, self._plan_rows):
+            for block, part in block_parts(samples, self._block_size):
                 plan = self._plan(block)
                 shards += plan.shards[part]
                 positions += plan.positions[part]
@@ -137,66 +132,21 @@ class TokenSource:
         return start, start + count
 
     @cached_property
-    def _plan_rows(self) -> int:
-        """How many samples are located at once: fewer where that would only repeat the same rows."""
-        return min(MAX_PLAN_ROWS, max(MIN_PLAN_ROWS, sum(source.num_rows for source in self.sources)))
+    def _block_size(self) -> int:
+        return block_size(self.sources)
 
     @cached_property
-    def _plan(self) -> Callable[[int], _Plan]:
-        """The block-th plan, for samples [block * _plan_rows, (block + 1) * _plan_rows); the latest are kept."""
-        return lru_cache(maxsize=8)(partial(_make_plan, self.sources, self.mixture, self._plan_rows))
+    def _plan(self) -> Callable[[int], RowPlan]:
+        """The plan of a block of samples, by its number; the latest are kept."""
+        return lru_cache(maxsize=8)(partial(make_plan, self.sources, self.mixture, self._block_size))
 
     @cached_property
-    def _readers(self) -> _Readers:
-        return _Readers([source.shards for source in self.sources])
+    def _readers(self) -> ShardReaders:
+        return ShardReaders([source.shards for source in self.sources])
 
     def __getstate__(self) -> dict[str, Any]:
         # without plans and readers, which a process makes for itself
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-class _Readers(dict[int, ShardReader]):
-    """The shards of several sets, numbered through, each opened when it is first asked for."""
-
-    def __init__(self, sets: Sequence[ShardSet]) -> None:
-        super().__init__()
-        self._sets = sets
-        self._ends = list(accumulate(len(shards.entry.shards) for shards in sets))
-
-    def __missing__(self, number: int) -> ShardReader:
-        index = bisect_right(self._ends, number)
-        first = self._ends[index - 1] if index else 0
-        return self.setdefault(number, self._sets[index].reader(number - first))
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Where the rows of consecutive samples lie: the shard, numbered through all sources, and the position in it."""
-
-    shards: list[int]
-    positions: list[int]
-
-
-def _make_plan(sources: tuple[OrderedSource, ...], mixture: SampleOrder, rows: int, block: int) -> _Plan:
-    of_source, k = mixture.locate(np.arange(block * rows, (block + 1) * rows, dtype=np.int64))
-    shard, position = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.int64)
-    first_shard = 0
-    for index, source in enumerate(sources):
-        chosen = np.flatnonzero(of_source == index)
-        of_shard, row = source.shards.places(source.row_numbers(k[chosen]))
-        shard[chosen], position[chosen] = of_shard + first_shard, row * source.shards.manifest.row_stride
-        first_shard += len(source.shards.entry.shards)
-    return _Plan(shard.tolist(), position.tolist())
-
-
-def _parts(samples: Range, size: int) -> Iterator[tuple[int, slice]]:
-    """A range of samples [first, stop) as parts of blocks of `size`: which block, and the slice of it."""
-    first, stop = samples
-    while first < stop:
-        block, low = divmod(first, size)
-        high = min(size, low + stop - first)
-        yield block, slice(low, high)
-        first += high - low
 
 
 def open_training(

@@ -32,21 +32,18 @@ def block_place(layer: int) -> int:
 
 
 def at_place(keys: Tensor | None, place: int) -> Tensor | None:
-    """int64 [B] of `row_keys` -> int64 [B, 2]: each row's key, and the number of the first use of dropout that they are
-    for.
+    """int64 [B] of `row_keys` -> int64 [B, 2]: each row's key, and the place, the number of a first use of dropout.
 
-    The number travels as data: read from a module, it would be a constant of a compiled graph, and every layer would
-    get its own.
+    The place travels as data: read from a module it would be a constant, and each layer would compile its own graph.
     """
     return None if keys is None else torch.stack((keys, torch.full_like(keys, place)), 1)
 
 
 def dropout(x: Tensor, keys: Tensor | None, use: int, probability: float) -> Tensor:
-    """x [B, T, C] with each element zero with `probability`, the others divided by 1 - probability; x itself where keys
-    is None.
+    """x [B, T, C] with each element zeroed with `probability` and the others divided by 1 - probability.
 
-    keys: int64 [B, 2] of `at_place`. use: which use of dropout, counted from that place: no two of a model share their
-    numbers.
+    keys: int64 [B, 2] of `at_place`; None: x itself. use: which use of dropout, counted from that place; no two uses of
+    a model share their numbers.
     """
     if keys is None or not probability:
         return x

@@ -1,10 +1,9 @@
-"""One decoder for both models: Amber and CrystalCoder differ by config only, and every op comes through a kernel
-selection.
+"""One decoder: Amber and CrystalCoder differ by config only, and every op comes through a kernel selection.
 
-What a reader would get wrong: a Decoder holds *no* weights worth having until `initialize` or a checkpoint fills it,
-and it sets no precision. The dtype of its parameters is the dtype it computes in; `residual_dtype` alone may differ.
-There is no `.item()`, no condition on a tensor and no recomputation in here, so a backend can trace, compile,
-checkpoint or stream it segment by segment.
+What a reader would get wrong: a Decoder's weights are undefined until `initialize` or a checkpoint fills them, and it
+sets no precision: it computes in the dtype of its parameters; `residual_dtype` alone may differ. There is no `.item()`,
+no condition on a tensor and no recomputation in here, so a backend can trace, compile, checkpoint or stream it segment
+by segment.
 
 Letters for shapes: B sequences, T tokens, C hidden size, H heads, D head dimension, V vocabulary.
 """
@@ -196,8 +195,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, selection, layer) for layer in range(config.num_layers))
         self.final_norm = Norm(config, selection, "final_norm")
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
-        # In a tuple a module is not registered: the last segment owns nothing, it joins the two modules above under
-        # their own names.
+        # A module in a tuple is not registered: the head segment joins the two modules above, under their own names.
         self._last_segment = (Head(config, selection, self.final_norm, self.head),)
         for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
             self.register_buffer(name, table.to(self.embedding.weight.device), persistent=False)
@@ -210,15 +208,13 @@ class Decoder(nn.Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         dropout_keys: Tensor | None = None,
     ) -> Tensor:
-        """ids, labels int64 [B, T], document_start int32 [B, T] or None -> fp32 scalar, the sum of the token losses
-        (-100: none).
+        """ids, labels int64 [B, T], document_start int32 [B, T] or None -> fp32 scalar, the sum of the token losses.
 
-        rotary: cos and sin of the positions, where ids are not a row's first T tokens but a part of it. dropout_keys:
-        int64 [B] of `dropout.row_keys`, or None.
+        A label of -100 bears none. rotary: cos and sin of the positions, where ids are not a row's first T tokens but a
+        part of it. dropout_keys: int64 [B] of `dropout.row_keys`, or None.
         """
-        return self._last_segment[0](
-            self._residual_stream(ids, document_start, rotary, dropout_keys), labels, self.tied_weight()
-        )
+        x = self._residual_stream(ids, document_start, rotary, dropout_keys)
+        return self._last_segment[0](x, labels, self.tied_weight())
 
     def logits(self, ids: Tensor, document_start: Tensor | None = None) -> Tensor:
         """ids int64 [B, T], document_start int32 [B, T] or None -> [B, T, V] in the weights' dtype."""
@@ -265,11 +261,10 @@ def attention_scale(config: ModelConfig) -> float:
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [max_position_embeddings, rotary_dim / 2]: position x theta^(-2i / rotary_dim), all in fp32.
+    """cos and sin, fp32 [max_position_embeddings, rotary_dim / 2], of position x theta^(-2i / rotary_dim).
 
     The reciprocal is taken last, as Hugging Face's Llama and the Cerebras Model Zoo do: theta^(-x) differs in the last
-    bit. On the CPU whatever the default device is: so they are the same everywhere, and `arange` on the meta device
-    would import torch's compiler, a second at each start.
+    bit. Computed on the CPU, so they are the same everywhere; the meta device's `arange` would import torch's compiler.
     """
     exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device="cpu") / config.rotary_dim
     frequency = 1.0 / config.rope_theta**exponent
@@ -316,12 +311,10 @@ def kernel_specs(
 
 
 def draw(spec: ParameterSpec, config: ModelConfig, seed: int) -> Tensor:
-    """The initial value of one parameter, fp32 on the CPU: a pure function of (spec, config, seed), whatever else is
-    drawn.
+    """The initial value of one parameter, fp32 on the CPU: a pure function of (spec, config, seed).
 
     The key of a counter-based generator (Philox) is a hash of seed and name, so a layer can be drawn alone, in any
-    order, in any process. Normal by inversion; `truncated_normal` stops at two of the standard deviations that the
-    config names.
+    order, in any process. Normal by inversion; `truncated_normal` stops at two standard deviations.
     """
     if spec.role is Role.NORM_WEIGHT:
         return torch.ones(spec.shape)

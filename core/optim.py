@@ -1,5 +1,4 @@
-"""Optimizer and schedule as data: parameter groups by role, the learning rate as a pure function of the step, the clip
-coefficient.
+"""Optimizer and schedule as data: parameter groups by role, and the learning rate as a pure function of the step.
 
 The update itself is the op `adamw` in kernels/. `learning_rate(schedule, step)` takes the 0-based index of the step
 about to be made, so a warm-up from 0 makes its first update with a learning rate of exactly 0, as both models did.
@@ -17,9 +16,8 @@ from weftrain.core.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role, parameter_specs
 
-# The parameter group of each role. The muP learning-rate multiplier applies to decoder matrices alone: CrystalCoder
-# trains its embedding, norms and all biases at the full learning rate (released params file,
-# adjust_learning_rate.decoder_kernel).
+# The muP learning-rate multiplier applies to decoder matrices alone: CrystalCoder trains its embedding, norms and all
+# biases at the full learning rate (released params file, adjust_learning_rate.decoder_kernel).
 GROUP_OF_ROLE = {
     Role.EMBEDDING: "embeddings",
     Role.HEAD: "embeddings",

@@ -56,11 +56,11 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """Model FLOPs of one token's forward and backward: 6 x (parameters in matrix products) + 12 x layers x hidden x
-    sequence_length.
+    """Model FLOPs of one token's forward and backward pass, as PaLM counts them (arXiv 2204.02311, appendix B):
+    6 x (parameters in matrix products) + 12 x layers x hidden x sequence_length.
 
-    PaLM, appendix B (arXiv 2204.02311). The head is a matrix product, tied or not; the embedding is a lookup. The
-    second term is attention without the saving of causality, as everyone counts it. Recomputation is not counted.
+    The head is a matrix product, tied or not; the embedding is a lookup. The second term is attention without the
+    saving of causality. Recomputation is not counted.
     """
     products = config.vocab_size * config.hidden_size  # the head
     products += sum(spec.size for spec in parameter_specs(config) if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX))

@@ -59,7 +59,7 @@ class OriginKind(Enum):
 
 @dataclass(frozen=True)
 class Origin:
-    """What a start goes on from. said: a line about the backend's stored state, or ""; reason: of a refusal."""
+    """said: a line for the user about the backend's stored state, or "". reason: of a refusal."""
 
     kind: OriginKind
     step: int = 0
@@ -117,10 +117,10 @@ def _refused(reason: str) -> Origin:
 
 @dataclass(frozen=True)
 class Start:
-    """How a run starts, all of it checked, nothing of it written yet.
+    """How a run starts: all of it is checked, nothing is written yet.
 
-    At most one of `state` and `weights` is given; with neither, the weights are drawn from the seed or the backend's
-    stored state holds them.
+    At most one of `state` and `weights` is given; without either, the weights are drawn from the seed or are in the
+    backend's stored state.
     """
 
     origin: Origin
@@ -264,11 +264,10 @@ def _check_changes(folder: RunFolder, found: FoundRun, dataset_id: str, allow: S
 def _parent(
     start: StartingCheckpoint | None, entries: Sequence[Mapping[str, Any]], made: TrainingSegment | None
 ) -> str | None:
-    """Root of the checkpoint before what is trained next.
+    """Root of the checkpoint before what is trained next: that of `start`, if there is no stored state.
 
-    If the run goes on from a stored state, which the segment `made` trained, that is the last one of the ledger's line,
-    even if its folder is damaged or gone, or else what that segment began from; unless the ledger does not list `start`
-    yet.
+    A stored state, which the segment `made` trained, follows the last checkpoint of the ledger's line, even if its
+    folder is damaged or gone, or else what that segment began from; unless the ledger does not list `start` yet.
     """
     points = lineage(entries).checkpoints
     if made is None or (start is not None and all(point.root != start.root for point in points)):

@@ -1,9 +1,7 @@
-"""A signal that asks a process to stop. It is remembered, so that the step is finished and saved before the process
-ends.
+"""A signal that asks a process to stop is remembered, so that the step is finished and saved first.
 
-A backend gets its process's request as `Job.stop`. While nothing exists that could be saved, a process must not ignore
-the signal either: a wait in Python calls `leave_if_requested`, and one in native code, where no Python handler runs,
-stands in `ends_at_once`.
+A backend gets its process's request as `Job.stop`. A wait before there is anything to save must not ignore it: in
+Python it calls `leave_if_requested`; in native code, where no Python handler runs, it stands in `ends_at_once`.
 """
 
 from __future__ import annotations
@@ -20,10 +18,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextlib.contextmanager
 def sigterm_unwinds() -> Iterator[None]:
-    """In this block SIGTERM raises SystemExit (143) where it would end the process on the spot, as Ctrl-C raises
-    KeyboardInterrupt.
-
-    So what `with` and `finally` promise is kept: temporary files go, and child processes do not stay behind.
+    """In this block SIGTERM raises SystemExit (143), so that `with` and `finally` remove temporary files and end child
+    processes.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield

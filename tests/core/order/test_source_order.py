@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from weftrain.core import data
 from weftrain.core.data import TokenSource, open_training
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import VERSION, write_dataset_manifest, write_inputs, write_sources
 from weftrain.core.formats.dataset_manifest import DatasetManifest, InputEntry, SourceEntry, merkle_root, shard_file
 from weftrain.core.formats.shard_format import Documents, num_tokens, write_shard
+from weftrain.core.order import row_plan
 from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.source_sets import open_heldout
 
@@ -170,8 +170,8 @@ def test_rows_are_those_that_locate_names_across_plans_and_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     """`rows` computes where a thousand samples lie at once; `locate` computes it for one."""
-    monkeypatch.setattr(data, "MIN_PLAN_ROWS", 7)  # plans end within batches, and batches within plans
-    monkeypatch.setattr(data, "MAX_PLAN_ROWS", 7)
+    monkeypatch.setattr(row_plan, "MIN_ROWS", 7)  # plans end within batches, and batches within plans
+    monkeypatch.setattr(row_plan, "MAX_ROWS", 7)
     for name, rows in (("a", [12, 8]), ("b", [9]), ("c", [5, 1, 3])):
         write(tmp_path / name, rows)
     sources = [{"name": name, "path": name, "weight": weight} for name, weight in (("a", 0.5), ("b", 0.3), ("c", 0.2))]
