@@ -9,9 +9,13 @@ QUIET_SECONDS instead.
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, cast
 
@@ -82,6 +86,22 @@ def plain_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def program() -> str:
+    """How a printed command begins: `weftrain`, or what the shell needs where that is not found on PATH."""
+    called = Path(sys.argv[0])
+    if called.name == "weftrain":
+        found = shutil.which("weftrain")
+        return "weftrain" if found and os.path.realpath(found) == os.path.realpath(called) else shlex.quote(str(called))
+    if called.parts[-2:] == ("cli", "__main__.py") and shutil.which("weftrain") is None:
+        return f"{shlex.quote(sys.executable)} -m weftrain.cli"
+    return "weftrain"
+
+
+def follows() -> bool:
+    """Whether a launcher started this process as a rank other than 0: it prints nothing that rank 0 prints."""
+    return os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
 
 
 def this_program(*words: str) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from weftrain.cli.display import LINES, plain_output
+from weftrain.cli.display import LINES, follows, plain_output, program
 from weftrain.core.errors import EverywhereError, RecipeError, WeftrainError, printable
 from weftrain.core.stop import sigterm_unwinds
 
@@ -96,11 +96,6 @@ OTHER_WORDS = {
 }
 
 
-def _follows() -> bool:
-    """Whether a launcher started this process as a rank other than 0."""
-    return os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
-
-
 class Failure(click.ClickException):
     """An expected failure, printed as one line."""
 
@@ -109,7 +104,8 @@ class Failure(click.ClickException):
         vars(self)["exit_code"] = exit_code  # click declares it as the class's
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"weftrain: {printable(self.message, keep=LINES)}", err=True)
+        message = self.message.replace("`weftrain ", f"`{program()} ")  # a command that it names works as printed
+        click.echo(f"weftrain: {printable(message, keep=LINES)}", err=True)
 
 
 class Verbs(click.Group):
@@ -156,7 +152,7 @@ class Verbs(click.Group):
             with plain_output():
                 return super().invoke(ctx)
         except WeftrainError as error:
-            if isinstance(error, (EverywhereError, RecipeError)) and _follows():
+            if isinstance(error, (EverywhereError, RecipeError)) and follows():
                 # the process that leads was given the same command, and says it
                 raise SystemExit(error.exit_code) from error
             raise Failure(str(error), error.exit_code) from error

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weftrain.analysis.report.summary import summarize
-from weftrain.cli.display import Bar, Console
+from weftrain.cli.display import Bar, Console, follows, program
 from weftrain.cli.show import arithmetic
 from weftrain.core.config import Recipe
+from weftrain.core.errors import RecipeError, RunFolderError
 from weftrain.core.formats.safe_names import checked_segment
 from weftrain.core.parameters import parameter_specs
-from weftrain.core.recipe_file import RecipeFile, recorded_recipe
+from weftrain.core.recipe_file import RecipeFile, is_path, recorded_recipe
 from weftrain.core.run.metrics import heldout_label
 from weftrain.core.stop import StopRequest
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from weftrain.core.order.batch import BatchSource, EvaluationSource
     from weftrain.core.resume import Start
     from weftrain.core.trainer import TrainedStep
+
+SHOWN_CHANGES = 8  # keys in which a run's own recipe differs from the built-in one, listed when it goes on
 
 
 @click.command()
@@ -73,11 +76,11 @@ def train(
 ) -> None:
     """Train RECIPE, a built-in name or the path of a .yaml file; again: resume it, or say that it is complete.
 
-    KEY.SUB=VALUE lays a value over the recipe, e.g. schedule.steps=100. SIGTERM and Ctrl-C finish the step, save, and
+    KEY.SUB=VALUE lays a value over the recipe, e.g. schedule.steps=100. A run of a built-in recipe goes on with the
+    recipe it was made with, and values given then are laid over that. SIGTERM and Ctrl-C finish the step, save, and
     exit (143, 130).
     """
     from weftrain.cli.resolve import backend_options, resolve_recipe
-    from weftrain.core.backend import Follower
 
     console = Console()
     file = resolve_recipe(recipe, overrides, backend)
@@ -89,6 +92,14 @@ def train(
             f"{error}; a run name is one word, and --runs names the folder", param_hint="--run"
         ) from error
     again = _Command(recipe, overrides, backend, runs, run_name)
+    kept = again.over_stored(runs / name, overrides)
+    if not follows():  # at once: what comes next imports torch, which takes seconds
+        if kept is not None:
+            _say_kept(console, recipe, runs / name, file.recipe, kept.recipe)
+        _describe(console, (kept or file).recipe)
+    file = kept or file
+    from weftrain.core.backend import Follower
+
     with StopRequest() as stop:
         chosen, options = backend_options(file)
         if isinstance(chosen, Follower) and chosen.follows():
@@ -109,6 +120,32 @@ class _Command:
     runs: Path
     run_name: str | None
 
+    def over_stored(self, folder: Path, overrides: Sequence[str]) -> RecipeFile | None:
+        """The recipe that the run in `folder` was made with, with `overrides`, if that is what a start continues.
+
+        It is not for a file, which may have been edited on purpose, for a run of another recipe, nor for a record that
+        this version cannot read: there `decide` compares, and refuses what --allow does not name. Raises RecipeError.
+        """
+        from weftrain.cli.resolve import resolve_recipe, resolve_recorded
+        from weftrain.core.run.ledger import read_ledger
+        from weftrain.core.run.ledger_schema import LEDGER
+        from weftrain.core.run.lineage import lineage
+        from weftrain.core.run.run_folder import RECIPE, stored_recipe
+
+        origin = str(folder / RECIPE)
+        try:
+            tree = None if is_path(self.recipe) else stored_recipe(folder, missing_ok=True)
+            if tree is None or resolve_recipe(self.recipe).recipe.name != tree.get("name"):
+                return None
+            decided = {entry["chunk"] for entry in lineage(read_ledger(folder / LEDGER)).decisions}
+            tree = resolve_recorded(tree, origin).recipe.model_dump(mode="json")
+        except (RecipeError, RunFolderError):
+            return None
+        # What the ledger and the checkpoint say is added again when the run starts.
+        skip = [entry for entry in tree["data"]["skip"] if entry["chunk"] is None or entry["chunk"] not in decided]
+        tree["data"] |= {"skip": skip, "continues": None}
+        return resolve_recorded(tree, origin, overrides, self.backend)
+
     def to_continue(self, recipe: Recipe, source: BatchSource, folder: Path, done: int) -> str:
         """The checked command that trains a complete run twice as long, or what must be decided before that."""
         from weftrain.cli.resolve import resolve_recipe
@@ -120,7 +157,7 @@ class _Command:
             source,
             done,
             self.overrides,
-            lambda given: resolve_recipe(self.recipe, given, self.backend).recipe,
+            lambda given: (self.over_stored(folder, given) or resolve_recipe(self.recipe, given, self.backend)).recipe,
         )
         if isinstance(found, str):
             return f"to continue: {found}"
@@ -137,7 +174,7 @@ def _this_program() -> str:
     """How `train` was called: alone, or in every process that torchrun started, on one node or on several."""
     ranks, each = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if ranks == "1":
-        return "weftrain train"
+        return f"{program()} train"
     if ranks == each:
         return f"torchrun --standalone --nproc-per-node {each} -m weftrain.cli train"
     return "with the torchrun and its options that started this run, on every node: -m weftrain.cli train"
@@ -344,12 +381,29 @@ class _PreparationBar:
         self._own = None
 
 
-def _announce(
-    console: Console, recipe: Recipe, fingerprint: Fingerprint, peak: object, folder: Path, first: int
-) -> None:
+def _describe(console: Console, recipe: Recipe) -> None:
     console.print(f"{recipe.name}: {recipe.description}")
     for line in arithmetic(recipe):
         console.print(line)
+
+
+def _say_kept(console: Console, name: str, folder: Path, asked: Recipe, kept: Recipe) -> None:
+    """Say in what the run's own recipe stays as it is, where the built-in one says something else."""
+    from weftrain.core.run.run_folder import differences, shown
+
+    changes = differences(asked.model_dump(mode="json"), kept.model_dump(mode="json"))
+    if not changes:
+        return
+    console.print(f"{folder} goes on with the recipe it was made with; {name} differs from that in:")
+    for key, built_in, own in changes[:SHOWN_CHANGES]:
+        console.print(f"  {key}: {shown(own)} ({name}: {shown(built_in)})")
+    if len(changes) > SHOWN_CHANGES:
+        console.print(f"  and {len(changes) - SHOWN_CHANGES} more keys: see {folder / 'recipe.yaml'}")
+
+
+def _announce(
+    console: Console, recipe: Recipe, fingerprint: Fingerprint, peak: object, folder: Path, first: int
+) -> None:
     where = f"{fingerprint.backend} on {fingerprint.device}"
     threads = f", {fingerprint.threads} threads" if fingerprint.device_type == "cpu" and fingerprint.threads else ""
     console.print(f"backend      {where}{threads}, {recipe.precision.compute}; matrix-multiply peak {peak}")
@@ -394,7 +448,7 @@ def _summarize(console: Console, folder: Path, more: str) -> None:
         f"speed        {summary.tokens_per_second:,.0f} tokens/s, {share}",
         f"run          {folder}  (metrics.jsonl, checkpoints/, tensorboard/, recipe.yaml)",
         "next         tensorboard --logdir " + str(folder / "tensorboard"),
-        f"             weftrain eval {folder}",
+        f"             {program()} eval {shlex.quote(str(folder))}",
         f"             {more}",
     ]
     console.print("\n".join(lines))

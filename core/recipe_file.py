@@ -95,6 +95,11 @@ def builtin_recipes() -> list[str]:
     return builtin_names("weftrain.core")
 
 
+def is_path(recipe: str) -> bool:
+    """Whether a recipe's name on the command line is the path of a file, not a built-in recipe's name."""
+    return recipe.endswith((".yaml", ".yml")) or "/" in recipe
+
+
 def load_recipe(
     recipe: str, overrides: Iterable[str] = (), backend: str | None = None, kept_options: Collection[str] = ()
 ) -> RecipeFile:
@@ -103,7 +108,7 @@ def load_recipe(
     backend: replaces the recipe's own, and with it backend.options except those named in kept_options; overrides give
     the new backend's. Raises RecipeError naming file, line, key and remedy.
     """
-    if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
+    if is_path(recipe):
         name, text = str(Path(recipe)), read_text(Path(recipe))
     else:
         name, text = f"recipes/{recipe}.yaml", read_builtin("weftrain.core", recipe)

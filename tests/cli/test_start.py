@@ -422,3 +422,38 @@ def test_a_refused_command_leaves_no_trace(run: Path, weftrain: Train, tmp_path:
     ):
         refused(weftrain(*command))
         assert tree(tmp_path) == before, command
+
+
+def test_a_run_goes_on_without_the_overrides_it_was_made_with(
+    run: Path, weftrain: Train, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """A built-in recipe's run goes on from its own recipe, and says so; values are laid over that and checked."""
+    again = ["train", "crystal_demo", "--runs", run.parent]
+    result = weftrain(*again)
+    assert result.exit_code == 0, result.output
+    assert f"{run} goes on with the recipe it was made with; crystal_demo differs from that in:" in result.output
+    assert '  backend.name: "null" (crystal_demo: "local")' in result.output
+    assert "6 of 6 steps" in result.output
+    refused(weftrain(*again, "schedule.steps=8"), "schedule.steps: 6 -> 8", "--allow schedule.steps")
+    longer = weftrain(*again, "schedule.steps=8", "--allow", "schedule.steps")
+    assert went_on(longer, run) == [2, 4, 6, 8]
+    assert "schedule.steps: 6" not in longer.output.partition("batch  ")[0]  # it was asked for, so it is not kept
+    # The command that is printed to go on works without the overrides too.
+    assert "weftrain train crystal_demo schedule.steps=16" in longer.output
+
+    # A file may have been edited on purpose, and another recipe's run is another run.
+    file = tmp_path / "mine.yaml"
+    file.write_text(weftrain("recipe", "crystal_demo").output)
+    refused(
+        weftrain("train", file, *tiny_overrides, "--runs", run.parent),
+        "the recipe is not the one",
+        "--allow backend.name",
+    )
+    other = ["train", "amber_demo", "data.synthetic_rows=8", "data.sources=[]", "--runs", run.parent, "--run", run.name]
+    refused(weftrain(*other), "the recipe is not the one", "--allow name")
+
+
+def test_a_rank_that_follows_describes_nothing(train_tiny: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "parameters   " not in train_tiny("kernels.pins.rope=nobody").output
