@@ -21,12 +21,12 @@ from weftrain.backends.common.decoder import HEAD_USE, call
 from weftrain.backends.common.device import DeviceOptions, device_fingerprint, prepare_process
 from weftrain.backends.common.in_memory import InMemoryRun
 from weftrain.backends.common.phase_clock import PhaseClock
-from weftrain.backends.common.step import LossScale, global_norm, non_finite_message, present, slice_rows, to_device
-from weftrain.backends.common.tree_sum import TreeSum, tree_sum
+from weftrain.backends.common.step import LossScale, global_norm, present, slice_rows, step_happens, to_device
+from weftrain.backends.common.sums import gradient_sum, tree_sum
 from weftrain.core.backend import Fingerprint, Job, StepResult
 from weftrain.core.config import CompileOption, RecomputeOption
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, row_keys
-from weftrain.core.errors import BackendError, NonFiniteError
+from weftrain.core.errors import BackendError
 from weftrain.core.optim import group_learning_rates
 from weftrain.core.order.batch import Batch, BatchSource
 
@@ -50,10 +50,8 @@ class LocalRun(InMemoryRun):
             self._leaves[HEAD_USE] = torch.nn.Parameter(tied.detach())
         self._run_block = self._block_runner()
         self._run_head = torch.compile(call, dynamic=False) if options.compile else call
-        self._accumulated: dict[str, torch.Tensor] = {}
-        self._tree = (
-            TreeSum(job.recipe.batch.accumulation_steps) if job.recipe.precision.numerics == "replayable" else None
-        )
+        self._replayable = job.recipe.precision.numerics == "replayable"
+        self._sums = gradient_sum(job.recipe)  # of the micro-batches, if there are several
         self._clock = PhaseClock(device, job.time_phases)
 
     # -- the step
@@ -66,33 +64,28 @@ class LocalRun(InMemoryRun):
             self.snapshots.detach()
             start, step = time.perf_counter(), self.step_number
             losses, loss_scale, data_wait_s = self._forward_backward(partial(source.rows, step))
-            gradients = self._gradients()
+            gradients = self._take_gradients()
             self._clock.to("clip")
-            loss = loss_scale.mean(torch.stack(losses).sum() if self._tree is None else tree_sum(losses))
+            loss = loss_scale.mean(tree_sum(losses) if self._replayable else torch.stack(losses).sum())
             norm = global_norm([self.kernels.grad_norm([gradient]) for gradient in gradients.values()])
             rates = group_learning_rates(self.groups, recipe.schedule, step)
-            finite = bool(torch.isfinite(loss + norm))
+            tokens, bearing = recipe.tokens_per_step, loss_scale.bearing_tokens
+            finite = step_happens(recipe, source, step, loss, norm, bearing, partial(list, losses))
             self._clock.to("update")
             if finite:
                 self.update(gradients, norm, rates)
-            self._clear_gradients()
-            del gradients  # or the next step's would be made beside them
-            if not finite and recipe.optimizer.non_finite == "halt":
-                micro, bearing = recipe.batch.micro_batch_size, loss_scale.bearing_tokens
-                raise NonFiniteError(non_finite_message(source, step, losses, float(norm), micro, bearing))
+            del gradients  # before the next step's are allocated
             self.step_number += 1
             phases = self._clock.stop()
             step_ms = (time.perf_counter() - start) * 1e3
-            skipped = not finite
-            tokens, bearing = recipe.tokens_per_step, loss_scale.bearing_tokens
-            yield StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, skipped, phases)
+            yield StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, not finite, phases)
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
         """See Run.gradients."""
         losses, scale, _ = self._forward_backward(lambda first, count: slice_rows(batch, first, count))
         self._clock.stop()
-        gradients = {name: gradient.detach().float().cpu().clone() for name, gradient in self._gradients().items()}
-        self._clear_gradients()
+        found = self._take_gradients()
+        gradients = {name: gradient.detach().float().cpu().clone() for name, gradient in found.items()}
         return float(scale.mean(torch.stack(losses).sum())), gradients
 
     def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[torch.Tensor], LossScale, float]:
@@ -146,31 +139,23 @@ class LocalRun(InMemoryRun):
     def _accumulate(self) -> None:
         """Add this micro-batch's gradients to the fp32 sums."""
         for name, leaf in self._leaves.items():
-            if leaf.grad is None:
-                continue
-            if self._tree is not None:
-                self._tree.add(name, leaf.grad)
-            elif name in self._accumulated:
-                self._accumulated[name] += leaf.grad
-            else:
-                self._accumulated[name] = leaf.grad.float()
+            if leaf.grad is not None:
+                self._sums.add(name, leaf.grad)
             leaf.grad = None
 
-    def _gradients(self) -> dict[str, torch.Tensor]:
-        """Parameter -> gradient of the step, in execution order. A parameter that the loss did not reach is an
-        error; never treated as zero.
-        """
-        summed = self._accumulated if self._tree is None else self._tree.totals()
-        found: Mapping[str, torch.Tensor | None] = summed or {name: leaf.grad for name, leaf in self._leaves.items()}
+    def _take_gradients(self) -> dict[str, torch.Tensor]:
+        """Parameter -> gradient of the step, in execution order; the run itself keeps none."""
+        found: Mapping[str, torch.Tensor | None] = self._sums.totals() or {
+            name: leaf.grad for name, leaf in self._leaves.items()
+        }
         gradients = present(found, self._leaves)
+        self._clear_gradients()
         if HEAD_USE in gradients:
             gradients["embedding.weight"] += gradients.pop(HEAD_USE)
         return gradients
 
     def _clear_gradients(self) -> None:
-        self._accumulated = {}
-        if self._tree is not None:
-            self._tree.clear()
+        self._sums.clear()
         for leaf in self._leaves.values():
             leaf.grad = None
 
@@ -188,9 +173,7 @@ class LocalRun(InMemoryRun):
             "compile": self._options.compile,
             "activation_checkpointing": self._options.activation_checkpointing,
             "micro_batch_size": self.recipe.batch.micro_batch_size,
-            "reduction": "micro-batches added in order, fp32"
-            if self._tree is None
-            else "micro-batches added in a fixed tree, fp32",
+            "reduction": f"micro-batches added in {'a fixed tree' if self._replayable else 'order'}, fp32",
         }
         recomputes = self._options.activation_checkpointing
         return device_fingerprint("local", self.device, self.kernels.manifest, more, recomputes=recomputes)

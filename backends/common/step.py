@@ -15,7 +15,7 @@ import torch
 
 from weftrain.core.backend import EvalResult
 from weftrain.core.config import OptimizerConfig, Recipe
-from weftrain.core.errors import BackendError
+from weftrain.core.errors import BackendError, NonFiniteError
 from weftrain.core.optim import ParameterGroup
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 
@@ -127,34 +127,44 @@ def clip_coefficient(norm: torch.Tensor, clip_norm: float | None) -> torch.Tenso
     return torch.ones_like(norm) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def non_finite_message(
+def step_happens(
+    recipe: Recipe,
     source: BatchSource,
     step: int,
-    losses: Sequence[torch.Tensor],
-    norm: float,
-    micro_batch_size: int,
+    loss: torch.Tensor,
+    norm: torch.Tensor,
     bearing_tokens: int,
-) -> str:
-    """Why the step did not happen, and which samples were in it. losses: of each micro-batch of the global batch, in
-    order.
+    losses: Callable[[], Sequence[torch.Tensor]],
+) -> bool:
+    """Whether loss and gradient norm (0-dim) of the global batch are finite, so that the update may be made. Otherwise
+    raises NonFiniteError, which names the samples, unless the recipe skips such steps.
+
+    losses: of each micro-batch of the global batch, in order; called for the message alone.
     """
+    finite = bool(torch.isfinite(loss + norm))
+    if not finite and recipe.optimizer.non_finite == "halt":
+        raise NonFiniteError(_non_finite_message(source, step, losses(), float(norm), bearing_tokens))
+    return finite
+
+
+def _non_finite_message(
+    source: BatchSource, step: int, losses: Sequence[torch.Tensor], norm: float, bearing_tokens: int
+) -> str:
     happened = f"the step did not happen, weights and optimizer are as after step {step - 1}"
     if not bearing_tokens:
         names = source.sample_names(step, 0, source.global_batch_size)
         return (
             f"step {step}: no token of the global batch bears a loss, so it has neither a loss nor a gradient: "
-            f"{happened}; samples: "
-            f"{_some(names)}; correct their loss mask, leave them out with data.skip, or set optimizer.non_finite=skip"
+            f"{happened}; samples: {_some(names)}; correct their loss mask, leave them out with data.skip, or set "
+            "optimizer.non_finite=skip"
         )
     bad = [index for index, loss in enumerate(losses) if not torch.isfinite(loss)] or range(len(losses))
-    names = [name for index in bad for name in source.sample_names(step, index * micro_batch_size, micro_batch_size)]
-    loss = (
-        math.fsum(float(value) for value in losses) if all(torch.isfinite(value) for value in losses) else "not finite"
-    )
+    micro = source.global_batch_size // len(losses)
+    names = [name for index in bad for name in source.sample_names(step, index * micro, micro)]
+    total = math.fsum(float(loss) for loss in losses) if isinstance(bad, range) else "not finite"
     return (
-        f"step {step}: loss {loss}, gradient norm {norm}: {happened}; samples: {_some(names)}; look at them, lower the "
-        "learning rate, "
-        "or set optimizer.non_finite=skip"
+        f"step {step}: loss {total}, gradient norm {norm}: {happened}; samples: {_some(names)}; look at them, lower "
+        "the learning rate, or set optimizer.non_finite=skip"
     )
 
 

@@ -33,14 +33,14 @@ from weftrain.backends.common.step import (
     LossScale,
     clip_coefficient,
     mean_loss,
-    non_finite_message,
     padded_rows,
     slice_rows,
+    step_happens,
     to_device,
     update,
     update_sets,
 )
-from weftrain.backends.common.tree_sum import TreeSum, tree_sum
+from weftrain.backends.common.sums import gradient_sum, tree_sum
 from weftrain.backends.cuda.models import RankModel, Replicated, Sharded
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Meshes, compile_blocks, degrees, split_sequences, split_tensors, use_float8
@@ -109,8 +109,7 @@ class CudaRun:
         compile_blocks(model, options)
         self._decoder = model
         if options.parallel == "ddp":
-            tree = TreeSum(recipe.batch.accumulation_steps) if recipe.precision.numerics == "replayable" else None
-            self._model: RankModel = Replicated(model, options, dtype, device, tree)
+            self._model: RankModel = Replicated(model, options, dtype, device, gradient_sum(recipe))
         else:
             self._model = Sharded(model, meshes, options, dtype, device)
         weights = self._model.weights
@@ -159,10 +158,11 @@ class CudaRun:
         losses, loss_scale, data_wait_s = self._forward_backward(partial(source.rows, step))
         with self._world.together(f"add the gradients of step {step}"):
             self._clock.to("communication")
-            gradients = self._model.gradients()
+            gradients = self._model.take_gradients()
             loss, norm = self._over_all_ranks(losses, loss_scale, gradients)
-            rates = group_learning_rates(self._groups, recipe.schedule, step)
-            finite = bool(torch.isfinite(loss + norm))
+            rates, bearing = group_learning_rates(self._groups, recipe.schedule, step), loss_scale.bearing_tokens
+            everywhere = partial(self._losses_of_all, losses)
+            finite = step_happens(recipe, source, step, loss, norm, bearing, everywhere)
         self._clock.to("update")
         if finite:
             scale = clip_coefficient(norm, recipe.optimizer.clip_norm)
@@ -171,16 +171,11 @@ class CudaRun:
             adamw, scale = self._kernels.adamw, scale.to(at)
             update(adamw, self._sets, self._planes, gradients, recipe.optimizer, rates, index, scale)
             self._optimizer_updates = index
-        self._model.clear_gradients()
         del gradients
-        if not finite and recipe.optimizer.non_finite == "halt":
-            every = self._losses_of_all(losses)
-            micro, bearing = recipe.batch.micro_batch_size, loss_scale.bearing_tokens
-            raise NonFiniteError(non_finite_message(source, step, every, float(norm), micro, bearing))
         self.step_number += 1
         phases = self._clock.stop()
         step_ms = (time.perf_counter() - start) * 1e3
-        tokens, bearing = recipe.tokens_per_step, loss_scale.bearing_tokens
+        tokens = recipe.tokens_per_step
         return StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, not finite, phases)
 
     def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[Tensor], LossScale, float]:
@@ -289,13 +284,12 @@ class CudaRun:
         self._clock.stop()
         self._world.doing = IDLE
         with self._world.together("add gradients"):
-            gradients = self._model.gradients()
+            gradients = self._model.take_gradients()
             loss, _ = self._over_all_ranks(losses, scale, gradients)
             found = {
                 name: self._model.whole(name, gradient.float()).detach().cpu().clone()
                 for name, gradient in gradients.items()
             }
-        self._model.clear_gradients()
         return float(loss), found
 
     def _share_rows(self, batch: Batch | None) -> Batch:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from weftrain.backends.common.decoder import FP32_ROLES, bind_parameters
 from weftrain.backends.common.step import present
-from weftrain.backends.common.tree_sum import TreeSum
+from weftrain.backends.common.sums import OrderedSum, TreeSum
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Meshes, shard
 from weftrain.core.model import Decoder
@@ -56,11 +56,11 @@ class RankModel(Protocol):
         """
         ...
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Parameter -> gradient of the step, summed over all ranks, of the shape of what this rank owns."""
+    def take_gradients(self) -> dict[str, Tensor]:
+        """Parameter -> gradient of the step, summed over all ranks, of the shape of what this rank owns. A collective;
+        the model itself keeps none.
+        """
         ...
-
-    def clear_gradients(self) -> None: ...
 
     def owners(self, name: str) -> int:
         """Ranks that own the same piece of a parameter."""
@@ -129,22 +129,20 @@ class Sharded:
         self._root.set_requires_gradient_sync(last or self._every_micro_batch)
         yield
 
-    def gradients(self) -> dict[str, Tensor]:
+    def take_gradients(self) -> dict[str, Tensor]:
         found = {
             name: None if parameter.grad is None else _local(parameter.grad)
             for name, parameter in self._parameters.items()
         }
         gradients = present(found, self._parameters)
+        for parameter in self._parameters.values():
+            parameter.grad = None
         if self._size > 1:  # the norms', in one piece
             flat = torch.cat([gradients[name].reshape(-1) for name in self._norms])
             dist.all_reduce(flat)
             pieces = flat.split([gradients[name].numel() for name in self._norms])
             gradients |= {name: piece.view_as(gradients[name]) for name, piece in zip(self._norms, pieces, strict=True)}
         return gradients
-
-    def clear_gradients(self) -> None:
-        for parameter in self._parameters.values():
-            parameter.grad = None
 
     def owners(self, name: str) -> int:
         parameter = self._parameters[name]
@@ -195,18 +193,18 @@ class Replicated:
         options: CudaOptions,
         compute_dtype: torch.dtype,
         device: torch.device,
-        tree: TreeSum | None,
+        sums: OrderedSum | TreeSum,
     ) -> None:
-        """tree: where gradients are added in a fixed tree over all micro-batches of all ranks."""
-        self._tree = tree
+        """sums: adds the gradients of this rank's micro-batches. With a TreeSum the ranks' sums are added in the same
+        tree (`_pairwise_sum`); otherwise the last micro-batch is added while DDP reduces it.
+        """
+        self._sums, self._in_tree = sums, isinstance(sums, TreeSum)
         self.weights = {spec.name: torch.empty(spec.shape, device=device) for spec in parameter_specs(model.config)}
         self._parameters, self.copies = bind_parameters(model, self.weights, compute_dtype, device)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
         self._compute_dtype, self._reduce_dtype = compute_dtype, getattr(torch, options.reduce)
         self._size = dist.get_world_size()
-        self._sums: dict[str, Tensor] = {}  # of the micro-batches before the last, fp32
         self._reduced: dict[str, Tensor] = {}
-        self._last = True
         buffers = (
             "forward_sync_buffers"
             if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -235,22 +233,14 @@ class Replicated:
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        with contextlib.nullcontext() if last and self._tree is None else self._ddp.no_sync():
+        reduces = last and not self._in_tree
+        with contextlib.nullcontext() if reduces else self._ddp.no_sync():
             yield
-        if self._tree is not None:
-            for name, parameter in self._parameters.items():
-                if parameter.grad is not None:
-                    self._tree.add(name, parameter.grad)
-                parameter.grad = None
+        if reduces:
             return
-        if last:
-            return
-        for name, parameter in self._parameters.items():  # into fp32 sums, as the local backend does
+        for name, parameter in self._parameters.items():
             if parameter.grad is not None:
-                if name in self._sums:
-                    self._sums[name] += parameter.grad
-                else:
-                    self._sums[name] = parameter.grad.float()
+                self._sums.add(name, parameter.grad)
                 parameter.grad = None
 
     def _reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
@@ -259,9 +249,9 @@ class Replicated:
         """
         buffer, parameters = bucket.buffer(), bucket.parameters()
         names = [self._names[parameter] for parameter in parameters]
-        summed = bool(self._sums)
+        sums = self._sums.totals()
         wanted = self._reduce_dtype if buffer.dtype == self._compute_dtype else torch.float32
-        if not summed and buffer.dtype == wanted:
+        if not sums and buffer.dtype == wanted:
             if self._size == 1:
                 return _done(buffer)
             return cast(
@@ -269,7 +259,7 @@ class Replicated:
             )
         flat = torch.cat(
             [
-                (self._sums[name] + gradient if summed else gradient.float()).reshape(-1)
+                (sums[name] + gradient if sums else gradient.float()).reshape(-1)
                 for name, gradient in zip(names, bucket.gradients(), strict=True)
             ]
         )
@@ -290,20 +280,18 @@ class Replicated:
             return _done(buffer)
         return cast("Future[Tensor]", dist.all_reduce(flat, async_op=True).get_future().then(keep))
 
-    def gradients(self) -> dict[str, Tensor]:
-        if self._tree is not None:
-            return _pairwise_sum(present(self._tree.totals(), self._parameters), self._size)
-        found: Mapping[str, Tensor | None] = {
-            name: self._reduced.get(name, parameter.grad) for name, parameter in self._parameters.items()
-        }
-        return present(found, self._parameters)
-
-    def clear_gradients(self) -> None:
-        self._sums, self._reduced = {}, {}
-        if self._tree is not None:
-            self._tree.clear()
+    def take_gradients(self) -> dict[str, Tensor]:
+        found: Mapping[str, Tensor | None] = (
+            self._sums.totals()
+            if self._in_tree
+            else {name: self._reduced.get(name, parameter.grad) for name, parameter in self._parameters.items()}
+        )
+        gradients = present(found, self._parameters)
+        self._sums.clear()
+        self._reduced = {}
         for parameter in self._parameters.values():
             parameter.grad = None
+        return _pairwise_sum(gradients, self._size) if self._in_tree else gradients
 
     def owners(self, name: str) -> int:
         return self._size

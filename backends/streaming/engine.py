@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -24,8 +25,8 @@ from weftrain.backends.common.step import (
     clip_coefficient,
     global_norm,
     mean_loss,
-    non_finite_message,
     slice_rows,
+    step_happens,
     to_device,
 )
 from weftrain.backends.streaming.communicator import Communicator, Gradients
@@ -38,7 +39,6 @@ from weftrain.backends.streaming.store.base import Completed, Pending, Store, no
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.backends.streaming.trace import Trace
 from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
-from weftrain.core.errors import NonFiniteError
 from weftrain.core.model import rotary_tables
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
@@ -99,10 +99,7 @@ class StreamingRun:
             loss, bearing = loss_scale.mean(torch.stack(losses).sum()), loss_scale.bearing_tokens
             norm = global_norm([norms[spec.name] for spec in parameter_specs(recipe.model)])
             rates = group_learning_rates(groups, recipe.schedule, step)
-            finite = bool(torch.isfinite(loss + norm))
-            if not finite and recipe.optimizer.non_finite == "halt":
-                micro = recipe.batch.micro_batch_size
-                raise NonFiniteError(non_finite_message(source, step, losses, float(norm), micro, bearing))
+            finite = step_happens(recipe, source, step, loss, norm, bearing, partial(list, losses))
             updates = store.committed.optimizer_updates + finite
             scale = float(clip_coefficient(norm, recipe.optimizer.clip_norm)) if finite else 0.0
             pending = Pending(scale, dict(rates), updates) if finite else None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from weftrain.backends.common.registry import find_backends
-from weftrain.backends.common.tree_sum import TreeSum, tree_sum
+from weftrain.backends.common.sums import TreeSum, tree_sum
 from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import at_place, dropout, row_keys, squares

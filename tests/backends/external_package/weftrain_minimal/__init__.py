@@ -1,12 +1,12 @@
 """The smallest backend that trains: one process on a CPU, the whole batch in one forward and backward pass."""
 
 import time
+from functools import partial
 
 import torch
 
 from weftrain.backends.common import base, device, in_memory, step
 from weftrain.core.backend import StepResult
-from weftrain.core.errors import NonFiniteError
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.optim import group_learning_rates
 
@@ -20,13 +20,11 @@ class MinimalRun(in_memory.InMemoryRun):
             batch = source.rows(number, 0, rows)
             waited_ms = (time.perf_counter() - start) * 1e3
             loss, gradients = self.gradients(batch)
+            losses = [torch.tensor(loss)]  # of the micro-batches: there is one
             norm = step.global_norm([gradient.norm() for gradient in gradients.values()])
             rates, bearing = group_learning_rates(self.groups, recipe.schedule, number), batch.bearing_tokens
-            if finite := bool(torch.isfinite(loss + norm)):
+            if finite := step.step_happens(recipe, source, number, loss, norm, bearing, partial(list, losses)):
                 self.update(gradients, norm, rates)
-            elif recipe.optimizer.non_finite == "halt":
-                losses = [torch.tensor(loss)]
-                raise NonFiniteError(step.non_finite_message(source, number, losses, float(norm), rows, bearing))
             self.step_number, step_ms = number + 1, (time.perf_counter() - start) * 1e3
             tokens = recipe.tokens_per_step
             yield StepResult(number, loss, norm, rates, tokens, bearing, step_ms, waited_ms, skipped=not finite)
@@ -36,7 +34,7 @@ class MinimalRun(in_memory.InMemoryRun):
         loss = self.model(*step.to_device(batch, self.device)) / scale.divisor
         found = torch.autograd.grad(loss, list(self.parameters.values()))
         named = zip(self.parameters, found, strict=True)
-        return float(scale.mean(loss)), {name: gradient.float() for name, gradient in named}
+        return float(scale.mean(loss.detach())), {name: gradient.float() for name, gradient in named}
 
     def fingerprint(self):
         more = {"compute": self.recipe.precision.compute}

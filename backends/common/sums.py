@@ -1,4 +1,6 @@
-"""Sums in a fixed binary tree, so that the result is bitwise the same on any number of processes."""
+"""How the gradients of micro-batches are added, by parameter name and in fp32: one after another, or in a fixed binary
+tree whose result is bitwise the same on any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,36 @@ from collections.abc import Sequence
 
 import torch
 
+from weftrain.core.config import Recipe
+
+
+class OrderedSum:
+    """Contributions are added in the order they come. One sum for each name is kept."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, part: torch.Tensor) -> None:
+        """The next contribution to `name`; an fp32 one is kept, and changed by the next."""
+        if name in self._sums:
+            self._sums[name] += part
+        else:
+            self._sums[name] = part.float()
+
+    def totals(self) -> dict[str, torch.Tensor]:
+        """Name -> sum; empty if nothing was added."""
+        return self._sums
+
+    def clear(self) -> None:
+        self._sums = {}
+
 
 class TreeSum:
-    """The sum of `count` contributions a name, added in a tree that depends on `count` alone: fp32, in the order they
-    come.
+    """`count` contributions for each name are added in a tree that depends on `count` alone.
 
     count = m 2^k with m odd: runs of m are added one after another, and these sums in a balanced binary tree. So the
     sum in one process is that of 2, 4, .. processes that each have an equal run of contributions and then add in pairs.
-    It keeps at most k + 1 partial sums.
+    At most k + 1 partial sums are kept for each name.
     """
 
     def __init__(self, count: int) -> None:
@@ -21,7 +45,7 @@ class TreeSum:
         self._sums: dict[str, list[tuple[int, torch.Tensor]]] = {}  # name -> (contributions, their sum), large to small
 
     def add(self, name: str, part: torch.Tensor) -> None:
-        """The next contribution of `name`; it is kept, and must not be changed."""
+        """The next contribution to `name`; it is kept, and must not be changed."""
         stack = self._sums.setdefault(name, [])
         if stack and stack[-1][0] < self._run:
             count, partial = stack.pop()
@@ -33,12 +57,17 @@ class TreeSum:
             stack.append((2 * count, left + right))
 
     def totals(self) -> dict[str, torch.Tensor]:
-        """Name -> sum, after the last contribution. Empty where none came."""
+        """Name -> sum, after the last contribution; empty if nothing was added."""
         assert all(len(stack) == 1 for stack in self._sums.values())
         return {name: stack[0][1] for name, stack in self._sums.items()}
 
     def clear(self) -> None:
         self._sums = {}
+
+
+def gradient_sum(recipe: Recipe) -> OrderedSum | TreeSum:
+    """Adds the gradients of one process's micro-batches as precision.numerics asks."""
+    return TreeSum(recipe.batch.accumulation_steps) if recipe.precision.numerics == "replayable" else OrderedSum()
 
 
 def tree_sum(values: Sequence[torch.Tensor]) -> torch.Tensor:
