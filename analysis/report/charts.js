@@ -149,7 +149,7 @@
   function key(plot, items, width) {
     const entries = [...items].map(([label, renderers]) => new Bokeh.LegendItem({label: {value: label}, renderers}));
     plot.add_layout(new Bokeh.Legend({
-      items: entries, click_policy: "hide", orientation: "horizontal", ncols: Math.max(1, Math.floor(width / 190)), location: "left", padding: 0, margin: 2, spacing: 14,
+      items: entries, click_policy: "hide", orientation: "horizontal", ncols: Math.max(1, Math.floor(width / 190)), location: "left", padding: 0, margin: 2, spacing: width < 500 ? 4 : 14,
       border_line_color: null, background_fill_color: null, label_text_color: colour("soft"), label_text_font_size: small,
       label_text_font: font, inactive_fill_color: colour("card"), inactive_fill_alpha: 0.7,
     }), "above");
@@ -169,7 +169,6 @@
     document.getElementById("smoothed").textContent =
       smoothing.value == 0 ? "none" : `half-life ${(100 * 2 ** (Number(smoothing.value) - 11)).toPrecision(2)} % of the run`;
     for (const number of page.charts.keys()) await draw(number);
-    document.documentElement.dataset.charts = "drawn";
   }
 
   Bokeh.set_log_level("warn");

@@ -162,6 +162,34 @@ def evaluate(run: Path, step: int, root: str, name: str, **found: Any) -> Path:
     return next((run / FOLDER).glob(f"{step:08d}-*"))
 
 
+HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(2)>\"' onload='alert(3)' \u202e\x00"
+
+
+def hostile_run(folder: Path) -> Made:
+    made = Made(folder / "<img src=x onerror=alert(4)>&quot;")
+    made.json = {**made.json, "description": HOSTILE}
+    (made.run / "recipe.json").write_bytes(canonical_json(made.json) + b"\n")
+    made.environment = {
+        HOSTILE: HOSTILE,
+        "backend": HOSTILE,
+        "device": HOSTILE,
+        "weftrain": HOSTILE,
+        "kernels": {"ops": {HOSTILE: []}},
+    }
+    made.go(0, 12, save=[6, 12])
+    made.roll_back(6, 1, HOSTILE)
+    made.ledger.add("defer", step=6, chunk=2, action="defer", reason=HOSTILE)
+    made.ledger.add("recipe", step=6, changes=[[HOSTILE, None, HOSTILE]], recipe=made.json, recipe_sha256="0" * 64)
+    made.environment = {**made.environment, HOSTILE: 1}
+    made.go(6, 9)
+    made.metric("evaluation", step=9, set=HOSTILE, loss=2.0)
+    made.metric("evaluation", step=9, set="\ud800", loss=2.0)
+    made.metric("step", step=10, loss=1.0, learning_rate={HOSTILE: 1.0})
+    evaluate(made.run, 9, HOSTILE, "task", task=HOSTILE, metric=HOSTILE, task_version=HOSTILE)
+    memorize(made.run, 6, made.roots[6], "chunk_00000", [1], 6)
+    return made
+
+
 class Markup(HTMLParser):
     """Every tag with its attributes, and whether all of them are closed in order."""
 

@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_runs import Made, check_markup, data_of, evaluate, memorize, page_of, report_of
+from made_runs import HOSTILE, Made, check_markup, data_of, evaluate, hostile_run, memorize, page_of, report_of
 
 from weftrain.analysis.report.collect import collect
 from weftrain.analysis.report.page import page_html, relative_link, write_page
 from weftrain.core.errors import RunFolderError
-from weftrain.core.formats.canonical import canonical_json
 
 
 def test_equal_records_give_equal_bytes(eventful: Made, tmp_path: Path) -> None:
@@ -36,34 +35,6 @@ def test_what_is_absent_is_said(tmp_path: Path) -> None:
         assert words in page
     with pytest.raises(RunFolderError, match="name the folder of a run"):
         report_of(tmp_path)
-
-
-HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(2)>\"' onload='alert(3)' \u202e\x00"
-
-
-def hostile_run(folder: Path) -> Made:
-    made = Made(folder / "<img src=x onerror=alert(4)>&quot;")
-    made.json = {**made.json, "description": HOSTILE}
-    (made.run / "recipe.json").write_bytes(canonical_json(made.json) + b"\n")
-    made.environment = {
-        HOSTILE: HOSTILE,
-        "backend": HOSTILE,
-        "device": HOSTILE,
-        "weftrain": HOSTILE,
-        "kernels": {"ops": {HOSTILE: []}},
-    }
-    made.go(0, 12, save=[6, 12])
-    made.roll_back(6, 1, HOSTILE)
-    made.ledger.add("defer", step=6, chunk=2, action="defer", reason=HOSTILE)
-    made.ledger.add("recipe", step=6, changes=[[HOSTILE, None, HOSTILE]], recipe=made.json, recipe_sha256="0" * 64)
-    made.environment = {**made.environment, HOSTILE: 1}
-    made.go(6, 9)
-    made.metric("evaluation", step=9, set=HOSTILE, loss=2.0)
-    made.metric("evaluation", step=9, set="\ud800", loss=2.0)
-    made.metric("step", step=10, loss=1.0, learning_rate={HOSTILE: 1.0})
-    evaluate(made.run, 9, HOSTILE, "task", task=HOSTILE, metric=HOSTILE, task_version=HOSTILE)
-    memorize(made.run, 6, made.roots[6], "chunk_00000", [1], 6)
-    return made
 
 
 def test_a_stranger_s_words_stay_words(tmp_path: Path) -> None:
