@@ -56,7 +56,9 @@ def test_commands(page: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.cerebras
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", ROOT / "docs" / "from-laptop-to-wafer.md"], ids=lambda page: page.name
+    "page",
+    [ROOT / "README.md", ROOT / "docs" / "from-laptop-to-wafer.md", ROOT / "docs" / "backend-cerebras.md"],
+    ids=lambda page: page.name,
 )
 def test_commands_with_the_vendors_environment(
     page: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -167,7 +169,7 @@ def test_readme_names_every_verb_recipe_backend_and_page() -> None:
         for figure in (parameter_count(recipe.model), recipe.tokens_per_step, recipe.schedule.steps):
             assert f" {figure:,} " in row, (name, figure)
     for name in find_backends():
-        assert f"| `{name}` |" in text
+        assert f"| [`{name}`](docs/backend-{name}.md) |" in text
     for page in PAGES[1:]:
         assert f"docs/{page.name}" in text
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
