@@ -111,7 +111,7 @@ class LocalRun(InMemoryRun):
                     self.recipe.seed, self.step_number, first, len(ids), batch.global_batch_size, self.device
                 )
             # The sum over tokens divided by the global batch's number: accumulation equals one large batch.
-            loss = self._loss(ids, labels, document_start, keys) / scale.divisor
+            loss = self._forward(ids, labels, document_start, keys) / scale.divisor
             self._clock.to("backward")
             loss.backward()
             losses.append(loss.detach())
@@ -119,13 +119,16 @@ class LocalRun(InMemoryRun):
                 self._accumulate()
         return losses, scale, data_wait_s
 
-    def _loss(
+    def _forward(
         self,
         ids: torch.Tensor,
         labels: torch.Tensor,
         document_start: torch.Tensor | None,
         dropout_keys: torch.Tensor | None,
     ) -> torch.Tensor:
+        """What Decoder.forward computes, segment by segment: each block is compiled or recomputed by itself, and the
+        head gets the leaf of its own that a tied weight has.
+        """
         embedding, *blocks, head = self.model.segments()
         x = embedding(ids, at_place(dropout_keys, EMBEDDING_PLACE))
         cos, sin = self.model.rotary(ids.shape[1])
