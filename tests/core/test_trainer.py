@@ -1,120 +1,78 @@
-"""Checkpoints that are written while the run trains on: their order, their parents, and what happens where one
-fails.
-"""
+"""The training loop: what it records of each step and evaluation, and when it ends."""
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from weftrain.core import checkpoint
-from weftrain.core.backend import Fingerprint, Plan, State, StepResult
+from weftrain.core.backend import EvalResult, Plan, StepResult
 from weftrain.core.config import Recipe
-from weftrain.core.errors import CheckpointError
-from weftrain.core.formats import checkpoint_files
 from weftrain.core.order.synthetic import synthetic_source
-from weftrain.core.run.ledger import Ledger
+from weftrain.core.run.ledger import Ledger, read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.metrics import MetricsWriter, read_metrics
 from weftrain.core.run.speed import Peak, Speed
 from weftrain.core.trainer import TrainedStep, fit
 
 Tiny = Callable[..., Recipe]
+HELD = SimpleNamespace(name="words", num_rows=4, rows_available=9, dataset_id="d" * 64)
+RESULTS = [StepResult(step, 3.0 - step, 1.0, {}, 100, 90, step_ms, 0.0) for step, step_ms in enumerate((500, 250, 300))]
 
 
-class Lent(dict[str, torch.Tensor]):
-    """A state that copies itself when a save begins, and writes itself in two files once it is let."""
+class Told:
+    """A run whose steps are told beforehand. It cannot save."""
 
-    writers = 2
-
-    def __init__(self, value: float, gate: threading.Event, error: str | None) -> None:
-        super().__init__({f"weights/{name}": torch.full((8,), value) for name in ("a", "b")})
-        self._gate, self._error = gate, error
-
-    def begin_files(
-        self, folder: Path, parts: Mapping[str, checkpoint_files.Part]
-    ) -> Callable[[], checkpoint_files.Written]:
-        copies = {name: tensor.clone() for name, tensor in self.items()}
-
-        def written() -> checkpoint_files.Written:
-            assert self._gate.wait(20)
-            if self._error:
-                raise CheckpointError(self._error)
-            return {name: checkpoint_files.write_file(folder / name, part, copies) for name, part in parts.items()}
-
-        return written
-
-
-class Counting:
-    """A run whose only weight counts its steps."""
-
-    def __init__(self, steps: int, error_at: int | None = None) -> None:
-        self.steps, self.error_at, self.done = steps, error_at, 0
-        self.gate = threading.Event()
+    def __init__(self, results: Sequence[StepResult]) -> None:
+        self.results = results
 
     def train(self, source: Any) -> Iterator[StepResult]:
-        for step in range(self.steps):
-            self.done += 1
-            yield StepResult(step, 1.0, 1.0, {}, 52, 52, 1.0, 0.0)
+        yield from self.results
 
-    def export_state(self) -> State:
-        return State(
-            self.done, self.done, Lent(float(self.done), self.gate, "no room" if self.done == self.error_at else None)
-        )
-
-    def fingerprint(self) -> Fingerprint:
-        return Fingerprint("counting", "cpu", "none")
+    def evaluate(self, source: Any) -> EvalResult:
+        return EvalResult(2.0, 64)
 
     def stats(self) -> dict[str, float]:
-        return {}
+        return {"memory_bytes": 5.0}
 
 
-def steps_of(run: Counting, recipe: Recipe, folder: Path, metrics: MetricsWriter) -> Iterator[TrainedStep]:
-    plan = Plan(0, run.steps, checkpoint_every_steps=2)
-    source = synthetic_source(97, 13, 12, 4, seed=5)
-    return fit(
-        run, plan, recipe, source, [], folder / "checkpoints", metrics, Ledger(folder), speed=Speed(1.0, Peak(None, ""))
-    )  # type: ignore[arg-type]
+def trained(results: Sequence[StepResult], recipe: Recipe, folder: Path) -> list[TrainedStep]:
+    plan = Plan(0, len(results), log_every_steps=2, evaluate_every_steps=2, checkpoint_at_end=False)
+    where, source = folder / "checkpoints", synthetic_source(97, 13, 12, 4, seed=5)
+    with MetricsWriter(folder, tensorboard=False) as metrics:
+        run: Any = Told(results)
+        held: Any = [HELD]
+        speed = Speed(1.0, Peak(None, ""))
+        return list(fit(run, plan, recipe, source, held, where, metrics, Ledger(folder), speed=speed))
 
 
-def test_the_run_goes_on_while_a_checkpoint_is_written(tiny_recipe: Tiny, tmp_path: Path) -> None:
-    run = Counting(6)
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
-        progress = steps_of(run, tiny_recipe(), tmp_path, metrics)
-        assert [next(progress).saved for _ in range(3)] == [None] * 3  # the checkpoint of step 2 is under way
-        assert checkpoint.newest(tmp_path / "checkpoints", print) is None
-        run.gate.set()
-        saved = [one.saved.step for one in progress if one.saved is not None]
-    assert saved[-1] == 6
-    manifests = [
-        json.loads((tmp_path / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_bytes()) for step in (2, 4, 6)
-    ]
-    assert [manifest["parent"] for manifest in manifests] == [None, manifests[0]["root"], manifests[1]["root"]]
-    assert [record["step"] for record in read_metrics(tmp_path) if record["kind"] == "checkpoint"] == [2, 4, 6]
-    for step in (2, 4, 6):
-        state, manifest = checkpoint.load(tmp_path / "checkpoints" / f"step_{step:08d}")
-        assert len(manifest["files"]) == 2
-        assert state.tensors["weights/a"].tolist() == [float(step)] * 8  # as it was then, though the run went on
+def test_a_line_is_about_the_steps_since_the_one_before(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    found = trained([*RESULTS, dataclasses.replace(RESULTS[2], step=3, step_ms=100)], tiny_recipe(), tmp_path)
+    lines = [one.log for one in found]
+    assert [line is not None for line in lines] == [True, True, False, True]
+    assert [line["tokens_per_second"] for line in lines if line] == pytest.approx([200, 400, 500])
+    assert [line["tokens"] for line in lines if line] == [100, 200, 400]
+    assert lines[0] is not None
+    assert (lines[0]["loss"], lines[0]["memory_bytes"]) == (3.0, 5.0)
+    assert [line["step"] for line in read_metrics(tmp_path) if line["kind"] == "step"] == [1, 2, 4]
 
 
-def test_a_checkpoint_that_fails_ends_the_run_and_leaves_the_older_one(tiny_recipe: Tiny, tmp_path: Path) -> None:
-    run = Counting(8, error_at=4)
-    run.gate.set()
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics, pytest.raises(CheckpointError, match="no room"):
-        list(steps_of(run, tiny_recipe(), tmp_path, metrics))
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+def test_an_evaluation_is_recorded_with_what_it_read(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    evaluations = [one.evaluations for one in trained(RESULTS, tiny_recipe(), tmp_path)]
+    assert [len(one) for one in evaluations] == [0, 1, 1]
+    wanted = {"set": "words", "loss": 2.0, "perplexity": math.exp(2), "tokens": 64, "rows": 4, "rows_available": 9}
+    assert evaluations[1][0] == {"step": 2, "dataset_id": "d" * 64, **wanted}
 
 
-def test_who_stops_early_waits_for_what_was_begun(tiny_recipe: Tiny, tmp_path: Path) -> None:
-    run = Counting(6)
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
-        progress = steps_of(run, tiny_recipe(), tmp_path, metrics)
-        next(progress), next(progress), next(progress)
-        threading.Timer(0.3, run.gate.set).start()
-        progress.close()  # type: ignore[attr-defined]
-    assert checkpoint.newest(tmp_path / "checkpoints", print) == tmp_path / "checkpoints" / "step_00000002"
+def test_a_skipped_step_has_a_line_in_the_metrics_and_the_ledger(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    skipped = dataclasses.replace(RESULTS[2], loss=math.nan, skipped=True)
+    recipe = tiny_recipe("crystal", "optimizer.non_finite=skip", "optimizer.max_skip_share=1", "schedule.steps=4")
+    found = trained([*RESULTS[:2], skipped, dataclasses.replace(RESULTS[0], step=3)], recipe, tmp_path)
+    assert found[2].log is not None
+    assert found[2].log["skipped"]
+    assert [(line["step"], line["samples"]) for line in read_ledger(tmp_path / LEDGER)] == [(3, [8, 12])]

@@ -19,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.core.test_data import VOCAB, S, make_dataset
-from weftrain.core import data as datasets
 from weftrain.core.config import Recipe
 from weftrain.core.data import TokenSource, training_source
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import read_dataset_manifest
 from weftrain.core.formats.dataset_manifest import SetName
 from weftrain.core.formats.shard_set import ShardSet
+from weftrain.core.order import source_sets
 from weftrain.core.recipe_file import load_recipe
 from weftrain.core.run.continuation import (
     Continued,
@@ -67,8 +67,8 @@ def _shards(folder: Path, name: SetName) -> ShardSet:
 def _opened_once() -> Iterator[None]:
     """A dataset is opened at each change; here each is opened once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "read_dataset_manifest", functools.cache(read_dataset_manifest))
-        patch.setattr(datasets, "ShardSet", lambda folder, manifest, name: _shards(folder, name))
+        patch.setattr(source_sets, "read_dataset_manifest", functools.cache(read_dataset_manifest))
+        patch.setattr(source_sets, "ShardSet", lambda folder, manifest, name: _shards(folder, name))
         yield
 
 
