@@ -119,8 +119,8 @@ def wrong_results() -> list[str]:
     square, other = (torch.randn(_N, _N, generator=generator).bfloat16() for _ in range(2))
     square[:, 0] = 100.0  # a sum of bit patterns is far off
     wide = torch.randn(_N, generator=generator)
-    # two ties, then what is not finite
-    wide[:4] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, float("nan"), float("-inf")])
+    # two ties, what is not finite, and a subnormal number
+    wide[:5] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, float("nan"), float("-inf"), -1e-41])
     cases: list[tuple[str, Any, tuple[Any, ...], dict[str, Any], Tensor]] = [
         (name, _elementwise, (a, b), {"KIND": name}, truth) for name, truth in _elementwise_truths(a, b).items()
     ]

@@ -153,11 +153,14 @@ def _patch_builder(builder: Any, handle: Any, numpy_dtype: Callable[[Any], Any],
 
 
 def _widen_methods(builder: Any, handle: Any, tl: Any) -> None:
-    """The methods that need no more than operands in fp32; their result has the dtype of the last operand."""
+    """fma and dot need no more than operands in fp32; their result has the dtype of the last operand.
 
-    def widened(method: Callable[..., Any], arguments: int) -> Callable[..., Any]:
+    The language itself takes exp, sqrt, erf and the like in fp32 alone, and clamps in fp32.
+    """
+
+    def widened(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *operands: Any, **rest: Any) -> Any:
-            tensors, others = operands[:arguments], operands[arguments:]
+            tensors, others = operands[:3], operands[3:]
             narrow = [_is_bfloat16(tensor, tl) for tensor in tensors]
             if not any(narrow):
                 return method(self, *operands, **rest)
@@ -170,16 +173,8 @@ def _widen_methods(builder: Any, handle: Any, tl: Any) -> None:
 
         return call
 
-    arguments = {
-        "unary_op": 1,
-        "create_erf": 1,
-        "create_rsqrt": 1,
-        "create_fma": 3,
-        "create_clampf": 3,
-        "create_dot": 3,
-    }
-    for name, count in arguments.items():
-        setattr(builder, name, widened(getattr(builder, name), count))
+    for name in ("create_fma", "create_dot"):
+        setattr(builder, name, widened(getattr(builder, name)))
 
 
 def _patch_reductions(interface: Any, handle: Any, tl: Any) -> None:

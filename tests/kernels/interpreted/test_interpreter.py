@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +69,46 @@ def test_a_wrong_result_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_round", interpreter._truncate)
     with pytest.raises(KernelError, match="rounding to nearest even"):
         interpreter.self_test()
+
+
+@pytest.mark.parametrize(
+    ("method", "operation"),
+    [
+        ("binary_op", "add"),
+        ("cast_impl", "divide"),
+        ("create_fp_to_fp", "rounding towards zero"),
+        ("create_fma", "fma"),
+        ("create_dot", "dot"),
+    ],
+)
+def test_the_self_test_finds_a_method_that_is_not_replaced(
+    method: str, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, method, getattr(_triton_as_it_comes(monkeypatch), method))
+    with pytest.raises(KernelError, match=f"wrongly here: .*{operation}"):
+        interpreter.self_test()
+
+
+def _triton_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The interpreter's builder, loaded once more without the fix."""
+    path = importlib.util.find_spec("triton.runtime.interpreter").origin  # type: ignore[union-attr]
+    found = importlib.util.spec_from_file_location("triton.runtime.interpreter_as_it_comes", str(path))
+    assert found is not None
+    module = importlib.util.module_from_spec(found)
+    monkeypatch.setitem(sys.modules, found.name, module)
+    found.loader.exec_module(module)  # type: ignore[union-attr]
+    return module.InterpreterBuilder
+
+
+def test_an_atomic_on_bfloat16_is_refused_instead_of_computed_on_bits() -> None:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    value = TensorHandle(np.zeros(1, np.uint16), tl.bfloat16)
+    with pytest.raises(NotImplementedError, match="atomics on bfloat16"):
+        InterpreterBuilder().create_atomic_rmw(None, None, value)
 
 
 def test_rounding_is_torchs_for_every_kind_of_number() -> None:
