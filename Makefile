@@ -17,7 +17,7 @@ test: $(INSTALLED)  ## the test suite, at most 10 minutes on 2 cores; Triton's k
 	TRITON_INTERPRET=1 $(BIN)/pytest -m "not prove" tests/kernels/interpreted
 
 test-gpu: $(INSTALLED)  ## every kernel's questions, asked of the CUDA device
-	$(BIN)/pytest tests/kernels/test_checks.py --kernel-device cuda
+	$(BIN)/pytest tests/kernels/checks/test_engine.py --kernel-device cuda
 
 prove: $(INSTALLED)  ## the longer proofs: kill storms, fuzzing, the compile gate, every question asked of every Triton kernel
 	$(BIN)/pytest -m "prove and not cerebras and not soak" --ignore tests/kernels/interpreted --durations 20

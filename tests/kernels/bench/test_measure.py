@@ -11,19 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from weftrain.analysis.figure import new_figure, picture
 from weftrain.kernels import OPS, Implementation, KernelError, Spec
 from weftrain.kernels.bench import measure
 from weftrain.kernels.bench.measure import (
     COMPILED,
-    Report,
     bench,
     examples_of,
     median_interval,
     roofline_ms,
     time_interleaved,
 )
-from weftrain.kernels.bench.plot import bars, draw_shares
+from weftrain.kernels.bench.plot import bars
 from weftrain.kernels.bench.roofline import (
     Machine,
     Rate,
@@ -231,22 +229,6 @@ def test_json_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env["sourced_peak_gflop_per_second"] == 4000.0
     assert document["measurements"][0]["op"] == "swiglu"
     assert len(document["measurements"]) == 2
-
-
-def test_the_plot_draws_what_was_measured() -> None:
-    pytest.importorskip("matplotlib")
-    report = bench(["swiglu", "grad_norm"], ["reference", "torch"], "small", torch.float32, repeats=2, machine=KNOWN)
-    drawn = bars(report)
-    assert {label: sorted(by_source) for label, by_source in drawn.items()} == {
-        "swiglu\nodd": ["reference", "torch"],
-        "grad_norm\nodd": ["reference", "torch"],
-    }
-    assert drawn["swiglu\nodd"]["torch"].direction == "forward+backward"
-    assert drawn["grad_norm\nodd"]["torch"].direction == "forward"
-    for one in (report, Report(report.environment)):
-        figure = new_figure(1, 1)
-        draw_shares(one, figure)
-        assert picture(figure).startswith(b"\x89PNG")
 
 
 def test_both_ends_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

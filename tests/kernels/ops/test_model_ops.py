@@ -1,8 +1,7 @@
-"""What `weftrain kernels check` does not ask of everybody: bits of what is hidden, chunks and blocks of the torch
-implementations.
+"""attention and the losses, of every source of the catalog, where `weftrain kernels check` does not look: bits of what
+is hidden, ignored rows, chunks and blocks.
 
-The general questions (errors against float64, dtypes, rounding) are in kernels/checks and asked of every source by
-test_checks.py.
+The general checks (errors against float64, dtypes, rounding) are run by checks/test_engine.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """adamw and grad_norm: the reference bit for bit against torch's own optimizer and clip, large norms, and what is
 compiled when.
 
-Errors against float64, copies, epsilon's placement and bad calls are asked of every source by test_checks.py.
+Errors against float64, copies, epsilon's placement and bad calls are checked for every source by checks/test_engine.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""What linear_cross_entropy of torch holds and computes. How implementations compose in general:
-kernels/checks/composition.py.
-"""
+"""What linear_cross_entropy of source torch holds in memory and computes."""
 
 from __future__ import annotations
 
