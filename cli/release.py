@@ -6,13 +6,17 @@ import contextlib
 import importlib.metadata
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.table import Table
 
 from weftrain.cli.display import Console
+
+if TYPE_CHECKING:
+    from weftrain.core.config import Recipe
 
 ReleasePath = click.Path(path_type=Path, exists=True, file_okay=False)
 
@@ -53,34 +57,14 @@ def release(
     """Write a release of RUN: checkpoints, weights, data, metrics, recipe, ledger and a model card, all from the
     record.
     """
-    import torch
-
     from weftrain.analysis.report.model_card import model_card, revision_card
-    from weftrain.core.config import Recipe
-    from weftrain.core.formats.dataset import read_dataset_manifest, read_tokenizer
     from weftrain.core.run.run_folder import held_run
-    from weftrain.exchange.huggingface.files import tokenizer_files
-    from weftrain.exchange.huggingface.folder import write_huggingface
     from weftrain.exchange.release.build import Writers, build
     from weftrain.exchange.release.release import SIGNATURE
     from weftrain.exchange.release.signature import sign
     from weftrain.exchange.release.verify import verify as verify_release
 
     console = Console(stderr=True)
-    dtype = getattr(torch, weights_dtype)
-
-    def write_weights(folder: Path, weights: Mapping[str, Any], recipe: Recipe) -> None:
-        beside: dict[str, bytes] = {}
-        ids: dict[str, Any] = {}
-        if recipe.data.sources:
-            source = (Path(recipe.data.root) if data_root is None else data_root) / recipe.data.sources[0].path
-            prepared = read_dataset_manifest(source)
-            place = f"{source}: tokenizer.json"
-            beside, ids = tokenizer_files(
-                read_tokenizer(source), prepared.separator_id, prepared.bos_id, recipe.model, place
-            )
-        write_huggingface(folder, weights, recipe.model, dtype, extra_config=ids, beside=beside)
-
     with held_run(run):
         made = build(
             run,
@@ -88,7 +72,7 @@ def release(
             Writers(
                 card=lambda draft, line, recipe: model_card(run, draft, line, recipe),
                 revision_card=revision_card,
-                weights=write_weights,
+                weights=partial(_write_weights, weights_dtype, data_root),
             ),
             version=importlib.metadata.version("weftrain"),
             weights_dtype=weights_dtype,
@@ -103,6 +87,27 @@ def release(
         click.echo(f"signed by {public}")
     click.echo(f"{target}: {len(made.links)} links, {len(made.files)} files, root {made.root}")
     click.echo(f"verify it with: weftrain verify {target}; replay it with: weftrain replay {target}")
+
+
+def _write_weights(
+    dtype: str, data_root: Path | None, folder: Path, weights: Mapping[str, Any], recipe: Recipe
+) -> None:
+    """Write weights with the tokenizer of the recipe's first source, if it has one, as a Hugging Face folder."""
+    import torch
+
+    from weftrain.core.formats.dataset import read_dataset_manifest, read_tokenizer
+    from weftrain.exchange.huggingface.files import tokenizer_files
+    from weftrain.exchange.huggingface.folder import write_huggingface
+
+    beside: dict[str, bytes] = {}
+    ids: dict[str, Any] = {}
+    if recipe.data.sources:
+        source = (Path(recipe.data.root) if data_root is None else data_root) / recipe.data.sources[0].path
+        prepared = read_dataset_manifest(source)
+        beside, ids = tokenizer_files(
+            read_tokenizer(source), prepared.separator_id, prepared.bos_id, recipe.model, f"{source}: tokenizer.json"
+        )
+    write_huggingface(folder, weights, recipe.model, getattr(torch, dtype), extra_config=ids, beside=beside)
 
 
 @click.command("sign")
