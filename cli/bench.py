@@ -11,7 +11,7 @@ import click
 from rich.table import Table
 
 from weftrain.cli import arguments
-from weftrain.cli.bench_reports import bench_compare
+from weftrain.cli.bench_reports import bench_compare, bench_submission, bench_verify
 from weftrain.cli.bench_train import bench_train, launch, measure, run_options
 from weftrain.cli.display import Bar, Console, this_program
 from weftrain.cli.kernels import bench as kernels_bench
@@ -62,7 +62,6 @@ def bench_stream(
         resolve(recipe, overrides, "streaming"),
         BenchRequest(steps, rounds, check_steps, threads=threads),
         report_folder,
-        None,
     )
 
 
@@ -107,7 +106,8 @@ def bench_data(recipe: str, overrides: tuple[str, ...], steps: int, beside_h5py:
         )
 
 
-bench.add_command(bench_compare)
+for _command in (bench_compare, bench_submission, bench_verify):
+    bench.add_command(_command)
 
 
 @bench.command("sweep")

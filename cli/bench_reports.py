@@ -1,4 +1,4 @@
-"""`weftrain bench compare`: reports that were made earlier, here or on other machines."""
+"""`weftrain bench compare`, `submission` and `verify`: reports that were made earlier, here or on other machines."""
 
 from __future__ import annotations
 
@@ -110,3 +110,42 @@ def _row(side: Side) -> dict[str, str]:
         "MFU": side.mfu if isinstance(side.mfu, str) else f"{side.mfu:.1%}",
         "to the first (95 %)": "1" if ratio is None else "{:.3f} ({:.3f} to {:.3f})".format(*ratio),
     }
+
+
+@click.command("submission")
+@click.argument("report", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+def bench_submission(report: Path, folder: Path) -> None:
+    """Make FOLDER to publish from an earlier REPORT, as `bench train --submission FOLDER` does."""
+    from weftrain.analysis.bench.report import read_report
+    from weftrain.analysis.bench.submission import write_submission
+
+    root = write_submission(read_report(report), folder)
+    click.echo(f"wrote {folder}, root {root}")
+
+
+@click.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+def bench_verify(folder: Path) -> None:
+    """Check the submission in FOLDER: every byte, and that its figures follow from its raw steps and its recipe.
+
+    Exit code 1 if something is wrong. What no check of files can show is printed too.
+    """
+    from weftrain.analysis.bench.compare import device_of, machine_of
+    from weftrain.analysis.bench.submission import UNPROVEN, SubmissionError, check_submission
+
+    try:
+        report, root = check_submission(folder)
+    except SubmissionError as error:
+        for problem in error.problems:
+            click.echo(f"WRONG: {problem}")
+        sys.exit(1)
+    speed, mfu = report.speed, report.efficiency.mfu_measured
+    interval = f"95 %: step of {speed.step_ms_p50_low:,.2f} to {speed.step_ms_p50_high:,.2f} ms"
+    share = mfu if isinstance(mfu, str) else f"{mfu:.1%}"
+    click.echo(f"{report.name}: {speed.tokens_per_second:,.1f} tokens/s ({interval}), MFU {share}")
+    click.echo(f"on {device_of(report)} ({machine_of(report)})")
+    click.echo(f"every byte is as it was sealed, root {root}")
+    click.echo("speed, intervals, MFU, shape and the recipe's hash follow from the raw steps and the recipe")
+    for words in UNPROVEN:
+        click.echo(f"not proven: {words}")

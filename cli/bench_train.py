@@ -82,6 +82,11 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
     help="Folder for report.json, .md, .csv, .png and .html.",
 )
 @click.option(
+    "--submission",
+    type=click.Path(path_type=Path),
+    help="New folder to publish: report, environment, raw steps, recipe, hashes (`bench verify` checks it).",
+)
+@click.option(
     "--profile",
     "profile_folder",
     type=click.Path(path_type=Path),
@@ -104,6 +109,7 @@ def bench_train(
     check_steps: int,
     rounds: int | None,
     report_folder: Path | None,
+    submission: Path | None,
     profile_folder: Path | None,
     mllog: Path | None,
     against: str | None,
@@ -127,7 +133,9 @@ def bench_train(
     from weftrain.analysis.bench.run import BenchRequest
 
     wishes = BenchRequest(steps, rounds or 1, check_steps, profile_folder, threads=threads)
-    measure(resolve(recipe, overrides, backend), wishes, report_folder, mllog, default_threads=2 if ranks == 1 else 1)
+    resolved = resolve(recipe, overrides, backend)
+    default_threads = 2 if ranks == 1 else 1
+    measure(resolved, wishes, report_folder, mllog, submission, default_threads=default_threads)
 
 
 def launch(ranks: int, threads: int) -> None:
@@ -138,7 +146,12 @@ def launch(ranks: int, threads: int) -> None:
 
 
 def measure(
-    resolved: Resolved, wishes: BenchRequest, report_folder: Path | None, mllog: Path | None, default_threads: int = 2
+    resolved: Resolved,
+    wishes: BenchRequest,
+    report_folder: Path | None,
+    mllog: Path | None = None,
+    submission: Path | None = None,
+    default_threads: int = 2,
 ) -> None:
     """Measure, and print the RESULT line. default_threads: CPU threads of a process if neither --threads nor the
     backend's options set them.
@@ -153,6 +166,8 @@ def measure(
     from weftrain.core.formats import fsops
 
     recipe, backend, options = resolved
+    if submission is not None and submission.exists():  # before anything is measured
+        raise click.BadParameter(f"{submission} is there already: name a new folder", param_hint="--submission")
     torch.set_num_threads(wishes.threads or default_threads)
     if isinstance(backend, Follower) and backend.follows():
         job = Job(recipe, Plan(0, wishes.steps), options, threads=wishes.threads)
@@ -185,6 +200,11 @@ def measure(
             err=True,
         )
         sys.exit(4)
+    if submission is not None:
+        from weftrain.analysis.bench.submission import write_submission
+
+        root = write_submission(report, submission)
+        click.echo(f"wrote {submission}, root {root}: `weftrain bench verify {submission}` checks it", err=True)
 
 
 def _alternate(ours_command: list[str], program: str, rounds: int, timeout_s: float) -> None:

@@ -24,6 +24,7 @@ from weftrain.core.parameters import Role, flops_per_token, parameter_count, par
 from weftrain.core.run.speed import Peak
 
 VERSION = 1
+MAX_STEPS = 50_000  # of all rounds of a report that is read: its intervals take 2,000 resamples of them, 50 kB a step
 UNKNOWN: Literal["unknown"] = "unknown"
 FLOPS_FORMULA = (
     "6 x parameters in matrix products + 12 x layers x hidden x sequence (PaLM, appendix B; arXiv 2204.02311)"
@@ -345,6 +346,8 @@ def report_of(data: bytes) -> BenchReport:
         raise ValueError("key 'rounds' holds no step after the warm-up")
     if not all(0 < ms < math.inf for values in (*report.rounds, *report.probes) for ms in values):
         raise ValueError("key 'rounds' or 'probes' holds a time that is not above 0")
+    if sum(map(len, report.rounds)) > MAX_STEPS:
+        raise ValueError(f"key 'rounds' holds more than {MAX_STEPS:,} steps, which are not evaluated")
     if len(report.probes) != len(report.rounds):
         raise ValueError("key 'probes' is of another number of rounds")
     return report

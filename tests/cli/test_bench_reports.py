@@ -92,3 +92,23 @@ def test_a_report_that_cannot_be(
     (tmp_path / "report.json").write_text(json.dumps(json.loads(reports[0].read_bytes()) | change))
     result = weftrain("bench", "compare", str(reports[0]), str(tmp_path))
     assert (result.exit_code, words in result.output) == (2, True), result.output
+
+
+def test_a_submission_and_its_check(weftrain: Callable[..., Result], reports: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "submission"
+    result = weftrain("bench", "train", "bench_70m", *TINY, "--submission", str(folder))
+    assert result.exit_code == 0, result.output
+    result = weftrain("bench", "verify", str(folder))
+    assert result.exit_code == 0, result.output
+    assert "every byte is as it was sealed" in result.output
+    assert result.output.count("not proven: ") == 3
+    again = weftrain("bench", "train", "bench_70m", *TINY, "--submission", str(folder))
+    assert (again.exit_code, "is there already: name a new folder" in again.output) == (2, True)
+    copy = weftrain("bench", "submission", str(folder), str(tmp_path / "copy"))
+    assert copy.exit_code == 0, copy.output
+    (folder / "steps.json").write_text("{}")
+    result = weftrain("bench", "verify", str(folder))
+    assert (result.exit_code, "WRONG: steps.json: its bytes are not those" in result.output) == (1, True)
+    assert weftrain("bench", "verify", str(tmp_path / "none")).exit_code == 2
+    invented = weftrain("bench", "submission", str(reports[0]), str(tmp_path / "invented"))
+    assert (invented.exit_code, "cannot be submitted: speed." in invented.output) == (2, True), invented.output
