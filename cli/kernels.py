@@ -21,7 +21,7 @@ from rich.table import Table
 from weftrain.cli.display import Bar, Console, this_program
 
 if TYPE_CHECKING:
-    from weftrain.kernels.bench.measure import Measurement, Report
+    from weftrain.kernels.bench.measure import BenchReport, Measurement
     from weftrain.kernels.checks import Finding
     from weftrain.kernels.checks.compile_gate import Row
 
@@ -332,7 +332,7 @@ def bench(
         console.print(reason)
 
 
-def machine_lines(report: Report) -> list[str]:
+def machine_lines(report: BenchReport) -> list[str]:
     """The machine, and the peaks that the table is measured against."""
     env = report.environment
 
@@ -366,7 +366,7 @@ def machine_lines(report: Report) -> list[str]:
     ]
 
 
-def bench_table(report: Report) -> Table:
+def bench_table(report: BenchReport) -> Table:
     """One line for each measurement; 'x eager' is the reference's median over this one."""
     eager = {
         (one.op, one.example, one.direction): one.median_ms for one in report.measurements if one.source == "reference"

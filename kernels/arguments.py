@@ -1,9 +1,8 @@
-"""What the arguments of each op must be: one check an op, the first line of every implementation, so all refuse the
-same in the same words.
+"""One check of arguments for each op. It is the first line of every implementation, so all refuse the same calls.
 
-Values (labels, document starts) are checked only where that is free: on a CPU, outside compiled graphs.
-Elsewhere it would cost a synchronisation; there a label outside the vocabulary makes its token's loss NaN, and the step
-does not happen. No implementation reads out of bounds for it.
+Values (labels, document starts) are checked only on a CPU outside compiled graphs; elsewhere it would cost a
+synchronisation. There a label outside the vocabulary makes its token's loss NaN, and the step is skipped. No
+implementation reads out of bounds for it.
 """
 
 from __future__ import annotations
@@ -161,7 +160,6 @@ def check_grad_norm(gradients: Sequence[Tensor]) -> None:
 
 
 # ---- the parts
-# ----------------------------------------------------------------------------------------------------
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -39,9 +39,7 @@ class Op:
     attributes: Mapping[str, int | float | bool | str] = field(default_factory=dict)  # of a typical use, for the table
     # of one call, as a Spec has them
     attributes_of: Callable[[Arguments], dict[str, int | float | bool | str]] = lambda arguments: {}
-    wrong: Mapping[str, Change] = field(
-        default_factory=dict
-    )  # calls that cannot be meant; every implementation refuses
+    wrong: Mapping[str, Change] = field(default_factory=dict)  # calls that every implementation refuses
     wrong_values: Mapping[str, Change] = field(default_factory=dict)  # the same, where values are looked at: on a CPU
     edges: Mapping[str, Change] = field(default_factory=dict)  # calls at the edge of what can be meant
 

@@ -51,9 +51,7 @@ def _refusal(op: str, source: str) -> str:
 
 
 class _FirstDerivativesOnly(torch.autograd.Function):
-    """The identity, whose backward refuses as `first_derivatives_only` does: for a function whose own backward is not
-    ours.
-    """
+    """The identity, whose backward refuses as `first_derivatives_only` does."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, op: str, source: str) -> Tensor:
@@ -69,7 +67,7 @@ class _FirstDerivativesOnly(torch.autograd.Function):
 
 
 def without_second_derivatives(output: Tensor, op: str, source: str) -> Tensor:
-    """What another package's function gave, guarded: create_graph=True through it raises KernelError."""
+    """The output of another package's function; create_graph=True through it raises KernelError."""
     return _FirstDerivativesOnly.apply(output, op, source)  # type: ignore[no-any-return]
 
 

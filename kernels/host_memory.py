@@ -66,9 +66,7 @@ def return_freed_memory() -> None:
 
 
 def _advise(libc: ctypes.CDLL, size: int) -> str | None:
-    """Grow the heap by `size` bytes of address space, ask for huge pages there, and leave it to the allocator. None, or
-    why not.
-    """
+    """Grow the heap by `size` bytes of address space with huge pages. None, or why it cannot be."""
     block = libc.malloc(size)
     if not block:
         return (

@@ -1,8 +1,5 @@
-"""Entry points of other packages: those that load, and for the others the reason, so that one broken package does not
-stop the program.
-
-A package that is installed beside weftrain may fail in any way when it is imported: whatever it raises is its reason
-here.
+"""Entry points of other packages. Whatever one raises when it is imported becomes the reason that it is not used, so
+that a broken package does not stop the program.
 """
 
 from __future__ import annotations
@@ -45,9 +42,7 @@ def one_line(error: BaseException) -> str:
 
 
 def guarded(unavailable: Callable[..., str | None]) -> Callable[..., str | None]:
-    """A plugin's `unavailable`, which returns the error as the reason where it raises: one broken plugin must not stop
-    a listing of all.
-    """
+    """A plugin's `unavailable`, with an exception turned into a reason."""
 
     def ask(*arguments: Any) -> str | None:
         try:

@@ -61,9 +61,7 @@ class TableRow:
 
 
 class Catalog(dict[str, dict[str, list[Implementation]]]):
-    """op -> source -> variants, in the order in which they are tried. broken_plugins: entry point -> why it was passed
-    over.
-    """
+    """op -> source -> variants in the order they are tried. broken_plugins: entry point -> why it is not used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,9 +69,7 @@ class Catalog(dict[str, dict[str, list[Implementation]]]):
 
 
 def load_catalog() -> Catalog:
-    """Every implementation that can be found. A plugin that does not load, or breaks the rules, is passed over and
-    named in the catalog.
-    """
+    """Every implementation that can be found; plugins that fail are named in `broken_plugins`."""
     catalog = Catalog()
     _add(catalog, [Implementation(op.name, "reference", op.function) for op in OPS.values()], "kernels/reference.py")
     package = importlib.import_module(__package__ or "weftrain.kernels")
@@ -122,9 +118,7 @@ def _guarded(offered: Any) -> list[Any]:
 
 
 def _add(catalog: Catalog, offered: Any, origin: str) -> None:
-    """Enter what a module or entry point gave, all of it or nothing: an Implementation, or a list or tuple of them.
-    Raises KernelError.
-    """
+    """Enter an Implementation, or a list or tuple of them: all or, with KernelError, nothing."""
     fresh: dict[str, dict[str, list[Implementation]]] = {}
     for implementation in offered if isinstance(offered, (list, tuple)) else [offered]:
         if not isinstance(implementation, Implementation):

@@ -97,9 +97,7 @@ def _imports(source: bytes, path: Path, package: str) -> tuple[str, ...]:
 
 
 def _file(module: str, root: str, top: Path) -> Path | None:
-    """The file of a module within `root`, whose folder is `top`; None for a module elsewhere, and for a name that is no
-    module.
-    """
+    """The file of a module within `root`, whose folder is `top`; None for any other name."""
     if module != root and not module.startswith(f"{root}."):
         return None
     place = top.joinpath(*module.removeprefix(root).strip(".").split(".")) if module != root else top

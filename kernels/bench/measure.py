@@ -68,7 +68,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Skipped:
+class SkippedExample:
     """What was not measured, and why."""
 
     op: str
@@ -78,10 +78,10 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     environment: dict[str, Any]
     measurements: list[Measurement] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
+    skipped: list[SkippedExample] = field(default_factory=list)
 
     def to_json(self) -> str:
         document = {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -164,7 +164,7 @@ def bench(
     machine: Machine | None = None,
     clock: Clock | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> Report:
+) -> BenchReport:
     """Measure op x source x example of a suite, forward alone and with the backward, on the threads that torch has.
 
     ops, sources: None is all, COMPILED included. machine: None measures the peaks, before and after, and takes the
@@ -178,7 +178,7 @@ def bench(
     work = [(op, example) for op in ops or OPS for example in examples_of(OPS[op], suite)]
     timed: list[_Timed] = []
     skipped = [
-        Skipped(op, "", "", f"kernels/ops/{op}.py has no example of suite {suite}")
+        SkippedExample(op, "", "", f"kernels/ops/{op}.py has no example of suite {suite}")
         for op in ops or OPS
         if op not in {o for o, _ in work}
     ]
@@ -192,7 +192,7 @@ def bench(
     if progress is not None:
         progress(len(work), len(work), "peaks")
     found = machine or larger(first, measure_machine(there, dtype))
-    return Report(environment(there, dtype, suite, repeats, found), [_judge(one, found) for one in timed], skipped)
+    return BenchReport(environment(there, dtype, suite, repeats, found), [_judge(one, found) for one in timed], skipped)
 
 
 def examples_of(op: Op, suite: str) -> list[str]:
@@ -221,7 +221,7 @@ def _callables(
     sources: Sequence[str] | None,
     device: str,
     dtype: torch.dtype,
-) -> tuple[dict[str, Implementation], list[Skipped]]:
+) -> tuple[dict[str, Implementation], list[SkippedExample]]:
     """What can be timed for this example, and what cannot."""
     arguments = op.examples[example](device, dtype)
     spec = Spec(op.name, "bench", device, dtype, {**op.attributes, **op.attributes_of(arguments)})
@@ -241,7 +241,7 @@ def _callables(
             if (op.name, source, device) in COMPARED:
                 usable[source] = variants[0]
             else:
-                skipped.append(Skipped(op.name, example, source, " / ".join(dict.fromkeys(reasons))))
+                skipped.append(SkippedExample(op.name, example, source, " / ".join(dict.fromkeys(reasons))))
     if sources is None or COMPILED in sources:
         compiled = torch.compile(op.function, dynamic=False)
         usable[COMPILED] = Implementation(
@@ -276,7 +276,7 @@ def _time_example(
     repeats: int,
     cache_bytes: int,
     clock: Clock,
-    skipped: list[Skipped],
+    skipped: list[SkippedExample],
 ) -> list[_Timed]:
     original = op.examples[example](device, dtype)
     size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(original))
@@ -296,7 +296,7 @@ def _time_example(
             if reason is None:
                 calls[source] = call
             else:
-                skipped.append(Skipped(op.name, example, source, f"{direction}: {reason}"))
+                skipped.append(SkippedExample(op.name, example, source, f"{direction}: {reason}"))
         samples = time_interleaved(calls, repeats, copies, clock) if calls else {}
         timed += [
             _Timed(op, example, usable[name], dtype, direction, found, moved, flops, copies, copies * size, cache_bytes)
@@ -390,9 +390,7 @@ def _share(ideal_ms: float | None, median_ms: float) -> float | None:
 
 
 def roofline_ms(bytes_moved: int, flops: int, peak: Rate, bandwidth: Rate) -> tuple[float | None, str | None]:
-    """The least time that the machine could take, and which limit sets it: max(flops / peak, bytes / bandwidth). None:
-    unknown.
-    """
+    """max(flops / peak, bytes / bandwidth) and which of the two it is; None where a limit is unknown."""
     if peak.per_second is None or bandwidth.per_second is None:
         return None, None
     compute, memory = flops / peak.per_second * 1e3, bytes_moved / bandwidth.per_second * 1e3

@@ -5,6 +5,6 @@ the formula in float64 is asked of whatever the registry offers, third parties' 
 """
 
 from weftrain.kernels.checks.engine import CHECKS, run_checks, summary
-from weftrain.kernels.checks.findings import DTYPES, Check, Finding, Report, Skipped
+from weftrain.kernels.checks.findings import DTYPES, Check, CheckReport, Finding, SkippedCase
 
-__all__ = ["CHECKS", "DTYPES", "Check", "Finding", "Report", "Skipped", "run_checks", "summary"]
+__all__ = ["CHECKS", "DTYPES", "Check", "CheckReport", "Finding", "SkippedCase", "run_checks", "summary"]

@@ -1,6 +1,4 @@
-"""The kernels by which kernels/checks/interpreter.py proves itself: bf16 in, and the same in torch, in fp32 and rounded
-once.
-"""
+"""The kernels of interpreter.py's self-test, and the same arithmetic by torch: in fp32, rounded once."""
 
 from __future__ import annotations
 

@@ -57,7 +57,6 @@ def _judge_refused(subject: Subject, case: Case) -> Verdict:
 
 
 # ---- the edge of what can be meant
-# ----------------------------------------------------------------------------------------------------
 
 
 def _edge_cases(subject: Subject) -> list[Case]:
@@ -85,7 +84,6 @@ def _judge_edge(subject: Subject, case: Case) -> Verdict:
 
 
 # ---- labels that nobody looks at
-# ----------------------------------------------------------------------------------------------------
 
 
 def _label_cases(subject: Subject) -> list[Case]:

@@ -81,7 +81,6 @@ def _server() -> _Server:
 
 
 # ---- finding the function again
-# ----------------------------------------------------------------------------------------------------
 
 
 def _address(implementation: Implementation) -> dict[str, Any] | None:
@@ -140,7 +139,6 @@ def faults_at_guard_pages(job: dict[str, Any]) -> list[str]:
 
 
 # ---- accelerators: NaN around every tensor
-# --------------------------------------------------------------------------------------------
 
 
 def _judge_margins(subject: Subject, case: Case) -> Verdict:

@@ -296,7 +296,6 @@ def _compiler_message(error: BaseException) -> str:
 
 
 # ---- written down, and compared
-# ----------------------------------------------------------------------------------------------------
 
 
 def to_json(rows: Sequence[Row]) -> str:

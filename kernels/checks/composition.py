@@ -49,7 +49,6 @@ INTERPRETED_RUNS = 3  # numpy, one program after the other: nothing there could 
 
 
 # ---- opcheck
-# ----------------------------------------------------------------------------------------------------
 
 
 class _Operators(TorchDispatchMode):
@@ -95,7 +94,6 @@ def _judge_opcheck(subject: Subject, case: Case) -> Verdict:
 
 
 # ---- torch.compile and checkpointing
-# ------------------------------------------------------------------------------------------------
 
 
 def _judge_compile(backend: str) -> Callable[[Subject, Case], Verdict | NotHere]:
@@ -139,7 +137,6 @@ def _judge_checkpoint(subject: Subject, case: Case) -> Verdict:
 
 
 # ---- strides
-# ----------------------------------------------------------------------------------------------------
 
 _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every second element": lambda tensor: torch.stack((tensor, tensor + 1), -1)[..., 0],
@@ -196,7 +193,6 @@ def _arranged(op: Op, arguments: Arguments, arrange: Callable[[Tensor], Tensor])
 
 
 # ---- gradients that nobody wants
-# ----------------------------------------------------------------------------------------------------
 
 
 class _NoGradient(torch.autograd.Function):
@@ -242,7 +238,6 @@ def _judge_unwanted(subject: Subject, case: Case) -> Verdict:
 
 
 # ---- determinism
-# ----------------------------------------------------------------------------------------------------
 
 
 def _judge_determinism(subject: Subject, case: Case) -> Verdict:
@@ -276,7 +271,6 @@ def _fresh(op: Op, function: Callable[..., Any], arguments: Arguments) -> Result
 
 
 # ---- second derivatives and autocast
-# ------------------------------------------------------------------------------------------------
 
 # Relative Frobenius error of a gradient penalty's gradient against the reference in fp32: of second derivatives as
 # such, and rounded.

@@ -15,10 +15,10 @@ from weftrain.kernels.checks.findings import (
     DTYPES,
     Case,
     Check,
+    CheckReport,
     Finding,
     NotHere,
-    Report,
-    Skipped,
+    SkippedCase,
     Subject,
     Verdict,
     name_of,
@@ -43,7 +43,7 @@ def run_checks(
     progress: Progress | None = None,
     implementations: Sequence[Implementation] | None = None,
     examples: Sequence[str] | None = None,
-) -> Report:
+) -> CheckReport:
     """Ask every question of every implementation (of the catalog, or of those given) that `ops` and `sources` leave.
     None: all.
 
@@ -60,7 +60,7 @@ def run_checks(
     _known("source", sources, sorted({item.source for item in implementations}))
     _known("check", checks, [*CHECKS])
     chosen = [i for i in implementations if (ops is None or i.op in ops) and (sources is None or i.source in sources)]
-    report = Report()
+    report = CheckReport()
     plan: list[tuple[Subject, Check, list[Case]]] = []
     for implementation in chosen:
         subject = _available(implementation, device, dtypes, report)
@@ -85,10 +85,10 @@ def _known(kind: str, asked: Sequence[str] | None, known: Sequence[str]) -> None
             raise KernelError(f"kernels check: unknown {kind} '{name}'; there is: {', '.join(known)}")
 
 
-def _available(implementation: Implementation, device: str, dtypes: Sequence[torch.dtype], report: Report) -> Subject:
-    """The subject in the dtypes that it takes for at least one small example; the others, and what it refuses in part,
-    are noted.
-    """
+def _available(
+    implementation: Implementation, device: str, dtypes: Sequence[torch.dtype], report: CheckReport
+) -> Subject:
+    """The subject in the dtypes that it takes for at least one small example; what it refuses is reported."""
     subject = Subject(implementation, device, tuple(dtypes))
     op, source = implementation.op, implementation.source
     usable = []
@@ -96,29 +96,31 @@ def _available(implementation: Implementation, device: str, dtypes: Sequence[tor
         reasons = {example: subject.unavailable(example, dtype) for example in subject.op.small}
         if all(reasons.values()):
             report.skipped.append(
-                Skipped(op, source, "*", "*", name_of(dtype), " / ".join(dict.fromkeys(map(str, reasons.values()))))
+                SkippedCase(op, source, "*", "*", name_of(dtype), " / ".join(dict.fromkeys(map(str, reasons.values()))))
             )
             continue
         usable.append(dtype)
         report.skipped += [
-            Skipped(op, source, "*", example, name_of(dtype), reason) for example, reason in reasons.items() if reason
+            SkippedCase(op, source, "*", example, name_of(dtype), reason)
+            for example, reason in reasons.items()
+            if reason
         ]
     return Subject(implementation, device, tuple(usable))
 
 
-def _ask(subject: Subject, check: Check, case: Case, report: Report) -> None:
+def _ask(subject: Subject, check: Check, case: Case, report: CheckReport) -> None:
     op, source, dtype = subject.op.name, subject.implementation.source, name_of(case.dtype)
     try:
         answer = check.judge(subject, case)
     except Exception as error:  # code under test raised it: that is the finding
         answer = Verdict(False, f"raised {one_line(error)}")
     if isinstance(answer, NotHere):
-        report.skipped.append(Skipped(op, source, check.name, case.example, dtype, answer.reason))
+        report.skipped.append(SkippedCase(op, source, check.name, case.example, dtype, answer.reason))
     else:
         report.append(Finding(op, source, check.name, case.example, dtype, answer.ok, answer.detail, answer.figures))
 
 
-def summary(report: Report) -> Iterator[str]:
+def summary(report: CheckReport) -> Iterator[str]:
     """A line for each finding that failed, then the counts."""
     for finding in report.failed:
         yield f"{finding.op} {finding.source} {finding.check} {finding.example} {finding.dtype}: {finding.detail}"

@@ -19,9 +19,7 @@ Results = dict[str, Tensor]
 
 
 def incoming(output: Tensor) -> Tensor:
-    """A fixed random gradient of the output's shape: rounded to bf16's eight bits and fp16's range, so it is one in
-    every dtype.
-    """
+    """A fixed random gradient of the output's shape whose values are exact in fp32, bf16 and fp16."""
     drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     return drawn.to(output.dtype).to(output.device)
 
@@ -101,9 +99,7 @@ def differing(got: Results, expected: Results) -> list[str]:
 
 
 def distance(got: Tensor, exact: Tensor) -> float:
-    """Relative Frobenius error against a float64 truth on the CPU; of a truth near 0 (q's gradient of one token),
-    absolute times 1e6.
-    """
+    """Relative Frobenius error against a float64 result on the CPU; the divisor is at least 1e-6."""
     got = got.detach().cpu().double()
     if got.shape != exact.shape:
         return float("inf")
@@ -119,9 +115,7 @@ _CLOSE = {torch.float32: (1e-5, 1e-6), torch.bfloat16: (2e-2, 1e-2), torch.float
 
 
 def far(got: Results, expected: Results, dtype: torch.dtype) -> list[str]:
-    """The names of results of a use in `dtype` that have another dtype or shape, or are not close element by
-    element.
-    """
+    """The names of results that have another dtype or shape, or are not close element by element for `dtype`."""
     relative, absolute = _CLOSE[dtype]
     wrong = []
     for name, tensor in expected.items():

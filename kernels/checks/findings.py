@@ -33,7 +33,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Skipped:
+class SkippedCase:
     """What was not asked, and why. check and example are "*" where it holds for all of them."""
 
     op: str
@@ -44,12 +44,12 @@ class Skipped:
     reason: str
 
 
-class Report(list[Finding]):
+class CheckReport(list[Finding]):
     """The findings, in order; `skipped` says what was left out."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.skipped: list[Skipped] = []
+        self.skipped: list[SkippedCase] = []
 
     @property
     def failed(self) -> list[Finding]:
@@ -85,9 +85,7 @@ class Subject:
         ]
 
     def quick(self, count: int = len(DTYPES)) -> list[Case]:
-        """For what is asked many times over: the smallest example that it takes, in each of the first `count` dtypes
-        that it takes.
-        """
+        """The smallest available example in each of the first `count` available dtypes, for expensive checks."""
         found = []
         for dtype in self.dtypes:
             found += self.cases(self.op.smallest, *self.op.small, dtypes=(dtype,))[:1]
@@ -121,9 +119,7 @@ class NotHere:
 
 @dataclass(frozen=True)
 class Check:
-    """cases: which questions; judge: the answer to one. An exception that judge raises is a failure of the
-    implementation.
-    """
+    """cases: what is asked; judge: the answer to one case, where an exception is a failed finding."""
 
     name: str
     meaning: str  # one line, for people
@@ -131,7 +127,7 @@ class Check:
     judge: Callable[[Subject, Case], Verdict | NotHere]
 
 
-def to_json(report: Report) -> str:
+def to_json(report: CheckReport) -> str:
     """The findings and what was skipped, in the form that `weftrain kernels check --json` writes."""
     document = {
         "schema_version": 1,

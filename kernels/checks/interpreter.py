@@ -1,8 +1,7 @@
-"""Triton's interpreter made to compute bfloat16, for checks only: version 3.7.1 adds and multiplies its *bit patterns*
-as integers.
+"""A fix of Triton's interpreter for checks: version 3.7.1 adds and multiplies the *bit patterns* of bfloat16.
 
-It replaces private methods of one exact version of Triton, so any other version is refused, and what was installed is
-tested by running kernels. One operation is done in fp32 and rounded once to nearest even. A sum or a dot of bf16 is
+`install` replaces private methods of this exact version, so any other is refused, and tests the result by running
+kernels. One operation is done in fp32 and rounded once to nearest even. A sum or a dot of bf16 is
 therefore rounded once, whereas a GPU that accumulates in bf16 rounds at every step: the interpreter cannot show that
 error.
 """
@@ -56,9 +55,7 @@ def install() -> None:
 
 
 def self_test() -> None:
-    """Run small kernels in bf16 and compare them bit for bit with torch's fp32 arithmetic, rounded once. Raises
-    KernelError.
-    """
+    """Compare small bf16 kernels with torch's fp32 arithmetic, rounded once. Raises KernelError if bits differ."""
     from weftrain.kernels.checks._interpreter_kernels import wrong_results
 
     wrong = wrong_results()
@@ -69,7 +66,6 @@ def self_test() -> None:
 
 
 # ---- bits
-# ----------------------------------------------------------------------------------------------------
 
 
 def _widen(bits: np.ndarray) -> np.ndarray:
@@ -92,7 +88,6 @@ def _truncate(values: np.ndarray) -> np.ndarray:
 
 
 # ---- the replacements
-# ----------------------------------------------------------------------------------------------------
 
 
 def _is_bfloat16(operand: Any, tl: Any) -> bool:

@@ -119,7 +119,6 @@ def _unlike(name: str, got: Tensor | None, expected: Tensor) -> str:
 
 
 # ---- rounded once
-# ----------------------------------------------------------------------------------------------------
 
 
 def _half_ulp(truth: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,7 +157,6 @@ def _rounded_once_cases(subject: Subject) -> list[Case]:
 
 
 # ---- the loss of exact logits
-# ----------------------------------------------------------------------------------------------------
 
 _EXACT_LOSS_BOUND = 2e-6  # relative: sixteen roundings of fp32; a logsumexp kept in bf16 errs by 1e-3
 
@@ -192,7 +190,6 @@ def _judge_exact_logits(subject: Subject, case: Case) -> Verdict:
 
 
 # ---- logits with a common offset
-# --------------------------------------------------------------------------------------------------
 
 _OFFSET = 29952.0  # 117 x 256: exact in fp32, bf16 and fp16; one fp32 rounding of it is 1e-3
 _OFFSET_BOUND = 1e-5  # relative; loss and gradient of a logsumexp that holds the offset err by 5e-5 to 3e-4
@@ -234,7 +231,6 @@ def _judge_offset(subject: Subject, case: Case) -> Verdict:
 
 
 # ---- not finite
-# ----------------------------------------------------------------------------------------------------
 
 
 def _place(op: Op, arguments: Arguments, tensor: Tensor) -> int:

@@ -43,11 +43,9 @@ FILES = tuple(_FOLDER / name for name in (*SOURCES, *HEADERS))  # one library of
 
 
 def unavailable(spec: Spec) -> str | None:
-    """What every op of this folder needs: an x86 CPU with AVX-512 and its bf16 instructions, Linux, and a C++ compiler
-    that takes our code.
+    """Why no op of this folder can run here, or None.
 
-    The first question on such a machine compiles, which takes some seconds; a compiler that fails is a reason, with its
-    first words.
+    The first call on a suitable machine compiles, which takes some seconds; a failing compiler is a reason too.
     """
     if spec.device != "cpu":
         return f"written for a CPU, not for {spec.device}"
@@ -145,9 +143,7 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def refuse_unless(op: str, condition: bool, wanted: str, tensor: torch.Tensor) -> None:
-    """The last guard before addresses are handed over: what `unavailable` said no to must not be computed anyway.
-    Raises KernelError.
-    """
+    """Raises KernelError before addresses are handed over for what `unavailable` refuses."""
     if tensor.device.type != "cpu" or not condition:
         found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
         raise KernelError(

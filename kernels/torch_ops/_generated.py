@@ -1,6 +1,4 @@
-"""When torch.compile can generate code for a device: what the two optimizer ops need, which are compiled by
-themselves.
-"""
+"""Whether torch.compile can generate code for a device, which the two optimizer ops need."""
 
 from __future__ import annotations
 
@@ -12,9 +10,7 @@ from weftrain.kernels.contract import Spec
 
 
 def needs_compiler(spec: Spec) -> str | None:
-    """The `unavailable` of an implementation that runs through torch.compile on its own: it needs a C++ compiler, on
-    CUDA Triton too.
-    """
+    """The `unavailable` of an implementation that calls torch.compile itself."""
     compiler = os.environ.get("CXX", "g++")  # the one that torch.compile's CPU code generator calls
     if shutil.which(compiler) is None:
         return f"torch.compile needs the C++ compiler '{compiler}', which is not on PATH"

@@ -1,6 +1,4 @@
-"""cross_entropy by one logsumexp, which z_loss shares: no [N, V] log-probabilities are kept, the backward makes the
-softmax anew.
-"""
+"""cross_entropy by one logsumexp, which z_loss shares; the backward recomputes the softmax from it."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ from weftrain.kernels.contract import Implementation
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0
 ) -> Tensor:
-    """logits [N, V], labels int64 [N] -> token losses fp32 [N], 0 where ignored (kernels/reference.py). Saves logits in
-    fp32.
-    """
+    """As kernels/reference.py. Saves the logits in fp32."""
     check_cross_entropy(logits, labels, ignore_index)
     scaled = logits.float() * logits_scale
     kept = labels != ignore_index

@@ -1,6 +1,4 @@
-"""layer_norm by torch.nn.functional, given fp32: its bf16 kernel sums the gradients of weight and bias in bf16, over
-all tokens.
-"""
+"""layer_norm by torch.nn.functional in fp32: its bf16 kernel would sum the parameters' gradients in bf16."""
 
 from __future__ import annotations
 
@@ -12,9 +10,7 @@ from weftrain.kernels.contract import Implementation
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
-    """x [..., n], weight and bias [n] -> x.dtype [..., n] (kernels/reference.py). fp32 throughout, rounded once. Saves
-    x in fp32.
-    """
+    """As kernels/reference.py; fp32 throughout, rounded once. Saves x in fp32."""
     check_layer_norm(x, weight, bias)
     return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), bias.float(), eps).to(x.dtype)
 

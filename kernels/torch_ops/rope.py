@@ -1,6 +1,4 @@
-"""rope by slices: what turns is read once and written once, what does not turn is not touched where the whole head
-turns.
-"""
+"""rope by slices: what turns is read once and written once; a head that turns as a whole is not concatenated."""
 
 from __future__ import annotations
 
@@ -12,9 +10,7 @@ from weftrain.kernels.contract import Implementation
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int, interleaved: bool) -> Tensor:
-    """x [B, T, H, D], cos and sin fp32 [T, rotary_dim / 2] -> x.dtype [B, T, H, D] (kernels/reference.py). Saves cos
-    and sin.
-    """
+    """As kernels/reference.py. Saves cos and sin."""
     check_rope(x, cos, sin, rotary_dim)
     cos = cos.to(x.dtype)[:, None, :]  # [T, 1, rotary_dim / 2]
     sin = sin.to(x.dtype)[:, None, :]

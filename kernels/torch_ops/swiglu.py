@@ -10,9 +10,7 @@ from weftrain.kernels.contract import Implementation
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gate, up [..., n] -> silu(gate) * up in their dtype (kernels/reference.py). Saves both; eagerly also
-    silu(gate).
-    """
+    """As kernels/reference.py. Saves gate and up; eagerly also silu(gate)."""
     check_swiglu(gate, up)
     return F.silu(gate) * up
 

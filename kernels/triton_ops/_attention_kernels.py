@@ -52,7 +52,6 @@ def _starts(document_start, batch, first, T, BLOCK_M: tl.constexpr, DOCUMENTS: t
 
 
 # ---- forward
-# ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -147,7 +146,6 @@ def forward(
 
 
 # ---- backward
-# ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["T", "H"])

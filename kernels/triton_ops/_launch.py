@@ -31,9 +31,7 @@ def interpreting() -> bool:
 
 
 def unavailable(spec: Spec) -> str | None:
-    """What every op of this folder needs: a GPU that is among TARGETS, or the interpreter where somebody asked for
-    it.
-    """
+    """Why no op of this folder can run, or None: it takes a GPU among TARGETS, or the interpreter if it is on."""
     if spec.dtype not in TRITON_DTYPES:
         return f"takes float32, bfloat16 and float16, not {str(spec.dtype).removeprefix('torch.')}"
     if spec.device == "cpu":
@@ -87,9 +85,7 @@ def operator(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) 
 
 
 def _on_the_device_of_its_tensors(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current GPU, whichever the tensors are on; the first argument is a tensor, or a list of
-    them.
-    """
+    """`launch` with the GPU of its first argument (a tensor, or a list) current: Triton launches on that one."""
 
     def run(first: Tensor | Sequence[Tensor], *rest: Any) -> Any:
         with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):

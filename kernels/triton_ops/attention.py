@@ -117,7 +117,6 @@ def configuration(kernel: str, on: str, element_size: int, block_d: int) -> Conf
 
 
 # ---- launches
-# ----------------------------------------------------------------------------------------------------
 
 
 def _block_d(head_dim: int) -> int:
@@ -211,7 +210,6 @@ _BACKWARD = operator(
 
 
 # ---- the op
-# ----------------------------------------------------------------------------------------------------
 
 
 class _Attention(torch.autograd.Function):
@@ -257,7 +255,6 @@ def _needs(spec: Spec) -> str | None:
 
 
 # ---- for the compile gate
-# ----------------------------------------------------------------------------------------------------
 
 _ELEMENT_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _GATE_HEAD_DIMS = (64, 128, 256)

@@ -133,11 +133,9 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
-    """x [..., n], weight and bias [n] -> x.dtype [..., n] (kernels/reference.py). Statistics and affine map in fp32,
-    rounded once.
+    """As kernels/reference.py; statistics and affine map in fp32, rounded once. Deterministic.
 
-    Saves x, weight and bias as they are, and mean and 1 / deviation in fp32, [rows] each. Deterministic. Raises
-    KernelError.
+    Saves x, weight and bias as they are, and mean and 1 / deviation in fp32, [rows] each.
     """
     check_layer_norm(x, weight, bias)
     return _LayerNorm.apply(rows_of(x), weight.contiguous(), bias.contiguous(), eps).view(x.shape)

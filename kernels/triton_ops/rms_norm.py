@@ -112,10 +112,9 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """x [..., n], weight [n] -> x.dtype [..., n] (kernels/reference.py). fp32 throughout, rounded once.
+    """As kernels/reference.py; fp32 throughout, rounded once. Deterministic.
 
-    Saves x and weight as they are, and 1 / rms in fp32, [rows]. Deterministic. Raises KernelError
-    (kernels/arguments.py).
+    Saves x and weight as they are, and 1 / rms in fp32, [rows].
     """
     check_rms_norm(x, weight)
     return _RMSNorm.apply(rows_of(x), weight.contiguous(), eps).view(x.shape)

@@ -113,11 +113,7 @@ def _heads(x: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int, interleaved: bool) -> Tensor:
-    """x [B, T, H, D], cos and sin fp32 [T, rotary_dim / 2] -> x.dtype [B, T, H, D], contiguous (kernels/reference.py).
-
-    cos and sin are cast to x.dtype, the products are fp32, rounded once. Saves cos and sin; x alone receives a
-    gradient. Raises KernelError (kernels/arguments.py).
-    """
+    """As kernels/reference.py, contiguous, with products in fp32, rounded once. Saves cos and sin."""
     check_rope(x, cos, sin, rotary_dim)
     return _Rope.apply(_heads(x), cos.contiguous(), sin.contiguous(), rotary_dim, interleaved)
 

@@ -111,11 +111,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gate, up [..., n] -> silu(gate) * up in their dtype, contiguous (kernels/reference.py). fp32 inside, rounded
-    once.
-
-    Saves gate and up as they are. Raises KernelError (kernels/arguments.py).
-    """
+    """As kernels/reference.py, contiguous; fp32 inside, rounded once. Saves gate and up as they are."""
     check_swiglu(gate, up)
     return _SwiGLU.apply(rows_of(gate), rows_of(up)).view(gate.shape)
 

@@ -21,7 +21,7 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def examine() -> Callable[..., Any]:
     """tests/kernels/mutants.py: examine(folder, op, file, old text, new text, check, example, dtype, empty folder) ->
-    Report.
+    CheckReport.
     """
     import mutants
 

@@ -17,7 +17,7 @@ import torch
 
 import weftrain.kernels
 from weftrain.kernels import Implementation
-from weftrain.kernels.checks import Report, run_checks
+from weftrain.kernels.checks import CheckReport, run_checks
 
 _KERNELS = Path(weftrain.kernels.__path__[0])
 _NUMBERS = itertools.count()
@@ -58,7 +58,7 @@ def mutant(folder: str, op: str, file: str, old: str, new: str, into: Path) -> M
 
 def examine(
     folder: str, op: str, file: str, old: str, new: str, check: str, example: str, dtype: torch.dtype, into: Path
-) -> Report:
+) -> CheckReport:
     """The findings of one check, asked about one example in one dtype, of the first variant of the faulty copy."""
     offered = mutant(folder, op, file, old, new, into).IMPLEMENTATION
     variants: list[Implementation] = offered if isinstance(offered, list) else [offered]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weftrain.kernels import OPS, Implementation, KernelError, Spec, load_catalog, reference
-from weftrain.kernels.checks import CHECKS, Report, run_checks, summary
+from weftrain.kernels.checks import CHECKS, CheckReport, run_checks, summary
 from weftrain.kernels.checks.__main__ import main
 from weftrain.kernels.checks.bounds import _judge_margins
 from weftrain.kernels.checks.findings import DTYPES, Subject, to_json
@@ -327,6 +327,6 @@ def test_the_process_entry(tmp_path: Any, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_report_as_json_names_what_was_skipped() -> None:
-    report: Report = run_checks(["swiglu"], ["triton"])
+    report: CheckReport = run_checks(["swiglu"], ["triton"])
     assert not report
     assert {item["dtype"] for item in json.loads(to_json(report))["skipped"]} == {"float32", "bfloat16", "float16"}
