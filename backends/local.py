@@ -55,7 +55,6 @@ class LocalRun(InMemoryRun):
         self._clock = PhaseClock(device, job.time_phases)
 
     # -- the step
-    # ----------------------------------------------------------------------------------------------------
 
     def train(self, source: BatchSource) -> Iterator[StepResult]:
         """See Run.train. One host synchronisation a step: the check that loss and norm are finite."""
@@ -89,9 +88,7 @@ class LocalRun(InMemoryRun):
         return float(scale.mean(torch.stack(losses).sum())), gradients
 
     def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[torch.Tensor], LossScale, float]:
-        """Each micro-batch's share of the loss, with the gradients left in place; its divisor; seconds spent waiting
-        for rows.
-        """
+        """Leaves the gradients in place. Returns each micro-batch's loss, the scale, and seconds waited for rows."""
         batch, losses, start = self.recipe.batch, [], time.perf_counter()
         self._clock.to("data wait")
         firsts = range(0, batch.global_batch_size, batch.micro_batch_size)
@@ -137,7 +134,6 @@ class LocalRun(InMemoryRun):
         return self._run_head(head, x, labels, self._leaves.get(HEAD_USE))
 
     # -- parameters, copies and gradients
-    # ------------------------------------------------------------------------------------------
 
     def _accumulate(self) -> None:
         """Add this micro-batch's gradients to the fp32 sums."""
@@ -182,7 +178,7 @@ class LocalRun(InMemoryRun):
         return device_fingerprint("local", self.device, self.kernels.manifest, more, recomputes=recomputes)
 
     def close(self) -> None:
-        """Let go of every tensor."""
+        """Release every tensor."""
         super().close()
         self._clear_gradients()
         self._leaves.clear()

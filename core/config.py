@@ -37,11 +37,11 @@ Width = Annotated[int, Field(gt=0, le=1 << 22)]
 
 
 class CompileOption(StrictModel):
-    compile: bool = False  # torch.compile, one graph for all blocks
+    compile: bool = False  # compile the blocks with torch.compile; they share one graph
 
 
 class RecomputeOption(StrictModel):
-    # selective: keep matrix products and attention for backward; full: keep each block's input alone
+    # what backward computes again. selective: all but matrix products and attention; full: each block from its input
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
 

@@ -1,4 +1,4 @@
-"""The base class of a backend: the protocol's answers for one that runs anywhere and stores no state by itself."""
+"""The base class of a backend, with the protocol's defaults: it runs anywhere and stores no state of its own."""
 
 from __future__ import annotations
 

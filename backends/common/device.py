@@ -21,9 +21,9 @@ from weftrain.kernels.host_memory import huge_page_bytes, use_huge_pages
 class DeviceOptions(StrictModel):
     """backend.options of every backend that computes with torch in processes of its own."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one, else cpu; the choice is printed
-    threads: Threads = 0  # CPU threads of a process; 0: torch's own choice
-    # on a CPU: tensors in huge pages that the process keeps (kernels/host_memory.py); the results are bitwise the same
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if this machine has a CUDA device, else cpu
+    threads: Threads = 0  # number of CPU threads of each process; 0: torch's default
+    # on a CPU: allocate tensors in huge pages, which the process reuses; faster, and results are bitwise identical
     huge_pages: bool = True
 
 
@@ -79,9 +79,7 @@ def device_fingerprint(
     ranks: int | None = None,
     recomputes: Literal["none", "selective", "full"],
 ) -> Fingerprint:
-    """The fingerprint of a run on a torch device: what of device and libraries can change a bit, and `more` of the
-    backend's own.
-    """
+    """The fingerprint of a run on a torch device: its libraries and device, and `more` of the backend."""
     cuda = device.type == "cuda"
     libraries = {
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -1,4 +1,4 @@
-"""What two backends share whose model lies whole on one device: state in and out, the update, held-out loss."""
+"""For backends whose whole model is on one device: state in and out, the update, held-out loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from weftrain.core.order.batch import EvaluationSource
 
 
 class InMemoryRun:
-    """The part of a run that is no step. Who derives from it calls `snapshots.detach` before each step."""
+    """A run without its steps. A derived class calls `snapshots.detach` before each step."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         recipe = job.recipe
@@ -47,18 +47,14 @@ class InMemoryRun:
         return evaluate_rows(self.model, source, self.recipe.batch.micro_batch_size, self.device)
 
     def export_state(self) -> State:
-        """See Run.export_state. Each tensor is copied when it is asked for, and what is still held before the run
-        trains on.
-        """
+        """See Run.export_state. A tensor is copied on access, or before the run trains on."""
         held = state_tensors(self.planes)
         shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
         tensors = self.snapshots.track(StateSnapshot(shapes, lambda name: held[name].detach().to("cpu", copy=True)))
         return State(self.step_number, self.optimizer_updates, tensors)
 
     def import_state(self, state: State) -> None:
-        """See Run.import_state. Raises CheckpointError, before anything is changed, for a missing, unknown or misshapen
-        tensor.
-        """
+        """See Run.import_state. Raises CheckpointError, with nothing changed, for a state that does not fit."""
         mine = state_tensors(self.planes)
         check_state(state.tensors, {name: tuple(tensor.shape) for name, tensor in mine.items()})
         self.snapshots.detach()
@@ -72,7 +68,7 @@ class InMemoryRun:
         return memory_stats(self.device)
 
     def close(self) -> None:
-        """Let go of every tensor."""
+        """Release every tensor."""
         self.snapshots.detach()
         for plane in self.planes.values():
             plane.clear()

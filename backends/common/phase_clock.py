@@ -1,4 +1,4 @@
-"""Times the parts of a step."""
+"""Measures how long the parts of a step take."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import torch
 
 
 class PhaseClock:
-    """The parts of a step, one after another: each moment belongs to the part that was named last. Off, it does
-    nothing.
+    """The time between two calls of `to` belongs to the part named by the first. If it is off it does nothing.
 
-    On a CUDA device parts are bounded by events in the stream, which cost the host nothing, and are read at the end of
-    the step.
+    On a CUDA device it records events in the stream and reads them at the end of the step, so the host never waits.
     """
 
     def __init__(self, device: torch.device, on: bool) -> None:
@@ -22,7 +20,7 @@ class PhaseClock:
         self._marks: list[tuple[str, Any]] = []
 
     def to(self, part: str) -> None:
-        """What follows is `part`."""
+        """Begin the part of this name."""
         if self._on:
             self._marks.append((part, self._mark()))
 

@@ -1,5 +1,5 @@
 """A run's state as `export_state` hands it out: read tensor by tensor, and copied only if the run changes it while
-somebody still holds it.
+something still holds it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _Snapshot = TypeVar("_Snapshot", bound=StateSnapshot)
 
 
 class SnapshotOwner:
-    """A run's side: remembers the last snapshot for as long as somebody holds it."""
+    """A run's side: remembers the last snapshot for as long as something holds it."""
 
     def __init__(self) -> None:
         self._last: Callable[[], StateSnapshot | None] = lambda: None
@@ -56,7 +56,7 @@ class SnapshotOwner:
         return snapshot
 
     def detach(self) -> None:
-        """To be called before the state changes."""
+        """Call before the state changes."""
         if (snapshot := self._last()) is not None:
             snapshot.detach()
         self._last = lambda: None

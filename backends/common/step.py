@@ -54,9 +54,7 @@ class LossScale:
         )
 
     def mean(self, loss: _Loss) -> _Loss:
-        """The sum of token losses over `divisor` -> over bearing tokens. NaN where there is none: such a step never
-        counts as made.
-        """
+        """Sum over `divisor` -> mean over bearing tokens; NaN if there are none, so such a step never counts."""
         if self.divisor == self.bearing_tokens:
             return loss  # without a bearing token 0 / 0 made it NaN already
         return loss * (self.divisor / self.bearing_tokens if self.bearing_tokens else math.nan)
@@ -121,9 +119,7 @@ def global_norm(norms: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def clip_coefficient(norm: torch.Tensor, clip_norm: float | None) -> torch.Tensor:
-    """What each gradient is multiplied by, 0-dim fp32: torch.nn.utils.clip_grad_norm_'s formula, or 1 without
-    clipping.
-    """
+    """The factor for each gradient, 0-dim fp32: the formula of torch.nn.utils.clip_grad_norm_, or 1."""
     return torch.ones_like(norm) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -180,9 +176,7 @@ UpdateSets = list[tuple[ParameterGroup, list[str], list[torch.Tensor] | None]]
 def update_sets(
     groups: Sequence[ParameterGroup], copies: Mapping[str, torch.Tensor], held: Container[str] | None = None
 ) -> UpdateSets:
-    """What each call of the op adamw updates: a group's parameters with compute copies, and those without. held: only
-    these names.
-    """
+    """What each call of the op adamw updates: parameters of one group, all with compute copies or none."""
     sets: UpdateSets = []
     for group in groups:
         names = [name for name in group.parameters if held is None or name in held]
@@ -205,9 +199,7 @@ def update(
     update_index: int,
     gradient_scale: torch.Tensor,
 ) -> None:
-    """One AdamW update of the planes `weights`, `exp_avg` and `exp_avg_sq`, in place. update_index: AdamW's t, from
-    1.
-    """
+    """Update the planes weights, exp_avg and exp_avg_sq in place. update_index: AdamW's t, from 1."""
     for group, names, copies in sets:
         adamw(
             [planes["weights"][name] for name in names],

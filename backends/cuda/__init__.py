@@ -85,9 +85,7 @@ class CudaBackend(PlainBackend):
         return launched() and os.environ["RANK"] != "0"
 
     def prepare(self, job: Job) -> CudaRun:
-        """Raises BackendError, on every rank: ranks that cannot meet, are not alike, or whose number does not divide;
-        too little memory.
-        """
+        """Raises BackendError, on every rank: ranks that do not meet, differ, or do not fit the recipe."""
         from weftrain.backends.cuda.engine import CudaRun
         from weftrain.backends.cuda.rendezvous import rendezvous
 
@@ -99,7 +97,7 @@ class CudaBackend(PlainBackend):
         return CudaRun(job, options, world, given)
 
     def nothing_to_lead(self, job: Job) -> None:
-        """See Follower.nothing_to_lead: the others wait to meet rank 0, and end with this process."""
+        """See Follower.nothing_to_lead: meet the ranks that wait; they end with this process."""
         from weftrain.backends.cuda.rendezvous import launched, rendezvous
 
         if launched():
@@ -107,13 +105,13 @@ class CudaBackend(PlainBackend):
             rendezvous(options.device, options.timeout_s, job.stop)
 
     def run_worker(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
-        """Ranks above 0. See Follower.run_worker; a rank leaves when rank 0 ends the run."""
+        """See Follower.run_worker. Ranks above 0 leave when rank 0 ends its process."""
         from weftrain.backends.cuda.rendezvous import rendezvous
-        from weftrain.backends.cuda.worker import Worker
+        from weftrain.backends.cuda.worker import RankWorker
 
         job = read()
         options, _ = prepare_process(job, CudaOptions)
-        Worker(rendezvous(options.device, options.timeout_s, job.stop), job, open_source).run()
+        RankWorker(rendezvous(options.device, options.timeout_s, job.stop), job, open_source).run()
 
 
 BACKEND: Any = CudaBackend()

@@ -41,11 +41,11 @@ from weftrain.backends.common.step import (
     update_sets,
 )
 from weftrain.backends.common.sums import gradient_sum, tree_sum
-from weftrain.backends.cuda.models import RankModel, Replicated, Sharded
+from weftrain.backends.cuda.models import RankModel, RankTokens, Replicated, Sharded
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Meshes, compile_blocks, degrees, split_sequences, split_tensors, use_float8
 from weftrain.backends.cuda.planner import check_memory
-from weftrain.backends.cuda.save import Parts, RankedTensors, Writer
+from weftrain.backends.cuda.save import Parts, RankedTensors, RankWriter
 from weftrain.backends.cuda.world import IDLE, World
 from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
 from weftrain.core.config import Recipe
@@ -59,9 +59,7 @@ from weftrain.core.parameters import parameter_specs
 
 
 class CudaRun:
-    """This rank's part of a run. given: whether rank 0 has initial weights (job.weights); else they are drawn from the
-    seed.
-    """
+    """This rank's part of a run. given: rank 0 has initial weights (job.weights); else they are drawn."""
 
     def __init__(self, job: Job, options: CudaOptions, world: World, given: bool) -> None:
         self._world, self._options, self._recipe, self._plan = world, options, job.recipe, job.plan
@@ -82,7 +80,7 @@ class CudaRun:
         with world.together("shard the model across ranks"):
             self._build(job.recipe, options)
         self._fill(given)
-        self.writer = Writer(world, self.number)
+        self.writer = RankWriter(world, self.number)
         self._closed = False
         self._clock = PhaseClock(world.device, job.time_phases)
         world.stall_s, world.folder = options.stall_s, job.folder or Path()
@@ -120,7 +118,7 @@ class CudaRun:
         self._sets = update_sets(self._groups, self._model.copies, self._held)
 
     def _fill(self, given: bool) -> None:
-        """Initial weights, one at a time: rank 0's where they are given, else each tensor drawn by one of the ranks."""
+        """Initial weights, one at a time: rank 0's if given, else each tensor is drawn by one of the ranks."""
         for index, spec in enumerate(parameter_specs(self._recipe.model)):
             source = 0 if given else index % self._world.size
             whole = initial_weight(self.job, spec) if self._world.rank == source else None
@@ -136,7 +134,6 @@ class CudaRun:
         self._planes[plane][name].copy_(self._model.part(name, tensor))
 
     # -- the step
-    # ----------------------------------------------------------------------------------------------------
 
     def train(self, source: BatchSource) -> Iterator[StepResult]:
         """See Run.train. One host synchronisation a step: the check that loss and norm are finite."""
@@ -179,9 +176,7 @@ class CudaRun:
         return StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, not finite, phases)
 
     def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[Tensor], LossScale, float]:
-        """This rank's share of the loss of each of its micro-batches, with the gradients left in place; what it was
-        divided by, which is alike on all ranks; and seconds spent on rows.
-        """
+        """Leaves the gradients in place. Returns this rank's losses, the scale, and seconds waited for rows."""
         batch, losses, start = self._recipe.batch, [], time.perf_counter()
         group = self._world.rank // self._degrees.sequence  # which of the data-parallel ones
         count = batch.accumulation_steps
@@ -201,27 +196,32 @@ class CudaRun:
             start = time.perf_counter()
             self._clock.to("copy")
             self._world.doing = f"compute step {self.step_number}"
-            ids, labels, document_start, rotary = self._tokens(data)
+            tokens = self._tokens(data)
             data_wait_s += time.perf_counter() - start
             self._clock.to("forward")
             keys = None
             if self._recipe.model.dropout:
                 keys = row_keys(
-                    self._recipe.seed, self.step_number, first, len(ids), batch.global_batch_size, self._world.device
+                    self._recipe.seed,
+                    self.step_number,
+                    first,
+                    len(tokens.ids),
+                    batch.global_batch_size,
+                    self._world.device,
                 )
             with (
                 self._world.together(f"compute step {self.step_number}"),
                 self._model.micro_batch(last=number == count - 1),
             ):
                 # The sum over tokens divided by the global batch's number: many ranks equal one large batch.
-                loss = self._model.loss(ids, labels, document_start, rotary, keys) / scale.divisor
+                loss = self._model.loss(tokens, keys) / scale.divisor
                 self._clock.to("backward")
                 loss.backward()
             losses.append(loss.detach())
         return losses, scale, data_wait_s
 
-    def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor]]:
-        """This rank's tokens of some rows; positions are those of what its context group computes together."""
+    def _tokens(self, batch: Batch) -> RankTokens:
+        """This rank's tokens of some rows. The rotary tables are those of all tokens of its tensor group."""
         ids, labels, document_start = to_device(batch, self._world.device)
         cos, sin = self._decoder.rotary(ids.shape[1])
         within = self._world.rank % self._degrees.sequence
@@ -229,14 +229,12 @@ class CudaRun:
             ids, labels = (part.tensor_split(self._degrees.sequence, 1)[within].contiguous() for part in (ids, labels))
             context = within // self._degrees.tensor  # tensor ranks rotate q and k of all their context's tokens
             cos, sin = (table.tensor_split(self._degrees.context)[context] for table in (cos, sin))
-        return ids, labels, document_start, (cos, sin)
+        return RankTokens(ids, labels, document_start, (cos, sin))
 
     def _over_all_ranks(
         self, losses: list[Tensor], scale: LossScale, gradients: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The loss of the global batch and the norm of its gradient, 0-dim fp32: squares are added in float64, a piece
-        once.
-        """
+        """Loss and gradient norm of the global batch, 0-dim fp32; squares are summed in float64."""
         self._clock.to("clip")
         squares = [
             self._kernels.grad_norm([gradients[name]]).double() ** 2 / self._model.owners(name)
@@ -257,9 +255,7 @@ class CudaRun:
         return scale.mean(loss), both[1].sqrt().float()
 
     def _losses_of_all(self, own: list[Tensor]) -> list[Tensor]:
-        """Of every micro-batch of the global batch, in order: a row that lies on several ranks has the sum of its
-        parts.
-        """
+        """The losses of all micro-batches in order; a row split over several ranks has the sum of its parts."""
         mine = torch.stack(own).cpu()
         found = [torch.empty_like(mine) for _ in range(self._world.size)]
         if self._world.size == 1:
@@ -271,7 +267,6 @@ class CudaRun:
         return [loss for group in groups for loss in group.unbind()]
 
     # -- what the core asks for
-    # ----------------------------------------------------------------------------------------------------
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, Tensor]]:
         """See Run.gradients."""
@@ -293,7 +288,7 @@ class CudaRun:
         return float(loss), found
 
     def _share_rows(self, batch: Batch | None) -> Batch:
-        """Rank 0's rows, everywhere."""
+        """Rank 0's rows, on every rank."""
         ids = self._world.broadcast_array(None if batch is None else batch.ids)
         mask = self._world.broadcast_array(None if batch is None else batch.loss_mask)
         start = self._world.broadcast_array(None if batch is None else batch.document_start)
@@ -301,9 +296,7 @@ class CudaRun:
         return Batch(ids, mask, start)
 
     def evaluate(self, source: EvaluationSource) -> EvalResult:
-        """Mean held-out loss over tokens. Rank 0 reads, and every data-parallel rank gets a micro-batch, padded where
-        rows run out.
-        """
+        """Mean held-out loss over tokens. Rank 0 reads the rows and pads the last round."""
         rows = self._degrees.data * self._recipe.batch.micro_batch_size
         rounds = -(-source.num_rows // rows)
         with self._together(do="evaluate", rounds=rounds):
@@ -316,10 +309,10 @@ class CudaRun:
         group = self._world.rank // self._degrees.sequence
         for number in range(rounds):
             batch = slice_rows(self._share_rows(read(number)), group * micro, micro)
-            ids, labels, document_start, rotary = self._tokens(batch)
+            tokens = self._tokens(batch)
             with torch.no_grad(), self._world.together("evaluate"):
-                total[0] += self._model.loss(ids, labels, document_start, rotary, None)
-                total[1] += (labels >= 0).sum()
+                total[0] += self._model.loss(tokens, None)
+                total[1] += (tokens.labels >= 0).sum()
         if self._world.size > 1:
             with self._world.together("add the held-out losses"):
                 dist.all_reduce(total)
@@ -327,9 +320,7 @@ class CudaRun:
         return float(total[0]), int(total[1])
 
     def export_state(self) -> State:
-        """See Run.export_state. A tensor is put together when it is asked for; `checkpoint.begin` has every rank write
-        its share.
-        """
+        """See Run.export_state. A tensor is assembled on access; in a save every rank writes its share."""
         tensors = RankedTensors(self._shapes(), self._ask_for, self._begin_save, self._world.size)
         return State(self.step_number, self._optimizer_updates, self.writer.track(tensors))
 
@@ -344,9 +335,9 @@ class CudaRun:
         return found
 
     def whole(self, name: str, keep: bool) -> Tensor | None:
-        """A tensor of the state put together, in this rank's host memory where it is kept. A collective."""
+        """The whole of a tensor, in host memory on a rank that keeps it. A collective."""
         plane, _, parameter = name.partition("/")
-        with self._world.together(f"put {name} together"):
+        with self._world.together(f"assemble {name}"):
             whole = self._model.whole(parameter, self._planes[plane][parameter]).detach()
             return whole.to("cpu", copy=True) if keep else None
 
@@ -355,9 +346,7 @@ class CudaRun:
             return self.writer.begin(folder, files, self.whole)
 
     def import_state(self, state: State) -> None:
-        """See Run.import_state. Rank 0 reads tensor by tensor and every rank keeps its part. Raises CheckpointError,
-        nothing changed.
-        """
+        """See Run.import_state. Rank 0 reads tensor by tensor and every rank keeps its part."""
         check_state(state.tensors, self._shapes())
         self.writer.detach()
         for plane in PLANES:
@@ -403,9 +392,7 @@ class CudaRun:
         )
 
     def stats(self) -> dict[str, float]:
-        """Of rank 0: resident memory now, the peak on its device, and how long the last save kept the run from
-        training.
-        """
+        """Rank 0's memory, and how long the last save interrupted training."""
         stats = memory_stats(self._world.device)
         if self.writer.stall_ms is not None:
             stats["checkpoint_stall_ms"] = self.writer.stall_ms
@@ -415,7 +402,7 @@ class CudaRun:
         """End the run on every rank."""
         if self._closed:
             return
-        with contextlib.suppress(BackendError):  # an end is an end: the error that led here is being raised already
+        with contextlib.suppress(BackendError):  # the error that ends the run is being raised already
             self._world.command(do="close", run=self.number)
         self.release()
 

@@ -28,7 +28,7 @@ _LONGEST_STACK = 4000
 
 
 class HangDetector:
-    """Of a world, from its start to its end."""
+    """Watches a world from its start to its end."""
 
     def __init__(self, world: World) -> None:
         if not faulthandler.is_enabled():
@@ -88,7 +88,7 @@ class HangDetector:
         return "" if frame is None else "".join(traceback.format_stack(frame))[-_LONGEST_STACK:]
 
     def _answer(self) -> None:
-        """Give this rank's stack, if rank 0 asked for it."""
+        """Send this rank's stack if rank 0 asked for it."""
         if self._store.check([f"ask/{self._world.rank}"]):
             self._store.delete_key(f"ask/{self._world.rank}")
             self._store.set(f"stack/{self._world.rank}", self._stack())

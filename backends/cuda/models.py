@@ -1,9 +1,9 @@
-"""The model over the ranks, two ways with the same face: Sharded (FSDP2, HSDP, tensor and context parallel) and
-Replicated (DDP).
+"""The model across ranks, with one interface (`RankModel`) and two implementations: Sharded (FSDP2, HSDP, tensor and
+context parallel) and Replicated (DDP).
 
-Both hold fp32 master weights by canonical name, as much of each as this rank owns, and hand out gradients of the same
-shapes, summed over all ranks. The engine never sees a DTensor: what a rank owns is a
-plain tensor, and `whole` and `part` are the only ways between it and the neutral form.
+Both hold the part of the fp32 master weights that this rank owns, by canonical name, and return gradients of the same
+shapes, summed over all ranks. The engine never sees a DTensor: `whole` and `part` convert between a rank's plain tensor
+and the whole one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -33,33 +33,31 @@ from weftrain.core.parameters import parameter_specs
 _BUCKET_MIB = 25  # of gradients that DDP reduces at once, torch's own default
 
 
+class RankTokens(NamedTuple):
+    """The tokens of a micro-batch that this rank computes: [B, T / context / tensor]."""
+
+    ids: Tensor
+    labels: Tensor
+    document_start: Tensor | None
+    rotary: tuple[Tensor, Tensor]  # cos, sin
+
+
 class RankModel(Protocol):
-    """What the engine asks of a model over ranks."""
+    """What the engine asks of a model across ranks."""
 
     weights: dict[str, Tensor]  # fp32 masters, what this rank owns; some may be empty
     copies: dict[str, Tensor]  # compute copies of them that the update writes; empty where torch makes them itself
 
-    def loss(
-        self,
-        ids: Tensor,
-        labels: Tensor,
-        document_start: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
-        dropout_keys: Tensor | None,
-    ) -> Tensor:
+    def loss(self, tokens: RankTokens, dropout_keys: Tensor | None) -> Tensor:
         """The sum of the token losses of this rank's tokens: fp32, 0-dim."""
         ...
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch: after the last one gradients are reduced, before it they are
-        not.
-        """
+        """Around forward and backward of a micro-batch. Gradients are reduced across ranks after the last one."""
         ...
 
     def take_gradients(self) -> dict[str, Tensor]:
-        """Parameter -> gradient of the step, summed over all ranks, of the shape of what this rank owns. A collective;
-        the model itself keeps none.
-        """
+        """Parameter -> the part of its summed gradient that this rank owns; the model keeps none. A collective."""
         ...
 
     def owners(self, name: str) -> int:
@@ -67,7 +65,7 @@ class RankModel(Protocol):
         ...
 
     def whole(self, name: str, owned: Tensor) -> Tensor:
-        """What all ranks own of a parameter (or of something of its shape), put together. A collective."""
+        """A parameter (or a tensor of its shape) assembled from what all ranks own. A collective."""
         ...
 
     def part(self, name: str, whole: Tensor) -> Tensor:
@@ -75,7 +73,7 @@ class RankModel(Protocol):
         ...
 
     def refresh(self) -> None:
-        """The weights were written from outside."""
+        """To be called after the weights were changed from outside."""
         ...
 
 
@@ -90,7 +88,7 @@ class Sharded:
         model.cos, model.sin = model.cos.to(device), model.sin.to(device)
         model.reset_rotary_tables()
         if options.cpu_offload:
-            for module in model.modules():  # norms are not FSDP's: they are where they are computed with
+            for module in model.modules():  # FSDP does not manage norms: they stay on the compute device
                 for name, parameter in module.named_parameters(recurse=False):
                     if not isinstance(parameter, DTensor):
                         setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
@@ -105,23 +103,14 @@ class Sharded:
         self._size = dist.get_world_size()
 
     def _settle(self) -> None:
-        """Let FSDP take its own storage now: it otherwise does so in the first forward, and a piece that it pads would
-        move then.
-        """
+        """Let FSDP allocate its storage now, and not in the first forward, where padded parts would move."""
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.unshard()
                 module.reshard()
 
-    def loss(
-        self,
-        ids: Tensor,
-        labels: Tensor,
-        document_start: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
-        dropout_keys: Tensor | None,
-    ) -> Tensor:
-        loss: Tensor = self._model(ids, labels, document_start, rotary, dropout_keys)
+    def loss(self, tokens: RankTokens, dropout_keys: Tensor | None) -> Tensor:
+        loss: Tensor = self._model(*tokens, dropout_keys)
         return loss
 
     @contextlib.contextmanager
@@ -178,7 +167,7 @@ class Sharded:
         ).to_local()
 
     def refresh(self) -> None:
-        """A root that was only evaluated still has its whole weights, of before."""
+        """After an evaluation the root module still holds gathered weights: free them."""
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -220,15 +209,8 @@ class Replicated:
         # torch refuses annotations that are strings
         self._ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))
 
-    def loss(
-        self,
-        ids: Tensor,
-        labels: Tensor,
-        document_start: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
-        dropout_keys: Tensor | None,
-    ) -> Tensor:
-        loss: Tensor = self._ddp(ids, labels, document_start, rotary, dropout_keys)
+    def loss(self, tokens: RankTokens, dropout_keys: Tensor | None) -> Tensor:
+        loss: Tensor = self._ddp(*tokens, dropout_keys)
         return loss
 
     @contextlib.contextmanager
@@ -244,9 +226,7 @@ class Replicated:
                 parameter.grad = None
 
     def _reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
-        """Sum a bucket over the ranks, with what earlier micro-batches left: in `reduce`, and norms beside bf16
-        matrices in fp32.
-        """
+        """Sum a bucket over the ranks, with the earlier micro-batches' sums; fp32 parameters in fp32."""
         buffer, parameters = bucket.buffer(), bucket.parameters()
         names = [self._names[parameter] for parameter in parameters]
         sums = self._sums.totals()

@@ -14,19 +14,26 @@ from weftrain.core.formats.strict_model import Count, PositiveInt
 class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
     """backend.options of the cuda backend."""
 
-    parallel: Literal["fsdp", "hsdp", "ddp"] = "fsdp"  # ddp: every rank holds the whole model
-    shard_group: Count = 0  # hsdp: data-parallel ranks that share one sharded copy; 0: those of a node
-    tensor_parallel: PositiveInt = 1  # ranks that share a block's linear maps, and the row's tokens between them
-    context_parallel: PositiveInt = 1  # ranks that share a row's tokens
-    # fsdp: free a block's gathered weights after forward, and gather them again for backward
+    # fsdp: shard weights, gradients and optimizer state across all ranks; hsdp: shard within groups of ranks and
+    # replicate the groups; ddp: every rank holds the whole model
+    parallel: Literal["fsdp", "hsdp", "ddp"] = "fsdp"
+    # hsdp: number of data-parallel ranks that share one sharded copy; 0: those of one node
+    shard_group: Count = 0
+    # number of ranks across which each block's linear maps, and a row's tokens between them, are split
+    tensor_parallel: PositiveInt = 1
+    context_parallel: PositiveInt = 1  # number of ranks across which each row's tokens are split
+    # fsdp, hsdp: free a block's gathered weights after forward and gather them again for backward: less memory, more
+    # communication
     reshard_after_forward: bool = True
-    reduce: Literal["float32", "bfloat16"] = "float32"  # dtype of gradients when they are reduced across ranks
-    reduce_every_micro_batch: bool = False  # fsdp: least memory with accumulation, more communication
-    cuda_graphs: bool = False  # compile's mode reduce-overhead; parallel=ddp alone, where weights stay where they are
-    cpu_offload: bool = False  # fsdp: sharded weights and state in the host's memory
-    float8: bool = False  # the blocks' linear maps through torchao
-    timeout_s: TimeoutS = 600  # waiting for another rank
-    stall_s: TimeoutS = 60  # after so long without progress the stalled rank is named, with its stack
+    reduce: Literal["float32", "bfloat16"] = "float32"  # dtype in which gradients are summed across ranks
+    # fsdp, hsdp: reduce gradients after each micro-batch, not once a step: less memory, more communication
+    reduce_every_micro_batch: bool = False
+    # run each block as a CUDA graph (torch.compile's mode reduce-overhead); needs compile=true and parallel=ddp
+    cuda_graphs: bool = False
+    cpu_offload: bool = False  # fsdp, hsdp: keep sharded weights and optimizer state in host memory
+    float8: bool = False  # compute the blocks' linear maps in float8, with torchao
+    timeout_s: TimeoutS = 600  # seconds to wait for another rank before the run fails
+    stall_s: TimeoutS = 60  # seconds without progress before the stalled rank is reported, with its stack
 
     @model_validator(mode="after")
     def _check(self) -> CudaOptions:

@@ -1,12 +1,12 @@
-"""How a model lies over the ranks: meshes, and what torch's own tools (DTensor plans, fully_shard, DDP) are told.
+"""How a model is split across ranks: device meshes, and the arguments of torch's DTensor plans and fully_shard.
 
     ranks = replicate x shard x context x tensor, tensor fastest
 
 A rank works on its own tokens everywhere but in a block's linear maps: context and tensor ranks share a row's sequence
 between them, the data-parallel ranks (replicate x shard) the rows. So embedding, head and norms are data parallel over
-*all* ranks, and only the linear maps of a block are split over `tensor`. What a reader would get wrong: norms are left
-out of fully_shard. They stay whole and fp32 on every rank, and their gradients, 0.004 % of Amber's, are reduced in one
-piece (`Sharded.gradients`).
+*all* ranks, and only the linear maps of a block are split over `tensor`. Norms are
+left out of fully_shard: they stay whole and fp32 on every rank, and their gradients (0.004 % of Amber's) are reduced
+together (`Sharded.take_gradients`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from weftrain.core.parameters import parameter_specs
 
 @dataclass(frozen=True)
 class Degrees:
-    """Into how many parts the ranks divide, each way."""
+    """Number of parts in each dimension of parallelism."""
 
     replicate: int
     shard: int
@@ -57,9 +57,7 @@ class Degrees:
 
 
 def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int) -> Degrees:
-    """The degrees that options ask of `size` ranks. Raises BackendError for numbers that do not divide, with what to
-    set.
-    """
+    """The degrees for `size` ranks. Raises BackendError, with the remedy, for numbers that do not divide."""
     model, tokens, batch = recipe.model, recipe.data.sequence_length, recipe.batch
     tensor, context = options.tensor_parallel, options.context_parallel
     if size % (tensor * context):
@@ -113,9 +111,7 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
 
 @dataclass(frozen=True)
 class Meshes:
-    """The same ranks in three orders: of a block's linear maps, of what is data parallel over all ranks, and of context
-    groups.
-    """
+    """The same ranks in three meshes, for blocks, for data-parallel modules and for context groups."""
 
     blocks: DeviceMesh  # replicate, shard (with context), tensor
     everywhere: DeviceMesh  # replicate, shard (with context and tensor)
@@ -251,9 +247,7 @@ def split_sequences(model: Decoder, mesh: DeviceMesh) -> None:
 
 
 def use_float8(model: Decoder) -> None:
-    """The blocks' linear maps in float8 (torchao, dynamic scaling). Raises BackendError where torchao is missing or
-    refuses.
-    """
+    """The blocks' linear maps in float8, dynamic scaling. Raises BackendError if torchao cannot be used."""
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
@@ -281,9 +275,7 @@ def use_float8(model: Decoder) -> None:
 
 
 def shard(model: Decoder, meshes: Meshes, options: CudaOptions, compute_dtype: torch.dtype) -> None:
-    """FSDP2 (HSDP where `replicate` is more than 1) in place: each block, and embedding and head as the root. Norms are
-    left whole.
-    """
+    """Apply FSDP2 (or HSDP) to each block, and to embedding and head as the root; norms stay whole."""
     whole = {spec.name for spec in parameter_specs(model.config) if spec.role in FP32_ROLES}
     norms = {parameter for name, parameter in model.named_parameters() if name in whole}
     policies: dict[str, Any] = {

@@ -60,9 +60,7 @@ def _sizes(recipe: Recipe) -> tuple[int, int, int]:
 
 
 def degrees_of(recipe: Recipe, options: CudaOptions, speeds: Speeds | None = None) -> Degrees:
-    """The degrees of a run on speeds.devices, or on as many as the recipe's batch.replicas asks for. Raises
-    BackendError.
-    """
+    """The degrees on speeds.devices, or on as many as the recipe asks for. Raises BackendError."""
     group = options.tensor_parallel * options.context_parallel
     size = recipe.batch.replicas * group if speeds is None or speeds.devices is None else speeds.devices
     return degrees(options, recipe, size, 8 if speeds is None else speeds.devices_per_node)
@@ -115,9 +113,7 @@ def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str
 
 
 def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, int]:
-    """Bytes that a rank sends in a step, by what for: ring algorithms, (N - 1) / N of a tensor a gather or scatter,
-    twice that a sum.
-    """
+    """Bytes that a rank sends in a step, by purpose; ring algorithms are assumed."""
     item, reduced = _ITEM[recipe.precision.compute], _ITEM[options.reduce]
     blocks, outer, norms = _sizes(recipe)
     micro = recipe.batch.accumulation_steps
@@ -160,9 +156,7 @@ def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, i
 def predict(
     recipe: Recipe, options: CudaOptions, shape: Degrees, speeds: Speeds, device_type: str = "cuda"
 ) -> Prediction:
-    """A step on `shape.size` devices: arithmetic, memory passes, optimizer, and the communication that does not fit
-    beside them.
-    """
+    """A step on `shape.size` devices: computation, and the communication that does not overlap with it."""
     sent, parts = traffic(recipe, options, shape), _computing_parts(recipe, options, shape, speeds)
     working = sum(parts.values())
     hidden_s, exposed_s = 0.0, 0.0
@@ -243,9 +237,7 @@ def _link(name: str, shape: Degrees, speeds: Speeds) -> float | None:
 
 
 def largest_micro_batch(recipe: Recipe, options: CudaOptions, shape: Degrees, capacity_bytes: float) -> int:
-    """Sequences of the largest micro-batch that fits; 0: none does. Of any size: whether it divides the global batch is
-    not asked.
-    """
+    """Sequences of the largest micro-batch that fits; 0: none does. It may not divide the global batch."""
     fits = 0
     while fits < 4096:
         batch = recipe.batch.model_copy(update={"micro_batch_size": fits + 1})
@@ -291,9 +283,7 @@ def check_memory(recipe: Recipe, options: CudaOptions, shape: Degrees, device: t
 def remedies(
     recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str, capacity_bytes: float
 ) -> tuple[str, ...]:
-    """What fits into so much memory on each of the same devices, one of each kind, cheapest first; then what else there
-    is.
-    """
+    """Settings that fit into so much memory on the same devices, cheapest first; then other ways."""
     found: dict[str, str] = {}  # kind -> the first of it that fits: the largest micro-batch
     for words, total in alternatives(recipe, options, shape, device_type):
         if total <= capacity_bytes:

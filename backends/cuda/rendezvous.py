@@ -1,4 +1,4 @@
-"""How the ranks of a run find each other, and part: `rendezvous` makes this process's world, `leave` ends it.
+"""How the ranks of a run connect and disconnect: `rendezvous` makes this process's world, `leave` ends it.
 
 torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) starts the same command everywhere;
 without these variables the world is this process alone.

@@ -1,8 +1,8 @@
-"""Checkpoints of many ranks: each copies its share of the state into host memory, whole tensors of the neutral form,
-and writes it aside.
+"""Saves a checkpoint from many ranks: each copies whole tensors of its share of the state to host memory and writes
+them to files.
 
-The run waits for the copies alone (`stall_ms`). A thread on every rank hashes, writes and syncs, and tells rank 0 over
-the store what it wrote. Each file of a checkpoint is written by one rank and each tensor lies in one file, so the ranks
+The run waits for the copies only (`stall_ms`). A thread on every rank hashes, writes and syncs, and reports to rank 0
+through the store. Each file of a checkpoint is written by one rank and each tensor lies in one file, so the ranks
 together hold one copy of the state, and no rank holds all of it.
 """
 
@@ -46,7 +46,7 @@ class RankedTensors(StateSnapshot):
         return self._begin(folder, parts)
 
 
-class Writer:
+class RankWriter:
     """One rank's side of every save of a run."""
 
     def __init__(self, world: World, run: int) -> None:
@@ -96,7 +96,7 @@ class Writer:
                 told["files"][file] = checkpoint_files.write_file(folder / file, files[file], copies.pop(file))
         except FileNotFoundError as error:
             told = {
-                "error": f"{error.filename}: is not there: the run's folder must lie on a file system that all nodes "
+                "error": f"{error.filename}: does not exist: the run's folder must be on a file system that all nodes "
                 "share"
             }
         except OSError as error:
@@ -116,7 +116,7 @@ class Writer:
                     found[rank] = json.loads(store.get(f"saved/{self._run}/{number}/{rank}"))
                 except (RuntimeError, dist.DistError) as error:
                     raise CheckpointError(
-                        f"rank {rank} did not say that its part of the checkpoint was written: {error}"
+                        f"rank {rank} did not report that its part of the checkpoint was written: {error}"
                     ) from error
         files: dict[str, Any] = {}
         for rank in range(ranks):

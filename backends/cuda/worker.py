@@ -1,7 +1,7 @@
-"""What ranks above 0 do: carry out rank 0's commands, each of which names its run, until it ends the world.
+"""Ranks above 0 carry out rank 0's commands, each of which names its run, until rank 0 ends.
 
-A worker decides nothing and prints nothing. If it fails on its own it leaves the reason in the store, and the other
-ranks report it when they miss this one in a collective.
+A worker decides nothing and prints nothing. If it fails on its own it writes the reason to the store, and the other
+ranks report that reason when their next collective fails.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from weftrain.core.errors import BackendError, NonFiniteError, WeftrainError
 from weftrain.core.order.batch import BatchSource
 
 
-class Worker:
+class RankWorker:
     """A rank above 0. open_source: how it opens the rows of a run's recipe on its machine."""
 
     def __init__(self, world: World, own: Job, open_source: Callable[[Job], BatchSource]) -> None:

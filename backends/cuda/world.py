@@ -1,4 +1,4 @@
-"""The ranks of one run: who leads, what they send each other, and what is said when one of them fails.
+"""The ranks of one run: the commands of rank 0, small collectives, and the error message if a rank fails.
 
 Rank 0 leads. It alone runs the core's training loop, and before each collective pass it sends a command (JSON, never a
 pickle) that the others, who wait in worker.py, carry out. Worlds are made by `rendezvous.rendezvous`.
@@ -44,7 +44,7 @@ class World:
         self._broken = False
 
     def own_store(self) -> Any:
-        """A connection of its own to the store, for a thread: who waits on one connection keeps others from it."""
+        """A connection of its own to the store, for a thread: a wait on a connection blocks its other users."""
         return self.store.clone()  # type: ignore[attr-defined]
 
     def next_run(self) -> int:
@@ -79,9 +79,7 @@ class World:
         self.doing, self.waiting = before
 
     def abort(self, reason: str) -> None:
-        """This rank failed in the middle of something: no command follows, and the others get the reason when they
-        find it missing.
-        """
+        """This rank failed, and sends no more commands: the others find the reason in the store."""
         self._broken = True
         self.report_failure(reason)
 
@@ -126,9 +124,7 @@ class World:
         return found
 
     def agree(self, error: str | None = None) -> None:
-        """A collective: every rank gives what went wrong on it, or None. Raises EverywhereError on every rank, with the
-        error of the lowest one.
-        """
+        """A collective. Raises EverywhereError on every rank with the lowest rank's error, if any has one."""
         words = (error or "").encode()[:_LONGEST_MESSAGE]
         own = torch.zeros(_LONGEST_MESSAGE, dtype=torch.uint8)
         own[: len(words)] = torch.frombuffer(bytearray(words or b"\0"), dtype=torch.uint8)[: len(words)]

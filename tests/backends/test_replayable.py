@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from weftrain.backends.common.registry import find_backends
-from weftrain.backends.common.sums import TreeSum, tree_sum
 from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
@@ -49,31 +48,6 @@ def replayable(tiny_recipe: Tiny, compute: str, replicas: int) -> Recipe:
         "backend.name=cuda",
         "backend.options={device: cpu, threads: 1, huge_pages: false, parallel: ddp}",
     )
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 12, 24])
-def test_the_tree_over_all_is_the_tree_over_the_trees_of_equal_parts(count: int) -> None:
-    values = torch.randn(count, 1000, generator=torch.Generator().manual_seed(1))
-    whole = tree_sum(list(values))
-    torch.testing.assert_close(whole, values.sum(0), rtol=1e-5, atol=1e-5)
-    parts = 2
-    while count % parts == 0:
-        sums = [tree_sum(list(part)) for part in values.chunk(parts)]
-        while len(sums) > 1:
-            sums = [left + right for left, right in zip(sums[::2], sums[1::2], strict=True)]
-        assert torch.equal(sums[0], whole)
-        parts *= 2
-
-
-def test_the_tree_keeps_few_sums_and_is_not_the_plain_sum() -> None:
-    tree = TreeSum(64)
-    values = torch.randn(64, 4096, generator=torch.Generator().manual_seed(2))
-    plain = torch.zeros(4096)
-    for value in values:
-        tree.add("a", value)
-        plain = plain + value
-        assert len(tree._sums["a"]) <= 7
-    assert not torch.equal(tree.totals()["a"], plain)
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])

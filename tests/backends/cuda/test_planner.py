@@ -200,17 +200,3 @@ def test_devices() -> None:
     with pytest.raises(DeviceError, match="CS-2: no step can be predicted"):
         speeds(16, DEVICES["CS-2"])
     assert all(device.source and device.memory_bytes for device in DEVICES.values())
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"parallel": "ddp", "tensor_parallel": 2},
-        {"parallel": "ddp", "cpu_offload": True},
-        {"cuda_graphs": True, "compile": True},
-        {"shard_group": 2},
-    ],
-)
-def test_options_that_contradict_each_other(wrong: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"needs parallel|is of parallel|needs compile"):
-        CudaOptions.model_validate(wrong)
