@@ -6,7 +6,7 @@
   const axis = document.getElementById("axis"), smoothing = document.getElementById("smoothing");
   const colour = name => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const dashes = [[], [7, 4], [2, 4], [10, 3, 2, 3], [4, 2], [1, 2]];
-  const dashed = {bad: [], rollback: [], skip: [6, 3], restart: [2, 3], recipe: [8, 2, 2, 2], defer: [3, 6]};
+  const dashed = {bad: [1, 3], rollback: [], skip: [6, 3], restart: [2, 3], recipe: [8, 2, 2, 2], defer: [3, 6]};
   const small = "12px", font = "system-ui, sans-serif";
   const drawn = new Map();
 
@@ -103,7 +103,8 @@
   }
 
   function line(plot, items, curve, chart) {
-    const half = curve.means ? halfLife(chart) : 0;
+    const span = curve.means ? halfLife(chart) : 0;
+    const half = span > chart.last / (curve.means?.[0].length ?? 1) ? span : 0;  // shorter than a step does nothing
     const left = curve.left !== "", tint = colour(`c${curve.colour}`);
     const y = curve.y.map(value => (value === null ? NaN : value));
     const name = left ? `${curve.name}, ${curve.left}` : curve.name;
@@ -158,22 +159,35 @@
   async function draw(number) {
     const chart = page.charts[number], place = document.getElementById(`chart-${number}`);
     if (!chart || !place) return;
-    drawn.get(number)?.remove();
-    drawn.delete(number);
+    const plot = figure(chart, place.clientWidth), before = drawn.get(number);
+    if (before?.axis === axis.value) {  // what was zoomed into stays in view
+      for (const range of ["x_range", "y_range"]) plot[range].setv({start: before.plot[range].start, end: before.plot[range].end});
+    }
+    before?.view.remove();
     place.replaceChildren();
-    const view = await Bokeh.Plotting.show(figure(chart, place.clientWidth), place);
-    drawn.set(number, Array.isArray(view) ? view[0] : view);
+    const view = await Bokeh.Plotting.show(plot, place);
+    drawn.set(number, {plot, axis: axis.value, view: Array.isArray(view) ? view[0] : view});
   }
 
-  async function drawAll() {
-    document.getElementById("smoothed").textContent =
-      smoothing.value == 0 ? "none" : `half-life ${(100 * 2 ** (Number(smoothing.value) - 11)).toPrecision(2)} % of the run`;
-    for (const number of page.charts.keys()) await draw(number);
+  let turn = Promise.resolve(), newest = 0;
+
+  // One drawing at a time; of several that were asked for meanwhile, the last.
+  function redraw() {
+    const share = (100 * halfLife({last: 1})).toPrecision(2);
+    document.getElementById("smoothed").textContent = smoothing.value == 0 ? "none" : `half-life ${share} % of the run`;
+    const mine = ++newest;
+    turn = turn.then(async () => {
+      for (const number of page.charts.keys()) {
+        if (mine !== newest) return;
+        await draw(number);
+        await new Promise(done => setTimeout(done));  // the page answers between two charts
+      }
+    });
   }
 
   Bokeh.set_log_level("warn");
-  axis.addEventListener("change", drawAll);
-  smoothing.addEventListener("input", drawAll);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
-  drawAll();
+  axis.addEventListener("change", redraw);
+  smoothing.addEventListener("input", redraw);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  redraw();
 })();

@@ -180,7 +180,9 @@ def _step(report: RunReport, charts: Sequence[Chart]) -> str:
         for chart in charts
         for name, *words in figures(chart)
     ]
-    return _pairs(pairs) + _table("The curves in figures, of what counts.", head, rows, "curves in figures", head[1:])
+    return (_pairs(pairs) if pairs else "") + _table(
+        "The curves in figures, of what counts.", head, rows, "curves in figures", head[1:]
+    )
 
 
 def _named(curves: Sequence[LoggedCurve], *, first: int = 0, dots: bool = False, smooth: bool = False) -> list[Curve]:

@@ -39,6 +39,7 @@ nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; ma
 .tiles dd { margin: 0; font-size: 1.45rem; line-height: 1.25; font-variant-numeric: tabular-nums; font-weight: 600; }
 .tiles dd + dd { font-size: .78rem; font-weight: 400; color: var(--soft); line-height: 1.35; }
 .pairs { display: grid; grid-template-columns: minmax(7rem, max-content) minmax(0, 1fr); gap: .15rem 1.2rem; margin: 0; }
+.tiles + .pairs { margin-top: 1rem; } .pairs + .scroll { margin-top: .8rem; }
 .pairs dt { color: var(--soft); max-width: 19rem; }
 .pairs.many { display: block; columns: 21rem auto; column-gap: 2rem; }
 .pairs.many div { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: 1rem; break-inside: avoid;

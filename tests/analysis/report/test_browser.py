@@ -29,8 +29,14 @@ const canvases = node => [...node.querySelectorAll("*")].flatMap(one => [
   ...(one instanceof HTMLCanvasElement ? [one] : []), ...(one.shadowRoot ? canvases(one.shadowRoot) : [])]);
 const inked = canvas => canvas.width && canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height)
   .data.some(value => value > 0);
+const change = (name, value, kind) => {
+  Object.assign(document.getElementById(name), {value}).dispatchEvent(new Event(kind)); };
+setTimeout(() => { for (const value of [9, 5, 0, 8]) change("smoothing", value, "input"); }, 1000);
+setTimeout(() => { for (const value of ["log", "clipped", "linear"]) change("axis", value, "change"); }, 1500);
 setTimeout(() => Object.assign(document.documentElement.dataset, {
   charts: [...document.querySelectorAll(".plot")].filter(plot => canvases(plot).some(inked)).length,
+  plots: [...document.querySelectorAll(".plot")].map(plot => plot.querySelectorAll(".bk-Figure").length).join(" "),
+  smoothing: document.getElementById("smoothed").textContent,
   overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   ground: getComputedStyle(document.body).backgroundColor,
 }), 3000);
@@ -65,6 +71,8 @@ def test_the_page_is_drawn(
     dom, said = opened(page, tmp_path, width, dark)
     assert said == []
     facts = dict(re.findall(r'data-([a-z-]+)="([^"]*)"', dom[: dom.index("<head")]))
+    assert facts.pop("smoothing") == "half-life 13 % of the run"
+    assert facts.pop("plots") == "1 1 1 1"  # drawn again in place
     assert facts == {"charts": "4", "overflow": "0", "ground": "rgb(25, 25, 24)" if dark else "rgb(250, 249, 245)"}
 
 
