@@ -35,8 +35,6 @@ from weftrain.core.run.continuation import (
     continue_data,
     continue_from,
 )
-from weftrain.core.run.lineage import Lineage, TrainingSegment
-from weftrain.core.run.run_source import run_source
 
 
 @pytest.fixture(scope="module")
@@ -342,27 +340,6 @@ def test_a_run_of_chunks_is_extended_without_repeating_a_sample(root: Path, defe
     rows = read(opened(asked), 0, 12)["long"] + read(source, 12, 24)["long"]
     assert sorted(rows) == sorted(read(opened(recipe(root, {"long": 1.0})), 0, 24)["long"])
     assert (found.recipe.data.continues is None) is (not deferred)
-
-
-def test_any_step_of_a_run_is_found_by_the_recipe_of_its_stretch(root: Path) -> None:
-    before = changed(root, {})
-    source, found = go_on(changed(root, {"batch": 4, "weights": {"a": 0.5, "b": 0.5}}), before, 5)
-    segments = [
-        TrainingSegment(first, stop, one.model_dump(mode="json"), "", {}, None, 0)
-        for first, stop, one in ((0, 3, before), (3, 5, before), (5, None, found.recipe))
-    ]
-    run = run_source(found.recipe, Lineage((), tuple(segments), (), ()))
-    assert [run.sample(step) for step in (0, 4, 5, 6)] == [0, 32, 40, 44]
-    assert [run.step_of(sample) for sample in (0, 39, 40, 47)] == [(0, 0), (4, 7), (5, 0), (6, 3)]
-    assert len(run.spans) == 2
-    assert run.at(4) == run.at(0) != run.at(5)
-    assert [run.at(5).sample_names(5, row, 1) for row in range(4)] == [
-        source.sample_names(5, row, 1) for row in range(4)
-    ]
-    with pytest.raises(
-        DataError, match=r"step 4 was read by a recipe from before step 5, which only the run's ledger holds"
-    ):
-        run_source(found.recipe, None).at(4)
 
 
 # -- what cannot go on, in numbers
