@@ -47,9 +47,7 @@ BF16_PEAK_FLOPS = {
 
 
 def measured_matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 20) -> Rate:
-    """The best of `repeats` products of two [size, size] matrices, 2 size^3 FLOPs each, after a warm-up of two. About a
-    second on two cores.
-    """
+    """The best of `repeats` products of two [size, size] matrices after two warm-ups, 2 size^3 FLOPs each."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
     out = torch.empty_like(a)

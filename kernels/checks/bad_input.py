@@ -94,9 +94,7 @@ def _label_cases(subject: Subject) -> list[Case]:
 
 
 def _judge_unseen_label(subject: Subject, case: Case) -> Verdict:
-    """In a compiled graph (on an accelerator also without one): NaN for its token, the other rows as they were, and no
-    crash.
-    """
+    """NaN for that token, the other rows unchanged and no crash: compiled, and on an accelerator also eagerly."""
     op, function = subject.op, subject.implementation.function
     if subject.device == "cpu":
         torch._dynamo.reset()

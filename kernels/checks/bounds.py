@@ -48,9 +48,7 @@ def _judge(subject: Subject, case: Case) -> Verdict | NotHere:
 
 
 class _Server:
-    """kernels/checks/guarded_process.py in a process of its own: one line of JSON out, one back. It ends when this
-    process does.
-    """
+    """guarded_process.py in a process of its own: one line of JSON out, one back. It ends with this process."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(

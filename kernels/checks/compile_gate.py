@@ -45,9 +45,7 @@ _FIGURES = {  # what `diff` compares -> its words
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel in one configuration for one target. Without machine code (excluded, or not compiled) its figures are
-    None.
-    """
+    """One kernel in one configuration for one target; without machine code its figures are None."""
 
     op: str
     source: str
@@ -323,9 +321,7 @@ def from_json(text: str) -> list[Row]:
 
 
 def diff(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
-    """What changed, a line a kernel and target: figures (`registers 128 -> 168`), state, new and gone rows. [] where
-    nothing did.
-    """
+    """What changed, a line a kernel and target: figures (`registers 128 -> 168`), state, new and gone rows."""
     before, after = {row.key: row for row in old}, {row.key: row for row in new}
     lines = []
     for key, row in after.items():

@@ -52,9 +52,7 @@ INTERPRETED_RUNS = 3  # numpy, one program after the other: nothing there could 
 
 
 class _Operators(TorchDispatchMode):
-    """Every operator outside torch's own namespaces, with the arguments of its first call (copied: it may change
-    them).
-    """
+    """Every operator outside torch's own namespaces, with a copy of the arguments of its first call."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -86,9 +86,7 @@ class GuardedMemory:
 
     @contextmanager
     def allocating(self) -> Iterator[None]:
-        """torch.empty and its like, as called from Python, give guarded memory. C++ code that allocates is not
-        reached.
-        """
+        """torch.empty and its like give guarded memory to Python callers; C++ code that allocates is not reached."""
         names = ("empty", "empty_like", "zeros", "zeros_like")
         originals = {name: getattr(torch, name) for name in names}
         methods = {name: getattr(Tensor, name) for name in ("new_empty", "new_zeros")}

@@ -44,9 +44,7 @@ class MachineCode:
 
 
 def read(assembly: Mapping[str, Any], target: str) -> MachineCode:
-    """The figures of what triton.compile made (its `asm`). Raises KernelError where a tool's answer is not
-    understood.
-    """
+    """The figures of triton.compile's `asm`. Raises KernelError where a tool's output is not understood."""
     if "hsaco" in assembly:
         return _read_amd(assembly["amdgcn"], assembly["hsaco"], target)
     return _read_nvidia(assembly["cubin"], assembly["ptx"], target)

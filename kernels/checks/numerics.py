@@ -128,9 +128,7 @@ def _half_ulp(truth: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _judge_rounded_once(subject: Subject, case: Case) -> Verdict:
-    """A statistic kept in bf16, or a product of two rounded factors, hides inside any tolerance; it does not hide from
-    this.
-    """
+    """Finds a statistic kept in bf16, or a product of two rounded factors, which hides inside any tolerance."""
     op = subject.op
     exact = _exact(op.name, case.example, case.dtype)
     got = _got(subject.implementation.function, op.name, case.example, case.dtype, subject.device)

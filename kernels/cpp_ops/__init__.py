@@ -1,3 +1,1 @@
-"""C++ implementations for x86 CPUs (source `cpp`): four ops where plain torch leaves the machine idle, compiled once,
-on first use.
-"""
+"""C++ for x86 CPUs (source `cpp`): four ops that plain torch leaves slow, compiled once, on first use."""

@@ -48,9 +48,7 @@ def attention_2_atomic(
 
 
 def attention_3(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
-    """attention_2 by the Hopper kernels of version 3: shapes, dtypes, what is saved and what is raised are the same.
-    Deterministic.
-    """
+    """attention_2 by version 3's kernels for Hopper; all else is the same. Deterministic."""
     return _version_3(q, k, v, scale, document_start, deterministic=True)
 
 

@@ -11,9 +11,7 @@ from weftrain.kernels.liger_ops import _found
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
-    """x [..., n], weight and bias [n] -> x.dtype [..., n] (kernels/reference.py). Saves x, mean and 1 / std in fp32.
-    Deterministic.
-    """
+    """As kernels/reference.py. Saves x, mean and 1 / std in fp32. Deterministic."""
     check_layer_norm(x, weight, bias)
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 

@@ -35,9 +35,7 @@ def forward_flops(arguments: Arguments) -> int:
 
 
 def backward_cost(arguments: Arguments) -> tuple[int, int]:
-    """q, k, v, out, dout -> dq, dk, dv: five products where the forward has two (Dao, arXiv 2307.08691, section
-    3.1).
-    """
+    """q, k, v, out, dout -> dq, dk, dv: five products, the forward has two (Dao, arXiv 2307.08691, 3.1)."""
     batch, tokens, heads, head_dim = arguments["q"].shape
     visible_pairs = tokens * (tokens + 1) // 2
     return 8 * size_bytes(arguments["q"]), 10 * batch * heads * visible_pairs * head_dim

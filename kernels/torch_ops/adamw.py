@@ -71,9 +71,7 @@ def adamw(
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """[...] -> [n] on the same storage. Detached last: torch.compile would else guard on the shape of the tensor that
-    it is a view of.
-    """
+    """[...] -> [n] on the same storage, detached: torch.compile would guard on the base's shape."""
     return tensor.view(-1).detach()
 
 

@@ -77,9 +77,7 @@ _DIFFERENTIABLE = differentiable_loss("torch", _loss_and_gradients)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Row slices such that a chunk's logits stay below the limit; at least 64 rows each, and one slice even of no
-    rows.
-    """
+    """Slices of at least 64 rows whose logits stay below the limit; one slice even of no rows."""
     limit = _CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else _ACCELERATOR_CHUNK_ELEMENTS
     size = max(64, limit // weight.shape[0] // 64 * 64)
     return [slice(first, min(first + size, hidden.shape[0])) for first in range(0, max(hidden.shape[0], 1), size)]

@@ -162,9 +162,7 @@ def row_sums(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """delta = sum(dout * out) of each row, in fp32: what the softmax's gradient subtracts. Grid: [query tiles * B *
-    H].
-    """
+    """delta = sum(dout * out) of each row, in fp32, for the softmax's gradient. Grid: [query tiles * B * H]."""
     tiles = tl.cdiv(T, BLOCK_M)
     batch_head = tl.program_id(0) // tiles
     first = tl.program_id(0) % tiles * BLOCK_M

@@ -53,9 +53,7 @@ def row_loss(x, label, columns, scale, z_loss, ignore_index, maximum, total):
 
 @triton.jit
 def row_factors(label, columns, scale, z_loss, ignore_index, maximum, total, incoming):
-    """(softmax_factor, label_factor, z_factor) for block_gradient; all 0 for an ignored row and for a label outside the
-    row.
-    """
+    """(softmax_factor, label_factor, z_factor) for block_gradient; all 0 for a row whose loss is 0 or NaN."""
     counted = (label >= 0) & (label < columns) & (label != ignore_index)
     factor = tl.where(counted, incoming * scale, 0.0)
     softmax_factor = tl.div_rn(factor, total)
