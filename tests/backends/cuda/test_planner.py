@@ -11,7 +11,7 @@ import torch
 
 from weftrain.analysis.machine.devices import DEVICES, DeviceError, parse_devices, speeds
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Degrees, degrees
+from weftrain.backends.cuda.parallel import Degrees
 from weftrain.backends.cuda.planner import check_memory, largest_micro_batch, needs, predict, traffic
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
@@ -156,39 +156,6 @@ def test_too_little_memory_is_refused_with_what_would_fit(monkeypatch: pytest.Mo
     check_memory(fits, CudaOptions(parallel="ddp", activation_checkpointing="full"), shape, torch.device("cpu"))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=wanted))
     check_memory(recipe, chosen, shape, torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("size", "replicas", "changes", "words"),
-    [
-        (
-            2,
-            1,
-            {"tensor_parallel": 4},
-            "2 ranks are no multiple of tensor_parallel x context_parallel = 4 x 1: start a multiple of 4",
-        ),
-        (
-            4,
-            4,
-            {"tensor_parallel": 2},
-            "4 ranks make 2 data-parallel replicas of 2 ranks each, and batch.replicas is 4: set batch.replicas=2",
-        ),
-        (6, 6, {"parallel": "hsdp", "shard_group": 4}, "6 data-parallel replicas are no multiple of shard_group 4"),
-        (3, 1, {"tensor_parallel": 3}, "model.num_heads 32 is no multiple"),
-    ],
-)
-def test_numbers_that_do_not_divide(size: int, replicas: int, changes: dict[str, object], words: str) -> None:
-    recipe = amber("batch.global_batch_size=240", "batch.micro_batch_size=1", f"batch.replicas={replicas}")
-    with pytest.raises(BackendError, match=words):
-        degrees(options(**changes), recipe, size, 8)
-
-
-def test_degrees() -> None:
-    recipe = amber("batch.global_batch_size=240", "batch.micro_batch_size=1", "batch.replicas=2")
-    assert degrees(options(tensor_parallel=4, context_parallel=2), recipe, 16, 8) == Degrees(1, 2, 2, 4)
-    replicas = amber("batch.global_batch_size=240", "batch.micro_batch_size=1", "batch.replicas=16")
-    assert degrees(options(parallel="hsdp"), replicas, 16, 8) == Degrees(2, 8, 1, 1)
-    assert degrees(options(parallel="ddp"), replicas, 16, 8) == Degrees(16, 1, 1, 1)
 
 
 def test_devices() -> None:

@@ -1,0 +1,49 @@
+"""How many ranks each dimension of parallelism has, and numbers that do not divide."""
+
+from __future__ import annotations
+
+import pytest
+
+from weftrain.backends.cuda.options import CudaOptions
+from weftrain.backends.cuda.parallel import Degrees, degrees
+from weftrain.core.config import Recipe
+from weftrain.core.errors import BackendError
+from weftrain.core.recipe_file import load_recipe
+
+
+def amber(replicas: int) -> Recipe:
+    batch = ["batch.global_batch_size=240", "batch.micro_batch_size=1", f"batch.replicas={replicas}"]
+    return load_recipe("amber_7b", batch, "cuda").recipe
+
+
+@pytest.mark.parametrize(
+    ("size", "replicas", "changes", "words"),
+    [
+        (
+            2,
+            1,
+            {"tensor_parallel": 4},
+            "2 ranks are no multiple of tensor_parallel x context_parallel = 4 x 1: start a multiple of 4",
+        ),
+        (
+            4,
+            4,
+            {"tensor_parallel": 2},
+            "4 ranks make 2 data-parallel replicas of 2 ranks each, and batch.replicas is 4: set batch.replicas=2",
+        ),
+        (6, 6, {"parallel": "hsdp", "shard_group": 4}, "6 data-parallel replicas are no multiple of shard_group 4"),
+        (3, 1, {"tensor_parallel": 3}, "model.num_heads 32 is no multiple"),
+    ],
+)
+def test_numbers_that_do_not_divide(size: int, replicas: int, changes: dict[str, object], words: str) -> None:
+    recipe = amber(replicas)
+    with pytest.raises(BackendError, match=words):
+        degrees(CudaOptions.model_validate(changes), recipe, size, 8)
+
+
+def test_degrees() -> None:
+    recipe = amber(2)
+    assert degrees(CudaOptions(tensor_parallel=4, context_parallel=2), recipe, 16, 8) == Degrees(1, 2, 2, 4)
+    replicas = amber(16)
+    assert degrees(CudaOptions(parallel="hsdp"), replicas, 16, 8) == Degrees(2, 8, 1, 1)
+    assert degrees(CudaOptions(parallel="ddp"), replicas, 16, 8) == Degrees(16, 1, 1, 1)
