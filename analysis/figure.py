@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from weftrain.core.errors import DataError
@@ -21,6 +23,16 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+@contextlib.contextmanager
+def colours(dark: bool) -> Iterator[None]:
+    """Figures that are made within are for a dark page or for a light one. Raises DataError without matplotlib."""
+    new_figure(1, 1)
+    import matplotlib.style
+
+    with matplotlib.style.context("dark_background" if dark else "default"):
+        yield
 
 
 def picture(figure: Figure, suffix: str = ".png", dpi: int = 150) -> bytes:

@@ -73,7 +73,11 @@ def bench_stream(
     "--h5py", "beside_h5py", is_flag=True, help="Read as many rows through h5py, interleaved, and print the ratio."
 )
 def bench_data(recipe: str, overrides: tuple[str, ...], steps: int, beside_h5py: bool) -> None:
-    """Measure the data path of RECIPE without a model: from the shard files to batches of int64 ids."""
+    """Measure the data path of RECIPE without a model, up to batches of int64 ids.
+
+    With data.sources it reads the shards' files, hashes of the blocks included; without, it takes synthetic rows from
+    memory, and says so.
+    """
     from weftrain.analysis.bench.data import batch_times_ms, beside_h5py_ms
     from weftrain.analysis.bench.timings import median_interval, percentile, warm_up_steps
     from weftrain.cli.assembly import open_data
@@ -94,6 +98,8 @@ def bench_data(recipe: str, overrides: tuple[str, ...], steps: int, beside_h5py:
     middle, interval = statistics.median(counted), median_interval([counted])
     per_second = file.recipe.tokens_per_step / middle * 1e3
     spread = f"95 %: {interval.low:,.3f} to {interval.high:,.3f}; p99 {percentile(counted, 0.99):,.3f}"
+    what = "the shards' files" if isinstance(source, TokenSource) else "synthetic rows in memory: no file is read"
+    click.echo(f"reads {what}")
     click.echo(f"{per_second / 1e6:,.2f} M tokens/s: {middle:,.3f} ms a batch of {rows} rows ({spread})")
     click.echo(
         f"first batch {step_ms[0]:,.2f} ms; {warm} of {steps} batches were warm-up; dataset {source.dataset_id[:12]}"
@@ -156,14 +162,14 @@ def bench_sweep(
         (row for row in rows if row["tokens_per_second"]), key=lambda row: float(row["tokens_per_second"]), default=None
     )
     keys = [key for key, _ in chosen[0]]
-    table = Table(*keys, "tokens/s", "step ms", "MFU", "memory MiB", "", box=None)
+    table = Table(*keys, "tokens/s", "step ms", "MFU", "memory GiB", "", box=None)
     for row in rows:
         if row["tokens_per_second"]:
             share = row["mfu_measured"]
             figures = [f"{float(row['tokens_per_second']):,.1f}", f"{float(row['step_ms_p50']):,.1f}"]
             figures += [
                 share if share == "unknown" else f"{float(share):.1%}",
-                f"{float(row['peak_memory_bytes']) / 2**20:,.0f}",
+                f"{float(row['peak_memory_bytes']) / 2**30:,.2f}",
             ]
             words = "best" if row is best else ""
         else:

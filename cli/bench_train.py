@@ -190,6 +190,8 @@ def measure(
     if report_folder is not None:
         for path in write_report(report, report_folder):
             click.echo(f"wrote {path}", err=True)
+        if not (report_folder / "report.png").exists():
+            click.echo("warning: no picture: matplotlib is missing: pip install 'weftrain[plot]'", err=True)
     if mllog is not None:
         fsops.write_bytes(mllog, "".join(f"{line}\n" for line in mllog_lines(report, started, milliseconds())).encode())
     if wishes.profile is not None:

@@ -20,12 +20,23 @@ from types import TracebackType
 from typing import Any, TextIO, cast
 
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 from rich.text import Text
 
 from weftrain.core.errors import printable
 
 LINES = "\n\t"  # control characters that shape text and stay
+_BAR_COLUMNS = 60  # a narrower terminal gets the counts and the note without a bar
 QUIET_SECONDS = 15.0  # between two plain lines where there is no terminal
 
 
@@ -109,6 +120,15 @@ def this_program(*words: str) -> list[str]:
     return [sys.executable, "-m", "weftrain.cli", *words]
 
 
+class _Note(TextColumn):
+    """The one column that gives way where the line is too long: it ends in an ellipsis, never in a second line."""
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
 class Bar:
     """`with Bar(console, "train", total) as bar: bar.update(done, "loss 4.2")`; the bar estimates the time left."""
 
@@ -118,9 +138,17 @@ class Bar:
         self._progress: Progress | None = None
         self._task = TaskID(0)
         if console.is_terminal:
-            words = (TextColumn(f"{{{field}}}", markup=False) for field in ("task.description", "task.fields[note]"))
-            columns = (next(words), BarColumn(), MofNCompleteColumn(), next(words))
-            self._progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+            name = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
+            count = MofNCompleteColumn(table_column=Column(no_wrap=True))
+            columns: list[ProgressColumn] = [
+                name,
+                count,
+                _Note("{task.fields[note]}", markup=False, table_column=Column()),
+            ]
+            if console.width >= _BAR_COLUMNS:
+                columns[1:1] = [BarColumn(bar_width=min(40, console.width // 6))]
+                columns.append(TimeRemainingColumn(table_column=Column(no_wrap=True)))
+            self._progress = Progress(*columns, console=console, transient=True)
             self._task = self._progress.add_task(self._description, total=total, completed=done, note="")
 
     def __enter__(self) -> Bar:

@@ -17,6 +17,7 @@ from weftrain.cli import arguments
 from weftrain.cli.display import Console
 from weftrain.cli.resolve import Resolved, resolve
 from weftrain.core.config import Recipe
+from weftrain.core.units import gib
 
 if TYPE_CHECKING:
     from weftrain.core.backend import Backend
@@ -243,7 +244,7 @@ def _table(recipe: Recipe, found: Prediction) -> Table:
             table.add_row(f"  {name}", f"{size / 1e9:,.2f} GB")
     table.add_row("memory, computed", f"{found.needs.total_memory_bytes / 2**30:,.2f} GiB")
     for name, size in found.needs.memory_bytes.items():
-        table.add_row(f"  {name}", f"{size / 2**20:,.0f} MiB")
+        table.add_row(f"  {name}", gib(size))
     if found.capacity_bytes is not None:
         needed, there = found.needs.total_memory_bytes / 2**30, found.capacity_bytes / 2**30
         words = (

@@ -22,6 +22,7 @@ from weftrain.core.order.timeline import timeline
 from weftrain.core.parameters import flops_per_token, parameter_count, parameter_specs
 from weftrain.core.prediction import Predictor
 from weftrain.core.recipe_file import builtin_recipes, load_recipe
+from weftrain.core.units import gib
 
 
 @click.command()
@@ -152,7 +153,7 @@ def _skipped(entry: SkipRule) -> str:
 
 
 def _bytes(count: int) -> str:
-    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+    return gib(count)
 
 
 def _parameter_table(recipe: Recipe) -> Table:

@@ -6,17 +6,21 @@ Every number is a field of report.json; nothing is computed here, so no page can
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from weftrain.analysis.bench.compare import device_of, machine_of
 from weftrain.analysis.bench.report import STEP_PARTS, BenchReport, Efficiency
-from weftrain.analysis.figure import new_figure, picture
+from weftrain.analysis.figure import colours, new_figure, picture
 from weftrain.analysis.markup import document, escape
+from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
+from weftrain.core.units import gib
 
 _COLOURS = (
     "#4269d0",
@@ -56,12 +60,12 @@ def tables(report: BenchReport) -> Iterator[tuple[str, Rows]]:
     yield "Energy", [("energy", _energy(report))]
     verdict = {True: "passed", False: "FAILED", None: "not checked"}[report.correctness.passed]
     yield "Correctness", [("verdict", verdict), ("compared", report.correctness.words)]
-    yield "Shape", [(key, str(value)) for key, value in report.shape.items()]
+    yield "Shape", _rows(report.shape)
     ops = sorted(report.kernels.get("ops", {}).items())
     kernels = [(op, ", ".join(sorted({entry["source"] for entry in entries}))) for op, entries in ops]
     yield "Kernels", kernels or [("none", "-")]
-    yield "Identity", [(key, str(value)) for key, value in report.identity.items() if key != "recipe"]
-    yield "Environment", [(key, str(value)) for key, value in report.environment.items()]
+    yield "Identity", _rows({key: value for key, value in report.identity.items() if key != "recipe"})
+    yield "Environment", _rows(report.environment)
 
 
 def _speed_rows(report: BenchReport) -> Rows:
@@ -104,14 +108,49 @@ def _energy(report: BenchReport) -> str:
 def _bytes(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_bytes(part)}" for key, part in value.items())
-    return f"{value / 2**20:,.0f} MiB" if isinstance(value, int | float) else str(value)
+    return gib(value) if isinstance(value, int | float) else str(value)
+
+
+def _plain(value: Any) -> str:
+    """A value of the report for people: thousands apart, four significant digits, yes and no."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(part)}" for key, part in value.items()) or "-"
+    return ", ".join(map(_plain, value)) or "-" if isinstance(value, list) else str(value)
+
+
+def _rows(mapping: Mapping[str, Any]) -> Rows:
+    """Named values; a size in bytes is told in GiB."""
+    shown = ((key, gib(value) if key == "memory_bytes" else _plain(value)) for key, value in mapping.items())
+    return [(key.removesuffix("_bytes").replace("_", " "), value) for key, value in shown]
+
+
+def headline(report: BenchReport) -> Rows:
+    """What a page begins with: the machine, the result and its interval."""
+    speed, per_step = report.speed, report.shape["tokens_per_step"] * 1e3
+    device = device_of(report)
+    machine = machine_of(report) if device == "CPU" else f"{device}; {machine_of(report)}"
+    interval = f"{per_step / speed.step_ms_p50_high:,.0f} to {per_step / speed.step_ms_p50_low:,.0f}"
+    mfu = report.efficiency.mfu_measured
+    return [
+        ("machine", machine),
+        ("result", f"{speed.tokens_per_second:,.0f} tokens/s"),
+        ("95 % interval", f"{interval} tokens/s, {speed.counted_steps} steps in {len(report.rounds)} rounds"),
+        ("MFU", f"{_share(mfu)} of the peak measured here"),
+    ]
 
 
 def markdown(report: BenchReport) -> str:
-    lines = [f"# {report.name}", "", f"{report.made_at}", ""]
+    table = [f"| {name} | {value.replace('|', '/')} |" for name, value in headline(report)]
+    lines = [f"# {report.name}", "", "| | |", "|---|---|", *table, "", f"{report.made_at}", ""]
     lines += [f"> warning: {warning}" for warning in report.warnings] + [""]
     for title, rows in tables(report):
-        table = (f"| {name} | {value.replace('|', '/')} |" for name, value in rows)
+        table = [f"| {name} | {value.replace('|', '/')} |" for name, value in rows]
         lines += [f"## {title}", "", "| | |", "|---|---|", *table, ""]
     return "\n".join(lines)
 
@@ -138,8 +177,13 @@ def csv_text(rows: list[dict[str, Any]], header: bool = True) -> str:
     return buffer.getvalue()
 
 
-def plots(report: BenchReport) -> bytes:
-    """Step times of every round and the breakdown of the mean step, as PNG. Needs matplotlib (`weftrain[plot]`)."""
+def plots(report: BenchReport, dark: bool = False) -> bytes:
+    """Step times of every round and the breakdown of the mean step, as PNG. Raises DataError without matplotlib."""
+    with colours(dark):
+        return _plots(report)
+
+
+def _plots(report: BenchReport) -> bytes:
     figure = new_figure(10, 4.2)
     times, parts = figure.subplots(1, 2, width_ratios=(3, 1))
     for number, values in enumerate(report.rounds, 1):
@@ -171,20 +215,28 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem
 table { border-collapse: collapse; width: 100%; table-layout: fixed; }
 td { border-top: 1px solid #8884; padding: .25rem .5rem; vertical-align: top; overflow-wrap: anywhere; }
 td:first-child { width: 30%; color: #777; }
-img { max-width: 100%; background: white; }
+img { max-width: 100%; }
+table.headline td { font-size: 1.25rem; }
 .warning { border-left: .3rem solid #ff725c; padding-left: .6rem; }
 """
 
 
-def html_page(report: BenchReport, plot: bytes) -> str:
-    """One self-contained page: style and picture are embedded."""
-    parts = [f"<h1>{escape(report.name)}</h1>", f"<p>{escape(report.made_at)}</p>"]
-    parts += [f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings]
-    encoded = base64.b64encode(plot).decode()
-    parts.append(f'<img alt="step times and parts of a step" src="data:image/png;base64,{encoded}">')
-    for title, rows in tables(report):
+def html_page(report: BenchReport, light: bytes | None, dark: bytes | None = None) -> str:
+    """One self-contained page: style and pictures are embedded; the dark picture is shown in dark mode."""
+
+    def table(rows: Rows, kind: str = "") -> str:
         cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
-        parts.append(f"<h2>{escape(title)}</h2><table>{cells}</table>")
+        return f"<table{kind}>{cells}</table>"
+
+    parts = [f"<h1>{escape(report.name)}</h1>", table(headline(report), ' class="headline"')]
+    parts.append(f"<p>{escape(report.made_at)}</p>")
+    parts += [f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings]
+    if light is not None:
+        day, night = (base64.b64encode(one or light).decode() for one in (light, dark))
+        source = f'<source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{night}">'
+        image = f'<img alt="step times and parts of a step" src="data:image/png;base64,{day}">'
+        parts.append(f"<picture>{source}{image}</picture>")
+    parts += [f"<h2>{escape(title)}</h2>{table(rows)}" for title, rows in tables(report)]
     return document(report.name, _STYLE, "".join(parts))
 
 
@@ -214,15 +266,17 @@ def mllog_lines(report: BenchReport, started_ms: int, ended_ms: int) -> Iterator
 
 
 def write_report(report: BenchReport, folder: Path) -> list[Path]:
-    """Write report.json, .md, .csv, .png and .html into a folder; their paths. Raises DataError, OSError."""
-    plot = plots(report)
+    """Write report.json, .md, .csv, .html and, with matplotlib, .png into a folder; their paths. Raises OSError."""
+    light: bytes | None = None
+    dark: bytes | None = None
+    with contextlib.suppress(DataError):  # matplotlib is missing: what was measured is kept
+        light, dark = plots(report), plots(report, dark=True)
     files = {
         "report.json": report.model_dump_json(indent=1).encode() + b"\n",
         "report.md": markdown(report).encode(),
         "report.csv": csv_text([flat(report)]).encode(),
-        "report.png": plot,
-        "report.html": html_page(report, plot).encode(),
-    }
+        "report.html": html_page(report, light, dark).encode(),
+    } | ({} if light is None else {"report.png": light})
     fsops.make_dirs(folder)
     for name, data in files.items():
         fsops.write_bytes(folder / name, data)

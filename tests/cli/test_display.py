@@ -107,3 +107,17 @@ def test_every_verb_prints_by_the_one_console() -> None:
         if path.name != "display.py":
             assert not {"rich.console", "rich.markup", "rich"} & (names | froms), path
     assert VERBS
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_bar_keeps_to_the_width_and_breaks_no_word(width: int) -> None:
+    """In a terminal every drawing is one line within the width; what is too long ends in an ellipsis."""
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=width, legacy_windows=False, color_system=None)
+    with Bar(console, "measuring", 1_000_000) as bar:
+        bar.update(123_456, "round 3: 12,345.6 ms, and a note that is longer than the narrow terminal")
+    lines = [re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", line).strip("\r") for line in re.split("[\r\n]", stream.getvalue())]
+    drawn = [line for line in lines if line.strip()]
+    assert any("measuring" in line and "123456/1000000" in line for line in drawn), drawn
+    assert all(len(line) <= width for line in drawn), drawn
+    assert all("measuring" in line or not line.strip() for line in drawn), drawn

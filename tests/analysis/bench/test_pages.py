@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,28 @@ def test_a_real_report(report: BenchReport, tmp_path: Path) -> None:
     assert 'src="http' not in page
     row = next(csv.DictReader(io.StringIO(csv_text([flat(report)]))))
     assert float(row["tokens_per_second"]) == report.speed.tokens_per_second
+
+
+def test_a_page_begins_with_machine_result_and_interval(report: BenchReport) -> None:
+    page = html_page(report, b"light", b"dark")
+    places = [page.index(word) for word in (">machine<", ">result<", ">95 % interval<", "<h2>")]
+    assert places == sorted(places)
+    assert f">{report.speed.tokens_per_second:,.0f} tokens/s<" in page
+    assert "prefers-color-scheme: dark" in page
+    assert "MiB" not in page
+    parameters = report.shape["parameters"]
+    assert f"<td>{parameters:,}</td>" in page
+
+
+def test_without_matplotlib_the_work_is_kept(
+    report: BenchReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    paths = {path.name for path in write_report(report, tmp_path)}
+    assert paths == {"report.json", "report.md", "report.csv", "report.html"}
+    assert read_report(tmp_path) == report
+    assert "<img" not in (tmp_path / "report.html").read_text()
 
 
 def test_mllog(report: BenchReport) -> None:
