@@ -9,7 +9,8 @@ import pytest
 import torch
 from streaming_runs import prepare, source_of
 
-from weftrain.backends.common.step import call, to_device
+from weftrain.backends.common.decoder import call
+from weftrain.backends.common.step import to_device
 from weftrain.backends.streaming.communicator import Communicator, Gradients
 from weftrain.backends.streaming.options import StreamingOptions, layout_of
 from weftrain.backends.streaming.passes import Computation, Pass
