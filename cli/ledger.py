@@ -50,8 +50,8 @@ def log(run: Path, samples: int | None, as_json: bool) -> None:
         chunk = "" if span is None else f", chunk {span.chunk} at place {span.place}"
         console.print(f"step {samples}: samples {first}..{stop - 1}{chunk}, of dataset {segment.dataset_id}")
         console.print(
-            f"trained in the segment of line {segment.entry}, which began at step {segment.first_step} from "
-            f"{segment.parent}"
+            f"trained in the segment that the ledger's line {segment.entry} began, at step {segment.first_step}, from "
+            + ("scratch" if segment.parent is None else f"checkpoint {segment.parent}")
         )
         return
     _print_tree(console, run, entries, {point.entry for point in line.checkpoints})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -100,3 +102,22 @@ def tiny_recipe() -> Callable[..., Recipe]:
         return load_recipe(f"{family}_demo", [*TINY, *ROTARY[family], *overrides]).recipe
 
     return make
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which the package was installed from a wheel, and nothing else: first on PYTHONPATH it stands for an
+    installation.
+    """
+    pytest.importorskip("setuptools", minversion="77")
+    root, folder = Path(__file__).parent.parent, tmp_path_factory.mktemp("installed")
+    skipped = (".venv", ".git", "runs", "datasets", "__pycache__", "*.egg-info", ".*_cache", ".typecheck", "build")
+    shutil.copytree(root, folder / "tree", ignore=shutil.ignore_patterns(*skipped))
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(folder / "site")]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, str(folder / "tree")],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return folder / "site"

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from pages import commands
 from places import ROOT
 
 from weftrain.analysis import coordinate_check
@@ -31,14 +32,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SEVEN_BILLION = re.compile(r"\b(amber_7b|crystalcoder_7b_phase\d)\b")
 
 
-def commands(page: Path) -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
-    lines = (line for block in blocks for line in block.replace("\\\n", " ").splitlines())
-    return [line.split("   #")[0].strip() for line in lines if line.strip()]
-
-
 # Pages whose commands train for some seconds each.
-LONG = ("weight-streaming.md", "train-on-a-cluster.md", "analyse-checkpoints.md", "keep-a-record.md")
+LONG = (
+    "weight-streaming.md",
+    "train-on-a-cluster.md",
+    "analyse-checkpoints.md",
+    "keep-a-record.md",
+    "examine-a-release.md",
+)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
-import pytest
 from places import ROOT
 
 FOLDERS = ("cli", "analysis", "backends", "data_prep", "exchange", "core", "kernels")
@@ -163,30 +161,11 @@ def test_editable_install(tmp_path: Path) -> None:
     assert "amber_7b" in found["recipes"]
 
 
-def test_normal_install(tmp_path: Path) -> None:
+def test_normal_install(installed: Path, tmp_path: Path) -> None:
     """A wheel, installed into an empty folder: the same modules, recipes and READMEs; nothing but `weftrain` at the
     top.
     """
-    pytest.importorskip("setuptools", minversion="77")
-    tree = tmp_path / "tree"
-    ignore = shutil.ignore_patterns(
-        ".venv", ".git", "runs", "datasets", "__pycache__", "*.egg-info", ".*_cache", ".typecheck", "build"
-    )
-    shutil.copytree(ROOT, tree, ignore=ignore)
-    site = tmp_path / "site"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-        str(site),
-        str(tree),
-    ]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    site = installed
     assert {entry.name for entry in site.iterdir() if not entry.name.endswith(".dist-info")} <= {"weftrain", "bin"}
     found = install_check({**os.environ, "PYTHONPATH": str(site)}, tmp_path)
     assert found["core.model"] == str(site / "weftrain" / "core" / "model.py")

@@ -1,0 +1,13 @@
+"""Reads documentation pages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+def commands(page: Path) -> list[str]:
+    """The command lines of a page's `bash` blocks, continued lines joined, without what stands behind three spaces and #."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = (line for block in blocks for line in block.replace("\\\n", " ").splitlines())
+    return [line.split("   #")[0].strip() for line in lines if line.strip()]
