@@ -62,7 +62,7 @@
     marks(plot, items, chart);
     const lines = chart.curves.flatMap(curve => line(plot, items, curve, chart));
     plot.add_tools(new Bokeh.HoverTool({
-      renderers: lines, mode: "mouse", line_policy: "nearest", point_policy: "snap_to_data", attachment: "horizontal",
+      renderers: lines, mode: "vline", line_policy: "nearest", point_policy: "snap_to_data", attachment: "horizontal",
       tooltips: [["curve", "$name"], ["step", "@x{0,0}"], ["value", "@y{0.[00000]}"]],
     }));
     if (chart.level) {
@@ -148,7 +148,7 @@
   }
 
   function key(plot, items, width) {
-    const entries = [...items].map(([label, renderers]) => new Bokeh.LegendItem({label: {value: label}, renderers}));
+    const entries = [...items].map(([label, renderers]) => new Bokeh.LegendItem({label: {value: label.length > 40 ? `${label.slice(0, 39)}…` : label}, renderers}));
     plot.add_layout(new Bokeh.Legend({
       items: entries, click_policy: "hide", orientation: "horizontal", ncols: Math.max(1, Math.floor(width / 190)), location: "left", padding: 0, margin: 2, spacing: width < 500 ? 4 : 14,
       border_line_color: null, background_fill_color: null, label_text_color: colour("soft"), label_text_font_size: small,
