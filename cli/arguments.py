@@ -5,10 +5,29 @@ A verb writes `@recipe`, `@overrides`, `@run` or `@runs_folder` where it would w
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import os
 from pathlib import Path
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+
+
+class NamedPath(click.Path):
+    """The path of something that is there; a misspelt one is answered with its likest neighbours."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(value)
+        if not os.path.lexists(path):
+            with contextlib.suppress(OSError):
+                names = difflib.get_close_matches(path.name, os.listdir(path.parent))
+                if names:
+                    self.fail(
+                        f"'{path}' is not there; did you mean {' or '.join(str(path.parent / n) for n in names)}?"
+                    )
+        return super().convert(value, param, ctx)
 
 
 def complete_recipes(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -33,7 +52,7 @@ def complete_keys(context: click.Context, parameter: click.Parameter, incomplete
 
 recipe = click.argument("recipe", shell_complete=complete_recipes)
 overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...", shell_complete=complete_keys)
-run = click.argument("run", type=click.Path(path_type=Path), shell_complete=complete_runs)
+run = click.argument("run", type=NamedPath(path_type=Path), shell_complete=complete_runs)
 runs_folder = click.option(
     "--runs",
     type=click.Path(path_type=Path),

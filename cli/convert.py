@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from weftrain.core.backend import State
     from weftrain.core.config import Recipe
 
-ExistingFile = click.Path(path_type=Path, exists=True, dir_okay=False)
-ExistingFolder = click.Path(path_type=Path, exists=True, file_okay=False)
+ExistingFile = arguments.NamedPath(path_type=Path, exists=True, dir_okay=False)
+ExistingFolder = arguments.NamedPath(path_type=Path, exists=True, file_okay=False)
 
 
 def _load(checkpoint: Path) -> tuple[Recipe, State, dict[str, Any]]:

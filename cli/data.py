@@ -13,6 +13,7 @@ import click
 import numpy as np
 
 from weftrain.cli import arguments
+from weftrain.cli.arguments import NamedPath
 from weftrain.cli.display import Bar, Console
 from weftrain.core.errors import DataError
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from weftrain.core.formats.shard_set import ShardSet
     from weftrain.data_prep.tokens.tokenization import TextEncoder
 
-_FOLDER = click.argument("folder", type=click.Path(path_type=Path))
+_FOLDER = click.argument("folder", type=NamedPath(path_type=Path))
 _SET = click.option(
     "--set",
     "set_name",
@@ -285,7 +286,7 @@ def fim_report(folder: Path, rate: float, spm_share: float, documents: int, fim_
 
 @data.command()
 @click.argument("address")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=NamedPath(path_type=Path))
 def fetch(address: str, folder: Path) -> None:
     """Copy a dataset from an fsspec ADDRESS (`s3://…`) to a local FOLDER and verify it: training maps local files."""
     from weftrain.data_prep.publish import fetch as copy

@@ -9,15 +9,17 @@ QUIET_SECONDS instead.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 import rich.console
 from rich.progress import (
@@ -60,6 +62,9 @@ class Console(rich.console.Console):
     def file(self, stream: Any) -> None:
         self._file = stream
 
+    def on_broken_pipe(self) -> None:
+        reader_left()
+
     def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
         return super().render_str(printable(text, keep=LINES), **options)
 
@@ -91,6 +96,9 @@ class PlainStream:
 def plain_output() -> Iterator[None]:
     """Make standard output and error PlainStreams. Libraries' progress bars need carriage returns on standard error."""
     before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a locale that lacks a character must not end the verb
     sys.stdout = cast(TextIO, PlainStream(sys.stdout, LINES))
     sys.stderr = cast(TextIO, PlainStream(sys.stderr, LINES + "\r"))
     try:
@@ -113,6 +121,15 @@ def program() -> str:
 def follows() -> bool:
     """Whether a launcher started this process as a rank other than 0: it prints nothing that rank 0 prints."""
     return os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
+
+
+def reader_left() -> NoReturn:
+    """End as other tools do when the reader of their output has gone, as in `weftrain show amber_7b | head -1`."""
+    silent = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.__stdout__, sys.__stderr__):  # what is still buffered has nowhere to go
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(silent, stream.fileno())  # type: ignore[union-attr]
+    raise SystemExit(128 + signal.SIGPIPE)
 
 
 def this_program(*words: str) -> list[str]:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from rich.tree import Tree
 
+from weftrain.cli.arguments import NamedPath
 from weftrain.cli.display import Console
 
 if TYPE_CHECKING:
     from weftrain.core.backend import StoredState
 
 _FILE_WIDTH = 1000  # of a line that goes into a file or a pipe, which nobody wraps
-RunPath = click.Path(path_type=Path, exists=True, file_okay=False)
+RunPath = NamedPath(path_type=Path, exists=True, file_okay=False)
 
 
 @click.command("log")

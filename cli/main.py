@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from weftrain.cli.display import LINES, follows, plain_output, program
+from weftrain.cli.display import LINES, follows, plain_output, program, reader_left
 from weftrain.core.errors import EverywhereError, RecipeError, WeftrainError, printable
 from weftrain.core.stop import sigterm_unwinds
 
@@ -95,6 +95,14 @@ OTHER_WORDS = {
     "devices": "backends",
 }
 
+# What an interrupted verb's message adds where its work so far is kept.
+CONTINUES = {
+    "prep": "; the same command goes on where it stopped",
+    "eval": "; the same command computes what is not recorded yet",
+    "memorize": "; the same command computes what is not recorded yet",
+    "compare": "; the same command measures what is not recorded yet",
+}
+
 
 class Failure(click.ClickException):
     """An expected failure, printed as one line."""
@@ -156,6 +164,12 @@ class Verbs(click.Group):
                 # the process that leads was given the same command, and says it
                 raise SystemExit(error.exit_code) from error
             raise Failure(str(error), error.exit_code) from error
+        except KeyboardInterrupt:
+            if follows():
+                raise SystemExit(130) from None
+            raise Failure(f"interrupted{CONTINUES.get(ctx.invoked_subcommand or '', '')}", 130) from None
+        except BrokenPipeError:
+            reader_left()
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise Failure(f"{where}{error.strerror or error}", 2) from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import yaml
 from rich.filesize import decimal
 
-from weftrain.cli.display import Console
+from weftrain.cli.display import Console, program
 from weftrain.core.config import Recipe
 from weftrain.core.formats.dataset_manifest import DatasetManifest
 from weftrain.core.recipe_file import builtin_recipes, load_recipe
@@ -157,7 +157,7 @@ def train_command(prepared: Prepared) -> str:
         fim = ", ".join(f"{key}: {value}" for key, value in manifest.fim.settings.model_dump().items())
         overrides.append(f"data.sources.0.fim={{{fim}}}")
     name = [] if leaf == source.name else ["--run", leaf]
-    return shlex.join(["weftrain", "train", DEMO, *overrides, *name])
+    return f"{program()} {shlex.join(['train', DEMO, *overrides, *name])}"
 
 
 def _yaml(value: str | int) -> str:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from rich.table import Table
 
-from weftrain.cli.display import Console
+from weftrain.cli.arguments import NamedPath
+from weftrain.cli.display import Console, program
 
 if TYPE_CHECKING:
     from weftrain.core.config import Recipe
 
-ReleasePath = click.Path(path_type=Path, exists=True, file_okay=False)
+ReleasePath = NamedPath(path_type=Path, exists=True, file_okay=False)
 
 
 @click.command("release")
@@ -86,7 +87,7 @@ def release(
         public = sign(target / SIGNATURE, made.root, key)
         click.echo(f"signed by {public}")
     click.echo(f"{target}: {len(made.links)} links, {len(made.files)} files, root {made.root}")
-    click.echo(f"verify it with: weftrain verify {target}; replay it with: weftrain replay {target}")
+    click.echo(f"verify it with: {program()} verify {target}; replay it with: {program()} replay {target}")
 
 
 def _write_weights(
@@ -157,7 +158,7 @@ def verify(path: Path, key: str | None) -> None:
         "consistent"
     )
     click.echo(f"root {release.root}, " + ("not signed" if verified.signer is None else f"signed by {verified.signer}"))
-    click.echo("to check that the states were trained as recorded: weftrain replay")
+    click.echo(f"to check that the states were trained as recorded: {program()} replay {path}")
 
 
 @click.command("replay")

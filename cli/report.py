@@ -15,7 +15,9 @@ from weftrain.cli import arguments
 
 @click.command("report")
 @click.argument(
-    "run", type=click.Path(path_type=Path, exists=True, file_okay=False), shell_complete=arguments.complete_runs
+    "run",
+    type=arguments.NamedPath(path_type=Path, exists=True, file_okay=False),
+    shell_complete=arguments.complete_runs,
 )
 @click.option(
     "--to",

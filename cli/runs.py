@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from weftrain.cli.display import Console
+from weftrain.cli.display import Console, program
 
 
 @click.command("runs")
@@ -35,7 +35,7 @@ def runs(folder: Path, as_json: bool) -> None:
         click.echo(json.dumps([dataclasses.asdict(run) for run in found], indent=1))
         return
     if not found:
-        click.echo(f"no runs in {folder}: `weftrain train crystal_demo` makes one")
+        click.echo(f"no runs in {folder}: `{program()} train crystal_demo` makes one")
         return
     table = Table("run", "state", "step", "loss", "backend", "last activity", box=None)
     for run in found:

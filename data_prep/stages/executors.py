@@ -10,6 +10,7 @@ import concurrent.futures
 import functools
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from weftrain.core.errors import DataError
-from weftrain.core.formats.child_process import end_with
+from weftrain.core.formats.child_process import end_with, on_interrupt
 from weftrain.data_prep.stages.order import merge_run, order_bucket
 from weftrain.data_prep.stages.plan import PrepPlan, fall_back, fell_back, load_plan
 from weftrain.data_prep.stages.sample import sample_part
@@ -118,7 +119,10 @@ class LocalExecutor:
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 self.workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),)
             )
-        futures = [self._pool.submit(run_task, plan.folder, stage.name, plan.by_reference, index) for index in pending]
+        with on_interrupt(signal.SIG_IGN):  # the workers inherit it: this process alone answers Ctrl-C, and ends them
+            futures = [
+                self._pool.submit(run_task, plan.folder, stage.name, plan.by_reference, index) for index in pending
+            ]
         try:
             for future in concurrent.futures.as_completed(futures):
                 on_done(future.result())

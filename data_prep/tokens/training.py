@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from weftrain.core.errors import DataError
+from weftrain.core.formats.child_process import on_interrupt
 from weftrain.data_prep.tokens.control_tokens import CONTROL_TOKENS, CRYSTALCODER_TOKENS
 from weftrain.data_prep.tokens.tokenization import TextEncoder, make_encoder
 
@@ -31,7 +33,8 @@ def train_encoder(texts: Iterable[str], vocab_size: int) -> TextEncoder:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    with on_interrupt(signal.SIG_DFL):  # no Python handler runs in there, for minutes on a large sample
+        tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise DataError(
             f"the text yields {tokenizer.get_vocab_size()} tokens, not {vocab_size}: give more text, a smaller "

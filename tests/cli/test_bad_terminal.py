@@ -1,0 +1,113 @@
+"""What the command line makes of a reader that leaves, a locale without the characters, misspelt paths, and Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from weftrain.cli import display
+from weftrain.cli.main import main
+
+PROGRAM = [sys.executable, "-m", "weftrain.cli"]
+
+
+def test_a_reader_that_leaves_ends_the_verb_without_a_traceback() -> None:
+    """As other tools end by SIGPIPE: 141 in the shell."""
+    command = subprocess.Popen([*PROGRAM, "show", "amber_7b"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert command.stdout is not None
+    assert command.stderr is not None
+    command.stdout.close()  # the verb has not printed yet
+    assert command.stderr.read() == b""
+    assert command.wait() == 141
+
+
+@pytest.mark.parametrize("verb", [("show",), ("recipe", "amber_7b"), ("--help",)])
+def test_a_locale_without_the_characters_changes_the_characters_alone(verb: tuple[str, ...]) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "COLUMNS": "40"}
+    done = subprocess.run([*PROGRAM, *verb], capture_output=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+
+
+def test_what_an_encoding_lacks_is_shown_as_its_number(tmp_path: Path) -> None:
+    program = "import sys; from weftrain.cli.display import plain_output\nwith plain_output(): print('\\u2713 done')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, timeout=60)
+    assert done.stdout == b"\\u2713 done\n", done.stderr
+
+
+@pytest.mark.parametrize("verb", ["eval", "generate", "log", "report", "release", "verify", "replay", "openness"])
+def test_a_misspelt_run_is_answered_with_its_neighbour(verb: str, tmp_path: Path) -> None:
+    (tmp_path / "crystal_demo").mkdir()
+    result = CliRunner().invoke(main, [verb, str(tmp_path / "crystl_demo")])
+    assert result.exit_code == 2
+    assert f"did you mean {tmp_path / 'crystal_demo'}?" in result.output, result.output
+
+
+def test_a_printed_command_begins_as_the_program_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "weftrain"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    assert display.program() == "weftrain"  # the shell finds this very one
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+    for called, printed in ((".venv/bin/weftrain", ".venv/bin/weftrain"), ("my env/weftrain", "'my env/weftrain'")):
+        monkeypatch.setattr(sys, "argv", [called])
+        assert display.program() == printed
+    assert "`'my env/weftrain' train crystal_demo`" in CliRunner().invoke(main, ["runs"]).output
+
+
+def test_ctrl_c_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch, weftrain: Callable[..., Result]) -> None:
+    def interrupted(*ignored: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("weftrain.analysis.report.run_list.list_runs", interrupted)
+    result = weftrain("runs", os.getcwd())
+    assert (result.exit_code, result.output) == (130, "weftrain: interrupted\n")
+
+
+def alive_in(group: int) -> list[str]:
+    """Processes of a group, without those that have ended and that nobody has waited for."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(path.parent.name)
+    return found
+
+
+def test_ctrl_c_in_prep_ends_its_workers_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """The signal reaches every process of the terminal's group, as a terminal sends it."""
+    for number in range(6):
+        words = (f"word{number}_{index * 7919 % 9973}" for index in range(40_000))
+        (tmp_path / f"{number}.txt").write_text(" ".join(words))
+    options = ["--name", "a", "--output", str(tmp_path / "out"), "--workers", "2", "--sequence-length", "64"]
+    command = [*PROGRAM, "prep", *(str(tmp_path / f"{number}.txt") for number in range(6)), *options]
+    prep = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    while not list((tmp_path / "out").rglob("*")) and prep.poll() is None:
+        time.sleep(0.05)
+    os.killpg(prep.pid, signal.SIGINT)
+    printed, _ = prep.communicate(timeout=60)
+    assert "Traceback" not in printed
+    if prep.returncode == 130:
+        assert printed.endswith("weftrain: interrupted; the same command goes on where it stopped\n"), printed
+    else:
+        assert prep.returncode == -signal.SIGINT  # in the tokenizer's native code
+    ends = time.monotonic() + 10
+    while (left := alive_in(prep.pid)) and time.monotonic() < ends:  # multiprocessing's tracker ends by itself
+        time.sleep(0.05)
+    assert not left
