@@ -195,15 +195,8 @@ def decide(
     _check_changes(folder, found, source.dataset_id, allow)
     drawn = {} if start is None else start.check_model(recipe, say)
     history = _history(found, start, step, recipe, say)
-    continued = data_of_start(
-        folder.path,
-        recipe,
-        source,
-        step,
-        found.manifest,
-        None if start is None or start.own else start.manifest,
-        found.made,
-    )
+    foreign = None if start is None or start.own else start.manifest
+    continued = data_of_start(folder.path, recipe, source, step, found.manifest, foreign, found.made)
     folder = replace(folder, recipe=parse_json(canonical_json(continued.recipe.model_dump(mode="json"))))
     checked = folder.check_recipe(allow, None if found.manifest is None else found.manifest["recipe"])
     _tell_changes(checked, continued, step, say)
