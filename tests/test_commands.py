@@ -43,7 +43,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[0].split()
 COMMAND = re.compile(r"(time )?(weftrain|make|pytest|python -m weftrain\S*|bash|--against)( |$)")
 # What pages write for a value of the reader's. A word of capitals that is not here must be one that the command takes.
-STANDS_FOR = {"RECIPE": "crystal_demo", "S": "0", "R": "0", "F": "f", "F.png": "f.png"}
+STANDS_FOR = {"minimal": "local", "RECIPE": "crystal_demo", "S": "0", "R": "0", "F": "f", "F.png": "f.png"}
 
 
 def shown(page: Path) -> Iterator[tuple[str, bool]]:
@@ -83,7 +83,7 @@ def click_context(words: list[str], whole: bool) -> click.Context:
 
 
 def check(command: str, whole: bool) -> None:
-    words = [STANDS_FOR.get(word, word) for word in shlex.split(command.removeprefix("time "))]
+    words = [STANDS_FOR.get(word, word) for word in shlex.split(command.removeprefix("time ").replace("WEFTRAIN/", ""))]
     for end in ("...", ">"):  # a redirection is the shell's
         words = words[: words.index(end)] if end in words else words
     match words:

@@ -33,13 +33,9 @@ SEVEN_BILLION = re.compile(r"\b(amber_7b|crystalcoder_7b_phase\d)\b")
 
 
 # Pages whose commands train for some seconds each.
-LONG = (
-    "weight-streaming.md",
-    "train-on-a-cluster.md",
-    "analyse-checkpoints.md",
-    "keep-a-record.md",
-    "examine-a-release.md",
-)
+LONG = ("weight-streaming.md", "analyse-checkpoints.md", "keep-a-record.md")
+# What other tests follow: test_add_pages.py with files and changes, test_paths.py as printed and from an installed package.
+ELSEWHERE = ("add-a-", "add-an-op", "benchmark", "train-on-a-cluster", "examine-a-release")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +43,7 @@ LONG = (
     [
         pytest.param(page, id=page.name, marks=[pytest.mark.prove] if page.name in LONG else [])
         for page in PAGES
-        if not page.name.startswith("add-")  # tests/test_add_pages.py follows those, files and changes included
+        if not page.name.startswith(ELSEWHERE)
     ],
 )
 def test_commands(page: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

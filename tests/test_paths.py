@@ -1,7 +1,7 @@
 """The four paths of a new user, each a page whose commands run as printed, from an installed package, outside the
 checkout.
 
-tests/test_docs.py runs every page inside this process and shortens its runs; here nothing is changed.
+tests/test_docs.py runs the other pages inside its process and shortens their runs; here nothing is changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ PATHS = {
     "benchmarking hardware": "benchmark.md",
     "training on own text": "train-on-your-text.md",
     "planning for a cluster": "train-on-a-cluster.md",
-    "choosing a size": "choose-a-size.md",
     "examining a release": "examine-a-release.md",
 }
 
