@@ -45,7 +45,7 @@ nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; ma
 .pairs.many div { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: 1rem; break-inside: avoid;
   align-items: baseline; }
 .pairs dd { margin: 0; font-variant-numeric: tabular-nums; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; overflow-x: clip; }
 .charts .chart:first-child { grid-column: 1 / -1; }
 .chart { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem 1rem .6rem; min-width: 0; }
 .plot { height: 15rem; margin-top: .3rem; }
