@@ -183,6 +183,8 @@ def test_what_another_backend_trained_since_is_not_lost_to_an_older_state(train:
     output = done(train(*MAPPED, *(item for key in keys for item in ("--allow", key))))
     assert "training went on without it from step 4" in output
     assert (run / "store.superseded-1").is_dir()
+    resumed = [entry for entry in read_ledger(run / LEDGER) if entry["kind"] == "resume"]
+    assert resumed[-1].get("continues") is None  # the record does not claim the state that it did not go on from
 
 
 def test_another_runs_state_is_refused_and_left_alone(train: Train, folder: Path, tmp_path: Path) -> None:
