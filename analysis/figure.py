@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+class NoMatplotlibError(DataError):
+    """matplotlib is not installed. A verb keeps its other work and says that it drew nothing (cli/display.drawing)."""
+
+
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that size in inches. Raises DataError where matplotlib is missing."""
+    """An empty figure of that size in inches. Raises NoMatplotlibError."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise DataError("matplotlib is not installed, which draws plots: pip install 'weftrain[plot]'") from None
+        raise NoMatplotlibError("nothing is drawn without matplotlib: pip install 'weftrain[plot]'") from None
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -27,7 +31,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 @contextlib.contextmanager
 def colours(dark: bool) -> Iterator[None]:
-    """Figures that are made within are for a dark page or for a light one. Raises DataError without matplotlib."""
+    """Figures that are made within are for a dark page or for a light one. Raises NoMatplotlibError."""
     new_figure(1, 1)
     import matplotlib.style
 

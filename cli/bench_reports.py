@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Column, Table
 
-from weftrain.cli.display import Console
+from weftrain.cli.display import Console, drawing
 
 if TYPE_CHECKING:
     from weftrain.analysis.bench.compare import Side
@@ -56,8 +56,9 @@ def bench_compare(
     else:
         _print_sides(sides)
     if plot_file is not None:
-        fsops.write_bytes(plot_file, compare.plot(sides, plot_file.suffix or ".png"))
-        click.echo(f"wrote {plot_file}", err=True)
+        with drawing():
+            fsops.write_bytes(plot_file, compare.plot(sides, plot_file.suffix or ".png"))
+            click.echo(f"wrote {plot_file}", err=True)
     if fail_above is not None and any(one.judged and one.judged.low - 1 > fail_above / 100 for one in sides):
         sys.exit(5)
 

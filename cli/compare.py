@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from weftrain.cli.display import Console
+from weftrain.cli.display import Console, drawing
 
 if TYPE_CHECKING:
     from weftrain.analysis.compare.series import Series
@@ -89,12 +89,9 @@ def compare(
         raise click.UsageError("--loss-on and --sample need --to FOLDER, where what is measured is kept")
     from weftrain.analysis.compare import table as comparing
     from weftrain.analysis.compare.plot import plot as draw
-    from weftrain.analysis.figure import new_figure
     from weftrain.core.formats import fsops
     from weftrain.core.formats.canonical import canonical_json
 
-    if to is not None and plot:
-        new_figure(1, 1)  # refused before anything is computed
     console = Console(stderr=as_json_)
     names = comparing.names_of(series)
     rates = _rates(tokens_per_step, names)
@@ -112,11 +109,14 @@ def compare(
         return
     fsops.make_dirs(to)
     fsops.write_bytes(to / "compare.json", data + b"\n")
-    drawn = plot and draw(found, to / "compare.png")
+    drawn = None
+    if plot:
+        with drawing():
+            drawn = draw(found, to / "compare.png")
     fsops.write_bytes(to / "compare.md", comparing.as_markdown(found, "compare.png" if drawn else None).encode())
     written = ("compare.json", "compare.md", *(("compare.png",) if drawn else ()))
     console.print("\n".join(f"written   {to / name}" for name in written))
-    if plot and not drawn:
+    if drawn is False:
         console.print("compare.png was not drawn: none of the series has a loss, a score or a memorization")
 
 

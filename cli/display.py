@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TextIO, cast
 
+import click
 import rich.console
 from rich.progress import (
     BarColumn,
@@ -130,6 +131,17 @@ def reader_left() -> NoReturn:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             os.dup2(silent, stream.fileno())  # type: ignore[union-attr]
     raise SystemExit(128 + signal.SIGPIPE)
+
+
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Draw plots within, after all other work is kept: without matplotlib there is a warning in their place."""
+    from weftrain.analysis.figure import NoMatplotlibError
+
+    try:
+        yield
+    except NoMatplotlibError as error:
+        click.echo(f"warning: {error}", err=True)
 
 
 def this_program(*words: str) -> list[str]:

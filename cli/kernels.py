@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from weftrain.cli.display import Bar, Console, this_program
+from weftrain.cli.display import Bar, Console, drawing, this_program
 
 if TYPE_CHECKING:
     from weftrain.kernels.bench.measure import BenchReport, Measurement
@@ -315,14 +315,6 @@ def bench(
         )
     if json_path is not None:
         json_path.write_text(report.to_json())
-    if plot_path is not None:
-        from weftrain.analysis.figure import new_figure, picture
-        from weftrain.core.formats import fsops
-        from weftrain.kernels.bench.plot import draw_shares
-
-        figure = new_figure(6, 4.5)
-        draw_shares(report, figure)
-        fsops.write_bytes(plot_path, picture(figure, plot_path.suffix))
     for line in machine_lines(report):
         console.print(line)
     _print_table(bench_table(report))
@@ -330,6 +322,15 @@ def bench(
         _why_skipped(item.op, item.example, item.source, item.reason) for item in report.skipped
     ):
         console.print(reason)
+    if plot_path is not None:
+        from weftrain.analysis.figure import new_figure, picture
+        from weftrain.core.formats import fsops
+        from weftrain.kernels.bench.plot import draw_shares
+
+        with drawing():
+            figure = new_figure(6, 4.5)
+            draw_shares(report, figure)
+            fsops.write_bytes(plot_path, picture(figure, plot_path.suffix))
 
 
 def machine_lines(report: BenchReport) -> list[str]:

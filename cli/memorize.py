@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weftrain.cli import arguments
-from weftrain.cli.display import Console
+from weftrain.cli.display import Console, drawing
 
 if TYPE_CHECKING:
     from weftrain.analysis.evaluation.generation import Generator
@@ -104,8 +104,9 @@ def memorize(
     fsops.write_bytes(place / "summary.json", canonical_json(summary(results, parameters)) + b"\n")
     console.print(f"summary   {place / 'summary.json'}")
     if plots:
-        for path in draw(results, place):
-            console.print(f"picture   {path}")
+        with drawing():
+            for path in draw(results, place):
+                console.print(f"picture   {path}")
 
 
 def _checkpoints(run: Path, console: Console) -> tuple[Manifests, int | None]:

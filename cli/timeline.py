@@ -12,7 +12,7 @@ import click
 from rich.table import Table
 
 from weftrain.cli import arguments
-from weftrain.cli.display import Console
+from weftrain.cli.display import Console, drawing
 
 
 @click.command()
@@ -53,10 +53,8 @@ def timeline(run: Path) -> None:
     console.print(
         f"whole        {whole:,.1f} ms\noverlap      {overlap if moved else 'nothing was read, written or spooled'}"
     )
-    add_to_tensorboard(draw(slices, picture), run)
-    lines = [
-        f"picture      {picture}",
-        f"tensorboard  tensorboard --logdir {run / TENSORBOARD}   (Images)",
-        f"by hand      open {trace} at https://ui.perfetto.dev",
-    ]
-    console.print("\n".join(lines))
+    console.print(f"by hand      open {trace} at https://ui.perfetto.dev")
+    with drawing():
+        add_to_tensorboard(draw(slices, picture), run)
+        console.print(f"picture      {picture}")
+        console.print(f"tensorboard  tensorboard --logdir {run / TENSORBOARD}   (Images)")

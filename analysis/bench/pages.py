@@ -16,9 +16,8 @@ from typing import Any
 
 from weftrain.analysis.bench.compare import device_of, machine_of
 from weftrain.analysis.bench.report import STEP_PARTS, BenchReport, Efficiency
-from weftrain.analysis.figure import colours, new_figure, picture
+from weftrain.analysis.figure import NoMatplotlibError, colours, new_figure, picture
 from weftrain.analysis.markup import document, escape
-from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.units import gib
 
@@ -269,7 +268,7 @@ def write_report(report: BenchReport, folder: Path) -> list[Path]:
     """Write report.json, .md, .csv, .html and, with matplotlib, .png into a folder; their paths. Raises OSError."""
     light: bytes | None = None
     dark: bytes | None = None
-    with contextlib.suppress(DataError):  # matplotlib is missing: what was measured is kept
+    with contextlib.suppress(NoMatplotlibError):  # what was measured is kept
         light, dark = plots(report), plots(report, dark=True)
     files = {
         "report.json": report.model_dump_json(indent=1).encode() + b"\n",

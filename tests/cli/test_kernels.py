@@ -5,6 +5,7 @@ own.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -373,6 +374,14 @@ def test_bench_writes_json_and_a_plot(
     assert (tmp_path / "b.png").stat().st_size > 1000
     assert "not measured: rope amber_7b apex: needs a tape drive" in result.output
     assert "reference (torch eager)" in result.output
+    for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = weftrain("kernels", "bench", *options, "--json", tmp_path / "c.json", "--plot", tmp_path / "c.png")
+    assert result.exit_code == 0
+    assert (tmp_path / "c.json").exists()
+    assert not (tmp_path / "c.png").exists()
+    assert "reference (torch eager)" in result.output
+    assert "nothing is drawn without matplotlib" in result.output
 
 
 def test_bench_for_real(weftrain: Callable[..., Result], tmp_path: Path) -> None:
