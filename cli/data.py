@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -76,15 +75,11 @@ def verify(folder: Path) -> None:
     for name, entry in manifest.sets.items():
         shards = ShardSet(folder, manifest, name)
         with Bar(console, f"verify {name}", max(1, sum(shard.num_bytes for shard in entry.shards) // 1_000_000)) as bar:
-            shards.verify(functools.partial(_megabytes, bar))
+            shards.verify(bar.megabytes)
         console.print(f"{name:<8} {len(entry.shards):,} shards, {entry.n_examples:,} rows: whole, id {entry.id}")
     skipped = sum(manifest.inputs_skipped.values())
     inputs = f"{manifest.corpus.files:,} inputs" + (f" ({skipped:,} more were skipped)" if skipped else "")
     console.print(f"manifest, tokenizer and the lists of {inputs} and of {manifest.num_sources:,} sources agree")
-
-
-def _megabytes(bar: Bar, done: int, total: int) -> None:
-    bar.update(done // 1_000_000, "MB", None, max(1, total // 1_000_000))
 
 
 @data.command()
@@ -293,5 +288,5 @@ def fetch(address: str, folder: Path) -> None:
 
     console = _console()
     with Bar(console, "fetch", 1) as bar:
-        manifest = copy(address, folder, lambda stage, done, total, unit: _megabytes(bar, done, total or 0))
+        manifest = copy(address, folder, lambda stage, done, total, unit: bar.megabytes(done, total or 0))
     console.print(f"{folder}: {manifest.name}, dataset id {manifest.train.id}")

@@ -202,6 +202,10 @@ class Bar:
             self._last_line_s = time.monotonic()
             self._console.print(f"{self._description} {done:,}/{self._total:,} {note}")
 
+    def megabytes(self, done: int, total: int) -> None:
+        """Show `done` of `total` bytes in MB."""
+        self.update(done // 1_000_000, "MB", None, max(1, total // 1_000_000))
+
     def note(self, words: str) -> None:
         """Show what is being done now, beside the bar; without a terminal, nothing."""
         if self._progress is not None:

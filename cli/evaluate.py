@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
 from weftrain.cli import arguments
-from weftrain.cli.display import Console
+from weftrain.cli.display import Bar, Console
+
+if TYPE_CHECKING:
+    from weftrain.core.order.batch import Batch, EvaluationSource
 
 
 @click.command("eval")
@@ -168,15 +171,21 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
     weights = checkpoint.Weights(state.tensors)
     title = f"{path} (step {state.step})"
     table = Table("held-out set", "rows", "loss", "perplexity", "tokens", title=title, title_justify="left", box=None)
-    with tempfile.TemporaryDirectory(prefix="weftrain-eval-") as folder:  # for a backend that keeps state on disk
+    rows_to_read = sum(held.num_rows for held in heldout)
+    with (
+        tempfile.TemporaryDirectory(prefix="weftrain-eval-") as folder,  # for a backend that keeps state on disk
+        Bar(Console(stderr=True), "eval, rows", rows_to_read) as bar,
+    ):
         prepared = prepare_run(
             chosen,
             Job(
                 file.recipe, Plan(state.step, state.step), options, weights, folder=Path(folder), stored_state="replace"
             ),
         )
+        done = 0
         for held in heldout:
-            result = prepared.evaluate(held)
+            result = prepared.evaluate(_CountedRows(held, bar, done))
+            done += held.num_rows
             perplexity = perplexity_of(result.loss)
             read = (
                 f"all {held.num_rows:,}"
@@ -195,3 +204,17 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
         prepared.close()
     if not as_json:
         console.print(table)
+
+
+class _CountedRows:
+    """A held-out set whose rows are shown on a bar as they are read. See EvaluationSource."""
+
+    def __init__(self, source: EvaluationSource, bar: Bar, before: int) -> None:
+        self._source, self._bar, self._before = source, bar, before
+        self.name, self.dataset_id = source.name, source.dataset_id
+        self.sequence_length = source.sequence_length
+        self.num_rows, self.rows_available = source.num_rows, source.rows_available
+
+    def rows(self, first: int, count: int) -> Batch:
+        self._bar.update(self._before + min(first + count, self.num_rows), self.name)
+        return self._source.rows(first, count)

@@ -14,10 +14,11 @@ import click
 from rich.table import Table
 
 from weftrain.cli.arguments import NamedPath
-from weftrain.cli.display import Console, program
+from weftrain.cli.display import Bar, Console, program
 
 if TYPE_CHECKING:
     from weftrain.core.config import Recipe
+    from weftrain.exchange.release.release import Link
 
 ReleasePath = NamedPath(path_type=Path, exists=True, file_okay=False)
 
@@ -148,7 +149,8 @@ def verify(path: Path, key: str | None) -> None:
             f"{path}: step {manifest['step']}, {len(manifest['tensors'])} tensors, root {manifest['root']}: complete"
         )
         return
-    verified = verify_release(path)
+    with Bar(Console(stderr=True), f"verify {path.name}", 1) as bar:
+        verified = verify_release(path, progress=bar.megabytes)
     if key is not None and verified.signer != key.lower():
         signer = "nobody" if verified.signer is None else verified.signer
         raise ReleaseError(f"{path}: is signed by {signer}, not by {key}: fetch it from whoever holds that key")
@@ -204,7 +206,8 @@ def replay(
     from weftrain.exchange.release.verify import verify as verify_release
 
     console = Console()
-    verified = verify_release(release)
+    with Bar(Console(stderr=True), f"verify {release.name}", 1) as bar:
+        verified = verify_release(release, progress=bar.megabytes)
     if verified.release.data == "manifest" and data_root is None:
         raise ReleaseError(
             f"{release}: holds only hashes of its data: name the folder of its datasets with --data-root"
@@ -218,22 +221,38 @@ def replay(
     table = Table("link", "chunk", "steps", "tensors equal", "losses equal", "verdict", box=None)
     failed = False
     notes: list[str] = []
-    with _prepare(release, data_root, backend, device, notes.append) as (open_source, prepare):
+    steps = sum(link.stop_step - link.first_step for link in chosen)
+    with (
+        _prepare(release, data_root, backend, device, notes.append) as (open_source, prepare),
+        Bar(Console(stderr=True), "replay, steps", steps) as bar,
+    ):
+        before = 0
         for link in chosen:
             report = replay_link(
-                release, verified, link, open_source, prepare, DEFAULT_TOLERANCE if tolerance is None else tolerance
+                release,
+                verified,
+                link,
+                open_source,
+                prepare,
+                DEFAULT_TOLERANCE if tolerance is None else tolerance,
+                partial(_replayed, bar, link, before),
             )
+            before += link.stop_step - link.first_step
             failed |= report.verdict == "different"
             chunk = "-" if link.chunk is None else str(link.chunk)
-            steps = f"{link.first_step}..{link.stop_step}"
+            span = f"{link.first_step}..{link.stop_step}"
             equal = (f"{report.equal} of {report.tensors}", f"{report.equal_losses} of {report.losses}")
-            table.add_row(str(link.link), chunk, steps, *equal, report.verdict)
+            table.add_row(str(link.link), chunk, span, *equal, report.verdict)
             notes += _notes(report)
     console.print(table)
     for note in dict.fromkeys(notes):
         console.print(note)
     if failed:
         raise SystemExit(3)
+
+
+def _replayed(bar: Bar, link: Link, before: int, step: int) -> None:
+    bar.update(before + step - link.first_step, f"link {link.link}")
 
 
 def _notes(report: Any) -> Iterator[str]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -148,11 +148,19 @@ def files_below(folder: Path) -> Iterator[str]:
                 raise ReleaseError(f"{entry.path}: is a symbolic link or no plain file: a release holds neither")
 
 
-def hash_files(paths: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """Name -> size and SHA-256, in as many threads as there are CPUs: hashlib releases the interpreter's lock."""
+def hash_files(
+    paths: Mapping[str, Path], progress: Callable[[int], None] = lambda num_bytes: None
+) -> dict[str, dict[str, Any]]:
+    """Name -> size and SHA-256, in as many threads as there are CPUs: hashlib releases the interpreter's lock.
+
+    progress: called with the size of each file that was read, in bytes.
+    """
+    files: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
-        hashes = dict(zip(paths, pool.map(fsops.sha256_file, paths.values()), strict=True))
-    return {name: {"size": paths[name].stat().st_size, "sha256": sha256} for name, sha256 in hashes.items()}
+        for (name, path), sha256 in zip(paths.items(), pool.map(fsops.sha256_file, paths.values()), strict=True):
+            files[name] = {"size": path.stat().st_size, "sha256": sha256}
+            progress(files[name]["size"])
+    return files
 
 
 def read_json(path: Path) -> Any:

@@ -106,8 +106,12 @@ def replay_link(
     open_source: OpenSource,
     prepare: Prepare,
     tolerance: float = DEFAULT_TOLERANCE,
+    progress: Callable[[int], None] = lambda step: None,
 ) -> LinkReport:
-    """Train `link` again from its starting state, and compare. The release must have been verified just before."""
+    """Train `link` again from its starting state, and compare. The release must have been verified just before.
+
+    progress: called with the number of completed steps of the run after each step.
+    """
     released, manifest = checkpoint.load(folder / "checkpoints" / folder_name(link.stop_step), verified=True)
     start: State | None = None
     if link.start is not None:
@@ -121,7 +125,9 @@ def replay_link(
         origin: Mapping[str, Tensor] = weights
     else:
         origin = start.tensors
-    state, fingerprint, losses = _train(verified.lineage, link, start, manifest["fingerprint"], open_source, prepare)
+    state, fingerprint, losses = _train(
+        verified.lineage, link, start, manifest["fingerprint"], open_source, prepare, progress
+    )
     found = [_compare(name, released.tensors[name], state.tensors[name]) for name in sorted(released.tensors)]
     equal_losses, logged = _compare_losses(folder, link, losses)
     return LinkReport(
@@ -138,7 +144,13 @@ def replay_link(
 
 
 def _train(
-    line: Lineage, link: Link, start: State | None, wanted: Mapping[str, Any], open_source: OpenSource, prepare: Prepare
+    line: Lineage,
+    link: Link,
+    start: State | None,
+    wanted: Mapping[str, Any],
+    open_source: OpenSource,
+    prepare: Prepare,
+    progress: Callable[[int], None],
 ) -> tuple[State, dict[str, Any], dict[int, tuple[float, float]]]:
     """The state after the link, the fingerprint of its last piece, and loss and gradient norm by completed steps.
 
@@ -160,6 +172,7 @@ def _train(
                 run.import_state(state)
             for result in run.train(open_source(recipe)):
                 losses[result.step + 1] = (float(result.loss), float(result.grad_norm))
+                progress(result.step + 1)
             snapshot = run.export_state()
             # the run is about to end
             state = replace(snapshot, tensors={name: snapshot.tensors[name] for name in snapshot.tensors})

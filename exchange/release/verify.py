@@ -8,7 +8,7 @@ folder is whole and agrees with itself and, with a signature, whose it is; that 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -61,36 +61,51 @@ class Verified:
     num_bytes: int
 
 
-def verify(folder: Path, *, signature: bool = True) -> Verified:
+def verify(
+    folder: Path, *, signature: bool = True, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Verified:
     """Read every byte of a release and check every claim in it against the others. Raises ReleaseError and its kin,
     naming the file.
 
-    signature: whether one that is there is checked too; not where it is about to be made again.
+    signature: whether one that is there is checked too; not where it is about to be made again. progress: called with
+    the bytes read and all that will be; a checkpoint's are read twice, as a file and tensor by tensor.
     """
     release = read_release(folder)
     present = set(files_below(folder)) - {RELEASE, SIGNATURE}
     for name in sorted(present ^ release.files.keys()):
         what = "is missing" if name in release.files else "does not belong there: release.json does not name it"
         raise ReleaseError(f"{folder / name}: {what}: fetch the release again, and verify before use")
-    _check_hashes(folder, release)
+    places = _checkpoints(release)
+    again = {
+        place: sum(e.size for name, e in release.files.items() if name.startswith(f"{place}/")) for place in places
+    }
+    num_bytes, done = sum(entry.size for entry in release.files.values()), 0
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, num_bytes + sum(again.values()))
+
+    _check_hashes(folder, release, read)
     manifests = {}
-    for place in _checkpoints(release):  # each tensor too; its bytes are in the page cache by now
+    for place in places:  # each tensor too; its bytes are in the page cache by now
         manifest = checkpoint.verify(folder / place)
         manifests[manifest["root"]] = manifest
+        read(again[place])
     line = _check_record(folder, release, manifests)
     _check_data(folder, release, manifests)
     _check_revisions(folder, release)
     signer = check_signature(folder / SIGNATURE, release.root) if signature and (folder / SIGNATURE).exists() else None
-    return Verified(release, line, signer, sum(entry.size for entry in release.files.values()))
+    return Verified(release, line, signer, num_bytes)
 
 
-def _check_hashes(folder: Path, release: Release) -> None:
+def _check_hashes(folder: Path, release: Release, read: Callable[[int], None]) -> None:
     for name, entry in release.files.items():
         if (size := (folder / name).stat().st_size) != entry.size:
             raise ReleaseError(
                 f"{folder / name}: holds {size:,} bytes, release.json says {entry.size:,}: fetch it again"
             )
-    found = hash_files({name: folder / name for name in release.files})
+    found = hash_files({name: folder / name for name in release.files}, read)
     for name in sorted(release.files):
         if found[name]["sha256"] != release.files[name].sha256:
             raise ReleaseError(

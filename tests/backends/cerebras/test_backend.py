@@ -44,7 +44,7 @@ def test_without_its_environment_a_verb_is_one_line_with_the_remedy(
     done = CliRunner().invoke(main, verb)
     assert done.exit_code == 2
     assert "weftrain backends setup cerebras" in done.output
-    assert len(done.output.strip().splitlines()) == 1
+    assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "lowered").exists()
 
 

@@ -74,7 +74,7 @@ def test_a_hostile_ledger_is_one_line_for_every_verb(case: str, release: Path, t
     ):
         result = weftrain(*verb)
         assert (result.exit_code, isinstance(result.exception, SystemExit)) == (2, True), (verb, result.exception)
-        (line,) = result.output.strip().splitlines()
+        (line,) = result.stderr.strip().splitlines()  # train describes its recipe on standard output first
         assert "ledger.jsonl:" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["release"]
 
