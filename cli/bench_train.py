@@ -1,4 +1,4 @@
-"""`weftrain bench train`: a recipe's throughput, alone or in turns with another program."""
+"""`weftrain bench train`: a recipe's throughput, alone or interleaved with another program."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from weftrain.cli.display import Bar, Console, this_program
 from weftrain.cli.resolve import Resolved, resolve
 
 if TYPE_CHECKING:
+    from weftrain.analysis.bench.report import BenchReport
     from weftrain.analysis.bench.run import BenchRequest
 
 
@@ -158,7 +159,7 @@ def measure(
     """
     import torch
 
-    from weftrain.analysis.bench.pages import mllog_lines, write_report
+    from weftrain.analysis.bench.pages import mllog_lines
     from weftrain.analysis.bench.run import bench, milliseconds
     from weftrain.analysis.bench.train import RESULT_PREFIX, bench_source, result_line
     from weftrain.backends.common.registry import get_backend
@@ -188,10 +189,7 @@ def measure(
         click.echo(f"warning: {warning}", err=True)
     click.echo(RESULT_PREFIX + json.dumps(result_line(report)))
     if report_folder is not None:
-        for path in write_report(report, report_folder):
-            click.echo(f"wrote {path}", err=True)
-        if not (report_folder / "report.png").exists():
-            click.echo("warning: no picture: matplotlib is missing: pip install 'weftrain[plot]'", err=True)
+        _write_report(report, report_folder)
     if mllog is not None:
         fsops.write_bytes(mllog, "".join(f"{line}\n" for line in mllog_lines(report, started, milliseconds())).encode())
     if wishes.profile is not None:
@@ -207,6 +205,15 @@ def measure(
 
         root = write_submission(report, submission)
         click.echo(f"wrote {submission}, root {root}: `weftrain bench verify {submission}` checks it", err=True)
+
+
+def _write_report(report: BenchReport, folder: Path) -> None:
+    from weftrain.analysis.bench.pages import write_report
+
+    for path in write_report(report, folder):
+        click.echo(f"wrote {path}", err=True)
+    if not (folder / "report.png").exists():
+        click.echo("warning: no picture: matplotlib is missing: pip install 'weftrain[plot]'", err=True)
 
 
 def _alternate(ours_command: list[str], program: str, rounds: int, timeout_s: float) -> None:

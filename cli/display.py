@@ -214,3 +214,32 @@ class Bar:
     def say(self, line: str) -> None:
         """Print a line that stays, above the bar."""
         (self._progress.console if self._progress is not None else self._console).print(line)
+
+
+class PreparationBar:
+    """What a backend says it is doing: on the bar of its own before step 0, and beside the step on the run's."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._own: Bar | None = None
+        self.bar: Bar | None = None
+        self._last_s = 0.0
+
+    def __call__(self, words: str, share: float) -> None:
+        if (now := time.monotonic()) - self._last_s < 0.5:
+            return
+        self._last_s = now
+        if self.bar is not None:
+            self.bar.note(words)
+            return
+        if self._own is None:
+            self._own = Bar(self._console, "preparing", 1000).__enter__()
+        self._own.update(int(share * 1000), words)
+
+    def __enter__(self) -> PreparationBar:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._own is not None:
+            self._own.__exit__(*error)
+        self._own = None

@@ -21,7 +21,7 @@ from rich.table import Table
 from weftrain.cli.display import Bar, Console, drawing, this_program
 
 if TYPE_CHECKING:
-    from weftrain.kernels.bench.measure import BenchReport, Measurement
+    from weftrain.kernels.bench.measure import KernelBenchReport, Measurement
     from weftrain.kernels.checks import Finding
     from weftrain.kernels.checks.compile_gate import Row
 
@@ -333,7 +333,7 @@ def bench(
             fsops.write_bytes(plot_path, picture(figure, plot_path.suffix))
 
 
-def machine_lines(report: BenchReport) -> list[str]:
+def machine_lines(report: KernelBenchReport) -> list[str]:
     """The machine, and the peaks that the table is measured against."""
     env = report.environment
 
@@ -367,7 +367,7 @@ def machine_lines(report: BenchReport) -> list[str]:
     ]
 
 
-def bench_table(report: BenchReport) -> Table:
+def bench_table(report: KernelBenchReport) -> Table:
     """One line for each measurement; 'x eager' is the reference's median over this one."""
     eager = {
         (one.op, one.example, one.direction): one.median_ms for one in report.measurements if one.source == "reference"

@@ -17,7 +17,7 @@ from weftrain.cli import arguments
 from weftrain.cli.display import Console
 from weftrain.cli.resolve import Resolved, resolve
 from weftrain.core.config import Recipe
-from weftrain.core.units import gib
+from weftrain.core.formats.units import gib
 
 if TYPE_CHECKING:
     from weftrain.core.backend import Backend

@@ -19,6 +19,7 @@ from weftrain.cli.display import Bar, Console, program
 if TYPE_CHECKING:
     from weftrain.core.config import Recipe
     from weftrain.exchange.release.release import Link
+    from weftrain.exchange.release.replay import LinkReport
 
 ReleasePath = NamedPath(path_type=Path, exists=True, file_okay=False)
 
@@ -239,10 +240,7 @@ def replay(
             )
             before += link.stop_step - link.first_step
             failed |= report.verdict == "different"
-            chunk = "-" if link.chunk is None else str(link.chunk)
-            span = f"{link.first_step}..{link.stop_step}"
-            equal = (f"{report.equal} of {report.tensors}", f"{report.equal_losses} of {report.losses}")
-            table.add_row(str(link.link), chunk, span, *equal, report.verdict)
+            table.add_row(*_row(report))
             notes += _notes(report)
     console.print(table)
     for note in dict.fromkeys(notes):
@@ -255,7 +253,14 @@ def _replayed(bar: Bar, link: Link, before: int, step: int) -> None:
     bar.update(before + step - link.first_step, f"link {link.link}")
 
 
-def _notes(report: Any) -> Iterator[str]:
+def _row(report: LinkReport) -> tuple[str, ...]:
+    link = report.link
+    place = (str(link.link), "-" if link.chunk is None else str(link.chunk), f"{link.first_step}..{link.stop_step}")
+    equal = (f"{report.equal} of {report.tensors}", f"{report.equal_losses} of {report.losses}")
+    return (*place, *equal, report.verdict)
+
+
+def _notes(report: LinkReport) -> Iterator[str]:
     for difference in report.differences[:3]:
         yield (
             f"link {report.link.link}: {difference.name}: {difference.differing:,} of {difference.elements:,} elements "

@@ -14,6 +14,7 @@ from weftrain.cli.display import Console
 from weftrain.cli.resolve import backend_options, resolve_recipe
 from weftrain.core.config import Recipe
 from weftrain.core.formats.strict_yaml import dump_yaml
+from weftrain.core.formats.units import gib
 from weftrain.core.mup import resolve_scales
 from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_groups
 from weftrain.core.order.data_section import SkipRule
@@ -22,7 +23,6 @@ from weftrain.core.order.timeline import timeline
 from weftrain.core.parameters import flops_per_token, parameter_count, parameter_specs
 from weftrain.core.prediction import Predictor
 from weftrain.core.recipe_file import builtin_recipes, load_recipe
-from weftrain.core.units import gib
 
 
 @click.command()

@@ -11,16 +11,15 @@ import importlib.metadata
 import os
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from weftrain.analysis.report.summary import summarize
-from weftrain.cli.display import Bar, Console, follows, program
+from weftrain.cli.display import Bar, Console, PreparationBar, follows, program
 from weftrain.cli.show import arithmetic
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RecipeError, RunFolderError
@@ -225,7 +224,7 @@ def _train(
         if start.complete:
             _say_complete(console, start, backend, start.job(options, stop=stop), again)
             return
-        with _PreparationBar(console) as told:
+        with PreparationBar(console) as told:
             run = prepare_run(backend, start.job(options, progress=told, stop=stop))
             # also after an error: what a backend stores becomes durable, and other processes learn of the end
             ending.callback(run.close)
@@ -248,7 +247,7 @@ def _fit(
     run: Run,
     heldout: Sequence[EvaluationSource],
     stop: StopRequest,
-    told: _PreparationBar,
+    told: PreparationBar,
 ) -> int:
     """Record the start, train with `fit`, and record the end. How many steps are complete."""
     from weftrain.cli.assembly import run_speed
@@ -350,35 +349,6 @@ def _with_decisions(console: Console, file: RecipeFile, folder: Path) -> tuple[R
     tree["data"]["skip"] = skip
     keys = {f"data.skip.{number}" for number in range(own, len(skip))}
     return recorded_recipe(tree, f"{folder / LEDGER}: with the chunks it defers"), keys
-
-
-class _PreparationBar:
-    """What a backend says it is doing: on the bar of its own before step 0, and beside the step on the run's."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._own: Bar | None = None
-        self.bar: Bar | None = None
-        self._last_s = 0.0
-
-    def __call__(self, words: str, share: float) -> None:
-        if (now := time.monotonic()) - self._last_s < 0.5:
-            return
-        self._last_s = now
-        if self.bar is not None:
-            self.bar.note(words)
-            return
-        if self._own is None:
-            self._own = Bar(self._console, "preparing", 1000).__enter__()
-        self._own.update(int(share * 1000), words)
-
-    def __enter__(self) -> _PreparationBar:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._own is not None:
-            self._own.__exit__(*error)
-        self._own = None
 
 
 def _describe(console: Console, recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from weftrain.analysis.bench.report import UNKNOWN, BenchReport, ReportError, configuration_differences
 from weftrain.analysis.bench.timings import Difference, difference, median_interval
 from weftrain.analysis.figure import new_figure, picture
-from weftrain.core.units import gib
+from weftrain.core.formats.units import gib
 
 _MACHINE = ("device", "cpu", "cpu_count", "memory_bytes")  # of `environment`: reports equal in these are of one machine
 

@@ -19,7 +19,7 @@ from weftrain.analysis.bench.report import STEP_PARTS, BenchReport, Efficiency
 from weftrain.analysis.figure import NoMatplotlibError, colours, new_figure, picture
 from weftrain.analysis.markup import document, escape
 from weftrain.core.formats import fsops
-from weftrain.core.units import gib
+from weftrain.core.formats.units import gib
 
 _COLOURS = (
     "#4269d0",

@@ -78,7 +78,7 @@ class SkippedExample:
 
 
 @dataclass(frozen=True)
-class BenchReport:
+class KernelBenchReport:
     environment: dict[str, Any]
     measurements: list[Measurement] = field(default_factory=list)
     skipped: list[SkippedExample] = field(default_factory=list)
@@ -164,7 +164,7 @@ def bench(
     machine: Machine | None = None,
     clock: Clock | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> BenchReport:
+) -> KernelBenchReport:
     """Measure op x source x example of a suite, forward alone and with the backward, on the threads that torch has.
 
     ops, sources: None is all, COMPILED included. machine: None measures the peaks, before and after, and takes the
@@ -192,7 +192,9 @@ def bench(
     if progress is not None:
         progress(len(work), len(work), "peaks")
     found = machine or larger(first, measure_machine(there, dtype))
-    return BenchReport(environment(there, dtype, suite, repeats, found), [_judge(one, found) for one in timed], skipped)
+    return KernelBenchReport(
+        environment(there, dtype, suite, repeats, found), [_judge(one, found) for one in timed], skipped
+    )
 
 
 def examples_of(op: Op, suite: str) -> list[str]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weftrain.kernels.bench.measure import BenchReport, Measurement
+from weftrain.kernels.bench.measure import KernelBenchReport, Measurement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def bars(report: BenchReport) -> dict[str, dict[str, Measurement]]:
+def bars(report: KernelBenchReport) -> dict[str, dict[str, Measurement]]:
     """Op and example -> source -> what is drawn: with the backward if there is one, and only known shares."""
     drawn: dict[str, dict[str, Measurement]] = {}
     for one in report.measurements:
@@ -25,7 +25,7 @@ def bars(report: BenchReport) -> dict[str, dict[str, Measurement]]:
     return drawn
 
 
-def draw_shares(report: BenchReport, figure: Figure) -> None:
+def draw_shares(report: KernelBenchReport, figure: Figure) -> None:
     """Draw the bars into an empty figure, whose size follows from their number."""
     drawn = bars(report)
     sources = sorted({source for by_source in drawn.values() for source in by_source})

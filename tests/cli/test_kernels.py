@@ -18,7 +18,7 @@ from weftrain.cli import kernels as verbs
 from weftrain.cli.kernels import bench_table, machine_lines
 from weftrain.kernels import OPS, checks, load_catalog
 from weftrain.kernels.bench import measure
-from weftrain.kernels.bench.measure import BenchReport, Measurement, SkippedExample
+from weftrain.kernels.bench.measure import KernelBenchReport, Measurement, SkippedExample
 from weftrain.kernels.checks import CheckReport, Finding
 
 
@@ -309,7 +309,7 @@ ENVIRONMENT = {
 }
 
 
-def cells(report: BenchReport) -> list[list[str]]:
+def cells(report: KernelBenchReport) -> list[list[str]]:
     table = bench_table(report)
     return [[str(cell) for cell in row] for row in zip(*(column.cells for column in table.columns), strict=True)]
 
@@ -317,7 +317,7 @@ def cells(report: BenchReport) -> list[list[str]]:
 def test_every_printed_figure() -> None:
     fast = measurement(source="ours", median_ms=1.6, low_ms=1.5, high_ms=1.75, roofline_share=0.625)
     few = measurement(source="triton", confidence=0.75, roofline_share=None, note="plumbing only", bound=None)
-    eager, ours, plumbing = cells(BenchReport(ENVIRONMENT, [measurement(), fast, few]))
+    eager, ours, plumbing = cells(KernelBenchReport(ENVIRONMENT, [measurement(), fast, few]))
     assert eager == [
         *(
             "rope",
@@ -337,19 +337,22 @@ def test_every_printed_figure() -> None:
     assert ours[3:10] == ["ours", "1.6", "1.5 - 1.75", "2.50", "12.5", "3.25", "62.5%"]
     assert plumbing[5] == "3.5 - 4.5 (75%)"
     assert plumbing[9:] == ["unknown", "-", "plumbing only"]
-    assert cells(BenchReport(ENVIRONMENT, [fast]))[0][6] == "-"  # no eager row to compare with
+    assert cells(KernelBenchReport(ENVIRONMENT, [fast]))[0][6] == "-"  # no eager row to compare with
 
 
 def test_the_machine_is_described() -> None:
     within = measurement(op="swiglu", example="odd", copies=4096, beyond_cache=False)
-    lines = machine_lines(BenchReport(ENVIRONMENT, [measurement(), within]))
+    lines = machine_lines(KernelBenchReport(ENVIRONMENT, [measurement(), within]))
     assert lines == [
         "a CPU, 2 threads, AVX512, torch 2.13.0, bfloat16, suite 7b",
         "peak       400.0 GFLOP/s (measured); data sheet: unknown (no sheet)",
         "bandwidth  20.0 GB/s (copy); data sheet: unknown (no sheet)",
         "cache      32 MiB (largest); inputs in 4 to 4,096 copies, used in turn; still within the cache: swiglu odd",
     ]
-    assert "overwritten before each sample" in machine_lines(BenchReport({**ENVIRONMENT, "device_type": "cuda"}, []))[3]
+    assert (
+        "overwritten before each sample"
+        in machine_lines(KernelBenchReport({**ENVIRONMENT, "device_type": "cuda"}, []))[3]
+    )
 
 
 def test_bench_writes_json_and_a_plot(
@@ -358,10 +361,10 @@ def test_bench_writes_json_and_a_plot(
     pytest.importorskip("matplotlib")
     asked: list[Any] = []
 
-    def bench(*arguments: Any, progress: Any) -> BenchReport:
+    def bench(*arguments: Any, progress: Any) -> KernelBenchReport:
         asked.append((*arguments, torch.get_num_threads()))
         progress(0, 1, "rope")
-        return BenchReport(
+        return KernelBenchReport(
             ENVIRONMENT, [measurement()], [SkippedExample("rope", "amber_7b", "apex", "needs a tape drive")]
         )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from weftrain.analysis.figure import new_figure, picture
-from weftrain.kernels.bench.measure import BenchReport, bench
+from weftrain.kernels.bench.measure import KernelBenchReport, bench
 from weftrain.kernels.bench.plot import bars, draw_shares
 from weftrain.kernels.bench.roofline import Machine, Rate
 
@@ -23,7 +23,7 @@ def test_the_plot_draws_what_was_measured() -> None:
     }
     assert drawn["swiglu\nodd"]["torch"].direction == "forward+backward"
     assert drawn["grad_norm\nodd"]["torch"].direction == "forward"
-    for one in (report, BenchReport(report.environment)):
+    for one in (report, KernelBenchReport(report.environment)):
         figure = new_figure(1, 1)
         draw_shares(one, figure)
         assert picture(figure).startswith(b"\x89PNG")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from weftrain.core.units import gb, gib
+from weftrain.core.formats.units import gb, gib
 
 
 @pytest.mark.parametrize(
