@@ -96,7 +96,13 @@ def test_ctrl_c_in_prep_ends_its_workers_and_the_same_command_goes_on(tmp_path: 
     options = ["--name", "a", "--output", str(tmp_path / "out"), "--workers", "2", "--sequence-length", "64"]
     command = [*PROGRAM, "prep", *(str(tmp_path / f"{number}.txt") for number in range(6)), *options]
     prep = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # a shell that started the tests in the background has it ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not list((tmp_path / "out").rglob("*")) and prep.poll() is None:
         time.sleep(0.05)
