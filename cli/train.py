@@ -222,8 +222,7 @@ def _train(
             **asked,
         )
         if start.complete:
-            _say_complete(console, start, backend, start.job(options, stop=stop), again)
-            return
+            return _say_complete(console, start, backend, start.job(options, stop=stop), again)
         with PreparationBar(console) as told:
             run = prepare_run(backend, start.job(options, progress=told, stop=stop))
             # also after an error: what a backend stores becomes durable, and other processes learn of the end
@@ -231,8 +230,7 @@ def _train(
             if start.state is not None:
                 run.import_state(start.state)
         if stop.number:  # there is nothing to save yet, and the first step may take longer than the grace period
-            console.print("stopped before the first step; the same command starts again")
-            return
+            return console.print("stopped before the first step; the same command starts again")
         done = _fit(console, start, backend, run, heldout, stop, told)
     if stop.number:
         console.print(f"stopped after step {done} and saved; the same command resumes")
