@@ -12,34 +12,14 @@ import h5py
 import pytest
 from click.testing import Result
 from json_page import documented
+from made_texts import sentences
 from places import ROOT
 
 Weftrain = Callable[..., Result]
-WORDS = [
-    "the",
-    "weft",
-    "is",
-    "carried",
-    "across",
-    "a",
-    "warp",
-    "by",
-    "hand",
-    "and",
-    "the",
-    "loom",
-    "keeps",
-    "every",
-    "thread",
-    "in",
-    "its",
-    "place",
-]
 
 
 def texts() -> list[str]:
-    plain = [f"{n}: " + " ".join(WORDS[(n * 7 + k * k) % len(WORDS)] for k in range(5 + n % 40)) for n in range(120)]
-    return [*plain, "evil \x1b[31m red\n<script>alert(1)</script> </s> end"]
+    return [*sentences(120), "evil \x1b[31m red\n<script>alert(1)</script> </s> end"]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from made_texts import sentences
 
 Weftrain = Callable[..., Result]
 RECIPE = """
@@ -31,27 +32,7 @@ datasets:
 def inputs(tmp_path: Path) -> Path:
     from weftrain.data_prep.tokens.training import train_encoder
 
-    words = [
-        "the",
-        "weft",
-        "is",
-        "carried",
-        "across",
-        "a",
-        "warp",
-        "by",
-        "hand",
-        "and",
-        "the",
-        "loom",
-        "keeps",
-        "every",
-        "thread",
-        "in",
-        "its",
-        "place",
-    ]
-    texts = [f"{n}: " + " ".join(words[(n * 7 + k * k) % len(words)] for k in range(5 + n % 40)) for n in range(120)]
+    texts = sentences(120)
     folder = tmp_path / "in"
     (folder / "code").mkdir(parents=True)
     (folder / "tokenizer.json").write_bytes(train_encoder(texts, 320).data)

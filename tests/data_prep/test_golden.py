@@ -11,29 +11,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from made_texts import sentences
 
 from weftrain.cli.main import main
 
-WORDS = [
-    "the",
-    "weft",
-    "is",
-    "carried",
-    "across",
-    "a",
-    "warp",
-    "by",
-    "hand",
-    "and",
-    "the",
-    "loom",
-    "keeps",
-    "every",
-    "thread",
-    "in",
-    "its",
-    "place",
-]
 SETTINGS: dict[str, list[str]] = {
     "concatenate": [],
     "best_fit": ["--packing", "best_fit"],
@@ -99,9 +80,8 @@ def byte_tokenizer() -> str:
 def test_the_same_inputs_make_the_dataset_of_earlier_versions(settings: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(byte_tokenizer())
     with (tmp_path / "texts.jsonl").open("w") as file:
-        for number in range(60):
-            words = [WORDS[(number * 7 + n * n) % len(WORDS)] for n in range(5 + number % 40)]
-            file.write(json.dumps({"text": f"{number}: {' '.join(words)}"}) + "\n")
+        for text in sentences(60):
+            file.write(json.dumps({"text": text}) + "\n")
     options = ["--tokenizer", tmp_path / "tokenizer.json", "--sequence-length", "32", "--heldout-fraction", "0.2"]
     words = ["prep", tmp_path / "texts.jsonl", "--name", "d", "--output", tmp_path, "--workers", "1", *options]
     result = CliRunner().invoke(main, [*map(str, words), *SETTINGS[settings]])
