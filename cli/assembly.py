@@ -16,6 +16,7 @@ from weftrain.core import checkpoint
 from weftrain.core.backend import Backend, Run
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
+from weftrain.core.formats.lazy_tensors import Progress
 from weftrain.core.formats.plain_file import real_path
 from weftrain.core.order.batch import BatchSource, EvaluationSource
 from weftrain.core.parameters import flops_per_token
@@ -34,7 +35,7 @@ def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
     return source, open_heldout(recipe.data, recipe.model.vocab_size, recipe.log.evaluate_rows)
 
 
-def newest_or_named(path: Path, say: Callable[[str], None]) -> Path:
+def newest_or_named(path: Path, say: Callable[[str], None], progress: Progress = lambda done, total: None) -> Path:
     """The newest whole checkpoint of a run or release, with every byte verified; or `path` if it is a checkpoint's
     folder.
 
@@ -42,7 +43,7 @@ def newest_or_named(path: Path, say: Callable[[str], None]) -> Path:
     """
     if not (path / "checkpoints").is_dir():
         return path
-    newest = checkpoint.newest(path / "checkpoints", lambda line: say(f"warning: {line}"))
+    newest = checkpoint.newest(path / "checkpoints", lambda line: say(f"warning: {line}"), progress=progress)
     if newest is None:
         raise CheckpointError(f"{path}: no whole checkpoint; train the run further, or name a checkpoint's folder")
     return newest

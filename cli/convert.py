@@ -8,31 +8,55 @@ run starts from it with start_from, and nothing resumes it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from weftrain.cli import arguments
+from weftrain.cli.display import Bar, Console
 
 if TYPE_CHECKING:
     from weftrain.core.backend import State
     from weftrain.core.config import Recipe
+    from weftrain.core.formats.lazy_tensors import Progress
 
 ExistingFile = arguments.NamedPath(path_type=Path, exists=True, dir_okay=False)
 ExistingFolder = arguments.NamedPath(path_type=Path, exists=True, file_okay=False)
 
 
-def _load(checkpoint: Path) -> tuple[Recipe, State, dict[str, Any]]:
-    """The recipe, state and manifest of a run's newest whole checkpoint, or of the one named. Raises CheckpointError,
-    RecipeError.
+def _bar(path: Path) -> Bar:
+    return Bar(Console(stderr=True), f"convert {path.name}", 1)
+
+
+def _shown(bar: Bar, words: str) -> Progress:
+    """Shows bytes on the bar, with what is done with them."""
+    return lambda done, total: bar.update(done // 1_000_000, f"MB {words}", None, max(1, total // 1_000_000))
+
+
+def _hashed(bar: Bar, total: int) -> Callable[[int], None]:
+    """Shows how much of `total` bytes of files has been hashed, given the bytes of one block after another."""
+    show, done = _shown(bar, "hashed"), 0
+
+    def add(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        show(done, total)
+
+    return add
+
+
+def _load(checkpoint: Path, bar: Bar) -> tuple[Recipe, State, dict[str, Any]]:
+    """The recipe, state and manifest of a run's newest whole checkpoint, or of the one named; the bar shows how much is
+    verified. Raises CheckpointError, RecipeError.
     """
     from weftrain.cli.assembly import newest_or_named, recipe_of_checkpoint
     from weftrain.core import checkpoint as checkpoints
 
-    path = newest_or_named(checkpoint, lambda line: click.echo(line, err=True))
-    state, manifest = checkpoints.load(path, verified=path != checkpoint)
+    verifying = _shown(bar, "verified")
+    path = newest_or_named(checkpoint, bar.say, verifying)
+    state, manifest = checkpoints.load(path, verified=path != checkpoint, progress=verifying)
     return recipe_of_checkpoint(path, manifest).recipe, state, manifest
 
 
@@ -126,18 +150,21 @@ def checkpoint_to_cerebras(checkpoint: Path, output: Path, weights_only: bool, p
     opens.
     """
     from weftrain.core import checkpoint as checkpoints
+    from weftrain.core.formats.lazy_tensors import counted
     from weftrain.core.optim import learning_rate
     from weftrain.exchange.modelzoo.checkpoint_writer import OptimizerState, write_checkpoint
 
-    recipe, state, _ = _load(checkpoint)
-    optimizer = None
-    if not weights_only:
-        last = sum(segment.steps for segment in recipe.schedule.learning_rate) - 1
-        optimizer = OptimizerState(
-            recipe.optimizer, state.optimizer_updates, learning_rate(recipe.schedule, min(state.step, last))
-        )
-    tensors = checkpoints.Weights(state.tensors) if weights_only else state.tensors
-    size = write_checkpoint(output, recipe.model, tensors, step=state.step, optimizer=optimizer, prefix=prefix)  # type: ignore[arg-type]
+    with _bar(checkpoint) as bar:
+        recipe, state, _ = _load(checkpoint, bar)
+        optimizer = None
+        if not weights_only:
+            last = sum(segment.steps for segment in recipe.schedule.learning_rate) - 1
+            optimizer = OptimizerState(
+                recipe.optimizer, state.optimizer_updates, learning_rate(recipe.schedule, min(state.step, last))
+            )
+        wanted = checkpoints.Weights(state.tensors) if weights_only else state.tensors
+        tensors = counted(wanted, _shown(bar, "written"))
+        size = write_checkpoint(output, recipe.model, tensors, step=state.step, optimizer=optimizer, prefix=prefix)  # type: ignore[arg-type]
     click.echo(f"{output}: step {state.step}, {size:,} bytes")
 
 
@@ -160,6 +187,7 @@ def checkpoint_from_cerebras(
     from weftrain.core import checkpoint as checkpoints
     from weftrain.core.backend import State
     from weftrain.core.formats.fsops import sha256_file
+    from weftrain.core.formats.lazy_tensors import counted
     from weftrain.core.recipe_file import load_recipe
     from weftrain.exchange.layouts import in_float32
     from weftrain.exchange.modelzoo.checkpoint_reader import read_checkpoint
@@ -167,12 +195,13 @@ def checkpoint_from_cerebras(
     loaded = load_recipe(recipe, overrides).recipe
     tensors = read_checkpoint(file, loaded.model, optimizer=not weights_only)
     step = tensors.step or 0
-    with _new_checkpoints(runs, run_name) as folder:
+    with _new_checkpoints(runs, run_name) as folder, _bar(file) as bar:
+        sha256 = sha256_file(file, _hashed(bar, file.stat().st_size))
         info = checkpoints.save(
             folder,
-            State(step, tensors.optimizer_updates or 0, in_float32(tensors)),
+            State(step, tensors.optimizer_updates or 0, in_float32(counted(tensors, _shown(bar, "written")))),
             recipe=loaded.model_dump(mode="json"),
-            dataset_id=f"unknown: imported from {sha256_file(file)}",
+            dataset_id=f"unknown: imported from {sha256}",
             fingerprint={"backend": "cerebras", "imported_from": file.name},
             tokens=step * loaded.tokens_per_step,
             position=step * loaded.batch.global_batch_size,
@@ -216,10 +245,11 @@ def from_huggingface(
     from weftrain.core import checkpoint as checkpoints
     from weftrain.core.backend import State
     from weftrain.core.errors import RecipeError
+    from weftrain.core.formats.lazy_tensors import counted
     from weftrain.core.formats.plain_file import real_path
     from weftrain.core.recipe_file import load_recipe
     from weftrain.exchange.huggingface.folder import config_differences, files_sha256, read_config, state_tensors
-    from weftrain.exchange.huggingface.pickled import open_weights
+    from weftrain.exchange.huggingface.pickled import is_pickled, open_weights
 
     loaded = load_recipe(recipe, overrides).recipe
     if different := config_differences(loaded.model, read_config(folder)):
@@ -227,21 +257,28 @@ def from_huggingface(
             f"{folder / 'config.json'}: not the recipe's model (recipe -> folder): {', '.join(different)}: change the "
             "recipe"
         )
-    with _new_checkpoints(runs, run_name) as target, open_weights(folder, unpickle=unpickle, scratch=runs) as weights:
+    with contextlib.ExitStack() as opened:
+        target, bar = opened.enter_context(_new_checkpoints(runs, run_name)), opened.enter_context(_bar(folder))
+        if unpickle and is_pickled(folder):
+            bar.note("converting pickled weights")
+        weights = opened.enter_context(open_weights(folder, unpickle=unpickle, scratch=runs))
         files = sorted(["config.json", *weights.files])
+        tensors = counted(state_tensors(weights, loaded.model), _shown(bar, "written"))
+        sha256 = files_sha256(folder, files, _hashed(bar, sum((folder / name).stat().st_size for name in files)))
         info = checkpoints.save(
             target,
-            State(0, 0, state_tensors(weights, loaded.model)),
+            State(0, 0, tensors),
             recipe=loaded.model_dump(mode="json"),
-            dataset_id=f"unknown: imported from {files_sha256(folder, files)}",
+            dataset_id=f"unknown: imported from {sha256}",
             fingerprint={"backend": "huggingface", "imported_from": real_path(folder).name, "files": files},
             tokens=0,
             position=0,
             parent=None,
             kernels={},
         )
-        for name in weights.buffers:
-            click.echo(f"ignored: {name}", err=True)
+        buffers = weights.buffers
+    for name in buffers:
+        click.echo(f"ignored: {name}", err=True)
     click.echo(
         f"{info.path}: {info.size_bytes:,} bytes; start from it with start_from={{run: {run_name}, state: weights}}"
     )
@@ -270,23 +307,26 @@ def to_huggingface(
     import torch
 
     from weftrain.core.checkpoint import Weights
+    from weftrain.core.formats.lazy_tensors import counted
     from weftrain.data_prep.tokens.markers import Markers
     from weftrain.data_prep.tokens.tokenization import load_encoder
     from weftrain.exchange.huggingface.files import tokenizer_files
     from weftrain.exchange.huggingface.folder import write_huggingface
 
-    recipe, state, manifest = _load(checkpoint)
-    extra: dict[str, Any] = {"weftrain_checkpoint": manifest["root"], "weftrain_step": state.step}
-    beside: dict[str, bytes] = {}
-    if tokenizer is not None:
-        encoder = load_encoder(tokenizer, Markers(eos, bos), engine="tokenizers")
-        beside, ids = tokenizer_files(
-            encoder.data, encoder.markers.separator, encoder.markers.bos, recipe.model, str(tokenizer)
+    with _bar(checkpoint) as bar:
+        recipe, state, manifest = _load(checkpoint, bar)
+        extra: dict[str, Any] = {"weftrain_checkpoint": manifest["root"], "weftrain_step": state.step}
+        beside: dict[str, bytes] = {}
+        if tokenizer is not None:
+            encoder = load_encoder(tokenizer, Markers(eos, bos), engine="tokenizers")
+            beside, ids = tokenizer_files(
+                encoder.data, encoder.markers.separator, encoder.markers.bos, recipe.model, str(tokenizer)
+            )
+            extra |= ids
+        tensors = counted(Weights(state.tensors), _shown(bar, "written"))
+        written = write_huggingface(
+            output, tensors, recipe.model, getattr(torch, dtype), extra_config=extra, beside=beside
         )
-        extra |= ids
-    written = write_huggingface(
-        output, Weights(state.tensors), recipe.model, getattr(torch, dtype), extra_config=extra, beside=beside
-    )
     click.echo(
         f"{output}: step {state.step}, {written.num_tensors} tensors of {dtype} in {len(written.files)} files, "
         f"{written.size_bytes:,} bytes"

@@ -145,7 +145,8 @@ def verify(path: Path, key: str | None) -> None:
     from weftrain.exchange.release.verify import verify as verify_release
 
     if not (path / RELEASE).exists() and (path / "manifest.json").exists():
-        manifest = checkpoint.verify(path)
+        with Bar(Console(stderr=True), f"verify {path.name}", 1) as bar:
+            manifest = checkpoint.verify(path, bar.megabytes)
         click.echo(
             f"{path}: step {manifest['step']}, {len(manifest['tensors'])} tensors, root {manifest['root']}: complete"
         )

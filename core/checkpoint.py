@@ -24,7 +24,7 @@ from weftrain.core.formats import checkpoint_files, fsops
 from weftrain.core.formats.canonical import root_of, sealed, sha256_json
 from weftrain.core.formats.checkpoint_files import Spec, WritesItself, Written
 from weftrain.core.formats.checkpoint_manifest import FORMAT, MANIFEST, STEP_FOLDER, VERSION, folder_name
-from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of
+from weftrain.core.formats.lazy_tensors import LazyTensors, Progress, meta, meta_of
 from weftrain.core.formats.tensor_file import DTYPES, tensor_bytes
 
 MANIFEST_ALLOWANCE_BYTES = 1 << 20  # manifest, headers and folder entries, in the estimate of what a save needs
@@ -132,13 +132,17 @@ def save(folder: Path, state: State, **claims: Any) -> CheckpointInfo:
     return begin(folder, state, **claims).finish()
 
 
-def load(path: Path, *, verified: bool = False) -> tuple[State, dict[str, Any]]:
+def load(
+    path: Path, *, verified: bool = False, progress: Progress = lambda done, total: None
+) -> tuple[State, dict[str, Any]]:
     """A checkpoint's state and manifest. Every byte is verified first, unless the caller has just done so (`verified`).
 
     The state's tensors are lazy: each is read when it is asked for, as new memory, and its hash is checked once more,
     so that nothing altered in between reaches a model. Raises CheckpointError.
     """
-    manifest, layouts = checkpoint_files.read_structure(path) if verified else checkpoint_files.read_verified(path)
+    manifest, layouts = (
+        checkpoint_files.read_structure(path) if verified else checkpoint_files.read_verified(path, progress)
+    )
     claimed = manifest["tensors"]
     tensors = LazyTensors(
         {name: meta(entry["shape"], DTYPES[entry["dtype"]]) for name, entry in claimed.items()},
@@ -147,9 +151,9 @@ def load(path: Path, *, verified: bool = False) -> tuple[State, dict[str, Any]]:
     return State(manifest["step"], manifest["optimizer_updates"], tensors), manifest
 
 
-def verify(path: Path) -> dict[str, Any]:
+def verify(path: Path, progress: Progress = lambda done, total: None) -> dict[str, Any]:
     """Read every byte of a checkpoint and return its manifest. Raises CheckpointError naming file and remedy."""
-    return checkpoint_files.read_verified(path)[0]
+    return checkpoint_files.read_verified(path, progress)[0]
 
 
 def step_folders(folder: Path) -> dict[int, Path]:
@@ -158,7 +162,12 @@ def step_folders(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for path in entries if (match := STEP_FOLDER.fullmatch(path.name))}
 
 
-def newest(folder: Path, report: Callable[[str], None], without: Set[Path] = frozenset()) -> Path | None:
+def newest(
+    folder: Path,
+    report: Callable[[str], None],
+    without: Set[Path] = frozenset(),
+    progress: Progress = lambda done, total: None,
+) -> Path | None:
     """The newest whole checkpoint in a `checkpoints` folder, every byte of it verified; None if there is none.
 
     report: gets one line for each checkpoint passed over. Folders under temporary names, set aside, named otherwise,
@@ -169,7 +178,7 @@ def newest(folder: Path, report: Callable[[str], None], without: Set[Path] = fro
         if path in without:
             continue
         try:
-            verify(path)
+            verify(path, progress)
         except UnreadableError:
             raise
         except CheckpointError as error:

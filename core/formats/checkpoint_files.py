@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ import torch
 from weftrain.core.errors import CheckpointError, UnreadableError, file_problem
 from weftrain.core.formats import fsops
 from weftrain.core.formats.checkpoint_manifest import MANIFEST, read_checkpoint_manifest
+from weftrain.core.formats.lazy_tensors import Progress
 from weftrain.core.formats.plain_file import UnreadableFileError
 from weftrain.core.formats.tensor_file import (
     DTYPE_NAMES,
@@ -166,16 +167,22 @@ def read_structure(path: Path) -> tuple[dict[str, Any], Layouts]:
     return manifest, layouts
 
 
-def read_verified(path: Path) -> tuple[dict[str, Any], Layouts]:
-    """`read_structure`, and every byte hashed. Raises CheckpointError."""
+def read_verified(path: Path, progress: Progress = lambda done, total: None) -> tuple[dict[str, Any], Layouts]:
+    """`read_structure`, and every byte hashed. progress: is given the tensors' bytes hashed so far, and all of them.
+
+    Raises CheckpointError.
+    """
     manifest, layouts = read_structure(path)
     with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashlib releases the GIL
-        jobs = [pool.submit(_damage_outside_tensors, path, name, entry) for name, entry in manifest["files"].items()]
-        jobs += [
-            pool.submit(_damaged_tensors, path, name, share, manifest["tensors"])
-            for name, layout in layouts.items()
-            for share in _shares(layout, _HASH_THREADS)
-        ]
+        jobs = {pool.submit(_damage_outside_tensors, path, name, entry): 0 for name, entry in manifest["files"].items()}
+        for name, layout in layouts.items():
+            for share in _shares(layout, _HASH_THREADS):
+                size = sum(place.end - place.begin for place in share.values())
+                jobs[pool.submit(_damaged_tensors, path, name, share, manifest["tensors"])] = size
+        done = 0
+        for job in as_completed(jobs):
+            done += jobs[job]
+            progress(done, sum(jobs.values()))
     damage = [line for job in jobs if (line := job.result())]
     if damage:
         raise CheckpointError(f"{path}: {'; '.join(damage)}: {REMEDY}")

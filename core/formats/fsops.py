@@ -21,7 +21,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 from weftrain.core.formats.plain_file import open_plain, real_path
 
@@ -29,6 +29,7 @@ T = TypeVar("T")
 BytesLike = bytes | bytearray | memoryview
 
 TEMPORARY_PREFIX = ".tmp-"
+_HASH_BLOCK_BYTES = 4 << 20
 
 
 def _perform(name: str, path: Path, action: Callable[[], T]) -> T:
@@ -344,10 +345,16 @@ def held_lock(path: Path, contents: bytes) -> Iterator[None]:
         os.close(descriptor)
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes in hexadecimal: what `sha256sum` prints."""
+def sha256_file(path: Path, progress: Callable[[int], None] = lambda num_bytes: None) -> str:
+    """SHA-256 of a file's bytes in hexadecimal: what `sha256sum` prints. progress: is called with the bytes of each
+    block that was hashed.
+    """
+    digest = hashlib.sha256()
     with open_plain(path) as file:
-        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
 
 
 def free_bytes(path: Path) -> int:

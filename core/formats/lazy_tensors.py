@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
+Progress = Callable[[int, int], None]  # is called with the bytes done and the bytes of all
+
 
 class LazyTensors(Mapping[str, torch.Tensor]):
     """Name -> tensor, read as new memory at each access.
@@ -49,3 +51,18 @@ def meta_of(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
 def select(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> LazyTensors:
     """Some tensors under other names. names: new name -> name in `tensors`."""
     return LazyTensors({new: meta_of(tensors, name) for new, name in names.items()}, lambda new: tensors[names[new]])
+
+
+def counted(tensors: Mapping[str, torch.Tensor], progress: Progress) -> LazyTensors:
+    """The same tensors; after each that is read, `progress` is called with the bytes read so far and those of all."""
+    metas = {name: meta_of(tensors, name) for name in tensors}
+    total, done = sum(one.nbytes for one in metas.values()), 0
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal done
+        tensor = tensors[name]
+        done += metas[name].nbytes
+        progress(done, total)
+        return tensor
+
+    return LazyTensors(metas, read)

@@ -14,7 +14,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,12 +218,14 @@ def _file_errors(folder: Path, name: str) -> Iterator[None]:
         raise CheckpointError(f"{folder}: {name}: {file_problem(error)}: {remedy}") from error
 
 
-def files_sha256(folder: Path, names: Sequence[str]) -> str:
-    """One hash for several files: SHA-256 of the canonical JSON of name -> SHA-256. Raises CheckpointError."""
+def files_sha256(folder: Path, names: Sequence[str], progress: Callable[[int], None] = lambda num_bytes: None) -> str:
+    """One hash for several files: SHA-256 of the canonical JSON of name -> SHA-256. progress: see fsops.sha256_file.
+    Raises CheckpointError.
+    """
     hashes = {}
     for name in names:
         with _file_errors(folder, name):
-            hashes[name] = fsops.sha256_file(folder / name)
+            hashes[name] = fsops.sha256_file(folder / name, progress)
     return sha256_json(hashes)
 
 

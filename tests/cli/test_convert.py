@@ -29,11 +29,13 @@ def trained(tmp_path: Path, tiny_overrides: list[str]) -> Path:
 
 
 def test_a_checkpoint_goes_there_and_back_with_every_bit(
-    trained: Path, tmp_path: Path, tiny_overrides: list[str]
+    trained: Path, tmp_path: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("weftrain.cli.display.QUIET_SECONDS", -1)  # every line of the progress, as a log has them
     file = tmp_path / "step_2.mdl"
     done = weftrain("convert", "checkpoint-to-cerebras", trained, file)
     assert done.exit_code == 0, done.output
+    _check_progress(done, trained.name, "verified", "written")
     assert f"{file}: step 2, {file.stat().st_size:,} bytes" in done.output
     done = weftrain(
         "convert",
@@ -47,6 +49,7 @@ def test_a_checkpoint_goes_there_and_back_with_every_bit(
         "back",
     )
     assert done.exit_code == 0, done.output
+    _check_progress(done, file.name, "hashed", "written")
     states = []
     for folder in (trained, tmp_path / "other" / "back"):
         path = checkpoint.newest(folder / "checkpoints", print)
@@ -56,6 +59,16 @@ def test_a_checkpoint_goes_there_and_back_with_every_bit(
     assert (ours.step, ours.optimizer_updates) == (back.step, back.optimizer_updates) == (2, 2)
     assert ours.tensors.keys() == back.tensors.keys()
     assert all(torch.equal(ours.tensors[name], back.tensors[name]) for name in ours.tensors)
+
+
+def _check_progress(done: Result, name: str, *words: str) -> None:
+    """stderr is a plain log in which each of `words` is said of MB until all are done; stdout has none of it."""
+    lines = [line.partition(f"convert {name} ")[2] for line in done.stderr.splitlines()]
+    for word in words:
+        counts = [tuple(map(int, line.split(" ")[0].split("/"))) for line in lines if line.endswith(f" MB {word}")]
+        assert counts, (word, lines)
+        assert counts == sorted(counts), counts
+    assert " MB " not in done.stdout
 
 
 def test_a_run_starts_from_what_was_read_in(trained: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:

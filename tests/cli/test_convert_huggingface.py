@@ -78,17 +78,22 @@ def newest(run: Path) -> Path:
     return path
 
 
-def test_there_and_back_with_every_bit(weftrain: Weftrain, amber_folder: Path, tmp_path: Path) -> None:
+def test_there_and_back_with_every_bit(
+    weftrain: Weftrain, amber_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weftrain.cli.display.QUIET_SECONDS", -1)  # every line of the progress, as a log has them
     done = weftrain(
         "convert", "from-huggingface", amber_folder, "amber_demo", *AMBER, "--runs", tmp_path / "runs", "--run", "amber"
     )
     assert done.exit_code == 0, done.output
-    assert "start from it with start_from={run: amber, state: weights}" in done.output
+    assert "start from it with start_from={run: amber, state: weights}" in done.stdout
+    assert all(f" MB {word}\n" in done.stderr for word in ("hashed", "written"))
     state, manifest = checkpoint.load(newest(tmp_path / "runs" / "amber"))
     assert (state.step, manifest["tokens"], manifest["position"]) == (0, 0, 0)
     assert all(name.startswith("weights/") and tensor.dtype == torch.float32 for name, tensor in state.tensors.items())
     done = weftrain("convert", "to-huggingface", tmp_path / "runs" / "amber", tmp_path / "back", "--dtype", "float32")
     assert done.exit_code == 0, done.output
+    assert all(f" MB {word}\n" in done.stderr for word in ("verified", "written"))
     ours, theirs = dict(HuggingFaceWeights(tmp_path / "back")), dict(HuggingFaceWeights(amber_folder))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of, select
+from weftrain.core.formats.lazy_tensors import LazyTensors, counted, meta, meta_of, select
 
 
 def test_nothing_is_read_before_it_is_asked_for() -> None:
@@ -24,3 +24,12 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
     with pytest.raises(KeyError):
         chosen["a"]
     assert meta_of({"a": torch.zeros(3)}, "a").is_meta
+
+
+def test_counted_tensors_tell_the_bytes_read() -> None:
+    told: list[tuple[int, int]] = []
+    tensors = counted({"a": torch.ones(3), "b": torch.ones(2, dtype=torch.bfloat16)}, lambda *both: told.append(both))
+    assert told == []
+    assert torch.equal(tensors["b"], torch.ones(2, dtype=torch.bfloat16))
+    tensors["a"]
+    assert told == [(4, 16), (16, 16)]
