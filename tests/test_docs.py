@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from pages import commands
+from pages import commands, needs_vendor
 from places import ROOT
 
 from weftrain.analysis import coordinate_check
@@ -52,17 +52,11 @@ def test_commands(page: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.cerebras
-@pytest.mark.parametrize(
-    "page",
-    [ROOT / "README.md", ROOT / "docs" / "from-laptop-to-wafer.md", ROOT / "docs" / "backend-cerebras.md"],
-    ids=lambda page: page.name,
-)
-def test_commands_with_the_vendors_environment(
-    page: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_with_the_vendors_environment(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """from-laptop-to-wafer.md, the other page with such commands, is run by tests/test_paths.py."""
     if reason := environment.missing():
         pytest.skip(f"the cerebras backend cannot run here: {reason}")
-    run_page(page, tmp_path, corpus, monkeypatch, vendor=True)
+    run_page(ROOT / "docs" / "backend-cerebras.md", tmp_path, corpus, monkeypatch, vendor=True)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +113,7 @@ def run_page(page: Path, folder: Path, corpus: Path, monkeypatch: pytest.MonkeyP
         if words[1:3] == ["backends", "setup"]:
             continue  # gigabytes: `make prove-cerebras` runs it
         result = run(words[1:])
-        if not vendor and needs_vendor(words):
+        if not vendor and needs_vendor(command):
             assert result.exit_code == 2, command
             assert environment.PYTHON_VARIABLE in result.output, result.output
         elif words[1] == "train" and SEVEN_BILLION.search(command):
@@ -127,10 +121,6 @@ def run_page(page: Path, folder: Path, corpus: Path, monkeypatch: pytest.MonkeyP
             assert "no dataset" in result.output or "missing" in result.output, result.output
         else:
             assert result.exit_code == 0, f"{command}\n{result.output}"
-
-
-def needs_vendor(words: list[str]) -> bool:
-    return words[1] == "lower" or ("--backend" in words and words[words.index("--backend") + 1] == "cerebras")
 
 
 def run(words: list[str]) -> Result:
