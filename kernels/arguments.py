@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from weftrain.kernels.contract import KernelError
+from weftrain.kernels.contract import KernelError, Spec
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 EPS_PLACEMENTS = ("after_bias_correction", "before_bias_correction")
@@ -48,11 +48,23 @@ def check_swiglu(gate: Tensor, up: Tensor) -> None:
     _alike("swiglu", gate=gate, up=up)
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None) -> None:
-    """q, k, v [B, T, H, D] of one shape, dtype and device; document_start int32 [B, T] or None, values in 0..t."""
+def check_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, window: int | None) -> None:
+    """q [B, T, H, D], k and v [B, T, H_kv, D] of one dtype and device, H a multiple of H_kv; document_start int32
+    [B, T] or None, values in 0..t; window >= 1 or None.
+    """
     _floating("attention", q=q, k=k, v=v)
-    _rank("attention", 4, "[B, T, H, D]", q=q)
-    _alike("attention", q=q, k=k, v=v)
+    _rank("attention", 4, "[B, T, H, D]", q=q, k=k)
+    _alike("attention", k=k, v=v)
+    (B, T, H, D), kv_heads = q.shape, k.shape[2]
+    if tuple(k.shape) != (B, T, kv_heads, D) or k.dtype != q.dtype:
+        found, wanted = f"{_dtype(k)} {list(k.shape)}", f"{_dtype(q)} [{B}, {T}, H_kv, {D}]"
+        raise KernelError(f"attention: k and v are {found}; beside q {list(q.shape)} they must be {wanted}")
+    if H % kv_heads if kv_heads else H:
+        raise KernelError(
+            f"attention: q has {H} heads and k and v {kv_heads}; the query heads must be a multiple of the key heads"
+        )
+    if window is not None and window < 1:
+        raise KernelError(f"attention: window is {window}; it counts the query itself and must be at least 1, or None")
     if document_start is None:
         return
     if document_start.dtype != torch.int32 or tuple(document_start.shape) != tuple(q.shape[:2]):
@@ -68,6 +80,19 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | No
                 f"attention: document_start[{row}, {query}] is {start}; it must be in 0..{query}, at or before its "
                 "query"
             )
+
+
+def multi_head_only(spec: Spec) -> str | None:
+    """The reason of a source of attention that takes neither fewer key heads nor a window."""
+    if spec.attributes.get("heads_per_key", 1) != 1:
+        return f"takes one key head for each query head, here {spec.attributes['heads_per_key']} query heads share one"
+    return None if spec.attributes.get("window") is None else "takes no window"
+
+
+def refuse_unless_multi_head(source: str, q: Tensor, k: Tensor, window: int | None) -> None:
+    """The same of a call."""
+    if q.shape[2] != k.shape[2] or window is not None:
+        raise KernelError(f"attention: source '{source}' takes one key head for each query head, and no window")
 
 
 def check_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 Arguments = dict[str, Any]  # one call's arguments by name
+Attribute = Any  # of a use, static: a number, a text, or None
 Change = Callable[[Arguments], Arguments]  # another call, made of an example's
 
 
@@ -36,9 +37,9 @@ class Op:
     flops: Callable[[Arguments], int]  # forward alone
     backward_cost: Callable[[Arguments], tuple[int, int]] | None = None  # (bytes, flops) of the backward alone
     in_place: tuple[str, ...] = ()  # arguments that the op overwrites
-    attributes: Mapping[str, int | float | bool | str] = field(default_factory=dict)  # of a typical use, for the table
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)  # of a typical use, for the table
     # of one call, as a Spec has them
-    attributes_of: Callable[[Arguments], dict[str, int | float | bool | str]] = lambda arguments: {}
+    attributes_of: Callable[[Arguments], dict[str, Attribute]] = lambda arguments: {}
     wrong: Mapping[str, Change] = field(default_factory=dict)  # calls that every implementation refuses
     wrong_values: Mapping[str, Change] = field(default_factory=dict)  # the same, where values are looked at: on a CPU
     edges: Mapping[str, Change] = field(default_factory=dict)  # calls at the edge of what can be meant
@@ -71,7 +72,7 @@ class Spec:
     device: str  # torch device type: "cpu", "cuda"
     dtype: torch.dtype  # of the activations; for adamw and grad_norm, of the gradients
     # static: head_dim, scale, eps, vocab_size ...
-    attributes: Mapping[str, int | float | bool | str] = field(default_factory=dict)
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
 
 
 def available_everywhere(spec: Spec) -> str | None:

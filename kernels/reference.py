@@ -78,22 +78,42 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
-    """Causal self-attention: q, k, v [B, T, H, D] -> [B, T, H, D] in q.dtype.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    document_start: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal self-attention: q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D] in q.dtype.
 
-    Query t sees keys document_start[b, t]..t (int32 [B, T], values in 0..t; None: 0). Scores in q.dtype, softmax in
-    fp32, probabilities cast to q.dtype before they meet v. Saves q, k, v and the [B, H, T, T] probabilities.
+    H is a multiple of H_kv, and query head h reads key head h // (H / H_kv) (arXiv 2305.13245). Query t sees keys
+    max(document_start[b, t], t - window + 1)..t: document_start is int32 [B, T] with values in 0..t (None: 0), and a
+    window counts the query itself (None: no window; arXiv 2004.05150). Scores in q.dtype, softmax in fp32,
+    probabilities cast to q.dtype before they meet v. Saves q, repeated k and v, and the [B, H, T, T] probabilities.
     """
-    check_attention(q, k, v, document_start)
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [B, H, T, D]
+    check_attention(q, k, v, document_start, window)
+    heads = q.shape[2]
+    q = q.transpose(1, 2)  # [B, H, T, D]
+    k, v = (_repeated(tensor.transpose(1, 2), heads) for tensor in (k, v))
     position = torch.arange(q.shape[2], device=q.device)
     hidden = position[None, :] > position[:, None]  # [query, key]
+    if window is not None:
+        hidden = hidden | (position[None, :] <= position[:, None] - window)
     if document_start is not None:
         hidden = hidden | (position < document_start[:, None, :, None])  # [B, 1, query, key]
     scores = torch.matmul(q, k.transpose(2, 3)) * scale
     scores = scores.masked_fill(hidden, float("-inf"))
     probabilities = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
     return torch.matmul(probabilities, v).transpose(1, 2)
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    """[B, H_kv, T, D] -> [B, heads, T, D], each head as often as query heads read it, one after the other."""
+    B, kv_heads, T, D = x.shape
+    return x[:, :, None].expand(B, kv_heads, heads // max(kv_heads, 1), T, D).reshape(B, heads, T, D)
 
 
 def cross_entropy(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftrain.kernels.arguments import check_attention
+from weftrain.kernels.arguments import check_attention, multi_head_only, refuse_unless_multi_head
 from weftrain.kernels.contract import Implementation, Spec
 from weftrain.kernels.cpp_ops._build import (
     FILES,
@@ -34,14 +34,23 @@ _HEAD_DIMS = 32  # the head dimension is a multiple of this
 
 
 @outside_autocast
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    document_start: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
     """Causal self-attention: q, k, v bf16 [B, T, H, D] -> [B, T, H, D] (kernels/reference.py). D a multiple of 32.
 
     Products of bf16 summed in fp32, scale, mask and softmax in fp32, probabilities rounded to bf16. Saves q, k, v and
     the logsumexp, fp32 [B, H, T]; the backward computes the probabilities again. Deterministic, for any number of
     threads.
     """
-    check_attention(q, k, v, document_start)
+    check_attention(q, k, v, document_start, window)
+    refuse_unless_multi_head("cpp", q, k, window)
     refuse_unless(
         "attention",
         q.dtype == torch.bfloat16 and q.shape[-1] % _HEAD_DIMS == 0,
@@ -132,10 +141,10 @@ _BACKWARD = define_operator(
 
 
 def _needs(spec: Spec) -> str | None:
-    head_dim = spec.attributes["head_dim"]
+    head_dim = int(spec.attributes["head_dim"])
     if head_dim % _HEAD_DIMS:
         return f"needs a head_dim that is a multiple of {_HEAD_DIMS}, this is {head_dim}"
-    return needs_bfloat16(spec) or unavailable(spec)
+    return multi_head_only(spec) or needs_bfloat16(spec) or unavailable(spec)
 
 
 IMPLEMENTATION = Implementation("attention", "cpp", attention, _needs, version(), files=FILES)

@@ -29,66 +29,125 @@ _NO_DOCUMENTS = (
 )
 
 
-def attention_2(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
-    """Causal self-attention: q, k, v [B, T, H, D] in bf16 or fp16 -> [B, T, H, D] (kernels/reference.py), layout and
-    strides as they are.
+def attention_2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    document_start: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal self-attention: q [B, T, H, D], k and v [B, T, H_kv, D] in bf16 or fp16 -> [B, T, H, D]
+    (kernels/reference.py), layout and strides as they are.
 
     Scores and softmax in fp32, probabilities rounded to q.dtype before they meet v. Saves q, k, v, the output and the
-    logsumexp. Deterministic. Raises KernelError for document_start, which flash-attn could only take as cumulative
+    logsumexp. Deterministic. Where query heads share a key head, flash-attn's own backward writes dk and dv of every
+    query head and adds them up. Raises KernelError for document_start, which flash-attn could only take as cumulative
     lengths.
     """
-    return _version_2(q, k, v, scale, document_start, deterministic=True)
+    return _version_2(q, k, v, scale, document_start, window, deterministic=True)
 
 
 def attention_2_atomic(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    document_start: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """attention_2 with the backward that adds dq with float atomics: faster, and its bits differ from run to run."""
-    return _version_2(q, k, v, scale, document_start, deterministic=False)
+    return _version_2(q, k, v, scale, document_start, window, deterministic=False)
 
 
-def attention_3(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
+def attention_3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    document_start: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
     """attention_2 by version 3's kernels for Hopper; all else is the same. Deterministic."""
-    return _version_3(q, k, v, scale, document_start, deterministic=True)
+    return _version_3(q, k, v, scale, document_start, window, deterministic=True)
 
 
 def attention_3_atomic(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    document_start: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """attention_3 with the backward that adds dq with float atomics: faster, and its bits differ from run to run."""
-    return _version_3(q, k, v, scale, document_start, deterministic=False)
+    return _version_3(q, k, v, scale, document_start, window, deterministic=False)
 
 
 def _version_2(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None, *, deterministic: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    document_start: Tensor | None,
+    window: int | None,
+    *,
+    deterministic: bool,
 ) -> Tensor:
-    _check(q, k, v, document_start)
+    _check(q, k, v, document_start, window)
     if q.numel() == 0:
-        return q + k + v  # as empty, and nothing is launched
+        return q + 0 * (k.sum() + v.sum())  # as empty, and nothing is launched
     from flash_attn import flash_attn_func
 
-    output = flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=scale, causal=True, deterministic=deterministic)
+    output = flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p=0.0,
+        softmax_scale=scale,
+        causal=True,
+        window_size=_sides(window),
+        deterministic=deterministic,
+    )
     return without_second_derivatives(output, "attention", "flash_attn" if deterministic else "flash_attn_atomic")
 
 
 def _version_3(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None, *, deterministic: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    document_start: Tensor | None,
+    window: int | None,
+    *,
+    deterministic: bool,
 ) -> Tensor:
-    _check(q, k, v, document_start)
+    _check(q, k, v, document_start, window)
     if q.numel() == 0:
-        return q + k + v
+        return q + 0 * (k.sum() + v.sum())
     from flash_attn_interface import flash_attn_func
 
-    output = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, deterministic=deterministic)
+    output = flash_attn_func(
+        q, k, v, softmax_scale=scale, causal=True, window_size=_sides(window), deterministic=deterministic
+    )
     # early builds gave (output, logsumexp), whatever was asked
     output = output[0] if isinstance(output, tuple) else output
     return without_second_derivatives(output, "attention", "flash_attn" if deterministic else "flash_attn_atomic")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None) -> None:
-    check_attention(q, k, v, document_start)
+def _check(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, window: int | None) -> None:
+    check_attention(q, k, v, document_start, window)
     if document_start is not None:
         raise KernelError(f"attention: {_NO_DOCUMENTS}")
+
+
+def _sides(window: int | None) -> tuple[int, int]:
+    """How many keys before and after its own a query sees, as flash-attn counts; -1: all of that side."""
+    return (-1, -1) if window is None else (window - 1, 0)
 
 
 def _unfit(spec: Spec) -> str | None:

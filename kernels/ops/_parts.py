@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftrain.kernels.contract import Arguments
+from weftrain.kernels.contract import Arguments, Attribute
 
 ODD_SIZES = ((33, 17), (17,), (129,), (1,), (5, 7))
 EDGE_SIZES = ((1024,), (1025,), (2, 4096), (8193,))
@@ -87,9 +87,9 @@ def total_elements(name: str, per_element: int) -> Callable[[Arguments], int]:
     return lambda arguments: per_element * sum(tensor.numel() for tensor in arguments[name])
 
 
-def norm_attributes(arguments: Arguments) -> dict[str, int | float | bool | str]:
+def norm_attributes(arguments: Arguments) -> dict[str, Attribute]:
     return {"hidden_size": arguments["x"].shape[-1], "eps": arguments["eps"]}
 
 
-def loss_attributes(arguments: Arguments) -> dict[str, int | float | bool | str]:
+def loss_attributes(arguments: Arguments) -> dict[str, Attribute]:
     return {name: arguments.get(name, default) for name, default in (("logits_scale", 1.0), ("z_loss", 0.0))}

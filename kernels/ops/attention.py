@@ -1,4 +1,4 @@
-"""Causal self-attention, optionally within documents. The formula is `kernels/reference.py:attention`."""
+"""Causal self-attention: fewer key heads, a window and documents at choice. `kernels/reference.py:attention`."""
 
 from __future__ import annotations
 
@@ -8,58 +8,84 @@ import torch
 from torch import Tensor
 
 from weftrain.kernels import reference
-from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.contract import Arguments, Attribute, Op
 from weftrain.kernels.ops._changes import element_set, no_rows, on_meta, other_dtype, replaced, shorter, so_many_tokens
 from weftrain.kernels.ops._parts import Draw, read_all_write_like, size_bytes
 
 
 def example(
-    batch: int, tokens: int, heads: int, head_dim: int, *, documents: bool = False
+    batch: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    *,
+    kv_heads: int | None = None,
+    window: int | None = None,
+    documents: bool = False,
 ) -> Callable[[str, torch.dtype], Arguments]:
     def build(device: str, dtype: torch.dtype) -> Arguments:
         draw = Draw(device, dtype)
-        q, k, v = (draw.normal(batch, tokens, heads, head_dim) for _ in range(3))
+        q, k, v = (draw.normal(batch, tokens, count, head_dim) for count in (heads, *(kv_heads or heads,) * 2))
         start = None
         if documents:  # a new document at about one token in nine
             begins = torch.rand(batch, tokens, generator=draw.generator) < 1 / 9
             start = torch.where(begins, torch.arange(tokens), 0).cummax(1).values.to(device, torch.int32)
-        return {"q": q, "k": k, "v": v, "scale": head_dim**-0.5, "document_start": start}
+        return {"q": q, "k": k, "v": v, "scale": head_dim**-0.5, "document_start": start, "window": window}
 
     return build
 
 
-def forward_flops(arguments: Arguments) -> int:
+def _score_products(arguments: Arguments) -> int:
+    """Multiply-adds of one product of every query with the keys that it sees; documents would only lower it."""
     batch, tokens, heads, head_dim = arguments["q"].shape
-    visible_pairs = tokens * (tokens + 1) // 2  # documents would only lower it
-    return 4 * batch * heads * visible_pairs * head_dim  # q k^T and p v
+    window = min(tokens, arguments["window"] or tokens)
+    visible_pairs = window * (window + 1) // 2 + (tokens - window) * window
+    return int(batch * heads * visible_pairs * head_dim)
+
+
+def forward_flops(arguments: Arguments) -> int:
+    return 4 * _score_products(arguments)  # q k^T and p v
 
 
 def backward_cost(arguments: Arguments) -> tuple[int, int]:
     """q, k, v, out, dout -> dq, dk, dv: five products, the forward has two (Dao, arXiv 2307.08691, 3.1)."""
-    batch, tokens, heads, head_dim = arguments["q"].shape
-    visible_pairs = tokens * (tokens + 1) // 2
-    return 8 * size_bytes(arguments["q"]), 10 * batch * heads * visible_pairs * head_dim
+    moved = 4 * size_bytes(arguments["q"]) + 4 * size_bytes(arguments["k"])
+    return moved, 10 * _score_products(arguments)
 
 
-def _attention_of_finite(q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None) -> Tensor:
-    """All queries at once: of finite numbers, a weight of 0 is the same as not to appear."""
+def _attention_of_finite(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor) -> Tensor:
+    """All queries at once: of finite numbers, a weight of 0 is the same as not to appear. q [B, T, H_kv, G, D]."""
     position = torch.arange(q.shape[1])
-    visible = position[None, None, :] <= position[None, :, None]  # [1, query, key]
-    if document_start is not None:
-        visible = visible & (position[None, None, :] >= document_start[:, :, None])
-    weights = torch.einsum("bthd,bshd->bhts", q, k).mul(scale).exp() * visible[:, None]
-    return torch.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdim=True), v)
+    visible = (position <= position[:, None]) & (position >= first[:, :, None])  # [B, query, key]
+    weights = torch.einsum("btngd,bsnd->bngts", q, k).mul(scale).exp() * visible[:, None, None]
+    return torch.einsum("bngts,bsnd->btngd", weights / weights.sum(-1, keepdim=True), v)
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None) -> Tensor:
+def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None, window: int | None) -> Tensor:
+    B, T, kv_heads, _ = k.shape
+    first = torch.zeros(B, T, dtype=torch.int64) if document_start is None else document_start.long()
+    if window is not None:
+        first = torch.maximum(first, torch.arange(T) + 1 - window)
+    grouped = q.unflatten(2, (kv_heads, -1))  # consecutive query heads share a key head
+
     def one(b: int, t: int) -> Tensor:
-        seen = slice(0 if document_start is None else int(document_start[b, t]), t + 1)
-        weights = (torch.einsum("hd,shd->sh", q[b, t], k[b, seen]) * scale).exp()
-        return torch.einsum("sh,shd->hd", weights / weights.sum(0), v[b, seen])
+        seen = slice(int(first[b, t]), t + 1)
+        weights = (torch.einsum("ngd,snd->sng", grouped[b, t], k[b, seen]) * scale).exp()
+        return torch.einsum("sng,snd->ngd", weights / weights.sum(0), v[b, seen])
 
     if bool(torch.stack([tensor.isfinite().all() for tensor in (q, k, v)]).all()):
-        return _attention_of_finite(q, k, v, scale, document_start)
-    return torch.stack([torch.stack([one(b, t) for t in range(q.shape[1])]) for b in range(q.shape[0])])
+        return _attention_of_finite(grouped, k, v, scale, first).flatten(2, 3)
+    return torch.stack([torch.stack([one(b, t) for t in range(T)]) for b in range(B)]).flatten(2, 3)
+
+
+def _attributes(arguments: Arguments) -> dict[str, Attribute]:
+    return {
+        "head_dim": arguments["q"].shape[-1],
+        "scale": arguments["scale"],
+        "document_start": arguments["document_start"] is not None,
+        "window": arguments["window"],
+        "heads_per_key": arguments["q"].shape[2] // max(arguments["k"].shape[2], 1),
+    }
 
 
 OP = Op(
@@ -72,6 +98,10 @@ OP = Op(
         "odd_documents": example(2, 63, 3, 20, documents=True),
         "odd_one_token": example(2, 1, 2, 8),
         "odd_small": example(1, 19, 2, 8, documents=True),
+        "odd_grouped": example(2, 37, 3, 20, kv_heads=1),
+        "odd_window": example(1, 141, 2, 20, window=33),
+        "odd_grouped_window": example(2, 45, 6, 20, kv_heads=2, window=7, documents=True),
+        "edge_grouped_window": example(1, 129, 6, 32, kv_heads=3, window=64, documents=True),
         "edge_documents": example(1, 33, 2, 32, documents=True),
         "edge": example(1, 64, 1, 64),
         "edge_above": example(1, 129, 1, 32, documents=True),
@@ -81,15 +111,22 @@ OP = Op(
     bytes_moved=read_all_write_like("q"),
     flops=forward_flops,
     backward_cost=backward_cost,
-    attributes={"head_dim": 128, "scale": 128**-0.5, "document_start": False},
-    attributes_of=lambda arguments: {
-        "head_dim": arguments["q"].shape[-1],
-        "scale": arguments["scale"],
-        "document_start": arguments["document_start"] is not None,
-    },
+    attributes={"head_dim": 128, "scale": 128**-0.5, "document_start": False, "window": None, "heads_per_key": 1},
+    attributes_of=_attributes,
     wrong={
         "q of rank 3": replaced("q", lambda q: q[0]),
         "k of fewer tokens": replaced("k", lambda k: k[:, :-1]),
+        "k of another head_dim": replaced("k", shorter),
+        "k and v of a head too many": lambda arguments: {
+            **arguments,
+            **{name: torch.cat((arguments[name], arguments[name][:, :, :1]), 2) for name in ("k", "v")},
+        },
+        "k and v without heads": lambda arguments: {
+            **arguments,
+            **{name: arguments[name][:, :, :0] for name in ("k", "v")},
+        },
+        "a window of no key": replaced("window", lambda _: 0),
+        "a negative window": replaced("window", lambda _: -1),
         "v of fewer heads": replaced("v", lambda v: v[:, :, :-1]),
         "k of another dtype": replaced("k", other_dtype),
         "k on another device": replaced("k", on_meta),
@@ -107,6 +144,12 @@ OP = Op(
         "two tokens": so_many_tokens(2),
         "no batch": no_rows("q", "k", "v", "document_start"),
         "no documents": replaced("document_start", lambda _: None),
+        "a window of one key": replaced("window", lambda _: 1),
+        "a window longer than the row": replaced("window", lambda _: 10**6),
+        "one key head": lambda arguments: {
+            **arguments,
+            **{name: arguments[name][:, :, :1] for name in ("k", "v")},
+        },
         "every token a document": replaced(
             "document_start", lambda start: torch.arange(start.shape[1], device=start.device).int().expand(start.shape)
         ),

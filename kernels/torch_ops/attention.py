@@ -9,13 +9,13 @@ without.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weftrain.kernels.arguments import check_attention
+from weftrain.kernels.arguments import check_attention, multi_head_only, refuse_unless_multi_head
 from weftrain.kernels.contract import Implementation, Spec
 from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 
@@ -28,86 +28,128 @@ _KEPT_TOKENS = 1024
 
 
 @outside_autocast
-def attention_blocked(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
-    """Causal self-attention: q, k, v [B, T, H, D] -> [B, T, H, D] (kernels/reference.py). For a CPU.
+def attention_blocked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    document_start: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal self-attention: q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D] (kernels/reference.py). For a CPU.
 
-    Products in q.dtype, scale, mask and softmax in fp32; dk and dv are summed over query blocks in fp32. Deterministic.
-    Saves q, k, v and for T <= 1024 the visible probabilities in q.dtype.
+    The query heads of one key head are further rows of its products. Products in q.dtype, scale, mask and softmax in
+    fp32; dk and dv are summed over query blocks in fp32. Deterministic. Saves q, k, v and for T <= 1024 the
+    probabilities of the keys that a block meets, in q.dtype.
     """
-    check_attention(q, k, v, document_start)
-    return _Blocked.apply(q, k, v, scale, document_start)
+    check_attention(q, k, v, document_start, window)
+    return _Blocked.apply(q, k, v, scale, document_start, window)
 
 
 class _Blocked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None) -> Tensor:
-        T, H = q.shape[1:3]
-        q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)  # [B H, T, D]
-        start = None if document_start is None else document_start.repeat_interleave(H, 0)  # [B H, T]
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None, window: int | None
+    ) -> Tensor:
+        (T, H), kv_heads = q.shape[1:3], k.shape[2]
+        group = max(H // max(kv_heads, 1), 1)
+        q, k, v = _heads_first(q, kv_heads), _heads_first(k, kv_heads), _heads_first(v, kv_heads)
+        start = None if document_start is None else document_start.repeat_interleave(kv_heads, 0)  # [B H_kv, T]
         outputs, kept = [], []
-        for block in _blocks(T):
+        for block in _blocks(T, group, window):
             probabilities = _probabilities(q, k, block, scale, start)
-            outputs.append(torch.bmm(probabilities, v[:, : block.stop]))
+            outputs.append(torch.bmm(probabilities, v[:, block.keys]))
             if T <= _KEPT_TOKENS:
                 kept.append(probabilities)
         ctx.save_for_backward(q, k, v, start, *kept)
-        ctx.scale, ctx.heads = scale, H
-        return _tokens_first(torch.cat(outputs, 1), H)
+        ctx.scale, ctx.kv_heads, ctx.group, ctx.window = scale, kv_heads, group, window
+        return _tokens_first(torch.cat(outputs, 1), kv_heads, group)
 
     @staticmethod
     @first_derivatives_only("attention", "torch")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, start, *kept = ctx.saved_tensors
-        grad = _heads_first(grad)
+        grad = _heads_first(grad, ctx.kv_heads)
         grad_q = []
         grad_k = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
         grad_v = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
-        for index, block in enumerate(_blocks(q.shape[1])):
-            seen = slice(block.stop)
+        for index, block in enumerate(_blocks(k.shape[1], ctx.group, ctx.window)):
+            rows, seen = block.rows, block.keys
             probabilities = kept[index] if kept else _probabilities(q, k, block, ctx.scale, start)
-            grad_probabilities = torch.bmm(grad[:, block], v[:, seen].transpose(1, 2))
+            grad_probabilities = torch.bmm(grad[:, rows], v[:, seen].transpose(1, 2))
             # Row sums of what was rounded, not of grad * output as flash kernels have it: where a query sees one key,
             # the sum must cancel.
             weighted = probabilities.float() * grad_probabilities
             grad_scores = ((weighted - probabilities * weighted.sum(-1, keepdim=True)) * ctx.scale).to(q.dtype)
             grad_q.append(torch.bmm(grad_scores, k[:, seen]))
-            grad_k[:, seen] += torch.bmm(grad_scores.transpose(1, 2), q[:, block])
-            grad_v[:, seen] += torch.bmm(probabilities.transpose(1, 2), grad[:, block])
-        gradients = (torch.cat(grad_q, 1), grad_k.to(k.dtype), grad_v.to(v.dtype))
-        return *(_tokens_first(gradient, ctx.heads) for gradient in gradients), None, None
+            grad_k[:, seen] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
+            grad_v[:, seen] += torch.bmm(probabilities.transpose(1, 2), grad[:, rows])
+        dk, dv = (_tokens_first(gradient.to(k.dtype), ctx.kv_heads, 1) for gradient in (grad_k, grad_v))
+        return _tokens_first(torch.cat(grad_q, 1), ctx.kv_heads, ctx.group), dk, dv, None, None, None
 
 
-def _blocks(tokens: int) -> list[slice]:
-    """Query blocks: at most eight of them, so that a long sequence does not become a long graph."""
-    size = max(_QUERIES_PER_BLOCK, -(-tokens // 8))
-    # one of no tokens, too
-    return [slice(first, min(first + size, tokens)) for first in range(0, max(tokens, 1), size)]
+class _Block(NamedTuple):
+    """Some queries, their rows (of `group` heads each) and the keys that they meet."""
+
+    queries: slice
+    keys: slice
+    group: int
+    window: int | None
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.queries.start * self.group, self.queries.stop * self.group)
 
 
-def _probabilities(q: Tensor, k: Tensor, block: slice, scale: float, start: Tensor | None) -> Tensor:
-    """softmax of one block of queries over the keys before its end: [B H, queries, block.stop] in q.dtype."""
-    scores = torch.bmm(q[:, block], k[:, : block.stop].transpose(1, 2)).float() * scale
-    key = torch.arange(block.stop, device=q.device)
-    query = torch.arange(block.start, block.stop, device=q.device)
+def _blocks(tokens: int, group: int, window: int | None) -> list[_Block]:
+    """At most eight of them (in a window sixteen), so that a long sequence does not become a long graph."""
+    size = max(_QUERIES_PER_BLOCK, -(-tokens // (8 if window is None else 16)))
+    blocks = []
+    for first in range(0, max(tokens, 1), size):  # one of no tokens, too
+        past = min(first + size, tokens)
+        seen = 0 if window is None else min(max(first - window + 1, 0), past)
+        blocks.append(_Block(slice(first, past), slice(seen, past), group, window))
+    return blocks
+
+
+def _probabilities(q: Tensor, k: Tensor, block: _Block, scale: float, start: Tensor | None) -> Tensor:
+    """softmax of one block of queries over the keys that it meets: [B H_kv, rows, keys] in q.dtype."""
+    scores = torch.bmm(q[:, block.rows], k[:, block.keys].transpose(1, 2)).float() * scale
+    key = torch.arange(block.keys.start, block.keys.stop, device=q.device)
+    query = torch.arange(block.queries.start, block.queries.stop, device=q.device)
     hidden = key[None, :] > query[:, None]
+    if block.window is not None:
+        hidden = hidden | (key[None, :] <= query[:, None] - block.window)
     if start is not None:
-        hidden = hidden | (key < start[:, block, None])
+        hidden = hidden | (key < start[:, block.queries, None])
+    if block.group > 1:
+        hidden = hidden.repeat_interleave(block.group, -2)
     return torch.softmax(scores.masked_fill(hidden, float("-inf")), -1).to(q.dtype)
 
 
-def _heads_first(x: Tensor) -> Tensor:
-    """[B, T, H, D] -> contiguous [B H, T, D]."""
+def _heads_first(x: Tensor, kv_heads: int) -> Tensor:
+    """[B, T, H, D] -> contiguous [B H_kv, T H / H_kv, D]: of each token the heads of one key head lie together."""
     B, T, H, D = x.shape
-    return x.transpose(1, 2).reshape(B * H, T, D)
+    group = H // max(kv_heads, 1)
+    return x.unflatten(2, (kv_heads, group)).transpose(1, 2).reshape(B * kv_heads, T * group, D)
 
 
-def _tokens_first(x: Tensor, heads: int) -> Tensor:
-    """[B H, T, D] -> [B, T, H, D], a view."""
-    return x.unflatten(0, (-1, heads)).transpose(1, 2)
+def _tokens_first(x: Tensor, kv_heads: int, group: int) -> Tensor:
+    """The way back: [B H_kv, T group, D] -> [B, T, H_kv group, D]."""
+    return x.unflatten(0, (-1, kv_heads)).unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3)
 
 
 @outside_autocast
-def attention_fused(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
+def attention_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    document_start: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
     """Causal self-attention by scaled_dot_product_attention: q, k, v [B, T, H, D] -> [B, T, H, D]
     (kernels/reference.py).
 
@@ -116,7 +158,8 @@ def attention_fused(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_s
     preference. On a CPU torch 2.13's kernel hides an Inf in k and lets a NaN of a later key into earlier queries;
     `kernels bench` times it there, nobody else gets it.
     """
-    check_attention(q, k, v, document_start)
+    check_attention(q, k, v, document_start, window)
+    refuse_unless_multi_head("sdpa", q, k, window)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [B, H, T, D]
     if document_start is None:
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -139,7 +182,7 @@ def _needs_cpu(spec: Spec) -> str | None:
 
 def _needs_accelerator(spec: Spec) -> str | None:
     if spec.device != "cpu":
-        return None
+        return multi_head_only(spec)
     return (
         "on a CPU its kernel hides an Inf in k and lets a NaN of a later key into earlier queries, and is slower than "
         "source torch"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from weftrain.kernels.arguments import check_attention
+from weftrain.kernels.arguments import check_attention, multi_head_only, refuse_unless_multi_head
 from weftrain.kernels.contract import TARGETS, Compilation, Spec
 from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 from weftrain.kernels.triton_ops import _attention_kernels as kernels
@@ -233,7 +233,15 @@ def _readable(x: Tensor) -> Tensor:
 
 
 @outside_autocast
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    document_start: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
     """Causal self-attention: q, k, v [B, T, H, D] -> contiguous [B, T, H, D] in q.dtype (kernels/reference.py). D <=
     256.
 
@@ -242,7 +250,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: 
     H, T]. Deterministic: no atomics. Strides are taken as they are where the last is 1. The probability of a query's
     only key is 1, so it moves neither q nor k. Raises KernelError (kernels/arguments.py).
     """
-    check_attention(q, k, v, document_start)
+    check_attention(q, k, v, document_start, window)
+    refuse_unless_multi_head("triton", q, k, window)
     if scale <= 0:  # the kernels scale a row's maximum, and -inf where a key is hidden
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     start = None if document_start is None else document_start.contiguous()
@@ -251,7 +260,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: 
 
 def _needs(spec: Spec) -> str | None:
     head_dim = int(spec.attributes["head_dim"])
-    return None if head_dim <= _MAX_HEAD_DIM else f"needs head_dim <= {_MAX_HEAD_DIM}, this is {head_dim}"
+    return (
+        multi_head_only(spec) if head_dim <= _MAX_HEAD_DIM else f"needs head_dim <= {_MAX_HEAD_DIM}, this is {head_dim}"
+    )
 
 
 # ---- for the compile gate

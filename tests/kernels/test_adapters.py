@@ -130,9 +130,14 @@ def attention_spec(dtype: torch.dtype = torch.bfloat16, device: str = "cuda", **
     )
 
 
-def computes_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, **_: Any) -> Tensor:
+def computes_attention(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, window_size: tuple[int, int], **_: Any
+) -> Tensor:
+    """As flash-attn counts: a query at t sees the keys t - left to t + right, -1 for all of a side."""
     assert causal
-    return reference.attention(q, k, v, scale=softmax_scale)
+    left, right = window_size
+    assert right in (-1, 0)
+    return reference.attention(q, k, v, scale=softmax_scale, window=None if left == -1 else left + 1)
 
 
 def resolve(path: str) -> Any:
@@ -202,10 +207,17 @@ def test_flash_attn_is_called_as_its_source_wants(
         KernelError, match=r"attention: flash-attn takes documents as cumulative lengths.*source triton or sdpa"
     ):
         function(q, k, v, scale=0.3, document_start=torch.zeros(2, 5, dtype=torch.int32))
-    with pytest.raises(KernelError, match="attention: q is"):
+    with pytest.raises(KernelError, match="attention: k is"):
         function(q, k[:, :4], v, scale=0.3)
     stand_ins.calls.clear()
-    assert function(q[:, :0], k[:, :0], v[:, :0], scale=0.3).shape == (2, 0, 3, 16)
+    shared = {"k": k[:, :, :1], "v": v[:, :, :1], "scale": 0.3, "window": 2}  # one key head, two keys a query
+    assert torch.equal(function(q, **shared), reference.attention(q, **shared))
+    given = stand_ins.calls.pop(path)
+    assert (given["window_size"], given["k"].shape) == ((1, 0), (2, 5, 1, 16))
+    empty = [torch.empty(2, 0, heads, 16, dtype=q.dtype, requires_grad=True) for heads in (3, 1, 1)]
+    output = function(*empty, scale=0.3)
+    assert output.shape == (2, 0, 3, 16)
+    assert all(gradient.numel() == 0 for gradient in torch.autograd.grad(output.sum(), empty))
     assert stand_ins.calls == {}  # nothing to launch
 
 

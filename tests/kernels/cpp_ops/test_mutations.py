@@ -29,7 +29,7 @@ FAULTS: list[tuple[str, str, str, str, str, str, str, torch.dtype]] = [
     ("attention", "attention.cpp", "gradient of k of the last block alone", "numerics", "edge_above",
      "w.grad_k.data, padded_T, true)", "w.grad_k.data, padded_T, false)", BF16),
     ("attention", "vector.h", "last key of a panel lost", "numerics", "edge_above", "if (n < N)", "if (n + 1 < N)", BF16),
-    ("attention", "attention.py", "refuses nothing", "refused", "k of fewer tokens", "    check_attention(q, k, v, document_start)\n", "", BF16),
+    ("attention", "attention.py", "refuses nothing", "refused", "k of fewer tokens", "    check_attention(q, k, v, document_start, window)\n", "", BF16),
     ("linear_cross_entropy", "loss.cpp", "half of the z-loss gradient", "numerics", "odd_scaled", "1 + 2 * z_loss * lse", "1 + z_loss * lse", BF16),
     ("linear_cross_entropy", "loss.cpp", "last column left out of the sum", "numerics", "odd",
      "__m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};", "__m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}; V -= 1;", BF16),

@@ -32,7 +32,7 @@ FAULTS: list[tuple[str, str, str, str, str, str, torch.dtype]] = [
     ("attention", "document before visible", "numerics", "odd_documents", "(key < start[", "(key + 1 < start[", FP32),
     ("attention", "row sums not subtracted", "numerics", "odd", " - probabilities * weighted.sum(-1, keepdim=True)", "", FP32),
     ("attention", "last block of keys left out", "numerics", "odd_blocks", "grad_k[:, seen] +=", "grad_k[:, seen] =", FP32),
-    ("attention", "refuses nothing", "refused", "k of fewer tokens", "    check_attention(q, k, v, document_start)\n", "", FP32),
+    ("attention", "refuses nothing", "refused", "k of fewer tokens", "    check_attention(q, k, v, document_start, window)\n", "", FP32),
     ("cross_entropy", "z-loss not squared", "numerics", "odd_scaled", "maximum.squeeze(1)).square()", "maximum.squeeze(1))", FP32),
     ("cross_entropy", "offset kept", "offset_logits", "odd", "shifted = scaled - maximum", "shifted = scaled - 0 * maximum", FP32),
     ("cross_entropy", "ignored rows counted", "numerics", "odd", "torch.where(kept, loss, 0.0)", "torch.where(kept, loss, loss)", FP32),
