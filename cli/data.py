@@ -74,8 +74,8 @@ def verify(folder: Path) -> None:
     verify_tables(folder, manifest)
     for name, entry in manifest.sets.items():
         shards = ShardSet(folder, manifest, name)
-        with Bar(console, f"verify {name}", max(1, sum(shard.num_bytes for shard in entry.shards) // 1_000_000)) as bar:
-            shards.verify(bar.megabytes)
+        with Bar(console, f"verify {name}", max(1, sum(shard.num_bytes for shard in entry.shards))) as bar:
+            shards.verify(bar.sizes)
         console.print(f"{name:<8} {len(entry.shards):,} shards, {entry.n_examples:,} rows: whole, id {entry.id}")
     skipped = sum(manifest.inputs_skipped.values())
     inputs = f"{manifest.corpus.files:,} inputs" + (f" ({skipped:,} more were skipped)" if skipped else "")
@@ -288,5 +288,5 @@ def fetch(address: str, folder: Path) -> None:
 
     console = _console()
     with Bar(console, "fetch", 1) as bar:
-        manifest = copy(address, folder, lambda stage, done, total, unit: bar.megabytes(done, total or 0))
+        manifest = copy(address, folder, lambda stage, done, total, unit: bar.sizes(done, total or 0))
     console.print(f"{folder}: {manifest.name}, dataset id {manifest.train.id}")

@@ -25,7 +25,6 @@ import click
 import rich.console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
@@ -37,6 +36,7 @@ from rich.table import Column
 from rich.text import Text
 
 from weftrain.core.errors import printable
+from weftrain.core.formats.units import gb_done
 
 LINES = "\n\t"  # control characters that shape text and stay
 _BAR_COLUMNS = 60  # a narrower terminal gets the counts and the note without a bar
@@ -168,7 +168,7 @@ class Bar:
         self._task = TaskID(0)
         if console.is_terminal:
             name = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
-            count = MofNCompleteColumn(table_column=Column(no_wrap=True))
+            count = TextColumn("{task.fields[count]}", markup=False, table_column=Column(no_wrap=True))
             columns: list[ProgressColumn] = [
                 name,
                 count,
@@ -178,7 +178,8 @@ class Bar:
                 columns[1:1] = [BarColumn(bar_width=min(40, console.width // 6))]
                 columns.append(TimeRemainingColumn(table_column=Column(no_wrap=True)))
             self._progress = Progress(*columns, console=console, transient=True)
-            self._task = self._progress.add_task(self._description, total=total, completed=done, note="")
+            start = f"{done}/{total}"
+            self._task = self._progress.add_task(self._description, total=total, completed=done, note="", count=start)
 
     def __enter__(self) -> Bar:
         if self._progress is not None:
@@ -191,20 +192,28 @@ class Bar:
         if self._progress is not None:
             self._progress.stop()
 
-    def update(self, done: int, note: str, description: str | None = None, total: int | None = None) -> None:
-        """Show `done` of `total`."""
+    def update(
+        self, done: int, note: str, description: str | None = None, total: int | None = None, *, sizes: bool = False
+    ) -> None:
+        """Show `done` of `total`. sizes: these are bytes, shown in GB."""
         self._description, self._total = printable(description or self._description), total or self._total
         if self._progress is not None:
             self._progress.update(
-                self._task, completed=done, note=printable(note), description=self._description, total=self._total
+                self._task,
+                completed=done,
+                note=printable(note),
+                description=self._description,
+                total=self._total,
+                count=gb_done(done, self._total) if sizes else f"{done}/{self._total}",
             )
         elif time.monotonic() - self._last_line_s > QUIET_SECONDS:
             self._last_line_s = time.monotonic()
-            self._console.print(f"{self._description} {done:,}/{self._total:,} {note}")
+            count = gb_done(done, self._total) if sizes else f"{done:,}/{self._total:,}"
+            self._console.print(f"{self._description} {count} {note}".rstrip())
 
-    def megabytes(self, done: int, total: int) -> None:
-        """Show `done` of `total` bytes in MB."""
-        self.update(done // 1_000_000, "MB", None, max(1, total // 1_000_000))
+    def sizes(self, done: int, total: int) -> None:
+        """Show `done` of `total` bytes."""
+        self.update(done, "", None, total, sizes=True)
 
     def note(self, words: str) -> None:
         """Show what is being done now, beside the bar; without a terminal, nothing."""

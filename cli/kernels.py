@@ -19,6 +19,7 @@ import click
 from rich.table import Table
 
 from weftrain.cli.display import Bar, Console, drawing, this_program
+from weftrain.core.formats.units import gib
 
 if TYPE_CHECKING:
     from weftrain.kernels.bench.measure import KernelBenchReport, Measurement
@@ -352,7 +353,7 @@ def machine_lines(report: KernelBenchReport) -> list[str]:
     if env["device_type"] == "cuda":
         return [
             *lines,
-            f"cache      {env['cache_bytes'] / 2**20:,.0f} MiB ({env['cache_origin']}), overwritten before each sample",
+            f"cache      {gib(env['cache_bytes'])} ({env['cache_origin']}), overwritten before each sample",
         ]
     copies = sorted({one.copies for one in report.measurements})
     spread = (
@@ -362,8 +363,7 @@ def machine_lines(report: KernelBenchReport) -> list[str]:
     fits = f"; still within the cache: {', '.join(within)}" if within else ""
     return [
         *lines,
-        f"cache      {env['cache_bytes'] / 2**20:,.0f} MiB ({env['cache_origin']}); inputs in {spread} copies, used in "
-        f"turn{fits}",
+        f"cache      {gib(env['cache_bytes'])} ({env['cache_origin']}); inputs in {spread} copies, used in turn{fits}",
     ]
 
 

@@ -10,6 +10,7 @@ from rich.table import Column, Table
 
 from weftrain.cli import arguments
 from weftrain.cli.display import Bar, Console
+from weftrain.core.formats.units import gib
 
 
 @click.command()
@@ -49,7 +50,7 @@ def lower(recipe: str, overrides: tuple[str, ...], output: Path | None, mode: Li
         job = worker_job(resolved, options, mode)
         lowered = lower(job, output, options.silence_s, lambda words, share: bar.update(round(100 * share), words))
     report = lowered.report
-    cost = f"{report.seconds:.1f} s, {report.peak_bytes / 2**30:.2f} GiB"
+    cost = f"{report.seconds:.1f} s, {gib(report.peak_bytes)}"
     console.print(f"{report.recipe}: lowered by cerebras-pytorch {report.vendor_version} in {cost}")
     tensors = f"{report.parameter_count:,} in {len(report.parameters)} tensors"
     console.print(f"parameters   {tensors}, each read in the forward pass and replaced by the update")

@@ -17,7 +17,7 @@ from weftrain.cli import arguments
 from weftrain.cli.display import Console
 from weftrain.cli.resolve import Resolved, resolve
 from weftrain.core.config import Recipe
-from weftrain.core.formats.units import gib
+from weftrain.core.formats.units import gb, gib
 
 if TYPE_CHECKING:
     from weftrain.core.backend import Backend
@@ -223,11 +223,9 @@ def _predictor(backend: Backend) -> Predictor:
 def _refuse(prediction: Prediction) -> None:
     from weftrain.core.errors import BackendError
 
-    needed, there = prediction.needs.total_memory_bytes / 2**30, (prediction.capacity_bytes or 0.0) / 2**30
+    needed, there = gib(prediction.needs.total_memory_bytes), gib(prediction.capacity_bytes or 0.0)
     remedy = "; ".join(prediction.remedies) or "a smaller model, or more memory"
-    raise BackendError(
-        f"the run does not fit: it needs {needed:,.1f} GiB and there are {there:,.1f}: what would fit: {remedy}"
-    )
+    raise BackendError(f"the run does not fit: it needs {needed} and there are {there}: what would fit: {remedy}")
 
 
 def _table(recipe: Recipe, found: Prediction) -> Table:
@@ -239,20 +237,18 @@ def _table(recipe: Recipe, found: Prediction) -> Table:
     for name, seconds in found.parts.items():
         table.add_row(f"  {name} by itself", f"{seconds:,.3f} s")
     if found.sent_bytes:
-        table.add_row("sent a device and step, computed", f"{sum(found.sent_bytes.values()) / 1e9:,.2f} GB")
+        table.add_row("sent a device and step, computed", gb(sum(found.sent_bytes.values())))
         for name, size in found.sent_bytes.items():
-            table.add_row(f"  {name}", f"{size / 1e9:,.2f} GB")
-    table.add_row("memory, computed", f"{found.needs.total_memory_bytes / 2**30:,.2f} GiB")
+            table.add_row(f"  {name}", gb(size))
+    table.add_row("memory, computed", gib(found.needs.total_memory_bytes))
     for name, size in found.needs.memory_bytes.items():
         table.add_row(f"  {name}", gib(size))
     if found.capacity_bytes is not None:
-        needed, there = found.needs.total_memory_bytes / 2**30, found.capacity_bytes / 2**30
+        needed, there = found.needs.total_memory_bytes, gib(found.capacity_bytes)
         words = (
-            f"yes: {needed / there:.0%} of {there:,.1f} GiB"
-            if found.fits
-            else f"NO: {needed:,.1f} GiB of {there:,.1f} GiB"
+            f"yes: {needed / found.capacity_bytes:.0%} of {there}" if found.fits else f"NO: {gib(needed)} of {there}"
         )
         table.add_row("fits", words)
     if found.needs.disk_bytes or not found.sent_bytes:
-        table.add_row("disk, computed", f"{found.needs.disk_bytes / 1e9:,.2f} GB")
+        table.add_row("disk, computed", gb(found.needs.disk_bytes))
     return table

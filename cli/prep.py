@@ -13,6 +13,7 @@ import click
 from weftrain.cli.display import Bar, Console
 from weftrain.cli.prep_jobs import PrepJob, filtered, job_of_options, jobs_of_recipe
 from weftrain.cli.prep_options import GROUPS, GroupedCommand
+from weftrain.core.formats.units import gb
 
 if TYPE_CHECKING:
     from weftrain.data_prep.stages.executors import Executor
@@ -118,15 +119,15 @@ def _executor(options: dict[str, Any], output: str) -> Executor:
 
 
 def _shown(bar: Bar) -> Callable[[str, int, int | None, str], None]:
-    """Progress in megabytes and MB/s for a stage that counts bytes."""
+    """Progress, in GB and GB/s for a stage that counts bytes."""
     began: dict[str, tuple[float, int]] = {}
 
     def show(stage: str, done: int, total: int | None, unit: str) -> None:
         start, first = began.setdefault(stage, (time.monotonic(), done))
         if unit.startswith("bytes"):
             seconds = max(time.monotonic() - start, 1e-9)
-            note = f"MB{unit.removeprefix('bytes')}, {(done - first) / 1e6 / seconds:,.1f} MB/s"
-            bar.update(done // 1_000_000, note, stage, None if total is None else max(1, total // 1_000_000))
+            note = f"{unit.removeprefix('bytes').lstrip(', ')}, {gb((done - first) / seconds)}/s".lstrip(", ")
+            bar.update(done, note, stage, total, sizes=True)
         else:
             bar.update(done, unit, stage, total)
 

@@ -136,7 +136,9 @@ _ROWS = [
         type=_COUNT,
         help="Global batch size of the run, so that each chunk is a whole number of steps.",
     ),
-    click.Option(["--rows-per-shard"], type=_COUNT, help="Rows of a shard file.  [default: 64 MiB of tokens]"),
+    click.Option(
+        ["--rows-per-shard"], type=_COUNT, help="Rows of a shard file.  [default: as many as hold 2^25 tokens]"
+    ),
 ]
 _FIM = [
     click.Option(

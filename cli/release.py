@@ -146,13 +146,13 @@ def verify(path: Path, key: str | None) -> None:
 
     if not (path / RELEASE).exists() and (path / "manifest.json").exists():
         with Bar(Console(stderr=True), f"verify {path.name}", 1) as bar:
-            manifest = checkpoint.verify(path, bar.megabytes)
+            manifest = checkpoint.verify(path, bar.sizes)
         click.echo(
             f"{path}: step {manifest['step']}, {len(manifest['tensors'])} tensors, root {manifest['root']}: complete"
         )
         return
     with Bar(Console(stderr=True), f"verify {path.name}", 1) as bar:
-        verified = verify_release(path, progress=bar.megabytes)
+        verified = verify_release(path, progress=bar.sizes)
     if key is not None and verified.signer != key.lower():
         signer = "nobody" if verified.signer is None else verified.signer
         raise ReleaseError(f"{path}: is signed by {signer}, not by {key}: fetch it from whoever holds that key")
@@ -209,7 +209,7 @@ def replay(
 
     console = Console()
     with Bar(Console(stderr=True), f"verify {release.name}", 1) as bar:
-        verified = verify_release(release, progress=bar.megabytes)
+        verified = verify_release(release, progress=bar.sizes)
     if verified.release.data == "manifest" and data_root is None:
         raise ReleaseError(
             f"{release}: holds only hashes of its data: name the folder of its datasets with --data-root"

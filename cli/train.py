@@ -24,6 +24,7 @@ from weftrain.cli.show import arithmetic
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RecipeError, RunFolderError
 from weftrain.core.formats.safe_names import checked_segment
+from weftrain.core.formats.units import gib
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import RecipeFile, is_path, recorded_recipe
 from weftrain.core.run.metrics import heldout_label
@@ -390,7 +391,7 @@ def _announce(
         console.print(
             f"numerics     replayable: {micro_batches} micro-batches a process in a fixed tree, at most {sums} fp32 "
             "sums of the "
-            f"gradients = {size / 1e6:,.0f} MB"
+            f"gradients = {gib(size)}"
         )
     console.print(f"run          {folder}{f', resumed after step {first}' if first else ''}")
 

@@ -320,7 +320,7 @@ def _check_done(plan: PrepPlan, stage: Stage) -> None:
 
 
 def _counting(plan: PrepPlan, stage: Stage, progress: Progress) -> Callable[[int], None]:
-    """Progress of a stage: megabytes of input where it reads them, with the documents so far; else tasks."""
+    """Progress of a stage: bytes of input where it reads them, with the documents so far; else tasks."""
     count = stage.count(plan)
     by_bytes = stage.name in ("sample", "tokenize")
     sizes = [part.num_bytes for part in plan.parts] if by_bytes else [1] * count

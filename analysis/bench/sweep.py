@@ -20,7 +20,7 @@ from weftrain.analysis.bench.train import BenchError
 from weftrain.core.formats import fsops
 
 Combination = tuple[tuple[str, str], ...]
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "killed by the system", "MiB of memory", "GiB (")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "killed by the system", "GiB of memory", "GiB (")
 
 
 def combinations(vary: Sequence[str]) -> list[Combination]:

@@ -24,6 +24,7 @@ from weftrain.analysis.evaluation.sandbox_judge import ProblemTests, given_by, i
 from weftrain.core.errors import DataError, WeftrainError
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import open_plain
+from weftrain.core.formats.units import gb
 
 # A completion goes on after the function it was asked for; these begin what no longer belongs to it. HumanEval's are
 # those of the paper's section 2.2; MBPP's asks for a whole program, where a function or a comment may follow another.
@@ -153,7 +154,7 @@ def _lines(path: Path) -> list[bytes]:
             f"{path}: cannot read the problems ({error}); give a readable .jsonl or .jsonl.gz file"
         ) from None
     if len(data) > _LARGEST_FILE:
-        raise DataError(f"{path}: more than {_LARGEST_FILE >> 20} MiB; this is no file of problems")
+        raise DataError(f"{path}: more than {gb(_LARGEST_FILE)}; this is no file of problems")
     return data.split(b"\n")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from weftrain.core.errors import WeftrainError
 from weftrain.core.formats import fsops
+from weftrain.core.formats.units import gb
 
 _BLOCK_BYTES = 32 << 20
 
@@ -33,7 +34,7 @@ class DiskSpeed:
     mixed: float
 
     def __str__(self) -> str:
-        return f"read {self.read / 1e9:.2f}, write {self.write / 1e9:.2f}, both at once {self.mixed / 1e9:.2f} GB/s"
+        return f"read {gb(self.read)}/s, write {gb(self.write)}/s, both at once {gb(self.mixed)}/s"
 
 
 def measured_disk(folder: Path, size_bytes: int = 1 << 30) -> DiskSpeed:

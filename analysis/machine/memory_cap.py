@@ -13,6 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
+from weftrain.core.formats.units import gib
+
 _V2, _V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")
 
 
@@ -66,10 +68,10 @@ def main(arguments: list[str]) -> int:
     if isinstance(group, Path):
         peak = peak_bytes(group)
         group.rmdir()
-        whole = "" if peak is None else f", {peak / 2**20:,.0f} MiB with page cache"
-        print(f"memory capped at {arguments[0]} MiB by a cgroup; peak {resident / 2**20:,.0f} MiB resident{whole}")
+        whole = "" if peak is None else f", {gib(peak)} with page cache"
+        print(f"memory capped at {gib(limit)} by a cgroup; peak {gib(resident)} resident{whole}")
     else:
-        print(f"memory NOT capped ({group}); peak {resident / 2**20:,.0f} MiB resident")
+        print(f"memory NOT capped ({group}); peak {gib(resident)} resident")
     if code == -signal.SIGKILL:
         print("the command was killed: it needed more than the cap", file=sys.stderr)
     return code if code >= 0 else 128 - code

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from weftrain.analysis.machine.disk import measured_disk
 from weftrain.analysis.machine.environment import environment
+from weftrain.core.formats.units import gb, gib
 from weftrain.kernels.bench.roofline import measured_bandwidth, measured_matmul_peak, table_peak
 
 OUTLIER = 0.9  # of the median
@@ -128,8 +129,8 @@ def machine_lines(found: dict[str, Any]) -> Iterator[str]:
     """The figures as lines of text."""
     about, ranks = found["environment"], found["ranks"]
     torch_version = about["libraries"]["torch"]
-    memory_gib = about["memory_bytes"] / 2**30
-    yield f"{about['device']}; {about['cpu_count']} CPU cores, {memory_gib:,.0f} GiB; torch {torch_version}"
+    memory = gib(about["memory_bytes"])
+    yield f"{about['device']}; {about['cpu_count']} CPU cores, {memory}; torch {torch_version}"
     for name in ranks[0]["matmul_flops"]:
         yield from _rate_lines(
             f"matrix multiply {name}", {one["rank"]: one["matmul_flops"][name] for one in ranks}, "GFLOP/s"
@@ -139,17 +140,13 @@ def machine_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"{'bf16 peak, data sheet':<26} {'unknown' if sourced is None else f'{sourced / 1e12:,.1f} TFLOP/s'}"
     if "disk_bytes_per_s" in found:
         disk = found["disk_bytes_per_s"]
-        read, write, both = (disk[key] / 1e9 for key in ("read", "write", "both"))
-        yield f"{'disk':<26} read {read:,.2f}, write {write:,.2f}, both at once {both:,.2f} GB/s ({disk['folder']})"
+        read, write, both = (gb(disk[key]) for key in ("read", "write", "both"))
+        yield f"{'disk':<26} read {read}/s, write {write}/s, both at once {both}/s ({disk['folder']})"
     for one in found["collectives"]:
         slow = outliers({rank: 1 / seconds for rank, seconds in enumerate(one["seconds"])})
         told = f"; outliers: {', '.join(f'rank {rank}' for rank in slow)}" if slow else ""
-        size, middle_ms, bus = (
-            one["bytes"] / 2**20,
-            statistics.median(one["seconds"]) * 1e3,
-            one["bus_bytes_per_s"] / 1e9,
-        )
-        yield f"{one['operation']:<16} {size:>9,.3f} MiB  {middle_ms:>9,.3f} ms  bus {bus:,.2f} GB/s{told}"
+        size, middle_ms, bus = gb(one["bytes"]), statistics.median(one["seconds"]) * 1e3, gb(one["bus_bytes_per_s"])
+        yield f"{one['operation']:<16} {size:>12}  {middle_ms:>9,.3f} ms  bus {bus}/s{told}"
 
 
 def _rate_lines(name: str, values: dict[int, float], unit: str) -> Iterator[str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from weftrain.core.errors import BackendError
 from weftrain.core.formats import fsops
+from weftrain.core.formats.units import gb
 
 # names the Python of an existing environment, for instance on a cluster's user node
 PYTHON_VARIABLE = "WEFTRAIN_CEREBRAS_PYTHON"
@@ -123,8 +124,8 @@ def make(progress: Progress, interpreter: Path | None = None) -> Path:
         free = fsops.free_bytes(folder.parent)
         if free < NEEDED_BYTES:
             raise BackendError(
-                f"{folder.parent}: {free / 1e9:.1f} GB are free and making the environment needs "
-                f"{NEEDED_BYTES / 1e9:.1f} GB: free some, or set XDG_CACHE_HOME to a folder on another disk"
+                f"{folder.parent}: {gb(free)} are free and making the environment needs "
+                f"{gb(NEEDED_BYTES)}: free some, or set XDG_CACHE_HOME to a folder on another disk"
             )
         if folder.exists():
             fsops.remove_tree(folder)  # interrupted, or its Python is missing

@@ -19,6 +19,7 @@ from weftrain.backends.cuda.options import CudaOptions
 from weftrain.core.backend import Job
 from weftrain.core.config import Recipe
 from weftrain.core.formats.strict_model import StrictModel
+from weftrain.core.formats.units import gb, gib
 from weftrain.core.order.batch import BatchSource
 from weftrain.core.prediction import Prediction, Speeds
 
@@ -53,11 +54,11 @@ class CudaBackend(PlainBackend):
             f"{shape.tensor} tensor "
             f"= {shape.size}",
             "memory       "
-            + " + ".join(f"{name} {size / 2**30:,.2f}" for name, size in held.memory_bytes.items())
-            + f" = {held.total_memory_bytes / 2**30:,.2f} GiB a device",
+            + " + ".join(f"{name} {gib(size)}" for name, size in held.memory_bytes.items())
+            + f" = {gib(held.total_memory_bytes)} a device",
             "sent         "
-            + (" + ".join(f"{name} {size / 1e9:,.2f}" for name, size in sent.items()) or "0")
-            + f" = {sum(sent.values()) / 1e9:,.2f} GB a device and step",
+            + (" + ".join(f"{name} {gb(size)}" for name, size in sent.items()) or "0")
+            + f" = {gb(sum(sent.values()))} a device and step",
         ]
 
     def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction:

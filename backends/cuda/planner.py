@@ -18,6 +18,7 @@ from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees, degrees
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
+from weftrain.core.formats.units import gib
 from weftrain.core.parameters import Role, flops_per_token, parameter_specs
 from weftrain.core.prediction import Needs, Prediction, Speeds
 
@@ -268,14 +269,13 @@ def check_memory(recipe: Recipe, options: CudaOptions, shape: Degrees, device: t
     if wanted.total_memory_bytes <= capacity:
         return
     told = ", ".join(
-        f"{name} {size / 2**30:,.1f}"
+        f"{name} {gib(size)}"
         for name, size in sorted(wanted.memory_bytes.items(), key=lambda part: -part[1])
         if size > 1 << 27
     )
     remedy = "; ".join(remedies(recipe, options, shape, device.type, capacity))
     raise BackendError(
-        f"a rank needs about {wanted.total_memory_bytes / 2**30:,.1f} GiB ({told}), and {where} has "
-        f"{capacity / 2**30:,.1f}: "
+        f"a rank needs about {gib(wanted.total_memory_bytes)} ({told}), and {where} has {gib(capacity)}: "
         f"what would fit: {remedy}"
     )
 

@@ -17,6 +17,7 @@ from weftrain.backends.streaming.store.layout import Layout
 from weftrain.backends.streaming.store.state_format import ITEM_BYTES
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
+from weftrain.core.formats.units import gb, gib
 from weftrain.core.parameters import flops_per_token
 from weftrain.core.prediction import Needs, Prediction, Speeds
 
@@ -103,10 +104,10 @@ def check_memory(recipe: Recipe, options: StreamingOptions, layout: Layout) -> N
     wanted = needs(recipe, options, layout)
     available, limited_by = _available_memory(options)
     if wanted.total_memory_bytes > available:
-        parts = ", ".join(_mebibytes(wanted))
+        parts = ", ".join(_memory_parts(wanted))
         raise BackendError(
-            f"the run needs about {wanted.total_memory_bytes / 2**20:,.0f} MiB of memory ({parts}), "
-            f"{available / 2**20:,.0f} MiB {limited_by}: {remedies(recipe, options)}"
+            f"the run needs about {gib(wanted.total_memory_bytes)} of memory ({parts}), "
+            f"{gib(available)} {limited_by}: {remedies(recipe, options)}"
         )
 
 
@@ -131,21 +132,21 @@ def remedies(recipe: Recipe, options: StreamingOptions) -> str:
     return ", ".join(found) or "a smaller model, or a machine with more memory"
 
 
-def _mebibytes(wanted: Needs) -> list[str]:
-    return [f"{name} {size / 2**20:,.0f}" for name, size in wanted.memory_bytes.items()]
+def _memory_parts(wanted: Needs) -> list[str]:
+    return [f"{name} {gib(size)}" for name, size in wanted.memory_bytes.items()]
 
 
 def outline(recipe: Recipe, options: StreamingOptions) -> list[str]:
     """See Predictor.outline."""
     layout = layout_of(recipe, options)
     wanted, form = needs(recipe, options, layout), layout.format
-    memory = " + ".join(_mebibytes(wanted))
+    memory = " + ".join(_memory_parts(wanted))
     return [
         f"streaming    tier {options.tier}, activations {options.activations}; {form.name}: "
         f"{form.bytes_per_parameter(recipe.precision.compute):.4g} B a parameter; exact: {form.exact}",
-        f"store        {layout.state_bytes / 1e9:,.2f} GB of state and {layout.gradient_bytes / 1e9:,.2f} GB of "
+        f"store        {gb(layout.state_bytes)} of state and {gb(layout.gradient_bytes)} of "
         f"spooled gradients in {len(layout.tiles)} tiles of {len(layout.records)} records",
-        f"memory       {memory} = {wanted.total_memory_bytes / 2**20:,.0f} MiB",
+        f"memory       {memory} = {gib(wanted.total_memory_bytes)}",
         *draw(middle_step(recipe, options, layout)),
     ]
 
@@ -154,7 +155,7 @@ def draw(schedule: PassSchedule, width: int = 100) -> Iterator[str]:
     """The schedule as text: one line for consecutive events of a kind, with the bytes that the store moves."""
     most = max((event.bytes_read + event.bytes_written for event in schedule.events), default=0)
     marks_are = "one mark a record: # state and gradient, + weights, = gradient, . nothing"
-    yield f"{'':24}{'read':>12} {'written':>12}   {marks_are}"
+    yield f"{'':28}{'read':>13} {'written':>13}   {marks_are}"
     lines: list[tuple[str, list[Event]]] = []
     for event in schedule.events:
         name = event.record.name.partition(".")[0]
@@ -172,10 +173,6 @@ def draw(schedule: PassSchedule, width: int = 100) -> Iterator[str]:
         written = sum(event.bytes_written for event in events)
         marks = "".join("#" if event.kind == "update" else "+" if event.bytes_read else "." for event in events)
         sent = sum(spooled.get(event.record.index, 0) for event in events) if in_backward else 0
-        yield f"{label:24}{_size(read)} {_size(written + sent)}   {marks[:width]}{'=' if sent else ''}"
-    total = f"{_size(schedule.bytes_read)} {_size(schedule.bytes_written)}"
-    yield f"{'a step':24}{total}   largest event {_size(most).strip()}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:8.2f} GiB" if count >= 2**30 else f"{count / 2**20:8.1f} MiB"
+        yield f"{label:28}{gb(read):>13} {gb(written + sent):>13}   {marks[:width]}{'=' if sent else ''}"
+    total = f"{gb(schedule.bytes_read):>13} {gb(schedule.bytes_written):>13}"
+    yield f"{'a step':28}{total}   largest event {gb(most)}"

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from weftrain.core.errors import DataError
+from weftrain.core.formats.units import gib
 from weftrain.data_prep.inputs.files import BLOCK_BYTES, is_local, open_address
 
 INPUT_BYTES = 1 << 16  # a block of the compressed file
@@ -222,7 +223,7 @@ class Decompressed(io.RawIOBase):
         place = f"byte {self._block + self._taken:,}"
         if "memory" in str(error).lower():
             return (
-                f"needs a window of more than {MAX_WINDOW_BYTES >> 30} GiB to be decompressed; compress it again with "
+                f"needs a window of more than {gib(MAX_WINDOW_BYTES)} to be decompressed; compress it again with "
                 "a smaller one"
             )
         if self._fresh and self._frames and not self._input.startswith(self._format.magic, self._taken):

@@ -131,7 +131,7 @@ def measured_bandwidth(device: torch.device, size_bytes: int = 2**28, repeats: i
             rate = moved / (time.perf_counter() - start)
             if repeat >= 2 and rate > best:
                 best, name = rate, pattern
-    return Rate(best, f"measured: {name} of {size_bytes // 2**20} MiB arrays, best of {repeats}", "B")
+    return Rate(best, f"measured: {name} of {size_bytes / 2**30:.3g} GiB arrays, best of {repeats}", "B")
 
 
 def table_bandwidth(device: torch.device) -> Rate:

@@ -347,7 +347,7 @@ def test_the_machine_is_described() -> None:
         "a CPU, 2 threads, AVX512, torch 2.13.0, bfloat16, suite 7b",
         "peak       400.0 GFLOP/s (measured); data sheet: unknown (no sheet)",
         "bandwidth  20.0 GB/s (copy); data sheet: unknown (no sheet)",
-        "cache      32 MiB (largest); inputs in 4 to 4,096 copies, used in turn; still within the cache: swiglu odd",
+        "cache      0.0312 GiB (largest); inputs in 4 to 4,096 copies, used in turn; still within the cache: swiglu odd",
     ]
     assert (
         "overwritten before each sample"

@@ -169,7 +169,7 @@ def test_memory_cap_says_what_it_did() -> None:
 
     done = run("2000", "x = bytearray(50 << 20); raise SystemExit(3)")
     assert done.returncode == 3
-    capped = "capped at 2000 MiB by a cgroup" in done.stdout
+    capped = "capped at 1.95 GiB by a cgroup" in done.stdout
     assert capped or "memory NOT capped" in done.stdout
     assert run("100", "").returncode == 0
     if not capped:

@@ -110,7 +110,7 @@ def test_a_python_that_is_gone(folder: Path, pip: list[str]) -> None:
 def test_no_room(folder: Path, pip: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsops, "free_bytes", lambda path: 10**9)
     with pytest.raises(
-        BackendError, match=r"1\.0 GB are free and making the environment needs 8\.6 GB: .* XDG_CACHE_HOME"
+        BackendError, match=r"1\.00 GB are free and making the environment needs 8\.59 GB: .* XDG_CACHE_HOME"
     ):
         environment.make(lambda words, share: None)
     assert pip == []

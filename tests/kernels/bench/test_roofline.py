@@ -67,8 +67,8 @@ def test_bandwidth_counts_what_is_moved(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(roofline.time, "perf_counter", lambda: next(now))
     found = measured_bandwidth(torch.device("cpu"), size_bytes=2**20, repeats=2)
     assert found.per_second == pytest.approx(3 * 2**20 / 1e-3)
-    assert found.origin == "measured: triad of 1 MiB arrays, best of 2"
-    assert str(found) == "3.1 GB/s (measured: triad of 1 MiB arrays, best of 2)"
+    assert found.origin == "measured: triad of 0.000977 GiB arrays, best of 2"
+    assert str(found) == "3.1 GB/s (measured: triad of 0.000977 GiB arrays, best of 2)"
     assert str(table_bandwidth(torch.device("cpu"))) == "unknown"
 
 

@@ -123,7 +123,8 @@ def test_too_little_room_is_said_before_anything_is_written(
         streaming(recipe, tmp_path, "direct")
     monkeypatch.undo()
     with pytest.raises(
-        BackendError, match=r"needs about [\d,]+ MiB of memory .*1 MiB backend\.options\.memory_limit_mib .*recompute"
+        BackendError,
+        match=r"needs about [\d.]+ GiB of memory .*0\.000977 GiB backend\.options\.memory_limit_mib .*recompute",
     ):
         streaming(recipe, tmp_path, "direct", memory_limit_mib=1)
     with pytest.raises(BackendError, match=r"no folder for it: give backend\.options\.store"):
