@@ -16,6 +16,7 @@ from weftrain.cli.bench_train import bench_train, launch, measure, run_options
 from weftrain.cli.display import Bar, Console, this_program
 from weftrain.cli.kernels import bench as kernels_bench
 from weftrain.cli.resolve import resolve, resolve_recipe
+from weftrain.core.formats.units import gb
 
 
 @click.group()
@@ -75,10 +76,10 @@ def bench_stream(
 def bench_data(recipe: str, overrides: tuple[str, ...], steps: int, beside_h5py: bool) -> None:
     """Measure the data path of RECIPE without a model, up to batches of int64 ids.
 
-    With data.sources it reads the shards' files, hashes of the blocks included; without, it takes synthetic rows from
-    memory, and says so.
+    With data.sources it reads the shards' files, and checks the hash of each block at its first use; without, it
+    takes synthetic rows from memory. GB/s are of the rows as they lie there, in the files mostly 2 bytes a token.
     """
-    from weftrain.analysis.bench.data import batch_times_ms, beside_h5py_ms
+    from weftrain.analysis.bench.data import batch_times_ms, beside_h5py_ms, what_is_read
     from weftrain.analysis.bench.timings import median_interval, percentile, warm_up_steps
     from weftrain.cli.assembly import open_data
     from weftrain.core.data import TokenSource
@@ -98,9 +99,11 @@ def bench_data(recipe: str, overrides: tuple[str, ...], steps: int, beside_h5py:
     middle, interval = statistics.median(counted), median_interval([counted])
     per_second = file.recipe.tokens_per_step / middle * 1e3
     spread = f"95 %: {interval.low:,.3f} to {interval.high:,.3f}; p99 {percentile(counted, 0.99):,.3f}"
-    what = "the shards' files" if isinstance(source, TokenSource) else "synthetic rows in memory: no file is read"
-    click.echo(f"reads {what}")
-    click.echo(f"{per_second / 1e6:,.2f} M tokens/s: {middle:,.3f} ms a batch of {rows} rows ({spread})")
+    read = what_is_read(source, range(0, 2 * steps, 2) if beside_h5py else range(steps))
+    bandwidth = gb(read.num_bytes / steps / middle * 1e3)
+    click.echo(f"reads {read.words}")
+    click.echo(f"{per_second / 1e6:,.2f} M tokens/s = {rows / middle * 1e3:,.0f} rows/s = {bandwidth}/s")
+    click.echo(f"{middle:,.3f} ms a batch of {rows} rows ({spread})")
     click.echo(
         f"first batch {step_ms[0]:,.2f} ms; {warm} of {steps} batches were warm-up; dataset {source.dataset_id[:12]}"
     )

@@ -32,7 +32,7 @@ def _bar(path: Path) -> Bar:
 
 def _shown(bar: Bar, words: str) -> Progress:
     """Shows bytes on the bar, with what is done with them."""
-    return lambda done, total: bar.update(done // 1_000_000, f"MB {words}", None, max(1, total // 1_000_000))
+    return lambda done, total: bar.update(done, words, None, total, sizes=True)
 
 
 def _hashed(bar: Bar, total: int) -> Callable[[int], None]:

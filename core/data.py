@@ -19,7 +19,7 @@ import numpy as np
 
 from weftrain.core.config import Recipe
 from weftrain.core.formats.dataset_manifest import SourceCursor, merkle_root
-from weftrain.core.formats.shard_reader import read_document_starts, read_rows
+from weftrain.core.formats.shard_reader import ShardReader, read_document_starts, read_rows
 from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.mixture import CerebrasOrder, SampleOrder, make_mixture, source_shares
@@ -68,6 +68,15 @@ class TokenSource:
 
     def rows(self, step: int, first: int, count: int) -> Batch:
         """Rows first..first+count-1 of the batch of `step`. Raises DataError for a damaged shard, ValueError."""
+        readers, positions = self.places(step, first, count)
+        ids = np.empty((count, self.sequence_length + 1), dtype=np.int64)
+        mask, starts = read_rows(ids, readers, positions), None
+        if self.document_attention:
+            starts = read_document_starts(self.sequence_length, readers, positions)
+        return Batch(ids, mask, starts)
+
+    def places(self, step: int, first: int, count: int) -> tuple[list[ShardReader], list[int]]:
+        """The shard that each of these rows is read from, and the token there at which it begins."""
         low, high = self._samples(step, first, count)
         shards: list[int] = []
         positions: list[int] = []
@@ -76,12 +85,7 @@ class TokenSource:
                 plan = self._plan(block)
                 shards += plan.shards[part]
                 positions += plan.positions[part]
-        readers = [self._readers[number] for number in shards]
-        ids = np.empty((count, self.sequence_length + 1), dtype=np.int64)
-        mask, starts = read_rows(ids, readers, positions), None
-        if self.document_attention:
-            starts = read_document_starts(self.sequence_length, readers, positions)
-        return Batch(ids, mask, starts)
+        return [self._readers[number] for number in shards], positions
 
     def sample_names(self, step: int, first: int, count: int) -> list[str]:
         """'source/train/00003.h5:17' for each row."""

@@ -6,16 +6,43 @@ The two are interleaved and read different steps, so neither finds rows that the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
 
 from weftrain.core.data import TokenSource
+from weftrain.core.formats.units import gb
 from weftrain.core.order.batch import BatchSource
+
+
+class WhatIsRead(NamedTuple):
+    """The rows of some batches: in words, and their bytes where they lie."""
+
+    words: str
+    num_bytes: int
+
+
+def what_is_read(source: BatchSource, steps: Iterable[int]) -> WhatIsRead:
+    """What the batches of `steps` take from the shards' files, or from memory."""
+    steps, rows = list(steps), source.global_batch_size
+    shape = f"{len(steps) * rows:,} rows of {source.sequence_length + 1:,} tokens"
+    if not isinstance(source, TokenSource):
+        num_bytes = len(steps) * rows * (source.sequence_length + 1) * 8
+        return WhatIsRead(f"{shape} of synthetic rows in memory, {gb(num_bytes)} of int64: no file is read", num_bytes)
+    count = Counter(reader for step in steps for reader in source.places(step, 0, rows)[0])
+    num_bytes = sum(
+        times * (source.sequence_length * sum(reader.itemsizes.values()) + reader.itemsizes["data"])
+        for reader, times in count.items()
+    )
+    there = sum(len(one.shards.entry.shards) for one in source.sources)
+    words = f"{shape} from {len(count):,} of {there:,} shard files, {gb(num_bytes)} as stored"
+    return WhatIsRead(words, num_bytes)
 
 
 def batch_times_ms(source: BatchSource, steps: int) -> list[float]:

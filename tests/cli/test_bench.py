@@ -5,6 +5,7 @@ path.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,7 +91,10 @@ def test_stream_and_data(weftrain: Callable[..., Result], tmp_path: Path) -> Non
     assert report["backend_stats"]
     result = weftrain("bench", "data", "bench_70m", "--steps", "10")
     assert result.exit_code == 0, result.output
-    assert "M tokens/s" in result.output
+    assert re.search(
+        r"^reads [\d,]+ rows of [\d,]+ tokens of synthetic rows in memory, .*: no file is read$", result.output, re.M
+    )
+    assert re.search(r"M tokens/s = [\d,]+ rows/s = [\d.]+ GB/s$", result.output, re.M)
 
 
 def test_a_backend_without_threads_and_options(weftrain: Callable[..., Result]) -> None:

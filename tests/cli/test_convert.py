@@ -62,13 +62,13 @@ def test_a_checkpoint_goes_there_and_back_with_every_bit(
 
 
 def _check_progress(done: Result, name: str, *words: str) -> None:
-    """stderr is a plain log in which each of `words` is said of MB until all are done; stdout has none of it."""
+    """stderr is a plain log in which each of `words` is said in GB until all are done; stdout has none of it."""
     lines = [line.partition(f"convert {name} ")[2] for line in done.stderr.splitlines()]
     for word in words:
-        counts = [tuple(map(int, line.split(" ")[0].split("/"))) for line in lines if line.endswith(f" MB {word}")]
+        counts = [tuple(map(float, line.split(" ")[0].split("/"))) for line in lines if line.endswith(f" GB {word}")]
         assert counts, (word, lines)
         assert counts == sorted(counts), counts
-    assert " MB " not in done.stdout
+    assert " GB " not in done.stdout
 
 
 def test_a_run_starts_from_what_was_read_in(trained: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:

@@ -87,13 +87,13 @@ def test_there_and_back_with_every_bit(
     )
     assert done.exit_code == 0, done.output
     assert "start from it with start_from={run: amber, state: weights}" in done.stdout
-    assert all(f" MB {word}\n" in done.stderr for word in ("hashed", "written"))
+    assert all(f" GB {word}\n" in done.stderr for word in ("hashed", "written"))
     state, manifest = checkpoint.load(newest(tmp_path / "runs" / "amber"))
     assert (state.step, manifest["tokens"], manifest["position"]) == (0, 0, 0)
     assert all(name.startswith("weights/") and tensor.dtype == torch.float32 for name, tensor in state.tensors.items())
     done = weftrain("convert", "to-huggingface", tmp_path / "runs" / "amber", tmp_path / "back", "--dtype", "float32")
     assert done.exit_code == 0, done.output
-    assert all(f" MB {word}\n" in done.stderr for word in ("verified", "written"))
+    assert all(f" GB {word}\n" in done.stderr for word in ("verified", "written"))
     ours, theirs = dict(HuggingFaceWeights(tmp_path / "back")), dict(HuggingFaceWeights(amber_folder))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

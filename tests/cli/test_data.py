@@ -15,6 +15,8 @@ from json_page import documented
 from made_texts import sentences
 from places import ROOT
 
+from weftrain.core.formats.units import gb
+
 Weftrain = Callable[..., Result]
 
 
@@ -241,5 +243,16 @@ def test_the_data_path_is_measured_beside_h5py_which_reads_the_same_rows(weftrai
     assert re.search(
         r"h5py, row by row: [\d.,]+ M tokens/s; the median ratio of a pair of batches is [\d.]+\n", result.output
     )
+    files = {place.file for step in range(0, 10, 2) for place in (source.locate(step, row) for row in range(16))}
+    size = 5 * 16 * 33 * 2 + 5 * 16 * 32 * source.sources[0].shards.reader(0).has_loss_mask
+    there = len(source.sources[0].shards.entry.shards)
+    assert (
+        f"reads 80 rows of 33 tokens from {len(files)} of {there} shard files, {gb(size)} as stored\n" in result.output
+    )
+    tokens, rows, bandwidth = re.search(
+        r"([\d.]+) M tokens/s = ([\d,]+) rows/s = ([\d.]+) GB/s\n", result.output
+    ).groups()  # type: ignore[union-attr]
+    assert float(tokens) * 1e6 == pytest.approx(float(rows.replace(",", "")) * 32, rel=0.1)
+    assert float(bandwidth) * 1e9 == pytest.approx(float(tokens) * 1e6 * size / (80 * 32), rel=0.1)
     result = weftrain("bench", "data", "bench_70m", "--h5py")
     assert (result.exit_code, "synthetic rows lie in no file" in result.output) == (2, True)
