@@ -75,6 +75,7 @@ class NullBackend(PlainBackend):
     summary = "computes nothing: tests the core, measures the data path alone"
     options = NullOptions
     returns_gradients = False
+    unsupported = frozenset({"samples"})  # its weights never change
 
     def prepare(self, job: Job) -> NullRun:
         return NullRun(job)

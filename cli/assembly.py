@@ -15,7 +15,7 @@ from weftrain.cli.resolve import resolve_foreign
 from weftrain.core import checkpoint
 from weftrain.core.backend import Backend, Run
 from weftrain.core.config import Recipe
-from weftrain.core.errors import CheckpointError
+from weftrain.core.errors import BackendError, CheckpointError
 from weftrain.core.formats.lazy_tensors import Progress
 from weftrain.core.formats.plain_file import real_path
 from weftrain.core.order.batch import BatchSource, EvaluationSource
@@ -23,6 +23,7 @@ from weftrain.core.parameters import flops_per_token
 from weftrain.core.recipe_file import RecipeFile
 from weftrain.core.run.speed import Peak, Speed, machine_name, recorded_peak
 from weftrain.core.run.start_weights import check_fit
+from weftrain.core.trainer import Sampler
 from weftrain.exchange.release.release import RELEASE
 
 
@@ -33,6 +34,20 @@ def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
 
     source = training_source(recipe)
     return source, open_heldout(recipe.data, recipe.model.vocab_size, recipe.log.evaluate_rows)
+
+
+def open_sampler(recipe: Recipe, backend: Backend) -> Sampler | None:
+    """What continues log.sample_prompts while the run trains; None for no prompts. Raises BackendError, DataError."""
+    if not recipe.log.sample_prompts:
+        return None
+    from weftrain.analysis.evaluation.samples import PromptSampler
+
+    if "samples" in backend.unsupported:
+        raise BackendError(
+            f"log.sample_prompts: the {backend.name} backend has no trained weights to write text with: leave the key "
+            "out, or use another backend"
+        )
+    return PromptSampler(recipe)
 
 
 def newest_or_named(path: Path, say: Callable[[str], None], progress: Progress = lambda done, total: None) -> Path:

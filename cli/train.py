@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from weftrain.core.formats.strict_model import StrictModel
     from weftrain.core.order.batch import BatchSource, EvaluationSource
     from weftrain.core.resume import Start
-    from weftrain.core.trainer import TrainedStep
+    from weftrain.core.trainer import Sampler, TrainedStep
 
+SHOWN_CHARACTERS = 48  # of a prompt and of its continuation, in the line of a sample
 SHOWN_CHANGES = 8  # keys in which a run's own recipe differs from the built-in one, listed when it goes on
 
 
@@ -200,7 +201,7 @@ def _train(
     **asked: bool,
 ) -> None:
     """Decide how the run starts, prepare the backend, and train. Nothing is written before training begins."""
-    from weftrain.cli.assembly import open_data
+    from weftrain.cli.assembly import open_data, open_sampler
     from weftrain.cli.resolve import backend_options
     from weftrain.core.resume import decide
     from weftrain.core.run.prepare import prepare_run
@@ -209,6 +210,7 @@ def _train(
     file, decided = _with_decisions(console, file, runs / name)
     backend, options = backend_options(file)
     source, heldout = open_data(file.recipe)
+    sampler = open_sampler(file.recipe, backend)
     with open_run(runs / name, file.recipe.model_dump(mode="json")) as folder, contextlib.ExitStack() as ending:
         start = decide(
             folder,
@@ -232,7 +234,7 @@ def _train(
                 run.import_state(start.state)
         if stop.number:  # there is nothing to save yet, and the first step may take longer than the grace period
             return console.print("stopped before the first step; the same command starts again")
-        done = _fit(console, start, backend, run, heldout, stop, told)
+        done = _fit(console, start, backend, run, heldout, sampler, stop, told)
     if stop.number:
         console.print(f"stopped after step {done} and saved; the same command resumes")
     else:
@@ -245,6 +247,7 @@ def _fit(
     backend: Backend,
     run: Run,
     heldout: Sequence[EvaluationSource],
+    sampler: Sampler | None,
     stop: StopRequest,
     told: PreparationBar,
 ) -> int:
@@ -260,7 +263,13 @@ def _fit(
     speed = run_speed(recipe, backend, run, folder.path / METRICS)
     _announce(console, recipe, fingerprint, speed.peak, folder.path, first)
     with (
-        MetricsWriter(folder.path, recipe.log.tensorboard, start.resumed_step, repaired=True) as metrics,
+        MetricsWriter(
+            folder.path,
+            recipe.log.tensorboard,
+            start.resumed_step,
+            repaired=True,
+            hyperparameters=recipe.model_dump(mode="json"),
+        ) as metrics,
         Bar(console, folder.path.name, plan.last_step, first) as bar,
     ):
         metrics.event("start", step=first, kernels=dict(fingerprint.kernels), **speed.as_record())
@@ -276,6 +285,7 @@ def _fit(
             ledger,
             speed=speed,
             history=start.history,
+            sampler=sampler,
             should_stop=stop.requested,
         )
         done = _shown(steps, bar, first)
@@ -321,6 +331,9 @@ def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int) -> int:
                 f"step {done:>6}  held-out {heldout_label(held)}: loss {held['loss']:.4f}, perplexity "
                 f"{held['perplexity']:,.2f}"
             )
+        for sample in progress.samples:
+            text = sample.problem or f"{_short(sample.prompt)} -> {_short(sample.text)}"
+            bar.say(f"step {done:>6}  sample {text}")
         if progress.saved is not None and progress.saved.set_aside is not None:
             bar.say(
                 f"warning: another checkpoint of step {progress.saved.step} was moved to "
@@ -328,6 +341,11 @@ def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int) -> int:
             )
         bar.update(done, loss)
     return done
+
+
+def _short(text: str) -> str:
+    """A text in one line of a terminal, quoted, with its line ends as escapes."""
+    return repr(text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…")
 
 
 def _with_decisions(console: Console, file: RecipeFile, folder: Path) -> tuple[RecipeFile, set[str]]:

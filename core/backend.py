@@ -224,8 +224,8 @@ class Run(Protocol):
 
 
 # What a recipe may ask for that a backend need not have: dropout, sums in a fixed tree (precision.numerics:
-# replayable), or several processes (batch.replicas).
-Feature = Literal["dropout", "replayable", "replicas"]
+# replayable), several processes (batch.replicas), or text while it trains (log.sample_prompts).
+Feature = Literal["dropout", "replayable", "replicas", "samples"]
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from weftrain.core.formats.safe_names import PlainName
 from weftrain.core.formats.strict_model import (
@@ -34,6 +34,7 @@ TimeoutS = Annotated[int, Field(gt=0, le=30 * 86_400)]  # at most a month: torch
 # position are made before anything is computed.
 Layers = Annotated[int, Field(gt=0, le=10_000)]
 Width = Annotated[int, Field(gt=0, le=1 << 22)]
+Prompt = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
 class CompileOption(StrictModel):
@@ -238,6 +239,24 @@ class LogConfig(StrictModel):
     evaluate_every_steps: Count
     evaluate_rows: PositiveInt = 64  # rows of each held-out set
     tensorboard: bool = True
+    # texts that the model continues at each evaluation, by the most likely token; the first process does it on its CPU
+    sample_prompts: Annotated[tuple[Prompt, ...], Field(max_length=16, strict=False)] = ()
+    sample_tokens: Annotated[int, Field(gt=0, le=1024)] = 64  # new tokens of each sample, at most
+
+    @model_validator(mode="after")
+    def _check(self) -> LogConfig:
+        if self.sample_prompts and not self.evaluate_every_steps:
+            raise ValueError(
+                "'sample_prompts' are continued at each evaluation, and there is none: set 'evaluate_every_steps'"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the sample keys at their defaults: a recipe that does not use them has the hash it had before."""
+        fields, found = type(self).model_fields, handler(self)
+        left_out = {key for key in ("sample_prompts", "sample_tokens") if getattr(self, key) == fields[key].default}
+        return {key: value for key, value in found.items() if key not in left_out}
 
 
 # keys of the model that change what the same weights compute, and no tensor's shape

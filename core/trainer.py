@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weftrain.core.backend import Plan, Run, StepResult
+from weftrain.core.backend import Plan, Run, State, StepResult
 from weftrain.core.checkpoint import CheckpointInfo
 from weftrain.core.config import Recipe
 from weftrain.core.errors import NonFiniteError
@@ -27,12 +27,25 @@ from weftrain.core.saving import History, Saver
 
 
 @dataclass(frozen=True)
+class TextSample:
+    """What the model wrote after a prompt. problem: why there is no text; "" where there is."""
+
+    prompt: str
+    text: str
+    problem: str = ""
+
+
+Sampler = Callable[[State], Sequence[TextSample]]
+
+
+@dataclass(frozen=True)
 class TrainedStep:
     """A step that is complete and recorded. What the plan did not ask for is None or empty."""
 
     result: StepResult
     log: dict[str, Any] | None  # the line that went into metrics.jsonl
     evaluations: tuple[dict[str, Any], ...]
+    samples: tuple[TextSample, ...]
     saved: CheckpointInfo | None  # of this step or, if the backend saves in the background, of an earlier one
 
 
@@ -48,12 +61,14 @@ def fit(
     *,
     speed: Speed,
     history: History = History(),  # noqa: B008 - immutable
+    sampler: Sampler | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[TrainedStep]:
     """Train to plan.last_step, or to the end of the step in which should_stop() becomes true or too many were skipped
     (core/run/skip_limits.py); then the state is saved first.
 
     The first step is the unfinished one of `history`, if there is one: it is recorded as if it had just been made.
+    sampler: is given the state at each evaluation, and writes texts with it.
     Raises NonFiniteError, CheckpointError, DataError.
     """
     first_step = plan.start_step - (history.unfinished is not None)
@@ -65,13 +80,15 @@ def fit(
             log = recorder.step(result, due.wants_log(completed))
             if result.skipped and not (unfinished is not None and skip_is_entered(ledger.entries, completed)):
                 _enter_skip(ledger, recipe if unfinished is None else unfinished.recipe, completed)
-            evaluations = recorder.evaluations(completed) if due.wants_evaluation(completed) else ()
+            evaluate = due.wants_evaluation(completed)
+            samples = recorder.samples(completed, sampler) if evaluate and sampler is not None else ()
+            evaluations = recorder.evaluations(completed) if evaluate else ()
             too_many = limits.exceeded(completed, result.skipped)
             stop = should_stop() or too_many is not None
             if stop or due.wants_state(completed):
                 saver.begin(unfinished)
             saved = saver.finished(wait=stop or completed == plan.last_step)
-            yield TrainedStep(result, log, evaluations, saved)
+            yield TrainedStep(result, log, evaluations, samples, saved)
             if too_many is not None:
                 raise NonFiniteError(
                     f"step {result.step}: {too_many}: the state after {completed} completed steps is saved; look at "
@@ -134,6 +151,18 @@ class _Recorder:
         self._metrics.step(line)
         self._saver.measured("step", line)
         return line
+
+    def samples(self, completed: int, sampler: Sampler) -> tuple[TextSample, ...]:
+        """Write and record texts. The state is given back before the next step, which would copy what is still held."""
+        found = tuple(sampler(self._run.export_state()))
+        self._metrics.samples(
+            [
+                {"step": completed, "prompt": one.prompt, "text": one.text}
+                | ({"problem": one.problem} if one.problem else {})
+                for one in found
+            ]
+        )
+        return found
 
     def evaluations(self, completed: int) -> tuple[dict[str, Any], ...]:
         """Measure and record the loss on every held-out set."""

@@ -1,7 +1,7 @@
 """A run's measurements: metrics.jsonl is the truth, TensorBoard the view.
 
-One JSON object a line, with `kind` (step, evaluation, or an event's name), `step` (completed steps) and `time` (seconds
-since 1970). Lines are only ever appended; a resume from step k appends {"kind": "resume", "step": k}, and
+One JSON object a line, with `kind` (step, evaluation, sample, or an event's name), `step` (completed steps) and `time`
+(seconds since 1970). Lines are only ever appended; a resume from step k appends {"kind": "resume", "step": k}, and
 `read_metrics` then leaves out what came before it and lies beyond k. JSON has no NaN, so non-finite numbers are the
 strings "nan", "inf" and "-inf" in the file; `read_metrics` makes them floats again.
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weftrain.core.errors import RunFolderError, os_errors_as
+from weftrain.core.errors import RunFolderError, os_errors_as, printable
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.formats.plain_file import open_plain, read_plain
@@ -37,7 +37,8 @@ class MetricsWriter:
 
     resume_step: the completed steps of the checkpoint that this start continues from; None for a fresh run, which is
     taken as 0 where the file already has lines (a run killed before its first checkpoint). The file is repaired first
-    (see `repair`), unless it was just now. Raises RunFolderError where the files cannot be written.
+    (see `repair`), unless it was just now. hyperparameters: a recipe's values, which TensorBoard shows beside those of
+    other runs. Raises RunFolderError where the files cannot be written.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class MetricsWriter:
         resume_step: int | None = None,
         *,
         repaired: bool = False,
+        hyperparameters: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._path = Path(folder) / METRICS
@@ -58,7 +60,7 @@ class MetricsWriter:
             if resume_step is None and self._path.exists() and self._path.stat().st_size:
                 resume_step = 0
             if tensorboard:
-                self._board = _open_board(self._path.parent / TENSORBOARD, resume_step)
+                self._board = _open_board(self._path.parent / TENSORBOARD, resume_step, hyperparameters or {})
         if resume_step is not None:
             self.event("resume", step=resume_step)
 
@@ -71,6 +73,18 @@ class MetricsWriter:
         """A held-out measurement; `record` has `step` and `set`. In TensorBoard it is heldout/<set>/<name>."""
         self._append("evaluation", record)
         self._mirror(f"heldout/{record['set']}", record)
+
+    def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Texts that the model wrote; each of `records` has `step`, `prompt`, `text` (what follows the prompt) and,
+        where there is none, `problem`. In TensorBoard they are the texts samples/1, samples/2, ..
+        """
+        for number, record in enumerate(records, 1):
+            self._append("sample", record)
+            if self._board is not None:
+                text = printable(record.get("problem") or record["prompt"] + record["text"], keep="\n\t")
+                code = "\n".join(f"    {line}" for line in text.split("\n"))  # Markdown shows it as it is
+                with self._writing():
+                    self._board.add_text(f"samples/{number}", code, record["step"], walltime=self._time)  # type: ignore[no-untyped-call]
 
     def event(self, kind: str, **fields: Any) -> None:
         """Something that happened, such as a checkpoint or a resume. All lines so far become durable."""
@@ -168,10 +182,10 @@ def effective_records(folder: Path, without: Collection[int] = ()) -> Iterator[d
     """The effective records of a run, in the order they were made: what an uninterrupted run would have left, and the
     events.
 
-    Of step and evaluation records with the same step (and set) the last counts, and none counts that lies beyond the
-    step of a later resume. A torn last line is left out. Nothing where there are no metrics. The file is read as the
-    records are asked for, and none is kept. without: numbers of damaged lines that are passed over (`damaged_lines`).
-    Raises RunFolderError for any other damaged line.
+    Of step, evaluation and sample records with the same step (and set, or prompt) the last counts, and none counts
+    that lies beyond the step of a later resume. A torn last line is left out. Nothing where there are no metrics. The
+    file is read as the records are asked for, and none is kept. without: numbers of damaged lines that are passed over
+    (`damaged_lines`). Raises RunFolderError for any other damaged line.
     """
     return (record for _, record, left_by in counted_lines(Path(folder) / METRICS, without) if not left_by)
 
@@ -236,8 +250,24 @@ def _scalars(tag: str, record: Mapping[str, Any]) -> Iterator[tuple[str, float]]
             yield f"{tag}/{name}", value
 
 
-def _open_board(folder: Path, resume_step: int | None) -> SummaryWriter:
+def _open_board(folder: Path, resume_step: int | None, hyperparameters: Mapping[str, Any]) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and wanted only here
+    from torch.utils.tensorboard.summary import hparams
 
     fsops.make_dirs(folder)
-    return SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)  # type: ignore[no-untyped-call]
+    # Also where nothing is to be left out: TensorBoard takes the first of these marks in a folder for a mere start.
+    board = SummaryWriter(str(folder), purge_step=0 if resume_step is None else resume_step + 1)  # type: ignore[no-untyped-call]
+    if hyperparameters:
+        # Not SummaryWriter.add_hparams, which opens a run of its own in a folder below.
+        for summary in hparams(dict(_leaves("", hyperparameters)), {"train/loss": 0.0}):  # type: ignore[no-untyped-call]
+            board.file_writer.add_summary(summary)  # type: ignore[attr-defined, no-untyped-call]
+    return board
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of a nested mapping; a list is one value, as JSON, and so is null."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _leaves(f"{key}.{name}" if key else name, item)
+    else:
+        yield key, value if isinstance(value, str | int | float) else canonical_json(value).decode()

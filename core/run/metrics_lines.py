@@ -18,12 +18,13 @@ from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import UnreadableFileError, plain_lines
 
 MetricsRecord = dict[str, Any]
-MEASURED = ("step", "evaluation")
+MEASURED = ("step", "evaluation", "sample")
 # JSON has no such numbers; they are these strings in the file
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 MAX_STEP = 1 << 53  # beyond it a float does not count by ones
 _MAX_NUMBER = 1e300  # JSON may hold integers that no float does
 _MAX_TEXT = 10_000
+_MAX_SAMPLE = 1_000_000  # characters of a prompt, and of what the model made of it
 _LAST_SECOND = 253_402_300_799  # of the year 9999
 _MAX_REMEMBERED = 1_000_000  # restarts, and steps measured twice, that a file may tell of
 _MAX_SERIES = 1_000  # training and held-out sets
@@ -98,8 +99,11 @@ def _checked(data: bytes) -> MetricsRecord:
 
 
 def measurement(record: MetricsRecord) -> tuple[Any, ...]:
-    """What a step or evaluation record measured: of two with the same, the later one counts."""
-    return ("step", record["step"]) if record["kind"] == "step" else ("evaluation", record["step"], record["set"])
+    """What a step, evaluation or sample record measured: of two with the same, the later one counts."""
+    kind, step = record["kind"], record["step"]
+    if kind == "sample":
+        return (kind, step, kind, record["prompt"])
+    return (kind, step) if kind == "step" else (kind, step, record["set"])
 
 
 def _survey(path: Path) -> tuple[_Cuts, dict[tuple[Any, ...], int], int]:
@@ -201,6 +205,10 @@ def _is_text(value: Any) -> bool:
     return type(value) is str and len(value) <= _MAX_TEXT
 
 
+def _is_long_text(value: Any) -> bool:
+    return type(value) is str and len(value) <= _MAX_SAMPLE
+
+
 def _is_rates(value: Any) -> bool:
     return type(value) is dict and all(type(rate) is float or _is_number(rate) for rate in value.values())
 
@@ -237,9 +245,18 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "peak_machine": (_is_text, "text"),
     "flops_per_token": (_is_number, "a number"),
     "torn_lines": (_is_count, "a count"),
+    "prompt": (_is_long_text, "text"),
+    "text": (_is_long_text, "text"),
+    "problem": (_is_text, "text"),
 }
 _FLOATS = frozenset(key for key, (check, _) in _FIELDS.items() if check is _is_number)
-_REQUIRED = {"step": ("step", "loss"), "evaluation": ("step", "set", "loss"), "resume": ("step",)}
+_REQUIRED = {
+    "step": ("step", "loss"),
+    "evaluation": ("step", "set", "loss"),
+    "sample": ("step", "prompt", "text"),
+    "resume": ("step",),
+}
+_TEXTS = ("kind", "set", "prompt", "text", "problem")  # where "nan" is a word
 _STEP_LINE = re.compile(rb'\{"kind": "step", "time": [0-9.e+]{1,30}, "step": ([0-9]{1,15}), "')
 
 
@@ -261,7 +278,7 @@ def check_record(record: Any) -> None:
 
 def _restored(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: item if key in ("kind", "set") else _restored(item) for key, item in value.items()}
+        return {key: item if key in _TEXTS else _restored(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_restored(item) for item in value]
     return NON_FINITE.get(value, value) if isinstance(value, str) else value

@@ -24,6 +24,9 @@ from weftrain.core.config import Recipe, Segment, with_earlier_keys
         ("model", {"max_position_embeddings": 2}, "exceeds model.max_position_embeddings 2"),
         ("batch", {"micro_batch_size": 3}, "not a multiple of micro_batch_size x replicas = 3 x 1 = 3"),
         ("schedule", {"steps": 10**6}, "add a segment"),
+        ("log", {"sample_prompts": ["a"], "evaluate_every_steps": 0}, "set 'evaluate_every_steps'"),
+        ("log", {"sample_prompts": [""], "evaluate_every_steps": 1}, "at least 1 character"),
+        ("log", {"sample_tokens": 1025}, "less than or equal to 1024"),
     ],
 )
 def test_what_is_refused(section: str, change: dict[str, Any], words: str, tiny_recipe: Callable[..., Recipe]) -> None:
@@ -46,3 +49,13 @@ def test_a_record_without_an_objective_divided_by_all_positions() -> None:
     assert (
         with_earlier_keys({"objective": {"normalizer": "bearing_tokens"}})["objective"]["normalizer"] != "all_positions"
     )
+
+
+def test_a_recipe_without_samples_is_recorded_as_before_there_were_any(tiny_recipe: Callable[..., Recipe]) -> None:
+    recorded = tiny_recipe("crystal").model_dump(mode="json")["log"]
+    assert recorded.keys() == {"every_steps", "evaluate_every_steps", "evaluate_rows", "tensorboard"}
+    asks = ("log.evaluate_every_steps=2", 'log.sample_prompts=["a", "b"]', "log.sample_tokens=7")
+    recipe = tiny_recipe("crystal", *asks)
+    recorded = recipe.model_dump(mode="json")
+    assert (recorded["log"]["sample_prompts"], recorded["log"]["sample_tokens"]) == (["a", "b"], 7)
+    assert Recipe.from_record(recorded) == recipe

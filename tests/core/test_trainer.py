@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from weftrain.core.backend import EvalResult, Plan, StepResult
+from weftrain.core.backend import EvalResult, Plan, State, StepResult
 from weftrain.core.config import Recipe
 from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.run.ledger import Ledger, read_ledger
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.metrics import MetricsWriter, read_metrics
 from weftrain.core.run.speed import Peak, Speed
-from weftrain.core.trainer import TrainedStep, fit
+from weftrain.core.trainer import Sampler, TextSample, TrainedStep, fit
 
 Tiny = Callable[..., Recipe]
 HELD = SimpleNamespace(name="words", num_rows=4, rows_available=9, dataset_id="d" * 64)
@@ -37,18 +37,24 @@ class Told:
     def evaluate(self, source: Any) -> EvalResult:
         return EvalResult(2.0, 64)
 
+    def export_state(self) -> State:
+        return State(0, 0, {})
+
     def stats(self) -> dict[str, float]:
         return {"memory_bytes": 5.0}
 
 
-def trained(results: Sequence[StepResult], recipe: Recipe, folder: Path) -> list[TrainedStep]:
+def trained(
+    results: Sequence[StepResult], recipe: Recipe, folder: Path, sampler: Sampler | None = None
+) -> list[TrainedStep]:
     plan = Plan(0, len(results), log_every_steps=2, evaluate_every_steps=2, checkpoint_at_end=False)
     where, source = folder / "checkpoints", synthetic_source(97, 13, 12, 4, seed=5)
     with MetricsWriter(folder, tensorboard=False) as metrics:
         run: Any = Told(results)
         held: Any = [HELD]
         speed = Speed(1.0, Peak(None, ""))
-        return list(fit(run, plan, recipe, source, held, where, metrics, Ledger(folder), speed=speed))
+        place = (source, held, where, metrics, Ledger(folder))
+        return list(fit(run, plan, recipe, *place, speed=speed, sampler=sampler))
 
 
 def test_a_line_is_about_the_steps_since_the_one_before(tiny_recipe: Tiny, tmp_path: Path) -> None:
@@ -67,6 +73,15 @@ def test_an_evaluation_is_recorded_with_what_it_read(tiny_recipe: Tiny, tmp_path
     assert [len(one) for one in evaluations] == [0, 1, 1]
     wanted = {"set": "words", "loss": 2.0, "perplexity": math.exp(2), "tokens": 64, "rows": 4, "rows_available": 9}
     assert evaluations[1][0] == {"step": 2, "dataset_id": "d" * 64, **wanted}
+
+
+def test_texts_are_written_at_each_evaluation(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    texts = iter(["one", "two"])
+    found = trained(RESULTS, tiny_recipe(), tmp_path, lambda state: [TextSample("a", next(texts))])
+    assert [[sample.text for sample in one.samples] for one in found] == [[], ["one"], ["two"]]
+    records = [record for record in read_metrics(tmp_path) if record["kind"] == "sample"]
+    assert [(one["step"], one["prompt"], one["text"]) for one in records] == [(2, "a", "one"), (3, "a", "two")]
+    assert all("problem" not in one for one in records)
 
 
 def test_a_skipped_step_has_a_line_in_the_metrics_and_the_ledger(tiny_recipe: Tiny, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from fault_injection import KINDS, Death, Faults, injected
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from weftrain.core.errors import RunFolderError
@@ -256,3 +258,44 @@ def test_an_evaluation_of_no_set_is_a_damaged_line(given: str, tmp_path: Path) -
     (tmp_path / "metrics.jsonl").write_text('{"kind": "evaluation", "step": 1, "set": ' + given + "}\n")
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl:1: not a metrics line"):
         read_metrics(tmp_path)
+
+
+def test_samples_are_records_and_texts_of_tensorboard(tmp_path: Path) -> None:
+    def written(writer: MetricsWriter, step: int, text: str) -> None:
+        failed = {"text": "", "problem": "logits are not finite"}
+        writer.samples([{"step": step, "prompt": "nan", "text": text}, {"step": step, "prompt": "b", **failed}])
+
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        written(writer, 2, "inf")
+        written(writer, 4, "one\n<b>\x1b[2J")
+    with MetricsWriter(tmp_path, tensorboard=True, resume_step=2) as writer:
+        written(writer, 4, "another")
+    found = [record for record in read_metrics(tmp_path) if record["kind"] == "sample"]
+    assert [(one["step"], one["prompt"], one["text"]) for one in found] == [
+        (2, "nan", "inf"),
+        (2, "b", ""),
+        (4, "nan", "another"),
+        (4, "b", ""),
+    ]
+    board = plugin_event_accumulator.EventAccumulator(
+        str(tmp_path / "tensorboard")
+    )  # TensorBoard's own, of all plugins
+    board.Reload()
+    texts = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("samples/1/text_summary")]
+    assert texts == ["    naninf", "    nananother"]
+    assert board.Tensors("samples/2/text_summary")[0].tensor_proto.string_val == [b"    logits are not finite"]
+
+
+def test_tensorboard_has_the_recipe_s_values_in_the_run_itself(tmp_path: Path) -> None:
+    values = {"name": "x", "model": {"layers": 2, "tied": True, "mup": None}, "schedule": [{"steps": 3}], "lr": 0.5}
+    with MetricsWriter(tmp_path, tensorboard=True, hyperparameters=values) as writer:
+        train(writer, 1, 2)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    content = board.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    given = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    found = {key: getattr(value, value.WhichOneof("kind")) for key, value in given.items()}
+    wanted = {"model.layers": 2, "model.tied": True, "model.mup": "null", "schedule": '[{"steps":3}]', "lr": 0.5}
+    assert found == {"name": "x", **wanted}
+    assert scalars(tmp_path) == expected_scalars(tmp_path)
+    assert [path.is_file() for path in (tmp_path / "tensorboard").iterdir()] == [True]

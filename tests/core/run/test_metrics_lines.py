@@ -39,8 +39,8 @@ def model(records: Records) -> tuple[Records, dict[int, int]]:
                     left[counted.pop(key)] = number
                     assert line < number
         key = ("event", number)
-        if record["kind"] in ("step", "evaluation"):
-            key = (record["kind"], record["step"], record.get("set"))
+        if record["kind"] in ("step", "evaluation", "sample"):
+            key = (record["kind"], record["step"], record.get("set"), record.get("prompt"))
         counted.pop(key, None)
         counted[key] = number
     return [records[line - 1] for line in counted.values()], left
@@ -52,6 +52,11 @@ RECORDS = st.lists(
         st.builds(lambda step: {"kind": "step", "time": 1.0, "step": step, "loss": 1.0}, STEPS),
         st.builds(
             lambda step, name: {"kind": "evaluation", "step": step, "set": name, "loss": 1.0},
+            STEPS,
+            st.sampled_from("ab"),
+        ),
+        st.builds(
+            lambda step, prompt: {"kind": "sample", "step": step, "prompt": prompt, "text": "x"},
             STEPS,
             st.sampled_from("ab"),
         ),
@@ -92,6 +97,8 @@ KEYS: dict[str, list[Any]] = {  # what of ODD each key takes
     "step_ms": [-1],
     "skipped": [True],
     "kind": ["x"],
+    "prompt": ["x"],
+    "text": ["x"],
     "a_backend_s_own": ODD,
 }
 
@@ -109,11 +116,19 @@ def test_a_wrong_type_is_named_with_line_and_key(key: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "record", [{"kind": "step", "step": 1}, {"kind": "evaluation", "step": 1, "loss": 1.0}, {"kind": "resume"}]
+    "record",
+    [
+        {"kind": "step", "step": 1},
+        {"kind": "evaluation", "step": 1, "loss": 1.0},
+        {"kind": "sample", "step": 1, "prompt": "a"},
+        {"kind": "resume"},
+    ],
 )
 def test_what_is_missing_is_named(record: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path, [record])
-    with pytest.raises(RunFolderError, match=rf"{METRICS}:1: .* of kind {record['kind']} without '(loss|set|step)'"):
+    with pytest.raises(
+        RunFolderError, match=rf"{METRICS}:1: .* of kind {record['kind']} without '(loss|set|step|text)'"
+    ):
         read_metrics(tmp_path)
 
 
