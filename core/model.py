@@ -69,8 +69,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, self.heads)  # [B, T, C] -> [B, T, H, D]
         k = self.k_proj(x).unflatten(-1, self.heads)
         v = self.v_proj(x).unflatten(-1, self.heads)
-        q = self.rope(q, cos, sin, rotary_dim=self.rotary_dim, interleaved=self.interleaved)
-        k = self.rope(k, cos, sin, rotary_dim=self.rotary_dim, interleaved=self.interleaved)
+        q, k = self.rope(q, k, cos, sin, rotary_dim=self.rotary_dim, interleaved=self.interleaved)
         mixed = self.attention(q, k, v, scale=self.scale, document_start=document_start)
         return self.o_proj(mixed.flatten(-2))  # [B, T, H, D] -> [B, T, C]
 

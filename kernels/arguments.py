@@ -30,16 +30,28 @@ def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     _norm_shapes("layer_norm", x, weight=weight, bias=bias)
 
 
-def check_rope(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> None:
-    """x [B, T, H, D], cos and sin [T, rotary_dim / 2]; rotary_dim even, in 2..D."""
-    _floating("rope", x=x, cos=cos, sin=sin)
-    _rank("rope", 4, "[B, T, H, D]", x=x)
-    if rotary_dim % 2 or not 2 <= rotary_dim <= x.shape[-1]:
-        raise KernelError(f"rope: rotary_dim {rotary_dim} must be even and in 2..{x.shape[-1]}, the head dimension")
-    wanted = (x.shape[1], rotary_dim // 2)
+def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> None:
+    """q [B, T, H, D], k [B, T, H_kv, D] of one dtype; cos and sin [T, rotary_dim / 2] or [B, T, rotary_dim / 2], both
+    alike; rotary_dim even, in 2..D.
+    """
+    _floating("rope", q=q, k=k, cos=cos, sin=sin)
+    _rank("rope", 4, "[B, T, H, D]", q=q)
+    _rank("rope", 4, "[B, T, H_kv, D]", k=k)
+    batch, tokens, _, head_dim = q.shape
+    if (*k.shape[:2], k.shape[3]) != (batch, tokens, head_dim) or k.dtype != q.dtype:
+        found, wanted = f"{_dtype(k)} {list(k.shape)}", f"{_dtype(q)} {list(q.shape)}"
+        raise KernelError(f"rope: q is {wanted} and k {found}; they may differ in the number of heads alone")
+    if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
+        raise KernelError(f"rope: rotary_dim {rotary_dim} must be even and in 2..{head_dim}, the head dimension")
+    of_all = (tokens, rotary_dim // 2)
     for name, table in (("cos", cos), ("sin", sin)):
-        if tuple(table.shape) != wanted:
-            raise KernelError(f"rope: {name} is {list(table.shape)}; it must be [T, rotary_dim / 2] = {list(wanted)}")
+        if tuple(table.shape) not in (of_all, (batch, *of_all)):
+            raise KernelError(
+                f"rope: {name} is {list(table.shape)}; it must be [T, rotary_dim / 2] = {list(of_all)}, or with B = "
+                f"{batch} before it"
+            )
+    if cos.shape != sin.shape:
+        raise KernelError(f"rope: cos is {list(cos.shape)} and sin {list(sin.shape)}; they must be alike")
 
 
 def check_swiglu(gate: Tensor, up: Tensor) -> None:

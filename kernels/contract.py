@@ -36,6 +36,7 @@ class Op:
     bytes_moved: Callable[[Arguments], int]  # forward alone
     flops: Callable[[Arguments], int]  # forward alone
     backward_cost: Callable[[Arguments], tuple[int, int]] | None = None  # (bytes, flops) of the backward alone
+    outputs: tuple[str, ...] = ("output",)  # names of what it returns: of one tensor, or of those of a tuple
     in_place: tuple[str, ...] = ()  # arguments that the op overwrites
     attributes: Mapping[str, Attribute] = field(default_factory=dict)  # of a typical use, for the table
     # of one call, as a Spec has them

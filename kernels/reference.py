@@ -48,16 +48,22 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor
     return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), bias.float(), eps).to(x.dtype)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int, interleaved: bool) -> Tensor:
-    """x [B, T, H, D], cos and sin fp32 [T, rotary_dim / 2] -> x.dtype [B, T, H, D] (arXiv 2104.09864).
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """q [B, T, H, D], k [B, T, H_kv, D] -> both turned by their positions, in q.dtype (arXiv 2104.09864).
 
-    The first rotary_dim dimensions turn, the others pass. Pairs are (i, i + rotary_dim/2), or (2i, 2i+1) where
-    interleaved. cos and sin are cast to x.dtype after the trigonometry, and the products are taken in x.dtype. Saves
-    cos and sin.
+    cos and sin: fp32 [T, rotary_dim / 2], or [B, T, rotary_dim / 2] where rows have positions of their own; cast to
+    q.dtype after the trigonometry, and the products are taken in q.dtype. The first rotary_dim dimensions turn, the
+    others pass. Pairs are (i, i + rotary_dim/2), or (2i, 2i+1) where interleaved. Saves cos and sin.
     """
-    check_rope(x, cos, sin, rotary_dim)
-    cos = cos.to(x.dtype)[:, None, :]  # [T, 1, rotary_dim / 2]
-    sin = sin.to(x.dtype)[:, None, :]
+    check_rope(q, k, cos, sin, rotary_dim)
+    return _turned(q, cos, sin, rotary_dim, interleaved), _turned(k, cos, sin, rotary_dim, interleaved)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
+    cos = cos.to(x.dtype)[..., None, :]  # [T, 1, rotary_dim / 2], or [B, T, 1, rotary_dim / 2]
+    sin = sin.to(x.dtype)[..., None, :]
     turning = x[..., :rotary_dim]
     if interleaved:
         first, second = turning[..., 0::2], turning[..., 1::2]

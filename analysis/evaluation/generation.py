@@ -199,7 +199,7 @@ class Generator:
                 continue
             attention = block.attention
             q, k, v = _projected(attention, block.attention_norm(x))
-            q, k = _turned(attention, q, cos, sin), _turned(attention, k, cos, sin)
+            q, k = _turned(attention, q, k, cos, sin)
             kv[layer, 0, :, :T], kv[layer, 1, :, :T] = k, v
             x = _finished(block, x, attention.attention(q, k, v, scale=attention.scale, document_start=None))
         return x
@@ -207,7 +207,7 @@ class Generator:
     def _decode(self, tokens: Tensor, t: int, cache: _Cache) -> Tensor:
         """Read the t-th new tokens, int64 [B], each at its row's position; the logits of the next, [B, V]."""
         positions, seen = cache.lengths + t, cache.longest + t + 1
-        cos, sin = self.model.cos[positions], self.model.sin[positions]  # [B, rotary_dim / 2]
+        cos, sin = self.model.cos[positions, None], self.model.sin[positions, None]  # [B, 1, rotary_dim / 2]
         rows = torch.arange(len(tokens), device=self._device)
         # Where all rows stand at one position, all that lies in the cache is seen and no mask is needed.
         # [B, 1, 1, S]
@@ -216,8 +216,7 @@ class Generator:
         for block, (k_cache, v_cache) in zip(_blocks(self.model), cache.kv, strict=True):
             attention = block.attention
             q, k, v = _projected(attention, block.attention_norm(x))  # [B, 1, H, D]
-            # The op turns along its T axis: [1, B, H, D], the batch on that axis, gives each row its own position.
-            q, k = (_turned(attention, one.transpose(0, 1), cos, sin).transpose(0, 1) for one in (q, k))
+            q, k = _turned(attention, q, k, cos, sin)
             k_cache[rows, positions], v_cache[rows, positions] = k[:, 0], v[:, 0]
             keys, values = k_cache[:, :seen].transpose(1, 2), v_cache[:, :seen].transpose(1, 2)  # [B, H, S, D]
             mixed = F.scaled_dot_product_attention(
@@ -323,8 +322,10 @@ def _projected(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return q, k, v
 
 
-def _turned(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned: Tensor = attention.rope(x, cos, sin, rotary_dim=attention.rotary_dim, interleaved=attention.interleaved)
+def _turned(attention: Attention, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    turned: tuple[Tensor, Tensor] = attention.rope(
+        q, k, cos, sin, rotary_dim=attention.rotary_dim, interleaved=attention.interleaved
+    )
     return turned
 
 

@@ -326,15 +326,17 @@ def _call(
     incoming: list[Tensor] = []
 
     def both(copy: int) -> Any:
-        output = function(**leaves[copy])
+        returned = function(**leaves[copy])
+        outputs = (returned,) if isinstance(returned, Tensor) else returned
         if not incoming:
             generator = torch.Generator().manual_seed(1)
-            incoming.append(
+            incoming.extend(
                 torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
                 if output.dim()
                 else torch.ones_like(output)
+                for output in outputs
             )
-        return torch.autograd.grad(output, [leaves[copy][name] for name in op.differentiable], incoming[0])
+        return torch.autograd.grad(outputs, [leaves[copy][name] for name in op.differentiable], incoming)
 
     return both
 

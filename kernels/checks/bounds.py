@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftrain.kernels.checks.evaluation import Results, evaluate, far, incoming, map_tensors, tensors_of
+from weftrain.kernels.checks.evaluation import Results, evaluate, far, map_tensors, tensors_of
 from weftrain.kernels.checks.findings import Case, Check, NotHere, Subject, Verdict, name_of
 from weftrain.kernels.contract import Implementation, KernelError
 from weftrain.kernels.ops import OPS
@@ -112,11 +112,6 @@ def _function(job: dict[str, Any]) -> Callable[..., Any]:
     return function
 
 
-def _guarded_gradient(memory: Any, output: Tensor) -> Tensor:
-    placed: Tensor = memory.place(incoming(output))
-    return placed
-
-
 def faults_at_guard_pages(job: dict[str, Any]) -> list[str]:
     """In the child: once with every tensor before a guard page, once after one, and what differs between the two."""
     from weftrain.kernels.checks.guard_pages import GuardedMemory
@@ -127,9 +122,7 @@ def faults_at_guard_pages(job: dict[str, Any]) -> list[str]:
     for memory in (GuardedMemory("end"), GuardedMemory("start")):
         with memory.allocating():
             arguments = memory.place_all(op.examples[job["example"]]("cpu", dtype))
-            results.append(
-                evaluate(op, function, arguments, gradient=functools.partial(_guarded_gradient, memory), in_place=True)
-            )
+            results.append(evaluate(op, function, arguments, arrange=memory.place, in_place=True))
         faults += memory.written_outside()
     return faults + [
         f"the result depends on what lies around a tensor: {name}" for name in far(results[0], results[1], dtype)
@@ -156,11 +149,11 @@ def _judge_margins(subject: Subject, case: Case) -> Verdict:
 
     plain = evaluate(op, function, case.build())
     arguments = map_tensors(surround, case.build())
-    results: Results = evaluate(
-        op, function, arguments, gradient=lambda output: surround(incoming(output)), in_place=True
-    )
+    results: Results = evaluate(op, function, arguments, arrange=surround, in_place=True)
     faults = [f"reads what lies around a tensor: {name}" for name in far(results, plain, case.dtype)]
-    for name, wide in zip([*tensors_of(arguments), "incoming gradient"], surrounded, strict=False):
+    for name, wide in zip(
+        [*tensors_of(arguments), *("incoming gradient",) * len(op.outputs)], surrounded, strict=False
+    ):
         margin = torch.cat((wide[:_MARGIN], wide[-_MARGIN:]))
         if not bool((margin.isnan() if wide.is_floating_point() else margin == -7).all()):
             faults.append(f"writes around {name}")

@@ -24,8 +24,10 @@ from weftrain.kernels.checks.evaluation import (
     differing,
     evaluate,
     far,
+    gradients_of,
     incoming,
     map_tensors,
+    outputs_of,
     same_bits,
     tensors_of,
 )
@@ -146,10 +148,6 @@ _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _arranged_gradient(arrange: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
-    return _arrange(arrange, incoming(output))
-
-
 def _judge_strides(subject: Subject, case: Case) -> Verdict:
     """Inputs in every layout, then incoming gradients in every layout and expanded from one element (stride 0)."""
     op, function = subject.op, subject.implementation.function
@@ -161,14 +159,14 @@ def _judge_strides(subject: Subject, case: Case) -> Verdict:
             for name in far(evaluate(op, function, _arranged(op, case.build(), arrange)), dense, case.dtype)
         ]
         if op.differentiable:
-            got = evaluate(op, function, case.build(), gradient=functools.partial(_arranged_gradient, arrange))
+            got = evaluate(op, function, case.build(), arrange=functools.partial(_arrange, arrange))
             faults += [f"incoming gradient, {layout}: {name}" for name in far(got, dense, case.dtype)]
     if op.differentiable:
         ones, expanded = (
-            evaluate(op, function, case.build(), gradient=gradient)
-            for gradient in (
+            evaluate(op, function, case.build(), arrange=arrange)
+            for arrange in (
                 torch.ones_like,
-                lambda output: torch.ones((), dtype=output.dtype, device=output.device).expand(output.shape),
+                lambda gradient: torch.ones((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape),
             )
         )
         faults += [f"incoming gradient, expanded: {name}" for name in far(expanded, ones, case.dtype)]
@@ -206,7 +204,9 @@ class _NoGradient(torch.autograd.Function):
 
 
 def _judge_unwanted(subject: Subject, case: Case) -> Verdict:
-    """Each argument alone, each left out, none at all, and an output whose gradient never comes."""
+    """Each argument alone, each left out, none at all, each of several outputs alone, and outputs whose gradients
+    never come.
+    """
     op, function = subject.op, subject.implementation.function
     every = evaluate(op, function, case.build())
     faults = []
@@ -221,18 +221,30 @@ def _judge_unwanted(subject: Subject, case: Case) -> Verdict:
         ]
     with torch.no_grad():
         leaves = {name: case.build()[name].requires_grad_() for name in op.differentiable}
-        if function(**{**case.build(), **leaves}).requires_grad:
+        if any(output.requires_grad for output in outputs_of(op, function(**{**case.build(), **leaves})).values()):
             faults.append("under no_grad the output requires a gradient")
-    leaves = {name: case.build()[name].requires_grad_() for name in op.differentiable}
-    output = _NoGradient.apply(function(**{**case.build(), **leaves}))
-    gradients = torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output), allow_unused=True)
-    moved = [
-        name for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None and bool(gradient.any())
-    ]
+    if len(op.outputs) > 1:
+        for name in op.outputs:
+            expected = _gradients_by_outputs(op, op.function, case.build(), (name,))
+            got = _gradients_by_outputs(op, function, case.build(), (name,))
+            faults += [f"of {name} alone: {wrong}" for wrong in far(got, expected, case.dtype)]
+    moved = [name for name, gradient in _gradients_by_outputs(op, function, case.build(), ()).items() if gradient.any()]
     faults += [f"an output without a gradient: {name}" for name in moved]
     return Verdict(
         not faults, "; ".join(faults[:4]) or "the gradients that are wanted, and none of an output without one"
     )
+
+
+def _gradients_by_outputs(op: Op, function: Callable[..., Any], arguments: Arguments, used: tuple[str, ...]) -> Results:
+    """The gradients where the `used` outputs alone get one."""
+    leaves = {name: arguments[name].requires_grad_() for name in op.differentiable}
+    outputs = outputs_of(op, function(**{**arguments, **leaves}))
+    ends = [output if name in used else _NoGradient.apply(output) for name, output in outputs.items()]
+    gradients = torch.autograd.grad(ends, list(leaves.values()), incoming(outputs), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
+    }
 
 
 # ---- determinism
@@ -282,8 +294,8 @@ def _penalty_gradients(op: Op, function: Callable[..., Any], arguments: Argument
     squares.
     """
     leaves = {name: arguments[name].detach().requires_grad_() for name in op.differentiable}
-    output = function(**{**arguments, **leaves}).float()
-    loss = output.sum() if constant else output.square().sum()
+    outputs = [output.float() for output in outputs_of(op, function(**{**arguments, **leaves})).values()]
+    loss = torch.stack([output.sum() if constant else output.square().sum() for output in outputs]).sum()
     first = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
     (loss + sum(gradient.float().square().sum() for gradient in first)).backward()
     return {
@@ -321,13 +333,9 @@ def _judge_autocast(subject: Subject, case: Case) -> Verdict:
         name: tensor.detach().requires_grad_() for name, tensor in case.build().items() if name in op.differentiable
     }
     with torch.autocast(subject.device, torch.bfloat16):
-        output = function(**{**case.build(), **leaves})
-    gradients = torch.autograd.grad(output, list(leaves.values()), incoming(output))
-    got = {
-        "output": output.detach(),
-        **{f"grad_{name}": tensor for name, tensor in zip(leaves, gradients, strict=True)},
-    }
-    wrong = far(got, plain, case.dtype)
+        outputs = outputs_of(op, function(**{**case.build(), **leaves}))
+    got = {name: output.detach() for name, output in outputs.items()}
+    wrong = far({**got, **gradients_of(leaves, outputs, incoming(outputs))}, plain, case.dtype)
     return Verdict(
         not wrong, "; ".join(f"{name} differs from the result without autocast" for name in wrong) or "the same result"
     )

@@ -1,5 +1,5 @@
-"""Running one implementation: its results by name ("output", "grad_x", or for an in-place op "parameters", "exp_avgs",
-...).
+"""Running one implementation: its results by name ("output" or the op's own names, "grad_x", or for an in-place op
+"parameters", "exp_avgs", ...).
 
 `evaluate` keeps the strides and the storage of the arguments it is given (guard pages and strided views depend on it);
 only what an op updates in place is copied first, unless `in_place` says that the arguments themselves are to change.
@@ -7,7 +7,7 @@ only what an op updates in place is copied first, unless `in_place` says that th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,18 @@ from weftrain.kernels.contract import Arguments, Op
 Results = dict[str, Tensor]
 
 
-def incoming(output: Tensor) -> Tensor:
-    """A fixed random gradient of the output's shape whose values are exact in fp32, bf16 and fp16."""
-    drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    return drawn.to(output.dtype).to(output.device)
+def incoming(outputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Of each output a fixed random gradient, no two the same, whose values are exact in fp32, bf16 and fp16."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(output.shape, generator=generator).bfloat16().to(output.dtype).to(output.device)
+        for output in outputs.values()
+    ]
+
+
+def outputs_of(op: Op, returned: Any) -> dict[str, Tensor]:
+    """By name, what a function of the op returned."""
+    return dict(zip(op.outputs, (returned,) if isinstance(returned, Tensor) else returned, strict=True))
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], arguments: Arguments) -> Arguments:
@@ -58,11 +66,12 @@ def evaluate(
     function: Callable[..., Any],
     arguments: Arguments,
     *,
-    gradient: Callable[[Tensor], Tensor] = incoming,
+    arrange: Callable[[Tensor], Tensor] = lambda gradient: gradient,
     wanted: tuple[str, ...] | None = None,
     in_place: bool = False,
 ) -> Results:
-    """Forward and, for the `wanted` of the differentiable arguments (None: all), backward with `gradient(output)`.
+    """Forward and, for the `wanted` of the differentiable arguments (None: all), backward with what `arrange` makes of
+    each `incoming` gradient.
 
     -> "output" and "grad_<name>", or the planes of an in-place op, each flattened and joined.
     """
@@ -70,12 +79,18 @@ def evaluate(
         return _update(op, function, arguments, in_place)
     names = op.differentiable if wanted is None else wanted
     leaves = {name: arguments[name].detach().requires_grad_() for name in names}
-    output = function(**{**arguments, **leaves})
-    results = {"output": output.detach()}
+    outputs = outputs_of(op, function(**{**arguments, **leaves}))
+    results = {name: output.detach() for name, output in outputs.items()}
     if leaves:
-        gradients = torch.autograd.grad(output, list(leaves.values()), gradient(output))
-        results |= {f"grad_{name}": tensor for name, tensor in zip(leaves, gradients, strict=True)}
+        results |= gradients_of(leaves, outputs, [arrange(gradient) for gradient in incoming(outputs)])
     return results
+
+
+def gradients_of(leaves: Mapping[str, Tensor], outputs: Mapping[str, Tensor], incoming: Sequence[Tensor]) -> Results:
+    """ "grad_<name>" of each leaf. What a leaf does not reach has no gradient: where q alone is wanted, k turned."""
+    reached = [pair for pair in zip(outputs.values(), incoming, strict=True) if pair[0].requires_grad]
+    gradients = torch.autograd.grad([output for output, _ in reached], list(leaves.values()), [g for _, g in reached])
+    return {f"grad_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
 def _update(op: Op, function: Callable[..., Any], arguments: Arguments, in_place: bool) -> Results:

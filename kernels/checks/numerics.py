@@ -20,7 +20,6 @@ from weftrain.kernels.checks.evaluation import (
     distance,
     evaluate,
     exact_arguments,
-    incoming,
     tensors_of,
 )
 from weftrain.kernels.checks.findings import Case, Check, Subject, Verdict, name_of
@@ -310,15 +309,15 @@ def _incoming_nan(subject: Subject, case: Case) -> list[str]:
     """A NaN in the gradient that comes in must reach what depends on it; a scalar's may reach everything."""
     op = subject.op
 
-    def spoiled(output: Tensor) -> Tensor:
-        gradient = incoming(output).contiguous()
-        gradient.view(-1)[_place(op, case.build(), output) if output.dim() else 0] = float("nan")
+    def spoiled(gradient: Tensor) -> Tensor:
+        gradient.view(-1)[_place(op, case.build(), gradient) if gradient.dim() else 0] = float("nan")
         return gradient
 
-    exact = evaluate(op, op.exact, exact_arguments(case.build()), gradient=spoiled)
-    got = evaluate(op, subject.implementation.function, case.build(), gradient=spoiled)
+    exact = evaluate(op, op.exact, exact_arguments(case.build()), arrange=spoiled)
+    got = evaluate(op, subject.implementation.function, case.build(), arrange=spoiled)
     everywhere: Mapping[str, Tensor] = {name: torch.full_like(tensor, float("nan")) for name, tensor in exact.items()}
-    return _visible({**got, "output": exact["output"].to(got["output"].dtype)}, _promised(op, exact), dict(everywhere))
+    finite = {name: exact[name].to(got[name].dtype) for name in op.outputs}
+    return _visible({**got, **finite}, _promised(op, exact), dict(everywhere))
 
 
 CHECKS = (

@@ -6,7 +6,6 @@ from weftrain.kernels.liger_ops import _found
 
 IMPLEMENTATION = _found.not_offered(
     "rope",
-    "liger's rope turns q and k in place, in its backward the incoming gradient too, takes both at once as [B, H, T, "
-    "D], and knows no "
-    "interleaved pairs",
+    "liger's rope turns q and k in place, in its backward the incoming gradient too, takes them as [B, H, T, D], and "
+    "knows no interleaved pairs",
 )

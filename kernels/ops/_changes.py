@@ -58,18 +58,12 @@ def so_many_tokens(count: int) -> Change:
     """Attention and rope of so many tokens."""
 
     def change(arguments: Arguments) -> Arguments:
-        if "x" in arguments:
-            return {
-                **arguments,
-                "x": arguments["x"][:, :count],
-                "cos": arguments["cos"][:count],
-                "sin": arguments["sin"][:count],
-            }
         cut = {
             name: arguments[name][:, :count]
             for name in ("q", "k", "v", "document_start")
-            if arguments[name] is not None
+            if arguments.get(name) is not None
         }
+        cut |= {name: arguments[name][..., :count, :] for name in ("cos", "sin") if name in arguments}
         return {**arguments, **cut}
 
     return change

@@ -38,15 +38,17 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def results(
-    function: Callable[..., Tensor], arguments: dict[str, Any], names: tuple[str, ...], incoming: Tensor | None = None
+    function: Callable[..., Any], arguments: dict[str, Any], names: tuple[str, ...], *incoming: Tensor
 ) -> list[Tensor]:
-    """The output, and the gradient of each named argument; arguments keep their strides."""
+    """The outputs, and the gradient of each named argument; arguments keep their strides. incoming: None is ones."""
     leaves = {name: arguments[name].detach().requires_grad_() for name in names}
-    output = function(**{**arguments, **leaves})
-    return [
-        output.detach(),
-        *torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output) if incoming is None else incoming),
-    ]
+    outputs = outputs_of(function(**{**arguments, **leaves}))
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), incoming or tuple(map(torch.ones_like, outputs)))
+    return [*(output.detach() for output in outputs), *gradients]
+
+
+def outputs_of(returned: Any) -> tuple[Tensor, ...]:
+    return (returned,) if isinstance(returned, Tensor) else returned
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
@@ -216,9 +218,10 @@ def _strided(op: str) -> tuple[dict[str, Any], dict[str, int]]:
     if op in ("rms_norm", "layer_norm"):
         affine = {name: normal(24, seed=index + 1) for index, name in enumerate(OPS[op].differentiable[1:])}
         return {"x": normal(5, 3, 40)[..., 8:32], **affine, "eps": 1e-5}, {"x": 0}
-    if op == "rope":  # k of a fused q, k, v, without its first and last token
+    if op == "rope":  # q and k of a fused q, k, v, without its first and last token
         tables = {"cos": normal(7, 5, seed=1), "sin": normal(7, 5, seed=2)}
-        return {"x": normal(2, 9, 3, 60)[:, 1:-1, :, 20:40], **tables, "rotary_dim": 10, "interleaved": True}, {"x": 0}
+        q, k, _ = normal(2, 9, 3, 60)[:, 1:-1].chunk(3, -1)
+        return {"q": q, "k": k, **tables, "rotary_dim": 10, "interleaved": True}, {"q": 0, "k": 1}
     if op == "swiglu":  # the two halves of one product
         gate, up = normal(4, 3, 74).chunk(2, -1)
         return {"gate": gate, "up": up}, {"gate": 0, "up": 1}
@@ -248,9 +251,10 @@ def test_an_incoming_gradient_that_is_a_view_is_read_where_it_is(op: str) -> Non
     shape = arguments[names[0]].shape
     wide = normal(*shape[:-1], shape[-1] + 16, seed=9)
     incoming = wide[..., 8:-8]
-    expected = results(triton_op(op), arguments, names, incoming.contiguous())
+    all_incoming = (incoming,) * len(OPS[op].outputs)
+    expected = results(triton_op(op), arguments, names, *(one.contiguous() for one in all_incoming))
     with Operators() as operators:
-        got = results(triton_op(op), arguments, names, incoming)
+        got = results(triton_op(op), arguments, names, *all_incoming)
     backward = operators.calls["rope_turn"][1] if op == "rope" else operators.calls[f"{op}_backward"][0]
     assert backward[0].data_ptr() == incoming.data_ptr()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -263,8 +267,8 @@ def test_a_last_stride_that_is_not_one_gives_the_same_bits(op: str) -> None:
     names = OPS[op].differentiable
     apart = {name: torch.stack((arguments[name], arguments[name] + 1), -1)[..., 0] for name in names}
     expected = results(triton_op(op), arguments, names)
-    output = expected[0]
-    got = results(triton_op(op), {**arguments, **apart}, names, torch.ones((), dtype=output.dtype).expand(output.shape))
+    ones = [torch.ones((), dtype=one.dtype).expand(one.shape) for one in expected[: len(OPS[op].outputs)]]
+    got = results(triton_op(op), {**arguments, **apart}, names, *ones)
     for a, b in zip(got, expected, strict=True):
         if op == "linear_cross_entropy":  # torch's product may take another way for another layout
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -280,7 +284,7 @@ def test_a_second_derivative_is_refused(op: str) -> None:
     arguments = OPS[op].examples["odd"]("cpu", torch.float32)
     name = OPS[op].differentiable[0]
     leaf = arguments[name].detach().requires_grad_()
-    output = triton_op(op)(**{**arguments, name: leaf})
+    output = outputs_of(triton_op(op)(**{**arguments, name: leaf}))[0]
     for incoming in (torch.ones_like(output), torch.ones_like(output).requires_grad_()):
         with pytest.raises(KernelError, match=f"{op} of source 'triton' has no second derivative"):
             torch.autograd.grad(output, leaf, incoming, create_graph=True, retain_graph=True)
@@ -426,15 +430,24 @@ def test_sums_near_the_end_of_fp16_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope_turns_many_heads_and_back(interleaved: bool) -> None:
-    """33 heads of 128 are three blocks of heads; the gradient of what was turned is what it was, turned back."""
-    x = normal(1, 3, 33, 128)
-    angle = normal(3, 24, seed=1)
-    arguments = {"x": x, "cos": angle.cos(), "sin": angle.sin(), "rotary_dim": 48, "interleaved": interleaved}
-    output = triton_op("rope")(**arguments)
-    torch.testing.assert_close(output, OPS["rope"].function(**arguments), rtol=1e-6, atol=1e-6)
-    assert torch.equal(output[..., 48:], x[..., 48:])
-    _, back = results(triton_op("rope"), arguments, ("x",), output)
-    torch.testing.assert_close(back, x, rtol=1e-5, atol=1e-5)
+    """33 heads of 128 are three blocks of heads, 17 two; the gradient of what was turned is what it was, turned
+    back.
+    """
+    x = {"q": normal(2, 3, 33, 128), "k": normal(2, 3, 17, 128, seed=2)}
+    angle = normal(2, 3, 24, seed=1)
+    arguments = {**x, "cos": angle.cos(), "sin": angle.sin(), "rotary_dim": 48, "interleaved": interleaved}
+    turned = triton_op("rope")(**arguments)
+    torch.testing.assert_close(turned, OPS["rope"].function(**arguments), rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(one[..., 48:], x[name][..., 48:]) for name, one in zip(x, turned, strict=True))
+    back = results(triton_op("rope"), arguments, ("q", "k"), *turned)[2:]
+    torch.testing.assert_close(back, list(x.values()), rtol=1e-5, atol=1e-5)
+    for row in range(2):  # a row's own positions are those of a call with that row alone
+        alone = {name: arguments[name][row : row + 1] for name in x} | {n: arguments[n][row] for n in ("cos", "sin")}
+        for one, of_all in zip(triton_op("rope")(**{**arguments, **alone}), turned, strict=True):
+            assert torch.equal(one[0], of_all[row])
+    q, k = triton_op("rope")(**{**arguments, "k": x["k"][:, :, :0]})
+    assert torch.equal(q, turned[0])
+    assert k.shape == (2, 3, 0, 128)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -446,17 +459,20 @@ def test_rope_keeps_what_is_not_finite_in_its_pair(interleaved: bool) -> None:
         (12, {12}),
         (19, {19}),
     ):
-        x = arguments["x"].clone()
-        x[1, 5, 2, column] = NAN
-        bad = triton_op("rope")(**{**arguments, "x": x}).isnan().nonzero().tolist()
-        assert {tuple(place) for place in bad} == {(1, 5, 2, dimension) for dimension in pair}
+        for index, name in enumerate(("q", "k")):
+            x = arguments[name].clone()
+            x[1, 5, 2, column] = NAN
+            turned = triton_op("rope")(**{**arguments, name: x})
+            bad = turned[index].isnan().nonzero().tolist()
+            assert {tuple(place) for place in bad} == {(1, 5, 2, dimension) for dimension in pair}
+            assert turned[1 - index].isfinite().all()
 
 
 def test_rope_gives_cos_and_sin_no_gradient() -> None:
     arguments = OPS["rope"].examples["odd"]("cpu", torch.float32)
-    leaves = {name: arguments[name].clone().requires_grad_() for name in ("x", "cos", "sin")}
-    triton_op("rope")(**{**arguments, **leaves}).sum().backward()
-    assert leaves["x"].grad is not None
+    leaves = {name: arguments[name].clone().requires_grad_() for name in ("q", "cos", "sin")}
+    torch.stack(triton_op("rope")(**{**arguments, **leaves})).sum().backward()
+    assert leaves["q"].grad is not None
     assert leaves["cos"].grad is None
     assert leaves["sin"].grad is None
 
@@ -610,7 +626,7 @@ def test_no_rows_launch_nothing(op: str) -> None:
     arguments = OPS[op].examples["odd"]("cpu", torch.float32)
     with pytest.raises(AssertionError, match="launched with grid"):  # the fixture itself is seen to work
         triton_op(op)(**arguments)
-    rowless = {"x", "gate", "up", "logits", "labels", "hidden"}
+    rowless = {"x", "q", "k", "gate", "up", "logits", "labels", "hidden"}
     empty = {name: value[:0] if name in rowless else value for name, value in arguments.items()}
     got = results(triton_op(op), empty, OPS[op].differentiable)
     expected = results(OPS[op].function, empty, OPS[op].differentiable)
@@ -623,6 +639,7 @@ def test_no_rows_launch_nothing(op: str) -> None:
 def test_empty_tensors_launch_nothing() -> None:
     assert float(triton_op("grad_norm")([torch.empty(0), torch.empty(3, 0)])) == 0.0
     arguments = OPS["rope"].examples["odd"]("cpu", torch.float32)
-    empty = {"x": arguments["x"][:, :0], "cos": arguments["cos"][:0], "sin": arguments["sin"][:0]}
-    assert triton_op("rope")(**{**arguments, **empty}).shape == (2, 0, 3, 20)
-    assert triton_op("rope")(**{**arguments, "x": arguments["x"][:, :, :0]}).shape == (2, 13, 0, 20)
+    empty = {name: arguments[name][:, :0] for name in "qk"} | {name: arguments[name][:0] for name in ("cos", "sin")}
+    assert [one.shape for one in triton_op("rope")(**{**arguments, **empty})] == [(2, 0, 3, 20)] * 2
+    headless = {name: arguments[name][:, :, :0] for name in "qk"}
+    assert [one.shape for one in triton_op("rope")(**{**arguments, **headless})] == [(2, 13, 0, 20)] * 2
